@@ -1,0 +1,37 @@
+#include "flashpack/error.h"
+
+#include <utility>
+
+namespace flashpack {
+
+namespace {
+
+class Category final : public std::error_category {
+ public:
+  const char* name() const noexcept override { return "flashpack"; }
+
+  std::string message(int value) const override {
+    switch (static_cast<Errc>(value)) {
+      case Errc::kInvalidArgument: return "invalid argument";
+      case Errc::kBadFile: return "not a valid flashpack file";
+      case Errc::kTruncated: return "short read: the file ends before the requested bytes";
+      case Errc::kFileChanged: return "the file was replaced or changed";
+      case Errc::kCancelled: return "cancelled";
+      case Errc::kDeadlineExceeded: return "deadline exceeded";
+      case Errc::kUnusable: return "engine unusable";
+    }
+    return "unknown error";
+  }
+};
+
+}  // namespace
+
+const std::error_category& flashpack_category() noexcept {
+  static const Category category;
+  return category;
+}
+
+Error::Error(std::error_code code, const std::string& context, std::filesystem::path path, std::uint64_t offset_bytes)
+    : std::system_error(code, context), path_(std::move(path)), offset_bytes_(offset_bytes) {}
+
+}  // namespace flashpack

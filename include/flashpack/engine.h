@@ -1,0 +1,115 @@
+/// The engine: moves extents between files and memory at the speed of the hardware.
+///
+///   flashpack::Engine engine;
+///   auto stats = engine.load({.files = {{.path = "model.flashpack", .extents = {{.offset_bytes = 0, .size_bytes = n, .target = memory}}}}});
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "flashpack/error.h"
+#include "flashpack/file_identity.h"
+#include "flashpack/file_writer.h"
+#include "flashpack/transfer.h"
+
+struct CUstream_st;  // CUDA's tag of cudaStream_t, so that this header needs no CUDA.
+
+namespace flashpack {
+
+/// Where loaded bytes land.
+struct Device {
+  enum class Kind : std::uint8_t { kHost };
+  Kind kind = Kind::kHost;
+};
+
+/// One contiguous run of file bytes and where it goes. Any offset and size are valid; the engine hides alignment.
+///
+/// Fastest when `target` and `offset_bytes` agree modulo 4096: whole pages are then read straight into the target.
+struct Extent {
+  std::uint64_t offset_bytes = 0;
+  std::uint64_t size_bytes = 0;
+  void* target = nullptr;  ///< `size_bytes` writable bytes, borrowed until the transfer has finished.
+};
+
+/// The wanted parts of one file. Extents may overlap in the file, never in memory.
+struct FileExtents {
+  std::filesystem::path path;
+  std::vector<Extent> extents;
+  std::optional<FileIdentity> expected;  ///< When set, another file at `path` is Errc::kFileChanged before any I/O.
+};
+
+/// Whether reads go through the page cache.
+enum class CachePolicy : std::uint8_t {
+  kAuto,      ///< Chunk by chunk: from the page cache what is there, the rest past it.
+  kDirect,    ///< O_DIRECT wherever the file allows it, cached or not.
+  kBuffered,  ///< The page cache for everything.
+};
+
+using Deadline = std::chrono::steady_clock::time_point;
+
+struct LoadRequest {
+  std::vector<FileExtents> files;
+  CachePolicy cache = CachePolicy::kAuto;
+  std::optional<Deadline> deadline;  ///< After it no new I/O is issued and the transfer ends with kDeadlineExceeded.
+};
+
+/// Fixed for the engine's life. The defaults are right for one local disk; bench/ finds better ones for arrays.
+struct EngineOptions {
+  Device device;
+  /// One read and one staging slot: a power of two from 1 MiB to 1 GiB. Larger costs latency, smaller CPU.
+  std::uint32_t chunk_bytes = std::uint32_t{4} << 20;
+  /// Direct reads or writes in flight, 1 to 1024. Raise to 16-32 for striped arrays.
+  std::uint32_t queue_depth = 8;
+  /// Upper bound of the engine's own memory, taken as it is first needed; at least two chunks.
+  std::uint64_t staging_bytes = std::uint64_t{64} << 20;
+  /// Threads for page-cache reads and copies, at most 64; 0 is one per core, but at least 2 and at most 8.
+  std::uint32_t workers = 0;
+  Backend backend = Backend::kAuto;
+  /// CPUs for the engine's threads; empty leaves them to the scheduler.
+  std::vector<int> cpu_affinity;
+};
+
+/// One device, one driver thread, one ring, one memory budget.
+///
+/// Thread safety: any thread may call any member at any time; distinct engines are independent. Transfers are served in
+/// the order they were started, the next one's reads following on the last of the one before.
+/// In a forked child an inherited engine throws Errc::kUnusable and its destructor releases nothing; make a new one.
+class Engine {
+ public:
+  /// Starts the threads. Throws: Error (kInvalidArgument for options out of range; errno when threads, memory or, with
+  /// Backend::kIoUring, the ring cannot be had).
+  explicit Engine(EngineOptions options = {});
+  Engine(Engine&&) noexcept;
+  Engine& operator=(Engine&&) noexcept;
+  /// Finishes what was started, then stops the threads. Cancel transfers first to stop early.
+  ~Engine();
+
+  /// Reads every extent and returns when all bytes are in their targets.
+  /// On failure the targets hold unspecified bytes, nothing outside them has been touched and nothing is in flight.
+  /// Throws: Error.
+  TransferStats load(LoadRequest request);
+
+  /// Opens and plans, then returns; the driver thread does the rest. `completion`, if given, is borrowed until called.
+  /// Throws: Error for a request that is wrong in itself (kInvalidArgument, kUnusable), and then never calls
+  /// `completion`; everything about the files is reported by the transfer.
+  Transfer start_load(LoadRequest request, Completion* completion = nullptr);
+
+  /// Begins a new file that will replace `path`. Its directory must exist. Throws: Error.
+  FileWriter create(const std::filesystem::path& path, WriterOptions options = {});
+
+  /// What the constructor settled on: options as given, with 0 and kAuto resolved.
+  const EngineOptions& options() const;
+  /// Why a slower rung than asked for is in use; empty when none is.
+  const std::string& fallback_reason() const;
+
+ private:
+  friend class FileWriter;
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace flashpack

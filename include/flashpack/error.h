@@ -1,0 +1,51 @@
+/// The one exception type of the C++ API and the failures that are not an errno.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <system_error>
+
+namespace flashpack {
+
+/// Failures of ours. Errors of the operating system keep their errno (`std::generic_category`), so
+/// `error.code() == std::errc::no_such_file_or_directory` and `error.code() == Errc::kTruncated` both work.
+enum class Errc {
+  kInvalidArgument = 1,  ///< The request cannot be right for any file: bad option, overlapping targets, null target.
+  kBadFile,              ///< The file is not a flashpack file, or its footer breaks a rule of the format.
+  kTruncated,            ///< The file ends before the requested bytes do: a short read.
+  kFileChanged,          ///< The file is not the one the caller's metadata came from, or changed while it was read.
+  kCancelled,            ///< Transfer::cancel(), or the handle was destroyed.
+  kDeadlineExceeded,     ///< The request's deadline passed first.
+  kUnusable,             ///< The engine is closed, or belongs to the parent of this forked process.
+};
+
+const std::error_category& flashpack_category() noexcept;
+inline std::error_code make_error_code(Errc e) noexcept { return {static_cast<int>(e), flashpack_category()}; }
+
+/// Thrown by every function of the library that says "Throws: Error".
+///
+/// what() reads "<operation> <path> at <offset>+<length>: <cause>", for example
+/// "read model.flashpack at 12288+4194304: Input/output error".
+class Error : public std::system_error {
+ public:
+  static constexpr std::uint64_t kNoOffset = ~std::uint64_t{0};
+
+  /// `context` is all of what() up to the cause, which comes from `code`.
+  Error(std::error_code code, const std::string& context, std::filesystem::path path = {},
+        std::uint64_t offset_bytes = kNoOffset);
+
+  /// The file it happened to; empty when no file is involved.
+  const std::filesystem::path& path() const noexcept { return path_; }
+  /// File offset of the failed operation, or kNoOffset.
+  std::uint64_t offset_bytes() const noexcept { return offset_bytes_; }
+
+ private:
+  std::filesystem::path path_;
+  std::uint64_t offset_bytes_;
+};
+
+}  // namespace flashpack
+
+template <>
+struct std::is_error_code_enum<flashpack::Errc> : std::true_type {};

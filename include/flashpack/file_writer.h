@@ -1,0 +1,60 @@
+/// A durable, atomic file, written in any number of transfers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "flashpack/transfer.h"
+
+namespace flashpack {
+
+/// One contiguous run of bytes in memory and where it goes in the file.
+struct SourceExtent {
+  std::uint64_t offset_bytes = 0;
+  std::uint64_t size_bytes = 0;
+  const void* source = nullptr;  ///< Borrowed until the transfer has finished.
+};
+
+struct WriterOptions {
+  /// Bytes the payload will have, when known: the space is reserved at once, so that a full disk is an error before
+  /// anything has been written. 0: unknown.
+  std::uint64_t payload_bytes = 0;
+};
+
+/// Writes a new file beside `path` and puts it in place whole.
+///
+/// Until commit() returns, `path` is what it was before. The destructor without commit aborts: temporary file gone, old
+/// file untouched. Made by Engine::create(), which must outlive it.
+///
+/// Thread safety: distinct writers are independent; one writer is used by one thread at a time.
+class FileWriter {
+ public:
+  FileWriter(FileWriter&&) noexcept;
+  FileWriter& operator=(FileWriter&&) noexcept;
+  /// Aborts unless committed. Waits for transfers that were detached.
+  ~FileWriter();
+
+  /// Starts writing `extents`, in any order and any number of times; extents must not overlap each other or those of
+  /// other calls. What is never written reads as zeros. Throws: Error (kInvalidArgument); I/O errors come from the transfer.
+  Transfer start_write(std::vector<SourceExtent> extents, Completion* completion = nullptr);
+
+  /// start_write and wait. Throws: Error.
+  TransferStats write(std::vector<SourceExtent> extents);
+
+  /// Appends `tail` after the last payload byte, makes everything durable and renames it into place.
+  /// Requires: every transfer of this writer has finished; if one failed or was cancelled, this throws and aborts.
+  /// When only the last step fails, the error says that the new file is in place but perhaps not durable.
+  /// Throws: Error. After it, only destruction is allowed.
+  void commit(std::span<const std::byte> tail = {});
+
+ private:
+  friend class Engine;
+  class Impl;
+  explicit FileWriter(std::unique_ptr<Impl> impl) noexcept;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace flashpack

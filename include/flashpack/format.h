@@ -1,0 +1,98 @@
+/// The flashpack container: its metadata, read and written. No torch, no engine needed to read metadata.
+///
+/// A file is [payload][JSON footer][u64 LE footer length][8 bytes magic]. The payload is one macroblock per dtype; a
+/// record names a tensor and its range of elements in one macroblock. All integers are little-endian.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "flashpack/error.h"
+#include "flashpack/file_identity.h"
+
+namespace flashpack {
+
+enum class DType : std::uint8_t {
+  kBool, kInt8, kUInt8, kInt16, kUInt16, kInt32, kUInt32, kInt64, kUInt64,
+  kFloat16, kBFloat16, kFloat32, kFloat64, kComplex32, kComplex64, kComplex128,
+  kFloat8E4M3FN, kFloat8E4M3FNUZ, kFloat8E5M2, kFloat8E5M2FNUZ, kFloat8E8M0FNU,
+};
+
+std::uint32_t element_bytes(DType dtype) noexcept;
+/// torch's name without "torch.", as written to files.
+std::string_view dtype_name(DType dtype) noexcept;
+/// Also takes torch's aliases ("half", "long", ...). Empty for names outside the format.
+std::optional<DType> dtype_from_name(std::string_view name) noexcept;
+
+/// A run of tensors of one dtype.
+struct Macroblock {
+  DType dtype = DType::kFloat32;
+  std::uint64_t offset_bytes = 0;  ///< In the file.
+  std::uint64_t length_bytes = 0;  ///< length_elems * element_bytes(dtype).
+  std::uint64_t length_elems = 0;
+};
+
+struct TensorRecord {
+  std::string name;                 ///< Any UTF-8, unique in the file.
+  std::vector<std::int64_t> shape;  ///< Empty for a zero-dim tensor, which has one element.
+  std::uint64_t offset_elems = 0;   ///< From the start of its macroblock.
+  std::uint64_t length_elems = 0;   ///< Product of shape.
+  std::uint32_t macroblock = 0;     ///< Index into Metadata::macroblocks.
+};
+
+/// All of a file but its payload. From read_metadata() it is valid: every range lies in the payload, nothing overlaps.
+struct Metadata {
+  std::uint32_t version = 3;        ///< 3: one dtype. 4: several.
+  std::uint64_t align_bytes = 0;    ///< 0: dense.
+  std::uint64_t total_elems = 0;
+  std::uint64_t payload_bytes = 0;  ///< Length of the payload; the footer begins there.
+  std::vector<Macroblock> macroblocks;
+  std::vector<TensorRecord> records;  ///< In file order.
+  FileIdentity identity;              ///< Of the file it was read from; pass it on as FileExtents::expected.
+  std::vector<std::string> warnings;  ///< Harmless oddities, one sentence each.
+
+  DType dtype(const TensorRecord& record) const { return macroblocks[record.macroblock].dtype; }
+  /// Where a tensor's bytes are in the file.
+  std::uint64_t offset_bytes(const TensorRecord& record) const;
+  std::uint64_t size_bytes(const TensorRecord& record) const;
+};
+
+struct ReadMetadataOptions {
+  std::uint64_t max_footer_bytes = std::uint64_t{256} << 20;  ///< A longer footer is refused before it is read.
+};
+
+/// Reads and checks a file's footer; trusts nothing in it, and allocates no more than the file's size justifies.
+/// Throws: Error; Errc::kBadFile names the rule that was broken and the record, errno what the system said.
+Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options = {});
+
+/// Checks a footer's JSON against a payload of `payload_bytes`. `path` is for messages only. Throws: Error (kBadFile).
+Metadata parse_footer(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path = {});
+
+/// A tensor to be written.
+struct TensorSpec {
+  std::string name;
+  DType dtype = DType::kFloat32;
+  std::vector<std::int64_t> shape;
+};
+
+/// The order tensors are written in, as indices into `tensors`: largest first, ties as given; or `name_order`, where
+/// names that do not exist are passed over and tensors that it does not list are left out.
+/// Throws: Error (kInvalidArgument) for a name that stands twice.
+std::vector<std::size_t> file_order(std::span<const TensorSpec> tensors,
+                                    std::optional<std::span<const std::string>> name_order = std::nullopt);
+
+/// Places `tensors`, in the order given, one macroblock per dtype in order of first appearance.
+/// Throws: Error (kInvalidArgument): "No tensors to pack", "Nothing to pack after alignment", names twice, names that
+/// are not UTF-8, sizes past 2^63.
+Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_bytes);
+
+/// The bytes after the payload: JSON, its length, the magic. Byte for byte what the Python reference writes.
+std::string encode_footer(const Metadata& metadata);
+
+}  // namespace flashpack
