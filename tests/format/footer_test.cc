@@ -79,6 +79,7 @@ INSTANTIATE_TEST_SUITE_P(
         {"NaN", kV3, R"("align_bytes":16)", R"("align_bytes":NaN)", "the footer is not valid JSON"},
         {"Infinity", kV3, R"("align_bytes":16)", R"("align_bytes":Infinity)", "the footer is not valid JSON"},
         {"TooDeep", kV3, R"("align_bytes")", kDeep, "the footer is not valid JSON: too deep"},
+        {"NineDeep", kV3, "{", R"({"x":[[[[[[[[]]]]]]]],)", "the footer is not valid JSON: too deep"},
         {"NameIsNotUtf8", kV3, R"("w")", "\"\xff\"", "the footer is not valid JSON"},
         {"NameIsOverlongUtf8", kV3, R"("w")", "\"\xc0\x80\"", "the footer is not valid JSON"},
         {"NameIsUtf8Surrogate", kV3, R"("w")", "\"\xed\xa0\x80\"", "the footer is not valid JSON"},
@@ -243,6 +244,7 @@ INSTANTIATE_TEST_SUITE_P(
         {"SpaceAroundIt", kV3, "{", " \n{ ", ""},
         {"UnknownKeyInFooter", kV3, "{", R"({"checksums":{"algorithm":"crc32c","pieces":[1,2.5,null,true]},)", ""},
         {"UnknownKeyInRecord", kV3, R"("length":4)", R"("length":4,"crc32c":[4294967295])", ""},
+        {"EightDeep", kV3, "{", R"({"x":[[[[[[[]]]]]]],)", ""},
         {"KnownKeysInsideAnUnknownOne", kV3, "{", R"({"x":{"format":1,"index":[],"name":null},)", ""},
         {"UnknownKeyOfAnyNumber", kV3, "{", R"({"a":-1,"b":18446744073709551615,"c":1e300,)", ""},
         {"TorchAliasAsDType", kV3, "float32", "float", ""},
@@ -290,6 +292,16 @@ TEST(Footer, TwoNamesForOneRangeAreOneTensor) {
   const Metadata metadata = parse_footer(json, kPayloadBytes);
   ASSERT_EQ(metadata.records.size(), 3U);
   EXPECT_EQ(metadata.offset_bytes(metadata.records[2]), metadata.offset_bytes(metadata.records[0]));
+}
+
+TEST(Footer, WhatIsEmptyMayLieInsideWhatIsNot) {
+  std::string json(kV4);
+  const std::string_view block = R"({"dtype":"int8","offset_bytes":20,"length_bytes":0,"length_elems":0},)";
+  json.insert(json.find(R"({"dtype":"float32")"), block);
+  json.replace(json.find(R"("macroblock":1)"), 14, R"("macroblock":2)");
+  json.replace(json.find(R"("macroblock":0)"), 14, R"("macroblock":1)");
+  json.insert(json.size() - 2, R"(,{"name":"empty","shape":[0],"offset":2,"length":0,"macroblock":2})");
+  EXPECT_EQ(parse_footer(json, kPayloadBytes).records.size(), 3U);
 }
 
 TEST(Footer, OverlapIsFoundBehindAnAlias) {
