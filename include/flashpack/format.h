@@ -101,16 +101,17 @@ struct TensorSpec {
 
 /// The order tensors are written in, as indices into `tensors`: largest first, ties as given; or `name_order`, where
 /// names that do not exist are passed over and tensors that it does not list are left out.
-/// Throws: Error (kInvalidArgument) for a name that stands twice.
+/// Throws: Error (kInvalidArgument) for a name that stands twice and for shapes that make_layout() refuses.
 std::vector<std::size_t> file_order(std::span<const TensorSpec> tensors,
                                     std::optional<std::span<const std::string>> name_order = std::nullopt);
 
 /// Places `tensors`, in the order given, one macroblock per dtype in order of first appearance.
 /// Throws: Error (kInvalidArgument): "No tensors to pack", "Nothing to pack after alignment", names twice, names that
-/// are not UTF-8, sizes past 2^63.
+/// are not UTF-8, negative dims, more than 64 dims, sizes past 2^63.
 Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_bytes);
 
 /// The bytes after the payload: JSON, its length, the magic. Byte for byte what the Python reference writes.
+/// `metadata` is one that make_layout(), read_metadata() or parse_footer() returned.
 std::string encode_footer(const Metadata& metadata);
 
 }  // namespace flashpack
