@@ -19,9 +19,27 @@
 namespace flashpack {
 
 enum class DType : std::uint8_t {
-  kBool, kInt8, kUInt8, kInt16, kUInt16, kInt32, kUInt32, kInt64, kUInt64,
-  kFloat16, kBFloat16, kFloat32, kFloat64, kComplex32, kComplex64, kComplex128,
-  kFloat8E4M3FN, kFloat8E4M3FNUZ, kFloat8E5M2, kFloat8E5M2FNUZ, kFloat8E8M0FNU,
+  kBool,
+  kInt8,
+  kUInt8,
+  kInt16,
+  kUInt16,
+  kInt32,
+  kUInt32,
+  kInt64,
+  kUInt64,
+  kFloat16,
+  kBFloat16,
+  kFloat32,
+  kFloat64,
+  kComplex32,
+  kComplex64,
+  kComplex128,
+  kFloat8E4M3FN,
+  kFloat8E4M3FNUZ,
+  kFloat8E5M2,
+  kFloat8E5M2FNUZ,
+  kFloat8E8M0FNU,
 };
 
 std::uint32_t element_bytes(DType dtype) noexcept;
@@ -48,8 +66,8 @@ struct TensorRecord {
 
 /// All of a file but its payload. From read_metadata() it is valid: every range lies in the payload, nothing overlaps.
 struct Metadata {
-  std::uint32_t version = 3;        ///< 3: one dtype. 4: several.
-  std::uint64_t align_bytes = 0;    ///< 0: dense.
+  std::uint32_t version = 3;      ///< 3: one dtype. 4: several.
+  std::uint64_t align_bytes = 0;  ///< 0: dense.
   std::uint64_t total_elems = 0;
   std::uint64_t payload_bytes = 0;  ///< Length of the payload; the footer begins there.
   std::vector<Macroblock> macroblocks;
