@@ -19,6 +19,7 @@ class Category final : public std::error_category {
       case Errc::kCancelled: return "cancelled";
       case Errc::kDeadlineExceeded: return "deadline exceeded";
       case Errc::kUnusable: return "engine unusable";
+      case Errc::kMismatch: return "the file does not fit the module";
     }
     return "unknown error";
   }
