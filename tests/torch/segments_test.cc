@@ -5,8 +5,6 @@
 #include <numeric>
 #include <vector>
 
-#include "flashpack/name_filter.h"
-
 namespace flashpack {
 namespace {
 
@@ -79,17 +77,6 @@ TEST(HostRegion, MemoryThatCannotBeHadIsAnErrorOfTheSystem) {
   } catch (const Error& error) {
     EXPECT_EQ(error.code(), std::errc::not_enough_memory);
   }
-}
-
-TEST(NameFilter, MatchesWholeNamesPrefixesAndSuffixesAndByDefaultNothing) {
-  const NameFilter filter{.names = {"a.b"}, .prefixes = {"head."}, .suffixes = {".bias"}};
-  EXPECT_TRUE(filter.matches("a.b"));
-  EXPECT_TRUE(filter.matches("head.weight"));
-  EXPECT_TRUE(filter.matches("x.bias"));
-  EXPECT_FALSE(filter.matches("a.b.c"));
-  EXPECT_FALSE(filter.matches("my.head.weight"));
-  EXPECT_FALSE(filter.matches("x.bias.y"));
-  EXPECT_FALSE(NameFilter{}.matches(""));
 }
 
 }  // namespace

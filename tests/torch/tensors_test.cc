@@ -1,20 +1,18 @@
+#include "torch_binding/tensors.h"
+
 #include <c10/core/InferenceMode.h>
-#include <sys/stat.h>
 
 #include "flashpack/format.h"
-#include "tests/format/golden_files.h"
 #include "tests/torch/torch_fixture.h"
-#include "torch_binding/tensors.h"
 
 namespace flashpack {
 namespace {
 
 using test::error_of;
-using test::file_content;
 using test::same_bytes;
 using test::TorchTest;
 
-constexpr std::int64_t kMiB = std::int64_t{1} << 20;
+constexpr std::int64_t kMi = std::int64_t{1} << 20;
 
 // Any bit pattern, NaNs and all; bools are 0 or 1.
 at::Tensor random_bits(at::ScalarType type, std::int64_t numel) {
@@ -46,118 +44,6 @@ std::vector<DType> every_dtype() {
 
 INSTANTIATE_TEST_SUITE_P(All, EveryDType, ::testing::ValuesIn(every_dtype()),
                          [](const auto& each) { return std::string(dtype_name(each.param)); });
-
-class Golden : public TorchTest, public ::testing::WithParamInterface<test::GoldenFile> {};
-
-TEST_P(Golden, IsWrittenAgainByteForByteFromItsTensors) {
-  const auto loaded = read_tensors(engine_, GetParam().path());
-  PackOptions options{.align_bytes = GetParam().align_bytes};
-  options.name_order.emplace();
-  for (const auto& [name, tensor] : loaded.tensors) options.name_order->push_back(name);
-  pack(loaded.tensors, options);
-  EXPECT_EQ(file_content(file()), file_content(GetParam().path()));
-}
-
-INSTANTIATE_TEST_SUITE_P(All, Golden, ::testing::ValuesIn(test::golden_files()),
-                         [](const auto& each) { return each.param.name; });
-
-class Pack : public TorchTest {};
-
-TEST_F(Pack, ZeroDimAndEmptyTensorsKeepTheirShapes) {
-  pack({{"scale", at::scalar_tensor(2.5)}, {"none", at::empty({0, 3})}, {"w", at::ones({2})}});
-  EXPECT_TRUE(same_bytes(read_one("scale"), at::scalar_tensor(2.5)));
-  EXPECT_EQ(read_one("none").sizes(), at::IntArrayRef({0, 3}));
-}
-
-TEST_F(Pack, WritesTheValuesOfConjugatedNegatedExpandedAndGradRequiringTensors) {
-  const at::Tensor complex = at::randn({4}, at::kComplexFloat);
-  const StateDict tensors = {{"conj", complex.conj()},
-                             {"neg", at::imag(complex.conj())},
-                             {"expanded", at::ones({1, 3}).expand({5, 3})},
-                             {"every_other", at::arange(10).slice(0, 0, 10, 2)},
-                             {"leaf", at::randn({3}).requires_grad_()},
-                             {"channels_last", at::randn({2, 3, 4, 5}).contiguous(at::MemoryFormat::ChannelsLast)}};
-  ASSERT_TRUE(tensors[0].second.is_conj());
-  ASSERT_TRUE(tensors[1].second.is_neg());
-  pack(tensors);
-  for (const auto& [name, tensor] : tensors) EXPECT_TRUE(same_bytes(read_one(name), tensor)) << name;
-}
-
-TEST_F(Pack, PutsTheLargestFirstAndFollowsNameOrderWhenThereIsOne) {
-  const StateDict tensors = {{"small", at::ones({1})}, {"large", at::ones({9})}, {"medium", at::ones({4})}};
-  pack(tensors);
-  EXPECT_EQ(read_tensors(engine_, file()).tensors[0].first, "large");
-  pack(tensors, {.name_order = std::vector<std::string>{"medium", "absent", "small"}});
-  const auto loaded = read_tensors(engine_, file());
-  ASSERT_EQ(loaded.tensors.size(), 2U);
-  EXPECT_EQ(loaded.tensors[0].first, "medium");
-  EXPECT_EQ(loaded.tensors[1].first, "small");
-}
-
-TEST_F(Pack, TargetDTypeCastsEveryTensorAsTorchDoes) {
-  const at::Tensor ids = at::tensor({1, 2, 70001}, at::kLong);
-  const at::Tensor weight = at::randn({4, 4});
-  pack({{"ids", ids}, {"weight", weight.t()}}, {.target_dtype = at::kHalf});
-  EXPECT_TRUE(same_bytes(read_one("ids"), ids.to(at::kHalf)));
-  EXPECT_TRUE(same_bytes(read_one("weight"), weight.t().to(at::kHalf)));
-}
-
-TEST_F(Pack, ConvertsTensorsLargerThanAGroupSliceBySlice) {
-  const at::Tensor flat = at::arange(9 * kMiB, at::kInt);
-  const at::Tensor wide = flat.view({3, 3 * kMiB}).t();
-  const at::Tensor one_row = flat.view({1, 9 * kMiB});
-  pack({{"flat", flat}, {"wide", wide}, {"one_row", one_row}}, {.target_dtype = at::kDouble});
-  EXPECT_TRUE(same_bytes(read_one("flat"), flat.to(at::kDouble)));
-  EXPECT_TRUE(same_bytes(read_one("wide"), wide.to(at::kDouble)));
-  EXPECT_TRUE(same_bytes(read_one("one_row"), one_row.to(at::kDouble)));
-}
-
-TEST_F(Pack, CountsThePayloadItWrote) {
-  const auto stats = pack_to_file(engine_, {{"a", at::ones({1000})}, {"b", at::ones({24}).to(at::kDouble)}}, file());
-  EXPECT_EQ(stats.requested_bytes, 4000U + 192U);
-  EXPECT_GT(stats.seconds, 0);
-  EXPECT_NE(stats.backend, Backend::kAuto);
-}
-
-TEST_F(Pack, RefusesWhatTheFormatCannotHoldNamingTheTensorAndKeepsTheOldFile) {
-  pack({{"old", at::ones({3})}});
-  const std::string before = file_content(file());
-  const at::Tensor quantised = at::quantize_per_tensor(at::ones({2}), 0.1, 0, at::kQInt8);
-  const StateDict bad = {{"a", at::Tensor()},
-                         {"b", at::ones({2, 2}).to_sparse()},
-                         {"c", at::empty({2}, at::TensorOptions(at::kMeta))},
-                         {"d", quantised},
-                         {"e", at::empty({2}, at::kBits8)}};
-  for (const auto& each : bad) {
-    const Error error = error_of([&] { pack({{"fine", at::ones({1})}, each}); });
-    EXPECT_EQ(error.code(), Errc::kInvalidArgument);
-    EXPECT_EQ(error.path(), file());
-    EXPECT_MENTIONS(error, "'" + each.first + "'");
-    EXPECT_MENTIONS(error, file().string());
-  }
-  EXPECT_MENTIONS(error_of([&] { pack({}); }), "No tensors to pack");
-  EXPECT_MENTIONS(error_of([&] { pack({{"x", at::empty({0})}}); }), "Nothing to pack");
-  EXPECT_MENTIONS(error_of([&] { pack({{"x", at::ones({1})}}, {.target_dtype = at::kQInt8}); }), "Unsupported dtype");
-  EXPECT_EQ(error_of([&] { pack({{"x", at::ones({1})}, {"x", at::ones({2})}}); }).code(), Errc::kInvalidArgument);
-  EXPECT_EQ(file_content(file()), before);
-}
-
-TEST_F(Pack, DestinationsThatCannotBeWrittenAreErrorsOfTheSystemWithThePath) {
-  const StateDict tensors = {{"x", at::ones({3})}};
-  const auto missing = directory_ / "absent" / "x.flashpack";
-  Error error = error_of([&] { pack_to_file(engine_, tensors, missing); });
-  EXPECT_EQ(error.code(), std::errc::no_such_file_or_directory);
-  EXPECT_MENTIONS(error, missing.string());
-
-  error = error_of([&] { pack_to_file(engine_, tensors, directory_); });
-  EXPECT_MENTIONS(error, directory_.string());
-
-  const std::filesystem::path read_only = "/sys/kernel/x.flashpack";  // Refused to root, too.
-  error = error_of([&] { pack_to_file(engine_, tensors, read_only); });
-  EXPECT_EQ(error.code().category(), std::generic_category());
-  EXPECT_MENTIONS(error, read_only.string());
-  EXPECT_TRUE(std::filesystem::is_empty(directory_));
-}
 
 class Read : public TorchTest {};
 
@@ -196,7 +82,7 @@ TEST_F(Read, TensorsAreOrdinaryOnesEvenInInferenceMode) {
 }
 
 TEST_F(Read, LiesAtTheFileOffsetsPhaseSoThatItIsReadInPlace) {
-  pack({{"large", at::ones({3 * kMiB})}, {"odd", at::ones({1001}, at::kByte)}, {"tail", at::ones({77})}});
+  pack({{"large", at::ones({3 * kMi})}, {"odd", at::ones({1001}, at::kByte)}, {"tail", at::ones({77})}});
   const Metadata metadata = read_metadata(file());
   for (const auto& record : metadata.records) {
     const auto address = reinterpret_cast<std::uintptr_t>(read_one(record.name).const_data_ptr());
@@ -206,7 +92,7 @@ TEST_F(Read, LiesAtTheFileOffsetsPhaseSoThatItIsReadInPlace) {
 
 TEST_F(Read, FiltersChooseByNameAndWhatIsFarFromAnyChosenTensorIsNotRead) {
   const at::Tensor last = at::randn({8});
-  pack({{"a.weight", at::ones({kMiB})}, {"b.weight", at::ones({kMiB})}, {"c.bias", last}},
+  pack({{"a.weight", at::ones({kMi})}, {"b.weight", at::ones({kMi})}, {"c.bias", last}},
        {.name_order = std::vector<std::string>{"a.weight", "b.weight", "c.bias"}});
   auto loaded = read_tensors(engine_, file(), {.ignore = {.suffixes = {".weight"}}});
   ASSERT_EQ(loaded.tensors.size(), 1U);
@@ -217,18 +103,18 @@ TEST_F(Read, FiltersChooseByNameAndWhatIsFarFromAnyChosenTensorIsNotRead) {
       read_tensors(engine_, file(), {.only = NameFilter{.prefixes = {"a.", "c."}}, .ignore = {.names = {"c.bias"}}});
   ASSERT_EQ(loaded.tensors.size(), 1U);
   EXPECT_EQ(loaded.tensors[0].first, "a.weight");
-  EXPECT_EQ(loaded.stats.requested_bytes, 4U * kMiB);
+  EXPECT_EQ(loaded.stats.requested_bytes, 4U * kMi);
 
   EXPECT_TRUE(read_tensors(engine_, file(), {.only = NameFilter{}}).tensors.empty());
 }
 
 TEST_F(Read, EveryCachePolicyGivesTheSameBytes) {
-  const at::Tensor saved = at::randn({3 * kMiB});
+  const at::Tensor saved = at::randn({3 * kMi});
   pack({{"x", saved}});
   for (const CachePolicy cache : {CachePolicy::kAuto, CachePolicy::kDirect, CachePolicy::kBuffered}) {
     const auto loaded = read_tensors(engine_, file(), {.cache = cache});
     EXPECT_TRUE(same_bytes(loaded.tensors[0].second, saved));
-    EXPECT_EQ(loaded.stats.requested_bytes, 12U * kMiB);
+    EXPECT_EQ(loaded.stats.requested_bytes, 12U * kMi);
   }
 }
 

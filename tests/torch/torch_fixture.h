@@ -28,6 +28,12 @@ inline std::string file_content(const std::filesystem::path& path) {
   return {std::istreambuf_iterator<char>(in), {}};
 }
 
+inline std::vector<std::string> names_of(const StateDict& tensors) {
+  std::vector<std::string> names;
+  for (const auto& each : tensors) names.push_back(each.first);
+  return names;
+}
+
 /// The Error that `action` throws; a default one and a failure when it does not.
 inline Error error_of(const std::function<void()>& action) {
   try {

@@ -1,58 +1,20 @@
 #include <c10/core/InferenceMode.h>
 #include <sys/resource.h>
-#include <torch/nn/modules/batchnorm.h>
-#include <torch/nn/modules/embedding.h>
-#include <torch/nn/modules/linear.h>
 
 #include "flashpack/format.h"
-#include "flashpack/mixin.h"
+#include "tests/torch/modules.h"
 #include "tests/torch/torch_fixture.h"
 
 namespace flashpack {
 namespace {
 
+using test::DecoderImpl;
 using test::error_of;
-using test::file_content;
+using test::names_of;
+using test::NetImpl;
 using test::same_bytes;
+using test::TiedImpl;
 using test::TorchTest;
-
-struct BlockImpl : ::torch::nn::Module {
-  explicit BlockImpl(int width) {
-    linear = register_module("linear", ::torch::nn::Linear(width, width));
-    norm = register_module("norm", ::torch::nn::BatchNorm1d(width));
-  }
-  ::torch::nn::Linear linear{nullptr};
-  ::torch::nn::BatchNorm1d norm{nullptr};
-};
-
-// Parameters and buffers of its own, nested children, a zero-dim buffer (num_batches_tracked).
-struct NetImpl : ::torch::nn::Module, FlashPackMixin<NetImpl> {
-  explicit NetImpl(int width = 4) {
-    block = register_module("block", std::make_shared<BlockImpl>(width));
-    head = register_module("head", ::torch::nn::Linear(::torch::nn::LinearOptions(width, 2).bias(false)));
-    scale = register_parameter("scale", at::randn({}));
-    steps = register_buffer("steps", at::arange(3));
-  }
-  std::shared_ptr<BlockImpl> block;
-  ::torch::nn::Linear head{nullptr};
-  at::Tensor scale;
-  at::Tensor steps;
-};
-
-struct DecoderImpl : ::torch::nn::Module {
-  explicit DecoderImpl(const at::Tensor& shared) : weight(register_parameter("weight", shared)) {}
-  at::Tensor weight;
-};
-
-// decoder.weight is embedding.weight.
-struct TiedImpl : ::torch::nn::Module {
-  TiedImpl() {
-    embedding = register_module("embedding", ::torch::nn::Embedding(5, 3));
-    decoder = register_module("decoder", std::make_shared<DecoderImpl>(embedding->weight));
-  }
-  ::torch::nn::Embedding embedding{nullptr};
-  std::shared_ptr<DecoderImpl> decoder;
-};
 
 // What must not change when an assignment fails.
 struct Snapshot {
@@ -107,27 +69,6 @@ class Assign : public TorchTest {
     return tensors;
   }
 };
-
-std::vector<std::string> names_of(const StateDict& tensors) {
-  std::vector<std::string> names;
-  for (const auto& each : tensors) names.push_back(each.first);
-  return names;
-}
-
-TEST_F(Assign, StateDictListsOwnParametersThenOwnBuffersThenChildren) {
-  const std::vector<std::string> expected = {"scale",
-                                             "steps",
-                                             "block.linear.weight",
-                                             "block.linear.bias",
-                                             "block.norm.weight",
-                                             "block.norm.bias",
-                                             "block.norm.running_mean",
-                                             "block.norm.running_var",
-                                             "block.norm.num_batches_tracked",
-                                             "head.weight"};
-  EXPECT_EQ(names_of(state_dict(NetImpl())), expected);
-  EXPECT_EQ(names_of(state_dict(TiedImpl())), (std::vector<std::string>{"embedding.weight", "decoder.weight"}));
-}
 
 TEST_F(Assign, EveryTensorOfTheModuleGetsTheFilesBytesAndStaysTheSameObject) {
   const NetImpl saved;
