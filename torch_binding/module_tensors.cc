@@ -9,11 +9,10 @@ namespace flashpack {
 namespace {
 
 void append(const ::torch::nn::Module& module, const std::string& prefix, std::vector<ModuleTensor>& out) {
-  for (const auto& item : module.named_parameters(/*recurse=*/false))
-    out.push_back({prefix + item.key(), item.value(), true});
-  for (const auto& item : module.named_buffers(/*recurse=*/false)) {
-    if (item.value().defined()) out.push_back({prefix + item.key(), item.value(), false});
-  }
+  for (const auto& each : module.named_parameters(/*recurse=*/false))
+    out.push_back({prefix + each.key(), each.value(), true});
+  for (const auto& each : module.named_buffers(/*recurse=*/false))
+    out.push_back({prefix + each.key(), each.value(), false});
   for (const auto& child : module.named_children()) {
     if (child.value()) append(*child.value(), prefix + child.key() + ".", out);
   }

@@ -1,5 +1,4 @@
 #include <c10/core/InferenceMode.h>
-#include <sys/resource.h>
 
 #include "flashpack/format.h"
 #include "tests/torch/modules.h"
@@ -209,6 +208,14 @@ TEST_F(Assign, TiedParametersAreLoadedOnceAndStayTied) {
   }
 }
 
+TEST_F(Assign, ATiedParameterTakesTheFirstOfItsNamesThatTheFileHas) {
+  const at::Tensor weight = at::randn({5, 3});
+  pack({{"decoder.weight", at::zeros({5, 3})}, {"embedding.weight", weight}});
+  TiedImpl tied;
+  assign_from_file(engine_, tied, file());
+  EXPECT_TRUE(same_bytes(tied.decoder->weight, weight));
+}
+
 TEST_F(Assign, ATiedParameterIsWrittenUnderEachOfItsNames) {
   pack_to_file(engine_, TiedImpl(), file());
   EXPECT_EQ(read_tensors(engine_, file()).tensors.size(), 2U);
@@ -223,15 +230,25 @@ TEST_F(Assign, AModuleThatIsNotInCpuMemoryIsRefused) {
   EXPECT_MENTIONS(error, "only dense tensors in CPU memory");
 }
 
-TEST_F(Assign, AModuleMadeInInferenceModeCanBeAssignedAndRun) {
+TEST_F(Assign, AModuleKeepsToTheModeItWasMadeIn) {
   const NetImpl saved;
   pack_to_file(engine_, saved, file());
-  const c10::InferenceMode mode;
+  {
+    const auto net = [] {
+      const c10::InferenceMode mode;
+      return std::make_shared<NetImpl>();
+    }();
+    assign_from_file(engine_, *net, file());
+    EXPECT_TRUE(net->scale.is_inference());
+    EXPECT_TRUE(same_bytes(net->scale, saved.scale));
+  }
   NetImpl net;
-  assign_from_file(engine_, net, file());
-  EXPECT_TRUE(net.scale.is_inference());
-  EXPECT_TRUE(same_bytes(net.scale, saved.scale));
-  net.steps.add_(1);
+  {
+    const c10::InferenceMode mode;
+    assign_from_file(engine_, net, file());
+  }
+  EXPECT_FALSE(net.scale.is_inference());
+  net.scale.mul(2).backward();
 }
 
 TEST_F(Assign, AFileThatCannotBeReadLeavesTheModuleAsItWas) {
@@ -250,19 +267,13 @@ TEST_F(Assign, MemoryThatRunsOutAfterTheChecksLeavesTheModuleAsItWas) {
   ::torch::nn::Linear net(::torch::nn::LinearOptions(4096, 8192).bias(false));
   pack_to_file(engine_, *net, file());
   const Snapshot before(*net);
-  std::uint64_t pages = 0;
-  std::ifstream("/proc/self/statm") >> pages;
-  rlimit old{};
-  getrlimit(RLIMIT_AS, &old);
-  const rlimit tight{pages * 4096 + (std::uint64_t{32} << 20), old.rlim_max};
-  setrlimit(RLIMIT_AS, &tight);
   std::error_code code;
   try {
+    const test::AddressSpaceLimit limit(std::uint64_t{32} << 20);
     assign_from_file(engine_, *net, file());
   } catch (const Error& error) {
     code = error.code();
   }
-  setrlimit(RLIMIT_AS, &old);
   EXPECT_EQ(code, std::errc::not_enough_memory);
   before.expect_unchanged(*net);
 }

@@ -34,7 +34,8 @@ TEST_F(Pack, ZeroDimAndEmptyTensorsKeepTheirShapes) {
 TEST_F(Pack, WritesTheValuesOfConjugatedNegatedExpandedAndGradRequiringTensors) {
   const at::Tensor complex = at::randn({4}, at::kComplexFloat);
   const StateDict tensors = {{"conj", complex.conj()},
-                             {"neg", at::imag(complex.conj())},
+                             {"neg", at::_neg_view(at::randn({4}))},
+                             {"imag", at::imag(complex.conj())},
                              {"expanded", at::ones({1, 3}).expand({5, 3})},
                              {"every_other", at::arange(10).slice(0, 0, 10, 2)},
                              {"leaf", at::randn({3}).requires_grad_()},
@@ -75,6 +76,12 @@ TEST_F(Pack, ConvertsTensorsLargerThanAGroupSliceBySlice) {
   EXPECT_TRUE(same_bytes(read_one("one_row"), one_row.to(at::kDouble)));
 }
 
+TEST_F(Pack, ConvertingALargeTensorTakesLittleMemory) {
+  const at::Tensor wide = at::ones({2, 1 << 25}).t();  // 256 MiB
+  const test::AddressSpaceLimit limit(std::uint64_t{200} << 20);
+  EXPECT_NO_THROW(pack({{"wide", wide}}));
+}
+
 TEST_F(Pack, CountsThePayloadItWrote) {
   const auto stats = pack_to_file(engine_, {{"a", at::ones({1000})}, {"b", at::ones({24}).to(at::kDouble)}}, file());
   EXPECT_EQ(stats.requested_bytes, 4000U + 192U);
@@ -86,16 +93,17 @@ TEST_F(Pack, RefusesWhatTheFormatCannotHoldNamingTheTensorAndKeepsTheOldFile) {
   pack({{"old", at::ones({3})}});
   const std::string before = file_content(file());
   const at::Tensor quantised = at::quantize_per_tensor(at::ones({2}), 0.1, 0, at::kQInt8);
-  const StateDict bad = {{"a", at::Tensor()},
-                         {"b", at::ones({2, 2}).to_sparse()},
-                         {"c", at::empty({2}, at::TensorOptions(at::kMeta))},
-                         {"d", quantised},
-                         {"e", at::empty({2}, at::kBits8)}};
-  for (const auto& each : bad) {
-    const Error error = error_of([&] { pack({{"fine", at::ones({1})}, each}); });
+  const StateDict bad = {{"undefined", at::Tensor()},
+                         {"not dense", at::ones({2, 2}).to_sparse()},
+                         {"meta", at::empty({2}, at::TensorOptions(at::kMeta))},
+                         {"quantised", quantised},
+                         {"Unsupported dtype", at::empty({2}, at::kBits8)}};
+  for (const auto& [cause, tensor] : bad) {
+    const Error error = error_of([&] { pack({{"fine", at::ones({1})}, {"bad", tensor}}); });
     EXPECT_EQ(error.code(), Errc::kInvalidArgument);
     EXPECT_EQ(error.path(), file());
-    EXPECT_MENTIONS(error, "'" + each.first + "'");
+    EXPECT_MENTIONS(error, "tensor 'bad'");
+    EXPECT_MENTIONS(error, cause);
     EXPECT_MENTIONS(error, file().string());
   }
   EXPECT_MENTIONS(error_of([&] { pack({}); }), "No tensors to pack");

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <fstream>
 #include <numeric>
 #include <vector>
 
@@ -68,6 +69,19 @@ TEST(HostRegion, DataAgreesWithTheFileOffsetModuloAPageOrAHugePage) {
       region.data()[size - 1] = std::byte{2};
     }
   }
+}
+
+TEST(HostRegion, GivesItsMemoryBack) {
+  const auto mapped_pages = [] {
+    std::uint64_t pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    return pages;
+  };
+  const std::uint64_t before = mapped_pages();
+  {
+    const HostRegion region(1024 * kMiB, 0);
+  }
+  EXPECT_LT(mapped_pages(), before + 1024 * kMiB / 4096);
 }
 
 TEST(HostRegion, MemoryThatCannotBeHadIsAnErrorOfTheSystem) {

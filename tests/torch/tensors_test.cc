@@ -36,6 +36,12 @@ TEST_P(EveryDType, IsWrittenContiguousWhateverItsStrides) {
   EXPECT_TRUE(same_bytes(read_one("x"), tensor.contiguous()));
 }
 
+TEST_P(EveryDType, IsTheOneThatTorchCallsByThatName) {
+  EXPECT_EQ(c10::getDtypeNames(scalar_type(GetParam())).first, dtype_name(GetParam()));
+  EXPECT_EQ(c10::elementSize(scalar_type(GetParam())), element_bytes(GetParam()));
+  EXPECT_EQ(format_dtype(scalar_type(GetParam())), GetParam());
+}
+
 std::vector<DType> every_dtype() {
   std::vector<DType> all;
   for (int i = 0; i <= static_cast<int>(DType::kFloat8E8M0FNU); ++i) all.push_back(static_cast<DType>(i));

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <cstring>
 #include <filesystem>
@@ -47,6 +48,22 @@ inline Error error_of(const std::function<void()>& action) {
 
 #define EXPECT_MENTIONS(error, text) \
   EXPECT_NE(std::string((error).what()).find(text), std::string::npos) << (error).what()
+
+/// While it lives, the process can map at most `more_bytes` beyond what it has now.
+class AddressSpaceLimit {
+ public:
+  explicit AddressSpaceLimit(std::uint64_t more_bytes) {
+    std::uint64_t pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    getrlimit(RLIMIT_AS, &old_);
+    const rlimit tight{pages * 4096 + more_bytes, old_.rlim_max};
+    setrlimit(RLIMIT_AS, &tight);
+  }
+  ~AddressSpaceLimit() { setrlimit(RLIMIT_AS, &old_); }
+
+ private:
+  rlimit old_{};
+};
 
 class TorchTest : public ::testing::Test {
  protected:
