@@ -35,12 +35,14 @@ struct MiniLmImpl : torch::nn::Module, flashpack::FlashPackMixin<MiniLmImpl> {
 
 void report(const char* what, const flashpack::LoadedTensors& loaded) {
   const flashpack::TransferStats& stats = loaded.stats;
-  const double gigabytes = static_cast<double>(stats.requested_bytes) / 1e9;
-  std::printf(
-      "  %-16s %zu tensors, %.1f MB in %.1f ms: %.2f GB/s (%.0f %% direct, by %s)\n", what, loaded.tensors.size(),
-      gigabytes * 1e3, stats.seconds * 1e3, gigabytes / stats.seconds,
-      100.0 * static_cast<double>(stats.direct_bytes) / static_cast<double>(stats.direct_bytes + stats.buffered_bytes),
-      stats.backend == flashpack::Backend::kIoUring ? "io_uring" : "worker threads");
+  const bool ring = stats.backend == flashpack::Backend::kIoUring;
+  const double megabytes = static_cast<double>(stats.requested_bytes) / 1e6;
+  const double direct = static_cast<double>(stats.direct_bytes);
+  std::printf("  %-15s %zu tensors, %.1f MB in %.1f ms, %.2f GB/s; %.0f %% past the page cache (%s)\n", what,
+              loaded.tensors.size(), megabytes, stats.seconds * 1e3, megabytes / 1e3 / stats.seconds,
+              100 * direct / (direct + static_cast<double>(stats.buffered_bytes)),
+              ring ? "io_uring" : "worker threads");
+  if (!stats.fallback_reason.empty()) std::printf("  %-15s %s\n", "", stats.fallback_reason.c_str());
 }
 
 void run(const char* path) {
@@ -49,13 +51,12 @@ void run(const char* path) {
   report("from the disk", read_tensors(engine, path, {.cache = flashpack::CachePolicy::kDirect}));
   read_tensors(engine, path, {.cache = flashpack::CachePolicy::kBuffered});
   report("from the cache", read_tensors(engine, path));
-  if (!engine.fallback_reason().empty()) std::printf("  not io_uring: %s\n", engine.fallback_reason().c_str());
 
   const c10::InferenceMode inference;
   const auto model = MiniLmImpl::from_flashpack(
       engine, path, {.strict_buffers = true, .ignore = {.prefixes = {"encoder.", "pooler."}}});
   const at::Tensor hidden = model->embeddings->forward(at::arange(2000, 2008).unsqueeze(0));
-  std::printf("  embeddings       assigned; of 8 tokens: [%lld, %lld, %lld], norm of the first %.3f\n",
+  std::printf("  %-15s assigned; of 8 tokens: [%lld, %lld, %lld], norm of the first %.3f\n", "embeddings",
               static_cast<long long>(hidden.size(0)), static_cast<long long>(hidden.size(1)),
               static_cast<long long>(hidden.size(2)), hidden[0][0].norm().item<double>());
 }

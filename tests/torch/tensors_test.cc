@@ -94,6 +94,8 @@ TEST_F(Read, LiesAtTheFileOffsetsPhaseSoThatItIsReadInPlace) {
     const auto address = reinterpret_cast<std::uintptr_t>(read_one(record.name).const_data_ptr());
     EXPECT_EQ(address % 4096, metadata.offset_bytes(record) % 4096) << record.name;
   }
+  const TransferStats stats = read_tensors(engine_, file(), {.cache = CachePolicy::kDirect}).stats;
+  EXPECT_LE(stats.staged_bytes, 3 * 4096U) << "more than the ends went through a copy";
 }
 
 TEST_F(Read, FiltersChooseByNameAndWhatIsFarFromAnyChosenTensorIsNotRead) {
