@@ -90,7 +90,9 @@ class TensorWriter {
     if (size_bytes > kGroupBytes) return add_sliced(tensor, type, offset_bytes, size_bytes);
     if (filling_.copied_bytes + size_bytes > kGroupBytes) start_group();
     filling_.copied_bytes += size_bytes;
-    push(tensor.to(at::TensorOptions(at::kCPU).dtype(type)).resolve_conj().resolve_neg().contiguous(), offset_bytes);
+    const at::Tensor cast = tensor.to(at::TensorOptions(at::kCPU).dtype(type), /*non_blocking=*/false, /*copy=*/false,
+                                      at::MemoryFormat::Contiguous);
+    push(cast.resolve_conj().resolve_neg().contiguous(), offset_bytes);
   }
 
   void add_sliced(const at::Tensor& tensor, at::ScalarType type, std::uint64_t offset_bytes, std::uint64_t size_bytes) {

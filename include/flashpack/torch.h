@@ -5,7 +5,9 @@
 ///   flashpack::assign_from_file(engine, *model, "model.flashpack");
 ///
 /// Everything here blocks, and throws Error; what torch itself refuses (memory, mostly) is a c10::Error. Whatever is
-/// thrown, the module and the file at the destination are what they were.
+/// thrown, the module and the file at the destination are what they were, unless the error says otherwise.
+///
+/// Thread safety: any thread may call, with one engine or several; a module or tensor belongs to one call at a time.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -98,7 +100,7 @@ struct AssignReport {
 /// Names, shapes and dtypes are checked from the footer before any payload is read; then one load into new memory; then
 /// every tensor changes its data as by `tensor.set_data(...)`. The module's tensors stay the same objects, so ties,
 /// optimizers, hooks and `requires_grad` stay too. Tensors tied in the module are read once, from the first of their
-/// names that the file has. Nothing else may use the module meanwhile.
+/// names that the file has.
 /// Throws: Error; kMismatch when file and module do not fit, naming the tensor.
 AssignReport assign_from_file(Engine& engine, ::torch::nn::Module& module, const std::filesystem::path& path,
                               const AssignOptions& options = {});
