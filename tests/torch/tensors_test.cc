@@ -21,35 +21,49 @@ at::Tensor random_bits(at::ScalarType type, std::int64_t numel) {
   return at::randint(0, 256, {numel * size}, at::kByte).view(type);
 }
 
-class EveryDType : public TorchTest, public ::testing::WithParamInterface<DType> {};
+class DTypes : public TorchTest {
+ protected:
+  // Calls `check` with each of the format's types; a failure in it names the type.
+  static void for_each(const std::function<void(DType, at::ScalarType)>& check) {
+    for (int i = 0; i <= static_cast<int>(DType::kFloat8E8M0FNU); ++i) {
+      const auto dtype = static_cast<DType>(i);
+      SCOPED_TRACE(dtype_name(dtype));
+      check(dtype, scalar_type(dtype));
+    }
+  }
+};
 
-TEST_P(EveryDType, ComesBackBitEqualWithItsShape) {
-  const at::Tensor tensor = random_bits(scalar_type(GetParam()), 3 * 5 * 7).view({3, 5, 7});
-  pack({{"x", tensor}});
-  EXPECT_TRUE(same_bytes(read_one("x"), tensor));
-  EXPECT_EQ(read_metadata(file()).macroblocks[0].dtype, GetParam());
+TEST_F(DTypes, AreThoseThatTorchCallsByTheSameNames) {
+  for_each([](DType dtype, at::ScalarType type) {
+    EXPECT_EQ(c10::getDtypeNames(type).first, dtype_name(dtype));
+    EXPECT_EQ(c10::elementSize(type), element_bytes(dtype));
+    EXPECT_EQ(format_dtype(type), dtype);
+  });
 }
 
-TEST_P(EveryDType, IsWrittenContiguousWhateverItsStrides) {
-  const at::Tensor tensor = random_bits(scalar_type(GetParam()), 6 * 4).view({6, 4}).t();
-  pack({{"x", tensor}});
-  EXPECT_TRUE(same_bytes(read_one("x"), tensor.contiguous()));
+TEST_F(DTypes, ComeBackBitEqualWithTheirShape) {
+  for_each([&](DType dtype, at::ScalarType type) {
+    const at::Tensor tensor = random_bits(type, 3 * 5 * 7).view({3, 5, 7});
+    pack({{"x", tensor}});
+    EXPECT_TRUE(same_bytes(read_one("x"), tensor));
+    EXPECT_EQ(read_metadata(file()).macroblocks[0].dtype, dtype);
+  });
 }
 
-TEST_P(EveryDType, IsTheOneThatTorchCallsByThatName) {
-  EXPECT_EQ(c10::getDtypeNames(scalar_type(GetParam())).first, dtype_name(GetParam()));
-  EXPECT_EQ(c10::elementSize(scalar_type(GetParam())), element_bytes(GetParam()));
-  EXPECT_EQ(format_dtype(scalar_type(GetParam())), GetParam());
+TEST_F(DTypes, AreWrittenContiguousWhateverTheStrides) {
+  for_each([&](DType, at::ScalarType type) {
+    const at::Tensor tensor = random_bits(type, 6 * 4).view({6, 4}).t();
+    pack({{"x", tensor}});
+    EXPECT_TRUE(same_bytes(read_one("x"), tensor.contiguous()));
+  });
 }
 
-std::vector<DType> every_dtype() {
-  std::vector<DType> all;
-  for (int i = 0; i <= static_cast<int>(DType::kFloat8E8M0FNU); ++i) all.push_back(static_cast<DType>(i));
-  return all;
+TEST_F(DTypes, ShareOneFile) {
+  StateDict tensors;
+  for_each([&](DType dtype, at::ScalarType type) { tensors.emplace_back(dtype_name(dtype), random_bits(type, 10)); });
+  pack(tensors);
+  for (const auto& [name, tensor] : tensors) EXPECT_TRUE(same_bytes(read_one(name), tensor)) << name;
 }
-
-INSTANTIATE_TEST_SUITE_P(All, EveryDType, ::testing::ValuesIn(every_dtype()),
-                         [](const auto& each) { return std::string(dtype_name(each.param)); });
 
 class Read : public TorchTest {};
 
