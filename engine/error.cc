@@ -26,6 +26,8 @@ class Category final : public std::error_category {
         return "deadline exceeded";
       case Errc::kUnusable:
         return "engine unusable";
+      case Errc::kMismatch:
+        return "the file does not fit the module";
     }
     return "unknown error";
   }

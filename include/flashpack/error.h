@@ -18,6 +18,7 @@ enum class Errc {
   kCancelled,            ///< Transfer::cancel(), or the handle was destroyed.
   kDeadlineExceeded,     ///< The request's deadline passed first.
   kUnusable,             ///< The engine is closed, or belongs to the parent of this forked process.
+  kMismatch,             ///< The file is sound, but does not fit the module: names, shapes or dtypes.
 };
 
 const std::error_category& flashpack_category() noexcept;

@@ -1,0 +1,47 @@
+/// From bytes of a file to tensors that behave as if torch had made them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstddef>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "flashpack/engine.h"
+#include "flashpack/format.h"
+#include "torch_binding/segments.h"
+
+namespace flashpack {
+
+at::ScalarType scalar_type(DType dtype) noexcept;
+/// Empty for what the format does not have: quantised, bit and 4-bit types.
+std::optional<DType> format_dtype(at::ScalarType type) noexcept;
+
+/// The bytes of chosen records in new memory, from one load.
+class LoadedRecords {
+ public:
+  /// Reads the records at `wanted` of the file that `metadata` was read from; it is borrowed. Throws: Error.
+  LoadedRecords(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
+                std::span<const std::size_t> wanted, CachePolicy cache);
+
+  /// A tensor of its own storage, which keeps its segment's memory alive; an inference tensor where inference mode is
+  /// on. Requires: `record` was wanted. To be asked for once per record: two tensors would share their bytes.
+  at::Tensor tensor(std::size_t record) const;
+
+  const TransferStats& stats() const noexcept { return stats_; }
+
+ private:
+  struct Place {
+    std::shared_ptr<HostRegion> region;
+    std::byte* data = nullptr;
+  };
+
+  const Metadata& metadata_;
+  std::vector<Place> places_;  // By record; of the wanted ones with bytes.
+  TransferStats stats_;
+};
+
+}  // namespace flashpack
