@@ -60,7 +60,7 @@ class FileWriter::Impl {
   std::filesystem::path path_;  // Symbolic links resolved: what the new file replaces.
   std::filesystem::path temp_path_;
   engine::UniqueFd fd_;
-  std::uint64_t payload_bytes_ = 0;  // End of the last extent.
+  std::uint64_t payload_bytes_;  // Announced, or the end of the last extent if that is later.
   std::vector<std::shared_ptr<engine::TransferState>> transfers_;
   bool committed_ = false;
 };

@@ -24,7 +24,10 @@ using engine::UniqueFd;
 
 std::filesystem::path resolve_links(const std::filesystem::path& path) {
   std::error_code error;
-  const auto resolved = std::filesystem::weakly_canonical(path, error);
+  // Absolute, so that there is a directory to sync, whatever the working directory is by then.
+  const auto absolute = std::filesystem::absolute(path, error);
+  if (error) throw file_error(error, "create", path);
+  const auto resolved = std::filesystem::weakly_canonical(absolute, error);
   if (error) throw file_error(error, "create", path);
   return resolved;
 }
@@ -53,7 +56,7 @@ std::filesystem::path temp_name(const std::filesystem::path& path) {
 }  // namespace
 
 FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, const WriterOptions& options)
-    : engine_(engine), path_(resolve_links(path)) {
+    : engine_(engine), path_(resolve_links(path)), payload_bytes_(options.payload_bytes) {
   const mode_t mode = replaced_mode(path_);
   temp_path_ = temp_name(path_);
   fd_.reset(::open(temp_path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode));

@@ -19,7 +19,7 @@ struct SourceExtent {
 };
 
 struct WriterOptions {
-  /// Bytes the payload will have, when known: the space is reserved at once, so that a full disk is an error before
+  /// Bytes the payload has at least, when known: the space is reserved at once, so that a full disk is an error before
   /// anything has been written. 0: unknown.
   std::uint64_t payload_bytes = 0;
 };
@@ -45,7 +45,8 @@ class FileWriter {
   /// start_write and wait. Throws: Error.
   TransferStats write(std::vector<SourceExtent> extents);
 
-  /// Appends `tail` after the last payload byte, makes everything durable and renames it into place.
+  /// Appends `tail` after the payload (WriterOptions::payload_bytes, or the end of the last extent if that is later),
+  /// makes everything durable and renames it into place.
   /// Requires: every transfer of this writer has finished; if one failed or was cancelled, this throws and aborts.
   /// When only the last step fails, the error says that the new file is in place but perhaps not durable.
   /// Throws: Error. After it, only destruction is allowed.

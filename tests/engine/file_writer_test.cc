@@ -33,18 +33,34 @@ class FileWriterTest : public ::testing::Test {
 };
 
 TEST_F(FileWriterTest, PayloadGapsAndTailAreWhereTheyBelong) {
-  FileWriter writer = engine_.create(path_, {.payload_bytes = 10 * kMiB});
+  FileWriter writer = engine_.create(path_, {.payload_bytes = 5 * kMiB + 300});
   Transfer late = writer.start_write({{.offset_bytes = 5 * kMiB, .size_bytes = 100, .source = bytes_.data()}});
   writer.write({{.offset_bytes = 7, .size_bytes = bytes_.size(), .source = bytes_.data()}});
   late.wait();
   EXPECT_FALSE(std::filesystem::exists(path_));
   writer.commit(bytes_of("tail"));
-  std::vector<std::byte> expected(5 * kMiB + 100);
+  std::vector<std::byte> expected(5 * kMiB + 300);
   std::copy(bytes_.begin(), bytes_.end(), expected.begin() + 7);
   std::copy_n(bytes_.begin(), 100, expected.begin() + 5 * kMiB);
   for (const std::byte byte : bytes_of("tail")) expected.push_back(byte);
   EXPECT_EQ(testing::read_file(path_), expected);
   EXPECT_EQ(entries(), 1u);
+}
+
+TEST_F(FileWriterTest, ExtentsPastTheAnnouncedPayloadPushTheTailBack) {
+  FileWriter writer = engine_.create(path_, {.payload_bytes = 5});
+  writer.write({{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}});
+  writer.commit(bytes_of("tail"));
+  EXPECT_EQ(std::filesystem::file_size(path_), 14u);
+}
+
+TEST_F(FileWriterTest, ABareNameIsAFileInTheWorkingDirectoryOfItsCreation) {
+  const auto before = std::filesystem::current_path();
+  std::filesystem::current_path(dir_.path());
+  FileWriter writer = engine_.create("bare");
+  std::filesystem::current_path(before);
+  writer.commit(bytes_of("tail"));
+  EXPECT_TRUE(std::filesystem::exists(dir_ / "bare"));
 }
 
 TEST_F(FileWriterTest, WithoutCommitTheOldFileStaysAndNothingIsLeft) {

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+
+import flashpack
+import pytest
+import torch
+from flashpack import serialization
+from support import assert_bit_equal, random_tensor, unprivileged
+
+
+class Wrapper(torch.Tensor):
+    """A tensor whose bytes are elsewhere, as DTensor's and those of quantised weights are."""
+
+    @staticmethod
+    def __new__(cls, shape):
+        return torch.Tensor._make_wrapper_subclass(cls, shape)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def old_file(tmp_path):
+    path = tmp_path / "model.flashpack"
+    path.write_bytes(b"what was here before")
+    yield path
+    assert path.read_bytes() == b"what was here before"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.flashpack"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "message"),
+    [
+        ({}, {}, "No tensors to pack"),
+        ({"a": torch.ones(1)}, {"name_order": ["b"]}, "No tensors to pack"),
+        ({"a": torch.ones(1)}, {"align_bytes": -1}, "align_bytes must be >= 0"),
+        ({"a": torch.ones(1)}, {"target_dtype": "float32"}, "Unsupported dtype"),
+        ({"a": torch.ones(1)}, {"target_dtype": torch.qint8}, "Unsupported dtype"),
+        ({"a": torch.empty(0)}, {}, "Nothing to pack"),
+        ({"a": torch.ones(1), "b": torch.ones(1)}, {"name_order": ["a", "b", "a"]}, "a"),
+        ({"fine": torch.ones(1), "q": torch.empty(2, dtype=torch.bits8)}, {}, "'q'"),
+        ({"fine": torch.ones(1), "s": torch.eye(3).to_sparse()}, {}, "'s'.*sparse"),
+        ({"fine": torch.ones(1), "m": torch.empty(2, device="meta")}, {}, "'m'.*meta"),
+        ({"fine": torch.ones(1), "x._extra_state": {"a": 1}}, {}, "'x._extra_state'.*dict"),
+        ({"fine": torch.ones(1), "none": None}, {}, "'none'"),
+        ({"fine": torch.ones(1), "w": Wrapper((2,))}, {}, "'w'.*Wrapper"),
+        ({"fine": torch.ones(1), 7: torch.ones(1)}, {}, "7"),
+        ({"\udc80": torch.ones(1)}, {}, "UTF-8"),
+    ],
+)
+def test_what_cannot_be_packed_is_named_before_the_old_file_is_touched(tensors, options, message, old_file):
+    with pytest.raises(flashpack.FlashPackError, match=message):
+        flashpack.pack_to_file(tensors, old_file, **options)
+
+
+def test_tensors_that_name_order_leaves_out_need_not_be_packable(pack):
+    path = pack({"a": torch.ones(1), "m": torch.empty(2, device="meta")}, name_order=["a"])
+    assert list(flashpack.revert_from_file(path)) == ["a"]
+
+
+def test_an_interrupt_while_writing_leaves_the_old_file_and_no_other(old_file, monkeypatch):
+    groups = serialization._groups
+
+    def interrupted(*args):
+        yield next(iter(groups(*args)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serialization, "_groups", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        flashpack.pack_to_file({"a": torch.ones(1 << 20)}, old_file)
+
+
+def test_a_directory_that_may_not_be_written_is_a_permission_error_with_its_path():
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o555)
+        with unprivileged(), pytest.raises(PermissionError) as caught:
+            flashpack.pack_to_file({"a": torch.ones(1)}, f"{directory}/a.flashpack")
+        assert caught.value.filename == f"{directory}/a.flashpack"
+        assert os.listdir(directory) == []
+
+
+def test_a_directory_as_destination_is_an_os_error_with_its_path(tmp_path):
+    directory = tmp_path / "taken"
+    directory.mkdir()
+    with pytest.raises(OSError, match="taken"):
+        flashpack.pack_to_file({"a": torch.ones(1)}, directory)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+    assert list(directory.iterdir()) == []
+
+
+def test_a_file_where_a_directory_should_be_is_an_os_error(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        flashpack.pack_to_file({"a": torch.ones(1)}, tmp_path / "file" / "a.flashpack")
+
+
+def test_missing_directories_are_made(tmp_path):
+    path = tmp_path / "x" / "y" / "a.flashpack"
+    flashpack.pack_to_file({"a": torch.ones(1)}, path)
+    assert flashpack.is_flashpack_file(path)
+
+
+def test_a_bare_file_name_is_written_to_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flashpack.pack_to_file({"a": torch.ones(1)}, "a.flashpack")
+    assert flashpack.is_flashpack_file(tmp_path / "a.flashpack")
+
+
+def test_a_new_file_can_be_read_by_whom_the_umask_allows(tmp_path):
+    path = tmp_path / "a.flashpack"
+    before = os.umask(0o027)
+    try:
+        flashpack.pack_to_file({"a": torch.ones(1)}, path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_copies_are_made_and_written_group_by_group(pack, monkeypatch):
+    monkeypatch.setattr(serialization, "_GROUP_BYTES", 1000)
+    source = {str(seed): random_tensor((7, 50 + seed), seed=seed) for seed in range(40)}
+    by_columns = {name: tensor.t() for name, tensor in source.items()}
+    assert_bit_equal(flashpack.revert_from_file(pack(by_columns)), {n: t.contiguous() for n, t in by_columns.items()})
+
+
+def test_a_group_holds_no_more_copies_than_its_limit_and_one(monkeypatch):
+    monkeypatch.setattr(serialization, "_GROUP_BYTES", 1000)
+    source = {str(i): torch.ones(100) for i in range(10)}
+    places = [(name, 400 * i, 200) for i, name in enumerate(source)]
+    halves = dict.fromkeys(source, torch.float16)
+    assert [len(group) for group, _ in serialization._groups(source, halves, places)] == [5, 5]
+    floats = dict.fromkeys(source, torch.float32)
+    assert [len(group) for group, _ in serialization._groups(source, floats, places)] == [10]
+
+
+def test_a_module_is_packed_by_its_state_dict(pack):
+    model = torch.nn.BatchNorm1d(3)
+    model.register_buffer("scratch", torch.ones(1), persistent=False)
+    assert_bit_equal(flashpack.revert_from_file(pack(model)), model.state_dict())
+
+
+def test_progress_is_shown_where_standard_error_is_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    flashpack.pack_to_file({"a": torch.ones(1000)}, tmp_path / "a", silent=False)
+    assert "4.00k/4.00k" in capsys.readouterr().err
+
+
+def test_nothing_is_printed_where_it_is_not(tmp_path, capsys):
+    flashpack.pack_to_file({"a": torch.ones(1000)}, tmp_path / "a", silent=False)
+    flashpack.revert_from_file(tmp_path / "a", silent=False)
+    assert capsys.readouterr() == ("", "")

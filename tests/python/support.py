@@ -1,0 +1,87 @@
+"""What several tests need: every dtype of the format, tensors of random bits, comparison by bits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from flashpack.constants import MAGIC, U64LE
+
+GOLDEN_DIR = Path(__file__).parent.parent / "golden"
+GOLDEN_FILES = sorted(GOLDEN_DIR.glob("*.flashpack"))
+
+INTEGERS = [f"{sign}int{width}" for width in (8, 16, 32, 64) for sign in ("", "u")]
+FLOATS = ["float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128"]
+FLOATS_OF_A_BYTE = ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"]
+DTYPE_NAMES = ["bool", *INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE]
+DTYPES = [getattr(torch, name) for name in DTYPE_NAMES if hasattr(torch, name)]
+
+
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Random bits, NaNs and all."""
+    size_bytes = math.prod(shape) * dtype.itemsize
+    generator = torch.Generator().manual_seed(seed)
+    high = 2 if dtype is torch.bool else 256
+    raw = torch.randint(0, high, (size_bytes,), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype).view(shape)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_bit_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
+        assert actual[name].dtype is tensor.dtype, name
+        assert actual[name].shape == tensor.shape, name
+        assert bits(actual[name]) == bits(tensor), name
+
+
+def state_of(module: torch.nn.Module) -> dict[str, Any]:
+    """Everything that a failed load must leave alone: objects, memory, bytes, flags."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    state: dict[str, Any] = {
+        name: (
+            id(tensor),
+            tensor.dtype,
+            tensor.device,
+            tensor.requires_grad,
+            None if tensor.is_meta else (tensor.data_ptr(), bits(tensor)),
+        )
+        for name, tensor in named
+    }
+    state["attributes"] = set(vars(module))
+    return state
+
+
+def write_file(path: Path, footer: dict[str, Any] | bytes, payload: bytes = bytes(64)) -> Path:
+    """A file with exactly this footer, however wrong."""
+    raw = footer if isinstance(footer, bytes) else json.dumps(footer, separators=(",", ":")).encode()
+    path.write_bytes(payload + raw + U64LE.pack(len(raw)) + MAGIC)
+    return path
+
+
+def footer_bytes(path: Path) -> bytes:
+    raw = path.read_bytes()
+    (length,) = U64LE.unpack(raw[-16:-8])
+    return raw[-16 - length : -16]
+
+
+@contextlib.contextmanager
+def unprivileged() -> Iterator[None]:
+    """Root may read and write everything; nobody may not."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)

@@ -1,0 +1,73 @@
+"""flashpack: model checkpoints between disk and memory at hardware speed.
+
+Importing this package imports neither torch nor numpy; the first use of a name that needs them does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._native import FlashPackError
+from .version import __commit_id__, __version__, __version_tuple__, commit_id, version, version_tuple
+
+if TYPE_CHECKING:
+    from . import constants, deserialization, mixin, serialization, utils
+    from ._footer import get_flashpack_file_metadata, is_flashpack_file
+    from .deserialization import assign_from_file, iterate_from_flash_tensor, read_flashpack_file, revert_from_file
+    from .mixin import FlashPackMixin
+    from .serialization import pack_to_file
+
+__all__ = [
+    "FlashPackError",
+    "FlashPackMixin",
+    "__commit_id__",
+    "__implementation__",
+    "__version__",
+    "__version_tuple__",
+    "assign_from_file",
+    "commit_id",
+    "constants",
+    "deserialization",
+    "get_flashpack_file_metadata",
+    "is_flashpack_file",
+    "iterate_from_flash_tensor",
+    "mixin",
+    "pack_to_file",
+    "read_flashpack_file",
+    "revert_from_file",
+    "serialization",
+    "utils",
+    "version",
+    "version_tuple",
+]
+
+__implementation__ = "cpp"
+# The name people catch and pickle, wherever it is made.
+FlashPackError.__module__ = __name__
+
+_SUBMODULES = frozenset({"constants", "deserialization", "mixin", "serialization", "utils"})
+_HOME_OF = {
+    "FlashPackMixin": "mixin",
+    "assign_from_file": "deserialization",
+    "get_flashpack_file_metadata": "_footer",
+    "is_flashpack_file": "_footer",
+    "iterate_from_flash_tensor": "deserialization",
+    "pack_to_file": "serialization",
+    "read_flashpack_file": "deserialization",
+    "revert_from_file": "deserialization",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

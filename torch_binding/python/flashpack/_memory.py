@@ -1,0 +1,136 @@
+"""Host memory that the engine reads straight into, and the tensors that own it."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ._engine import engine
+from ._footer import Entry, Footer, logger
+from ._progress import progress_bar
+from .utils import string_to_dtype
+
+_HUGE_PAGE_BYTES = 2 << 20
+_SEGMENT_BYTES = 1 << 30
+# Reading through a gap of this size costs less than another operation.
+_GAP_BYTES = 1 << 20
+
+
+class Region:
+    """Memory for the bytes of a file from `offset_bytes` on, and the maker of tensors over it.
+
+    The memory is given back when the region and its last tensor are gone.
+    """
+
+    def __init__(self, buffer: mmap.mmap, skip_bytes: int, offset_bytes: int, size_bytes: int) -> None:
+        self._buffer = buffer
+        self._skip_bytes = skip_bytes
+        self.offset_bytes = offset_bytes
+        self.size_bytes = size_bytes
+
+    @property
+    def address(self) -> int:
+        return torch.frombuffer(self._buffer, dtype=torch.uint8).data_ptr() + self._skip_bytes
+
+    def tensor(self, dtype: str, shape: Sequence[int], length_elems: int, offset_bytes: int) -> torch.Tensor:
+        """A tensor over the bytes at `offset_bytes` of the file: with a storage and a version counter of its own."""
+        torch_dtype = string_to_dtype(dtype)
+        if length_elems == 0:  # frombuffer refuses it.
+            return torch.empty(tuple(shape), dtype=torch_dtype, device="cpu")
+        offset = self._skip_bytes + offset_bytes - self.offset_bytes
+        flat = torch.frombuffer(self._buffer, dtype=torch_dtype, count=length_elems, offset=offset)
+        return flat.view(tuple(shape)).detach()
+
+
+def allocate_region(offset_bytes: int, size_bytes: int) -> Region:
+    """Private anonymous memory, untouched.
+
+    Its address and the file offset agree modulo a page (a huge page, where it is large enough to have one), so that
+    the engine can read whole pages in place.
+    """
+    huge = size_bytes >= _HUGE_PAGE_BYTES
+    align = _HUGE_PAGE_BYTES if huge else mmap.PAGESIZE
+    try:
+        buffer = mmap.mmap(-1, size_bytes + align, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise OSError(errno.ENOMEM, f"allocate {size_bytes} bytes: {error.strerror}") from error
+    if huge:
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    base = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+    return Region(buffer, (offset_bytes - base) % align, offset_bytes, size_bytes)
+
+
+def map_file(footer: Footer) -> Region:
+    """The whole file, mapped privately and writable. Truncation by others is SIGBUS for whoever touches it."""
+    with open(footer.path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != footer.identity:
+            raise OSError(errno.ESTALE, "the file was replaced or changed", footer.path)
+        buffer = mmap.mmap(file.fileno(), stat.st_size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    return Region(buffer, 0, 0, stat.st_size)
+
+
+def fill_regions(footer: Footer, regions: Sequence[Region], silent: bool) -> dict[str, Any]:
+    """Reads all regions in one transfer and returns its statistics.
+
+    When this raises, be it OSError or KeyboardInterrupt, nothing is in flight any more.
+    """
+    extents = [(region.offset_bytes, region.size_bytes, region.address) for region in regions]
+    with progress_bar("Loading", sum(region.size_bytes for region in regions), silent) as progress:
+        stats = engine().load(footer.path, extents, footer.identity, progress=progress)
+    logger.info("%s: %s", footer.path, _describe(stats))
+    return stats
+
+
+def read_tensors(footer: Footer, entries: Sequence[Entry], silent: bool) -> dict[str, torch.Tensor]:
+    """Reads `entries` in one transfer. Each tensor owns its memory as if torch had made it."""
+    runs = plan_runs([entry for entry in entries if entry.size_bytes])
+    regions = [allocate_region(run[0].offset_bytes, stop_of(run[-1]) - run[0].offset_bytes) for run in runs]
+    fill_regions(footer, regions, silent)
+    region_of = {entry.name: region for region, run in zip(regions, runs, strict=True) for entry in run}
+    return {entry.name: tensor_of(entry, region_of.get(entry.name)) for entry in entries}
+
+
+def tensor_of(entry: Entry, region: Region | None) -> torch.Tensor:
+    """The tensor of `entry`; an empty one needs no region."""
+    if region is None:
+        return torch.empty(entry.shape, dtype=string_to_dtype(entry.dtype), device="cpu")
+    return region.tensor(entry.dtype, entry.shape, entry.length_elems, entry.offset_bytes)
+
+
+def plan_runs(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Groups `entries`, none of them empty, by place in the file into runs worth one read into one region each.
+
+    A run ends before a gap that is not worth reading, and before it outgrows a segment, so that the memory of a model
+    can be given back piece by piece.
+    """
+    runs: list[list[Entry]] = []
+    for entry in sorted(entries, key=lambda entry: entry.offset_bytes):
+        run = runs[-1] if runs else None
+        if (
+            run is None
+            or entry.offset_bytes - stop_of(run[-1]) > _GAP_BYTES
+            or stop_of(entry) - run[0].offset_bytes > _SEGMENT_BYTES
+        ):
+            runs.append([entry])
+        else:
+            run.append(entry)
+    return runs
+
+
+def stop_of(entry: Entry) -> int:
+    return entry.offset_bytes + entry.size_bytes
+
+
+def _describe(stats: dict[str, Any]) -> str:
+    rate = stats["requested_bytes"] / max(stats["seconds"], 1e-9) / 1e9
+    text = (
+        f"{stats['requested_bytes']} bytes in {stats['seconds']:.3f} s ({rate:.2f} GB/s), "
+        f"{stats['direct_bytes']} direct, {stats['buffered_bytes']} through the page cache, backend {stats['backend']}"
+    )
+    return f"{text}; {stats['fallback_reason']}" if stats["fallback_reason"] else text

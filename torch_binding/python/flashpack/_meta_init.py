@@ -1,0 +1,39 @@
+"""Building a module without memory for its parameters."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+
+@contextmanager
+def meta_parameters() -> Iterator[None]:
+    """Within it, parameters go to the meta device as modules of this thread register them; buffers stay real.
+
+    Buffers that no checkpoint has, such as position tables, are computed by constructors and must keep their values.
+    One parameter under several names stays one. Subclasses of Parameter are left alone.
+    """
+    owner = threading.get_ident()
+    seen: dict[int, tuple[weakref.ref[torch.Tensor], torch.nn.Parameter]] = {}
+
+    def to_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
+        if threading.get_ident() != owner or type(parameter) is not torch.nn.Parameter or parameter.is_meta:
+            return None
+        known, meta = seen.get(id(parameter), (None, None))
+        if meta is None or known is None or known() is not parameter:  # An id is used again once its object is gone.
+            meta = torch.nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+            meta.__dict__.update(parameter.__dict__)
+            seen[id(parameter)] = (weakref.ref(parameter), meta)
+        return meta
+
+    # torch's type hint forgets that a hook may return a parameter.
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()

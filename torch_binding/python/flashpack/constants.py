@@ -1,0 +1,20 @@
+"""Numbers of the file format, and defaults of the public functions."""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+MAGIC: Final = b"FLASHPK\0"
+U64LE: Final = struct.Struct("<Q")
+"""The footer's length, between the footer and the magic."""
+
+FILE_FORMAT_V3: Final = "flashpack_v3"
+"""One dtype."""
+FILE_FORMAT_V4: Final = "flashpack_v4"
+"""Several."""
+
+DEFAULT_ALIGN_BYTES: Final = 128
+DEFAULT_NUM_WRITE_WORKERS: Final = 32
+DEFAULT_NUM_STREAMS: Final = 4
+DEFAULT_CHUNK_BYTES: Final = 4 * 1024 * 1024

@@ -1,0 +1,274 @@
+"""Reading flashpack files: as blocks, as a state dict, or into a module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._assign import check_strictness, commit, make_plan
+from ._footer import Entry, Footer, StrPath, blocks_of, get_flashpack_file_metadata, is_flashpack_file, read_footer
+from ._memory import allocate_region, fill_regions, map_file, read_tensors, tensor_of
+from ._native import FlashPackError
+from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
+from .utils import human_num_elements, is_ignored_tensor_name, logger
+
+__all__ = [
+    "FlashTensorStorage",
+    "assign_from_file",
+    "get_flashpack_file_metadata",
+    "is_flashpack_file",
+    "iterate_from_flash_tensor",
+    "read_flashpack_file",
+    "revert_from_file",
+]
+
+
+@dataclass
+class FlashTensorStorage:
+    """The payload of a file: one flat tensor per macroblock."""
+
+    blocks: list[torch.Tensor]
+    backing_arrays: list[Any] | None = None
+    """None: blocks own their memory."""
+    stats: dict[str, Any] | None = None
+    """How the bytes came: bytes by route, operations, seconds, backend and why a slower one was taken, if one was."""
+
+    def block(self, idx: int) -> torch.Tensor:
+        return self.blocks[idx]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks[0].device if self.blocks else torch.device("cpu")
+
+
+def read_flashpack_file(
+    path: StrPath,
+    device: str | torch.device = "cpu",
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    num_streams: int = DEFAULT_NUM_STREAMS,
+    silent: bool = True,
+    metadata: dict[str, Any] | None = None,
+    mmap: bool = False,
+) -> tuple[FlashTensorStorage, dict[str, Any]]:
+    """Reads the whole payload: one flat tensor per macroblock, and the footer, as iterate_from_flash_tensor takes them.
+
+    The blocks own their memory and may be written to; views of a block share it.
+
+    `metadata`: the footer, if the caller has it already; returned as it is, after a check that it is this file's.
+    `mmap`: maps the file instead of reading it (CPU only). Nothing is read before it is touched, writes stay private,
+    and if somebody truncates the file while the tensors live, touching them kills the process (SIGBUS).
+    `chunk_bytes`, `num_streams`: accepted for compatibility; the engine knows better.
+
+    Raises FlashPackError (a ValueError) for a file or an argument that is not valid, OSError for the system's failures.
+    """
+    target = _supported_device(device, mmap)
+    footer = read_footer(path)
+    if metadata is not None and not _describes(metadata, footer):
+        raise FlashPackError(f"{footer.path}: the metadata given is not that of this file")
+    storage = _read_blocks(footer, target, silent, mmap)
+    result = footer.metadata if metadata is None else metadata
+    for record in result["index"]:
+        record.setdefault("macroblock", 0)
+    return storage, result
+
+
+def iterate_from_flash_tensor(
+    flash_tensor: FlashTensorStorage | torch.Tensor,
+    metadata: dict[str, Any],
+    ignore_names: Collection[str] | None = None,
+    ignore_prefixes: Collection[str] | None = None,
+    ignore_suffixes: Collection[str] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, view of its block) for every tensor of `metadata` that is not ignored, in file order.
+
+    Trusts nothing in `metadata`. Raises FlashPackError naming the record that does not fit its block.
+    """
+    storage = flash_tensor if isinstance(flash_tensor, FlashTensorStorage) else FlashTensorStorage([flash_tensor])
+    index = metadata["index"]
+    _check_alignment(storage, index, metadata.get("align_bytes", 0))
+    for record in index:
+        if not is_ignored_tensor_name(record["name"], ignore_names, ignore_prefixes, ignore_suffixes):
+            yield record["name"], _view(_block_of(storage, record), record)
+
+
+def revert_from_file(path: StrPath, silent: bool = True) -> dict[str, torch.Tensor]:
+    """The state dict that was packed, in file order, on the CPU. Each tensor owns its memory."""
+    footer = read_footer(path)
+    return _read_entries(footer, list(footer.entries()), silent)
+
+
+def assign_from_file(
+    model: torch.nn.Module,
+    path: StrPath,
+    device: str | torch.device | None = None,
+    strict: bool | None = None,
+    strict_params: bool = True,
+    strict_buffers: bool = False,
+    keep_flash_ref_on_model: bool = False,
+    silent: bool = True,
+    num_streams: int = DEFAULT_NUM_STREAMS,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    ignore_names: Collection[str] | None = None,
+    ignore_prefixes: Collection[str] | None = None,
+    ignore_suffixes: Collection[str] | None = None,
+    use_distributed_loading: bool = False,
+    distributed_sharded: bool = False,
+    distributed_shard_strategy: str | None = None,
+    rank: int | None = None,
+    local_rank: int | None = None,
+    world_size: int | None = None,
+    coerce_dtype: bool = False,
+    mmap: bool = False,
+) -> None:
+    """Gives the parameters and buffers of `model` the values of a file, all of them or, if anything fails, none.
+
+    Names, shapes and buffer dtypes are checked before a byte of the payload is read. Parameters stay the objects they
+    are (optimizers, hooks and ties stay valid) and take the dtype of the file; meta parameters are replaced. Tensors
+    that the model holds under several names are read once, from the first name in the file. Buffers that the file does
+    not have are moved to the device.
+
+    `device`: where everything ends; default: `model.device`, else that of the first parameter.
+    `strict_params`, `strict_buffers`: whether those that the file lacks are an error (non-persistent buffers never
+    are); with either, so are names that the model lacks. `strict` stands for both.
+    `ignore_*`: names neither read nor required.
+    `coerce_dtype`: casts to the dtypes of the model, which otherwise must agree for buffers.
+    `keep_flash_ref_on_model`: reads whole macroblocks, lets the tensors share their memory, and keeps them and the
+    footer as `_flash_shared_storage` and `_flash_shared_storage_meta`.
+    `mmap`: as in read_flashpack_file. `num_streams`, `chunk_bytes`: accepted for compatibility.
+
+    Raises FlashPackError (a ValueError) for a file that is not valid or does not fit, OSError for the system's
+    failures. Not to be called while other threads use `model`.
+    """
+    if use_distributed_loading:
+        _refuse_distributed()
+    target = _supported_device(_device_of(model) if device is None else device, mmap)
+    footer = read_footer(path)
+    try:
+        plan = make_plan(model, footer.entries(), (ignore_names, ignore_prefixes, ignore_suffixes), coerce_dtype)
+    except (TypeError, ValueError) as error:
+        raise FlashPackError(f"Error while assigning to {type(model).__name__} from {footer.path}: {error}") from error
+    check_strictness(plan, footer.path, strict, strict_params, strict_buffers)
+
+    storage = _read_blocks(footer, target, silent, mmap) if keep_flash_ref_on_model else None
+    with torch.inference_mode(False), torch.no_grad():
+        if storage is None:
+            tensors = _read_entries(footer, plan.wanted, silent, mmap)
+        else:
+            tensors = {entry.name: _share(storage, entry) for entry in plan.wanted}
+        commit(plan, tensors, target, coerce_dtype)
+    if storage is not None:
+        model._flash_shared_storage = storage  # type: ignore[assignment]
+        model._flash_shared_storage_meta = footer.metadata  # type: ignore[assignment]
+    _report(plan.wanted, len(plan.slots), plan.unexpected, plan.missing_parameters + plan.missing_buffers)
+
+
+def _read_blocks(footer: Footer, device: torch.device, silent: bool, mmap: bool) -> FlashTensorStorage:
+    blocks = footer.blocks()
+    stats = None
+    with torch.inference_mode(False), torch.no_grad():
+        if mmap:
+            regions = [map_file(footer)] * len(blocks)
+        else:
+            regions = [allocate_region(block.offset_bytes, block.length_bytes) for block in blocks]
+            stats = fill_regions(footer, regions, silent)
+        tensors = [
+            region.tensor(block.dtype, (block.length_elems,), block.length_elems, block.offset_bytes).to(device)
+            for region, block in zip(regions, blocks, strict=True)
+        ]
+    return FlashTensorStorage(tensors, stats=stats)
+
+
+def _read_entries(footer: Footer, entries: list[Entry], silent: bool, mmap: bool = False) -> dict[str, torch.Tensor]:
+    with torch.inference_mode(False), torch.no_grad():
+        if mmap:
+            file = map_file(footer)
+            return {entry.name: tensor_of(entry, file) for entry in entries}
+        return read_tensors(footer, entries, silent)
+
+
+def _share(storage: FlashTensorStorage, entry: Entry) -> torch.Tensor:
+    """The tensor of `entry` on the memory of its block; through `data`, so that its version counter is its own."""
+    block = storage.block(entry.macroblock)
+    return block.narrow(0, entry.offset_elems, entry.length_elems).view(entry.shape).data
+
+
+def _supported_device(device: str | torch.device, mmap: bool) -> torch.device:
+    target = torch.device(device)
+    if target.type not in (("cpu",) if mmap else ("cpu", "cuda")):
+        raise FlashPackError(f"Unsupported device: {target}{' with mmap=True' if mmap else ''}")
+    return target
+
+
+def _device_of(model: torch.nn.Module) -> str | torch.device:
+    device = getattr(model, "device", None)
+    if isinstance(device, (str, torch.device)):
+        return device
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _describes(metadata: dict[str, Any], footer: Footer) -> bool:
+    try:
+        return blocks_of(metadata) == footer.blocks()
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def _refuse_distributed() -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise RuntimeError("distributed loading requires an initialized torch.distributed process group")
+    raise NotImplementedError("distributed loading is not available; without it, every rank reads the file by itself")
+
+
+def _block_of(storage: FlashTensorStorage, record: dict[str, Any]) -> torch.Tensor:
+    which = record.get("macroblock")
+    which = 0 if which is None else which
+    if type(which) is not int or not 0 <= which < len(storage):
+        raise FlashPackError(f"Index entry references macroblock {which}, but only {len(storage)} blocks exist.")
+    return storage.block(which)
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and number >= 0
+
+
+def _check_alignment(storage: FlashTensorStorage, index: list[dict[str, Any]], align_bytes: int) -> None:
+    if not _is_count(align_bytes):
+        raise FlashPackError(f"align_bytes must be >= 0, got {align_bytes!r}")
+    misaligned = []
+    for record in index if align_bytes else ():
+        align_elems = align_bytes // math.gcd(align_bytes, _block_of(storage, record).element_size())
+        offset: Any = record.get("offset")
+        if not _is_count(offset) or offset % align_elems:
+            misaligned.append(record["name"])
+    if misaligned:
+        raise FlashPackError(f"{len(misaligned)} index entries are misaligned (e.g., {', '.join(misaligned[:3])}).")
+
+
+def _view(block: torch.Tensor, record: dict[str, Any]) -> torch.Tensor:
+    fields: tuple[Any, Any, Any] = (record.get("offset"), record.get("length"), record.get("shape"))
+    offset, length, shape = fields
+    if (
+        not isinstance(shape, (list, tuple))
+        or not all(map(_is_count, (offset, length, *shape)))
+        or math.prod(shape) != length
+        or offset + length > block.numel()
+    ):
+        raise FlashPackError(f"Could not get tensor for record {record}: it does not fit {block.numel()} elements")
+    return block.narrow(0, offset, length).view(tuple(shape))
+
+
+def _report(wanted: list[Entry], slots: int, unexpected: list[str], missing: list[str]) -> None:
+    elements = human_num_elements(sum(entry.length_elems for entry in wanted))
+    logger.info("assigned %d tensors (%s elements) to %d names", len(wanted), elements, slots)
+    if unexpected:
+        logger.info("not in the model: %s", unexpected)
+    if missing:
+        logger.info("not in the file: %s", missing)

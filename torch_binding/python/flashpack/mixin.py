@@ -1,0 +1,147 @@
+"""FlashPackMixin: saving and loading for your own modules."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from ._footer import StrPath
+from ._meta_init import meta_parameters
+from .constants import (
+    DEFAULT_ALIGN_BYTES,
+    DEFAULT_CHUNK_BYTES,
+    DEFAULT_NUM_STREAMS,
+    DEFAULT_NUM_WRITE_WORKERS,
+)
+from .deserialization import assign_from_file
+from .serialization import pack_to_file
+from .utils import logger
+
+__all__ = ["FlashPackMixin", "assign_from_file"]
+
+Self = TypeVar("Self", bound="FlashPackMixin")
+
+
+class FlashPackMixin:
+    """Adds save_flashpack() and from_flashpack() to a torch.nn.Module.
+
+    The class attributes are the defaults of the arguments of the same names. `flashpack_init_method` names the
+    classmethod that builds an instance, if that is not the constructor.
+    """
+
+    flashpack_coerce_dtype: ClassVar[bool] = False
+    flashpack_init_method: ClassVar[str | None] = None
+    flashpack_ignore_names: ClassVar[list[str] | None] = None
+    flashpack_ignore_prefixes: ClassVar[list[str] | None] = None
+    flashpack_ignore_suffixes: ClassVar[list[str] | None] = None
+
+    @classmethod
+    def from_flashpack(
+        cls: type[Self],
+        path: StrPath,
+        *args: Any,
+        device: str | torch.device | None = None,
+        silent: bool = False,
+        strict: bool | None = None,
+        strict_params: bool = True,
+        strict_buffers: bool = False,
+        keep_flash_ref_on_model: bool = False,
+        ignore_names: Collection[str] | None = None,
+        ignore_prefixes: Collection[str] | None = None,
+        ignore_suffixes: Collection[str] | None = None,
+        num_streams: int = DEFAULT_NUM_STREAMS,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        use_distributed_loading: bool = False,
+        distributed_sharded: bool = False,
+        distributed_shard_strategy: str | None = None,
+        rank: int | None = None,
+        local_rank: int | None = None,
+        world_size: int | None = None,
+        coerce_dtype: bool = False,
+        init_fn: Callable[..., Self] | None = None,
+        mmap: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Builds an instance without memory for its parameters, loads `path` into it, and returns it in eval mode.
+
+        `args` and those `kwargs` that it takes go to `init_fn`, else to `flashpack_init_method`, else to the class.
+        `device`: default is the CPU. The other arguments are those of assign_from_file.
+
+        Warns when parameters that the file lacks stay on the meta device. Raises what assign_from_file raises.
+        """
+        build = cls._flashpack_builder() if init_fn is None else init_fn
+        places = {"rank": rank, "local_rank": local_rank, "world_size": world_size}
+        with meta_parameters():
+            model = build(*args, **_accepted(build, kwargs, places))
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"{getattr(build, '__qualname__', build)} made a {type(model).__name__}, not a module")
+        assign_from_file(
+            model,
+            path,
+            device="cpu" if device is None else device,
+            strict=strict,
+            strict_params=strict_params,
+            strict_buffers=strict_buffers,
+            keep_flash_ref_on_model=keep_flash_ref_on_model,
+            silent=silent,
+            num_streams=num_streams,
+            chunk_bytes=chunk_bytes,
+            ignore_names=cls.flashpack_ignore_names if ignore_names is None else ignore_names,
+            ignore_prefixes=cls.flashpack_ignore_prefixes if ignore_prefixes is None else ignore_prefixes,
+            ignore_suffixes=cls.flashpack_ignore_suffixes if ignore_suffixes is None else ignore_suffixes,
+            use_distributed_loading=use_distributed_loading,
+            distributed_sharded=distributed_sharded,
+            distributed_shard_strategy=distributed_shard_strategy,
+            **places,
+            coerce_dtype=coerce_dtype or cls.flashpack_coerce_dtype,
+            mmap=mmap,
+        )
+        model.eval()
+        _warn_of_meta(model, path)
+        return model
+
+    def save_flashpack(
+        self,
+        destination_path: StrPath,
+        target_dtype: torch.dtype | None = None,
+        name_order: Sequence[str] | None = None,
+        align_bytes: int = DEFAULT_ALIGN_BYTES,
+        silent: bool = False,
+        num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
+    ) -> None:
+        """pack_to_file of this module."""
+        if not isinstance(self, torch.nn.Module):
+            raise TypeError(f"{type(self).__name__} is not a torch.nn.Module")
+        pack_to_file(self, destination_path, target_dtype, name_order, align_bytes, silent, num_workers)
+
+    @classmethod
+    def _flashpack_builder(cls: type[Self]) -> Callable[..., Self]:
+        method = cls.flashpack_init_method
+        return cls if method is None else getattr(cls, method, cls)
+
+
+def _accepted(build: Callable[..., Any], kwargs: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
+    """Those of `kwargs` that `build` takes, and those of `places` that it names."""
+    parameters = inspect.signature(build).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    dropped = [] if takes_all else [name for name in kwargs if name not in parameters]
+    if dropped:
+        logger.warning("%s does not take %s", getattr(build, "__qualname__", build), ", ".join(dropped))
+    accepted = {name: value for name, value in kwargs.items() if name not in dropped}
+    return accepted | {name: value for name, value in places.items() if name in parameters}
+
+
+def _warn_of_meta(model: torch.nn.Module, path: StrPath) -> None:
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    left = [name for name, tensor in tensors if tensor.is_meta]
+    if left:
+        warnings.warn(
+            f"flashpack: {len(left)} tensors are still on the meta device after loading {path}, "
+            f"because it does not have them: {left}",
+            stacklevel=3,
+        )

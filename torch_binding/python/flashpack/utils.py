@@ -1,0 +1,137 @@
+"""Helpers around names, dtypes and numbers for people."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from ._native import FlashPackError
+
+logger = logging.getLogger("flashpack")
+
+
+def _existing(*names: str) -> tuple[torch.dtype, ...]:
+    """Those dtypes that this torch has."""
+    return tuple(dtype for dtype in (getattr(torch, name, None) for name in names) if isinstance(dtype, torch.dtype))
+
+
+_FP8_DTYPES: Final = _existing("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+_CARRIERS: Final[dict[torch.dtype, torch.dtype]] = {
+    torch.bfloat16: torch.uint16,
+    torch.complex32: torch.uint32,
+    **dict.fromkeys(_FP8_DTYPES, torch.uint8),
+}
+_NUMPY: Final[dict[torch.dtype, type[np.generic]]] = {
+    torch.bool: np.bool_,
+    torch.int8: np.int8,
+    torch.uint8: np.uint8,
+    torch.int16: np.int16,
+    torch.uint16: np.uint16,
+    torch.int32: np.int32,
+    torch.uint32: np.uint32,
+    torch.int64: np.int64,
+    torch.uint64: np.uint64,
+    torch.float16: np.float16,
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.complex64: np.complex64,
+    torch.complex128: np.complex128,
+}
+
+
+def string_to_dtype(string: str) -> torch.dtype:
+    """The dtype called `string`, without "torch."; FlashPackError if this torch has none."""
+    dtype = getattr(torch, string, None)
+    if not isinstance(dtype, torch.dtype):
+        raise FlashPackError(f"Unsupported dtype string in metadata: {string}")
+    return dtype
+
+
+def dtype_to_string(dtype: torch.dtype) -> str:
+    """torch's name of `dtype`, without "torch."."""
+    if not isinstance(dtype, torch.dtype):
+        raise FlashPackError(f"Unsupported dtype in metadata: {dtype}")
+    return str(dtype).removeprefix("torch.")
+
+
+def get_packing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype whose numpy array carries the bits of `dtype`: itself, or an unsigned integer of its size."""
+    carrier = _CARRIERS.get(dtype, dtype)
+    if carrier not in _NUMPY and dtype in _existing("float4_e2m1fn_x2", "float4_e2m1fn"):
+        raise FlashPackError(f"Unsupported dtype for packing: {dtype}")
+    return carrier
+
+
+def torch_dtype_to_numpy_dtype(dtype: torch.dtype) -> type[np.generic]:
+    """The numpy type of get_packing_dtype(dtype); FlashPackError if numpy has none."""
+    carrier = _CARRIERS.get(dtype, dtype)
+    if carrier not in _NUMPY:
+        raise FlashPackError(f"Unsupported dtype for packing: {dtype}")
+    return _NUMPY[carrier]
+
+
+def human_duration(seconds: float) -> str:
+    """`seconds` in the unit that suits it: "500.00ms", "1m5s"."""
+    for unit, below, scale in (("ns", 1e-6, 1e9), ("µs", 1e-3, 1e6), ("ms", 1.0, 1e3), ("s", 60.0, 1.0)):
+        if seconds < below:
+            return f"{seconds * scale:.2f}{unit}"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"
+
+
+def human_num_elements(elements: int) -> str:
+    """`elements` in thousands, millions or billions: "5.00K"."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if elements > scale:
+            return f"{elements / scale:.2f}{unit}"
+    return str(elements)
+
+
+@contextmanager
+def timer(name: str, silent: bool = False) -> Iterator[None]:
+    """Prints how long the block took, unless `silent` or it raised."""
+    start = time.perf_counter()
+    yield
+    if not silent:
+        print(f"{name}: {human_duration(time.perf_counter() - start)}")
+
+
+def is_ignored_tensor_name(
+    name: str,
+    ignore_names: Iterable[str] | None = None,
+    ignore_prefixes: Iterable[str] | None = None,
+    ignore_suffixes: Iterable[str] | None = None,
+) -> bool:
+    """Whether `name` is listed, or begins or ends as listed."""
+    return (
+        (ignore_names is not None and name in ignore_names)
+        or (ignore_prefixes is not None and name.startswith(tuple(ignore_prefixes)))
+        or (ignore_suffixes is not None and name.endswith(tuple(ignore_suffixes)))
+    )
+
+
+def filter_state_dict(
+    state_dict: Mapping[str, Any],
+    ignore_names: Iterable[str] | None = None,
+    ignore_prefixes: Iterable[str] | None = None,
+    ignore_suffixes: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """The entries of `state_dict` whose names are not ignored."""
+    return {
+        name: value
+        for name, value in state_dict.items()
+        if not is_ignored_tensor_name(name, ignore_names, ignore_prefixes, ignore_suffixes)
+    }
+
+
+def get_module_and_attribute(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The submodule that owns `name`, and the attribute's name there. AttributeError if there is no such submodule."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute

@@ -1,0 +1,349 @@
+// The native half of the Python package: arguments in, GIL released, errors out. Nothing else.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/filesystem.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "flashpack/engine.h"
+#include "flashpack/format.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flashpack {
+
+namespace {
+
+/// dev, ino, size_bytes, mtime_ns.
+using IdentityTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::int64_t>;
+/// Name, dtype, shape.
+using SpecTuple = std::tuple<std::string, std::string, std::vector<std::int64_t>>;
+/// File offset in bytes, size in bytes, address in memory.
+using ExtentTuple = std::tuple<std::uint64_t, std::uint64_t, std::uintptr_t>;
+/// Name, file offset in bytes, size in bytes.
+using PlaceTuple = std::tuple<std::string, std::uint64_t, std::uint64_t>;
+using Dict = nb::typed<nb::dict, nb::str, nb::any>;
+/// Told, on the waiting thread, how many bytes are done.
+using ProgressFunction = std::optional<nb::typed<nb::callable, nb::object(std::uint64_t)>>;
+
+// How late Ctrl-C may be noticed.
+constexpr auto kSignalPeriod = std::chrono::milliseconds(50);
+
+PyObject* flashpack_error = nullptr;  // Owned by the module, which lives as long as the process.
+
+/// What Python should see for a failure that is not an errno: 0 stands for FlashPackError.
+int errno_of(Errc code) {
+  if (code == Errc::kTruncated) return EIO;
+  if (code == Errc::kFileChanged) return ESTALE;
+  if (code == Errc::kDeadlineExceeded) return ETIMEDOUT;
+  return code == Errc::kCancelled ? ECANCELED : 0;
+}
+
+/// Paths, and messages with paths in them, may be any bytes.
+nb::object text(const std::string& bytes) {
+  return nb::steal(PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "surrogateescape"));
+}
+
+void raise(const Error& error) {
+  const nb::object message = text(error.what());
+  const bool ours = error.code().category() == flashpack_category();
+  if (ours && error.code() == Errc::kUnusable) return PyErr_SetObject(PyExc_RuntimeError, message.ptr());
+  const int number = ours ? errno_of(static_cast<Errc>(error.code().value())) : error.code().value();
+  if (number == 0) return PyErr_SetObject(flashpack_error, message.ptr());
+  // Called with an errno, OSError makes its own subclass: FileNotFoundError, PermissionError, ...
+  const nb::object filename = error.path().empty() ? nb::none() : text(error.path().string());
+  const nb::object exception = nb::borrow(PyExc_OSError)(number, message, filename);
+  PyErr_SetObject(exception.type().ptr(), exception.ptr());
+}
+
+/// Nothing is in flight when this returns, so the caller's memory may go.
+void cancel_and_drain(Transfer& transfer) {
+  nb::gil_scoped_release released;
+  transfer.cancel();
+  while (!transfer.wait_for(kSignalPeriod)) {
+  }
+}
+
+Dict stats_dict(const TransferStats& stats) {
+  Dict dict;
+  dict["requested_bytes"] = stats.requested_bytes;
+  dict["direct_bytes"] = stats.direct_bytes;
+  dict["buffered_bytes"] = stats.buffered_bytes;
+  dict["staged_bytes"] = stats.staged_bytes;
+  dict["operations"] = stats.operations;
+  dict["retries"] = stats.retries;
+  dict["seconds"] = stats.seconds;
+  dict["backend"] = stats.backend == Backend::kIoUring ? "io_uring" : "workers";
+  dict["fallback_reason"] = stats.fallback_reason;
+  return dict;
+}
+
+/// Waits with the GIL released. A signal whose handler raises, or a `progress` that raises, cancels the transfer.
+/// `progress` is told `base_bytes` and what the transfer has done.
+TransferStats wait(Transfer& transfer, const ProgressFunction& progress, std::uint64_t base_bytes = 0) {
+  try {
+    for (bool finished = false; !finished;) {
+      if (progress) (*progress)(base_bytes + transfer.progress().done_bytes);
+      if (PyErr_CheckSignals() != 0) throw nb::python_error();
+      nb::gil_scoped_release released;
+      finished = transfer.wait_for(kSignalPeriod);
+    }
+  } catch (...) {
+    cancel_and_drain(transfer);
+    throw;
+  }
+  const TransferStats stats = transfer.wait();
+  if (progress) (*progress)(base_bytes + stats.requested_bytes);
+  return stats;
+}
+
+/// The footer as json.loads would give it, keys in the order of the file.
+Dict footer_dict(const Metadata& metadata) {
+  const bool several = metadata.version == 4;
+  Dict footer;
+  footer["format"] = several ? "flashpack_v4" : "flashpack_v3";
+  if (!several) footer["target_dtype"] = dtype_name(metadata.macroblocks.at(0).dtype);
+  footer["align_bytes"] = metadata.align_bytes;
+  if (several) footer["total_payload_bytes"] = metadata.payload_bytes;
+  footer["total_elems"] = metadata.total_elems;
+  if (several) {
+    nb::list blocks;
+    for (const Macroblock& block : metadata.macroblocks) {
+      nb::dict entry;
+      entry["dtype"] = dtype_name(block.dtype);
+      entry["offset_bytes"] = block.offset_bytes;
+      entry["length_bytes"] = block.length_bytes;
+      entry["length_elems"] = block.length_elems;
+      blocks.append(entry);
+    }
+    footer["macroblocks"] = blocks;
+  }
+  nb::list index;
+  for (const TensorRecord& record : metadata.records) {
+    nb::dict entry;
+    entry["name"] = record.name;
+    entry["shape"] = record.shape;
+    entry["offset"] = record.offset_elems;
+    entry["length"] = record.length_elems;
+    if (several) entry["macroblock"] = record.macroblock;
+    index.append(entry);
+  }
+  footer["index"] = index;
+  return footer;
+}
+
+std::tuple<Dict, IdentityTuple, std::vector<std::string>> read_footer(const std::filesystem::path& path) {
+  Metadata metadata;
+  {
+    nb::gil_scoped_release released;
+    metadata = read_metadata(path);
+  }
+  const auto& [dev, ino, size_bytes, mtime_ns] = metadata.identity;
+  return {footer_dict(metadata), {dev, ino, size_bytes, mtime_ns}, metadata.warnings};
+}
+
+DType require_dtype(std::string_view name) {
+  if (const auto dtype = dtype_from_name(name)) return *dtype;
+  throw Error(Errc::kInvalidArgument, "Unsupported dtype for packing: " + std::string(name));
+}
+
+std::tuple<std::uint64_t, std::vector<PlaceTuple>, nb::bytes> layout(
+    const std::vector<SpecTuple>& tensors, std::uint64_t align_bytes,
+    const std::optional<std::vector<std::string>>& name_order) {
+  std::vector<TensorSpec> specs;
+  specs.reserve(tensors.size());
+  for (const auto& [name, dtype, shape] : tensors) specs.push_back({name, require_dtype(dtype), shape});
+
+  std::vector<TensorSpec> ordered;
+  for (const std::size_t i : file_order(specs, name_order)) ordered.push_back(std::move(specs[i]));
+  const Metadata metadata = make_layout(ordered, align_bytes);
+
+  std::vector<PlaceTuple> places;
+  places.reserve(metadata.records.size());
+  for (const TensorRecord& record : metadata.records) {
+    places.emplace_back(record.name, metadata.offset_bytes(record), metadata.size_bytes(record));
+  }
+  const std::string footer = encode_footer(metadata);
+  return {metadata.payload_bytes, std::move(places), nb::bytes(footer.data(), footer.size())};
+}
+
+CachePolicy cache_policy(std::string_view name) {
+  if (name == "auto") return CachePolicy::kAuto;
+  if (name == "direct") return CachePolicy::kDirect;
+  if (name == "buffered") return CachePolicy::kBuffered;
+  throw Error(Errc::kInvalidArgument, "cache must be auto, direct or buffered, got " + std::string(name));
+}
+
+template <typename ExtentType, typename Pointer>
+std::vector<ExtentType> to_extents(const std::vector<ExtentTuple>& tuples) {
+  std::vector<ExtentType> extents;
+  extents.reserve(tuples.size());
+  for (const auto& [offset, size, address] : tuples) {
+    extents.push_back({offset, size, reinterpret_cast<Pointer>(address)});  // NOLINT(performance-no-int-to-ptr)
+  }
+  return extents;
+}
+
+class PyEngine {
+ public:
+  PyEngine() {
+    nb::gil_scoped_release released;
+    engine_ = std::make_unique<Engine>();
+  }
+  ~PyEngine() {
+    nb::gil_scoped_release released;
+    engine_.reset();
+  }
+
+  Dict load(const std::filesystem::path& path, const std::vector<ExtentTuple>& extents,
+            const std::optional<IdentityTuple>& identity, std::string_view cache, const ProgressFunction& progress) {
+    FileExtents file{.path = path, .extents = to_extents<Extent, void*>(extents)};
+    if (identity) file.expected = std::make_from_tuple<FileIdentity>(*identity);
+    LoadRequest request{.cache = cache_policy(cache)};
+    request.files.push_back(std::move(file));
+
+    std::optional<Transfer> transfer;
+    {
+      nb::gil_scoped_release released;
+      transfer = engine_->start_load(std::move(request));
+    }
+    return stats_dict(wait(*transfer, progress));
+  }
+
+  FileWriter create(const std::filesystem::path& path, std::uint64_t payload_bytes) {
+    nb::gil_scoped_release released;
+    return engine_->create(path, {.payload_bytes = payload_bytes});
+  }
+
+ private:
+  std::unique_ptr<Engine> engine_;
+};
+
+class PyWriter {
+ public:
+  PyWriter(PyEngine& engine, const std::filesystem::path& path, std::uint64_t payload_bytes)
+      : writer_(engine.create(path, payload_bytes)) {}
+  ~PyWriter() { abort(); }
+
+  void start_write(const std::vector<ExtentTuple>& extents, nb::object sources) {
+    if (transfer_) throw Error(Errc::kInvalidArgument, "finish() the write that was started before");
+    auto list = to_extents<SourceExtent, const void*>(extents);
+    FileWriter& writer = open();
+    sources_ = std::move(sources);
+    nb::gil_scoped_release released;
+    transfer_ = writer.start_write(std::move(list));
+  }
+
+  void finish(const ProgressFunction& progress) {
+    if (!transfer_) return;
+    finished_bytes_ += wait(*transfer_, progress, finished_bytes_).requested_bytes;
+    transfer_.reset();
+    sources_.reset();
+  }
+
+  void commit(const nb::bytes& tail) {
+    finish(std::nullopt);
+    const auto bytes = std::as_bytes(std::span(tail.c_str(), tail.size()));
+    FileWriter& writer = open();
+    nb::gil_scoped_release released;
+    writer.commit(bytes);
+    writer_.reset();
+  }
+
+  void abort() {
+    {
+      nb::gil_scoped_release released;
+      transfer_.reset();
+      writer_.reset();
+    }
+    sources_.reset();
+  }
+
+ private:
+  FileWriter& open() {
+    if (!writer_) throw Error(Errc::kInvalidArgument, "the file has been committed or aborted");
+    return *writer_;
+  }
+
+  std::optional<FileWriter> writer_;
+  nb::object sources_;  // Keeps the bytes of transfer_ alive.
+  std::optional<Transfer> transfer_;
+  std::uint64_t finished_bytes_ = 0;
+};
+
+template <typename Class>
+void refuse_pickling(nb::class_<Class>& type) {
+  type.def("__reduce__", [](nb::handle) -> nb::str {
+    throw nb::type_error("cannot pickle or copy: it owns threads and kernel resources; make one in each process");
+  });
+}
+
+void bind_handles(nb::module_& module) {
+  auto engine = nb::class_<PyEngine>(module, "Engine", "Threads, ring and staging memory of this process; thread-safe.")
+                    .def(nb::init<>())
+                    .def("load", &PyEngine::load, "path"_a, "extents"_a, "identity"_a = nb::none(), "cache"_a = "auto",
+                         "progress"_a = nb::none(),
+                         "Reads extents of (file offset, size, address) and returns the transfer's statistics.");
+  auto writer =
+      nb::class_<PyWriter>(module, "Writer", "A file that appears whole on commit(), or not at all.")
+          .def(nb::init<PyEngine&, const std::filesystem::path&, std::uint64_t>(), "engine"_a, "path"_a,
+               "payload_bytes"_a, nb::keep_alive<1, 2>())
+          .def("start_write", &PyWriter::start_write, "extents"_a, "sources"_a,
+               "Starts writing extents of (file offset, size, address); `sources` is kept alive until the end.")
+          .def("finish", &PyWriter::finish, "progress"_a = nb::none(), "Waits for the write that was started, if any.")
+          .def("commit", &PyWriter::commit, "tail"_a, "Appends `tail` and puts the durable file in place.")
+          .def("abort", &PyWriter::abort, "Removes what was written, unless committed.");
+  refuse_pickling(engine);
+  refuse_pickling(writer);
+}
+
+void bind_format(nb::module_& module) {
+  module.def("read_footer", &read_footer, "path"_a, "The checked footer, the file's identity, and warnings.");
+  module.def(
+      "layout", &layout, "tensors"_a, "align_bytes"_a, "name_order"_a = nb::none(),
+      "Payload size, (name, file offset, size) in file order, and the footer, for (name, dtype, shape) tensors.");
+  module.def("element_bytes", [](std::string_view dtype) { return element_bytes(require_dtype(dtype)); }, "dtype"_a);
+}
+
+void bind_errors(nb::module_& module) {
+  const auto name = nb::cast<std::string>(module.attr("__name__")) + ".FlashPackError";
+  flashpack_error =
+      PyErr_NewExceptionWithDoc(name.c_str(), "A file or an argument that is not valid.", PyExc_ValueError, nullptr);
+  if (flashpack_error == nullptr) throw nb::python_error();
+  module.attr("FlashPackError") = nb::borrow(flashpack_error);
+  nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
+    try {
+      std::rethrow_exception(pointer);
+    } catch (const Error& error) {
+      raise(error);
+    }
+  });
+}
+
+}  // namespace
+
+}  // namespace flashpack
+
+NB_MODULE(_native, module) {
+  nb::set_leak_warnings(false);
+  module.attr("version") = FLASHPACK_VERSION;
+  flashpack::bind_errors(module);
+  flashpack::bind_format(module);
+  flashpack::bind_handles(module);
+}
