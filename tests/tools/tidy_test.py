@@ -28,7 +28,7 @@ TIDY_TREE = {
     "include/flashpack/async.h": HEADER + "#include <boost/asio.hpp>\n",
     "include/flashpack/engine.h": HEADER + "#include <vector>\n",
     "include/flashpack/torch.h": HEADER + "#include <ATen/core/Tensor.h>\n",
-    "tests/engine/plan_test.cc": '#include <liburing.h>\n\n#include "engine/plan.h"\n',
+    "tests/engine/plan_test.cc": '#include "engine/plan.h"\n\n#include <liburing.h>\n',
     "tests/format/layout_test.cc": "",
     "torch_binding/CMakeLists.txt": CMAKE,
     "torch_binding/layout.cc": '#include "flashpack/format.h"\n',
