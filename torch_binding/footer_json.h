@@ -1,0 +1,32 @@
+/// A footer's JSON as typed fields.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "flashpack/format.h"
+
+namespace flashpack {
+
+/// What a footer says. Types, signs, required keys of macroblocks and records, and uniqueness of keys are checked;
+/// whether the values agree with each other and with the file is not.
+struct FooterFields {
+  std::optional<std::string> format;
+  std::optional<std::string> target_dtype;
+  std::optional<std::uint64_t> align_bytes;
+  std::optional<std::uint64_t> total_elems;
+  std::optional<std::uint64_t> total_payload_bytes;
+  std::optional<std::vector<Macroblock>> macroblocks;
+  std::optional<std::vector<TensorRecord>> records;
+};
+
+/// Integers fit int64 and are not negative. Keys that are not known are checked as JSON and passed over, except in
+/// macroblocks, where they may say that the bytes are encoded. `payload_bytes` turns a place in the text into an offset
+/// in the file. Throws: Error (kBadFile).
+FooterFields parse_footer_json(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path);
+
+}  // namespace flashpack

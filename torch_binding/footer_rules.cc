@@ -1,0 +1,200 @@
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "flashpack/format.h"
+#include "torch_binding/footer_json.h"
+#include "torch_binding/format_rules.h"
+
+namespace flashpack {
+
+namespace {
+
+/// One footer against the rules of the format. Every member throws Error (kBadFile) for the first rule it finds broken.
+class FooterCheck {
+ public:
+  FooterCheck(std::uint64_t payload_bytes, const std::filesystem::path& path) : path_(path) {
+    metadata_.payload_bytes = payload_bytes;
+  }
+
+  Metadata run(FooterFields fields) {
+    metadata_.version = version(fields);
+    metadata_.align_bytes = require(fields.align_bytes, "align_bytes");
+    metadata_.macroblocks = metadata_.version == 3 ? one_macroblock(fields) : several_macroblocks(fields);
+    check_macroblocks();
+    metadata_.records = require(std::move(fields.records), "index");
+    for (std::size_t i = 0; i < metadata_.records.size(); ++i) check_record(i);
+    check_names();
+    check_overlap_of_records();
+    add_totals(fields);
+    return std::move(metadata_);
+  }
+
+ private:
+  std::uint32_t version(const FooterFields& fields) const {
+    const std::string format = fields.format.value_or("");
+    if (format == "flashpack_v3") return 3;
+    if (format == "flashpack_v4") return 4;
+    fail("Unexpected format: " + (fields.format ? rules::quoted(format) : "none is given"));
+  }
+
+  template <typename T>
+  T require(std::optional<T> field, const char* key) const {
+    if (!field) fail("the footer has no " + std::string(key));
+    return *std::move(field);
+  }
+
+  std::vector<Macroblock> one_macroblock(const FooterFields& fields) const {
+    if (fields.macroblocks) fail("a flashpack_v3 file has one macroblock, but this one lists macroblocks");
+    const std::string name = require(fields.target_dtype, "target_dtype");
+    const std::optional<DType> dtype = dtype_from_name(name);
+    if (!dtype) fail("Unsupported dtype string in metadata: " + rules::quoted(name));
+    Macroblock macroblock{.dtype = *dtype};
+    macroblock.length_elems = require(fields.total_elems, "total_elems");
+    if (__builtin_mul_overflow(macroblock.length_elems, element_bytes(*dtype), &macroblock.length_bytes)) {
+      fail("total_elems " + std::to_string(macroblock.length_elems) + " of " + name + " pass 2^64 bytes");
+    }
+    return {macroblock};
+  }
+
+  std::vector<Macroblock> several_macroblocks(FooterFields& fields) const {
+    if (!fields.macroblocks || fields.macroblocks->empty()) {
+      fail("Missing macroblock metadata for flashpack v4 file.");
+    }
+    return *std::move(fields.macroblocks);
+  }
+
+  void check_macroblocks() const {
+    for (std::size_t i = 0; i < metadata_.macroblocks.size(); ++i) check_macroblock(i);
+
+    std::vector<std::size_t> by_offset;
+    for (std::size_t i = 0; i < metadata_.macroblocks.size(); ++i) {
+      if (metadata_.macroblocks[i].length_bytes > 0) by_offset.push_back(i);
+    }
+    const auto offset = [&](std::size_t i) { return metadata_.macroblocks[i].offset_bytes; };
+    std::sort(by_offset.begin(), by_offset.end(), [&](auto a, auto b) { return offset(a) < offset(b); });
+    for (std::size_t k = 1; k < by_offset.size(); ++k) {
+      const std::size_t previous = by_offset[k - 1];
+      if (offset(by_offset[k]) < offset(previous) + metadata_.macroblocks[previous].length_bytes) {
+        fail("macroblock " + std::to_string(by_offset[k]) + " overlaps macroblock " + std::to_string(previous));
+      }
+    }
+  }
+
+  void check_macroblock(std::size_t i) const {
+    const Macroblock& macroblock = metadata_.macroblocks[i];
+    const std::string where = "macroblock " + std::to_string(i);
+    const std::uint64_t width_bytes = element_bytes(macroblock.dtype);
+    std::uint64_t length_bytes = 0;
+    if (__builtin_mul_overflow(macroblock.length_elems, width_bytes, &length_bytes) ||
+        length_bytes != macroblock.length_bytes) {
+      fail(where + ": length_bytes " + std::to_string(macroblock.length_bytes) + " is not " +
+           std::to_string(macroblock.length_elems) + " elements of " + std::string(dtype_name(macroblock.dtype)));
+    }
+    if (macroblock.offset_bytes % width_bytes != 0) {
+      fail(where + " is misaligned: offset_bytes " + std::to_string(macroblock.offset_bytes) +
+           " is not a multiple of the element size " + std::to_string(width_bytes));
+    }
+    std::uint64_t end_bytes = 0;
+    if (__builtin_add_overflow(macroblock.offset_bytes, macroblock.length_bytes, &end_bytes) ||
+        end_bytes > metadata_.payload_bytes) {
+      fail(where + " at " + std::to_string(macroblock.offset_bytes) + "+" + std::to_string(macroblock.length_bytes) +
+           " runs past the payload of " + std::to_string(metadata_.payload_bytes) + " bytes");
+    }
+  }
+
+  void check_record(std::size_t i) const {
+    const TensorRecord& record = metadata_.records[i];
+    if (record.macroblock >= metadata_.macroblocks.size()) {
+      fail(where(i) + ": Index entry references macroblock " + std::to_string(record.macroblock) + ", but only " +
+           std::to_string(metadata_.macroblocks.size()) + " blocks exist.");
+    }
+    const Macroblock& macroblock = metadata_.macroblocks[record.macroblock];
+    const std::optional<std::uint64_t> count = rules::element_count(record.shape);
+    if (!count) fail("Could not get tensor for " + where(i) + ": the size of its shape passes 2^63");
+    if (*count != record.length_elems) {
+      fail("Could not get tensor for " + where(i) + ": its shape has " + std::to_string(*count) +
+           " elements, its length is " + std::to_string(record.length_elems));
+    }
+    if (record.offset_elems > macroblock.length_elems ||
+        record.length_elems > macroblock.length_elems - record.offset_elems) {
+      fail("Could not get tensor for " + where(i) + ": elements " + std::to_string(record.offset_elems) + "+" +
+           std::to_string(record.length_elems) + " run past its macroblock of " +
+           std::to_string(macroblock.length_elems));
+    }
+    const std::uint64_t align_elems = rules::alignment_elems(metadata_.align_bytes, element_bytes(macroblock.dtype));
+    if (record.offset_elems % align_elems != 0) {
+      fail(where(i) + " is misaligned: offset " + std::to_string(record.offset_elems) + " is not a multiple of " +
+           std::to_string(align_elems) + " elements (align_bytes " + std::to_string(metadata_.align_bytes) + ")");
+    }
+  }
+
+  void check_names() const {
+    std::vector<std::string_view> names;
+    names.reserve(metadata_.records.size());
+    for (const TensorRecord& record : metadata_.records) names.push_back(record.name);
+    if (const auto duplicate = rules::find_duplicate(names)) {
+      fail(where(duplicate->second) + " has the name of record " + std::to_string(duplicate->first));
+    }
+  }
+
+  /// The same range twice is one tensor under two names; ranges that share only a part are corruption.
+  void check_overlap_of_records() const {
+    const auto& records = metadata_.records;
+    std::vector<std::size_t> by_offset;
+    by_offset.reserve(records.size());
+    for (std::size_t i = 0; i < records.size(); ++i) {
+      if (records[i].length_elems > 0) by_offset.push_back(i);
+    }
+    const auto range = [&](std::size_t i) {
+      return std::tuple(records[i].macroblock, records[i].offset_elems, records[i].length_elems);
+    };
+    std::sort(by_offset.begin(), by_offset.end(), [&](auto a, auto b) { return range(a) < range(b); });
+    for (std::size_t k = 1; k < by_offset.size(); ++k) {
+      const TensorRecord& previous = records[by_offset[k - 1]];
+      const TensorRecord& record = records[by_offset[k]];
+      if (record.macroblock == previous.macroblock && range(by_offset[k]) != range(by_offset[k - 1]) &&
+          record.offset_elems < previous.offset_elems + previous.length_elems) {
+        fail(where(by_offset[k]) + " overlaps " + where(by_offset[k - 1]));
+      }
+    }
+  }
+
+  void add_totals(const FooterFields& fields) {
+    std::uint64_t end_bytes = 0;
+    for (const Macroblock& macroblock : metadata_.macroblocks) {
+      metadata_.total_elems += macroblock.length_elems;
+      end_bytes = std::max(end_bytes, macroblock.offset_bytes + macroblock.length_bytes);
+    }
+    if (end_bytes < metadata_.payload_bytes) {
+      warn(std::to_string(metadata_.payload_bytes - end_bytes) +
+           " bytes between the last macroblock and the footer belong to no macroblock.");
+    }
+    if (fields.total_elems && *fields.total_elems != metadata_.total_elems) {
+      warn("total_elems is " + std::to_string(*fields.total_elems) + ", but the macroblocks have " +
+           std::to_string(metadata_.total_elems) + " elements.");
+    }
+    if (fields.total_payload_bytes && *fields.total_payload_bytes != end_bytes) {
+      warn("total_payload_bytes is " + std::to_string(*fields.total_payload_bytes) +
+           ", but the last macroblock ends at " + std::to_string(end_bytes) + ".");
+    }
+  }
+
+  std::string where(std::size_t i) const {
+    return "record " + std::to_string(i) + " " + rules::quoted(metadata_.records[i].name);
+  }
+
+  void warn(std::string sentence) { metadata_.warnings.push_back(std::move(sentence)); }
+  [[noreturn]] void fail(const std::string& sentence) const { rules::refuse(path_, sentence); }
+
+  const std::filesystem::path& path_;
+  Metadata metadata_;
+};
+
+}  // namespace
+
+Metadata parse_footer(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path) {
+  return FooterCheck(payload_bytes, path).run(parse_footer_json(json, payload_bytes, path));
+}
+
+}  // namespace flashpack

@@ -1,0 +1,145 @@
+#include "flashpack/format.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <cerrno>
+#include <cstring>
+
+#include "torch_binding/format_rules.h"
+
+namespace flashpack {
+
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "payload and trailer are little-endian");
+
+// One read of this much holds the whole footer of most models.
+constexpr std::uint64_t kTailBytes = std::uint64_t{64} << 10;
+
+/// A file whose footer is being read. Throws Error: errno from the system, kTruncated, kFileChanged.
+class FooterFile {
+ public:
+  explicit FooterFile(const std::filesystem::path& path)
+      // O_NONBLOCK: a FIFO that nobody writes to must not hold us here. It means nothing for regular files.
+      : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY)) {
+    if (fd_ < 0) fail_with_errno("open");
+  }
+  ~FooterFile() {
+    if (fd_ >= 0) ::close(fd_);
+  }
+  FooterFile(const FooterFile&) = delete;
+  FooterFile& operator=(const FooterFile&) = delete;
+
+  FileIdentity identity() const {
+    struct stat status{};
+    if (::fstat(fd_, &status) != 0) fail_with_errno("stat");
+    if (S_ISDIR(status.st_mode)) throw Error({EISDIR, std::generic_category()}, "read " + path_.string(), path_);
+    if (!S_ISREG(status.st_mode)) rules::refuse(path_, "it is not a regular file");
+    return {.dev = status.st_dev,
+            .ino = status.st_ino,
+            .size_bytes = static_cast<std::uint64_t>(status.st_size),
+            .mtime_ns = static_cast<std::int64_t>(static_cast<std::uint64_t>(status.st_mtim.tv_sec) * 1'000'000'000U +
+                                                  static_cast<std::uint64_t>(status.st_mtim.tv_nsec))};
+  }
+
+  void read(std::uint64_t offset_bytes, std::span<char> target) const {
+    while (!target.empty()) {
+      const ssize_t got = ::pread(fd_, target.data(), target.size(), static_cast<off_t>(offset_bytes));
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) fail_at(offset_bytes, target.size(), {errno, std::generic_category()});
+      if (got == 0) fail_at(offset_bytes, target.size(), Errc::kTruncated);
+      offset_bytes += static_cast<std::uint64_t>(got);
+      target = target.subspan(static_cast<std::size_t>(got));
+    }
+  }
+
+  void check_unchanged(const FileIdentity& before) const {
+    if (identity() != before) throw Error(Errc::kFileChanged, "read " + path_.string(), path_);
+  }
+
+ private:
+  [[noreturn]] void fail_with_errno(const char* operation) const {
+    const std::error_code code(errno, std::generic_category());
+    throw Error(code, std::string(operation) + " " + path_.string(), path_);
+  }
+  [[noreturn]] void fail_at(std::uint64_t offset_bytes, std::size_t length_bytes, std::error_code code) const {
+    throw Error(code,
+                "read " + path_.string() + " at " + std::to_string(offset_bytes) + "+" + std::to_string(length_bytes),
+                path_, offset_bytes);
+  }
+
+  const std::filesystem::path& path_;
+  int fd_;
+};
+
+/// The length of the footer, from the last kTrailerBytes of a file. Throws: Error (kBadFile).
+std::uint64_t footer_bytes(std::string_view trailer, std::uint64_t size_bytes, const ReadMetadataOptions& options,
+                           const std::filesystem::path& path) {
+  const std::string_view magic = trailer.substr(sizeof(std::uint64_t));
+  if (magic != rules::kMagic) {
+    rules::refuse(path, "Bad magic: " + rules::quoted_bytes(magic) + " != " + rules::quoted_bytes(rules::kMagic),
+                  size_bytes - rules::kMagic.size());
+  }
+  std::uint64_t length_bytes = 0;
+  std::memcpy(&length_bytes, trailer.data(), sizeof length_bytes);
+  if (length_bytes > size_bytes - rules::kTrailerBytes) {
+    rules::refuse(
+        path,
+        "Corrupt footer length: " + std::to_string(length_bytes) + " bytes in a file of " + std::to_string(size_bytes),
+        size_bytes - rules::kTrailerBytes);
+  }
+  if (length_bytes > options.max_footer_bytes) {
+    rules::refuse(path,
+                  "its footer of " + std::to_string(length_bytes) + " bytes is over the limit of " +
+                      std::to_string(options.max_footer_bytes),
+                  size_bytes - rules::kTrailerBytes);
+  }
+  return length_bytes;
+}
+
+}  // namespace
+
+std::uint64_t Metadata::offset_bytes(const TensorRecord& record) const {
+  return macroblocks[record.macroblock].offset_bytes + record.offset_elems * element_bytes(dtype(record));
+}
+
+std::uint64_t Metadata::size_bytes(const TensorRecord& record) const {
+  return record.length_elems * element_bytes(dtype(record));
+}
+
+Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options) {
+  const FooterFile file(path);
+  const FileIdentity identity = file.identity();
+  const std::uint64_t size_bytes = identity.size_bytes;
+  if (size_bytes < rules::kTrailerBytes) {
+    rules::refuse(path, "File too small to contain footer: " + std::to_string(size_bytes) + " bytes");
+  }
+  std::string tail(std::min(size_bytes, kTailBytes), '\0');
+  file.read(size_bytes - tail.size(), tail);
+  const std::uint64_t json_bytes =
+      footer_bytes(std::string_view(tail).substr(tail.size() - rules::kTrailerBytes), size_bytes, options, path);
+  const std::uint64_t payload_bytes = size_bytes - rules::kTrailerBytes - json_bytes;
+
+  tail.resize(tail.size() - rules::kTrailerBytes);
+  std::string long_footer;
+  std::string_view json = tail;
+  if (json_bytes > tail.size()) {
+    long_footer.resize(json_bytes);
+    file.read(payload_bytes, std::span(long_footer).first(json_bytes - tail.size()));
+    std::copy(tail.begin(), tail.end(), long_footer.end() - static_cast<std::ptrdiff_t>(tail.size()));
+    json = long_footer;
+  } else {
+    json.remove_prefix(tail.size() - json_bytes);
+  }
+  file.check_unchanged(identity);
+
+  Metadata metadata = parse_footer(json, payload_bytes, path);
+  metadata.identity = identity;
+  return metadata;
+}
+
+}  // namespace flashpack

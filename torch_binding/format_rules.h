@@ -1,0 +1,47 @@
+/// Rules of the container that reading and writing share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "flashpack/error.h"
+
+namespace flashpack::rules {
+
+inline constexpr std::string_view kMagic{"FLASHPK\0", 8};
+/// The footer's length as a little-endian u64, then the magic.
+inline constexpr std::uint64_t kTrailerBytes = sizeof(std::uint64_t) + kMagic.size();
+inline constexpr std::size_t kMaxRank = 64;
+
+/// Elements of a tensor of that shape. Empty for a negative dim, for more than kMaxRank of them, and when the product
+/// passes 2^63 even without the dims that are 0: strides are computed from those.
+std::optional<std::uint64_t> element_count(std::span<const std::int64_t> shape) noexcept;
+
+/// Tensors start at multiples of this many elements from the start of their macroblock; 1 when dense.
+std::uint64_t alignment_elems(std::uint64_t align_bytes, std::uint32_t element_bytes) noexcept;
+
+struct DuplicateName {
+  std::size_t first;
+  std::size_t second;
+};
+/// Two equal names, by index. n log n whatever the names are: a hash table could be driven to n^2 by a hostile file.
+std::optional<DuplicateName> find_duplicate(std::span<const std::string_view> names);
+
+/// Appends `utf8` as a JSON string, escaped exactly as the format has it: only what JSON demands, hex in lower case.
+void append_json_string(std::string& out, std::string_view utf8);
+
+/// For messages: a name as a JSON string, cut when long.
+std::string quoted(std::string_view utf8);
+/// The same for bytes that may not be text: what is not printable ASCII as \xHH.
+std::string quoted_bytes(std::string_view bytes);
+
+/// Throws Error (kBadFile): "read PATH at OFFSET: SENTENCE: not a valid flashpack file".
+[[noreturn]] void refuse(const std::filesystem::path& path, const std::string& sentence,
+                         std::uint64_t offset_bytes = Error::kNoOffset);
+
+}  // namespace flashpack::rules
