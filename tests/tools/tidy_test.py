@@ -22,7 +22,7 @@ tidy = load_tidy()
 HEADER = "#pragma once\n"
 CMAKE = "target_sources(flashpack_format\n  PRIVATE\n    dtype.cc\n    layout.cc)\nadd_executable(engine_bench a.cc)\n"
 TIDY_TREE = {
-    "README.md": "`engine/plan.cc` and [the API](include/flashpack/engine.h)\n```sh\nbuild/release/bench/engine_bench\n```\n",
+    "README.md": "`engine/plan.cc`, [API](include/flashpack/engine.h)\n```sh\nbuild/release/bench/engine_bench\n```\n",
     "engine/plan.cc": '#include "engine/plan.h"\n\nvoid f(int n) {\n  if (n) {\n    n = 0;\n  }\n}\n',
     "engine/plan.h": HEADER + "// Not `using namespace std`, and no printf() either.\n",
     "include/flashpack/async.h": HEADER + "#include <boost/asio.hpp>\n",
