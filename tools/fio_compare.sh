@@ -44,7 +44,8 @@ run_fio() {
 
 run_engine() {
   "$bench" --file="$file" --size_gib="$size_gib" --rounds=1 --benchmark_filter=load/cold/touched_memory \
-    --benchmark_out="$results/engine.$1.json" --benchmark_out_format=json >/dev/null
+    --benchmark_out="$results/engine.$1.json" --benchmark_out_format=json >/dev/null 2>"$results/log" ||
+    { cat "$results/log" >&2 && exit 1; }
 }
 
 # Makes the file, and finds what is wrong before the first round.

@@ -6,7 +6,7 @@
 
 namespace flashpack::bench {
 
-const Cell& choose(const std::vector<Cell>& cells) {
+Cell choose(const std::vector<Cell>& cells) {
   const Cell& fastest = *std::max_element(cells.begin(), cells.end(),
                                           [](const Cell& a, const Cell& b) { return a.gb_per_s < b.gb_per_s; });
   const double floor = fastest.gb_per_s * (1 - std::clamp(fastest.spread, 0.02, 0.10));

@@ -17,6 +17,6 @@ struct Cell {
 /// The cell to use: of those as fast as the fastest within the noise, the one that costs the least CPU, in steps of
 /// 0.01 core-seconds per GB; of equals the one with the fewest bytes in flight, because they are memory and latency.
 /// Noise is the fastest cell's spread, but at least 2 % and at most 10 %. Requires: not empty.
-const Cell& choose(const std::vector<Cell>& cells);
+Cell choose(const std::vector<Cell>& cells);
 
 }  // namespace flashpack::bench
