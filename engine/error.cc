@@ -12,13 +12,20 @@ class Category final : public std::error_category {
 
   std::string message(int value) const override {
     switch (static_cast<Errc>(value)) {
-      case Errc::kInvalidArgument: return "invalid argument";
-      case Errc::kBadFile: return "not a valid flashpack file";
-      case Errc::kTruncated: return "short read: the file ends before the requested bytes";
-      case Errc::kFileChanged: return "the file was replaced or changed";
-      case Errc::kCancelled: return "cancelled";
-      case Errc::kDeadlineExceeded: return "deadline exceeded";
-      case Errc::kUnusable: return "engine unusable";
+      case Errc::kInvalidArgument:
+        return "invalid argument";
+      case Errc::kBadFile:
+        return "not a valid flashpack file";
+      case Errc::kTruncated:
+        return "short read: the file ends before the requested bytes";
+      case Errc::kFileChanged:
+        return "the file was replaced or changed";
+      case Errc::kCancelled:
+        return "cancelled";
+      case Errc::kDeadlineExceeded:
+        return "deadline exceeded";
+      case Errc::kUnusable:
+        return "engine unusable";
     }
     return "unknown error";
   }

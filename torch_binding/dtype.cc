@@ -13,30 +13,29 @@ struct DTypeInfo {
 };
 
 // Indexed by DType.
-constexpr std::array kDTypes = {
-    DTypeInfo{"bool", 1},          DTypeInfo{"int8", 1},
-    DTypeInfo{"uint8", 1},         DTypeInfo{"int16", 2},
-    DTypeInfo{"uint16", 2},        DTypeInfo{"int32", 4},
-    DTypeInfo{"uint32", 4},        DTypeInfo{"int64", 8},
-    DTypeInfo{"uint64", 8},        DTypeInfo{"float16", 2},
-    DTypeInfo{"bfloat16", 2},      DTypeInfo{"float32", 4},
-    DTypeInfo{"float64", 8},       DTypeInfo{"complex32", 4},
-    DTypeInfo{"complex64", 8},     DTypeInfo{"complex128", 16},
-    DTypeInfo{"float8_e4m3fn", 1}, DTypeInfo{"float8_e4m3fnuz", 1},
-    DTypeInfo{"float8_e5m2", 1},   DTypeInfo{"float8_e5m2fnuz", 1},
-    DTypeInfo{"float8_e8m0fnu", 1}};
+constexpr std::array kDTypes = {DTypeInfo{"bool", 1},          DTypeInfo{"int8", 1},
+                                DTypeInfo{"uint8", 1},         DTypeInfo{"int16", 2},
+                                DTypeInfo{"uint16", 2},        DTypeInfo{"int32", 4},
+                                DTypeInfo{"uint32", 4},        DTypeInfo{"int64", 8},
+                                DTypeInfo{"uint64", 8},        DTypeInfo{"float16", 2},
+                                DTypeInfo{"bfloat16", 2},      DTypeInfo{"float32", 4},
+                                DTypeInfo{"float64", 8},       DTypeInfo{"complex32", 4},
+                                DTypeInfo{"complex64", 8},     DTypeInfo{"complex128", 16},
+                                DTypeInfo{"float8_e4m3fn", 1}, DTypeInfo{"float8_e4m3fnuz", 1},
+                                DTypeInfo{"float8_e5m2", 1},   DTypeInfo{"float8_e5m2fnuz", 1},
+                                DTypeInfo{"float8_e8m0fnu", 1}};
 static_assert(kDTypes.size() == static_cast<std::size_t>(DType::kFloat8E8M0FNU) + 1);
 
 // torch attributes that are the same object as a canonical dtype; a reader may meet them, a writer never emits them.
 constexpr std::array<std::pair<std::string_view, DType>, 9> kAliases = {{{"float", DType::kFloat32},
-                                                                        {"double", DType::kFloat64},
-                                                                        {"half", DType::kFloat16},
-                                                                        {"short", DType::kInt16},
-                                                                        {"int", DType::kInt32},
-                                                                        {"long", DType::kInt64},
-                                                                        {"cfloat", DType::kComplex64},
-                                                                        {"cdouble", DType::kComplex128},
-                                                                        {"chalf", DType::kComplex32}}};
+                                                                         {"double", DType::kFloat64},
+                                                                         {"half", DType::kFloat16},
+                                                                         {"short", DType::kInt16},
+                                                                         {"int", DType::kInt32},
+                                                                         {"long", DType::kInt64},
+                                                                         {"cfloat", DType::kComplex64},
+                                                                         {"cdouble", DType::kComplex128},
+                                                                         {"chalf", DType::kComplex32}}};
 
 const DTypeInfo& info(DType dtype) noexcept { return kDTypes[static_cast<std::size_t>(dtype)]; }
 

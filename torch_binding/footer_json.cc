@@ -212,10 +212,8 @@ class FooterHandler {
     Scope scope = Scope::kIgnored;
     if (frame.scope == Scope::kFooter && frame.key == footer_key::kMacroblocks) {
       scope = Scope::kMacroblocks;
-      fields_.macroblocks.emplace();
     } else if (frame.scope == Scope::kFooter && frame.key == footer_key::kIndex) {
       scope = Scope::kIndex;
-      fields_.records.emplace();
     } else if (frame.scope == Scope::kRecord && frame.key == record_key::kShape) {
       scope = Scope::kShape;
       shape_.clear();
@@ -275,6 +273,8 @@ class FooterHandler {
     if (frame.has(kAlignBytes)) fields_.align_bytes = frame.integers[kAlignBytes];
     if (frame.has(kTotalElems)) fields_.total_elems = frame.integers[kTotalElems];
     if (frame.has(kTotalPayloadBytes)) fields_.total_payload_bytes = frame.integers[kTotalPayloadBytes];
+    if (frame.has(kMacroblocks)) fields_.macroblocks = std::move(macroblocks_);
+    if (frame.has(kIndex)) fields_.records = std::move(records_);
   }
 
   void close_macroblock(const Frame& frame) {
@@ -282,10 +282,10 @@ class FooterHandler {
     require(frame, kMacroblockKeys.size());
     const std::optional<DType> dtype = dtype_from_name(frame.strings[kDType]);
     if (!dtype) fail(where() + ": Unsupported dtype string in metadata: " + rules::quoted(frame.strings[kDType]));
-    fields_.macroblocks->push_back({.dtype = *dtype,
-                                    .offset_bytes = frame.integers[kOffsetBytes],
-                                    .length_bytes = frame.integers[kLengthBytes],
-                                    .length_elems = frame.integers[kLengthElems]});
+    macroblocks_.push_back({.dtype = *dtype,
+                            .offset_bytes = frame.integers[kOffsetBytes],
+                            .length_bytes = frame.integers[kLengthBytes],
+                            .length_elems = frame.integers[kLengthElems]});
   }
 
   void close_record(Frame& frame) {
@@ -295,11 +295,11 @@ class FooterHandler {
     if (macroblock > std::numeric_limits<std::uint32_t>::max()) {
       fail(where() + " references macroblock " + std::to_string(macroblock) + ", but no file has that many");
     }
-    fields_.records->push_back({.name = std::move(frame.strings[kName]),
-                                .shape = shape_,
-                                .offset_elems = frame.integers[kOffset],
-                                .length_elems = frame.integers[kLength],
-                                .macroblock = static_cast<std::uint32_t>(macroblock)});
+    records_.push_back({.name = std::move(frame.strings[kName]),
+                        .shape = std::move(shape_),
+                        .offset_elems = frame.integers[kOffset],
+                        .length_elems = frame.integers[kLength],
+                        .macroblock = static_cast<std::uint32_t>(macroblock)});
   }
 
   /// The first `count` keys of the frame's table must have been met.
@@ -313,10 +313,10 @@ class FooterHandler {
   std::string where() const {
     for (auto frame = frames_.rbegin(); frame != frames_.rend(); ++frame) {
       if (frame->scope == Scope::kMacroblock || frame->scope == Scope::kMacroblocks) {
-        return "macroblock " + std::to_string(fields_.macroblocks->size());
+        return "macroblock " + std::to_string(macroblocks_.size());
       }
       if (frame->scope == Scope::kRecord || frame->scope == Scope::kIndex) {
-        std::string record = "record " + std::to_string(fields_.records->size());
+        std::string record = "record " + std::to_string(records_.size());
         if (frame->has(record_key::kName) && frame->key != record_key::kName)
           record += " " + rules::quoted(frame->strings[record_key::kName]);
         return record;
@@ -338,6 +338,8 @@ class FooterHandler {
 
   const std::filesystem::path& path_;
   FooterFields fields_;
+  std::vector<Macroblock> macroblocks_;
+  std::vector<TensorRecord> records_;
   std::vector<Frame> frames_;
   std::string text_;  // Of the key or string being received in parts.
   std::vector<std::int64_t> shape_;

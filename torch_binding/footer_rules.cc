@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "flashpack/format.h"
@@ -95,9 +96,8 @@ class FooterCheck {
       fail(where + " is misaligned: offset_bytes " + std::to_string(macroblock.offset_bytes) +
            " is not a multiple of the element size " + std::to_string(width_bytes));
     }
-    std::uint64_t end_bytes = 0;
-    if (__builtin_add_overflow(macroblock.offset_bytes, macroblock.length_bytes, &end_bytes) ||
-        end_bytes > metadata_.payload_bytes) {
+    if (macroblock.offset_bytes > metadata_.payload_bytes ||
+        macroblock.length_bytes > metadata_.payload_bytes - macroblock.offset_bytes) {
       fail(where + " at " + std::to_string(macroblock.offset_bytes) + "+" + std::to_string(macroblock.length_bytes) +
            " runs past the payload of " + std::to_string(metadata_.payload_bytes) + " bytes");
     }

@@ -28,9 +28,7 @@ class FooterFile {
       : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY)) {
     if (fd_ < 0) fail_with_errno("open");
   }
-  ~FooterFile() {
-    if (fd_ >= 0) ::close(fd_);
-  }
+  ~FooterFile() { ::close(fd_); }
   FooterFile(const FooterFile&) = delete;
   FooterFile& operator=(const FooterFile&) = delete;
 

@@ -175,7 +175,8 @@ std::vector<std::size_t> file_order(std::span<const TensorSpec> tensors,
       order.push_back(order.size());
       counts.push_back(count_of(tensor));
     }
-    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return counts[a] > counts[b]; });
+    std::sort(order.begin(), order.end(),
+              [&](auto a, auto b) { return counts[a] != counts[b] ? counts[a] > counts[b] : a < b; });
     return order;
   }
   constexpr std::size_t kListed = std::numeric_limits<std::size_t>::max();

@@ -1,7 +1,8 @@
 /// The engine: moves extents between files and memory at the speed of the hardware.
 ///
 ///   flashpack::Engine engine;
-///   auto stats = engine.load({.files = {{.path = "model.flashpack", .extents = {{.offset_bytes = 0, .size_bytes = n, .target = memory}}}}});
+///   auto stats = engine.load({.files = {{.path = "model.flashpack", .extents = {{.offset_bytes = 0, .size_bytes = n,
+///   .target = memory}}}}});
 #pragma once
 
 #include <chrono>

@@ -38,7 +38,8 @@ class FileWriter {
   ~FileWriter();
 
   /// Starts writing `extents`, in any order and any number of times; extents must not overlap each other or those of
-  /// other calls. What is never written reads as zeros. Throws: Error (kInvalidArgument); I/O errors come from the transfer.
+  /// other calls. What is never written reads as zeros. Throws: Error (kInvalidArgument); I/O errors come from the
+  /// transfer.
   Transfer start_write(std::vector<SourceExtent> extents, Completion* completion = nullptr);
 
   /// start_write and wait. Throws: Error.

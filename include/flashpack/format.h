@@ -19,9 +19,27 @@
 namespace flashpack {
 
 enum class DType : std::uint8_t {
-  kBool, kInt8, kUInt8, kInt16, kUInt16, kInt32, kUInt32, kInt64, kUInt64,
-  kFloat16, kBFloat16, kFloat32, kFloat64, kComplex32, kComplex64, kComplex128,
-  kFloat8E4M3FN, kFloat8E4M3FNUZ, kFloat8E5M2, kFloat8E5M2FNUZ, kFloat8E8M0FNU,
+  kBool,
+  kInt8,
+  kUInt8,
+  kInt16,
+  kUInt16,
+  kInt32,
+  kUInt32,
+  kInt64,
+  kUInt64,
+  kFloat16,
+  kBFloat16,
+  kFloat32,
+  kFloat64,
+  kComplex32,
+  kComplex64,
+  kComplex128,
+  kFloat8E4M3FN,
+  kFloat8E4M3FNUZ,
+  kFloat8E5M2,
+  kFloat8E5M2FNUZ,
+  kFloat8E8M0FNU,
 };
 
 std::uint32_t element_bytes(DType dtype) noexcept;
@@ -48,8 +66,8 @@ struct TensorRecord {
 
 /// All of a file but its payload. From read_metadata() it is valid: every range lies in the payload, nothing overlaps.
 struct Metadata {
-  std::uint32_t version = 3;        ///< 3: one dtype. 4: several.
-  std::uint64_t align_bytes = 0;    ///< 0: dense.
+  std::uint32_t version = 3;      ///< 3: one dtype. 4: several.
+  std::uint64_t align_bytes = 0;  ///< 0: dense.
   std::uint64_t total_elems = 0;
   std::uint64_t payload_bytes = 0;  ///< Length of the payload; the footer begins there.
   std::vector<Macroblock> macroblocks;
@@ -83,16 +101,17 @@ struct TensorSpec {
 
 /// The order tensors are written in, as indices into `tensors`: largest first, ties as given; or `name_order`, where
 /// names that do not exist are passed over and tensors that it does not list are left out.
-/// Throws: Error (kInvalidArgument) for a name that stands twice.
+/// Throws: Error (kInvalidArgument) for a name that stands twice and for shapes that make_layout() refuses.
 std::vector<std::size_t> file_order(std::span<const TensorSpec> tensors,
                                     std::optional<std::span<const std::string>> name_order = std::nullopt);
 
 /// Places `tensors`, in the order given, one macroblock per dtype in order of first appearance.
 /// Throws: Error (kInvalidArgument): "No tensors to pack", "Nothing to pack after alignment", names twice, names that
-/// are not UTF-8, sizes past 2^63.
+/// are not UTF-8, negative dims, more than 64 dims, sizes past 2^63.
 Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_bytes);
 
 /// The bytes after the payload: JSON, its length, the magic. Byte for byte what the Python reference writes.
+/// `metadata` is one that make_layout(), read_metadata() or parse_footer() returned.
 std::string encode_footer(const Metadata& metadata);
 
 }  // namespace flashpack

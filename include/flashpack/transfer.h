@@ -20,19 +20,20 @@ struct TransferStats {
   std::uint64_t requested_bytes = 0;  ///< Sum of the extents' sizes.
   std::uint64_t direct_bytes = 0;     ///< Moved with O_DIRECT, past the page cache.
   std::uint64_t buffered_bytes = 0;   ///< Moved through the page cache.
-  std::uint64_t staged_bytes = 0;     ///< Of direct_bytes and buffered_bytes: through a staging slot and a copy. The rest went in place.
-  std::uint64_t operations = 0;       ///< Reads and writes issued, retries included.
-  std::uint64_t retries = 0;          ///< Of operations: after a short result, EINTR or EAGAIN.
-  double seconds = 0;                 ///< From start to end, as seen by the caller.
-  Backend backend = Backend::kAuto;   ///< kIoUring or kWorkers: the one that did the direct I/O.
-  std::string fallback_reason;        ///< Why a slower rung was taken; empty when everything was as asked.
+  std::uint64_t staged_bytes =
+      0;  ///< Of direct_bytes and buffered_bytes: through a staging slot and a copy. The rest went in place.
+  std::uint64_t operations = 0;      ///< Reads and writes issued, retries included.
+  std::uint64_t retries = 0;         ///< Of operations: after a short result, EINTR or EAGAIN.
+  double seconds = 0;                ///< From start to end, as seen by the caller.
+  Backend backend = Backend::kAuto;  ///< kIoUring or kWorkers: the one that did the direct I/O.
+  std::string fallback_reason;       ///< Why a slower rung was taken; empty when everything was as asked.
 };
 
 /// A snapshot of a running transfer.
 struct Progress {
-  std::uint64_t done_bytes = 0;          ///< Of total_bytes: in their targets (or in the file).
-  std::uint64_t total_bytes = 0;         ///< TransferStats::requested_bytes.
-  std::uint32_t outstanding = 0;         ///< Operations the kernel or a worker still holds.
+  std::uint64_t done_bytes = 0;   ///< Of total_bytes: in their targets (or in the file).
+  std::uint64_t total_bytes = 0;  ///< TransferStats::requested_bytes.
+  std::uint32_t outstanding = 0;  ///< Operations the kernel or a worker still holds.
   bool finished = false;
 };
 
@@ -56,7 +57,8 @@ class Transfer {
   /// Cancels and waits until nothing is in flight, unless finished or detached.
   ~Transfer();
 
-  /// False for a default-constructed, moved-from or detached handle, on which only assignment and destruction are allowed.
+  /// False for a default-constructed, moved-from or detached handle, on which only assignment and destruction are
+  /// allowed.
   bool valid() const noexcept { return state_ != nullptr; }
 
   /// Blocks until the transfer has finished. May be called again, with the same result.

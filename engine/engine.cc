@@ -1,0 +1,212 @@
+#include "flashpack/engine.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <future>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "engine/engine_impl.h"
+#include "engine/error.h"
+#include "engine/ring.h"
+#include "engine/staging.h"
+#include "engine/workers.h"
+
+namespace flashpack {
+
+namespace {
+
+using engine::argument_error;
+
+EngineOptions checked(EngineOptions options) {
+  constexpr std::uint32_t kMaxChunkBytes = std::uint32_t{1} << 30;
+  if (!std::has_single_bit(options.chunk_bytes) || options.chunk_bytes < (1u << 20) ||
+      options.chunk_bytes > kMaxChunkBytes) {
+    throw argument_error("EngineOptions::chunk_bytes must be a power of two from 1 MiB to 1 GiB");
+  }
+  if (options.queue_depth < 1 || options.queue_depth > 1024) {
+    throw argument_error("EngineOptions::queue_depth must be from 1 to 1024");
+  }
+  if (options.staging_bytes / options.chunk_bytes < 2) {
+    throw argument_error("EngineOptions::staging_bytes must be at least two chunks");
+  }
+  if (options.workers > 64) throw argument_error("EngineOptions::workers must be at most 64");
+  if (options.workers == 0) options.workers = std::clamp(std::thread::hardware_concurrency(), 2u, 8u);
+  return options;
+}
+
+void bind_this_thread(const std::vector<int>& cpus) {
+  if (cpus.empty()) return;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int cpu : cpus) {
+    if (cpu < 0 || cpu >= CPU_SETSIZE)
+      throw argument_error("EngineOptions::cpu_affinity: no CPU " + std::to_string(cpu));
+    CPU_SET(static_cast<unsigned>(cpu), &set);
+  }
+  if (::sched_setaffinity(0, sizeof set, &set) != 0) {
+    throw Error(engine::errno_code(errno), "EngineOptions::cpu_affinity");
+  }
+}
+
+// Bad in itself, whatever the files hold.
+void check_targets(const LoadRequest& request) {
+  std::vector<std::pair<std::uintptr_t, std::uintptr_t>> targets;
+  for (const FileExtents& file : request.files) {
+    for (const Extent& extent : file.extents) {
+      if (extent.size_bytes == 0) continue;
+      const auto begin = reinterpret_cast<std::uintptr_t>(extent.target);
+      if (!extent.target) throw argument_error("load " + file.path.string() + ": extent without a target");
+      if (extent.size_bytes > ~begin || extent.offset_bytes > ~extent.size_bytes) {
+        throw argument_error("load " + file.path.string() + ": extent past the end of the address space");
+      }
+      targets.emplace_back(begin, begin + extent.size_bytes);
+    }
+  }
+  std::sort(targets.begin(), targets.end());
+  const auto overlap = std::adjacent_find(targets.begin(), targets.end(),
+                                          [](const auto& a, const auto& b) { return b.first < a.second; });
+  if (overlap != targets.end()) throw argument_error("load: targets overlap in memory");
+}
+
+// Opens one file of a request and adds its chunks. Throws: Error.
+void open_source(engine::TransferState& state, const FileExtents& wanted, CachePolicy cache,
+                 std::uint32_t chunk_bytes) {
+  const auto index = static_cast<std::uint32_t>(state.sources.size());
+  const bool want_direct = cache != CachePolicy::kBuffered;
+  engine::File file = engine::File::open(wanted.path, wanted.expected, want_direct);
+  std::vector<engine::Piece> pieces;
+  pieces.reserve(wanted.extents.size());
+  for (const Extent& extent : wanted.extents) {
+    if (extent.offset_bytes + extent.size_bytes > file.identity().size_bytes) {
+      throw engine::range_error(Errc::kTruncated, "read", wanted.path, extent.offset_bytes, extent.size_bytes);
+    }
+    if (extent.size_bytes > 0)
+      pieces.push_back({extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target)});
+  }
+  if (want_direct && file.direct_fd() < 0) state.stats.fallback_reason = "the file system refuses direct I/O";
+  state.plan.add(index, pieces, chunk_bytes, std::min(file.block_bytes(), chunk_bytes));
+  const bool direct = file.direct_fd() >= 0;
+  state.sources.push_back({std::move(file), direct});
+}
+
+}  // namespace
+
+Engine::Impl::Impl(EngineOptions options) : options_(checked(std::move(options))), owner_(::getpid()) {
+  std::promise<engine::Pipeline*> ready;
+  auto pipeline = ready.get_future();
+  driver_ = std::thread([this, &ready] { drive(ready); });
+  try {
+    pipeline_ = pipeline.get();
+  } catch (...) {
+    driver_.join();
+    throw;
+  }
+}
+
+Engine::Impl::~Impl() {
+  pipeline_->close();
+  driver_.join();
+}
+
+bool Engine::Impl::is_owner() const noexcept { return ::getpid() == owner_; }
+
+void Engine::Impl::require_owner() const {
+  if (!is_owner()) throw Error(Errc::kUnusable, "engine of the parent process, used after fork");
+}
+
+// The ring belongs to the thread that made it, so everything lives and dies on the driver thread.
+void Engine::Impl::drive(std::promise<engine::Pipeline*>& ready) {
+  std::optional<engine::Pipeline> pipeline;
+  std::optional<engine::Staging> staging;
+  std::unique_ptr<engine::Ring> ring;
+  std::optional<engine::Workers> workers;
+  try {
+    bind_this_thread(options_.cpu_affinity);
+    staging.emplace(options_.staging_bytes, options_.chunk_bytes);
+    const engine::Pipeline::Limits limits{.queue_depth = options_.queue_depth, .worker_depth = 2 * options_.workers};
+    const unsigned tags = engine::Pipeline::tag_limit(limits, staging->slots().size());
+    try {
+      if (options_.backend != Backend::kWorkers) ring = std::make_unique<engine::Ring>(tags, staging->slots());
+    } catch (const std::system_error& error) {
+      if (options_.backend == Backend::kIoUring) throw;
+      fallback_reason_ = error.what();
+    }
+    options_.backend = ring ? Backend::kIoUring : Backend::kWorkers;
+    workers.emplace(options_.workers, tags, ring.get(), fallback_reason_);
+    engine::IoQueue& disk = ring ? static_cast<engine::IoQueue&>(*ring) : *workers;
+    pipeline.emplace(disk, *workers, staging->slots(), limits);
+  } catch (const Error&) {
+    return ready.set_exception(std::current_exception());
+  } catch (const std::system_error& error) {
+    return ready.set_exception(
+        std::make_exception_ptr(Error(error.code(), "start engine: " + std::string(error.what()))));
+  } catch (...) {
+    return ready.set_exception(std::current_exception());
+  }
+  ready.set_value(&*pipeline);
+  pipeline->run();
+}
+
+std::shared_ptr<engine::TransferState> Engine::Impl::new_transfer(Completion* completion) const {
+  auto state = std::make_shared<engine::TransferState>();
+  state->owner = owner_;
+  state->completion = completion;
+  state->stats.backend = options_.backend;
+  return state;
+}
+
+void Engine::Impl::start(const std::shared_ptr<engine::TransferState>& state) {
+  state->chunks_open = static_cast<std::uint32_t>(state->plan.chunks.size());
+  state->stats.requested_bytes = state->plan.total_bytes;
+  state->driver = pipeline_;
+  pipeline_->start(state);
+}
+
+Engine::Engine(EngineOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
+Engine::Engine(Engine&&) noexcept = default;
+
+Engine& Engine::operator=(Engine&& other) noexcept {
+  if (this != &other) {
+    Engine old(std::move(*this));
+    impl_ = std::move(other.impl_);
+  }
+  return *this;
+}
+
+Engine::~Engine() {
+  // In a forked child there is no driver thread to stop and no memory that is ours to give back.
+  if (impl_ && !impl_->is_owner()) static_cast<void>(impl_.release());
+}
+
+TransferStats Engine::load(LoadRequest request) { return start_load(std::move(request)).wait(); }
+
+Transfer Engine::start_load(LoadRequest request, Completion* completion) {
+  impl_->require_owner();
+  check_targets(request);
+  auto state = impl_->new_transfer(completion);
+  state->deadline = request.deadline;
+  try {
+    for (const FileExtents& file : request.files)
+      open_source(*state, file, request.cache, impl_->options().chunk_bytes);
+    state->router = engine::Router(state->plan, state->sources, request.cache);
+  } catch (const Error& error) {
+    state->failed_to_start = engine::Failure(error);
+  }
+  impl_->start(state);
+  return engine::TransferState::handle(std::move(state));
+}
+
+FileWriter Engine::create(const std::filesystem::path& path, WriterOptions options) {
+  impl_->require_owner();
+  return FileWriter(std::make_unique<FileWriter::Impl>(*impl_, path, options));
+}
+
+const EngineOptions& Engine::options() const { return impl_->options(); }
+const std::string& Engine::fallback_reason() const { return impl_->fallback_reason(); }
+
+}  // namespace flashpack

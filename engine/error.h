@@ -1,0 +1,30 @@
+/// How the engine makes its Errors: "<operation> <path> at <offset>+<length>: <cause>".
+#pragma once
+
+#include <cerrno>
+#include <filesystem>
+#include <string>
+
+#include "flashpack/error.h"
+
+namespace flashpack::engine {
+
+inline std::error_code errno_code(int error_number) noexcept { return {error_number, std::generic_category()}; }
+
+/// An Error about a whole file.
+inline Error file_error(std::error_code code, const char* operation, const std::filesystem::path& path) {
+  return Error(code, (std::string(operation) += ' ') += path.string(), path);
+}
+
+/// An Error about a range of a file.
+inline Error range_error(std::error_code code, const char* operation, const std::filesystem::path& path,
+                         std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+  std::string context = operation;
+  context.append(" ").append(path.string()).append(" at ").append(std::to_string(offset_bytes));
+  context.append("+").append(std::to_string(size_bytes));
+  return Error(code, context, path, offset_bytes);
+}
+
+inline Error argument_error(const std::string& what) { return Error(Errc::kInvalidArgument, what); }
+
+}  // namespace flashpack::engine

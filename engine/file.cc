@@ -1,0 +1,99 @@
+#include "engine/file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+
+#include <algorithm>
+#include <bit>
+#include <string>
+
+#include "engine/error.h"
+#include "engine/plan.h"
+
+namespace flashpack::engine {
+
+namespace {
+
+// cachestat(2) came with Linux 6.5, after the headers of our floor.
+constexpr long kSysCachestat = 451;
+struct CachestatRange {
+  std::uint64_t offset_bytes;
+  std::uint64_t size_bytes;
+};
+struct Cachestat {
+  std::uint64_t cached_pages;
+  std::uint64_t dirty_pages;
+  std::uint64_t writeback_pages;
+  std::uint64_t evicted_pages;
+  std::uint64_t recently_evicted_pages;
+};
+
+// The most any file system asks for; beyond it buffered reads are the better choice.
+constexpr std::uint32_t kMaxBlockBytes = std::uint32_t{1} << 20;
+
+FileIdentity identity_of(const struct stat& status) {
+  return {.dev = status.st_dev,
+          .ino = status.st_ino,
+          .size_bytes = static_cast<std::uint64_t>(status.st_size),
+          .mtime_ns = std::int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec};
+}
+
+// 0: the file system says that there is no direct I/O.
+std::uint32_t direct_io_block_bytes(int fd) {
+#ifdef STATX_DIOALIGN
+  struct statx status{};
+  if (::statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) == 0 && (status.stx_mask & STATX_DIOALIGN)) {
+    if (status.stx_dio_mem_align == 0 || status.stx_dio_offset_align == 0) return 0;
+    const std::uint32_t wanted = std::max({status.stx_dio_mem_align, status.stx_dio_offset_align, kPageBytes});
+    return wanted <= kMaxBlockBytes ? std::bit_ceil(wanted) : 0;
+  }
+#endif
+  return kPageBytes;
+}
+
+}  // namespace
+
+File File::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct) {
+  // O_NONBLOCK so that a FIFO is an error instead of a hang; it means nothing for regular files.
+  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (!fd) throw file_error(errno_code(errno), "open", path);
+  File file(path, std::move(fd));
+  struct stat status{};
+  if (::fstat(file.buffered_fd(), &status) != 0) throw file_error(errno_code(errno), "stat", path);
+  if (S_ISDIR(status.st_mode)) throw file_error(errno_code(EISDIR), "open", path);
+  if (!S_ISREG(status.st_mode)) throw file_error(Errc::kInvalidArgument, "open (not a regular file)", path);
+  file.identity_ = identity_of(status);
+  if (expected && *expected != file.identity_) throw file_error(Errc::kFileChanged, "open", path);
+  file.block_bytes_ = kPageBytes;
+  if (want_direct) file.open_direct();
+  return file;
+}
+
+void File::open_direct() {
+  const std::uint32_t block_bytes = direct_io_block_bytes(buffered_fd());
+  if (block_bytes == 0) return;
+  // Through /proc it is the same inode even when the path has been renamed over in between.
+  const std::string self = "/proc/self/fd/" + std::to_string(buffered_fd());
+  direct_.reset(::open(self.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
+  if (!direct_) direct_.reset(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
+  struct stat status{};
+  if (direct_ && (::fstat(direct_fd(), &status) != 0 || identity_of(status) != identity_)) direct_.reset();
+  if (direct_) block_bytes_ = block_bytes;
+}
+
+bool File::unchanged() const noexcept {
+  struct stat status{};
+  return ::fstat(buffered_fd(), &status) == 0 && identity_of(status) == identity_;
+}
+
+bool File::resident(std::uint64_t offset_bytes, std::uint64_t size_bytes) const noexcept {
+  CachestatRange range{offset_bytes, size_bytes};
+  Cachestat result{};
+  if (::syscall(kSysCachestat, buffered_fd(), &range, &result, 0) != 0) return false;
+  const std::uint64_t pages =
+      (round_up(offset_bytes + size_bytes, kPageBytes) - round_down(offset_bytes, kPageBytes)) / kPageBytes;
+  return result.cached_pages >= pages;
+}
+
+}  // namespace flashpack::engine

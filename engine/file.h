@@ -1,0 +1,47 @@
+/// One file opened for reading: its descriptors, alignment, identity and what of it is in the page cache.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+
+#include "engine/unique_fd.h"
+#include "flashpack/file_identity.h"
+
+namespace flashpack::engine {
+
+/// Move-only. Thread safety: const members from any thread.
+class File {
+ public:
+  /// Opens a regular file, buffered and (where the file system allows it) direct; both descriptors are the same inode.
+  /// Throws: Error; kFileChanged when `expected` is given and differs.
+  static File open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct);
+
+  const std::filesystem::path& path() const noexcept { return path_; }
+  const FileIdentity& identity() const noexcept { return identity_; }
+  int buffered_fd() const noexcept { return buffered_.get(); }
+  /// -1 where direct I/O is refused or was not wanted.
+  int direct_fd() const noexcept { return direct_.get(); }
+  /// Offsets, sizes and addresses of direct I/O are multiples of this: a power of two, at least kPageBytes.
+  std::uint32_t block_bytes() const noexcept { return block_bytes_; }
+
+  /// Whether the file is still what it was at open(). A rename over it is not a change: the descriptor keeps the old
+  /// file.
+  bool unchanged() const noexcept;
+
+  /// Whether every page of the range is in the page cache, from cachestat(2); false also where the kernel will not say
+  /// (before Linux 6.5, or a file of somebody else that is not writable).
+  bool resident(std::uint64_t offset_bytes, std::uint64_t size_bytes) const noexcept;
+
+ private:
+  File(std::filesystem::path path, UniqueFd buffered) : path_(std::move(path)), buffered_(std::move(buffered)) {}
+  void open_direct();
+
+  std::filesystem::path path_;
+  UniqueFd buffered_;
+  UniqueFd direct_;
+  FileIdentity identity_;
+  std::uint32_t block_bytes_ = 0;
+};
+
+}  // namespace flashpack::engine

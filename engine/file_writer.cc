@@ -1,0 +1,169 @@
+#include "flashpack/file_writer.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <random>
+#include <utility>
+
+#include "engine/engine_impl.h"
+#include "engine/error.h"
+
+namespace flashpack {
+
+namespace {
+
+using engine::argument_error;
+using engine::errno_code;
+using engine::file_error;
+using engine::UniqueFd;
+
+std::filesystem::path resolve_links(const std::filesystem::path& path) {
+  std::error_code error;
+  const auto resolved = std::filesystem::weakly_canonical(path, error);
+  if (error) throw file_error(error, "create", path);
+  return resolved;
+}
+
+// The mode of the file to be replaced, or what open(2) would give a new one.
+mode_t replaced_mode(const std::filesystem::path& path) {
+  constexpr mode_t kNewFileMode = 0666;  // Less the umask.
+  struct stat status{};
+  if (::stat(path.c_str(), &status) != 0) {
+    if (errno == ENOENT) return kNewFileMode;
+    throw file_error(errno_code(errno), "create", path);
+  }
+  if (S_ISDIR(status.st_mode)) throw file_error(errno_code(EISDIR), "create", path);
+  return status.st_mode & 07777;
+}
+
+std::filesystem::path temp_name(const std::filesystem::path& path) {
+  std::random_device random;
+  std::array<char, 16> suffix{};
+  std::generate(suffix.begin(), suffix.end(), [&] { return "0123456789abcdefghijklmnopqrstuv"[random() % 32]; });
+  std::string name = ".";
+  name.append(path.filename().string()).append(".").append(suffix.data(), suffix.size()).append(".tmp");
+  return path.parent_path() / name;
+}
+
+}  // namespace
+
+FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, const WriterOptions& options)
+    : engine_(engine), path_(resolve_links(path)) {
+  const mode_t mode = replaced_mode(path_);
+  temp_path_ = temp_name(path_);
+  fd_.reset(::open(temp_path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode));
+  if (!fd_) throw file_error(errno_code(errno), "create", path_);
+  // umask has cut the mode; a replaced file's mode is kept as it was. Not being allowed to is no reason not to write.
+  struct stat status{};
+  if (::stat(path_.c_str(), &status) == 0) (void)::fchmod(fd_.get(), mode);
+  // Reserving is what turns a full disk into an error up front; file systems that cannot, say EOPNOTSUPP.
+  if (options.payload_bytes > 0 && ::fallocate(fd_.get(), 0, 0, static_cast<off_t>(options.payload_bytes)) != 0 &&
+      errno != EOPNOTSUPP) {
+    const int error_number = errno;
+    abort();
+    throw file_error(errno_code(error_number), "reserve space for", path_);
+  }
+}
+
+FileWriter::Impl::~Impl() { abort(); }
+
+void FileWriter::Impl::abort() noexcept {
+  if (!engine_.is_owner()) return;
+  for (const auto& transfer : transfers_) Transfer cancelled_and_waited_for = engine::TransferState::handle(transfer);
+  transfers_.clear();
+  if (fd_ && !committed_) ::unlink(temp_path_.c_str());
+  fd_.reset();
+}
+
+Transfer FileWriter::Impl::start_write(std::vector<SourceExtent> extents, Completion* completion) {
+  engine_.require_owner();
+  if (!fd_) throw argument_error("write " + path_.string() + ": after commit");
+  std::vector<engine::Piece> pieces;
+  for (const SourceExtent& extent : extents) {
+    if (extent.size_bytes == 0) continue;
+    if (!extent.source) throw argument_error("write " + path_.string() + ": extent without a source");
+    if (extent.offset_bytes > ~extent.size_bytes)
+      throw argument_error("write " + path_.string() + ": extent past 2^64");
+    payload_bytes_ = std::max(payload_bytes_, extent.offset_bytes + extent.size_bytes);
+    // The bytes are only read; a piece has one kind of pointer for both directions.
+    pieces.push_back(
+        {extent.offset_bytes, extent.size_bytes, const_cast<std::byte*>(static_cast<const std::byte*>(extent.source))});
+  }
+  auto state = engine_.new_transfer(completion);
+  state->store_fd = fd_.get();
+  state->store_path = path_;
+  state->plan.add(0, pieces, engine_.options().chunk_bytes, engine::kPageBytes);
+  state->router = engine::Router(state->plan, state->sources, CachePolicy::kBuffered);
+  transfers_.push_back(state);
+  engine_.start(state);
+  return engine::TransferState::handle(std::move(state));
+}
+
+// Every transfer has ended well, or this throws.
+void FileWriter::Impl::settle() {
+  for (const auto& state : transfers_) {
+    Transfer transfer = engine::TransferState::handle(state);
+    if (!transfer.wait_for(std::chrono::nanoseconds(0))) {
+      transfer.detach();
+      throw argument_error("commit " + path_.string() + ": a write has not finished");
+    }
+    transfer.wait();
+  }
+  transfers_.clear();
+}
+
+void FileWriter::Impl::write_tail(std::span<const std::byte> tail) {
+  const std::uint64_t size_bytes = payload_bytes_ + tail.size();
+  for (std::uint64_t done = 0; done < tail.size();) {
+    const auto n =
+        ::pwrite(fd_.get(), tail.data() + done, tail.size() - done, static_cast<off_t>(payload_bytes_ + done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) throw file_error(errno_code(n < 0 ? errno : EIO), "write", path_);
+    done += static_cast<std::uint64_t>(n);
+  }
+  // Both ways: cuts what was reserved and not used, and makes zeros of what was never written.
+  if (::ftruncate(fd_.get(), static_cast<off_t>(size_bytes)) != 0)
+    throw file_error(errno_code(errno), "truncate", path_);
+}
+
+void FileWriter::Impl::commit(std::span<const std::byte> tail) {
+  engine_.require_owner();
+  if (!fd_) throw argument_error("commit " + path_.string() + ": committed or aborted before");
+  try {
+    settle();
+    write_tail(tail);
+    if (::fdatasync(fd_.get()) != 0) throw file_error(errno_code(errno), "sync", path_);
+    if (::rename(temp_path_.c_str(), path_.c_str()) != 0)
+      throw file_error(errno_code(errno), "rename into place", path_);
+  } catch (...) {
+    abort();
+    throw;
+  }
+  committed_ = true;
+  fd_.reset();
+  const UniqueFd directory(::open(path_.parent_path().c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!directory || ::fsync(directory.get()) != 0) {
+    throw file_error(errno_code(errno), "sync the directory of (the new file is in place, but perhaps not durable)",
+                     path_);
+  }
+}
+
+FileWriter::FileWriter(std::unique_ptr<Impl> impl) noexcept : impl_(std::move(impl)) {}
+FileWriter::FileWriter(FileWriter&&) noexcept = default;
+FileWriter& FileWriter::operator=(FileWriter&&) noexcept = default;
+FileWriter::~FileWriter() = default;
+
+Transfer FileWriter::start_write(std::vector<SourceExtent> extents, Completion* completion) {
+  return impl_->start_write(std::move(extents), completion);
+}
+
+TransferStats FileWriter::write(std::vector<SourceExtent> extents) { return start_write(std::move(extents)).wait(); }
+
+void FileWriter::commit(std::span<const std::byte> tail) { impl_->commit(tail); }
+
+}  // namespace flashpack

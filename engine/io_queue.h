@@ -1,0 +1,58 @@
+/// The seam between the loop and whatever carries out its operations.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "engine/plan.h"
+
+namespace flashpack::engine {
+
+struct IoRequest {
+  enum class Op : std::uint8_t {
+    kRead,         ///< File to `memory`, once: the result may be short.
+    kReadPieces,   ///< File to `pieces`, to the end: the sum of their sizes unless the file ends before.
+    kWritePieces,  ///< `pieces` to file, to the end.
+    kScatter,      ///< `memory`, which holds the file from `offset_bytes` on, to `pieces`.
+    kPopulate,     ///< Page faults of `memory` taken ahead of a read; never fails.
+  };
+  Op op;
+  int fd = -1;
+  std::uint64_t offset_bytes = 0;
+  std::span<std::byte> memory;
+  std::span<const Piece> pieces;
+  int slot = -1;  ///< The staging slot that `memory` lies in, for queues that register slots with the kernel.
+};
+
+struct IoCompletion {
+  unsigned tag;
+  std::int64_t result;  ///< Bytes, or -errno.
+};
+
+/// Many operations in flight, each known by its tag.
+/// Thread safety: push() and wait() from one thread; wake() from any.
+class IoQueue {
+ public:
+  virtual ~IoQueue() = default;
+
+  /// Queues one operation; it is under way by the next wait() at the latest.
+  /// Requires: `tag` is below the limit given at construction and not in flight; all memory stays valid until
+  /// completion.
+  virtual void push(unsigned tag, const IoRequest& request) = 0;
+
+  /// Blocks until there is a completion, wake() was called since the last wait(), or `timeout` has passed; none waits
+  /// for ever, zero only looks. The result is valid until the next call.
+  virtual std::span<const IoCompletion> wait(std::optional<std::chrono::nanoseconds> timeout) = 0;
+
+  /// Makes the current or the next wait() return.
+  virtual void wake() noexcept = 0;
+
+  /// Why this queue works less well than it could; empty when it does not.
+  virtual const std::string& fallback_reason() const noexcept = 0;
+};
+
+}  // namespace flashpack::engine

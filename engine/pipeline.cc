@@ -1,0 +1,340 @@
+#include "engine/pipeline.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cassert>
+#include <cerrno>
+#include <utility>
+
+#include "engine/error.h"
+
+namespace flashpack::engine {
+
+namespace {
+
+using Route = Router::Route;
+
+// Results in a row that bring nothing (EINTR, EAGAIN, less than a block) before it is an error.
+constexpr unsigned kMaxStalls = 32;
+
+// cachestat costs 10 us for a cached chunk: ask about few at a time, or the disk idles while a large hot file is
+// examined.
+constexpr unsigned kResidencyQuestionsPerTurn = 16;
+
+}  // namespace
+
+unsigned Pipeline::tag_limit(Limits limits, std::size_t slot_count) {
+  // A chunk that has been populated goes on to the disk whatever its depth.
+  return limits.queue_depth + 3 * limits.worker_depth + static_cast<unsigned>(slot_count);
+}
+
+Pipeline::Pipeline(IoQueue& disk, IoQueue& workers, std::vector<std::span<std::byte>> slots, Limits limits)
+    : disk_(disk),
+      workers_(workers),
+      slots_(std::move(slots)),
+      limits_(limits),
+      jobs_(tag_limit(limits, slots_.size())) {
+  for (auto tag = static_cast<unsigned>(jobs_.size()); tag-- > 0;) free_jobs_.push_back(tag);
+  for (int slot = static_cast<int>(slots_.size()); slot-- > 0;) free_slots_.push_back(slot);
+  page_flags_.resize(slots_.front().size() / kPageBytes);
+}
+
+void Pipeline::start(std::shared_ptr<TransferState> transfer) {
+  {
+    const std::lock_guard lock(mutex_);
+    inbox_.push_back(std::move(transfer));
+  }
+  disk_.wake();
+}
+
+void Pipeline::attend() noexcept {
+  attention_.store(true);
+  disk_.wake();
+}
+
+void Pipeline::close() noexcept {
+  {
+    const std::lock_guard lock(mutex_);
+    closing_ = true;
+  }
+  disk_.wake();
+}
+
+void Pipeline::run() {
+  while (admit()) {
+    attend_to_cancels_and_deadlines();
+    const bool look_again = issue();
+    for (const IoCompletion& completion : disk_.wait(patience(look_again))) complete(completion);
+    if (&workers_ != &disk_) {
+      for (const IoCompletion& completion : workers_.wait(std::chrono::nanoseconds(0))) complete(completion);
+    }
+  }
+}
+
+// False when there is nothing left to do, ever.
+bool Pipeline::admit() {
+  bool closing = false;
+  {
+    const std::lock_guard lock(mutex_);
+    admitted_.swap(inbox_);
+    closing = closing_;
+  }
+  for (auto& transfer : admitted_) {
+    TransferState& state = *transfer;
+    state.failure = std::move(state.failed_to_start);
+    active_.push_back(std::move(transfer));
+    if (state.failure || state.chunks_open == 0) end(state);
+  }
+  admitted_.clear();
+  return !closing || !active_.empty();
+}
+
+void Pipeline::attend_to_cancels_and_deadlines() {
+  const auto now = std::chrono::steady_clock::now();
+  const bool cancels = attention_.exchange(false);
+  for (std::size_t i = active_.size(); i-- > 0;) {
+    TransferState& transfer = *active_[i];
+    const bool late = transfer.deadline && *transfer.deadline <= now;
+    if (transfer.failure || !(late || (cancels && transfer.cancel_requested))) continue;
+    transfer.failure =
+        Failure(file_error(late ? Errc::kDeadlineExceeded : Errc::kCancelled, transfer.verb(), transfer.path_of(0)));
+    if (transfer.in_flight == 0) end(transfer);
+  }
+}
+
+// How long the loop may sleep; none is for ever.
+std::optional<std::chrono::nanoseconds> Pipeline::patience(bool look_again) const {
+  if (look_again) return std::chrono::nanoseconds(0);
+  std::optional<Deadline> first;
+  for (const auto& transfer : active_) {
+    if (transfer->deadline && !transfer->failure)
+      first = std::min(first.value_or(*transfer->deadline), *transfer->deadline);
+  }
+  if (!first) return std::nullopt;
+  return std::max(std::chrono::nanoseconds(0), std::chrono::nanoseconds(*first - std::chrono::steady_clock::now()));
+}
+
+// Fills both routes, oldest transfer first. True when it stopped only to answer completions in between.
+bool Pipeline::issue() {
+  unsigned questions = kResidencyQuestionsPerTurn;
+  for (const auto& shared : active_) {
+    TransferState& transfer = *shared;
+    if (transfer.failure) continue;
+    while (moving_ < limits_.worker_depth) {
+      const Chunk* chunk = transfer.router.peek(Route::kBuffered, questions);
+      if (!chunk || !issue_buffered(transfer, *chunk)) break;
+      transfer.router.take(Route::kBuffered);
+    }
+    while (reading_ < limits_.queue_depth) {
+      const Chunk* chunk = transfer.router.peek(Route::kDirect, questions);
+      if (!chunk || !issue_direct(transfer, *chunk)) break;
+      transfer.router.take(Route::kDirect);
+    }
+    if (questions == 0) return true;
+    if (moving_ >= limits_.worker_depth && reading_ >= limits_.queue_depth) break;
+  }
+  return false;
+}
+
+bool Pipeline::issue_buffered(TransferState& transfer, const Chunk& chunk) {
+  if (moving_ >= limits_.worker_depth || free_jobs_.empty()) return false;
+  move_buffered(open_job(transfer, chunk));
+  return true;
+}
+
+bool Pipeline::issue_direct(TransferState& transfer, const Chunk& chunk) {
+  if (!transfer.sources[chunk.file].direct) return issue_buffered(transfer, chunk);
+  if (free_jobs_.empty()) return false;
+  return chunk.in_place ? issue_in_place(transfer, chunk) : issue_staged(transfer, chunk);
+}
+
+bool Pipeline::issue_in_place(TransferState& transfer, const Chunk& chunk) {
+  const std::span memory(transfer.plan.pieces_of(chunk).front().memory, chunk.size_bytes);
+  const bool populated = target_is_populated(memory);
+  if (!populated && populating_ >= limits_.worker_depth) return false;
+  const unsigned tag = open_job(transfer, chunk);
+  jobs_[tag].offset_bytes = chunk.offset_bytes;
+  jobs_[tag].memory = memory;
+  if (populated) {
+    read_direct(tag);
+  } else {
+    jobs_[tag].stage = Stage::kPopulating;
+    ++populating_;
+    workers_.push(tag, {.op = IoRequest::Op::kPopulate, .memory = memory});
+  }
+  return true;
+}
+
+bool Pipeline::issue_staged(TransferState& transfer, const Chunk& chunk) {
+  if (free_slots_.empty()) return false;
+  const unsigned tag = open_job(transfer, chunk);
+  Job& job = jobs_[tag];
+  job.slot = free_slots_.back();
+  free_slots_.pop_back();
+  const std::uint32_t block_bytes = transfer.sources[chunk.file].file.block_bytes();
+  job.offset_bytes = round_down(chunk.offset_bytes, block_bytes);
+  const std::uint64_t end = round_up(chunk.offset_bytes + chunk.size_bytes, block_bytes);
+  job.memory = slots_[static_cast<std::size_t>(job.slot)].first(end - job.offset_bytes);
+  read_direct(tag);
+  return true;
+}
+
+// Fresh memory costs more in page faults than in reading; then workers take the faults ahead of the kernel.
+bool Pipeline::target_is_populated(std::span<std::byte> memory) {
+  const auto pages = memory.size() / kPageBytes;
+  if (page_flags_.size() < pages || ::mincore(memory.data(), memory.size(), page_flags_.data()) != 0) return true;
+  return std::all_of(page_flags_.begin(), page_flags_.begin() + static_cast<std::ptrdiff_t>(pages),
+                     [](unsigned char flags) { return flags & 1; });
+}
+
+unsigned Pipeline::open_job(TransferState& transfer, const Chunk& chunk) {
+  const unsigned tag = free_jobs_.back();
+  free_jobs_.pop_back();
+  jobs_[tag] = Job{.transfer = &transfer, .chunk = &chunk};
+  transfer.outstanding.store(++transfer.in_flight);
+  return tag;
+}
+
+void Pipeline::read_direct(unsigned tag) {
+  Job& job = jobs_[tag];
+  job.stage = Stage::kReading;
+  ++reading_;
+  ++job.transfer->stats.operations;
+  disk_.push(tag, {.op = IoRequest::Op::kRead,
+                   .fd = job.transfer->sources[job.chunk->file].file.direct_fd(),
+                   .offset_bytes = job.offset_bytes + job.done_bytes,
+                   .memory = job.memory.subspan(job.done_bytes),
+                   .slot = job.slot});
+}
+
+void Pipeline::move_buffered(unsigned tag) {
+  Job& job = jobs_[tag];
+  TransferState& transfer = *job.transfer;
+  const bool load = transfer.is_load();
+  job.stage = Stage::kBuffered;
+  ++moving_;
+  ++transfer.stats.operations;
+  workers_.push(tag, {.op = load ? IoRequest::Op::kReadPieces : IoRequest::Op::kWritePieces,
+                      .fd = load ? transfer.sources[job.chunk->file].file.buffered_fd() : transfer.store_fd,
+                      .pieces = transfer.plan.pieces_of(*job.chunk)});
+}
+
+void Pipeline::complete(IoCompletion completion) {
+  const auto [tag, result] = completion;
+  Job& job = jobs_[tag];
+  switch (job.stage) {
+    case Stage::kPopulating:
+      --populating_;
+      return job.transfer->failure ? close_job(tag) : read_direct(tag);
+    case Stage::kReading:
+      --reading_;
+      return job.transfer->failure ? close_job(tag) : on_direct_read(tag, result);
+    case Stage::kScattering:
+      return deliver(tag);
+    case Stage::kBuffered:
+      --moving_;
+      return job.transfer->failure ? close_job(tag) : on_buffered(tag, result);
+    case Stage::kFree:
+      break;
+  }
+  assert(false && "completion of a job that is not under way");
+}
+
+void Pipeline::on_direct_read(unsigned tag, std::int64_t result) {
+  Job& job = jobs_[tag];
+  TransferStats& stats = job.transfer->stats;
+  if (result == -EINVAL || result == -EOPNOTSUPP) return refuse_direct(tag);
+  const bool interrupted = result == -EINTR || result == -EAGAIN;
+  if (result < 0 && !interrupted) return fail(tag, errno_code(static_cast<int>(-result)));
+
+  const std::uint64_t got = job.done_bytes + (interrupted ? 0 : static_cast<std::uint64_t>(result));
+  stats.direct_bytes += got - job.done_bytes;
+  if (job.offset_bytes + got >= job.chunk->offset_bytes + job.chunk->size_bytes) {
+    if (job.slot < 0) return deliver(tag);
+    stats.staged_bytes += got;
+    job.stage = Stage::kScattering;
+    return workers_.push(tag, {.op = IoRequest::Op::kScatter,
+                               .offset_bytes = job.offset_bytes,
+                               .memory = job.memory,
+                               .pieces = job.transfer->plan.pieces_of(*job.chunk)});
+  }
+  if (result == 0) return fail(tag, Errc::kTruncated);
+  // Direct reads go on at whole blocks only. Less than a block is no progress; it is tried again, but not for ever.
+  const std::uint64_t resume = round_down(got, job.transfer->sources[job.chunk->file].file.block_bytes());
+  job.stalls = resume > job.done_bytes ? 0 : job.stalls + 1;
+  if (job.stalls > kMaxStalls) return fail(tag, interrupted ? errno_code(static_cast<int>(-result)) : errno_code(EIO));
+  job.done_bytes = resume;
+  ++stats.retries;
+  read_direct(tag);
+}
+
+void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
+  const Job& job = jobs_[tag];
+  if (result < 0) return fail(tag, errno_code(static_cast<int>(-result)));
+  std::int64_t wanted = 0;
+  for (const Piece& piece : job.transfer->plan.pieces_of(*job.chunk))
+    wanted += static_cast<std::int64_t>(piece.size_bytes);
+  job.transfer->stats.buffered_bytes += static_cast<std::uint64_t>(result);
+  if (result == wanted) return deliver(tag);
+  fail(tag, job.transfer->is_load() ? make_error_code(Errc::kTruncated) : errno_code(EIO));
+}
+
+// Some file systems take O_DIRECT at open and refuse it at the first read.
+void Pipeline::refuse_direct(unsigned tag) {
+  Job& job = jobs_[tag];
+  job.transfer->sources[job.chunk->file].direct = false;
+  if (job.slot >= 0) free_slots_.push_back(std::exchange(job.slot, -1));
+  job.memory = {};
+  ++job.transfer->stats.retries;
+  if (job.transfer->stats.fallback_reason.empty()) {
+    job.transfer->stats.fallback_reason = "the file system refuses direct reads";
+  }
+  move_buffered(tag);
+}
+
+void Pipeline::deliver(unsigned tag) {
+  const Job& job = jobs_[tag];
+  std::uint64_t delivered = 0;
+  for (const Piece& piece : job.transfer->plan.pieces_of(*job.chunk)) delivered += piece.size_bytes;
+  job.transfer->done_bytes.fetch_add(delivered);
+  --job.transfer->chunks_open;
+  close_job(tag);
+}
+
+void Pipeline::fail(unsigned tag, std::error_code code) {
+  const Job& job = jobs_[tag];
+  TransferState& transfer = *job.transfer;
+  transfer.failure = Failure(range_error(code, transfer.verb(), transfer.path_of(job.chunk->file),
+                                         job.chunk->offset_bytes, job.chunk->size_bytes));
+  close_job(tag);
+}
+
+void Pipeline::close_job(unsigned tag) {
+  Job& job = jobs_[tag];
+  TransferState& transfer = *job.transfer;
+  if (job.slot >= 0) free_slots_.push_back(job.slot);
+  job = Job{};
+  free_jobs_.push_back(tag);
+  transfer.outstanding.store(--transfer.in_flight);
+  if (transfer.in_flight == 0 && (transfer.failure || transfer.chunks_open == 0)) end(transfer);
+}
+
+void Pipeline::end(TransferState& transfer) {
+  const auto at =
+      std::find_if(active_.begin(), active_.end(), [&](const auto& other) { return other.get() == &transfer; });
+  const std::shared_ptr<TransferState> keep = std::move(*at);
+  active_.erase(at);
+  for (const Source& source : transfer.sources) {
+    if (!transfer.failure && !source.file.unchanged()) {
+      transfer.failure = Failure(file_error(Errc::kFileChanged, "read", source.file.path()));
+    }
+  }
+  transfer.sources.clear();
+  if (transfer.stats.fallback_reason.empty()) transfer.stats.fallback_reason = disk_.fallback_reason();
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - transfer.started;
+  transfer.stats.seconds = elapsed.count();
+  transfer.finish(std::move(transfer.failure), keep);
+}
+
+}  // namespace flashpack::engine

@@ -1,0 +1,107 @@
+/// The loop: chunks through slots and into place.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "engine/io_queue.h"
+#include "engine/transfer_state.h"
+
+namespace flashpack::engine {
+
+/// Serves transfers with two queues: `disk` for direct reads, `workers` for everything that touches bytes with a CPU.
+/// They may be the same queue. A chunk that is read lives so:
+///
+///   in place, direct:   [populating ->] reading ->            delivered
+///   through a slot:                     reading -> scattering delivered
+///   page cache:                         buffered              delivered
+///
+/// run() is called by one thread, the driver; it does no byte work and allocates nothing per chunk.
+class Pipeline final : public Driver {
+ public:
+  struct Limits {
+    std::uint32_t queue_depth;  ///< Direct reads in flight.
+    std::uint32_t
+        worker_depth;  ///< Of each kind of work, given to the workers at a time; enough to keep them all busy.
+  };
+
+  /// The tags that queues of such a pipeline must allow.
+  static unsigned tag_limit(Limits limits, std::size_t slot_count);
+
+  /// Borrows the queues and the slots' memory.
+  Pipeline(IoQueue& disk, IoQueue& workers, std::vector<std::span<std::byte>> slots, Limits limits);
+
+  /// Any thread: hands a prepared transfer to the driver.
+  void start(std::shared_ptr<TransferState> transfer);
+  /// Any thread.
+  void attend() noexcept override;
+  /// Any thread: run() returns when all that was started has ended.
+  void close() noexcept;
+
+  void run();
+
+ private:
+  enum class Stage : std::uint8_t { kFree, kPopulating, kReading, kScattering, kBuffered };
+
+  /// One chunk under way. Its index is the tag of its operations.
+  struct Job {
+    Stage stage = Stage::kFree;
+    TransferState* transfer = nullptr;
+    const Chunk* chunk = nullptr;
+    int slot = -1;
+    std::uint64_t offset_bytes = 0;  // Where in the file `memory` begins.
+    std::span<std::byte> memory;     // Of a direct read: the slot's, or the target itself.
+    std::uint64_t done_bytes = 0;    // Whole blocks of `memory` that have been read.
+    unsigned stalls = 0;             // Results in a row that brought no new block.
+  };
+
+  bool admit();
+  void attend_to_cancels_and_deadlines();
+  std::optional<std::chrono::nanoseconds> patience(bool look_again) const;
+
+  bool issue();
+  bool issue_buffered(TransferState& transfer, const Chunk& chunk);
+  bool issue_direct(TransferState& transfer, const Chunk& chunk);
+  bool issue_in_place(TransferState& transfer, const Chunk& chunk);
+  bool issue_staged(TransferState& transfer, const Chunk& chunk);
+
+  unsigned open_job(TransferState& transfer, const Chunk& chunk);
+  void read_direct(unsigned tag);
+  void move_buffered(unsigned tag);
+
+  void complete(IoCompletion completion);
+  void on_direct_read(unsigned tag, std::int64_t result);
+  void on_buffered(unsigned tag, std::int64_t result);
+  void refuse_direct(unsigned tag);
+  void deliver(unsigned tag);
+  void fail(unsigned tag, std::error_code code);
+  void close_job(unsigned tag);
+  void end(TransferState& transfer);
+  bool target_is_populated(std::span<std::byte> memory);
+
+  IoQueue& disk_;
+  IoQueue& workers_;
+  const std::vector<std::span<std::byte>> slots_;
+  const Limits limits_;
+
+  std::vector<Job> jobs_;
+  std::vector<unsigned> free_jobs_;
+  std::vector<int> free_slots_;   // Last in, first out: few slots are ever touched when few are needed.
+  std::uint32_t reading_ = 0;     // Jobs in kReading.
+  std::uint32_t moving_ = 0;      // Jobs in kBuffered.
+  std::uint32_t populating_ = 0;  // Jobs in kPopulating.
+  std::vector<std::shared_ptr<TransferState>> active_;    // In the order they were started.
+  std::vector<std::shared_ptr<TransferState>> admitted_;  // Scratch of admit().
+  std::vector<unsigned char> page_flags_;                 // Scratch of target_is_populated().
+
+  std::atomic<bool> attention_ = false;
+
+  std::mutex mutex_;  // Protects the rest.
+  std::vector<std::shared_ptr<TransferState>> inbox_;
+  bool closing_ = false;
+};
+
+}  // namespace flashpack::engine

@@ -1,0 +1,156 @@
+#include "engine/ring.h"
+
+#include <sys/eventfd.h>
+
+#include <array>
+#include <bit>
+#include <cassert>
+#include <cerrno>
+#include <system_error>
+#include <thread>
+
+namespace flashpack::engine {
+
+namespace {
+
+constexpr std::uint64_t kWakeTag = ~std::uint64_t{0};
+
+// Uses of a slot before it is worth registering: a load that only touches slots for its edges never pays for it.
+constexpr std::uint8_t kRegisterAtUse = 2;
+
+std::system_error refused(int error_number, const char* call) {
+  std::string what = std::string("io_uring: ") + call;
+  if (error_number == EPERM || error_number == ENOSYS)
+    what += " is blocked by a seccomp profile or kernel.io_uring_disabled";
+  return {error_number, std::generic_category(), what};
+}
+
+}  // namespace
+
+void Ring::RingDeleter::operator()(io_uring* ring) const noexcept { ::io_uring_queue_exit(ring); }
+
+Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots)
+    : storage_(std::make_unique<io_uring>()), slots_(std::move(slots)), slot_uses_(slots_.size(), 0) {
+  const unsigned entries = std::bit_ceil(in_flight_limit + 1);  // One more for the wake read.
+  constexpr std::array<unsigned, 3> kLadder = {
+      IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE,
+      IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE, IORING_SETUP_CQSIZE};
+  int result = -EINVAL;
+  for (std::size_t rung = 0; rung < kLadder.size() && result == -EINVAL; ++rung) {
+    io_uring_params params{};
+    params.flags = kLadder[rung];
+    params.cq_entries = 2 * entries;
+    result = ::io_uring_queue_init_params(entries, storage_.get(), &params);
+  }
+  if (result < 0) throw refused(-result, "io_uring_setup");
+  ring_.reset(storage_.get());
+  if (!(ring_->features & IORING_FEAT_EXT_ARG)) throw refused(ENOSYS, "a wait with a timeout");
+
+  wake_fd_.reset(::eventfd(0, EFD_CLOEXEC));  // Blocking, or the armed read would end at once with EAGAIN.
+  if (!wake_fd_) throw refused(errno, "eventfd");
+  arm_wake();
+  // Submitting now shows a sandbox that allows the setup and refuses the rest.
+  if (const int submitted = ::io_uring_submit(ring_.get()); submitted < 0) throw refused(-submitted, "io_uring_enter");
+  ::io_uring_ring_dontfork(ring_.get());
+  completions_.reserve(2 * entries);
+}
+
+Ring::~Ring() {
+  // The kernel holds wake_value_ until the armed read is over; it may not even have been submitted yet.
+  wake();
+  while (::io_uring_submit_and_wait(ring_.get(), 1) == -EINTR) {
+  }
+}
+
+io_uring_sqe* Ring::next_sqe() {
+  io_uring_sqe* sqe = ::io_uring_get_sqe(ring_.get());
+  if (!sqe) {  // More pushes than the limit allows in flight since the last wait: retries. Make room.
+    ::io_uring_submit(ring_.get());
+    sqe = ::io_uring_get_sqe(ring_.get());
+  }
+  assert(sqe);
+  return sqe;
+}
+
+void Ring::arm_wake() {
+  io_uring_sqe* sqe = next_sqe();
+  ::io_uring_prep_read(sqe, wake_fd_.get(), &wake_value_, sizeof wake_value_, 0);
+  ::io_uring_sqe_set_data64(sqe, kWakeTag);
+}
+
+void Ring::push(unsigned tag, const IoRequest& request) {
+  assert(request.op == IoRequest::Op::kRead);
+  const bool fixed = registered(request.slot);
+  io_uring_sqe* sqe = next_sqe();
+  const auto size = static_cast<unsigned>(request.memory.size());
+  if (fixed) {
+    ::io_uring_prep_read_fixed(sqe, request.fd, request.memory.data(), size, request.offset_bytes, request.slot);
+  } else {
+    ::io_uring_prep_read(sqe, request.fd, request.memory.data(), size, request.offset_bytes);
+  }
+  ::io_uring_sqe_set_data64(sqe, tag);
+}
+
+bool Ring::registered(int slot) {
+  if (slot < 0 || !fallback_reason_.empty()) return false;
+  const auto index = static_cast<std::size_t>(slot);
+  if (slot_uses_[index] > kRegisterAtUse) return true;
+  if (++slot_uses_[index] < kRegisterAtUse) return false;
+  int result = table_ ? 0 : ::io_uring_register_buffers_sparse(ring_.get(), static_cast<unsigned>(slots_.size()));
+  table_ = result == 0;
+  if (table_) {
+    const iovec vector{slots_[index].data(), slots_[index].size()};
+    const __u64 no_tag = 0;
+    result = ::io_uring_register_buffers_update_tag(ring_.get(), static_cast<unsigned>(slot), &vector, &no_tag, 1);
+  }
+  slot_uses_[index] = kRegisterAtUse + 1;
+  if (result >= 0) return true;
+  fallback_reason_ = "registered buffers: " + std::generic_category().message(-result);
+  if (result == -ENOMEM) fallback_reason_ += " (raise ulimit -l)";
+  return false;
+}
+
+std::span<const IoCompletion> Ring::wait(std::optional<std::chrono::nanoseconds> timeout) {
+  completions_.clear();
+  int result = 0;
+  io_uring_cqe* cqe = nullptr;
+  if (timeout && timeout->count() <= 0) {
+    result = ::io_uring_submit_and_get_events(ring_.get());
+  } else {
+    __kernel_timespec spec{};
+    if (timeout) spec = {.tv_sec = timeout->count() / 1'000'000'000, .tv_nsec = timeout->count() % 1'000'000'000};
+    result = ::io_uring_submit_and_wait_timeout(ring_.get(), &cqe, 1, timeout ? &spec : nullptr, nullptr);
+  }
+  // EINTR, ETIME, EAGAIN and EBUSY are answered by reaping and coming back. Anything else (a sandbox that closed after
+  // the ring was made) leaves operations that nobody can recall: they are waited for, gently, since their memory is not
+  // ours.
+  if (result < 0 && result != -EINTR && result != -ETIME && result != -EAGAIN && result != -EBUSY) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  unsigned head = 0;
+  unsigned seen = 0;
+  bool rearm = false;
+  io_uring_for_each_cqe(ring_.get(), head, cqe) {
+    ++seen;
+    if (cqe->user_data == kWakeTag) {
+      rearm = true;
+    } else {
+      completions_.push_back({static_cast<unsigned>(cqe->user_data), cqe->res});
+    }
+  }
+  ::io_uring_cq_advance(ring_.get(), seen);
+  if (rearm) {
+    wake_pending_.store(false);  // Before the owner looks at what it was woken for.
+    arm_wake();
+  }
+  return completions_;
+}
+
+void Ring::wake() noexcept {
+  if (wake_pending_.exchange(true)) return;
+  const std::uint64_t one = 1;
+  while (::write(wake_fd_.get(), &one, sizeof one) < 0 && errno == EINTR) {
+  }
+}
+
+}  // namespace flashpack::engine

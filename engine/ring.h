@@ -1,0 +1,52 @@
+/// io_uring as an IoQueue: direct reads into slots and targets.
+#pragma once
+
+#include <liburing.h>
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/io_queue.h"
+#include "engine/unique_fd.h"
+
+namespace flashpack::engine {
+
+/// Knows the operation kRead alone. Made, used and destroyed by one thread; wake() from any.
+class Ring final : public IoQueue {
+ public:
+  /// Takes the best setup flags that the kernel knows. At most `in_flight_limit` operations at a time; `slots` are the
+  /// staging slots that may be registered. Throws: std::system_error, with the cause in its text, where io_uring is
+  /// refused.
+  Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots);
+  /// Requires: nothing in flight.
+  ~Ring() override;
+
+  void push(unsigned tag, const IoRequest& request) override;
+  std::span<const IoCompletion> wait(std::optional<std::chrono::nanoseconds> timeout) override;
+  void wake() noexcept override;
+  const std::string& fallback_reason() const noexcept override { return fallback_reason_; }
+
+ private:
+  struct RingDeleter {
+    void operator()(io_uring* ring) const noexcept;
+  };
+
+  io_uring_sqe* next_sqe();
+  void arm_wake();
+  bool registered(int slot);
+
+  std::unique_ptr<io_uring> storage_;
+  std::unique_ptr<io_uring, RingDeleter> ring_;  // Of storage_, once it is set up; exits before storage_ goes.
+  UniqueFd wake_fd_;
+  std::uint64_t wake_value_ = 0;  // The kernel writes here while the wake read is armed.
+  std::atomic<bool> wake_pending_ = false;
+  std::vector<std::span<std::byte>> slots_;
+  std::vector<std::uint8_t> slot_uses_;  // Saturating; a slot is registered when it is used again.
+  bool table_ = false;                   // The kernel has a table of buffers for us.
+  std::string fallback_reason_;
+  std::vector<IoCompletion> completions_;
+};
+
+}  // namespace flashpack::engine

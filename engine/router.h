@@ -1,0 +1,49 @@
+/// Which way each chunk of a transfer goes: past the page cache or through it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/file.h"
+#include "engine/plan.h"
+#include "flashpack/engine.h"
+
+namespace flashpack::engine {
+
+/// A file that is read. `direct` turns false when a direct read of it has been refused.
+struct Source {
+  File file;
+  bool direct;
+};
+
+/// Hands out the chunks of a plan, each on one of two routes. The chunks of a route come in file order, the routes
+/// independently, so that a half-cached file keeps the disk and the CPUs busy from end to end.
+/// Whether a chunk is cached is asked as late as possible: when a route has run out of known chunks.
+class Router {
+ public:
+  enum class Route : std::uint8_t { kDirect, kBuffered };
+
+  Router() = default;
+  /// Borrows both; stores have no sources.
+  Router(const Plan& plan, const std::vector<Source>& sources, CachePolicy policy);
+
+  /// The next chunk of `route`, until take() the same; null when there is none, or when `questions` has run out, which
+  /// counts down by one for each chunk that is looked at.
+  const Chunk* peek(Route route, unsigned& questions);
+  /// Requires: peek(route) was not null.
+  void take(Route route) { ++cursor(route); }
+
+ private:
+  std::uint32_t& cursor(Route route) { return route == Route::kDirect ? next_direct_ : next_buffered_; }
+  Route route_of(const Chunk& chunk) const;
+
+  const Plan* plan_ = nullptr;
+  const std::vector<Source>* sources_ = nullptr;
+  CachePolicy policy_ = CachePolicy::kAuto;
+  std::vector<Route> routes_;  // Of the chunks below known_.
+  std::uint32_t known_ = 0;
+  std::uint32_t next_direct_ = 0;  // Below a cursor every chunk has been taken or is on the other route.
+  std::uint32_t next_buffered_ = 0;
+};
+
+}  // namespace flashpack::engine

@@ -1,0 +1,34 @@
+#include "engine/staging.h"
+
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <system_error>
+
+#include "engine/plan.h"
+
+namespace flashpack::engine {
+
+namespace {
+
+constexpr std::uint64_t kHugePageBytes = std::uint64_t{2} << 20;
+
+}  // namespace
+
+Staging::Staging(std::uint64_t total_bytes, std::uint32_t slot_bytes)
+    : mapping_(nullptr), mapping_bytes_(round_up(total_bytes, kHugePageBytes) + kHugePageBytes) {
+  slots_.reserve(total_bytes / slot_bytes);
+  mapping_ =
+      ::mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapping_ == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "map staging memory");
+  // Both are wishes: without huge pages it is slower, without DONTFORK a fork in the middle of a load costs copies.
+  ::madvise(mapping_, mapping_bytes_, MADV_HUGEPAGE);
+  ::madvise(mapping_, mapping_bytes_, MADV_DONTFORK);
+  auto* base = reinterpret_cast<std::byte*>(round_up(reinterpret_cast<std::uintptr_t>(mapping_), kHugePageBytes));
+  for (std::uint64_t at = 0; at + slot_bytes <= total_bytes; at += slot_bytes)
+    slots_.emplace_back(base + at, slot_bytes);
+}
+
+Staging::~Staging() { ::munmap(mapping_, mapping_bytes_); }
+
+}  // namespace flashpack::engine

@@ -1,0 +1,32 @@
+/// The memory of the slots.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace flashpack::engine {
+
+/// One anonymous region on huge pages, cut into slots. Taken from the system page by page as slots are first used; not
+/// inherited by forked children, so that a fork cannot copy a page away from under a read.
+/// Huge pages matter: a 4 MiB read into scattered 4 KiB pages overflows the segment list of most devices and runs at
+/// half speed.
+class Staging {
+ public:
+  /// `slot_bytes` is a power of two >= 1 MiB. Throws: std::system_error.
+  Staging(std::uint64_t total_bytes, std::uint32_t slot_bytes);
+  ~Staging();
+  Staging(const Staging&) = delete;
+  Staging& operator=(const Staging&) = delete;
+
+  /// In order of address.
+  const std::vector<std::span<std::byte>>& slots() const noexcept { return slots_; }
+
+ private:
+  void* mapping_;
+  std::size_t mapping_bytes_;
+  std::vector<std::span<std::byte>> slots_;
+};
+
+}  // namespace flashpack::engine

@@ -1,0 +1,97 @@
+#include "flashpack/transfer.h"
+
+#include <unistd.h>
+
+#include "engine/transfer_state.h"
+
+namespace flashpack {
+
+namespace engine {
+
+Failure::Failure(const Error& error)
+    : code(error.code()), context(error.what()), path(error.path()), offset_bytes(error.offset_bytes()) {
+  context.resize(context.size() - code.message().size() - 2);  // what() is context, ": ", message.
+}
+
+void TransferState::finish(std::optional<Failure> result, std::shared_ptr<TransferState> self) {
+  {
+    const std::lock_guard lock(mutex);
+    outcome = std::move(result);
+    ended = true;
+    ended_by = std::this_thread::get_id();
+    driver = nullptr;
+  }
+  if (completion) {
+    Transfer transfer = handle(std::move(self));
+    completion->done(transfer);
+  }
+  {
+    const std::lock_guard lock(mutex);
+    published = true;
+  }
+  published_changed.notify_all();
+}
+
+void TransferState::cancel() noexcept {
+  cancel_requested.store(true);
+  const std::lock_guard lock(mutex);
+  if (driver) driver->attend();
+}
+
+void TransferState::require_owner() const {
+  if (::getpid() != owner) throw Error(Errc::kUnusable, "transfer of the parent process, used after fork");
+}
+
+}  // namespace engine
+
+Transfer& Transfer::operator=(Transfer&& other) noexcept {
+  if (this != &other) {
+    Transfer old(std::move(*this));
+    state_ = std::move(other.state_);
+  }
+  return *this;
+}
+
+Transfer::~Transfer() {
+  if (!state_ || ::getpid() != state_->owner) return;
+  state_->cancel();
+  std::unique_lock lock(state_->mutex);
+  state_->published_changed.wait(lock, [this] { return state_->visible(); });
+}
+
+TransferStats Transfer::wait() {
+  state_->require_owner();
+  std::unique_lock lock(state_->mutex);
+  state_->published_changed.wait(lock, [this] { return state_->visible(); });
+  if (state_->outcome) throw state_->outcome->error();
+  return state_->stats;
+}
+
+bool Transfer::wait_for(std::chrono::nanoseconds duration) {
+  state_->require_owner();
+  std::unique_lock lock(state_->mutex);
+  return state_->published_changed.wait_for(lock, duration, [this] { return state_->visible(); });
+}
+
+void Transfer::cancel() noexcept {
+  if (state_ && ::getpid() == state_->owner) state_->cancel();
+}
+
+Progress Transfer::progress() const {
+  state_->require_owner();
+  const std::lock_guard lock(state_->mutex);
+  return {.done_bytes = state_->done_bytes.load(),
+          .total_bytes = state_->plan.total_bytes,
+          .outstanding = state_->outstanding.load(),
+          .finished = state_->visible()};
+}
+
+TransferStats Transfer::stats() const {
+  state_->require_owner();
+  const std::lock_guard lock(state_->mutex);
+  return state_->stats;
+}
+
+void Transfer::detach() noexcept { state_.reset(); }
+
+}  // namespace flashpack

@@ -1,0 +1,216 @@
+#include "engine/workers.h"
+
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <array>
+#include <cassert>
+#include <cerrno>
+#include <cstring>
+
+namespace flashpack::engine {
+
+namespace {
+
+// EINTR without a signal handler of ours comes from odd file systems; it must not become an endless loop.
+constexpr int kMaxInterrupts = 100;
+
+// Gaps up to this are read into a sink, so that neighbouring small tensors are one system call.
+constexpr std::size_t kSinkBytes = 4096;
+
+constexpr std::size_t kMaxVectors = 64;
+
+template <class Syscall>
+std::int64_t retry_interrupted(Syscall call) {
+  for (int attempt = 0;; ++attempt) {
+    const auto result = call();
+    if (result >= 0) return result;
+    if (errno != EINTR || attempt == kMaxInterrupts) return -errno;
+  }
+}
+
+// Moves all of one piece; less only at the end of the file.
+std::int64_t move_piece(int fd, const Piece& piece, bool write) {
+  std::uint64_t done = 0;
+  while (done < piece.size_bytes) {
+    const auto offset = static_cast<off_t>(piece.offset_bytes + done);
+    const std::int64_t n = retry_interrupted([&] {
+      return write ? ::pwrite(fd, piece.memory + done, piece.size_bytes - done, offset)
+                   : ::pread(fd, piece.memory + done, piece.size_bytes - done, offset);
+    });
+    if (n < 0) return n;
+    if (n == 0) break;
+    done += static_cast<std::uint64_t>(n);
+  }
+  return static_cast<std::int64_t>(done);
+}
+
+std::int64_t move_pieces(int fd, std::span<const Piece> pieces, bool write) {
+  std::int64_t moved = 0;
+  for (const Piece& piece : pieces) {
+    const std::int64_t n = move_piece(fd, piece, write);
+    if (n < 0) return n;
+    moved += n;
+    if (static_cast<std::uint64_t>(n) < piece.size_bytes) break;
+  }
+  return moved;
+}
+
+// One preadv over as many leading pieces as are close together; true when every byte of them came.
+bool read_run(int fd, std::span<const Piece> run) {
+  std::array<std::byte, kSinkBytes> sink;
+  std::array<iovec, kMaxVectors> vectors;
+  int count = 0;
+  std::uint64_t end = run.front().offset_bytes;
+  for (const Piece& piece : run) {
+    if (piece.offset_bytes > end) vectors[static_cast<std::size_t>(count++)] = {sink.data(), piece.offset_bytes - end};
+    vectors[static_cast<std::size_t>(count++)] = {piece.memory, piece.size_bytes};
+    end = piece.offset_bytes + piece.size_bytes;
+  }
+  const std::uint64_t begin = run.front().offset_bytes;
+  const std::int64_t n =
+      retry_interrupted([&] { return ::preadv(fd, vectors.data(), count, static_cast<off_t>(begin)); });
+  return n == static_cast<std::int64_t>(end - begin);
+}
+
+std::size_t run_length(std::span<const Piece> pieces) {
+  std::size_t length = 1;
+  while (length < pieces.size() && length < kMaxVectors / 2) {
+    const std::uint64_t end = pieces[length - 1].offset_bytes + pieces[length - 1].size_bytes;
+    if (pieces[length].offset_bytes < end || pieces[length].offset_bytes - end > kSinkBytes) break;
+    ++length;
+  }
+  return length;
+}
+
+std::int64_t read_pieces(int fd, std::span<const Piece> pieces) {
+  std::int64_t moved = 0;
+  while (!pieces.empty()) {
+    const auto run = pieces.first(run_length(pieces));
+    std::int64_t wanted = 0;
+    for (const Piece& piece : run) wanted += static_cast<std::int64_t>(piece.size_bytes);
+    // Whatever went wrong in a run, going piece by piece finds out exactly what and where.
+    const bool whole = run.size() > 1 && read_run(fd, run);
+    const std::int64_t n = whole ? wanted : move_pieces(fd, run, false);
+    if (n < 0) return n;
+    moved += n;
+    if (n < wanted) break;
+    pieces = pieces.subspan(run.size());
+  }
+  return moved;
+}
+
+std::int64_t scatter(const IoRequest& request) {
+  for (const Piece& piece : request.pieces) {
+    std::memcpy(piece.memory, request.memory.data() + (piece.offset_bytes - request.offset_bytes), piece.size_bytes);
+  }
+  return 0;
+}
+
+// An error (an old kernel, a mapping that cannot be populated) is no loss: the read takes the faults itself.
+std::int64_t populate(std::span<std::byte> memory) {
+#ifdef MADV_POPULATE_WRITE
+  ::madvise(memory.data(), memory.size(), MADV_POPULATE_WRITE);
+#endif
+  return 0;
+}
+
+std::int64_t carry_out(const IoRequest& request) {
+  switch (request.op) {
+    case IoRequest::Op::kRead:
+      return retry_interrupted([&] {
+        return ::pread(request.fd, request.memory.data(), request.memory.size(),
+                       static_cast<off_t>(request.offset_bytes));
+      });
+    case IoRequest::Op::kReadPieces:
+      return read_pieces(request.fd, request.pieces);
+    case IoRequest::Op::kWritePieces:
+      return move_pieces(request.fd, request.pieces, true);
+    case IoRequest::Op::kScatter:
+      return scatter(request);
+    case IoRequest::Op::kPopulate:
+      return populate(request.memory);
+  }
+  return -EINVAL;
+}
+
+}  // namespace
+
+Workers::Workers(unsigned thread_count, unsigned tag_limit, IoQueue* listener, std::string fallback_reason)
+    : requests_(tag_limit), listener_(listener), fallback_reason_(std::move(fallback_reason)), queued_(tag_limit) {
+  taken_.reserve(tag_limit);
+  finished_.reserve(tag_limit);
+  threads_.reserve(thread_count);
+  try {
+    for (unsigned i = 0; i < thread_count; ++i) threads_.emplace_back([this] { work(); });
+  } catch (...) {
+    stop();
+    throw;
+  }
+}
+
+Workers::~Workers() { stop(); }
+
+void Workers::stop() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  work_wanted_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void Workers::push(unsigned tag, const IoRequest& request) {
+  requests_[tag] = request;
+  {
+    const std::lock_guard lock(mutex_);
+    assert(queued_count_ < queued_.size());
+    queued_[(queued_first_ + queued_count_++) % queued_.size()] = tag;
+  }
+  work_wanted_.notify_one();
+}
+
+std::span<const IoCompletion> Workers::wait(std::optional<std::chrono::nanoseconds> timeout) {
+  taken_.clear();
+  std::unique_lock lock(mutex_);
+  const auto ready = [this] { return !finished_.empty() || woken_; };
+  if (!timeout) {
+    owner_wanted_.wait(lock, ready);
+  } else if (timeout->count() > 0) {
+    owner_wanted_.wait_for(lock, *timeout, ready);
+  }
+  woken_ = false;
+  taken_.swap(finished_);
+  return taken_;
+}
+
+void Workers::wake() noexcept {
+  {
+    const std::lock_guard lock(mutex_);
+    woken_ = true;
+  }
+  owner_wanted_.notify_one();
+}
+
+void Workers::work() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    work_wanted_.wait(lock, [this] { return queued_count_ > 0 || stopping_; });
+    if (queued_count_ == 0) return;
+    const unsigned tag = queued_[queued_first_];
+    queued_first_ = (queued_first_ + 1) % queued_.size();
+    --queued_count_;
+    lock.unlock();
+    const std::int64_t result = carry_out(requests_[tag]);
+    lock.lock();
+    finished_.push_back({tag, result});
+    if (listener_) {
+      listener_->wake();
+    } else {
+      owner_wanted_.notify_one();
+    }
+  }
+}
+
+}  // namespace flashpack::engine

@@ -1,0 +1,50 @@
+/// A small thread pool for byte work: page-cache reads, copies out of slots, page faults; and, where io_uring is
+/// refused, the reads of the pipeline too.
+#pragma once
+
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "engine/io_queue.h"
+
+namespace flashpack::engine {
+
+class Workers final : public IoQueue {
+ public:
+  /// Tags are below `tag_limit`. `listener`, if given, is woken after each completion, for an owner that sleeps in
+  /// another queue; it must outlive this. `fallback_reason` says why the reads of the pipeline come here, when they do.
+  /// Throws: std::system_error when threads cannot be had.
+  Workers(unsigned thread_count, unsigned tag_limit, IoQueue* listener, std::string fallback_reason = {});
+  /// Requires: nothing in flight.
+  ~Workers() override;
+
+  void push(unsigned tag, const IoRequest& request) override;
+  std::span<const IoCompletion> wait(std::optional<std::chrono::nanoseconds> timeout) override;
+  void wake() noexcept override;
+  const std::string& fallback_reason() const noexcept override { return fallback_reason_; }
+
+ private:
+  void work();
+  void stop();
+
+  std::vector<IoRequest> requests_;  // By tag; handed over with the tag, through mutex_.
+  std::vector<IoCompletion> taken_;  // The owner's: the last result of wait().
+  IoQueue* const listener_;
+  const std::string fallback_reason_;
+
+  std::mutex mutex_;  // Protects the rest but threads_.
+  std::condition_variable work_wanted_;
+  std::condition_variable owner_wanted_;
+  std::vector<unsigned> queued_;  // A circle of tag_limit tags, so that nothing is allocated after construction.
+  std::size_t queued_first_ = 0;
+  std::size_t queued_count_ = 0;
+  std::vector<IoCompletion> finished_;
+  bool woken_ = false;
+  bool stopping_ = false;
+
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace flashpack::engine

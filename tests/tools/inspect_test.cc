@@ -1,0 +1,145 @@
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <boost/json/parse.hpp>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+
+#include "tests/format/golden_files.h"
+
+namespace flashpack {
+namespace {
+
+struct Outcome {
+  int status;
+  std::string output;
+};
+
+/// Runs flashpack_inspect with shell text as its arguments.
+Outcome inspect(const std::string& arguments) {
+  std::FILE* pipe = ::popen(("'" FLASHPACK_INSPECT "' " + arguments).c_str(), "r");
+  if (pipe == nullptr) return {-1, "popen failed"};
+  std::string output;
+  std::array<char, 4096> buffer{};
+  while (const std::size_t got = std::fread(buffer.data(), 1, buffer.size(), pipe)) output.append(buffer.data(), got);
+  const int status = ::pclose(pipe);
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, output};
+}
+
+std::string golden(const std::string& name) { return std::string(FLASHPACK_GOLDEN_DIR "/") + name + ".flashpack"; }
+
+std::string quoted(const std::string& argument) { return "'" + argument + "'"; }
+
+class Scratch {
+ public:
+  explicit Scratch(const std::string& bytes) {
+    std::ofstream(path_, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  }
+  ~Scratch() { std::filesystem::remove(path_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_ = testing::TempDir() + "inspect_" + std::to_string(::getpid()) + ".flashpack";
+};
+
+class InspectGolden : public testing::TestWithParam<test::GoldenFile> {};
+
+INSTANTIATE_TEST_SUITE_P(Files, InspectGolden, testing::ValuesIn(test::golden_files()),
+                         [](const auto& file) { return file.param.name; });
+
+TEST_P(InspectGolden, JsonListsEveryTensor) {
+  const Outcome outcome = inspect("--json " + quoted(GetParam().path()));
+  ASSERT_EQ(outcome.status, 0) << outcome.output;
+  const boost::json::value report = boost::json::parse(outcome.output);
+  const boost::json::array& tensors = report.at("tensors").as_array();
+  ASSERT_EQ(tensors.size(), GetParam().tensors.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    EXPECT_EQ(tensors[i].at("name").as_string(), GetParam().tensors[i].name);
+    EXPECT_EQ(tensors[i].at("dtype").as_string(), dtype_name(GetParam().tensors[i].dtype));
+    EXPECT_EQ(tensors[i].at("offset_bytes").to_number<std::uint64_t>(), GetParam().tensors[i].offset_bytes);
+  }
+}
+
+TEST_P(InspectGolden, TextHasALineForEveryTensor) {
+  const Outcome outcome = inspect(quoted(GetParam().path()));
+  ASSERT_EQ(outcome.status, 0) << outcome.output;
+  const std::size_t table = outcome.output.find("  tensor ");
+  ASSERT_NE(table, std::string::npos);
+  const auto lines =
+      std::count(outcome.output.begin() + static_cast<std::ptrdiff_t>(table), outcome.output.end(), '\n');
+  EXPECT_EQ(lines, static_cast<std::ptrdiff_t>(GetParam().tensors.size()) + 1);
+}
+
+TEST(Inspect, TextSaysWhereTensorsAre) {
+  const Outcome outcome = inspect(quoted(golden("v4_mixed_align16")));
+  EXPECT_NE(outcome.output.find("flashpack_v4"), std::string::npos);
+  EXPECT_NE(outcome.output.find("float16, int8, float32, int64"), std::string::npos);
+  EXPECT_NE(outcome.output.find("  i64     int64    []         48  8 bytes\n"), std::string::npos) << outcome.output;
+}
+
+TEST(Inspect, ShowsWarningsAndSucceeds) {
+  std::string bytes = test::file_bytes(golden("v3_bool"));
+  const Scratch file(bytes.insert(3, "gap"));
+  const Outcome outcome = inspect(quoted(file.path()));
+  EXPECT_EQ(outcome.status, 0);
+  EXPECT_NE(outcome.output.find("warning: 3 bytes between"), std::string::npos) << outcome.output;
+}
+
+TEST(Inspect, HostileFileIsOneLineOnStandardError) {
+  std::string bytes = test::file_bytes(golden("v3_f32_align128"));
+  const Scratch file(bytes.replace(bytes.find("\"offset\":32"), 11, "\"offset\":-9"));
+  EXPECT_EQ(inspect(quoted(file.path()) + " 2>/dev/null").output, "");
+  const Outcome outcome = inspect(quoted(file.path()) + " 2>&1");
+  EXPECT_EQ(outcome.status, 1);
+  EXPECT_EQ(outcome.output, "flashpack_inspect: read " + file.path() +
+                                ": record 1 \"b\": offset must be >= 0, not -9: not a valid flashpack file\n");
+}
+
+TEST(Inspect, NamesCannotDriveTheTerminal) {
+  const std::vector<TensorSpec> tensors = {{"\x1b]0;evil\x07\xc2\x9b\x7f", DType::kInt8, {1}}};
+  const Scratch file("x" + encode_footer(make_layout(tensors, 0)));
+  const Outcome outcome = inspect(quoted(file.path()));
+  EXPECT_EQ(outcome.status, 0);
+  EXPECT_NE(outcome.output.find(R"(\x1b]0;evil\x07\x9b\x7f)"), std::string::npos) << outcome.output;
+}
+
+TEST(Inspect, MissingFileExitsWith1) {
+  const Outcome outcome = inspect("no/such.flashpack 2>&1");
+  EXPECT_EQ(outcome.status, 1);
+  EXPECT_EQ(outcome.output, "flashpack_inspect: open no/such.flashpack: No such file or directory\n");
+}
+
+TEST(Inspect, WrongUsageExitsWith2) {
+  EXPECT_EQ(inspect("2>&1").status, 2);
+  EXPECT_EQ(inspect("--yaml " + quoted(golden("v3_bool")) + " 2>&1").status, 2);
+}
+
+TEST(Inspect, HelpExplainsExitStatus) {
+  const Outcome outcome = inspect("--help");
+  EXPECT_EQ(outcome.status, 0);
+  EXPECT_NE(outcome.output.find("Exit status: 0"), std::string::npos);
+}
+
+TEST(Inspect, PipeThatNobodyReadsIsNoFailure) {
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  ::close(ends[0]);
+  const Outcome outcome = inspect(quoted(golden("v3_bool")) + " 2>&1 >&" + std::to_string(ends[1]));
+  ::close(ends[1]);
+  EXPECT_EQ(outcome.status, 0);
+  EXPECT_EQ(outcome.output, "");
+}
+
+TEST(Inspect, FullDiskIsAFailure) {
+  const Outcome outcome = inspect(quoted(golden("v3_bool")) + " 2>&1 >/dev/full");
+  EXPECT_EQ(outcome.status, 1);
+  EXPECT_NE(outcome.output.find("No space left on device"), std::string::npos) << outcome.output;
+}
+
+}  // namespace
+}  // namespace flashpack

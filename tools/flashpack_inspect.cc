@@ -1,0 +1,216 @@
+// flashpack_inspect: what is in a flashpack file, from its footer alone.
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <array>
+#include <boost/json/array.hpp>
+#include <boost/json/object.hpp>
+#include <boost/json/serialize.hpp>
+#include <cerrno>
+#include <csignal>
+#include <cstdio>
+#include <exception>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <vector>
+
+#include "flashpack/format.h"
+
+namespace {
+
+using flashpack::Macroblock;
+using flashpack::Metadata;
+using flashpack::TensorRecord;
+
+constexpr int kExitBadFile = 1;
+constexpr int kExitUsage = 2;
+
+constexpr const char* kDescription =
+    "Shows what is in a flashpack file: its format, its tensors and where their bytes are.\n"
+    "Only the footer is read and every rule of the format is checked, so this is also the quick way to ask\n"
+    "whether a file is sound. The tensors' bytes are not read.";
+
+constexpr const char* kFooter =
+    "Examples:\n"
+    "  flashpack_inspect model.flashpack\n"
+    "  flashpack_inspect model.flashpack --json | jq '.tensors[] | select(.size_bytes > 1e8) | .name'\n"
+    "\n"
+    "Exit status: 0 the file is sound (warnings included), 1 it is not or cannot be read, 2 wrong usage.";
+
+/// Text for a terminal: control characters, which could drive it, are shown as \xHH.
+std::string printable(std::string_view utf8) {
+  std::string out;
+  for (std::size_t i = 0; i < utf8.size(); ++i) {
+    const auto byte = static_cast<unsigned char>(utf8[i]);
+    const auto next = static_cast<unsigned char>(i + 1 < utf8.size() ? utf8[i + 1] : 0);
+    const bool c1 = byte == 0xc2 && next >= 0x80 && next < 0xa0;  // U+0080 to U+009F
+    if (byte >= 0x20 && byte != 0x7f && !c1) {
+      out += utf8[i];
+      continue;
+    }
+    std::array<char, 5> hex{};
+    std::snprintf(hex.data(), hex.size(), "\\x%02x", c1 ? unsigned{next} : unsigned{byte});
+    out += hex.data();
+    i += c1 ? 1 : 0;
+  }
+  return out;
+}
+
+std::string human_bytes(std::uint64_t bytes) {
+  constexpr std::array kUnits = {"bytes", "kB", "MB", "GB", "TB", "PB", "EB"};
+  auto value = static_cast<double>(bytes);
+  std::size_t unit = 0;
+  for (; value >= 1000 && unit + 1 < kUnits.size(); ++unit) value /= 1000;
+  std::array<char, 32> text{};
+  std::snprintf(text.data(), text.size(), unit == 0 ? "%.0f %s" : "%.2f %s", value, kUnits[unit]);
+  return text.data();
+}
+
+std::string exact_bytes(std::uint64_t bytes) {
+  return bytes < 1000 ? human_bytes(bytes) : human_bytes(bytes) + " (" + std::to_string(bytes) + " bytes)";
+}
+
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::string out = "[";
+  for (const std::int64_t dim : shape) out += (out.size() > 1 ? ", " : "") + std::to_string(dim);
+  return out + "]";
+}
+
+std::string dtypes_text(const Metadata& metadata) {
+  std::string out;
+  std::set<std::string_view> listed;
+  for (const Macroblock& macroblock : metadata.macroblocks) {
+    const std::string_view name = dtype_name(macroblock.dtype);
+    if (listed.insert(name).second) out.append(out.empty() ? "" : ", ").append(name);
+  }
+  return out;
+}
+
+/// Rows of text in columns as wide as their widest cell. The first line is the heading.
+class Table {
+ public:
+  void add(std::vector<std::string> row) { rows_.push_back(std::move(row)); }
+
+  /// Columns from `first_right` on hold numbers and are set to the right.
+  std::string text(std::size_t first_right) const {
+    std::vector<std::size_t> widths(rows_.front().size());
+    for (const auto& row : rows_) {
+      for (std::size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], width(row[i]));
+    }
+    std::string out;
+    for (const auto& row : rows_) {
+      for (std::size_t i = 0; i < row.size(); ++i) {
+        const std::string pad(widths[i] - width(row[i]), ' ');
+        out += "  ";
+        out += i < first_right ? row[i] + pad : pad + row[i];
+      }
+      out += '\n';
+    }
+    return out;
+  }
+
+ private:
+  static std::size_t width(std::string_view utf8) {
+    return static_cast<std::size_t>(
+        std::count_if(utf8.begin(), utf8.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xc0) != 0x80; }));
+  }
+
+  std::vector<std::vector<std::string>> rows_;
+};
+
+std::string text_report(const Metadata& metadata, const std::string& path) {
+  std::string out = printable(path) + "\n\n";
+  out += "  format       flashpack_v" + std::to_string(metadata.version) + "\n";
+  out += "  dtypes       " + dtypes_text(metadata) + "\n";
+  out += "  tensors      " + std::to_string(metadata.records.size()) + "\n";
+  out += "  elements     " + std::to_string(metadata.total_elems) + "\n";
+  out += "  payload      " + exact_bytes(metadata.payload_bytes) + "\n";
+  out += "  file         " + exact_bytes(metadata.identity.size_bytes) + "\n";
+  out += "  alignment    " + (metadata.align_bytes == 0 ? "dense" : exact_bytes(metadata.align_bytes)) + "\n\n";
+
+  Table macroblocks;
+  macroblocks.add({"macroblock", "dtype", "offset", "elements", "size"});
+  for (const Macroblock& macroblock : metadata.macroblocks) {
+    const auto index = static_cast<std::size_t>(&macroblock - metadata.macroblocks.data());
+    macroblocks.add({std::to_string(index), std::string(dtype_name(macroblock.dtype)),
+                     std::to_string(macroblock.offset_bytes), std::to_string(macroblock.length_elems),
+                     human_bytes(macroblock.length_bytes)});
+  }
+  out += macroblocks.text(2) + "\n";
+
+  Table tensors;
+  tensors.add({"tensor", "dtype", "shape", "offset", "size"});
+  for (const TensorRecord& record : metadata.records) {
+    tensors.add({record.name.empty() ? "\"\"" : printable(record.name), std::string(dtype_name(metadata.dtype(record))),
+                 shape_text(record.shape), std::to_string(metadata.offset_bytes(record)),
+                 human_bytes(metadata.size_bytes(record))});
+  }
+  out += tensors.text(3);
+  for (const std::string& warning : metadata.warnings) out += "\nwarning: " + warning + "\n";
+  return out;
+}
+
+std::string json_report(const Metadata& metadata) {
+  boost::json::array macroblocks;
+  for (const Macroblock& macroblock : metadata.macroblocks) {
+    macroblocks.push_back({{"dtype", dtype_name(macroblock.dtype)},
+                           {"offset_bytes", macroblock.offset_bytes},
+                           {"length_bytes", macroblock.length_bytes},
+                           {"length_elems", macroblock.length_elems}});
+  }
+  boost::json::array tensors;
+  for (const TensorRecord& record : metadata.records) {
+    tensors.push_back({{"name", record.name},
+                       {"dtype", dtype_name(metadata.dtype(record))},
+                       {"shape", boost::json::array(record.shape.begin(), record.shape.end())},
+                       {"offset_bytes", metadata.offset_bytes(record)},
+                       {"size_bytes", metadata.size_bytes(record)},
+                       {"macroblock", record.macroblock},
+                       {"offset_elems", record.offset_elems},
+                       {"length_elems", record.length_elems}});
+  }
+  const boost::json::object report = {
+      {"format", "flashpack_v" + std::to_string(metadata.version)},
+      {"align_bytes", metadata.align_bytes},
+      {"total_elems", metadata.total_elems},
+      {"payload_bytes", metadata.payload_bytes},
+      {"file_bytes", metadata.identity.size_bytes},
+      {"macroblocks", std::move(macroblocks)},
+      {"tensors", std::move(tensors)},
+      {"warnings", boost::json::array(metadata.warnings.begin(), metadata.warnings.end())}};
+  return boost::json::serialize(report) + "\n";
+}
+
+/// A reader that has seen enough, like head(1), is no failure. Throws: std::system_error for any other.
+void write_stdout(const std::string& text) {
+  std::signal(SIGPIPE, SIG_IGN);
+  const bool written = std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0;
+  if (!written && errno != EPIPE) throw std::system_error(errno, std::generic_category(), "write standard output");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app(kDescription, "flashpack_inspect");
+  app.footer(kFooter);
+  std::string path;
+  bool json = false;
+  app.add_option("FILE", path, "The file to look at")->required();
+  app.add_flag("--json", json, "Write one JSON object for programs: every macroblock and tensor, sizes in bytes");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kExitUsage;
+  }
+  try {
+    const Metadata metadata = flashpack::read_metadata(path);
+    write_stdout(json ? json_report(metadata) : text_report(metadata, path));
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "flashpack_inspect: %s\n", printable(error.what()).c_str());
+    return kExitBadFile;
+  }
+}
