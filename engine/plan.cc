@@ -57,6 +57,7 @@ void Plan::add_staged(std::uint32_t file, Piece piece, std::uint32_t chunk_bytes
     Chunk* last = chunks.empty() ? nullptr : &chunks.back();
     const bool joins = last && !last->in_place && last->file == file &&
                        round_down(last->offset_bytes, chunk_bytes) == round_down(part.offset_bytes, chunk_bytes) &&
+                       part.offset_bytes >= last->offset_bytes &&
                        part.offset_bytes <= last->offset_bytes + last->size_bytes + kMaxGapBytes;
     if (!joins) {
       chunks.push_back({part.offset_bytes, 0, file, static_cast<std::uint32_t>(pieces.size()), 0, false});

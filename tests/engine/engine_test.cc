@@ -1,0 +1,297 @@
+#include "flashpack/engine.h"
+
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/support/guarded_memory.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack {
+namespace {
+
+using testing::GuardedMemory;
+using testing::TempDir;
+
+constexpr std::uint32_t kMiB = 1u << 20;
+
+EngineOptions small_engine(Backend backend = Backend::kAuto) {
+  return {.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .workers = 2, .backend = backend};
+}
+
+template <class Call>
+Error error_of(Call call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error;
+  }
+  ADD_FAILURE() << "no Error was thrown";
+  return Error(Errc::kUnusable, "none");
+}
+
+class EngineTest : public ::testing::TestWithParam<Backend> {
+ protected:
+  EngineTest() : bytes_(testing::random_bytes(5 * kMiB + 1234)), engine_(small_engine(GetParam())) {
+    testing::write_file(path_, bytes_);
+  }
+
+  bool right(const GuardedMemory& memory, std::uint64_t offset) const {
+    return memory.intact() && std::memcmp(memory.data(), bytes_.data() + offset, memory.size()) == 0;
+  }
+
+  LoadRequest request(GuardedMemory& memory, std::uint64_t offset, CachePolicy cache = CachePolicy::kAuto) const {
+    return {.files = {{.path = path_, .extents = {{offset, memory.size(), memory.data()}}}}, .cache = cache};
+  }
+
+  TempDir dir_;
+  std::filesystem::path path_ = dir_ / "model";
+  std::vector<std::byte> bytes_;
+  Engine engine_;
+};
+
+INSTANTIATE_TEST_SUITE_P(Backends, EngineTest, ::testing::Values(Backend::kAuto, Backend::kWorkers),
+                         [](const auto& backend) { return backend.param == Backend::kAuto ? "Auto" : "Workers"; });
+
+TEST_P(EngineTest, EveryPolicyPhaseAndCacheStateGivesTheSameBytes) {
+  for (const CachePolicy cache : {CachePolicy::kAuto, CachePolicy::kDirect, CachePolicy::kBuffered}) {
+    for (const std::uint64_t offset : {std::uint64_t{0}, std::uint64_t{4095}, std::uint64_t{2 * kMiB + 7}}) {
+      for (const std::size_t phase : {std::size_t{offset % 4096}, std::size_t{1}, std::size_t{512}}) {
+        for (const bool cold : {true, false}) {
+          if (cold) testing::drop_from_cache(path_);
+          GuardedMemory memory(bytes_.size() - offset, phase);
+          const TransferStats stats = engine_.load(request(memory, offset, cache));
+          ASSERT_TRUE(right(memory, offset)) << "offset " << offset << " phase " << phase;
+          EXPECT_EQ(stats.requested_bytes, memory.size());
+          EXPECT_GE(stats.direct_bytes + stats.buffered_bytes, memory.size());
+          if (cache == CachePolicy::kBuffered) {
+            EXPECT_EQ(stats.direct_bytes, 0u);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(EngineTest, ManySmallTensorsWithGapsArriveInTheirPlaces) {
+  for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
+    std::vector<std::unique_ptr<GuardedMemory>> memory;
+    std::vector<std::uint64_t> offsets;
+    FileExtents file{.path = path_};
+    std::mt19937_64 random(3);
+    for (std::uint64_t at = 0; at + 9000 < bytes_.size(); at += 1 + random() % 12'000) {
+      offsets.push_back(at);
+      memory.push_back(std::make_unique<GuardedMemory>(1 + random() % 8000, random()));
+      file.extents.push_back({at, memory.back()->size(), memory.back()->data()});
+    }
+    std::shuffle(file.extents.begin(), file.extents.end(), random);
+    engine_.load({.files = {file}, .cache = cache});
+    for (std::size_t i = 0; i < memory.size(); ++i) ASSERT_TRUE(right(*memory[i], offsets[i]));
+  }
+}
+
+TEST_P(EngineTest, SeveralFilesInOneRequest) {
+  const auto other_bytes = testing::random_bytes(3 * kMiB + 5, 2);
+  testing::write_file(dir_ / "other", other_bytes);
+  GuardedMemory a(bytes_.size());
+  GuardedMemory b(other_bytes.size());
+  engine_.load({.files = {{.path = path_, .extents = {{0, a.size(), a.data()}}},
+                          {.path = dir_ / "other", .extents = {{0, b.size(), b.data()}}}}});
+  EXPECT_TRUE(right(a, 0));
+  EXPECT_TRUE(b.intact());
+  EXPECT_EQ(std::memcmp(b.data(), other_bytes.data(), b.size()), 0);
+}
+
+TEST_P(EngineTest, ExtentsMayOverlapInTheFile) {
+  GuardedMemory a(2 * kMiB, 0);
+  GuardedMemory b(2 * kMiB, 100);
+  engine_.load({.files = {{.path = path_, .extents = {{0, a.size(), a.data()}, {100, b.size(), b.data()}}}}});
+  EXPECT_TRUE(right(a, 0));
+  EXPECT_TRUE(right(b, 100));
+}
+
+TEST_P(EngineTest, NothingToDoIsDoneAtOnce) {
+  EXPECT_EQ(engine_.load({}).requested_bytes, 0u);
+  EXPECT_EQ(engine_.load({.files = {{.path = path_, .extents = {{3, 0, nullptr}}}}}).requested_bytes, 0u);
+}
+
+TEST_P(EngineTest, ThreadsMayShareAnEngine) {
+  std::vector<std::thread> threads;
+  std::atomic<int> right_count = 0;
+  for (unsigned i = 0; i < 4; ++i) {
+    threads.emplace_back([&, i] {
+      for (unsigned round = 0; round < 10; ++round) {
+        const std::uint64_t offset = (i * 10 + round) * 9973 % kMiB;
+        GuardedMemory memory(2 * kMiB, round % 2 ? offset : round);
+        engine_.load(request(memory, offset, round % 3 ? CachePolicy::kAuto : CachePolicy::kDirect));
+        right_count += right(memory, offset);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(right_count, 40);
+}
+
+TEST_P(EngineTest, MissingFileIsENOENTWithThePath) {
+  const Error error = error_of([&] { engine_.load({.files = {{.path = dir_ / "none"}}}); });
+  EXPECT_EQ(error.code(), std::errc::no_such_file_or_directory);
+  EXPECT_EQ(error.path(), dir_ / "none");
+  EXPECT_NE(std::string(error.what()).find("open " + (dir_ / "none").string()), std::string::npos) << error.what();
+}
+
+TEST_P(EngineTest, DirectoriesAndFifosAreErrorsNotHangs) {
+  EXPECT_EQ(error_of([&] { engine_.load({.files = {{.path = dir_.path()}}}); }).code(), std::errc::is_a_directory);
+  ASSERT_EQ(::mkfifo((dir_ / "fifo").c_str(), 0600), 0);
+  EXPECT_EQ(error_of([&] { engine_.load({.files = {{.path = dir_ / "fifo"}}}); }).code(), Errc::kInvalidArgument);
+}
+
+TEST_P(EngineTest, ReadingPastTheEndFailsBeforeAnyIo) {
+  GuardedMemory memory(1000);
+  Transfer transfer = engine_.start_load(request(memory, bytes_.size() - 999));
+  EXPECT_EQ(error_of([&] { transfer.wait(); }).code(), Errc::kTruncated);
+  EXPECT_EQ(transfer.stats().operations, 0u);
+}
+
+TEST_P(EngineTest, AnotherFileThanTheMetadatasIsRefused) {
+  struct stat status{};
+  ASSERT_EQ(::stat(path_.c_str(), &status), 0);
+  FileIdentity identity{.dev = status.st_dev,
+                        .ino = status.st_ino,
+                        .size_bytes = bytes_.size(),
+                        .mtime_ns = status.st_mtim.tv_sec * 1'000'000'000L + status.st_mtim.tv_nsec};
+  GuardedMemory memory(1000);
+  LoadRequest wanted = request(memory, 0);
+  wanted.files[0].expected = identity;
+  engine_.load(wanted);
+  testing::write_file(dir_ / "new", bytes_);
+  std::filesystem::rename(dir_ / "new", path_);
+  const Error error = error_of([&] { engine_.load(wanted); });
+  EXPECT_EQ(error.code(), Errc::kFileChanged);
+  EXPECT_EQ(error.path(), path_);
+}
+
+TEST_P(EngineTest, TargetsThatOverlapAreRefusedAtOnce) {
+  GuardedMemory memory(1000);
+  EXPECT_EQ(error_of([&] {
+              (void)engine_.start_load(
+                  {.files = {{.path = path_, .extents = {{0, 600, memory.data()}, {0, 600, memory.data() + 500}}}}});
+            }).code(),
+            Errc::kInvalidArgument);
+  EXPECT_EQ(
+      error_of([&] { (void)engine_.start_load({.files = {{.path = path_, .extents = {{0, 600, nullptr}}}}}); }).code(),
+      Errc::kInvalidArgument);
+}
+
+TEST_P(EngineTest, APassedDeadlineEndsTheTransfer) {
+  GuardedMemory memory(bytes_.size());
+  LoadRequest late = request(memory, 0);
+  late.deadline = std::chrono::steady_clock::now() - std::chrono::seconds(1);
+  EXPECT_EQ(error_of([&] { engine_.load(late); }).code(), Errc::kDeadlineExceeded);
+  EXPECT_TRUE(memory.intact());
+  late.deadline = std::chrono::steady_clock::now() + std::chrono::hours(1);
+  engine_.load(late);
+  EXPECT_TRUE(right(memory, 0));
+}
+
+TEST_P(EngineTest, DestroyedHandleMeansNothingIsInFlight) {
+  for (int i = 0; i < 50; ++i) {
+    auto memory = std::make_unique<GuardedMemory>(bytes_.size(), i % 2 ? 0 : 77);
+    {
+      const Transfer transfer = engine_.start_load(request(*memory, 0, CachePolicy::kDirect));
+    }
+    EXPECT_TRUE(memory->intact());
+  }
+}
+
+TEST_P(EngineTest, TransfersOutliveTheirEngine) {
+  GuardedMemory memory(bytes_.size());
+  Transfer transfer;
+  {
+    Engine engine(small_engine(GetParam()));
+    transfer = engine.start_load(request(memory, 0));
+  }
+  EXPECT_TRUE(transfer.wait_for(std::chrono::nanoseconds(0)));
+  transfer.cancel();
+  EXPECT_EQ(transfer.wait().requested_bytes, bytes_.size());
+  EXPECT_TRUE(right(memory, 0));
+}
+
+TEST_P(EngineTest, DetachedTransfersAreFinishedByTheEngine) {
+  GuardedMemory memory(bytes_.size());
+  {
+    Engine engine(small_engine(GetParam()));
+    engine.start_load(request(memory, 0)).detach();
+  }
+  EXPECT_TRUE(right(memory, 0));
+}
+
+TEST_P(EngineTest, ProgressEndsAtTheTotal) {
+  GuardedMemory memory(bytes_.size());
+  Transfer transfer = engine_.start_load(request(memory, 0));
+  EXPECT_EQ(transfer.progress().total_bytes, bytes_.size());
+  transfer.wait();
+  EXPECT_EQ(transfer.progress().done_bytes, bytes_.size());
+  EXPECT_TRUE(transfer.progress().finished);
+  EXPECT_EQ(transfer.progress().outstanding, 0u);
+}
+
+TEST_P(EngineTest, AForkedChildGetsAClearErrorAndCanMakeItsOwnEngine) {
+  GuardedMemory memory(1000);
+  Transfer transfer = engine_.start_load(request(memory, 0));
+  transfer.wait();
+  const pid_t child = ::fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    int failures = 0;
+    try {
+      engine_.load(request(memory, 0));
+      ++failures;
+    } catch (const Error& error) {
+      failures += error.code() != Errc::kUnusable;
+    }
+    try {
+      transfer.wait();
+      ++failures;
+    } catch (const Error& error) {
+      failures += error.code() != Errc::kUnusable;
+    }
+    {
+      const Engine inherited = std::move(engine_);
+    }  // Releases nothing, waits for nobody.
+    Engine own(small_engine(GetParam()));
+    own.load(request(memory, 5));
+    failures += !right(memory, 5);
+    ::_exit(failures);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  engine_.load(request(memory, 7));
+  EXPECT_TRUE(right(memory, 7));
+}
+
+TEST(EngineOptionsTest, OutOfRangeIsRefusedBeforeAnythingStarts) {
+  for (const EngineOptions& options :
+       {EngineOptions{.chunk_bytes = 3 * kMiB}, EngineOptions{.chunk_bytes = 4096}, EngineOptions{.queue_depth = 0},
+        EngineOptions{.queue_depth = 5000}, EngineOptions{.staging_bytes = kMiB}, EngineOptions{.workers = 1000},
+        EngineOptions{.cpu_affinity = {-1}}}) {
+    EXPECT_EQ(error_of([&] { Engine engine(options); }).code(), Errc::kInvalidArgument);
+  }
+}
+
+TEST(EngineOptionsTest, DefaultsAreResolved) {
+  const Engine engine;
+  EXPECT_GE(engine.options().workers, 2u);
+  EXPECT_NE(engine.options().backend, Backend::kAuto);
+}
+
+}  // namespace
+}  // namespace flashpack

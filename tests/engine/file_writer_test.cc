@@ -1,0 +1,128 @@
+#include "flashpack/file_writer.h"
+
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "flashpack/engine.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack {
+namespace {
+
+using testing::TempDir;
+
+constexpr std::uint32_t kMiB = 1u << 20;
+
+std::span<const std::byte> bytes_of(const char* text) { return std::as_bytes(std::span(text, std::strlen(text))); }
+
+class FileWriterTest : public ::testing::Test {
+ protected:
+  std::size_t entries() const {
+    return static_cast<std::size_t>(std::distance(std::filesystem::directory_iterator(dir_.path()), {}));
+  }
+
+  TempDir dir_;
+  std::filesystem::path path_ = dir_ / "model";
+  std::vector<std::byte> bytes_ = testing::random_bytes(3 * kMiB + 99);
+  Engine engine_{{.chunk_bytes = kMiB, .staging_bytes = 2 * kMiB, .workers = 2}};
+};
+
+TEST_F(FileWriterTest, PayloadGapsAndTailAreWhereTheyBelong) {
+  FileWriter writer = engine_.create(path_, {.payload_bytes = 10 * kMiB});
+  Transfer late = writer.start_write({{.offset_bytes = 5 * kMiB, .size_bytes = 100, .source = bytes_.data()}});
+  writer.write({{.offset_bytes = 7, .size_bytes = bytes_.size(), .source = bytes_.data()}});
+  late.wait();
+  EXPECT_FALSE(std::filesystem::exists(path_));
+  writer.commit(bytes_of("tail"));
+  std::vector<std::byte> expected(5 * kMiB + 100);
+  std::copy(bytes_.begin(), bytes_.end(), expected.begin() + 7);
+  std::copy_n(bytes_.begin(), 100, expected.begin() + 5 * kMiB);
+  for (const std::byte byte : bytes_of("tail")) expected.push_back(byte);
+  EXPECT_EQ(testing::read_file(path_), expected);
+  EXPECT_EQ(entries(), 1u);
+}
+
+TEST_F(FileWriterTest, WithoutCommitTheOldFileStaysAndNothingIsLeft) {
+  testing::write_file(path_, bytes_of("old"));
+  {
+    FileWriter writer = engine_.create(path_);
+    writer.write({{.offset_bytes = 0, .size_bytes = bytes_.size(), .source = bytes_.data()}});
+    engine_.create(dir_ / "other")
+        .start_write({{.offset_bytes = 0, .size_bytes = 9, .source = bytes_.data()}})
+        .detach();
+  }
+  EXPECT_EQ(testing::read_file(path_), std::vector(bytes_of("old").begin(), bytes_of("old").end()));
+  EXPECT_EQ(entries(), 1u);
+}
+
+TEST_F(FileWriterTest, ReplacesAtomicallyAndKeepsTheMode) {
+  testing::write_file(path_, bytes_of("old"));
+  ASSERT_EQ(::chmod(path_.c_str(), 0640), 0);
+  FileWriter writer = engine_.create(path_);
+  writer.write({{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}});
+  writer.commit();
+  struct stat status{};
+  ASSERT_EQ(::stat(path_.c_str(), &status), 0);
+  EXPECT_EQ(status.st_mode & 0777, 0640u);
+  EXPECT_EQ(status.st_size, 10);
+}
+
+TEST_F(FileWriterTest, NewFilesObeyTheUmask) {
+  const mode_t old = ::umask(027);
+  FileWriter writer = engine_.create(path_);
+  writer.commit(bytes_of("x"));
+  ::umask(old);
+  struct stat status{};
+  ASSERT_EQ(::stat(path_.c_str(), &status), 0);
+  EXPECT_EQ(status.st_mode & 0777, 0640u);
+}
+
+TEST_F(FileWriterTest, SymbolicLinksKeepPointingToTheFileThatIsReplaced) {
+  testing::write_file(dir_ / "real", bytes_of("old"));
+  std::filesystem::create_symlink("real", path_);
+  FileWriter writer = engine_.create(path_);
+  writer.commit(bytes_of("new"));
+  EXPECT_TRUE(std::filesystem::is_symlink(path_));
+  EXPECT_EQ(std::filesystem::file_size(dir_ / "real"), 3u);
+  EXPECT_EQ(testing::read_file(dir_ / "real"), std::vector(bytes_of("new").begin(), bytes_of("new").end()));
+}
+
+TEST_F(FileWriterTest, MissingDirectoryAndDirectoryTargetNameThePath) {
+  try {
+    (void)engine_.create(dir_ / "none" / "model");
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), std::errc::no_such_file_or_directory);
+    EXPECT_EQ(error.path(), dir_ / "none" / "model");
+  }
+  try {
+    (void)engine_.create(dir_.path());
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), std::errc::is_a_directory);
+  }
+}
+
+TEST_F(FileWriterTest, AWriteThatFailedFailsTheCommit) {
+  FileWriter writer = engine_.create(path_);
+  Transfer transfer =
+      writer.start_write({{.offset_bytes = 0, .size_bytes = 100, .source = reinterpret_cast<const void*>(16)}});
+  EXPECT_THROW(transfer.wait(), Error);  // EFAULT: no such memory.
+  EXPECT_THROW(writer.commit(), Error);
+  EXPECT_EQ(entries(), 0u);
+}
+
+TEST_F(FileWriterTest, CommitTwiceIsAnError) {
+  FileWriter writer = engine_.create(path_);
+  writer.commit(bytes_of("x"));
+  EXPECT_THROW(writer.commit(), Error);
+  EXPECT_THROW((void)writer.start_write({}), Error);
+}
+
+}  // namespace
+}  // namespace flashpack

@@ -1,0 +1,249 @@
+#include "engine/pipeline.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "engine/staging.h"
+#include "engine/workers.h"
+#include "tests/support/faulty_queue.h"
+#include "tests/support/guarded_memory.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::engine {
+namespace {
+
+using flashpack::testing::Faults;
+using flashpack::testing::FaultyQueue;
+using flashpack::testing::GuardedMemory;
+using flashpack::testing::TempDir;
+
+constexpr std::uint32_t kChunk = 1u << 20;
+
+// A pipeline on a faulty disk, driven by a thread of its own.
+class Rig {
+ public:
+  Rig(unsigned seed, Faults faults, std::size_t slots = 3)
+      : staging_(slots * kChunk, kChunk),
+        disk_(seed, faults),
+        workers_(2, Pipeline::tag_limit(kLimits, slots), &disk_),
+        pipeline_(disk_, workers_, staging_.slots(), kLimits),
+        driver_([this] { pipeline_.run(); }) {}
+
+  ~Rig() {
+    if (driver_.joinable()) stop();
+  }
+
+  void stop() {
+    pipeline_.close();
+    driver_.join();
+  }
+
+  Transfer start(const std::filesystem::path& path, const std::vector<Piece>& extents,
+                 Completion* completion = nullptr) {
+    auto state = std::make_shared<TransferState>();
+    state->owner = ::getpid();
+    state->completion = completion;
+    state->sources.push_back({File::open(path, std::nullopt, true), true});
+    state->plan.add(0, extents, kChunk, state->sources[0].file.block_bytes());
+    state->router = Router(state->plan, state->sources, CachePolicy::kDirect);
+    state->chunks_open = static_cast<std::uint32_t>(state->plan.chunks.size());
+    state->driver = &pipeline_;
+    pipeline_.start(state);
+    return TransferState::handle(state);
+  }
+
+  const FaultyQueue& disk() const { return disk_; }
+
+  static constexpr Pipeline::Limits kLimits{.queue_depth = 4, .worker_depth = 4};
+
+ private:
+  Staging staging_;
+  FaultyQueue disk_;
+  Workers workers_;
+  Pipeline pipeline_;
+  std::thread driver_;
+};
+
+class PipelineTest : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    dir_ = std::make_unique<TempDir>();
+    bytes_ = flashpack::testing::random_bytes(6 * kChunk + 777);
+    flashpack::testing::write_file(path(), bytes_);
+  }
+  static void TearDownTestSuite() { dir_.reset(); }
+
+  static std::filesystem::path path() { return *dir_ / "file"; }
+
+  static bool right(const GuardedMemory& memory, std::uint64_t offset) {
+    return memory.intact() && std::memcmp(memory.data(), bytes_.data() + offset, memory.size()) == 0;
+  }
+
+  static std::unique_ptr<TempDir> dir_;
+  static std::vector<std::byte> bytes_;
+};
+
+std::unique_ptr<TempDir> PipelineTest::dir_;
+std::vector<std::byte> PipelineTest::bytes_;
+
+struct Wanted {
+  std::uint64_t offset;
+  std::unique_ptr<GuardedMemory> memory;
+};
+
+std::vector<Wanted> random_wanted(std::mt19937_64& random, std::uint64_t file_bytes) {
+  std::vector<Wanted> wanted;
+  for (auto n = 1 + random() % 4; n > 0; --n) {
+    const std::uint64_t offset = random() % file_bytes;
+    const std::uint64_t limit = random() % 3 ? 20'000 : 3 * kChunk;
+    const std::uint64_t size = std::min(1 + random() % limit, file_bytes - offset);
+    const std::size_t phase = random() % 2 ? offset % 4096 : random() % 4096;
+    wanted.push_back({offset, std::make_unique<GuardedMemory>(size, phase)});
+  }
+  return wanted;
+}
+
+std::vector<Piece> pieces_of(const std::vector<Wanted>& wanted) {
+  std::vector<Piece> pieces;
+  for (const Wanted& w : wanted) pieces.push_back({w.offset, w.memory->size(), w.memory->data()});
+  return pieces;
+}
+
+TEST_F(PipelineTest, ShortReadsInterruptsAndRefusalsStillDeliverTheRightBytes) {
+  for (unsigned seed = 0; seed < 40; ++seed) {
+    std::mt19937_64 random(seed);
+    Rig rig(seed, {.short_percent = 40, .interrupt_percent = 20, .refuse_percent = seed % 4 == 0 ? 5 : 0});
+    for (int round = 0; round < 3; ++round) {
+      const auto wanted = random_wanted(random, bytes_.size());
+      rig.start(path(), pieces_of(wanted)).wait();
+      for (const Wanted& w : wanted) ASSERT_TRUE(right(*w.memory, w.offset)) << "seed " << seed << " at " << w.offset;
+    }
+  }
+}
+
+TEST_F(PipelineTest, ErrorsEndInRightBytesOrACleanError) {
+  int failed = 0;
+  for (unsigned seed = 0; seed < 60; ++seed) {
+    std::mt19937_64 random(seed);
+    Rig rig(seed, {.short_percent = 20, .interrupt_percent = 10, .error_percent = 8});
+    std::vector<std::vector<Wanted>> wanted;
+    std::vector<Transfer> transfers;
+    for (int i = 0; i < 3; ++i) {
+      wanted.push_back(random_wanted(random, bytes_.size()));
+      transfers.push_back(rig.start(path(), pieces_of(wanted.back())));
+    }
+    for (std::size_t i = 0; i < transfers.size(); ++i) {
+      try {
+        transfers[i].wait();
+        for (const Wanted& w : wanted[i]) ASSERT_TRUE(right(*w.memory, w.offset));
+      } catch (const Error& error) {
+        ++failed;
+        EXPECT_EQ(error.code(), std::errc::io_error) << error.what();
+        EXPECT_EQ(error.path(), path());
+        EXPECT_LT(error.offset_bytes(), bytes_.size());
+      }
+      for (const Wanted& w : wanted[i]) EXPECT_TRUE(w.memory->intact());
+      EXPECT_EQ(transfers[i].progress().outstanding, 0u);
+    }
+    rig.stop();
+    EXPECT_TRUE(rig.disk().idle());
+  }
+  EXPECT_GT(failed, 0);
+}
+
+TEST_F(PipelineTest, ADiskThatOnlyInterruptsIsAnErrorInTheEnd) {
+  Rig rig(1, {.interrupt_percent = 100});
+  GuardedMemory memory(10'000);
+  try {
+    rig.start(path(), {{0, memory.size(), memory.data()}}).wait();
+    FAIL() << "a load without a single byte read succeeded";
+  } catch (const Error& error) {
+    EXPECT_TRUE(error.code() == std::errc::interrupted || error.code() == std::errc::resource_unavailable_try_again);
+  }
+}
+
+TEST_F(PipelineTest, QueueDepthIsKeptAndReached) {
+  Rig rig(1, {});
+  GuardedMemory memory(6 * kChunk);
+  rig.start(path(), {{0, memory.size(), memory.data()}}).wait();
+  rig.stop();
+  // Fresh memory is populated on the way, which may put a chunk more on the disk for every worker.
+  EXPECT_GE(rig.disk().max_in_flight(), 2u);
+  EXPECT_LE(rig.disk().max_in_flight(), Rig::kLimits.queue_depth + Rig::kLimits.worker_depth);
+}
+
+TEST_F(PipelineTest, CancelledTransfersLeaveTheOthersAlone) {
+  for (unsigned seed = 0; seed < 30; ++seed) {
+    std::mt19937_64 random(seed);
+    Rig rig(seed, {.short_percent = 30});
+    auto doomed = random_wanted(random, bytes_.size());
+    const auto kept = random_wanted(random, bytes_.size());
+    Transfer first = rig.start(path(), pieces_of(doomed));
+    Transfer second = rig.start(path(), pieces_of(kept));
+    first.cancel();
+    try {
+      first.wait();
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), Errc::kCancelled);
+    }
+    for (const Wanted& w : doomed) EXPECT_TRUE(w.memory->intact());
+    doomed.clear();  // Unmapped: a read that is still under way would fault or fail.
+    second.wait();
+    for (const Wanted& w : kept) EXPECT_TRUE(right(*w.memory, w.offset));
+  }
+}
+
+struct CountingCompletion final : Completion {
+  void done(Transfer& transfer) noexcept override {
+    try {
+      bytes = transfer.wait().requested_bytes;
+    } catch (const Error& error) {
+      code = error.code();
+    }
+    ++calls;
+  }
+  std::atomic<int> calls = 0;
+  std::uint64_t bytes = 0;
+  std::error_code code;
+};
+
+TEST_F(PipelineTest, CompletionIsCalledOnceBeforeWaitReturns) {
+  Rig rig(3, {.short_percent = 30});
+  for (int i = 0; i < 50; ++i) {
+    CountingCompletion completion;  // Dies right after wait(): it must not be called later.
+    GuardedMemory memory(5000);
+    Transfer transfer = rig.start(path(), {{100, memory.size(), memory.data()}}, &completion);
+    transfer.wait();
+    EXPECT_EQ(completion.calls, 1);
+  }
+}
+
+TEST_F(PipelineTest, CompletionSeesTheError) {
+  Rig rig(3, {.error_percent = 100});
+  CountingCompletion completion;
+  GuardedMemory memory(5000);
+  Transfer transfer = rig.start(path(), {{100, memory.size(), memory.data()}}, &completion);
+  EXPECT_THROW(transfer.wait(), Error);
+  EXPECT_EQ(completion.calls, 1);
+  EXPECT_EQ(completion.code, std::errc::io_error);
+  EXPECT_THROW(transfer.wait(), Error) << "the same result again";
+}
+
+TEST_F(PipelineTest, CloseFinishesWhatWasStarted) {
+  GuardedMemory memory(4 * kChunk);
+  Rig rig(5, {.short_percent = 30});
+  Transfer transfer = rig.start(path(), {{0, memory.size(), memory.data()}});
+  rig.stop();
+  EXPECT_TRUE(transfer.wait_for(std::chrono::nanoseconds(0)));
+  EXPECT_TRUE(right(memory, 0));
+}
+
+}  // namespace
+}  // namespace flashpack::engine

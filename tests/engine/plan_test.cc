@@ -1,0 +1,126 @@
+#include "engine/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <random>
+#include <vector>
+
+namespace flashpack::engine {
+namespace {
+
+constexpr std::uint32_t kChunk = 1u << 20;
+
+// Memory is never touched by a plan: any number does for an address.
+std::byte* at(std::uint64_t address) { return reinterpret_cast<std::byte*>(address); }
+
+Plan plan_of(std::vector<Piece> extents, std::uint32_t chunk_bytes = kChunk, std::uint32_t block_bytes = kPageBytes) {
+  Plan plan;
+  plan.add(0, extents, chunk_bytes, block_bytes);
+  return plan;
+}
+
+TEST(Plan, EmptyExtentsGiveNoChunks) { EXPECT_TRUE(plan_of({}).chunks.empty()); }
+
+TEST(Plan, WholePagesInPhaseAreReadInPlaceAndEdgesThroughSlots) {
+  const Plan plan = plan_of({{100, 2 * kChunk, at((1ull << 30) + 100)}});
+  ASSERT_EQ(plan.chunks.size(), 4u);
+  EXPECT_FALSE(plan.chunks[0].in_place);
+  EXPECT_EQ(plan.chunks[0].offset_bytes, 100u);
+  EXPECT_EQ(plan.chunks[0].size_bytes, kPageBytes - 100);
+  EXPECT_TRUE(plan.chunks[1].in_place);
+  EXPECT_EQ(plan.chunks[1].offset_bytes, kPageBytes);
+  EXPECT_EQ(plan.chunks[1].size_bytes, kChunk - kPageBytes);
+  EXPECT_TRUE(plan.chunks[2].in_place);
+  EXPECT_EQ(plan.chunks[2].size_bytes, kChunk);
+  EXPECT_FALSE(plan.chunks[3].in_place);
+  EXPECT_EQ(plan.chunks[3].offset_bytes, 2 * kChunk);
+  EXPECT_EQ(plan.chunks[3].size_bytes, 100u);
+}
+
+TEST(Plan, MemoryOutOfPhaseGoesThroughSlots) {
+  for (const Chunk& chunk : plan_of({{0, 3 * kChunk, at((1ull << 30) + 512)}}).chunks) EXPECT_FALSE(chunk.in_place);
+}
+
+TEST(Plan, ThousandSmallTensorsShareOneRead) {
+  std::vector<Piece> extents;
+  for (std::uint64_t i = 0; i < 1000; ++i) extents.push_back({i * 1000, 900, at((1ull << 30) + i * 5000)});
+  const Plan plan = plan_of(extents);
+  ASSERT_EQ(plan.chunks.size(), 1u);
+  EXPECT_EQ(plan.chunks[0].piece_count, 1000u);
+  EXPECT_EQ(plan.chunks[0].size_bytes, 999 * 1000 + 900);
+}
+
+TEST(Plan, AGapWorthSkippingSplitsTheRead) {
+  EXPECT_EQ(plan_of({{0, 10, at(1ull << 30)}, {200'000, 10, at(1ull << 31)}}).chunks.size(), 2u);
+  EXPECT_EQ(plan_of({{0, 10, at(1ull << 30)}, {60'000, 10, at(1ull << 31)}}).chunks.size(), 1u);
+}
+
+TEST(Plan, NeighboursEdgesShareTheBlockTheyMeetIn) {
+  const std::uint64_t cut = 2 * kChunk + 1000;
+  const Plan plan = plan_of({{0, cut, at(1ull << 30)}, {cut, kChunk, at((1ull << 31) + 1000)}});
+  const auto shared =
+      std::find_if(plan.chunks.begin(), plan.chunks.end(), [](const Chunk& c) { return c.piece_count == 2; });
+  ASSERT_NE(shared, plan.chunks.end());
+  EXPECT_EQ(shared->offset_bytes, 2 * kChunk);
+  EXPECT_EQ(shared->size_bytes, kPageBytes);
+}
+
+// Every plan, whatever the extents: each wanted byte exactly once, nothing else, no chunk over a grid line.
+TEST(Plan, DeliversEveryByteOnceWithinTheGrid) {
+  std::mt19937_64 random(7);
+  for (int round = 0; round < 2000; ++round) {
+    const std::uint32_t chunk_bytes = 1u << (20 + random() % 3);
+    const std::uint32_t block_bytes = 1u << (12 + random() % 5);
+    std::vector<Piece> extents;
+    std::map<std::uint64_t, std::uint64_t> wanted;  // Address of a byte's run -> file offset, by extent.
+    std::uint64_t address = 1ull << 40;
+    for (auto n = random() % 6; n > 0; --n) {
+      const std::uint64_t offset = random() % (8 * chunk_bytes);
+      const std::uint64_t size = 1 + random() % (random() % 2 ? 3 * chunk_bytes : 5000);
+      if (random() % 2) address += (offset - address) & (block_bytes - 1);  // In phase.
+      extents.push_back({offset, size, at(address)});
+      wanted[address] = offset;
+      address += size + random() % 100'000;
+    }
+    const Plan plan = plan_of(extents, chunk_bytes, block_bytes);
+    std::vector<std::pair<std::uint64_t, std::uint64_t>> delivered;  // Address, size.
+    std::uint64_t pieces_seen = 0;
+    for (const Chunk& chunk : plan.chunks) {
+      EXPECT_EQ(chunk.first_piece, pieces_seen);
+      pieces_seen += chunk.piece_count;
+      EXPECT_EQ(chunk.offset_bytes / chunk_bytes, (chunk.offset_bytes + chunk.size_bytes - 1) / chunk_bytes);
+      for (const Piece& piece : plan.pieces_of(chunk)) {
+        EXPECT_GE(piece.offset_bytes, chunk.offset_bytes);
+        EXPECT_LE(piece.offset_bytes + piece.size_bytes, chunk.offset_bytes + chunk.size_bytes);
+        const auto memory = reinterpret_cast<std::uint64_t>(piece.memory);
+        const auto run = std::prev(wanted.upper_bound(memory));
+        EXPECT_EQ(piece.offset_bytes, run->second + (memory - run->first)) << "bytes of the wrong place";
+        delivered.emplace_back(memory, piece.size_bytes);
+        if (chunk.in_place) {
+          EXPECT_EQ(piece.size_bytes % block_bytes, 0u);
+          EXPECT_EQ(piece.offset_bytes % block_bytes, 0u);
+          EXPECT_EQ(memory % block_bytes, 0u);
+        }
+      }
+    }
+    EXPECT_EQ(pieces_seen, plan.pieces.size());
+    std::sort(delivered.begin(), delivered.end());
+    std::uint64_t total = 0;
+    for (std::size_t i = 0; i < delivered.size(); ++i) {
+      total += delivered[i].second;
+      if (i > 0) {
+        EXPECT_GE(delivered[i].first, delivered[i - 1].first + delivered[i - 1].second);
+      }
+    }
+    std::uint64_t asked = 0;
+    for (const Piece& extent : extents) asked += extent.size_bytes;
+    EXPECT_EQ(total, asked);
+    EXPECT_EQ(plan.total_bytes, asked);
+  }
+}
+
+}  // namespace
+}  // namespace flashpack::engine
