@@ -289,8 +289,6 @@ def check_tests_mirror(tree: Tree) -> Iterator[Finding]:
             wanted = [f"tests/engine/{stem}_test.cc"]
         elif re.fullmatch(r"torch_binding/\w+\.cc", path):
             wanted = [f"tests/format/{stem}_test.cc", f"tests/torch/{stem}_test.cc"]
-        elif re.fullmatch(r"torch_binding/python/.*\.(py|cc)", path):
-            wanted = [f"tests/python/{stem}_test.py", f"tests/python/test_{stem}.py"]
         elif re.fullmatch(r"tools/\w+\.py", path):
             wanted = [f"tests/tools/{stem}_test.py"]
         else:

@@ -81,7 +81,6 @@ BREAKS = {
     "path of one machine": ("README.md", "see /ho" + "me/me/file\n", 1),
     "no test: tests/engine/ring_test.cc": ("engine/ring.cc", "", 1),
     "no test: tests/format/pack_test.cc or": ("torch_binding/pack.cc", "", 1),
-    "no test: tests/python/mixin_test.py or": ("torch_binding/python/flashpack/mixin.py", "", 1),
     "no test: tests/tools/a_test.py": ("tools/a.py", "", 1),
     "a file that is not there: engine/gone.cc": ("README.md", "in `engine/gone.cc`\n", 1),
     "a file that is not there: tools/gone.sh": ("README.md", "```sh\nbash tools/gone.sh fast\n```\n", 2),
