@@ -128,7 +128,7 @@ void Engine::Impl::drive(std::promise<engine::Pipeline*>& ready) {
   try {
     bind_this_thread(options_.cpu_affinity);
     staging.emplace(options_.staging_bytes, options_.chunk_bytes);
-    const engine::Pipeline::Limits limits{.queue_depth = options_.queue_depth, .worker_depth = 2 * options_.workers};
+    const engine::Pipeline::Limits limits{.queue_depth = options_.queue_depth, .worker_depth = 4 * options_.workers};
     const unsigned tags = engine::Pipeline::tag_limit(limits, staging->slots().size());
     try {
       if (options_.backend != Backend::kWorkers) ring = std::make_unique<engine::Ring>(tags, staging->slots());

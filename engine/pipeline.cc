@@ -40,11 +40,10 @@ Pipeline::Pipeline(IoQueue& disk, IoQueue& workers, std::vector<std::span<std::b
   page_flags_.resize(slots_.front().size() / kPageBytes);
 }
 
+// Waking is done under the lock: once run() has seen what was said, it may return and the queue be gone.
 void Pipeline::start(std::shared_ptr<TransferState> transfer) {
-  {
-    const std::lock_guard lock(mutex_);
-    inbox_.push_back(std::move(transfer));
-  }
+  const std::lock_guard lock(mutex_);
+  inbox_.push_back(std::move(transfer));
   disk_.wake();
 }
 
@@ -54,10 +53,8 @@ void Pipeline::attend() noexcept {
 }
 
 void Pipeline::close() noexcept {
-  {
-    const std::lock_guard lock(mutex_);
-    closing_ = true;
-  }
+  const std::lock_guard lock(mutex_);
+  closing_ = true;
   disk_.wake();
 }
 

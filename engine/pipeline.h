@@ -23,9 +23,9 @@ namespace flashpack::engine {
 class Pipeline final : public Driver {
  public:
   struct Limits {
-    std::uint32_t queue_depth;  ///< Direct reads in flight.
-    std::uint32_t
-        worker_depth;  ///< Of each kind of work, given to the workers at a time; enough to keep them all busy.
+    std::uint32_t queue_depth;   ///< Direct reads in flight.
+    std::uint32_t worker_depth;  ///< Of each kind of work, given to the workers at a time; enough that they stay busy
+                                 ///< while the driver sleeps.
   };
 
   /// The tags that queues of such a pipeline must allow.

@@ -27,8 +27,10 @@ class Workers final : public IoQueue {
 
  private:
   void work();
+  bool worth_waking(IoRequest::Op op) const;
   void stop();
 
+  const unsigned thread_count_;
   std::vector<IoRequest> requests_;  // By tag; handed over with the tag, through mutex_.
   std::vector<IoCompletion> taken_;  // The owner's: the last result of wait().
   IoQueue* const listener_;

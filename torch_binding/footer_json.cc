@@ -153,7 +153,8 @@ class FooterHandler {
     return true;
   }
   bool on_uint64(std::uint64_t value, Text, ErrorCode&) {
-    if (wanted() == Type::kInteger) fail(subject() + " is " + std::to_string(value) + ", which is past 2^63");
+    expect(Type::kInteger);
+    if (wanted()) fail(subject() + " is " + std::to_string(value) + ", which is past 2^63");
     return true;
   }
   bool on_double(double, Text, ErrorCode&) {
@@ -317,8 +318,8 @@ class FooterHandler {
       }
       if (frame->scope == Scope::kRecord || frame->scope == Scope::kIndex) {
         std::string record = "record " + std::to_string(records_.size());
-        if (frame->has(record_key::kName) && frame->key != record_key::kName)
-          record += " " + rules::quoted(frame->strings[record_key::kName]);
+        const bool named = frame->has(record_key::kName) && frame->key != record_key::kName;
+        if (named) record += " " + rules::quoted(frame->strings[record_key::kName]);
         return record;
       }
     }

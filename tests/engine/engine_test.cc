@@ -244,6 +244,9 @@ TEST_P(EngineTest, ProgressEndsAtTheTotal) {
 }
 
 TEST_P(EngineTest, AForkedChildGetsAClearErrorAndCanMakeItsOwnEngine) {
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "ThreadSanitizer does not allow threads in the child of a process with threads";
+#endif
   GuardedMemory memory(1000);
   Transfer transfer = engine_.start_load(request(memory, 0));
   transfer.wait();

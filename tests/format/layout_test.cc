@@ -92,6 +92,7 @@ TEST(Layout, RefusesFilesPastInt64) {
   EXPECT_TRUE(contains(layout_error({{"v", DType::kInt8, {kMax}}, {"w", DType::kUInt8, {1}}}), kPast));
   EXPECT_TRUE(contains(layout_error({{"v", DType::kInt8, {kMax}}, {"w", DType::kInt8, {0}}}, 16), kPast));
   EXPECT_TRUE(contains(layout_error({{"w", DType::kComplex128, {1}}}, kMax), kPast));
+  EXPECT_TRUE(contains(layout_error({{"w", DType::kFloat32, {1}}}, (std::uint64_t{1} << 61) + 1), kPast));
   EXPECT_TRUE(contains(layout_error({{"w", DType::kInt8, {1}}}, std::uint64_t{1} << 63), "align_bytes must be"));
   EXPECT_EQ(layout_error({{"w", DType::kInt8, {kMax}}}), "accepted");
 }

@@ -1,0 +1,61 @@
+#include "engine/file.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+
+#include <vector>
+
+#include "engine/plan.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::engine {
+namespace {
+
+using flashpack::testing::TempDir;
+
+class FileTest : public ::testing::Test {
+ protected:
+  FileTest() { flashpack::testing::write_file(path_, bytes_); }
+
+  TempDir dir_;
+  std::filesystem::path path_ = dir_ / "file";
+  std::vector<std::byte> bytes_ = flashpack::testing::random_bytes(3 * 4096 + 5);
+};
+
+TEST_F(FileTest, BlocksAreAtLeastAPageAndAPowerOfTwo) {
+  const File file = File::open(path_, std::nullopt, true);
+  EXPECT_GE(file.block_bytes(), kPageBytes);
+  EXPECT_EQ(file.block_bytes() & (file.block_bytes() - 1), 0u);
+  EXPECT_EQ(file.identity().size_bytes, bytes_.size());
+}
+
+TEST_F(FileTest, DirectIsOpenedOnlyWhenWanted) { EXPECT_EQ(File::open(path_, std::nullopt, false).direct_fd(), -1); }
+
+TEST_F(FileTest, AFileWithoutDirectIoIsStillOpened) {
+  const File file = File::open("/proc/self/status", std::nullopt, true);
+  EXPECT_EQ(file.direct_fd(), -1);
+  EXPECT_GE(file.buffered_fd(), 0);
+}
+
+TEST_F(FileTest, WritingInPlaceIsAChangeAndARenameOverItIsNot) {
+  const File file = File::open(path_, std::nullopt, true);
+  EXPECT_TRUE(file.unchanged());
+  flashpack::testing::write_file(dir_ / "new", bytes_);
+  std::filesystem::rename(dir_ / "new", path_);
+  EXPECT_TRUE(file.unchanged());
+
+  const File again = File::open(path_, std::nullopt, true);
+  flashpack::testing::write_file(path_, std::span(bytes_).first(100));
+  EXPECT_FALSE(again.unchanged());
+}
+
+TEST_F(FileTest, ResidencyFollowsThePageCache) {
+  const File file = File::open(path_, std::nullopt, true);
+  flashpack::testing::read_file(path_);
+  if (!file.resident(0, bytes_.size())) GTEST_SKIP() << "cachestat is not to be had here";
+  flashpack::testing::drop_from_cache(path_);
+  EXPECT_FALSE(file.resident(0, bytes_.size()));
+}
+
+}  // namespace
+}  // namespace flashpack::engine

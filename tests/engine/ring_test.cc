@@ -1,0 +1,154 @@
+#include "engine/ring.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "engine/staging.h"
+#include "flashpack/engine.h"
+#include "tests/support/guarded_memory.h"
+#include "tests/support/sandbox.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::engine {
+namespace {
+
+using flashpack::testing::GuardedMemory;
+
+constexpr std::uint32_t kMiB = 1u << 20;
+
+class RingTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    try {
+      ring_ = std::make_unique<Ring>(8, staging_.slots());
+    } catch (const std::system_error& error) {
+      GTEST_SKIP() << error.what();
+    }
+    flashpack::testing::write_file(dir_ / "file", bytes_);
+    flashpack::testing::drop_from_cache(dir_ / "file");
+    fd_.reset(::open((dir_ / "file").c_str(), O_RDONLY | O_DIRECT));
+  }
+
+  std::int64_t read(unsigned tag, std::span<std::byte> memory, std::uint64_t offset, int slot = -1) {
+    ring_->push(tag,
+                {.op = IoRequest::Op::kRead, .fd = fd_.get(), .offset_bytes = offset, .memory = memory, .slot = slot});
+    while (true) {
+      for (const IoCompletion& done : ring_->wait(std::nullopt)) {
+        EXPECT_EQ(done.tag, tag);
+        return done.result;
+      }
+    }
+  }
+
+  flashpack::testing::TempDir dir_;
+  std::vector<std::byte> bytes_ = flashpack::testing::random_bytes(2 * kMiB + 777);
+  Staging staging_{4 * kMiB, kMiB};
+  std::unique_ptr<Ring> ring_;
+  UniqueFd fd_;
+};
+
+TEST_F(RingTest, ReadsIntoSlotsBeforeAndAfterTheyAreRegistered) {
+  const auto slot = staging_.slots()[2];
+  for (int use = 0; use < 5; ++use) {
+    std::memset(slot.data(), 0, slot.size());
+    ASSERT_EQ(read(3, slot, kMiB, 2), kMiB);
+    EXPECT_EQ(std::memcmp(slot.data(), bytes_.data() + kMiB, kMiB), 0);
+  }
+  EXPECT_EQ(ring_->fallback_reason(), "");
+}
+
+TEST_F(RingTest, TheTailOfAFileComesBackShort) {
+  GuardedMemory memory(8192);
+  EXPECT_EQ(read(0, {memory.data(), 8192}, 2 * kMiB), 777);
+  EXPECT_EQ(std::memcmp(memory.data(), bytes_.data() + 2 * kMiB, 777), 0);
+  EXPECT_TRUE(memory.intact());
+}
+
+TEST_F(RingTest, MisalignedReadsKeepTheirErrno) {
+  GuardedMemory memory(8192);
+  EXPECT_EQ(read(0, {memory.data(), 100}, 1), -EINVAL);
+}
+
+TEST_F(RingTest, WakeReachesASleepingRingAgainAndAgain) {
+  for (int i = 0; i < 20; ++i) {
+    std::thread waker([this] { ring_->wake(); });
+    EXPECT_TRUE(ring_->wait(std::nullopt).empty());
+    waker.join();
+  }
+  EXPECT_TRUE(ring_->wait(std::chrono::microseconds(10)).empty());
+  EXPECT_TRUE(ring_->wait(std::chrono::nanoseconds(0)).empty());
+}
+
+// What an engine under a container's seccomp profile does: 0 when it delivered right bytes by the workers and said why.
+int load_with_syscall_denied(long number, int error_number) {
+  const flashpack::testing::TempDir dir;
+  const auto bytes = flashpack::testing::random_bytes(3 * kMiB);
+  flashpack::testing::write_file(dir / "file", bytes);
+  flashpack::testing::drop_from_cache(dir / "file");
+  if (!flashpack::testing::deny_syscall(static_cast<unsigned>(number), static_cast<unsigned>(error_number))) return 77;
+  Engine engine({.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB});
+  GuardedMemory memory(bytes.size());
+  const TransferStats stats =
+      engine.load({.files = {{.path = dir / "file", .extents = {{0, memory.size(), memory.data()}}}}});
+  if (std::memcmp(memory.data(), bytes.data(), bytes.size()) != 0 || !memory.intact()) return 1;
+  if (stats.backend != Backend::kWorkers) return 2;
+  if (stats.fallback_reason.find("io_uring") == std::string::npos) return 3;
+  try {
+    const Engine insists({.backend = Backend::kIoUring});
+    return 4;
+  } catch (const Error& error) {
+    return error.code().value() == error_number ? 0 : 5;
+  }
+}
+
+TEST(RingRefused, WhereSetupIsDeniedTheWorkersReadAndSayWhy) {
+  for (const int error_number : {EPERM, ENOSYS}) {
+    const int status =
+        flashpack::testing::run_in_child([&] { return load_with_syscall_denied(SYS_io_uring_setup, error_number); });
+    if (status == 77) GTEST_SKIP() << "seccomp filters are not allowed here";
+    EXPECT_EQ(status, 0) << error_number;
+  }
+}
+
+TEST(RingRefused, WhereOnlySubmittingIsDeniedTheWorkersReadToo) {
+  const int status =
+      flashpack::testing::run_in_child([] { return load_with_syscall_denied(SYS_io_uring_enter, EPERM); });
+  if (status == 77) GTEST_SKIP() << "seccomp filters are not allowed here";
+  EXPECT_EQ(status, 0);
+}
+
+TEST(RingRefused, WhereBuffersCannotBeRegisteredReadsGoOnAndSayWhy) {
+  const int status = flashpack::testing::run_in_child([] {
+    if (!flashpack::testing::deny_syscall(SYS_io_uring_register, ENOMEM)) return 77;
+    const flashpack::testing::TempDir dir;
+    const auto bytes = flashpack::testing::random_bytes(kMiB);
+    flashpack::testing::write_file(dir / "file", bytes);
+    Staging staging(2 * kMiB, kMiB);
+    std::unique_ptr<Ring> ring;
+    try {
+      ring = std::make_unique<Ring>(4, staging.slots());
+    } catch (const std::system_error&) {
+      return 77;
+    }
+    const UniqueFd fd(::open((dir / "file").c_str(), O_RDONLY | O_DIRECT));
+    for (int use = 0; use < 4; ++use) {
+      ring->push(0, {.op = IoRequest::Op::kRead, .fd = fd.get(), .memory = staging.slots()[0], .slot = 0});
+      std::span<const IoCompletion> done;
+      while ((done = ring->wait(std::nullopt)).empty()) {
+      }
+      if (done.front().result != kMiB || std::memcmp(staging.slots()[0].data(), bytes.data(), kMiB) != 0) return 1;
+    }
+    return ring->fallback_reason().find("registered buffers") == 0 ? 0 : 2;
+  });
+  if (status == 77) GTEST_SKIP() << "seccomp filters or io_uring are not allowed here";
+  EXPECT_EQ(status, 0);
+}
+
+}  // namespace
+}  // namespace flashpack::engine

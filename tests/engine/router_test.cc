@@ -1,0 +1,81 @@
+#include "engine/router.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <set>
+#include <vector>
+
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::engine {
+namespace {
+
+using Route = Router::Route;
+
+constexpr std::uint32_t kChunk = 1u << 20;
+constexpr unsigned kPlenty = 1000;
+
+class RouterTest : public ::testing::Test {
+ protected:
+  RouterTest() {
+    flashpack::testing::write_file(path_, flashpack::testing::random_bytes(8 * kChunk));
+    sources_.push_back({File::open(path_, std::nullopt, true), true});
+    const std::vector<Piece> all = {{0, 8 * kChunk, reinterpret_cast<std::byte*>(1ull << 30)}};
+    plan_.add(0, all, kChunk, kPageBytes);
+  }
+
+  std::vector<std::uint64_t> take_all(Router& router, Route route) {
+    std::vector<std::uint64_t> offsets;
+    unsigned questions = kPlenty;
+    while (const Chunk* chunk = router.peek(route, questions)) {
+      offsets.push_back(chunk->offset_bytes / kChunk);
+      router.take(route);
+    }
+    return offsets;
+  }
+
+  flashpack::testing::TempDir dir_;
+  std::filesystem::path path_ = dir_ / "file";
+  std::vector<Source> sources_;
+  Plan plan_;
+};
+
+TEST_F(RouterTest, PoliciesDecideWithoutAsking) {
+  Router direct(plan_, sources_, CachePolicy::kDirect);
+  EXPECT_TRUE(take_all(direct, Route::kBuffered).empty());
+  EXPECT_EQ(take_all(direct, Route::kDirect).size(), 8u);
+  Router buffered(plan_, sources_, CachePolicy::kBuffered);
+  EXPECT_EQ(take_all(buffered, Route::kBuffered).size(), 8u);
+}
+
+TEST_F(RouterTest, FilesThatRefuseDirectReadsAreBuffered) {
+  sources_[0].direct = false;
+  Router router(plan_, sources_, CachePolicy::kAuto);
+  EXPECT_EQ(take_all(router, Route::kBuffered).size(), 8u);
+}
+
+TEST_F(RouterTest, CachedChunksAreBufferedAndTheRestDirect) {
+  flashpack::testing::drop_from_cache(path_);
+  ASSERT_EQ(::posix_fadvise(sources_[0].file.buffered_fd(), 0, 0, POSIX_FADV_RANDOM), 0);  // No readahead.
+  std::vector<std::byte> buffer(2 * kChunk);
+  ASSERT_EQ(::pread(sources_[0].file.buffered_fd(), buffer.data(), buffer.size(), 3 * kChunk), 2 * kChunk);
+  if (!sources_[0].file.resident(3 * kChunk, 2 * kChunk)) GTEST_SKIP() << "cachestat is not to be had here";
+  Router router(plan_, sources_, CachePolicy::kAuto);
+  EXPECT_EQ(take_all(router, Route::kBuffered), (std::vector<std::uint64_t>{3, 4}));
+  EXPECT_EQ(take_all(router, Route::kDirect), (std::vector<std::uint64_t>{0, 1, 2, 5, 6, 7}));
+}
+
+TEST_F(RouterTest, StopsAskingWhenTheQuestionsRunOutAndGoesOnLater) {
+  Router router(plan_, sources_, CachePolicy::kDirect);
+  unsigned questions = 3;
+  EXPECT_EQ(router.peek(Route::kBuffered, questions), nullptr);
+  EXPECT_EQ(questions, 0u);
+  EXPECT_NE(router.peek(Route::kDirect, questions), nullptr) << "what is known can be taken";
+  EXPECT_TRUE(take_all(router, Route::kBuffered).empty());
+  EXPECT_EQ(take_all(router, Route::kDirect).size(), 8u) << "nothing was lost on the way";
+}
+
+}  // namespace
+}  // namespace flashpack::engine

@@ -1,0 +1,108 @@
+#include "engine/workers.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "engine/unique_fd.h"
+#include "tests/support/guarded_memory.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::engine {
+namespace {
+
+using flashpack::testing::GuardedMemory;
+
+class WorkersTest : public ::testing::Test {
+ protected:
+  WorkersTest() {
+    flashpack::testing::write_file(dir_ / "file", bytes_);
+    fd_.reset(::open((dir_ / "file").c_str(), O_RDWR));
+  }
+
+  std::int64_t result_of(const IoRequest& request) {
+    workers_.push(0, request);
+    const auto done = workers_.wait(std::nullopt);
+    EXPECT_EQ(done.size(), 1u);
+    return done.front().result;
+  }
+
+  bool right(const GuardedMemory& memory, std::uint64_t offset) const {
+    return memory.intact() && std::memcmp(memory.data(), bytes_.data() + offset, memory.size()) == 0;
+  }
+
+  flashpack::testing::TempDir dir_;
+  std::vector<std::byte> bytes_ = flashpack::testing::random_bytes(300'000);
+  UniqueFd fd_;
+  Workers workers_{2, 8, nullptr};
+};
+
+TEST_F(WorkersTest, PiecesWithGapsOverlapsAndFarJumpsAreAllRead) {
+  std::vector<std::unique_ptr<GuardedMemory>> memory;
+  std::vector<Piece> pieces;
+  std::uint64_t offset = 0;
+  for (std::uint64_t step : {10u, 0u, 4096u, 4097u, 50'000u, 1u, 100u}) {
+    offset += step;
+    memory.push_back(std::make_unique<GuardedMemory>(3000, step));
+    pieces.push_back({offset, 3000, memory.back()->data()});
+    if (step != 0) offset += step == 1 ? 1000 : 3000;  // The piece after step 0 starts where this one does: overlap.
+  }
+  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadPieces, .fd = fd_.get(), .pieces = pieces}), 7 * 3000);
+  for (std::size_t i = 0; i < pieces.size(); ++i) EXPECT_TRUE(right(*memory[i], pieces[i].offset_bytes)) << i;
+}
+
+TEST_F(WorkersTest, MoreSmallPiecesThanOneSystemCallTakes) {
+  GuardedMemory memory(200'000);
+  std::vector<Piece> pieces;
+  for (std::uint64_t at = 0; at + 100 <= memory.size(); at += 100) pieces.push_back({at, 100, memory.data() + at});
+  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadPieces, .fd = fd_.get(), .pieces = pieces}), 200'000);
+  EXPECT_TRUE(right(memory, 0));
+}
+
+TEST_F(WorkersTest, TheEndOfTheFileShowsAsMissingBytes) {
+  GuardedMemory a(1000);
+  GuardedMemory b(1000);
+  const std::vector<Piece> pieces = {{298'000, 1000, a.data()}, {299'500, 1000, b.data()}};
+  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadPieces, .fd = fd_.get(), .pieces = pieces}), 1500);
+  EXPECT_TRUE(a.intact() && b.intact());
+}
+
+TEST_F(WorkersTest, ErrorsKeepTheirErrno) {
+  GuardedMemory memory(1000);
+  const std::vector<Piece> pieces = {{0, 1000, memory.data()}};
+  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadPieces, .fd = -1, .pieces = pieces}), -EBADF);
+  const UniqueFd read_only(::open((dir_ / "file").c_str(), O_RDONLY));
+  EXPECT_EQ(result_of({.op = IoRequest::Op::kWritePieces, .fd = read_only.get(), .pieces = pieces}), -EBADF);
+}
+
+TEST_F(WorkersTest, WritesArriveAndScatterTakesOnlyItsPieces) {
+  GuardedMemory memory(5000);
+  std::vector<Piece> pieces = {{1000, 5000, memory.data()}};
+  std::memset(memory.data(), 7, memory.size());
+  EXPECT_EQ(result_of({.op = IoRequest::Op::kWritePieces, .fd = fd_.get(), .pieces = pieces}), 5000);
+  EXPECT_EQ(flashpack::testing::read_file(dir_ / "file")[1000], std::byte{7});
+
+  std::vector<std::byte> slot(bytes_.begin() + 4096, bytes_.begin() + 12'288);
+  GuardedMemory a(10);
+  GuardedMemory b(2000);
+  pieces = {{5000, 10, a.data()}, {10'000, 2000, b.data()}};
+  result_of({.op = IoRequest::Op::kScatter, .offset_bytes = 4096, .memory = slot, .pieces = pieces});
+  EXPECT_TRUE(right(a, 5000));
+  EXPECT_TRUE(right(b, 10'000));
+}
+
+TEST_F(WorkersTest, WakeEndsTheWaitOnceEvenWhenItCameFirst) {
+  workers_.wake();
+  EXPECT_TRUE(workers_.wait(std::nullopt).empty());
+  EXPECT_TRUE(workers_.wait(std::chrono::nanoseconds(1)).empty());
+  std::thread waker([this] { workers_.wake(); });
+  EXPECT_TRUE(workers_.wait(std::nullopt).empty());
+  waker.join();
+}
+
+}  // namespace
+}  // namespace flashpack::engine
