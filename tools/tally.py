@@ -7,9 +7,9 @@ usage: tools/tally.py FOLDER   (steps.tsv, and NAME.xml in JUnit's format for ev
 from __future__ import annotations
 
 import sys
-import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 from pathlib import Path
+from xml.etree import ElementTree
 
 
 @dataclass
