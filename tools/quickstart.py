@@ -153,9 +153,9 @@ def measure(loaders: list[Loader]) -> None:
 def describe_route(path: Path) -> str:
     stats = flashpack.read_flashpack_file(path)[0].stats
     moved = stats["direct_bytes"] + stats["buffered_bytes"]
-    how = f"{stats['direct_bytes'] / moved:.0%} past the page cache, {stats['buffered_bytes'] / moved:.0%} from it"
-    why = stats["fallback_reason"] or "as asked, no fallback"
-    return f"{how}, {stats['operations']} operations; {stats['backend']} ({why})"
+    direct = stats["direct_bytes"] / moved
+    route = f"{direct:.0%} past the page cache by {stats['backend']}, {1 - direct:.0%} out of it by the workers"
+    return f"{route}; {stats['fallback_reason'] or 'no fallback'}"
 
 
 def use(model: nn.Module, vocabulary: Path) -> str:
