@@ -149,7 +149,8 @@ void FileWriter::Impl::commit(std::span<const std::byte> tail) {
   }
   committed_ = true;
   fd_.reset();
-  const UniqueFd directory(::open(path_.parent_path().c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  const auto directory_path = path_.has_parent_path() ? path_.parent_path() : ".";
+  const UniqueFd directory(::open(directory_path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!directory || ::fsync(directory.get()) != 0) {
     throw file_error(errno_code(errno), "sync the directory of (the new file is in place, but perhaps not durable)",
                      path_);

@@ -85,14 +85,14 @@ TEST_F(AsyncTest, ARequestThatIsWrongInItselfIsReportedThroughTheHandlerToo) {
 
 TEST_F(AsyncTest, CancellationEndsTheOperationOnce) {
   for (int round = 0; round < 50; ++round) {
-    asio::io_context context;
+    context_.restart();
     asio::cancellation_signal signal;
     int calls = 0;
     async_load(engine_, request(),
                asio::bind_cancellation_slot(
-                   signal.slot(), asio::bind_executor(context, [&](std::exception_ptr, TransferStats) { ++calls; })));
-    asio::post(context, [&] { signal.emit(asio::cancellation_type::terminal); });
-    context.run();
+                   signal.slot(), asio::bind_executor(context_, [&](std::exception_ptr, TransferStats) { ++calls; })));
+    asio::post(context_, [&] { signal.emit(asio::cancellation_type::terminal); });
+    context_.run();
     EXPECT_EQ(calls, 1);
     EXPECT_TRUE(memory_.intact());
   }

@@ -88,6 +88,15 @@ TEST_F(FileWriterTest, ReplacesAtomicallyAndKeepsTheMode) {
   EXPECT_EQ(status.st_size, 10);
 }
 
+TEST_F(FileWriterTest, APathWithoutADirectoryIsInTheWorkingDirectory) {
+  const auto before = std::filesystem::current_path();
+  std::filesystem::current_path(dir_.path());
+  FileWriter writer = engine_.create("model");
+  EXPECT_NO_THROW(writer.commit(bytes_of("tail")));
+  std::filesystem::current_path(before);
+  EXPECT_EQ(std::filesystem::file_size(path_), 4u);
+}
+
 TEST_F(FileWriterTest, NewFilesObeyTheUmask) {
   const mode_t old = ::umask(027);
   FileWriter writer = engine_.create(path_);

@@ -1,0 +1,189 @@
+// Host loads of a checkpoint, each beside the least code that reads the same bytes, in turns and in the same state of
+// the page cache. One line per state of cache and memory; the figures are medians over the rounds.
+#include <benchmark/benchmark.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <exception>
+#include <functional>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include "bench/support/checkpoint.h"
+#include "bench/support/huge_memory.h"
+#include "bench/support/measure.h"
+#include "bench/support/page_cache.h"
+#include "bench/support/roofline.h"
+#include "flashpack/engine.h"
+
+namespace flashpack::bench {
+namespace {
+
+enum class Cache { kCold, kHalfResident, kResident };
+enum class Memory { kTouched, kFresh };
+
+struct Setup {
+  const Checkpoint& checkpoint;
+  Engine& engine;
+  HugeMemory& touched;
+};
+
+/// One way of getting the file into memory.
+struct Contender {
+  std::function<void(std::byte*)> read;
+  Series series;
+};
+
+void prepare(const Checkpoint& checkpoint, Cache cache) {
+  if (cache != Cache::kResident) drop_from_page_cache(checkpoint.path());
+  if (cache == Cache::kHalfResident) warm_half(checkpoint.path());
+  if (cache == Cache::kResident) warm_page_cache(checkpoint.path());
+}
+
+/// The engine first, then what it is held against.
+std::vector<Contender> contenders(const Setup& setup, Cache cache, TransferStats& stats) {
+  const Checkpoint& checkpoint = setup.checkpoint;
+  const std::uint64_t size = checkpoint.metadata().payload_bytes;
+  const auto load = [&setup, &checkpoint](CachePolicy policy) {
+    return [&, policy](std::byte* target) { setup.engine.load(checkpoint.request(target, policy)); };
+  };
+  const auto raw = [size, &checkpoint](auto* read) {
+    return [=, &checkpoint](std::byte* target) { read(checkpoint.path(), std::span(target, size)); };
+  };
+  const auto ours = [&](std::byte* target) { stats = setup.engine.load(checkpoint.request(target)); };
+  std::vector<Contender> all{{ours, Series(size)}};
+  switch (cache) {
+    case Cache::kCold:
+      all.push_back({raw(&read_direct), Series(size)});
+      break;
+    case Cache::kResident:
+      all.push_back({raw(&read_buffered), Series(size)});
+      all.push_back({raw(&copy_mapped), Series(size)});
+      break;
+    case Cache::kHalfResident:
+      all.push_back({load(CachePolicy::kDirect), Series(size)});
+      all.push_back({load(CachePolicy::kBuffered), Series(size)});
+      break;
+  }
+  return all;
+}
+
+Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Memory memory) {
+  prepare(setup.checkpoint, cache);
+  if (memory == Memory::kTouched) return measure([&] { contender.read(setup.touched.data()); });
+  const HugeMemory fresh(setup.touched.bytes().size());
+  return measure([&] { contender.read(fresh.data()); });
+}
+
+std::string describe(const TransferStats& stats) {
+  const auto percent = [&](std::uint64_t bytes) {
+    return std::to_string(bytes * 100 / std::max<std::uint64_t>(1, stats.direct_bytes + stats.buffered_bytes)) + "%";
+  };
+  std::string text = stats.backend == Backend::kIoUring ? "io_uring" : "workers";
+  text += ", direct " + percent(stats.direct_bytes) + ", staged " + percent(stats.staged_bytes);
+  return stats.fallback_reason.empty() ? text : text + ", " + stats.fallback_reason;
+}
+
+void report(benchmark::State& state, const std::vector<Contender>& all, const TransferStats& stats) {
+  const Series& ours = all.front().series;
+  const auto slower = [](const Contender& a, const Contender& b) { return a.series.gb_per_s() < b.series.gb_per_s(); };
+  const Series& roof = std::max_element(all.begin() + 1, all.end(), slower)->series;
+  state.counters["GB/s"] = ours.gb_per_s();
+  state.counters["cpu_s/GB"] = ours.cpu_s_per_gb();
+  state.counters["roof_GB/s"] = roof.gb_per_s();
+  state.counters["roof_cpu_s/GB"] = roof.cpu_s_per_gb();
+  state.counters["of_roof"] = ours.gb_per_s() / roof.gb_per_s();
+  state.counters["spread"] = ours.spread();
+  state.SetLabel(describe(stats));
+}
+
+void bench_load(benchmark::State& state, const Setup& setup, Cache cache, Memory memory) try {
+  TransferStats stats;
+  auto all = contenders(setup, cache, stats);
+  setup.touched.touch();
+  run_once(setup, all.front(), cache, Memory::kTouched);
+  setup.checkpoint.check(setup.touched.data());
+  std::size_t round = 0;
+  for (auto _ : state) {
+    // Each round another one goes first, so that none always profits from its place.
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      Contender& contender = all[(round + i) % all.size()];
+      const Sample sample = run_once(setup, contender, cache, memory);
+      contender.series.add(sample);
+      if (&contender == &all.front()) state.SetIterationTime(sample.seconds);
+    }
+    ++round;
+  }
+  report(state, all, stats);
+} catch (const std::exception& error) {
+  state.SkipWithError(error.what());
+}
+
+void bench_start(benchmark::State& state) {
+  for (auto _ : state) {
+    Engine engine;
+    benchmark::DoNotOptimize(engine);
+  }
+}
+
+void register_all(const Setup& setup, int rounds) {
+  const auto add = [&](const char* name, Cache cache, Memory memory) {
+    const auto run = [&setup, cache, memory](benchmark::State& state) { bench_load(state, setup, cache, memory); };
+    benchmark::RegisterBenchmark(name, run)->UseManualTime()->Iterations(rounds)->Unit(benchmark::kMillisecond);
+  };
+  add("load/cold/touched_memory", Cache::kCold, Memory::kTouched);
+  add("load/cold/fresh_memory", Cache::kCold, Memory::kFresh);
+  add("load/page_cache/touched_memory", Cache::kResident, Memory::kTouched);
+  add("load/page_cache/fresh_memory", Cache::kResident, Memory::kFresh);
+  add("load/half_resident/touched_memory", Cache::kHalfResident, Memory::kTouched);
+  benchmark::RegisterBenchmark("engine/start", bench_start)->UseRealTime()->Unit(benchmark::kMillisecond);
+}
+
+struct Flags {
+  double size_gib = 2;
+  int rounds = 7;
+  std::filesystem::path dir = ".";
+  std::filesystem::path file;
+};
+
+int run(const Flags& flags) {
+  const bool keep = !flags.file.empty();
+  const auto path = keep ? flags.file : flags.dir / "engine_bench.flashpack";
+  const Checkpoint checkpoint(path, static_cast<std::uint64_t>(flags.size_gib * (1 << 30)), keep);
+  Engine engine;
+  // Direct reads move whole blocks, so the last one ends past the payload.
+  HugeMemory touched(checkpoint.metadata().payload_bytes + 4096);
+  const Setup setup{checkpoint, engine, touched};
+  register_all(setup, flags.rounds);
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+  return 0;
+}
+
+}  // namespace
+}  // namespace flashpack::bench
+
+int main(int argc, char** argv) try {
+  flashpack::bench::Flags flags;
+  CLI::App app(
+      "Engine loads beside rooflines. Also takes the flags of Google Benchmark, such as --benchmark_filter=REGEX.");
+  app.allow_extras();
+  app.add_option("--size_gib", flags.size_gib, "Size of the generated checkpoint")->capture_default_str();
+  app.add_option("--rounds", flags.rounds, "Rounds per line, of which medians are shown")->capture_default_str();
+  app.add_option("--dir", flags.dir, "Where the checkpoint is generated, and removed afterwards")
+      ->capture_default_str();
+  app.add_option("--file", flags.file, "A flashpack file to read instead; made if it is not there, and kept");
+  CLI11_PARSE(app, argc, argv);
+  std::vector<std::string> rest = app.remaining();
+  rest.insert(rest.begin(), argv[0]);
+  std::vector<char*> rest_argv;
+  for (std::string& argument : rest) rest_argv.push_back(argument.data());
+  int rest_argc = static_cast<int>(rest_argv.size());
+  benchmark::Initialize(&rest_argc, rest_argv.data());
+  if (benchmark::ReportUnrecognizedArguments(rest_argc, rest_argv.data())) return 2;
+  return flashpack::bench::run(flags);
+} catch (const std::exception& error) {
+  std::cerr << "engine_bench: " << error.what() << '\n';
+  return 1;
+}

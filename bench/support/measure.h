@@ -1,0 +1,44 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace flashpack::bench {
+
+/// What one read cost.
+struct Sample {
+  double seconds = 0;
+  double cpu_seconds = 0;  ///< User and system time of every thread of this process.
+};
+
+Sample measure(const std::function<void()>& work);
+
+/// The middle value; of an even number the mean of the two. Requires: not empty.
+double median(std::vector<double> values);
+
+/// Samples of the same work, and what they come to for `size_bytes` each.
+class Series {
+ public:
+  explicit Series(std::uint64_t size_bytes) : gigabytes_(static_cast<double>(size_bytes) / 1e9) {}
+
+  void add(const Sample& sample) {
+    seconds_.push_back(sample.seconds);
+    cpu_seconds_.push_back(sample.cpu_seconds);
+  }
+  double gb_per_s() const { return gigabytes_ / median(seconds_); }
+  double cpu_s_per_gb() const { return median(cpu_seconds_) / gigabytes_; }
+  /// Half the distance between the quickest and the slowest sample, relative to the median.
+  double spread() const {
+    const auto [low, high] = std::minmax_element(seconds_.begin(), seconds_.end());
+    return (*high - *low) / 2 / median(seconds_);
+  }
+
+ private:
+  double gigabytes_;
+  std::vector<double> seconds_;
+  std::vector<double> cpu_seconds_;
+};
+
+}  // namespace flashpack::bench

@@ -1,0 +1,131 @@
+#include "bench/support/roofline.h"
+
+#include <fcntl.h>
+#include <liburing.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "bench/support/open_file.h"
+
+namespace flashpack::bench {
+
+namespace {
+
+constexpr std::size_t kChunkBytes = std::size_t{4} << 20;
+constexpr std::size_t kBlockBytes = 4096;
+constexpr unsigned kQueueDepth = 8;
+
+class Ring {
+ public:
+  Ring() {
+    constexpr unsigned kBest = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN;
+    int result = ::io_uring_queue_init(kQueueDepth, &ring_, kBest);
+    if (result == -EINVAL) result = ::io_uring_queue_init(kQueueDepth, &ring_, 0);
+    if (result != 0) throw std::system_error(-result, std::generic_category(), "io_uring_queue_init");
+  }
+  Ring(const Ring&) = delete;
+  Ring& operator=(const Ring&) = delete;
+  ~Ring() { ::io_uring_queue_exit(&ring_); }
+
+  void push_read(int fd, std::byte* target, std::size_t size_bytes, std::size_t offset_bytes) {
+    io_uring_sqe* sqe = ::io_uring_get_sqe(&ring_);
+    ::io_uring_prep_read(sqe, fd, target, static_cast<unsigned>(size_bytes), offset_bytes);
+    sqe->user_data = offset_bytes;
+  }
+
+  struct Done {
+    std::size_t offset_bytes;
+    int result;
+  };
+  Done wait() {
+    io_uring_cqe* cqe = nullptr;
+    int result = ::io_uring_submit_and_wait(&ring_, 1);
+    if (result >= 0) result = ::io_uring_wait_cqe(&ring_, &cqe);
+    if (result < 0) throw std::system_error(-result, std::generic_category(), "io_uring_wait_cqe");
+    const Done done{static_cast<std::size_t>(cqe->user_data), cqe->res};
+    ::io_uring_cqe_seen(&ring_, cqe);
+    return done;
+  }
+
+ private:
+  io_uring ring_{};
+};
+
+std::size_t round_up_to_block(std::size_t bytes) { return (bytes + kBlockBytes - 1) / kBlockBytes * kBlockBytes; }
+
+/// Runs `work(offset, size)` for every 4 MiB of `total_bytes`, on one thread per core. Rethrows the first failure.
+void for_each_chunk(std::size_t total_bytes, const std::function<void(std::size_t, std::size_t)>& work) {
+  const std::size_t threads = std::max(1U, std::thread::hardware_concurrency());
+  std::exception_ptr failure;
+  std::mutex failure_mutex;
+  {
+    std::vector<std::jthread> pool;
+    for (std::size_t thread = 0; thread < threads; ++thread) {
+      pool.emplace_back([&, thread] {
+        try {
+          for (std::size_t at = thread * kChunkBytes; at < total_bytes; at += threads * kChunkBytes) {
+            work(at, std::min(kChunkBytes, total_bytes - at));
+          }
+        } catch (...) {
+          const std::lock_guard lock(failure_mutex);
+          failure = std::current_exception();
+        }
+      });
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace
+
+void read_direct(const std::filesystem::path& path, std::span<std::byte> target) {
+  const OpenFile file(path, O_RDONLY | O_DIRECT);
+  Ring ring;
+  std::size_t next = 0;
+  unsigned in_flight = 0;
+  const auto push = [&] {
+    const std::size_t size = std::min(kChunkBytes, round_up_to_block(target.size() - next));
+    ring.push_read(file.fd(), target.data() + next, size, next);
+    next += size;
+    ++in_flight;
+  };
+  while (next < target.size() && in_flight < kQueueDepth) push();
+  while (in_flight > 0) {
+    const Ring::Done done = ring.wait();
+    --in_flight;
+    const auto wanted = std::min(kChunkBytes, target.size() - done.offset_bytes);
+    // A roofline that had to retry would not be one; a local disk does not read short.
+    if (done.result < 0 || static_cast<std::size_t>(done.result) < wanted) {
+      throw file.error("read", done.result < 0 ? -done.result : EIO);
+    }
+    if (next < target.size()) push();
+  }
+}
+
+void read_buffered(const std::filesystem::path& path, std::span<std::byte> target) {
+  const OpenFile file(path, O_RDONLY);
+  for_each_chunk(target.size(), [&](std::size_t offset, std::size_t size) {
+    const ssize_t result = ::pread(file.fd(), target.data() + offset, size, static_cast<off_t>(offset));
+    if (result != static_cast<ssize_t>(size)) throw file.error("read", result < 0 ? errno : EIO);
+  });
+}
+
+void copy_mapped(const std::filesystem::path& path, std::span<std::byte> target) {
+  const OpenFile file(path, O_RDONLY);
+  void* mapping = ::mmap(nullptr, target.size(), PROT_READ, MAP_SHARED, file.fd(), 0);
+  if (mapping == MAP_FAILED) throw file.error("map");
+  const auto* bytes = static_cast<const std::byte*>(mapping);
+  for_each_chunk(target.size(), [&](std::size_t offset, std::size_t size) {
+    std::memcpy(target.data() + offset, bytes + offset, size);
+  });
+  ::munmap(mapping, target.size());
+}
+
+}  // namespace flashpack::bench

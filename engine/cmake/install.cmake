@@ -1,0 +1,20 @@
+# What `cmake --install` lays down: static libraries, public headers and a package for find_package(flashpack).
+include(CMakePackageConfigHelpers)
+
+set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/flashpack)
+
+install(TARGETS flashpack_engine flashpack_format EXPORT flashpackTargets FILE_SET HEADERS)
+install(EXPORT flashpackTargets NAMESPACE flashpack:: DESTINATION ${package_dir})
+
+# A set of its own, so that a project without LibTorch can use the rest.
+if(TARGET flashpack_torch)
+  install(TARGETS flashpack_torch EXPORT flashpackTorchTargets FILE_SET HEADERS)
+  install(EXPORT flashpackTorchTargets NAMESPACE flashpack:: DESTINATION ${package_dir})
+  install(FILES ${PROJECT_SOURCE_DIR}/torch_binding/cmake/FindLibTorch.cmake DESTINATION ${package_dir})
+endif()
+
+configure_package_config_file(${CMAKE_CURRENT_LIST_DIR}/flashpackConfig.cmake.in
+  ${PROJECT_BINARY_DIR}/flashpackConfig.cmake INSTALL_DESTINATION ${package_dir})
+write_basic_package_version_file(${PROJECT_BINARY_DIR}/flashpackConfigVersion.cmake COMPATIBILITY SameMajorVersion)
+install(FILES ${PROJECT_BINARY_DIR}/flashpackConfig.cmake ${PROJECT_BINARY_DIR}/flashpackConfigVersion.cmake
+  DESTINATION ${package_dir})

@@ -1,0 +1,22 @@
+#include "bench/support/measure.h"
+
+#include <gtest/gtest.h>
+
+namespace flashpack::bench {
+namespace {
+
+TEST(Measure, TheMedianIsTheMiddleValueOrTheMeanOfTheTwo) {
+  EXPECT_DOUBLE_EQ(median({3, 1, 2}), 2);
+  EXPECT_DOUBLE_EQ(median({4, 1, 2, 3}), 2.5);
+}
+
+TEST(Measure, ASeriesGivesRatesOfItsMedianSample) {
+  Series series(2'000'000'000);
+  for (const Sample sample : {Sample{1.0, 0.1}, Sample{2.0, 0.2}, Sample{9.0, 0.9}}) series.add(sample);
+  EXPECT_DOUBLE_EQ(series.gb_per_s(), 1.0);
+  EXPECT_DOUBLE_EQ(series.cpu_s_per_gb(), 0.1);
+  EXPECT_DOUBLE_EQ(series.spread(), 2.0);
+}
+
+}  // namespace
+}  // namespace flashpack::bench

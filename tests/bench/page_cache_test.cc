@@ -1,0 +1,41 @@
+#include "bench/support/page_cache.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <fstream>
+
+namespace flashpack::bench {
+namespace {
+
+class PageCache : public ::testing::Test {
+ protected:
+  void SetUp() override { std::ofstream(path_) << std::string(std::size_t{8} << 20, 'x'); }
+  void TearDown() override { std::filesystem::remove(path_); }
+
+  /// In the build tree: a tmpfs has no disk to be cold on.
+  const std::filesystem::path path_ = "page_cache_test." + std::to_string(::getpid());
+};
+
+TEST_F(PageCache, ADroppedFileIsOutAndAWarmedOneIsIn) {
+  try {
+    drop_from_page_cache(path_);
+  } catch (const std::runtime_error& error) {
+    GTEST_SKIP() << "this file system keeps its pages: " << error.what();
+  }
+  EXPECT_EQ(resident_fraction(path_), 0);
+  warm_page_cache(path_);
+  EXPECT_EQ(resident_fraction(path_), 1);
+}
+
+TEST_F(PageCache, AMissingFileIsNamed) {
+  try {
+    resident_fraction("no/such/file");
+    FAIL();
+  } catch (const std::system_error& error) {
+    EXPECT_NE(std::string(error.what()).find("open no/such/file"), std::string::npos) << error.what();
+  }
+}
+
+}  // namespace
+}  // namespace flashpack::bench

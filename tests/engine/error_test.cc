@@ -1,0 +1,39 @@
+#include "engine/error.h"
+
+#include <gtest/gtest.h>
+
+#include <set>
+#include <string>
+
+namespace flashpack {
+namespace {
+
+TEST(ErrorTest, SaysOperationPathRangeAndCause) {
+  const Error error = engine::range_error(engine::errno_code(EIO), "read", "model.flashpack", 12288, 4194304);
+  EXPECT_STREQ(error.what(), "read model.flashpack at 12288+4194304: Input/output error");
+  EXPECT_EQ(error.path(), "model.flashpack");
+  EXPECT_EQ(error.offset_bytes(), 12288u);
+}
+
+TEST(ErrorTest, OfAWholeFileHasNoOffset) {
+  const Error error = engine::file_error(Errc::kTruncated, "read", "model.flashpack");
+  EXPECT_STREQ(error.what(), "read model.flashpack: short read: the file ends before the requested bytes");
+  EXPECT_EQ(error.offset_bytes(), Error::kNoOffset);
+}
+
+TEST(ErrorTest, OfAnArgumentHasNoPath) { EXPECT_TRUE(engine::argument_error("chunk_bytes").path().empty()); }
+
+TEST(ErrorTest, CodesCompareWithErrcAndWithStdErrc) {
+  EXPECT_EQ(engine::argument_error("chunk_bytes").code(), Errc::kInvalidArgument);
+  EXPECT_EQ(engine::file_error(engine::errno_code(ENOENT), "open", "x").code(), std::errc::no_such_file_or_directory);
+}
+
+TEST(ErrorTest, EveryErrcHasAMessageOfItsOwn) {
+  std::set<std::string> messages = {flashpack_category().message(0)};
+  constexpr int kLast = static_cast<int>(Errc::kUnusable);
+  for (int value = 1; value <= kLast; ++value) messages.insert(flashpack_category().message(value));
+  EXPECT_EQ(messages.size(), kLast + 1u);
+}
+
+}  // namespace
+}  // namespace flashpack

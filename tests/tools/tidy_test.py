@@ -1,0 +1,145 @@
+"""Every rule of tools/tidy.py fires on the smallest tree that breaks it, and a tidy tree passes."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_tidy():
+    spec = importlib.util.spec_from_file_location("tidy", ROOT / "tools/tidy.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tidy"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tidy = load_tidy()
+
+HEADER = "#pragma once\n"
+CMAKE = "target_sources(flashpack_format\n  PRIVATE\n    dtype.cc\n    layout.cc)\nadd_executable(engine_bench a.cc)\n"
+TIDY_TREE = {
+    "README.md": "`engine/plan.cc`, [API](include/flashpack/engine.h)\n```sh\nbuild/release/bench/engine_bench\n```\n",
+    "engine/plan.cc": '#include "engine/plan.h"\n\nvoid f(int n) {\n  if (n) {\n    n = 0;\n  }\n}\n',
+    "engine/plan.h": HEADER + "// Not `using namespace std`, and no printf() either.\n",
+    "include/flashpack/async.h": HEADER + "#include <boost/asio.hpp>\n",
+    "include/flashpack/engine.h": HEADER + "#include <vector>\n",
+    "include/flashpack/torch.h": HEADER + "#include <ATen/core/Tensor.h>\n",
+    "tests/engine/plan_test.cc": '#include "engine/plan.h"\n\n#include <liburing.h>\n',
+    "tests/format/layout_test.cc": "",
+    "torch_binding/CMakeLists.txt": CMAKE,
+    "torch_binding/layout.cc": '#include "flashpack/format.h"\n',
+}
+
+
+def rules(tmp_path: Path, **changed: str | None) -> list[str]:
+    """What tidy says of the tidy tree with `changed` files (path: content)."""
+    for path, content in {**TIDY_TREE, **changed}.items():
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    return [str(finding) for finding in tidy.findings(tmp_path)]
+
+
+def test_a_tidy_tree_has_no_findings(tmp_path):
+    assert rules(tmp_path) == []
+
+
+def long_function(lines: int, head: str = "int f(int n) {") -> str:
+    return f"namespace a {{\n{head}\n" + "  n++;\n" * (lines - 2) + "}\n}\n"
+
+
+BREAKS = {
+    "liburing in a public header": ("include/flashpack/engine.h", HEADER + "#include <liburing.h>\n", 2),
+    "CUDA in a public header": ("include/flashpack/engine.h", HEADER + "#include <cuda_runtime.h>\n", 2),
+    "Boost outside flashpack/async.h": ("include/flashpack/engine.h", HEADER + "#include <boost/asio.hpp>\n", 2),
+    "LibTorch outside flashpack/torch.h": ("include/flashpack/engine.h", HEADER + "#include <torch/torch.h>\n", 2),
+    "engine/ is private": ("bench/a.cc", '#include "engine/plan.h"\n', 1),
+    "liburing outside the engine": ("tools/a.cc", "#include <liburing.h>\n", 1),
+    "Boost in the engine": ("engine/plan.h", HEADER + "#include <boost/json.hpp>\n", 2),
+    "LibTorch in the engine": ("engine/plan.h", HEADER + "#include <c10/util/Half.h>\n", 2),
+    "CUDA outside": ("engine/plan.h", HEADER + "#include <cuda_runtime.h>\n", 2),
+    "LibTorch in the Python module": ("torch_binding/python/a.h", HEADER + "#include <torch/torch.h>\n", 2),
+    "LibTorch in the torch-free format": ("torch_binding/layout.cc", "#include <ATen/ATen.h>\n", 1),
+    "header without #pragma once": ("engine/plan.h", "int f();\n", 1),
+    "using namespace in a header": ("engine/plan.h", HEADER + "using namespace std;\n", 2),
+    "does not print: printf": ("engine/plan.h", HEADER + 'inline void f() { printf("x"); }\n', 2),
+    "does not print: std::cerr": ("torch_binding/layout.cc", "void f() { std::cerr << 1; }\n", 1),
+    "does not read the environment": ("engine/plan.h", HEADER + 'auto e = std::getenv("E");\n', 2),
+    "function of 71 lines": ("engine/plan.cc", long_function(71), 2),
+    "file of 501 lines": ("tools/a.sh", "true\n" * 501, 501),
+    "file of 351 lines": ("engine/pipeline.cc", "\n" * 351, 351),
+    "file of 301 lines": ("README.md", "\n" * 301, 301),
+    "unfinished": ("engine/plan.h", HEADER + "// TO" + "DO: later\n", 2),
+    "banner comment": ("engine/plan.h", HEADER + "// ---" + "--- plan ------\n", 2),
+    "tab": ("engine/plan.h", HEADER + "\tint a;\n", 2),
+    "trailing whitespace": ("engine/plan.h", HEADER + "int a; \n", 2),
+    "no newline at the end": ("engine/plan.h", HEADER + "int a;", 2),
+    "path of one machine": ("README.md", "see /ho" + "me/me/file\n", 1),
+    "no test: tests/engine/ring_test.cc": ("engine/ring.cc", "", 1),
+    "no test: tests/format/pack_test.cc or": ("torch_binding/pack.cc", "", 1),
+    "no test: tests/tools/a_test.py": ("tools/a.py", "", 1),
+    "a file that is not there: engine/gone.cc": ("README.md", "in `engine/gone.cc`\n", 1),
+    "a file that is not there: tools/gone.sh": ("README.md", "```sh\nbash tools/gone.sh fast\n```\n", 2),
+    "a program that nothing builds": ("README.md", "run `build/release/bench/no_bench`\n", 1),
+}
+
+
+@pytest.mark.parametrize("rule", BREAKS)
+def test_the_rule_fires_at_its_line_and_alone(rule, tmp_path):
+    path, content, line = BREAKS[rule]
+    found = rules(tmp_path, **{path: content})
+    # A new source file also lacks its test; that rule has cases of its own.
+    found = [f for f in found if "no test" in rule or "no test" not in f]
+    assert len(found) == 1, found
+    assert found[0].startswith(f"{path}:{line}: ") and rule in found[0]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "template <class T> int f(T n) {",
+        "struct stat f(int n) {",
+        "A::A(int n) : a_{n}, b_(n) {",
+        "auto f(int n) -> int {",
+        "TEST(Plan, CutsOnTheGrid) {",
+        'void f(int n) { g("}"); h(\'}\'); k(R"(}})");',
+    ],
+)
+def test_the_length_of_any_kind_of_function_is_seen(head, tmp_path):
+    too_long = rules(tmp_path, **{"engine/plan.cc": long_function(71, head)})
+    assert [f for f in too_long if "function of 71 lines" in f], too_long
+    assert rules(tmp_path, **{"engine/plan.cc": long_function(70, head)}) == []
+
+
+@pytest.mark.parametrize("head", ["class A {", "struct alignas(64) A : B {", "namespace b {", "enum class E : int {"])
+def test_a_scope_may_be_longer_than_a_function(head, tmp_path):
+    assert rules(tmp_path, **{"engine/plan.cc": head + "\n" * 100 + "};\n"}) == []
+
+
+def test_a_python_function_has_the_same_limit(tmp_path):
+    found = rules(tmp_path, **{"bench/a.py": "def f():\n" + "    pass\n" * 70})
+    assert found == ["bench/a.py:1: function of 71 lines (at most 70)"]
+
+
+def test_a_preprocessor_continuation_does_not_shift_lines(tmp_path):
+    found = rules(tmp_path, **{"engine/plan.cc": "#define A(x) \\\n  do { x\n" + long_function(71)})
+    assert [f for f in found if f.startswith("engine/plan.cc:4: function of 71")], found
+
+
+@pytest.mark.skipif(tidy.find_clang_format() is None, reason="no pinned clang-format here")
+def test_a_badly_formatted_file_is_one_finding(tmp_path):
+    rules(tmp_path, **{".clang-format": "BasedOnStyle: Google\n", "engine/plan.h": HEADER + "int  a ;\n\n\nint  b ;\n"})
+    found = [str(f) for f in tidy.findings(tmp_path, tidy.find_clang_format())]
+    assert found == ["engine/plan.h:2: not as clang-format writes it"]
+
+
+def test_the_command_fails_on_findings_and_says_where(tmp_path, capsys):
+    rules(tmp_path)
+    assert tidy.main([str(tmp_path)]) == 0
+    rules(tmp_path, **{"engine/plan.h": ""})
+    assert tidy.main([str(tmp_path)]) == 1
+    assert "engine/plan.h:1: header without #pragma once" in capsys.readouterr().out

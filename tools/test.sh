@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Installs what is missing and runs every check there is.
+#
+# usage: tools/test.sh [all|fast]
+#
+#   all   (default) release build with LibTorch and Python, sanitizer and fuzzer builds, quickstart, linters
+#   fast  the release build's tests, pytest and the linters
+#
+# A step that breaks counts as a failure and the rest still runs. Logs and JUnit files are in .cache/test. The last
+# line is "N passed, N failed, N skipped", with what failed and what was skipped named above it.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+# shellcheck source=tools/lib.sh
+source tools/lib.sh
+
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
+
+scope=${1:-all}
+case $scope in
+  all | fast) ;;
+  -h | --help) usage && exit ;;
+  *) usage >&2 && exit 2 ;;
+esac
+
+results=$root/.cache/test
+rm -rf "$results"
+mkdir -p "$results"
+
+# step KIND NAME COMMAND...: runs it without input, shows how it went, and notes it for the count. KIND says what success
+# is worth: `build` nothing, `check` one test passed, `suite` what NAME.xml says.
+step() {
+  local kind=$1 name=$2 started=$SECONDS status
+  shift 2
+  ("$@") >"$results/$name.log" 2>&1 </dev/null
+  status=$?
+  printf '%s\t%s\t%s\n' "$kind" "$name" "$status" >>"$results/steps.tsv"
+  printf '%-16s %-6s %4d s\n' "$name" "$([[ $status == 0 ]] && echo ok || echo FAILED)" $((SECONDS - started))
+  [[ $status == 0 ]] || tail -n 60 "$results/$name.log" | sed 's/^/    /'
+  return "$status"
+}
+
+build_preset() {
+  configure "$@" && cmake --build --preset "$1"
+}
+
+# ctest_preset PRESET [COMMAND]: configures, builds and tests it, all under COMMAND when one is given.
+ctest_preset() {
+  local preset=$1
+  shift
+  step build "$preset-build" "$@" build_preset "$preset" || return
+  step suite "$preset" "$@" ctest --preset "$preset" --parallel "$(nproc)" --no-tests=error \
+    --output-junit "$results/$preset.xml"
+}
+
+install_everything() {
+  local packages=(shellcheck)
+  [[ $scope == fast ]] || packages+=(clang-19 libclang-rt-19-dev)
+  install_packages "${packages[@]}" && make_venv
+}
+
+lint_python() {
+  "$python" -m ruff check . && "$python" -m ruff format --check .
+}
+
+step build install install_everything
+ctest_preset release
+if step build package install_flashpack; then
+  step suite pytest "$python" -m pytest tests/python tests/tools --junitxml="$results/pytest.xml"
+fi
+step check tidy "$python" tools/tidy.py
+step check shellcheck shellcheck tools/*.sh .ci/run
+step check ruff lint_python
+step check mypy "$python" -m mypy torch_binding/python/flashpack
+if [[ $scope == all ]]; then
+  ctest_preset asan
+  ctest_preset tsan
+  ctest_preset fuzz
+  step check quickstart tools/quickstart.sh
+fi
+
+printf '%-23s %4d s\n' total "$SECONDS"
+exec /usr/bin/python3 tools/tally.py "$results"

@@ -1,0 +1,395 @@
+#!/usr/bin/env python3
+"""Checks what the compiler and the build cannot: who includes whom, sizes, leftovers, README against the tree.
+
+usage: tools/tidy.py [ROOT]
+
+Prints one line per finding, `file:line: rule`, and exits 1 if there is any. Needs only the standard library; formatting
+is checked when the pinned clang-format (tools/requirements.txt) is on PATH or beside the running Python.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+MAX_FUNCTION_LINES = 70
+MAX_FILE_LINES = {"engine/pipeline.cc": 350, "README.md": 300}
+MAX_CODE_FILE_LINES = 500
+CLANG_FORMAT_MAJOR = 19
+
+CPP = {".h", ".cc"}
+SCRIPTS = {".py", ".pyi", ".sh", ".cmake"}
+TEXT = CPP | SCRIPTS | {".md", ".txt", ".toml", ".in", ".json", ".yml", ".yaml", ""}
+# Bytes that are compared, never edited.
+DATA = ("tests/golden/", "tests/fuzz/corpus/")
+IGNORED_DIRS = {"build", "dist", "__pycache__", ".git", ".cache", ".venv"}
+
+# The rooms that a path in the README can name.
+ROOMS = ("include/", "engine/", "torch_binding/", "tests/", "bench/", "tools/", ".ci/")
+
+# Sources that are tested under another name, and where.
+TESTED_BY = {
+    "engine/transfer.cc": "tests/engine/engine_test.cc",
+    "tools/quickstart.py": "tools/quickstart.sh",
+    "torch_binding/boost_json.cc": "tests/format/footer_test.cc",
+    "torch_binding/footer_json.cc": "tests/format/footer_test.cc",
+    "torch_binding/footer_rules.cc": "tests/format/footer_test.cc",
+    "torch_binding/format.cc": "tests/format/read_metadata_test.cc",
+    "torch_binding/format_rules.cc": "tests/format/footer_test.cc",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    path: str
+    line: int
+    rule: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.rule}"
+
+
+_CPP_NOISE = re.compile(
+    r'//[^\n]*|/\*.*?\*/|R"(?P<tag>[^()\s\\]*)\(.*?\)(?P=tag)"|"(?:\\.|[^"\\\n])*"'
+    r"|(?<![0-9A-Za-z_])'(?:\\.|[^'\\\n])*'",
+    re.DOTALL,
+)
+
+
+def without_comments_and_strings(cpp: str) -> str:
+    """The code alone, every line where it was."""
+    return _CPP_NOISE.sub(lambda m: "\n" * m.group().count("\n") or " ", cpp)
+
+
+@dataclass(frozen=True)
+class Source:
+    path: str
+    text: str
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.path).suffix
+
+    @property
+    def is_cpp(self) -> bool:
+        return self.suffix in CPP
+
+    @property
+    def is_script(self) -> bool:
+        return self.suffix in SCRIPTS or Path(self.path).name == "CMakeLists.txt" or self.path == ".ci/run"
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return self.text.split("\n")
+
+    @cached_property
+    def code(self) -> str:
+        return without_comments_and_strings(self.text)
+
+    @cached_property
+    def includes(self) -> list[tuple[int, str]]:
+        found = ((n, re.match(r'\s*#\s*include\s*["<]([^">]+)[">]', line)) for n, line in enumerate(self.lines, 1))
+        return [(n, m.group(1)) for n, m in found if m]
+
+    def under(self, *folders: str) -> bool:
+        return self.path.startswith(folders)
+
+    def search(self, pattern: str, text: str | None = None) -> Iterator[tuple[int, str]]:
+        """Every match in `text` (the whole file by default) and its line."""
+        text = self.text if text is None else text
+        for match in re.finditer(pattern, text, re.MULTILINE):
+            yield text.count("\n", 0, match.start()) + 1, match.group()
+
+
+Tree = dict[str, Source]
+
+
+def list_files(root: Path) -> list[str]:
+    """Tracked and new files; every file where there is no git, as in an unpacked archive."""
+    if (root / ".git").exists() and shutil.which("git"):
+        git = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(git, check=False, capture_output=True, text=True).stdout
+        if listed:
+            return [p for p in listed.split("\0") if p and (root / p).is_file()]
+    found = []
+    for folder, dirs, files in os.walk(root):
+        dirs[:] = sorted(set(dirs) - IGNORED_DIRS)
+        found += [(Path(folder) / f).relative_to(root).as_posix() for f in sorted(files)]
+    return found
+
+
+def read_tree(root: Path) -> Tree:
+    paths = [p for p in list_files(root) if Path(p).suffix in TEXT and not p.startswith(DATA)]
+    return {p: Source(p, (root / p).read_text(encoding="utf-8", errors="replace")) for p in paths}
+
+
+IncludeRule = tuple[str, Callable[[str], bool], Callable[[Source], bool], str]
+
+
+def _header(*prefixes: str) -> Callable[[str], bool]:
+    return lambda included: included.startswith(prefixes)
+
+
+def _is_cuda(included: str) -> bool:
+    return re.match(r"(cuda|cufile|cub/|crt/)", included) is not None
+
+
+def format_sources(tree: Tree) -> set[str]:
+    """What the torch-free target of the format is made of, from its CMake file, and the headers beside it."""
+    cmake = tree.get("torch_binding/CMakeLists.txt")
+    block = re.search(r"target_sources\(flashpack_format(.*?)\)", cmake.text, re.DOTALL) if cmake else None
+    listed = re.findall(r"^\s*([\w/]+\.cc)\b", block.group(1), re.MULTILINE) if block else []
+    sources = {f"torch_binding/{s}" for s in listed}
+    return sources | {s.removesuffix(".cc") + ".h" for s in sources} | {"include/flashpack/format.h"}
+
+
+def include_rules(torch_free: set[str]) -> list[IncludeRule]:
+    """(who, which headers, who may, finding): headers that only some rooms may include."""
+    is_torch = _header("torch/", "ATen/", "c10/")
+
+    def nobody(_: Source) -> bool:
+        return False
+
+    def only(*paths: str) -> Callable[[Source], bool]:
+        return lambda source: source.path.startswith(paths)
+
+    def speaks_cuda(source: Source) -> bool:
+        return "cuda" in Path(source.path).name or Path(source.path).stem == "staging"
+
+    torch_headers = only("include/flashpack/torch.h", "include/flashpack/mixin.h")
+    engine_rooms = only("engine/", "tests/engine/", "tests/support/")
+    return [
+        ("include/", _header("liburing"), nobody, "liburing in a public header"),
+        ("include/", _is_cuda, nobody, "CUDA in a public header"),
+        ("include/", _header("boost/"), only("include/flashpack/async.h"), "Boost outside flashpack/async.h"),
+        ("include/", is_torch, torch_headers, "LibTorch outside flashpack/torch.h and mixin.h"),
+        ("", _header("engine/"), engine_rooms, "engine/ is private to the engine"),
+        ("", _header("liburing"), only("engine/", "tests/engine/", "bench/"), "liburing outside the engine"),
+        ("engine/", _header("boost/"), nobody, "Boost in the engine"),
+        ("engine/", is_torch, nobody, "LibTorch in the engine"),
+        ("engine/", _is_cuda, speaks_cuda, "CUDA outside *_cuda, cuda_handles and staging"),
+        ("torch_binding/python/", is_torch, nobody, "LibTorch in the Python module"),
+        ("", is_torch, lambda source: source.path not in torch_free, "LibTorch in the torch-free format"),
+    ]
+
+
+def check_includes(tree: Tree) -> Iterator[Finding]:
+    rules = include_rules(format_sources(tree))
+    for source in filter(lambda s: s.is_cpp, tree.values()):
+        for line, included in source.includes:
+            broken = [
+                text for who, what, may, text in rules if source.under(who) and what(included) and not may(source)
+            ]
+            # One include is one finding, however many rules it breaks.
+            yield from (Finding(source.path, line, f"{text}: {included}") for text in broken[:1])
+
+
+def check_headers(tree: Tree) -> Iterator[Finding]:
+    for source in tree.values():
+        if source.suffix == ".h":
+            if not re.search(r"^#pragma once$", source.text, re.MULTILINE):
+                yield Finding(source.path, 1, "header without #pragma once")
+            for line, _ in source.search(r"^\s*using\s+namespace\b", source.code):
+                yield Finding(source.path, line, "using namespace in a header")
+
+
+def check_library_manners(tree: Tree) -> Iterator[Finding]:
+    printing = r"\b(?:v?f?printf|f?puts|putchar|perror)\s*\(|\bstd::(?:cout|cerr|clog)\b"
+    for source in tree.values():
+        library = source.under("engine/", "include/", "torch_binding/") and not source.under("torch_binding/python/")
+        if source.is_cpp and library:
+            for line, what in source.search(printing, source.code):
+                yield Finding(source.path, line, f"a library does not print: {what.strip('( ')}")
+            for line, _ in source.search(r"\b(?:secure_)?getenv\b", source.code):
+                yield Finding(source.path, line, "a library does not read the environment")
+
+
+# A brace after one of these, with no parameter list in between, opens a scope and not a body.
+_SCOPE = re.compile(r"\b(?:namespace|class|struct|union|enum|extern)\b[^()]*$")
+_NOT_CODE = re.compile(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*|\balignas\([^()]*\)|\[\[.*?\]\]", re.MULTILINE)
+
+
+def cpp_functions(code: str) -> Iterator[tuple[int, int]]:
+    """(first line, number of lines) of every outermost function body, lambdas counted with what holds them."""
+    code = _NOT_CODE.sub(lambda m: "\n" * m.group().count("\n"), code)
+    header_start, depth, body_start = 0, 0, None
+    for match in re.finditer(r"[{};]", code):
+        at, mark = match.start(), match.group()
+        if body_start is None:
+            header = code[header_start:at]
+            if mark == "{" and "(" in header and not _SCOPE.search(header):
+                body_start, depth = header_start + len(header) - len(header.lstrip()), 1
+            header_start = at + 1
+        elif mark != ";":
+            depth += 1 if mark == "{" else -1
+            continues = re.match(r"\s*(?:,|\{|catch\b)", code[at + 1 :])
+            if depth == 0 and not continues:
+                first = code.count("\n", 0, body_start) + 1
+                yield first, code.count("\n", body_start, at) + 1
+                body_start, header_start = None, at + 1
+
+
+def python_functions(text: str) -> Iterator[tuple[int, int]]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.lineno, (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def functions(source: Source) -> Iterator[tuple[int, int]]:
+    if source.is_cpp:
+        yield from cpp_functions(source.code)
+    elif source.suffix == ".py":
+        yield from python_functions(source.text)
+
+
+def check_lengths(tree: Tree) -> Iterator[Finding]:
+    for source in tree.values():
+        code = source.is_cpp or source.is_script
+        limit = MAX_FILE_LINES.get(source.path, MAX_CODE_FILE_LINES if code else sys.maxsize)
+        lines = len(source.text.splitlines())
+        if lines > limit:
+            yield Finding(source.path, limit + 1, f"file of {lines} lines (at most {limit})")
+        for line, length in functions(source):
+            if length > MAX_FUNCTION_LINES:
+                yield Finding(source.path, line, f"function of {length} lines (at most {MAX_FUNCTION_LINES})")
+
+
+def check_leftovers(tree: Tree) -> Iterator[Finding]:
+    # Written so that this file does not match itself.
+    unfinished = r"\b(?:TO[D]O|FIX[M]E|XX[X]|HAC[K])\b"
+    banner = r"^\s*(?://|/\*|#)+\s*([-=*#~_+/])\1{3,}.*$"
+    for source in tree.values():
+        if source.is_cpp or source.is_script:
+            yield from (Finding(source.path, line, f"unfinished: {what}") for line, what in source.search(unfinished))
+            yield from (Finding(source.path, line, "banner comment") for line, _ in source.search(banner))
+        yield from (Finding(source.path, line, "tab") for line, _ in source.search(r"^.*\t"))
+        yield from (Finding(source.path, line, "trailing whitespace") for line, _ in source.search(r"[ \t\r]+$"))
+        if source.text and not source.text.endswith("\n"):
+            yield Finding(source.path, len(source.lines), "no newline at the end of the file")
+
+
+def check_machine_paths(tree: Tree) -> Iterator[Finding]:
+    for source in tree.values():
+        places = "work|home|root|opt" if source.under("tests/") else "work|home|root|opt|tmp"
+        for line, what in source.search(rf"(?<![\w.$}}/-])/(?:{places})/[\w.]+"):
+            yield Finding(source.path, line, f"path of one machine: {what}")
+
+
+def check_tests_mirror(tree: Tree) -> Iterator[Finding]:
+    for path in tree:
+        stem = Path(path).stem
+        if path.startswith("engine/") and path.endswith(".cc"):
+            wanted = [f"tests/engine/{stem}_test.cc"]
+        elif re.fullmatch(r"torch_binding/\w+\.cc", path):
+            wanted = [f"tests/format/{stem}_test.cc", f"tests/torch/{stem}_test.cc"]
+        elif re.fullmatch(r"tools/\w+\.py", path):
+            wanted = [f"tests/tools/{stem}_test.py"]
+        else:
+            continue
+        wanted = [TESTED_BY[path]] if path in TESTED_BY else wanted
+        if not any(w in tree for w in wanted):
+            yield Finding(path, 1, f"no test: {' or '.join(wanted)}")
+
+
+def _named_paths(readme: Source) -> Iterator[tuple[int, str]]:
+    """Paths of the tree that the README names: in links, in backticks, and in fenced commands."""
+    quoted = r"`([^`\n]+)`|\]\(([^)#\s]+)[^)]*\)"
+    fenced = False
+    for number, line in enumerate(readme.lines, 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+            continue
+        texts = [line] if fenced else [a or b for a, b in re.findall(quoted, line)]
+        for word in (w for text in texts for w in re.split(r"[\s=,;()\"']+", text)):
+            yield number, word.removeprefix("./").rstrip(".:")
+
+
+def check_readme(tree: Tree, root: Path) -> Iterator[Finding]:
+    readme = tree.get("README.md")
+    if readme is None:
+        return
+    cmake = "\n".join(s.text for s in tree.values() if s.path.endswith("CMakeLists.txt"))
+    for line, word in _named_paths(readme):
+        built = re.match(r"build/[\w-]+/(?:[\w-]+/)*([\w.-]+)$", word)
+        if built and not re.search(rf"\b{re.escape(built.group(1))}\b", cmake):
+            yield Finding(readme.path, line, f"names a program that nothing builds: {word}")
+        # A pattern such as tests/*_test.cc is held if it matches anything; {a,b} is left to the reader.
+        if word.startswith(ROOMS) and "{" not in word and not any(root.glob(word)):
+            yield Finding(readme.path, line, f"names a file that is not there: {word}")
+
+
+def find_clang_format() -> str | None:
+    beside = Path(sys.executable).with_name("clang-format")
+    for candidate in (str(beside), f"clang-format-{CLANG_FORMAT_MAJOR}", "clang-format"):
+        binary = shutil.which(candidate)
+        if binary:
+            version = subprocess.run([binary, "--version"], check=False, capture_output=True, text=True).stdout
+            if f"version {CLANG_FORMAT_MAJOR}." in version:
+                return binary
+    return None
+
+
+def check_format(tree: Tree, root: Path, clang_format: str) -> Iterator[Finding]:
+    files = [s.path for s in tree.values() if s.is_cpp]
+    jobs = os.cpu_count() or 1
+    batches = [batch for i in range(jobs) if (batch := files[i::jobs])]
+
+    def run(batch: list[str]) -> str:
+        command = [clang_format, "--dry-run", "--style=file", *batch]
+        return subprocess.run(command, check=False, cwd=root, capture_output=True, text=True).stderr
+
+    with ThreadPoolExecutor(jobs) as pool:
+        output = "\n".join(pool.map(run, batches))
+    found = re.findall(r"^(\S+?):(\d+):\d+: warning: code should be clang-formatted", output, re.MULTILINE)
+    # One per file: `clang-format -i FILE` mends all of them.
+    first = {path: int(line) for path, line in reversed(found)}
+    yield from (Finding(path, line, "not as clang-format writes it") for path, line in first.items())
+
+
+CHECKS = (
+    check_includes,
+    check_headers,
+    check_library_manners,
+    check_lengths,
+    check_leftovers,
+    check_machine_paths,
+    check_tests_mirror,
+)
+
+
+def findings(root: Path, clang_format: str | None = None) -> list[Finding]:
+    tree = read_tree(root)
+    found = [finding for check in CHECKS for finding in check(tree)]
+    found += check_readme(tree, root)
+    if clang_format:
+        found += check_format(tree, root, clang_format)
+    return sorted(found, key=lambda f: (f.path, f.line, f.rule))
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) > 1 or arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0 if len(arguments) == 1 else 2
+    root = Path(arguments[0] if arguments else __file__).resolve()
+    root = root if arguments else root.parent.parent
+    clang_format = find_clang_format()
+    found = findings(root, clang_format)
+    for finding in found:
+        print(finding)
+    if not clang_format:
+        print(f"tidy: 1 skipped: formatting (no clang-format {CLANG_FORMAT_MAJOR})")
+    print(f"tidy: {len(found)} finding{'' if len(found) == 1 else 's'}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
