@@ -64,6 +64,7 @@ lint_python() {
 
 step build install install_everything
 ctest_preset release
+step check headers cmake --build --preset release --target all_verify_interface_header_sets
 if step build package install_flashpack; then
   step suite pytest "$python" -m pytest tests/python tests/tools --junitxml="$results/pytest.xml"
 fi

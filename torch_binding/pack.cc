@@ -61,11 +61,8 @@ class TensorWriter {
     }
   }
 
-  // Writes what is left and returns the sums of all writes. The payload ends with the alignment of trailing empty
-  // tensors, if there are any: its last byte is written, so that the footer lands after it.
-  TransferStats finish(std::uint64_t payload_bytes) {
-    static constexpr std::byte kZero{};
-    if (end_bytes_ < payload_bytes) filling_.extents.push_back({payload_bytes - 1, 1, &kZero});
+  // Writes what is left and returns the sums of all writes.
+  TransferStats finish() {
     start_group();
     wait();
     return std::move(stats_);
@@ -80,7 +77,6 @@ class TensorWriter {
 
   void push(const at::Tensor& tensor, std::uint64_t offset_bytes) {
     filling_.extents.push_back({offset_bytes, tensor.nbytes(), tensor.const_data_ptr()});
-    end_bytes_ = std::max(end_bytes_, offset_bytes + tensor.nbytes());
     filling_.owners.push_back(tensor);
   }
 
@@ -127,7 +123,6 @@ class TensorWriter {
 
   FileWriter& file_;
   TransferStats stats_;
-  std::uint64_t end_bytes_ = 0;  // Of what has been added.
   Group filling_;
   Group writing_;
   Transfer transfer_;  // Last: it borrows from writing_ until destroyed.
@@ -148,7 +143,7 @@ TransferStats pack_to_file(Engine& engine, const StateDict& tensors, const std::
   for (const TensorRecord& record : metadata.records) {
     writer.add(*tensor_of.at(record.name), scalar_type(metadata.dtype(record)), metadata.offset_bytes(record));
   }
-  TransferStats stats = writer.finish(metadata.payload_bytes);
+  TransferStats stats = writer.finish();
   const std::string footer = encode_footer(metadata);
   file.commit(std::as_bytes(std::span(footer)));
   stats.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -6,6 +6,9 @@ set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/flashpack)
 install(TARGETS flashpack_engine flashpack_format EXPORT flashpackTargets FILE_SET HEADERS)
 install(EXPORT flashpackTargets NAMESPACE flashpack:: DESTINATION ${package_dir})
 
+# Its users bring their own Boost.
+install(FILES ${PROJECT_SOURCE_DIR}/include/flashpack/async.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/flashpack)
+
 # A set of its own, so that a project without LibTorch can use the rest.
 if(TARGET flashpack_torch)
   install(TARGETS flashpack_torch EXPORT flashpackTorchTargets FILE_SET HEADERS)
