@@ -31,8 +31,10 @@ EngineOptions checked(EngineOptions options) {
   if (options.queue_depth < 1 || options.queue_depth > 1024) {
     throw argument_error("EngineOptions::queue_depth must be from 1 to 1024");
   }
-  if (options.staging_bytes / options.chunk_bytes < 2) {
-    throw argument_error("EngineOptions::staging_bytes must be at least two chunks");
+  constexpr std::uint64_t kMaxSlots = 16384;  // What io_uring can register.
+  const std::uint64_t slots = options.staging_bytes / options.chunk_bytes;
+  if (slots < 2 || slots > kMaxSlots) {
+    throw argument_error("EngineOptions::staging_bytes must be from 2 to 16384 chunks");
   }
   if (options.workers > 64) throw argument_error("EngineOptions::workers must be at most 64");
   if (options.workers == 0) options.workers = std::clamp(std::thread::hardware_concurrency(), 2u, 8u);
@@ -88,7 +90,9 @@ void open_source(engine::TransferState& state, const FileExtents& wanted, CacheP
     if (extent.size_bytes > 0)
       pieces.push_back({extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target)});
   }
-  if (want_direct && file.direct_fd() < 0) state.stats.fallback_reason = "the file system refuses direct I/O";
+  if (want_direct && file.direct_fd() < 0) {
+    state.stats.fallback_reason = "direct I/O: " + engine::errno_code(file.direct_error()).message();
+  }
   state.plan.add(index, pieces, chunk_bytes, std::min(file.block_bytes(), chunk_bytes));
   const bool direct = file.direct_fd() >= 0;
   state.sources.push_back({std::move(file), direct});
@@ -99,7 +103,11 @@ void open_source(engine::TransferState& state, const FileExtents& wanted, CacheP
 Engine::Impl::Impl(EngineOptions options) : options_(checked(std::move(options))), owner_(::getpid()) {
   std::promise<engine::Pipeline*> ready;
   auto pipeline = ready.get_future();
-  driver_ = std::thread([this, &ready] { drive(ready); });
+  try {
+    driver_ = std::thread([this, promise = std::move(ready)]() mutable { drive(promise); });
+  } catch (const std::system_error& error) {
+    throw Error(error.code(), "start engine: " + std::string(error.what()));
+  }
   try {
     pipeline_ = pipeline.get();
   } catch (...) {
@@ -130,8 +138,9 @@ void Engine::Impl::drive(std::promise<engine::Pipeline*>& ready) {
     staging.emplace(options_.staging_bytes, options_.chunk_bytes);
     const engine::Pipeline::Limits limits{.queue_depth = options_.queue_depth, .worker_depth = 4 * options_.workers};
     const unsigned tags = engine::Pipeline::tag_limit(limits, staging->slots().size());
+    const unsigned reads = limits.queue_depth + limits.worker_depth;  // Those that were populated first come on top.
     try {
-      if (options_.backend != Backend::kWorkers) ring = std::make_unique<engine::Ring>(tags, staging->slots());
+      if (options_.backend != Backend::kWorkers) ring = std::make_unique<engine::Ring>(reads, staging->slots());
     } catch (const std::system_error& error) {
       if (options_.backend == Backend::kIoUring) throw;
       fallback_reason_ = error.what();

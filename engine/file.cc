@@ -72,11 +72,13 @@ File File::open(const std::filesystem::path& path, const std::optional<FileIdent
 
 void File::open_direct() {
   const std::uint32_t block_bytes = direct_io_block_bytes(buffered_fd());
+  direct_error_ = EOPNOTSUPP;
   if (block_bytes == 0) return;
   // Through /proc it is the same inode even when the path has been renamed over in between.
   const std::string self = "/proc/self/fd/" + std::to_string(buffered_fd());
   direct_.reset(::open(self.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
   if (!direct_) direct_.reset(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
+  if (!direct_) direct_error_ = errno;
   struct stat status{};
   if (direct_ && (::fstat(direct_fd(), &status) != 0 || identity_of(status) != identity_)) direct_.reset();
   if (direct_) block_bytes_ = block_bytes;

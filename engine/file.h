@@ -22,6 +22,8 @@ class File {
   int buffered_fd() const noexcept { return buffered_.get(); }
   /// -1 where direct I/O is refused or was not wanted.
   int direct_fd() const noexcept { return direct_.get(); }
+  /// Why direct_fd() is -1, when it was wanted: an errno.
+  int direct_error() const noexcept { return direct_error_; }
   /// Offsets, sizes and addresses of direct I/O are multiples of this: a power of two, at least kPageBytes.
   std::uint32_t block_bytes() const noexcept { return block_bytes_; }
 
@@ -42,6 +44,7 @@ class File {
   UniqueFd direct_;
   FileIdentity identity_;
   std::uint32_t block_bytes_ = 0;
+  int direct_error_ = 0;
 };
 
 }  // namespace flashpack::engine

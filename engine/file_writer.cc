@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <limits>
+#include <mutex>
 #include <random>
 #include <utility>
 
@@ -49,8 +51,17 @@ std::filesystem::path temp_name(const std::filesystem::path& path) {
   std::array<char, 16> suffix{};
   std::generate(suffix.begin(), suffix.end(), [&] { return "0123456789abcdefghijklmnopqrstuv"[random() % 32]; });
   std::string name = ".";
-  name.append(path.filename().string()).append(".").append(suffix.data(), suffix.size()).append(".tmp");
+  constexpr std::size_t kMaxKept = 200;  // Of NAME_MAX, with room for the rest.
+  name.append(path.filename().string(), 0, kMaxKept).append(".").append(suffix.data(), suffix.size()).append(".tmp");
   return path.parent_path() / name;
+}
+
+// Turns a full disk into an error up front; file systems that cannot, say EOPNOTSUPP. Gives an errno.
+int reserve(int fd, std::uint64_t size_bytes) {
+  while (size_bytes > 0 && ::fallocate(fd, 0, 0, static_cast<off_t>(size_bytes)) != 0) {
+    if (errno != EINTR) return errno == EOPNOTSUPP ? 0 : errno;
+  }
+  return 0;
 }
 
 }  // namespace
@@ -64,10 +75,7 @@ FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, 
   // umask has cut the mode; a replaced file's mode is kept as it was. Not being allowed to is no reason not to write.
   struct stat status{};
   if (::stat(path_.c_str(), &status) == 0) (void)::fchmod(fd_.get(), mode);
-  // Reserving is what turns a full disk into an error up front; file systems that cannot, say EOPNOTSUPP.
-  if (options.payload_bytes > 0 && ::fallocate(fd_.get(), 0, 0, static_cast<off_t>(options.payload_bytes)) != 0 &&
-      errno != EOPNOTSUPP) {
-    const int error_number = errno;
+  if (const int error_number = reserve(fd_.get(), options.payload_bytes)) {
     abort();
     throw file_error(errno_code(error_number), "reserve space for", path_);
   }
@@ -86,13 +94,16 @@ void FileWriter::Impl::abort() noexcept {
 Transfer FileWriter::Impl::start_write(std::vector<SourceExtent> extents, Completion* completion) {
   engine_.require_owner();
   if (!fd_) throw argument_error("write " + path_.string() + ": after commit");
+  constexpr std::uint64_t kMaxFileBytes = std::numeric_limits<std::int64_t>::max();
+  std::uint64_t end_bytes = payload_bytes_;
   std::vector<engine::Piece> pieces;
   for (const SourceExtent& extent : extents) {
     if (extent.size_bytes == 0) continue;
     if (!extent.source) throw argument_error("write " + path_.string() + ": extent without a source");
-    if (extent.offset_bytes > ~extent.size_bytes)
-      throw argument_error("write " + path_.string() + ": extent past 2^64");
-    payload_bytes_ = std::max(payload_bytes_, extent.offset_bytes + extent.size_bytes);
+    if (extent.size_bytes > kMaxFileBytes || extent.offset_bytes > kMaxFileBytes - extent.size_bytes) {
+      throw argument_error("write " + path_.string() + ": extent past 2^63");
+    }
+    end_bytes = std::max(end_bytes, extent.offset_bytes + extent.size_bytes);
     // The bytes are only read; a piece has one kind of pointer for both directions.
     pieces.push_back(
         {extent.offset_bytes, extent.size_bytes, const_cast<std::byte*>(static_cast<const std::byte*>(extent.source))});
@@ -102,20 +113,30 @@ Transfer FileWriter::Impl::start_write(std::vector<SourceExtent> extents, Comple
   state->store_path = path_;
   state->plan.add(0, pieces, engine_.options().chunk_bytes, engine::kPageBytes);
   state->router = engine::Router(state->plan, state->sources, CachePolicy::kBuffered);
+  std::erase_if(transfers_, [](const auto& earlier) {
+    const std::lock_guard lock(earlier->mutex);
+    return earlier->ended && !earlier->outcome;
+  });
+  // Before the start: a completion may lead to commit() on another thread before this one is back.
   transfers_.push_back(state);
-  engine_.start(state);
+  const std::uint64_t payload_bytes_before = std::exchange(payload_bytes_, end_bytes);
+  try {
+    engine_.start(state);
+  } catch (...) {
+    transfers_.pop_back();
+    payload_bytes_ = payload_bytes_before;
+    throw;
+  }
   return engine::TransferState::handle(std::move(state));
 }
 
-// Every transfer has ended well, or this throws.
+// Every transfer has ended well, or this throws. A transfer whose completion is still running has ended: that
+// completion may be what led here, by way of another thread.
 void FileWriter::Impl::settle() {
   for (const auto& state : transfers_) {
-    Transfer transfer = engine::TransferState::handle(state);
-    if (!transfer.wait_for(std::chrono::nanoseconds(0))) {
-      transfer.detach();
-      throw argument_error("commit " + path_.string() + ": a write has not finished");
-    }
-    transfer.wait();
+    const std::lock_guard lock(state->mutex);
+    if (!state->ended) throw argument_error("commit " + path_.string() + ": a write has not finished");
+    if (state->outcome) throw state->outcome->error();
   }
   transfers_.clear();
 }

@@ -71,20 +71,21 @@ void Pipeline::run() {
 
 // False when there is nothing left to do, ever.
 bool Pipeline::admit() {
-  bool closing = false;
   {
     const std::lock_guard lock(mutex_);
     admitted_.swap(inbox_);
-    closing = closing_;
   }
   for (auto& transfer : admitted_) {
     TransferState& state = *transfer;
     state.failure = std::move(state.failed_to_start);
     active_.push_back(std::move(transfer));
+    if (state.cancel_requested)
+      attention_.store(true);  // What cancel() said may have been looked for before it was here.
     if (state.failure || state.chunks_open == 0) end(state);
   }
   admitted_.clear();
-  return !closing || !active_.empty();
+  const std::lock_guard lock(mutex_);  // Again: a completion may have started something.
+  return !closing_ || !active_.empty() || !inbox_.empty();
 }
 
 void Pipeline::attend_to_cancels_and_deadlines() {
@@ -109,7 +110,9 @@ std::optional<std::chrono::nanoseconds> Pipeline::patience(bool look_again) cons
       first = std::min(first.value_or(*transfer->deadline), *transfer->deadline);
   }
   if (!first) return std::nullopt;
-  return std::max(std::chrono::nanoseconds(0), std::chrono::nanoseconds(*first - std::chrono::steady_clock::now()));
+  // A far deadline plus now would overflow in the clocks below; looking once an hour costs nothing.
+  return std::clamp<std::chrono::nanoseconds>(*first - std::chrono::steady_clock::now(), std::chrono::nanoseconds(0),
+                                              std::chrono::hours(1));
 }
 
 // Fills both routes, oldest transfer first. True when it stopped only to answer completions in between.
@@ -260,7 +263,7 @@ void Pipeline::on_direct_read(unsigned tag, std::int64_t result) {
   // Direct reads go on at whole blocks only. Less than a block is no progress; it is tried again, but not for ever.
   const std::uint64_t resume = round_down(got, job.transfer->sources[job.chunk->file].file.block_bytes());
   job.stalls = resume > job.done_bytes ? 0 : job.stalls + 1;
-  if (job.stalls > kMaxStalls) return fail(tag, interrupted ? errno_code(static_cast<int>(-result)) : errno_code(EIO));
+  if (job.stalls > kMaxStalls) return fail(tag, interrupted ? errno_code(static_cast<int>(-result)) : Errc::kTruncated);
   job.done_bytes = resume;
   ++stats.retries;
   read_direct(tag);

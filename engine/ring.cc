@@ -13,7 +13,7 @@ namespace flashpack::engine {
 
 namespace {
 
-constexpr std::uint64_t kWakeTag = ~std::uint64_t{0};
+constexpr std::uint64_t kWakeTag = std::uint64_t{1} << 63;  // liburing keeps the highest value for itself.
 
 // Uses of a slot before it is worth registering: a load that only touches slots for its edges never pays for it.
 constexpr std::uint8_t kRegisterAtUse = 2;

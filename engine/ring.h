@@ -16,7 +16,7 @@ namespace flashpack::engine {
 /// Knows the operation kRead alone. Made, used and destroyed by one thread; wake() from any.
 class Ring final : public IoQueue {
  public:
-  /// Takes the best setup flags that the kernel knows. At most `in_flight_limit` operations at a time; `slots` are the
+  /// Takes the best setup flags that the kernel knows. At most `in_flight_limit` reads at a time; `slots` are the
   /// staging slots that may be registered. Throws: std::system_error, with the cause in its text, where io_uring is
   /// refused.
   Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots);

@@ -18,7 +18,7 @@ struct Source {
 
 /// Hands out the chunks of a plan, each on one of two routes. The chunks of a route come in file order, the routes
 /// independently, so that a half-cached file keeps the disk and the CPUs busy from end to end.
-/// Whether a chunk is cached is asked as late as possible: when a route has run out of known chunks.
+/// Whether a chunk is cached is asked when a route has run out of known chunks, not before.
 class Router {
  public:
   enum class Route : std::uint8_t { kDirect, kBuffered };

@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "engine/transfer_state.h"
 
 namespace flashpack {
@@ -70,7 +72,9 @@ TransferStats Transfer::wait() {
 bool Transfer::wait_for(std::chrono::nanoseconds duration) {
   state_->require_owner();
   std::unique_lock lock(state_->mutex);
-  return state_->published_changed.wait_for(lock, duration, [this] { return state_->visible(); });
+  // The longest durations overflow when they are added to now.
+  const auto bounded = std::min<std::chrono::nanoseconds>(duration, std::chrono::hours(24 * 365));
+  return state_->published_changed.wait_for(lock, bounded, [this] { return state_->visible(); });
 }
 
 void Transfer::cancel() noexcept {

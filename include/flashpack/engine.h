@@ -29,7 +29,8 @@ struct Device {
 
 /// One contiguous run of file bytes and where it goes. Any offset and size are valid; the engine hides alignment.
 ///
-/// Fastest when `target` and `offset_bytes` agree modulo 4096: whole pages are then read straight into the target.
+/// Fastest when `target` and `offset_bytes` agree modulo 4096 (or the file's direct I/O alignment, where that is
+/// larger): whole pages of extents from 128 KiB on are then read straight into the target.
 struct Extent {
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
@@ -63,7 +64,7 @@ struct EngineOptions {
   Device device;
   /// One read and one staging slot: a power of two from 1 MiB to 1 GiB. Larger costs latency, smaller CPU.
   std::uint32_t chunk_bytes = std::uint32_t{4} << 20;
-  /// Direct reads or writes in flight, 1 to 1024. Raise to 16-32 for striped arrays.
+  /// Direct reads in flight, 1 to 1024, and a few more while fresh memory is filled. Raise to 16-32 for striped arrays.
   std::uint32_t queue_depth = 8;
   /// Upper bound of the engine's own memory, taken as it is first needed; at least two chunks.
   std::uint64_t staging_bytes = std::uint64_t{64} << 20;
@@ -76,9 +77,10 @@ struct EngineOptions {
 
 /// One device, one driver thread, one ring, one memory budget.
 ///
-/// Thread safety: any thread may call any member at any time; distinct engines are independent. Transfers are served in
-/// the order they were started, the next one's reads following on the last of the one before.
-/// In a forked child an inherited engine throws Errc::kUnusable and its destructor releases nothing; make a new one.
+/// Thread safety: any thread may call any member at any time, but for moving and destruction, which need the engine to
+/// themselves; distinct engines are independent. Running out of memory on the driver thread is fatal. Transfers are
+/// served in the order they were started, the next one's reads following on the last of the one before. In a forked
+/// child an inherited engine throws Errc::kUnusable and its destructor releases nothing; make a new one.
 class Engine {
  public:
   /// Starts the threads. Throws: Error (kInvalidArgument for options out of range; errno when threads, memory or, with
@@ -104,7 +106,7 @@ class Engine {
 
   /// What the constructor settled on: options as given, with 0 and kAuto resolved.
   const EngineOptions& options() const;
-  /// Why a slower rung than asked for is in use; empty when none is.
+  /// Why the workers do what io_uring was wanted for; empty when they do not. What one transfer met is in its stats.
   const std::string& fallback_reason() const;
 
  private:

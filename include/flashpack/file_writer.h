@@ -34,7 +34,7 @@ class FileWriter {
  public:
   FileWriter(FileWriter&&) noexcept;
   FileWriter& operator=(FileWriter&&) noexcept;
-  /// Aborts unless committed. Waits for transfers that were detached.
+  /// Aborts unless committed: cancels what is still being written, detached or not, and waits for it.
   ~FileWriter();
 
   /// Starts writing `extents`, in any order and any number of times; extents must not overlap each other or those of

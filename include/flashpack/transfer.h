@@ -15,17 +15,18 @@ enum class Backend : std::uint8_t {
   kWorkers,  ///< pread and pwrite on the worker threads.
 };
 
-/// What a transfer did. Byte counts are what the kernel returned, so direct reads count their alignment waste.
+/// What a transfer did. direct_bytes is what the kernel returned and so counts alignment waste; buffered_bytes is what
+/// was delivered.
 struct TransferStats {
   std::uint64_t requested_bytes = 0;  ///< Sum of the extents' sizes.
   std::uint64_t direct_bytes = 0;     ///< Moved with O_DIRECT, past the page cache.
   std::uint64_t buffered_bytes = 0;   ///< Moved through the page cache.
   std::uint64_t staged_bytes =
       0;  ///< Of direct_bytes and buffered_bytes: through a staging slot and a copy. The rest went in place.
-  std::uint64_t operations = 0;      ///< Reads and writes issued, retries included.
-  std::uint64_t retries = 0;         ///< Of operations: after a short result, EINTR or EAGAIN.
+  std::uint64_t operations = 0;      ///< Chunks handed to the kernel or a worker, retries included.
+  std::uint64_t retries = 0;         ///< Of operations: after a short result, EINTR, EAGAIN or a refused direct read.
   double seconds = 0;                ///< From start to end, as seen by the caller.
-  Backend backend = Backend::kAuto;  ///< kIoUring or kWorkers: the one that did the direct I/O.
+  Backend backend = Backend::kAuto;  ///< kIoUring or kWorkers: which of them direct reads go to.
   std::string fallback_reason;       ///< Why a slower rung was taken; empty when everything was as asked.
 };
 

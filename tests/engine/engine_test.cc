@@ -201,6 +201,50 @@ TEST_P(EngineTest, APassedDeadlineEndsTheTransfer) {
   EXPECT_TRUE(right(memory, 0));
 }
 
+TEST_P(EngineTest, TheFarthestDeadlineAndTheLongestWaitAreFine) {
+  GuardedMemory memory(bytes_.size());
+  LoadRequest patient = request(memory, 0);
+  patient.deadline = Deadline::max();
+  Transfer transfer = engine_.start_load(patient);
+  EXPECT_TRUE(transfer.wait_for(std::chrono::nanoseconds::max()));
+  transfer.wait();
+  EXPECT_TRUE(right(memory, 0));
+}
+
+TEST_P(EngineTest, CancelRightAfterTheStartIsNeverLost) {
+  for (int round = 0; round < 20; ++round) {
+    GuardedMemory first(bytes_.size());
+    GuardedMemory second(bytes_.size());
+    Transfer running = engine_.start_load(request(first, 0, CachePolicy::kDirect));
+    Transfer doomed = engine_.start_load(request(second, 0, CachePolicy::kDirect));
+    doomed.cancel();
+    EXPECT_EQ(error_of([&] { doomed.wait(); }).code(), Errc::kCancelled);
+    running.wait();
+  }
+}
+
+// Starts one more load when the first has failed, while the engine is being closed.
+struct Chained final : Completion {
+  void done(Transfer&) noexcept override { next = engine->start_load(std::move(request)); }
+  Engine* engine = nullptr;
+  LoadRequest request;
+  Transfer next;
+};
+
+TEST_P(EngineTest, ATransferStartedByACompletionEndsBeforeTheEngine) {
+  GuardedMemory memory(bytes_.size());
+  Chained chained;
+  {
+    Engine engine(small_engine(GetParam()));
+    chained.engine = &engine;
+    chained.request = request(memory, 0);
+    Transfer missing = engine.start_load({.files = {{.path = dir_ / "none"}}}, &chained);
+    EXPECT_THROW(missing.wait(), Error);
+  }
+  EXPECT_TRUE(chained.next.wait_for(std::chrono::nanoseconds(0)));
+  EXPECT_TRUE(right(memory, 0));
+}
+
 TEST_P(EngineTest, DestroyedHandleMeansNothingIsInFlight) {
   for (int i = 0; i < 50; ++i) {
     auto memory = std::make_unique<GuardedMemory>(bytes_.size(), i % 2 ? 0 : 77);
@@ -284,7 +328,8 @@ TEST_P(EngineTest, AForkedChildGetsAClearErrorAndCanMakeItsOwnEngine) {
 TEST(EngineOptionsTest, OutOfRangeIsRefusedBeforeAnythingStarts) {
   for (const EngineOptions& options :
        {EngineOptions{.chunk_bytes = 3 * kMiB}, EngineOptions{.chunk_bytes = 4096}, EngineOptions{.queue_depth = 0},
-        EngineOptions{.queue_depth = 5000}, EngineOptions{.staging_bytes = kMiB}, EngineOptions{.workers = 1000},
+        EngineOptions{.queue_depth = 5000}, EngineOptions{.staging_bytes = kMiB},
+        EngineOptions{.staging_bytes = ~std::uint64_t{0}}, EngineOptions{.workers = 1000},
         EngineOptions{.cpu_affinity = {-1}}}) {
     EXPECT_EQ(error_of([&] { Engine engine(options); }).code(), Errc::kInvalidArgument);
   }

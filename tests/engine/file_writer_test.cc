@@ -6,6 +6,7 @@
 
 #include <cstring>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "flashpack/engine.h"
@@ -140,6 +141,42 @@ TEST_F(FileWriterTest, AWriteThatFailedFailsTheCommit) {
   EXPECT_THROW(transfer.wait(), Error);  // EFAULT: no such memory.
   EXPECT_THROW(writer.commit(), Error);
   EXPECT_EQ(entries(), 0u);
+}
+
+TEST_F(FileWriterTest, ARefusedWriteDoesNotMoveTheTail) {
+  FileWriter writer = engine_.create(path_);
+  EXPECT_THROW((void)writer.start_write({{.offset_bytes = 5000, .size_bytes = 10, .source = bytes_.data()},
+                                         {.offset_bytes = 0, .size_bytes = 10, .source = nullptr}}),
+               Error);
+  EXPECT_THROW((void)writer.start_write(
+                   {{.offset_bytes = ~std::uint64_t{0} - 2000, .size_bytes = 1000, .source = bytes_.data()}}),
+               Error);
+  writer.write({{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}});
+  writer.commit(bytes_of("tail"));
+  EXPECT_EQ(std::filesystem::file_size(path_), 14u);
+}
+
+// Commits on another thread while the completion is still running on the driver's.
+struct CommitElsewhere final : Completion {
+  void done(Transfer&) noexcept override {
+    std::thread([this] { writer->commit(); }).join();
+  }
+  FileWriter* writer = nullptr;
+};
+
+TEST_F(FileWriterTest, ACompletionMayLeadToTheCommitOnAnotherThread) {
+  FileWriter writer = engine_.create(path_);
+  CommitElsewhere completion;
+  completion.writer = &writer;
+  Transfer transfer = writer.start_write({{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}}, &completion);
+  transfer.wait();
+  EXPECT_EQ(std::filesystem::file_size(path_), 10u);
+}
+
+TEST_F(FileWriterTest, NamesUpToTheLimitOfTheFileSystemCanBeWritten) {
+  const auto longest = dir_ / std::string(255, 'n');
+  engine_.create(longest).commit(bytes_of("x"));
+  EXPECT_EQ(std::filesystem::file_size(longest), 1u);
 }
 
 TEST_F(FileWriterTest, CommitTwiceIsAnError) {

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <thread>
@@ -45,11 +46,14 @@ class Rig {
     driver_.join();
   }
 
-  Transfer start(const std::filesystem::path& path, const std::vector<Piece>& extents,
-                 Completion* completion = nullptr) {
+  void close() { pipeline_.close(); }
+
+  Transfer start(const std::filesystem::path& path, const std::vector<Piece>& extents, Completion* completion = nullptr,
+                 bool cancelled = false) {
     auto state = std::make_shared<TransferState>();
     state->owner = ::getpid();
     state->completion = completion;
+    state->cancel_requested = cancelled;
     state->sources.push_back({File::open(path, std::nullopt, true), true});
     state->plan.add(0, extents, kChunk, state->sources[0].file.block_bytes());
     state->router = Router(state->plan, state->sources, CachePolicy::kDirect);
@@ -234,6 +238,42 @@ TEST_F(PipelineTest, CompletionSeesTheError) {
   EXPECT_EQ(completion.calls, 1);
   EXPECT_EQ(completion.code, std::errc::io_error);
   EXPECT_THROW(transfer.wait(), Error) << "the same result again";
+}
+
+TEST_F(PipelineTest, ACancelThatCameBeforeTheDriverKnewTheTransferIsNotLost) {
+  Rig rig(5, {});
+  GuardedMemory memory(4 * kChunk);
+  Transfer transfer = rig.start(path(), {{0, memory.size(), memory.data()}}, nullptr, true);
+  try {
+    transfer.wait();
+    FAIL() << "a cancelled transfer ran to its end";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), Errc::kCancelled);
+  }
+}
+
+struct CallingCompletion final : Completion {
+  void done(Transfer&) noexcept override { call(); }
+  std::function<void()> call;
+};
+
+TEST_F(PipelineTest, ACompletionMayStartATransferWhileThePipelineIsClosing) {
+  Rig rig(5, {});
+  GuardedMemory memory(4 * kChunk);
+  Transfer second;
+  Transfer third;
+  CallingCompletion close_and_start;
+  CallingCompletion start_again;
+  start_again.call = [&] { third = rig.start(path(), {{0, memory.size(), memory.data()}}); };
+  close_and_start.call = [&] {
+    second = rig.start(path(), {}, &start_again);  // Nothing to do: it ends as soon as it is admitted.
+    rig.close();
+  };
+  Transfer first = rig.start(path(), {}, &close_and_start);
+  first.wait();
+  rig.stop();
+  EXPECT_TRUE(third.wait_for(std::chrono::nanoseconds(0)));
+  EXPECT_TRUE(right(memory, 0));
 }
 
 TEST_F(PipelineTest, CloseFinishesWhatWasStarted) {
