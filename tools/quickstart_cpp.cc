@@ -1,64 +1,114 @@
-// Reads the tensors of all-MiniLM-L6-v2 from a flashpack file, from the disk and from the page cache, then gives a
-// LibTorch module its weights and runs it.
+// The main job from C++, on the file that quickstart.py packed: load it cold and from the page cache, write it again,
+// compare all of it bit by bit, assign it to a LibTorch module, and use that.
 #include <ATen/ops/arange.h>
 #include <c10/core/InferenceMode.h>
-#include <torch/nn/modules/embedding.h>
-#include <torch/nn/modules/normalization.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <stdexcept>
+#include <system_error>
+#include <vector>
 
-#include "flashpack/mixin.h"
+#include "flashpack/torch.h"
+#include "tools/minilm.h"
 
 namespace {
 
-// The first part of the model, with the names that its weights have in the file.
-struct EmbeddingsImpl : torch::nn::Module {
-  EmbeddingsImpl() {
-    register_buffer("position_ids", at::arange(512).unsqueeze(0));
-    words = register_module("word_embeddings", torch::nn::Embedding(30522, 384));
-    positions = register_module("position_embeddings", torch::nn::Embedding(512, 384));
-    types = register_module("token_type_embeddings", torch::nn::Embedding(2, 384));
-    norm = register_module("LayerNorm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({384}).eps(1e-12)));
-  }
-  at::Tensor forward(const at::Tensor& ids) {
-    const at::Tensor position = at::arange(ids.size(1)).unsqueeze(0);
-    return norm(words(ids) + positions(position) + types(position * 0));
-  }
-  torch::nn::Embedding words{nullptr}, positions{nullptr}, types{nullptr};
-  torch::nn::LayerNorm norm{nullptr};
-};
-
-struct MiniLmImpl : torch::nn::Module, flashpack::FlashPackMixin<MiniLmImpl> {
-  MiniLmImpl() : embeddings(register_module("embeddings", std::make_shared<EmbeddingsImpl>())) {}
-  std::shared_ptr<EmbeddingsImpl> embeddings;
-};
-
-void report(const char* what, const flashpack::LoadedTensors& loaded) {
-  const flashpack::TransferStats& stats = loaded.stats;
-  const bool ring = stats.backend == flashpack::Backend::kIoUring;
-  const double megabytes = static_cast<double>(stats.requested_bytes) / 1e6;
-  const double direct = static_cast<double>(stats.direct_bytes);
-  std::printf("  %-15s %zu tensors, %.1f MB in %.1f ms, %.2f GB/s; %.0f %% past the page cache (%s)\n", what,
-              loaded.tensors.size(), megabytes, stats.seconds * 1e3, megabytes / 1e3 / stats.seconds,
-              100 * direct / (direct + static_cast<double>(stats.buffered_bytes)),
-              ring ? "io_uring" : "worker threads");
-  if (!stats.fallback_reason.empty()) std::printf("  %-15s %s\n", "", stats.fallback_reason.c_str());
+namespace fs = std::filesystem;
+using flashpack::StateDict;
+// Drops the file from the page cache where `drop`; returns the percentage of it that is there afterwards.
+double cached_percent(const fs::path& path, bool drop) {
+  const auto check = [&](bool ok) {
+    if (!ok) throw std::system_error(errno, std::generic_category(), "look into the page cache for " + path.string());
+  };
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  check(file >= 0);
+  // What is not written back yet cannot be dropped. What fails here shows in what mincore finds.
+  if (drop && fsync(file) == 0) posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
+  const std::size_t size_bytes = fs::file_size(path);
+  void* const mapping = mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, file, 0);
+  close(file);
+  check(mapping != MAP_FAILED);
+  const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  std::vector<unsigned char> pages((size_bytes + page_bytes - 1) / page_bytes);
+  check(mincore(mapping, size_bytes, pages.data()) == 0);
+  munmap(mapping, size_bytes);
+  const auto resident = std::ranges::count_if(pages, [](unsigned char page) { return (page & 1) != 0; });
+  return 100.0 * static_cast<double>(resident) / static_cast<double>(pages.size());
 }
 
-void run(const char* path) {
+flashpack::LoadedTensors load(flashpack::Engine& engine, const fs::path& path, const char* what) {
+  auto loaded = read_tensors(engine, path);
+  const flashpack::TransferStats& stats = loaded.stats;
+  const double gigabytes = static_cast<double>(stats.requested_bytes) / 1e9;
+  const double direct = static_cast<double>(stats.direct_bytes);
+  std::printf("  %-11s %zu tensors, %.1f MB in %.1f ms, %.2f GB/s; %.0f %% past the page cache (%s)\n", what,
+              loaded.tensors.size(), gigabytes * 1e3, stats.seconds * 1e3, gigabytes / stats.seconds,
+              100 * direct / (direct + static_cast<double>(stats.buffered_bytes)),
+              stats.backend == flashpack::Backend::kIoUring ? "io_uring" : "worker threads");
+  if (!stats.fallback_reason.empty()) std::printf("  %-11s %s\n", "", stats.fallback_reason.c_str());
+  return loaded;
+}
+
+void require(bool ok, const std::string& otherwise) {
+  if (!ok) throw std::runtime_error(otherwise);
+}
+
+void require_same(StateDict a, StateDict b, const std::string& what) {
+  const auto name = [](const StateDict::value_type& each) { return each.first; };
+  std::ranges::sort(a, {}, name);
+  std::ranges::sort(b, {}, name);
+  require(std::ranges::equal(a, b, {}, name, name), what + " has other names");
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const at::Tensor &x = a[i].second, &y = b[i].second;
+    const bool same = x.scalar_type() == y.scalar_type() && x.sizes() == y.sizes() && x.is_contiguous() &&
+                      y.is_contiguous() && std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
+    require(same, what + " differs in " + a[i].first);
+  }
+}
+
+// Proves the tensors right without Python: they give its file again.
+void require_same_when_written(flashpack::Engine& engine, const StateDict& tensors, const fs::path& path) {
+  const fs::path copy = path.string() + ".cpp";
+  pack_to_file(engine, tensors, copy);
+  using Bytes = std::istreambuf_iterator<char>;
+  std::ifstream original(path, std::ios::binary), written(copy, std::ios::binary);
+  const bool same = std::equal(Bytes(original), Bytes(), Bytes(written), Bytes());
+  fs::remove(copy);
+  require(same, "what C++ writes differs from " + path.string());
+}
+
+void run(const fs::path& path) {
   flashpack::Engine engine;
-  std::printf("C++ and LibTorch: %s\n", path);
-  report("from the disk", read_tensors(engine, path, {.cache = flashpack::CachePolicy::kDirect}));
+  const double left = cached_percent(path, true);
+  if (left > 0) std::printf("  not cold:   %.1f %% of the file stayed in the page cache\n", left);
+  const auto cold = load(engine, path, left > 0 ? "not cold" : "cold");
   read_tensors(engine, path, {.cache = flashpack::CachePolicy::kBuffered});
-  report("from the cache", read_tensors(engine, path));
+  std::printf("  page cache  %.1f %% of the file before the first load, %.1f %% before the second\n", left,
+              cached_percent(path, false));
+  const auto cached = load(engine, path, "from cache");
+  require_same(cold.tensors, cached.tensors, "the load from the page cache");
+  require_same_when_written(engine, cold.tensors, path);
+  std::printf("  compared    the loads are bit-equal; packed from C++, they give the same file byte for byte\n");
 
   const c10::InferenceMode inference;
-  const auto model = MiniLmImpl::from_flashpack(
-      engine, path, {.strict_buffers = true, .ignore = {.prefixes = {"encoder.", "pooler."}}});
+  const auto model =
+      quickstart::MiniLmImpl::from_flashpack(engine, path, {.strict_params = true, .strict_buffers = true});
+  const StateDict assigned = state_dict(*model);
+  require_same(cold.tensors, assigned, "the assigned module");
   const at::Tensor hidden = model->embeddings->forward(at::arange(2000, 2008).unsqueeze(0));
-  std::printf("  %-15s assigned; of 8 tokens: [%lld, %lld, %lld], norm of the first %.3f\n", "embeddings",
-              static_cast<long long>(hidden.size(0)), static_cast<long long>(hidden.size(1)),
-              static_cast<long long>(hidden.size(2)), hidden[0][0].norm().item<double>());
+  require(hidden.isfinite().all().item<bool>(), "the module computes what is not finite");
+  std::printf("  assigned    to a module of %zu tensors, bit-equal; 8 tokens, embedded: [%lld, %lld, %lld]\n",
+              assigned.size(), static_cast<long long>(hidden.size(0)), static_cast<long long>(hidden.size(1)),
+              static_cast<long long>(hidden.size(2)));
 }
 
 }  // namespace
@@ -68,6 +118,7 @@ int main(int argc, char** argv) try {
     std::fprintf(stderr, "usage: quickstart_cpp FILE\n");
     return 2;
   }
+  std::printf("C++ and LibTorch: %s\n", argv[1]);
   run(argv[1]);
 } catch (const std::exception& error) {
   std::fprintf(stderr, "quickstart_cpp: %s\n", error.what());

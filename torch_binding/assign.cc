@@ -147,6 +147,15 @@ std::vector<at::Tensor> load(Engine& engine, const std::filesystem::path& path, 
   return tensors;
 }
 
+// Nothing here throws: check_fit has ruled out what set_data could object to.
+void replace_data(const at::Tensor& tensor, const at::Tensor& loaded) {
+  tensor.set_data(loaded);
+  // backward() and optimizers take a gradient to have its tensor's dtype and shape.
+  const at::Tensor& grad = tensor.grad();
+  if (!grad.defined()) return;
+  if (grad.scalar_type() != loaded.scalar_type() || grad.sizes() != loaded.sizes()) tensor.mutable_grad().reset();
+}
+
 }  // namespace
 
 AssignReport assign_from_file(Engine& engine, ::torch::nn::Module& module, const std::filesystem::path& path,
@@ -160,9 +169,8 @@ AssignReport assign_from_file(Engine& engine, ::torch::nn::Module& module, const
     check_fit(path, target, record, metadata.dtype(record), options);
   }
   const std::vector<at::Tensor> loaded = load(engine, path, metadata, match, options);
-  // check_fit has ruled out what set_data could object to.
   for (std::size_t i = 0; i < loaded.size(); ++i) {
-    if (loaded[i].defined()) match.targets[i].tensor.set_data(loaded[i]);
+    if (loaded[i].defined()) replace_data(match.targets[i].tensor, loaded[i]);
   }
   return std::move(match.report);
 }

@@ -57,9 +57,13 @@ LoadedRecords::LoadedRecords(Engine& engine, const std::filesystem::path& path, 
   for (const Segment& segment : plan_segments(metadata, wanted)) {
     const auto region = std::make_shared<HostRegion>(segment.size_bytes, segment.offset_bytes);
     file.extents.push_back({segment.offset_bytes, segment.size_bytes, region->data()});
+    const std::byte* previous = nullptr;
     for (const std::size_t i : segment.records) {
       const std::uint64_t offset_bytes = metadata.offset_bytes(metadata.records[i]) - segment.offset_bytes;
-      places_[i] = {region, region->data() + offset_bytes};
+      std::byte* const data = region->data() + offset_bytes;
+      // Records overlap wholly or not at all, and a segment has them by offset.
+      places_[i] = {.region = region, .data = data, .is_alias = data == previous};
+      previous = data;
     }
   }
   LoadRequest request{.cache = cache};
@@ -73,12 +77,16 @@ at::Tensor LoadedRecords::tensor(std::size_t record) const {
   const Place& place = places_[record];
   if (!place.region) return at::empty(shape, at::TensorOptions(at::kCPU).dtype(type));
   auto owner = std::make_unique<RegionOwner>(place.region);
-  return at::for_blob(place.data, shape)
-      .context(owner.release(), [](void* context) { std::unique_ptr<RegionOwner>(static_cast<RegionOwner*>(context)); })
-      .options(at::TensorOptions(at::kCPU).dtype(type))
-      .allocator(c10::GetAllocator(c10::kCPU))  // For resize_(), which moves to ordinary memory.
-      .resizeable_storage()
-      .make_tensor();
+  at::Tensor tensor =
+      at::for_blob(place.data, shape)
+          .context(owner.release(),
+                   [](void* context) { std::unique_ptr<RegionOwner>(static_cast<RegionOwner*>(context)); })
+          .options(at::TensorOptions(at::kCPU).dtype(type))
+          .allocator(c10::GetAllocator(c10::kCPU))  // For resize_(), which moves to ordinary memory.
+          .resizeable_storage()
+          .make_tensor();
+  // Whoever writes to one tensor must not change another.
+  return place.is_alias ? tensor.clone() : tensor;
 }
 
 LoadedTensors read_tensors(Engine& engine, const std::filesystem::path& path, const ReadOptions& options) {

@@ -37,6 +37,7 @@ class LoadedRecords {
   struct Place {
     std::shared_ptr<HostRegion> region;
     std::byte* data = nullptr;
+    bool is_alias = false;  // Another wanted record has the same bytes.
   };
 
   const Metadata& metadata_;

@@ -99,8 +99,8 @@ struct AssignReport {
 ///
 /// Names, shapes and dtypes are checked from the footer before any payload is read; then one load into new memory; then
 /// every tensor changes its data as by `tensor.set_data(...)`. The module's tensors stay the same objects, so ties,
-/// optimizers, hooks and `requires_grad` stay too. Tensors tied in the module are read once, from the first of their
-/// names that the file has.
+/// optimizers, hooks and `requires_grad` stay too, and so does a gradient unless the dtype changes. Tensors tied in the
+/// module are read once, from the first of their names that the file has.
 /// Throws: Error; kMismatch when file and module do not fit, naming the tensor.
 AssignReport assign_from_file(Engine& engine, ::torch::nn::Module& module, const std::filesystem::path& path,
                               const AssignOptions& options = {});

@@ -111,6 +111,45 @@ TEST_F(Assign, ParametersTakeTheFilesDTypeAndCoerceDTypeKeepsTheModules) {
   EXPECT_TRUE(same_bytes(coerced.head->weight, half.to(at::kFloat)));
 }
 
+TEST_F(Assign, AGradientIsDroppedOnlyWhenItNoLongerFitsItsParameter) {
+  NetImpl net;
+  pack(changed(net, "head.weight", net.head->weight.detach().to(at::kDouble)));
+  net.head(at::ones({4})).mul(net.scale).sum().backward();
+  const at::Tensor scale_grad = net.scale.grad();
+  assign_from_file(engine_, net, file(), {.coerce_dtype = true});
+  EXPECT_TRUE(net.head->weight.grad().defined());
+  pack(changed(net, "head.weight", at::ones({3})));
+  refusal(net);
+  EXPECT_TRUE(net.head->weight.grad().defined());
+
+  pack(changed(net, "head.weight", net.head->weight.detach().to(at::kDouble)));
+  assign_from_file(engine_, net, file());
+  EXPECT_FALSE(net.head->weight.grad().defined());
+  EXPECT_TRUE(net.scale.grad().is_same(scale_grad));
+  net.head(at::ones({4}, at::kDouble)).mul(net.scale).sum().backward();
+  EXPECT_EQ(net.head->weight.grad().scalar_type(), at::kDouble);
+}
+
+TEST_F(Assign, AGradientOfAnotherShapeIsDropped) {
+  NetImpl net;
+  pack_to_file(engine_, net, file());
+  net.scale.mutable_grad() = at::ones({2});
+  assign_from_file(engine_, net, file());
+  EXPECT_FALSE(net.scale.grad().defined());
+}
+
+TEST_F(Assign, TensorsThatShareBytesInTheFileDoNotInTheModule) {
+  const NetImpl saved;
+  pack_to_file(engine_, saved, file());
+  test::add_alias(file(), "block.norm.weight", "twin");
+  NetImpl net;
+  net.register_parameter("twin", at::zeros({4}));
+  assign_from_file(engine_, net, file());
+  const c10::InferenceMode mode;
+  net.block->norm->weight.zero_();
+  EXPECT_TRUE(same_bytes(net.named_parameters()["twin"], saved.block->norm->weight));
+}
+
 TEST_F(Assign, ABufferOfAnotherDTypeIsAnErrorUnlessCoerced) {
   NetImpl net;
   pack(changed(net, "steps", at::ones({3}, at::kInt)));

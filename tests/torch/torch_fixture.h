@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "flashpack/format.h"
 #include "flashpack/torch.h"
 
 namespace flashpack::test {
@@ -27,6 +28,18 @@ inline bool same_bytes(const at::Tensor& a, const at::Tensor& b) {
 inline std::string file_content(const std::filesystem::path& path) {
   std::ifstream in(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(in), {}};
+}
+
+/// Adds a record of the bytes that `name` has. No writer makes such files; the format allows them.
+inline void add_alias(const std::filesystem::path& path, const std::string& name, const std::string& alias) {
+  Metadata metadata = read_metadata(path);
+  for (TensorRecord record : std::vector(metadata.records)) {
+    if (record.name != name) continue;
+    record.name = alias;
+    metadata.records.push_back(record);
+  }
+  const std::string payload = file_content(path).substr(0, metadata.payload_bytes);
+  std::ofstream(path, std::ios::binary) << payload << encode_footer(metadata);
 }
 
 inline std::vector<std::string> names_of(const StateDict& tensors) {
