@@ -5,6 +5,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.cache/venv
 python=$venv/bin/python
 uv_version=0.13.9
+# The PyPI package that this one takes the place of.
+reference_version=0.4.5
+reference_venv=$root/.cache/reference-venv
+reference_python=$reference_venv/bin/python
 
 # For every CMake below this shell, the one that builds the Python package included.
 export CMAKE_GENERATOR=Ninja
@@ -59,6 +63,24 @@ make_venv() {
   fi
   "$python" -c 'import uv' 2>/dev/null || "$python" -m pip install --quiet "uv==$uv_version"
   pip_install -r "$root/tools/requirements.txt"
+}
+
+# The Python reference in an environment of its own: both are called flashpack. The large packages that it needs come
+# from the other environment, which is behind its own on the path; the overrides keep them from being installed again.
+make_reference_venv() {
+  if ! "$reference_python" -c 'import sys' 2>/dev/null; then
+    rm -rf "$reference_venv"
+    /usr/bin/python3 -m venv --without-pip "$reference_venv"
+  fi
+  UV_HTTP_TIMEOUT=300 "$python" -m uv pip install --quiet --python "$reference_python" \
+    --override <(printf "%s; sys_platform == 'none'\n" torch numpy tqdm safetensors) \
+    "flashpack==$reference_version" accelerate==1.15.0 || return
+  local where="import sysconfig; print(sysconfig.get_path('purelib'))"
+  "$python" -c "$where" >"$("$reference_python" -c "$where")/packages_of_the_other.pth" || return
+  "$reference_python" - "$reference_version" <<'EOF'
+import sys, flashpack
+assert flashpack.__version__ == sys.argv[1], (flashpack.__version__, flashpack.__file__)
+EOF
 }
 
 # The Python package, built from this tree into the virtual environment.

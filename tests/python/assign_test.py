@@ -102,11 +102,48 @@ def test_meta_parameters_become_real_and_keep_what_was_hung_on_them(pack):
     model(torch.ones(1, 3))
 
 
-def test_a_meta_model_needs_a_device(pack):
+def test_a_meta_model_goes_to_the_cpu(pack):
     with torch.device("meta"):
         model = torch.nn.Linear(3, 3)
-    with pytest.raises(flashpack.FlashPackError, match="Unsupported device: meta"):
-        flashpack.assign_from_file(model, pack(torch.nn.Linear(3, 3)))
+    source = torch.nn.Linear(3, 3)
+    flashpack.assign_from_file(model, pack(source))
+    assert_bit_equal(model.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("source", [torch.nn.Linear(3, 3), {"weight": torch.ones(3, 3, dtype=torch.int32)}], ids=type)
+def test_parameters_made_in_inference_mode_stay_usable(source, pack):
+    with torch.inference_mode():
+        model = torch.nn.Linear(3, 3)
+    weight = model.weight
+    path = pack(source)
+    flashpack.assign_from_file(model, path, strict=False)
+    assert model.weight is weight
+    assert "Parameter" in str(model.weight)
+    assert_bit_equal({"weight": model.weight}, {"weight": flashpack.revert_from_file(path)["weight"]})
+    with torch.inference_mode():
+        model.weight.add_(1)
+    if weight.is_floating_point():
+        with torch.no_grad():
+            model(torch.ones(1, 3))
+        with torch.inference_mode():
+            model(torch.ones(1, 3))
+
+
+def test_a_failed_commit_puts_back_parameters_made_in_inference_mode(pack, monkeypatch):
+    with torch.inference_mode():
+        model = Model()
+    before = state_of(model)
+    path = pack(changed(model))
+
+    def failing_put(self, value):
+        monkeypatch.undo()
+        raise RuntimeError("put")
+
+    monkeypatch.setattr(_assign.Slot, "put", failing_put)
+    with pytest.raises(RuntimeError, match="put"):
+        flashpack.assign_from_file(model, path)
+    assert state_of(model) == before
+    assert "Parameter" in str(model.linear.weight)
 
 
 @pytest.mark.parametrize("names", [["embed.weight", "head.weight"], ["embed.weight"], ["head.weight"]], ids=str)
@@ -365,6 +402,43 @@ def test_loading_in_inference_mode_leaves_ordinary_parameters(device, target_dty
     model.linear(torch.ones(1, 8)).sum().backward()
 
 
+def test_parameters_that_the_file_lacks_follow_to_the_device():
+    kept = torch.nn.Parameter(torch.ones(2))
+    module = torch.nn.Module()
+    elsewhere, here = torch.device("cuda"), torch.device("cpu")
+    plain = _assign.Slot(module, "kept", True, True, kept)
+    assert _assign.follows(plain, elsewhere)
+    assert not _assign.follows(plain, here)
+    assert not _assign.follows(_assign.Slot(module, "other", True, True, Subclass(torch.ones(2))), elsewhere)
+    on_meta = torch.nn.Parameter(torch.ones(2, device="meta"))
+    assert not _assign.follows(_assign.Slot(module, "meta", True, True, on_meta), elsewhere)
+
+
+def test_a_parameter_that_is_moved_stays_the_same_object_with_its_values_and_its_tie(pack, monkeypatch):
+    model = Tied()
+    model.register_parameter("extra", torch.nn.Parameter(torch.ones(2)))
+    extra, moved = model.extra, []
+    # As if they were on another device, which few machines have.
+    monkeypatch.setattr(_assign, "follows", lambda slot, device: moved.append(slot.attribute) or True)
+    flashpack.assign_from_file(model, pack(Tied()), ignore_names=["extra"])
+    assert moved == ["extra"]
+    assert model.extra is extra
+    assert extra.requires_grad
+    assert extra.is_leaf
+    assert extra.tolist() == [1, 1]
+    assert model.head.weight is model.embed.weight
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no second device")
+def test_parameters_that_the_file_lacks_end_where_the_others_do(pack):
+    model = Model()
+    scale = model.logit_scale
+    flashpack.assign_from_file(model, pack(Model()), device="cuda", ignore_names=["logit_scale"])
+    assert model.logit_scale is scale
+    assert scale.device == model.linear.weight.device
+    assert scale.item() == 2.5
+
+
 def test_buffers_that_the_file_lacks_follow_to_the_device(pack, monkeypatch):
     model = torch.nn.Module()
     model.register_buffer("scale", torch.ones(2))
@@ -378,9 +452,9 @@ def test_buffers_that_the_file_lacks_follow_to_the_device(pack, monkeypatch):
 
 def test_the_device_is_that_of_the_model_then_of_its_parameters(pack):
     class WithDevice(Model):
-        device = "meta"
+        device = "mps"
 
-    with pytest.raises(flashpack.FlashPackError, match="Unsupported device: meta"):
+    with pytest.raises(flashpack.FlashPackError, match="Unsupported device: mps"):
         flashpack.assign_from_file(WithDevice(), pack(Model()))
     no_parameters = torch.nn.BatchNorm1d(2, affine=False)
     flashpack.assign_from_file(no_parameters, pack(no_parameters))

@@ -249,6 +249,21 @@ def test_a_record_that_does_not_fit_its_block_is_named(change, align_bytes, pack
         list(iterate_from_flash_tensor(storage, metadata))
 
 
+MALFORMED = [None, {}, {"index": None}, {"index": {}}, {"index": [7]}, {"index": [{}]}, {"index": [{"name": 7}]}]
+
+
+@pytest.mark.parametrize("malformed", MALFORMED, ids=str)
+def test_metadata_without_records_of_names_is_refused_before_anything_is_read(malformed, pack, monkeypatch):
+    with pytest.raises(flashpack.FlashPackError, match=r"no list 'index'|no object with a name"):
+        list(iterate_from_flash_tensor(torch.ones(4), malformed))
+    path = pack({"a": torch.ones(4)})
+    metadata = flashpack.get_flashpack_file_metadata(path)
+    del metadata["index"]
+    monkeypatch.delattr(flashpack.deserialization, "_read_blocks")
+    with pytest.raises(flashpack.FlashPackError, match=r"no list 'index'|no object with a name|not that of this file"):
+        read_flashpack_file(path, metadata=metadata | (malformed or {}))
+
+
 def test_a_plain_tensor_is_a_storage_of_one_block():
     metadata = {"index": [{"name": "a", "shape": [], "offset": 1, "length": 1}]}
     assert dict(iterate_from_flash_tensor(torch.arange(3), metadata)) == {"a": torch.tensor(1)}

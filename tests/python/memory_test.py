@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import mmap
 
 import flashpack
@@ -53,6 +54,15 @@ def test_what_does_not_fit_in_memory_is_an_os_error():
         _memory.allocate_region(0, 1 << 60)
 
 
+def test_a_kernel_without_huge_pages_is_no_error(monkeypatch):
+    class NoHugePages(mmap.mmap):
+        def madvise(self, *args):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(_memory.mmap, "mmap", NoHugePages)
+    assert _memory.allocate_region(0, 3 * MIB).address % (2 * MIB) == 0
+
+
 def test_one_run_holds_neighbours_in_the_order_of_the_file():
     runs = _memory.plan_runs([entry("b", 128, 10), entry("a", 0, 100)])
     assert names_of(runs) == [["a", "b"]]
@@ -84,6 +94,27 @@ def test_bytes_that_nobody_wants_are_not_read(pack):
     tensors = _memory.read_tensors(footer, wanted, silent=True)
     assert torch.equal(tensors["a"].view(torch.uint8), source["a"].view(torch.uint8))
     assert torch.equal(tensors["c"].view(torch.uint8), source["c"].view(torch.uint8))
+
+
+def test_records_of_the_same_bytes_become_tensors_with_memory_of_their_own(tmp_path):
+    place = {"offset": 0, "length": 16}
+    records = [{"name": "a", "shape": [16]} | place, {"name": "b", "shape": [4, 4]} | place]
+    footer = {
+        "format": "flashpack_v3",
+        "target_dtype": "float32",
+        "align_bytes": 0,
+        "total_elems": 16,
+        "index": records,
+    }
+    path = write_file(tmp_path / "a", footer, payload=bytes(range(64)))
+    model = torch.nn.Module()
+    model.a, model.b = torch.nn.Parameter(torch.empty(16)), torch.nn.Parameter(torch.empty(4, 4))
+    for options in ({}, {"mmap": True}):
+        flashpack.assign_from_file(model, path, **options)
+        for tensors in (dict(model.named_parameters()), flashpack.revert_from_file(path)):
+            assert bits(tensors["b"]) == bytes(range(64))
+            tensors["a"].data.zero_()
+            assert bits(tensors["b"]) == bytes(range(64))
 
 
 def test_an_empty_tensor_may_lie_anywhere_in_the_payload(tmp_path):

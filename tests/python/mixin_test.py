@@ -138,6 +138,18 @@ def test_a_constructor_of_any_keywords_gets_them_and_its_rank(tmp_path):
     assert Open.from_flashpack(tmp_path / "a", features=4, rank=0, silent=True).rank == 0
 
 
+def test_places_that_are_not_given_leave_the_defaults_of_the_constructor(tmp_path):
+    class Placed(Model):
+        def __init__(self, rank: int = 7, local_rank: int = 8, world_size: int = 9) -> None:
+            super().__init__(4)
+            self.places = (rank, local_rank, world_size)
+
+    Model(4).save_flashpack(tmp_path / "a", silent=True)
+    assert Placed.from_flashpack(tmp_path / "a", silent=True).places == (7, 8, 9)
+    assert Placed.from_flashpack(tmp_path / "a", local_rank=0, silent=True).places == (7, 0, 9)
+    assert Placed.from_flashpack(tmp_path / "a", 1, rank=2, world_size=3, silent=True).places == (1, 8, 3)
+
+
 def test_class_attributes_are_defaults_that_an_argument_overrides(tmp_path):
     class Partial(Model):
         flashpack_ignore_suffixes = [".bias"]  # noqa: RUF012

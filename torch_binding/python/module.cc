@@ -113,7 +113,8 @@ TransferStats wait(Transfer& transfer, const ProgressFunction& progress, std::ui
   return stats;
 }
 
-/// The footer as json.loads would give it, keys in the order of the file.
+/// The footer as json.loads would give it, normalised: the keys of the format, in the order in which the writer puts
+/// them, without any others that the file has.
 Dict footer_dict(const Metadata& metadata) {
   const bool several = metadata.version == 4;
   Dict footer;

@@ -139,9 +139,9 @@ def commit(plan: Plan, tensors: dict[str, torch.Tensor], device: torch.device, c
         new = tensors.pop(entry.name).to(device=device, dtype=old.dtype if coerce_dtype else None)
         new_values[id(old)] = make_parameter(old, new) if old.is_meta and plan.slots[entry.name].is_parameter else new
     for slot in plan.slots.values():
-        # Buffers that no file holds, such as rotary tables, follow the weights.
-        if not slot.is_parameter and id(slot.value) not in new_values and not slot.value.is_meta:
-            new_values[id(slot.value)] = slot.value.to(device)
+        # What the file lacks, such as rotary tables, follows the weights.
+        if id(slot.value) not in new_values and follows(slot, device):
+            new_values[id(slot.value)] = slot.value.detach().to(device) if slot.is_parameter else slot.value.to(device)
 
     with ExitStack() as undo:
         for slot in plan.slots.values():
@@ -156,22 +156,43 @@ def commit(plan: Plan, tensors: dict[str, torch.Tensor], device: torch.device, c
         undo.pop_all()
 
 
+def follows(slot: Slot, device: torch.device) -> bool:
+    """Whether a tensor that is not assigned goes to `device`. Parameters of other classes may not survive a move."""
+    if slot.value.is_meta:
+        return False
+    if not slot.is_parameter:
+        return True
+    plain = type(slot.value) is torch.nn.Parameter and slot.value.layout is torch.strided
+    return plain and not slot.value.is_quantized and slot.value.device != device
+
+
 def set_data(parameter: torch.Tensor, new: torch.Tensor, undo: ExitStack) -> None:
     """Gives `parameter` other memory, keeping the object, so that optimizers, hooks and ties stay valid."""
     old, required_grad, grad = parameter.data, parameter.requires_grad, parameter.grad
+    # A parameter that was made in inference mode has no version counter; only there may its flags be set, and only
+    # a tensor of that mode fits it.
+    inference = parameter.is_inference()
 
     def restore() -> None:
-        parameter.requires_grad_(False)
-        parameter.data = old
-        parameter.requires_grad_(required_grad)
-        parameter.grad = grad
+        with torch.inference_mode(inference):
+            parameter.requires_grad_(False)
+            parameter.data = old
+            parameter.requires_grad_(required_grad)
+            parameter.grad = grad
 
     undo.callback(restore)
-    if grad is not None and (grad.dtype, grad.device) != (new.dtype, new.device):
-        parameter.grad = None
-    if required_grad and not can_require_grad(new):
-        parameter.requires_grad_(False)
-    parameter.data = new
+    with torch.inference_mode(inference):
+        if grad is not None and (grad.dtype, grad.device) != (new.dtype, new.device):
+            parameter.grad = None
+        if required_grad and not can_require_grad(new):
+            parameter.requires_grad_(False)
+        parameter.data = same_memory(new) if inference else new
+
+
+def same_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor over the memory of `tensor` that is no view of it: in inference mode, one of that mode."""
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def make_parameter(old: torch.Tensor, new: torch.Tensor) -> torch.nn.Parameter:

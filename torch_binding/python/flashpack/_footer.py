@@ -89,8 +89,9 @@ def read_footer(path: StrPath) -> Footer:
 def get_flashpack_file_metadata(path: StrPath) -> dict[str, Any]:
     """The footer of a flashpack file, checked.
 
-    Keys are those of the file: `format`, `align_bytes`, `total_elems`, `index`, and `target_dtype` for one dtype or
-    `macroblocks` and `total_payload_bytes` for several. Records of `index` count `offset` and `length` in elements.
+    Keys are normalised, whatever else the file has: `format`, `align_bytes`, `total_elems`, `index`, and `target_dtype`
+    for one dtype or `macroblocks` and `total_payload_bytes` for several. Records of `index` count `offset` and `length`
+    in elements.
 
     Raises FlashPackError (a ValueError) naming the broken rule, OSError when the file cannot be read.
     """

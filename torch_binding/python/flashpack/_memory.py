@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ def allocate_region(offset_bytes: int, size_bytes: int) -> Region:
     except OSError as error:
         raise OSError(errno.ENOMEM, f"allocate {size_bytes} bytes: {error.strerror}") from error
     if huge:
-        buffer.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # Kernels without huge pages refuse the advice; small ones are only slower.
+            buffer.madvise(mmap.MADV_HUGEPAGE)
     base = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
     return Region(buffer, (offset_bytes - base) % align, offset_bytes, size_bytes)
 
@@ -89,18 +91,31 @@ def fill_regions(footer: Footer, regions: Sequence[Region], silent: bool) -> dic
 
 def read_tensors(footer: Footer, entries: Sequence[Entry], silent: bool) -> dict[str, torch.Tensor]:
     """Reads `entries` in one transfer. Each tensor owns its memory as if torch had made it."""
-    runs = plan_runs([entry for entry in entries if entry.size_bytes])
+    # Records may name the same bytes: these are read once.
+    runs = plan_runs(list({entry.offset_bytes: entry for entry in entries if entry.size_bytes}.values()))
     regions = [allocate_region(run[0].offset_bytes, stop_of(run[-1]) - run[0].offset_bytes) for run in runs]
     fill_regions(footer, regions, silent)
-    region_of = {entry.name: region for region, run in zip(regions, runs, strict=True) for entry in run}
-    return {entry.name: tensor_of(entry, region_of.get(entry.name)) for entry in entries}
+    return tensors_of(
+        entries, {entry.offset_bytes: region for region, run in zip(regions, runs, strict=True) for entry in run}
+    )
 
 
-def tensor_of(entry: Entry, region: Region | None) -> torch.Tensor:
-    """The tensor of `entry`; an empty one needs no region."""
-    if region is None:
-        return torch.empty(entry.shape, dtype=string_to_dtype(entry.dtype), device="cpu")
-    return region.tensor(entry.dtype, entry.shape, entry.length_elems, entry.offset_bytes)
+def tensors_of(entries: Sequence[Entry], region_at: Mapping[int, Region]) -> dict[str, torch.Tensor]:
+    """The tensors of `entries`, each with memory of its own: where several name the same bytes, all but one are copies.
+
+    `region_at`: by file offset; empty tensors need none.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    given: set[int] = set()
+    for entry in entries:
+        if not entry.size_bytes:
+            tensors[entry.name] = torch.empty(entry.shape, dtype=string_to_dtype(entry.dtype), device="cpu")
+            continue
+        region = region_at[entry.offset_bytes]
+        tensor = region.tensor(entry.dtype, entry.shape, entry.length_elems, entry.offset_bytes)
+        tensors[entry.name] = tensor.clone() if entry.offset_bytes in given else tensor
+        given.add(entry.offset_bytes)
+    return tensors
 
 
 def plan_runs(entries: Sequence[Entry]) -> list[list[Entry]]:

@@ -11,7 +11,7 @@ import torch
 
 from ._assign import check_strictness, commit, make_plan
 from ._footer import Entry, Footer, StrPath, blocks_of, get_flashpack_file_metadata, is_flashpack_file, read_footer
-from ._memory import allocate_region, fill_regions, map_file, read_tensors, tensor_of
+from ._memory import allocate_region, fill_regions, map_file, read_tensors, tensors_of
 from ._native import FlashPackError
 from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
 from .utils import human_num_elements, is_ignored_tensor_name, logger
@@ -72,9 +72,10 @@ def read_flashpack_file(
     footer = read_footer(path)
     if metadata is not None and not _describes(metadata, footer):
         raise FlashPackError(f"{footer.path}: the metadata given is not that of this file")
-    storage = _read_blocks(footer, target, silent, mmap)
     result = footer.metadata if metadata is None else metadata
-    for record in result["index"]:
+    index = _index_of(result)
+    storage = _read_blocks(footer, target, silent, mmap)
+    for record in index:
         record.setdefault("macroblock", 0)
     return storage, result
 
@@ -91,7 +92,7 @@ def iterate_from_flash_tensor(
     Trusts nothing in `metadata`. Raises FlashPackError naming the record that does not fit its block.
     """
     storage = flash_tensor if isinstance(flash_tensor, FlashTensorStorage) else FlashTensorStorage([flash_tensor])
-    index = metadata["index"]
+    index = _index_of(metadata)
     _check_alignment(storage, index, metadata.get("align_bytes", 0))
     for record in index:
         if not is_ignored_tensor_name(record["name"], ignore_names, ignore_prefixes, ignore_suffixes):
@@ -131,10 +132,10 @@ def assign_from_file(
 
     Names, shapes and buffer dtypes are checked before a byte of the payload is read. Parameters stay the objects they
     are (optimizers, hooks and ties stay valid) and take the dtype of the file; meta parameters are replaced. Tensors
-    that the model holds under several names are read once, from the first name in the file. Buffers that the file does
-    not have are moved to the device.
+    that the model holds under several names are read once, from the first name in the file. What the file does not
+    have is moved to the device; only meta tensors, and parameters of classes other than torch.nn.Parameter, stay.
 
-    `device`: where everything ends; default: `model.device`, else that of the first parameter.
+    `device`: where everything ends; default: `model.device`, else that of the first parameter; the CPU if that is meta.
     `strict_params`, `strict_buffers`: whether those that the file lacks are an error (non-persistent buffers never
     are); with either, so are names that the model lacks. `strict` stands for both.
     `ignore_*`: names neither read nor required.
@@ -189,7 +190,7 @@ def _read_entries(footer: Footer, entries: list[Entry], silent: bool, mmap: bool
     with torch.inference_mode(False), torch.no_grad():
         if mmap:
             file = map_file(footer)
-            return {entry.name: tensor_of(entry, file) for entry in entries}
+            return tensors_of(entries, {entry.offset_bytes: file for entry in entries})
         return read_tensors(footer, entries, silent)
 
 
@@ -208,9 +209,9 @@ def _supported_device(device: str | torch.device, mmap: bool) -> torch.device:
 
 def _device_of(model: torch.nn.Module) -> str | torch.device:
     device = getattr(model, "device", None)
-    if isinstance(device, (str, torch.device)):
+    if isinstance(device, (str, torch.device)) and torch.device(device).type != "meta":
         return device
-    first = next(model.parameters(), None)
+    first = next((parameter for parameter in model.parameters() if not parameter.is_meta), None)
     return torch.device("cpu") if first is None else first.device
 
 
@@ -225,6 +226,17 @@ def _refuse_distributed() -> None:
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         raise RuntimeError("distributed loading requires an initialized torch.distributed process group")
     raise NotImplementedError("distributed loading is not available; without it, every rank reads the file by itself")
+
+
+def _index_of(metadata: Any) -> list[dict[str, Any]]:
+    """The records of `metadata`, once it is known that they are records and have names."""
+    index = metadata.get("index") if isinstance(metadata, dict) else None
+    if not isinstance(index, list):
+        raise FlashPackError("the metadata has no list 'index'")
+    for record in index:
+        if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+            raise FlashPackError(f"Could not get tensor for record {record!r}: it is no object with a name")
+    return index
 
 
 def _block_of(storage: FlashTensorStorage, record: dict[str, Any]) -> torch.Tensor:

@@ -77,7 +77,7 @@ class FlashPackMixin:
         build = cls._flashpack_builder() if init_fn is None else init_fn
         places = {"rank": rank, "local_rank": local_rank, "world_size": world_size}
         with meta_parameters():
-            model = build(*args, **_accepted(build, kwargs, places))
+            model = build(*args, **_accepted(build, args, kwargs, places))
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"{getattr(build, '__qualname__', build)} made a {type(model).__name__}, not a module")
         assign_from_file(
@@ -125,15 +125,20 @@ class FlashPackMixin:
         return cls if method is None else getattr(cls, method, cls)
 
 
-def _accepted(build: Callable[..., Any], kwargs: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
-    """Those of `kwargs` that `build` takes, and those of `places` that it names."""
+def _accepted(
+    build: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], places: dict[str, Any]
+) -> dict[str, Any]:
+    """Those of `kwargs` that `build` takes, and those of `places` that it names, unless None or among `args`."""
     parameters = inspect.signature(build).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     dropped = [] if takes_all else [name for name in kwargs if name not in parameters]
     if dropped:
         logger.warning("%s does not take %s", getattr(build, "__qualname__", build), ", ".join(dropped))
     accepted = {name: value for name, value in kwargs.items() if name not in dropped}
-    return accepted | {name: value for name, value in places.items() if name in parameters}
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = [name for name, parameter in parameters.items() if parameter.kind in positional][: len(args)]
+    given = {name: value for name, value in places.items() if value is not None and name not in taken}
+    return accepted | {name: value for name, value in given.items() if name in parameters}
 
 
 def _warn_of_meta(model: torch.nn.Module, path: StrPath) -> None:
