@@ -136,6 +136,7 @@ def test_a_constructor_of_any_keywords_gets_them_and_its_rank(tmp_path):
 
     Model(4).save_flashpack(tmp_path / "a", silent=True)
     assert Open.from_flashpack(tmp_path / "a", features=4, rank=0, silent=True).rank == 0
+    assert Open.from_flashpack(tmp_path / "a", features=4, silent=True).rank is None
 
 
 def test_places_that_are_not_given_leave_the_defaults_of_the_constructor(tmp_path):

@@ -128,7 +128,10 @@ class FlashPackMixin:
 def _accepted(
     build: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], places: dict[str, Any]
 ) -> dict[str, Any]:
-    """Those of `kwargs` that `build` takes, and those of `places` that it names, unless None or among `args`."""
+    """Those of `kwargs` that `build` takes, and those of `places` that it names and `args` do not give already.
+
+    A place that is not known is passed on, as None, only where there is no default that it would hide.
+    """
     parameters = inspect.signature(build).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     dropped = [] if takes_all else [name for name in kwargs if name not in parameters]
@@ -137,8 +140,9 @@ def _accepted(
     accepted = {name: value for name, value in kwargs.items() if name not in dropped}
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     taken = [name for name, parameter in parameters.items() if parameter.kind in positional][: len(args)]
-    given = {name: value for name, value in places.items() if value is not None and name not in taken}
-    return accepted | {name: value for name, value in given.items() if name in parameters}
+    wanted = [name for name in places if name in parameters and name not in taken]
+    required = [name for name in wanted if parameters[name].default is inspect.Parameter.empty]
+    return accepted | {name: places[name] for name in wanted if places[name] is not None or name in required}
 
 
 def _warn_of_meta(model: torch.nn.Module, path: StrPath) -> None:
