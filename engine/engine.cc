@@ -204,7 +204,7 @@ Transfer Engine::start_load(LoadRequest request, Completion* completion) {
       open_source(*state, file, request.cache, impl_->options().chunk_bytes);
     state->router = engine::Router(state->plan, state->sources, request.cache);
   } catch (const Error& error) {
-    state->failed_to_start = engine::Failure(error);
+    state->failure = engine::Failure(error);
   }
   impl_->start(state);
   return engine::TransferState::handle(std::move(state));

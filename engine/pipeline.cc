@@ -77,7 +77,6 @@ bool Pipeline::admit() {
   }
   for (auto& transfer : admitted_) {
     TransferState& state = *transfer;
-    state.failure = std::move(state.failed_to_start);
     active_.push_back(std::move(transfer));
     if (state.cancel_requested)
       attention_.store(true);  // What cancel() said may have been looked for before it was here.
@@ -97,7 +96,7 @@ void Pipeline::attend_to_cancels_and_deadlines() {
     if (transfer.failure || !(late || (cancels && transfer.cancel_requested))) continue;
     transfer.failure =
         Failure(file_error(late ? Errc::kDeadlineExceeded : Errc::kCancelled, transfer.verb(), transfer.path_of(0)));
-    if (transfer.in_flight == 0) end(transfer);
+    if (transfer.outstanding == 0) end(transfer);
   }
 }
 
@@ -192,7 +191,7 @@ unsigned Pipeline::open_job(TransferState& transfer, const Chunk& chunk) {
   const unsigned tag = free_jobs_.back();
   free_jobs_.pop_back();
   jobs_[tag] = Job{.transfer = &transfer, .chunk = &chunk};
-  transfer.outstanding.store(++transfer.in_flight);
+  ++transfer.outstanding;
   return tag;
 }
 
@@ -272,11 +271,9 @@ void Pipeline::on_direct_read(unsigned tag, std::int64_t result) {
 void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
   const Job& job = jobs_[tag];
   if (result < 0) return fail(tag, errno_code(static_cast<int>(-result)));
-  std::int64_t wanted = 0;
-  for (const Piece& piece : job.transfer->plan.pieces_of(*job.chunk))
-    wanted += static_cast<std::int64_t>(piece.size_bytes);
-  job.transfer->stats.buffered_bytes += static_cast<std::uint64_t>(result);
-  if (result == wanted) return deliver(tag);
+  const auto moved = static_cast<std::uint64_t>(result);
+  job.transfer->stats.buffered_bytes += moved;
+  if (moved == job.transfer->plan.wanted_bytes(*job.chunk)) return deliver(tag);
   fail(tag, job.transfer->is_load() ? make_error_code(Errc::kTruncated) : errno_code(EIO));
 }
 
@@ -295,9 +292,7 @@ void Pipeline::refuse_direct(unsigned tag) {
 
 void Pipeline::deliver(unsigned tag) {
   const Job& job = jobs_[tag];
-  std::uint64_t delivered = 0;
-  for (const Piece& piece : job.transfer->plan.pieces_of(*job.chunk)) delivered += piece.size_bytes;
-  job.transfer->done_bytes.fetch_add(delivered);
+  job.transfer->done_bytes += job.transfer->plan.wanted_bytes(*job.chunk);
   --job.transfer->chunks_open;
   close_job(tag);
 }
@@ -316,8 +311,7 @@ void Pipeline::close_job(unsigned tag) {
   if (job.slot >= 0) free_slots_.push_back(job.slot);
   job = Job{};
   free_jobs_.push_back(tag);
-  transfer.outstanding.store(--transfer.in_flight);
-  if (transfer.in_flight == 0 && (transfer.failure || transfer.chunks_open == 0)) end(transfer);
+  if (--transfer.outstanding == 0 && (transfer.failure || transfer.chunks_open == 0)) end(transfer);
 }
 
 void Pipeline::end(TransferState& transfer) {

@@ -45,6 +45,13 @@ struct Plan {
     return std::span(pieces).subspan(chunk.first_piece, chunk.piece_count);
   }
 
+  /// Sum of the chunk's pieces; not its size where they leave gaps or overlap.
+  std::uint64_t wanted_bytes(const Chunk& chunk) const {
+    std::uint64_t sum = 0;
+    for (const Piece& piece : pieces_of(chunk)) sum += piece.size_bytes;
+    return sum;
+  }
+
  private:
   void add_staged(std::uint32_t file, Piece piece, std::uint32_t chunk_bytes);
   void add_in_place(std::uint32_t file, Piece piece, std::uint32_t chunk_bytes);

@@ -68,20 +68,18 @@ struct TransferState {
   int store_fd = -1;                 // Stores: borrowed from the FileWriter.
   std::filesystem::path store_path;  // Stores: for messages.
   Plan plan;
-  std::optional<Failure> failed_to_start;  // Then there is nothing to do but to say so.
   std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
   pid_t owner = 0;
 
   // The driver's alone.
   Router router;
-  std::uint32_t chunks_open = 0;  // Neither delivered nor given up.
-  std::uint32_t in_flight = 0;
-  std::optional<Failure> failure;
+  std::uint32_t chunks_open = 0;   // Neither delivered nor given up.
+  std::optional<Failure> failure;  // May be there from the start; then there is nothing to do but to say so.
 
-  // Any thread.
+  // Any thread; the counters are written by the driver alone.
   std::atomic<bool> cancel_requested = false;
   std::atomic<std::uint64_t> done_bytes = 0;
-  std::atomic<std::uint32_t> outstanding = 0;
+  std::atomic<std::uint32_t> outstanding = 0;  // Jobs under way.
 
   // Written by the driver until the end, then constant.
   TransferStats stats;
