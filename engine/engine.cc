@@ -91,11 +91,19 @@ void open_source(engine::TransferState& state, const FileExtents& wanted, CacheP
       pieces.push_back({extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target)});
   }
   if (want_direct && file.direct_fd() < 0) {
-    state.stats.fallback_reason = "direct I/O: " + engine::errno_code(file.direct_error()).message();
+    state.note_fallback("direct I/O: " + engine::errno_code(file.direct_error()).message());
   }
   state.plan.add(index, pieces, chunk_bytes, std::min(file.block_bytes(), chunk_bytes));
-  const bool direct = file.direct_fd() >= 0;
-  state.sources.push_back({std::move(file), direct});
+  state.sources.emplace_back(std::move(file));
+}
+
+// Null where the workers are asked for.
+std::unique_ptr<engine::Ring> make_ring(Backend backend, unsigned reads,
+                                        const std::vector<std::span<std::byte>>& slots) {
+  using engine::Ring;
+  if (backend == Backend::kWorkers) return nullptr;
+  if (backend != Backend::kPlainIoUring) return std::make_unique<Ring>(reads, slots);
+  return std::make_unique<Ring>(reads, std::vector<std::span<std::byte>>{}, Ring::Rung::kBare);
 }
 
 }  // namespace
@@ -140,12 +148,13 @@ void Engine::Impl::drive(std::promise<engine::Pipeline*>& ready) {
     const unsigned tags = engine::Pipeline::tag_limit(limits, staging->slots().size());
     const unsigned reads = limits.queue_depth + limits.worker_depth;  // Those that were populated first come on top.
     try {
-      if (options_.backend != Backend::kWorkers) ring = std::make_unique<engine::Ring>(reads, staging->slots());
+      ring = make_ring(options_.backend, reads, staging->slots());
+      if (ring) fallback_reason_ = ring->fallback_reason();
     } catch (const std::system_error& error) {
-      if (options_.backend == Backend::kIoUring) throw;
+      if (options_.backend != Backend::kAuto) throw;
       fallback_reason_ = error.what();
     }
-    options_.backend = ring ? Backend::kIoUring : Backend::kWorkers;
+    if (options_.backend == Backend::kAuto) options_.backend = ring ? Backend::kIoUring : Backend::kWorkers;
     workers.emplace(options_.workers, tags, ring.get(), fallback_reason_);
     engine::IoQueue& disk = ring ? static_cast<engine::IoQueue&>(*ring) : *workers;
     pipeline.emplace(disk, *workers, staging->slots(), limits);
@@ -199,6 +208,7 @@ Transfer Engine::start_load(LoadRequest request, Completion* completion) {
   check_targets(request);
   auto state = impl_->new_transfer(completion);
   state->deadline = request.deadline;
+  state->after = request.after;
   try {
     for (const FileExtents& file : request.files)
       open_source(*state, file, request.cache, impl_->options().chunk_bytes);

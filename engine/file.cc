@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 
 #include <algorithm>
 #include <bit>
@@ -14,20 +13,6 @@
 namespace flashpack::engine {
 
 namespace {
-
-// cachestat(2) came with Linux 6.5, after the headers of our floor.
-constexpr long kSysCachestat = 451;
-struct CachestatRange {
-  std::uint64_t offset_bytes;
-  std::uint64_t size_bytes;
-};
-struct Cachestat {
-  std::uint64_t cached_pages;
-  std::uint64_t dirty_pages;
-  std::uint64_t writeback_pages;
-  std::uint64_t evicted_pages;
-  std::uint64_t recently_evicted_pages;
-};
 
 // The most any file system asks for; beyond it buffered reads are the better choice.
 constexpr std::uint32_t kMaxBlockBytes = std::uint32_t{1} << 20;
@@ -87,15 +72,6 @@ void File::open_direct() {
 bool File::unchanged() const noexcept {
   struct stat status{};
   return ::fstat(buffered_fd(), &status) == 0 && identity_of(status) == identity_;
-}
-
-bool File::resident(std::uint64_t offset_bytes, std::uint64_t size_bytes) const noexcept {
-  CachestatRange range{offset_bytes, size_bytes};
-  Cachestat result{};
-  if (::syscall(kSysCachestat, buffered_fd(), &range, &result, 0) != 0) return false;
-  const std::uint64_t pages =
-      (round_up(offset_bytes + size_bytes, kPageBytes) - round_down(offset_bytes, kPageBytes)) / kPageBytes;
-  return result.cached_pages >= pages;
 }
 
 }  // namespace flashpack::engine

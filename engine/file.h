@@ -1,4 +1,4 @@
-/// One file opened for reading: its descriptors, alignment, identity and what of it is in the page cache.
+/// One file opened for reading: its descriptors, alignment and identity.
 #pragma once
 
 #include <cstdint>
@@ -30,10 +30,6 @@ class File {
   /// Whether the file is still what it was at open(). A rename over it is not a change: the descriptor keeps the old
   /// file.
   bool unchanged() const noexcept;
-
-  /// Whether every page of the range is in the page cache, from cachestat(2); false also where the kernel will not say
-  /// (before Linux 6.5, or a file of somebody else that is not writable).
-  bool resident(std::uint64_t offset_bytes, std::uint64_t size_bytes) const noexcept;
 
  private:
   File(std::filesystem::path path, UniqueFd buffered) : path_(std::move(path)), buffered_(std::move(buffered)) {}

@@ -15,16 +15,22 @@ namespace flashpack::engine {
 struct IoRequest {
   enum class Op : std::uint8_t {
     kRead,         ///< File to `memory`, once: the result may be short.
-    kReadPieces,   ///< File to `pieces`, to the end: the sum of their sizes unless the file ends before.
+    kReadPieces,   ///< File to `pieces`, to the end: the sum of their sizes unless the file ends before; see PageCache.
     kWritePieces,  ///< `pieces` to file, to the end.
     kScatter,      ///< `memory`, which holds the file from `offset_bytes` on, to `pieces`.
     kPopulate,     ///< Page faults of `memory` taken ahead of a read; never fails.
+  };
+  /// What a kReadPieces may do with the page cache.
+  struct PageCache {
+    bool only = false;  ///< Never waits for the disk: -EAGAIN when a byte is not cached or past the end.
+    bool drop = false;  ///< What was read is taken out of it.
   };
   Op op;
   int fd = -1;
   std::uint64_t offset_bytes = 0;
   std::span<std::byte> memory;
   std::span<const Piece> pieces;
+  PageCache page_cache;
   int slot = -1;  ///< The staging slot that `memory` lies in, for queues that register slots with the kernel.
 };
 
@@ -34,7 +40,7 @@ struct IoCompletion {
 };
 
 /// Many operations in flight, each known by its tag.
-/// Thread safety: push() and wait() from one thread; wake() from any.
+/// Thread safety: push(), cancel() and wait() from one thread; wake() from any.
 class IoQueue {
  public:
   virtual ~IoQueue() = default;
@@ -43,6 +49,10 @@ class IoQueue {
   /// Requires: `tag` is below the limit given at construction and not in flight; all memory stays valid until
   /// completion.
   virtual void push(unsigned tag, const IoRequest& request) = 0;
+
+  /// Asks for an operation to end early, if it is in flight. Its completion comes all the same, perhaps with
+  /// -ECANCELED, perhaps as if nothing had been asked, and no sooner for a read that a device has already got.
+  virtual void cancel(unsigned tag) = 0;
 
   /// Blocks until there is a completion, wake() was called since the last wait(), or `timeout` has passed; none waits
   /// for ever, zero only looks. The result is valid until the next call.

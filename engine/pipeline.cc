@@ -1,13 +1,12 @@
 #include "engine/pipeline.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cassert>
 #include <cerrno>
 #include <utility>
 
 #include "engine/error.h"
+#include "engine/workers.h"
 
 namespace flashpack::engine {
 
@@ -37,7 +36,6 @@ Pipeline::Pipeline(IoQueue& disk, IoQueue& workers, std::vector<std::span<std::b
       jobs_(tag_limit(limits, slots_.size())) {
   for (auto tag = static_cast<unsigned>(jobs_.size()); tag-- > 0;) free_jobs_.push_back(tag);
   for (int slot = static_cast<int>(slots_.size()); slot-- > 0;) free_slots_.push_back(slot);
-  page_flags_.resize(slots_.front().size() / kPageBytes);
 }
 
 // Waking is done under the lock: once run() has seen what was said, it may return and the queue be gone.
@@ -94,8 +92,8 @@ void Pipeline::attend_to_cancels_and_deadlines() {
     TransferState& transfer = *active_[i];
     const bool late = transfer.deadline && *transfer.deadline <= now;
     if (transfer.failure || !(late || (cancels && transfer.cancel_requested))) continue;
-    transfer.failure =
-        Failure(file_error(late ? Errc::kDeadlineExceeded : Errc::kCancelled, transfer.verb(), transfer.path_of(0)));
+    give_up(transfer,
+            file_error(late ? Errc::kDeadlineExceeded : Errc::kCancelled, transfer.verb(), transfer.path_of(0)));
     if (transfer.outstanding == 0) end(transfer);
   }
 }
@@ -150,7 +148,8 @@ bool Pipeline::issue_direct(TransferState& transfer, const Chunk& chunk) {
 
 bool Pipeline::issue_in_place(TransferState& transfer, const Chunk& chunk) {
   const std::span memory(transfer.plan.pieces_of(chunk).front().memory, chunk.size_bytes);
-  const bool populated = target_is_populated(memory);
+  // Fresh memory costs more in page faults than in reading; then workers take the faults ahead of the kernel.
+  const bool populated = is_populated(memory);
   if (!populated && populating_ >= limits_.worker_depth) return false;
   const unsigned tag = open_job(transfer, chunk);
   jobs_[tag].offset_bytes = chunk.offset_bytes;
@@ -179,14 +178,6 @@ bool Pipeline::issue_staged(TransferState& transfer, const Chunk& chunk) {
   return true;
 }
 
-// Fresh memory costs more in page faults than in reading; then workers take the faults ahead of the kernel.
-bool Pipeline::target_is_populated(std::span<std::byte> memory) {
-  const auto pages = memory.size() / kPageBytes;
-  if (page_flags_.size() < pages || ::mincore(memory.data(), memory.size(), page_flags_.data()) != 0) return true;
-  return std::all_of(page_flags_.begin(), page_flags_.begin() + static_cast<std::ptrdiff_t>(pages),
-                     [](unsigned char flags) { return flags & 1; });
-}
-
 unsigned Pipeline::open_job(TransferState& transfer, const Chunk& chunk) {
   const unsigned tag = free_jobs_.back();
   free_jobs_.pop_back();
@@ -212,11 +203,13 @@ void Pipeline::move_buffered(unsigned tag) {
   TransferState& transfer = *job.transfer;
   const bool load = transfer.is_load();
   job.stage = Stage::kBuffered;
+  job.only_cached = transfer.router.on_suspicion(*job.chunk);
   ++moving_;
   ++transfer.stats.operations;
   workers_.push(tag, {.op = load ? IoRequest::Op::kReadPieces : IoRequest::Op::kWritePieces,
                       .fd = load ? transfer.sources[job.chunk->file].file.buffered_fd() : transfer.store_fd,
-                      .pieces = transfer.plan.pieces_of(*job.chunk)});
+                      .pieces = transfer.plan.pieces_of(*job.chunk),
+                      .page_cache = {.only = job.only_cached, .drop = transfer.after == AfterLoad::kDrop}});
 }
 
 void Pipeline::complete(IoCompletion completion) {
@@ -270,6 +263,7 @@ void Pipeline::on_direct_read(unsigned tag, std::int64_t result) {
 
 void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
   const Job& job = jobs_[tag];
+  if (job.only_cached && result == -EAGAIN) return give_back(tag);
   if (result < 0) return fail(tag, errno_code(static_cast<int>(-result)));
   const auto moved = static_cast<std::uint64_t>(result);
   job.transfer->stats.buffered_bytes += moved;
@@ -284,10 +278,18 @@ void Pipeline::refuse_direct(unsigned tag) {
   if (job.slot >= 0) free_slots_.push_back(std::exchange(job.slot, -1));
   job.memory = {};
   ++job.transfer->stats.retries;
-  if (job.transfer->stats.fallback_reason.empty()) {
-    job.transfer->stats.fallback_reason = "the file system refuses direct reads";
-  }
+  job.transfer->note_fallback("direct I/O: refused by the file system at the first read");
   move_buffered(tag);
+}
+
+// It was not in the page cache after all.
+void Pipeline::give_back(unsigned tag) {
+  const Job& job = jobs_[tag];
+  TransferState& transfer = *job.transfer;
+  transfer.sources[job.chunk->file].residency.report_wrong();
+  transfer.router.give_back(*job.chunk);
+  ++transfer.stats.retries;
+  close_job(tag);
 }
 
 void Pipeline::deliver(unsigned tag) {
@@ -300,9 +302,19 @@ void Pipeline::deliver(unsigned tag) {
 void Pipeline::fail(unsigned tag, std::error_code code) {
   const Job& job = jobs_[tag];
   TransferState& transfer = *job.transfer;
-  transfer.failure = Failure(range_error(code, transfer.verb(), transfer.path_of(job.chunk->file),
-                                         job.chunk->offset_bytes, job.chunk->size_bytes));
+  give_up(transfer, range_error(code, transfer.verb(), transfer.path_of(job.chunk->file), job.chunk->offset_bytes,
+                                job.chunk->size_bytes));
   close_job(tag);
+}
+
+// From here on nothing is issued for it; what is under way is asked to end, and waited for.
+void Pipeline::give_up(TransferState& transfer, const Error& error) {
+  transfer.failure = Failure(error);
+  for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
+    if (jobs_[tag].transfer != &transfer) continue;
+    if (jobs_[tag].stage == Stage::kReading) disk_.cancel(tag);
+    if (jobs_[tag].stage == Stage::kBuffered) workers_.cancel(tag);
+  }
 }
 
 void Pipeline::close_job(unsigned tag) {
@@ -323,9 +335,10 @@ void Pipeline::end(TransferState& transfer) {
     if (!transfer.failure && !source.file.unchanged()) {
       transfer.failure = Failure(file_error(Errc::kFileChanged, "read", source.file.path()));
     }
+    transfer.note_fallback(source.residency.fallback_reason());
   }
   transfer.sources.clear();
-  if (transfer.stats.fallback_reason.empty()) transfer.stats.fallback_reason = disk_.fallback_reason();
+  transfer.note_fallback(disk_.fallback_reason());
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - transfer.started;
   transfer.stats.seconds = elapsed.count();
   transfer.finish(std::move(transfer.failure), keep);

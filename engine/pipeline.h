@@ -56,6 +56,7 @@ class Pipeline final : public Driver {
     std::span<std::byte> memory;     // Of a direct read: the slot's, or the target itself.
     std::uint64_t done_bytes = 0;    // Whole blocks of `memory` that have been read.
     unsigned stalls = 0;             // Results in a row that brought no new block.
+    bool only_cached = false;        // Of a buffered read: it may be refused because the disk would be needed.
   };
 
   bool admit();
@@ -77,10 +78,11 @@ class Pipeline final : public Driver {
   void on_buffered(unsigned tag, std::int64_t result);
   void refuse_direct(unsigned tag);
   void deliver(unsigned tag);
+  void give_back(unsigned tag);
   void fail(unsigned tag, std::error_code code);
+  void give_up(TransferState& transfer, const Error& error);
   void close_job(unsigned tag);
   void end(TransferState& transfer);
-  bool target_is_populated(std::span<std::byte> memory);
 
   IoQueue& disk_;
   IoQueue& workers_;
@@ -95,7 +97,6 @@ class Pipeline final : public Driver {
   std::uint32_t populating_ = 0;  // Jobs in kPopulating.
   std::vector<std::shared_ptr<TransferState>> active_;    // In the order they were started.
   std::vector<std::shared_ptr<TransferState>> admitted_;  // Scratch of admit().
-  std::vector<unsigned char> page_flags_;                 // Scratch of target_is_populated().
 
   std::atomic<bool> attention_ = false;
 

@@ -13,7 +13,9 @@ namespace flashpack::engine {
 
 namespace {
 
-constexpr std::uint64_t kWakeTag = std::uint64_t{1} << 63;  // liburing keeps the highest value for itself.
+// Above all tags; liburing keeps the highest value for itself.
+constexpr std::uint64_t kWakeTag = std::uint64_t{1} << 63;
+constexpr std::uint64_t kCancelTag = std::uint64_t{1} << 62;
 
 // Uses of a slot before it is worth registering: a load that only touches slots for its edges never pays for it.
 constexpr std::uint8_t kRegisterAtUse = 2;
@@ -29,20 +31,25 @@ std::system_error refused(int error_number, const char* call) {
 
 void Ring::RingDeleter::operator()(io_uring* ring) const noexcept { ::io_uring_queue_exit(ring); }
 
-Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots)
-    : storage_(std::make_unique<io_uring>()), slots_(std::move(slots)), slot_uses_(slots_.size(), 0) {
+Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Rung best)
+    : rung_(best), storage_(std::make_unique<io_uring>()), slots_(std::move(slots)), slot_uses_(slots_.size(), 0) {
   const unsigned entries = std::bit_ceil(in_flight_limit + 1);  // One more for the wake read.
   constexpr std::array<unsigned, 3> kLadder = {
       IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE,
       IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE, IORING_SETUP_CQSIZE};
-  int result = -EINVAL;
-  for (std::size_t rung = 0; rung < kLadder.size() && result == -EINVAL; ++rung) {
+  for (auto rung = static_cast<std::size_t>(best);; ++rung) {
+    rung_ = static_cast<Rung>(rung);
     io_uring_params params{};
     params.flags = kLadder[rung];
     params.cq_entries = 2 * entries;
-    result = ::io_uring_queue_init_params(entries, storage_.get(), &params);
+    const int result = ::io_uring_queue_init_params(entries, storage_.get(), &params);
+    if (result == 0) break;
+    if (result != -EINVAL || rung_ == Rung::kBare) throw refused(-result, "io_uring_setup");
   }
-  if (result < 0) throw refused(-result, "io_uring_setup");
+  if (rung_ != best) {
+    fallback_reason_ = std::string("io_uring: no DEFER_TASKRUN") + (rung_ == Rung::kBare ? " nor COOP_TASKRUN" : "");
+    fallback_reason_ += " (Linux 6.1 has both)";
+  }
   ring_.reset(storage_.get());
   if (!(ring_->features & IORING_FEAT_EXT_ARG)) throw refused(ENOSYS, "a wait with a timeout");
 
@@ -91,8 +98,14 @@ void Ring::push(unsigned tag, const IoRequest& request) {
   ::io_uring_sqe_set_data64(sqe, tag);
 }
 
+void Ring::cancel(unsigned tag) {
+  io_uring_sqe* sqe = next_sqe();
+  ::io_uring_prep_cancel64(sqe, tag, 0);
+  ::io_uring_sqe_set_data64(sqe, kCancelTag);
+}
+
 bool Ring::registered(int slot) {
-  if (slot < 0 || !fallback_reason_.empty()) return false;
+  if (slot < 0 || slots_.empty() || table_refused_) return false;
   const auto index = static_cast<std::size_t>(slot);
   if (slot_uses_[index] > kRegisterAtUse) return true;
   if (++slot_uses_[index] < kRegisterAtUse) return false;
@@ -105,7 +118,9 @@ bool Ring::registered(int slot) {
   }
   slot_uses_[index] = kRegisterAtUse + 1;
   if (result >= 0) return true;
-  fallback_reason_ = "registered buffers: " + std::generic_category().message(-result);
+  table_refused_ = true;
+  fallback_reason_ += (fallback_reason_.empty() ? "" : "; ");
+  fallback_reason_ += "registered buffers: " + std::generic_category().message(-result);
   if (result == -ENOMEM) fallback_reason_ += " (raise ulimit -l)";
   return false;
 }
@@ -134,7 +149,7 @@ std::span<const IoCompletion> Ring::wait(std::optional<std::chrono::nanoseconds>
     ++seen;
     if (cqe->user_data == kWakeTag) {
       rearm = true;
-    } else {
+    } else if (cqe->user_data != kCancelTag) {
       completions_.push_back({static_cast<unsigned>(cqe->user_data), cqe->res});
     }
   }

@@ -16,17 +16,26 @@ namespace flashpack::engine {
 /// Knows the operation kRead alone. Made, used and destroyed by one thread; wake() from any.
 class Ring final : public IoQueue {
  public:
-  /// Takes the best setup flags that the kernel knows. At most `in_flight_limit` reads at a time; `slots` are the
-  /// staging slots that may be registered. Throws: std::system_error, with the cause in its text, where io_uring is
-  /// refused.
-  Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots);
+  /// Ways to set up a ring, best first. What each lacks costs CPU, not speed.
+  enum class Rung : std::uint8_t {
+    kDeferred,     ///< SINGLE_ISSUER and DEFER_TASKRUN: completions never interrupt the driver. Linux 6.1.
+    kCooperative,  ///< COOP_TASKRUN. Linux 5.19.
+    kBare,         ///< No flags.
+  };
+
+  /// Takes the best rung from `best` on that the kernel knows. At most `in_flight_limit` reads at a time; `slots` are
+  /// the staging slots to register with it, none to do without. Throws: std::system_error, with the cause in its text,
+  /// where io_uring is refused.
+  Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Rung best = Rung::kDeferred);
   /// Requires: nothing in flight.
   ~Ring() override;
 
   void push(unsigned tag, const IoRequest& request) override;
+  void cancel(unsigned tag) override;
   std::span<const IoCompletion> wait(std::optional<std::chrono::nanoseconds> timeout) override;
   void wake() noexcept override;
   const std::string& fallback_reason() const noexcept override { return fallback_reason_; }
+  Rung rung() const noexcept { return rung_; }
 
  private:
   struct RingDeleter {
@@ -37,6 +46,7 @@ class Ring final : public IoQueue {
   void arm_wake();
   bool registered(int slot);
 
+  Rung rung_;
   std::unique_ptr<io_uring> storage_;
   std::unique_ptr<io_uring, RingDeleter> ring_;  // Of storage_, once it is set up; exits before storage_ goes.
   UniqueFd wake_fd_;
@@ -45,6 +55,7 @@ class Ring final : public IoQueue {
   std::vector<std::span<std::byte>> slots_;
   std::vector<std::uint8_t> slot_uses_;  // Saturating; a slot is registered when it is used again.
   bool table_ = false;                   // The kernel has a table of buffers for us.
+  bool table_refused_ = false;
   std::string fallback_reason_;
   std::vector<IoCompletion> completions_;
 };

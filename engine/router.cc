@@ -1,8 +1,10 @@
 #include "engine/router.h"
 
+#include <algorithm>
+
 namespace flashpack::engine {
 
-Router::Router(const Plan& plan, const std::vector<Source>& sources, CachePolicy policy)
+Router::Router(const Plan& plan, std::vector<Source>& sources, CachePolicy policy)
     : plan_(&plan), sources_(&sources), policy_(policy), routes_(plan.chunks.size()) {}
 
 const Chunk* Router::peek(Route route, unsigned& questions) {
@@ -17,12 +19,22 @@ const Chunk* Router::peek(Route route, unsigned& questions) {
   }
 }
 
-Router::Route Router::route_of(const Chunk& chunk) const {
+void Router::give_back(const Chunk& chunk) {
+  const auto index = static_cast<std::uint32_t>(&chunk - plan_->chunks.data());
+  routes_[index] = Route::kDirect;
+  next_direct_ = std::min(next_direct_, index);
+}
+
+bool Router::on_suspicion(const Chunk& chunk) const {
+  return policy_ == CachePolicy::kAuto && !sources_->empty() && (*sources_)[chunk.file].direct;
+}
+
+Router::Route Router::route_of(const Chunk& chunk) {
   if (sources_->empty() || policy_ == CachePolicy::kBuffered) return Route::kBuffered;
-  const Source& source = (*sources_)[chunk.file];
+  Source& source = (*sources_)[chunk.file];
   if (!source.direct) return Route::kBuffered;
   if (policy_ == CachePolicy::kDirect) return Route::kDirect;
-  return source.file.resident(chunk.offset_bytes, chunk.size_bytes) ? Route::kBuffered : Route::kDirect;
+  return source.residency.cached(chunk.offset_bytes, chunk.size_bytes) ? Route::kBuffered : Route::kDirect;
 }
 
 }  // namespace flashpack::engine

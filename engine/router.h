@@ -6,13 +6,18 @@
 
 #include "engine/file.h"
 #include "engine/plan.h"
+#include "engine/residency.h"
 #include "flashpack/engine.h"
 
 namespace flashpack::engine {
 
 /// A file that is read. `direct` turns false when a direct read of it has been refused.
 struct Source {
+  explicit Source(File opened)
+      : file(std::move(opened)), residency(file.buffered_fd()), direct(file.direct_fd() >= 0) {}
+
   File file;
+  Residency residency;
   bool direct;
 };
 
@@ -21,24 +26,29 @@ struct Source {
 /// Whether a chunk is cached is asked when a route has run out of known chunks, not before.
 class Router {
  public:
-  enum class Route : std::uint8_t { kDirect, kBuffered };
+  enum class Route : std::uint8_t { kDirect, kBuffered, kTaken /* not to be asked for */ };
 
   Router() = default;
   /// Borrows both; stores have no sources.
-  Router(const Plan& plan, const std::vector<Source>& sources, CachePolicy policy);
+  Router(const Plan& plan, std::vector<Source>& sources, CachePolicy policy);
 
   /// The next chunk of `route`, until take() the same; null when there is none, or when `questions` has run out, which
   /// counts down by one for each chunk that is looked at.
   const Chunk* peek(Route route, unsigned& questions);
   /// Requires: peek(route) was not null.
-  void take(Route route) { ++cursor(route); }
+  void take(Route route) { routes_[cursor(route)++] = Route::kTaken; }
+  /// Gives a taken chunk back, to go past the page cache.
+  void give_back(const Chunk& chunk);
+
+  /// Whether a chunk on kBuffered is there because it seems to be cached: then the other way is left when it is not.
+  bool on_suspicion(const Chunk& chunk) const;
 
  private:
   std::uint32_t& cursor(Route route) { return route == Route::kDirect ? next_direct_ : next_buffered_; }
-  Route route_of(const Chunk& chunk) const;
+  Route route_of(const Chunk& chunk);
 
   const Plan* plan_ = nullptr;
-  const std::vector<Source>* sources_ = nullptr;
+  std::vector<Source>* sources_ = nullptr;
   CachePolicy policy_ = CachePolicy::kAuto;
   std::vector<Route> routes_;  // Of the chunks below known_.
   std::uint32_t known_ = 0;

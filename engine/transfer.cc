@@ -40,6 +40,12 @@ void TransferState::cancel() noexcept {
   if (driver) driver->attend();
 }
 
+void TransferState::note_fallback(const std::string& reason) {
+  std::string& all = stats.fallback_reason;
+  if (reason.empty() || all.find(reason) != std::string::npos) return;
+  all.append(all.empty() ? "" : "; ").append(reason);
+}
+
 void TransferState::require_owner() const {
   if (::getpid() != owner) throw Error(Errc::kUnusable, "transfer of the parent process, used after fork");
 }

@@ -52,6 +52,8 @@ struct TransferState {
   /// Whether the calling thread may see the result. Requires: `mutex` is held.
   bool visible() const { return published || (ended && std::this_thread::get_id() == ended_by); }
   void cancel() noexcept;
+  /// The driver, or whoever prepares the transfer: adds to stats.fallback_reason what is not in it yet.
+  void note_fallback(const std::string& reason);
   /// Throws Errc::kUnusable in a forked child, where the driver thread does not exist.
   void require_owner() const;
 
@@ -64,7 +66,8 @@ struct TransferState {
   // Constant once started.
   std::optional<Deadline> deadline;
   Completion* completion = nullptr;
-  std::vector<Source> sources;       // Loads; Source::direct is the driver's.
+  std::vector<Source> sources;  // Loads; residency and direct are the driver's.
+  AfterLoad after = AfterLoad::kKeep;
   int store_fd = -1;                 // Stores: borrowed from the FileWriter.
   std::filesystem::path store_path;  // Stores: for messages.
   Plan plan;

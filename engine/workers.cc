@@ -1,9 +1,11 @@
 #include "engine/workers.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cassert>
 #include <cerrno>
@@ -13,7 +15,7 @@ namespace flashpack::engine {
 
 namespace {
 
-// EINTR without a signal handler of ours comes from odd file systems; it must not become an endless loop.
+// EINTR and EAGAIN without a cause of ours come from odd file systems; they must not become an endless loop.
 constexpr int kMaxInterrupts = 100;
 
 // Gaps up to this are read into a sink, so that neighbouring small tensors are one system call.
@@ -26,7 +28,7 @@ std::int64_t retry_interrupted(Syscall call) {
   for (int attempt = 0;; ++attempt) {
     const auto result = call();
     if (result >= 0) return result;
-    if (errno != EINTR || attempt == kMaxInterrupts) return -errno;
+    if ((errno != EINTR && errno != EAGAIN) || attempt == kMaxInterrupts) return -errno;
   }
 }
 
@@ -57,8 +59,8 @@ std::int64_t move_pieces(int fd, std::span<const Piece> pieces, bool write) {
   return moved;
 }
 
-// One preadv over as many leading pieces as are close together; true when every byte of them came.
-bool read_run(int fd, std::span<const Piece> run) {
+// One preadv over pieces that are close together. 0 when every byte of them came, else an errno; EAGAIN when fewer did.
+int read_run(int fd, std::span<const Piece> run, int flags) {
   std::array<std::byte, kSinkBytes> sink;
   std::array<iovec, kMaxVectors> vectors;
   int count = 0;
@@ -69,9 +71,9 @@ bool read_run(int fd, std::span<const Piece> run) {
     end = piece.offset_bytes + piece.size_bytes;
   }
   const std::uint64_t begin = run.front().offset_bytes;
-  const std::int64_t n =
-      retry_interrupted([&] { return ::preadv(fd, vectors.data(), count, static_cast<off_t>(begin)); });
-  return n == static_cast<std::int64_t>(end - begin);
+  const auto n = ::preadv2(fd, vectors.data(), count, static_cast<off_t>(begin), flags);
+  if (n < 0) return errno;
+  return n == static_cast<std::int64_t>(end - begin) ? 0 : EAGAIN;
 }
 
 std::size_t run_length(std::span<const Piece> pieces) {
@@ -84,19 +86,48 @@ std::size_t run_length(std::span<const Piece> pieces) {
   return length;
 }
 
+std::int64_t sum_of(std::span<const Piece> pieces) {
+  std::int64_t sum = 0;
+  for (const Piece& piece : pieces) sum += static_cast<std::int64_t>(piece.size_bytes);
+  return sum;
+}
+
 std::int64_t read_pieces(int fd, std::span<const Piece> pieces) {
   std::int64_t moved = 0;
   while (!pieces.empty()) {
     const auto run = pieces.first(run_length(pieces));
-    std::int64_t wanted = 0;
-    for (const Piece& piece : run) wanted += static_cast<std::int64_t>(piece.size_bytes);
+    const std::int64_t wanted = sum_of(run);
     // Whatever went wrong in a run, going piece by piece finds out exactly what and where.
-    const bool whole = run.size() > 1 && read_run(fd, run);
+    const bool whole = run.size() > 1 && read_run(fd, run, 0) == 0;
     const std::int64_t n = whole ? wanted : move_pieces(fd, run, false);
     if (n < 0) return n;
     moved += n;
     if (n < wanted) break;
     pieces = pieces.subspan(run.size());
+  }
+  return moved;
+}
+
+// File systems that cannot tell what would wait read as usual. Errors are left to the read that may wait.
+std::int64_t read_cached(int fd, std::span<const Piece> pieces) {
+  for (auto rest = pieces; !rest.empty();) {
+    const auto run = rest.first(run_length(rest));
+    const int error = read_run(fd, run, RWF_NOWAIT);
+    if (error == EOPNOTSUPP) return read_pieces(fd, pieces);
+    if (error != 0) return -EAGAIN;
+    rest = rest.subspan(run.size());
+  }
+  return sum_of(pieces);
+}
+
+std::int64_t read_through_cache(const IoRequest& request) {
+  const auto pieces = request.pieces;
+  const std::int64_t moved =
+      request.page_cache.only ? read_cached(request.fd, pieces) : read_pieces(request.fd, pieces);
+  if (request.page_cache.drop && moved > 0) {
+    const std::uint64_t begin = pieces.front().offset_bytes;
+    const std::uint64_t end = pieces.back().offset_bytes + pieces.back().size_bytes;
+    ::posix_fadvise(request.fd, static_cast<off_t>(begin), static_cast<off_t>(end - begin), POSIX_FADV_DONTNEED);
   }
   return moved;
 }
@@ -116,6 +147,8 @@ std::int64_t populate(std::span<std::byte> memory) {
   return 0;
 }
 
+}  // namespace
+
 std::int64_t carry_out(const IoRequest& request) {
   switch (request.op) {
     case IoRequest::Op::kRead:
@@ -124,7 +157,7 @@ std::int64_t carry_out(const IoRequest& request) {
                        static_cast<off_t>(request.offset_bytes));
       });
     case IoRequest::Op::kReadPieces:
-      return read_pieces(request.fd, request.pieces);
+      return read_through_cache(request);
     case IoRequest::Op::kWritePieces:
       return move_pieces(request.fd, request.pieces, true);
     case IoRequest::Op::kScatter:
@@ -135,14 +168,25 @@ std::int64_t carry_out(const IoRequest& request) {
   return -EINVAL;
 }
 
-}  // namespace
+bool is_populated(std::span<std::byte> memory) {
+  std::array<unsigned char, 1024> pages;
+  while (!memory.empty()) {
+    const auto part = memory.first(std::min(memory.size(), pages.size() * kPageBytes));
+    if (::mincore(part.data(), part.size(), pages.data()) != 0) return true;
+    const auto end = pages.begin() + static_cast<std::ptrdiff_t>(part.size() / kPageBytes);
+    if (!std::all_of(pages.begin(), end, [](unsigned char flags) { return flags & 1; })) return false;
+    memory = memory.subspan(part.size());
+  }
+  return true;
+}
 
 Workers::Workers(unsigned thread_count, unsigned tag_limit, IoQueue* listener, std::string fallback_reason)
     : thread_count_(thread_count),
       requests_(tag_limit),
       listener_(listener),
       fallback_reason_(std::move(fallback_reason)),
-      queued_(tag_limit) {
+      queued_(tag_limit),
+      cancelled_(tag_limit) {
   taken_.reserve(tag_limit);
   finished_.reserve(tag_limit);
   threads_.reserve(thread_count);
@@ -171,8 +215,14 @@ void Workers::push(unsigned tag, const IoRequest& request) {
     const std::lock_guard lock(mutex_);
     assert(queued_count_ < queued_.size());
     queued_[(queued_first_ + queued_count_++) % queued_.size()] = tag;
+    cancelled_[tag] = false;
   }
   work_wanted_.notify_one();
+}
+
+void Workers::cancel(unsigned tag) {
+  const std::lock_guard lock(mutex_);
+  cancelled_[tag] = true;
 }
 
 std::span<const IoCompletion> Workers::wait(std::optional<std::chrono::nanoseconds> timeout) {
@@ -211,9 +261,12 @@ void Workers::work() {
     const unsigned tag = queued_[queued_first_];
     queued_first_ = (queued_first_ + 1) % queued_.size();
     --queued_count_;
-    lock.unlock();
-    const std::int64_t result = carry_out(requests_[tag]);
-    lock.lock();
+    std::int64_t result = -ECANCELED;
+    if (!cancelled_[tag]) {
+      lock.unlock();
+      result = carry_out(requests_[tag]);
+      lock.lock();
+    }
     finished_.push_back({tag, result});
     if (!worth_waking(requests_[tag].op)) continue;
     if (listener_) {

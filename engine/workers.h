@@ -1,5 +1,5 @@
-/// A small thread pool for byte work: page-cache reads, copies out of slots, page faults; and, where io_uring is
-/// refused, the reads of the pipeline too.
+/// Byte work, and a small thread pool that does it: page-cache reads, copies out of slots, page faults; and, where
+/// io_uring is refused, the reads of the pipeline too.
 #pragma once
 
 #include <condition_variable>
@@ -11,6 +11,13 @@
 
 namespace flashpack::engine {
 
+/// Does what `request` says, in the calling thread. Returns what IoCompletion::result says.
+std::int64_t carry_out(const IoRequest& request);
+
+/// Whether all of `memory`, whole pages, has physical pages, so that Op::kPopulate would be for nothing. True also
+/// where the kernel will not say.
+bool is_populated(std::span<std::byte> memory);
+
 class Workers final : public IoQueue {
  public:
   /// Tags are below `tag_limit`. `listener`, if given, is woken after each completion, for an owner that sleeps in
@@ -21,6 +28,8 @@ class Workers final : public IoQueue {
   ~Workers() override;
 
   void push(unsigned tag, const IoRequest& request) override;
+  /// Keeps an operation that no thread has begun from being carried out.
+  void cancel(unsigned tag) override;
   std::span<const IoCompletion> wait(std::optional<std::chrono::nanoseconds> timeout) override;
   void wake() noexcept override;
   const std::string& fallback_reason() const noexcept override { return fallback_reason_; }
@@ -42,6 +51,7 @@ class Workers final : public IoQueue {
   std::vector<unsigned> queued_;  // A circle of tag_limit tags, so that nothing is allocated after construction.
   std::size_t queued_first_ = 0;
   std::size_t queued_count_ = 0;
+  std::vector<bool> cancelled_;  // By tag.
   std::vector<IoCompletion> finished_;
   bool woken_ = false;
   bool stopping_ = false;

@@ -51,12 +51,20 @@ enum class CachePolicy : std::uint8_t {
   kBuffered,  ///< The page cache for everything.
 };
 
+/// What becomes of page-cache pages that a load has read through. Direct reads leave the page cache as it is.
+enum class AfterLoad : std::uint8_t {
+  kKeep,  ///< Left to the kernel: the next load or process finds them.
+  kDrop,  ///< Given back, cached before or not: for weights that nobody reads again. Dirty and mapped pages stay.
+};
+
 using Deadline = std::chrono::steady_clock::time_point;
 
 struct LoadRequest {
   std::vector<FileExtents> files;
   CachePolicy cache = CachePolicy::kAuto;
-  std::optional<Deadline> deadline;  ///< After it no new I/O is issued and the transfer ends with kDeadlineExceeded.
+  AfterLoad after = AfterLoad::kKeep;
+  /// After it no new I/O is issued and the transfer ends with kDeadlineExceeded, as after Transfer::cancel().
+  std::optional<Deadline> deadline;
 };
 
 /// Fixed for the engine's life. The defaults are right for one local disk; bench/ finds better ones for arrays.
@@ -106,7 +114,7 @@ class Engine {
 
   /// What the constructor settled on: options as given, with 0 and kAuto resolved.
   const EngineOptions& options() const;
-  /// Why the workers do what io_uring was wanted for; empty when they do not. What one transfer met is in its stats.
+  /// Why a slower backend was taken than asked for; empty when it was not. What one transfer met is in its stats.
   const std::string& fallback_reason() const;
 
  private:

@@ -10,9 +10,10 @@ namespace flashpack {
 
 /// How bytes get from files to the engine.
 enum class Backend : std::uint8_t {
-  kAuto,     ///< io_uring where the kernel and the sandbox allow it, else the workers.
-  kIoUring,  ///< io_uring or nothing: Engine's constructor throws where it is refused.
-  kWorkers,  ///< pread and pwrite on the worker threads.
+  kAuto,          ///< io_uring where the kernel and the sandbox allow it, else the workers.
+  kIoUring,       ///< io_uring or nothing: Engine's constructor throws where it is refused.
+  kPlainIoUring,  ///< The same without setup flags and registered buffers, as on the oldest kernels.
+  kWorkers,       ///< pread and pwrite on the worker threads.
 };
 
 /// What a transfer did. direct_bytes is what the kernel returned and so counts alignment waste; buffered_bytes is what
@@ -23,11 +24,13 @@ struct TransferStats {
   std::uint64_t buffered_bytes = 0;   ///< Moved through the page cache.
   std::uint64_t staged_bytes =
       0;  ///< Of direct_bytes and buffered_bytes: through a staging slot and a copy. The rest went in place.
-  std::uint64_t operations = 0;      ///< Chunks handed to the kernel or a worker, retries included.
-  std::uint64_t retries = 0;         ///< Of operations: after a short result, EINTR, EAGAIN or a refused direct read.
-  double seconds = 0;                ///< From start to end, as seen by the caller.
-  Backend backend = Backend::kAuto;  ///< kIoUring or kWorkers: which of them direct reads go to.
-  std::string fallback_reason;       ///< Why a slower rung was taken; empty when everything was as asked.
+  std::uint64_t operations = 0;  ///< Chunks handed to the kernel or a worker, retries included.
+  std::uint64_t retries = 0;  ///< Of operations: after a short result, EINTR, EAGAIN, a refused direct read, or a page
+                              ///< that was not cached after all.
+  double seconds = 0;         ///< From start to end, as seen by the caller.
+  Backend backend = Backend::kAuto;  ///< Not kAuto: what direct reads go to.
+  std::string fallback_reason;       ///< Each slower rung that was taken, "<what>: <why>", joined by "; ". Empty when
+                                     ///< everything was as asked.
 };
 
 /// A snapshot of a running transfer.
@@ -70,7 +73,8 @@ class Transfer {
   /// Waits at most that long; true when the transfer has finished. Never throws the transfer's own error.
   bool wait_for(std::chrono::nanoseconds duration);
 
-  /// Stops issuing I/O. What the kernel already holds is drained; wait() then throws Errc::kCancelled.
+  /// Stops issuing I/O and asks the kernel to let go of what it holds, which is then drained: at once or, where a
+  /// device or a file system does not answer, when it does. wait() then throws Errc::kCancelled.
   /// No effect on a transfer that has finished.
   void cancel() noexcept;
 

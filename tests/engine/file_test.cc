@@ -49,13 +49,5 @@ TEST_F(FileTest, WritingInPlaceIsAChangeAndARenameOverItIsNot) {
   EXPECT_FALSE(again.unchanged());
 }
 
-TEST_F(FileTest, ResidencyFollowsThePageCache) {
-  const File file = File::open(path_, std::nullopt, true);
-  flashpack::testing::read_file(path_);
-  if (!file.resident(0, bytes_.size())) GTEST_SKIP() << "cachestat is not to be had here";
-  flashpack::testing::drop_from_cache(path_);
-  EXPECT_FALSE(file.resident(0, bytes_.size()));
-}
-
 }  // namespace
 }  // namespace flashpack::engine

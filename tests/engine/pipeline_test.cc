@@ -54,7 +54,7 @@ class Rig {
     state->owner = ::getpid();
     state->completion = completion;
     state->cancel_requested = cancelled;
-    state->sources.push_back({File::open(path, std::nullopt, true), true});
+    state->sources.emplace_back(File::open(path, std::nullopt, true));
     state->plan.add(0, extents, kChunk, state->sources[0].file.block_bytes());
     state->router = Router(state->plan, state->sources, CachePolicy::kDirect);
     state->chunks_open = static_cast<std::uint32_t>(state->plan.chunks.size());

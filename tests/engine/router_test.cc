@@ -21,7 +21,7 @@ class RouterTest : public ::testing::Test {
  protected:
   RouterTest() {
     flashpack::testing::write_file(path_, flashpack::testing::random_bytes(8 * kChunk));
-    sources_.push_back({File::open(path_, std::nullopt, true), true});
+    sources_.emplace_back(File::open(path_, std::nullopt, true));
     const std::vector<Piece> all = {{0, 8 * kChunk, reinterpret_cast<std::byte*>(1ull << 30)}};
     plan_.add(0, all, kChunk, kPageBytes);
   }
@@ -61,7 +61,7 @@ TEST_F(RouterTest, CachedChunksAreBufferedAndTheRestDirect) {
   ASSERT_EQ(::posix_fadvise(sources_[0].file.buffered_fd(), 0, 0, POSIX_FADV_RANDOM), 0);  // No readahead.
   std::vector<std::byte> buffer(2 * kChunk);
   ASSERT_EQ(::pread(sources_[0].file.buffered_fd(), buffer.data(), buffer.size(), 3 * kChunk), 2 * kChunk);
-  if (!sources_[0].file.resident(3 * kChunk, 2 * kChunk)) GTEST_SKIP() << "cachestat is not to be had here";
+  if (!sources_[0].residency.cached(3 * kChunk, 2 * kChunk)) GTEST_SKIP() << "cachestat is not to be had here";
   Router router(plan_, sources_, CachePolicy::kAuto);
   EXPECT_EQ(take_all(router, Route::kBuffered), (std::vector<std::uint64_t>{3, 4}));
   EXPECT_EQ(take_all(router, Route::kDirect), (std::vector<std::uint64_t>{0, 1, 2, 5, 6, 7}));

@@ -45,6 +45,8 @@ class FaultyQueue final : public engine::IoQueue {
     max_in_flight_ = std::max(max_in_flight_, pending_.size());
   }
 
+  void cancel(unsigned) override {}
+
   std::span<const engine::IoCompletion> wait(std::optional<std::chrono::nanoseconds> timeout) override {
     done_.clear();
     if (pending_.empty()) {

@@ -1,0 +1,85 @@
+#include "engine/residency.h"
+
+#include <fcntl.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+
+#include "engine/error.h"
+#include "engine/plan.h"
+
+namespace flashpack::engine {
+
+namespace {
+
+// cachestat(2) came with Linux 6.5, after the headers of our floor.
+constexpr long kSysCachestat = 451;
+struct CachestatRange {
+  std::uint64_t offset_bytes;
+  std::uint64_t size_bytes;
+};
+struct Cachestat {
+  std::uint64_t cached_pages;
+  std::uint64_t dirty_pages;
+  std::uint64_t writeback_pages;
+  std::uint64_t evicted_pages;
+  std::uint64_t recently_evicted_pages;
+};
+
+// Each costs a look and a refused read; a file that is evicted or truncated right now gives more of them.
+constexpr unsigned kMaxWrongAnswers = 4;
+
+}  // namespace
+
+bool Residency::cached(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+  if (wrong_answers_ >= kMaxWrongAnswers || size_bytes == 0) return false;
+  if (method_ == Method::kCachestat && counted(offset_bytes, size_bytes)) return true;
+  return method_ == Method::kProbe && probed(offset_bytes, size_bytes);
+}
+
+bool Residency::counted(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+  CachestatRange range{offset_bytes, size_bytes};
+  Cachestat result{};
+  if (::syscall(kSysCachestat, fd_, &range, &result, 0) != 0) {
+    cachestat_error_ = errno;
+    method_ = Method::kProbe;
+    return false;
+  }
+  const std::uint64_t pages =
+      (round_up(offset_bytes + size_bytes, kPageBytes) - round_down(offset_bytes, kPageBytes)) / kPageBytes;
+  return result.cached_pages >= pages;
+}
+
+bool Residency::probed(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+  const std::uint64_t offset = offset_bytes + std::uniform_int_distribution<std::uint64_t>(0, size_bytes - 1)(random_);
+  std::byte byte{};
+  const iovec vector{&byte, 1};
+  const auto got = ::preadv2(probe_fd(), &vector, 1, static_cast<off_t>(offset), RWF_NOWAIT);
+  if (got < 0 && errno != EAGAIN && errno != EINTR) {
+    probe_error_ = errno;
+    method_ = Method::kNone;
+  }
+  return got == 1;
+}
+
+int Residency::probe_fd() {
+  if (probe_fd_) return probe_fd_.get();
+  random_.seed(std::random_device{}());
+  probe_fd_.reset(::open(("/proc/self/fd/" + std::to_string(fd_)).c_str(), O_RDONLY | O_CLOEXEC));
+  if (!probe_fd_) probe_fd_.reset(::fcntl(fd_, F_DUPFD_CLOEXEC, 0));
+  ::posix_fadvise(probe_fd_.get(), 0, 0, POSIX_FADV_RANDOM);
+  return probe_fd_.get();
+}
+
+std::string Residency::fallback_reason() const {
+  if (wrong_answers_ >= kMaxWrongAnswers) return "page cache: chunks called cached were not, the rest was read past it";
+  if (method_ == Method::kCachestat) return "";
+  std::string reason = "page cache: cachestat: " + errno_code(cachestat_error_).message();
+  if (method_ == Method::kProbe) return reason + ", asked by reading single pages";
+  return reason + ", single pages: " + errno_code(probe_error_).message() + ", taken for not cached";
+}
+
+}  // namespace flashpack::engine
