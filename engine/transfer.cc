@@ -8,6 +8,20 @@
 
 namespace flashpack {
 
+const char* to_string(Backend backend) noexcept {
+  switch (backend) {
+    case Backend::kAuto:
+      return "auto";
+    case Backend::kIoUring:
+      return "io_uring";
+    case Backend::kPlainIoUring:
+      return "plain io_uring";
+    case Backend::kWorkers:
+      return "workers";
+  }
+  return "";
+}
+
 namespace engine {
 
 Failure::Failure(const Error& error)

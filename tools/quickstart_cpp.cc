@@ -53,7 +53,7 @@ flashpack::LoadedTensors load(flashpack::Engine& engine, const fs::path& path, c
   std::printf("  %-11s %zu tensors, %.1f MB in %.1f ms, %.2f GB/s; %.0f %% past the page cache (%s)\n", what,
               loaded.tensors.size(), gigabytes * 1e3, stats.seconds * 1e3, gigabytes / stats.seconds,
               100 * direct / (direct + static_cast<double>(stats.buffered_bytes)),
-              stats.backend == flashpack::Backend::kIoUring ? "io_uring" : "worker threads");
+              flashpack::to_string(stats.backend));
   if (!stats.fallback_reason.empty()) std::printf("  %-11s %s\n", "", stats.fallback_reason.c_str());
   return loaded;
 }

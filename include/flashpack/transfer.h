@@ -16,6 +16,9 @@ enum class Backend : std::uint8_t {
   kWorkers,       ///< pread and pwrite on the worker threads.
 };
 
+/// "auto", "io_uring", "plain io_uring" or "workers".
+const char* to_string(Backend backend) noexcept;
+
 /// What a transfer did. direct_bytes is what the kernel returned and so counts alignment waste; buffered_bytes is what
 /// was delivered.
 struct TransferStats {

@@ -1,5 +1,6 @@
 #include "flashpack/engine.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -7,12 +8,14 @@
 
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "tests/support/guarded_memory.h"
+#include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -333,6 +336,65 @@ TEST(EngineOptionsTest, OutOfRangeIsRefusedBeforeAnythingStarts) {
         EngineOptions{.cpu_affinity = {-1}}}) {
     EXPECT_EQ(error_of([&] { Engine engine(options); }).code(), Errc::kInvalidArgument);
   }
+}
+
+TEST(BackendTest, AForcedOneIsTakenOrRefusedAndNeverReplaced) {
+  const testing::TempDir dir;
+  const auto bytes = testing::random_bytes(20 * kMiB + 9);
+  testing::write_file(dir / "file", bytes);
+  for (const Backend backend : {Backend::kIoUring, Backend::kPlainIoUring, Backend::kWorkers}) {
+    std::optional<Engine> engine;
+    try {
+      engine.emplace(small_engine(backend));
+    } catch (const Error& error) {
+      EXPECT_NE(backend, Backend::kWorkers);
+      EXPECT_NE(std::string(error.what()).find("io_uring"), std::string::npos) << error.what();
+      continue;
+    }
+    GuardedMemory memory(bytes.size(), 64);  // Through slots, more often than there are slots.
+    const TransferStats stats =
+        engine->load({.files = {{.path = dir / "file", .extents = {{0, memory.size(), memory.data()}}}},
+                      .cache = CachePolicy::kDirect});
+    EXPECT_TRUE(memory.intact());
+    EXPECT_EQ(std::memcmp(memory.data(), bytes.data(), bytes.size()), 0);
+    EXPECT_EQ(stats.backend, backend);
+    EXPECT_EQ(to_string(stats.backend), to_string(engine->options().backend));
+    if (backend != Backend::kIoUring) {
+      EXPECT_EQ(stats.fallback_reason, "") << "it is as asked";
+    }
+  }
+}
+
+// Without cachestat, where single pages tell. 0 is right, 2 that it cannot be tried here.
+int load_with_every_other_page_cached() {
+  const testing::TempDir dir;
+  const auto bytes = testing::random_bytes(32 * kMiB);
+  testing::write_file(dir / "file", bytes);
+  testing::drop_from_cache(dir / "file");
+  const int fd = ::open((dir / "file").c_str(), O_RDONLY | O_CLOEXEC);
+  ::posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
+  for (std::size_t at = 0; at < bytes.size(); at += 8192) {
+    char byte = 0;
+    if (::pread(fd, &byte, 1, static_cast<off_t>(at)) != 1) return 2;
+  }
+  ::close(fd);
+  constexpr unsigned kSysCachestat = 451;
+  if (!testing::deny_syscall(kSysCachestat, EPERM)) return 2;
+  Engine engine(small_engine());
+  GuardedMemory memory(bytes.size());
+  const TransferStats stats =
+      engine.load({.files = {{.path = dir / "file", .extents = {{0, memory.size(), memory.data()}}}}});
+  if (!memory.intact() || std::memcmp(memory.data(), bytes.data(), bytes.size()) != 0) return 1;
+  if (stats.fallback_reason.find("taken for not cached") != std::string::npos) return 2;
+  if (stats.fallback_reason.find("called cached were not") == std::string::npos) return 3;
+  // A refused look starts readahead, which may fill a chunk before its turn comes; that one is rightly buffered.
+  return stats.direct_bytes >= bytes.size() * 3 / 4 && stats.retries >= 4 ? 0 : 4;
+}
+
+TEST(RoutingTest, ChunksWronglyCalledCachedGoPastTheCacheAndSoDoesTheRest) {
+  const int status = testing::run_in_child(load_with_every_other_page_cached);
+  if (status == 2) GTEST_SKIP() << "no seccomp, no RWF_NOWAIT, or another size of page";
+  EXPECT_EQ(status, 0);
 }
 
 TEST(EngineOptionsTest, DefaultsAreResolved) {

@@ -5,6 +5,7 @@
 #include <sys/resource.h>
 #include <sys/syscall.h>
 
+#include <array>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -73,6 +74,41 @@ TEST_F(RingTest, TheTailOfAFileComesBackShort) {
 TEST_F(RingTest, MisalignedReadsKeepTheirErrno) {
   GuardedMemory memory(8192);
   EXPECT_EQ(read(0, {memory.data(), 100}, 1), -EINVAL);
+}
+
+TEST_F(RingTest, EveryRungReadsTheSameBytesAndSaysWhichItIs) {
+  for (const Ring::Rung rung : {Ring::Rung::kDeferred, Ring::Rung::kCooperative, Ring::Rung::kBare}) {
+    ring_ = std::make_unique<Ring>(8, staging_.slots(), rung);
+    if (ring_->rung() == rung) {
+      EXPECT_EQ(ring_->fallback_reason(), "");
+    } else {
+      EXPECT_NE(ring_->fallback_reason().find("TASKRUN"), std::string::npos);
+    }
+    for (int use = 0; use < 4; ++use) {
+      std::memset(staging_.slots()[0].data(), 0, kMiB);
+      ASSERT_EQ(read(3, staging_.slots()[0], kMiB, 0), kMiB);
+      EXPECT_EQ(std::memcmp(staging_.slots()[0].data(), bytes_.data() + kMiB, kMiB), 0);
+    }
+  }
+}
+
+TEST_F(RingTest, ACancelledReadEndsThoughNothingEverComes) {
+  std::array<int, 2> ends{};
+  ASSERT_EQ(::pipe2(ends.data(), O_CLOEXEC), 0);
+  const UniqueFd never_written(ends[0]);
+  const UniqueFd writer(ends[1]);
+  GuardedMemory memory(4096);
+  ring_->push(5, {.op = IoRequest::Op::kRead, .fd = never_written.get(), .memory = {memory.data(), memory.size()}});
+  ASSERT_TRUE(ring_->wait(std::chrono::nanoseconds(0)).empty());
+  ring_->cancel(5);
+  std::span<const IoCompletion> done;
+  while ((done = ring_->wait(std::nullopt)).empty()) {
+  }
+  EXPECT_EQ(done.front().tag, 5u);
+  EXPECT_LT(done.front().result, 0);
+  ring_->cancel(5);
+  EXPECT_TRUE(ring_->wait(std::chrono::nanoseconds(0)).empty()) << "a cancel is no completion";
+  EXPECT_EQ(read(5, staging_.slots()[0], kMiB, 0), kMiB) << "and does not outlive the operation";
 }
 
 TEST_F(RingTest, WakeReachesASleepingRingAgainAndAgain) {

@@ -67,6 +67,24 @@ TEST_F(RouterTest, CachedChunksAreBufferedAndTheRestDirect) {
   EXPECT_EQ(take_all(router, Route::kDirect), (std::vector<std::uint64_t>{0, 1, 2, 5, 6, 7}));
 }
 
+TEST_F(RouterTest, WhatIsGivenBackComesAgainOnTheDirectRouteAndNothingElseDoes) {
+  Router router(plan_, sources_, CachePolicy::kAuto);
+  std::vector<const Chunk*> taken;
+  unsigned questions = kPlenty;
+  for (const Route route : {Route::kBuffered, Route::kDirect}) {
+    while (const Chunk* chunk = router.peek(route, questions)) {
+      taken.push_back(chunk);
+      router.take(route);
+    }
+  }
+  ASSERT_EQ(taken.size(), 8u);
+  EXPECT_TRUE(router.on_suspicion(*taken[0]));
+  router.give_back(plan_.chunks[5]);
+  router.give_back(plan_.chunks[2]);
+  EXPECT_TRUE(take_all(router, Route::kBuffered).empty());
+  EXPECT_EQ(take_all(router, Route::kDirect), (std::vector<std::uint64_t>{2, 5}));
+}
+
 TEST_F(RouterTest, StopsAskingWhenTheQuestionsRunOutAndGoesOnLater) {
   Router router(plan_, sources_, CachePolicy::kDirect);
   unsigned questions = 3;

@@ -2,9 +2,11 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <cstring>
 #include <memory>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -93,6 +95,81 @@ TEST_F(WorkersTest, WritesArriveAndScatterTakesOnlyItsPieces) {
   result_of({.op = IoRequest::Op::kScatter, .offset_bytes = 4096, .memory = slot, .pieces = pieces});
   EXPECT_TRUE(right(a, 5000));
   EXPECT_TRUE(right(b, 10'000));
+}
+
+TEST_F(WorkersTest, OnlyCachedReadsGiveAllOrSayThatTheyWouldWait) {
+  std::vector<std::unique_ptr<GuardedMemory>> memory;
+  std::vector<Piece> pieces;
+  for (const std::uint64_t offset : {0u, 3000u, 100'000u, 200'000u}) {
+    memory.push_back(std::make_unique<GuardedMemory>(3000));
+    pieces.push_back({offset, 3000, memory.back()->data()});
+  }
+  const IoRequest cached{
+      .op = IoRequest::Op::kReadPieces, .fd = fd_.get(), .pieces = pieces, .page_cache = {.only = true}};
+  flashpack::testing::read_file(dir_ / "file");
+  EXPECT_EQ(result_of(cached), 4 * 3000);
+  for (std::size_t i = 0; i < pieces.size(); ++i) EXPECT_TRUE(right(*memory[i], pieces[i].offset_bytes)) << i;
+  flashpack::testing::drop_from_cache(dir_ / "file");
+  EXPECT_EQ(result_of(cached), -EAGAIN);
+  IoRequest past_the_end = cached;
+  pieces.back().offset_bytes = 299'000;
+  flashpack::testing::read_file(dir_ / "file");
+  EXPECT_EQ(result_of(past_the_end), -EAGAIN);
+}
+
+TEST_F(WorkersTest, DroppedPagesAreReadFromTheDiskTheNextTime) {
+  GuardedMemory memory(bytes_.size());
+  const std::vector<Piece> pieces = {{0, memory.size(), memory.data()}};
+  IoRequest request{.op = IoRequest::Op::kReadPieces, .fd = fd_.get(), .pieces = pieces};
+  flashpack::testing::drop_from_cache(dir_ / "file");  // Written back: dirty pages stay.
+  EXPECT_EQ(result_of(request), 300'000);
+  request.page_cache = {.only = true};
+  ASSERT_EQ(result_of(request), 300'000);
+  request.page_cache = {.drop = true};
+  EXPECT_EQ(result_of(request), 300'000);
+  EXPECT_TRUE(right(memory, 0));
+  request.page_cache = {.only = true};
+  EXPECT_EQ(result_of(request), -EAGAIN);
+}
+
+TEST_F(WorkersTest, CancelledOperationsEndOnceAndSomeOfThemUndone) {
+  Workers one(1, 8, nullptr);
+  std::vector<std::unique_ptr<GuardedMemory>> memory;
+  std::vector<Piece> pieces;
+  for (unsigned tag = 0; tag < 8; ++tag) {
+    memory.push_back(std::make_unique<GuardedMemory>(bytes_.size()));
+    pieces.push_back({0, bytes_.size(), memory.back()->data()});
+  }
+  unsigned undone = 0;
+  for (int round = 0; round < 1000 && undone == 0; ++round) {
+    for (unsigned tag = 0; tag < 8; ++tag) {
+      one.push(tag, {.op = IoRequest::Op::kReadPieces, .fd = fd_.get(), .pieces = {&pieces[tag], 1}});
+    }
+    for (unsigned tag = 0; tag < 8; ++tag) one.cancel(tag);
+    std::set<unsigned> ended;
+    while (ended.size() < 8) {
+      for (const IoCompletion& done : one.wait(std::nullopt)) {
+        EXPECT_TRUE(ended.insert(done.tag).second);
+        undone += done.result == -ECANCELED;
+        EXPECT_TRUE(done.result == -ECANCELED || done.result == 300'000) << done.result;
+      }
+    }
+  }
+  EXPECT_GT(undone, 0u);
+}
+
+TEST(PopulatedTest, FreshMemoryIsNotAndTouchedMemoryIs) {
+  constexpr std::size_t kBytes = 9 << 20;  // More than is asked about at a time.
+  void* at = ::mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(at, MAP_FAILED);
+  const std::span memory(static_cast<std::byte*>(at), kBytes);
+  ::madvise(at, kBytes, MADV_NOHUGEPAGE);
+  EXPECT_FALSE(is_populated(memory));
+  std::memset(at, 1, kBytes - kPageBytes);
+  EXPECT_FALSE(is_populated(memory)) << "one page is missing";
+  memory.back() = std::byte{1};
+  EXPECT_TRUE(is_populated(memory));
+  ::munmap(at, kBytes);
 }
 
 TEST_F(WorkersTest, WakeEndsTheWaitOnceEvenWhenItCameFirst) {

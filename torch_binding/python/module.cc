@@ -89,7 +89,7 @@ Dict stats_dict(const TransferStats& stats) {
   dict["operations"] = stats.operations;
   dict["retries"] = stats.retries;
   dict["seconds"] = stats.seconds;
-  dict["backend"] = stats.backend == Backend::kIoUring ? "io_uring" : "workers";
+  dict["backend"] = to_string(stats.backend);
   dict["fallback_reason"] = stats.fallback_reason;
   return dict;
 }
