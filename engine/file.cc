@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 
 #include <algorithm>
 #include <bit>
@@ -66,7 +67,12 @@ void File::open_direct() {
   if (!direct_) direct_error_ = errno;
   struct stat status{};
   if (direct_ && (::fstat(direct_fd(), &status) != 0 || identity_of(status) != identity_)) direct_.reset();
-  if (direct_) block_bytes_ = block_bytes;
+  if (!direct_) return;
+  block_bytes_ = block_bytes;
+  // Misaligned, so that it is refused before anything is read.
+  std::byte byte{};
+  const iovec vector{&byte, 1};
+  may_block_ = ::preadv2(direct_fd(), &vector, 1, 1, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP;
 }
 
 bool File::unchanged() const noexcept {

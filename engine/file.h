@@ -22,6 +22,9 @@ class File {
   int buffered_fd() const noexcept { return buffered_.get(); }
   /// -1 where direct I/O is refused or was not wanted.
   int direct_fd() const noexcept { return direct_.get(); }
+  /// Whether a direct read may hold up whoever hands it to the kernel, for as long as it takes: file systems that do
+  /// not know how not to wait. False without direct_fd().
+  bool may_block() const noexcept { return may_block_; }
   /// Why direct_fd() is -1, when it was wanted: an errno.
   int direct_error() const noexcept { return direct_error_; }
   /// Offsets, sizes and addresses of direct I/O are multiples of this: a power of two, at least kPageBytes.
@@ -41,6 +44,7 @@ class File {
   FileIdentity identity_;
   std::uint32_t block_bytes_ = 0;
   int direct_error_ = 0;
+  bool may_block_ = false;
 };
 
 }  // namespace flashpack::engine

@@ -31,7 +31,8 @@ struct IoRequest {
   std::span<std::byte> memory;
   std::span<const Piece> pieces;
   PageCache page_cache;
-  int slot = -1;  ///< The staging slot that `memory` lies in, for queues that register slots with the kernel.
+  bool may_block = false;  ///< Of a kRead: it must not be tried in the thread that pushes or waits.
+  int slot = -1;           ///< The staging slot that `memory` lies in, for queues that register slots with the kernel.
 };
 
 struct IoCompletion {

@@ -34,6 +34,7 @@ Pipeline::Pipeline(IoQueue& disk, IoQueue& workers, std::vector<std::span<std::b
       slots_(std::move(slots)),
       limits_(limits),
       jobs_(tag_limit(limits, slots_.size())) {
+  count(Stage::kFree) = static_cast<std::uint32_t>(jobs_.size());
   for (auto tag = static_cast<unsigned>(jobs_.size()); tag-- > 0;) free_jobs_.push_back(tag);
   for (int slot = static_cast<int>(slots_.size()); slot-- > 0;) free_slots_.push_back(slot);
 }
@@ -118,24 +119,24 @@ bool Pipeline::issue() {
   for (const auto& shared : active_) {
     TransferState& transfer = *shared;
     if (transfer.failure) continue;
-    while (moving_ < limits_.worker_depth) {
+    while (count(Stage::kBuffered) < limits_.worker_depth) {
       const Chunk* chunk = transfer.router.peek(Route::kBuffered, questions);
       if (!chunk || !issue_buffered(transfer, *chunk)) break;
       transfer.router.take(Route::kBuffered);
     }
-    while (reading_ < limits_.queue_depth) {
+    while (count(Stage::kReading) < limits_.queue_depth) {
       const Chunk* chunk = transfer.router.peek(Route::kDirect, questions);
       if (!chunk || !issue_direct(transfer, *chunk)) break;
       transfer.router.take(Route::kDirect);
     }
     if (questions == 0) return true;
-    if (moving_ >= limits_.worker_depth && reading_ >= limits_.queue_depth) break;
+    if (count(Stage::kBuffered) >= limits_.worker_depth && count(Stage::kReading) >= limits_.queue_depth) break;
   }
   return false;
 }
 
 bool Pipeline::issue_buffered(TransferState& transfer, const Chunk& chunk) {
-  if (moving_ >= limits_.worker_depth || free_jobs_.empty()) return false;
+  if (count(Stage::kBuffered) >= limits_.worker_depth || free_jobs_.empty()) return false;
   move_buffered(open_job(transfer, chunk));
   return true;
 }
@@ -150,15 +151,14 @@ bool Pipeline::issue_in_place(TransferState& transfer, const Chunk& chunk) {
   const std::span memory(transfer.plan.pieces_of(chunk).front().memory, chunk.size_bytes);
   // Fresh memory costs more in page faults than in reading; then workers take the faults ahead of the kernel.
   const bool populated = is_populated(memory);
-  if (!populated && populating_ >= limits_.worker_depth) return false;
+  if (!populated && count(Stage::kPopulating) >= limits_.worker_depth) return false;
   const unsigned tag = open_job(transfer, chunk);
   jobs_[tag].offset_bytes = chunk.offset_bytes;
   jobs_[tag].memory = memory;
   if (populated) {
     read_direct(tag);
   } else {
-    jobs_[tag].stage = Stage::kPopulating;
-    ++populating_;
+    enter(jobs_[tag], Stage::kPopulating);
     workers_.push(tag, {.op = IoRequest::Op::kPopulate, .memory = memory});
   }
   return true;
@@ -188,13 +188,14 @@ unsigned Pipeline::open_job(TransferState& transfer, const Chunk& chunk) {
 
 void Pipeline::read_direct(unsigned tag) {
   Job& job = jobs_[tag];
-  job.stage = Stage::kReading;
-  ++reading_;
+  enter(job, Stage::kReading);
   ++job.transfer->stats.operations;
+  const File& file = job.transfer->sources[job.chunk->file].file;
   disk_.push(tag, {.op = IoRequest::Op::kRead,
-                   .fd = job.transfer->sources[job.chunk->file].file.direct_fd(),
+                   .fd = file.direct_fd(),
                    .offset_bytes = job.offset_bytes + job.done_bytes,
                    .memory = job.memory.subspan(job.done_bytes),
+                   .may_block = file.may_block(),
                    .slot = job.slot});
 }
 
@@ -202,9 +203,8 @@ void Pipeline::move_buffered(unsigned tag) {
   Job& job = jobs_[tag];
   TransferState& transfer = *job.transfer;
   const bool load = transfer.is_load();
-  job.stage = Stage::kBuffered;
+  enter(job, Stage::kBuffered);
   job.only_cached = transfer.router.on_suspicion(*job.chunk);
-  ++moving_;
   ++transfer.stats.operations;
   workers_.push(tag, {.op = load ? IoRequest::Op::kReadPieces : IoRequest::Op::kWritePieces,
                       .fd = load ? transfer.sources[job.chunk->file].file.buffered_fd() : transfer.store_fd,
@@ -214,19 +214,17 @@ void Pipeline::move_buffered(unsigned tag) {
 
 void Pipeline::complete(IoCompletion completion) {
   const auto [tag, result] = completion;
-  Job& job = jobs_[tag];
-  switch (job.stage) {
+  switch (jobs_[tag].stage) {
     case Stage::kPopulating:
-      --populating_;
-      return job.transfer->failure ? close_job(tag) : read_direct(tag);
+      return read_direct(tag);
     case Stage::kReading:
-      --reading_;
-      return job.transfer->failure ? close_job(tag) : on_direct_read(tag, result);
+      return on_direct_read(tag, result);
     case Stage::kScattering:
       return deliver(tag);
     case Stage::kBuffered:
-      --moving_;
-      return job.transfer->failure ? close_job(tag) : on_buffered(tag, result);
+      return on_buffered(tag, result);
+    case Stage::kAbandoned:
+      return close_job(tag);
     case Stage::kFree:
       break;
   }
@@ -245,7 +243,7 @@ void Pipeline::on_direct_read(unsigned tag, std::int64_t result) {
   if (job.offset_bytes + got >= job.chunk->offset_bytes + job.chunk->size_bytes) {
     if (job.slot < 0) return deliver(tag);
     stats.staged_bytes += got;
-    job.stage = Stage::kScattering;
+    enter(job, Stage::kScattering);
     return workers_.push(tag, {.op = IoRequest::Op::kScatter,
                                .offset_bytes = job.offset_bytes,
                                .memory = job.memory,
@@ -307,13 +305,15 @@ void Pipeline::fail(unsigned tag, std::error_code code) {
   close_job(tag);
 }
 
-// From here on nothing is issued for it; what is under way is asked to end, and waited for.
+// From here on nothing is issued for it; what is under way is asked to end, and waited for. Copies out of slots end by
+// themselves.
 void Pipeline::give_up(TransferState& transfer, const Error& error) {
   transfer.failure = Failure(error);
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
-    if (jobs_[tag].transfer != &transfer) continue;
-    if (jobs_[tag].stage == Stage::kReading) disk_.cancel(tag);
-    if (jobs_[tag].stage == Stage::kBuffered) workers_.cancel(tag);
+    Job& job = jobs_[tag];
+    if (job.transfer != &transfer || job.stage == Stage::kScattering) continue;
+    (job.stage == Stage::kReading ? disk_ : workers_).cancel(tag);
+    enter(job, Stage::kAbandoned);
   }
 }
 
@@ -321,6 +321,7 @@ void Pipeline::close_job(unsigned tag) {
   Job& job = jobs_[tag];
   TransferState& transfer = *job.transfer;
   if (job.slot >= 0) free_slots_.push_back(job.slot);
+  enter(job, Stage::kFree);
   job = Job{};
   free_jobs_.push_back(tag);
   if (--transfer.outstanding == 0 && (transfer.failure || transfer.chunks_open == 0)) end(transfer);

@@ -1,6 +1,7 @@
 /// The loop: chunks through slots and into place.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -18,6 +19,9 @@ namespace flashpack::engine {
 ///   in place, direct:   [populating ->] reading ->            delivered
 ///   through a slot:                     reading -> scattering delivered
 ///   page cache:                         buffered              delivered
+///
+/// When its transfer fails it is abandoned: cancelled, waited for, and no longer counted against the depth, so that a
+/// read that is stuck in the kernel does not hold up other transfers.
 ///
 /// run() is called by one thread, the driver; it does no byte work and allocates nothing per chunk.
 class Pipeline final : public Driver {
@@ -44,7 +48,8 @@ class Pipeline final : public Driver {
   void run();
 
  private:
-  enum class Stage : std::uint8_t { kFree, kPopulating, kReading, kScattering, kBuffered };
+  enum class Stage : std::uint8_t { kFree, kPopulating, kReading, kScattering, kBuffered, kAbandoned };
+  static constexpr std::size_t kStages = 6;
 
   /// One chunk under way. Its index is the tag of its operations.
   struct Job {
@@ -62,6 +67,12 @@ class Pipeline final : public Driver {
   bool admit();
   void attend_to_cancels_and_deadlines();
   std::optional<std::chrono::nanoseconds> patience(bool look_again) const;
+
+  std::uint32_t& count(Stage stage) { return counts_[static_cast<std::size_t>(stage)]; }
+  void enter(Job& job, Stage stage) {
+    --count(job.stage);
+    ++count(job.stage = stage);
+  }
 
   bool issue();
   bool issue_buffered(TransferState& transfer, const Chunk& chunk);
@@ -91,10 +102,8 @@ class Pipeline final : public Driver {
 
   std::vector<Job> jobs_;
   std::vector<unsigned> free_jobs_;
-  std::vector<int> free_slots_;   // Last in, first out: few slots are ever touched when few are needed.
-  std::uint32_t reading_ = 0;     // Jobs in kReading.
-  std::uint32_t moving_ = 0;      // Jobs in kBuffered.
-  std::uint32_t populating_ = 0;  // Jobs in kPopulating.
+  std::vector<int> free_slots_;                  // Last in, first out: few slots are ever touched when few are needed.
+  std::array<std::uint32_t, kStages> counts_{};  // Jobs in each stage.
   std::vector<std::shared_ptr<TransferState>> active_;    // In the order they were started.
   std::vector<std::shared_ptr<TransferState>> admitted_;  // Scratch of admit().
 

@@ -95,6 +95,7 @@ void Ring::push(unsigned tag, const IoRequest& request) {
   } else {
     ::io_uring_prep_read(sqe, request.fd, request.memory.data(), size, request.offset_bytes);
   }
+  if (request.may_block) ::io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
   ::io_uring_sqe_set_data64(sqe, tag);
 }
 

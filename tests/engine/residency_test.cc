@@ -73,7 +73,7 @@ TEST_F(ResidencyTest, AskingAboutAColdFileDoesNotMakeItLookCachedTheNextTime) {
   const int status = ask_without_cachestat([&] {
     unsigned wrong = 0;
     for (int load = 0; load < 10; ++load) wrong += cached_chunks();
-    return wrong <= 4 ? 0 : 1;  // Each of 80 answers is wrong by a chance of at most 10 in 256.
+    return wrong <= 20 ? 0 : 1;  // By chance about 1; asked in a fixed place, 72 of 80 would be wrong.
   });
   if (status == 2) GTEST_SKIP() << "no seccomp";
   EXPECT_EQ(status, 0);
