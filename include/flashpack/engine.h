@@ -87,8 +87,11 @@ struct EngineOptions {
 ///
 /// Thread safety: any thread may call any member at any time, but for moving and destruction, which need the engine to
 /// themselves; distinct engines are independent. Running out of memory on the driver thread is fatal. Transfers are
-/// served in the order they were started, the next one's reads following on the last of the one before. In a forked
-/// child an inherited engine throws Errc::kUnusable and its destructor releases nothing; make a new one.
+/// served in the order they were started, the next one's reads following on the last of the one before.
+///
+/// A fork is safe at any time, for the parent: it gets its bytes, because nothing in it writes to a page that the
+/// kernel is reading into. In the child, targets of loads that were under way hold unspecified bytes, and the inherited
+/// engine throws Errc::kUnusable and its destructor releases nothing; make a new one there.
 class Engine {
  public:
   /// Starts the threads. Throws: Error (kInvalidArgument for options out of range; errno when threads, memory or, with

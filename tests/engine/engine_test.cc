@@ -6,7 +6,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <optional>
 #include <random>
@@ -395,6 +397,28 @@ TEST(RoutingTest, ChunksWronglyCalledCachedGoPastTheCacheAndSoDoesTheRest) {
   const int status = testing::run_in_child(load_with_every_other_page_cached);
   if (status == 2) GTEST_SKIP() << "no seccomp, no RWF_NOWAIT, or another size of page";
   EXPECT_EQ(status, 0);
+}
+
+std::size_t resident_bytes() {
+  std::size_t all_pages = 0;
+  std::size_t resident_pages = 0;
+  std::ifstream("/proc/self/statm") >> all_pages >> resident_pages;
+  return resident_pages * static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+}
+
+TEST_P(EngineTest, ManyQueuedLoadsStayWithinTheStagingMemory) {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "the sanitizers' own memory is in the way";
+#endif
+  std::vector<std::unique_ptr<GuardedMemory>> memory;
+  for (int i = 0; i < 30; ++i) memory.push_back(std::make_unique<GuardedMemory>(bytes_.size(), 64));  // None in place.
+  const std::size_t before = resident_bytes();
+  std::vector<Transfer> transfers;
+  for (auto& one : memory) transfers.push_back(engine_.start_load(request(*one, 0, CachePolicy::kDirect)));
+  for (Transfer& transfer : transfers) transfer.wait();
+  const std::size_t grown = resident_bytes() - std::min(before, resident_bytes());
+  EXPECT_LE(grown, engine_.options().staging_bytes + 2 * kMiB) << "the loads need 30 times as much";
+  for (auto& one : memory) EXPECT_TRUE(right(*one, 0));
 }
 
 TEST(EngineOptionsTest, DefaultsAreResolved) {
