@@ -58,8 +58,10 @@ void Pipeline::close() noexcept {
 }
 
 void Pipeline::run() {
-  while (admit()) {
+  while (true) {
+    admit();
     attend_to_cancels_and_deadlines();
+    if (finished()) return;  // After all that may end a transfer: from here on, only something to wait for is left.
     const bool look_again = issue();
     for (const IoCompletion& completion : disk_.wait(patience(look_again))) complete(completion);
     if (&workers_ != &disk_) {
@@ -68,8 +70,7 @@ void Pipeline::run() {
   }
 }
 
-// False when there is nothing left to do, ever.
-bool Pipeline::admit() {
+void Pipeline::admit() {
   {
     const std::lock_guard lock(mutex_);
     admitted_.swap(inbox_);
@@ -82,8 +83,11 @@ bool Pipeline::admit() {
     if (state.failure || state.chunks_open == 0) end(state);
   }
   admitted_.clear();
-  const std::lock_guard lock(mutex_);  // Again: a completion may have started something.
-  return !closing_ || !active_.empty() || !inbox_.empty();
+}
+
+bool Pipeline::finished() {
+  const std::lock_guard lock(mutex_);
+  return closing_ && active_.empty() && inbox_.empty();
 }
 
 void Pipeline::attend_to_cancels_and_deadlines() {

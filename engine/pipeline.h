@@ -64,7 +64,8 @@ class Pipeline final : public Driver {
     bool only_cached = false;        // Of a buffered read: it may be refused because the disk would be needed.
   };
 
-  bool admit();
+  void admit();
+  bool finished();
   void attend_to_cancels_and_deadlines();
   std::optional<std::chrono::nanoseconds> patience(bool look_again) const;
 

@@ -11,69 +11,18 @@
 #include <thread>
 #include <vector>
 
-#include "engine/staging.h"
-#include "engine/workers.h"
-#include "tests/support/faulty_queue.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/pipeline_rig.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack::engine {
 namespace {
 
-using flashpack::testing::Faults;
-using flashpack::testing::FaultyQueue;
 using flashpack::testing::GuardedMemory;
+using Rig = flashpack::testing::PipelineRig;
 using flashpack::testing::TempDir;
 
 constexpr std::uint32_t kChunk = 1u << 20;
-
-// A pipeline on a faulty disk, driven by a thread of its own.
-class Rig {
- public:
-  Rig(unsigned seed, Faults faults, std::size_t slots = 3)
-      : staging_(slots * kChunk, kChunk),
-        disk_(seed, faults),
-        workers_(2, Pipeline::tag_limit(kLimits, slots), &disk_),
-        pipeline_(disk_, workers_, staging_.slots(), kLimits),
-        driver_([this] { pipeline_.run(); }) {}
-
-  ~Rig() {
-    if (driver_.joinable()) stop();
-  }
-
-  void stop() {
-    pipeline_.close();
-    driver_.join();
-  }
-
-  void close() { pipeline_.close(); }
-
-  Transfer start(const std::filesystem::path& path, const std::vector<Piece>& extents, Completion* completion = nullptr,
-                 bool cancelled = false) {
-    auto state = std::make_shared<TransferState>();
-    state->owner = ::getpid();
-    state->completion = completion;
-    state->cancel_requested = cancelled;
-    state->sources.emplace_back(File::open(path, std::nullopt, true));
-    state->plan.add(0, extents, kChunk, state->sources[0].file.block_bytes());
-    state->router = Router(state->plan, state->sources, CachePolicy::kDirect);
-    state->chunks_open = static_cast<std::uint32_t>(state->plan.chunks.size());
-    state->driver = &pipeline_;
-    pipeline_.start(state);
-    return TransferState::handle(state);
-  }
-
-  const FaultyQueue& disk() const { return disk_; }
-
-  static constexpr Pipeline::Limits kLimits{.queue_depth = 4, .worker_depth = 4};
-
- private:
-  Staging staging_;
-  FaultyQueue disk_;
-  Workers workers_;
-  Pipeline pipeline_;
-  std::thread driver_;
-};
 
 class PipelineTest : public ::testing::Test {
  protected:
@@ -126,7 +75,7 @@ TEST_F(PipelineTest, ShortReadsInterruptsAndRefusalsStillDeliverTheRightBytes) {
     Rig rig(seed, {.short_percent = 40, .interrupt_percent = 20, .refuse_percent = seed % 4 == 0 ? 5 : 0});
     for (int round = 0; round < 3; ++round) {
       const auto wanted = random_wanted(random, bytes_.size());
-      rig.start(path(), pieces_of(wanted)).wait();
+      rig.start({.path = path(), .extents = pieces_of(wanted)}).wait();
       for (const Wanted& w : wanted) ASSERT_TRUE(right(*w.memory, w.offset)) << "seed " << seed << " at " << w.offset;
     }
   }
@@ -141,7 +90,7 @@ TEST_F(PipelineTest, ErrorsEndInRightBytesOrACleanError) {
     std::vector<Transfer> transfers;
     for (int i = 0; i < 3; ++i) {
       wanted.push_back(random_wanted(random, bytes_.size()));
-      transfers.push_back(rig.start(path(), pieces_of(wanted.back())));
+      transfers.push_back(rig.start({.path = path(), .extents = pieces_of(wanted.back())}));
     }
     for (std::size_t i = 0; i < transfers.size(); ++i) {
       try {
@@ -157,7 +106,7 @@ TEST_F(PipelineTest, ErrorsEndInRightBytesOrACleanError) {
       EXPECT_EQ(transfers[i].progress().outstanding, 0u);
     }
     rig.stop();
-    EXPECT_TRUE(rig.disk().idle());
+    EXPECT_TRUE(rig.idle());
   }
   EXPECT_GT(failed, 0);
 }
@@ -166,7 +115,7 @@ TEST_F(PipelineTest, ADiskThatOnlyInterruptsIsAnErrorInTheEnd) {
   Rig rig(1, {.interrupt_percent = 100});
   GuardedMemory memory(10'000);
   try {
-    rig.start(path(), {{0, memory.size(), memory.data()}}).wait();
+    rig.start({.path = path(), .extents = {{0, memory.size(), memory.data()}}}).wait();
     FAIL() << "a load without a single byte read succeeded";
   } catch (const Error& error) {
     EXPECT_TRUE(error.code() == std::errc::interrupted || error.code() == std::errc::resource_unavailable_try_again);
@@ -176,7 +125,7 @@ TEST_F(PipelineTest, ADiskThatOnlyInterruptsIsAnErrorInTheEnd) {
 TEST_F(PipelineTest, QueueDepthIsKeptAndReached) {
   Rig rig(1, {});
   GuardedMemory memory(6 * kChunk);
-  rig.start(path(), {{0, memory.size(), memory.data()}}).wait();
+  rig.start({.path = path(), .extents = {{0, memory.size(), memory.data()}}}).wait();
   rig.stop();
   // Fresh memory is populated on the way, which may put a chunk more on the disk for every worker.
   EXPECT_GE(rig.disk().max_in_flight(), 2u);
@@ -189,8 +138,8 @@ TEST_F(PipelineTest, CancelledTransfersLeaveTheOthersAlone) {
     Rig rig(seed, {.short_percent = 30});
     auto doomed = random_wanted(random, bytes_.size());
     const auto kept = random_wanted(random, bytes_.size());
-    Transfer first = rig.start(path(), pieces_of(doomed));
-    Transfer second = rig.start(path(), pieces_of(kept));
+    Transfer first = rig.start({.path = path(), .extents = pieces_of(doomed)});
+    Transfer second = rig.start({.path = path(), .extents = pieces_of(kept)});
     first.cancel();
     try {
       first.wait();
@@ -223,7 +172,8 @@ TEST_F(PipelineTest, CompletionIsCalledOnceBeforeWaitReturns) {
   for (int i = 0; i < 50; ++i) {
     CountingCompletion completion;  // Dies right after wait(): it must not be called later.
     GuardedMemory memory(5000);
-    Transfer transfer = rig.start(path(), {{100, memory.size(), memory.data()}}, &completion);
+    Transfer transfer =
+        rig.start({.path = path(), .extents = {{100, memory.size(), memory.data()}}, .completion = &completion});
     transfer.wait();
     EXPECT_EQ(completion.calls, 1);
   }
@@ -233,7 +183,8 @@ TEST_F(PipelineTest, CompletionSeesTheError) {
   Rig rig(3, {.error_percent = 100});
   CountingCompletion completion;
   GuardedMemory memory(5000);
-  Transfer transfer = rig.start(path(), {{100, memory.size(), memory.data()}}, &completion);
+  Transfer transfer =
+      rig.start({.path = path(), .extents = {{100, memory.size(), memory.data()}}, .completion = &completion});
   EXPECT_THROW(transfer.wait(), Error);
   EXPECT_EQ(completion.calls, 1);
   EXPECT_EQ(completion.code, std::errc::io_error);
@@ -243,7 +194,7 @@ TEST_F(PipelineTest, CompletionSeesTheError) {
 TEST_F(PipelineTest, ACancelThatCameBeforeTheDriverKnewTheTransferIsNotLost) {
   Rig rig(5, {});
   GuardedMemory memory(4 * kChunk);
-  Transfer transfer = rig.start(path(), {{0, memory.size(), memory.data()}}, nullptr, true);
+  Transfer transfer = rig.start({.path = path(), .extents = {{0, memory.size(), memory.data()}}, .cancelled = true});
   try {
     transfer.wait();
     FAIL() << "a cancelled transfer ran to its end";
@@ -264,22 +215,34 @@ TEST_F(PipelineTest, ACompletionMayStartATransferWhileThePipelineIsClosing) {
   Transfer third;
   CallingCompletion close_and_start;
   CallingCompletion start_again;
-  start_again.call = [&] { third = rig.start(path(), {{0, memory.size(), memory.data()}}); };
+  start_again.call = [&] { third = rig.start({.path = path(), .extents = {{0, memory.size(), memory.data()}}}); };
   close_and_start.call = [&] {
-    second = rig.start(path(), {}, &start_again);  // Nothing to do: it ends as soon as it is admitted.
+    second = rig.start({.path = path(),
+                        .extents = {},
+                        .completion = &start_again});  // Nothing to do: it ends as soon as it is admitted.
     rig.close();
   };
-  Transfer first = rig.start(path(), {}, &close_and_start);
+  Transfer first = rig.start({.path = path(), .extents = {}, .completion = &close_and_start});
   first.wait();
   rig.stop();
   EXPECT_TRUE(third.wait_for(std::chrono::nanoseconds(0)));
   EXPECT_TRUE(right(memory, 0));
 }
 
+TEST_F(PipelineTest, CloseFinishesThoughTheLastTransferNeverBegan) {
+  for (int round = 0; round < 200; ++round) {
+    GuardedMemory memory(1000);
+    Rig rig(5, {});
+    Transfer transfer = rig.start({.path = path(), .extents = {{0, memory.size(), memory.data()}}, .cancelled = true});
+    rig.stop();
+    EXPECT_THROW(transfer.wait(), Error);
+  }
+}
+
 TEST_F(PipelineTest, CloseFinishesWhatWasStarted) {
   GuardedMemory memory(4 * kChunk);
   Rig rig(5, {.short_percent = 30});
-  Transfer transfer = rig.start(path(), {{0, memory.size(), memory.data()}});
+  Transfer transfer = rig.start({.path = path(), .extents = {{0, memory.size(), memory.data()}}});
   rig.stop();
   EXPECT_TRUE(transfer.wait_for(std::chrono::nanoseconds(0)));
   EXPECT_TRUE(right(memory, 0));

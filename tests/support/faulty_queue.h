@@ -1,73 +1,72 @@
 #pragma once
 
-#include <sys/types.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <condition_variable>
-#include <cstring>
+#include <map>
 #include <mutex>
 #include <random>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "engine/io_queue.h"
+#include "engine/workers.h"
 
 namespace flashpack::testing {
 
-/// What a FaultyQueue does to reads, in percent of them.
+/// What a FaultyQueue does to operations, in percent of them. Those of direct reads:
 struct Faults {
   int short_percent = 0;      ///< Whole 512-byte sectors, but fewer than asked for.
   int interrupt_percent = 0;  ///< EINTR or EAGAIN, nothing read.
-  int error_percent = 0;      ///< EIO.
-  int refuse_percent = 0;     ///< EINVAL, as from a file system that takes O_DIRECT at open and not at read.
+  int error_percent = 0;      ///< EIO; of buffered reads and writes, too.
+  int refuse_percent = 0;  ///< EINVAL or EOPNOTSUPP, as from a file system that takes O_DIRECT at open and not at read.
+  int nothing_percent = 0;   ///< Zero bytes, as past the end of the file; of buffered reads, too.
+  int uncached_percent = 0;  ///< Of buffered reads that must not wait for the disk: they would have to.
 };
 
-/// Reads like a disk on a bad day: late, out of order, in part, or not at all. Everything that a direct read must
-/// respect is checked: alignment of offset, size and address, one operation per tag. Targets are poisoned before they
-/// are filled.
+/// Carries out operations like a disk on a bad day: late, out of order, in part, or not at all. Everything that a
+/// direct read must respect is checked: alignment of offset, size and address, one operation per tag. What an operation
+/// may write is poisoned before it does.
 class FaultyQueue final : public engine::IoQueue {
  public:
-  FaultyQueue(unsigned seed, Faults faults, std::uint32_t block_bytes = 512)
-      : random_(seed), faults_(faults), block_bytes_(block_bytes) {}
+  /// `listener` is the queue that the owner sleeps in, when that is another one.
+  FaultyQueue(unsigned seed, Faults faults, IoQueue* listener = nullptr)
+      : random_(seed), faults_(faults), listener_(listener) {}
 
   void push(unsigned tag, const engine::IoRequest& request) override {
-    require(request.op == engine::IoRequest::Op::kRead, "only reads go to the disk");
-    require(request.offset_bytes % block_bytes_ == 0, "offset is aligned");
-    require(!request.memory.empty() && request.memory.size() % block_bytes_ == 0, "size is aligned");
-    require(reinterpret_cast<std::uintptr_t>(request.memory.data()) % block_bytes_ == 0, "memory is aligned");
-    require(tags_.insert(tag).second, "tag is not in flight");
-    std::fill(request.memory.begin(), request.memory.end(), std::byte{0xEE});
-    pending_.push_back({tag, request});
+    if (request.op == engine::IoRequest::Op::kRead) {
+      require(request.offset_bytes % kBlockBytes == 0, "offset is aligned");
+      require(!request.memory.empty() && request.memory.size() % kBlockBytes == 0, "size is aligned");
+      require(reinterpret_cast<std::uintptr_t>(request.memory.data()) % kBlockBytes == 0, "memory is aligned");
+      std::fill(request.memory.begin(), request.memory.end(), kPoison);
+    }
+    if (request.op == engine::IoRequest::Op::kReadPieces) {
+      for (const engine::Piece& piece : request.pieces) std::fill_n(piece.memory, piece.size_bytes, kPoison);
+    }
+    require(pending_.emplace(tag, Pending{request}).second, "tag is not in flight");
     max_in_flight_ = std::max(max_in_flight_, pending_.size());
+    if (listener_) listener_->wake();
   }
 
-  void cancel(unsigned) override {}
+  void cancel(unsigned tag) override {
+    const auto found = pending_.find(tag);
+    if (found != pending_.end()) found->second.cancelled = true;
+  }
 
   std::span<const engine::IoCompletion> wait(std::optional<std::chrono::nanoseconds> timeout) override {
     done_.clear();
-    if (pending_.empty()) {
-      std::unique_lock lock(mutex_);
-      if (!timeout) woken_changed_.wait(lock, [this] { return woken_; });
-      woken_ = false;
-      return done_;
-    }
     {
-      const std::lock_guard lock(mutex_);
+      std::unique_lock lock(mutex_);
+      const auto woken = [this] { return woken_; };
+      if (pending_.empty() && timeout && timeout->count() > 0) woken_changed_.wait_for(lock, *timeout, woken);
+      if (pending_.empty() && !timeout) woken_changed_.wait(lock, woken);
       woken_ = false;
     }
-    if (timeout && chance(30)) return done_;
-    const std::size_t count = 1 + random_() % pending_.size();
-    for (std::size_t i = 0; i < count; ++i) {
-      const auto at = pending_.begin() + static_cast<std::ptrdiff_t>(random_() % pending_.size());
-      const Pending chosen = *at;
-      pending_.erase(at);
-      tags_.erase(chosen.tag);
-      done_.push_back({chosen.tag, result_of(chosen.request)});
+    if (!pending_.empty() && !(timeout && chance(30))) {
+      for (std::size_t count = 1 + random_() % pending_.size(); count > 0; --count) finish_one();
     }
+    if (listener_ && !pending_.empty()) listener_->wake();
     return done_;
   }
 
@@ -83,41 +82,60 @@ class FaultyQueue final : public engine::IoQueue {
 
   bool idle() const { return pending_.empty(); }
   std::size_t max_in_flight() const { return max_in_flight_; }
-  /// Whether an error that cannot be retried has been reported.
-  bool failed() const { return failed_; }
 
  private:
+  static constexpr std::uint32_t kBlockBytes = 512;
+  static constexpr std::byte kPoison{0xEE};
+
   struct Pending {
-    unsigned tag;
     engine::IoRequest request;
+    bool cancelled = false;
   };
 
   static void require(bool holds, const char* what) {
-    if (!holds) throw std::logic_error(std::string("broken rule of the disk: ") + what);
+    if (!holds) throw std::logic_error(std::string("broken rule of the queue: ") + what);
   }
 
   bool chance(int percent) { return static_cast<int>(random_() % 100) < percent; }
 
-  std::int64_t result_of(const engine::IoRequest& request) {
-    if (chance(faults_.interrupt_percent)) return chance(50) ? -EINTR : -EAGAIN;
-    if (chance(faults_.refuse_percent)) return -EINVAL;
-    if (chance(faults_.error_percent)) {
-      failed_ = true;
-      return -EIO;
+  void finish_one() {
+    const auto at = std::next(pending_.begin(), static_cast<std::ptrdiff_t>(random_() % pending_.size()));
+    const auto [tag, chosen] = *at;
+    pending_.erase(at);
+    done_.push_back({tag, chosen.cancelled && chance(50) ? -ECANCELED : result_of(chosen.request)});
+  }
+
+  std::int64_t result_of(engine::IoRequest request) {
+    switch (request.op) {
+      case engine::IoRequest::Op::kRead:
+        if (chance(faults_.interrupt_percent)) return chance(50) ? -EINTR : -EAGAIN;
+        if (chance(faults_.refuse_percent)) return chance(50) ? -EINVAL : -EOPNOTSUPP;
+        if (chance(faults_.error_percent)) return -EIO;
+        if (chance(faults_.nothing_percent)) return 0;
+        if (const auto sectors = request.memory.size() / 512; sectors > 1 && chance(faults_.short_percent)) {
+          request.memory = request.memory.first((1 + random_() % (sectors - 1)) * 512);
+        }
+        break;
+      case engine::IoRequest::Op::kReadPieces:
+        if (request.page_cache.only && chance(faults_.uncached_percent)) return -EAGAIN;
+        if (chance(faults_.nothing_percent)) return 0;
+        [[fallthrough]];
+      case engine::IoRequest::Op::kWritePieces:
+        if (chance(faults_.error_percent)) return -EIO;
+        break;
+      case engine::IoRequest::Op::kScatter:
+      case engine::IoRequest::Op::kPopulate:
+        break;
     }
-    std::size_t size = request.memory.size();
-    if (size > 512 && chance(faults_.short_percent)) size = std::max<std::size_t>(512, random_() % size / 512 * 512);
-    return ::pread(request.fd, request.memory.data(), size, static_cast<off_t>(request.offset_bytes));
+    return engine::carry_out(request);
   }
 
   std::mt19937_64 random_;
   const Faults faults_;
-  const std::uint32_t block_bytes_;
-  std::vector<Pending> pending_;
+  IoQueue* const listener_;
+  std::map<unsigned, Pending> pending_;
   std::vector<engine::IoCompletion> done_;
-  std::set<unsigned> tags_;
   std::size_t max_in_flight_ = 0;
-  bool failed_ = false;
   std::string reason_;
 
   std::mutex mutex_;  // Protects the rest.

@@ -1,0 +1,198 @@
+// Thousands of random loads on queues that fail in every way at once: each ends in the right bytes or in a clean error,
+// with nothing in flight and nothing outside the targets touched.
+//
+//   FLASHPACK_SOAK_SEED=7 FLASHPACK_SOAK_LOADS=100000 engine_test --gtest_filter='*Soak*'
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/support/guarded_memory.h"
+#include "tests/support/pipeline_rig.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::engine {
+namespace {
+
+using flashpack::testing::GuardedMemory;
+using Rig = flashpack::testing::PipelineRig;
+
+constexpr std::uint32_t kChunkBytes = 256 << 10;  // Smaller than an engine allows: many chunks in little time.
+constexpr int kLoadsPerRig = 25;
+constexpr std::chrono::seconds kHang{60};
+
+unsigned long from_environment(const char* name, unsigned long otherwise) {
+  const char* text = std::getenv(name);
+  return text ? std::strtoul(text, nullptr, 10) : otherwise;
+}
+
+struct Count {
+  int right = 0;
+  std::map<std::string, int> errors;
+
+  int of(std::error_code code) const {
+    const auto found = errors.find(code.message());
+    return found == errors.end() ? 0 : found->second;
+  }
+};
+
+class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, unsigned>> {
+ protected:
+  struct Target {
+    std::uint64_t offset_bytes;
+    std::unique_ptr<GuardedMemory> memory;
+  };
+  struct Started {
+    std::vector<Target> targets;
+    Transfer transfer;  // Last: ends before the memory goes.
+  };
+
+  PipelineSoakTest() {
+    std::tie(shape_, seed_) = GetParam();
+    seed_ += static_cast<unsigned>(1000 * from_environment("FLASHPACK_SOAK_SEED", 0));
+    random_.seed(seed_);
+    for (const std::size_t size : {std::size_t{1'500'777}, std::size_t{300'000}, std::size_t{4097}}) {
+      files_.push_back(dir_ / std::to_string(size));
+      bytes_.push_back(flashpack::testing::random_bytes(size, seed_));
+      flashpack::testing::write_file(files_.back(), bytes_.back());
+    }
+  }
+
+  std::uint64_t below(std::uint64_t end) { return random_() % end; }
+  bool chance(unsigned percent) { return below(100) < percent; }
+  int up_to(int percent) { return static_cast<int>(below(static_cast<std::uint64_t>(percent) + 1)); }
+
+  std::vector<Target> random_targets(std::uint64_t file_bytes) {
+    std::vector<Target> targets;
+    std::uint64_t offset = below(file_bytes);
+    for (auto n = 1 + below(8); n > 0; --n) {
+      // Near each other and far apart, overlapping in the file or not, small and of several chunks, of any phase.
+      offset = chance(60) ? std::min(offset + below(20'000), file_bytes - 1) : below(file_bytes);
+      const std::uint64_t size = std::min(below(chance(70) ? 10'000 : 900'000), file_bytes - offset);
+      targets.push_back({offset, std::make_unique<GuardedMemory>(size, chance(50) ? offset : below(4096))});
+      offset += size / 2;
+    }
+    return targets;
+  }
+
+  Started start(Rig& rig, std::size_t file, const std::filesystem::path& path) {
+    Started started{.targets = random_targets(bytes_[file].size())};
+    constexpr std::array kPolicies = {CachePolicy::kAuto, CachePolicy::kDirect, CachePolicy::kBuffered};
+    Rig::Load load{.path = path, .cache = kPolicies[below(kPolicies.size())], .cancelled = chance(1)};
+    for (const Target& target : started.targets) {
+      if (target.memory->size() > 0)
+        load.extents.push_back({target.offset_bytes, target.memory->size(), target.memory->data()});
+    }
+    if (chance(10)) load.deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(below(2000));
+    started.transfer = rig.start(load);
+    return started;
+  }
+
+  void finish(Started& started, std::size_t file, Count& count) {
+    ASSERT_TRUE(started.transfer.wait_for(kHang)) << "it hangs";
+    EXPECT_EQ(started.transfer.progress().outstanding, 0u);
+    try {
+      started.transfer.wait();
+      for (const Target& target : started.targets) {
+        ASSERT_EQ(std::memcmp(target.memory->data(), bytes_[file].data() + target.offset_bytes, target.memory->size()),
+                  0)
+            << "wrong bytes at " << target.offset_bytes;
+      }
+      ++count.right;
+    } catch (const Error& error) {
+      ++count.errors[error.code().message()];
+      const bool clean = error.code() == std::errc::io_error || error.code() == std::errc::interrupted ||
+                         error.code() == std::errc::resource_unavailable_try_again ||
+                         error.code() == Errc::kTruncated || error.code() == Errc::kFileChanged ||
+                         error.code() == Errc::kCancelled || error.code() == Errc::kDeadlineExceeded;
+      EXPECT_TRUE(clean) << error.what();
+      EXPECT_FALSE(error.path().empty());
+    }
+    for (const Target& target : started.targets) ASSERT_TRUE(target.memory->intact()) << "bytes outside a target";
+  }
+
+  // What the caller does to a transfer while it runs.
+  void disturb(Started& started) {
+    for (auto n = below(200); n > 0; --n) std::this_thread::yield();
+    if (chance(20)) std::thread([&] { started.transfer.cancel(); }).join();
+    if (chance(5)) started.transfer = Transfer();
+  }
+
+  void soak_one_rig(Count& count) {
+    const int strength = static_cast<int>(below(3));
+    const flashpack::testing::Faults faults{.short_percent = up_to(40),
+                                            .interrupt_percent = up_to(30),
+                                            .error_percent = up_to(strength),
+                                            .refuse_percent = up_to(2 * strength),
+                                            .nothing_percent = up_to(strength),
+                                            .uncached_percent = up_to(50)};
+    Rig rig(static_cast<unsigned>(random_()), faults, shape_, kChunkBytes, 2 + below(3));
+    const auto shrinking = dir_ / "shrinking";
+    flashpack::testing::write_file(shrinking, bytes_[0]);
+    std::deque<std::pair<std::size_t, Started>> running;
+    for (int load = 0; load < kLoadsPerRig; ++load) {
+      const bool shrinks = chance(8);
+      const std::size_t file = shrinks ? 0 : below(files_.size());
+      running.emplace_back(file, start(rig, file, shrinks ? shrinking : files_[file]));
+      if (shrinks) std::filesystem::resize_file(shrinking, below(bytes_[0].size()));
+      if (shrinks) flashpack::testing::write_file(dir_ / "new", bytes_[0]);
+      if (shrinks) std::filesystem::rename(dir_ / "new", shrinking);
+      disturb(running.back().second);
+      while (running.size() > below(5)) {
+        if (running.front().second.transfer.valid()) finish(running.front().second, running.front().first, count);
+        if (HasFatalFailure()) return;
+        running.pop_front();
+      }
+    }
+    rig.stop();
+    EXPECT_TRUE(rig.idle());
+    for (auto& [file, started] : running) {
+      if (started.transfer.valid()) finish(started, file, count);
+    }
+  }
+
+  flashpack::testing::TempDir dir_;
+  Rig::Shape shape_{};
+  unsigned seed_ = 0;
+  std::mt19937_64 random_;
+  std::vector<std::filesystem::path> files_;
+  std::vector<std::vector<std::byte>> bytes_;
+};
+
+constexpr unsigned kParts = 5;
+
+// 2 shapes x 5 parts x 1000 loads.
+INSTANTIATE_TEST_SUITE_P(Shapes, PipelineSoakTest,
+                         ::testing::Combine(::testing::Values(Rig::Shape::kTwoQueues, Rig::Shape::kOneQueue),
+                                            ::testing::Range(0u, kParts)),
+                         [](const auto& part) {
+                           const bool two = std::get<0>(part.param) == Rig::Shape::kTwoQueues;
+                           return (two ? "TwoQueues" : "OneQueue") + std::to_string(std::get<1>(part.param));
+                         });
+
+TEST_P(PipelineSoakTest, EveryLoadEndsInTheRightBytesOrACleanError) {
+  const auto loads = static_cast<int>(from_environment("FLASHPACK_SOAK_LOADS", 10'000) / (2 * kParts));
+  Count count;
+  for (int done = 0; done < loads && !HasFatalFailure(); done += kLoadsPerRig) {
+    SCOPED_TRACE("seed " + std::to_string(seed_) + ", after " + std::to_string(done) + " loads");
+    soak_one_rig(count);
+  }
+  std::string told = std::to_string(count.right) + " right";
+  for (const auto& [message, times] : count.errors) told += ", " + std::to_string(times) + " " + message;
+  std::printf("%s\n", told.c_str());
+  // A soak in which nothing fails, or nothing succeeds, shows nothing.
+  EXPECT_GT(count.right, loads / 4);
+  EXPECT_GT(count.of(std::make_error_code(std::errc::io_error)), 0);
+  EXPECT_GT(count.of(Errc::kTruncated), 0);
+  EXPECT_GT(count.of(Errc::kCancelled) + count.of(Errc::kDeadlineExceeded), loads / 40);
+}
+
+}  // namespace
+}  // namespace flashpack::engine
