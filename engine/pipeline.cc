@@ -85,11 +85,6 @@ void Pipeline::admit() {
   admitted_.clear();
 }
 
-bool Pipeline::finished() {
-  const std::lock_guard lock(mutex_);
-  return closing_ && active_.empty() && inbox_.empty();
-}
-
 void Pipeline::attend_to_cancels_and_deadlines() {
   const auto now = std::chrono::steady_clock::now();
   const bool cancels = attention_.exchange(false);

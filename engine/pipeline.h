@@ -65,7 +65,10 @@ class Pipeline final : public Driver {
   };
 
   void admit();
-  bool finished();
+  bool finished() {
+    const std::lock_guard lock(mutex_);
+    return closing_ && active_.empty() && inbox_.empty();
+  }
   void attend_to_cancels_and_deadlines();
   std::optional<std::chrono::nanoseconds> patience(bool look_again) const;
 

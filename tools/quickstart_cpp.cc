@@ -52,8 +52,7 @@ flashpack::LoadedTensors load(flashpack::Engine& engine, const fs::path& path, c
   const double direct = static_cast<double>(stats.direct_bytes);
   std::printf("  %-11s %zu tensors, %.1f MB in %.1f ms, %.2f GB/s; %.0f %% past the page cache (%s)\n", what,
               loaded.tensors.size(), gigabytes * 1e3, stats.seconds * 1e3, gigabytes / stats.seconds,
-              100 * direct / (direct + static_cast<double>(stats.buffered_bytes)),
-              flashpack::to_string(stats.backend));
+              100 * direct / (direct + static_cast<double>(stats.buffered_bytes)), flashpack::to_string(stats.backend));
   if (!stats.fallback_reason.empty()) std::printf("  %-11s %s\n", "", stats.fallback_reason.c_str());
   return loaded;
 }

@@ -3,10 +3,13 @@
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 
 namespace flashpack::testing {
@@ -29,6 +32,24 @@ inline bool deny_syscall(unsigned number, unsigned error_number) {
       BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error_number), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
   sock_fprog filter{4, program};
   return ::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && ::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0;
+}
+
+/// From here on this process can lock 64 KiB of memory, as in most containers.
+inline bool drop_lockable_memory() {
+  constexpr unsigned kIpcLock = 14;                // Of <linux/capability.h>.
+  constexpr std::uint32_t kVersion3 = 0x20080522;  // Of capget(2) and capset(2).
+  struct Header {
+    std::uint32_t version;
+    int pid;
+  } header{kVersion3, 0};
+  struct Data {
+    std::uint32_t effective, permitted, inheritable;
+  } data[2]{};
+  const rlimit little{64 << 10, 64 << 10};
+  if (::setrlimit(RLIMIT_MEMLOCK, &little) != 0 || ::syscall(SYS_capget, &header, data) != 0) return false;
+  data[0].effective &= ~(1u << kIpcLock);
+  data[0].permitted &= ~(1u << kIpcLock);
+  return ::syscall(SYS_capset, &header, data) == 0;
 }
 
 }  // namespace flashpack::testing

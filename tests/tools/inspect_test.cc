@@ -1,33 +1,20 @@
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
-#include <array>
 #include <boost/json/parse.hpp>
-#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 
 #include "tests/format/golden_files.h"
+#include "tests/support/run.h"
 
 namespace flashpack {
 namespace {
 
-struct Outcome {
-  int status;
-  std::string output;
-};
+using testing::Outcome;
 
 /// Runs flashpack_inspect with shell text as its arguments.
-Outcome inspect(const std::string& arguments) {
-  std::FILE* pipe = ::popen(("'" FLASHPACK_INSPECT "' " + arguments).c_str(), "r");
-  if (pipe == nullptr) return {-1, "popen failed"};
-  std::string output;
-  std::array<char, 4096> buffer{};
-  while (const std::size_t got = std::fread(buffer.data(), 1, buffer.size(), pipe)) output.append(buffer.data(), got);
-  const int status = ::pclose(pipe);
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, output};
-}
+Outcome inspect(const std::string& arguments) { return testing::run("'" FLASHPACK_INSPECT "' " + arguments); }
 
 std::string golden(const std::string& name) { return std::string(FLASHPACK_GOLDEN_DIR "/") + name + ".flashpack"; }
 
@@ -44,12 +31,12 @@ class Scratch {
   const std::string& path() const { return path_; }
 
  private:
-  std::string path_ = testing::TempDir() + "inspect_" + std::to_string(::getpid()) + ".flashpack";
+  std::string path_ = ::testing::TempDir() + "inspect_" + std::to_string(::getpid()) + ".flashpack";
 };
 
-class InspectGolden : public testing::TestWithParam<test::GoldenFile> {};
+class InspectGolden : public ::testing::TestWithParam<test::GoldenFile> {};
 
-INSTANTIATE_TEST_SUITE_P(Files, InspectGolden, testing::ValuesIn(test::golden_files()),
+INSTANTIATE_TEST_SUITE_P(Files, InspectGolden, ::testing::ValuesIn(test::golden_files()),
                          [](const auto& file) { return file.param.name; });
 
 TEST_P(InspectGolden, JsonListsEveryTensor) {

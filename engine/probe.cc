@@ -1,0 +1,314 @@
+#include "flashpack/probe.h"
+
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <sstream>
+#include <string_view>
+#include <thread>
+
+#include "engine/error.h"
+#include "engine/file.h"
+#include "engine/residency.h"
+#include "engine/ring.h"
+#include "engine/staging.h"
+
+namespace flashpack {
+
+namespace {
+
+namespace fs = std::filesystem;
+using engine::errno_code;
+
+constexpr std::uint32_t kSlotBytes = std::uint32_t{2} << 20;
+
+std::string first_line(const fs::path& path) {
+  std::string line;
+  std::getline(std::ifstream(path), line);
+  return line;
+}
+
+// The rest of the first line that begins with `name`, in a file like /proc/self/status.
+std::string field(const fs::path& path, std::string_view name) {
+  std::ifstream in(path);
+  for (std::string line; std::getline(in, line);) {
+    if (line.rfind(name, 0) != 0) continue;
+    const auto begin = line.find_first_not_of(" \t", name.size());
+    return begin == std::string::npos ? "" : line.substr(begin);
+  }
+  return "";
+}
+
+std::string size_text(std::uint64_t bytes) {
+  for (const char* unit : {"bytes", "KiB", "MiB"}) {
+    if (bytes < 1024 || bytes % 1024 != 0) return std::to_string(bytes) + " " + unit;
+    bytes /= 1024;
+  }
+  return std::to_string(bytes) + " GiB";
+}
+
+Finding kernel() {
+  utsname name{};
+  ::uname(&name);
+  return {.key = "kernel", .value = std::string(name.sysname) + " " + name.release};
+}
+
+Finding cpus() {
+  Finding finding{.key = "cpus", .value = std::to_string(std::thread::hardware_concurrency())};
+  std::istringstream quota(first_line("/sys/fs/cgroup/cpu.max"));
+  double quota_us = 0;
+  double period_us = 0;
+  if (!(quota >> quota_us >> period_us) || period_us <= 0) return finding;
+  if (const double allowed = quota_us / period_us; allowed < std::thread::hardware_concurrency()) {
+    std::ostringstream text;
+    text << "the control group allows " << allowed << " of them, which slows copies from the page cache";
+    finding.limit = text.str();
+    finding.cure = "raise the container's CPU limit";
+  }
+  return finding;
+}
+
+bool filtered() { return field("/proc/self/status", "Seccomp:") == "2"; }
+
+Finding seccomp() { return {.key = "seccomp", .value = filtered() ? "a filter is in place" : "none"}; }
+
+std::string cure_of_refusal(int error_number) {
+  const std::string disabled = first_line("/proc/sys/kernel/io_uring_disabled");
+  if (error_number == EPERM && !disabled.empty() && disabled != "0") return "sysctl kernel.io_uring_disabled=0";
+  if (error_number == ENOMEM) return "raise ulimit -l, or the container's memory limit";
+  if (filtered()) {
+    return "a seccomp profile that allows io_uring_setup, io_uring_enter and io_uring_register: docker run "
+           "--security-opt seccomp=PROFILE.json, in Kubernetes securityContext.seccompProfile";
+  }
+  return error_number == ENOSYS ? "a kernel with io_uring (Linux 5.15, not gVisor)" : "ask who confines this process";
+}
+
+const char* text_of(engine::Ring::Rung rung) {
+  switch (rung) {
+    case engine::Ring::Rung::kDeferred:
+      return "with DEFER_TASKRUN";
+    case engine::Ring::Rung::kCooperative:
+      return "with COOP_TASKRUN";
+    case engine::Ring::Rung::kBare:
+      return "without flags";
+  }
+  return "";
+}
+
+// Reads through a slot until the ring has registered it, or said why not.
+void use_slot(engine::Ring& ring, const engine::Staging& staging, int fd) {
+  for (int use = 0; use < 3; ++use) {
+    ring.push(0, {.op = engine::IoRequest::Op::kRead, .fd = fd, .memory = staging.slots()[0].first(4096), .slot = 0});
+    while (ring.wait(std::nullopt).empty()) {
+    }
+  }
+}
+
+void add_ring(std::vector<Finding>& findings, const engine::Staging& staging) {
+  Finding ring_finding{.key = "io_uring"};
+  Finding buffers{.key = "registered_buffers", .value = "not tried"};
+  try {
+    engine::Ring ring(4, staging.slots());
+    ring_finding.value = text_of(ring.rung());
+    ring_finding.limit = ring.fallback_reason();
+    if (!ring_finding.limit.empty()) ring_finding.cure = "a newer kernel; it costs a little CPU, no speed";
+    const auto before = ring.fallback_reason().size();
+    const engine::UniqueFd self(::open("/proc/self/exe", O_RDONLY | O_CLOEXEC));
+    use_slot(ring, staging, self.get());
+    const std::string reason = ring.fallback_reason().substr(before);
+    buffers.value = reason.empty() ? "yes" : "no";
+    buffers.limit = reason.empty() ? "" : reason + ": a little more CPU";
+    if (!reason.empty()) {
+      buffers.cure =
+          "ulimit -l unlimited, docker run --ulimit memlock=-1, systemd LimitMEMLOCK=infinity, or CAP_IPC_LOCK";
+    }
+  } catch (const std::system_error& error) {
+    ring_finding.value = "refused";
+    ring_finding.limit = std::string(error.what()) + "; the workers read instead, nearly as fast";
+    ring_finding.cure = cure_of_refusal(error.code().value());
+  }
+  findings.push_back(std::move(ring_finding));
+  findings.push_back(std::move(buffers));
+}
+
+Finding locked_memory() {
+  Finding finding{.key = "locked_memory"};
+  rlimit limit{};
+  ::getrlimit(RLIMIT_MEMLOCK, &limit);
+  finding.value = limit.rlim_cur == RLIM_INFINITY ? "unlimited" : size_text(limit.rlim_cur);
+  constexpr unsigned kIpcLock = 14;  // Of <linux/capability.h>.
+  const auto capabilities = std::strtoull(field("/proc/self/status", "CapEff:").c_str(), nullptr, 16);
+  if ((capabilities >> kIpcLock) & 1) finding.value += ", lifted by CAP_IPC_LOCK";
+  return finding;
+}
+
+// Kilobytes of huge pages in the mapping that `address` lies in.
+std::uint64_t huge_kilobytes_at(const void* address) {
+  std::ifstream in("/proc/self/smaps");
+  const auto wanted = reinterpret_cast<std::uintptr_t>(address);
+  bool inside = false;
+  for (std::string line; std::getline(in, line);) {
+    std::uintptr_t begin = 0;
+    std::uintptr_t end = 0;
+    if (std::sscanf(line.c_str(), "%lx-%lx ", &begin, &end) == 2) inside = begin <= wanted && wanted < end;
+    if (inside && line.rfind("AnonHugePages:", 0) == 0) return std::strtoull(line.c_str() + 14, nullptr, 10);
+  }
+  return 0;
+}
+
+Finding huge_pages(const engine::Staging& staging) {
+  Finding finding{.key = "huge_pages"};
+  const auto slot = staging.slots()[1];
+  std::memset(slot.data(), 0, slot.size());
+  if (huge_kilobytes_at(slot.data()) * 1024 >= slot.size()) {
+    finding.value = "yes";
+    return finding;
+  }
+  finding.value = "no";
+  finding.limit = "staging lies on small pages: large reads are split, at up to half the speed and more CPU";
+  finding.cure = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled";
+  if (const std::string now = first_line("/sys/kernel/mm/transparent_hugepage/enabled"); !now.empty())
+    finding.cure += " (now " + now + ")";
+  return finding;
+}
+
+Finding numa() {
+  int nodes = 0;
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator("/sys/devices/system/node", ignored)) {
+    const std::string name = entry.path().filename();
+    nodes += name.rfind("node", 0) == 0 && name.find_first_not_of("0123456789", 4) == std::string::npos;
+  }
+  return {.key = "numa", .value = nodes > 1 ? std::to_string(nodes) + " nodes" : "one node"};
+}
+
+Finding gpus() {
+  Finding finding{.key = "gpus"};
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator("/sys/bus/pci/devices", ignored)) {
+    const bool nvidia = first_line(entry.path() / "vendor") == "0x10de";
+    if (!nvidia || first_line(entry.path() / "class").rfind("0x03", 0) != 0) continue;
+    finding.value += (finding.value.empty() ? "" : "; ") + entry.path().filename().string() + " on node " +
+                     first_line(entry.path() / "numa_node") + ", " + first_line(entry.path() / "current_link_speed") +
+                     " x" + first_line(entry.path() / "current_link_width");
+  }
+  if (finding.value.empty()) finding.value = "none";
+  return finding;
+}
+
+// The type of the file system whose mount point is the longest beginning of `path`.
+Finding file_system(const fs::path& path) {
+  std::error_code ignored;
+  const std::string full = fs::canonical(path, ignored).string() + "/";
+  std::ifstream in("/proc/self/mountinfo");
+  std::size_t longest = 0;
+  std::string type = "unknown";
+  for (std::string line; std::getline(in, line);) {
+    std::istringstream fields(line);
+    std::string skipped;
+    std::string mount_point;
+    fields >> skipped >> skipped >> skipped >> skipped >> mount_point;
+    if (mount_point.back() != '/') mount_point += '/';
+    const auto separator = line.find(" - ");
+    if (separator == std::string::npos || mount_point.size() < longest || full.rfind(mount_point, 0) != 0) continue;
+    longest = mount_point.size();
+    std::istringstream(line.substr(separator + 3)) >> type;
+  }
+  return {.key = "file_system", .value = type};
+}
+
+Finding direct_io(const engine::File& file, const engine::Staging& staging) {
+  constexpr const char* kCure = "keep checkpoints on a local ext4 or XFS, in a container on a volume";
+  Finding finding{.key = "direct_io"};
+  int error_number = file.direct_error();
+  if (file.direct_fd() >= 0) {
+    const auto memory = staging.slots()[0].first(file.block_bytes());
+    error_number = ::pread(file.direct_fd(), memory.data(), memory.size(), 0) < 0 ? errno : 0;
+  }
+  if (error_number != 0) {
+    finding.value = "no";
+    finding.limit = errno_code(error_number).message() + ": every read goes through the page cache";
+    finding.cure = kCure;
+    return finding;
+  }
+  finding.value = size_text(file.block_bytes()) + " blocks";
+  if (file.may_block()) {
+    finding.limit = "reads wait in threads of the kernel: more CPU, and where it is a network, its latency";
+    finding.cure = kCure;
+  }
+  return finding;
+}
+
+Finding residency(const engine::File& file) {
+  engine::Residency residency(file.buffered_fd());
+  residency.cached(0, std::max<std::uint64_t>(file.identity().size_bytes, 1));
+  Finding finding{.key = "residency", .limit = residency.fallback_reason()};
+  switch (residency.method()) {
+    case engine::Residency::Method::kCachestat:
+      finding.value = "cachestat";
+      break;
+    case engine::Residency::Method::kProbe:
+      finding.value = "single pages";
+      break;
+    case engine::Residency::Method::kNone:
+      finding.value = "unknown";
+      break;
+  }
+  if (!finding.limit.empty()) finding.cure = "Linux 6.5, and files that the reader owns or may write";
+  return finding;
+}
+
+// A file without a name in `directory`, of one block. Empty with errno when there can be none.
+engine::UniqueFd nameless_file(const fs::path& directory) {
+  engine::UniqueFd fd(::open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
+  if (!fd && (errno == EOPNOTSUPP || errno == EISDIR)) {
+    std::string name = directory / ".flashpack-probe-XXXXXX";
+    fd.reset(::mkostemp(name.data(), O_CLOEXEC));
+    if (fd) ::unlink(name.c_str());
+  }
+  const std::string block(4096, '\0');
+  if (fd && ::pwrite(fd.get(), block.data(), block.size(), 0) < 0) fd.reset();
+  return fd;
+}
+
+void add_path(std::vector<Finding>& findings, const fs::path& path, const engine::Staging& staging) {
+  std::error_code error;
+  const fs::file_status status = fs::status(path, error);
+  if (!fs::exists(status)) throw engine::file_error(error ? error : errno_code(ENOENT), "probe", path);
+  findings.push_back(file_system(path));
+  engine::UniqueFd nameless;
+  fs::path tried = path;
+  if (fs::is_directory(status)) {
+    nameless = nameless_file(path);
+    if (!nameless) {
+      const std::string limit = errno_code(errno).message() + ": no file can be made here, so nothing was tried";
+      findings.push_back({.key = "direct_io", .value = "unknown", .limit = limit, .cure = "give the path of a file"});
+      return;
+    }
+    tried = "/proc/self/fd/" + std::to_string(nameless.get());
+  }
+  const engine::File file = engine::File::open(tried, std::nullopt, true);
+  findings.push_back(direct_io(file, staging));
+  findings.push_back(residency(file));
+}
+
+}  // namespace
+
+std::vector<Finding> probe(const std::filesystem::path& path) {
+  const engine::Staging staging(2 * kSlotBytes, kSlotBytes);
+  std::vector<Finding> findings{kernel(), cpus(), seccomp()};
+  add_ring(findings, staging);
+  findings.push_back(locked_memory());
+  findings.push_back(huge_pages(staging));
+  findings.push_back(numa());
+  findings.push_back(gpus());
+  if (!path.empty()) add_path(findings, path, staging);
+  return findings;
+}
+
+}  // namespace flashpack

@@ -1,0 +1,39 @@
+#include <gtest/gtest.h>
+
+#include <boost/json/parse.hpp>
+#include <filesystem>
+
+#include "tests/support/run.h"
+
+namespace flashpack {
+namespace {
+
+testing::Outcome probe(const std::string& arguments) { return testing::run("'" FLASHPACK_PROBE "' " + arguments); }
+
+TEST(ProbeTool, TextAndJsonTellOfTheSameThings) {
+  const testing::Outcome text = probe("/var/tmp");
+  const testing::Outcome json = probe("/var/tmp --json");
+  ASSERT_EQ(text.status, 0) << text.output;
+  ASSERT_EQ(json.status, 0) << json.output;
+  const auto report = boost::json::parse(json.output).as_object();
+  std::size_t limits = 0;
+  for (const auto& [key, finding] : report) {
+    EXPECT_NE(text.output.find("\n" + std::string(key) + " "), key == "kernel" ? 0 : std::string::npos) << key;
+    for (const char* part : {"value", "limit", "cure"}) EXPECT_TRUE(finding.at(part).is_string()) << key;
+    limits += !finding.at("limit").as_string().empty();
+  }
+  EXPECT_TRUE(report.contains("io_uring") && report.contains("direct_io"));
+  const std::string told = limits == 0 ? "no limits" : std::to_string(limits) + (limits == 1 ? " limit" : " limits");
+  EXPECT_TRUE(text.output.ends_with(told + "\n")) << text.output;
+}
+
+TEST(ProbeTool, APathThatIsNotThereAndAWrongFlagHaveStatusesOfTheirOwn) {
+  const testing::Outcome missing = probe("/no/such/path 2>&1");
+  EXPECT_EQ(missing.status, 1);
+  EXPECT_NE(missing.output.find("/no/such/path"), std::string::npos) << missing.output;
+  EXPECT_EQ(probe("--wrong 2>&1").status, 2);
+  EXPECT_EQ(probe("--help").status, 0);
+}
+
+}  // namespace
+}  // namespace flashpack

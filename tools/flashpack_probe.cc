@@ -1,0 +1,75 @@
+// flashpack_probe: what this machine and this path allow, and what to do about what they do not.
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <boost/json/object.hpp>
+#include <boost/json/serialize.hpp>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "flashpack/probe.h"
+
+namespace {
+
+using flashpack::Finding;
+
+constexpr int kExitFailed = 1;
+constexpr int kExitUsage = 2;
+
+constexpr const char* kDescription =
+    "Tries what flashpack would use here and shows what it got: io_uring, registered buffers, huge pages, and with a "
+    "PATH\n"
+    "direct reads and how to ask the page cache. Each limit comes with its cure.";
+
+constexpr const char* kFooter =
+    "Examples:\n"
+    "  flashpack_probe /models/model.flashpack\n"
+    "  flashpack_probe /models --json | jq 'to_entries[] | select(.value.limit != \"\")'\n"
+    "\n"
+    "Exit status: 0 it was tried (limits or not), 1 there is nothing at PATH, 2 wrong usage.";
+
+void print_text(const std::vector<Finding>& findings) {
+  std::size_t width = 0;
+  for (const Finding& finding : findings) width = std::max(width, finding.key.size());
+  const auto indent = static_cast<int>(width);
+  for (const Finding& finding : findings) {
+    std::printf("%-*s  %s\n", indent, finding.key.c_str(), finding.value.c_str());
+    if (!finding.limit.empty()) std::printf("%-*s    limit: %s\n", indent, "", finding.limit.c_str());
+    if (!finding.cure.empty()) std::printf("%-*s    cure:  %s\n", indent, "", finding.cure.c_str());
+  }
+  const auto limits = std::count_if(findings.begin(), findings.end(), [](const auto& f) { return !f.limit.empty(); });
+  std::printf(limits == 0 ? "no limits\n" : limits == 1 ? "1 limit\n" : "%td limits\n", limits);
+}
+
+void print_json(const std::vector<Finding>& findings) {
+  boost::json::object report;
+  for (const Finding& finding : findings) {
+    report[finding.key] = {{"value", finding.value}, {"limit", finding.limit}, {"cure", finding.cure}};
+  }
+  std::printf("%s\n", boost::json::serialize(report).c_str());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  CLI::App app(kDescription, "flashpack_probe");
+  app.footer(kFooter);
+  std::filesystem::path path;
+  bool json = false;
+  app.add_option("PATH", path, "A checkpoint, or the directory where checkpoints are");
+  app.add_flag("--json", json, "One object: {KEY: {\"value\", \"limit\", \"cure\"}}");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kExitUsage;
+  }
+  const std::vector<Finding> findings = flashpack::probe(path);
+  json ? print_json(findings) : print_text(findings);
+  return 0;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "flashpack_probe: %s\n", error.what());
+  return kExitFailed;
+}
