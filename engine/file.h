@@ -22,8 +22,8 @@ class File {
   int buffered_fd() const noexcept { return buffered_.get(); }
   /// -1 where direct I/O is refused or was not wanted.
   int direct_fd() const noexcept { return direct_.get(); }
-  /// Whether a direct read may hold up whoever hands it to the kernel, for as long as it takes: file systems that do
-  /// not know how not to wait. False without direct_fd().
+  /// Whether a direct read may hold up whoever hands it to the kernel, for as long as it takes: on old kernels those that
+  /// do not know how not to wait. False without direct_fd().
   bool may_block() const noexcept { return may_block_; }
   /// Why direct_fd() is -1, when it was wanted: an errno.
   int direct_error() const noexcept { return direct_error_; }

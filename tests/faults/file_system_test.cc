@@ -1,0 +1,1 @@
+int unused_file_system_test;
