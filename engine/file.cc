@@ -75,6 +75,8 @@ void File::open_direct() {
   may_block_ = ::preadv2(direct_fd(), &vector, 1, 1, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP;
 }
 
+void File::drop_from_cache() const noexcept { ::posix_fadvise(buffered_fd(), 0, 0, POSIX_FADV_DONTNEED); }
+
 bool File::unchanged() const noexcept {
   struct stat status{};
   return ::fstat(buffered_fd(), &status) == 0 && identity_of(status) == identity_;

@@ -22,8 +22,8 @@ class File {
   int buffered_fd() const noexcept { return buffered_.get(); }
   /// -1 where direct I/O is refused or was not wanted.
   int direct_fd() const noexcept { return direct_.get(); }
-  /// Whether a direct read may hold up whoever hands it to the kernel, for as long as it takes: on old kernels those that
-  /// do not know how not to wait. False without direct_fd().
+  /// Whether a direct read may hold up whoever hands it to the kernel, for as long as it takes: on old kernels those
+  /// that do not know how not to wait. False without direct_fd().
   bool may_block() const noexcept { return may_block_; }
   /// Why direct_fd() is -1, when it was wanted: an errno.
   int direct_error() const noexcept { return direct_error_; }
@@ -33,6 +33,9 @@ class File {
   /// Whether the file is still what it was at open(). A rename over it is not a change: the descriptor keeps the old
   /// file.
   bool unchanged() const noexcept;
+
+  /// Gives its clean pages in the page cache back. Quick where most are gone already.
+  void drop_from_cache() const noexcept;
 
  private:
   File(std::filesystem::path path, UniqueFd buffered) : path_(std::move(path)), buffered_(std::move(buffered)) {}

@@ -23,7 +23,7 @@ struct IoRequest {
   /// What a kReadPieces may do with the page cache.
   struct PageCache {
     bool only = false;  ///< Never waits for the disk: -EAGAIN when a byte is not cached or past the end.
-    bool drop = false;  ///< What was read is taken out of it.
+    bool drop = false;  ///< What was read is taken out of it, but for what shares a large page with something else.
   };
   Op op;
   int fd = -1;

@@ -336,6 +336,7 @@ void Pipeline::end(TransferState& transfer) {
       transfer.failure = Failure(file_error(Errc::kFileChanged, "read", source.file.path()));
     }
     transfer.note_fallback(source.residency.fallback_reason());
+    if (transfer.after == AfterLoad::kDrop && transfer.stats.buffered_bytes > 0) source.file.drop_from_cache();
   }
   transfer.sources.clear();
   transfer.note_fallback(disk_.fallback_reason());

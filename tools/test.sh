@@ -53,7 +53,7 @@ ctest_preset() {
 }
 
 install_everything() {
-  local packages=(shellcheck)
+  local packages=(shellcheck libfuse3-dev fuse3)
   [[ $scope == fast ]] || packages+=(clang-19 libclang-rt-19-dev)
   install_packages "${packages[@]}" && make_venv
 }

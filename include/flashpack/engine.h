@@ -51,10 +51,11 @@ enum class CachePolicy : std::uint8_t {
   kBuffered,  ///< The page cache for everything.
 };
 
-/// What becomes of page-cache pages that a load has read through. Direct reads leave the page cache as it is.
+/// What becomes of the page cache of a file that a load has read through it. Direct reads leave it as it is.
 enum class AfterLoad : std::uint8_t {
   kKeep,  ///< Left to the kernel: the next load or process finds them.
-  kDrop,  ///< Given back, cached before or not: for weights that nobody reads again. Dirty and mapped pages stay.
+  kDrop,  ///< The file's pages are given back, cached before or not: for weights that nobody reads again. Dirty and
+          ///< mapped pages stay.
 };
 
 using Deadline = std::chrono::steady_clock::time_point;

@@ -1,1 +1,275 @@
-int unused_process_test;
+// Loads by processes that may do less than others, that fork, that are interrupted, and of files that others change.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "flashpack/engine.h"
+#include "tests/support/guarded_memory.h"
+#include "tests/support/sandbox.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack {
+namespace {
+
+using testing::GuardedMemory;
+using testing::run_in_child;
+
+constexpr std::uint32_t kMiB = 1u << 20;
+constexpr int kSkip = 77;
+
+EngineOptions small_engine(Backend backend = Backend::kAuto) {
+  return {.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .workers = 2, .backend = backend};
+}
+
+LoadRequest request(const std::filesystem::path& path, GuardedMemory& memory, CachePolicy cache = CachePolicy::kAuto) {
+  return {.files = {{.path = path, .extents = {{0, memory.size(), memory.data()}}}}, .cache = cache};
+}
+
+bool right(const GuardedMemory& memory, const std::vector<std::byte>& bytes) {
+  return memory.intact() && std::memcmp(memory.data(), bytes.data(), memory.size()) == 0;
+}
+
+bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+
+// A load through slots, more often than there are slots, that must give the right bytes. 0, or what is wrong.
+int load_through_slots(const std::filesystem::path& path, const std::vector<std::byte>& bytes, const char* reason) {
+  Engine engine(small_engine());
+  for (int i = 0; i < 3; ++i) {
+    GuardedMemory memory(bytes.size(), 64);
+    const TransferStats stats = engine.load(request(path, memory, CachePolicy::kDirect));
+    if (!right(memory, bytes)) return 1;
+    if (i == 2 && !has(stats.fallback_reason, reason)) return 2;
+  }
+  return 0;
+}
+
+class ConfinedTest : public ::testing::Test {
+ protected:
+  ConfinedTest() { testing::write_file(dir_ / "file", bytes_); }
+
+  testing::TempDir dir_;
+  std::vector<std::byte> bytes_ = testing::random_bytes(9 * kMiB + 5);
+};
+
+TEST_F(ConfinedTest, EachSystemCallOfIoUringMayBeRefusedAndTheReasonIsTold) {
+  struct Case {
+    long number;
+    int error_number;
+    const char* reason;
+  };
+  for (const auto& [number, error_number, reason] :
+       {Case{SYS_io_uring_setup, EPERM, "io_uring"}, Case{SYS_io_uring_setup, ENOSYS, "io_uring"},
+        Case{SYS_io_uring_enter, EPERM, "io_uring"}, Case{SYS_io_uring_register, EPERM, "registered buffers"}}) {
+    const int status = run_in_child([&, n = number, e = error_number, r = reason] {
+      if (!testing::deny_syscall(static_cast<unsigned>(n), static_cast<unsigned>(e))) return kSkip;
+      return load_through_slots(dir_ / "file", bytes_, r);
+    });
+    if (status == kSkip) GTEST_SKIP() << "seccomp filters are not allowed here";
+    EXPECT_EQ(status, 0) << number << " " << error_number;
+  }
+}
+
+TEST_F(ConfinedTest, LittleLockableMemoryIsNoErrorAndTheReasonIsTold) {
+  const int status = run_in_child([&] {
+    if (!testing::drop_lockable_memory()) return kSkip;
+    if (Engine(small_engine()).options().backend == Backend::kWorkers) return kSkip;
+    return load_through_slots(dir_ / "file", bytes_, "raise ulimit -l");
+  });
+  if (status == kSkip) GTEST_SKIP() << "the capability cannot be dropped, or there is no io_uring";
+  EXPECT_EQ(status, 0);
+}
+
+// The first load's looks must not make the second one think that all of it is cached.
+TEST_F(ConfinedTest, AColdFileOfSomebodyElseIsReadPastTheCacheEveryTime) {
+  const auto path = dir_ / "file";
+  ASSERT_EQ(::chmod(dir_.path().c_str(), 0755), 0);
+  ASSERT_EQ(::chmod(path.c_str(), 0644), 0);
+  testing::drop_from_cache(path);
+  const int status = run_in_child([&] {
+    if (::geteuid() != 0 || ::setresuid(65534, 65534, 65534) != 0) return kSkip;
+    Engine engine(small_engine());
+    for (int load = 0; load < 2; ++load) {
+      GuardedMemory memory(bytes_.size());
+      const TransferStats stats = engine.load(request(path, memory));
+      if (!right(memory, bytes_)) return 1;
+      if (!has(stats.fallback_reason, "cachestat")) return 2;
+      if (has(stats.fallback_reason, "taken for not cached")) return kSkip;
+      if (stats.buffered_bytes > 2 * kMiB) return 3;  // Of 10 chunks, each wrong by a chance of 1 in 256.
+    }
+    testing::read_file(path);
+    GuardedMemory memory(bytes_.size());
+    const TransferStats stats = engine.load(request(path, memory));
+    return right(memory, bytes_) && stats.direct_bytes == 0 ? 0 : 4;
+  });
+  if (status == kSkip) GTEST_SKIP() << "not root, or a file system without RWF_NOWAIT";
+  EXPECT_EQ(status, 0);
+}
+
+class DisturbedTest : public ::testing::TestWithParam<Backend> {
+ protected:
+  DisturbedTest() { testing::write_file(path_, bytes_); }
+
+  testing::TempDir dir_;
+  std::filesystem::path path_ = dir_ / "file";
+  std::vector<std::byte> bytes_ = testing::random_bytes(16 * kMiB + 9);
+  Engine engine_{small_engine(GetParam())};
+  std::mt19937_64 random_{1};
+};
+
+INSTANTIATE_TEST_SUITE_P(Backends, DisturbedTest, ::testing::Values(Backend::kAuto, Backend::kWorkers),
+                         [](const auto& backend) { return backend.param == Backend::kAuto ? "Auto" : "Workers"; });
+
+// Every page of a version carries its stamp, so that a mixture shows. An mtime has a resolution; it is set by hand, so
+// that a change always shows.
+TEST_P(DisturbedTest, AFileThatIsChangedInPlaceIsOneVersionOrAnError) {
+  constexpr int kRounds = 100;
+  const std::size_t size = bytes_.size();
+  int errors = 0;
+  for (int round = 1; round <= kRounds; ++round) {
+    testing::write_file(path_, std::vector<std::byte>(size, static_cast<std::byte>(round)));
+    if (round % 2) testing::drop_from_cache(path_);
+    GuardedMemory memory(size, round % 3 ? 0 : 64);
+    Transfer transfer = engine_.start_load(request(path_, memory));
+    for (auto n = random_() % 300; n > 0; --n) std::this_thread::yield();
+    const bool cut = round % 2 == 0;
+    if (cut) {
+      std::filesystem::resize_file(path_, random_() % size);
+    } else {
+      const int fd = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
+      const std::vector<std::byte> other(size / 2, std::byte{0xFF});
+      EXPECT_GT(::pwrite(fd, other.data(), other.size(), static_cast<off_t>(size / 4)), 0);
+      const timespec later[2] = {{.tv_sec = 1000 + round, .tv_nsec = 0}, {.tv_sec = 1000 + round, .tv_nsec = 0}};
+      EXPECT_EQ(::futimens(fd, later), 0);
+      ::close(fd);
+    }
+    try {
+      transfer.wait();
+      const bool whole = std::all_of(memory.data(), memory.data() + size,
+                                     [&](std::byte byte) { return byte == static_cast<std::byte>(round); });
+      EXPECT_TRUE(whole) << "a mixture was called a success in round " << round;
+    } catch (const Error& error) {
+      ++errors;
+      EXPECT_TRUE(error.code() == Errc::kFileChanged || error.code() == Errc::kTruncated) << error.what();
+    }
+    EXPECT_TRUE(memory.intact());
+  }
+  EXPECT_GT(errors, 0) << "no change came in time; nothing was shown";
+}
+
+TEST_P(DisturbedTest, AFileThatIsReplacedByRenameIsTheOldOneOrTheNewOne) {
+  auto other = bytes_;
+  for (std::byte& byte : other) byte = ~byte;
+  for (int round = 0; round < 40; ++round) {
+    testing::write_file(dir_ / "new", round % 2 ? bytes_ : other);
+    GuardedMemory memory(bytes_.size());
+    Transfer transfer = engine_.start_load(request(path_, memory, CachePolicy::kDirect));
+    for (auto n = random_() % 100; n > 0; --n) std::this_thread::yield();
+    std::filesystem::rename(dir_ / "new", path_);
+    transfer.wait();
+    EXPECT_TRUE(right(memory, bytes_) || right(memory, other));
+  }
+}
+
+TEST_P(DisturbedTest, ForksDuringALoadLeaveTheParentItsBytes) {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "the sanitizers' locks may be held by a thread that the forked child does not have";
+#endif
+  int forks = 0;
+  for (int load = 0; load < 10; ++load) {
+    testing::drop_from_cache(path_);
+    GuardedMemory memory(bytes_.size(), load % 2 ? 64 : 0);
+    Transfer transfer = engine_.start_load(request(path_, memory, CachePolicy::kDirect));
+    for (int i = 0; i < 20 && (i < 3 || !transfer.wait_for(std::chrono::nanoseconds(0))); ++i, ++forks) {
+      const int status = run_in_child([&] {
+        // A child that writes where the kernel reads for the parent.
+        if (i % 2) std::memset(memory.data(), 0x5A, memory.size());
+        return 0;
+      });
+      EXPECT_EQ(status, 0);
+    }
+    transfer.wait();
+    EXPECT_TRUE(right(memory, bytes_));
+  }
+  EXPECT_GE(forks, 30);
+}
+
+TEST_P(DisturbedTest, TwoHundredInterruptionsLeaveNothingInFlightAndAnEngineThatWorks) {
+  int interrupted = 0;
+  for (int round = 0; round < 200; ++round) {
+    if (round % 4 == 0) testing::drop_from_cache(path_);
+    auto memory = std::make_unique<GuardedMemory>(bytes_.size(), round % 2 ? 64 : 0);
+    LoadRequest wanted = request(path_, *memory, round % 3 ? CachePolicy::kDirect : CachePolicy::kAuto);
+    if (round % 5 == 0)
+      wanted.deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(random_() % 8000);
+    Transfer transfer = engine_.start_load(wanted);
+    for (auto n = random_() % 400; n > 0; --n) std::this_thread::yield();
+    if (round % 5 == 1) {
+      std::thread([&] { transfer.cancel(); }).join();
+    } else if (round % 5 == 2) {
+      transfer = Transfer();
+    } else if (round % 5 == 3) {
+      transfer.cancel();
+      transfer.cancel();
+    }
+    if (transfer.valid()) {
+      try {
+        transfer.wait();
+        EXPECT_TRUE(right(*memory, bytes_));
+      } catch (const Error& error) {
+        ++interrupted;
+        EXPECT_TRUE(error.code() == Errc::kCancelled || error.code() == Errc::kDeadlineExceeded) << error.what();
+      }
+      EXPECT_EQ(transfer.progress().outstanding, 0u);
+    }
+    EXPECT_TRUE(memory->intact());
+    memory.reset();  // The pages go back at once: whatever were still in flight would be written into others'.
+    if (round % 20 == 0) {
+      GuardedMemory again(bytes_.size());
+      engine_.load(request(path_, again));
+      EXPECT_TRUE(right(again, bytes_));
+    }
+  }
+  EXPECT_GT(interrupted, 20) << "too few came in time";
+}
+
+double cached_fraction(const std::filesystem::path& path, std::size_t size) {
+  constexpr long kSysCachestat = 451;
+  struct {
+    std::uint64_t offset, size;
+  } range{0, size};
+  std::uint64_t counts[5] = {};
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const long result = ::syscall(kSysCachestat, fd, &range, counts, 0);
+  ::close(fd);
+  return result != 0 ? -1 : static_cast<double>(counts[0]) * 4096 / static_cast<double>(size);
+}
+
+TEST_P(DisturbedTest, AfterALoadThePageCacheIsKeptOrDroppedAsAskedFor) {
+  testing::drop_from_cache(path_);
+  GuardedMemory memory(bytes_.size());
+  engine_.load(request(path_, memory, CachePolicy::kBuffered));
+  if (cached_fraction(path_, bytes_.size()) < 0) GTEST_SKIP() << "cachestat is not to be had here";
+  EXPECT_GT(cached_fraction(path_, bytes_.size()), 0.99);
+  for (const CachePolicy cache : {CachePolicy::kAuto, CachePolicy::kBuffered}) {
+    testing::read_file(path_);
+    LoadRequest dropping = request(path_, memory, cache);
+    dropping.after = AfterLoad::kDrop;
+    engine_.load(dropping);
+    EXPECT_TRUE(right(memory, bytes_));
+    EXPECT_LT(cached_fraction(path_, bytes_.size()), 0.1);
+  }
+}
+
+}  // namespace
+}  // namespace flashpack
