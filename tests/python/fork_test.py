@@ -1,0 +1,86 @@
+"""Processes that come to be while flashpack is in use."""
+
+import multiprocessing
+import os
+import threading
+
+import flashpack
+import pytest
+import torch
+from support import random_tensor
+
+MIB = 1 << 20
+
+
+def same(a, b):
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+class FilesDataset(torch.utils.data.Dataset):
+    """Each item is a file, loaded in whichever process asks for it."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return os.getpid(), flashpack.revert_from_file(self.paths[index])["a"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    sources = [random_tensor((300_000,), seed=seed) for seed in range(8)]
+    paths = [tmp_path / f"{seed}.flashpack" for seed in range(8)]
+    for source, path in zip(sources, paths, strict=True):
+        flashpack.pack_to_file({"a": source}, path)
+    return sources, paths
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader_load_with_engines_of_their_own(files, method):
+    sources, paths = files
+    flashpack.revert_from_file(paths[0])  # The parent's engine is there before the fork.
+    loader = torch.utils.data.DataLoader(
+        FilesDataset(paths), batch_size=None, num_workers=2, timeout=60, multiprocessing_context=method
+    )
+    pids = set()
+    for source, (pid, loaded) in zip(sources, loader, strict=True):
+        pids.add(pid)
+        assert same(loaded, source)
+    assert len(pids) == 2
+    assert os.getpid() not in pids
+    assert same(flashpack.revert_from_file(paths[1])["a"], sources[1])
+
+
+def _exit_with_success(path):
+    os._exit(0 if flashpack.revert_from_file(path)["a"].numel() == 300_000 else 1)
+
+
+def test_forks_while_another_thread_loads_leave_both_sides_whole(files, tmp_path):
+    _, paths = files
+    source = {"big": random_tensor((16 * MIB,), seed=1)}
+    flashpack.pack_to_file(source, tmp_path / "big.flashpack")
+    stop = threading.Event()
+    wrong = []
+
+    def load():
+        while not stop.is_set():
+            loaded = flashpack.revert_from_file(tmp_path / "big.flashpack")["big"]
+            if not same(loaded, source["big"]):
+                wrong.append(loaded)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        context = multiprocessing.get_context("fork")
+        for _ in range(10):
+            child = context.Process(target=_exit_with_success, args=(paths[0],))
+            child.start()
+            child.join(60)
+            assert child.exitcode == 0
+    finally:
+        stop.set()
+        thread.join()
+    assert wrong == []
