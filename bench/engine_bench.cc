@@ -20,7 +20,7 @@
 namespace flashpack::bench {
 namespace {
 
-enum class Cache { kCold, kHalfResident, kResident };
+enum class Cache { kCold, kHalves, kStripes, kResident };
 enum class Memory { kTouched, kFresh };
 
 struct Setup {
@@ -36,9 +36,18 @@ struct Contender {
 };
 
 void prepare(const Checkpoint& checkpoint, Cache cache) {
-  if (cache != Cache::kResident) drop_from_page_cache(checkpoint.path());
-  if (cache == Cache::kHalfResident) warm_half(checkpoint.path());
-  if (cache == Cache::kResident) warm_page_cache(checkpoint.path());
+  constexpr std::uint64_t kStripeBytes = std::uint64_t{64} << 20;
+  const std::uint64_t half_bytes = checkpoint.metadata().payload_bytes / 2 / kStripeBytes * kStripeBytes;
+  switch (cache) {
+    case Cache::kCold:
+      return drop_from_page_cache(checkpoint.path());
+    case Cache::kHalves:
+      return warm_every_other(checkpoint.path(), std::max(half_bytes, kStripeBytes));
+    case Cache::kStripes:
+      return warm_every_other(checkpoint.path(), kStripeBytes);
+    case Cache::kResident:
+      return warm_page_cache(checkpoint.path());
+  }
 }
 
 /// The engine first, then what it is held against.
@@ -61,7 +70,8 @@ std::vector<Contender> contenders(const Setup& setup, Cache cache, TransferStats
       all.push_back({raw(&read_buffered), Series(size)});
       all.push_back({raw(&copy_mapped), Series(size)});
       break;
-    case Cache::kHalfResident:
+    case Cache::kHalves:
+    case Cache::kStripes:
       all.push_back({load(CachePolicy::kDirect), Series(size)});
       all.push_back({load(CachePolicy::kBuffered), Series(size)});
       break;
@@ -80,7 +90,7 @@ std::string describe(const TransferStats& stats) {
   const auto percent = [&](std::uint64_t bytes) {
     return std::to_string(bytes * 100 / std::max<std::uint64_t>(1, stats.direct_bytes + stats.buffered_bytes)) + "%";
   };
-  std::string text = stats.backend == Backend::kIoUring ? "io_uring" : "workers";
+  std::string text = to_string(stats.backend);
   text += ", direct " + percent(stats.direct_bytes) + ", staged " + percent(stats.staged_bytes);
   return stats.fallback_reason.empty() ? text : text + ", " + stats.fallback_reason;
 }
@@ -98,15 +108,10 @@ void report(benchmark::State& state, const std::vector<Contender>& all, const Tr
   state.SetLabel(describe(stats));
 }
 
-void bench_load(benchmark::State& state, const Setup& setup, Cache cache, Memory memory) try {
-  TransferStats stats;
-  auto all = contenders(setup, cache, stats);
-  setup.touched.touch();
-  run_once(setup, all.front(), cache, Memory::kTouched);
-  setup.checkpoint.check(setup.touched.data());
+// Each round another one goes first, so that none always profits from its place.
+void run_rounds(benchmark::State& state, const Setup& setup, std::vector<Contender>& all, Cache cache, Memory memory) {
   std::size_t round = 0;
   for (auto _ : state) {
-    // Each round another one goes first, so that none always profits from its place.
     for (std::size_t i = 0; i < all.size(); ++i) {
       Contender& contender = all[(round + i) % all.size()];
       const Sample sample = run_once(setup, contender, cache, memory);
@@ -115,6 +120,34 @@ void bench_load(benchmark::State& state, const Setup& setup, Cache cache, Memory
     }
     ++round;
   }
+}
+
+void bench_load(benchmark::State& state, const Setup& setup, Cache cache, Memory memory) try {
+  TransferStats stats;
+  auto all = contenders(setup, cache, stats);
+  setup.touched.touch();
+  run_once(setup, all.front(), cache, Memory::kTouched);
+  setup.checkpoint.check(setup.touched.data());
+  run_rounds(state, setup, all, cache, memory);
+  report(state, all, stats);
+} catch (const std::exception& error) {
+  state.SkipWithError(error.what());
+}
+
+// What is lost where io_uring is refused.
+void bench_workers(benchmark::State& state, const Setup& setup) try {
+  const Checkpoint& checkpoint = setup.checkpoint;
+  Engine workers({.backend = Backend::kWorkers});
+  Engine ring({.backend = Backend::kIoUring});
+  TransferStats stats;
+  const Series none(checkpoint.metadata().payload_bytes);
+  std::vector<Contender> all;
+  all.push_back({[&](std::byte* target) { stats = workers.load(checkpoint.request(target)); }, none});
+  all.push_back({[&](std::byte* target) { ring.load(checkpoint.request(target)); }, none});
+  setup.touched.touch();
+  run_once(setup, all.front(), Cache::kCold, Memory::kTouched);
+  checkpoint.check(setup.touched.data());
+  run_rounds(state, setup, all, Cache::kCold, Memory::kTouched);
   report(state, all, stats);
 } catch (const std::exception& error) {
   state.SkipWithError(error.what());
@@ -136,7 +169,13 @@ void register_all(const Setup& setup, int rounds) {
   add("load/cold/fresh_memory", Cache::kCold, Memory::kFresh);
   add("load/page_cache/touched_memory", Cache::kResident, Memory::kTouched);
   add("load/page_cache/fresh_memory", Cache::kResident, Memory::kFresh);
-  add("load/half_resident/touched_memory", Cache::kHalfResident, Memory::kTouched);
+  add("load/half_resident/halves", Cache::kHalves, Memory::kTouched);
+  add("load/half_resident/stripes", Cache::kStripes, Memory::kTouched);
+  benchmark::RegisterBenchmark("load/cold/workers_beside_ring",
+                               [&](benchmark::State& state) { bench_workers(state, setup); })
+      ->UseManualTime()
+      ->Iterations(rounds)
+      ->Unit(benchmark::kMillisecond);
   benchmark::RegisterBenchmark("engine/start", bench_start)->UseRealTime()->Unit(benchmark::kMillisecond);
 }
 

@@ -1,11 +1,11 @@
 #include "bench/support/page_cache.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <vector>
 
@@ -33,17 +33,19 @@ void read_range(const OpenFile& file, std::size_t begin, std::size_t end) {
 
 }  // namespace
 
-double resident_fraction(const std::filesystem::path& path) {
+double resident_fraction(const std::filesystem::path& path, std::uint64_t offset_bytes, std::uint64_t size_bytes) {
   const OpenFile file(path, O_RDONLY);
-  void* mapping = ::mmap(nullptr, file.size_bytes(), PROT_READ, MAP_SHARED, file.fd(), 0);
-  if (mapping == MAP_FAILED) throw file.error("map");
-  const auto page_bytes = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  std::vector<unsigned char> pages((file.size_bytes() + page_bytes - 1) / page_bytes);
-  const int result = ::mincore(mapping, file.size_bytes(), pages.data());
-  ::munmap(mapping, file.size_bytes());
-  if (result != 0) throw file.error("mincore");
-  const auto resident = std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return (page & 1) != 0; });
-  return static_cast<double>(resident) / static_cast<double>(pages.size());
+  struct {
+    std::uint64_t offset_bytes;
+    std::uint64_t size_bytes;
+  } range{offset_bytes, std::min<std::uint64_t>(size_bytes, file.size_bytes() - offset_bytes)};
+  std::array<std::uint64_t, 5> pages{};  // Cached, dirty, in writeback, evicted, recently evicted.
+  constexpr long kSysCachestat = 451;
+  if (::syscall(kSysCachestat, file.fd(), &range, pages.data(), 0) != 0) throw file.error("cachestat");
+  constexpr std::uint64_t kPageBytes = 4096;
+  const std::uint64_t first = offset_bytes / kPageBytes;
+  const std::uint64_t last = (offset_bytes + range.size_bytes + kPageBytes - 1) / kPageBytes;
+  return static_cast<double>(pages[0]) / static_cast<double>(last - first);
 }
 
 void drop_from_page_cache(const std::filesystem::path& path) {
@@ -58,13 +60,19 @@ void drop_from_page_cache(const std::filesystem::path& path) {
   if (fraction > 0) throw stays(path, fraction, "none");
 }
 
-void warm_half(const std::filesystem::path& path) {
-  constexpr std::size_t kStripeBytes = std::size_t{64} << 20;
+void warm_every_other(const std::filesystem::path& path, std::uint64_t stripe_bytes) {
+  drop_from_page_cache(path);
   const OpenFile file(path, O_RDONLY);
-  // Readahead would warm the start of the other half.
+  // Readahead would warm the start of the next stripe.
   ::posix_fadvise(file.fd(), 0, 0, POSIX_FADV_RANDOM);
-  for (std::size_t begin = 0; begin < file.size_bytes(); begin += 2 * kStripeBytes) {
-    read_range(file, begin, std::min(begin + kStripeBytes, file.size_bytes()));
+  for (std::uint64_t begin = 0; begin < file.size_bytes(); begin += 2 * stripe_bytes) {
+    read_range(file, begin, std::min(begin + stripe_bytes, file.size_bytes()));
+  }
+  bool wanted_hot = true;
+  for (std::uint64_t begin = 0; begin < file.size_bytes(); begin += stripe_bytes, wanted_hot = !wanted_hot) {
+    const double fraction = resident_fraction(path, begin, stripe_bytes);
+    if (fraction != (wanted_hot ? 1 : 0))
+      throw stays(path, fraction, wanted_hot ? "all of a stripe" : "none of a stripe");
   }
 }
 

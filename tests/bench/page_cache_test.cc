@@ -28,6 +28,18 @@ TEST_F(PageCache, ADroppedFileIsOutAndAWarmedOneIsIn) {
   EXPECT_EQ(resident_fraction(path_), 1);
 }
 
+TEST_F(PageCache, EveryOtherStripeIsInAndTheRestIsOut) {
+  constexpr std::uint64_t kStripeBytes = 2u << 20;
+  try {
+    warm_every_other(path_, kStripeBytes);
+  } catch (const std::runtime_error& error) {
+    GTEST_SKIP() << "this file system keeps its pages: " << error.what();
+  }
+  for (const std::uint64_t stripe : {0u, 1u, 2u, 3u}) {
+    EXPECT_EQ(resident_fraction(path_, stripe * kStripeBytes, kStripeBytes), stripe % 2 == 0 ? 1 : 0);
+  }
+}
+
 TEST_F(PageCache, AMissingFileIsNamed) {
   try {
     resident_fraction("no/such/file");
