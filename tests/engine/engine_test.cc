@@ -145,6 +145,23 @@ TEST_P(EngineTest, ThreadsMayShareAnEngine) {
   EXPECT_EQ(right_count, 40);
 }
 
+TEST_P(EngineTest, ManyEnginesMayLoadTheSameFileAtOnce) {
+  std::vector<std::thread> threads;
+  std::atomic<int> right_count = 0;
+  for (unsigned i = 0; i < 6; ++i) {
+    threads.emplace_back([&, i] {
+      Engine engine(small_engine(GetParam()));
+      for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kAuto, CachePolicy::kBuffered}) {
+        GuardedMemory memory(bytes_.size(), i);
+        engine.load(request(memory, 0, cache));
+        right_count += right(memory, 0);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(right_count, 18);
+}
+
 TEST_P(EngineTest, MissingFileIsENOENTWithThePath) {
   const Error error = error_of([&] { engine_.load({.files = {{.path = dir_ / "none"}}}); });
   EXPECT_EQ(error.code(), std::errc::no_such_file_or_directory);

@@ -229,6 +229,24 @@ TEST_F(PipelineTest, ACompletionMayStartATransferWhileThePipelineIsClosing) {
   EXPECT_TRUE(right(memory, 0));
 }
 
+TEST_F(PipelineTest, SmallTransfersAreReadAtTheSameTime) {
+  Rig rig(5, {});
+  std::vector<std::unique_ptr<GuardedMemory>> memory;
+  std::vector<Transfer> transfers;
+  CallingCompletion start_many;
+  start_many.call = [&] {  // On the driver thread, so that it finds all of them at once.
+    for (std::uint64_t i = 0; i < 6; ++i) {
+      memory.push_back(std::make_unique<GuardedMemory>(150'000));  // In place: no slot is needed.
+      transfers.push_back(
+          rig.start({.path = path(), .extents = {{4096 * i, memory[i]->size() / 4096 * 4096, memory[i]->data()}}}));
+    }
+  };
+  rig.start({.path = path(), .extents = {}, .completion = &start_many}).wait();
+  for (Transfer& transfer : transfers) transfer.wait();
+  rig.stop();
+  EXPECT_GE(rig.disk().max_in_flight(), Rig::kLimits.queue_depth);
+}
+
 TEST_F(PipelineTest, CloseFinishesThoughTheLastTransferNeverBegan) {
   for (int round = 0; round < 200; ++round) {
     GuardedMemory memory(1000);
