@@ -2,8 +2,8 @@
 //
 // usage: faulty_fs READY_FD RELEASE_FD MOUNTPOINT
 //
-// Writes a byte to READY_FD when it is mounted. /stuck answers when RELEASE_FD, the reading end of a pipe, has come to
-// its end, or after 20 seconds.
+// Writes a byte to READY_FD when it is mounted, and one for each read that gets stuck. /stuck answers when RELEASE_FD,
+// the reading end of a pipe, has come to its end, or after 20 seconds.
 #define FUSE_USE_VERSION 31
 #include <fuse3/fuse.h>
 #include <poll.h>
@@ -31,10 +31,14 @@ bool touches(std::uint64_t offset, std::size_t size, std::uint64_t where) {
   return offset < where + 4096 && where < offset + size;
 }
 
-void* on_init(fuse_conn_info*, fuse_config* config) {
-  config->direct_io = 1;  // Every read comes here, as it was asked.
+void tell() {
   const char byte = 1;
   if (::write(ready_fd, &byte, 1) != 1) std::abort();
+}
+
+void* on_init(fuse_conn_info*, fuse_config* config) {
+  config->direct_io = 1;  // Every read comes here, as it was asked.
+  tell();
   return nullptr;
 }
 
@@ -68,6 +72,7 @@ int on_read(const char* path, char* buffer, std::size_t size, off_t at, fuse_fil
   if (name == "eagain" && odd) return -EAGAIN;
   if (name == "short") size = std::min<std::size_t>(size, 64'536);
   if (name == "stuck" && offset >= kStuckOffset) {
+    tell();
     pollfd released{.fd = release_fd, .events = POLLIN};
     ::poll(&released, 1, 20'000);
   }

@@ -45,6 +45,7 @@ class FaultyFs {
     int release[2];
     if (::pipe(ready) != 0 || ::pipe(release) != 0) return;
     ::fcntl(release[1], F_SETFD, FD_CLOEXEC);  // Its end must come when this process closes it.
+    ready_fd_ = ready[0];
     child_ = ::fork();
     if (child_ == 0) {
       ::close(ready[0]);
@@ -55,20 +56,21 @@ class FaultyFs {
     ::close(ready[1]);
     ::close(release[0]);
     release_fd_ = release[1];
-    char byte = 0;
-    mounted_ = ::read(ready[0], &byte, 1) == 1;  // Or the program has ended.
-    ::close(ready[0]);
+    mounted_ = told();
   }
   ~FaultyFs() {
     release();
     if (mounted_) ::umount2(at_.c_str(), MNT_DETACH);
     if (child_ > 0) ::kill(child_, SIGTERM);
     if (child_ > 0) ::waitpid(child_, nullptr, 0);
+    ::close(ready_fd_);
   }
   FaultyFs(const FaultyFs&) = delete;
   FaultyFs& operator=(const FaultyFs&) = delete;
 
   bool mounted() const { return mounted_; }
+  /// Waits until one more read is stuck.
+  void wait_until_stuck() { told(); }
   /// Lets go of the reads that are stuck, and of all that come later.
   void release() {
     if (release_fd_ >= 0) ::close(release_fd_);
@@ -76,8 +78,15 @@ class FaultyFs {
   }
 
  private:
+  // False when the program has ended.
+  bool told() {
+    char byte = 0;
+    return ::read(ready_fd_, &byte, 1) == 1;
+  }
+
   std::filesystem::path at_;
   pid_t child_ = -1;
+  int ready_fd_ = -1;
   int release_fd_ = -1;
   bool mounted_ = false;
 };
