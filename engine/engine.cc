@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <future>
 #include <string>
@@ -75,28 +76,6 @@ void check_targets(const LoadRequest& request) {
   if (overlap != targets.end()) throw argument_error("load: targets overlap in memory");
 }
 
-// Opens one file of a request and adds its chunks. Throws: Error.
-void open_source(engine::TransferState& state, const FileExtents& wanted, CachePolicy cache,
-                 std::uint32_t chunk_bytes) {
-  const auto index = static_cast<std::uint32_t>(state.sources.size());
-  const bool want_direct = cache != CachePolicy::kBuffered;
-  engine::File file = engine::File::open(wanted.path, wanted.expected, want_direct);
-  std::vector<engine::Piece> pieces;
-  pieces.reserve(wanted.extents.size());
-  for (const Extent& extent : wanted.extents) {
-    if (extent.offset_bytes + extent.size_bytes > file.identity().size_bytes) {
-      throw engine::range_error(Errc::kTruncated, "read", wanted.path, extent.offset_bytes, extent.size_bytes);
-    }
-    if (extent.size_bytes > 0)
-      pieces.push_back({extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target)});
-  }
-  if (want_direct && file.direct_fd() < 0) {
-    state.note_fallback("direct I/O: " + engine::errno_code(file.direct_error()).message());
-  }
-  state.plan.add(index, pieces, chunk_bytes, std::min(file.block_bytes(), chunk_bytes));
-  state.sources.emplace_back(std::move(file));
-}
-
 // Null where the workers are asked for.
 std::unique_ptr<engine::Ring> make_ring(Backend backend, unsigned reads,
                                         const std::vector<std::span<std::byte>>& slots) {
@@ -109,15 +88,15 @@ std::unique_ptr<engine::Ring> make_ring(Backend backend, unsigned reads,
 }  // namespace
 
 Engine::Impl::Impl(EngineOptions options) : options_(checked(std::move(options))), owner_(::getpid()) {
-  std::promise<engine::Pipeline*> ready;
-  auto pipeline = ready.get_future();
+  std::promise<void> promise;
+  auto ready = promise.get_future();
   try {
-    driver_ = std::thread([this, promise = std::move(ready)]() mutable { drive(promise); });
+    driver_ = std::thread([this, moved = std::move(promise)]() mutable { drive(moved); });
   } catch (const std::system_error& error) {
     throw Error(error.code(), "start engine: " + std::string(error.what()));
   }
   try {
-    pipeline_ = pipeline.get();
+    ready.get();
   } catch (...) {
     driver_.join();
     throw;
@@ -136,14 +115,18 @@ void Engine::Impl::require_owner() const {
 }
 
 // The ring belongs to the thread that made it, so everything lives and dies on the driver thread.
-void Engine::Impl::drive(std::promise<engine::Pipeline*>& ready) {
+void Engine::Impl::drive(std::promise<void>& ready) {
   std::optional<engine::Pipeline> pipeline;
   std::optional<engine::Staging> staging;
+  std::unique_ptr<engine::Copier> copier;
   std::unique_ptr<engine::Ring> ring;
   std::optional<engine::Workers> workers;
   try {
     bind_this_thread(options_.cpu_affinity);
-    staging.emplace(options_.staging_bytes, options_.chunk_bytes);
+    const bool cuda = options_.device.kind == Device::Kind::kCuda;
+    if (cuda && !options_.numa_node) options_.numa_node = engine::numa_node_of_cuda_device(options_.device.index);
+    staging.emplace(options_.staging_bytes, options_.chunk_bytes, options_.numa_node.value_or(-1));
+    if (cuda) copier = engine::make_cuda_copier(options_.device.index, staging->slots());
     const engine::Pipeline::Limits limits{.queue_depth = options_.queue_depth, .worker_depth = 4 * options_.workers};
     const unsigned tags = engine::Pipeline::tag_limit(limits, staging->slots().size());
     const unsigned reads = limits.queue_depth + limits.worker_depth;  // Those that were populated first come on top.
@@ -157,7 +140,7 @@ void Engine::Impl::drive(std::promise<engine::Pipeline*>& ready) {
     if (options_.backend == Backend::kAuto) options_.backend = ring ? Backend::kIoUring : Backend::kWorkers;
     workers.emplace(options_.workers, tags, ring.get(), fallback_reason_);
     engine::IoQueue& disk = ring ? static_cast<engine::IoQueue&>(*ring) : *workers;
-    pipeline.emplace(disk, *workers, staging->slots(), limits);
+    pipeline.emplace(disk, *workers, copier.get(), staging->slots(), limits);
   } catch (const Error&) {
     return ready.set_exception(std::current_exception());
   } catch (const std::system_error& error) {
@@ -166,7 +149,9 @@ void Engine::Impl::drive(std::promise<engine::Pipeline*>& ready) {
   } catch (...) {
     return ready.set_exception(std::current_exception());
   }
-  ready.set_value(&*pipeline);
+  pipeline_ = &*pipeline;
+  copier_ = copier.get();
+  ready.set_value();
   pipeline->run();
 }
 
@@ -175,7 +160,45 @@ std::shared_ptr<engine::TransferState> Engine::Impl::new_transfer(Completion* co
   state->owner = owner_;
   state->completion = completion;
   state->stats.backend = options_.backend;
+  if (copier_) {
+    state->stats.pinned = copier_->fallback_reason().empty();
+    state->note_fallback(copier_->fallback_reason());
+  }
   return state;
+}
+
+void Engine::Impl::open_source(engine::TransferState& state, const FileExtents& wanted, CachePolicy cache) const {
+  const auto index = static_cast<std::uint32_t>(state.sources.size());
+  const bool want_direct = cache != CachePolicy::kBuffered;
+  engine::File file = engine::File::open(wanted.path, wanted.expected, want_direct);
+  std::array<std::vector<engine::Piece>, 2> pieces;  // For the host, for the device.
+  for (const Extent& extent : wanted.extents) {
+    if (extent.offset_bytes + extent.size_bytes > file.identity().size_bytes) {
+      throw engine::range_error(Errc::kTruncated, "read", wanted.path, extent.offset_bytes, extent.size_bytes);
+    }
+    if (extent.size_bytes == 0) continue;
+    pieces[on_device(extent.target)].push_back(
+        {extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target)});
+  }
+  if (want_direct && file.direct_fd() < 0) {
+    state.note_fallback("direct I/O: " + engine::errno_code(file.direct_error()).message());
+  }
+  const std::uint32_t chunk_bytes = options_.chunk_bytes;
+  for (const bool on_device : {false, true}) {
+    state.plan.add(index, pieces[on_device], chunk_bytes, std::min(file.block_bytes(), chunk_bytes),
+                   {.on_device = on_device});
+  }
+  state.sources.emplace_back(std::move(file));
+}
+
+void Engine::Impl::wait_for_stream(engine::TransferState& state, CUstream_st* stream) const {
+  const auto& chunks = state.plan.chunks;
+  if (std::none_of(chunks.begin(), chunks.end(), [](const auto& chunk) { return chunk.on_device; })) return;
+  try {
+    state.gate = copier_->gate(stream);
+  } catch (const std::system_error& error) {
+    throw Error(error.code(), "start transfer: " + std::string(error.what()));
+  }
 }
 
 void Engine::Impl::start(const std::shared_ptr<engine::TransferState>& state) {
@@ -210,12 +233,12 @@ Transfer Engine::start_load(LoadRequest request, Completion* completion) {
   state->deadline = request.deadline;
   state->after = request.after;
   try {
-    for (const FileExtents& file : request.files)
-      open_source(*state, file, request.cache, impl_->options().chunk_bytes);
+    for (const FileExtents& file : request.files) impl_->open_source(*state, file, request.cache);
     state->router = engine::Router(state->plan, state->sources, request.cache);
   } catch (const Error& error) {
     state->failure = engine::Failure(error);
   }
+  impl_->wait_for_stream(*state, request.stream);
   impl_->start(state);
   return engine::TransferState::handle(std::move(state));
 }

@@ -27,19 +27,26 @@ class Engine::Impl {
   void require_owner() const;
   const EngineOptions& options() const noexcept { return options_; }
   const std::string& fallback_reason() const noexcept { return fallback_reason_; }
+  /// Whether only the device can reach `memory`.
+  bool on_device(const void* memory) const noexcept { return copier_ && copier_->owns(memory); }
 
   std::shared_ptr<engine::TransferState> new_transfer(Completion* completion) const;
+  /// Opens one file of a request and adds its chunks. Throws: Error.
+  void open_source(engine::TransferState& state, const FileExtents& wanted, CachePolicy cache) const;
+  /// Lets the device's part of a prepared transfer wait for what is on `stream` now. Throws: Error.
+  void wait_for_stream(engine::TransferState& state, CUstream_st* stream) const;
   /// Hands a prepared transfer to the driver. From here on the driver's part of it is the driver's.
   void start(const std::shared_ptr<engine::TransferState>& state);
 
  private:
-  void drive(std::promise<engine::Pipeline*>& ready);
+  void drive(std::promise<void>& ready);
 
   EngineOptions
       options_;  // Backend is settled by the driver thread before the constructor returns; then all is constant.
   std::string fallback_reason_;
   const pid_t owner_;
-  engine::Pipeline* pipeline_ = nullptr;  // On the driver thread's stack, until close().
+  engine::Pipeline* pipeline_ = nullptr;  // On the driver thread's stack, until close(), both.
+  engine::Copier* copier_ = nullptr;      // Null for the host.
   std::thread driver_;
 };
 
@@ -48,7 +55,7 @@ class FileWriter::Impl {
   Impl(Engine::Impl& engine, const std::filesystem::path& path, const WriterOptions& options);
   ~Impl();
 
-  Transfer start_write(std::vector<SourceExtent> extents, Completion* completion);
+  Transfer start_write(std::vector<SourceExtent> extents, Completion* completion, CUstream_st* stream);
   void commit(std::span<const std::byte> tail);
 
  private:

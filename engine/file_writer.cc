@@ -91,12 +91,12 @@ void FileWriter::Impl::abort() noexcept {
   fd_.reset();
 }
 
-Transfer FileWriter::Impl::start_write(std::vector<SourceExtent> extents, Completion* completion) {
+Transfer FileWriter::Impl::start_write(std::vector<SourceExtent> extents, Completion* completion, CUstream_st* stream) {
   engine_.require_owner();
   if (!fd_) throw argument_error("write " + path_.string() + ": after commit");
   constexpr std::uint64_t kMaxFileBytes = std::numeric_limits<std::int64_t>::max();
   std::uint64_t end_bytes = payload_bytes_;
-  std::vector<engine::Piece> pieces;
+  std::array<std::vector<engine::Piece>, 2> pieces;  // From the host, from the device.
   for (const SourceExtent& extent : extents) {
     if (extent.size_bytes == 0) continue;
     if (!extent.source) throw argument_error("write " + path_.string() + ": extent without a source");
@@ -105,14 +105,18 @@ Transfer FileWriter::Impl::start_write(std::vector<SourceExtent> extents, Comple
     }
     end_bytes = std::max(end_bytes, extent.offset_bytes + extent.size_bytes);
     // The bytes are only read; a piece has one kind of pointer for both directions.
-    pieces.push_back(
+    pieces[engine_.on_device(extent.source)].push_back(
         {extent.offset_bytes, extent.size_bytes, const_cast<std::byte*>(static_cast<const std::byte*>(extent.source))});
   }
   auto state = engine_.new_transfer(completion);
   state->store_fd = fd_.get();
   state->store_path = path_;
-  state->plan.add(0, pieces, engine_.options().chunk_bytes, engine::kPageBytes);
+  for (const bool on_device : {false, true}) {
+    state->plan.add(0, pieces[on_device], engine_.options().chunk_bytes, engine::kPageBytes,
+                    {.on_device = on_device, .gaps = !on_device});
+  }
   state->router = engine::Router(state->plan, state->sources, CachePolicy::kBuffered);
+  engine_.wait_for_stream(*state, stream);
   std::erase_if(transfers_, [](const auto& earlier) {
     const std::lock_guard lock(earlier->mutex);
     return earlier->ended && !earlier->outcome;
@@ -183,11 +187,13 @@ FileWriter::FileWriter(FileWriter&&) noexcept = default;
 FileWriter& FileWriter::operator=(FileWriter&&) noexcept = default;
 FileWriter::~FileWriter() = default;
 
-Transfer FileWriter::start_write(std::vector<SourceExtent> extents, Completion* completion) {
-  return impl_->start_write(std::move(extents), completion);
+Transfer FileWriter::start_write(std::vector<SourceExtent> extents, Completion* completion, CUstream_st* stream) {
+  return impl_->start_write(std::move(extents), completion, stream);
 }
 
-TransferStats FileWriter::write(std::vector<SourceExtent> extents) { return start_write(std::move(extents)).wait(); }
+TransferStats FileWriter::write(std::vector<SourceExtent> extents, CUstream_st* stream) {
+  return start_write(std::move(extents), nullptr, stream).wait();
+}
 
 void FileWriter::commit(std::span<const std::byte> tail) { impl_->commit(tail); }
 

@@ -18,6 +18,7 @@ struct IoRequest {
     kReadPieces,   ///< File to `pieces`, to the end: the sum of their sizes unless the file ends before; see PageCache.
     kWritePieces,  ///< `pieces` to file, to the end.
     kScatter,      ///< `memory`, which holds the file from `offset_bytes` on, to `pieces`.
+    kGather,       ///< The other way. Pieces on a device only; those of the CPU are written from where they are.
     kPopulate,     ///< Page faults of `memory` taken ahead of a read; never fails.
   };
   /// What a kReadPieces may do with the page cache.

@@ -14,12 +14,13 @@ namespace {
 
 using Route = Router::Route;
 
-// Results in a row that bring nothing (EINTR, EAGAIN, less than a block) before it is an error.
-constexpr unsigned kMaxStalls = 32;
-
 // cachestat costs 10 us for a cached chunk: ask about few at a time, or the disk idles while a large hot file is
 // examined.
 constexpr unsigned kResidencyQuestionsPerTurn = 16;
+
+// A device does not wake anybody: while something is under way there, it is looked at that often. Slots that have
+// landed meanwhile are far fewer than a link of today can fill in that time.
+constexpr std::chrono::microseconds kDevicePeriod{100};
 
 }  // namespace
 
@@ -28,9 +29,11 @@ unsigned Pipeline::tag_limit(Limits limits, std::size_t slot_count) {
   return limits.queue_depth + 3 * limits.worker_depth + static_cast<unsigned>(slot_count);
 }
 
-Pipeline::Pipeline(IoQueue& disk, IoQueue& workers, std::vector<std::span<std::byte>> slots, Limits limits)
+Pipeline::Pipeline(IoQueue& disk, IoQueue& workers, Copier* copier, std::vector<std::span<std::byte>> slots,
+                   Limits limits)
     : disk_(disk),
       workers_(workers),
+      copier_(copier),
       slots_(std::move(slots)),
       limits_(limits),
       jobs_(tag_limit(limits, slots_.size())) {
@@ -61,12 +64,10 @@ void Pipeline::run() {
   while (true) {
     admit();
     attend_to_cancels_and_deadlines();
+    attend_to_gates();
     if (finished()) return;  // After all that may end a transfer: from here on, only something to wait for is left.
     const bool look_again = issue();
-    for (const IoCompletion& completion : disk_.wait(patience(look_again))) complete(completion);
-    if (&workers_ != &disk_) {
-      for (const IoCompletion& completion : workers_.wait(std::chrono::nanoseconds(0))) complete(completion);
-    }
+    reap(patience(look_again));
   }
 }
 
@@ -98,18 +99,47 @@ void Pipeline::attend_to_cancels_and_deadlines() {
   }
 }
 
+// Jobs whose transfer's gate has opened go on; those whose transfer has failed have nothing under way to wait for.
+void Pipeline::attend_to_gates() {
+  if (count(Stage::kWaiting) == 0) return;
+  for (const auto& transfer : active_) {
+    if (transfer->failure || !transfer->gate) continue;
+    std::error_code error;
+    if (transfer->gate->open(error)) transfer->gate.reset();
+    if (error) give_up(*transfer, file_error(error, transfer->verb(), transfer->path_of(0)));
+  }
+  for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
+    if (jobs_[tag].stage != Stage::kWaiting) continue;
+    if (jobs_[tag].transfer->failure) {
+      close_job(tag);
+    } else if (!jobs_[tag].transfer->gate) {
+      copy(tag);
+    }
+  }
+}
+
+void Pipeline::reap(std::optional<std::chrono::nanoseconds> patience) {
+  for (const IoCompletion& completion : disk_.wait(patience)) complete(completion);
+  if (&workers_ != &disk_) {
+    for (const IoCompletion& completion : workers_.wait(std::chrono::nanoseconds(0))) complete(completion);
+  }
+  if (!copier_) return;
+  for (const Copier::Completion& landed : copier_->poll()) on_copied(landed.tag, landed.error);
+}
+
 // How long the loop may sleep; none is for ever.
-std::optional<std::chrono::nanoseconds> Pipeline::patience(bool look_again) const {
+std::optional<std::chrono::nanoseconds> Pipeline::patience(bool look_again) {
   if (look_again) return std::chrono::nanoseconds(0);
   std::optional<Deadline> first;
   for (const auto& transfer : active_) {
     if (transfer->deadline && !transfer->failure)
       first = std::min(first.value_or(*transfer->deadline), *transfer->deadline);
   }
-  if (!first) return std::nullopt;
+  const bool device = copier_ && (!copier_->idle() || count(Stage::kWaiting) > 0);
+  if (!first) return device ? std::optional<std::chrono::nanoseconds>(kDevicePeriod) : std::nullopt;
   // A far deadline plus now would overflow in the clocks below; looking once an hour costs nothing.
-  return std::clamp<std::chrono::nanoseconds>(*first - std::chrono::steady_clock::now(), std::chrono::nanoseconds(0),
-                                              std::chrono::hours(1));
+  const std::chrono::nanoseconds longest = device ? kDevicePeriod : std::chrono::hours(1);
+  return std::clamp<std::chrono::nanoseconds>(*first - std::chrono::steady_clock::now(), {}, longest);
 }
 
 // Fills both routes, oldest transfer first. True when it stopped only to answer completions in between.
@@ -118,15 +148,16 @@ bool Pipeline::issue() {
   for (const auto& shared : active_) {
     TransferState& transfer = *shared;
     if (transfer.failure) continue;
-    while (count(Stage::kBuffered) < limits_.worker_depth) {
-      const Chunk* chunk = transfer.router.peek(Route::kBuffered, questions);
-      if (!chunk || !issue_buffered(transfer, *chunk)) break;
-      transfer.router.take(Route::kBuffered);
-    }
+    // The disk first: it is the slower one, and both may want the same slots.
     while (count(Stage::kReading) < limits_.queue_depth) {
       const Chunk* chunk = transfer.router.peek(Route::kDirect, questions);
       if (!chunk || !issue_direct(transfer, *chunk)) break;
       transfer.router.take(Route::kDirect);
+    }
+    while (count(Stage::kBuffered) < limits_.worker_depth) {
+      const Chunk* chunk = transfer.router.peek(Route::kBuffered, questions);
+      if (!chunk || !issue_buffered(transfer, *chunk)) break;
+      transfer.router.take(Route::kBuffered);
     }
     if (questions == 0) return true;
     if (count(Stage::kBuffered) >= limits_.worker_depth && count(Stage::kReading) >= limits_.queue_depth) break;
@@ -136,7 +167,13 @@ bool Pipeline::issue() {
 
 bool Pipeline::issue_buffered(TransferState& transfer, const Chunk& chunk) {
   if (count(Stage::kBuffered) >= limits_.worker_depth || free_jobs_.empty()) return false;
-  move_buffered(open_job(transfer, chunk));
+  if (!chunk.on_device) {
+    move_buffered(open_job(transfer, chunk));
+    return true;
+  }
+  const auto tag = open_job_with_slot(transfer, chunk);
+  if (!tag) return false;
+  transfer.is_load() ? move_buffered(*tag) : copy(*tag);
   return true;
 }
 
@@ -164,16 +201,14 @@ bool Pipeline::issue_in_place(TransferState& transfer, const Chunk& chunk) {
 }
 
 bool Pipeline::issue_staged(TransferState& transfer, const Chunk& chunk) {
-  if (free_slots_.empty()) return false;
-  const unsigned tag = open_job(transfer, chunk);
-  Job& job = jobs_[tag];
-  job.slot = free_slots_.back();
-  free_slots_.pop_back();
+  const auto tag = open_job_with_slot(transfer, chunk);
+  if (!tag) return false;
+  Job& job = jobs_[*tag];
   const std::uint32_t block_bytes = transfer.sources[chunk.file].file.block_bytes();
   job.offset_bytes = round_down(chunk.offset_bytes, block_bytes);
   const std::uint64_t end = round_up(chunk.offset_bytes + chunk.size_bytes, block_bytes);
-  job.memory = slots_[static_cast<std::size_t>(job.slot)].first(end - job.offset_bytes);
-  read_direct(tag);
+  job.memory = slot_memory(job).first(end - job.offset_bytes);
+  read_direct(*tag);
   return true;
 }
 
@@ -185,145 +220,17 @@ unsigned Pipeline::open_job(TransferState& transfer, const Chunk& chunk) {
   return tag;
 }
 
-void Pipeline::read_direct(unsigned tag) {
+std::optional<unsigned> Pipeline::open_job_with_slot(TransferState& transfer, const Chunk& chunk) {
+  // Who waits behind a gate may wait long; half of the slots stay for others.
+  const std::size_t kept = transfer.gate ? slots_.size() / 2 : 0;
+  if (free_slots_.size() <= kept) return std::nullopt;
+  const unsigned tag = open_job(transfer, chunk);
   Job& job = jobs_[tag];
-  enter(job, Stage::kReading);
-  ++job.transfer->stats.operations;
-  const File& file = job.transfer->sources[job.chunk->file].file;
-  disk_.push(tag, {.op = IoRequest::Op::kRead,
-                   .fd = file.direct_fd(),
-                   .offset_bytes = job.offset_bytes + job.done_bytes,
-                   .memory = job.memory.subspan(job.done_bytes),
-                   .may_block = file.may_block(),
-                   .slot = job.slot});
-}
-
-void Pipeline::move_buffered(unsigned tag) {
-  Job& job = jobs_[tag];
-  TransferState& transfer = *job.transfer;
-  const bool load = transfer.is_load();
-  enter(job, Stage::kBuffered);
-  job.only_cached = transfer.router.on_suspicion(*job.chunk);
-  ++transfer.stats.operations;
-  workers_.push(tag, {.op = load ? IoRequest::Op::kReadPieces : IoRequest::Op::kWritePieces,
-                      .fd = load ? transfer.sources[job.chunk->file].file.buffered_fd() : transfer.store_fd,
-                      .pieces = transfer.plan.pieces_of(*job.chunk),
-                      .page_cache = {.only = job.only_cached, .drop = transfer.after == AfterLoad::kDrop}});
-}
-
-void Pipeline::complete(IoCompletion completion) {
-  const auto [tag, result] = completion;
-  switch (jobs_[tag].stage) {
-    case Stage::kPopulating:
-      return read_direct(tag);
-    case Stage::kReading:
-      return on_direct_read(tag, result);
-    case Stage::kScattering:
-      return deliver(tag);
-    case Stage::kBuffered:
-      return on_buffered(tag, result);
-    case Stage::kAbandoned:
-      return close_job(tag);
-    case Stage::kFree:
-      break;
-  }
-  assert(false && "completion of a job that is not under way");
-}
-
-void Pipeline::on_direct_read(unsigned tag, std::int64_t result) {
-  Job& job = jobs_[tag];
-  TransferStats& stats = job.transfer->stats;
-  if (result == -EINVAL || result == -EOPNOTSUPP) return refuse_direct(tag);
-  const bool interrupted = result == -EINTR || result == -EAGAIN;
-  if (result < 0 && !interrupted) return fail(tag, errno_code(static_cast<int>(-result)));
-
-  const std::uint64_t got = job.done_bytes + (interrupted ? 0 : static_cast<std::uint64_t>(result));
-  stats.direct_bytes += got - job.done_bytes;
-  if (job.offset_bytes + got >= job.chunk->offset_bytes + job.chunk->size_bytes) {
-    if (job.slot < 0) return deliver(tag);
-    stats.staged_bytes += got;
-    enter(job, Stage::kScattering);
-    return workers_.push(tag, {.op = IoRequest::Op::kScatter,
-                               .offset_bytes = job.offset_bytes,
-                               .memory = job.memory,
-                               .pieces = job.transfer->plan.pieces_of(*job.chunk)});
-  }
-  if (result == 0) return fail(tag, Errc::kTruncated);
-  // Direct reads go on at whole blocks only. Less than a block is no progress; it is tried again, but not for ever.
-  const std::uint64_t resume = round_down(got, job.transfer->sources[job.chunk->file].file.block_bytes());
-  job.stalls = resume > job.done_bytes ? 0 : job.stalls + 1;
-  if (job.stalls > kMaxStalls) return fail(tag, interrupted ? errno_code(static_cast<int>(-result)) : Errc::kTruncated);
-  job.done_bytes = resume;
-  ++stats.retries;
-  read_direct(tag);
-}
-
-void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
-  const Job& job = jobs_[tag];
-  if (job.only_cached && result == -EAGAIN) return give_back(tag);
-  if (result < 0) return fail(tag, errno_code(static_cast<int>(-result)));
-  const auto moved = static_cast<std::uint64_t>(result);
-  job.transfer->stats.buffered_bytes += moved;
-  if (moved == job.transfer->plan.wanted_bytes(*job.chunk)) return deliver(tag);
-  fail(tag, job.transfer->is_load() ? make_error_code(Errc::kTruncated) : errno_code(EIO));
-}
-
-// Some file systems take O_DIRECT at open and refuse it at the first read.
-void Pipeline::refuse_direct(unsigned tag) {
-  Job& job = jobs_[tag];
-  job.transfer->sources[job.chunk->file].direct = false;
-  if (job.slot >= 0) free_slots_.push_back(std::exchange(job.slot, -1));
-  job.memory = {};
-  ++job.transfer->stats.retries;
-  job.transfer->note_fallback("direct I/O: refused by the file system at the first read");
-  move_buffered(tag);
-}
-
-// It was not in the page cache after all.
-void Pipeline::give_back(unsigned tag) {
-  const Job& job = jobs_[tag];
-  TransferState& transfer = *job.transfer;
-  transfer.sources[job.chunk->file].residency.report_wrong();
-  transfer.router.give_back(*job.chunk);
-  ++transfer.stats.retries;
-  close_job(tag);
-}
-
-void Pipeline::deliver(unsigned tag) {
-  const Job& job = jobs_[tag];
-  job.transfer->done_bytes += job.transfer->plan.wanted_bytes(*job.chunk);
-  --job.transfer->chunks_open;
-  close_job(tag);
-}
-
-void Pipeline::fail(unsigned tag, std::error_code code) {
-  const Job& job = jobs_[tag];
-  TransferState& transfer = *job.transfer;
-  give_up(transfer, range_error(code, transfer.verb(), transfer.path_of(job.chunk->file), job.chunk->offset_bytes,
-                                job.chunk->size_bytes));
-  close_job(tag);
-}
-
-// From here on nothing is issued for it; what is under way is asked to end, and waited for. Copies out of slots end by
-// themselves.
-void Pipeline::give_up(TransferState& transfer, const Error& error) {
-  transfer.failure = Failure(error);
-  for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
-    Job& job = jobs_[tag];
-    if (job.transfer != &transfer || job.stage == Stage::kScattering) continue;
-    (job.stage == Stage::kReading ? disk_ : workers_).cancel(tag);
-    enter(job, Stage::kAbandoned);
-  }
-}
-
-void Pipeline::close_job(unsigned tag) {
-  Job& job = jobs_[tag];
-  TransferState& transfer = *job.transfer;
-  if (job.slot >= 0) free_slots_.push_back(job.slot);
-  enter(job, Stage::kFree);
-  job = Job{};
-  free_jobs_.push_back(tag);
-  if (--transfer.outstanding == 0 && (transfer.failure || transfer.chunks_open == 0)) end(transfer);
+  job.slot = free_slots_.back();
+  free_slots_.pop_back();
+  job.offset_bytes = chunk.offset_bytes;
+  job.memory = slot_memory(job).first(chunk.size_bytes);
+  return tag;
 }
 
 void Pipeline::end(TransferState& transfer) {

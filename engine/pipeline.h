@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "engine/copier.h"
 #include "engine/io_queue.h"
 #include "engine/transfer_state.h"
 
@@ -16,10 +17,17 @@ namespace flashpack::engine {
 /// Serves transfers with two queues: `disk` for direct reads, `workers` for everything that touches bytes with a CPU.
 /// They may be the same queue. A chunk that is read lives so:
 ///
-///   in place, direct:   [populating ->] reading ->            delivered
-///   through a slot:                     reading -> scattering delivered
-///   page cache:                         buffered              delivered
+///   in place:           [populating ->] reading ->                        delivered
+///   through a slot:                     reading ->  [waiting ->] copying -> delivered
+///   page cache:                         buffered                            delivered
+///   page cache, device:                 buffered -> [waiting ->] copying -> delivered
 ///
+/// and one that is written:
+///
+///   from the host:                      buffered                            delivered
+///   from a device:      [waiting ->]    copying -> buffered                 delivered
+///
+/// where a chunk for a device waits with its slot until the caller's stream has come far enough.
 /// When its transfer fails it is abandoned: cancelled, waited for, and no longer counted against the depth, so that a
 /// read that is stuck in the kernel does not hold up other transfers.
 ///
@@ -35,8 +43,8 @@ class Pipeline final : public Driver {
   /// The tags that queues of such a pipeline must allow.
   static unsigned tag_limit(Limits limits, std::size_t slot_count);
 
-  /// Borrows the queues and the slots' memory.
-  Pipeline(IoQueue& disk, IoQueue& workers, std::vector<std::span<std::byte>> slots, Limits limits);
+  /// Borrows the queues, the copier and the slots' memory. `copier` is null for an engine of the host.
+  Pipeline(IoQueue& disk, IoQueue& workers, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits);
 
   /// Any thread: hands a prepared transfer to the driver.
   void start(std::shared_ptr<TransferState> transfer);
@@ -48,8 +56,8 @@ class Pipeline final : public Driver {
   void run();
 
  private:
-  enum class Stage : std::uint8_t { kFree, kPopulating, kReading, kScattering, kBuffered, kAbandoned };
-  static constexpr std::size_t kStages = 6;
+  enum class Stage : std::uint8_t { kFree, kPopulating, kReading, kWaiting, kCopying, kBuffered, kAbandoned };
+  static constexpr std::size_t kStages = 7;
 
   /// One chunk under way. Its index is the tag of its operations.
   struct Job {
@@ -58,7 +66,8 @@ class Pipeline final : public Driver {
     const Chunk* chunk = nullptr;
     int slot = -1;
     std::uint64_t offset_bytes = 0;  // Where in the file `memory` begins.
-    std::span<std::byte> memory;     // Of a direct read: the slot's, or the target itself.
+    std::span<std::byte> memory;     // The slot's, or of a read in place the target itself.
+    Piece whole{};                   // Of a buffered job with a slot: `memory` as the one piece that is moved.
     std::uint64_t done_bytes = 0;    // Whole blocks of `memory` that have been read.
     unsigned stalls = 0;             // Results in a row that brought no new block.
     bool only_cached = false;        // Of a buffered read: it may be refused because the disk would be needed.
@@ -70,13 +79,17 @@ class Pipeline final : public Driver {
     return closing_ && active_.empty() && inbox_.empty();
   }
   void attend_to_cancels_and_deadlines();
-  std::optional<std::chrono::nanoseconds> patience(bool look_again) const;
+  void attend_to_gates();
+  void reap(std::optional<std::chrono::nanoseconds> patience);
+  std::optional<std::chrono::nanoseconds> patience(bool look_again);
 
   std::uint32_t& count(Stage stage) { return counts_[static_cast<std::size_t>(stage)]; }
   void enter(Job& job, Stage stage) {
     --count(job.stage);
     ++count(job.stage = stage);
   }
+
+  std::span<std::byte> slot_memory(const Job& job) const { return slots_[static_cast<std::size_t>(job.slot)]; }
 
   bool issue();
   bool issue_buffered(TransferState& transfer, const Chunk& chunk);
@@ -85,12 +98,15 @@ class Pipeline final : public Driver {
   bool issue_staged(TransferState& transfer, const Chunk& chunk);
 
   unsigned open_job(TransferState& transfer, const Chunk& chunk);
+  std::optional<unsigned> open_job_with_slot(TransferState& transfer, const Chunk& chunk);
   void read_direct(unsigned tag);
   void move_buffered(unsigned tag);
+  void copy(unsigned tag);
 
   void complete(IoCompletion completion);
   void on_direct_read(unsigned tag, std::int64_t result);
   void on_buffered(unsigned tag, std::int64_t result);
+  void on_copied(unsigned tag, std::error_code error);
   void refuse_direct(unsigned tag);
   void deliver(unsigned tag);
   void give_back(unsigned tag);
@@ -101,6 +117,7 @@ class Pipeline final : public Driver {
 
   IoQueue& disk_;
   IoQueue& workers_;
+  Copier* const copier_;
   const std::vector<std::span<std::byte>> slots_;
   const Limits limits_;
 

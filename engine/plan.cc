@@ -31,8 +31,8 @@ std::uint64_t bytes_in_cell(const Piece& piece, std::uint32_t chunk_bytes) {
 
 }  // namespace
 
-void Plan::add(std::uint32_t file, std::span<const Piece> extents, std::uint32_t chunk_bytes,
-               std::uint32_t block_bytes) {
+void Plan::add(std::uint32_t file, std::span<const Piece> extents, std::uint32_t chunk_bytes, std::uint32_t block_bytes,
+               PieceKind kind) {
   assert(block_bytes >= kPageBytes && block_bytes <= chunk_bytes);
   std::vector<Piece> sorted(extents.begin(), extents.end());
   std::stable_sort(sorted.begin(), sorted.end(),
@@ -41,26 +41,28 @@ void Plan::add(std::uint32_t file, std::span<const Piece> extents, std::uint32_t
     total_bytes += piece.size_bytes;
     const std::uint64_t inner_begin = round_up(piece.offset_bytes, block_bytes);
     const std::uint64_t inner_end = round_down(piece.offset_bytes + piece.size_bytes, block_bytes);
-    if (same_phase(piece, block_bytes) && inner_end >= inner_begin + kMinInPlaceBytes) {
+    if (!kind.on_device && same_phase(piece, block_bytes) && inner_end >= inner_begin + kMinInPlaceBytes) {
       if (inner_begin > piece.offset_bytes)
-        add_staged(file, take_front(piece, inner_begin - piece.offset_bytes), chunk_bytes);
+        add_staged(file, take_front(piece, inner_begin - piece.offset_bytes), chunk_bytes, kind);
       add_in_place(file, take_front(piece, inner_end - inner_begin), chunk_bytes);
     }
-    if (piece.size_bytes > 0) add_staged(file, piece, chunk_bytes);
+    if (piece.size_bytes > 0) add_staged(file, piece, chunk_bytes, kind);
   }
 }
 
-void Plan::add_staged(std::uint32_t file, Piece piece, std::uint32_t chunk_bytes) {
+void Plan::add_staged(std::uint32_t file, Piece piece, std::uint32_t chunk_bytes, PieceKind kind) {
+  const std::uint64_t max_gap_bytes = kind.gaps ? kMaxGapBytes : 0;
   while (piece.size_bytes > 0) {
     const Piece part = take_front(piece, bytes_in_cell(piece, chunk_bytes));
     const std::uint64_t end = part.offset_bytes + part.size_bytes;
     Chunk* last = chunks.empty() ? nullptr : &chunks.back();
-    const bool joins = last && !last->in_place && last->file == file &&
+    const bool joins = last && !last->in_place && last->on_device == kind.on_device && last->file == file &&
                        round_down(last->offset_bytes, chunk_bytes) == round_down(part.offset_bytes, chunk_bytes) &&
                        part.offset_bytes >= last->offset_bytes &&
-                       part.offset_bytes <= last->offset_bytes + last->size_bytes + kMaxGapBytes;
+                       part.offset_bytes <= last->offset_bytes + last->size_bytes + max_gap_bytes;
     if (!joins) {
-      chunks.push_back({part.offset_bytes, 0, file, static_cast<std::uint32_t>(pieces.size()), 0, false});
+      chunks.push_back(
+          {part.offset_bytes, 0, file, static_cast<std::uint32_t>(pieces.size()), 0, false, kind.on_device});
       last = &chunks.back();
     }
     last->size_bytes =
@@ -74,7 +76,7 @@ void Plan::add_in_place(std::uint32_t file, Piece piece, std::uint32_t chunk_byt
   while (piece.size_bytes > 0) {
     const Piece part = take_front(piece, bytes_in_cell(piece, chunk_bytes));
     chunks.push_back({part.offset_bytes, static_cast<std::uint32_t>(part.size_bytes), file,
-                      static_cast<std::uint32_t>(pieces.size()), 1, true});
+                      static_cast<std::uint32_t>(pieces.size()), 1, true, false});
     pieces.push_back(part);
   }
 }

@@ -28,6 +28,13 @@ struct Chunk {
   std::uint32_t piece_count;
   /// One piece of whole blocks whose memory agrees with its offset modulo the block: can be read without a slot.
   bool in_place;
+  bool on_device;  ///< The pieces' memory is out of reach for the CPU: always through a slot.
+};
+
+/// What a set of pieces allows.
+struct PieceKind {
+  bool on_device = false;  ///< Memory out of reach for the CPU.
+  bool gaps = true;        ///< A chunk may span bytes that nobody wants. Not when it is written back.
 };
 
 /// The chunks of a transfer, file by file, ascending in each.
@@ -38,8 +45,9 @@ struct Plan {
 
   /// Cuts `extents` of file `file` on the grid: no chunk crosses a multiple of `chunk_bytes` in the file, so that a
   /// chunk widened to whole blocks still fits a slot. `block_bytes` is the file's direct I/O alignment, at least
-  /// kPageBytes; both are powers of two.
-  void add(std::uint32_t file, std::span<const Piece> extents, std::uint32_t chunk_bytes, std::uint32_t block_bytes);
+  /// kPageBytes; both are powers of two. `kind` holds for all of `extents`.
+  void add(std::uint32_t file, std::span<const Piece> extents, std::uint32_t chunk_bytes, std::uint32_t block_bytes,
+           PieceKind kind = {});
 
   std::span<const Piece> pieces_of(const Chunk& chunk) const {
     return std::span(pieces).subspan(chunk.first_piece, chunk.piece_count);
@@ -53,7 +61,7 @@ struct Plan {
   }
 
  private:
-  void add_staged(std::uint32_t file, Piece piece, std::uint32_t chunk_bytes);
+  void add_staged(std::uint32_t file, Piece piece, std::uint32_t chunk_bytes, PieceKind kind);
   void add_in_place(std::uint32_t file, Piece piece, std::uint32_t chunk_bytes);
 };
 

@@ -14,8 +14,9 @@ namespace flashpack::engine {
 /// half speed.
 class Staging {
  public:
-  /// `slot_bytes` is a power of two >= 1 MiB. Throws: std::system_error.
-  Staging(std::uint64_t total_bytes, std::uint32_t slot_bytes);
+  /// `slot_bytes` is a power of two >= 1 MiB. On NUMA node `numa_node` where there is room; -1 leaves that to the
+  /// system. Throws: std::system_error.
+  Staging(std::uint64_t total_bytes, std::uint32_t slot_bytes, int numa_node = -1);
   ~Staging();
   Staging(const Staging&) = delete;
   Staging& operator=(const Staging&) = delete;

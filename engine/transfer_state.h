@@ -15,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "engine/copier.h"
 #include "engine/plan.h"
 #include "engine/router.h"
 #include "flashpack/engine.h"
@@ -76,6 +77,7 @@ struct TransferState {
 
   // The driver's alone.
   Router router;
+  std::unique_ptr<Gate> gate;      // Until it opens, nothing is copied to or from a device. Null: open.
   std::uint32_t chunks_open = 0;   // Neither delivered nor given up.
   std::optional<Failure> failure;  // May be there from the start; then there is nothing to do but to say so.
 

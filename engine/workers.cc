@@ -162,6 +162,8 @@ std::int64_t carry_out(const IoRequest& request) {
       return move_pieces(request.fd, request.pieces, true);
     case IoRequest::Op::kScatter:
       return scatter(request);
+    case IoRequest::Op::kGather:
+      break;
     case IoRequest::Op::kPopulate:
       return populate(request.memory);
   }

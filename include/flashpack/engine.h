@@ -21,10 +21,11 @@ struct CUstream_st;  // CUDA's tag of cudaStream_t, so that this header needs no
 
 namespace flashpack {
 
-/// Where loaded bytes land.
+/// Where loaded bytes land and stored ones come from.
 struct Device {
-  enum class Kind : std::uint8_t { kHost };
+  enum class Kind : std::uint8_t { kHost, kCuda };
   Kind kind = Kind::kHost;
+  int index = 0;  ///< Of a CUDA device, as cudaSetDevice counts.
 };
 
 /// One contiguous run of file bytes and where it goes. Any offset and size are valid; the engine hides alignment.
@@ -34,7 +35,9 @@ struct Device {
 struct Extent {
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
-  void* target = nullptr;  ///< `size_bytes` writable bytes, borrowed until the transfer has finished.
+  /// `size_bytes` writable bytes, borrowed until the transfer has finished: host memory, or memory of the engine's
+  /// device.
+  void* target = nullptr;
 };
 
 /// The wanted parts of one file. Extents may overlap in the file, never in memory.
@@ -64,6 +67,11 @@ struct LoadRequest {
   std::vector<FileExtents> files;
   CachePolicy cache = CachePolicy::kAuto;
   AfterLoad after = AfterLoad::kKeep;
+  /// For targets on a CUDA device, a cudaStream_t: nothing is written before all that is on it when start_load() is
+  /// called has come to an end; after that the stream is not touched. Null is the legacy default stream. So memory that
+  /// a stream-ordered allocator has just given, or that kernels still read, may be a target. When the transfer has
+  /// finished, the bytes are there for whatever is launched from then on, on any stream.
+  CUstream_st* stream = nullptr;
   /// After it no new I/O is issued and the transfer ends with kDeadlineExceeded, as after Transfer::cancel().
   std::optional<Deadline> deadline;
 };
@@ -82,6 +90,8 @@ struct EngineOptions {
   Backend backend = Backend::kAuto;
   /// CPUs for the engine's threads; empty leaves them to the scheduler.
   std::vector<int> cpu_affinity;
+  /// Where staging memory lies: none is the node of the CUDA device, or for the host wherever the driver thread runs.
+  std::optional<int> numa_node;
 };
 
 /// One device, one driver thread, one ring, one memory budget.
@@ -95,8 +105,9 @@ struct EngineOptions {
 /// engine throws Errc::kUnusable and its destructor releases nothing; make a new one there.
 class Engine {
  public:
-  /// Starts the threads. Throws: Error (kInvalidArgument for options out of range; errno when threads, memory or, with
-  /// Backend::kIoUring, the ring cannot be had).
+  /// Starts the threads. Throws: Error (kInvalidArgument for options out of range; errno when threads, memory or a
+  /// forced backend cannot be had; an error of cuda_category(), or ENOTSUP in a build without CUDA, when the device
+  /// cannot).
   explicit Engine(EngineOptions options = {});
   Engine(Engine&&) noexcept;
   Engine& operator=(Engine&&) noexcept;
@@ -109,8 +120,8 @@ class Engine {
   TransferStats load(LoadRequest request);
 
   /// Opens and plans, then returns; the driver thread does the rest. `completion`, if given, is borrowed until called.
-  /// Throws: Error for a request that is wrong in itself (kInvalidArgument, kUnusable), and then never calls
-  /// `completion`; everything about the files is reported by the transfer.
+  /// Throws: Error for a request that is wrong in itself (kInvalidArgument, kUnusable, an error of CUDA), and then
+  /// never calls `completion`; everything about the files is reported by the transfer.
   Transfer start_load(LoadRequest request, Completion* completion = nullptr);
 
   /// Begins a new file that will replace `path`. Its directory must exist. Throws: Error.

@@ -22,6 +22,8 @@ enum class Errc {
 };
 
 const std::error_category& flashpack_category() noexcept;
+/// Failures of the CUDA runtime: values are those of cudaError_t, messages begin with their names.
+const std::error_category& cuda_category() noexcept;
 inline std::error_code make_error_code(Errc e) noexcept { return {static_cast<int>(e), flashpack_category()}; }
 
 /// Thrown by every function of the library that says "Throws: Error".

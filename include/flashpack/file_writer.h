@@ -9,13 +9,15 @@
 
 #include "flashpack/transfer.h"
 
+struct CUstream_st;  // CUDA's tag of cudaStream_t.
+
 namespace flashpack {
 
 /// One contiguous run of bytes in memory and where it goes in the file.
 struct SourceExtent {
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
-  const void* source = nullptr;  ///< Borrowed until the transfer has finished.
+  const void* source = nullptr;  ///< On the host or the engine's device; borrowed until the transfer has finished.
 };
 
 struct WriterOptions {
@@ -39,11 +41,13 @@ class FileWriter {
 
   /// Starts writing `extents`, in any order and any number of times; extents must not overlap each other or those of
   /// other calls. What is never written reads as zeros. Throws: Error (kInvalidArgument); I/O errors come from the
-  /// transfer.
-  Transfer start_write(std::vector<SourceExtent> extents, Completion* completion = nullptr);
+  /// transfer. `stream` is for sources on a CUDA device what LoadRequest::stream is for targets: they are read when all
+  /// that is on it now has come to an end.
+  Transfer start_write(std::vector<SourceExtent> extents, Completion* completion = nullptr,
+                       CUstream_st* stream = nullptr);
 
   /// start_write and wait. Throws: Error.
-  TransferStats write(std::vector<SourceExtent> extents);
+  TransferStats write(std::vector<SourceExtent> extents, CUstream_st* stream = nullptr);
 
   /// Appends `tail` after the payload (WriterOptions::payload_bytes, or the end of the last extent if that is later),
   /// makes everything durable and renames it into place.

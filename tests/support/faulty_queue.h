@@ -124,6 +124,7 @@ class FaultyQueue final : public engine::IoQueue {
         if (chance(faults_.error_percent)) return -EIO;
         break;
       case engine::IoRequest::Op::kScatter:
+      case engine::IoRequest::Op::kGather:
       case engine::IoRequest::Op::kPopulate:
         break;
     }

@@ -33,7 +33,7 @@ class PipelineRig {
       workers_ = std::make_unique<FaultyQueue>(seed + 1, faults, &disk_);
     }
     engine::IoQueue& workers = workers_ ? *workers_ : disk_;
-    pipeline_ = std::make_unique<engine::Pipeline>(disk_, workers, staging_.slots(), kLimits);
+    pipeline_ = std::make_unique<engine::Pipeline>(disk_, workers, nullptr, staging_.slots(), kLimits);
     driver_ = std::thread([this] { pipeline_->run(); });
   }
 

@@ -1,0 +1,29 @@
+# CudaRuntime::cudart, the static CUDA runtime, which finds the driver when it is first used: a program that links it
+# starts on machines without one. From a CUDA toolkit, else from the PyPI wheels nvidia-cuda-runtime and nvidia-cuda-crt
+# in the environment of Python3_EXECUTABLE.
+find_package(CUDAToolkit 12 QUIET)
+if(TARGET CUDA::cudart_static)
+  set(CudaRuntime_INCLUDE_DIR ${CUDAToolkit_INCLUDE_DIRS})
+  set(CudaRuntime_LIBRARY ${CUDA_cudart_static_LIBRARY})
+else()
+  set(cuda_wheels)
+  if(Python3_EXECUTABLE)
+    execute_process(COMMAND ${Python3_EXECUTABLE} -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+      OUTPUT_VARIABLE site_packages OUTPUT_STRIP_TRAILING_WHITESPACE)
+    file(GLOB cuda_wheels ${site_packages}/nvidia/cu1? ${site_packages}/nvidia/cuda_runtime)
+  endif()
+  find_path(CudaRuntime_INCLUDE_DIR cuda_runtime_api.h PATHS ${cuda_wheels} PATH_SUFFIXES include)
+  find_library(CudaRuntime_LIBRARY cudart_static PATHS ${cuda_wheels} PATH_SUFFIXES lib lib64)
+endif()
+
+include(FindPackageHandleStandardArgs)
+find_package_handle_standard_args(CudaRuntime REQUIRED_VARS CudaRuntime_LIBRARY CudaRuntime_INCLUDE_DIR)
+mark_as_advanced(CudaRuntime_LIBRARY CudaRuntime_INCLUDE_DIR)
+
+if(CudaRuntime_FOUND AND NOT TARGET CudaRuntime::cudart)
+  find_package(Threads REQUIRED)
+  add_library(CudaRuntime::cudart STATIC IMPORTED GLOBAL)
+  set_target_properties(CudaRuntime::cudart PROPERTIES IMPORTED_LOCATION ${CudaRuntime_LIBRARY})
+  target_include_directories(CudaRuntime::cudart SYSTEM INTERFACE ${CudaRuntime_INCLUDE_DIR})
+  target_link_libraries(CudaRuntime::cudart INTERFACE Threads::Threads ${CMAKE_DL_LIBS} rt)
+endif()

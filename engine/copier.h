@@ -1,0 +1,63 @@
+/// The seam between the loop and memory that the CPU does not reach: slots to a device and back.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <system_error>
+
+#include "engine/io_queue.h"
+
+struct CUstream_st;
+
+namespace flashpack::engine {
+
+/// Whether what a caller had put on its stream before it asked for a transfer has come to an end.
+class Gate {
+ public:
+  virtual ~Gate() = default;
+  /// Looks once. True from then on when it has; false for not yet. An error is the device's, and the transfer's end.
+  /// Thread safety: one thread.
+  virtual bool open(std::error_code& error) noexcept = 0;
+};
+
+/// Copies between slots and the memory of one device, many under way at a time, each known by its tag. A slot may be
+/// used again, and device memory read by anybody, when the copy's completion has been polled.
+///
+/// Thread safety: members from one thread, the driver, but for those that say otherwise.
+class Copier {
+ public:
+  struct Completion {
+    unsigned tag;
+    std::error_code error;
+  };
+
+  /// Requires: nothing under way.
+  virtual ~Copier() = default;
+
+  /// Starts an operation: kScatter or kGather with a slot; pieces lie in device memory. Never blocks, unless the device
+  /// fails.
+  virtual void push(unsigned tag, const IoRequest& request) = 0;
+  /// What has landed since the last call, in no certain order. The result is valid until the next call.
+  virtual std::span<const Completion> poll() = 0;
+  virtual bool idle() const noexcept = 0;
+
+  /// Any thread: marks the end of what is on `stream` now, null being the legacy default stream; the stream is not
+  /// touched again. Throws: std::system_error.
+  virtual std::unique_ptr<Gate> gate(CUstream_st* stream) = 0;
+  /// Any thread: whether `memory` is the device's, and so out of reach for the CPU.
+  virtual bool owns(const void* memory) const noexcept = 0;
+  /// Why slots are not page-locked, which makes copies slow; empty when they are.
+  virtual const std::string& fallback_reason() const noexcept = 0;
+};
+
+/// On the driver thread: the copier of a CUDA device, with `slots`, one region, page-locked as long as it lives.
+/// Throws: std::system_error when there is no such device, no driver, or no CUDA in this build.
+std::unique_ptr<Copier> make_cuda_copier(int device, std::span<const std::span<std::byte>> slots);
+
+/// The NUMA node that a CUDA device is attached to; -1 when there is but one, or none can be told.
+int numa_node_of_cuda_device(int device) noexcept;
+
+}  // namespace flashpack::engine

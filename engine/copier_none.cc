@@ -1,0 +1,32 @@
+#include <string>
+
+#include "engine/copier.h"
+#include "engine/error.h"
+
+namespace flashpack {
+
+namespace {
+
+class CudaCategory final : public std::error_category {
+ public:
+  const char* name() const noexcept override { return "cuda"; }
+  std::string message(int value) const override { return "cudaError_t " + std::to_string(value); }
+};
+
+}  // namespace
+
+const std::error_category& cuda_category() noexcept {
+  static const CudaCategory category;
+  return category;
+}
+
+namespace engine {
+
+std::unique_ptr<Copier> make_cuda_copier(int, std::span<const std::span<std::byte>>) {
+  throw std::system_error(errno_code(ENOTSUP), "CUDA: this library was built without it");
+}
+
+int numa_node_of_cuda_device(int) noexcept { return -1; }
+
+}  // namespace engine
+}  // namespace flashpack
