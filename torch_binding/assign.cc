@@ -106,10 +106,12 @@ void check_names(const std::filesystem::path& path, const AssignReport& report, 
 
 // Whether the tensor's data can be changed to what `record` holds, so that nothing can be refused after the load.
 void check_fit(const std::filesystem::path& path, const Target& target, const TensorRecord& record, DType dtype,
-               const AssignOptions& options) {
+               at::Device device, const AssignOptions& options) {
   const at::Tensor& tensor = target.tensor;
-  if (!tensor.is_cpu() || tensor.layout() != at::kStrided || tensor.is_quantized()) {
-    refuse(path, target.label() + " is a " + tensor.toString() + "; only dense tensors in CPU memory can be assigned",
+  if (!(tensor.is_cpu() || tensor.device() == device) || tensor.layout() != at::kStrided || tensor.is_quantized()) {
+    refuse(path,
+           target.label() + " is a " + tensor.toString() +
+               "; only dense tensors on the CPU or the engine's device can be assigned",
            Errc::kInvalidArgument);
   }
   if (tensor.sizes() != at::IntArrayRef(record.shape)) {
@@ -150,10 +152,11 @@ std::vector<at::Tensor> load(Engine& engine, const std::filesystem::path& path, 
 // Nothing here throws: check_fit has ruled out what set_data could object to.
 void replace_data(const at::Tensor& tensor, const at::Tensor& loaded) {
   tensor.set_data(loaded);
-  // backward() and optimizers take a gradient to have its tensor's dtype and shape.
+  // backward() and optimizers take a gradient to have its tensor's dtype, device and shape.
   const at::Tensor& grad = tensor.grad();
   if (!grad.defined()) return;
-  if (grad.scalar_type() != loaded.scalar_type() || grad.sizes() != loaded.sizes()) tensor.mutable_grad().reset();
+  if (grad.scalar_type() != loaded.scalar_type() || grad.device() != loaded.device() || grad.sizes() != loaded.sizes())
+    tensor.mutable_grad().reset();
 }
 
 }  // namespace
@@ -166,7 +169,7 @@ AssignReport assign_from_file(Engine& engine, ::torch::nn::Module& module, const
   for (const Target& target : match.targets) {
     if (!target.record) continue;
     const TensorRecord& record = metadata.records[*target.record];
-    check_fit(path, target, record, metadata.dtype(record), options);
+    check_fit(path, target, record, metadata.dtype(record), device_of(engine), options);
   }
   const std::vector<at::Tensor> loaded = load(engine, path, metadata, match, options);
   for (std::size_t i = 0; i < loaded.size(); ++i) {

@@ -48,12 +48,13 @@ Metadata layout_of(const StateDict& tensors, const std::filesystem::path& path, 
 // Streams tensors to a file, converting those that are not yet what the file holds.
 class TensorWriter {
  public:
-  explicit TensorWriter(FileWriter& file) : file_(file) {}
+  /// `device` is the engine's: tensors there need not come to the CPU first.
+  TensorWriter(FileWriter& file, at::Device device) : file_(file), device_(device) {}
 
   void add(const at::Tensor& tensor, at::ScalarType type, std::uint64_t offset_bytes) {
     if (tensor.numel() == 0) return;
-    const bool ready = tensor.is_cpu() && tensor.scalar_type() == type && tensor.is_contiguous() && !tensor.is_conj() &&
-                       !tensor.is_neg();
+    const bool ready = (tensor.is_cpu() || tensor.device() == device_) && tensor.scalar_type() == type &&
+                       tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg();
     if (ready) {
       push(tensor, offset_bytes);
     } else {
@@ -105,7 +106,9 @@ class TensorWriter {
   void start_group() {
     wait();
     writing_ = std::exchange(filling_, {});
-    if (!writing_.extents.empty()) transfer_ = file_.start_write(std::move(writing_.extents));
+    if (!writing_.extents.empty()) {
+      transfer_ = file_.start_write(std::move(writing_.extents), nullptr, current_stream(device_));
+    }
   }
 
   void wait() {
@@ -122,6 +125,7 @@ class TensorWriter {
   }
 
   FileWriter& file_;
+  const at::Device device_;
   TransferStats stats_;
   Group filling_;
   Group writing_;
@@ -139,7 +143,7 @@ TransferStats pack_to_file(Engine& engine, const StateDict& tensors, const std::
 
   FileWriter file = engine.create(path, {.payload_bytes = metadata.payload_bytes});
   const c10::NoGradGuard no_grad;
-  TensorWriter writer(file);
+  TensorWriter writer(file, device_of(engine));
   for (const TensorRecord& record : metadata.records) {
     writer.add(*tensor_of.at(record.name), scalar_type(metadata.dtype(record)), metadata.offset_bytes(record));
   }

@@ -4,6 +4,8 @@
 #include <ATen/ops/from_blob.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <array>
@@ -31,6 +33,9 @@ static_assert(kScalarTypes.size() == static_cast<std::size_t>(DType::kFloat8E8M0
 
 using RegionOwner = std::shared_ptr<HostRegion>;
 
+// On a device, smaller tensors get memory of their own, so that one that outlives the rest does not keep a segment.
+constexpr std::int64_t kMinSharedBytes = std::int64_t{1} << 20;
+
 std::vector<std::size_t> selected(const Metadata& metadata, const ReadOptions& options) {
   std::vector<std::size_t> wanted;
   for (std::size_t i = 0; i < metadata.records.size(); ++i) {
@@ -50,23 +55,52 @@ std::optional<DType> format_dtype(at::ScalarType type) noexcept {
   return static_cast<DType>(found - kScalarTypes.begin());
 }
 
+at::Device device_of(const Engine& engine) {
+  const Device& device = engine.options().device;
+  if (device.kind == Device::Kind::kHost) return at::kCPU;
+  return {at::kCUDA, static_cast<at::DeviceIndex>(device.index)};
+}
+
+CUstream_st* current_stream(at::Device device) {
+  if (device.is_cpu()) return nullptr;
+  const auto* guard = c10::impl::getDeviceGuardImpl(device.type());
+  const c10::Stream stream = guard->getStream(device);
+  // LibTorch has told the handle since 2.8; before, all that is on the stream is waited for here.
+  const auto handle = [&](const auto& any) -> CUstream_st* {
+    if constexpr (requires { any.native_handle(); }) return static_cast<CUstream_st*>(any.native_handle());
+    guard->synchronizeStream(any);
+    return nullptr;
+  };
+  return handle(stream);
+}
+
 LoadedRecords::LoadedRecords(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
                              std::span<const std::size_t> wanted, CachePolicy cache)
-    : metadata_(metadata), places_(metadata.records.size()) {
+    : metadata_(metadata), device_(device_of(engine)), places_(metadata.records.size()) {
   FileExtents file{.path = path, .expected = metadata.identity};
   for (const Segment& segment : plan_segments(metadata, wanted)) {
-    const auto region = std::make_shared<HostRegion>(segment.size_bytes, segment.offset_bytes);
-    file.extents.push_back({segment.offset_bytes, segment.size_bytes, region->data()});
-    const std::byte* previous = nullptr;
+    Place place;
+    void* target = nullptr;
+    if (device_.is_cpu()) {
+      place.region = std::make_shared<HostRegion>(segment.size_bytes, segment.offset_bytes);
+      target = place.region->data();
+    } else {
+      const c10::InferenceMode ordinary_tensors(false);
+      const auto size_bytes = static_cast<std::int64_t>(segment.size_bytes);
+      place.block = at::empty({size_bytes}, at::TensorOptions(device_).dtype(at::kByte));
+      target = place.block.mutable_data_ptr();
+    }
+    file.extents.push_back({segment.offset_bytes, segment.size_bytes, target});
+    std::optional<std::uint64_t> previous;
     for (const std::size_t i : segment.records) {
-      const std::uint64_t offset_bytes = metadata.offset_bytes(metadata.records[i]) - segment.offset_bytes;
-      std::byte* const data = region->data() + offset_bytes;
       // Records overlap wholly or not at all, and a segment has them by offset.
-      places_[i] = {.region = region, .data = data, .is_alias = data == previous};
-      previous = data;
+      place.offset_bytes = metadata.offset_bytes(metadata.records[i]) - segment.offset_bytes;
+      place.is_alias = previous == place.offset_bytes;
+      previous = place.offset_bytes;
+      places_[i] = place;
     }
   }
-  LoadRequest request{.cache = cache};
+  LoadRequest request{.cache = cache, .stream = current_stream(device_)};
   request.files.push_back(std::move(file));
   stats_ = engine.load(std::move(request));
 }
@@ -75,10 +109,15 @@ at::Tensor LoadedRecords::tensor(std::size_t record) const {
   const auto type = scalar_type(metadata_.dtype(metadata_.records[record]));
   const std::vector<std::int64_t>& shape = metadata_.records[record].shape;
   const Place& place = places_[record];
-  if (!place.region) return at::empty(shape, at::TensorOptions(at::kCPU).dtype(type));
+  if (place.region) return host_tensor(place, shape, type);
+  if (place.block.defined()) return device_tensor(place, shape, type);
+  return at::empty(shape, at::TensorOptions(device_).dtype(type));
+}
+
+at::Tensor LoadedRecords::host_tensor(const Place& place, at::IntArrayRef shape, at::ScalarType type) const {
   auto owner = std::make_unique<RegionOwner>(place.region);
   at::Tensor tensor =
-      at::for_blob(place.data, shape)
+      at::for_blob(place.region->data() + place.offset_bytes, shape)
           .context(owner.release(),
                    [](void* context) { std::unique_ptr<RegionOwner>(static_cast<RegionOwner*>(context)); })
           .options(at::TensorOptions(at::kCPU).dtype(type))
@@ -87,6 +126,20 @@ at::Tensor LoadedRecords::tensor(std::size_t record) const {
           .make_tensor();
   // Whoever writes to one tensor must not change another.
   return place.is_alias ? tensor.clone() : tensor;
+}
+
+at::Tensor LoadedRecords::device_tensor(const Place& place, at::IntArrayRef shape, at::ScalarType type) const {
+  const std::uint64_t item_bytes = c10::elementSize(type);
+  const auto length_bytes = static_cast<std::int64_t>(item_bytes) * c10::multiply_integers(shape);
+  const auto offset = static_cast<std::int64_t>(place.offset_bytes);
+  if (place.offset_bytes % item_bytes != 0) {
+    // The file was packed more densely than the device can address.
+    return place.block.narrow(0, offset, length_bytes).clone().view(type).view(shape);
+  }
+  // No view, but a tensor with a version counter of its own.
+  const at::Tensor tensor = at::empty({0}, at::TensorOptions(device_).dtype(type))
+                                .set_(place.block.storage(), offset / static_cast<std::int64_t>(item_bytes), shape);
+  return place.is_alias || length_bytes < kMinSharedBytes ? tensor.clone() : tensor;
 }
 
 LoadedTensors read_tensors(Engine& engine, const std::filesystem::path& path, const ReadOptions& options) {

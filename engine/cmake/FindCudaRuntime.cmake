@@ -8,9 +8,14 @@ if(TARGET CUDA::cudart_static)
 else()
   set(cuda_wheels)
   if(Python3_EXECUTABLE)
-    execute_process(COMMAND ${Python3_EXECUTABLE} -c "import sysconfig; print(sysconfig.get_path('purelib'))"
-      OUTPUT_VARIABLE site_packages OUTPUT_STRIP_TRAILING_WHITESPACE)
-    file(GLOB cuda_wheels ${site_packages}/nvidia/cu1? ${site_packages}/nvidia/cuda_runtime)
+    # Where packages of that name are, wherever an isolated build has them.
+    execute_process(
+      COMMAND ${Python3_EXECUTABLE} -c
+              "import importlib.util as u; s = u.find_spec('nvidia'); print(';'.join(s.submodule_search_locations) if s else '')"
+      OUTPUT_VARIABLE nvidia_packages OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+    foreach(package IN LISTS nvidia_packages)
+      list(APPEND cuda_wheels ${package}/cu13 ${package}/cuda_runtime ${package}/cuda_nvcc)
+    endforeach()
   endif()
   find_path(CudaRuntime_INCLUDE_DIR cuda_runtime_api.h PATHS ${cuda_wheels} PATH_SUFFIXES include)
   find_library(CudaRuntime_LIBRARY cudart_static PATHS ${cuda_wheels} PATH_SUFFIXES lib lib64)

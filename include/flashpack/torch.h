@@ -46,9 +46,10 @@ struct PackOptions {
 /// Writes `tensors` to a new file that replaces `path` when it is complete and durable. The directory must exist.
 ///
 /// Tensors may be on any device and in any strided form; the file holds them contiguous and row-major. What has to be
-/// converted first is converted in slices, with at most 64 MiB of copies alive. They must not change meanwhile.
-/// Throws: Error (kInvalidArgument) naming the tensor when one is undefined, sparse, meta, or of a dtype that the
-/// format does not have; make_layout()'s and FileWriter's errors.
+/// converted first is converted in slices, with at most 64 MiB of copies alive. What lies on the engine's own CUDA
+/// device is copied from there as it is written. They must not change meanwhile. Throws: Error (kInvalidArgument)
+/// naming the tensor when one is undefined, sparse, meta, or of a dtype that the format does not have; make_layout()'s
+/// and FileWriter's errors.
 TransferStats pack_to_file(Engine& engine, const StateDict& tensors, const std::filesystem::path& path,
                            const PackOptions& options = {});
 
@@ -67,11 +68,13 @@ struct LoadedTensors {
   TransferStats stats;
 };
 
-/// Reads a file's tensors into new CPU memory.
+/// Reads a file's tensors into new memory on the engine's device.
 ///
-/// Each tensor has a storage of its own and behaves like one that torch made: it may be written, resized, and saved
-/// alone. Memory is mapped in segments of at most 1 GiB (or one tensor) and goes back to the system when the last
-/// tensor of its segment dies. What lies between wanted tensors is read along when it is shorter than 1 MiB.
+/// Each tensor behaves like one that torch made: it may be written, resized, and saved alone. Memory comes in segments
+/// of at most 1 GiB (or one tensor) and goes back when the last tensor of its segment dies. What lies between wanted
+/// tensors is read along when it is shorter than 1 MiB. On the CPU each tensor has a storage of its own; on a CUDA
+/// device those from 1 MiB on share their segment's. There, memory is allocated and the load ordered on the calling
+/// thread's current stream; when this returns, any stream may use the tensors.
 LoadedTensors read_tensors(Engine& engine, const std::filesystem::path& path, const ReadOptions& options = {});
 
 struct AssignOptions {
@@ -95,7 +98,8 @@ struct AssignReport {
   TransferStats stats;
 };
 
-/// Loads a file into `module`, which must be in CPU memory, all or nothing.
+/// Loads a file into `module`, all or nothing. What is assigned ends on the engine's device; before, it may be there or
+/// on the CPU. What the file lacks stays where it is.
 ///
 /// Names, shapes and dtypes are checked from the footer before any payload is read; then one load into new memory; then
 /// every tensor changes its data as by `tensor.set_data(...)`. The module's tensors stay the same objects, so ties,

@@ -63,7 +63,9 @@ nb::object text(const std::string& bytes) {
 void raise(const Error& error) {
   const nb::object message = text(error.what());
   const bool ours = error.code().category() == flashpack_category();
-  if (ours && error.code() == Errc::kUnusable) return PyErr_SetObject(PyExc_RuntimeError, message.ptr());
+  const bool cuda = error.code().category() == cuda_category();
+  // As torch does for CUDA.
+  if (cuda || (ours && error.code() == Errc::kUnusable)) return PyErr_SetObject(PyExc_RuntimeError, message.ptr());
   const int number = ours ? errno_of(static_cast<Errc>(error.code().value())) : error.code().value();
   if (number == 0) return PyErr_SetObject(flashpack_error, message.ptr());
   // Called with an errno, OSError makes its own subclass: FileNotFoundError, PermissionError, ...
@@ -201,11 +203,17 @@ std::vector<ExtentType> to_extents(const std::vector<ExtentTuple>& tuples) {
   return extents;
 }
 
+CUstream_st* stream_of(std::uintptr_t handle) {
+  return reinterpret_cast<CUstream_st*>(handle);  // NOLINT(performance-no-int-to-ptr)
+}
+
 class PyEngine {
  public:
-  PyEngine() {
+  explicit PyEngine(std::optional<int> cuda_device) {
     nb::gil_scoped_release released;
-    engine_ = std::make_unique<Engine>();
+    EngineOptions options;
+    if (cuda_device) options.device = {Device::Kind::kCuda, *cuda_device};
+    engine_ = std::make_unique<Engine>(std::move(options));
   }
   ~PyEngine() {
     nb::gil_scoped_release released;
@@ -213,10 +221,11 @@ class PyEngine {
   }
 
   Dict load(const std::filesystem::path& path, const std::vector<ExtentTuple>& extents,
-            const std::optional<IdentityTuple>& identity, std::string_view cache, const ProgressFunction& progress) {
+            const std::optional<IdentityTuple>& identity, std::string_view cache, const ProgressFunction& progress,
+            std::uintptr_t stream) {
     FileExtents file{.path = path, .extents = to_extents<Extent, void*>(extents)};
     if (identity) file.expected = std::make_from_tuple<FileIdentity>(*identity);
-    LoadRequest request{.cache = cache_policy(cache)};
+    LoadRequest request{.cache = cache_policy(cache), .stream = stream_of(stream)};
     request.files.push_back(std::move(file));
 
     std::optional<Transfer> transfer;
@@ -242,13 +251,13 @@ class PyWriter {
       : writer_(engine.create(path, payload_bytes)) {}
   ~PyWriter() { abort(); }
 
-  void start_write(const std::vector<ExtentTuple>& extents, nb::object sources) {
+  void start_write(const std::vector<ExtentTuple>& extents, nb::object sources, std::uintptr_t stream) {
     if (transfer_) throw Error(Errc::kInvalidArgument, "finish() the write that was started before");
     auto list = to_extents<SourceExtent, const void*>(extents);
     FileWriter& writer = open();
     sources_ = std::move(sources);
     nb::gil_scoped_release released;
-    transfer_ = writer.start_write(std::move(list));
+    transfer_ = writer.start_write(std::move(list), nullptr, stream_of(stream));
   }
 
   void finish(const ProgressFunction& progress) {
@@ -297,16 +306,18 @@ void refuse_pickling(nb::class_<Class>& type) {
 
 void bind_handles(nb::module_& module) {
   auto engine = nb::class_<PyEngine>(module, "Engine", "Threads, ring and staging memory of this process; thread-safe.")
-                    .def(nb::init<>())
+                    .def(nb::init<std::optional<int>>(), "cuda_device"_a = nb::none())
                     .def("load", &PyEngine::load, "path"_a, "extents"_a, "identity"_a = nb::none(), "cache"_a = "auto",
-                         "progress"_a = nb::none(),
-                         "Reads extents of (file offset, size, address) and returns the transfer's statistics.");
+                         "progress"_a = nb::none(), "stream"_a = 0,
+                         "Reads extents of (file offset, size, address) and returns the transfer's statistics. "
+                         "Device memory is not written before what is on `stream` (a cudaStream_t) has ended.");
   auto writer =
       nb::class_<PyWriter>(module, "Writer", "A file that appears whole on commit(), or not at all.")
           .def(nb::init<PyEngine&, const std::filesystem::path&, std::uint64_t>(), "engine"_a, "path"_a,
                "payload_bytes"_a, nb::keep_alive<1, 2>())
-          .def("start_write", &PyWriter::start_write, "extents"_a, "sources"_a,
-               "Starts writing extents of (file offset, size, address); `sources` is kept alive until the end.")
+          .def("start_write", &PyWriter::start_write, "extents"_a, "sources"_a, "stream"_a = 0,
+               "Starts writing extents of (file offset, size, address); `sources` is kept alive until the end. "
+               "Device memory is not read before what is on `stream` (a cudaStream_t) has ended.")
           .def("finish", &PyWriter::finish, "progress"_a = nb::none(), "Waits for the write that was started, if any.")
           .def("commit", &PyWriter::commit, "tail"_a, "Appends `tail` and puts the durable file in place.")
           .def("abort", &PyWriter::abort, "Removes what was written, unless committed.");

@@ -1,4 +1,4 @@
-"""The one engine of this process: made on first use, gone at exit, never inherited by a fork."""
+"""The engines of this process, one per device: made on first use, gone at exit, never inherited by a fork."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ import threading
 
 from ._native import Engine
 
-_engine: Engine | None = None
+_engines: dict[int | None, Engine] = {}
 _lock = threading.Lock()
 
 
-def engine() -> Engine:
-    global _engine
+def engine(cuda_device: int | None = None) -> Engine:
+    """The engine for the host, or for a CUDA device."""
     with _lock:
-        if _engine is None:
-            _engine = Engine()
-        return _engine
+        if cuda_device not in _engines:
+            _engines[cuda_device] = Engine(cuda_device)
+        return _engines[cuda_device]
 
 
 def _drop() -> None:
-    global _engine
-    _engine = None
+    _engines.clear()
 
 
 def _drop_in_child() -> None:

@@ -1,4 +1,4 @@
-"""Host memory that the engine reads straight into, and the tensors that own it."""
+"""Memory that the engine fills, on the host or a device, and the tensors that own it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import mmap
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from ._engine import engine
+from ._device import CPU, Side, side_of
 from ._footer import Entry, Footer, logger
 from ._progress import progress_bar
 from .utils import string_to_dtype
@@ -20,13 +20,29 @@ _HUGE_PAGE_BYTES = 2 << 20
 _SEGMENT_BYTES = 1 << 30
 # Reading through a gap of this size costs less than another operation.
 _GAP_BYTES = 1 << 20
+# On a device, smaller tensors get memory of their own, so that one that outlives the rest does not keep a segment.
+_MIN_SHARED_BYTES = 1 << 20
 
 
-class Region:
+class Region(Protocol):
     """Memory for the bytes of a file from `offset_bytes` on, and the maker of tensors over it.
 
     The memory is given back when the region and its last tensor are gone.
     """
+
+    offset_bytes: int
+    size_bytes: int
+
+    @property
+    def address(self) -> int: ...
+
+    def tensor(self, dtype: str, shape: Sequence[int], length_elems: int, offset_bytes: int) -> torch.Tensor:
+        """A tensor over the bytes at `offset_bytes` of the file, with a version counter of its own."""
+        ...
+
+
+class HostRegion:
+    """A mapping. Each tensor has a storage of its own."""
 
     def __init__(self, buffer: mmap.mmap, skip_bytes: int, offset_bytes: int, size_bytes: int) -> None:
         self._buffer = buffer
@@ -39,7 +55,6 @@ class Region:
         return torch.frombuffer(self._buffer, dtype=torch.uint8).data_ptr() + self._skip_bytes
 
     def tensor(self, dtype: str, shape: Sequence[int], length_elems: int, offset_bytes: int) -> torch.Tensor:
-        """A tensor over the bytes at `offset_bytes` of the file: with a storage and a version counter of its own."""
         torch_dtype = string_to_dtype(dtype)
         if length_elems == 0:  # frombuffer refuses it.
             return torch.empty(tuple(shape), dtype=torch_dtype, device="cpu")
@@ -48,7 +63,38 @@ class Region:
         return flat.view(tuple(shape)).detach()
 
 
-def allocate_region(offset_bytes: int, size_bytes: int) -> Region:
+class DeviceRegion:
+    """A block of torch's allocator. Tensors share its storage, but for small ones."""
+
+    def __init__(self, offset_bytes: int, size_bytes: int, device: torch.device) -> None:
+        self._block = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+        self.offset_bytes = offset_bytes
+        self.size_bytes = size_bytes
+
+    @property
+    def address(self) -> int:
+        return self._block.data_ptr()
+
+    def tensor(self, dtype: str, shape: Sequence[int], length_elems: int, offset_bytes: int) -> torch.Tensor:
+        torch_dtype = string_to_dtype(dtype)
+        begin = offset_bytes - self.offset_bytes
+        size_bytes = length_elems * torch_dtype.itemsize
+        if begin % torch_dtype.itemsize:  # Packed more densely than a device can address.
+            return self._block[begin : begin + size_bytes].clone().view(torch_dtype).view(tuple(shape)).detach()
+        tensor = torch.empty(0, dtype=torch_dtype, device=self._block.device)
+        flat = (begin // torch_dtype.itemsize, (length_elems,), (1,))
+        tensor = tensor.set_(self._block.untyped_storage(), *flat).view(tuple(shape)).detach()
+        return tensor if size_bytes == self.size_bytes or size_bytes >= _MIN_SHARED_BYTES else tensor.clone()
+
+
+def allocate_region(offset_bytes: int, size_bytes: int, device: torch.device = CPU) -> Region:
+    """Memory for one extent, with unspecified bytes."""
+    if device != CPU:
+        return DeviceRegion(offset_bytes, size_bytes, device)
+    return _allocate_host(offset_bytes, size_bytes)
+
+
+def _allocate_host(offset_bytes: int, size_bytes: int) -> HostRegion:
     """Private anonymous memory, untouched.
 
     Its address and the file offset agree modulo a page (a huge page, where it is large enough to have one), so that
@@ -64,43 +110,49 @@ def allocate_region(offset_bytes: int, size_bytes: int) -> Region:
         with suppress(OSError):  # Kernels without huge pages refuse the advice; small ones are only slower.
             buffer.madvise(mmap.MADV_HUGEPAGE)
     base = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
-    return Region(buffer, (offset_bytes - base) % align, offset_bytes, size_bytes)
+    return HostRegion(buffer, (offset_bytes - base) % align, offset_bytes, size_bytes)
 
 
-def map_file(footer: Footer) -> Region:
+def map_file(footer: Footer) -> HostRegion:
     """The whole file, mapped privately and writable. Truncation by others is SIGBUS for whoever touches it."""
     with open(footer.path, "rb") as file:
         stat = os.fstat(file.fileno())
         if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != footer.identity:
             raise OSError(errno.ESTALE, "the file was replaced or changed", footer.path)
         buffer = mmap.mmap(file.fileno(), stat.st_size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-    return Region(buffer, 0, 0, stat.st_size)
+    return HostRegion(buffer, 0, 0, stat.st_size)
 
 
-def fill_regions(footer: Footer, regions: Sequence[Region], silent: bool) -> dict[str, Any]:
-    """Reads all regions in one transfer and returns its statistics.
+def fill_regions(footer: Footer, regions: Sequence[Region], side: Side, silent: bool) -> dict[str, Any]:
+    """Reads all regions, of one side, in one transfer and returns its statistics.
 
     When this raises, be it OSError or KeyboardInterrupt, nothing is in flight any more.
     """
     extents = [(region.offset_bytes, region.size_bytes, region.address) for region in regions]
     with progress_bar("Loading", sum(region.size_bytes for region in regions), silent) as progress:
-        stats = engine().load(footer.path, extents, footer.identity, progress=progress)
+        stats = side.engine.load(footer.path, extents, footer.identity, progress=progress, stream=side.stream)
     logger.info("%s: %s", footer.path, _describe(stats))
     return stats
 
 
-def read_tensors(footer: Footer, entries: Sequence[Entry], silent: bool) -> dict[str, torch.Tensor]:
-    """Reads `entries` in one transfer. Each tensor owns its memory as if torch had made it."""
+def read_tensors(
+    footer: Footer, entries: Sequence[Entry], device: torch.device, silent: bool
+) -> dict[str, torch.Tensor]:
+    """Reads `entries` in one transfer, to `device` or, where the engine cannot, to the CPU."""
+    side = side_of(device)
     # Records may name the same bytes: these are read once.
     runs = plan_runs(list({entry.offset_bytes: entry for entry in entries if entry.size_bytes}.values()))
-    regions = [allocate_region(run[0].offset_bytes, stop_of(run[-1]) - run[0].offset_bytes) for run in runs]
-    fill_regions(footer, regions, silent)
-    return tensors_of(
-        entries, {entry.offset_bytes: region for region, run in zip(regions, runs, strict=True) for entry in run}
-    )
+    regions = [
+        allocate_region(run[0].offset_bytes, stop_of(run[-1]) - run[0].offset_bytes, side.device) for run in runs
+    ]
+    fill_regions(footer, regions, side, silent)
+    region_at = {entry.offset_bytes: region for region, run in zip(regions, runs, strict=True) for entry in run}
+    return tensors_of(entries, region_at, side.device)
 
 
-def tensors_of(entries: Sequence[Entry], region_at: Mapping[int, Region]) -> dict[str, torch.Tensor]:
+def tensors_of(
+    entries: Sequence[Entry], region_at: Mapping[int, Region], device: torch.device = CPU
+) -> dict[str, torch.Tensor]:
     """The tensors of `entries`, each with memory of its own: where several name the same bytes, all but one are copies.
 
     `region_at`: by file offset; empty tensors need none.
@@ -109,7 +161,7 @@ def tensors_of(entries: Sequence[Entry], region_at: Mapping[int, Region]) -> dic
     given: set[int] = set()
     for entry in entries:
         if not entry.size_bytes:
-            tensors[entry.name] = torch.empty(entry.shape, dtype=string_to_dtype(entry.dtype), device="cpu")
+            tensors[entry.name] = torch.empty(entry.shape, dtype=string_to_dtype(entry.dtype), device=device)
             continue
         region = region_at[entry.offset_bytes]
         tensor = region.tensor(entry.dtype, entry.shape, entry.length_elems, entry.offset_bytes)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ._assign import check_strictness, commit, make_plan
+from ._device import CPU, side_of
 from ._footer import Entry, Footer, StrPath, blocks_of, get_flashpack_file_metadata, is_flashpack_file, read_footer
-from ._memory import allocate_region, fill_regions, map_file, read_tensors, tensors_of
+from ._memory import Region, allocate_region, fill_regions, map_file, read_tensors, tensors_of
 from ._native import FlashPackError
 from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
 from .utils import human_num_elements, is_ignored_tensor_name, logger
@@ -102,7 +103,7 @@ def iterate_from_flash_tensor(
 def revert_from_file(path: StrPath, silent: bool = True) -> dict[str, torch.Tensor]:
     """The state dict that was packed, in file order, on the CPU. Each tensor owns its memory."""
     footer = read_footer(path)
-    return _read_entries(footer, list(footer.entries()), silent)
+    return _read_entries(footer, list(footer.entries()), CPU, silent)
 
 
 def assign_from_file(
@@ -160,7 +161,7 @@ def assign_from_file(
     storage = _read_blocks(footer, target, silent, mmap) if keep_flash_ref_on_model else None
     with torch.inference_mode(False), torch.no_grad():
         if storage is None:
-            tensors = _read_entries(footer, plan.wanted, silent, mmap)
+            tensors = _read_entries(footer, plan.wanted, target, silent, mmap)
         else:
             tensors = {entry.name: _share(storage, entry) for entry in plan.wanted}
         commit(plan, tensors, target, coerce_dtype)
@@ -175,10 +176,11 @@ def _read_blocks(footer: Footer, device: torch.device, silent: bool, mmap: bool)
     stats = None
     with torch.inference_mode(False), torch.no_grad():
         if mmap:
-            regions = [map_file(footer)] * len(blocks)
+            regions: list[Region] = [map_file(footer)] * len(blocks)
         else:
-            regions = [allocate_region(block.offset_bytes, block.length_bytes) for block in blocks]
-            stats = fill_regions(footer, regions, silent)
+            side = side_of(device)
+            regions = [allocate_region(block.offset_bytes, block.length_bytes, side.device) for block in blocks]
+            stats = fill_regions(footer, regions, side, silent)
         tensors = [
             region.tensor(block.dtype, (block.length_elems,), block.length_elems, block.offset_bytes).to(device)
             for region, block in zip(regions, blocks, strict=True)
@@ -186,12 +188,14 @@ def _read_blocks(footer: Footer, device: torch.device, silent: bool, mmap: bool)
     return FlashTensorStorage(tensors, stats=stats)
 
 
-def _read_entries(footer: Footer, entries: list[Entry], silent: bool, mmap: bool = False) -> dict[str, torch.Tensor]:
+def _read_entries(
+    footer: Footer, entries: list[Entry], device: torch.device, silent: bool, mmap: bool = False
+) -> dict[str, torch.Tensor]:
     with torch.inference_mode(False), torch.no_grad():
         if mmap:
             file = map_file(footer)
             return tensors_of(entries, {entry.offset_bytes: file for entry in entries})
-        return read_tensors(footer, entries, silent)
+        return read_tensors(footer, entries, device, silent)
 
 
 def _share(storage: FlashTensorStorage, entry: Entry) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from . import _native
-from ._engine import engine
+from ._device import CPU, side_of
 from ._footer import StrPath
 from ._native import FlashPackError
 from ._progress import progress_bar
@@ -53,12 +53,14 @@ def pack_to_file(
     destination = os.path.abspath(destination_path)
     os.makedirs(os.path.dirname(destination), exist_ok=True)
     dtypes = {name: string_to_dtype(dtype) for name, dtype, _ in specs}
-    writer = _native.Writer(engine(), destination, payload_bytes)
+    side = side_of(_main_device(tensors))
+    writer = _native.Writer(side.engine, destination, payload_bytes)
     try:
         with progress_bar("Writing", sum(size for _, _, size in places), silent) as progress:
-            for group, extents in _groups(tensors, dtypes, places):  # One is made ready while another is written.
+            # One is made ready while another is written.
+            for group, extents in _groups(tensors, dtypes, places, side.device):
                 writer.finish(progress)
-                writer.start_write(extents, group)
+                writer.start_write(extents, group, side.stream)
             writer.finish(progress)
         writer.commit(footer)
     finally:
@@ -115,16 +117,22 @@ def _check_writable(name: object, tensor: object) -> None:
         raise FlashPackError(f"cannot pack {name!r}: it is on the meta device and has no bytes")
 
 
+def _main_device(tensors: dict[str, torch.Tensor]) -> torch.device:
+    """The CUDA device whose tensors need not come to the CPU first; the CPU if there is none."""
+    on_cuda = (tensor.device for tensor in tensors.values() if tensor.device.type == "cuda")
+    return next(on_cuda, CPU)
+
+
 def _groups(
-    tensors: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype], places: Sequence[Place]
+    tensors: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype], places: Sequence[Place], device: torch.device
 ) -> Iterator[tuple[list[torch.Tensor], list[tuple[int, int, int]]]]:
-    """Tensors ready to be written, and where: as many at a time as need _GROUP_BYTES of copies."""
+    """Tensors ready to be written, on the CPU or `device`, and where: as many as need _GROUP_BYTES of copies."""
     group: list[torch.Tensor] = []
     extents: list[tuple[int, int, int]] = []
     copied_bytes = 0
     for name, offset_bytes, size_bytes in places:
         source = tensors[name].detach()
-        ready = _ready(source, dtypes[name])
+        ready = _ready(source, dtypes[name], device)
         group.append(ready)
         extents.append((offset_bytes, size_bytes, ready.data_ptr()))
         if source.device != ready.device or source.data_ptr() != ready.data_ptr():
@@ -136,6 +144,7 @@ def _groups(
         yield group, extents
 
 
-def _ready(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values as they go to the file: on the host, contiguous, of `dtype`; `tensor` itself where it is that."""
-    return tensor.resolve_conj().resolve_neg().to(device="cpu", dtype=dtype).contiguous()
+def _ready(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The values as they go to the file: contiguous, of `dtype`, on `device` if they are there; else on the CPU."""
+    where = device if tensor.device == device else CPU
+    return tensor.resolve_conj().resolve_neg().to(device=where, dtype=dtype).contiguous()
