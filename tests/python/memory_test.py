@@ -7,6 +7,7 @@ import flashpack
 import pytest
 import torch
 from flashpack import _memory
+from flashpack._device import CPU, side_of
 from flashpack._footer import Entry, read_footer
 from support import bits, random_tensor, write_file
 
@@ -90,8 +91,8 @@ def test_bytes_that_nobody_wants_are_not_read(pack):
     regions = [
         _memory.allocate_region(run[0].offset_bytes, _memory.stop_of(run[-1]) - run[0].offset_bytes) for run in runs
     ]
-    assert _memory.fill_regions(footer, regions, silent=True)["requested_bytes"] == 8 * MIB
-    tensors = _memory.read_tensors(footer, wanted, silent=True)
+    assert _memory.fill_regions(footer, regions, side_of(CPU), silent=True)["requested_bytes"] == 8 * MIB
+    tensors = _memory.read_tensors(footer, wanted, CPU, silent=True)
     assert torch.equal(tensors["a"].view(torch.uint8), source["a"].view(torch.uint8))
     assert torch.equal(tensors["c"].view(torch.uint8), source["c"].view(torch.uint8))
 

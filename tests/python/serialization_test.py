@@ -8,6 +8,7 @@ import flashpack
 import pytest
 import torch
 from flashpack import serialization
+from flashpack._device import CPU
 from support import assert_bit_equal, random_tensor, unprivileged
 
 
@@ -132,9 +133,9 @@ def test_a_group_holds_no_more_copies_than_its_limit_and_one(monkeypatch):
     source = {str(i): torch.ones(100) for i in range(10)}
     places = [(name, 400 * i, 200) for i, name in enumerate(source)]
     halves = dict.fromkeys(source, torch.float16)
-    assert [len(group) for group, _ in serialization._groups(source, halves, places)] == [5, 5]
+    assert [len(group) for group, _ in serialization._groups(source, halves, places, CPU)] == [5, 5]
     floats = dict.fromkeys(source, torch.float32)
-    assert [len(group) for group, _ in serialization._groups(source, floats, places)] == [10]
+    assert [len(group) for group, _ in serialization._groups(source, floats, places, CPU)] == [10]
 
 
 def test_a_module_is_packed_by_its_state_dict(pack):
