@@ -90,12 +90,9 @@ class CudaCopier final : public Copier {
 
   std::unique_ptr<Gate> gate(CUstream_st* stream) override { return std::make_unique<CudaGate>(device_, stream); }
 
-  bool owns(const void* memory) const noexcept override {
+  bool owns(const void* memory) const override {
     cudaPointerAttributes attributes{};
-    if (cudaPointerGetAttributes(&attributes, memory) != cudaSuccess) {
-      static_cast<void>(cudaGetLastError());
-      return false;
-    }
+    check(cudaPointerGetAttributes(&attributes, memory), "cudaPointerGetAttributes");
     return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
   }
 

@@ -191,13 +191,22 @@ void Engine::Impl::open_source(engine::TransferState& state, const FileExtents& 
   state.sources.emplace_back(std::move(file));
 }
 
+bool Engine::Impl::on_device(const void* memory) const {
+  if (!copier_) return false;
+  try {
+    return copier_->owns(memory);
+  } catch (const std::system_error& error) {
+    throw Error(error.code(), "start transfer");
+  }
+}
+
 void Engine::Impl::wait_for_stream(engine::TransferState& state, CUstream_st* stream) const {
   const auto& chunks = state.plan.chunks;
   if (std::none_of(chunks.begin(), chunks.end(), [](const auto& chunk) { return chunk.on_device; })) return;
   try {
     state.gate = copier_->gate(stream);
   } catch (const std::system_error& error) {
-    throw Error(error.code(), "start transfer: " + std::string(error.what()));
+    throw Error(error.code(), "start transfer");
   }
 }
 

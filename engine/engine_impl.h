@@ -27,8 +27,8 @@ class Engine::Impl {
   void require_owner() const;
   const EngineOptions& options() const noexcept { return options_; }
   const std::string& fallback_reason() const noexcept { return fallback_reason_; }
-  /// Whether only the device can reach `memory`.
-  bool on_device(const void* memory) const noexcept { return copier_ && copier_->owns(memory); }
+  /// Whether only the device can reach `memory`. Throws: Error.
+  bool on_device(const void* memory) const;
 
   std::shared_ptr<engine::TransferState> new_transfer(Completion* completion) const;
   /// Opens one file of a request and adds its chunks. Throws: Error.

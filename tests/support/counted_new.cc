@@ -1,0 +1,31 @@
+// The global operator new of a test program, which counts.
+#include "tests/support/counted_new.h"
+
+#include <atomic>
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+#include "tests/support/fake_cuda.h"
+
+namespace {
+
+thread_local bool counting = false;
+std::atomic<int> allocations = 0;
+
+}  // namespace
+
+namespace flashpack::testing {
+
+void count_allocations(bool on) { counting = on; }
+int counted_allocations() { return allocations; }
+
+}  // namespace flashpack::testing
+
+void* operator new(std::size_t size) {
+  if (counting && flashpack::testing::fake_cuda_depth() == 0) ++allocations;
+  if (void* memory = std::malloc(size)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
