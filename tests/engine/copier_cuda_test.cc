@@ -247,6 +247,18 @@ TEST_P(DeviceTest, EachCallMayFailOnceAndTheNextLoadIsRight) {
   }
 }
 
+TEST_P(DeviceTest, AFailureWithCopiesUnderWayIsToldWhenTheyHaveLanded) {
+  std::byte* target = cuda().allocate(bytes_.size());
+  cuda().hold(true);
+  cuda().fail("cudaEventRecord", 2, cudaErrorMemoryAllocation);  // The first is the gate's.
+  Transfer transfer = engine_->start_load(request(target));
+  while (cuda().most_copies_under_way() == 0) std::this_thread::yield();
+  EXPECT_FALSE(transfer.wait_for(std::chrono::milliseconds(20)));
+  cuda().hold(false);
+  ASSERT_TRUE(transfer.wait_for(kHang));
+  EXPECT_EQ(error_of([&] { transfer.wait(); })->code().category(), cuda_category());
+}
+
 TEST_P(DeviceTest, AStickyErrorIsNamedByTheTransferAndByAllThatCome) {
   std::byte* target = cuda().allocate(bytes_.size());
   cuda().fail("cudaEventQuery", 5, cudaErrorIllegalAddress, true);
@@ -329,6 +341,7 @@ TEST_P(DeviceTest, StoresComeFromTheDeviceWhenItsStreamHasWrittenThem) {
   std::byte* device = cuda().allocate(bytes_.size());
   GuardedMemory host(3 * kMiB + 5);
   std::memset(host.data(), 7, host.size());
+  engine_->load(request(cuda().allocate(bytes_.size())));  // Slots hold old bytes, which must not fill the gaps.
   std::vector<SourceExtent> extents{{0, 5 * kMiB + 3, device},
                                     {5 * kMiB + 10, 100, device + 6 * kMiB},
                                     {5 * kMiB + 120, 200, device + 7 * kMiB},

@@ -10,6 +10,7 @@
 #include <deque>
 #include <functional>
 #include <set>
+#include <thread>
 #include <utility>
 
 struct CUevent_st {
@@ -351,11 +352,16 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  Inside impl;
-  if (const auto error = impl->enter("cudaStreamSynchronize")) return error;
-  while (impl->do_one(*impl->stream_of(stream))) {
+  if (const auto error = Inside()->enter("cudaStreamSynchronize")) return error;
+  while (true) {
+    {
+      Inside impl;
+      while (impl->do_one(*impl->stream_of(stream))) {
+      }
+      if (impl->stream_of(stream)->queue.empty()) return cudaSuccess;
+    }
+    std::this_thread::yield();
   }
-  return cudaSuccess;
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
