@@ -251,7 +251,9 @@ TEST_P(DeviceTest, AFailureWithCopiesUnderWayIsToldWhenTheyHaveLanded) {
   std::byte* target = cuda().allocate(bytes_.size());
   cuda().hold(true);
   cuda().fail("cudaEventRecord", 2, cudaErrorMemoryAllocation);  // The first is the gate's.
-  Transfer transfer = engine_->start_load(request(target));
+  LoadRequest one_chunk = request(target);
+  one_chunk.files[0].extents[0].size_bytes = 1000;
+  Transfer transfer = engine_->start_load(one_chunk);
   while (cuda().most_copies_under_way() == 0) std::this_thread::yield();
   EXPECT_FALSE(transfer.wait_for(std::chrono::milliseconds(20)));
   cuda().hold(false);
