@@ -17,8 +17,9 @@ else()
       list(APPEND cuda_wheels ${package}/cu13 ${package}/cuda_runtime ${package}/cuda_nvcc)
     endforeach()
   endif()
-  find_path(CudaRuntime_INCLUDE_DIR cuda_runtime_api.h PATHS ${cuda_wheels} PATH_SUFFIXES include)
-  find_library(CudaRuntime_LIBRARY cudart_static PATHS ${cuda_wheels} PATH_SUFFIXES lib lib64)
+  # The wheels before the system's folders: headers and library have to be of one version.
+  find_path(CudaRuntime_INCLUDE_DIR cuda_runtime_api.h HINTS ${cuda_wheels} PATH_SUFFIXES include)
+  find_library(CudaRuntime_LIBRARY cudart_static HINTS ${cuda_wheels} PATH_SUFFIXES lib lib64)
 endif()
 
 include(FindPackageHandleStandardArgs)

@@ -6,6 +6,10 @@ set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/flashpack)
 install(TARGETS flashpack_engine flashpack_format EXPORT flashpackTargets FILE_SET HEADERS)
 install(EXPORT flashpackTargets NAMESPACE flashpack:: DESTINATION ${package_dir})
 
+if(TARGET CudaRuntime::cudart)
+  install(FILES ${CMAKE_CURRENT_LIST_DIR}/FindCudaRuntime.cmake DESTINATION ${package_dir})
+endif()
+
 # Its users bring their own Boost.
 install(FILES ${PROJECT_SOURCE_DIR}/include/flashpack/async.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/flashpack)
 

@@ -22,6 +22,8 @@ int counted_allocations() { return allocations; }
 
 }  // namespace flashpack::testing
 
+// The sanitizers bring operators of their own, which must not be mixed with these.
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 void* operator new(std::size_t size) {
   if (counting && flashpack::testing::fake_cuda_depth() == 0) ++allocations;
   if (void* memory = std::malloc(size)) return memory;
@@ -29,3 +31,4 @@ void* operator new(std::size_t size) {
 }
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+#endif

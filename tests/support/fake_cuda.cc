@@ -133,7 +133,7 @@ class FakeCuda::Impl {
     require(region_of(device_end) != nullptr && region_of(host_end) == nullptr, "a copy in the wrong direction");
     std::byte* device_memory = shadow_of(device_end, size_bytes);
     pageable_copies_ += !registered(host_end, size_bytes);
-    if (to_device) std::fill_n(device_memory, size_bytes, kPoison);
+    if (to_device) std::memset(device_memory, static_cast<int>(kPoison), size_bytes);
     ++stream->touches;
     ++copies_under_way_;
     most_copies_under_way_ = std::max(most_copies_under_way_, copies_under_way_);
@@ -237,7 +237,7 @@ std::byte* FakeCuda::allocate(std::size_t size_bytes) {
   void* shadow = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   ::close(fd);
   require(address != MAP_FAILED && shadow != MAP_FAILED, "out of address space");
-  std::fill_n(static_cast<std::byte*>(shadow), size_bytes, kPoison);
+  std::memset(shadow, static_cast<int>(kPoison), size_bytes);
   impl->regions_.push_back({static_cast<std::byte*>(address), static_cast<std::byte*>(shadow), size_bytes});
   return static_cast<std::byte*>(address);
 }
@@ -248,9 +248,19 @@ std::vector<std::byte> FakeCuda::read(const std::byte* device_memory, std::size_
   return {shadow, shadow + size_bytes};
 }
 
+bool FakeCuda::holds(const std::byte* device_memory, std::span<const std::byte> bytes) {
+  Inside impl;
+  return std::memcmp(impl->shadow_of(device_memory, bytes.size()), bytes.data(), bytes.size()) == 0;
+}
+
+void FakeCuda::poison(std::byte* device_memory, std::size_t size_bytes) {
+  Inside impl;
+  std::memset(impl->shadow_of(device_memory, size_bytes), static_cast<int>(kPoison), size_bytes);
+}
+
 void FakeCuda::write(std::byte* device_memory, std::span<const std::byte> bytes) {
   Inside impl;
-  std::copy(bytes.begin(), bytes.end(), impl->shadow_of(device_memory, bytes.size()));
+  std::memcpy(impl->shadow_of(device_memory, bytes.size()), bytes.data(), bytes.size());
 }
 
 void FakeCuda::hold(bool held) { Inside()->held_ = held; }

@@ -32,7 +32,9 @@ class FakeCuda {
   /// Device memory, filled with poison. Freed by reset().
   std::byte* allocate(std::size_t size_bytes);
   std::vector<std::byte> read(const std::byte* device_memory, std::size_t size_bytes);
+  bool holds(const std::byte* device_memory, std::span<const std::byte> bytes);
   void write(std::byte* device_memory, std::span<const std::byte> bytes);
+  void poison(std::byte* device_memory, std::size_t size_bytes);
   static constexpr std::byte kPoison{0xDD};
 
   /// While held, no copy lands, nor what is queued behind it.
