@@ -91,6 +91,7 @@ Dict stats_dict(const TransferStats& stats) {
   dict["operations"] = stats.operations;
   dict["retries"] = stats.retries;
   dict["seconds"] = stats.seconds;
+  dict["pinned"] = stats.pinned;
   dict["backend"] = to_string(stats.backend);
   dict["fallback_reason"] = stats.fallback_reason;
   return dict;

@@ -1,0 +1,127 @@
+"""Loads to and saves from a real CUDA device. Without one the whole file is one skip, or a failure where a machine with
+a GPU says FLASHPACK_REQUIRE_GPU=1."""
+
+import os
+import threading
+
+import flashpack
+import pytest
+import torch
+from flashpack.deserialization import iterate_from_flash_tensor, read_flashpack_file
+from support import DTYPES, assert_bit_equal, random_tensor
+
+if not torch.cuda.is_available():
+    if os.environ.get("FLASHPACK_REQUIRE_GPU") == "1":
+        raise RuntimeError("FLASHPACK_REQUIRE_GPU=1, but torch sees no CUDA device")
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+MIB = 1 << 20
+DEVICE = torch.device("cuda", 0)
+# Of several chunks and slots, edges in the middle of pages, and small ones that go in batches.
+SIZES = [5 * MIB + 3, 70 * MIB, 1, 0, *range(1000, 3000, 17)]
+
+
+def state_dict(dtype=torch.bfloat16, seed=0):
+    return {f"t{i}": random_tensor((size,), dtype, seed + i) for i, size in enumerate(SIZES)}
+
+
+def load(path, device=DEVICE):
+    storage, metadata = read_flashpack_file(path, device)
+    return storage, dict(iterate_from_flash_tensor(storage, metadata))
+
+
+def on_host(tensors):
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def drop_from_page_cache(path):
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu") / "model.flashpack"
+    tensors = state_dict()
+    flashpack.pack_to_file(tensors, path, target_dtype=None)
+    return tensors, path
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", DEVICE])
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_load_brings_the_bits_through_locked_memory(packed, cold, device):
+    tensors, path = packed
+    if cold:
+        drop_from_page_cache(path)
+    storage, loaded = load(path, device)
+    assert storage.device == DEVICE
+    assert all(tensor.device == DEVICE for tensor in loaded.values())
+    assert_bit_equal(on_host(loaded), tensors)
+    assert storage.stats["pinned"]
+    assert storage.stats["staged_bytes"] > 0
+
+
+def test_every_dtype_arrives_with_its_bits(pack):
+    tensors = {str(dtype): random_tensor((1001,), dtype, seed) for seed, dtype in enumerate(DTYPES)}
+    assert_bit_equal(on_host(load(pack(tensors, target_dtype=None))[1]), tensors)
+
+
+def test_a_module_is_filled_in_place_or_not_at_all(pack):
+    source = torch.nn.Sequential(torch.nn.Linear(513, 1027), torch.nn.BatchNorm1d(1027))
+    path = pack(source)
+    module = torch.nn.Sequential(torch.nn.Linear(513, 1027), torch.nn.BatchNorm1d(1027)).to(DEVICE)
+    flashpack.assign_from_file(module, path, device="cuda")
+    assert all(tensor.device == DEVICE for tensor in module.state_dict().values())
+    assert_bit_equal(on_host(module.state_dict()), source.state_dict())
+    with pytest.raises(ValueError):
+        flashpack.assign_from_file(torch.nn.Linear(2, 2).to(DEVICE), path, device="cuda", strict=True)
+
+
+def test_what_the_current_stream_does_with_the_memory_before_and_after_is_kept_in_order(packed):
+    tensors, path = packed
+    stream = torch.cuda.Stream(DEVICE)
+    with torch.cuda.stream(stream):
+        # The block comes back to the allocator while the stream still writes to it.
+        scratch = torch.empty(sum(t.nbytes for t in tensors.values()) + MIB, dtype=torch.uint8, device=DEVICE)
+        torch.cuda._sleep(200_000_000)
+        scratch.fill_(0xAB)
+        del scratch
+        loaded = load(path)[1]
+        copies = {name: tensor.clone() for name, tensor in loaded.items()}
+    stream.synchronize()
+    assert_bit_equal(on_host(copies), tensors)
+
+
+def test_loads_from_several_threads_do_not_disturb_each_other(tmp_path):
+    sources, results = [state_dict(seed=1000 * n) for n in range(4)], {}
+    for n, source in enumerate(sources):
+        flashpack.pack_to_file(source, tmp_path / f"{n}.flashpack", target_dtype=None)
+
+    def loads(n):
+        with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
+            for _ in range(3):
+                results[n] = on_host(load(tmp_path / f"{n}.flashpack")[1])
+
+    threads = [threading.Thread(target=loads, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n, source in enumerate(sources):
+        assert_bit_equal(results[n], source)
+
+
+def test_a_save_from_the_device_writes_what_a_save_from_the_host_writes(packed, tmp_path):
+    tensors, path = packed
+    stream = torch.cuda.Stream(DEVICE)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        on_device = {name: tensor.to(DEVICE, non_blocking=True) for name, tensor in tensors.items()}
+        flashpack.pack_to_file(on_device, tmp_path / "from_device.flashpack", target_dtype=None)
+    assert (tmp_path / "from_device.flashpack").read_bytes() == path.read_bytes()
+
+
+def test_a_device_that_is_not_there_is_a_clear_error(packed):
+    with pytest.raises((RuntimeError, ValueError), match=r"(?i)device|ordinal"):
+        load(packed[1], f"cuda:{torch.cuda.device_count()}")
