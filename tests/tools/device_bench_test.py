@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+import device_bench
+
+
+class InProcess:
+    """A contender that answers with a rate and a checksum of its own."""
+
+    def __init__(self, name, checksum=0, seconds=1.0):
+        self.name, self.checksum, self.seconds = name, checksum, seconds
+        self.rates, self.jobs = {}, []
+
+    def ask(self, job):
+        self.jobs.append(job)
+        return {"bytes": 2_000_000_000, "seconds": self.seconds, "checksum": self.checksum}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """(the checksum that is brought, the expected one) -> rooflines and contenders after two rounds."""
+    monkeypatch.setattr(device_bench, "prepare", lambda path, state: None)
+
+    def run(brought, expected):
+        rooflines, contenders = InProcess("rooflines", seconds=0.5), [InProcess("flashpack", brought)]
+        device_bench.measure(contenders, rooflines, Path(), 2, expected)
+        return rooflines, contenders
+
+    return run
+
+
+def test_the_checksum_knows_names_places_and_bytes():
+    tensors = {"a": torch.arange(8, dtype=torch.float32), "b": torch.arange(3, dtype=torch.uint8)}
+    changed = {
+        "byte": {**tensors, "b": torch.tensor([0, 1, 3], dtype=torch.uint8)},
+        "order": {**tensors, "a": tensors["a"].flip(0)},
+        "names": {"a": tensors["a"], "c": tensors["b"]},
+    }
+    sums = {device_bench.checksum(t) for t in (tensors, *changed.values())}
+    assert len(sums) == 4
+    assert device_bench.checksum({name: tensor.clone() for name, tensor in tensors.items()}) in sums
+
+
+def test_wrong_bytes_on_the_device_end_the_measurement(measured):
+    with pytest.raises(RuntimeError, match="flashpack brought wrong bytes"):
+        measured(7, 8)
+
+
+def test_the_first_round_is_not_counted_and_rates_are_held_against_the_slower_part(measured, monkeypatch):
+    rooflines, contenders = measured(7, 7)
+    assert contenders[0].rates == {"cold": [2.0, 2.0], "page cache": [2.0, 2.0]}
+    assert contenders[0].jobs == ["load"] * 6
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a device")
+    text = device_bench.as_markdown(device_bench.report(contenders, rooflines), "command")
+    assert "| flashpack | 2.00 | 0.50 | 2.00 | 0.50 |" in text

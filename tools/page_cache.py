@@ -1,0 +1,36 @@
+"""The page cache of a file, emptied, filled and asked."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+from pathlib import Path
+
+
+def resident_fraction(path: Path) -> float:
+    """The part of the file that is in the page cache, by mincore(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
+        pages = (ctypes.c_ubyte * math.ceil(len(mapping) / mmap.PAGESIZE))()
+        start = ctypes.c_char.from_buffer(mapping)
+        status = libc.mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(len(mapping)), pages)
+        del start
+    if status != 0:
+        raise OSError(ctypes.get_errno(), "mincore", str(path))
+    return sum(page & 1 for page in bytes(pages)) / len(pages)
+
+
+def drop_from_page_cache(path: Path) -> float:
+    """Returns what could not be dropped."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return resident_fraction(path)
+
+
+def warm(path: Path) -> None:
+    with path.open("rb") as file:
+        while file.read(64 << 20):
+            pass
