@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What quickstart.sh and test.sh share: installing what is missing. Sourced, never run.
+# What the scripts of this folder share. Sourced, never run.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.cache/venv
@@ -93,4 +93,33 @@ configure() {
   local preset=$1
   shift
   cmake -S "$root" --preset "$preset" -DPython3_EXECUTABLE="$python" "$@"
+}
+
+# Steps leave their logs and JUnit files here, for tally.py to count.
+results=$root/.cache/test
+
+# step KIND NAME COMMAND...: runs it without input, shows how it went, and notes it for the count. KIND says what success
+# is worth: `build` nothing, `check` one test passed, `suite` what NAME.xml says.
+step() {
+  local kind=$1 name=$2 started=$SECONDS status
+  shift 2
+  ("$@") >"$results/$name.log" 2>&1 </dev/null
+  status=$?
+  printf '%s\t%s\t%s\n' "$kind" "$name" "$status" >>"$results/steps.tsv"
+  printf '%-16s %-6s %4d s\n' "$name" "$([[ $status == 0 ]] && echo ok || echo FAILED)" $((SECONDS - started))
+  [[ $status == 0 ]] || tail -n 60 "$results/$name.log" | sed 's/^/    /'
+  return "$status"
+}
+
+build_preset() {
+  configure "$@" && cmake --build --preset "$1"
+}
+
+# ctest_preset PRESET [COMMAND]: configures, builds and tests it, all under COMMAND when one is given.
+ctest_preset() {
+  local preset=$1
+  shift
+  step build "$preset-build" "$@" build_preset "$preset" || return
+  step suite "$preset" "$@" ctest --preset "$preset" --parallel "$(nproc)" --no-tests=error \
+    --output-junit "$results/$preset.xml"
 }

@@ -22,35 +22,8 @@ case $scope in
   *) usage >&2 && exit 2 ;;
 esac
 
-results=$root/.cache/test
 rm -rf "$results"
 mkdir -p "$results"
-
-# step KIND NAME COMMAND...: runs it without input, shows how it went, and notes it for the count. KIND says what success
-# is worth: `build` nothing, `check` one test passed, `suite` what NAME.xml says.
-step() {
-  local kind=$1 name=$2 started=$SECONDS status
-  shift 2
-  ("$@") >"$results/$name.log" 2>&1 </dev/null
-  status=$?
-  printf '%s\t%s\t%s\n' "$kind" "$name" "$status" >>"$results/steps.tsv"
-  printf '%-16s %-6s %4d s\n' "$name" "$([[ $status == 0 ]] && echo ok || echo FAILED)" $((SECONDS - started))
-  [[ $status == 0 ]] || tail -n 60 "$results/$name.log" | sed 's/^/    /'
-  return "$status"
-}
-
-build_preset() {
-  configure "$@" && cmake --build --preset "$1"
-}
-
-# ctest_preset PRESET [COMMAND]: configures, builds and tests it, all under COMMAND when one is given.
-ctest_preset() {
-  local preset=$1
-  shift
-  step build "$preset-build" "$@" build_preset "$preset" || return
-  step suite "$preset" "$@" ctest --preset "$preset" --parallel "$(nproc)" --no-tests=error \
-    --output-junit "$results/$preset.xml"
-}
 
 install_everything() {
   local packages=(shellcheck libfuse3-dev fuse3)
