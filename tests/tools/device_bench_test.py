@@ -1,9 +1,8 @@
 from pathlib import Path
 
+import device_bench
 import pytest
 import torch
-
-import device_bench
 
 
 class InProcess:
