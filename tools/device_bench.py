@@ -81,10 +81,10 @@ class Rooflines:
     """The least that has to be done for a load, each part by itself. Bytes and seconds."""
 
     def __init__(self, folder: Path) -> None:
-        from flashpack._native import Engine, read_footer
+        from flashpack._native import Engine
 
         self.path = folder / "model.flashpack"
-        self.size_bytes = int(read_footer(self.path)[0]["payload_bytes"])
+        self.size_bytes = self.path.stat().st_size // mmap.PAGESIZE * mmap.PAGESIZE
         self.engine = Engine()
         self.memory = mmap.mmap(-1, self.size_bytes)
         self.memory.madvise(mmap.MADV_HUGEPAGE)
@@ -134,6 +134,7 @@ LOADERS = {
     "fastsafetensors": by_fastsafetensors,
     "instanttensor": by_instanttensor,
 }
+OURS = ("rooflines", "flashpack")
 ROOFLINES = {"cold": ["disk", "h2d"], "page cache": ["memcpy", "h2d"]}
 
 
@@ -164,6 +165,7 @@ class Contender:
     def __init__(self, name: str, folder: Path, packages: Path | None) -> None:
         self.name = name
         self.rates: dict[str, list[float]] = {}
+        self.failure: str | None = None
         environment = dict(os.environ)
         own = packages / name if packages is not None else None
         if own is not None and own.is_dir():
@@ -215,7 +217,7 @@ def make_checkpoint(folder: Path, size_gib: float) -> int:
 def installed(name: str, packages: Path | None) -> bool:
     import importlib.util
 
-    if name in ("rooflines", "flashpack"):
+    if name in OURS:
         return True
     if packages is not None and (packages / name).is_dir():
         return True
@@ -238,12 +240,24 @@ def measure(contenders: list[Contender], rooflines: Contender, folder: Path, rou
             for contender, job in jobs[turn % len(jobs) :] + jobs[: turn % len(jobs)]:
                 for path in files:
                     prepare(path, state)
-                answer = contender.ask(job)
-                if job == "load" and answer["checksum"] != expected:
-                    raise RuntimeError(f"{contender.name} brought wrong bytes to the device ({state})")
-                if turn > 0:
-                    key = state if job == "load" else job
-                    contender.rates.setdefault(key, []).append(answer["bytes"] / answer["seconds"] / 1e9)
+                if contender.failure is None:
+                    take_turn(contender, job, state, expected, counts=turn > 0)
+
+
+def take_turn(contender: Contender, job: str, state: str, expected: int, counts: bool) -> None:
+    """A peer that fails is out, with its reason; our own failure ends the measurement."""
+    try:
+        answer = contender.ask(job)
+        if job == "load" and answer["checksum"] != expected:
+            raise RuntimeError(f"{contender.name} brought wrong bytes to the device ({state})")
+    except RuntimeError as error:
+        if contender.name in OURS:
+            raise
+        contender.failure = str(error)
+        return
+    if counts:
+        key = state if job == "load" else job
+        contender.rates.setdefault(key, []).append(answer["bytes"] / answer["seconds"] / 1e9)
 
 
 def report(contenders: list[Contender], rooflines: Contender) -> dict[str, Any]:
@@ -258,8 +272,11 @@ def report(contenders: list[Contender], rooflines: Contender) -> dict[str, Any]:
         "limits_gb_per_s": limits,
         "engine_start_ms": statistics.median(starts),
         "loads_gb_per_s": {
-            c.name: {state: statistics.median(c.rates[state]) for state in ROOFLINES} for c in contenders
+            c.name: {state: statistics.median(c.rates[state]) for state in ROOFLINES}
+            for c in contenders
+            if c.failure is None
         },
+        "failed": {c.name: c.failure for c in contenders if c.failure is not None},
         "rounds": {c.name: c.rates for c in [rooflines, *contenders]},
     }
 
@@ -277,6 +294,7 @@ def as_markdown(result: dict[str, Any], command: str) -> str:
     for name, rates in result["loads_gb_per_s"].items():
         cells = [f"{rates[state]:.2f} | {rates[state] / result['limits_gb_per_s'][state]:.2f}" for state in ROOFLINES]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [f"| {name} | {reason} | | | |" for name, reason in result["failed"].items()]
     return "\n".join(lines) + "\n"
 
 

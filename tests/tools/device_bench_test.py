@@ -8,6 +8,8 @@ import torch
 class InProcess:
     """A contender that answers with a rate and a checksum of its own."""
 
+    failure = None
+
     def __init__(self, name, checksum=0, seconds=1.0):
         self.name, self.checksum, self.seconds = name, checksum, seconds
         self.rates, self.jobs = {}, []
@@ -23,7 +25,8 @@ def measured(monkeypatch):
     monkeypatch.setattr(device_bench, "prepare", lambda path, state: None)
 
     def run(brought, expected):
-        rooflines, contenders = InProcess("rooflines", seconds=0.5), [InProcess("flashpack", brought)]
+        rooflines = InProcess("rooflines", seconds=0.5)
+        contenders = [InProcess("flashpack", brought), InProcess("safetensors", 99)]
         device_bench.measure(contenders, rooflines, Path(), 2, expected)
         return rooflines, contenders
 
@@ -42,15 +45,17 @@ def test_the_checksum_knows_names_places_and_bytes():
     assert device_bench.checksum({name: tensor.clone() for name, tensor in tensors.items()}) in sums
 
 
-def test_wrong_bytes_on_the_device_end_the_measurement(measured):
+def test_wrong_bytes_of_ours_on_the_device_end_the_measurement(measured):
     with pytest.raises(RuntimeError, match="flashpack brought wrong bytes"):
         measured(7, 8)
 
 
-def test_the_first_round_is_not_counted_and_rates_are_held_against_the_slower_part(measured, monkeypatch):
+def test_rates_are_held_against_the_slower_part_and_a_peer_that_fails_is_out(measured, monkeypatch):
     rooflines, contenders = measured(7, 7)
+    assert contenders[1].rates == {}
     assert contenders[0].rates == {"cold": [2.0, 2.0], "page cache": [2.0, 2.0]}
     assert contenders[0].jobs == ["load"] * 6
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a device")
     text = device_bench.as_markdown(device_bench.report(contenders, rooflines), "command")
     assert "| flashpack | 2.00 | 0.50 | 2.00 | 0.50 |" in text
+    assert "| safetensors | safetensors brought wrong bytes" in text
