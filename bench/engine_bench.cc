@@ -5,9 +5,11 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <exception>
+#include <filesystem>
 #include <functional>
 #include <iostream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bench/support/checkpoint.h"
@@ -21,6 +23,9 @@ namespace flashpack::bench {
 namespace {
 
 enum class Cache { kCold, kHalves, kStripes, kResident };
+// Whatever a target is moved by to make it one that cannot be read in place.
+constexpr std::size_t kOddBytes = 64;
+
 enum class Memory { kTouched, kFresh };
 
 struct Setup {
@@ -37,12 +42,14 @@ struct Contender {
 
 void prepare(const Checkpoint& checkpoint, Cache cache) {
   constexpr std::uint64_t kStripeBytes = std::uint64_t{64} << 20;
-  const std::uint64_t half_bytes = checkpoint.metadata().payload_bytes / 2 / kStripeBytes * kStripeBytes;
+  constexpr std::uint64_t kPageBytes = 4096;
+  // Rounded up: two stripes, not a third one at the end.
+  const std::uint64_t half_bytes = (std::filesystem::file_size(checkpoint.path()) / 2 / kPageBytes + 1) * kPageBytes;
   switch (cache) {
     case Cache::kCold:
       return drop_from_page_cache(checkpoint.path());
     case Cache::kHalves:
-      return warm_every_other(checkpoint.path(), std::max(half_bytes, kStripeBytes));
+      return warm_every_other(checkpoint.path(), half_bytes);
     case Cache::kStripes:
       return warm_every_other(checkpoint.path(), kStripeBytes);
     case Cache::kResident:
@@ -122,20 +129,23 @@ void run_rounds(benchmark::State& state, const Setup& setup, std::vector<Contend
   }
 }
 
-void bench_load(benchmark::State& state, const Setup& setup, Cache cache, Memory memory) try {
-  TransferStats stats;
-  auto all = contenders(setup, cache, stats);
+// Checks what the first of them brings, to `offset` in the touched memory, then lets them take turns.
+void bench_in_turns(benchmark::State& state, const Setup& setup, std::vector<Contender> all, const TransferStats& stats,
+                    Cache cache, Memory memory = Memory::kTouched, std::size_t offset = 0) {
   setup.touched.touch();
   run_once(setup, all.front(), cache, Memory::kTouched);
-  setup.checkpoint.check(setup.touched.data());
+  setup.checkpoint.check(setup.touched.data() + offset);
   run_rounds(state, setup, all, cache, memory);
   report(state, all, stats);
-} catch (const std::exception& error) {
-  state.SkipWithError(error.what());
+}
+
+void bench_load(benchmark::State& state, const Setup& setup, Cache cache, Memory memory) {
+  TransferStats stats;
+  bench_in_turns(state, setup, contenders(setup, cache, stats), stats, cache, memory);
 }
 
 // What is lost where io_uring is refused.
-void bench_workers(benchmark::State& state, const Setup& setup) try {
+void bench_workers(benchmark::State& state, const Setup& setup) {
   const Checkpoint& checkpoint = setup.checkpoint;
   Engine workers({.backend = Backend::kWorkers});
   Engine ring({.backend = Backend::kIoUring});
@@ -144,13 +154,17 @@ void bench_workers(benchmark::State& state, const Setup& setup) try {
   std::vector<Contender> all;
   all.push_back({[&](std::byte* target) { stats = workers.load(checkpoint.request(target)); }, none});
   all.push_back({[&](std::byte* target) { ring.load(checkpoint.request(target)); }, none});
-  setup.touched.touch();
-  run_once(setup, all.front(), Cache::kCold, Memory::kTouched);
-  checkpoint.check(setup.touched.data());
-  run_rounds(state, setup, all, Cache::kCold, Memory::kTouched);
-  report(state, all, stats);
-} catch (const std::exception& error) {
-  state.SkipWithError(error.what());
+  bench_in_turns(state, setup, std::move(all), stats, Cache::kCold);
+}
+
+// What is lost where targets do not agree with the file modulo the page, so that every byte goes through a slot.
+void bench_through_slots(benchmark::State& state, const Setup& setup) {
+  const Checkpoint& checkpoint = setup.checkpoint;
+  TransferStats stats;
+  const Series none(checkpoint.metadata().payload_bytes);
+  const auto beside = [&](std::byte* target) { stats = setup.engine.load(checkpoint.request(target + kOddBytes)); };
+  const auto in_place = [&](std::byte* target) { setup.engine.load(checkpoint.request(target)); };
+  bench_in_turns(state, setup, {{beside, none}, {in_place, none}}, stats, Cache::kCold, Memory::kTouched, kOddBytes);
 }
 
 void bench_start(benchmark::State& state) {
@@ -161,21 +175,27 @@ void bench_start(benchmark::State& state) {
 }
 
 void register_all(const Setup& setup, int rounds) {
-  const auto add = [&](const char* name, Cache cache, Memory memory) {
-    const auto run = [&setup, cache, memory](benchmark::State& state) { bench_load(state, setup, cache, memory); };
+  const auto add = [rounds](const char* name, auto bench) {
+    const auto run = [bench](benchmark::State& state) {
+      try {
+        bench(state);
+      } catch (const std::exception& error) {
+        state.SkipWithError(error.what());
+      }
+    };
     benchmark::RegisterBenchmark(name, run)->UseManualTime()->Iterations(rounds)->Unit(benchmark::kMillisecond);
   };
-  add("load/cold/touched_memory", Cache::kCold, Memory::kTouched);
-  add("load/cold/fresh_memory", Cache::kCold, Memory::kFresh);
-  add("load/page_cache/touched_memory", Cache::kResident, Memory::kTouched);
-  add("load/page_cache/fresh_memory", Cache::kResident, Memory::kFresh);
-  add("load/half_resident/halves", Cache::kHalves, Memory::kTouched);
-  add("load/half_resident/stripes", Cache::kStripes, Memory::kTouched);
-  benchmark::RegisterBenchmark("load/cold/workers_beside_ring",
-                               [&](benchmark::State& state) { bench_workers(state, setup); })
-      ->UseManualTime()
-      ->Iterations(rounds)
-      ->Unit(benchmark::kMillisecond);
+  const auto add_load = [&](const char* name, Cache cache, Memory memory) {
+    add(name, [&setup, cache, memory](benchmark::State& state) { bench_load(state, setup, cache, memory); });
+  };
+  add_load("load/cold/touched_memory", Cache::kCold, Memory::kTouched);
+  add_load("load/cold/fresh_memory", Cache::kCold, Memory::kFresh);
+  add_load("load/page_cache/touched_memory", Cache::kResident, Memory::kTouched);
+  add_load("load/page_cache/fresh_memory", Cache::kResident, Memory::kFresh);
+  add_load("load/half_resident/halves", Cache::kHalves, Memory::kTouched);
+  add_load("load/half_resident/stripes", Cache::kStripes, Memory::kTouched);
+  add("load/cold/workers_beside_ring", [&](benchmark::State& state) { bench_workers(state, setup); });
+  add("load/cold/through_slots_beside_in_place", [&](benchmark::State& state) { bench_through_slots(state, setup); });
   benchmark::RegisterBenchmark("engine/start", bench_start)->UseRealTime()->Unit(benchmark::kMillisecond);
 }
 
@@ -192,7 +212,7 @@ int run(const Flags& flags) {
   const Checkpoint checkpoint(path, static_cast<std::uint64_t>(flags.size_gib * (1 << 30)), keep);
   Engine engine;
   // Direct reads move whole blocks, so the last one ends past the payload.
-  HugeMemory touched(checkpoint.metadata().payload_bytes + 4096);
+  HugeMemory touched(checkpoint.metadata().payload_bytes + 4096 + kOddBytes);
   const Setup setup{checkpoint, engine, touched};
   register_all(setup, flags.rounds);
   benchmark::RunSpecifiedBenchmarks();

@@ -72,6 +72,10 @@ void warm_every_other(const std::filesystem::path& path, std::uint64_t stripe_by
     for (std::uint64_t begin = 0; begin < file.size_bytes(); begin += stripe_bytes) {
       const double fraction = resident_fraction(path, begin, stripe_bytes);
       if (hot(begin) && fraction < 1) read_range(file, begin, std::min(begin + stripe_bytes, file.size_bytes()));
+      // What a neighbour's read has brought in.
+      if (!hot(begin) && fraction > 0) {
+        ::posix_fadvise(file.fd(), static_cast<off_t>(begin), static_cast<off_t>(stripe_bytes), POSIX_FADV_DONTNEED);
+      }
       off = std::max(off, hot(begin) ? 1 - fraction : fraction);
     }
   }
