@@ -47,8 +47,8 @@ class Copier {
   /// Any thread: marks the end of what is on `stream` now, null being the legacy default stream; the stream is not
   /// touched again. Throws: std::system_error.
   virtual std::unique_ptr<Gate> gate(CUstream_st* stream) = 0;
-  /// Any thread: whether `memory` is the device's, and so out of reach for the CPU. Throws: std::system_error when the
-  /// device is past saying.
+  /// Any thread: whether `memory` is the device's, and so out of reach for the CPU. Throws: Error for another device's;
+  /// std::system_error when the device is past saying.
   virtual bool owns(const void* memory) const = 0;
   /// Why slots are not page-locked, which makes copies slow; empty when they are.
   virtual const std::string& fallback_reason() const noexcept = 0;

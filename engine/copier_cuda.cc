@@ -93,6 +93,10 @@ class CudaCopier final : public Copier {
   bool owns(const void* memory) const override {
     cudaPointerAttributes attributes{};
     check(cudaPointerGetAttributes(&attributes, memory), "cudaPointerGetAttributes");
+    if (attributes.type == cudaMemoryTypeDevice && attributes.device != device_) {
+      throw Error(Errc::kInvalidArgument, "memory of CUDA device " + std::to_string(attributes.device) +
+                                              " for an engine of device " + std::to_string(device_));
+    }
     return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
   }
 
@@ -127,7 +131,8 @@ class CudaCopier final : public Copier {
       targets_.push_back(to_device ? piece.memory : in_slot);
       sizes_.push_back(piece.size_bytes);
     }
-    return sizes_.size() > 1 ? copy_batch(stream, to_device) : copy_each(stream, to_device);
+    const bool batch = sizes_.size() > 1 && lock_.error() == cudaSuccess;  // Batches want locked memory.
+    return batch ? copy_batch(stream, to_device) : copy_each(stream, to_device);
   }
 
   cudaError_t copy_each(cudaStream_t stream, bool to_device) {

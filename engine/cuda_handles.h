@@ -22,18 +22,22 @@ inline void check(cudaError_t error, const char* call) {
   throw std::system_error(code_of(error), call);
 }
 
-/// Makes a device current for this thread, and gives the caller's back.
+/// Makes a device current for this thread, and gives the caller's back. Does nothing where it is current already,
+/// because setting a device makes a context on it, which takes time and hundreds of megabytes.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
+  explicit DeviceGuard(int device) : device_(device) {
     check(cudaGetDevice(&previous_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
+    if (previous_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
   }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
+  ~DeviceGuard() {
+    if (previous_ != device_) cudaSetDevice(previous_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  const int device_;
   int previous_ = 0;
 };
 

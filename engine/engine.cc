@@ -195,6 +195,8 @@ bool Engine::Impl::on_device(const void* memory) const {
   if (!copier_) return false;
   try {
     return copier_->owns(memory);
+  } catch (const Error&) {
+    throw;
   } catch (const std::system_error& error) {
     throw Error(error.code(), "start transfer");
   }

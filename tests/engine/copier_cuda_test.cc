@@ -300,6 +300,25 @@ TEST_P(DeviceTest, MemoryThatCannotBeLockedIsNoErrorAndTold) {
   EXPECT_TRUE(right(target));
   EXPECT_FALSE(stats.pinned);
   EXPECT_NE(stats.fallback_reason.find("cudaHostRegister"), std::string::npos) << stats.fallback_reason;
+  std::byte* small = cuda().allocate(kMiB);
+  engine_->load({.files = {{.path = path_, .extents = {{5, 100, small}, {500, 100, small + 200}}}}});
+  EXPECT_TRUE(cuda().holds(small + 200, std::span(bytes_).subspan(500, 100)));
+}
+
+TEST_P(DeviceTest, MemoryOfAnotherDeviceIsRefused) {
+  std::byte* elsewhere = cuda().allocate(bytes_.size(), 0);
+  const auto error = error_of([&] { engine_->load(request(elsewhere)); });
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->code(), Errc::kInvalidArgument) << error->what();
+  EXPECT_TRUE(untouched(elsewhere));
+}
+
+TEST_P(DeviceTest, ADeviceThatIsCurrentAlreadyIsNotSetAgain) {
+  ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
+  const int calls = cuda().calls("cudaSetDevice");
+  engine_->load(request(cuda().allocate(bytes_.size())));
+  EXPECT_EQ(cuda().calls("cudaSetDevice"), calls);
+  cudaSetDevice(0);
 }
 
 TEST_P(DeviceTest, AnEngineOfTheHostCallsNothingOfCuda) {

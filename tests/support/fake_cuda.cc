@@ -69,6 +69,7 @@ class FakeCuda::Impl {
     std::byte* address;
     std::byte* shadow;
     std::size_t size_bytes;
+    int device;
   };
 
   struct Failure {
@@ -228,7 +229,7 @@ void FakeCuda::reset(unsigned seed) {
   impl->random_.seed(seed);
 }
 
-std::byte* FakeCuda::allocate(std::size_t size_bytes) {
+std::byte* FakeCuda::allocate(std::size_t size_bytes, int device) {
   Inside impl;
   size_bytes = (size_bytes + 4095) / 4096 * 4096;
   const int fd = ::memfd_create("device", 0);
@@ -238,7 +239,7 @@ std::byte* FakeCuda::allocate(std::size_t size_bytes) {
   ::close(fd);
   require(address != MAP_FAILED && shadow != MAP_FAILED, "out of address space");
   std::memset(shadow, static_cast<int>(kPoison), size_bytes);
-  impl->regions_.push_back({static_cast<std::byte*>(address), static_cast<std::byte*>(shadow), size_bytes});
+  impl->regions_.push_back({static_cast<std::byte*>(address), static_cast<std::byte*>(shadow), size_bytes, device});
   return static_cast<std::byte*>(address);
 }
 
@@ -430,7 +431,9 @@ cudaError_t cudaMemcpyBatchAsync(void* const* targets, const void* const* source
   require(attributes->srcAccessOrder == cudaMemcpySrcAccessOrderStream, "slots are read in the order of the stream");
   for (std::size_t i = 0; i < count; ++i) {
     require(sizes[i] > 0, "an empty copy in a batch");
-    impl->queue_copy(impl->stream_of(stream), targets[i], sources[i], sizes[i], impl->region_of(targets[i]) != nullptr);
+    const bool to_device = impl->region_of(targets[i]) != nullptr;
+    require(impl->registered(to_device ? sources[i] : targets[i], sizes[i]), "a batch with memory that is not locked");
+    impl->queue_copy(impl->stream_of(stream), targets[i], sources[i], sizes[i], to_device);
   }
   return cudaSuccess;
 }
@@ -455,6 +458,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   Inside impl;
   if (const auto error = impl->enter("cudaPointerGetAttributes")) return error;
   *attributes = {};
+  if (const auto* region = impl->region_of(memory)) attributes->device = region->device;
   attributes->type = impl->region_of(memory)       ? cudaMemoryTypeDevice
                      : impl->registered(memory, 1) ? cudaMemoryTypeHost
                                                    : cudaMemoryTypeUnregistered;

@@ -29,8 +29,8 @@ class FakeCuda {
   /// Forgets counts, failures and errors. Requires: no stream, event or registration is left.
   void reset(unsigned seed = 1);
 
-  /// Device memory, filled with poison. Freed by reset().
-  std::byte* allocate(std::size_t size_bytes);
+  /// Memory of a device, filled with poison. Freed by reset().
+  std::byte* allocate(std::size_t size_bytes, int device = 1);
   std::vector<std::byte> read(const std::byte* device_memory, std::size_t size_bytes);
   bool holds(const std::byte* device_memory, std::span<const std::byte> bytes);
   void write(std::byte* device_memory, std::span<const std::byte> bytes);
