@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import flashpack
 import pytest
+from flashpack import _memory
 
 
 @pytest.fixture
@@ -20,3 +22,13 @@ def pack(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return pack_one
+
+
+@pytest.fixture
+def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], object] | None], None]:
+    """Makes loads tell a function of the test about their progress."""
+
+    def install(progress: Callable[[int], object] | None) -> None:
+        monkeypatch.setattr(_memory, "progress_bar", lambda *args: contextlib.nullcontext(progress))
+
+    return install

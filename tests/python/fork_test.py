@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 
 import flashpack
@@ -56,6 +57,31 @@ def test_workers_of_a_data_loader_load_with_engines_of_their_own(files, method):
 
 def _exit_with_success(path):
     os._exit(0 if flashpack.revert_from_file(path)["a"].numel() == 300_000 else 1)
+
+
+@pytest.mark.filterwarnings("error", "ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_fork_in_the_middle_of_a_load_leaves_both_sides_whole(files, tmp_path, tell):
+    _, paths = files
+    source = random_tensor((16 * MIB,), seed=1)
+    flashpack.pack_to_file({"big": source}, tmp_path / "big.flashpack")
+    children = []
+
+    def fork(done_bytes):
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(60)  # A child that hangs dies of it.
+            tell(None)
+            try:
+                _exit_with_success(paths[0])
+            finally:
+                os._exit(2)
+        children.append((pid, done_bytes))
+
+    tell(fork)
+    loaded = flashpack.revert_from_file(tmp_path / "big.flashpack")["big"]
+    assert same(loaded, source)
+    assert children[0][1] < source.nbytes, "the load was over before the fork"
+    assert [os.waitpid(pid, 0)[1] for pid, _ in children] == [0] * len(children)
 
 
 def test_forks_while_another_thread_loads_leave_both_sides_whole(files, tmp_path):
