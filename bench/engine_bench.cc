@@ -1,5 +1,5 @@
-// Host loads of a checkpoint, each beside the least code that reads the same bytes, in turns and in the same state of
-// the page cache. One line per state of cache and memory; the figures are medians over the rounds.
+// Host loads and stores of a checkpoint, each beside the least code that moves the same bytes, in turns and in the same
+// state of the page cache. One line per state of cache and memory; the figures are medians over the rounds.
 #include <benchmark/benchmark.h>
 
 #include <CLI/CLI.hpp>
@@ -18,6 +18,7 @@
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
 #include "flashpack/engine.h"
+#include "flashpack/file_writer.h"
 
 namespace flashpack::bench {
 namespace {
@@ -34,9 +35,9 @@ struct Setup {
   HugeMemory& touched;
 };
 
-/// One way of getting the file into memory.
+/// One way of getting the file into memory, or out of it.
 struct Contender {
-  std::function<void(std::byte*)> read;
+  std::function<void(std::byte*)> run;
   Series series;
 };
 
@@ -88,9 +89,9 @@ std::vector<Contender> contenders(const Setup& setup, Cache cache, TransferStats
 
 Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Memory memory) {
   prepare(setup.checkpoint, cache);
-  if (memory == Memory::kTouched) return measure([&] { contender.read(setup.touched.data()); });
+  if (memory == Memory::kTouched) return measure([&] { contender.run(setup.touched.data()); });
   const HugeMemory fresh(setup.touched.bytes().size());
-  return measure([&] { contender.read(fresh.data()); });
+  return measure([&] { contender.run(fresh.data()); });
 }
 
 std::string describe(const TransferStats& stats) {
@@ -167,6 +168,40 @@ void bench_through_slots(benchmark::State& state, const Setup& setup) {
   bench_in_turns(state, setup, {{beside, none}, {in_place, none}}, stats, Cache::kCold, Memory::kTouched, kOddBytes);
 }
 
+// A durable file of what is in memory. Each time a new one, because replacing one costs the freeing of its blocks.
+void bench_store(benchmark::State& state, const Setup& setup) {
+  const Checkpoint& checkpoint = setup.checkpoint;
+  const std::uint64_t size = checkpoint.metadata().payload_bytes;
+  auto path = checkpoint.path();
+  path += ".stored";
+  TransferStats stats;
+  const auto ours = [&](std::byte* source) {
+    FileWriter writer = setup.engine.create(path, {.payload_bytes = size});
+    stats = writer.write({{0, size, source}});
+    writer.commit();
+  };
+  const auto raw = [&](std::byte* source) { write_direct(path, std::span(source, size)); };
+  std::vector<Contender> all{{ours, Series(size)}, {raw, Series(size)}};
+  setup.engine.load(checkpoint.request(setup.touched.data()));
+  ours(setup.touched.data());
+  const HugeMemory stored(setup.touched.bytes().size());
+  setup.engine.load({.files = {{.path = path, .extents = {{0, size, stored.data()}}}}});
+  checkpoint.check(stored.data());
+  std::filesystem::remove(path);
+  std::size_t round = 0;
+  for (auto _ : state) {
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      Contender& contender = all[(round + i) % all.size()];
+      const Sample sample = measure([&] { contender.run(setup.touched.data()); });
+      contender.series.add(sample);
+      if (&contender == &all.front()) state.SetIterationTime(sample.seconds);
+      std::filesystem::remove(path);
+    }
+    ++round;
+  }
+  report(state, all, stats);
+}
+
 void bench_start(benchmark::State& state) {
   for (auto _ : state) {
     Engine engine;
@@ -196,6 +231,7 @@ void register_all(const Setup& setup, int rounds) {
   add_load("load/half_resident/stripes", Cache::kStripes, Memory::kTouched);
   add("load/cold/workers_beside_ring", [&](benchmark::State& state) { bench_workers(state, setup); });
   add("load/cold/through_slots_beside_in_place", [&](benchmark::State& state) { bench_through_slots(state, setup); });
+  add("store/durable", [&](benchmark::State& state) { bench_store(state, setup); });
   benchmark::RegisterBenchmark("engine/start", bench_start)->UseRealTime()->Unit(benchmark::kMillisecond);
 }
 

@@ -16,7 +16,7 @@ namespace flashpack::bench {
 class OpenFile {
  public:
   OpenFile(std::filesystem::path path, int flags)
-      : path_(std::move(path)), fd_(::open(path_.c_str(), flags | O_CLOEXEC)) {
+      : path_(std::move(path)), fd_(::open(path_.c_str(), flags | O_CLOEXEC, 0666)) {
     if (fd_ < 0) throw error("open");
   }
   OpenFile(const OpenFile&) = delete;

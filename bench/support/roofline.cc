@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <liburing.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -34,9 +35,16 @@ class Ring {
   Ring& operator=(const Ring&) = delete;
   ~Ring() { ::io_uring_queue_exit(&ring_); }
 
-  void push_read(int fd, std::byte* target, std::size_t size_bytes, std::size_t offset_bytes) {
+  enum class Op { kRead, kWrite };
+
+  void push(Op op, int fd, std::byte* memory, std::size_t size_bytes, std::size_t offset_bytes) {
     io_uring_sqe* sqe = ::io_uring_get_sqe(&ring_);
-    ::io_uring_prep_read(sqe, fd, target, static_cast<unsigned>(size_bytes), offset_bytes);
+    const auto length = static_cast<unsigned>(size_bytes);
+    if (op == Op::kRead) {
+      ::io_uring_prep_read(sqe, fd, memory, length, offset_bytes);
+    } else {
+      ::io_uring_prep_write(sqe, fd, memory, length, offset_bytes);
+    }
     sqe->user_data = offset_bytes;
   }
 
@@ -83,30 +91,43 @@ void for_each_chunk(std::size_t total_bytes, const std::function<void(std::size_
   if (failure) std::rethrow_exception(failure);
 }
 
-}  // namespace
-
-void read_direct(const std::filesystem::path& path, std::span<std::byte> target) {
-  const OpenFile file(path, O_RDONLY | O_DIRECT);
+// Moves `memory` in whole blocks, 8 chunks in flight.
+void move_direct(Ring::Op op, const OpenFile& file, std::span<std::byte> memory) {
   Ring ring;
   std::size_t next = 0;
   unsigned in_flight = 0;
   const auto push = [&] {
-    const std::size_t size = std::min(kChunkBytes, round_up_to_block(target.size() - next));
-    ring.push_read(file.fd(), target.data() + next, size, next);
+    const std::size_t size = std::min(kChunkBytes, round_up_to_block(memory.size() - next));
+    ring.push(op, file.fd(), memory.data() + next, size, next);
     next += size;
     ++in_flight;
   };
-  while (next < target.size() && in_flight < kQueueDepth) push();
+  while (next < memory.size() && in_flight < kQueueDepth) push();
   while (in_flight > 0) {
     const Ring::Done done = ring.wait();
     --in_flight;
-    const auto wanted = std::min(kChunkBytes, target.size() - done.offset_bytes);
-    // A roofline that had to retry would not be one; a local disk does not read short.
+    const auto wanted = std::min(kChunkBytes, memory.size() - done.offset_bytes);
+    // A roofline that had to retry would not be one; a local disk does not move less than it was asked for.
     if (done.result < 0 || static_cast<std::size_t>(done.result) < wanted) {
-      throw file.error("read", done.result < 0 ? -done.result : EIO);
+      throw file.error(op == Ring::Op::kRead ? "read" : "write", done.result < 0 ? -done.result : EIO);
     }
-    if (next < target.size()) push();
+    if (next < memory.size()) push();
   }
+}
+
+}  // namespace
+
+void read_direct(const std::filesystem::path& path, std::span<std::byte> target) {
+  move_direct(Ring::Op::kRead, OpenFile(path, O_RDONLY | O_DIRECT), target);
+}
+
+void write_direct(const std::filesystem::path& path, std::span<std::byte> source) {
+  const OpenFile file(path, O_RDWR | O_CREAT | O_DIRECT);
+  if (::fallocate(file.fd(), 0, 0, static_cast<off_t>(round_up_to_block(source.size()))) != 0) {
+    throw file.error("fallocate");
+  }
+  move_direct(Ring::Op::kWrite, file, source);
+  if (::fdatasync(file.fd()) != 0) throw file.error("fdatasync");
 }
 
 void read_buffered(const std::filesystem::path& path, std::span<std::byte> target) {
