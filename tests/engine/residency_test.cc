@@ -3,6 +3,9 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <optional>
+
 #include "engine/unique_fd.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
@@ -22,8 +25,11 @@ class ResidencyTest : public ::testing::Test {
     fd_.reset(::open(path_.c_str(), O_RDONLY | O_CLOEXEC));
   }
 
-  void warm() { flashpack::testing::read_file(path_); }
-  void cool() { flashpack::testing::drop_from_cache(path_); }
+  void warm() { held_.emplace(path_); }
+  void cool() {
+    held_.reset();
+    flashpack::testing::drop_from_cache(path_);
+  }
 
   unsigned cached_chunks() {
     Residency residency(fd_.get());
@@ -34,6 +40,7 @@ class ResidencyTest : public ::testing::Test {
 
   flashpack::testing::TempDir dir_;
   std::filesystem::path path_ = dir_ / "file";
+  std::optional<flashpack::testing::HeldInCache> held_;
   UniqueFd fd_;
 };
 

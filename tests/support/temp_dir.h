@@ -1,6 +1,7 @@
 #pragma once
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -72,5 +73,25 @@ inline void drop_from_cache(const std::filesystem::path& path) {
   ::posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
   ::close(fd);
 }
+
+/// A file's pages are in the cache while this lives, also when the machine wants its memory back; where so much may not
+/// be locked (ulimit -l), they are read into it and may leave.
+class HeldInCache {
+ public:
+  explicit HeldInCache(const std::filesystem::path& path) : size_bytes_(std::filesystem::file_size(path)) {
+    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    address_ = ::mmap(nullptr, size_bytes_, PROT_READ, MAP_SHARED, fd, 0);
+    ::close(fd);
+    if (address_ == MAP_FAILED) throw std::runtime_error("mmap " + path.string());
+    if (::mlock(address_, size_bytes_) != 0) read_file(path);
+  }
+  ~HeldInCache() { ::munmap(address_, size_bytes_); }
+  HeldInCache(const HeldInCache&) = delete;
+  HeldInCache& operator=(const HeldInCache&) = delete;
+
+ private:
+  std::size_t size_bytes_;
+  void* address_;
+};
 
 }  // namespace flashpack::testing
