@@ -6,6 +6,7 @@
 
 #include "engine/copier.h"
 #include "engine/cuda_handles.h"
+#include "engine/workers.h"
 
 namespace flashpack::engine {
 
@@ -125,6 +126,7 @@ class CudaCopier final : public Copier {
     targets_.clear();
     sizes_.clear();
     const bool to_device = request.op == IoRequest::Op::kScatter;
+    if (!to_device) clear_gaps(request);
     for (const Piece& piece : request.pieces) {
       std::byte* in_slot = request.memory.data() + (piece.offset_bytes - request.offset_bytes);
       sources_.push_back(to_device ? in_slot : piece.memory);

@@ -185,8 +185,8 @@ void Engine::Impl::open_source(engine::TransferState& state, const FileExtents& 
   }
   const std::uint32_t chunk_bytes = options_.chunk_bytes;
   for (const bool on_device : {false, true}) {
-    state.plan.add(index, pieces[on_device], chunk_bytes, std::min(file.block_bytes(), chunk_bytes),
-                   {.on_device = on_device});
+    state.plan.add_load(index, pieces[on_device], chunk_bytes, std::min(file.alignment().block_bytes, chunk_bytes),
+                        on_device);
   }
   state.sources.emplace_back(std::move(file));
 }

@@ -5,14 +5,17 @@
 
 #include <filesystem>
 #include <future>
+#include <map>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "engine/file.h"
 #include "engine/pipeline.h"
 #include "engine/transfer_state.h"
-#include "engine/unique_fd.h"
 #include "flashpack/engine.h"
 
 namespace flashpack {
@@ -55,10 +58,17 @@ class FileWriter::Impl {
   Impl(Engine::Impl& engine, const std::filesystem::path& path, const WriterOptions& options);
   ~Impl();
 
-  Transfer start_write(std::vector<SourceExtent> extents, Completion* completion, CUstream_st* stream);
+  Transfer start_write(std::span<const SourceExtent> extents, Completion* completion, CUstream_st* stream);
   void commit(std::span<const std::byte> tail);
 
  private:
+  /// Begin and end of what the writes so far cover.
+  using Claims = std::map<std::uint64_t, std::uint64_t>;
+
+  void reserve(std::uint64_t begin_bytes, std::uint64_t end_bytes);
+  Claims claims_with(std::span<const engine::Piece> pieces) const;
+  std::vector<engine::Piece> pieces_of(std::span<const SourceExtent> extents) const;
+  std::shared_ptr<engine::TransferState> plan(std::span<const engine::Piece> pieces, Completion* completion) const;
   void settle();
   void write_tail(std::span<const std::byte> tail);
   void abort() noexcept;
@@ -66,8 +76,10 @@ class FileWriter::Impl {
   Engine::Impl& engine_;
   std::filesystem::path path_;  // Symbolic links resolved: what the new file replaces.
   std::filesystem::path temp_path_;
-  engine::UniqueFd fd_;
-  std::uint64_t payload_bytes_;  // Announced, or the end of the last extent if that is later.
+  std::optional<engine::File> file_;  // Of temp_path_, until commit or abort.
+  std::uint64_t payload_bytes_;       // Announced, or the end of the last extent if that is later.
+  std::uint64_t reserved_bytes_ = 0;
+  Claims claimed_;
   std::vector<std::shared_ptr<engine::TransferState>> transfers_;
   bool committed_ = false;
 };

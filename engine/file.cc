@@ -25,17 +25,18 @@ FileIdentity identity_of(const struct stat& status) {
           .mtime_ns = std::int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec};
 }
 
-// 0: the file system says that there is no direct I/O.
-std::uint32_t direct_io_block_bytes(int fd) {
+// None: the file system says that there is no direct I/O.
+std::optional<Alignment> direct_io_alignment(int fd) {
 #ifdef STATX_DIOALIGN
   struct statx status{};
   if (::statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) == 0 && (status.stx_mask & STATX_DIOALIGN)) {
-    if (status.stx_dio_mem_align == 0 || status.stx_dio_offset_align == 0) return 0;
-    const std::uint32_t wanted = std::max({status.stx_dio_mem_align, status.stx_dio_offset_align, kPageBytes});
-    return wanted <= kMaxBlockBytes ? std::bit_ceil(wanted) : 0;
+    if (status.stx_dio_mem_align == 0 || status.stx_dio_offset_align == 0) return std::nullopt;
+    const std::uint32_t block_bytes = std::max({status.stx_dio_mem_align, status.stx_dio_offset_align, kPageBytes});
+    if (block_bytes > kMaxBlockBytes) return std::nullopt;
+    return Alignment{std::bit_ceil(block_bytes), std::bit_ceil(status.stx_dio_mem_align)};
   }
 #endif
-  return kPageBytes;
+  return Alignment{};
 }
 
 }  // namespace
@@ -51,24 +52,33 @@ File File::open(const std::filesystem::path& path, const std::optional<FileIdent
   if (!S_ISREG(status.st_mode)) throw file_error(Errc::kInvalidArgument, "open (not a regular file)", path);
   file.identity_ = identity_of(status);
   if (expected && *expected != file.identity_) throw file_error(Errc::kFileChanged, "open", path);
-  file.block_bytes_ = kPageBytes;
-  if (want_direct) file.open_direct();
+  if (want_direct) file.open_direct(O_RDONLY);
   return file;
 }
 
-void File::open_direct() {
-  const std::uint32_t block_bytes = direct_io_block_bytes(buffered_fd());
+File File::created(std::filesystem::path path, UniqueFd fd) {
+  File file(std::move(path), std::move(fd));
+  struct stat status{};
+  if (::fstat(file.buffered_fd(), &status) != 0) throw file_error(errno_code(errno), "stat", file.path());
+  file.identity_ = identity_of(status);
+  file.open_direct(O_WRONLY);
+  return file;
+}
+
+void File::open_direct(int access) {
+  const std::optional<Alignment> alignment = direct_io_alignment(buffered_fd());
   direct_error_ = EOPNOTSUPP;
-  if (block_bytes == 0) return;
+  if (!alignment) return;
   // Through /proc it is the same inode even when the path has been renamed over in between.
   const std::string self = "/proc/self/fd/" + std::to_string(buffered_fd());
-  direct_.reset(::open(self.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
-  if (!direct_) direct_.reset(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
+  direct_.reset(::open(self.c_str(), access | O_CLOEXEC | O_DIRECT));
+  if (!direct_) direct_.reset(::open(path_.c_str(), access | O_CLOEXEC | O_DIRECT));
   if (!direct_) direct_error_ = errno;
   struct stat status{};
   if (direct_ && (::fstat(direct_fd(), &status) != 0 || identity_of(status) != identity_)) direct_.reset();
   if (!direct_) return;
-  block_bytes_ = block_bytes;
+  alignment_ = *alignment;
+  if (access != O_RDONLY) return;
   // Misaligned, so that it is refused before anything is read.
   std::byte byte{};
   const iovec vector{&byte, 1};

@@ -1,10 +1,11 @@
-/// One file opened for reading: its descriptors, alignment and identity.
+/// One open file: its descriptors, alignment and identity.
 #pragma once
 
 #include <cstdint>
 #include <filesystem>
 #include <optional>
 
+#include "engine/plan.h"
 #include "engine/unique_fd.h"
 #include "flashpack/file_identity.h"
 
@@ -17,6 +18,10 @@ class File {
   /// Throws: Error; kFileChanged when `expected` is given and differs.
   static File open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct);
 
+  /// A new, empty file that is open for reading and writing as `fd`; opened direct, too, where the file system allows
+  /// it. `path` is where it is now.
+  static File created(std::filesystem::path path, UniqueFd fd);
+
   const std::filesystem::path& path() const noexcept { return path_; }
   const FileIdentity& identity() const noexcept { return identity_; }
   int buffered_fd() const noexcept { return buffered_.get(); }
@@ -27,8 +32,8 @@ class File {
   bool may_block() const noexcept { return may_block_; }
   /// Why direct_fd() is -1, when it was wanted: an errno.
   int direct_error() const noexcept { return direct_error_; }
-  /// Offsets, sizes and addresses of direct I/O are multiples of this: a power of two, at least kPageBytes.
-  std::uint32_t block_bytes() const noexcept { return block_bytes_; }
+  /// Of direct I/O.
+  Alignment alignment() const noexcept { return alignment_; }
 
   /// Whether the file is still what it was at open(). A rename over it is not a change: the descriptor keeps the old
   /// file.
@@ -39,13 +44,13 @@ class File {
 
  private:
   File(std::filesystem::path path, UniqueFd buffered) : path_(std::move(path)), buffered_(std::move(buffered)) {}
-  void open_direct();
+  void open_direct(int access);
 
   std::filesystem::path path_;
   UniqueFd buffered_;
   UniqueFd direct_;
   FileIdentity identity_;
-  std::uint32_t block_bytes_ = 0;
+  Alignment alignment_;
   int direct_error_ = 0;
   bool may_block_ = false;
 };

@@ -56,28 +56,23 @@ std::filesystem::path temp_name(const std::filesystem::path& path) {
   return path.parent_path() / name;
 }
 
-// Turns a full disk into an error up front; file systems that cannot, say EOPNOTSUPP. Gives an errno.
-int reserve(int fd, std::uint64_t size_bytes) {
-  while (size_bytes > 0 && ::fallocate(fd, 0, 0, static_cast<off_t>(size_bytes)) != 0) {
-    if (errno != EINTR) return errno == EOPNOTSUPP ? 0 : errno;
-  }
-  return 0;
-}
-
 }  // namespace
 
 FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, const WriterOptions& options)
     : engine_(engine), path_(resolve_links(path)), payload_bytes_(options.payload_bytes) {
   const mode_t mode = replaced_mode(path_);
   temp_path_ = temp_name(path_);
-  fd_.reset(::open(temp_path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode));
-  if (!fd_) throw file_error(errno_code(errno), "create", path_);
-  // umask has cut the mode; a replaced file's mode is kept as it was. Not being allowed to is no reason not to write.
-  struct stat status{};
-  if (::stat(path_.c_str(), &status) == 0) (void)::fchmod(fd_.get(), mode);
-  if (const int error_number = reserve(fd_.get(), options.payload_bytes)) {
+  UniqueFd fd(::open(temp_path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode));
+  if (!fd) throw file_error(errno_code(errno), "create", path_);
+  try {
+    file_.emplace(engine::File::created(temp_path_, std::move(fd)));
+    // umask has cut the mode; a replaced file's mode is kept as it was. Not being allowed to is no reason not to write.
+    struct stat status{};
+    if (::stat(path_.c_str(), &status) == 0) (void)::fchmod(file_->buffered_fd(), mode);
+    reserve(0, payload_bytes_);
+  } catch (...) {
     abort();
-    throw file_error(errno_code(error_number), "reserve space for", path_);
+    throw;
   }
 }
 
@@ -87,48 +82,113 @@ void FileWriter::Impl::abort() noexcept {
   if (!engine_.is_owner()) return;
   for (const auto& transfer : transfers_) Transfer cancelled_and_waited_for = engine::TransferState::handle(transfer);
   transfers_.clear();
-  if (fd_ && !committed_) ::unlink(temp_path_.c_str());
-  fd_.reset();
+  if (!committed_) ::unlink(temp_path_.c_str());
+  file_.reset();
 }
 
-Transfer FileWriter::Impl::start_write(std::vector<SourceExtent> extents, Completion* completion, CUstream_st* stream) {
-  engine_.require_owner();
-  if (!fd_) throw argument_error("write " + path_.string() + ": after commit");
+// Turns a full disk into an error up front, and keeps writes from growing the file, which the kernel does one at a
+// time. File systems that cannot, say EOPNOTSUPP.
+void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_bytes) {
+  begin_bytes = std::max(begin_bytes, reserved_bytes_);
+  while (end_bytes > begin_bytes) {
+    const auto begin = static_cast<off_t>(begin_bytes);
+    const auto size = static_cast<off_t>(end_bytes - begin_bytes);
+    if (::fallocate(file_->buffered_fd(), 0, begin, size) == 0 || errno == EOPNOTSUPP || errno == ENOSYS) break;
+    if (errno != EINTR) throw file_error(errno_code(errno), "reserve space for", path_);
+  }
+  reserved_bytes_ = std::max(reserved_bytes_, end_bytes);
+}
+
+// What `claimed`, begin and end of what is written, becomes with `pieces`, in ascending order, and with the zeros
+// between those that are less than a block apart. Throws where something is claimed twice.
+FileWriter::Impl::Claims FileWriter::Impl::claims_with(std::span<const engine::Piece> pieces) const {
+  Claims claims = claimed_;
+  const std::uint32_t block_bytes = file_->alignment().block_bytes;
+  for (std::size_t i = 0; i < pieces.size(); ++i) {
+    const std::uint64_t begin = pieces[i].offset_bytes;
+    std::uint64_t end = begin + pieces[i].size_bytes;
+    const std::uint64_t next = i + 1 < pieces.size() ? pieces[i + 1].offset_bytes : end;
+    if (next > end && next - end < block_bytes) end = next;
+    const auto after = claims.lower_bound(begin);
+    const auto before = after == claims.begin() ? claims.end() : std::prev(after);
+    if ((after != claims.end() && after->first < end) || (before != claims.end() && before->second > begin)) {
+      throw argument_error("write " + path_.string() + ": the bytes at " + std::to_string(begin) + " twice");
+    }
+    if (before != claims.end() && before->second == begin) {
+      before->second = end;
+    } else {
+      claims.emplace_hint(after, begin, end);
+    }
+  }
+  return claims;
+}
+
+// In ascending order.
+std::vector<engine::Piece> FileWriter::Impl::pieces_of(std::span<const SourceExtent> extents) const {
   constexpr std::uint64_t kMaxFileBytes = std::numeric_limits<std::int64_t>::max();
-  std::uint64_t end_bytes = payload_bytes_;
-  std::array<std::vector<engine::Piece>, 2> pieces;  // From the host, from the device.
+  std::vector<engine::Piece> pieces;
+  pieces.reserve(extents.size());
   for (const SourceExtent& extent : extents) {
     if (extent.size_bytes == 0) continue;
     if (!extent.source) throw argument_error("write " + path_.string() + ": extent without a source");
     if (extent.size_bytes > kMaxFileBytes || extent.offset_bytes > kMaxFileBytes - extent.size_bytes) {
       throw argument_error("write " + path_.string() + ": extent past 2^63");
     }
-    end_bytes = std::max(end_bytes, extent.offset_bytes + extent.size_bytes);
     // The bytes are only read; a piece has one kind of pointer for both directions.
-    pieces[engine_.on_device(extent.source)].push_back(
+    pieces.push_back(
         {extent.offset_bytes, extent.size_bytes, const_cast<std::byte*>(static_cast<const std::byte*>(extent.source))});
   }
+  std::sort(pieces.begin(), pieces.end(), [](const auto& a, const auto& b) { return a.offset_bytes < b.offset_bytes; });
+  return pieces;
+}
+
+std::shared_ptr<engine::TransferState> FileWriter::Impl::plan(std::span<const engine::Piece> pieces,
+                                                              Completion* completion) const {
   auto state = engine_.new_transfer(completion);
-  state->store_fd = fd_.get();
+  state->store = &*file_;
   state->store_path = path_;
+  state->store_direct = file_->direct_fd() >= 0;
+  if (!state->store_direct) state->note_fallback("direct I/O: " + errno_code(file_->direct_error()).message());
+  std::array<std::vector<engine::Piece>, 2> sides;  // On the host, on the device.
+  for (const engine::Piece& piece : pieces) sides[engine_.on_device(piece.memory)].push_back(piece);
+  // What lies between two extents of one side may be of the other.
+  const bool fill_gaps = sides[0].empty() || sides[1].empty();
+  engine::Alignment alignment = file_->alignment();
+  alignment.block_bytes = std::min(alignment.block_bytes, engine_.options().chunk_bytes);
   for (const bool on_device : {false, true}) {
-    state->plan.add(0, pieces[on_device], engine_.options().chunk_bytes, engine::kPageBytes,
-                    {.on_device = on_device, .gaps = !on_device});
+    state->plan.add_store(sides[on_device], engine_.options().chunk_bytes, alignment, fill_gaps, on_device);
   }
-  state->router = engine::Router(state->plan, state->sources, CachePolicy::kBuffered);
+  state->router = engine::Router(state->plan, state->store_direct ? alignment.block_bytes : 0);
+  return state;
+}
+
+Transfer FileWriter::Impl::start_write(std::span<const SourceExtent> extents, Completion* completion,
+                                       CUstream_st* stream) {
+  engine_.require_owner();
+  if (!file_) throw argument_error("write " + path_.string() + ": after commit");
+  const std::vector<engine::Piece> pieces = pieces_of(extents);
+  Claims claims = claims_with(pieces);
+  auto state = plan(pieces, completion);
   engine_.wait_for_stream(*state, stream);
+  std::uint64_t payload_bytes = payload_bytes_;
+  if (!pieces.empty()) {
+    payload_bytes = std::max(payload_bytes, pieces.back().offset_bytes + pieces.back().size_bytes);
+    reserve(pieces.front().offset_bytes, payload_bytes);
+  }
   std::erase_if(transfers_, [](const auto& earlier) {
     const std::lock_guard lock(earlier->mutex);
     return earlier->ended && !earlier->outcome;
   });
   // Before the start: a completion may lead to commit() on another thread before this one is back.
   transfers_.push_back(state);
-  const std::uint64_t payload_bytes_before = std::exchange(payload_bytes_, end_bytes);
+  claims.swap(claimed_);
+  std::swap(payload_bytes, payload_bytes_);
   try {
     engine_.start(state);
   } catch (...) {
     transfers_.pop_back();
-    payload_bytes_ = payload_bytes_before;
+    claims.swap(claimed_);
+    std::swap(payload_bytes, payload_bytes_);
     throw;
   }
   return engine::TransferState::handle(std::move(state));
@@ -148,24 +208,24 @@ void FileWriter::Impl::settle() {
 void FileWriter::Impl::write_tail(std::span<const std::byte> tail) {
   const std::uint64_t size_bytes = payload_bytes_ + tail.size();
   for (std::uint64_t done = 0; done < tail.size();) {
-    const auto n =
-        ::pwrite(fd_.get(), tail.data() + done, tail.size() - done, static_cast<off_t>(payload_bytes_ + done));
+    const auto n = ::pwrite(file_->buffered_fd(), tail.data() + done, tail.size() - done,
+                            static_cast<off_t>(payload_bytes_ + done));
     if (n < 0 && errno == EINTR) continue;
     if (n <= 0) throw file_error(errno_code(n < 0 ? errno : EIO), "write", path_);
     done += static_cast<std::uint64_t>(n);
   }
   // Both ways: cuts what was reserved and not used, and makes zeros of what was never written.
-  if (::ftruncate(fd_.get(), static_cast<off_t>(size_bytes)) != 0)
+  if (::ftruncate(file_->buffered_fd(), static_cast<off_t>(size_bytes)) != 0)
     throw file_error(errno_code(errno), "truncate", path_);
 }
 
 void FileWriter::Impl::commit(std::span<const std::byte> tail) {
   engine_.require_owner();
-  if (!fd_) throw argument_error("commit " + path_.string() + ": committed or aborted before");
+  if (!file_) throw argument_error("commit " + path_.string() + ": committed or aborted before");
   try {
     settle();
     write_tail(tail);
-    if (::fdatasync(fd_.get()) != 0) throw file_error(errno_code(errno), "sync", path_);
+    if (::fdatasync(file_->buffered_fd()) != 0) throw file_error(errno_code(errno), "sync", path_);
     if (::rename(temp_path_.c_str(), path_.c_str()) != 0)
       throw file_error(errno_code(errno), "rename into place", path_);
   } catch (...) {
@@ -173,7 +233,7 @@ void FileWriter::Impl::commit(std::span<const std::byte> tail) {
     throw;
   }
   committed_ = true;
-  fd_.reset();
+  file_.reset();
   const auto directory_path = path_.has_parent_path() ? path_.parent_path() : ".";
   const UniqueFd directory(::open(directory_path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!directory || ::fsync(directory.get()) != 0) {
@@ -188,7 +248,7 @@ FileWriter& FileWriter::operator=(FileWriter&&) noexcept = default;
 FileWriter::~FileWriter() = default;
 
 Transfer FileWriter::start_write(std::vector<SourceExtent> extents, Completion* completion, CUstream_st* stream) {
-  return impl_->start_write(std::move(extents), completion, stream);
+  return impl_->start_write(extents, completion, stream);
 }
 
 TransferStats FileWriter::write(std::vector<SourceExtent> extents, CUstream_st* stream) {

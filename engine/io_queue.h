@@ -15,11 +15,12 @@ namespace flashpack::engine {
 struct IoRequest {
   enum class Op : std::uint8_t {
     kRead,         ///< File to `memory`, once: the result may be short.
+    kWrite,        ///< `memory` to file, once: the result may be short.
     kReadPieces,   ///< File to `pieces`, to the end: the sum of their sizes unless the file ends before; see PageCache.
     kWritePieces,  ///< `pieces` to file, to the end.
     kScatter,      ///< `memory`, which holds the file from `offset_bytes` on, to `pieces`.
-    kGather,       ///< The other way. Pieces on a device only; those of the CPU are written from where they are.
-    kPopulate,     ///< Page faults of `memory` taken ahead of a read; never fails.
+    kGather,       ///< `pieces` to `memory`, which is zeros where there are none.
+    kPopulate,     ///< Page faults of `memory` taken ahead of direct I/O; never fails.
   };
   /// What a kReadPieces may do with the page cache.
   struct PageCache {
@@ -32,8 +33,9 @@ struct IoRequest {
   std::span<std::byte> memory;
   std::span<const Piece> pieces;
   PageCache page_cache;
-  bool may_block = false;  ///< Of a kRead: it must not be tried in the thread that pushes or waits.
-  int slot = -1;           ///< The staging slot that `memory` lies in, for queues that register slots with the kernel.
+  bool may_block = false;    ///< Of a kRead: it must not be tried in the thread that pushes or waits.
+  bool for_writing = false;  ///< Of a kPopulate: somebody is going to write to `memory`.
+  int slot = -1;  ///< The staging slot that `memory` lies in, for queues that register slots with the kernel.
 };
 
 struct IoCompletion {

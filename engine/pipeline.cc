@@ -149,7 +149,7 @@ bool Pipeline::issue() {
     TransferState& transfer = *shared;
     if (transfer.failure) continue;
     // The disk first: it is the slower one, and both may want the same slots.
-    while (count(Stage::kReading) < limits_.queue_depth) {
+    while (depth() < limits_.queue_depth) {
       const Chunk* chunk = transfer.router.peek(Route::kDirect, questions);
       if (!chunk || !issue_direct(transfer, *chunk)) break;
       transfer.router.take(Route::kDirect);
@@ -160,7 +160,7 @@ bool Pipeline::issue() {
       transfer.router.take(Route::kBuffered);
     }
     if (questions == 0) return true;
-    if (count(Stage::kBuffered) >= limits_.worker_depth && count(Stage::kReading) >= limits_.queue_depth) break;
+    if (count(Stage::kBuffered) >= limits_.worker_depth && depth() >= limits_.queue_depth) break;
   }
   return false;
 }
@@ -173,29 +173,31 @@ bool Pipeline::issue_buffered(TransferState& transfer, const Chunk& chunk) {
   }
   const auto tag = open_job_with_slot(transfer, chunk);
   if (!tag) return false;
+  jobs_[*tag].to_cache = true;
   transfer.is_load() ? move_buffered(*tag) : copy(*tag);
   return true;
 }
 
 bool Pipeline::issue_direct(TransferState& transfer, const Chunk& chunk) {
-  if (!transfer.sources[chunk.file].direct) return issue_buffered(transfer, chunk);
+  if (!transfer.direct(chunk.file)) return issue_buffered(transfer, chunk);
   if (free_jobs_.empty()) return false;
   return chunk.in_place ? issue_in_place(transfer, chunk) : issue_staged(transfer, chunk);
 }
 
 bool Pipeline::issue_in_place(TransferState& transfer, const Chunk& chunk) {
   const std::span memory(transfer.plan.pieces_of(chunk).front().memory, chunk.size_bytes);
-  // Fresh memory costs more in page faults than in reading; then workers take the faults ahead of the kernel.
+  // Page faults of fresh memory cost more than reading into it, and those of a mapped file read another one: workers
+  // take them ahead of the kernel.
   const bool populated = is_populated(memory);
   if (!populated && count(Stage::kPopulating) >= limits_.worker_depth) return false;
   const unsigned tag = open_job(transfer, chunk);
   jobs_[tag].offset_bytes = chunk.offset_bytes;
   jobs_[tag].memory = memory;
   if (populated) {
-    read_direct(tag);
+    move_direct(tag);
   } else {
     enter(jobs_[tag], Stage::kPopulating);
-    workers_.push(tag, {.op = IoRequest::Op::kPopulate, .memory = memory});
+    workers_.push(tag, {.op = IoRequest::Op::kPopulate, .memory = memory, .for_writing = transfer.is_load()});
   }
   return true;
 }
@@ -203,12 +205,16 @@ bool Pipeline::issue_in_place(TransferState& transfer, const Chunk& chunk) {
 bool Pipeline::issue_staged(TransferState& transfer, const Chunk& chunk) {
   const auto tag = open_job_with_slot(transfer, chunk);
   if (!tag) return false;
+  if (!transfer.is_load()) {
+    copy(*tag);
+    return true;
+  }
   Job& job = jobs_[*tag];
-  const std::uint32_t block_bytes = transfer.sources[chunk.file].file.block_bytes();
+  const std::uint32_t block_bytes = transfer.file(chunk.file).alignment().block_bytes;
   job.offset_bytes = round_down(chunk.offset_bytes, block_bytes);
   const std::uint64_t end = round_up(chunk.offset_bytes + chunk.size_bytes, block_bytes);
   job.memory = slot_memory(job).first(end - job.offset_bytes);
-  read_direct(*tag);
+  move_direct(*tag);
   return true;
 }
 

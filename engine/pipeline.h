@@ -14,18 +14,20 @@
 
 namespace flashpack::engine {
 
-/// Serves transfers with two queues: `disk` for direct reads, `workers` for everything that touches bytes with a CPU.
+/// Serves transfers with two queues: `disk` for direct I/O, `workers` for everything that touches bytes with a CPU.
 /// They may be the same queue. A chunk that is read lives so:
 ///
-///   in place:           [populating ->] reading ->                        delivered
-///   through a slot:                     reading ->  [waiting ->] copying -> delivered
-///   page cache:                         buffered                            delivered
-///   page cache, device:                 buffered -> [waiting ->] copying -> delivered
+///   in place:            [populating ->] direct   ->                          delivered
+///   through a slot:                      direct   -> [waiting ->] copying  -> delivered
+///   page cache:                          buffered ->                          delivered
+///   page cache, device:                  buffered -> [waiting ->] copying  -> delivered
 ///
 /// and one that is written:
 ///
-///   from the host:                      buffered                            delivered
-///   from a device:      [waiting ->]    copying -> buffered                 delivered
+///   in place:            [populating ->]              direct   -> delivered
+///   through a slot:      [waiting ->] gathering ->    direct   -> delivered
+///   page cache:                                       buffered -> delivered
+///   page cache, device:  [waiting ->] gathering ->    buffered -> delivered
 ///
 /// where a chunk for a device waits with its slot until the caller's stream has come far enough.
 /// When its transfer fails it is abandoned: cancelled, waited for, and no longer counted against the depth, so that a
@@ -35,7 +37,7 @@ namespace flashpack::engine {
 class Pipeline final : public Driver {
  public:
   struct Limits {
-    std::uint32_t queue_depth;   ///< Direct reads in flight.
+    std::uint32_t queue_depth;   ///< Direct reads in flight, or writes, with those whose slots are being filled.
     std::uint32_t worker_depth;  ///< Of each kind of work, given to the workers at a time; enough that they stay busy
                                  ///< while the driver sleeps.
   };
@@ -56,8 +58,17 @@ class Pipeline final : public Driver {
   void run();
 
  private:
-  enum class Stage : std::uint8_t { kFree, kPopulating, kReading, kWaiting, kCopying, kBuffered, kAbandoned };
-  static constexpr std::size_t kStages = 7;
+  enum class Stage : std::uint8_t {
+    kFree,
+    kPopulating,
+    kDirect,
+    kWaiting,
+    kCopying,
+    kGathering,
+    kBuffered,
+    kAbandoned,
+  };
+  static constexpr std::size_t kStages = 8;
 
   /// One chunk under way. Its index is the tag of its operations.
   struct Job {
@@ -66,10 +77,11 @@ class Pipeline final : public Driver {
     const Chunk* chunk = nullptr;
     int slot = -1;
     std::uint64_t offset_bytes = 0;  // Where in the file `memory` begins.
-    std::span<std::byte> memory;     // The slot's, or of a read in place the target itself.
+    std::span<std::byte> memory;     // The slot's, or in place the target or source itself.
     Piece whole{};                   // Of a buffered job with a slot: `memory` as the one piece that is moved.
-    std::uint64_t done_bytes = 0;    // Whole blocks of `memory` that have been read.
-    unsigned stalls = 0;             // Results in a row that brought no new block.
+    std::uint64_t done_bytes = 0;    // Whole blocks of `memory` that have been moved.
+    unsigned stalls = 0;             // Results in a row that moved no new block.
+    bool to_cache = false;           // Of a slot that is being filled for the file: it is written buffered.
     bool only_cached = false;        // Of a buffered read: it may be refused because the disk would be needed.
   };
 
@@ -89,6 +101,9 @@ class Pipeline final : public Driver {
     ++count(job.stage = stage);
   }
 
+  /// Jobs that are with the disk, or bound for it with a slot.
+  std::uint32_t depth() { return count(Stage::kDirect) + count(Stage::kGathering); }
+
   std::span<std::byte> slot_memory(const Job& job) const { return slots_[static_cast<std::size_t>(job.slot)]; }
 
   bool issue();
@@ -99,12 +114,12 @@ class Pipeline final : public Driver {
 
   unsigned open_job(TransferState& transfer, const Chunk& chunk);
   std::optional<unsigned> open_job_with_slot(TransferState& transfer, const Chunk& chunk);
-  void read_direct(unsigned tag);
+  void move_direct(unsigned tag);
   void move_buffered(unsigned tag);
   void copy(unsigned tag);
 
   void complete(IoCompletion completion);
-  void on_direct_read(unsigned tag, std::int64_t result);
+  void on_direct(unsigned tag, std::int64_t result);
   void on_buffered(unsigned tag, std::int64_t result);
   void on_copied(unsigned tag, std::error_code error);
   void refuse_direct(unsigned tag);

@@ -15,12 +15,12 @@ constexpr unsigned kMaxStalls = 32;
 
 }  // namespace
 
-void Pipeline::read_direct(unsigned tag) {
+void Pipeline::move_direct(unsigned tag) {
   Job& job = jobs_[tag];
-  enter(job, Stage::kReading);
+  enter(job, Stage::kDirect);
   ++job.transfer->stats.operations;
-  const File& file = job.transfer->sources[job.chunk->file].file;
-  disk_.push(tag, {.op = IoRequest::Op::kRead,
+  const File& file = job.transfer->file(job.chunk->file);
+  disk_.push(tag, {.op = job.transfer->is_load() ? IoRequest::Op::kRead : IoRequest::Op::kWrite,
                    .fd = file.direct_fd(),
                    .offset_bytes = job.offset_bytes + job.done_bytes,
                    .memory = job.memory.subspan(job.done_bytes),
@@ -41,7 +41,7 @@ void Pipeline::move_buffered(unsigned tag) {
   }
   ++transfer.stats.operations;
   workers_.push(tag, {.op = load ? IoRequest::Op::kReadPieces : IoRequest::Op::kWritePieces,
-                      .fd = load ? transfer.sources[job.chunk->file].file.buffered_fd() : transfer.store_fd,
+                      .fd = transfer.file(job.chunk->file).buffered_fd(),
                       .pieces = pieces,
                       .page_cache = {.only = job.only_cached, .drop = transfer.after == AfterLoad::kDrop}});
 }
@@ -51,8 +51,9 @@ void Pipeline::copy(unsigned tag) {
   Job& job = jobs_[tag];
   TransferState& transfer = *job.transfer;
   if (job.chunk->on_device && transfer.gate) return enter(job, Stage::kWaiting);
-  enter(job, Stage::kCopying);
-  const IoRequest request{.op = transfer.is_load() ? IoRequest::Op::kScatter : IoRequest::Op::kGather,
+  const bool load = transfer.is_load();
+  enter(job, load ? Stage::kCopying : Stage::kGathering);
+  const IoRequest request{.op = load ? IoRequest::Op::kScatter : IoRequest::Op::kGather,
                           .offset_bytes = job.offset_bytes,
                           .memory = job.memory,
                           .pieces = transfer.plan.pieces_of(*job.chunk),
@@ -64,10 +65,11 @@ void Pipeline::complete(IoCompletion completion) {
   const auto [tag, result] = completion;
   switch (jobs_[tag].stage) {
     case Stage::kPopulating:
-      return read_direct(tag);
-    case Stage::kReading:
-      return on_direct_read(tag, result);
+      return move_direct(tag);
+    case Stage::kDirect:
+      return on_direct(tag, result);
     case Stage::kCopying:
+    case Stage::kGathering:
       return on_copied(tag, {});
     case Stage::kBuffered:
       return on_buffered(tag, result);
@@ -80,9 +82,10 @@ void Pipeline::complete(IoCompletion completion) {
   assert(false && "completion of a job that is not under way");
 }
 
-void Pipeline::on_direct_read(unsigned tag, std::int64_t result) {
+void Pipeline::on_direct(unsigned tag, std::int64_t result) {
   Job& job = jobs_[tag];
   TransferStats& stats = job.transfer->stats;
+  const bool load = job.transfer->is_load();
   if (result == -EINVAL || result == -EOPNOTSUPP) return refuse_direct(tag);
   const bool interrupted = result == -EINTR || result == -EAGAIN;
   if (result < 0 && !interrupted) return fail(tag, errno_code(static_cast<int>(-result)));
@@ -90,18 +93,20 @@ void Pipeline::on_direct_read(unsigned tag, std::int64_t result) {
   const std::uint64_t got = job.done_bytes + (interrupted ? 0 : static_cast<std::uint64_t>(result));
   stats.direct_bytes += got - job.done_bytes;
   if (job.offset_bytes + got >= job.chunk->offset_bytes + job.chunk->size_bytes) {
-    if (job.slot < 0) return deliver(tag);
-    stats.staged_bytes += got;
-    return copy(tag);
+    if (job.slot >= 0) stats.staged_bytes += got;
+    return job.slot >= 0 && load ? copy(tag) : deliver(tag);
   }
-  if (result == 0) return fail(tag, Errc::kTruncated);
-  // Direct reads go on at whole blocks only. Less than a block is no progress; it is tried again, but not for ever.
-  const std::uint64_t resume = round_down(got, job.transfer->sources[job.chunk->file].file.block_bytes());
+  if (result == 0 && load) return fail(tag, Errc::kTruncated);
+  // Direct I/O goes on at whole blocks only. Less than a block is no progress; it is tried again, but not for ever.
+  const std::uint64_t resume = round_down(got, job.transfer->file(job.chunk->file).alignment().block_bytes);
   job.stalls = resume > job.done_bytes ? 0 : job.stalls + 1;
-  if (job.stalls > kMaxStalls) return fail(tag, interrupted ? errno_code(static_cast<int>(-result)) : Errc::kTruncated);
+  if (job.stalls > kMaxStalls) {
+    const std::error_code stuck = load ? make_error_code(Errc::kTruncated) : errno_code(EIO);
+    return fail(tag, interrupted ? errno_code(static_cast<int>(-result)) : stuck);
+  }
   job.done_bytes = resume;
   ++stats.retries;
-  read_direct(tag);
+  move_direct(tag);
 }
 
 void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
@@ -122,21 +127,23 @@ void Pipeline::on_copied(unsigned tag, std::error_code error) {
   const TransferState& transfer = *jobs_[tag].transfer;
   if (transfer.failure) return close_job(tag);
   if (error) return fail(tag, error);
-  transfer.is_load() ? deliver(tag) : move_buffered(tag);
+  if (transfer.is_load()) return deliver(tag);
+  jobs_[tag].to_cache ? move_buffered(tag) : move_direct(tag);
 }
 
-// Some file systems take O_DIRECT at open and refuse it at the first read.
+// Some file systems take O_DIRECT at open and refuse it at the first read or write.
 void Pipeline::refuse_direct(unsigned tag) {
   Job& job = jobs_[tag];
-  job.transfer->sources[job.chunk->file].direct = false;
+  job.transfer->direct(job.chunk->file) = false;
+  ++job.transfer->stats.retries;
+  job.transfer->note_fallback("direct I/O: refused by the file system at the first use");
+  if (!job.transfer->is_load()) return move_buffered(tag);
   if (job.chunk->on_device) {
     job.offset_bytes = job.chunk->offset_bytes;
     job.memory = slot_memory(job).first(job.chunk->size_bytes);
   } else if (job.slot >= 0) {
     free_slots_.push_back(std::exchange(job.slot, -1));
   }
-  ++job.transfer->stats.retries;
-  job.transfer->note_fallback("direct I/O: refused by the file system at the first read");
   move_buffered(tag);
 }
 
@@ -171,8 +178,9 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
   transfer.failure = Failure(error);
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
     Job& job = jobs_[tag];
-    if (job.transfer != &transfer || job.stage == Stage::kCopying || job.stage == Stage::kWaiting) continue;
-    (job.stage == Stage::kReading ? disk_ : workers_).cancel(tag);
+    const bool copies = job.stage == Stage::kCopying || job.stage == Stage::kGathering;
+    if (job.transfer != &transfer || copies || job.stage == Stage::kWaiting) continue;
+    (job.stage == Stage::kDirect ? disk_ : workers_).cancel(tag);
     enter(job, Stage::kAbandoned);
   }
 }

@@ -1,4 +1,4 @@
-/// From extents to chunks: what to read, in which pieces it is delivered. Pure arithmetic, no I/O.
+/// From extents to chunks: what to read or write, and the pieces of memory it belongs to. Pure arithmetic, no I/O.
 #pragma once
 
 #include <cstddef>
@@ -21,20 +21,20 @@ struct Piece {
 /// One read or write: pieces of one file that lie in one cell of the grid, in ascending order of offset, with only
 /// small gaps between them.
 struct Chunk {
-  std::uint64_t offset_bytes;  ///< First wanted byte.
-  std::uint32_t size_bytes;    ///< To the end of the last wanted byte.
+  std::uint64_t offset_bytes;  ///< First wanted byte. Of a write: the first that is written.
+  std::uint32_t size_bytes;    ///< To the end of the last one.
   std::uint32_t file;          ///< Index given to Plan::add.
   std::uint32_t first_piece;
   std::uint32_t piece_count;
-  /// One piece of whole blocks whose memory agrees with its offset modulo the block: can be read without a slot.
+  /// One piece of whole blocks whose memory is aligned for direct I/O: needs no slot.
   bool in_place;
   bool on_device;  ///< The pieces' memory is out of reach for the CPU: always through a slot.
 };
 
-/// What a set of pieces allows.
-struct PieceKind {
-  bool on_device = false;  ///< Memory out of reach for the CPU.
-  bool gaps = true;        ///< A chunk may span bytes that nobody wants. Not when it is written back.
+/// What direct I/O on a file asks for; powers of two.
+struct Alignment {
+  std::uint32_t block_bytes = kPageBytes;   ///< Offsets and sizes are multiples of it. At least kPageBytes.
+  std::uint32_t memory_bytes = kPageBytes;  ///< Addresses are multiples of it. At most block_bytes.
 };
 
 /// The chunks of a transfer, file by file, ascending in each.
@@ -43,11 +43,17 @@ struct Plan {
   std::vector<Piece> pieces;
   std::uint64_t total_bytes = 0;  ///< Sum of the pieces' sizes.
 
-  /// Cuts `extents` of file `file` on the grid: no chunk crosses a multiple of `chunk_bytes` in the file, so that a
-  /// chunk widened to whole blocks still fits a slot. `block_bytes` is the file's direct I/O alignment, at least
-  /// kPageBytes; both are powers of two. `kind` holds for all of `extents`.
-  void add(std::uint32_t file, std::span<const Piece> extents, std::uint32_t chunk_bytes, std::uint32_t block_bytes,
-           PieceKind kind = {});
+  /// Chunks that read `extents` of file `file`, cut on the grid: no chunk crosses a multiple of `chunk_bytes` in the
+  /// file, so that a chunk widened to whole blocks still fits a slot. Memory is read into in place only when it agrees
+  /// with the offset modulo a block, so that no page is shared between the kernel and anybody else.
+  void add_load(std::uint32_t file, std::span<const Piece> extents, std::uint32_t chunk_bytes,
+                std::uint32_t block_bytes, bool on_device = false);
+
+  /// Chunks that write `extents`, which do not overlap, cut on the same grid: those of whole blocks, to be written
+  /// directly, and those of less than a block at the ends of a run. In a run, extents follow on each other or, with
+  /// `fill_gaps`, are less than a block apart; then what lies between them is written as zeros.
+  void add_store(std::span<const Piece> extents, std::uint32_t chunk_bytes, Alignment alignment, bool fill_gaps,
+                 bool on_device = false);
 
   std::span<const Piece> pieces_of(const Chunk& chunk) const {
     return std::span(pieces).subspan(chunk.first_piece, chunk.piece_count);
@@ -59,10 +65,6 @@ struct Plan {
     for (const Piece& piece : pieces_of(chunk)) sum += piece.size_bytes;
     return sum;
   }
-
- private:
-  void add_staged(std::uint32_t file, Piece piece, std::uint32_t chunk_bytes, PieceKind kind);
-  void add_in_place(std::uint32_t file, Piece piece, std::uint32_t chunk_bytes);
 };
 
 constexpr std::uint64_t round_down(std::uint64_t value, std::uint64_t power_of_two) {

@@ -227,7 +227,7 @@ Finding direct_io(const engine::File& file, const engine::Staging& staging) {
   Finding finding{.key = "direct_io"};
   int error_number = file.direct_error();
   if (file.direct_fd() >= 0) {
-    const auto memory = staging.slots()[0].first(file.block_bytes());
+    const auto memory = staging.slots()[0].first(file.alignment().block_bytes);
     error_number = ::pread(file.direct_fd(), memory.data(), memory.size(), 0) < 0 ? errno : 0;
   }
   if (error_number != 0) {
@@ -236,7 +236,7 @@ Finding direct_io(const engine::File& file, const engine::Staging& staging) {
     finding.cure = kCure;
     return finding;
   }
-  finding.value = size_text(file.block_bytes()) + " blocks";
+  finding.value = size_text(file.alignment().block_bytes) + " blocks";
   if (file.may_block()) {
     finding.limit = "reads wait in threads of the kernel: more CPU, and where it is a network, its latency";
     finding.cure = kCure;

@@ -86,17 +86,23 @@ void Ring::arm_wake() {
 }
 
 void Ring::push(unsigned tag, const IoRequest& request) {
-  assert(request.op == IoRequest::Op::kRead);
   const bool fixed = registered(request.slot);
   io_uring_sqe* sqe = next_sqe();
-  const auto size = static_cast<unsigned>(request.memory.size());
-  if (fixed) {
-    ::io_uring_prep_read_fixed(sqe, request.fd, request.memory.data(), size, request.offset_bytes, request.slot);
-  } else {
-    ::io_uring_prep_read(sqe, request.fd, request.memory.data(), size, request.offset_bytes);
-  }
+  prepare(sqe, request, fixed);
   if (request.may_block) ::io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
   ::io_uring_sqe_set_data64(sqe, tag);
+}
+
+void Ring::prepare(io_uring_sqe* sqe, const IoRequest& request, bool fixed) {
+  std::byte* const memory = request.memory.data();
+  const auto size = static_cast<unsigned>(request.memory.size());
+  assert(request.op == IoRequest::Op::kRead || request.op == IoRequest::Op::kWrite);
+  if (request.op == IoRequest::Op::kRead) {
+    if (fixed) return ::io_uring_prep_read_fixed(sqe, request.fd, memory, size, request.offset_bytes, request.slot);
+    return ::io_uring_prep_read(sqe, request.fd, memory, size, request.offset_bytes);
+  }
+  if (fixed) return ::io_uring_prep_write_fixed(sqe, request.fd, memory, size, request.offset_bytes, request.slot);
+  ::io_uring_prep_write(sqe, request.fd, memory, size, request.offset_bytes);
 }
 
 void Ring::cancel(unsigned tag) {

@@ -1,4 +1,4 @@
-/// io_uring as an IoQueue: direct reads into slots and targets.
+/// io_uring as an IoQueue: direct I/O between files and slots, targets, sources.
 #pragma once
 
 #include <liburing.h>
@@ -13,7 +13,7 @@
 
 namespace flashpack::engine {
 
-/// Knows the operation kRead alone. Made, used and destroyed by one thread; wake() from any.
+/// Knows the operations kRead and kWrite alone. Made, used and destroyed by one thread; wake() from any.
 class Ring final : public IoQueue {
  public:
   /// Ways to set up a ring, best first. What each lacks costs CPU, not speed.
@@ -23,9 +23,9 @@ class Ring final : public IoQueue {
     kBare,         ///< No flags.
   };
 
-  /// Takes the best rung from `best` on that the kernel knows. At most `in_flight_limit` reads at a time; `slots` are
-  /// the staging slots to register with it, none to do without. Throws: std::system_error, with the cause in its text,
-  /// where io_uring is refused.
+  /// Takes the best rung from `best` on that the kernel knows. At most `in_flight_limit` operations at a time; `slots`
+  /// are the staging slots to register with it, none to do without. Throws: std::system_error, with the cause in its
+  /// text, where io_uring is refused.
   Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Rung best = Rung::kDeferred);
   /// Requires: nothing in flight.
   ~Ring() override;
@@ -44,6 +44,7 @@ class Ring final : public IoQueue {
 
   io_uring_sqe* next_sqe();
   void arm_wake();
+  void prepare(io_uring_sqe* sqe, const IoRequest& request, bool fixed);
   bool registered(int slot);
 
   Rung rung_;

@@ -7,6 +7,9 @@ namespace flashpack::engine {
 Router::Router(const Plan& plan, std::vector<Source>& sources, CachePolicy policy)
     : plan_(&plan), sources_(&sources), policy_(policy), routes_(plan.chunks.size()) {}
 
+Router::Router(const Plan& plan, std::uint32_t block_bytes)
+    : plan_(&plan), block_bytes_(block_bytes), policy_(CachePolicy::kDirect), routes_(plan.chunks.size()) {}
+
 const Chunk* Router::peek(Route route, unsigned& questions) {
   std::uint32_t& at = cursor(route);
   while (true) {
@@ -26,11 +29,15 @@ void Router::give_back(const Chunk& chunk) {
 }
 
 bool Router::on_suspicion(const Chunk& chunk) const {
-  return policy_ == CachePolicy::kAuto && !sources_->empty() && (*sources_)[chunk.file].direct;
+  return policy_ == CachePolicy::kAuto && (*sources_)[chunk.file].direct;
 }
 
 Router::Route Router::route_of(const Chunk& chunk) {
-  if (sources_->empty() || policy_ == CachePolicy::kBuffered) return Route::kBuffered;
+  if (!sources_) {
+    const bool whole_blocks = block_bytes_ > 0 && (chunk.offset_bytes | chunk.size_bytes) % block_bytes_ == 0;
+    return whole_blocks ? Route::kDirect : Route::kBuffered;
+  }
+  if (policy_ == CachePolicy::kBuffered) return Route::kBuffered;
   Source& source = (*sources_)[chunk.file];
   if (!source.direct) return Route::kBuffered;
   if (policy_ == CachePolicy::kDirect) return Route::kDirect;

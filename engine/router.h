@@ -29,8 +29,10 @@ class Router {
   enum class Route : std::uint8_t { kDirect, kBuffered, kTaken /* not to be asked for */ };
 
   Router() = default;
-  /// Borrows both; stores have no sources.
+  /// Of a load. Borrows both.
   Router(const Plan& plan, std::vector<Source>& sources, CachePolicy policy);
+  /// Of a store, in blocks of `block_bytes`; 0: through the page cache. Borrows the plan.
+  Router(const Plan& plan, std::uint32_t block_bytes);
 
   /// The next chunk of `route`, until take() the same; null when there is none, or when `questions` has run out, which
   /// counts down by one for each chunk that is looked at.
@@ -48,7 +50,8 @@ class Router {
   Route route_of(const Chunk& chunk);
 
   const Plan* plan_ = nullptr;
-  std::vector<Source>* sources_ = nullptr;
+  std::vector<Source>* sources_ = nullptr;  // Null of a store.
+  std::uint32_t block_bytes_ = 0;
   CachePolicy policy_ = CachePolicy::kAuto;
   std::vector<Route> routes_;  // Of the chunks below known_.
   std::uint32_t known_ = 0;

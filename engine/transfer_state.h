@@ -58,24 +58,28 @@ struct TransferState {
   /// Throws Errc::kUnusable in a forked child, where the driver thread does not exist.
   void require_owner() const;
 
-  bool is_load() const noexcept { return store_fd < 0; }
+  bool is_load() const noexcept { return !store; }
   const char* verb() const noexcept { return is_load() ? "read" : "write"; }
   const std::filesystem::path& path_of(std::uint32_t file) const noexcept {
     return is_load() ? sources[file].file.path() : store_path;
   }
+  const File& file(std::uint32_t index) const noexcept { return is_load() ? sources[index].file : *store; }
+  /// Whether direct I/O on a file has not been refused.
+  bool& direct(std::uint32_t index) noexcept { return is_load() ? sources[index].direct : store_direct; }
 
   // Constant once started.
   std::optional<Deadline> deadline;
   Completion* completion = nullptr;
   std::vector<Source> sources;  // Loads; residency and direct are the driver's.
   AfterLoad after = AfterLoad::kKeep;
-  int store_fd = -1;                 // Stores: borrowed from the FileWriter.
+  const File* store = nullptr;       // Stores: borrowed from the FileWriter.
   std::filesystem::path store_path;  // Stores: for messages.
   Plan plan;
   std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
   pid_t owner = 0;
 
   // The driver's alone.
+  bool store_direct = false;
   Router router;
   std::unique_ptr<Gate> gate;      // Until it opens, nothing is copied to or from a device. Null: open.
   std::uint32_t chunks_open = 0;   // Neither delivered nor given up.

@@ -139,10 +139,21 @@ std::int64_t scatter(const IoRequest& request) {
   return 0;
 }
 
-// An error (an old kernel, a mapping that cannot be populated) is no loss: the read takes the faults itself.
-std::int64_t populate(std::span<std::byte> memory) {
+std::int64_t gather(const IoRequest& request) {
+  clear_gaps(request);
+  for (const Piece& piece : request.pieces) {
+    std::memcpy(request.memory.data() + (piece.offset_bytes - request.offset_bytes), piece.memory, piece.size_bytes);
+  }
+  return 0;
+}
+
+// An error (an old kernel, a mapping that cannot be populated) is no loss: the transfer takes the faults itself.
+std::int64_t populate(std::span<std::byte> memory, bool for_writing) {
 #ifdef MADV_POPULATE_WRITE
-  ::madvise(memory.data(), memory.size(), MADV_POPULATE_WRITE);
+  // Not only the pages that `memory` covers whole.
+  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(memory.data());
+  const std::size_t before = address % kPageBytes;
+  ::madvise(memory.data() - before, before + memory.size(), for_writing ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
 #endif
   return 0;
 }
@@ -156,6 +167,11 @@ std::int64_t carry_out(const IoRequest& request) {
         return ::pread(request.fd, request.memory.data(), request.memory.size(),
                        static_cast<off_t>(request.offset_bytes));
       });
+    case IoRequest::Op::kWrite:
+      return retry_interrupted([&] {
+        return ::pwrite(request.fd, request.memory.data(), request.memory.size(),
+                        static_cast<off_t>(request.offset_bytes));
+      });
     case IoRequest::Op::kReadPieces:
       return read_through_cache(request);
     case IoRequest::Op::kWritePieces:
@@ -163,19 +179,31 @@ std::int64_t carry_out(const IoRequest& request) {
     case IoRequest::Op::kScatter:
       return scatter(request);
     case IoRequest::Op::kGather:
-      break;
+      return gather(request);
     case IoRequest::Op::kPopulate:
-      return populate(request.memory);
+      return populate(request.memory, request.for_writing);
   }
   return -EINVAL;
 }
 
+void clear_gaps(const IoRequest& request) {
+  std::byte* at = request.memory.data();
+  for (const Piece& piece : request.pieces) {
+    std::byte* const begin = request.memory.data() + (piece.offset_bytes - request.offset_bytes);
+    std::fill(at, begin, std::byte{});
+    at = begin + piece.size_bytes;
+  }
+  std::fill(at, request.memory.data() + request.memory.size(), std::byte{});
+}
+
 bool is_populated(std::span<std::byte> memory) {
+  const std::size_t before = reinterpret_cast<std::uintptr_t>(memory.data()) % kPageBytes;
+  memory = {memory.data() - before, before + memory.size()};
   std::array<unsigned char, 1024> pages;
   while (!memory.empty()) {
     const auto part = memory.first(std::min(memory.size(), pages.size() * kPageBytes));
     if (::mincore(part.data(), part.size(), pages.data()) != 0) return true;
-    const auto end = pages.begin() + static_cast<std::ptrdiff_t>(part.size() / kPageBytes);
+    const auto end = pages.begin() + static_cast<std::ptrdiff_t>((part.size() + kPageBytes - 1) / kPageBytes);
     if (!std::all_of(pages.begin(), end, [](unsigned char flags) { return flags & 1; })) return false;
     memory = memory.subspan(part.size());
   }
@@ -249,10 +277,11 @@ void Workers::wake() noexcept {
   owner_wanted_.notify_one();
 }
 
-// A wake costs both sides some 10 us and here a core; while every worker has more to do, reads can be reported
-// together. What the disk waits for is reported at once.
+// A wake costs both sides some 10 us and here a core; while every worker has more to do, reads and writes can be
+// reported together. What the disk waits for is reported at once.
 bool Workers::worth_waking(IoRequest::Op op) const {
-  return op == IoRequest::Op::kPopulate || op == IoRequest::Op::kScatter || queued_count_ < thread_count_;
+  using Op = IoRequest::Op;
+  return op == Op::kPopulate || op == Op::kScatter || op == Op::kGather || queued_count_ < thread_count_;
 }
 
 void Workers::work() {

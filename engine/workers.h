@@ -1,5 +1,5 @@
-/// Byte work, and a small thread pool that does it: page-cache reads, copies out of slots, page faults; and, where
-/// io_uring is refused, the reads of the pipeline too.
+/// Byte work, and a small thread pool that does it: page-cache reads and writes, copies between slots and memory, page
+/// faults; and, where io_uring is refused, the direct I/O of the pipeline too.
 #pragma once
 
 #include <condition_variable>
@@ -14,15 +14,18 @@ namespace flashpack::engine {
 /// Does what `request` says, in the calling thread. Returns what IoCompletion::result says.
 std::int64_t carry_out(const IoRequest& request);
 
-/// Whether all of `memory`, whole pages, has physical pages, so that Op::kPopulate would be for nothing. True also
+/// Of a kGather: makes zeros of what no piece goes to. In a store these are little.
+void clear_gaps(const IoRequest& request);
+
+/// Whether all of `memory` has physical pages, so that Op::kPopulate would be for nothing. True also
 /// where the kernel will not say.
 bool is_populated(std::span<std::byte> memory);
 
 class Workers final : public IoQueue {
  public:
   /// Tags are below `tag_limit`. `listener`, if given, is woken after each completion, for an owner that sleeps in
-  /// another queue; it must outlive this. `fallback_reason` says why the reads of the pipeline come here, when they do.
-  /// Throws: std::system_error when threads cannot be had.
+  /// another queue; it must outlive this. `fallback_reason` says why the direct I/O of the pipeline comes here, when it
+  /// does. Throws: std::system_error when threads cannot be had.
   Workers(unsigned thread_count, unsigned tag_limit, IoQueue* listener, std::string fallback_reason = {});
   /// Requires: nothing in flight.
   ~Workers() override;

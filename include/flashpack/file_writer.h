@@ -13,7 +13,12 @@ struct CUstream_st;  // CUDA's tag of cudaStream_t.
 
 namespace flashpack {
 
-/// One contiguous run of bytes in memory and where it goes in the file.
+/// One contiguous run of bytes in memory and where it goes in the file. Any offset, size and address are valid; the
+/// engine hides alignment.
+///
+/// Fastest in calls that cover whole multiples of EngineOptions::chunk_bytes of the file: what is less than a block (4
+/// KiB, mostly) at the end of a run goes through the page cache. Memory is written in place, without a copy, where it
+/// is aligned as direct I/O wants it for the file's whole blocks: 512 bytes on most disks, 4 on most NVMe.
 struct SourceExtent {
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
@@ -39,8 +44,9 @@ class FileWriter {
   /// Aborts unless committed: cancels what is still being written, detached or not, and waits for it.
   ~FileWriter();
 
-  /// Starts writing `extents`, in any order and any number of times; extents must not overlap each other or those of
-  /// other calls. What is never written reads as zeros. Throws: Error (kInvalidArgument); I/O errors come from the
+  /// Starts writing `extents`, in any order and any number of times. What is never written reads as zeros; where two
+  /// extents of one call are less than a block apart, zeros are written between them. What is written twice is an
+  /// error. Throws: Error (kInvalidArgument; ENOSPC where the disk cannot take them); other I/O errors come from the
   /// transfer. `stream` is for sources on a CUDA device what LoadRequest::stream is for targets: they are read when all
   /// that is on it now has come to an end.
   Transfer start_write(std::vector<SourceExtent> extents, Completion* completion = nullptr,

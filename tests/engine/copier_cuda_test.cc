@@ -383,6 +383,24 @@ TEST_P(DeviceTest, StoresComeFromTheDeviceWhenItsStreamHasWrittenThem) {
   EXPECT_EQ(testing::read_file(dir_ / "new"), expected);
 }
 
+TEST_P(DeviceTest, WhatLiesBetweenTensorsOfADeviceIsZeros) {
+  std::byte* device = cuda().allocate(bytes_.size());
+  cuda().write(device, bytes_);
+  engine_->load(request(cuda().allocate(bytes_.size())));  // Slots hold old bytes.
+  std::vector<SourceExtent> extents;
+  std::vector<std::byte> expected(3 * kMiB);
+  for (std::uint64_t at = 100; at + 5000 < expected.size(); at += 5100) {
+    extents.push_back({at, 5000, device + at / 3});
+    std::copy_n(bytes_.begin() + static_cast<std::ptrdiff_t>(at / 3), 5000,
+                expected.begin() + static_cast<std::ptrdiff_t>(at));
+  }
+  FileWriter writer = engine_->create(dir_ / "new", {.payload_bytes = expected.size()});
+  const TransferStats stats = writer.write(extents);
+  writer.commit();
+  EXPECT_EQ(testing::read_file(dir_ / "new"), expected);
+  EXPECT_GT(stats.direct_bytes, 2 * kMiB) << stats.fallback_reason;
+}
+
 TEST_P(DeviceTest, AStoreThatFailsOrIsCancelledLeavesNothing) {
   std::byte* device = cuda().allocate(bytes_.size());
   {

@@ -24,8 +24,8 @@ class FileTest : public ::testing::Test {
 
 TEST_F(FileTest, BlocksAreAtLeastAPageAndAPowerOfTwo) {
   const File file = File::open(path_, std::nullopt, true);
-  EXPECT_GE(file.block_bytes(), kPageBytes);
-  EXPECT_EQ(file.block_bytes() & (file.block_bytes() - 1), 0u);
+  EXPECT_GE(file.alignment().block_bytes, kPageBytes);
+  EXPECT_TRUE(std::has_single_bit(file.alignment().block_bytes));
   EXPECT_EQ(file.identity().size_bytes, bytes_.size());
 }
 

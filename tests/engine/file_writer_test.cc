@@ -4,12 +4,16 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
+#include <memory>
+#include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "flashpack/engine.h"
+#include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -184,6 +188,91 @@ TEST_F(FileWriterTest, CommitTwiceIsAnError) {
   writer.commit(bytes_of("x"));
   EXPECT_THROW(writer.commit(), Error);
   EXPECT_THROW((void)writer.start_write({}), Error);
+}
+
+TEST_F(FileWriterTest, TheSameBytesTwiceAreAnErrorAndNotWritten) {
+  FileWriter writer = engine_.create(path_);
+  const auto extent = [&](std::uint64_t offset, std::uint64_t size) {
+    return SourceExtent{.offset_bytes = offset, .size_bytes = size, .source = bytes_.data()};
+  };
+  writer.write({extent(1000, 1000), extent(2100, 900)});
+  EXPECT_THROW((void)writer.start_write({extent(999, 2)}), Error);
+  EXPECT_THROW((void)writer.start_write({extent(2050, 10)}), Error) << "zeros that the first call wrote";
+  EXPECT_THROW((void)writer.start_write({extent(5000, 10), extent(5009, 10)}), Error);
+  writer.write({extent(3000, 100)});
+  writer.write({extent(0, 1000)});
+  writer.commit();
+  std::vector<std::byte> expected(3100);
+  std::copy_n(bytes_.begin(), 1000, expected.begin());
+  std::copy_n(bytes_.begin(), 1000, expected.begin() + 1000);
+  std::copy_n(bytes_.begin(), 900, expected.begin() + 2100);
+  std::copy_n(bytes_.begin(), 100, expected.begin() + 3000);
+  EXPECT_EQ(testing::read_file(path_), expected);
+}
+
+class StoreTest : public ::testing::TestWithParam<Backend> {
+ protected:
+  testing::TempDir dir_;
+  std::filesystem::path path_ = dir_ / "model";
+  Engine engine_{{.chunk_bytes = kMiB, .staging_bytes = 3 * kMiB, .workers = 2, .backend = GetParam()}};
+};
+
+INSTANTIATE_TEST_SUITE_P(Backends, StoreTest,
+                         ::testing::Values(Backend::kAuto, Backend::kPlainIoUring, Backend::kWorkers),
+                         [](const auto& backend) {
+                           if (backend.param == Backend::kAuto) return "Auto";
+                           return backend.param == Backend::kWorkers ? "Workers" : "PlainIoUring";
+                         });
+
+TEST_P(StoreTest, AlignedMemoryIsWrittenInPlaceAndOtherMemoryThroughSlots) {
+  const auto bytes = testing::random_bytes(5 * kMiB);
+  for (const std::size_t phase : {std::size_t{0}, std::size_t{1}}) {
+    testing::GuardedMemory memory(bytes.size(), phase);
+    std::copy(bytes.begin(), bytes.end(), memory.data());
+    FileWriter writer = engine_.create(path_, {.payload_bytes = bytes.size()});
+    const TransferStats stats = writer.write({{.size_bytes = bytes.size(), .source = memory.data()}});
+    writer.commit();
+    EXPECT_EQ(testing::read_file(path_), bytes);
+    if (!stats.fallback_reason.empty()) continue;  // No direct I/O here.
+    EXPECT_EQ(stats.direct_bytes, bytes.size());
+    EXPECT_EQ(stats.staged_bytes, phase == 0 ? 0 : bytes.size());
+  }
+}
+
+TEST_P(StoreTest, FilesInAnyOrderFromAnyMemoryAreByteExact) {
+  std::mt19937_64 random(3);
+  for (int round = 0; round < 20; ++round) {
+    const auto bytes = testing::random_bytes(6 * kMiB, static_cast<unsigned>(round));
+    std::vector<std::byte> expected(bytes.size());
+    std::vector<std::vector<SourceExtent>> calls(1 + random() % 4);
+    std::vector<std::unique_ptr<testing::GuardedMemory>> sources;
+    std::uint64_t at = random() % 3 ? 0 : random() % 10'000;
+    std::size_t which = 0;
+    while (at < bytes.size()) {
+      const bool small = random() % 2;
+      const std::uint64_t wanted = small ? 1 + random() % 3000 : 5000 + random() % 2'000'000;
+      const std::uint64_t size = std::min<std::uint64_t>(wanted, bytes.size() - at);
+      sources.push_back(std::make_unique<testing::GuardedMemory>(size, random() % 2 ? at : random() % 4096));
+      std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(at), size, sources.back()->data());
+      std::copy_n(sources.back()->data(), size, expected.begin() + static_cast<std::ptrdiff_t>(at));
+      calls[which].push_back({at, size, sources.back()->data()});
+      // Only after a large one, or what the calls write as zeros would be each other's.
+      if (!small) which = random() % calls.size();
+      at += size + (random() % 3 ? 0 : 4096 + random() % 5000);
+    }
+    FileWriter writer = engine_.create(path_, {.payload_bytes = random() % 2 ? bytes.size() : 0});
+    std::vector<Transfer> transfers;
+    for (auto& call : calls) {
+      std::shuffle(call.begin(), call.end(), random);
+      transfers.push_back(writer.start_write(call));
+    }
+    for (Transfer& transfer : transfers) transfer.wait();
+    writer.commit();
+    auto written = testing::read_file(path_);
+    ASSERT_LE(written.size(), expected.size());
+    written.resize(expected.size());
+    ASSERT_TRUE(written == expected) << "round " << round;
+  }
 }
 
 }  // namespace

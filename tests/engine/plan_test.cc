@@ -18,7 +18,7 @@ std::byte* at(std::uint64_t address) { return reinterpret_cast<std::byte*>(addre
 
 Plan plan_of(std::vector<Piece> extents, std::uint32_t chunk_bytes = kChunk, std::uint32_t block_bytes = kPageBytes) {
   Plan plan;
-  plan.add(0, extents, chunk_bytes, block_bytes);
+  plan.add_load(0, extents, chunk_bytes, block_bytes);
   return plan;
 }
 
@@ -119,6 +119,117 @@ TEST(Plan, DeliversEveryByteOnceWithinTheGrid) {
     for (const Piece& extent : extents) asked += extent.size_bytes;
     EXPECT_EQ(total, asked);
     EXPECT_EQ(plan.total_bytes, asked);
+  }
+}
+
+// A store, byte by byte: who writes it. Chunks of whole blocks write all of their bytes, others those of their pieces.
+class StoreMap {
+ public:
+  StoreMap(const Plan& plan, std::uint64_t size_bytes, std::uint32_t block_bytes) : source_of_(size_bytes) {
+    for (const Chunk& chunk : plan.chunks) {
+      if ((chunk.offset_bytes | chunk.size_bytes) % block_bytes == 0) {
+        direct_bytes_ += chunk.size_bytes;
+        for (std::uint64_t i = 0; i < chunk.size_bytes; ++i) write(chunk.offset_bytes + i, kZero);
+      }
+      for (const Piece& piece : plan.pieces_of(chunk)) {
+        for (std::uint64_t i = 0; i < piece.size_bytes; ++i) {
+          write(piece.offset_bytes + i, reinterpret_cast<std::uint64_t>(piece.memory) + i);
+        }
+      }
+    }
+  }
+
+  /// Address of the byte that comes to `offset`; kZero, or 0 where nothing is written.
+  std::uint64_t source_of(std::uint64_t offset) const { return source_of_[offset]; }
+  bool any_twice() const { return twice_; }
+  std::uint64_t direct_bytes() const { return direct_bytes_; }
+  static constexpr std::uint64_t kZero = ~0ull;
+
+ private:
+  void write(std::uint64_t offset, std::uint64_t source) {
+    std::uint64_t& is = source_of_.at(offset);
+    twice_ |= is != 0 && !(is == kZero && source != kZero);
+    is = source;
+  }
+
+  std::vector<std::uint64_t> source_of_;
+  std::uint64_t direct_bytes_ = 0;
+  bool twice_ = false;
+};
+
+TEST(Plan, AStoreWritesWholeBlocksDirectlyAndWhatIsLessAtItsEnds) {
+  Plan plan;
+  plan.add_store(std::vector<Piece>{{100, 3 * kPageBytes, at((1ull << 30) + 1)}}, kChunk, {}, true);
+  ASSERT_EQ(plan.chunks.size(), 3u);
+  EXPECT_EQ(plan.chunks[0].offset_bytes, 100u);
+  EXPECT_EQ(plan.chunks[0].size_bytes, kPageBytes - 100);
+  EXPECT_EQ(plan.chunks[1].offset_bytes, kPageBytes);
+  EXPECT_EQ(plan.chunks[1].size_bytes, 2 * kPageBytes);
+  EXPECT_EQ(plan.chunks[2].offset_bytes, 3 * kPageBytes);
+  EXPECT_EQ(plan.chunks[2].size_bytes, 100u);
+}
+
+TEST(Plan, AStoreNeedsItsMemoryAlignedOnlyForTheDevice) {
+  const std::vector<Piece> extents{{0, kChunk, at((1ull << 30) + 512)}};
+  Plan page;
+  page.add_store(extents, kChunk, {kPageBytes, kPageBytes}, true);
+  EXPECT_FALSE(page.chunks.at(0).in_place);
+  Plan sector;
+  sector.add_store(extents, kChunk, {kPageBytes, 512}, true);
+  EXPECT_TRUE(sector.chunks.at(0).in_place);
+}
+
+TEST(Plan, SmallGapsOfAStoreAreZerosOnlyWhenAskedFor) {
+  const std::vector<Piece> extents{{0, kPageBytes - 10, at(1ull << 30)}, {kPageBytes + 10, kPageBytes, at(1ull << 31)}};
+  Plan filled;
+  filled.add_store(extents, kChunk, {}, true);
+  EXPECT_EQ(StoreMap(filled, kChunk, kPageBytes).source_of(kPageBytes), StoreMap::kZero);
+  Plan skipped;
+  skipped.add_store(extents, kChunk, {}, false);
+  EXPECT_EQ(StoreMap(skipped, kChunk, kPageBytes).source_of(kPageBytes), 0u);
+}
+
+// Every store, whatever the extents: each byte once, from its place; zeros only less than a block from an extent; no
+// chunk over a grid line.
+TEST(Plan, AStoreWritesEveryByteOnceAndNothingElse) {
+  std::mt19937_64 random(5);
+  for (int round = 0; round < 300; ++round) {
+    const std::uint32_t block_bytes = 1u << (12 + random() % 3);
+    const std::uint32_t memory_bytes = 1u << (9 + random() % 4);
+    const bool fill_gaps = random() % 2;
+    std::vector<Piece> extents;
+    std::uint64_t end = random() % 10'000;
+    for (auto n = random() % 8; n > 0; --n) {
+      const std::uint64_t size = 1 + random() % (random() % 2 ? 600'000 : 3000);
+      const std::uint64_t phase = random() % 2 ? end % memory_bytes : random() % memory_bytes;
+      extents.push_back({end, size, at((1ull << 40) + n * (1ull << 30) + phase)});
+      end += size + (random() % 3 ? random() % 3 : random() % 20'000);
+    }
+    end = round_up(end, block_bytes);
+    Plan plan;
+    plan.add_store(extents, kChunk, {block_bytes, memory_bytes}, fill_gaps);
+    const StoreMap map(plan, end, block_bytes);
+    EXPECT_FALSE(map.any_twice());
+    for (const Chunk& chunk : plan.chunks) {
+      EXPECT_EQ(chunk.offset_bytes / kChunk, (chunk.offset_bytes + chunk.size_bytes - 1) / kChunk);
+      if (!chunk.in_place) continue;
+      EXPECT_EQ(plan.pieces_of(chunk).front().size_bytes, chunk.size_bytes);
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(plan.pieces_of(chunk).front().memory) % memory_bytes, 0u);
+    }
+    std::uint64_t at_byte = 0;
+    for (const Piece& extent : extents) {
+      const bool between = fill_gaps && at_byte > 0 && extent.offset_bytes - at_byte < block_bytes;
+      for (; at_byte < extent.offset_bytes; ++at_byte) {
+        const std::uint64_t source = map.source_of(at_byte);
+        ASSERT_TRUE(source == 0 || (between && source == StoreMap::kZero)) << at_byte;
+      }
+      for (; at_byte < extent.offset_bytes + extent.size_bytes; ++at_byte) {
+        const auto source = reinterpret_cast<std::uint64_t>(extent.memory) + (at_byte - extent.offset_bytes);
+        ASSERT_EQ(map.source_of(at_byte), source) << at_byte;
+      }
+    }
+    for (; at_byte < end; ++at_byte) ASSERT_EQ(map.source_of(at_byte), 0u) << at_byte;
+    EXPECT_LE(plan.total_bytes, map.direct_bytes() + (extents.size() + 1) * 2 * block_bytes);
   }
 }
 

@@ -23,7 +23,7 @@ class RouterTest : public ::testing::Test {
     flashpack::testing::write_file(path_, flashpack::testing::random_bytes(8 * kChunk));
     sources_.emplace_back(File::open(path_, std::nullopt, true));
     const std::vector<Piece> all = {{0, 8 * kChunk, reinterpret_cast<std::byte*>(1ull << 30)}};
-    plan_.add(0, all, kChunk, kPageBytes);
+    plan_.add_load(0, all, kChunk, kPageBytes);
   }
 
   std::vector<std::uint64_t> take_all(Router& router, Route route) {
@@ -93,6 +93,17 @@ TEST_F(RouterTest, StopsAskingWhenTheQuestionsRunOutAndGoesOnLater) {
   EXPECT_NE(router.peek(Route::kDirect, questions), nullptr) << "what is known can be taken";
   EXPECT_TRUE(take_all(router, Route::kBuffered).empty());
   EXPECT_EQ(take_all(router, Route::kDirect).size(), 8u) << "nothing was lost on the way";
+}
+
+TEST_F(RouterTest, StoresOfWholeBlocksAreDirect) {
+  Plan plan;
+  plan.add_store(std::vector<Piece>{{5, kChunk, reinterpret_cast<std::byte*>(1ull << 30)}}, kChunk, {}, true);
+  Router router(plan, kPageBytes);
+  EXPECT_EQ(take_all(router, Route::kDirect).size(), 1u);
+  EXPECT_EQ(take_all(router, Route::kBuffered).size(), 2u);
+  Router without(plan, 0);
+  EXPECT_TRUE(take_all(without, Route::kDirect).empty());
+  EXPECT_EQ(take_all(without, Route::kBuffered).size(), 3u);
 }
 
 }  // namespace

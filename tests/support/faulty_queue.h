@@ -15,19 +15,19 @@
 
 namespace flashpack::testing {
 
-/// What a FaultyQueue does to operations, in percent of them. Those of direct reads:
+/// What a FaultyQueue does to operations, in percent of them. Those of direct I/O:
 struct Faults {
   int short_percent = 0;      ///< Whole 512-byte sectors, but fewer than asked for.
-  int interrupt_percent = 0;  ///< EINTR or EAGAIN, nothing read.
+  int interrupt_percent = 0;  ///< EINTR or EAGAIN, nothing moved.
   int error_percent = 0;      ///< EIO; of buffered reads and writes, too.
-  int refuse_percent = 0;  ///< EINVAL or EOPNOTSUPP, as from a file system that takes O_DIRECT at open and not at read.
-  int nothing_percent = 0;   ///< Zero bytes, as past the end of the file; of buffered reads, too.
-  int uncached_percent = 0;  ///< Of buffered reads that must not wait for the disk: they would have to.
+  int refuse_percent = 0;     ///< EINVAL or EOPNOTSUPP, as from a file system that takes O_DIRECT at open and no later.
+  int nothing_percent = 0;    ///< Zero bytes, as past the end of the file; of buffered reads, too.
+  int uncached_percent = 0;   ///< Of buffered reads that must not wait for the disk: they would have to.
 };
 
 /// Carries out operations like a disk on a bad day: late, out of order, in part, or not at all. Everything that a
-/// direct read must respect is checked: alignment of offset, size and address, one operation per tag. What an operation
-/// may write is poisoned before it does.
+/// direct operation must respect is checked: alignment of offset, size and address, one operation per tag. What an
+/// operation may write is poisoned before it does.
 class FaultyQueue final : public engine::IoQueue {
  public:
   /// `listener` is the queue that the owner sleeps in, when that is another one.
@@ -35,11 +35,12 @@ class FaultyQueue final : public engine::IoQueue {
       : random_(seed), faults_(faults), listener_(listener) {}
 
   void push(unsigned tag, const engine::IoRequest& request) override {
-    if (request.op == engine::IoRequest::Op::kRead) {
+    const bool read = request.op == engine::IoRequest::Op::kRead;
+    if (read || request.op == engine::IoRequest::Op::kWrite) {
       require(request.offset_bytes % kBlockBytes == 0, "offset is aligned");
       require(!request.memory.empty() && request.memory.size() % kBlockBytes == 0, "size is aligned");
       require(reinterpret_cast<std::uintptr_t>(request.memory.data()) % kBlockBytes == 0, "memory is aligned");
-      std::fill(request.memory.begin(), request.memory.end(), kPoison);
+      if (read) std::fill(request.memory.begin(), request.memory.end(), kPoison);
     }
     if (request.op == engine::IoRequest::Op::kReadPieces) {
       for (const engine::Piece& piece : request.pieces) std::fill_n(piece.memory, piece.size_bytes, kPoison);
@@ -108,6 +109,7 @@ class FaultyQueue final : public engine::IoQueue {
   std::int64_t result_of(engine::IoRequest request) {
     switch (request.op) {
       case engine::IoRequest::Op::kRead:
+      case engine::IoRequest::Op::kWrite:
         if (chance(faults_.interrupt_percent)) return chance(50) ? -EINTR : -EAGAIN;
         if (chance(faults_.refuse_percent)) return chance(50) ? -EINVAL : -EOPNOTSUPP;
         if (chance(faults_.error_percent)) return -EIO;

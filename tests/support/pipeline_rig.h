@@ -64,12 +64,22 @@ class PipelineRig {
     state->cancel_requested = load.cancelled;
     state->deadline = load.deadline;
     state->sources.emplace_back(engine::File::open(load.path, std::nullopt, true));
-    state->plan.add(0, load.extents, chunk_bytes_, state->sources[0].file.block_bytes());
+    state->plan.add_load(0, load.extents, chunk_bytes_, state->sources[0].file.alignment().block_bytes);
     state->router = engine::Router(state->plan, state->sources, load.cache);
-    state->chunks_open = static_cast<std::uint32_t>(state->plan.chunks.size());
-    state->driver = pipeline_.get();
-    pipeline_->start(state);
-    return engine::TransferState::handle(state);
+    return start(std::move(state));
+  }
+
+  /// `file` is borrowed until the transfer has ended.
+  Transfer start_store(const engine::File& file, std::span<const engine::Piece> extents, bool cancelled = false) {
+    auto state = std::make_shared<engine::TransferState>();
+    state->owner = ::getpid();
+    state->cancel_requested = cancelled;
+    state->store = &file;
+    state->store_path = file.path();
+    state->store_direct = file.direct_fd() >= 0;
+    state->plan.add_store(extents, chunk_bytes_, file.alignment(), true);
+    state->router = engine::Router(state->plan, file.alignment().block_bytes);
+    return start(std::move(state));
   }
 
   /// Requires: stopped.
@@ -80,6 +90,13 @@ class PipelineRig {
   const FaultyQueue& disk() const { return disk_; }
 
  private:
+  Transfer start(std::shared_ptr<engine::TransferState> state) {
+    state->chunks_open = static_cast<std::uint32_t>(state->plan.chunks.size());
+    state->driver = pipeline_.get();
+    pipeline_->start(state);
+    return engine::TransferState::handle(state);
+  }
+
   const std::uint32_t chunk_bytes_;
   engine::Staging staging_;
   FaultyQueue disk_;

@@ -1,0 +1,108 @@
+// Hundreds of random stores on queues that fail in every way at once: each leaves the right bytes, or ends in a clean
+// error with nothing in flight.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/support/guarded_memory.h"
+#include "tests/support/pipeline_rig.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::engine {
+namespace {
+
+using flashpack::testing::GuardedMemory;
+using Rig = flashpack::testing::PipelineRig;
+
+constexpr std::uint32_t kChunkBytes = 256 << 10;
+constexpr std::uint64_t kFileBytes = 3'000'000;
+constexpr int kStores = 80;
+constexpr std::chrono::seconds kHang{60};
+
+class PipelineStoreTest : public ::testing::TestWithParam<Rig::Shape> {
+ protected:
+  File create() {
+    const auto path = dir_ / std::to_string(files_++);
+    UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+    return File::created(path, std::move(fd));
+  }
+
+  // Extents that cover the file but for small gaps; their bytes are in `expected`.
+  std::vector<Piece> extents(std::vector<std::byte>& expected) {
+    std::vector<Piece> pieces;
+    sources_.clear();
+    std::uint64_t at = random_() % 2 ? 0 : random_() % 9000;
+    while (at < kFileBytes) {
+      const std::uint64_t size = std::min(1 + random_() % (random_() % 2 ? 900'000 : 5000), kFileBytes - at);
+      sources_.push_back(std::make_unique<GuardedMemory>(size, random_() % 2 ? at : random_() % 4096));
+      const auto bytes = flashpack::testing::random_bytes(size, static_cast<unsigned>(random_()));
+      std::copy(bytes.begin(), bytes.end(), sources_.back()->data());
+      std::copy(bytes.begin(), bytes.end(), expected.begin() + static_cast<std::ptrdiff_t>(at));
+      pieces.push_back({at, size, sources_.back()->data()});
+      at += size + random_() % 200;
+    }
+    return pieces;
+  }
+
+  flashpack::testing::TempDir dir_;
+  std::mt19937_64 random_{9};
+  std::vector<std::unique_ptr<GuardedMemory>> sources_;
+  int files_ = 0;
+};
+
+INSTANTIATE_TEST_SUITE_P(Shapes, PipelineStoreTest,
+                         ::testing::Values(Rig::Shape::kRealWorkers, Rig::Shape::kTwoQueues, Rig::Shape::kOneQueue),
+                         [](const auto& shape) {
+                           if (shape.param == Rig::Shape::kRealWorkers) return "RealWorkers";
+                           return shape.param == Rig::Shape::kTwoQueues ? "TwoQueues" : "OneQueue";
+                         });
+
+TEST_P(PipelineStoreTest, EveryStoreLeavesTheRightBytesOrACleanError) {
+  int right = 0;
+  int failed = 0;
+  for (int round = 0; round < kStores; ++round) {
+    SCOPED_TRACE(round);
+    const bool often = random_() % 4 == 0;
+    const flashpack::testing::Faults faults{.short_percent = static_cast<int>(random_() % 40),
+                                            .interrupt_percent = static_cast<int>(random_() % 30),
+                                            .error_percent = often ? 4 : 0,
+                                            .refuse_percent = random_() % 4 == 0 ? 10 : 0,
+                                            .nothing_percent = static_cast<int>(random_() % 5)};
+    Rig rig(static_cast<unsigned>(random_()), faults, GetParam(), kChunkBytes, 2 + random_() % 3);
+    const File file = create();
+    std::vector<std::byte> expected(kFileBytes);
+    const std::vector<Piece> pieces = extents(expected);
+    Transfer transfer = rig.start_store(file, pieces, random_() % 50 == 0);
+    if (random_() % 20 == 0) transfer.cancel();
+    ASSERT_TRUE(transfer.wait_for(kHang)) << "it hangs";
+    EXPECT_EQ(transfer.progress().outstanding, 0u);
+    try {
+      transfer.wait();
+      ++right;
+      auto written = flashpack::testing::read_file(file.path());
+      written.resize(kFileBytes);
+      ASSERT_TRUE(written == expected);
+    } catch (const Error& error) {
+      ++failed;
+      EXPECT_TRUE(error.code() == std::errc::io_error || error.code() == std::errc::interrupted ||
+                  error.code() == std::errc::resource_unavailable_try_again || error.code() == Errc::kCancelled)
+          << error.what();
+      EXPECT_EQ(error.path(), file.path());
+    }
+    rig.stop();
+    EXPECT_TRUE(rig.idle());
+    std::filesystem::remove(file.path());
+  }
+  // A soak in which nothing fails, or nothing succeeds, shows nothing.
+  EXPECT_GT(right, kStores / 3);
+  EXPECT_GT(failed, kStores / 20);
+}
+
+}  // namespace
+}  // namespace flashpack::engine
