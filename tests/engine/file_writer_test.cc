@@ -241,8 +241,8 @@ TEST_P(StoreTest, AlignedMemoryIsWrittenInPlaceAndOtherMemoryThroughSlots) {
 
 TEST_P(StoreTest, FilesInAnyOrderFromAnyMemoryAreByteExact) {
   std::mt19937_64 random(3);
-  for (int round = 0; round < 20; ++round) {
-    const auto bytes = testing::random_bytes(6 * kMiB, static_cast<unsigned>(round));
+  const auto bytes = testing::random_bytes(5 * kMiB);
+  for (int round = 0; round < 10; ++round) {
     std::vector<std::byte> expected(bytes.size());
     std::vector<std::vector<SourceExtent>> calls(1 + random() % 4);
     std::vector<std::unique_ptr<testing::GuardedMemory>> sources;
@@ -253,8 +253,8 @@ TEST_P(StoreTest, FilesInAnyOrderFromAnyMemoryAreByteExact) {
       const std::uint64_t wanted = small ? 1 + random() % 3000 : 5000 + random() % 2'000'000;
       const std::uint64_t size = std::min<std::uint64_t>(wanted, bytes.size() - at);
       sources.push_back(std::make_unique<testing::GuardedMemory>(size, random() % 2 ? at : random() % 4096));
-      std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(at), size, sources.back()->data());
-      std::copy_n(sources.back()->data(), size, expected.begin() + static_cast<std::ptrdiff_t>(at));
+      std::memcpy(sources.back()->data(), bytes.data() + at, size);
+      std::memcpy(expected.data() + at, bytes.data() + at, size);
       calls[which].push_back({at, size, sources.back()->data()});
       // Only after a large one, or what the calls write as zeros would be each other's.
       if (!small) which = random() % calls.size();
@@ -271,7 +271,7 @@ TEST_P(StoreTest, FilesInAnyOrderFromAnyMemoryAreByteExact) {
     auto written = testing::read_file(path_);
     ASSERT_LE(written.size(), expected.size());
     written.resize(expected.size());
-    ASSERT_TRUE(written == expected) << "round " << round;
+    ASSERT_EQ(std::memcmp(written.data(), expected.data(), expected.size()), 0) << "round " << round;
   }
 }
 
