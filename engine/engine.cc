@@ -188,7 +188,28 @@ void Engine::Impl::open_source(engine::TransferState& state, const FileExtents& 
     state.plan.add_load(index, pieces[on_device], chunk_bytes, std::min(file.alignment().block_bytes, chunk_bytes),
                         on_device);
   }
-  state.sources.emplace_back(std::move(file));
+  engine::Source& source = state.sources.emplace_back(std::move(file));
+  if (wanted.checksums) count_for(*wanted.checksums, source, state);
+}
+
+// Counting the same bytes twice would count them as none.
+void Engine::Impl::count_for(const Checksums& checksums, engine::Source& source, engine::TransferState& state) const {
+  const std::uint64_t pieces = (checksums.size_bytes + Checksums::kPieceBytes - 1) / Checksums::kPieceBytes;
+  if (checksums.crc32c.size() != pieces || checksums.size_bytes > source.file.identity().size_bytes) {
+    throw argument_error("load " + source.file.path().string() + ": checksums that are not of this file");
+  }
+  const auto file = static_cast<std::uint32_t>(&source - state.sources.data());
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> ranges;
+  for (const engine::Chunk& chunk : state.plan.chunks) {
+    if (chunk.file == file) ranges.emplace_back(chunk.offset_bytes, chunk.offset_bytes + chunk.size_bytes);
+  }
+  if (ranges.empty()) return;
+  std::sort(ranges.begin(), ranges.end());
+  const auto overlap =
+      std::adjacent_find(ranges.begin(), ranges.end(), [](const auto& a, const auto& b) { return b.first < a.second; });
+  if (overlap != ranges.end()) return state.note_fallback("checksums: not verified, extents overlap in the file");
+  source.checksums = checksums;
+  source.sums.emplace(ranges.front().first, std::min(ranges.back().second, checksums.size_bytes));
 }
 
 bool Engine::Impl::on_device(const void* memory) const {

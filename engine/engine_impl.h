@@ -42,6 +42,7 @@ class Engine::Impl {
   void start(const std::shared_ptr<engine::TransferState>& state);
 
  private:
+  void count_for(const Checksums& checksums, engine::Source& source, engine::TransferState& state) const;
   void drive(std::promise<void>& ready);
 
   EngineOptions
@@ -59,6 +60,7 @@ class FileWriter::Impl {
   ~Impl();
 
   Transfer start_write(std::span<const SourceExtent> extents, Completion* completion, CUstream_st* stream);
+  Checksums checksums();
   void commit(std::span<const std::byte> tail);
 
  private:
@@ -69,7 +71,7 @@ class FileWriter::Impl {
   Claims claims_with(std::span<const engine::Piece> pieces) const;
   std::vector<engine::Piece> pieces_of(std::span<const SourceExtent> extents) const;
   std::shared_ptr<engine::TransferState> plan(std::span<const engine::Piece> pieces, Completion* completion) const;
-  void settle();
+  void settle(const char* verb);
   void write_tail(std::span<const std::byte> tail);
   void abort() noexcept;
 
@@ -79,6 +81,8 @@ class FileWriter::Impl {
   std::optional<engine::File> file_;  // Of temp_path_, until commit or abort.
   std::uint64_t payload_bytes_;       // Announced, or the end of the last extent if that is later.
   std::uint64_t reserved_bytes_ = 0;
+  const bool want_checksums_;
+  engine::PieceSums sums_;  // Of transfers that are not in transfers_ any more.
   Claims claimed_;
   std::vector<std::shared_ptr<engine::TransferState>> transfers_;
   bool committed_ = false;

@@ -28,6 +28,8 @@ class Category final : public std::error_category {
         return "engine unusable";
       case Errc::kMismatch:
         return "the file does not fit the module";
+      case Errc::kCorrupt:
+        return "the bytes do not match their checksum";
     }
     return "unknown error";
   }

@@ -37,7 +37,7 @@ std::filesystem::path resolve_links(const std::filesystem::path& path) {
 // The mode of the file to be replaced, or what open(2) would give a new one.
 mode_t replaced_mode(const std::filesystem::path& path) {
   constexpr mode_t kNewFileMode = 0666;  // Less the umask.
-  struct stat status{};
+  struct stat status {};
   if (::stat(path.c_str(), &status) != 0) {
     if (errno == ENOENT) return kNewFileMode;
     throw file_error(errno_code(errno), "create", path);
@@ -59,7 +59,10 @@ std::filesystem::path temp_name(const std::filesystem::path& path) {
 }  // namespace
 
 FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, const WriterOptions& options)
-    : engine_(engine), path_(resolve_links(path)), payload_bytes_(options.payload_bytes) {
+    : engine_(engine),
+      path_(resolve_links(path)),
+      payload_bytes_(options.payload_bytes),
+      want_checksums_(options.checksums) {
   const mode_t mode = replaced_mode(path_);
   temp_path_ = temp_name(path_);
   UniqueFd fd(::open(temp_path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode));
@@ -67,7 +70,7 @@ FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, 
   try {
     file_.emplace(engine::File::created(temp_path_, std::move(fd)));
     // umask has cut the mode; a replaced file's mode is kept as it was. Not being allowed to is no reason not to write.
-    struct stat status{};
+    struct stat status {};
     if (::stat(path_.c_str(), &status) == 0) (void)::fchmod(file_->buffered_fd(), mode);
     reserve(0, payload_bytes_);
   } catch (...) {
@@ -149,6 +152,9 @@ std::shared_ptr<engine::TransferState> FileWriter::Impl::plan(std::span<const en
   state->store_path = path_;
   state->store_direct = file_->direct_fd() >= 0;
   if (!state->store_direct) state->note_fallback("direct I/O: " + errno_code(file_->direct_error()).message());
+  if (want_checksums_ && !pieces.empty()) {
+    state->store_sums.emplace(pieces.front().offset_bytes, pieces.back().offset_bytes + pieces.back().size_bytes);
+  }
   std::array<std::vector<engine::Piece>, 2> sides;  // On the host, on the device.
   for (const engine::Piece& piece : pieces) sides[engine_.on_device(piece.memory)].push_back(piece);
   // What lies between two extents of one side may be of the other.
@@ -175,9 +181,11 @@ Transfer FileWriter::Impl::start_write(std::span<const SourceExtent> extents, Co
     payload_bytes = std::max(payload_bytes, pieces.back().offset_bytes + pieces.back().size_bytes);
     reserve(pieces.front().offset_bytes, payload_bytes);
   }
-  std::erase_if(transfers_, [](const auto& earlier) {
+  std::erase_if(transfers_, [this](const auto& earlier) {
     const std::lock_guard lock(earlier->mutex);
-    return earlier->ended && !earlier->outcome;
+    if (!earlier->ended || earlier->outcome) return false;
+    if (earlier->store_sums) sums_.add(*earlier->store_sums);
+    return true;
   });
   // Before the start: a completion may lead to commit() on another thread before this one is back.
   transfers_.push_back(state);
@@ -196,11 +204,14 @@ Transfer FileWriter::Impl::start_write(std::span<const SourceExtent> extents, Co
 
 // Every transfer has ended well, or this throws. A transfer whose completion is still running has ended: that
 // completion may be what led here, by way of another thread.
-void FileWriter::Impl::settle() {
+void FileWriter::Impl::settle(const char* verb) {
   for (const auto& state : transfers_) {
     const std::lock_guard lock(state->mutex);
-    if (!state->ended) throw argument_error("commit " + path_.string() + ": a write has not finished");
+    if (!state->ended) throw argument_error(verb + (" " + path_.string()) + ": a write has not finished");
     if (state->outcome) throw state->outcome->error();
+  }
+  for (const auto& state : transfers_) {
+    if (state->store_sums) sums_.add(*state->store_sums);
   }
   transfers_.clear();
 }
@@ -219,11 +230,24 @@ void FileWriter::Impl::write_tail(std::span<const std::byte> tail) {
     throw file_error(errno_code(errno), "truncate", path_);
 }
 
+Checksums FileWriter::Impl::checksums() {
+  engine_.require_owner();
+  if (!file_) throw argument_error("checksums of " + path_.string() + ": after commit");
+  if (!want_checksums_) throw argument_error("checksums of " + path_.string() + ": WriterOptions did not ask for them");
+  settle("checksums of");
+  Checksums checksums{.size_bytes = payload_bytes_};
+  for (std::uint64_t begin = 0; begin < payload_bytes_; begin += Checksums::kPieceBytes) {
+    const std::uint64_t size = std::min<std::uint64_t>(Checksums::kPieceBytes, payload_bytes_ - begin);
+    checksums.crc32c.push_back(sums_.crc32c(begin / Checksums::kPieceBytes, static_cast<std::uint32_t>(size)));
+  }
+  return checksums;
+}
+
 void FileWriter::Impl::commit(std::span<const std::byte> tail) {
   engine_.require_owner();
   if (!file_) throw argument_error("commit " + path_.string() + ": committed or aborted before");
   try {
-    settle();
+    settle("commit");
     write_tail(tail);
     if (::fdatasync(file_->buffered_fd()) != 0) throw file_error(errno_code(errno), "sync", path_);
     if (::rename(temp_path_.c_str(), path_.c_str()) != 0)
@@ -254,6 +278,8 @@ Transfer FileWriter::start_write(std::vector<SourceExtent> extents, Completion* 
 TransferStats FileWriter::write(std::vector<SourceExtent> extents, CUstream_st* stream) {
   return start_write(std::move(extents), nullptr, stream).wait();
 }
+
+Checksums FileWriter::checksums() { return impl_->checksums(); }
 
 void FileWriter::commit(std::span<const std::byte> tail) { impl_->commit(tail); }
 

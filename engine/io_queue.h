@@ -12,6 +12,8 @@
 
 namespace flashpack::engine {
 
+class PieceSums;
+
 struct IoRequest {
   enum class Op : std::uint8_t {
     kRead,         ///< File to `memory`, once: the result may be short.
@@ -20,6 +22,7 @@ struct IoRequest {
     kWritePieces,  ///< `pieces` to file, to the end.
     kScatter,      ///< `memory`, which holds the file from `offset_bytes` on, to `pieces`.
     kGather,       ///< `pieces` to `memory`, which is zeros where there are none.
+    kChecksum,     ///< Counts what lies in `memory` at the places of `pieces`, see `sums`.
     kPopulate,     ///< Page faults of `memory` taken ahead of direct I/O; never fails.
   };
   /// What a kReadPieces may do with the page cache.
@@ -35,6 +38,8 @@ struct IoRequest {
   PageCache page_cache;
   bool may_block = false;    ///< Of a kRead: it must not be tried in the thread that pushes or waits.
   bool for_writing = false;  ///< Of a kPopulate: somebody is going to write to `memory`.
+  /// Where bytes that pass are counted: those of the pieces and, of kScatter and kChecksum, what lies between them.
+  PieceSums* sums = nullptr;
   int slot = -1;  ///< The staging slot that `memory` lies in, for queues that register slots with the kernel.
 };
 

@@ -188,16 +188,25 @@ bool Pipeline::issue_in_place(TransferState& transfer, const Chunk& chunk) {
   const std::span memory(transfer.plan.pieces_of(chunk).front().memory, chunk.size_bytes);
   // Page faults of fresh memory cost more than reading into it, and those of a mapped file read another one: workers
   // take them ahead of the kernel.
-  const bool populated = is_populated(memory);
+  const bool load = transfer.is_load();
+  const bool counted = !load && transfer.sums(chunk.file);
+  const bool populated = !counted && is_populated(memory);
   if (!populated && count(Stage::kPopulating) >= limits_.worker_depth) return false;
   const unsigned tag = open_job(transfer, chunk);
-  jobs_[tag].offset_bytes = chunk.offset_bytes;
-  jobs_[tag].memory = memory;
+  Job& job = jobs_[tag];
+  job.offset_bytes = chunk.offset_bytes;
+  job.memory = memory;
   if (populated) {
     move_direct(tag);
   } else {
-    enter(jobs_[tag], Stage::kPopulating);
-    workers_.push(tag, {.op = IoRequest::Op::kPopulate, .memory = memory, .for_writing = transfer.is_load()});
+    enter(job, Stage::kPopulating);
+    // Counting reads them, and so takes their faults, too.
+    workers_.push(tag, {.op = counted ? IoRequest::Op::kChecksum : IoRequest::Op::kPopulate,
+                        .offset_bytes = job.offset_bytes,
+                        .memory = memory,
+                        .pieces = transfer.plan.pieces_of(chunk),
+                        .for_writing = load,
+                        .sums = counted ? take_sums(job) : nullptr});
   }
   return true;
 }
@@ -239,6 +248,21 @@ std::optional<unsigned> Pipeline::open_job_with_slot(TransferState& transfer, co
   return tag;
 }
 
+// Holds the pieces that were read whole against their checksums.
+void Pipeline::verify(const Source& source, TransferState& transfer) {
+  constexpr std::uint64_t kPieceBytes = Checksums::kPieceBytes;
+  for (std::uint64_t index = 0; index < source.checksums.crc32c.size(); ++index) {
+    const std::uint64_t begin = index * kPieceBytes;
+    const auto size = static_cast<std::uint32_t>(std::min(kPieceBytes, source.checksums.size_bytes - begin));
+    if (source.sums->counted_bytes(index) != size) continue;
+    if (source.sums->crc32c(index, size) != source.checksums.crc32c[index]) {
+      transfer.failure = Failure(range_error(Errc::kCorrupt, "verify", source.file.path(), begin, size));
+      return;
+    }
+    transfer.stats.verified_bytes += size;
+  }
+}
+
 void Pipeline::end(TransferState& transfer) {
   const auto at =
       std::find_if(active_.begin(), active_.end(), [&](const auto& other) { return other.get() == &transfer; });
@@ -248,6 +272,7 @@ void Pipeline::end(TransferState& transfer) {
     if (!transfer.failure && !source.file.unchanged()) {
       transfer.failure = Failure(file_error(Errc::kFileChanged, "read", source.file.path()));
     }
+    if (!transfer.failure && source.sums) verify(source, transfer);
     transfer.note_fallback(source.residency.fallback_reason());
     if (transfer.after == AfterLoad::kDrop && transfer.stats.buffered_bytes > 0) source.file.drop_from_cache();
   }

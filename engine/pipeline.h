@@ -17,19 +17,24 @@ namespace flashpack::engine {
 /// Serves transfers with two queues: `disk` for direct I/O, `workers` for everything that touches bytes with a CPU.
 /// They may be the same queue. A chunk that is read lives so:
 ///
-///   in place:            [populating ->] direct   ->                          delivered
-///   through a slot:                      direct   -> [waiting ->] copying  -> delivered
-///   page cache:                          buffered ->                          delivered
-///   page cache, device:                  buffered -> [waiting ->] copying  -> delivered
+///   in place:            [populating ->] direct   -> [counting ->]                       delivered
+///   through a slot:                      direct   ->                          copying -> delivered
+///   to a device:                         direct   -> [counting -> waiting ->] copying -> delivered
+///   page cache:                          buffered ->                                     delivered
+///   page cache, device:                  buffered -> [waiting ->]             copying -> delivered
 ///
 /// and one that is written:
 ///
-///   in place:            [populating ->]              direct   -> delivered
-///   through a slot:      [waiting ->] gathering ->    direct   -> delivered
-///   page cache:                                       buffered -> delivered
-///   page cache, device:  [waiting ->] gathering ->    buffered -> delivered
+///   in place:            [populating ->]                           direct   -> delivered
+///   through a slot:                    gathering ->                direct   -> delivered
+///   from a device:       [waiting ->]  gathering -> [counting ->]  direct   -> delivered
+///   page cache:                                                    buffered -> delivered
+///   page cache, device:  [waiting ->]  gathering ->                buffered -> delivered
 ///
-/// where a chunk for a device waits with its slot until the caller's stream has come far enough.
+/// where counting is for checksums; whatever else a worker does with bytes, or may do ahead of the disk, counts them by
+/// the way.
+///
+/// A chunk for a device waits with its slot until the caller's stream has come far enough.
 /// When its transfer fails it is abandoned: cancelled, waited for, and no longer counted against the depth, so that a
 /// read that is stuck in the kernel does not hold up other transfers.
 ///
@@ -65,10 +70,11 @@ class Pipeline final : public Driver {
     kWaiting,
     kCopying,
     kGathering,
+    kCounting,
     kBuffered,
     kAbandoned,
   };
-  static constexpr std::size_t kStages = 8;
+  static constexpr std::size_t kStages = 9;
 
   /// One chunk under way. Its index is the tag of its operations.
   struct Job {
@@ -81,6 +87,7 @@ class Pipeline final : public Driver {
     Piece whole{};                   // Of a buffered job with a slot: `memory` as the one piece that is moved.
     std::uint64_t done_bytes = 0;    // Whole blocks of `memory` that have been moved.
     unsigned stalls = 0;             // Results in a row that moved no new block.
+    bool counted = false;            // For checksums, or given to somebody who does.
     bool to_cache = false;           // Of a slot that is being filled for the file: it is written buffered.
     bool only_cached = false;        // Of a buffered read: it may be refused because the disk would be needed.
   };
@@ -117,10 +124,14 @@ class Pipeline final : public Driver {
   void move_direct(unsigned tag);
   void move_buffered(unsigned tag);
   void copy(unsigned tag);
+  void count_bytes(unsigned tag, PieceSums* sums);
+  static PieceSums* take_sums(Job& job);
 
   void complete(IoCompletion completion);
   void on_direct(unsigned tag, std::int64_t result);
   void on_buffered(unsigned tag, std::int64_t result);
+  void on_counted(unsigned tag);
+  void write_slot(unsigned tag);
   void on_copied(unsigned tag, std::error_code error);
   void refuse_direct(unsigned tag);
   void deliver(unsigned tag);
@@ -129,6 +140,7 @@ class Pipeline final : public Driver {
   void give_up(TransferState& transfer, const Error& error);
   void close_job(unsigned tag);
   void end(TransferState& transfer);
+  static void verify(const Source& source, TransferState& transfer);
 
   IoQueue& disk_;
   IoQueue& workers_;

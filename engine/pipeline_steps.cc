@@ -43,20 +43,40 @@ void Pipeline::move_buffered(unsigned tag) {
   workers_.push(tag, {.op = load ? IoRequest::Op::kReadPieces : IoRequest::Op::kWritePieces,
                       .fd = transfer.file(job.chunk->file).buffered_fd(),
                       .pieces = pieces,
-                      .page_cache = {.only = job.only_cached, .drop = transfer.after == AfterLoad::kDrop}});
+                      .page_cache = {.only = job.only_cached, .drop = transfer.after == AfterLoad::kDrop},
+                      .sums = take_sums(job)});
+}
+
+// Each byte is to be counted once: null when they have been.
+PieceSums* Pipeline::take_sums(Job& job) {
+  return std::exchange(job.counted, true) ? nullptr : job.transfer->sums(job.chunk->file);
+}
+
+void Pipeline::count_bytes(unsigned tag, PieceSums* sums) {
+  const Job& job = jobs_[tag];
+  enter(jobs_[tag], Stage::kCounting);
+  workers_.push(tag, {.op = IoRequest::Op::kChecksum,
+                      .offset_bytes = job.offset_bytes,
+                      .memory = job.memory,
+                      .pieces = job.transfer->plan.pieces_of(*job.chunk),
+                      .sums = sums});
 }
 
 // Between the slot and where the pieces are.
 void Pipeline::copy(unsigned tag) {
   Job& job = jobs_[tag];
   TransferState& transfer = *job.transfer;
-  if (job.chunk->on_device && transfer.gate) return enter(job, Stage::kWaiting);
   const bool load = transfer.is_load();
+  if (load && job.chunk->on_device) {
+    if (PieceSums* const sums = take_sums(job)) return count_bytes(tag, sums);
+  }
+  if (job.chunk->on_device && transfer.gate) return enter(job, Stage::kWaiting);
   enter(job, load ? Stage::kCopying : Stage::kGathering);
   const IoRequest request{.op = load ? IoRequest::Op::kScatter : IoRequest::Op::kGather,
                           .offset_bytes = job.offset_bytes,
                           .memory = job.memory,
                           .pieces = transfer.plan.pieces_of(*job.chunk),
+                          .sums = job.chunk->on_device ? nullptr : take_sums(job),
                           .slot = job.slot};
   job.chunk->on_device ? copier_->push(tag, request) : workers_.push(tag, request);
 }
@@ -71,6 +91,8 @@ void Pipeline::complete(IoCompletion completion) {
     case Stage::kCopying:
     case Stage::kGathering:
       return on_copied(tag, {});
+    case Stage::kCounting:
+      return on_counted(tag);
     case Stage::kBuffered:
       return on_buffered(tag, result);
     case Stage::kAbandoned:
@@ -94,7 +116,9 @@ void Pipeline::on_direct(unsigned tag, std::int64_t result) {
   stats.direct_bytes += got - job.done_bytes;
   if (job.offset_bytes + got >= job.chunk->offset_bytes + job.chunk->size_bytes) {
     if (job.slot >= 0) stats.staged_bytes += got;
-    return job.slot >= 0 && load ? copy(tag) : deliver(tag);
+    if (job.slot >= 0 && load) return copy(tag);
+    PieceSums* const sums = load ? take_sums(job) : nullptr;
+    return sums ? count_bytes(tag, sums) : deliver(tag);
   }
   if (result == 0 && load) return fail(tag, Errc::kTruncated);
   // Direct I/O goes on at whole blocks only. Less than a block is no progress; it is tried again, but not for ever.
@@ -127,8 +151,20 @@ void Pipeline::on_copied(unsigned tag, std::error_code error) {
   const TransferState& transfer = *jobs_[tag].transfer;
   if (transfer.failure) return close_job(tag);
   if (error) return fail(tag, error);
-  if (transfer.is_load()) return deliver(tag);
-  jobs_[tag].to_cache ? move_buffered(tag) : move_direct(tag);
+  transfer.is_load() ? deliver(tag) : write_slot(tag);
+}
+
+void Pipeline::write_slot(unsigned tag) {
+  Job& job = jobs_[tag];
+  if (job.to_cache) return move_buffered(tag);
+  PieceSums* const sums = take_sums(job);
+  sums ? count_bytes(tag, sums) : move_direct(tag);
+}
+
+void Pipeline::on_counted(unsigned tag) {
+  const Job& job = jobs_[tag];
+  if (!job.transfer->is_load()) return move_direct(tag);
+  job.slot >= 0 ? copy(tag) : deliver(tag);
 }
 
 // Some file systems take O_DIRECT at open and refuse it at the first read or write.

@@ -2,16 +2,19 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "engine/file.h"
+#include "engine/piece_sums.h"
 #include "engine/plan.h"
 #include "engine/residency.h"
 #include "flashpack/engine.h"
 
 namespace flashpack::engine {
 
-/// A file that is read. `direct` turns false when a direct read of it has been refused.
+/// A file that is read. `direct` turns false when a direct read of it has been refused; `sums` are there when they are
+/// to be held against `checksums`.
 struct Source {
   explicit Source(File opened)
       : file(std::move(opened)), residency(file.buffered_fd()), direct(file.direct_fd() >= 0) {}
@@ -19,6 +22,8 @@ struct Source {
   File file;
   Residency residency;
   bool direct;
+  Checksums checksums;
+  std::optional<PieceSums> sums;
 };
 
 /// Hands out the chunks of a plan, each on one of two routes. The chunks of a route come in file order, the routes

@@ -64,6 +64,11 @@ struct TransferState {
     return is_load() ? sources[file].file.path() : store_path;
   }
   const File& file(std::uint32_t index) const noexcept { return is_load() ? sources[index].file : *store; }
+  /// Where the bytes of a file are counted; null where they are not.
+  PieceSums* sums(std::uint32_t file) noexcept {
+    std::optional<PieceSums>& sums = is_load() ? sources[file].sums : store_sums;
+    return sums ? &*sums : nullptr;
+  }
   /// Whether direct I/O on a file has not been refused.
   bool& direct(std::uint32_t index) noexcept { return is_load() ? sources[index].direct : store_direct; }
 
@@ -72,8 +77,9 @@ struct TransferState {
   Completion* completion = nullptr;
   std::vector<Source> sources;  // Loads; residency and direct are the driver's.
   AfterLoad after = AfterLoad::kKeep;
-  const File* store = nullptr;       // Stores: borrowed from the FileWriter.
-  std::filesystem::path store_path;  // Stores: for messages.
+  const File* store = nullptr;          // Stores: borrowed from the FileWriter.
+  std::filesystem::path store_path;     // Stores: for messages.
+  std::optional<PieceSums> store_sums;  // Stores.
   Plan plan;
   std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
   pid_t owner = 0;

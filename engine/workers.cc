@@ -11,6 +11,8 @@
 #include <cerrno>
 #include <cstring>
 
+#include "engine/piece_sums.h"
+
 namespace flashpack::engine {
 
 namespace {
@@ -158,9 +160,33 @@ std::int64_t populate(std::span<std::byte> memory, bool for_writing) {
   return 0;
 }
 
-}  // namespace
+// What `memory` holds from the first of the pieces to the last.
+void count_slot(const IoRequest& request) {
+  const std::uint64_t begin = request.pieces.front().offset_bytes;
+  const std::uint64_t end = request.pieces.back().offset_bytes + request.pieces.back().size_bytes;
+  request.sums->add(begin, request.memory.subspan(begin - request.offset_bytes, end - begin));
+}
 
-std::int64_t carry_out(const IoRequest& request) {
+void count(const IoRequest& request, std::int64_t result) {
+  switch (request.op) {
+    case IoRequest::Op::kReadPieces:
+    case IoRequest::Op::kWritePieces:
+      if (result != sum_of(request.pieces)) return;
+      [[fallthrough]];
+    case IoRequest::Op::kGather:
+      for (const Piece& piece : request.pieces) request.sums->add(piece.offset_bytes, {piece.memory, piece.size_bytes});
+      return;
+    case IoRequest::Op::kScatter:
+    case IoRequest::Op::kChecksum:
+      return count_slot(request);
+    case IoRequest::Op::kRead:
+    case IoRequest::Op::kWrite:
+    case IoRequest::Op::kPopulate:
+      return;
+  }
+}
+
+std::int64_t move_bytes(const IoRequest& request) {
   switch (request.op) {
     case IoRequest::Op::kRead:
       return retry_interrupted([&] {
@@ -180,10 +206,20 @@ std::int64_t carry_out(const IoRequest& request) {
       return scatter(request);
     case IoRequest::Op::kGather:
       return gather(request);
+    case IoRequest::Op::kChecksum:
+      return 0;
     case IoRequest::Op::kPopulate:
       return populate(request.memory, request.for_writing);
   }
   return -EINVAL;
+}
+
+}  // namespace
+
+std::int64_t carry_out(const IoRequest& request) {
+  const std::int64_t result = move_bytes(request);
+  if (request.sums) count(request, result);
+  return result;
 }
 
 void clear_gaps(const IoRequest& request) {
@@ -281,7 +317,8 @@ void Workers::wake() noexcept {
 // reported together. What the disk waits for is reported at once.
 bool Workers::worth_waking(IoRequest::Op op) const {
   using Op = IoRequest::Op;
-  return op == Op::kPopulate || op == Op::kScatter || op == Op::kGather || queued_count_ < thread_count_;
+  return op == Op::kPopulate || op == Op::kScatter || op == Op::kGather || op == Op::kChecksum ||
+         queued_count_ < thread_count_;
 }
 
 void Workers::work() {

@@ -23,7 +23,7 @@ python=$(command -v python3)
 
 fetch() {
   local version=$1 peer packages=(
-    liburing2 liburing-dev libgtest-dev libgmock-dev libcli11-dev libbenchmark-dev libbenchmark1debian pkgconf-bin libpkgconf3
+    liburing2 liburing-dev libisal2 libisal-dev libgtest-dev libgmock-dev libcli11-dev libbenchmark-dev libbenchmark1debian pkgconf-bin libpkgconf3
   )
   local peers=("flashpack==$reference_version" fastsafetensors==0.5.0 instanttensor==0.2.2)
   rm -rf "$carried"

@@ -36,7 +36,7 @@ install_packages() {
   local missing=() name
   local wanted=(
     g++ cmake ninja-build pkg-config ccache git ca-certificates python3 python3-venv python3-dev
-    liburing-dev libboost1.81-dev libcli11-dev libgtest-dev libgmock-dev libbenchmark-dev "$@"
+    liburing-dev libisal-dev libboost1.81-dev libcli11-dev libgtest-dev libgmock-dev libbenchmark-dev "$@"
   )
   command -v dpkg-query >/dev/null || fail "not a Debian system; install by hand what serves as: ${wanted[*]}"
   for name in "${wanted[@]}"; do

@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "flashpack/checksums.h"
 #include "flashpack/error.h"
 #include "flashpack/file_identity.h"
 #include "flashpack/file_writer.h"
@@ -45,6 +46,9 @@ struct FileExtents {
   std::filesystem::path path;
   std::vector<Extent> extents;
   std::optional<FileIdentity> expected;  ///< When set, another file at `path` is Errc::kFileChanged before any I/O.
+  /// When set, what is read is held against them, and a difference is Errc::kCorrupt. Only pieces that are read whole
+  /// can be: TransferStats::verified_bytes counts them. None when extents overlap in the file.
+  std::optional<Checksums> checksums;
 };
 
 /// Whether reads go through the page cache.

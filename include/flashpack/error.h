@@ -19,6 +19,7 @@ enum class Errc {
   kDeadlineExceeded,     ///< The request's deadline passed first.
   kUnusable,             ///< The engine is closed, or belongs to the parent of this forked process.
   kMismatch,             ///< The file is sound, but does not fit the module: names, shapes or dtypes.
+  kCorrupt,              ///< Bytes of the file are not those whose checksum was written with them.
 };
 
 const std::error_category& flashpack_category() noexcept;

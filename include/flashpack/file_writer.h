@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "flashpack/checksums.h"
 #include "flashpack/transfer.h"
 
 struct CUstream_st;  // CUDA's tag of cudaStream_t.
@@ -29,6 +30,7 @@ struct WriterOptions {
   /// Bytes the payload has at least, when known: the space is reserved at once, so that a full disk is an error before
   /// anything has been written. 0: unknown.
   std::uint64_t payload_bytes = 0;
+  bool checksums = false;  ///< Makes FileWriter::checksums() available.
 };
 
 /// Writes a new file beside `path` and puts it in place whole.
@@ -54,6 +56,11 @@ class FileWriter {
 
   /// start_write and wait. Throws: Error.
   TransferStats write(std::vector<SourceExtent> extents, CUstream_st* stream = nullptr);
+
+  /// Of the payload, as it will be in the file. Costs nothing but looking: they were made while the bytes passed.
+  /// Requires: WriterOptions::checksums; every transfer of this writer has finished. Throws: Error, the failed
+  /// transfer's.
+  Checksums checksums();
 
   /// Appends `tail` after the payload (WriterOptions::payload_bytes, or the end of the last extent if that is later),
   /// makes everything durable and renames it into place.

@@ -30,8 +30,9 @@ struct TransferStats {
   std::uint64_t operations = 0;  ///< Chunks handed to the kernel or a worker, retries included.
   std::uint64_t retries = 0;  ///< Of operations: after a short result, EINTR, EAGAIN, a refused direct read, or a page
                               ///< that was not cached after all.
-  double seconds = 0;         ///< From start to end, as seen by the caller.
-  bool pinned = false;        ///< Slots are page-locked for a CUDA device; without it copies are slow.
+  std::uint64_t verified_bytes = 0;  ///< Of a load: bytes that matched their checksums.
+  double seconds = 0;                ///< From start to end, as seen by the caller.
+  bool pinned = false;               ///< Slots are page-locked for a CUDA device; without it copies are slow.
   Backend backend = Backend::kAuto;  ///< Not kAuto: what direct reads go to.
   std::string fallback_reason;       ///< Each slower rung that was taken, "<what>: <why>", joined by "; ". Empty when
                                      ///< everything was as asked.

@@ -194,9 +194,7 @@ TEST_P(DeviceTest, CancelDeadlineAndDestructionDoNotWaitForTheCallersKernels) {
   Transfer expired = engine_->start_load(late);
   ASSERT_TRUE(expired.wait_for(kHang));
   EXPECT_EQ(error_of([&] { expired.wait(); })->code(), Errc::kDeadlineExceeded);
-  {
-    const Transfer destroyed = engine_->start_load(request(target, CachePolicy::kDirect, stream.stream));
-  }
+  { const Transfer destroyed = engine_->start_load(request(target, CachePolicy::kDirect, stream.stream)); }
   EXPECT_TRUE(untouched(target));
   cuda().end_kernel(stream.stream);
   cuda().finish_all();
@@ -399,6 +397,26 @@ TEST_P(DeviceTest, WhatLiesBetweenTensorsOfADeviceIsZeros) {
   writer.commit();
   EXPECT_EQ(testing::read_file(dir_ / "new"), expected);
   EXPECT_GT(stats.direct_bytes, 2 * kMiB) << stats.fallback_reason;
+}
+
+TEST_P(DeviceTest, ChecksumsHoldFromDeviceToDevice) {
+  std::byte* device = cuda().allocate(bytes_.size());
+  cuda().write(device, bytes_);
+  FileWriter writer = engine_->create(dir_ / "new", {.payload_bytes = bytes_.size(), .checksums = true});
+  writer.write({{5, bytes_.size() - 5, device}});
+  const Checksums checksums = writer.checksums();
+  writer.commit();
+  for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
+    std::byte* target = cuda().allocate(bytes_.size());
+    LoadRequest load{.files = {{.path = dir_ / "new", .extents = {{0, bytes_.size(), target}}, .checksums = checksums}},
+                     .cache = cache};
+    EXPECT_EQ(engine_->load(load).verified_bytes, bytes_.size());
+    load.files[0].checksums->crc32c[1] ^= 1;
+    const auto error = error_of([&] { engine_->load(load); });
+    ASSERT_TRUE(error.has_value());
+    EXPECT_EQ(error->code(), Errc::kCorrupt);
+    EXPECT_EQ(error->offset_bytes(), kMiB);
+  }
 }
 
 TEST_P(DeviceTest, AStoreThatFailsOrIsCancelledLeavesNothing) {

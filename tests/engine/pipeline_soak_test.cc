@@ -62,6 +62,13 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
       files_.push_back(dir_ / std::to_string(size));
       bytes_.push_back(flashpack::testing::random_bytes(size, seed_));
       flashpack::testing::write_file(files_.back(), bytes_.back());
+      PieceSums sums(0, size);
+      sums.add(0, bytes_.back());
+      Checksums& checksums = checksums_.emplace_back(Checksums{.size_bytes = size});
+      for (std::uint64_t begin = 0; begin < size; begin += Checksums::kPieceBytes) {
+        const std::uint64_t piece = std::min<std::uint64_t>(Checksums::kPieceBytes, size - begin);
+        checksums.crc32c.push_back(sums.crc32c(begin / Checksums::kPieceBytes, static_cast<std::uint32_t>(piece)));
+      }
     }
   }
 
@@ -71,6 +78,10 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
 
   std::vector<Target> random_targets(std::uint64_t file_bytes) {
     std::vector<Target> targets;
+    if (chance(20)) {  // All of it, which can be verified.
+      targets.push_back({0, std::make_unique<GuardedMemory>(file_bytes, below(2))});
+      return targets;
+    }
     std::uint64_t offset = below(file_bytes);
     for (auto n = 1 + below(8); n > 0; --n) {
       // Near each other and far apart, overlapping in the file or not, small and of several chunks, of any phase.
@@ -90,6 +101,7 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
       if (target.memory->size() > 0)
         load.extents.push_back({target.offset_bytes, target.memory->size(), target.memory->data()});
     }
+    if (load.extents.size() == 1 && started.targets.size() == 1) load.checksums = &checksums_[file];
     if (chance(10)) load.deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(below(2000));
     started.transfer = rig.start(load);
     return started;
@@ -164,6 +176,7 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
   std::mt19937_64 random_;
   std::vector<std::filesystem::path> files_;
   std::vector<std::vector<std::byte>> bytes_;
+  std::vector<Checksums> checksums_;
 };
 
 constexpr unsigned kParts = 5;

@@ -79,7 +79,7 @@ TEST_P(PipelineStoreTest, EveryStoreLeavesTheRightBytesOrACleanError) {
     const File file = create();
     std::vector<std::byte> expected(kFileBytes);
     const std::vector<Piece> pieces = extents(expected);
-    Transfer transfer = rig.start_store(file, pieces, random_() % 50 == 0);
+    auto [state, transfer] = rig.start_store(file, pieces, kFileBytes, random_() % 50 == 0);
     if (random_() % 20 == 0) transfer.cancel();
     ASSERT_TRUE(transfer.wait_for(kHang)) << "it hangs";
     EXPECT_EQ(transfer.progress().outstanding, 0u);
@@ -89,6 +89,12 @@ TEST_P(PipelineStoreTest, EveryStoreLeavesTheRightBytesOrACleanError) {
       auto written = flashpack::testing::read_file(file.path());
       written.resize(kFileBytes);
       ASSERT_EQ(std::memcmp(written.data(), expected.data(), kFileBytes), 0);
+      PieceSums sums(0, kFileBytes);
+      sums.add(0, expected);
+      for (std::uint64_t piece = 0; piece * Checksums::kPieceBytes < kFileBytes; ++piece) {
+        constexpr std::uint32_t kPieceBytes = Checksums::kPieceBytes;
+        EXPECT_EQ(state->store_sums->crc32c(piece, kPieceBytes), sums.crc32c(piece, kPieceBytes));
+      }
     } catch (const Error& error) {
       ++failed;
       EXPECT_TRUE(error.code() == std::errc::io_error || error.code() == std::errc::interrupted ||

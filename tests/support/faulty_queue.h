@@ -127,6 +127,7 @@ class FaultyQueue final : public engine::IoQueue {
         break;
       case engine::IoRequest::Op::kScatter:
       case engine::IoRequest::Op::kGather:
+      case engine::IoRequest::Op::kChecksum:
       case engine::IoRequest::Op::kPopulate:
         break;
     }

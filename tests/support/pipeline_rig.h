@@ -55,6 +55,7 @@ class PipelineRig {
     std::optional<Deadline> deadline;
     Completion* completion = nullptr;
     bool cancelled = false;
+    const Checksums* checksums = nullptr;  // Only where extents do not overlap.
   };
 
   Transfer start(const Load& load) {
@@ -66,20 +67,31 @@ class PipelineRig {
     state->sources.emplace_back(engine::File::open(load.path, std::nullopt, true));
     state->plan.add_load(0, load.extents, chunk_bytes_, state->sources[0].file.alignment().block_bytes);
     state->router = engine::Router(state->plan, state->sources, load.cache);
+    if (load.checksums) {
+      state->sources[0].checksums = *load.checksums;
+      state->sources[0].sums.emplace(0, load.checksums->size_bytes);
+    }
     return start(std::move(state));
   }
 
-  /// `file` is borrowed until the transfer has ended.
-  Transfer start_store(const engine::File& file, std::span<const engine::Piece> extents, bool cancelled = false) {
+  struct Store {
+    std::shared_ptr<const engine::TransferState> state;
+    Transfer transfer;
+  };
+
+  /// With checksums of the first `size_bytes`. `file` is borrowed until the transfer has ended.
+  Store start_store(const engine::File& file, std::span<const engine::Piece> extents, std::uint64_t size_bytes,
+                    bool cancelled = false) {
     auto state = std::make_shared<engine::TransferState>();
     state->owner = ::getpid();
     state->cancel_requested = cancelled;
     state->store = &file;
     state->store_path = file.path();
     state->store_direct = file.direct_fd() >= 0;
+    state->store_sums.emplace(0, size_bytes);
     state->plan.add_store(extents, chunk_bytes_, file.alignment(), true);
     state->router = engine::Router(state->plan, file.alignment().block_bytes);
-    return start(std::move(state));
+    return {state, start(state)};
   }
 
   /// Requires: stopped.

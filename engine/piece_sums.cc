@@ -1,0 +1,125 @@
+#include "engine/piece_sums.h"
+
+#include <isa-l/crc.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+
+namespace flashpack::engine {
+
+namespace {
+
+constexpr std::uint32_t kPieceBytes = Checksums::kPieceBytes;
+
+// Polynomials over GF(2) modulo that of CRC-32C. The highest bit is the coefficient of x^0, as in the CRC itself.
+constexpr std::uint32_t kOne = std::uint32_t{1} << 31;
+constexpr std::uint32_t kPolynomial = 0x82F63B78;
+constexpr std::uint32_t kOrder = 0x7FFFFFFF;  // x to that power is 1.
+
+constexpr std::uint32_t multiply(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t product = 0;
+  for (; a != 0; a <<= 1) {
+    if (a & kOne) product ^= b;
+    b = (b >> 1) ^ ((b & 1) ? kPolynomial : 0);
+  }
+  return product;
+}
+
+// x to the powers 1, 2, 4, 8, ...
+constexpr std::array<std::uint32_t, 31> kSquares = [] {
+  std::array<std::uint32_t, 31> squares{};
+  squares[0] = kOne >> 1;
+  for (std::size_t i = 1; i < squares.size(); ++i) squares[i] = multiply(squares[i - 1], squares[i - 1]);
+  return squares;
+}();
+
+constexpr std::uint32_t power_of_x(std::uint32_t exponent) {
+  std::uint32_t power = kOne;
+  for (; exponent != 0; exponent &= exponent - 1) {
+    power = multiply(power, kSquares[static_cast<std::size_t>(std::countr_zero(exponent))]);
+  }
+  return power;
+}
+
+static_assert(multiply(power_of_x(kOrder - 8), power_of_x(8)) == kOne);
+
+// What a remainder becomes when so many zero bytes follow, or are taken away.
+std::uint32_t append_zeros(std::uint32_t sum, std::uint32_t size_bytes) {
+  return size_bytes == 0 ? sum : multiply(sum, power_of_x(8 * size_bytes));
+}
+std::uint32_t remove_zeros(std::uint32_t sum, std::uint32_t size_bytes) {
+  return size_bytes == 0 ? sum : multiply(sum, power_of_x(kOrder - 8 * size_bytes));
+}
+
+std::uint32_t remainder(std::span<const std::byte> bytes) {
+  // The library takes a pointer to mutable bytes, and reads them.
+  auto* const begin = const_cast<unsigned char*>(reinterpret_cast<const unsigned char*>(bytes.data()));
+  return ::crc32_iscsi(begin, static_cast<int>(bytes.size()), 0);
+}
+
+}  // namespace
+
+PieceSums::PieceSums(std::uint64_t begin_bytes, std::uint64_t end_bytes) {
+  if (begin_bytes < end_bytes) grow(begin_bytes / kPieceBytes, (end_bytes - 1) / kPieceBytes + 1);
+}
+
+void PieceSums::add(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept {
+  while (!bytes.empty()) {
+    const std::uint64_t index = offset_bytes / kPieceBytes;
+    const auto begin = static_cast<std::uint32_t>(offset_bytes % kPieceBytes);
+    const auto size = static_cast<std::uint32_t>(std::min<std::uint64_t>(kPieceBytes - begin, bytes.size()));
+    if (find(index)) {
+      Piece& piece = pieces_[index - first_];
+      piece.sum.fetch_xor(append_zeros(remainder(bytes.first(size)), kPieceBytes - begin - size),
+                          std::memory_order_relaxed);
+      piece.counted_bytes.fetch_add(size, std::memory_order_relaxed);
+    }
+    offset_bytes += size;
+    bytes = bytes.subspan(size);
+  }
+}
+
+void PieceSums::add(const PieceSums& other) {
+  grow(other.first_, other.end_);
+  for (std::uint64_t index = other.first_; index < other.end_; ++index) {
+    Piece& piece = pieces_[index - first_];
+    const Piece& its = other.pieces_[index - other.first_];
+    piece.sum ^= its.sum;
+    piece.counted_bytes += its.counted_bytes;
+  }
+}
+
+std::uint32_t PieceSums::crc32c(std::uint64_t index, std::uint32_t size_bytes) const noexcept {
+  const Piece* const piece = find(index);
+  const std::uint32_t sum = piece ? remove_zeros(piece->sum, kPieceBytes - size_bytes) : 0;
+  // The standard inverts the first four bytes and the result.
+  return sum ^ append_zeros(~std::uint32_t{0}, size_bytes) ^ ~std::uint32_t{0};
+}
+
+std::uint32_t PieceSums::counted_bytes(std::uint64_t index) const noexcept {
+  const Piece* const piece = find(index);
+  return piece ? piece->counted_bytes.load() : 0;
+}
+
+const PieceSums::Piece* PieceSums::find(std::uint64_t index) const noexcept {
+  return index >= first_ && index < end_ ? &pieces_[index - first_] : nullptr;
+}
+
+void PieceSums::grow(std::uint64_t first, std::uint64_t end) {
+  if (first == end || (first >= first_ && end <= end_)) return;
+  if (first_ < end_) {
+    first = std::min(first, first_);
+    end = std::max(end, end_);
+  }
+  auto pieces = std::make_unique<Piece[]>(end - first);
+  for (std::uint64_t index = first_; index < end_; ++index) {
+    pieces[index - first].sum = pieces_[index - first_].sum.load();
+    pieces[index - first].counted_bytes = pieces_[index - first_].counted_bytes.load();
+  }
+  pieces_ = std::move(pieces);
+  first_ = first;
+  end_ = end;
+}
+
+}  // namespace flashpack::engine

@@ -1,0 +1,47 @@
+/// Checksums that are put together from parts, in whatever order the bytes pass.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "flashpack/checksums.h"
+
+namespace flashpack::engine {
+
+/// The pieces of a range of a file. A CRC is linear: that of a piece is the sum (exclusive or) of what each part of it
+/// adds in its place, so parts may come from any thread in any order, and bytes that are zero need not come at all.
+class PieceSums {
+ public:
+  PieceSums() = default;
+  /// The pieces that the bytes from `begin_bytes` to `end_bytes` lie in.
+  PieceSums(std::uint64_t begin_bytes, std::uint64_t end_bytes);
+
+  /// Counts `bytes`, which lie at `offset_bytes` in the file; those outside of the range are passed over.
+  /// Thread safety: any thread, with other add() at the same time. Everything else needs the object to itself.
+  void add(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept;
+  /// Counts what `other` has counted, which may have another range: this one's grows.
+  void add(const PieceSums& other);
+
+  /// Of piece `index` of the file, whose size is `size_bytes`.
+  std::uint32_t crc32c(std::uint64_t index, std::uint32_t size_bytes) const noexcept;
+  /// How many bytes of piece `index` have been counted.
+  std::uint32_t counted_bytes(std::uint64_t index) const noexcept;
+
+ private:
+  struct Piece {
+    std::atomic<std::uint32_t> sum = 0;  // As if zeros followed up to a whole piece, without the CRC's inversions.
+    std::atomic<std::uint32_t> counted_bytes = 0;
+  };
+
+  const Piece* find(std::uint64_t index) const noexcept;
+  void grow(std::uint64_t first, std::uint64_t end);
+
+  std::uint64_t first_ = 0;  // Index in the file of pieces_[0].
+  std::uint64_t end_ = 0;
+  std::unique_ptr<Piece[]> pieces_;
+};
+
+}  // namespace flashpack::engine

@@ -1,0 +1,20 @@
+/// Checksums of a file's payload.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace flashpack {
+
+/// CRC-32C (Castagnoli, RFC 3720 appendix B.4) of the first `size_bytes` bytes of a file, piece by piece: piece i is
+/// the bytes from i * kPieceBytes on; the last may be shorter.
+struct Checksums {
+  static constexpr std::uint32_t kPieceBytes = std::uint32_t{1} << 20;
+
+  std::uint64_t size_bytes = 0;
+  std::vector<std::uint32_t> crc32c;  ///< One per piece.
+
+  bool operator==(const Checksums&) const = default;
+};
+
+}  // namespace flashpack

@@ -1,0 +1,83 @@
+#include "engine/piece_sums.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <random>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::engine {
+namespace {
+
+constexpr std::uint32_t kPiece = Checksums::kPieceBytes;
+
+// Bit by bit, as the standard says it.
+std::uint32_t crc32c(std::span<const std::byte> bytes) {
+  std::uint32_t crc = ~std::uint32_t{0};
+  for (const std::byte byte : bytes) {
+    crc ^= std::to_integer<std::uint32_t>(byte);
+    for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ ((crc & 1) ? 0x82F63B78 : 0);
+  }
+  return ~crc;
+}
+
+TEST(PieceSums, IsTheCrcOfTheStandard) {
+  const std::string_view check = "123456789";
+  PieceSums sums(0, check.size());
+  sums.add(0, std::as_bytes(std::span(check)));
+  EXPECT_EQ(sums.crc32c(0, 9), 0xE3069283);  // Its published check value.
+  const std::vector<std::byte> zeros(32);
+  EXPECT_EQ(PieceSums(0, 32).crc32c(0, 32), 0x8A9136AA) << "32 zeros, RFC 3720 B.4: they need not be added";
+  EXPECT_EQ(crc32c(zeros), 0x8A9136AA);
+}
+
+TEST(PieceSums, PartsInAnyOrderFromManyThreadsMakeTheSame) {
+  const auto bytes = flashpack::testing::random_bytes(3 * kPiece + 12'345);
+  std::mt19937 random(1);
+  std::vector<std::size_t> cuts{0, 1, kPiece - 1, kPiece, 2 * kPiece + 7, bytes.size()};
+  for (int i = 0; i < 50; ++i) cuts.push_back(random() % bytes.size());
+  std::sort(cuts.begin(), cuts.end());
+  std::vector<std::size_t> parts;
+  for (std::size_t i = 0; i + 1 < cuts.size(); ++i) parts.push_back(i);
+  std::shuffle(parts.begin(), parts.end(), random);
+  PieceSums sums(0, bytes.size());
+  std::vector<std::thread> threads;
+  for (std::size_t thread = 0; thread < 3; ++thread) {
+    threads.emplace_back([&, thread] {
+      for (std::size_t i = thread; i < parts.size(); i += 3) {
+        const std::size_t begin = cuts[parts[i]];
+        sums.add(begin, std::span(bytes).subspan(begin, cuts[parts[i] + 1] - begin));
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (std::uint64_t index = 0; index < 4; ++index) {
+    const auto piece = std::span(bytes).subspan(index * kPiece).first(index < 3 ? kPiece : 12'345);
+    EXPECT_EQ(sums.counted_bytes(index), piece.size());
+    EXPECT_EQ(sums.crc32c(index, static_cast<std::uint32_t>(piece.size())), crc32c(piece)) << index;
+  }
+}
+
+TEST(PieceSums, RangesAreJoinedAndWhatLiesOutsideIsPassedOver) {
+  const auto bytes = flashpack::testing::random_bytes(4 * kPiece);
+  PieceSums first(0, kPiece + 10);
+  first.add(0, bytes);  // Pieces 2 and 3 are not its own.
+  PieceSums second(2 * kPiece, 3 * kPiece);
+  second.add(2 * kPiece, std::span(bytes).subspan(2 * kPiece, kPiece));
+  PieceSums all;
+  all.add(second);
+  all.add(first);
+  all.add(PieceSums());
+  for (std::uint64_t index = 0; index < 3; ++index) {
+    EXPECT_EQ(all.crc32c(index, kPiece), crc32c(std::span(bytes).subspan(index * kPiece, kPiece))) << index;
+  }
+  EXPECT_EQ(all.counted_bytes(3), 0u);
+}
+
+}  // namespace
+}  // namespace flashpack::engine
