@@ -28,7 +28,7 @@ FileIdentity identity_of(const struct stat& status) {
 // None: the file system says that there is no direct I/O.
 std::optional<Alignment> direct_io_alignment(int fd) {
 #ifdef STATX_DIOALIGN
-  struct statx status {};
+  struct statx status{};
   if (::statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) == 0 && (status.stx_mask & STATX_DIOALIGN)) {
     if (status.stx_dio_mem_align == 0 || status.stx_dio_offset_align == 0) return std::nullopt;
     const std::uint32_t block_bytes = std::max({status.stx_dio_mem_align, status.stx_dio_offset_align, kPageBytes});
@@ -46,7 +46,7 @@ File File::open(const std::filesystem::path& path, const std::optional<FileIdent
   UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (!fd) throw file_error(errno_code(errno), "open", path);
   File file(path, std::move(fd));
-  struct stat status {};
+  struct stat status{};
   if (::fstat(file.buffered_fd(), &status) != 0) throw file_error(errno_code(errno), "stat", path);
   if (S_ISDIR(status.st_mode)) throw file_error(errno_code(EISDIR), "open", path);
   if (!S_ISREG(status.st_mode)) throw file_error(Errc::kInvalidArgument, "open (not a regular file)", path);
@@ -58,7 +58,7 @@ File File::open(const std::filesystem::path& path, const std::optional<FileIdent
 
 File File::created(std::filesystem::path path, UniqueFd fd) {
   File file(std::move(path), std::move(fd));
-  struct stat status {};
+  struct stat status{};
   if (::fstat(file.buffered_fd(), &status) != 0) throw file_error(errno_code(errno), "stat", file.path());
   file.identity_ = identity_of(status);
   file.open_direct(O_WRONLY);
@@ -74,7 +74,7 @@ void File::open_direct(int access) {
   direct_.reset(::open(self.c_str(), access | O_CLOEXEC | O_DIRECT));
   if (!direct_) direct_.reset(::open(path_.c_str(), access | O_CLOEXEC | O_DIRECT));
   if (!direct_) direct_error_ = errno;
-  struct stat status {};
+  struct stat status{};
   if (direct_ && (::fstat(direct_fd(), &status) != 0 || identity_of(status) != identity_)) direct_.reset();
   if (!direct_) return;
   alignment_ = *alignment;
@@ -88,7 +88,7 @@ void File::open_direct(int access) {
 void File::drop_from_cache() const noexcept { ::posix_fadvise(buffered_fd(), 0, 0, POSIX_FADV_DONTNEED); }
 
 bool File::unchanged() const noexcept {
-  struct stat status {};
+  struct stat status{};
   return ::fstat(buffered_fd(), &status) == 0 && identity_of(status) == identity_;
 }
 

@@ -37,7 +37,7 @@ std::filesystem::path resolve_links(const std::filesystem::path& path) {
 // The mode of the file to be replaced, or what open(2) would give a new one.
 mode_t replaced_mode(const std::filesystem::path& path) {
   constexpr mode_t kNewFileMode = 0666;  // Less the umask.
-  struct stat status {};
+  struct stat status{};
   if (::stat(path.c_str(), &status) != 0) {
     if (errno == ENOENT) return kNewFileMode;
     throw file_error(errno_code(errno), "create", path);
@@ -70,7 +70,7 @@ FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, 
   try {
     file_.emplace(engine::File::created(temp_path_, std::move(fd)));
     // umask has cut the mode; a replaced file's mode is kept as it was. Not being allowed to is no reason not to write.
-    struct stat status {};
+    struct stat status{};
     if (::stat(path_.c_str(), &status) == 0) (void)::fchmod(file_->buffered_fd(), mode);
     reserve(0, payload_bytes_);
   } catch (...) {

@@ -52,10 +52,10 @@ std::uint32_t remove_zeros(std::uint32_t sum, std::uint32_t size_bytes) {
   return size_bytes == 0 ? sum : multiply(sum, power_of_x(kOrder - 8 * size_bytes));
 }
 
-std::uint32_t remainder(std::span<const std::byte> bytes) {
-  // The library takes a pointer to mutable bytes, and reads them.
+std::uint32_t remainder(std::span<const std::byte> bytes, std::uint32_t before = 0) {
+  // The library takes a pointer to mutable bytes, and reads them; and it counts in int.
   auto* const begin = const_cast<unsigned char*>(reinterpret_cast<const unsigned char*>(bytes.data()));
-  return ::crc32_iscsi(begin, static_cast<int>(bytes.size()), 0);
+  return ::crc32_iscsi(begin, static_cast<int>(bytes.size()), before);
 }
 
 }  // namespace
@@ -123,3 +123,11 @@ void PieceSums::grow(std::uint64_t first, std::uint64_t end) {
 }
 
 }  // namespace flashpack::engine
+
+std::uint32_t flashpack::crc32c(std::span<const std::byte> bytes) noexcept {
+  std::uint32_t sum = ~std::uint32_t{0};
+  for (; !bytes.empty(); bytes = bytes.subspan(std::min<std::size_t>(bytes.size(), Checksums::kPieceBytes))) {
+    sum = engine::remainder(bytes.first(std::min<std::size_t>(bytes.size(), Checksums::kPieceBytes)), sum);
+  }
+  return ~sum;
+}

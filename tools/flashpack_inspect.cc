@@ -1,4 +1,6 @@
-// flashpack_inspect: what is in a flashpack file, from its footer alone.
+// flashpack_inspect: what is in a flashpack file, from its footer alone, or whether its bytes are still right.
+
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -18,6 +20,7 @@
 #include <vector>
 
 #include "flashpack/format.h"
+#include "flashpack/verify.h"
 
 namespace {
 
@@ -31,14 +34,16 @@ constexpr int kExitUsage = 2;
 constexpr const char* kDescription =
     "Shows what is in a flashpack file: its format, its tensors and where their bytes are.\n"
     "Only the footer is read and every rule of the format is checked, so this is also the quick way to ask\n"
-    "whether a file is sound. The tensors' bytes are not read.";
+    "whether a file is sound. The tensors' bytes are read with --verify alone.";
 
 constexpr const char* kFooter =
     "Examples:\n"
     "  flashpack_inspect model.flashpack\n"
+    "  flashpack_inspect model.flashpack --verify\n"
     "  flashpack_inspect model.flashpack --json | jq '.tensors[] | select(.size_bytes > 1e8) | .name'\n"
     "\n"
-    "Exit status: 0 the file is sound (warnings included), 1 it is not or cannot be read, 2 wrong usage.";
+    "Exit status: 0 the file is sound (warnings included), 1 it is not or cannot be read, or has no checksums to\n"
+    "verify, 2 wrong usage.";
 
 /// Text for a terminal: control characters, which could drive it, are shown as \xHH.
 std::string printable(std::string_view utf8) {
@@ -129,6 +134,7 @@ std::string text_report(const Metadata& metadata, const std::string& path) {
   out += "  elements     " + std::to_string(metadata.total_elems) + "\n";
   out += "  payload      " + exact_bytes(metadata.payload_bytes) + "\n";
   out += "  file         " + exact_bytes(metadata.identity.size_bytes) + "\n";
+  out += "  checksums    " + std::string(metadata.checksums ? "CRC-32C of every MiB" : "none") + "\n";
   out += "  alignment    " + (metadata.align_bytes == 0 ? "dense" : exact_bytes(metadata.align_bytes)) + "\n\n";
 
   Table macroblocks;
@@ -178,10 +184,56 @@ std::string json_report(const Metadata& metadata) {
       {"total_elems", metadata.total_elems},
       {"payload_bytes", metadata.payload_bytes},
       {"file_bytes", metadata.identity.size_bytes},
+      {"has_checksums", metadata.checksums.has_value()},
       {"macroblocks", std::move(macroblocks)},
       {"tensors", std::move(tensors)},
       {"warnings", boost::json::array(metadata.warnings.begin(), metadata.warnings.end())}};
   return boost::json::serialize(report) + "\n";
+}
+
+/// Keeps one line of a terminal's standard error up to date.
+class ProgressLine {
+ public:
+  explicit ProgressLine(std::uint64_t total_bytes) : total_bytes_(total_bytes), shown_(::isatty(STDERR_FILENO) != 0) {}
+  ~ProgressLine() {
+    if (shown_) std::fputs("\r\x1b[K", stderr);
+  }
+  ProgressLine(const ProgressLine&) = delete;
+  ProgressLine& operator=(const ProgressLine&) = delete;
+
+  void tell(std::uint64_t done_bytes) const {
+    if (!shown_) return;
+    std::fprintf(stderr, "\rverified %s of %s", human_bytes(done_bytes).c_str(), human_bytes(total_bytes_).c_str());
+  }
+
+ private:
+  std::uint64_t total_bytes_;
+  bool shown_;
+};
+
+std::string verify_text(const flashpack::VerifyReport& report, const Metadata& metadata) {
+  std::array<char, 64> rate{};
+  std::snprintf(rate.data(), rate.size(), " in %.2f s, %.2f GB/s", report.seconds,
+                static_cast<double>(metadata.payload_bytes) / 1e9 / std::max(report.seconds, 1e-9));
+  std::string out;
+  for (const auto& piece : report.corrupt) {
+    out += "corrupt: bytes " + std::to_string(piece.offset_bytes) + "+" + std::to_string(piece.size_bytes) + ", of " +
+           printable(tensors_in(metadata, piece.offset_bytes, piece.size_bytes)) + "\n";
+  }
+  out += report.corrupt.empty() ? "sound: " : std::to_string(report.corrupt.size()) + " pieces corrupt, sound: ";
+  return out + exact_bytes(report.verified_bytes) + rate.data() + "\n";
+}
+
+std::string verify_json(const flashpack::VerifyReport& report, const Metadata& metadata) {
+  boost::json::array corrupt;
+  for (const auto& piece : report.corrupt) {
+    corrupt.push_back({{"offset_bytes", piece.offset_bytes},
+                       {"size_bytes", piece.size_bytes},
+                       {"tensors", tensors_in(metadata, piece.offset_bytes, piece.size_bytes)}});
+  }
+  const boost::json::object object = {
+      {"verified_bytes", report.verified_bytes}, {"corrupt", std::move(corrupt)}, {"seconds", report.seconds}};
+  return boost::json::serialize(object) + "\n";
 }
 
 /// A reader that has seen enough, like head(1), is no failure. Throws: std::system_error for any other.
@@ -191,6 +243,17 @@ void write_stdout(const std::string& text) {
   if (!written && errno != EPIPE) throw std::system_error(errno, std::generic_category(), "write standard output");
 }
 
+int verify_file(const std::string& path, const Metadata& metadata, bool json) {
+  flashpack::Engine engine;
+  flashpack::VerifyReport report;
+  {
+    const ProgressLine line(metadata.payload_bytes);
+    report = verify_payload(engine, path, metadata, [&](std::uint64_t done_bytes) { line.tell(done_bytes); });
+  }
+  write_stdout(json ? verify_json(report, metadata) : verify_text(report, metadata));
+  return report.corrupt.empty() ? 0 : kExitBadFile;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -198,8 +261,10 @@ int main(int argc, char** argv) {
   app.footer(kFooter);
   std::string path;
   bool json = false;
+  bool verify = false;
   app.add_option("FILE", path, "The file to look at")->required();
   app.add_flag("--json", json, "Write one JSON object for programs: every macroblock and tensor, sizes in bytes");
+  app.add_flag("--verify", verify, "Read all tensors, at disk speed, and tell which do not match their checksums");
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -207,6 +272,7 @@ int main(int argc, char** argv) {
   }
   try {
     const Metadata metadata = flashpack::read_metadata(path);
+    if (verify) return verify_file(path, metadata, json);
     write_stdout(json ? json_report(metadata) : text_report(metadata, path));
     return 0;
   } catch (const std::exception& error) {

@@ -37,7 +37,17 @@ struct Key {
 
 // Indices into the tables of keys below.
 namespace footer_key {
-enum : std::size_t { kFormat, kTargetDType, kAlignBytes, kTotalElems, kTotalPayloadBytes, kMacroblocks, kIndex };
+enum : std::size_t {
+  kFormat,
+  kTargetDType,
+  kCrc32cPerMib,
+  kFooterCrc32c,
+  kAlignBytes,
+  kTotalElems,
+  kTotalPayloadBytes,
+  kMacroblocks,
+  kIndex,
+};
 }
 namespace macroblock_key {
 enum : std::size_t { kDType, kOffsetBytes, kLengthBytes, kLengthElems };
@@ -46,10 +56,15 @@ namespace record_key {
 enum : std::size_t { kName, kShape, kOffset, kLength, kMacroblock };
 }
 
-constexpr std::array kFooterKeys = {
-    Key{"format", Type::kString},       Key{"target_dtype", Type::kString},         Key{"align_bytes", Type::kInteger},
-    Key{"total_elems", Type::kInteger}, Key{"total_payload_bytes", Type::kInteger}, Key{"macroblocks", Type::kArray},
-    Key{"index", Type::kArray}};
+constexpr std::array kFooterKeys = {Key{"format", Type::kString},
+                                    Key{"target_dtype", Type::kString},
+                                    Key{"crc32c_per_mib", Type::kString},
+                                    Key{"footer_crc32c", Type::kString},
+                                    Key{"align_bytes", Type::kInteger},
+                                    Key{"total_elems", Type::kInteger},
+                                    Key{"total_payload_bytes", Type::kInteger},
+                                    Key{"macroblocks", Type::kArray},
+                                    Key{"index", Type::kArray}};
 constexpr std::array kMacroblockKeys = {Key{"dtype", Type::kString}, Key{"offset_bytes", Type::kInteger},
                                         Key{"length_bytes", Type::kInteger}, Key{"length_elems", Type::kInteger}};
 constexpr std::array kRecordKeys = {Key{"name", Type::kString}, Key{"shape", Type::kArray},
@@ -84,14 +99,14 @@ struct Frame {
   std::size_t key = kUnknownKey;  // Index in `keys` of the value that comes next.
   std::uint32_t seen = 0;         // Bit i: keys[i] has been met.
   std::array<std::uint64_t, kMaxKeys> integers{};
-  std::array<std::string, 2> strings;           // In every table the strings stand first.
+  std::array<std::string, 4> strings;           // In every table the strings stand first.
   std::set<std::string, std::less<>> others{};  // Keys that are not in `keys`.
 };
 
 /// Receives the events of Boost.JSON's basic_parser, whose names these are. Throws Error at the first broken rule.
 class FooterHandler {
  public:
-  // A real footer has objects of at most 7 keys; the limit bounds what the set of keys may cost.
+  // A real footer has objects of at most 9 keys; the limit bounds what the set of keys may cost.
   static constexpr std::size_t max_object_size = std::size_t{1} << 20;
   static constexpr std::size_t max_array_size = std::numeric_limits<std::uint32_t>::max();
   static constexpr std::size_t max_key_size = std::numeric_limits<std::size_t>::max();
@@ -271,6 +286,8 @@ class FooterHandler {
     using namespace footer_key;
     if (frame.has(kFormat)) fields_.format = std::move(frame.strings[kFormat]);
     if (frame.has(kTargetDType)) fields_.target_dtype = std::move(frame.strings[kTargetDType]);
+    if (frame.has(kCrc32cPerMib)) fields_.crc32c_per_mib = std::move(frame.strings[kCrc32cPerMib]);
+    if (frame.has(kFooterCrc32c)) fields_.footer_crc32c = std::move(frame.strings[kFooterCrc32c]);
     if (frame.has(kAlignBytes)) fields_.align_bytes = frame.integers[kAlignBytes];
     if (frame.has(kTotalElems)) fields_.total_elems = frame.integers[kTotalElems];
     if (frame.has(kTotalPayloadBytes)) fields_.total_payload_bytes = frame.integers[kTotalPayloadBytes];

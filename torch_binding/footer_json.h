@@ -22,6 +22,8 @@ struct FooterFields {
   std::optional<std::uint64_t> total_payload_bytes;
   std::optional<std::vector<Macroblock>> macroblocks;
   std::optional<std::vector<TensorRecord>> records;
+  std::optional<std::string> crc32c_per_mib;
+  std::optional<std::string> footer_crc32c;
 };
 
 /// Integers fit int64 and are not negative. Keys that are not known are checked as JSON and passed over, except in

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <span>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -28,6 +29,7 @@ class FooterCheck {
     check_names();
     check_overlap_of_records();
     add_totals(fields);
+    if (fields.crc32c_per_mib) metadata_.checksums = checksums(*fields.crc32c_per_mib);
     return std::move(metadata_);
   }
 
@@ -180,6 +182,22 @@ class FooterCheck {
     }
   }
 
+  Checksums checksums(std::string_view digits) const {
+    Checksums sums{.size_bytes = metadata_.payload_bytes};
+    const std::uint64_t pieces = (sums.size_bytes + Checksums::kPieceBytes - 1) / Checksums::kPieceBytes;
+    if (digits.size() != pieces * rules::kCrcDigits) {
+      fail("crc32c_per_mib has " + std::to_string(digits.size()) + " digits, not " + std::to_string(rules::kCrcDigits) +
+           " for each MiB of the payload");
+    }
+    sums.crc32c.reserve(pieces);
+    for (; !digits.empty(); digits.remove_prefix(rules::kCrcDigits)) {
+      const auto crc = rules::parse_crc(digits.substr(0, rules::kCrcDigits));
+      if (!crc) fail("crc32c_per_mib is not hexadecimal");
+      sums.crc32c.push_back(*crc);
+    }
+    return sums;
+  }
+
   std::string where(std::size_t i) const {
     return "record " + std::to_string(i) + " " + rules::quoted(metadata_.records[i].name);
   }
@@ -191,10 +209,23 @@ class FooterCheck {
   Metadata metadata_;
 };
 
+void check_footer_crc(std::string_view digits, std::string_view json, const std::filesystem::path& path) {
+  const std::string end = std::string(digits) + "\"}";
+  if (!json.ends_with(std::string(rules::kFooterCrcKey) + end)) {
+    rules::refuse(path, "footer_crc32c is not the last key of the footer, or not written as the format has it");
+  }
+  json.remove_suffix(end.size());
+  if (rules::parse_crc(digits) != crc32c(std::as_bytes(std::span(json)))) {
+    rules::refuse(path, "the footer does not match its checksum: it is corrupt");
+  }
+}
+
 }  // namespace
 
 Metadata parse_footer(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path) {
-  return FooterCheck(payload_bytes, path).run(parse_footer_json(json, payload_bytes, path));
+  FooterFields fields = parse_footer_json(json, payload_bytes, path);
+  if (fields.footer_crc32c) check_footer_crc(*fields.footer_crc32c, json, path);
+  return FooterCheck(payload_bytes, path).run(std::move(fields));
 }
 
 }  // namespace flashpack

@@ -109,6 +109,19 @@ std::uint64_t Metadata::size_bytes(const TensorRecord& record) const {
   return record.length_elems * element_bytes(dtype(record));
 }
 
+std::string tensors_in(const Metadata& metadata, std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+  constexpr std::size_t kNamed = 5;
+  std::string names;
+  std::size_t count = 0;
+  for (const TensorRecord& record : metadata.records) {
+    const std::uint64_t begin = metadata.offset_bytes(record);
+    if (begin >= offset_bytes + size_bytes || begin + metadata.size_bytes(record) <= offset_bytes) continue;
+    if (count++ < kNamed) names += (names.empty() ? "" : ", ") + rules::quoted(record.name);
+  }
+  if (count == 0) return "no tensor";
+  return count <= kNamed ? names : names + " and " + std::to_string(count - kNamed) + " more";
+}
+
 Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options) {
   const FooterFile file(path);
   const FileIdentity identity = file.identity();

@@ -1,6 +1,9 @@
 #include "torch_binding/format_rules.h"
 
 #include <algorithm>
+#include <array>
+#include <charconv>
+#include <cstdio>
 #include <functional>
 #include <limits>
 #include <numeric>
@@ -123,6 +126,19 @@ void refuse(const std::filesystem::path& path, const std::string& sentence, std:
   std::string context = "read " + (path.empty() ? std::string("footer") : path.string());
   if (offset_bytes != Error::kNoOffset) context += " at " + std::to_string(offset_bytes);
   throw Error(Errc::kBadFile, context + ": " + sentence, path, offset_bytes);
+}
+
+void append_crc(std::string& out, std::uint32_t crc32c) {
+  std::array<char, kCrcDigits + 1> digits{};
+  std::snprintf(digits.data(), digits.size(), "%08x", crc32c);
+  out += digits.data();
+}
+
+std::optional<std::uint32_t> parse_crc(std::string_view digits) noexcept {
+  std::uint32_t crc = 0;
+  const auto [end, error] = std::from_chars(digits.begin(), digits.end(), crc, 16);
+  if (digits.size() != kCrcDigits || error != std::errc() || end != digits.end()) return std::nullopt;
+  return crc;
 }
 
 }  // namespace flashpack::rules

@@ -40,6 +40,13 @@ std::string quoted(std::string_view utf8);
 /// The same for bytes that may not be text: what is not printable ASCII as \xHH.
 std::string quoted_bytes(std::string_view bytes);
 
+inline constexpr std::string_view kFooterCrcKey = ",\"footer_crc32c\":\"";
+inline constexpr std::size_t kCrcDigits = 8;
+/// In hexadecimal, kCrcDigits of them, in lower case.
+void append_crc(std::string& out, std::uint32_t crc32c);
+/// The other way, in either case; empty for anything else.
+std::optional<std::uint32_t> parse_crc(std::string_view digits) noexcept;
+
 /// Throws Error (kBadFile): "read PATH at OFFSET: SENTENCE: not a valid flashpack file".
 [[noreturn]] void refuse(const std::filesystem::path& path, const std::string& sentence,
                          std::uint64_t offset_bytes = Error::kNoOffset);

@@ -164,6 +164,15 @@ void append_preamble(std::string& out, const Metadata& metadata) {
   out += ']';
 }
 
+void append_checksums(std::string& out, const Checksums& checksums) {
+  out += ",\"crc32c_per_mib\":\"";
+  for (const std::uint32_t crc : checksums.crc32c) rules::append_crc(out, crc);
+  out += '"';
+  out += rules::kFooterCrcKey;
+  rules::append_crc(out, crc32c(std::as_bytes(std::span(out))));
+  out += '"';
+}
+
 }  // namespace
 
 std::vector<std::size_t> file_order(std::span<const TensorSpec> tensors,
@@ -215,7 +224,9 @@ std::string encode_footer(const Metadata& metadata) {
     if (&record != &metadata.records.front()) out += ',';
     append_record_json(out, record, metadata.version == 4);
   }
-  out += "]}";
+  out += ']';
+  if (metadata.checksums) append_checksums(out, *metadata.checksums);
+  out += '}';
   const auto json_bytes = std::bit_cast<std::array<char, sizeof(std::uint64_t)>>(std::uint64_t{out.size()});
   out.append(json_bytes.data(), json_bytes.size());
   out += rules::kMagic;

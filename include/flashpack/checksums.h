@@ -1,7 +1,9 @@
 /// Checksums of a file's payload.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace flashpack {
@@ -16,5 +18,8 @@ struct Checksums {
 
   bool operator==(const Checksums&) const = default;
 };
+
+/// Of all of `bytes`.
+std::uint32_t crc32c(std::span<const std::byte> bytes) noexcept;
 
 }  // namespace flashpack

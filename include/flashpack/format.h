@@ -13,6 +13,7 @@
 #include <string_view>
 #include <vector>
 
+#include "flashpack/checksums.h"
 #include "flashpack/error.h"
 #include "flashpack/file_identity.h"
 
@@ -71,9 +72,10 @@ struct Metadata {
   std::uint64_t total_elems = 0;
   std::uint64_t payload_bytes = 0;  ///< Length of the payload; the footer begins there.
   std::vector<Macroblock> macroblocks;
-  std::vector<TensorRecord> records;  ///< In file order.
-  FileIdentity identity;              ///< Of the file it was read from; pass it on as FileExtents::expected.
-  std::vector<std::string> warnings;  ///< Harmless oddities, one sentence each.
+  std::vector<TensorRecord> records;   ///< In file order.
+  std::optional<Checksums> checksums;  ///< Of the payload, when the file has them.
+  FileIdentity identity;               ///< Of the file it was read from; pass it on as FileExtents::expected.
+  std::vector<std::string> warnings;   ///< Harmless oddities, one sentence each.
 
   DType dtype(const TensorRecord& record) const { return macroblocks[record.macroblock].dtype; }
   /// Where a tensor's bytes are in the file.
@@ -91,6 +93,9 @@ Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOpti
 
 /// Checks a footer's JSON against a payload of `payload_bytes`. `path` is for messages only. Throws: Error (kBadFile).
 Metadata parse_footer(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path = {});
+
+/// For messages: the tensors that have bytes in that range of the file, `"a", "b" and 3 more`; "no tensor" for padding.
+std::string tensors_in(const Metadata& metadata, std::uint64_t offset_bytes, std::uint64_t size_bytes);
 
 /// A tensor to be written.
 struct TensorSpec {
@@ -110,8 +115,11 @@ std::vector<std::size_t> file_order(std::span<const TensorSpec> tensors,
 /// are not UTF-8, negative dims, more than 64 dims, sizes past 2^63.
 Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_bytes);
 
-/// The bytes after the payload: JSON, its length, the magic. Byte for byte what the Python reference writes.
-/// `metadata` is one that make_layout(), read_metadata() or parse_footer() returned.
+/// The bytes after the payload: JSON, its length, the magic. Without checksums, byte for byte what the Python reference
+/// writes. With them the JSON has two more keys, which other readers pass over: "crc32c_per_mib", eight hexadecimal
+/// digits for each MiB of the payload, and as the very last "footer_crc32c", over all of the JSON before its value.
+/// `metadata` is one that make_layout(), read_metadata() or parse_footer() returned, and its checksums are of
+/// payload_bytes bytes.
 std::string encode_footer(const Metadata& metadata);
 
 }  // namespace flashpack

@@ -240,6 +240,35 @@ INSTANTIATE_TEST_SUITE_P(
     }),
     test_name);
 
+INSTANTIATE_TEST_SUITE_P(
+    Checksums, Refused,
+    testing::ValuesIn(std::vector<Change>{
+        {"TooFew", kV3, "{", R"({"crc32c_per_mib":"",)", "crc32c_per_mib has 0 digits"},
+        {"TooMany", kV3, "{", R"({"crc32c_per_mib":"0123456789abcdef",)", "crc32c_per_mib has 16 digits"},
+        {"NotHexadecimal", kV3, "{", R"({"crc32c_per_mib":"0x345678",)", "crc32c_per_mib is not hexadecimal"},
+        {"NotAString", kV3, "{", R"({"crc32c_per_mib":["01234567"],)", "crc32c_per_mib must be a string"},
+        {"OfTheFooterNotLast", kV3, "{", R"({"footer_crc32c":"01234567",)", "footer_crc32c is not the last key"},
+    }),
+    test_name);
+
+TEST(FooterChecksums, OfTheFooterThatDoesNotMatchIsCorruption) {
+  const std::string json = std::string(kV3.substr(0, kV3.size() - 1)) + R"(,"footer_crc32c":"01234567"})";
+  EXPECT_NE(error_of(json).find("does not match its checksum"), std::string::npos) << error_of(json);
+}
+
+TEST(FooterChecksums, AreReadAsTheyWereWritten) {
+  for (const std::string_view json : {kV3, kV4}) {
+    Metadata metadata = parse_footer(json, kPayloadBytes);
+    EXPECT_FALSE(metadata.checksums.has_value());
+    metadata.checksums = {.size_bytes = kPayloadBytes, .crc32c = {0x0badcafe}};
+    const std::string footer = encode_footer(metadata);
+    const Metadata again = parse_footer(footer.substr(0, footer.size() - 16), kPayloadBytes);
+    EXPECT_EQ(again.checksums, metadata.checksums);
+    EXPECT_EQ(encode_footer(again), footer);
+    EXPECT_TRUE(again.warnings.empty());
+  }
+}
+
 class Accepted : public testing::TestWithParam<Change> {};
 
 TEST_P(Accepted, WithTheSameTensors) {

@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <fstream>
 
+#include "flashpack/engine.h"
+#include "flashpack/format.h"
 #include "tests/format/golden_files.h"
 #include "tests/support/run.h"
 
@@ -126,6 +128,37 @@ TEST(Inspect, FullDiskIsAFailure) {
   const Outcome outcome = inspect(quoted(golden("v3_bool")) + " 2>&1 >/dev/full");
   EXPECT_EQ(outcome.status, 1);
   EXPECT_NE(outcome.output.find("No space left on device"), std::string::npos) << outcome.output;
+}
+
+TEST(Inspect, VerifyTellsSoundFromCorruptAndNamesTheTensors) {
+  const Scratch file("");
+  const Metadata layout = make_layout(std::vector<TensorSpec>{{"a", DType::kUInt8, {2'000'000}}}, 0);
+  const std::vector<std::byte> bytes(layout.payload_bytes, std::byte{5});
+  {
+    Engine engine;
+    FileWriter writer = engine.create(file.path(), {.checksums = true});
+    writer.write({{.size_bytes = bytes.size(), .source = bytes.data()}});
+    Metadata metadata = layout;
+    metadata.checksums = writer.checksums();
+    const std::string footer = encode_footer(metadata);
+    writer.commit(std::as_bytes(std::span(footer)));
+  }
+  const Outcome sound = inspect("--verify " + quoted(file.path()));
+  EXPECT_EQ(sound.status, 0);
+  EXPECT_TRUE(sound.output.starts_with("sound: 2.00 MB")) << sound.output;
+  std::fstream(file.path(), std::ios::in | std::ios::out).seekp(1'500'000).put('x');
+  const Outcome corrupt = inspect("--verify " + quoted(file.path()));
+  EXPECT_EQ(corrupt.status, 1);
+  EXPECT_NE(corrupt.output.find("corrupt: bytes 1048576+951424, of \"a\""), std::string::npos) << corrupt.output;
+  const Outcome json = inspect("--verify --json " + quoted(file.path()));
+  EXPECT_EQ(json.status, 1);
+  EXPECT_EQ(boost::json::parse(json.output).at("corrupt").as_array().size(), 1u);
+}
+
+TEST(Inspect, VerifyOfAFileWithoutChecksumsSaysSo) {
+  const Outcome outcome = inspect("--verify " + quoted(golden("v3_bf16")) + " 2>&1");
+  EXPECT_EQ(outcome.status, 1);
+  EXPECT_NE(outcome.output.find("no checksums to verify"), std::string::npos) << outcome.output;
 }
 
 }  // namespace

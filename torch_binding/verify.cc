@@ -1,0 +1,118 @@
+#include "flashpack/verify.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <chrono>
+
+#include "torch_binding/format_rules.h"
+
+namespace flashpack {
+
+namespace {
+
+// While one window is looked at, the next is being read.
+constexpr std::uint64_t kWindowBytes = std::uint64_t{64} << 20;
+
+/// Memory that reads go to in place, given back at the end.
+class WindowMemory {
+ public:
+  WindowMemory() : address_(::mmap(nullptr, kWindowBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
+    if (address_ == MAP_FAILED) throw Error({errno, std::generic_category()}, "verify: take memory");
+    ::madvise(address_, kWindowBytes, MADV_HUGEPAGE);
+  }
+  ~WindowMemory() { ::munmap(address_, kWindowBytes); }
+  WindowMemory(const WindowMemory&) = delete;
+  WindowMemory& operator=(const WindowMemory&) = delete;
+
+  void* data() const { return address_; }
+
+ private:
+  void* address_;
+};
+
+class Verifier {
+ public:
+  Verifier(Engine& engine, const std::filesystem::path& path, const Metadata& metadata)
+      : engine_(engine), path_(path), metadata_(metadata) {
+    if (!metadata.checksums) rules::refuse(path, "it has no checksums to verify");
+  }
+
+  VerifyReport run(const std::function<void(std::uint64_t)>& progress) {
+    const auto start = std::chrono::steady_clock::now();
+    const std::uint64_t end = metadata_.payload_bytes;
+    begin(0);
+    for (std::uint64_t offset = 0; offset < end; offset += kWindowBytes) {
+      begin(offset + kWindowBytes);
+      finish(offset);
+      if (progress) progress(std::min(offset + kWindowBytes, end));
+    }
+    report_.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return std::move(report_);
+  }
+
+ private:
+  struct Window {
+    WindowMemory memory;
+    Transfer transfer;  // Last: it ends before its memory goes.
+  };
+
+  Window& window(std::uint64_t offset) { return windows_[offset / kWindowBytes % windows_.size()]; }
+
+  LoadRequest request(std::uint64_t offset, std::uint64_t size, void* memory) const {
+    LoadRequest request;
+    request.files.push_back({.path = path_,
+                             .extents = {{offset, size, memory}},
+                             .expected = metadata_.identity,
+                             .checksums = metadata_.checksums});
+    return request;
+  }
+
+  void begin(std::uint64_t offset) {
+    if (offset >= metadata_.payload_bytes) return;
+    const std::uint64_t size = std::min(kWindowBytes, metadata_.payload_bytes - offset);
+    Window& next = window(offset);
+    next.transfer = engine_.start_load(request(offset, size, next.memory.data()));
+  }
+
+  void finish(std::uint64_t offset) {
+    try {
+      report_.verified_bytes += window(offset).transfer.wait().verified_bytes;
+    } catch (const Error& error) {
+      if (error.code() != Errc::kCorrupt) throw;
+      find_corrupt_pieces(offset);
+    }
+  }
+
+  // A transfer names the first one only.
+  void find_corrupt_pieces(std::uint64_t offset) {
+    const std::uint64_t end = std::min(offset + kWindowBytes, metadata_.payload_bytes);
+    for (; offset < end; offset += Checksums::kPieceBytes) {
+      const std::uint64_t size = std::min<std::uint64_t>(Checksums::kPieceBytes, end - offset);
+      try {
+        report_.verified_bytes += engine_.load(request(offset, size, spare_.data())).verified_bytes;
+      } catch (const Error& error) {
+        if (error.code() != Errc::kCorrupt) throw;
+        report_.corrupt.push_back({offset, size});
+      }
+    }
+  }
+
+  Engine& engine_;
+  const std::filesystem::path& path_;
+  const Metadata& metadata_;
+  VerifyReport report_;
+  WindowMemory spare_;
+  std::array<Window, 2> windows_;
+};
+
+}  // namespace
+
+VerifyReport verify_payload(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
+                            const std::function<void(std::uint64_t done_bytes)>& progress) {
+  return Verifier(engine, path, metadata).run(progress);
+}
+
+}  // namespace flashpack
