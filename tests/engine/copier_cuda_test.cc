@@ -194,7 +194,9 @@ TEST_P(DeviceTest, CancelDeadlineAndDestructionDoNotWaitForTheCallersKernels) {
   Transfer expired = engine_->start_load(late);
   ASSERT_TRUE(expired.wait_for(kHang));
   EXPECT_EQ(error_of([&] { expired.wait(); })->code(), Errc::kDeadlineExceeded);
-  { const Transfer destroyed = engine_->start_load(request(target, CachePolicy::kDirect, stream.stream)); }
+  {
+    const Transfer destroyed = engine_->start_load(request(target, CachePolicy::kDirect, stream.stream));
+  }
   EXPECT_TRUE(untouched(target));
   cuda().end_kernel(stream.stream);
   cuda().finish_all();

@@ -183,7 +183,7 @@ TEST_P(EngineTest, ReadingPastTheEndFailsBeforeAnyIo) {
 }
 
 TEST_P(EngineTest, AnotherFileThanTheMetadatasIsRefused) {
-  struct stat status {};
+  struct stat status{};
   ASSERT_EQ(::stat(path_.c_str(), &status), 0);
   FileIdentity identity{.dev = status.st_dev,
                         .ino = status.st_ino,
@@ -207,10 +207,9 @@ TEST_P(EngineTest, TargetsThatOverlapAreRefusedAtOnce) {
                   {.files = {{.path = path_, .extents = {{0, 600, memory.data()}, {0, 600, memory.data() + 500}}}}});
             }).code(),
             Errc::kInvalidArgument);
-  EXPECT_EQ(error_of([&] {
-              (void)engine_.start_load({.files = {{.path = path_, .extents = {{0, 600, nullptr}}}}});
-            }).code(),
-            Errc::kInvalidArgument);
+  EXPECT_EQ(
+      error_of([&] { (void)engine_.start_load({.files = {{.path = path_, .extents = {{0, 600, nullptr}}}}}); }).code(),
+      Errc::kInvalidArgument);
 }
 
 TEST_P(EngineTest, APassedDeadlineEndsTheTransfer) {
@@ -271,7 +270,9 @@ TEST_P(EngineTest, ATransferStartedByACompletionEndsBeforeTheEngine) {
 TEST_P(EngineTest, DestroyedHandleMeansNothingIsInFlight) {
   for (int i = 0; i < 50; ++i) {
     auto memory = std::make_unique<GuardedMemory>(bytes_.size(), i % 2 ? 0 : 77);
-    { const Transfer transfer = engine_.start_load(request(*memory, 0, CachePolicy::kDirect)); }
+    {
+      const Transfer transfer = engine_.start_load(request(*memory, 0, CachePolicy::kDirect));
+    }
     EXPECT_TRUE(memory->intact());
   }
 }
@@ -331,7 +332,9 @@ TEST_P(EngineTest, AForkedChildGetsAClearErrorAndCanMakeItsOwnEngine) {
     } catch (const Error& error) {
       failures += error.code() != Errc::kUnusable;
     }
-    { const Engine inherited = std::move(engine_); }  // Releases nothing, waits for nobody.
+    {
+      const Engine inherited = std::move(engine_);
+    }  // Releases nothing, waits for nobody.
     Engine own(small_engine(GetParam()));
     own.load(request(memory, 5));
     failures += !right(memory, 5);

@@ -87,7 +87,7 @@ TEST_F(FileWriterTest, ReplacesAtomicallyAndKeepsTheMode) {
   FileWriter writer = engine_.create(path_);
   writer.write({{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}});
   writer.commit();
-  struct stat status {};
+  struct stat status{};
   ASSERT_EQ(::stat(path_.c_str(), &status), 0);
   EXPECT_EQ(status.st_mode & 0777, 0640u);
   EXPECT_EQ(status.st_size, 10);
@@ -107,7 +107,7 @@ TEST_F(FileWriterTest, NewFilesObeyTheUmask) {
   FileWriter writer = engine_.create(path_);
   writer.commit(bytes_of("x"));
   ::umask(old);
-  struct stat status {};
+  struct stat status{};
   ASSERT_EQ(::stat(path_.c_str(), &status), 0);
   EXPECT_EQ(status.st_mode & 0777, 0640u);
 }
