@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -22,6 +22,10 @@ _SEGMENT_BYTES = 1 << 30
 _GAP_BYTES = 1 << 20
 # On a device, smaller tensors get memory of their own, so that one that outlives the rest does not keep a segment.
 _MIN_SHARED_BYTES = 1 << 20
+
+
+Span = tuple[int, int]
+"""Begin and end in the file, in bytes."""
 
 
 class Region(Protocol):
@@ -135,19 +139,34 @@ def fill_regions(footer: Footer, regions: Sequence[Region], side: Side, silent: 
     return stats
 
 
-def read_tensors(
-    footer: Footer, entries: Sequence[Entry], device: torch.device, silent: bool
-) -> dict[str, torch.Tensor]:
-    """Reads `entries` in one transfer, to `device` or, where the engine cannot, to the CPU."""
+class Filled(NamedTuple):
+    """Regions with the bytes of a file, where they ended up, and the statistics of this process's reads, if any."""
+
+    regions: list[Region]
+    device: torch.device
+    stats: dict[str, Any] | None
+
+
+def read_regions(footer: Footer, spans: Sequence[Span], device: torch.device, silent: bool) -> Filled:
+    """Reads each of `spans` into a region of its own, on `device` or, where the engine cannot, on the CPU."""
     side = side_of(device)
+    regions = [allocate_region(begin, end - begin, side.device) for begin, end in spans]
+    return Filled(regions, side.device, fill_regions(footer, regions, side, silent))
+
+
+ReadRegions = Callable[[Footer, Sequence[Span], torch.device, bool], Filled]
+"""read_regions, or what does the same in another way."""
+
+
+def read_tensors(
+    footer: Footer, entries: Sequence[Entry], device: torch.device, silent: bool, read: ReadRegions = read_regions
+) -> dict[str, torch.Tensor]:
+    """Reads `entries` in one transfer, to where `read` puts them."""
     # Records may name the same bytes: these are read once.
     runs = plan_runs(list({entry.offset_bytes: entry for entry in entries if entry.size_bytes}.values()))
-    regions = [
-        allocate_region(run[0].offset_bytes, stop_of(run[-1]) - run[0].offset_bytes, side.device) for run in runs
-    ]
-    fill_regions(footer, regions, side, silent)
-    region_at = {entry.offset_bytes: region for region, run in zip(regions, runs, strict=True) for entry in run}
-    return tensors_of(entries, region_at, side.device)
+    filled = read(footer, [(run[0].offset_bytes, stop_of(run[-1])) for run in runs], device, silent)
+    region_at = {entry.offset_bytes: region for region, run in zip(filled.regions, runs, strict=True) for entry in run}
+    return tensors_of(entries, region_at, filled.device)
 
 
 def tensors_of(
