@@ -14,7 +14,13 @@ from .version import __commit_id__, __version__, __version_tuple__, commit_id, v
 if TYPE_CHECKING:
     from . import constants, deserialization, mixin, serialization, utils
     from ._footer import get_flashpack_file_metadata, is_flashpack_file
-    from .deserialization import assign_from_file, iterate_from_flash_tensor, read_flashpack_file, revert_from_file
+    from .deserialization import (
+        assign_from_file,
+        iterate_from_flash_tensor,
+        read_flashpack_file,
+        read_flashpack_file_distributed,
+        revert_from_file,
+    )
     from .mixin import FlashPackMixin
     from .serialization import pack_to_file
 
@@ -35,6 +41,7 @@ __all__ = [
     "mixin",
     "pack_to_file",
     "read_flashpack_file",
+    "read_flashpack_file_distributed",
     "revert_from_file",
     "serialization",
     "utils",
@@ -55,6 +62,7 @@ _HOME_OF = {
     "iterate_from_flash_tensor": "deserialization",
     "pack_to_file": "serialization",
     "read_flashpack_file": "deserialization",
+    "read_flashpack_file_distributed": "deserialization",
     "revert_from_file": "deserialization",
 }
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ._assign import check_strictness, commit, make_plan
-from ._device import CPU, side_of
+from ._assign import Filters, Plan, check_strictness, commit, make_plan
+from ._device import CPU
+from ._distributed import Ranks, join_ranks, ranks_of_group, resolve_shard_strategy
 from ._footer import Entry, Footer, StrPath, blocks_of, get_flashpack_file_metadata, is_flashpack_file, read_footer
-from ._memory import Region, allocate_region, fill_regions, map_file, read_tensors, tensors_of
+from ._memory import ReadRegions, Region, map_file, read_regions, read_tensors, tensors_of
 from ._native import FlashPackError
 from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
 from .utils import human_num_elements, is_ignored_tensor_name, logger
@@ -24,6 +25,8 @@ __all__ = [
     "is_flashpack_file",
     "iterate_from_flash_tensor",
     "read_flashpack_file",
+    "read_flashpack_file_distributed",
+    "resolve_shard_strategy",
     "revert_from_file",
 ]
 
@@ -71,13 +74,36 @@ def read_flashpack_file(
     """
     target = _supported_device(device, mmap)
     footer = read_footer(path)
-    if metadata is not None and not _describes(metadata, footer):
-        raise FlashPackError(f"{footer.path}: the metadata given is not that of this file")
-    result = footer.metadata if metadata is None else metadata
-    index = _index_of(result)
-    storage = _read_blocks(footer, target, silent, mmap)
-    for record in index:
-        record.setdefault("macroblock", 0)
+    result = _accepted(metadata, footer)
+    return _read_blocks(footer, target, silent, mmap), result
+
+
+def read_flashpack_file_distributed(
+    path: StrPath,
+    device: str | torch.device = "cuda",
+    src: int = 0,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    num_streams: int = DEFAULT_NUM_STREAMS,
+    silent: bool = True,
+    metadata: dict[str, Any] | None = None,
+    sharded: bool = False,
+    shard_strategy: str | None = None,
+) -> tuple[FlashTensorStorage, dict[str, Any]]:
+    """read_flashpack_file on every rank of the process group, of which only `src` reads; the others get its bytes.
+
+    All ranks have to call it, and only `src` has to see the file. What fails on one rank raises on all.
+
+    `sharded`, `shard_strategy`: checked, and without effect on what is read by whom.
+
+    Raises what read_flashpack_file raises; RuntimeError without a process group, and for what failed on another rank.
+    """
+    ranks = ranks_of_group(device, src)
+    with ranks.together():
+        ranks.check(False, sharded, shard_strategy)
+        target = _supported_device(device, mmap=False)
+        footer = ranks.footer(path)
+        result = _accepted(metadata, footer)
+        storage = _read_blocks(footer, target, silent, mmap=False, read=ranks.read_regions)
     return storage, result
 
 
@@ -144,43 +170,67 @@ def assign_from_file(
     `keep_flash_ref_on_model`: reads whole macroblocks, lets the tensors share their memory, and keeps them and the
     footer as `_flash_shared_storage` and `_flash_shared_storage_meta`.
     `mmap`: as in read_flashpack_file. `num_streams`, `chunk_bytes`: accepted for compatibility.
+    `use_distributed_loading`: all ranks of the process group call this; rank 0 reads what any of them wants, and the
+    others get its bytes without having to see the file. What fails on one rank raises on all, and changes no module
+    unless it was the last step, moving and casting, that failed. Without a group, utils.maybe_init_distributed makes
+    one from `rank`, `local_rank` and `world_size`; in a world of one, this process loads alone. `distributed_*`: as in
+    read_flashpack_file_distributed.
 
     Raises FlashPackError (a ValueError) for a file that is not valid or does not fit, OSError for the system's
-    failures. Not to be called while other threads use `model`.
+    failures, RuntimeError for what failed on another rank. Not to be called while other threads use `model`.
     """
-    if use_distributed_loading:
-        _refuse_distributed()
-    target = _supported_device(_device_of(model) if device is None else device, mmap)
-    footer = read_footer(path)
-    try:
-        plan = make_plan(model, footer.entries(), (ignore_names, ignore_prefixes, ignore_suffixes), coerce_dtype)
-    except (TypeError, ValueError) as error:
-        raise FlashPackError(f"Error while assigning to {type(model).__name__} from {footer.path}: {error}") from error
-    check_strictness(plan, footer.path, strict, strict_params, strict_buffers)
+    device = _device_of(model) if device is None else device
+    ranks = join_ranks(device, rank, local_rank, world_size) if use_distributed_loading else Ranks()
+    with ranks.together():
+        ranks.check(mmap, distributed_sharded, distributed_shard_strategy)
+        target = _supported_device(device, mmap)
+        footer = ranks.footer(path)
+        plan = _plan(model, footer, (ignore_names, ignore_prefixes, ignore_suffixes), coerce_dtype)
+        check_strictness(plan, footer.path, strict, strict_params, strict_buffers)
 
-    storage = _read_blocks(footer, target, silent, mmap) if keep_flash_ref_on_model else None
-    with torch.inference_mode(False), torch.no_grad():
-        if storage is None:
-            tensors = _read_entries(footer, plan.wanted, target, silent, mmap)
-        else:
-            tensors = {entry.name: _share(storage, entry) for entry in plan.wanted}
-        commit(plan, tensors, target, coerce_dtype)
+        storage = _read_blocks(footer, target, silent, mmap, ranks.read_regions) if keep_flash_ref_on_model else None
+        with torch.inference_mode(False), torch.no_grad():
+            if storage is None:
+                wanted = ranks.wanted_by_any(footer, plan.wanted)
+                tensors = _read_entries(footer, wanted, target, silent, mmap, ranks.read_regions)
+            else:
+                tensors = {entry.name: _share(storage, entry) for entry in plan.wanted}
+            ranks.agree()
+            commit(plan, tensors, target, coerce_dtype)
     if storage is not None:
         model._flash_shared_storage = storage  # type: ignore[assignment]
         model._flash_shared_storage_meta = footer.metadata  # type: ignore[assignment]
     _report(plan.wanted, len(plan.slots), plan.unexpected, plan.missing_parameters + plan.missing_buffers)
 
 
-def _read_blocks(footer: Footer, device: torch.device, silent: bool, mmap: bool) -> FlashTensorStorage:
+def _accepted(metadata: dict[str, Any] | None, footer: Footer) -> dict[str, Any]:
+    """The footer that the caller has, else that of the file, with a macroblock for every record."""
+    if metadata is not None and not _describes(metadata, footer):
+        raise FlashPackError(f"{footer.path}: the metadata given is not that of this file")
+    result = footer.metadata if metadata is None else metadata
+    for record in _index_of(result):
+        record.setdefault("macroblock", 0)
+    return result
+
+
+def _plan(model: torch.nn.Module, footer: Footer, filters: Filters, coerce_dtype: bool) -> Plan:
+    try:
+        return make_plan(model, footer.entries(), filters, coerce_dtype)
+    except (TypeError, ValueError) as error:
+        raise FlashPackError(f"Error while assigning to {type(model).__name__} from {footer.path}: {error}") from error
+
+
+def _read_blocks(
+    footer: Footer, device: torch.device, silent: bool, mmap: bool, read: ReadRegions = read_regions
+) -> FlashTensorStorage:
     blocks = footer.blocks()
     stats = None
     with torch.inference_mode(False), torch.no_grad():
         if mmap:
             regions: list[Region] = [map_file(footer)] * len(blocks)
         else:
-            side = side_of(device)
-            regions = [allocate_region(block.offset_bytes, block.length_bytes, side.device) for block in blocks]
-            stats = fill_regions(footer, regions, side, silent)
+            spans = [(block.offset_bytes, block.offset_bytes + block.length_bytes) for block in blocks]
+            regions, _, stats = read(footer, spans, device, silent)
         tensors = [
             region.tensor(block.dtype, (block.length_elems,), block.length_elems, block.offset_bytes).to(device)
             for region, block in zip(regions, blocks, strict=True)
@@ -189,13 +239,18 @@ def _read_blocks(footer: Footer, device: torch.device, silent: bool, mmap: bool)
 
 
 def _read_entries(
-    footer: Footer, entries: list[Entry], device: torch.device, silent: bool, mmap: bool = False
+    footer: Footer,
+    entries: list[Entry],
+    device: torch.device,
+    silent: bool,
+    mmap: bool = False,
+    read: ReadRegions = read_regions,
 ) -> dict[str, torch.Tensor]:
     with torch.inference_mode(False), torch.no_grad():
         if mmap:
             file = map_file(footer)
             return tensors_of(entries, {entry.offset_bytes: file for entry in entries})
-        return read_tensors(footer, entries, device, silent)
+        return read_tensors(footer, entries, device, silent, read)
 
 
 def _share(storage: FlashTensorStorage, entry: Entry) -> torch.Tensor:
@@ -224,12 +279,6 @@ def _describes(metadata: dict[str, Any], footer: Footer) -> bool:
         return blocks_of(metadata) == footer.blocks()
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
-
-
-def _refuse_distributed() -> None:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        raise RuntimeError("distributed loading requires an initialized torch.distributed process group")
-    raise NotImplementedError("distributed loading is not available; without it, every rank reads the file by itself")
 
 
 def _index_of(metadata: Any) -> list[dict[str, Any]]:
