@@ -208,9 +208,8 @@ def assign_from_file(
     `mmap`: as in read_flashpack_file. `num_streams`, `chunk_bytes`: accepted for compatibility.
     `use_distributed_loading`: all ranks of the process group call this; rank 0 reads what any of them wants, and the
     others get its bytes without having to see the file. What fails on one rank raises on all, and changes no module
-    unless it was the last step, moving and casting, that failed. Without a group, utils.maybe_init_distributed makes
-    one from `rank`, `local_rank` and `world_size`; in a world of one, this process loads alone. `distributed_*`: as in
-    read_flashpack_file_distributed.
+    unless it was the last step, moving and casting, that failed. Without a group, one is made of `rank`, `local_rank`
+    and `world_size`; in a world of one, this process loads alone. `distributed_*`: see read_flashpack_file_distributed.
 
     Raises FlashPackError (a ValueError) for a file that is not valid or does not fit, OSError for the system's
     failures, RuntimeError for what failed on another rank. Not to be called while other threads use `model`.
