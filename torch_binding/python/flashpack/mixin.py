@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from ._footer import StrPath
+from ._footer import StrPath, Verify
 from ._meta_init import meta_parameters
 from .constants import (
     DEFAULT_ALIGN_BYTES,
@@ -65,6 +65,8 @@ class FlashPackMixin:
         coerce_dtype: bool = False,
         init_fn: Callable[..., Self] | None = None,
         mmap: bool = False,
+        verify: Verify = "auto",
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> Self:
         """Builds an instance without memory for its parameters, loads `path` into it, and returns it in eval mode.
@@ -100,6 +102,8 @@ class FlashPackMixin:
             **places,
             coerce_dtype=coerce_dtype or cls.flashpack_coerce_dtype,
             mmap=mmap,
+            verify=verify,
+            dtype=dtype,
         )
         model.eval()
         _warn_of_meta(model, path)
@@ -113,11 +117,12 @@ class FlashPackMixin:
         align_bytes: int = DEFAULT_ALIGN_BYTES,
         silent: bool = False,
         num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
+        checksum: bool = True,
     ) -> None:
         """pack_to_file of this module."""
         if not isinstance(self, torch.nn.Module):
             raise TypeError(f"{type(self).__name__} is not a torch.nn.Module")
-        pack_to_file(self, destination_path, target_dtype, name_order, align_bytes, silent, num_workers)
+        pack_to_file(self, destination_path, target_dtype, name_order, align_bytes, silent, num_workers, checksum)
 
     @classmethod
     def _flashpack_builder(cls: type[Self]) -> Callable[..., Self]:
