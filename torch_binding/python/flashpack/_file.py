@@ -108,7 +108,7 @@ class FlashPackFile:
         return name in self._entries
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor of that name, in memory of its own. Raises KeyError if there is none, and what load_file raises."""
+        """The tensor of that name, in memory of its own. Raises KeyError if there is none, else as load_file does."""
         entry = self._entry(name)
         with torch.inference_mode(False), torch.no_grad():
             return read_tensors(self._footer, [entry], self._device, self._options)[name].to(self._device)
