@@ -460,11 +460,6 @@ def test_the_device_is_that_of_the_model_then_of_its_parameters(pack):
     flashpack.assign_from_file(no_parameters, pack(no_parameters))
 
 
-def test_distributed_loading_needs_a_process_group(pack):
-    with pytest.raises(RuntimeError, match="process group"):
-        flashpack.assign_from_file(Model(), pack(Model()), use_distributed_loading=True)
-
-
 def test_many_threads_load_at_once(pack):
     sources = [{"weight": random_tensor((256, 256), seed=i), "bias": random_tensor((256,), seed=i)} for i in range(8)]
     paths = [pack(source) for source in sources]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         assign_from_file,
         iterate_from_flash_tensor,
         read_flashpack_file,
+        read_flashpack_file_distributed,
         revert_from_file,
         verify_file,
     )
@@ -41,6 +42,7 @@ __all__ = [
     "mixin",
     "pack_to_file",
     "read_flashpack_file",
+    "read_flashpack_file_distributed",
     "revert_from_file",
     "serialization",
     "utils",
@@ -62,6 +64,7 @@ _HOME_OF = {
     "iterate_from_flash_tensor": "deserialization",
     "pack_to_file": "serialization",
     "read_flashpack_file": "deserialization",
+    "read_flashpack_file_distributed": "deserialization",
     "revert_from_file": "deserialization",
     "verify_file": "deserialization",
 }

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import itertools
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from ._footer import StrPath, Verify
-from ._meta_init import meta_parameters
+from ._meta_init import meta_parameters, warn_of_meta
 from .constants import (
     DEFAULT_ALIGN_BYTES,
     DEFAULT_CHUNK_BYTES,
@@ -106,7 +104,7 @@ class FlashPackMixin:
             dtype=dtype,
         )
         model.eval()
-        _warn_of_meta(model, path)
+        warn_of_meta(model, path)
         return model
 
     def save_flashpack(
@@ -148,14 +146,3 @@ def _accepted(
     wanted = [name for name in places if name in parameters and name not in taken]
     required = [name for name in wanted if parameters[name].default is inspect.Parameter.empty]
     return accepted | {name: places[name] for name in wanted if places[name] is not None or name in required}
-
-
-def _warn_of_meta(model: torch.nn.Module, path: StrPath) -> None:
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    left = [name for name, tensor in tensors if tensor.is_meta]
-    if left:
-        warnings.warn(
-            f"flashpack: {len(left)} tensors are still on the meta device after loading {path}, "
-            f"because it does not have them: {left}",
-            stacklevel=3,
-        )
