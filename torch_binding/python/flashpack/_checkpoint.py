@@ -139,7 +139,7 @@ def _weight_map(path: Path) -> dict[str, Path]:
 
 def _plain(file: str) -> str:
     """`file`, once it is known that it is beside the index."""
-    if PurePosixPath(file).name != file:
+    if PurePosixPath(file).name != file or file in ("", ".."):
         raise FlashPackError(f"it names {file!r}, which is no file beside it")
     return file
 

@@ -24,7 +24,7 @@ _COMPANIONS = [
     *("*.json", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.spm", "*.jinja", "additional_chat_templates/*.jinja"),
     *("*.py", "*.md", "LICENSE*"),
 ]
-_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TENSOR_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|flashpack|index(\.[^.]+)?\.json)$")
 
 

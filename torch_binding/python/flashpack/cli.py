@@ -159,7 +159,7 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
             click.echo(json.dumps({**report, "corrupt": corrupt}))
         else:
             for offset_bytes, size_bytes, names in report["corrupt"]:
-                click.echo(f"corrupt: bytes {offset_bytes}+{size_bytes}, of {_printable(', '.join(names))}")
+                click.echo(f"corrupt: bytes {offset_bytes}+{size_bytes}, of {_printable(names)}")
             sound = f"sound: {report['verified_bytes']} bytes in {report['seconds']:.2f} s"
             click.echo(f"{len(report['corrupt'])} pieces corrupt, {sound}" if report["corrupt"] else sound)
         if report["corrupt"]:

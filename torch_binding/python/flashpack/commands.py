@@ -14,7 +14,7 @@ import torch
 
 from ._checkpoint import files_of, open_checkpoint, stem_of
 from ._directory import WEIGHTS_NAME, copy_companions, download, find_checkpoints, is_repo_id, staged
-from ._footer import StrPath
+from ._footer import StrPath, get_flashpack_file_metadata
 from ._native import FlashPackError
 from ._pretrained import build_model
 from .deserialization import revert_from_file
@@ -99,9 +99,9 @@ def convert_to_flashpack(
     if use_transformers and use_diffusers:
         raise FlashPackError("use_transformers and use_diffusers exclude each other")
     if isinstance(source, torch.nn.Module):
-        return convert_to_flashpack_from_model(source, _required(destination_path), **options)
+        return convert_to_flashpack_from_model(source, _required(destination_path, "a model"), **options)
     if isinstance(source, Mapping):
-        return convert_to_flashpack_from_state_dict(source, _required(destination_path), **options)
+        return convert_to_flashpack_from_state_dict(source, _required(destination_path, "a state dict"), **options)
     if os.path.isfile(source):
         if use_transformers or use_diffusers:
             raise FlashPackError(f"a model cannot be built from {source} alone: give its directory")
@@ -223,6 +223,7 @@ def revert_from_flashpack(path: StrPath, destination_path: StrPath | None = None
     """
     source = Path(path)
     destination = Path(default_reversal(source) if destination_path is None else destination_path)
+    get_flashpack_file_metadata(source)
     _refuse_source([source], destination)
     if destination_path is None:
         _refuse_existing(destination)
@@ -263,7 +264,9 @@ def _convert_directory(
     if os.path.isdir(source):
         directory = Path(source, subfolder or "")
     elif is_repo_id(os.fspath(source)):
-        destination_path = _required(destination_path)
+        destination_path = _required(
+            destination_path, f"{source}, which is no file or directory here but perhaps a repository,"
+        )
         directory = download(os.fspath(source), subfolder, variant, **hub)
     else:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(source))
@@ -302,15 +305,15 @@ def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
         os.fsync(saved.fileno())
 
 
-def _required(destination_path: StrPath | None) -> StrPath:
+def _required(destination_path: StrPath | None, source: str) -> StrPath:
     if destination_path is None:
-        raise AssertionError("destination_path is required: only a local file or directory has a default")
+        raise AssertionError(f"destination_path is required: {source} has no default")
     return destination_path
 
 
 def _refuse_existing(destination: Path) -> None:
     if destination.exists():
-        raise FlashPackError(f"{destination} exists already; a default destination is not replaced")
+        raise FlashPackError(f"{destination} exists already; name it as the destination, or use --force, to replace it")
 
 
 def _refuse_source(sources: list[Path], destination: Path) -> None:
