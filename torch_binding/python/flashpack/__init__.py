@@ -14,7 +14,13 @@ from .version import __commit_id__, __version__, __version_tuple__, commit_id, v
 if TYPE_CHECKING:
     from . import constants, deserialization, mixin, serialization, utils
     from ._footer import get_flashpack_file_metadata, is_flashpack_file
-    from .deserialization import assign_from_file, iterate_from_flash_tensor, read_flashpack_file, revert_from_file
+    from .deserialization import (
+        assign_from_file,
+        iterate_from_flash_tensor,
+        read_flashpack_file,
+        revert_from_file,
+        verify_file,
+    )
     from .mixin import FlashPackMixin
     from .serialization import pack_to_file
 
@@ -38,6 +44,7 @@ __all__ = [
     "revert_from_file",
     "serialization",
     "utils",
+    "verify_file",
     "version",
     "version_tuple",
 ]
@@ -56,6 +63,7 @@ _HOME_OF = {
     "pack_to_file": "serialization",
     "read_flashpack_file": "deserialization",
     "revert_from_file": "deserialization",
+    "verify_file": "deserialization",
 }
 
 

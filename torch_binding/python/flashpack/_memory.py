@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
+from . import _native
 from ._device import CPU, Side, side_of
-from ._footer import Entry, Footer, logger
-from ._progress import progress_bar
+from ._footer import Entry, Footer, Verify, logger
+from ._progress import Show, progress_bar
 from .utils import string_to_dtype
 
 _HUGE_PAGE_BYTES = 2 << 20
@@ -117,37 +119,59 @@ def map_file(footer: Footer) -> HostRegion:
     """The whole file, mapped privately and writable. Truncation by others is SIGBUS for whoever touches it."""
     with open(footer.path, "rb") as file:
         stat = os.fstat(file.fileno())
-        if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != footer.identity:
+        if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != footer.native.identity:
             raise OSError(errno.ESTALE, "the file was replaced or changed", footer.path)
         buffer = mmap.mmap(file.fileno(), stat.st_size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
     return HostRegion(buffer, 0, 0, stat.st_size)
 
 
-def fill_regions(footer: Footer, regions: Sequence[Region], side: Side, silent: bool) -> dict[str, Any]:
+def fill_regions(footer: Footer, regions: Sequence[Region], side: Side, verify: Verify, show: Show) -> dict[str, Any]:
     """Reads all regions, of one side, in one transfer and returns its statistics.
 
     When this raises, be it OSError or KeyboardInterrupt, nothing is in flight any more.
     """
     extents = [(region.offset_bytes, region.size_bytes, region.address) for region in regions]
-    with progress_bar("Loading", sum(region.size_bytes for region in regions), silent) as progress:
-        stats = side.engine.load(footer.path, extents, footer.identity, progress=progress, stream=side.stream)
+    with progress_bar("Loading", sum(region.size_bytes for region in regions), show) as progress:
+        stats = side.engine.load(footer.path, extents, footer.native, verify, progress=progress, stream=side.stream)
     logger.info("%s: %s", footer.path, _describe(stats))
     return stats
 
 
 def read_tensors(
-    footer: Footer, entries: Sequence[Entry], device: torch.device, silent: bool
+    footer: Footer, entries: Sequence[Entry], device: torch.device, verify: Verify, show: Show
 ) -> dict[str, torch.Tensor]:
     """Reads `entries` in one transfer, to `device` or, where the engine cannot, to the CPU."""
     side = side_of(device)
     # Records may name the same bytes: these are read once.
     runs = plan_runs(list({entry.offset_bytes: entry for entry in entries if entry.size_bytes}.values()))
-    regions = [
-        allocate_region(run[0].offset_bytes, stop_of(run[-1]) - run[0].offset_bytes, side.device) for run in runs
-    ]
-    fill_regions(footer, regions, side, silent)
+    spans = [(run[0].offset_bytes, stop_of(run[-1])) for run in runs]
+    regions = allocate_regions(spans, footer, side.device, verify)
+    fill_regions(footer, regions, side, verify, show)
     region_at = {entry.offset_bytes: region for region, run in zip(regions, runs, strict=True) for entry in run}
     return tensors_of(entries, region_at, side.device)
+
+
+def allocate_regions(
+    spans: Sequence[tuple[int, int]], footer: Footer, device: torch.device, verify: Verify
+) -> list[Region]:
+    """Memory for the bytes between begin and end of each of `spans`, which ascend.
+
+    Only whole pieces can be verified. So a region takes in the padding that follows; and where everything is to be
+    verified, it reaches to the borders of pieces.
+    """
+    piece_bytes = _native.PIECE_BYTES
+    longest_padding_bytes = math.lcm(footer.metadata["align_bytes"] or 1, 16) - 1
+    regions: list[Region] = []
+    free = 0
+    for (begin, end), (next_begin, _) in zip(spans, [*spans[1:], (footer.native.payload_bytes, 0)], strict=True):
+        if verify == "always":
+            begin = max(free, begin - begin % piece_bytes)
+            end = min(next_begin, end + -end % piece_bytes)
+        if next_begin - end <= longest_padding_bytes:
+            end = next_begin
+        regions.append(allocate_region(begin, end - begin, device))
+        free = end
+    return regions
 
 
 def tensors_of(
@@ -198,6 +222,7 @@ def _describe(stats: dict[str, Any]) -> str:
     rate = stats["requested_bytes"] / max(stats["seconds"], 1e-9) / 1e9
     text = (
         f"{stats['requested_bytes']} bytes in {stats['seconds']:.3f} s ({rate:.2f} GB/s), "
-        f"{stats['direct_bytes']} direct, {stats['buffered_bytes']} through the page cache, backend {stats['backend']}"
+        f"{stats['direct_bytes']} direct, {stats['buffered_bytes']} through the page cache, "
+        f"{stats['verified_bytes']} verified, backend {stats['backend']}"
     )
     return f"{text}; {stats['fallback_reason']}" if stats["fallback_reason"] else text

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ._assign import check_strictness, commit, make_plan
+from ._assign import Casts, check_strictness, commit, make_plan
 from ._device import CPU, side_of
-from ._footer import Entry, Footer, StrPath, blocks_of, get_flashpack_file_metadata, is_flashpack_file, read_footer
-from ._memory import Region, allocate_region, fill_regions, map_file, read_tensors, tensors_of
+from ._engine import engine
+from ._footer import (
+    Block,
+    Entry,
+    Footer,
+    StrPath,
+    Verify,
+    blocks_of,
+    get_flashpack_file_metadata,
+    is_flashpack_file,
+    read_footer,
+)
+from ._memory import Region, allocate_regions, fill_regions, map_file, read_tensors, tensors_of
 from ._native import FlashPackError
+from ._progress import Show, progress_bar
 from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
-from .utils import human_num_elements, is_ignored_tensor_name, logger
+from .utils import human_num_elements, is_ignored_tensor_name, logger, string_to_dtype
 
 __all__ = [
     "FlashTensorStorage",
@@ -25,6 +38,7 @@ __all__ = [
     "iterate_from_flash_tensor",
     "read_flashpack_file",
     "revert_from_file",
+    "verify_file",
 ]
 
 
@@ -57,6 +71,7 @@ def read_flashpack_file(
     silent: bool = True,
     metadata: dict[str, Any] | None = None,
     mmap: bool = False,
+    verify: Verify = "auto",
 ) -> tuple[FlashTensorStorage, dict[str, Any]]:
     """Reads the whole payload: one flat tensor per macroblock, and the footer, as iterate_from_flash_tensor takes them.
 
@@ -65,17 +80,18 @@ def read_flashpack_file(
     `metadata`: the footer, if the caller has it already; returned as it is, after a check that it is this file's.
     `mmap`: maps the file instead of reading it (CPU only). Nothing is read before it is touched, writes stay private,
     and if somebody truncates the file while the tensors live, touching them kills the process (SIGBUS).
+    `verify`: see assign_from_file.
     `chunk_bytes`, `num_streams`: accepted for compatibility; the engine knows better.
 
     Raises FlashPackError (a ValueError) for a file or an argument that is not valid, OSError for the system's failures.
     """
-    target = _supported_device(device, mmap)
+    target = _supported_device(device, mmap, verify)
     footer = read_footer(path)
     if metadata is not None and not _describes(metadata, footer):
         raise FlashPackError(f"{footer.path}: the metadata given is not that of this file")
     result = footer.metadata if metadata is None else metadata
     index = _index_of(result)
-    storage = _read_blocks(footer, target, silent, mmap)
+    storage = _read_blocks(footer, target, mmap, verify, not silent)
     for record in index:
         record.setdefault("macroblock", 0)
     return storage, result
@@ -103,7 +119,19 @@ def iterate_from_flash_tensor(
 def revert_from_file(path: StrPath, silent: bool = True) -> dict[str, torch.Tensor]:
     """The state dict that was packed, in file order, on the CPU. Each tensor owns its memory."""
     footer = read_footer(path)
-    return _read_entries(footer, list(footer.entries()), CPU, silent)
+    return _read_entries(footer, list(footer.entries()), CPU, show=not silent)
+
+
+def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
+    """Reads the payload of a file, at the speed of the disk, and holds it against the checksums written with it.
+
+    Returns `verified_bytes`, which match; `corrupt`, a list of (file offset, size in bytes, names of the tensors there)
+    of the pieces that do not; and `seconds`. Raises FlashPackError for a file that has no checksums or is not valid,
+    OSError for the system's failures.
+    """
+    payload_bytes = read_footer(path).native.payload_bytes
+    with progress_bar("Verifying", payload_bytes, not silent) as progress:
+        return engine().verify(os.fspath(path), progress)
 
 
 def assign_from_file(
@@ -128,6 +156,8 @@ def assign_from_file(
     world_size: int | None = None,
     coerce_dtype: bool = False,
     mmap: bool = False,
+    verify: Verify = "auto",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Gives the parameters and buffers of `model` the values of a file, all of them or, if anything fails, none.
 
@@ -141,6 +171,9 @@ def assign_from_file(
     are); with either, so are names that the model lacks. `strict` stands for both.
     `ignore_*`: names neither read nor required.
     `coerce_dtype`: casts to the dtypes of the model, which otherwise must agree for buffers.
+    `dtype`: what floating-point tensors of the file are cast to, those of buffers too; integers stay what they are.
+    `verify`: "auto" holds what is read in whole pieces of 1 MiB against the checksums of the file, if it has them;
+    "always" all of it, and a file without checksums is an error; "never" reads only.
     `keep_flash_ref_on_model`: reads whole macroblocks, lets the tensors share their memory, and keeps them and the
     footer as `_flash_shared_storage` and `_flash_shared_storage_meta`.
     `mmap`: as in read_flashpack_file. `num_streams`, `chunk_bytes`: accepted for compatibility.
@@ -150,52 +183,66 @@ def assign_from_file(
     """
     if use_distributed_loading:
         _refuse_distributed()
-    target = _supported_device(_device_of(model) if device is None else device, mmap)
+    target = _supported_device(_device_of(model) if device is None else device, mmap, verify)
     footer = read_footer(path)
+    if coerce_dtype and dtype is not None:
+        raise FlashPackError("coerce_dtype and dtype exclude each other")
+    casts = Casts(coerce_dtype, dtype)
     try:
-        plan = make_plan(model, footer.entries(), (ignore_names, ignore_prefixes, ignore_suffixes), coerce_dtype)
+        plan = make_plan(model, footer.entries(), (ignore_names, ignore_prefixes, ignore_suffixes), casts)
     except (TypeError, ValueError) as error:
         raise FlashPackError(f"Error while assigning to {type(model).__name__} from {footer.path}: {error}") from error
     check_strictness(plan, footer.path, strict, strict_params, strict_buffers)
 
-    storage = _read_blocks(footer, target, silent, mmap) if keep_flash_ref_on_model else None
+    storage = _read_blocks(footer, target, mmap, verify, not silent) if keep_flash_ref_on_model else None
     with torch.inference_mode(False), torch.no_grad():
         if storage is None:
-            tensors = _read_entries(footer, plan.wanted, target, silent, mmap)
+            tensors = _read_entries(footer, plan.wanted, target, mmap, verify, not silent)
         else:
             tensors = {entry.name: _share(storage, entry) for entry in plan.wanted}
-        commit(plan, tensors, target, coerce_dtype)
+        commit(plan, tensors, target, casts)
     if storage is not None:
         model._flash_shared_storage = storage  # type: ignore[assignment]
         model._flash_shared_storage_meta = footer.metadata  # type: ignore[assignment]
     _report(plan.wanted, len(plan.slots), plan.unexpected, plan.missing_parameters + plan.missing_buffers)
 
 
-def _read_blocks(footer: Footer, device: torch.device, silent: bool, mmap: bool) -> FlashTensorStorage:
+def _read_blocks(footer: Footer, device: torch.device, mmap: bool, verify: Verify, show: Show) -> FlashTensorStorage:
     blocks = footer.blocks()
+    filled = sorted((block for block in blocks if block.length_bytes), key=lambda block: block.offset_bytes)
     stats = None
     with torch.inference_mode(False), torch.no_grad():
         if mmap:
-            regions: list[Region] = [map_file(footer)] * len(blocks)
+            regions: list[Region] = [map_file(footer)] * len(filled)
         else:
             side = side_of(device)
-            regions = [allocate_region(block.offset_bytes, block.length_bytes, side.device) for block in blocks]
-            stats = fill_regions(footer, regions, side, silent)
-        tensors = [
-            region.tensor(block.dtype, (block.length_elems,), block.length_elems, block.offset_bytes).to(device)
-            for region, block in zip(regions, blocks, strict=True)
-        ]
+            spans = [(block.offset_bytes, block.offset_bytes + block.length_bytes) for block in filled]
+            regions = allocate_regions(spans, footer, side.device, verify)
+            stats = fill_regions(footer, regions, side, verify, show)
+        region_of = dict(zip(filled, regions, strict=True))
+        tensors = [_block(block, region_of.get(block), device) for block in blocks]
     return FlashTensorStorage(tensors, stats=stats)
 
 
+def _block(block: Block, region: Region | None, device: torch.device) -> torch.Tensor:
+    if region is None:
+        return torch.empty(0, dtype=string_to_dtype(block.dtype), device=device)
+    return region.tensor(block.dtype, (block.length_elems,), block.length_elems, block.offset_bytes).to(device)
+
+
 def _read_entries(
-    footer: Footer, entries: list[Entry], device: torch.device, silent: bool, mmap: bool = False
+    footer: Footer,
+    entries: list[Entry],
+    device: torch.device,
+    mmap: bool = False,
+    verify: Verify = "auto",
+    show: Show = False,
 ) -> dict[str, torch.Tensor]:
     with torch.inference_mode(False), torch.no_grad():
         if mmap:
             file = map_file(footer)
             return tensors_of(entries, {entry.offset_bytes: file for entry in entries})
-        return read_tensors(footer, entries, device, silent)
+        return read_tensors(footer, entries, device, verify, show)
 
 
 def _share(storage: FlashTensorStorage, entry: Entry) -> torch.Tensor:
@@ -204,8 +251,10 @@ def _share(storage: FlashTensorStorage, entry: Entry) -> torch.Tensor:
     return block.narrow(0, entry.offset_elems, entry.length_elems).view(entry.shape).data
 
 
-def _supported_device(device: str | torch.device, mmap: bool) -> torch.device:
+def _supported_device(device: str | torch.device, mmap: bool, verify: Verify) -> torch.device:
     target = torch.device(device)
+    if mmap and verify == "always":
+        raise FlashPackError("with mmap=True nothing is read, so there is nothing to verify")
     if target.type not in (("cpu",) if mmap else ("cpu", "cuda")):
         raise FlashPackError(f"Unsupported device: {target}{' with mmap=True' if mmap else ''}")
     return target

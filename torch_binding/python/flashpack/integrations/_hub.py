@@ -71,11 +71,13 @@ def upload_directory(
     create_pr: bool = False,
     commit_message: str | None = None,
     revision: str | None = None,
+    allow_patterns: Sequence[str] | None = None,
     ignore_patterns: Sequence[str] | None = None,
 ) -> None:
     """Uploads the files of `directory` to a repository on the Hub, which is made if it does not exist.
 
-    `ignore_patterns`: files that stay here. `create_pr`: proposes the change instead of making it.
+    `allow_patterns`: the files that go, by default all; `ignore_patterns`: files that stay here.
+    `create_pr`: proposes the change instead of making it.
     """
     from huggingface_hub import HfApi
 
@@ -88,5 +90,6 @@ def upload_directory(
         revision=revision,
         commit_message=commit_message,
         create_pr=create_pr,
+        allow_patterns=None if allow_patterns is None else list(allow_patterns),
         ignore_patterns=None if ignore_patterns is None else list(ignore_patterns),
     )
