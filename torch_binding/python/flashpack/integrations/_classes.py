@@ -1,40 +1,38 @@
-"""Classes that are a library's model with a flashpack mixin. They are called `FlashPack<Class>`; files are not told."""
+"""Classes that are a library's class with a flashpack mixin. They are called FlashPack<Class>; files never say so."""
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from typing import Any
 
 PREFIX = "FlashPack"
 
 
-def mix(original: type, mixin: type) -> type:
-    """`original` with `mixin`: a class made once, or `original` itself if it has the mixin. Instances pickle."""
-    return original if issubclass(original, mixin) else _mix(original, mixin)
+class _Promoted(type):
+    """The class of the classes FlashPack<X>; pickle makes them anew from X."""
+
+    recipe: tuple[type, type]
+
+
+copyreg.pickle(_Promoted, lambda promoted: (promoted_class, promoted.recipe))
 
 
 @functools.cache
-def _mix(original: type, mixin: type) -> type:
-    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        # No module has this class under its name, so pickle is told how to make it.
-        _, _, *state = original.__reduce_ex__(self, protocol)
-        return _new, (original, mixin), *state
-
-    # The module says which library the class belongs to; diffusers writes that into model_index.json.
-    body = {"__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": reduce}
-    return type(PREFIX + original.__name__, (original, mixin), body)
+def promoted_class(original: type, mixin: type) -> Any:
+    """FlashPack<X> for a class X: the same with `mixin`. X itself, if it has it already."""
+    if issubclass(original, mixin):
+        return original
+    # Libraries write the module of a class into files, to find it again.
+    body = {"__module__": original.__module__, "__doc__": original.__doc__, "recipe": (original, mixin)}
+    return _Promoted(PREFIX + original.__name__, (original, mixin), body)
 
 
-def _new(original: type, mixin: type) -> Any:
-    cls = _mix(original, mixin)
-    return cls.__new__(cls)
+def original_class(cls: type, mixin: type) -> Any:
+    """The class that files name for `cls`, so that they load without flashpack.
 
-
-def original_of(cls: type, mixin: type) -> type:
-    """The class that files name instead of `cls`, so that they load where flashpack is not.
-
-    It is the nearest base of a class called FlashPack... that is a model without the mixin. A class with another name,
-    or that has no such base, stands for itself.
+    For a class FlashPack..., also one written by hand, it is the nearest base that is a model and lacks the mixin.
+    Others, and those that have no such base, stay what they are.
     """
     if not cls.__name__.startswith(PREFIX):
         return cls

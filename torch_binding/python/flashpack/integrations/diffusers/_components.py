@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 
 from ..._native import FlashPackError
-from .._classes import PREFIX, mix, original_of
+from .._classes import PREFIX, original_class, promoted_class
 from .model import FlashPackDiffusersModelMixin
 
 _OURS = "flashpack.integrations."
@@ -26,13 +25,8 @@ def mixin_for(cls: type) -> Any:
     """The flashpack mixin for a class of diffusers or transformers; None if it is no model."""
     if issubclass(cls, ModelMixin):
         return FlashPackDiffusersModelMixin if issubclass(cls, ConfigMixin) else None
-    # Without transformers there are no models of it, and importing it takes seconds.
-    transformers = sys.modules.get("transformers")
-    if (
-        transformers is None
-        or not issubclass(cls, torch.nn.Module)
-        or not issubclass(cls, transformers.PreTrainedModel)
-    ):
+    # Importing transformers takes seconds, and who has not imported it has no model of it.
+    if "transformers" not in sys.modules or not issubclass(cls, sys.modules["transformers"].PreTrainedModel):
         return None
     from ..transformers import FlashPackTransformersModelMixin
 
@@ -49,14 +43,20 @@ def flashpack_class(cls: type) -> Any:
     mixin = mixin_for(cls)
     if mixin is None:
         raise FlashPackError(f"{cls.__name__} is not a model of diffusers or transformers")
-    return mix(cls, mixin)
+    if issubclass(cls, mixin):
+        return cls
+    if mixin is FlashPackDiffusersModelMixin:
+        return promoted_class(cls, mixin)
+    from ..transformers.model import promoted_class as promoted_transformer
+
+    return promoted_transformer(cls)
 
 
-def adopt(component: Any, cls: type | None = None) -> Any:
-    """Gives a model, in place, the class that adds the mixin to its own: `cls`, if that is one. Others stay as they are."""
+def promote(component: Any, wanted: type | None = None) -> Any:
+    """Gives a model, in place, the class that adds the mixin to its own, or `wanted`. Others stay what they are."""
     own = type(component)
     if mixin_for(own) is not None and not has_mixin(own):
-        component.__class__ = cls if cls is not None and issubclass(cls, own) else flashpack_class(own)
+        component.__class__ = wanted or flashpack_class(own)
     return component
 
 
@@ -96,8 +96,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def index_entry(cls: type) -> tuple[str, str]:
-    """Library and class as diffusers writes them into model_index.json, those of the original of a FlashPack... class."""
-    original: Any = original_of(cls, mixin_for(cls))
+    """Library and class of a model, as diffusers writes them into model_index.json."""
+    original = original_class(cls, mixin_for(cls))
     pipeline = DiffusionPipeline()
     pipeline.register_modules(component=original.__new__(original))
     library, name = pipeline.config["component"]

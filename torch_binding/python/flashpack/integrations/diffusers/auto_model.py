@@ -12,7 +12,7 @@ from ..._footer import StrPath
 from ..._meta_init import meta_parameters
 from ..._native import FlashPackError
 from .._hub import resolve_directory
-from ._components import adopt, class_named, entries_of, flashpack_class, read_json
+from ._components import class_named, entries_of, flashpack_class, promote, read_json
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_dir", "local_files_only", "proxies", "revision", "token")
 
@@ -30,7 +30,7 @@ class AutoFlashPackModel(ConfigMixin):  # type: ignore[misc]
         """What AutoModel.from_pretrained of diffusers loads; with `use_flashpack=True`, from_pretrained_flashpack()."""
         if kwargs.pop("use_flashpack", False):
             return cls.from_pretrained_flashpack(pretrained_model_or_path, **kwargs)
-        return adopt(diffusers.AutoModel.from_pretrained(pretrained_model_or_path, **kwargs))
+        return promote(diffusers.AutoModel.from_pretrained(pretrained_model_or_path, **kwargs))
 
     @classmethod
     def from_pretrained_flashpack(cls, pretrained_model_or_path: StrPath | None = None, **kwargs: Any) -> Any:
@@ -53,7 +53,7 @@ class AutoFlashPackModel(ConfigMixin):  # type: ignore[misc]
         return model_class.from_pretrained_flashpack(pretrained_model_or_path, **kwargs)
 
 
-def _class_of(directory: Path, subfolder: str, trust_remote_code: bool) -> type:
+def _class_of(directory: Path, subfolder: str, trust_remote_code: bool) -> Any:
     index = directory / "model_index.json"
     if subfolder and index.is_file():
         entry = entries_of(read_json(index)).get(subfolder)

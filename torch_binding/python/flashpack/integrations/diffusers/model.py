@@ -16,7 +16,7 @@ import torch
 from diffusers import ModelMixin
 
 from ..._assign import slots_of
-from ..._footer import Footer, StrPath, read_footer
+from ..._footer import Footer, StrPath, Verify, read_footer
 from ..._native import FlashPackError
 from ...constants import (
     DEFAULT_ALIGN_BYTES,
@@ -27,7 +27,7 @@ from ...constants import (
 from ...mixin import FlashPackMixin
 from ...serialization import pack_to_file
 from ...utils import logger, string_to_dtype
-from .._classes import original_of
+from .._classes import original_class
 from .._hub import resolve_directory, upload_directory
 
 FILE_NAME = "model.flashpack"
@@ -61,6 +61,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):  # type: ignore[
         token: str | None = None,
         repo_id: str | None = None,
         private: bool | None = None,
+        checksum: bool = True,
         **kwargs: Any,
     ) -> None:
         """Writes `model.flashpack` and `config.json` into a directory, which is made if need be.
@@ -78,7 +79,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):  # type: ignore[
             raise FlashPackError(f"{type(self).__name__} is quantized; its tensors alone do not make it again")
         directory = make_directory(save_directory)
         path = directory / FILE_NAME
-        options = {"align_bytes": align_bytes, "silent": silent, "num_workers": num_workers}
+        options = {"align_bytes": align_bytes, "silent": silent, "num_workers": num_workers, "checksum": checksum}
         options |= known_arguments(self.save_flashpack, kwargs)
         tensors = self.state_dict()
         if target_dtype is None or all(tensor.is_floating_point() for tensor in tensors.values()):
@@ -130,6 +131,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):  # type: ignore[
         world_size: int | None = None,
         coerce_dtype: bool = False,
         mmap: bool = False,
+        verify: Verify = "auto",
         **kwargs: Any,
     ) -> Self:
         """The model of a directory, or of a repository on the Hub, of which only what is needed is downloaded.
@@ -189,13 +191,14 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):  # type: ignore[
             coerce_dtype=coerce_dtype or dtype is not None,
             init_fn=partial(_build, cls, config, overrides, read_footer(path), dtype),
             mmap=mmap,
+            verify=verify,
         )
         model.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         return model
 
     def to_json_string(self) -> str:
         """The config, as ConfigMixin writes it, under the name of the class that is loadable without flashpack."""
-        original: Any = original_of(type(self), FlashPackDiffusersModelMixin)
+        original = original_class(type(self), FlashPackDiffusersModelMixin)
         if original is type(self):
             return str(super().to_json_string())
         stand_in = original.__new__(original)

@@ -15,7 +15,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from ..._footer import StrPath
+from ..._footer import StrPath, Verify
 from ..._native import FlashPackError
 from ...constants import (
     DEFAULT_ALIGN_BYTES,
@@ -24,10 +24,9 @@ from ...constants import (
     DEFAULT_NUM_WRITE_WORKERS,
 )
 from ...utils import logger
-from .._classes import PREFIX, mix, original_of
+from .._classes import PREFIX, original_class, promoted_class
 from .._hub import resolve_directory, upload_directory
 from ._components import (
-    adopt,
     class_named,
     declared_classes,
     entries_of,
@@ -35,6 +34,7 @@ from ._components import (
     has_mixin,
     index_entry,
     mixin_for,
+    promote,
     read_json,
 )
 from .model import FILE_NAME, flashpack_file, make_directory, one_device, requested_dtype
@@ -70,6 +70,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         silent: bool = True,
         num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
         target_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        checksum: bool = True,
         **kwargs: Any,
     ) -> None:
         """Writes model_index.json and each component into a directory of its own.
@@ -96,6 +97,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                     align_bytes=align_bytes,
                     silent=silent,
                     num_workers=num_workers,
+                    checksum=checksum,
                     **kwargs,
                 )
             elif hasattr(component, "save_pretrained"):
@@ -135,6 +137,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         strict_buffers: bool = False,
         keep_flash_ref_on_model: bool = False,
         mmap: bool = False,
+        verify: Verify = "auto",
         **kwargs: Any,
     ) -> Self:
         """The pipeline of a directory, or of a repository on the Hub.
@@ -169,7 +172,8 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             "distributed_sharded": distributed_sharded,
             "distributed_shard_strategy": distributed_shard_strategy,
             "coerce_dtype": coerce_dtype,
-            **({"mmap": True} if mmap else {}),
+            "mmap": mmap,
+            "verify": verify,
             **{name: kwargs.pop(name, None) for name in ("rank", "local_rank", "world_size")},
         }
         directory = _download(pretrained_model_name_or_path, kwargs)
@@ -186,12 +190,12 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls: type[Self], pretrained_model_name_or_path: StrPath, **kwargs: Any) -> Self:
-        """from_pretrained() of diffusers. Models get the classes that the constructor annotates, if these add a mixin."""
+        """As in diffusers; models get the classes that the constructor annotates, where these add a mixin to theirs."""
         pipeline: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for name, declared in declared_classes(type(pipeline)).items():
             component = getattr(pipeline, name, None)
             if name not in kwargs and issubclass(declared, type(component)):
-                adopt(component, declared)
+                promote(component, declared)
         return pipeline
 
     def to_json_string(self) -> str:
@@ -204,7 +208,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 if has_mixin(type(component))
             }
         )
-        original: Any = original_of(type(self), FlashPackDiffusionPipeline)
+        original = original_class(type(self), FlashPackDiffusionPipeline)
         if original is type(self):
             return str(super().to_json_string())
         stand_in = original.__new__(original)
@@ -261,7 +265,7 @@ def _pipeline_class(cls: type[Self], index: Mapping[str, Any]) -> Any:
     original = getattr(diffusers, name.removeprefix(PREFIX), None) if isinstance(name, str) else None
     if original is None:
         raise FlashPackError(f"diffusers has no pipeline {name}: call from_pretrained_flashpack() of its class")
-    return mix(original, FlashPackDiffusionPipeline)
+    return promoted_class(original, FlashPackDiffusionPipeline)
 
 
 def _load_components(
