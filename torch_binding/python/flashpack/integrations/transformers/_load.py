@@ -30,17 +30,46 @@ from ...utils import is_ignored_tensor_name, string_to_dtype
 
 # What from_pretrained() of transformers takes and has no meaning here: where and how to read weights.
 _WITHOUT_MEANING = frozenset(
-    "_commit_hash _fast_init _from_auto _from_pipeline code_revision disable_mmap low_cpu_mem_usage tqdm_class "
-    "trust_remote_code use_safetensors weights_only".split()
+    {
+        "_commit_hash",
+        "_fast_init",
+        "_from_auto",
+        "_from_pipeline",
+        "code_revision",
+        "disable_mmap",
+        "low_cpu_mem_usage",
+        "tqdm_class",
+        "trust_remote_code",
+        "use_safetensors",
+        "weights_only",
+    }
 )
 _REFUSED = frozenset(
-    "device_mesh distributed_config gguf_file max_memory offload_buffers offload_folder offload_state_dict state_dict "
-    "tp_plan tp_size variant".split()
+    {
+        "device_mesh",
+        "distributed_config",
+        "gguf_file",
+        "max_memory",
+        "offload_buffers",
+        "offload_folder",
+        "offload_state_dict",
+        "state_dict",
+        "tp_plan",
+        "tp_size",
+        "variant",
+    }
 )
 # What only transformers' own loader can do.
 _FOR_TRANSFORMERS = frozenset(
-    "allow_all_kernels fusion_config ignore_mismatched_sizes kernel_config key_mapping quantization_config "
-    "use_kernels".split()
+    {
+        "allow_all_kernels",
+        "fusion_config",
+        "ignore_mismatched_sizes",
+        "kernel_config",
+        "key_mapping",
+        "quantization_config",
+        "use_kernels",
+    }
 )
 _MAIN_DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 
@@ -165,9 +194,7 @@ def _main_dtype(footer: Footer) -> torch.dtype | None:
     return string_to_dtype(max(sizes, key=lambda dtype: sizes[dtype])) if sizes else None
 
 
-def _assigned(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, request: Request
-) -> PreTrainedModel | None:
+def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, request: Request) -> PreTrainedModel | None:
     """The model, filled by assign_from_file; None if the file does not fit it one to one."""
     if getattr(config, "quantization_config", None) is not None or _FOR_TRANSFORMERS & set(request.arguments):
         return None
@@ -331,7 +358,7 @@ def _check_names(model: PreTrainedModel, info: Mapping[str, Any], request: Reque
 
 
 def _restore_dtypes(model: PreTrainedModel, values: _Values, main: torch.dtype) -> None:
-    """Undoes that transformers gives every number of floating point the main dtype, but for what it keeps as float32."""
+    """Undoes that transformers gives all floating-point tensors the main dtype, but for those it keeps as float32."""
     for name, slot in slots_of(model).items():
         entry = values.entries.get(name)
         if entry is None or slot.value.dtype != main or tuple(slot.value.shape) != entry.shape:

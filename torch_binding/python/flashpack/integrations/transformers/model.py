@@ -6,6 +6,7 @@ import copy
 import copyreg
 import errno
 import functools
+import inspect
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..._footer import StrPath
+from ..._footer import StrPath, Verify
 from ..._native import FlashPackError
 from ...constants import (
     DEFAULT_ALIGN_BYTES,
@@ -24,6 +25,7 @@ from ...constants import (
     DEFAULT_NUM_STREAMS,
     DEFAULT_NUM_WRITE_WORKERS,
 )
+from ...deserialization import assign_from_file
 from ...mixin import FlashPackMixin
 from ...utils import dtype_to_string, logger
 from .._hub import resolve_directory, upload_directory
@@ -31,14 +33,8 @@ from ._load import load
 
 FILE_NAME = "model.flashpack"
 FILES = ("config.json", "generation_config.json", FILE_NAME)
-_OF_HUB = (
-    "subfolder revision local_dir local_dir_use_symlinks local_files_only cache_dir token force_download proxies"
-).split()
-_OF_ASSIGN = (
-    "silent strict strict_params strict_buffers keep_flash_ref_on_model num_streams chunk_bytes ignore_names "
-    "ignore_prefixes ignore_suffixes use_distributed_loading distributed_sharded distributed_shard_strategy rank "
-    "local_rank world_size coerce_dtype"
-).split()
+_OF_HUB = {*inspect.signature(resolve_directory).parameters, "local_dir_use_symlinks", "proxies"}
+_OF_ASSIGN = {*inspect.signature(assign_from_file).parameters} - {"device"}
 
 
 class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):  # type: ignore[misc]
@@ -65,11 +61,12 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):  # type:
         repo_id: str | None = None,
         private: bool | None = None,
         num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
+        checksum: bool = True,
         **kwargs: Any,
     ) -> None:
         """Writes `model.flashpack`, the configuration and that of generation into a directory, which has to exist.
 
-        `is_main_process`: others write nothing. `target_dtype`, `align_bytes`: as in pack_to_file.
+        `is_main_process`: others write nothing. `target_dtype`, `align_bytes`, `checksum`: as in pack_to_file.
         `push_to_hub`: uploads these files to `repo_id`, by default the name of the directory, under the user's name.
 
         Raises FlashPackError (a ValueError) naming what cannot be written, OSError for the system's failures.
@@ -87,6 +84,7 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):  # type:
             align_bytes=align_bytes,
             silent=silent,
             num_workers=num_workers,
+            checksum=checksum,
         )
         _save_config(self, directory, target_dtype)
         if push_to_hub:
@@ -132,6 +130,8 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):  # type:
         local_rank: int | None = None,
         world_size: int | None = None,
         coerce_dtype: bool = False,
+        mmap: bool = False,
+        verify: Verify = "auto",
         **kwargs: Any,
     ) -> Any:
         """A new model, in eval mode, from a directory or a repository on the Hub with `model.flashpack` in it.
@@ -147,22 +147,22 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):  # type:
         Raises FileNotFoundError without `model.flashpack`, else what assign_from_file raises.
         """
         given = dict(locals())
-        directory = resolve_directory(
-            pretrained_model_name_or_path, allow_patterns=FILES, **{name: given[name] for name in _OF_HUB}
-        )
+        hub = {name: value for name, value in given.items() if name in _OF_HUB}
+        directory = resolve_directory(pretrained_model_name_or_path, allow_patterns=FILES, **hub)
         path = directory / FILE_NAME
         if not path.is_file():
             raise FileNotFoundError(errno.ENOENT, f"Flashpack file {path} not found", str(path))
         output_loading_info = kwargs.pop("output_loading_info", False)
-        options = {name: given[name] for name in _OF_ASSIGN}
+        options = {name: value for name, value in given.items() if name in _OF_ASSIGN}
         model, info = load(original_class(cls), path, str(pretrained_model_name_or_path), device, options, kwargs)
         promote(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers: config.json gets the name of the original class."""
+        save = super().save_pretrained
         with _as_original(self):
-            return super(FlashPackTransformersModelMixin, self).save_pretrained(*args, **kwargs)
+            return save(*args, **kwargs)
 
 
 class _Promoted(type):

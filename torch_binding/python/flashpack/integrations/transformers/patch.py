@@ -18,9 +18,9 @@ ClassMethod = Callable[..., Any]
 def patch_transformers_auto_model() -> None:
     """Lets the Auto classes of transformers read flashpack files. May be called again.
 
-    `AutoModel.from_pretrained(name, use_flashpack=True)`, for which there is also `AutoModel.from_pretrained_flashpack`,
-    reads `model.flashpack`, as in FlashPackTransformersModelMixin.from_pretrained_flashpack(); so does from_pretrained()
-    of a model class. All that Auto classes return, whatever it was read from, has the mixin.
+    `AutoModel.from_pretrained(name, use_flashpack=True)`, and for short `AutoModel.from_pretrained_flashpack(name)`,
+    does what FlashPackTransformersModelMixin.from_pretrained_flashpack() does; so does from_pretrained() of a model
+    class. All that Auto classes return, whatever it was read from, has the mixin.
     """
     _wrap(PreTrainedModel, "from_pretrained", _divert)
     # Each Auto class has a copy of what the first has.
