@@ -11,8 +11,7 @@ import pytest
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
 from flashpack.integrations._hub import resolve_directory, upload_directory  # noqa: E402
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from hub_cache import make_hub_cache  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -26,20 +25,8 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path) -> Path:
-    """What huggingface_hub keeps of a repository "x/y" that it has downloaded."""
-    repository = tmp_path / "cache" / "models--x--y"
-    files = {"config.json": "{}", "model.flashpack": "whole", "part/config.json": "{}", "part/model.flashpack": "part"}
-    (repository / "blobs").mkdir(parents=True)
-    for number, (name, text) in enumerate(files.items()):
-        blob = repository / "blobs" / f"{number:040x}"
-        blob.write_text(text)
-        link = repository / "snapshots" / COMMIT / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(blob)
-    (repository / "refs").mkdir()
-    for reference in "main", "v2":
-        (repository / "refs" / reference).write_text(COMMIT)
-    return tmp_path / "cache"
+    files = {"config.json": b"{}", "model.flashpack": b"whole", "part/model.flashpack": b"part"}
+    return make_hub_cache(tmp_path / "cache", files, references=("main", "v2"))
 
 
 def test_a_local_directory_is_taken_as_it_is(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from flashpack.integrations import _hub  # noqa: E402
 from flashpack.integrations._classes import promoted_class  # noqa: E402
 from flashpack.integrations.transformers import FlashPackTransformersModelMixin  # noqa: E402
 from flashpack.integrations.transformers.model import promote  # noqa: E402
+from hub_cache import make_hub_cache  # noqa: E402
 from transformers_models import (  # noqa: E402
     MODELS,
     TEXT,
@@ -44,7 +45,7 @@ def save(model, directory: Path, **options) -> Path:
     return directory
 
 
-def load(model_class, directory: Path, *args, **options):
+def load(model_class, directory: Path | str, *args, **options):
     return promoted_class(model_class, FlashPackTransformersModelMixin).from_pretrained_flashpack(
         directory, *args, **options
     )
@@ -428,6 +429,19 @@ def test_a_subfolder_has_its_own_configuration(tmp_path):
     loaded = load(type(model), tmp_path, subfolder="part")
     assert_same_model(loaded, model)
     assert loaded.generation_config.max_new_tokens == 7
+
+
+def test_a_repository_that_was_downloaded_is_loaded_whatever_arguments_of_old_hubs_are_given(tmp_path, recwarn):
+    model = make("bert")
+    save(model, tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    cache = make_hub_cache(tmp_path / "cache", files)
+    loaded = load(
+        type(model), "x/y", cache_dir=cache, local_files_only=True, proxies={"https": "p"}, local_dir_use_symlinks=True
+    )
+    assert_same_model(loaded, model)
+    assert loaded.name_or_path == "x/y"
+    assert not recwarn.list
 
 
 def test_pushing_uploads_the_files_that_were_saved_under_the_name_of_the_directory(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from ._native import FlashPackError
 from .version import __commit_id__, __version__, __version_tuple__, commit_id, version, version_tuple
 
 if TYPE_CHECKING:
-    from . import constants, deserialization, mixin, serialization, utils
+    from . import constants, deserialization, integrations, mixin, serialization, utils
     from ._footer import get_flashpack_file_metadata, is_flashpack_file
     from .deserialization import (
         assign_from_file,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         revert_from_file,
         verify_file,
     )
+    from .integrations import patch_integrations
     from .mixin import FlashPackMixin
     from .serialization import pack_to_file
 
@@ -36,10 +37,12 @@ __all__ = [
     "constants",
     "deserialization",
     "get_flashpack_file_metadata",
+    "integrations",
     "is_flashpack_file",
     "iterate_from_flash_tensor",
     "mixin",
     "pack_to_file",
+    "patch_integrations",
     "read_flashpack_file",
     "revert_from_file",
     "serialization",
@@ -53,7 +56,7 @@ __implementation__ = "cpp"
 # The name people catch and pickle, wherever it is made.
 FlashPackError.__module__ = __name__
 
-_SUBMODULES = frozenset({"constants", "deserialization", "mixin", "serialization", "utils"})
+_SUBMODULES = frozenset({"constants", "deserialization", "integrations", "mixin", "serialization", "utils"})
 _HOME_OF = {
     "FlashPackMixin": "mixin",
     "assign_from_file": "deserialization",
@@ -61,6 +64,7 @@ _HOME_OF = {
     "is_flashpack_file": "_footer",
     "iterate_from_flash_tensor": "deserialization",
     "pack_to_file": "serialization",
+    "patch_integrations": "integrations",
     "read_flashpack_file": "deserialization",
     "revert_from_file": "deserialization",
     "verify_file": "deserialization",
