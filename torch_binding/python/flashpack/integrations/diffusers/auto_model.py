@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,9 +30,6 @@ class AutoFlashPackModel(ConfigMixin):  # type: ignore[misc]
         """What AutoModel.from_pretrained of diffusers loads; with `use_flashpack=True`, from_pretrained_flashpack()."""
         if kwargs.pop("use_flashpack", False):
             return cls.from_pretrained_flashpack(pretrained_model_or_path, **kwargs)
-        if pretrained_model_or_path is not None:
-            # diffusers takes nothing else than a str.
-            pretrained_model_or_path = os.fspath(pretrained_model_or_path)
         return promote(diffusers.AutoModel.from_pretrained(pretrained_model_or_path, **kwargs))
 
     @classmethod

@@ -36,6 +36,7 @@ from ._components import (
     mixin_for,
     promote,
     read_json,
+    uncompiled,
 )
 from .model import FILE_NAME, flashpack_file, make_directory, one_device, requested_dtype
 
@@ -83,12 +84,10 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         if not is_main_process:
             return
-        components = {name: component for name, component in self.components.items() if component is not None}
+        components = {name: uncompiled(value) for name, value in self.components.items() if value is not None}
         dtypes = _per_component(target_dtype, components)
         directory = make_directory(save_directory)
         for name, component in components.items():
-            # torch.compile wraps a module in one of another class.
-            component = getattr(component, "_orig_mod", component)
             if has_mixin(type(component)):
                 (directory / name).mkdir(exist_ok=True)
                 component.save_pretrained_flashpack(
@@ -200,7 +199,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def to_json_string(self) -> str:
         """The config, as ConfigMixin writes it, under the names of classes that are loadable without flashpack."""
-        components = {name: getattr(self, name, None) for name in entries_of(self.config)}
+        components = {name: uncompiled(getattr(self, name, None)) for name in entries_of(self.config)}
         self.register_to_config(
             **{
                 name: index_entry(type(component))
