@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import diffusers
 from diffusers import ConfigMixin
@@ -22,7 +22,7 @@ class AutoFlashPackModel(ConfigMixin):  # type: ignore[misc]
 
     config_name = "config.json"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise OSError(f"{type(self).__name__} has no instances: call its from_pretrained()")
 
     @classmethod

@@ -230,7 +230,7 @@ def _save(
     component: Any, directory: Path, safe_serialization: bool, variant: str | None, max_shard_size: int | str | None
 ) -> None:
     """Its own save_pretrained(), with those arguments that it names."""
-    arguments = {"safe_serialization": safe_serialization, "variant": variant}
+    arguments: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
     if max_shard_size is not None:
         arguments["max_shard_size"] = max_shard_size
     known = inspect.signature(component.save_pretrained).parameters
@@ -281,7 +281,7 @@ def _load_components(
         wanted = dtype.get(name, dtype.get("default")) if isinstance(dtype, Mapping) else dtype
         try:
             if (directory / name / FILE_NAME).is_file():
-                cls = declared.get(name) or flashpack_class(class_named(library, class_name))
+                cls: Any = declared.get(name) or flashpack_class(class_named(library, class_name))
                 arguments = options if wanted is None else {**options, "dtype": wanted}
                 loaded[name] = cls.from_pretrained_flashpack(directory / name, **arguments)
             elif _lacks_weights(directory / name, library, class_name):
