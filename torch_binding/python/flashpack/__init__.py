@@ -14,6 +14,7 @@ from .version import __commit_id__, __version__, __version_tuple__, commit_id, v
 if TYPE_CHECKING:
     from . import constants, deserialization, mixin, serialization, utils
     from ._footer import get_flashpack_file_metadata, is_flashpack_file
+    from ._prefetch import Prefetch, prefetch_flashpack_file
     from .deserialization import (
         assign_from_file,
         iterate_from_flash_tensor,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FlashPackError",
     "FlashPackMixin",
+    "Prefetch",
     "__commit_id__",
     "__implementation__",
     "__version__",
@@ -40,6 +42,7 @@ __all__ = [
     "iterate_from_flash_tensor",
     "mixin",
     "pack_to_file",
+    "prefetch_flashpack_file",
     "read_flashpack_file",
     "read_flashpack_file_distributed",
     "revert_from_file",
@@ -56,11 +59,13 @@ FlashPackError.__module__ = __name__
 _SUBMODULES = frozenset({"constants", "deserialization", "mixin", "serialization", "utils"})
 _HOME_OF = {
     "FlashPackMixin": "mixin",
+    "Prefetch": "_prefetch",
     "assign_from_file": "deserialization",
     "get_flashpack_file_metadata": "_footer",
     "is_flashpack_file": "_footer",
     "iterate_from_flash_tensor": "deserialization",
     "pack_to_file": "serialization",
+    "prefetch_flashpack_file": "_prefetch",
     "read_flashpack_file": "deserialization",
     "read_flashpack_file_distributed": "deserialization",
     "revert_from_file": "deserialization",
