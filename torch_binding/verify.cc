@@ -37,7 +37,7 @@ class Verifier {
  public:
   Verifier(Engine& engine, const std::filesystem::path& path, const Metadata& metadata)
       : engine_(engine), path_(path), metadata_(metadata) {
-    if (!metadata.checksums) rules::refuse(path, "it has no checksums to verify");
+    checksums_for(metadata, Verify::kAlways, path);
   }
 
   VerifyReport run(const std::function<void(std::uint64_t)>& progress) {
@@ -113,6 +113,22 @@ class Verifier {
 VerifyReport verify_payload(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
                             const std::function<void(std::uint64_t done_bytes)>& progress) {
   return Verifier(engine, path, metadata).run(progress);
+}
+
+std::optional<Checksums> checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path) {
+  if (verify == Verify::kNever) return std::nullopt;
+  if (verify == Verify::kAlways && !metadata.checksums) rules::refuse(path, "it has no checksums to verify");
+  return metadata.checksums;
+}
+
+Error with_tensors(const Error& error, const Metadata& metadata) {
+  if (error.code() != Errc::kCorrupt) return error;
+  const std::uint64_t begin = error.offset_bytes();
+  const std::uint64_t size = std::min<std::uint64_t>(Checksums::kPieceBytes, metadata.payload_bytes - begin);
+  return {error.code(),
+          "verify " + error.path().string() + " at " + std::to_string(begin) + "+" + std::to_string(size) + ", where " +
+              tensors_in(metadata, begin, size) + " lies",
+          error.path(), begin};
 }
 
 }  // namespace flashpack

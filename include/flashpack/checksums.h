@@ -19,6 +19,13 @@ struct Checksums {
   bool operator==(const Checksums&) const = default;
 };
 
+/// Whether a load holds what it reads against the file's checksums.
+enum class Verify : std::uint8_t {
+  kAuto,    ///< Where the file has them, what is read in whole pieces: all of a file, and most of a part of it.
+  kAlways,  ///< All of it, reading up to a piece more on either side of a part; a file without them is an error.
+  kNever,
+};
+
 /// Of all of `bytes`.
 std::uint32_t crc32c(std::span<const std::byte> bytes) noexcept;
 

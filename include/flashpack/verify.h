@@ -4,9 +4,12 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <vector>
 
+#include "flashpack/checksums.h"
 #include "flashpack/engine.h"
+#include "flashpack/error.h"
 #include "flashpack/format.h"
 
 namespace flashpack {
@@ -29,5 +32,12 @@ struct VerifyReport {
 /// Throws: Error (kBadFile when the file has no checksums; kFileChanged; errno).
 VerifyReport verify_payload(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
                             const std::function<void(std::uint64_t done_bytes)>& progress = {});
+
+/// For FileExtents::checksums of a load of `path`, whose footer is `metadata`; whole pieces are the caller's to ask
+/// for. Throws: Error (kBadFile) when they are wanted and the file has none.
+std::optional<Checksums> checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path);
+
+/// `error` as it is, but for one of Errc::kCorrupt: that names the tensors in the piece, too.
+Error with_tensors(const Error& error, const Metadata& metadata);
 
 }  // namespace flashpack

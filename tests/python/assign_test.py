@@ -445,7 +445,7 @@ def test_buffers_that_the_file_lacks_follow_to_the_device(pack, monkeypatch):
     model.register_buffer("positions", torch.arange(2), persistent=False)
     path = pack(model)
     stand_in = torch.device("meta")  # A device that every machine has.
-    monkeypatch.setattr(flashpack.deserialization, "_supported_device", lambda device, mmap: stand_in)
+    monkeypatch.setattr(flashpack.deserialization, "supported_device", lambda *args: stand_in)
     flashpack.assign_from_file(model, path)
     assert model.scale.device == model.positions.device == stand_in
 
@@ -473,3 +473,21 @@ def test_many_threads_load_at_once(pack):
         thread.join()
     for model, source in zip(models, sources, strict=True):
         assert_bit_equal(model.state_dict(), source)
+
+
+def test_dtype_casts_what_is_floating_point_and_leaves_the_rest(pack):
+    path = pack(torch.nn.BatchNorm1d(3))
+    model = torch.nn.BatchNorm1d(3).double()
+    flashpack.assign_from_file(model, path, dtype=torch.float16)
+    assert {tensor.dtype for tensor in (*model.parameters(), model.running_mean)} == {torch.float16}
+    assert model.num_batches_tracked.dtype is torch.int64
+
+
+def test_dtype_is_no_excuse_for_a_buffer_of_another_kind(pack):
+    model = torch.nn.Module()
+    model.register_buffer("ids", torch.arange(3))
+    path = pack({"ids": torch.ones(3)})
+    with pytest.raises(flashpack.FlashPackError, match="dtype mismatch for buffer"):
+        flashpack.assign_from_file(model, path, dtype=torch.float16)
+    with pytest.raises(flashpack.FlashPackError, match="exclude each other"):
+        flashpack.assign_from_file(model, path, dtype=torch.float16, coerce_dtype=True)

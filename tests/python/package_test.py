@@ -14,6 +14,7 @@ import flashpack
 import pytest
 import torch
 from flashpack import _engine, _native
+from flashpack._footer import read_footer
 
 
 def run_python(code: str) -> str:
@@ -136,7 +137,7 @@ def test_an_inherited_engine_refuses_use_in_the_child(pack):
     if child == 0:
         signal.alarm(60)
         try:
-            engine.load(path, [])
+            engine.load(path, [], read_footer(path).native)
         except RuntimeError:
             os._exit(0)
         finally:

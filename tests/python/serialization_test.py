@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import collections
+import json
+import mmap
 import os
 import stat
 import tempfile
@@ -9,7 +12,7 @@ import pytest
 import torch
 from flashpack import serialization
 from flashpack._device import CPU
-from support import assert_bit_equal, random_tensor, unprivileged
+from support import assert_bit_equal, bits, footer_bytes, random_tensor, unprivileged
 
 
 class Wrapper(torch.Tensor):
@@ -64,13 +67,13 @@ def test_tensors_that_name_order_leaves_out_need_not_be_packable(pack):
 
 
 def test_an_interrupt_while_writing_leaves_the_old_file_and_no_other(old_file, monkeypatch):
-    groups = serialization._groups
+    groups_of = serialization._Groups.of
 
     def interrupted(*args):
-        yield next(iter(groups(*args)))
+        yield next(iter(groups_of(*args)))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(serialization, "_groups", interrupted)
+    monkeypatch.setattr(serialization._Groups, "of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         flashpack.pack_to_file({"a": torch.ones(1 << 20)}, old_file)
 
@@ -121,21 +124,58 @@ def test_a_new_file_can_be_read_by_whom_the_umask_allows(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_copies_are_made_and_written_group_by_group(pack, monkeypatch):
-    monkeypatch.setattr(serialization, "_GROUP_BYTES", 1000)
-    source = {str(seed): random_tensor((7, 50 + seed), seed=seed) for seed in range(40)}
-    by_columns = {name: tensor.t() for name, tensor in source.items()}
-    assert_bit_equal(flashpack.revert_from_file(pack(by_columns)), {n: t.contiguous() for n, t in by_columns.items()})
+@pytest.fixture
+def small_buffers(monkeypatch):
+    monkeypatch.setattr(serialization, "_BUFFER_BYTES", 2 * mmap.PAGESIZE)
+    return 2 * mmap.PAGESIZE
 
 
-def test_a_group_holds_no_more_copies_than_its_limit_and_one(monkeypatch):
-    monkeypatch.setattr(serialization, "_GROUP_BYTES", 1000)
-    source = {str(i): torch.ones(100) for i in range(10)}
-    places = [(name, 400 * i, 200) for i, name in enumerate(source)]
-    halves = dict.fromkeys(source, torch.float16)
-    assert [len(group) for group, _ in serialization._groups(source, halves, places, CPU)] == [5, 5]
-    floats = dict.fromkeys(source, torch.float32)
-    assert [len(group) for group, _ in serialization._groups(source, floats, places, CPU)] == [10]
+def test_what_is_converted_in_parts_comes_back_whole(pack, small_buffers):
+    source = {str(seed): random_tensor((7, 50 * seed), seed=seed) for seed in range(1, 40)}
+    source["long"] = random_tensor((5 * small_buffers + 3,), torch.bfloat16)
+    source["one_long_row"] = random_tensor((1, 3, small_buffers))[:, ::2]
+    source["long_rows"] = random_tensor((small_buffers, 3)).t()
+    source["conjugated"] = random_tensor((small_buffers,), torch.complex64).nan_to_num().conj()
+    source["scalar"] = torch.tensor(3.5)
+    views = {name: tensor.t() if tensor.dim() == 2 else tensor for name, tensor in source.items()}
+    views["expanded"] = torch.arange(7).expand(small_buffers, 7)
+    for dtype in None, torch.float64, torch.float16:
+        kept = {name: tensor for name, tensor in views.items() if dtype is None or not tensor.is_complex()}
+        expected = {n: tensor.to(dtype or tensor.dtype).resolve_conj().contiguous() for n, tensor in kept.items()}
+        assert_bit_equal(flashpack.revert_from_file(pack(kept, target_dtype=dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_more_than_a_buffer_is_converted_at_a_time(dtype, transposed, small_buffers):
+    tensor = torch.empty(40, 3 * small_buffers // 7)
+    tensor = tensor.t() if transposed else tensor
+    begin = offset_bytes = 24
+    for part, at in serialization._parts(tensor, dtype.itemsize, offset_bytes):
+        assert at == offset_bytes
+        size_bytes = part.numel() * dtype.itemsize
+        assert size_bytes + at % mmap.PAGESIZE <= small_buffers
+        offset_bytes += size_bytes
+    assert offset_bytes - begin == tensor.numel() * dtype.itemsize
+
+
+def test_a_buffer_is_not_filled_again_while_it_may_be_under_way(small_buffers):
+    tensors = {str(i): torch.full((1500,), float(i)) for i in range(12)}
+    places = [(name, 3000 * i, 3000) for i, name in enumerate(tensors)]
+    groups = serialization._Groups(CPU).of(tensors, dict.fromkeys(tensors, torch.float16), places)
+    alive = collections.deque(maxlen=serialization._GROUPS_ALIVE - 1)
+    for group in groups:
+        alive.append((group, [bits(source) for source in group.sources]))
+        assert all([bits(source) for source in group.sources] == before for group, before in alive)
+        assert sum(size for _, size, _ in group.extents) <= small_buffers
+
+
+def test_a_file_has_checksums_unless_told_otherwise(pack):
+    tensors = {"a": random_tensor((5, 7))}
+    with_them, without = pack(tensors), pack(tensors, checksum=False)
+    assert "crc32c_per_mib" in json.loads(footer_bytes(with_them))
+    assert "crc32c_per_mib" not in json.loads(footer_bytes(without))
+    assert_bit_equal(flashpack.revert_from_file(with_them), flashpack.revert_from_file(without))
 
 
 def test_a_module_is_packed_by_its_state_dict(pack):

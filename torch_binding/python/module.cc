@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
+#include <deque>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -22,6 +23,7 @@
 
 #include "flashpack/engine.h"
 #include "flashpack/format.h"
+#include "flashpack/verify.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -90,6 +92,7 @@ Dict stats_dict(const TransferStats& stats) {
   dict["staged_bytes"] = stats.staged_bytes;
   dict["operations"] = stats.operations;
   dict["retries"] = stats.retries;
+  dict["verified_bytes"] = stats.verified_bytes;
   dict["seconds"] = stats.seconds;
   dict["pinned"] = stats.pinned;
   dict["backend"] = to_string(stats.backend);
@@ -152,14 +155,14 @@ Dict footer_dict(const Metadata& metadata) {
   return footer;
 }
 
-std::tuple<Dict, IdentityTuple, std::vector<std::string>> read_footer(const std::filesystem::path& path) {
-  Metadata metadata;
-  {
-    nb::gil_scoped_release released;
-    metadata = read_metadata(path);
-  }
+Metadata read_footer(const std::filesystem::path& path) {
+  nb::gil_scoped_release released;
+  return read_metadata(path);
+}
+
+IdentityTuple identity_of(const Metadata& metadata) {
   const auto& [dev, ino, size_bytes, mtime_ns] = metadata.identity;
-  return {footer_dict(metadata), {dev, ino, size_bytes, mtime_ns}, metadata.warnings};
+  return {dev, ino, size_bytes, mtime_ns};
 }
 
 DType require_dtype(std::string_view name) {
@@ -167,24 +170,37 @@ DType require_dtype(std::string_view name) {
   throw Error(Errc::kInvalidArgument, "Unsupported dtype for packing: " + std::string(name));
 }
 
-std::tuple<std::uint64_t, std::vector<PlaceTuple>, nb::bytes> layout(
-    const std::vector<SpecTuple>& tensors, std::uint64_t align_bytes,
-    const std::optional<std::vector<std::string>>& name_order) {
+Metadata layout(const std::vector<SpecTuple>& tensors, std::uint64_t align_bytes,
+                const std::optional<std::vector<std::string>>& name_order) {
   std::vector<TensorSpec> specs;
   specs.reserve(tensors.size());
   for (const auto& [name, dtype, shape] : tensors) specs.push_back({name, require_dtype(dtype), shape});
 
   std::vector<TensorSpec> ordered;
   for (const std::size_t i : file_order(specs, name_order)) ordered.push_back(std::move(specs[i]));
-  const Metadata metadata = make_layout(ordered, align_bytes);
+  return make_layout(ordered, align_bytes);
+}
 
+std::vector<PlaceTuple> places_of(const Metadata& metadata) {
   std::vector<PlaceTuple> places;
   places.reserve(metadata.records.size());
   for (const TensorRecord& record : metadata.records) {
     places.emplace_back(record.name, metadata.offset_bytes(record), metadata.size_bytes(record));
   }
+  return places;
+}
+
+nb::bytes footer_of(Metadata metadata, std::optional<Checksums> checksums) {
+  metadata.checksums = std::move(checksums);
   const std::string footer = encode_footer(metadata);
-  return {metadata.payload_bytes, std::move(places), nb::bytes(footer.data(), footer.size())};
+  return nb::bytes(footer.data(), footer.size());
+}
+
+Verify verify_policy(std::string_view name) {
+  if (name == "auto") return Verify::kAuto;
+  if (name == "always") return Verify::kAlways;
+  if (name == "never") return Verify::kNever;
+  throw Error(Errc::kInvalidArgument, "verify must be auto, always or never, got " + std::string(name));
 }
 
 CachePolicy cache_policy(std::string_view name) {
@@ -221,25 +237,51 @@ class PyEngine {
     engine_.reset();
   }
 
-  Dict load(const std::filesystem::path& path, const std::vector<ExtentTuple>& extents,
-            const std::optional<IdentityTuple>& identity, std::string_view cache, const ProgressFunction& progress,
-            std::uintptr_t stream) {
-    FileExtents file{.path = path, .extents = to_extents<Extent, void*>(extents)};
-    if (identity) file.expected = std::make_from_tuple<FileIdentity>(*identity);
+  Dict load(const std::filesystem::path& path, const std::vector<ExtentTuple>& extents, const Metadata& metadata,
+            std::string_view verify, std::string_view cache, const ProgressFunction& progress, std::uintptr_t stream) {
     LoadRequest request{.cache = cache_policy(cache), .stream = stream_of(stream)};
-    request.files.push_back(std::move(file));
-
+    request.files.push_back({.path = path,
+                             .extents = to_extents<Extent, void*>(extents),
+                             .expected = metadata.identity,
+                             .checksums = checksums_for(metadata, verify_policy(verify), path)});
     std::optional<Transfer> transfer;
     {
       nb::gil_scoped_release released;
       transfer = engine_->start_load(std::move(request));
     }
-    return stats_dict(wait(*transfer, progress));
+    try {
+      return stats_dict(wait(*transfer, progress));
+    } catch (const Error& error) {
+      throw with_tensors(error, metadata);
+    }
   }
 
-  FileWriter create(const std::filesystem::path& path, std::uint64_t payload_bytes) {
+  Dict verify(const std::filesystem::path& path, const ProgressFunction& progress) {
+    Metadata metadata;
+    VerifyReport report;
+    {
+      nb::gil_scoped_release released;
+      metadata = read_metadata(path);
+      report = verify_payload(*engine_, path, metadata, [&](std::uint64_t done_bytes) {
+        nb::gil_scoped_acquire acquired;
+        if (progress) (*progress)(done_bytes);
+        if (PyErr_CheckSignals() != 0) throw nb::python_error();
+      });
+    }
+    nb::list corrupt;
+    for (const auto& [offset_bytes, size_bytes] : report.corrupt) {
+      corrupt.append(nb::make_tuple(offset_bytes, size_bytes, tensors_in(metadata, offset_bytes, size_bytes)));
+    }
+    Dict dict;
+    dict["verified_bytes"] = report.verified_bytes;
+    dict["corrupt"] = corrupt;
+    dict["seconds"] = report.seconds;
+    return dict;
+  }
+
+  FileWriter create(const std::filesystem::path& path, std::uint64_t payload_bytes, bool checksums) {
     nb::gil_scoped_release released;
-    return engine_->create(path, {.payload_bytes = payload_bytes});
+    return engine_->create(path, {.payload_bytes = payload_bytes, .checksums = checksums});
   }
 
  private:
@@ -248,28 +290,34 @@ class PyEngine {
 
 class PyWriter {
  public:
-  PyWriter(PyEngine& engine, const std::filesystem::path& path, std::uint64_t payload_bytes)
-      : writer_(engine.create(path, payload_bytes)) {}
+  PyWriter(PyEngine& engine, const std::filesystem::path& path, std::uint64_t payload_bytes, bool checksums)
+      : writer_(engine.create(path, payload_bytes, checksums)) {}
   ~PyWriter() { abort(); }
 
   void start_write(const std::vector<ExtentTuple>& extents, nb::object sources, std::uintptr_t stream) {
-    if (transfer_) throw Error(Errc::kInvalidArgument, "finish() the write that was started before");
     auto list = to_extents<SourceExtent, const void*>(extents);
     FileWriter& writer = open();
-    sources_ = std::move(sources);
-    nb::gil_scoped_release released;
-    transfer_ = writer.start_write(std::move(list), nullptr, stream_of(stream));
+    Write write{.sources = std::move(sources)};
+    {
+      nb::gil_scoped_release released;
+      write.transfer = writer.start_write(std::move(list), nullptr, stream_of(stream));
+    }
+    writes_.push_back(std::move(write));
   }
 
-  void finish(const ProgressFunction& progress) {
-    if (!transfer_) return;
-    finished_bytes_ += wait(*transfer_, progress, finished_bytes_).requested_bytes;
-    transfer_.reset();
-    sources_.reset();
+  void finish(std::size_t but, const ProgressFunction& progress) {
+    for (; writes_.size() > but; writes_.pop_front()) {
+      finished_bytes_ += wait(writes_.front().transfer, progress, finished_bytes_).requested_bytes;
+    }
+  }
+
+  Checksums checksums() {
+    finish(0, std::nullopt);
+    return open().checksums();
   }
 
   void commit(const nb::bytes& tail) {
-    finish(std::nullopt);
+    finish(0, std::nullopt);
     const auto bytes = std::as_bytes(std::span(tail.c_str(), tail.size()));
     FileWriter& writer = open();
     nb::gil_scoped_release released;
@@ -278,23 +326,28 @@ class PyWriter {
   }
 
   void abort() {
-    {
+    for (Write& write : writes_) {
       nb::gil_scoped_release released;
-      transfer_.reset();
-      writer_.reset();
+      write.transfer = {};
     }
-    sources_.reset();
+    writes_.clear();
+    nb::gil_scoped_release released;
+    writer_.reset();
   }
 
  private:
+  struct Write {
+    nb::object sources;  // Keeps the bytes of the transfer alive.
+    Transfer transfer;   // Last: it ends before they go.
+  };
+
   FileWriter& open() {
     if (!writer_) throw Error(Errc::kInvalidArgument, "the file has been committed or aborted");
     return *writer_;
   }
 
   std::optional<FileWriter> writer_;
-  nb::object sources_;  // Keeps the bytes of transfer_ alive.
-  std::optional<Transfer> transfer_;
+  std::deque<Write> writes_;
   std::uint64_t finished_bytes_ = 0;
 };
 
@@ -306,20 +359,25 @@ void refuse_pickling(nb::class_<Class>& type) {
 }
 
 void bind_handles(nb::module_& module) {
-  auto engine = nb::class_<PyEngine>(module, "Engine", "Threads, ring and staging memory of this process; thread-safe.")
-                    .def(nb::init<std::optional<int>>(), "cuda_device"_a = nb::none())
-                    .def("load", &PyEngine::load, "path"_a, "extents"_a, "identity"_a = nb::none(), "cache"_a = "auto",
-                         "progress"_a = nb::none(), "stream"_a = 0,
-                         "Reads extents of (file offset, size, address) and returns the transfer's statistics. "
-                         "Device memory is not written before what is on `stream` (a cudaStream_t) has ended.");
+  auto engine =
+      nb::class_<PyEngine>(module, "Engine", "Threads, ring and staging memory of this process; thread-safe.")
+          .def(nb::init<std::optional<int>>(), "cuda_device"_a = nb::none())
+          .def("load", &PyEngine::load, "path"_a, "extents"_a, "metadata"_a, "verify"_a = "auto", "cache"_a = "auto",
+               "progress"_a = nb::none(), "stream"_a = 0,
+               "Reads extents of (file offset, size, address) and returns the transfer's statistics. "
+               "Device memory is not written before what is on `stream` (a cudaStream_t) has ended.")
+          .def("verify", &PyEngine::verify, "path"_a, "progress"_a = nb::none(),
+               "Reads the payload and returns verified_bytes, corrupt (file offset, size, names) and seconds.");
   auto writer =
       nb::class_<PyWriter>(module, "Writer", "A file that appears whole on commit(), or not at all.")
-          .def(nb::init<PyEngine&, const std::filesystem::path&, std::uint64_t>(), "engine"_a, "path"_a,
-               "payload_bytes"_a, nb::keep_alive<1, 2>())
+          .def(nb::init<PyEngine&, const std::filesystem::path&, std::uint64_t, bool>(), "engine"_a, "path"_a,
+               "payload_bytes"_a, "checksums"_a = false, nb::keep_alive<1, 2>())
           .def("start_write", &PyWriter::start_write, "extents"_a, "sources"_a, "stream"_a = 0,
                "Starts writing extents of (file offset, size, address); `sources` is kept alive until the end. "
                "Device memory is not read before what is on `stream` (a cudaStream_t) has ended.")
-          .def("finish", &PyWriter::finish, "progress"_a = nb::none(), "Waits for the write that was started, if any.")
+          .def("finish", &PyWriter::finish, "but"_a = 0, "progress"_a = nb::none(),
+               "Waits for the writes that were started, oldest first, until no more than `but` are under way.")
+          .def("checksums", &PyWriter::checksums, "Of all that has been written, when they were asked for.")
           .def("commit", &PyWriter::commit, "tail"_a, "Appends `tail` and puts the durable file in place.")
           .def("abort", &PyWriter::abort, "Removes what was written, unless committed.");
   refuse_pickling(engine);
@@ -327,10 +385,19 @@ void bind_handles(nb::module_& module) {
 }
 
 void bind_format(nb::module_& module) {
-  module.def("read_footer", &read_footer, "path"_a, "The checked footer, the file's identity, and warnings.");
-  module.def(
-      "layout", &layout, "tensors"_a, "align_bytes"_a, "name_order"_a = nb::none(),
-      "Payload size, (name, file offset, size) in file order, and the footer, for (name, dtype, shape) tensors.");
+  module.attr("PIECE_BYTES") = Checksums::kPieceBytes;
+  nb::class_<Checksums>(module, "Checksums", "Of a payload, one for each MiB.");
+  nb::class_<Metadata>(module, "Metadata", "Where tensors are in a file.")
+      .def_ro("payload_bytes", &Metadata::payload_bytes)
+      .def_ro("warnings", &Metadata::warnings)
+      .def_prop_ro("identity", &identity_of, "Device, inode, size in bytes, mtime in nanoseconds.")
+      .def_prop_ro("has_checksums", [](const Metadata& metadata) { return metadata.checksums.has_value(); })
+      .def_prop_ro("places", &places_of, "(name, file offset, size) of each tensor, in file order.")
+      .def("to_dict", &footer_dict, "The keys of the footer.")
+      .def("footer", &footer_of, "checksums"_a = nb::none(), "The bytes that follow the payload.");
+  module.def("read_footer", &read_footer, "path"_a, "The checked footer of a file.");
+  module.def("layout", &layout, "tensors"_a, "align_bytes"_a, "name_order"_a = nb::none(),
+             "The layout of (name, dtype, shape) tensors.");
   module.def("element_bytes", [](std::string_view dtype) { return element_bytes(require_dtype(dtype)); }, "dtype"_a);
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,22 @@ from .utils import is_ignored_tensor_name, string_to_dtype
 Names = Collection[str] | None
 Filters = tuple[Names, Names, Names]
 """Ignored names, prefixes and suffixes."""
+
+
+class Casts(NamedTuple):
+    """What becomes of the dtypes in a file."""
+
+    coerce: bool = False
+    """To those of the module."""
+    floats: torch.dtype | None = None
+    """What floating-point tensors are cast to, if given."""
+
+    def dtype_of(self, entry: Entry, old: torch.Tensor) -> torch.dtype:
+        """Of what `entry` becomes in the place of `old`."""
+        if self.coerce:
+            return old.dtype
+        dtype = string_to_dtype(entry.dtype)
+        return self.floats if self.floats is not None and dtype.is_floating_point else dtype
 
 
 @dataclass(frozen=True)
@@ -59,8 +76,10 @@ def slots_of(model: torch.nn.Module) -> dict[str, Slot]:
     return slots
 
 
-def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters, coerce_dtype: bool) -> Plan:
+def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters, casts: Casts) -> Plan:
     """Checks every tensor of the file against its slot. Raises TypeError or ValueError naming the tensor."""
+    if casts.coerce and casts.floats is not None:
+        raise ValueError("coerce_dtype and dtype exclude each other")
     refuse_sharded(model)
     plan = Plan(slots_of(model))
     chosen: dict[int, Entry] = {}
@@ -73,7 +92,7 @@ def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters
             continue
         first = chosen.setdefault(id(slot.value), entry)
         if first is entry:
-            check_slot(entry, slot, coerce_dtype)
+            check_slot(entry, slot, casts)
             plan.wanted.append(entry)
         elif (first.dtype, first.shape) != (entry.dtype, entry.shape):
             raise ValueError(
@@ -92,7 +111,7 @@ def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters
     return plan
 
 
-def check_slot(entry: Entry, slot: Slot, coerce_dtype: bool) -> None:
+def check_slot(entry: Entry, slot: Slot, casts: Casts) -> None:
     """Whether the tensor of the file may take the place of what the module has."""
     name, value = entry.name, slot.value
     expected_class = torch.nn.Parameter if slot.is_parameter else torch.Tensor
@@ -104,7 +123,8 @@ def check_slot(entry: Entry, slot: Slot, coerce_dtype: bool) -> None:
     if tuple(value.shape) != entry.shape:
         raise ValueError(f"shape mismatch for '{name}': model={list(value.shape)} vs flash={list(entry.shape)}")
     dtype = string_to_dtype(entry.dtype)
-    if not slot.is_parameter and not coerce_dtype and value.dtype != dtype:
+    chosen = casts.floats is not None and dtype.is_floating_point and value.is_floating_point()
+    if not slot.is_parameter and not chosen and value.dtype != casts.dtype_of(entry, value):
         raise TypeError(f"dtype mismatch for buffer '{name}': model={value.dtype} vs flash={dtype}.")
 
 
@@ -131,12 +151,12 @@ def refuse_sharded(model: torch.nn.Module) -> None:
             raise TypeError(f"module '{name or type(model).__name__}' is wrapped in FullyShardedDataParallel")
 
 
-def commit(plan: Plan, tensors: dict[str, torch.Tensor], device: torch.device, coerce_dtype: bool) -> None:
+def commit(plan: Plan, tensors: dict[str, torch.Tensor], device: torch.device, casts: Casts) -> None:
     """Moves `tensors` out of the dict, to `device`, and into the module. Any failure puts back what was there."""
     new_values: dict[int, torch.Tensor] = {}
     for entry in plan.wanted:
         old = plan.slots[entry.name].value
-        new = tensors.pop(entry.name).to(device=device, dtype=old.dtype if coerce_dtype else None)
+        new = tensors.pop(entry.name).to(device=device, dtype=casts.dtype_of(entry, old))
         new_values[id(old)] = make_parameter(old, new) if old.is_meta and plan.slots[entry.name].is_parameter else new
     for slot in plan.slots.values():
         # What the file lacks, such as rotary tables, follows the weights.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ._device import CPU
 from ._footer import Entry, Footer, StrPath, read_footer
-from ._memory import Filled, Region, Span, allocate_region, read_regions
+from ._memory import Filled, ReadOptions, Region, Span, allocate_region, read_regions
 from ._native import FlashPackError
 from .constants import DEFAULT_SHARD_STRATEGY, SHARD_STRATEGIES
 from .utils import is_distributed, logger, maybe_init_distributed
@@ -69,11 +69,11 @@ class Ranks:
             return read_footer(path)
         footer = read_footer(path) if self.rank == self.src else None
         self.agree()
-        message = None if footer is None else [self.device.type, footer.metadata, footer.identity]
-        device_type, metadata, identity = self._send(message, self.src)
+        message = None if footer is None else [self.device.type, footer.metadata]
+        device_type, metadata = self._send(message, self.src)
         if self.device.type != device_type:  # Two backends would wait for each other.
             raise FlashPackError(f"ranks load to different devices: {self.device.type} and {device_type}")
-        return Footer(os.fspath(path), metadata, tuple(identity)) if footer is None else footer
+        return Footer(os.fspath(path), metadata, None) if footer is None else footer
 
     def wanted_by_any(self, footer: Footer, wanted: list[Entry]) -> list[Entry]:
         """Those entries of the file that any rank wants: models, and what they ignore, may differ between ranks."""
@@ -86,12 +86,12 @@ class Ranks:
         dist.all_reduce(mask, dist.ReduceOp.MAX)
         return [entry for entry, is_wanted in zip(entries, mask.tolist(), strict=True) if is_wanted]
 
-    def read_regions(self, footer: Footer, spans: Sequence[Span], device: torch.device, silent: bool) -> Filled:
+    def read_regions(self, footer: Footer, spans: Sequence[Span], device: torch.device, options: ReadOptions) -> Filled:
         """As in _memory; rank `src` reads, and the others get its bytes."""
         if self.count == 1:
-            return read_regions(footer, spans, device, silent)
+            return read_regions(footer, spans, device, options)
         self.agree()
-        filled = read_regions(footer, spans, device, silent) if self.rank == self.src else None
+        filled = read_regions(footer, spans, device, options) if self.rank == self.src else None
         self.agree()
         places = [] if filled is None else [(region.offset_bytes, region.size_bytes) for region in filled.regions]
         places = self._send(places, self.src)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from . import _native
 from .constants import FILE_FORMAT_V3
 
 StrPath = str | os.PathLike[str]
-Identity = tuple[int, int, int, int]
-"""Device, inode, size in bytes, mtime in nanoseconds."""
+Verify = Literal["auto", "always", "never"]
+"""Whether a load is held against the checksums of its file.
 
+"auto": what is read in whole pieces of 1 MiB, which is all of a file and most of a part of it, if the file has
+checksums. "always": all of it, and a file without checksums is an error. "never": nothing is.
+"""
 logger = logging.getLogger("flashpack")
 
 
@@ -46,10 +49,14 @@ class Footer(NamedTuple):
 
     path: str
     metadata: dict[str, Any]
-    identity: Identity
+    native: _native.Metadata | None
+    """The same for the engine, with the file's identity and checksums; None for one that another process has read."""
 
     def blocks(self) -> list[Block]:
         return blocks_of(self.metadata)
+
+    def payload_bytes(self) -> int:
+        return max((block.offset_bytes + block.length_bytes for block in self.blocks()), default=0)
 
     def entries(self) -> Iterator[Entry]:
         """In file order."""
@@ -80,10 +87,10 @@ def blocks_of(metadata: dict[str, Any]) -> list[Block]:
 
 def read_footer(path: StrPath) -> Footer:
     """Reads and checks the footer. Raises FlashPackError for a file that is not valid, OSError for the system's."""
-    metadata, identity, warnings = _native.read_footer(path)
-    for warning in warnings:
+    native = _native.read_footer(path)
+    for warning in native.warnings:
         logger.warning("%s: %s", path, warning)
-    return Footer(os.fspath(path), metadata, identity)
+    return Footer(os.fspath(path), native.to_dict(), native)
 
 
 def get_flashpack_file_metadata(path: StrPath) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ._device import CPU, Side, side_of
-from ._footer import Entry, Footer, logger
-from ._progress import progress_bar
+from . import _native
+from ._device import CPU, DeviceLike, Side, side_of
+from ._footer import Entry, Footer, Verify, logger
+from ._native import FlashPackError
+from ._progress import Show, progress_bar
 from .utils import string_to_dtype
 
 _HUGE_PAGE_BYTES = 2 << 20
@@ -119,22 +122,47 @@ def _allocate_host(offset_bytes: int, size_bytes: int) -> HostRegion:
 
 def map_file(footer: Footer) -> HostRegion:
     """The whole file, mapped privately and writable. Truncation by others is SIGBUS for whoever touches it."""
+    assert footer.native is not None
     with open(footer.path, "rb") as file:
         stat = os.fstat(file.fileno())
-        if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != footer.identity:
+        if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != footer.native.identity:
             raise OSError(errno.ESTALE, "the file was replaced or changed", footer.path)
         buffer = mmap.mmap(file.fileno(), stat.st_size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
     return HostRegion(buffer, 0, 0, stat.st_size)
 
 
-def fill_regions(footer: Footer, regions: Sequence[Region], side: Side, silent: bool) -> dict[str, Any]:
+class ReadOptions(NamedTuple):
+    """How a file is read."""
+
+    mmap: bool = False
+    verify: Verify = "auto"
+    show: Show = False
+
+
+def supported_device(device: DeviceLike, options: ReadOptions) -> torch.device:
+    """Raises FlashPackError for a device that cannot be read to, or not in that way."""
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise FlashPackError(f"Unsupported device: {device!r}") from error
+    if options.mmap and options.verify == "always":
+        raise FlashPackError("with mmap=True nothing is read, so there is nothing to verify")
+    if target.type not in (("cpu",) if options.mmap else ("cpu", "cuda")):
+        raise FlashPackError(f"Unsupported device: {target}{' with mmap=True' if options.mmap else ''}")
+    return target
+
+
+def fill_regions(footer: Footer, regions: Sequence[Region], side: Side, options: ReadOptions) -> dict[str, Any]:
     """Reads all regions, of one side, in one transfer and returns its statistics.
 
     When this raises, be it OSError or KeyboardInterrupt, nothing is in flight any more.
     """
     extents = [(region.offset_bytes, region.size_bytes, region.address) for region in regions]
-    with progress_bar("Loading", sum(region.size_bytes for region in regions), silent) as progress:
-        stats = side.engine.load(footer.path, extents, footer.identity, progress=progress, stream=side.stream)
+    assert footer.native is not None
+    with progress_bar("Loading", sum(region.size_bytes for region in regions), options.show) as progress:
+        stats = side.engine.load(
+            footer.path, extents, footer.native, options.verify, progress=progress, stream=side.stream
+        )
     logger.info("%s: %s", footer.path, _describe(stats))
     return stats
 
@@ -147,26 +175,57 @@ class Filled(NamedTuple):
     stats: dict[str, Any] | None
 
 
-def read_regions(footer: Footer, spans: Sequence[Span], device: torch.device, silent: bool) -> Filled:
-    """Reads each of `spans` into a region of its own, on `device` or, where the engine cannot, on the CPU."""
+def read_regions(footer: Footer, spans: Sequence[Span], device: torch.device, options: ReadOptions) -> Filled:
+    """Reads each of `spans`, which ascend, into a region of its own, on `device` or, where the engine cannot, the CPU.
+
+    A mapped file is one region for all.
+    """
+    if options.mmap:
+        return Filled([map_file(footer)] * len(spans), CPU, None)
     side = side_of(device)
-    regions = [allocate_region(begin, end - begin, side.device) for begin, end in spans]
-    return Filled(regions, side.device, fill_regions(footer, regions, side, silent))
+    regions = allocate_regions(spans, footer, side.device, options.verify)
+    return Filled(regions, side.device, fill_regions(footer, regions, side, options))
 
 
-ReadRegions = Callable[[Footer, Sequence[Span], torch.device, bool], Filled]
+ReadRegions = Callable[[Footer, Sequence[Span], torch.device, ReadOptions], Filled]
 """read_regions, or what does the same in another way."""
 
 
 def read_tensors(
-    footer: Footer, entries: Sequence[Entry], device: torch.device, silent: bool, read: ReadRegions = read_regions
+    footer: Footer,
+    entries: Sequence[Entry],
+    device: torch.device,
+    options: ReadOptions,
+    read: ReadRegions = read_regions,
 ) -> dict[str, torch.Tensor]:
     """Reads `entries` in one transfer, to where `read` puts them."""
     # Records may name the same bytes: these are read once.
     runs = plan_runs(list({entry.offset_bytes: entry for entry in entries if entry.size_bytes}.values()))
-    filled = read(footer, [(run[0].offset_bytes, stop_of(run[-1])) for run in runs], device, silent)
+    filled = read(footer, [(run[0].offset_bytes, stop_of(run[-1])) for run in runs], device, options)
     region_at = {entry.offset_bytes: region for region, run in zip(filled.regions, runs, strict=True) for entry in run}
     return tensors_of(entries, region_at, filled.device)
+
+
+def allocate_regions(spans: Sequence[Span], footer: Footer, device: torch.device, verify: Verify) -> list[Region]:
+    """Memory for the bytes between begin and end of each of `spans`, which ascend.
+
+    Only whole pieces can be verified. So a region takes in the padding that follows; and where everything is to be
+    verified, it reaches to the borders of pieces.
+    """
+    piece_bytes = _native.PIECE_BYTES
+    longest_padding_bytes = math.lcm(footer.metadata["align_bytes"] or 1, 16) - 1
+    regions: list[Region] = []
+    free = 0
+    limits = [*(begin for begin, _ in spans[1:]), footer.payload_bytes()]
+    for (begin, end), limit in zip(spans, limits, strict=False):
+        if verify == "always":
+            begin = max(free, begin - begin % piece_bytes)
+            end = min(limit, end + -end % piece_bytes)
+        if limit - end <= longest_padding_bytes:
+            end = limit
+        regions.append(allocate_region(begin, end - begin, device))
+        free = end
+    return regions
 
 
 def tensors_of(
@@ -217,6 +276,7 @@ def _describe(stats: dict[str, Any]) -> str:
     rate = stats["requested_bytes"] / max(stats["seconds"], 1e-9) / 1e9
     text = (
         f"{stats['requested_bytes']} bytes in {stats['seconds']:.3f} s ({rate:.2f} GB/s), "
-        f"{stats['direct_bytes']} direct, {stats['buffered_bytes']} through the page cache, backend {stats['backend']}"
+        f"{stats['direct_bytes']} direct, {stats['buffered_bytes']} through the page cache, "
+        f"{stats['verified_bytes']} verified, backend {stats['backend']}"
     )
     return f"{text}; {stats['fallback_reason']}" if stats["fallback_reason"] else text

@@ -1,14 +1,18 @@
-"""Building a module without memory for its parameters."""
+"""Building a module without memory for its parameters, and telling what is left without."""
 
 from __future__ import annotations
 
+import itertools
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from ._footer import StrPath
 
 
 @contextmanager
@@ -37,3 +41,15 @@ def meta_parameters() -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def warn_of_meta(model: torch.nn.Module, path: StrPath) -> None:
+    """Names what has no memory after `path` was loaded into `model`."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    left = [name for name, tensor in tensors if tensor.is_meta]
+    if left:
+        warnings.warn(
+            f"flashpack: {len(left)} tensors are still on the meta device after loading {path}, "
+            f"because it does not have them: {left}",
+            stacklevel=3,
+        )

@@ -121,5 +121,4 @@ def prefetch_flashpack_file(path: StrPath) -> Prefetch:
             model = build_model()
             flashpack.assign_from_file(model, "model.flashpack")
     """
-    blocks = read_footer(path).blocks()
-    return Prefetch(path, max((block.offset_bytes + block.length_bytes for block in blocks), default=0))
+    return Prefetch(path, read_footer(path).payload_bytes())

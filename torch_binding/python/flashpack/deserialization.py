@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ._assign import Filters, Plan, check_strictness, commit, make_plan
+from ._assign import Casts, Filters, Plan, check_strictness, commit, make_plan
 from ._device import CPU
 from ._distributed import Ranks, join_ranks, ranks_of_group, resolve_shard_strategy
-from ._footer import Entry, Footer, StrPath, blocks_of, get_flashpack_file_metadata, is_flashpack_file, read_footer
-from ._memory import ReadRegions, Region, map_file, read_regions, read_tensors, tensors_of
+from ._engine import engine
+from ._footer import (
+    Block,
+    Entry,
+    Footer,
+    StrPath,
+    Verify,
+    blocks_of,
+    get_flashpack_file_metadata,
+    is_flashpack_file,
+    read_footer,
+)
+from ._memory import ReadOptions, ReadRegions, Region, read_regions, read_tensors, supported_device
 from ._native import FlashPackError
+from ._progress import progress_bar
 from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
-from .utils import human_num_elements, is_ignored_tensor_name, logger
+from .utils import human_num_elements, is_ignored_tensor_name, logger, string_to_dtype
 
 __all__ = [
     "FlashTensorStorage",
@@ -28,6 +41,7 @@ __all__ = [
     "read_flashpack_file_distributed",
     "resolve_shard_strategy",
     "revert_from_file",
+    "verify_file",
 ]
 
 
@@ -60,6 +74,7 @@ def read_flashpack_file(
     silent: bool = True,
     metadata: dict[str, Any] | None = None,
     mmap: bool = False,
+    verify: Verify = "auto",
 ) -> tuple[FlashTensorStorage, dict[str, Any]]:
     """Reads the whole payload: one flat tensor per macroblock, and the footer, as iterate_from_flash_tensor takes them.
 
@@ -68,14 +83,16 @@ def read_flashpack_file(
     `metadata`: the footer, if the caller has it already; returned as it is, after a check that it is this file's.
     `mmap`: maps the file instead of reading it (CPU only). Nothing is read before it is touched, writes stay private,
     and if somebody truncates the file while the tensors live, touching them kills the process (SIGBUS).
+    `verify`: see assign_from_file.
     `chunk_bytes`, `num_streams`: accepted for compatibility; the engine knows better.
 
     Raises FlashPackError (a ValueError) for a file or an argument that is not valid, OSError for the system's failures.
     """
-    target = _supported_device(device, mmap)
+    options = ReadOptions(mmap, verify, not silent)
+    target = supported_device(device, options)
     footer = read_footer(path)
     result = _accepted(metadata, footer)
-    return _read_blocks(footer, target, silent, mmap), result
+    return _read_blocks(footer, target, options), result
 
 
 def read_flashpack_file_distributed(
@@ -100,10 +117,11 @@ def read_flashpack_file_distributed(
     ranks = ranks_of_group(device, src)
     with ranks.together():
         ranks.check(False, sharded, shard_strategy)
-        target = _supported_device(device, mmap=False)
+        options = ReadOptions(show=not silent)
+        target = supported_device(device, options)
         footer = ranks.footer(path)
         result = _accepted(metadata, footer)
-        storage = _read_blocks(footer, target, silent, mmap=False, read=ranks.read_regions)
+        storage = _read_blocks(footer, target, options, ranks.read_regions)
     return storage, result
 
 
@@ -129,7 +147,20 @@ def iterate_from_flash_tensor(
 def revert_from_file(path: StrPath, silent: bool = True) -> dict[str, torch.Tensor]:
     """The state dict that was packed, in file order, on the CPU. Each tensor owns its memory."""
     footer = read_footer(path)
-    return _read_entries(footer, list(footer.entries()), CPU, silent)
+    with torch.inference_mode(False), torch.no_grad():
+        return read_tensors(footer, list(footer.entries()), CPU, ReadOptions(show=not silent))
+
+
+def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
+    """Reads the payload of a file, at the speed of the disk, and holds it against the checksums written with it.
+
+    Returns `verified_bytes`, which match; `corrupt`, a list of (file offset, size in bytes, names of the tensors there)
+    of the pieces that do not; and `seconds`. Raises FlashPackError for a file that has no checksums or is not valid,
+    OSError for the system's failures.
+    """
+    payload_bytes = read_footer(path).payload_bytes()
+    with progress_bar("Verifying", payload_bytes, not silent) as progress:
+        return engine().verify(os.fspath(path), progress)
 
 
 def assign_from_file(
@@ -154,6 +185,8 @@ def assign_from_file(
     world_size: int | None = None,
     coerce_dtype: bool = False,
     mmap: bool = False,
+    verify: Verify = "auto",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Gives the parameters and buffers of `model` the values of a file, all of them or, if anything fails, none.
 
@@ -167,40 +200,50 @@ def assign_from_file(
     are); with either, so are names that the model lacks. `strict` stands for both.
     `ignore_*`: names neither read nor required.
     `coerce_dtype`: casts to the dtypes of the model, which otherwise must agree for buffers.
+    `dtype`: what floating-point tensors of the file are cast to, those of buffers too; integers stay what they are.
+    `verify`: "auto" holds what is read in whole pieces of 1 MiB against the checksums of the file, if it has them;
+    "always" all of it, and a file without checksums is an error; "never" reads only.
     `keep_flash_ref_on_model`: reads whole macroblocks, lets the tensors share their memory, and keeps them and the
     footer as `_flash_shared_storage` and `_flash_shared_storage_meta`.
     `mmap`: as in read_flashpack_file. `num_streams`, `chunk_bytes`: accepted for compatibility.
     `use_distributed_loading`: all ranks of the process group call this; rank 0 reads what any of them wants, and the
     others get its bytes without having to see the file. What fails on one rank raises on all, and changes no module
-    unless it was the last step, moving and casting, that failed. Without a group, utils.maybe_init_distributed makes
-    one from `rank`, `local_rank` and `world_size`; in a world of one, this process loads alone. `distributed_*`: as in
-    read_flashpack_file_distributed.
+    unless it was the last step, moving and casting, that failed. Without a group, one is made of `rank`, `local_rank`
+    and `world_size`; in a world of one, this process loads alone. `distributed_*`: see read_flashpack_file_distributed.
 
     Raises FlashPackError (a ValueError) for a file that is not valid or does not fit, OSError for the system's
     failures, RuntimeError for what failed on another rank. Not to be called while other threads use `model`.
     """
+    options = ReadOptions(mmap, verify, not silent)
+    casts = Casts(coerce_dtype, dtype)
     device = _device_of(model) if device is None else device
     ranks = join_ranks(device, rank, local_rank, world_size) if use_distributed_loading else Ranks()
     with ranks.together():
         ranks.check(mmap, distributed_sharded, distributed_shard_strategy)
-        target = _supported_device(device, mmap)
+        target = supported_device(device, options)
         footer = ranks.footer(path)
-        plan = _plan(model, footer, (ignore_names, ignore_prefixes, ignore_suffixes), coerce_dtype)
+        plan = _plan(model, footer, (ignore_names, ignore_prefixes, ignore_suffixes), casts)
         check_strictness(plan, footer.path, strict, strict_params, strict_buffers)
 
-        storage = _read_blocks(footer, target, silent, mmap, ranks.read_regions) if keep_flash_ref_on_model else None
         with torch.inference_mode(False), torch.no_grad():
-            if storage is None:
-                wanted = ranks.wanted_by_any(footer, plan.wanted)
-                tensors = _read_entries(footer, wanted, target, silent, mmap, ranks.read_regions)
-            else:
-                tensors = {entry.name: _share(storage, entry) for entry in plan.wanted}
+            tensors, storage = _load(plan, footer, target, options, ranks, keep_flash_ref_on_model)
             ranks.agree()
-            commit(plan, tensors, target, coerce_dtype)
+            commit(plan, tensors, target, casts)
     if storage is not None:
         model._flash_shared_storage = storage  # type: ignore[assignment]
         model._flash_shared_storage_meta = footer.metadata  # type: ignore[assignment]
     _report(plan.wanted, len(plan.slots), plan.unexpected, plan.missing_parameters + plan.missing_buffers)
+
+
+def _load(
+    plan: Plan, footer: Footer, device: torch.device, options: ReadOptions, ranks: Ranks, as_blocks: bool
+) -> tuple[dict[str, torch.Tensor], FlashTensorStorage | None]:
+    """The tensors that `plan` wants; `as_blocks` as views of the whole payload, which is returned, too."""
+    if not as_blocks:
+        wanted = ranks.wanted_by_any(footer, plan.wanted)
+        return read_tensors(footer, wanted, device, options, ranks.read_regions), None
+    storage = _read_blocks(footer, device, options, ranks.read_regions)
+    return {entry.name: _share(storage, entry) for entry in plan.wanted}, storage
 
 
 def _accepted(metadata: dict[str, Any] | None, footer: Footer) -> dict[str, Any]:
@@ -213,57 +256,36 @@ def _accepted(metadata: dict[str, Any] | None, footer: Footer) -> dict[str, Any]
     return result
 
 
-def _plan(model: torch.nn.Module, footer: Footer, filters: Filters, coerce_dtype: bool) -> Plan:
+def _plan(model: torch.nn.Module, footer: Footer, filters: Filters, casts: Casts) -> Plan:
     try:
-        return make_plan(model, footer.entries(), filters, coerce_dtype)
+        return make_plan(model, footer.entries(), filters, casts)
     except (TypeError, ValueError) as error:
         raise FlashPackError(f"Error while assigning to {type(model).__name__} from {footer.path}: {error}") from error
 
 
 def _read_blocks(
-    footer: Footer, device: torch.device, silent: bool, mmap: bool, read: ReadRegions = read_regions
+    footer: Footer, device: torch.device, options: ReadOptions, read: ReadRegions = read_regions
 ) -> FlashTensorStorage:
     blocks = footer.blocks()
-    stats = None
+    filled = sorted((block for block in blocks if block.length_bytes), key=lambda block: block.offset_bytes)
+    spans = [(block.offset_bytes, block.offset_bytes + block.length_bytes) for block in filled]
     with torch.inference_mode(False), torch.no_grad():
-        if mmap:
-            regions: list[Region] = [map_file(footer)] * len(blocks)
-        else:
-            spans = [(block.offset_bytes, block.offset_bytes + block.length_bytes) for block in blocks]
-            regions, _, stats = read(footer, spans, device, silent)
-        tensors = [
-            region.tensor(block.dtype, (block.length_elems,), block.length_elems, block.offset_bytes).to(device)
-            for region, block in zip(regions, blocks, strict=True)
-        ]
+        regions, _, stats = read(footer, spans, device, options)
+        region_of = dict(zip(filled, regions, strict=True))
+        tensors = [_block(block, region_of.get(block), device) for block in blocks]
     return FlashTensorStorage(tensors, stats=stats)
 
 
-def _read_entries(
-    footer: Footer,
-    entries: list[Entry],
-    device: torch.device,
-    silent: bool,
-    mmap: bool = False,
-    read: ReadRegions = read_regions,
-) -> dict[str, torch.Tensor]:
-    with torch.inference_mode(False), torch.no_grad():
-        if mmap:
-            file = map_file(footer)
-            return tensors_of(entries, {entry.offset_bytes: file for entry in entries})
-        return read_tensors(footer, entries, device, silent, read)
+def _block(block: Block, region: Region | None, device: torch.device) -> torch.Tensor:
+    if region is None:
+        return torch.empty(0, dtype=string_to_dtype(block.dtype), device=device)
+    return region.tensor(block.dtype, (block.length_elems,), block.length_elems, block.offset_bytes).to(device)
 
 
 def _share(storage: FlashTensorStorage, entry: Entry) -> torch.Tensor:
     """The tensor of `entry` on the memory of its block; through `data`, so that its version counter is its own."""
     block = storage.block(entry.macroblock)
     return block.narrow(0, entry.offset_elems, entry.length_elems).view(entry.shape).data
-
-
-def _supported_device(device: str | torch.device, mmap: bool) -> torch.device:
-    target = torch.device(device)
-    if target.type not in (("cpu",) if mmap else ("cpu", "cuda")):
-        raise FlashPackError(f"Unsupported device: {target}{' with mmap=True' if mmap else ''}")
-    return target
 
 
 def _device_of(model: torch.nn.Module) -> str | torch.device:

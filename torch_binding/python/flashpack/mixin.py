@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import itertools
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from ._footer import StrPath
-from ._meta_init import meta_parameters
+from ._footer import StrPath, Verify
+from ._meta_init import meta_parameters, warn_of_meta
 from .constants import (
     DEFAULT_ALIGN_BYTES,
     DEFAULT_CHUNK_BYTES,
@@ -65,6 +63,8 @@ class FlashPackMixin:
         coerce_dtype: bool = False,
         init_fn: Callable[..., Self] | None = None,
         mmap: bool = False,
+        verify: Verify = "auto",
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> Self:
         """Builds an instance without memory for its parameters, loads `path` into it, and returns it in eval mode.
@@ -100,9 +100,11 @@ class FlashPackMixin:
             **places,
             coerce_dtype=coerce_dtype or cls.flashpack_coerce_dtype,
             mmap=mmap,
+            verify=verify,
+            dtype=dtype,
         )
         model.eval()
-        _warn_of_meta(model, path)
+        warn_of_meta(model, path)
         return model
 
     def save_flashpack(
@@ -113,11 +115,12 @@ class FlashPackMixin:
         align_bytes: int = DEFAULT_ALIGN_BYTES,
         silent: bool = False,
         num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
+        checksum: bool = True,
     ) -> None:
         """pack_to_file of this module."""
         if not isinstance(self, torch.nn.Module):
             raise TypeError(f"{type(self).__name__} is not a torch.nn.Module")
-        pack_to_file(self, destination_path, target_dtype, name_order, align_bytes, silent, num_workers)
+        pack_to_file(self, destination_path, target_dtype, name_order, align_bytes, silent, num_workers, checksum)
 
     @classmethod
     def _flashpack_builder(cls: type[Self]) -> Callable[..., Self]:
@@ -143,14 +146,3 @@ def _accepted(
     wanted = [name for name in places if name in parameters and name not in taken]
     required = [name for name in wanted if parameters[name].default is inspect.Parameter.empty]
     return accepted | {name: places[name] for name in wanted if places[name] is not None or name in required}
-
-
-def _warn_of_meta(model: torch.nn.Module, path: StrPath) -> None:
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    left = [name for name, tensor in tensors if tensor.is_meta]
-    if left:
-        warnings.warn(
-            f"flashpack: {len(left)} tensors are still on the meta device after loading {path}, "
-            f"because it does not have them: {left}",
-            stacklevel=3,
-        )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from . import _native
 from ._device import CPU, side_of
 from ._footer import StrPath
+from ._memory import allocate_region
 from ._native import FlashPackError
 from ._progress import progress_bar
 from .constants import DEFAULT_ALIGN_BYTES, DEFAULT_NUM_WRITE_WORKERS
@@ -17,8 +21,10 @@ from .utils import dtype_to_string, string_to_dtype
 
 __all__ = ["pack_to_file"]
 
-# Copies made for writing: two groups of this size exist at a time, or of one tensor, if that is larger.
-_GROUP_BYTES = 256 << 20
+# What has to be converted goes through buffers of this size. While one is being filled the others are being written,
+# which keeps the disk's queue full.
+_BUFFER_BYTES = 16 << 20
+_GROUPS_ALIVE = 4
 
 Place = tuple[str, int, int]
 """Name, file offset in bytes, size in bytes."""
@@ -32,6 +38,7 @@ def pack_to_file(
     align_bytes: int = DEFAULT_ALIGN_BYTES,
     silent: bool = True,
     num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
+    checksum: bool = True,
 ) -> None:
     """Writes the tensors of a state dict, or of a module's, to a file: durably, and whole or not at all.
 
@@ -42,27 +49,29 @@ def pack_to_file(
     `name_order`: the tensors to write, in this order; names that do not exist are passed over. Default: all, largest
     first.
     `align_bytes`: every tensor starts at a multiple of it, in its macroblock; 0 packs densely.
+    `checksum`: puts checksums of the payload into the footer, for loads to be held against; readers that do not know
+    them pass them over. Without them the file is, byte for byte, what flashpack 0.4.5 writes.
     `num_workers`: accepted for compatibility.
 
     Raises FlashPackError (a ValueError) naming the tensor that cannot be written, OSError for the system's failures.
     """
     tensors = _select(state_dict_or_model, name_order)
     specs = _specs(tensors, align_bytes, target_dtype)
-    payload_bytes, places, footer = _native.layout(specs, align_bytes, name_order)
+    layout = _native.layout(specs, align_bytes, name_order)
 
     destination = os.path.abspath(destination_path)
     os.makedirs(os.path.dirname(destination), exist_ok=True)
     dtypes = {name: string_to_dtype(dtype) for name, dtype, _ in specs}
     side = side_of(_main_device(tensors))
-    writer = _native.Writer(side.engine, destination, payload_bytes)
+    writer = _native.Writer(side.engine, destination, layout.payload_bytes, checksum)
     try:
-        with progress_bar("Writing", sum(size for _, _, size in places), silent) as progress:
-            # One is made ready while another is written.
-            for group, extents in _groups(tensors, dtypes, places, side.device):
-                writer.finish(progress)
-                writer.start_write(extents, group, side.stream)
-            writer.finish(progress)
-        writer.commit(footer)
+        total_bytes = sum(size_bytes for _, _, size_bytes in layout.places)
+        with progress_bar("Writing", total_bytes, not silent) as progress, torch.no_grad():
+            for group in _Groups(side.device).of(tensors, dtypes, layout.places):
+                writer.start_write(group.extents, group.sources, side.stream)
+                writer.finish(_GROUPS_ALIVE - 1, progress)
+            writer.finish(0, progress)
+        writer.commit(layout.footer(writer.checksums() if checksum else None))
     finally:
         writer.abort()
 
@@ -123,28 +132,109 @@ def _main_device(tensors: dict[str, torch.Tensor]) -> torch.device:
     return next(on_cuda, CPU)
 
 
-def _groups(
-    tensors: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype], places: Sequence[Place], device: torch.device
-) -> Iterator[tuple[list[torch.Tensor], list[tuple[int, int, int]]]]:
-    """Tensors ready to be written, on the CPU or `device`, and where: as many as need _GROUP_BYTES of copies."""
-    group: list[torch.Tensor] = []
-    extents: list[tuple[int, int, int]] = []
-    copied_bytes = 0
-    for name, offset_bytes, size_bytes in places:
-        source = tensors[name].detach()
-        ready = _ready(source, dtypes[name], device)
-        group.append(ready)
-        extents.append((offset_bytes, size_bytes, ready.data_ptr()))
-        if source.device != ready.device or source.data_ptr() != ready.data_ptr():
-            copied_bytes += size_bytes
-        if copied_bytes >= _GROUP_BYTES:
-            yield group, extents
-            group, extents, copied_bytes = [], [], 0
-    if group:
-        yield group, extents
+@dataclass
+class _Group:
+    """What one write is made of."""
+
+    extents: list[tuple[int, int, int]] = field(default_factory=list)
+    """File offset, size, address."""
+    sources: list[torch.Tensor] = field(default_factory=list)
+    """The owners of that memory."""
+
+    def add(self, tensor: torch.Tensor, offset_bytes: int) -> None:
+        self.extents.append((offset_bytes, tensor.numel() * tensor.element_size(), tensor.data_ptr()))
+        self.sources.append(tensor)
 
 
-def _ready(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The values as they go to the file: contiguous, of `dtype`, on `device` if they are there; else on the CPU."""
-    where = device if tensor.device == device else CPU
-    return tensor.resolve_conj().resolve_neg().to(device=where, dtype=dtype).contiguous()
+class _Buffer:
+    """Memory of one device for converted values, which lie in it as in the file, modulo a page, to be written from
+    there without another copy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        region = allocate_region(0, _BUFFER_BYTES, device)
+        self._bytes = region.tensor("uint8", (_BUFFER_BYTES,), _BUFFER_BYTES, 0)
+        self._used_bytes = 0
+
+    def clear(self) -> None:
+        self._used_bytes = 0
+
+    def convert(self, tensor: torch.Tensor, dtype: torch.dtype, offset_bytes: int) -> torch.Tensor | None:
+        """The values of `tensor` as they go to the file at `offset_bytes`; None when there is no room for them."""
+        begin = self._used_bytes + (offset_bytes - self._used_bytes) % mmap.PAGESIZE
+        end = begin + tensor.numel() * dtype.itemsize
+        if end > _BUFFER_BYTES:
+            return None
+        self._used_bytes = end
+        return self._bytes[begin:end].view(dtype).view(tensor.shape).copy_(tensor)
+
+
+class _Groups:
+    """Cuts what is to be written into groups: tensors that are ready as they are, and converted parts of the others."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._rounds = itertools.cycle([dict[torch.device, _Buffer]() for _ in range(_GROUPS_ALIVE)])
+
+    def of(
+        self, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], places: Sequence[Place]
+    ) -> Iterator[_Group]:
+        """A group's buffers are used again for the one that comes _GROUPS_ALIVE later."""
+        group, buffers = self._next()
+        for name, offset_bytes, size_bytes in places:
+            tensor, dtype = tensors[name].detach(), dtypes[name]
+            if size_bytes == 0:
+                continue
+            if self._is_ready(tensor, dtype):
+                group.add(tensor, offset_bytes)
+                continue
+            device = self._device if tensor.device == self._device else CPU
+            for part, part_offset_bytes in _parts(tensor, dtype.itemsize, offset_bytes):
+                while (ready := self._buffer(buffers, device).convert(part, dtype, part_offset_bytes)) is None:
+                    yield group
+                    group, buffers = self._next()
+                group.add(ready, part_offset_bytes)
+        yield group
+
+    def _next(self) -> tuple[_Group, dict[torch.device, _Buffer]]:
+        buffers = next(self._rounds)
+        for buffer in buffers.values():
+            buffer.clear()
+        return _Group(), buffers
+
+    def _is_ready(self, tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+        return (
+            tensor.device in (CPU, self._device)
+            and tensor.dtype == dtype
+            and tensor.is_contiguous()
+            and not tensor.is_conj()
+            and not tensor.is_neg()
+        )
+
+    @staticmethod
+    def _buffer(buffers: dict[torch.device, _Buffer], device: torch.device) -> _Buffer:
+        if device not in buffers:
+            buffers[device] = _Buffer(device)
+        return buffers[device]
+
+
+def _parts(tensor: torch.Tensor, item_bytes: int, offset_bytes: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Parts of `tensor` that fit into a buffer each, in the order of the file, and where they go.
+
+    What is contiguous is cut at the multiples of a buffer's size in the file, so that whole chunks are written.
+    """
+    size_bytes = tensor.numel() * item_bytes
+    if size_bytes <= _BUFFER_BYTES - mmap.PAGESIZE:
+        yield tensor, offset_bytes
+    elif tensor.is_contiguous():
+        flat = tensor.view(-1)
+        while flat.numel():
+            count = min(flat.numel(), (_BUFFER_BYTES - offset_bytes % _BUFFER_BYTES) // item_bytes)
+            yield flat[:count], offset_bytes
+            flat, offset_bytes = flat[count:], offset_bytes + count * item_bytes
+    else:
+        row_bytes = size_bytes // tensor.shape[0]
+        rows = (_BUFFER_BYTES - mmap.PAGESIZE) // row_bytes
+        for part in torch.split(tensor, rows) if rows else tensor.unbind():
+            yield from _parts(part, item_bytes, offset_bytes)
+            offset_bytes += part.numel() * item_bytes

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Final
 
 import numpy as np
@@ -76,6 +77,24 @@ def torch_dtype_to_numpy_dtype(dtype: torch.dtype) -> type[np.generic]:
     if carrier not in _NUMPY:
         raise FlashPackError(f"Unsupported dtype for packing: {dtype}")
     return _NUMPY[carrier]
+
+
+def effective_read_threads(requested: int, *, floor: int = 1) -> int:
+    """`requested` threads, but no more than this process may use processors, or than `floor`, and at least one.
+
+    Kept for compatibility: the engine sizes its own threads.
+    """
+    return max(1, min(requested, max(len(os.sched_getaffinity(0)), floor)))
+
+
+def diffusers_is_available() -> bool:
+    """Whether diffusers is installed; it is not imported."""
+    return find_spec("diffusers") is not None
+
+
+def transformers_is_available() -> bool:
+    """Whether transformers is installed; it is not imported."""
+    return find_spec("transformers") is not None
 
 
 def human_duration(seconds: float) -> str:

@@ -1,0 +1,215 @@
+"""FlashPackTransformersModelMixin: saving and loading for transformers models."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import errno
+import functools
+import inspect
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from ..._footer import StrPath, Verify
+from ..._native import FlashPackError
+from ...constants import (
+    DEFAULT_ALIGN_BYTES,
+    DEFAULT_CHUNK_BYTES,
+    DEFAULT_NUM_STREAMS,
+    DEFAULT_NUM_WRITE_WORKERS,
+)
+from ...deserialization import assign_from_file
+from ...mixin import FlashPackMixin
+from ...utils import dtype_to_string, logger
+from .._hub import resolve_directory, upload_directory
+from ._load import load
+
+FILE_NAME = "model.flashpack"
+FILES = ("config.json", "generation_config.json", FILE_NAME)
+_OF_HUB = {*inspect.signature(resolve_directory).parameters, "local_dir_use_symlinks", "proxies"}
+_OF_ASSIGN = {*inspect.signature(assign_from_file).parameters} - {"device"}
+
+
+class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):  # type: ignore[misc]
+    """Adds save_pretrained_flashpack() and from_pretrained_flashpack() to a transformers model.
+
+    For a class of your own: `class MyModel(BertModel, FlashPackTransformersModelMixin)`. After
+    patch_transformers_auto_model() whatever the Auto classes return has it.
+    """
+
+    flashpack_init_method: ClassVar[str | None] = "_from_config"
+
+    def save_pretrained_flashpack(
+        self,
+        save_directory: StrPath,
+        *,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        target_dtype: torch.dtype | None = None,
+        align_bytes: int = DEFAULT_ALIGN_BYTES,
+        silent: bool = True,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
+        checksum: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Writes `model.flashpack`, the configuration and that of generation into a directory, which has to exist.
+
+        `is_main_process`: others write nothing. `target_dtype`, `align_bytes`, `checksum`: as in pack_to_file.
+        `push_to_hub`: uploads these files to `repo_id`, by default the name of the directory, under the user's name.
+
+        Raises FlashPackError (a ValueError) naming what cannot be written, OSError for the system's failures.
+        """
+        if not os.path.isdir(save_directory):
+            raise FlashPackError(f"Save directory {save_directory} is not a directory")
+        if kwargs:
+            logger.warning("save_pretrained_flashpack does not take %s", ", ".join(kwargs))
+        if not is_main_process:
+            return
+        directory = Path(save_directory)
+        self.save_flashpack(
+            directory / FILE_NAME,
+            target_dtype=target_dtype,
+            align_bytes=align_bytes,
+            silent=silent,
+            num_workers=num_workers,
+            checksum=checksum,
+        )
+        _save_config(self, directory, target_dtype)
+        if push_to_hub:
+            upload_directory(
+                directory,
+                repo_id or directory.absolute().name,
+                token=token,
+                private=private,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                allow_patterns=[*FILES, "*.py"],
+            )
+
+    @classmethod
+    def from_pretrained_flashpack(
+        cls,
+        pretrained_model_name_or_path: StrPath,
+        device: str | torch.device | None = None,
+        *,
+        silent: bool = True,
+        strict: bool | None = None,
+        strict_params: bool = True,
+        strict_buffers: bool = False,
+        keep_flash_ref_on_model: bool = False,
+        num_streams: int = DEFAULT_NUM_STREAMS,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        ignore_names: Collection[str] | None = None,
+        ignore_prefixes: Collection[str] | None = None,
+        ignore_suffixes: Collection[str] | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        local_dir: StrPath | None = None,
+        local_dir_use_symlinks: bool = False,
+        local_files_only: bool = False,
+        cache_dir: StrPath | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        proxies: dict[str, str] | None = None,
+        use_distributed_loading: bool = False,
+        distributed_sharded: bool = False,
+        distributed_shard_strategy: str | None = None,
+        rank: int | None = None,
+        local_rank: int | None = None,
+        world_size: int | None = None,
+        coerce_dtype: bool = False,
+        mmap: bool = False,
+        verify: Verify = "auto",
+        **kwargs: Any,
+    ) -> Any:
+        """A new model, in eval mode, from a directory or a repository on the Hub with `model.flashpack` in it.
+
+        `device`: where it ends; default is the CPU. Arguments of the Hub have the meaning they have in transformers,
+        the others that of assign_from_file. `kwargs` are of from_pretrained() of transformers: `config`, `dtype`,
+        `device_map` (one device), `attn_implementation`, entries of the configuration and so on. Without `dtype` every
+        tensor keeps that of the file.
+
+        Names may be those of the module or of a checkpoint that transformers knows to convert. Weights that the file
+        lacks, where that is no error, are initialised as transformers does.
+
+        Raises FileNotFoundError without `model.flashpack`, else what assign_from_file raises.
+        """
+        given = dict(locals())
+        hub = {name: value for name, value in given.items() if name in _OF_HUB}
+        directory = resolve_directory(pretrained_model_name_or_path, allow_patterns=FILES, **hub)
+        path = directory / FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, f"Flashpack file {path} not found", str(path))
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        options = {name: value for name, value in given.items() if name in _OF_ASSIGN}
+        model, info = load(original_class(cls), path, str(pretrained_model_name_or_path), device, options, kwargs)
+        promote(model)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers: config.json gets the name of the original class."""
+        save = super().save_pretrained
+        with _as_original(self):
+            return save(*args, **kwargs)
+
+
+class _Promoted(type):
+    """The class of the classes FlashPack<X>; pickle makes them anew from X."""
+
+    original_class: type[PreTrainedModel]
+
+
+@functools.cache
+def promoted_class(model_class: type[PreTrainedModel]) -> type[FlashPackTransformersModelMixin]:
+    """FlashPack<X> for a class X: the same with the mixin."""
+    attributes = {"__module__": model_class.__module__, "__doc__": model_class.__doc__, "original_class": model_class}
+    return _Promoted(f"FlashPack{model_class.__name__}", (model_class, FlashPackTransformersModelMixin), attributes)
+
+
+def original_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """X for FlashPack<X>; others stay what they are."""
+    return model_class.original_class if isinstance(model_class, _Promoted) else model_class
+
+
+copyreg.pickle(_Promoted, lambda promoted: (promoted_class, (promoted.original_class,)))
+
+
+def promote(model: Any) -> None:
+    """Gives a model of transformers the mixin, in place."""
+    if isinstance(model, PreTrainedModel) and not isinstance(model, FlashPackTransformersModelMixin):
+        model.__class__ = promoted_class(type(model))
+
+
+@contextmanager
+def _as_original(model: PreTrainedModel) -> Iterator[None]:
+    promoted = type(model)
+    model.__class__ = original_class(promoted)
+    try:
+        yield
+    finally:
+        model.__class__ = promoted
+
+
+def _save_config(model: PreTrainedModel, directory: Path, target_dtype: torch.dtype | None) -> None:
+    """What transformers needs to build the model again: its code, too, if that is not of the library."""
+    config: PretrainedConfig = copy.deepcopy(model.config)
+    config.architectures = [original_class(type(model)).__name__]
+    config.dtype = dtype_to_string(target_dtype or model.dtype)
+    if model._auto_class is not None:
+        with _as_original(model):
+            custom_object_save(model, directory, config=config)
+    config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)

@@ -1,0 +1,64 @@
+"""`use_flashpack=True` for from_pretrained() of transformers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from .model import promote, promoted_class
+
+ClassMethod = Callable[..., Any]
+
+
+def patch_transformers_auto_model() -> None:
+    """Lets the Auto classes of transformers read flashpack files. May be called again.
+
+    `AutoModel.from_pretrained(name, use_flashpack=True)`, and for short `AutoModel.from_pretrained_flashpack(name)`,
+    does what FlashPackTransformersModelMixin.from_pretrained_flashpack() does; so does from_pretrained() of a model
+    class. All that Auto classes return, whatever it was read from, has the mixin.
+    """
+    _wrap(PreTrainedModel, "from_pretrained", _divert)
+    # Each Auto class has a copy of what the first has.
+    autos = [value for value in vars(modeling_auto).values() if isinstance(value, type)]
+    for auto in [_BaseAutoModelClass, *(auto for auto in autos if issubclass(auto, _BaseAutoModelClass))]:
+        for name in ("from_pretrained", "from_config"):
+            _wrap(auto, name, _promote_result)
+    _BaseAutoModelClass.from_pretrained_flashpack = classmethod(_from_pretrained_flashpack)
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[[ClassMethod], ClassMethod]) -> None:
+    """Puts `wrapper` around the classmethod `name`, if `owner` has one of its own and it is not there yet."""
+    method = owner.__dict__.get(name)
+    if method is not None and not hasattr(method.__func__, "_flashpack_original"):
+        wrapped = functools.wraps(method.__func__)(wrapper(method.__func__))
+        wrapped._flashpack_original = method.__func__  # type: ignore[attr-defined]
+        setattr(owner, name, classmethod(wrapped))
+
+
+def _divert(original: ClassMethod) -> ClassMethod:
+    def from_pretrained(cls: type[PreTrainedModel], *args: Any, use_flashpack: bool = False, **kwargs: Any) -> Any:
+        if not use_flashpack:
+            return original(cls, *args, **kwargs)
+        return promoted_class(cls).from_pretrained_flashpack(*args, **kwargs)
+
+    return from_pretrained
+
+
+def _promote_result(original: ClassMethod) -> ClassMethod:
+    def auto_method(cls: type, *args: Any, **kwargs: Any) -> Any:
+        result = original(cls, *args, **kwargs)
+        # With output_loading_info it is not alone.
+        promote(result[0] if isinstance(result, tuple) else result)
+        return result
+
+    return auto_method
+
+
+def _from_pretrained_flashpack(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    """from_pretrained(..., use_flashpack=True)."""
+    return cls.from_pretrained(pretrained_model_name_or_path, *args, use_flashpack=True, **kwargs)
