@@ -178,17 +178,33 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
 
 
 def make_pipeline(tokenizer: CLIPTokenizer, cls: type = FlashPackSD, **components: Any) -> Any:
-    defaults = {"unet": make_unet, "vae": make_vae, "text_encoder": make_text_encoder}
-    pipeline = cls(
-        **{name: components[name] if name in components else make() for name, make in defaults.items()},
+    components = {"unet": make_unet, "vae": make_vae, "text_encoder": make_text_encoder} | components
+    return cls(
+        **{name: make() for name, make in components.items()},
         tokenizer=tokenizer,
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+
+
+def plain_unet() -> Any:
+    return make_unet(UNet2DConditionModel)
+
+
+def plain_vae() -> Any:
+    return make_vae(AutoencoderKL)
+
+
+def plain_text_encoder() -> Any:
+    return make_text_encoder(CLIPTextModel)
+
+
+def make_plain_pipeline(tokenizer: CLIPTokenizer) -> Any:
+    return make_pipeline(
+        tokenizer, StableDiffusionPipeline, unet=plain_unet, vae=plain_vae, text_encoder=plain_text_encoder
+    )
 
 
 @pytest.fixture
@@ -201,9 +217,7 @@ def saved(tokenizer: CLIPTokenizer, tmp_path: Path) -> Path:
 def image(pipeline: Any) -> np.ndarray[Any, Any]:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    return pipeline(
-        "ab", num_inference_steps=2, generator=generator, output_type="np", height=16, width=16
-    ).images
+    return pipeline("ab", num_inference_steps=2, generator=generator, output_type="np", height=16, width=16).images
 
 
 def read_json(path: Path) -> Any:
@@ -546,7 +560,7 @@ def test_the_index_of_a_pipeline_names_classes_that_load_without_flashpack(saved
 
 
 def test_models_without_the_mixin_are_saved_by_their_own_method(tokenizer, tmp_path):
-    pipeline = make_pipeline(tokenizer, vae=make_vae(AutoencoderKL), text_encoder=make_text_encoder(CLIPTextModel))
+    pipeline = make_pipeline(tokenizer, vae=plain_vae, text_encoder=plain_text_encoder)
     pipeline.save_pretrained_flashpack(tmp_path, variant="fp32")
     assert (tmp_path / "unet" / MODEL).is_file()
     assert (tmp_path / "vae" / "diffusion_pytorch_model.fp32.safetensors").is_file()
@@ -557,13 +571,7 @@ def test_models_without_the_mixin_are_saved_by_their_own_method(tokenizer, tmp_p
 
 
 def test_a_constructor_says_which_components_are_to_have_the_mixin(tokenizer, tmp_path):
-    plain = make_pipeline(
-        tokenizer,
-        StableDiffusionPipeline,
-        unet=make_unet(UNet2DConditionModel),
-        vae=make_vae(AutoencoderKL),
-        text_encoder=make_text_encoder(CLIPTextModel),
-    )
+    plain = make_plain_pipeline(tokenizer)
     plain.save_pretrained(tmp_path / "plain")
     pipeline = AnnotatedSD.from_pretrained(tmp_path / "plain")
     assert type(pipeline.unet) is FlashPackUNet2DConditionModel
@@ -653,7 +661,8 @@ def test_pipelines_with_the_class_names_of_flashpack_0_4_5_load(saved, tokenizer
     assert np.array_equal(image(FlashPackSD.from_pretrained_flashpack(saved)), image(make_pipeline(tokenizer)))
     loaded = FlashPackDiffusionPipeline.from_pretrained_flashpack(saved)
     assert loaded.config._name_or_path == str(saved)
-    assert loaded.config["unet"] == ("diffusers", "UNet2DConditionModel")
+    loaded.save_pretrained_flashpack(saved)
+    assert "FlashPack" not in (saved / "model_index.json").read_text()
 
 
 def test_a_file_cannot_make_a_module_be_imported(saved, tmp_path, monkeypatch):
@@ -693,7 +702,7 @@ def test_a_pipeline_is_loaded_from_the_cache_of_the_hub(saved, tokenizer, tmp_pa
 
 
 def test_only_what_is_needed_is_downloaded(tokenizer, tmp_path, monkeypatch):
-    pipeline = make_pipeline(tokenizer, text_encoder=make_text_encoder(CLIPTextModel))
+    pipeline = make_pipeline(tokenizer, text_encoder=plain_text_encoder)
     commit = tmp_path / "snapshots" / "c0ffee"
     pipeline.save_pretrained_flashpack(commit)
     asked = []
@@ -742,7 +751,7 @@ def test_the_auto_class_finds_the_class_of_a_directory(saved):
 
 def test_the_auto_class_adds_the_mixin_to_what_diffusers_loads(tmp_path):
     make_unet(UNet2DConditionModel).save_pretrained(tmp_path / "plain")
-    loaded = AutoFlashPackModel.from_pretrained(tmp_path / "plain")
+    loaded = AutoFlashPackModel.from_pretrained(str(tmp_path / "plain"))
     assert isinstance(loaded, FlashPackDiffusersModelMixin)
     loaded.save_pretrained_flashpack(tmp_path / "flash")
     assert read_json(tmp_path / "flash" / "config.json")["_class_name"] == "UNet2DConditionModel"
@@ -786,7 +795,7 @@ def test_a_patched_diffusers_loads_flashpack_files_and_makes_models_that_write_t
     from diffusers.models import AutoModel
 
     make_vae(AutoencoderKL).save_pretrained(tmp_path / "plain")
-    model = AutoModel.from_pretrained(tmp_path / "plain")
+    model = AutoModel.from_pretrained(str(tmp_path / "plain"))
     assert isinstance(model, FlashPackDiffusersModelMixin)
     assert not model.training
     model.save_pretrained_flashpack(tmp_path / "flash")
@@ -802,7 +811,7 @@ def test_a_patched_diffusers_loads_flashpack_files_and_makes_models_that_write_t
 
 @pytest.mark.usefixtures("patched")
 def test_pipelines_of_a_patched_diffusers_have_models_that_write_flashpack_files(tokenizer, tmp_path):
-    make_pipeline(tokenizer, StableDiffusionPipeline).save_pretrained(tmp_path / "plain")
+    make_plain_pipeline(tokenizer).save_pretrained(tmp_path / "plain")
     pipeline = FlashPackSD.from_pretrained(tmp_path / "plain")
     pipeline.save_pretrained_flashpack(tmp_path / "flash")
     for component in ("unet", "vae", "text_encoder"):
@@ -898,13 +907,7 @@ def test_the_native_flashpack_of_diffusers_and_ours_read_each_other(tmp_path):
 
 @native
 def test_the_native_flashpack_of_diffusers_saves_and_loads_a_pipeline(tokenizer, tmp_path):
-    pipeline = make_pipeline(
-        tokenizer,
-        StableDiffusionPipeline,
-        unet=make_unet(UNet2DConditionModel),
-        vae=make_vae(AutoencoderKL),
-        text_encoder=make_text_encoder(CLIPTextModel),
-    )
+    pipeline = make_plain_pipeline(tokenizer)
     pipeline.save_pretrained(tmp_path, use_flashpack=True)
     assert (tmp_path / "unet" / MODEL).is_file()
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path, use_flashpack=True)
@@ -913,7 +916,7 @@ def test_the_native_flashpack_of_diffusers_saves_and_loads_a_pipeline(tokenizer,
 
 @native
 def test_what_our_pipelines_save_loads_with_the_native_flashpack_of_diffusers(tokenizer, tmp_path):
-    pipeline = make_pipeline(tokenizer, text_encoder=make_text_encoder(CLIPTextModel))
+    pipeline = make_pipeline(tokenizer, text_encoder=plain_text_encoder)
     pipeline.save_pretrained_flashpack(tmp_path)
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, use_flashpack=True)
     assert type(loaded) is StableDiffusionPipeline

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from . import cli, commands, constants, deserialization, integrations, mixin, parallel_read, serialization, utils
     from ._file import load_file, open_file
     from ._footer import get_flashpack_file_metadata, is_flashpack_file
+    from ._prefetch import Prefetch, prefetch_flashpack_file
     from .deserialization import (
         assign_from_file,
         iterate_from_flash_tensor,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FlashPackError",
     "FlashPackMixin",
+    "Prefetch",
     "__commit_id__",
     "__implementation__",
     "__version__",
@@ -50,6 +52,7 @@ __all__ = [
     "pack_to_file",
     "parallel_read",
     "patch_integrations",
+    "prefetch_flashpack_file",
     "read_flashpack_file",
     "read_flashpack_file_distributed",
     "revert_from_file",
@@ -79,6 +82,7 @@ _SUBMODULES = frozenset(
 )
 _HOME_OF = {
     "FlashPackMixin": "mixin",
+    "Prefetch": "_prefetch",
     "assign_from_file": "deserialization",
     "get_flashpack_file_metadata": "_footer",
     "is_flashpack_file": "_footer",
@@ -87,6 +91,7 @@ _HOME_OF = {
     "open_file": "_file",
     "pack_to_file": "serialization",
     "patch_integrations": "integrations",
+    "prefetch_flashpack_file": "_prefetch",
     "read_flashpack_file": "deserialization",
     "read_flashpack_file_distributed": "deserialization",
     "revert_from_file": "deserialization",

@@ -142,7 +142,7 @@ class ReadOptions(NamedTuple):
 def supported_device(device: DeviceLike, options: ReadOptions) -> torch.device:
     """Raises FlashPackError for a device that cannot be read to, or not in that way."""
     try:
-        target = torch.device(device)
+        target = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise FlashPackError(f"Unsupported device: {device!r}") from error
     if options.mmap and options.verify == "always":

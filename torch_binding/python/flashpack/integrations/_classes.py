@@ -15,9 +15,6 @@ class _Promoted(type):
     recipe: tuple[type, type]
 
 
-copyreg.pickle(_Promoted, lambda promoted: (promoted_class, promoted.recipe))
-
-
 @functools.cache
 def promoted_class(original: type, mixin: type) -> Any:
     """FlashPack<X> for a class X: the same with `mixin`. X itself, if it has it already."""
@@ -26,6 +23,13 @@ def promoted_class(original: type, mixin: type) -> Any:
     # Libraries write the module of a class into files, to find it again.
     body = {"__module__": original.__module__, "__doc__": original.__doc__, "recipe": (original, mixin)}
     return _Promoted(PREFIX + original.__name__, (original, mixin), body)
+
+
+def _reduce(promoted: _Promoted) -> tuple[Any, ...]:
+    return promoted_class, promoted.recipe
+
+
+copyreg.pickle(_Promoted, _reduce)
 
 
 def original_class(cls: type, mixin: type) -> Any:

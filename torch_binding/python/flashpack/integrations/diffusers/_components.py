@@ -38,6 +38,11 @@ def has_mixin(cls: type) -> bool:
     return mixin is not None and issubclass(cls, mixin)
 
 
+def uncompiled(component: Any) -> Any:
+    """What torch.compile has wrapped in a module of its own."""
+    return getattr(component, "_orig_mod", component)
+
+
 def flashpack_class(cls: type) -> Any:
     """`cls` with its mixin. FlashPackError if it is no model."""
     mixin = mixin_for(cls)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import diffusers
 from diffusers import ConfigMixin
@@ -23,7 +22,7 @@ class AutoFlashPackModel(ConfigMixin):  # type: ignore[misc]
 
     config_name = "config.json"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise OSError(f"{type(self).__name__} has no instances: call its from_pretrained()")
 
     @classmethod
@@ -31,9 +30,6 @@ class AutoFlashPackModel(ConfigMixin):  # type: ignore[misc]
         """What AutoModel.from_pretrained of diffusers loads; with `use_flashpack=True`, from_pretrained_flashpack()."""
         if kwargs.pop("use_flashpack", False):
             return cls.from_pretrained_flashpack(pretrained_model_or_path, **kwargs)
-        if pretrained_model_or_path is not None:
-            # diffusers takes nothing else than a str.
-            pretrained_model_or_path = os.fspath(pretrained_model_or_path)
         return promote(diffusers.AutoModel.from_pretrained(pretrained_model_or_path, **kwargs))
 
     @classmethod

@@ -79,7 +79,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):  # type: ignore[
             raise FlashPackError(f"{type(self).__name__} is quantized; its tensors alone do not make it again")
         directory = make_directory(save_directory)
         path = directory / FILE_NAME
-        options = {"align_bytes": align_bytes, "silent": silent, "num_workers": num_workers, "checksum": checksum}
+        options: dict[str, Any] = {"align_bytes": align_bytes, "silent": silent, "num_workers": num_workers, "checksum": checksum}
         options |= known_arguments(self.save_flashpack, kwargs)
         tensors = self.state_dict()
         if target_dtype is None or all(tensor.is_floating_point() for tensor in tensors.values()):
@@ -261,11 +261,11 @@ def _overrides(cls: Any, config: Mapping[str, Any], kwargs: dict[str, Any]) -> d
 
 def _build(
     cls: Any, config: Mapping[str, Any], overrides: dict[str, Any], footer: Footer, dtype: torch.dtype | None
-) -> torch.nn.Module:
+) -> Any:
     """A new model whose floating-point tensors have the dtypes that those of the file will have."""
     stored = {entry.name: string_to_dtype(entry.dtype) for entry in footer.entries()}
     with _default_dtype(_main_dtype(footer) if dtype is None else dtype):
-        model: torch.nn.Module = cls._flashpack_builder()(config, **overrides)
+        model = cls._flashpack_builder()(config, **overrides)
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, slot in slots_of(model).items():
         wanted = stored.get(name)

@@ -36,7 +36,7 @@ def _auto_from_pretrained(original: Any) -> Any:
     return from_pretrained
 
 
-def _auto_from_pretrained_flashpack(cls: Any, pretrained_model_or_path: Any = None, **kwargs: Any) -> Any:
+def _auto_from_pretrained_flashpack(cls: Any, /, pretrained_model_or_path: Any = None, **kwargs: Any) -> Any:
     """from_pretrained(..., use_flashpack=True)."""
     return AutoFlashPackModel.from_pretrained_flashpack(pretrained_model_or_path, **kwargs)
 

@@ -36,6 +36,7 @@ from ._components import (
     mixin_for,
     promote,
     read_json,
+    uncompiled,
 )
 from .model import FILE_NAME, flashpack_file, make_directory, one_device, requested_dtype
 
@@ -83,12 +84,10 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         if not is_main_process:
             return
-        components = {name: component for name, component in self.components.items() if component is not None}
+        components = {name: uncompiled(value) for name, value in self.components.items() if value is not None}
         dtypes = _per_component(target_dtype, components)
         directory = make_directory(save_directory)
         for name, component in components.items():
-            # torch.compile wraps a module in one of another class.
-            component = getattr(component, "_orig_mod", component)
             if has_mixin(type(component)):
                 (directory / name).mkdir(exist_ok=True)
                 component.save_pretrained_flashpack(
@@ -200,7 +199,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def to_json_string(self) -> str:
         """The config, as ConfigMixin writes it, under the names of classes that are loadable without flashpack."""
-        components = {name: getattr(self, name, None) for name in entries_of(self.config)}
+        components = {name: uncompiled(getattr(self, name, None)) for name in entries_of(self.config)}
         self.register_to_config(
             **{
                 name: index_entry(type(component))
@@ -231,7 +230,7 @@ def _save(
     component: Any, directory: Path, safe_serialization: bool, variant: str | None, max_shard_size: int | str | None
 ) -> None:
     """Its own save_pretrained(), with those arguments that it names."""
-    arguments = {"safe_serialization": safe_serialization, "variant": variant}
+    arguments: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
     if max_shard_size is not None:
         arguments["max_shard_size"] = max_shard_size
     known = inspect.signature(component.save_pretrained).parameters
@@ -282,7 +281,7 @@ def _load_components(
         wanted = dtype.get(name, dtype.get("default")) if isinstance(dtype, Mapping) else dtype
         try:
             if (directory / name / FILE_NAME).is_file():
-                cls = declared.get(name) or flashpack_class(class_named(library, class_name))
+                cls: Any = declared.get(name) or flashpack_class(class_named(library, class_name))
                 arguments = options if wanted is None else {**options, "dtype": wanted}
                 loaded[name] = cls.from_pretrained_flashpack(directory / name, **arguments)
             elif _lacks_weights(directory / name, library, class_name):
