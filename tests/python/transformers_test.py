@@ -25,6 +25,8 @@ from transformers_models import (  # noqa: E402
     ties_of,
 )
 
+OLD = int(transformers.__version__.split(".")[0]) < 5
+
 
 @pytest.fixture(autouse=True, scope="module")
 def quiet():
@@ -54,19 +56,19 @@ def test_names_of_a_checkpoint_are_taken_as_well_as_those_of_the_module(name, tm
 
 
 def test_only_what_differs_in_names_goes_through_the_loader_of_transformers(tmp_path, monkeypatch):
-    model = make("mixtral")
-    save(model, tmp_path / "module")
-    checkpoint(model, tmp_path / "checkpoint")
+    model = make("bert")
+    save(model, tmp_path)
 
     def refuse(*args, **kwargs):
-        raise AssertionError("asked")
+        raise InterruptedError
 
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
-    load(type(model), tmp_path / "module")
-    with pytest.raises(AssertionError, match="asked"):
-        load(type(model), tmp_path / "checkpoint")
+    load(type(model), tmp_path)
+    with pytest.raises(InterruptedError):
+        load(transformers.BertModel, tmp_path)
 
 
+@pytest.mark.skipif(OLD, reason="transformers converts checkpoints from version 5 on")
 def test_tensors_of_any_layout_are_not_turned_when_the_file_has_the_layout_of_the_module(tmp_path):
     # For this one transformers transposes tensors of checkpoints without renaming them.
     text = TEXT | {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 8}
@@ -175,6 +177,7 @@ def test_what_cannot_be_done_is_refused_by_name(options, message, tmp_path):
         load(type(model), tmp_path, **options)
 
 
+@pytest.mark.skipif(OLD, reason="transformers needs real tensors before version 5")
 def test_transformers_may_reserve_memory_of_a_device_before_anything_is_read_to_it(tmp_path, monkeypatch):
     asked = {}
 
@@ -182,15 +185,14 @@ def test_transformers_may_reserve_memory_of_a_device_before_anything_is_read_to_
         asked.update(options)
         raise InterruptedError
 
-    model = make("mixtral")
-    checkpoint(model, tmp_path)
+    save(make("bert"), tmp_path)
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", from_pretrained)
     with pytest.raises(InterruptedError):
-        load(type(model), tmp_path, device="cuda:0")
+        load(transformers.BertModel, tmp_path, device="cuda:0")
     assert asked["device_map"] == {"": torch.device("cuda:0")}
     assert not any(isinstance(value, torch.Tensor) for value in asked["state_dict"].values())
     with pytest.raises(InterruptedError):
-        load(type(model), tmp_path)
+        load(transformers.BertModel, tmp_path)
     for value in asked["state_dict"].values():
         assert bits(value[...]) == bits(value[...])
 
@@ -241,7 +243,7 @@ def test_tied_weights_are_one_tensor_whichever_of_their_names_the_file_has(lost,
 
 
 def test_a_model_that_was_untied_stays_untied(tmp_path):
-    model = transformers.BertForMaskedLM(transformers.BertConfig(tie_word_embeddings=False, **TEXT)).eval()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(tie_word_embeddings=False, **TEXT)).eval()
     loaded = load(type(model), save(model, tmp_path))
     assert not ties_of(loaded)
     assert_same_model(loaded, model)
@@ -265,7 +267,7 @@ def test_parameters_that_the_file_lacks_are_an_error_or_initialised(tmp_path):
     with pytest.raises(flashpack.FlashPackError, match=f"Missing 1 parameters: .*{lost}"):
         load(type(model), tmp_path)
     loaded, info = load(type(model), tmp_path, strict_params=False, output_loading_info=True)
-    assert info["missing_keys"] == {lost}
+    assert set(info["missing_keys"]) == {lost}
     assert bits(tensors_of(loaded)[lost]) == bytes(64)
     model.get_parameter(lost).data.zero_()
     assert_same_model(loaded, model)
