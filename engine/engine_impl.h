@@ -15,6 +15,7 @@
 
 #include "engine/file.h"
 #include "engine/pipeline.h"
+#include "engine/temp_file.h"
 #include "engine/transfer_state.h"
 #include "flashpack/engine.h"
 
@@ -77,15 +78,14 @@ class FileWriter::Impl {
 
   Engine::Impl& engine_;
   std::filesystem::path path_;  // Symbolic links resolved: what the new file replaces.
-  std::filesystem::path temp_path_;
-  std::optional<engine::File> file_;  // Of temp_path_, until commit or abort.
+  engine::TempFile temp_;
+  std::optional<engine::File> file_;  // What is at temp_.path(), until commit or abort.
   std::uint64_t payload_bytes_;       // Announced, or the end of the last extent if that is later.
   std::uint64_t reserved_bytes_ = 0;
   const bool want_checksums_;
   engine::PieceSums sums_;  // Of transfers that are not in transfers_ any more.
   Claims claimed_;
   std::vector<std::shared_ptr<engine::TransferState>> transfers_;
-  bool committed_ = false;
 };
 
 }  // namespace flashpack

@@ -11,6 +11,15 @@ namespace flashpack::engine {
 
 inline std::error_code errno_code(int error_number) noexcept { return {error_number, std::generic_category()}; }
 
+/// A system call that gives a negative number for an error, made again as often as a signal interrupts it.
+template <typename Call>
+auto uninterrupted(Call call) {
+  for (;;) {
+    const auto result = call();
+    if (result >= 0 || errno != EINTR) return result;
+  }
+}
+
 /// An Error about a whole file.
 inline Error file_error(std::error_code code, const char* operation, const std::filesystem::path& path) {
   return Error(code, (std::string(operation) += ' ') += path.string(), path);

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <bit>
@@ -59,9 +60,12 @@ File File::open(const std::filesystem::path& path, const std::optional<FileIdent
 File File::created(std::filesystem::path path, UniqueFd fd) {
   File file(std::move(path), std::move(fd));
   struct stat status{};
-  if (::fstat(file.buffered_fd(), &status) != 0) throw file_error(errno_code(errno), "stat", file.path());
-  file.identity_ = identity_of(status);
-  file.open_direct(O_WRONLY);
+  if (::fstat(file.buffered_fd(), &status) == 0) {
+    file.identity_ = identity_of(status);
+    file.open_direct(O_WRONLY);
+  } else {
+    file.direct_error_ = errno;
+  }
   return file;
 }
 
@@ -78,7 +82,12 @@ void File::open_direct(int access) {
   if (direct_ && (::fstat(direct_fd(), &status) != 0 || identity_of(status) != identity_)) direct_.reset();
   if (!direct_) return;
   alignment_ = *alignment;
-  if (access != O_RDONLY) return;
+  if (access != O_RDONLY) {
+    // What is less than a block is written through the page cache. A page that was partly written so must not be
+    // written past it at the same time, or what the cache has of the rest of it overwrites that later.
+    alignment_.block_bytes = std::max(alignment_.block_bytes, static_cast<std::uint32_t>(::sysconf(_SC_PAGESIZE)));
+    return;
+  }
   // Misaligned, so that it is refused before anything is read.
   std::byte byte{};
   const iovec vector{&byte, 1};

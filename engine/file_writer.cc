@@ -1,7 +1,6 @@
 #include "flashpack/file_writer.h"
 
 #include <fcntl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,7 +8,6 @@
 #include <cerrno>
 #include <limits>
 #include <mutex>
-#include <random>
 #include <utility>
 
 #include "engine/engine_impl.h"
@@ -17,61 +15,20 @@
 
 namespace flashpack {
 
-namespace {
-
 using engine::argument_error;
 using engine::errno_code;
 using engine::file_error;
-using engine::UniqueFd;
-
-std::filesystem::path resolve_links(const std::filesystem::path& path) {
-  std::error_code error;
-  // Absolute, so that there is a directory to sync, whatever the working directory is by then.
-  const auto absolute = std::filesystem::absolute(path, error);
-  if (error) throw file_error(error, "create", path);
-  const auto resolved = std::filesystem::weakly_canonical(absolute, error);
-  if (error) throw file_error(error, "create", path);
-  return resolved;
-}
-
-// The mode of the file to be replaced, or what open(2) would give a new one.
-mode_t replaced_mode(const std::filesystem::path& path) {
-  constexpr mode_t kNewFileMode = 0666;  // Less the umask.
-  struct stat status{};
-  if (::stat(path.c_str(), &status) != 0) {
-    if (errno == ENOENT) return kNewFileMode;
-    throw file_error(errno_code(errno), "create", path);
-  }
-  if (S_ISDIR(status.st_mode)) throw file_error(errno_code(EISDIR), "create", path);
-  return status.st_mode & 07777;
-}
-
-std::filesystem::path temp_name(const std::filesystem::path& path) {
-  std::random_device random;
-  std::array<char, 16> suffix{};
-  std::generate(suffix.begin(), suffix.end(), [&] { return "0123456789abcdefghijklmnopqrstuv"[random() % 32]; });
-  std::string name = ".";
-  constexpr std::size_t kMaxKept = 200;  // Of NAME_MAX, with room for the rest.
-  name.append(path.filename().string(), 0, kMaxKept).append(".").append(suffix.data(), suffix.size()).append(".tmp");
-  return path.parent_path() / name;
-}
-
-}  // namespace
+using engine::uninterrupted;
 
 FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, const WriterOptions& options)
     : engine_(engine),
-      path_(resolve_links(path)),
+      path_(engine::resolve_links(path)),
+      temp_(path_),
       payload_bytes_(options.payload_bytes),
       want_checksums_(options.checksums) {
-  const mode_t mode = replaced_mode(path_);
-  temp_path_ = temp_name(path_);
-  UniqueFd fd(::open(temp_path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode));
-  if (!fd) throw file_error(errno_code(errno), "create", path_);
   try {
-    file_.emplace(engine::File::created(temp_path_, std::move(fd)));
-    // umask has cut the mode; a replaced file's mode is kept as it was. Not being allowed to is no reason not to write.
-    struct stat status{};
-    if (::stat(path_.c_str(), &status) == 0) (void)::fchmod(file_->buffered_fd(), mode);
+    engine::UniqueFd fd = temp_.create();
+    file_.emplace(engine::File::created(temp_.path(), std::move(fd)));
     reserve(0, payload_bytes_);
   } catch (...) {
     abort();
@@ -85,7 +42,7 @@ void FileWriter::Impl::abort() noexcept {
   if (!engine_.is_owner()) return;
   for (const auto& transfer : transfers_) Transfer cancelled_and_waited_for = engine::TransferState::handle(transfer);
   transfers_.clear();
-  if (!committed_) ::unlink(temp_path_.c_str());
+  temp_.remove();
   file_.reset();
 }
 
@@ -93,13 +50,14 @@ void FileWriter::Impl::abort() noexcept {
 // time. File systems that cannot, say EOPNOTSUPP.
 void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_bytes) {
   begin_bytes = std::max(begin_bytes, reserved_bytes_);
-  while (end_bytes > begin_bytes) {
-    const auto begin = static_cast<off_t>(begin_bytes);
-    const auto size = static_cast<off_t>(end_bytes - begin_bytes);
-    if (::fallocate(file_->buffered_fd(), 0, begin, size) == 0 || errno == EOPNOTSUPP || errno == ENOSYS) break;
-    if (errno != EINTR) throw file_error(errno_code(errno), "reserve space for", path_);
+  if (end_bytes <= begin_bytes) return;
+  const auto begin = static_cast<off_t>(begin_bytes);
+  const auto size = static_cast<off_t>(end_bytes - begin_bytes);
+  if (uninterrupted([&] { return ::fallocate(file_->buffered_fd(), 0, begin, size); }) != 0 && errno != EOPNOTSUPP &&
+      errno != ENOSYS) {
+    throw file_error(errno_code(errno), "reserve space for", path_);
   }
-  reserved_bytes_ = std::max(reserved_bytes_, end_bytes);
+  reserved_bytes_ = end_bytes;
 }
 
 // What `claimed`, begin and end of what is written, becomes with `pieces`, in ascending order, and with the zeros
@@ -217,16 +175,16 @@ void FileWriter::Impl::settle(const char* verb) {
 }
 
 void FileWriter::Impl::write_tail(std::span<const std::byte> tail) {
-  const std::uint64_t size_bytes = payload_bytes_ + tail.size();
   for (std::uint64_t done = 0; done < tail.size();) {
-    const auto n = ::pwrite(file_->buffered_fd(), tail.data() + done, tail.size() - done,
-                            static_cast<off_t>(payload_bytes_ + done));
-    if (n < 0 && errno == EINTR) continue;
+    const auto offset = static_cast<off_t>(payload_bytes_ + done);
+    const auto n =
+        uninterrupted([&] { return ::pwrite(file_->buffered_fd(), tail.data() + done, tail.size() - done, offset); });
     if (n <= 0) throw file_error(errno_code(n < 0 ? errno : EIO), "write", path_);
     done += static_cast<std::uint64_t>(n);
   }
   // Both ways: cuts what was reserved and not used, and makes zeros of what was never written.
-  if (::ftruncate(file_->buffered_fd(), static_cast<off_t>(size_bytes)) != 0)
+  const auto size = static_cast<off_t>(payload_bytes_ + tail.size());
+  if (uninterrupted([&] { return ::ftruncate(file_->buffered_fd(), size); }) != 0)
     throw file_error(errno_code(errno), "truncate", path_);
 }
 
@@ -249,21 +207,16 @@ void FileWriter::Impl::commit(std::span<const std::byte> tail) {
   try {
     settle("commit");
     write_tail(tail);
-    if (::fdatasync(file_->buffered_fd()) != 0) throw file_error(errno_code(errno), "sync", path_);
-    if (::rename(temp_path_.c_str(), path_.c_str()) != 0)
-      throw file_error(errno_code(errno), "rename into place", path_);
+    temp_.keep_access(file_->buffered_fd());
+    if (uninterrupted([this] { return ::fdatasync(file_->buffered_fd()); }) != 0)
+      throw file_error(errno_code(errno), "sync", path_);
+    temp_.put_in_place();
   } catch (...) {
     abort();
     throw;
   }
-  committed_ = true;
   file_.reset();
-  const auto directory_path = path_.has_parent_path() ? path_.parent_path() : ".";
-  const UniqueFd directory(::open(directory_path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!directory || ::fsync(directory.get()) != 0) {
-    throw file_error(errno_code(errno), "sync the directory of (the new file is in place, but perhaps not durable)",
-                     path_);
-  }
+  temp_.sync_directory();
 }
 
 FileWriter::FileWriter(std::unique_ptr<Impl> impl) noexcept : impl_(std::move(impl)) {}

@@ -136,7 +136,7 @@ std::vector<at::Tensor> load(Engine& engine, const std::filesystem::path& path, 
   for (const Target& target : match.targets) {
     if (target.record) wanted.push_back(*target.record);
   }
-  const LoadedRecords loaded(engine, path, metadata, wanted, options.cache);
+  const LoadedRecords loaded(engine, path, metadata, wanted, options.cache, options.verify);
   match.report.stats = loaded.stats();
   std::vector<at::Tensor> tensors;
   for (const Target& target : match.targets) {

@@ -1,8 +1,13 @@
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <chrono>
+#include <deque>
+#include <memory>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <unordered_map>
@@ -10,14 +15,20 @@
 
 #include "flashpack/format.h"
 #include "flashpack/torch.h"
+#include "torch_binding/segments.h"
 #include "torch_binding/tensors.h"
 
 namespace flashpack {
 
 namespace {
 
-// Copies of one group are made while those of the group before are written.
-constexpr std::uint64_t kGroupBytes = std::uint64_t{32} << 20;
+// What has to be converted goes through buffers of this size. While one is being filled the others are being written,
+// which keeps the disk's queue full.
+constexpr std::uint64_t kBufferBytes = std::uint64_t{16} << 20;
+constexpr std::size_t kGroupsAlive = 4;
+constexpr std::uint64_t kPageBytes = 4096;
+// Of a tensor that is larger than a buffer.
+constexpr std::uint64_t kPartBytes = kBufferBytes / 2;
 
 [[noreturn]] void refuse(const std::filesystem::path& path, const std::string& name, const std::string& cause) {
   throw Error(Errc::kInvalidArgument, "pack " + path.string() + ": tensor '" + name + "' " + cause, path);
@@ -45,6 +56,37 @@ Metadata layout_of(const StateDict& tensors, const std::filesystem::path& path, 
   return make_layout(ordered, options.align_bytes);
 }
 
+// Memory for converted values, which lie in it as in the file, modulo a page, to be written from there without another
+// copy.
+class Buffer {
+ public:
+  explicit Buffer(at::Device device) {
+    if (device.is_cpu()) {
+      memory_ = std::make_unique<HostRegion>(kBufferBytes, 0);
+      bytes_ = at::from_blob(memory_->data(), {static_cast<std::int64_t>(kBufferBytes)}, at::kByte);
+    } else {
+      bytes_ = at::empty({static_cast<std::int64_t>(kBufferBytes)}, at::TensorOptions(device).dtype(at::kByte));
+    }
+  }
+
+  void clear() { used_bytes_ = 0; }
+
+  // The values of `tensor` as they go to the file at `offset_bytes`; empty when there is no room for them.
+  std::optional<at::Tensor> convert(const at::Tensor& tensor, at::ScalarType type, std::uint64_t offset_bytes) {
+    const std::uint64_t begin = used_bytes_ + (offset_bytes - used_bytes_) % kPageBytes;
+    const std::uint64_t size = static_cast<std::uint64_t>(tensor.numel()) * c10::elementSize(type);
+    if (begin + size > kBufferBytes) return std::nullopt;
+    used_bytes_ = begin + size;
+    const at::Tensor place = bytes_.narrow(0, static_cast<std::int64_t>(begin), static_cast<std::int64_t>(size));
+    return place.view(type).view(tensor.sizes()).copy_(tensor);
+  }
+
+ private:
+  std::unique_ptr<HostRegion> memory_;
+  at::Tensor bytes_;
+  std::uint64_t used_bytes_ = 0;
+};
+
 // Streams tensors to a file, converting those that are not yet what the file holds.
 class TensorWriter {
  public:
@@ -65,15 +107,18 @@ class TensorWriter {
   // Writes what is left and returns the sums of all writes.
   TransferStats finish() {
     start_group();
-    wait();
+    while (!writing_.empty()) wait();
     return std::move(stats_);
   }
 
  private:
+  // What one write is made of. Its buffers go to the group that comes kGroupsAlive later.
   struct Group {
     std::vector<SourceExtent> extents;
     std::vector<at::Tensor> owners;
-    std::uint64_t copied_bytes = 0;
+    std::optional<Buffer> on_host;
+    std::optional<Buffer> on_device;
+    Transfer transfer;  // Last: it borrows from the others until destroyed.
   };
 
   void push(const at::Tensor& tensor, std::uint64_t offset_bytes) {
@@ -81,55 +126,72 @@ class TensorWriter {
     filling_.owners.push_back(tensor);
   }
 
-  // Cuts along the first dimension until a slice fits, so that the copy of a large tensor is never whole.
   void add_converted(const at::Tensor& tensor, at::ScalarType type, std::uint64_t offset_bytes) {
     const std::uint64_t size_bytes = static_cast<std::uint64_t>(tensor.numel()) * c10::elementSize(type);
-    if (size_bytes > kGroupBytes) return add_sliced(tensor, type, offset_bytes, size_bytes);
-    if (filling_.copied_bytes + size_bytes > kGroupBytes) start_group();
-    filling_.copied_bytes += size_bytes;
-    const at::Tensor cast = tensor.to(at::TensorOptions(at::kCPU).dtype(type), /*non_blocking=*/false, /*copy=*/false,
-                                      at::MemoryFormat::Contiguous);
-    push(cast.resolve_conj().resolve_neg().contiguous(), offset_bytes);
+    if (size_bytes > kBufferBytes - kPageBytes) return add_parts(tensor, type, offset_bytes, size_bytes);
+    std::optional<at::Tensor> converted = buffer_for(tensor).convert(tensor, type, offset_bytes);
+    if (!converted) {
+      start_group();
+      converted = buffer_for(tensor).convert(tensor, type, offset_bytes);
+    }
+    push(*converted, offset_bytes);
   }
 
-  void add_sliced(const at::Tensor& tensor, at::ScalarType type, std::uint64_t offset_bytes, std::uint64_t size_bytes) {
-    const std::int64_t rows = tensor.size(0);
-    const std::uint64_t row_bytes = size_bytes / static_cast<std::uint64_t>(rows);
-    const auto rows_per_slice = std::max<std::int64_t>(1, static_cast<std::int64_t>(kGroupBytes / row_bytes));
-    for (std::int64_t row = 0; row < rows; row += rows_per_slice) {
-      const std::int64_t count = std::min(rows_per_slice, rows - row);
-      const at::Tensor slice = count == 1 ? tensor.select(0, row) : tensor.narrow(0, row, count);
-      add_converted(slice, type, offset_bytes + static_cast<std::uint64_t>(row) * row_bytes);
+  // Cuts along the first dimension until a part fits, so that the copy of a large tensor is never whole.
+  void add_parts(const at::Tensor& tensor, at::ScalarType type, std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+    const at::Tensor rows = tensor.is_contiguous() ? tensor.view(-1) : tensor;
+    const std::uint64_t row_bytes = size_bytes / static_cast<std::uint64_t>(rows.size(0));
+    for (std::int64_t row = 0; row < rows.size(0);) {
+      const std::uint64_t at = offset_bytes + static_cast<std::uint64_t>(row) * row_bytes;
+      // As far as the next multiple of a part in the file, so that whole chunks are written.
+      const auto fitting = static_cast<std::int64_t>((kPartBytes - at % kPartBytes) / row_bytes);
+      const std::int64_t count = std::clamp<std::int64_t>(fitting, 1, rows.size(0) - row);
+      add_converted(count == 1 ? rows.select(0, row) : rows.narrow(0, row, count), type, at);
+      row += count;
     }
+  }
+
+  Buffer& buffer_for(const at::Tensor& tensor) {
+    const bool here = tensor.device() == device_ && !device_.is_cpu();
+    std::optional<Buffer>& buffer = here ? filling_.on_device : filling_.on_host;
+    if (!buffer) buffer.emplace(here ? device_ : at::Device(at::kCPU));
+    return *buffer;
   }
 
   void start_group() {
-    wait();
-    writing_ = std::exchange(filling_, {});
-    if (!writing_.extents.empty()) {
-      transfer_ = file_.start_write(std::move(writing_.extents), nullptr, current_stream(device_));
+    if (filling_.extents.empty()) return;
+    filling_.transfer = file_.start_write(std::exchange(filling_.extents, {}), nullptr, current_stream(device_));
+    writing_.push_back(std::exchange(filling_, {}));
+    if (writing_.size() < kGroupsAlive) return;
+    filling_ = wait();
+    for (std::optional<Buffer>* buffer : {&filling_.on_host, &filling_.on_device}) {
+      if (*buffer) (*buffer)->clear();
     }
   }
 
-  void wait() {
-    if (!transfer_.valid()) return;
-    const TransferStats part = std::exchange(transfer_, {}).wait();
+  // For the oldest write.
+  Group wait() {
+    Group group = std::move(writing_.front());
+    writing_.pop_front();
+    const TransferStats part = std::exchange(group.transfer, {}).wait();
+    group.owners.clear();
     stats_.requested_bytes += part.requested_bytes;
     stats_.direct_bytes += part.direct_bytes;
     stats_.buffered_bytes += part.buffered_bytes;
     stats_.staged_bytes += part.staged_bytes;
     stats_.operations += part.operations;
     stats_.retries += part.retries;
+    stats_.pinned = part.pinned;
     stats_.backend = part.backend;
     if (stats_.fallback_reason.empty()) stats_.fallback_reason = part.fallback_reason;
+    return group;
   }
 
   FileWriter& file_;
   const at::Device device_;
   TransferStats stats_;
   Group filling_;
-  Group writing_;
-  Transfer transfer_;  // Last: it borrows from writing_ until destroyed.
+  std::deque<Group> writing_;
 };
 
 }  // namespace
@@ -137,17 +199,18 @@ class TensorWriter {
 TransferStats pack_to_file(Engine& engine, const StateDict& tensors, const std::filesystem::path& path,
                            const PackOptions& options) {
   const auto start = std::chrono::steady_clock::now();
-  const Metadata metadata = layout_of(tensors, path, options);
+  Metadata metadata = layout_of(tensors, path, options);
   std::unordered_map<std::string_view, const at::Tensor*> tensor_of;
   for (const auto& [name, tensor] : tensors) tensor_of.emplace(name, &tensor);
 
-  FileWriter file = engine.create(path, {.payload_bytes = metadata.payload_bytes});
+  FileWriter file = engine.create(path, {.payload_bytes = metadata.payload_bytes, .checksums = options.checksum});
   const c10::NoGradGuard no_grad;
   TensorWriter writer(file, device_of(engine));
   for (const TensorRecord& record : metadata.records) {
     writer.add(*tensor_of.at(record.name), scalar_type(metadata.dtype(record)), metadata.offset_bytes(record));
   }
   TransferStats stats = writer.finish();
+  if (options.checksum) metadata.checksums = file.checksums();
   const std::string footer = encode_footer(metadata);
   file.commit(std::as_bytes(std::span(footer)));
   stats.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

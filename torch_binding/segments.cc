@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <numeric>
 #include <string>
 
 namespace flashpack {
@@ -13,7 +14,7 @@ namespace {
 constexpr std::uint64_t kPageBytes = 4096;
 constexpr std::uint64_t kHugePageBytes = std::uint64_t{2} << 20;
 
-std::uintptr_t round_up(std::uintptr_t value, std::uint64_t granule) { return (value + granule - 1) & ~(granule - 1); }
+std::uint64_t round_up(std::uint64_t value, std::uint64_t granule) { return (value + granule - 1) & ~(granule - 1); }
 
 // Huge pages only where they lie wholly inside: the ends would take memory that no tensor uses.
 void advise_huge_pages(std::byte* data, std::uint64_t size_bytes) {
@@ -24,9 +25,28 @@ void advise_huge_pages(std::byte* data, std::uint64_t size_bytes) {
   if (first < last) madvise(data + (first - begin), last - first, MADV_HUGEPAGE);
 }
 
+void widen(std::vector<Segment>& segments, const Metadata& metadata, Verify verify) {
+  constexpr std::uint64_t kPieceBytes = Checksums::kPieceBytes;
+  const std::uint64_t longest_padding_bytes = std::lcm(std::max<std::uint64_t>(metadata.align_bytes, 1), 16) - 1;
+  std::uint64_t free = 0;
+  for (std::size_t i = 0; i < segments.size(); ++i) {
+    std::uint64_t begin = segments[i].offset_bytes;
+    std::uint64_t end = begin + segments[i].size_bytes;
+    const std::uint64_t limit = i + 1 < segments.size() ? segments[i + 1].offset_bytes : metadata.payload_bytes;
+    if (verify == Verify::kAlways) {
+      begin = std::max(free, begin / kPieceBytes * kPieceBytes);
+      end = std::min(limit, round_up(end, kPieceBytes));
+    }
+    if (limit - end <= longest_padding_bytes) end = limit;
+    segments[i].offset_bytes = begin;
+    segments[i].size_bytes = end - begin;
+    free = end;
+  }
+}
+
 }  // namespace
 
-std::vector<Segment> plan_segments(const Metadata& metadata, std::span<const std::size_t> wanted,
+std::vector<Segment> plan_segments(const Metadata& metadata, std::span<const std::size_t> wanted, Verify verify,
                                    std::uint64_t max_segment_bytes) {
   std::vector<std::size_t> order;
   std::ranges::copy_if(wanted, std::back_inserter(order),
@@ -45,6 +65,7 @@ std::vector<Segment> plan_segments(const Metadata& metadata, std::span<const std
     segment.size_bytes = end - segment.offset_bytes;
     segment.records.push_back(i);
   }
+  widen(segments, metadata, verify);
   return segments;
 }
 

@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "flashpack/checksums.h"
 #include "flashpack/format.h"
 
 namespace flashpack {
@@ -22,9 +23,11 @@ inline constexpr std::uint64_t kMaxSegmentBytes = std::uint64_t{1} << 30;
 /// Shorter unwanted stretches are read along: a second extent would cost more than the bytes do.
 inline constexpr std::uint64_t kMaxGapBytes = std::uint64_t{1} << 20;
 
-/// Groups the records at `wanted`, in any order. Empty tensors have no bytes and are in no segment.
+/// Groups the records at `wanted`, in any order. Empty tensors have no bytes and are in no segment. A segment takes in
+/// the padding that follows it, because only whole pieces can be verified; with Verify::kAlways it reaches to the
+/// borders of pieces.
 std::vector<Segment> plan_segments(const Metadata& metadata, std::span<const std::size_t> wanted,
-                                   std::uint64_t max_segment_bytes = kMaxSegmentBytes);
+                                   Verify verify = Verify::kAuto, std::uint64_t max_segment_bytes = kMaxSegmentBytes);
 
 /// An anonymous private mapping whose data() has the phase of a file offset: both agree modulo 4096, and modulo 2 MiB
 /// from that size on. Zero until written; pages that nobody touches take no memory.

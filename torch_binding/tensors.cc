@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "flashpack/torch.h"
+#include "flashpack/verify.h"
 
 namespace flashpack {
 
@@ -75,10 +76,10 @@ CUstream_st* current_stream(at::Device device) {
 }
 
 LoadedRecords::LoadedRecords(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
-                             std::span<const std::size_t> wanted, CachePolicy cache)
+                             std::span<const std::size_t> wanted, CachePolicy cache, Verify verify)
     : metadata_(metadata), device_(device_of(engine)), places_(metadata.records.size()) {
-  FileExtents file{.path = path, .expected = metadata.identity};
-  for (const Segment& segment : plan_segments(metadata, wanted)) {
+  FileExtents file{.path = path, .expected = metadata.identity, .checksums = checksums_for(metadata, verify, path)};
+  for (const Segment& segment : plan_segments(metadata, wanted, verify)) {
     Place place;
     void* target = nullptr;
     if (device_.is_cpu()) {
@@ -102,7 +103,11 @@ LoadedRecords::LoadedRecords(Engine& engine, const std::filesystem::path& path, 
   }
   LoadRequest request{.cache = cache, .stream = current_stream(device_)};
   request.files.push_back(std::move(file));
-  stats_ = engine.load(std::move(request));
+  try {
+    stats_ = engine.load(std::move(request));
+  } catch (const Error& error) {
+    throw with_tensors(error, metadata);
+  }
 }
 
 at::Tensor LoadedRecords::tensor(std::size_t record) const {
@@ -145,7 +150,7 @@ at::Tensor LoadedRecords::device_tensor(const Place& place, at::IntArrayRef shap
 LoadedTensors read_tensors(Engine& engine, const std::filesystem::path& path, const ReadOptions& options) {
   const Metadata metadata = read_metadata(path);
   const std::vector<std::size_t> wanted = selected(metadata, options);
-  const LoadedRecords loaded(engine, path, metadata, wanted, options.cache);
+  const LoadedRecords loaded(engine, path, metadata, wanted, options.cache, options.verify);
   // What the caller keeps must not depend on the mode it happens to be in.
   const c10::InferenceMode ordinary_tensors(false);
   LoadedTensors result{.stats = loaded.stats()};

@@ -30,7 +30,7 @@ class LoadedRecords {
  public:
   /// Reads the records at `wanted` of the file that `metadata` was read from; it is borrowed. Throws: Error.
   LoadedRecords(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
-                std::span<const std::size_t> wanted, CachePolicy cache);
+                std::span<const std::size_t> wanted, CachePolicy cache, Verify verify);
 
   /// A tensor that keeps its segment's memory alive: on the CPU of its own storage, on a device of its segment's unless
   /// it is small. An inference tensor where inference mode is on. Requires: `record` was wanted. To be asked for once

@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "flashpack/checksums.h"
 #include "flashpack/engine.h"
 #include "flashpack/name_filter.h"
 
@@ -41,12 +42,15 @@ struct PackOptions {
   /// Order of the tensors in the file; tensors it does not list are left out. Empty: largest first.
   std::optional<std::vector<std::string>> name_order;
   std::uint64_t align_bytes = 128;  ///< Each tensor begins at a multiple of it; 0 packs densely.
+  /// Puts checksums of the payload into the footer; readers that do not know them pass them over. Without them the file
+  /// is, byte for byte, what the Python reference writes.
+  bool checksum = true;
 };
 
 /// Writes `tensors` to a new file that replaces `path` when it is complete and durable. The directory must exist.
 ///
 /// Tensors may be on any device and in any strided form; the file holds them contiguous and row-major. What has to be
-/// converted first is converted in slices, with at most 64 MiB of copies alive. What lies on the engine's own CUDA
+/// converted first is converted in parts, with at most 64 MiB of copies alive. What lies on the engine's own CUDA
 /// device is copied from there as it is written. They must not change meanwhile. Throws: Error (kInvalidArgument)
 /// naming the tensor when one is undefined, sparse, meta, or of a dtype that the format does not have; make_layout()'s
 /// and FileWriter's errors.
@@ -61,6 +65,7 @@ struct ReadOptions {
   std::optional<NameFilter> only;  ///< When set, tensors that it does not match are not read.
   NameFilter ignore;               ///< Tensors that it matches are not read.
   CachePolicy cache = CachePolicy::kAuto;
+  Verify verify = Verify::kAuto;
 };
 
 struct LoadedTensors {
@@ -68,7 +73,8 @@ struct LoadedTensors {
   TransferStats stats;
 };
 
-/// Reads a file's tensors into new memory on the engine's device.
+/// Reads a file's tensors into new memory on the engine's device. Throws: Error; kCorrupt names the tensors in the
+/// first piece that does not match its checksum.
 ///
 /// Each tensor behaves like one that torch made: it may be written, resized, and saved alone. Memory comes in segments
 /// of at most 1 GiB (or one tensor) and goes back when the last tensor of its segment dies. What lies between wanted
@@ -87,6 +93,7 @@ struct AssignOptions {
   /// differs is an error.
   bool coerce_dtype = false;
   CachePolicy cache = CachePolicy::kAuto;
+  Verify verify = Verify::kAuto;
 };
 
 /// What assign_from_file() did, by name. A tied tensor counts once, under the first of its names.
@@ -105,7 +112,7 @@ struct AssignReport {
 /// every tensor changes its data as by `tensor.set_data(...)`. The module's tensors stay the same objects, so ties,
 /// optimizers, hooks and `requires_grad` stay too, and so does a gradient unless the dtype changes. Tensors tied in the
 /// module are read once, from the first of their names that the file has.
-/// Throws: Error; kMismatch when file and module do not fit, naming the tensor.
+/// Throws: Error; kMismatch when file and module do not fit, naming the tensor; kCorrupt as read_tensors().
 AssignReport assign_from_file(Engine& engine, ::torch::nn::Module& module, const std::filesystem::path& path,
                               const AssignOptions& options = {});
 

@@ -122,6 +122,59 @@ TEST_F(FileWriterTest, SymbolicLinksKeepPointingToTheFileThatIsReplaced) {
   EXPECT_EQ(testing::read_file(dir_ / "real"), std::vector(bytes_of("new").begin(), bytes_of("new").end()));
 }
 
+TEST_F(FileWriterTest, ALinkToWhatIsNotThereYetIsAWayToCreateIt) {
+  std::filesystem::create_symlink("real", path_);
+  engine_.create(path_).commit(bytes_of("new"));
+  EXPECT_TRUE(std::filesystem::is_symlink(path_));
+  EXPECT_EQ(std::filesystem::file_size(dir_ / "real"), 3u);
+}
+
+TEST_F(FileWriterTest, OtherNamesOfTheFileThatIsReplacedKeepTheOldOne) {
+  testing::write_file(path_, bytes_of("old"));
+  std::filesystem::create_hard_link(path_, dir_ / "other name");
+  engine_.create(path_).commit(bytes_of("newer"));
+  EXPECT_EQ(std::filesystem::file_size(path_), 5u);
+  EXPECT_EQ(std::filesystem::file_size(dir_ / "other name"), 3u);
+}
+
+TEST_F(FileWriterTest, ACancelledWriteFailsTheCommitAndTheOldFileStays) {
+  testing::write_file(path_, bytes_of("old"));
+  const std::vector<std::byte> much(64 * kMiB);
+  // Now and then all is written before the cancel is seen.
+  for (int attempt = 0; attempt < 100; ++attempt) {
+    FileWriter writer = engine_.create(path_);
+    Transfer transfer = writer.start_write({{.offset_bytes = 0, .size_bytes = much.size(), .source = much.data()}});
+    transfer.cancel();
+    try {
+      transfer.wait();
+      continue;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), Errc::kCancelled);
+    }
+    try {
+      writer.commit(bytes_of("tail"));
+      FAIL();
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), Errc::kCancelled);
+      EXPECT_EQ(error.path(), path_);
+    }
+    EXPECT_EQ(std::filesystem::file_size(path_), 3u);
+    EXPECT_EQ(entries(), 1u);
+    return;
+  }
+  FAIL() << "a hundred writes outran their cancel";
+}
+
+TEST_F(FileWriterTest, ACancelAfterTheCommitChangesNothing) {
+  FileWriter writer = engine_.create(path_);
+  Transfer transfer = writer.start_write({{.offset_bytes = 0, .size_bytes = bytes_.size(), .source = bytes_.data()}});
+  transfer.wait();
+  writer.commit();
+  transfer.cancel();
+  EXPECT_EQ(transfer.wait().requested_bytes, bytes_.size());
+  EXPECT_EQ(testing::read_file(path_), bytes_);
+}
+
 TEST_F(FileWriterTest, MissingDirectoryAndDirectoryTargetNameThePath) {
   try {
     (void)engine_.create(dir_ / "none" / "model");

@@ -91,9 +91,9 @@ def test_bytes_that_nobody_wants_are_not_read(pack):
     regions = [
         _memory.allocate_region(run[0].offset_bytes, _memory.stop_of(run[-1]) - run[0].offset_bytes) for run in runs
     ]
-    stats = _memory.fill_regions(footer, regions, side_of(CPU), "auto", show=False)
+    stats = _memory.fill_regions(footer, regions, side_of(CPU), _memory.ReadOptions())
     assert stats["requested_bytes"] == 8 * MIB
-    tensors = _memory.read_tensors(footer, wanted, CPU, "auto", show=False)
+    tensors = _memory.read_tensors(footer, wanted, CPU, _memory.ReadOptions())
     assert torch.equal(tensors["a"].view(torch.uint8), source["a"].view(torch.uint8))
     assert torch.equal(tensors["c"].view(torch.uint8), source["c"].view(torch.uint8))
 

@@ -2,6 +2,7 @@
 
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
@@ -11,6 +12,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <future>
+#include <thread>
+#include <utility>
+#include <vector>
 
 namespace flashpack::testing {
 
@@ -32,6 +37,37 @@ inline bool deny_syscall(unsigned number, unsigned error_number) {
       BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error_number), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
   sock_fprog filter{4, program};
   return ::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && ::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0;
+}
+
+/// From here on each call of `numbers` by this thread, and by threads that it starts, is shown to `answer` before the
+/// kernel sees it: 0 lets it through, anything else is the errno that it fails with. `answer` runs on a thread of its
+/// own. There is no way back: for a child of run_in_child(). False where that is not allowed.
+inline bool intercept_syscalls(const std::vector<long>& numbers, std::function<int(const seccomp_data&)> answer) {
+  std::vector<sock_filter> program = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr))};
+  for (const long number : numbers) {
+    program.push_back(BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<unsigned>(number), 0, 1));
+    program.push_back(BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_USER_NOTIF));
+  }
+  program.push_back(BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW));
+  const sock_fprog filter{static_cast<unsigned short>(program.size()), program.data()};
+
+  // Started before the filter is there, so that it is not one of those that wait for it.
+  std::promise<int> listener;
+  std::thread([fd = listener.get_future(), answer = std::move(answer)]() mutable {
+    for (const int listener_fd = fd.get(); listener_fd >= 0;) {
+      seccomp_notif call{};
+      if (::ioctl(listener_fd, SECCOMP_IOCTL_NOTIF_RECV, &call) != 0) continue;
+      const int error_number = answer(call.data);
+      seccomp_notif_resp response{.id = call.id, .val = 0, .error = -error_number, .flags = 0};
+      if (error_number == 0) response.flags = SECCOMP_USER_NOTIF_FLAG_CONTINUE;
+      ::ioctl(listener_fd, SECCOMP_IOCTL_NOTIF_SEND, &response);
+    }
+  }).detach();
+  const bool allowed = ::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0;
+  const long fd =
+      allowed ? ::syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER, &filter) : -1;
+  listener.set_value(static_cast<int>(fd));
+  return fd >= 0;
 }
 
 /// From here on this process can lock 64 KiB of memory, as in most containers.

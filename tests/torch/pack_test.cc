@@ -15,7 +15,8 @@ class Pack : public TorchTest {};
 TEST_F(Pack, WritesEachGoldenFileAgainByteForByteFromItsTensors) {
   for (const test::GoldenFile& golden : test::golden_files()) {
     const auto loaded = read_tensors(engine_, golden.path());
-    pack(loaded.tensors, {.name_order = names_of(loaded.tensors), .align_bytes = golden.align_bytes});
+    pack(loaded.tensors,
+         {.name_order = names_of(loaded.tensors), .align_bytes = golden.align_bytes, .checksum = false});
     EXPECT_EQ(file_content(file()), file_content(golden.path())) << golden.name;
   }
 }
@@ -60,12 +61,16 @@ TEST_F(Pack, TargetDTypeCastsEveryTensorAsTorchDoes) {
   EXPECT_TRUE(same_bytes(read_one("weight"), weight.t().to(at::kHalf)));
 }
 
-TEST_F(Pack, ConvertsTensorsLargerThanAGroupSliceBySlice) {
+TEST_F(Pack, ConvertsTensorsLargerThanABufferPartByPart) {
   constexpr std::int64_t kElements = 9 << 20;  // 36 MiB as they are, 72 MiB as doubles.
   const at::Tensor flat = at::arange(kElements, at::kInt);
   const at::Tensor wide = flat.view({3, kElements / 3}).t();
   const at::Tensor one_row = flat.view({1, kElements});
-  pack({{"flat", flat}, {"wide", wide}, {"one_row", one_row}}, {.target_dtype = at::kDouble});
+  const at::Tensor deep = flat.view({2, 2, kElements / 4}).transpose(1, 2);
+  pack({{"flat", flat}, {"wide", wide}, {"one_row", one_row}, {"deep", deep}, {"few", at::arange(7)}},
+       {.target_dtype = at::kDouble});
+  EXPECT_TRUE(same_bytes(read_one("deep"), deep.to(at::kDouble)));
+  EXPECT_TRUE(same_bytes(read_one("few"), at::arange(7).to(at::kDouble)));
   EXPECT_TRUE(same_bytes(read_one("flat"), flat.to(at::kDouble)));
   EXPECT_TRUE(same_bytes(read_one("wide"), wide.to(at::kDouble)));
   EXPECT_TRUE(same_bytes(read_one("one_row"), one_row.to(at::kDouble)));
@@ -75,6 +80,23 @@ TEST_F(Pack, ConvertingALargeTensorTakesLittleMemory) {
   const at::Tensor wide = at::ones({2, 1 << 25}).t();  // 256 MiB
   const test::AddressSpaceLimit limit(std::uint64_t{200} << 20);
   EXPECT_NO_THROW(pack({{"wide", wide}}));
+}
+
+TEST_F(Pack, ManySmallConversionsShareBuffersThatAreUsedAgain) {
+  StateDict tensors;
+  for (int i = 0; i < 300; ++i) tensors.emplace_back(std::to_string(i), at::full({100'000 + i}, i, at::kInt));
+  pack(tensors, {.target_dtype = at::kDouble});  // 240 MB through four buffers of 16 MiB.
+  for (const auto& [name, tensor] : read_tensors(engine_, file()).tensors) {
+    EXPECT_TRUE(tensor.eq(std::stoi(name)).all().item<bool>()) << name;
+  }
+}
+
+TEST_F(Pack, PutsChecksumsIntoTheFooterUnlessToldOtherwise) {
+  const StateDict tensors = {{"a", at::randn({1000})}};
+  pack(tensors);
+  EXPECT_TRUE(read_metadata(file()).checksums.has_value());
+  pack(tensors, {.checksum = false});
+  EXPECT_FALSE(read_metadata(file()).checksums.has_value());
 }
 
 TEST_F(Pack, CountsThePayloadItWrote) {

@@ -45,7 +45,7 @@ TEST(PlanSegments, AGapOfUpToOneMiBIsReadAlongAndALongerOneIsNot) {
 
 TEST(PlanSegments, SegmentsAreCutBetweenTensorsAndOnlyALargerTensorExceedsTheLimit) {
   const Metadata metadata = bytes_file({60, 40, 1, 250, 30});
-  const auto segments = plan_segments(metadata, all_of(metadata), 100);
+  const auto segments = plan_segments(metadata, all_of(metadata), Verify::kAuto, 100);
   ASSERT_EQ(segments.size(), 4U);
   EXPECT_EQ(segments[0].records, (std::vector<std::size_t>{0, 1}));
   EXPECT_EQ(segments[1].records, (std::vector<std::size_t>{2}));
@@ -57,6 +57,36 @@ TEST(PlanSegments, EmptyTensorsAreInNoSegment) {
   const Metadata metadata = bytes_file({8, 0});
   EXPECT_TRUE(plan_segments(metadata, std::vector<std::size_t>{1}).empty());
   EXPECT_EQ(plan_segments(metadata, all_of(metadata))[0].records, (std::vector<std::size_t>{0}));
+}
+
+TEST(PlanSegments, ASegmentTakesInThePaddingThatFollowsItButNoTensor) {
+  const std::vector<TensorSpec> specs = {
+      {"a", DType::kUInt8, {100}}, {"b", DType::kUInt8, {7}}, {"c", DType::kUInt8, {0}}};
+  const Metadata metadata = make_layout(specs, 128);
+  const auto first = plan_segments(metadata, std::vector<std::size_t>{0});
+  EXPECT_EQ(first[0].size_bytes, 100U);
+  const auto cut = plan_segments(metadata, all_of(metadata), Verify::kAuto, 8);
+  ASSERT_EQ(cut.size(), 2U);
+  EXPECT_EQ(cut[0].size_bytes, 128U);
+  EXPECT_EQ(cut[1].offset_bytes, 128U);
+  EXPECT_EQ(cut[1].size_bytes, metadata.payload_bytes - 128);
+}
+
+TEST(PlanSegments, WhereAllIsToBeVerifiedSegmentsReachToTheBordersOfPiecesWithoutOverlap) {
+  const auto size = static_cast<std::int64_t>(kMiB);
+  const Metadata metadata = bytes_file({size + 10, 10, 3 * size, 5});
+  const auto middle = plan_segments(metadata, std::vector<std::size_t>{1}, Verify::kAlways);
+  EXPECT_EQ(middle[0].offset_bytes, kMiB);
+  EXPECT_EQ(middle[0].size_bytes, kMiB);
+  const auto ends = plan_segments(metadata, std::vector<std::size_t>{0, 3}, Verify::kAlways);
+  ASSERT_EQ(ends.size(), 2U);
+  EXPECT_EQ(ends[0].size_bytes, 2 * kMiB);
+  EXPECT_EQ(ends[1].offset_bytes, 4 * kMiB);
+  EXPECT_EQ(ends[1].offset_bytes + ends[1].size_bytes, metadata.payload_bytes);
+  const auto cut = plan_segments(metadata, all_of(metadata), Verify::kAlways, 8);
+  for (std::size_t i = 1; i < cut.size(); ++i) {
+    EXPECT_EQ(cut[i].offset_bytes, cut[i - 1].offset_bytes + cut[i - 1].size_bytes);
+  }
 }
 
 TEST(HostRegion, DataAgreesWithTheFileOffsetModuloAPageOrAHugePage) {

@@ -174,8 +174,34 @@ TEST_F(Read, AFileReplacedAfterItsMetadataWasReadIsRefused) {
   const Metadata metadata = read_metadata(file());
   pack({{"x", at::zeros({100})}});
   const std::vector<std::size_t> wanted = {0};
-  const Error error = error_of([&] { LoadedRecords(engine_, file(), metadata, wanted, CachePolicy::kAuto); });
+  const Error error =
+      error_of([&] { LoadedRecords(engine_, file(), metadata, wanted, CachePolicy::kAuto, Verify::kAuto); });
   EXPECT_EQ(error.code(), Errc::kFileChanged);
+}
+
+TEST_F(Read, AFlippedBitIsFoundAndTheTensorsInItsPieceAreNamed) {
+  pack({{"large", at::ones({1 << 19})}, {"small", at::ones({3}, at::kDouble)}});
+  EXPECT_EQ(read_tensors(engine_, file()).stats.verified_bytes, read_metadata(file()).payload_bytes);
+  test::flip_bit(file(), 8 * (read_metadata(file()).payload_bytes - 1));
+  const Error error = error_of([&] { read_tensors(engine_, file()); });
+  EXPECT_EQ(error.code(), Errc::kCorrupt);
+  EXPECT_EQ(error.offset_bytes(), std::uint64_t{2} << 20);
+  EXPECT_MENTIONS(error, file().string() + " at 2097152+24");
+  EXPECT_MENTIONS(error, "\"small\"");
+  EXPECT_EQ(read_tensors(engine_, file(), {.verify = Verify::kNever}).stats.verified_bytes, 0U);
+}
+
+TEST_F(Read, APartIsVerifiedWhereItIsReadInWholePiecesAndAlwaysMeansAllOfIt) {
+  pack({{"a", at::ones({(1 << 20) + 10}, at::kByte)}, {"b", at::ones({(1 << 20) + 9}, at::kByte)}});
+  const std::uint64_t end = read_metadata(file()).payload_bytes;
+  const NameFilter a{.names = {"a"}};
+  EXPECT_EQ(read_tensors(engine_, file(), {.only = a}).stats.verified_bytes, std::uint64_t{1} << 20);
+  EXPECT_GT(read_tensors(engine_, file(), {.only = a, .verify = Verify::kAlways}).stats.verified_bytes,
+            (1U << 20) + 10);
+  pack({{"a", at::ones({9})}}, {.checksum = false});
+  EXPECT_EQ(read_tensors(engine_, file()).stats.verified_bytes, 0U);
+  EXPECT_MENTIONS(error_of([&] { read_tensors(engine_, file(), {.verify = Verify::kAlways}); }), "no checksums");
+  EXPECT_GT(end, 2U << 20);
 }
 
 }  // namespace

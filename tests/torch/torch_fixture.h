@@ -59,6 +59,14 @@ inline Error error_of(const std::function<void()>& action) {
   return Error({}, "");
 }
 
+inline void flip_bit(const std::filesystem::path& path, std::uint64_t bit) {
+  std::fstream stream(path, std::ios::in | std::ios::out | std::ios::binary);
+  stream.seekg(static_cast<std::streamoff>(bit / 8));
+  const auto byte = static_cast<char>(stream.get() ^ (1 << bit % 8));
+  stream.seekp(static_cast<std::streamoff>(bit / 8));
+  stream.put(byte);
+}
+
 #define EXPECT_MENTIONS(error, text) \
   EXPECT_NE(std::string((error).what()).find(text), std::string::npos) << (error).what()
 

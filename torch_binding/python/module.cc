@@ -237,9 +237,8 @@ class PyEngine {
     engine_.reset();
   }
 
-  Dict load(const std::filesystem::path& path, const std::vector<ExtentTuple>& extents,
-            const Metadata& metadata, std::string_view verify, std::string_view cache, const ProgressFunction& progress,
-            std::uintptr_t stream) {
+  Dict load(const std::filesystem::path& path, const std::vector<ExtentTuple>& extents, const Metadata& metadata,
+            std::string_view verify, std::string_view cache, const ProgressFunction& progress, std::uintptr_t stream) {
     LoadRequest request{.cache = cache_policy(cache), .stream = stream_of(stream)};
     request.files.push_back({.path = path,
                              .extents = to_extents<Extent, void*>(extents),

@@ -78,6 +78,8 @@ def slots_of(model: torch.nn.Module) -> dict[str, Slot]:
 
 def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters, casts: Casts) -> Plan:
     """Checks every tensor of the file against its slot. Raises TypeError or ValueError naming the tensor."""
+    if casts.coerce and casts.floats is not None:
+        raise ValueError("coerce_dtype and dtype exclude each other")
     refuse_sharded(model)
     plan = Plan(slots_of(model))
     chosen: dict[int, Entry] = {}

@@ -20,16 +20,18 @@ def engine(cuda_device: int | None = None) -> Engine:
         return _engines[cuda_device]
 
 
-def _drop() -> None:
-    _engines.clear()
+def release_engines() -> None:
+    """Gives back what they hold, once what is under way is done; the next use makes new ones."""
+    with _lock:
+        _engines.clear()
 
 
 def _drop_in_child() -> None:
     # The thread that held the lock may not exist here.
     global _lock
     _lock = threading.Lock()
-    _drop()
+    _engines.clear()
 
 
-atexit.register(_drop)
+atexit.register(release_engines)
 os.register_at_fork(after_in_child=_drop_in_child)

@@ -49,11 +49,14 @@ class Footer(NamedTuple):
 
     path: str
     metadata: dict[str, Any]
-    native: _native.Metadata
-    """The same for the engine, with the file's identity and checksums."""
+    native: _native.Metadata | None
+    """The same for the engine, with the file's identity and checksums; None for one that another process has read."""
 
     def blocks(self) -> list[Block]:
         return blocks_of(self.metadata)
+
+    def payload_bytes(self) -> int:
+        return max((block.offset_bytes + block.length_bytes for block in self.blocks()), default=0)
 
     def entries(self) -> Iterator[Entry]:
         """In file order."""

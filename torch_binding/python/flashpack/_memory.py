@@ -6,15 +6,16 @@ import errno
 import math
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from . import _native
-from ._device import CPU, Side, side_of
+from ._device import CPU, DeviceLike, Side, side_of
 from ._footer import Entry, Footer, Verify, logger
+from ._native import FlashPackError
 from ._progress import Show, progress_bar
 from .utils import string_to_dtype
 
@@ -24,6 +25,10 @@ _SEGMENT_BYTES = 1 << 30
 _GAP_BYTES = 1 << 20
 # On a device, smaller tensors get memory of their own, so that one that outlives the rest does not keep a segment.
 _MIN_SHARED_BYTES = 1 << 20
+
+
+Span = tuple[int, int]
+"""Begin and end in the file, in bytes."""
 
 
 class Region(Protocol):
@@ -117,6 +122,7 @@ def _allocate_host(offset_bytes: int, size_bytes: int) -> HostRegion:
 
 def map_file(footer: Footer) -> HostRegion:
     """The whole file, mapped privately and writable. Truncation by others is SIGBUS for whoever touches it."""
+    assert footer.native is not None
     with open(footer.path, "rb") as file:
         stat = os.fstat(file.fileno())
         if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != footer.native.identity:
@@ -125,35 +131,82 @@ def map_file(footer: Footer) -> HostRegion:
     return HostRegion(buffer, 0, 0, stat.st_size)
 
 
-def fill_regions(footer: Footer, regions: Sequence[Region], side: Side, verify: Verify, show: Show) -> dict[str, Any]:
+class ReadOptions(NamedTuple):
+    """How a file is read."""
+
+    mmap: bool = False
+    verify: Verify = "auto"
+    show: Show = False
+
+
+def supported_device(device: DeviceLike, options: ReadOptions) -> torch.device:
+    """Raises FlashPackError for a device that cannot be read to, or not in that way."""
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise FlashPackError(f"Unsupported device: {device!r}") from error
+    if options.mmap and options.verify == "always":
+        raise FlashPackError("with mmap=True nothing is read, so there is nothing to verify")
+    if target.type not in (("cpu",) if options.mmap else ("cpu", "cuda")):
+        raise FlashPackError(f"Unsupported device: {target}{' with mmap=True' if options.mmap else ''}")
+    return target
+
+
+def fill_regions(footer: Footer, regions: Sequence[Region], side: Side, options: ReadOptions) -> dict[str, Any]:
     """Reads all regions, of one side, in one transfer and returns its statistics.
 
     When this raises, be it OSError or KeyboardInterrupt, nothing is in flight any more.
     """
     extents = [(region.offset_bytes, region.size_bytes, region.address) for region in regions]
-    with progress_bar("Loading", sum(region.size_bytes for region in regions), show) as progress:
-        stats = side.engine.load(footer.path, extents, footer.native, verify, progress=progress, stream=side.stream)
+    assert footer.native is not None
+    with progress_bar("Loading", sum(region.size_bytes for region in regions), options.show) as progress:
+        stats = side.engine.load(
+            footer.path, extents, footer.native, options.verify, progress=progress, stream=side.stream
+        )
     logger.info("%s: %s", footer.path, _describe(stats))
     return stats
 
 
-def read_tensors(
-    footer: Footer, entries: Sequence[Entry], device: torch.device, verify: Verify, show: Show
-) -> dict[str, torch.Tensor]:
-    """Reads `entries` in one transfer, to `device` or, where the engine cannot, to the CPU."""
+class Filled(NamedTuple):
+    """Regions with the bytes of a file, where they ended up, and the statistics of this process's reads, if any."""
+
+    regions: list[Region]
+    device: torch.device
+    stats: dict[str, Any] | None
+
+
+def read_regions(footer: Footer, spans: Sequence[Span], device: torch.device, options: ReadOptions) -> Filled:
+    """Reads each of `spans`, which ascend, into a region of its own, on `device` or, where the engine cannot, the CPU.
+
+    A mapped file is one region for all.
+    """
+    if options.mmap:
+        return Filled([map_file(footer)] * len(spans), CPU, None)
     side = side_of(device)
+    regions = allocate_regions(spans, footer, side.device, options.verify)
+    return Filled(regions, side.device, fill_regions(footer, regions, side, options))
+
+
+ReadRegions = Callable[[Footer, Sequence[Span], torch.device, ReadOptions], Filled]
+"""read_regions, or what does the same in another way."""
+
+
+def read_tensors(
+    footer: Footer,
+    entries: Sequence[Entry],
+    device: torch.device,
+    options: ReadOptions,
+    read: ReadRegions = read_regions,
+) -> dict[str, torch.Tensor]:
+    """Reads `entries` in one transfer, to where `read` puts them."""
     # Records may name the same bytes: these are read once.
     runs = plan_runs(list({entry.offset_bytes: entry for entry in entries if entry.size_bytes}.values()))
-    spans = [(run[0].offset_bytes, stop_of(run[-1])) for run in runs]
-    regions = allocate_regions(spans, footer, side.device, verify)
-    fill_regions(footer, regions, side, verify, show)
-    region_at = {entry.offset_bytes: region for region, run in zip(regions, runs, strict=True) for entry in run}
-    return tensors_of(entries, region_at, side.device)
+    filled = read(footer, [(run[0].offset_bytes, stop_of(run[-1])) for run in runs], device, options)
+    region_at = {entry.offset_bytes: region for region, run in zip(filled.regions, runs, strict=True) for entry in run}
+    return tensors_of(entries, region_at, filled.device)
 
 
-def allocate_regions(
-    spans: Sequence[tuple[int, int]], footer: Footer, device: torch.device, verify: Verify
-) -> list[Region]:
+def allocate_regions(spans: Sequence[Span], footer: Footer, device: torch.device, verify: Verify) -> list[Region]:
     """Memory for the bytes between begin and end of each of `spans`, which ascend.
 
     Only whole pieces can be verified. So a region takes in the padding that follows; and where everything is to be
@@ -163,12 +216,13 @@ def allocate_regions(
     longest_padding_bytes = math.lcm(footer.metadata["align_bytes"] or 1, 16) - 1
     regions: list[Region] = []
     free = 0
-    for (begin, end), (next_begin, _) in zip(spans, [*spans[1:], (footer.native.payload_bytes, 0)], strict=True):
+    limits = [*(begin for begin, _ in spans[1:]), footer.payload_bytes()]
+    for (begin, end), limit in zip(spans, limits, strict=False):
         if verify == "always":
             begin = max(free, begin - begin % piece_bytes)
-            end = min(next_begin, end + -end % piece_bytes)
-        if next_begin - end <= longest_padding_bytes:
-            end = next_begin
+            end = min(limit, end + -end % piece_bytes)
+        if limit - end <= longest_padding_bytes:
+            end = limit
         regions.append(allocate_region(begin, end - begin, device))
         free = end
     return regions

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from ._assign import Casts, check_strictness, commit, make_plan
-from ._device import CPU, side_of
+from ._assign import Casts, Filters, Plan, check_strictness, commit, make_plan
+from ._device import CPU
+from ._distributed import Ranks, join_ranks, ranks_of_group, resolve_shard_strategy
 from ._engine import engine
 from ._footer import (
     Block,
@@ -24,9 +25,9 @@ from ._footer import (
     is_flashpack_file,
     read_footer,
 )
-from ._memory import Region, allocate_regions, fill_regions, map_file, read_tensors, tensors_of
+from ._memory import ReadOptions, ReadRegions, Region, read_regions, read_tensors, supported_device
 from ._native import FlashPackError
-from ._progress import Show, progress_bar
+from ._progress import progress_bar
 from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
 from .utils import human_num_elements, is_ignored_tensor_name, logger, string_to_dtype
 
@@ -37,6 +38,8 @@ __all__ = [
     "is_flashpack_file",
     "iterate_from_flash_tensor",
     "read_flashpack_file",
+    "read_flashpack_file_distributed",
+    "resolve_shard_strategy",
     "revert_from_file",
     "verify_file",
 ]
@@ -85,15 +88,40 @@ def read_flashpack_file(
 
     Raises FlashPackError (a ValueError) for a file or an argument that is not valid, OSError for the system's failures.
     """
-    target = _supported_device(device, mmap, verify)
+    options = ReadOptions(mmap, verify, not silent)
+    target = supported_device(device, options)
     footer = read_footer(path)
-    if metadata is not None and not _describes(metadata, footer):
-        raise FlashPackError(f"{footer.path}: the metadata given is not that of this file")
-    result = footer.metadata if metadata is None else metadata
-    index = _index_of(result)
-    storage = _read_blocks(footer, target, mmap, verify, not silent)
-    for record in index:
-        record.setdefault("macroblock", 0)
+    result = _accepted(metadata, footer)
+    return _read_blocks(footer, target, options), result
+
+
+def read_flashpack_file_distributed(
+    path: StrPath,
+    device: str | torch.device = "cuda",
+    src: int = 0,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    num_streams: int = DEFAULT_NUM_STREAMS,
+    silent: bool = True,
+    metadata: dict[str, Any] | None = None,
+    sharded: bool = False,
+    shard_strategy: str | None = None,
+) -> tuple[FlashTensorStorage, dict[str, Any]]:
+    """read_flashpack_file on every rank of the process group, of which only `src` reads; the others get its bytes.
+
+    All ranks have to call it, and only `src` has to see the file. What fails on one rank raises on all.
+
+    `sharded`, `shard_strategy`: checked, and without effect on what is read by whom.
+
+    Raises what read_flashpack_file raises; RuntimeError without a process group, and for what failed on another rank.
+    """
+    ranks = ranks_of_group(device, src)
+    with ranks.together():
+        ranks.check(False, sharded, shard_strategy)
+        options = ReadOptions(show=not silent)
+        target = supported_device(device, options)
+        footer = ranks.footer(path)
+        result = _accepted(metadata, footer)
+        storage = _read_blocks(footer, target, options, ranks.read_regions)
     return storage, result
 
 
@@ -119,7 +147,8 @@ def iterate_from_flash_tensor(
 def revert_from_file(path: StrPath, silent: bool = True) -> dict[str, torch.Tensor]:
     """The state dict that was packed, in file order, on the CPU. Each tensor owns its memory."""
     footer = read_footer(path)
-    return _read_entries(footer, list(footer.entries()), CPU, show=not silent)
+    with torch.inference_mode(False), torch.no_grad():
+        return read_tensors(footer, list(footer.entries()), CPU, ReadOptions(show=not silent))
 
 
 def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
@@ -129,7 +158,7 @@ def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
     of the pieces that do not; and `seconds`. Raises FlashPackError for a file that has no checksums or is not valid,
     OSError for the system's failures.
     """
-    payload_bytes = read_footer(path).native.payload_bytes
+    payload_bytes = read_footer(path).payload_bytes()
     with progress_bar("Verifying", payload_bytes, not silent) as progress:
         return engine().verify(os.fspath(path), progress)
 
@@ -177,48 +206,71 @@ def assign_from_file(
     `keep_flash_ref_on_model`: reads whole macroblocks, lets the tensors share their memory, and keeps them and the
     footer as `_flash_shared_storage` and `_flash_shared_storage_meta`.
     `mmap`: as in read_flashpack_file. `num_streams`, `chunk_bytes`: accepted for compatibility.
+    `use_distributed_loading`: all ranks of the process group call this; rank 0 reads what any of them wants, and the
+    others get its bytes without having to see the file. What fails on one rank raises on all, and changes no module
+    unless it was the last step, moving and casting, that failed. Without a group, one is made of `rank`, `local_rank`
+    and `world_size`; in a world of one, this process loads alone. `distributed_*`: see read_flashpack_file_distributed.
 
     Raises FlashPackError (a ValueError) for a file that is not valid or does not fit, OSError for the system's
-    failures. Not to be called while other threads use `model`.
+    failures, RuntimeError for what failed on another rank. Not to be called while other threads use `model`.
     """
-    if use_distributed_loading:
-        _refuse_distributed()
-    target = _supported_device(_device_of(model) if device is None else device, mmap, verify)
-    footer = read_footer(path)
-    if coerce_dtype and dtype is not None:
-        raise FlashPackError("coerce_dtype and dtype exclude each other")
+    options = ReadOptions(mmap, verify, not silent)
     casts = Casts(coerce_dtype, dtype)
-    try:
-        plan = make_plan(model, footer.entries(), (ignore_names, ignore_prefixes, ignore_suffixes), casts)
-    except (TypeError, ValueError) as error:
-        raise FlashPackError(f"Error while assigning to {type(model).__name__} from {footer.path}: {error}") from error
-    check_strictness(plan, footer.path, strict, strict_params, strict_buffers)
+    device = _device_of(model) if device is None else device
+    ranks = join_ranks(device, rank, local_rank, world_size) if use_distributed_loading else Ranks()
+    with ranks.together():
+        ranks.check(mmap, distributed_sharded, distributed_shard_strategy)
+        target = supported_device(device, options)
+        footer = ranks.footer(path)
+        plan = _plan(model, footer, (ignore_names, ignore_prefixes, ignore_suffixes), casts)
+        check_strictness(plan, footer.path, strict, strict_params, strict_buffers)
 
-    storage = _read_blocks(footer, target, mmap, verify, not silent) if keep_flash_ref_on_model else None
-    with torch.inference_mode(False), torch.no_grad():
-        if storage is None:
-            tensors = _read_entries(footer, plan.wanted, target, mmap, verify, not silent)
-        else:
-            tensors = {entry.name: _share(storage, entry) for entry in plan.wanted}
-        commit(plan, tensors, target, casts)
+        with torch.inference_mode(False), torch.no_grad():
+            tensors, storage = _load(plan, footer, target, options, ranks, keep_flash_ref_on_model)
+            ranks.agree()
+            commit(plan, tensors, target, casts)
     if storage is not None:
         model._flash_shared_storage = storage  # type: ignore[assignment]
         model._flash_shared_storage_meta = footer.metadata  # type: ignore[assignment]
     _report(plan.wanted, len(plan.slots), plan.unexpected, plan.missing_parameters + plan.missing_buffers)
 
 
-def _read_blocks(footer: Footer, device: torch.device, mmap: bool, verify: Verify, show: Show) -> FlashTensorStorage:
+def _load(
+    plan: Plan, footer: Footer, device: torch.device, options: ReadOptions, ranks: Ranks, as_blocks: bool
+) -> tuple[dict[str, torch.Tensor], FlashTensorStorage | None]:
+    """The tensors that `plan` wants; `as_blocks` as views of the whole payload, which is returned, too."""
+    if not as_blocks:
+        wanted = ranks.wanted_by_any(footer, plan.wanted)
+        return read_tensors(footer, wanted, device, options, ranks.read_regions), None
+    storage = _read_blocks(footer, device, options, ranks.read_regions)
+    return {entry.name: _share(storage, entry) for entry in plan.wanted}, storage
+
+
+def _accepted(metadata: dict[str, Any] | None, footer: Footer) -> dict[str, Any]:
+    """The footer that the caller has, else that of the file, with a macroblock for every record."""
+    if metadata is not None and not _describes(metadata, footer):
+        raise FlashPackError(f"{footer.path}: the metadata given is not that of this file")
+    result = footer.metadata if metadata is None else metadata
+    for record in _index_of(result):
+        record.setdefault("macroblock", 0)
+    return result
+
+
+def _plan(model: torch.nn.Module, footer: Footer, filters: Filters, casts: Casts) -> Plan:
+    try:
+        return make_plan(model, footer.entries(), filters, casts)
+    except (TypeError, ValueError) as error:
+        raise FlashPackError(f"Error while assigning to {type(model).__name__} from {footer.path}: {error}") from error
+
+
+def _read_blocks(
+    footer: Footer, device: torch.device, options: ReadOptions, read: ReadRegions = read_regions
+) -> FlashTensorStorage:
     blocks = footer.blocks()
     filled = sorted((block for block in blocks if block.length_bytes), key=lambda block: block.offset_bytes)
-    stats = None
+    spans = [(block.offset_bytes, block.offset_bytes + block.length_bytes) for block in filled]
     with torch.inference_mode(False), torch.no_grad():
-        if mmap:
-            regions: list[Region] = [map_file(footer)] * len(filled)
-        else:
-            side = side_of(device)
-            spans = [(block.offset_bytes, block.offset_bytes + block.length_bytes) for block in filled]
-            regions = allocate_regions(spans, footer, side.device, verify)
-            stats = fill_regions(footer, regions, side, verify, show)
+        regions, _, stats = read(footer, spans, device, options)
         region_of = dict(zip(filled, regions, strict=True))
         tensors = [_block(block, region_of.get(block), device) for block in blocks]
     return FlashTensorStorage(tensors, stats=stats)
@@ -230,34 +282,10 @@ def _block(block: Block, region: Region | None, device: torch.device) -> torch.T
     return region.tensor(block.dtype, (block.length_elems,), block.length_elems, block.offset_bytes).to(device)
 
 
-def _read_entries(
-    footer: Footer,
-    entries: list[Entry],
-    device: torch.device,
-    mmap: bool = False,
-    verify: Verify = "auto",
-    show: Show = False,
-) -> dict[str, torch.Tensor]:
-    with torch.inference_mode(False), torch.no_grad():
-        if mmap:
-            file = map_file(footer)
-            return tensors_of(entries, {entry.offset_bytes: file for entry in entries})
-        return read_tensors(footer, entries, device, verify, show)
-
-
 def _share(storage: FlashTensorStorage, entry: Entry) -> torch.Tensor:
     """The tensor of `entry` on the memory of its block; through `data`, so that its version counter is its own."""
     block = storage.block(entry.macroblock)
     return block.narrow(0, entry.offset_elems, entry.length_elems).view(entry.shape).data
-
-
-def _supported_device(device: str | torch.device, mmap: bool, verify: Verify) -> torch.device:
-    target = torch.device(device)
-    if mmap and verify == "always":
-        raise FlashPackError("with mmap=True nothing is read, so there is nothing to verify")
-    if target.type not in (("cpu",) if mmap else ("cpu", "cuda")):
-        raise FlashPackError(f"Unsupported device: {target}{' with mmap=True' if mmap else ''}")
-    return target
 
 
 def _device_of(model: torch.nn.Module) -> str | torch.device:
@@ -273,12 +301,6 @@ def _describes(metadata: dict[str, Any], footer: Footer) -> bool:
         return blocks_of(metadata) == footer.blocks()
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
-
-
-def _refuse_distributed() -> None:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        raise RuntimeError("distributed loading requires an initialized torch.distributed process group")
-    raise NotImplementedError("distributed loading is not available; without it, every rank reads the file by itself")
 
 
 def _index_of(metadata: Any) -> list[dict[str, Any]]:

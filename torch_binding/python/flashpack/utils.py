@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Final
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from ._native import FlashPackError
 
@@ -76,6 +79,24 @@ def torch_dtype_to_numpy_dtype(dtype: torch.dtype) -> type[np.generic]:
     return _NUMPY[carrier]
 
 
+def effective_read_threads(requested: int, *, floor: int = 1) -> int:
+    """`requested` threads, but no more than this process may use processors, or than `floor`, and at least one.
+
+    Kept for compatibility: the engine sizes its own threads.
+    """
+    return max(1, min(requested, max(len(os.sched_getaffinity(0)), floor)))
+
+
+def diffusers_is_available() -> bool:
+    """Whether diffusers is installed; it is not imported."""
+    return find_spec("diffusers") is not None
+
+
+def transformers_is_available() -> bool:
+    """Whether transformers is installed; it is not imported."""
+    return find_spec("transformers") is not None
+
+
 def human_duration(seconds: float) -> str:
     """`seconds` in the unit that suits it: "500.00ms", "1m5s"."""
     for unit, below, scale in (("ns", 1e-6, 1e9), ("µs", 1e-3, 1e6), ("ms", 1.0, 1e3), ("s", 60.0, 1.0)):
@@ -135,3 +156,42 @@ def get_module_and_attribute(model: torch.nn.Module, name: str) -> tuple[torch.n
     """The submodule that owns `name`, and the attribute's name there. AttributeError if there is no such submodule."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
+
+
+def is_distributed() -> bool:
+    """Whether this process has a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def maybe_init_distributed(
+    rank: int | None = None, local_rank: int | None = None, world_size: int | None = None
+) -> None:
+    """Makes the process group, unless there is one or `world_size` is below 2: NCCL's on CUDA machines, else Gloo's.
+
+    What is not given is taken from RANK, LOCAL_RANK and WORLD_SIZE, as torchrun sets them; the ranks meet where
+    MASTER_ADDR and MASTER_PORT say. The CUDA device `local_rank` becomes the current one.
+    """
+    rank = _env_number("RANK", 0) if rank is None else rank
+    local_rank = _env_number("LOCAL_RANK", rank) if local_rank is None else local_rank
+    world_size = _env_number("WORLD_SIZE", 1) if world_size is None else world_size
+    if world_size <= 1 or is_distributed():
+        return
+    if not dist.is_available():
+        raise RuntimeError("this torch has no torch.distributed, and so no process group")
+    if not 0 <= rank < world_size:
+        raise FlashPackError(f"rank must be below the world size of {world_size}, got {rank}")
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", init_method="env://", rank=rank, world_size=world_size)
+        return
+    device = torch.device("cuda", local_rank)
+    # First, or NCCL would set up on whatever device is the current one.
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", init_method="env://", rank=rank, world_size=world_size, device_id=device)
+
+
+def _env_number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise FlashPackError(f"{variable} in the environment is not a number: '{text}'") from None

@@ -1,0 +1,142 @@
+#include "engine/temp_file.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <random>
+#include <utility>
+
+#include "engine/error.h"
+
+namespace flashpack::engine {
+
+namespace {
+
+constexpr std::string_view kAlphabet = "0123456789abcdefghijklmnopqrstuv";
+constexpr std::size_t kRandomSize = 16;
+constexpr std::string_view kSuffix = ".tmp";
+
+std::string random_text() {
+  std::random_device random;
+  std::string text(kRandomSize, '\0');
+  std::generate(text.begin(), text.end(), [&] { return kAlphabet[random() % kAlphabet.size()]; });
+  return text;
+}
+
+// 0, or why not: EWOULDBLOCK where somebody else holds it.
+int lock(int fd) noexcept {
+  return uninterrupted([fd] { return ::flock(fd, LOCK_EX | LOCK_NB); }) == 0 ? 0 : errno;
+}
+
+}  // namespace
+
+std::filesystem::path resolve_links(const std::filesystem::path& path) {
+  std::error_code error;
+  auto resolved = std::filesystem::absolute(path, error);
+  if (error) throw file_error(error, "create", path);
+  constexpr int kMaxLinks = 40;  // The kernel's own limit.
+  for (int links = 0; links <= kMaxLinks; ++links) {
+    const auto next = std::filesystem::read_symlink(resolved, error);
+    // Not a link, or nothing at all. What else may be wrong with it shows when it is used.
+    if (error) return resolved;
+    resolved = resolved.parent_path() / next;
+  }
+  throw file_error(errno_code(ELOOP), "create", path);
+}
+
+TempFile::TempFile(std::filesystem::path target) : target_(std::move(target)) {
+  if (!target_.has_filename()) throw file_error(errno_code(EISDIR), "create", target_);
+  directory_.reset(::open(target_.parent_path().c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!directory_) throw file_error(errno_code(errno), "create", target_);
+  struct stat status{};
+  if (::fstatat(directory_.get(), target_.filename().c_str(), &status, AT_SYMLINK_NOFOLLOW) == 0) {
+    if (S_ISDIR(status.st_mode)) throw file_error(errno_code(EISDIR), "create", target_);
+    if (!S_ISREG(status.st_mode)) throw file_error(Errc::kInvalidArgument, "create (not a regular file)", target_);
+    replaced_ = status;
+  } else if (errno != ENOENT) {
+    throw file_error(errno_code(errno), "create", target_);
+  }
+  constexpr std::size_t kMaxKept = 200;  // Of NAME_MAX, with room for the rest.
+  prefix_.append(".").append(target_.filename().string(), 0, kMaxKept).append(".");
+}
+
+bool TempFile::is_name_of_one(std::string_view name) const {
+  return name.size() == prefix_.size() + kRandomSize + kSuffix.size() && name.starts_with(prefix_) &&
+         name.ends_with(kSuffix) &&
+         name.substr(prefix_.size(), kRandomSize).find_first_not_of(kAlphabet) == std::string_view::npos;
+}
+
+void TempFile::remove_if_left(const char* name) const noexcept {
+  constexpr int kFlags = O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
+  // NFS locks only what is open for writing; a file that may not be written to can be locked elsewhere.
+  UniqueFd fd(::openat(directory_.get(), name, O_RDWR | kFlags));
+  if (!fd) fd.reset(::openat(directory_.get(), name, O_RDONLY | kFlags));
+  struct stat status{};
+  if (!fd || ::fstat(fd.get(), &status) != 0 || !S_ISREG(status.st_mode)) return;
+  // Whose writer has put it in place in the meantime has taken the name with it.
+  if (lock(fd.get()) == 0) ::unlinkat(directory_.get(), name, 0);
+}
+
+UniqueFd TempFile::create() {
+  std::error_code error;
+  std::filesystem::directory_iterator entry(target_.parent_path(), error);
+  for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
+    const std::string name = entry->path().filename().string();
+    if (is_name_of_one(name)) remove_if_left(name.c_str());
+  }
+  // What is replaced may be nobody else's business, and the group of the new one may still be another.
+  const mode_t mode = replaced_ ? 0600 : 0666;
+  constexpr int kMaxAttempts = 100;
+  for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
+    name_ = prefix_ + random_text() + std::string(kSuffix);
+    UniqueFd fd(::openat(directory_.get(), name_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode));
+    if (!fd) {
+      const int reason = errno;
+      name_.clear();
+      throw file_error(errno_code(reason), "create", target_);
+    }
+    // Before the lock it looks as if it had been left, and another writer may be about to remove it, or have done so.
+    struct stat status{};
+    const bool taken = lock(fd.get()) == EWOULDBLOCK;
+    if (!taken && (::fstatat(directory_.get(), name_.c_str(), &status, 0) == 0 || errno != ENOENT)) return fd;
+    remove();
+  }
+  throw file_error(errno_code(EBUSY), "create", target_);
+}
+
+void TempFile::keep_access(int fd) const {
+  struct stat status{};
+  if (!replaced_) return;
+  if (::fstat(fd, &status) != 0) throw file_error(errno_code(errno), "stat", target_);
+  mode_t mode = replaced_->st_mode & 0777;
+  // A group that has been nobody in particular may do no more than that.
+  if (status.st_gid != replaced_->st_gid && ::fchown(fd, static_cast<uid_t>(-1), replaced_->st_gid) != 0)
+    mode = (mode & 0707) | ((mode & 0007) << 3);
+  // Where there are no modes, all files have the same.
+  if ((status.st_mode & 07777) != mode && ::fchmod(fd, mode) != 0)
+    throw file_error(errno_code(errno), "keep the mode of", target_);
+  if (status.st_uid != replaced_->st_uid) (void)::fchown(fd, replaced_->st_uid, static_cast<gid_t>(-1));
+}
+
+void TempFile::put_in_place() {
+  if (::renameat(directory_.get(), name_.c_str(), directory_.get(), target_.filename().c_str()) != 0)
+    throw file_error(errno_code(errno), "rename into place", target_);
+  name_.clear();
+}
+
+void TempFile::sync_directory() const {
+  // EINVAL: the file system has no such thing for directories.
+  if (uninterrupted([this] { return ::fsync(directory_.get()); }) == 0 || errno == EINVAL) return;
+  throw file_error(errno_code(errno), "sync the directory of (the new file is in place, but perhaps not durable)",
+                   target_);
+}
+
+void TempFile::remove() noexcept {
+  if (!name_.empty()) ::unlinkat(directory_.get(), name_.c_str(), 0);
+  name_.clear();
+}
+
+}  // namespace flashpack::engine

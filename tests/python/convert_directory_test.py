@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import json
+import os
+
+import flashpack
+import pytest
+import safetensors.torch
+import torch
+from checkpoints import STATE, halves, names_in, save_index
+from flashpack import FlashPackError, commands
+from support import assert_bit_equal
+
+
+def write_model(directory, weights, config=None):
+    directory.mkdir(parents=True)
+    companions = ("config.json", "tokenizer.json", "vocab.txt", "generation_config.json", "model.py", "README.md")
+    for name in companions:
+        (directory / name).write_text(json.dumps(config or {}) if name == "config.json" else "{}")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tools.jinja").write_text("")
+    for name, tensors in weights.items():
+        safetensors.torch.save_file(tensors, directory / name)
+    return sorted([*companions, "additional_chat_templates/tools.jinja", "model.flashpack"])
+
+
+def test_a_model_directory_converts_to_one_with_all_but_the_old_weights(tmp_path):
+    expected = write_model(tmp_path / "model", {"model.safetensors": STATE})
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"other weights")
+    (tmp_path / "model" / "runs").mkdir()
+    (tmp_path / "model" / "runs" / "log.txt").write_text("")
+    result = commands.convert_to_flashpack(tmp_path / "model", tmp_path / "new" / "out")
+    assert result == os.fspath(tmp_path / "new" / "out")
+    assert names_in(tmp_path / "new" / "out") == expected
+    assert_bit_equal(flashpack.revert_from_file(tmp_path / "new" / "out" / "model.flashpack"), STATE)
+
+
+def test_a_directory_is_its_own_default_destination(tmp_path):
+    write_model(tmp_path / "model", {"diffusion_pytorch_model.safetensors": STATE})
+    before = names_in(tmp_path / "model")
+    assert commands.convert_to_flashpack(os.fspath(tmp_path / "model")) == os.fspath(tmp_path / "model")
+    assert names_in(tmp_path / "model") == sorted([*before, "model.flashpack"])
+    with pytest.raises(FlashPackError, match=r"model\.flashpack exists already"):
+        commands.convert_to_flashpack(tmp_path / "model")
+    commands.convert_to_flashpack(tmp_path / "model", tmp_path / "model")
+
+
+def test_shards_and_variants_of_a_directory_are_found(tmp_path):
+    plain, variant = halves()
+    write_model(tmp_path / "model", {"model.fp16.safetensors": variant})
+    first = {"model-00001-of-00001.safetensors": plain}
+    save_index(tmp_path / "model" / "model.safetensors.index.json", first)
+    for name, expected in ((None, plain), ("fp16", variant)):
+        commands.convert_to_flashpack(tmp_path, tmp_path / "out", subfolder="model", variant=name)
+        assert_bit_equal(flashpack.revert_from_file(tmp_path / "out" / "model.flashpack"), expected)
+        assert "model.safetensors.index.json" not in names_in(tmp_path / "out")
+    with pytest.raises(FlashPackError, match="no weights of variant 'bf16'"):
+        commands.convert_to_flashpack(tmp_path / "model", tmp_path / "none", variant="bf16")
+    (tmp_path / "model" / "model.safetensors.index.json").rename(
+        tmp_path / "model" / "model.safetensors.index.fp8.json"
+    )
+    commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out", variant="fp8")
+    assert_bit_equal(flashpack.revert_from_file(tmp_path / "out" / "model.flashpack"), plain)
+
+
+def test_a_directory_without_weights_or_a_destination_that_is_a_file_is_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FlashPackError, match=r"no safetensors or torch weights in .*empty"):
+        commands.convert_to_flashpack(tmp_path / "empty", tmp_path / "out")
+    write_model(tmp_path / "model", {"anything.safetensors": STATE})
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(NotADirectoryError, match="file"):
+        commands.convert_to_flashpack(tmp_path / "model", tmp_path / "file")
+    with pytest.raises(FlashPackError, match="converts to a directory"):
+        commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out.flashpack")
+    assert sorted(os.listdir(tmp_path)) == ["empty", "file", "model"]
+    commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out")
+
+
+def write_pipeline(directory, weights=None):
+    """Two models, one with a variant, and a scheduler."""
+    plain, other = halves()
+    write_model(directory / "unet", {"diffusion_pytorch_model.safetensors": plain})
+    write_model(
+        directory / "text_encoder",
+        weights or {"model.safetensors": other, "model.fp16.safetensors": {"f": plain["bias"]}},
+    )
+    (directory / "scheduler").mkdir()
+    (directory / "scheduler" / "scheduler_config.json").write_text("{}")
+    (directory / "unused").mkdir()
+    (directory / "unused" / "config.json").write_text("{}")
+    index = {
+        "_class_name": "SomePipeline",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+        "text_encoder": ["transformers", "BertModel"],
+        "safety_checker": [None, None],
+        "../outside": ["diffusers", "UNet2DModel"],
+        "guidance": 7,
+    }
+    (directory / "model_index.json").write_text(json.dumps(index))
+
+
+def test_a_pipeline_converts_to_one_file_for_each_of_its_models(tmp_path):
+    write_pipeline(tmp_path / "source")
+    commands.convert_to_flashpack(tmp_path / "source", tmp_path / "out")
+    found = names_in(tmp_path / "out")
+    assert [name for name in found if name.endswith((".flashpack", "config.json")) and "generation" not in name] == [
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.flashpack",
+        "unet/config.json",
+        "unet/model.flashpack",
+    ]
+    assert "model_index.json" in found
+    assert not [name for name in found if name.endswith(".safetensors") or name.startswith(("unused", "."))]
+    plain, other = halves()
+    assert_bit_equal(flashpack.revert_from_file(tmp_path / "out" / "unet" / "model.flashpack"), plain)
+    assert_bit_equal(flashpack.revert_from_file(tmp_path / "out" / "text_encoder" / "model.flashpack"), other)
+
+    commands.convert_to_flashpack(tmp_path / "source", tmp_path / "out", variant="fp16")
+    assert_bit_equal(flashpack.revert_from_file(tmp_path / "out" / "unet" / "model.flashpack"), plain)
+    assert list(flashpack.revert_from_file(tmp_path / "out" / "text_encoder" / "model.flashpack")) == ["f"]
+
+
+def test_a_pipeline_that_fails_halfway_leaves_nothing_behind(tmp_path):
+    write_pipeline(tmp_path / "source", {"model.safetensors": {"f": torch.empty(0)}})
+    with pytest.raises(FlashPackError, match="Nothing to pack"):
+        commands.convert_to_flashpack(tmp_path / "source", tmp_path / "new" / "out")
+    assert os.listdir(tmp_path) == ["source"]
+    before = names_in(tmp_path)
+    with pytest.raises(FlashPackError, match="Nothing to pack"):
+        commands.convert_to_flashpack(tmp_path / "source")
+    assert names_in(tmp_path) == before
+    (tmp_path / "source" / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(FlashPackError, match=r"no safetensors or torch weights in .*text_encoder"):
+        commands.convert_to_flashpack(tmp_path / "source", tmp_path / "out")
+
+
+class Hub:
+    """A cache as huggingface_hub keeps it, of one repository."""
+
+    def __init__(self, cache_dir):
+        self.cache_dir = cache_dir
+        repository = cache_dir / "models--some--model"
+        self.snapshot = repository / "snapshots" / ("0" * 40)
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+
+    def convert(self, destination, **kwargs):
+        return commands.convert_to_flashpack(
+            "some/model", destination, cache_dir=self.cache_dir, local_files_only=True, **kwargs
+        )
+
+
+def test_a_repository_of_the_hub_converts_from_its_cache(tmp_path):
+    hub = Hub(tmp_path / "cache")
+    expected = write_model(hub.snapshot, {"model.safetensors": STATE})
+    assert hub.convert(tmp_path / "out") == os.fspath(tmp_path / "out")
+    assert names_in(tmp_path / "out") == expected
+    assert_bit_equal(flashpack.revert_from_file(tmp_path / "out" / "model.flashpack"), STATE)
+    with pytest.raises(FlashPackError, match="no safetensors or torch weights"):
+        hub.convert(tmp_path / "none", subfolder="additional_chat_templates")
+
+
+def test_of_a_repository_one_set_of_weights_is_downloaded(tmp_path, monkeypatch):
+    # Stands in for a repository that has everything, of which each call brings what it asks for.
+    whole = {
+        "model_index.json",
+        *("unet/config.json", "text_encoder/config.json", "tokenizer/vocab.txt", "onnx/model.onnx"),
+        *("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"),
+        *("unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "text_encoder/flax_model.msgpack"),
+        *("text_encoder/pytorch_model.fp16.bin", "all.safetensors"),
+    }
+    folder = tmp_path / "repository"
+
+    def bring(repo_id, *, allow_patterns, **rest):
+        from huggingface_hub.utils import filter_repo_objects
+
+        for name in filter_repo_objects(whole, allow_patterns=allow_patterns):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            listed = {"unet": ["diffusers", "A"], "text_encoder": ["transformers", "B"], "tokenizer": ["t", "C"]}
+            path.write_text(json.dumps(listed))
+        return folder
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", bring)
+    monkeypatch.setattr(commands, "find_checkpoints", lambda *args: {})
+    commands.convert_to_flashpack("some/model", tmp_path / "out")
+    assert [name for name in names_in(folder) if not name.endswith((".json", ".txt"))] == [
+        "text_encoder/pytorch_model.bin",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
+
+
+def small_bert(directory, heads="BertForSequenceClassification", **config):
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 32, "num_hidden_layers": 1}
+    model = getattr(transformers, heads)(transformers.BertConfig(**shape, num_attention_heads=2, **config))
+    model.to(torch.float16).save_pretrained(directory)
+    return model
+
+
+def test_transformers_builds_the_model_that_the_directory_is_of(tmp_path):
+    model = small_bert(tmp_path / "model", "BertForMaskedLM")
+    commands.convert_to_flashpack(tmp_path / "model", tmp_path / "plain")
+    plain = flashpack.revert_from_file(tmp_path / "plain" / "model.flashpack")
+    assert_bit_equal(plain, safetensors.torch.load_file(tmp_path / "model" / "model.safetensors"))
+
+    destination = os.fspath(tmp_path / "built")
+    assert (
+        commands.convert_to_flashpack_from_transformers_repo_id_or_dir(tmp_path / "model", destination) == destination
+    )
+    built = flashpack.revert_from_file(tmp_path / "built" / "model.flashpack")
+    assert_bit_equal(built, dict(model.state_dict()))
+    # The checkpoint has one of two tied names, the module both.
+    assert set(plain) < set(built)
+    assert names_in(tmp_path / "built") == ["config.json", "model.flashpack"]
+
+
+def test_ignored_names_and_dtypes_apply_to_models_that_are_built(tmp_path):
+    small_bert(tmp_path / "model")
+    commands.convert_to_flashpack(
+        tmp_path / "model", tmp_path / "out", "bfloat16", ignore_prefixes=["bert."], use_transformers=True
+    )
+    built = flashpack.revert_from_file(tmp_path / "out" / "model.flashpack")
+    assert {name: tensor.dtype for name, tensor in built.items()} == {
+        "classifier.weight": torch.bfloat16,
+        "classifier.bias": torch.bfloat16,
+    }
+
+
+def test_tensors_that_a_library_would_make_up_are_not_packed(tmp_path):
+    small_bert(tmp_path / "model", "BertModel")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({**config, "architectures": ["BertForSequenceClassification"]})
+    )
+    with pytest.raises(FlashPackError, match=r"lacks 2 tensors.*classifier\.bias.*random"):
+        commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out", use_transformers=True)
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def small_pipeline(directory):
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    diffusers.DDPMPipeline(unet.to(torch.bfloat16), diffusers.DDPMScheduler()).save_pretrained(directory)
+    return unet
+
+
+def test_diffusers_builds_models_and_the_models_of_pipelines(tmp_path):
+    unet = small_pipeline(tmp_path / "pipeline")
+    destination = os.fspath(tmp_path / "out")
+    for source, path in [
+        (tmp_path / "pipeline", tmp_path / "out" / "unet" / "model.flashpack"),
+        (tmp_path / "pipeline" / "unet", tmp_path / "out" / "model.flashpack"),
+    ]:
+        assert commands.convert_to_flashpack_from_diffusers_repo_id_or_dir(source, destination) == destination
+        assert_bit_equal(flashpack.revert_from_file(path), dict(unet.state_dict()))
+
+
+def test_a_converted_pipeline_is_loaded_by_diffusers_itself(tmp_path):
+    unet = small_pipeline(tmp_path / "pipeline")
+    import diffusers
+
+    commands.convert_to_flashpack(tmp_path / "pipeline", tmp_path / "out")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out", use_flashpack=True, device_map="cpu")
+    assert_bit_equal(dict(pipeline.unet.state_dict()), dict(unet.state_dict()))
+
+
+def test_modules_of_other_libraries_are_not_imported_for_a_pipeline(tmp_path):
+    pytest.importorskip("diffusers")
+    write_pipeline(tmp_path / "source")
+    index = json.loads((tmp_path / "source" / "model_index.json").read_text())
+    (tmp_path / "source" / "model_index.json").write_text(json.dumps({**index, "unet": ["antigravity", "geohash"]}))
+    with pytest.raises(FlashPackError, match="geohash of antigravity"):
+        commands.convert_to_flashpack(tmp_path / "source", tmp_path / "out", use_diffusers=True)

@@ -1,0 +1,152 @@
+"""Checkpoints in other formats: finding them in a directory, and opening them without reading their tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from ._footer import is_flashpack_file
+from ._native import FlashPackError
+
+_INDEX_SUFFIX = re.compile(r"\.index(\.[^.]+)?\.json$")
+# What transformers and diffusers call their files; the first that exists is taken.
+_STEMS = {".safetensors": ("model", "diffusion_pytorch_model"), ".bin": ("pytorch_model", "diffusion_pytorch_model")}
+
+
+def stem_of(path: Path) -> str:
+    """The file's name without what says how it holds tensors: `a` of a.safetensors and of a.safetensors.index.json."""
+    return Path(_INDEX_SUFFIX.sub("", path.name)).stem
+
+
+def is_index(path: Path) -> bool:
+    return _INDEX_SUFFIX.search(path.name) is not None
+
+
+def weight_patterns(suffix: str, variant: str | None) -> list[str]:
+    """Of the weights that find_checkpoint may find, whole or in shards."""
+    dot = f".{variant}" if variant else ""
+    shard = "-?????-of-?????"
+    return [
+        pattern
+        for stem in _STEMS[suffix]
+        for pattern in (f"{stem}{dot}{suffix}", f"{stem}{dot}{shard}{suffix}", f"{stem}{shard}{dot}{suffix}")
+    ]
+
+
+def find_checkpoint(directory: Path, variant: str | None = None) -> Path | None:
+    """The file, or the index of the files, with the weights of the model in `directory`.
+
+    Safetensors are preferred. A lone safetensors file may have any name.
+    """
+    for suffix, stems in _STEMS.items():
+        for name in (name for stem in stems for name in _names(stem, suffix, variant)):
+            if (directory / name).is_file():
+                return directory / name
+    lone = sorted(directory.glob("*.safetensors")) if variant is None else []
+    return lone[0] if len(lone) == 1 else None
+
+
+def open_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, by name, mapped: their bytes are read when they are needed, and can be dropped.
+
+    `path`: a safetensors file, a file that torch.save wrote, or the index of several of either. From pickles only
+    tensors are taken; nothing in them is run.
+
+    Raises FlashPackError for a file that is none of these, OSError for the system's failures.
+    """
+    return _open_sharded(path) if is_index(path) else _open_file(path)
+
+
+def files_of(path: Path) -> list[Path]:
+    """`path`, and the files that it is the index of."""
+    return [path, *sorted(set(_weight_map(path).values()))] if is_index(path) else [path]
+
+
+def _names(stem: str, suffix: str, variant: str | None) -> list[str]:
+    """Of a file and of an index; the index of a variant has had several names."""
+    if not variant:
+        return [f"{stem}{suffix}", f"{stem}{suffix}.index.json"]
+    return [
+        f"{stem}.{variant}{suffix}",
+        f"{stem}{suffix}.index.{variant}.json",
+        f"{stem}.{variant}{suffix}.index.json",
+        f"{stem}{suffix}.{variant}.index.json",
+    ]
+
+
+def _open_file(path: Path) -> dict[str, torch.Tensor]:
+    if is_flashpack_file(path):
+        raise FlashPackError(f"{path} is a flashpack file already")
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+
+
+def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  It is no mapping.
+    except SafetensorError as error:
+        raise FlashPackError(f"{path}: {error}") from error
+
+
+def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        # What torch says would have people turn the check off.
+        raise FlashPackError(
+            f"{path} is not a file that torch.save wrote, or has more in it than tensors, which is not loaded, because "
+            f"unpickling can run code"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise FlashPackError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+    return loaded
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether it is in torch's format since 1.6, which can be mapped."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _open_sharded(path: Path) -> dict[str, torch.Tensor]:
+    opened: dict[Path, dict[str, torch.Tensor]] = {}
+    tensors = {}
+    for name, file in _weight_map(path).items():
+        if file not in opened:
+            opened[file] = _open_file(file)
+        if name not in opened[file]:
+            raise FlashPackError(f"{path} says that {name!r} is in {file.name}, but it is not")
+        tensors[name] = opened[file][name]
+    return tensors
+
+
+def _weight_map(path: Path) -> dict[str, Path]:
+    """The file of every tensor that an index lists."""
+    with _naming(path):
+        index: Any = json.loads(path.read_text("utf-8"))
+        files = index["weight_map"]
+        return {name: path.parent / _plain(file) for name, file in files.items()}
+
+
+def _plain(file: str) -> str:
+    """`file`, once it is known that it is beside the index."""
+    if PurePosixPath(file).name != file or file in ("", ".."):
+        raise FlashPackError(f"it names {file!r}, which is no file beside it")
+    return file
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise FlashPackError(f"{path} is not the index of a sharded checkpoint: {error}") from error

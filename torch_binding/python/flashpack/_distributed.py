@@ -1,0 +1,181 @@
+"""Loading on all ranks of a process group what one of them reads.
+
+Before ranks exchange anything they agree that nobody has failed so far. So whoever fails, everybody raises, and no rank
+waits for bytes that will not come. They exchange JSON and raw bytes, never pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ._device import CPU
+from ._footer import Entry, Footer, StrPath, read_footer
+from ._memory import Filled, ReadOptions, Region, Span, allocate_region, read_regions
+from ._native import FlashPackError
+from .constants import DEFAULT_SHARD_STRATEGY, SHARD_STRATEGIES
+from .utils import is_distributed, logger, maybe_init_distributed
+
+# Bounds what a backend holds beside the tensor: Gloo stages device memory, window by window, through the host.
+_WINDOW_BYTES = 64 << 20
+
+
+@dataclass
+class Ranks:
+    """Who loads together. By default it is this process alone, and nobody is asked or told anything."""
+
+    rank: int = 0
+    count: int = 1
+    src: int = 0
+    """The rank that reads."""
+    device: torch.device = CPU
+    """Where this rank wants the bytes."""
+    _parted: bool = field(default=False, init=False)
+    """Something has failed, everybody knows, and there is nothing left to agree on."""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What all ranks do. If it raises on one, it raises on all, at their next exchange or at the end."""
+        try:
+            yield
+        except BaseException as error:
+            self._agree(f"{type(error).__name__}: {error}")
+            raise
+        self.agree()
+
+    def agree(self) -> None:
+        """Goes on if no rank has failed so far. Raises RuntimeError if one has."""
+        self._agree(None)
+
+    def check(self, mmap: bool, sharded: bool, shard_strategy: str | None) -> None:
+        """Raises FlashPackError for what cannot be had by these ranks."""
+        if sharded:
+            resolve_shard_strategy(shard_strategy)
+        if self.count > 1 and mmap:
+            raise FlashPackError("mmap=True maps the file on every rank, so that there is nothing to distribute")
+        if is_distributed() and _is_nccl_alone() and self.device.type != "cuda":
+            raise FlashPackError(f"distributed loading with the NCCL backend needs a cuda device, got {self.device}")
+
+    def footer(self, path: StrPath) -> Footer:
+        """The footer that rank `src` reads; other ranks need not see the file."""
+        if self.count == 1:
+            return read_footer(path)
+        footer = read_footer(path) if self.rank == self.src else None
+        self.agree()
+        message = None if footer is None else [self.device.type, footer.metadata]
+        device_type, metadata = self._send(message, self.src)
+        if self.device.type != device_type:  # Two backends would wait for each other.
+            raise FlashPackError(f"ranks load to different devices: {self.device.type} and {device_type}")
+        return Footer(os.fspath(path), metadata, None) if footer is None else footer
+
+    def wanted_by_any(self, footer: Footer, wanted: list[Entry]) -> list[Entry]:
+        """Those entries of the file that any rank wants: models, and what they ignore, may differ between ranks."""
+        entries = list(footer.entries()) if self.count > 1 else []
+        if not entries:
+            return wanted
+        names = {entry.name for entry in wanted}
+        mask = torch.tensor([entry.name in names for entry in entries], dtype=torch.uint8, device=self._message_device)
+        self.agree()
+        dist.all_reduce(mask, dist.ReduceOp.MAX)
+        return [entry for entry, is_wanted in zip(entries, mask.tolist(), strict=True) if is_wanted]
+
+    def read_regions(self, footer: Footer, spans: Sequence[Span], device: torch.device, options: ReadOptions) -> Filled:
+        """As in _memory; rank `src` reads, and the others get its bytes."""
+        if self.count == 1:
+            return read_regions(footer, spans, device, options)
+        self.agree()
+        filled = read_regions(footer, spans, device, options) if self.rank == self.src else None
+        self.agree()
+        places = [] if filled is None else [(region.offset_bytes, region.size_bytes) for region in filled.regions]
+        places = self._send(places, self.src)
+        if filled is None:
+            home = CPU if device.type == "cpu" else device
+            filled = Filled([allocate_region(offset, size, home) for offset, size in places], home, None)
+        self.agree()
+        for region in filled.regions:
+            self._broadcast(region, device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        return filled
+
+    def _broadcast(self, region: Region, device: torch.device) -> None:
+        flat = region.tensor("uint8", (region.size_bytes,), region.size_bytes, region.offset_bytes)
+        for begin in range(0, region.size_bytes, _WINDOW_BYTES):
+            window = flat[begin : begin + _WINDOW_BYTES]
+            # The rank that reads may have had to go through the CPU.
+            dist.broadcast(window.to(device) if self.rank == self.src else window, self.src)
+
+    def _agree(self, failure: str | None) -> None:
+        """Raises RuntimeError if any rank has failed, but not this one."""
+        if self.count == 1 or self._parted:
+            return
+        self._parted = True  # As it is for good if this fails.
+        last_failed = torch.tensor(-1 if failure is None else self.rank, device=self._message_device)
+        dist.all_reduce(last_failed, dist.ReduceOp.MAX)
+        who = int(last_failed.item())
+        if who < 0:
+            self._parted = False
+            return
+        reason = self._send(failure, who)
+        if failure is None:
+            raise RuntimeError(f"distributed loading failed on another rank, {who}: {reason}")
+
+    def _send(self, message: Any, sender: int) -> Any:
+        """The message of rank `sender`, of what JSON knows, on every rank."""
+        body = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8).to(self._message_device)
+        size = torch.tensor(body.numel(), device=self._message_device)
+        dist.broadcast(size, sender)
+        if self.rank != sender:
+            body = torch.empty(int(size.item()), dtype=torch.uint8, device=self._message_device)
+        dist.broadcast(body, sender)
+        return json.loads(body.cpu().numpy().tobytes())
+
+    @property
+    def _message_device(self) -> torch.device:
+        if not _is_nccl_alone():
+            return CPU
+        return self.device if self.device.type == "cuda" else torch.device("cuda")
+
+
+def ranks_of_group(device: str | torch.device, src: int = 0) -> Ranks:
+    """Raises RuntimeError without an initialized process group, FlashPackError for a rank that it does not have."""
+    if not is_distributed():
+        raise RuntimeError("distributed loading needs an initialized torch.distributed process group")
+    count = dist.get_world_size()
+    if not 0 <= src < count:
+        raise FlashPackError(f"src must be a rank below {count}, got {src}")
+    return Ranks(dist.get_rank(), count, src, torch.device(device))
+
+
+def join_ranks(device: str | torch.device, rank: int | None, local_rank: int | None, world_size: int | None) -> Ranks:
+    """The ranks of the process group, made if there are to be several; else this process alone."""
+    maybe_init_distributed(rank, local_rank, world_size)
+    if is_distributed():
+        return ranks_of_group(device)
+    logger.info("no process group, and a world size of 1: this process loads alone")
+    return Ranks()
+
+
+def resolve_shard_strategy(strategy: str | None = None) -> str:
+    """The name, in lower case, of a way to share out reads; None stands for FLASHPACK_SHARD_STRATEGY or the default.
+
+    Names are checked and change nothing else: one rank reads. Raises FlashPackError for an unknown name that was given;
+    one in the environment is passed over.
+    """
+    name = (os.environ.get("FLASHPACK_SHARD_STRATEGY", "") if strategy is None else strategy).strip().lower()
+    if name in SHARD_STRATEGIES:
+        return name
+    if strategy is not None:
+        raise FlashPackError(f"unknown shard strategy '{strategy}'; known are {', '.join(SHARD_STRATEGIES)}")
+    return DEFAULT_SHARD_STRATEGY
+
+
+def _is_nccl_alone() -> bool:
+    return dist.get_backend() in ("nccl", "cuda:nccl")

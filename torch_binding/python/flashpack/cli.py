@@ -1,0 +1,229 @@
+"""The command line. Whatever needs torch is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from ._footer import get_flashpack_file_metadata
+from .constants import FILE_FORMAT_V4
+from .version import __version__
+
+_PATH = click.Path(exists=True)
+_VERBOSE = click.option("--verbose", "-v", is_flag=True, help="Tell what is done and, if it fails, where.")
+_FORCE = click.option("--force", is_flag=True, help="Replace the default destination if it exists.")
+
+
+@click.group(name="flashpack", epilog="Exit status: 0 done, 1 not done or a file is corrupt, 2 wrong usage.")
+@click.version_option(__version__)
+def main() -> None:
+    """Checkpoints in the flashpack format, which load at the speed of the hardware.
+
+    \b
+    flashpack convert model.safetensors      # writes model.flashpack
+    flashpack metadata model.flashpack -i    # what is in it
+    flashpack revert model.flashpack         # and back
+
+    What takes long shows its progress on a terminal. In pipes, and with --json, there is nothing but the result.
+    """
+    if not sys.stderr.isatty():
+        # Warnings of the package; without a handler, Python itself would print them.
+        logging.getLogger("flashpack").addHandler(logging.NullHandler())
+
+
+@main.command()
+@click.argument("path", type=_PATH)
+@click.option("--show-index", "--index", "-i", is_flag=True, help="List every tensor, too.")
+@click.option("--json", "-j", "as_json", is_flag=True, help="Print JSON, for programs.")
+def metadata(path: str, show_index: bool, as_json: bool) -> None:
+    """Show what is in a flashpack file.
+
+    Reads its footer alone, so this is quick for any size, and checks every rule of the format.
+
+    \b
+    flashpack metadata model.flashpack
+    flashpack metadata model.flashpack --index | grep lm_head
+    flashpack metadata model.flashpack --index --json | jq '.index[].name'
+    """
+    with _reporting(verbose=False):
+        footer = get_flashpack_file_metadata(path)
+        if not show_index:
+            del footer["index"]
+        click.echo(json.dumps(footer, indent=2) if as_json else "\n".join(_describe(footer)))
+
+
+@main.command()
+@click.argument("path_or_repo_id", metavar="SOURCE")
+@click.argument("destination_path", metavar="[DESTINATION]", type=click.Path(), required=False)
+@click.option("--subfolder", help="The folder in a directory or repository that has the model.")
+@click.option("--variant", help="Of several sets of weights in it, this one: fp16 for model.fp16.safetensors.")
+@click.option("--dtype", help="Cast all tensors to this: bfloat16, float16, ...; default: keep each one's.")
+@click.option("--ignore-names", multiple=True, metavar="NAME", help="Leave out this tensor.  [repeatable]")
+@click.option("--ignore-prefixes", multiple=True, metavar="PREFIX", help="Leave out what begins so.  [repeatable]")
+@click.option("--ignore-suffixes", multiple=True, metavar="SUFFIX", help="Leave out what ends so.  [repeatable]")
+@click.option("--use-transformers", is_flag=True, help="Build the model with transformers, for its module names.")
+@click.option("--use-diffusers", is_flag=True, help="Build the model with diffusers, for its module names.")
+@_FORCE
+@_VERBOSE
+def convert(
+    path_or_repo_id: str,
+    destination_path: str | None,
+    subfolder: str | None,
+    variant: str | None,
+    force: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Convert a checkpoint to the flashpack format.
+
+    SOURCE is a file (safetensors, what torch.save wrote, or the index.json of a sharded checkpoint), a directory of
+    transformers or diffusers, or a repository on the Hugging Face Hub.
+
+    A file becomes a file: by default, SOURCE with the suffix .flashpack. A directory becomes a directory:
+    DESTINATION/model.flashpack with the configuration, tokenizer and generation files beside it, and for a pipeline one
+    model.flashpack in the folder of each component. By default DESTINATION is the directory itself; a repository has no
+    default. SOURCE is never changed.
+
+    Tensors keep the names they have in the checkpoint, and no model is built. --use-transformers and --use-diffusers
+    build it and take the names of its modules: what a plain load_state_dict() of that model wants.
+
+    \b
+    flashpack convert model.safetensors
+    flashpack convert pytorch_model.bin out.flashpack --dtype bfloat16
+    flashpack convert ./llama ./llama-flashpack
+    flashpack convert stabilityai/sdxl-turbo ./sdxl --variant fp16
+    flashpack convert ./bert ./bert-flashpack --use-transformers
+    """
+    with _reporting(verbose):
+        _quieten_libraries()
+        from .commands import convert_to_flashpack, default_destination
+
+        if force and destination_path is None and os.path.exists(path_or_repo_id):
+            destination_path = default_destination(path_or_repo_id, subfolder)
+        saved = convert_to_flashpack(
+            path_or_repo_id, destination_path, subfolder=subfolder, variant=variant, silent=False, **options
+        )
+        _succeed(saved)
+
+
+@main.command()
+@click.argument("path", type=_PATH)
+@click.argument("destination_path", metavar="[DESTINATION]", type=click.Path(), required=False)
+@_FORCE
+@_VERBOSE
+def revert(path: str, destination_path: str | None, force: bool, verbose: bool) -> None:
+    """Convert a flashpack file back.
+
+    DESTINATION says by its suffix to what: .safetensors, or anything else for what torch.load() reads. By default it is
+    PATH with the suffix .safetensors.
+
+    \b
+    flashpack revert model.flashpack
+    flashpack revert model.flashpack pytorch_model.bin
+    """
+    with _reporting(verbose):
+        from .commands import default_reversal, revert_from_flashpack
+
+        if force and destination_path is None:
+            destination_path = default_reversal(path)
+        _succeed(revert_from_flashpack(path, destination_path, silent=False))
+
+
+@main.command()
+@click.argument("path", type=_PATH)
+@click.option("--json", "-j", "as_json", is_flag=True, help="Print JSON, for programs.")
+@_VERBOSE
+def verify(path: str, as_json: bool, verbose: bool) -> None:
+    """Check a flashpack file against its checksums.
+
+    Reads all of it, and tells which tensors are not what was written. A file without checksums is an error.
+
+    \b
+    flashpack verify model.flashpack && echo fine
+    """
+    with _reporting(verbose):
+        from .deserialization import verify_file
+
+        report = verify_file(path, silent=as_json)
+        if as_json:
+            keys = ("offset_bytes", "size_bytes", "tensors")
+            corrupt = [dict(zip(keys, piece, strict=True)) for piece in report["corrupt"]]
+            click.echo(json.dumps({**report, "corrupt": corrupt}))
+        else:
+            for offset_bytes, size_bytes, names in report["corrupt"]:
+                click.echo(f"corrupt: bytes {offset_bytes}+{size_bytes}, of {_printable(names)}")
+            sound = f"sound: {report['verified_bytes']} bytes in {report['seconds']:.2f} s"
+            click.echo(f"{len(report['corrupt'])} pieces corrupt, {sound}" if report["corrupt"] else sound)
+        if report["corrupt"]:
+            sys.exit(1)
+
+
+def _describe(footer: dict[str, Any]) -> Iterator[str]:
+    digits = len(str(footer["total_payload_bytes" if footer["format"] == FILE_FORMAT_V4 else "total_elems"]))
+    for key, value in footer.items():
+        if key == "macroblocks":
+            yield f"{click.style(key, fg='green')}:"
+            for i, block in enumerate(value):
+                begin, end = block["offset_bytes"], block["offset_bytes"] + block["length_bytes"]
+                yield f"  {click.style(f'{i}', fg='magenta')}: {block['dtype']:<10} {begin:0{digits}d}:{end:0{digits}d}"
+        elif key == "index":
+            yield f"{click.style(key, fg='green')}:"
+            yield from _list(value, footer.get("macroblocks", []), digits)
+        else:
+            yield f"{click.style(key, fg='green')}: {value}"
+
+
+def _list(index: list[dict[str, Any]], blocks: list[dict[str, Any]], digits: int) -> Iterator[str]:
+    """The tensors in file order; where there are several macroblocks, those of each under a line for it."""
+    index = sorted(index, key=lambda record: (record.get("macroblock", 0), record["offset"]))
+    last = None
+    for i, record in enumerate(index):
+        elements = f"{record['offset']:0{digits}d}:{record['offset'] + record['length']:0{digits}d}"
+        which = record.get("macroblock", 0)
+        if blocks and which != last:
+            yield f"  {click.style(f'macroblock{which}', fg='cyan')}: {blocks[which]['dtype']:<10} {elements}"
+        last = which
+        number = click.style(f"{i:0{len(str(len(index)))}d}", fg="magenta")
+        yield f"  {number}: {elements} {click.style(_printable(record['name']), fg='blue')} {record['shape']}"
+
+
+def _printable(text: str) -> str:
+    """`text` without characters that could drive a terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _succeed(path: str) -> None:
+    click.secho(f"Success: Saved to {os.path.abspath(path)}", fg="green")
+
+
+@contextmanager
+def _reporting(verbose: bool) -> Iterator[None]:
+    """Turns an error into a line, and exit status 1."""
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # Who reads has seen enough; click ends quietly.
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        lines = map(_printable, str(error).splitlines() or [type(error).__name__])
+        click.secho("Error: " + "\n".join(lines), fg="red", err=True)
+        sys.exit(1)
+
+
+def _quieten_libraries() -> None:
+    """Where nobody watches, transformers, diffusers and the Hub are not to tell how far they are."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -1,0 +1,327 @@
+"""Converting checkpoints to flashpack files, and back."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._checkpoint import files_of, open_checkpoint, stem_of
+from ._directory import WEIGHTS_NAME, copy_companions, download, find_checkpoints, is_repo_id, staged
+from ._footer import StrPath, get_flashpack_file_metadata
+from ._native import FlashPackError
+from ._pretrained import build_model
+from .deserialization import revert_from_file
+from .serialization import pack_to_file
+from .utils import filter_state_dict, logger, string_to_dtype
+
+__all__ = [
+    "convert_to_flashpack",
+    "convert_to_flashpack_from_diffusers_repo_id_or_dir",
+    "convert_to_flashpack_from_model",
+    "convert_to_flashpack_from_state_dict",
+    "convert_to_flashpack_from_state_dict_file",
+    "convert_to_flashpack_from_transformers_repo_id_or_dir",
+    "filter_kwargs_for_method",
+    "revert_from_flashpack",
+]
+
+_HUB_ARGUMENTS = frozenset(
+    {
+        "cache_dir",
+        "force_download",
+        "local_dir",
+        "local_dir_use_symlinks",
+        "local_files_only",
+        "proxies",
+        "revision",
+        "token",
+    }
+)
+
+StateDict = Mapping[str, torch.Tensor]
+Names = list[str] | None
+
+
+def filter_kwargs_for_method(kwargs: dict[str, Any], method: Callable[..., Any]) -> dict[str, Any]:
+    """Those of `kwargs` that `method` takes: all, if it takes any."""
+    parameters = inspect.signature(method).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return kwargs
+    return {name: value for name, value in kwargs.items() if name in parameters}
+
+
+def convert_to_flashpack(
+    model_or_state_dict_or_path_or_repo_id: StrPath | torch.nn.Module | StateDict,
+    destination_path: StrPath | None = None,
+    dtype: torch.dtype | str | None = None,
+    ignore_names: Names = None,
+    ignore_prefixes: Names = None,
+    ignore_suffixes: Names = None,
+    use_transformers: bool = False,
+    use_diffusers: bool = False,
+    silent: bool = True,
+    **kwargs: Any,
+) -> str:
+    """Converts a model, a state dict, a file or a directory, local or on the Hub. Returns the destination.
+
+    A model, a state dict or a file (safetensors, what torch.save wrote, or the index of a sharded checkpoint) becomes
+    a file, by default beside the source. A directory becomes a directory with model.flashpack and what the model needs
+    beside it; of a pipeline, one in the folder of each component; by default that is the source itself. A repository
+    of the Hub becomes a directory, too, and has no default.
+
+    Tensors keep the names of the checkpoint and no model is built, unless `use_transformers` or `use_diffusers` asks
+    for the names of the model that the library builds.
+
+    A default destination that exists is an error; a `destination_path` is replaced, but only by a whole result, and
+    never if it is the source.
+
+    `dtype`: what all tensors are cast to. `ignore_*`: names not to write.
+    `kwargs`: `subfolder` and `variant` of a directory; arguments of huggingface_hub, like `revision`; with `use_*`, of
+    from_pretrained().
+
+    Raises FlashPackError (a ValueError) for a source that cannot be converted, OSError for the system's failures.
+    """
+    source = model_or_state_dict_or_path_or_repo_id
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "ignore_names": ignore_names,
+        "ignore_prefixes": ignore_prefixes,
+        "ignore_suffixes": ignore_suffixes,
+        "silent": silent,
+    }
+    if use_transformers and use_diffusers:
+        raise FlashPackError("use_transformers and use_diffusers exclude each other")
+    if isinstance(source, torch.nn.Module):
+        return convert_to_flashpack_from_model(source, _required(destination_path, "a model"), **options)
+    if isinstance(source, Mapping):
+        return convert_to_flashpack_from_state_dict(source, _required(destination_path, "a state dict"), **options)
+    if os.path.isfile(source):
+        if use_transformers or use_diffusers:
+            raise FlashPackError(f"a model cannot be built from {source} alone: give its directory")
+        _warn_of_unused(kwargs)
+        return convert_to_flashpack_from_state_dict_file(source, destination_path, **options)
+    library = "transformers" if use_transformers else "diffusers" if use_diffusers else None
+    return _convert_directory(source, destination_path, library, options, kwargs)
+
+
+def convert_to_flashpack_from_state_dict(
+    state_dict: StateDict,
+    destination_path: StrPath,
+    dtype: torch.dtype | str | None = None,
+    ignore_names: Names = None,
+    ignore_prefixes: Names = None,
+    ignore_suffixes: Names = None,
+    silent: bool = True,
+) -> str:
+    """pack_to_file, with names left out and the dtype perhaps given by its name. Returns the destination."""
+    wanted = filter_state_dict(state_dict, ignore_names, ignore_prefixes, ignore_suffixes)
+    target_dtype = string_to_dtype(dtype) if isinstance(dtype, str) else dtype
+    pack_to_file(wanted, destination_path, target_dtype, silent=silent)
+    return os.fspath(destination_path)
+
+
+def convert_to_flashpack_from_model(
+    model: torch.nn.Module,
+    destination_path: StrPath,
+    dtype: torch.dtype | str | None = None,
+    ignore_names: Names = None,
+    ignore_prefixes: Names = None,
+    ignore_suffixes: Names = None,
+    silent: bool = True,
+) -> str:
+    """convert_to_flashpack_from_state_dict of the state dict of `model`."""
+    return convert_to_flashpack_from_state_dict(
+        model.state_dict(), destination_path, dtype, ignore_names, ignore_prefixes, ignore_suffixes, silent
+    )
+
+
+def convert_to_flashpack_from_state_dict_file(
+    path: StrPath,
+    destination_path: StrPath | None = None,
+    dtype: torch.dtype | str | None = None,
+    ignore_names: Names = None,
+    ignore_prefixes: Names = None,
+    ignore_suffixes: Names = None,
+    silent: bool = True,
+) -> str:
+    """Converts one checkpoint: a safetensors file, what torch.save wrote, or the index of several of either.
+
+    Only tensors are taken from it, nothing is run. They are read as they are written: no copy of the checkpoint is
+    made in memory. The destination and what is raised are those of convert_to_flashpack.
+    """
+    source = Path(path)
+    destination = Path(default_destination(source) if destination_path is None else destination_path)
+    if destination_path is None:
+        _refuse_existing(destination)
+    _refuse_source(files_of(source), destination)
+    return convert_to_flashpack_from_state_dict(
+        open_checkpoint(source), destination, dtype, ignore_names, ignore_prefixes, ignore_suffixes, silent
+    )
+
+
+def convert_to_flashpack_from_diffusers_repo_id_or_dir(
+    model_dir: StrPath,
+    destination_path: StrPath,
+    dtype: torch.dtype | str | None = None,
+    ignore_names: Names = None,
+    ignore_prefixes: Names = None,
+    ignore_suffixes: Names = None,
+    silent: bool = True,
+    **kwargs: Any,
+) -> str:
+    """convert_to_flashpack of a directory or a repository, with `use_diffusers`."""
+    return convert_to_flashpack(
+        model_dir,
+        destination_path,
+        dtype,
+        ignore_names,
+        ignore_prefixes,
+        ignore_suffixes,
+        False,
+        True,
+        silent,
+        **kwargs,
+    )
+
+
+def convert_to_flashpack_from_transformers_repo_id_or_dir(
+    model_dir: StrPath,
+    destination_path: StrPath,
+    dtype: torch.dtype | str | None = None,
+    ignore_names: Names = None,
+    ignore_prefixes: Names = None,
+    ignore_suffixes: Names = None,
+    silent: bool = True,
+    **kwargs: Any,
+) -> str:
+    """convert_to_flashpack of a directory or a repository, with `use_transformers`."""
+    return convert_to_flashpack(
+        model_dir,
+        destination_path,
+        dtype,
+        ignore_names,
+        ignore_prefixes,
+        ignore_suffixes,
+        True,
+        False,
+        silent,
+        **kwargs,
+    )
+
+
+def revert_from_flashpack(path: StrPath, destination_path: StrPath | None = None, silent: bool = True) -> str:
+    """Converts a flashpack file to a safetensors file or, if the destination is called otherwise, with torch.save.
+
+    By default the destination is beside the source, a safetensors file, and must not exist. Returns the destination.
+    """
+    source = Path(path)
+    destination = Path(default_reversal(source) if destination_path is None else destination_path)
+    get_flashpack_file_metadata(source)
+    _refuse_source([source], destination)
+    if destination_path is None:
+        _refuse_existing(destination)
+    tensors = revert_from_file(source, silent=silent)
+    with staged(destination.parent) as stage:
+        file = stage / destination.name
+        file.touch()
+        mode = stat.S_IMODE(file.stat().st_mode)
+        _save(tensors, file)
+        # safetensors makes files that only their owner can read.
+        file.chmod(mode)
+    return os.fspath(destination if destination_path is None else destination_path)
+
+
+def default_destination(source: StrPath, subfolder: str | None = None) -> str:
+    """Where the conversion of a file, or of a directory's `subfolder`, goes when no destination is given."""
+    path = Path(source)
+    return os.fspath(path / (subfolder or "") if path.is_dir() else path.with_name(f"{stem_of(path)}.flashpack"))
+
+
+def default_reversal(source: StrPath) -> str:
+    """Where revert_from_flashpack goes when no destination is given."""
+    return os.fspath(Path(source).with_suffix(".safetensors"))
+
+
+def _convert_directory(
+    source: StrPath,
+    destination_path: StrPath | None,
+    library: str | None,
+    options: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> str:
+    hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
+    rest = {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
+    subfolder, variant = rest.pop("subfolder", None), rest.pop("variant", None)
+    if library is None:
+        _warn_of_unused(rest)
+    if os.path.isdir(source):
+        directory = Path(source, subfolder or "")
+    elif is_repo_id(os.fspath(source)):
+        destination_path = _required(
+            destination_path, f"{source}, which is no file or directory here but perhaps a repository,"
+        )
+        directory = download(os.fspath(source), subfolder, variant, **hub)
+    else:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(source))
+    destination = directory if destination_path is None else Path(destination_path)
+    if destination.suffix == ".flashpack" and not destination.is_dir():
+        raise FlashPackError(f"a directory converts to a directory, which {destination} does not look like")
+
+    checkpoints = find_checkpoints(directory, variant)
+    if destination_path is None:
+        for folder in checkpoints:
+            _refuse_existing(destination / folder / WEIGHTS_NAME)
+    with staged(destination) as stage:
+        for folder, checkpoint in checkpoints.items():
+            if library is None:
+                state_dict = open_checkpoint(checkpoint)
+            else:
+                state_dict = build_model(library, directory, folder, checkpoint, variant, **rest).state_dict()
+            convert_to_flashpack_from_state_dict(state_dict, stage / folder / WEIGHTS_NAME, **options)
+        if not (destination.exists() and destination.samefile(directory)):
+            copy_companions(directory, stage)
+    return os.fspath(destination if destination_path is None else destination_path)
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    if file.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        try:
+            # Without this entry, transformers does not take the file for one of torch's.
+            save_file(tensors, file, metadata={"format": "pt"})
+        except KeyError as error:
+            raise FlashPackError(f"safetensors files cannot hold {error.args[0]}; a .pt file can") from error
+    else:
+        torch.save(tensors, file)
+    with file.open("rb+") as saved:
+        os.fsync(saved.fileno())
+
+
+def _required(destination_path: StrPath | None, source: str) -> StrPath:
+    if destination_path is None:
+        raise AssertionError(f"destination_path is required: {source} has no default")
+    return destination_path
+
+
+def _refuse_existing(destination: Path) -> None:
+    if destination.exists():
+        raise FlashPackError(f"{destination} exists already; name it as the destination, or use --force, to replace it")
+
+
+def _refuse_source(sources: list[Path], destination: Path) -> None:
+    if destination.exists() and any(destination.samefile(source) for source in sources):
+        raise FlashPackError(f"{destination} is the source; it is not replaced by its conversion")
+
+
+def _warn_of_unused(kwargs: dict[str, Any]) -> None:
+    unused = sorted(name for name, value in kwargs.items() if value is not None)
+    if unused:
+        logger.warning("not used in this conversion: %s", ", ".join(unused))
