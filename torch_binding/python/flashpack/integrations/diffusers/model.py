@@ -37,7 +37,7 @@ _DEFAULT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Self = TypeVar("Self", bound="FlashPackDiffusersModelMixin")
 
 
-class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):  # type: ignore[misc]
+class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
     """Adds save_pretrained_flashpack() and from_pretrained_flashpack() to a model of diffusers.
 
     `class FlashPackUNet(UNet2DConditionModel, FlashPackDiffusersModelMixin): pass`. Files name the base, so that they
@@ -79,7 +79,12 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):  # type: ignore[
             raise FlashPackError(f"{type(self).__name__} is quantized; its tensors alone do not make it again")
         directory = make_directory(save_directory)
         path = directory / FILE_NAME
-        options: dict[str, Any] = {"align_bytes": align_bytes, "silent": silent, "num_workers": num_workers, "checksum": checksum}
+        options: dict[str, Any] = {
+            "align_bytes": align_bytes,
+            "silent": silent,
+            "num_workers": num_workers,
+            "checksum": checksum,
+        }
         options |= known_arguments(self.save_flashpack, kwargs)
         tensors = self.state_dict()
         if target_dtype is None or all(tensor.is_floating_point() for tensor in tensors.values()):

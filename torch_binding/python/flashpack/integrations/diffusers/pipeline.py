@@ -47,7 +47,7 @@ _WEIGHTS = frozenset({".bin", ".onnx", ".pb", ".pt", ".safetensors"})
 Self = TypeVar("Self", bound="FlashPackDiffusionPipeline")
 
 
-class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
+class FlashPackDiffusionPipeline(DiffusionPipeline):
     """Adds save_pretrained_flashpack() and from_pretrained_flashpack() to a pipeline of diffusers.
 
     `class FlashPackSD(StableDiffusionPipeline, FlashPackDiffusionPipeline): pass`. The constructor may annotate
@@ -181,6 +181,8 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         entries = {name: entry for name, entry in entries_of(index).items() if name not in kwargs}
         dtype = requested_dtype(dict(kwargs))
         loaded = _load_components(pipeline_class, directory, entries, dtype, options)
+        if loaded and kwargs.get("quantization_config") is not None:
+            logger.warning("quantization_config has no effect on %s, which flashpack loads", ", ".join(loaded))
         with _understood_by_diffusers(directory, index, loaded) as understood:
             pipeline: Self = pipeline_class.from_pretrained(understood, **loaded, **kwargs)
         pipeline.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
@@ -235,6 +237,8 @@ def _save(
         arguments["max_shard_size"] = max_shard_size
     known = inspect.signature(component.save_pretrained).parameters
     component.save_pretrained(directory, **{name: value for name, value in arguments.items() if name in known})
+    # One of before would be loaded instead of what has just been saved.
+    (directory / FILE_NAME).unlink(missing_ok=True)
 
 
 def _download(path_or_repo: StrPath, arguments: Mapping[str, Any]) -> Path:
