@@ -32,13 +32,7 @@ from .._hub import resolve_directory, upload_directory
 
 FILE_NAME = "model.flashpack"
 _OF_BUILD = {"args", "dtype", "init_fn", "kwargs", "path"}
-OF_LOAD = {*inspect.signature(FlashPackMixin.from_flashpack).parameters} - {
-    "path",
-    "args",
-    "kwargs",
-    "init_fn",
-    "dtype",
-}
+OF_LOAD = {*inspect.signature(FlashPackMixin.from_flashpack).parameters} - _OF_BUILD
 _OF_HUB = {*inspect.signature(resolve_directory).parameters, "local_dir_use_symlinks", "proxies"}
 _DEFAULT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What torch takes as default dtype."""
