@@ -445,7 +445,7 @@ def test_buffers_that_the_file_lacks_follow_to_the_device(pack, monkeypatch):
     model.register_buffer("positions", torch.arange(2), persistent=False)
     path = pack(model)
     stand_in = torch.device("meta")  # A device that every machine has.
-    monkeypatch.setattr(flashpack.deserialization, "_supported_device", lambda *args: stand_in)
+    monkeypatch.setattr(flashpack.deserialization, "supported_device", lambda *args: stand_in)
     flashpack.assign_from_file(model, path)
     assert model.scale.device == model.positions.device == stand_in
 

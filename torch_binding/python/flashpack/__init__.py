@@ -12,8 +12,10 @@ from ._native import FlashPackError
 from .version import __commit_id__, __version__, __version_tuple__, commit_id, version, version_tuple
 
 if TYPE_CHECKING:
-    from . import constants, deserialization, mixin, serialization, utils
+    from . import cli, commands, constants, deserialization, integrations, mixin, parallel_read, serialization, utils
+    from ._file import load_file, open_file
     from ._footer import get_flashpack_file_metadata, is_flashpack_file
+    from ._prefetch import Prefetch, prefetch_flashpack_file
     from .deserialization import (
         assign_from_file,
         iterate_from_flash_tensor,
@@ -22,25 +24,35 @@ if TYPE_CHECKING:
         revert_from_file,
         verify_file,
     )
+    from .integrations import patch_integrations
     from .mixin import FlashPackMixin
     from .serialization import pack_to_file
 
 __all__ = [
     "FlashPackError",
     "FlashPackMixin",
+    "Prefetch",
     "__commit_id__",
     "__implementation__",
     "__version__",
     "__version_tuple__",
     "assign_from_file",
+    "cli",
+    "commands",
     "commit_id",
     "constants",
     "deserialization",
     "get_flashpack_file_metadata",
+    "integrations",
     "is_flashpack_file",
     "iterate_from_flash_tensor",
+    "load_file",
     "mixin",
+    "open_file",
     "pack_to_file",
+    "parallel_read",
+    "patch_integrations",
+    "prefetch_flashpack_file",
     "read_flashpack_file",
     "read_flashpack_file_distributed",
     "revert_from_file",
@@ -55,14 +67,31 @@ __implementation__ = "cpp"
 # The name people catch and pickle, wherever it is made.
 FlashPackError.__module__ = __name__
 
-_SUBMODULES = frozenset({"constants", "deserialization", "mixin", "serialization", "utils"})
+_SUBMODULES = frozenset(
+    {
+        "cli",
+        "commands",
+        "constants",
+        "deserialization",
+        "integrations",
+        "mixin",
+        "parallel_read",
+        "serialization",
+        "utils",
+    }
+)
 _HOME_OF = {
     "FlashPackMixin": "mixin",
+    "Prefetch": "_prefetch",
     "assign_from_file": "deserialization",
     "get_flashpack_file_metadata": "_footer",
     "is_flashpack_file": "_footer",
     "iterate_from_flash_tensor": "deserialization",
+    "load_file": "_file",
+    "open_file": "_file",
     "pack_to_file": "serialization",
+    "patch_integrations": "integrations",
+    "prefetch_flashpack_file": "_prefetch",
     "read_flashpack_file": "deserialization",
     "read_flashpack_file_distributed": "deserialization",
     "revert_from_file": "deserialization",

@@ -11,6 +11,8 @@ from ._footer import logger
 from ._native import Engine
 
 CPU = torch.device("cpu")
+DeviceLike = str | int | torch.device
+"""What torch.device takes; a number is a CUDA device."""
 
 
 class Side(NamedTuple):

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from . import _native
-from ._device import CPU, Side, side_of
+from ._device import CPU, DeviceLike, Side, side_of
 from ._footer import Entry, Footer, Verify, logger
+from ._native import FlashPackError
 from ._progress import Show, progress_bar
 from .utils import string_to_dtype
 
@@ -138,6 +139,19 @@ class ReadOptions(NamedTuple):
     show: Show = False
 
 
+def supported_device(device: DeviceLike, options: ReadOptions) -> torch.device:
+    """Raises FlashPackError for a device that cannot be read to, or not in that way."""
+    try:
+        target = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise FlashPackError(f"Unsupported device: {device!r}") from error
+    if options.mmap and options.verify == "always":
+        raise FlashPackError("with mmap=True nothing is read, so there is nothing to verify")
+    if target.type not in (("cpu",) if options.mmap else ("cpu", "cuda")):
+        raise FlashPackError(f"Unsupported device: {target}{' with mmap=True' if options.mmap else ''}")
+    return target
+
+
 def fill_regions(footer: Footer, regions: Sequence[Region], side: Side, options: ReadOptions) -> dict[str, Any]:
     """Reads all regions, of one side, in one transfer and returns its statistics.
 
@@ -202,12 +216,13 @@ def allocate_regions(spans: Sequence[Span], footer: Footer, device: torch.device
     longest_padding_bytes = math.lcm(footer.metadata["align_bytes"] or 1, 16) - 1
     regions: list[Region] = []
     free = 0
-    for (begin, end), (next_begin, _) in zip(spans, [*spans[1:], (footer.payload_bytes(), 0)], strict=True):
+    limits = [*(begin for begin, _ in spans[1:]), footer.payload_bytes()]
+    for (begin, end), limit in zip(spans, limits, strict=False):
         if verify == "always":
             begin = max(free, begin - begin % piece_bytes)
-            end = min(next_begin, end + -end % piece_bytes)
-        if next_begin - end <= longest_padding_bytes:
-            end = next_begin
+            end = min(limit, end + -end % piece_bytes)
+        if limit - end <= longest_padding_bytes:
+            end = limit
         regions.append(allocate_region(begin, end - begin, device))
         free = end
     return regions

@@ -25,7 +25,7 @@ from ._footer import (
     is_flashpack_file,
     read_footer,
 )
-from ._memory import ReadOptions, ReadRegions, Region, read_regions, read_tensors
+from ._memory import ReadOptions, ReadRegions, Region, read_regions, read_tensors, supported_device
 from ._native import FlashPackError
 from ._progress import progress_bar
 from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
@@ -89,7 +89,7 @@ def read_flashpack_file(
     Raises FlashPackError (a ValueError) for a file or an argument that is not valid, OSError for the system's failures.
     """
     options = ReadOptions(mmap, verify, not silent)
-    target = _supported_device(device, options)
+    target = supported_device(device, options)
     footer = read_footer(path)
     result = _accepted(metadata, footer)
     return _read_blocks(footer, target, options), result
@@ -118,7 +118,7 @@ def read_flashpack_file_distributed(
     with ranks.together():
         ranks.check(False, sharded, shard_strategy)
         options = ReadOptions(show=not silent)
-        target = _supported_device(device, options)
+        target = supported_device(device, options)
         footer = ranks.footer(path)
         result = _accepted(metadata, footer)
         storage = _read_blocks(footer, target, options, ranks.read_regions)
@@ -220,7 +220,7 @@ def assign_from_file(
     ranks = join_ranks(device, rank, local_rank, world_size) if use_distributed_loading else Ranks()
     with ranks.together():
         ranks.check(mmap, distributed_sharded, distributed_shard_strategy)
-        target = _supported_device(device, options)
+        target = supported_device(device, options)
         footer = ranks.footer(path)
         plan = _plan(model, footer, (ignore_names, ignore_prefixes, ignore_suffixes), casts)
         check_strictness(plan, footer.path, strict, strict_params, strict_buffers)
@@ -286,15 +286,6 @@ def _share(storage: FlashTensorStorage, entry: Entry) -> torch.Tensor:
     """The tensor of `entry` on the memory of its block; through `data`, so that its version counter is its own."""
     block = storage.block(entry.macroblock)
     return block.narrow(0, entry.offset_elems, entry.length_elems).view(entry.shape).data
-
-
-def _supported_device(device: str | torch.device, options: ReadOptions) -> torch.device:
-    target = torch.device(device)
-    if options.mmap and options.verify == "always":
-        raise FlashPackError("with mmap=True nothing is read, so there is nothing to verify")
-    if target.type not in (("cpu",) if options.mmap else ("cpu", "cuda")):
-        raise FlashPackError(f"Unsupported device: {target}{' with mmap=True' if options.mmap else ''}")
-    return target
 
 
 def _device_of(model: torch.nn.Module) -> str | torch.device:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from .. import utils
 
 
 def patch_integrations() -> None:
     """Patches transformers and diffusers, those of the two that are installed. May be called again."""
-    if find_spec("diffusers") is not None:
+    if utils.diffusers_is_available():
         from .diffusers import patch_diffusers_auto_model
 
         patch_diffusers_auto_model()
-    if find_spec("transformers") is not None:
+    if utils.transformers_is_available():
         from .transformers import patch_transformers_auto_model
 
         patch_transformers_auto_model()

@@ -241,7 +241,7 @@ def _set_dtypes(model: PreTrainedModel, entries: list[Entry], request: Request) 
 
 def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> re.Pattern[str] | None:
     """What names of tensors match that stay float32 when the model is loaded as `dtype`."""
-    kept = []
+    kept: list[str] = []
     if dtype is torch.float16:
         kept += model._keep_in_fp32_modules or []
     if dtype in (torch.float16, torch.bfloat16):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import copyreg
 import errno
-import functools
 import inspect
 import os
 from collections.abc import Collection, Iterator
@@ -28,6 +26,7 @@ from ...constants import (
 from ...deserialization import assign_from_file
 from ...mixin import FlashPackMixin
 from ...utils import dtype_to_string, logger
+from .._classes import original_class, promoted_class
 from .._hub import resolve_directory, upload_directory
 from ._load import load
 
@@ -37,7 +36,7 @@ _OF_HUB = {*inspect.signature(resolve_directory).parameters, "local_dir_use_syml
 _OF_ASSIGN = {*inspect.signature(assign_from_file).parameters} - {"device"}
 
 
-class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):  # type: ignore[misc]
+class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
     """Adds save_pretrained_flashpack() and from_pretrained_flashpack() to a transformers model.
 
     For a class of your own: `class MyModel(BertModel, FlashPackTransformersModelMixin)`. After
@@ -154,8 +153,10 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):  # type:
             raise FileNotFoundError(errno.ENOENT, f"Flashpack file {path} not found", str(path))
         output_loading_info = kwargs.pop("output_loading_info", False)
         options = {name: value for name, value in given.items() if name in _OF_ASSIGN}
-        model, info = load(original_class(cls), path, str(pretrained_model_name_or_path), device, options, kwargs)
-        promote(model)
+        # transformers goes by the names of its classes.
+        original = vars(cls).get("recipe", (cls,))[0]
+        model, info = load(original, path, str(pretrained_model_name_or_path), device, options, kwargs)
+        model.__class__ = cls
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,37 +166,18 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):  # type:
             return save(*args, **kwargs)
 
 
-class _Promoted(type):
-    """The class of the classes FlashPack<X>; pickle makes them anew from X."""
-
-    original_class: type[PreTrainedModel]
-
-
-@functools.cache
-def promoted_class(model_class: type[PreTrainedModel]) -> type[FlashPackTransformersModelMixin]:
-    """FlashPack<X> for a class X: the same with the mixin."""
-    attributes = {"__module__": model_class.__module__, "__doc__": model_class.__doc__, "original_class": model_class}
-    return _Promoted(f"FlashPack{model_class.__name__}", (model_class, FlashPackTransformersModelMixin), attributes)
-
-
-def original_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """X for FlashPack<X>; others stay what they are."""
-    return model_class.original_class if isinstance(model_class, _Promoted) else model_class
-
-
-copyreg.pickle(_Promoted, lambda promoted: (promoted_class, (promoted.original_class,)))
-
-
 def promote(model: Any) -> None:
     """Gives a model of transformers the mixin, in place."""
-    if isinstance(model, PreTrainedModel) and not isinstance(model, FlashPackTransformersModelMixin):
-        model.__class__ = promoted_class(type(model))
+    if isinstance(model, PreTrainedModel):
+        model_class: type = type(model)
+        model.__class__ = promoted_class(model_class, FlashPackTransformersModelMixin)
 
 
 @contextmanager
 def _as_original(model: PreTrainedModel) -> Iterator[None]:
+    """`model` as an instance of the class whose name transformers is to write down."""
     promoted = type(model)
-    model.__class__ = original_class(promoted)
+    model.__class__ = original_class(promoted, FlashPackTransformersModelMixin)
     try:
         yield
     finally:
@@ -205,7 +187,7 @@ def _as_original(model: PreTrainedModel) -> Iterator[None]:
 def _save_config(model: PreTrainedModel, directory: Path, target_dtype: torch.dtype | None) -> None:
     """What transformers needs to build the model again: its code, too, if that is not of the library."""
     config: PretrainedConfig = copy.deepcopy(model.config)
-    config.architectures = [original_class(type(model)).__name__]
+    config.architectures = [original_class(type(model), FlashPackTransformersModelMixin).__name__]
     config.dtype = dtype_to_string(target_dtype or model.dtype)
     if model._auto_class is not None:
         with _as_original(model):

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from .model import promote, promoted_class
+from .._classes import promoted_class
+from .model import FlashPackTransformersModelMixin, promote
 
 ClassMethod = Callable[..., Any]
 
@@ -41,10 +42,10 @@ def _wrap(owner: type, name: str, wrapper: Callable[[ClassMethod], ClassMethod])
 
 
 def _divert(original: ClassMethod) -> ClassMethod:
-    def from_pretrained(cls: type[PreTrainedModel], *args: Any, use_flashpack: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(cls: type, *args: Any, use_flashpack: bool = False, **kwargs: Any) -> Any:
         if not use_flashpack:
             return original(cls, *args, **kwargs)
-        return promoted_class(cls).from_pretrained_flashpack(*args, **kwargs)
+        return promoted_class(cls, FlashPackTransformersModelMixin).from_pretrained_flashpack(*args, **kwargs)
 
     return from_pretrained
 

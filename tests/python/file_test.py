@@ -1,0 +1,228 @@
+"""Reading tensors by name, and parts of them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import flashpack
+import pytest
+import torch
+from flashpack import _file
+from support import DTYPES, assert_bit_equal, bits, random_tensor
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def tensors():
+    return {
+        "encoder.weight": random_tensor((MIB,), seed=1),
+        "encoder.layers.1.weight": random_tensor((300, 1000), torch.bfloat16, 2),
+        "decoder.weight": random_tensor((50, 7, 30), torch.float16, 3),
+        "decoder.ids": random_tensor((9,), torch.int64, 4),
+        "scale": torch.tensor(2.5),
+        "none": torch.empty(0, 4),
+    }
+
+
+@pytest.fixture
+def path(pack, tensors):
+    return pack(tensors)
+
+
+def test_all_tensors_come_in_file_order_each_with_memory_of_its_own(path, tensors):
+    loaded = flashpack.load_file(path)
+    assert_bit_equal(loaded, tensors)
+    assert list(loaded) == [record["name"] for record in flashpack.get_flashpack_file_metadata(path)["index"]]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in loaded.values() if tensor.numel()}) == 5
+
+
+def test_only_what_is_named_and_not_ignored_is_read(path, tensors):
+    told = []
+    loaded = flashpack.load_file(
+        path,
+        names=["decoder.weight", "decoder.ids", "encoder.weight", "scale"],
+        ignore_names=["scale"],
+        ignore_prefixes=["encoder"],
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert_bit_equal(loaded, {name: tensors[name] for name in ("decoder.weight", "decoder.ids")})
+    wanted_bytes = sum(tensor.nbytes for tensor in loaded.values())
+    assert told[-1] == (wanted_bytes, wanted_bytes)
+    assert told == sorted(told)
+
+
+def test_a_name_that_the_file_lacks_is_an_error_that_names_it(path):
+    with pytest.raises(flashpack.FlashPackError, match=r"no tensors \['absent'\]"):
+        flashpack.load_file(path, names=["scale", "absent"])
+
+
+def test_dtype_casts_what_is_floating_point(path, tensors):
+    loaded = flashpack.load_file(path, dtype=torch.float64, names=["scale", "decoder.ids"])
+    assert_bit_equal(loaded, {"scale": tensors["scale"].double(), "decoder.ids": tensors["decoder.ids"]})
+
+
+def test_a_mapped_file_is_read_when_it_is_touched_and_written_to_privately(path, tensors):
+    before = path.read_bytes()
+    loaded = flashpack.load_file(path, mmap=True)
+    assert_bit_equal(loaded, tensors)
+    loaded["scale"].fill_(7)
+    assert path.read_bytes() == before
+    with pytest.raises(flashpack.FlashPackError, match="mmap=True"):
+        flashpack.load_file(path, "cuda", mmap=True)
+    with pytest.raises(flashpack.FlashPackError, match="nothing to verify"):
+        flashpack.load_file(path, mmap=True, verify="always")
+
+
+def test_the_longest_module_name_that_fits_decides_on_the_device(path):
+    entries = list(flashpack._footer.read_footer(path).entries())
+    device_map = {"": "cpu", "encoder": "cuda:0", "encoder.layers.1": 1, "decoder.weight": "cuda:2", "scal": "cuda:3"}
+    places = _file._places(entries, "cuda:7", device_map, _file.ReadOptions())
+    assert {name: str(place) for name, place in places.items()} == {
+        "encoder.weight": "cuda:0",
+        "encoder.layers.1.weight": "cuda:1",
+        "decoder.weight": "cuda:2",
+        "decoder.ids": "cpu",
+        "scale": "cpu",
+        "none": "cpu",
+    }
+    assert str(_file._places(entries, "cuda:7", {"encoder": "cpu"}, _file.ReadOptions())["scale"]) == "cuda:7"
+
+
+@pytest.mark.parametrize("device", ["mps", "nonsense", object()])
+def test_devices_that_cannot_be_read_to_are_errors(path, device):
+    with pytest.raises(flashpack.FlashPackError, match="Unsupported device"):
+        flashpack.load_file(path, device)
+    with pytest.raises(flashpack.FlashPackError, match="Unsupported device"):
+        flashpack.load_file(path, device_map={"": device})
+    with pytest.raises(flashpack.FlashPackError, match="Unsupported device"):
+        flashpack.open_file(path, device)
+
+
+def test_a_progress_function_that_raises_ends_the_load(path):
+    def tell(done, total):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        flashpack.load_file(path, progress=tell)
+
+
+def test_an_open_file_gives_tensors_by_name(path, tensors):
+    with flashpack.open_file(path) as file:
+        assert set(file.keys()) == set(file) == set(tensors)
+        assert len(file) == len(tensors)
+        assert "scale" in file
+        assert "absent" not in file
+        assert_bit_equal({name: file.get(name) for name in file.keys()}, tensors)  # noqa: SIM118
+        assert bits(file["scale"]) == bits(tensors["scale"])
+        with pytest.raises(KeyError, match="absent"):
+            file.get("absent")
+        with pytest.raises(KeyError, match="absent"):
+            file.get_slice("absent")
+        assert file.metadata == flashpack.get_flashpack_file_metadata(path)
+        assert file.path == str(path)
+
+
+SLICES = [
+    slice(None),
+    slice(2, 5),
+    slice(-3, None),
+    slice(1, None, 3),
+    slice(4, 4),
+    slice(5, 2),
+    slice(0, 1000),
+    0,
+    -1,
+]
+
+
+def test_slices_are_what_torch_gives_in_memory_of_their_own(pack):
+    source = random_tensor((6, 5, 4), torch.int16, 1)
+    part = flashpack.open_file(pack({"pad": torch.ones(1, dtype=torch.int16), "t": source})).get_slice("t")
+    assert part.shape == source.shape
+    assert part.dtype is source.dtype
+    for index in itertools.chain(SLICES, itertools.product(SLICES, repeat=2), itertools.product(SLICES, repeat=3)):
+        assert part[index].equal(source[index]), index
+    for index in (..., (), (..., 2), (1, ...), (1, ..., slice(2)), (slice(2), ..., slice(3), 1), (0, 0, 0, ...)):
+        assert part[index].equal(source[index]), index
+        assert part[index].untyped_storage().nbytes() == part[index].nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slices_of_every_dtype_and_of_scalars_and_empty_tensors(pack, dtype):
+    source = {"m": random_tensor((5, 3), dtype), "s": random_tensor((), dtype), "e": random_tensor((0, 3), dtype)}
+    file = flashpack.open_file(pack(source))
+    assert bits(file.get_slice("m")[1:4, ::2]) == bits(source["m"][1:4, ::2])
+    assert bits(file.get_slice("s")[...]) == bits(source["s"])
+    assert file.get_slice("e")[:, 1:].shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("index", "error"),
+    [
+        (6, IndexError),
+        ((0, -6), IndexError),
+        ((0, 0, 0), IndexError),
+        ((..., ...), IndexError),
+        (slice(None, None, -1), ValueError),
+        (True, TypeError),
+        (None, TypeError),
+        ([0, 1], TypeError),
+        ("a", TypeError),
+    ],
+)
+def test_what_is_no_part_is_refused(pack, index, error):
+    with pytest.raises(error):
+        flashpack.open_file(pack({"t": torch.ones(6, 5)})).get_slice("t")[index]
+
+
+def test_of_a_slice_only_its_bytes_are_read(path, monkeypatch):
+    loads = []
+    side_of = _file.side_of
+
+    class Spy:
+        def load(self, path, extents, *args, **kwargs):
+            loads.append(extents)
+            return side_of(torch.device("cpu")).engine.load(path, extents, *args, **kwargs)
+
+    monkeypatch.setattr(_file, "side_of", lambda device: side_of(device)._replace(engine=Spy()))
+    part = flashpack.open_file(path).get_slice("encoder.layers.1.weight")
+    part[10:20]
+    part[3, 5:7]
+    part[10:20, 100:200]
+    part[7:7]
+    assert [(len(extents), sum(size for _, size, _ in extents)) for extents in loads] == [
+        (1, 20_000),
+        (1, 4),
+        (10, 2_000),
+        (0, 0),
+    ]
+
+
+def test_a_corrupt_tensor_is_found_when_it_is_read_and_always_finds_it_in_a_part(path, tensors):
+    raw = bytearray(path.read_bytes())
+    raw[5] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(flashpack.FlashPackError, match="checksum"):
+        flashpack.open_file(path).get("encoder.weight")
+    assert bits(flashpack.open_file(path, verify="never").get("scale")) == bits(tensors["scale"])
+    flashpack.open_file(path).get_slice("encoder.weight")[:3]
+    with pytest.raises(flashpack.FlashPackError, match="checksum"):
+        flashpack.open_file(path, verify="always").get_slice("encoder.weight")[:3]
+
+
+def test_a_file_that_was_replaced_is_an_error_and_no_mixture(path, tensors):
+    file = flashpack.open_file(path)
+    flashpack.pack_to_file(tensors, path)
+    with pytest.raises(OSError, match=r"replaced|changed"):
+        file.get("scale")
+
+
+def test_handles_refuse_to_be_pickled(path):
+    file = flashpack.open_file(path)
+    for handle in (file, file.get_slice("scale")):
+        for refuse in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match="cannot pickle or copy"):
+                refuse(handle)

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+# In this order, so that the classes exist before they are patched; the other order has a process of its own below.
+transformers = pytest.importorskip("transformers")
+AutoModel, AutoModelForCausalLM = transformers.AutoModel, transformers.AutoModelForCausalLM
+
+from flashpack.integrations.transformers import (  # noqa: E402
+    FlashPackTransformersModelMixin,
+    patch_transformers_auto_model,
+)
+from transformers.models.auto.auto_factory import _BaseAutoModelClass  # noqa: E402
+from transformers_models import assert_same_model, assert_same_outputs, make  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def patched():
+    transformers.logging.set_verbosity_error()
+    patch_transformers_auto_model()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with a GPT-2, and the model."""
+    model = AutoModelForCausalLM.from_config(make("gpt2").config).eval()
+    model.save_pretrained_flashpack(tmp_path)
+    return tmp_path, model
+
+
+def test_use_flashpack_reads_the_flashpack_file(saved):
+    directory, model = saved
+    assert not list(directory.glob("*.safetensors"))
+    for load in (
+        lambda: AutoModelForCausalLM.from_pretrained(directory, use_flashpack=True),
+        lambda: AutoModelForCausalLM.from_pretrained_flashpack(directory),
+        lambda: AutoModelForCausalLM.from_pretrained_flashpack(directory, "cpu", strict=True),
+        lambda: transformers.GPT2LMHeadModel.from_pretrained(directory, use_flashpack=True),
+    ):
+        loaded = load()
+        assert type(loaded) is type(model)
+        assert_same_model(loaded, model)
+        assert_same_outputs("gpt2", loaded, model)
+
+
+def test_without_use_flashpack_models_come_from_where_they_did_and_have_the_mixin(saved, tmp_path):
+    _, model = saved
+    model.save_pretrained(tmp_path / "plain")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert isinstance(loaded, FlashPackTransformersModelMixin)
+    assert isinstance(loaded, transformers.GPT2LMHeadModel)
+    assert_same_model(loaded, model)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert isinstance(again, FlashPackTransformersModelMixin)
+    assert not info["missing_keys"]
+    assert type(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "plain")) is transformers.GPT2LMHeadModel
+    with pytest.raises(FileNotFoundError, match=r"Flashpack file .* not found"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain", use_flashpack=True)
+
+
+def test_arguments_reach_the_model_through_the_auto_class(saved):
+    directory, _ = saved
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        directory,
+        use_flashpack=True,
+        dtype=torch.bfloat16,
+        device_map={"": "cpu"},
+        attn_implementation="eager",
+        attn_pdrop=0.5,
+        output_loading_info=True,
+    )
+    assert loaded.dtype is torch.bfloat16
+    assert loaded.config._attn_implementation == "eager"
+    assert loaded.config.attn_pdrop == 0.5
+    assert info["unexpected_keys"] == set()
+    config = transformers.AutoConfig.from_pretrained(directory, attn_pdrop=0.25)
+    assert AutoModelForCausalLM.from_pretrained_flashpack(directory, config=config).config.attn_pdrop == 0.25
+    with pytest.raises(ValueError, match="Could not assign 1 names"):
+        AutoModel.from_pretrained(directory, use_flashpack=True)
+    assert AutoModel.from_pretrained(directory, use_flashpack=True, strict=False).h[0].attn is not None
+
+
+def test_patching_again_changes_nothing():
+    before = {cls: cls.__dict__["from_pretrained"] for cls in (_BaseAutoModelClass, AutoModel, AutoModelForCausalLM)}
+    before[transformers.PreTrainedModel] = transformers.PreTrainedModel.__dict__["from_pretrained"]
+    patch_transformers_auto_model()
+    assert all(cls.__dict__["from_pretrained"] is method for cls, method in before.items())
+    assert AutoModel.from_pretrained.__doc__
+
+
+CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+
+class HomemadeConfig(PretrainedConfig):
+    model_type = "homemade"
+
+    def __init__(self, width=4, **kwargs):
+        super().__init__(**kwargs)
+        self.width = width
+
+
+class HomemadeModel(PreTrainedModel):
+    config_class = HomemadeConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear = torch.nn.Linear(config.width, config.width)
+        self.register_buffer("table", torch.arange(config.width) / config.width, persistent=False)
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass  # Forgets the table, as such code does.
+
+    def forward(self, x):
+        return BaseModelOutput(last_hidden_state=self.linear(x) + self.table)
+"""
+
+
+def test_models_with_code_of_their_own_take_it_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "homemade.py").write_text(CODE)
+    auto_map = {"AutoConfig": "homemade.HomemadeConfig", "AutoModel": "homemade.HomemadeModel"}
+    (source / "config.json").write_text(json.dumps({"model_type": "homemade", "width": 6, "auto_map": auto_map}))
+
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=True)
+    model = AutoModel.from_config(config, trust_remote_code=True).eval()
+    (tmp_path / "saved").mkdir()
+    model.save_pretrained_flashpack(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert written["architectures"] == ["HomemadeModel"]
+    assert (tmp_path / "saved" / "homemade.py").exists()
+
+    loaded = AutoModel.from_pretrained(tmp_path / "saved", use_flashpack=True, trust_remote_code=True)
+    assert_same_model(loaded, model)
+    x = torch.linspace(-1, 1, 6)
+    assert torch.equal(loaded(x).last_hidden_state, model(x).last_hidden_state)
+    assert loaded.table.tolist() == (torch.arange(6) / 6).tolist()
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModel.from_pretrained(tmp_path / "saved", use_flashpack=True, trust_remote_code=False)
+
+
+def test_patching_first_and_importing_the_classes_later_works_too(saved, tmp_path):
+    directory, model = saved
+    (tmp_path / "pickled").write_bytes(pickle.dumps(model))
+    code = f"""
+import pickle, sys
+import flashpack.integrations
+assert "transformers" not in sys.modules, "by the package"
+from flashpack.integrations.transformers import patch_transformers_auto_model
+patch_transformers_auto_model()
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+loaded = AutoModelForCausalLM.from_pretrained({str(directory)!r}, use_flashpack=True)
+with open({str(tmp_path / "pickled")!r}, "rb") as file:
+    unpickled = pickle.load(file)
+assert type(loaded) is type(unpickled) and isinstance(loaded, GPT2LMHeadModel)
+state = unpickled.state_dict()
+assert all(state[name].equal(tensor) for name, tensor in loaded.state_dict().items())
+print("fine")
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout == "fine\n"

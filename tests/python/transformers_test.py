@@ -1,0 +1,489 @@
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+from pathlib import Path
+
+import flashpack
+import pytest
+import torch
+from support import bits
+
+transformers = pytest.importorskip("transformers")
+
+from flashpack.integrations import _hub  # noqa: E402
+from flashpack.integrations._classes import promoted_class  # noqa: E402
+from flashpack.integrations.transformers import FlashPackTransformersModelMixin  # noqa: E402
+from flashpack.integrations.transformers.model import promote  # noqa: E402
+from hub_cache import make_hub_cache  # noqa: E402
+from transformers_models import (  # noqa: E402
+    MODELS,
+    TEXT,
+    assert_same_model,
+    assert_same_outputs,
+    make,
+    tensors_of,
+    ties_of,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def save(model, directory: Path, **options) -> Path:
+    """As a user would: the model gets the mixin, and keeps the class it had in the test."""
+    original = type(model)
+    directory.mkdir(exist_ok=True)
+    promote(model)
+    model.save_pretrained_flashpack(directory, **options)
+    model.__class__ = original
+    return directory
+
+
+def load(model_class, directory: Path | str, *args, **options):
+    return promoted_class(model_class, FlashPackTransformersModelMixin).from_pretrained_flashpack(
+        directory, *args, **options
+    )
+
+
+def repack(directory: Path, change) -> None:
+    """Lets `change` edit the state dict in the file."""
+    path = directory / "model.flashpack"
+    tensors = flashpack.revert_from_file(path)
+    change(tensors)
+    flashpack.pack_to_file(tensors, path)
+
+
+def checkpoint(model, directory: Path) -> Path:
+    """What converting a repository gives: the tensors of its safetensors file, under their names there."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model.save_pretrained(directory)
+    flashpack.pack_to_file(safetensors.load_file(directory / "model.safetensors"), directory / "model.flashpack")
+    return directory
+
+
+def edit_config(directory: Path, **entries) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_comes_back_the_same_to_the_last_bit(name, tmp_path):
+    model = make(name)
+    loaded = load(type(model), save(model, tmp_path))
+    assert_same_model(loaded, model)
+    assert_same_outputs(name, loaded, model)
+    assert not any(module.training for module in loaded.modules())
+    assert type(loaded).__name__ == f"FlashPack{type(model).__name__}"
+    assert isinstance(loaded, type(model))
+    assert loaded.name_or_path == loaded.config.name_or_path == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "mixtral", "clip"])
+def test_names_of_a_checkpoint_are_taken_as_well_as_those_of_the_module(name, tmp_path):
+    model = make(name)
+    loaded = load(type(model), checkpoint(model, tmp_path))
+    assert_same_model(loaded, model)
+    assert_same_outputs(name, loaded, model)
+    assert loaded.name_or_path == str(tmp_path)
+
+
+def test_only_what_differs_in_names_goes_through_the_loader_of_transformers(tmp_path, monkeypatch):
+    model = make("mixtral")
+    save(model, tmp_path / "module")
+    checkpoint(model, tmp_path / "checkpoint")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
+    load(type(model), tmp_path / "module")
+    with pytest.raises(AssertionError, match="asked"):
+        load(type(model), tmp_path / "checkpoint")
+
+
+def test_tensors_of_any_layout_are_not_turned_when_the_file_has_the_layout_of_the_module(tmp_path):
+    # For this one transformers transposes tensors of checkpoints without renaming them.
+    text = TEXT | {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 8}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
+    vision |= {"out_hidden_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    assert_same_model(load(type(model), save(model, tmp_path / "module")), model)
+    assert_same_model(load(type(model), checkpoint(model, tmp_path / "checkpoint")), model)
+
+
+def test_a_model_of_several_dtypes_keeps_each(tmp_path):
+    model = make("bert").to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()
+    for directory in save(model, tmp_path / "module"), checkpoint(model, tmp_path / "checkpoint"):
+        edit_config(directory, dtype="float32")
+        loaded = load(type(model), directory)
+        assert_same_model(loaded, model)
+        assert loaded.config.dtype is torch.bfloat16
+
+
+def test_buffers_of_a_dtype_of_their_own_keep_it(tmp_path):
+    model = make("resnet").to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.float()
+    assert_same_model(load(type(model), save(model, tmp_path)), model)
+
+
+def test_what_the_file_lost_of_several_dtypes_is_not_made_up(tmp_path):
+    model = make("t5")
+    loaded = load(type(model), save(model, tmp_path, target_dtype=torch.float16))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float16}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
+    assert model.dtype is torch.float32
+    assert model.config.dtype is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, "bfloat16", "torch.float16"])
+@pytest.mark.parametrize("name", ["t5", "llama", "resnet", "deepseek"])
+def test_a_dtype_that_is_asked_for_is_applied_as_transformers_does(name, dtype, tmp_path):
+    model = make_deepseek() if name == "deepseek" else make(name)
+    model.save_pretrained(tmp_path)
+    expected = type(model).from_pretrained(tmp_path, dtype=str(dtype).removeprefix("torch."))
+    save(model, tmp_path)
+    assert_same_model(load(type(model), tmp_path, dtype=dtype), expected)
+    assert_same_model(load(type(model), tmp_path, torch_dtype=dtype), expected)
+
+
+def make_deepseek():
+    """With a bias that is float32 whatever the model is loaded as."""
+    config = transformers.DeepseekV3Config(
+        **TEXT | {"num_key_value_heads": 2, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1},
+        topk_group=1,
+        num_experts_per_tok=2,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+    )
+    return transformers.DeepseekV3ForCausalLM(config).eval()
+
+
+def test_auto_is_the_dtype_of_the_file_and_nonsense_is_refused(tmp_path):
+    model = make("bert").to(torch.bfloat16)
+    save(model, tmp_path)
+    edit_config(tmp_path, dtype="float32")
+    assert_same_model(load(type(model), tmp_path, dtype="auto"), model)
+    for nonsense in "nonsense", {"text_config": torch.float16}:
+        with pytest.raises(ValueError, match="dtype"):
+            load(type(model), tmp_path, dtype=nonsense)
+
+
+def test_coerce_dtype_gives_all_the_main_dtype(tmp_path):
+    model = make("resnet").to(torch.bfloat16)
+    model.classifier.float()
+    loaded = load(type(model), save(model, tmp_path), coerce_dtype=True)
+    assert {t.dtype for t in loaded.state_dict().values()} == {torch.bfloat16, torch.int64}
+
+
+@pytest.mark.parametrize("options", [{"device_map": {"": "cpu"}}, {"device_map": "cpu"}, {"device": "cpu"}])
+def test_one_device_may_be_named_in_any_way(options, tmp_path):
+    model = make("bert")
+    assert_same_model(load(type(model), save(model, tmp_path), **options), model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": "auto"}, "'auto' is not a device"),
+        ({"device_map": {"bert": "cpu", "cls": "cpu"}}, "only one device"),
+        ({"device_map": "cpu", "device": "cuda"}, "contradict"),
+        ({"tp_plan": "auto", "gguf_file": "x"}, "tp_plan, gguf_file cannot be used"),
+        ({"adapter_kwargs": {"_adapter_model_path": "x"}}, "an adapter"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(options, message, tmp_path):
+    model = make("bert")
+    save(model, tmp_path)
+    with pytest.raises(flashpack.FlashPackError, match=message):
+        load(type(model), tmp_path, **options)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["llama", "clip", "mixtral"])
+def test_everything_ends_on_the_device_that_is_asked_for(name, tmp_path):
+    model = make(name)
+    for directory in save(model, tmp_path / "module"), checkpoint(model, tmp_path / "checkpoint"):
+        loaded = load(type(model), directory, device_map={"": "cuda"})
+        assert {tensor.device.type for tensor in tensors_of(loaded).values()} == {"cuda"}
+        assert_same_model(loaded.cpu(), model)
+
+
+def test_a_configuration_that_is_given_is_used_and_left_alone(tmp_path):
+    model = make("bert")
+    save(model, tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path, attn_implementation="eager", layer_norm_eps=0.5)
+    before = copy.deepcopy(config)
+    loaded = load(type(model), tmp_path, config=config, dtype=torch.bfloat16)
+    assert loaded.config._attn_implementation == "eager"
+    assert loaded.config.layer_norm_eps == 0.5
+    assert config.to_dict() == before.to_dict()
+
+
+def test_entries_of_the_configuration_and_arguments_of_transformers_are_not_dropped(tmp_path):
+    model = make("bert")
+    save(model, tmp_path)
+    loaded = load(
+        type(model), tmp_path, layer_norm_eps=0.5, attn_implementation="eager", trust_remote_code=True, _from_auto=True
+    )
+    assert loaded.config.layer_norm_eps == 0.5
+    assert loaded.config._attn_implementation == "eager"
+    with pytest.raises(TypeError, match="nonsense"):
+        load(type(model), tmp_path, nonsense=1)
+
+
+def test_the_configuration_of_generation_is_saved_and_read(tmp_path):
+    model = make("gpt2")
+    model.generation_config.max_new_tokens = 7
+    save(model, tmp_path)
+    assert load(type(model), tmp_path).generation_config.max_new_tokens == 7
+    other = transformers.GenerationConfig(max_new_tokens=9)
+    assert load(type(model), tmp_path, generation_config=other).generation_config.max_new_tokens == 9
+    (tmp_path / "generation_config.json").unlink()
+    assert load(type(model), tmp_path).generation_config.max_new_tokens is None
+
+
+@pytest.mark.parametrize("lost", [None, "lm_head.weight", "transformer.wte.weight"])
+def test_tied_weights_are_one_tensor_whichever_of_their_names_the_file_has(lost, tmp_path):
+    model = make("gpt2")
+    save(model, tmp_path)
+    repack(tmp_path, lambda tensors: tensors.pop(lost, None))
+    loaded = load(type(model), tmp_path)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert_same_model(loaded, model)
+    assert ties_of(loaded)
+
+
+def test_a_model_that_was_untied_stays_untied(tmp_path):
+    model = transformers.BertForMaskedLM(transformers.BertConfig(tie_word_embeddings=False, **TEXT)).eval()
+    loaded = load(type(model), save(model, tmp_path))
+    assert not ties_of(loaded)
+    assert_same_model(loaded, model)
+
+
+def test_names_that_the_model_lacks_are_an_error_unless_not_strict(tmp_path):
+    model = make("bert")
+    save(model, tmp_path)
+    repack(tmp_path, lambda tensors: tensors.update(extra=torch.ones(2)))
+    with pytest.raises(flashpack.FlashPackError, match=r"Could not assign 1 names: \['extra'\]"):
+        load(type(model), tmp_path)
+    assert_same_model(load(type(model), tmp_path, strict=False), model)
+    assert_same_model(load(type(model), tmp_path, ignore_names=["extra"]), model)
+
+
+def test_parameters_that_the_file_lacks_are_an_error_or_initialised(tmp_path):
+    model = make("bert")
+    save(model, tmp_path)
+    lost = "bert.encoder.layer.0.output.dense.bias"
+    repack(tmp_path, lambda tensors: tensors.pop(lost))
+    with pytest.raises(flashpack.FlashPackError, match=f"Missing 1 parameters: .*{lost}"):
+        load(type(model), tmp_path)
+    loaded, info = load(type(model), tmp_path, strict_params=False, output_loading_info=True)
+    assert info["missing_keys"] == {lost}
+    assert bits(tensors_of(loaded)[lost]) == bytes(64)
+    model.get_parameter(lost).data.zero_()
+    assert_same_model(loaded, model)
+
+
+def test_ignored_parameters_are_initialised(tmp_path):
+    model = make("bert")
+    save(model, tmp_path)
+    lost = "bert.encoder.layer.0.output.dense.bias"
+    for ignored in (
+        {"ignore_names": [lost]},
+        {"ignore_suffixes": ["r.0.output.dense.bias"]},
+        {"ignore_prefixes": [lost]},
+    ):
+        loaded = load(type(model), tmp_path, **ignored)
+        assert bits(loaded.get_parameter(lost)) == bytes(64)
+
+
+def test_buffers_that_the_file_lacks_are_an_error_only_where_buffers_are_strict(tmp_path):
+    model = make("resnet")
+    save(model, tmp_path)
+    lost = "resnet.embedder.embedder.normalization.num_batches_tracked"
+    repack(tmp_path, lambda tensors: tensors.pop(lost))
+    assert_same_model(load(type(model), tmp_path), model)
+    for strict in {"strict": True}, {"strict_buffers": True}:
+        with pytest.raises(flashpack.FlashPackError, match=f"Missing 1 buffers: .*{lost}"):
+            load(type(model), tmp_path, **strict)
+
+
+def test_a_shape_that_does_not_fit_is_an_error_unless_transformers_is_told_to_bear_it(tmp_path):
+    model = make("bert")
+    save(model, tmp_path)
+    with pytest.raises(flashpack.FlashPackError, match=r"shape mismatch for '.*': model=\[.*5.*\] vs flash=\[.*2.*\]"):
+        load(type(model), tmp_path, type_vocab_size=5)
+    loaded = load(type(model), tmp_path, type_vocab_size=5, ignore_mismatched_sizes=True)
+    assert loaded.bert.embeddings.token_type_embeddings.weight.shape[0] == 5
+
+
+def test_a_loaded_model_trains_and_takes_a_state_dict(tmp_path):
+    model = make("gpt2")
+    loaded = load(type(model), save(model, tmp_path), mmap=True)
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+    tokens = torch.arange(8)[None]
+    loaded(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    loaded.load_state_dict(model.state_dict())
+    assert_same_model(loaded, model)
+
+
+def test_models_and_their_classes_can_be_pickled_and_copied(tmp_path):
+    model = make("bert")
+    loaded = load(type(model), save(model, tmp_path))
+    for again in pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded):
+        assert type(again) is type(loaded)
+        assert_same_model(again, model)
+    assert pickle.loads(pickle.dumps(type(loaded))) is type(loaded)
+
+
+@pytest.mark.parametrize("name", ["bert", "mixtral"])
+def test_a_reference_to_the_file_is_kept_where_asked_for(name, tmp_path):
+    model = make(name)
+    for directory in save(model, tmp_path / "module"), checkpoint(model, tmp_path / "checkpoint"):
+        assert not hasattr(load(type(model), directory), "_flash_shared_storage")
+        loaded = load(type(model), directory, keep_flash_ref_on_model=True)
+        assert len(loaded._flash_shared_storage) == 1
+        assert loaded._flash_shared_storage_meta["index"]
+        assert_same_model(loaded, model)
+
+
+class FlashPackTiny(transformers.BertForMaskedLM, FlashPackTransformersModelMixin):
+    def __init__(self, config):
+        super().__init__(config)
+        self.more = torch.nn.Linear(2, 2)
+        self.post_init()
+
+
+def test_a_class_of_ones_own_may_have_the_mixin(tmp_path):
+    model = FlashPackTiny(transformers.BertConfig(**TEXT)).eval()
+    model.save_pretrained_flashpack(tmp_path)
+    loaded = FlashPackTiny.from_pretrained_flashpack(tmp_path)
+    assert type(loaded) is FlashPackTiny
+    assert_same_model(loaded, model)
+    from_file = FlashPackTiny.from_flashpack(tmp_path / "model.flashpack", model.config, silent=True)
+    assert_same_model(from_file, model)
+
+
+def test_config_json_names_the_original_class(tmp_path):
+    model = make("bert")
+    save(model, tmp_path / "flashpack")
+    loaded = load(type(model), tmp_path / "flashpack")
+    loaded.save_pretrained(tmp_path / "plain")
+    for directory in "flashpack", "plain":
+        config = json.loads((tmp_path / directory / "config.json").read_text())
+        assert config["architectures"] == ["BertForMaskedLM"]
+    assert type(loaded).__name__ == "FlashPackBertForMaskedLM"
+    assert_same_model(type(model).from_pretrained(tmp_path / "plain"), model)
+
+
+def test_processes_other_than_the_main_one_write_nothing(tmp_path):
+    save(make("bert"), tmp_path, is_main_process=False, push_to_hub=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_needs_a_directory_and_tells_what_it_does_not_take(tmp_path, caplog):
+    model = make("bert")
+    promote(model)
+    with pytest.raises(ValueError, match="is not a directory"):
+        model.save_pretrained_flashpack(tmp_path / "missing")
+    model.save_pretrained_flashpack(tmp_path, max_shard_size="5GB")
+    assert "max_shard_size" in caplog.text
+
+
+def test_a_save_that_fails_leaves_the_old_files(tmp_path):
+    save(make("bert"), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = make("gpt2").to("meta")
+    with pytest.raises(flashpack.FlashPackError, match="meta device"):
+        save(other, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_directory_without_a_flashpack_file_is_file_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"Flashpack file .*model\.flashpack not found"):
+        load(transformers.BertModel, tmp_path)
+
+
+def test_a_subfolder_has_its_own_configuration(tmp_path):
+    model = make("gpt2")
+    model.generation_config.max_new_tokens = 7
+    save(model, tmp_path / "part")
+    loaded = load(type(model), tmp_path, subfolder="part")
+    assert_same_model(loaded, model)
+    assert loaded.generation_config.max_new_tokens == 7
+
+
+def test_a_repository_that_was_downloaded_is_loaded_whatever_arguments_of_old_hubs_are_given(tmp_path, recwarn):
+    model = make("bert")
+    save(model, tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    cache = make_hub_cache(tmp_path / "cache", files)
+    loaded = load(
+        type(model), "x/y", cache_dir=cache, local_files_only=True, proxies={"https": "p"}, local_dir_use_symlinks=True
+    )
+    assert_same_model(loaded, model)
+    assert loaded.name_or_path == "x/y"
+    assert not recwarn.list
+
+
+def test_pushing_uploads_the_files_that_were_saved_under_the_name_of_the_directory(tmp_path, monkeypatch):
+    calls = []
+    module = inspect.getmodule(FlashPackTransformersModelMixin.save_pretrained_flashpack)
+    monkeypatch.setattr(module, "upload_directory", lambda *args, **kwargs: calls.append((args, kwargs)))
+    save(make("gpt2"), tmp_path / "mine", push_to_hub=True, token="t", private=True, create_pr=True, commit_message="m")
+    save(make("gpt2"), tmp_path / "mine", push_to_hub=True, repo_id="x/y")
+    ((args, kwargs), (other, _)) = calls
+    assert args == (tmp_path / "mine", "mine")
+    assert other[1] == "x/y"
+    assert {name: kwargs[name] for name in ("token", "private", "create_pr", "commit_message")} == {
+        "token": "t",
+        "private": True,
+        "create_pr": True,
+        "commit_message": "m",
+    }
+    assert set(kwargs["allow_patterns"]) >= {path.name for path in (tmp_path / "mine").iterdir()}
+    assert inspect.signature(_hub.upload_directory).bind(*args, **kwargs)
+
+
+def test_arguments_and_their_defaults_are_those_that_callers_rely_on():
+    parameters = inspect.signature(FlashPackTransformersModelMixin.from_pretrained_flashpack).parameters
+    assert " ".join(list(parameters)[:29]) == (
+        "pretrained_model_name_or_path device silent strict strict_params strict_buffers keep_flash_ref_on_model "
+        "num_streams chunk_bytes ignore_names ignore_prefixes ignore_suffixes subfolder revision local_dir "
+        "local_dir_use_symlinks local_files_only cache_dir token force_download proxies use_distributed_loading "
+        "distributed_sharded distributed_shard_strategy rank local_rank world_size coerce_dtype mmap"
+    )
+    changed = {name: p.default for name, p in parameters.items() if p.default not in (None, False, p.empty)}
+    assert changed == {
+        "silent": True,
+        "strict_params": True,
+        "num_streams": 4,
+        "chunk_bytes": 4 << 20,
+        "verify": "auto",
+    }
+    saving = inspect.signature(FlashPackTransformersModelMixin.save_pretrained_flashpack).parameters
+    assert {name: p.default for name, p in saving.items() if p.default not in (None, False, p.empty)} == {
+        "is_main_process": True,
+        "align_bytes": 128,
+        "silent": True,
+        "num_workers": 32,
+        "checksum": True,
+    }

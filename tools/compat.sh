@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# The Python tests with the newest versions of torch and of the libraries that are integrated, and with the oldest
+# supported ones; prints a table.
+#
+# usage: tools/compat.sh [newest|oldest]...     (default: both)
+#
+# Each set gets a virtual environment of its own in .cache, of several GB. Not part of tools/test.sh, which runs pinned
+# versions: what `newest` means changes from day to day.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+# shellcheck source=tools/lib.sh
+source tools/lib.sh
+
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
+
+# The floors of pyproject.toml.
+declare -A requirements=(
+  [oldest]="torch==2.6.0 transformers==4.57.1 diffusers==0.36.0 accelerate==1.2.1 numpy<2.3"
+  [newest]="torch transformers diffusers accelerate numpy"
+)
+
+case ${1:-} in -h | --help) usage && exit ;; esac
+(($#)) || set -- newest oldest
+for name in "$@"; do
+  [[ -n ${requirements[$name]:-} ]] || { usage >&2 && exit 2; }
+done
+
+install_packages pkg-config >/dev/null || exit 1
+make_venv || exit 1
+results=$root/.cache/compat
+rm -rf "$results"
+mkdir -p "$results"
+"$python" -m uv build --quiet --wheel --python "$python" --out-dir "$results" "$root" || fail "the package cannot be built"
+
+# set_up NAME REQUIREMENT...: an environment with the package and these.
+set_up() {
+  local name=$1 at=$root/.cache/compat-$1
+  shift
+  rm -rf "$at"
+  /usr/bin/python3 -m venv --without-pip "$at"
+  UV_HTTP_TIMEOUT=300 "$python" -m uv pip install --quiet --python "$at/bin/python" "$results"/*.whl pytest "$@"
+}
+
+versions='import importlib.metadata as m, sys
+names = ("torch", "transformers", "diffusers", "accelerate", "huggingface_hub")
+print(" | ".join(m.version(name) for name in names), "|", sys.argv[1])'
+
+rows=()
+failed=0
+for name in "$@"; do
+  # shellcheck disable=SC2086  # A list of words.
+  set_up "$name" ${requirements[$name]} || fail "the environment of $name cannot be made"
+  at=$root/.cache/compat-$name/bin/python
+  "$at" -m pytest -q tests/python >"$results/$name.log" 2>&1 || failed=1
+  outcome=$(tail -n 1 "$results/$name.log" | sed 's/ in [0-9].*//; s/=//g')
+  rows+=("| $name | $("$at" -c "$versions" "$outcome") |")
+  grep -E '^(FAILED|ERROR)' "$results/$name.log"
+done
+printf '| set | torch | transformers | diffusers | accelerate | huggingface_hub | tests |\n|---|---|---|---|---|---|---|\n'
+printf '%s\n' "${rows[@]}"
+exit "$failed"

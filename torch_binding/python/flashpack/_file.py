@@ -1,0 +1,276 @@
+"""Reading the tensors of a file by name: all, some, or parts of one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+
+from ._device import DeviceLike, side_of
+from ._footer import Entry, Footer, StrPath, Verify, read_footer
+from ._memory import ReadOptions, read_tensors, supported_device
+from ._native import FlashPackError
+from .utils import is_ignored_tensor_name, string_to_dtype
+
+__all__ = ["FlashPackFile", "TensorSlice", "load_file", "open_file"]
+
+
+def load_file(
+    path: StrPath,
+    device: DeviceLike = "cpu",
+    *,
+    names: Collection[str] | None = None,
+    ignore_names: Collection[str] | None = None,
+    ignore_prefixes: Collection[str] | None = None,
+    ignore_suffixes: Collection[str] | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: Mapping[str, DeviceLike] | None = None,
+    mmap: bool = False,
+    verify: Verify = "auto",
+    progress: Callable[[int, int], object] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Reads tensors of a file, in file order, each with memory of its own. What nobody wants is not read.
+
+    `names`: the tensors to read, by default all; `ignore_*`: names, and beginnings and ends of names, not to read.
+    `dtype`: what floating-point tensors are cast to; integers stay what they are.
+    `device_map`: devices by module, as in {"": "cpu", "encoder": "cuda:0", "encoder.layers.7": 1}; the longest name
+    that fits decides, and `device` where none does. Each device gets one load.
+    `mmap`: maps the file instead of reading it (CPU only), see read_flashpack_file. `verify`: see assign_from_file.
+    `progress`: called now and then, on this thread, with the bytes done and their total; what it raises ends the load.
+
+    Raises FlashPackError (a ValueError) for a file or an argument that is not valid, a name that the file lacks
+    included; OSError for the system's failures.
+    """
+    footer = read_footer(path)
+    filters = (ignore_names, ignore_prefixes, ignore_suffixes)
+    entries = [entry for entry in _select(footer, names) if not is_ignored_tensor_name(entry.name, *filters)]
+    read = _Progress(progress, sum(entry.size_bytes for entry in entries))
+    options = ReadOptions(mmap, verify, False if progress is None else read.tell)
+    places = _places(entries, device, device_map, options)
+    tensors: dict[str, torch.Tensor] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for place in dict.fromkeys(places.values()):
+            here = [entry for entry in entries if places[entry.name] == place]
+            for name, tensor in read_tensors(footer, here, place, options).items():
+                tensors[name] = _cast(tensor.to(place), dtype)
+            read.finish(here)
+    return {entry.name: tensors.pop(entry.name) for entry in entries}
+
+
+def open_file(path: StrPath, device: DeviceLike = "cpu", *, verify: Verify = "auto") -> FlashPackFile:
+    """Opens a file to look at its tensors one by one, or at parts of them; only what is asked for is read.
+
+    `device`: where tensors are read to. `verify`: see assign_from_file.
+
+    Raises FlashPackError (a ValueError) for a file that is not valid, OSError for the system's failures.
+    """
+    return FlashPackFile(path, device, verify)
+
+
+class FlashPackFile:
+    """The tensors of one file by name. Made by open_file().
+
+    Holds no descriptor: it may be used by several threads and in forked processes, and needs no closing. When the file
+    has been replaced since, reading is an OSError (ESTALE).
+    """
+
+    def __init__(self, path: StrPath, device: DeviceLike = "cpu", verify: Verify = "auto") -> None:
+        self._options = ReadOptions(verify=verify)
+        self._device = supported_device(device, self._options)
+        self._footer = read_footer(path)
+        self._entries = {entry.name: entry for entry in self._footer.entries()}
+
+    @property
+    def path(self) -> str:
+        return self._footer.path
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The footer, as get_flashpack_file_metadata returns it."""
+        return self._footer.metadata
+
+    def keys(self) -> list[str]:
+        """The names, in file order."""
+        return list(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor of that name, in memory of its own. Raises KeyError if there is none, else as load_file does."""
+        entry = self._entry(name)
+        with torch.inference_mode(False), torch.no_grad():
+            return read_tensors(self._footer, [entry], self._device, self._options)[name].to(self._device)
+
+    __getitem__ = get
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """For reading a part of a tensor: get_slice("w")[10:20, :5]. Raises KeyError if there is none of that name."""
+        return TensorSlice(self, self._entry(name))
+
+    def __enter__(self) -> FlashPackFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def __reduce__(self) -> NoReturn:
+        _refuse_pickling(self)
+
+    def _entry(self, name: str) -> Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise KeyError(f"{self.path} has no tensor {name!r}") from None
+
+
+class TensorSlice:
+    """A tensor of a file, of which parts can be read. Made by FlashPackFile.get_slice()."""
+
+    def __init__(self, file: FlashPackFile, entry: Entry) -> None:
+        self._file = file
+        self._entry = entry
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self._entry.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return string_to_dtype(self._entry.dtype)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """What torch gives for integers, slices and `...`, in memory of its own; nothing else is read from the file.
+
+        Of a slice with a step, what lies between its elements is read along. With verify="always" the whole tensor is
+        read, because checksums are of whole pieces.
+
+        Raises IndexError as torch does, and what load_file raises.
+        """
+        ranges, rest = _ranges(index, self._entry.shape)
+        if self._file._options.verify == "always":
+            return self._file.get(self._entry.name)[index].clone()
+        with torch.inference_mode(False), torch.no_grad():
+            return self._read(ranges)[rest].clone(memory_format=torch.contiguous_format)
+
+    def __reduce__(self) -> NoReturn:
+        _refuse_pickling(self)
+
+    def _read(self, ranges: list[range]) -> torch.Tensor:
+        """The box of `ranges`, all of step 1."""
+        file, entry = self._file, self._entry
+        side = side_of(file._device)
+        box = torch.empty([len(each) for each in ranges], dtype=self.dtype, device=side.device)
+        runs, run_bytes = _runs(ranges, entry.shape, self.dtype.itemsize)
+        extents = [
+            (entry.offset_bytes + begin, run_bytes, box.data_ptr() + i * run_bytes)
+            for i, begin in enumerate(runs)
+            if box.numel()
+        ]
+        assert file._footer.native is not None
+        side.engine.load(file.path, extents, file._footer.native, file._options.verify, stream=side.stream)
+        return box.to(file._device)
+
+
+def _runs(ranges: list[range], shape: tuple[int, ...], item_bytes: int) -> tuple[Iterator[int], int]:
+    """Where in the tensor the box of `ranges` has runs of bytes, in order, and how long each is."""
+    strides = [item_bytes * math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    # Dims that are whole, and the one before them, are one run.
+    whole = len(shape)
+    while whole and len(ranges[whole - 1]) == shape[whole - 1]:
+        whole -= 1
+    first = max(whole - 1, 0)
+    run_bytes = item_bytes * math.prod(len(each) for each in ranges[first:])
+    start = ranges[first].start * strides[first] if shape else 0
+    outer = itertools.product(*ranges[:first])
+    return (start + sum(i * s for i, s in zip(at, strides, strict=False)) for at in outer), run_bytes
+
+
+def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], tuple[int | slice, ...]]:
+    """The smallest box that holds what `index` means, as ranges of step 1, and what `index` means within the box."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if items.count(...) > 1:
+        raise IndexError("an index can have only one ellipsis ('...')")
+    given = len(items) - items.count(...)
+    if given > len(shape):
+        raise IndexError(f"too many indices for a tensor of {len(shape)} dims: {given}")
+    at = items.index(...) if ... in items else len(items)
+    items[at : at + 1] = [slice(None)] * (len(shape) - given)
+    ranges: list[range] = []
+    rest: list[int | slice] = []
+    for item, size in zip(items, shape, strict=True):
+        if isinstance(item, slice):
+            begin, end, step = item.indices(size)
+            if step < 1:
+                raise ValueError("the step of a slice must be greater than zero")
+            ranges.append(range(begin, max(begin, end)))
+            rest.append(slice(None, None, step))
+        elif isinstance(item, int) and not isinstance(item, bool):
+            if not -size <= item < size:
+                raise IndexError(f"index {item} is out of bounds for a dim of size {size}")
+            ranges.append(range(item % size, item % size + 1))
+            rest.append(0)
+        else:
+            raise TypeError(f"parts of a tensor are read by integers, slices and '...', not by {item!r}")
+    return ranges, tuple(rest)
+
+
+class _Progress:
+    """Makes one count of the loads of several devices, which read gaps along."""
+
+    def __init__(self, told: Callable[[int, int], object] | None, total_bytes: int) -> None:
+        self._told = told
+        self._total_bytes = total_bytes
+        self._finished_bytes = 0
+
+    def tell(self, done_bytes: int, _: int) -> None:
+        if self._told is not None:
+            self._told(min(self._finished_bytes + done_bytes, self._total_bytes), self._total_bytes)
+
+    def finish(self, entries: Collection[Entry]) -> None:
+        self._finished_bytes += sum(entry.size_bytes for entry in entries)
+        self.tell(0, 0)
+
+
+def _select(footer: Footer, names: Collection[str] | None) -> list[Entry]:
+    entries = list(footer.entries())
+    if names is None:
+        return entries
+    wanted = {names} if isinstance(names, str) else set(names)
+    if unknown := wanted - {entry.name for entry in entries}:
+        raise FlashPackError(f"{os.fspath(footer.path)} has no tensors {sorted(unknown)}")
+    return [entry for entry in entries if entry.name in wanted]
+
+
+def _places(
+    entries: Collection[Entry], device: DeviceLike, device_map: Mapping[str, DeviceLike] | None, options: ReadOptions
+) -> dict[str, torch.device]:
+    devices = {name: supported_device(each, options) for name, each in (device_map or {}).items()}
+    default = devices[""] if "" in devices else supported_device(device, options)
+    places = {}
+    for entry in entries:
+        parts = entry.name.split(".")
+        leads = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+        places[entry.name] = next((devices[lead] for lead in leads if lead in devices), default)
+    return places
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _refuse_pickling(handle: object) -> NoReturn:
+    raise TypeError(f"cannot pickle or copy a {type(handle).__name__}: open the file in each process")

@@ -1,0 +1,124 @@
+"""Reading a file into the page cache ahead of its load. Needs no torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from io import FileIO
+from typing import NoReturn
+
+from ._footer import StrPath, read_footer
+
+# Sending to /dev/null waits for the pages without copying them: 2.2 GB/s from a disk that gives 2.6, for 0.02
+# core-seconds per GB, where preadv takes 0.09. POSIX_FADV_WILLNEED and MADV_POPULATE_READ were slower (1.1 to 1.7),
+# and are cut short where the kernel reads ahead by only 128 KiB. There it takes several streams to keep a disk busy:
+# four give 2.0 GB/s and one 0.7 to 1.6; with 8 MiB of readahead, 2.6 and 2.2.
+_STREAMS = 4
+_STEP_BYTES = 8 << 20
+
+
+class Prefetch:
+    """A payload on its way into the page cache, read by threads of this process.
+
+    They go on when the handle is dropped, and end with the process. As a context manager it cancels what is left at the
+    end of the block. Thread-safe; of no use in a forked child, nor to be pickled.
+    """
+
+    def __init__(self, path: StrPath, size_bytes: int) -> None:
+        """Use prefetch_flashpack_file."""
+        self._pid = os.getpid()
+        self._path = os.fspath(path)
+        self._size_bytes = size_bytes
+        self._stop = threading.Event()
+        self._error: OSError | None = None
+        steps = -(-size_bytes // _STEP_BYTES)
+        part_bytes = -(-steps // _STREAMS) * _STEP_BYTES
+        begins = range(0, size_bytes, part_bytes or 1)
+        self._done_bytes = [0] * len(begins)
+        # The kernel reads ahead by open file.
+        files = [FileIO(self._path) for _ in begins]
+        self._threads = [
+            threading.Thread(
+                target=self._read,
+                args=(part, file, begin, min(begin + part_bytes, size_bytes)),
+                name="flashpack-prefetch",
+                daemon=True,
+            )
+            for part, (file, begin) in enumerate(zip(files, begins, strict=True))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes that are in the page cache by now, and those that are to be."""
+        self._check_process()
+        return sum(self._done_bytes), self._size_bytes
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns when everything is in the page cache. May be called again, with the same result.
+
+        Raises TimeoutError if it is not after `timeout` seconds, and OSError for what the system says to the reading;
+        its errno is ECANCELED after a cancel() that came in time.
+        """
+        self._check_process()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            raise TimeoutError(errno.ETIMEDOUT, "the file is not in the page cache yet", self._path)
+        if self._error is not None:
+            raise self._error
+        if sum(self._done_bytes) < self._size_bytes:
+            raise OSError(errno.ECANCELED, "the prefetch was cancelled", self._path)
+
+    def cancel(self) -> None:
+        """Stops after what is being read. Returns at once; wait() says when nothing is read any more."""
+        self._check_process()
+        self._stop.set()
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if os.getpid() != self._pid:
+            return
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cannot pickle or copy: it owns threads; make one in each process")
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("a prefetch belongs to the process that started it; make another one in a forked child")
+
+    def _read(self, part: int, file: FileIO, begin: int, end: int) -> None:
+        try:
+            with file, FileIO("/dev/null", "w") as sink:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                while begin < end and not self._stop.is_set():
+                    sent_bytes = os.sendfile(sink.fileno(), file.fileno(), begin, min(_STEP_BYTES, end - begin))
+                    if sent_bytes == 0:
+                        raise OSError(errno.EIO, "the file ends before its payload")
+                    begin += sent_bytes
+                    self._done_bytes[part] += sent_bytes
+        except OSError as error:
+            self._error = OSError(error.errno, error.strerror, self._path)
+            self._stop.set()
+
+
+def prefetch_flashpack_file(path: StrPath) -> Prefetch:
+    """Starts to read the payload of a file into the page cache, so that a later load finds it there.
+
+    Returns at once. Worth it while something else is being prepared; a load by itself is not faster for it.
+
+    Raises FlashPackError (a ValueError) for what is not a flashpack file, OSError for the system's failures.
+
+        with flashpack.prefetch_flashpack_file("model.flashpack"):
+            model = build_model()
+            flashpack.assign_from_file(model, "model.flashpack")
+    """
+    return Prefetch(path, read_footer(path).payload_bytes())

@@ -1,0 +1,70 @@
+"""Loading a model whose class only its files know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import ConfigMixin
+
+from ..._footer import StrPath
+from ..._meta_init import meta_parameters
+from ..._native import FlashPackError
+from .._hub import resolve_directory
+from ._components import class_named, entries_of, flashpack_class, promote, read_json
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_dir", "local_files_only", "proxies", "revision", "token")
+
+
+class AutoFlashPackModel(ConfigMixin):  # type: ignore[misc]
+    """diffusers.AutoModel whose models have save_pretrained_flashpack()."""
+
+    config_name = "config.json"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise OSError(f"{type(self).__name__} has no instances: call its from_pretrained()")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_or_path: StrPath | None = None, **kwargs: Any) -> Any:
+        """What AutoModel.from_pretrained of diffusers loads; with `use_flashpack=True`, from_pretrained_flashpack()."""
+        if kwargs.pop("use_flashpack", False):
+            return cls.from_pretrained_flashpack(pretrained_model_or_path, **kwargs)
+        return promote(diffusers.AutoModel.from_pretrained(pretrained_model_or_path, **kwargs))
+
+    @classmethod
+    def from_pretrained_flashpack(cls, pretrained_model_or_path: StrPath | None = None, **kwargs: Any) -> Any:
+        """The model of a directory with `model.flashpack`, or of a repository on the Hub.
+
+        The class of a `subfolder` is read from the model_index.json above it, if there is one, else it is that of its
+        config.json. `trust_remote_code=True` runs code that the model brings along. The other `kwargs` are those of the
+        class's own from_pretrained_flashpack.
+        """
+        if pretrained_model_or_path is None:
+            raise FlashPackError("pretrained_model_or_path is required")
+        trust_remote_code = kwargs.pop("trust_remote_code", False)
+        subfolder = kwargs.get("subfolder") or ""
+        directory = resolve_directory(
+            pretrained_model_or_path,
+            allow_patterns=("model_index.json", *(str(Path(subfolder, name)) for name in ("config.json", "*.py"))),
+            **{name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs},
+        )
+        model_class = flashpack_class(_class_of(directory, subfolder, trust_remote_code))
+        return model_class.from_pretrained_flashpack(pretrained_model_or_path, **kwargs)
+
+
+def _class_of(directory: Path, subfolder: str, trust_remote_code: bool) -> Any:
+    index = directory / "model_index.json"
+    if subfolder and index.is_file():
+        entry = entries_of(read_json(index)).get(subfolder)
+        if entry is not None:
+            return class_named(*entry)
+    config = read_json(directory / subfolder / "config.json")
+    if trust_remote_code and "AutoModel" in config.get("auto_map", ()):
+        with meta_parameters():
+            return type(diffusers.AutoModel.from_config(directory / subfolder, trust_remote_code=True))
+    if "_class_name" in config:
+        return class_named("diffusers", config["_class_name"])
+    if config.get("architectures"):
+        return class_named("transformers", config["architectures"][0])
+    raise FlashPackError(f"{directory / subfolder / 'config.json'} does not say which class the model is of")

@@ -1,0 +1,300 @@
+"""The mixin for models of diffusers."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from diffusers import ModelMixin
+
+from ..._assign import slots_of
+from ..._footer import Footer, StrPath, Verify, read_footer
+from ..._native import FlashPackError
+from ...constants import (
+    DEFAULT_ALIGN_BYTES,
+    DEFAULT_CHUNK_BYTES,
+    DEFAULT_NUM_STREAMS,
+    DEFAULT_NUM_WRITE_WORKERS,
+)
+from ...mixin import FlashPackMixin
+from ...serialization import pack_to_file
+from ...utils import logger, string_to_dtype
+from .._classes import original_class
+from .._hub import resolve_directory, upload_directory
+
+FILE_NAME = "model.flashpack"
+_DEFAULT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What torch takes as default dtype."""
+
+Self = TypeVar("Self", bound="FlashPackDiffusersModelMixin")
+
+
+class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):  # type: ignore[misc]
+    """Adds save_pretrained_flashpack() and from_pretrained_flashpack() to a model of diffusers.
+
+    `class FlashPackUNet(UNet2DConditionModel, FlashPackDiffusersModelMixin): pass`. Files name the base, so that they
+    load anywhere; a class that is more than that should have a name that does not begin with FlashPack.
+    """
+
+    flashpack_init_method: ClassVar[str | None] = "from_config"
+
+    def save_pretrained_flashpack(
+        self,
+        save_directory: StrPath,
+        *,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        target_dtype: torch.dtype | None = None,
+        align_bytes: int = DEFAULT_ALIGN_BYTES,
+        silent: bool = True,
+        num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        checksum: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Writes `model.flashpack` and `config.json` into a directory, which is made if need be.
+
+        `is_main_process`: False, for all ranks but one, writes and uploads nothing.
+        `target_dtype`: what floating-point tensors are cast to; None keeps each one's dtype.
+        `push_to_hub`: uploads the directory, to `repo_id` or, without one, to a repository of the directory's name.
+        The other arguments are those of pack_to_file. `kwargs` that save_flashpack does not take are logged.
+
+        Raises FlashPackError (a ValueError) for what cannot be saved, OSError for the system's failures.
+        """
+        if not is_main_process:
+            return
+        if getattr(self, "hf_quantizer", None) is not None:
+            raise FlashPackError(f"{type(self).__name__} is quantized; its tensors alone do not make it again")
+        directory = make_directory(save_directory)
+        path = directory / FILE_NAME
+        options: dict[str, Any] = {"align_bytes": align_bytes, "silent": silent, "num_workers": num_workers, "checksum": checksum}
+        options |= known_arguments(self.save_flashpack, kwargs)
+        tensors = self.state_dict()
+        if target_dtype is None or all(tensor.is_floating_point() for tensor in tensors.values()):
+            self.save_flashpack(path, target_dtype, **options)
+        else:
+            # pack_to_file would cast counters and indices, too.
+            pack_to_file({name: _cast(tensor, target_dtype) for name, tensor in tensors.items()}, path, **options)
+        self.save_config(directory)
+        if push_to_hub:
+            upload_directory(
+                directory,
+                repo_id or directory.resolve().name,
+                token=token,
+                private=private,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+
+    @classmethod
+    def from_pretrained_flashpack(
+        cls: type[Self],
+        pretrained_model_name_or_path: StrPath,
+        device: str | torch.device | None = None,
+        *,
+        silent: bool = True,
+        strict: bool | None = None,
+        strict_params: bool = True,
+        strict_buffers: bool = False,
+        keep_flash_ref_on_model: bool = False,
+        num_streams: int = DEFAULT_NUM_STREAMS,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        ignore_names: Collection[str] | None = None,
+        ignore_prefixes: Collection[str] | None = None,
+        ignore_suffixes: Collection[str] | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        local_dir: StrPath | None = None,
+        local_dir_use_symlinks: bool = False,
+        local_files_only: bool = False,
+        cache_dir: StrPath | None = None,
+        token: str | None = None,
+        force_download: bool = False,
+        proxies: dict[str, str] | None = None,
+        use_distributed_loading: bool = False,
+        distributed_sharded: bool = False,
+        distributed_shard_strategy: str | None = None,
+        rank: int | None = None,
+        local_rank: int | None = None,
+        world_size: int | None = None,
+        coerce_dtype: bool = False,
+        mmap: bool = False,
+        verify: Verify = "auto",
+        **kwargs: Any,
+    ) -> Self:
+        """The model of a directory, or of a repository on the Hub, of which only what is needed is downloaded.
+
+        It is built from `config.json` without memory for its parameters (diffusers' own way needs accelerate; see
+        FlashPackMixin.from_flashpack for this one), gets the tensors of `model.flashpack`, and is in eval mode.
+        Floating-point parameters and buffers have the dtypes of the file, unless `dtype` asks for another.
+
+        `kwargs`: `dtype` or `torch_dtype`, which keeps in float32 what the class says must be; `device_map`, if it
+        names one device; `config`, instead of config.json; anything else overrides the config. What the class does
+        not take is logged.
+        The other arguments are those of from_flashpack and of huggingface_hub.snapshot_download.
+
+        Raises FileNotFoundError without `model.flashpack`, OSError without config.json, and what assign_from_file
+        raises.
+        """
+        directory = resolve_directory(
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            allow_patterns=(FILE_NAME, cls.config_name or "config.json"),
+            revision=revision,
+            local_dir=local_dir,
+            local_dir_use_symlinks=local_dir_use_symlinks,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+            token=token,
+            force_download=force_download,
+            proxies=proxies,
+        )
+        path = flashpack_file(directory)
+        device = one_device(device, kwargs.pop("device_map", None))
+        dtype = requested_dtype(kwargs)
+        config = kwargs.pop("config", None)
+        if config is None:
+            config = cls.load_config(directory)
+        overrides = _overrides(cls, config, kwargs)
+        model = cls.from_flashpack(
+            path,
+            device=device,
+            silent=silent,
+            strict=strict,
+            strict_params=strict_params,
+            strict_buffers=strict_buffers,
+            keep_flash_ref_on_model=keep_flash_ref_on_model,
+            ignore_names=ignore_names,
+            ignore_prefixes=ignore_prefixes,
+            ignore_suffixes=ignore_suffixes,
+            num_streams=num_streams,
+            chunk_bytes=chunk_bytes,
+            use_distributed_loading=use_distributed_loading,
+            distributed_sharded=distributed_sharded,
+            distributed_shard_strategy=distributed_shard_strategy,
+            rank=rank,
+            local_rank=local_rank,
+            world_size=world_size,
+            # _build has given the model the dtypes that are wanted.
+            coerce_dtype=coerce_dtype or dtype is not None,
+            init_fn=partial(_build, cls, config, overrides, read_footer(path), dtype),
+            mmap=mmap,
+            verify=verify,
+        )
+        model.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
+        return model
+
+    def to_json_string(self) -> str:
+        """The config, as ConfigMixin writes it, under the name of the class that is loadable without flashpack."""
+        original = original_class(type(self), FlashPackDiffusersModelMixin)
+        if original is type(self):
+            return str(super().to_json_string())
+        stand_in = original.__new__(original)
+        stand_in.register_to_config(**self.config)
+        return str(stand_in.to_json_string())
+
+
+def make_directory(path: StrPath) -> Path:
+    directory = Path(path)
+    if directory.exists() and not directory.is_dir():
+        raise FlashPackError(f"Save directory {directory} is not a directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def flashpack_file(directory: Path) -> Path:
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, f"Flashpack file {path} not found", str(path))
+    return path
+
+
+def known_arguments(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `kwargs` that `function` names. The others have always been accepted; they are logged."""
+    known = inspect.signature(function).parameters
+    dropped = sorted(kwargs.keys() - known.keys())
+    if dropped:
+        logger.warning("%s does not take %s", function.__qualname__, ", ".join(dropped))
+    return {name: value for name, value in kwargs.items() if name in known}
+
+
+def one_device(device: str | torch.device | None, device_map: Any) -> str | torch.device | None:
+    """The device that `device`, or else a device map of diffusers, stands for. "auto" and "balanced" are one GPU."""
+    if device is not None or device_map is None:
+        return device
+    if isinstance(device_map, Mapping):
+        if set(device_map) != {""}:
+            raise FlashPackError(f"device_map must name one device, as in {{'': 'cuda'}}, not {dict(device_map)}")
+        device_map = device_map[""]
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device_map)
+
+
+def requested_dtype(kwargs: dict[str, Any]) -> Any:
+    """Takes `dtype`, and `torch_dtype` as it was called, out of `kwargs`."""
+    older = kwargs.pop("torch_dtype", None)
+    dtype = kwargs.pop("dtype", None)
+    return older if dtype is None else dtype
+
+
+def _overrides(cls: Any, config: Mapping[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `kwargs` that the class takes for its config."""
+    _, unused, _ = cls.extract_init_dict(dict(config), **kwargs)
+    dropped = sorted(kwargs.keys() & unused.keys())
+    if dropped:
+        logger.warning("%s does not take %s", cls.__name__, ", ".join(dropped))
+    return {name: value for name, value in kwargs.items() if name not in dropped}
+
+
+def _build(
+    cls: Any, config: Mapping[str, Any], overrides: dict[str, Any], footer: Footer, dtype: torch.dtype | None
+) -> Any:
+    """A new model whose floating-point tensors have the dtypes that those of the file will have."""
+    stored = {entry.name: string_to_dtype(entry.dtype) for entry in footer.entries()}
+    with _default_dtype(_main_dtype(footer) if dtype is None else dtype):
+        model = cls._flashpack_builder()(config, **overrides)
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, slot in slots_of(model).items():
+        wanted = stored.get(name)
+        if wanted is not None and dtype is not None:
+            wanted = torch.float32 if kept.intersection(name.split(".")) else dtype
+        if wanted is not None and wanted.is_floating_point:
+            slot.value.data = _cast(slot.value.data, wanted)
+    return model
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _main_dtype(footer: Footer) -> torch.dtype | None:
+    """That of most elements."""
+    elems = Counter[str]()
+    for block in footer.blocks():
+        elems[block.dtype] += block.length_elems
+    return string_to_dtype(elems.most_common(1)[0][0]) if elems else None
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Tensors that constructors make, such as position tables, get the dtype, as when diffusers loads with one."""
+    before = torch.get_default_dtype()
+    if dtype in _DEFAULT_DTYPES:
+        torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,53 @@
+"""Teaching diffusers' own classes about flashpack."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import diffusers
+
+from ._components import promote
+from .auto_model import AutoFlashPackModel
+
+
+def patch_diffusers_auto_model() -> None:
+    """Makes diffusers.AutoModel do what AutoFlashPackModel does, and pipelines load models with the mixin, too.
+
+    `AutoModel.from_pretrained(..., use_flashpack=True)` and `AutoModel.from_pretrained_flashpack(...)` then load
+    flashpack files, and every model has save_pretrained_flashpack(). May be called again.
+    """
+    auto: Any = diffusers.AutoModel
+    if "from_pretrained_flashpack" in vars(auto):
+        return
+    pipeline: Any = diffusers.DiffusionPipeline
+    auto.from_pretrained = classmethod(_auto_from_pretrained(auto.from_pretrained.__func__))
+    auto.from_pretrained_flashpack = classmethod(_auto_from_pretrained_flashpack)
+    pipeline.from_pretrained = classmethod(_pipeline_from_pretrained(pipeline.from_pretrained.__func__))
+
+
+def _auto_from_pretrained(original: Any) -> Any:
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, pretrained_model_or_path: Any = None, **kwargs: Any) -> Any:
+        if kwargs.pop("use_flashpack", False):
+            return AutoFlashPackModel.from_pretrained_flashpack(pretrained_model_or_path, **kwargs)
+        return promote(original(cls, pretrained_model_or_path, **kwargs))
+
+    return from_pretrained
+
+
+def _auto_from_pretrained_flashpack(cls: Any, /, pretrained_model_or_path: Any = None, **kwargs: Any) -> Any:
+    """from_pretrained(..., use_flashpack=True)."""
+    return AutoFlashPackModel.from_pretrained_flashpack(pretrained_model_or_path, **kwargs)
+
+
+def _pipeline_from_pretrained(original: Any) -> Any:
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        pipeline = original(cls, pretrained_model_name_or_path, **kwargs)
+        for name, component in pipeline.components.items():
+            if name not in kwargs:
+                promote(component)
+        return pipeline
+
+    return from_pretrained

@@ -1,0 +1,324 @@
+"""The mixin for pipelines of diffusers."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from ..._footer import StrPath, Verify
+from ..._native import FlashPackError
+from ...constants import (
+    DEFAULT_ALIGN_BYTES,
+    DEFAULT_CHUNK_BYTES,
+    DEFAULT_NUM_STREAMS,
+    DEFAULT_NUM_WRITE_WORKERS,
+)
+from ...utils import logger
+from .._classes import PREFIX, original_class, promoted_class
+from .._hub import resolve_directory, upload_directory
+from ._components import (
+    class_named,
+    declared_classes,
+    entries_of,
+    flashpack_class,
+    has_mixin,
+    index_entry,
+    mixin_for,
+    promote,
+    read_json,
+    uncompiled,
+)
+from .model import FILE_NAME, flashpack_file, make_directory, one_device, requested_dtype
+
+INDEX_NAME = "model_index.json"
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_dir", "local_files_only", "proxies", "revision", "token")
+_WEIGHTS = frozenset({".bin", ".onnx", ".pb", ".pt", ".safetensors"})
+
+Self = TypeVar("Self", bound="FlashPackDiffusionPipeline")
+
+
+class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Adds save_pretrained_flashpack() and from_pretrained_flashpack() to a pipeline of diffusers.
+
+    `class FlashPackSD(StableDiffusionPipeline, FlashPackDiffusionPipeline): pass`. The constructor may annotate
+    components with classes that have a flashpack mixin; they are then loaded as these.
+    """
+
+    def save_pretrained_flashpack(
+        self,
+        save_directory: StrPath,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        is_main_process: bool = True,
+        align_bytes: int = DEFAULT_ALIGN_BYTES,
+        silent: bool = True,
+        num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
+        target_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        checksum: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Writes model_index.json and each component into a directory of its own.
+
+        Models with a flashpack mixin become `<component>/model.flashpack` and config.json. Everything else is saved by
+        its own save_pretrained(), which gets `safe_serialization`, `variant` and `max_shard_size` where it takes them.
+
+        `target_dtype`: one for all models with the mixin, or {component: dtype}.
+        The other arguments are those of FlashPackDiffusersModelMixin.save_pretrained_flashpack.
+        """
+        if not is_main_process:
+            return
+        components = {name: uncompiled(value) for name, value in self.components.items() if value is not None}
+        dtypes = _per_component(target_dtype, components)
+        directory = make_directory(save_directory)
+        for name, component in components.items():
+            if has_mixin(type(component)):
+                (directory / name).mkdir(exist_ok=True)
+                component.save_pretrained_flashpack(
+                    directory / name,
+                    target_dtype=dtypes.get(name),
+                    align_bytes=align_bytes,
+                    silent=silent,
+                    num_workers=num_workers,
+                    checksum=checksum,
+                    **kwargs,
+                )
+            elif hasattr(component, "save_pretrained"):
+                _save(component, directory / name, safe_serialization, variant, max_shard_size)
+            else:
+                logger.warning("%s, a %s, cannot be saved", name, type(component).__name__)
+                self.register_to_config(**{name: (None, None)})
+        self.save_config(directory)
+        if push_to_hub:
+            upload_directory(
+                directory,
+                repo_id or directory.resolve().name,
+                token=token,
+                private=private,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+
+    @classmethod
+    def from_pretrained_flashpack(
+        cls: type[Self],
+        pretrained_model_name_or_path: StrPath | None,
+        device: str | torch.device | None = None,
+        *,
+        num_streams: int = DEFAULT_NUM_STREAMS,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        ignore_names: Collection[str] | None = None,
+        ignore_prefixes: Collection[str] | None = None,
+        silent: bool = True,
+        use_distributed_loading: bool = False,
+        distributed_sharded: bool = False,
+        distributed_shard_strategy: str | None = None,
+        coerce_dtype: bool = False,
+        ignore_suffixes: Collection[str] | None = None,
+        strict: bool | None = None,
+        strict_params: bool = True,
+        strict_buffers: bool = False,
+        keep_flash_ref_on_model: bool = False,
+        mmap: bool = False,
+        verify: Verify = "auto",
+        **kwargs: Any,
+    ) -> Self:
+        """The pipeline of a directory, or of a repository on the Hub.
+
+        Components that have a `model.flashpack` are loaded from it, in the order of their names, as the class that the
+        constructor annotates or model_index.json names. Everything else is left to from_pretrained() of the pipeline.
+        FlashPackDiffusionPipeline itself takes the class of the pipeline from model_index.json.
+
+        `device`: where all components end; default: the CPU. `device_map` may name it, too.
+        `kwargs`: components that are there already, or None for those that are not wanted; `dtype` or `torch_dtype`, a
+        dtype or {component: dtype, "default": dtype}; `rank`, `local_rank`, `world_size`; what from_pretrained() takes.
+        The other arguments are those of FlashPackDiffusersModelMixin.from_pretrained_flashpack.
+
+        Raises RuntimeError "Error loading X from LIBRARY CLASS", with its cause, if a component cannot be loaded.
+        """
+        if pretrained_model_name_or_path is None:
+            raise FlashPackError("pretrained_model_name_or_path is required")
+        target = one_device(device, kwargs.pop("device_map", None))
+        options = {
+            "device": target,
+            "num_streams": num_streams,
+            "chunk_bytes": chunk_bytes,
+            "ignore_names": ignore_names,
+            "ignore_prefixes": ignore_prefixes,
+            "ignore_suffixes": ignore_suffixes,
+            "silent": silent,
+            "strict": strict,
+            "strict_params": strict_params,
+            "strict_buffers": strict_buffers,
+            "keep_flash_ref_on_model": keep_flash_ref_on_model,
+            "use_distributed_loading": use_distributed_loading,
+            "distributed_sharded": distributed_sharded,
+            "distributed_shard_strategy": distributed_shard_strategy,
+            "coerce_dtype": coerce_dtype,
+            "mmap": mmap,
+            "verify": verify,
+            **{name: kwargs.pop(name, None) for name in ("rank", "local_rank", "world_size")},
+        }
+        directory = _download(pretrained_model_name_or_path, kwargs)
+        index = read_json(directory / INDEX_NAME)
+        pipeline_class = _pipeline_class(cls, index)
+        entries = {name: entry for name, entry in entries_of(index).items() if name not in kwargs}
+        dtype = requested_dtype(dict(kwargs))
+        loaded = _load_components(pipeline_class, directory, entries, dtype, options)
+        with _understood_by_diffusers(directory, index, loaded) as understood:
+            pipeline: Self = pipeline_class.from_pretrained(understood, **loaded, **kwargs)
+        pipeline.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
+        # Components without a flashpack file are still on the CPU.
+        return pipeline if target is None or torch.device(target).type == "cpu" else pipeline.to(target)
+
+    @classmethod
+    def from_pretrained(cls: type[Self], pretrained_model_name_or_path: StrPath, **kwargs: Any) -> Self:
+        """As in diffusers; models get the classes that the constructor annotates, where these add a mixin to theirs."""
+        pipeline: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for name, declared in declared_classes(type(pipeline)).items():
+            component = getattr(pipeline, name, None)
+            if name not in kwargs and issubclass(declared, type(component)):
+                promote(component, declared)
+        return pipeline
+
+    def to_json_string(self) -> str:
+        """The config, as ConfigMixin writes it, under the names of classes that are loadable without flashpack."""
+        components = {name: uncompiled(getattr(self, name, None)) for name in entries_of(self.config)}
+        self.register_to_config(
+            **{
+                name: index_entry(type(component))
+                for name, component in components.items()
+                if has_mixin(type(component))
+            }
+        )
+        original = original_class(type(self), FlashPackDiffusionPipeline)
+        if original is type(self):
+            return str(super().to_json_string())
+        stand_in = original.__new__(original)
+        stand_in.register_to_config(**self.config)
+        return str(stand_in.to_json_string())
+
+
+def _per_component(
+    target_dtype: torch.dtype | Mapping[str, torch.dtype] | None, components: Mapping[str, Any]
+) -> dict[str, torch.dtype | None]:
+    if not isinstance(target_dtype, Mapping):
+        return dict.fromkeys(components, target_dtype)
+    unknown = sorted(target_dtype.keys() - components.keys())
+    if unknown:
+        raise FlashPackError(f"target_dtype names what is no component: {', '.join(unknown)}")
+    return dict(target_dtype)
+
+
+def _save(
+    component: Any, directory: Path, safe_serialization: bool, variant: str | None, max_shard_size: int | str | None
+) -> None:
+    """Its own save_pretrained(), with those arguments that it names."""
+    arguments: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
+    if max_shard_size is not None:
+        arguments["max_shard_size"] = max_shard_size
+    known = inspect.signature(component.save_pretrained).parameters
+    component.save_pretrained(directory, **{name: value for name, value in arguments.items() if name in known})
+
+
+def _download(path_or_repo: StrPath, arguments: Mapping[str, Any]) -> Path:
+    """The directory of a pipeline. Of a repository, a component with a flashpack file comes without other weights."""
+    hub = {name: arguments[name] for name in _HUB_ARGUMENTS if arguments.get(name) is not None}
+    directory = resolve_directory(path_or_repo, allow_patterns=("*.json", "*.flashpack", "*.py", "README.md"), **hub)
+    index = directory / INDEX_NAME
+    if Path(path_or_repo).is_dir() or not index.is_file():
+        return directory
+    others = [
+        f"{name}/*"
+        for name in entries_of(read_json(index))
+        if name not in arguments and not (directory / name / FILE_NAME).is_file()
+    ]
+    if others:
+        if directory.parent.name == "snapshots":
+            # The branch may have moved since.
+            hub["revision"] = directory.name
+        resolve_directory(path_or_repo, allow_patterns=others, **hub)
+    return directory
+
+
+def _pipeline_class(cls: type[Self], index: Mapping[str, Any]) -> Any:
+    if cls is not FlashPackDiffusionPipeline:
+        return cls
+    name = index.get("_class_name")
+    original = getattr(diffusers, name.removeprefix(PREFIX), None) if isinstance(name, str) else None
+    if original is None:
+        raise FlashPackError(f"diffusers has no pipeline {name}: call from_pretrained_flashpack() of its class")
+    return promoted_class(original, FlashPackDiffusionPipeline)
+
+
+def _load_components(
+    pipeline_class: Any,
+    directory: Path,
+    entries: Mapping[str, tuple[str, str]],
+    dtype: Any,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Those of `entries` that have a flashpack file. All ranks of a group load them in one order."""
+    declared = declared_classes(pipeline_class)
+    loaded = {}
+    for name, (library, class_name) in entries.items():
+        wanted = dtype.get(name, dtype.get("default")) if isinstance(dtype, Mapping) else dtype
+        try:
+            if (directory / name / FILE_NAME).is_file():
+                cls: Any = declared.get(name) or flashpack_class(class_named(library, class_name))
+                arguments = options if wanted is None else {**options, "dtype": wanted}
+                loaded[name] = cls.from_pretrained_flashpack(directory / name, **arguments)
+            elif _lacks_weights(directory / name, library, class_name):
+                flashpack_file(directory / name)
+        except Exception as error:
+            raise RuntimeError(f"Error loading {name} from {library} {class_name}") from error
+    return loaded
+
+
+def _lacks_weights(directory: Path, library: str, class_name: str) -> bool:
+    """Whether this is a model, and nothing in its directory can be its weights."""
+    if not directory.is_dir() or any(path.suffix in _WEIGHTS for path in directory.iterdir()):
+        return False
+    try:
+        return mixin_for(class_named(library, class_name)) is not None
+    except FlashPackError:
+        return False
+
+
+@contextmanager
+def _understood_by_diffusers(
+    directory: Path, index: Mapping[str, Any], components: Mapping[str, Any]
+) -> Iterator[Path]:
+    """`directory`, or a stand-in for it if its index names classes that diffusers does not find.
+
+    flashpack 0.4.5 wrote the names of its own classes.
+    """
+    names = {name: index_entry(type(component)) for name, component in components.items()}
+    for name, (library, class_name) in entries_of(index).items():
+        if name not in names and class_name.startswith(PREFIX):
+            names[name] = index_entry(class_named(library, class_name))
+    if all(tuple(index[name]) == entry for name, entry in names.items()):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="flashpack-") as stand_in:
+        for path in directory.resolve().iterdir():
+            if path.name != INDEX_NAME:
+                Path(stand_in, path.name).symlink_to(path)
+        Path(stand_in, INDEX_NAME).write_text(json.dumps({**index, **names}))
+        yield Path(stand_in)
