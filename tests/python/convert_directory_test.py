@@ -103,7 +103,9 @@ def write_pipeline(directory, weights=None):
 
 def test_a_pipeline_converts_to_one_file_for_each_of_its_models(tmp_path):
     write_pipeline(tmp_path / "source")
+    write_model(tmp_path / "outside", {"model.safetensors": STATE})
     commands.convert_to_flashpack(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "outside" / "model.flashpack").exists()
     found = names_in(tmp_path / "out")
     assert [name for name in found if name.endswith((".flashpack", "config.json")) and "generation" not in name] == [
         "scheduler/scheduler_config.json",

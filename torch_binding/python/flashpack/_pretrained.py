@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ def build_model(
         cls = _class_of(library, class_name.removeprefix("FlashPack"))
     else:
         cls = _own_class(library, read_json(home / "config.json"))
-    keywords = {_dtype_keyword(cls): _dtype_of(checkpoint), "variant": variant, "output_loading_info": True, **kwargs}
+    dtype = "torch_dtype" if cls.__module__.startswith("diffusers") else "dtype"
+    keywords = {dtype: _dtype_of(checkpoint), "variant": variant, "output_loading_info": True, **kwargs}
     # A component need not have the variant that its pipeline has.
     if variant is not None and variant not in checkpoint.name.split("."):
         del keywords["variant"]
@@ -72,14 +72,6 @@ def _class_of(library: str, name: str) -> Any:
     if cls is None:
         raise FlashPackError(f"{name} of {library} is not known to diffusers {diffusers.__version__} or transformers")
     return cls
-
-
-def _dtype_keyword(cls: type) -> str:
-    """What from_pretrained() of `cls` calls it."""
-    if cls.__module__.startswith("diffusers"):
-        return "torch_dtype"
-    major, minor = version("transformers").split(".")[:2]
-    return "dtype" if (int(major), int(minor)) >= (4, 56) else "torch_dtype"
 
 
 def _dtype_of(checkpoint: Path) -> torch.dtype:
