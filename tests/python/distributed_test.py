@@ -170,8 +170,15 @@ def test_the_mixin_loads_on_all_ranks(ranks, pack):
     assert ranks(load_with_mixin, [str(pack(source)), NOWHERE]) == [plain(source.state_dict())] * 2
 
 
+def with_large_a(seed):
+    """What is wanted of it is not read by the way with something else."""
+    model = Model(seed)
+    model.a = torch.nn.Parameter(random_tensor((1 << 20,), torch.float32, seed))
+    return model
+
+
 def assign_ignoring(rank, path, ignored):
-    model = Model(rank + 1)
+    model = with_large_a(rank + 1)
     untouched = {name: plain({name: tensor})[name] for name, tensor in model.state_dict().items()}
     flashpack.assign_from_file(model, path, use_distributed_loading=True, ignore_names=ignored[rank])
     loaded = plain(model.state_dict())
@@ -180,8 +187,8 @@ def assign_ignoring(rank, path, ignored):
 
 
 def test_ranks_may_want_different_tensors_of_the_file(ranks, pack):
-    source = plain(Model().state_dict())
-    first, second = ranks(assign_ignoring, str(pack(Model())), [["a"], ["b", "count"]])
+    source = plain(with_large_a(0).state_dict())
+    first, second = ranks(assign_ignoring, str(pack(with_large_a(0))), [["a"], ["b", "count"]])
     assert first == {"b": source["b"], "count": source["count"]}
     assert second == {"a": source["a"]}
 
@@ -387,6 +394,12 @@ def test_a_rank_or_world_size_of_zero_is_a_value_and_goes_before_the_environment
     calls.clear()
     utils.maybe_init_distributed(world_size=0)
     assert calls == []
+
+
+def test_assign_from_file_makes_the_group_that_its_arguments_tell_of(launch, pack):
+    calls = launch(False)
+    flashpack.assign_from_file(Model(), pack(Model()), use_distributed_loading=True, rank=1, world_size=2)
+    assert calls == [("gloo", {"init_method": "env://", "rank": 1, "world_size": 2})]
 
 
 def test_a_group_that_is_there_is_used(alone, launch):
