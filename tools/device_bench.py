@@ -81,9 +81,10 @@ class Rooflines:
     """The least that has to be done for a load, each part by itself. Bytes and seconds."""
 
     def __init__(self, folder: Path) -> None:
-        from flashpack._native import Engine
+        from flashpack._native import Engine, read_footer
 
         self.path = folder / "model.flashpack"
+        self.footer = read_footer(self.path)
         self.size_bytes = self.path.stat().st_size // mmap.PAGESIZE * mmap.PAGESIZE
         self.engine = Engine()
         self.memory = mmap.mmap(-1, self.size_bytes)
@@ -95,7 +96,7 @@ class Rooflines:
 
     def disk(self) -> tuple[int, float]:
         extents = [(0, self.size_bytes, self.target.data_ptr())]
-        return self.size_bytes, seconds_of(lambda: self.engine.load(self.path, extents, cache="direct"))
+        return self.size_bytes, seconds_of(lambda: self.engine.load(self.path, extents, self.footer, "never", "direct"))
 
     def memcpy(self) -> tuple[int, float]:
         threads = min(8, os.cpu_count() or 1)
