@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -337,6 +338,12 @@ def test_nccl_alone_moves_nothing_but_cuda_memory(alone, pack, monkeypatch):
         flashpack.read_flashpack_file_distributed(pack(Model()), device="cpu")
     with pytest.raises(ValueError, match="NCCL backend needs a cuda device, got cpu"):
         flashpack.assign_from_file(Model(), pack(Model()), use_distributed_loading=True)
+
+
+def test_arguments_come_in_the_order_that_positional_callers_rely_on():
+    parameters = inspect.signature(flashpack.read_flashpack_file_distributed).parameters
+    assert " ".join(parameters) == "path device src chunk_bytes num_streams silent metadata sharded shard_strategy"
+    assert parameters["device"].default == "cuda"
 
 
 def test_without_a_process_group_there_is_no_distributed_read(pack):

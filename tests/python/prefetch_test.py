@@ -131,7 +131,7 @@ def until_stopped(monkeypatch):
     def send(sink, source, offset, size):
         steps.append(size)
         if not (given.wait(60) and handles[0]._stop.wait(60)):
-            raise OSError(errno.ETIME, "nobody has cancelled")
+            raise OSError(errno.ETIME, "told to go on")
         return size
 
     def give(handle):
