@@ -252,27 +252,28 @@ TEST_F(CrashTest, WhatALivingProcessWritesIsLeftToIt) {
   for (const int fd : {ready[0], go_on[0], go_on[1]}) ::close(fd);
 }
 
-// Between the creation of a file and its lock another writer takes it for one that was left.
-TEST_F(CrashTest, AFileThatIsRemovedBeforeItIsLockedIsMadeAgain) {
-  for (const bool still_locked : {true, false}) {
+// Between the creation of a file and its lock another writer takes it for one that was left. It has removed it when the
+// lock is tried, or holds the lock then and removes it later.
+TEST_F(CrashTest, AFileThatIsTakenForALeftoverBeforeItIsLockedIsMadeAgain) {
+  for (const bool removed_later : {true, false}) {
     testing::write_file(path_, file_of(1));
     const int status = run_in_child([&] {
-      bool first = true;
-      const auto other_writer = [&](const seccomp_data&) {
-        if (!std::exchange(first, false)) return 0;
-        if (still_locked) return EWOULDBLOCK;
+      std::vector<std::filesystem::path> taken;
+      const auto other_writer = [&](const seccomp_data& call) {
+        const bool first = taken.empty();
         for (const auto& entry : std::filesystem::directory_iterator(dir_.path())) {
-          if (entry.path().extension() == ".tmp") std::filesystem::remove(entry.path());
+          if (first && entry.path().extension() == ".tmp") taken.push_back(entry.path());
         }
+        if (first && removed_later) return EWOULDBLOCK;
+        if (first || call.nr != SYS_flock) std::filesystem::remove(taken.front());
         return 0;
       };
       Engine engine(small_engine());
-      if (!testing::intercept_syscalls({SYS_flock}, other_writer)) return kSkip;
-      const int outcome = outcome_of_save(engine, path_, 2, 0);
-      return first ? kNotReached : outcome;
+      if (!testing::intercept_syscalls({SYS_flock, SYS_renameat, SYS_renameat2}, other_writer)) return kSkip;
+      return outcome_of_save(engine, path_, 2, 0);
     });
     if (status == kSkip) GTEST_SKIP() << "seccomp cannot notify here";
-    EXPECT_EQ(status, 0);
+    EXPECT_EQ(status, 0) << removed_later;
     EXPECT_EQ(version(), 2u);
     EXPECT_EQ(entries(), 1u);
   }
