@@ -36,7 +36,12 @@ struct WriterOptions {
 /// Writes a new file beside `path` and puts it in place whole.
 ///
 /// Until commit() returns, `path` is what it was before. The destructor without commit aborts: temporary file gone, old
-/// file untouched. Made by Engine::create(), which must outlive it.
+/// file untouched. What a process leaves that is killed meanwhile, `.NAME.<random>.tmp`, is removed by the next writer
+/// for the same path, except where the file system has no flock(2). Made by Engine::create(), which must outlive it.
+///
+/// A symbolic link is followed, also to what does not exist yet. The new file has the permissions of the one that it
+/// replaces and, where this process may give them, its group and owner; not its ACL, other names (hard links) or
+/// extended attributes. Only regular files are replaced.
 ///
 /// Thread safety: distinct writers are independent; one writer is used by one thread at a time.
 class FileWriter {

@@ -1,6 +1,7 @@
 // Saves by processes that are killed, and by those whose system calls fail.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -14,6 +15,7 @@
 #include <optional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "flashpack/engine.h"
@@ -202,6 +204,7 @@ TEST_F(CrashTest, KillsAtRandomMomentsLeaveOneOfTheVersionsAndTheNextRunCleansUp
   for (int kill = 0; kill < 100; ++kill) {
     const pid_t child = ::fork();
     if (child == 0) {
+      ::prctl(PR_SET_PDEATHSIG, SIGKILL);
       const Backend backend = kill % 2 ? Backend::kWorkers : Backend::kAuto;
       Engine engine(small_engine(backend));
       for (unsigned i = 0;; ++i) save(engine, path_, 1 + i % 3);
@@ -224,6 +227,7 @@ TEST_F(CrashTest, WhatALivingProcessWritesIsLeftToIt) {
   ASSERT_EQ(::pipe(go_on), 0);
   const pid_t other = ::fork();
   if (other == 0) {
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     Engine engine(small_engine());
     const auto payload = payload_of(2);
     FileWriter writer = engine.create(path_, {.payload_bytes = payload.size()});
@@ -233,6 +237,7 @@ TEST_F(CrashTest, WhatALivingProcessWritesIsLeftToIt) {
     writer.commit(tail_of(2));
     ::_exit(0);
   }
+  ::close(ready[1]);
   char byte = 0;
   ASSERT_EQ(::read(ready[0], &byte, 1), 1);
   EXPECT_EQ(save_in_child(3), 0);
@@ -244,6 +249,51 @@ TEST_F(CrashTest, WhatALivingProcessWritesIsLeftToIt) {
   EXPECT_EQ(status, 0);
   EXPECT_EQ(version(), 2u);
   EXPECT_EQ(entries(), 1u);
+  for (const int fd : {ready[0], go_on[0], go_on[1]}) ::close(fd);
+}
+
+// Between the creation of a file and its lock another writer takes it for one that was left. It has removed it when the
+// lock is tried, or holds the lock then and removes it later.
+TEST_F(CrashTest, AFileThatIsTakenForALeftoverBeforeItIsLockedIsMadeAgain) {
+  for (const bool removed_later : {true, false}) {
+    testing::write_file(path_, file_of(1));
+    const int status = run_in_child([&] {
+      std::vector<std::filesystem::path> taken;
+      const auto other_writer = [&](const seccomp_data& call) {
+        const bool first = taken.empty();
+        for (const auto& entry : std::filesystem::directory_iterator(dir_.path())) {
+          if (first && entry.path().extension() == ".tmp") taken.push_back(entry.path());
+        }
+        if (first && removed_later) return EWOULDBLOCK;
+        if (first || call.nr != SYS_flock) std::filesystem::remove(taken.front());
+        return 0;
+      };
+      Engine engine(small_engine());
+      if (!testing::intercept_syscalls({SYS_flock, SYS_renameat, SYS_renameat2}, other_writer)) return kSkip;
+      return outcome_of_save(engine, path_, 2, 0);
+    });
+    if (status == kSkip) GTEST_SKIP() << "seccomp cannot notify here";
+    EXPECT_EQ(status, 0) << removed_later;
+    EXPECT_EQ(version(), 2u);
+    EXPECT_EQ(entries(), 1u);
+  }
+}
+
+TEST_F(CrashTest, ASignalInTheMiddleOfACallIsNoError) {
+  for (const long number : {SYS_fallocate, SYS_pwrite64, SYS_ftruncate, SYS_fdatasync, SYS_fsync}) {
+    testing::write_file(path_, file_of(1));
+    const int status = run_in_child([&] {
+      unsigned calls = 0;
+      Engine engine(small_engine());
+      if (!testing::intercept_syscalls({number}, [&](const seccomp_data&) { return calls++ < 2 ? EINTR : 0; }))
+        return kSkip;
+      const int outcome = outcome_of_save(engine, path_, 2, 0);
+      return calls < 3 ? kNotReached : outcome;
+    });
+    if (status == kSkip) GTEST_SKIP() << "seccomp cannot notify here";
+    EXPECT_EQ(status, 0) << number;
+    EXPECT_EQ(version(), 2u) << number;
+  }
 }
 
 // One system call fails whenever it is made.
@@ -290,6 +340,17 @@ TEST_F(DeniedTest, WhatAFileSystemDoesNotHaveIsDoneWithout) {
     EXPECT_EQ(version(), 2u) << number;
     EXPECT_EQ(entries(), 1u) << number;
   }
+}
+
+TEST_F(DeniedTest, WhatIsNeitherReservedNorWrittenReadsAsZeros) {
+  const int status = run_in_child([&] {
+    Engine engine(small_engine());
+    if (!testing::deny_syscall(SYS_fallocate, EOPNOTSUPP)) return kSkip;
+    engine.create(path_, {.payload_bytes = 5000}).commit();
+    return 0;
+  });
+  if (status == kSkip) GTEST_SKIP() << "seccomp filters are not allowed here";
+  EXPECT_EQ(testing::read_file(path_), std::vector<std::byte>(5000));
 }
 
 TEST_F(DeniedTest, WhereNothingCanBeLockedWhatWasLeftStays) {
@@ -370,7 +431,11 @@ TEST_P(FullDiskTest, WhatDoesNotFitIsAnErrorAndItsSpaceIsGivenBack) {
       if (!can_reserve && !testing::deny_syscall(SYS_fallocate, EOPNOTSUPP)) return kSkip;
       Engine full = engine();
       const std::vector<std::function<void()>> ways = {
-          [&] { full.create(path_, {.payload_bytes = much.size()}).write({{0, much.size(), much.data()}}); },
+          [&] {
+            FileWriter writer = full.create(path_, {.payload_bytes = much.size()});
+            // Where space can be reserved, it is an error already.
+            if (!can_reserve) writer.write({{0, much.size(), much.data()}});
+          },
           [&] { full.create(path_).write({{0, much.size(), much.data()}}); }, [&] { full.create(path_).commit(much); }};
       for (const auto& way : ways) {
         if (const int wrong = fails({ENOSPC}, way)) return wrong;
