@@ -86,7 +86,8 @@ def publish(result: Mapping[str, Any], text: str, out: Path | None) -> None:
 
 def decoder_tensors(size_gib: float) -> Tensors:
     """Those of a decoder in bfloat16, the same every time; at least so many bytes."""
-    width, tensors = 4096, {}
+    width = 4096
+    tensors: Tensors = {}
     shapes = {"q": (width, width), "k": (width // 4, width), "up": (3 * width, width), "norm": (width,)}
     # Making random numbers takes longer than loading them: all tensors are parts of one block, each from elsewhere.
     generator = torch.Generator().manual_seed(0)
