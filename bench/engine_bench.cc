@@ -8,6 +8,8 @@
 #include <filesystem>
 #include <functional>
 #include <iostream>
+#include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,6 +21,7 @@
 #include "bench/support/roofline.h"
 #include "flashpack/engine.h"
 #include "flashpack/file_writer.h"
+#include "flashpack/verify.h"
 
 namespace flashpack::bench {
 namespace {
@@ -35,11 +38,16 @@ struct Setup {
   HugeMemory& touched;
 };
 
-/// One way of getting the file into memory, or out of it.
+/// One way of getting the file into memory, or out of it. The first of several is what a line is about, one with a name
+/// is shown under it, and the fastest of the others is the roofline.
 struct Contender {
   std::function<void(std::byte*)> run;
   Series series;
+  std::string name = {};
 };
+
+/// One turn of a contender, with what has to be prepared for it.
+using Turn = std::function<Sample(const Contender&)>;
 
 void prepare(const Checkpoint& checkpoint, Cache cache) {
   constexpr std::uint64_t kStripeBytes = std::uint64_t{64} << 20;
@@ -100,29 +108,43 @@ std::string describe(const TransferStats& stats) {
   };
   std::string text = to_string(stats.backend);
   text += ", direct " + percent(stats.direct_bytes) + ", staged " + percent(stats.staged_bytes);
+  if (stats.verified_bytes > 0) text += ", verified " + percent(stats.verified_bytes);
   return stats.fallback_reason.empty() ? text : text + ", " + stats.fallback_reason;
 }
 
+const Series& roofline(const std::vector<Contender>& all) {
+  const Contender* best = nullptr;
+  for (const Contender& other : std::span(all).subspan(1)) {
+    if (!other.name.empty()) continue;
+    if (!best || other.series.gb_per_s() > best->series.gb_per_s()) best = &other;
+  }
+  return best->series;
+}
+
 void report(benchmark::State& state, const std::vector<Contender>& all, const TransferStats& stats) {
-  const Series& ours = all.front().series;
-  const auto slower = [](const Contender& a, const Contender& b) { return a.series.gb_per_s() < b.series.gb_per_s(); };
-  const Series& roof = std::max_element(all.begin() + 1, all.end(), slower)->series;
-  state.counters["GB/s"] = ours.gb_per_s();
-  state.counters["cpu_s/GB"] = ours.cpu_s_per_gb();
+  const Series& roof = roofline(all);
+  const auto show = [&](const std::string& name, const Series& series) {
+    state.counters[name + "GB/s"] = series.gb_per_s();
+    state.counters[name + "cpu_s/GB"] = series.cpu_s_per_gb();
+    state.counters[name + "of_roof"] = series.gb_per_s() / roof.gb_per_s();
+  };
+  show("", all.front().series);
   state.counters["roof_GB/s"] = roof.gb_per_s();
   state.counters["roof_cpu_s/GB"] = roof.cpu_s_per_gb();
-  state.counters["of_roof"] = ours.gb_per_s() / roof.gb_per_s();
-  state.counters["spread"] = ours.spread();
+  for (const Contender& other : all) {
+    if (!other.name.empty()) show(other.name + "_", other.series);
+  }
+  state.counters["spread"] = all.front().series.spread();
   state.SetLabel(describe(stats));
 }
 
 // Each round another one goes first, so that none always profits from its place.
-void run_rounds(benchmark::State& state, const Setup& setup, std::vector<Contender>& all, Cache cache, Memory memory) {
+void run_rounds(benchmark::State& state, std::vector<Contender>& all, const Turn& turn) {
   std::size_t round = 0;
   for (auto _ : state) {
     for (std::size_t i = 0; i < all.size(); ++i) {
       Contender& contender = all[(round + i) % all.size()];
-      const Sample sample = run_once(setup, contender, cache, memory);
+      const Sample sample = turn(contender);
       contender.series.add(sample);
       if (&contender == &all.front()) state.SetIterationTime(sample.seconds);
     }
@@ -136,7 +158,7 @@ void bench_in_turns(benchmark::State& state, const Setup& setup, std::vector<Con
   setup.touched.touch();
   run_once(setup, all.front(), cache, Memory::kTouched);
   setup.checkpoint.check(setup.touched.data() + offset);
-  run_rounds(state, setup, all, cache, memory);
+  run_rounds(state, all, [&](const Contender& contender) { return run_once(setup, contender, cache, memory); });
   report(state, all, stats);
 }
 
@@ -168,37 +190,94 @@ void bench_through_slots(benchmark::State& state, const Setup& setup) {
   bench_in_turns(state, setup, {{beside, none}, {in_place, none}}, stats, Cache::kCold, Memory::kTouched, kOddBytes);
 }
 
-// A durable file of what is in memory. Each time a new one, because replacing one costs the freeing of its blocks.
-void bench_store(benchmark::State& state, const Setup& setup) {
+// What it costs to hold what is read against the file's checksums.
+void bench_verified(benchmark::State& state, const Setup& setup, Cache cache) {
   const Checkpoint& checkpoint = setup.checkpoint;
-  const std::uint64_t size = checkpoint.metadata().payload_bytes;
-  auto path = checkpoint.path();
-  path += ".stored";
   TransferStats stats;
-  const auto ours = [&](std::byte* source) {
-    FileWriter writer = setup.engine.create(path, {.payload_bytes = size});
-    stats = writer.write({{0, size, source}});
-    writer.commit();
+  const Series none(checkpoint.metadata().payload_bytes);
+  const auto verified = [&](std::byte* target) {
+    LoadRequest request = checkpoint.request(target);
+    request.files.front().checksums = checksums_for(checkpoint.metadata(), Verify::kAlways, checkpoint.path());
+    stats = setup.engine.load(std::move(request));
   };
-  const auto raw = [&](std::byte* source) { write_direct(path, std::span(source, size)); };
-  std::vector<Contender> all{{ours, Series(size)}, {raw, Series(size)}};
-  setup.engine.load(checkpoint.request(setup.touched.data()));
-  ours(setup.touched.data());
-  const HugeMemory stored(setup.touched.bytes().size());
-  setup.engine.load({.files = {{.path = path, .extents = {{0, size, stored.data()}}}}});
-  checkpoint.check(stored.data());
-  std::filesystem::remove(path);
-  std::size_t round = 0;
-  for (auto _ : state) {
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      Contender& contender = all[(round + i) % all.size()];
-      const Sample sample = measure([&] { contender.run(setup.touched.data()); });
-      contender.series.add(sample);
-      if (&contender == &all.front()) state.SetIterationTime(sample.seconds);
-      std::filesystem::remove(path);
+  const auto plain = [&](std::byte* target) { setup.engine.load(checkpoint.request(target)); };
+  bench_in_turns(state, setup, {{verified, none}, {plain, none}}, stats, cache);
+}
+
+// Replacing a file costs the freeing of its blocks, too.
+enum class Place { kNew, kTaken };
+
+/// Where the checkpoint is stored; the file goes with it.
+class Store {
+ public:
+  explicit Store(const Setup& setup) : setup_(setup), path_(setup.checkpoint.path()) { path_ += ".stored"; }
+  Store(const Store&) = delete;
+  Store& operator=(const Store&) = delete;
+  ~Store() { remove(); }
+
+  TransferStats by_engine(const std::byte* source, bool checksums) const {
+    Metadata metadata = setup_.checkpoint.metadata();
+    std::vector<SourceExtent> extents;
+    for (const TensorRecord& record : metadata.records) {
+      const std::uint64_t offset = metadata.offset_bytes(record);
+      extents.push_back({offset, metadata.size_bytes(record), source + offset});
     }
-    ++round;
+    FileWriter writer = setup_.engine.create(path_, {.payload_bytes = metadata.payload_bytes, .checksums = checksums});
+    const TransferStats stats = writer.write(std::move(extents));
+    metadata.checksums = checksums ? std::optional(writer.checksums()) : std::nullopt;
+    const std::string footer = encode_footer(metadata);
+    writer.commit(std::as_bytes(std::span(footer)));
+    return stats;
   }
+
+  // Also replaces a file whole.
+  void by_roofline(std::byte* source) const {
+    auto unnamed = path_;
+    unnamed += ".new";
+    write_direct(unnamed, std::span(source, setup_.checkpoint.metadata().payload_bytes));
+    std::filesystem::rename(unnamed, path_);
+  }
+
+  // Checksums included. Overwrites the touched memory.
+  void check() const {
+    const Checkpoint stored(path_, 0, true);
+    LoadRequest request = stored.request(setup_.touched.data());
+    request.files.front().checksums = checksums_for(stored.metadata(), Verify::kAlways, path_);
+    setup_.engine.load(std::move(request));
+    setup_.checkpoint.check(setup_.touched.data());
+  }
+
+  void remove() const noexcept {
+    std::error_code ignored;
+    std::filesystem::remove(path_, ignored);
+  }
+
+ private:
+  const Setup& setup_;
+  std::filesystem::path path_;
+};
+
+// A durable file of what is in memory, `offset` bytes from where the disk would take it in place.
+void bench_store(benchmark::State& state, const Setup& setup, Place place, std::size_t offset = 0) {
+  const Checkpoint& checkpoint = setup.checkpoint;
+  const Store store(setup);
+  std::byte* const source = setup.touched.data() + offset;
+  setup.touched.touch();
+  setup.engine.load(checkpoint.request(source));
+  store.by_engine(source, true);
+  store.check();
+  setup.engine.load(checkpoint.request(source));
+
+  TransferStats stats;
+  const Series none(checkpoint.metadata().payload_bytes);
+  std::vector<Contender> all;
+  all.push_back({[&](std::byte*) { stats = store.by_engine(source, false); }, none});
+  all.push_back({[&](std::byte* memory) { store.by_roofline(memory); }, none});
+  all.push_back({[&](std::byte*) { store.by_engine(source, true); }, none, "checksums"});
+  run_rounds(state, all, [&](const Contender& contender) {
+    if (place == Place::kNew) store.remove();
+    return measure([&] { contender.run(setup.touched.data()); });
+  });
   report(state, all, stats);
 }
 
@@ -231,7 +310,17 @@ void register_all(const Setup& setup, int rounds) {
   add_load("load/half_resident/stripes", Cache::kStripes, Memory::kTouched);
   add("load/cold/workers_beside_ring", [&](benchmark::State& state) { bench_workers(state, setup); });
   add("load/cold/through_slots_beside_in_place", [&](benchmark::State& state) { bench_through_slots(state, setup); });
-  add("store/durable", [&](benchmark::State& state) { bench_store(state, setup); });
+  const auto add_verified = [&](const char* name, Cache cache) {
+    add(name, [&setup, cache](benchmark::State& state) { bench_verified(state, setup, cache); });
+  };
+  add_verified("load/cold/verified_beside_not", Cache::kCold);
+  add_verified("load/page_cache/verified_beside_not", Cache::kResident);
+  const auto add_store = [&](const char* name, Place place, std::size_t offset) {
+    add(name, [&setup, place, offset](benchmark::State& state) { bench_store(state, setup, place, offset); });
+  };
+  add_store("store/durable/new_file", Place::kNew, 0);
+  add_store("store/durable/replaced_file", Place::kTaken, 0);
+  add_store("store/durable/through_slots", Place::kNew, kOddBytes);
   benchmark::RegisterBenchmark("engine/start", bench_start)->UseRealTime()->Unit(benchmark::kMillisecond);
 }
 

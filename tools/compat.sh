@@ -25,7 +25,7 @@ for name in "$@"; do
   [[ -n ${requirements[$name]:-} ]] || { usage >&2 && exit 2; }
 done
 
-install_packages pkg-config >/dev/null || exit 1
+install_packages >/dev/null || exit 1
 make_venv || exit 1
 results=$root/.cache/compat
 rm -rf "$results"

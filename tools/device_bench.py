@@ -7,12 +7,10 @@ checksum of the source tensors. A contender that is not installed is named and l
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,22 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import Contender, Tensors, checksum, decoder_tensors, in_turns, publish, serve
 from page_cache import drop_from_page_cache, warm
 
 DEVICE = "cuda:0"
-Tensors = dict[str, torch.Tensor]
-
-
-def checksum(tensors: Tensors) -> int:
-    """Of names, places and bytes; computed where the tensors are."""
-    total = 0
-    for name in sorted(tensors):
-        words = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
-        if words.numel() % 4 == 0 and words.data_ptr() % 4 == 0:
-            words = words.view(torch.int32)
-        weights = torch.arange(1, words.numel() + 1, dtype=torch.int64, device=words.device)
-        total = (total * 1_000_003 + int((words.to(torch.int64) * weights).sum()) + sum(name.encode())) % (1 << 64)
-    return total
 
 
 @contextmanager
@@ -81,9 +67,10 @@ class Rooflines:
     """The least that has to be done for a load, each part by itself. Bytes and seconds."""
 
     def __init__(self, folder: Path) -> None:
-        from flashpack._native import Engine
+        from flashpack._native import Engine, read_footer
 
         self.path = folder / "model.flashpack"
+        self.footer = read_footer(self.path)
         self.size_bytes = self.path.stat().st_size // mmap.PAGESIZE * mmap.PAGESIZE
         self.engine = Engine()
         self.memory = mmap.mmap(-1, self.size_bytes)
@@ -95,7 +82,7 @@ class Rooflines:
 
     def disk(self) -> tuple[int, float]:
         extents = [(0, self.size_bytes, self.target.data_ptr())]
-        return self.size_bytes, seconds_of(lambda: self.engine.load(self.path, extents, cache="direct"))
+        return self.size_bytes, seconds_of(lambda: self.engine.load(self.path, extents, self.footer, "never", "direct"))
 
     def memcpy(self) -> tuple[int, float]:
         threads = min(8, os.cpu_count() or 1)
@@ -143,55 +130,34 @@ def work(name: str, folder: Path) -> None:
     torch.cuda.init()
     torch.ones(1, device=DEVICE)
     rooflines = Rooflines(folder) if name == "rooflines" else None
-    for line in sys.stdin:
-        job = line.strip()
+
+    def answer(job: str) -> dict[str, Any]:
         if rooflines is not None:
             size_bytes, seconds = getattr(rooflines, job)()
-            answer = {"bytes": size_bytes, "seconds": seconds}
-        else:
+            return {"bytes": size_bytes, "seconds": seconds}
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        with LOADERS[name](folder) as tensors:
             torch.cuda.synchronize()
-            started = time.perf_counter()
-            with LOADERS[name](folder) as tensors:
-                torch.cuda.synchronize()
-                seconds = time.perf_counter() - started
-                size_bytes = sum(tensor.nbytes for tensor in tensors.values())
-                answer = {"bytes": size_bytes, "seconds": seconds, "checksum": checksum(tensors)}
-            del tensors
-            torch.cuda.empty_cache()
-        print(json.dumps(answer), flush=True)
+            seconds = time.perf_counter() - started
+            size_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            result = {"bytes": size_bytes, "seconds": seconds, "checksum": checksum(tensors)}
+        del tensors
+        torch.cuda.empty_cache()
+        return result
+
+    serve(answer)
 
 
-class Contender:
+class Loader(Contender):
     def __init__(self, name: str, folder: Path, packages: Path | None) -> None:
-        self.name = name
         self.rates: dict[str, list[float]] = {}
-        self.failure: str | None = None
         environment = dict(os.environ)
         own = packages / name if packages is not None else None
         if own is not None and own.is_dir():
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(own), os.environ.get("PYTHONPATH")]))
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name, "--dir", str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def ask(self, job: str) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(job + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} died with status {self.process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        command = [sys.executable, __file__, "--worker", name, "--dir", str(folder)]
+        super().__init__(name, command, environment, ours=name in OURS)
 
 
 def make_checkpoint(folder: Path, size_gib: float) -> int:
@@ -199,16 +165,7 @@ def make_checkpoint(folder: Path, size_gib: float) -> int:
     import flashpack
     from safetensors.torch import save_file
 
-    width, tensors = 4096, {}
-    shapes = {"q": (width, width), "k": (width // 4, width), "up": (3 * width, width), "norm": (width,)}
-    generator = torch.Generator().manual_seed(0)
-    layer, size_bytes = 0, 0
-    while size_bytes < size_gib * (1 << 30):
-        for part, shape in shapes.items():
-            raw = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, generator=generator)
-            tensors[f"layers.{layer}.{part}"] = raw.view(torch.bfloat16)
-            size_bytes += raw.nbytes
-        layer += 1
+    tensors = decoder_tensors(size_gib)
     flashpack.pack_to_file(tensors, folder / "model.flashpack", target_dtype=None)
     save_file(tensors, folder / "model.safetensors")
     return checksum(tensors)
@@ -231,36 +188,28 @@ def prepare(path: Path, state: str) -> None:
         raise RuntimeError(f"{left:.1%} of {path} could not be dropped from the page cache")
 
 
-def measure(contenders: list[Contender], rooflines: Contender, folder: Path, rounds: int, expected: int) -> None:
+def measure(contenders: list[Loader], rooflines: Loader, folder: Path, rounds: int, expected: int) -> None:
     files = [folder / "model.flashpack", folder / "model.safetensors"]
     for state, parts in ROOFLINES.items():
-        # The first round pays for what happens once in a process, and is not counted.
-        for turn in range(rounds + 1):
-            jobs = [(rooflines, part) for part in parts] + [(contender, "load") for contender in contenders]
-            for contender, job in jobs[turn % len(jobs) :] + jobs[: turn % len(jobs)]:
-                for path in files:
-                    prepare(path, state)
-                if contender.failure is None:
-                    take_turn(contender, job, state, expected, counts=turn > 0)
+        jobs = [(rooflines, part) for part in parts] + [(contender, "load") for contender in contenders]
+        for (contender, job), counts in in_turns(jobs, rounds):
+            for path in files:
+                prepare(path, state)
+            take_turn(contender, job, state, expected, counts)
 
 
-def take_turn(contender: Contender, job: str, state: str, expected: int, counts: bool) -> None:
-    """A peer that fails is out, with its reason; our own failure ends the measurement."""
-    try:
-        answer = contender.ask(job)
+def take_turn(contender: Loader, job: str, state: str, expected: int, counts: bool) -> None:
+    def check(answer: dict[str, Any]) -> None:
         if job == "load" and answer["checksum"] != expected:
             raise RuntimeError(f"{contender.name} brought wrong bytes to the device ({state})")
-    except RuntimeError as error:
-        if contender.name in OURS:
-            raise
-        contender.failure = str(error)
-        return
-    if counts:
+
+    answer = contender.attempt(job, check)
+    if counts and answer is not None:
         key = state if job == "load" else job
         contender.rates.setdefault(key, []).append(answer["bytes"] / answer["seconds"] / 1e9)
 
 
-def report(contenders: list[Contender], rooflines: Contender) -> dict[str, Any]:
+def report(contenders: list[Loader], rooflines: Loader) -> dict[str, Any]:
     roof = {part: statistics.median(rates) for part, rates in rooflines.rates.items()}
     limits = {state: min(roof[part] for part in parts) for state, parts in ROOFLINES.items()}
     starts = [rooflines.ask("engine_start")["seconds"] * 1000 for _ in range(7)]
@@ -315,8 +264,8 @@ def main() -> int:
         return 1
     expected = make_checkpoint(options.dir, options.size_gib)
     absent = [name for name in LOADERS if not installed(name, options.packages)]
-    rooflines = Contender("rooflines", options.dir, options.packages)
-    contenders = [Contender(n, options.dir, options.packages) for n in LOADERS if n not in absent]
+    rooflines = Loader("rooflines", options.dir, options.packages)
+    contenders = [Loader(n, options.dir, options.packages) for n in LOADERS if n not in absent]
     try:
         measure(contenders, rooflines, options.dir, options.rounds, expected)
         result = {**report(contenders, rooflines), "not_installed": absent}
@@ -324,9 +273,7 @@ def main() -> int:
         for contender in [rooflines, *contenders]:
             contender.close()
     text = as_markdown(result, f"tools/device_bench.py --size_gib {options.size_gib:g} --rounds {options.rounds}")
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    options.out.with_suffix(".md").write_text(text)
-    print(text + (f"not installed: {', '.join(absent)}" if absent else ""))
+    publish(result, text + (f"\nnot installed: {', '.join(absent)}\n" if absent else ""), options.out)
     return 0
 
 

@@ -31,6 +31,7 @@ as_root() {
   fi
 }
 
+# shellcheck disable=SC2120  # Some scripts have none to add.
 # install_packages [NAME...]: of the Debian packages that every build needs, and of these, those that are not there yet.
 install_packages() {
   local missing=() name

@@ -27,6 +27,8 @@ namespace {
 constexpr std::uint64_t kBufferBytes = std::uint64_t{16} << 20;
 constexpr std::size_t kGroupsAlive = 4;
 constexpr std::uint64_t kPageBytes = 4096;
+// torch converts fewer than 32768 elements without starting threads.
+constexpr std::int64_t kSerialElems = 32767;
 // Of a tensor that is larger than a buffer.
 constexpr std::uint64_t kPartBytes = kBufferBytes / 2;
 
@@ -77,8 +79,18 @@ class Buffer {
     const std::uint64_t size = static_cast<std::uint64_t>(tensor.numel()) * c10::elementSize(type);
     if (begin + size > kBufferBytes) return std::nullopt;
     used_bytes_ = begin + size;
-    const at::Tensor place = bytes_.narrow(0, static_cast<std::int64_t>(begin), static_cast<std::int64_t>(size));
-    return place.view(type).view(tensor.sizes()).copy_(tensor);
+    const at::Tensor place =
+        bytes_.narrow(0, static_cast<std::int64_t>(begin), static_cast<std::int64_t>(size)).view(type);
+    if (tensor.is_cpu() && tensor.is_contiguous()) {
+      // One core converts faster than disks write; more would spin for each other.
+      const at::Tensor flat = tensor.view(-1);
+      for (std::int64_t i = 0; i < flat.numel(); i += kSerialElems) {
+        const std::int64_t count = std::min(kSerialElems, flat.numel() - i);
+        place.narrow(0, i, count).copy_(flat.narrow(0, i, count));
+      }
+      return place.view(tensor.sizes());
+    }
+    return place.view(tensor.sizes()).copy_(tensor);
   }
 
  private:

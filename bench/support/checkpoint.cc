@@ -45,15 +45,16 @@ void fill_incompressible(std::span<std::uint64_t> words, std::uint64_t first_ind
 
 void make_checkpoint(const std::filesystem::path& path, std::uint64_t size_bytes) {
   const auto tensors = decoder_tensors(size_bytes);
-  const Metadata metadata = make_layout(tensors, 128);
+  Metadata metadata = make_layout(tensors, 128);
   Engine engine;
-  FileWriter writer = engine.create(path, {.payload_bytes = metadata.payload_bytes});
+  FileWriter writer = engine.create(path, {.payload_bytes = metadata.payload_bytes, .checksums = true});
   std::vector<std::uint64_t> words(kPieceBytes / sizeof(std::uint64_t));
   for (std::uint64_t offset = 0; offset < metadata.payload_bytes; offset += kPieceBytes) {
     fill_incompressible(words, offset / sizeof(std::uint64_t));
     const std::uint64_t size = std::min<std::uint64_t>(kPieceBytes, metadata.payload_bytes - offset);
     writer.write({{.offset_bytes = offset, .size_bytes = size, .source = words.data()}});
   }
+  metadata.checksums = writer.checksums();
   const std::string footer = encode_footer(metadata);
   writer.commit(std::as_bytes(std::span(footer)));
 }

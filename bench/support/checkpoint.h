@@ -17,7 +17,8 @@ std::vector<TensorSpec> decoder_tensors(std::uint64_t total_bytes);
 /// A flashpack file to read. Removed by the destructor when it was made for this run alone.
 class Checkpoint {
  public:
-  /// Opens `path`; a file that is not there is made, of about `size_bytes`, with bytes that do not compress.
+  /// Opens `path`; a file that is not there is made, of about `size_bytes`, with bytes that do not compress and
+  /// their checksums.
   /// Throws: Error.
   Checkpoint(const std::filesystem::path& path, std::uint64_t size_bytes, bool keep);
   Checkpoint(const Checkpoint&) = delete;

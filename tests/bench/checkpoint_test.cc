@@ -39,6 +39,16 @@ TEST_F(CheckpointFile, IsMadeLoadedCheckedAndRemoved) {
   EXPECT_FALSE(std::filesystem::exists(path_));
 }
 
+TEST_F(CheckpointFile, HasChecksumsThatItsBytesMatch) {
+  const Checkpoint checkpoint(path_, 32 << 20, false);
+  const Metadata& metadata = checkpoint.metadata();
+  std::vector<std::byte> memory(metadata.payload_bytes);
+  LoadRequest request{.files = {{.path = path_, .extents = {{0, memory.size(), memory.data()}}}}};
+  request.files.front().checksums = metadata.checksums;
+  Engine engine;
+  EXPECT_EQ(engine.load(std::move(request)).verified_bytes, metadata.payload_bytes);
+}
+
 TEST_F(CheckpointFile, ThatIsAlreadyThereIsUsedAndKept) {
   Checkpoint(path_, 8 << 20, true);
   const auto made = std::filesystem::last_write_time(path_);

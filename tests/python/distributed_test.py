@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -170,8 +171,15 @@ def test_the_mixin_loads_on_all_ranks(ranks, pack):
     assert ranks(load_with_mixin, [str(pack(source)), NOWHERE]) == [plain(source.state_dict())] * 2
 
 
+def with_large_a(seed):
+    """What is wanted of it is not read by the way with something else."""
+    model = Model(seed)
+    model.a = torch.nn.Parameter(random_tensor((1 << 20,), torch.float32, seed))
+    return model
+
+
 def assign_ignoring(rank, path, ignored):
-    model = Model(rank + 1)
+    model = with_large_a(rank + 1)
     untouched = {name: plain({name: tensor})[name] for name, tensor in model.state_dict().items()}
     flashpack.assign_from_file(model, path, use_distributed_loading=True, ignore_names=ignored[rank])
     loaded = plain(model.state_dict())
@@ -180,8 +188,8 @@ def assign_ignoring(rank, path, ignored):
 
 
 def test_ranks_may_want_different_tensors_of_the_file(ranks, pack):
-    source = plain(Model().state_dict())
-    first, second = ranks(assign_ignoring, str(pack(Model())), [["a"], ["b", "count"]])
+    source = plain(with_large_a(0).state_dict())
+    first, second = ranks(assign_ignoring, str(pack(with_large_a(0))), [["a"], ["b", "count"]])
     assert first == {"b": source["b"], "count": source["count"]}
     assert second == {"a": source["a"]}
 
@@ -332,6 +340,12 @@ def test_nccl_alone_moves_nothing_but_cuda_memory(alone, pack, monkeypatch):
         flashpack.assign_from_file(Model(), pack(Model()), use_distributed_loading=True)
 
 
+def test_arguments_come_in_the_order_that_positional_callers_rely_on():
+    parameters = inspect.signature(flashpack.read_flashpack_file_distributed).parameters
+    assert " ".join(parameters) == "path device src chunk_bytes num_streams silent metadata sharded shard_strategy"
+    assert parameters["device"].default == "cuda"
+
+
 def test_without_a_process_group_there_is_no_distributed_read(pack):
     with pytest.raises(RuntimeError, match="process group"):
         flashpack.read_flashpack_file_distributed(pack(Model()), device="cpu")
@@ -387,6 +401,12 @@ def test_a_rank_or_world_size_of_zero_is_a_value_and_goes_before_the_environment
     calls.clear()
     utils.maybe_init_distributed(world_size=0)
     assert calls == []
+
+
+def test_assign_from_file_makes_the_group_that_its_arguments_tell_of(launch, pack):
+    calls = launch(False)
+    flashpack.assign_from_file(Model(), pack(Model()), use_distributed_loading=True, rank=1, world_size=2)
+    assert calls == [("gloo", {"init_method": "env://", "rank": 1, "world_size": 2})]
 
 
 def test_a_group_that_is_there_is_used(alone, launch):

@@ -125,3 +125,33 @@ def test_a_save_from_the_device_writes_what_a_save_from_the_host_writes(packed, 
 def test_a_device_that_is_not_there_is_a_clear_error(packed):
     with pytest.raises((RuntimeError, ValueError), match=r"(?i)device|ordinal"):
         load(packed[1], f"cuda:{torch.cuda.device_count()}")
+
+
+def test_buffers_that_no_file_has_end_on_the_device_of_the_weights(tmp_path):
+    class Model(torch.nn.Module, flashpack.FlashPackMixin):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+            self.register_buffer("positions", torch.arange(4) * 2, persistent=False)
+
+    Model().save_flashpack(tmp_path / "a", silent=True)
+    loaded = Model.from_flashpack(tmp_path / "a", device=DEVICE, silent=True)
+    assert loaded.positions.device == loaded.linear.weight.device == DEVICE
+    assert loaded.positions.tolist() == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("name", ["llama", "clip", "mixtral"])
+def test_all_of_a_transformers_model_ends_on_the_device(name, tmp_path):
+    pytest.importorskip("transformers")
+    safetensors = pytest.importorskip("safetensors.torch")
+    import transformers_models as models
+
+    model = models.make(name)
+    model.save_pretrained(tmp_path)
+    model_class = type(model)
+    checkpoint = safetensors.load_file(tmp_path / "model.safetensors")
+    for tensors in model.state_dict(), checkpoint:
+        flashpack.pack_to_file(tensors, tmp_path / "model.flashpack")
+        loaded = models.with_mixin(model_class).from_pretrained_flashpack(tmp_path, device_map={"": DEVICE})
+        assert {tensor.device for tensor in models.tensors_of(loaded).values()} == {DEVICE}
+        models.assert_same_model(loaded.cpu(), model)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 from flashpack import FlashPackMixin
 from flashpack._meta_init import meta_parameters
-from support import assert_bit_equal
+from support import assert_bit_equal, state_of
 
 
 class Model(torch.nn.Module, FlashPackMixin):
@@ -185,3 +188,40 @@ def test_what_from_flashpack_raises_is_what_assign_from_file_raises(tmp_path):
     Model(4).save_flashpack(tmp_path / "a", silent=True)
     with pytest.raises(flashpack.FlashPackError, match="shape mismatch"):
         Model.from_flashpack(tmp_path / "a", 5, silent=True)
+
+
+def test_called_on_an_instance_it_returns_another_and_leaves_the_instance_alone(tmp_path):
+    Model(4).save_flashpack(tmp_path / "a", silent=True)
+    instance = Model(4).train()
+    before = state_of(instance)
+    loaded = instance.from_flashpack(tmp_path / "a", 4, silent=True)
+    assert loaded is not instance
+    assert state_of(instance) == before
+    assert instance.training
+    assert not {id(tensor) for tensor in loaded.buffers()} & {id(tensor) for tensor in instance.buffers()}
+
+
+def test_accelerate_is_neither_needed_nor_imported(tmp_path):
+    code = f"""
+import sys
+sys.modules["accelerate"] = None
+import torch
+from flashpack import FlashPackMixin
+class Model(torch.nn.Linear, FlashPackMixin): pass
+Model(2, 2).save_flashpack({str(tmp_path / "a")!r}, silent=True)
+print(Model.from_flashpack({str(tmp_path / "a")!r}, 2, 2, silent=True).weight.is_meta)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout == "False\n"
+
+
+def test_buffers_without_memory_that_the_file_lacks_are_named_too(tmp_path):
+    class Empty(Model):
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.register_buffer("mask", torch.ones(2, device="meta"), persistent=False)
+
+    Model(4).save_flashpack(tmp_path / "a", silent=True)
+    with pytest.warns(UserWarning, match=r"1 tensors are still on the meta device.*\['mask'\]"):
+        Empty.from_flashpack(tmp_path / "a", silent=True)

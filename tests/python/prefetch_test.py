@@ -130,8 +130,8 @@ def until_stopped(monkeypatch):
 
     def send(sink, source, offset, size):
         steps.append(size)
-        assert given.wait(60)
-        assert handles[0]._stop.wait(60)
+        if not (given.wait(60) and handles[0]._stop.wait(60)):
+            raise OSError(errno.ETIME, "told to go on")
         return size
 
     def give(handle):
@@ -171,7 +171,7 @@ def test_the_end_of_the_block_cancels_and_waits(cold_file, until_stopped):
         handle.wait(0)
 
 
-def test_an_error_of_the_system_is_raised_by_every_wait_and_stops_the_rest(cold_file, monkeypatch):
+def test_an_error_of_the_system_is_raised_by_every_wait(cold_file, monkeypatch):
     def fail(sink, source, offset, size):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -181,6 +181,27 @@ def test_an_error_of_the_system_is_raised_by_every_wait_and_stops_the_rest(cold_
         with pytest.raises(OSError, match="Input/output error") as caught:
             handle.wait()
         assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(cold_file))
+
+
+def test_an_error_in_one_stream_stops_the_others(tmp_path, monkeypatch, gate):
+    steps = []
+
+    def fail_at_the_start(sink, source, offset, size):
+        if offset == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        gate(sink, source, offset, size)
+        steps.append(offset)
+        return size
+
+    monkeypatch.setattr(os, "sendfile", fail_at_the_start)
+    path = tmp_path / "a"
+    path.touch()
+    handle = _prefetch.Prefetch(path, 400 * MIB)
+    assert handle._stop.wait(60)
+    gate.opened.set()
+    with pytest.raises(OSError, match="Input/output error"):
+        handle.wait(60)
+    assert len(steps) < _prefetch._STREAMS
 
 
 def test_a_file_that_became_shorter_is_an_error(tmp_path):

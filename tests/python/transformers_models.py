@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import flashpack
 import torch
 import transformers as t
+from flashpack.integrations._classes import promoted_class
+from flashpack.integrations.transformers import FlashPackTransformersModelMixin
+from flashpack.integrations.transformers.model import promote
+from safetensors.torch import load_file
 from support import bits
 
 TEXT = {
@@ -91,6 +98,10 @@ def make(name: str) -> t.PreTrainedModel:
     return model
 
 
+def with_mixin(model_class: type) -> Any:
+    return promoted_class(model_class, FlashPackTransformersModelMixin)
+
+
 def outputs(name: str, model: t.PreTrainedModel) -> dict[str, torch.Tensor]:
     """What `model` makes of inputs that are always the same."""
     tokens = torch.arange(3, 11)[None]
@@ -144,3 +155,37 @@ def assert_same_outputs(name: str, actual: t.PreTrainedModel, expected: t.PreTra
     for key, value in theirs.items():
         assert not value.isnan().any(), key
         assert bits(mine[key]) == bits(value), key
+
+
+def save(model, directory: Path, **options) -> Path:
+    """As a user would: the model gets the mixin, and keeps the class it had in the test."""
+    original = type(model)
+    directory.mkdir(exist_ok=True)
+    promote(model)
+    model.save_pretrained_flashpack(directory, **options)
+    model.__class__ = original
+    return directory
+
+
+def load(model_class, directory: Path | str, *args, **options):
+    return with_mixin(model_class).from_pretrained_flashpack(directory, *args, **options)
+
+
+def repack(directory: Path, change) -> None:
+    """Lets `change` edit the state dict in the file."""
+    path = directory / "model.flashpack"
+    tensors = flashpack.revert_from_file(path)
+    change(tensors)
+    flashpack.pack_to_file(tensors, path)
+
+
+def checkpoint(model, directory: Path) -> Path:
+    """What converting a repository gives: the tensors of its safetensors file, under their names there."""
+    model.save_pretrained(directory)
+    flashpack.pack_to_file(load_file(directory / "model.safetensors"), directory / "model.flashpack")
+    return directory
+
+
+def edit_config(directory: Path, **entries) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
-import pickle
-from pathlib import Path
 
 import flashpack
 import pytest
@@ -13,63 +10,28 @@ from support import bits
 
 transformers = pytest.importorskip("transformers")
 
-from flashpack.integrations import _hub  # noqa: E402
-from flashpack.integrations._classes import promoted_class  # noqa: E402
-from flashpack.integrations.transformers import FlashPackTransformersModelMixin  # noqa: E402
-from flashpack.integrations.transformers.model import promote  # noqa: E402
-from hub_cache import make_hub_cache  # noqa: E402
 from transformers_models import (  # noqa: E402
     MODELS,
     TEXT,
     assert_same_model,
     assert_same_outputs,
+    checkpoint,
+    edit_config,
+    load,
     make,
+    repack,
+    save,
     tensors_of,
     ties_of,
 )
+
+OLD = int(transformers.__version__.split(".")[0]) < 5
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quiet():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def save(model, directory: Path, **options) -> Path:
-    """As a user would: the model gets the mixin, and keeps the class it had in the test."""
-    original = type(model)
-    directory.mkdir(exist_ok=True)
-    promote(model)
-    model.save_pretrained_flashpack(directory, **options)
-    model.__class__ = original
-    return directory
-
-
-def load(model_class, directory: Path | str, *args, **options):
-    return promoted_class(model_class, FlashPackTransformersModelMixin).from_pretrained_flashpack(
-        directory, *args, **options
-    )
-
-
-def repack(directory: Path, change) -> None:
-    """Lets `change` edit the state dict in the file."""
-    path = directory / "model.flashpack"
-    tensors = flashpack.revert_from_file(path)
-    change(tensors)
-    flashpack.pack_to_file(tensors, path)
-
-
-def checkpoint(model, directory: Path) -> Path:
-    """What converting a repository gives: the tensors of its safetensors file, under their names there."""
-    safetensors = pytest.importorskip("safetensors.torch")
-    model.save_pretrained(directory)
-    flashpack.pack_to_file(safetensors.load_file(directory / "model.safetensors"), directory / "model.flashpack")
-    return directory
-
-
-def edit_config(directory: Path, **entries) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -94,19 +56,19 @@ def test_names_of_a_checkpoint_are_taken_as_well_as_those_of_the_module(name, tm
 
 
 def test_only_what_differs_in_names_goes_through_the_loader_of_transformers(tmp_path, monkeypatch):
-    model = make("mixtral")
-    save(model, tmp_path / "module")
-    checkpoint(model, tmp_path / "checkpoint")
+    model = make("bert")
+    save(model, tmp_path)
 
     def refuse(*args, **kwargs):
-        raise AssertionError("asked")
+        raise InterruptedError
 
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
-    load(type(model), tmp_path / "module")
-    with pytest.raises(AssertionError, match="asked"):
-        load(type(model), tmp_path / "checkpoint")
+    load(type(model), tmp_path)
+    with pytest.raises(InterruptedError):
+        load(transformers.BertModel, tmp_path)
 
 
+@pytest.mark.skipif(OLD, reason="transformers converts checkpoints from version 5 on")
 def test_tensors_of_any_layout_are_not_turned_when_the_file_has_the_layout_of_the_module(tmp_path):
     # For this one transformers transposes tensors of checkpoints without renaming them.
     text = TEXT | {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 8}
@@ -215,14 +177,24 @@ def test_what_cannot_be_done_is_refused_by_name(options, message, tmp_path):
         load(type(model), tmp_path, **options)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["llama", "clip", "mixtral"])
-def test_everything_ends_on_the_device_that_is_asked_for(name, tmp_path):
-    model = make(name)
-    for directory in save(model, tmp_path / "module"), checkpoint(model, tmp_path / "checkpoint"):
-        loaded = load(type(model), directory, device_map={"": "cuda"})
-        assert {tensor.device.type for tensor in tensors_of(loaded).values()} == {"cuda"}
-        assert_same_model(loaded.cpu(), model)
+@pytest.mark.skipif(OLD, reason="transformers needs real tensors before version 5")
+def test_transformers_may_reserve_memory_of_a_device_before_anything_is_read_to_it(tmp_path, monkeypatch):
+    asked = {}
+
+    def from_pretrained(path, **options):
+        asked.update(options)
+        raise InterruptedError
+
+    save(make("bert"), tmp_path)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", from_pretrained)
+    with pytest.raises(InterruptedError):
+        load(transformers.BertModel, tmp_path, device="cuda:0")
+    assert asked["device_map"] == {"": torch.device("cuda:0")}
+    assert not any(isinstance(value, torch.Tensor) for value in asked["state_dict"].values())
+    with pytest.raises(InterruptedError):
+        load(transformers.BertModel, tmp_path)
+    for value in asked["state_dict"].values():
+        assert bits(value[...]) == bits(value[...])
 
 
 def test_a_configuration_that_is_given_is_used_and_left_alone(tmp_path):
@@ -271,7 +243,7 @@ def test_tied_weights_are_one_tensor_whichever_of_their_names_the_file_has(lost,
 
 
 def test_a_model_that_was_untied_stays_untied(tmp_path):
-    model = transformers.BertForMaskedLM(transformers.BertConfig(tie_word_embeddings=False, **TEXT)).eval()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(tie_word_embeddings=False, **TEXT)).eval()
     loaded = load(type(model), save(model, tmp_path))
     assert not ties_of(loaded)
     assert_same_model(loaded, model)
@@ -295,7 +267,7 @@ def test_parameters_that_the_file_lacks_are_an_error_or_initialised(tmp_path):
     with pytest.raises(flashpack.FlashPackError, match=f"Missing 1 parameters: .*{lost}"):
         load(type(model), tmp_path)
     loaded, info = load(type(model), tmp_path, strict_params=False, output_loading_info=True)
-    assert info["missing_keys"] == {lost}
+    assert set(info["missing_keys"]) == {lost}
     assert bits(tensors_of(loaded)[lost]) == bytes(64)
     model.get_parameter(lost).data.zero_()
     assert_same_model(loaded, model)
@@ -343,147 +315,3 @@ def test_a_loaded_model_trains_and_takes_a_state_dict(tmp_path):
     optimizer.step()
     loaded.load_state_dict(model.state_dict())
     assert_same_model(loaded, model)
-
-
-def test_models_and_their_classes_can_be_pickled_and_copied(tmp_path):
-    model = make("bert")
-    loaded = load(type(model), save(model, tmp_path))
-    for again in pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded):
-        assert type(again) is type(loaded)
-        assert_same_model(again, model)
-    assert pickle.loads(pickle.dumps(type(loaded))) is type(loaded)
-
-
-@pytest.mark.parametrize("name", ["bert", "mixtral"])
-def test_a_reference_to_the_file_is_kept_where_asked_for(name, tmp_path):
-    model = make(name)
-    for directory in save(model, tmp_path / "module"), checkpoint(model, tmp_path / "checkpoint"):
-        assert not hasattr(load(type(model), directory), "_flash_shared_storage")
-        loaded = load(type(model), directory, keep_flash_ref_on_model=True)
-        assert len(loaded._flash_shared_storage) == 1
-        assert loaded._flash_shared_storage_meta["index"]
-        assert_same_model(loaded, model)
-
-
-class FlashPackTiny(transformers.BertForMaskedLM, FlashPackTransformersModelMixin):
-    def __init__(self, config):
-        super().__init__(config)
-        self.more = torch.nn.Linear(2, 2)
-        self.post_init()
-
-
-def test_a_class_of_ones_own_may_have_the_mixin(tmp_path):
-    model = FlashPackTiny(transformers.BertConfig(**TEXT)).eval()
-    model.save_pretrained_flashpack(tmp_path)
-    loaded = FlashPackTiny.from_pretrained_flashpack(tmp_path)
-    assert type(loaded) is FlashPackTiny
-    assert_same_model(loaded, model)
-    from_file = FlashPackTiny.from_flashpack(tmp_path / "model.flashpack", model.config, silent=True)
-    assert_same_model(from_file, model)
-
-
-def test_config_json_names_the_original_class(tmp_path):
-    model = make("bert")
-    save(model, tmp_path / "flashpack")
-    loaded = load(type(model), tmp_path / "flashpack")
-    loaded.save_pretrained(tmp_path / "plain")
-    for directory in "flashpack", "plain":
-        config = json.loads((tmp_path / directory / "config.json").read_text())
-        assert config["architectures"] == ["BertForMaskedLM"]
-    assert type(loaded).__name__ == "FlashPackBertForMaskedLM"
-    assert_same_model(type(model).from_pretrained(tmp_path / "plain"), model)
-
-
-def test_processes_other_than_the_main_one_write_nothing(tmp_path):
-    save(make("bert"), tmp_path, is_main_process=False, push_to_hub=True)
-    assert not list(tmp_path.iterdir())
-
-
-def test_saving_needs_a_directory_and_tells_what_it_does_not_take(tmp_path, caplog):
-    model = make("bert")
-    promote(model)
-    with pytest.raises(ValueError, match="is not a directory"):
-        model.save_pretrained_flashpack(tmp_path / "missing")
-    model.save_pretrained_flashpack(tmp_path, max_shard_size="5GB")
-    assert "max_shard_size" in caplog.text
-
-
-def test_a_save_that_fails_leaves_the_old_files(tmp_path):
-    save(make("bert"), tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    other = make("gpt2").to("meta")
-    with pytest.raises(flashpack.FlashPackError, match="meta device"):
-        save(other, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_a_directory_without_a_flashpack_file_is_file_not_found(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"Flashpack file .*model\.flashpack not found"):
-        load(transformers.BertModel, tmp_path)
-
-
-def test_a_subfolder_has_its_own_configuration(tmp_path):
-    model = make("gpt2")
-    model.generation_config.max_new_tokens = 7
-    save(model, tmp_path / "part")
-    loaded = load(type(model), tmp_path, subfolder="part")
-    assert_same_model(loaded, model)
-    assert loaded.generation_config.max_new_tokens == 7
-
-
-def test_a_repository_that_was_downloaded_is_loaded_whatever_arguments_of_old_hubs_are_given(tmp_path, recwarn):
-    model = make("bert")
-    save(model, tmp_path)
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    cache = make_hub_cache(tmp_path / "cache", files)
-    loaded = load(
-        type(model), "x/y", cache_dir=cache, local_files_only=True, proxies={"https": "p"}, local_dir_use_symlinks=True
-    )
-    assert_same_model(loaded, model)
-    assert loaded.name_or_path == "x/y"
-    assert not recwarn.list
-
-
-def test_pushing_uploads_the_files_that_were_saved_under_the_name_of_the_directory(tmp_path, monkeypatch):
-    calls = []
-    module = inspect.getmodule(FlashPackTransformersModelMixin.save_pretrained_flashpack)
-    monkeypatch.setattr(module, "upload_directory", lambda *args, **kwargs: calls.append((args, kwargs)))
-    save(make("gpt2"), tmp_path / "mine", push_to_hub=True, token="t", private=True, create_pr=True, commit_message="m")
-    save(make("gpt2"), tmp_path / "mine", push_to_hub=True, repo_id="x/y")
-    ((args, kwargs), (other, _)) = calls
-    assert args == (tmp_path / "mine", "mine")
-    assert other[1] == "x/y"
-    assert {name: kwargs[name] for name in ("token", "private", "create_pr", "commit_message")} == {
-        "token": "t",
-        "private": True,
-        "create_pr": True,
-        "commit_message": "m",
-    }
-    assert set(kwargs["allow_patterns"]) >= {path.name for path in (tmp_path / "mine").iterdir()}
-    assert inspect.signature(_hub.upload_directory).bind(*args, **kwargs)
-
-
-def test_arguments_and_their_defaults_are_those_that_callers_rely_on():
-    parameters = inspect.signature(FlashPackTransformersModelMixin.from_pretrained_flashpack).parameters
-    assert " ".join(list(parameters)[:29]) == (
-        "pretrained_model_name_or_path device silent strict strict_params strict_buffers keep_flash_ref_on_model "
-        "num_streams chunk_bytes ignore_names ignore_prefixes ignore_suffixes subfolder revision local_dir "
-        "local_dir_use_symlinks local_files_only cache_dir token force_download proxies use_distributed_loading "
-        "distributed_sharded distributed_shard_strategy rank local_rank world_size coerce_dtype mmap"
-    )
-    changed = {name: p.default for name, p in parameters.items() if p.default not in (None, False, p.empty)}
-    assert changed == {
-        "silent": True,
-        "strict_params": True,
-        "num_streams": 4,
-        "chunk_bytes": 4 << 20,
-        "verify": "auto",
-    }
-    saving = inspect.signature(FlashPackTransformersModelMixin.save_pretrained_flashpack).parameters
-    assert {name: p.default for name, p in saving.items() if p.default not in (None, False, p.empty)} == {
-        "is_main_process": True,
-        "align_bytes": 128,
-        "silent": True,
-        "num_workers": 32,
-        "checksum": True,
-    }

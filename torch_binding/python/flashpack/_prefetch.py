@@ -82,8 +82,6 @@ class Prefetch:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if os.getpid() != self._pid:
-            return
         self._stop.set()
         for thread in self._threads:
             thread.join()

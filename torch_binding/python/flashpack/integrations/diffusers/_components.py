@@ -48,13 +48,7 @@ def flashpack_class(cls: type) -> Any:
     mixin = mixin_for(cls)
     if mixin is None:
         raise FlashPackError(f"{cls.__name__} is not a model of diffusers or transformers")
-    if issubclass(cls, mixin):
-        return cls
-    if mixin is FlashPackDiffusersModelMixin:
-        return promoted_class(cls, mixin)
-    from ..transformers.model import promoted_class as promoted_transformer
-
-    return promoted_transformer(cls)
+    return promoted_class(cls, mixin)
 
 
 def promote(component: Any, wanted: type | None = None) -> Any:

@@ -17,7 +17,7 @@ from ._components import class_named, entries_of, flashpack_class, promote, read
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_dir", "local_files_only", "proxies", "revision", "token")
 
 
-class AutoFlashPackModel(ConfigMixin):  # type: ignore[misc]
+class AutoFlashPackModel(ConfigMixin):
     """diffusers.AutoModel whose models have save_pretrained_flashpack()."""
 
     config_name = "config.json"

@@ -31,13 +31,16 @@ from .._classes import original_class
 from .._hub import resolve_directory, upload_directory
 
 FILE_NAME = "model.flashpack"
+_OF_BUILD = {"args", "dtype", "init_fn", "kwargs", "path"}
+OF_LOAD = {*inspect.signature(FlashPackMixin.from_flashpack).parameters} - _OF_BUILD
+_OF_HUB = {*inspect.signature(resolve_directory).parameters, "local_dir_use_symlinks", "proxies"}
 _DEFAULT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What torch takes as default dtype."""
 
 Self = TypeVar("Self", bound="FlashPackDiffusersModelMixin")
 
 
-class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):  # type: ignore[misc]
+class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
     """Adds save_pretrained_flashpack() and from_pretrained_flashpack() to a model of diffusers.
 
     `class FlashPackUNet(UNet2DConditionModel, FlashPackDiffusersModelMixin): pass`. Files name the base, so that they
@@ -79,7 +82,12 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):  # type: ignore[
             raise FlashPackError(f"{type(self).__name__} is quantized; its tensors alone do not make it again")
         directory = make_directory(save_directory)
         path = directory / FILE_NAME
-        options: dict[str, Any] = {"align_bytes": align_bytes, "silent": silent, "num_workers": num_workers, "checksum": checksum}
+        options: dict[str, Any] = {
+            "align_bytes": align_bytes,
+            "silent": silent,
+            "num_workers": num_workers,
+            "checksum": checksum,
+        }
         options |= known_arguments(self.save_flashpack, kwargs)
         tensors = self.state_dict()
         if target_dtype is None or all(tensor.is_floating_point() for tensor in tensors.values()):
@@ -148,51 +156,23 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):  # type: ignore[
         Raises FileNotFoundError without `model.flashpack`, OSError without config.json, and what assign_from_file
         raises.
         """
+        given = dict(locals())
         directory = resolve_directory(
             pretrained_model_name_or_path,
-            subfolder=subfolder,
-            allow_patterns=(FILE_NAME, cls.config_name or "config.json"),
-            revision=revision,
-            local_dir=local_dir,
-            local_dir_use_symlinks=local_dir_use_symlinks,
-            local_files_only=local_files_only,
-            cache_dir=cache_dir,
-            token=token,
-            force_download=force_download,
-            proxies=proxies,
+            allow_patterns=(FILE_NAME, "config.json"),
+            **{name: given[name] for name in _OF_HUB & given.keys()},
         )
         path = flashpack_file(directory)
-        device = one_device(device, kwargs.pop("device_map", None))
+        options = {name: given[name] for name in OF_LOAD & given.keys()}
+        options["device"] = one_device(device, kwargs.pop("device_map", None))
         dtype = requested_dtype(kwargs)
+        # The model is built with the dtypes that are wanted.
+        options["coerce_dtype"] = coerce_dtype or dtype is not None
         config = kwargs.pop("config", None)
         if config is None:
             config = cls.load_config(directory)
-        overrides = _overrides(cls, config, kwargs)
-        model = cls.from_flashpack(
-            path,
-            device=device,
-            silent=silent,
-            strict=strict,
-            strict_params=strict_params,
-            strict_buffers=strict_buffers,
-            keep_flash_ref_on_model=keep_flash_ref_on_model,
-            ignore_names=ignore_names,
-            ignore_prefixes=ignore_prefixes,
-            ignore_suffixes=ignore_suffixes,
-            num_streams=num_streams,
-            chunk_bytes=chunk_bytes,
-            use_distributed_loading=use_distributed_loading,
-            distributed_sharded=distributed_sharded,
-            distributed_shard_strategy=distributed_shard_strategy,
-            rank=rank,
-            local_rank=local_rank,
-            world_size=world_size,
-            # _build has given the model the dtypes that are wanted.
-            coerce_dtype=coerce_dtype or dtype is not None,
-            init_fn=partial(_build, cls, config, overrides, read_footer(path), dtype),
-            mmap=mmap,
-            verify=verify,
-        )
+        build = partial(_build, cls, config, _overrides(cls, config, kwargs), read_footer(path), dtype)
+        model = cls.from_flashpack(path, init_fn=build, **options)
         model.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         return model
 

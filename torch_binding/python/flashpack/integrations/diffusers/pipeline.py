@@ -38,7 +38,7 @@ from ._components import (
     read_json,
     uncompiled,
 )
-from .model import FILE_NAME, flashpack_file, make_directory, one_device, requested_dtype
+from .model import FILE_NAME, OF_LOAD, flashpack_file, make_directory, one_device, requested_dtype
 
 INDEX_NAME = "model_index.json"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_dir", "local_files_only", "proxies", "revision", "token")
@@ -47,7 +47,7 @@ _WEIGHTS = frozenset({".bin", ".onnx", ".pb", ".pt", ".safetensors"})
 Self = TypeVar("Self", bound="FlashPackDiffusionPipeline")
 
 
-class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
+class FlashPackDiffusionPipeline(DiffusionPipeline):
     """Adds save_pretrained_flashpack() and from_pretrained_flashpack() to a pipeline of diffusers.
 
     `class FlashPackSD(StableDiffusionPipeline, FlashPackDiffusionPipeline): pass`. The constructor may annotate
@@ -152,40 +152,24 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Raises RuntimeError "Error loading X from LIBRARY CLASS", with its cause, if a component cannot be loaded.
         """
+        options = {name: value for name, value in locals().items() if name in OF_LOAD}
         if pretrained_model_name_or_path is None:
             raise FlashPackError("pretrained_model_name_or_path is required")
-        target = one_device(device, kwargs.pop("device_map", None))
-        options = {
-            "device": target,
-            "num_streams": num_streams,
-            "chunk_bytes": chunk_bytes,
-            "ignore_names": ignore_names,
-            "ignore_prefixes": ignore_prefixes,
-            "ignore_suffixes": ignore_suffixes,
-            "silent": silent,
-            "strict": strict,
-            "strict_params": strict_params,
-            "strict_buffers": strict_buffers,
-            "keep_flash_ref_on_model": keep_flash_ref_on_model,
-            "use_distributed_loading": use_distributed_loading,
-            "distributed_sharded": distributed_sharded,
-            "distributed_shard_strategy": distributed_shard_strategy,
-            "coerce_dtype": coerce_dtype,
-            "mmap": mmap,
-            "verify": verify,
-            **{name: kwargs.pop(name, None) for name in ("rank", "local_rank", "world_size")},
-        }
+        options["device"] = device = one_device(device, kwargs.pop("device_map", None))
+        options |= {name: kwargs.pop(name, None) for name in ("rank", "local_rank", "world_size")}
         directory = _download(pretrained_model_name_or_path, kwargs)
         index = read_json(directory / INDEX_NAME)
         pipeline_class = _pipeline_class(cls, index)
         entries = {name: entry for name, entry in entries_of(index).items() if name not in kwargs}
         dtype = requested_dtype(dict(kwargs))
         loaded = _load_components(pipeline_class, directory, entries, dtype, options)
+        if loaded and kwargs.get("quantization_config") is not None:
+            logger.warning("quantization_config has no effect on %s, which flashpack loads", ", ".join(loaded))
         with _understood_by_diffusers(directory, index, loaded) as understood:
             pipeline: Self = pipeline_class.from_pretrained(understood, **loaded, **kwargs)
         pipeline.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         # Components without a flashpack file are still on the CPU.
-        return pipeline if target is None or torch.device(target).type == "cpu" else pipeline.to(target)
+        return pipeline if device is None or torch.device(device).type == "cpu" else pipeline.to(device)
 
     @classmethod
     def from_pretrained(cls: type[Self], pretrained_model_name_or_path: StrPath, **kwargs: Any) -> Self:
@@ -235,6 +219,8 @@ def _save(
         arguments["max_shard_size"] = max_shard_size
     known = inspect.signature(component.save_pretrained).parameters
     component.save_pretrained(directory, **{name: value for name, value in arguments.items() if name in known})
+    # One of before would be loaded instead of what has just been saved.
+    (directory / FILE_NAME).unlink(missing_ok=True)
 
 
 def _download(path_or_repo: StrPath, arguments: Mapping[str, Any]) -> Path:

@@ -200,8 +200,11 @@ def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, requ
         return None
     dtype = request.dtype or _main_dtype(request.footer)
     given = {} if dtype is None else {"dtype": dtype}
+    config = copy.deepcopy(config)
+    if dtype is not None:
+        config.dtype = dtype
     with meta_parameters():
-        model = model_class._from_config(copy.deepcopy(config), **given, **request.arguments)
+        model = model_class._from_config(config, **given, **request.arguments)
     entries = request.entries()
     if not _fits(model, entries):
         return None
@@ -326,7 +329,7 @@ def _loaded_by_transformers(
         **arguments,
     )
     if not may_mismatch:
-        _check_shapes(info, request)
+        _check_shapes(model, info, request)
     _check_names(model, info, request)
     if request.dtype is None and not request.options["coerce_dtype"] and getattr(model, "hf_quantizer", None) is None:
         _restore_dtypes(model, values, main)
@@ -335,10 +338,14 @@ def _loaded_by_transformers(
     return model, info
 
 
-def _check_shapes(info: Mapping[str, Any], request: Request) -> None:
-    for name, in_file, in_model in info["mismatched_keys"]:
-        shapes = f"model={list(in_model)} vs flash={list(in_file)}"
-        raise FlashPackError(f"{request.footer.path}: shape mismatch for '{name}': {shapes}")
+def _check_shapes(model: PreTrainedModel, info: Mapping[str, Any], request: Request) -> None:
+    shapes = {entry.name: list(entry.shape) for entry in request.entries()}
+    for mismatched in info["mismatched_keys"]:
+        # From version 5 on with the shapes, that of the file first.
+        name, *found = (mismatched,) if isinstance(mismatched, str) else mismatched
+        expected = list(slots_of(model)[name].value.shape)
+        found = list(found[0]) if found else shapes.get(name)
+        raise FlashPackError(f"{request.footer.path}: shape mismatch for '{name}': model={expected} vs flash={found}")
 
 
 def _check_names(model: PreTrainedModel, info: Mapping[str, Any], request: Request) -> None:

@@ -1,0 +1,98 @@
+import json
+import sys
+
+import contenders
+import pytest
+import torch
+
+DOUBLES = """
+import contenders
+contenders.serve(lambda job: {"job": job, "twice": 2 * int(job)})
+"""
+
+
+@pytest.fixture
+def started():
+    """(code of the process, ours or not) -> a contender, closed at the end."""
+    open_ones = []
+
+    def start(code, ours=False):
+        path = [entry for entry in sys.path if entry]
+        contender = contenders.Contender(
+            "NAME", [sys.executable, "-c", f"import sys; sys.path += {path!r}\n{code}"], {}, ours
+        )
+        open_ones.append(contender)
+        return contender
+
+    yield start
+    for contender in open_ones:
+        contender.close()
+        assert contender.process.returncode is not None
+
+
+def accept(answer):
+    pass
+
+
+def refuse(answer):
+    raise RuntimeError("wrong bytes")
+
+
+def test_a_contender_answers_job_after_job(started):
+    contender = started(DOUBLES)
+    assert contender.attempt("4", accept) == {"job": "4", "twice": 8}
+    assert contender.attempt("5", accept) == {"job": "5", "twice": 10}
+    assert contender.failure is None
+
+
+@pytest.mark.parametrize(
+    ("code", "job", "check", "reason"),
+    [
+        (DOUBLES, "x", accept, "NAME died with status 1"),
+        ("sys.exit(3)", "4", accept, "NAME died with status 3|Broken pipe"),
+        (DOUBLES, "4", refuse, "wrong bytes"),
+    ],
+    ids=["dies of its job", "has died before", "brings what is wrong"],
+)
+def test_a_peer_that_fails_is_out_and_ours_ends_it_all(started, code, job, check, reason):
+    peer = started(code)
+    assert peer.attempt(job, check) is None
+    assert peer.attempt("4", accept) is None
+    with pytest.raises((RuntimeError, OSError), match=reason):
+        started(code, ours=True).attempt(job, check)
+    assert peer.failure
+
+
+def test_every_round_begins_with_another_one_and_the_first_does_not_count():
+    turns = list(contenders.in_turns("abc", 2))
+    assert "".join(item for item, _ in turns) == "abcbcacab"
+    assert [counts for _, counts in turns] == [False] * 3 + [True] * 6
+
+
+def test_results_are_printed_and_written_where_asked(tmp_path, capsys):
+    contenders.publish({"a": 1}, "| a |\n", None)
+    assert list(tmp_path.iterdir()) == []
+    contenders.publish({"a": 1}, "| a |\n", tmp_path / "out")
+    assert json.loads((tmp_path / "out.json").read_text()) == {"a": 1}
+    assert (tmp_path / "out.md").read_text() == "| a |\n"
+    assert capsys.readouterr().out == "| a |\n" * 2
+
+
+def test_decoder_tensors_are_the_same_every_time_and_differ_from_each_other():
+    tensors = contenders.decoder_tensors(0.15)
+    assert (0.15 * (1 << 30)) <= sum(tensor.nbytes for tensor in tensors.values()) < 0.3 * (1 << 30)
+    assert contenders.checksum(tensors) == contenders.checksum(contenders.decoder_tensors(0.15))
+    sums = {contenders.checksum({"": tensor}) for tensor in tensors.values()}
+    assert len(sums) == len(tensors)
+
+
+def test_the_checksum_knows_names_places_and_bytes():
+    tensors = {"a": torch.arange(8, dtype=torch.float32), "b": torch.arange(3, dtype=torch.uint8)}
+    changed = {
+        "byte": {**tensors, "b": torch.tensor([0, 1, 3], dtype=torch.uint8)},
+        "order": {**tensors, "a": tensors["a"].flip(0)},
+        "names": {"a": tensors["a"], "c": tensors["b"]},
+    }
+    sums = {contenders.checksum(t) for t in (tensors, *changed.values())}
+    assert len(sums) == 4
+    assert contenders.checksum({name: tensor.clone() for name, tensor in tensors.items()}) in sums

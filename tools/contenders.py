@@ -1,0 +1,115 @@
+"""Contenders that take turns, each in a process of its own, and the tensors they move."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+Tensors = dict[str, torch.Tensor]
+Item = TypeVar("Item")
+
+
+class Contender:
+    """A process that answers each line it reads with a line of JSON; see `serve`."""
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], ours: bool = False) -> None:
+        self.name = name
+        self.ours = ours
+        self.failure: str | None = None
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, job: str) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(job + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} died with status {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def attempt(self, job: str, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+        """The answer, once `check` has let it pass. A peer that fails is out from then on, with its reason, and answers
+        None; our own failure is raised.
+        """
+        if self.failure is not None:
+            return None
+        try:
+            answer = self.ask(job)
+            check(answer)
+        except (RuntimeError, OSError) as error:
+            if self.ours:
+                raise
+            self.failure = str(error)
+            return None
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # It has died with a job unread.
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(answer: Callable[[str], dict[str, Any]]) -> None:
+    """The other end of a Contender: until the end of standard input."""
+    for line in sys.stdin:
+        print(json.dumps(answer(line.strip())), flush=True)
+
+
+def in_turns(items: Sequence[Item], rounds: int) -> Iterator[tuple[Item, bool]]:
+    """Every item once per round, another one first each time, and whether it counts: the first round is one more, and
+    pays for what happens once in a process.
+    """
+    for turn in range(rounds + 1):
+        first = turn % len(items)
+        for item in [*items[first:], *items[:first]]:
+            yield item, turn > 0
+
+
+def publish(result: Mapping[str, Any], text: str, out: Path | None) -> None:
+    """Prints `text`; to OUT.json and OUT.md, too, when there is an `out`."""
+    if out is not None:
+        out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+        out.with_suffix(".md").write_text(text)
+    print(text, end="")
+
+
+def decoder_tensors(size_gib: float) -> Tensors:
+    """Those of a decoder in bfloat16, the same every time; at least so many bytes."""
+    width, tensors = 4096, {}
+    shapes = {"q": (width, width), "k": (width // 4, width), "up": (3 * width, width), "norm": (width,)}
+    # Making random numbers takes longer than loading them: all tensors are parts of one block, each from elsewhere.
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randint(-(1 << 15), 1 << 15, (4 * width * width,), dtype=torch.int16, generator=generator)
+    block = block.view(torch.bfloat16)
+    size_bytes = 0
+    while size_bytes < size_gib * (1 << 30):
+        for part, shape in shapes.items():
+            elements = torch.Size(shape).numel()
+            begin = len(tensors) * 4099 % (block.numel() - elements)
+            tensor = block[begin : begin + elements].clone().view(shape)
+            tensors[f"layers.{len(tensors) // len(shapes)}.{part}"] = tensor
+            size_bytes += tensor.nbytes
+    return tensors
+
+
+def checksum(tensors: Tensors) -> int:
+    """Of names, places and bytes; computed where the tensors are."""
+    total = 0
+    for name in sorted(tensors):
+        words = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
+        if words.numel() % 4 == 0 and words.data_ptr() % 4 == 0:
+            words = words.view(torch.int32)
+        weights = torch.arange(1, words.numel() + 1, dtype=torch.int64, device=words.device)
+        total = (total * 1_000_003 + int((words.to(torch.int64) * weights).sum()) + sum(name.encode())) % (1 << 64)
+    return total
