@@ -76,6 +76,12 @@ void check_targets(const LoadRequest& request) {
   if (overlap != targets.end()) throw argument_error("load: targets overlap in memory");
 }
 
+bool overlap(std::span<const engine::Piece> in_order) {
+  return std::adjacent_find(in_order.begin(), in_order.end(), [](const auto& a, const auto& b) {
+           return b.offset_bytes < a.offset_bytes + a.size_bytes;
+         }) != in_order.end();
+}
+
 // Null where the workers are asked for.
 std::unique_ptr<engine::Ring> make_ring(Backend backend, unsigned reads,
                                         const std::vector<std::span<std::byte>>& slots) {
@@ -200,14 +206,17 @@ void Engine::Impl::count_for(const Checksums& checksums, engine::Source& source,
   }
   const auto file = static_cast<std::uint32_t>(&source - state.sources.data());
   std::vector<std::pair<std::uint64_t, std::uint64_t>> ranges;
+  bool twice = false;
   for (const engine::Chunk& chunk : state.plan.chunks) {
-    if (chunk.file == file) ranges.emplace_back(chunk.offset_bytes, chunk.offset_bytes + chunk.size_bytes);
+    if (chunk.file != file) continue;
+    ranges.emplace_back(chunk.offset_bytes, chunk.offset_bytes + chunk.size_bytes);
+    twice |= overlap(state.plan.pieces_of(chunk));
   }
   if (ranges.empty()) return;
   std::sort(ranges.begin(), ranges.end());
-  const auto overlap =
-      std::adjacent_find(ranges.begin(), ranges.end(), [](const auto& a, const auto& b) { return b.first < a.second; });
-  if (overlap != ranges.end()) return state.note_fallback("checksums: not verified, extents overlap in the file");
+  twice |= std::adjacent_find(ranges.begin(), ranges.end(),
+                              [](const auto& a, const auto& b) { return b.first < a.second; }) != ranges.end();
+  if (twice) return state.note_fallback("checksums: not verified, extents overlap in the file");
   source.checksums = checksums;
   source.sums.emplace(ranges.front().first, std::min(ranges.back().second, checksums.size_bytes));
 }

@@ -60,11 +60,13 @@ std::uint32_t remainder(std::span<const std::byte> bytes, std::uint32_t before =
 
 }  // namespace
 
-PieceSums::PieceSums(std::uint64_t begin_bytes, std::uint64_t end_bytes) {
+PieceSums::PieceSums(std::uint64_t begin_bytes, std::uint64_t end_bytes) : end_bytes_(end_bytes) {
   if (begin_bytes < end_bytes) grow(begin_bytes / kPieceBytes, (end_bytes - 1) / kPieceBytes + 1);
 }
 
 void PieceSums::add(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept {
+  if (offset_bytes >= end_bytes_) return;
+  bytes = bytes.first(std::min<std::uint64_t>(bytes.size(), end_bytes_ - offset_bytes));
   while (!bytes.empty()) {
     const std::uint64_t index = offset_bytes / kPieceBytes;
     const auto begin = static_cast<std::uint32_t>(offset_bytes % kPieceBytes);
@@ -82,6 +84,7 @@ void PieceSums::add(std::uint64_t offset_bytes, std::span<const std::byte> bytes
 
 void PieceSums::add(const PieceSums& other) {
   grow(other.first_, other.end_);
+  end_bytes_ = std::max(end_bytes_, other.end_bytes_);
   for (std::uint64_t index = other.first_; index < other.end_; ++index) {
     Piece& piece = pieces_[index - first_];
     const Piece& its = other.pieces_[index - other.first_];

@@ -19,7 +19,8 @@ class PieceSums {
   /// The pieces that the bytes from `begin_bytes` to `end_bytes` lie in.
   PieceSums(std::uint64_t begin_bytes, std::uint64_t end_bytes);
 
-  /// Counts `bytes`, which lie at `offset_bytes` in the file; those outside of the range are passed over.
+  /// Counts `bytes`, which lie at `offset_bytes` in the file; those in other pieces, or past the end of the range, are
+  /// passed over.
   /// Thread safety: any thread, with other add() at the same time. Everything else needs the object to itself.
   void add(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept;
   /// Counts what `other` has counted, which may have another range: this one's grows.
@@ -41,6 +42,7 @@ class PieceSums {
 
   std::uint64_t first_ = 0;  // Index in the file of pieces_[0].
   std::uint64_t end_ = 0;
+  std::uint64_t end_bytes_ = 0;
   std::unique_ptr<Piece[]> pieces_;
 };
 

@@ -99,15 +99,19 @@ void Pipeline::attend_to_cancels_and_deadlines() {
   }
 }
 
-// Jobs whose transfer's gate has opened go on; those whose transfer has failed have nothing under way to wait for.
+// Jobs whose transfer's gate has opened go on; those whose transfer has failed have nothing under way to wait for. A
+// transfer without jobs is looked at, too: behind a shut gate it may find no slot.
 void Pipeline::attend_to_gates() {
-  if (count(Stage::kWaiting) == 0) return;
-  for (const auto& transfer : active_) {
-    if (transfer->failure || !transfer->gate) continue;
+  for (std::size_t i = active_.size(); i-- > 0;) {
+    TransferState& transfer = *active_[i];
+    if (!behind_gate(transfer)) continue;
     std::error_code error;
-    if (transfer->gate->open(error)) transfer->gate.reset();
-    if (error) give_up(*transfer, file_error(error, transfer->verb(), transfer->path_of(0)));
+    if (transfer.gate->open(error)) transfer.gate.reset();
+    if (!error) continue;
+    give_up(transfer, file_error(error, transfer.verb(), transfer.path_of(0)));
+    if (transfer.outstanding == 0) end(transfer);
   }
+  if (count(Stage::kWaiting) == 0) return;
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
     if (jobs_[tag].stage != Stage::kWaiting) continue;
     if (jobs_[tag].transfer->failure) {
@@ -135,7 +139,9 @@ std::optional<std::chrono::nanoseconds> Pipeline::patience(bool look_again) {
     if (transfer->deadline && !transfer->failure)
       first = std::min(first.value_or(*transfer->deadline), *transfer->deadline);
   }
-  const bool device = copier_ && (!copier_->idle() || count(Stage::kWaiting) > 0);
+  const bool device =
+      copier_ && (!copier_->idle() || std::any_of(active_.begin(), active_.end(),
+                                                  [](const auto& transfer) { return behind_gate(*transfer); }));
   if (!first) return device ? std::optional<std::chrono::nanoseconds>(kDevicePeriod) : std::nullopt;
   // A far deadline plus now would overflow in the clocks below; looking once an hour costs nothing.
   const std::chrono::nanoseconds longest = device ? kDevicePeriod : std::chrono::hours(1);

@@ -99,6 +99,7 @@ class Pipeline final : public Driver {
   }
   void attend_to_cancels_and_deadlines();
   void attend_to_gates();
+  static bool behind_gate(const TransferState& transfer) { return transfer.gate && !transfer.failure; }
   void reap(std::optional<std::chrono::nanoseconds> patience);
   std::optional<std::chrono::nanoseconds> patience(bool look_again);
 

@@ -136,6 +136,40 @@ TEST_P(ChecksumsTest, ExtentsThatOverlapInTheFileAreNotVerifiedAndTheReasonIsTol
   EXPECT_NE(stats.fallback_reason.find("overlap"), std::string::npos) << stats.fallback_reason;
 }
 
+// What is counted twice makes up for what is not read, in number.
+TEST_P(ChecksumsTest, SmallExtentsThatOverlapAreNotCalledCorrupt) {
+  const Checksums checksums = write_in_parts();
+  const std::uint64_t last = 6 * kMiB;
+  GuardedMemory memory(8 * kMiB);
+  for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
+    const TransferStats stats = engine_.load({.files = {{.path = path_,
+                                                         .extents = {{last, 2000, memory.data()},
+                                                                     {last + 500, 1000, memory.data() + kMiB},
+                                                                     {last + 3000, 1321, memory.data() + 2 * kMiB}},
+                                                         .checksums = checksums}},
+                                              .cache = cache});
+    EXPECT_EQ(stats.verified_bytes, 0u);
+    EXPECT_NE(stats.fallback_reason.find("overlap"), std::string::npos) << stats.fallback_reason;
+  }
+}
+
+TEST_P(ChecksumsTest, WhatIsReadPastThePayloadChangesNothing) {
+  const Checksums checksums = write_in_parts();
+  const std::uint64_t file_bytes = std::filesystem::file_size(path_);
+  GuardedMemory memory(file_bytes);
+  for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
+    LoadRequest load{.files = {{.path = path_, .extents = {{0, file_bytes, memory.data()}}, .checksums = checksums}},
+                     .cache = cache};
+    EXPECT_EQ(engine_.load(load).verified_bytes, bytes_.size());
+    // As many bytes are read past the payload as are left out before its end.
+    const std::uint64_t past = file_bytes - bytes_.size();
+    load.files[0].extents = {{0, bytes_.size() - past, memory.data()},
+                             {bytes_.size(), past, memory.data() + bytes_.size()}};
+    const TransferStats stats = engine_.load(load);  // Past the page cache the gap is read along.
+    EXPECT_EQ(stats.verified_bytes, stats.direct_bytes > 0 ? bytes_.size() : 6 * kMiB);
+  }
+}
+
 TEST_P(ChecksumsTest, ThoseOfAnotherFileAreAnError) {
   Checksums checksums = write_in_parts();
   checksums.crc32c.pop_back();

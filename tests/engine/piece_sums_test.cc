@@ -65,7 +65,7 @@ TEST(PieceSums, PartsInAnyOrderFromManyThreadsMakeTheSame) {
 
 TEST(PieceSums, RangesAreJoinedAndWhatLiesOutsideIsPassedOver) {
   const auto bytes = flashpack::testing::random_bytes(4 * kPiece);
-  PieceSums first(0, kPiece + 10);
+  PieceSums first(0, 2 * kPiece);
   first.add(0, bytes);  // Pieces 2 and 3 are not its own.
   PieceSums second(2 * kPiece, 3 * kPiece);
   second.add(2 * kPiece, std::span(bytes).subspan(2 * kPiece, kPiece));
@@ -77,6 +77,16 @@ TEST(PieceSums, RangesAreJoinedAndWhatLiesOutsideIsPassedOver) {
     EXPECT_EQ(all.crc32c(index, kPiece), crc32c(std::span(bytes).subspan(index * kPiece, kPiece))) << index;
   }
   EXPECT_EQ(all.counted_bytes(3), 0u);
+}
+
+TEST(PieceSums, WhatLiesPastTheEndIsPassedOverInTheLastPieceToo) {
+  const auto bytes = flashpack::testing::random_bytes(kPiece);
+  PieceSums sums(0, 1000);
+  sums.add(0, std::span(bytes).first(900));
+  sums.add(900, std::span(bytes).subspan(900));
+  sums.add(2000, bytes);
+  EXPECT_EQ(sums.counted_bytes(0), 1000u);
+  EXPECT_EQ(sums.crc32c(0, 1000), crc32c(std::span(bytes).first(1000)));
 }
 
 }  // namespace

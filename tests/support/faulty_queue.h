@@ -1,8 +1,10 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <condition_variable>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <random>
@@ -60,14 +62,14 @@ class FaultyQueue final : public engine::IoQueue {
     {
       std::unique_lock lock(mutex_);
       const auto woken = [this] { return woken_; };
-      if (pending_.empty() && timeout && timeout->count() > 0) woken_changed_.wait_for(lock, *timeout, woken);
-      if (pending_.empty() && !timeout) woken_changed_.wait(lock, woken);
+      if (stuck() && timeout && timeout->count() > 0) woken_changed_.wait_for(lock, *timeout, woken);
+      if (stuck() && !timeout) woken_changed_.wait(lock, woken);
       woken_ = false;
     }
-    if (!pending_.empty() && !(timeout && chance(30))) {
-      for (std::size_t count = 1 + random_() % pending_.size(); count > 0; --count) finish_one();
+    if (!stuck() && !(timeout && chance(30))) {
+      for (std::size_t count = 1 + random_() % pending_.size(); count > 0 && !stuck(); --count) finish_one();
     }
-    if (listener_ && !pending_.empty()) listener_->wake();
+    if (listener_ && !stuck()) listener_->wake();
     return done_;
   }
 
@@ -80,6 +82,12 @@ class FaultyQueue final : public engine::IoQueue {
   }
 
   const std::string& fallback_reason() const noexcept override { return reason_; }
+
+  /// Any thread: direct operations at or past that offset do not come back, cancelled or not, until this is raised.
+  void get_stuck_from(std::uint64_t offset_bytes) {
+    stuck_from_bytes_ = offset_bytes;
+    wake();
+  }
 
   bool idle() const { return pending_.empty(); }
   std::size_t max_in_flight() const { return max_in_flight_; }
@@ -99,8 +107,20 @@ class FaultyQueue final : public engine::IoQueue {
 
   bool chance(int percent) { return static_cast<int>(random_() % 100) < percent; }
 
+  bool is_stuck(const Pending& pending) const {
+    const bool direct =
+        pending.request.op == engine::IoRequest::Op::kRead || pending.request.op == engine::IoRequest::Op::kWrite;
+    return direct && pending.request.offset_bytes >= stuck_from_bytes_;
+  }
+  // Nothing is pending that may come back.
+  bool stuck() const {
+    return std::all_of(pending_.begin(), pending_.end(), [this](const auto& entry) { return is_stuck(entry.second); });
+  }
+
+  // Requires: !stuck().
   void finish_one() {
-    const auto at = std::next(pending_.begin(), static_cast<std::ptrdiff_t>(random_() % pending_.size()));
+    auto at = std::next(pending_.begin(), static_cast<std::ptrdiff_t>(random_() % pending_.size()));
+    while (is_stuck(at->second)) at = std::next(at) == pending_.end() ? pending_.begin() : std::next(at);
     const auto [tag, chosen] = *at;
     pending_.erase(at);
     done_.push_back({tag, chosen.cancelled && chance(50) ? -ECANCELED : result_of(chosen.request)});
@@ -138,6 +158,7 @@ class FaultyQueue final : public engine::IoQueue {
   const Faults faults_;
   IoQueue* const listener_;
   std::map<unsigned, Pending> pending_;
+  std::atomic<std::uint64_t> stuck_from_bytes_ = std::numeric_limits<std::uint64_t>::max();
   std::vector<engine::IoCompletion> done_;
   std::size_t max_in_flight_ = 0;
   std::string reason_;

@@ -25,7 +25,7 @@ class PipelineRig {
   static constexpr engine::Pipeline::Limits kLimits{.queue_depth = 4, .worker_depth = 4};
 
   PipelineRig(unsigned seed, Faults faults, Shape shape = Shape::kRealWorkers, std::uint32_t chunk_bytes = 1u << 20,
-              std::size_t slots = 3)
+              std::size_t slots = 3, engine::Copier* copier = nullptr)
       : chunk_bytes_(chunk_bytes), staging_(slots * chunk_bytes, chunk_bytes), disk_(seed, faults) {
     if (shape == Shape::kRealWorkers) {
       workers_ = std::make_unique<engine::Workers>(2, engine::Pipeline::tag_limit(kLimits, slots), &disk_);
@@ -33,7 +33,7 @@ class PipelineRig {
       workers_ = std::make_unique<FaultyQueue>(seed + 1, faults, &disk_);
     }
     engine::IoQueue& workers = workers_ ? *workers_ : disk_;
-    pipeline_ = std::make_unique<engine::Pipeline>(disk_, workers, nullptr, staging_.slots(), kLimits);
+    pipeline_ = std::make_unique<engine::Pipeline>(disk_, workers, copier, staging_.slots(), kLimits);
     driver_ = std::thread([this] { pipeline_->run(); });
   }
 
@@ -58,14 +58,17 @@ class PipelineRig {
     const Checksums* checksums = nullptr;  // Only where extents do not overlap.
   };
 
-  Transfer start(const Load& load) {
+  /// With a gate: to memory of the copier's device.
+  Transfer start(const Load& load, std::unique_ptr<engine::Gate> gate = nullptr) {
     auto state = std::make_shared<engine::TransferState>();
     state->owner = ::getpid();
     state->completion = load.completion;
     state->cancel_requested = load.cancelled;
     state->deadline = load.deadline;
     state->sources.emplace_back(engine::File::open(load.path, std::nullopt, true));
-    state->plan.add_load(0, load.extents, chunk_bytes_, state->sources[0].file.alignment().block_bytes);
+    state->plan.add_load(0, load.extents, chunk_bytes_, state->sources[0].file.alignment().block_bytes,
+                         gate != nullptr);
+    state->gate = std::move(gate);
     state->router = engine::Router(state->plan, state->sources, load.cache);
     if (load.checksums) {
       state->sources[0].checksums = *load.checksums;
@@ -100,6 +103,7 @@ class PipelineRig {
     return disk_.idle() && (!workers || workers->idle());
   }
   const FaultyQueue& disk() const { return disk_; }
+  FaultyQueue& disk() { return disk_; }
 
  private:
   Transfer start(std::shared_ptr<engine::TransferState> state) {

@@ -1,0 +1,126 @@
+// Transfers to a device wait behind the gate of their caller's stream, with a slot or without one.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/support/guarded_memory.h"
+#include "tests/support/pipeline_rig.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::engine {
+namespace {
+
+using flashpack::testing::GuardedMemory;
+using Rig = flashpack::testing::PipelineRig;
+
+constexpr std::uint32_t kChunk = 1u << 20;
+constexpr std::size_t kSlots = 4;  // Two of them are kept from those behind a shut gate.
+constexpr std::chrono::seconds kHang{60};
+
+// A device whose memory is the host's, and whose copies land at once.
+class HostCopier final : public Copier {
+ public:
+  void push(unsigned tag, const IoRequest& request) override {
+    carry_out(request);
+    landed_.push_back({tag, {}});
+  }
+  std::span<const Completion> poll() override {
+    polled_.clear();
+    polled_.swap(landed_);
+    return polled_;
+  }
+  bool idle() const noexcept override { return landed_.empty(); }
+  std::unique_ptr<Gate> gate(CUstream_st*) override { return nullptr; }
+  bool owns(const void*) const override { return true; }
+  const std::string& fallback_reason() const noexcept override { return none_; }
+
+ private:
+  std::vector<Completion> landed_;
+  std::vector<Completion> polled_;
+  const std::string none_;
+};
+
+// What the caller's stream does.
+struct Stream {
+  std::atomic<int> error = 0;
+  std::atomic<bool> at_end = false;
+  std::atomic<int> looks = 0;
+};
+
+class StreamGate final : public Gate {
+ public:
+  explicit StreamGate(Stream& stream) : stream_(stream) {}
+  bool open(std::error_code& error) noexcept override {
+    ++stream_.looks;
+    if (stream_.error != 0) error = {stream_.error, std::generic_category()};
+    return stream_.error != 0 || stream_.at_end;
+  }
+
+ private:
+  Stream& stream_;
+};
+
+class PipelineGateTest : public ::testing::Test {
+ protected:
+  PipelineGateTest() { flashpack::testing::write_file(path_, bytes_); }
+
+  Transfer start_behind(Stream& stream, GuardedMemory& target) {
+    return rig_.start({.path = path_, .extents = {{0, target.size(), target.data()}}},
+                      std::make_unique<StreamGate>(stream));
+  }
+
+  static void wait_for_looks(const Stream& stream) {
+    for (const int first = stream.looks; stream.looks < first + 3;) std::this_thread::yield();
+  }
+
+  flashpack::testing::TempDir dir_;
+  const std::filesystem::path path_ = dir_ / "file";
+  const std::vector<std::byte> bytes_ = flashpack::testing::random_bytes(6 * kChunk);
+  HostCopier copier_;
+  Rig rig_{1, {}, Rig::Shape::kRealWorkers, kChunk, kSlots, &copier_};
+};
+
+TEST_F(PipelineGateTest, AGateThatFailsEndsAlsoTheTransferThatFoundNoSlot) {
+  Stream stream;
+  GuardedMemory first_target(3 * kChunk);
+  GuardedMemory second_target(3 * kChunk);
+  Transfer first = start_behind(stream, first_target);  // Takes as many slots as it may.
+  wait_for_looks(stream);
+  Transfer second = start_behind(stream, second_target);
+  wait_for_looks(stream);
+  stream.error = EIO;
+  for (Transfer* transfer : {&first, &second}) {
+    ASSERT_TRUE(transfer->wait_for(kHang)) << "it hangs";
+    EXPECT_THROW(transfer->wait(), Error);
+  }
+}
+
+TEST_F(PipelineGateTest, AGateOpensAlsoForTheTransferThatStuckReadsLeaveNoSlot) {
+  rig_.disk().get_stuck_from(4 * kChunk);
+  GuardedMemory stuck_target(2 * kChunk, 1);  // Out of phase: through slots.
+  Transfer stuck = rig_.start({.path = path_, .extents = {{4 * kChunk, stuck_target.size(), stuck_target.data()}}});
+  while (stuck.progress().outstanding < 2) std::this_thread::yield();
+  stuck.cancel();
+
+  Stream stream;
+  GuardedMemory target(3 * kChunk);
+  Transfer transfer = start_behind(stream, target);
+  wait_for_looks(stream);
+  stream.at_end = true;
+  EXPECT_TRUE(transfer.wait_for(kHang)) << "it hangs";
+  EXPECT_FALSE(stuck.wait_for(std::chrono::nanoseconds(0)));
+  rig_.disk().get_stuck_from(~std::uint64_t{0});
+  ASSERT_TRUE(transfer.wait_for(kHang));
+  transfer.wait();
+  EXPECT_EQ(std::memcmp(target.data(), bytes_.data(), target.size()), 0);
+  ASSERT_TRUE(stuck.wait_for(kHang));
+}
+
+}  // namespace
+}  // namespace flashpack::engine
