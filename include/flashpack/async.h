@@ -122,7 +122,8 @@ auto async_load(Engine& engine, LoadRequest request, Token&& token) {
                                 });
 }
 
-/// FileWriter::start_write() as an asynchronous operation.
+/// FileWriter::start_write() as an asynchronous operation. Sources on a CUDA device are read when all that is on the
+/// legacy default stream now has come to an end.
 template <boost::asio::completion_token_for<detail::AsyncSignature> Token>
 auto async_write(FileWriter& writer, std::vector<SourceExtent> extents, Token&& token) {
   return detail::async_transfer(std::forward<Token>(token),

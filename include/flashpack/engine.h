@@ -47,7 +47,8 @@ struct FileExtents {
   std::vector<Extent> extents;
   std::optional<FileIdentity> expected;  ///< When set, another file at `path` is Errc::kFileChanged before any I/O.
   /// When set, what is read is held against them, and a difference is Errc::kCorrupt. Only pieces that are read whole
-  /// can be: TransferStats::verified_bytes counts them. None when extents overlap in the file.
+  /// can be: TransferStats::verified_bytes counts them. None when extents overlap in the file, or targets on the host
+  /// and on the device take turns in it less than 64 KiB apart; then TransferStats::fallback_reason says so.
   std::optional<Checksums> checksums;
 };
 
@@ -87,7 +88,8 @@ struct EngineOptions {
   std::uint32_t chunk_bytes = std::uint32_t{4} << 20;
   /// Direct reads in flight, 1 to 1024, and a few more while fresh memory is filled. Raise to 16-32 for striped arrays.
   std::uint32_t queue_depth = 8;
-  /// Upper bound of the engine's own memory, taken as it is first needed; at least two chunks.
+  /// Upper bound of the engine's own memory; at least two chunks. Taken as it is first needed, or for a CUDA device,
+  /// page-locked, at the start.
   std::uint64_t staging_bytes = std::uint64_t{64} << 20;
   /// Threads for page-cache reads and copies, at most 64; 0 is one per core, but at least 2 and at most 8.
   std::uint32_t workers = 0;
@@ -124,8 +126,9 @@ class Engine {
   TransferStats load(LoadRequest request);
 
   /// Opens and plans, then returns; the driver thread does the rest. `completion`, if given, is borrowed until called.
-  /// Throws: Error for a request that is wrong in itself (kInvalidArgument, kUnusable, an error of CUDA), and then
-  /// never calls `completion`; everything about the files is reported by the transfer.
+  /// Throws: Error (kInvalidArgument for targets that are null or overlap; kUnusable; an error of CUDA about `stream`),
+  /// and then never calls `completion`. What is wrong with the files, or with targets on another device, is reported by
+  /// the transfer.
   Transfer start_load(LoadRequest request, Completion* completion = nullptr);
 
   /// Begins a new file that will replace `path`. Its directory must exist. Throws: Error.
