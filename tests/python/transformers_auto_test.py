@@ -95,10 +95,8 @@ def test_patching_again_changes_nothing():
     assert AutoModel.from_pretrained.__doc__
 
 
-CODE = """
-import torch
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+CONFIG_CODE = """
+from transformers import PretrainedConfig
 
 
 class HomemadeConfig(PretrainedConfig):
@@ -107,6 +105,13 @@ class HomemadeConfig(PretrainedConfig):
     def __init__(self, width=4, **kwargs):
         super().__init__(**kwargs)
         self.width = width
+"""
+MODEL_CODE = """
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from .configuring import HomemadeConfig
 
 
 class HomemadeModel(PreTrainedModel):
@@ -131,8 +136,9 @@ def test_models_with_code_of_their_own_take_it_along(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     source = tmp_path / "source"
     source.mkdir()
-    (source / "homemade.py").write_text(CODE)
-    auto_map = {"AutoConfig": "homemade.HomemadeConfig", "AutoModel": "homemade.HomemadeModel"}
+    (source / "configuring.py").write_text(CONFIG_CODE)
+    (source / "modeling.py").write_text(MODEL_CODE)
+    auto_map = {"AutoConfig": "configuring.HomemadeConfig", "AutoModel": "modeling.HomemadeModel"}
     (source / "config.json").write_text(json.dumps({"model_type": "homemade", "width": 6, "auto_map": auto_map}))
 
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=True)
@@ -141,7 +147,7 @@ def test_models_with_code_of_their_own_take_it_along(tmp_path, monkeypatch):
     model.save_pretrained_flashpack(tmp_path / "saved")
     written = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert written["architectures"] == ["HomemadeModel"]
-    assert (tmp_path / "saved" / "homemade.py").exists()
+    assert {"configuring.py", "modeling.py"} <= {path.name for path in (tmp_path / "saved").iterdir()}
 
     loaded = AutoModel.from_pretrained(tmp_path / "saved", use_flashpack=True, trust_remote_code=True)
     assert_same_model(loaded, model)

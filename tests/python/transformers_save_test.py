@@ -61,6 +61,21 @@ def test_a_class_of_ones_own_may_have_the_mixin(tmp_path):
     assert_same_model(from_file, model)
 
 
+def test_transformers_builds_the_class_whose_name_it_knows(tmp_path, monkeypatch):
+    model = make("bert")
+    save(model, tmp_path)
+    seen = []
+    build = transformers.PreTrainedModel._from_config.__func__
+
+    def record(cls, *args, **kwargs):
+        seen.append(cls)
+        return build(cls, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "_from_config", classmethod(record))
+    load(type(model), tmp_path)
+    assert seen == [transformers.BertForMaskedLM]
+
+
 def test_config_json_names_the_original_class(tmp_path):
     model = make("bert")
     save(model, tmp_path / "flashpack")

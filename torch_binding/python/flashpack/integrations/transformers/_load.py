@@ -144,10 +144,10 @@ def _accepted(arguments: dict[str, Any]) -> dict[str, Any]:
 def _read_config(
     model_class: type[PreTrainedModel], directory: Path, arguments: dict[str, Any]
 ) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """A configuration of its own, and the arguments that it did not take."""
+    """The configuration, and the arguments that it did not take."""
     config = arguments.pop("config", None)
     if isinstance(config, PretrainedConfig):
-        return copy.deepcopy(config), arguments
+        return config, arguments
     if model_class.config_class is None:
         raise FlashPackError(f"{model_class.__name__} has no config_class: pass config=, or load with AutoModel")
     # These are settings of the load, even where a configuration has entries of the same names.
@@ -200,7 +200,7 @@ def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, requ
         return None
     dtype = request.dtype or _main_dtype(request.footer)
     given = {} if dtype is None else {"dtype": dtype}
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(config)  # It may be the caller's.
     if dtype is not None:
         config.dtype = dtype
     with meta_parameters():
@@ -216,12 +216,12 @@ def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, requ
 
 
 def _fits(model: PreTrainedModel, entries: list[Entry]) -> bool:
-    """Whether the names and shapes are the module's, and all of it is there."""
+    """Whether the names and shapes are the module's, and no parameter is missing."""
     slots = slots_of(model)
     if any(entry.name not in slots or tuple(slots[entry.name].value.shape) != entry.shape for entry in entries):
         return False
     there = {id(slots[entry.name].value) for entry in entries}
-    return all(id(slot.value) in there for slot in slots.values() if slot.is_persistent)
+    return all(id(slot.value) in there for slot in slots.values() if slot.is_parameter)
 
 
 def _set_dtypes(model: PreTrainedModel, entries: list[Entry], request: Request) -> None:
