@@ -54,7 +54,8 @@ inline bool intercept_syscalls(const std::vector<long>& numbers, std::function<i
   // Started before the filter is there, so that it is not one of those that wait for it.
   std::promise<int> listener;
   std::thread([fd = listener.get_future(), answer = std::move(answer)]() mutable {
-    for (const int listener_fd = fd.get(); listener_fd >= 0;) {
+    const int listener_fd = fd.get();
+    while (listener_fd >= 0) {
       seccomp_notif call{};
       if (::ioctl(listener_fd, SECCOMP_IOCTL_NOTIF_RECV, &call) != 0) continue;
       const int error_number = answer(call.data);
