@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def test_only_what_is_needed_is_downloaded(tmp_path, monkeypatch):
     FlashPackSD.from_pretrained_flashpack("somebody/pipeline", revision="branch")
     first, second = asked
     assert first[:2] == ("somebody/pipeline", "branch")
-    assert not any("safetensors" in pattern or pattern.endswith("/*") for pattern in first[2])
+    assert any(fnmatch(f"unet/{MODEL}", pattern) for pattern in first[2])
+    assert not any(fnmatch("unet/diffusion_pytorch_model.safetensors", pattern) for pattern in first[2])
     assert second == ("somebody/pipeline", "c0ffee", ["scheduler/*", "text_encoder/*", "tokenizer/*"])
 
 

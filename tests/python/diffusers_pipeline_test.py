@@ -23,6 +23,7 @@ from diffusers_models import (  # noqa: E402
     make_plain_pipeline,
     make_unet,
     plain_text_encoder,
+    plain_unet,
     plain_vae,
     read_json,
     save_pipeline,
@@ -100,6 +101,15 @@ def test_a_constructor_says_which_components_are_to_have_the_mixin(tmp_path):
     assert np.array_equal(image(loaded), image(plain))
 
 
+def test_a_component_that_is_passed_stands_for_a_class_that_nobody_has(tmp_path):
+    saved = save_pipeline(tmp_path / "saved")
+    index = read_json(saved / "model_index.json") | {"unet": ["script_of_long_ago", "FlashPackMyUNet"]}
+    (saved / "model_index.json").write_text(json.dumps(index))
+    for unet in (make_unet(), plain_unet()):
+        assert FlashPackSD.from_pretrained_flashpack(saved, unet=unet).unet is unet
+    assert FlashPackSD.from_pretrained_flashpack(saved, unet=None).unet is None
+
+
 def test_components_that_are_passed_are_not_loaded(tmp_path):
     saved = save_pipeline(tmp_path / "saved")
     unet = make_unet()
@@ -145,6 +155,18 @@ def test_a_dtype_of_the_load_may_differ_between_components(tmp_path):
         torch.bfloat16,
     )
     assert FlashPackSD.from_pretrained_flashpack(saved, torch_dtype=torch.float16).unet.dtype is torch.float16
+
+
+def test_the_ranks_of_a_group_load_a_pipeline_together(tmp_path):
+    saved = save_pipeline(tmp_path / "saved")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        loaded = FlashPackSD.from_pretrained_flashpack(
+            saved, use_distributed_loading=True, rank=0, local_rank=0, world_size=1
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+    assert np.array_equal(image(loaded), image(make_pipeline()))
 
 
 def test_an_error_says_which_component_it_was(tmp_path):

@@ -165,8 +165,11 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
         loaded = _load_components(pipeline_class, directory, entries, dtype, options)
         if loaded and kwargs.get("quantization_config") is not None:
             logger.warning("quantization_config has no effect on %s, which flashpack loads", ", ".join(loaded))
-        with _understood_by_diffusers(directory, index, loaded) as understood:
-            pipeline: Self = pipeline_class.from_pretrained(understood, **loaded, **kwargs)
+        # It means something only to the download, and from_pretrained() would complain.
+        kwargs.pop("local_dir", None)
+        components = kwargs | loaded
+        with _understood_by_diffusers(directory, index, components) as understood:
+            pipeline: Self = pipeline_class.from_pretrained(understood, **components)
         pipeline.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         # Components without a flashpack file are still on the CPU.
         return pipeline if device is None or torch.device(device).type == "cpu" else pipeline.to(device)
@@ -273,7 +276,7 @@ def _load_components(
             elif _lacks_weights(directory / name, library, class_name):
                 flashpack_file(directory / name)
         except Exception as error:
-            raise RuntimeError(f"Error loading {name} from {library} {class_name}") from error
+            raise RuntimeError(f"Error loading {name} from {library} {class_name}: {error}") from error
     return loaded
 
 
@@ -293,11 +296,14 @@ def _understood_by_diffusers(
 ) -> Iterator[Path]:
     """`directory`, or a stand-in for it if its index names classes that diffusers does not find.
 
-    flashpack 0.4.5 wrote the names of its own classes.
+    flashpack 0.4.5 wrote the names of its own classes. `components` are those that are there already.
     """
-    names = {name: index_entry(type(component)) for name, component in components.items()}
+    names = {}
     for name, (library, class_name) in entries_of(index).items():
-        if name not in names and class_name.startswith(PREFIX):
+        own = type(uncompiled(components[name])) if name in components else None
+        if own is not None and mixin_for(own) is not None:
+            names[name] = index_entry(own)
+        elif own is None and class_name.startswith(PREFIX):
             names[name] = index_entry(class_named(library, class_name))
     if all(tuple(index[name]) == entry for name, entry in names.items()):
         yield directory
