@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import flashpack
 import numpy as np
@@ -157,15 +158,23 @@ def test_a_dtype_of_the_load_may_differ_between_components(tmp_path):
     assert FlashPackSD.from_pretrained_flashpack(saved, torch_dtype=torch.float16).unet.dtype is torch.float16
 
 
-def test_the_ranks_of_a_group_load_a_pipeline_together(tmp_path):
+def test_the_ranks_of_a_group_load_a_pipeline_together(tmp_path, monkeypatch):
     saved = save_pipeline(tmp_path / "saved")
+    places = {"rank": 0, "local_rank": 0, "world_size": 1}
+    seen = []
+    original = flashpack.mixin.assign_from_file
+
+    def assign_from_file(*args: Any, **kwargs: Any) -> None:
+        seen.append({name: kwargs[name] for name in ("use_distributed_loading", *places)})
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(flashpack.mixin, "assign_from_file", assign_from_file)
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
-        loaded = FlashPackSD.from_pretrained_flashpack(
-            saved, use_distributed_loading=True, rank=0, local_rank=0, world_size=1
-        )
+        loaded = FlashPackSD.from_pretrained_flashpack(saved, use_distributed_loading=True, **places)
     finally:
         torch.distributed.destroy_process_group()
+    assert seen[0] == {"use_distributed_loading": True, **places}
     assert np.array_equal(image(loaded), image(make_pipeline()))
 
 
