@@ -324,3 +324,15 @@ def test_a_loaded_model_trains_and_takes_a_state_dict(tmp_path):
     optimizer.step()
     loaded.load_state_dict(model.state_dict())
     assert_same_model(loaded, model)
+
+
+def test_attributes_of_the_class_are_defaults_that_arguments_override(tmp_path, monkeypatch):
+    model = make("bert")
+    save(model, tmp_path)
+    repack(tmp_path, lambda tensors: tensors.update(extra=torch.ones(3)))
+    with pytest.raises(flashpack.FlashPackError, match="extra"):
+        load(type(model), tmp_path)
+    monkeypatch.setattr(flashpack.FlashPackMixin, "flashpack_ignore_names", ["extra"])
+    assert_same_model(load(type(model), tmp_path), model)
+    with pytest.raises(flashpack.FlashPackError, match="extra"):
+        load(type(model), tmp_path, ignore_names=[])

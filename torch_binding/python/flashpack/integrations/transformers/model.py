@@ -135,7 +135,8 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
     ) -> Any:
         """A new model, in eval mode, from a directory or a repository on the Hub with `model.flashpack` in it.
 
-        `device`: where it ends; default is the CPU. Arguments of the Hub have the meaning they have in transformers,
+        `device`: where it ends; default is the CPU. Attributes `flashpack_*` of the class are the defaults of `ignore_*`
+        and `coerce_dtype`. Arguments of the Hub have the meaning they have in transformers,
         the others that of assign_from_file. `kwargs` are of from_pretrained() of transformers: `config`, `dtype`,
         `device_map` (one device), `attn_implementation`, entries of the configuration and so on. Without `dtype` every
         tensor keeps that of the file.
@@ -153,6 +154,10 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
             raise FileNotFoundError(errno.ENOENT, f"Flashpack file {path} not found", str(path))
         output_loading_info = kwargs.pop("output_loading_info", False)
         options = {name: value for name, value in given.items() if name in _OF_ASSIGN}
+        for name in ("ignore_names", "ignore_prefixes", "ignore_suffixes"):
+            if options[name] is None:
+                options[name] = getattr(cls, f"flashpack_{name}")
+        options["coerce_dtype"] = coerce_dtype or cls.flashpack_coerce_dtype
         # transformers goes by the names of its classes.
         original = vars(cls).get("recipe", (cls,))[0]
         model, info = load(original, path, str(pretrained_model_name_or_path), device, options, kwargs)
