@@ -135,7 +135,7 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
     ) -> Any:
         """A new model, in eval mode, from a directory or a repository on the Hub with `model.flashpack` in it.
 
-        `device`: where it ends; default is the CPU. Attributes `flashpack_*` of the class are the defaults of `ignore_*`
+        `device`: where it ends; default is the CPU. Attributes `flashpack_*` of the class are defaults of `ignore_*`
         and `coerce_dtype`. Arguments of the Hub have the meaning they have in transformers,
         the others that of assign_from_file. `kwargs` are of from_pretrained() of transformers: `config`, `dtype`,
         `device_map` (one device), `attn_implementation`, entries of the configuration and so on. Without `dtype` every
