@@ -462,6 +462,7 @@ TEST_P(FullDiskTest, ADiskThatCannotTakeWhatItIsGivenIsAnErrorWithAndWithoutTheP
   if (made.status != 0) GTEST_SKIP() << "no loop device: " << made.output;
   testing::write_file(path_, file_of(1));
   testing::run("sync -f " + path_.string() + "; dd if=/dev/zero of=" + image + ".rest bs=64k 2>&1");
+  bool intercepted = true;
   for (const bool direct : {true, false}) {
     const int status = run_in_child([&] {
       const auto refuse_direct = [&](const seccomp_data& call) { return call.args[2] & O_DIRECT ? EINVAL : 0; };
@@ -469,13 +470,17 @@ TEST_P(FullDiskTest, ADiskThatCannotTakeWhatItIsGivenIsAnErrorWithAndWithoutTheP
       Engine full = engine();
       return fails({ENOSPC, EIO}, [&] { save(full, path_, 2); });
     });
-    EXPECT_EQ(status, 0) << direct;
+    intercepted = status != kSkip;
+    if (intercepted) {
+      EXPECT_EQ(status, 0) << direct;
+    }
     EXPECT_EQ(std::distance(std::filesystem::directory_iterator(at), {}), 1);
   }
   std::filesystem::remove(image + ".rest");
   EXPECT_EQ(save_in_child(3), 0);
   EXPECT_EQ(version(), 3u);
   testing::run("umount -l " + at);
+  if (!intercepted) GTEST_SKIP() << "system calls cannot be intercepted here";
 }
 
 TEST_P(FullDiskTest, AReadOnlyFileSystemIsAnErrorAtOnce) {
