@@ -12,7 +12,7 @@ from support import assert_bit_equal
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-from diffusers import AutoencoderKL, StableDiffusionPipeline  # noqa: E402
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from diffusers_models import (  # noqa: E402
     MODEL,
     AnnotatedSD,
@@ -29,7 +29,10 @@ from diffusers_models import (  # noqa: E402
     read_json,
     save_pipeline,
 )
-from flashpack.integrations.diffusers import FlashPackDiffusionPipeline  # noqa: E402
+from flashpack.integrations.diffusers import (  # noqa: E402
+    FlashPackDiffusersModelMixin,
+    FlashPackDiffusionPipeline,
+)
 
 
 def test_a_pipeline_returns_with_bit_equal_images(tmp_path):
@@ -109,6 +112,20 @@ def test_a_component_that_is_passed_stands_for_a_class_that_nobody_has(tmp_path)
     for unet in (make_unet(), plain_unet()):
         assert FlashPackSD.from_pretrained_flashpack(saved, unet=unet).unet is unet
     assert FlashPackSD.from_pretrained_flashpack(saved, unet=None).unet is None
+
+
+class UnprefixedUNet(UNet2DConditionModel, FlashPackDiffusersModelMixin):
+    """A component's class of one's own, with a name of one's own."""
+
+
+@pytest.mark.parametrize("base", [FlashPackSD, FlashPackDiffusionPipeline])
+def test_a_component_of_a_class_of_ones_own_returns_as_that_class(tmp_path, base):
+    pipeline = make_pipeline(unet=lambda: make_unet(UnprefixedUNet))
+    pipeline.save_pretrained_flashpack(tmp_path)
+    assert read_json(tmp_path / "model_index.json")["unet"] == [__name__, "UnprefixedUNet"]
+    loaded = base.from_pretrained_flashpack(tmp_path)
+    assert type(loaded.unet) is UnprefixedUNet
+    assert np.array_equal(image(loaded), image(pipeline))
 
 
 def test_components_that_are_passed_are_not_loaded(tmp_path):

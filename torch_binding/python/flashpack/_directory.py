@@ -17,8 +17,6 @@ from ._checkpoint import find_checkpoint, is_index, weight_patterns
 from ._native import FlashPackError
 from .integrations._hub import resolve_directory
 
-WEIGHTS_NAME = "model.flashpack"
-
 # What a model needs beside its weights: configuration, tokenizer, generation, code, and what it may be used for.
 _COMPANIONS = [
     *("*.json", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.spm", "*.jinja", "additional_chat_templates/*.jinja"),

@@ -9,6 +9,9 @@ MAGIC: Final = b"FLASHPK\0"
 U64LE: Final = struct.Struct("<Q")
 """The footer's length, between the footer and the magic."""
 
+WEIGHTS_NAME: Final = "model.flashpack"
+"""The file with the weights, in the directory of a model."""
+
 FILE_FORMAT_V3: Final = "flashpack_v3"
 """One dtype."""
 FILE_FORMAT_V4: Final = "flashpack_v4"

@@ -19,6 +19,7 @@ from .._classes import PREFIX, original_class, promoted_class
 from .model import FlashPackDiffusersModelMixin
 
 _OURS = "flashpack.integrations."
+_LIBRARIES = ("diffusers", "transformers")
 
 
 def mixin_for(cls: type) -> Any:
@@ -103,6 +104,21 @@ def index_entry(cls: type) -> tuple[str, str]:
     return library, name
 
 
+def entry_known_to_diffusers(cls: type) -> tuple[str, str]:
+    """index_entry(); of a class of one's own, that of the nearest base that diffusers or transformers exports.
+
+    When from_pretrained() is passed a component, it fails for an entry that names any other module (diffusers 0.42).
+    """
+    library, name = index_entry(cls)
+    if library in _LIBRARIES or hasattr(diffusers.pipelines, library):
+        return library, name
+    for base in cls.__mro__:
+        library = base.__module__.split(".")[0]
+        if library in _LIBRARIES and getattr(sys.modules[library], base.__name__, None) is base:
+            return library, base.__name__
+    return library, name
+
+
 def class_named(library: str, name: str) -> Any:
     """The class of an entry of model_index.json. Imports nothing but diffusers and transformers: files are not trusted.
 
@@ -111,7 +127,7 @@ def class_named(library: str, name: str) -> Any:
     if library.startswith(_OURS):
         # flashpack 0.4.5 wrote the module that had made the class.
         library = library.removeprefix(_OURS).split(".")[0]
-    if library in ("diffusers", "transformers"):
+    if library in _LIBRARIES:
         module: Any = importlib.import_module(library)
     else:
         module = getattr(diffusers.pipelines, library, None) or sys.modules.get(library)

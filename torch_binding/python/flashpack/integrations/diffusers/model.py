@@ -23,6 +23,7 @@ from ...constants import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_NUM_STREAMS,
     DEFAULT_NUM_WRITE_WORKERS,
+    WEIGHTS_NAME,
 )
 from ...mixin import FlashPackMixin
 from ...serialization import pack_to_file
@@ -30,7 +31,6 @@ from ...utils import logger, string_to_dtype
 from .._classes import original_class
 from .._hub import resolve_directory, upload_directory
 
-FILE_NAME = "model.flashpack"
 _OF_BUILD = {"args", "dtype", "init_fn", "kwargs", "path"}
 OF_LOAD = {*inspect.signature(FlashPackMixin.from_flashpack).parameters} - _OF_BUILD
 _OF_HUB = {*inspect.signature(resolve_directory).parameters, "local_dir_use_symlinks", "proxies"}
@@ -81,7 +81,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         if getattr(self, "hf_quantizer", None) is not None:
             raise FlashPackError(f"{type(self).__name__} is quantized; its tensors alone do not make it again")
         directory = make_directory(save_directory)
-        path = directory / FILE_NAME
+        path = directory / WEIGHTS_NAME
         options: dict[str, Any] = {
             "align_bytes": align_bytes,
             "silent": silent,
@@ -159,7 +159,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         given = dict(locals())
         directory = resolve_directory(
             pretrained_model_name_or_path,
-            allow_patterns=(FILE_NAME, "config.json"),
+            allow_patterns=(WEIGHTS_NAME, "config.json"),
             **{name: given[name] for name in _OF_HUB & given.keys()},
         )
         path = flashpack_file(directory)
@@ -195,7 +195,7 @@ def make_directory(path: StrPath) -> Path:
 
 
 def flashpack_file(directory: Path) -> Path:
-    path = directory / FILE_NAME
+    path = directory / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, f"Flashpack file {path} not found", str(path))
     return path

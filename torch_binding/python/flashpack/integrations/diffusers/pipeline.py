@@ -22,6 +22,7 @@ from ...constants import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_NUM_STREAMS,
     DEFAULT_NUM_WRITE_WORKERS,
+    WEIGHTS_NAME,
 )
 from ...utils import logger
 from .._classes import PREFIX, original_class, promoted_class
@@ -30,6 +31,7 @@ from ._components import (
     class_named,
     declared_classes,
     entries_of,
+    entry_known_to_diffusers,
     flashpack_class,
     has_mixin,
     index_entry,
@@ -38,7 +40,7 @@ from ._components import (
     read_json,
     uncompiled,
 )
-from .model import FILE_NAME, OF_LOAD, flashpack_file, make_directory, one_device, requested_dtype
+from .model import OF_LOAD, flashpack_file, make_directory, one_device, requested_dtype
 
 INDEX_NAME = "model_index.json"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_dir", "local_files_only", "proxies", "revision", "token")
@@ -223,7 +225,7 @@ def _save(
     known = inspect.signature(component.save_pretrained).parameters
     component.save_pretrained(directory, **{name: value for name, value in arguments.items() if name in known})
     # One of before would be loaded instead of what has just been saved.
-    (directory / FILE_NAME).unlink(missing_ok=True)
+    (directory / WEIGHTS_NAME).unlink(missing_ok=True)
 
 
 def _download(path_or_repo: StrPath, arguments: Mapping[str, Any]) -> Path:
@@ -236,7 +238,7 @@ def _download(path_or_repo: StrPath, arguments: Mapping[str, Any]) -> Path:
     others = [
         f"{name}/*"
         for name in entries_of(read_json(index))
-        if name not in arguments and not (directory / name / FILE_NAME).is_file()
+        if name not in arguments and not (directory / name / WEIGHTS_NAME).is_file()
     ]
     if others:
         if directory.parent.name == "snapshots":
@@ -269,7 +271,7 @@ def _load_components(
     for name, (library, class_name) in entries.items():
         wanted = dtype.get(name, dtype.get("default")) if isinstance(dtype, Mapping) else dtype
         try:
-            if (directory / name / FILE_NAME).is_file():
+            if (directory / name / WEIGHTS_NAME).is_file():
                 cls: Any = declared.get(name) or flashpack_class(class_named(library, class_name))
                 arguments = options if wanted is None else {**options, "dtype": wanted}
                 loaded[name] = cls.from_pretrained_flashpack(directory / name, **arguments)
@@ -294,15 +296,15 @@ def _lacks_weights(directory: Path, library: str, class_name: str) -> bool:
 def _understood_by_diffusers(
     directory: Path, index: Mapping[str, Any], components: Mapping[str, Any]
 ) -> Iterator[Path]:
-    """`directory`, or a stand-in for it if its index names classes that diffusers does not find.
+    """`directory`, or a stand-in for it if its index names classes that diffusers does not take.
 
-    flashpack 0.4.5 wrote the names of its own classes. `components` are those that are there already.
+    Those are classes of one's own, and those of flashpack, which 0.4.5 named. `components` are there already.
     """
     names = {}
     for name, (library, class_name) in entries_of(index).items():
         own = type(uncompiled(components[name])) if name in components else None
         if own is not None and mixin_for(own) is not None:
-            names[name] = index_entry(own)
+            names[name] = entry_known_to_diffusers(own)
         elif own is None and class_name.startswith(PREFIX):
             names[name] = index_entry(class_named(library, class_name))
     if all(tuple(index[name]) == entry for name, entry in names.items()):

@@ -22,6 +22,7 @@ from ...constants import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_NUM_STREAMS,
     DEFAULT_NUM_WRITE_WORKERS,
+    WEIGHTS_NAME,
 )
 from ...deserialization import assign_from_file
 from ...mixin import FlashPackMixin
@@ -30,8 +31,7 @@ from .._classes import original_class, promoted_class
 from .._hub import resolve_directory, upload_directory
 from ._load import load
 
-FILE_NAME = "model.flashpack"
-FILES = ("config.json", "generation_config.json", FILE_NAME)
+FILES = ("config.json", "generation_config.json", WEIGHTS_NAME)
 _OF_HUB = {*inspect.signature(resolve_directory).parameters, "local_dir_use_symlinks", "proxies"}
 _OF_ASSIGN = {*inspect.signature(assign_from_file).parameters} - {"device"}
 
@@ -78,7 +78,7 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
             return
         directory = Path(save_directory)
         self.save_flashpack(
-            directory / FILE_NAME,
+            directory / WEIGHTS_NAME,
             target_dtype=target_dtype,
             align_bytes=align_bytes,
             silent=silent,
@@ -149,7 +149,7 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
         given = dict(locals())
         hub = {name: value for name, value in given.items() if name in _OF_HUB}
         directory = resolve_directory(pretrained_model_name_or_path, allow_patterns=FILES, **hub)
-        path = directory / FILE_NAME
+        path = directory / WEIGHTS_NAME
         if not path.is_file():
             raise FileNotFoundError(errno.ENOENT, f"Flashpack file {path} not found", str(path))
         output_loading_info = kwargs.pop("output_loading_info", False)
