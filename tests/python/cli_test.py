@@ -45,6 +45,7 @@ def source(tmp_path):
 def test_metadata_of_one_dtype_reads_as_in_the_reference(pack):
     path = pack(STATE)
     lines = ["format: flashpack_v3", "target_dtype: float32", "align_bytes: 128", "total_elems: 2119"]
+    lines.append("checksums: crc32c")
     index = ["index:", "  0: 0000:2100 weight [300, 7]", "  1: 2112:2119 bias [7]"]
     assert run("metadata", path).output.splitlines() == lines
     for option in ("-i", "--show-index", "--index"):
@@ -59,6 +60,7 @@ def test_metadata_of_several_dtypes_reads_as_in_the_reference(pack):
         "align_bytes: 128",
         "total_payload_bytes: 24210",
         "total_elems: 6032",
+        "checksums: crc32c",
         "macroblocks:",
         "  0: float32    00000:24092",
         "  1: bfloat16   24192:24210",
@@ -74,10 +76,23 @@ def test_metadata_of_several_dtypes_reads_as_in_the_reference(pack):
 @pytest.mark.parametrize("source", [STATE, MIXED], ids=["v3", "v4"])
 def test_metadata_for_programs_is_the_footer(pack, source):
     path = pack(source)
-    footer = flashpack.get_flashpack_file_metadata(path)
+    footer = {**flashpack.get_flashpack_file_metadata(path), "checksums": "crc32c"}
     assert json.loads(run("metadata", path, "--json", "--show-index").output) == footer
     del footer["index"]
     assert json.loads(run("metadata", path, "-j").output) == footer
+
+
+def test_metadata_says_that_a_file_has_no_checksums(pack):
+    assert "checksums: none" in run("metadata", pack(STATE, checksum=False)).output.splitlines()
+
+
+@pytest.mark.parametrize("name", ["metadata", "verify", "revert"])
+def test_of_a_model_directory_the_flashpack_file_is_meant(tmp_path, name):
+    result = run(name, tmp_path)
+    assert result.exit_code == 2
+    assert re.search(r"Directory '.*' has no model\.flashpack", result.stderr)
+    flashpack.pack_to_file(STATE, tmp_path / "model.flashpack")
+    assert run(name, tmp_path).exit_code == 0
 
 
 def test_names_cannot_drive_the_terminal(pack):
@@ -111,6 +126,8 @@ def test_what_is_no_flashpack_file_is_told_in_a_line(tmp_path, source):
 
 def test_version_is_told():
     assert run("--version").output == f"flashpack, version {flashpack.__version__}\n"
+    process = run_process("--version")
+    assert process.stdout == run("--version").output
 
 
 def test_converting_and_reverting_say_where_the_result_is(source):

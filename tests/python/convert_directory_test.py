@@ -71,10 +71,22 @@ def test_a_directory_without_weights_or_a_destination_that_is_a_file_is_an_error
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(NotADirectoryError, match="file"):
         commands.convert_to_flashpack(tmp_path / "model", tmp_path / "file")
-    with pytest.raises(FlashPackError, match="converts to a directory"):
-        commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out.flashpack")
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "model"]
     commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out")
+
+
+def test_a_directory_converts_to_a_single_file_if_the_destination_is_called_like_one(tmp_path):
+    write_model(tmp_path / "model", {"model.safetensors": STATE})
+    file = tmp_path / "out.flashpack"
+    assert commands.convert_to_flashpack(tmp_path / "model", file) == os.fspath(file)
+    assert_bit_equal(flashpack.revert_from_file(file), STATE)
+    (tmp_path / "directory.flashpack").mkdir()
+    commands.convert_to_flashpack(tmp_path / "model", tmp_path / "directory.flashpack")
+    assert (tmp_path / "directory.flashpack" / "config.json").is_file()
+    write_pipeline(tmp_path / "pipeline")
+    with pytest.raises(FlashPackError, match="a pipeline converts to a directory"):
+        commands.convert_to_flashpack(tmp_path / "pipeline", tmp_path / "pipeline.flashpack")
+    assert not (tmp_path / "pipeline.flashpack").exists()
 
 
 def write_pipeline(directory, weights=None):

@@ -13,17 +13,31 @@ from typing import Any
 
 import click
 
-from ._footer import get_flashpack_file_metadata
-from .constants import FILE_FORMAT_V4
+from ._footer import Footer, read_footer
+from .constants import FILE_FORMAT_V4, WEIGHTS_NAME
 from .version import __version__
 
-_PATH = click.Path(exists=True)
+
+class _FlashPackFile(click.Path):
+    """A file; of a directory that a conversion or a save has made, the one in it."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
+        path = os.fsdecode(super().convert(value, parameter, context))
+        if not os.path.isdir(path):
+            return path
+        file = os.path.join(path, WEIGHTS_NAME)
+        if not os.path.isfile(file):
+            self.fail(f"Directory {click.format_filename(path)!r} has no {WEIGHTS_NAME}.", parameter, context)
+        return file
+
+
+_PATH = _FlashPackFile(exists=True)
 _VERBOSE = click.option("--verbose", "-v", is_flag=True, help="Tell what is done and, if it fails, where.")
 _FORCE = click.option("--force", is_flag=True, help="Replace the default destination if it exists.")
 
 
 @click.group(name="flashpack", epilog="Exit status: 0 done, 1 not done or a file is corrupt, 2 wrong usage.")
-@click.version_option(__version__)
+@click.version_option(__version__, prog_name="flashpack")
 def main() -> None:
     """Checkpoints in the flashpack format, which load at the speed of the hardware.
 
@@ -46,7 +60,8 @@ def main() -> None:
 def metadata(path: str, show_index: bool, as_json: bool) -> None:
     """Show what is in a flashpack file.
 
-    Reads its footer alone, so this is quick for any size, and checks every rule of the format.
+    PATH is the file, or the directory of a model. Reads the footer alone, so this is quick for any size, and checks
+    every rule of the format.
 
     \b
     flashpack metadata model.flashpack
@@ -54,10 +69,10 @@ def metadata(path: str, show_index: bool, as_json: bool) -> None:
     flashpack metadata model.flashpack --index --json | jq '.index[].name'
     """
     with _reporting(verbose=False):
-        footer = get_flashpack_file_metadata(path)
+        shown = _summary(read_footer(path))
         if not show_index:
-            del footer["index"]
-        click.echo(json.dumps(footer, indent=2) if as_json else "\n".join(_describe(footer)))
+            del shown["index"]
+        click.echo(json.dumps(shown, indent=2) if as_json else "\n".join(_describe(shown)))
 
 
 @main.command()
@@ -90,7 +105,7 @@ def convert(
     A file becomes a file: by default, SOURCE with the suffix .flashpack. A directory becomes a directory:
     DESTINATION/model.flashpack with the configuration, tokenizer and generation files beside it, and for a pipeline one
     model.flashpack in the folder of each component. By default DESTINATION is the directory itself; a repository has no
-    default. SOURCE is never changed.
+    default. A DESTINATION *.flashpack is a file here, too, of the weights alone. SOURCE is never changed.
 
     Tensors keep the names they have in the checkpoint, and no model is built. --use-transformers and --use-diffusers
     build it and take the names of its modules: what a plain load_state_dict() of that model wants.
@@ -99,6 +114,7 @@ def convert(
     flashpack convert model.safetensors
     flashpack convert pytorch_model.bin out.flashpack --dtype bfloat16
     flashpack convert ./llama ./llama-flashpack
+    flashpack convert ./llama ./llama.flashpack
     flashpack convert stabilityai/sdxl-turbo ./sdxl --variant fp16
     flashpack convert ./bert ./bert-flashpack --use-transformers
     """
@@ -122,8 +138,8 @@ def convert(
 def revert(path: str, destination_path: str | None, force: bool, verbose: bool) -> None:
     """Convert a flashpack file back.
 
-    DESTINATION says by its suffix to what: .safetensors, or anything else for what torch.load() reads. By default it is
-    PATH with the suffix .safetensors.
+    PATH is the file, or the directory of a model. DESTINATION says by its suffix to what: .safetensors, or anything
+    else for what torch.load() reads. By default it is PATH with the suffix .safetensors.
 
     \b
     flashpack revert model.flashpack
@@ -144,7 +160,8 @@ def revert(path: str, destination_path: str | None, force: bool, verbose: bool) 
 def verify(path: str, as_json: bool, verbose: bool) -> None:
     """Check a flashpack file against its checksums.
 
-    Reads all of it, and tells which tensors are not what was written. A file without checksums is an error.
+    PATH is the file, or the directory of a model. Reads all of it, and tells which tensors are not what was
+    written. A file without checksums is an error.
 
     \b
     flashpack verify model.flashpack && echo fine
@@ -164,6 +181,14 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
             click.echo(f"{len(report['corrupt'])} pieces corrupt, {sound}" if report["corrupt"] else sound)
         if report["corrupt"]:
             sys.exit(1)
+
+
+def _summary(footer: Footer) -> dict[str, Any]:
+    """The keys of the footer, and whether it has checksums, of which there are too many to show."""
+    summary = dict(footer.metadata)
+    lists: dict[str, Any] = {key: summary.pop(key) for key in ("macroblocks", "index") if key in summary}
+    has_checksums = footer.native is not None and footer.native.has_checksums
+    return {**summary, "checksums": "crc32c" if has_checksums else "none", **lists}
 
 
 def _describe(footer: dict[str, Any]) -> Iterator[str]:

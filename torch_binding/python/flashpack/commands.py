@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from ._checkpoint import files_of, open_checkpoint, stem_of
-from ._directory import WEIGHTS_NAME, copy_companions, download, find_checkpoints, is_repo_id, staged
+from ._directory import copy_companions, download, find_checkpoints, is_repo_id, staged
 from ._footer import StrPath, get_flashpack_file_metadata
 from ._native import FlashPackError
 from ._pretrained import build_model
+from .constants import WEIGHTS_NAME
 from .deserialization import revert_from_file
 from .serialization import pack_to_file
 from .utils import filter_state_dict, logger, string_to_dtype
@@ -74,7 +75,8 @@ def convert_to_flashpack(
     A model, a state dict or a file (safetensors, what torch.save wrote, or the index of a sharded checkpoint) becomes
     a file, by default beside the source. A directory becomes a directory with model.flashpack and what the model needs
     beside it; of a pipeline, one in the folder of each component; by default that is the source itself. A repository
-    of the Hub becomes a directory, too, and has no default.
+    of the Hub becomes a directory, too, and has no default. A destination *.flashpack is a file also for these, with
+    the weights alone.
 
     Tensors keep the names of the checkpoint and no model is built, unless `use_transformers` or `use_diffusers` asks
     for the names of the model that the library builds.
@@ -271,20 +273,26 @@ def _convert_directory(
     else:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(source))
     destination = directory if destination_path is None else Path(destination_path)
-    if destination.suffix == ".flashpack" and not destination.is_dir():
-        raise FlashPackError(f"a directory converts to a directory, which {destination} does not look like")
-
     checkpoints = find_checkpoints(directory, variant)
+
+    def pack(folder: str, checkpoint: Path, path: StrPath) -> None:
+        if library is None:
+            state_dict = open_checkpoint(checkpoint)
+        else:
+            state_dict = build_model(library, directory, folder, checkpoint, variant, **rest).state_dict()
+        convert_to_flashpack_from_state_dict(state_dict, path, **options)
+
+    if destination.suffix == ".flashpack" and not destination.is_dir():
+        if [*checkpoints] != [""]:
+            raise FlashPackError(f"a pipeline converts to a directory, which {destination} does not look like")
+        pack("", checkpoints[""], destination)
+        return os.fspath(destination)
     if destination_path is None:
         for folder in checkpoints:
             _refuse_existing(destination / folder / WEIGHTS_NAME)
     with staged(destination) as stage:
         for folder, checkpoint in checkpoints.items():
-            if library is None:
-                state_dict = open_checkpoint(checkpoint)
-            else:
-                state_dict = build_model(library, directory, folder, checkpoint, variant, **rest).state_dict()
-            convert_to_flashpack_from_state_dict(state_dict, stage / folder / WEIGHTS_NAME, **options)
+            pack(folder, checkpoint, stage / folder / WEIGHTS_NAME)
         if not (destination.exists() and destination.samefile(directory)):
             copy_companions(directory, stage)
     return os.fspath(destination if destination_path is None else destination_path)
