@@ -41,6 +41,28 @@ assert not {"diffusers", "transformers"} & set(sys.modules)
     assert not utils.transformers_is_available()
 
 
+def test_a_torch_without_its_newest_dtypes_is_good_for_all_others(tmp_path):
+    path = tmp_path / "a.flashpack"
+    flashpack.pack_to_file({"a": torch.arange(4), "b": torch.ones(3, dtype=torch.bfloat16)}, path)
+    code = f"""
+import torch
+for name in ("float8_e8m0fnu", "float4_e2m1fn_x2"):
+    if hasattr(torch, name):
+        delattr(torch, name)
+import flashpack
+from flashpack import utils
+tensors = flashpack.revert_from_file({os.fspath(path)!r})
+assert tensors["a"].tolist() == [0, 1, 2, 3] and tensors["b"].dtype is torch.bfloat16
+flashpack.pack_to_file(tensors, {os.fspath(path)!r})
+try:
+    utils.string_to_dtype("float8_e8m0fnu")
+except flashpack.FlashPackError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout == "Unsupported dtype string in metadata: float8_e8m0fnu\n"
+
+
 def test_released_memory_is_made_anew_by_the_next_load(pack):
     source = {"a": torch.arange(1000)}
     path = pack(source)

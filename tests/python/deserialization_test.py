@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import pickle
+import subprocess
+import sys
 
 import flashpack
 import pytest
@@ -288,6 +290,21 @@ def test_reverted_tensors_keep_file_order_and_own_their_memory(pack):
     assert len(pickle.dumps(tensors["small"])) < 2000
     tensors["large"].zero_()
     assert_bit_equal({"small": tensors["small"]}, {"small": source["small"]})
+
+
+@pytest.mark.parametrize("harm", ["os.truncate(path, 0)", "open(path, 'r+b').write(bytes(1 << 20))"])
+def test_what_becomes_of_a_file_does_not_concern_what_was_loaded_from_it(pack, harm):
+    path = pack({"a": torch.ones(1 << 18)})
+    # Who touches a map of a file that lost its end is killed.
+    code = f"""
+import os, flashpack
+path = {os.fspath(path)!r}
+tensors = flashpack.revert_from_file(path)
+{harm}
+print(tensors["a"].sum().item())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"{float(1 << 18)}\n")
 
 
 def test_tensors_made_in_inference_mode_are_ordinary_ones(pack):

@@ -8,7 +8,8 @@ import pickle
 import signal
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import distributions, version
+from pathlib import Path
 
 import flashpack
 import pytest
@@ -55,6 +56,16 @@ def test_every_public_name_resolves_and_unknown_ones_raise():
         assert name in dir(flashpack)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = flashpack.nonsense
+
+
+def test_the_install_leaves_one_distribution_and_no_file_of_an_older_one():
+    installed = [found for found in distributions() if found.metadata["Name"] == "flashpack"]
+    assert len(installed) == 1
+    own = {os.fspath(file.locate()) for file in installed[0].files or ()}
+    folder = Path(os.fspath(installed[0].locate_file("flashpack")))
+    here = {os.fspath(file) for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc"}
+    assert os.fspath(folder / "cli.py") in own
+    assert here - own == set()
 
 
 def test_version_is_that_of_the_distribution():

@@ -326,13 +326,14 @@ def test_a_loaded_model_trains_and_takes_a_state_dict(tmp_path):
     assert_same_model(loaded, model)
 
 
-def test_attributes_of_the_class_are_defaults_that_arguments_override(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("rule", "name"), [("names", "extra.a"), ("prefixes", "extra"), ("suffixes", ".a")])
+def test_attributes_of_the_class_are_defaults_that_arguments_override(rule, name, tmp_path, monkeypatch):
     model = make("bert")
     save(model, tmp_path)
-    repack(tmp_path, lambda tensors: tensors.update(extra=torch.ones(3)))
+    repack(tmp_path, lambda tensors: tensors.update({"extra.a": torch.ones(3)}))
     with pytest.raises(flashpack.FlashPackError, match="extra"):
         load(type(model), tmp_path)
-    monkeypatch.setattr(flashpack.FlashPackMixin, "flashpack_ignore_names", ["extra"])
+    monkeypatch.setattr(flashpack.FlashPackMixin, f"flashpack_ignore_{rule}", [name])
     assert_same_model(load(type(model), tmp_path), model)
     with pytest.raises(flashpack.FlashPackError, match="extra"):
-        load(type(model), tmp_path, ignore_names=[])
+        load(type(model), tmp_path, **{f"ignore_{rule}": []})
