@@ -15,7 +15,7 @@ usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 
 # The floors of pyproject.toml.
 declare -A requirements=(
-  [oldest]="torch==2.6.0 transformers==4.57.1 diffusers==0.36.0 accelerate==1.2.1 numpy<2.3"
+  [oldest]="torch==2.6.0 transformers==4.57.1 diffusers==0.38.0 accelerate==1.2.1 numpy<2.3"
   [newest]="torch transformers diffusers accelerate numpy"
 )
 
@@ -26,7 +26,8 @@ for name in "$@"; do
 done
 
 install_packages >/dev/null || exit 1
-make_venv || exit 1
+make_venv && make_reference_venv || exit 1
+export FLASHPACK_REFERENCE_PYTHON=$reference_python
 results=$root/.cache/compat
 rm -rf "$results"
 mkdir -p "$results"

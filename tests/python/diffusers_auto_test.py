@@ -6,13 +6,11 @@ import inspect
 import json
 import pickle
 import sys
-from typing import Any
 
 import flashpack
 import numpy as np
 import pytest
 import torch
-from packaging.version import Version
 from support import assert_bit_equal
 
 diffusers = pytest.importorskip("diffusers")
@@ -217,13 +215,7 @@ def installed() -> bool:
         return False
 
 
-def native(test: Any) -> Any:
-    """For tests of what diffusers does with flashpack by itself."""
-    old = Version(diffusers.__version__) < Version("0.38")
-    test = pytest.mark.skipif(old, reason="needs diffusers 0.38")(test)
-    return pytest.mark.skipif(not installed(), reason="diffusers looks for the metadata of an installed flashpack")(
-        test
-    )
+native = pytest.mark.skipif(not installed(), reason="diffusers looks for the metadata of an installed flashpack")
 
 
 @native
