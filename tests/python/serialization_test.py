@@ -126,8 +126,8 @@ def test_a_new_file_can_be_read_by_whom_the_umask_allows(tmp_path):
 
 @pytest.fixture
 def small_buffers(monkeypatch):
-    monkeypatch.setattr(serialization, "_BUFFER_BYTES", 2 * mmap.PAGESIZE)
-    return 2 * mmap.PAGESIZE
+    monkeypatch.setattr(serialization, "_BUFFER_BYTES", 4 * mmap.PAGESIZE)
+    return 4 * mmap.PAGESIZE
 
 
 def test_what_is_converted_in_parts_comes_back_whole(pack, small_buffers):
@@ -160,8 +160,8 @@ def test_no_more_than_a_buffer_is_converted_at_a_time(dtype, transposed, small_b
 
 
 def test_a_buffer_is_not_filled_again_while_it_may_be_under_way(small_buffers):
-    tensors = {str(i): torch.full((1500,), float(i)) for i in range(12)}
-    places = [(name, 3000 * i, 3000) for i, name in enumerate(tensors)]
+    tensors = {str(i): torch.full((3000,), float(i)) for i in range(12)}
+    places = [(name, 6000 * i, 6000) for i, name in enumerate(tensors)]
     groups = serialization._Groups(CPU).of(tensors, dict.fromkeys(tensors, torch.float16), places)
     alive = collections.deque(maxlen=serialization._GROUPS_ALIVE - 1)
     for group in groups:

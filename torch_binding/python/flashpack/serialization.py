@@ -164,12 +164,20 @@ class _Buffer:
     def convert(self, tensor: torch.Tensor, dtype: torch.dtype, offset_bytes: int) -> torch.Tensor | None:
         """The values of `tensor` as they go to the file at `offset_bytes`; None when there is no room for them."""
         begin = self._used_bytes + (offset_bytes - self._used_bytes) % mmap.PAGESIZE
-        end = begin + tensor.numel() * dtype.itemsize
-        if end > _BUFFER_BYTES:
+        size_bytes = tensor.numel() * dtype.itemsize
+        needs_scratch = tensor.device == CPU and _is_transposed(tensor)
+        end = begin + size_bytes
+        scratch = end + -end % mmap.PAGESIZE
+        if (scratch + size_bytes if needs_scratch else end) > _BUFFER_BYTES:
             return None
         self._used_bytes = end
         place = self._bytes[begin:end].view(dtype)
-        if tensor.device == CPU and tensor.is_contiguous():
+        if needs_scratch:
+            # torch transposes quickly what is dense, and slowly what is cut out of something larger.
+            strides = torch.empty_like(tensor, dtype=dtype, device="meta").stride()
+            dense = self._bytes[scratch : scratch + size_bytes].view(dtype).as_strided(tensor.shape, strides)
+            place.view(tensor.shape).copy_(dense.copy_(tensor))
+        elif tensor.device == CPU and tensor.is_contiguous():
             # One core converts faster than disks write; more would spin for each other.
             torch._foreach_copy_(torch.split(place, _SERIAL_ELEMS), torch.split(tensor.view(-1), _SERIAL_ELEMS))
         else:
@@ -226,13 +234,19 @@ class _Groups:
         return buffers[device]
 
 
+def _is_transposed(tensor: torch.Tensor) -> bool:
+    """Whether neighbours in the file are far from each other in memory. It then takes its room in a buffer twice."""
+    return tensor.dim() > 1 and tensor.stride(-1) != 1
+
+
 def _parts(tensor: torch.Tensor, item_bytes: int, offset_bytes: int) -> Iterator[tuple[torch.Tensor, int]]:
     """Parts of `tensor` that fit into a buffer each, in the order of the file, and where they go.
 
     What is contiguous is cut at the multiples of a buffer's size in the file, so that whole chunks are written.
     """
     size_bytes = tensor.numel() * item_bytes
-    if size_bytes <= _BUFFER_BYTES - mmap.PAGESIZE:
+    max_bytes = (_BUFFER_BYTES // 2 if _is_transposed(tensor) else _BUFFER_BYTES) - mmap.PAGESIZE
+    if size_bytes <= max_bytes:
         yield tensor, offset_bytes
     elif tensor.is_contiguous():
         flat = tensor.view(-1)
@@ -242,7 +256,7 @@ def _parts(tensor: torch.Tensor, item_bytes: int, offset_bytes: int) -> Iterator
             flat, offset_bytes = flat[count:], offset_bytes + count * item_bytes
     else:
         row_bytes = size_bytes // tensor.shape[0]
-        rows = (_BUFFER_BYTES - mmap.PAGESIZE) // row_bytes
+        rows = max_bytes // row_bytes
         for part in torch.split(tensor, rows) if rows else tensor.unbind():
             yield from _parts(part, item_bytes, offset_bytes)
             offset_bytes += part.numel() * item_bytes
