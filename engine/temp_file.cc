@@ -42,6 +42,9 @@ std::filesystem::path resolve_links(const std::filesystem::path& path) {
     const auto next = std::filesystem::read_symlink(resolved, error);
     // Not a link, or nothing at all. What else may be wrong with it shows when it is used.
     if (error) return resolved;
+    // Reading a link does not ask whether following it is allowed (fs.protected_symlinks).
+    struct stat status{};
+    if (::stat(resolved.c_str(), &status) != 0 && errno == EACCES) throw file_error(errno_code(EACCES), "create", path);
     resolved = resolved.parent_path() / next;
   }
   throw file_error(errno_code(ELOOP), "create", path);

@@ -13,7 +13,7 @@
 namespace flashpack::engine {
 
 /// `path`, absolute, so that it stays the same file whatever the working directory is; where it is a symbolic link,
-/// what it points to, there or not. Throws: Error.
+/// what it points to, there or not. Throws: Error; EACCES where the kernel would not follow the link.
 std::filesystem::path resolve_links(const std::filesystem::path& path);
 
 /// A new file beside the one that it is to replace, `.NAME.<random>.tmp`, and the steps that put it in place.

@@ -326,6 +326,25 @@ TEST_F(CrashTest, WhatWasLeftIsRemovedWhereOnlyWhatIsOpenForWritingCanBeLocked) 
   EXPECT_EQ(entries(), 1u);
 }
 
+// Of somebody else in a directory like /tmp, under fs.protected_symlinks.
+TEST_F(CrashTest, ALinkThatTheKernelDoesNotFollowIsNotFollowed) {
+  const auto link = dir_ / "link";
+  std::filesystem::create_symlink("model", link);
+  const int status = run_in_child([&] {
+    const auto protect_link = [&](const seccomp_data& call) {
+      const bool follows_it =
+          reinterpret_cast<const char*>(call.args[1]) == link && (call.args[3] & AT_SYMLINK_NOFOLLOW) == 0;
+      return follows_it ? EACCES : 0;
+    };
+    Engine engine(small_engine());
+    if (!testing::intercept_syscalls({SYS_newfstatat}, protect_link)) return kSkip;
+    return outcome_of_save(engine, link, 2, EACCES);
+  });
+  if (status == kSkip) GTEST_SKIP() << "seccomp cannot notify here";
+  EXPECT_EQ(status, kOldKept);
+  EXPECT_EQ(version(), 1u);
+}
+
 TEST_F(CrashTest, ASignalInTheMiddleOfACallIsNoError) {
   for (const long number : {SYS_flock, SYS_fallocate, SYS_pwrite64, SYS_ftruncate, SYS_fdatasync, SYS_fsync}) {
     testing::write_file(path_, file_of(1));
