@@ -62,8 +62,11 @@ TempFile::TempFile(std::filesystem::path target) : target_(std::move(target)) {
   } else if (errno != ENOENT) {
     throw file_error(errno_code(errno), "create", target_);
   }
-  constexpr std::size_t kMaxKept = 200;  // Of NAME_MAX, with room for the rest.
-  prefix_.append(".").append(target_.filename().string(), 0, kMaxKept).append(".");
+  const std::string name = target_.filename().string();
+  std::size_t kept = std::min<std::size_t>(name.size(), 200);  // Of NAME_MAX, with room for the rest.
+  // Whole characters: some file systems take nothing but UTF-8.
+  while (kept > 0 && kept < name.size() && (name[kept] & 0xC0) == 0x80) --kept;
+  prefix_.append(".").append(name, 0, kept).append(".");
 }
 
 bool TempFile::is_name_of_one(std::string_view name) const {

@@ -186,6 +186,20 @@ TEST_F(TempFileTest, PathsThatEndWithASlashOrDotsAreDirectories) {
   EXPECT_THROW(resolve_links(""), Error);
 }
 
+// Some file systems take no name that is not UTF-8.
+TEST_F(TempFileTest, ALongNameIsNotCutInTheMiddleOfACharacter) {
+  const auto characters = [](int number) {
+    std::string text = "n";
+    for (int i = 0; i < number; ++i) text += "\u00E9";
+    return text;
+  };
+  TempFile file(dir_ / characters(127));
+  const UniqueFd fd = file.create();
+  EXPECT_TRUE(file.path().filename().string().starts_with("." + characters(99) + "."));
+  TempFile of_no_characters(dir_ / std::string(255, '\x80'));
+  EXPECT_NO_THROW(of_no_characters.create());
+}
+
 class ReplacedAccessTest : public TempFileTest {
  protected:
   struct stat replace(uid_t owner, gid_t group, mode_t mode) const {
