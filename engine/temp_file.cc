@@ -42,6 +42,9 @@ std::filesystem::path resolve_links(const std::filesystem::path& path) {
     const auto next = std::filesystem::read_symlink(resolved, error);
     // Not a link, or nothing at all. What else may be wrong with it shows when it is used.
     if (error) return resolved;
+    // Reading a link does not ask whether following it is allowed (fs.protected_symlinks).
+    struct stat status{};
+    if (::stat(resolved.c_str(), &status) != 0 && errno == EACCES) throw file_error(errno_code(EACCES), "create", path);
     resolved = resolved.parent_path() / next;
   }
   throw file_error(errno_code(ELOOP), "create", path);
@@ -51,6 +54,15 @@ TempFile::TempFile(std::filesystem::path target) : target_(std::move(target)) {
   if (!target_.has_filename()) throw file_error(errno_code(EISDIR), "create", target_);
   directory_.reset(::open(target_.parent_path().c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!directory_) throw file_error(errno_code(errno), "create", target_);
+  look_at_target();
+  const std::string name = target_.filename().string();
+  std::size_t kept = std::min<std::size_t>(name.size(), 200);  // Of NAME_MAX, with room for the rest.
+  // Whole characters: some file systems take nothing but UTF-8.
+  while (kept > 0 && kept < name.size() && (name[kept] & 0xC0) == 0x80) --kept;
+  prefix_.append(".").append(name, 0, kept).append(".");
+}
+
+void TempFile::look_at_target() {
   struct stat status{};
   if (::fstatat(directory_.get(), target_.filename().c_str(), &status, AT_SYMLINK_NOFOLLOW) == 0) {
     if (S_ISDIR(status.st_mode)) throw file_error(errno_code(EISDIR), "create", target_);
@@ -59,8 +71,6 @@ TempFile::TempFile(std::filesystem::path target) : target_(std::move(target)) {
   } else if (errno != ENOENT) {
     throw file_error(errno_code(errno), "create", target_);
   }
-  constexpr std::size_t kMaxKept = 200;  // Of NAME_MAX, with room for the rest.
-  prefix_.append(".").append(target_.filename().string(), 0, kMaxKept).append(".");
 }
 
 bool TempFile::is_name_of_one(std::string_view name) const {
@@ -107,7 +117,9 @@ UniqueFd TempFile::create() {
   throw file_error(errno_code(EBUSY), "create", target_);
 }
 
-void TempFile::keep_access(int fd) const {
+void TempFile::keep_access(int fd) {
+  // Much may have happened since.
+  look_at_target();
   struct stat status{};
   if (!replaced_) return;
   if (::fstat(fd, &status) != 0) throw file_error(errno_code(errno), "stat", target_);

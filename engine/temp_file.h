@@ -13,7 +13,7 @@
 namespace flashpack::engine {
 
 /// `path`, absolute, so that it stays the same file whatever the working directory is; where it is a symbolic link,
-/// what it points to, there or not. Throws: Error.
+/// what it points to, there or not. Throws: Error; EACCES where the kernel would not follow the link.
 std::filesystem::path resolve_links(const std::filesystem::path& path);
 
 /// A new file beside the one that it is to replace, `.NAME.<random>.tmp`, and the steps that put it in place.
@@ -41,8 +41,9 @@ class TempFile {
   std::filesystem::path path() const { return target_.parent_path() / name_; }
 
   /// Gives what create() gave the permissions, and as far as this process may the group and owner, of the file that it
-  /// replaces. A new file has what umask left. Throws: Error.
-  void keep_access(int fd) const;
+  /// replaces, as they are now. A new file has what umask left. Throws: Error, also where something else than a file
+  /// has taken the target's place.
+  void keep_access(int fd);
 
   void put_in_place();          ///< Throws: Error.
   void sync_directory() const;  ///< Makes put_in_place() durable. Throws: Error.
@@ -51,14 +52,15 @@ class TempFile {
   void remove() noexcept;
 
  private:
+  void look_at_target();
   bool is_name_of_one(std::string_view name) const;
   void remove_if_left(const char* name) const noexcept;
 
   std::filesystem::path target_;
-  UniqueFd directory_;  // Held, so that all steps are in the same one whatever it is called by then.
-  std::optional<struct stat> replaced_;
-  std::string prefix_;  // What the names of all those for this target begin with.
-  std::string name_;    // In the directory. Empty: there is none.
+  UniqueFd directory_;                   // Held, so that all steps are in the same one whatever it is called by then.
+  std::optional<struct stat> replaced_;  // The last that was seen.
+  std::string prefix_;                   // What the names of all those for this target begin with.
+  std::string name_;                     // In the directory. Empty: there is none.
 };
 
 }  // namespace flashpack::engine

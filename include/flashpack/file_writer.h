@@ -27,21 +27,23 @@ struct SourceExtent {
 };
 
 struct WriterOptions {
-  /// Bytes the payload has at least, when known: the space is reserved at once, so that a full disk is an error before
-  /// anything has been written. 0: unknown.
+  /// Bytes the payload has at least, when known: where the file system can, the space is reserved at once, so that a
+  /// full disk is an error before anything has been written. 0: unknown.
   std::uint64_t payload_bytes = 0;
   bool checksums = false;  ///< Makes FileWriter::checksums() available.
 };
 
 /// Writes a new file beside `path` and puts it in place whole.
 ///
-/// Until commit() returns, `path` is what it was before. The destructor without commit aborts: temporary file gone, old
-/// file untouched. What a process leaves that is killed meanwhile, `.NAME.<random>.tmp`, is removed by the next writer
-/// for the same path, except where the file system has no flock(2). Made by Engine::create(), which must outlive it.
+/// Until commit(), `path` is what it was before. The destructor without commit aborts: temporary file gone, old file
+/// untouched. What a process leaves that is killed meanwhile, `.NAME.<random>.tmp` (a long name is cut), is removed by
+/// the next writer for the same path, except where the file system has no flock(2). Made by Engine::create(), which
+/// must outlive it.
 ///
-/// A symbolic link is followed, also to what does not exist yet. The new file has the permissions of the one that it
-/// replaces and, where this process may give them, its group and owner; not its ACL, other names (hard links) or
-/// extended attributes. Only regular files are replaced.
+/// A symbolic link is followed, also to what does not exist yet, unless the kernel would not (fs.protected_symlinks).
+/// The new file has the permissions that the one that it replaces has at commit() and, where this process may give
+/// them, its group and owner; not its ACL, other names (hard links) or extended attributes. Only regular files are
+/// replaced.
 ///
 /// Thread safety: distinct writers are independent; one writer is used by one thread at a time.
 class FileWriter {

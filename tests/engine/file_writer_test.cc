@@ -10,10 +10,12 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -228,6 +230,21 @@ TEST_F(FileWriterTest, ACompletionMayLeadToTheCommitOnAnotherThread) {
   Transfer transfer = writer.start_write({{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}}, &completion);
   transfer.wait();
   EXPECT_EQ(std::filesystem::file_size(path_), 10u);
+}
+
+TEST_F(FileWriterTest, AForkedChildThatDestroysItsCopyLeavesTheFileToItsParent) {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "the sanitizers' locks may be held by a thread that the forked child does not have";
+#endif
+  FileWriter writer = engine_.create(path_);
+  writer.write({{.offset_bytes = 0, .size_bytes = bytes_.size(), .source = bytes_.data()}});
+  const int status = testing::run_in_child([&] {
+    const FileWriter copy = std::move(writer);
+    return 0;
+  });
+  EXPECT_EQ(status, 0);
+  EXPECT_NO_THROW(writer.commit());
+  EXPECT_EQ(testing::read_file(path_), bytes_);
 }
 
 TEST_F(FileWriterTest, NamesUpToTheLimitOfTheFileSystemCanBeWritten) {

@@ -186,6 +186,30 @@ TEST_F(TempFileTest, PathsThatEndWithASlashOrDotsAreDirectories) {
   EXPECT_THROW(resolve_links(""), Error);
 }
 
+// Some file systems take no name that is not UTF-8.
+TEST_F(TempFileTest, ALongNameIsNotCutInTheMiddleOfACharacter) {
+  const auto characters = [](int number) {
+    std::string text = "n";
+    for (int i = 0; i < number; ++i) text += "\u00E9";
+    return text;
+  };
+  TempFile file(dir_ / characters(127));
+  const UniqueFd fd = file.create();
+  EXPECT_TRUE(file.path().filename().string().starts_with("." + characters(99) + "."));
+  TempFile of_no_characters(dir_ / std::string(255, '\x80'));
+  EXPECT_NO_THROW(of_no_characters.create());
+}
+
+TEST_F(TempFileTest, WhatTakesTheTargetsPlaceMeanwhileIsNotReplacedUnlessItIsAFile) {
+  TempFile file(target_);
+  const UniqueFd fd = file.create();
+  std::filesystem::create_symlink("elsewhere", target_);
+  EXPECT_THROW(file.keep_access(fd.get()), Error);
+  std::filesystem::remove(target_);
+  ASSERT_EQ(::mkfifo(target_.c_str(), 0600), 0);
+  EXPECT_THROW(file.keep_access(fd.get()), Error);
+}
+
 class ReplacedAccessTest : public TempFileTest {
  protected:
   struct stat replace(uid_t owner, gid_t group, mode_t mode) const {
@@ -208,6 +232,36 @@ TEST_F(ReplacedAccessTest, TheModeIsKeptWithoutWhatLetsProgramsRunAsOthers) {
   EXPECT_EQ(replace(::geteuid(), ::getegid(), 0754).st_mode & 07777, 0754u);
   EXPECT_EQ(replace(::geteuid(), ::getegid(), 04751).st_mode & 07777, 0751u);
   EXPECT_EQ(replace(::geteuid(), ::getegid(), 0).st_mode & 07777, 0u);
+}
+
+TEST_F(ReplacedAccessTest, WhatIsMadePrivateWhileItsReplacementIsWrittenStaysPrivate) {
+  const auto mode_after = [this](TempFile& file) {
+    const UniqueFd fd = file.create();
+    testing::write_file(target_, {});
+    EXPECT_EQ(::chmod(target_.c_str(), 0600), 0);
+    file.keep_access(fd.get());
+    file.put_in_place();
+    struct stat status{};
+    EXPECT_EQ(::stat(target_.c_str(), &status), 0);
+    return status.st_mode & 07777;
+  };
+  TempFile first(target_);
+  EXPECT_EQ(mode_after(first), 0600u);
+  ASSERT_EQ(::chmod(target_.c_str(), 0644), 0);
+  TempFile second(target_);
+  EXPECT_EQ(mode_after(second), 0600u);
+}
+
+TEST_F(ReplacedAccessTest, TheModeOutlivesTheFileThatHadIt) {
+  touch("model");
+  ASSERT_EQ(::chmod(target_.c_str(), 0640), 0);
+  TempFile file(target_);
+  const UniqueFd fd = file.create();
+  std::filesystem::remove(target_);
+  file.keep_access(fd.get());
+  struct stat status{};
+  ASSERT_EQ(::fstat(fd.get(), &status), 0);
+  EXPECT_EQ(status.st_mode & 07777, 0640u);
 }
 
 TEST_F(ReplacedAccessTest, RootKeepsOwnerAndGroup) {

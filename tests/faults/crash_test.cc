@@ -1,6 +1,7 @@
 // Saves by processes that are killed, and by those whose system calls fail.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -279,8 +280,73 @@ TEST_F(CrashTest, AFileThatIsTakenForALeftoverBeforeItIsLockedIsMadeAgain) {
   }
 }
 
+TEST_F(CrashTest, WhatReplacesTheOldFileIsSyncedWhenItIsCompleteAndLockedUntilItIsInPlace) {
+  ASSERT_EQ(::chmod(path_.c_str(), 0640), 0);
+  const int status = run_in_child([&] {
+    bool synced = false;
+    bool locked = false;
+    bool in_place = false;
+    const auto look = [&](const seccomp_data& call) {
+      in_place = call.nr == SYS_fsync && version() == 2u;
+      for (const auto& entry : std::filesystem::directory_iterator(dir_.path())) {
+        if (entry.path().extension() != ".tmp") continue;
+        struct stat access{};
+        ::stat(entry.path().c_str(), &access);
+        if (call.nr == SYS_fdatasync)
+          synced = testing::read_file(entry.path()) == file_of(2) && (access.st_mode & 0777) == 0640;
+        const int other = ::open(entry.path().c_str(), O_RDONLY | O_CLOEXEC);
+        locked = ::flock(other, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+        ::close(other);
+      }
+      return 0;
+    };
+    Engine engine(small_engine());
+    if (!testing::intercept_syscalls({SYS_fdatasync, SYS_renameat, SYS_renameat2, SYS_fsync}, look)) return kSkip;
+    const int outcome = outcome_of_save(engine, path_, 2, 0);
+    return synced && locked && in_place ? outcome : 1;
+  });
+  if (status == kSkip) GTEST_SKIP() << "seccomp cannot notify here";
+  EXPECT_EQ(status, 0);
+}
+
+TEST_F(CrashTest, WhatWasLeftIsRemovedWhereOnlyWhatIsOpenForWritingCanBeLocked) {
+  const auto left = dir_ / ".model.0123456789abcdef.tmp";
+  testing::write_file(left, {});
+  const int status = run_in_child([&] {
+    const auto refuse_to_read = [&](const seccomp_data& call) {
+      const bool opens_it = reinterpret_cast<const char*>(call.args[1]) == left.filename();
+      return opens_it && (call.args[2] & O_ACCMODE) == O_RDONLY ? EACCES : 0;
+    };
+    Engine engine(small_engine());
+    if (!testing::intercept_syscalls({SYS_openat}, refuse_to_read)) return kSkip;
+    return outcome_of_save(engine, path_, 2, 0);
+  });
+  if (status == kSkip) GTEST_SKIP() << "seccomp cannot notify here";
+  EXPECT_EQ(status, 0);
+  EXPECT_EQ(entries(), 1u);
+}
+
+// Of somebody else in a directory like /tmp, under fs.protected_symlinks.
+TEST_F(CrashTest, ALinkThatTheKernelDoesNotFollowIsNotFollowed) {
+  const auto link = dir_ / "link";
+  std::filesystem::create_symlink("model", link);
+  const int status = run_in_child([&] {
+    const auto protect_link = [&](const seccomp_data& call) {
+      const bool follows_it =
+          reinterpret_cast<const char*>(call.args[1]) == link && (call.args[3] & AT_SYMLINK_NOFOLLOW) == 0;
+      return follows_it ? EACCES : 0;
+    };
+    Engine engine(small_engine());
+    if (!testing::intercept_syscalls({SYS_newfstatat}, protect_link)) return kSkip;
+    return outcome_of_save(engine, link, 2, EACCES);
+  });
+  if (status == kSkip) GTEST_SKIP() << "seccomp cannot notify here";
+  EXPECT_EQ(status, kOldKept);
+  EXPECT_EQ(version(), 1u);
+}
+
 TEST_F(CrashTest, ASignalInTheMiddleOfACallIsNoError) {
-  for (const long number : {SYS_fallocate, SYS_pwrite64, SYS_ftruncate, SYS_fdatasync, SYS_fsync}) {
+  for (const long number : {SYS_flock, SYS_fallocate, SYS_pwrite64, SYS_ftruncate, SYS_fdatasync, SYS_fsync}) {
     testing::write_file(path_, file_of(1));
     const int status = run_in_child([&] {
       unsigned calls = 0;
