@@ -1,5 +1,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/core/GradMode.h>
 
@@ -30,7 +31,7 @@ constexpr std::uint64_t kPageBytes = 4096;
 // torch converts fewer than 32768 elements without starting threads.
 constexpr std::int64_t kSerialElems = 32767;
 // Of a tensor that is larger than a buffer.
-constexpr std::uint64_t kPartBytes = kBufferBytes / 2;
+constexpr std::uint64_t kPartBytes = kBufferBytes / 4;
 
 [[noreturn]] void refuse(const std::filesystem::path& path, const std::string& name, const std::string& cause) {
   throw Error(Errc::kInvalidArgument, "pack " + path.string() + ": tensor '" + name + "' " + cause, path);
@@ -58,6 +59,9 @@ Metadata layout_of(const StateDict& tensors, const std::filesystem::path& path, 
   return make_layout(ordered, options.align_bytes);
 }
 
+// Whether neighbours in the file are far from each other in memory. It then takes its room in a buffer twice.
+bool is_transposed(const at::Tensor& tensor) { return tensor.dim() > 1 && tensor.stride(-1) != 1; }
+
 // Memory for converted values, which lie in it as in the file, modulo a page, to be written from there without another
 // copy.
 class Buffer {
@@ -77,10 +81,19 @@ class Buffer {
   std::optional<at::Tensor> convert(const at::Tensor& tensor, at::ScalarType type, std::uint64_t offset_bytes) {
     const std::uint64_t begin = used_bytes_ + (offset_bytes - used_bytes_) % kPageBytes;
     const std::uint64_t size = static_cast<std::uint64_t>(tensor.numel()) * c10::elementSize(type);
-    if (begin + size > kBufferBytes) return std::nullopt;
-    used_bytes_ = begin + size;
-    const at::Tensor place =
-        bytes_.narrow(0, static_cast<std::int64_t>(begin), static_cast<std::int64_t>(size)).view(type);
+    const std::uint64_t end = begin + size;
+    const std::uint64_t scratch = (end + kPageBytes - 1) / kPageBytes * kPageBytes;
+    const bool needs_scratch = tensor.is_cpu() && is_transposed(tensor);
+    if ((needs_scratch ? scratch + size : end) > kBufferBytes) return std::nullopt;
+    used_bytes_ = end;
+    const at::Tensor place = at_bytes(begin, size, type);
+    if (needs_scratch) {
+      // torch transposes quickly what is dense, and slowly what is cut out of something larger.
+      const at::Tensor order = at::empty_like(tensor, tensor.options().dtype(type).device(at::kMeta));
+      const at::Tensor dense = at_bytes(scratch, size, type).as_strided(tensor.sizes(), order.strides());
+      dense.copy_(tensor);
+      return place.view(tensor.sizes()).copy_(dense);
+    }
     if (tensor.is_cpu() && tensor.is_contiguous()) {
       // One core converts faster than disks write; more would spin for each other.
       const at::Tensor flat = tensor.view(-1);
@@ -94,6 +107,10 @@ class Buffer {
   }
 
  private:
+  at::Tensor at_bytes(std::uint64_t begin, std::uint64_t size, at::ScalarType type) const {
+    return bytes_.narrow(0, static_cast<std::int64_t>(begin), static_cast<std::int64_t>(size)).view(type);
+  }
+
   std::unique_ptr<HostRegion> memory_;
   at::Tensor bytes_;
   std::uint64_t used_bytes_ = 0;
@@ -140,7 +157,8 @@ class TensorWriter {
 
   void add_converted(const at::Tensor& tensor, at::ScalarType type, std::uint64_t offset_bytes) {
     const std::uint64_t size_bytes = static_cast<std::uint64_t>(tensor.numel()) * c10::elementSize(type);
-    if (size_bytes > kBufferBytes - kPageBytes) return add_parts(tensor, type, offset_bytes, size_bytes);
+    if (size_bytes > (is_transposed(tensor) ? kBufferBytes / 2 : kBufferBytes) - kPageBytes)
+      return add_parts(tensor, type, offset_bytes, size_bytes);
     std::optional<at::Tensor> converted = buffer_for(tensor).convert(tensor, type, offset_bytes);
     if (!converted) {
       start_group();
