@@ -171,6 +171,24 @@ def make_gptj():
 OF_DTYPES = {"deepseek": make_deepseek, "gptj": make_gptj}
 
 
+class Tabled(transformers.BertModel):
+    _keep_in_fp32_modules_strict = ("pooler", "table")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("table", torch.ones(3), persistent=False)
+        self.post_init()
+
+
+def test_what_stays_float32_is_what_files_have(tmp_path):
+    model = Tabled(transformers.BertConfig(**TEXT)).eval()
+    model.save_pretrained(tmp_path)
+    expected = Tabled.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    loaded = load(Tabled, save(model, tmp_path), dtype=torch.bfloat16)
+    assert loaded.table.dtype is expected.table.dtype is torch.bfloat16
+    assert loaded.pooler.dense.weight.dtype is expected.pooler.dense.weight.dtype is torch.float32
+
+
 def test_a_file_without_the_usual_dtypes_is_loaded_as_it_is(tmp_path):
     model = make("bert")
     save(model, tmp_path, target_dtype=torch.float8_e4m3fn)
@@ -191,8 +209,12 @@ def test_auto_is_the_dtype_of_the_file_and_nonsense_is_refused(tmp_path):
 def test_coerce_dtype_gives_all_the_main_dtype(tmp_path):
     model = make("resnet").to(torch.bfloat16)
     model.classifier.float()
-    loaded = load(type(model), save(model, tmp_path), coerce_dtype=True)
-    assert {t.dtype for t in loaded.state_dict().values()} == {torch.bfloat16, torch.int64}
+    model.resnet.embedder.embedder.normalization.float()
+    save(model, tmp_path)
+    for change in (lambda tensors: None), (lambda tensors: tensors.update(extra=torch.ones(1))):
+        repack(tmp_path, change)
+        loaded = load(type(model), tmp_path, coerce_dtype=True, strict=False)
+        assert {t.dtype for t in loaded.state_dict().values()} == {torch.bfloat16, torch.int64}
 
 
 @pytest.mark.parametrize("options", [{"device_map": {"": "cpu"}}, {"device_map": "cpu"}, {"device": "cpu"}])
@@ -238,6 +260,22 @@ def test_transformers_may_reserve_memory_of_a_device_before_anything_is_read_to_
         assert bits(value[...]) == bits(value[...])
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_quantised_models_are_for_the_loader_of_transformers(given, tmp_path, monkeypatch):
+    def from_pretrained(path, **options):
+        assert ("quantization_config" in options) == given
+        raise InterruptedError
+
+    model = make("bert")
+    save(model, tmp_path)
+    quantised = {"quantization_config": {"quant_method": "fp8"}}
+    if not given:
+        edit_config(tmp_path, **quantised)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", from_pretrained)
+    with pytest.raises(InterruptedError):
+        load(type(model), tmp_path, **(quantised if given else {}))
+
+
 def test_a_configuration_that_is_given_is_used_and_left_alone(tmp_path):
     model = make("bert")
     save(model, tmp_path)
@@ -275,7 +313,9 @@ def test_the_configuration_of_generation_is_saved_and_read(tmp_path):
     save(model, tmp_path)
     assert load(type(model), tmp_path).generation_config.max_new_tokens == 7
     other = transformers.GenerationConfig(max_new_tokens=9)
-    assert load(type(model), tmp_path, generation_config=other).generation_config.max_new_tokens == 9
+    loaded = load(type(model), tmp_path, generation_config=other)
+    assert loaded.generation_config.max_new_tokens == 9
+    assert loaded.generation_config is not other
     (tmp_path / "generation_config.json").unlink()
     assert load(type(model), tmp_path).generation_config.max_new_tokens is None
     edit_config(tmp_path, max_length=99, num_beams=3)
