@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 # In this order, so that the classes exist before they are patched; the other order has a process of its own below.
@@ -18,7 +20,7 @@ from flashpack.integrations.transformers import (  # noqa: E402
     patch_transformers_auto_model,
 )
 from transformers.models.auto.auto_factory import _BaseAutoModelClass  # noqa: E402
-from transformers_models import assert_same_model, assert_same_outputs, make  # noqa: E402
+from transformers_models import IMAGE, TEXT, assert_same_model, assert_same_outputs, make  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -85,6 +87,40 @@ def test_arguments_reach_the_model_through_the_auto_class(saved):
     with pytest.raises(ValueError, match="Could not assign 1 names"):
         AutoModel.from_pretrained(directory, use_flashpack=True)
     assert AutoModel.from_pretrained(directory, use_flashpack=True, strict=False).h[0].attn is not None
+
+
+def test_the_class_may_change_but_what_transformers_knows_by_its_name_is_found(saved):
+    directory, model = saved
+    base = AutoModel.from_pretrained(directory, use_flashpack=True, strict=False)
+    assert len(base(input_ids=torch.arange(8)[None], output_hidden_states=True).hidden_states) == 3
+    assert model._get_name() == "GPT2LMHeadModel"
+
+    class Mine(type(model)):
+        pass
+
+    assert str(Mine).endswith("Mine'>")
+    assert Mine(model.config)._get_name() == "Mine"
+
+
+def test_models_within_models_are_what_transformers_makes_of_them(saved, tmp_path):
+    _, decoder = saved
+    llava = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**IMAGE),
+        text_config=transformers.LlamaConfig(num_key_value_heads=1, **TEXT),
+        image_token_index=5,
+    )
+    model = transformers.LlavaForConditionalGeneration(llava).eval()
+    assert type(model.model.vision_tower) is transformers.CLIPVisionModel
+    model.save_pretrained(tmp_path / "new")
+    tensors = safetensors.torch.load_file(tmp_path / "new" / "model.safetensors")
+    old = {re.sub(r"(vision_tower\.)(?!vision_model)", r"\1vision_model.", name): t for name, t in tensors.items()}
+    safetensors.torch.save_file(old, tmp_path / "new" / "model.safetensors", {"format": "pt"})
+    assert_same_model(type(model).from_pretrained(tmp_path / "new"), model)
+
+    encoder = AutoModel.from_config(transformers.ViTConfig(**IMAGE))
+    whole = transformers.VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
+    assert type(whole.encoder) is transformers.ViTModel
+    assert isinstance(torch.nn.Sequential(AutoModel.from_config(encoder.config))[0], FlashPackTransformersModelMixin)
 
 
 def test_patching_again_changes_nothing():

@@ -69,7 +69,8 @@ def test_only_what_differs_in_names_goes_through_the_loader_of_transformers(tmp_
 
 
 @pytest.mark.skipif(OLD, reason="transformers converts checkpoints from version 5 on")
-def test_tensors_are_turned_only_where_the_file_has_them_as_checkpoints_do(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_are_turned_only_where_the_file_has_them_as_checkpoints_do(dtype, tmp_path):
     # For this one transformers transposes tensors of checkpoints without renaming them.
     text = TEXT | {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 12}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
@@ -77,15 +78,13 @@ def test_tensors_are_turned_only_where_the_file_has_them_as_checkpoints_do(tmp_p
     vision |= {"out_hidden_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
     model = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    experts = [name for name in tensors_of(model) if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    for name in experts:
+        model.get_parameter(name).data = model.get_parameter(name).data.to(dtype)
     assert_same_model(load(type(model), save(model, tmp_path)), model)
 
-    def turn(tensors):
-        for name in tensors:
-            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-                tensors[name] = tensors[name].transpose(1, 2)
-
-    repack(tmp_path, turn)
-    assert_same_model(load(type(model), tmp_path), model)
+    repack(tmp_path, lambda tensors: tensors.update((name, tensors[name].transpose(1, 2)) for name in experts))
+    assert_same_model(load(type(model), tmp_path), model.float())
 
 
 def test_a_model_of_several_dtypes_keeps_each(tmp_path):
@@ -102,6 +101,20 @@ def test_a_model_of_several_dtypes_keeps_each(tmp_path):
         assert loaded.config.dtype is torch.bfloat16
 
 
+@pytest.mark.skipif(OLD, reason="transformers adds and removes the name of the base model from version 5 on")
+def test_a_model_of_several_dtypes_keeps_each_under_other_names(tmp_path):
+    model = make("bert").to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()
+    save(model, tmp_path / "head")
+    save(model.bert, tmp_path / "base")
+    loaded = load(type(model), tmp_path / "base", strict=False)
+    assert_same_model(loaded.bert, model.bert)
+    loaded = load(type(model.bert), tmp_path / "head", strict=False, add_pooling_layer=False)
+    assert_same_model(loaded, model.bert)
+
+
 def test_buffers_of_a_dtype_of_their_own_keep_it(tmp_path):
     model = make("resnet").to(torch.bfloat16)
     for module in model.modules():
@@ -112,17 +125,20 @@ def test_buffers_of_a_dtype_of_their_own_keep_it(tmp_path):
 
 def test_what_the_file_lost_of_several_dtypes_is_not_made_up(tmp_path):
     model = make("t5")
-    loaded = load(type(model), save(model, tmp_path, target_dtype=torch.float16))
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float16}
+    save(model, tmp_path, target_dtype=torch.float16)
+    for change in (lambda tensors: None), (lambda tensors: tensors.update(extra=torch.ones(1))):
+        repack(tmp_path, change)
+        loaded = load(type(model), tmp_path, strict=False)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
     assert model.dtype is torch.float32
     assert model.config.dtype is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, "bfloat16", "torch.float16"])
-@pytest.mark.parametrize("name", ["t5", "llama", "resnet", "deepseek"])
+@pytest.mark.parametrize("name", ["t5", "llama", "resnet", "deepseek", "gptj"])
 def test_a_dtype_that_is_asked_for_is_applied_as_transformers_does(name, dtype, tmp_path):
-    model = make_deepseek() if name == "deepseek" else make(name)
+    model = OF_DTYPES[name]() if name in OF_DTYPES else make(name)
     model.save_pretrained(tmp_path)
     expected = type(model).from_pretrained(tmp_path, dtype=str(dtype).removeprefix("torch."))
     save(model, tmp_path)
@@ -146,6 +162,40 @@ def make_deepseek():
     return transformers.DeepseekV3ForCausalLM(config).eval()
 
 
+def make_gptj():
+    """Its table of positions is not computed in the dtype that the model is loaded as."""
+    config = transformers.GPTJConfig(vocab_size=64, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    return transformers.GPTJForCausalLM(config).eval()
+
+
+OF_DTYPES = {"deepseek": make_deepseek, "gptj": make_gptj}
+
+
+class Tabled(transformers.BertModel):
+    _keep_in_fp32_modules_strict = ("pooler",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.pooler.register_buffer("table", torch.ones(3), persistent=False)
+        self.post_init()
+
+
+def test_what_stays_float32_is_what_files_have(tmp_path):
+    model = Tabled(transformers.BertConfig(**TEXT)).eval()
+    model.save_pretrained(tmp_path)
+    expected = Tabled.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    loaded = load(Tabled, save(model, tmp_path), dtype=torch.bfloat16)
+    assert loaded.pooler.table.dtype is expected.pooler.table.dtype is torch.bfloat16
+    assert loaded.pooler.dense.weight.dtype is expected.pooler.dense.weight.dtype is torch.float32
+
+
+def test_a_file_without_the_usual_dtypes_is_loaded_as_it_is(tmp_path):
+    model = make("bert")
+    save(model, tmp_path, target_dtype=torch.float8_e4m3fn)
+    assert load(type(model), tmp_path).dtype is torch.float8_e4m3fn
+    assert load(type(model), tmp_path, dtype=torch.bfloat16).dtype is torch.bfloat16
+
+
 def test_auto_is_the_dtype_of_the_file_and_nonsense_is_refused(tmp_path):
     model = make("bert").to(torch.bfloat16)
     save(model, tmp_path)
@@ -159,8 +209,12 @@ def test_auto_is_the_dtype_of_the_file_and_nonsense_is_refused(tmp_path):
 def test_coerce_dtype_gives_all_the_main_dtype(tmp_path):
     model = make("resnet").to(torch.bfloat16)
     model.classifier.float()
-    loaded = load(type(model), save(model, tmp_path), coerce_dtype=True)
-    assert {t.dtype for t in loaded.state_dict().values()} == {torch.bfloat16, torch.int64}
+    model.resnet.embedder.embedder.normalization.float()
+    save(model, tmp_path)
+    for change in (lambda tensors: None), (lambda tensors: tensors.update(extra=torch.ones(1))):
+        repack(tmp_path, change)
+        loaded = load(type(model), tmp_path, coerce_dtype=True, strict=False)
+        assert {t.dtype for t in loaded.state_dict().values()} == {torch.bfloat16, torch.int64}
 
 
 @pytest.mark.parametrize("options", [{"device_map": {"": "cpu"}}, {"device_map": "cpu"}, {"device": "cpu"}])
@@ -206,6 +260,22 @@ def test_transformers_may_reserve_memory_of_a_device_before_anything_is_read_to_
         assert bits(value[...]) == bits(value[...])
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_quantised_models_are_for_the_loader_of_transformers(given, tmp_path, monkeypatch):
+    def from_pretrained(path, **options):
+        assert ("quantization_config" in options) == given
+        raise InterruptedError
+
+    model = make("bert")
+    save(model, tmp_path)
+    quantised = {"quantization_config": {"quant_method": "fp8"}}
+    if not given:
+        edit_config(tmp_path, **quantised)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", from_pretrained)
+    with pytest.raises(InterruptedError):
+        load(type(model), tmp_path, **(quantised if given else {}))
+
+
 def test_a_configuration_that_is_given_is_used_and_left_alone(tmp_path):
     model = make("bert")
     save(model, tmp_path)
@@ -221,7 +291,15 @@ def test_entries_of_the_configuration_and_arguments_of_transformers_are_not_drop
     model = make("bert")
     save(model, tmp_path)
     loaded = load(
-        type(model), tmp_path, layer_norm_eps=0.5, attn_implementation="eager", trust_remote_code=True, _from_auto=True
+        type(model),
+        tmp_path,
+        layer_norm_eps=0.5,
+        attn_implementation="eager",
+        trust_remote_code=True,
+        _from_auto=True,
+        from_tf=False,
+        from_flax=False,
+        mirror="somewhere",
     )
     assert loaded.config.layer_norm_eps == 0.5
     assert loaded.config._attn_implementation == "eager"
@@ -235,9 +313,14 @@ def test_the_configuration_of_generation_is_saved_and_read(tmp_path):
     save(model, tmp_path)
     assert load(type(model), tmp_path).generation_config.max_new_tokens == 7
     other = transformers.GenerationConfig(max_new_tokens=9)
-    assert load(type(model), tmp_path, generation_config=other).generation_config.max_new_tokens == 9
+    loaded = load(type(model), tmp_path, generation_config=other)
+    assert loaded.generation_config.max_new_tokens == 9
+    assert loaded.generation_config is not other
     (tmp_path / "generation_config.json").unlink()
     assert load(type(model), tmp_path).generation_config.max_new_tokens is None
+    edit_config(tmp_path, max_length=99, num_beams=3)
+    loaded = load(type(model), tmp_path).generation_config
+    assert (loaded.max_length, loaded.num_beams) == (99, 3)
 
 
 @pytest.mark.parametrize("lost", [None, "lm_head.weight", "transformer.wte.weight"])
@@ -249,6 +332,20 @@ def test_tied_weights_are_one_tensor_whichever_of_their_names_the_file_has(lost,
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert_same_model(loaded, model)
     assert ties_of(loaded)
+
+
+@pytest.mark.skipif(OLD, reason="transformers compares what is tied from version 5 on")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_that_the_configuration_calls_tied_but_differ_are_not(dtype, tmp_path):
+    model = make("gpt2")
+    save(model, tmp_path)
+    repack(tmp_path, lambda tensors: tensors["lm_head.weight"].add_(1))
+    loaded = load(type(model), tmp_path, dtype=dtype)
+    assert not ties_of(loaded)
+    assert not loaded.all_tied_weights_keys
+    model.transformer.wte.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    model.lm_head.weight.data.add_(1)
+    assert_same_model(loaded, model.to(dtype))
 
 
 def test_a_model_that_was_untied_stays_untied(tmp_path):

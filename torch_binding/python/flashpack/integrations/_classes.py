@@ -14,6 +14,10 @@ class _Promoted(type):
 
     recipe: tuple[type, type]
 
+    def __str__(cls) -> str:
+        # transformers registers under this what a class can record, such as hidden states.
+        return str(vars(cls)["recipe"][0]) if "recipe" in vars(cls) else repr(cls)
+
 
 @functools.cache
 def promoted_class(original: type, mixin: type) -> Any:
@@ -21,8 +25,16 @@ def promoted_class(original: type, mixin: type) -> Any:
     if issubclass(original, mixin):
         return original
     # Libraries write the module of a class into files, to find it again.
-    body = {"__module__": original.__module__, "__doc__": original.__doc__, "recipe": (original, mixin)}
+    body: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__, "recipe": (original, mixin)}
+    # By this name the Trainer tells which models shift their labels.
+    body["_get_name"] = lambda model: type(model).__name__.removeprefix(PREFIX)
     return _Promoted(PREFIX + original.__name__, (original, mixin), body)
+
+
+def demote(model: Any) -> None:
+    """Takes from a model, in place, what promoted_class gave to its class."""
+    if isinstance(type(model), _Promoted) and "recipe" in vars(type(model)):
+        model.__class__ = type(model).recipe[0]
 
 
 def _reduce(promoted: _Promoted) -> tuple[Any, ...]:

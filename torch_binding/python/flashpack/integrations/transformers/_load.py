@@ -20,7 +20,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
-from ..._assign import Filters, Plan, check_strictness, slots_of
+from ..._assign import Filters, Plan, check_strictness, make_parameter, slots_of
 from ..._device import CPU
 from ..._footer import Entry, Footer, read_footer
 from ..._meta_init import meta_parameters, warn_of_meta
@@ -38,6 +38,7 @@ _WITHOUT_MEANING = frozenset(
         "code_revision",
         "disable_mmap",
         "low_cpu_mem_usage",
+        "mirror",
         "tqdm_class",
         "trust_remote_code",
         "use_safetensors",
@@ -48,6 +49,8 @@ _REFUSED = frozenset(
     {
         "device_mesh",
         "distributed_config",
+        "from_flax",
+        "from_tf",
         "gguf_file",
         "max_memory",
         "offload_buffers",
@@ -72,6 +75,7 @@ _FOR_TRANSFORMERS = frozenset(
     }
 )
 _MAIN_DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
+_OLD = int(transformers_version.split(".")[0]) < 5
 
 
 @dataclass
@@ -185,13 +189,13 @@ def _dtype(arguments: dict[str, Any]) -> torch.dtype | None:
     return None if dtype == "auto" else dtype
 
 
-def _main_dtype(footer: Footer) -> torch.dtype | None:
-    """What most bytes of the file are; None if no model can be built in it."""
+def _main_dtype(footer: Footer) -> torch.dtype:
+    """What most bytes of the file are, among what a model can be built in."""
     sizes: Counter[str] = Counter()
     for block in footer.blocks():
         if block.dtype in _MAIN_DTYPES:
             sizes[block.dtype] += block.length_bytes
-    return string_to_dtype(max(sizes, key=lambda dtype: sizes[dtype])) if sizes else None
+    return string_to_dtype(max(sizes, key=lambda dtype: sizes[dtype], default="float32"))
 
 
 def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, request: Request) -> PreTrainedModel | None:
@@ -199,12 +203,12 @@ def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, requ
     if getattr(config, "quantization_config", None) is not None or _FOR_TRANSFORMERS & set(request.arguments):
         return None
     dtype = request.dtype or _main_dtype(request.footer)
-    given = {} if dtype is None else {"dtype": dtype}
     config = copy.deepcopy(config)  # It may be the caller's.
-    if dtype is not None:
-        config.dtype = dtype
+    config.dtype = dtype
     with meta_parameters():
-        model = model_class._from_config(config, **given, **request.arguments)
+        model = model_class._from_config(config, dtype=dtype, **request.arguments)
+    if not _OLD:
+        _compute_buffers(model)
     entries = request.entries()
     if not _fits(model, entries):
         return None
@@ -212,7 +216,16 @@ def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, requ
     options = request.options
     coerce_dtype = options["coerce_dtype"] or request.dtype is not None
     assign_from_file(model, request.footer.path, request.device, **options | {"coerce_dtype": coerce_dtype})
+    _untie(model, request)
     return model
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Those that no file has, again, outside of the dtype that the model was built in, which may be too coarse."""
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            module._is_hf_initialized = False
+    model.initialize_weights()
 
 
 def _fits(model: PreTrainedModel, entries: list[Entry]) -> bool:
@@ -240,6 +253,21 @@ def _set_dtypes(model: PreTrainedModel, entries: list[Entry], request: Request) 
             value.data = value.data.float()
         elif request.dtype is None and not request.options["coerce_dtype"] and not slot.is_parameter:
             value.data = value.data.to(dtypes.get(name, value.dtype))
+
+
+def _untie(model: PreTrainedModel, request: Request) -> None:
+    """Does as transformers from version 5 on, which takes for tied only what is the same in the file."""
+    values = _Values(request)
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for tie in list(ties.items()):
+        names = [name for name in values.entries if name in tie]
+        if len(names) < 2:
+            continue
+        slot = slots_of(model)[names[1]]  # The first was assigned.
+        value = values.read(names[1]).to(slot.value.dtype)
+        if not torch.equal(value, slot.value):
+            slot.put(make_parameter(slot.value, value))
+            del ties[tie[0]]
 
 
 def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> re.Pattern[str] | None:
@@ -277,16 +305,17 @@ class _Values:
         with self._lock:  # transformers asks from several threads.
             if self._left is None:
                 self._left = self._read(list(self.entries.values()))
-            if name not in self._left:
-                self._left |= self._read([self.entries[name]])
-            return self._left.pop(name)
+            return self._left.pop(name) if name in self._left else self.read(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._read([self.entries[name]])[name]
 
     def state_dict(self) -> dict[str, Any]:
         """For transformers, which from version 5 on takes whatever gives a tensor when indexed.
 
         It reserves memory of a device before it looks at them. Were they there already, both would have to fit.
         """
-        if int(transformers_version.split(".")[0]) < 5:
+        if _OLD:
             return {name: self.take(name) for name in self.entries}
         return {name: _Value(self, name) for name in self.entries}
 
@@ -314,7 +343,7 @@ def _loaded_by_transformers(
     model_class: type[PreTrainedModel], config: PretrainedConfig, request: Request
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     values = _Values(request)
-    main = request.dtype or _main_dtype(request.footer) or torch.float32
+    main = request.dtype or _main_dtype(request.footer)
     arguments = dict(request.arguments)
     may_mismatch = arguments.pop("ignore_mismatched_sizes", False)
     if request.device != CPU:  # With a device map of any kind transformers asks for accelerate.
@@ -332,7 +361,7 @@ def _loaded_by_transformers(
         _check_shapes(model, info, request)
     _check_names(model, info, request)
     if request.dtype is None and not request.options["coerce_dtype"] and getattr(model, "hf_quantizer", None) is None:
-        _restore_dtypes(model, values, main)
+        _restore_dtypes(model, values)
     for name, reference in values.references.items():
         setattr(model, name, reference)
     return model, info
@@ -364,14 +393,20 @@ def _check_names(model: PreTrainedModel, info: Mapping[str, Any], request: Reque
     check_strictness(plan, request.footer.path, strict, strict_params, strict_buffers)
 
 
-def _restore_dtypes(model: PreTrainedModel, values: _Values, main: torch.dtype) -> None:
-    """Undoes that transformers gives all floating-point tensors the main dtype, but for those it keeps as float32."""
-    for name, slot in slots_of(model).items():
-        entry = values.entries.get(name)
-        if entry is None or slot.value.dtype != main or tuple(slot.value.shape) != entry.shape:
-            continue
-        if string_to_dtype(entry.dtype) != main:
-            slot.value.data = values.take(name)
+def _restore_dtypes(model: PreTrainedModel, values: _Values) -> None:
+    """Undoes that transformers gives all floating-point tensors the main dtype, or float32 to those it keeps so."""
+    prefix = f"{model.base_model_prefix}."
+    floats = {name: slot for name, slot in slots_of(model).items() if slot.value.is_floating_point()}
+    for name, slot in floats.items():
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            entry = values.entries.get(candidate)
+            if entry is None or string_to_dtype(entry.dtype) == slot.value.dtype:
+                continue
+            value = values.read(candidate)
+            # It may have been converted to something else of that name.
+            if torch.equal(value.to(slot.value.dtype), slot.value):
+                slot.value.data = value
+                break
 
 
 def _finish(model: PreTrainedModel, request: Request, generation_config: GenerationConfig | None) -> None:
@@ -382,4 +417,9 @@ def _finish(model: PreTrainedModel, request: Request, generation_config: Generat
             model.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
         elif (request.directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(request.directory)
+        elif not _OLD and (request.directory / "config.json").is_file():
+            # Version 5 drops what old configurations say of generation.
+            model.generation_config = GenerationConfig.from_pretrained(
+                request.directory, config_file_name="config.json", _from_model_config=True
+            )
     warn_of_meta(model, request.footer.path)

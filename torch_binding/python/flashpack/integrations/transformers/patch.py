@@ -6,11 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from .._classes import promoted_class
+from .._classes import demote, promoted_class
 from .model import FlashPackTransformersModelMixin, promote
 
 ClassMethod = Callable[..., Any]
@@ -21,7 +23,8 @@ def patch_transformers_auto_model() -> None:
 
     `AutoModel.from_pretrained(name, use_flashpack=True)`, and for short `AutoModel.from_pretrained_flashpack(name)`,
     does what FlashPackTransformersModelMixin.from_pretrained_flashpack() does; so does from_pretrained() of a model
-    class. All that Auto classes return, whatever it was read from, has the mixin.
+    class. All that Auto classes return, whatever it was read from, has the mixin, until it becomes part of another
+    model of transformers.
     """
     _wrap(PreTrainedModel, "from_pretrained", _divert)
     # Each Auto class has a copy of what the first has.
@@ -30,6 +33,18 @@ def patch_transformers_auto_model() -> None:
         for name in ("from_pretrained", "from_config"):
             _wrap(auto, name, _promote_result)
     _BaseAutoModelClass.from_pretrained_flashpack = classmethod(_from_pretrained_flashpack)
+    _keep_parts_original()
+
+
+@functools.cache
+def _keep_parts_original() -> None:
+    register_module_module_registration_hook(_demote_part)
+
+
+def _demote_part(module: nn.Module, name: str, part: nn.Module | None) -> None:
+    """transformers knows by the names of the classes of a model's parts how to convert their weights."""
+    if type(module).__module__.startswith("transformers") or isinstance(module, PreTrainedModel):
+        demote(part)
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[[ClassMethod], ClassMethod]) -> None:
