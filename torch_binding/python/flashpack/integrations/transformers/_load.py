@@ -11,7 +11,7 @@ import copy
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ _FOR_TRANSFORMERS = frozenset(
     }
 )
 _MAIN_DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
+# Each read looks at the whole footer; what is restored is in memory twice until it is in its place.
+_READ_TOGETHER = 64
 _OLD = int(transformers_version.split(".")[0]) < 5
 
 
@@ -264,7 +266,7 @@ def _untie(model: PreTrainedModel, request: Request) -> None:
         if len(names) < 2:
             continue
         slot = slots_of(model)[names[1]]  # The first was assigned.
-        value = values.read(names[1]).to(slot.value.dtype)
+        value = values.read([names[1]])[names[1]].to(slot.value.dtype)
         if not torch.equal(value, slot.value):
             slot.put(make_parameter(slot.value, value))
             del ties[tie[0]]
@@ -304,11 +306,8 @@ class _Values:
     def take(self, name: str) -> torch.Tensor:
         with self._lock:  # transformers asks from several threads.
             if self._left is None:
-                self._left = self._read(list(self.entries.values()))
-            return self._left.pop(name) if name in self._left else self.read(name)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._read([self.entries[name]])[name]
+                self._left = self.read(self.entries)
+            return self._left.pop(name) if name in self._left else self.read([name])[name]
 
     def state_dict(self) -> dict[str, Any]:
         """For transformers, which from version 5 on takes whatever gives a tensor when indexed.
@@ -319,8 +318,9 @@ class _Values:
             return {name: self.take(name) for name in self.entries}
         return {name: _Value(self, name) for name in self.entries}
 
-    def _read(self, entries: list[Entry]) -> dict[str, torch.Tensor]:
-        holder = _Holder(entries)
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """For these, whether they have been taken or not."""
+        holder = _Holder([self.entries[name] for name in names])
         options = self._request.options | {"coerce_dtype": False, "strict": False}
         assign_from_file(holder, self._request.footer.path, self._request.device, **options)
         attributes = ("_flash_shared_storage", "_flash_shared_storage_meta")
@@ -397,16 +397,24 @@ def _restore_dtypes(model: PreTrainedModel, values: _Values) -> None:
     """Undoes that transformers gives all floating-point tensors the main dtype, or float32 to those it keeps so."""
     prefix = f"{model.base_model_prefix}."
     floats = {name: slot for name, slot in slots_of(model).items() if slot.value.is_floating_point()}
-    for name, slot in floats.items():
-        for candidate in (name, prefix + name, name.removeprefix(prefix)):
-            entry = values.entries.get(candidate)
-            if entry is None or string_to_dtype(entry.dtype) == slot.value.dtype:
+    candidates = [
+        (name, candidate)
+        for name, slot in floats.items()
+        for candidate in dict.fromkeys((name, prefix + name, name.removeprefix(prefix)))
+        if candidate in values.entries and string_to_dtype(values.entries[candidate].dtype) != slot.value.dtype
+    ]
+    restored = set()
+    for begin in range(0, len(candidates), _READ_TOGETHER):
+        part = candidates[begin : begin + _READ_TOGETHER]
+        read = values.read(dict.fromkeys(candidate for _, candidate in part))
+        for name, candidate in part:
+            slot, value = floats[name], read[candidate]
+            if name in restored or value.dtype == slot.value.dtype:
                 continue
-            value = values.read(candidate)
             # It may have been converted to something else of that name.
             if torch.equal(value.to(slot.value.dtype), slot.value):
                 slot.value.data = value
-                break
+                restored.add(name)
 
 
 def _finish(model: PreTrainedModel, request: Request, generation_config: GenerationConfig | None) -> None:
