@@ -91,8 +91,7 @@ class Buffer {
       // torch transposes quickly what is dense, and slowly what is cut out of something larger.
       const at::Tensor order = at::empty_like(tensor, tensor.options().dtype(type).device(at::kMeta));
       const at::Tensor dense = at_bytes(scratch, size, type).as_strided(tensor.sizes(), order.strides());
-      dense.copy_(tensor);
-      return place.view(tensor.sizes()).copy_(dense);
+      return place.view(tensor.sizes()).copy_(dense.copy_(tensor));
     }
     if (tensor.is_cpu() && tensor.is_contiguous()) {
       // One core converts faster than disks write; more would spin for each other.

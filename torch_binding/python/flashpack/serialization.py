@@ -176,8 +176,8 @@ class _Buffer:
             # torch transposes quickly what is dense, and slowly what is cut out of something larger.
             strides = torch.empty_like(tensor, dtype=dtype, device="meta").stride()
             dense = self._bytes[scratch : scratch + size_bytes].view(dtype).as_strided(tensor.shape, strides)
-            place.view(tensor.shape).copy_(dense.copy_(tensor))
-        elif tensor.device == CPU and tensor.is_contiguous():
+            tensor = dense.copy_(tensor)
+        if tensor.device == CPU and tensor.is_contiguous():
             # One core converts faster than disks write; more would spin for each other.
             torch._foreach_copy_(torch.split(place, _SERIAL_ELEMS), torch.split(tensor.view(-1), _SERIAL_ELEMS))
         else:
