@@ -14,9 +14,8 @@
 namespace flashpack {
 namespace {
 
+using testing::kSkip;
 using testing::run_in_child;
-
-constexpr int kSkip = 77;
 
 Finding find(const std::vector<Finding>& findings, const std::string& key) {
   const auto found = std::find_if(findings.begin(), findings.end(), [&](const auto& f) { return f.key == key; });

@@ -127,7 +127,8 @@ int load_with_syscall_denied(long number, int error_number) {
   const auto bytes = flashpack::testing::random_bytes(3 * kMiB);
   flashpack::testing::write_file(dir / "file", bytes);
   flashpack::testing::drop_from_cache(dir / "file");
-  if (!flashpack::testing::deny_syscall(static_cast<unsigned>(number), static_cast<unsigned>(error_number))) return 77;
+  if (!flashpack::testing::deny_syscall(static_cast<unsigned>(number), static_cast<unsigned>(error_number)))
+    return flashpack::testing::kSkip;
   Engine engine({.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB});
   GuardedMemory memory(bytes.size());
   const TransferStats stats =
@@ -147,7 +148,7 @@ TEST(RingRefused, WhereSetupIsDeniedTheWorkersReadAndSayWhy) {
   for (const int error_number : {EPERM, ENOSYS}) {
     const int status =
         flashpack::testing::run_in_child([&] { return load_with_syscall_denied(SYS_io_uring_setup, error_number); });
-    if (status == 77) GTEST_SKIP() << "seccomp filters are not allowed here";
+    if (status == flashpack::testing::kSkip) GTEST_SKIP() << "seccomp filters are not allowed here";
     EXPECT_EQ(status, 0) << error_number;
   }
 }
@@ -155,13 +156,13 @@ TEST(RingRefused, WhereSetupIsDeniedTheWorkersReadAndSayWhy) {
 TEST(RingRefused, WhereOnlySubmittingIsDeniedTheWorkersReadToo) {
   const int status =
       flashpack::testing::run_in_child([] { return load_with_syscall_denied(SYS_io_uring_enter, EPERM); });
-  if (status == 77) GTEST_SKIP() << "seccomp filters are not allowed here";
+  if (status == flashpack::testing::kSkip) GTEST_SKIP() << "seccomp filters are not allowed here";
   EXPECT_EQ(status, 0);
 }
 
 TEST(RingRefused, WhereBuffersCannotBeRegisteredReadsGoOnAndSayWhy) {
   const int status = flashpack::testing::run_in_child([] {
-    if (!flashpack::testing::deny_syscall(SYS_io_uring_register, ENOMEM)) return 77;
+    if (!flashpack::testing::deny_syscall(SYS_io_uring_register, ENOMEM)) return flashpack::testing::kSkip;
     const flashpack::testing::TempDir dir;
     const auto bytes = flashpack::testing::random_bytes(kMiB);
     flashpack::testing::write_file(dir / "file", bytes);
@@ -170,7 +171,7 @@ TEST(RingRefused, WhereBuffersCannotBeRegisteredReadsGoOnAndSayWhy) {
     try {
       ring = std::make_unique<Ring>(4, staging.slots());
     } catch (const std::system_error&) {
-      return 77;
+      return flashpack::testing::kSkip;
     }
     const UniqueFd fd(::open((dir / "file").c_str(), O_RDONLY | O_DIRECT));
     for (int use = 0; use < 4; ++use) {
@@ -182,7 +183,7 @@ TEST(RingRefused, WhereBuffersCannotBeRegisteredReadsGoOnAndSayWhy) {
     }
     return ring->fallback_reason().find("registered buffers") == 0 ? 0 : 2;
   });
-  if (status == 77) GTEST_SKIP() << "seccomp filters or io_uring are not allowed here";
+  if (status == flashpack::testing::kSkip) GTEST_SKIP() << "seccomp filters or io_uring are not allowed here";
   EXPECT_EQ(status, 0);
 }
 

@@ -24,10 +24,10 @@ namespace flashpack {
 namespace {
 
 using testing::GuardedMemory;
+using testing::kSkip;
 using testing::run_in_child;
 
 constexpr std::uint32_t kMiB = 1u << 20;
-constexpr int kSkip = 77;
 
 EngineOptions small_engine(Backend backend = Backend::kAuto) {
   return {.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .workers = 2, .backend = backend};

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import flashpack
 import torch
 from flashpack import _engine, constants, utils
 from flashpack.parallel_read import release_pinned_pool
-from support import assert_bit_equal
+from support import assert_bit_equal, run_python
 
 
 def test_numbers_of_sharded_loads_are_those_of_the_reference():
@@ -34,7 +32,7 @@ from flashpack import utils
 print(utils.diffusers_is_available(), utils.transformers_is_available())
 assert not {"diffusers", "transformers"} & set(sys.modules)
 """
-    answers = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    answers = run_python(code).split()
     assert set(answers) <= {"True", "False"}
     monkeypatch.setattr(utils, "find_spec", lambda name: None)
     assert not utils.diffusers_is_available()
@@ -59,8 +57,7 @@ try:
 except flashpack.FlashPackError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert result.stdout == "Unsupported dtype string in metadata: float8_e8m0fnu\n"
+    assert run_python(code) == "Unsupported dtype string in metadata: float8_e8m0fnu\n"
 
 
 def test_released_memory_is_made_anew_by_the_next_load(pack):

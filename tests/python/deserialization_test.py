@@ -5,14 +5,12 @@ import json
 import logging
 import os
 import pickle
-import subprocess
-import sys
 
 import flashpack
 import pytest
 import torch
 from flashpack.deserialization import FlashTensorStorage, iterate_from_flash_tensor, read_flashpack_file
-from support import assert_bit_equal, footer_bytes, random_tensor, unprivileged, write_file
+from support import assert_bit_equal, footer_bytes, random_tensor, run_python, unprivileged, write_file
 
 RECORD = {"name": "a", "shape": [2, 4], "offset": 0, "length": 8}
 SECOND = {"name": "b", "shape": [8], "offset": 8, "length": 8}
@@ -303,8 +301,7 @@ tensors = flashpack.revert_from_file(path)
 {harm}
 print(tensors["a"].sum().item())
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, f"{float(1 << 18)}\n")
+    assert run_python(code) == f"{float(1 << 18)}\n"
 
 
 def test_tensors_made_in_inference_mode_are_ordinary_ones(pack):

@@ -6,9 +6,7 @@ FLASHPACK_REFERENCE_PYTHON names an interpreter that has that package: the guide
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,9 @@ from typing import Any
 import flashpack
 import pytest
 import torch
-from support import assert_bit_equal
+from support import assert_bit_equal, needs_reference, run_reference
 
-REFERENCE = os.environ.get("FLASHPACK_REFERENCE_PYTHON")
-pytestmark = pytest.mark.skipif(not REFERENCE, reason="FLASHPACK_REFERENCE_PYTHON is not set")
+pytestmark = needs_reference
 
 # The one thing that it leaves to the imagination is how a constructor goes on.
 PIPELINE = (
@@ -31,12 +28,7 @@ MODULE = ("        ...\n", "        super().__init__(); self.layer = nn.Linear(s
 
 def example(heading: str) -> str:
     """The first example under a heading of the guide."""
-    assert REFERENCE is not None
-    code = (
-        "from importlib.metadata import metadata as m; t = m('flashpack'); print(t['Description'] or t.get_payload())"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    guide = subprocess.run([REFERENCE, "-c", code], check=True, capture_output=True, text=True, env=environment).stdout
+    guide = run_reference("from importlib.metadata import metadata; print(metadata('flashpack').get_payload())")
     found = re.search(rf"^#+ {heading}$.*?^```py\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)
     assert found, heading
     return found[1]

@@ -6,8 +6,6 @@ import inspect
 import os
 import pickle
 import signal
-import subprocess
-import sys
 from importlib.metadata import distributions, version
 from pathlib import Path
 
@@ -16,10 +14,7 @@ import pytest
 import torch
 from flashpack import _engine, _native
 from flashpack._footer import read_footer
-
-
-def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+from support import run_python
 
 
 def test_import_brings_in_neither_torch_nor_numpy_until_they_are_needed(tmp_path):

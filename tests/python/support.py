@@ -6,10 +6,13 @@ import contextlib
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from flashpack.constants import MAGIC, U64LE
 
@@ -72,6 +75,24 @@ def footer_bytes(path: Path) -> bytes:
     raw = path.read_bytes()
     (length,) = U64LE.unpack(raw[-16:-8])
     return raw[-16 - length : -16]
+
+
+def run_python(code: str) -> str:
+    """What a new interpreter prints that runs `code`; CalledProcessError if it does not end well."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+# An interpreter that has the PyPI package flashpack 0.4.5.
+REFERENCE = os.environ.get("FLASHPACK_REFERENCE_PYTHON")
+needs_reference = pytest.mark.skipif(not REFERENCE, reason="FLASHPACK_REFERENCE_PYTHON is not set")
+
+
+def run_reference(code: str, *arguments: object) -> str:
+    """What that interpreter prints, away from this package."""
+    assert REFERENCE is not None
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [REFERENCE, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -20,9 +22,8 @@ constexpr std::uint32_t kMiB = 1u << 20;
 
 /// What a child ends with, beside 0: it has saved.
 constexpr int kNotReached = 76;  ///< There are fewer calls than that.
-constexpr int kSkip = 77;
-constexpr int kOldKept = 78;  ///< An error that names path and cause.
-constexpr int kInPlace = 79;  ///< The same, and it says that the new file is in place.
+constexpr int kOldKept = 78;     ///< An error that names path and cause.
+constexpr int kInPlace = 79;     ///< The same, and it says that the new file is in place.
 constexpr int kOtherError = 80;
 
 inline std::vector<std::byte> payload_of(unsigned version) {

@@ -19,6 +19,9 @@
 
 namespace flashpack::testing {
 
+/// What `body` of run_in_child() gives back where this machine does not let it try.
+constexpr int kSkip = 77;
+
 /// Runs `body` in a forked child and gives its exit status, or -1 when a signal ended it.
 /// Fork before any thread is started: ThreadSanitizer allows new threads only in the child of a single-threaded
 /// process.
