@@ -15,6 +15,7 @@
 #include "engine/error.h"
 #include "engine/ring.h"
 #include "engine/staging.h"
+#include "engine/thread.h"
 #include "engine/workers.h"
 
 namespace flashpack {
@@ -97,7 +98,7 @@ Engine::Impl::Impl(EngineOptions options) : options_(checked(std::move(options))
   std::promise<void> promise;
   auto ready = promise.get_future();
   try {
-    driver_ = std::thread([this, moved = std::move(promise)]() mutable { drive(moved); });
+    driver_ = engine::start_thread("flashpack-drive", [this, moved = std::move(promise)]() mutable { drive(moved); });
   } catch (const std::system_error& error) {
     throw Error(error.code(), "start engine: " + std::string(error.what()));
   }

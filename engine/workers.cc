@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "engine/piece_sums.h"
+#include "engine/thread.h"
 
 namespace flashpack::engine {
 
@@ -257,7 +258,7 @@ Workers::Workers(unsigned thread_count, unsigned tag_limit, IoQueue* listener, s
   finished_.reserve(tag_limit);
   threads_.reserve(thread_count);
   try {
-    for (unsigned i = 0; i < thread_count; ++i) threads_.emplace_back([this] { work(); });
+    for (unsigned i = 0; i < thread_count; ++i) threads_.push_back(start_thread("flashpack-work", [this] { work(); }));
   } catch (...) {
     stop();
     throw;

@@ -106,6 +106,9 @@ struct EngineOptions {
 /// themselves; distinct engines are independent. Running out of memory on the driver thread is fatal. Transfers are
 /// served in the order they were started, the next one's reads following on the last of the one before.
 ///
+/// The threads are called flashpack-*. They take none of the process's signals, so that blocking one and waiting for it
+/// works as if they were not there; their own faults (SIGSEGV and the like) go where the application's handlers say.
+///
 /// A fork is safe at any time, for the parent: it gets its bytes, because nothing in it writes to a page that the
 /// kernel is reading into. In the child, targets of loads that were under way hold unspecified bytes, and the inherited
 /// engine throws Errc::kUnusable and its destructor releases nothing; make a new one there.

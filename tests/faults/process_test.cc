@@ -1,12 +1,16 @@
 // Loads by processes that may do less than others, that fork, that are interrupted, and of files that others change.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <pthread.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <csignal>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -98,6 +102,46 @@ TEST_F(ConfinedTest, LittleLockableMemoryIsNoErrorAndTheReasonIsTold) {
   });
   if (status == kSkip) GTEST_SKIP() << "the capability cannot be dropped, or there is no io_uring";
   EXPECT_EQ(status, 0);
+}
+
+// As a server does it: threads first, then the signal is blocked and waited for.
+TEST_F(ConfinedTest, ASignalThatTheApplicationWaitsForIsNotTakenByTheEngine) {
+  const int status = run_in_child([&] {
+    Engine engine(small_engine());
+    GuardedMemory memory(bytes_.size(), 64);
+    engine.load(request(dir_ / "file", memory));
+    sigset_t wanted;
+    ::sigemptyset(&wanted);
+    ::sigaddset(&wanted, SIGTERM);
+    ::pthread_sigmask(SIG_BLOCK, &wanted, nullptr);
+    ::kill(::getpid(), SIGTERM);
+    int taken = 0;
+    return ::sigwait(&wanted, &taken) == 0 && taken == SIGTERM ? 0 : 1;
+  });
+  EXPECT_EQ(status, 0) << "-1: a thread of the engine died of it, and all with it";
+}
+
+TEST_F(ConfinedTest, ThreadsOfTheEngineHaveNamesAndLeaveTheirOwnFaultsToTheApplicationsHandlers) {
+  const int status = run_in_child([&] {
+    const Engine engine(small_engine());
+    int named = 0;
+    for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+      std::ifstream in(task.path() / "status");
+      std::string name;
+      std::uint64_t blocked = 0;
+      for (std::string line; std::getline(in, line);) {
+        if (line.rfind("Name:", 0) == 0) name = line;
+        if (line.rfind("SigBlk:", 0) == 0) blocked = std::stoull(line.substr(7), nullptr, 16);
+      }
+      if (!has(name, "flashpack-")) continue;
+      ++named;
+      const auto blocks = [blocked](int signal) { return (blocked >> (signal - 1)) & 1; };
+      if (!blocks(SIGTERM) || !blocks(SIGCHLD) || !blocks(SIGRTMAX) || blocks(SIGSEGV) || blocks(SIGBUS)) return 100;
+    }
+    return named;
+  });
+  EXPECT_EQ(status, 3)
+      << "a driver and two workers; 100: one of them blocks what it should not, or does not what it should";
 }
 
 // The first load's looks must not make the second one think that all of it is cached.
