@@ -1,6 +1,8 @@
 #include "engine/ring.h"
 
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <array>
 #include <bit>
@@ -8,6 +10,7 @@
 #include <cerrno>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 namespace flashpack::engine {
 
@@ -20,6 +23,21 @@ constexpr std::uint64_t kCancelTag = std::uint64_t{1} << 62;
 // Uses of a slot before it is worth registering: a load that only touches slots for its edges never pays for it.
 constexpr std::uint8_t kRegisterAtUse = 2;
 
+// Of <linux/io_uring.h> since Linux 6.3: a ring that this thread has registered is known by its place in the thread's
+// table, also to io_uring_register(2).
+constexpr unsigned kFeatureRegisteredRing = 1u << 13;
+constexpr unsigned kUseRegisteredRing = 1u << 31;
+
+bool hidden(const io_uring& ring) { return ring.ring_fd < 0; }
+
+// By system call, because liburing knows hidden rings only since 2.4. Gives what the kernel gives, or -errno.
+int register_with(const io_uring& ring, unsigned operation, const void* argument, unsigned count) {
+  const long result = hidden(ring) ? ::syscall(SYS_io_uring_register, ring.enter_ring_fd,
+                                               operation | kUseRegisteredRing, argument, count)
+                                   : ::syscall(SYS_io_uring_register, ring.ring_fd, operation, argument, count);
+  return result < 0 ? -errno : static_cast<int>(result);
+}
+
 std::system_error refused(int error_number, const char* call) {
   std::string what = std::string("io_uring: ") + call;
   if (error_number == EPERM || error_number == ENOSYS)
@@ -29,7 +47,14 @@ std::system_error refused(int error_number, const char* call) {
 
 }  // namespace
 
-void Ring::RingDeleter::operator()(io_uring* ring) const noexcept { ::io_uring_queue_exit(ring); }
+void Ring::RingDeleter::operator()(io_uring* ring) const noexcept {
+  if (hidden(*ring)) {
+    io_uring_rsrc_update place{};
+    place.offset = static_cast<unsigned>(ring->enter_ring_fd);
+    register_with(*ring, IORING_UNREGISTER_RING_FDS, &place, 1);
+  }
+  ::io_uring_queue_exit(ring);
+}
 
 Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Rung best)
     : rung_(best), storage_(std::make_unique<io_uring>()), slots_(std::move(slots)), slot_uses_(slots_.size(), 0) {
@@ -51,6 +76,7 @@ Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Ru
     fallback_reason_ += " (Linux 6.1 has both)";
   }
   ring_.reset(storage_.get());
+  hide();
   if (!(ring_->features & IORING_FEAT_EXT_ARG)) throw refused(ENOSYS, "a wait with a timeout");
 
   wake_fd_.reset(::eventfd(0, EFD_CLOEXEC));  // Blocking, or the armed read would end at once with EAGAIN.
@@ -67,6 +93,14 @@ Ring::~Ring() {
   wake();
   while (::io_uring_submit_and_wait(ring_.get(), 1) == -EINTR) {
   }
+  // A child may have inherited the ring all the same, and keeps it.
+  if (table_) register_with(*ring_, IORING_UNREGISTER_BUFFERS, nullptr, 0);
+}
+
+// A descriptor would be inherited by children, and who holds the ring holds its memory.
+void Ring::hide() {
+  if (!(ring_->features & kFeatureRegisteredRing) || ::io_uring_register_ring_fd(ring_.get()) != 1) return;
+  ::close(std::exchange(ring_->ring_fd, -1));
 }
 
 io_uring_sqe* Ring::next_sqe() {
@@ -116,12 +150,18 @@ bool Ring::registered(int slot) {
   const auto index = static_cast<std::size_t>(slot);
   if (slot_uses_[index] > kRegisterAtUse) return true;
   if (++slot_uses_[index] < kRegisterAtUse) return false;
-  int result = table_ ? 0 : ::io_uring_register_buffers_sparse(ring_.get(), static_cast<unsigned>(slots_.size()));
+  io_uring_rsrc_register table{};
+  table.nr = static_cast<unsigned>(slots_.size());
+  table.flags = IORING_RSRC_REGISTER_SPARSE;
+  int result = table_ ? 0 : register_with(*ring_, IORING_REGISTER_BUFFERS2, &table, sizeof table);
   table_ = result == 0;
   if (table_) {
     const iovec vector{slots_[index].data(), slots_[index].size()};
-    const __u64 no_tag = 0;
-    result = ::io_uring_register_buffers_update_tag(ring_.get(), static_cast<unsigned>(slot), &vector, &no_tag, 1);
+    io_uring_rsrc_update2 update{};
+    update.offset = static_cast<unsigned>(slot);
+    update.data = reinterpret_cast<std::uintptr_t>(&vector);
+    update.nr = 1;
+    result = register_with(*ring_, IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof update);
   }
   slot_uses_[index] = kRegisterAtUse + 1;
   if (result >= 0) return true;

@@ -14,6 +14,10 @@
 namespace flashpack::engine {
 
 /// Knows the operations kRead and kWrite alone. Made, used and destroyed by one thread; wake() from any.
+///
+/// A child that is forked while this lives does not inherit the ring, where the kernel can keep it out of the table of
+/// descriptors (Linux 6.3), and with it the registered slots, which would stay in memory as long as the child. On older
+/// kernels they are given back when this is destroyed, but not where the process is killed before its child.
 class Ring final : public IoQueue {
  public:
   /// Ways to set up a ring, best first. What each lacks costs CPU, not speed.
@@ -42,6 +46,7 @@ class Ring final : public IoQueue {
     void operator()(io_uring* ring) const noexcept;
   };
 
+  void hide();
   io_uring_sqe* next_sqe();
   void arm_wake();
   void prepare(io_uring_sqe* sqe, const IoRequest& request, bool fixed);

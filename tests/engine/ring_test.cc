@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstring>
+#include <filesystem>
 #include <thread>
 #include <vector>
 
@@ -53,6 +54,23 @@ class RingTest : public ::testing::Test {
   std::unique_ptr<Ring> ring_;
   UniqueFd fd_;
 };
+
+// A thread has 16 places for rings without a descriptor.
+TEST_F(RingTest, ARingHasNoDescriptorAndGivesItsPlaceBack) {
+  constexpr unsigned kRegisteredRing = 1u << 13;  // IORING_FEAT_REG_REG_RING.
+  io_uring bare{};
+  ASSERT_EQ(::io_uring_queue_init(1, &bare, 0), 0);
+  const bool known = bare.features & kRegisteredRing;
+  ::io_uring_queue_exit(&bare);
+  if (!known) GTEST_SKIP() << "Linux before 6.3";
+  for (int i = 0; i < 40; ++i) {
+    ring_ = std::make_unique<Ring>(8, staging_.slots());
+    for (const auto& fd : std::filesystem::directory_iterator("/proc/self/fd")) {
+      std::error_code gone;
+      ASSERT_EQ(std::filesystem::read_symlink(fd, gone).string().find("io_uring"), std::string::npos) << i;
+    }
+  }
+}
 
 TEST_F(RingTest, ReadsIntoSlotsBeforeAndAfterTheyAreRegistered) {
   const auto slot = staging_.slots()[2];

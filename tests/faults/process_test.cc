@@ -1,6 +1,7 @@
 // Loads by processes that may do less than others, that fork, that are interrupted, and of files that others change.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <linux/io_uring.h>
 #include <pthread.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -58,6 +59,41 @@ int load_through_slots(const std::filesystem::path& path, const std::vector<std:
   }
   return 0;
 }
+
+std::string status_line(const std::filesystem::path& process, const char* name) {
+  std::ifstream in(process / "status");
+  for (std::string line; std::getline(in, line);) {
+    if (line.rfind(name, 0) == 0) return line.substr(std::strlen(name));
+  }
+  return "";
+}
+
+bool has_ring(pid_t process) {
+  for (const auto& fd : std::filesystem::directory_iterator("/proc/" + std::to_string(process) + "/fd")) {
+    std::error_code gone;
+    if (has(std::filesystem::read_symlink(fd, gone).string(), "io_uring")) return true;
+  }
+  return false;
+}
+
+// Lives until this goes.
+class IdleChild {
+ public:
+  IdleChild() : pid_(::fork()) {
+    while (pid_ == 0) ::pause();
+  }
+  ~IdleChild() {
+    ::kill(pid_, SIGKILL);
+    ::waitpid(pid_, nullptr, 0);
+  }
+  IdleChild(const IdleChild&) = delete;
+  IdleChild& operator=(const IdleChild&) = delete;
+
+  pid_t pid() const { return pid_; }
+
+ private:
+  const pid_t pid_;
+};
 
 class ConfinedTest : public ::testing::Test {
  protected:
@@ -126,14 +162,8 @@ TEST_F(ConfinedTest, ThreadsOfTheEngineHaveNamesAndLeaveTheirOwnFaultsToTheAppli
     const Engine engine(small_engine());
     int named = 0;
     for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
-      std::ifstream in(task.path() / "status");
-      std::string name;
-      std::uint64_t blocked = 0;
-      for (std::string line; std::getline(in, line);) {
-        if (line.rfind("Name:", 0) == 0) name = line;
-        if (line.rfind("SigBlk:", 0) == 0) blocked = std::stoull(line.substr(7), nullptr, 16);
-      }
-      if (!has(name, "flashpack-")) continue;
+      if (!has(status_line(task, "Name:"), "flashpack-")) continue;
+      const std::uint64_t blocked = std::stoull(status_line(task, "SigBlk:"), nullptr, 16);
       ++named;
       const auto blocks = [blocked](int signal) { return (blocked >> (signal - 1)) & 1; };
       if (!blocks(SIGTERM) || !blocks(SIGCHLD) || !blocks(SIGRTMAX) || blocks(SIGSEGV) || blocks(SIGBUS)) return 100;
@@ -142,6 +172,38 @@ TEST_F(ConfinedTest, ThreadsOfTheEngineHaveNamesAndLeaveTheirOwnFaultsToTheAppli
   });
   EXPECT_EQ(status, 3)
       << "a driver and two workers; 100: one of them blocks what it should not, or does not what it should";
+}
+
+// 0, or what the child that goes on living has of an engine of its parent's that does not: 1 its ring, 2 its memory.
+int leave_a_child_behind(const std::filesystem::path& path, std::size_t size_bytes, bool ring_can_be_hidden) {
+  const auto pinned = [] { return std::stoull(status_line("/proc/self", "VmPin:")); };
+  const auto before = pinned();
+  auto engine = std::make_unique<Engine>(small_engine());
+  GuardedMemory memory(size_bytes, 64);
+  for (int i = 0; i < 3; ++i) engine->load(request(path, memory, CachePolicy::kDirect));
+  if (pinned() == before) return kSkip;
+  const IdleChild child;
+  if (has_ring(child.pid()) && ring_can_be_hidden) return 1;
+  engine.reset();
+  return pinned() == before ? 0 : 2;
+}
+
+TEST_F(ConfinedTest, AForkedChildKeepsNothingOfItsParentsEngine) {
+  const int status = run_in_child([&] { return leave_a_child_behind(dir_ / "file", bytes_.size(), true); });
+  if (status == kSkip) GTEST_SKIP() << "no slots are registered here";
+  EXPECT_EQ(status, 0);
+}
+
+TEST_F(ConfinedTest, WhereTheRingCannotBeHiddenAForkedChildDoesNotKeepTheMemory) {
+  const int status = run_in_child([&] {
+    const auto older_kernel = [](const seccomp_data& call) {
+      return (call.args[1] & 0xFF) == IORING_REGISTER_RING_FDS ? EINVAL : 0;
+    };
+    if (!testing::intercept_syscalls({SYS_io_uring_register}, older_kernel)) return kSkip;
+    return leave_a_child_behind(dir_ / "file", bytes_.size(), false);
+  });
+  if (status == kSkip) GTEST_SKIP() << "no slots are registered here, or no system calls are to be intercepted";
+  EXPECT_EQ(status, 0);
 }
 
 // The first load's looks must not make the second one think that all of it is cached.
