@@ -8,6 +8,7 @@
 
 #include "flashpack/format.h"
 #include "flashpack/torch.h"
+#include "torch_binding/casts.h"
 #include "torch_binding/module_tensors.h"
 #include "torch_binding/tensors.h"
 
@@ -144,7 +145,13 @@ std::vector<at::Tensor> load(Engine& engine, const std::filesystem::path& path, 
     const c10::InferenceMode mode(target.tensor.is_inference());
     at::Tensor& tensor = tensors.emplace_back();
     if (target.record) tensor = loaded.tensor(*target.record);
-    if (target.record && options.coerce_dtype) tensor = tensor.to(target.tensor.scalar_type());
+    if (!target.record || !options.coerce_dtype) continue;
+    const at::ScalarType type = target.tensor.scalar_type();
+    std::optional<at::Tensor> cast = cast_exactly(tensor, type);
+    if (!cast)
+      refuse(path, target.label() + " would lose values if it were cast from " + name_of(tensor.scalar_type()) +
+                       " to " + name_of(type));
+    tensor = *std::move(cast);
   }
   return tensors;
 }

@@ -16,6 +16,7 @@
 
 #include "flashpack/format.h"
 #include "flashpack/torch.h"
+#include "torch_binding/casts.h"
 #include "torch_binding/segments.h"
 #include "torch_binding/tensors.h"
 
@@ -45,7 +46,12 @@ TensorSpec spec_of(const std::string& name, const at::Tensor& tensor, const std:
   if (tensor.is_meta()) refuse(path, name, "is on the meta device and has no data");
   if (tensor.is_quantized())
     refuse(path, name, "is quantised: Unsupported dtype " + std::string(c10::toString(tensor.scalar_type())));
-  const at::ScalarType type = options.target_dtype.value_or(tensor.scalar_type());
+  const at::ScalarType asked = options.target_dtype.value_or(tensor.scalar_type());
+  if (!format_dtype(asked))
+    refuse(path, name, "cannot be stored: Unsupported dtype " + std::string(c10::toString(asked)));
+  if (asked != tensor.scalar_type() && c10::isIntegralType(asked, /*includeBool=*/true))
+    refuse(path, name, "could lose values in a cast to " + std::string(c10::toString(asked)));
+  const at::ScalarType type = type_when_asked(tensor.scalar_type(), options.target_dtype);
   const std::optional<DType> dtype = format_dtype(type);
   if (!dtype) refuse(path, name, "cannot be stored: Unsupported dtype " + std::string(c10::toString(type)));
   return {.name = name, .dtype = *dtype, .shape = tensor.sizes().vec()};

@@ -37,7 +37,8 @@ using StateDict = std::vector<std::pair<std::string, at::Tensor>>;
 StateDict state_dict(const ::torch::nn::Module& module);
 
 struct PackOptions {
-  /// Every tensor is cast to it, integers too, as `Tensor::to` does; empty leaves each its own.
+  /// What floating-point tensors are cast to, or complex ones; empty leaves each its own. Integers and 8-bit floats,
+  /// which may be packed or quantised weights, keep theirs, and a cast to integers is an error.
   std::optional<at::ScalarType> target_dtype;
   /// Order of the tensors in the file; tensors it does not list are left out. Empty: largest first.
   std::optional<std::vector<std::string>> name_order;
@@ -89,8 +90,8 @@ struct AssignOptions {
   bool strict_buffers = false;  ///< A buffer that the file lacks is an error.
   /// Names that are neither assigned nor missed nor unexpected.
   NameFilter ignore;
-  /// Casts what is loaded to the module's dtypes. Otherwise parameters take the file's dtype, and a buffer whose dtype
-  /// differs is an error.
+  /// Casts what is loaded to the module's dtypes, and where a cast from or to integers would change a value, that is an
+  /// error. Otherwise parameters take the file's dtype, and a buffer whose dtype differs is an error.
   bool coerce_dtype = false;
   CachePolicy cache = CachePolicy::kAuto;
   Verify verify = Verify::kAuto;

@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 from diffusers import AutoencoderKL, FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from diffusers_models import (  # noqa: E402
     MODEL,
+    Counting,
     FlashPackCounting,
     FlashPackSD,
     FlashPackUNet2DConditionModel,
@@ -228,6 +229,14 @@ def test_the_native_flashpack_of_diffusers_saves_and_loads_models(make, base, tm
         loaded = base.from_pretrained(tmp_path, use_flashpack=True, **options)
         assert type(loaded) is base
         assert_bit_equal(loaded.state_dict(), model.state_dict())
+
+
+@native
+def test_the_native_flashpack_of_diffusers_keeps_counters(tmp_path):
+    model = Counting().eval()
+    model.norm.num_batches_tracked += 1_000_001
+    model.save_pretrained(tmp_path, use_flashpack=True)
+    assert_bit_equal(Counting.from_pretrained(tmp_path, use_flashpack=True).state_dict(), model.state_dict())
 
 
 @native

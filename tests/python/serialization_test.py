@@ -138,7 +138,7 @@ def test_what_is_converted_in_parts_comes_back_whole(pack, small_buffers):
     source["conjugated"] = random_tensor((small_buffers,), torch.complex64).nan_to_num().conj()
     source["scalar"] = torch.tensor(3.5)
     views = {name: tensor.t() if tensor.dim() == 2 else tensor for name, tensor in source.items()}
-    views["expanded"] = torch.arange(7).expand(small_buffers, 7)
+    views["expanded"] = torch.arange(7.0).expand(small_buffers, 7)
     for dtype in None, torch.float64, torch.float16:
         kept = {name: tensor for name, tensor in views.items() if dtype is None or not tensor.is_complex()}
         expected = {n: tensor.to(dtype or tensor.dtype).resolve_conj().contiguous() for n, tensor in kept.items()}

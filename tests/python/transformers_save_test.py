@@ -15,6 +15,7 @@ from flashpack.integrations import _hub  # noqa: E402
 from flashpack.integrations.transformers import FlashPackTransformersModelMixin  # noqa: E402
 from flashpack.integrations.transformers.model import promote  # noqa: E402
 from hub_cache import make_hub_cache  # noqa: E402
+from support import assert_bit_equal  # noqa: E402
 from transformers_models import TEXT, assert_same_model, checkpoint, load, make, save  # noqa: E402
 
 
@@ -181,3 +182,14 @@ def test_arguments_and_their_defaults_are_those_that_callers_rely_on():
         "num_workers": 32,
         "checksum": True,
     }
+
+
+def test_a_target_dtype_leaves_counters_so_that_the_model_loads(tmp_path):
+    model = make("resnet")
+    counters = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
+    for counter in counters.values():
+        counter += 1_000_001
+    loaded = load(type(model), save(model, tmp_path, target_dtype=torch.bfloat16))
+    assert counters
+    assert_bit_equal({name: dict(loaded.named_buffers())[name] for name in counters}, counters)
+    assert loaded.dtype is torch.bfloat16

@@ -160,6 +160,16 @@ TEST_F(Assign, ABufferOfAnotherDTypeIsAnErrorUnlessCoerced) {
   EXPECT_TRUE(same_bytes(net.steps, at::ones({3}, at::kLong)));
 }
 
+TEST_F(Assign, CoercingIntegersFailsWhereAValueWouldChangeAndLeavesTheModule) {
+  NetImpl net;
+  pack(changed(net, "steps", at::full({3}, 1.5)));
+  const Snapshot before(net);
+  const Error error = error_of([&] { assign_from_file(engine_, net, file(), {.coerce_dtype = true}); });
+  EXPECT_EQ(error.code(), Errc::kMismatch);
+  EXPECT_MENTIONS(error, "buffer 'steps' would lose values if it were cast from float32 to int64");
+  before.expect_unchanged(net);
+}
+
 TEST_F(Assign, AParameterThatRequiresGradCannotBecomeInteger) {
   NetImpl net;
   pack(changed(net, "scale", at::scalar_tensor(3, at::kLong)));

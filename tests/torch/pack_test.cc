@@ -53,24 +53,34 @@ TEST_F(Pack, PutsTheLargestFirstAndFollowsNameOrderWhenThereIsOne) {
   EXPECT_EQ(loaded.tensors[1].first, "small");
 }
 
-TEST_F(Pack, TargetDTypeCastsEveryTensorAsTorchDoes) {
+TEST_F(Pack, TargetDTypeCastsFloatingPointTensorsAsTorchDoesAndLeavesTheRest) {
   const at::Tensor ids = at::tensor({1, 2, 70001}, at::kLong);
+  const at::Tensor scaled = at::ones({3}).to(at::ScalarType::Float8_e4m3fn);
   const at::Tensor weight = at::randn({4, 4});
-  pack({{"ids", ids}, {"weight", weight.t()}}, {.target_dtype = at::kHalf});
-  EXPECT_TRUE(same_bytes(read_one("ids"), ids.to(at::kHalf)));
+  pack({{"ids", ids}, {"scaled", scaled}, {"weight", weight.t()}}, {.target_dtype = at::kHalf});
+  EXPECT_TRUE(same_bytes(read_one("ids"), ids));
+  EXPECT_TRUE(same_bytes(read_one("scaled"), scaled));
   EXPECT_TRUE(same_bytes(read_one("weight"), weight.t().to(at::kHalf)));
+}
+
+TEST_F(Pack, ACastToIntegersIsRefusedBeforeAnythingIsWritten) {
+  const StateDict tensors = {{"kept", at::ones({1}, at::kByte)}, {"ids", at::tensor({1, 300}, at::kLong)}};
+  const Error error = error_of([&] { pack(tensors, {.target_dtype = at::kByte}); });
+  EXPECT_EQ(error.code(), Errc::kInvalidArgument);
+  EXPECT_MENTIONS(error, "tensor 'ids' could lose values");
+  EXPECT_TRUE(std::filesystem::is_empty(directory_));
 }
 
 TEST_F(Pack, ConvertsTensorsLargerThanABufferPartByPart) {
   constexpr std::int64_t kElements = 9 << 20;  // 36 MiB as they are, 72 MiB as doubles.
-  const at::Tensor flat = at::arange(kElements, at::kInt);
+  const at::Tensor flat = at::arange(kElements, at::kFloat);
   const at::Tensor wide = flat.view({3, kElements / 3}).t();
   const at::Tensor one_row = flat.view({1, kElements});
   const at::Tensor deep = flat.view({2, 2, kElements / 4}).transpose(1, 2);
-  pack({{"flat", flat}, {"wide", wide}, {"one_row", one_row}, {"deep", deep}, {"few", at::arange(7)}},
+  pack({{"flat", flat}, {"wide", wide}, {"one_row", one_row}, {"deep", deep}, {"few", at::arange(7, at::kFloat)}},
        {.target_dtype = at::kDouble});
   EXPECT_TRUE(same_bytes(read_one("deep"), deep.to(at::kDouble)));
-  EXPECT_TRUE(same_bytes(read_one("few"), at::arange(7).to(at::kDouble)));
+  EXPECT_TRUE(same_bytes(read_one("few"), at::arange(7, at::kFloat).to(at::kDouble)));
   EXPECT_TRUE(same_bytes(read_one("flat"), flat.to(at::kDouble)));
   EXPECT_TRUE(same_bytes(read_one("wide"), wide.to(at::kDouble)));
   EXPECT_TRUE(same_bytes(read_one("one_row"), one_row.to(at::kDouble)));
@@ -84,7 +94,7 @@ TEST_F(Pack, ConvertingALargeTensorTakesLittleMemory) {
 
 TEST_F(Pack, ManySmallConversionsShareBuffersThatAreUsedAgain) {
   StateDict tensors;
-  for (int i = 0; i < 300; ++i) tensors.emplace_back(std::to_string(i), at::full({100'000 + i}, i, at::kInt));
+  for (int i = 0; i < 300; ++i) tensors.emplace_back(std::to_string(i), at::full({100'000 + i}, i, at::kFloat));
   pack(tensors, {.target_dtype = at::kDouble});  // 240 MB through four buffers of 16 MiB.
   for (const auto& [name, tensor] : read_tensors(engine_, file()).tensors) {
     EXPECT_TRUE(tensor.eq(std::stoi(name)).all().item<bool>()) << name;

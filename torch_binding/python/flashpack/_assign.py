@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._casts import cast_exactly, check_asked, dtype_when_asked
 from ._footer import Entry
 from ._native import FlashPackError
 from .utils import is_ignored_tensor_name, string_to_dtype
@@ -23,15 +24,14 @@ class Casts(NamedTuple):
 
     coerce: bool = False
     """To those of the module."""
-    floats: torch.dtype | None = None
-    """What floating-point tensors are cast to, if given."""
+    asked: torch.dtype | None = None
+    """See dtype_when_asked."""
 
     def dtype_of(self, entry: Entry, old: torch.Tensor) -> torch.dtype:
         """Of what `entry` becomes in the place of `old`."""
         if self.coerce:
             return old.dtype
-        dtype = string_to_dtype(entry.dtype)
-        return self.floats if self.floats is not None and dtype.is_floating_point else dtype
+        return dtype_when_asked(string_to_dtype(entry.dtype), self.asked)
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def slots_of(model: torch.nn.Module) -> dict[str, Slot]:
 
 def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters, casts: Casts) -> Plan:
     """Checks every tensor of the file against its slot. Raises TypeError or ValueError naming the tensor."""
-    if casts.coerce and casts.floats is not None:
+    if casts.coerce and casts.asked is not None:
         raise ValueError("coerce_dtype and dtype exclude each other")
+    check_asked(casts.asked)
     refuse_sharded(model)
     plan = Plan(slots_of(model))
     chosen: dict[int, Entry] = {}
@@ -123,7 +124,7 @@ def check_slot(entry: Entry, slot: Slot, casts: Casts) -> None:
     if tuple(value.shape) != entry.shape:
         raise ValueError(f"shape mismatch for '{name}': model={list(value.shape)} vs flash={list(entry.shape)}")
     dtype = string_to_dtype(entry.dtype)
-    chosen = casts.floats is not None and dtype.is_floating_point and value.is_floating_point()
+    chosen = casts.asked is not None and dtype_when_asked(value.dtype, casts.asked) == casts.dtype_of(entry, value)
     if not slot.is_parameter and not chosen and value.dtype != casts.dtype_of(entry, value):
         raise TypeError(f"dtype mismatch for buffer '{name}': model={value.dtype} vs flash={dtype}.")
 
@@ -156,7 +157,7 @@ def commit(plan: Plan, tensors: dict[str, torch.Tensor], device: torch.device, c
     new_values: dict[int, torch.Tensor] = {}
     for entry in plan.wanted:
         old = plan.slots[entry.name].value
-        new = tensors.pop(entry.name).to(device=device, dtype=casts.dtype_of(entry, old))
+        new = cast_exactly(entry.name, tensors.pop(entry.name).to(device), casts.dtype_of(entry, old))
         new_values[id(old)] = make_parameter(old, new) if old.is_meta and plan.slots[entry.name].is_parameter else new
     for slot in plan.slots.values():
         # What the file lacks, such as rotary tables, follows the weights.

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ._casts import check_asked, dtype_when_asked
 from ._device import DeviceLike, side_of
 from ._footer import Entry, Footer, StrPath, Verify, read_footer
 from ._memory import ReadOptions, read_tensors, supported_device
@@ -37,7 +38,8 @@ def load_file(
     """Reads tensors of a file, in file order, each with memory of its own. What nobody wants is not read.
 
     `names`: the tensors to read, by default all; `ignore_*`: names, and beginnings and ends of names, not to read.
-    `dtype`: what floating-point tensors are cast to; integers stay what they are.
+    `dtype`: what floating-point tensors are cast to, or complex ones; integers and 8-bit floats, which may be quantised
+    weights, stay what they are.
     `device_map`: devices by module, as in {"": "cpu", "encoder": "cuda:0", "encoder.layers.7": 1}; the longest name
     that fits decides, and `device` where none does. Each device gets one load.
     `mmap`: maps the file instead of reading it (CPU only), see read_flashpack_file. `verify`: see assign_from_file.
@@ -46,6 +48,7 @@ def load_file(
     Raises FlashPackError (a ValueError) for a file or an argument that is not valid, a name that the file lacks
     included; OSError for the system's failures.
     """
+    check_asked(dtype)
     footer = read_footer(path)
     filters = (ignore_names, ignore_prefixes, ignore_suffixes)
     entries = [entry for entry in _select(footer, names) if not is_ignored_tensor_name(entry.name, *filters)]
@@ -57,7 +60,7 @@ def load_file(
         for place in dict.fromkeys(places.values()):
             here = [entry for entry in entries if places[entry.name] == place]
             for name, tensor in read_tensors(footer, here, place, options).items():
-                tensors[name] = _cast(tensor.to(place), dtype)
+                tensors[name] = tensor.to(place).to(dtype_when_asked(tensor.dtype, dtype))
             read.finish(here)
     return {entry.name: tensors.pop(entry.name) for entry in entries}
 
@@ -266,10 +269,6 @@ def _places(
         leads = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
         places[entry.name] = next((devices[lead] for lead in leads if lead in devices), default)
     return places
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def _refuse_pickling(handle: object) -> NoReturn:

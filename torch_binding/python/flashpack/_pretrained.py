@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
+from ._casts import PLAIN_FLOATS
 from ._checkpoint import open_checkpoint
 from ._directory import components_of, read_json
 from ._native import FlashPackError
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def build_model(
@@ -76,5 +75,5 @@ def _class_of(library: str, name: str) -> Any:
 
 def _dtype_of(checkpoint: Path) -> torch.dtype:
     """The narrowest floating-point dtype that holds all that `checkpoint` has, so that building loses nothing."""
-    dtypes = {tensor.dtype for tensor in open_checkpoint(checkpoint).values() if tensor.dtype in _FLOATS}
+    dtypes = {tensor.dtype for tensor in open_checkpoint(checkpoint).values() if tensor.dtype in PLAIN_FLOATS}
     return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32

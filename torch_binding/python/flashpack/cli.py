@@ -80,7 +80,7 @@ def metadata(path: str, show_index: bool, as_json: bool) -> None:
 @click.argument("destination_path", metavar="[DESTINATION]", type=click.Path(), required=False)
 @click.option("--subfolder", help="The folder in a directory or repository that has the model.")
 @click.option("--variant", help="Of several sets of weights in it, this one: fp16 for model.fp16.safetensors.")
-@click.option("--dtype", help="Cast all tensors to this: bfloat16, float16, ...; default: keep each one's.")
+@click.option("--dtype", help="Cast floating-point tensors to this: bfloat16, ...; others keep theirs.")
 @click.option("--ignore-names", multiple=True, metavar="NAME", help="Leave out this tensor.  [repeatable]")
 @click.option("--ignore-prefixes", multiple=True, metavar="PREFIX", help="Leave out what begins so.  [repeatable]")
 @click.option("--ignore-suffixes", multiple=True, metavar="SUFFIX", help="Leave out what ends so.  [repeatable]")

@@ -84,7 +84,7 @@ def convert_to_flashpack(
     A default destination that exists is an error; a `destination_path` is replaced, but only by a whole result, and
     never if it is the source.
 
-    `dtype`: what all tensors are cast to. `ignore_*`: names not to write.
+    `dtype`: what floating-point tensors are cast to, as in pack_to_file. `ignore_*`: names not to write.
     `kwargs`: `subfolder` and `variant` of a directory; arguments of huggingface_hub, like `revision`; with `use_*`, of
     from_pretrained().
 

@@ -199,8 +199,8 @@ def assign_from_file(
     `strict_params`, `strict_buffers`: whether those that the file lacks are an error (non-persistent buffers never
     are); with either, so are names that the model lacks. `strict` stands for both.
     `ignore_*`: names neither read nor required.
-    `coerce_dtype`: casts to the dtypes of the model, which otherwise must agree for buffers.
-    `dtype`: what floating-point tensors of the file are cast to, those of buffers too; integers stay what they are.
+    `coerce_dtype`: casts to the model's dtypes, which else must agree for buffers; integers where no value changes.
+    `dtype`: what floating-point or complex tensors of the file are cast to, those of buffers too, as in load_file.
     `verify`: "auto" holds what is read in whole pieces of 1 MiB against the checksums of the file, if it has them;
     "always" all of it, and a file without checksums is an error; "never" reads only.
     `keep_flash_ref_on_model`: reads whole macroblocks, lets the tensors share their memory, and keeps them and the

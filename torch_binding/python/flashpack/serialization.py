@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from . import _native
+from ._casts import dtype_when_asked
 from ._device import CPU, side_of
 from ._footer import StrPath
 from ._memory import allocate_region
@@ -47,7 +48,8 @@ def pack_to_file(
     Tensors may be on any device, and need not be contiguous; the file has them contiguous. Missing directories are
     made. Until this returns, an existing file stays as it is.
 
-    `target_dtype`: what every tensor, also of integers, is cast to; None keeps each one's dtype.
+    `target_dtype`: what floating-point tensors are cast to, or complex ones; None keeps each one's dtype. Integers and
+    8-bit floats, which may be packed or quantised weights, keep theirs, and a cast to integers is refused.
     `name_order`: the tensors to write, in this order; names that do not exist are passed over. Default: all, largest
     first.
     `align_bytes`: every tensor starts at a multiple of it, in its macroblock; 0 packs densely.
@@ -97,18 +99,34 @@ def _specs(
         raise FlashPackError("No tensors to pack.")
     if align_bytes < 0:
         raise FlashPackError(f"align_bytes must be >= 0, got {align_bytes}")
-    if target_dtype is not None and not isinstance(target_dtype, torch.dtype):
-        raise FlashPackError(f"Unsupported dtype in state dict: {target_dtype!r}")
+    _check_target(tensors, target_dtype)
     specs = []
     for name, tensor in tensors.items():
         _check_writable(name, tensor)
-        dtype = dtype_to_string(target_dtype or tensor.dtype)
-        try:
-            _native.element_bytes(dtype)
-        except FlashPackError as error:
-            raise FlashPackError(f"Unsupported dtype for packing: {dtype}, of tensor {name!r}") from error
+        dtype = _storable(dtype_when_asked(tensor.dtype, target_dtype), f"of tensor {name!r}")
         specs.append((name, dtype, list(tensor.shape)))
     return specs
+
+
+def _check_target(tensors: dict[str, torch.Tensor], target_dtype: torch.dtype | None) -> None:
+    if target_dtype is None:
+        return
+    if not isinstance(target_dtype, torch.dtype):
+        raise FlashPackError(f"Unsupported dtype in state dict: {target_dtype!r}")
+    _storable(target_dtype, "which is asked for")
+    if not (target_dtype.is_floating_point or target_dtype.is_complex):
+        changed = [name for name, tensor in tensors.items() if tensor.dtype != target_dtype]
+        if changed:
+            raise FlashPackError(f"a cast to {target_dtype} could lose values of {len(changed)} tensors: {changed}")
+
+
+def _storable(dtype: torch.dtype, whose: str) -> str:
+    name = dtype_to_string(dtype)
+    try:
+        _native.element_bytes(name)
+    except FlashPackError as error:
+        raise FlashPackError(f"Unsupported dtype for packing: {name}, {whose}") from error
+    return name
 
 
 def _check_writable(name: object, tensor: object) -> None:

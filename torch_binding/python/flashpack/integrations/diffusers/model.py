@@ -16,6 +16,7 @@ import torch
 from diffusers import ModelMixin
 
 from ..._assign import slots_of
+from ..._casts import PLAIN_FLOATS, check_asked
 from ..._footer import Footer, StrPath, Verify, read_footer
 from ..._native import FlashPackError
 from ...constants import (
@@ -26,7 +27,6 @@ from ...constants import (
     WEIGHTS_NAME,
 )
 from ...mixin import FlashPackMixin
-from ...serialization import pack_to_file
 from ...utils import logger, string_to_dtype
 from .._classes import original_class
 from .._hub import resolve_directory, upload_directory
@@ -34,8 +34,6 @@ from .._hub import resolve_directory, upload_directory
 _OF_BUILD = {"args", "dtype", "init_fn", "kwargs", "path"}
 OF_LOAD = {*inspect.signature(FlashPackMixin.from_flashpack).parameters} - _OF_BUILD
 _OF_HUB = {*inspect.signature(resolve_directory).parameters, "local_dir_use_symlinks", "proxies"}
-_DEFAULT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What torch takes as default dtype."""
 
 Self = TypeVar("Self", bound="FlashPackDiffusersModelMixin")
 
@@ -70,7 +68,6 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         """Writes `model.flashpack` and `config.json` into a directory, which is made if need be.
 
         `is_main_process`: False, for all ranks but one, writes and uploads nothing.
-        `target_dtype`: what floating-point tensors are cast to; None keeps each one's dtype.
         `push_to_hub`: uploads the directory, to `repo_id` or, without one, to a repository of the directory's name.
         The other arguments are those of pack_to_file. `kwargs` that save_flashpack does not take are logged.
 
@@ -89,12 +86,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
             "checksum": checksum,
         }
         options |= known_arguments(self.save_flashpack, kwargs)
-        tensors = self.state_dict()
-        if target_dtype is None or all(tensor.is_floating_point() for tensor in tensors.values()):
-            self.save_flashpack(path, target_dtype, **options)
-        else:
-            # pack_to_file would cast counters and indices, too.
-            pack_to_file({name: _cast(tensor, target_dtype) for name, tensor in tensors.items()}, path, **options)
+        self.save_flashpack(path, target_dtype, **options)
         self.save_config(directory)
         if push_to_hub:
             upload_directory(
@@ -166,6 +158,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         options = {name: given[name] for name in OF_LOAD & given.keys()}
         options["device"] = one_device(device, kwargs.pop("device_map", None))
         dtype = requested_dtype(kwargs)
+        check_asked(dtype)
         # The model is built with the dtypes that are wanted.
         options["coerce_dtype"] = coerce_dtype or dtype is not None
         config = kwargs.pop("config", None)
@@ -272,7 +265,7 @@ def _main_dtype(footer: Footer) -> torch.dtype | None:
 def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
     """Tensors that constructors make, such as position tables, get the dtype, as when diffusers loads with one."""
     before = torch.get_default_dtype()
-    if dtype in _DEFAULT_DTYPES:
+    if dtype in PLAIN_FLOATS:  # What torch takes as default dtype.
         torch.set_default_dtype(dtype)
     try:
         yield

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from ..._assign import Filters, Plan, check_strictness, make_parameter, slots_of
+from ..._casts import check_asked
 from ..._device import CPU
 from ..._footer import Entry, Footer, read_footer
 from ..._meta_init import meta_parameters, warn_of_meta
@@ -186,9 +187,9 @@ def _dtype(arguments: dict[str, Any]) -> torch.dtype | None:
     dtype = arguments.pop("dtype", old)
     if isinstance(dtype, str) and dtype != "auto":
         dtype = string_to_dtype(dtype.removeprefix("torch."))
-    if dtype is not None and dtype != "auto" and not isinstance(dtype, torch.dtype):
-        raise FlashPackError(f"dtype={dtype!r} is not one dtype")
-    return None if dtype == "auto" else dtype
+    dtype = None if dtype == "auto" else dtype
+    check_asked(dtype)
+    return dtype
 
 
 def _main_dtype(footer: Footer) -> torch.dtype:

@@ -1,0 +1,54 @@
+#include "torch_binding/casts.h"
+
+#include <ATen/ops/equal.h>
+#include <ATen/ops/real.h>
+
+namespace flashpack {
+
+namespace {
+
+bool is_plain_float(at::ScalarType type) {
+  return type == at::kHalf || type == at::kBFloat16 || type == at::kFloat || type == at::kDouble;
+}
+
+bool is_integral(at::ScalarType type) { return c10::isIntegralType(type, /*includeBool=*/true); }
+
+bool is_same_kind(at::ScalarType a, at::ScalarType b) {
+  return (c10::isFloatingType(a) && c10::isFloatingType(b)) || (c10::isComplexType(a) && c10::isComplexType(b));
+}
+
+// torch does not compare 8-bit floats.
+at::Tensor comparable(const at::Tensor& tensor) {
+  const at::ScalarType type = tensor.scalar_type();
+  return c10::isFloatingType(type) && !is_plain_float(type) ? tensor.to(at::kFloat) : tensor;
+}
+
+bool is_equal(const at::Tensor& tensor, const at::Tensor& cast) {
+  const at::ScalarType type = tensor.scalar_type();
+  if (!is_integral(type) || !is_integral(cast.scalar_type()))
+    return at::equal(comparable(cast.to(type)), comparable(tensor));
+  // Through something wider: what wraps around would wrap back.
+  const at::Tensor wide = tensor.to(at::kLong);
+  const bool has_u64 = type == at::ScalarType::UInt64 || cast.scalar_type() == at::ScalarType::UInt64;
+  return at::equal(wide, cast.to(at::kLong)) && !(has_u64 && wide.lt(0).any().item<bool>());
+}
+
+}  // namespace
+
+at::ScalarType type_when_asked(at::ScalarType own, std::optional<at::ScalarType> asked) noexcept {
+  if (!asked) return own;
+  const bool takes =
+      (is_plain_float(own) && c10::isFloatingType(*asked)) || (c10::isComplexType(own) && c10::isComplexType(*asked));
+  return takes ? *asked : own;
+}
+
+std::optional<at::Tensor> cast_exactly(const at::Tensor& tensor, at::ScalarType type) {
+  const at::ScalarType own = tensor.scalar_type();
+  // torch warns when it drops an imaginary part, whether that is zero or not.
+  const bool drops_imaginary = c10::isComplexType(own) && !c10::isComplexType(type);
+  const at::Tensor cast = (drops_imaginary ? at::real(tensor) : tensor).to(type);
+  if (own != type && !is_same_kind(own, type) && !is_equal(tensor, cast)) return std::nullopt;
+  return cast;
+}
+
+}  // namespace flashpack
