@@ -6,22 +6,35 @@
 /// associated executor (boost::asio::system_executor where it has none). The exception is an Error. Per-operation
 /// cancellation of every type but none becomes Transfer::cancel(); the operation then ends with Errc::kCancelled when
 /// nothing is in flight. As always with Asio, a cancellation signal may be emitted only on the handler's strand.
-/// Engine, writer and the request's memory must outlive the operation.
+///
+/// Engine, writer and the request's memory must outlive the operation. An execution context (boost::asio::io_context)
+/// may go before it: then the context's destructor cancels the operation, waits until nothing is in flight, and
+/// destroys the handler without calling it, and with the handler whatever the handler owns.
 #pragma once
 
 #include <boost/asio/associated_cancellation_slot.hpp>
 #include <boost/asio/associated_executor.hpp>
 #include <boost/asio/async_result.hpp>
+#include <boost/asio/execution/context.hpp>
+#include <boost/asio/execution_context.hpp>
 #include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/post.hpp>
+#include <boost/asio/query.hpp>
 #include <boost/asio/system_executor.hpp>
+#include <boost/version.hpp>
+#include <condition_variable>
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "flashpack/engine.h"
+
+#if BOOST_VERSION < 108200
+#include <boost/asio/awaitable.hpp>
+#endif
 
 namespace flashpack {
 
@@ -29,17 +42,94 @@ namespace detail {
 
 using AsyncSignature = void(std::exception_ptr, TransferStats);
 
+/// The operations whose handlers belong to one execution context, so that its end can wait for theirs.
+/// Thread safety: any thread.
+class AsyncOperations final : public boost::asio::execution_context::service {
+ public:
+  class Operation {
+   public:
+    virtual ~Operation() = default;
+    virtual void cancel() noexcept = 0;
+  };
+
+  using key_type = AsyncOperations;
+  inline static boost::asio::execution_context::id id;
+
+  explicit AsyncOperations(boost::asio::execution_context& context) : service(context) {}
+
+  /// Keeps `operation` until it is taken out. False when the context is ending: then it must not start.
+  bool add(const std::shared_ptr<Operation>& operation) {
+    const std::lock_guard lock(mutex_);
+    if (!ending_) running_.emplace(operation.get(), operation);
+    return !ending_;
+  }
+
+  /// The transfer of `operation` has finished. Gives it back when its handler is to be handed to the context, before
+  /// posted() is called. Null when it is the context's now, and may be gone.
+  std::shared_ptr<Operation> take_out(Operation* operation) {
+    const std::lock_guard lock(mutex_);
+    auto taken = std::move(running_.extract(operation).mapped());
+    if (ending_) {
+      dropped_.push_back(std::move(taken));
+    } else {
+      ++posting_;
+    }
+    changed_.notify_all();
+    return taken;
+  }
+
+  /// After it the context may be gone.
+  void posted() {
+    const std::lock_guard lock(mutex_);
+    --posting_;
+    changed_.notify_all();
+  }
+
+ private:
+  void shutdown() override {
+    std::unique_lock lock(mutex_);
+    ending_ = true;
+    const auto running = running_;
+    lock.unlock();
+    for (const auto& [operation, owner] : running) operation->cancel();
+    lock.lock();
+    changed_.wait(lock, [this] { return running_.empty() && posting_ == 0; });
+    const auto dropped = std::move(dropped_);
+    lock.unlock();
+  }
+
+  std::mutex mutex_;  // Protects the rest.
+  std::condition_variable changed_;
+  std::unordered_map<Operation*, std::shared_ptr<Operation>> running_;
+  std::vector<std::shared_ptr<Operation>> dropped_;
+  std::size_t posting_ = 0;  // Handlers that are being handed to the context.
+  bool ending_ = false;
+};
+
+/// The context that `executor` runs things in, and that of system_executor where it does not tell.
+template <class Executor>
+boost::asio::execution_context& context_of(const Executor& executor) {
+  if constexpr (boost::asio::can_query_v<const Executor&, boost::asio::execution::context_t>) {
+    return boost::asio::query(executor, boost::asio::execution::context);
+  } else {
+    return boost::asio::query(boost::asio::system_executor(), boost::asio::execution::context);
+  }
+}
+
 template <class Handler>
-class AsyncOperation final : public Completion, public std::enable_shared_from_this<AsyncOperation<Handler>> {
+class AsyncOperation final : public Completion,
+                             public AsyncOperations::Operation,
+                             public std::enable_shared_from_this<AsyncOperation<Handler>> {
  public:
   explicit AsyncOperation(Handler handler)
       : handler_(std::move(handler)),
         work_(boost::asio::make_work_guard(
-            boost::asio::get_associated_executor(handler_, boost::asio::system_executor()))) {}
+            boost::asio::get_associated_executor(handler_, boost::asio::system_executor()))),
+        operations_(boost::asio::use_service<AsyncOperations>(context_of(work_.get_executor()))) {}
 
   template <class Start>
   void start(Start start_transfer) {
-    alive_ = this->shared_from_this();
+    if (!operations_.add(this->shared_from_this())) return;
     // Before the start: afterwards the handler may already be running elsewhere.
     if (auto slot = boost::asio::get_associated_cancellation_slot(handler_); slot.is_connected()) {
       slot.assign([operation = this->weak_from_this()](boost::asio::cancellation_type type) {
@@ -68,35 +158,37 @@ class AsyncOperation final : public Completion, public std::enable_shared_from_t
     finish(std::move(error), std::move(stats));
   }
 
- private:
-  void cancel() {
+  void cancel() noexcept override {
     const std::lock_guard lock(mutex_);
     cancelled_ = true;
     if (transfer_.valid()) transfer_.cancel();
   }
 
+ private:
   void finish(std::exception_ptr error, TransferStats stats) {
     {
       const std::lock_guard lock(mutex_);
       ended_ = true;
       transfer_.detach();
     }
+    AsyncOperations& operations = operations_;
+    auto self = std::static_pointer_cast<AsyncOperation>(operations.take_out(this));
+    if (!self) return;
     auto executor = work_.get_executor();
-    boost::asio::post(
-        executor, [self = std::move(alive_), error = std::move(error), stats = std::move(stats)]() mutable {
-          if (auto slot = boost::asio::get_associated_cancellation_slot(self->handler_); slot.is_connected())
-            slot.clear();
-          Handler handler = std::move(self->handler_);
-          self->work_.reset();
-          self.reset();
-          std::move(handler)(std::move(error), std::move(stats));
-        });
+    boost::asio::post(executor, [self = std::move(self), error = std::move(error), stats = std::move(stats)]() mutable {
+      if (auto slot = boost::asio::get_associated_cancellation_slot(self->handler_); slot.is_connected()) slot.clear();
+      Handler handler = std::move(self->handler_);
+      self->work_.reset();
+      self.reset();
+      std::move(handler)(std::move(error), std::move(stats));
+    });
+    operations.posted();
   }
 
   Handler handler_;
   boost::asio::executor_work_guard<boost::asio::associated_executor_t<Handler, boost::asio::system_executor>> work_;
-  std::shared_ptr<AsyncOperation> alive_;  // Until the handler is on its way: the engine knows this by a bare pointer.
-  std::mutex mutex_;                       // Protects the rest.
+  AsyncOperations& operations_;
+  std::mutex mutex_;  // Protects the rest.
   Transfer transfer_;
   bool ended_ = false;
   bool cancelled_ = false;
@@ -133,3 +225,21 @@ auto async_write(FileWriter& writer, std::vector<SourceExtent> extents, Token&& 
 }
 
 }  // namespace flashpack
+
+#if BOOST_VERSION < 108200
+/// There, what awaits a boost::asio::deferred operation whose handler takes an exception and a value does not compile
+/// (chriskohlhoff/asio#1190): it looks for the exception in the wrong place.
+template <class Executor>
+class boost::asio::detail::awaitable_async_op_handler<flashpack::detail::AsyncSignature, Executor>
+    : public awaitable_async_op_handler<int(std::exception_ptr, flashpack::TransferStats), Executor> {
+  using Base = awaitable_async_op_handler<int(std::exception_ptr, flashpack::TransferStats), Executor>;
+
+ public:
+  using Base::Base;
+
+  static flashpack::TransferStats resume(typename Base::result_type& result) {
+    if (*result.ex_) std::rethrow_exception(*result.ex_);
+    return std::move(*result.value_);
+  }
+};
+#endif

@@ -7,11 +7,16 @@
 #include <boost/asio/bind_executor.hpp>
 #include <boost/asio/cancellation_signal.hpp>
 #include <boost/asio/co_spawn.hpp>
+#include <boost/asio/deferred.hpp>
 #include <boost/asio/detached.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/use_awaitable.hpp>
 #include <boost/asio/use_future.hpp>
 #include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
 
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
@@ -81,6 +86,63 @@ TEST_F(AsyncTest, ARequestThatIsWrongInItselfIsReportedThroughTheHandlerToo) {
   inside = false;
   context_.run();
   EXPECT_TRUE(seen);
+}
+
+TEST_F(AsyncTest, DeferredOperationsCanBeAwaited) {
+  std::string error;
+  asio::co_spawn(
+      context_,
+      [&]() -> asio::awaitable<void> {
+        const TransferStats stats = co_await async_load(engine_, request(), asio::deferred);
+        EXPECT_EQ(stats.requested_bytes, bytes_.size());
+        LoadRequest missing = request();
+        missing.files[0].path = dir_ / "none";
+        try {
+          co_await async_load(engine_, missing, asio::deferred);
+        } catch (const Error& caught) {
+          error = caught.what();
+        }
+      },
+      asio::detached);
+  context_.run();
+  EXPECT_TRUE(right());
+  EXPECT_NE(error.find("No such file"), std::string::npos) << error;
+}
+
+TEST_F(AsyncTest, AContextThatEndsFirstWaitsForTheLoadAndDropsTheHandler) {
+  for (int round = 0; round < 50; ++round) {
+    auto context = std::make_unique<asio::io_context>();
+    const auto owned = std::make_shared<GuardedMemory>(bytes_.size(), round % 2 ? 64 : 0);
+    LoadRequest wanted = request();
+    wanted.files[0].extents[0].target = owned->data();
+    async_load(engine_, wanted, asio::bind_executor(*context, [owned](std::exception_ptr, TransferStats) { FAIL(); }));
+    for (int n = round * 20; n > 0; --n) std::this_thread::yield();
+    context.reset();
+    ASSERT_EQ(owned.use_count(), 1) << "the handler lives on, and with it the load into its memory";
+    EXPECT_TRUE(owned->intact());
+  }
+}
+
+TEST_F(AsyncTest, AContextThatEndsFirstEndsTheCoroutineThatAwaits) {
+  const auto witness = std::make_shared<int>();
+  for (const bool with_engine_of_its_own : {false, true}) {
+    auto context = std::make_unique<asio::io_context>();
+    asio::co_spawn(
+        *context,
+        [this, with_engine_of_its_own, witness = witness]() -> asio::awaitable<void> {
+          std::optional<Engine> own;
+          if (with_engine_of_its_own) own.emplace(EngineOptions{.chunk_bytes = 1 << 20, .staging_bytes = 4 << 20});
+          GuardedMemory memory(bytes_.size());
+          LoadRequest wanted = request();
+          wanted.files[0].extents[0].target = memory.data();
+          while (true) co_await async_load(own ? *own : engine_, wanted, asio::use_awaitable);
+        },
+        asio::detached);
+    context->run_one();
+    context->run_one();
+    context.reset();
+    EXPECT_EQ(witness.use_count(), 1);
+  }
 }
 
 TEST_F(AsyncTest, CancellationEndsTheOperationOnce) {
