@@ -61,6 +61,14 @@ def test_what_cannot_be_packed_is_named_before_the_old_file_is_touched(tensors, 
         flashpack.pack_to_file(tensors, old_file, **options)
 
 
+@pytest.mark.parametrize("kind", [list, tuple, iter, lambda names: dict.fromkeys(names).keys(), set], ids=range(5))
+def test_an_order_of_names_may_be_anything_that_gives_names(kind, pack):
+    names = ["c", "a"]
+    path = pack({name: torch.ones(1) for name in "abcd"}, name_order=kind(names))
+    packed = list(flashpack.revert_from_file(path))
+    assert packed == names if kind is not set else sorted(packed) == sorted(names)
+
+
 def test_tensors_that_name_order_leaves_out_need_not_be_packable(pack):
     path = pack({"a": torch.ones(1), "m": torch.empty(2, device="meta")}, name_order=["a"])
     assert list(flashpack.revert_from_file(path)) == ["a"]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ._footer import get_flashpack_file_metadata, is_flashpack_file
     from ._prefetch import Prefetch, prefetch_flashpack_file
     from .deserialization import (
+        AssignReport,
         assign_from_file,
         iterate_from_flash_tensor,
         read_flashpack_file,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .serialization import pack_to_file
 
 __all__ = [
+    "AssignReport",
     "FlashPackError",
     "FlashPackMixin",
     "Prefetch",
@@ -81,6 +83,7 @@ _SUBMODULES = frozenset(
     }
 )
 _HOME_OF = {
+    "AssignReport": "deserialization",
     "FlashPackMixin": "mixin",
     "Prefetch": "_prefetch",
     "assign_from_file": "deserialization",

@@ -5,18 +5,47 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ._casts import cast_exactly, check_asked, dtype_when_asked
 from ._footer import Entry
 from ._native import FlashPackError
+from ._own_code import OwnCode, own_code_of
 from .utils import is_ignored_tensor_name, string_to_dtype
 
 Names = Collection[str] | None
 Filters = tuple[Names, Names, Names]
 """Ignored names, prefixes and suffixes."""
+
+
+@dataclass(frozen=True)
+class AssignReport:
+    """What assign_from_file did. A tensor that a module holds under several names counts once."""
+
+    assigned: tuple[str, ...]
+    """Names of the module that got what the file has."""
+    missing: tuple[str, ...]
+    """Parameters, persistent buffers and extra state that the file lacks, but for ignored ones."""
+    unexpected: tuple[str, ...]
+    """Names that only the file has, but for ignored ones."""
+    left_on_meta: tuple[str, ...]
+    """Parameters and buffers that have no memory."""
+    stats: dict[str, Any] | None
+    """How the bytes came, see FlashTensorStorage.stats; None if this process read none."""
+
+    def __repr__(self) -> str:
+        names = ("missing", "unexpected", "left_on_meta")
+        parts = [f"{len(self.assigned)} assigned", *(f"{name}={_shortened(getattr(self, name))}" for name in names)]
+        if self.stats is not None:
+            parts.append(f"{self.stats['requested_bytes']} bytes in {self.stats['seconds']:.3f} s")
+        return f"AssignReport({', '.join(parts)})"
+
+
+def _shortened(names: tuple[str, ...], shown: int = 5) -> str:
+    more = f", and {len(names) - shown} more" if len(names) > shown else ""
+    return f"[{', '.join(map(repr, names[:shown]))}{more}]"
 
 
 class Casts(NamedTuple):
@@ -29,8 +58,10 @@ class Casts(NamedTuple):
 
     def dtype_of(self, entry: Entry, old: torch.Tensor) -> torch.dtype:
         """Of what `entry` becomes in the place of `old`."""
-        if self.coerce:
-            return old.dtype
+        return old.dtype if self.coerce else self.dtype_of_any(entry)
+
+    def dtype_of_any(self, entry: Entry) -> torch.dtype:
+        """Of what `entry` becomes where nothing is known of its place."""
         return dtype_when_asked(string_to_dtype(entry.dtype), self.asked)
 
 
@@ -43,11 +74,18 @@ class Slot:
     is_parameter: bool
     is_persistent: bool
     value: torch.Tensor
+    """What it held when the load began."""
+
+    def now(self) -> torch.Tensor:
+        return self._table[self.attribute]  # type: ignore[return-value]
 
     def put(self, value: torch.Tensor) -> None:
         # Past __setattr__ and register_*: no hooks, no checks that could fail half way.
-        table = self.module._parameters if self.is_parameter else self.module._buffers
-        table[self.attribute] = value  # type: ignore[assignment]
+        self._table[self.attribute] = value
+
+    @property
+    def _table(self) -> dict[str, torch.Tensor | None]:
+        return self.module._parameters if self.is_parameter else self.module._buffers  # type: ignore[return-value]
 
 
 @dataclass
@@ -55,10 +93,47 @@ class Plan:
     """What will be read and where it goes. Tensors that a module holds under several names are read once."""
 
     slots: dict[str, Slot]
+    own_code: OwnCode = field(default_factory=OwnCode)
+    filters: Filters = (None, None, None)
     wanted: list[Entry] = field(default_factory=list)
+    passed_on: list[Entry] = field(default_factory=list)
+    """What does not fit as it is, for loading code of the module's own."""
     unexpected: list[str] = field(default_factory=list)
     missing_parameters: list[str] = field(default_factory=list)
     missing_buffers: list[str] = field(default_factory=list)
+    """Extra state, too."""
+    untold: str = ""
+    """Why it is not known what is missing and unexpected, if it is not."""
+
+    def filled(self) -> set[int]:
+        """The ids of the tensors that `wanted` is for."""
+        return {id(self.slots[entry.name].value) for entry in self.wanted}
+
+    def empty_slots(self) -> list[Slot]:
+        """Those that had no memory and that `wanted` has nothing for."""
+        filled = self.filled()
+        return [slot for slot in self.slots.values() if slot.value.is_meta and id(slot.value) not in filled]
+
+    def correct(self, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+        """Takes over what load_state_dict has found out."""
+        names = [name for name in dict.fromkeys(missing) if not is_ignored_tensor_name(name, *self.filters)]
+        parameters = {name for name, slot in self.slots.items() if slot.is_parameter}
+        self.missing_parameters = [name for name in names if name in parameters]
+        self.missing_buffers = [name for name in names if name not in parameters]
+        self.unexpected = list(dict.fromkeys([*self.unexpected, *unexpected]))
+
+    def assigned(self) -> list[str]:
+        """Once all is done."""
+        assigned = [entry.name for entry in self.wanted]
+        if not self.own_code:
+            return assigned
+        given, absent = self.filled(), {*self.missing_parameters, *self.missing_buffers}
+        for name, slot in self.slots.items():
+            if slot.is_persistent and id(slot.value) not in given and not slot.now().is_meta:
+                given.add(id(slot.value))
+                if name not in absent and not is_ignored_tensor_name(name, *self.filters):
+                    assigned.append(name)
+        return assigned + [entry.name for entry in self.passed_on if entry.name in self.own_code.extra_states]
 
 
 def slots_of(model: torch.nn.Module) -> dict[str, Slot]:
@@ -77,24 +152,38 @@ def slots_of(model: torch.nn.Module) -> dict[str, Slot]:
 
 
 def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters, casts: Casts) -> Plan:
-    """Checks every tensor of the file against its slot. Raises TypeError or ValueError naming the tensor."""
+    """Checks every tensor of the file against its slot. Raises TypeError or ValueError naming the tensor.
+
+    What loading code of the module's own may change first is not held against the shape and dtype of its slot.
+    """
     if casts.coerce and casts.asked is not None:
         raise ValueError("coerce_dtype and dtype exclude each other")
     check_asked(casts.asked)
-    refuse_sharded(model)
-    plan = Plan(slots_of(model))
+    refuse_kept_elsewhere(model)
+    plan = Plan(slots_of(model), own_code_of(model), filters)
     chosen: dict[int, Entry] = {}
     for entry in entries:
         if is_ignored_tensor_name(entry.name, *filters):
             continue
         slot = plan.slots.get(entry.name)
         if slot is None:
-            plan.unexpected.append(entry.name)
+            if plan.own_code.takes(entry.name):
+                plan.passed_on.append(entry)
+            else:
+                plan.unexpected.append(entry.name)
+            continue
+        check_class(entry.name, slot)
+        misfit = misfit_of(entry, slot, casts)
+        if misfit is not None and plan.own_code.sees(entry.name):
+            plan.passed_on.append(entry)
             continue
         first = chosen.setdefault(id(slot.value), entry)
         if first is entry:
-            check_slot(entry, slot, casts)
+            if misfit is not None:
+                raise misfit
             plan.wanted.append(entry)
+        elif plan.own_code.sees(first.name) or plan.own_code.sees(entry.name):
+            plan.passed_on.append(entry)  # It may not have been saved as the same.
         elif (first.dtype, first.shape) != (entry.dtype, entry.shape):
             raise ValueError(
                 f"'{first.name}' and '{entry.name}' are one tensor in the model but differ in the file: "
@@ -112,27 +201,48 @@ def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters
     return plan
 
 
-def check_slot(entry: Entry, slot: Slot, casts: Casts) -> None:
-    """Whether the tensor of the file may take the place of what the module has."""
-    name, value = entry.name, slot.value
-    expected_class = torch.nn.Parameter if slot.is_parameter else torch.Tensor
-    if type(value) is not expected_class:
+def check_class(name: str, slot: Slot) -> None:
+    """Raises TypeError for what cannot be given other memory, or means something else by its bytes than torch."""
+    value = slot.value
+    if not has_plain_class(value):
         kind = "parameter" if slot.is_parameter else "buffer"
         raise TypeError(f"{kind} '{name}' is a {type(value).__name__}, which cannot be replaced by a plain tensor")
     if value.layout is not torch.strided or value.is_quantized:
         raise TypeError(f"'{name}' is not a dense tensor in the model")
+
+
+def has_plain_class(value: torch.Tensor) -> bool:
+    """Whether its class is one of torch, or derives from one and changes nothing of what tensors do."""
+    for cls in type(value).__mro__:
+        if cls in (torch.nn.Parameter, torch.Tensor):
+            return True
+        for name, attribute in vars(cls).items():
+            if name == "__torch_function__" and attribute is torch._C._disabled_torch_function_impl:
+                continue
+            is_special = name.startswith("__") and name not in ("__torch_function__", "__torch_dispatch__")
+            if not is_special and hasattr(torch.Tensor, name):
+                return False
+    return False
+
+
+def misfit_of(entry: Entry, slot: Slot, casts: Casts) -> TypeError | ValueError | None:
+    """Why the tensor of the file may not take the place of what the module has."""
+    name, value = entry.name, slot.value
     if tuple(value.shape) != entry.shape:
-        raise ValueError(f"shape mismatch for '{name}': model={list(value.shape)} vs flash={list(entry.shape)}")
+        return ValueError(f"shape mismatch for '{name}': model={list(value.shape)} vs flash={list(entry.shape)}")
     dtype = string_to_dtype(entry.dtype)
     chosen = casts.asked is not None and dtype_when_asked(value.dtype, casts.asked) == casts.dtype_of(entry, value)
     if not slot.is_parameter and not chosen and value.dtype != casts.dtype_of(entry, value):
-        raise TypeError(f"dtype mismatch for buffer '{name}': model={value.dtype} vs flash={dtype}.")
+        return TypeError(f"dtype mismatch for buffer '{name}': model={value.dtype} vs flash={dtype}.")
+    return None
 
 
 def check_strictness(plan: Plan, path: str, strict: bool | None, strict_params: bool, strict_buffers: bool) -> None:
     """`strict`, when given, stands for both flags; with either of them, every name of the file must be the module's."""
     if strict is not None:
         strict_params = strict_buffers = strict
+    if plan.untold and (strict_params or strict_buffers):
+        raise FlashPackError(f"{path}: {plan.untold}; strict=False loads without knowing")
     if plan.unexpected and (strict_params or strict_buffers):
         raise FlashPackError(f"{path}: Could not assign {len(plan.unexpected)} names: {plan.unexpected}")
     missing = []
@@ -145,46 +255,105 @@ def check_strictness(plan: Plan, path: str, strict: bool | None, strict_params: 
         raise FlashPackError(f"{path}: Missing {' and '.join(counts)}: {' '.join(map(str, names))}")
 
 
-def refuse_sharded(model: torch.nn.Module) -> None:
-    """FSDP keeps the bytes of its parameters elsewhere."""
+def refuse_kept_elsewhere(model: torch.nn.Module) -> None:
+    """Raises TypeError for modules whose tensors, but for the time of a forward, are not in the module."""
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise TypeError(f"module '{name or type(model).__name__}' is wrapped in FullyShardedDataParallel")
+        library = offloader_of(module)
+        if library is not None:
+            raise TypeError(
+                f"module '{name or type(model).__name__}' is offloaded by {library}, which brings its own tensors for "
+                f"each forward: remove its hooks, or load before offloading"
+            )
 
 
-def commit(plan: Plan, tensors: dict[str, torch.Tensor], device: torch.device, casts: Casts) -> None:
-    """Moves `tensors` out of the dict, to `device`, and into the module. Any failure puts back what was there."""
+def offloader_of(module: torch.nn.Module) -> str | None:
+    """The library that keeps the tensors of this module on the CPU or on disk, and would go on with the old ones."""
+    hook = vars(module).get("_hf_hook")
+    # Several are one, which has them.
+    if any(getattr(each, "offload", False) is True for each in (hook, *getattr(hook, "hooks", ()))):
+        return "accelerate"
+    registry = vars(module).get("_diffusers_hook")
+    return "diffusers" if registry is not None and registry.get_hook("group_offloading") is not None else None
+
+
+def commit(
+    plan: Plan, tensors: dict[str, torch.Tensor], device: torch.device, casts: Casts, undo: ExitStack
+) -> dict[str, torch.Tensor]:
+    """Moves `tensors` out of the dict, to `device`, and into the module. `undo` puts back what was there.
+
+    Returns what loading code of the module's own is to be given, if it has some. What it sees is not the memory that it
+    will load into, as with torch.
+    """
     new_values: dict[int, torch.Tensor] = {}
+    given: dict[str, torch.Tensor] = {}
     for entry in plan.wanted:
         old = plan.slots[entry.name].value
         new = cast_exactly(entry.name, tensors.pop(entry.name).to(device), casts.dtype_of(entry, old))
-        new_values[id(old)] = make_parameter(old, new) if old.is_meta and plan.slots[entry.name].is_parameter else new
+        if plan.own_code:
+            given[entry.name] = new
+        new_values[id(old)] = new.clone() if plan.own_code.sees(entry.name) else new
+    if plan.own_code:
+        for entry in plan.passed_on:
+            dtype = None if entry.name in plan.own_code.extra_states else casts.dtype_of_any(entry)
+            given[entry.name] = tensors.pop(entry.name).to(device=device, dtype=dtype)
+        add_further_names(plan, given)
     for slot in plan.slots.values():
-        # What the file lacks, such as rotary tables, follows the weights.
-        if id(slot.value) not in new_values and follows(slot, device):
-            new_values[id(slot.value)] = slot.value.detach().to(device) if slot.is_parameter else slot.value.to(device)
+        if id(slot.value) in new_values:
+            continue
+        if plan.own_code and has_plain_class(slot.value):
+            new_values[id(slot.value)] = memory_for_own_code(slot.value, device)
+        elif follows(slot, device):
+            # What the file lacks, such as rotary tables, goes with the weights.
+            is_parameter = isinstance(slot.value, torch.nn.Parameter)
+            new_values[id(slot.value)] = slot.value.detach().to(device) if is_parameter else slot.value.to(device)
+    swap_in(plan, new_values, undo)
+    return given
 
-    with ExitStack() as undo:
-        for slot in plan.slots.values():
-            old = slot.value
-            if id(old) not in new_values:
-                continue
-            if slot.is_parameter and not old.is_meta:
-                set_data(old, new_values[id(old)], undo)
-            else:
-                undo.callback(slot.put, old)
-                slot.put(new_values[id(old)])
-        undo.pop_all()
+
+def add_further_names(plan: Plan, given: dict[str, torch.Tensor]) -> None:
+    """Adds, for code of the module's own, the other names of tied tensors. What it changes is not what others see."""
+    first_names = {id(plan.slots[entry.name].value): entry.name for entry in plan.wanted}
+    for name, slot in plan.slots.items():
+        first = first_names.get(id(slot.value))
+        if first is not None and name not in given:
+            is_seen = plan.own_code.sees(name) or plan.own_code.sees(first)
+            given[name] = given[first].clone() if is_seen else given[first]
+    for name, slot in plan.slots.items():
+        if not slot.is_persistent:
+            given.pop(name, None)  # torch knows none in files.
+
+
+def memory_for_own_code(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What such code may write to without losing what was there."""
+    return torch.empty_like(value, device=device) if value.is_meta else value.detach().to(device, copy=True)
+
+
+def swap_in(plan: Plan, new_values: dict[int, torch.Tensor], undo: ExitStack) -> None:
+    """Gives each tensor of the module, by its id, its new value; all its names get the same."""
+    replacements: dict[int, torch.Tensor] = {}
+    for slot in plan.slots.values():
+        old = slot.value
+        if id(old) not in new_values:
+            continue
+        if isinstance(old, torch.nn.Parameter) and not old.is_meta:
+            set_data(old, new_values[id(old)], undo)
+            continue
+        if id(old) not in replacements:
+            replacements[id(old)] = replacement_of(old, new_values[id(old)])
+        undo.callback(slot.put, old)
+        slot.put(replacements[id(old)])
 
 
 def follows(slot: Slot, device: torch.device) -> bool:
     """Whether a tensor that is not assigned goes to `device`. Parameters of other classes may not survive a move."""
     if slot.value.is_meta:
         return False
-    if not slot.is_parameter:
+    if not isinstance(slot.value, torch.nn.Parameter):
         return True
-    plain = type(slot.value) is torch.nn.Parameter and slot.value.layout is torch.strided
-    return plain and not slot.value.is_quantized and slot.value.device != device
+    dense = slot.value.layout is torch.strided and not slot.value.is_quantized
+    return has_plain_class(slot.value) and dense and slot.value.device != device
 
 
 def set_data(parameter: torch.Tensor, new: torch.Tensor, undo: ExitStack) -> None:
@@ -216,10 +385,23 @@ def same_memory(tensor: torch.Tensor) -> torch.Tensor:
     return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
+def replacement_of(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """What stands in for a buffer, or for a meta parameter, which cannot be given memory."""
+    if isinstance(old, torch.nn.Parameter):
+        return make_parameter(old, new)
+    return new if type(old) is type(new) else new.as_subclass(type(old))
+
+
 def make_parameter(old: torch.Tensor, new: torch.Tensor) -> torch.nn.Parameter:
-    """What stands in for a meta parameter, which cannot be given memory."""
-    parameter = torch.nn.Parameter(new, requires_grad=old.requires_grad and can_require_grad(new))
+    """A parameter of the values `new` that is otherwise as `old`: its class, its attributes, its hooks."""
+    requires_grad = old.requires_grad and can_require_grad(new)
+    cls: Any = type(old)
+    # Past constructors of classes derived from Parameter, which may want more than values.
+    parameter: torch.nn.Parameter = torch.Tensor._make_subclass(cls, new, requires_grad)
     parameter.__dict__.update(old.__dict__)
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        # The same dict, so that handles go on removing what they stand for.
+        setattr(parameter, hooks, getattr(old, hooks))
     return parameter
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ._assign import make_parameter
 from ._footer import StrPath
 
 
@@ -30,8 +31,7 @@ def meta_parameters() -> Iterator[None]:
             return None
         known, meta = seen.get(id(parameter), (None, None))
         if meta is None or known is None or known() is not parameter:  # An id is used again once its object is gone.
-            meta = torch.nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-            meta.__dict__.update(parameter.__dict__)
+            meta = make_parameter(parameter, torch.empty_like(parameter, device="meta"))
             seen[id(parameter)] = (weakref.ref(parameter), meta)
         return meta
 
@@ -43,13 +43,14 @@ def meta_parameters() -> Iterator[None]:
         hook.remove()
 
 
-def warn_of_meta(model: torch.nn.Module, path: StrPath) -> None:
-    """Names what has no memory after `path` was loaded into `model`."""
+def warn_of_meta(model: torch.nn.Module, path: StrPath) -> tuple[str, ...]:
+    """Names, in a warning and as its result, what has no memory after `path` was loaded into `model`."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    left = [name for name, tensor in tensors if tensor.is_meta]
+    left = tuple(name for name, tensor in tensors if tensor.is_meta)
     if left:
         warnings.warn(
             f"flashpack: {len(left)} tensors are still on the meta device after loading {path}, "
-            f"because it does not have them: {left}",
-            stacklevel=3,
+            f"because it does not have them: {list(left)}",
+            stacklevel=4,
         )
+    return left

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ._assign import Casts, Filters, Plan, check_strictness, commit, make_plan
+from ._assign import AssignReport, Casts, Filters, Plan, check_strictness, commit, make_plan
 from ._device import CPU
 from ._distributed import Ranks, join_ranks, ranks_of_group, resolve_shard_strategy
 from ._engine import engine
@@ -25,13 +26,16 @@ from ._footer import (
     is_flashpack_file,
     read_footer,
 )
-from ._memory import ReadOptions, ReadRegions, Region, read_regions, read_tensors, supported_device
+from ._memory import Filled, ReadOptions, ReadRegions, Region, Span, read_regions, read_tensors, supported_device
+from ._meta_init import warn_of_meta
 from ._native import FlashPackError
+from ._own_code import run_own_code
 from ._progress import progress_bar
 from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
 from .utils import human_num_elements, is_ignored_tensor_name, logger, string_to_dtype
 
 __all__ = [
+    "AssignReport",
     "FlashTensorStorage",
     "assign_from_file",
     "get_flashpack_file_metadata",
@@ -187,13 +191,16 @@ def assign_from_file(
     mmap: bool = False,
     verify: Verify = "auto",
     dtype: torch.dtype | None = None,
-) -> None:
+) -> AssignReport:
     """Gives the parameters and buffers of `model` the values of a file, all of them or, if anything fails, none.
 
     Names, shapes and buffer dtypes are checked before a byte of the payload is read. Parameters stay the objects they
     are (optimizers, hooks and ties stay valid) and take the dtype of the file; meta parameters are replaced. Tensors
     that the model holds under several names are read once, from the first name in the file. What the file does not
-    have is moved to the device; only meta tensors, and parameters of classes other than torch.nn.Parameter, stay.
+    have is moved to the device; only meta tensors, of which a warning tells, and parameters of classes that change what
+    tensors do stay. Loading code of the model's own (hooks of load_state_dict, overridden methods, set_extra_state())
+    runs as in load_state_dict() once everything is read; the checks of what it is given come after it. If it fails,
+    parameters, buffers and the attributes of modules are what they were.
 
     `device`: where everything ends; default: `model.device`, else that of the first parameter; the CPU if that is meta.
     `strict_params`, `strict_buffers`: whether those that the file lacks are an error (non-persistent buffers never
@@ -211,39 +218,79 @@ def assign_from_file(
     unless it was the last step, moving and casting, that failed. Without a group, one is made of `rank`, `local_rank`
     and `world_size`; in a world of one, this process loads alone. `distributed_*`: see read_flashpack_file_distributed.
 
+    Returns what was assigned, missing, unexpected and left on the meta device, and how the bytes came.
+
     Raises FlashPackError (a ValueError) for a file that is not valid or does not fit, OSError for the system's
     failures, RuntimeError for what failed on another rank. Not to be called while other threads use `model`.
     """
     options = ReadOptions(mmap, verify, not silent)
-    casts = Casts(coerce_dtype, dtype)
+    wish = _Wish(
+        (ignore_names, ignore_prefixes, ignore_suffixes),
+        Casts(coerce_dtype, dtype),
+        (strict, strict_params, strict_buffers),
+        keep_flash_ref_on_model,
+    )
     device = _device_of(model) if device is None else device
     ranks = join_ranks(device, rank, local_rank, world_size) if use_distributed_loading else Ranks()
     with ranks.together():
         ranks.check(mmap, distributed_sharded, distributed_shard_strategy)
         target = supported_device(device, options)
-        footer = ranks.footer(path)
-        plan = _plan(model, footer, (ignore_names, ignore_prefixes, ignore_suffixes), casts)
-        check_strictness(plan, footer.path, strict, strict_params, strict_buffers)
+        plan, stats = _assign(model, ranks.footer(path), target, options, ranks, wish)
+    return _report(model, plan, path, stats)
 
-        with torch.inference_mode(False), torch.no_grad():
-            tensors, storage = _load(plan, footer, target, options, ranks, keep_flash_ref_on_model)
-            ranks.agree()
-            commit(plan, tensors, target, casts)
+
+class _Wish(NamedTuple):
+    """What is to be assigned, and how."""
+
+    filters: Filters
+    casts: Casts
+    strictness: tuple[bool | None, bool, bool]
+    keep_storage: bool
+
+
+def _assign(
+    model: torch.nn.Module, footer: Footer, device: torch.device, options: ReadOptions, ranks: Ranks, wish: _Wish
+) -> tuple[Plan, dict[str, Any] | None]:
+    """Has `model` take what the file has, by code of its own, too, or leaves it as it was."""
+    with _blamed_on(model, footer, TypeError, ValueError):
+        plan = make_plan(model, footer.entries(), wish.filters, wish.casts)
+    if not plan.own_code:
+        check_strictness(plan, footer.path, *wish.strictness)
+    with_gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+        tensors, storage, stats = _load(plan, footer, device, options, ranks, wish.keep_storage)
+        ranks.agree()
+        given = commit(plan, tensors, device, wish.casts, undo)
+        if plan.own_code:
+            with _blamed_on(model, footer, Exception), torch.set_grad_enabled(with_gradients):
+                run_own_code(model, plan, given, undo)
+            check_strictness(plan, footer.path, *wish.strictness)
+        undo.pop_all()
     if storage is not None:
         model._flash_shared_storage = storage  # type: ignore[assignment]
         model._flash_shared_storage_meta = footer.metadata  # type: ignore[assignment]
-    _report(plan.wanted, len(plan.slots), plan.unexpected, plan.missing_parameters + plan.missing_buffers)
+    return plan, stats
 
 
 def _load(
     plan: Plan, footer: Footer, device: torch.device, options: ReadOptions, ranks: Ranks, as_blocks: bool
-) -> tuple[dict[str, torch.Tensor], FlashTensorStorage | None]:
-    """The tensors that `plan` wants; `as_blocks` as views of the whole payload, which is returned, too."""
-    if not as_blocks:
-        wanted = ranks.wanted_by_any(footer, plan.wanted)
-        return read_tensors(footer, wanted, device, options, ranks.read_regions), None
-    storage = _read_blocks(footer, device, options, ranks.read_regions)
-    return {entry.name: _share(storage, entry) for entry in plan.wanted}, storage
+) -> tuple[dict[str, torch.Tensor], FlashTensorStorage | None, dict[str, Any] | None]:
+    """The tensors that `plan` wants, and the statistics; `as_blocks` as views of the whole payload, which is returned,
+    too.
+    """
+    entries = plan.wanted + plan.passed_on
+    if as_blocks:
+        storage = _read_blocks(footer, device, options, ranks.read_regions)
+        return {entry.name: _share(storage, entry) for entry in entries}, storage, storage.stats
+    stats = None
+
+    def read(footer: Footer, spans: Sequence[Span], device: torch.device, options: ReadOptions) -> Filled:
+        nonlocal stats
+        filled = ranks.read_regions(footer, spans, device, options)
+        stats = filled.stats
+        return filled
+
+    return read_tensors(footer, ranks.wanted_by_any(footer, entries), device, options, read), None, stats
 
 
 def _accepted(metadata: dict[str, Any] | None, footer: Footer) -> dict[str, Any]:
@@ -256,10 +303,12 @@ def _accepted(metadata: dict[str, Any] | None, footer: Footer) -> dict[str, Any]
     return result
 
 
-def _plan(model: torch.nn.Module, footer: Footer, filters: Filters, casts: Casts) -> Plan:
+@contextmanager
+def _blamed_on(model: torch.nn.Module, footer: Footer, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds say what was being assigned to what."""
     try:
-        return make_plan(model, footer.entries(), filters, casts)
-    except (TypeError, ValueError) as error:
+        yield
+    except kinds as error:
         raise FlashPackError(f"Error while assigning to {type(model).__name__} from {footer.path}: {error}") from error
 
 
@@ -352,10 +401,13 @@ def _view(block: torch.Tensor, record: dict[str, Any]) -> torch.Tensor:
     return block.narrow(0, offset, length).view(tuple(shape))
 
 
-def _report(wanted: list[Entry], slots: int, unexpected: list[str], missing: list[str]) -> None:
-    elements = human_num_elements(sum(entry.length_elems for entry in wanted))
-    logger.info("assigned %d tensors (%s elements) to %d names", len(wanted), elements, slots)
-    if unexpected:
-        logger.info("not in the model: %s", unexpected)
+def _report(model: torch.nn.Module, plan: Plan, path: StrPath, stats: dict[str, Any] | None) -> AssignReport:
+    elements = human_num_elements(sum(entry.length_elems for entry in plan.wanted))
+    logger.info("assigned %d tensors (%s elements) to %d names", len(plan.wanted), elements, len(plan.slots))
+    missing = plan.missing_parameters + plan.missing_buffers
+    if plan.unexpected:
+        logger.info("not in the model: %s", plan.unexpected)
     if missing:
         logger.info("not in the file: %s", missing)
+    left_on_meta = warn_of_meta(model, path)
+    return AssignReport(tuple(plan.assigned()), tuple(missing), tuple(plan.unexpected), left_on_meta, stats)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,9 +14,9 @@ from . import _native
 from ._casts import dtype_when_asked
 from ._device import CPU, side_of
 from ._footer import StrPath
-from ._hub_cache import is_blob_link
 from ._memory import allocate_region
 from ._native import FlashPackError
+from ._own_code import EXTRA_STATE
 from ._progress import progress_bar
 from .constants import DEFAULT_ALIGN_BYTES, DEFAULT_NUM_WRITE_WORKERS
 from .utils import dtype_to_string, string_to_dtype
@@ -38,7 +38,7 @@ def pack_to_file(
     state_dict_or_model: Mapping[str, torch.Tensor] | torch.nn.Module,
     destination_path: StrPath,
     target_dtype: torch.dtype | None = None,
-    name_order: Sequence[str] | None = None,
+    name_order: Iterable[str] | None = None,
     align_bytes: int = DEFAULT_ALIGN_BYTES,
     silent: bool = True,
     num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
@@ -47,8 +47,7 @@ def pack_to_file(
     """Writes the tensors of a state dict, or of a module's, to a file: durably, and whole or not at all.
 
     Tensors may be on any device, and need not be contiguous; the file has them contiguous. Missing directories are
-    made. Until this returns, an existing file stays as it is. A symbolic link is followed, unless it leads to a blob in
-    the cache of the Hub: then the link is replaced.
+    made. Until this returns, an existing file stays as it is.
 
     `target_dtype`: what floating-point tensors are cast to, or complex ones; None keeps each one's dtype. Integers and
     8-bit floats, which may be packed or quantised weights, keep theirs, and a cast to integers is refused.
@@ -61,6 +60,7 @@ def pack_to_file(
 
     Raises FlashPackError (a ValueError) naming the tensor that cannot be written, OSError for the system's failures.
     """
+    name_order = None if name_order is None else list(name_order)  # It may be readable only once.
     tensors = _select(state_dict_or_model, name_order)
     specs = _specs(tensors, align_bytes, target_dtype)
     layout = _native.layout(specs, align_bytes, name_order)
@@ -69,8 +69,7 @@ def pack_to_file(
     os.makedirs(os.path.dirname(destination), exist_ok=True)
     dtypes = {name: string_to_dtype(dtype) for name, dtype, _ in specs}
     side = side_of(_main_device(tensors))
-    follow_links = not is_blob_link(destination)
-    writer = _native.Writer(side.engine, destination, layout.payload_bytes, checksum, follow_links)
+    writer = _native.Writer(side.engine, destination, layout.payload_bytes, checksum)
     try:
         total_bytes = sum(size_bytes for _, _, size_bytes in layout.places)
         with progress_bar("Writing", total_bytes, not silent) as progress, torch.no_grad():
@@ -140,7 +139,8 @@ def _check_writable(name: object, tensor: object) -> None:
     except UnicodeEncodeError as error:
         raise FlashPackError(f"tensor name {name!r} cannot be written as UTF-8") from error
     if not isinstance(tensor, torch.Tensor):
-        raise FlashPackError(f"cannot pack {name!r}: it is a {type(tensor).__name__}, not a tensor")
+        cure = ": get_extra_state() of its module must return one" if name.endswith(EXTRA_STATE) else ""
+        raise FlashPackError(f"cannot pack {name!r}: it is a {type(tensor).__name__}, not a tensor{cure}")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise FlashPackError(f"cannot pack {name!r}: {type(tensor).__name__} keeps its bytes elsewhere")
     if tensor.layout is not torch.strided:

@@ -26,6 +26,7 @@ from ..._device import CPU
 from ..._footer import Entry, Footer, read_footer
 from ..._meta_init import meta_parameters, warn_of_meta
 from ..._native import FlashPackError
+from ..._own_code import own_code_of
 from ...deserialization import assign_from_file
 from ...utils import is_ignored_tensor_name, string_to_dtype
 
@@ -75,6 +76,8 @@ _FOR_TRANSFORMERS = frozenset(
         "use_kernels",
     }
 )
+# transformers does not call load_state_dict(). What its own models and torch's do there, it does in other ways.
+_WITHOUT_LOAD_STATE_DICT = frozenset({"torch", "transformers"})
 _MAIN_DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 # Each read looks at the whole footer; what is restored is in memory twice until it is in its place.
 _READ_TOGETHER = 64
@@ -232,12 +235,25 @@ def _compute_buffers(model: PreTrainedModel) -> None:
 
 
 def _fits(model: PreTrainedModel, entries: list[Entry]) -> bool:
-    """Whether the names and shapes are the module's, and no parameter is missing."""
-    slots = slots_of(model)
-    if any(entry.name not in slots or tuple(slots[entry.name].value.shape) != entry.shape for entry in entries):
-        return False
-    there = {id(slots[entry.name].value) for entry in entries}
-    return all(id(slot.value) in there for slot in slots.values() if slot.is_parameter)
+    """Whether the names and shapes are the module's, or left to code of its own, and no parameter is missing."""
+    slots, own_code = slots_of(model), own_code_of(model, _WITHOUT_LOAD_STATE_DICT)
+    there = set()
+    for entry in entries:
+        slot = slots.get(entry.name)
+        if slot is not None and tuple(slot.value.shape) == entry.shape:
+            there.add(id(slot.value))
+        elif not own_code.takes(entry.name):
+            return False
+    parameters = {name: slot for name, slot in slots.items() if slot.is_parameter}
+    return all(id(slot.value) in there or own_code.sees(name) for name, slot in parameters.items())
+
+
+def _refuse_own_code(model: PreTrainedModel, request: Request) -> None:
+    for prefix, what, _, _ in own_code_of(model, _WITHOUT_LOAD_STATE_DICT).pieces:
+        raise FlashPackError(
+            f"{request.footer.path} does not have the tensors of {type(model).__name__} as they are, and transformers, "
+            f"which can convert them, passes over {what} of module '{prefix.removesuffix('.')}'"
+        )
 
 
 def _set_dtypes(model: PreTrainedModel, entries: list[Entry], request: Request) -> None:
@@ -358,6 +374,7 @@ def _loaded_by_transformers(
         ignore_mismatched_sizes=True,
         **arguments,
     )
+    _refuse_own_code(model, request)
     if not may_mismatch:
         _check_shapes(model, info, request)
     _check_names(model, info, request)
@@ -365,6 +382,7 @@ def _loaded_by_transformers(
         _restore_dtypes(model, values)
     for name, reference in values.references.items():
         setattr(model, name, reference)
+    warn_of_meta(model, request.footer.path)
     return model, info
 
 
@@ -431,4 +449,3 @@ def _finish(model: PreTrainedModel, request: Request, generation_config: Generat
             model.generation_config = GenerationConfig.from_pretrained(
                 request.directory, config_file_name="config.json", _from_model_config=True
             )
-    warn_of_meta(model, request.footer.path)

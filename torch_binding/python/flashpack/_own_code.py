@@ -1,0 +1,147 @@
+"""Modules that load in a way of their own: hooks of load_state_dict, methods that it calls, extra state.
+
+Their code is run as torch runs it, by load_state_dict, on a module that has the tensors of the file already. So what is
+copied onto itself costs nothing, parameters stay the objects they are, and what the code overwrites is new memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+if TYPE_CHECKING:
+    from ._assign import Plan
+
+EXTRA_STATE = "_extra_state"
+# They do nothing to files that have all that the module has.
+_PLAIN_LOADS = {
+    torch.nn.Module._load_from_state_dict,
+    _NormBase._load_from_state_dict,
+    _InstanceNorm._load_from_state_dict,
+}
+
+
+class Piece(NamedTuple):
+    """One function that takes part in a load."""
+
+    prefix: str
+    """The module that it belongs to: "" or "layers.0."."""
+    what: str
+    code: Callable[..., Any]
+    sees_tensors: bool
+    """Whether it is given the tensors below `prefix`, and may change them, their names and their shapes."""
+
+
+class OwnCode:
+    """All such functions of a model; false if there are none."""
+
+    def __init__(self, pieces: Iterable[Piece] = ()) -> None:
+        self.pieces = tuple(pieces)
+        self.extra_states = {piece.prefix + EXTRA_STATE for piece in self.pieces if piece.what == "set_extra_state"}
+        """Names under which modules expect extra state."""
+        self._seen = {piece.prefix for piece in self.pieces if piece.sees_tensors}
+
+    def __bool__(self) -> bool:
+        return bool(self.pieces)
+
+    def sees(self, name: str) -> bool:
+        """Whether the tensor of that name goes through the hands of such code before it is loaded."""
+        return bool(self._seen) and any(prefix in self._seen for prefix in _prefixes_of(name))
+
+    def takes(self, name: str) -> bool:
+        """Whether such code may know what to do with a name that is neither a parameter nor a buffer."""
+        return name in self.extra_states or self.sees(name)
+
+
+def own_code_of(model: torch.nn.Module, but_of: Collection[str] = ()) -> OwnCode:
+    """`but_of`: packages whose code does not count."""
+    return OwnCode(piece for piece in _pieces_of(model) if piece.code.__module__.split(".")[0] not in but_of)
+
+
+def _pieces_of(model: torch.nn.Module) -> Iterator[Piece]:
+    if _function(model.load_state_dict) is not torch.nn.Module.load_state_dict:
+        yield Piece("", "load_state_dict", _function(model.load_state_dict), True)
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        load = _function(module._load_from_state_dict)
+        if load not in _PLAIN_LOADS:
+            yield Piece(prefix, "_load_from_state_dict", load, True)
+        for hook in module._load_state_dict_pre_hooks.values():
+            yield Piece(prefix, "a pre-hook of load_state_dict", getattr(hook, "hook", hook), True)
+        for hook in module._load_state_dict_post_hooks.values():
+            yield Piece(prefix, "a post-hook of load_state_dict", hook, False)
+        if type(module).set_extra_state is not torch.nn.Module.set_extra_state:
+            yield Piece(prefix, "set_extra_state", type(module).set_extra_state, False)
+
+
+def _function(method: Any) -> Callable[..., Any]:
+    return getattr(method, "__func__", method)  # type: ignore[no-any-return]
+
+
+def _prefixes_of(name: str) -> Iterator[str]:
+    """Of the modules above `name`: "", "a." and "a.b." for "a.b.c"."""
+    yield ""
+    for at, letter in enumerate(name, 1):
+        if letter == ".":
+            yield name[:at]
+
+
+def run_own_code(model: torch.nn.Module, plan: Plan, state: dict[str, torch.Tensor], undo: ExitStack) -> None:
+    """Has `model` load `state`, and corrects in `plan` what is missing and unexpected. `undo` takes everything back.
+
+    Raises what the model's code raises; RuntimeError, as torch does, for what does not fit.
+    """
+    _remember(model, undo)
+    empty = [(slot, slot.now(), slot.now()._version) for slot in plan.empty_slots()]
+    result = _load_state_dict(model, state)
+    for slot, stand_in, version in empty:
+        if slot.now() is stand_in and stand_in._version == version:
+            slot.put(slot.value)  # Nobody has written to its memory, which holds nothing.
+    if not hasattr(result, "missing_keys"):
+        if plan.passed_on or plan.unexpected or plan.missing_parameters or plan.missing_buffers:
+            plan.untold = f"load_state_dict of {type(model).__name__} does not return what is missing and unexpected"
+        return
+    plan.correct(result.missing_keys, result.unexpected_keys)
+
+
+def _load_state_dict(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> Any:
+    given = OrderedDict(state)
+    # The file does not say by which version of a class it was written; it is taken for that of now.
+    given._metadata = {  # type: ignore[attr-defined]
+        name: {"version": module._version} for name, module in model.named_modules(remove_duplicate=False)
+    }
+    parameters = inspect.signature(model.load_state_dict).parameters
+    takes_strict = "strict" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return model.load_state_dict(given, **({"strict": False} if takes_strict else {}))
+
+
+def _remember(model: torch.nn.Module, undo: ExitStack) -> None:
+    """Takes back, with `undo`, what modules may do to their attributes: other ones, and others within containers.
+
+    Parameters and buffers are left to others: they have memory that may be overwritten.
+    """
+    for module in set(model.modules()):
+        attributes = vars(module)
+        undo.callback(_restore, attributes, dict(attributes))
+        for value in attributes.values():
+            if type(value) in (dict, OrderedDict, list, set):
+                undo.callback(_restore, value, value.copy())
+            elif isinstance(value, torch.Tensor) and not value.is_meta:
+                undo.callback(_write_back, value, value.detach().clone())
+
+
+def _restore(container: Any, before: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(before)
+
+
+def _write_back(tensor: torch.Tensor, before: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor.data = before
