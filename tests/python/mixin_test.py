@@ -225,3 +225,59 @@ def test_buffers_without_memory_that_the_file_lacks_are_named_too(tmp_path):
     Model(4).save_flashpack(tmp_path / "a", silent=True)
     with pytest.warns(UserWarning, match=r"1 tensors are still on the meta device.*\['mask'\]"):
         Empty.from_flashpack(tmp_path / "a", silent=True)
+
+
+class Orthogonal(torch.nn.Module, FlashPackMixin):
+    """Looks at the values of a parameter while it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(3, 3))
+        torch.nn.init.orthogonal_(self.weight)
+        self.gain = self.weight[0].norm().item()
+
+
+def test_a_constructor_that_looks_at_values_gets_them_when_it_is_told_to(tmp_path):
+    model = Orthogonal()
+    model.save_flashpack(tmp_path / "a", silent=True)
+    with pytest.raises(RuntimeError, match=r"Orthogonal failed while parameters had no memory.*meta_init=False"):
+        Orthogonal.from_flashpack(tmp_path / "a", silent=True)
+    loaded = Orthogonal.from_flashpack(tmp_path / "a", silent=True, meta_init=False)
+    assert_bit_equal(loaded.state_dict(), model.state_dict())
+    assert loaded.gain == pytest.approx(1)
+
+    class Always(Orthogonal):
+        flashpack_meta_init = False
+
+    assert Always.from_flashpack(tmp_path / "a", silent=True).gain == pytest.approx(1)
+
+
+def test_errors_of_a_constructor_that_have_nothing_to_do_with_memory_stay_what_they_are(tmp_path):
+    def build():
+        raise RuntimeError("of its own")
+
+    with pytest.raises(RuntimeError, match=r"^of its own$"):
+        Model.from_flashpack(tmp_path / "a", init_fn=build, silent=True)
+
+
+class TakesOurNames(Model):
+    def __init__(self, dtype=None, verify=None, mmap=None, meta_init=None) -> None:
+        super().__init__()
+        self.given = {"dtype": dtype, "verify": verify, "mmap": mmap, "meta_init": meta_init}
+
+
+def test_options_that_0_4_5_did_not_have_go_to_a_constructor_that_has_a_parameter_of_that_name(tmp_path):
+    Model().save_flashpack(tmp_path / "a", silent=True)
+    given = {"dtype": torch.bfloat16, "verify": False, "mmap": "mine", "meta_init": 3}
+    loaded = TakesOurNames.from_flashpack(tmp_path / "a", silent=True, **given)
+    assert loaded.given == given
+    assert loaded.linear.weight.dtype is torch.float32
+    assert TakesOurNames.from_flashpack(tmp_path / "a", silent=True).given == dict.fromkeys(given)
+
+
+def test_options_that_the_constructor_does_not_have_are_those_of_the_load(tmp_path):
+    Model().save_flashpack(tmp_path / "a", silent=True)
+    loaded = Model.from_flashpack(tmp_path / "a", silent=True, dtype=torch.bfloat16, verify="always", meta_init=False)
+    assert loaded.linear.weight.dtype is torch.bfloat16
+    with pytest.raises(flashpack.FlashPackError, match="verify"):
+        Model.from_flashpack(tmp_path / "a", silent=True, verify="sometimes")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from ._footer import StrPath, Verify
-from ._meta_init import meta_parameters, warn_of_meta
+from ._meta_init import meta_parameters
 from .constants import (
     DEFAULT_ALIGN_BYTES,
     DEFAULT_CHUNK_BYTES,
@@ -37,6 +38,7 @@ class FlashPackMixin:
     flashpack_ignore_names: ClassVar[list[str] | None] = None
     flashpack_ignore_prefixes: ClassVar[list[str] | None] = None
     flashpack_ignore_suffixes: ClassVar[list[str] | None] = None
+    flashpack_meta_init: ClassVar[bool] = True
 
     @classmethod
     def from_flashpack(
@@ -62,22 +64,27 @@ class FlashPackMixin:
         world_size: int | None = None,
         coerce_dtype: bool = False,
         init_fn: Callable[..., Self] | None = None,
-        mmap: bool = False,
-        verify: Verify = "auto",
+        mmap: bool | None = None,
+        verify: Verify | None = None,
         dtype: torch.dtype | None = None,
+        meta_init: bool | None = None,
         **kwargs: Any,
     ) -> Self:
         """Builds an instance without memory for its parameters, loads `path` into it, and returns it in eval mode.
 
-        `args` and those `kwargs` that it takes go to `init_fn`, else to `flashpack_init_method`, else to the class.
+        `args` and those `kwargs` that it takes go to `init_fn`, else to `flashpack_init_method`, else to the class; so
+        do `mmap`, `verify`, `dtype` and `meta_init`, which flashpack 0.4.5 did not know, where it has a parameter of
+        that name. `meta_init=False` gives parameters memory from the start, for constructors that look at their values.
         `device`: default is the CPU. The other arguments are those of assign_from_file.
 
         Warns when parameters that the file lacks stay on the meta device. Raises what assign_from_file raises.
         """
         build = cls._flashpack_builder() if init_fn is None else init_fn
-        places = {"rank": rank, "local_rank": local_rank, "world_size": world_size}
-        with meta_parameters():
-            model = build(*args, **_accepted(build, args, kwargs, places))
+        places: dict[str, Any] = {"rank": rank, "local_rank": local_rank, "world_size": world_size}
+        given = {"mmap": mmap, "verify": verify, "dtype": dtype, "meta_init": meta_init}
+        theirs, ours = _shared_out(build, {name: value for name, value in given.items() if value is not None})
+        meta_init = ours.pop("meta_init", cls.flashpack_meta_init)
+        model = _build(build, args, _accepted(build, args, kwargs | theirs, places), meta_init)
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"{getattr(build, '__qualname__', build)} made a {type(model).__name__}, not a module")
         assign_from_file(
@@ -99,19 +106,16 @@ class FlashPackMixin:
             distributed_shard_strategy=distributed_shard_strategy,
             **places,
             coerce_dtype=coerce_dtype or cls.flashpack_coerce_dtype,
-            mmap=mmap,
-            verify=verify,
-            dtype=dtype,
+            **ours,
         )
         model.eval()
-        warn_of_meta(model, path)
         return model
 
     def save_flashpack(
         self,
         destination_path: StrPath,
         target_dtype: torch.dtype | None = None,
-        name_order: Sequence[str] | None = None,
+        name_order: Iterable[str] | None = None,
         align_bytes: int = DEFAULT_ALIGN_BYTES,
         silent: bool = False,
         num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
@@ -126,6 +130,26 @@ class FlashPackMixin:
     def _flashpack_builder(cls: type[Self]) -> Callable[..., Self]:
         method = cls.flashpack_init_method
         return cls if method is None else getattr(cls, method, cls)
+
+
+def _build(build: Callable[..., Self], args: Sequence[Any], kwargs: dict[str, Any], meta_init: bool) -> Self:
+    try:
+        with meta_parameters() if meta_init else nullcontext():
+            return build(*args, **kwargs)
+    except RuntimeError as error:
+        if not meta_init or "meta" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{getattr(build, '__qualname__', build)} failed while parameters had no memory; if it looks at their "
+            f"values, pass meta_init=False: {error}"
+        ) from error
+
+
+def _shared_out(build: Callable[..., Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of `given` that `build` has a parameter for, and the others."""
+    named = inspect.signature(build).parameters.keys()
+    theirs = {name: value for name, value in given.items() if name in named}
+    return theirs, {name: value for name, value in given.items() if name not in named}
 
 
 def _accepted(
