@@ -38,6 +38,7 @@ struct IoRequest {
   PageCache page_cache;
   bool may_block = false;    ///< Of a kRead: it must not be tried in the thread that pushes or waits.
   bool for_writing = false;  ///< Of a kPopulate: somebody is going to write to `memory`.
+  bool readable = false;     ///< Of a kChecksum: `memory` has been read or written by somebody already.
   /// Where bytes that pass are counted: those of the pieces and, of kScatter and kChecksum, what lies between them.
   PieceSums* sums = nullptr;
   int slot = -1;  ///< The staging slot that `memory` lies in, for queues that register slots with the kernel.

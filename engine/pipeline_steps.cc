@@ -59,6 +59,7 @@ void Pipeline::count_bytes(unsigned tag, PieceSums* sums) {
                       .offset_bytes = job.offset_bytes,
                       .memory = job.memory,
                       .pieces = job.transfer->plan.pieces_of(*job.chunk),
+                      .readable = true,
                       .sums = sums});
 }
 
@@ -90,9 +91,9 @@ void Pipeline::complete(IoCompletion completion) {
       return on_direct(tag, result);
     case Stage::kCopying:
     case Stage::kGathering:
-      return on_copied(tag, {});
+      return on_copied(tag, result < 0 ? errno_code(static_cast<int>(-result)) : std::error_code());
     case Stage::kCounting:
-      return on_counted(tag);
+      return result < 0 ? fail(tag, errno_code(static_cast<int>(-result))) : on_counted(tag);
     case Stage::kBuffered:
       return on_buffered(tag, result);
     case Stage::kAbandoned:

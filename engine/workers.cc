@@ -135,7 +135,53 @@ std::int64_t read_through_cache(const IoRequest& request) {
   return moved;
 }
 
+// Takes the page faults of `memory`. 0, or an errno: what cannot be had by it may still be had by the kernel's own
+// means.
+int populate(std::span<std::byte> memory, bool for_writing) {
+#ifdef MADV_POPULATE_WRITE
+  // Not only the pages that `memory` covers whole.
+  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(memory.data());
+  const std::size_t before = address % kPageBytes;
+  const int advice = for_writing ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
+  return ::madvise(memory.data() - before, before + memory.size(), advice) == 0 ? 0 : errno;
+#else
+  return ENOSYS;
+#endif
+}
+
+// An emulation of Linux may not know it.
+bool can_populate() {
+  static const bool can = [] {
+    std::byte here{};
+    return populate({&here, 1}, true) == 0;
+  }();
+  return can;
+}
+
+// To touch memory that is not mapped, not writable, or that has no page left behind it, ends the process, while the
+// kernel gives EFAULT for a read into it. Asked for first, it is an error here, too. On small pages that are there
+// already this costs half as much as the copy, on large ones nothing, and of fresh memory it takes the faults at less
+// than the copy would. Copying by process_vm_writev(2) costs more and is forbidden in some containers.
+std::int64_t make_touchable(std::span<const Piece> pieces, bool for_writing) {
+  std::span<std::byte> run;  // Whole pages.
+  const auto ask = [&] { return run.empty() ? 0 : populate(run, for_writing); };
+  if (!can_populate()) return 0;
+  for (const Piece& piece : pieces) {
+    std::byte* const begin = piece.memory - reinterpret_cast<std::uintptr_t>(piece.memory) % kPageBytes;
+    const auto size = round_up(static_cast<std::uint64_t>(piece.memory + piece.size_bytes - begin), kPageBytes);
+    std::byte* const end = begin + size;
+    if (begin >= run.data() && begin <= run.data() + run.size()) {
+      run = {run.data(), std::max(end, run.data() + run.size())};
+      continue;
+    }
+    if (ask() != 0) return -EFAULT;
+    run = {begin, end};
+  }
+  return ask() == 0 ? 0 : -EFAULT;
+}
+
 std::int64_t scatter(const IoRequest& request) {
+  if (const auto error = make_touchable(request.pieces, true)) return error;
   for (const Piece& piece : request.pieces) {
     std::memcpy(piece.memory, request.memory.data() + (piece.offset_bytes - request.offset_bytes), piece.size_bytes);
   }
@@ -143,21 +189,11 @@ std::int64_t scatter(const IoRequest& request) {
 }
 
 std::int64_t gather(const IoRequest& request) {
+  if (const auto error = make_touchable(request.pieces, false)) return error;
   clear_gaps(request);
   for (const Piece& piece : request.pieces) {
     std::memcpy(request.memory.data() + (piece.offset_bytes - request.offset_bytes), piece.memory, piece.size_bytes);
   }
-  return 0;
-}
-
-// An error (an old kernel, a mapping that cannot be populated) is no loss: the transfer takes the faults itself.
-std::int64_t populate(std::span<std::byte> memory, bool for_writing) {
-#ifdef MADV_POPULATE_WRITE
-  // Not only the pages that `memory` covers whole.
-  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(memory.data());
-  const std::size_t before = address % kPageBytes;
-  ::madvise(memory.data() - before, before + memory.size(), for_writing ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
-#endif
   return 0;
 }
 
@@ -169,6 +205,7 @@ void count_slot(const IoRequest& request) {
 }
 
 void count(const IoRequest& request, std::int64_t result) {
+  if (result < 0) return;
   switch (request.op) {
     case IoRequest::Op::kReadPieces:
     case IoRequest::Op::kWritePieces:
@@ -208,9 +245,10 @@ std::int64_t move_bytes(const IoRequest& request) {
     case IoRequest::Op::kGather:
       return gather(request);
     case IoRequest::Op::kChecksum:
-      return 0;
+      return request.readable ? 0 : make_touchable(request.pieces, false);
     case IoRequest::Op::kPopulate:
-      return populate(request.memory, request.for_writing);
+      populate(request.memory, request.for_writing);
+      return 0;
   }
   return -EINVAL;
 }
@@ -239,7 +277,7 @@ bool is_populated(std::span<std::byte> memory) {
   std::array<unsigned char, 1024> pages;
   while (!memory.empty()) {
     const auto part = memory.first(std::min(memory.size(), pages.size() * kPageBytes));
-    if (::mincore(part.data(), part.size(), pages.data()) != 0) return true;
+    if (::mincore(part.data(), part.size(), pages.data()) != 0) return errno != ENOMEM;
     const auto end = pages.begin() + static_cast<std::ptrdiff_t>((part.size() + kPageBytes - 1) / kPageBytes);
     if (!std::all_of(pages.begin(), end, [](unsigned char flags) { return flags & 1; })) return false;
     memory = memory.subspan(part.size());

@@ -17,8 +17,8 @@ std::int64_t carry_out(const IoRequest& request);
 /// Of a kGather: makes zeros of what no piece goes to. In a store these are little.
 void clear_gaps(const IoRequest& request);
 
-/// Whether all of `memory` has physical pages, so that Op::kPopulate would be for nothing. True also
-/// where the kernel will not say.
+/// Whether all of `memory` has physical pages, so that Op::kPopulate would be for nothing. True also where the kernel
+/// will not say; false where some of it is not mapped.
 bool is_populated(std::span<std::byte> memory);
 
 class Workers final : public IoQueue {

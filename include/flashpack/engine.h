@@ -37,7 +37,7 @@ struct Extent {
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
   /// `size_bytes` writable bytes, borrowed until the transfer has finished: host memory, or memory of the engine's
-  /// device.
+  /// device. Host memory that cannot be written to is EFAULT.
   void* target = nullptr;
 };
 

@@ -23,7 +23,8 @@ namespace flashpack {
 struct SourceExtent {
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
-  const void* source = nullptr;  ///< On the host or the engine's device; borrowed until the transfer has finished.
+  const void* source = nullptr;  ///< On the host (EFAULT where it cannot be read) or the engine's device; borrowed
+                                 ///< until the transfer has finished.
 };
 
 struct WriterOptions {
