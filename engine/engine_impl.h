@@ -77,7 +77,7 @@ class FileWriter::Impl {
   void abort() noexcept;
 
   Engine::Impl& engine_;
-  std::filesystem::path path_;  // Symbolic links resolved: what the new file replaces.
+  std::filesystem::path path_;  // What the new file replaces.
   engine::TempFile temp_;
   std::optional<engine::File> file_;  // What is at temp_.path(), until commit or abort.
   std::uint64_t payload_bytes_;       // Announced, or the end of the last extent if that is later.

@@ -22,8 +22,8 @@ using engine::uninterrupted;
 
 FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, const WriterOptions& options)
     : engine_(engine),
-      path_(engine::resolve_links(path)),
-      temp_(path_),
+      path_(options.follow_links ? engine::resolve_links(path) : engine::absolute_path(path)),
+      temp_(path_, options.follow_links ? engine::TempFile::Links::kAreRefused : engine::TempFile::Links::kAreReplaced),
       payload_bytes_(options.payload_bytes),
       want_checksums_(options.checksums) {
   try {

@@ -33,10 +33,16 @@ int lock(int fd) noexcept {
 
 }  // namespace
 
+std::filesystem::path absolute_path(const std::filesystem::path& path) {
+  std::error_code error;
+  auto absolute = std::filesystem::absolute(path, error);
+  if (error) throw file_error(error, "create", path);
+  return absolute;
+}
+
 std::filesystem::path resolve_links(const std::filesystem::path& path) {
   std::error_code error;
-  auto resolved = std::filesystem::absolute(path, error);
-  if (error) throw file_error(error, "create", path);
+  auto resolved = absolute_path(path);
   constexpr int kMaxLinks = 40;  // The kernel's own limit.
   for (int links = 0; links <= kMaxLinks; ++links) {
     const auto next = std::filesystem::read_symlink(resolved, error);
@@ -50,7 +56,7 @@ std::filesystem::path resolve_links(const std::filesystem::path& path) {
   throw file_error(errno_code(ELOOP), "create", path);
 }
 
-TempFile::TempFile(std::filesystem::path target) : target_(std::move(target)) {
+TempFile::TempFile(std::filesystem::path target, Links links) : target_(std::move(target)), links_(links) {
   if (!target_.has_filename()) throw file_error(errno_code(EISDIR), "create", target_);
   directory_.reset(::open(target_.parent_path().c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!directory_) throw file_error(errno_code(errno), "create", target_);
@@ -64,7 +70,8 @@ TempFile::TempFile(std::filesystem::path target) : target_(std::move(target)) {
 
 void TempFile::look_at_target() {
   struct stat status{};
-  if (::fstatat(directory_.get(), target_.filename().c_str(), &status, AT_SYMLINK_NOFOLLOW) == 0) {
+  const int flags = links_ == Links::kAreReplaced ? 0 : AT_SYMLINK_NOFOLLOW;
+  if (::fstatat(directory_.get(), target_.filename().c_str(), &status, flags) == 0) {
     if (S_ISDIR(status.st_mode)) throw file_error(errno_code(EISDIR), "create", target_);
     if (!S_ISREG(status.st_mode)) throw file_error(Errc::kInvalidArgument, "create (not a regular file)", target_);
     replaced_ = status;

@@ -12,8 +12,11 @@
 
 namespace flashpack::engine {
 
-/// `path`, absolute, so that it stays the same file whatever the working directory is; where it is a symbolic link,
-/// what it points to, there or not. Throws: Error; EACCES where the kernel would not follow the link.
+/// `path`, so that it stays the same file whatever the working directory is. Throws: Error.
+std::filesystem::path absolute_path(const std::filesystem::path& path);
+
+/// The same; where it is a symbolic link, what it points to, there or not. Throws: Error; EACCES where the kernel would
+/// not follow the link.
 std::filesystem::path resolve_links(const std::filesystem::path& path);
 
 /// A new file beside the one that it is to replace, `.NAME.<random>.tmp`, and the steps that put it in place.
@@ -30,8 +33,12 @@ std::filesystem::path resolve_links(const std::filesystem::path& path);
 /// Errors name the target. Not thread-safe.
 class TempFile {
  public:
-  /// `target`: as resolve_links() gives it. Throws: Error where it is something else than a regular file.
-  explicit TempFile(std::filesystem::path target);
+  /// What is to be replaced where `target` is a symbolic link to a file, or to nothing.
+  enum class Links { kAreRefused, kAreReplaced };
+
+  /// `target`: absolute; as resolve_links() gives it, unless `links` are replaced. Throws: Error where it is something
+  /// else than a regular file.
+  explicit TempFile(std::filesystem::path target, Links links = Links::kAreRefused);
 
   /// Removes what is left of others, and creates this one, empty. What is given back holds the lock: keep it open until
   /// remove() or put_in_place(). Throws: Error.
@@ -41,8 +48,8 @@ class TempFile {
   std::filesystem::path path() const { return target_.parent_path() / name_; }
 
   /// Gives what create() gave the permissions, and as far as this process may the group and owner, of the file that it
-  /// replaces, as they are now. A new file has what umask left. Throws: Error, also where something else than a file
-  /// has taken the target's place.
+  /// replaces (of a link, those of its file), as they are now. A new file has what umask left. Throws: Error, also
+  /// where something else than a file has taken the target's place.
   void keep_access(int fd);
 
   void put_in_place();          ///< Throws: Error.
@@ -57,8 +64,9 @@ class TempFile {
   void remove_if_left(const char* name) const noexcept;
 
   std::filesystem::path target_;
+  Links links_;
   UniqueFd directory_;                   // Held, so that all steps are in the same one whatever it is called by then.
-  std::optional<struct stat> replaced_;  // The last that was seen.
+  std::optional<struct stat> replaced_;  // The last that was seen, or that a link led to.
   std::string prefix_;                   // What the names of all those for this target begin with.
   std::string name_;                     // In the directory. Empty: there is none.
 };

@@ -32,6 +32,8 @@ struct WriterOptions {
   /// full disk is an error before anything has been written. 0: unknown.
   std::uint64_t payload_bytes = 0;
   bool checksums = false;  ///< Makes FileWriter::checksums() available.
+  /// Where the path is a symbolic link: true replaces the file that it points to, there or not, false the link.
+  bool follow_links = true;
 };
 
 /// Writes a new file beside `path` and puts it in place whole.
@@ -41,7 +43,8 @@ struct WriterOptions {
 /// the next writer for the same path, except where the file system has no flock(2). Made by Engine::create(), which
 /// must outlive it.
 ///
-/// A symbolic link is followed, also to what does not exist yet, unless the kernel would not (fs.protected_symlinks).
+/// A symbolic link is followed, also to what does not exist yet, unless the kernel would not (fs.protected_symlinks) or
+/// WriterOptions say otherwise.
 /// The new file has the permissions that the one that it replaces has at commit() and, where this process may give
 /// them, its group and owner; not its ACL, other names (hard links) or extended attributes. Only regular files are
 /// replaced.

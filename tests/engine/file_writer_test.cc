@@ -131,6 +131,41 @@ TEST_F(FileWriterTest, ALinkToWhatIsNotThereYetIsAWayToCreateIt) {
   EXPECT_EQ(std::filesystem::file_size(dir_ / "real"), 3u);
 }
 
+TEST_F(FileWriterTest, ALinkThatIsNotToBeFollowedIsReplacedByAFileWithTheModeOfItsFile) {
+  testing::write_file(dir_ / "real", bytes_of("old"));
+  ASSERT_EQ(::chmod((dir_ / "real").c_str(), 0640), 0);
+  std::filesystem::create_symlink("real", path_);
+  engine_.create(path_, {.follow_links = false}).commit(bytes_of("new one"));
+  struct stat status{};
+  ASSERT_EQ(::lstat(path_.c_str(), &status), 0);
+  EXPECT_TRUE(S_ISREG(status.st_mode));
+  EXPECT_EQ(status.st_mode & 0777, 0640u);
+  EXPECT_EQ(status.st_size, 7);
+  EXPECT_EQ(testing::read_file(dir_ / "real"), std::vector(bytes_of("old").begin(), bytes_of("old").end()));
+}
+
+TEST_F(FileWriterTest, ALinkToNothingThatIsNotToBeFollowedIsReplaced) {
+  std::filesystem::create_symlink("absent", path_);
+  engine_.create(path_, {.follow_links = false}).commit(bytes_of("new"));
+  EXPECT_FALSE(std::filesystem::is_symlink(path_));
+  EXPECT_EQ(entries(), 1u);
+}
+
+TEST_F(FileWriterTest, ALinkToADirectoryIsNoFileToReplace) {
+  std::filesystem::create_directory_symlink(dir_.path(), path_);
+  EXPECT_THROW(engine_.create(path_, {.follow_links = false}), Error);
+  EXPECT_TRUE(std::filesystem::is_symlink(path_));
+}
+
+TEST_F(FileWriterTest, ABareNameThatIsNotToBeFollowedStaysWhereItWasCreated) {
+  const auto before = std::filesystem::current_path();
+  std::filesystem::current_path(dir_.path());
+  FileWriter writer = engine_.create("bare", {.follow_links = false});
+  std::filesystem::current_path(before);
+  writer.commit(bytes_of("tail"));
+  EXPECT_TRUE(std::filesystem::exists(dir_ / "bare"));
+}
+
 TEST_F(FileWriterTest, OtherNamesOfTheFileThatIsReplacedKeepTheOldOne) {
   testing::write_file(path_, bytes_of("old"));
   std::filesystem::create_hard_link(path_, dir_ / "other name");

@@ -279,9 +279,9 @@ class PyEngine {
     return dict;
   }
 
-  FileWriter create(const std::filesystem::path& path, std::uint64_t payload_bytes, bool checksums) {
+  FileWriter create(const std::filesystem::path& path, const WriterOptions& options) {
     nb::gil_scoped_release released;
-    return engine_->create(path, {.payload_bytes = payload_bytes, .checksums = checksums});
+    return engine_->create(path, options);
   }
 
  private:
@@ -290,8 +290,10 @@ class PyEngine {
 
 class PyWriter {
  public:
-  PyWriter(PyEngine& engine, const std::filesystem::path& path, std::uint64_t payload_bytes, bool checksums)
-      : writer_(engine.create(path, payload_bytes, checksums)) {}
+  PyWriter(PyEngine& engine, const std::filesystem::path& path, std::uint64_t payload_bytes, bool checksums,
+           bool follow_links)
+      : writer_(engine.create(
+            path, {.payload_bytes = payload_bytes, .checksums = checksums, .follow_links = follow_links})) {}
   ~PyWriter() { abort(); }
 
   void start_write(const std::vector<ExtentTuple>& extents, nb::object sources, std::uintptr_t stream) {
@@ -370,8 +372,8 @@ void bind_handles(nb::module_& module) {
                "Reads the payload and returns verified_bytes, corrupt (file offset, size, names) and seconds.");
   auto writer =
       nb::class_<PyWriter>(module, "Writer", "A file that appears whole on commit(), or not at all.")
-          .def(nb::init<PyEngine&, const std::filesystem::path&, std::uint64_t, bool>(), "engine"_a, "path"_a,
-               "payload_bytes"_a, "checksums"_a = false, nb::keep_alive<1, 2>())
+          .def(nb::init<PyEngine&, const std::filesystem::path&, std::uint64_t, bool, bool>(), "engine"_a, "path"_a,
+               "payload_bytes"_a, "checksums"_a = false, "follow_links"_a = true, nb::keep_alive<1, 2>())
           .def("start_write", &PyWriter::start_write, "extents"_a, "sources"_a, "stream"_a = 0,
                "Starts writing extents of (file offset, size, address); `sources` is kept alive until the end. "
                "Device memory is not read before what is on `stream` (a cudaStream_t) has ended.")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ._checkpoint import find_checkpoint, is_index, weight_patterns
+from ._hub_cache import is_blob_link
 from ._native import FlashPackError
 from .integrations._hub import resolve_directory
 
@@ -102,6 +103,25 @@ def copy_companions(source: Path, destination: Path) -> None:
                 target = destination / file.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
+
+
+def own_files(directory: Path, pattern: str) -> None:
+    """Makes copies of their own of those files in `directory` that are links to blobs of the Hub's cache.
+
+    For libraries that are about to write into it, because they write through links. `pattern`: of the names, as in
+    Path.glob().
+    """
+    links = [path for path in directory.glob(pattern) if is_blob_link(path)]
+    if not links:
+        return
+    with staged(directory) as stage:
+        for link in links:
+            if not link.exists():  # Opening it would make the blob.
+                link.unlink()
+                continue
+            copy = stage / link.relative_to(directory)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(link, copy)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from . import _native
 from ._casts import dtype_when_asked
 from ._device import CPU, side_of
 from ._footer import StrPath
+from ._hub_cache import is_blob_link
 from ._memory import allocate_region
 from ._native import FlashPackError
 from ._own_code import EXTRA_STATE
@@ -47,7 +48,8 @@ def pack_to_file(
     """Writes the tensors of a state dict, or of a module's, to a file: durably, and whole or not at all.
 
     Tensors may be on any device, and need not be contiguous; the file has them contiguous. Missing directories are
-    made. Until this returns, an existing file stays as it is.
+    made. Until this returns, an existing file stays as it is. A symbolic link is followed, unless it leads to a blob in
+    the cache of the Hub: then the link is replaced.
 
     `target_dtype`: what floating-point tensors are cast to, or complex ones; None keeps each one's dtype. Integers and
     8-bit floats, which may be packed or quantised weights, keep theirs, and a cast to integers is refused.
@@ -69,7 +71,8 @@ def pack_to_file(
     os.makedirs(os.path.dirname(destination), exist_ok=True)
     dtypes = {name: string_to_dtype(dtype) for name, dtype, _ in specs}
     side = side_of(_main_device(tensors))
-    writer = _native.Writer(side.engine, destination, layout.payload_bytes, checksum)
+    follow_links = not is_blob_link(destination)
+    writer = _native.Writer(side.engine, destination, layout.payload_bytes, checksum, follow_links)
     try:
         total_bytes = sum(size_bytes for _, _, size_bytes in layout.places)
         with progress_bar("Writing", total_bytes, not silent) as progress, torch.no_grad():

@@ -17,6 +17,7 @@ from diffusers import ModelMixin
 
 from ..._assign import slots_of
 from ..._casts import PLAIN_FLOATS, check_asked
+from ..._directory import own_files
 from ..._footer import Footer, StrPath, Verify, read_footer
 from ..._native import FlashPackError
 from ...constants import (
@@ -87,6 +88,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         }
         options |= known_arguments(self.save_flashpack, kwargs)
         self.save_flashpack(path, target_dtype, **options)
+        own_files(directory, "*.json")
         self.save_config(directory)
         if push_to_hub:
             upload_directory(

@@ -15,6 +15,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from ..._directory import own_files
 from ..._footer import StrPath, Verify
 from ..._native import FlashPackError
 from ...constants import (
@@ -106,6 +107,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
             else:
                 logger.warning("%s, a %s, cannot be saved", name, type(component).__name__)
                 self.register_to_config(**{name: (None, None)})
+        own_files(directory, "*.json")
         self.save_config(directory)
         if push_to_hub:
             upload_directory(
@@ -223,6 +225,7 @@ def _save(
     if max_shard_size is not None:
         arguments["max_shard_size"] = max_shard_size
     known = inspect.signature(component.save_pretrained).parameters
+    own_files(directory, "**/*")
     component.save_pretrained(directory, **{name: value for name, value in arguments.items() if name in known})
     # One of before would be loaded instead of what has just been saved.
     (directory / WEIGHTS_NAME).unlink(missing_ok=True)

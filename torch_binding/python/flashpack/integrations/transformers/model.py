@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
+from ..._directory import own_files
 from ..._footer import StrPath, Verify
 from ..._native import FlashPackError
 from ...constants import (
@@ -194,7 +195,9 @@ def _save_config(model: PreTrainedModel, directory: Path, target_dtype: torch.dt
     config: PretrainedConfig = copy.deepcopy(model.config)
     config.architectures = [original_class(type(model), FlashPackTransformersModelMixin).__name__]
     config.dtype = dtype_to_string(target_dtype or model.dtype)
+    own_files(directory, "*.json")
     if model._auto_class is not None:
+        own_files(directory, "*.py")
         with _as_original(model):
             custom_object_save(model, directory, config=config)
     config.save_pretrained(directory)
