@@ -20,7 +20,8 @@ namespace {
 constexpr std::uint64_t kWakeTag = std::uint64_t{1} << 63;
 constexpr std::uint64_t kCancelTag = std::uint64_t{1} << 62;
 
-// Uses of a slot before it is worth registering: a load that only touches slots for its edges never pays for it.
+// Uses of a slot before it is worth registering, those that fill half of it or more. Registering takes all of the slot
+// from the system and pins it, which costs more than the edges of many tensors that come through it.
 constexpr std::uint8_t kRegisterAtUse = 2;
 
 // Of <linux/io_uring.h> since Linux 6.3: a ring that this thread has registered is known by its place in the thread's
@@ -120,7 +121,7 @@ void Ring::arm_wake() {
 }
 
 void Ring::push(unsigned tag, const IoRequest& request) {
-  const bool fixed = registered(request.slot);
+  const bool fixed = registered(request.slot, request.memory.size());
   io_uring_sqe* sqe = next_sqe();
   prepare(sqe, request, fixed);
   if (request.may_block) ::io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
@@ -145,11 +146,11 @@ void Ring::cancel(unsigned tag) {
   ::io_uring_sqe_set_data64(sqe, kCancelTag);
 }
 
-bool Ring::registered(int slot) {
+bool Ring::registered(int slot, std::size_t used_bytes) {
   if (slot < 0 || slots_.empty() || table_refused_) return false;
   const auto index = static_cast<std::size_t>(slot);
   if (slot_uses_[index] > kRegisterAtUse) return true;
-  if (++slot_uses_[index] < kRegisterAtUse) return false;
+  if (used_bytes < slots_[index].size() / 2 || ++slot_uses_[index] < kRegisterAtUse) return false;
   io_uring_rsrc_register table{};
   table.nr = static_cast<unsigned>(slots_.size());
   table.flags = IORING_RSRC_REGISTER_SPARSE;

@@ -50,7 +50,7 @@ class Ring final : public IoQueue {
   io_uring_sqe* next_sqe();
   void arm_wake();
   void prepare(io_uring_sqe* sqe, const IoRequest& request, bool fixed);
-  bool registered(int slot);
+  bool registered(int slot, std::size_t used_bytes);
 
   Rung rung_;
   std::unique_ptr<io_uring> storage_;
@@ -59,7 +59,7 @@ class Ring final : public IoQueue {
   std::uint64_t wake_value_ = 0;  // The kernel writes here while the wake read is armed.
   std::atomic<bool> wake_pending_ = false;
   std::vector<std::span<std::byte>> slots_;
-  std::vector<std::uint8_t> slot_uses_;  // Saturating; a slot is registered when it is used again.
+  std::vector<std::uint8_t> slot_uses_;  // Of most of it, saturating; a slot is registered when it is used so again.
   bool table_ = false;                   // The kernel has a table of buffers for us.
   bool table_refused_ = false;
   std::string fallback_reason_;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "engine/staging.h"
+#include "engine/workers.h"
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sandbox.h"
@@ -79,6 +80,21 @@ TEST_F(RingTest, ReadsIntoSlotsBeforeAndAfterTheyAreRegistered) {
     ASSERT_EQ(read(3, slot, kMiB, 2), kMiB);
     EXPECT_EQ(std::memcmp(slot.data(), bytes_.data() + kMiB, kMiB), 0);
   }
+  EXPECT_EQ(ring_->fallback_reason(), "");
+}
+
+TEST_F(RingTest, SmallReadsDoNotTakeTheRestOfTheirSlotFromTheSystem) {
+  const Staging large(8 * kMiB, 4 * kMiB);
+  ring_ = std::make_unique<Ring>(8, large.slots());
+  const auto slot = large.slots()[1];
+  for (int use = 0; use < 5; ++use) ASSERT_EQ(read(3, slot.first(4096), kMiB, 1), 4096);
+  EXPECT_EQ(std::memcmp(slot.data(), bytes_.data() + kMiB, 4096), 0);
+  // The first page may be a huge one.
+  EXPECT_FALSE(is_populated(slot.last(kMiB)));
+  for (int use = 0; use < 5; ++use) ASSERT_EQ(read(3, slot.first(2 * kMiB), 0, 1), 2 * kMiB);
+  EXPECT_TRUE(is_populated(slot.last(kMiB))) << "registered, because most of it is used again and again";
+  ASSERT_EQ(read(3, slot.first(4096), kMiB, 1), 4096);
+  EXPECT_EQ(std::memcmp(slot.data(), bytes_.data() + kMiB, 4096), 0);
   EXPECT_EQ(ring_->fallback_reason(), "");
 }
 
