@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <set>
 #include <thread>
@@ -31,6 +32,19 @@ class WorkersTest : public ::testing::Test {
     const auto done = workers_.wait(std::nullopt);
     EXPECT_EQ(done.size(), 1u);
     return done.front().result;
+  }
+
+  // Whether `cached` is refused after `drop`. That starts to read what is missing, which may have come in time: then
+  // all of it is there, and the next attempt counts. What ignores PageCache is never refused.
+  bool is_refused_when(const std::function<void()>& drop, const IoRequest& cached, std::int64_t whole) {
+    constexpr int kAttempts = 200;
+    for (int attempt = 0; attempt < kAttempts; ++attempt) {
+      drop();
+      const std::int64_t result = result_of(cached);
+      if (result == -EAGAIN) return true;
+      EXPECT_EQ(result, whole);
+    }
+    return false;
   }
 
   bool right(const GuardedMemory& memory, std::uint64_t offset) const {
@@ -109,8 +123,8 @@ TEST_F(WorkersTest, OnlyCachedReadsGiveAllOrSayThatTheyWouldWait) {
   flashpack::testing::read_file(dir_ / "file");
   EXPECT_EQ(result_of(cached), 4 * 3000);
   for (std::size_t i = 0; i < pieces.size(); ++i) EXPECT_TRUE(right(*memory[i], pieces[i].offset_bytes)) << i;
-  flashpack::testing::drop_from_cache(dir_ / "file");
-  EXPECT_EQ(result_of(cached), -EAGAIN);
+  EXPECT_TRUE(is_refused_when([&] { flashpack::testing::drop_from_cache(dir_ / "file"); }, cached, 4 * 3000));
+  for (std::size_t i = 0; i < pieces.size(); ++i) EXPECT_TRUE(right(*memory[i], pieces[i].offset_bytes)) << i;
   IoRequest past_the_end = cached;
   pieces.back().offset_bytes = 299'000;
   flashpack::testing::read_file(dir_ / "file");
@@ -125,11 +139,10 @@ TEST_F(WorkersTest, DroppedPagesAreReadFromTheDiskTheNextTime) {
   EXPECT_EQ(result_of(request), 300'000);
   request.page_cache = {.only = true};
   ASSERT_EQ(result_of(request), 300'000);
-  request.page_cache = {.drop = true};
-  EXPECT_EQ(result_of(request), 300'000);
+  IoRequest dropping = request;
+  dropping.page_cache = {.drop = true};
+  EXPECT_TRUE(is_refused_when([&] { EXPECT_EQ(result_of(dropping), 300'000); }, request, 300'000));
   EXPECT_TRUE(right(memory, 0));
-  request.page_cache = {.only = true};
-  EXPECT_EQ(result_of(request), -EAGAIN);
 }
 
 TEST_F(WorkersTest, CancelledOperationsEndOnceAndSomeOfThemUndone) {
