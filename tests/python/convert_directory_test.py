@@ -21,7 +21,8 @@ def write_model(directory, weights, config=None):
     (directory / "additional_chat_templates" / "tools.jinja").write_text("")
     for name, tensors in weights.items():
         safetensors.torch.save_file(tensors, directory / name)
-    return sorted([*companions, "additional_chat_templates/tools.jinja", "model.flashpack"])
+    copied = [name for name in companions if name != "model.py"]
+    return sorted([*copied, "additional_chat_templates/tools.jinja", "model.flashpack"])
 
 
 def test_a_model_directory_converts_to_one_with_all_but_the_old_weights(tmp_path):
@@ -33,6 +34,15 @@ def test_a_model_directory_converts_to_one_with_all_but_the_old_weights(tmp_path
     assert result == os.fspath(tmp_path / "new" / "out")
     assert names_in(tmp_path / "new" / "out") == expected
     assert_bit_equal(flashpack.revert_from_file(tmp_path / "new" / "out" / "model.flashpack"), STATE)
+
+
+def test_code_is_copied_only_when_that_is_asked_for(tmp_path, caplog):
+    expected = write_model(tmp_path / "model", {"model.safetensors": STATE})
+    commands.convert_to_flashpack(tmp_path / "model", tmp_path / "without")
+    assert "model.py" in caplog.text
+    commands.convert_to_flashpack(tmp_path / "model", tmp_path / "with", copy_code=True)
+    assert names_in(tmp_path / "without") == expected
+    assert names_in(tmp_path / "with") == sorted([*expected, "model.py"])
 
 
 def test_a_directory_is_its_own_default_destination(tmp_path):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import pickle
 import re
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import torch
 
 from ._footer import is_flashpack_file
 from ._native import FlashPackError
+from ._repository import blaming, open_regular, plain_name, read_json
 
 _INDEX_SUFFIX = re.compile(r"\.index(\.[^.]+)?\.json$")
 # What transformers and diffusers call their files; the first that exists is taken.
@@ -84,37 +80,33 @@ def _names(stem: str, suffix: str, variant: str | None) -> list[str]:
 def _open_file(path: Path) -> dict[str, torch.Tensor]:
     if is_flashpack_file(path):
         raise FlashPackError(f"{path} is a flashpack file already")
-    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+    with open_regular(path) as file:
+        lead = file.read(4)
+    # Since version 1.6 torch writes archives, which can be mapped.
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path, mmap=lead == b"PK\x03\x04")
 
 
 def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
+    with blaming(path), safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  It is no mapping.
+
+
+def _open_pickle(path: Path, mmap: bool) -> dict[str, torch.Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  It is no mapping.
-    except SafetensorError as error:
-        raise FlashPackError(f"{path}: {error}") from error
-
-
-def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError:
+        raise
+    except Exception as error:  # Of a damaged file torch may say anything.
         # What torch says would have people turn the check off.
         raise FlashPackError(
-            f"{path} is not a file that torch.save wrote, or has more in it than tensors, which is not loaded, because "
-            f"unpickling can run code"
+            f"{path} is not a file that torch.save wrote, or is damaged, or has more in it than tensors, which is not "
+            f"loaded, because unpickling can run code"
         ) from error
     if not isinstance(loaded, dict):
         raise FlashPackError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     return loaded
-
-
-def _is_archive(path: Path) -> bool:
-    """Whether it is in torch's format since 1.6, which can be mapped."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def _open_sharded(path: Path) -> dict[str, torch.Tensor]:
@@ -131,22 +123,10 @@ def _open_sharded(path: Path) -> dict[str, torch.Tensor]:
 
 def _weight_map(path: Path) -> dict[str, Path]:
     """The file of every tensor that an index lists."""
-    with _naming(path):
-        index: Any = json.loads(path.read_text("utf-8"))
-        files = index["weight_map"]
-        return {name: path.parent / _plain(file) for name, file in files.items()}
-
-
-def _plain(file: str) -> str:
-    """`file`, once it is known that it is beside the index."""
-    if PurePosixPath(file).name != file or file in ("", ".."):
-        raise FlashPackError(f"it names {file!r}, which is no file beside it")
-    return file
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
     try:
-        yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        files = read_json(path).get("weight_map")
+        if not isinstance(files, dict):
+            raise FlashPackError("it has no weight_map")
+        return {name: path.parent / plain_name(path, file) for name, file in files.items()}
+    except FlashPackError as error:
         raise FlashPackError(f"{path} is not the index of a sharded checkpoint: {error}") from error

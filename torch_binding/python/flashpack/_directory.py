@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -13,16 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ._checkpoint import find_checkpoint, is_index, weight_patterns
+from ._checkpoint import files_of, find_checkpoint, is_index, weight_patterns
 from ._hub_cache import is_blob_link
 from ._native import FlashPackError
+from ._repository import INDEX_NAME, check_inside, components_of
 from .integrations._hub import resolve_directory
+from .utils import logger
 
-# What a model needs beside its weights: configuration, tokenizer, generation, code, and what it may be used for.
+# What a model needs beside its weights: configuration, tokenizer, generation, and what it may be used for.
 _COMPANIONS = [
     *("*.json", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.spm", "*.jinja", "additional_chat_templates/*.jinja"),
-    *("*.py", "*.md", "LICENSE*"),
+    *("*.md", "LICENSE*"),
 ]
+_CODE = "*.py"
 _REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TENSOR_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|flashpack|index(\.[^.]+)?\.json)$")
 
@@ -32,34 +34,9 @@ def is_repo_id(name: str) -> bool:
     return _REPO_ID.fullmatch(name) is not None and _TENSOR_FILE.search(name) is None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise FlashPackError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise FlashPackError(f"{path} has no JSON object in it")
-    return value
-
-
-def components_of(directory: Path) -> dict[str, tuple[str, str]]:
-    """Of a pipeline: the library and the class of every folder it uses, models and others. Empty for a model."""
-    index = directory / "model_index.json"
-    listed = read_json(index) if index.is_file() else {}
-    return {
-        name: (value[0], value[1])
-        for name, value in listed.items()
-        if isinstance(value, list)
-        and len(value) == 2
-        and all(isinstance(part, str) for part in value)
-        and name.isidentifier()
-        and (directory / name).is_dir()
-    }
-
-
 def model_folders(directory: Path) -> list[str]:
     """The folders that have a model's weights: of a pipeline, those of its components; else "", the directory."""
-    if not (directory / "model_index.json").is_file():
+    if not (directory / INDEX_NAME).is_file():
         return [""]
     # Schedulers, tokenizers and processors call theirs something else.
     return [name for name in components_of(directory) if (directory / name / "config.json").is_file()]
@@ -68,20 +45,25 @@ def model_folders(directory: Path) -> list[str]:
 def find_checkpoints(directory: Path, variant: str | None) -> dict[str, Path]:
     """The checkpoint of every folder of model_folders(); of a pipeline, not every one need have the variant.
 
-    Raises FlashPackError naming the folders that have none.
+    Raises FlashPackError naming the folders that have none, or a file that a link has elsewhere.
     """
-    found = {folder: _find(directory, folder, variant) for folder in model_folders(directory)}
+    folders = model_folders(directory)
+    check_inside(directory, [directory / folder for folder in folders])
+    found = {folder: _find(directory, folder, variant) for folder in folders}
     lacking = [os.fspath(directory / folder) for folder, path in found.items() if path is None]
     if lacking or not found:
         what = f"no weights of variant {variant!r}" if variant else "no safetensors or torch weights"
         raise FlashPackError(f"{what} in {', '.join(lacking) or directory}")
-    return {folder: path for folder, path in found.items() if path is not None}
+    checkpoints = {folder: path for folder, path in found.items() if path is not None}
+    check_inside(directory, [file for path in checkpoints.values() for file in files_of(path)])
+    return checkpoints
 
 
-def download(repo_id: str, subfolder: str | None, variant: str | None, **hub: Any) -> Path:
+def download(repo_id: str, subfolder: str | None, variant: str | None, with_code: bool, **hub: Any) -> Path:
     """The local copy of a model on the Hub: what it needs beside the weights, and one set of those."""
-    directory = resolve_directory(repo_id, subfolder=subfolder, allow_patterns=_COMPANIONS, **hub)
-    is_pipeline = (directory / "model_index.json").is_file()
+    companions = [*_COMPANIONS, _CODE] if with_code else _COMPANIONS
+    directory = resolve_directory(repo_id, subfolder=subfolder, allow_patterns=companions, **hub)
+    is_pipeline = (directory / INDEX_NAME).is_file()
     variants = [variant, None] if variant and is_pipeline else [variant]
     for suffix, choice in ((suffix, choice) for suffix in (".safetensors", ".bin") for choice in variants):
         lacking = [folder for folder in model_folders(directory) if _find(directory, folder, variant) is None]
@@ -95,14 +77,21 @@ def download(repo_id: str, subfolder: str | None, variant: str | None, **hub: An
     return directory
 
 
-def copy_companions(source: Path, destination: Path) -> None:
-    """Copies what the model in `source` needs beside its weights."""
-    for folder in ("", *components_of(source)):
-        for file in (file for pattern in _COMPANIONS for file in (source / folder).glob(pattern)):
-            if file.is_file() and not is_index(file):
-                target = destination / file.relative_to(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
+def copy_companions(source: Path, destination: Path, with_code: bool) -> None:
+    """Copies what the model in `source` needs beside its weights; its Python files only `with_code`."""
+    folders = [source / folder for folder in ("", *components_of(source))]
+    files = [file for folder in folders for pattern in _COMPANIONS for file in folder.glob(pattern)]
+    code = [file for folder in folders for file in folder.glob(_CODE)]
+    if with_code:
+        files += code
+    elif code:
+        logger.warning("code is not copied unless copy_code asks for it: %s", ", ".join(map(os.fspath, code)))
+    files = [file for file in files if file.is_file() and not is_index(file)]
+    check_inside(source, files)
+    for file in files:
+        target = destination / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def own_files(directory: Path, pattern: str) -> None:

@@ -11,8 +11,16 @@ import torch
 
 from ._casts import PLAIN_FLOATS
 from ._checkpoint import open_checkpoint
-from ._directory import components_of, read_json
 from ._native import FlashPackError
+from ._repository import (
+    auto_map_in,
+    blaming,
+    check_folder,
+    check_model_config,
+    components_of,
+    string_in,
+    strings_in,
+)
 
 
 def build_model(
@@ -26,17 +34,19 @@ def build_model(
     Raises FlashPackError when the library does not know the class, or would make up tensors that the checkpoint lacks.
     """
     home = directory / folder
+    check_folder(directory, folder)
+    config = check_model_config(home)
     if folder:
-        library, class_name = components_of(directory)[folder]
-        cls = _class_of(library, class_name.removeprefix("FlashPack"))
+        cls = _component_class(*components_of(directory)[folder])
     else:
-        cls = _own_class(library, read_json(home / "config.json"))
+        cls = _own_class(library, home / "config.json", config)
     dtype = "torch_dtype" if cls.__module__.startswith("diffusers") else "dtype"
     keywords = {dtype: _dtype_of(checkpoint), "variant": variant, "output_loading_info": True, **kwargs}
     # A component need not have the variant that its pipeline has.
     if variant is not None and variant not in checkpoint.name.split("."):
         del keywords["variant"]
-    model, info = cls.from_pretrained(home, **keywords)
+    with blaming(home):
+        model, info = cls.from_pretrained(home, **keywords)
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise FlashPackError(
@@ -48,18 +58,21 @@ def build_model(
     return model
 
 
-def _own_class(library: str, config: dict[str, Any]) -> Any:
+def _own_class(library: str, path: Path, config: dict[str, Any]) -> Any:
     """The class that a model's configuration names; for one that the library does not know, its AutoModel."""
     module = importlib.import_module(library)
     if library == "diffusers":
-        return getattr(module, str(config.get("_class_name")).removeprefix("FlashPack"), module.AutoModel)
-    name = str((config.get("architectures") or [None])[0])
+        name = string_in(path, config, "_class_name") or ""
+        return _subclass(module, name.removeprefix("FlashPack"), module.ModelMixin) or module.AutoModel
+    name = next(iter(strings_in(path, config, "architectures")), "")
     # Code that came with the checkpoint is reached through the Auto class that it is registered for.
-    auto = [key for key, target in (config.get("auto_map") or {}).items() if str(target).endswith(f".{name}")]
-    return getattr(module, name, None) or getattr(module, auto[0] if auto else "AutoModel", module.AutoModel)
+    autos = [key for key, target in auto_map_in(path, config).items() if target.endswith(f".{name}")]
+    base = module.models.auto.auto_factory._BaseAutoModelClass
+    auto = _subclass(module, autos[0], base) if autos else None
+    return _subclass(module, name, module.PreTrainedModel) or auto or module.AutoModel
 
 
-def _class_of(library: str, name: str) -> Any:
+def _component_class(library: str, name: str) -> Any:
     """The class of a pipeline's component. The names come from a file: modules of other libraries are not imported."""
     import diffusers
 
@@ -67,10 +80,16 @@ def _class_of(library: str, name: str) -> Any:
     if library == "transformers":
         known[library] = importlib.import_module(library)
     module = known.get(library, getattr(diffusers.pipelines, library, None))
-    cls = getattr(module, name, None)
+    cls = _subclass(module, name.removeprefix("FlashPack"), torch.nn.Module)
     if cls is None:
         raise FlashPackError(f"{name} of {library} is not known to diffusers {diffusers.__version__} or transformers")
     return cls
+
+
+def _subclass(module: Any, name: str, *bases: type) -> Any:
+    """The class of that name, if it is one of these."""
+    found = getattr(module, name, None) if name else None
+    return found if isinstance(found, type) and issubclass(found, bases) else None
 
 
 def _dtype_of(checkpoint: Path) -> torch.dtype:

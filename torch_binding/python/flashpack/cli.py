@@ -86,6 +86,7 @@ def metadata(path: str, show_index: bool, as_json: bool) -> None:
 @click.option("--ignore-suffixes", multiple=True, metavar="SUFFIX", help="Leave out what ends so.  [repeatable]")
 @click.option("--use-transformers", is_flag=True, help="Build the model with transformers, for its module names.")
 @click.option("--use-diffusers", is_flag=True, help="Build the model with diffusers, for its module names.")
+@click.option("--copy-code", is_flag=True, help="Copy Python files that come with a model, too. None of them is run.")
 @_FORCE
 @_VERBOSE
 def convert(
@@ -104,8 +105,9 @@ def convert(
 
     A file becomes a file: by default, SOURCE with the suffix .flashpack. A directory becomes a directory:
     DESTINATION/model.flashpack with the configuration, tokenizer and generation files beside it, and for a pipeline one
-    model.flashpack in the folder of each component. By default DESTINATION is the directory itself; a repository has no
-    default. A DESTINATION *.flashpack is a file here, too, of the weights alone. SOURCE is never changed.
+    model.flashpack in the folder of each component; code stays behind unless --copy-code asks for it. By default
+    DESTINATION is the directory itself; a repository has no default. A DESTINATION *.flashpack is a file here, too, of
+    the weights alone. SOURCE is never changed.
 
     Tensors keep the names they have in the checkpoint, and no model is built. --use-transformers and --use-diffusers
     build it and take the names of its modules: what a plain load_state_dict() of that model wants.

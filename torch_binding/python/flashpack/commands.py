@@ -85,8 +85,9 @@ def convert_to_flashpack(
     never if it is the source.
 
     `dtype`: what floating-point tensors are cast to, as in pack_to_file. `ignore_*`: names not to write.
-    `kwargs`: `subfolder` and `variant` of a directory; arguments of huggingface_hub, like `revision`; with `use_*`, of
-    from_pretrained().
+    `kwargs`: `subfolder` and `variant` of a directory; `copy_code=True`, which copies the Python files that come with a
+    model, too, for loads that trust them (none of them is run); arguments of huggingface_hub, like `revision`; with
+    `use_*`, of from_pretrained().
 
     Raises FlashPackError (a ValueError) for a source that cannot be converted, OSError for the system's failures.
     """
@@ -261,6 +262,7 @@ def _convert_directory(
     hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
     rest = {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
     subfolder, variant = rest.pop("subfolder", None), rest.pop("variant", None)
+    copy_code = rest.pop("copy_code", False)
     if library is None:
         _warn_of_unused(rest)
     if os.path.isdir(source):
@@ -269,7 +271,8 @@ def _convert_directory(
         destination_path = _required(
             destination_path, f"{source}, which is no file or directory here but perhaps a repository,"
         )
-        directory = download(os.fspath(source), subfolder, variant, **hub)
+        with_code = copy_code or bool(rest.get("trust_remote_code"))
+        directory = download(os.fspath(source), subfolder, variant, with_code, **hub)
     else:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(source))
     destination = directory if destination_path is None else Path(destination_path)
@@ -294,7 +297,7 @@ def _convert_directory(
         for folder, checkpoint in checkpoints.items():
             pack(folder, checkpoint, stage / folder / WEIGHTS_NAME)
         if not (destination.exists() and destination.samefile(directory)):
-            copy_companions(directory, stage)
+            copy_companions(directory, stage, copy_code)
     return os.fspath(destination if destination_path is None else destination_path)
 
 

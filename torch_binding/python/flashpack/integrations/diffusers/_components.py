@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffusers
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers.pipelines import pipeline_loading_utils
 
 from ..._native import FlashPackError
+from ..._repository import INDEX_NAME, OPTIONS, check_folder, check_model_config, components_of
 from .._classes import PREFIX, original_class, promoted_class
 from .model import FlashPackDiffusersModelMixin
 
@@ -75,26 +77,6 @@ def declared_classes(pipeline_class: Any) -> dict[str, type]:
     return declared
 
 
-def entries_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Library and class of each component of a model_index.json, in the order of the names; absent ones left out."""
-    entries = {}
-    for name, value in sorted(index.items()):
-        if not name.startswith("_") and isinstance(value, (list, tuple)) and len(value) == 2 and value[0] is not None:
-            entries[name] = (value[0], value[1])
-    return entries
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object of a config file. FlashPackError if it is not one."""
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise FlashPackError(f"{path} is not a JSON file") from error
-    if not isinstance(content, dict):
-        raise FlashPackError(f"{path} is not a JSON object")
-    return content
-
-
 def index_entry(cls: type) -> tuple[str, str]:
     """Library and class of a model, as diffusers writes them into model_index.json."""
     original = original_class(cls, mixin_for(cls))
@@ -127,14 +109,67 @@ def class_named(library: str, name: str) -> Any:
     if library.startswith(_OURS):
         # flashpack 0.4.5 wrote the module that had made the class.
         library = library.removeprefix(_OURS).split(".")[0]
-    if library in _LIBRARIES:
-        module: Any = importlib.import_module(library)
-    else:
-        module = getattr(diffusers.pipelines, library, None) or sys.modules.get(library)
-    if module is None:
-        raise FlashPackError(f"{library} has not been imported: import it first, or pass the component")
+    module = _module_named(library)
     for candidate in (name, name.removeprefix(PREFIX)):
         found = getattr(module, candidate, None)
         if isinstance(found, type):
             return found
     raise FlashPackError(f"{library} has no class {name}")
+
+
+def accepted_components(pipeline_class: Any) -> set[str]:
+    """The names of what the constructor of a pipeline takes and an index may name: no options of from_pretrained()."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(pipeline_class.__init__).parameters
+    return {name for name, parameter in parameters.items() if parameter.kind in kinds} - OPTIONS
+
+
+def check_components(pipeline_class: Any, directory: Path, there: Collection[str]) -> None:
+    """Raises FlashPackError where diffusers would run code of a pipeline's directory, or read another one.
+
+    `there`: the components that it need not load.
+    """
+    accepted = accepted_components(pipeline_class)
+    for name, (library, class_name) in components_of(directory).items():
+        if name not in accepted or name in there:
+            continue
+        index = directory / INDEX_NAME
+        # diffusers takes what has no folder of its own from the directory itself.
+        folder = name if (directory / name).is_dir() else ""
+        check_folder(directory, folder)
+        check_model_config(directory / folder)
+        if (directory / name / f"{library}.py").exists():
+            raise FlashPackError(
+                f"{index}: {name} is {class_name} of code that comes with it, which needs trust_remote_code"
+            )
+        found = getattr(_module_named(library), class_name.removeprefix(PREFIX), None)
+        # diffusers knows what some have been called before, which are no more, and which need another package.
+        if found is None or type(found).__name__ == "DummyObject":
+            continue
+        if not (isinstance(found, type) and issubclass(found, _loadable())):
+            raise FlashPackError(f"{index}: {name} is {class_name} of {library}, which is no component of a pipeline")
+        if issubclass(found, DiffusionPipeline):
+            check_components(found, directory / name, ())
+
+
+def _module_named(library: str) -> Any:
+    if library in _LIBRARIES:
+        return importlib.import_module(library)
+    module = getattr(diffusers.pipelines, library, None)
+    if not isinstance(module, ModuleType):
+        module = sys.modules.get(library)
+    if module is None:
+        raise FlashPackError(f"{library} has not been imported: import it first, or pass the component")
+    return module
+
+
+def _loadable() -> tuple[type, ...]:
+    """What diffusers takes for a component."""
+    known = pipeline_loading_utils.LOADABLE_CLASSES
+    modules = {library: sys.modules.get(library) for library in known}
+    return tuple(
+        base
+        for library, names in known.items()
+        for base in (getattr(modules[library], name, None) for name in names)
+        if isinstance(base, type)
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,17 @@ from diffusers import ConfigMixin
 from ..._footer import StrPath
 from ..._meta_init import meta_parameters
 from ..._native import FlashPackError
+from ..._repository import (
+    INDEX_NAME,
+    auto_map_in,
+    check_folder,
+    check_model_config,
+    components_of,
+    string_in,
+    strings_in,
+)
 from .._hub import resolve_directory
-from ._components import class_named, entries_of, flashpack_class, promote, read_json
+from ._components import class_named, flashpack_class, promote
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_dir", "local_files_only", "proxies", "revision", "token")
 
@@ -44,9 +55,10 @@ class AutoFlashPackModel(ConfigMixin):
             raise FlashPackError("pretrained_model_or_path is required")
         trust_remote_code = kwargs.pop("trust_remote_code", False)
         subfolder = kwargs.get("subfolder") or ""
+        code = ("*.py",) if trust_remote_code else ()
         directory = resolve_directory(
             pretrained_model_or_path,
-            allow_patterns=("model_index.json", *(str(Path(subfolder, name)) for name in ("config.json", "*.py"))),
+            allow_patterns=(INDEX_NAME, *(str(Path(subfolder, name)) for name in ("config.json", *code))),
             **{name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs},
         )
         model_class = flashpack_class(_class_of(directory, subfolder, trust_remote_code))
@@ -54,17 +66,21 @@ class AutoFlashPackModel(ConfigMixin):
 
 
 def _class_of(directory: Path, subfolder: str, trust_remote_code: bool) -> Any:
-    index = directory / "model_index.json"
-    if subfolder and index.is_file():
-        entry = entries_of(read_json(index)).get(subfolder)
-        if entry is not None:
-            return class_named(*entry)
-    config = read_json(directory / subfolder / "config.json")
-    if trust_remote_code and "AutoModel" in config.get("auto_map", ()):
+    entry = components_of(directory).get(subfolder) if subfolder else None
+    if entry is not None:
+        check_folder(directory, subfolder)
+        return class_named(*entry)
+    path = directory / subfolder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+    config = check_model_config(path.parent)
+    if trust_remote_code and "AutoModel" in auto_map_in(path, config):
         with meta_parameters():
-            return type(diffusers.AutoModel.from_config(directory / subfolder, trust_remote_code=True))
-    if "_class_name" in config:
-        return class_named("diffusers", config["_class_name"])
-    if config.get("architectures"):
-        return class_named("transformers", config["architectures"][0])
-    raise FlashPackError(f"{directory / subfolder / 'config.json'} does not say which class the model is of")
+            return type(diffusers.AutoModel.from_config(path.parent, trust_remote_code=True))
+    name = string_in(path, config, "_class_name")
+    if name is not None:
+        return class_named("diffusers", name)
+    architectures = strings_in(path, config, "architectures")
+    if architectures:
+        return class_named("transformers", architectures[0])
+    raise FlashPackError(f"{path} does not say which class the model is of")

@@ -20,6 +20,7 @@ from ..._casts import PLAIN_FLOATS, check_asked
 from ..._directory import own_files
 from ..._footer import Footer, StrPath, Verify, read_footer
 from ..._native import FlashPackError
+from ..._repository import blaming, check_model_config
 from ...constants import (
     DEFAULT_ALIGN_BYTES,
     DEFAULT_CHUNK_BYTES,
@@ -147,8 +148,8 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         not take is logged.
         The other arguments are those of from_flashpack and of huggingface_hub.snapshot_download.
 
-        Raises FileNotFoundError without `model.flashpack`, OSError without config.json, and what assign_from_file
-        raises.
+        Raises FileNotFoundError without `model.flashpack`, OSError without config.json, FlashPackError for one of which
+        the class cannot be built, and what assign_from_file raises.
         """
         given = dict(locals())
         directory = resolve_directory(
@@ -164,9 +165,12 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         # The model is built with the dtypes that are wanted.
         options["coerce_dtype"] = coerce_dtype or dtype is not None
         config = kwargs.pop("config", None)
-        if config is None:
-            config = cls.load_config(directory)
-        build = partial(_build, cls, config, _overrides(cls, config, kwargs), read_footer(path), dtype)
+        config_path = directory / "config.json"
+        with blaming(config_path):
+            if config is None:
+                config = check_model_config(directory) or cls.load_config(directory)
+            overrides = _overrides(cls, config, kwargs)
+        build = partial(_build, cls, config, config_path, overrides, read_footer(path), dtype)
         model = cls.from_flashpack(path, init_fn=build, **options)
         model.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         return model
@@ -235,11 +239,16 @@ def _overrides(cls: Any, config: Mapping[str, Any], kwargs: dict[str, Any]) -> d
 
 
 def _build(
-    cls: Any, config: Mapping[str, Any], overrides: dict[str, Any], footer: Footer, dtype: torch.dtype | None
+    cls: Any,
+    config: Mapping[str, Any],
+    config_path: Path,
+    overrides: dict[str, Any],
+    footer: Footer,
+    dtype: torch.dtype | None,
 ) -> Any:
     """A new model whose floating-point tensors have the dtypes that those of the file will have."""
     stored = {entry.name: string_to_dtype(entry.dtype) for entry in footer.entries()}
-    with _default_dtype(_main_dtype(footer) if dtype is None else dtype):
+    with blaming(config_path), _default_dtype(_main_dtype(footer) if dtype is None else dtype):
         model = cls._flashpack_builder()(config, **overrides)
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, slot in slots_of(model).items():

@@ -18,6 +18,14 @@ from diffusers import DiffusionPipeline
 from ..._directory import own_files
 from ..._footer import StrPath, Verify
 from ..._native import FlashPackError
+from ..._repository import (
+    INDEX_NAME,
+    blaming,
+    check_folder,
+    components_of,
+    read_json,
+    string_in,
+)
 from ...constants import (
     DEFAULT_ALIGN_BYTES,
     DEFAULT_CHUNK_BYTES,
@@ -29,21 +37,20 @@ from ...utils import logger
 from .._classes import PREFIX, original_class, promoted_class
 from .._hub import resolve_directory, upload_directory
 from ._components import (
+    accepted_components,
+    check_components,
     class_named,
     declared_classes,
-    entries_of,
     entry_known_to_diffusers,
     flashpack_class,
     has_mixin,
     index_entry,
     mixin_for,
     promote,
-    read_json,
     uncompiled,
 )
 from .model import OF_LOAD, flashpack_file, make_directory, one_device, requested_dtype
 
-INDEX_NAME = "model_index.json"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_dir", "local_files_only", "proxies", "revision", "token")
 _WEIGHTS = frozenset({".bin", ".onnx", ".pb", ".pt", ".safetensors"})
 
@@ -154,7 +161,11 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
         dtype or {component: dtype, "default": dtype}; `rank`, `local_rank`, `world_size`; what from_pretrained() takes.
         The other arguments are those of FlashPackDiffusersModelMixin.from_pretrained_flashpack.
 
-        Raises RuntimeError "Error loading X from LIBRARY CLASS", with its cause, if a component cannot be loaded.
+        Nothing in the directory runs code, or is an option of the load; `trust_remote_code` and its like have no effect
+        but as arguments.
+
+        Raises FlashPackError for files that are not a pipeline's. What a component raises becomes a RuntimeError "Error
+        loading X from LIBRARY CLASS", which is a FlashPackError, too, where its cause is one.
         """
         options = {name: value for name, value in locals().items() if name in OF_LOAD}
         if pretrained_model_name_or_path is None:
@@ -162,9 +173,13 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
         options["device"] = device = one_device(device, kwargs.pop("device_map", None))
         options |= {name: kwargs.pop(name, None) for name in ("rank", "local_rank", "world_size")}
         directory = _download(pretrained_model_name_or_path, kwargs)
-        index = read_json(directory / INDEX_NAME)
-        pipeline_class = _pipeline_class(cls, index)
-        entries = {name: entry for name, entry in entries_of(index).items() if name not in kwargs}
+        pipeline_class = _pipeline_class(cls, directory, kwargs)
+        accepted = accepted_components(pipeline_class)
+        entries = {
+            name: entry
+            for name, entry in sorted(components_of(directory).items())
+            if name in accepted and name not in kwargs
+        }
         dtype = requested_dtype(dict(kwargs))
         loaded = _load_components(pipeline_class, directory, entries, dtype, options)
         if loaded and kwargs.get("quantization_config") is not None:
@@ -172,7 +187,12 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
         # It means something only to the download, and from_pretrained() would complain.
         kwargs.pop("local_dir", None)
         components = kwargs | loaded
-        with _understood_by_diffusers(directory, index, components) as understood:
+        if not kwargs.get("trust_remote_code"):
+            check_components(pipeline_class, directory, components)
+        with (
+            blaming(directory),
+            _understood_by_diffusers(directory, components) as understood,
+        ):
             pipeline: Self = pipeline_class.from_pretrained(understood, **components)
         pipeline.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         # Components without a flashpack file are still on the CPU.
@@ -190,7 +210,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
 
     def to_json_string(self) -> str:
         """The config, as ConfigMixin writes it, under the names of classes that are loadable without flashpack."""
-        components = {name: uncompiled(getattr(self, name, None)) for name in entries_of(self.config)}
+        components = {name: uncompiled(getattr(self, name, None)) for name in _components_in(self.config)}
         self.register_to_config(
             **{
                 name: index_entry(type(component))
@@ -204,6 +224,14 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
         stand_in = original.__new__(original)
         stand_in.register_to_config(**self.config)
         return str(stand_in.to_json_string())
+
+
+def _components_in(config: Mapping[str, Any]) -> list[str]:
+    return [
+        name
+        for name, value in sorted(config.items())
+        if not name.startswith("_") and isinstance(value, (list, tuple)) and len(value) == 2 and value[0] is not None
+    ]
 
 
 def _per_component(
@@ -234,13 +262,14 @@ def _save(
 def _download(path_or_repo: StrPath, arguments: Mapping[str, Any]) -> Path:
     """The directory of a pipeline. Of a repository, a component with a flashpack file comes without other weights."""
     hub = {name: arguments[name] for name in _HUB_ARGUMENTS if arguments.get(name) is not None}
-    directory = resolve_directory(path_or_repo, allow_patterns=("*.json", "*.flashpack", "*.py", "README.md"), **hub)
-    index = directory / INDEX_NAME
-    if Path(path_or_repo).is_dir() or not index.is_file():
+    code = ["*.py"] if arguments.get("trust_remote_code") or arguments.get("custom_pipeline") else []
+    patterns = ["*.json", "*.flashpack", "README.md", *code]
+    directory = resolve_directory(path_or_repo, allow_patterns=patterns, **hub)
+    if Path(path_or_repo).is_dir():
         return directory
     others = [
         f"{name}/*"
-        for name in entries_of(read_json(index))
+        for name in components_of(directory)
         if name not in arguments and not (directory / name / WEIGHTS_NAME).is_file()
     ]
     if others:
@@ -251,14 +280,23 @@ def _download(path_or_repo: StrPath, arguments: Mapping[str, Any]) -> Path:
     return directory
 
 
-def _pipeline_class(cls: type[Self], index: Mapping[str, Any]) -> Any:
+def _pipeline_class(cls: type[Self], directory: Path, arguments: Mapping[str, Any]) -> Any:
+    """The class of the pipeline; one of code that comes with it is left to diffusers, where the caller trusts that."""
+    path = directory / INDEX_NAME
+    index = read_json(path)
+    if not (arguments.get("trust_remote_code") and isinstance(index.get("_class_name"), list)):
+        string_in(path, index, "_class_name")
     if cls is not FlashPackDiffusionPipeline:
         return cls
     name = index.get("_class_name")
     original = getattr(diffusers, name.removeprefix(PREFIX), None) if isinstance(name, str) else None
-    if original is None:
-        raise FlashPackError(f"diffusers has no pipeline {name}: call from_pretrained_flashpack() of its class")
+    if not (isinstance(original, type) and issubclass(original, DiffusionPipeline)):
+        raise FlashPackError(f"{path}: diffusers has no pipeline {name}: call from_pretrained_flashpack() of its class")
     return promoted_class(original, FlashPackDiffusionPipeline)
+
+
+class _ComponentError(FlashPackError, RuntimeError):
+    """What 0.4.5 raises, for a file that is not valid."""
 
 
 def _load_components(
@@ -274,6 +312,7 @@ def _load_components(
     for name, (library, class_name) in entries.items():
         wanted = dtype.get(name, dtype.get("default")) if isinstance(dtype, Mapping) else dtype
         try:
+            check_folder(directory, name)
             if (directory / name / WEIGHTS_NAME).is_file():
                 cls: Any = declared.get(name) or flashpack_class(class_named(library, class_name))
                 arguments = options if wanted is None else {**options, "dtype": wanted}
@@ -281,7 +320,8 @@ def _load_components(
             elif _lacks_weights(directory / name, library, class_name):
                 flashpack_file(directory / name)
         except Exception as error:
-            raise RuntimeError(f"Error loading {name} from {library} {class_name}: {error}") from error
+            kind = _ComponentError if isinstance(error, FlashPackError) else RuntimeError
+            raise kind(f"Error loading {name} from {library} {class_name}: {error}") from error
     return loaded
 
 
@@ -296,15 +336,14 @@ def _lacks_weights(directory: Path, library: str, class_name: str) -> bool:
 
 
 @contextmanager
-def _understood_by_diffusers(
-    directory: Path, index: Mapping[str, Any], components: Mapping[str, Any]
-) -> Iterator[Path]:
+def _understood_by_diffusers(directory: Path, components: Mapping[str, Any]) -> Iterator[Path]:
     """`directory`, or a stand-in for it if its index names classes that diffusers does not take.
 
     Those are classes of one's own, and those of flashpack, which 0.4.5 named. `components` are there already.
     """
+    index = read_json(directory / INDEX_NAME)
     names = {}
-    for name, (library, class_name) in entries_of(index).items():
+    for name, (library, class_name) in components_of(directory).items():
         own = type(uncompiled(components[name])) if name in components else None
         if own is not None and mixin_for(own) is not None:
             names[name] = entry_known_to_diffusers(own)

@@ -27,6 +27,7 @@ from ..._footer import Entry, Footer, read_footer
 from ..._meta_init import meta_parameters, warn_of_meta
 from ..._native import FlashPackError
 from ..._own_code import own_code_of
+from ..._repository import blaming, check_model_config
 from ...deserialization import assign_from_file
 from ...utils import is_ignored_tensor_name, string_to_dtype
 
@@ -122,7 +123,9 @@ def load(
     `options` are those of assign_from_file, `arguments` those of from_pretrained().
     """
     arguments = _accepted(arguments)
-    config, arguments = _read_config(model_class, path.parent, arguments)
+    check_model_config(path.parent)
+    with blaming(path.parent):
+        config, arguments = _read_config(model_class, path.parent, arguments)
     generation_config = arguments.pop("generation_config", None)
     request = Request(
         path.parent,
@@ -211,7 +214,8 @@ def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, requ
     dtype = request.dtype or _main_dtype(request.footer)
     config = copy.deepcopy(config)  # It may be the caller's.
     config.dtype = dtype
-    with meta_parameters():
+    # What the caller passes on to the constructor may be wrong, too.
+    with blaming(request.directory, passed=(TypeError,) if request.arguments else ()), meta_parameters():
         model = model_class._from_config(config, dtype=dtype, **request.arguments)
     if not _OLD:
         _compute_buffers(model)
@@ -365,15 +369,16 @@ def _loaded_by_transformers(
     may_mismatch = arguments.pop("ignore_mismatched_sizes", False)
     if request.device != CPU:  # With a device map of any kind transformers asks for accelerate.
         arguments["device_map"] = {"": request.device}
-    model, info = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=values.state_dict(),
-        dtype=main,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **arguments,
-    )
+    with blaming(request.directory, passed=(RuntimeError,)):
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=values.state_dict(),
+            dtype=main,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **arguments,
+        )
     _refuse_own_code(model, request)
     if not may_mismatch:
         _check_shapes(model, info, request)
@@ -439,6 +444,12 @@ def _restore_dtypes(model: PreTrainedModel, values: _Values) -> None:
 def _finish(model: PreTrainedModel, request: Request, generation_config: GenerationConfig | None) -> None:
     model.eval()
     model.name_or_path = model.config.name_or_path = request.name
+    with blaming(request.directory):
+        _set_generation(model, request, generation_config)
+    warn_of_meta(model, request.footer.path)
+
+
+def _set_generation(model: PreTrainedModel, request: Request, generation_config: GenerationConfig | None) -> None:
     if model.can_generate():
         if generation_config is not None:
             model.generation_config = GenerationConfig.from_dict(generation_config.to_dict())

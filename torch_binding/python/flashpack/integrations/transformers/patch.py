@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from ..._repository import blaming
 from .._classes import demote, promoted_class
 from .model import FlashPackTransformersModelMixin, promote
 
@@ -67,7 +69,12 @@ def _divert(original: ClassMethod) -> ClassMethod:
 
 def _promote_result(original: ClassMethod) -> ClassMethod:
     def auto_method(cls: type, *args: Any, **kwargs: Any) -> Any:
-        result = original(cls, *args, **kwargs)
+        # Else this is transformers' own.
+        reading = (
+            blaming(f"{args[0]}", passed=(RuntimeError,)) if args and kwargs.get("use_flashpack") else nullcontext()
+        )
+        with reading:
+            result = original(cls, *args, **kwargs)
         # With output_loading_info it is not alone.
         promote(result[0] if isinstance(result, tuple) else result)
         return result

@@ -1,0 +1,240 @@
+"""Reading what a model's directory says, which may have come from anywhere. Needs no torch.
+
+Files are read only if they are regular ones, fields have the type that belongs there, and what a file names lies in the
+directory. docs/downloaded_repositories.md has the rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ._footer import StrPath
+from ._native import FlashPackError
+
+INDEX_NAME = "model_index.json"
+# Names of components become keyword arguments beside these, of from_pretrained() of diffusers' pipelines.
+OPTIONS = frozenset(
+    {
+        *("cache_dir", "custom_pipeline", "custom_revision", "dduf_file", "device", "device_map", "disable_mmap"),
+        *("dtype", "force_download", "load_connected_pipeline", "local_dir", "local_files_only", "low_cpu_mem_usage"),
+        *("max_memory", "mirror", "offload_folder", "offload_state_dict", "output_loading_info"),
+        *("pretrained_model_name", "pretrained_model_name_or_path", "provider", "provider_options", "proxies"),
+        *("quantization_config", "resume_download", "return_cached_folder", "revision", "sess_options", "token"),
+        *("torch_dtype", "trust_remote_code", "use_auth_token", "use_flashpack", "use_onnx", "use_safetensors"),
+        *("variant", "cls", "self"),
+    }
+)
+_LIBRARY = re.compile(r"\w[\w.-]*")
+_IMPLEMENTATION = re.compile(r"_implementation(_internal)?$")
+_JSON_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+
+
+def open_regular(path: StrPath) -> BinaryIO:
+    """Opens a file for reading. Never waits for a writer, as opening a FIFO does.
+
+    Raises FlashPackError for what is not a regular file, OSError for the system's failures.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FlashPackError(f"{os.fspath(path)} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises FlashPackError if that is not what it is, OSError for the system's failures."""
+    with open_regular(path) as file:
+        content = file.read()
+    try:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise FlashPackError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(value, dict):
+        raise FlashPackError(f"{path} is not a JSON object")
+    return value
+
+
+def string_in(path: Path, config: dict[str, Any], key: str) -> str | None:
+    """`config[key]`, of the file `path`. None if there is none; FlashPackError if it is no string."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, str):
+        raise _wrong_type(path, key, value, "a string")
+    return value
+
+
+def strings_in(path: Path, config: dict[str, Any], key: str) -> list[str]:
+    """The same for a list of strings. Empty if there is none."""
+    value = config.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+        raise _wrong_type(path, key, value, "a list of strings")
+    return value
+
+
+def auto_map_in(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The classes that are in code which comes with a configuration, by Auto class; of two tokenizers, the slow one."""
+    value = config.get("auto_map")
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _wrong_type(path, "auto_map", value, "an object")
+    first = {key: target[0] if isinstance(target, list) and target else target for key, target in value.items()}
+    for key, target in first.items():
+        if target is not None and not isinstance(target, str):
+            raise _wrong_type(path, f"auto_map[{key!r}]", target, "a string")
+    return {key: target for key, target in first.items() if target is not None}
+
+
+def check_model_config(directory: Path) -> dict[str, Any]:
+    """The configuration of a transformers or diffusers model, once it is known that libraries may be given it.
+
+    Empty if there is none. Raises FlashPackError where fields that steer the load have a wrong type, name a file
+    elsewhere, or ask for code from the Hub: `attn_implementation` and its like may name a repository of kernels there.
+    """
+    path = directory / "config.json"
+    config = _checked_config(path)
+    # By these, transformers reads another file in place of this one.
+    for name in strings_in(path, config, "configuration_files"):
+        _checked_config(directory / plain_name(path, name))
+    return config
+
+
+def plain_name(path: Path, name: object) -> str:
+    """`name`, which the file `path` has for another, once it is known to be one beside it."""
+    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\0\ud800-\udfff]", name):
+        raise FlashPackError(f"{path} names {name!r}, which is no file beside it")
+    return name
+
+
+def components_of(directory: Path) -> dict[str, tuple[str, str]]:
+    """Library and class of each component that the pipeline in `directory` names.
+
+    Those that it says are absent are left out. Empty for a directory without model_index.json.
+    """
+    index = directory / INDEX_NAME
+    return components_in(index, read_json(index)) if index.is_file() else {}
+
+
+def components_in(path: Path, index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The same of what was read from `path`. Settings of the pipeline, which stand there, too, are passed over."""
+    found = {}
+    for name, value in index.items():
+        # No argument of a constructor, and perhaps a path: diffusers passes that over, too.
+        if name.startswith("_") or not name.isidentifier():
+            continue
+        if not (isinstance(value, list) and len(value) == 2 and any(isinstance(part, str) for part in value)):
+            if value != [None, None] and (path.parent / name).is_dir():
+                raise _wrong_type(path, name, value, "a library and a class")
+            continue
+        library, class_name = value
+        if name in OPTIONS:
+            raise FlashPackError(f"{path} has a component {name!r}, which is an option of from_pretrained()")
+        if library is None:
+            continue
+        if not (isinstance(library, str) and isinstance(class_name, str)):
+            raise _wrong_type(path, name, value, "a library and a class")
+        if not _LIBRARY.fullmatch(library) or not class_name.isidentifier():
+            raise FlashPackError(f"{path}: {name} is {value!r}, which cannot be a library and a class")
+        found[name] = (library, class_name)
+    return found
+
+
+def check_inside(root: Path, paths: Iterable[Path]) -> None:
+    """Raises FlashPackError where a link leads from one of `paths` out of the directory `root`.
+
+    Where `root` is a snapshot in a Hub cache, its own blobs belong to it, wherever the cache has put them.
+    """
+    roots = [os.path.realpath(root), *map(os.path.realpath, _blobs_of(root))]
+    for path in paths:
+        if not _leads_into(os.path.abspath(path), roots[:1], roots[1:]):
+            raise FlashPackError(f"{path} is a link that leads out of {root}, to {os.path.realpath(path)}")
+
+
+def check_folder(root: Path, folder: str) -> None:
+    """check_inside() of the folder of a component, or the directory itself for "", and of all files in it."""
+    directory = root / folder
+    check_inside(root, [directory])
+    if directory.is_dir():
+        check_inside(root, (Path(entry) for entry in os.scandir(directory) if entry.is_symlink()))
+
+
+@contextlib.contextmanager
+def blaming(path: StrPath, passed: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """Around what a library makes of the files at `path`: turns what it stumbles over into a FlashPackError.
+
+    OSError, ImportError and MemoryError, and those of `passed`, stay what they are.
+    """
+    unchanged: tuple[type[BaseException], ...] = (FlashPackError, OSError, ImportError, MemoryError, *passed)
+    try:
+        yield
+    except RecursionError as error:
+        raise FlashPackError(f"{os.fspath(path)} cannot be used: it is nested too deeply") from error
+    except unchanged:
+        raise
+    except Exception as error:
+        raise FlashPackError(f"{os.fspath(path)} cannot be used: {type(error).__name__}: {error}") from error
+
+
+def _checked_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    config = read_json(path)
+    for key in ("_class_name", "model_type"):
+        string_in(path, config, key)
+    strings_in(path, config, "architectures")
+    auto_map_in(path, config)
+    for key, value in _fields(config):
+        if _IMPLEMENTATION.search(key) and any("/" in text for text in _texts(value)):
+            raise FlashPackError(
+                f"{path}: {key} names {value!r}, which is code from elsewhere; only the caller may ask for that"
+            )
+    return config
+
+
+def _leads_into(path: str, roots: list[str], blobs: list[str]) -> bool:
+    for _ in range(40):  # The kernel follows no more.
+        parent = os.path.realpath(os.path.dirname(path))
+        if parent in blobs:
+            return True
+        last = os.path.basename(path)
+        path = os.path.realpath(path) if last in ("", ".", "..") else os.path.join(parent, last)
+        if not os.path.islink(path):
+            return any(path == root or path.startswith(root.rstrip("/") + "/") for root in roots)
+        path = os.path.join(parent, os.readlink(path))
+    return False
+
+
+def _blobs_of(directory: Path) -> list[Path]:
+    """Where a Hub cache has the files of the snapshot that `directory` is, or is in."""
+    places = (Path(os.path.abspath(directory)), Path(os.path.realpath(directory)))
+    snapshots = {parent for place in places for parent in place.parents if parent.name == "snapshots"}
+    return [blobs for blobs in (parent.parent / "blobs" for parent in snapshots) if blobs.is_dir()]
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    """The fields of an object and of all that are in it."""
+    if isinstance(value, dict):
+        yield from value.items()
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for child in children:
+        yield from _fields(child)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for child in children:
+        yield from _texts(child)
+
+
+def _wrong_type(path: Path, key: str, value: Any, wanted: str) -> FlashPackError:
+    return FlashPackError(f"{path}: {key} is {_JSON_TYPES.get(type(value), 'a number')}, not {wanted}: {value!r:.200}")
