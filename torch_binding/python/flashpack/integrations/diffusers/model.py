@@ -165,12 +165,9 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         # The model is built with the dtypes that are wanted.
         options["coerce_dtype"] = coerce_dtype or dtype is not None
         config = kwargs.pop("config", None)
-        config_path = directory / "config.json"
-        with blaming(config_path):
-            if config is None:
-                config = check_model_config(directory) or cls.load_config(directory)
-            overrides = _overrides(cls, config, kwargs)
-        build = partial(_build, cls, config, config_path, overrides, read_footer(path), dtype)
+        if config is None:
+            config = check_model_config(directory) or cls.load_config(directory)
+        build = partial(_build, cls, directory, config, kwargs, read_footer(path), dtype)
         model = cls.from_flashpack(path, init_fn=build, **options)
         model.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         return model
@@ -240,16 +237,17 @@ def _overrides(cls: Any, config: Mapping[str, Any], kwargs: dict[str, Any]) -> d
 
 def _build(
     cls: Any,
+    directory: Path,
     config: Mapping[str, Any],
-    config_path: Path,
-    overrides: dict[str, Any],
+    kwargs: dict[str, Any],
     footer: Footer,
     dtype: torch.dtype | None,
 ) -> Any:
     """A new model whose floating-point tensors have the dtypes that those of the file will have."""
     stored = {entry.name: string_to_dtype(entry.dtype) for entry in footer.entries()}
-    with blaming(config_path), _default_dtype(_main_dtype(footer) if dtype is None else dtype):
-        model = cls._flashpack_builder()(config, **overrides)
+    default_dtype = _main_dtype(footer) if dtype is None else dtype
+    with blaming(directory / "config.json"), _default_dtype(default_dtype):
+        model = cls._flashpack_builder()(config, **_overrides(cls, config, kwargs))
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, slot in slots_of(model).items():
         wanted = stored.get(name)
