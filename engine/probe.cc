@@ -100,10 +100,10 @@ const char* text_of(engine::Ring::Rung rung) {
   return "";
 }
 
-// Reads through a slot until the ring has registered it, or said why not.
+// Reads through a whole slot until the ring has registered it, or said why not.
 void use_slot(engine::Ring& ring, const engine::Staging& staging, int fd) {
   for (int use = 0; use < 3; ++use) {
-    ring.push(0, {.op = engine::IoRequest::Op::kRead, .fd = fd, .memory = staging.slots()[0].first(4096), .slot = 0});
+    ring.push(0, {.op = engine::IoRequest::Op::kRead, .fd = fd, .memory = staging.slots()[0], .slot = 0});
     while (ring.wait(std::nullopt).empty()) {
     }
   }
