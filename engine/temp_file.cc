@@ -1,7 +1,9 @@
 #include "engine/temp_file.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/file.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -31,6 +33,16 @@ int lock(int fd) noexcept {
   return uninterrupted([fd] { return ::flock(fd, LOCK_EX | LOCK_NB); }) == 0 ? 0 : errno;
 }
 
+// A link of /proc leads to a file, whatever its text says: that of a file without a name is a name all the same.
+bool misnames(const std::filesystem::path& link, const std::filesystem::path& text) {
+  struct statfs file_system{};
+  struct stat file{};
+  struct stat named{};
+  if (::statfs(link.parent_path().c_str(), &file_system) != 0 || file_system.f_type != PROC_SUPER_MAGIC) return false;
+  if (::stat(link.c_str(), &file) != 0) return false;
+  return ::stat(text.c_str(), &named) != 0 || named.st_dev != file.st_dev || named.st_ino != file.st_ino;
+}
+
 }  // namespace
 
 std::filesystem::path absolute_path(const std::filesystem::path& path) {
@@ -51,7 +63,11 @@ std::filesystem::path resolve_links(const std::filesystem::path& path) {
     // Reading a link does not ask whether following it is allowed (fs.protected_symlinks).
     struct stat status{};
     if (::stat(resolved.c_str(), &status) != 0 && errno == EACCES) throw file_error(errno_code(EACCES), "create", path);
-    resolved = resolved.parent_path() / next;
+    auto text = resolved.parent_path() / next;
+    if (misnames(resolved, text)) {
+      throw file_error(Errc::kInvalidArgument, "create (an open file has no name that another one could take)", path);
+    }
+    resolved = std::move(text);
   }
   throw file_error(errno_code(ELOOP), "create", path);
 }

@@ -16,7 +16,7 @@ namespace flashpack::engine {
 std::filesystem::path absolute_path(const std::filesystem::path& path);
 
 /// The same; where it is a symbolic link, what it points to, there or not. Throws: Error; EACCES where the kernel would
-/// not follow the link.
+/// not follow the link, kInvalidArgument where it is one of /proc to an open file that has no name.
 std::filesystem::path resolve_links(const std::filesystem::path& path);
 
 /// A new file beside the one that it is to replace, `.NAME.<random>.tmp`, and the steps that put it in place.

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -146,6 +147,31 @@ TEST_F(TempFileTest, LinksAreFollowedToWhatIsThereOrIsNotYet) {
   EXPECT_EQ(resolve_links(dir_ / "third"), dir_ / "third");
   std::filesystem::create_symlink(dir_ / "absolute", dir_ / "third link");
   EXPECT_EQ(resolve_links(dir_ / "third link"), dir_ / "absolute");
+}
+
+TEST_F(TempFileTest, OpenFilesAreReplacedByNameOrNotAtAll) {
+  flashpack::testing::write_file(dir_ / "file", std::vector<std::byte>(5));
+  const UniqueFd named(::open((dir_ / "file").c_str(), O_RDWR | O_CLOEXEC));
+  const UniqueFd nameless(::open(dir_.path().c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
+  const UniqueFd in_memory(::memfd_create("memory", MFD_CLOEXEC));
+  ASSERT_TRUE(named && in_memory);
+  const auto link_to = [](const UniqueFd& fd) { return "/proc/self/fd/" + std::to_string(fd.get()); };
+  EXPECT_EQ(resolve_links(link_to(named)), dir_ / "file");
+  std::filesystem::create_symlink(link_to(in_memory), dir_ / "link");
+  std::vector<std::string> refused = {link_to(in_memory), dir_ / "link"};
+  if (nameless) refused.push_back(link_to(nameless));
+  for (const std::string& path : refused) {
+    try {
+      ADD_FAILURE() << resolve_links(path);
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), Errc::kInvalidArgument) << error.what();
+      EXPECT_EQ(error.path(), path);
+    }
+  }
+  // Its text is the name of another file now.
+  ::unlink((dir_ / "file").c_str());
+  flashpack::testing::write_file(dir_ / "file (deleted)", std::vector<std::byte>(5));
+  EXPECT_THROW(resolve_links(link_to(named)), Error);
 }
 
 TEST_F(TempFileTest, ACircleOfLinksIsAnError) {
