@@ -39,6 +39,8 @@ EngineOptions checked(EngineOptions options) {
     throw argument_error("EngineOptions::staging_bytes must be from 2 to 16384 chunks");
   }
   if (options.workers > 64) throw argument_error("EngineOptions::workers must be at most 64");
+  if (options.numa_node && *options.numa_node < 0)
+    throw argument_error("EngineOptions::numa_node must not be negative");
   if (options.workers == 0) options.workers = std::clamp(std::thread::hardware_concurrency(), 2u, 8u);
   return options;
 }
@@ -100,7 +102,7 @@ Engine::Impl::Impl(EngineOptions options) : options_(checked(std::move(options))
   try {
     driver_ = engine::start_thread("flashpack-drive", [this, moved = std::move(promise)]() mutable { drive(moved); });
   } catch (const std::system_error& error) {
-    throw Error(error.code(), "start engine: " + std::string(error.what()));
+    throw engine::failed("start engine", error);
   }
   try {
     ready.get();
@@ -133,6 +135,7 @@ void Engine::Impl::drive(std::promise<void>& ready) {
     const bool cuda = options_.device.kind == Device::Kind::kCuda;
     if (cuda && !options_.numa_node) options_.numa_node = engine::numa_node_of_cuda_device(options_.device.index);
     staging.emplace(options_.staging_bytes, options_.chunk_bytes, options_.numa_node.value_or(-1));
+    staging_reason_ = staging->fallback_reason();
     if (cuda) copier = engine::make_cuda_copier(options_.device.index, staging->slots());
     const engine::Pipeline::Limits limits{.queue_depth = options_.queue_depth, .worker_depth = 4 * options_.workers};
     const unsigned tags = engine::Pipeline::tag_limit(limits, staging->slots().size());
@@ -146,13 +149,13 @@ void Engine::Impl::drive(std::promise<void>& ready) {
     }
     if (options_.backend == Backend::kAuto) options_.backend = ring ? Backend::kIoUring : Backend::kWorkers;
     workers.emplace(options_.workers, tags, ring.get(), fallback_reason_);
+    if (!staging_reason_.empty()) fallback_reason_.append(fallback_reason_.empty() ? "" : "; ").append(staging_reason_);
     engine::IoQueue& disk = ring ? static_cast<engine::IoQueue&>(*ring) : *workers;
     pipeline.emplace(disk, *workers, copier.get(), staging->slots(), limits);
   } catch (const Error&) {
     return ready.set_exception(std::current_exception());
   } catch (const std::system_error& error) {
-    return ready.set_exception(
-        std::make_exception_ptr(Error(error.code(), "start engine: " + std::string(error.what()))));
+    return ready.set_exception(std::make_exception_ptr(engine::failed("start engine", error)));
   } catch (...) {
     return ready.set_exception(std::current_exception());
   }
@@ -167,6 +170,7 @@ std::shared_ptr<engine::TransferState> Engine::Impl::new_transfer(Completion* co
   state->owner = owner_;
   state->completion = completion;
   state->stats.backend = options_.backend;
+  state->note_fallback(staging_reason_);
   if (copier_) {
     state->stats.pinned = copier_->fallback_reason().empty();
     state->note_fallback(copier_->fallback_reason());
@@ -229,7 +233,7 @@ bool Engine::Impl::on_device(const void* memory) const {
   } catch (const Error&) {
     throw;
   } catch (const std::system_error& error) {
-    throw Error(error.code(), "start transfer");
+    throw engine::failed("start transfer", error);
   }
 }
 
@@ -239,7 +243,7 @@ void Engine::Impl::wait_for_stream(engine::TransferState& state, CUstream_st* st
   try {
     state.gate = copier_->gate(stream);
   } catch (const std::system_error& error) {
-    throw Error(error.code(), "start transfer");
+    throw engine::failed("start transfer", error);
   }
 }
 

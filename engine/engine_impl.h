@@ -49,6 +49,7 @@ class Engine::Impl {
   EngineOptions
       options_;  // Backend is settled by the driver thread before the constructor returns; then all is constant.
   std::string fallback_reason_;
+  std::string staging_reason_;  // The part of it that is not the queues'.
   const pid_t owner_;
   engine::Pipeline* pipeline_ = nullptr;  // On the driver thread's stack, until close(), both.
   engine::Copier* copier_ = nullptr;      // Null for the host.

@@ -33,6 +33,19 @@ class Category final : public std::error_category {
     }
     return "unknown error";
   }
+
+  std::error_condition default_error_condition(int value) const noexcept override {
+    switch (static_cast<Errc>(value)) {
+      case Errc::kInvalidArgument:
+        return std::errc::invalid_argument;
+      case Errc::kCancelled:
+        return std::errc::operation_canceled;
+      case Errc::kDeadlineExceeded:
+        return std::errc::timed_out;
+      default:
+        return {value, *this};
+    }
+  }
 };
 
 }  // namespace

@@ -34,6 +34,15 @@ inline Error range_error(std::error_code code, const char* operation, const std:
   return Error(code, context, path, offset_bytes);
 }
 
+/// The same failure, as one of `operation`: what() names its cause once.
+inline Error failed(const char* operation, const std::system_error& error) {
+  const std::string cause = error.code().message();
+  std::string what = error.what();
+  if (what.ends_with(cause)) what.resize(what.size() - cause.size());
+  if (what.ends_with(": ")) what.resize(what.size() - 2);
+  return Error(error.code(), what.empty() ? operation : std::string(operation) + ": " + what);
+}
+
 inline Error argument_error(const std::string& what) { return Error(Errc::kInvalidArgument, what); }
 
 }  // namespace flashpack::engine

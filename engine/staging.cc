@@ -4,9 +4,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <system_error>
 
+#include "engine/error.h"
 #include "engine/plan.h"
 
 namespace flashpack::engine {
@@ -15,13 +17,15 @@ namespace {
 
 constexpr std::uint64_t kHugePageBytes = std::uint64_t{2} << 20;
 
-// A wish like the others. By system call, because libnuma is more than is needed for it.
-void prefer_node(void* memory, std::size_t size_bytes, int node) {
-  constexpr int kPreferred = 1;  // MPOL_PREFERRED of <linux/mempolicy.h>.
-  constexpr int kMaxNodes = 64;
-  if (node < 0 || node >= kMaxNodes) return;
-  const std::uint64_t nodes = std::uint64_t{1} << node;
-  ::syscall(SYS_mbind, memory, size_bytes, kPreferred, &nodes, kMaxNodes + 1, 0);
+// 0, or an errno. By system call, because libnuma is more than is needed for it.
+int prefer_node(void* memory, std::size_t size_bytes, int node) {
+  constexpr int kPreferred = 1;    // MPOL_PREFERRED of <linux/mempolicy.h>.
+  constexpr int kMaxNodes = 1024;  // The most that Linux is built for.
+  std::array<std::uint64_t, kMaxNodes / 64> nodes{};
+  if (node >= kMaxNodes) return EINVAL;
+  const auto index = static_cast<std::size_t>(node);
+  nodes[index / 64] = std::uint64_t{1} << index % 64;
+  return ::syscall(SYS_mbind, memory, size_bytes, kPreferred, nodes.data(), kMaxNodes + 1, 0) == 0 ? 0 : errno;
 }
 
 }  // namespace
@@ -32,10 +36,12 @@ Staging::Staging(std::uint64_t total_bytes, std::uint32_t slot_bytes, int numa_n
   mapping_ =
       ::mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping_ == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "map staging memory");
-  // Both are wishes: without huge pages it is slower, without DONTFORK a fork in the middle of a load costs copies.
+  // All are wishes: without huge pages it is slower, without DONTFORK a fork in the middle of a load costs copies.
   ::madvise(mapping_, mapping_bytes_, MADV_HUGEPAGE);
   ::madvise(mapping_, mapping_bytes_, MADV_DONTFORK);
-  prefer_node(mapping_, mapping_bytes_, numa_node);
+  if (const int error = numa_node < 0 ? 0 : prefer_node(mapping_, mapping_bytes_, numa_node)) {
+    fallback_reason_ = "staging on NUMA node " + std::to_string(numa_node) + ": " + errno_code(error).message();
+  }
   auto* base = reinterpret_cast<std::byte*>(round_up(reinterpret_cast<std::uintptr_t>(mapping_), kHugePageBytes));
   for (std::uint64_t at = 0; at + slot_bytes <= total_bytes; at += slot_bytes)
     slots_.emplace_back(base + at, slot_bytes);

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 namespace flashpack::engine {
@@ -23,11 +24,14 @@ class Staging {
 
   /// In order of address.
   const std::vector<std::span<std::byte>>& slots() const noexcept { return slots_; }
+  /// Why `numa_node` is not where it lies; empty when it was not asked for, or is.
+  const std::string& fallback_reason() const noexcept { return fallback_reason_; }
 
  private:
   void* mapping_;
   std::size_t mapping_bytes_;
   std::vector<std::span<std::byte>> slots_;
+  std::string fallback_reason_;
 };
 
 }  // namespace flashpack::engine

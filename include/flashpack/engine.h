@@ -97,6 +97,7 @@ struct EngineOptions {
   /// CPUs for the engine's threads; empty leaves them to the scheduler.
   std::vector<int> cpu_affinity;
   /// Where staging memory lies: none is the node of the CUDA device, or for the host wherever the driver thread runs.
+  /// A wish: where it cannot be had, fallback_reason() says so.
   std::optional<int> numa_node;
 };
 
@@ -139,7 +140,8 @@ class Engine {
 
   /// What the constructor settled on: options as given, with 0 and kAuto resolved.
   const EngineOptions& options() const;
-  /// Why a slower backend was taken than asked for; empty when it was not. What one transfer met is in its stats.
+  /// Why a slower backend, or other memory, was taken than asked for; empty when it was not. What one transfer met is
+  /// in its stats.
   const std::string& fallback_reason() const;
 
  private:

@@ -9,14 +9,16 @@
 namespace flashpack {
 
 /// Failures of ours. Errors of the operating system keep their errno (`std::generic_category`), so
-/// `error.code() == std::errc::no_such_file_or_directory` and `error.code() == Errc::kTruncated` both work.
+/// `error.code() == std::errc::no_such_file_or_directory` and `error.code() == Errc::kTruncated` both work. Those that
+/// have their like in std::errc, which is named below, are equal to that, too.
 enum class Errc {
   kInvalidArgument = 1,  ///< The request cannot be right for any file: bad option, overlapping targets, null target.
+                         ///< std::errc::invalid_argument.
   kBadFile,              ///< The file is not a flashpack file, or its footer breaks a rule of the format.
   kTruncated,            ///< The file ends before the requested bytes do: a short read.
   kFileChanged,          ///< The file is not the one the caller's metadata came from, or changed while it was read.
-  kCancelled,            ///< Transfer::cancel(), or the handle was destroyed.
-  kDeadlineExceeded,     ///< The request's deadline passed first.
+  kCancelled,            ///< Transfer::cancel(), or the handle was destroyed. std::errc::operation_canceled.
+  kDeadlineExceeded,     ///< The request's deadline passed first. std::errc::timed_out.
   kUnusable,             ///< The engine is closed, or belongs to the parent of this forked process.
   kMismatch,             ///< The file is sound, but does not fit the module: names, shapes or dtypes.
   kCorrupt,              ///< Bytes of the file are not those whose checksum was written with them.

@@ -285,7 +285,9 @@ TEST_P(DeviceTest, StartingFailsCleanlyAtEachCall) {
         cuda().fail(function, 1 << 30, cudaSuccess);
         continue;
       }
-      EXPECT_NE(std::string(error->what()).find("cudaErrorInsufficientDriver"), std::string::npos) << error->what();
+      const std::string what = error->what();
+      EXPECT_NE(what.find("cudaErrorInsufficientDriver"), std::string::npos) << what;
+      EXPECT_EQ(what.find("cudaErrorInsufficientDriver"), what.rfind("cudaErrorInsufficientDriver")) << what;
       EXPECT_EQ(cuda().live_streams() + cuda().live_events() + cuda().registrations(), 0) << function;
     }
   }

@@ -352,8 +352,17 @@ TEST(EngineOptionsTest, OutOfRangeIsRefusedBeforeAnythingStarts) {
        {EngineOptions{.chunk_bytes = 3 * kMiB}, EngineOptions{.chunk_bytes = 4096}, EngineOptions{.queue_depth = 0},
         EngineOptions{.queue_depth = 5000}, EngineOptions{.staging_bytes = kMiB},
         EngineOptions{.staging_bytes = ~std::uint64_t{0}}, EngineOptions{.workers = 1000},
-        EngineOptions{.cpu_affinity = {-1}}}) {
+        EngineOptions{.cpu_affinity = {-1}}, EngineOptions{.numa_node = -2}}) {
     EXPECT_EQ(error_of([&] { Engine engine(options); }).code(), Errc::kInvalidArgument);
+  }
+}
+
+TEST(EngineOptionsTest, ANodeThatIsNotThereIsToldByTheEngineAndByItsTransfers) {
+  for (const int node : {1023, 5000}) {
+    Engine engine({.numa_node = node});
+    const std::string reason = "staging on NUMA node " + std::to_string(node);
+    EXPECT_NE(engine.fallback_reason().find(reason), std::string::npos) << engine.fallback_reason();
+    EXPECT_NE(engine.load({}).fallback_reason.find(reason), std::string::npos);
   }
 }
 

@@ -28,9 +28,24 @@ TEST(ErrorTest, CodesCompareWithErrcAndWithStdErrc) {
   EXPECT_EQ(engine::file_error(engine::errno_code(ENOENT), "open", "x").code(), std::errc::no_such_file_or_directory);
 }
 
+TEST(ErrorTest, OurCodesEqualTheirLikeInStdErrc) {
+  EXPECT_EQ(make_error_code(Errc::kCancelled), std::errc::operation_canceled);
+  EXPECT_EQ(make_error_code(Errc::kDeadlineExceeded), std::errc::timed_out);
+  EXPECT_EQ(make_error_code(Errc::kInvalidArgument), std::errc::invalid_argument);
+  EXPECT_NE(make_error_code(Errc::kTruncated), std::errc::timed_out);
+  EXPECT_EQ(make_error_code(Errc::kCancelled), Errc::kCancelled);
+}
+
+TEST(ErrorTest, ACauseThatIsPassedOnIsNamedOnce) {
+  const std::system_error with_a_call(ENODEV, std::generic_category(), "cudaSetDevice");
+  EXPECT_STREQ(engine::failed("start engine", with_a_call).what(), "start engine: cudaSetDevice: No such device");
+  const std::system_error bare(std::error_code(EAGAIN, std::generic_category()));
+  EXPECT_STREQ(engine::failed("start engine", bare).what(), "start engine: Resource temporarily unavailable");
+}
+
 TEST(ErrorTest, EveryErrcHasAMessageOfItsOwn) {
   std::set<std::string> messages = {flashpack_category().message(0)};
-  constexpr int kLast = static_cast<int>(Errc::kUnusable);
+  constexpr int kLast = static_cast<int>(Errc::kCorrupt);
   for (int value = 1; value <= kLast; ++value) messages.insert(flashpack_category().message(value));
   EXPECT_EQ(messages.size(), kLast + 1u);
 }
