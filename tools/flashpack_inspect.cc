@@ -135,7 +135,10 @@ std::string text_report(const Metadata& metadata, const std::string& path) {
   out += "  payload      " + exact_bytes(metadata.payload_bytes) + "\n";
   out += "  file         " + exact_bytes(metadata.identity.size_bytes) + "\n";
   out += "  checksums    " + std::string(metadata.checksums ? "CRC-32C of every MiB" : "none") + "\n";
-  out += "  alignment    " + (metadata.align_bytes == 0 ? "dense" : exact_bytes(metadata.align_bytes)) + "\n\n";
+  out += "  alignment    " + (metadata.align_bytes == 0 ? "dense" : exact_bytes(metadata.align_bytes)) + "\n";
+  for (const auto& [key, value] : metadata.user_metadata)
+    out += "  metadata     " + printable(key) + ": " + printable(value) + "\n";
+  out += "\n";
 
   Table macroblocks;
   macroblocks.add({"macroblock", "dtype", "offset", "elements", "size"});
@@ -178,6 +181,8 @@ std::string json_report(const Metadata& metadata) {
                        {"offset_elems", record.offset_elems},
                        {"length_elems", record.length_elems}});
   }
+  boost::json::object user_metadata;
+  for (const auto& [key, value] : metadata.user_metadata) user_metadata.emplace(key, value);
   const boost::json::object report = {
       {"format", "flashpack_v" + std::to_string(metadata.version)},
       {"align_bytes", metadata.align_bytes},
@@ -185,6 +190,7 @@ std::string json_report(const Metadata& metadata) {
       {"payload_bytes", metadata.payload_bytes},
       {"file_bytes", metadata.identity.size_bytes},
       {"has_checksums", metadata.checksums.has_value()},
+      {"metadata", std::move(user_metadata)},
       {"macroblocks", std::move(macroblocks)},
       {"tensors", std::move(tensors)},
       {"warnings", boost::json::array(metadata.warnings.begin(), metadata.warnings.end())}};

@@ -3,8 +3,10 @@
 #include <array>
 #include <boost/json/basic_parser_impl.hpp>
 #include <limits>
+#include <map>
 #include <set>
 #include <span>
+#include <tuple>
 #include <utility>
 
 #include "torch_binding/format_rules.h"
@@ -47,6 +49,7 @@ enum : std::size_t {
   kTotalPayloadBytes,
   kMacroblocks,
   kIndex,
+  kMetadata,
 };
 }
 namespace macroblock_key {
@@ -64,7 +67,8 @@ constexpr std::array kFooterKeys = {Key{"format", Type::kString},
                                     Key{"total_elems", Type::kInteger},
                                     Key{"total_payload_bytes", Type::kInteger},
                                     Key{"macroblocks", Type::kArray},
-                                    Key{"index", Type::kArray}};
+                                    Key{"index", Type::kArray},
+                                    Key{"metadata", Type::kObject}};
 constexpr std::array kMacroblockKeys = {Key{"dtype", Type::kString}, Key{"offset_bytes", Type::kInteger},
                                         Key{"length_bytes", Type::kInteger}, Key{"length_elems", Type::kInteger}};
 constexpr std::array kRecordKeys = {Key{"name", Type::kString}, Key{"shape", Type::kArray},
@@ -73,7 +77,7 @@ constexpr std::array kRecordKeys = {Key{"name", Type::kString}, Key{"shape", Typ
 constexpr std::size_t kMaxKeys = kFooterKeys.size();
 constexpr std::size_t kUnknownKey = kMaxKeys;
 
-enum class Scope : std::uint8_t { kFooter, kMacroblocks, kMacroblock, kIndex, kRecord, kShape, kIgnored };
+enum class Scope : std::uint8_t { kFooter, kMacroblocks, kMacroblock, kIndex, kRecord, kShape, kMetadata, kIgnored };
 
 std::span<const Key> keys_of(Scope scope) {
   switch (scope) {
@@ -157,7 +161,12 @@ class FooterHandler {
   bool on_string(Text part, std::size_t, ErrorCode&) {
     expect(Type::kString);
     text_ += part;
-    if (Frame& frame = frames_.back(); frame.key != kUnknownKey) frame.strings[frame.key] = text_;
+    Frame& frame = frames_.back();
+    if (frame.scope == Scope::kMetadata) {
+      user_value_->second = text_;
+    } else if (frame.key != kUnknownKey) {
+      frame.strings[frame.key] = text_;
+    }
     text_.clear();
     return true;
   }
@@ -201,6 +210,8 @@ class FooterHandler {
         return Type::kObject;
       case Scope::kShape:
         return Type::kInteger;
+      case Scope::kMetadata:
+        return Type::kString;
       default:
         return frame.key == kUnknownKey ? std::nullopt : std::optional(frame.keys[frame.key].type);
     }
@@ -213,7 +224,10 @@ class FooterHandler {
 
   Scope scope_of_object() const {
     if (frames_.empty()) return Scope::kFooter;
-    switch (frames_.back().scope) {
+    const Frame& frame = frames_.back();
+    switch (frame.scope) {
+      case Scope::kFooter:
+        return frame.key == footer_key::kMetadata ? Scope::kMetadata : Scope::kIgnored;
       case Scope::kMacroblocks:
         return Scope::kMacroblock;
       case Scope::kIndex:
@@ -239,6 +253,7 @@ class FooterHandler {
 
   void open_key() {
     Frame& frame = frames_.back();
+    if (frame.scope == Scope::kMetadata) return open_user_key();
     frame.key = kUnknownKey;
     for (std::size_t i = 0; i < frame.keys.size(); ++i) {
       if (frame.keys[i].name == text_) frame.key = i;
@@ -253,6 +268,12 @@ class FooterHandler {
     }
     if (frame.has(frame.key)) fail(where() + " has the key " + rules::quoted(text_) + " twice");
     frame.seen |= 1U << frame.key;
+  }
+
+  void open_user_key() {
+    bool is_new = false;
+    std::tie(user_value_, is_new) = fields_.user_metadata.try_emplace(text_);
+    if (!is_new) fail("the footer has the metadata " + rules::quoted(text_) + " twice");
   }
 
   void store(std::int64_t value) {
@@ -348,6 +369,7 @@ class FooterHandler {
     if (frames_.empty()) return "the footer";
     const Frame& frame = frames_.back();
     if (frame.scope == Scope::kShape) return where() + ": a dim of shape";
+    if (frame.scope == Scope::kMetadata) return where() + ": metadata " + rules::quoted(user_value_->first);
     if (frame.key == kUnknownKey) return where();
     return where() + ": " + std::string(frame.keys[frame.key].name);
   }
@@ -361,6 +383,7 @@ class FooterHandler {
   std::vector<Frame> frames_;
   std::string text_;  // Of the key or string being received in parts.
   std::vector<std::int64_t> shape_;
+  std::map<std::string, std::string>::iterator user_value_;  // Where the string that comes next belongs.
 };
 
 }  // namespace

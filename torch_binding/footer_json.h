@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -24,6 +25,7 @@ struct FooterFields {
   std::optional<std::vector<TensorRecord>> records;
   std::optional<std::string> crc32c_per_mib;
   std::optional<std::string> footer_crc32c;
+  std::map<std::string, std::string> user_metadata;
 };
 
 /// Integers fit int64 and are not negative. Keys that are not known are checked as JSON and passed over, except in

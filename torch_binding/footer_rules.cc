@@ -29,6 +29,7 @@ class FooterCheck {
     check_names();
     check_overlap_of_records();
     add_totals(fields);
+    metadata_.user_metadata = std::move(fields.user_metadata);
     if (fields.crc32c_per_mib) metadata_.checksums = checksums(*fields.crc32c_per_mib);
     return std::move(metadata_);
   }

@@ -36,6 +36,19 @@ bool is_utf8(std::string_view text) {
   return true;
 }
 
+void check_user_metadata(const Metadata& metadata) {
+  for (const auto& [key, value] : metadata.user_metadata) {
+    if (!is_utf8(key) || !is_utf8(value))
+      refuse_to_pack("pack metadata " + rules::quoted_bytes(key) + ": it is not UTF-8");
+  }
+}
+
+void check_size(std::uint64_t json_bytes) {
+  if (json_bytes > kMaxFooterBytes)
+    refuse_to_pack("pack: the footer of " + std::to_string(json_bytes) + " bytes is over the limit of " +
+                   std::to_string(kMaxFooterBytes) + ", and could not be read");
+}
+
 void check_names(std::span<const TensorSpec> tensors) {
   std::vector<std::string_view> names;
   names.reserve(tensors.size());
@@ -66,6 +79,10 @@ std::uint64_t multiply(std::uint64_t a, std::uint64_t b, const TensorSpec& tenso
 std::uint64_t round_up(std::uint64_t a, std::uint64_t b, const TensorSpec& tensor) {
   const std::uint64_t over = a % b;
   return over == 0 ? a : add(a, b - over, tensor);
+}
+
+std::uint64_t pieces_of(std::uint64_t payload_bytes) {
+  return payload_bytes / Checksums::kPieceBytes + (payload_bytes % Checksums::kPieceBytes != 0);
 }
 
 std::vector<DType> dtypes_in_order(std::span<const TensorSpec> tensors) {
@@ -164,6 +181,18 @@ void append_preamble(std::string& out, const Metadata& metadata) {
   out += ']';
 }
 
+void append_user_metadata(std::string& out, const Metadata& metadata) {
+  if (metadata.user_metadata.empty()) return;
+  out += ",\"metadata\":{";
+  for (const auto& [key, value] : metadata.user_metadata) {
+    if (key != metadata.user_metadata.begin()->first) out += ',';
+    rules::append_json_string(out, key);
+    out += ':';
+    rules::append_json_string(out, value);
+  }
+  out += '}';
+}
+
 void append_checksums(std::string& out, const Checksums& checksums) {
   out += ",\"crc32c_per_mib\":\"";
   for (const std::uint32_t crc : checksums.crc32c) rules::append_crc(out, crc);
@@ -216,7 +245,25 @@ Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_by
   return metadata;
 }
 
+void check_footer(const Metadata& metadata, bool checksums) {
+  check_user_metadata(metadata);
+  // Part by part: as a whole it may be more than memory holds.
+  std::string part;
+  append_preamble(part, metadata);
+  append_user_metadata(part, metadata);
+  if (checksums) append_checksums(part, {});
+  std::uint64_t json_bytes = part.size() + std::string_view(",\"index\":[]}").size();
+  if (checksums) json_bytes += pieces_of(metadata.payload_bytes) * rules::kCrcDigits;
+  for (const TensorRecord& record : metadata.records) {
+    part.clear();
+    append_record_json(part, record, metadata.version == 4);
+    json_bytes += part.size() + (&record != &metadata.records.front());
+  }
+  check_size(json_bytes);
+}
+
 std::string encode_footer(const Metadata& metadata) {
+  check_user_metadata(metadata);
   std::string out;
   append_preamble(out, metadata);
   out += ",\"index\":[";
@@ -225,8 +272,10 @@ std::string encode_footer(const Metadata& metadata) {
     append_record_json(out, record, metadata.version == 4);
   }
   out += ']';
+  append_user_metadata(out, metadata);
   if (metadata.checksums) append_checksums(out, *metadata.checksums);
   out += '}';
+  check_size(out.size());
   const auto json_bytes = std::bit_cast<std::array<char, sizeof(std::uint64_t)>>(std::uint64_t{out.size()});
   out.append(json_bytes.data(), json_bytes.size());
   out += rules::kMagic;

@@ -62,7 +62,10 @@ Metadata layout_of(const StateDict& tensors, const std::filesystem::path& path, 
   for (const auto& [name, tensor] : tensors) specs.push_back(spec_of(name, tensor, path, options));
   std::vector<TensorSpec> ordered;
   for (const std::size_t i : file_order(specs, options.name_order)) ordered.push_back(std::move(specs[i]));
-  return make_layout(ordered, options.align_bytes);
+  Metadata metadata = make_layout(ordered, options.align_bytes);
+  metadata.user_metadata = options.metadata;
+  check_footer(metadata, options.checksum);
+  return metadata;
 }
 
 // Whether neighbours in the file are far from each other in memory. It then takes its room in a buffer twice.

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <optional>
 #include <span>
 #include <string>
@@ -74,8 +75,10 @@ struct Metadata {
   std::vector<Macroblock> macroblocks;
   std::vector<TensorRecord> records;   ///< In file order.
   std::optional<Checksums> checksums;  ///< Of the payload, when the file has them.
-  FileIdentity identity;               ///< Of the file it was read from; pass it on as FileExtents::expected.
-  std::vector<std::string> warnings;   ///< Harmless oddities, one sentence each.
+  /// What else whoever packed the file says of it, as `__metadata__` of safetensors files does: UTF-8, mostly empty.
+  std::map<std::string, std::string> user_metadata;
+  FileIdentity identity;              ///< Of the file it was read from; pass it on as FileExtents::expected.
+  std::vector<std::string> warnings;  ///< Harmless oddities, one sentence each.
 
   DType dtype(const TensorRecord& record) const { return macroblocks[record.macroblock].dtype; }
   /// Where a tensor's bytes are in the file.
@@ -83,8 +86,10 @@ struct Metadata {
   std::uint64_t size_bytes(const TensorRecord& record) const;
 };
 
+inline constexpr std::uint64_t kMaxFooterBytes = std::uint64_t{256} << 20;
+
 struct ReadMetadataOptions {
-  std::uint64_t max_footer_bytes = std::uint64_t{256} << 20;  ///< A longer footer is refused before it is read.
+  std::uint64_t max_footer_bytes = kMaxFooterBytes;  ///< A longer footer is refused before it is read.
 };
 
 /// Reads and checks a file's footer; trusts nothing in it, and allocates no more than the file's size justifies.
@@ -115,11 +120,17 @@ std::vector<std::size_t> file_order(std::span<const TensorSpec> tensors,
 /// are not UTF-8, negative dims, more than 64 dims, sizes past 2^63.
 Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_bytes);
 
-/// The bytes after the payload: JSON, its length, the magic. Without checksums, byte for byte what the Python reference
-/// writes. With them the JSON has two more keys, which other readers pass over: "crc32c_per_mib", eight hexadecimal
-/// digits for each MiB of the payload, and as the very last "footer_crc32c", over all of the JSON before its value.
-/// `metadata` is one that make_layout(), read_metadata() or parse_footer() returned, and its checksums are of
-/// payload_bytes bytes.
+/// Throws: Error (kInvalidArgument) where encode_footer() would refuse `metadata`, with checksums of its payload if
+/// `checksums`: to be asked before a payload is written.
+void check_footer(const Metadata& metadata, bool checksums);
+
+/// The bytes after the payload: JSON, its length, the magic. Without checksums and user metadata, byte for byte what
+/// the Python reference writes. They are further keys of the JSON, which other readers pass over: "metadata", an object
+/// of strings; "crc32c_per_mib", eight hexadecimal digits for each MiB of the payload; and as the very last
+/// "footer_crc32c", over all of the JSON before its value.
+/// `metadata` is one that make_layout(), read_metadata() or parse_footer() returned, its checksums are of payload_bytes
+/// bytes, and its user metadata may be set. Throws: Error (kInvalidArgument) for user metadata that is not UTF-8, and
+/// for JSON longer than kMaxFooterBytes, which no reader takes.
 std::string encode_footer(const Metadata& metadata);
 
 }  // namespace flashpack

@@ -14,6 +14,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
@@ -46,6 +47,8 @@ struct PackOptions {
   /// Puts checksums of the payload into the footer; readers that do not know them pass them over. Without them the file
   /// is, byte for byte, what the Python reference writes.
   bool checksum = true;
+  /// UTF-8; goes into the footer, as Metadata::user_metadata.
+  std::map<std::string, std::string> metadata;
 };
 
 /// Writes `tensors` to a new file that replaces `path` when it is complete and durable. The directory must exist.

@@ -251,6 +251,47 @@ INSTANTIATE_TEST_SUITE_P(
     }),
     test_name);
 
+INSTANTIATE_TEST_SUITE_P(
+    UserMetadata, Refused,
+    testing::ValuesIn(std::vector<Change>{
+        {"IsAString", kV3, "{", R"({"metadata":"pt",)", "the footer: metadata must be an object"},
+        {"IsNull", kV3, "{", R"({"metadata":null,)", "the footer: metadata must be an object"},
+        {"Twice", kV3, "{", R"({"metadata":{},"metadata":{},)", R"(the key "metadata" twice)"},
+        {"ValueIsANumber", kV3, "{", R"({"metadata":{"a":"b","rank":16},)", R"(metadata "rank" must be a string)"},
+        {"ValueIsNull", kV3, "{", R"({"metadata":{"rank":null},)", R"(metadata "rank" must be a string)"},
+        {"ValueIsTrue", kV3, "{", R"({"metadata":{"rank":true},)", R"(metadata "rank" must be a string)"},
+        {"ValueIsAnObject", kV3, "{", R"({"metadata":{"rank":{}},)", R"(metadata "rank" must be a string)"},
+        {"ValueIsAnArray", kV3, "{", R"({"metadata":{"rank":["16"]},)", R"(metadata "rank" must be a string)"},
+        {"KeyTwice", kV3, "{", R"({"metadata":{"a":"b","\u0061":"c"},)", R"(the metadata "a" twice)"},
+        {"NotUtf8", kV3, "{", "{\"metadata\":{\"a\":\"\xff\"},", "the footer is not valid JSON"},
+        {"HalfASurrogate", kV3, "{", R"({"metadata":{"a":"\ud800"},)", "the footer is not valid JSON"},
+    }),
+    test_name);
+
+TEST(FooterUserMetadata, IsReadAsItWasWrittenAndTheRestOfTheFooterStaysAsItIs) {
+  for (const std::string_view json : {kV3, kV4}) {
+    Metadata metadata = parse_footer(json, kPayloadBytes);
+    EXPECT_TRUE(metadata.user_metadata.empty());
+    const std::string plain = encode_footer(metadata);
+    metadata.user_metadata = {{"title", "\"\xc3\xa9\"\n"}, {"format", "pt"}, {"", ""}, {"name", std::string(1, '\0')}};
+    metadata.checksums = {.size_bytes = kPayloadBytes, .crc32c = {0x0badcafe}};
+    const std::string footer = encode_footer(metadata);
+    EXPECT_TRUE(footer.starts_with(
+        plain.substr(0, plain.size() - 17) +
+        ",\"metadata\":{\"\":\"\",\"format\":\"pt\",\"name\":\"\\u0000\",\"title\":\"\\\"\xc3\xa9\\\"\\n\"},\"crc"))
+        << footer;
+    const Metadata again = parse_footer(footer.substr(0, footer.size() - 16), kPayloadBytes);
+    EXPECT_EQ(again.user_metadata, metadata.user_metadata);
+    EXPECT_EQ(again.checksums, metadata.checksums);
+    EXPECT_EQ(encode_footer(again), footer);
+  }
+}
+
+TEST(FooterUserMetadata, OfUnknownObjectsIsPassedOver) {
+  const std::string json = R"({"x":{"metadata":{"a":1}},)" + std::string(kV3.substr(1));
+  EXPECT_TRUE(parse_footer(json, kPayloadBytes).user_metadata.empty());
+}
+
 TEST(FooterChecksums, OfTheFooterThatDoesNotMatchIsCorruption) {
   const std::string json = std::string(kV3.substr(0, kV3.size() - 1)) + R"(,"footer_crc32c":"01234567"})";
   EXPECT_NE(error_of(json).find("does not match its checksum"), std::string::npos) << error_of(json);

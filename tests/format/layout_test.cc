@@ -166,5 +166,36 @@ TEST(Layout, OfAnyTensorsIsReadBackAsItWasMade) {
   }
 }
 
+TEST(CheckedFooter, IsRefusedWhereItWouldBeTooLongToBeReadAndIsCountedToTheByte) {
+  Metadata metadata = make_layout(kTensors, 0);
+  metadata.user_metadata = {{"a", "b"}, {"c", "d"}};
+  EXPECT_NO_THROW(check_footer(metadata, true));
+  // So much that the checksums alone are over the limit.
+  const std::uint64_t pieces = kMaxFooterBytes / 8 + 1;
+  metadata.payload_bytes = pieces * Checksums::kPieceBytes - 1;
+  metadata.checksums.emplace();
+  const std::uint64_t rest_bytes = encode_footer(metadata).size() - 16;
+  EXPECT_NO_THROW(check_footer(metadata, false));
+  const std::string error = error_of([&] { check_footer(metadata, true); });
+  EXPECT_TRUE(contains(error, "footer of " + std::to_string(rest_bytes + 8 * pieces) + " bytes is over the limit"))
+      << error;
+}
+
+TEST(CheckedFooter, IsRefusedByItsEncoderToo) {
+  Metadata metadata = make_layout(kTensors, 0);
+  metadata.user_metadata["a"] = std::string(kMaxFooterBytes / 6, '\0');  // Six characters each.
+  EXPECT_TRUE(contains(error_of([&] { encode_footer(metadata); }), "over the limit of 268435456"));
+  EXPECT_TRUE(contains(error_of([&] { check_footer(metadata, false); }), "over the limit of 268435456"));
+}
+
+TEST(CheckedFooter, OfUserMetadataThatIsNotUtf8IsRefused) {
+  for (const auto& [key, value] : {std::pair("\xff", "b"), std::pair("a", "\xc3")}) {
+    Metadata metadata = make_layout(kTensors, 0);
+    metadata.user_metadata[key] = value;
+    EXPECT_TRUE(contains(error_of([&] { check_footer(metadata, false); }), "is not UTF-8"));
+    EXPECT_TRUE(contains(error_of([&] { encode_footer(metadata); }), "is not UTF-8"));
+  }
+}
+
 }  // namespace
 }  // namespace flashpack

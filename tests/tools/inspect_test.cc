@@ -97,6 +97,17 @@ TEST(Inspect, NamesCannotDriveTheTerminal) {
   EXPECT_NE(outcome.output.find(R"(\x1b]0;evil\x07\x9b\x7f)"), std::string::npos) << outcome.output;
 }
 
+TEST(Inspect, ShowsTheMetadataOfTheUser) {
+  Metadata metadata = make_layout(std::vector<TensorSpec>{{"a", DType::kInt8, {1}}}, 0);
+  metadata.user_metadata = {{"format", "pt"}, {"title", "\x1b[2J"}};
+  const Scratch file("x" + encode_footer(metadata));
+  const std::string text = inspect(quoted(file.path())).output;
+  EXPECT_NE(text.find("metadata     format: pt\n"), std::string::npos) << text;
+  EXPECT_NE(text.find("title: \\x1b[2J\n"), std::string::npos) << text;
+  const boost::json::value report = boost::json::parse(inspect("--json " + quoted(file.path())).output);
+  EXPECT_EQ(report.at("metadata").at("title").as_string(), "\x1b[2J");
+}
+
 TEST(Inspect, MissingFileExitsWith1) {
   const Outcome outcome = inspect("no/such.flashpack 2>&1");
   EXPECT_EQ(outcome.status, 1);

@@ -109,6 +109,15 @@ TEST_F(Pack, PutsChecksumsIntoTheFooterUnlessToldOtherwise) {
   EXPECT_FALSE(read_metadata(file()).checksums.has_value());
 }
 
+TEST_F(Pack, PutsMetadataIntoTheFooterAndRefusesWhatNoReaderTakesBeforeAnythingIsWritten) {
+  const StateDict tensors = {{"a", at::ones({3})}};
+  const Error error = error_of([&] { pack(tensors, {.metadata = {{"a", "\xff"}}}); });
+  EXPECT_EQ(error.code(), Errc::kInvalidArgument);
+  EXPECT_TRUE(std::filesystem::is_empty(directory_));
+  pack(tensors, {.metadata = {{"format", "pt"}}});
+  EXPECT_EQ(read_metadata(file()).user_metadata.at("format"), "pt");
+}
+
 TEST_F(Pack, CountsThePayloadItWrote) {
   const auto stats = pack_to_file(engine_, {{"a", at::ones({1000})}, {"b", at::ones({24}).to(at::kDouble)}}, file());
   EXPECT_EQ(stats.requested_bytes, 4000U + 192U);

@@ -1,6 +1,7 @@
 // The native half of the Python package: arguments in, GIL released, errors out. Nothing else.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/filesystem.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <deque>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -152,6 +154,7 @@ Dict footer_dict(const Metadata& metadata) {
     index.append(entry);
   }
   footer["index"] = index;
+  if (!metadata.user_metadata.empty()) footer["metadata"] = metadata.user_metadata;
   return footer;
 }
 
@@ -171,14 +174,18 @@ DType require_dtype(std::string_view name) {
 }
 
 Metadata layout(const std::vector<SpecTuple>& tensors, std::uint64_t align_bytes,
-                const std::optional<std::vector<std::string>>& name_order) {
+                const std::optional<std::vector<std::string>>& name_order,
+                std::map<std::string, std::string> user_metadata, bool checksums) {
   std::vector<TensorSpec> specs;
   specs.reserve(tensors.size());
   for (const auto& [name, dtype, shape] : tensors) specs.push_back({name, require_dtype(dtype), shape});
 
   std::vector<TensorSpec> ordered;
   for (const std::size_t i : file_order(specs, name_order)) ordered.push_back(std::move(specs[i]));
-  return make_layout(ordered, align_bytes);
+  Metadata metadata = make_layout(ordered, align_bytes);
+  metadata.user_metadata = std::move(user_metadata);
+  check_footer(metadata, checksums);
+  return metadata;
 }
 
 std::vector<PlaceTuple> places_of(const Metadata& metadata) {
@@ -399,7 +406,8 @@ void bind_format(nb::module_& module) {
       .def("footer", &footer_of, "checksums"_a = nb::none(), "The bytes that follow the payload.");
   module.def("read_footer", &read_footer, "path"_a, "The checked footer of a file.");
   module.def("layout", &layout, "tensors"_a, "align_bytes"_a, "name_order"_a = nb::none(),
-             "The layout of (name, dtype, shape) tensors.");
+             "user_metadata"_a = nb::dict(), "checksums"_a = false,
+             "The layout of (name, dtype, shape) tensors, once it is known that its footer can be read.");
   module.def("element_bytes", [](std::string_view dtype) { return element_bytes(require_dtype(dtype)); }, "dtype"_a);
 }
 
