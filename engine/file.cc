@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -26,6 +27,20 @@ FileIdentity identity_of(const struct stat& status) {
           .mtime_ns = std::int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec};
 }
 
+// fstat, of what an identity needs, but as the file system has it now: fstat may tell what one on a network or FUSE has
+// said some time ago, and a change since then would not be seen. False with errno.
+bool ask(int fd, struct stat& status) {
+  struct statx now{};
+  constexpr unsigned kWanted = STATX_TYPE | STATX_INO | STATX_SIZE | STATX_MTIME;
+  if (::statx(fd, "", AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, kWanted, &now) != 0) return ::fstat(fd, &status) == 0;
+  status.st_mode = now.stx_mode;
+  status.st_dev = ::gnu_dev_makedev(now.stx_dev_major, now.stx_dev_minor);
+  status.st_ino = now.stx_ino;
+  status.st_size = static_cast<off_t>(now.stx_size);
+  status.st_mtim = {.tv_sec = now.stx_mtime.tv_sec, .tv_nsec = now.stx_mtime.tv_nsec};
+  return true;
+}
+
 // None: the file system says that there is no direct I/O.
 std::optional<Alignment> direct_io_alignment(int fd) {
 #ifdef STATX_DIOALIGN
@@ -48,7 +63,7 @@ File File::open(const std::filesystem::path& path, const std::optional<FileIdent
   if (!fd) throw file_error(errno_code(errno), "open", path);
   File file(path, std::move(fd));
   struct stat status{};
-  if (::fstat(file.buffered_fd(), &status) != 0) throw file_error(errno_code(errno), "stat", path);
+  if (!ask(file.buffered_fd(), status)) throw file_error(errno_code(errno), "stat", path);
   if (S_ISDIR(status.st_mode)) throw file_error(errno_code(EISDIR), "open", path);
   if (!S_ISREG(status.st_mode)) throw file_error(Errc::kInvalidArgument, "open (not a regular file)", path);
   file.identity_ = identity_of(status);
@@ -60,7 +75,7 @@ File File::open(const std::filesystem::path& path, const std::optional<FileIdent
 File File::created(std::filesystem::path path, UniqueFd fd) {
   File file(std::move(path), std::move(fd));
   struct stat status{};
-  if (::fstat(file.buffered_fd(), &status) == 0) {
+  if (ask(file.buffered_fd(), status)) {
     file.identity_ = identity_of(status);
     file.open_direct(O_WRONLY);
   } else {
@@ -79,7 +94,7 @@ void File::open_direct(int access) {
   if (!direct_) direct_.reset(::open(path_.c_str(), access | O_CLOEXEC | O_DIRECT));
   if (!direct_) direct_error_ = errno;
   struct stat status{};
-  if (direct_ && (::fstat(direct_fd(), &status) != 0 || identity_of(status) != identity_)) direct_.reset();
+  if (direct_ && (!ask(direct_fd(), status) || identity_of(status) != identity_)) direct_.reset();
   if (!direct_) return;
   alignment_ = *alignment;
   if (access != O_RDONLY) {
@@ -98,7 +113,7 @@ void File::drop_from_cache() const noexcept { ::posix_fadvise(buffered_fd(), 0, 
 
 bool File::unchanged() const noexcept {
   struct stat status{};
-  return ::fstat(buffered_fd(), &status) == 0 && identity_of(status) == identity_;
+  return ask(buffered_fd(), status) && identity_of(status) == identity_;
 }
 
 }  // namespace flashpack::engine
