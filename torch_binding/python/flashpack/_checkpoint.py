@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ._footer import is_flashpack_file
+from ._footer import is_flashpack_file, logger
 from ._native import FlashPackError
 from ._repository import blaming, open_regular, plain_name, read_json
 
@@ -60,6 +60,25 @@ def open_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     return _open_sharded(path) if is_index(path) else _open_file(path)
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """What the safetensors files of a checkpoint say in `__metadata__`.
+
+    Entries about which several files contradict each other are left out, and a warning names them.
+    """
+    metadata: dict[str, str] = {}
+    disputed = set()
+    for file in files_of(path):
+        if file.suffix == ".safetensors":
+            for key, value in _header_of(file).items():
+                if metadata.setdefault(key, value) != value:
+                    disputed.add(key)
+    if disputed:
+        logger.warning(
+            "%s: its files contradict each other in metadata, which is left out: %s", path, ", ".join(sorted(disputed))
+        )
+    return {key: value for key, value in metadata.items() if key not in disputed}
+
+
 def files_of(path: Path) -> list[Path]:
     """`path`, and the files that it is the index of."""
     return [path, *sorted(set(_weight_map(path).values()))] if is_index(path) else [path]
@@ -91,6 +110,13 @@ def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
     with blaming(path), safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  It is no mapping.
+
+
+def _header_of(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with blaming(path), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def _open_pickle(path: Path, mmap: bool) -> dict[str, torch.Tensor]:

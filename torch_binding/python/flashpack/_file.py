@@ -34,6 +34,7 @@ def load_file(
     mmap: bool = False,
     verify: Verify = "auto",
     progress: Callable[[int, int], object] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Reads tensors of a file, in file order, each with memory of its own. What nobody wants is not read.
 
@@ -44,6 +45,7 @@ def load_file(
     that fits decides, and `device` where none does. Each device gets one load.
     `mmap`: maps the file instead of reading it (CPU only), see read_flashpack_file. `verify`: see assign_from_file.
     `progress`: called now and then, on this thread, with the bytes done and their total; what it raises ends the load.
+    `metadata`: a dict to put into what pack_to_file was given as `metadata`, of the state of the file that is read.
 
     Raises FlashPackError (a ValueError) for a file or an argument that is not valid, a name that the file lacks
     included; OSError for the system's failures.
@@ -62,6 +64,8 @@ def load_file(
             for name, tensor in read_tensors(footer, here, place, options).items():
                 tensors[name] = tensor.to(place).to(dtype_when_asked(tensor.dtype, dtype))
             read.finish(here)
+    if metadata is not None:
+        metadata.update(footer.metadata.get("metadata", {}))
     return {entry.name: tensors.pop(entry.name) for entry in entries}
 
 

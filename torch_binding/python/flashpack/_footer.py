@@ -98,7 +98,7 @@ def get_flashpack_file_metadata(path: StrPath) -> dict[str, Any]:
 
     Keys are normalised, whatever else the file has: `format`, `align_bytes`, `total_elems`, `index`, and `target_dtype`
     for one dtype or `macroblocks` and `total_payload_bytes` for several. Records of `index` count `offset` and `length`
-    in elements.
+    in elements. `metadata`: what was given to pack_to_file under that name, if anything was.
 
     Raises FlashPackError (a ValueError) naming the broken rule, OSError when the file cannot be read.
     """

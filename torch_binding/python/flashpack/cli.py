@@ -31,6 +31,7 @@ class _FlashPackFile(click.Path):
         return file
 
 
+_MAX_SHOWN = 1000
 _PATH = _FlashPackFile(exists=True)
 _VERBOSE = click.option("--verbose", "-v", is_flag=True, help="Tell what is done and, if it fails, where.")
 _FORCE = click.option("--force", is_flag=True, help="Replace the default destination if it exists.")
@@ -188,7 +189,7 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
 def _summary(footer: Footer) -> dict[str, Any]:
     """The keys of the footer, and whether it has checksums, of which there are too many to show."""
     summary = dict(footer.metadata)
-    lists: dict[str, Any] = {key: summary.pop(key) for key in ("macroblocks", "index") if key in summary}
+    lists: dict[str, Any] = {key: summary.pop(key) for key in ("metadata", "macroblocks", "index") if key in summary}
     has_checksums = footer.native is not None and footer.native.has_checksums
     return {**summary, "checksums": "crc32c" if has_checksums else "none", **lists}
 
@@ -196,7 +197,10 @@ def _summary(footer: Footer) -> dict[str, Any]:
 def _describe(footer: dict[str, Any]) -> Iterator[str]:
     digits = len(str(footer["total_payload_bytes" if footer["format"] == FILE_FORMAT_V4 else "total_elems"]))
     for key, value in footer.items():
-        if key == "macroblocks":
+        if key == "metadata":
+            yield f"{click.style(key, fg='green')}:"
+            yield from (f"  {click.style(_printable(name), fg='blue')}: {_shown(text)}" for name, text in value.items())
+        elif key == "macroblocks":
             yield f"{click.style(key, fg='green')}:"
             for i, block in enumerate(value):
                 begin, end = block["offset_bytes"], block["offset_bytes"] + block["length_bytes"]
@@ -220,6 +224,12 @@ def _list(index: list[dict[str, Any]], blocks: list[dict[str, Any]], digits: int
         last = which
         number = click.style(f"{i:0{len(str(len(index)))}d}", fg="magenta")
         yield f"  {number}: {elements} {click.style(_printable(record['name']), fg='blue')} {record['shape']}"
+
+
+def _shown(text: str) -> str:
+    """`text` for a line; --json has all of what is long."""
+    rest = len(text) - _MAX_SHOWN
+    return _printable(text) if rest <= 0 else f"{_printable(text[:_MAX_SHOWN])}... and {rest} characters more"
 
 
 def _printable(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ._checkpoint import files_of, open_checkpoint, stem_of
+from ._checkpoint import files_of, metadata_of, open_checkpoint, stem_of
 from ._directory import copy_companions, download, find_checkpoints, is_repo_id, staged
 from ._footer import StrPath, get_flashpack_file_metadata
 from ._native import FlashPackError
@@ -124,10 +124,8 @@ def convert_to_flashpack_from_state_dict(
     silent: bool = True,
 ) -> str:
     """pack_to_file, with names left out and the dtype perhaps given by its name. Returns the destination."""
-    wanted = filter_state_dict(state_dict, ignore_names, ignore_prefixes, ignore_suffixes)
-    target_dtype = string_to_dtype(dtype) if isinstance(dtype, str) else dtype
-    pack_to_file(wanted, destination_path, target_dtype, silent=silent)
-    return os.fspath(destination_path)
+    filters = {"ignore_names": ignore_names, "ignore_prefixes": ignore_prefixes, "ignore_suffixes": ignore_suffixes}
+    return _pack(state_dict, {}, destination_path, dtype, silent=silent, **filters)
 
 
 def convert_to_flashpack_from_model(
@@ -156,17 +154,17 @@ def convert_to_flashpack_from_state_dict_file(
 ) -> str:
     """Converts one checkpoint: a safetensors file, what torch.save wrote, or the index of several of either.
 
-    Only tensors are taken from it, nothing is run. They are read as they are written: no copy of the checkpoint is
-    made in memory. The destination and what is raised are those of convert_to_flashpack.
+    Only tensors and the `__metadata__` of safetensors files are taken from it, nothing is run. Tensors are read as they
+    are written: no copy of the checkpoint is made in memory. The destination and what is raised are those of
+    convert_to_flashpack.
     """
     source = Path(path)
     destination = Path(default_destination(source) if destination_path is None else destination_path)
     if destination_path is None:
         _refuse_existing(destination)
     _refuse_source(files_of(source), destination)
-    return convert_to_flashpack_from_state_dict(
-        open_checkpoint(source), destination, dtype, ignore_names, ignore_prefixes, ignore_suffixes, silent
-    )
+    filters = {"ignore_names": ignore_names, "ignore_prefixes": ignore_prefixes, "ignore_suffixes": ignore_suffixes}
+    return _pack(open_checkpoint(source), metadata_of(source), destination, dtype, silent=silent, **filters)
 
 
 def convert_to_flashpack_from_diffusers_repo_id_or_dir(
@@ -223,19 +221,24 @@ def revert_from_flashpack(path: StrPath, destination_path: StrPath | None = None
     """Converts a flashpack file to a safetensors file or, if the destination is called otherwise, with torch.save.
 
     By default the destination is beside the source, a safetensors file, and must not exist. Returns the destination.
+    Metadata of the file becomes that of the safetensors file.
+
+    Raises FlashPackError (a ValueError) for what the destination cannot hold, OSError for the system's failures.
     """
     source = Path(path)
     destination = Path(default_reversal(source) if destination_path is None else destination_path)
-    get_flashpack_file_metadata(source)
+    footer = get_flashpack_file_metadata(source)
     _refuse_source([source], destination)
     if destination_path is None:
         _refuse_existing(destination)
+    metadata = footer.get("metadata", {})
+    _check_revertible(footer, destination)
     tensors = revert_from_file(source, silent=silent)
     with staged(destination.parent) as stage:
         file = stage / destination.name
         file.touch()
         mode = stat.S_IMODE(file.stat().st_mode)
-        _save(tensors, file)
+        _save(tensors, metadata, file)
         # safetensors makes files that only their owner can read.
         file.chmod(mode)
     return os.fspath(destination if destination_path is None else destination_path)
@@ -283,7 +286,7 @@ def _convert_directory(
             state_dict = open_checkpoint(checkpoint)
         else:
             state_dict = build_model(library, directory, folder, checkpoint, variant, **rest).state_dict()
-        convert_to_flashpack_from_state_dict(state_dict, path, **options)
+        _pack(state_dict, metadata_of(checkpoint), path, **options)
 
     if destination.suffix == ".flashpack" and not destination.is_dir():
         if [*checkpoints] != [""]:
@@ -301,13 +304,38 @@ def _convert_directory(
     return os.fspath(destination if destination_path is None else destination_path)
 
 
-def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+def _pack(
+    state_dict: StateDict,
+    metadata: Mapping[str, str],
+    destination: StrPath,
+    dtype: torch.dtype | str | None,
+    *,
+    silent: bool,
+    **filters: Names,
+) -> str:
+    target_dtype = string_to_dtype(dtype) if isinstance(dtype, str) else dtype
+    pack_to_file(filter_state_dict(state_dict, **filters), destination, target_dtype, silent=silent, metadata=metadata)
+    return os.fspath(destination)
+
+
+def _check_revertible(footer: dict[str, Any], destination: Path) -> None:
+    if destination.suffix != ".safetensors":
+        if "metadata" in footer:
+            logger.warning("%s: metadata is left out, for which only safetensors files have a place", destination)
+    elif any(record["name"] == "__metadata__" for record in footer["index"]):
+        raise FlashPackError(
+            "a safetensors file cannot hold a tensor called '__metadata__', which stands for something else there; "
+            "a .pt file can"
+        )
+
+
+def _save(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file: Path) -> None:
     if file.suffix == ".safetensors":
         from safetensors.torch import save_file
 
         try:
             # Without this entry, transformers does not take the file for one of torch's.
-            save_file(tensors, file, metadata={"format": "pt"})
+            save_file(tensors, file, metadata={"format": "pt", **metadata})
         except KeyError as error:
             raise FlashPackError(f"safetensors files cannot hold {error.args[0]}; a .pt file can") from error
     else:

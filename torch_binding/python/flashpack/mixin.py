@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
@@ -120,11 +120,14 @@ class FlashPackMixin:
         silent: bool = False,
         num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
         checksum: bool = True,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         """pack_to_file of this module."""
         if not isinstance(self, torch.nn.Module):
             raise TypeError(f"{type(self).__name__} is not a torch.nn.Module")
-        pack_to_file(self, destination_path, target_dtype, name_order, align_bytes, silent, num_workers, checksum)
+        pack_to_file(
+            self, destination_path, target_dtype, name_order, align_bytes, silent, num_workers, checksum, metadata
+        )
 
     @classmethod
     def _flashpack_builder(cls: type[Self]) -> Callable[..., Self]:

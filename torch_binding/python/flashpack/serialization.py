@@ -44,6 +44,7 @@ def pack_to_file(
     silent: bool = True,
     num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
     checksum: bool = True,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the tensors of a state dict, or of a module's, to a file: durably, and whole or not at all.
 
@@ -57,7 +58,9 @@ def pack_to_file(
     first.
     `align_bytes`: every tensor starts at a multiple of it, in its macroblock; 0 packs densely.
     `checksum`: puts checksums of the payload into the footer, for loads to be held against; readers that do not know
-    them pass them over. Without them the file is, byte for byte, what flashpack 0.4.5 writes.
+    them pass them over. Without them and `metadata` the file is, byte for byte, what flashpack 0.4.5 writes.
+    `metadata`: text by name for the footer, as `__metadata__` of safetensors files is; get_flashpack_file_metadata
+    returns it as "metadata". Readers that do not know it pass it over.
     `num_workers`: accepted for compatibility.
 
     Raises FlashPackError (a ValueError) naming the tensor that cannot be written, OSError for the system's failures.
@@ -65,7 +68,7 @@ def pack_to_file(
     name_order = None if name_order is None else list(name_order)  # It may be readable only once.
     tensors = _select(state_dict_or_model, name_order)
     specs = _specs(tensors, align_bytes, target_dtype)
-    layout = _native.layout(specs, align_bytes, name_order)
+    layout = _native.layout(specs, align_bytes, name_order, _checked_metadata(metadata), checksum)
 
     destination = os.path.abspath(destination_path)
     os.makedirs(os.path.dirname(destination), exist_ok=True)
@@ -111,6 +114,19 @@ def _specs(
         dtype = _storable(dtype_when_asked(tensor.dtype, target_dtype), f"of tensor {name!r}")
         specs.append((name, dtype, list(tensor.shape)))
     return specs
+
+
+def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    checked = dict(metadata or {})
+    for key, value in checked.items():
+        for text in (key, value):
+            if not isinstance(text, str):
+                raise FlashPackError(f"metadata {key!r}: {text!r} is a {type(text).__name__}, not a str")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise FlashPackError(f"metadata {key!r} cannot be written as UTF-8") from error
+    return checked
 
 
 def _check_target(tensors: dict[str, torch.Tensor], target_dtype: torch.dtype | None) -> None:

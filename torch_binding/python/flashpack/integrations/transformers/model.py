@@ -6,7 +6,7 @@ import copy
 import errno
 import inspect
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -62,11 +62,13 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
         private: bool | None = None,
         num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
         checksum: bool = True,
+        metadata: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         """Writes `model.flashpack`, the configuration and that of generation into a directory, which has to exist.
 
-        `is_main_process`: others write nothing. `target_dtype`, `align_bytes`, `checksum`: as in pack_to_file.
+        `is_main_process`: others write nothing. `target_dtype`, `align_bytes`, `checksum`, `metadata`: as in
+        pack_to_file.
         `push_to_hub`: uploads these files to `repo_id`, by default the name of the directory, under the user's name.
 
         Raises FlashPackError (a ValueError) naming what cannot be written, OSError for the system's failures.
@@ -85,6 +87,7 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
             silent=silent,
             num_workers=num_workers,
             checksum=checksum,
+            metadata=metadata,
         )
         _save_config(self, directory, target_dtype)
         if push_to_hub:
