@@ -1,2 +1,2 @@
-// Boost.JSON compiled in, alone in its object file: a program that brings its own copy never pulls this one.
+// Boost.JSON compiled in, in the namespace that the build gives it: a program may bring its own copy, of any version.
 #include <boost/json/src.hpp>

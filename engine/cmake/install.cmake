@@ -3,17 +3,21 @@ include(CMakePackageConfigHelpers)
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/flashpack)
 
-install(TARGETS flashpack_engine flashpack_format EXPORT flashpackTargets FILE_SET HEADERS)
+install(TARGETS flashpack_engine EXPORT flashpackTargets FILE_SET HEADERS)
+if(TARGET flashpack_format)
+  install(TARGETS flashpack_format EXPORT flashpackTargets FILE_SET HEADERS)
+endif()
 install(EXPORT flashpackTargets NAMESPACE flashpack:: DESTINATION ${package_dir})
 
 if(TARGET CudaRuntime::cudart)
   install(FILES ${CMAKE_CURRENT_LIST_DIR}/FindCudaRuntime.cmake DESTINATION ${package_dir})
 endif()
 
-# Its users bring their own Boost.
-install(FILES ${PROJECT_SOURCE_DIR}/include/flashpack/async.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/flashpack)
-
-# A set of its own, so that a project without LibTorch can use the rest.
+# Sets of their own, so that a project without Boost or LibTorch can use the rest.
+if(TARGET flashpack_async)
+  install(TARGETS flashpack_async EXPORT flashpackAsyncTargets FILE_SET HEADERS)
+  install(EXPORT flashpackAsyncTargets NAMESPACE flashpack:: DESTINATION ${package_dir})
+endif()
 if(TARGET flashpack_torch)
   install(TARGETS flashpack_torch EXPORT flashpackTorchTargets FILE_SET HEADERS)
   install(EXPORT flashpackTorchTargets NAMESPACE flashpack:: DESTINATION ${package_dir})
