@@ -26,6 +26,7 @@
 #include "flashpack/engine.h"
 #include "flashpack/format.h"
 #include "flashpack/verify.h"
+#include "native_calls.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -80,7 +81,7 @@ void raise(const Error& error) {
 
 /// Nothing is in flight when this returns, so the caller's memory may go.
 void cancel_and_drain(Transfer& transfer) {
-  nb::gil_scoped_release released;
+  const ReleasedUnlessEnded released;
   transfer.cancel();
   while (!transfer.wait_for(kSignalPeriod)) {
   }
@@ -109,6 +110,7 @@ TransferStats wait(Transfer& transfer, const ProgressFunction& progress, std::ui
     for (bool finished = false; !finished;) {
       if (progress) (*progress)(base_bytes + transfer.progress().done_bytes);
       if (PyErr_CheckSignals() != 0) throw nb::python_error();
+      leave_if_ended();
       nb::gil_scoped_release released;
       finished = transfer.wait_for(kSignalPeriod);
     }
@@ -159,6 +161,7 @@ Dict footer_dict(const Metadata& metadata) {
 }
 
 Metadata read_footer(const std::filesystem::path& path) {
+  const NativeCall call;
   nb::gil_scoped_release released;
   return read_metadata(path);
 }
@@ -234,18 +237,20 @@ CUstream_st* stream_of(std::uintptr_t handle) {
 class PyEngine {
  public:
   explicit PyEngine(std::optional<int> cuda_device) {
+    const NativeCall call;
     nb::gil_scoped_release released;
     EngineOptions options;
     if (cuda_device) options.device = {Device::Kind::kCuda, *cuda_device};
     engine_ = std::make_unique<Engine>(std::move(options));
   }
   ~PyEngine() {
-    nb::gil_scoped_release released;
+    const ReleasedUnlessEnded released;
     engine_.reset();
   }
 
   Dict load(const std::filesystem::path& path, const std::vector<ExtentTuple>& extents, const Metadata& metadata,
             std::string_view verify, std::string_view cache, const ProgressFunction& progress, std::uintptr_t stream) {
+    const NativeCall call;
     LoadRequest request{.cache = cache_policy(cache), .stream = stream_of(stream)};
     request.files.push_back({.path = path,
                              .extents = to_extents<Extent, void*>(extents),
@@ -264,6 +269,7 @@ class PyEngine {
   }
 
   Dict verify(const std::filesystem::path& path, const ProgressFunction& progress) {
+    const NativeCall call;
     Metadata metadata;
     VerifyReport report;
     {
@@ -273,6 +279,7 @@ class PyEngine {
         nb::gil_scoped_acquire acquired;
         if (progress) (*progress)(done_bytes);
         if (PyErr_CheckSignals() != 0) throw nb::python_error();
+        leave_if_ended();
       });
     }
     nb::list corrupt;
@@ -287,6 +294,7 @@ class PyEngine {
   }
 
   FileWriter create(const std::filesystem::path& path, const WriterOptions& options) {
+    const NativeCall call;
     nb::gil_scoped_release released;
     return engine_->create(path, options);
   }
@@ -304,6 +312,7 @@ class PyWriter {
   ~PyWriter() { abort(); }
 
   void start_write(const std::vector<ExtentTuple>& extents, nb::object sources, std::uintptr_t stream) {
+    const NativeCall call;
     auto list = to_extents<SourceExtent, const void*>(extents);
     FileWriter& writer = open();
     Write write{.sources = std::move(sources)};
@@ -315,6 +324,7 @@ class PyWriter {
   }
 
   void finish(std::size_t but, const ProgressFunction& progress) {
+    const NativeCall call;
     for (; writes_.size() > but; writes_.pop_front()) {
       finished_bytes_ += wait(writes_.front().transfer, progress, finished_bytes_).requested_bytes;
     }
@@ -326,6 +336,7 @@ class PyWriter {
   }
 
   void commit(const nb::bytes& tail) {
+    const NativeCall call;
     finish(0, std::nullopt);
     const auto bytes = std::as_bytes(std::span(tail.c_str(), tail.size()));
     FileWriter& writer = open();
@@ -336,11 +347,11 @@ class PyWriter {
 
   void abort() {
     for (Write& write : writes_) {
-      nb::gil_scoped_release released;
+      const ReleasedUnlessEnded released;
       write.transfer = {};
     }
     writes_.clear();
-    nb::gil_scoped_release released;
+    const ReleasedUnlessEnded released;
     writer_.reset();
   }
 
@@ -433,6 +444,7 @@ void bind_errors(nb::module_& module) {
 NB_MODULE(_native, module) {
   nb::set_leak_warnings(false);
   module.attr("version") = FLASHPACK_VERSION;
+  flashpack::bind_native_calls(module);
   flashpack::bind_errors(module);
   flashpack::bind_format(module);
   flashpack::bind_handles(module);

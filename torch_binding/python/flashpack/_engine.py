@@ -5,11 +5,34 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import traceback
+from contextlib import ContextDecorator
+from types import TracebackType
 
-from ._native import Engine
+from ._native import Engine, enter_call, leave_call
 
 _engines: dict[int | None, Engine] = {}
 _lock = threading.Lock()
+
+
+class _Call(ContextDecorator):
+    """Around what must be left before the interpreter ends: it waits, and daemon threads raise SystemExit.
+
+    Python would end them within C++, be it torch's, which aborts the process, and files that they write would stay.
+    """
+
+    def __enter__(self) -> None:
+        enter_call()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is SystemExit and trace is not None:
+            traceback.clear_frames(trace)  # To free memory gives up the GIL, too.
+        leave_call()
+
+
+left_before_exit = _Call()
 
 
 def engine(cuda_device: int | None = None) -> Engine:

@@ -13,6 +13,7 @@ import torch
 
 from ._casts import check_asked, dtype_when_asked
 from ._device import DeviceLike, side_of
+from ._engine import left_before_exit
 from ._footer import Entry, Footer, StrPath, Verify, read_footer
 from ._memory import ReadOptions, read_tensors, supported_device
 from ._native import FlashPackError
@@ -21,6 +22,7 @@ from .utils import is_ignored_tensor_name, string_to_dtype
 __all__ = ["FlashPackFile", "TensorSlice", "load_file", "open_file"]
 
 
+@left_before_exit
 def load_file(
     path: StrPath,
     device: DeviceLike = "cpu",
@@ -114,6 +116,7 @@ class FlashPackFile:
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
+    @left_before_exit
     def get(self, name: str) -> torch.Tensor:
         """The tensor of that name, in memory of its own. Raises KeyError if there is none, else as load_file does."""
         entry = self._entry(name)
@@ -159,6 +162,7 @@ class TensorSlice:
     def dtype(self) -> torch.dtype:
         return string_to_dtype(self._entry.dtype)
 
+    @left_before_exit
     def __getitem__(self, index: Any) -> torch.Tensor:
         """What torch gives for integers, slices and `...`, in memory of its own; nothing else is read from the file.
 

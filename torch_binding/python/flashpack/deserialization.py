@@ -14,7 +14,7 @@ import torch
 from ._assign import AssignReport, Casts, Filters, Plan, check_strictness, commit, make_plan
 from ._device import CPU
 from ._distributed import Ranks, join_ranks, ranks_of_group, resolve_shard_strategy
-from ._engine import engine
+from ._engine import engine, left_before_exit
 from ._footer import (
     Block,
     Entry,
@@ -70,6 +70,7 @@ class FlashTensorStorage:
         return self.blocks[0].device if self.blocks else torch.device("cpu")
 
 
+@left_before_exit
 def read_flashpack_file(
     path: StrPath,
     device: str | torch.device = "cpu",
@@ -99,6 +100,7 @@ def read_flashpack_file(
     return _read_blocks(footer, target, options), result
 
 
+@left_before_exit
 def read_flashpack_file_distributed(
     path: StrPath,
     device: str | torch.device = "cuda",
@@ -148,6 +150,7 @@ def iterate_from_flash_tensor(
             yield record["name"], _view(_block_of(storage, record), record)
 
 
+@left_before_exit
 def revert_from_file(path: StrPath, silent: bool = True) -> dict[str, torch.Tensor]:
     """The state dict that was packed, in file order, on the CPU. Each tensor owns its memory."""
     footer = read_footer(path)
@@ -155,6 +158,7 @@ def revert_from_file(path: StrPath, silent: bool = True) -> dict[str, torch.Tens
         return read_tensors(footer, list(footer.entries()), CPU, ReadOptions(show=not silent))
 
 
+@left_before_exit
 def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
     """Reads the payload of a file, at the speed of the disk, and holds it against the checksums written with it.
 
@@ -167,6 +171,7 @@ def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
         return engine().verify(os.fspath(path), progress)
 
 
+@left_before_exit
 def assign_from_file(
     model: torch.nn.Module,
     path: StrPath,

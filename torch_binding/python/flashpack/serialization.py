@@ -13,6 +13,7 @@ import torch
 from . import _native
 from ._casts import dtype_when_asked
 from ._device import CPU, side_of
+from ._engine import left_before_exit
 from ._footer import StrPath
 from ._hub_cache import is_blob_link
 from ._memory import allocate_region
@@ -35,6 +36,7 @@ Place = tuple[str, int, int]
 """Name, file offset in bytes, size in bytes."""
 
 
+@left_before_exit
 def pack_to_file(
     state_dict_or_model: Mapping[str, torch.Tensor] | torch.nn.Module,
     destination_path: StrPath,
