@@ -1,11 +1,13 @@
 #include "flashpack/engine.h"
 
+#include <fcntl.h>
 #include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cerrno>
 #include <future>
 #include <string>
 #include <thread>
@@ -16,6 +18,7 @@
 #include "engine/ring.h"
 #include "engine/staging.h"
 #include "engine/thread.h"
+#include "engine/unique_fd.h"
 #include "engine/workers.h"
 
 namespace flashpack {
@@ -181,7 +184,10 @@ std::shared_ptr<engine::TransferState> Engine::Impl::new_transfer(Completion* co
 void Engine::Impl::open_source(engine::TransferState& state, const FileExtents& wanted, CachePolicy cache) const {
   const auto index = static_cast<std::uint32_t>(state.sources.size());
   const bool want_direct = cache != CachePolicy::kBuffered;
-  engine::File file = engine::File::open(wanted.path, wanted.expected, want_direct);
+  engine::UniqueFd opened(wanted.fd < 0 ? -1 : ::fcntl(wanted.fd, F_DUPFD_CLOEXEC, 0));
+  if (wanted.fd >= 0 && !opened)
+    throw engine::file_error(engine::errno_code(errno), "duplicate descriptor", wanted.path);
+  engine::File file = engine::File::open(wanted.path, wanted.expected, want_direct, std::move(opened));
   std::array<std::vector<engine::Piece>, 2> pieces;  // For the host, for the device.
   for (const Extent& extent : wanted.extents) {
     if (extent.offset_bytes + extent.size_bytes > file.identity().size_bytes) {

@@ -57,11 +57,12 @@ std::optional<Alignment> direct_io_alignment(int fd) {
 
 }  // namespace
 
-File File::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct) {
+File File::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
+                UniqueFd opened) {
   // O_NONBLOCK so that a FIFO is an error instead of a hang; it means nothing for regular files.
-  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (!fd) throw file_error(errno_code(errno), "open", path);
-  File file(path, std::move(fd));
+  if (!opened) opened.reset(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (!opened) throw file_error(errno_code(errno), "open", path);
+  File file(path, std::move(opened));
   struct stat status{};
   if (!ask(file.buffered_fd(), status)) throw file_error(errno_code(errno), "stat", path);
   if (S_ISDIR(status.st_mode)) throw file_error(errno_code(EISDIR), "open", path);

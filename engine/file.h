@@ -14,9 +14,11 @@ namespace flashpack::engine {
 /// Move-only. Thread safety: const members from any thread.
 class File {
  public:
-  /// Opens a regular file, buffered and (where the file system allows it) direct; both descriptors are the same inode.
+  /// Opens a regular file, buffered and (where the file system allows it) direct; both descriptors are the same inode:
+  /// that of `opened`, when it is given, which `path` need not lead to any more.
   /// Throws: Error; kFileChanged when `expected` is given and differs.
-  static File open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct);
+  static File open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
+                   UniqueFd opened = {});
 
   /// A new, empty file that is open for reading and writing as `fd`; opened direct, too, where the file system allows
   /// it. `path` is where it is now.

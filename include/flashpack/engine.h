@@ -43,13 +43,17 @@ struct Extent {
 
 /// The wanted parts of one file. Extents may overlap in the file, never in memory.
 struct FileExtents {
-  std::filesystem::path path;
+  std::filesystem::path path;  ///< Only for messages when `fd` is given.
   std::vector<Extent> extents;
   std::optional<FileIdentity> expected;  ///< When set, another file at `path` is Errc::kFileChanged before any I/O.
   /// When set, what is read is held against them, and a difference is Errc::kCorrupt. Only pieces that are read whole
   /// can be: TransferStats::verified_bytes counts them. None when extents overlap in the file, or targets on the host
   /// and on the device take turns in it less than 64 KiB apart; then TransferStats::fallback_reason says so.
   std::optional<Checksums> checksums;
+  /// An open, readable descriptor of the file, borrowed until start_load() has returned: for what was learned from it,
+  /// such as a footer, to be true of what is loaded, whatever stands at `path` by now. The engine works with a
+  /// duplicate and leaves the descriptor's position alone. Negative: `path` is opened.
+  int fd = -1;
 };
 
 /// Whether reads go through the page cache.

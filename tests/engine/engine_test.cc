@@ -200,6 +200,37 @@ TEST_P(EngineTest, AnotherFileThanTheMetadatasIsRefused) {
   EXPECT_EQ(error.path(), path_);
 }
 
+TEST_P(EngineTest, AnOpenDescriptorIsReadWhateverStandsAtThePathByNow) {
+  for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
+    const int fd = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+    ASSERT_GE(fd, 0);
+    ASSERT_EQ(::lseek(fd, 77, SEEK_SET), 77);
+    testing::write_file(dir_ / "new", testing::random_bytes(bytes_.size(), 2));
+    std::filesystem::rename(dir_ / "new", path_);
+    GuardedMemory memory(bytes_.size());
+    LoadRequest wanted = request(memory, 0, cache);
+    wanted.files[0].fd = fd;
+    Transfer transfer = engine_.start_load(wanted);
+    const off_t position = ::lseek(fd, 0, SEEK_CUR);
+    ASSERT_EQ(::close(fd), 0);  // It was borrowed until then.
+    EXPECT_EQ(position, 77);
+    EXPECT_NO_THROW(transfer.wait());
+    EXPECT_TRUE(right(memory, 0));
+    testing::write_file(path_, bytes_);
+  }
+}
+
+TEST_P(EngineTest, ADescriptorThatIsNotOpenIsAnError) {
+  const int fd = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+  ::close(fd);
+  GuardedMemory memory(1000);
+  LoadRequest wanted = request(memory, 0);
+  wanted.files[0].fd = fd;
+  const Error error = error_of([&] { engine_.load(wanted); });
+  EXPECT_EQ(error.code(), std::errc::bad_file_descriptor);
+  EXPECT_EQ(error.path(), path_);
+}
+
 TEST_P(EngineTest, TargetsThatOverlapAreRefusedAtOnce) {
   GuardedMemory memory(1000);
   EXPECT_EQ(error_of([&] {
