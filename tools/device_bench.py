@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ class Rooflines:
         from flashpack._native import Engine, read_footer
 
         self.path = folder / "model.flashpack"
-        self.footer = read_footer(self.path)
+        self.file = self.path.open("rb")
+        self.footer = read_footer(self.file.fileno(), self.path)
         self.size_bytes = self.path.stat().st_size // mmap.PAGESIZE * mmap.PAGESIZE
         self.engine = Engine()
         self.memory = mmap.mmap(-1, self.size_bytes)
@@ -82,7 +84,8 @@ class Rooflines:
 
     def disk(self) -> tuple[int, float]:
         extents = [(0, self.size_bytes, self.target.data_ptr())]
-        return self.size_bytes, seconds_of(lambda: self.engine.load(self.path, extents, self.footer, "never", "direct"))
+        load = partial(self.engine.load, self.file.fileno(), self.path, extents, self.footer, "never", "direct")
+        return self.size_bytes, seconds_of(load)
 
     def memcpy(self) -> tuple[int, float]:
         threads = min(8, os.cpu_count() or 1)

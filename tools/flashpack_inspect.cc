@@ -1,5 +1,6 @@
 // flashpack_inspect: what is in a flashpack file, from its footer alone, or whether its bytes are still right.
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -242,6 +243,14 @@ std::string verify_json(const flashpack::VerifyReport& report, const Metadata& m
   return boost::json::serialize(object) + "\n";
 }
 
+/// The file stays open until the program ends, so that one that is replaced meanwhile is looked at to its end.
+/// Throws: std::system_error.
+int open_file(const std::string& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+  if (fd < 0) throw std::system_error(errno, std::generic_category(), "open " + path);
+  return fd;
+}
+
 /// A reader that has seen enough, like head(1), is no failure. Throws: std::system_error for any other.
 void write_stdout(const std::string& text) {
   std::signal(SIGPIPE, SIG_IGN);
@@ -249,12 +258,12 @@ void write_stdout(const std::string& text) {
   if (!written && errno != EPIPE) throw std::system_error(errno, std::generic_category(), "write standard output");
 }
 
-int verify_file(const std::string& path, const Metadata& metadata, bool json) {
+int verify_file(int fd, const std::string& path, const Metadata& metadata, bool json) {
   flashpack::Engine engine;
   flashpack::VerifyReport report;
   {
     const ProgressLine line(metadata.payload_bytes);
-    report = verify_payload(engine, path, metadata, [&](std::uint64_t done_bytes) { line.tell(done_bytes); });
+    report = verify_payload(engine, fd, path, metadata, [&](std::uint64_t done_bytes) { line.tell(done_bytes); });
   }
   write_stdout(json ? verify_json(report, metadata) : verify_text(report, metadata));
   return report.corrupt.empty() ? 0 : kExitBadFile;
@@ -277,8 +286,9 @@ int main(int argc, char** argv) {
     return app.exit(error) == 0 ? 0 : kExitUsage;
   }
   try {
-    const Metadata metadata = flashpack::read_metadata(path);
-    if (verify) return verify_file(path, metadata, json);
+    const int fd = open_file(path);
+    const Metadata metadata = flashpack::read_metadata(fd, path);
+    if (verify) return verify_file(fd, path, metadata, json);
     write_stdout(json ? json_report(metadata) : text_report(metadata, path));
     return 0;
   } catch (const std::exception& error) {

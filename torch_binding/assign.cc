@@ -10,6 +10,7 @@
 #include "flashpack/torch.h"
 #include "torch_binding/casts.h"
 #include "torch_binding/module_tensors.h"
+#include "torch_binding/open_file.h"
 #include "torch_binding/tensors.h"
 
 namespace flashpack {
@@ -131,13 +132,13 @@ void check_fit(const std::filesystem::path& path, const Target& target, const Te
 }
 
 // The tensors that will take the targets' places, in the targets' order; undefined for those that the file lacks.
-std::vector<at::Tensor> load(Engine& engine, const std::filesystem::path& path, const Metadata& metadata, Match& match,
-                             const AssignOptions& options) {
+std::vector<at::Tensor> load(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata,
+                             Match& match, const AssignOptions& options) {
   std::vector<std::size_t> wanted;
   for (const Target& target : match.targets) {
     if (target.record) wanted.push_back(*target.record);
   }
-  const LoadedRecords loaded(engine, path, metadata, wanted, options.cache, options.verify);
+  const LoadedRecords loaded(engine, fd, path, metadata, wanted, options.cache, options.verify);
   match.report.stats = loaded.stats();
   std::vector<at::Tensor> tensors;
   for (const Target& target : match.targets) {
@@ -170,7 +171,8 @@ void replace_data(const at::Tensor& tensor, const at::Tensor& loaded) {
 
 AssignReport assign_from_file(Engine& engine, ::torch::nn::Module& module, const std::filesystem::path& path,
                               const AssignOptions& options) {
-  const Metadata metadata = read_metadata(path);
+  const OpenFile file(path);
+  const Metadata metadata = read_metadata(file.fd(), path);
   Match match = match_names(module, metadata, options);
   check_names(path, match.report, options);
   for (const Target& target : match.targets) {
@@ -178,7 +180,7 @@ AssignReport assign_from_file(Engine& engine, ::torch::nn::Module& module, const
     const TensorRecord& record = metadata.records[*target.record];
     check_fit(path, target, record, metadata.dtype(record), device_of(engine), options);
   }
-  const std::vector<at::Tensor> loaded = load(engine, path, metadata, match, options);
+  const std::vector<at::Tensor> loaded = load(engine, file.fd(), path, metadata, match, options);
   for (std::size_t i = 0; i < loaded.size(); ++i) {
     if (loaded[i].defined()) replace_data(match.targets[i].tensor, loaded[i]);
   }

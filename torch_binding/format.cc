@@ -1,6 +1,5 @@
 #include "flashpack/format.h"
 
-#include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -10,6 +9,7 @@
 #include <cstring>
 
 #include "torch_binding/format_rules.h"
+#include "torch_binding/open_file.h"
 
 namespace flashpack {
 
@@ -20,21 +20,16 @@ static_assert(std::endian::native == std::endian::little, "payload and trailer a
 // One read of this much holds the whole footer of most models.
 constexpr std::uint64_t kTailBytes = std::uint64_t{64} << 10;
 
-/// A file whose footer is being read. Throws Error: errno from the system, kTruncated, kFileChanged.
+/// An open file, borrowed, whose footer is being read. Throws Error: errno from the system, kTruncated, kFileChanged.
 class FooterFile {
  public:
-  explicit FooterFile(const std::filesystem::path& path)
-      // O_NONBLOCK: a FIFO that nobody writes to must not hold us here. It means nothing for regular files.
-      : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY)) {
-    if (fd_ < 0) fail_with_errno("open");
-  }
-  ~FooterFile() { ::close(fd_); }
-  FooterFile(const FooterFile&) = delete;
-  FooterFile& operator=(const FooterFile&) = delete;
+  FooterFile(int fd, const std::filesystem::path& path) : path_(path), fd_(fd) {}
 
   FileIdentity identity() const {
     struct stat status{};
-    if (::fstat(fd_, &status) != 0) fail_with_errno("stat");
+    if (::fstat(fd_, &status) != 0) {
+      throw Error({errno, std::generic_category()}, "stat " + path_.string(), path_);
+    }
     if (S_ISDIR(status.st_mode)) throw Error({EISDIR, std::generic_category()}, "read " + path_.string(), path_);
     if (!S_ISREG(status.st_mode)) rules::refuse(path_, "it is not a regular file");
     return {.dev = status.st_dev,
@@ -60,10 +55,6 @@ class FooterFile {
   }
 
  private:
-  [[noreturn]] void fail_with_errno(const char* operation) const {
-    const std::error_code code(errno, std::generic_category());
-    throw Error(code, std::string(operation) + " " + path_.string(), path_);
-  }
   [[noreturn]] void fail_at(std::uint64_t offset_bytes, std::size_t length_bytes, std::error_code code) const {
     throw Error(code,
                 "read " + path_.string() + " at " + std::to_string(offset_bytes) + "+" + std::to_string(length_bytes),
@@ -123,7 +114,11 @@ std::string tensors_in(const Metadata& metadata, std::uint64_t offset_bytes, std
 }
 
 Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options) {
-  const FooterFile file(path);
+  return read_metadata(OpenFile(path).fd(), path, options);
+}
+
+Metadata read_metadata(int fd, const std::filesystem::path& path, const ReadMetadataOptions& options) {
+  const FooterFile file(fd, path);
   const FileIdentity identity = file.identity();
   const std::uint64_t size_bytes = identity.size_bytes;
   if (size_bytes < rules::kTrailerBytes) {

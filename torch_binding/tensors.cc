@@ -13,6 +13,7 @@
 
 #include "flashpack/torch.h"
 #include "flashpack/verify.h"
+#include "torch_binding/open_file.h"
 
 namespace flashpack {
 
@@ -75,10 +76,11 @@ CUstream_st* current_stream(at::Device device) {
   return handle(stream);
 }
 
-LoadedRecords::LoadedRecords(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
+LoadedRecords::LoadedRecords(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata,
                              std::span<const std::size_t> wanted, CachePolicy cache, Verify verify)
     : metadata_(metadata), device_(device_of(engine)), places_(metadata.records.size()) {
-  FileExtents file{.path = path, .expected = metadata.identity, .checksums = checksums_for(metadata, verify, path)};
+  FileExtents file{
+      .path = path, .expected = metadata.identity, .checksums = checksums_for(metadata, verify, path), .fd = fd};
   for (const Segment& segment : plan_segments(metadata, wanted, verify)) {
     Place place;
     void* target = nullptr;
@@ -148,9 +150,10 @@ at::Tensor LoadedRecords::device_tensor(const Place& place, at::IntArrayRef shap
 }
 
 LoadedTensors read_tensors(Engine& engine, const std::filesystem::path& path, const ReadOptions& options) {
-  const Metadata metadata = read_metadata(path);
+  const OpenFile file(path);
+  const Metadata metadata = read_metadata(file.fd(), path);
   const std::vector<std::size_t> wanted = selected(metadata, options);
-  const LoadedRecords loaded(engine, path, metadata, wanted, options.cache, options.verify);
+  const LoadedRecords loaded(engine, file.fd(), path, metadata, wanted, options.cache, options.verify);
   // What the caller keeps must not depend on the mode it happens to be in.
   const c10::InferenceMode ordinary_tensors(false);
   LoadedTensors result{.stats = loaded.stats()};

@@ -28,8 +28,9 @@ CUstream_st* current_stream(at::Device device);
 /// The bytes of chosen records in new memory of the engine's device, from one load.
 class LoadedRecords {
  public:
-  /// Reads the records at `wanted` of the file that `metadata` was read from; it is borrowed. Throws: Error.
-  LoadedRecords(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
+  /// Reads the records at `wanted` of the file, open as `fd`, that `metadata` was read from; it is borrowed. `path` is
+  /// for messages. Throws: Error.
+  LoadedRecords(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata,
                 std::span<const std::size_t> wanted, CachePolicy cache, Verify verify);
 
   /// A tensor that keeps its segment's memory alive: on the CPU of its own storage, on a device of its segment's unless

@@ -8,6 +8,7 @@
 #include <chrono>
 
 #include "torch_binding/format_rules.h"
+#include "torch_binding/open_file.h"
 
 namespace flashpack {
 
@@ -35,8 +36,8 @@ class WindowMemory {
 
 class Verifier {
  public:
-  Verifier(Engine& engine, const std::filesystem::path& path, const Metadata& metadata)
-      : engine_(engine), path_(path), metadata_(metadata) {
+  Verifier(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata)
+      : engine_(engine), fd_(fd), path_(path), metadata_(metadata) {
     checksums_for(metadata, Verify::kAlways, path);
   }
 
@@ -66,7 +67,8 @@ class Verifier {
     request.files.push_back({.path = path_,
                              .extents = {{offset, size, memory}},
                              .expected = metadata_.identity,
-                             .checksums = metadata_.checksums});
+                             .checksums = metadata_.checksums,
+                             .fd = fd_});
     return request;
   }
 
@@ -101,6 +103,7 @@ class Verifier {
   }
 
   Engine& engine_;
+  const int fd_;
   const std::filesystem::path& path_;
   const Metadata& metadata_;
   VerifyReport report_;
@@ -112,7 +115,12 @@ class Verifier {
 
 VerifyReport verify_payload(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
                             const std::function<void(std::uint64_t done_bytes)>& progress) {
-  return Verifier(engine, path, metadata).run(progress);
+  return verify_payload(engine, OpenFile(path).fd(), path, metadata, progress);
+}
+
+VerifyReport verify_payload(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata,
+                            const std::function<void(std::uint64_t done_bytes)>& progress) {
+  return Verifier(engine, fd, path, metadata).run(progress);
 }
 
 std::optional<Checksums> checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path) {

@@ -96,6 +96,11 @@ struct ReadMetadataOptions {
 /// Throws: Error; Errc::kBadFile names the rule that was broken and the record, errno what the system said.
 Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options = {});
 
+/// The same for a file that is open for reading as `fd`, which is borrowed; its position neither matters nor changes.
+/// `path` is for messages only. With FileExtents::fd, a file that is replaced between footer and payload does not
+/// matter: both are of the one that was opened.
+Metadata read_metadata(int fd, const std::filesystem::path& path, const ReadMetadataOptions& options = {});
+
 /// Checks a footer's JSON against a payload of `payload_bytes`. `path` is for messages only. Throws: Error (kBadFile).
 Metadata parse_footer(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path = {});
 

@@ -33,6 +33,10 @@ struct VerifyReport {
 VerifyReport verify_payload(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
                             const std::function<void(std::uint64_t done_bytes)>& progress = {});
 
+/// The same for a file that is open for reading as `fd`, which is borrowed; `path` is for messages only.
+VerifyReport verify_payload(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata,
+                            const std::function<void(std::uint64_t done_bytes)>& progress = {});
+
 /// For FileExtents::checksums of a load of `path`, whose footer is `metadata`; whole pieces are the caller's to ask
 /// for. Throws: Error (kBadFile) when they are wanted and the file has none.
 std::optional<Checksums> checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "tests/support/temp_dir.h"
+#include "torch_binding/open_file.h"
 
 namespace flashpack {
 namespace {
@@ -46,6 +47,16 @@ TEST_F(VerifyTest, ASoundFileIsVerifiedToTheLastByte) {
   EXPECT_EQ(report.verified_bytes, metadata.payload_bytes);
   EXPECT_TRUE(report.corrupt.empty());
   EXPECT_EQ(told, (std::vector<std::uint64_t>{64u << 20, 128u << 20, metadata.payload_bytes}));
+}
+
+TEST_F(VerifyTest, AnOpenFileIsVerifiedWhateverStandsAtThePathByNow) {
+  const Metadata before = write(80);
+  const OpenFile file(path_);
+  const Metadata metadata = read_metadata(file.fd(), path_);
+  EXPECT_EQ(metadata.identity, before.identity);
+  write(3);
+  EXPECT_EQ(verify_payload(engine_, file.fd(), path_, metadata).verified_bytes, metadata.payload_bytes);
+  EXPECT_EQ(read_metadata(file.fd(), path_).records.size(), 80u);
 }
 
 TEST_F(VerifyTest, EveryCorruptPieceIsNamedWithItsTensors) {

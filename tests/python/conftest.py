@@ -7,7 +7,7 @@ from typing import Any
 
 import flashpack
 import pytest
-from flashpack import _memory
+from flashpack import _memory, _native
 
 
 @pytest.fixture
@@ -30,5 +30,22 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], object] |
 
     def install(progress: Callable[[int], object] | None) -> None:
         monkeypatch.setattr(_memory, "progress_bar", lambda *args: contextlib.nullcontext(progress))
+
+    return install
+
+
+@pytest.fixture
+def after_the_footer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Makes something happen each time that a footer has been read."""
+
+    def install(happens: Callable[[], object]) -> None:
+        read_footer = _native.read_footer
+
+        def then(fd: int, path: Any) -> _native.Metadata:
+            metadata = read_footer(fd, path)
+            happens()
+            return metadata
+
+        monkeypatch.setattr(_native, "read_footer", then)
 
     return install

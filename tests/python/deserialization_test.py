@@ -147,36 +147,6 @@ def test_paths_that_are_not_utf8_keep_their_bytes_in_errors():
     assert caught.value.filename == "/missing/\udcff"
 
 
-def test_a_file_replaced_between_footer_and_payload_is_an_error(pack, monkeypatch):
-    path, other = pack({"a": torch.ones(1000)}), pack({"a": torch.zeros(1000)})
-    read_footer = flashpack.deserialization.read_footer
-
-    def then_replace(path):
-        footer = read_footer(path)
-        os.replace(other, path)
-        return footer
-
-    monkeypatch.setattr(flashpack.deserialization, "read_footer", then_replace)
-    with pytest.raises(OSError, match="replaced or changed") as caught:
-        flashpack.revert_from_file(path)
-    assert caught.value.errno == errno.ESTALE
-    assert caught.value.filename == str(path)
-
-
-def test_a_mapped_file_replaced_before_it_is_mapped_is_an_error(pack, monkeypatch):
-    path, other = pack({"a": torch.ones(1000)}), pack({"a": torch.zeros(1000)})
-    read_footer = flashpack.deserialization.read_footer
-
-    def then_replace(path):
-        footer = read_footer(path)
-        os.replace(other, path)
-        return footer
-
-    monkeypatch.setattr(flashpack.deserialization, "read_footer", then_replace)
-    with pytest.raises(OSError, match="replaced or changed"):
-        read_flashpack_file(path, mmap=True)
-
-
 @pytest.mark.parametrize("device", ["meta", "mps", torch.device("meta")])
 def test_other_devices_are_refused(device, pack):
     with pytest.raises(flashpack.FlashPackError, match="Unsupported device"):

@@ -42,6 +42,14 @@ def test_a_unet_returns_in_eval_mode_with_bit_equal_outputs(tmp_path):
     assert torch.equal(loaded(*inputs).sample, unet(*inputs).sample)
 
 
+def test_a_file_that_is_replaced_while_it_is_loaded_is_loaded_to_its_end(tmp_path, after_the_footer):
+    unet, path, other = make_unet(), tmp_path / "unet", tmp_path / "other"
+    unet.save_pretrained_flashpack(path)
+    make_unet().apply(lambda module: [p.data.zero_() for p in module.parameters()]).save_pretrained_flashpack(other)
+    after_the_footer(lambda: (other / MODEL).replace(path / MODEL))
+    assert_bit_equal(FlashPackUNet2DConditionModel.from_pretrained_flashpack(path).state_dict(), unet.state_dict())
+
+
 def test_a_flux_transformer_returns_with_bit_equal_outputs(tmp_path):
     flux = make_flux()
     flux.save_pretrained_flashpack(tmp_path)

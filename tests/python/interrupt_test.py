@@ -10,7 +10,7 @@ import flashpack
 import pytest
 import torch
 from flashpack import _engine, _memory, _native
-from flashpack._footer import read_footer
+from flashpack._footer import open_footer
 from support import bits, random_tensor, state_of
 
 SIZE_BYTES = 32 << 20
@@ -35,20 +35,20 @@ interrupt = ctypes.pythonapi.PyErr_SetInterrupt
 
 
 def test_ctrl_c_during_a_load_is_noticed_by_the_waiting_loop(path):
-    footer = read_footer(path)
-    region = _memory.allocate_region(0, SIZE_BYTES)
-    extents = [(0, SIZE_BYTES, region.address)]
-    load = functools.partial(_engine.engine().load, footer.path, extents, footer.native, "auto", "auto")
-    finished = []
-    with pytest.raises(KeyboardInterrupt):
-        finished.extend(map(load, [interrupt]))
-    assert finished == []
-    # Nothing is in flight any more: what is put there now stays while the engine moves other bytes.
-    memory = region.tensor("uint8", (SIZE_BYTES,), SIZE_BYTES, 0).fill_(0xAB)
-    assert flashpack.revert_from_file(path)["weight"].numel() == SIZE_BYTES // 4
-    assert bool((memory == 0xAB).all())
-    assert load(None)["requested_bytes"] == SIZE_BYTES
-    assert bits(memory) == bits(random_tensor((SIZE_BYTES // 4,)))
+    with open_footer(path) as footer:
+        region = _memory.allocate_region(0, SIZE_BYTES)
+        extents = [(0, SIZE_BYTES, region.address)]
+        load = functools.partial(_engine.engine().load, footer.fileno(), path, extents, footer.native, "auto", "auto")
+        finished = []
+        with pytest.raises(KeyboardInterrupt):
+            finished.extend(map(load, [interrupt]))
+        assert finished == []
+        # Nothing is in flight any more: what is put there now stays while the engine moves other bytes.
+        memory = region.tensor("uint8", (SIZE_BYTES,), SIZE_BYTES, 0).fill_(0xAB)
+        assert flashpack.revert_from_file(path)["weight"].numel() == SIZE_BYTES // 4
+        assert bool((memory == 0xAB).all())
+        assert load(None)["requested_bytes"] == SIZE_BYTES
+        assert bits(memory) == bits(random_tensor((SIZE_BYTES // 4,)))
 
 
 def test_ctrl_c_leaves_the_module_as_it_was_and_the_engine_usable(path, tell):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from flashpack import _memory
 from flashpack._device import CPU, side_of
-from flashpack._footer import Entry, read_footer
+from flashpack._footer import Entry, open_footer
 from support import bits, random_tensor, write_file
 
 MIB = 1 << 20
@@ -85,15 +85,14 @@ def test_memory_comes_in_segments_cut_between_tensors():
 
 def test_bytes_that_nobody_wants_are_not_read(pack):
     source = {name: random_tensor((MIB,), seed=i) for i, name in enumerate("abc")}
-    footer = read_footer(pack(source))
-    wanted = [entry for entry in footer.entries() if entry.name != "b"]
-    runs = _memory.plan_runs(wanted)
-    regions = [
-        _memory.allocate_region(run[0].offset_bytes, _memory.stop_of(run[-1]) - run[0].offset_bytes) for run in runs
-    ]
-    stats = _memory.fill_regions(footer, regions, side_of(CPU), _memory.ReadOptions())
-    assert stats["requested_bytes"] == 8 * MIB
-    tensors = _memory.read_tensors(footer, wanted, CPU, _memory.ReadOptions())
+    with open_footer(pack(source)) as footer:
+        wanted = [entry for entry in footer.entries() if entry.name != "b"]
+        runs = _memory.plan_runs(wanted)
+        spans = [(run[0].offset_bytes, _memory.stop_of(run[-1])) for run in runs]
+        regions = [_memory.allocate_region(begin, end - begin) for begin, end in spans]
+        stats = _memory.fill_regions(footer, regions, side_of(CPU), _memory.ReadOptions())
+        assert stats["requested_bytes"] == 8 * MIB
+        tensors = _memory.read_tensors(footer, wanted, CPU, _memory.ReadOptions())
     assert torch.equal(tensors["a"].view(torch.uint8), source["a"].view(torch.uint8))
     assert torch.equal(tensors["c"].view(torch.uint8), source["c"].view(torch.uint8))
 

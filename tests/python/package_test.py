@@ -13,7 +13,7 @@ import flashpack
 import pytest
 import torch
 from flashpack import _engine, _native
-from flashpack._footer import read_footer
+from flashpack._footer import open_footer
 from support import run_python
 
 
@@ -143,7 +143,8 @@ def test_an_inherited_engine_refuses_use_in_the_child(pack):
     if child == 0:
         signal.alarm(60)
         try:
-            engine.load(path, [], read_footer(path).native)
+            with open_footer(path) as footer:
+                engine.load(footer.fileno(), path, [], footer.native)
         except RuntimeError:
             os._exit(0)
         finally:

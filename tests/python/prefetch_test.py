@@ -33,6 +33,11 @@ def cold_file():
         yield path
 
 
+def prefetch(path: Path, size_bytes: int) -> _prefetch.Prefetch:
+    with path.open("rb") as file:
+        return _prefetch.Prefetch(file.fileno(), path, size_bytes)
+
+
 class Gate:
     """Stands in for os.sendfile, and lets nobody through before it opens."""
 
@@ -69,7 +74,7 @@ def test_parts_cover_the_payload_once(tmp_path, monkeypatch, size_bytes):
     monkeypatch.setattr(os, "sendfile", lambda sink, source, offset, size: sent.append((offset, size)) or size)
     path = tmp_path / "a"
     path.touch()
-    _prefetch.Prefetch(path, size_bytes).wait()
+    prefetch(path, size_bytes).wait()
     end = 0
     for offset, size in sorted(sent):
         assert offset == end
@@ -82,7 +87,7 @@ def test_what_was_only_partly_sent_is_sent_again_from_there(tmp_path, monkeypatc
     monkeypatch.setattr(os, "sendfile", lambda sink, source, offset, size: sent.append((offset, size)) or 1)
     path = tmp_path / "a"
     path.touch()
-    handle = _prefetch.Prefetch(path, 3)
+    handle = prefetch(path, 3)
     handle.wait()
     assert sent == [(0, 3), (1, 2), (2, 1)]
     assert handle.progress() == (3, 3)
@@ -90,7 +95,7 @@ def test_what_was_only_partly_sent_is_sent_again_from_there(tmp_path, monkeypatc
 
 def test_an_empty_payload_is_done_at_once(tmp_path):
     (tmp_path / "a").touch()
-    handle = _prefetch.Prefetch(tmp_path / "a", 0)
+    handle = prefetch(tmp_path / "a", 0)
     handle.wait(0)
     assert handle.progress() == (0, 0)
 
@@ -196,7 +201,7 @@ def test_an_error_in_one_stream_stops_the_others(tmp_path, monkeypatch, gate):
     monkeypatch.setattr(os, "sendfile", fail_at_the_start)
     path = tmp_path / "a"
     path.touch()
-    handle = _prefetch.Prefetch(path, 400 * MIB)
+    handle = prefetch(path, 400 * MIB)
     assert handle._stop.wait(60)
     gate.opened.set()
     with pytest.raises(OSError, match="Input/output error"):
@@ -207,7 +212,7 @@ def test_an_error_in_one_stream_stops_the_others(tmp_path, monkeypatch, gate):
 def test_a_file_that_became_shorter_is_an_error(tmp_path):
     (tmp_path / "a").write_bytes(bytes(1000))
     with pytest.raises(OSError, match="ends before its payload"):
-        _prefetch.Prefetch(tmp_path / "a", 2000).wait(60)
+        prefetch(tmp_path / "a", 2000).wait(60)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

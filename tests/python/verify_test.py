@@ -8,7 +8,7 @@ import random
 import flashpack
 import pytest
 import torch
-from flashpack import _native
+from flashpack._footer import open_footer
 from flashpack.deserialization import read_flashpack_file
 from support import assert_bit_equal, bits, footer_bytes, random_tensor, state_of
 
@@ -107,7 +107,8 @@ def test_never_reads_what_is_there(path, tensors):
 def test_a_part_is_verified_where_it_is_read_in_whole_pieces_and_always_means_all_of_it(path, tensors):
     model = torch.nn.Module()
     model.middle = torch.nn.Parameter(torch.zeros(1000, 999))
-    (begin, size) = next(place[1:] for place in _native.read_footer(path).places if place[0] == "middle")
+    with open_footer(path) as footer:
+        (begin, size) = next(place[1:] for place in footer.native.places if place[0] == "middle")
     last = 8 * (begin + size - 1)
     assert (begin + size) % MIB
     flip(path, last)

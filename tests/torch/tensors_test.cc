@@ -4,6 +4,7 @@
 
 #include "flashpack/format.h"
 #include "tests/torch/torch_fixture.h"
+#include "torch_binding/open_file.h"
 
 namespace flashpack {
 namespace {
@@ -169,13 +170,24 @@ TEST_F(Read, FilesThatCannotBeReadAreErrorsWithThePathAndTheCause) {
   EXPECT_MENTIONS(read(file("short")), "File too small");
 }
 
-TEST_F(Read, AFileReplacedAfterItsMetadataWasReadIsRefused) {
+TEST_F(Read, AFileReplacedAfterItsMetadataWasReadIsReadToItsEnd) {
   pack({{"x", at::ones({100})}});
-  const Metadata metadata = read_metadata(file());
+  const OpenFile opened(file());
+  const Metadata metadata = read_metadata(opened.fd(), file());
   pack({{"x", at::zeros({100})}});
   const std::vector<std::size_t> wanted = {0};
-  const Error error =
-      error_of([&] { LoadedRecords(engine_, file(), metadata, wanted, CachePolicy::kAuto, Verify::kAuto); });
+  const LoadedRecords loaded(engine_, opened.fd(), file(), metadata, wanted, CachePolicy::kAuto, Verify::kAuto);
+  EXPECT_TRUE(loaded.tensor(0).equal(at::ones({100})));
+}
+
+TEST_F(Read, AFileChangedAfterItsMetadataWasReadIsRefused) {
+  pack({{"x", at::ones({100})}});
+  const OpenFile opened(file());
+  const Metadata metadata = read_metadata(opened.fd(), file());
+  std::ofstream(file(), std::ios::app) << "more";
+  const std::vector<std::size_t> wanted = {0};
+  const Error error = error_of(
+      [&] { LoadedRecords(engine_, opened.fd(), file(), metadata, wanted, CachePolicy::kAuto, Verify::kAuto); });
   EXPECT_EQ(error.code(), Errc::kFileChanged);
 }
 

@@ -160,10 +160,10 @@ Dict footer_dict(const Metadata& metadata) {
   return footer;
 }
 
-Metadata read_footer(const std::filesystem::path& path) {
+Metadata read_footer(int fd, const std::filesystem::path& path) {
   const NativeCall call;
   nb::gil_scoped_release released;
-  return read_metadata(path);
+  return read_metadata(fd, path);
 }
 
 IdentityTuple identity_of(const Metadata& metadata) {
@@ -248,14 +248,16 @@ class PyEngine {
     engine_.reset();
   }
 
-  Dict load(const std::filesystem::path& path, const std::vector<ExtentTuple>& extents, const Metadata& metadata,
-            std::string_view verify, std::string_view cache, const ProgressFunction& progress, std::uintptr_t stream) {
+  Dict load(int fd, const std::filesystem::path& path, const std::vector<ExtentTuple>& extents,
+            const Metadata& metadata, std::string_view verify, std::string_view cache, const ProgressFunction& progress,
+            std::uintptr_t stream) {
     const NativeCall call;
     LoadRequest request{.cache = cache_policy(cache), .stream = stream_of(stream)};
     request.files.push_back({.path = path,
                              .extents = to_extents<Extent, void*>(extents),
                              .expected = metadata.identity,
-                             .checksums = checksums_for(metadata, verify_policy(verify), path)});
+                             .checksums = checksums_for(metadata, verify_policy(verify), path),
+                             .fd = fd});
     std::optional<Transfer> transfer;
     {
       nb::gil_scoped_release released;
@@ -268,14 +270,12 @@ class PyEngine {
     }
   }
 
-  Dict verify(const std::filesystem::path& path, const ProgressFunction& progress) {
+  Dict verify(int fd, const std::filesystem::path& path, const Metadata& metadata, const ProgressFunction& progress) {
     const NativeCall call;
-    Metadata metadata;
     VerifyReport report;
     {
       nb::gil_scoped_release released;
-      metadata = read_metadata(path);
-      report = verify_payload(*engine_, path, metadata, [&](std::uint64_t done_bytes) {
+      report = verify_payload(*engine_, fd, path, metadata, [&](std::uint64_t done_bytes) {
         nb::gil_scoped_acquire acquired;
         if (progress) (*progress)(done_bytes);
         if (PyErr_CheckSignals() != 0) throw nb::python_error();
@@ -382,11 +382,12 @@ void bind_handles(nb::module_& module) {
   auto engine =
       nb::class_<PyEngine>(module, "Engine", "Threads, ring and staging memory of this process; thread-safe.")
           .def(nb::init<std::optional<int>>(), "cuda_device"_a = nb::none())
-          .def("load", &PyEngine::load, "path"_a, "extents"_a, "metadata"_a, "verify"_a = "auto", "cache"_a = "auto",
-               "progress"_a = nb::none(), "stream"_a = 0,
-               "Reads extents of (file offset, size, address) and returns the transfer's statistics. "
+          .def("load", &PyEngine::load, "fd"_a, "path"_a, "extents"_a, "metadata"_a, "verify"_a = "auto",
+               "cache"_a = "auto", "progress"_a = nb::none(), "stream"_a = 0,
+               "Reads extents of (file offset, size, address) of the open file and returns the transfer's statistics; "
+               "`path` is for messages. "
                "Device memory is not written before what is on `stream` (a cudaStream_t) has ended.")
-          .def("verify", &PyEngine::verify, "path"_a, "progress"_a = nb::none(),
+          .def("verify", &PyEngine::verify, "fd"_a, "path"_a, "metadata"_a, "progress"_a = nb::none(),
                "Reads the payload and returns verified_bytes, corrupt (file offset, size, names) and seconds.");
   auto writer =
       nb::class_<PyWriter>(module, "Writer", "A file that appears whole on commit(), or not at all.")
@@ -415,7 +416,8 @@ void bind_format(nb::module_& module) {
       .def_prop_ro("places", &places_of, "(name, file offset, size) of each tensor, in file order.")
       .def("to_dict", &footer_dict, "The keys of the footer.")
       .def("footer", &footer_of, "checksums"_a = nb::none(), "The bytes that follow the payload.");
-  module.def("read_footer", &read_footer, "path"_a, "The checked footer of a file.");
+  module.def("read_footer", &read_footer, "fd"_a, "path"_a,
+             "The checked footer of an open file; `path` is for messages.");
   module.def("layout", &layout, "tensors"_a, "align_bytes"_a, "name_order"_a = nb::none(),
              "user_metadata"_a = nb::dict(), "checksums"_a = false,
              "The layout of (name, dtype, shape) tensors, once it is known that its footer can be read.");

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ._device import CPU
-from ._footer import Entry, Footer, StrPath, read_footer
+from ._footer import Entry, Footer, StrPath, open_footer
 from ._memory import Filled, ReadOptions, Region, Span, allocate_region, read_regions
 from ._native import FlashPackError
 from .constants import DEFAULT_SHARD_STRATEGY, SHARD_STRATEGIES
@@ -63,17 +63,27 @@ class Ranks:
         if is_distributed() and _is_nccl_alone() and self.device.type != "cuda":
             raise FlashPackError(f"distributed loading with the NCCL backend needs a cuda device, got {self.device}")
 
-    def footer(self, path: StrPath) -> Footer:
-        """The footer that rank `src` reads; other ranks need not see the file."""
+    @contextmanager
+    def footer(self, path: StrPath) -> Iterator[Footer]:
+        """The footer that rank `src` reads, from a file that stays open; other ranks need not see the file."""
+        if self.rank == self.src:
+            with open_footer(path) as footer:
+                self._exchange(footer)
+                yield footer
+        else:
+            yield Footer(os.fspath(path), self._exchange(None), None, None)
+
+    def _exchange(self, footer: Footer | None) -> dict[str, Any]:
+        """What the footer that rank `src` has says, on every rank."""
         if self.count == 1:
-            return read_footer(path)
-        footer = read_footer(path) if self.rank == self.src else None
+            assert footer is not None
+            return footer.metadata
         self.agree()
         message = None if footer is None else [self.device.type, footer.metadata]
         device_type, metadata = self._send(message, self.src)
         if self.device.type != device_type:  # Two backends would wait for each other.
             raise FlashPackError(f"ranks load to different devices: {self.device.type} and {device_type}")
-        return Footer(os.fspath(path), metadata, None) if footer is None else footer
+        return dict(metadata)
 
     def wanted_by_any(self, footer: Footer, wanted: list[Entry]) -> list[Entry]:
         """Those entries of the file that any rank wants: models, and what they ignore, may differ between ranks."""

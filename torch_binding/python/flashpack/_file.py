@@ -14,7 +14,7 @@ import torch
 from ._casts import check_asked, dtype_when_asked
 from ._device import DeviceLike, side_of
 from ._engine import left_before_exit
-from ._footer import Entry, Footer, StrPath, Verify, read_footer
+from ._footer import Entry, Footer, StrPath, Verify, footer_of, open_footer, open_for_reading
 from ._memory import ReadOptions, read_tensors, supported_device
 from ._native import FlashPackError
 from .utils import is_ignored_tensor_name, string_to_dtype
@@ -53,14 +53,13 @@ def load_file(
     included; OSError for the system's failures.
     """
     check_asked(dtype)
-    footer = read_footer(path)
     filters = (ignore_names, ignore_prefixes, ignore_suffixes)
-    entries = [entry for entry in _select(footer, names) if not is_ignored_tensor_name(entry.name, *filters)]
-    read = _Progress(progress, sum(entry.size_bytes for entry in entries))
-    options = ReadOptions(mmap, verify, False if progress is None else read.tell)
-    places = _places(entries, device, device_map, options)
     tensors: dict[str, torch.Tensor] = {}
-    with torch.inference_mode(False), torch.no_grad():
+    with open_footer(path) as footer, torch.inference_mode(False), torch.no_grad():
+        entries = [entry for entry in _select(footer, names) if not is_ignored_tensor_name(entry.name, *filters)]
+        read = _Progress(progress, sum(entry.size_bytes for entry in entries))
+        options = ReadOptions(mmap, verify, False if progress is None else read.tell)
+        places = _places(entries, device, device_map, options)
         for place in dict.fromkeys(places.values()):
             here = [entry for entry in entries if places[entry.name] == place]
             for name, tensor in read_tensors(footer, here, place, options).items():
@@ -84,14 +83,16 @@ def open_file(path: StrPath, device: DeviceLike = "cpu", *, verify: Verify = "au
 class FlashPackFile:
     """The tensors of one file by name. Made by open_file().
 
-    Holds no descriptor: it may be used by several threads and in forked processes, and needs no closing. When the file
-    has been replaced since, reading is an OSError (ESTALE).
+    The file stays open until close(), the end of a with block, or until this is dropped. So what stands at its path
+    meanwhile does not matter; when it is changed in place, reading is an OSError (ESTALE). May be used by several
+    threads, and in forked processes.
     """
 
     def __init__(self, path: StrPath, device: DeviceLike = "cpu", verify: Verify = "auto") -> None:
         self._options = ReadOptions(verify=verify)
         self._device = supported_device(device, self._options)
-        self._footer = read_footer(path)
+        self._file = open_for_reading(path)
+        self._footer = footer_of(self._file, os.fspath(path))
         self._entries = {entry.name: entry for entry in self._footer.entries()}
 
     @property
@@ -129,13 +130,22 @@ class FlashPackFile:
         """For reading a part of a tensor: get_slice("w")[10:20, :5]. Raises KeyError if there is none of that name."""
         return TensorSlice(self, self._entry(name))
 
+    def close(self) -> None:
+        """Lets go of the file: its tensors cannot be read any more, which is then a ValueError."""
+        self._file.close()
+
     def __enter__(self) -> FlashPackFile:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        self.close()
+
+    def __del__(self) -> None:
+        # Without this Python would warn of a file that was left open.
+        if file := getattr(self, "_file", None):
+            file.close()
 
     def __reduce__(self) -> NoReturn:
         _refuse_pickling(self)
@@ -192,7 +202,8 @@ class TensorSlice:
             if box.numel()
         ]
         assert file._footer.native is not None
-        side.engine.load(file.path, extents, file._footer.native, file._options.verify, stream=side.stream)
+        native, fd = file._footer.native, file._footer.fileno()
+        side.engine.load(fd, file.path, extents, native, file._options.verify, stream=side.stream)
         return box.to(file._device)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from typing import Any, Literal, NamedTuple
 
 from . import _native
@@ -45,12 +47,28 @@ class Entry(NamedTuple):
 
 
 class Footer(NamedTuple):
-    """A checked footer and the file it came from."""
+    """A checked footer and the file it came from.
+
+    May be passed on as the path of its file: what takes a path then reads from the file that is open already.
+    """
 
     path: str
     metadata: dict[str, Any]
     native: _native.Metadata | None
     """The same for the engine, with the file's identity and checksums; None for one that another process has read."""
+    file: FileIO | None
+    """What it was read from, and what serves the payload: another file may have taken over the path."""
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def __str__(self) -> str:
+        return self.path
+
+    def fileno(self) -> int:
+        """Raises ValueError once the file is closed."""
+        assert self.file is not None
+        return self.file.fileno()
 
     def blocks(self) -> list[Block]:
         return blocks_of(self.metadata)
@@ -85,12 +103,32 @@ def blocks_of(metadata: dict[str, Any]) -> list[Block]:
     return [Block(**{key: block.get(key) for key in Block._fields}) for block in metadata.get("macroblocks") or ()]
 
 
-def read_footer(path: StrPath) -> Footer:
-    """Reads and checks the footer. Raises FlashPackError for a file that is not valid, OSError for the system's."""
-    native = _native.read_footer(path)
+@contextmanager
+def open_footer(path: StrPath) -> Iterator[Footer]:
+    """Reads and checks the footer, and keeps the file open until the end of the block, for its payload.
+
+    Raises FlashPackError for a file that is not valid, OSError for the system's failures.
+    """
+    if isinstance(path, Footer):
+        yield path  # Whoever opened it closes it.
+        return
+    with open_for_reading(path) as file:
+        yield footer_of(file, os.fspath(path))
+
+
+def open_for_reading(path: StrPath) -> FileIO:
+    """For reading, by descriptor; not inherited by programs that are started. Raises OSError."""
+    # O_NONBLOCK: a FIFO that nobody writes to must not hold us here. It means nothing for regular files.
+    flags = os.O_NONBLOCK | os.O_NOCTTY
+    return FileIO(os.fspath(path), opener=lambda name, mode: os.open(name, mode | flags))
+
+
+def footer_of(file: FileIO, path: str) -> Footer:
+    """The footer of an open file, which stays the caller's to close. Raises as open_footer does."""
+    native = _native.read_footer(file.fileno(), path)
     for warning in native.warnings:
         logger.warning("%s: %s", path, warning)
-    return Footer(os.fspath(path), native.to_dict(), native)
+    return Footer(path, native.to_dict(), native, file)
 
 
 def get_flashpack_file_metadata(path: StrPath) -> dict[str, Any]:
@@ -102,13 +140,15 @@ def get_flashpack_file_metadata(path: StrPath) -> dict[str, Any]:
 
     Raises FlashPackError (a ValueError) naming the broken rule, OSError when the file cannot be read.
     """
-    return read_footer(path).metadata
+    with open_footer(path) as footer:
+        return footer.metadata
 
 
 def is_flashpack_file(path: StrPath) -> bool:
     """Whether `path` can be read and has a valid footer. The payload is not looked at."""
     try:
-        _native.read_footer(path)
+        with open_for_reading(path) as file:
+            _native.read_footer(file.fileno(), path)
     except (ValueError, OSError):
         return False
     return True

@@ -123,11 +123,10 @@ def _allocate_host(offset_bytes: int, size_bytes: int) -> HostRegion:
 def map_file(footer: Footer) -> HostRegion:
     """The whole file, mapped privately and writable. Truncation by others is SIGBUS for whoever touches it."""
     assert footer.native is not None
-    with open(footer.path, "rb") as file:
-        stat = os.fstat(file.fileno())
-        if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != footer.native.identity:
-            raise OSError(errno.ESTALE, "the file was replaced or changed", footer.path)
-        buffer = mmap.mmap(file.fileno(), stat.st_size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    stat = os.fstat(footer.fileno())
+    if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != footer.native.identity:
+        raise OSError(errno.ESTALE, "the file was changed", footer.path)
+    buffer = mmap.mmap(footer.fileno(), stat.st_size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
     return HostRegion(buffer, 0, 0, stat.st_size)
 
 
@@ -161,7 +160,7 @@ def fill_regions(footer: Footer, regions: Sequence[Region], side: Side, options:
     assert footer.native is not None
     with progress_bar("Loading", sum(region.size_bytes for region in regions), options.show) as progress:
         stats = side.engine.load(
-            footer.path, extents, footer.native, options.verify, progress=progress, stream=side.stream
+            footer.fileno(), footer.path, extents, footer.native, options.verify, progress=progress, stream=side.stream
         )
     logger.info("%s: %s", footer.path, _describe(stats))
     return stats

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from ._footer import Footer, read_footer
+from ._footer import Footer, open_footer
 from .constants import FILE_FORMAT_V4, WEIGHTS_NAME
 from .version import __version__
 
@@ -69,8 +69,8 @@ def metadata(path: str, show_index: bool, as_json: bool) -> None:
     flashpack metadata model.flashpack --index | grep lm_head
     flashpack metadata model.flashpack --index --json | jq '.index[].name'
     """
-    with _reporting(verbose=False):
-        shown = _summary(read_footer(path))
+    with _reporting(verbose=False), open_footer(path) as footer:
+        shown = _summary(footer)
         if not show_index:
             del shown["index"]
         click.echo(json.dumps(shown, indent=2) if as_json else "\n".join(_describe(shown)))

@@ -14,7 +14,7 @@ import torch
 
 from ._checkpoint import files_of, metadata_of, open_checkpoint, stem_of
 from ._directory import copy_companions, download, find_checkpoints, is_repo_id, staged
-from ._footer import StrPath, get_flashpack_file_metadata
+from ._footer import StrPath, open_footer
 from ._native import FlashPackError
 from ._pretrained import build_model
 from .constants import WEIGHTS_NAME
@@ -227,13 +227,13 @@ def revert_from_flashpack(path: StrPath, destination_path: StrPath | None = None
     """
     source = Path(path)
     destination = Path(default_reversal(source) if destination_path is None else destination_path)
-    footer = get_flashpack_file_metadata(source)
-    _refuse_source([source], destination)
-    if destination_path is None:
-        _refuse_existing(destination)
-    metadata = footer.get("metadata", {})
-    _check_revertible(footer, destination)
-    tensors = revert_from_file(source, silent=silent)
+    with open_footer(source) as footer:
+        _refuse_source([source], destination)
+        if destination_path is None:
+            _refuse_existing(destination)
+        metadata = footer.metadata.get("metadata", {})
+        _check_revertible(footer.metadata, destination)
+        tensors = revert_from_file(footer, silent=silent)
     with staged(destination.parent) as stage:
         file = stage / destination.name
         file.touch()

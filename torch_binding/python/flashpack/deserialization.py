@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ._footer import (
     blocks_of,
     get_flashpack_file_metadata,
     is_flashpack_file,
-    read_footer,
+    open_footer,
 )
 from ._memory import Filled, ReadOptions, ReadRegions, Region, Span, read_regions, read_tensors, supported_device
 from ._meta_init import warn_of_meta
@@ -95,9 +94,9 @@ def read_flashpack_file(
     """
     options = ReadOptions(mmap, verify, not silent)
     target = supported_device(device, options)
-    footer = read_footer(path)
-    result = _accepted(metadata, footer)
-    return _read_blocks(footer, target, options), result
+    with open_footer(path) as footer:
+        result = _accepted(metadata, footer)
+        return _read_blocks(footer, target, options), result
 
 
 @left_before_exit
@@ -125,9 +124,9 @@ def read_flashpack_file_distributed(
         ranks.check(False, sharded, shard_strategy)
         options = ReadOptions(show=not silent)
         target = supported_device(device, options)
-        footer = ranks.footer(path)
-        result = _accepted(metadata, footer)
-        storage = _read_blocks(footer, target, options, ranks.read_regions)
+        with ranks.footer(path) as footer:
+            result = _accepted(metadata, footer)
+            storage = _read_blocks(footer, target, options, ranks.read_regions)
     return storage, result
 
 
@@ -153,8 +152,7 @@ def iterate_from_flash_tensor(
 @left_before_exit
 def revert_from_file(path: StrPath, silent: bool = True) -> dict[str, torch.Tensor]:
     """The state dict that was packed, in file order, on the CPU. Each tensor owns its memory."""
-    footer = read_footer(path)
-    with torch.inference_mode(False), torch.no_grad():
+    with open_footer(path) as footer, torch.inference_mode(False), torch.no_grad():
         return read_tensors(footer, list(footer.entries()), CPU, ReadOptions(show=not silent))
 
 
@@ -166,9 +164,9 @@ def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
     of the pieces that do not; and `seconds`. Raises FlashPackError for a file that has no checksums or is not valid,
     OSError for the system's failures.
     """
-    payload_bytes = read_footer(path).payload_bytes()
-    with progress_bar("Verifying", payload_bytes, not silent) as progress:
-        return engine().verify(os.fspath(path), progress)
+    with open_footer(path) as footer, progress_bar("Verifying", footer.payload_bytes(), not silent) as progress:
+        assert footer.native is not None
+        return engine().verify(footer.fileno(), footer.path, footer.native, progress)
 
 
 @left_before_exit
@@ -229,18 +227,16 @@ def assign_from_file(
     failures, RuntimeError for what failed on another rank. Not to be called while other threads use `model`.
     """
     options = ReadOptions(mmap, verify, not silent)
-    wish = _Wish(
-        (ignore_names, ignore_prefixes, ignore_suffixes),
-        Casts(coerce_dtype, dtype),
-        (strict, strict_params, strict_buffers),
-        keep_flash_ref_on_model,
-    )
+    filters = (ignore_names, ignore_prefixes, ignore_suffixes)
+    strictness = (strict, strict_params, strict_buffers)
+    wish = _Wish(filters, Casts(coerce_dtype, dtype), strictness, keep_flash_ref_on_model)
     device = _device_of(model) if device is None else device
     ranks = join_ranks(device, rank, local_rank, world_size) if use_distributed_loading else Ranks()
     with ranks.together():
         ranks.check(mmap, distributed_sharded, distributed_shard_strategy)
         target = supported_device(device, options)
-        plan, stats = _assign(model, ranks.footer(path), target, options, ranks, wish)
+        with ranks.footer(path) as footer:
+            plan, stats = _assign(model, footer, target, options, ranks, wish)
     return _report(model, plan, path, stats)
 
 

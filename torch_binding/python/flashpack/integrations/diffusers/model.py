@@ -18,7 +18,7 @@ from diffusers import ModelMixin
 from ..._assign import slots_of
 from ..._casts import PLAIN_FLOATS, check_asked
 from ..._directory import own_files
-from ..._footer import Footer, StrPath, Verify, read_footer
+from ..._footer import Footer, StrPath, Verify, open_footer
 from ..._native import FlashPackError
 from ..._repository import blaming, check_model_config
 from ...constants import (
@@ -167,8 +167,9 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         config = kwargs.pop("config", None)
         if config is None:
             config = check_model_config(directory) or cls.load_config(directory)
-        build = partial(_build, cls, directory, config, kwargs, read_footer(path), dtype)
-        model = cls.from_flashpack(path, init_fn=build, **options)
+        with open_footer(path) as footer:
+            build = partial(_build, cls, directory, config, kwargs, footer, dtype)
+            model = cls.from_flashpack(footer, init_fn=build, **options)
         model.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         return model
 

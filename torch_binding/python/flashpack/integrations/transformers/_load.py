@@ -23,7 +23,7 @@ from transformers import __version__ as transformers_version
 from ..._assign import Filters, Plan, check_strictness, make_parameter, slots_of
 from ..._casts import check_asked
 from ..._device import CPU
-from ..._footer import Entry, Footer, read_footer
+from ..._footer import Entry, Footer, open_footer
 from ..._meta_init import meta_parameters, warn_of_meta
 from ..._native import FlashPackError
 from ..._own_code import own_code_of
@@ -127,19 +127,14 @@ def load(
     with blaming(path.parent):
         config, arguments = _read_config(model_class, path.parent, arguments)
     generation_config = arguments.pop("generation_config", None)
-    request = Request(
-        path.parent,
-        name,
-        read_footer(path),
-        _device(device, arguments.pop("device_map", None)),
-        _dtype(arguments),
-        options,
-        arguments,
-    )
-    model = _assigned(model_class, config, request)
+    device = _device(device, arguments.pop("device_map", None))
+    dtype = _dtype(arguments)
     info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
-    if model is None:
-        model, info = _loaded_by_transformers(model_class, config, request)
+    with open_footer(path) as footer:
+        request = Request(path.parent, name, footer, device, dtype, options, arguments)
+        model = _assigned(model_class, config, request)
+        if model is None:
+            model, info = _loaded_by_transformers(model_class, config, request)
     _finish(model, request, generation_config)
     return model, info
 
@@ -225,7 +220,7 @@ def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, requ
     _set_dtypes(model, entries, request)
     options = request.options
     coerce_dtype = options["coerce_dtype"] or request.dtype is not None
-    assign_from_file(model, request.footer.path, request.device, **options | {"coerce_dtype": coerce_dtype})
+    assign_from_file(model, request.footer, request.device, **options | {"coerce_dtype": coerce_dtype})
     _untie(model, request)
     return model
 
@@ -343,7 +338,7 @@ class _Values:
         """For these, whether they have been taken or not."""
         holder = _Holder([self.entries[name] for name in names])
         options = self._request.options | {"coerce_dtype": False, "strict": False}
-        assign_from_file(holder, self._request.footer.path, self._request.device, **options)
+        assign_from_file(holder, self._request.footer, self._request.device, **options)
         attributes = ("_flash_shared_storage", "_flash_shared_storage_meta")
         self.references |= {name: getattr(holder, name) for name in attributes if hasattr(holder, name)}
         return {name: parameter.data for name, parameter in holder._parameters.items() if parameter is not None}
