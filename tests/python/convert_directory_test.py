@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import flashpack
 import pytest
@@ -71,6 +72,56 @@ def test_shards_and_variants_of_a_directory_are_found(tmp_path):
     )
     commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out", variant="fp8")
     assert_bit_equal(flashpack.revert_from_file(tmp_path / "out" / "model.flashpack"), plain)
+
+
+SINGLE, SHARDS = halves()
+
+
+@pytest.mark.parametrize("dot", ["", ".fp16"])
+@pytest.mark.parametrize(
+    ("stem", "expected"), [("model.safetensors", SINGLE), ("diffusion_pytorch_model.safetensors", SHARDS)]
+)
+def test_of_a_whole_file_and_shards_that_which_the_library_loads_is_converted(stem, expected, dot, tmp_path):
+    name, suffix = stem.split(".")
+    write_model(tmp_path / "model", {f"{name}{dot}.{suffix}": SINGLE})
+    save_index(tmp_path / "model" / f"{stem}.index{dot}.json", {f"{name}{dot}-00001-of-00001.{suffix}": SHARDS})
+    commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out", variant=dot[1:] or None)
+    assert_bit_equal(flashpack.revert_from_file(tmp_path / "out" / "model.flashpack"), expected)
+
+
+def test_transformers_and_diffusers_load_of_both_what_is_converted(tmp_path):
+    model = small_bert(tmp_path / "bert")
+    unet = small_pipeline(tmp_path / "pipeline")
+    stems = {tmp_path / "bert": "model", tmp_path / "pipeline" / "unet": "diffusion_pytorch_model"}
+    for directory, stem in stems.items():
+        tensors = safetensors.torch.load_file(directory / f"{stem}.safetensors")
+        shard = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        save_index(directory / f"{stem}.safetensors.index.json", {f"{stem}-00001-of-00001.safetensors": shard})
+        commands.convert_to_flashpack(directory, directory.with_name("out"))
+        loaded = type(model if stem == "model" else unet).from_pretrained(directory).state_dict()
+        converted = flashpack.revert_from_file(directory.with_name("out") / "model.flashpack")
+        assert {name: tensor.any() for name, tensor in converted.items()} == {
+            name: loaded[name].any() for name in converted
+        }
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"_class_name": "UNet2DModel"}, SHARDS), ({"model_type": "bert"}, SINGLE), ({"architectures": []}, SINGLE)],
+)
+def test_a_directory_with_files_of_two_libraries_is_of_that_which_its_configuration_names(config, expected, tmp_path):
+    write_model(tmp_path / "model", {"diffusion_pytorch_model.safetensors": SHARDS})
+    torch.save(SINGLE, tmp_path / "model" / "pytorch_model.bin")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out")
+    assert_bit_equal(flashpack.revert_from_file(tmp_path / "out" / "model.flashpack"), expected)
+
+
+def test_a_variant_that_no_component_has_is_an_error(tmp_path):
+    write_pipeline(tmp_path / "source")
+    with pytest.raises(FlashPackError, match=r"no weights of variant 'bf16' in .*unet, .*text_encoder"):
+        commands.convert_to_flashpack(tmp_path / "source", tmp_path / "out", variant="bf16")
+    assert os.listdir(tmp_path) == ["source"]
 
 
 def test_a_directory_without_weights_or_a_destination_that_is_a_file_is_an_error(tmp_path):
@@ -211,10 +262,22 @@ def test_of_a_repository_one_set_of_weights_is_downloaded(tmp_path, monkeypatch)
     monkeypatch.setattr("huggingface_hub.snapshot_download", bring)
     monkeypatch.setattr(commands, "find_checkpoints", lambda *args: {})
     commands.convert_to_flashpack("some/model", tmp_path / "out")
-    assert [name for name in names_in(folder) if not name.endswith((".json", ".txt"))] == [
-        "text_encoder/pytorch_model.bin",
-        "unet/diffusion_pytorch_model.safetensors",
-    ]
+
+    def weights():
+        return [name for name in names_in(folder) if not name.endswith((".json", ".txt"))]
+
+    plain = ["text_encoder/pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors"]
+    assert weights() == plain
+    commands.convert_to_flashpack("some/model", tmp_path / "out", variant="fp16")
+    # That the others are there already does not stand in for the variant.
+    variant = ["text_encoder/pytorch_model.fp16.bin", "unet/diffusion_pytorch_model.fp16.safetensors"]
+    assert weights() == sorted(plain + variant)
+    shutil.rmtree(folder)
+    commands.convert_to_flashpack("some/model", tmp_path / "out", variant="bf16")
+    assert weights() == []
+    whole.remove("text_encoder/pytorch_model.fp16.bin")
+    commands.convert_to_flashpack("some/model", tmp_path / "out", variant="fp16")
+    assert weights() == ["text_encoder/pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors"]
 
 
 def small_bert(directory, heads="BertForSequenceClassification", **config):

@@ -12,8 +12,12 @@ from ._native import FlashPackError
 from ._repository import blaming, open_regular, plain_name, read_json
 
 _INDEX_SUFFIX = re.compile(r"\.index(\.[^.]+)?\.json$")
-# What transformers and diffusers call their files; the first that exists is taken.
-_STEMS = {".safetensors": ("model", "diffusion_pytorch_model"), ".bin": ("pytorch_model", "diffusion_pytorch_model")}
+_SUFFIXES = (".safetensors", ".bin")
+# What transformers and diffusers call their files.
+_STEMS = {
+    "transformers": {".safetensors": "model", ".bin": "pytorch_model"},
+    "diffusers": {".safetensors": "diffusion_pytorch_model", ".bin": "diffusion_pytorch_model"},
+}
 
 
 def stem_of(path: Path) -> str:
@@ -31,20 +35,22 @@ def weight_patterns(suffix: str, variant: str | None) -> list[str]:
     shard = "-?????-of-?????"
     return [
         pattern
-        for stem in _STEMS[suffix]
+        for stem in (stems[suffix] for stems in _STEMS.values())
         for pattern in (f"{stem}{dot}{suffix}", f"{stem}{dot}{shard}{suffix}", f"{stem}{shard}{dot}{suffix}")
     ]
 
 
 def find_checkpoint(directory: Path, variant: str | None = None) -> Path | None:
-    """The file, or the index of the files, with the weights of the model in `directory`.
+    """The file, or the index of the files, with the weights of the model in `directory`: that which its library loads.
 
     Safetensors are preferred. A lone safetensors file may have any name.
     """
-    for suffix, stems in _STEMS.items():
-        for name in (name for stem in stems for name in _names(stem, suffix, variant)):
-            if (directory / name).is_file():
-                return directory / name
+    sets = [(library, suffix) for suffix in _SUFFIXES for library in _STEMS]
+    if home := _library_of(directory):
+        sets.sort(key=lambda each: each[0] != home)
+    for name in (name for library, suffix in sets for name in _names(library, suffix, variant)):
+        if (directory / name).is_file():
+            return directory / name
     lone = sorted(directory.glob("*.safetensors")) if variant is None else []
     return lone[0] if len(lone) == 1 else None
 
@@ -84,16 +90,30 @@ def files_of(path: Path) -> list[Path]:
     return [path, *sorted(set(_weight_map(path).values()))] if is_index(path) else [path]
 
 
-def _names(stem: str, suffix: str, variant: str | None) -> list[str]:
-    """Of a file and of an index; the index of a variant has had several names."""
-    if not variant:
-        return [f"{stem}{suffix}", f"{stem}{suffix}.index.json"]
-    return [
-        f"{stem}.{variant}{suffix}",
-        f"{stem}{suffix}.index.{variant}.json",
-        f"{stem}.{variant}{suffix}.index.json",
-        f"{stem}{suffix}.{variant}.index.json",
-    ]
+def _library_of(directory: Path) -> str | None:
+    """The one whose model is in `directory`, if its configuration says so."""
+    try:
+        config = read_json(directory / "config.json")
+    except (FlashPackError, OSError):
+        return None
+    if "_class_name" in config:
+        return "diffusers"
+    return "transformers" if config.keys() & {"architectures", "model_type"} else None
+
+
+def _names(library: str, suffix: str, variant: str | None) -> list[str]:
+    """Of a file and of an index, in the order in which the library looks; the index of a variant has had several."""
+    stem = _STEMS[library][suffix]
+    whole = [f"{stem}.{variant}{suffix}" if variant else f"{stem}{suffix}"]
+    indices = [f"{stem}{suffix}.index.json"]
+    if variant:
+        indices = [
+            f"{stem}{suffix}.index.{variant}.json",
+            f"{stem}{suffix}.{variant}.index.json",
+            f"{stem}.{variant}{suffix}.index.json",
+        ]
+    # Of pickles diffusers, too, takes the whole file first.
+    return indices + whole if library == "diffusers" and suffix == ".safetensors" else whole + indices
 
 
 def _open_file(path: Path) -> dict[str, torch.Tensor]:

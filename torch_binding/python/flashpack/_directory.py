@@ -43,13 +43,15 @@ def model_folders(directory: Path) -> list[str]:
 
 
 def find_checkpoints(directory: Path, variant: str | None) -> dict[str, Path]:
-    """The checkpoint of every folder of model_folders(); of a pipeline, not every one need have the variant.
+    """The checkpoint of every folder of model_folders(); of a pipeline, one must have the variant, but not every one.
 
     Raises FlashPackError naming the folders that have none, or a file that a link has elsewhere.
     """
     folders = model_folders(directory)
     check_inside(directory, [directory / folder for folder in folders])
-    found = {folder: _find(directory, folder, variant) for folder in folders}
+    found = {folder: find_checkpoint(directory / folder, variant) for folder in folders}
+    if any(found.values()):  # A model alone has its own, or nothing.
+        found = {folder: path or find_checkpoint(directory / folder) for folder, path in found.items()}
     lacking = [os.fspath(directory / folder) for folder, path in found.items() if path is None]
     if lacking or not found:
         what = f"no weights of variant {variant!r}" if variant else "no safetensors or torch weights"
@@ -63,17 +65,22 @@ def download(repo_id: str, subfolder: str | None, variant: str | None, with_code
     """The local copy of a model on the Hub: what it needs beside the weights, and one set of those."""
     companions = [*_COMPANIONS, _CODE] if with_code else _COMPANIONS
     directory = resolve_directory(repo_id, subfolder=subfolder, allow_patterns=companions, **hub)
-    is_pipeline = (directory / INDEX_NAME).is_file()
-    variants = [variant, None] if variant and is_pipeline else [variant]
-    for suffix, choice in ((suffix, choice) for suffix in (".safetensors", ".bin") for choice in variants):
-        lacking = [folder for folder in model_folders(directory) if _find(directory, folder, variant) is None]
-        patterns = [
-            f"{folder}/{pattern}" if folder else pattern
-            for folder in lacking
-            for pattern in weight_patterns(suffix, choice)
-        ]
-        if patterns:
-            resolve_directory(repo_id, subfolder=subfolder, allow_patterns=patterns, **hub)
+    folders = model_folders(directory)
+
+    def fetch(folders: list[str], variant: str | None) -> list[str]:
+        """Downloads one set of weights for each, and returns those for which there is none."""
+        for suffix in (".safetensors", ".bin"):
+            folders = [folder for folder in folders if find_checkpoint(directory / folder, variant) is None]
+            patterns = weight_patterns(suffix, variant)
+            patterns = [f"{folder}/{pattern}" if folder else pattern for folder in folders for pattern in patterns]
+            if patterns:
+                resolve_directory(repo_id, subfolder=subfolder, allow_patterns=patterns, **hub)
+        return [folder for folder in folders if find_checkpoint(directory / folder, variant) is None]
+
+    lacking = fetch(folders, variant)
+    # Components may lack the variant, but not all of them.
+    if variant and folders != [""] and lacking != folders:
+        fetch(lacking, None)
     return directory
 
 
@@ -131,11 +138,6 @@ def staged(destination: Path) -> Iterator[Path]:
                 shutil.copymode(target, file)
             file.replace(target)
             _sync(target.parent)
-
-
-def _find(directory: Path, folder: str, variant: str | None) -> Path | None:
-    found = find_checkpoint(directory / folder, variant)
-    return find_checkpoint(directory / folder) if found is None and folder else found
 
 
 def _sync(directory: Path) -> None:
