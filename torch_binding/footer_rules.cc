@@ -170,8 +170,11 @@ class FooterCheck {
       end_bytes = std::max(end_bytes, macroblock.offset_bytes + macroblock.length_bytes);
     }
     if (end_bytes < metadata_.payload_bytes) {
-      warn(std::to_string(metadata_.payload_bytes - end_bytes) +
-           " bytes between the last macroblock and the footer belong to no macroblock.");
+      const std::string what = std::to_string(metadata_.payload_bytes - end_bytes) +
+                               " bytes between the last macroblock and the footer belong to no macroblock.";
+      // Nobody reads them, so the last checksum, which is of them, too, would never be looked at.
+      if (fields.crc32c_per_mib) fail(what);
+      warn(what);
     }
     if (fields.total_elems && *fields.total_elems != metadata_.total_elems) {
       warn("total_elems is " + std::to_string(*fields.total_elems) + ", but the macroblocks have " +

@@ -367,6 +367,14 @@ TEST(Footer, GapBeforeItIsWorthAWarning) {
   EXPECT_EQ(parse_footer(kV3, kPayloadBytes + 4).warnings, expected);
 }
 
+TEST(Footer, GapBeforeItIsRefusedWhereChecksumsCoverItAndNobodyReadsIt) {
+  std::string json(kV3);
+  json.insert(1, R"("crc32c_per_mib":"01234567",)");
+  EXPECT_TRUE(parse_footer(json, kPayloadBytes).checksums);
+  const std::string error = error_of(json, kPayloadBytes + 4);
+  EXPECT_NE(error.find("4 bytes between the last macroblock and the footer"), std::string::npos) << error;
+}
+
 TEST(Footer, TwoNamesForOneRangeAreOneTensor) {
   std::string json(kV3);
   json.insert(json.size() - 2, R"(,{"name":"tied","shape":[4],"offset":0,"length":4})");

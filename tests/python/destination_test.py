@@ -1,0 +1,128 @@
+"""What stands where something is to be written: pack_to_file's rule holds for all that writes."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import flashpack
+import pytest
+import safetensors.torch
+from checkpoints import STATE
+from flashpack import FlashPackError, commands
+from hub_cache import COMMIT, make_hub_cache
+from support import assert_bit_equal
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    flashpack.pack_to_file(STATE, tmp_path / "model.flashpack")
+    return tmp_path / "model.flashpack"
+
+
+def pack(source: Path, destination: Path) -> None:
+    flashpack.pack_to_file(STATE, destination)
+
+
+def revert(source: Path, destination: Path) -> None:
+    commands.revert_from_flashpack(source, destination)
+
+
+def convert(source: Path, destination: Path) -> None:
+    safetensors.torch.save_file(STATE, source.with_suffix(".safetensors"))
+    commands.convert_to_flashpack(source.with_suffix(".safetensors"), destination)
+
+
+WRITERS = [pack, revert, convert]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_fifo_is_not_replaced(packed, tmp_path, write):
+    os.mkfifo(tmp_path / "there.safetensors")
+    with pytest.raises(FlashPackError, match=r"not a regular file.*there\.safetensors"):
+        write(packed, tmp_path / "there.safetensors")
+    assert stat.S_ISFIFO((tmp_path / "there.safetensors").stat().st_mode)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices")
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_a_device_is_not_replaced(packed, tmp_path, write, through_a_link):
+    device = destination = tmp_path / "null"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("this sandbox makes no devices")
+    if through_a_link:
+        destination = tmp_path / "link"
+        destination.symlink_to(device)
+    with pytest.raises(FlashPackError, match=r"not a regular file.*null"):
+        write(packed, destination)
+    assert stat.S_ISCHR(device.stat().st_mode)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_directory_is_not_replaced(packed, tmp_path, write):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(IsADirectoryError, match="there"):
+        write(packed, tmp_path / "there")
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_link_is_followed_and_stays(packed, tmp_path, write, is_there):
+    (tmp_path / "elsewhere").mkdir()
+    target = tmp_path / "elsewhere" / "file"
+    if is_there:
+        target.write_bytes(b"old")
+        target.chmod(0o640)
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(target)
+    write(packed, link)
+    assert link.is_symlink()
+    assert target.stat().st_size > 100
+    assert not is_there or stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert os.listdir(tmp_path / "elsewhere") == ["file"]
+    # The format is that of the name that was given.
+    if write is revert:
+        assert_bit_equal(safetensors.torch.load_file(link), STATE)
+
+
+def test_a_link_to_a_blob_of_the_hub_is_replaced_by_a_reverted_file(packed, tmp_path):
+    cache = make_hub_cache(tmp_path / "cache", {"model.safetensors": b"a blob"})
+    link = cache / "models--x--y" / "snapshots" / COMMIT / "model.safetensors"
+    blob = link.resolve()
+    commands.revert_from_flashpack(packed, link)
+    assert blob.read_bytes() == b"a blob"
+    assert not link.is_symlink()
+    assert_bit_equal(safetensors.torch.load_file(link), STATE)
+
+
+def test_nothing_of_a_directory_is_moved_where_one_file_has_no_place(tmp_path):
+    (tmp_path / "model").mkdir()
+    safetensors.torch.save_file(STATE, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "tokenizer.json")
+    with pytest.raises(FlashPackError, match=r"not a regular file.*tokenizer\.json"):
+        commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["tokenizer.json"]
+    assert stat.S_ISFIFO((tmp_path / "out" / "tokenizer.json").stat().st_mode)
+
+
+def test_a_default_destination_that_is_a_link_to_nothing_is_there_already(packed, tmp_path):
+    packed.with_suffix(".safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FlashPackError, match=r"model\.safetensors exists already"):
+        commands.revert_from_flashpack(packed)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_models_are_not_saved_into_a_fifo(tmp_path):
+    pytest.importorskip("transformers")
+    from transformers_models import make, save
+
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(FlashPackError, match=r"not a regular file.*config\.json"):
+        save(make("bert"), tmp_path)
