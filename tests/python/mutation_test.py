@@ -61,7 +61,7 @@ def save_old(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def load_torch(path: Path) -> dict[str, torch.Tensor]:
-    return dict(torch.load(path, weights_only=True))
+    return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def converted(path: Path) -> dict[str, torch.Tensor]:

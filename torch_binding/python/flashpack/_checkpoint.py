@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ from ._native import FlashPackError
 from ._repository import blaming, open_regular, plain_name, read_json
 
 _INDEX_SUFFIX = re.compile(r"\.index(\.[^.]+)?\.json$")
+_RECORD_PIECE_BYTES = 1 << 20
 _SUFFIXES = (".safetensors", ".bin")
 # What transformers and diffusers call their files.
 _STEMS = {
@@ -59,7 +63,8 @@ def open_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint, by name, mapped: their bytes are read when they are needed, and can be dropped.
 
     `path`: a safetensors file, a file that torch.save wrote, or the index of several of either. From pickles only
-    tensors are taken; nothing in them is run.
+    tensors are taken; nothing in them is run. Archives, which torch.save has written since version 1.6, are held
+    against their checksums, and read once for that.
 
     Raises FlashPackError for a file that is none of these, OSError for the system's failures.
     """
@@ -141,8 +146,11 @@ def _header_of(path: Path) -> dict[str, str]:
 
 def _open_pickle(path: Path, mmap: bool) -> dict[str, torch.Tensor]:
     try:
+        if mmap:
+            _check_archive(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
         raise
     except Exception as error:  # Of a damaged file torch may say anything.
         # What torch says would have people turn the check off.
@@ -153,6 +161,22 @@ def _open_pickle(path: Path, mmap: bool) -> dict[str, torch.Tensor]:
     if not isinstance(loaded, dict):
         raise FlashPackError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     return loaded
+
+
+def _check_archive(path: Path) -> None:
+    """Holds the records of an archive against their checksums, which torch does not, and where they say they are."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            for info in archive.infolist():
+                # torch leaves 0 where it is told to make none.
+                if info.CRC != 0:
+                    with archive.open(info) as record:
+                        while record.read(_RECORD_PIECE_BYTES):
+                            pass
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise zipfile.BadZipFile("a record is said to be outside of the file") from error
+        raise
 
 
 def _open_sharded(path: Path) -> dict[str, torch.Tensor]:
