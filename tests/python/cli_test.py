@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import logging
 import os
 import pty
 import re
@@ -286,3 +288,40 @@ def test_every_command_teaches_by_examples_that_its_parser_takes():
             assert name in ("", words[1])
             chosen.make_parser(click.Context(chosen, group)).parse_args(words[2:])
     assert "Exit status: 0" in pages[""]
+
+
+def on_a_terminal(*arguments):
+    """What a command that fails shows there."""
+    terminal, child = pty.openpty()
+    process = subprocess.Popen(command(*arguments), stdin=child, stdout=child, stderr=child)
+    os.close(child)
+    output = b""
+    with contextlib.suppress(OSError):  # EIO: the other end is closed, and all has been read.
+        while chunk := os.read(terminal, 65536):
+            output += chunk
+    os.close(terminal)
+    assert process.wait(timeout=120) == 1
+    return output.decode()
+
+
+def test_no_name_drives_the_terminal_not_in_tracebacks_and_not_in_what_is_logged(tmp_path):
+    hostile = "a\x1b]0;owned\x07\x1b[2J\u202e"
+    torch.save({hostile: "no tensor"}, tmp_path / f"{hostile}.pt")
+    output = "".join(
+        on_a_terminal("convert", *options, tmp_path / f"{hostile}.pt", tmp_path / "out.flashpack")
+        for options in ([], ["-v"])
+    )
+    text = re.sub(r"\x1b\[\d*m", "", output)
+    assert "Traceback" in text
+    assert "cannot pack" in text
+    assert "\\x1b]0;owned" in text
+    assert not [char for char in text if not char.isprintable() and char not in "\r\n"]
+
+
+def test_what_is_logged_of_hostile_names_cannot_drive_a_terminal(caplog, capsys):
+    from flashpack._logging import PrintableFormatter, logger
+
+    logger.warning("%s of %s", "a\x1b[2J", "line\nforged: line")
+    assert caplog.messages == ["a\\x1b[2J of line\\nforged: line"]
+    record = logging.LogRecord("other", logging.WARNING, "", 0, "b\x1b%s", ("\x07",), None)
+    assert PrintableFormatter("%(name)s: %(message)s").format(record) == "other: b\\x1b\\x07"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ._engine import engine
-from ._footer import logger
+from ._logging import logger
 from ._native import Engine
 
 CPU = torch.device("cpu")

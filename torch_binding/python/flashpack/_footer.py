@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from io import FileIO
 from typing import Any, Literal, NamedTuple
 
 from . import _native
+from ._logging import logger
 from .constants import FILE_FORMAT_V3
 
 StrPath = str | os.PathLike[str]
@@ -19,7 +19,6 @@ Verify = Literal["auto", "always", "never"]
 "auto": what is read in whole pieces of 1 MiB, which is all of a file and most of a part of it, if the file has
 checksums. "always": all of it, and a file without checksums is an error. "never": nothing is.
 """
-logger = logging.getLogger("flashpack")
 
 
 class Block(NamedTuple):

@@ -14,7 +14,8 @@ import torch
 
 from . import _native
 from ._device import CPU, DeviceLike, Side, side_of
-from ._footer import Entry, Footer, Verify, logger
+from ._footer import Entry, Footer, Verify
+from ._logging import logger
 from ._native import FlashPackError
 from ._progress import Show, progress_bar
 from .utils import string_to_dtype

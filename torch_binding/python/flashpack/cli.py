@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ._footer import Footer, open_footer
+from ._logging import PrintableFormatter, logger, printable, printable_lines
 from .constants import FILE_FORMAT_V4, WEIGHTS_NAME
 from .version import __version__
 
@@ -51,7 +52,9 @@ def main() -> None:
     """
     if not sys.stderr.isatty():
         # Warnings of the package; without a handler, Python itself would print them.
-        logging.getLogger("flashpack").addHandler(logging.NullHandler())
+        logger.addHandler(logging.NullHandler())
+    elif logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableFormatter())
 
 
 @main.command()
@@ -179,7 +182,7 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
             click.echo(json.dumps({**report, "corrupt": corrupt}))
         else:
             for offset_bytes, size_bytes, names in report["corrupt"]:
-                click.echo(f"corrupt: bytes {offset_bytes}+{size_bytes}, of {_printable(names)}")
+                click.echo(f"corrupt: bytes {offset_bytes}+{size_bytes}, of {printable(names)}")
             sound = f"sound: {report['verified_bytes']} bytes in {report['seconds']:.2f} s"
             click.echo(f"{len(report['corrupt'])} pieces corrupt, {sound}" if report["corrupt"] else sound)
         if report["corrupt"]:
@@ -199,7 +202,7 @@ def _describe(footer: dict[str, Any]) -> Iterator[str]:
     for key, value in footer.items():
         if key == "metadata":
             yield f"{click.style(key, fg='green')}:"
-            yield from (f"  {click.style(_printable(name), fg='blue')}: {_shown(text)}" for name, text in value.items())
+            yield from (f"  {click.style(printable(name), fg='blue')}: {_shown(text)}" for name, text in value.items())
         elif key == "macroblocks":
             yield f"{click.style(key, fg='green')}:"
             for i, block in enumerate(value):
@@ -209,7 +212,7 @@ def _describe(footer: dict[str, Any]) -> Iterator[str]:
             yield f"{click.style(key, fg='green')}:"
             yield from _list(value, footer.get("macroblocks", []), digits)
         else:
-            yield f"{click.style(key, fg='green')}: {value}"
+            yield f"{click.style(key, fg='green')}: {printable(str(value))}"
 
 
 def _list(index: list[dict[str, Any]], blocks: list[dict[str, Any]], digits: int) -> Iterator[str]:
@@ -223,38 +226,34 @@ def _list(index: list[dict[str, Any]], blocks: list[dict[str, Any]], digits: int
             yield f"  {click.style(f'macroblock{which}', fg='cyan')}: {blocks[which]['dtype']:<10} {elements}"
         last = which
         number = click.style(f"{i:0{len(str(len(index)))}d}", fg="magenta")
-        yield f"  {number}: {elements} {click.style(_printable(record['name']), fg='blue')} {record['shape']}"
+        yield f"  {number}: {elements} {click.style(printable(record['name']), fg='blue')} {record['shape']}"
 
 
 def _shown(text: str) -> str:
     """`text` for a line; --json has all of what is long."""
     rest = len(text) - _MAX_SHOWN
-    return _printable(text) if rest <= 0 else f"{_printable(text[:_MAX_SHOWN])}... and {rest} characters more"
-
-
-def _printable(text: str) -> str:
-    """`text` without characters that could drive a terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return printable(text) if rest <= 0 else f"{printable(text[:_MAX_SHOWN])}... and {rest} characters more"
 
 
 def _succeed(path: str) -> None:
-    click.secho(f"Success: Saved to {os.path.abspath(path)}", fg="green")
+    click.secho(f"Success: Saved to {printable(os.path.abspath(path))}", fg="green")
 
 
 @contextmanager
 def _reporting(verbose: bool) -> Iterator[None]:
     """Turns an error into a line, and exit status 1."""
     if verbose:
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         yield
     except BrokenPipeError:
         raise  # Who reads has seen enough; click ends quietly.
     except Exception as error:
         if verbose:
-            traceback.print_exc()
-        lines = map(_printable, str(error).splitlines() or [type(error).__name__])
-        click.secho("Error: " + "\n".join(lines), fg="red", err=True)
+            click.echo(printable_lines(traceback.format_exc()), err=True)
+        click.secho(f"Error: {printable_lines(str(error)) or type(error).__name__}", fg="red", err=True)
         sys.exit(1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,9 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ._logging import logger as logger
 from ._native import FlashPackError
-
-logger = logging.getLogger("flashpack")
 
 
 def _existing(*names: str) -> tuple[torch.dtype, ...]:
