@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ._footer import is_flashpack_file, logger
+from ._footer import is_flashpack_file
+from ._logging import logger
 from ._native import FlashPackError
 from ._repository import blaming, open_regular, plain_name, read_json
 
@@ -131,17 +135,23 @@ def _open_file(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import safe_open
-
-    with blaming(path), safe_open(path, framework="pt") as file:
+    with _opened_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  It is no mapping.
 
 
 def _header_of(path: Path) -> dict[str, str]:
+    with _opened_safetensors(path) as file:
+        metadata: dict[str, str] = file.metadata() or {}
+        return metadata
+
+
+@contextlib.contextmanager
+def _opened_safetensors(path: Path) -> Iterator[Any]:
     from safetensors import safe_open
 
+    open_regular(path).close()
     with blaming(path), safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+        yield file
 
 
 def _open_pickle(path: Path, mmap: bool) -> dict[str, torch.Tensor]:

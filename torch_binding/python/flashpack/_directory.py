@@ -17,6 +17,7 @@ from ._hub_cache import is_blob_link
 from ._native import FlashPackError
 from ._repository import INDEX_NAME, check_inside, components_of
 from .integrations._hub import resolve_directory
+from .serialization import file_to_replace
 from .utils import logger
 
 # What a model needs beside its weights: configuration, tokenizer, generation, and what it may be used for.
@@ -104,10 +105,14 @@ def copy_companions(source: Path, destination: Path, with_code: bool) -> None:
 def own_files(directory: Path, pattern: str) -> None:
     """Makes copies of their own of those files in `directory` that are links to blobs of the Hub's cache.
 
-    For libraries that are about to write into it, because they write through links. `pattern`: of the names, as in
-    Path.glob().
+    For libraries that are about to write into it, because they write through links, and into anything. `pattern`: of
+    the names, as in Path.glob(). Raises what pack_to_file raises where one is something else than a file.
     """
-    links = [path for path in directory.glob(pattern) if is_blob_link(path)]
+    paths = list(directory.glob(pattern))
+    for path in paths:
+        if not (path.is_file() or path.is_dir()):
+            file_to_replace(path)
+    links = [path for path in paths if is_blob_link(path)]
     if not links:
         return
     with staged(directory) as stage:
@@ -122,7 +127,10 @@ def own_files(directory: Path, pattern: str) -> None:
 
 @contextlib.contextmanager
 def staged(destination: Path) -> Iterator[Path]:
-    """A directory to write into. If the block ends well, its files are moved into `destination`; else nothing stays."""
+    """A directory to write into. If the block ends well, its files are moved into `destination`; else nothing stays.
+
+    They replace what pack_to_file would replace. Raises what that raises, before anything is moved.
+    """
     destination = Path(os.path.abspath(destination))
     # On the file system of the destination, wherever that is.
     existing = next(path for path in (destination, *destination.parents) if path.exists())
@@ -131,8 +139,9 @@ def staged(destination: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".flashpack_", dir=existing) as temporary:
         stage = Path(temporary)
         yield stage
-        for file in sorted(path for path in stage.rglob("*") if path.is_file()):
-            target = destination / file.relative_to(stage)
+        files = sorted(path for path in stage.rglob("*") if path.is_file())
+        targets = [file_to_replace(destination / file.relative_to(stage)) for file in files]
+        for file, target in zip(files, targets, strict=True):
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 shutil.copymode(target, file)

@@ -19,7 +19,7 @@ from ._native import FlashPackError
 from ._pretrained import build_model
 from .constants import WEIGHTS_NAME
 from .deserialization import revert_from_file
-from .serialization import pack_to_file
+from .serialization import file_to_replace, pack_to_file
 from .utils import filter_state_dict, logger, string_to_dtype
 
 __all__ = [
@@ -231,14 +231,15 @@ def revert_from_flashpack(path: StrPath, destination_path: StrPath | None = None
         _refuse_source([source], destination)
         if destination_path is None:
             _refuse_existing(destination)
+        replaced = file_to_replace(destination)
         metadata = footer.metadata.get("metadata", {})
         _check_revertible(footer.metadata, destination)
         tensors = revert_from_file(footer, silent=silent)
-    with staged(destination.parent) as stage:
-        file = stage / destination.name
+    with staged(replaced.parent) as stage:
+        file = stage / replaced.name
         file.touch()
         mode = stat.S_IMODE(file.stat().st_mode)
-        _save(tensors, metadata, file)
+        _save(tensors, metadata, file, destination.suffix)
         # safetensors makes files that only their owner can read.
         file.chmod(mode)
     return os.fspath(destination if destination_path is None else destination_path)
@@ -329,8 +330,8 @@ def _check_revertible(footer: dict[str, Any], destination: Path) -> None:
         )
 
 
-def _save(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file: Path) -> None:
-    if file.suffix == ".safetensors":
+def _save(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file: Path, suffix: str) -> None:
+    if suffix == ".safetensors":
         from safetensors.torch import save_file
 
         try:
@@ -351,7 +352,7 @@ def _required(destination_path: StrPath | None, source: str) -> StrPath:
 
 
 def _refuse_existing(destination: Path) -> None:
-    if destination.exists():
+    if os.path.lexists(destination):
         raise FlashPackError(f"{destination} exists already; name it as the destination, or use --force, to replace it")
 
 

@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -88,6 +89,17 @@ def pack_to_file(
         writer.commit(layout.footer(writer.checksums() if checksum else None))
     finally:
         writer.abort()
+
+
+def file_to_replace(path: StrPath) -> Path:
+    """The file that a save to `path` writes: where that is a link, what it leads to, if pack_to_file follows it.
+
+    For what others write. Raises what pack_to_file raises where something else than a regular file is in the place.
+    """
+    follow_links = not is_blob_link(path)
+    if os.path.lexists(path):
+        _native.Writer(side_of(CPU).engine, os.path.abspath(path), 0, False, follow_links).abort()
+    return Path(os.path.realpath(path) if follow_links else path)
 
 
 def _select(
