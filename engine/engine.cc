@@ -295,6 +295,25 @@ Transfer Engine::start_load(LoadRequest request, Completion* completion) {
   return engine::TransferState::handle(std::move(state));
 }
 
+std::optional<Engine> Engine::make(EngineOptions options, std::error_code& error) noexcept {
+  std::optional<Engine> engine;
+  engine::catching(error, [&] { engine.emplace(std::move(options)); });
+  return engine;
+}
+
+Transfer Engine::start_load(LoadRequest request, Completion* completion, std::error_code& error) noexcept {
+  Transfer transfer;
+  engine::catching(error, [&] { transfer = start_load(std::move(request), completion); });
+  return transfer;
+}
+
+std::optional<FileWriter> Engine::create(const std::filesystem::path& path, WriterOptions options,
+                                         std::error_code& error) noexcept {
+  std::optional<FileWriter> writer;
+  engine::catching(error, [&] { writer = create(path, options); });
+  return writer;
+}
+
 FileWriter Engine::create(const std::filesystem::path& path, WriterOptions options) {
   impl_->require_owner();
   return FileWriter(std::make_unique<FileWriter::Impl>(*impl_, path, options));

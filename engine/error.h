@@ -3,7 +3,9 @@
 
 #include <cerrno>
 #include <filesystem>
+#include <new>
 #include <string>
+#include <system_error>
 
 #include "flashpack/error.h"
 
@@ -41,6 +43,19 @@ inline Error failed(const char* operation, const std::system_error& error) {
   if (what.ends_with(cause)) what.resize(what.size() - cause.size());
   if (what.ends_with(": ")) what.resize(what.size() - 2);
   return Error(error.code(), what.empty() ? operation : std::string(operation) + ": " + what);
+}
+
+/// Runs `body`, which may throw an Error or run out of memory; `error` is the code of that, or empty.
+template <typename Body>
+void catching(std::error_code& error, Body body) noexcept {
+  error.clear();
+  try {
+    body();
+  } catch (const std::system_error& thrown) {
+    error = thrown.code();
+  } catch (const std::bad_alloc&) {
+    error = std::make_error_code(std::errc::not_enough_memory);
+  }
 }
 
 inline Error argument_error(const std::string& what) { return Error(Errc::kInvalidArgument, what); }

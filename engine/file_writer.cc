@@ -236,4 +236,21 @@ Checksums FileWriter::checksums() { return impl_->checksums(); }
 
 void FileWriter::commit(std::span<const std::byte> tail) { impl_->commit(tail); }
 
+Transfer FileWriter::start_write(std::vector<SourceExtent> extents, Completion* completion, CUstream_st* stream,
+                                 std::error_code& error) noexcept {
+  Transfer transfer;
+  engine::catching(error, [&] { transfer = impl_->start_write(extents, completion, stream); });
+  return transfer;
+}
+
+Checksums FileWriter::checksums(std::error_code& error) noexcept {
+  Checksums checksums;
+  engine::catching(error, [&] { checksums = impl_->checksums(); });
+  return checksums;
+}
+
+void FileWriter::commit(std::span<const std::byte> tail, std::error_code& error) noexcept {
+  engine::catching(error, [&] { impl_->commit(tail); });
+}
+
 }  // namespace flashpack

@@ -110,6 +110,18 @@ Progress Transfer::progress() const {
           .finished = state_->visible()};
 }
 
+std::error_code Transfer::error() const noexcept {
+  if (::getpid() != state_->owner) return Errc::kUnusable;
+  const std::lock_guard lock(state_->mutex);
+  return state_->outcome ? state_->outcome->code : std::error_code();
+}
+
+std::string Transfer::error_text() const {
+  state_->require_owner();
+  const std::lock_guard lock(state_->mutex);
+  return state_->outcome ? state_->outcome->error().what() : std::string();
+}
+
 TransferStats Transfer::stats() const {
   state_->require_owner();
   const std::lock_guard lock(state_->mutex);

@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <system_error>
 #include <vector>
 
 #include "flashpack/checksums.h"
@@ -107,6 +108,9 @@ struct EngineOptions {
 
 /// One device, one driver thread, one ring, one memory budget.
 ///
+/// What throws an Error has a like that gives its code instead, for programs without exceptions: the last argument,
+/// which is empty when all went well. How a transfer ended tell Transfer::wait_for() and Transfer::error().
+///
 /// Thread safety: any thread may call any member at any time, but for moving and destruction, which need the engine to
 /// themselves; distinct engines are independent. Running out of memory on the driver thread is fatal. Transfers are
 /// served in the order they were started, the next one's reads following on the last of the one before.
@@ -123,6 +127,7 @@ class Engine {
   /// forced backend cannot be had; an error of cuda_category(), or ENOTSUP in a build without CUDA, when the device
   /// cannot).
   explicit Engine(EngineOptions options = {});
+  static std::optional<Engine> make(EngineOptions options, std::error_code& error) noexcept;
   Engine(Engine&&) noexcept;
   Engine& operator=(Engine&&) noexcept;
   /// Finishes what was started, then stops the threads. Cancel transfers first to stop early.
@@ -138,9 +143,13 @@ class Engine {
   /// and then never calls `completion`. What is wrong with the files, or with targets on another device, is reported by
   /// the transfer.
   Transfer start_load(LoadRequest request, Completion* completion = nullptr);
+  /// Not valid() after an error.
+  Transfer start_load(LoadRequest request, Completion* completion, std::error_code& error) noexcept;
 
   /// Begins a new file that will replace `path`. Its directory must exist. Throws: Error.
   FileWriter create(const std::filesystem::path& path, WriterOptions options = {});
+  std::optional<FileWriter> create(const std::filesystem::path& path, WriterOptions options,
+                                   std::error_code& error) noexcept;
 
   /// What the constructor settled on: options as given, with 0 and kAuto resolved.
   const EngineOptions& options() const;

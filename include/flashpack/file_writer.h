@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <system_error>
 #include <vector>
 
 #include "flashpack/checksums.h"
@@ -49,6 +50,8 @@ struct WriterOptions {
 /// them, its group and owner; not its ACL, other names (hard links) or extended attributes. Only regular files are
 /// replaced.
 ///
+/// As of Engine, what throws an Error has a like that gives its code instead.
+///
 /// Thread safety: distinct writers are independent; one writer is used by one thread at a time.
 class FileWriter {
  public:
@@ -64,6 +67,9 @@ class FileWriter {
   /// that is on it now has come to an end.
   Transfer start_write(std::vector<SourceExtent> extents, Completion* completion = nullptr,
                        CUstream_st* stream = nullptr);
+  /// Not valid() after an error.
+  Transfer start_write(std::vector<SourceExtent> extents, Completion* completion, CUstream_st* stream,
+                       std::error_code& error) noexcept;
 
   /// start_write and wait. Throws: Error.
   TransferStats write(std::vector<SourceExtent> extents, CUstream_st* stream = nullptr);
@@ -72,6 +78,7 @@ class FileWriter {
   /// Requires: WriterOptions::checksums; every transfer of this writer has finished. Throws: Error, the failed
   /// transfer's.
   Checksums checksums();
+  Checksums checksums(std::error_code& error) noexcept;
 
   /// Appends `tail` after the payload (WriterOptions::payload_bytes, or the end of the last extent if that is later),
   /// makes everything durable and renames it into place.
@@ -79,6 +86,7 @@ class FileWriter {
   /// When only the last step fails, the error says that the new file is in place but perhaps not durable.
   /// Throws: Error. After it, only destruction is allowed.
   void commit(std::span<const std::byte> tail = {});
+  void commit(std::span<const std::byte> tail, std::error_code& error) noexcept;
 
  private:
   friend class Engine;

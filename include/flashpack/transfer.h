@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <system_error>
 
 namespace flashpack {
 
@@ -56,8 +57,8 @@ struct TransferState;
 /// finished: wait() returned or threw, wait_for() returned true, or the destructor returned.
 ///
 /// Thread safety: cancel(), progress() and wait_for() from any thread; everything else, and moving, from one at a time.
-/// In a forked child every member but the destructor throws Errc::kUnusable (cancel() does nothing), and the destructor
-/// releases nothing.
+/// In a forked child every member but the destructor and error() throws Errc::kUnusable (cancel() does nothing), and
+/// the destructor releases nothing.
 class Transfer {
  public:
   Transfer() noexcept = default;
@@ -84,6 +85,11 @@ class Transfer {
   void cancel() noexcept;
 
   Progress progress() const;
+
+  /// What wait() throws, and the text of it, for programs without exceptions; both empty after success. Requires:
+  /// finished. In a forked child kUnusable.
+  std::error_code error() const noexcept;
+  std::string error_text() const;
 
   /// What has been done. Requires: finished, successfully or not.
   TransferStats stats() const;
