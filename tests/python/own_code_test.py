@@ -203,6 +203,13 @@ def test_ties_survive_code_of_a_modules_own(pack):
     assert model.first.w is model.second.w
 
 
+def test_what_a_hook_does_to_one_name_of_a_tie_is_not_done_again_by_the_other(pack):
+    source, model = filled(Weight), Tied(ChangesInPlace, ChangesInPlace)
+    flashpack.assign_from_file(model, pack({"first.w": source.w.detach()}))
+    assert model.first.w is model.second.w
+    assert torch.equal(model.first.w, source.w * 3)
+
+
 def test_old_names_of_torchs_own_parametrizations_load(pack):
     with pytest.warns(FutureWarning):
         old = torch.nn.utils.weight_norm(torch.nn.Linear(3, 3))
