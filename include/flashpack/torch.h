@@ -112,6 +112,8 @@ struct AssignReport {
 /// Loads a file into `module`, all or nothing. What is assigned ends on the engine's device; before, it may be there or
 /// on the CPU. What the file lacks stays where it is.
 ///
+/// Parameters and buffers are what is saved and loaded: save() and load() that a module overrides are not called.
+///
 /// Names, shapes and dtypes are checked from the footer before any payload is read; then one load into new memory; then
 /// every tensor changes its data as by `tensor.set_data(...)`. The module's tensors stay the same objects, so ties,
 /// optimizers, hooks and `requires_grad` stay too, and so does a gradient unless the dtype changes. Tensors tied in the
