@@ -6,6 +6,7 @@
 
 #include "engine/copier.h"
 #include "engine/cuda_handles.h"
+#include "engine/error.h"
 #include "engine/workers.h"
 
 namespace flashpack::engine {
@@ -205,7 +206,4 @@ int numa_node_of_cuda_device(int device) noexcept {
 
 }  // namespace flashpack::engine
 
-const std::error_category& flashpack::cuda_category() noexcept {
-  static const engine::CudaCategory category;
-  return category;
-}
+const std::error_category& flashpack::cuda_category() noexcept { return engine::immortal<engine::CudaCategory>(); }

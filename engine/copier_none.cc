@@ -15,10 +15,7 @@ class CudaCategory final : public std::error_category {
 
 }  // namespace
 
-const std::error_category& cuda_category() noexcept {
-  static const CudaCategory category;
-  return category;
-}
+const std::error_category& cuda_category() noexcept { return engine::immortal<CudaCategory>(); }
 
 namespace engine {
 

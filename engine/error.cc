@@ -1,4 +1,4 @@
-#include "flashpack/error.h"
+#include "engine/error.h"
 
 #include <utility>
 
@@ -50,10 +50,7 @@ class Category final : public std::error_category {
 
 }  // namespace
 
-const std::error_category& flashpack_category() noexcept {
-  static const Category category;
-  return category;
-}
+const std::error_category& flashpack_category() noexcept { return engine::immortal<Category>(); }
 
 Error::Error(std::error_code code, const std::string& context, std::filesystem::path path, std::uint64_t offset_bytes)
     : std::system_error(code, context), path_(std::move(path)), offset_bytes_(offset_bytes) {}

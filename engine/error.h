@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cerrno>
+#include <cstddef>
 #include <filesystem>
 #include <new>
 #include <string>
@@ -10,6 +11,15 @@
 #include "flashpack/error.h"
 
 namespace flashpack::engine {
+
+/// One T, made when it is first asked for and never destroyed: an engine that is static may end after all other static
+/// objects, and still has errors to make.
+template <typename T>
+const T& immortal() {
+  alignas(T) static std::byte memory[sizeof(T)];
+  static const T* const one = new (memory) T;
+  return *one;
+}
 
 inline std::error_code errno_code(int error_number) noexcept { return {error_number, std::generic_category()}; }
 

@@ -297,6 +297,14 @@ int FakeCuda::touches(cudaStream_t stream) {
 void FakeCuda::fail(const std::string& function, int nth, cudaError_t error, bool sticky) {
   Inside()->failures_[function] = {nth, error, sticky};
 }
+void FakeCuda::unload() {
+  Inside impl;
+  for (CUstream_st* stream : std::exchange(impl->streams_, {})) delete stream;
+  for (CUevent_st* event : std::exchange(impl->events_, {})) delete event;
+  impl->registrations_.clear();
+  impl->copies_under_way_ = 0;
+  impl->sticky_ = cudaErrorCudartUnloading;
+}
 bool FakeCuda::failure_pending() { return !Inside()->failures_.empty(); }
 int FakeCuda::calls(const std::string& function) { return Inside()->calls_[function]; }
 int FakeCuda::all_calls() { return Inside()->all_calls_; }
@@ -355,7 +363,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   Inside impl;
-  impl->enter("cudaStreamDestroy");
+  if (impl->enter("cudaStreamDestroy") == cudaErrorCudartUnloading) return cudaErrorCudartUnloading;
   require(impl->streams_.erase(stream) == 1, "destroying a stream that is none");
   require(stream->queue.empty() || impl->sticky_ != cudaSuccess, "destroying a stream with work on it");
   delete stream;
@@ -385,7 +393,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
   Inside impl;
-  impl->enter("cudaEventDestroy");
+  if (impl->enter("cudaEventDestroy") == cudaErrorCudartUnloading) return cudaErrorCudartUnloading;
   require(impl->events_.erase(event) == 1, "destroying an event that is none");
   delete event;
   return cudaSuccess;
@@ -448,7 +456,7 @@ cudaError_t cudaHostRegister(void* memory, std::size_t size_bytes, unsigned) {
 
 cudaError_t cudaHostUnregister(void* memory) {
   Inside impl;
-  impl->enter("cudaHostUnregister");
+  if (impl->enter("cudaHostUnregister") == cudaErrorCudartUnloading) return cudaErrorCudartUnloading;
   require(impl->copies_under_way_ == 0 || impl->sticky_ != cudaSuccess, "unregistering memory with copies under way");
   require(impl->registrations_.erase(static_cast<std::byte*>(memory)) == 1, "unregistering what is not registered");
   return cudaSuccess;
@@ -472,6 +480,8 @@ cudaError_t cudaGetLastError() {
 
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
+    case cudaErrorCudartUnloading:
+      return "cudaErrorCudartUnloading";
     case cudaErrorIllegalAddress:
       return "cudaErrorIllegalAddress";
     case cudaErrorInsufficientDriver:

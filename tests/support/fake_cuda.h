@@ -50,6 +50,8 @@ class FakeCuda {
 
   /// The `nth` next call of `function` (1: the next) gives `error`; when `sticky`, so does every call from then on.
   void fail(const std::string& function, int nth, cudaError_t error, bool sticky = false);
+  /// As at the end of a process, until reset(): handles are gone, and every call gives cudaErrorCudartUnloading.
+  void unload();
   /// Whether a failure that was asked for has not come yet.
   bool failure_pending();
 

@@ -1,0 +1,54 @@
+// An engine that outlives the CUDA runtime, as a static one may at the end of a process.
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "flashpack/engine.h"
+#include "tests/support/fake_cuda.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack {
+namespace {
+
+using testing::FakeCuda;
+
+constexpr std::uint32_t kMiB = 1u << 20;
+
+EngineOptions options() {
+  return {.device = {Device::Kind::kCuda, 1}, .chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .workers = 2};
+}
+
+TEST(CudaExitTest, AnIdleEngineEndsQuietly) {
+  FakeCuda::get().reset();
+  {
+    const Engine engine(options());
+    FakeCuda::get().unload();
+  }
+  FakeCuda::get().reset();
+}
+
+TEST(CudaExitTest, ALoadWithCopiesUnderWayEndsWithTheErrorThatSaysSo) {
+  FakeCuda& cuda = FakeCuda::get();
+  cuda.reset();
+  const testing::TempDir dir;
+  testing::write_file(dir / "file", testing::random_bytes(9 * kMiB));
+  std::byte* const target = cuda.allocate(9 * kMiB);
+  {
+    Engine engine(options());
+    cuda.hold(true);
+    Transfer transfer = engine.start_load({.files = {{.path = dir / "file", .extents = {{0, 9 * kMiB, target}}}}});
+    while (cuda.most_copies_under_way() == 0) std::this_thread::yield();
+    cuda.unload();
+    ASSERT_TRUE(transfer.wait_for(std::chrono::minutes(1)));
+    EXPECT_EQ(transfer.error(), std::error_code(cudaErrorCudartUnloading, cuda_category()));
+    EXPECT_NE(transfer.error_text().find("cudaErrorCudartUnloading"), std::string::npos) << transfer.error_text();
+  }
+  cuda.reset();
+}
+
+}  // namespace
+}  // namespace flashpack
