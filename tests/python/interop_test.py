@@ -52,7 +52,8 @@ def test_the_reference_and_this_package_write_the_same_bytes_and_read_each_other
         (tmp_path / folder).mkdir()
     for stem, tensors in packs.items():
         flashpack.pack_to_file(tensors, tmp_path / "ours" / stem, align_bytes=align_bytes, checksum=False)
-        flashpack.pack_to_file(tensors, tmp_path / "ours" / f"{stem}.checked", align_bytes=align_bytes)
+        about = {"format": "pt", "title": "\u00e9"}
+        flashpack.pack_to_file(tensors, tmp_path / "ours" / f"{stem}.more", align_bytes=align_bytes, metadata=about)
         raw = {n: (str(t.dtype)[6:], tuple(t.shape), t.reshape(-1).view(torch.uint8)) for n, t in tensors.items()}
         torch.save(raw, tmp_path / "raw" / stem)
     run_reference(REFERENCE_JOB, tmp_path, align_bytes)
@@ -60,7 +61,7 @@ def test_the_reference_and_this_package_write_the_same_bytes_and_read_each_other
         theirs = tmp_path / "theirs" / stem
         assert (tmp_path / "ours" / stem).read_bytes() == theirs.read_bytes(), stem
         assert_bit_equal(flashpack.revert_from_file(theirs), tensors)
-        for written in (stem, f"{stem}.checked"):
+        for written in (stem, f"{stem}.more"):
             read = torch.load(tmp_path / "read" / written)
             assert_bit_equal(
                 {n: data.view(getattr(torch, dtype)).view(shape) for n, (dtype, shape, data) in read.items()}, tensors
