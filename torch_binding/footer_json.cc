@@ -127,6 +127,9 @@ class FooterHandler {
   bool on_document_end(ErrorCode&) { return true; }
   bool on_object_begin(ErrorCode&) {
     expect(Type::kObject);
+    if (records_.size() == rules::kMaxRecords && frames_.back().scope == Scope::kIndex) {
+      fail("the index has more than " + std::to_string(rules::kMaxRecords) + " records");
+    }
     frames_.emplace_back(scope_of_object());
     return true;
   }

@@ -17,6 +17,8 @@ inline constexpr std::string_view kMagic{"FLASHPK\0", 8};
 /// The footer's length as a little-endian u64, then the magic.
 inline constexpr std::uint64_t kTrailerBytes = sizeof(std::uint64_t) + kMagic.size();
 inline constexpr std::size_t kMaxRank = 64;
+/// Tensors of a file. A reader needs some hundred bytes for each, several times what the JSON of an empty one takes.
+inline constexpr std::size_t kMaxRecords = std::size_t{1} << 20;
 
 /// Elements of a tensor of that shape. Empty for a negative dim, for more than kMaxRank of them, and when the product
 /// passes 2^63 even without the dims that are 0: strides are computed from those.

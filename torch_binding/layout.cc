@@ -233,6 +233,10 @@ std::vector<std::size_t> file_order(std::span<const TensorSpec> tensors,
 
 Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_bytes) {
   if (tensors.empty()) refuse_to_pack("No tensors to pack.");
+  if (tensors.size() > rules::kMaxRecords) {
+    refuse_to_pack(std::to_string(tensors.size()) + " tensors are more than a file can have, " +
+                   std::to_string(rules::kMaxRecords));
+  }
   if (align_bytes > kMaxBytes) refuse_to_pack("align_bytes must be below 2^63, not " + std::to_string(align_bytes));
   check_names(tensors);
   Metadata metadata;

@@ -58,9 +58,8 @@ std::vector<Segment> plan_segments(const Metadata& metadata, std::span<const std
     const std::uint64_t begin = metadata.offset_bytes(metadata.records[i]);
     const std::uint64_t end = begin + metadata.size_bytes(metadata.records[i]);
     const std::uint64_t last_end = segments.empty() ? 0 : segments.back().offset_bytes + segments.back().size_bytes;
-    // Records of the same bytes share a segment, however long, so that segments never overlap.
     const bool joins = !segments.empty() && begin <= last_end + kMaxGapBytes &&
-                       (end <= last_end || end <= segments.back().offset_bytes + max_segment_bytes);
+                       end <= segments.back().offset_bytes + max_segment_bytes;
     if (!joins) segments.push_back({.offset_bytes = begin});
     Segment& segment = segments.back();
     segment.size_bytes = end - segment.offset_bytes;

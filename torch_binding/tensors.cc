@@ -94,12 +94,8 @@ LoadedRecords::LoadedRecords(Engine& engine, int fd, const std::filesystem::path
       target = place.block.mutable_data_ptr();
     }
     file.extents.push_back({segment.offset_bytes, segment.size_bytes, target});
-    std::optional<std::uint64_t> previous;
     for (const std::size_t i : segment.records) {
-      // Records overlap wholly or not at all, and a segment has them by offset.
       place.offset_bytes = metadata.offset_bytes(metadata.records[i]) - segment.offset_bytes;
-      place.is_alias = previous == place.offset_bytes;
-      previous = place.offset_bytes;
       places_[i] = place;
     }
   }
@@ -131,8 +127,7 @@ at::Tensor LoadedRecords::host_tensor(const Place& place, at::IntArrayRef shape,
           .allocator(c10::GetAllocator(c10::kCPU))  // For resize_(), which moves to ordinary memory.
           .resizeable_storage()
           .make_tensor();
-  // Whoever writes to one tensor must not change another.
-  return place.is_alias ? tensor.clone() : tensor;
+  return tensor;
 }
 
 at::Tensor LoadedRecords::device_tensor(const Place& place, at::IntArrayRef shape, at::ScalarType type) const {
@@ -146,7 +141,7 @@ at::Tensor LoadedRecords::device_tensor(const Place& place, at::IntArrayRef shap
   // No view, but a tensor with a version counter of its own.
   const at::Tensor tensor = at::empty({0}, at::TensorOptions(device_).dtype(type))
                                 .set_(place.block.storage(), offset / static_cast<std::int64_t>(item_bytes), shape);
-  return place.is_alias || length_bytes < kMinSharedBytes ? tensor.clone() : tensor;
+  return length_bytes < kMinSharedBytes ? tensor.clone() : tensor;
 }
 
 LoadedTensors read_tensors(Engine& engine, const std::filesystem::path& path, const ReadOptions& options) {

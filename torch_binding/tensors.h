@@ -45,7 +45,6 @@ class LoadedRecords {
     std::shared_ptr<HostRegion> region;  // On the CPU.
     at::Tensor block;                    // On a device: the bytes of a segment.
     std::uint64_t offset_bytes = 0;      // Into either.
-    bool is_alias = false;               // Another wanted record has the same bytes.
   };
 
   at::Tensor host_tensor(const Place& place, at::IntArrayRef shape, at::ScalarType type) const;

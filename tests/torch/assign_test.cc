@@ -138,18 +138,6 @@ TEST_F(Assign, AGradientOfAnotherShapeIsDropped) {
   EXPECT_FALSE(net.scale.grad().defined());
 }
 
-TEST_F(Assign, TensorsThatShareBytesInTheFileDoNotInTheModule) {
-  const NetImpl saved;
-  pack_to_file(engine_, saved, file());
-  test::add_alias(file(), "block.norm.weight", "twin");
-  NetImpl net;
-  net.register_parameter("twin", at::zeros({4}));
-  assign_from_file(engine_, net, file());
-  const c10::InferenceMode mode;
-  net.block->norm->weight.zero_();
-  EXPECT_TRUE(same_bytes(net.named_parameters()["twin"], saved.block->norm->weight));
-}
-
 TEST_F(Assign, ABufferOfAnotherDTypeIsAnErrorUnlessCoerced) {
   NetImpl net;
   pack(changed(net, "steps", at::ones({3}, at::kInt)));

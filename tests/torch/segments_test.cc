@@ -53,18 +53,6 @@ TEST(PlanSegments, SegmentsAreCutBetweenTensorsAndOnlyALargerTensorExceedsTheLim
   EXPECT_EQ(segments[3].records, (std::vector<std::size_t>{4}));
 }
 
-TEST(PlanSegments, RecordsOfTheSameBytesShareASegmentHoweverLong) {
-  Metadata metadata = bytes_file({250, 30});
-  metadata.records.push_back(metadata.records[0]);
-  for (const Verify verify : {Verify::kAuto, Verify::kAlways}) {
-    const auto segments = plan_segments(metadata, all_of(metadata), verify, 100);
-    ASSERT_EQ(segments.size(), 2U);
-    EXPECT_EQ(segments[0].records, (std::vector<std::size_t>{0, 2}));
-    EXPECT_EQ(segments[0].size_bytes, 250U);
-    EXPECT_EQ(segments[1].offset_bytes, 250U);
-  }
-}
-
 TEST(PlanSegments, EmptyTensorsAreInNoSegment) {
   const Metadata metadata = bytes_file({8, 0});
   EXPECT_TRUE(plan_segments(metadata, std::vector<std::size_t>{1}).empty());

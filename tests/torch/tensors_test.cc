@@ -84,22 +84,6 @@ TEST_F(Read, ATensorHasAStorageOfItsOwnThatTorchMayWriteAndResize) {
   EXPECT_EQ(a.min().item<float>(), 7);
 }
 
-TEST_F(DTypes, RecordsOfTheSameBytesGiveTensorsOfTheirOwn) {
-  for_each([&](DType, at::ScalarType type) {
-    const at::Tensor saved = random_bits(type, 40);
-    pack({{"x", saved}, {"y", random_bits(type, 24)}});
-    test::add_alias(file(), "x", "x2");
-    test::add_alias(file(), "x", "x3");
-    auto loaded = read_tensors(engine_, file());
-    ASSERT_EQ(test::names_of(loaded.tensors), (std::vector<std::string>{"x", "y", "x2", "x3"}));
-    for (const std::size_t i : {0U, 2U, 3U}) {
-      EXPECT_TRUE(same_bytes(loaded.tensors[i].second, saved));
-      std::memset(loaded.tensors[i].second.mutable_data_ptr(), 0, saved.nbytes());
-    }
-    EXPECT_TRUE(same_bytes(read_one("x2"), saved));
-  });
-}
-
 TEST_F(Read, ATensorOutlivesTheFileTheEngineAndItsNeighbours) {
   const at::Tensor saved = at::randn({300, 300});
   pack({{"keep", saved}, {"drop", at::ones({100})}});

@@ -30,18 +30,6 @@ inline std::string file_content(const std::filesystem::path& path) {
   return {std::istreambuf_iterator<char>(in), {}};
 }
 
-/// Adds a record of the bytes that `name` has. No writer makes such files; the format allows them.
-inline void add_alias(const std::filesystem::path& path, const std::string& name, const std::string& alias) {
-  Metadata metadata = read_metadata(path);
-  for (TensorRecord record : std::vector(metadata.records)) {
-    if (record.name != name) continue;
-    record.name = alias;
-    metadata.records.push_back(record);
-  }
-  const std::string payload = file_content(path).substr(0, metadata.payload_bytes);
-  std::ofstream(path, std::ios::binary) << payload << encode_footer(metadata);
-}
-
 inline std::vector<std::string> names_of(const StateDict& tensors) {
   std::vector<std::string> names;
   for (const auto& each : tensors) names.push_back(each.first);

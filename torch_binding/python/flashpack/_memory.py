@@ -199,8 +199,7 @@ def read_tensors(
     read: ReadRegions = read_regions,
 ) -> dict[str, torch.Tensor]:
     """Reads `entries` in one transfer, to where `read` puts them."""
-    # Records may name the same bytes: these are read once.
-    runs = plan_runs(list({entry.offset_bytes: entry for entry in entries if entry.size_bytes}.values()))
+    runs = plan_runs([entry for entry in entries if entry.size_bytes])
     filled = read(footer, [(run[0].offset_bytes, stop_of(run[-1])) for run in runs], device, options)
     region_at = {entry.offset_bytes: region for region, run in zip(filled.regions, runs, strict=True) for entry in run}
     return tensors_of(entries, region_at, filled.device)
@@ -231,20 +230,17 @@ def allocate_regions(spans: Sequence[Span], footer: Footer, device: torch.device
 def tensors_of(
     entries: Sequence[Entry], region_at: Mapping[int, Region], device: torch.device = CPU
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `entries`, each with memory of its own: where several name the same bytes, all but one are copies.
+    """The tensors of `entries`, each with memory of its own.
 
     `region_at`: by file offset; empty tensors need none.
     """
     tensors: dict[str, torch.Tensor] = {}
-    given: set[int] = set()
     for entry in entries:
-        if not entry.size_bytes:
+        if entry.size_bytes:
+            region = region_at[entry.offset_bytes]
+            tensors[entry.name] = region.tensor(entry.dtype, entry.shape, entry.length_elems, entry.offset_bytes)
+        else:
             tensors[entry.name] = torch.empty(entry.shape, dtype=string_to_dtype(entry.dtype), device=device)
-            continue
-        region = region_at[entry.offset_bytes]
-        tensor = region.tensor(entry.dtype, entry.shape, entry.length_elems, entry.offset_bytes)
-        tensors[entry.name] = tensor.clone() if entry.offset_bytes in given else tensor
-        given.add(entry.offset_bytes)
     return tensors
 
 
