@@ -7,6 +7,7 @@ import itertools
 import pickle
 
 import flashpack
+import numpy as np
 import pytest
 import torch
 from flashpack import _file
@@ -179,6 +180,38 @@ def test_what_is_no_part_is_refused(pack, index, error):
         flashpack.open_file(pack({"t": torch.ones(6, 5)})).get_slice("t")[index]
 
 
+@pytest.mark.parametrize(("window_bytes", "gap_bytes"), [(1, 0), (64, 20), (300, 64 << 10), (32 << 20, 64 << 10)])
+def test_boxes_are_right_whether_they_are_read_by_runs_or_by_rows(pack, monkeypatch, window_bytes, gap_bytes):
+    monkeypatch.setattr(_file, "_WINDOW_BYTES", window_bytes)
+    monkeypatch.setattr(_file, "_SHORT_GAP_BYTES", gap_bytes)
+    tensor = random_tensor((5, 4, 6, 3), torch.int16)
+    part = flashpack.open_file(pack({"x": random_tensor((7,)), "t": tensor, "y": random_tensor((9,))})).get_slice("t")
+    spans = [slice(None), slice(1, 3), slice(0, 1), slice(2, 2), slice(None, None, 2), -1]
+    for index in itertools.product(spans, repeat=4):
+        assert torch.equal(part[index], tensor[index]), index
+
+
+@pytest.mark.parametrize("integer", [np.int64(2), np.uint8(2), torch.tensor(2)])
+def test_whatever_is_an_integer_is_an_index(pack, integer):
+    tensor = random_tensor((5, 6), torch.int32)
+    part = flashpack.open_file(pack({"t": tensor})).get_slice("t")
+    for index in (
+        integer,
+        (integer, integer),
+        slice(integer, None),
+        (..., integer),
+        (slice(None), slice(None, integer)),
+    ):
+        assert torch.equal(part[index], tensor[index])
+
+
+@pytest.mark.parametrize("index", [None, True, np.bool_(True), torch.tensor(True), 1.0, [0, 1], np.arange(2)])
+def test_what_no_slice_of_safetensors_takes_is_a_clear_error(pack, index):
+    part = flashpack.open_file(pack({"t": torch.ones(5, 6)})).get_slice("t")
+    with pytest.raises(TypeError, match="parts of a tensor are read by"):
+        part[index]
+
+
 def test_of_a_slice_only_its_bytes_are_read(path, monkeypatch):
     loads = []
     side_of = _file.side_of
@@ -197,7 +230,7 @@ def test_of_a_slice_only_its_bytes_are_read(path, monkeypatch):
     assert [(len(extents), sum(size for _, size, _ in extents)) for extents in loads] == [
         (1, 20_000),
         (1, 4),
-        (10, 2_000),
+        (1, 18_200),  # What lies between short runs is read along.
         (0, 0),
     ]
 

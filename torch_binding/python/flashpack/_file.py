@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 
 from ._casts import check_asked, dtype_when_asked
-from ._device import DeviceLike, side_of
+from ._device import DeviceLike, Side, side_of
 from ._engine import left_before_exit
 from ._footer import Entry, Footer, StrPath, Verify, footer_of, open_footer, open_for_reading
-from ._memory import ReadOptions, read_tensors, supported_device
+from ._memory import ReadOptions, allocate_region, read_tensors, supported_device
 from ._native import FlashPackError
 from .utils import is_ignored_tensor_name, string_to_dtype
 
 __all__ = ["FlashPackFile", "TensorSlice", "load_file", "open_file"]
+
+# To read through a gap of this size costs less than another operation.
+_SHORT_GAP_BYTES = 64 << 10
+# What slices with short gaps are read through: memory that is used again is touched for the first time only once.
+_WINDOW_BYTES = 32 << 20
 
 
 @left_before_exit
@@ -192,24 +198,79 @@ class TensorSlice:
 
     def _read(self, ranges: list[range]) -> torch.Tensor:
         """The box of `ranges`, all of step 1."""
-        file, entry = self._file, self._entry
-        side = side_of(file._device)
+        side = side_of(self._file._device)
         box = torch.empty([len(each) for each in ranges], dtype=self.dtype, device=side.device)
-        runs, run_bytes = _runs(ranges, entry.shape, self.dtype.itemsize)
-        extents = [
-            (entry.offset_bytes + begin, run_bytes, box.data_ptr() + i * run_bytes)
-            for i, begin in enumerate(runs)
-            if box.numel()
-        ]
+        strides = [self.dtype.itemsize * math.prod(self.shape[dim + 1 :]) for dim in range(len(ranges))]
+        rows = _dim_of_rows(ranges, strides, self.dtype.itemsize)
+        if rows is not None and box.numel():
+            self._read_rows(box, ranges, strides, rows, side)
+            return box.to(self._file._device)
+        runs, run_bytes = _runs(ranges, strides, self.dtype.itemsize, self.shape)
+        address = box.data_ptr()
+        self._load([(begin, run_bytes, address + i * run_bytes) for i, begin in enumerate(runs) if box.numel()], side)
+        return box.to(self._file._device)
+
+    def _read_rows(self, box: torch.Tensor, ranges: list[range], strides: list[int], dim: int, side: Side) -> None:
+        """Reads whole rows, many at a time, and takes the box out of them. A row is what one index of `dim` stands for.
+
+        Each row is read from the first byte that is wanted of it to the last, and what lies between rows, too.
+        """
+        row_bytes, inner = strides[dim], ranges[dim + 1 :]
+        begin = sum(each.start * stride for each, stride in zip(inner, strides[dim + 1 :], strict=True))
+        end = self.dtype.itemsize + sum(
+            (each.stop - 1) * stride for each, stride in zip(inner, strides[dim + 1 :], strict=True)
+        )
+        at_once = min(max(1, _WINDOW_BYTES // row_bytes), box.shape[: dim + 1].numel())
+        origin = self._entry.offset_bytes + ranges[dim].start * row_bytes
+        region = allocate_region(origin, at_once * row_bytes, side.device)
+        window = region.tensor(
+            self._entry.dtype, (at_once, *self.shape[dim + 1 :]), at_once * row_bytes // self.dtype.itemsize, origin
+        )
+        wanted = (slice(None), *(slice(each.start, each.stop) for each in inner))
+        target = box.view(-1, *box.shape[dim + 1 :])
+        extents: list[tuple[int, int, int]] = []
+        done, there = 0, 0
+        for row, count in _bands(ranges[: dim + 1], strides, at_once):
+            if there + count > at_once:
+                self._load(extents, side)
+                target[done : done + there] = window[:there][wanted]
+                done, extents, there = done + there, [], 0
+            address = region.address + there * row_bytes + begin
+            extents.append((row + begin, (count - 1) * row_bytes + end - begin, address))
+            there += count
+        self._load(extents, side)
+        target[done:] = window[:there][wanted]
+
+    def _load(self, extents: list[tuple[int, int, int]], side: Side) -> None:
+        """Of extents that begin at an offset in the tensor."""
+        file, at = self._file, self._entry.offset_bytes
         assert file._footer.native is not None
-        native, fd = file._footer.native, file._footer.fileno()
-        side.engine.load(fd, file.path, extents, native, file._options.verify, stream=side.stream)
-        return box.to(file._device)
+        in_file = [(at + begin, size, address) for begin, size, address in extents]
+        fd, verify = file._footer.fileno(), file._options.verify
+        side.engine.load(fd, file.path, in_file, file._footer.native, verify, stream=side.stream)
 
 
-def _runs(ranges: list[range], shape: tuple[int, ...], item_bytes: int) -> tuple[Iterator[int], int]:
+def _dim_of_rows(ranges: list[range], strides: list[int], item_bytes: int) -> int | None:
+    """The first dim whose rows are small, and wanted but for short gaps; none where one read of each run is better."""
+    span_bytes = item_bytes + sum((len(each) - 1) * stride for each, stride in zip(ranges, strides, strict=True))
+    for dim, (each, stride) in enumerate(zip(ranges, strides, strict=True)):
+        span_bytes -= (len(each) - 1) * stride
+        if stride <= _WINDOW_BYTES and span_bytes < stride <= span_bytes + _SHORT_GAP_BYTES:
+            return dim
+    return None
+
+
+def _bands(ranges: list[range], strides: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """Where in the tensor rows that follow each other begin, and how many they are, at most `most`."""
+    rows, stride = ranges[-1], strides[len(ranges) - 1]
+    for at in itertools.product(*ranges[:-1]):
+        start = sum(i * s for i, s in zip(at, strides, strict=False))
+        for row in range(rows.start, rows.stop, most):
+            yield start + row * stride, min(most, rows.stop - row)
+
+
+def _runs(ranges: list[range], strides: list[int], item_bytes: int, shape: Sequence[int]) -> tuple[Iterator[int], int]:
     """Where in the tensor the box of `ranges` has runs of bytes, in order, and how long each is."""
-    strides = [item_bytes * math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     # Dims that are whole, and the one before them, are one run.
     whole = len(shape)
     while whole and len(ranges[whole - 1]) == shape[whole - 1]:
@@ -224,12 +285,13 @@ def _runs(ranges: list[range], shape: tuple[int, ...], item_bytes: int) -> tuple
 def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], tuple[int | slice, ...]]:
     """The smallest box that holds what `index` means, as ranges of step 1, and what `index` means within the box."""
     items = list(index) if isinstance(index, tuple) else [index]
-    if items.count(...) > 1:
+    ellipses = [at for at, item in enumerate(items) if item is ...]  # Arrays compare element by element.
+    if len(ellipses) > 1:
         raise IndexError("an index can have only one ellipsis ('...')")
-    given = len(items) - items.count(...)
+    given = len(items) - len(ellipses)
     if given > len(shape):
         raise IndexError(f"too many indices for a tensor of {len(shape)} dims: {given}")
-    at = items.index(...) if ... in items else len(items)
+    at = ellipses[0] if ellipses else len(items)
     items[at : at + 1] = [slice(None)] * (len(shape) - given)
     ranges: list[range] = []
     rest: list[int | slice] = []
@@ -240,14 +302,23 @@ def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], tuple[int 
                 raise ValueError("the step of a slice must be greater than zero")
             ranges.append(range(begin, max(begin, end)))
             rest.append(slice(None, None, step))
-        elif isinstance(item, int) and not isinstance(item, bool):
-            if not -size <= item < size:
-                raise IndexError(f"index {item} is out of bounds for a dim of size {size}")
-            ranges.append(range(item % size, item % size + 1))
+        elif (number := _as_integer(item)) is not None:
+            if not -size <= number < size:
+                raise IndexError(f"index {number} is out of bounds for a dim of size {size}")
+            ranges.append(range(number % size, number % size + 1))
             rest.append(0)
         else:
             raise TypeError(f"parts of a tensor are read by integers, slices and '...', not by {item!r}")
     return ranges, tuple(rest)
+
+
+def _as_integer(item: Any) -> int | None:
+    """Of what is one: numpy's integers and tensors of one integer are, booleans and None are not."""
+    is_bool = isinstance(item, bool) or getattr(item, "dtype", None) is torch.bool
+    try:
+        return None if is_bool else operator.index(item)
+    except TypeError:
+        return None
 
 
 class _Progress:
