@@ -11,6 +11,7 @@
 #include <string>
 
 #include "engine/error.h"
+#include "engine/page_size.h"
 #include "engine/plan.h"
 
 namespace flashpack::engine {
@@ -55,12 +56,28 @@ std::optional<Alignment> direct_io_alignment(int fd) {
   return Alignment{};
 }
 
+// Invalid with errno. O_NONBLOCK is for a FIFO, to be an error instead of a hang. With it a regular file that somebody
+// has a write lease on gives EWOULDBLOCK; that one is waited for, as open without it does. The way through O_PATH makes
+// sure that what is opened then is still the regular file.
+UniqueFd open_to_read(const std::filesystem::path& path) {
+  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (fd || errno != EWOULDBLOCK) return fd;
+  const UniqueFd place(::open(path.c_str(), O_PATH | O_CLOEXEC));
+  struct stat status{};
+  if (!place || ::fstat(place.get(), &status) != 0 || !S_ISREG(status.st_mode)) {
+    errno = EWOULDBLOCK;
+    return fd;
+  }
+  const std::string self = "/proc/self/fd/" + std::to_string(place.get());
+  fd.reset(uninterrupted([&] { return ::open(self.c_str(), O_RDONLY | O_CLOEXEC); }));
+  return fd;
+}
+
 }  // namespace
 
 File File::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
                 UniqueFd opened) {
-  // O_NONBLOCK so that a FIFO is an error instead of a hang; it means nothing for regular files.
-  if (!opened) opened.reset(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (!opened) opened = open_to_read(path);
   if (!opened) throw file_error(errno_code(errno), "open", path);
   File file(path, std::move(opened));
   struct stat status{};
@@ -98,12 +115,11 @@ void File::open_direct(int access) {
   if (direct_ && (!ask(direct_fd(), status) || identity_of(status) != identity_)) direct_.reset();
   if (!direct_) return;
   alignment_ = *alignment;
-  if (access != O_RDONLY) {
-    // What is less than a block is written through the page cache. A page that was partly written so must not be
-    // written past it at the same time, or what the cache has of the rest of it overwrites that later.
-    alignment_.block_bytes = std::max(alignment_.block_bytes, static_cast<std::uint32_t>(::sysconf(_SC_PAGESIZE)));
-    return;
-  }
+  // Whole pages. Of memory, so that none is shared between the kernel's write and anybody else's. Of a file that is
+  // written, because what is less than a block goes through the page cache: a page that was partly written so must not
+  // be written past it at the same time, or what the cache has of the rest of it overwrites that later.
+  alignment_.block_bytes = std::max(alignment_.block_bytes, system_page_bytes());
+  if (access != O_RDONLY) return;
   // Misaligned, so that it is refused before anything is read.
   std::byte byte{};
   const iovec vector{&byte, 1};

@@ -9,6 +9,7 @@
 #include <cerrno>
 
 #include "engine/error.h"
+#include "engine/page_size.h"
 #include "engine/plan.h"
 
 namespace flashpack::engine {
@@ -48,8 +49,9 @@ bool Residency::counted(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
     method_ = Method::kProbe;
     return false;
   }
+  const std::uint32_t page_bytes = system_page_bytes();
   const std::uint64_t pages =
-      (round_up(offset_bytes + size_bytes, kPageBytes) - round_down(offset_bytes, kPageBytes)) / kPageBytes;
+      (round_up(offset_bytes + size_bytes, page_bytes) - round_down(offset_bytes, page_bytes)) / page_bytes;
   return result.cached_pages >= pages;
 }
 

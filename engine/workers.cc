@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "engine/page_size.h"
 #include "engine/piece_sums.h"
 #include "engine/thread.h"
 
@@ -141,7 +142,7 @@ int populate(std::span<std::byte> memory, bool for_writing) {
 #ifdef MADV_POPULATE_WRITE
   // Not only the pages that `memory` covers whole.
   const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(memory.data());
-  const std::size_t before = address % kPageBytes;
+  const std::size_t before = address % system_page_bytes();
   const int advice = for_writing ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
   return ::madvise(memory.data() - before, before + memory.size(), advice) == 0 ? 0 : errno;
 #else
@@ -167,8 +168,9 @@ std::int64_t make_touchable(std::span<const Piece> pieces, bool for_writing) {
   const auto ask = [&] { return run.empty() ? 0 : populate(run, for_writing); };
   if (!can_populate()) return 0;
   for (const Piece& piece : pieces) {
-    std::byte* const begin = piece.memory - reinterpret_cast<std::uintptr_t>(piece.memory) % kPageBytes;
-    const auto size = round_up(static_cast<std::uint64_t>(piece.memory + piece.size_bytes - begin), kPageBytes);
+    std::byte* const begin = piece.memory - reinterpret_cast<std::uintptr_t>(piece.memory) % system_page_bytes();
+    const auto size =
+        round_up(static_cast<std::uint64_t>(piece.memory + piece.size_bytes - begin), system_page_bytes());
     std::byte* const end = begin + size;
     if (begin >= run.data() && begin <= run.data() + run.size()) {
       run = {run.data(), std::max(end, run.data() + run.size())};
@@ -272,13 +274,14 @@ void clear_gaps(const IoRequest& request) {
 }
 
 bool is_populated(std::span<std::byte> memory) {
-  const std::size_t before = reinterpret_cast<std::uintptr_t>(memory.data()) % kPageBytes;
+  const std::size_t page_bytes = system_page_bytes();
+  const std::size_t before = reinterpret_cast<std::uintptr_t>(memory.data()) % page_bytes;
   memory = {memory.data() - before, before + memory.size()};
   std::array<unsigned char, 1024> pages;
   while (!memory.empty()) {
-    const auto part = memory.first(std::min(memory.size(), pages.size() * kPageBytes));
+    const auto part = memory.first(std::min(memory.size(), pages.size() * page_bytes));
     if (::mincore(part.data(), part.size(), pages.data()) != 0) return errno != ENOMEM;
-    const auto end = pages.begin() + static_cast<std::ptrdiff_t>((part.size() + kPageBytes - 1) / kPageBytes);
+    const auto end = pages.begin() + static_cast<std::ptrdiff_t>((part.size() + page_bytes - 1) / page_bytes);
     if (!std::all_of(pages.begin(), end, [](unsigned char flags) { return flags & 1; })) return false;
     memory = memory.subspan(part.size());
   }
