@@ -70,7 +70,7 @@ class FileWriter::Impl {
   using Claims = std::map<std::uint64_t, std::uint64_t>;
 
   void reserve(std::uint64_t begin_bytes, std::uint64_t end_bytes);
-  Claims claims_with(std::span<const engine::Piece> pieces) const;
+  Claims claims_of(std::span<const engine::Piece> pieces) const;
   std::vector<engine::Piece> pieces_of(std::span<const SourceExtent> extents) const;
   std::shared_ptr<engine::TransferState> plan(std::span<const engine::Piece> pieces, Completion* completion) const;
   void settle(const char* verb);

@@ -47,38 +47,46 @@ void FileWriter::Impl::abort() noexcept {
 }
 
 // Turns a full disk into an error up front, and keeps writes from growing the file, which the kernel does one at a
-// time. File systems that cannot, say EOPNOTSUPP.
+// time. File systems that cannot, say EOPNOTSUPP; those that begin again after each signal would never be done where
+// one comes periodically. Both is gone without.
 void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_bytes) {
   begin_bytes = std::max(begin_bytes, reserved_bytes_);
   if (end_bytes <= begin_bytes) return;
   const auto begin = static_cast<off_t>(begin_bytes);
   const auto size = static_cast<off_t>(end_bytes - begin_bytes);
-  if (uninterrupted([&] { return ::fallocate(file_->buffered_fd(), 0, begin, size); }) != 0 && errno != EOPNOTSUPP &&
-      errno != ENOSYS) {
+  constexpr int kMaxAttempts = 20;
+  bool reserved = false;
+  for (int attempt = 0; attempt < kMaxAttempts && !reserved; ++attempt) {
+    reserved = ::fallocate(file_->buffered_fd(), 0, begin, size) == 0;
+    if (!reserved && errno != EINTR) break;
+  }
+  if (!reserved && errno != EINTR && errno != EOPNOTSUPP && errno != ENOSYS) {
     throw file_error(errno_code(errno), "reserve space for", path_);
   }
   reserved_bytes_ = end_bytes;
 }
 
-// What `claimed`, begin and end of what is written, becomes with `pieces`, in ascending order, and with the zeros
-// between those that are less than a block apart. Throws where something is claimed twice.
-FileWriter::Impl::Claims FileWriter::Impl::claims_with(std::span<const engine::Piece> pieces) const {
-  Claims claims = claimed_;
+// What a write of `pieces`, in ascending order, claims: their bytes, and the zeros between those that are less than a
+// block apart. Throws where something is claimed twice.
+FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const engine::Piece> pieces) const {
+  Claims claims;
   const std::uint32_t block_bytes = file_->alignment().block_bytes;
   for (std::size_t i = 0; i < pieces.size(); ++i) {
     const std::uint64_t begin = pieces[i].offset_bytes;
     std::uint64_t end = begin + pieces[i].size_bytes;
     const std::uint64_t next = i + 1 < pieces.size() ? pieces[i + 1].offset_bytes : end;
     if (next > end && next - end < block_bytes) end = next;
-    const auto after = claims.lower_bound(begin);
-    const auto before = after == claims.begin() ? claims.end() : std::prev(after);
-    if ((after != claims.end() && after->first < end) || (before != claims.end() && before->second > begin)) {
+    const auto after = claimed_.upper_bound(begin);
+    const bool before_overlaps = after != claimed_.begin() && std::prev(after)->second > begin;
+    const bool after_overlaps = after != claimed_.end() && after->first < end;
+    const auto last = claims.empty() ? claims.end() : std::prev(claims.end());
+    if (before_overlaps || after_overlaps || (last != claims.end() && last->second > begin)) {
       throw argument_error("write " + path_.string() + ": the bytes at " + std::to_string(begin) + " twice");
     }
-    if (before != claims.end() && before->second == begin) {
-      before->second = end;
+    if (last != claims.end() && last->second == begin) {
+      last->second = end;
     } else {
-      claims.emplace_hint(after, begin, end);
+      claims.emplace_hint(claims.end(), begin, end);
     }
   }
   return claims;
@@ -131,7 +139,7 @@ Transfer FileWriter::Impl::start_write(std::span<const SourceExtent> extents, Co
   engine_.require_owner();
   if (!file_) throw argument_error("write " + path_.string() + ": after commit");
   const std::vector<engine::Piece> pieces = pieces_of(extents);
-  Claims claims = claims_with(pieces);
+  Claims claims = claims_of(pieces);
   auto state = plan(pieces, completion);
   engine_.wait_for_stream(*state, stream);
   std::uint64_t payload_bytes = payload_bytes_;
@@ -145,15 +153,16 @@ Transfer FileWriter::Impl::start_write(std::span<const SourceExtent> extents, Co
     if (earlier->store_sums) sums_.add(*earlier->store_sums);
     return true;
   });
+  const Claims if_it_fails = claims;
   // Before the start: a completion may lead to commit() on another thread before this one is back.
   transfers_.push_back(state);
-  claims.swap(claimed_);
+  claimed_.merge(claims);
   std::swap(payload_bytes, payload_bytes_);
   try {
     engine_.start(state);
   } catch (...) {
     transfers_.pop_back();
-    claims.swap(claimed_);
+    for (const auto& claim : if_it_fails) claimed_.erase(claim.first);
     std::swap(payload_bytes, payload_bytes_);
     throw;
   }
