@@ -134,3 +134,9 @@ bool File::unchanged() const noexcept {
 }
 
 }  // namespace flashpack::engine
+
+std::optional<flashpack::FileIdentity> flashpack::identity_of(int fd) noexcept {
+  struct stat status{};
+  if (!engine::ask(fd, status)) return std::nullopt;
+  return engine::identity_of(status);
+}

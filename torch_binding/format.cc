@@ -32,11 +32,9 @@ class FooterFile {
     }
     if (S_ISDIR(status.st_mode)) throw Error({EISDIR, std::generic_category()}, "read " + path_.string(), path_);
     if (!S_ISREG(status.st_mode)) rules::refuse(path_, "it is not a regular file");
-    return {.dev = status.st_dev,
-            .ino = status.st_ino,
-            .size_bytes = static_cast<std::uint64_t>(status.st_size),
-            .mtime_ns = static_cast<std::int64_t>(static_cast<std::uint64_t>(status.st_mtim.tv_sec) * 1'000'000'000U +
-                                                  static_cast<std::uint64_t>(status.st_mtim.tv_nsec))};
+    const auto identity = identity_of(fd_);
+    if (!identity) throw Error({errno, std::generic_category()}, "stat " + path_.string(), path_);
+    return *identity;
   }
 
   void read(std::uint64_t offset_bytes, std::span<char> target) const {

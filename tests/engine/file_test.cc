@@ -3,16 +3,12 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
-#include <array>
-#include <csignal>
-#include <stdexcept>
 #include <vector>
 
 #include "engine/plan.h"
 #include "flashpack/error.h"
+#include "tests/support/lease_holder.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack::engine {
@@ -56,44 +52,8 @@ TEST_F(FileTest, WritingInPlaceIsAChangeAndARenameOverItIsNot) {
   EXPECT_FALSE(again.unchanged());
 }
 
-// Holds a write lease on `path` until somebody opens it, in a process of its own.
-class LeaseHolder {
- public:
-  explicit LeaseHolder(const std::filesystem::path& path) {
-    std::array<int, 2> ends{};
-    if (::pipe2(ends.data(), O_CLOEXEC) != 0) throw std::runtime_error("pipe");
-    child_ = ::fork();
-    if (child_ == 0) ::_exit(hold(path, ends[1]));
-    ::close(ends[1]);
-    char byte = 0;
-    holds_ = ::read(ends[0], &byte, 1) == 1;
-    ::close(ends[0]);
-  }
-  ~LeaseHolder() { ::waitpid(child_, nullptr, 0); }
-  LeaseHolder(const LeaseHolder&) = delete;
-  LeaseHolder& operator=(const LeaseHolder&) = delete;
-
-  bool holds() const { return holds_; }
-
- private:
-  static int hold(const std::filesystem::path& path, int ready) {
-    sigset_t wanted;
-    ::sigemptyset(&wanted);
-    ::sigaddset(&wanted, SIGIO);
-    ::sigprocmask(SIG_BLOCK, &wanted, nullptr);
-    const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
-    if (::fcntl(fd, F_SETLEASE, F_WRLCK) != 0 || ::write(ready, "", 1) != 1) return 1;
-    int signal = 0;
-    ::sigwait(&wanted, &signal);
-    return ::fcntl(fd, F_SETLEASE, F_UNLCK);
-  }
-
-  pid_t child_ = -1;
-  bool holds_ = false;
-};
-
 TEST_F(FileTest, AFileWithAWriteLeaseIsWaitedForAsOpenDoes) {
-  const LeaseHolder holder(path_);
+  const flashpack::testing::LeaseHolder holder(path_);
   if (!holder.holds()) GTEST_SKIP() << "no leases on this file system";
   EXPECT_EQ(File::open(path_, std::nullopt, true).identity().size_bytes, bytes_.size());
 }

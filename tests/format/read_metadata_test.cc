@@ -12,6 +12,7 @@
 
 #include "flashpack/format.h"
 #include "tests/format/golden_files.h"
+#include "tests/support/lease_holder.h"
 
 namespace {
 
@@ -40,10 +41,10 @@ std::string trailer(std::uint64_t json_bytes) {
   return bytes + std::string("FLASHPK\0", 8);
 }
 
-class ReadMetadata : public testing::Test {
+class ReadMetadata : public ::testing::Test {
  protected:
   void SetUp() override {
-    std::string pattern = testing::TempDir() + "flashpack_XXXXXX";
+    std::string pattern = ::testing::TempDir() + "flashpack_XXXXXX";
     ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
     directory_ = pattern;
     path_ = directory_ / "model.flashpack";
@@ -103,6 +104,13 @@ TEST_F(ReadMetadata, SaysThatAFileMayNotBeRead) {
 TEST_F(ReadMetadata, DoesNotWaitForAFifosWriter) {
   ASSERT_EQ(::mkfifo(path_.c_str(), 0600), 0);
   EXPECT_NE(error_of(path_, Errc::kBadFile).find("not a regular file"), std::string::npos);
+}
+
+TEST_F(ReadMetadata, WaitsForAFileWithAWriteLeaseAsOpenDoes) {
+  write_golden();
+  const testing::LeaseHolder holder(path_);
+  if (!holder.holds()) GTEST_SKIP() << "no leases on this file system";
+  EXPECT_FALSE(read_metadata(path_).records.empty());
 }
 
 TEST_F(ReadMetadata, RefusesAFileTooSmallForATrailer) {

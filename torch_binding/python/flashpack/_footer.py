@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -117,9 +118,21 @@ def open_footer(path: StrPath) -> Iterator[Footer]:
 
 def open_for_reading(path: StrPath) -> FileIO:
     """For reading, by descriptor; not inherited by programs that are started. Raises OSError."""
-    # O_NONBLOCK: a FIFO that nobody writes to must not hold us here. It means nothing for regular files.
-    flags = os.O_NONBLOCK | os.O_NOCTTY
-    return FileIO(os.fspath(path), opener=lambda name, mode: os.open(name, mode | flags))
+    return FileIO(os.fspath(path), opener=_open)
+
+
+def _open(path: str, flags: int) -> int:
+    # O_NONBLOCK: a FIFO that nobody writes to must not hold us here.
+    try:
+        return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    except BlockingIOError:  # Somebody has a write lease on it. Without O_NONBLOCK a regular file is waited for.
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(os.fstat(place).st_mode):
+                return os.open(f"/proc/self/fd/{place}", flags)
+        finally:
+            os.close(place)
+        raise
 
 
 def footer_of(file: FileIO, path: str) -> Footer:
