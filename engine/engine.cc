@@ -63,6 +63,17 @@ void bind_this_thread(const std::vector<int>& cpus) {
 }
 
 // Bad in itself, whatever the files hold.
+void check_checksums(const LoadRequest& request) {
+  for (const FileExtents& file : request.files) {
+    if (!file.checksums) continue;
+    const std::uint64_t bytes = file.checksums->size_bytes;
+    const std::uint64_t stripes = bytes / Checksums::kPieceBytes + (bytes % Checksums::kPieceBytes != 0);
+    if (file.checksums->crc32c.size() != stripes)
+      throw argument_error("load " + file.path.string() + ": checksums that are not of its size");
+  }
+}
+
+// The same.
 void check_targets(const LoadRequest& request) {
   std::vector<std::pair<std::uintptr_t, std::uintptr_t>> targets;
   for (const FileExtents& file : request.files) {
@@ -82,19 +93,13 @@ void check_targets(const LoadRequest& request) {
   if (overlap != targets.end()) throw argument_error("load: targets overlap in memory");
 }
 
-bool overlap(std::span<const engine::Piece> in_order) {
-  return std::adjacent_find(in_order.begin(), in_order.end(), [](const auto& a, const auto& b) {
-           return b.offset_bytes < a.offset_bytes + a.size_bytes;
-         }) != in_order.end();
-}
-
 // Null where the workers are asked for.
-std::unique_ptr<engine::Ring> make_ring(Backend backend, unsigned reads,
+std::unique_ptr<engine::Ring> make_ring(Backend backend, unsigned tags,
                                         const std::vector<std::span<std::byte>>& slots) {
   using engine::Ring;
   if (backend == Backend::kWorkers) return nullptr;
-  if (backend != Backend::kPlainIoUring) return std::make_unique<Ring>(reads, slots);
-  return std::make_unique<Ring>(reads, std::vector<std::span<std::byte>>{}, Ring::Rung::kBare);
+  if (backend != Backend::kPlainIoUring) return std::make_unique<Ring>(tags, slots);
+  return std::make_unique<Ring>(tags, std::vector<std::span<std::byte>>{}, Ring::Rung::kBare);
 }
 
 }  // namespace
@@ -128,33 +133,42 @@ void Engine::Impl::require_owner() const {
 
 // The ring belongs to the thread that made it, so everything lives and dies on the driver thread.
 void Engine::Impl::drive(std::promise<void>& ready) {
-  std::optional<engine::Pipeline> pipeline;
   std::optional<engine::Staging> staging;
   std::unique_ptr<engine::Copier> copier;
   std::unique_ptr<engine::Ring> ring;
   std::optional<engine::Workers> workers;
+  std::optional<engine::Pool> pool;  // Goes before what its threads use.
+  std::optional<engine::Pipeline> pipeline;
   try {
     bind_this_thread(options_.cpu_affinity);
     const bool cuda = options_.device.kind == Device::Kind::kCuda;
     if (cuda && !options_.numa_node) options_.numa_node = engine::numa_node_of_cuda_device(options_.device.index);
-    staging.emplace(options_.staging_bytes, options_.chunk_bytes, options_.numa_node.value_or(-1));
+    const auto slots = static_cast<std::uint32_t>(options_.staging_bytes / options_.chunk_bytes);
+    // As many again stand in for those that the kernel keeps; untouched they are but addresses. Those of a device are
+    // page-locked, and so there are no others.
+    const std::uint32_t spare_slots = cuda ? 0 : slots;
+    staging.emplace(std::uint64_t{slots + spare_slots} * options_.chunk_bytes, options_.chunk_bytes,
+                    options_.numa_node.value_or(-1));
     staging_reason_ = staging->fallback_reason();
     if (cuda) copier = engine::make_cuda_copier(options_.device.index, staging->slots());
-    const engine::Pipeline::Limits limits{.queue_depth = options_.queue_depth, .worker_depth = 4 * options_.workers};
-    const unsigned tags = engine::Pipeline::tag_limit(limits, staging->slots().size());
-    const unsigned reads = limits.queue_depth + limits.worker_depth;  // Those that were populated first come on top.
+    const engine::Pipeline::Limits limits{.queue_depth = options_.queue_depth,
+                                          .worker_depth = 4 * options_.workers,
+                                          .chunk_bytes = options_.chunk_bytes,
+                                          .slots = slots};
+    const unsigned tags = engine::Pipeline::tag_limit(limits);
     try {
-      ring = make_ring(options_.backend, reads, staging->slots());
+      ring = make_ring(options_.backend, tags, {staging->slots().begin(), staging->slots().begin() + slots});
       if (ring) fallback_reason_ = ring->fallback_reason();
     } catch (const std::system_error& error) {
       if (options_.backend != Backend::kAuto) throw;
       fallback_reason_ = error.what();
     }
     if (options_.backend == Backend::kAuto) options_.backend = ring ? Backend::kIoUring : Backend::kWorkers;
-    workers.emplace(options_.workers, tags, ring.get(), fallback_reason_);
+    pool.emplace(options_.workers);
+    workers.emplace(*pool, tags, ring.get(), fallback_reason_);
     if (!staging_reason_.empty()) fallback_reason_.append(fallback_reason_.empty() ? "" : "; ").append(staging_reason_);
     engine::IoQueue& disk = ring ? static_cast<engine::IoQueue&>(*ring) : *workers;
-    pipeline.emplace(disk, *workers, copier.get(), staging->slots(), limits);
+    pipeline.emplace(disk, *workers, *pool, copier.get(), staging->slots(), limits);
   } catch (const Error&) {
     return ready.set_exception(std::current_exception());
   } catch (const std::system_error& error) {
@@ -181,55 +195,22 @@ std::shared_ptr<engine::TransferState> Engine::Impl::new_transfer(Completion* co
   return state;
 }
 
-void Engine::Impl::open_source(engine::TransferState& state, const FileExtents& wanted, CachePolicy cache) const {
-  const auto index = static_cast<std::uint32_t>(state.sources.size());
-  const bool want_direct = cache != CachePolicy::kBuffered;
-  engine::UniqueFd opened(wanted.fd < 0 ? -1 : ::fcntl(wanted.fd, F_DUPFD_CLOEXEC, 0));
-  if (wanted.fd >= 0 && !opened)
-    throw engine::file_error(engine::errno_code(errno), "duplicate descriptor", wanted.path);
-  engine::File file = engine::File::open(wanted.path, wanted.expected, want_direct, std::move(opened));
-  std::array<std::vector<engine::Piece>, 2> pieces;  // For the host, for the device.
+void Engine::Impl::add_part(engine::TransferState& state, FileExtents&& wanted, CachePolicy cache) const {
+  engine::Part& part = state.parts.emplace_back();
+  part.path = std::move(wanted.path);
+  part.expected = wanted.expected;
+  part.checksums = std::move(wanted.checksums);
+  part.cache = cache;
+  if (wanted.fd >= 0) {
+    part.given.reset(::fcntl(wanted.fd, F_DUPFD_CLOEXEC, 0));
+    if (!part.given) throw engine::file_error(engine::errno_code(errno), "duplicate descriptor", part.path);
+  }
   for (const Extent& extent : wanted.extents) {
-    if (extent.offset_bytes + extent.size_bytes > file.identity().size_bytes) {
-      throw engine::range_error(Errc::kTruncated, "read", wanted.path, extent.offset_bytes, extent.size_bytes);
-    }
     if (extent.size_bytes == 0) continue;
-    pieces[on_device(extent.target)].push_back(
+    part.pieces[on_device(extent.target)].push_back(
         {extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target)});
+    state.total_bytes += extent.size_bytes;
   }
-  if (want_direct && file.direct_fd() < 0) {
-    state.note_fallback("direct I/O: " + engine::errno_code(file.direct_error()).message());
-  }
-  const std::uint32_t chunk_bytes = options_.chunk_bytes;
-  for (const bool on_device : {false, true}) {
-    state.plan.add_load(index, pieces[on_device], chunk_bytes, std::min(file.alignment().block_bytes, chunk_bytes),
-                        on_device);
-  }
-  engine::Source& source = state.sources.emplace_back(std::move(file));
-  if (wanted.checksums) count_for(*wanted.checksums, source, state);
-}
-
-// Counting the same bytes twice would count them as none.
-void Engine::Impl::count_for(const Checksums& checksums, engine::Source& source, engine::TransferState& state) const {
-  const std::uint64_t pieces = (checksums.size_bytes + Checksums::kPieceBytes - 1) / Checksums::kPieceBytes;
-  if (checksums.crc32c.size() != pieces || checksums.size_bytes > source.file.identity().size_bytes) {
-    throw argument_error("load " + source.file.path().string() + ": checksums that are not of this file");
-  }
-  const auto file = static_cast<std::uint32_t>(&source - state.sources.data());
-  std::vector<std::pair<std::uint64_t, std::uint64_t>> ranges;
-  bool twice = false;
-  for (const engine::Chunk& chunk : state.plan.chunks) {
-    if (chunk.file != file) continue;
-    ranges.emplace_back(chunk.offset_bytes, chunk.offset_bytes + chunk.size_bytes);
-    twice |= overlap(state.plan.pieces_of(chunk));
-  }
-  if (ranges.empty()) return;
-  std::sort(ranges.begin(), ranges.end());
-  twice |= std::adjacent_find(ranges.begin(), ranges.end(),
-                              [](const auto& a, const auto& b) { return b.first < a.second; }) != ranges.end();
-  if (twice) return state.note_fallback("checksums: not verified, extents overlap in the file");
-  source.checksums = checksums;
-  source.sums.emplace(ranges.front().first, std::min(ranges.back().second, checksums.size_bytes));
 }
 
 bool Engine::Impl::on_device(const void* memory) const {
@@ -243,19 +224,16 @@ bool Engine::Impl::on_device(const void* memory) const {
   }
 }
 
-void Engine::Impl::wait_for_stream(engine::TransferState& state, CUstream_st* stream) const {
-  const auto& chunks = state.plan.chunks;
-  if (std::none_of(chunks.begin(), chunks.end(), [](const auto& chunk) { return chunk.on_device; })) return;
+std::unique_ptr<engine::Gate> Engine::Impl::gate(CUstream_st* stream) const {
   try {
-    state.gate = copier_->gate(stream);
+    return copier_->gate(stream);
   } catch (const std::system_error& error) {
     throw engine::failed("start transfer", error);
   }
 }
 
 void Engine::Impl::start(const std::shared_ptr<engine::TransferState>& state) {
-  state->chunks_open = static_cast<std::uint32_t>(state->plan.chunks.size());
-  state->stats.requested_bytes = state->plan.total_bytes;
+  state->stats.requested_bytes = state->total_bytes;
   state->driver = pipeline_;
   pipeline_->start(state);
 }
@@ -280,17 +258,21 @@ TransferStats Engine::load(LoadRequest request) { return start_load(std::move(re
 
 Transfer Engine::start_load(LoadRequest request, Completion* completion) {
   impl_->require_owner();
+  check_checksums(request);
   check_targets(request);
   auto state = impl_->new_transfer(completion);
   state->deadline = request.deadline;
   state->after = request.after;
+  bool on_device = false;
   try {
-    for (const FileExtents& file : request.files) impl_->open_source(*state, file, request.cache);
-    state->router = engine::Router(state->plan, state->sources, request.cache);
+    for (FileExtents& file : request.files) {
+      impl_->add_part(*state, std::move(file), request.cache);
+      on_device |= !state->parts.back().pieces[1].empty();
+    }
   } catch (const Error& error) {
     state->failure = engine::Failure(error);
   }
-  impl_->wait_for_stream(*state, request.stream);
+  if (on_device) state->gate = impl_->gate(request.stream);
   impl_->start(state);
   return engine::TransferState::handle(std::move(state));
 }

@@ -35,15 +35,15 @@ class Engine::Impl {
   bool on_device(const void* memory) const;
 
   std::shared_ptr<engine::TransferState> new_transfer(Completion* completion) const;
-  /// Opens one file of a request and adds its chunks. Throws: Error.
-  void open_source(engine::TransferState& state, const FileExtents& wanted, CachePolicy cache) const;
-  /// Lets the device's part of a prepared transfer wait for what is on `stream` now. Throws: Error.
-  void wait_for_stream(engine::TransferState& state, CUstream_st* stream) const;
+  /// Adds one file of a request, to be opened when its turn comes. Throws: Error.
+  void add_part(engine::TransferState& state, FileExtents&& wanted, CachePolicy cache) const;
+  /// Keeps the device's part of a transfer waiting for what is on `stream` now. Requires: an engine of a device.
+  /// Throws: Error.
+  std::unique_ptr<engine::Gate> gate(CUstream_st* stream) const;
   /// Hands a prepared transfer to the driver. From here on the driver's part of it is the driver's.
   void start(const std::shared_ptr<engine::TransferState>& state);
 
  private:
-  void count_for(const Checksums& checksums, engine::Source& source, engine::TransferState& state) const;
   void drive(std::promise<void>& ready);
 
   EngineOptions
@@ -80,8 +80,8 @@ class FileWriter::Impl {
   Engine::Impl& engine_;
   std::filesystem::path path_;  // What the new file replaces.
   engine::TempFile temp_;
-  std::optional<engine::File> file_;  // What is at temp_.path(), until commit or abort.
-  std::uint64_t payload_bytes_;       // Announced, or the end of the last extent if that is later.
+  std::shared_ptr<engine::OpenFile> open_;  // What is at temp_.path(), until commit or abort.
+  std::uint64_t payload_bytes_;             // Announced, or the end of the last extent if that is later.
   std::uint64_t reserved_bytes_ = 0;
   const bool want_checksums_;
   engine::PieceSums sums_;  // Of transfers that are not in transfers_ any more.

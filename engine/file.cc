@@ -30,10 +30,11 @@ FileIdentity identity_of(const struct stat& status) {
 
 // fstat, of what an identity needs, but as the file system has it now: fstat may tell what one on a network or FUSE has
 // said some time ago, and a change since then would not be seen. False with errno.
-bool ask(int fd, struct stat& status) {
+bool ask(int fd, struct stat& status, const char* path = "") {
   struct statx now{};
   constexpr unsigned kWanted = STATX_TYPE | STATX_INO | STATX_SIZE | STATX_MTIME;
-  if (::statx(fd, "", AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, kWanted, &now) != 0) return ::fstat(fd, &status) == 0;
+  if (::statx(fd, path, AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, kWanted, &now) != 0)
+    return ::fstatat(fd, path, &status, AT_EMPTY_PATH) == 0;
   status.st_mode = now.stx_mode;
   status.st_dev = ::gnu_dev_makedev(now.stx_dev_major, now.stx_dev_minor);
   status.st_ino = now.stx_ino;
@@ -102,7 +103,14 @@ File File::created(std::filesystem::path path, UniqueFd fd) {
   return file;
 }
 
+std::optional<FileIdentity> File::identity_at(const std::filesystem::path& path, int fd) noexcept {
+  struct stat status{};
+  if (!(fd < 0 ? ask(AT_FDCWD, status, path.c_str()) : ask(fd, status))) return std::nullopt;
+  return identity_of(status);
+}
+
 void File::open_direct(int access) {
+  wanted_direct_ = true;
   const std::optional<Alignment> alignment = direct_io_alignment(buffered_fd());
   direct_error_ = EOPNOTSUPP;
   if (!alignment) return;

@@ -20,6 +20,9 @@ class File {
   static File open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
                    UniqueFd opened = {});
 
+  /// What is open as `fd` or, where that is negative, stands at `path` now; none when that cannot be told.
+  static std::optional<FileIdentity> identity_at(const std::filesystem::path& path, int fd = -1) noexcept;
+
   /// A new, empty file that is open for reading and writing as `fd`; opened direct, too, where the file system allows
   /// it. `path` is where it is now.
   static File created(std::filesystem::path path, UniqueFd fd);
@@ -29,6 +32,7 @@ class File {
   int buffered_fd() const noexcept { return buffered_.get(); }
   /// -1 where direct I/O is refused or was not wanted.
   int direct_fd() const noexcept { return direct_.get(); }
+  bool wanted_direct() const noexcept { return wanted_direct_; }
   /// Whether a direct read may hold up whoever hands it to the kernel, for as long as it takes: on old kernels those
   /// that do not know how not to wait. False without direct_fd().
   bool may_block() const noexcept { return may_block_; }
@@ -54,6 +58,7 @@ class File {
   FileIdentity identity_;
   Alignment alignment_;
   int direct_error_ = 0;
+  bool wanted_direct_ = false;
   bool may_block_ = false;
 };
 

@@ -28,7 +28,7 @@ FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, 
       want_checksums_(options.checksums) {
   try {
     engine::UniqueFd fd = temp_.create();
-    file_.emplace(engine::File::created(temp_.path(), std::move(fd)));
+    open_ = std::make_shared<engine::OpenFile>(engine::File::created(temp_.path(), std::move(fd)));
     reserve(0, payload_bytes_);
   } catch (...) {
     abort();
@@ -43,7 +43,7 @@ void FileWriter::Impl::abort() noexcept {
   for (const auto& transfer : transfers_) Transfer cancelled_and_waited_for = engine::TransferState::handle(transfer);
   transfers_.clear();
   temp_.remove();
-  file_.reset();
+  open_.reset();
 }
 
 // Turns a full disk into an error up front, and keeps writes from growing the file, which the kernel does one at a
@@ -57,7 +57,7 @@ void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_byte
   constexpr int kMaxAttempts = 20;
   bool reserved = false;
   for (int attempt = 0; attempt < kMaxAttempts && !reserved; ++attempt) {
-    reserved = ::fallocate(file_->buffered_fd(), 0, begin, size) == 0;
+    reserved = ::fallocate(open_->file.buffered_fd(), 0, begin, size) == 0;
     if (!reserved && errno != EINTR) break;
   }
   if (!reserved && errno != EINTR && errno != EOPNOTSUPP && errno != ENOSYS) {
@@ -70,7 +70,7 @@ void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_byte
 // block apart. Throws where something is claimed twice.
 FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const engine::Piece> pieces) const {
   Claims claims;
-  const std::uint32_t block_bytes = file_->alignment().block_bytes;
+  const std::uint32_t block_bytes = open_->file.alignment().block_bytes;
   for (std::size_t i = 0; i < pieces.size(); ++i) {
     const std::uint64_t begin = pieces[i].offset_bytes;
     std::uint64_t end = begin + pieces[i].size_bytes;
@@ -114,34 +114,39 @@ std::vector<engine::Piece> FileWriter::Impl::pieces_of(std::span<const SourceExt
 std::shared_ptr<engine::TransferState> FileWriter::Impl::plan(std::span<const engine::Piece> pieces,
                                                               Completion* completion) const {
   auto state = engine_.new_transfer(completion);
-  state->store = &*file_;
-  state->store_path = path_;
-  state->store_direct = file_->direct_fd() >= 0;
-  if (!state->store_direct) state->note_fallback("direct I/O: " + errno_code(file_->direct_error()).message());
+  state->direction = engine::TransferState::Direction::kStore;
+  engine::Part& part = state->parts.emplace_back();
+  part.path = path_;
+  part.open = open_;
+  const bool direct = part.file().direct_fd() >= 0;
+  if (!direct) state->note_fallback("direct I/O: " + errno_code(part.file().direct_error()).message());
   if (want_checksums_ && !pieces.empty()) {
-    state->store_sums.emplace(pieces.front().offset_bytes, pieces.back().offset_bytes + pieces.back().size_bytes);
+    part.sums.emplace(pieces.front().offset_bytes, pieces.back().offset_bytes + pieces.back().size_bytes);
   }
   std::array<std::vector<engine::Piece>, 2> sides;  // On the host, on the device.
   for (const engine::Piece& piece : pieces) sides[engine_.on_device(piece.memory)].push_back(piece);
   // What lies between two extents of one side may be of the other.
   const bool fill_gaps = sides[0].empty() || sides[1].empty();
-  engine::Alignment alignment = file_->alignment();
+  engine::Alignment alignment = part.file().alignment();
   alignment.block_bytes = std::min(alignment.block_bytes, engine_.options().chunk_bytes);
   for (const bool on_device : {false, true}) {
-    state->plan.add_store(sides[on_device], engine_.options().chunk_bytes, alignment, fill_gaps, on_device);
+    part.plan.add_store(sides[on_device], engine_.options().chunk_bytes, alignment, fill_gaps, on_device);
   }
-  state->router = engine::Router(state->plan, state->store_direct ? alignment.block_bytes : 0);
+  part.router = engine::Router(part.plan, direct ? alignment.block_bytes : 0);
+  state->total_bytes = part.plan.total_bytes;
   return state;
 }
 
 Transfer FileWriter::Impl::start_write(std::span<const SourceExtent> extents, Completion* completion,
                                        CUstream_st* stream) {
   engine_.require_owner();
-  if (!file_) throw argument_error("write " + path_.string() + ": after commit");
+  if (!open_) throw argument_error("write " + path_.string() + ": after commit");
   const std::vector<engine::Piece> pieces = pieces_of(extents);
   Claims claims = claims_of(pieces);
   auto state = plan(pieces, completion);
-  engine_.wait_for_stream(*state, stream);
+  const auto& chunks = state->parts.front().plan.chunks;
+  if (std::any_of(chunks.begin(), chunks.end(), [](const auto& chunk) { return chunk.on_device; }))
+    state->gate = engine_.gate(stream);
   std::uint64_t payload_bytes = payload_bytes_;
   if (!pieces.empty()) {
     payload_bytes = std::max(payload_bytes, pieces.back().offset_bytes + pieces.back().size_bytes);
@@ -150,7 +155,7 @@ Transfer FileWriter::Impl::start_write(std::span<const SourceExtent> extents, Co
   std::erase_if(transfers_, [this](const auto& earlier) {
     const std::lock_guard lock(earlier->mutex);
     if (!earlier->ended || earlier->outcome) return false;
-    if (earlier->store_sums) sums_.add(*earlier->store_sums);
+    if (const auto& sums = earlier->parts.front().sums) sums_.add(*sums);
     return true;
   });
   const Claims if_it_fails = claims;
@@ -178,7 +183,7 @@ void FileWriter::Impl::settle(const char* verb) {
     if (state->outcome) throw state->outcome->error();
   }
   for (const auto& state : transfers_) {
-    if (state->store_sums) sums_.add(*state->store_sums);
+    if (const auto& sums = state->parts.front().sums) sums_.add(*sums);
   }
   transfers_.clear();
 }
@@ -186,20 +191,20 @@ void FileWriter::Impl::settle(const char* verb) {
 void FileWriter::Impl::write_tail(std::span<const std::byte> tail) {
   for (std::uint64_t done = 0; done < tail.size();) {
     const auto offset = static_cast<off_t>(payload_bytes_ + done);
-    const auto n =
-        uninterrupted([&] { return ::pwrite(file_->buffered_fd(), tail.data() + done, tail.size() - done, offset); });
+    const auto n = uninterrupted(
+        [&] { return ::pwrite(open_->file.buffered_fd(), tail.data() + done, tail.size() - done, offset); });
     if (n <= 0) throw file_error(errno_code(n < 0 ? errno : EIO), "write", path_);
     done += static_cast<std::uint64_t>(n);
   }
   // Both ways: cuts what was reserved and not used, and makes zeros of what was never written.
   const auto size = static_cast<off_t>(payload_bytes_ + tail.size());
-  if (uninterrupted([&] { return ::ftruncate(file_->buffered_fd(), size); }) != 0)
+  if (uninterrupted([&] { return ::ftruncate(open_->file.buffered_fd(), size); }) != 0)
     throw file_error(errno_code(errno), "truncate", path_);
 }
 
 Checksums FileWriter::Impl::checksums() {
   engine_.require_owner();
-  if (!file_) throw argument_error("checksums of " + path_.string() + ": after commit");
+  if (!open_) throw argument_error("checksums of " + path_.string() + ": after commit");
   if (!want_checksums_) throw argument_error("checksums of " + path_.string() + ": WriterOptions did not ask for them");
   settle("checksums of");
   Checksums checksums{.size_bytes = payload_bytes_};
@@ -212,19 +217,19 @@ Checksums FileWriter::Impl::checksums() {
 
 void FileWriter::Impl::commit(std::span<const std::byte> tail) {
   engine_.require_owner();
-  if (!file_) throw argument_error("commit " + path_.string() + ": committed or aborted before");
+  if (!open_) throw argument_error("commit " + path_.string() + ": committed or aborted before");
   try {
     settle("commit");
     write_tail(tail);
-    temp_.keep_access(file_->buffered_fd());
-    if (uninterrupted([this] { return ::fdatasync(file_->buffered_fd()); }) != 0)
+    temp_.keep_access(open_->file.buffered_fd());
+    if (uninterrupted([this] { return ::fdatasync(open_->file.buffered_fd()); }) != 0)
       throw file_error(errno_code(errno), "sync", path_);
     temp_.put_in_place();
   } catch (...) {
     abort();
     throw;
   }
-  file_.reset();
+  open_.reset();
   temp_.sync_directory();
 }
 

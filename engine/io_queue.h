@@ -42,6 +42,7 @@ struct IoRequest {
   /// Where bytes that pass are counted: those of the pieces and, of kScatter and kChecksum, what lies between them.
   PieceSums* sums = nullptr;
   int slot = -1;  ///< The staging slot that `memory` lies in, for queues that register slots with the kernel.
+  const void* transfer = nullptr;  ///< Operations of one transfer may be reported together.
 };
 
 struct IoCompletion {
@@ -70,6 +71,10 @@ class IoQueue {
 
   /// Makes the current or the next wait() return.
   virtual void wake() noexcept = 0;
+
+  /// Whether the kernel takes no operations any more, so that none must be pushed. What is in flight comes back with
+  /// -EAGAIN, as soon as the kernel does not touch its memory any more.
+  virtual bool refuses() const noexcept { return false; }
 
   /// Why this queue works less well than it could; empty when it does not.
   virtual const std::string& fallback_reason() const noexcept = 0;

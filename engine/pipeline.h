@@ -3,13 +3,18 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
+#include <deque>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "engine/copier.h"
 #include "engine/io_queue.h"
+#include "engine/pool.h"
 #include "engine/transfer_state.h"
 
 namespace flashpack::engine {
@@ -35,28 +40,42 @@ namespace flashpack::engine {
 /// the way.
 ///
 /// A chunk for a device waits with its slot until the caller's stream has come far enough.
-/// When its transfer fails it is abandoned: cancelled, waited for, and no longer counted against the depth, so that a
-/// read that is stuck in the kernel does not hold up other transfers.
 ///
-/// run() is called by one thread, the driver; it does no byte work and allocates nothing per chunk.
+/// Files are opened when their turn comes, a bounded number at a time, and closed when their bytes are there, both by
+/// threads of the pool: whatever may block in a file system stays away from the driver. An operation that the kernel
+/// does not give back is stuck: when it is late, or its transfer has failed and it is abandoned. It keeps its memory
+/// and holds up its transfer, but no longer counts against the depth, and its slot is made up for, so that others go
+/// on. kStuckLimit bounds what can be stuck; a file that has many of them gets no more when half of that is used up.
+///
+/// run() is called by one thread, the driver; it does no byte work, never blocks in a file system, and allocates
+/// nothing per chunk.
 class Pipeline final : public Driver {
  public:
   struct Limits {
     std::uint32_t queue_depth;   ///< Direct reads in flight, or writes, with those whose slots are being filled.
     std::uint32_t worker_depth;  ///< Of each kind of work, given to the workers at a time; enough that they stay busy
                                  ///< while the driver sleeps.
+    std::uint32_t chunk_bytes;
+    std::uint32_t slots;  ///< In use at a time, of those there are; the others stand in for stuck ones.
   };
 
-  /// The tags that queues of such a pipeline must allow.
-  static unsigned tag_limit(Limits limits, std::size_t slot_count);
+  /// Operations that the kernel keeps, beyond those that are under way.
+  static constexpr unsigned kStuckLimit = 256;
+  /// Parts of transfers whose files are open at a time.
+  static constexpr std::size_t kMaxOpenParts = 32;
 
-  /// Borrows the queues, the copier and the slots' memory. `copier` is null for an engine of the host.
-  Pipeline(IoQueue& disk, IoQueue& workers, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits);
+  /// The tags that queues of such a pipeline must allow.
+  static unsigned tag_limit(Limits limits);
+
+  /// Borrows the queues, the pool, the copier and the slots' memory. `copier` is null for an engine of the host.
+  Pipeline(IoQueue& disk, IoQueue& workers, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots,
+           Limits limits);
+  ~Pipeline();
 
   /// Any thread: hands a prepared transfer to the driver.
   void start(std::shared_ptr<TransferState> transfer);
   /// Any thread.
-  void attend() noexcept override;
+  void attend(std::shared_ptr<TransferState> transfer) noexcept override;
   /// Any thread: run() returns when all that was started has ended.
   void close() noexcept;
 
@@ -79,7 +98,7 @@ class Pipeline final : public Driver {
   /// One chunk under way. Its index is the tag of its operations.
   struct Job {
     Stage stage = Stage::kFree;
-    TransferState* transfer = nullptr;
+    Part* part = nullptr;
     const Chunk* chunk = nullptr;
     int slot = -1;
     std::uint64_t offset_bytes = 0;  // Where in the file `memory` begins.
@@ -87,47 +106,73 @@ class Pipeline final : public Driver {
     Piece whole{};                   // Of a buffered job with a slot: `memory` as the one piece that is moved.
     std::uint64_t done_bytes = 0;    // Whole blocks of `memory` that have been moved.
     unsigned stalls = 0;             // Results in a row that moved no new block.
-    bool counted = false;            // For checksums, or given to somebody who does.
-    bool to_cache = false;           // Of a slot that is being filled for the file: it is written buffered.
-    bool only_cached = false;        // Of a buffered read: it may be refused because the disk would be needed.
+    IoQueue* queue = nullptr;        // Has its operation.
+    std::chrono::steady_clock::time_point since;  // It entered its stage.
+    bool stuck = false;                           // Late or abandoned: not counted as in its stage.
+    bool counted = false;                         // For checksums, or given to somebody who does.
+    bool to_cache = false;     // Of a slot that is being filled for the file: it is written buffered.
+    bool only_cached = false;  // Of a buffered read: it may be refused because the disk would be needed.
+
+    TransferState& transfer() const { return *part->transfer; }
   };
 
-  void admit();
-  bool finished() {
-    const std::lock_guard lock(mutex_);
-    return closing_ && active_.empty() && inbox_.empty();
-  }
-  void attend_to_cancels_and_deadlines();
-  void attend_to_gates();
-  static bool behind_gate(const TransferState& transfer) { return transfer.gate && !transfer.failure; }
-  void reap(std::optional<std::chrono::nanoseconds> patience);
+  struct Answer {
+    std::shared_ptr<TransferState> transfer;
+    Part* part;
+  };
+  /// What other threads tell the driver. A thread that is left behind in a file system outlives the pipeline.
+  struct Inbox {
+    void answer(std::shared_ptr<TransferState> transfer, Part& part) noexcept;
+
+    std::mutex mutex;  // Protects the rest. Waking is done under it: the queue may be gone as soon as run() returns.
+    IoQueue* sleeper = nullptr;  // The driver sleeps in it; null when it has left.
+    std::vector<std::shared_ptr<TransferState>> started;
+    std::shared_ptr<TransferState> cancelled;  // The first of a list.
+    std::vector<Answer> answers;               // Parts whose threads are done with them.
+    bool closing = false;
+  };
+  class FileTask;
+
+  // The loop: pipeline.cc.
+  bool finished();
   std::optional<std::chrono::nanoseconds> patience(bool look_again);
-
-  std::uint32_t& count(Stage stage) { return counts_[static_cast<std::size_t>(stage)]; }
-  void enter(Job& job, Stage stage) {
-    --count(job.stage);
-    ++count(job.stage = stage);
-  }
-
-  /// Jobs that are with the disk, or bound for it with a slot.
-  std::uint32_t depth() { return count(Stage::kDirect) + count(Stage::kGathering); }
-
-  std::span<std::byte> slot_memory(const Job& job) const { return slots_[static_cast<std::size_t>(job.slot)]; }
-
+  void reap(std::optional<std::chrono::nanoseconds> patience);
+  void look_for_stuck();
+  void attend_to_gates();
   bool issue();
-  bool issue_buffered(TransferState& transfer, const Chunk& chunk);
-  bool issue_direct(TransferState& transfer, const Chunk& chunk);
-  bool issue_in_place(TransferState& transfer, const Chunk& chunk);
-  bool issue_staged(TransferState& transfer, const Chunk& chunk);
+  void issue_from(Part& part, unsigned& questions, std::uint32_t queue_depth);
+  bool issue_buffered(Part& part, const Chunk& chunk);
+  bool issue_direct(Part& part, const Chunk& chunk);
+  bool issue_in_place(Part& part, const Chunk& chunk);
+  bool issue_staged(Part& part, const Chunk& chunk);
 
-  unsigned open_job(TransferState& transfer, const Chunk& chunk);
-  std::optional<unsigned> open_job_with_slot(TransferState& transfer, const Chunk& chunk);
+  // Transfers and their parts: pipeline_parts.cc.
+  void admit();
+  void admit(const std::shared_ptr<TransferState>& started);
+  void expire();
+  void open_next();
+  void ask(Part& part, Part::State state);
+  void on_answer(Part& part);
+  void on_opened(Part& part);
+  void begin_issuing(Part& part);
+  void issue_from_now_on(Part& part);
+  std::vector<Part*>& issuing_like(const Part& part);
+  void on_delivered(Part& part);
+  void stop_waiting_for(Part& part);
+  void look_for_late_parts();
+  void give_up(TransferState& transfer, const Error& error);
+  void settle(TransferState& transfer);
+  void end(TransferState& transfer);
+
+  // What one chunk goes through: pipeline_steps.cc.
+  unsigned open_job(Part& part, const Chunk& chunk);
+  std::optional<unsigned> open_job_with_slot(Part& part, const Chunk& chunk);
   void move_direct(unsigned tag);
   void move_buffered(unsigned tag);
   void copy(unsigned tag);
   void count_bytes(unsigned tag, PieceSums* sums);
+  void give_to_workers(unsigned tag, IoRequest request);
   static PieceSums* take_sums(Job& job);
-
   void complete(IoCompletion completion);
   void on_direct(unsigned tag, std::int64_t result);
   void on_buffered(unsigned tag, std::int64_t result);
@@ -138,29 +183,51 @@ class Pipeline final : public Driver {
   void deliver(unsigned tag);
   void give_back(unsigned tag);
   void fail(unsigned tag, std::error_code code);
-  void give_up(TransferState& transfer, const Error& error);
+  void abandon_jobs_of(TransferState& transfer);
   void close_job(unsigned tag);
-  void end(TransferState& transfer);
-  static void verify(const Source& source, TransferState& transfer);
+
+  std::uint32_t& count(Stage stage) { return counts_[static_cast<std::size_t>(stage)]; }
+  void enter(Job& job, Stage stage);
+  /// Whether a file that does not answer has had its share of what can be stuck.
+  bool has_enough_stuck(const Part& part) const { return part.open->stuck >= limits_.queue_depth; }
+  void set_stuck(Job& job);
+  void clear_stuck(Job& job);
+  /// Jobs that are with the disk, or bound for it with a slot.
+  std::uint32_t depth() { return count(Stage::kDirect) + count(Stage::kGathering); }
+  std::span<std::byte> slot_memory(const Job& job) const { return slots_[static_cast<std::size_t>(job.slot)]; }
 
   IoQueue& disk_;
   IoQueue& workers_;
+  Pool& pool_;
   Copier* const copier_;
   const std::vector<std::span<std::byte>> slots_;
   const Limits limits_;
+  const std::shared_ptr<FileTable> files_ = std::make_shared<FileTable>();
+  const std::shared_ptr<Inbox> inbox_;
 
   std::vector<Job> jobs_;
   std::vector<unsigned> free_jobs_;
   std::vector<int> free_slots_;                  // Last in, first out: few slots are ever touched when few are needed.
-  std::array<std::uint32_t, kStages> counts_{};  // Jobs in each stage.
-  std::vector<std::shared_ptr<TransferState>> active_;    // In the order they were started.
+  std::array<std::uint32_t, kStages> counts_{};  // Jobs in each stage that are not stuck.
+  std::uint32_t stuck_jobs_ = 0;
+  std::uint32_t stuck_slots_ = 0;
+  std::chrono::steady_clock::time_point now_;  // Of this turn of the loop.
+  std::chrono::steady_clock::time_point looked_for_stuck_;
+
+  std::size_t unfinished_ = 0;  // Transfers.
+  std::uint64_t next_turn_ = 0;
+  std::deque<std::pair<std::shared_ptr<TransferState>, Part*>> waiting_;  // To be opened.
+  std::vector<Part*> with_threads_;                                       // Being opened or closed.
+  static constexpr std::size_t kSmall = 0;
+  static constexpr std::size_t kLarge = 1;
+  std::array<std::vector<Part*>, 2> issuing_;  // Have chunks to issue; each in the order of their turns.
+  std::size_t open_parts_ = 0;                 // Of loads, from the opening to the closing.
+  std::size_t late_parts_ = 0;                 // Of these: not answered for.
+  std::size_t max_open_parts_ = kMaxOpenParts;
+  std::set<std::pair<Deadline, TransferState*>> deadlines_;
+  std::vector<TransferState*> gated_;                     // Behind a gate.
   std::vector<std::shared_ptr<TransferState>> admitted_;  // Scratch of admit().
-
-  std::atomic<bool> attention_ = false;
-
-  std::mutex mutex_;  // Protects the rest.
-  std::vector<std::shared_ptr<TransferState>> inbox_;
-  bool closing_ = false;
+  std::vector<Answer> answered_;                          // The same.
 };
 
 }  // namespace flashpack::engine

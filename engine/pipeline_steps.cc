@@ -15,58 +15,115 @@ constexpr unsigned kMaxStalls = 32;
 
 }  // namespace
 
+void Pipeline::enter(Job& job, Stage stage) {
+  if (job.stuck) clear_stuck(job);
+  --count(job.stage);
+  ++count(job.stage = stage);
+  job.since = now_;
+}
+
+void Pipeline::set_stuck(Job& job) {
+  job.stuck = true;
+  --count(job.stage);
+  ++job.part->open->stuck;
+  ++stuck_jobs_;
+  if (job.slot >= 0) ++stuck_slots_;
+}
+
+void Pipeline::clear_stuck(Job& job) {
+  job.stuck = false;
+  ++count(job.stage);
+  --job.part->open->stuck;
+  --stuck_jobs_;
+  if (job.slot >= 0) --stuck_slots_;
+}
+
+unsigned Pipeline::open_job(Part& part, const Chunk& chunk) {
+  const unsigned tag = free_jobs_.back();
+  free_jobs_.pop_back();
+  jobs_[tag] = Job{.part = &part, .chunk = &chunk};
+  ++part.transfer->jobs;
+  ++part.transfer->outstanding;
+  return tag;
+}
+
+std::optional<unsigned> Pipeline::open_job_with_slot(Part& part, const Chunk& chunk) {
+  // Who waits behind a gate may wait long; half of the slots stay for others.
+  const std::size_t kept = part.transfer->gate ? limits_.slots / 2 : 0;
+  const std::size_t used = slots_.size() - free_slots_.size() - stuck_slots_;
+  if (free_slots_.empty() || used + kept >= limits_.slots) return std::nullopt;
+  if (has_enough_stuck(part) && stuck_slots_ + limits_.queue_depth > slots_.size() - limits_.slots) return std::nullopt;
+  const unsigned tag = open_job(part, chunk);
+  Job& job = jobs_[tag];
+  job.slot = free_slots_.back();
+  free_slots_.pop_back();
+  job.offset_bytes = chunk.offset_bytes;
+  job.memory = slot_memory(job).first(chunk.size_bytes);
+  return tag;
+}
+
 void Pipeline::move_direct(unsigned tag) {
   Job& job = jobs_[tag];
+  TransferState& transfer = job.transfer();
   enter(job, Stage::kDirect);
-  ++job.transfer->stats.operations;
-  const File& file = job.transfer->file(job.chunk->file);
-  disk_.push(tag, {.op = job.transfer->is_load() ? IoRequest::Op::kRead : IoRequest::Op::kWrite,
-                   .fd = file.direct_fd(),
-                   .offset_bytes = job.offset_bytes + job.done_bytes,
-                   .memory = job.memory.subspan(job.done_bytes),
-                   .may_block = file.may_block(),
-                   .slot = job.slot});
+  ++transfer.stats.operations;
+  const File& file = job.part->file();
+  job.queue = disk_.refuses() ? &workers_ : &disk_;
+  job.queue->push(tag, {.op = transfer.is_load() ? IoRequest::Op::kRead : IoRequest::Op::kWrite,
+                        .fd = file.direct_fd(),
+                        .offset_bytes = job.offset_bytes + job.done_bytes,
+                        .memory = job.memory.subspan(job.done_bytes),
+                        .may_block = file.may_block(),
+                        .slot = job.slot,
+                        .transfer = &transfer});
+}
+
+void Pipeline::give_to_workers(unsigned tag, IoRequest request) {
+  Job& job = jobs_[tag];
+  request.transfer = job.part->transfer;
+  job.queue = &workers_;
+  workers_.push(tag, request);
 }
 
 void Pipeline::move_buffered(unsigned tag) {
   Job& job = jobs_[tag];
-  TransferState& transfer = *job.transfer;
+  TransferState& transfer = job.transfer();
   const bool load = transfer.is_load();
   enter(job, Stage::kBuffered);
-  job.only_cached = transfer.router.on_suspicion(*job.chunk);
-  auto pieces = transfer.plan.pieces_of(*job.chunk);
+  job.only_cached = job.part->router.on_suspicion();
+  auto pieces = job.part->plan.pieces_of(*job.chunk);
   if (job.slot >= 0) {
     job.whole = {job.offset_bytes, job.memory.size(), job.memory.data()};
     pieces = {&job.whole, 1};
   }
   ++transfer.stats.operations;
-  workers_.push(tag, {.op = load ? IoRequest::Op::kReadPieces : IoRequest::Op::kWritePieces,
-                      .fd = transfer.file(job.chunk->file).buffered_fd(),
-                      .pieces = pieces,
-                      .page_cache = {.only = job.only_cached, .drop = transfer.after == AfterLoad::kDrop},
-                      .sums = take_sums(job)});
+  give_to_workers(tag, {.op = load ? IoRequest::Op::kReadPieces : IoRequest::Op::kWritePieces,
+                        .fd = job.part->file().buffered_fd(),
+                        .pieces = pieces,
+                        .page_cache = {.only = job.only_cached, .drop = transfer.after == AfterLoad::kDrop},
+                        .sums = take_sums(job)});
 }
 
 // Each byte is to be counted once: null when they have been.
 PieceSums* Pipeline::take_sums(Job& job) {
-  return std::exchange(job.counted, true) ? nullptr : job.transfer->sums(job.chunk->file);
+  return std::exchange(job.counted, true) || !job.part->sums ? nullptr : &*job.part->sums;
 }
 
 void Pipeline::count_bytes(unsigned tag, PieceSums* sums) {
-  const Job& job = jobs_[tag];
-  enter(jobs_[tag], Stage::kCounting);
-  workers_.push(tag, {.op = IoRequest::Op::kChecksum,
-                      .offset_bytes = job.offset_bytes,
-                      .memory = job.memory,
-                      .pieces = job.transfer->plan.pieces_of(*job.chunk),
-                      .readable = true,
-                      .sums = sums});
+  Job& job = jobs_[tag];
+  enter(job, Stage::kCounting);
+  give_to_workers(tag, {.op = IoRequest::Op::kChecksum,
+                        .offset_bytes = job.offset_bytes,
+                        .memory = job.memory,
+                        .pieces = job.part->plan.pieces_of(*job.chunk),
+                        .readable = true,
+                        .sums = sums});
 }
 
 // Between the slot and where the pieces are.
 void Pipeline::copy(unsigned tag) {
   Job& job = jobs_[tag];
-  TransferState& transfer = *job.transfer;
+  TransferState& transfer = job.transfer();
   const bool load = transfer.is_load();
   if (load && job.chunk->on_device) {
     if (PieceSums* const sums = take_sums(job)) return count_bytes(tag, sums);
@@ -76,10 +133,10 @@ void Pipeline::copy(unsigned tag) {
   const IoRequest request{.op = load ? IoRequest::Op::kScatter : IoRequest::Op::kGather,
                           .offset_bytes = job.offset_bytes,
                           .memory = job.memory,
-                          .pieces = transfer.plan.pieces_of(*job.chunk),
+                          .pieces = job.part->plan.pieces_of(*job.chunk),
                           .sums = job.chunk->on_device ? nullptr : take_sums(job),
                           .slot = job.slot};
-  job.chunk->on_device ? copier_->push(tag, request) : workers_.push(tag, request);
+  job.chunk->on_device ? copier_->push(tag, request) : give_to_workers(tag, request);
 }
 
 void Pipeline::complete(IoCompletion completion) {
@@ -107,8 +164,8 @@ void Pipeline::complete(IoCompletion completion) {
 
 void Pipeline::on_direct(unsigned tag, std::int64_t result) {
   Job& job = jobs_[tag];
-  TransferStats& stats = job.transfer->stats;
-  const bool load = job.transfer->is_load();
+  TransferStats& stats = job.transfer().stats;
+  const bool load = job.transfer().is_load();
   if (result == -EINVAL || result == -EOPNOTSUPP) return refuse_direct(tag);
   const bool interrupted = result == -EINTR || result == -EAGAIN;
   if (result < 0 && !interrupted) return fail(tag, errno_code(static_cast<int>(-result)));
@@ -123,7 +180,7 @@ void Pipeline::on_direct(unsigned tag, std::int64_t result) {
   }
   if (result == 0 && load) return fail(tag, Errc::kTruncated);
   // Direct I/O goes on at whole blocks only. Less than a block is no progress; it is tried again, but not for ever.
-  const std::uint64_t resume = round_down(got, job.transfer->file(job.chunk->file).alignment().block_bytes);
+  const std::uint64_t resume = round_down(got, job.part->file().alignment().block_bytes);
   job.stalls = resume > job.done_bytes ? 0 : job.stalls + 1;
   if (job.stalls > kMaxStalls) {
     const std::error_code stuck = load ? make_error_code(Errc::kTruncated) : errno_code(EIO);
@@ -138,10 +195,10 @@ void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
   const Job& job = jobs_[tag];
   if (job.only_cached && result == -EAGAIN) return give_back(tag);
   if (result < 0) return fail(tag, errno_code(static_cast<int>(-result)));
-  TransferState& transfer = *job.transfer;
+  TransferState& transfer = job.transfer();
   const auto moved = static_cast<std::uint64_t>(result);
   transfer.stats.buffered_bytes += moved;
-  if (moved != (job.slot >= 0 ? job.memory.size() : transfer.plan.wanted_bytes(*job.chunk))) {
+  if (moved != (job.slot >= 0 ? job.memory.size() : job.part->plan.wanted_bytes(*job.chunk))) {
     return fail(tag, transfer.is_load() ? make_error_code(Errc::kTruncated) : errno_code(EIO));
   }
   if (job.slot >= 0) transfer.stats.staged_bytes += moved;
@@ -149,7 +206,7 @@ void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
 }
 
 void Pipeline::on_copied(unsigned tag, std::error_code error) {
-  const TransferState& transfer = *jobs_[tag].transfer;
+  const TransferState& transfer = jobs_[tag].transfer();
   if (transfer.failure) return close_job(tag);
   if (error) return fail(tag, error);
   transfer.is_load() ? deliver(tag) : write_slot(tag);
@@ -164,21 +221,23 @@ void Pipeline::write_slot(unsigned tag) {
 
 void Pipeline::on_counted(unsigned tag) {
   const Job& job = jobs_[tag];
-  if (!job.transfer->is_load()) return move_direct(tag);
+  if (!job.transfer().is_load()) return move_direct(tag);
   job.slot >= 0 ? copy(tag) : deliver(tag);
 }
 
 // Some file systems take O_DIRECT at open and refuse it at the first read or write.
 void Pipeline::refuse_direct(unsigned tag) {
   Job& job = jobs_[tag];
-  job.transfer->direct(job.chunk->file) = false;
-  ++job.transfer->stats.retries;
-  job.transfer->note_fallback("direct I/O: refused by the file system at the first use");
-  if (!job.transfer->is_load()) return move_buffered(tag);
+  TransferState& transfer = job.transfer();
+  job.part->router.refuse_direct();
+  ++transfer.stats.retries;
+  transfer.note_fallback("direct I/O: refused by the file system at the first use");
+  if (!transfer.is_load()) return move_buffered(tag);
   if (job.chunk->on_device) {
     job.offset_bytes = job.chunk->offset_bytes;
     job.memory = slot_memory(job).first(job.chunk->size_bytes);
   } else if (job.slot >= 0) {
+    if (job.stuck) clear_stuck(job);
     free_slots_.push_back(std::exchange(job.slot, -1));
   }
   move_buffered(tag);
@@ -187,49 +246,55 @@ void Pipeline::refuse_direct(unsigned tag) {
 // It was not in the page cache after all.
 void Pipeline::give_back(unsigned tag) {
   const Job& job = jobs_[tag];
-  TransferState& transfer = *job.transfer;
-  transfer.sources[job.chunk->file].residency.report_wrong();
-  transfer.router.give_back(*job.chunk);
-  ++transfer.stats.retries;
+  Part& part = *job.part;
+  part.router.give_back(*job.chunk);
+  ++part.transfer->stats.retries;
+  issue_from_now_on(part);
   close_job(tag);
 }
 
 void Pipeline::deliver(unsigned tag) {
   const Job& job = jobs_[tag];
-  job.transfer->done_bytes += job.transfer->plan.wanted_bytes(*job.chunk);
-  --job.transfer->chunks_open;
+  Part& part = *job.part;
+  part.transfer->done_bytes += part.plan.wanted_bytes(*job.chunk);
+  --part.chunks_open;
   close_job(tag);
+  if (part.chunks_open == 0 && part.state == Part::State::kOpen) on_delivered(part);
 }
 
 void Pipeline::fail(unsigned tag, std::error_code code) {
   const Job& job = jobs_[tag];
-  TransferState& transfer = *job.transfer;
-  give_up(transfer, range_error(code, transfer.verb(), transfer.path_of(job.chunk->file), job.chunk->offset_bytes,
-                                job.chunk->size_bytes));
+  TransferState& transfer = job.transfer();
+  const Error error =
+      range_error(code, transfer.verb(), job.part->path, job.chunk->offset_bytes, job.chunk->size_bytes);
   close_job(tag);
+  give_up(transfer, error);
 }
 
-// From here on nothing is issued for it; what is under way is asked to end, and waited for. Copies end by
-// themselves, and who waits has nothing under way.
-void Pipeline::give_up(TransferState& transfer, const Error& error) {
-  transfer.failure = Failure(error);
+// Those that are under way are asked to end. Copies end by themselves, and who waits has nothing under way.
+void Pipeline::abandon_jobs_of(TransferState& transfer) {
+  if (transfer.jobs == 0) return;
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
     Job& job = jobs_[tag];
     const bool copies = job.stage == Stage::kCopying || job.stage == Stage::kGathering;
-    if (job.transfer != &transfer || copies || job.stage == Stage::kWaiting) continue;
-    (job.stage == Stage::kDirect ? disk_ : workers_).cancel(tag);
+    if (job.stage == Stage::kFree || job.part->transfer != &transfer || copies || job.stage == Stage::kWaiting)
+      continue;
+    job.queue->cancel(tag);
     enter(job, Stage::kAbandoned);
+    set_stuck(job);
   }
 }
 
 void Pipeline::close_job(unsigned tag) {
   Job& job = jobs_[tag];
-  TransferState& transfer = *job.transfer;
-  if (job.slot >= 0) free_slots_.push_back(job.slot);
+  TransferState& transfer = job.transfer();
   enter(job, Stage::kFree);
+  if (job.slot >= 0) free_slots_.push_back(job.slot);
   job = Job{};
   free_jobs_.push_back(tag);
-  if (--transfer.outstanding == 0 && (transfer.failure || transfer.chunks_open == 0)) end(transfer);
+  --transfer.outstanding;
+  --transfer.jobs;
+  if (transfer.failure) settle(transfer);
 }
 
 }  // namespace flashpack::engine

@@ -37,10 +37,8 @@ std::vector<Piece> sorted(std::span<const Piece> extents) {
 // Adds pieces, in ascending order, to a plan.
 class Cutter {
  public:
-  Cutter(Plan& plan, std::uint32_t file, std::uint32_t chunk_bytes, Alignment alignment, bool on_device,
-         std::uint64_t max_gap_bytes)
+  Cutter(Plan& plan, std::uint32_t chunk_bytes, Alignment alignment, bool on_device, std::uint64_t max_gap_bytes)
       : plan_(plan),
-        file_(file),
         chunk_bytes_(chunk_bytes),
         alignment_(alignment),
         on_device_(on_device),
@@ -76,7 +74,7 @@ class Cutter {
 
   void append(const Piece& part, bool in_place) {
     plan_.chunks.push_back(
-        {part.offset_bytes, 0, file_, static_cast<std::uint32_t>(plan_.pieces.size()), 0, in_place, on_device_});
+        {part.offset_bytes, 0, static_cast<std::uint32_t>(plan_.pieces.size()), 0, in_place, on_device_});
     joinable_ = true;
   }
 
@@ -104,7 +102,6 @@ class Cutter {
   }
 
   Plan& plan_;
-  const std::uint32_t file_;
   const std::uint32_t chunk_bytes_;
   const Alignment alignment_;
   const bool on_device_;
@@ -120,9 +117,9 @@ std::size_t run_length(std::span<const Piece> pieces, std::uint64_t max_gap_byte
 
 }  // namespace
 
-void Plan::add_load(std::uint32_t file, std::span<const Piece> extents, std::uint32_t chunk_bytes,
-                    std::uint32_t block_bytes, bool on_device) {
-  Cutter cutter(*this, file, chunk_bytes, {block_bytes, block_bytes}, on_device, kMaxGapBytes);
+void Plan::add_load(std::span<const Piece> extents, std::uint32_t chunk_bytes, std::uint32_t block_bytes,
+                    bool on_device) {
+  Cutter cutter(*this, chunk_bytes, {block_bytes, block_bytes}, on_device, kMaxGapBytes);
   for (const Piece& piece : sorted(extents)) {
     total_bytes += piece.size_bytes;
     cutter.add(piece);
@@ -140,7 +137,7 @@ void Plan::add_store(std::span<const Piece> extents, std::uint32_t chunk_bytes, 
     const std::uint64_t body_begin = round_up(run.front().offset_bytes, block_bytes);
     const std::uint64_t body_end = std::max(body_begin, round_down(end_of(run.back()), block_bytes));
     const std::size_t first_chunk = chunks.size();
-    Cutter cutter(*this, 0, chunk_bytes, alignment, on_device, max_gap_bytes);
+    Cutter cutter(*this, chunk_bytes, alignment, on_device, max_gap_bytes);
     // Head, body and tail never share a chunk.
     for (const auto& [begin, end] : {std::pair{run.front().offset_bytes, body_begin}, std::pair{body_begin, body_end},
                                      std::pair{body_end, end_of(run.back())}}) {

@@ -23,7 +23,6 @@ struct Piece {
 struct Chunk {
   std::uint64_t offset_bytes;  ///< First wanted byte. Of a write: the first that is written.
   std::uint32_t size_bytes;    ///< To the end of the last one.
-  std::uint32_t file;          ///< Index given to Plan::add.
   std::uint32_t first_piece;
   std::uint32_t piece_count;
   /// One piece of whole blocks whose memory is aligned for direct I/O: needs no slot.
@@ -37,17 +36,17 @@ struct Alignment {
   std::uint32_t memory_bytes = kPageBytes;  ///< Addresses are multiples of it. At most block_bytes.
 };
 
-/// The chunks of a transfer, file by file, ascending in each.
+/// The chunks of one file, in ascending order on each side, the host's and the device's.
 struct Plan {
   std::vector<Chunk> chunks;
   std::vector<Piece> pieces;
   std::uint64_t total_bytes = 0;  ///< Sum of the pieces' sizes.
 
-  /// Chunks that read `extents` of file `file`, cut on the grid: no chunk crosses a multiple of `chunk_bytes` in the
+  /// Chunks that read `extents`, cut on the grid: no chunk crosses a multiple of `chunk_bytes` in the
   /// file, so that a chunk widened to whole blocks still fits a slot. Memory is read into in place only when it agrees
   /// with the offset modulo a block, so that no page is shared between the kernel and anybody else.
-  void add_load(std::uint32_t file, std::span<const Piece> extents, std::uint32_t chunk_bytes,
-                std::uint32_t block_bytes, bool on_device = false);
+  void add_load(std::span<const Piece> extents, std::uint32_t chunk_bytes, std::uint32_t block_bytes,
+                bool on_device = false);
 
   /// Chunks that write `extents`, which do not overlap, cut on the same grid: those of whole blocks, to be written
   /// directly, and those of less than a block at the ends of a run. In a run, extents follow on each other or, with

@@ -35,9 +35,18 @@ constexpr unsigned kMaxWrongAnswers = 4;
 
 }  // namespace
 
+Residency::Residency(int buffered_fd) : fd_(buffered_fd) {
+  counted(0, 1);
+  if (method_ == Method::kCachestat) return;
+  random_.seed(std::random_device{}());
+  probe_fd_.reset(::open(("/proc/self/fd/" + std::to_string(fd_)).c_str(), O_RDONLY | O_CLOEXEC));
+  if (!probe_fd_) probe_fd_.reset(::fcntl(fd_, F_DUPFD_CLOEXEC, 0));
+  ::posix_fadvise(probe_fd_.get(), 0, 0, POSIX_FADV_RANDOM);
+}
+
 bool Residency::cached(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
   if (wrong_answers_ >= kMaxWrongAnswers || size_bytes == 0) return false;
-  if (method_ == Method::kCachestat && counted(offset_bytes, size_bytes)) return true;
+  if (method_ == Method::kCachestat) return counted(offset_bytes, size_bytes);
   return method_ == Method::kProbe && probed(offset_bytes, size_bytes);
 }
 
@@ -59,21 +68,12 @@ bool Residency::probed(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
   const std::uint64_t offset = offset_bytes + std::uniform_int_distribution<std::uint64_t>(0, size_bytes - 1)(random_);
   std::byte byte{};
   const iovec vector{&byte, 1};
-  const auto got = ::preadv2(probe_fd(), &vector, 1, static_cast<off_t>(offset), RWF_NOWAIT);
+  const auto got = ::preadv2(probe_fd_.get(), &vector, 1, static_cast<off_t>(offset), RWF_NOWAIT);
   if (got < 0 && errno != EAGAIN && errno != EINTR) {
     probe_error_ = errno;
     method_ = Method::kNone;
   }
   return got == 1;
-}
-
-int Residency::probe_fd() {
-  if (probe_fd_) return probe_fd_.get();
-  random_.seed(std::random_device{}());
-  probe_fd_.reset(::open(("/proc/self/fd/" + std::to_string(fd_)).c_str(), O_RDONLY | O_CLOEXEC));
-  if (!probe_fd_) probe_fd_.reset(::fcntl(fd_, F_DUPFD_CLOEXEC, 0));
-  ::posix_fadvise(probe_fd_.get(), 0, 0, POSIX_FADV_RANDOM);
-  return probe_fd_.get();
 }
 
 std::string Residency::fallback_reason() const {

@@ -22,8 +22,9 @@ class Residency {
  public:
   enum class Method : std::uint8_t { kCachestat, kProbe, kNone };
 
-  /// Borrows the descriptor of a regular file, open for reading through the page cache.
-  explicit Residency(int buffered_fd) : fd_(buffered_fd) {}
+  /// Borrows the descriptor of a regular file, open for reading through the page cache. May block, where the file has
+  /// to be opened once more for the other way to ask.
+  explicit Residency(int buffered_fd);
 
   /// Whether the range seems to be in the page cache. No where the kernel will not say.
   bool cached(std::uint64_t offset_bytes, std::uint64_t size_bytes);
@@ -31,7 +32,6 @@ class Residency {
   /// What was called cached was not. After a few of these nothing is called cached any more.
   void report_wrong() { ++wrong_answers_; }
 
-  /// The method of the last answer; kCachestat before the first.
   Method method() const noexcept { return method_; }
   /// Why the answers are worse than cachestat's; empty when they are not.
   std::string fallback_reason() const;
@@ -39,7 +39,6 @@ class Residency {
  private:
   bool counted(std::uint64_t offset_bytes, std::uint64_t size_bytes);
   bool probed(std::uint64_t offset_bytes, std::uint64_t size_bytes);
-  int probe_fd();
 
   int fd_;
   Method method_ = Method::kCachestat;

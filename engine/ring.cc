@@ -1,15 +1,18 @@
 #include "engine/ring.h"
 
+#include <fcntl.h>
+#include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cassert>
 #include <cerrno>
 #include <system_error>
-#include <thread>
 #include <utility>
 
 namespace flashpack::engine {
@@ -23,6 +26,13 @@ constexpr std::uint64_t kCancelTag = std::uint64_t{1} << 62;
 // Uses of a slot before it is worth registering, those that fill half of it or more. Registering takes all of the slot
 // from the system and pins it, which costs more than the edges of many tensors that come through it.
 constexpr std::uint8_t kRegisterAtUse = 2;
+
+// A kernel that is out of memory or of room for completions says EAGAIN or EBUSY for a moment; whoever says it that
+// long means it.
+constexpr std::chrono::seconds kMaxRefusal{1};
+
+// After the ring was closed, until the kernel has let go of it.
+constexpr std::chrono::milliseconds kLeavingPeriod{5};
 
 // Of <linux/io_uring.h> since Linux 6.3: a ring that this thread has registered is known by its place in the thread's
 // table, also to io_uring_register(2).
@@ -58,8 +68,14 @@ void Ring::RingDeleter::operator()(io_uring* ring) const noexcept {
 }
 
 Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Rung best)
-    : rung_(best), storage_(std::make_unique<io_uring>()), slots_(std::move(slots)), slot_uses_(slots_.size(), 0) {
-  const unsigned entries = std::bit_ceil(in_flight_limit + 1);  // One more for the wake read.
+    : rung_(best),
+      storage_(std::make_unique<io_uring>()),
+      slots_(std::move(slots)),
+      slot_uses_(slots_.size(), 0),
+      in_flight_(in_flight_limit) {
+  // An operation and its cancellation for each tag, and the wake read: so there is an entry even when nothing can be
+  // submitted.
+  const unsigned entries = std::bit_ceil(2 * in_flight_limit + 1);
   constexpr std::array<unsigned, 3> kLadder = {
       IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE,
       IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE, IORING_SETUP_CQSIZE};
@@ -67,7 +83,7 @@ Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Ru
     rung_ = static_cast<Rung>(rung);
     io_uring_params params{};
     params.flags = kLadder[rung];
-    params.cq_entries = 2 * entries;
+    params.cq_entries = entries;
     const int result = ::io_uring_queue_init_params(entries, storage_.get(), &params);
     if (result == 0) break;
     if (result != -EINVAL || rung_ == Rung::kBare) throw refused(-result, "io_uring_setup");
@@ -82,20 +98,33 @@ Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Ru
 
   wake_fd_.reset(::eventfd(0, EFD_CLOEXEC));  // Blocking, or the armed read would end at once with EAGAIN.
   if (!wake_fd_) throw refused(errno, "eventfd");
+  wake_value_ = std::make_unique<std::uint64_t>();
+  // The kernel alone holds its other end, as long as it holds the ring.
+  std::array<int, 2> ends{};
+  if (::pipe2(ends.data(), O_CLOEXEC) != 0) throw refused(errno, "pipe");
+  let_go_.reset(ends[0]);
+  const UniqueFd given_away(ends[1]);
+  if (register_with(*ring_, IORING_REGISTER_FILES, &ends[1], 1) < 0) let_go_.reset();
   arm_wake();
   // Submitting now shows a sandbox that allows the setup and refuses the rest.
   if (const int submitted = ::io_uring_submit(ring_.get()); submitted < 0) throw refused(-submitted, "io_uring_enter");
   ::io_uring_ring_dontfork(ring_.get());
-  completions_.reserve(2 * entries);
+  // Reads that block each keep a thread of the kernel's; by default there are four for each CPU, which one file system
+  // that does not answer would take from all others.
+  std::array<unsigned, 2> threads{in_flight_limit, 0};
+  register_with(*ring_, IORING_REGISTER_IOWQ_MAX_WORKERS, threads.data(), threads.size());
+  completions_.reserve(entries);
 }
 
 Ring::~Ring() {
   // The kernel holds wake_value_ until the armed read is over; it may not even have been submitted yet.
   wake();
-  while (::io_uring_submit_and_wait(ring_.get(), 1) == -EINTR) {
+  int result = -EBADF;
+  while (ring_ && (result = ::io_uring_submit_and_wait(ring_.get(), 1)) == -EINTR) {
   }
+  if (result < 0 && let_go_) static_cast<void>(wake_value_.release());  // Eight bytes that may be written to one day.
   // A child may have inherited the ring all the same, and keeps it.
-  if (table_) register_with(*ring_, IORING_UNREGISTER_BUFFERS, nullptr, 0);
+  if (ring_ && table_) register_with(*ring_, IORING_UNREGISTER_BUFFERS, nullptr, 0);
 }
 
 // A descriptor would be inherited by children, and who holds the ring holds its memory.
@@ -105,23 +134,21 @@ void Ring::hide() {
 }
 
 io_uring_sqe* Ring::next_sqe() {
-  io_uring_sqe* sqe = ::io_uring_get_sqe(ring_.get());
-  if (!sqe) {  // More pushes than the limit allows in flight since the last wait: retries. Make room.
-    ::io_uring_submit(ring_.get());
-    sqe = ::io_uring_get_sqe(ring_.get());
-  }
-  assert(sqe);
+  io_uring_sqe* const sqe = ::io_uring_get_sqe(ring_.get());
+  assert(sqe && "there are entries for all tags");
   return sqe;
 }
 
 void Ring::arm_wake() {
   io_uring_sqe* sqe = next_sqe();
-  ::io_uring_prep_read(sqe, wake_fd_.get(), &wake_value_, sizeof wake_value_, 0);
+  ::io_uring_prep_read(sqe, wake_fd_.get(), wake_value_.get(), sizeof *wake_value_, 0);
   ::io_uring_sqe_set_data64(sqe, kWakeTag);
 }
 
 void Ring::push(unsigned tag, const IoRequest& request) {
+  assert(ring_ && !in_flight_[tag]);
   const bool fixed = registered(request.slot, request.memory.size());
+  in_flight_[tag] = true;
   io_uring_sqe* sqe = next_sqe();
   prepare(sqe, request, fixed);
   if (request.may_block) ::io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
@@ -141,6 +168,7 @@ void Ring::prepare(io_uring_sqe* sqe, const IoRequest& request, bool fixed) {
 }
 
 void Ring::cancel(unsigned tag) {
+  if (!ring_) return;
   io_uring_sqe* sqe = next_sqe();
   ::io_uring_prep_cancel64(sqe, tag, 0);
   ::io_uring_sqe_set_data64(sqe, kCancelTag);
@@ -149,6 +177,7 @@ void Ring::cancel(unsigned tag) {
 bool Ring::registered(int slot, std::size_t used_bytes) {
   if (slot < 0 || slots_.empty() || table_refused_) return false;
   const auto index = static_cast<std::size_t>(slot);
+  if (index >= slots_.size()) return false;
   if (slot_uses_[index] > kRegisterAtUse) return true;
   if (used_bytes < slots_[index].size() / 2 || ++slot_uses_[index] < kRegisterAtUse) return false;
   io_uring_rsrc_register table{};
@@ -173,23 +202,18 @@ bool Ring::registered(int slot, std::size_t used_bytes) {
   return false;
 }
 
-std::span<const IoCompletion> Ring::wait(std::optional<std::chrono::nanoseconds> timeout) {
-  completions_.clear();
-  int result = 0;
+// Submits what was pushed and waits. Zero, or -errno when the kernel refused that.
+int Ring::enter(std::optional<std::chrono::nanoseconds> timeout) {
+  if (timeout && timeout->count() <= 0) return std::min(0, ::io_uring_submit_and_get_events(ring_.get()));
+  __kernel_timespec spec{};
+  if (timeout) spec = {.tv_sec = timeout->count() / 1'000'000'000, .tv_nsec = timeout->count() % 1'000'000'000};
   io_uring_cqe* cqe = nullptr;
-  if (timeout && timeout->count() <= 0) {
-    result = ::io_uring_submit_and_get_events(ring_.get());
-  } else {
-    __kernel_timespec spec{};
-    if (timeout) spec = {.tv_sec = timeout->count() / 1'000'000'000, .tv_nsec = timeout->count() % 1'000'000'000};
-    result = ::io_uring_submit_and_wait_timeout(ring_.get(), &cqe, 1, timeout ? &spec : nullptr, nullptr);
-  }
-  // EINTR, ETIME, EAGAIN and EBUSY are answered by reaping and coming back. Anything else (a sandbox that closed after
-  // the ring was made) leaves operations that nobody can recall: they are waited for, gently, since their memory is not
-  // ours.
-  if (result < 0 && result != -EINTR && result != -ETIME && result != -EAGAIN && result != -EBUSY) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
+  const int result = ::io_uring_submit_and_wait_timeout(ring_.get(), &cqe, 1, timeout ? &spec : nullptr, nullptr);
+  return result == -EINTR || result == -ETIME ? 0 : std::min(0, result);
+}
+
+void Ring::reap() {
+  io_uring_cqe* cqe = nullptr;
   unsigned head = 0;
   unsigned seen = 0;
   bool rearm = false;
@@ -198,13 +222,72 @@ std::span<const IoCompletion> Ring::wait(std::optional<std::chrono::nanoseconds>
     if (cqe->user_data == kWakeTag) {
       rearm = true;
     } else if (cqe->user_data != kCancelTag) {
-      completions_.push_back({static_cast<unsigned>(cqe->user_data), cqe->res});
+      complete(static_cast<unsigned>(cqe->user_data), cqe->res);
     }
   }
   ::io_uring_cq_advance(ring_.get(), seen);
-  if (rearm) {
+  if (!rearm) return;
+  wake_pending_.store(false);  // Before the owner looks at what it was woken for.
+  arm_wake();
+}
+
+void Ring::complete(unsigned tag, std::int64_t result) {
+  in_flight_[tag] = false;
+  completions_.push_back({tag, result});
+}
+
+// Whether an error of io_uring_enter is one that lasts.
+bool Ring::is_final(int error_number) {
+  if (error_number != EAGAIN && error_number != EBUSY && error_number != ENOMEM) return true;
+  const auto now = std::chrono::steady_clock::now();
+  if (refused_since_ == std::chrono::steady_clock::time_point{}) refused_since_ = now;
+  return now - refused_since_ >= kMaxRefusal;
+}
+
+// A sandbox has closed after the ring was made. What the kernel has not taken yet is given back; the rest ends after
+// the ring is closed, and nobody tells but the pipe, which the kernel lets go of last.
+void Ring::leave(int error_number) {
+  fallback_reason_ += (fallback_reason_.empty() ? "" : "; ");
+  fallback_reason_ += refused(error_number, "io_uring_enter").what();
+  const io_uring_sq& queue = ring_->sq;
+  for (unsigned at = *queue.khead; at != queue.sqe_tail; ++at) {
+    const std::uint64_t tag = queue.sqes[at & queue.ring_mask].user_data;
+    if (tag != kWakeTag && tag != kCancelTag) complete(static_cast<unsigned>(tag), -EAGAIN);
+  }
+  ring_.reset();
+}
+
+void Ring::wait_without_ring(std::optional<std::chrono::nanoseconds> timeout) {
+  // As long as the kernel has the wake read, that may take what would wake us.
+  if (let_go_) timeout = std::min<std::chrono::nanoseconds>(timeout.value_or(kLeavingPeriod), kLeavingPeriod);
+  const int wait = timeout ? static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>(*timeout).count()) : -1;
+  std::array<pollfd, 2> ready{{{wake_fd_.get(), POLLIN, 0}, {let_go_.get(), POLLIN, 0}}};
+  if (::poll(ready.data(), ready.size(), wait) <= 0) return;
+  if (ready[0].revents != 0) {
+    std::uint64_t value = 0;
+    const iovec vector{&value, sizeof value};
     wake_pending_.store(false);  // Before the owner looks at what it was woken for.
-    arm_wake();
+    static_cast<void>(::preadv2(wake_fd_.get(), &vector, 1, -1, RWF_NOWAIT));
+  }
+  if (ready[1].revents == 0) return;
+  let_go_.reset();
+  for (unsigned tag = 0; tag < in_flight_.size(); ++tag) {
+    if (in_flight_[tag]) complete(tag, -EAGAIN);  // Done or not, it may be done again.
+  }
+}
+
+std::span<const IoCompletion> Ring::wait(std::optional<std::chrono::nanoseconds> timeout) {
+  completions_.clear();
+  if (!ring_) {
+    wait_without_ring(timeout);
+    return completions_;
+  }
+  const int result = enter(timeout);
+  reap();
+  if (result == 0) {
+    refused_since_ = {};
+  } else if (is_final(-result)) {
+    leave(-result);
   }
   return completions_;
 }

@@ -4,7 +4,9 @@
 #include <liburing.h>
 
 #include <atomic>
+#include <chrono>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -38,6 +40,7 @@ class Ring final : public IoQueue {
   void cancel(unsigned tag) override;
   std::span<const IoCompletion> wait(std::optional<std::chrono::nanoseconds> timeout) override;
   void wake() noexcept override;
+  bool refuses() const noexcept override { return !ring_; }
   const std::string& fallback_reason() const noexcept override { return fallback_reason_; }
   Rung rung() const noexcept { return rung_; }
 
@@ -51,17 +54,27 @@ class Ring final : public IoQueue {
   void arm_wake();
   void prepare(io_uring_sqe* sqe, const IoRequest& request, bool fixed);
   bool registered(int slot, std::size_t used_bytes);
+  int enter(std::optional<std::chrono::nanoseconds> timeout);
+  void reap();
+  void complete(unsigned tag, std::int64_t result);
+  bool is_final(int error_number);
+  void leave(int error_number);
+  void wait_without_ring(std::optional<std::chrono::nanoseconds> timeout);
 
   Rung rung_;
   std::unique_ptr<io_uring> storage_;
-  std::unique_ptr<io_uring, RingDeleter> ring_;  // Of storage_, once it is set up; exits before storage_ goes.
+  std::unique_ptr<io_uring, RingDeleter>
+      ring_;  // Of storage_, once it is set up; null again when the kernel has refused it.
   UniqueFd wake_fd_;
-  std::uint64_t wake_value_ = 0;  // The kernel writes here while the wake read is armed.
+  std::unique_ptr<std::uint64_t> wake_value_;  // The kernel writes here while the wake read is armed.
   std::atomic<bool> wake_pending_ = false;
   std::vector<std::span<std::byte>> slots_;
   std::vector<std::uint8_t> slot_uses_;  // Of most of it, saturating; a slot is registered when it is used so again.
   bool table_ = false;                   // The kernel has a table of buffers for us.
   bool table_refused_ = false;
+  UniqueFd let_go_;                                        // At its end when the kernel has let go of the ring.
+  std::vector<bool> in_flight_;                            // By tag.
+  std::chrono::steady_clock::time_point refused_since_{};  // Without success since then; the epoch: not refused.
   std::string fallback_reason_;
   std::vector<IoCompletion> completions_;
 };

@@ -4,11 +4,13 @@
 
 namespace flashpack::engine {
 
-Router::Router(const Plan& plan, std::vector<Source>& sources, CachePolicy policy)
-    : plan_(&plan), sources_(&sources), policy_(policy), routes_(plan.chunks.size()) {}
+Router::Router(const Plan& plan, const File& file, CachePolicy policy)
+    : plan_(&plan), direct_(policy != CachePolicy::kBuffered && file.direct_fd() >= 0), routes_(plan.chunks.size()) {
+  if (direct_ && policy == CachePolicy::kAuto) residency_.emplace(file.buffered_fd());
+}
 
 Router::Router(const Plan& plan, std::uint32_t block_bytes)
-    : plan_(&plan), block_bytes_(block_bytes), policy_(CachePolicy::kDirect), routes_(plan.chunks.size()) {}
+    : plan_(&plan), block_bytes_(block_bytes), direct_(block_bytes > 0), routes_(plan.chunks.size()) {}
 
 const Chunk* Router::peek(Route route, unsigned& questions) {
   std::uint32_t& at = cursor(route);
@@ -23,25 +25,27 @@ const Chunk* Router::peek(Route route, unsigned& questions) {
 }
 
 void Router::give_back(const Chunk& chunk) {
+  residency_->report_wrong();
   const auto index = static_cast<std::uint32_t>(&chunk - plan_->chunks.data());
   routes_[index] = Route::kDirect;
   next_direct_ = std::min(next_direct_, index);
 }
 
-bool Router::on_suspicion(const Chunk& chunk) const {
-  return policy_ == CachePolicy::kAuto && (*sources_)[chunk.file].direct;
+bool Router::exhausted() const noexcept {
+  const auto left = [this](std::uint32_t from, Route route) {
+    return std::find(routes_.begin() + from, routes_.begin() + known_, route) != routes_.begin() + known_;
+  };
+  return known_ == routes_.size() && !left(next_direct_, Route::kDirect) && !left(next_buffered_, Route::kBuffered);
 }
 
 Router::Route Router::route_of(const Chunk& chunk) {
-  if (!sources_) {
-    const bool whole_blocks = block_bytes_ > 0 && (chunk.offset_bytes | chunk.size_bytes) % block_bytes_ == 0;
+  if (!direct_) return Route::kBuffered;
+  if (block_bytes_) {
+    const bool whole_blocks = (chunk.offset_bytes | chunk.size_bytes) % *block_bytes_ == 0;
     return whole_blocks ? Route::kDirect : Route::kBuffered;
   }
-  if (policy_ == CachePolicy::kBuffered) return Route::kBuffered;
-  Source& source = (*sources_)[chunk.file];
-  if (!source.direct) return Route::kBuffered;
-  if (policy_ == CachePolicy::kDirect) return Route::kDirect;
-  return source.residency.cached(chunk.offset_bytes, chunk.size_bytes) ? Route::kBuffered : Route::kDirect;
+  if (!residency_) return Route::kDirect;
+  return residency_->cached(chunk.offset_bytes, chunk.size_bytes) ? Route::kBuffered : Route::kDirect;
 }
 
 }  // namespace flashpack::engine

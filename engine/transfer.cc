@@ -29,7 +29,7 @@ Failure::Failure(const Error& error)
   context.resize(context.size() - code.message().size() - 2);  // what() is context, ": ", message.
 }
 
-void TransferState::finish(std::optional<Failure> result, std::shared_ptr<TransferState> self) {
+void TransferState::finish(std::optional<Failure> result) {
   {
     const std::lock_guard lock(mutex);
     outcome = std::move(result);
@@ -38,7 +38,7 @@ void TransferState::finish(std::optional<Failure> result, std::shared_ptr<Transf
     driver = nullptr;
   }
   if (completion) {
-    Transfer transfer = handle(std::move(self));
+    Transfer transfer = handle(shared_from_this());
     completion->done(transfer);
   }
   {
@@ -48,10 +48,10 @@ void TransferState::finish(std::optional<Failure> result, std::shared_ptr<Transf
   published_changed.notify_all();
 }
 
-void TransferState::cancel() noexcept {
-  cancel_requested.store(true);
-  const std::lock_guard lock(mutex);
-  if (driver) driver->attend();
+void TransferState::cancel(const std::shared_ptr<TransferState>& state) noexcept {
+  if (state->cancel_requested.exchange(true)) return;
+  const std::lock_guard lock(state->mutex);
+  if (state->driver) state->driver->attend(state);
 }
 
 void TransferState::note_fallback(const std::string& reason) {
@@ -76,7 +76,7 @@ Transfer& Transfer::operator=(Transfer&& other) noexcept {
 
 Transfer::~Transfer() {
   if (!state_ || ::getpid() != state_->owner) return;
-  state_->cancel();
+  engine::TransferState::cancel(state_);
   std::unique_lock lock(state_->mutex);
   state_->published_changed.wait(lock, [this] { return state_->visible(); });
 }
@@ -98,14 +98,14 @@ bool Transfer::wait_for(std::chrono::nanoseconds duration) {
 }
 
 void Transfer::cancel() noexcept {
-  if (state_ && ::getpid() == state_->owner) state_->cancel();
+  if (state_ && ::getpid() == state_->owner) engine::TransferState::cancel(state_);
 }
 
 Progress Transfer::progress() const {
   state_->require_owner();
   const std::lock_guard lock(state_->mutex);
   return {.done_bytes = state_->done_bytes.load(),
-          .total_bytes = state_->plan.total_bytes,
+          .total_bytes = state_->total_bytes,
           .outstanding = state_->outstanding.load(),
           .finished = state_->visible()};
 }

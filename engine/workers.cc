@@ -13,7 +13,6 @@
 
 #include "engine/page_size.h"
 #include "engine/piece_sums.h"
-#include "engine/thread.h"
 
 namespace flashpack::engine {
 
@@ -288,49 +287,37 @@ bool is_populated(std::span<std::byte> memory) {
   return true;
 }
 
-Workers::Workers(unsigned thread_count, unsigned tag_limit, IoQueue* listener, std::string fallback_reason)
-    : thread_count_(thread_count),
-      requests_(tag_limit),
-      listener_(listener),
-      fallback_reason_(std::move(fallback_reason)),
-      queued_(tag_limit),
-      cancelled_(tag_limit) {
+Workers::Workers(Pool& pool, unsigned tag_limit, IoQueue* listener, std::string fallback_reason)
+    : pool_(pool), listener_(listener), fallback_reason_(std::move(fallback_reason)), work_(tag_limit) {
+  for (unsigned tag = 0; tag < tag_limit; ++tag) {
+    work_[tag].workers = this;
+    work_[tag].tag = tag;
+  }
   taken_.reserve(tag_limit);
   finished_.reserve(tag_limit);
-  threads_.reserve(thread_count);
-  try {
-    for (unsigned i = 0; i < thread_count; ++i) threads_.push_back(start_thread("flashpack-work", [this] { work(); }));
-  } catch (...) {
-    stop();
-    throw;
-  }
-}
-
-Workers::~Workers() { stop(); }
-
-void Workers::stop() {
-  {
-    const std::lock_guard lock(mutex_);
-    stopping_ = true;
-  }
-  work_wanted_.notify_all();
-  for (std::thread& thread : threads_) thread.join();
+  queued_.reserve(tag_limit);
 }
 
 void Workers::push(unsigned tag, const IoRequest& request) {
-  requests_[tag] = request;
+  Work& work = work_[tag];
+  work.request = request;
+  work.subject = request.fd < 0 ? 0 : static_cast<Pool::Subject>(request.fd) + 1;
   {
     const std::lock_guard lock(mutex_);
-    assert(queued_count_ < queued_.size());
-    queued_[(queued_first_ + queued_count_++) % queued_.size()] = tag;
-    cancelled_[tag] = false;
+    work.cancelled = false;
+    queued_.push_back(&work.request);
   }
-  work_wanted_.notify_one();
+  pool_.post(work);
 }
 
 void Workers::cancel(unsigned tag) {
-  const std::lock_guard lock(mutex_);
-  cancelled_[tag] = true;
+  Work& work = work_[tag];
+  {
+    const std::lock_guard lock(mutex_);
+    if (std::find(queued_.begin(), queued_.end(), &work.request) == queued_.end()) return;
+    work.cancelled = true;
+  }
+  pool_.set_free(work);  // Though a thread may have begun it by now.
 }
 
 std::span<const IoCompletion> Workers::wait(std::optional<std::chrono::nanoseconds> timeout) {
@@ -355,36 +342,31 @@ void Workers::wake() noexcept {
   owner_wanted_.notify_one();
 }
 
-// A wake costs both sides some 10 us and here a core; while every worker has more to do, reads and writes can be
-// reported together. What the disk waits for is reported at once.
-bool Workers::worth_waking(IoRequest::Op op) const {
-  using Op = IoRequest::Op;
-  return op == Op::kPopulate || op == Op::kScatter || op == Op::kGather || op == Op::kChecksum ||
-         queued_count_ < thread_count_;
+// A wake costs both sides some 10 us and here a core, so reads and writes are reported together where the same transfer
+// keeps every thread busy: one of its later ones will wake. The disk waits for everything else.
+bool Workers::worth_waking(const IoRequest& done) const {
+  const bool moves = done.op == IoRequest::Op::kReadPieces || done.op == IoRequest::Op::kWritePieces ||
+                     done.op == IoRequest::Op::kRead || done.op == IoRequest::Op::kWrite;
+  const auto same = [&](const IoRequest* queued) { return queued->transfer == done.transfer; };
+  return !moves || std::count_if(queued_.begin(), queued_.end(), same) < std::ptrdiff_t{pool_.thread_count()};
 }
 
-void Workers::work() {
-  std::unique_lock lock(mutex_);
-  while (true) {
-    work_wanted_.wait(lock, [this] { return queued_count_ > 0 || stopping_; });
-    if (queued_count_ == 0) return;
-    const unsigned tag = queued_[queued_first_];
-    queued_first_ = (queued_first_ + 1) % queued_.size();
-    --queued_count_;
-    std::int64_t result = -ECANCELED;
-    if (!cancelled_[tag]) {
-      lock.unlock();
-      result = carry_out(requests_[tag]);
-      lock.lock();
-    }
-    finished_.push_back({tag, result});
-    if (!worth_waking(requests_[tag].op)) continue;
-    if (listener_) {
-      listener_->wake();
-    } else {
-      owner_wanted_.notify_one();
-    }
+void Workers::carry_out(Work& work) noexcept {
+  bool cancelled = false;
+  {
+    const std::lock_guard lock(mutex_);
+    std::erase(queued_, &work.request);
+    cancelled = work.cancelled;
   }
+  const std::int64_t result = cancelled ? -ECANCELED : engine::carry_out(work.request);
+  bool wake = false;
+  {
+    const std::lock_guard lock(mutex_);
+    wake = worth_waking(work.request);
+    finished_.push_back({work.tag, result});
+  }
+  if (!wake) return;
+  listener_ ? listener_->wake() : owner_wanted_.notify_one();
 }
 
 }  // namespace flashpack::engine

@@ -1,13 +1,13 @@
-/// Byte work, and a small thread pool that does it: page-cache reads and writes, copies between slots and memory, page
-/// faults; and, where io_uring is refused, the direct I/O of the pipeline too.
+/// Byte work on a thread pool: page-cache reads and writes, copies between slots and memory, page faults; and, where
+/// io_uring is refused, the direct I/O of the pipeline too.
 #pragma once
 
 #include <condition_variable>
 #include <mutex>
-#include <thread>
 #include <vector>
 
 #include "engine/io_queue.h"
+#include "engine/pool.h"
 
 namespace flashpack::engine {
 
@@ -21,14 +21,15 @@ void clear_gaps(const IoRequest& request);
 /// will not say; false where some of it is not mapped.
 bool is_populated(std::span<std::byte> memory);
 
+/// The byte work of one pipeline, by a pool of threads.
 class Workers final : public IoQueue {
  public:
-  /// Tags are below `tag_limit`. `listener`, if given, is woken after each completion, for an owner that sleeps in
-  /// another queue; it must outlive this. `fallback_reason` says why the direct I/O of the pipeline comes here, when it
-  /// does. Throws: std::system_error when threads cannot be had.
-  Workers(unsigned thread_count, unsigned tag_limit, IoQueue* listener, std::string fallback_reason = {});
+  /// Tags are below `tag_limit`. `pool` is borrowed. `listener`, if given, is woken for completions, for an owner that
+  /// sleeps in another queue; it must outlive this. `fallback_reason` says why the direct I/O of the pipeline comes
+  /// here, when it does.
+  Workers(Pool& pool, unsigned tag_limit, IoQueue* listener, std::string fallback_reason = {});
   /// Requires: nothing in flight.
-  ~Workers() override;
+  ~Workers() override = default;
 
   void push(unsigned tag, const IoRequest& request) override;
   /// Keeps an operation that no thread has begun from being carried out.
@@ -38,28 +39,29 @@ class Workers final : public IoQueue {
   const std::string& fallback_reason() const noexcept override { return fallback_reason_; }
 
  private:
-  void work();
-  bool worth_waking(IoRequest::Op op) const;
-  void stop();
+  struct Work final : Pool::Task {
+    void run() noexcept override { workers->carry_out(*this); }
 
-  const unsigned thread_count_;
-  std::vector<IoRequest> requests_;  // By tag; handed over with the tag, through mutex_.
-  std::vector<IoCompletion> taken_;  // The owner's: the last result of wait().
+    Workers* workers = nullptr;
+    unsigned tag = 0;
+    IoRequest request{};
+    bool cancelled = false;  // Protected by Workers::mutex_.
+  };
+
+  void carry_out(Work& work) noexcept;
+  bool worth_waking(const IoRequest& done) const;
+
+  Pool& pool_;
   IoQueue* const listener_;
   const std::string fallback_reason_;
+  std::vector<Work> work_;           // By tag.
+  std::vector<IoCompletion> taken_;  // The owner's: the last result of wait().
 
-  std::mutex mutex_;  // Protects the rest but threads_.
-  std::condition_variable work_wanted_;
+  std::mutex mutex_;  // Protects the rest.
   std::condition_variable owner_wanted_;
-  std::vector<unsigned> queued_;  // A circle of tag_limit tags, so that nothing is allocated after construction.
-  std::size_t queued_first_ = 0;
-  std::size_t queued_count_ = 0;
-  std::vector<bool> cancelled_;  // By tag.
+  std::vector<const IoRequest*> queued_;  // No thread has begun these.
   std::vector<IoCompletion> finished_;
   bool woken_ = false;
-  bool stopping_ = false;
-
-  std::vector<std::thread> threads_;
 };
 
 }  // namespace flashpack::engine

@@ -46,7 +46,7 @@ struct Extent {
 struct FileExtents {
   std::filesystem::path path;  ///< Only for messages when `fd` is given.
   std::vector<Extent> extents;
-  std::optional<FileIdentity> expected;  ///< When set, another file at `path` is Errc::kFileChanged before any I/O.
+  std::optional<FileIdentity> expected;  ///< When set, another file at `path` is Errc::kFileChanged before it is read.
   /// When set, what is read is held against them, and a difference is Errc::kCorrupt. Only pieces that are read whole
   /// can be: TransferStats::verified_bytes counts them. None when extents overlap in the file, or targets on the host
   /// and on the device take turns in it less than 64 KiB apart; then TransferStats::fallback_reason says so.
@@ -94,7 +94,7 @@ struct EngineOptions {
   /// Direct reads in flight, 1 to 1024, and a few more while fresh memory is filled. Raise to 16-32 for striped arrays.
   std::uint32_t queue_depth = 8;
   /// Upper bound of the engine's own memory; at least two chunks. Taken as it is first needed, or for a CUDA device,
-  /// page-locked, at the start.
+  /// page-locked, at the start. Without a device as much again may stand in for what is stuck in the kernel.
   std::uint64_t staging_bytes = std::uint64_t{64} << 20;
   /// Threads for page-cache reads and copies, at most 64; 0 is one per core, but at least 2 and at most 8.
   std::uint32_t workers = 0;
@@ -113,7 +113,12 @@ struct EngineOptions {
 ///
 /// Thread safety: any thread may call any member at any time, but for moving and destruction, which need the engine to
 /// themselves; distinct engines are independent. Running out of memory on the driver thread is fatal. Transfers are
-/// served in the order they were started, the next one's reads following on the last of the one before.
+/// served in the order they were started, the next one's reads following on the last of the one before; but loads of at
+/// most one chunk do not wait behind larger ones.
+///
+/// A file system that does not answer holds up the transfers of its files alone. Up to 256 operations can be stuck in
+/// it at a time. The destructor waits for those that the kernel may still write to memory for, however long; a thread
+/// that opens or closes a file is left to the system after half a second.
 ///
 /// The threads are called flashpack-*. They take none of the process's signals, so that blocking one and waiting for it
 /// works as if they were not there; their own faults (SIGSEGV and the like) go where the application's handlers say.
@@ -138,7 +143,8 @@ class Engine {
   /// Throws: Error.
   TransferStats load(LoadRequest request);
 
-  /// Opens and plans, then returns; the driver thread does the rest. `completion`, if given, is borrowed until called.
+  /// Returns at once. The file is opened when the load's turn comes, and is what stands at its path then, unless
+  /// `expected` says otherwise; few files are open at a time. `completion`, if given, is borrowed until called.
   /// Throws: Error (kInvalidArgument for targets that are null or overlap; kUnusable; an error of CUDA about `stream`),
   /// and then never calls `completion`. What is wrong with the files, or with targets on another device, is reported by
   /// the transfer.

@@ -43,7 +43,7 @@ struct TransferStats {
 struct Progress {
   std::uint64_t done_bytes = 0;   ///< Of total_bytes: in their targets (or in the file).
   std::uint64_t total_bytes = 0;  ///< TransferStats::requested_bytes.
-  std::uint32_t outstanding = 0;  ///< Operations the kernel or a worker still holds.
+  std::uint32_t outstanding = 0;  ///< Operations the kernel or a worker still holds, and files that it opens or closes.
   bool finished = false;
 };
 

@@ -145,7 +145,7 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
                                             .refuse_percent = up_to(2 * strength),
                                             .nothing_percent = up_to(strength),
                                             .uncached_percent = up_to(50)};
-    Rig rig(static_cast<unsigned>(random_()), faults, shape_, kChunkBytes, 2 + below(3));
+    Rig rig(static_cast<unsigned>(random_()), faults, shape_, kChunkBytes, static_cast<std::uint32_t>(2 + below(3)));
     const auto shrinking = dir_ / "shrinking";
     flashpack::testing::write_file(shrinking, bytes_[0]);
     std::deque<std::pair<std::size_t, Started>> running;

@@ -27,10 +27,10 @@ constexpr std::chrono::seconds kHang{60};
 
 class PipelineStoreTest : public ::testing::TestWithParam<Rig::Shape> {
  protected:
-  File create() {
+  std::shared_ptr<OpenFile> create() {
     const auto path = dir_ / std::to_string(files_++);
     UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-    return File::created(path, std::move(fd));
+    return std::make_shared<OpenFile>(File::created(path, std::move(fd)));
   }
 
   // Extents that cover the file but for small gaps; their bytes are in `expected`.
@@ -75,36 +75,38 @@ TEST_P(PipelineStoreTest, EveryStoreLeavesTheRightBytesOrACleanError) {
                                             .error_percent = often ? 4 : 0,
                                             .refuse_percent = random_() % 4 == 0 ? 10 : 0,
                                             .nothing_percent = static_cast<int>(random_() % 5)};
-    Rig rig(static_cast<unsigned>(random_()), faults, GetParam(), kChunkBytes, 2 + random_() % 3);
-    const File file = create();
+    Rig rig(static_cast<unsigned>(random_()), faults, GetParam(), kChunkBytes,
+            2 + static_cast<std::uint32_t>(random_() % 3));
+    const std::shared_ptr<OpenFile> open = create();
+    const std::filesystem::path& path = open->file.path();
     std::vector<std::byte> expected(kFileBytes);
     const std::vector<Piece> pieces = extents(expected);
-    auto [state, transfer] = rig.start_store(file, pieces, kFileBytes, random_() % 50 == 0);
+    auto [state, transfer] = rig.start_store(open, pieces, kFileBytes, random_() % 50 == 0);
     if (random_() % 20 == 0) transfer.cancel();
     ASSERT_TRUE(transfer.wait_for(kHang)) << "it hangs";
     EXPECT_EQ(transfer.progress().outstanding, 0u);
     try {
       transfer.wait();
       ++right;
-      auto written = flashpack::testing::read_file(file.path());
+      auto written = flashpack::testing::read_file(path);
       written.resize(kFileBytes);
       ASSERT_EQ(std::memcmp(written.data(), expected.data(), kFileBytes), 0);
       PieceSums sums(0, kFileBytes);
       sums.add(0, expected);
       for (std::uint64_t piece = 0; piece * Checksums::kPieceBytes < kFileBytes; ++piece) {
         constexpr std::uint32_t kPieceBytes = Checksums::kPieceBytes;
-        EXPECT_EQ(state->store_sums->crc32c(piece, kPieceBytes), sums.crc32c(piece, kPieceBytes));
+        EXPECT_EQ(state->parts.front().sums->crc32c(piece, kPieceBytes), sums.crc32c(piece, kPieceBytes));
       }
     } catch (const Error& error) {
       ++failed;
       EXPECT_TRUE(error.code() == std::errc::io_error || error.code() == std::errc::interrupted ||
                   error.code() == std::errc::resource_unavailable_try_again || error.code() == Errc::kCancelled)
           << error.what();
-      EXPECT_EQ(error.path(), file.path());
+      EXPECT_EQ(error.path(), path);
     }
     rig.stop();
     EXPECT_TRUE(rig.idle());
-    std::filesystem::remove(file.path());
+    std::filesystem::remove(path);
   }
   // A soak in which nothing fails, or nothing succeeds, shows nothing.
   EXPECT_GT(right, kStores / 3);

@@ -129,7 +129,7 @@ TEST_F(PipelineTest, QueueDepthIsKeptAndReached) {
   rig.stop();
   // Fresh memory is populated on the way, which may put a chunk more on the disk for every worker.
   EXPECT_GE(rig.disk().max_in_flight(), 2u);
-  EXPECT_LE(rig.disk().max_in_flight(), Rig::kLimits.queue_depth + Rig::kLimits.worker_depth);
+  EXPECT_LE(rig.disk().max_in_flight(), 2 * Rig::kQueueDepth);
 }
 
 TEST_F(PipelineTest, CancelledTransfersLeaveTheOthersAlone) {
@@ -244,7 +244,7 @@ TEST_F(PipelineTest, SmallTransfersAreReadAtTheSameTime) {
   rig.start({.path = path(), .extents = {}, .completion = &start_many}).wait();
   for (Transfer& transfer : transfers) transfer.wait();
   rig.stop();
-  EXPECT_GE(rig.disk().max_in_flight(), Rig::kLimits.queue_depth);
+  EXPECT_GE(rig.disk().max_in_flight(), Rig::kQueueDepth);
 }
 
 TEST_F(PipelineTest, CloseFinishesThoughTheLastTransferNeverBegan) {

@@ -18,7 +18,7 @@ std::byte* at(std::uint64_t address) { return reinterpret_cast<std::byte*>(addre
 
 Plan plan_of(std::vector<Piece> extents, std::uint32_t chunk_bytes = kChunk, std::uint32_t block_bytes = kPageBytes) {
   Plan plan;
-  plan.add_load(0, extents, chunk_bytes, block_bytes);
+  plan.add_load(extents, chunk_bytes, block_bytes);
   return plan;
 }
 

@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
-#include <set>
+#include <optional>
 #include <vector>
 
 #include "tests/support/temp_dir.h"
@@ -21,9 +21,9 @@ class RouterTest : public ::testing::Test {
  protected:
   RouterTest() {
     flashpack::testing::write_file(path_, flashpack::testing::random_bytes(8 * kChunk));
-    sources_.emplace_back(File::open(path_, std::nullopt, true));
+    file_.emplace(File::open(path_, std::nullopt, true));
     const std::vector<Piece> all = {{0, 8 * kChunk, reinterpret_cast<std::byte*>(1ull << 30)}};
-    plan_.add_load(0, all, kChunk, kPageBytes);
+    plan_.add_load(all, kChunk, kPageBytes);
   }
 
   std::vector<std::uint64_t> take_all(Router& router, Route route) {
@@ -38,37 +38,38 @@ class RouterTest : public ::testing::Test {
 
   flashpack::testing::TempDir dir_;
   std::filesystem::path path_ = dir_ / "file";
-  std::vector<Source> sources_;
+  std::optional<File> file_;
   Plan plan_;
 };
 
 TEST_F(RouterTest, PoliciesDecideWithoutAsking) {
-  Router direct(plan_, sources_, CachePolicy::kDirect);
+  Router direct(plan_, *file_, CachePolicy::kDirect);
   EXPECT_TRUE(take_all(direct, Route::kBuffered).empty());
   EXPECT_EQ(take_all(direct, Route::kDirect).size(), 8u);
-  Router buffered(plan_, sources_, CachePolicy::kBuffered);
+  Router buffered(plan_, *file_, CachePolicy::kBuffered);
   EXPECT_EQ(take_all(buffered, Route::kBuffered).size(), 8u);
 }
 
 TEST_F(RouterTest, FilesThatRefuseDirectReadsAreBuffered) {
-  sources_[0].direct = false;
-  Router router(plan_, sources_, CachePolicy::kAuto);
+  Router router(plan_, *file_, CachePolicy::kAuto);
+  router.refuse_direct();
   EXPECT_EQ(take_all(router, Route::kBuffered).size(), 8u);
 }
 
 TEST_F(RouterTest, CachedChunksAreBufferedAndTheRestDirect) {
   flashpack::testing::drop_from_cache(path_);
-  ASSERT_EQ(::posix_fadvise(sources_[0].file.buffered_fd(), 0, 0, POSIX_FADV_RANDOM), 0);  // No readahead.
+  ASSERT_EQ(::posix_fadvise(file_->buffered_fd(), 0, 0, POSIX_FADV_RANDOM), 0);  // No readahead.
   std::vector<std::byte> buffer(2 * kChunk);
-  ASSERT_EQ(::pread(sources_[0].file.buffered_fd(), buffer.data(), buffer.size(), 3 * kChunk), 2 * kChunk);
-  if (!sources_[0].residency.cached(3 * kChunk, 2 * kChunk)) GTEST_SKIP() << "cachestat is not to be had here";
-  Router router(plan_, sources_, CachePolicy::kAuto);
+  ASSERT_EQ(::pread(file_->buffered_fd(), buffer.data(), buffer.size(), 3 * kChunk), 2 * kChunk);
+  if (!Residency(file_->buffered_fd()).cached(3 * kChunk, 2 * kChunk))
+    GTEST_SKIP() << "cachestat is not to be had here";
+  Router router(plan_, *file_, CachePolicy::kAuto);
   EXPECT_EQ(take_all(router, Route::kBuffered), (std::vector<std::uint64_t>{3, 4}));
   EXPECT_EQ(take_all(router, Route::kDirect), (std::vector<std::uint64_t>{0, 1, 2, 5, 6, 7}));
 }
 
 TEST_F(RouterTest, WhatIsGivenBackComesAgainOnTheDirectRouteAndNothingElseDoes) {
-  Router router(plan_, sources_, CachePolicy::kAuto);
+  Router router(plan_, *file_, CachePolicy::kAuto);
   std::vector<const Chunk*> taken;
   unsigned questions = kPlenty;
   for (const Route route : {Route::kBuffered, Route::kDirect}) {
@@ -78,7 +79,7 @@ TEST_F(RouterTest, WhatIsGivenBackComesAgainOnTheDirectRouteAndNothingElseDoes) 
     }
   }
   ASSERT_EQ(taken.size(), 8u);
-  EXPECT_TRUE(router.on_suspicion(*taken[0]));
+  EXPECT_TRUE(router.on_suspicion());
   router.give_back(plan_.chunks[5]);
   router.give_back(plan_.chunks[2]);
   EXPECT_TRUE(take_all(router, Route::kBuffered).empty());
@@ -86,7 +87,7 @@ TEST_F(RouterTest, WhatIsGivenBackComesAgainOnTheDirectRouteAndNothingElseDoes) 
 }
 
 TEST_F(RouterTest, StopsAskingWhenTheQuestionsRunOutAndGoesOnLater) {
-  Router router(plan_, sources_, CachePolicy::kDirect);
+  Router router(plan_, *file_, CachePolicy::kDirect);
   unsigned questions = 3;
   EXPECT_EQ(router.peek(Route::kBuffered, questions), nullptr);
   EXPECT_EQ(questions, 0u);

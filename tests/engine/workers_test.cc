@@ -51,10 +51,11 @@ class WorkersTest : public ::testing::Test {
     return memory.intact() && std::memcmp(memory.data(), bytes_.data() + offset, memory.size()) == 0;
   }
 
+  Pool pool_{2};
   flashpack::testing::TempDir dir_;
   std::vector<std::byte> bytes_ = flashpack::testing::random_bytes(300'000);
   UniqueFd fd_;
-  Workers workers_{2, 8, nullptr};
+  Workers workers_{pool_, 8, nullptr};
 };
 
 TEST_F(WorkersTest, PiecesWithGapsOverlapsAndFarJumpsAreAllRead) {
@@ -146,7 +147,8 @@ TEST_F(WorkersTest, DroppedPagesAreReadFromTheDiskTheNextTime) {
 }
 
 TEST_F(WorkersTest, CancelledOperationsEndOnceAndSomeOfThemUndone) {
-  Workers one(1, 8, nullptr);
+  Pool pool(1);
+  Workers one(pool, 8, nullptr);
   std::vector<std::unique_ptr<GuardedMemory>> memory;
   std::vector<Piece> pieces;
   for (unsigned tag = 0; tag < 8; ++tag) {

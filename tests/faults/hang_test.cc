@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "flashpack/engine.h"
@@ -79,14 +80,32 @@ class HangTest : public ::testing::TestWithParam<Backend> {
     }
   }
 
-  // Cancelled loads, each with all the reads under way that the engine issues.
+  // Cancelled loads, each with all the reads under way that the engine gives out.
   void leave_stuck_loads(int count, std::size_t phase) {
     fs_->hold("read", "stuck");
     for (int i = 0; i < count; ++i) {
       Load& load = start(*fs_ / "stuck", phase);
-      ASSERT_TRUE(fs_->wait_until_held("read", "stuck", GetParam() == Backend::kWorkers ? 1 : kDepth));
+      const Deadline deadline = std::chrono::steady_clock::now() + kHang;
+      while (load.transfer->progress().outstanding < kDepth) {
+        ASSERT_LT(std::chrono::steady_clock::now(), deadline) << i;
+        std::this_thread::yield();
+      }
+      // Threads of the workers that hang already do not get more of the same file.
+      if (i == 0) {
+        ASSERT_TRUE(fs_->wait_until_held("read", "stuck", GetParam() == Backend::kWorkers ? 1 : kDepth));
+      }
       load.transfer->cancel();
     }
+  }
+
+  void expect_that_stuck_loads_end(int count) {
+    fs_->release();
+    for (Load& load : loads_) {
+      if (count-- <= 0) break;
+      EXPECT_EQ(outcome(load), Errc::kCancelled);
+      EXPECT_TRUE(load.memory->intact());
+    }
+    engine_.reset();
   }
 
   testing::TempDir dir_;
@@ -106,6 +125,35 @@ std::string name_of(const ::testing::TestParamInfo<Backend>& backend) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, HangTest, ::testing::Values(Backend::kAuto, Backend::kWorkers), name_of);
+
+TEST_P(HangTest, CancelledReadsThroughSlotsThatHangHoldUpNoOtherLoad) {
+  leave_stuck_loads(2, 64);
+  expect_that_others_go_on();
+  expect_that_stuck_loads_end(2);
+}
+
+TEST_P(HangTest, CancelledReadsInPlaceThatHangHoldUpNoOtherLoad) {
+  leave_stuck_loads(6, 0);
+  expect_that_others_go_on();
+  expect_that_stuck_loads_end(6);
+}
+
+// What happens to a file when all of it has been read.
+TEST_P(HangTest, AFileThatHangsAfterItsLastReadHoldsUpNoOtherLoad) {
+  for (const char* op : {"getattr", "flush", "release"}) {
+    fs_->hold("read", "stuck");
+    Load& load = start(*fs_ / "stuck", 0);
+    ASSERT_TRUE(fs_->wait_until_held("read", "stuck"));
+    fs_->hold(op, "stuck");
+    fs_->release("read", "stuck");
+    ASSERT_TRUE(fs_->wait_until_held(op, "stuck"));
+    SCOPED_TRACE(op);
+    expect_that_others_go_on();
+    fs_->release();
+    EXPECT_EQ(outcome(load), std::error_code());
+    EXPECT_TRUE(right(load));
+  }
+}
 
 TEST_P(HangTest, AFileThatHangsWhenItIsOpenedHoldsUpNoOtherLoad) {
   for (const char* op : {"lookup", "open", "getattr"}) {
@@ -127,6 +175,115 @@ TEST_P(HangTest, AnEngineWithReadsThatHangIsDestroyedWhenTheyAreAnswered) {
   fs_->release();
   EXPECT_EQ(destroyed.wait_for(kHang), std::future_status::ready);
   EXPECT_EQ(outcome(loads_.front()), Errc::kCancelled);
+}
+
+TEST_P(HangTest, CancelledWritesThatHangHoldUpNoOtherLoad) {
+  for (const std::size_t phase : {0u, 64u}) {
+    FileWriter writer = engine_->create(*fs_ / "new");
+    GuardedMemory source(bytes_.size(), phase);
+    fs_->hold("write", "*");
+    Transfer write = writer.start_write({{0, source.size(), source.data()}});
+    EXPECT_TRUE(fs_->wait_until_held("write", "*"));
+    write.cancel();
+    SCOPED_TRACE(phase);
+    expect_that_others_go_on();
+    fs_->release();
+    EXPECT_THROW(write.wait(), Error);
+  }
+}
+
+// More reads wait for a worker than there are workers.
+TEST_P(HangTest, ALoadThatHasItsBytesIsFinishedThoughAllWorkersHang) {
+  testing::write_file(*fs_ / "mine", std::span(bytes_).first(4096));
+  for (const CachePolicy policy : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
+    fs_->hold("read", "mine");
+    fs_->hold("read", "stuck");
+    Load& mine = loads_.emplace_back();
+    mine.memory = std::make_unique<GuardedMemory>(4096);
+    mine.transfer = engine_->start_load(request(*fs_ / "mine", *mine.memory, policy));
+    ASSERT_TRUE(fs_->wait_until_held("read", "mine"));
+    GuardedMemory memory(bytes_.size());
+    Transfer stuck = engine_->start_load(request(*fs_ / "stuck", memory, policy));
+    EXPECT_TRUE(fs_->wait_until_held("read", "stuck"));
+    fs_->release("read", "mine");
+    EXPECT_EQ(outcome(mine), std::error_code());
+    EXPECT_EQ(std::memcmp(mine.memory->data(), bytes_.data(), 4096), 0);
+    fs_->release();
+    EXPECT_NO_THROW(stuck.wait());
+  }
+}
+
+TEST_P(HangTest, ReadsThatHangHoldUpNoOtherLoadThoughNobodyCancelsThem) {
+  testing::write_file(*fs_ / "neighbour", bytes_);
+  fs_->hold("read", "stuck");
+  Load& in_place = start(*fs_ / "stuck", 0);
+  Load& through_slots = start(*fs_ / "stuck", 64);
+  ASSERT_TRUE(fs_->wait_until_held("read", "stuck"));
+  expect_that_others_go_on();
+  Load& neighbour = start(*fs_ / "neighbour", 64);
+  EXPECT_EQ(outcome(neighbour), std::error_code());
+  EXPECT_TRUE(right(neighbour));
+  fs_->release();
+  for (Load* load : {&in_place, &through_slots}) {
+    EXPECT_EQ(outcome(*load), std::error_code());
+    EXPECT_TRUE(right(*load));
+  }
+}
+
+TEST_P(HangTest, ALoadIsFinishedThoughItsFileDoesNotClose) {
+  fs_->hold("flush", "stuck");
+  Load& load = start(*fs_ / "stuck", 0);
+  EXPECT_EQ(outcome(load), std::error_code());
+  EXPECT_TRUE(right(load));
+}
+
+TEST_P(HangTest, DeadlineAndCancelEndALoadWhoseFileIsNotOpened) {
+  fs_->hold("open", "stuck");
+  Load& late = start(*fs_ / "stuck", 0, std::chrono::steady_clock::now() + std::chrono::milliseconds(20));
+  Load& cancelled = start(*fs_ / "stuck", 0);
+  ASSERT_TRUE(fs_->wait_until_held("open", "stuck"));
+  cancelled.transfer->cancel();
+  EXPECT_EQ(outcome(cancelled), Errc::kCancelled);
+  EXPECT_EQ(outcome(late), Errc::kDeadlineExceeded);
+}
+
+TEST_P(HangTest, ACancelledLoadOfAHangingFileEndsThoughAnotherReadOfItHangs) {
+  fs_->hold("getattr", "stuck");
+  Load& first = start(*fs_ / "stuck", 0);
+  ASSERT_TRUE(fs_->wait_until_held("getattr", "stuck"));
+  for (int i = 0; i < 40; ++i) start(*fs_ / "stuck", 0).transfer->cancel();
+  for (Load& load : loads_) {
+    if (&load == &first) continue;
+    ASSERT_EQ(outcome(load), Errc::kCancelled);
+  }
+  expect_that_others_go_on();
+  fs_->release();
+  EXPECT_EQ(outcome(first), std::error_code());
+}
+
+TEST_P(HangTest, AnEngineIsDestroyedThoughFilesNeitherOpenNorClose) {
+  testing::write_file(*fs_ / "unclosed", bytes_);
+  fs_->hold("flush", "unclosed");
+  fs_->hold("open", "stuck");
+  Load& unclosed = start(*fs_ / "unclosed", 0);
+  Load& unopened = start(*fs_ / "stuck", 0);
+  ASSERT_TRUE(fs_->wait_until_held("flush", "unclosed"));
+  ASSERT_TRUE(fs_->wait_until_held("open", "stuck"));
+  unopened.transfer->cancel();
+  EXPECT_EQ(outcome(unclosed), std::error_code());
+  auto destroyed = std::async(std::launch::async, [this] { engine_.reset(); });
+  EXPECT_EQ(destroyed.wait_for(kHang), std::future_status::ready);
+  fs_->release();
+}
+
+TEST_P(HangTest, ACrowdOfFilesThatDoNotOpenHoldsUpNoOtherLoad) {
+  fs_->hold("lookup", "*");
+  for (int i = 0; i < 100; ++i) start(*fs_ / ("missing" + std::to_string(i)), 0);
+  ASSERT_TRUE(fs_->wait_until_held("lookup", "*"));
+  Load& other = start(dir_ / "other", 0);
+  EXPECT_EQ(outcome(other), std::error_code());
+  EXPECT_TRUE(right(other));
+  fs_->release();
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -22,18 +23,21 @@ class PipelineRig {
     kTwoQueues,    ///< Both faulty, as with io_uring.
     kOneQueue,     ///< One for both, as where io_uring is refused.
   };
-  static constexpr engine::Pipeline::Limits kLimits{.queue_depth = 4, .worker_depth = 4};
+  static constexpr std::uint32_t kQueueDepth = 4;
 
   PipelineRig(unsigned seed, Faults faults, Shape shape = Shape::kRealWorkers, std::uint32_t chunk_bytes = 1u << 20,
-              std::size_t slots = 3, engine::Copier* copier = nullptr)
-      : chunk_bytes_(chunk_bytes), staging_(slots * chunk_bytes, chunk_bytes), disk_(seed, faults) {
+              std::uint32_t slots = 3, engine::Copier* copier = nullptr)
+      : staging_(std::uint64_t{slots} * chunk_bytes, chunk_bytes), disk_(seed, faults) {
+    const engine::Pipeline::Limits limits{
+        .queue_depth = kQueueDepth, .worker_depth = kQueueDepth, .chunk_bytes = chunk_bytes, .slots = slots};
+    pool_.emplace(2u);
     if (shape == Shape::kRealWorkers) {
-      workers_ = std::make_unique<engine::Workers>(2, engine::Pipeline::tag_limit(kLimits, slots), &disk_);
+      workers_ = std::make_unique<engine::Workers>(*pool_, engine::Pipeline::tag_limit(limits), &disk_);
     } else if (shape == Shape::kTwoQueues) {
       workers_ = std::make_unique<FaultyQueue>(seed + 1, faults, &disk_);
     }
     engine::IoQueue& workers = workers_ ? *workers_ : disk_;
-    pipeline_ = std::make_unique<engine::Pipeline>(disk_, workers, copier, staging_.slots(), kLimits);
+    pipeline_ = std::make_unique<engine::Pipeline>(disk_, workers, *pool_, copier, staging_.slots(), limits);
     driver_ = std::thread([this] { pipeline_->run(); });
   }
 
@@ -61,19 +65,15 @@ class PipelineRig {
   /// With a gate: to memory of the copier's device.
   Transfer start(const Load& load, std::unique_ptr<engine::Gate> gate = nullptr) {
     auto state = std::make_shared<engine::TransferState>();
-    state->owner = ::getpid();
     state->completion = load.completion;
     state->cancel_requested = load.cancelled;
     state->deadline = load.deadline;
-    state->sources.emplace_back(engine::File::open(load.path, std::nullopt, true));
-    state->plan.add_load(0, load.extents, chunk_bytes_, state->sources[0].file.alignment().block_bytes,
-                         gate != nullptr);
+    engine::Part& part = state->parts.emplace_back();
+    part.path = load.path;
+    part.cache = load.cache;
+    part.pieces[gate != nullptr] = load.extents;
+    if (load.checksums) part.checksums = *load.checksums;
     state->gate = std::move(gate);
-    state->router = engine::Router(state->plan, state->sources, load.cache);
-    if (load.checksums) {
-      state->sources[0].checksums = *load.checksums;
-      state->sources[0].sums.emplace(0, load.checksums->size_bytes);
-    }
     return start(std::move(state));
   }
 
@@ -82,18 +82,19 @@ class PipelineRig {
     Transfer transfer;
   };
 
-  /// With checksums of the first `size_bytes`. `file` is borrowed until the transfer has ended.
-  Store start_store(const engine::File& file, std::span<const engine::Piece> extents, std::uint64_t size_bytes,
-                    bool cancelled = false) {
+  /// With checksums of the first `size_bytes`.
+  Store start_store(std::shared_ptr<engine::OpenFile> open, std::span<const engine::Piece> extents,
+                    std::uint64_t size_bytes, bool cancelled = false) {
     auto state = std::make_shared<engine::TransferState>();
-    state->owner = ::getpid();
+    state->direction = engine::TransferState::Direction::kStore;
     state->cancel_requested = cancelled;
-    state->store = &file;
-    state->store_path = file.path();
-    state->store_direct = file.direct_fd() >= 0;
-    state->store_sums.emplace(0, size_bytes);
-    state->plan.add_store(extents, chunk_bytes_, file.alignment(), true);
-    state->router = engine::Router(state->plan, file.alignment().block_bytes);
+    engine::Part& part = state->parts.emplace_back();
+    part.open = std::move(open);
+    part.path = part.file().path();
+    part.sums.emplace(0, size_bytes);
+    const engine::Alignment alignment = part.file().alignment();
+    part.plan.add_store(extents, static_cast<std::uint32_t>(staging_.slots()[0].size()), alignment, true);
+    part.router = engine::Router(part.plan, part.file().direct_fd() < 0 ? 0 : alignment.block_bytes);
     return {state, start(state)};
   }
 
@@ -107,17 +108,17 @@ class PipelineRig {
 
  private:
   Transfer start(std::shared_ptr<engine::TransferState> state) {
-    state->chunks_open = static_cast<std::uint32_t>(state->plan.chunks.size());
+    state->owner = ::getpid();
     state->driver = pipeline_.get();
     pipeline_->start(state);
     return engine::TransferState::handle(state);
   }
 
-  const std::uint32_t chunk_bytes_;
   engine::Staging staging_;
   FaultyQueue disk_;
   std::unique_ptr<engine::IoQueue> workers_;  // Null: the disk does their work.
   std::unique_ptr<engine::Pipeline> pipeline_;
+  std::optional<engine::Pool> pool_;  // Goes before what its threads use.
   std::thread driver_;
 };
 

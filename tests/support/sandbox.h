@@ -33,13 +33,15 @@ inline int run_in_child(const std::function<int()>& body) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
-/// From here on this process gets `error_number` for system call `number`, as under a container's seccomp profile.
-inline bool deny_syscall(unsigned number, unsigned error_number) {
+/// From here on this thread, and those that it starts, get `error_number` for system call `number`, as under a
+/// container's seccomp profile. With `flags` SECCOMP_FILTER_FLAG_TSYNC: every thread of the process.
+inline bool deny_syscall(unsigned number, unsigned error_number, unsigned flags = 0) {
   sock_filter program[] = {
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)), BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, number, 0, 1),
       BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error_number), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
   sock_fprog filter{4, program};
-  return ::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && ::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0;
+  return ::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 &&
+         ::syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &filter) == 0;
 }
 
 /// From here on each call of `numbers` by this thread, and by threads that it starts, is shown to `answer` before the

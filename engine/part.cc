@@ -1,0 +1,126 @@
+#include "engine/part.h"
+
+#include <algorithm>
+#include <new>
+#include <span>
+
+#include "engine/error.h"
+
+namespace flashpack::engine {
+
+namespace {
+
+bool overlap(std::span<const Piece> in_order) {
+  return std::adjacent_find(in_order.begin(), in_order.end(), [](const auto& a, const auto& b) {
+           return b.offset_bytes < a.offset_bytes + a.size_bytes;
+         }) != in_order.end();
+}
+
+// Counting the same bytes twice would count them as none.
+void count_for(const Checksums& checksums, Part& part) {
+  if (checksums.size_bytes > part.file().identity().size_bytes)
+    throw range_error(Errc::kTruncated, "verify", part.path, 0, checksums.size_bytes);
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> ranges;
+  bool twice = false;
+  for (const Chunk& chunk : part.plan.chunks) {
+    ranges.emplace_back(chunk.offset_bytes, chunk.offset_bytes + chunk.size_bytes);
+    twice |= overlap(part.plan.pieces_of(chunk));
+  }
+  if (ranges.empty()) return;
+  std::sort(ranges.begin(), ranges.end());
+  twice |= std::adjacent_find(ranges.begin(), ranges.end(),
+                              [](const auto& a, const auto& b) { return b.first < a.second; }) != ranges.end();
+  if (twice) {
+    part.fallback_reason = "checksums: not verified, extents overlap in the file";
+  } else {
+    part.sums.emplace(ranges.front().first, std::min(ranges.back().second, checksums.size_bytes));
+  }
+}
+
+void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes) {
+  const bool want_direct = part.cache != CachePolicy::kBuffered;
+  part.open = files.open(part.path, part.expected, want_direct, std::move(part.given));
+  const File& file = part.file();
+  for (const auto& side : part.pieces) {
+    for (const Piece& piece : side) {
+      if (piece.offset_bytes + piece.size_bytes <= file.identity().size_bytes) continue;
+      throw range_error(Errc::kTruncated, "read", part.path, piece.offset_bytes, piece.size_bytes);
+    }
+  }
+  const std::uint32_t block_bytes = std::min(file.alignment().block_bytes, chunk_bytes);
+  for (const bool on_device : {false, true}) {
+    part.plan.add_load(std::exchange(part.pieces[on_device], {}), chunk_bytes, block_bytes, on_device);
+  }
+  if (want_direct && file.direct_fd() < 0) {
+    part.fallback_reason = "direct I/O: " + errno_code(file.direct_error()).message();
+  }
+  if (part.checksums) count_for(*part.checksums, part);
+  part.router = Router(part.plan, file, part.cache);
+}
+
+// Holds the stripes that were read whole against their checksums.
+void verify(Part& part) {
+  constexpr std::uint64_t kStripeBytes = Checksums::kPieceBytes;
+  for (std::uint64_t index = 0; index < part.checksums->crc32c.size(); ++index) {
+    const std::uint64_t begin = index * kStripeBytes;
+    const auto size = static_cast<std::uint32_t>(std::min(kStripeBytes, part.checksums->size_bytes - begin));
+    if (part.sums->counted_bytes(index) != size) continue;
+    if (part.sums->crc32c(index, size) != part.checksums->crc32c[index])
+      throw range_error(Errc::kCorrupt, "verify", part.path, begin, size);
+    part.verified_bytes += size;
+  }
+}
+
+template <class Work>
+void catch_failure(Part& part, const char* operation, Work work) noexcept {
+  try {
+    work();
+  } catch (const Error& error) {
+    part.failure = Failure(error);
+  } catch (const std::bad_alloc&) {
+    part.failure = Failure(file_error(errno_code(ENOMEM), operation, part.path));
+  }
+}
+
+}  // namespace
+
+std::shared_ptr<OpenFile> FileTable::find(const std::filesystem::path& path,
+                                          const std::optional<FileIdentity>& expected, bool want_direct, int given_fd) {
+  {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(open_, [](const auto& entry) { return entry.second.expired(); });
+    if (open_.empty()) return nullptr;
+  }
+  const std::optional<FileIdentity> identity = File::identity_at(path, given_fd);
+  if (!identity || (expected && *identity != *expected)) return nullptr;
+  const std::lock_guard lock(mutex_);
+  const auto at = open_.find({identity->dev, identity->ino});
+  if (at == open_.end()) return nullptr;
+  auto found = at->second.lock();
+  const bool fits = found && found->file.identity() == *identity && (found->file.wanted_direct() || !want_direct);
+  return fits ? found : nullptr;
+}
+
+std::shared_ptr<OpenFile> FileTable::open(const std::filesystem::path& path,
+                                          const std::optional<FileIdentity>& expected, bool want_direct,
+                                          UniqueFd given) {
+  if (auto shared = find(path, expected, want_direct, given.get())) return shared;
+  auto opened = std::make_shared<OpenFile>(File::open(path, expected, want_direct, std::move(given)));
+  const FileIdentity& identity = opened->file.identity();
+  const std::lock_guard lock(mutex_);
+  open_[{identity.dev, identity.ino}] = opened;
+  return opened;
+}
+
+void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes) noexcept {
+  catch_failure(part, "open", [&] { open_and_plan(part, files, chunk_bytes); });
+}
+
+void check_part(Part& part) noexcept {
+  catch_failure(part, "verify", [&] {
+    if (!part.file().unchanged()) throw file_error(Errc::kFileChanged, "read", part.path);
+    if (part.sums) verify(part);
+  });
+}
+
+}  // namespace flashpack::engine

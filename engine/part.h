@@ -1,0 +1,107 @@
+/// What a transfer moves from or to one file: opened and planned when its turn comes, closed when its bytes are there.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "engine/file.h"
+#include "engine/piece_sums.h"
+#include "engine/plan.h"
+#include "engine/router.h"
+#include "engine/unique_fd.h"
+#include "flashpack/engine.h"
+
+namespace flashpack::engine {
+
+struct TransferState;
+
+/// The parts of an Error, from which each wait() makes its own: exceptions share their text between copies, and copies
+/// of one error may be looked at and dropped by several threads.
+struct Failure {
+  explicit Failure(const Error& error);
+  Error error() const { return Error(code, context, path, offset_bytes); }
+
+  std::error_code code;
+  std::string context;
+  std::filesystem::path path;
+  std::uint64_t offset_bytes;
+};
+
+/// An open file that transfers share, and what the driver knows of it.
+struct OpenFile {
+  explicit OpenFile(File opened) : file(std::move(opened)) {}
+
+  const File file;
+  std::uint32_t stuck = 0;  // The driver's: operations on it that are late or abandoned.
+};
+
+/// Files that are open for loads, so that loads of the same file share one.
+/// Thread safety: any thread.
+class FileTable {
+ public:
+  /// The file of `given` or, without it, what stands at `path` now. May block. Throws: Error, as File::open().
+  std::shared_ptr<OpenFile> open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected,
+                                 bool want_direct, UniqueFd given = {});
+
+ private:
+  std::shared_ptr<OpenFile> find(const std::filesystem::path& path, const std::optional<FileIdentity>& expected,
+                                 bool want_direct, int given_fd);
+
+  std::mutex mutex_;
+  std::map<std::pair<std::uint64_t, std::uint64_t>, std::weak_ptr<OpenFile>> open_;  // By device and inode.
+};
+
+/// The driver's, but for the time that a thread of the pool opens or closes it.
+struct Part {
+  enum class State : std::uint8_t { kWaiting, kOpening, kOpen, kClosing, kDone };
+
+  // As asked for.
+  std::filesystem::path path;  // For messages, too.
+  UniqueFd given;              // Open on the file already; then the path is for messages alone.
+  std::optional<FileIdentity> expected;
+  std::optional<Checksums> checksums;
+  CachePolicy cache = CachePolicy::kAuto;
+  std::array<std::vector<Piece>, 2> pieces;  // On the host, on the device; until they are planned.
+  std::uint64_t requested_bytes = 0;
+
+  // Of the open file.
+  std::shared_ptr<OpenFile> open;
+  Plan plan;
+  Router router;
+  std::optional<PieceSums> sums;  // Where bytes are counted; none where they are not.
+
+  // What open_part() and close_part() found.
+  std::string fallback_reason;
+  std::optional<Failure> failure;
+  std::uint64_t verified_bytes = 0;
+  std::atomic<bool> checked = false;  // close_part() has nothing left to do but to close.
+
+  // The driver's alone.
+  TransferState* transfer = nullptr;
+  State state = State::kWaiting;
+  std::uint64_t turn = 0;                       // Ascending in the order of the starts.
+  bool awaited = true;                          // Its transfer does not end before it is done.
+  bool late = false;                            // The thread that has it has not answered for kLate.
+  std::chrono::steady_clock::time_point since;  // When that thread was asked.
+  std::uint32_t chunks_open = 0;                // Not delivered.
+
+  const File& file() const noexcept { return open->file; }
+};
+
+/// Opens the file of a load, looks whether it is as expected, and plans its chunks. May block for ever.
+void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes) noexcept;
+
+/// Whether a load has got what it asked for: the file is as it was, the bytes fit their checksums. May block for ever.
+void check_part(Part& part) noexcept;
+
+}  // namespace flashpack::engine

@@ -1,0 +1,256 @@
+// Transfers from their start to their end, and their files from the opening to the closing.
+#include <algorithm>
+#include <cassert>
+#include <cerrno>
+#include <functional>
+#include <utility>
+
+#include "engine/error.h"
+#include "engine/pipeline.h"
+
+namespace flashpack::engine {
+
+// Opens or closes the file of a part, in a thread of the pool. It owns what it uses.
+class Pipeline::FileTask final : public Pool::Task {
+ public:
+  FileTask(Part& part, const Pipeline& pipeline)
+      : transfer_(part.transfer->shared_from_this()),
+        part_(part),
+        closing_(part.state == Part::State::kClosing),
+        check_(closing_ && !transfer_->failure),
+        drop_(closing_ && transfer_->after == AfterLoad::kDrop && transfer_->stats.buffered_bytes > 0),
+        chunk_bytes_(pipeline.limits_.chunk_bytes),
+        files_(pipeline.files_),
+        inbox_(pipeline.inbox_) {
+    subject = closing_ ? static_cast<Pool::Subject>(part.file().buffered_fd()) + 1
+                       : std::hash<std::string>()(part.path.native()) | (Pool::Subject{1} << 63);
+    may_be_left = true;
+  }
+
+  void run() noexcept override {
+    const std::unique_ptr<FileTask> self(this);
+    closing_ ? close() : open_part(part_, *files_, chunk_bytes_);
+    inbox_->answer(std::move(transfer_), part_);
+  }
+
+ private:
+  void close() noexcept {
+    if (check_) check_part(part_);
+    if (drop_) part_.file().drop_from_cache();
+    const std::shared_ptr<OpenFile> file = std::move(part_.open);
+    part_.checked = true;
+  }
+
+  std::shared_ptr<TransferState> transfer_;
+  Part& part_;
+  const bool closing_;
+  const bool check_;
+  const bool drop_;
+  const std::uint32_t chunk_bytes_;
+  const std::shared_ptr<FileTable> files_;
+  const std::shared_ptr<Inbox> inbox_;
+};
+
+void Pipeline::Inbox::answer(std::shared_ptr<TransferState> transfer, Part& part) noexcept {
+  std::unique_lock lock(mutex);
+  if (!sleeper) {  // Nobody will close the file, if it was opened only now, but this thread.
+    lock.unlock();
+    part.open.reset();
+    return;
+  }
+  answers.push_back({std::move(transfer), &part});
+  sleeper->wake();
+}
+
+void Pipeline::admit() {
+  std::shared_ptr<TransferState> cancelled;
+  {
+    const std::lock_guard lock(inbox_->mutex);
+    admitted_.swap(inbox_->started);
+    answered_.swap(inbox_->answers);
+    cancelled = std::move(inbox_->cancelled);
+  }
+  for (auto& [transfer, part] : answered_) on_answer(*part);
+  answered_.clear();
+  for (const auto& transfer : admitted_) admit(transfer);
+  admitted_.clear();
+  while (cancelled) {
+    const std::shared_ptr<TransferState> transfer = std::exchange(cancelled, std::move(cancelled->next_cancelled));
+    if (transfer->self && !transfer->failure)
+      give_up(*transfer, file_error(Errc::kCancelled, transfer->verb(), transfer->path()));
+  }
+}
+
+void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
+  TransferState& transfer = *started;
+  transfer.self = started;
+  transfer.parts_awaited = transfer.parts.size();
+  ++unfinished_;
+  if (transfer.deadline) deadlines_.emplace(*transfer.deadline, &transfer);
+  if (transfer.gate) gated_.push_back(&transfer);
+  for (Part& part : transfer.parts) {
+    part.transfer = &transfer;
+    part.turn = next_turn_++;
+  }
+  if (transfer.failure) return give_up(transfer, transfer.failure->error());
+  if (transfer.cancel_requested)  // Perhaps before it was here.
+    return give_up(transfer, file_error(Errc::kCancelled, transfer.verb(), transfer.path()));
+  for (Part& part : transfer.parts) part.open ? begin_issuing(part) : void(waiting_.emplace_back(started, &part));
+  settle(transfer);
+}
+
+void Pipeline::expire() {
+  while (!deadlines_.empty() && deadlines_.begin()->first <= now_) {
+    TransferState& transfer = *deadlines_.begin()->second;
+    deadlines_.erase(deadlines_.begin());
+    if (!transfer.failure) give_up(transfer, file_error(Errc::kDeadlineExceeded, transfer.verb(), transfer.path()));
+  }
+}
+
+void Pipeline::open_next() {
+  while (!waiting_.empty() && open_parts_ - late_parts_ < max_open_parts_ && late_parts_ < kStuckLimit) {
+    const auto [transfer, part] = std::move(waiting_.front());
+    waiting_.pop_front();
+    if (part->state != Part::State::kWaiting) continue;
+    ++open_parts_;
+    ask(*part, Part::State::kOpening);
+  }
+}
+
+void Pipeline::ask(Part& part, Part::State state) {
+  part.state = state;
+  part.since = now_;
+  with_threads_.push_back(&part);
+  if (part.awaited) ++part.transfer->outstanding;
+  pool_.post(*new FileTask(part, *this));  // It deletes itself.
+}
+
+void Pipeline::on_answer(Part& part) {
+  std::erase(with_threads_, &part);
+  if (std::exchange(part.late, false)) --late_parts_;
+  if (part.awaited) --part.transfer->outstanding;
+  if (std::exchange(part.state, Part::State::kDone) == Part::State::kOpening) return on_opened(part);
+  --open_parts_;
+  max_open_parts_ = std::min(max_open_parts_ + 1, kMaxOpenParts);
+  stop_waiting_for(part);
+}
+
+void Pipeline::on_opened(Part& part) {
+  TransferState& transfer = *part.transfer;
+  if (part.open && !part.failure && !transfer.failure) return begin_issuing(part);
+  if (part.open) {
+    ask(part, Part::State::kClosing);
+    if (!transfer.failure) give_up(transfer, part.failure->error());
+    return;
+  }
+  --open_parts_;
+  const bool no_descriptors = part.failure->code == std::errc::too_many_files_open ||
+                              part.failure->code == std::errc::too_many_files_open_in_system;
+  if (no_descriptors && !transfer.failure && open_parts_ > late_parts_) {
+    // One of ours is open: they come back when it is closed.
+    part.failure.reset();
+    part.state = Part::State::kWaiting;
+    max_open_parts_ = open_parts_ - late_parts_;
+    waiting_.emplace_front(transfer.self, &part);
+    return;
+  }
+  stop_waiting_for(part);
+}
+
+void Pipeline::begin_issuing(Part& part) {
+  part.state = Part::State::kOpen;
+  part.chunks_open = static_cast<std::uint32_t>(part.plan.chunks.size());
+  part.chunks_open == 0 ? on_delivered(part) : issue_from_now_on(part);
+}
+
+std::vector<Part*>& Pipeline::issuing_like(const Part& part) {
+  return issuing_[part.plan.total_bytes <= limits_.chunk_bytes ? kSmall : kLarge];
+}
+
+void Pipeline::issue_from_now_on(Part& part) {
+  std::vector<Part*>& parts = issuing_like(part);
+  const auto before = [](const Part* a, const Part* b) { return a->turn < b->turn; };
+  const auto at = std::lower_bound(parts.begin(), parts.end(), &part, before);
+  if (at == parts.end() || *at != &part) parts.insert(at, &part);
+}
+
+// Every chunk of it has been.
+void Pipeline::on_delivered(Part& part) {
+  if (part.transfer->is_load()) return ask(part, Part::State::kClosing);
+  part.state = Part::State::kDone;
+  stop_waiting_for(part);
+}
+
+// What was found out about it is its transfer's.
+void Pipeline::stop_waiting_for(Part& part) {
+  if (!std::exchange(part.awaited, false)) return;
+  TransferState& transfer = *part.transfer;
+  transfer.stats.verified_bytes += part.verified_bytes;
+  --transfer.parts_awaited;
+  if (part.failure && !transfer.failure) return give_up(transfer, part.failure->error());
+  settle(transfer);
+}
+
+// A file that does not close, or that nobody wants to know more about, holds up nobody.
+void Pipeline::look_for_late_parts() {
+  for (std::size_t i = with_threads_.size(); i-- > 0;) {
+    Part& part = *with_threads_[i];
+    if (!part.late && now_ - part.since >= kLate) {
+      part.late = true;
+      ++late_parts_;
+    }
+    const bool closes = part.state == Part::State::kClosing && (part.checked || part.transfer->failure);
+    if (part.late && closes && part.awaited) {
+      --part.transfer->outstanding;
+      stop_waiting_for(part);
+    }
+  }
+}
+
+// From here on nothing is issued for it; what is under way is asked to end, and waited for.
+void Pipeline::give_up(TransferState& transfer, const Error& error) {
+  transfer.failure = Failure(error);
+  abandon_jobs_of(transfer);
+  for (Part& part : transfer.parts) {
+    if (part.state == Part::State::kOpen) std::erase(issuing_like(part), &part);
+    if (part.state == Part::State::kWaiting) part.state = Part::State::kDone;
+    const bool left_to_its_thread =
+        part.state == Part::State::kOpening || (part.state == Part::State::kClosing && part.late);
+    if (!left_to_its_thread && part.state != Part::State::kDone) continue;
+    if (!std::exchange(part.awaited, false)) continue;
+    --transfer.parts_awaited;
+    if (left_to_its_thread) --transfer.outstanding;
+  }
+  settle(transfer);
+}
+
+// After anything that may have been the last thing it waited for.
+void Pipeline::settle(TransferState& transfer) {
+  const std::shared_ptr<TransferState> keep = transfer.self;
+  if (!keep || transfer.jobs > 0) return;
+  if (transfer.failure) {
+    for (Part& part : transfer.parts) {
+      if (part.state == Part::State::kOpen) on_delivered(part);
+    }
+  }
+  if (transfer.self && transfer.parts_awaited == 0) end(transfer);
+}
+
+void Pipeline::end(TransferState& transfer) {
+  const std::shared_ptr<TransferState> keep = std::exchange(transfer.self, nullptr);
+  if (transfer.deadline) deadlines_.erase({*transfer.deadline, &transfer});
+  if (transfer.gate) std::erase(gated_, &transfer);
+  for (Part& part : transfer.parts) {
+    if (part.state == Part::State::kOpening) continue;  // A thread has it.
+    if (!transfer.is_load()) part.open.reset();         // The FileWriter has it, too, and closes it.
+    transfer.note_fallback(part.fallback_reason);
+    transfer.note_fallback(part.router.fallback_reason());
+  }
+  transfer.note_fallback(disk_.fallback_reason());
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - transfer.started;
+  transfer.stats.seconds = elapsed.count();
+  --unfinished_;
+  transfer.finish(transfer.failure);
+}
+
+}  // namespace flashpack::engine

@@ -1,0 +1,185 @@
+#include "engine/pool.h"
+
+#include <algorithm>
+#include <condition_variable>
+#include <list>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#include "engine/thread.h"
+
+namespace flashpack::engine {
+
+using Clock = std::chrono::steady_clock;
+
+struct Pool::State {
+  struct Thread {
+    std::thread handle;
+    const Task* running = nullptr;  // Never followed: the task may be gone.
+    Subject subject = 0;
+    bool may_be_left = false;
+    bool late = false;
+    Clock::time_point since;
+  };
+
+  explicit State(unsigned count) : wanted(count) {}
+
+  static void work(std::shared_ptr<State> state, std::list<Thread>::iterator self);
+  void replace_late(const std::shared_ptr<State>& self);
+  Task* take_runnable();
+  bool surplus() const { return threads.size() - late > wanted; }
+  /// Marks those that have become late; how many these are.
+  std::size_t note_late();
+  bool is_held_up(Subject subject) const;
+
+  const unsigned wanted;
+
+  std::mutex mutex;  // Protects the rest.
+  std::condition_variable work_wanted;
+  std::condition_variable thread_free;
+  Task* first = nullptr;
+  Task** last = &first;
+  std::list<Thread> threads;
+  std::list<Thread> left;  // They have ended and are to be joined.
+  std::size_t late = 0;
+  bool stopping = false;
+};
+
+bool Pool::State::is_held_up(Subject subject) const {
+  return late > 0 && subject != 0 && !stopping &&
+         std::any_of(threads.begin(), threads.end(), [&](const Thread& t) { return t.late && t.subject == subject; });
+}
+
+Pool::Task* Pool::State::take_runnable() {
+  for (Task** at = &first; *at; at = &(*at)->next_) {
+    Task* const task = *at;
+    if (is_held_up(task->subject)) continue;
+    *at = task->next_;
+    if (last == &task->next_) last = at;
+    task->next_ = nullptr;
+    return task;
+  }
+  return nullptr;
+}
+
+std::size_t Pool::State::note_late() {
+  const auto now = Clock::now();
+  std::size_t found = 0;
+  for (Thread& thread : threads) {
+    if (!thread.running || thread.late || now - thread.since < kLate) continue;
+    thread.late = true;
+    ++found;
+  }
+  late += found;
+  return found;
+}
+
+// Twice as many as were lost just now, so that a crowd that runs into the same wall is through after a few rounds.
+void Pool::State::replace_late(const std::shared_ptr<State>& self) {
+  std::size_t missing = 2 * note_late();
+  const std::size_t timely = threads.size() - late;
+  if (timely < wanted) missing = std::max<std::size_t>(missing, wanted - timely);
+  for (; first && missing > 0 && threads.size() < kMaxThreads; --missing) {
+    const auto at = threads.emplace(threads.end());
+    try {
+      at->handle = start_thread("flashpack-work", [self, at] { work(self, at); });
+    } catch (const std::system_error&) {
+      threads.erase(at);
+      return;  // No more threads are to be had: the others have to do.
+    }
+  }
+}
+
+void Pool::State::work(std::shared_ptr<State> state, std::list<Thread>::iterator self) {
+  std::unique_lock lock(state->mutex);
+  while (true) {
+    Task* const task = state->take_runnable();
+    if (!task) {
+      if (state->stopping ? !state->first : state->surplus()) break;
+      state->work_wanted.wait(lock);
+      continue;
+    }
+    self->running = task;
+    self->subject = task->subject;
+    self->may_be_left = task->may_be_left;
+    self->since = Clock::now();
+    lock.unlock();
+    task->run();
+    lock.lock();
+    self->running = nullptr;
+    if (self->late) {
+      self->late = false;
+      --state->late;
+      state->work_wanted.notify_all();  // What was held up can go on.
+    }
+    state->thread_free.notify_all();
+  }
+  state->left.splice(state->left.end(), state->threads, self);
+  state->thread_free.notify_all();
+}
+
+Pool::Pool(unsigned thread_count) : state_(std::make_shared<State>(thread_count)) {
+  std::unique_lock lock(state_->mutex);
+  try {
+    for (unsigned i = 0; i < thread_count; ++i) {
+      const auto at = state_->threads.emplace(state_->threads.end());
+      at->handle = start_thread("flashpack-work", [state = state_, at] { State::work(state, at); });
+    }
+  } catch (...) {
+    state_->threads.pop_back();
+    lock.unlock();
+    stop();
+    throw;
+  }
+}
+
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
+  std::unique_lock lock(state_->mutex);
+  state_->stopping = true;
+  state_->work_wanted.notify_all();
+  const auto stays = [](const State::Thread& thread) { return thread.late && thread.may_be_left; };
+  const auto ended = [&] {
+    return (!state_->first || state_->threads.size() >= kMaxThreads) &&
+           std::all_of(state_->threads.begin(), state_->threads.end(), stays);
+  };
+  while (!ended()) {
+    state_->thread_free.wait_for(lock, kLate);
+    state_->replace_late(state_);
+  }
+  for (State::Thread& thread : state_->threads) thread.handle.detach();
+  std::list<State::Thread> left;
+  left.swap(state_->left);
+  lock.unlock();
+  for (State::Thread& thread : left) thread.handle.join();
+}
+
+unsigned Pool::thread_count() const noexcept { return state_->wanted; }
+
+void Pool::post(Task& task) {
+  {
+    const std::lock_guard lock(state_->mutex);
+    *state_->last = &task;
+    state_->last = &task.next_;
+  }
+  state_->work_wanted.notify_one();
+}
+
+void Pool::set_free(Task& task) {
+  {
+    const std::lock_guard lock(state_->mutex);
+    task.subject = 0;
+  }
+  state_->work_wanted.notify_all();
+}
+
+void Pool::replace_late_threads() {
+  const std::lock_guard lock(state_->mutex);
+  for (State::Thread& thread : state_->left) thread.handle.join();
+  state_->left.clear();
+  state_->replace_late(state_);
+}
+
+}  // namespace flashpack::engine

@@ -1,0 +1,91 @@
+#include "engine/part.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <vector>
+
+#include "tests/support/guarded_memory.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::engine {
+namespace {
+
+constexpr std::uint32_t kMiB = 1u << 20;
+
+class PartTest : public ::testing::Test {
+ protected:
+  PartTest() { flashpack::testing::write_file(path_, bytes_); }
+
+  std::unique_ptr<Part> part(std::vector<Piece> pieces) {
+    auto part = std::make_unique<Part>();
+    part->path = path_;
+    part->pieces[0] = std::move(pieces);
+    return part;
+  }
+
+  flashpack::testing::TempDir dir_;
+  const std::filesystem::path path_ = dir_ / "file";
+  const std::vector<std::byte> bytes_ = flashpack::testing::random_bytes(2 * kMiB);
+  FileTable files_;
+};
+
+TEST_F(PartTest, LoadsOfOneFileShareItWhileItIsOpenAndTheSame) {
+  auto first = files_.open(path_, std::nullopt, true);
+  EXPECT_EQ(files_.open(path_, std::nullopt, true), first);
+  EXPECT_EQ(files_.open(path_, std::nullopt, false), first) << "what can do more serves as well";
+  EXPECT_EQ(files_.open("anywhere", std::nullopt, true, UniqueFd(::open(path_.c_str(), O_RDONLY | O_CLOEXEC))), first);
+  flashpack::testing::write_file(dir_ / "new", bytes_);
+  std::filesystem::rename(dir_ / "new", path_);
+  EXPECT_NE(files_.open(path_, std::nullopt, true), first);
+}
+
+TEST_F(PartTest, AFileThatWasOpenedForBufferedReadsDoesNotServeDirectOnes) {
+  auto buffered = files_.open(path_, std::nullopt, false);
+  EXPECT_NE(files_.open(path_, std::nullopt, true), buffered);
+}
+
+TEST_F(PartTest, AnotherFileThanExpectedIsRefusedThoughItIsOpen) {
+  const auto open = files_.open(path_, std::nullopt, true);
+  FileIdentity other = open->file.identity();
+  ++other.mtime_ns;
+  EXPECT_THROW(files_.open(path_, other, true), Error);
+}
+
+TEST_F(PartTest, WhatIsWrongWithTheFileIsKeptForTheTransfer) {
+  flashpack::testing::GuardedMemory memory(100);
+  auto too_far = part({{2 * kMiB - 50, 100, memory.data()}});
+  open_part(*too_far, files_, kMiB);
+  ASSERT_TRUE(too_far->failure);
+  EXPECT_EQ(too_far->failure->code, Errc::kTruncated);
+  auto missing = part({});
+  missing->path = dir_ / "missing";
+  open_part(*missing, files_, kMiB);
+  ASSERT_TRUE(missing->failure);
+  EXPECT_EQ(missing->failure->code, std::errc::no_such_file_or_directory);
+  EXPECT_EQ(missing->failure->path, missing->path);
+}
+
+TEST_F(PartTest, ChecksumsOfMoreThanTheFileHasAreItsEnd) {
+  auto wanted = part({});
+  wanted->checksums = Checksums{.size_bytes = 3 * kMiB, .crc32c = {1, 2, 3}};
+  open_part(*wanted, files_, kMiB);
+  ASSERT_TRUE(wanted->failure);
+  EXPECT_EQ(wanted->failure->code, Errc::kTruncated);
+}
+
+TEST_F(PartTest, AFileThatHasChangedFailsTheCheck) {
+  auto wanted = part({});
+  open_part(*wanted, files_, kMiB);
+  ASSERT_FALSE(wanted->failure);
+  check_part(*wanted);
+  EXPECT_FALSE(wanted->failure);
+  std::filesystem::resize_file(path_, kMiB);
+  check_part(*wanted);
+  ASSERT_TRUE(wanted->failure);
+  EXPECT_EQ(wanted->failure->code, Errc::kFileChanged);
+}
+
+}  // namespace
+}  // namespace flashpack::engine

@@ -1,0 +1,126 @@
+// Many files and many transfers at a time.
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "flashpack/engine.h"
+#include "tests/support/guarded_memory.h"
+#include "tests/support/pipeline_rig.h"
+#include "tests/support/sandbox.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack {
+namespace {
+
+constexpr std::uint32_t kMiB = 1u << 20;
+constexpr std::size_t kSmallBytes = 5000;
+
+class PartsTest : public ::testing::TestWithParam<Backend> {
+ protected:
+  std::filesystem::path file(std::size_t index) const { return dir_ / std::to_string(index); }
+
+  void write_files(std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) testing::write_file(file(i), bytes_);
+  }
+
+  // In a child with so few descriptors. What `body` gives back.
+  int with_few_descriptors(const std::function<int(Engine&)>& body) {
+    return testing::run_in_child([&] {
+      const rlimit few{90, 90};
+      if (::setrlimit(RLIMIT_NOFILE, &few) != 0) return testing::kSkip;
+      Engine engine({.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .workers = 2, .backend = GetParam()});
+      return body(engine);
+    });
+  }
+
+  bool right(const std::vector<std::byte>& memory) const { return memory == bytes_; }
+
+  testing::TempDir dir_;
+  const std::vector<std::byte> bytes_ = testing::random_bytes(kSmallBytes);
+};
+
+INSTANTIATE_TEST_SUITE_P(Backends, PartsTest, ::testing::Values(Backend::kAuto, Backend::kWorkers),
+                         [](const auto& backend) { return backend.param == Backend::kAuto ? "Auto" : "Workers"; });
+
+TEST_P(PartsTest, AThousandLoadsAtATimeNeedFewDescriptors) {
+  write_files(300);
+  const int status = with_few_descriptors([&](Engine& engine) {
+    std::vector<std::vector<std::byte>> memory(1000, std::vector<std::byte>(kSmallBytes));
+    std::vector<Transfer> transfers;
+    for (std::size_t i = 0; i < memory.size(); ++i) {
+      transfers.push_back(
+          engine.start_load({.files = {{.path = file(i % 300), .extents = {{0, kSmallBytes, memory[i].data()}}}}}));
+    }
+    for (Transfer& transfer : transfers) transfer.wait();
+    return std::all_of(memory.begin(), memory.end(), [&](const auto& m) { return right(m); }) ? 0 : 1;
+  });
+  EXPECT_EQ(status, 0);
+}
+
+TEST_P(PartsTest, ALoadOfManyFilesNeedsFewDescriptors) {
+  write_files(600);
+  const int status = with_few_descriptors([&](Engine& engine) {
+    std::vector<std::vector<std::byte>> memory(600, std::vector<std::byte>(kSmallBytes));
+    LoadRequest request;
+    for (std::size_t i = 0; i < memory.size(); ++i)
+      request.files.push_back({.path = file(i), .extents = {{0, kSmallBytes, memory[i].data()}}});
+    engine.load(std::move(request));
+    return std::all_of(memory.begin(), memory.end(), [&](const auto& m) { return right(m); }) ? 0 : 1;
+  });
+  EXPECT_EQ(status, 0);
+}
+
+TEST_P(PartsTest, TheFirstOfManyFilesThatIsMissingFailsTheLoadAndLeavesNothingOpen) {
+  write_files(100);
+  const int status = with_few_descriptors([&](Engine& engine) {
+    for (int round = 0; round < 20; ++round) {
+      std::vector<std::vector<std::byte>> memory(101, std::vector<std::byte>(kSmallBytes));
+      LoadRequest request;
+      for (std::size_t i = 0; i < memory.size(); ++i)
+        request.files.push_back({.path = file(i), .extents = {{0, kSmallBytes, memory[i].data()}}});
+      try {
+        engine.load(std::move(request));
+        return 1;
+      } catch (const Error& error) {
+        if (error.code() != std::errc::no_such_file_or_directory || error.path() != file(100)) return 2;
+      }
+    }
+    return 0;
+  });
+  EXPECT_EQ(status, 0);
+}
+
+struct Note final : Completion {
+  void done(Transfer&) noexcept override { call(); }
+  std::function<void()> call;
+};
+
+TEST(PipelinePartsTest, ASmallLoadDoesNotWaitBehindALargeOneThatWasThereBefore) {
+  constexpr std::uint32_t kChunk = 64 << 10;
+  testing::TempDir dir;
+  testing::write_file(dir / "file", testing::random_bytes(200 * kChunk));
+  testing::GuardedMemory large(200 * kChunk);
+  testing::GuardedMemory small(4096);
+  testing::PipelineRig rig(1, {}, testing::PipelineRig::Shape::kRealWorkers, kChunk, 8);
+  std::string order;
+  Note start;
+  Note large_done;
+  Note small_done;
+  large_done.call = [&] { order += "large "; };
+  small_done.call = [&] { order += "small "; };
+  start.call = [&] {  // On the driver thread, so that it finds both at once.
+    rig.start({.path = dir / "file", .extents = {{0, large.size(), large.data()}}, .completion = &large_done}).detach();
+    rig.start({.path = dir / "file", .extents = {{8192, small.size(), small.data()}}, .completion = &small_done})
+        .detach();
+  };
+  rig.start({.path = dir / "file", .extents = {}, .completion = &start}).wait();
+  rig.stop();
+  EXPECT_EQ(order, "small large ");
+}
+
+}  // namespace
+}  // namespace flashpack

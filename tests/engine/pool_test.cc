@@ -1,0 +1,135 @@
+#include "engine/pool.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <functional>
+#include <future>
+#include <list>
+#include <memory>
+#include <optional>
+#include <utility>
+
+namespace flashpack::engine {
+namespace {
+
+constexpr std::chrono::seconds kHang{20};
+
+class PoolTest : public ::testing::Test {
+ protected:
+  struct Work final : Pool::Task {
+    void run() noexcept override { work(); }
+    std::function<void()> work;
+  };
+
+  PoolTest() { pool_.emplace(2u); }
+  ~PoolTest() override {
+    release();
+    pool_.reset();
+  }
+
+  Work& post(std::function<void()> body, Pool::Subject subject = 0) {
+    Work& work = work_.emplace_back();
+    work.work = std::move(body);
+    work.subject = subject;
+    pool_->post(work);
+    return work;
+  }
+
+  // Begun, and not over before release().
+  void post_stuck(Pool::Subject subject) {
+    std::promise<void> begun;
+    auto begins = begun.get_future();
+    post(
+        [begun = std::make_shared<std::promise<void>>(std::move(begun)), until = released_] {
+          begun->set_value();
+          until.wait();
+        },
+        subject);
+    ASSERT_EQ(begins.wait_for(kHang), std::future_status::ready);
+  }
+
+  void release() {
+    if (!std::exchange(is_released_, true)) release_.set_value();
+  }
+
+  // Whether it happens while somebody looks after the pool, as the driver does.
+  bool happens(std::future<void> event) {
+    const auto end = std::chrono::steady_clock::now() + kHang;
+    while (event.wait_for(std::chrono::milliseconds(1)) != std::future_status::ready) {
+      if (std::chrono::steady_clock::now() > end) return false;
+      pool_->replace_late_threads();
+    }
+    return true;
+  }
+
+  std::list<Work> work_;
+  std::promise<void> release_;
+  std::shared_future<void> released_ = release_.get_future().share();
+  bool is_released_ = false;
+  std::optional<Pool> pool_;
+};
+
+TEST_F(PoolTest, ThreadsThatAreStuckAreReplaced) {
+  post_stuck(1);
+  post_stuck(2);
+  std::promise<void> done;
+  post([&] { done.set_value(); });
+  EXPECT_TRUE(happens(done.get_future()));
+}
+
+TEST_F(PoolTest, TasksOfASubjectWaitWhileOneOfThemIsLateUnlessTheyAreSetFree) {
+  post_stuck(1);
+  post_stuck(1);
+  std::promise<void> other;
+  post([&] { other.set_value(); }, 2);
+  ASSERT_TRUE(happens(other.get_future())) << "by now both are late";
+  std::promise<void> follower;
+  auto followed = follower.get_future();
+  std::atomic<bool> released = false;
+  post(
+      [&] {
+        EXPECT_TRUE(released);
+        follower.set_value();
+      },
+      1);
+  std::promise<void> free;
+  pool_->set_free(post([&] { free.set_value(); }, 1));
+  EXPECT_TRUE(happens(free.get_future())) << "it was posted later";
+  EXPECT_NE(followed.wait_for(std::chrono::seconds(0)), std::future_status::ready);
+  released = true;
+  release();
+  EXPECT_TRUE(happens(std::move(followed)));
+}
+
+TEST_F(PoolTest, WhatWasPostedIsRunBeforeThePoolIsGone) {
+  std::atomic<int> ran = 0;
+  for (int i = 0; i < 100; ++i) post([&] { ++ran; });
+  pool_.reset();
+  EXPECT_EQ(ran, 100);
+}
+
+TEST_F(PoolTest, AThreadWhoseTaskMayBeLeftIsLeftBehind) {
+  struct Owner final : Pool::Task {
+    Owner(std::shared_future<void> release, std::promise<void> end) : until(std::move(release)), over(std::move(end)) {
+      may_be_left = true;
+    }
+    void run() noexcept override {
+      const std::unique_ptr<Owner> self(this);
+      until.wait();
+      over.set_value();
+    }
+    std::shared_future<void> until;
+    std::promise<void> over;
+  };
+  std::promise<void> over;
+  auto ended = over.get_future();
+  pool_->post(*new Owner(released_, std::move(over)));
+  pool_.reset();
+  EXPECT_NE(ended.wait_for(std::chrono::seconds(0)), std::future_status::ready);
+  release();
+  EXPECT_EQ(ended.wait_for(kHang), std::future_status::ready);
+}
+
+}  // namespace
+}  // namespace flashpack::engine
