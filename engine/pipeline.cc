@@ -22,6 +22,11 @@ constexpr unsigned kResidencyQuestionsPerTurn = 16;
 // landed meanwhile are far fewer than a link of today can fill in that time.
 constexpr std::chrono::microseconds kDevicePeriod{100};
 
+// A shut gate waits for the caller's own work, which may take long. Looks are spaced by the wait so far, so that an
+// opening is noticed by an eighth of the wait too late at most, and never by more than the longest period.
+constexpr int kLooksPerWait = 8;
+constexpr std::chrono::milliseconds kLongestGatePeriod{4};
+
 // How long something may be late before it is noticed.
 constexpr std::chrono::nanoseconds kLookForStuckPeriod = kLate / 5;
 
@@ -101,6 +106,7 @@ void Pipeline::attend_to_gates() {
     std::error_code error;
     if (!transfer.failure && transfer.gate->open(error)) transfer.gate.reset();
     if (transfer.gate && !transfer.failure && !error) continue;
+    gates_changed_ = now_;
     gated_.erase(gated_.begin() + static_cast<std::ptrdiff_t>(i));
     if (error) give_up(transfer, file_error(error, transfer.verb(), transfer.path()));
   }
@@ -127,10 +133,14 @@ void Pipeline::reap(std::optional<std::chrono::nanoseconds> patience) {
 // How long the loop may sleep; none is for ever.
 std::optional<std::chrono::nanoseconds> Pipeline::patience(bool look_again) {
   if (look_again) return std::chrono::nanoseconds(0);
-  if (copier_ && (!copier_->idle() || !gated_.empty())) return kDevicePeriod;
+  if (copier_ && !copier_->idle()) return kDevicePeriod;
   const bool something_may_be_late = free_jobs_.size() < jobs_.size() || !with_threads_.empty();
-  if (!something_may_be_late && deadlines_.empty()) return std::nullopt;
+  if (!something_may_be_late && deadlines_.empty() && gated_.empty()) return std::nullopt;
   std::chrono::nanoseconds longest = something_may_be_late ? kLookForStuckPeriod : std::chrono::hours(1);
+  if (!gated_.empty()) {
+    longest = std::clamp<std::chrono::nanoseconds>((now_ - gates_changed_) / kLooksPerWait, kDevicePeriod,
+                                                   kLongestGatePeriod);
+  }
   if (!deadlines_.empty()) {
     // A far deadline plus now would overflow in the clocks below; looking once an hour costs nothing.
     longest =

@@ -226,6 +226,7 @@ class Pipeline final : public Driver {
   std::size_t max_open_parts_ = kMaxOpenParts;
   std::set<std::pair<Deadline, TransferState*>> deadlines_;
   std::vector<TransferState*> gated_;                     // Behind a gate.
+  std::chrono::steady_clock::time_point gates_changed_;   // When the last of them came, or went.
   std::vector<std::shared_ptr<TransferState>> admitted_;  // Scratch of admit().
   std::vector<Answer> answered_;                          // The same.
 };

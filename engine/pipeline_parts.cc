@@ -87,7 +87,10 @@ void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
   transfer.parts_awaited = transfer.parts.size();
   ++unfinished_;
   if (transfer.deadline) deadlines_.emplace(*transfer.deadline, &transfer);
-  if (transfer.gate) gated_.push_back(&transfer);
+  if (transfer.gate) {
+    gated_.push_back(&transfer);
+    gates_changed_ = now_;
+  }
   for (Part& part : transfer.parts) {
     part.transfer = &transfer;
     part.turn = next_turn_++;

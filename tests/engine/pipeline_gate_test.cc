@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -120,6 +121,22 @@ TEST_F(PipelineGateTest, AGateOpensAlsoForTheTransferThatStuckReadsLeaveNoSlot) 
   transfer.wait();
   EXPECT_EQ(std::memcmp(target.data(), bytes_.data(), target.size()), 0);
   ASSERT_TRUE(stuck.wait_for(kHang));
+}
+
+// Each look costs the driver a turn; what is between them is sleep, and the sum of it a lower bound of what passes.
+TEST_F(PipelineGateTest, AGateThatStaysShutIsLookedAtLessAndLess) {
+  constexpr int kLooks = 200;
+  constexpr std::chrono::microseconds kShortestSleep{100};
+  Stream stream;
+  GuardedMemory target(3 * kChunk);
+  const auto begin = std::chrono::steady_clock::now();
+  Transfer transfer = start_behind(stream, target);
+  while (stream.looks < kLooks) std::this_thread::sleep_for(kShortestSleep);
+  EXPECT_GT(std::chrono::steady_clock::now() - begin, 10 * kLooks * kShortestSleep);
+  stream.at_end = true;
+  ASSERT_TRUE(transfer.wait_for(kHang)) << "it hangs";
+  transfer.wait();
+  EXPECT_EQ(std::memcmp(target.data(), bytes_.data(), target.size()), 0);
 }
 
 }  // namespace
