@@ -118,11 +118,11 @@ def open_footer(path: StrPath) -> Iterator[Footer]:
 
 def open_for_reading(path: StrPath) -> FileIO:
     """For reading, by descriptor; not inherited by programs that are started. Raises OSError."""
-    return FileIO(os.fspath(path), opener=_open)
+    return FileIO(os.fspath(path), opener=open_descriptor)
 
 
-def _open(path: str, flags: int) -> int:
-    # O_NONBLOCK: a FIFO that nobody writes to must not hold us here.
+def open_descriptor(path: StrPath, flags: int) -> int:
+    """os.open() that never waits for a FIFO's writer, but for the holder of a write lease. Raises OSError."""
     try:
         return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
     except BlockingIOError:  # Somebody has a write lease on it. Without O_NONBLOCK a regular file is waited for.

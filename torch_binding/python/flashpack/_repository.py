@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ._footer import StrPath
+from ._footer import StrPath, open_descriptor
 from ._native import FlashPackError
 
 INDEX_NAME = "model_index.json"
@@ -37,11 +37,11 @@ _JSON_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a bool
 
 
 def open_regular(path: StrPath) -> BinaryIO:
-    """Opens a file for reading. Never waits for a writer, as opening a FIFO does.
+    """Opens a file for reading, as open_for_reading does, and is sure that it is a file.
 
     Raises FlashPackError for what is not a regular file, OSError for the system's failures.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    descriptor = open_descriptor(path, os.O_RDONLY | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FlashPackError(f"{os.fspath(path)} is not a regular file")
