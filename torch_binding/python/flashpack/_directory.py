@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ._checkpoint import files_of, find_checkpoint, is_index, weight_patterns
+from ._durable import make_directories, sync
 from ._hub_cache import is_blob_link
 from ._native import FlashPackError
 from ._repository import INDEX_NAME, check_inside, components_of
@@ -127,7 +128,8 @@ def own_files(directory: Path, pattern: str) -> None:
 
 @contextlib.contextmanager
 def staged(destination: Path) -> Iterator[Path]:
-    """A directory to write into. If the block ends well, its files are moved into `destination`; else nothing stays.
+    """A directory to write into. If the block ends well, its files are moved into `destination`, durably; else nothing
+    stays.
 
     They replace what pack_to_file would replace. Raises what that raises, before anything is moved.
     """
@@ -142,17 +144,9 @@ def staged(destination: Path) -> Iterator[Path]:
         files = sorted(path for path in stage.rglob("*") if path.is_file())
         targets = [file_to_replace(destination / file.relative_to(stage)) for file in files]
         for file, target in zip(files, targets, strict=True):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_directories(target.parent)
+            sync(file)
             if target.exists():
                 shutil.copymode(target, file)
             file.replace(target)
-            _sync(target.parent)
-
-
-def _sync(directory: Path) -> None:
-    """Makes the names in it durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(target.parent)

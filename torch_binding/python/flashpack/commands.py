@@ -341,8 +341,6 @@ def _save(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file: Path
             raise FlashPackError(f"safetensors files cannot hold {error.args[0]}; a .pt file can") from error
     else:
         torch.save(tensors, file)
-    with file.open("rb+") as saved:
-        os.fsync(saved.fileno())
 
 
 def _required(destination_path: StrPath | None, source: str) -> StrPath:

@@ -14,6 +14,7 @@ import torch
 from . import _native
 from ._casts import dtype_when_asked
 from ._device import CPU, side_of
+from ._durable import make_directories
 from ._engine import left_before_exit
 from ._footer import StrPath
 from ._hub_cache import is_blob_link
@@ -74,7 +75,7 @@ def pack_to_file(
     layout = _native.layout(specs, align_bytes, name_order, _checked_metadata(metadata), checksum)
 
     destination = os.path.abspath(destination_path)
-    os.makedirs(os.path.dirname(destination), exist_ok=True)
+    make_directories(os.path.dirname(destination))
     dtypes = {name: string_to_dtype(dtype) for name, dtype, _ in specs}
     side = side_of(_main_device(tensors))
     follow_links = not is_blob_link(destination)

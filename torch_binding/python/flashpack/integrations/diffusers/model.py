@@ -18,6 +18,7 @@ from diffusers import ModelMixin
 from ..._assign import slots_of
 from ..._casts import PLAIN_FLOATS, check_asked
 from ..._directory import own_files
+from ..._durable import make_directories
 from ..._footer import Footer, StrPath, Verify, open_footer
 from ..._native import FlashPackError
 from ..._repository import blaming, check_model_config
@@ -187,7 +188,7 @@ def make_directory(path: StrPath) -> Path:
     directory = Path(path)
     if directory.exists() and not directory.is_dir():
         raise FlashPackError(f"Save directory {directory} is not a directory")
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directories(directory)
     return directory
 
 

@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..._directory import own_files
+from ..._durable import make_directories
 from ..._footer import StrPath, Verify
 from ..._native import FlashPackError
 from ..._repository import (
@@ -99,7 +100,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
         directory = make_directory(save_directory)
         for name, component in components.items():
             if has_mixin(type(component)):
-                (directory / name).mkdir(exist_ok=True)
+                make_directories(directory / name)
                 component.save_pretrained_flashpack(
                     directory / name,
                     target_dtype=dtypes.get(name),
@@ -253,6 +254,7 @@ def _save(
     if max_shard_size is not None:
         arguments["max_shard_size"] = max_shard_size
     known = inspect.signature(component.save_pretrained).parameters
+    make_directories(directory)
     own_files(directory, "**/*")
     component.save_pretrained(directory, **{name: value for name, value in arguments.items() if name in known})
     # One of before would be loaded instead of what has just been saved.
