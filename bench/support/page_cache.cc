@@ -48,7 +48,7 @@ double resident_fraction(const std::filesystem::path& path, std::uint64_t offset
   return static_cast<double>(pages[0]) / static_cast<double>(last - first);
 }
 
-void drop_from_page_cache(const std::filesystem::path& path) {
+bool try_drop_from_page_cache(const std::filesystem::path& path) {
   const OpenFile file(path, O_RDONLY);
   double fraction = 1;
   for (int pass = 0; pass < kPasses && fraction > 0; ++pass) {
@@ -57,7 +57,11 @@ void drop_from_page_cache(const std::filesystem::path& path) {
     if (const int error = ::posix_fadvise(file.fd(), 0, 0, POSIX_FADV_DONTNEED)) throw file.error("fadvise", error);
     fraction = resident_fraction(path);
   }
-  if (fraction > 0) throw stays(path, fraction, "none");
+  return fraction == 0;
+}
+
+void drop_from_page_cache(const std::filesystem::path& path) {
+  if (!try_drop_from_page_cache(path)) throw stays(path, resident_fraction(path), "none");
 }
 
 void warm_every_other(const std::filesystem::path& path, std::uint64_t stripe_bytes) {
