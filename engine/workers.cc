@@ -359,13 +359,10 @@ void Workers::carry_out(Work& work) noexcept {
     cancelled = work.cancelled;
   }
   const std::int64_t result = cancelled ? -ECANCELED : engine::carry_out(work.request);
-  bool wake = false;
-  {
-    const std::lock_guard lock(mutex_);
-    wake = worth_waking(work.request);
-    finished_.push_back({work.tag, result});
-  }
-  if (!wake) return;
+  // Waking is done under the lock: the owner may be gone as soon as it knows of the last completion.
+  const std::lock_guard lock(mutex_);
+  finished_.push_back({work.tag, result});
+  if (!worth_waking(work.request)) return;
   listener_ ? listener_->wake() : owner_wanted_.notify_one();
 }
 
