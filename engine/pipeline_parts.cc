@@ -142,9 +142,8 @@ void Pipeline::on_opened(Part& part) {
   TransferState& transfer = *part.transfer;
   if (part.open && !part.failure && !transfer.failure) return begin_issuing(part);
   if (part.open) {
-    ask(part, Part::State::kClosing);
     if (!transfer.failure) give_up(transfer, part.failure->error());
-    return;
+    return ask(part, Part::State::kClosing);
   }
   --open_parts_;
   const bool no_descriptors = part.failure->code == std::errc::too_many_files_open ||
