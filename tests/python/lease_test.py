@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,3 +55,19 @@ def test_a_file_with_a_write_lease_is_waited_for(tmp_path: Path, name: str, read
             assert holder.wait() == 0
         finally:
             holder.kill()
+
+
+def test_a_failure_after_the_wait_is_an_error_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "config.json").write_text("{}")
+    system_open = os.open
+
+    def failing(path: str | Path, flags: int) -> int:
+        if flags & os.O_PATH:
+            return system_open(path, flags)
+        reason = errno.EAGAIN if flags & os.O_NONBLOCK else errno.EMFILE
+        raise OSError(reason, os.strerror(reason), os.fspath(path))
+
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        _repository.open_regular(tmp_path / "config.json")
+    assert caught.value.filename == os.fspath(tmp_path / "config.json")

@@ -130,6 +130,9 @@ def open_descriptor(path: StrPath, flags: int) -> int:
         try:
             if stat.S_ISREG(os.fstat(place).st_mode):
                 return os.open(f"/proc/self/fd/{place}", flags)
+        except OSError as error:
+            error.filename = os.fspath(path)
+            raise
         finally:
             os.close(place)
         raise
