@@ -57,6 +57,16 @@ def test_a_link_to_a_link_to_a_blob_is_replaced_and_the_cache_is_not(cached, tmp
     assert cached_link.read_bytes() == OLD
 
 
+def test_a_blob_is_known_where_blobs_is_a_link_to_a_larger_disk(cached, tmp_path):
+    path = cached("model.flashpack") / "model.flashpack"
+    blobs = tmp_path / "hub" / "models--x--y" / "blobs"
+    blobs.rename(tmp_path / "store")
+    blobs.symlink_to(tmp_path / "store")
+    pack(path)
+    assert packed(path)
+    assert not path.is_symlink()
+
+
 def test_a_snapshot_is_known_by_whatever_name_its_directory_is_reached(cached, tmp_path, monkeypatch):
     snapshot = cached("a.flashpack", "b.flashpack")
     (tmp_path / "latest").symlink_to(snapshot)

@@ -23,7 +23,10 @@ def is_blob_link(path: StrPath) -> bool:
 
 
 def _targets(path: StrPath) -> Iterator[Path]:
-    """What the link `path` points to; if that is a link, what that points to, and so on. Nothing, if it is no link."""
+    """What the link `path` points to; if that is a link, what that points to, and so on. Nothing, if it is no link.
+
+    Each by the directory that its link names, and by the one that this leads to: `blobs` may itself be a link.
+    """
     link = Path(path)
     for _ in range(_MAX_LINKS):
         try:
@@ -31,7 +34,9 @@ def _targets(path: StrPath) -> Iterator[Path]:
         except OSError:
             return
         directory, name = os.path.split(target)
-        link = Path(os.path.realpath(link.parent / directory), name)
+        named = os.path.normpath(os.path.join(os.path.realpath(link.parent), directory))
+        yield Path(named, name)
+        link = Path(os.path.realpath(named), name)
         yield link
 
 
