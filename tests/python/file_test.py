@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
 
@@ -53,6 +54,27 @@ def test_only_what_is_named_and_not_ignored_is_read(path, tensors):
     wanted_bytes = sum(tensor.nbytes for tensor in loaded.values())
     assert told[-1] == (wanted_bytes, wanted_bytes)
     assert told == sorted(told)
+
+
+def test_opening_a_file_of_many_tensors_never_has_the_garbage_collector_walk_through_them(pack):
+    path = pack({"w": torch.ones(1)} | {f"layers.{i}": torch.empty(0) for i in range(20_000)})
+    rounds = []
+    gc.callbacks.append(lambda phase, info: rounds.append(phase))
+    try:
+        file = flashpack.open_file(path)
+        walked = len(rounds)
+    finally:
+        gc.callbacks.pop()
+    assert len(file) == 20_001
+    assert walked <= 2
+    assert gc.isenabled()
+
+
+def test_what_is_done_to_the_metadata_of_an_open_file_does_not_matter_to_it(path, tensors):
+    with flashpack.open_file(path) as file:
+        for record in file.metadata["index"]:
+            record.update(offset=10**9, length=10**9, shape=[10**9], macroblock=7)
+        assert_bit_equal({name: file.get(name) for name in file}, tensors)
 
 
 def test_a_name_that_the_file_lacks_is_an_error_that_names_it(path):

@@ -123,9 +123,25 @@ TransferStats wait(Transfer& transfer, const ProgressFunction& progress, std::ui
   return stats;
 }
 
+/// Python's collector of cycles does not run while this lives: it walks through all objects, again and again while many
+/// are made. No other thread sees that, because the GIL is held.
+class CollectorPause {
+ public:
+  CollectorPause() : was_enabled_(PyGC_Disable() != 0) {}
+  CollectorPause(const CollectorPause&) = delete;
+  CollectorPause& operator=(const CollectorPause&) = delete;
+  ~CollectorPause() {
+    if (was_enabled_) PyGC_Enable();
+  }
+
+ private:
+  bool was_enabled_;
+};
+
 /// The footer as json.loads would give it, normalised: the keys of the format, in the order in which the writer puts
 /// them, without any others that the file has.
 Dict footer_dict(const Metadata& metadata) {
+  const CollectorPause pause;
   const bool several = metadata.version == 4;
   Dict footer;
   footer["format"] = several ? "flashpack_v4" : "flashpack_v3";

@@ -99,7 +99,8 @@ class FlashPackFile:
         self._device = supported_device(device, self._options)
         self._file = open_for_reading(path)
         self._footer = footer_of(self._file, os.fspath(path))
-        self._entries = {entry.name: entry for entry in self._footer.entries()}
+        # An Entry is made when it is asked for: of a million tensors few may be.
+        self._records = {record["name"]: record for record in self._footer.metadata["index"]}
 
     @property
     def path(self) -> str:
@@ -107,21 +108,22 @@ class FlashPackFile:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The footer, as get_flashpack_file_metadata returns it."""
-        return self._footer.metadata
+        """The footer, as get_flashpack_file_metadata returns it, in a dict of its own."""
+        assert self._footer.native is not None
+        return self._footer.native.to_dict()
 
     def keys(self) -> list[str]:
         """The names, in file order."""
-        return list(self._entries)
+        return list(self._records)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._records)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._records)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._records
 
     @left_before_exit
     def get(self, name: str) -> torch.Tensor:
@@ -158,9 +160,10 @@ class FlashPackFile:
 
     def _entry(self, name: str) -> Entry:
         try:
-            return self._entries[name]
+            record = self._records[name]
         except KeyError:
             raise KeyError(f"{self.path} has no tensor {name!r}") from None
+        return next(self._footer.entries_of([record]))
 
 
 class TensorSlice:

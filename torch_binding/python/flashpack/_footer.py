@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from typing import Any, Literal, NamedTuple
@@ -78,9 +78,13 @@ class Footer(NamedTuple):
 
     def entries(self) -> Iterator[Entry]:
         """In file order."""
+        return self.entries_of(self.metadata["index"])
+
+    def entries_of(self, records: Iterable[dict[str, Any]]) -> Iterator[Entry]:
+        """Of some of the records in the index."""
         blocks = self.blocks()
         widths = [_native.element_bytes(block.dtype) for block in blocks]
-        for record in self.metadata["index"]:
+        for record in records:
             which = record.get("macroblock", 0)
             block, width = blocks[which], widths[which]
             yield Entry(
