@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from ._casts import cast_exactly, check_asked, dtype_when_asked
 from ._footer import Entry
@@ -204,6 +205,8 @@ def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters
 def check_class(name: str, slot: Slot) -> None:
     """Raises TypeError for what cannot be given other memory, or means something else by its bytes than torch."""
     value = slot.value
+    if is_lazy(value):
+        return  # It becomes a plain one.
     if not has_plain_class(value):
         kind = "parameter" if slot.is_parameter else "buffer"
         raise TypeError(f"{kind} '{name}' is a {type(value).__name__}, which cannot be replaced by a plain tensor")
@@ -228,7 +231,7 @@ def has_plain_class(value: torch.Tensor) -> bool:
 def misfit_of(entry: Entry, slot: Slot, casts: Casts) -> TypeError | ValueError | None:
     """Why the tensor of the file may not take the place of what the module has."""
     name, value = entry.name, slot.value
-    if tuple(value.shape) != entry.shape:
+    if not is_lazy(value) and tuple(value.shape) != entry.shape:
         return ValueError(f"shape mismatch for '{name}': model={list(value.shape)} vs flash={list(entry.shape)}")
     dtype = string_to_dtype(entry.dtype)
     chosen = casts.asked is not None and dtype_when_asked(value.dtype, casts.asked) == casts.dtype_of(entry, value)
@@ -290,6 +293,7 @@ def commit(
     given: dict[str, torch.Tensor] = {}
     for entry in plan.wanted:
         old = plan.slots[entry.name].value
+        initialize(old, undo)
         new = cast_exactly(entry.name, tensors.pop(entry.name).to(device), casts.dtype_of(entry, old))
         if plan.own_code:
             given[entry.name] = new
@@ -310,6 +314,13 @@ def commit(
             new_values[id(slot.value)] = slot.value.detach().to(device) if is_parameter else slot.value.to(device)
     swap_in(plan, new_values, undo)
     return given
+
+
+def initialize(value: torch.Tensor, undo: ExitStack) -> None:
+    """Makes of what a lazy module has until its first forward the parameter or buffer that it becomes, still empty."""
+    if is_lazy(value):
+        undo.callback(setattr, value, "__class__", type(value))
+        value.__class__ = type(value).cls_to_become  # type: ignore[union-attr]
 
 
 def add_further_names(plan: Plan, given: dict[str, torch.Tensor]) -> None:
