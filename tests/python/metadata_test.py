@@ -65,12 +65,13 @@ def test_without_any_the_file_is_what_it_is_without_the_argument(nothing, tmp_pa
     [
         ({"rank": 16}, "'rank': 16 is a int, not a str"),
         ({"rank": None}, "'rank': None is a NoneType"),
+        ("step 7", "metadata is a str, not a mapping"),
         ({1: "a"}, "1: 1 is a int"),
         ({"a": "\ud800"}, "'a' cannot be written as UTF-8"),
         ({"\ud800": "a"}, "cannot be written as UTF-8"),
         ({"a": "\0" * (50 << 20)}, "over the limit of 268435456"),
     ],
-    ids=["number", "None", "key", "surrogate", "key-surrogate", "too-long"],
+    ids=["number", "None", "text", "key", "surrogate", "key-surrogate", "too-long"],
 )
 def test_what_a_footer_cannot_hold_is_refused_before_anything_is_written(metadata, message, tmp_path):
     with pytest.raises(flashpack.FlashPackError, match=message):

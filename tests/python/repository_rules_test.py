@@ -194,6 +194,9 @@ def test_a_fifo_is_an_error_and_not_a_wait(tmp_path):
         index.write_text(json.dumps({"weight_map": {"a": shard}}))
         with pytest.raises(FlashPackError, match=f"{shard} is not a regular file"):
             commands.convert_to_flashpack(index, tmp_path / "out.flashpack")
+    for source in (tmp_path / "shard.safetensors", tmp_path / "model.bin"):
+        with pytest.raises(FlashPackError, match=f"{source} is not a regular file"):
+            commands.convert_to_flashpack(source)
     with pytest.raises(FlashPackError, match="not a regular file"):
         open_regular(tmp_path / "model.bin")
     with pytest.raises(FileNotFoundError):

@@ -105,7 +105,7 @@ def convert_to_flashpack(
         return convert_to_flashpack_from_model(source, _required(destination_path, "a model"), **options)
     if isinstance(source, Mapping):
         return convert_to_flashpack_from_state_dict(source, _required(destination_path, "a state dict"), **options)
-    if os.path.isfile(source):
+    if os.path.exists(source) and not os.path.isdir(source):
         if use_transformers or use_diffusers:
             raise FlashPackError(f"a model cannot be built from {source} alone: give its directory")
         _warn_of_unused(kwargs)

@@ -132,6 +132,8 @@ def _specs(
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise FlashPackError(f"metadata is a {type(metadata).__name__}, not a mapping of strings")
     checked = dict(metadata or {})
     for key, value in checked.items():
         for text in (key, value):
