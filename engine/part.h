@@ -45,6 +45,13 @@ struct OpenFile {
   std::uint32_t stuck = 0;  // The driver's: operations on it that are late or abandoned.
 };
 
+/// What the driver knows of a file system.
+struct FileSystem {
+  std::uint32_t stuck = 0;  // Operations that are late or abandoned.
+  std::uint32_t late = 0;   // Of these: late.
+  std::uint32_t loads = 0;  // Open parts of loads.
+};
+
 /// Files that are open for loads, so that loads of the same file share one.
 /// Thread safety: any thread.
 class FileTable {
@@ -88,6 +95,7 @@ struct Part {
 
   // The driver's alone.
   TransferState* transfer = nullptr;
+  FileSystem* file_system = nullptr;  // Once it is open.
   State state = State::kWaiting;
   std::uint64_t turn = 0;                       // Ascending in the order of the starts.
   bool awaited = true;                          // Its transfer does not end before it is done.

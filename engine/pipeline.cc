@@ -54,11 +54,6 @@ Pipeline::Pipeline(IoQueue& disk, IoQueue& workers, Pool& pool, Copier* copier, 
   for (int slot = static_cast<int>(slots_.size()); slot-- > 0;) free_slots_.push_back(slot);
 }
 
-Pipeline::~Pipeline() {
-  const std::lock_guard lock(inbox_->mutex);
-  inbox_->sleeper = nullptr;
-}
-
 void Pipeline::start(std::shared_ptr<TransferState> transfer) {
   const std::lock_guard lock(inbox_->mutex);
   inbox_->started.push_back(std::move(transfer));
@@ -94,8 +89,10 @@ void Pipeline::run() {
 // Files that are not closed by now are left to their threads.
 bool Pipeline::finished() {
   const std::lock_guard lock(inbox_->mutex);
-  return inbox_->closing && unfinished_ == 0 && with_threads_.size() == late_parts_ && inbox_->started.empty() &&
-         inbox_->answers.empty();
+  const bool nothing_left = inbox_->closing && unfinished_ == 0 && with_threads_.size() == late_parts_ &&
+                            inbox_->started.empty() && inbox_->answers.empty();
+  if (nothing_left) inbox_->sleeper = nullptr;
+  return nothing_left;
 }
 
 // Chunks whose transfer's gate has opened go on; those whose transfer has failed have nothing under way to wait for. A
@@ -155,9 +152,9 @@ void Pipeline::look_for_stuck() {
   look_for_late_parts();
   pool_.replace_late_threads();
   for (Job& job : jobs_) {
-    const bool may_be_late =
-        job.stage == Stage::kDirect || job.stage == Stage::kBuffered || job.stage == Stage::kPopulating;
-    if (may_be_late && !job.stuck && now_ - job.since >= kLate) set_stuck(job);
+    const bool may_be_late = job.stage == Stage::kDirect || job.stage == Stage::kBuffered ||
+                             job.stage == Stage::kPopulating || job.stage == Stage::kAbandoned;
+    if (may_be_late && !job.late && now_ - job.since >= kLate) set_late(job);
   }
 }
 
@@ -184,7 +181,7 @@ bool Pipeline::issue() {
 }
 
 void Pipeline::issue_from(Part& part, unsigned& questions, std::uint32_t queue_depth) {
-  if (has_enough_stuck(part) && stuck_jobs_ >= kStuckLimit / 2) return;
+  if (has_enough_stuck(part, stuck_jobs_, kStuckLimit / 2, kStuckLimit * 3 / 4)) return;
   // The disk first: it is the slower one, and both may want the same slots.
   while (depth() < queue_depth) {
     const Chunk* chunk = part.router.peek(Route::kDirect, questions);

@@ -1,10 +1,12 @@
 /// The loop: chunks through slots and into place.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -45,7 +47,9 @@ namespace flashpack::engine {
 /// threads of the pool: whatever may block in a file system stays away from the driver. An operation that the kernel
 /// does not give back is stuck: when it is late, or its transfer has failed and it is abandoned. It keeps its memory
 /// and holds up its transfer, but no longer counts against the depth, and its slot is made up for, so that others go
-/// on. kStuckLimit bounds what can be stuck; a file that has many of them gets no more when half of that is used up.
+/// on. kStuckLimit bounds what can be stuck; a file that has many of them gets no more when half of that is used up,
+/// and a file system when three quarters are. Files do not count against those that may be open at a time while
+/// something is late in their file system.
 ///
 /// run() is called by one thread, the driver; it does no byte work, never blocks in a file system, and allocates
 /// nothing per chunk.
@@ -70,7 +74,6 @@ class Pipeline final : public Driver {
   /// Borrows the queues, the pool, the copier and the slots' memory. `copier` is null for an engine of the host.
   Pipeline(IoQueue& disk, IoQueue& workers, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots,
            Limits limits);
-  ~Pipeline();
 
   /// Any thread: hands a prepared transfer to the driver.
   void start(std::shared_ptr<TransferState> transfer);
@@ -109,7 +112,8 @@ class Pipeline final : public Driver {
     IoQueue* queue = nullptr;        // Has its operation.
     std::chrono::steady_clock::time_point since;  // It entered its stage.
     bool stuck = false;                           // Late or abandoned: not counted as in its stage.
-    bool counted = false;                         // For checksums, or given to somebody who does.
+    bool late = false;
+    bool counted = false;      // For checksums, or given to somebody who does.
     bool to_cache = false;     // Of a slot that is being filled for the file: it is written buffered.
     bool only_cached = false;  // Of a buffered read: it may be refused because the disk would be needed.
 
@@ -132,6 +136,7 @@ class Pipeline final : public Driver {
     bool closing = false;
   };
   class FileTask;
+  class CloseTask;
 
   // The loop: pipeline.cc.
   bool finished();
@@ -188,10 +193,19 @@ class Pipeline final : public Driver {
 
   std::uint32_t& count(Stage stage) { return counts_[static_cast<std::size_t>(stage)]; }
   void enter(Job& job, Stage stage);
-  /// Whether a file that does not answer has had its share of what can be stuck.
-  bool has_enough_stuck(const Part& part) const { return part.open->stuck >= limits_.queue_depth; }
+  /// What a file, or a file system, may have stuck in any case.
+  std::uint32_t stuck_share() const { return std::min(limits_.queue_depth, limits_.slots); }
+  /// Whether the rest is kept for others when so much is stuck in all: by a file that does not answer for the other
+  /// files of its file system, by that for other ones.
+  bool has_enough_stuck(const Part& part, std::size_t stuck, std::size_t of_files, std::size_t of_file_systems) const {
+    return (part.open->stuck >= stuck_share() && stuck > of_files) ||
+           (part.file_system->stuck >= stuck_share() && stuck > of_file_systems);
+  }
   void set_stuck(Job& job);
   void clear_stuck(Job& job);
+  void set_late(Job& job);
+  /// Parts that are open, being opened or closed, and do not get on because a file system does not answer.
+  std::size_t held_up_parts() const { return late_parts_ + held_up_parts_; }
   /// Jobs that are with the disk, or bound for it with a slot.
   std::uint32_t depth() { return count(Stage::kDirect) + count(Stage::kGathering); }
   std::span<std::byte> slot_memory(const Job& job) const { return slots_[static_cast<std::size_t>(job.slot)]; }
@@ -204,6 +218,7 @@ class Pipeline final : public Driver {
   const Limits limits_;
   const std::shared_ptr<FileTable> files_ = std::make_shared<FileTable>();
   const std::shared_ptr<Inbox> inbox_;
+  std::map<std::uint64_t, FileSystem> file_systems_;  // By device number. They stay; there are few.
 
   std::vector<Job> jobs_;
   std::vector<unsigned> free_jobs_;
@@ -223,6 +238,7 @@ class Pipeline final : public Driver {
   std::array<std::vector<Part*>, 2> issuing_;  // Have chunks to issue; each in the order of their turns.
   std::size_t open_parts_ = 0;                 // Of loads, from the opening to the closing.
   std::size_t late_parts_ = 0;                 // Of these: not answered for.
+  std::size_t held_up_parts_ = 0;              // Of these: open, and something is late in their file system.
   std::size_t max_open_parts_ = kMaxOpenParts;
   std::set<std::pair<Deadline, TransferState*>> deadlines_;
   std::vector<TransferState*> gated_;                     // Behind a gate.

@@ -22,8 +22,9 @@ class Pipeline::FileTask final : public Pool::Task {
         chunk_bytes_(pipeline.limits_.chunk_bytes),
         files_(pipeline.files_),
         inbox_(pipeline.inbox_) {
-    subject = closing_ ? static_cast<Pool::Subject>(part.file().buffered_fd()) + 1
-                       : std::hash<std::string>()(part.path.native()) | (Pool::Subject{1} << 63);
+    // Not the descriptor: while its close hangs, the number is another file's already.
+    subject = closing_ ? reinterpret_cast<std::uintptr_t>(part.open.get()) | kClosing
+                       : std::hash<std::string>()(part.path.native()) | kOpening;
     may_be_left = true;
   }
 
@@ -34,6 +35,9 @@ class Pipeline::FileTask final : public Pool::Task {
   }
 
  private:
+  static constexpr Pool::Subject kClosing = Pool::Subject{1} << 62;
+  static constexpr Pool::Subject kOpening = Pool::Subject{1} << 63;
+
   void close() noexcept {
     if (check_) check_part(part_);
     if (drop_) part_.file().drop_from_cache();
@@ -49,6 +53,19 @@ class Pipeline::FileTask final : public Pool::Task {
   const std::uint32_t chunk_bytes_;
   const std::shared_ptr<FileTable> files_;
   const std::shared_ptr<Inbox> inbox_;
+};
+
+// Closes a descriptor that a load was given and did not come to use.
+class Pipeline::CloseTask final : public Pool::Task {
+ public:
+  explicit CloseTask(UniqueFd fd) : fd_(std::move(fd)) {
+    subject = Pool::Subject{1} << 61;  // One for all, so that those of a dead file system do not take many threads.
+    may_be_left = true;
+  }
+  void run() noexcept override { delete this; }
+
+ private:
+  UniqueFd fd_;
 };
 
 void Pipeline::Inbox::answer(std::shared_ptr<TransferState> transfer, Part& part) noexcept {
@@ -111,7 +128,7 @@ void Pipeline::expire() {
 }
 
 void Pipeline::open_next() {
-  while (!waiting_.empty() && open_parts_ - late_parts_ < max_open_parts_ && late_parts_ < kStuckLimit) {
+  while (!waiting_.empty() && open_parts_ - held_up_parts() < max_open_parts_ && held_up_parts() < kStuckLimit) {
     const auto [transfer, part] = std::move(waiting_.front());
     waiting_.pop_front();
     if (part->state != Part::State::kWaiting) continue;
@@ -148,11 +165,11 @@ void Pipeline::on_opened(Part& part) {
   --open_parts_;
   const bool no_descriptors = part.failure->code == std::errc::too_many_files_open ||
                               part.failure->code == std::errc::too_many_files_open_in_system;
-  if (no_descriptors && !transfer.failure && open_parts_ > late_parts_) {
+  if (no_descriptors && !transfer.failure && open_parts_ > held_up_parts()) {
     // One of ours is open: they come back when it is closed.
     part.failure.reset();
     part.state = Part::State::kWaiting;
-    max_open_parts_ = open_parts_ - late_parts_;
+    max_open_parts_ = open_parts_ - held_up_parts();
     waiting_.emplace_front(transfer.self, &part);
     return;
   }
@@ -161,6 +178,11 @@ void Pipeline::on_opened(Part& part) {
 
 void Pipeline::begin_issuing(Part& part) {
   part.state = Part::State::kOpen;
+  part.file_system = &file_systems_[part.file().identity().dev];
+  if (part.transfer->is_load()) {
+    ++part.file_system->loads;
+    if (part.file_system->late > 0) ++held_up_parts_;
+  }
   part.chunks_open = static_cast<std::uint32_t>(part.plan.chunks.size());
   part.chunks_open == 0 ? on_delivered(part) : issue_from_now_on(part);
 }
@@ -178,18 +200,23 @@ void Pipeline::issue_from_now_on(Part& part) {
 
 // Every chunk of it has been.
 void Pipeline::on_delivered(Part& part) {
-  if (part.transfer->is_load()) return ask(part, Part::State::kClosing);
+  if (part.transfer->is_load()) {
+    --part.file_system->loads;
+    if (part.file_system->late > 0) --held_up_parts_;
+    return ask(part, Part::State::kClosing);
+  }
   part.state = Part::State::kDone;
   stop_waiting_for(part);
 }
 
-// What was found out about it is its transfer's.
+// What was found out about it is its transfer's, unless a thread is still about to find out.
 void Pipeline::stop_waiting_for(Part& part) {
   if (!std::exchange(part.awaited, false)) return;
   TransferState& transfer = *part.transfer;
-  transfer.stats.verified_bytes += part.verified_bytes;
   --transfer.parts_awaited;
-  if (part.failure && !transfer.failure) return give_up(transfer, part.failure->error());
+  const bool found_out = part.state == Part::State::kDone || part.checked;
+  if (found_out) transfer.stats.verified_bytes += part.verified_bytes;
+  if (found_out && part.failure && !transfer.failure) return give_up(transfer, part.failure->error());
   settle(transfer);
 }
 
@@ -216,6 +243,7 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
   for (Part& part : transfer.parts) {
     if (part.state == Part::State::kOpen) std::erase(issuing_like(part), &part);
     if (part.state == Part::State::kWaiting) part.state = Part::State::kDone;
+    if (part.state == Part::State::kDone && part.given) pool_.post(*new CloseTask(std::move(part.given)));
     const bool left_to_its_thread =
         part.state == Part::State::kOpening || (part.state == Part::State::kClosing && part.late);
     if (!left_to_its_thread && part.state != Part::State::kDone) continue;

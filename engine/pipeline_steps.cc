@@ -26,6 +26,7 @@ void Pipeline::set_stuck(Job& job) {
   job.stuck = true;
   --count(job.stage);
   ++job.part->open->stuck;
+  ++job.part->file_system->stuck;
   ++stuck_jobs_;
   if (job.slot >= 0) ++stuck_slots_;
 }
@@ -34,8 +35,19 @@ void Pipeline::clear_stuck(Job& job) {
   job.stuck = false;
   ++count(job.stage);
   --job.part->open->stuck;
+  --job.part->file_system->stuck;
   --stuck_jobs_;
   if (job.slot >= 0) --stuck_slots_;
+  if (!std::exchange(job.late, false)) return;
+  FileSystem& file_system = *job.part->file_system;
+  if (--file_system.late == 0) held_up_parts_ -= file_system.loads;
+}
+
+void Pipeline::set_late(Job& job) {
+  if (!job.stuck) set_stuck(job);
+  job.late = true;
+  FileSystem& file_system = *job.part->file_system;
+  if (file_system.late++ == 0) held_up_parts_ += file_system.loads;
 }
 
 unsigned Pipeline::open_job(Part& part, const Chunk& chunk) {
@@ -52,7 +64,8 @@ std::optional<unsigned> Pipeline::open_job_with_slot(Part& part, const Chunk& ch
   const std::size_t kept = part.transfer->gate ? limits_.slots / 2 : 0;
   const std::size_t used = slots_.size() - free_slots_.size() - stuck_slots_;
   if (free_slots_.empty() || used + kept >= limits_.slots) return std::nullopt;
-  if (has_enough_stuck(part) && stuck_slots_ + limits_.queue_depth > slots_.size() - limits_.slots) return std::nullopt;
+  const std::size_t spare = slots_.size() - limits_.slots;
+  if (has_enough_stuck(part, stuck_slots_ + stuck_share(), spare, spare + limits_.slots / 2)) return std::nullopt;
   const unsigned tag = open_job(part, chunk);
   Job& job = jobs_[tag];
   job.slot = free_slots_.back();

@@ -21,7 +21,8 @@ class Pool {
  public:
   static constexpr std::size_t kMaxThreads = 256;
 
-  /// What a task may get stuck in: its descriptor, or a hash of its path. Zero: nothing.
+  /// What a task may get stuck in: a descriptor that stays open until it is done, or else what nothing else can have as
+  /// long as it takes. Zero: nothing.
   using Subject = std::uint64_t;
 
   class Task {

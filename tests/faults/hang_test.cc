@@ -1,5 +1,7 @@
 // A file system that does not answer holds up its own transfers and nothing else.
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <future>
@@ -77,6 +79,16 @@ class HangTest : public ::testing::TestWithParam<Backend> {
       EXPECT_TRUE(right(other)) << phase;
       Load& late = start(dir_ / "other", phase, std::chrono::steady_clock::now());
       ASSERT_EQ(outcome(late), Errc::kDeadlineExceeded) << phase;
+    }
+  }
+
+  // All the while that the engine takes to give out everything that may get stuck.
+  void expect_that_others_keep_going_on() {
+    const Deadline enough = std::chrono::steady_clock::now() + std::chrono::seconds(4);
+    while (std::chrono::steady_clock::now() < enough && !HasFatalFailure()) {
+      const std::size_t before = loads_.size();
+      expect_that_others_go_on();
+      while (loads_.size() > before) loads_.pop_back();
     }
   }
 
@@ -284,6 +296,78 @@ TEST_P(HangTest, ACrowdOfFilesThatDoNotOpenHoldsUpNoOtherLoad) {
   EXPECT_EQ(outcome(other), std::error_code());
   EXPECT_TRUE(right(other));
   fs_->release();
+}
+
+TEST_P(HangTest, ABufferedLoadGoesOnThoughTheFileThatHadItsDescriptorDoesNotClose) {
+  fs_->hold("flush", "stuck");
+  for (const auto& path : {*fs_ / "stuck", dir_ / "other"}) {
+    Load& load = loads_.emplace_back();
+    load.memory = std::make_unique<GuardedMemory>(bytes_.size());
+    load.transfer = engine_->start_load(request(path, *load.memory, CachePolicy::kBuffered));
+    EXPECT_EQ(outcome(load), std::error_code());
+    EXPECT_TRUE(right(load));
+  }
+  fs_->release();
+}
+
+TEST_P(HangTest, ManyOpenFilesWhoseReadsHangHoldUpNoOtherLoad) {
+  constexpr int kFiles = 60;
+  fs_->hold("read", "*");
+  for (int i = 0; i < kFiles; ++i) {
+    const auto path = *fs_ / std::to_string(i);
+    testing::write_file(path, std::span(bytes_).first(4096));
+    Load& load = loads_.emplace_back();
+    load.memory = std::make_unique<GuardedMemory>(4096);
+    load.transfer = engine_->start_load(request(path, *load.memory));
+  }
+  ASSERT_TRUE(fs_->wait_until_held("read", "*", GetParam() == Backend::kWorkers ? 1 : kDepth));
+  expect_that_others_go_on();
+  fs_->release();
+  for (Load& load : loads_) {
+    const std::error_code ended = outcome(load);
+    EXPECT_TRUE(!ended || ended == Errc::kDeadlineExceeded) << ended.message();
+  }
+}
+
+TEST_P(HangTest, FilesWhoseReadsThroughSlotsHangHoldUpNoOtherLoad) {
+  for (int i = 0; i < 6; ++i) {
+    const std::string name = "shard" + std::to_string(i);
+    testing::write_file(*fs_ / name, bytes_);
+    fs_->hold("read", name);
+    start(*fs_ / name, 64);
+  }
+  ASSERT_TRUE(fs_->wait_until_held("read", "shard0"));
+  expect_that_others_keep_going_on();
+  fs_->release();
+}
+
+TEST_P(HangTest, AReadThatHangsHoldsUpNoOtherLoadThoughThereAreTwoSlots) {
+  engine_.reset();
+  engine_ = std::make_unique<Engine>(EngineOptions{.chunk_bytes = kMiB,
+                                                   .queue_depth = kDepth,
+                                                   .staging_bytes = 2 * kMiB,
+                                                   .workers = kWorkers,
+                                                   .backend = GetParam()});
+  fs_->hold("read", "stuck");
+  start(*fs_ / "stuck", 64);
+  ASSERT_TRUE(fs_->wait_until_held("read", "stuck"));
+  expect_that_others_keep_going_on();
+  fs_->release();
+}
+
+TEST_P(HangTest, ADescriptorThatALoadDoesNotComeToUseHoldsUpNoOtherLoadWhenItDoesNotClose) {
+  const int fd = ::open((*fs_ / "stuck").c_str(), O_RDONLY | O_CLOEXEC);
+  ASSERT_GE(fd, 0);
+  fs_->hold("flush", "stuck");
+  GuardedMemory memory(bytes_.size());
+  LoadRequest expired = request(dir_ / "other", memory);
+  expired.files.front().fd = fd;
+  expired.deadline = std::chrono::steady_clock::now() - std::chrono::seconds(1);
+  Transfer transfer = engine_->start_load(expired);
+  transfer.detach();
+  expect_that_others_go_on();
+  fs_->release();
+  ::close(fd);
 }
 
 }  // namespace
