@@ -1,12 +1,15 @@
 // Thousands of random loads on queues that fail in every way at once: each ends in the right bytes or in a clean error,
-// with nothing in flight and nothing outside the targets touched.
+// with nothing in flight and nothing outside the targets touched. On some of them the reads of one file hang in
+// between, and the loads of the others go on.
 //
-//   FLASHPACK_SOAK_SEED=7 FLASHPACK_SOAK_LOADS=100000 engine_test --gtest_filter='*Soak*'
+//   FLASHPACK_SOAK_SEED=7 FLASHPACK_SOAK_LOADS=100000 FLASHPACK_SOAK_HANGS=10 engine_test --gtest_filter='*Soak*'
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <limits>
 #include <map>
 #include <memory>
 #include <random>
@@ -26,6 +29,9 @@ using Rig = flashpack::testing::PipelineRig;
 
 constexpr std::uint32_t kChunkBytes = 256 << 10;  // Smaller than an engine allows: many chunks in little time.
 constexpr int kLoadsPerRig = 25;
+// Only the largest file has bytes there: where a rig hangs, reads from here on do not come back until they are let go.
+constexpr std::uint64_t kHangingFrom = 400'000;
+constexpr std::uint64_t kNowhere = std::numeric_limits<std::uint64_t>::max();
 constexpr std::chrono::seconds kHang{60};
 
 unsigned long from_environment(const char* name, unsigned long otherwise) {
@@ -130,11 +136,18 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
     for (const Target& target : started.targets) ASSERT_TRUE(target.memory->intact()) << "bytes outside a target";
   }
 
+  // Before something that waits for a load of that file.
+  void let_go(Rig& rig, std::size_t file) {
+    if (file == 0) rig.get_stuck_from(kNowhere);
+  }
+
   // What the caller does to a transfer while it runs.
-  void disturb(Started& started) {
+  void disturb(Rig& rig, std::size_t file, Started& started) {
     for (auto n = below(200); n > 0; --n) std::this_thread::yield();
     if (chance(20)) std::thread([&] { started.transfer.cancel(); }).join();
-    if (chance(5)) started.transfer = Transfer();
+    if (!chance(5)) return;
+    let_go(rig, file);
+    started.transfer = Transfer();
   }
 
   void soak_one_rig(Count& count) {
@@ -145,24 +158,30 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
                                             .refuse_percent = up_to(2 * strength),
                                             .nothing_percent = up_to(strength),
                                             .uncached_percent = up_to(50)};
-    Rig rig(static_cast<unsigned>(random_()), faults, shape_, kChunkBytes, static_cast<std::uint32_t>(2 + below(3)));
+    const bool hangs = chance(hanging_rig_percent_);
+    const auto slots = static_cast<std::uint32_t>(hangs ? 2 * Rig::kQueueDepth : 2 + below(3));
+    Rig rig(static_cast<unsigned>(random_()), faults, shape_, kChunkBytes, slots, nullptr, hangs ? slots : 0);
     const auto shrinking = dir_ / "shrinking";
     flashpack::testing::write_file(shrinking, bytes_[0]);
     std::deque<std::pair<std::size_t, Started>> running;
     for (int load = 0; load < kLoadsPerRig; ++load) {
-      const bool shrinks = chance(8);
+      const bool shrinks = !hangs && chance(8);
       const std::size_t file = shrinks ? 0 : below(files_.size());
+      if (hangs && chance(30)) rig.get_stuck_from(kHangingFrom);
       running.emplace_back(file, start(rig, file, shrinks ? shrinking : files_[file]));
       if (shrinks) std::filesystem::resize_file(shrinking, below(bytes_[0].size()));
       if (shrinks) flashpack::testing::write_file(dir_ / "new", bytes_[0]);
       if (shrinks) std::filesystem::rename(dir_ / "new", shrinking);
-      disturb(running.back().second);
+      disturb(rig, file, running.back().second);
       while (running.size() > below(5)) {
-        if (running.front().second.transfer.valid()) finish(running.front().second, running.front().first, count);
-        if (HasFatalFailure()) return;
+        auto& [first_file, first] = running.front();
+        let_go(rig, first_file);
+        if (first.transfer.valid()) finish(first, first_file, count);
+        if (HasFatalFailure()) return rig.get_stuck_from(kNowhere);
         running.pop_front();
       }
     }
+    rig.get_stuck_from(kNowhere);
     rig.stop();
     EXPECT_TRUE(rig.idle());
     for (auto& [file, started] : running) {
@@ -170,6 +189,7 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
     }
   }
 
+  const unsigned hanging_rig_percent_ = static_cast<unsigned>(from_environment("FLASHPACK_SOAK_HANGS", 10));
   flashpack::testing::TempDir dir_;
   Rig::Shape shape_{};
   unsigned seed_ = 0;

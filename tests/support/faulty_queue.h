@@ -83,10 +83,11 @@ class FaultyQueue final : public engine::IoQueue {
 
   const std::string& fallback_reason() const noexcept override { return reason_; }
 
-  /// Any thread: direct operations at or past that offset do not come back, cancelled or not, until this is raised.
+  /// Any thread: reads and writes at or past that offset do not come back, cancelled or not, until this is raised.
   void get_stuck_from(std::uint64_t offset_bytes) {
     stuck_from_bytes_ = offset_bytes;
     wake();
+    if (listener_) listener_->wake();
   }
 
   bool idle() const { return pending_.empty(); }
@@ -108,9 +109,21 @@ class FaultyQueue final : public engine::IoQueue {
   bool chance(int percent) { return static_cast<int>(random_() % 100) < percent; }
 
   bool is_stuck(const Pending& pending) const {
-    const bool direct =
-        pending.request.op == engine::IoRequest::Op::kRead || pending.request.op == engine::IoRequest::Op::kWrite;
-    return direct && pending.request.offset_bytes >= stuck_from_bytes_;
+    const engine::IoRequest& request = pending.request;
+    switch (request.op) {
+      case engine::IoRequest::Op::kRead:
+      case engine::IoRequest::Op::kWrite:
+        return request.offset_bytes >= stuck_from_bytes_;
+      case engine::IoRequest::Op::kReadPieces:
+      case engine::IoRequest::Op::kWritePieces:
+        return request.pieces.front().offset_bytes >= stuck_from_bytes_;
+      case engine::IoRequest::Op::kScatter:
+      case engine::IoRequest::Op::kGather:
+      case engine::IoRequest::Op::kChecksum:
+      case engine::IoRequest::Op::kPopulate:
+        break;
+    }
+    return false;
   }
   // Nothing is pending that may come back.
   bool stuck() const {

@@ -25,9 +25,10 @@ class PipelineRig {
   };
   static constexpr std::uint32_t kQueueDepth = 4;
 
+  /// `spare_slots` stand in for stuck ones.
   PipelineRig(unsigned seed, Faults faults, Shape shape = Shape::kRealWorkers, std::uint32_t chunk_bytes = 1u << 20,
-              std::uint32_t slots = 3, engine::Copier* copier = nullptr)
-      : staging_(std::uint64_t{slots} * chunk_bytes, chunk_bytes), disk_(seed, faults) {
+              std::uint32_t slots = 3, engine::Copier* copier = nullptr, std::uint32_t spare_slots = 0)
+      : staging_(std::uint64_t{slots + spare_slots} * chunk_bytes, chunk_bytes), disk_(seed, faults) {
     const engine::Pipeline::Limits limits{
         .queue_depth = kQueueDepth, .worker_depth = kQueueDepth, .chunk_bytes = chunk_bytes, .slots = slots};
     pool_.emplace(2u);
@@ -102,6 +103,11 @@ class PipelineRig {
   bool idle() const {
     const auto* workers = dynamic_cast<const FaultyQueue*>(workers_.get());
     return disk_.idle() && (!workers || workers->idle());
+  }
+  /// Any thread: reads at or past that offset do not come back until this is raised.
+  void get_stuck_from(std::uint64_t offset_bytes) {
+    disk_.get_stuck_from(offset_bytes);
+    if (auto* workers = dynamic_cast<FaultyQueue*>(workers_.get())) workers->get_stuck_from(offset_bytes);
   }
   const FaultyQueue& disk() const { return disk_; }
   FaultyQueue& disk() { return disk_; }
