@@ -127,10 +127,14 @@ class FooterHandler {
   bool on_document_end(ErrorCode&) { return true; }
   bool on_object_begin(ErrorCode&) {
     expect(Type::kObject);
-    if (records_.size() == rules::kMaxRecords && frames_.back().scope == Scope::kIndex) {
+    const Scope scope = scope_of_object();
+    if (scope == Scope::kRecord && records_.size() == rules::kMaxRecords) {
       fail("the index has more than " + std::to_string(rules::kMaxRecords) + " records");
     }
-    frames_.emplace_back(scope_of_object());
+    if (scope == Scope::kMacroblock && macroblocks_.size() == rules::kMaxMacroblocks) {
+      fail("the footer has more than " + std::to_string(rules::kMaxMacroblocks) + " macroblocks");
+    }
+    frames_.emplace_back(scope);
     return true;
   }
   bool on_object_end(std::size_t, ErrorCode&) {

@@ -19,6 +19,8 @@ inline constexpr std::uint64_t kTrailerBytes = sizeof(std::uint64_t) + kMagic.si
 inline constexpr std::size_t kMaxRank = 64;
 /// Tensors of a file. A reader needs some hundred bytes for each, several times what the JSON of an empty one takes.
 inline constexpr std::size_t kMaxRecords = std::size_t{1} << 20;
+/// Writers put one for each dtype; even one for each tensor would fit.
+inline constexpr std::size_t kMaxMacroblocks = kMaxRecords;
 
 /// Elements of a tensor of that shape. Empty for a negative dim, for more than kMaxRank of them, and when the product
 /// passes 2^63 even without the dims that are 0: strides are computed from those.

@@ -26,6 +26,7 @@
 #include "flashpack/engine.h"
 #include "flashpack/format.h"
 #include "flashpack/verify.h"
+#include "footer_objects.h"
 #include "native_calls.h"
 
 namespace nb = nanobind;
@@ -43,7 +44,6 @@ using SpecTuple = std::tuple<std::string, std::string, std::vector<std::int64_t>
 using ExtentTuple = std::tuple<std::uint64_t, std::uint64_t, std::uintptr_t>;
 /// Name, file offset in bytes, size in bytes.
 using PlaceTuple = std::tuple<std::string, std::uint64_t, std::uint64_t>;
-using Dict = nb::typed<nb::dict, nb::str, nb::any>;
 /// Told, on the waiting thread, how many bytes are done.
 using ProgressFunction = std::optional<nb::typed<nb::callable, nb::object(std::uint64_t)>>;
 
@@ -123,63 +123,16 @@ TransferStats wait(Transfer& transfer, const ProgressFunction& progress, std::ui
   return stats;
 }
 
-/// Python's collector of cycles does not run while this lives: it walks through all objects, again and again while many
-/// are made. No other thread sees that, because the GIL is held.
-class CollectorPause {
- public:
-  CollectorPause() : was_enabled_(PyGC_Disable() != 0) {}
-  CollectorPause(const CollectorPause&) = delete;
-  CollectorPause& operator=(const CollectorPause&) = delete;
-  ~CollectorPause() {
-    if (was_enabled_) PyGC_Enable();
-  }
-
- private:
-  bool was_enabled_;
-};
-
-/// The footer as json.loads would give it, normalised: the keys of the format, in the order in which the writer puts
-/// them, without any others that the file has.
-Dict footer_dict(const Metadata& metadata) {
-  const CollectorPause pause;
-  const bool several = metadata.version == 4;
-  Dict footer;
-  footer["format"] = several ? "flashpack_v4" : "flashpack_v3";
-  if (!several) footer["target_dtype"] = dtype_name(metadata.macroblocks.at(0).dtype);
-  footer["align_bytes"] = metadata.align_bytes;
-  if (several) footer["total_payload_bytes"] = metadata.payload_bytes;
-  footer["total_elems"] = metadata.total_elems;
-  if (several) {
-    nb::list blocks;
-    for (const Macroblock& block : metadata.macroblocks) {
-      nb::dict entry;
-      entry["dtype"] = dtype_name(block.dtype);
-      entry["offset_bytes"] = block.offset_bytes;
-      entry["length_bytes"] = block.length_bytes;
-      entry["length_elems"] = block.length_elems;
-      blocks.append(entry);
-    }
-    footer["macroblocks"] = blocks;
-  }
-  nb::list index;
-  for (const TensorRecord& record : metadata.records) {
-    nb::dict entry;
-    entry["name"] = record.name;
-    entry["shape"] = record.shape;
-    entry["offset"] = record.offset_elems;
-    entry["length"] = record.length_elems;
-    if (several) entry["macroblock"] = record.macroblock;
-    index.append(entry);
-  }
-  footer["index"] = index;
-  if (!metadata.user_metadata.empty()) footer["metadata"] = metadata.user_metadata;
-  return footer;
-}
-
 Metadata read_footer(int fd, const std::filesystem::path& path) {
   const NativeCall call;
   nb::gil_scoped_release released;
   return read_metadata(fd, path);
+}
+
+Metadata parse(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path) {
+  const NativeCall call;
+  nb::gil_scoped_release released;
+  return parse_footer(json, payload_bytes, path);
 }
 
 IdentityTuple identity_of(const Metadata& metadata) {
@@ -426,14 +379,23 @@ void bind_format(nb::module_& module) {
   nb::class_<Checksums>(module, "Checksums", "Of a payload, one for each MiB.");
   nb::class_<Metadata>(module, "Metadata", "Where tensors are in a file.")
       .def_ro("payload_bytes", &Metadata::payload_bytes)
+      .def_ro("align_bytes", &Metadata::align_bytes)
+      .def_ro("user_metadata", &Metadata::user_metadata, "What was given to pack_to_file as `metadata`; a copy.")
       .def_ro("warnings", &Metadata::warnings)
       .def_prop_ro("identity", &identity_of, "Device, inode, size in bytes, mtime in nanoseconds.")
       .def_prop_ro("has_checksums", [](const Metadata& metadata) { return metadata.checksums.has_value(); })
       .def_prop_ro("places", &places_of, "(name, file offset, size) of each tensor, in file order.")
+      .def_prop_ro("blocks", &blocks_of, "(dtype, file offset, size in bytes, elements) of each macroblock.")
+      .def(
+          "entries", &entries_of, "type"_a,
+          "The tensors in file order, each as a `type`, which is a tuple of name, dtype, shape, file offset, elements, "
+          "size in bytes, macroblock and offset in it in elements.")
       .def("to_dict", &footer_dict, "The keys of the footer.")
       .def("footer", &footer_of, "checksums"_a = nb::none(), "The bytes that follow the payload.");
   module.def("read_footer", &read_footer, "fd"_a, "path"_a,
              "The checked footer of an open file; `path` is for messages.");
+  module.def("parse_footer", &parse, "json"_a, "payload_bytes"_a, "path"_a,
+             "The same for the JSON of a footer, as to_dict() has it, of a file that another process has read.");
   module.def("layout", &layout, "tensors"_a, "align_bytes"_a, "name_order"_a = nb::none(),
              "user_metadata"_a = nb::dict(), "checksums"_a = false,
              "The layout of (name, dtype, shape) tensors, once it is known that its footer can be read.");

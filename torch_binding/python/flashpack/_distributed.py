@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from . import _native
 from ._device import CPU
 from ._footer import Entry, Footer, StrPath, open_footer
 from ._memory import Filled, ReadOptions, Region, Span, allocate_region, read_regions
@@ -68,26 +69,26 @@ class Ranks:
         """The footer that rank `src` reads, from a file that stays open; other ranks need not see the file."""
         if self.rank == self.src:
             with open_footer(path) as footer:
-                self._exchange(footer)
+                self._send_footer(footer)
                 yield footer
         else:
-            yield Footer(os.fspath(path), self._exchange(None), None, None)
+            yield self._receive_footer(os.fspath(path))
 
-    def _exchange(self, footer: Footer | None) -> dict[str, Any]:
-        """What the footer that rank `src` has says, on every rank."""
-        if self.count == 1:
-            assert footer is not None
-            return footer.metadata
+    def _send_footer(self, footer: Footer) -> None:
+        if self.count > 1:
+            self.agree()
+            self._send([self.device.type, json.dumps(footer.metadata), footer.payload_bytes()], self.src)
+
+    def _receive_footer(self, path: str) -> Footer:
         self.agree()
-        message = None if footer is None else [self.device.type, footer.metadata]
-        device_type, metadata = self._send(message, self.src)
+        device_type, metadata, payload_bytes = self._send(None, self.src)
         if self.device.type != device_type:  # Two backends would wait for each other.
             raise FlashPackError(f"ranks load to different devices: {self.device.type} and {device_type}")
-        return dict(metadata)
+        return Footer(path, _native.parse_footer(metadata, payload_bytes, path), None)
 
     def wanted_by_any(self, footer: Footer, wanted: list[Entry]) -> list[Entry]:
         """Those entries of the file that any rank wants: models, and what they ignore, may differ between ranks."""
-        entries = list(footer.entries()) if self.count > 1 else []
+        entries = footer.entries() if self.count > 1 else []
         if not entries:
             return wanted
         names = {entry.name for entry in wanted}

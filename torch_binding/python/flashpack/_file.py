@@ -69,10 +69,10 @@ def load_file(
         for place in dict.fromkeys(places.values()):
             here = [entry for entry in entries if places[entry.name] == place]
             for name, tensor in read_tensors(footer, here, place, options).items():
-                tensors[name] = tensor.to(place).to(dtype_when_asked(tensor.dtype, dtype))
+                tensors[name] = tensor.to(place, dtype_when_asked(tensor.dtype, dtype))
             read.finish(here)
     if metadata is not None:
-        metadata.update(footer.metadata.get("metadata", {}))
+        metadata.update(footer.native.user_metadata)
     return {entry.name: tensors.pop(entry.name) for entry in entries}
 
 
@@ -99,8 +99,7 @@ class FlashPackFile:
         self._device = supported_device(device, self._options)
         self._file = open_for_reading(path)
         self._footer = footer_of(self._file, os.fspath(path))
-        # An Entry is made when it is asked for: of a million tensors few may be.
-        self._records = {record["name"]: record for record in self._footer.metadata["index"]}
+        self._entries = {entry.name: entry for entry in self._footer.entries()}
 
     @property
     def path(self) -> str:
@@ -109,21 +108,20 @@ class FlashPackFile:
     @property
     def metadata(self) -> dict[str, Any]:
         """The footer, as get_flashpack_file_metadata returns it, in a dict of its own."""
-        assert self._footer.native is not None
         return self._footer.native.to_dict()
 
     def keys(self) -> list[str]:
         """The names, in file order."""
-        return list(self._records)
+        return list(self._entries)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._records
+        return name in self._entries
 
     @left_before_exit
     def get(self, name: str) -> torch.Tensor:
@@ -160,10 +158,9 @@ class FlashPackFile:
 
     def _entry(self, name: str) -> Entry:
         try:
-            record = self._records[name]
+            return self._entries[name]
         except KeyError:
             raise KeyError(f"{self.path} has no tensor {name!r}") from None
-        return next(self._footer.entries_of([record]))
 
 
 class TensorSlice:
@@ -247,7 +244,6 @@ class TensorSlice:
     def _load(self, extents: list[tuple[int, int, int]], side: Side) -> None:
         """Of extents that begin at an offset in the tensor."""
         file, at = self._file, self._entry.offset_bytes
-        assert file._footer.native is not None
         in_file = [(at + begin, size, address) for begin, size, address in extents]
         fd, verify = file._footer.fileno(), file._options.verify
         side.engine.load(fd, file.path, in_file, file._footer.native, verify, stream=side.stream)
@@ -342,7 +338,7 @@ class _Progress:
 
 
 def _select(footer: Footer, names: Collection[str] | None) -> list[Entry]:
-    entries = list(footer.entries())
+    entries = footer.entries()
     if names is None:
         return entries
     wanted = {names} if isinstance(names, str) else set(names)
@@ -356,6 +352,8 @@ def _places(
 ) -> dict[str, torch.device]:
     devices = {name: supported_device(each, options) for name, each in (device_map or {}).items()}
     default = devices[""] if "" in devices else supported_device(device, options)
+    if not devices:
+        return dict.fromkeys((entry.name for entry in entries), default)
     places = {}
     for entry in entries:
         parts = entry.name.split(".")

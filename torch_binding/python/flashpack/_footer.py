@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from io import FileIO
 from typing import Any, Literal, NamedTuple
 
@@ -46,16 +48,16 @@ class Entry(NamedTuple):
     """In its macroblock."""
 
 
-class Footer(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Footer:
     """A checked footer and the file it came from.
 
     May be passed on as the path of its file: what takes a path then reads from the file that is open already.
     """
 
     path: str
-    metadata: dict[str, Any]
-    native: _native.Metadata | None
-    """The same for the engine, with the file's identity and checksums; None for one that another process has read."""
+    native: _native.Metadata
+    """With the file's identity and checksums, unless another process has read it."""
     file: FileIO | None
     """What it was read from, and what serves the payload: another file may have taken over the path."""
 
@@ -65,38 +67,25 @@ class Footer(NamedTuple):
     def __str__(self) -> str:
         return self.path
 
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """As get_flashpack_file_metadata returns it. Made for callers: several objects for each tensor."""
+        return self.native.to_dict()
+
     def fileno(self) -> int:
         """Raises ValueError once the file is closed."""
         assert self.file is not None
         return self.file.fileno()
 
     def blocks(self) -> list[Block]:
-        return blocks_of(self.metadata)
+        return [Block._make(block) for block in self.native.blocks]
 
     def payload_bytes(self) -> int:
         return max((block.offset_bytes + block.length_bytes for block in self.blocks()), default=0)
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> list[Entry]:
         """In file order."""
-        return self.entries_of(self.metadata["index"])
-
-    def entries_of(self, records: Iterable[dict[str, Any]]) -> Iterator[Entry]:
-        """Of some of the records in the index."""
-        blocks = self.blocks()
-        widths = [_native.element_bytes(block.dtype) for block in blocks]
-        for record in records:
-            which = record.get("macroblock", 0)
-            block, width = blocks[which], widths[which]
-            yield Entry(
-                name=record["name"],
-                dtype=block.dtype,
-                shape=tuple(record["shape"]),
-                offset_bytes=block.offset_bytes + record["offset"] * width,
-                length_elems=record["length"],
-                size_bytes=record["length"] * width,
-                macroblock=which,
-                offset_elems=record["offset"],
-            )
+        return self.native.entries(Entry)
 
 
 def blocks_of(metadata: dict[str, Any]) -> list[Block]:
@@ -147,7 +136,7 @@ def footer_of(file: FileIO, path: str) -> Footer:
     native = _native.read_footer(file.fileno(), path)
     for warning in native.warnings:
         logger.warning("%s: %s", path, warning)
-    return Footer(path, native.to_dict(), native, file)
+    return Footer(path, native, file)
 
 
 def get_flashpack_file_metadata(path: StrPath) -> dict[str, Any]:

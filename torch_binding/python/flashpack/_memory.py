@@ -123,7 +123,6 @@ def _allocate_host(offset_bytes: int, size_bytes: int) -> HostRegion:
 
 def map_file(footer: Footer) -> HostRegion:
     """The whole file, mapped privately and writable. Truncation by others is SIGBUS for whoever touches it."""
-    assert footer.native is not None
     stat = os.fstat(footer.fileno())
     if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != footer.native.identity:
         raise OSError(errno.ESTALE, "the file was changed", footer.path)
@@ -158,7 +157,6 @@ def fill_regions(footer: Footer, regions: Sequence[Region], side: Side, options:
     When this raises, be it OSError or KeyboardInterrupt, nothing is in flight any more.
     """
     extents = [(region.offset_bytes, region.size_bytes, region.address) for region in regions]
-    assert footer.native is not None
     with progress_bar("Loading", sum(region.size_bytes for region in regions), options.show) as progress:
         stats = side.engine.load(
             footer.fileno(), footer.path, extents, footer.native, options.verify, progress=progress, stream=side.stream
@@ -212,7 +210,7 @@ def allocate_regions(spans: Sequence[Span], footer: Footer, device: torch.device
     verified, it reaches to the borders of pieces.
     """
     piece_bytes = _native.PIECE_BYTES
-    longest_padding_bytes = math.lcm(footer.metadata["align_bytes"] or 1, 16) - 1
+    longest_padding_bytes = math.lcm(footer.native.align_bytes or 1, 16) - 1
     regions: list[Region] = []
     free = 0
     limits = [*(begin for begin, _ in spans[1:]), footer.payload_bytes()]

@@ -193,8 +193,7 @@ def _summary(footer: Footer) -> dict[str, Any]:
     """The keys of the footer, and whether it has checksums, of which there are too many to show."""
     summary = dict(footer.metadata)
     lists: dict[str, Any] = {key: summary.pop(key) for key in ("metadata", "macroblocks", "index") if key in summary}
-    has_checksums = footer.native is not None and footer.native.has_checksums
-    return {**summary, "checksums": "crc32c" if has_checksums else "none", **lists}
+    return {**summary, "checksums": "crc32c" if footer.native.has_checksums else "none", **lists}
 
 
 def _describe(footer: dict[str, Any]) -> Iterator[str]:

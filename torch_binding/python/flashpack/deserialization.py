@@ -153,7 +153,7 @@ def iterate_from_flash_tensor(
 def revert_from_file(path: StrPath, silent: bool = True) -> dict[str, torch.Tensor]:
     """The state dict that was packed, in file order, on the CPU. Each tensor owns its memory."""
     with open_footer(path) as footer, torch.inference_mode(False), torch.no_grad():
-        return read_tensors(footer, list(footer.entries()), CPU, ReadOptions(show=not silent))
+        return read_tensors(footer, footer.entries(), CPU, ReadOptions(show=not silent))
 
 
 @left_before_exit
@@ -165,7 +165,6 @@ def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
     OSError for the system's failures.
     """
     with open_footer(path) as footer, progress_bar("Verifying", footer.payload_bytes(), not silent) as progress:
-        assert footer.native is not None
         return engine().verify(footer.fileno(), footer.path, footer.native, progress)
 
 
