@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import flashpack
 import pytest
 import safetensors.torch
 import torch
@@ -15,6 +16,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 AutoModel, AutoModelForCausalLM = transformers.AutoModel, transformers.AutoModelForCausalLM
 
+from flashpack.commands import convert_to_flashpack  # noqa: E402
 from flashpack.integrations.transformers import (  # noqa: E402
     FlashPackTransformersModelMixin,
     patch_transformers_auto_model,
@@ -192,6 +194,23 @@ def test_models_with_code_of_their_own_take_it_along(tmp_path, monkeypatch):
     assert loaded.table.tolist() == (torch.arange(6) / 6).tolist()
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModel.from_pretrained(tmp_path / "saved", use_flashpack=True, trust_remote_code=False)
+
+
+def test_nobody_is_asked_on_the_terminal_whether_code_of_a_repository_may_run(tmp_path, monkeypatch):
+    asked = []  # What would be raised is caught.
+    monkeypatch.setattr("builtins.input", lambda *args: asked.append(args) or "n")
+    (tmp_path / "configuring.py").write_text(CONFIG_CODE)
+    auto_map = {"AutoConfig": "configuring.HomemadeConfig", "AutoModel": "modeling.HomemadeModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "brought", "auto_map": auto_map}))
+    tensors = {"linear.weight": torch.ones(6, 6)}
+    flashpack.pack_to_file(tensors, tmp_path / "model.flashpack")
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for unsaid in ({}, {"trust_remote_code": None}):
+        with pytest.raises(flashpack.FlashPackError, match="trust_remote_code"):
+            AutoModel.from_pretrained(tmp_path, use_flashpack=True, **unsaid)
+        with pytest.raises(flashpack.FlashPackError, match="trust_remote_code"):
+            convert_to_flashpack(tmp_path, tmp_path / "out", use_transformers=True, **unsaid)
+    assert asked == []
 
 
 def test_patching_first_and_importing_the_classes_later_works_too(saved, tmp_path):

@@ -42,6 +42,8 @@ def build_model(
         cls = _own_class(library, home / "config.json", config)
     dtype = "torch_dtype" if cls.__module__.startswith("diffusers") else "dtype"
     keywords = {dtype: _dtype_of(checkpoint), "variant": variant, "output_loading_info": True, **kwargs}
+    if cls.__module__.startswith("transformers") and keywords.get("trust_remote_code") is None:
+        keywords["trust_remote_code"] = False  # Not given, it is asked for on the terminal.
     # A component need not have the variant that its pipeline has.
     if variant is not None and variant not in checkpoint.name.split("."):
         del keywords["variant"]

@@ -70,10 +70,11 @@ def _divert(original: ClassMethod) -> ClassMethod:
 def _promote_result(original: ClassMethod) -> ClassMethod:
     def auto_method(cls: type, *args: Any, **kwargs: Any) -> Any:
         # Else this is transformers' own.
-        reading = (
-            blaming(f"{args[0]}", passed=(RuntimeError,)) if args and kwargs.get("use_flashpack") else nullcontext()
-        )
-        with reading:
+        is_ours = bool(kwargs.get("use_flashpack"))
+        if is_ours and kwargs.get("trust_remote_code") is None:
+            # Not given, it would have whoever is at the terminal, or what stands on stdin, answer for the caller.
+            kwargs["trust_remote_code"] = False
+        with blaming(f"{args[0]}", passed=(RuntimeError,)) if args and is_ours else nullcontext():
             result = original(cls, *args, **kwargs)
         # With output_loading_info it is not alone.
         promote(result[0] if isinstance(result, tuple) else result)
