@@ -103,9 +103,9 @@ File File::created(std::filesystem::path path, UniqueFd fd) {
   return file;
 }
 
-std::optional<FileIdentity> File::identity_at(const std::filesystem::path& path, int fd) noexcept {
+std::optional<FileIdentity> File::identity_at(const std::filesystem::path& path) noexcept {
   struct stat status{};
-  if (!(fd < 0 ? ask(AT_FDCWD, status, path.c_str()) : ask(fd, status))) return std::nullopt;
+  if (!ask(AT_FDCWD, status, path.c_str())) return std::nullopt;
   return identity_of(status);
 }
 

@@ -20,8 +20,8 @@ class File {
   static File open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
                    UniqueFd opened = {});
 
-  /// What is open as `fd` or, where that is negative, stands at `path` now; none when that cannot be told.
-  static std::optional<FileIdentity> identity_at(const std::filesystem::path& path, int fd = -1) noexcept;
+  /// What stands at `path` now; none when that cannot be told.
+  static std::optional<FileIdentity> identity_at(const std::filesystem::path& path) noexcept;
 
   /// A new, empty file that is open for reading and writing as `fd`; opened direct, too, where the file system allows
   /// it. `path` is where it is now.

@@ -85,30 +85,28 @@ void catch_failure(Part& part, const char* operation, Work work) noexcept {
 }  // namespace
 
 std::shared_ptr<OpenFile> FileTable::find(const std::filesystem::path& path,
-                                          const std::optional<FileIdentity>& expected, bool want_direct, int given_fd) {
+                                          const std::optional<FileIdentity>& expected, bool want_direct) {
+  std::shared_ptr<OpenFile> found;
   {
     const std::lock_guard lock(mutex_);
     std::erase_if(open_, [](const auto& entry) { return entry.second.expired(); });
-    if (open_.empty()) return nullptr;
+    const auto at = open_.find(path);
+    if (at != open_.end()) found = at->second.lock();
   }
-  const std::optional<FileIdentity> identity = File::identity_at(path, given_fd);
-  if (!identity || (expected && *identity != *expected)) return nullptr;
-  const std::lock_guard lock(mutex_);
-  const auto at = open_.find({identity->dev, identity->ino});
-  if (at == open_.end()) return nullptr;
-  auto found = at->second.lock();
-  const bool fits = found && found->file.identity() == *identity && (found->file.wanted_direct() || !want_direct);
-  return fits ? found : nullptr;
+  if (!found) return nullptr;
+  const FileIdentity& identity = found->file.identity();
+  const bool fits = (!expected || *expected == identity) && (found->file.wanted_direct() || !want_direct);
+  return fits && File::identity_at(path) == identity ? found : nullptr;
 }
 
 std::shared_ptr<OpenFile> FileTable::open(const std::filesystem::path& path,
                                           const std::optional<FileIdentity>& expected, bool want_direct,
                                           UniqueFd given) {
-  if (auto shared = find(path, expected, want_direct, given.get())) return shared;
-  auto opened = std::make_shared<OpenFile>(File::open(path, expected, want_direct, std::move(given)));
-  const FileIdentity& identity = opened->file.identity();
+  if (given) return std::make_shared<OpenFile>(File::open(path, expected, want_direct, std::move(given)));
+  if (auto shared = find(path, expected, want_direct)) return shared;
+  auto opened = std::make_shared<OpenFile>(File::open(path, expected, want_direct));
   const std::lock_guard lock(mutex_);
-  open_[{identity.dev, identity.ino}] = opened;
+  open_[path] = opened;
   return opened;
 }
 

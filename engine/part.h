@@ -11,7 +11,6 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "engine/file.h"
@@ -52,7 +51,8 @@ struct FileSystem {
   std::uint32_t loads = 0;  // Open parts of loads.
 };
 
-/// Files that are open for loads, so that loads of the same file share one.
+/// Files that are open for loads, so that loads of the same path share one. Not by inode alone: some file systems give
+/// the same number to two files.
 /// Thread safety: any thread.
 class FileTable {
  public:
@@ -62,10 +62,10 @@ class FileTable {
 
  private:
   std::shared_ptr<OpenFile> find(const std::filesystem::path& path, const std::optional<FileIdentity>& expected,
-                                 bool want_direct, int given_fd);
+                                 bool want_direct);
 
   std::mutex mutex_;
-  std::map<std::pair<std::uint64_t, std::uint64_t>, std::weak_ptr<OpenFile>> open_;  // By device and inode.
+  std::map<std::filesystem::path, std::weak_ptr<OpenFile>> open_;
 };
 
 /// The driver's, but for the time that a thread of the pool opens or closes it.
