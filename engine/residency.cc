@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cerrno>
+#include <chrono>
 
 #include "engine/error.h"
 #include "engine/page_size.h"
@@ -38,7 +39,7 @@ constexpr unsigned kMaxWrongAnswers = 4;
 Residency::Residency(int buffered_fd) : fd_(buffered_fd) {
   counted(0, 1);
   if (method_ == Method::kCachestat) return;
-  random_.seed(std::random_device{}());
+  random_.seed(static_cast<std::minstd_rand::result_type>(std::chrono::steady_clock::now().time_since_epoch().count()));
   probe_fd_.reset(::open(("/proc/self/fd/" + std::to_string(fd_)).c_str(), O_RDONLY | O_CLOEXEC));
   if (!probe_fd_) probe_fd_.reset(::fcntl(fd_, F_DUPFD_CLOEXEC, 0));
   ::posix_fadvise(probe_fd_.get(), 0, 0, POSIX_FADV_RANDOM);
