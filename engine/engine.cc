@@ -123,6 +123,7 @@ Engine::Impl::Impl(EngineOptions options) : options_(checked(std::move(options))
 Engine::Impl::~Impl() {
   pipeline_->close();
   driver_.join();
+  if (successor_.joinable()) successor_.join();
 }
 
 bool Engine::Impl::is_owner() const noexcept { return ::getpid() == owner_; }
@@ -131,44 +132,54 @@ void Engine::Impl::require_owner() const {
   if (!is_owner()) throw Error(Errc::kUnusable, "engine of the parent process, used after fork");
 }
 
-// The ring belongs to the thread that made it, so everything lives and dies on the driver thread.
-void Engine::Impl::drive(std::promise<void>& ready) {
+// In the order in which they need each other; the pool goes before what its threads use.
+struct Engine::Impl::Machine {
   std::optional<engine::Staging> staging;
   std::unique_ptr<engine::Copier> copier;
   std::unique_ptr<engine::Ring> ring;
   std::optional<engine::Workers> workers;
-  std::optional<engine::Pool> pool;  // Goes before what its threads use.
+  std::optional<engine::Pool> pool;
   std::optional<engine::Pipeline> pipeline;
+};
+
+void Engine::Impl::build(Machine& machine) {
+  bind_this_thread(options_.cpu_affinity);
+  const bool cuda = options_.device.kind == Device::Kind::kCuda;
+  if (cuda && !options_.numa_node) options_.numa_node = engine::numa_node_of_cuda_device(options_.device.index);
+  const auto slots = static_cast<std::uint32_t>(options_.staging_bytes / options_.chunk_bytes);
+  // As many again stand in for those that the kernel keeps; untouched they are but addresses. Those of a device are
+  // page-locked, and so there are no others.
+  const std::uint32_t spare_slots = cuda ? 0 : slots;
+  const engine::Staging& staging = machine.staging.emplace(std::uint64_t{slots + spare_slots} * options_.chunk_bytes,
+                                                           options_.chunk_bytes, options_.numa_node.value_or(-1));
+  staging_reason_ = staging.fallback_reason();
+  if (cuda) machine.copier = engine::make_cuda_copier(options_.device.index, staging.slots());
+  const engine::Pipeline::Limits limits{.queue_depth = options_.queue_depth,
+                                        .worker_depth = 4 * options_.workers,
+                                        .chunk_bytes = options_.chunk_bytes,
+                                        .slots = slots};
+  const unsigned tags = engine::Pipeline::tag_limit(limits);
   try {
-    bind_this_thread(options_.cpu_affinity);
-    const bool cuda = options_.device.kind == Device::Kind::kCuda;
-    if (cuda && !options_.numa_node) options_.numa_node = engine::numa_node_of_cuda_device(options_.device.index);
-    const auto slots = static_cast<std::uint32_t>(options_.staging_bytes / options_.chunk_bytes);
-    // As many again stand in for those that the kernel keeps; untouched they are but addresses. Those of a device are
-    // page-locked, and so there are no others.
-    const std::uint32_t spare_slots = cuda ? 0 : slots;
-    staging.emplace(std::uint64_t{slots + spare_slots} * options_.chunk_bytes, options_.chunk_bytes,
-                    options_.numa_node.value_or(-1));
-    staging_reason_ = staging->fallback_reason();
-    if (cuda) copier = engine::make_cuda_copier(options_.device.index, staging->slots());
-    const engine::Pipeline::Limits limits{.queue_depth = options_.queue_depth,
-                                          .worker_depth = 4 * options_.workers,
-                                          .chunk_bytes = options_.chunk_bytes,
-                                          .slots = slots};
-    const unsigned tags = engine::Pipeline::tag_limit(limits);
-    try {
-      ring = make_ring(options_.backend, tags, {staging->slots().begin(), staging->slots().begin() + slots});
-      if (ring) fallback_reason_ = ring->fallback_reason();
-    } catch (const std::system_error& error) {
-      if (options_.backend != Backend::kAuto) throw;
-      fallback_reason_ = error.what();
-    }
-    if (options_.backend == Backend::kAuto) options_.backend = ring ? Backend::kIoUring : Backend::kWorkers;
-    pool.emplace(options_.workers);
-    workers.emplace(*pool, tags, ring.get(), fallback_reason_);
-    if (!staging_reason_.empty()) fallback_reason_.append(fallback_reason_.empty() ? "" : "; ").append(staging_reason_);
-    engine::IoQueue& disk = ring ? static_cast<engine::IoQueue&>(*ring) : *workers;
-    pipeline.emplace(disk, *workers, *pool, copier.get(), staging->slots(), limits);
+    machine.ring = make_ring(options_.backend, tags, {staging.slots().begin(), staging.slots().begin() + slots});
+    if (machine.ring) fallback_reason_ = machine.ring->fallback_reason();
+  } catch (const std::system_error& error) {
+    if (options_.backend != Backend::kAuto) throw;
+    fallback_reason_ = error.what();
+  }
+  engine::Ring* const ring = machine.ring.get();
+  if (options_.backend == Backend::kAuto) options_.backend = ring ? Backend::kIoUring : Backend::kWorkers;
+  machine.pool.emplace(options_.workers);
+  machine.workers.emplace(*machine.pool, tags, ring, fallback_reason_);
+  if (!staging_reason_.empty()) fallback_reason_.append(fallback_reason_.empty() ? "" : "; ").append(staging_reason_);
+  engine::IoQueue& disk = ring ? static_cast<engine::IoQueue&>(*ring) : *machine.workers;
+  machine.pipeline.emplace(disk, *machine.workers, *machine.pool, machine.copier.get(), staging.slots(), limits);
+}
+
+// The ring belongs to the thread that made it, so everything is made on the driver thread.
+void Engine::Impl::drive(std::promise<void>& ready) {
+  auto machine = std::make_shared<Machine>();
+  try {
+    build(*machine);
   } catch (const Error&) {
     return ready.set_exception(std::current_exception());
   } catch (const std::system_error& error) {
@@ -176,10 +187,21 @@ void Engine::Impl::drive(std::promise<void>& ready) {
   } catch (...) {
     return ready.set_exception(std::current_exception());
   }
-  pipeline_ = &*pipeline;
-  copier_ = copier.get();
+  pipeline_ = &*machine->pipeline;
+  copier_ = machine->copier.get();
   ready.set_value();
-  pipeline->run();
+  run(std::move(machine));
+}
+
+// A sandbox that refuses the ring may also refuse to close it; the end of its thread closes it.
+void Engine::Impl::run(std::shared_ptr<Machine> machine) {
+  while (!machine->pipeline->run()) {
+    try {
+      successor_ = engine::start_thread("flashpack-drive", [this, machine] { run(machine); });
+      return;
+    } catch (const std::system_error&) {  // No thread is to be had: then this one goes on, with what comes back.
+    }
+  }
 }
 
 std::shared_ptr<engine::TransferState> Engine::Impl::new_transfer(Completion* completion) const {

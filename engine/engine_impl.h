@@ -44,16 +44,21 @@ class Engine::Impl {
   void start(const std::shared_ptr<engine::TransferState>& state);
 
  private:
+  struct Machine;
+
+  void build(Machine& machine);
   void drive(std::promise<void>& ready);
+  void run(std::shared_ptr<Machine> machine);
 
   EngineOptions
       options_;  // Backend is settled by the driver thread before the constructor returns; then all is constant.
   std::string fallback_reason_;
   std::string staging_reason_;  // The part of it that is not the queues'.
   const pid_t owner_;
-  engine::Pipeline* pipeline_ = nullptr;  // On the driver thread's stack, until close(), both.
+  engine::Pipeline* pipeline_ = nullptr;  // The driver thread's, until close(), both.
   engine::Copier* copier_ = nullptr;      // Null for the host.
   std::thread driver_;
+  std::thread successor_;  // Written by driver_, before it ends.
 };
 
 class FileWriter::Impl {

@@ -72,17 +72,20 @@ void Pipeline::close() noexcept {
   disk_.wake();
 }
 
-void Pipeline::run() {
+bool Pipeline::run() {
+  const bool refused = disk_.refuses();
   while (true) {
     now_ = std::chrono::steady_clock::now();
     admit();
     expire();
     attend_to_gates();
     look_for_stuck();
-    if (finished()) return;  // After all that may end a transfer: from here on, only something to wait for is left.
+    if (finished())
+      return true;  // After all that may end a transfer: from here on, only something to wait for is left.
     open_next();
     const bool look_again = issue();
     reap(patience(look_again));
+    if (disk_.refuses() && !refused) return false;
   }
 }
 

@@ -82,7 +82,9 @@ class Pipeline final : public Driver {
   /// Any thread: run() returns when all that was started has ended.
   void close() noexcept;
 
-  void run();
+  /// True when all has ended after close(). False, once, when the disk's queue begins to refuse: what it has comes back
+  /// after the end of the thread that made it, so that another thread is to call this again.
+  bool run();
 
  private:
   enum class Stage : std::uint8_t {

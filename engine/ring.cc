@@ -266,8 +266,8 @@ void Ring::wait_without_ring(std::optional<std::chrono::nanoseconds> timeout) {
   if (ready[0].revents != 0) {
     std::uint64_t value = 0;
     const iovec vector{&value, sizeof value};
-    wake_pending_.store(false);  // Before the owner looks at what it was woken for.
     static_cast<void>(::preadv2(wake_fd_.get(), &vector, 1, -1, RWF_NOWAIT));
+    wake_pending_.store(false);  // After what was said is taken, before the owner looks at what it was woken for.
   }
   if (ready[1].revents == 0) return;
   let_go_.reset();

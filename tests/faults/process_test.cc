@@ -249,24 +249,29 @@ TEST_F(ConfinedTest, ACachedFileOfSomebodyElseIsReadFromTheCache) {
 }
 
 // A sandbox that closes when the ring is there already, before the first load or in the middle of one.
-class ClosingSandboxTest : public ConfinedTest, public ::testing::WithParamInterface<std::tuple<int, bool>> {};
+class ClosingSandboxTest : public ConfinedTest, public ::testing::WithParamInterface<std::tuple<int, bool, bool>> {};
 
 INSTANTIATE_TEST_SUITE_P(
-    Errors, ClosingSandboxTest, ::testing::Combine(::testing::Values(EPERM, ENOSYS, EAGAIN, EBUSY), ::testing::Bool()),
+    Errors, ClosingSandboxTest,
+    ::testing::Combine(::testing::Values(EPERM, ENOSYS, EAGAIN, EBUSY), ::testing::Bool(), ::testing::Bool()),
     [](const auto& part) {
       constexpr auto name = [](int error) {
         return error == EPERM ? "NotPermitted" : error == ENOSYS ? "NoSuchCall" : error == EAGAIN ? "Again" : "Busy";
       };
-      return std::string(name(std::get<0>(part.param))) + (std::get<1>(part.param) ? "InTheMiddle" : "");
+      return std::string(name(std::get<0>(part.param))) + (std::get<1>(part.param) ? "InTheMiddle" : "") +
+             (std::get<2>(part.param) ? "OfEverything" : "");
     });
 
 TEST_P(ClosingSandboxTest, WhatTheKernelDoesNotTakeAnyMoreGoesToTheWorkers) {
-  const auto [error_number, in_the_middle] = GetParam();
-  const int status = run_in_child([&, error = error_number, middle = in_the_middle] {
+  const auto [error_number, in_the_middle, everything] = GetParam();
+  const int status = run_in_child([&, error = error_number, middle = in_the_middle, all = everything] {
     Engine engine(small_engine());
     if (engine.options().backend != Backend::kIoUring) return kSkip;
     const auto deny = [&] {
-      return testing::deny_syscall(SYS_io_uring_enter, static_cast<unsigned>(error), SECCOMP_FILTER_FLAG_TSYNC);
+      const auto refuse = [&](unsigned call) {
+        return testing::deny_syscall(call, static_cast<unsigned>(error), SECCOMP_FILTER_FLAG_TSYNC);
+      };
+      return (!all || (refuse(SYS_io_uring_register) && refuse(SYS_io_uring_setup))) && refuse(SYS_io_uring_enter);
     };
     if (!middle && !deny()) return kSkip;
     GuardedMemory first(bytes_.size(), 64);
