@@ -20,7 +20,7 @@ class File {
   static File open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
                    UniqueFd opened = {});
 
-  /// What stands at `path` now; none when that cannot be told.
+  /// The identity of what stands at `path` now; none when that cannot be told.
   static std::optional<FileIdentity> identity_at(const std::filesystem::path& path) noexcept;
 
   /// A new, empty file that is open for reading and writing as `fd`; opened direct, too, where the file system allows

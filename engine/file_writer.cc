@@ -66,7 +66,7 @@ void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_byte
   reserved_bytes_ = end_bytes;
 }
 
-// What a write of `pieces`, in ascending order, claims: their bytes, and the zeros between those that are less than a
+// The claims of a write of `pieces`, in ascending order: their bytes, and the zeros between those that are less than a
 // block apart. Throws where something is claimed twice.
 FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const engine::Piece> pieces) const {
   Claims claims;

@@ -1,4 +1,5 @@
-/// What a transfer moves from or to one file: opened and planned when its turn comes, closed when its bytes are there.
+/// A part of a transfer: all that it moves from or to one file, which is opened and planned when its turn comes, and
+/// closed when its bytes are there.
 #pragma once
 
 #include <array>
@@ -44,7 +45,7 @@ struct OpenFile {
   std::uint32_t stuck = 0;  // The driver's: operations on it that are late or abandoned.
 };
 
-/// What the driver knows of a file system.
+/// The driver counts here what is stuck in one file system.
 struct FileSystem {
   std::uint32_t stuck = 0;  // Operations that are late or abandoned.
   std::uint32_t late = 0;   // Of these: late.
@@ -81,13 +82,13 @@ struct Part {
   std::array<std::vector<Piece>, 2> pieces;  // On the host, on the device; until they are planned.
   std::uint64_t requested_bytes = 0;
 
-  // Of the open file.
+  // These belong to the open file.
   std::shared_ptr<OpenFile> open;
   Plan plan;
   Router router;
   std::optional<PieceSums> sums;  // Where bytes are counted; none where they are not.
 
-  // What open_part() and close_part() found.
+  // open_part() and check_part() leave here what they found.
   std::string fallback_reason;
   std::optional<Failure> failure;
   std::uint64_t verified_bytes = 0;

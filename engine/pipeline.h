@@ -126,7 +126,8 @@ class Pipeline final : public Driver {
     std::shared_ptr<TransferState> transfer;
     Part* part;
   };
-  /// What other threads tell the driver. A thread that is left behind in a file system outlives the pipeline.
+  /// Other threads leave here what the driver is to know. A thread that is left behind in a file system outlives the
+  /// pipeline.
   struct Inbox {
     void answer(std::shared_ptr<TransferState> transfer, Part& part) noexcept;
 
@@ -171,7 +172,7 @@ class Pipeline final : public Driver {
   void settle(TransferState& transfer);
   void end(TransferState& transfer);
 
-  // What one chunk goes through: pipeline_steps.cc.
+  // The steps of one chunk: pipeline_steps.cc.
   unsigned open_job(Part& part, const Chunk& chunk);
   std::optional<unsigned> open_job_with_slot(Part& part, const Chunk& chunk);
   void move_direct(unsigned tag);
@@ -195,7 +196,7 @@ class Pipeline final : public Driver {
 
   std::uint32_t& count(Stage stage) { return counts_[static_cast<std::size_t>(stage)]; }
   void enter(Job& job, Stage stage);
-  /// What a file, or a file system, may have stuck in any case.
+  /// A file, or a file system, may have so much stuck in any case.
   std::uint32_t stuck_share() const { return std::min(limits_.queue_depth, limits_.slots); }
   /// Whether the rest is kept for others when so much is stuck in all: by a file that does not answer for the other
   /// files of its file system, by that for other ones.

@@ -209,7 +209,7 @@ void Pipeline::on_delivered(Part& part) {
   stop_waiting_for(part);
 }
 
-// What was found out about it is its transfer's, unless a thread is still about to find out.
+// Its transfer takes over what was found out about it, unless a thread is still about to find out.
 void Pipeline::stop_waiting_for(Part& part) {
   if (!std::exchange(part.awaited, false)) return;
   TransferState& transfer = *part.transfer;

@@ -60,7 +60,7 @@ unsigned Pipeline::open_job(Part& part, const Chunk& chunk) {
 }
 
 std::optional<unsigned> Pipeline::open_job_with_slot(Part& part, const Chunk& chunk) {
-  // Who waits behind a gate may wait long; half of the slots stay for others.
+  // A chunk behind a gate may wait long; half of the slots stay for others.
   const std::size_t kept = part.transfer->gate ? limits_.slots / 2 : 0;
   const std::size_t used = slots_.size() - free_slots_.size() - stuck_slots_;
   if (free_slots_.empty() || used + kept >= limits_.slots) return std::nullopt;

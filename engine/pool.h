@@ -21,7 +21,7 @@ class Pool {
  public:
   static constexpr std::size_t kMaxThreads = 256;
 
-  /// What a task may get stuck in: a descriptor that stays open until it is done, or else what nothing else can have as
+  /// A task may get stuck in this: a descriptor that stays open until it is done, or else what nothing else can have as
   /// long as it takes. Zero: nothing.
   using Subject = std::uint64_t;
 

@@ -34,7 +34,7 @@ constexpr std::chrono::seconds kMaxRefusal{1};
 // After the ring was closed, until the kernel has let go of it.
 constexpr std::chrono::milliseconds kLeavingPeriod{5};
 
-// Of <linux/io_uring.h> since Linux 6.3: a ring that this thread has registered is known by its place in the thread's
+// From <linux/io_uring.h> since Linux 6.3: a ring that this thread has registered is known by its place in the thread's
 // table, also to io_uring_register(2).
 constexpr unsigned kFeatureRegisteredRing = 1u << 13;
 constexpr unsigned kUseRegisteredRing = 1u << 31;

@@ -23,9 +23,9 @@ class Router {
   enum class Route : std::uint8_t { kDirect, kBuffered, kTaken /* not to be asked for */ };
 
   Router() = default;
-  /// Of a load. Borrows both.
+  /// The router of a load. Borrows the plan; the file must stay open.
   Router(const Plan& plan, const File& file, CachePolicy policy);
-  /// Of a store, in blocks of `block_bytes`; 0: through the page cache. Borrows the plan.
+  /// The router of a store, in blocks of `block_bytes`; 0: through the page cache. Borrows the plan.
   Router(const Plan& plan, std::uint32_t block_bytes);
 
   /// The next chunk of `route`, until take() the same; null when there is none, or when `questions` has run out, which
