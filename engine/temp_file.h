@@ -33,7 +33,7 @@ std::filesystem::path resolve_links(const std::filesystem::path& path);
 /// Errors name the target. Not thread-safe.
 class TempFile {
  public:
-  /// What is to be replaced where `target` is a symbolic link to a file, or to nothing.
+  /// This says what a save does where `target` is a symbolic link to a file, or to nothing.
   enum class Links { kAreRefused, kAreReplaced };
 
   /// `target`: absolute; as resolve_links() gives it, unless `links` are replaced. Throws: Error where it is something

@@ -108,8 +108,8 @@ struct EngineOptions {
 
 /// One device, one driver thread, one ring, one memory budget.
 ///
-/// What throws an Error has a like that gives its code instead, for programs without exceptions: the last argument,
-/// which is empty when all went well. How a transfer ended tell Transfer::wait_for() and Transfer::error().
+/// Functions that throw an Error have a form for programs without exceptions, which puts its code into the last
+/// argument; that is empty when all went well. Transfer::wait_for() and Transfer::error() tell how a transfer ended.
 ///
 /// Thread safety: any thread may call any member at any time, but for moving and destruction, which need the engine to
 /// themselves; distinct engines are independent. Running out of memory on the driver thread is fatal. Transfers are

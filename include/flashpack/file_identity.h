@@ -25,7 +25,7 @@ struct FileIdentity {
   friend bool operator==(const FileIdentity&, const FileIdentity&) = default;
 };
 
-/// Of what is open as `fd`; none with errno set. Any thread.
+/// The identity of the file that is open as `fd`; none, with errno set, when it cannot be told. Any thread.
 std::optional<FileIdentity> identity_of(int fd) noexcept;
 
 }  // namespace flashpack

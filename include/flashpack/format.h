@@ -75,7 +75,7 @@ struct Metadata {
   std::vector<Macroblock> macroblocks;
   std::vector<TensorRecord> records;   ///< In file order.
   std::optional<Checksums> checksums;  ///< Of the payload, when the file has them.
-  /// What else whoever packed the file says of it, as `__metadata__` of safetensors files does: UTF-8, mostly empty.
+  /// Notes of whoever packed the file, as in `__metadata__` of safetensors files: UTF-8, mostly empty.
   std::map<std::string, std::string> user_metadata;
   FileIdentity identity;              ///< Of the file it was read from; pass it on as FileExtents::expected.
   std::vector<std::string> warnings;  ///< Harmless oddities, one sentence each.

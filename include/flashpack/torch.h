@@ -38,7 +38,7 @@ using StateDict = std::vector<std::pair<std::string, at::Tensor>>;
 StateDict state_dict(const ::torch::nn::Module& module);
 
 struct PackOptions {
-  /// What floating-point tensors are cast to, or complex ones; empty leaves each its own. Integers and 8-bit floats,
+  /// Floating-point tensors are cast to this, or complex ones; empty leaves each its own. Integers and 8-bit floats,
   /// which may be packed or quantised weights, keep theirs, and a cast to integers is an error.
   std::optional<at::ScalarType> target_dtype;
   /// Order of the tensors in the file; tensors it does not list are left out. Empty: largest first.

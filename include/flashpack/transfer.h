@@ -86,7 +86,7 @@ class Transfer {
 
   Progress progress() const;
 
-  /// What wait() throws, and the text of it, for programs without exceptions; both empty after success. Requires:
+  /// The error that wait() throws, and its text, for programs without exceptions; both empty after success. Requires:
   /// finished. In a forked child kUnusable.
   std::error_code error() const noexcept;
   std::string error_text() const;
