@@ -1,0 +1,277 @@
+// Loads of a checkpoint to a CUDA device under various options of the engine, beside what disk, page cache and link can
+// do by themselves. The figures are medians over the rounds; --benchmark_filter=REGEX picks lines.
+#include <benchmark/benchmark.h>
+#include <cuda_runtime_api.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdint>
+#include <exception>
+#include <filesystem>
+#include <functional>
+#include <iostream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bench/support/checkpoint.h"
+#include "bench/support/huge_memory.h"
+#include "bench/support/measure.h"
+#include "bench/support/page_cache.h"
+#include "bench/support/roofline.h"
+#include "flashpack/engine.h"
+#include "flashpack/verify.h"
+
+namespace flashpack::bench {
+namespace {
+
+constexpr std::uint64_t kMiB = 1u << 20;
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+/// Owns memory of device 0.
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(std::size_t size_bytes) : size_bytes_(size_bytes) { check(cudaMalloc(&memory_, size_bytes)); }
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+  ~DeviceMemory() { cudaFree(memory_); }
+
+  std::byte* data() const { return static_cast<std::byte*>(memory_); }
+  // So that bytes of an earlier load cannot pass for those of this one.
+  void clear() const {
+    check(cudaMemset(memory_, 0xAB, size_bytes_));
+    check(cudaDeviceSynchronize());
+  }
+
+ private:
+  std::size_t size_bytes_;
+  void* memory_ = nullptr;
+};
+
+struct Setup {
+  const Checkpoint& checkpoint;
+  const DeviceMemory& target;
+  HugeMemory& host;
+};
+
+void prepare(const Checkpoint& checkpoint, CachePolicy cache) {
+  cache == CachePolicy::kDirect ? drop_from_page_cache(checkpoint.path()) : warm_page_cache(checkpoint.path());
+}
+
+void report(benchmark::State& state, const Series& series) {
+  state.counters["GB/s"] = series.gb_per_s();
+  state.counters["cpu_s/GB"] = series.cpu_s_per_gb();
+  state.counters["spread"] = series.spread();
+}
+
+void run_rounds(benchmark::State& state, std::uint64_t size_bytes, const std::function<void()>& before,
+                const std::function<void()>& work) {
+  Series series(size_bytes);
+  for (auto _ : state) {
+    before();
+    const Sample sample = measure(work);
+    state.SetIterationTime(sample.seconds);
+    series.add(sample);
+  }
+  report(state, series);
+}
+
+// What the link moves from page-locked memory, in copies of `copy_bytes` dealt out to `streams`.
+void bench_link(benchmark::State& state, const Setup& setup, std::uint64_t copy_bytes, unsigned streams) {
+  constexpr std::uint64_t kSourceBytes = 256 * kMiB;
+  constexpr int kPasses = 8;
+  check(cudaHostRegister(setup.host.data(), kSourceBytes, cudaHostRegisterDefault));
+  std::vector<cudaStream_t> all(streams);
+  for (cudaStream_t& stream : all) check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  run_rounds(
+      state, kSourceBytes * kPasses, [] {},
+      [&] {
+        for (int pass = 0; pass < kPasses; ++pass) {
+          for (std::uint64_t at = 0; at < kSourceBytes; at += copy_bytes) {
+            check(cudaMemcpyAsync(setup.target.data() + at, setup.host.data() + at, copy_bytes, cudaMemcpyHostToDevice,
+                                  all[at / copy_bytes % streams]));
+          }
+        }
+        check(cudaDeviceSynchronize());
+      });
+  for (const cudaStream_t stream : all) check(cudaStreamDestroy(stream));
+  check(cudaHostUnregister(setup.host.data()));
+}
+
+void bench_file(benchmark::State& state, const Setup& setup, CachePolicy cache) {
+  const std::uint64_t size = setup.checkpoint.metadata().payload_bytes;
+  auto* const read = cache == CachePolicy::kDirect ? &read_direct : &read_buffered;
+  run_rounds(
+      state, size, [&] { prepare(setup.checkpoint, cache); },
+      [&] { read(setup.checkpoint.path(), std::span(setup.host.data(), size)); });
+}
+
+/// What is asked for: the tensors as they are, the same held against the file's checksums, or pieces so small that the
+/// calls for them cost more than their bytes.
+enum class Shape { kTensors, kVerified, kSmallPieces };
+constexpr std::uint64_t kSmallPieceBytes = 8 << 10;
+
+// Each piece goes where its neighbour would, so that no two of them are one in file and memory.
+LoadRequest small_pieces(const Setup& setup) {
+  const std::uint64_t pairs_bytes =
+      setup.checkpoint.metadata().payload_bytes / kSmallPieceBytes / 2 * 2 * kSmallPieceBytes;
+  FileExtents file{.path = setup.checkpoint.path()};
+  for (std::uint64_t at = 0; at < pairs_bytes; at += kSmallPieceBytes)
+    file.extents.push_back({at, kSmallPieceBytes, setup.target.data() + (at ^ kSmallPieceBytes)});
+  file.extents.push_back(
+      {pairs_bytes, setup.checkpoint.metadata().payload_bytes - pairs_bytes, setup.target.data() + pairs_bytes});
+  return {.files = {std::move(file)}};
+}
+
+LoadRequest request_for(const Setup& setup, Shape shape) {
+  if (shape == Shape::kSmallPieces) return small_pieces(setup);
+  LoadRequest request = setup.checkpoint.request(setup.target.data());
+  if (shape == Shape::kVerified) {
+    const Checkpoint& checkpoint = setup.checkpoint;
+    request.files.front().checksums = checksums_for(checkpoint.metadata(), Verify::kAlways, checkpoint.path());
+  }
+  return request;
+}
+
+void check_on_device(const Setup& setup, Shape shape) {
+  const std::uint64_t size = setup.checkpoint.metadata().payload_bytes;
+  std::byte* const host = setup.host.data();
+  check(cudaMemcpy(host, setup.target.data(), size, cudaMemcpyDeviceToHost));
+  if (shape == Shape::kSmallPieces) {
+    for (std::uint64_t at = 0; at + 2 * kSmallPieceBytes <= size; at += 2 * kSmallPieceBytes)
+      std::swap_ranges(host + at, host + at + kSmallPieceBytes, host + at + kSmallPieceBytes);
+  }
+  setup.checkpoint.check(host);
+}
+
+void bench_load(benchmark::State& state, const Setup& setup, CachePolicy cache, const EngineOptions& options,
+                Shape shape = Shape::kTensors) {
+  Engine engine(options);
+  TransferStats stats;
+  run_rounds(
+      state, setup.checkpoint.metadata().payload_bytes,
+      [&] {
+        setup.target.clear();
+        prepare(setup.checkpoint, cache);
+      },
+      [&] { stats = engine.load(request_for(setup, shape)); });
+  check_on_device(setup, shape);
+  std::string label = to_string(stats.backend);
+  label += stats.pinned ? ", pinned" : ", not pinned";
+  state.SetLabel(stats.fallback_reason.empty() ? label : label + ", " + stats.fallback_reason);
+}
+
+void bench_start(benchmark::State& state) {
+  for (auto _ : state) {
+    Engine engine({.device = {Device::Kind::kCuda, 0}});
+    benchmark::DoNotOptimize(engine);
+  }
+}
+
+// The default, and each option by itself on both sides of its default.
+std::vector<EngineOptions> options_to_try() {
+  const EngineOptions defaults{.device = {Device::Kind::kCuda, 0}};
+  std::vector<EngineOptions> all{defaults};
+  const auto with = [&](auto member, auto... values) {
+    for (const std::uint64_t value : {std::uint64_t(values)...}) {
+      all.push_back(defaults);
+      auto& place = all.back().*member;
+      place = static_cast<std::remove_reference_t<decltype(place)>>(value);
+    }
+  };
+  with(&EngineOptions::chunk_bytes, 1 * kMiB, 2 * kMiB, 8 * kMiB, 16 * kMiB);
+  with(&EngineOptions::queue_depth, 2, 4, 16, 32);
+  with(&EngineOptions::staging_bytes, 32 * kMiB, 128 * kMiB, 256 * kMiB, 512 * kMiB);
+  with(&EngineOptions::workers, 4, 12, 16);
+  return all;
+}
+
+std::string name_of(const EngineOptions& options) {
+  return "chunk_mib:" + std::to_string(options.chunk_bytes / kMiB) + "/depth:" + std::to_string(options.queue_depth) +
+         "/staging_mib:" + std::to_string(options.staging_bytes / kMiB) + "/workers:" + std::to_string(options.workers);
+}
+
+void register_all(const Setup& setup, int rounds) {
+  const auto add = [rounds](const std::string& name, auto bench) {
+    const auto run = [bench](benchmark::State& state) {
+      try {
+        bench(state);
+      } catch (const std::exception& error) {
+        state.SkipWithError(error.what());
+      }
+    };
+    benchmark::RegisterBenchmark(name.c_str(), run)->UseManualTime()->Iterations(rounds)->Unit(benchmark::kMillisecond);
+  };
+  for (const std::uint64_t copy_mib : {1u, 4u, 16u}) {
+    for (const unsigned streams : {1u, 2u, 4u}) {
+      add("link/copy_mib:" + std::to_string(copy_mib) + "/streams:" + std::to_string(streams),
+          [=, &setup](benchmark::State& state) { bench_link(state, setup, copy_mib * kMiB, streams); });
+    }
+  }
+  const std::vector<std::pair<std::string, CachePolicy>> caches{{"cold", CachePolicy::kDirect},
+                                                                {"page_cache", CachePolicy::kBuffered}};
+  for (const auto& [name, cache] : caches) {
+    add("to_host/" + name, [=, &setup](benchmark::State& state) { bench_file(state, setup, cache); });
+  }
+  for (const auto& [name, cache] : caches) {
+    for (const EngineOptions& options : options_to_try()) {
+      add("load/" + name + "/" + name_of(options),
+          [=, &setup](benchmark::State& state) { bench_load(state, setup, cache, options); });
+    }
+    const EngineOptions defaults{.device = {Device::Kind::kCuda, 0}};
+    add("load/" + name + "/verified",
+        [=, &setup](benchmark::State& state) { bench_load(state, setup, cache, defaults, Shape::kVerified); });
+    add("load/" + name + "/small_pieces",
+        [=, &setup](benchmark::State& state) { bench_load(state, setup, cache, defaults, Shape::kSmallPieces); });
+  }
+  benchmark::RegisterBenchmark("engine/start", bench_start)->UseRealTime()->Unit(benchmark::kMillisecond);
+}
+
+struct Flags {
+  double size_gib = 2;
+  int rounds = 5;
+  std::filesystem::path dir = ".";
+};
+
+int run(const Flags& flags) {
+  const Checkpoint checkpoint(flags.dir / "device_bench.flashpack",
+                              static_cast<std::uint64_t>(flags.size_gib * (1 << 30)), false);
+  // Direct reads move whole blocks, so the last one ends past the payload.
+  HugeMemory host(checkpoint.metadata().payload_bytes + 4096);
+  host.touch();
+  const DeviceMemory target(checkpoint.metadata().payload_bytes);
+  const Setup setup{checkpoint, target, host};
+  register_all(setup, flags.rounds);
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+  return 0;
+}
+
+}  // namespace
+}  // namespace flashpack::bench
+
+int main(int argc, char** argv) try {
+  flashpack::bench::Flags flags;
+  CLI::App app("Loads to CUDA device 0. Also takes the flags of Google Benchmark, such as --benchmark_filter=REGEX.");
+  app.allow_extras();
+  app.add_option("--size_gib", flags.size_gib, "Size of the generated checkpoint, at least 0.5")->capture_default_str();
+  app.add_option("--rounds", flags.rounds, "Rounds per line, of which medians are shown")->capture_default_str();
+  app.add_option("--dir", flags.dir, "Where the checkpoint is generated, and removed afterwards")
+      ->capture_default_str();
+  CLI11_PARSE(app, argc, argv);
+  std::vector<std::string> rest = app.remaining();
+  rest.insert(rest.begin(), argv[0]);
+  std::vector<char*> rest_argv;
+  for (std::string& argument : rest) rest_argv.push_back(argument.data());
+  int rest_argc = static_cast<int>(rest_argv.size());
+  benchmark::Initialize(&rest_argc, rest_argv.data());
+  if (benchmark::ReportUnrecognizedArguments(rest_argc, rest_argv.data())) return 2;
+  return flashpack::bench::run(flags);
+} catch (const std::exception& error) {
+  std::cerr << "device_bench: " << error.what() << '\n';
+  return 1;
+}
