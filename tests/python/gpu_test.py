@@ -1,5 +1,4 @@
-"""Loads to and saves from a real CUDA device. Without one the whole file is one skip, or a failure where a machine with
-a GPU says FLASHPACK_REQUIRE_GPU=1."""
+"""Loads to and saves from a real CUDA device."""
 
 import os
 import threading
@@ -7,31 +6,8 @@ import threading
 import flashpack
 import pytest
 import torch
-from flashpack.deserialization import iterate_from_flash_tensor, read_flashpack_file
+from gpu_support import DEVICE, MIB, SIZES, load, on_host, state_dict
 from support import DTYPES, assert_bit_equal, random_tensor
-
-if not torch.cuda.is_available():
-    if os.environ.get("FLASHPACK_REQUIRE_GPU") == "1":
-        raise RuntimeError("FLASHPACK_REQUIRE_GPU=1, but torch sees no CUDA device")
-    pytest.skip("no CUDA device", allow_module_level=True)
-
-MIB = 1 << 20
-DEVICE = torch.device("cuda", 0)
-# Of several chunks and slots, edges in the middle of pages, and small ones that go in batches.
-SIZES = [5 * MIB + 3, 70 * MIB, 1, 0, *range(1000, 3000, 17)]
-
-
-def state_dict(dtype=torch.bfloat16, seed=0):
-    return {f"t{i}": random_tensor((size,), dtype, seed + i) for i, size in enumerate(SIZES)}
-
-
-def load(path, device=DEVICE):
-    storage, metadata = read_flashpack_file(path, device)
-    return storage, dict(iterate_from_flash_tensor(storage, metadata))
-
-
-def on_host(tensors):
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def drop_from_page_cache(path):
@@ -94,7 +70,7 @@ def test_what_the_current_stream_does_with_the_memory_before_and_after_is_kept_i
 
 
 def test_loads_from_several_threads_do_not_disturb_each_other(tmp_path):
-    sources, results = [state_dict(seed=1000 * n) for n in range(4)], {}
+    sources, results = [state_dict([5 * MIB + 3, 20 * MIB, *SIZES[2:]], seed=1000 * n) for n in range(4)], {}
     for n, source in enumerate(sources):
         flashpack.pack_to_file(source, tmp_path / f"{n}.flashpack", target_dtype=None)
 
