@@ -205,10 +205,27 @@ void count_slot(const IoRequest& request) {
   request.sums->add(begin, request.memory.subspan(begin - request.offset_bytes, end - begin));
 }
 
+// What a gap between two of the pieces shares a checksum with is not counted: it is never compared.
+void count_between_gaps(const IoRequest& request) {
+  constexpr std::uint64_t kStripeBytes = Checksums::kPieceBytes;
+  const auto pieces = request.pieces;
+  const auto end_of = [](const Piece& piece) { return piece.offset_bytes + piece.size_bytes; };
+  for (std::size_t i = 0; i < pieces.size(); ++i) {
+    const bool gap_before = i > 0 && end_of(pieces[i - 1]) < pieces[i].offset_bytes;
+    const bool gap_after = i + 1 < pieces.size() && end_of(pieces[i]) < pieces[i + 1].offset_bytes;
+    const std::uint64_t begin = pieces[i].offset_bytes;
+    const std::uint64_t from = gap_before ? round_up(begin, kStripeBytes) : begin;
+    const std::uint64_t to = gap_after ? round_down(end_of(pieces[i]), kStripeBytes) : end_of(pieces[i]);
+    if (from < to) request.sums->add(from, {pieces[i].memory + (from - begin), to - from});
+  }
+}
+
 void count(const IoRequest& request, std::int64_t result) {
   if (result < 0) return;
   switch (request.op) {
     case IoRequest::Op::kReadPieces:
+      if (result == sum_of(request.pieces)) count_between_gaps(request);
+      return;
     case IoRequest::Op::kWritePieces:
       if (result != sum_of(request.pieces)) return;
       [[fallthrough]];

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "engine/piece_sums.h"
 #include "engine/unique_fd.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
@@ -94,6 +95,25 @@ TEST_F(WorkersTest, ErrorsKeepTheirErrno) {
   EXPECT_EQ(result_of({.op = IoRequest::Op::kReadPieces, .fd = -1, .pieces = pieces}), -EBADF);
   const UniqueFd read_only(::open((dir_ / "file").c_str(), O_RDONLY));
   EXPECT_EQ(result_of({.op = IoRequest::Op::kWritePieces, .fd = read_only.get(), .pieces = pieces}), -EBADF);
+}
+
+TEST_F(WorkersTest, OfReadsOnlyPiecesOfTheFileWithoutAGapAreCounted) {
+  constexpr std::uint64_t kStripeBytes = Checksums::kPieceBytes;
+  std::vector<std::byte> memory(4 * kStripeBytes);
+  flashpack::testing::write_file(dir_ / "large", memory);
+  const UniqueFd large(::open((dir_ / "large").c_str(), O_RDONLY));
+  const std::vector<std::pair<std::uint64_t, std::uint64_t>> ranges = {{0, 100},
+                                                                       {100, kStripeBytes + 7},
+                                                                       {kStripeBytes + 9, 2 * kStripeBytes},
+                                                                       {2 * kStripeBytes, 3 * kStripeBytes + 5},
+                                                                       {4 * kStripeBytes - 5, 4 * kStripeBytes}};
+  std::vector<Piece> pieces;
+  for (const auto& [begin, end] : ranges) pieces.push_back({begin, end - begin, memory.data() + begin});
+  PieceSums sums(0, 4 * kStripeBytes);
+  result_of({.op = IoRequest::Op::kReadPieces, .fd = large.get(), .pieces = pieces, .sums = &sums});
+  std::vector<std::uint32_t> counted;
+  for (std::uint64_t index = 0; index < 4; ++index) counted.push_back(sums.counted_bytes(index));
+  EXPECT_EQ(counted, (std::vector<std::uint32_t>{kStripeBytes, 0, kStripeBytes, 0}));
 }
 
 TEST_F(WorkersTest, WritesArriveAndScatterTakesOnlyItsPieces) {
