@@ -202,13 +202,19 @@ def test_what_is_no_part_is_refused(pack, index, error):
         flashpack.open_file(pack({"t": torch.ones(6, 5)})).get_slice("t")[index]
 
 
-@pytest.mark.parametrize(("window_bytes", "gap_bytes"), [(1, 0), (64, 20), (300, 64 << 10), (32 << 20, 64 << 10)])
-def test_boxes_are_right_whether_they_are_read_by_runs_or_by_rows(pack, monkeypatch, window_bytes, gap_bytes):
+@pytest.mark.parametrize(
+    ("window_bytes", "gap_bytes", "dense_bytes"),
+    [(1, 0, 1000), (64, 20, 1000), (300, 64 << 10, 1000), (32 << 20, 64 << 10, 1000), (300, 64 << 10, 0)],
+)
+def test_boxes_are_right_whether_they_are_read_by_runs_or_by_rows(
+    pack, monkeypatch, window_bytes, gap_bytes, dense_bytes
+):
     monkeypatch.setattr(_file, "_WINDOW_BYTES", window_bytes)
+    monkeypatch.setattr(_file, "_DENSE_BYTES", dense_bytes)
     monkeypatch.setattr(_file, "_SHORT_GAP_BYTES", gap_bytes)
     tensor = random_tensor((5, 4, 6, 3), torch.int16)
     part = flashpack.open_file(pack({"x": random_tensor((7,)), "t": tensor, "y": random_tensor((9,))})).get_slice("t")
-    spans = [slice(None), slice(1, 3), slice(0, 1), slice(2, 2), slice(None, None, 2), -1]
+    spans = [slice(None), slice(1, 3), slice(0, 1), slice(2, 2), slice(None, None, 2), slice(1, None, 3), -1]
     for index in itertools.product(spans, repeat=4):
         assert torch.equal(part[index], tensor[index]), index
 
@@ -235,26 +241,46 @@ def test_what_no_slice_of_safetensors_takes_is_a_clear_error(pack, index):
 
 
 def test_of_a_slice_only_its_bytes_are_read(path, monkeypatch):
-    loads = []
+    requested = []
     side_of = _file.side_of
 
     class Spy:
-        def load(self, fd, path, extents, *args, **kwargs):
-            loads.append(extents)
-            return side_of(torch.device("cpu")).engine.load(fd, path, extents, *args, **kwargs)
+        def load(self, *args, **kwargs):
+            stats = side_of(torch.device("cpu")).engine.load(*args, **kwargs)
+            requested.append(stats["requested_bytes"])
+            return stats
 
     monkeypatch.setattr(_file, "side_of", lambda device: side_of(device)._replace(engine=Spy()))
-    part = flashpack.open_file(path).get_slice("encoder.layers.1.weight")
+    file = flashpack.open_file(path)
+    part = file.get_slice("encoder.layers.1.weight")
     part[10:20]
     part[3, 5:7]
     part[10:20, 100:200]
     part[7:7]
-    assert [(len(extents), sum(size for _, size, _ in extents)) for extents in loads] == [
-        (1, 20_000),
-        (1, 4),
-        (1, 18_200),  # What lies between short runs is read along.
-        (0, 0),
+    part[::7, :2]
+    file.get_slice("decoder.weight")[:, :, 3:5]
+    assert requested == [
+        20_000,
+        4,
+        2000,
+        0,
+        43 * 4,
+        50 * 7 * 60 - 56,  # What lies between runs is read along where they follow each other closely.
     ]
+
+
+def test_a_slice_of_distant_runs_is_read_into_its_memory_and_not_copied(pack, monkeypatch):
+    tensor = random_tensor((2048, 4096), torch.int16)
+    part = flashpack.open_file(pack({"pad": random_tensor((3,)), "t": tensor})).get_slice("t")
+    read = []
+    boxes = _file.TensorSlice._read
+    monkeypatch.setattr(_file.TensorSlice, "_read", lambda *args: read.append(boxes(*args)) or read[-1])
+    for index in ((slice(None), slice(1024)), (slice(1, None), 5), slice(100, 2000, 3), (7, slice(3, None))):
+        result = part[index]
+        assert torch.equal(result, tensor[index])
+        assert result.data_ptr() == read.pop().data_ptr()
+        assert result.untyped_storage().nbytes() == result.nbytes
+        assert result.is_contiguous()
 
 
 def test_a_corrupt_tensor_is_found_when_it_is_read_and_always_finds_it_in_a_part(path, tensors):

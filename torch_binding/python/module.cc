@@ -42,6 +42,8 @@ using IdentityTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, st
 using SpecTuple = std::tuple<std::string, std::string, std::vector<std::int64_t>>;
 /// File offset in bytes, size in bytes, address in memory.
 using ExtentTuple = std::tuple<std::uint64_t, std::uint64_t, std::uintptr_t>;
+/// How often, and how many bytes of the file apart.
+using RepeatTuple = std::tuple<std::uint64_t, std::uint64_t>;
 /// Name, file offset in bytes, size in bytes.
 using PlaceTuple = std::tuple<std::string, std::uint64_t, std::uint64_t>;
 /// Told, on the waiting thread, how many bytes are done.
@@ -199,6 +201,25 @@ std::vector<ExtentType> to_extents(const std::vector<ExtentTuple>& tuples) {
   return extents;
 }
 
+/// Each of `extents` as often as all of `repeats` say, the last of which is the innermost. The memory has no gaps.
+std::vector<Extent> repeated(std::vector<Extent> extents, const std::vector<RepeatTuple>& repeats) {
+  for (auto repeat = repeats.rbegin(); repeat != repeats.rend(); ++repeat) {
+    const auto [count, stride_bytes] = *repeat;
+    std::uint64_t block_bytes = 0;
+    for (const Extent& extent : extents) block_bytes += extent.size_bytes;
+    std::vector<Extent> all;
+    all.reserve(extents.size() * count);
+    for (std::uint64_t i = 0; i < count; ++i) {
+      for (const Extent& extent : extents) {
+        all.push_back({extent.offset_bytes + i * stride_bytes, extent.size_bytes,
+                       static_cast<std::byte*>(extent.target) + i * block_bytes});
+      }
+    }
+    extents = std::move(all);
+  }
+  return extents;
+}
+
 CUstream_st* stream_of(std::uintptr_t handle) {
   return reinterpret_cast<CUstream_st*>(handle);  // NOLINT(performance-no-int-to-ptr)
 }
@@ -219,11 +240,11 @@ class PyEngine {
 
   Dict load(int fd, const std::filesystem::path& path, const std::vector<ExtentTuple>& extents,
             const Metadata& metadata, std::string_view verify, std::string_view cache, const ProgressFunction& progress,
-            std::uintptr_t stream) {
+            std::uintptr_t stream, const std::vector<RepeatTuple>& repeats) {
     const NativeCall call;
     LoadRequest request{.cache = cache_policy(cache), .stream = stream_of(stream)};
     request.files.push_back({.path = path,
-                             .extents = to_extents<Extent, void*>(extents),
+                             .extents = repeated(to_extents<Extent, void*>(extents), repeats),
                              .expected = metadata.identity,
                              .checksums = checksums_for(metadata, verify_policy(verify), path),
                              .fd = fd});
@@ -352,9 +373,11 @@ void bind_handles(nb::module_& module) {
       nb::class_<PyEngine>(module, "Engine", "Threads, ring and staging memory of this process; thread-safe.")
           .def(nb::init<std::optional<int>>(), "cuda_device"_a = nb::none())
           .def("load", &PyEngine::load, "fd"_a, "path"_a, "extents"_a, "metadata"_a, "verify"_a = "auto",
-               "cache"_a = "auto", "progress"_a = nb::none(), "stream"_a = 0,
+               "cache"_a = "auto", "progress"_a = nb::none(), "stream"_a = 0, "repeats"_a = std::vector<RepeatTuple>(),
                "Reads extents of (file offset, size, address) of the open file and returns the transfer's statistics; "
                "`path` is for messages. "
+               "`repeats`: (count, bytes in the file from one to the next), outermost first, of all extents; their "
+               "memory lies one after the other. "
                "Device memory is not written before what is on `stream` (a cudaStream_t) has ended.")
           .def("verify", &PyEngine::verify, "fd"_a, "path"_a, "metadata"_a, "progress"_a = nb::none(),
                "Reads the payload and returns verified_bytes, corrupt (file offset, size, names) and seconds.");

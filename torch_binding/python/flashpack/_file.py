@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 import torch
 
 from ._casts import check_asked, dtype_when_asked
-from ._device import DeviceLike, Side, side_of
+from ._device import CPU, DeviceLike, Side, side_of
 from ._engine import left_before_exit
 from ._footer import Entry, Footer, StrPath, Verify, footer_of, open_footer, open_for_reading
-from ._memory import ReadOptions, allocate_region, read_tensors, supported_device
+from ._memory import ReadOptions, allocate_region, allocate_tensor, read_tensors, supported_device
 from ._native import FlashPackError
 from .utils import is_ignored_tensor_name, string_to_dtype
 
@@ -26,6 +26,9 @@ __all__ = ["FlashPackFile", "TensorSlice", "load_file", "open_file"]
 _SHORT_GAP_BYTES = 64 << 10
 # What slices with short gaps are read through: memory that is used again is touched for the first time only once.
 _WINDOW_BYTES = 32 << 20
+# Below this distance the runs of a slice cost more one by one than what lies between them. A device takes each run as a
+# copy of its own, which costs more at any distance.
+_DENSE_BYTES = 1 << 10
 
 
 @left_before_exit
@@ -182,55 +185,61 @@ class TensorSlice:
     def __getitem__(self, index: Any) -> torch.Tensor:
         """What torch gives for integers, slices and `...`, in memory of its own; nothing else is read from the file.
 
-        Of a slice with a step, what lies between its elements is read along. With verify="always" the whole tensor is
-        read, because checksums are of whole pieces.
+        Of what is wanted in pieces that follow each other closely, what lies between them is read along. With
+        verify="always" the whole tensor is read, because checksums are of whole pieces.
 
         Raises IndexError as torch does, and what load_file raises.
         """
-        ranges, rest = _ranges(index, self._entry.shape)
+        ranges, kept = _ranges(index, self._entry.shape)
         if self._file._options.verify == "always":
             return self._file.get(self._entry.name)[index].clone()
         with torch.inference_mode(False), torch.no_grad():
-            return self._read(ranges)[rest].clone(memory_format=torch.contiguous_format)
+            return self._read(ranges).view([len(ranges[dim]) for dim in kept]).detach()
 
     def __reduce__(self) -> NoReturn:
         _refuse_pickling(self)
 
     def _read(self, ranges: list[range]) -> torch.Tensor:
-        """The box of `ranges`, all of step 1."""
+        """What `ranges` mean, in as many dims."""
         side = side_of(self._file._device)
-        box = torch.empty([len(each) for each in ranges], dtype=self.dtype, device=side.device)
-        strides = [self.dtype.itemsize * math.prod(self.shape[dim + 1 :]) for dim in range(len(ranges))]
-        rows = _dim_of_rows(ranges, strides, self.dtype.itemsize)
-        if rows is not None and box.numel():
-            self._read_rows(box, ranges, strides, rows, side)
-            return box.to(self._file._device)
-        runs, run_bytes = _runs(ranges, strides, self.dtype.itemsize, self.shape)
-        address = box.data_ptr()
-        self._load([(begin, run_bytes, address + i * run_bytes) for i, begin in enumerate(runs) if box.numel()], side)
-        return box.to(self._file._device)
+        item_bytes = self.dtype.itemsize
+        strides = [item_bytes * math.prod(self.shape[dim + 1 :]) for dim in range(len(ranges))]
+        run_bytes, repeats = _runs(ranges, strides, item_bytes, self.shape)
+        empty = not all(ranges)
+        closely = repeats and not empty and (repeats[-1][1] < _DENSE_BYTES or side.device != CPU)
+        if closely and (rows := _dim_of_rows(ranges, strides, item_bytes)) is not None:
+            return self._read_rows(ranges, strides, rows, side).to(self._file._device)
+        begin = sum(each.start * stride for each, stride in zip(ranges, strides, strict=True))
+        shape = [len(each) for each in ranges]
+        part = allocate_tensor(self._entry.dtype, shape, self._entry.offset_bytes + begin, side.device)
+        self._load([] if empty else [(begin, run_bytes, part.data_ptr())], side, repeats)
+        return part.to(self._file._device)
 
-    def _read_rows(self, box: torch.Tensor, ranges: list[range], strides: list[int], dim: int, side: Side) -> None:
-        """Reads whole rows, many at a time, and takes the box out of them. A row is what one index of `dim` stands for.
+    def _read_rows(self, ranges: list[range], strides: list[int], dim: int, side: Side) -> torch.Tensor:
+        """Reads whole rows, many at a time, and takes what is wanted out of them.
 
-        Each row is read from the first byte that is wanted of it to the last, and what lies between rows, too.
+        A row is what one index of `dim` stands for. Each is read from the first byte that is wanted of it to the last,
+        and what lies between rows, too.
         """
+        outer = [range(each[0], each[-1] + 1) for each in ranges[: dim + 1]]
         row_bytes, inner = strides[dim], ranges[dim + 1 :]
         begin = sum(each.start * stride for each, stride in zip(inner, strides[dim + 1 :], strict=True))
         end = self.dtype.itemsize + sum(
-            (each.stop - 1) * stride for each, stride in zip(inner, strides[dim + 1 :], strict=True)
+            each[-1] * stride for each, stride in zip(inner, strides[dim + 1 :], strict=True)
         )
-        at_once = min(max(1, _WINDOW_BYTES // row_bytes), box.shape[: dim + 1].numel())
+        counts = [len(each) for each in outer]
+        at_once = min(max(1, _WINDOW_BYTES // row_bytes), math.prod(counts))
         origin = self._entry.offset_bytes + ranges[dim].start * row_bytes
         region = allocate_region(origin, at_once * row_bytes, side.device)
         window = region.tensor(
             self._entry.dtype, (at_once, *self.shape[dim + 1 :]), at_once * row_bytes // self.dtype.itemsize, origin
         )
-        wanted = (slice(None), *(slice(each.start, each.stop) for each in inner))
-        target = box.view(-1, *box.shape[dim + 1 :])
+        wanted = (slice(None), *(slice(each.start, each.stop, each.step) for each in inner))
+        lengths = [len(each) for each in inner]
+        target = allocate_tensor(self._entry.dtype, [math.prod(counts), *lengths], origin, side.device)
         extents: list[tuple[int, int, int]] = []
         done, there = 0, 0
-        for row, count in _bands(ranges[: dim + 1], strides, at_once):
+        for row, count in _bands(outer, strides, at_once):
             if there + count > at_once:
                 self._load(extents, side)
                 target[done : done + there] = window[:there][wanted]
@@ -240,20 +249,24 @@ class TensorSlice:
             there += count
         self._load(extents, side)
         target[done:] = window[:there][wanted]
+        steps = tuple(slice(None, None, each.step) for each in ranges[: dim + 1])
+        return target.view([*counts, *lengths])[steps].contiguous()
 
-    def _load(self, extents: list[tuple[int, int, int]], side: Side) -> None:
-        """Of extents that begin at an offset in the tensor."""
+    def _load(
+        self, extents: list[tuple[int, int, int]], side: Side, repeats: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Of extents that begin at an offset in the tensor; `repeats` as the engine takes them."""
         file, at = self._file, self._entry.offset_bytes
         in_file = [(at + begin, size, address) for begin, size, address in extents]
         fd, verify = file._footer.fileno(), file._options.verify
-        side.engine.load(fd, file.path, in_file, file._footer.native, verify, stream=side.stream)
+        side.engine.load(fd, file.path, in_file, file._footer.native, verify, stream=side.stream, repeats=repeats)
 
 
 def _dim_of_rows(ranges: list[range], strides: list[int], item_bytes: int) -> int | None:
-    """The first dim whose rows are small, and wanted but for short gaps; none where one read of each run is better."""
-    span_bytes = item_bytes + sum((len(each) - 1) * stride for each, stride in zip(ranges, strides, strict=True))
-    for dim, (each, stride) in enumerate(zip(ranges, strides, strict=True)):
-        span_bytes -= (len(each) - 1) * stride
+    """The first dim whose rows are small, and wanted but for short gaps."""
+    spans = [(each[-1] - each[0]) * stride for each, stride in zip(ranges, strides, strict=True)]
+    for dim, stride in enumerate(strides):
+        span_bytes = item_bytes + sum(spans[dim + 1 :])
         if stride <= _WINDOW_BYTES and span_bytes < stride <= span_bytes + _SHORT_GAP_BYTES:
             return dim
     return None
@@ -268,21 +281,23 @@ def _bands(ranges: list[range], strides: list[int], most: int) -> Iterator[tuple
             yield start + row * stride, min(most, rows.stop - row)
 
 
-def _runs(ranges: list[range], strides: list[int], item_bytes: int, shape: Sequence[int]) -> tuple[Iterator[int], int]:
-    """Where in the tensor the box of `ranges` has runs of bytes, in order, and how long each is."""
-    # Dims that are whole, and the one before them, are one run.
-    whole = len(shape)
-    while whole and len(ranges[whole - 1]) == shape[whole - 1]:
-        whole -= 1
-    first = max(whole - 1, 0)
+def _runs(
+    ranges: list[range], strides: list[int], item_bytes: int, shape: Sequence[int]
+) -> tuple[int, list[tuple[int, int]]]:
+    """How long the runs of bytes of a part are, and how often they come, and how far apart, outermost first."""
+    # Dims that are whole are one run, and so is what is wanted of the one before them.
+    first = len(shape)
+    while first and len(ranges[first - 1]) == shape[first - 1]:
+        first -= 1
+    if first and (ranges[first - 1].step == 1 or len(ranges[first - 1]) == 1):
+        first -= 1
+    repeats = [(len(each), each.step * stride) for each, stride in zip(ranges[:first], strides, strict=False)]
     run_bytes = item_bytes * math.prod(len(each) for each in ranges[first:])
-    start = ranges[first].start * strides[first] if shape else 0
-    outer = itertools.product(*ranges[:first])
-    return (start + sum(i * s for i, s in zip(at, strides, strict=False)) for at in outer), run_bytes
+    return run_bytes, [repeat for repeat in repeats if repeat[0] != 1]
 
 
-def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], tuple[int | slice, ...]]:
-    """The smallest box that holds what `index` means, as ranges of step 1, and what `index` means within the box."""
+def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], list[int]]:
+    """What `index` means in each dim, and the dims that it keeps, which are those without a single integer."""
     items = list(index) if isinstance(index, tuple) else [index]
     ellipses = [at for at, item in enumerate(items) if item is ...]  # Arrays compare element by element.
     if len(ellipses) > 1:
@@ -293,22 +308,21 @@ def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], tuple[int 
     at = ellipses[0] if ellipses else len(items)
     items[at : at + 1] = [slice(None)] * (len(shape) - given)
     ranges: list[range] = []
-    rest: list[int | slice] = []
-    for item, size in zip(items, shape, strict=True):
+    kept: list[int] = []
+    for dim, (item, size) in enumerate(zip(items, shape, strict=True)):
         if isinstance(item, slice):
             begin, end, step = item.indices(size)
             if step < 1:
                 raise ValueError("the step of a slice must be greater than zero")
-            ranges.append(range(begin, max(begin, end)))
-            rest.append(slice(None, None, step))
+            ranges.append(range(begin, end, step))
+            kept.append(dim)
         elif (number := _as_integer(item)) is not None:
             if not -size <= number < size:
                 raise IndexError(f"index {number} is out of bounds for a dim of size {size}")
             ranges.append(range(number % size, number % size + 1))
-            rest.append(0)
         else:
             raise TypeError(f"parts of a tensor are read by integers, slices and '...', not by {item!r}")
-    return ranges, tuple(rest)
+    return ranges, kept
 
 
 def _as_integer(item: Any) -> int | None:

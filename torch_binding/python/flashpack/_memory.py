@@ -121,6 +121,16 @@ def _allocate_host(offset_bytes: int, size_bytes: int) -> HostRegion:
     return HostRegion(buffer, (offset_bytes - base) % align, offset_bytes, size_bytes)
 
 
+def allocate_tensor(dtype: str, shape: Sequence[int], offset_bytes: int, device: torch.device) -> torch.Tensor:
+    """Memory of its own for what lies at `offset_bytes` of a file, with unspecified values."""
+    length_elems = math.prod(shape)
+    size_bytes = length_elems * string_to_dtype(dtype).itemsize
+    if size_bytes < _HUGE_PAGE_BYTES:  # A process may have only so many mappings.
+        return torch.empty(tuple(shape), dtype=string_to_dtype(dtype), device=device)
+    region = allocate_region(offset_bytes, size_bytes, device)
+    return region.tensor(dtype, shape, length_elems, offset_bytes)
+
+
 def map_file(footer: Footer) -> HostRegion:
     """The whole file, mapped privately and writable. Truncation by others is SIGBUS for whoever touches it."""
     stat = os.fstat(footer.fileno())
