@@ -50,6 +50,17 @@ struct FileSystem {
   std::uint32_t stuck = 0;  // Operations that are late or abandoned.
   std::uint32_t late = 0;   // Of these: late.
   std::uint32_t loads = 0;  // Open parts of loads.
+
+  std::size_t held_up_loads() const noexcept { return late > 0 ? loads : 0; }
+};
+
+/// The same of what a path tells before its file has been opened: its directory, or the mount point above that.
+struct Place {
+  std::uint32_t with_threads = 0;     // Parts that are being opened or closed, of those that are counted here.
+  std::uint32_t late = 0;             // Of these: not answered for.
+  FileSystem* file_system = nullptr;  // Where its files turned out to be.
+
+  std::size_t held_up_loads() const noexcept { return file_system ? file_system->held_up_loads() : 0; }
 };
 
 /// Files that are open for loads, so that loads of the same path share one. Not by inode alone: some file systems give
@@ -97,6 +108,8 @@ struct Part {
   // The driver's alone.
   TransferState* transfer = nullptr;
   FileSystem* file_system = nullptr;  // Once it is open.
+  std::array<Place*, 2> places{};     // Its directory and mount point, once something is late somewhere.
+  bool in_places = false;             // Counted there among those with threads.
   State state = State::kWaiting;
   std::uint64_t turn = 0;                       // Ascending in the order of the starts.
   bool awaited = true;                          // Its transfer does not end before it is done.

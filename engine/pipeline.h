@@ -5,7 +5,6 @@
 #include <array>
 #include <atomic>
 #include <chrono>
-#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -16,6 +15,7 @@
 
 #include "engine/copier.h"
 #include "engine/io_queue.h"
+#include "engine/mounts.h"
 #include "engine/pool.h"
 #include "engine/transfer_state.h"
 
@@ -49,7 +49,8 @@ namespace flashpack::engine {
 /// and holds up its transfer, but no longer counts against the depth, and its slot is made up for, so that others go
 /// on. kStuckLimit bounds what can be stuck; a file that has many of them gets no more when half of that is used up,
 /// and a file system when three quarters are. Files do not count against those that may be open at a time while
-/// something is late in their file system.
+/// something is late in their file system; of those one mount point has at most half of what the others leave, and one
+/// directory a third, for a link may lead to another file system. The rest of its loads is parked.
 ///
 /// run() is called by one thread, the driver; it does no byte work, never blocks in a file system, and allocates
 /// nothing per chunk.
@@ -159,6 +160,11 @@ class Pipeline final : public Driver {
   void admit(const std::shared_ptr<TransferState>& started);
   void expire();
   void open_next();
+  std::array<Place*, 2> places_of(const Part& part);
+  bool has_share(const Place& place, unsigned shares) const;
+  bool is_to_be_parked(Part& part);
+  void enter_places(Part& part);
+  void leave_places(Part& part);
   void ask(Part& part, Part::State state);
   void on_answer(Part& part);
   void on_opened(Part& part);
@@ -168,6 +174,8 @@ class Pipeline final : public Driver {
   void on_delivered(Part& part);
   void stop_waiting_for(Part& part);
   void look_for_late_parts();
+  void set_late(Part& part);
+  void read_mounts();
   void give_up(TransferState& transfer, const Error& error);
   void settle(TransferState& transfer);
   void end(TransferState& transfer);
@@ -234,8 +242,13 @@ class Pipeline final : public Driver {
 
   std::size_t unfinished_ = 0;  // Transfers.
   std::uint64_t next_turn_ = 0;
-  std::deque<std::pair<std::shared_ptr<TransferState>, Part*>> waiting_;  // To be opened.
-  std::vector<Part*> with_threads_;                                       // Being opened or closed.
+  std::map<std::uint64_t, Part*> waiting_;              // To be opened, by turn.
+  std::map<std::uint64_t, Part*> parked_;               // Of these: their places have their share of what is stuck.
+  bool look_at_parked_ = false;                         // Something has come back.
+  std::array<std::map<std::string, Place>, 2> places_;  // Directories, mount points. They stay; there are few.
+  Mounts mounts_;                                       // As they were when something became late, at:
+  std::chrono::steady_clock::time_point mounts_read_;
+  std::vector<Part*> with_threads_;  // Being opened or closed.
   static constexpr std::size_t kSmall = 0;
   static constexpr std::size_t kLarge = 1;
   std::array<std::vector<Part*>, 2> issuing_;  // Have chunks to issue; each in the order of their turns.

@@ -115,7 +115,7 @@ void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
   if (transfer.failure) return give_up(transfer, transfer.failure->error());
   if (transfer.cancel_requested)  // Perhaps before it was here.
     return give_up(transfer, file_error(Errc::kCancelled, transfer.verb(), transfer.path()));
-  for (Part& part : transfer.parts) part.open ? begin_issuing(part) : void(waiting_.emplace_back(started, &part));
+  for (Part& part : transfer.parts) part.open ? begin_issuing(part) : void(waiting_.emplace(part.turn, &part));
   settle(transfer);
 }
 
@@ -128,12 +128,51 @@ void Pipeline::expire() {
 }
 
 void Pipeline::open_next() {
+  if (std::exchange(look_at_parked_, false)) waiting_.merge(parked_);
   while (!waiting_.empty() && open_parts_ - held_up_parts() < max_open_parts_ && held_up_parts() < kStuckLimit) {
-    const auto [transfer, part] = std::move(waiting_.front());
-    waiting_.pop_front();
-    if (part->state != Part::State::kWaiting) continue;
+    auto next = waiting_.extract(waiting_.begin());
+    Part& part = *next.mapped();
+    if (is_to_be_parked(part)) {
+      parked_.insert(std::move(next));
+      continue;
+    }
     ++open_parts_;
-    ask(*part, Part::State::kOpening);
+    ask(part, Part::State::kOpening);
+  }
+}
+
+// Its directory and the mount point above it, by name alone.
+std::array<Place*, 2> Pipeline::places_of(const Part& part) {
+  std::error_code no_working_directory;
+  const auto directory = std::filesystem::absolute(part.path, no_working_directory).lexically_normal().parent_path();
+  return {&places_[0][directory.native()], &places_[1][mounts_.above(directory)]};
+}
+
+// Whether it has no more than one of so many shares of what may be held up and is not by others.
+bool Pipeline::has_share(const Place& place, unsigned shares) const {
+  const std::size_t has = place.with_threads + place.held_up_loads();
+  const std::size_t held_up = place.late + place.held_up_loads();
+  return shares * has + held_up_parts() <= kStuckLimit + held_up;
+}
+
+bool Pipeline::is_to_be_parked(Part& part) {
+  if (held_up_parts() == 0) return false;
+  if (!part.places[0]) part.places = places_of(part);
+  return !has_share(*part.places[0], 3) || !has_share(*part.places[1], 2);
+}
+
+void Pipeline::enter_places(Part& part) {
+  if (!part.places[0]) part.places = places_of(part);
+  if (std::exchange(part.in_places, true)) return;
+  for (Place* place : part.places) ++place->with_threads;
+}
+
+void Pipeline::leave_places(Part& part) {
+  if (!std::exchange(part.in_places, false)) return;
+  look_at_parked_ |= part.late || !has_share(*part.places[0], 3) || !has_share(*part.places[1], 2);
+  for (Place* place : part.places) {
+    --place->with_threads;
+    if (part.late) --place->late;
   }
 }
 
@@ -141,12 +180,14 @@ void Pipeline::ask(Part& part, Part::State state) {
   part.state = state;
   part.since = now_;
   with_threads_.push_back(&part);
+  if (held_up_parts() > 0) enter_places(part);
   if (part.awaited) ++part.transfer->outstanding;
   pool_.post(*new FileTask(part, *this));  // It deletes itself.
 }
 
 void Pipeline::on_answer(Part& part) {
   std::erase(with_threads_, &part);
+  leave_places(part);
   if (std::exchange(part.late, false)) --late_parts_;
   if (part.awaited) --part.transfer->outstanding;
   if (std::exchange(part.state, Part::State::kDone) == Part::State::kOpening) return on_opened(part);
@@ -170,7 +211,7 @@ void Pipeline::on_opened(Part& part) {
     part.failure.reset();
     part.state = Part::State::kWaiting;
     max_open_parts_ = open_parts_ - held_up_parts();
-    waiting_.emplace_front(transfer.self, &part);
+    waiting_.emplace(part.turn, &part);
     return;
   }
   stop_waiting_for(part);
@@ -179,6 +220,7 @@ void Pipeline::on_opened(Part& part) {
 void Pipeline::begin_issuing(Part& part) {
   part.state = Part::State::kOpen;
   part.file_system = &file_systems_[part.file().identity().dev];
+  if (part.places[0]) part.places[0]->file_system = part.places[1]->file_system = part.file_system;
   if (part.transfer->is_load()) {
     ++part.file_system->loads;
     if (part.file_system->late > 0) ++held_up_parts_;
@@ -202,7 +244,10 @@ void Pipeline::issue_from_now_on(Part& part) {
 void Pipeline::on_delivered(Part& part) {
   if (part.transfer->is_load()) {
     --part.file_system->loads;
-    if (part.file_system->late > 0) --held_up_parts_;
+    if (part.file_system->late > 0) {
+      --held_up_parts_;
+      look_at_parked_ = true;
+    }
     return ask(part, Part::State::kClosing);
   }
   part.state = Part::State::kDone;
@@ -220,14 +265,24 @@ void Pipeline::stop_waiting_for(Part& part) {
   settle(transfer);
 }
 
+void Pipeline::set_late(Part& part) {
+  part.late = true;
+  ++late_parts_;
+  read_mounts();
+  enter_places(part);
+  for (Place* place : part.places) ++place->late;
+}
+
+// Before places are told apart, because something has become late. The kernel knows them without asking a file system.
+void Pipeline::read_mounts() {
+  if (std::exchange(mounts_read_, now_) != now_) mounts_.read();
+}
+
 // A file that does not close, or that nobody wants to know more about, holds up nobody.
 void Pipeline::look_for_late_parts() {
   for (std::size_t i = with_threads_.size(); i-- > 0;) {
     Part& part = *with_threads_[i];
-    if (!part.late && now_ - part.since >= kLate) {
-      part.late = true;
-      ++late_parts_;
-    }
+    if (!part.late && now_ - part.since >= kLate) set_late(part);
     const bool closes = part.state == Part::State::kClosing && (part.checked || part.transfer->failure);
     if (part.late && closes && part.awaited) {
       --part.transfer->outstanding;
@@ -242,7 +297,11 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
   abandon_jobs_of(transfer);
   for (Part& part : transfer.parts) {
     if (part.state == Part::State::kOpen) std::erase(issuing_like(part), &part);
-    if (part.state == Part::State::kWaiting) part.state = Part::State::kDone;
+    if (part.state == Part::State::kWaiting) {
+      part.state = Part::State::kDone;
+      waiting_.erase(part.turn);
+      parked_.erase(part.turn);
+    }
     if (part.state == Part::State::kDone && part.given) pool_.post(*new CloseTask(std::move(part.given)));
     const bool left_to_its_thread =
         part.state == Part::State::kOpening || (part.state == Part::State::kClosing && part.late);

@@ -40,12 +40,15 @@ void Pipeline::clear_stuck(Job& job) {
   if (job.slot >= 0) --stuck_slots_;
   if (!std::exchange(job.late, false)) return;
   FileSystem& file_system = *job.part->file_system;
-  if (--file_system.late == 0) held_up_parts_ -= file_system.loads;
+  if (--file_system.late > 0) return;
+  held_up_parts_ -= file_system.loads;
+  look_at_parked_ = true;
 }
 
 void Pipeline::set_late(Job& job) {
   if (!job.stuck) set_stuck(job);
   job.late = true;
+  read_mounts();
   FileSystem& file_system = *job.part->file_system;
   if (file_system.late++ == 0) held_up_parts_ += file_system.loads;
 }

@@ -19,7 +19,8 @@ inline constexpr std::chrono::milliseconds kLate{500};
 /// Thread safety: post(), set_free() and replace_late_threads() from any thread.
 class Pool {
  public:
-  static constexpr std::size_t kMaxThreads = 256;
+  /// Enough for all that a pipeline lets get stuck, files and operations, and for the rest to go on.
+  static constexpr std::size_t kMaxThreads = 640;
 
   /// A task may get stuck in this: a descriptor that stays open until it is done, or else what nothing else can have as
   /// long as it takes. Zero: nothing.

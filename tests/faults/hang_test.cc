@@ -3,7 +3,10 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
+#include <filesystem>
+#include <functional>
 #include <future>
 #include <list>
 #include <memory>
@@ -26,6 +29,8 @@ constexpr std::uint32_t kMiB = 1u << 20;
 constexpr std::chrono::seconds kHang{20};
 constexpr std::uint32_t kDepth = 8;
 constexpr std::uint32_t kWorkers = 2;
+constexpr int kCrowd = 400;
+constexpr int kEnough = 80;  // Of a crowd, to be sure that it gets stuck.
 
 class HangTest : public ::testing::TestWithParam<Backend> {
  protected:
@@ -35,7 +40,7 @@ class HangTest : public ::testing::TestWithParam<Backend> {
   };
 
   void SetUp() override {
-    fs_ = std::make_unique<testing::HangingFs>(FLASHPACK_HANGING_FS, dir_ / "fuse");
+    fs_ = std::make_unique<testing::HangingFs>(FLASHPACK_HANGING_FS, dir_ / "a mount");
     if (!fs_->mounted()) GTEST_SKIP() << "FUSE cannot be mounted here";
     testing::write_file(*fs_ / "stuck", bytes_);
     testing::write_file(dir_ / "other", bytes_);
@@ -89,6 +94,32 @@ class HangTest : public ::testing::TestWithParam<Backend> {
       const std::size_t before = loads_.size();
       expect_that_others_go_on();
       while (loads_.size() > before) loads_.pop_back();
+    }
+  }
+
+  // Loads of nothing but the first page, of as many files as may be stuck at all, and more.
+  void start_a_crowd(const std::function<std::filesystem::path(int)>& path) {
+    for (int i = 0; i < kCrowd; ++i) {
+      Load& load = loads_.emplace_back();
+      load.memory = std::make_unique<GuardedMemory>(4096);
+      load.transfer = engine_->start_load(request(path(i), *load.memory));
+    }
+  }
+
+  // The kernel does not ask for more than one name of a directory at a time; the others wait for that.
+  void wait_until_stuck(std::ptrdiff_t count) {
+    const auto stuck = [](const Load& load) { return load.transfer->progress().outstanding > 0; };
+    const Deadline deadline = std::chrono::steady_clock::now() + kHang;
+    while (std::count_if(loads_.begin(), loads_.end(), stuck) < count) {
+      ASSERT_LT(std::chrono::steady_clock::now(), deadline);
+      std::this_thread::yield();
+    }
+  }
+
+  void expect_that_the_crowd_ends(std::error_code how) {
+    for (Load& load : loads_) {
+      if (load.memory->size() != 4096) continue;
+      ASSERT_EQ(outcome(load), how);
     }
   }
 
@@ -296,6 +327,46 @@ TEST_P(HangTest, ACrowdOfFilesThatDoNotOpenHoldsUpNoOtherLoad) {
   EXPECT_EQ(outcome(other), std::error_code());
   EXPECT_TRUE(right(other));
   fs_->release();
+}
+
+TEST_P(HangTest, MoreFilesThatDoNotOpenThanMayBeStuckHoldUpNoOtherLoad) {
+  fs_->hold("lookup", "*");
+  start_a_crowd([this](int i) { return *fs_ / ("missing" + std::to_string(i % 50)) / std::to_string(i); });
+  wait_until_stuck(kEnough);
+  expect_that_others_keep_going_on();
+  fs_->release();
+  expect_that_the_crowd_ends(std::make_error_code(std::errc::no_such_file_or_directory));
+}
+
+// Its path does not tell where it leads.
+TEST_P(HangTest, MoreFilesBehindALinkThatDoNotOpenThanMayBeStuckHoldUpNoOtherLoad) {
+  std::filesystem::create_symlink(*fs_ / ".", dir_ / "link");
+  fs_->hold("lookup", "*");
+  start_a_crowd([this](int i) { return dir_ / "link" / ("missing" + std::to_string(i)); });
+  wait_until_stuck(kEnough);
+  expect_that_others_keep_going_on();
+  fs_->release();
+  expect_that_the_crowd_ends(std::make_error_code(std::errc::no_such_file_or_directory));
+}
+
+TEST_P(HangTest, MoreFilesThatDoNotCloseThanMayBeStuckHoldUpNoOtherLoad) {
+  for (int i = 0; i < kCrowd; ++i) testing::write_file(*fs_ / std::to_string(i), std::span(bytes_).first(4096));
+  fs_->hold("flush", "*");
+  start_a_crowd([this](int i) { return *fs_ / std::to_string(i); });
+  ASSERT_TRUE(fs_->wait_until_held("flush", "*", kEnough));
+  expect_that_others_keep_going_on();
+  fs_->release();
+  expect_that_the_crowd_ends({});
+}
+
+TEST_P(HangTest, MoreOpenFilesWhoseReadsHangThanMayBeStuckHoldUpNoOtherLoad) {
+  for (int i = 0; i < kCrowd; ++i) testing::write_file(*fs_ / std::to_string(i), std::span(bytes_).first(4096));
+  fs_->hold("read", "*");
+  start_a_crowd([this](int i) { return *fs_ / std::to_string(i); });
+  wait_until_stuck(GetParam() == Backend::kWorkers ? kWorkers : kDepth);
+  expect_that_others_keep_going_on();
+  fs_->release();
+  expect_that_the_crowd_ends({});
 }
 
 TEST_P(HangTest, ABufferedLoadGoesOnThoughTheFileThatHadItsDescriptorDoesNotClose) {
