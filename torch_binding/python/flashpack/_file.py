@@ -252,9 +252,7 @@ class TensorSlice:
         steps = tuple(slice(None, None, each.step) for each in ranges[: dim + 1])
         return target.view([*counts, *lengths])[steps].contiguous()
 
-    def _load(
-        self, extents: list[tuple[int, int, int]], side: Side, repeats: Sequence[tuple[int, int]] = ()
-    ) -> None:
+    def _load(self, extents: list[tuple[int, int, int]], side: Side, repeats: Sequence[tuple[int, int]] = ()) -> None:
         """Of extents that begin at an offset in the tensor; `repeats` as the engine takes them."""
         file, at = self._file, self._entry.offset_bytes
         in_file = [(at + begin, size, address) for begin, size, address in extents]
