@@ -1,12 +1,17 @@
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <fstream>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/copier.h"
 #include "engine/cuda_handles.h"
 #include "engine/error.h"
+#include "engine/gate_cuda.h"
 #include "engine/workers.h"
 
 namespace flashpack::engine {
@@ -15,73 +20,73 @@ namespace {
 
 using cuda::check;
 using cuda::code_of;
-using cuda::DeviceGuard;
+using cuda::Context;
+using cuda::ContextGuard;
 
 // One copy engine serves each direction; the second stream fills the pauses between copies of the first.
 constexpr std::size_t kLanes = 2;
 
-class CudaGate final : public Gate {
- public:
-  CudaGate(int device, cudaStream_t stream) {
-    const DeviceGuard guard(device);
-    event_ = cuda::make_event();
-    check(cudaEventRecord(event_.get(), stream ? stream : cudaStreamLegacy), "cudaEventRecord on the caller's stream");
-  }
+// A copy costs its thread 5 us, and in a batch less. The driver has the disk to serve meanwhile.
+constexpr std::size_t kMostPiecesForDriver = 16;
 
-  bool open(std::error_code& error) noexcept override {
-    const cudaError_t result = cudaEventQuery(event_.get());
-    if (result == cudaErrorNotReady) {
-      static_cast<void>(cudaGetLastError());
-      return false;
-    }
-    if (result != cudaSuccess) error = code_of(result);
-    return true;
-  }
+// A context that has failed answers every question with its error for ever, also the one whether its copies have
+// ended. The hardware stops them when it fails; nobody is told when. After so long without another answer they have.
+constexpr std::chrono::seconds kSilence{1};
 
- private:
-  cuda::Event event_;
-};
+// Those of a context that is gone, which waits for its copies or ends them.
+bool is_end_of_context(cudaError_t error) {
+  return error == cudaErrorCudartUnloading || error == cudaErrorContextIsDestroyed ||
+         error == cudaErrorDeviceUninitialized;
+}
 
 class CudaCopier final : public Copier {
  public:
-  CudaCopier(int device, std::span<const std::span<std::byte>> slots)
-      : device_(current(device)),
+  /// Requires: the context is current.
+  CudaCopier(int device, const Context& context, std::span<const std::span<std::byte>> slots, Pool& pool)
+      : device_(device),
+        context_(context),
+        pool_(pool),
         lock_(std::span(slots.front().data(), slots.back().data() + slots.back().size())),
-        landed_(slots.size()) {
-    for (cuda::Event& event : landed_) event = cuda::make_event();
-    for (Lane& lane : lanes_) {
-      lane.stream = cuda::make_stream();
-      lane.copies.resize(slots.size());
+        copies_(slots.size()) {
+    for (Copy& copy : copies_) {
+      copy.copier = this;
+      copy.landed = cuda::make_event();
+      copy.reserve(kMostPiecesForDriver);
     }
+    for (Lane& lane : lanes_) lane.stream = cuda::make_stream();
     completions_.reserve(slots.size());
-    if (lock_.error() != cudaSuccess) {
-      fallback_reason_ = "page-locked memory: cudaHostRegister: " + code_of(lock_.error()).message();
-    }
+  }
+
+  ~CudaCopier() override {
+    const ContextGuard guard(context_);
+    if (guard.error() != cudaSuccess) lock_->forget();
+    for (Lane& lane : lanes_) give_back(lane.stream, guard);
+    for (Copy& copy : copies_) give_back(copy.landed, guard);
+    lock_.reset();  // After the streams, which may still copy.
   }
 
   void push(unsigned tag, const IoRequest& request) override {
     Lane& lane = lanes_[next_lane_++ % kLanes];
-    const cudaEvent_t event = landed_[static_cast<std::size_t>(request.slot)].get();
-    cudaError_t error = copy(request, lane.stream.get());
-    if (error == cudaSuccess) error = cudaEventRecord(event, lane.stream.get());
-    // Some pieces may be under way, and nothing will tell when they have landed.
-    if (error != cudaSuccess) cudaStreamSynchronize(lane.stream.get());
-    lane.copies[(lane.first + lane.count++) % lane.copies.size()] = {tag, event, error};
+    Copy& copy = copies_[static_cast<std::size_t>(request.slot)];
+    copy.begin(tag, request, lane.stream.get());
+    *std::exchange(lane.last, &copy.next) = &copy;
     ++under_way_;
+    // A copy of memory that is not locked ends within the call.
+    const bool may_take_long = !locked() || request.pieces.size() > kMostPiecesForDriver;
+    may_take_long ? pool_.post(copy) : copy.run();
   }
 
   // In each lane the oldest first: the others cannot have landed before it.
   std::span<const Completion> poll() override {
     completions_.clear();
+    if (idle()) return completions_;
+    const ContextGuard guard(context_);
     for (Lane& lane : lanes_) {
-      while (lane.count > 0) {
-        const Copy& copy = lane.copies[lane.first];
-        const cudaError_t result = copy.error != cudaSuccess ? copy.error : cudaEventQuery(copy.event);
-        if (result != cudaSuccess) static_cast<void>(cudaGetLastError());
-        if (result == cudaErrorNotReady) break;
-        completions_.push_back({copy.tag, result == cudaSuccess ? std::error_code() : code_of(result)});
-        lane.first = (lane.first + 1) % lane.copies.size();
-        --lane.count;
+      while (lane.first && has_landed(*lane.first, guard)) {
+        const Copy& copy = *lane.first;
+        completions_.push_back({copy.tag, copy.error == cudaSuccess ? std::error_code() : code_of(copy.error)});
+        lane.first = copy.next;
+        if (!lane.first) lane.last = &lane.first;
       }
     }
     under_way_ -= completions_.size();
@@ -90,9 +95,13 @@ class CudaCopier final : public Copier {
 
   bool idle() const noexcept override { return under_way_ == 0; }
 
-  std::unique_ptr<Gate> gate(CUstream_st* stream) override { return std::make_unique<CudaGate>(device_, stream); }
+  std::unique_ptr<Gate> gate(CUstream_st* stream) override {
+    return cuda::make_gate(context_, stream ? stream : cudaStreamLegacy);
+  }
 
   bool owns(const void* memory) const override {
+    const ContextGuard guard(context_);
+    check(guard.error(), "the device's context");
     cudaPointerAttributes attributes{};
     check(cudaPointerGetAttributes(&attributes, memory), "cudaPointerGetAttributes");
     if (attributes.type == cudaMemoryTypeDevice && attributes.device != device_) {
@@ -102,76 +111,143 @@ class CudaCopier final : public Copier {
     return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
   }
 
-  const std::string& fallback_reason() const noexcept override { return fallback_reason_; }
+  bool locked() const noexcept override { return lock_->error() == cudaSuccess; }
+
+  std::string fallback_reason() const override {
+    if (!locked()) return "page-locked memory: cudaHostRegister: " + code_of(lock_->error()).message();
+    const cudaError_t refused = batches_refused_;
+    return refused == cudaSuccess ? "" : "copies in batches: cudaMemcpyBatchAsync: " + code_of(refused).message();
+  }
 
  private:
-  struct Copy {
+  // Out of or into one slot.
+  struct Copy final : Pool::Task {
+    void reserve(std::size_t pieces);
+    void begin(unsigned new_tag, const IoRequest& new_request, cudaStream_t new_stream);
+    void run() noexcept override {
+      error = copier->start(*this);
+      started = true;
+    }
+
+    CudaCopier* copier = nullptr;
+    cuda::Event landed;
     unsigned tag = 0;
-    cudaEvent_t event = nullptr;
-    cudaError_t error = cudaSuccess;  // Of starting it.
+    IoRequest request{};
+    cudaStream_t stream = nullptr;
+    Copy* next = nullptr;                 // In its lane.
+    cudaError_t error = cudaSuccess;      // The first, of starting it or of asking for it.
+    std::atomic<bool> started = false;    // From then on it is the driver's.
+    std::vector<void*> targets, sources;  // Of its pieces.
+    std::vector<std::size_t> sizes;
   };
   struct Lane {
     cuda::Stream stream;
-    std::vector<Copy> copies;  // A circle.
-    std::size_t first = 0;
-    std::size_t count = 0;
+    Copy* first = nullptr;
+    Copy** last = &first;
   };
 
-  static int current(int device) {
-    check(cudaSetDevice(device), "cudaSetDevice");
-    return device;
+  cudaError_t start(Copy& copy) {
+    const ContextGuard guard(context_);
+    if (guard.error() != cudaSuccess) return guard.error();
+    if (copy.request.op == IoRequest::Op::kGather) clear_gaps(copy.request);
+    const cudaError_t error = copy_pieces(copy);
+    return error == cudaSuccess ? cudaEventRecord(copy.landed.get(), copy.stream) : error;
   }
 
-  cudaError_t copy(const IoRequest& request, cudaStream_t stream) {
-    sources_.clear();
-    targets_.clear();
-    sizes_.clear();
-    const bool to_device = request.op == IoRequest::Op::kScatter;
-    if (!to_device) clear_gaps(request);
-    for (const Piece& piece : request.pieces) {
-      std::byte* in_slot = request.memory.data() + (piece.offset_bytes - request.offset_bytes);
-      sources_.push_back(to_device ? in_slot : piece.memory);
-      targets_.push_back(to_device ? piece.memory : in_slot);
-      sizes_.push_back(piece.size_bytes);
-    }
-    const bool batch = sizes_.size() > 1 && lock_.error() == cudaSuccess;  // Batches want locked memory.
-    return batch ? copy_batch(stream, to_device) : copy_each(stream, to_device);
+  // Many small pieces go in one call. Batches want locked memory, a driver of CUDA 12.8 and a runtime of that, too.
+  cudaError_t copy_pieces(const Copy& copy) {
+    const bool try_batch = copy.sizes.size() > 1 && locked() && batches_refused_ == cudaSuccess;
+    const cudaError_t refused = try_batch ? copy_batch(copy) : cudaSuccess;
+    if (try_batch && refused == cudaSuccess) return cudaSuccess;
+    const cudaError_t error = copy_each(copy);
+    if (error == cudaSuccess && refused != cudaSuccess) batches_refused_ = refused;
+    return error;
   }
 
-  cudaError_t copy_each(cudaStream_t stream, bool to_device) {
-    const cudaMemcpyKind kind = to_device ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost;
-    for (std::size_t i = 0; i < sizes_.size(); ++i) {
-      const cudaError_t error = cudaMemcpyAsync(targets_[i], sources_[i], sizes_[i], kind, stream);
+  static cudaError_t copy_batch(const Copy& copy);
+
+  static cudaError_t copy_each(const Copy& copy) {
+    const bool load = copy.request.op == IoRequest::Op::kScatter;
+    const cudaMemcpyKind kind = load ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost;
+    for (std::size_t i = 0; i < copy.sizes.size(); ++i) {
+      const cudaError_t error = cudaMemcpyAsync(copy.targets[i], copy.sources[i], copy.sizes[i], kind, copy.stream);
       if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
   }
 
-  // A call costs 5 us, as much as a copy of 256 KiB: many small pieces go in one.
-  cudaError_t copy_batch(cudaStream_t stream, [[maybe_unused]] bool to_device) {
-#if CUDART_VERSION >= 13000
-    cudaMemcpyAttributes attributes{};
-    attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
-    std::size_t first = 0;
-    return cudaMemcpyBatchAsync(targets_.data(), sources_.data(), sizes_.data(), sizes_.size(), &attributes, &first, 1,
-                                stream);
-#else
-    return copy_each(stream, to_device);
-#endif
+  // Whether the device touches neither slot nor pieces any more. After an error the event may never have been recorded,
+  // and to have no answer is none: then the stream has to be empty.
+  bool has_landed(Copy& copy, const ContextGuard& guard) {
+    if (!copy.started) return false;
+    const cudaError_t answer = guard.error() != cudaSuccess ? guard.error()
+                               : copy.error == cudaSuccess  ? cudaEventQuery(copy.landed.get())
+                                                            : cudaStreamQuery(copy.stream);
+    if (answer == cudaSuccess || answer == cudaErrorNotReady) {
+      silent_since_.reset();
+      return answer == cudaSuccess;
+    }
+    if (copy.error == cudaSuccess) copy.error = answer;
+    const auto now = std::chrono::steady_clock::now();
+    if (!silent_since_) silent_since_ = now;
+    return is_end_of_context(answer) || now - *silent_since_ >= kSilence;
   }
 
   const int device_;
-  cuda::PageLock lock_;  // Goes after the streams, which may still copy.
-  std::string fallback_reason_;
-  std::vector<cuda::Event> landed_;  // By slot.
+  const Context context_;
+  Pool& pool_;
+  std::optional<cuda::PageLock> lock_;
+  std::vector<Copy> copies_;  // By slot.
   std::array<Lane, kLanes> lanes_;
   std::size_t next_lane_ = 0;
   std::size_t under_way_ = 0;
+  std::optional<std::chrono::steady_clock::time_point> silent_since_;
+  std::atomic<cudaError_t> batches_refused_ = cudaSuccess;
   std::vector<Completion> completions_;
-  std::vector<void*> targets_;  // Scratch of copy().
-  std::vector<const void*> sources_;
-  std::vector<std::size_t> sizes_;
 };
+
+void CudaCopier::Copy::reserve(std::size_t pieces) {
+  targets.reserve(pieces);
+  sources.reserve(pieces);
+  sizes.reserve(pieces);
+}
+
+void CudaCopier::Copy::begin(unsigned new_tag, const IoRequest& new_request, cudaStream_t new_stream) {
+  tag = new_tag;
+  request = new_request;
+  stream = new_stream;
+  next = nullptr;
+  started = false;
+  targets.clear();
+  sources.clear();
+  sizes.clear();
+  const bool load = request.op == IoRequest::Op::kScatter;
+  for (const Piece& piece : request.pieces) {
+    std::byte* const in_slot = request.memory.data() + (piece.offset_bytes - request.offset_bytes);
+    sources.push_back(load ? in_slot : piece.memory);
+    targets.push_back(load ? piece.memory : in_slot);
+    sizes.push_back(piece.size_bytes);
+  }
+}
+
+cudaError_t CudaCopier::copy_batch([[maybe_unused]] const Copy& copy) {
+#if CUDART_VERSION >= 12080
+  cudaMemcpyAttributes attributes{};
+  attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+  std::size_t first = 0;
+#if CUDART_VERSION >= 13000
+  return cudaMemcpyBatchAsync(copy.targets.data(), copy.sources.data(), copy.sizes.data(), copy.sizes.size(),
+                              &attributes, &first, 1, copy.stream);
+#else
+  Copy& lists = const_cast<Copy&>(copy);  // They are not written to.
+  std::size_t failed = 0;
+  return cudaMemcpyBatchAsync(lists.targets.data(), lists.sources.data(), lists.sizes.data(), lists.sizes.size(),
+                              &attributes, &first, 1, &failed, copy.stream);
+#endif
+#else
+  return cudaErrorNotSupported;
+#endif
+}
 
 class CudaCategory final : public std::error_category {
  public:
@@ -184,10 +260,13 @@ class CudaCategory final : public std::error_category {
 
 }  // namespace
 
-std::unique_ptr<Copier> make_cuda_copier(int device, std::span<const std::span<std::byte>> slots) {
+std::unique_ptr<Copier> make_cuda_copier(int device, std::span<const std::span<std::byte>> slots, Pool& pool) {
   int count = 0;
   check(cudaGetDeviceCount(&count), "CUDA: no usable device");
-  return std::make_unique<CudaCopier>(device, slots);
+  const Context context(device);
+  const ContextGuard guard(context);
+  check(guard.error(), "the device's context");
+  return std::make_unique<CudaCopier>(device, context, slots, pool);
 }
 
 int numa_node_of_cuda_device(int device) noexcept {

@@ -153,7 +153,8 @@ void Engine::Impl::build(Machine& machine) {
   const engine::Staging& staging = machine.staging.emplace(std::uint64_t{slots + spare_slots} * options_.chunk_bytes,
                                                            options_.chunk_bytes, options_.numa_node.value_or(-1));
   staging_reason_ = staging.fallback_reason();
-  if (cuda) machine.copier = engine::make_cuda_copier(options_.device.index, staging.slots());
+  machine.pool.emplace(options_.workers);
+  if (cuda) machine.copier = engine::make_cuda_copier(options_.device.index, staging.slots(), *machine.pool);
   const engine::Pipeline::Limits limits{.queue_depth = options_.queue_depth,
                                         .worker_depth = 4 * options_.workers,
                                         .chunk_bytes = options_.chunk_bytes,
@@ -168,7 +169,6 @@ void Engine::Impl::build(Machine& machine) {
   }
   engine::Ring* const ring = machine.ring.get();
   if (options_.backend == Backend::kAuto) options_.backend = ring ? Backend::kIoUring : Backend::kWorkers;
-  machine.pool.emplace(options_.workers);
   machine.workers.emplace(*machine.pool, tags, ring, fallback_reason_);
   if (!staging_reason_.empty()) fallback_reason_.append(fallback_reason_.empty() ? "" : "; ").append(staging_reason_);
   engine::IoQueue& disk = ring ? static_cast<engine::IoQueue&>(*ring) : *machine.workers;
@@ -210,10 +210,7 @@ std::shared_ptr<engine::TransferState> Engine::Impl::new_transfer(Completion* co
   state->completion = completion;
   state->stats.backend = options_.backend;
   state->note_fallback(staging_reason_);
-  if (copier_) {
-    state->stats.pinned = copier_->fallback_reason().empty();
-    state->note_fallback(copier_->fallback_reason());
-  }
+  state->stats.pinned = copier_ && copier_->locked();
   return state;
 }
 
@@ -249,6 +246,8 @@ bool Engine::Impl::on_device(const void* memory) const {
 std::unique_ptr<engine::Gate> Engine::Impl::gate(CUstream_st* stream) const {
   try {
     return copier_->gate(stream);
+  } catch (const Error&) {
+    throw;
   } catch (const std::system_error& error) {
     throw engine::failed("start transfer", error);
   }

@@ -329,6 +329,7 @@ void Pipeline::end(TransferState& transfer) {
   const std::shared_ptr<TransferState> keep = std::exchange(transfer.self, nullptr);
   if (transfer.deadline) deadlines_.erase({*transfer.deadline, &transfer});
   if (transfer.gate) std::erase(gated_, &transfer);
+  transfer.gate.reset();  // It is of a device, and the caller's handle may outlive that.
   for (Part& part : transfer.parts) {
     if (part.state == Part::State::kOpening) continue;  // A thread has it.
     if (!transfer.is_load()) part.open.reset();         // The FileWriter has it, too, and closes it.
@@ -336,6 +337,7 @@ void Pipeline::end(TransferState& transfer) {
     transfer.note_fallback(part.router.fallback_reason());
   }
   transfer.note_fallback(disk_.fallback_reason());
+  if (copier_) transfer.note_fallback(copier_->fallback_reason());
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - transfer.started;
   transfer.stats.seconds = elapsed.count();
   --unfinished_;

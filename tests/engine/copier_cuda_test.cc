@@ -15,6 +15,7 @@
 
 #include "flashpack/engine.h"
 #include "tests/support/counted_new.h"
+#include "tests/support/device_test.h"
 #include "tests/support/fake_cuda.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
@@ -22,78 +23,16 @@
 namespace flashpack {
 namespace {
 
+using testing::CallersStream;
+using testing::cuda;
+using testing::DeviceTest;
+using testing::error_of;
 using testing::FakeCuda;
 using testing::GuardedMemory;
+using testing::kHang;
+using testing::kMiB;
 
-constexpr std::uint32_t kMiB = 1u << 20;
-constexpr std::chrono::seconds kHang{60};
-
-FakeCuda& cuda() { return FakeCuda::get(); }
-
-// A stream as a caller has them, on the engine's device.
-struct CallersStream {
-  CallersStream() {
-    cudaSetDevice(1);
-    cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-    cudaSetDevice(0);
-  }
-  ~CallersStream() { cudaStreamDestroy(stream); }
-  cudaStream_t stream = nullptr;
-};
-
-class DeviceTest : public ::testing::TestWithParam<Backend> {
- protected:
-  DeviceTest() {
-    cuda().reset();
-    testing::write_file(path_, bytes_);
-    start_engine();
-  }
-  ~DeviceTest() override {
-    engine_.reset();
-    EXPECT_EQ(cuda().live_streams(), 0);
-    EXPECT_EQ(cuda().live_events(), 0);
-    EXPECT_EQ(cuda().registrations(), 0);
-  }
-
-  EngineOptions options() const {
-    return {.device = {Device::Kind::kCuda, 1},
-            .chunk_bytes = kMiB,
-            .queue_depth = 4,
-            .staging_bytes = 8 * kMiB,
-            .workers = 2,
-            .backend = GetParam()};
-  }
-  void start_engine() { engine_.emplace(options()); }
-
-  LoadRequest request(std::byte* target, CachePolicy cache = CachePolicy::kDirect,
-                      cudaStream_t stream = nullptr) const {
-    return {.files = {{.path = path_, .extents = {{0, bytes_.size(), target}}}}, .cache = cache, .stream = stream};
-  }
-
-  bool right(const std::byte* target) const { return cuda().holds(target, bytes_); }
-  bool untouched(const std::byte* target) const {
-    const auto all = cuda().read(target, bytes_.size());
-    return std::all_of(all.begin(), all.end(), [](std::byte byte) { return byte == FakeCuda::kPoison; });
-  }
-
-  testing::TempDir dir_;
-  std::filesystem::path path_ = dir_ / "model";
-  std::vector<std::byte> bytes_ = testing::random_bytes(20 * kMiB + 1234);
-  std::optional<Engine> engine_;
-};
-
-INSTANTIATE_TEST_SUITE_P(Backends, DeviceTest, ::testing::Values(Backend::kAuto, Backend::kWorkers),
-                         [](const auto& backend) { return backend.param == Backend::kAuto ? "Auto" : "Workers"; });
-
-template <class Call>
-std::optional<Error> error_of(Call call) {
-  try {
-    call();
-    return std::nullopt;
-  } catch (const Error& error) {
-    return error;
-  }
-}
+INSTANTIATE_TEST_SUITE_P(Backends, DeviceTest, testing::kBackends, testing::backend_name);
 
 TEST_P(DeviceTest, EveryRouteBringsTheRightBytesThroughPinnedSlots) {
   for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered, CachePolicy::kAuto}) {
@@ -218,14 +157,6 @@ TEST_P(DeviceTest, ATransferThatWaitsForItsStreamDoesNotHoldUpOthers) {
   EXPECT_TRUE(right(waiting_target));
 }
 
-TEST_P(DeviceTest, TheCallersCurrentDeviceIsLeftAlone) {
-  ASSERT_EQ(cudaSetDevice(0), cudaSuccess);
-  engine_->load(request(cuda().allocate(bytes_.size())));
-  int device = -1;
-  cudaGetDevice(&device);
-  EXPECT_EQ(device, 0) << "the engine is on device 1";
-}
-
 TEST_P(DeviceTest, EachCallMayFailOnceAndTheNextLoadIsRight) {
   for (const char* function : {"cudaMemcpyAsync", "cudaEventRecord", "cudaEventQuery", "cudaEventCreateWithFlags",
                                "cudaSetDevice", "cudaGetDevice"}) {
@@ -259,6 +190,77 @@ TEST_P(DeviceTest, AFailureWithCopiesUnderWayIsToldWhenTheyHaveLanded) {
   cuda().hold(false);
   ASSERT_TRUE(transfer.wait_for(kHang));
   EXPECT_EQ(error_of([&] { transfer.wait(); })->code().category(), cuda_category());
+}
+
+TEST_P(DeviceTest, AnErrorOfAQuestionIsNotTakenForTheEndOfACopy) {
+  std::byte* target = cuda().allocate(bytes_.size());
+  cuda().hold(true);
+  Transfer transfer = engine_->start_load(request(target));
+  while (cuda().most_copies_under_way() < 8) std::this_thread::yield();  // As many as there are slots.
+  for (const char* question : {"cudaEventQuery", "cudaStreamQuery"}) {
+    cuda().fail(question, 1, cudaErrorMemoryAllocation);
+    while (cuda().failure_pending()) std::this_thread::yield();
+  }
+  const int questions = cuda().calls("cudaStreamQuery");
+  while (cuda().calls("cudaStreamQuery") < questions + 10) std::this_thread::yield();
+  EXPECT_FALSE(transfer.wait_for(std::chrono::nanoseconds(0)));
+  EXPECT_EQ(cuda().most_copies_under_way(), 8) << "a slot was used again";
+  cuda().hold(false);
+  ASSERT_TRUE(transfer.wait_for(kHang));
+  EXPECT_EQ(transfer.error(), std::error_code(cudaErrorMemoryAllocation, cuda_category()));
+}
+
+TEST_P(DeviceTest, ACopyThatFailedHalfwayHasItsSlotUntilTheRestHasLanded) {
+  std::byte* target = cuda().allocate(bytes_.size());
+  cuda().hold(true);
+  cuda().fail("cudaEventRecord", 2, cudaErrorMemoryAllocation);  // The first is the gate's.
+  cuda().fail("cudaStreamQuery", 1, cudaErrorMemoryAllocation, false, 5);
+  LoadRequest one_chunk = request(target);
+  one_chunk.files[0].extents[0].size_bytes = 1000;
+  Transfer transfer = engine_->start_load(one_chunk);
+  while (cuda().calls("cudaStreamQuery") < 20) std::this_thread::yield();
+  EXPECT_FALSE(transfer.wait_for(std::chrono::nanoseconds(0)));
+  cuda().hold(false);
+  ASSERT_TRUE(transfer.wait_for(kHang));
+  EXPECT_EQ(transfer.error(), std::error_code(cudaErrorMemoryAllocation, cuda_category()));
+}
+
+TEST_P(DeviceTest, ABatchThatIsRefusedIsTriedOnceAndTold) {
+  cuda().fail("cudaMemcpyBatchAsync", 1, cudaErrorCallRequiresNewerDriver);
+  std::byte* target = cuda().allocate(kMiB);
+  for (int load = 0; load < 2; ++load) {
+    cuda().poison(target, kMiB);
+    const TransferStats stats =
+        engine_->load({.files = {{.path = path_, .extents = {{5, 100, target}, {500, 100, target + 200}}}}});
+    EXPECT_TRUE(cuda().holds(target, std::span(bytes_).subspan(5, 100)));
+    EXPECT_TRUE(cuda().holds(target + 200, std::span(bytes_).subspan(500, 100)));
+    EXPECT_TRUE(stats.pinned);
+    EXPECT_NE(stats.fallback_reason.find("cudaMemcpyBatchAsync"), std::string::npos) << stats.fallback_reason;
+    EXPECT_EQ(cuda().calls("cudaMemcpyBatchAsync"), CUDART_VERSION >= 12080 ? 1 : 0);
+  }
+}
+
+TEST_P(DeviceTest, CopiesThatMayTakeLongLeaveTheDriverAlone) {
+  std::byte* target = cuda().allocate(bytes_.size());
+  FileExtents file{.path = path_};
+  for (std::uint64_t at = 0; at < kMiB; at += 100) file.extents.push_back({at, 50, target + at});
+  engine_->load({.files = {file}});
+  EXPECT_FALSE(cuda().called_by("cudaMemcpyBatchAsync", "flashpack-drive"));
+  EXPECT_FALSE(cuda().called_by("cudaMemcpyAsync", "flashpack-drive"));
+  engine_->load(request(target));
+  EXPECT_TRUE(cuda().called_by("cudaMemcpyAsync", "flashpack-drive")) << "what is quick is done at once";
+}
+
+TEST_P(DeviceTest, ASingleCopyOfMemoryThatIsNotLockedLeavesTheDriverAlone) {
+  engine_.reset();
+  cuda().fail("cudaHostRegister", 1, cudaErrorHostMemoryAlreadyRegistered);
+  start_engine();
+  std::byte* target = cuda().allocate(bytes_.size());
+  engine_->load(request(target));
+  EXPECT_TRUE(right(target));
+  engine_->create(dir_ / "new", {}).write({{0, bytes_.size(), target}});
+  EXPECT_TRUE(cuda().called_by("cudaMemcpyAsync", "flashpack-work"));
+  EXPECT_FALSE(cuda().called_by("cudaMemcpyAsync", "flashpack-drive"));
 }
 
 TEST_P(DeviceTest, AStickyErrorIsNamedByTheTransferAndByAllThatCome) {
@@ -305,22 +307,6 @@ TEST_P(DeviceTest, MemoryThatCannotBeLockedIsNoErrorAndTold) {
   std::byte* small = cuda().allocate(kMiB);
   engine_->load({.files = {{.path = path_, .extents = {{5, 100, small}, {500, 100, small + 200}}}}});
   EXPECT_TRUE(cuda().holds(small + 200, std::span(bytes_).subspan(500, 100)));
-}
-
-TEST_P(DeviceTest, MemoryOfAnotherDeviceIsRefused) {
-  std::byte* elsewhere = cuda().allocate(bytes_.size(), 0);
-  const auto error = error_of([&] { engine_->load(request(elsewhere)); });
-  ASSERT_TRUE(error);
-  EXPECT_EQ(error->code(), Errc::kInvalidArgument) << error->what();
-  EXPECT_TRUE(untouched(elsewhere));
-}
-
-TEST_P(DeviceTest, ADeviceThatIsCurrentAlreadyIsNotSetAgain) {
-  ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
-  const int calls = cuda().calls("cudaSetDevice");
-  engine_->load(request(cuda().allocate(bytes_.size())));
-  EXPECT_EQ(cuda().calls("cudaSetDevice"), calls);
-  cudaSetDevice(0);
 }
 
 TEST_P(DeviceTest, AnEngineOfTheHostCallsNothingOfCuda) {

@@ -39,12 +39,12 @@ class HostCopier final : public Copier {
   bool idle() const noexcept override { return landed_.empty(); }
   std::unique_ptr<Gate> gate(CUstream_st*) override { return nullptr; }
   bool owns(const void*) const override { return true; }
-  const std::string& fallback_reason() const noexcept override { return none_; }
+  bool locked() const noexcept override { return true; }
+  std::string fallback_reason() const override { return {}; }
 
  private:
   std::vector<Completion> landed_;
   std::vector<Completion> polled_;
-  const std::string none_;
 };
 
 // What the caller's stream does.

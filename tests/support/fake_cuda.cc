@@ -1,5 +1,6 @@
 #include "tests/support/fake_cuda.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -7,202 +8,265 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <set>
-#include <thread>
-#include <utility>
 
-struct CUevent_st {
-  int device;
-  bool done = true;
-  unsigned records = 0;
-};
-
-namespace {
-
-struct Work {
-  enum class Kind : std::uint8_t { kCopy, kRecord, kKernel } kind;
-  std::byte* target = nullptr;
-  const std::byte* source = nullptr;
-  std::size_t size_bytes = 0;
-  CUevent_st* event = nullptr;
-  unsigned record = 0;
-};
-
-}  // namespace
-
-struct CUstream_st {
-  int device;
-  std::deque<Work> queue;
-  int touches = 0;
-};
+#include "tests/support/fake_cuda_impl.h"
 
 namespace flashpack::testing {
 
-namespace {
-
-[[noreturn]] void misuse(const char* what) {
+void misuse(const char* what) {
   std::fprintf(stderr, "misuse of CUDA: %s\n", what);
   std::abort();
 }
-
-void require(bool holds, const char* what) {
-  if (!holds) misuse(what);
-}
-
-thread_local int current_device = 0;
-
-}  // namespace
 
 int& fake_cuda_depth() {
   thread_local int depth = 0;
   return depth;
 }
 
-class FakeCuda::Impl {
- public:
-  static constexpr int kDevices = 2;
-
-  // One region of device memory: mapped twice, once where nobody may touch it and once for us.
-  struct Region {
-    std::byte* address;
-    std::byte* shadow;
-    std::size_t size_bytes;
-    int device;
-  };
-
-  struct Failure {
-    int countdown;
-    cudaError_t error;
-    bool sticky;
-  };
-
-  Impl() { legacy_.device = 0; }
-
-  // The beginning of every runtime function: what it must give instead of doing its work.
-  cudaError_t enter(const char* function) {
-    ++calls_[function];
-    ++all_calls_;
-    if (sticky_ != cudaSuccess) return note(sticky_);
-    const auto found = failures_.find(function);
-    if (found == failures_.end() || --found->second.countdown > 0) return cudaSuccess;
-    const Failure failure = found->second;
-    failures_.erase(found);
-    if (failure.sticky) sticky_ = failure.error;
-    return note(failure.error);
-  }
-
-  cudaError_t note(cudaError_t error) {
-    if (error != cudaSuccess) last_error_ = error;
-    return error;
-  }
-
-  CUstream_st* stream_of(cudaStream_t stream) {
-    if (stream == nullptr || stream == cudaStreamLegacy) return &legacy_;
-    require(streams_.contains(stream), "a stream that is none, or not any more");
-    return stream;
-  }
-
-  const Region* region_of(const void* memory) const {
-    const auto* at = static_cast<const std::byte*>(memory);
-    for (const Region& region : regions_) {
-      if (at >= region.address && at < region.address + region.size_bytes) return &region;
-    }
-    return nullptr;
-  }
-
-  std::byte* shadow_of(const void* memory, std::size_t size_bytes) const {
-    const Region* region = region_of(memory);
-    require(region != nullptr, "device memory that is none");
-    const auto offset = static_cast<std::size_t>(static_cast<const std::byte*>(memory) - region->address);
-    require(offset + size_bytes <= region->size_bytes, "past the end of device memory");
-    return region->shadow + offset;
-  }
-
-  bool registered(const void* memory, std::size_t size_bytes) const {
-    const auto* at = static_cast<const std::byte*>(memory);
-    for (const auto& [begin, size] : registrations_) {
-      if (at >= begin && at + size_bytes <= begin + size) return true;
-    }
-    return false;
-  }
-
-  void queue_copy(CUstream_st* stream, void* target, const void* source, std::size_t size_bytes, bool to_device) {
-    const void* device_end = to_device ? target : source;
-    const void* host_end = to_device ? source : target;
-    require(region_of(device_end) != nullptr && region_of(host_end) == nullptr, "a copy in the wrong direction");
-    std::byte* device_memory = shadow_of(device_end, size_bytes);
-    pageable_copies_ += !registered(host_end, size_bytes);
-    if (to_device) std::memset(device_memory, static_cast<int>(kPoison), size_bytes);
-    ++stream->touches;
-    ++copies_under_way_;
-    most_copies_under_way_ = std::max(most_copies_under_way_, copies_under_way_);
-    stream->queue.push_back({.kind = Work::Kind::kCopy,
-                             .target = to_device ? device_memory : static_cast<std::byte*>(target),
-                             .source = to_device ? static_cast<const std::byte*>(source) : device_memory,
-                             .size_bytes = size_bytes});
-  }
-
-  // The first of a stream's work, if it can be done.
-  bool do_one(CUstream_st& stream) {
-    if (stream.queue.empty() || stream.queue.front().kind == Work::Kind::kKernel) return false;
-    if (held_ && stream.queue.front().kind == Work::Kind::kCopy) return false;
-    const Work work = stream.queue.front();
-    stream.queue.pop_front();
-    if (work.kind == Work::Kind::kCopy) {
-      std::memcpy(work.target, work.source, work.size_bytes);
-      --copies_under_way_;
-    } else if (events_.contains(work.event) && work.event->records == work.record) {
-      work.event->done = true;
-    }
-    return true;
-  }
-
-  void do_some() {
-    std::vector<CUstream_st*> all(streams_.begin(), streams_.end());
-    all.push_back(&legacy_);
-    std::shuffle(all.begin(), all.end(), random_);
-    for (CUstream_st* stream : all) {
-      for (auto n = random_() % 4; n > 0 && do_one(*stream); --n) {
-      }
-    }
-  }
-
-  std::mutex mutex;
-  std::mt19937 random_{1};
-  bool held_ = false;
-  CUstream_st legacy_{};
-  std::set<CUstream_st*> streams_;
-  std::set<CUevent_st*> events_;
-  std::map<std::byte*, std::size_t> registrations_;
-  std::vector<Region> regions_;
-  std::map<std::string, Failure> failures_;
-  std::map<std::string, int> calls_;
-  int all_calls_ = 0;
-  int pageable_copies_ = 0;
-  int copies_under_way_ = 0;
-  int most_copies_under_way_ = 0;
-  cudaError_t sticky_ = cudaSuccess;
-  cudaError_t last_error_ = cudaSuccess;
-};
-
 namespace {
 
 FakeCuda::Impl* the_impl = nullptr;
 
-// In the fake, alone.
-class Inside {
- public:
-  Inside() : lock_(the_impl->mutex) { ++fake_cuda_depth(); }
-  ~Inside() { --fake_cuda_depth(); }
-  FakeCuda::Impl* operator->() { return the_impl; }
-
- private:
-  std::lock_guard<std::mutex> lock_;
-};
+std::string name_of_this_thread() {
+  std::array<char, 16> name{};
+  ::pthread_getname_np(::pthread_self(), name.data(), name.size());
+  return name.data();
+}
 
 }  // namespace
+
+Inside::Inside() : impl_(the_impl), lock_(impl_->mutex) { ++fake_cuda_depth(); }
+Inside::~Inside() { --fake_cuda_depth(); }
+
+FakeCuda::Impl::Impl() : owner(::getpid()) {
+  for (int device = 0; device < kDevices; ++device) {
+    CUctx_st& context = contexts[static_cast<std::size_t>(device)];
+    context.device = device;
+    context.legacy.context = &context;
+  }
+}
+
+FakeCuda::Impl::Thread& FakeCuda::Impl::thread() {
+  thread_local Thread thread;
+  if (thread.epoch != epoch) thread = {.epoch = epoch};
+  return thread;
+}
+
+cudaError_t FakeCuda::Impl::enter(const char* function, Kind kind) {
+  ++calls[function];
+  ++all_calls;
+  callers.emplace(function, name_of_this_thread());
+  if (unloading) return note(cudaErrorCudartUnloading);
+  if (::getpid() != owner) return note(cudaErrorInitializationError);
+  if (kind != Kind::kNoContext) {
+    auto& stack = thread().contexts;
+    if (stack.empty()) stack.push_back(&primary(thread().device));
+    if (!stack.back()->alive) return note(cudaErrorContextIsDestroyed);
+    if (stack.back()->sticky != cudaSuccess) return note(stack.back()->sticky);
+  }
+  const auto found = failures.find(function);
+  if (found != failures.end() && --found->second.countdown <= 0) {
+    const Failure failure = found->second;
+    if (--found->second.times == 0) failures.erase(found);
+    if (failure.sticky && kind != Kind::kNoContext) context().sticky = failure.error;
+    return note(failure.error);
+  }
+  return kind == Kind::kUnsafe && breaks_captures() ? note(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
+
+cudaError_t FakeCuda::Impl::note(cudaError_t error) {
+  if (error != cudaSuccess) thread().last_error = error;
+  return error;
+}
+
+// By a call that may wait for the device: captures that forbid it to this thread.
+bool FakeCuda::Impl::breaks_captures() {
+  const cudaStreamCaptureMode mode = thread().mode;
+  bool broken = false;
+  for (CUstream_st* stream : all_streams()) {
+    auto& capture = stream->capture;
+    if (!capture || capture->mode == cudaStreamCaptureModeRelaxed || mode == cudaStreamCaptureModeRelaxed) continue;
+    const bool everywhere = capture->mode == cudaStreamCaptureModeGlobal && mode == cudaStreamCaptureModeGlobal;
+    if (!everywhere && capture->thread != std::this_thread::get_id()) continue;
+    broken = capture->broken = true;
+  }
+  return broken;
+}
+
+CUctx_st& FakeCuda::Impl::primary(int device) {
+  CUctx_st& context = contexts[static_cast<std::size_t>(device)];
+  context.alive = true;
+  return context;
+}
+
+// With all that is in it, after its work has come to an end.
+void FakeCuda::Impl::destroy(CUctx_st& context) {
+  held = false;
+  for (CUstream_st* stream : all_streams()) {
+    if (stream->context != &context) continue;
+    finish(*stream);
+    require(stream->queue.empty(), "a reset with kernels under way");
+    if (streams.erase(stream) == 1) delete stream;
+  }
+  std::erase_if(events, [&](CUevent_st* event) {
+    const bool lost = event->context == &context;
+    if (lost) delete event;
+    return lost;
+  });
+  registrations.clear();
+  context.alive = false;
+  context.sticky = cudaSuccess;
+}
+
+CUstream_st* FakeCuda::Impl::stream_of(cudaStream_t stream, CUctx_st& context) {
+  if (stream == nullptr || stream == cudaStreamLegacy) return &context.legacy;
+  if (stream == cudaStreamPerThread) {
+    CUstream_st& own = per_thread[{&context, std::this_thread::get_id()}];
+    own.context = &context;
+    own.blocking = true;
+    return &own;
+  }
+  require(streams.contains(stream), "a stream that is none, or not any more");
+  return stream;
+}
+
+std::vector<CUstream_st*> FakeCuda::Impl::all_streams() {
+  std::vector<CUstream_st*> all(streams.begin(), streams.end());
+  for (CUctx_st& context : contexts) all.push_back(&context.legacy);
+  for (auto& [key, stream] : per_thread) all.push_back(&stream);
+  return all;
+}
+
+cudaError_t FakeCuda::Impl::use(CUstream_st& stream) {
+  bool broken = false;
+  for (CUstream_st* other : all_streams()) {
+    if (&stream != &stream.context->legacy || other->context != stream.context) continue;
+    if (other->blocking && other->capture) broken = other->capture->broken = true;
+  }
+  if (broken) return note(cudaErrorStreamCaptureImplicit);
+  ++stream.touches;
+  return cudaSuccess;
+}
+
+void FakeCuda::Impl::queue(CUstream_st& stream, Work work) {
+  work.number = ++works;
+  stream.queue.push_back(work);
+}
+
+std::byte* FakeCuda::Impl::map(std::size_t size_bytes, int device, bool managed, std::byte* at, std::byte* shadow_at) {
+  const int fd = ::memfd_create("device", 0);
+  require(fd >= 0 && ::ftruncate(fd, static_cast<off_t>(size_bytes)) == 0, "out of device memory");
+  const int access = managed ? PROT_READ | PROT_WRITE : PROT_NONE;
+  void* address = ::mmap(at, size_bytes, access, MAP_SHARED | (at ? MAP_FIXED : 0), fd, 0);
+  void* shadow = ::mmap(shadow_at, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | (at ? MAP_FIXED : 0), fd, 0);
+  ::close(fd);
+  require(address != MAP_FAILED && shadow != MAP_FAILED, "out of address space");
+  std::memset(shadow, static_cast<int>(kPoison), size_bytes);
+  regions.push_back({static_cast<std::byte*>(address), static_cast<std::byte*>(shadow), size_bytes, device, managed});
+  return static_cast<std::byte*>(address);
+}
+
+FakeCuda::Impl::Region* FakeCuda::Impl::region_of(const void* memory) {
+  const auto* at = static_cast<const std::byte*>(memory);
+  for (Region& region : regions) {
+    if (at >= region.address && at < region.address + region.size_bytes) return &region;
+  }
+  return nullptr;
+}
+
+// Also where several allocations follow on each other, in both mappings.
+std::byte* FakeCuda::Impl::shadow_of(const void* memory, std::size_t size_bytes) {
+  const auto* at = static_cast<const std::byte*>(memory);
+  std::byte* first = nullptr;
+  for (std::size_t done = 0; done < size_bytes;) {
+    const Region* region = region_of(at + done);
+    require(region != nullptr, first ? "past the end of device memory" : "device memory that is none");
+    require(region->there, "memory to which its stream has not come");
+    const auto offset = static_cast<std::size_t>(at + done - region->address);
+    if (!first) first = region->shadow + offset;
+    done += region->size_bytes - offset;
+  }
+  return first;
+}
+
+bool FakeCuda::Impl::registered(const void* memory, std::size_t size_bytes) const {
+  const auto* at = static_cast<const std::byte*>(memory);
+  return std::any_of(registrations.begin(), registrations.end(), [&](const auto& registration) {
+    return at >= registration.first && at + size_bytes <= registration.first + registration.second;
+  });
+}
+
+cudaError_t FakeCuda::Impl::copy(CUstream_st& stream, void* target, const void* source, std::size_t size_bytes) {
+  const bool to_device = region_of(target) != nullptr;
+  const void* device_end = to_device ? target : source;
+  const void* host_end = to_device ? source : target;
+  require(region_of(device_end) != nullptr && region_of(host_end) == nullptr, "a copy from host to host");
+  require(region_of(device_end)->device == stream.context->device, "a copy on a stream of another device");
+  std::byte* device_memory = shadow_of(device_end, size_bytes);
+  if (const auto error = use(stream)) return error;
+  if (stream.capture) {
+    ++stream.capture->captured;
+    return cudaSuccess;
+  }
+  pageable_copies += !registered(host_end, size_bytes);
+  if (to_device) std::memset(device_memory, static_cast<int>(kPoison), size_bytes);
+  most_copies_under_way = std::max(most_copies_under_way, ++copies_under_way);
+  queue(stream, {.kind = Work::Kind::kCopy,
+                 .target = to_device ? device_memory : static_cast<std::byte*>(target),
+                 .source = to_device ? static_cast<const std::byte*>(source) : device_memory,
+                 .size_bytes = size_bytes});
+  return cudaSuccess;
+}
+
+// The legacy default stream waits for what was queued before on streams that block, and they for it.
+bool FakeCuda::Impl::may_begin(const CUstream_st& stream) const {
+  const Work& work = stream.queue.front();
+  if (work.kind == Work::Kind::kKernel || (held && work.kind == Work::Kind::kCopy)) return false;
+  const CUstream_st& legacy = stream.context->legacy;
+  const auto before = [&](const CUstream_st& other) {
+    return other.context == stream.context && !other.queue.empty() && other.queue.front().number < work.number;
+  };
+  if (&stream != &legacy) return !(stream.blocking && before(legacy));
+  return std::none_of(streams.begin(), streams.end(), [&](CUstream_st* s) { return s->blocking && before(*s); }) &&
+         std::none_of(per_thread.begin(), per_thread.end(), [&](const auto& own) { return before(own.second); });
+}
+
+// The first of a stream's work, if it can be done.
+bool FakeCuda::Impl::do_one(CUstream_st& stream) {
+  if (stream.queue.empty() || !may_begin(stream)) return false;
+  const Work work = stream.queue.front();
+  stream.queue.pop_front();
+  switch (work.kind) {
+    case Work::Kind::kCopy:
+      std::memcpy(work.target, work.source, work.size_bytes);
+      --copies_under_way;
+      break;
+    case Work::Kind::kRecord:
+      if (events.contains(work.event) && work.event->records == work.record) work.event->done = true;
+      break;
+    case Work::Kind::kAllocate:
+    case Work::Kind::kFree:
+      region_of(work.target)->there = work.kind == Work::Kind::kAllocate;
+      break;
+    case Work::Kind::kKernel:
+      break;
+  }
+  return true;
+}
+
+void FakeCuda::Impl::do_some() {
+  std::vector<CUstream_st*> all = all_streams();
+  std::shuffle(all.begin(), all.end(), random);
+  for (CUstream_st* stream : all) {
+    for (auto n = random() % 4; n > 0 && do_one(*stream); --n) {
+    }
+  }
+}
+
+void FakeCuda::Impl::finish(CUstream_st& stream) {
+  while (do_one(stream)) {
+  }
+}
 
 FakeCuda& FakeCuda::get() {
   static FakeCuda fake;
@@ -214,33 +278,46 @@ FakeCuda::~FakeCuda() = default;
 
 void FakeCuda::reset(unsigned seed) {
   Inside impl;
-  require(impl->streams_.empty() && impl->events_.empty() && impl->registrations_.empty(), "handles left behind");
-  for (const Impl::Region& region : impl->regions_) {
+  require(impl->streams.empty() && impl->events.empty() && impl->registrations.empty(), "handles left behind");
+  for (const Impl::Region& region : impl->regions) {
     ::munmap(region.address, region.size_bytes);
     ::munmap(region.shadow, region.size_bytes);
   }
-  impl->regions_.clear();
-  impl->legacy_ = {};
-  impl->failures_.clear();
-  impl->calls_.clear();
-  impl->all_calls_ = impl->pageable_copies_ = impl->copies_under_way_ = impl->most_copies_under_way_ = 0;
-  impl->sticky_ = impl->last_error_ = cudaSuccess;
-  impl->held_ = false;
-  impl->random_.seed(seed);
+  impl->regions.clear();
+  impl->per_thread.clear();
+  for (CUctx_st& context : impl->contexts) {
+    context = {.device = context.device};
+    context.legacy.context = &context;
+  }
+  ++impl->epoch;
+  impl->unloading = false;
+  impl->failures.clear();
+  impl->calls.clear();
+  impl->callers.clear();
+  impl->all_calls = impl->pageable_copies = impl->copies_under_way = impl->most_copies_under_way = 0;
+  impl->held = false;
+  impl->random.seed(seed);
 }
 
 std::byte* FakeCuda::allocate(std::size_t size_bytes, int device) {
+  return Inside()->map((size_bytes + 4095) / 4096 * 4096, device, false);
+}
+
+std::byte* FakeCuda::allocate_mapped(std::initializer_list<std::size_t> sizes_bytes, int device) {
   Inside impl;
-  size_bytes = (size_bytes + 4095) / 4096 * 4096;
-  const int fd = ::memfd_create("device", 0);
-  require(fd >= 0 && ::ftruncate(fd, static_cast<off_t>(size_bytes)) == 0, "out of device memory");
-  void* address = ::mmap(nullptr, size_bytes, PROT_NONE, MAP_SHARED, fd, 0);
-  void* shadow = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  ::close(fd);
-  require(address != MAP_FAILED && shadow != MAP_FAILED, "out of address space");
-  std::memset(shadow, static_cast<int>(kPoison), size_bytes);
-  impl->regions_.push_back({static_cast<std::byte*>(address), static_cast<std::byte*>(shadow), size_bytes, device});
-  return static_cast<std::byte*>(address);
+  std::size_t total = 0;
+  for (const std::size_t size : sizes_bytes) total += size;
+  const auto reserve = [&] {
+    return static_cast<std::byte*>(::mmap(nullptr, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  };
+  std::byte* const address = reserve();
+  std::byte* const shadow = reserve();
+  std::size_t at = 0;
+  for (const std::size_t size : sizes_bytes) {
+    impl->map(size, device, false, address + at, shadow + at);
+    at += size;
+  }
+  return address;
 }
 
 std::vector<std::byte> FakeCuda::read(const std::byte* device_memory, std::size_t size_bytes) {
@@ -264,26 +341,26 @@ void FakeCuda::write(std::byte* device_memory, std::span<const std::byte> bytes)
   std::memcpy(impl->shadow_of(device_memory, bytes.size()), bytes.data(), bytes.size());
 }
 
-void FakeCuda::hold(bool held) { Inside()->held_ = held; }
+void FakeCuda::hold(bool held) { Inside()->held = held; }
 
 void FakeCuda::finish_all() {
   Inside impl;
-  for (CUstream_st* stream : impl->streams_) {
-    while (impl->do_one(*stream)) {
+  bool some = true;
+  while (std::exchange(some, false)) {
+    for (CUstream_st* stream : impl->all_streams()) {
+      while (impl->do_one(*stream)) some = true;
     }
-  }
-  while (impl->do_one(impl->legacy_)) {
   }
 }
 
 void FakeCuda::start_kernel(cudaStream_t stream) {
   Inside impl;
-  impl->stream_of(stream)->queue.push_back({.kind = Work::Kind::kKernel});
+  impl->queue(*impl->stream_of(stream, impl->contexts[1]), {.kind = Work::Kind::kKernel});
 }
 
 void FakeCuda::end_kernel(cudaStream_t stream) {
   Inside impl;
-  auto& queue = impl->stream_of(stream)->queue;
+  auto& queue = impl->stream_of(stream, impl->contexts[1])->queue;
   const auto at = std::find_if(queue.begin(), queue.end(), [](const Work& w) { return w.kind == Work::Kind::kKernel; });
   require(at != queue.end(), "no kernel to end");
   queue.erase(at);
@@ -291,210 +368,37 @@ void FakeCuda::end_kernel(cudaStream_t stream) {
 
 int FakeCuda::touches(cudaStream_t stream) {
   Inside impl;
-  return impl->stream_of(stream)->touches;
+  return impl->stream_of(stream, impl->contexts[1])->touches;
 }
 
-void FakeCuda::fail(const std::string& function, int nth, cudaError_t error, bool sticky) {
-  Inside()->failures_[function] = {nth, error, sticky};
+int FakeCuda::captured(cudaStream_t stream) {
+  Inside impl;
+  const auto& capture = impl->stream_of(stream, impl->contexts[1])->capture;
+  return capture ? capture->captured : 0;
+}
+
+void FakeCuda::fail(const std::string& function, int nth, cudaError_t error, bool sticky, int times) {
+  Inside()->failures[function] = {nth, error, sticky, times};
 }
 void FakeCuda::unload() {
   Inside impl;
-  for (CUstream_st* stream : std::exchange(impl->streams_, {})) delete stream;
-  for (CUevent_st* event : std::exchange(impl->events_, {})) delete event;
-  impl->registrations_.clear();
-  impl->copies_under_way_ = 0;
-  impl->sticky_ = cudaErrorCudartUnloading;
+  for (CUstream_st* stream : std::exchange(impl->streams, {})) delete stream;
+  for (CUevent_st* event : std::exchange(impl->events, {})) delete event;
+  impl->registrations.clear();
+  impl->copies_under_way = 0;
+  impl->unloading = true;
 }
-bool FakeCuda::failure_pending() { return !Inside()->failures_.empty(); }
-int FakeCuda::calls(const std::string& function) { return Inside()->calls_[function]; }
-int FakeCuda::all_calls() { return Inside()->all_calls_; }
-int FakeCuda::live_streams() { return static_cast<int>(Inside()->streams_.size()); }
-int FakeCuda::live_events() { return static_cast<int>(Inside()->events_.size()); }
-int FakeCuda::registrations() { return static_cast<int>(Inside()->registrations_.size()); }
-int FakeCuda::pageable_copies() { return Inside()->pageable_copies_; }
-int FakeCuda::most_copies_under_way() { return Inside()->most_copies_under_way_; }
+bool FakeCuda::failure_pending() { return !Inside()->failures.empty(); }
+int FakeCuda::calls(const std::string& function) { return Inside()->calls[function]; }
+int FakeCuda::all_calls() { return Inside()->all_calls; }
+bool FakeCuda::called_by(const std::string& function, const std::string& thread) {
+  return Inside()->callers.contains({function, thread});
+}
+bool FakeCuda::has_context(int device) { return Inside()->contexts[static_cast<std::size_t>(device)].alive; }
+int FakeCuda::live_streams() { return static_cast<int>(Inside()->streams.size()); }
+int FakeCuda::live_events() { return static_cast<int>(Inside()->events.size()); }
+int FakeCuda::registrations() { return static_cast<int>(Inside()->registrations.size()); }
+int FakeCuda::pageable_copies() { return Inside()->pageable_copies; }
+int FakeCuda::most_copies_under_way() { return Inside()->most_copies_under_way; }
 
 }  // namespace flashpack::testing
-
-using flashpack::testing::current_device;
-using flashpack::testing::FakeCuda;
-using flashpack::testing::Inside;
-using flashpack::testing::require;
-
-// The runtime itself. Each function gives what it was told to give, or does its work.
-extern "C" {
-
-cudaError_t cudaGetDeviceCount(int* count) {
-  Inside impl;
-  if (const auto error = impl->enter("cudaGetDeviceCount")) return error;
-  *count = FakeCuda::Impl::kDevices;
-  return cudaSuccess;
-}
-
-cudaError_t cudaGetDevice(int* device) {
-  Inside impl;
-  if (const auto error = impl->enter("cudaGetDevice")) return error;
-  *device = current_device;
-  return cudaSuccess;
-}
-
-cudaError_t cudaSetDevice(int device) {
-  Inside impl;
-  if (const auto error = impl->enter("cudaSetDevice")) return error;
-  if (device < 0 || device >= FakeCuda::Impl::kDevices) return impl->note(cudaErrorInvalidDevice);
-  current_device = device;
-  return cudaSuccess;
-}
-
-cudaError_t cudaDeviceGetPCIBusId(char* text, int size, int) {
-  Inside impl;
-  if (const auto error = impl->enter("cudaDeviceGetPCIBusId")) return error;
-  std::snprintf(text, static_cast<std::size_t>(size), "0000:FF:1F.7");
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
-  Inside impl;
-  if (const auto error = impl->enter("cudaStreamCreateWithFlags")) return error;
-  require(flags == cudaStreamNonBlocking, "a stream that waits for the legacy default stream");
-  *stream = *impl->streams_.insert(new CUstream_st{.device = current_device}).first;
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  Inside impl;
-  if (impl->enter("cudaStreamDestroy") == cudaErrorCudartUnloading) return cudaErrorCudartUnloading;
-  require(impl->streams_.erase(stream) == 1, "destroying a stream that is none");
-  require(stream->queue.empty() || impl->sticky_ != cudaSuccess, "destroying a stream with work on it");
-  delete stream;
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  if (const auto error = Inside()->enter("cudaStreamSynchronize")) return error;
-  while (true) {
-    {
-      Inside impl;
-      while (impl->do_one(*impl->stream_of(stream))) {
-      }
-      if (impl->stream_of(stream)->queue.empty()) return cudaSuccess;
-    }
-    std::this_thread::yield();
-  }
-}
-
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
-  Inside impl;
-  if (const auto error = impl->enter("cudaEventCreateWithFlags")) return error;
-  require(flags & cudaEventDisableTiming, "an event that takes the time, which costs");
-  *event = *impl->events_.insert(new CUevent_st{.device = current_device}).first;
-  return cudaSuccess;
-}
-
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  Inside impl;
-  if (impl->enter("cudaEventDestroy") == cudaErrorCudartUnloading) return cudaErrorCudartUnloading;
-  require(impl->events_.erase(event) == 1, "destroying an event that is none");
-  delete event;
-  return cudaSuccess;
-}
-
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
-  Inside impl;
-  if (const auto error = impl->enter("cudaEventRecord")) return error;
-  CUstream_st* stream = impl->stream_of(handle);
-  require(impl->events_.contains(event), "recording an event that is none");
-  require(stream == &impl->legacy_ || stream->device == event->device, "an event on a stream of another device");
-  event->done = false;
-  ++stream->touches;
-  stream->queue.push_back({.kind = Work::Kind::kRecord, .event = event, .record = ++event->records});
-  return cudaSuccess;
-}
-
-cudaError_t cudaEventQuery(cudaEvent_t event) {
-  Inside impl;
-  if (const auto error = impl->enter("cudaEventQuery")) return error;
-  require(impl->events_.contains(event), "asking for an event that is none");
-  impl->do_some();
-  return event->done ? cudaSuccess : impl->note(cudaErrorNotReady);
-}
-
-cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t size_bytes, cudaMemcpyKind kind,
-                            cudaStream_t stream) {
-  Inside impl;
-  if (const auto error = impl->enter("cudaMemcpyAsync")) return error;
-  require(kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToHost, "a copy of no direction");
-  impl->queue_copy(impl->stream_of(stream), target, source, size_bytes, kind == cudaMemcpyHostToDevice);
-  return cudaSuccess;
-}
-
-#if CUDART_VERSION >= 13000
-cudaError_t cudaMemcpyBatchAsync(void* const* targets, const void* const* sources, const std::size_t* sizes,
-                                 std::size_t count, cudaMemcpyAttributes* attributes, std::size_t* first_of_attributes,
-                                 std::size_t attribute_count, cudaStream_t stream) {
-  Inside impl;
-  if (const auto error = impl->enter("cudaMemcpyBatchAsync")) return error;
-  require(stream != nullptr && stream != cudaStreamLegacy, "a batch on the legacy default stream");
-  require(attribute_count == 1 && first_of_attributes[0] == 0, "a batch without attributes");
-  require(attributes->srcAccessOrder == cudaMemcpySrcAccessOrderStream, "slots are read in the order of the stream");
-  for (std::size_t i = 0; i < count; ++i) {
-    require(sizes[i] > 0, "an empty copy in a batch");
-    const bool to_device = impl->region_of(targets[i]) != nullptr;
-    require(impl->registered(to_device ? sources[i] : targets[i], sizes[i]), "a batch with memory that is not locked");
-    impl->queue_copy(impl->stream_of(stream), targets[i], sources[i], sizes[i], to_device);
-  }
-  return cudaSuccess;
-}
-#endif
-
-cudaError_t cudaHostRegister(void* memory, std::size_t size_bytes, unsigned) {
-  Inside impl;
-  if (const auto error = impl->enter("cudaHostRegister")) return error;
-  require(impl->registrations_.emplace(static_cast<std::byte*>(memory), size_bytes).second, "registering twice");
-  return cudaSuccess;
-}
-
-cudaError_t cudaHostUnregister(void* memory) {
-  Inside impl;
-  if (impl->enter("cudaHostUnregister") == cudaErrorCudartUnloading) return cudaErrorCudartUnloading;
-  require(impl->copies_under_way_ == 0 || impl->sticky_ != cudaSuccess, "unregistering memory with copies under way");
-  require(impl->registrations_.erase(static_cast<std::byte*>(memory)) == 1, "unregistering what is not registered");
-  return cudaSuccess;
-}
-
-cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* memory) {
-  Inside impl;
-  if (const auto error = impl->enter("cudaPointerGetAttributes")) return error;
-  *attributes = {};
-  if (const auto* region = impl->region_of(memory)) attributes->device = region->device;
-  attributes->type = impl->region_of(memory)       ? cudaMemoryTypeDevice
-                     : impl->registered(memory, 1) ? cudaMemoryTypeHost
-                                                   : cudaMemoryTypeUnregistered;
-  return cudaSuccess;
-}
-
-cudaError_t cudaGetLastError() {
-  Inside impl;
-  return std::exchange(impl->last_error_, impl->sticky_);
-}
-
-const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-    case cudaErrorCudartUnloading:
-      return "cudaErrorCudartUnloading";
-    case cudaErrorIllegalAddress:
-      return "cudaErrorIllegalAddress";
-    case cudaErrorInsufficientDriver:
-      return "cudaErrorInsufficientDriver";
-    case cudaErrorInvalidDevice:
-      return "cudaErrorInvalidDevice";
-    case cudaErrorMemoryAllocation:
-      return "cudaErrorMemoryAllocation";
-    default:
-      return "cudaErrorUnknown";
-  }
-}
-
-const char* cudaGetErrorString(cudaError_t) { return "as the test wished"; }
-
-}  // extern "C"

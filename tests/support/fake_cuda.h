@@ -4,10 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
+#include <initializer_list>
 #include <memory>
-#include <mutex>
-#include <random>
 #include <span>
 #include <string>
 #include <vector>
@@ -16,21 +14,26 @@ namespace flashpack::testing {
 
 /// The CUDA runtime that tests link in place of the real one, and the means to steer it.
 ///
-/// Work queued on a stream is done late, in order within its stream and in no order between streams: when somebody asks
-/// for an event, a few steps are taken, chosen by chance, unless held. A copy reads its source when it lands, not when
-/// it is asked for. Device memory cannot be touched but through here. Misuse that the real one would punish with
-/// undefined behaviour ends the program with a message.
+/// Work queued on a stream is done late, in order within its stream and in no order between streams, but for the legacy
+/// default stream and those that it waits for: when somebody asks for an event, a few steps are taken, chosen by
+/// chance, unless held. A copy of page-locked memory reads its source when it lands, not when it is asked for; one of
+/// other memory keeps its caller until it has landed. Device memory cannot be touched but through here. A call on a
+/// thread without a context makes one, on the thread's device. A call that may wait breaks the captures of graphs that
+/// forbid it to its thread. Misuse that the real one would punish with undefined behaviour ends the program with a
+/// message.
 ///
 /// Thread safety: all members and all runtime functions from any thread.
 class FakeCuda {
  public:
   static FakeCuda& get();
 
-  /// Forgets counts, failures and errors. Requires: no stream, event or registration is left.
+  /// Forgets counts, failures, errors and contexts. Requires: no stream, event or registration is left.
   void reset(unsigned seed = 1);
 
   /// Memory of a device, filled with poison. Freed by reset().
   std::byte* allocate(std::size_t size_bytes, int device = 1);
+  /// One range of addresses over several allocations, as of cuMemMap: multiples of 4096 bytes.
+  std::byte* allocate_mapped(std::initializer_list<std::size_t> sizes_bytes, int device = 1);
   std::vector<std::byte> read(const std::byte* device_memory, std::size_t size_bytes);
   bool holds(const std::byte* device_memory, std::span<const std::byte> bytes);
   void write(std::byte* device_memory, std::span<const std::byte> bytes);
@@ -42,14 +45,17 @@ class FakeCuda {
   /// Does all that is queued and not behind a kernel.
   void finish_all();
 
-  /// Work of the caller's on a stream (null: the legacy default stream), which goes on until it is ended.
+  /// Work of the caller's on a stream (null: the legacy default stream of device 1), which goes on until it is ended.
   void start_kernel(cudaStream_t stream);
   void end_kernel(cudaStream_t stream);
   /// Things that have been queued on a stream, by anybody.
   int touches(cudaStream_t stream);
+  /// Things that have become part of the graph that a stream is captured into.
+  int captured(cudaStream_t stream);
 
-  /// The `nth` next call of `function` (1: the next) gives `error`; when `sticky`, so does every call from then on.
-  void fail(const std::string& function, int nth, cudaError_t error, bool sticky = false);
+  /// The `nth` next call of `function` (1: the next) gives `error`, and `times - 1` more; when `sticky`, the context of
+  /// the call fails, and so does every call in it from then on.
+  void fail(const std::string& function, int nth, cudaError_t error, bool sticky = false, int times = 1);
   /// As at the end of a process, until reset(): handles are gone, and every call gives cudaErrorCudartUnloading.
   void unload();
   /// Whether a failure that was asked for has not come yet.
@@ -57,6 +63,9 @@ class FakeCuda {
 
   int calls(const std::string& function);
   int all_calls();
+  /// Whether a thread of that name has called it.
+  bool called_by(const std::string& function, const std::string& thread);
+  bool has_context(int device);
   int live_streams();
   int live_events();
   int registrations();

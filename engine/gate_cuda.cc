@@ -1,0 +1,57 @@
+#include "engine/gate_cuda.h"
+
+#include "engine/error.h"
+
+namespace flashpack::engine::cuda {
+
+namespace {
+
+// To record an event there would break the capture, or become part of the graph and never come to an end.
+void require_no_capture(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  if (error == cudaErrorStreamCaptureImplicit) {
+    static_cast<void>(cudaGetLastError());
+    throw argument_error(
+        "transfer behind the legacy default stream while a stream that it waits for is captured into a CUDA graph");
+  }
+  check(error, "cudaStreamIsCapturing");
+  if (status != cudaStreamCaptureStatusNone) {
+    throw argument_error("transfer behind a stream that is captured into a CUDA graph");
+  }
+}
+
+class CudaGate final : public Gate {
+ public:
+  CudaGate(const Context& context, cudaStream_t stream) : context_(context) {
+    const ContextGuard guard(context_);
+    check(guard.error(), "the device's context");
+    require_no_capture(stream);
+    event_ = make_event();
+    check(cudaEventRecord(event_.get(), stream), "cudaEventRecord on the caller's stream");
+  }
+  ~CudaGate() override {
+    const ContextGuard guard(context_);
+    give_back(event_, guard);
+  }
+
+  bool open(std::error_code& error) noexcept override {
+    const ContextGuard guard(context_);
+    const cudaError_t result = guard.error() != cudaSuccess ? guard.error() : cudaEventQuery(event_.get());
+    if (result == cudaErrorNotReady) return false;
+    if (result != cudaSuccess) error = code_of(result);
+    return true;
+  }
+
+ private:
+  const Context context_;
+  Event event_;
+};
+
+}  // namespace
+
+std::unique_ptr<Gate> make_gate(const Context& context, cudaStream_t stream) {
+  return std::make_unique<CudaGate>(context, stream);
+}
+
+}  // namespace flashpack::engine::cuda

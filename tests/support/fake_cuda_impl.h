@@ -1,0 +1,181 @@
+/// What FakeCuda and the runtime functions of it share.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <sys/types.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <random>
+#include <set>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "tests/support/fake_cuda.h"
+
+struct CUevent_st {
+  CUctx_st* context;
+  bool done = true;
+  bool captured = false;
+  unsigned records = 0;
+};
+
+namespace flashpack::testing {
+
+[[noreturn]] void misuse(const char* what);
+inline void require(bool holds, const char* what) {
+  if (!holds) misuse(what);
+}
+
+struct Work {
+  enum class Kind : std::uint8_t { kCopy, kRecord, kKernel, kAllocate, kFree } kind;
+  std::byte* target = nullptr;
+  const std::byte* source = nullptr;
+  std::size_t size_bytes = 0;
+  CUevent_st* event = nullptr;
+  unsigned record = 0;
+  std::uint64_t number = 0;  // Of all work, in the order of the calls.
+};
+
+struct Capture {
+  cudaStreamCaptureMode mode;
+  std::thread::id thread;
+  bool broken = false;
+  int captured = 0;
+};
+
+}  // namespace flashpack::testing
+
+struct CUstream_st {
+  CUctx_st* context;
+  bool blocking = false;  // It waits for the legacy default stream, and that for it.
+  std::deque<flashpack::testing::Work> queue;
+  int touches = 0;
+  std::optional<flashpack::testing::Capture> capture;
+};
+
+struct CUctx_st {
+  int device = 0;
+  bool alive = false;
+  cudaError_t sticky = cudaSuccess;
+  CUstream_st legacy{};
+};
+
+namespace flashpack::testing {
+
+class FakeCuda::Impl {
+ public:
+  static constexpr int kDevices = 2;
+
+  // One physical allocation: mapped twice, once where nobody may touch it (unless it is managed) and once for us.
+  struct Region {
+    std::byte* address;
+    std::byte* shadow;
+    std::size_t size_bytes;
+    int device;
+    bool managed = false;
+    bool there = true;  // Of stream-ordered memory: its stream has come to the allocation.
+  };
+
+  struct Failure {
+    int countdown;
+    cudaError_t error;
+    bool sticky;
+    int times;
+  };
+
+  // What the runtime and the driver keep for each thread.
+  struct Thread {
+    unsigned epoch = 0;
+    int device = 0;
+    std::vector<CUctx_st*> contexts;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+    cudaError_t last_error = cudaSuccess;
+  };
+
+  enum class Kind : std::uint8_t {
+    kNoContext,
+    kSafe,
+    kUnsafe,  // May wait for the device.
+  };
+
+  Impl();
+
+  /// The beginning of every runtime function: what it must give instead of doing its work.
+  cudaError_t enter(const char* function, Kind kind);
+  cudaError_t note(cudaError_t error);
+  /// The calling thread's.
+  Thread& thread();
+  /// Requires: enter() with a context has been passed.
+  CUctx_st& context() { return *thread().contexts.back(); }
+  CUctx_st& primary(int device);
+  void destroy(CUctx_st& context);
+
+  CUstream_st* stream_of(cudaStream_t stream, CUctx_st& context);
+  /// As of a call that queues something.
+  cudaError_t use(CUstream_st& stream);
+  std::vector<CUstream_st*> all_streams();
+  void queue(CUstream_st& stream, Work work);
+
+  std::byte* map(std::size_t size_bytes, int device, bool managed, std::byte* at = nullptr,
+                 std::byte* shadow_at = nullptr);
+  Region* region_of(const void* memory);
+  std::byte* shadow_of(const void* memory, std::size_t size_bytes);
+  bool registered(const void* memory, std::size_t size_bytes) const;
+  /// Queues a copy, or captures it.
+  cudaError_t copy(CUstream_st& stream, void* target, const void* source, std::size_t size_bytes);
+
+  bool may_begin(const CUstream_st& stream) const;
+  bool do_one(CUstream_st& stream);
+  void do_some();
+  void finish(CUstream_st& stream);
+
+  std::mutex mutex;  // Protects the rest.
+  unsigned epoch = 1;
+  pid_t owner;
+  bool unloading = false;
+  std::mt19937 random{1};
+  bool held = false;
+  std::uint64_t works = 0;
+  std::array<CUctx_st, kDevices> contexts;
+  std::set<CUstream_st*> streams;
+  std::map<std::pair<CUctx_st*, std::thread::id>, CUstream_st> per_thread;
+  std::set<CUevent_st*> events;
+  std::map<std::byte*, std::size_t> registrations;
+  std::vector<Region> regions;
+  std::map<std::string, Failure> failures;
+  std::map<std::string, int> calls;
+  std::set<std::pair<std::string, std::string>> callers;
+  int all_calls = 0;
+  int pageable_copies = 0;
+  int copies_under_way = 0;
+  int most_copies_under_way = 0;
+
+ private:
+  bool breaks_captures();
+};
+
+/// In the fake, alone.
+class Inside {
+ public:
+  Inside();
+  ~Inside();
+  Inside(const Inside&) = delete;
+  Inside& operator=(const Inside&) = delete;
+  FakeCuda::Impl* operator->() { return impl_; }
+  FakeCuda::Impl& operator*() { return *impl_; }
+
+ private:
+  FakeCuda::Impl* const impl_;
+  std::lock_guard<std::mutex> lock_;
+};
+
+}  // namespace flashpack::testing

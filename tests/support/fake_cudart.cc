@@ -1,0 +1,386 @@
+// The functions of the runtime, and those of the driver that it leads to. Each gives what it was told to give, or does
+// its work.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <thread>
+#include <utility>
+
+#include "tests/support/fake_cuda_impl.h"
+
+using flashpack::testing::FakeCuda;
+using flashpack::testing::Inside;
+using flashpack::testing::require;
+using flashpack::testing::Work;
+using Kind = FakeCuda::Impl::Kind;
+
+namespace {
+
+// Until the stream is empty, or gone.
+cudaError_t wait_for(cudaStream_t handle) {
+  while (true) {
+    {
+      Inside impl;
+      if (impl->unloading) return impl->note(cudaErrorCudartUnloading);
+      CUstream_st& stream = *impl->stream_of(handle, impl->context());
+      impl->do_some();
+      if (stream.queue.empty()) return cudaSuccess;
+    }
+    std::this_thread::yield();
+  }
+}
+
+CUresult driver_error(cudaError_t error) { return static_cast<CUresult>(error); }
+
+CUresult push_context(CUcontext context) {
+  Inside impl;
+  if (const auto error = impl->enter("cuCtxPushCurrent", Kind::kNoContext)) return driver_error(error);
+  if (!context || !context->alive) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
+  impl->thread().contexts.push_back(context);
+  return CUDA_SUCCESS;
+}
+
+CUresult pop_context(CUcontext* context) {
+  Inside impl;
+  if (const auto error = impl->enter("cuCtxPopCurrent", Kind::kNoContext)) return driver_error(error);
+  auto& stack = impl->thread().contexts;
+  if (stack.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+  *context = stack.back();
+  stack.pop_back();
+  return CUDA_SUCCESS;
+}
+
+CUresult current_context(CUcontext* context) {
+  Inside impl;
+  if (const auto error = impl->enter("cuCtxGetCurrent", Kind::kNoContext)) return driver_error(error);
+  const auto& stack = impl->thread().contexts;
+  *context = stack.empty() ? nullptr : stack.back();
+  return CUDA_SUCCESS;
+}
+
+cudaError_t find_in_driver(const char* symbol, void** function, cudaDriverEntryPointQueryResult* result) {
+  const std::string name = symbol;
+  *function = name == "cuCtxPushCurrent"  ? reinterpret_cast<void*>(&push_context)
+              : name == "cuCtxPopCurrent" ? reinterpret_cast<void*>(&pop_context)
+              : name == "cuCtxGetCurrent" ? reinterpret_cast<void*>(&current_context)
+                                          : nullptr;
+  if (result) *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
+
+cudaError_t make_stream(const char* function, cudaStream_t* stream, bool blocking) {
+  Inside impl;
+  if (const auto error = impl->enter(function, Kind::kSafe)) return error;
+  *stream = *impl->streams.insert(new CUstream_st{.context = &impl->context(), .blocking = blocking}).first;
+  return cudaSuccess;
+}
+
+#if CUDART_VERSION >= 12080
+cudaError_t copy_batch(void* const* targets, const void* const* sources, const std::size_t* sizes, std::size_t count,
+                       const cudaMemcpyAttributes& attributes, std::size_t first_of_attributes,
+                       std::size_t attribute_count, cudaStream_t stream) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaMemcpyBatchAsync", Kind::kSafe)) return error;
+  require(stream != nullptr && stream != cudaStreamLegacy, "a batch on the legacy default stream");
+  require(count > 0 && attribute_count == 1 && first_of_attributes == 0, "a batch without copies or attributes");
+  require(attributes.srcAccessOrder == cudaMemcpySrcAccessOrderStream, "slots are read in the order of the stream");
+  for (std::size_t i = 0; i < count; ++i) {
+    require(sizes[i] > 0, "an empty copy in a batch");
+    require(impl->registered(impl->region_of(targets[i]) ? sources[i] : targets[i], sizes[i]),
+            "a batch with memory that is not locked");
+    if (const auto error = impl->copy(*impl->stream_of(stream, impl->context()), targets[i], sources[i], sizes[i])) {
+      return error;
+    }
+  }
+  return cudaSuccess;
+}
+#endif
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaGetDeviceCount", Kind::kNoContext)) return error;
+  *count = FakeCuda::Impl::kDevices;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaGetDevice", Kind::kNoContext)) return error;
+  const auto& thread = impl->thread();
+  *device = thread.contexts.empty() ? thread.device : thread.contexts.back()->device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaSetDevice", Kind::kNoContext)) return error;
+  if (device < 0 || device >= FakeCuda::Impl::kDevices) return impl->note(cudaErrorInvalidDevice);
+  auto& thread = impl->thread();
+  thread.device = device;
+  if (!thread.contexts.empty()) thread.contexts.pop_back();
+  thread.contexts.push_back(&impl->primary(device));
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceReset() {
+  Inside impl;
+  if (const auto error = impl->enter("cudaDeviceReset", Kind::kUnsafe)) return error;
+  impl->destroy(impl->context());
+  impl->thread().contexts.pop_back();
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetPCIBusId(char* text, int size, int) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaDeviceGetPCIBusId", Kind::kNoContext)) return error;
+  std::snprintf(text, static_cast<std::size_t>(size), "0000:FF:1F.7");
+  return cudaSuccess;
+}
+
+#if CUDART_VERSION >= 12050
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaGetDriverEntryPoint", Kind::kSafe)) return error;
+  require(version == 12000, "a function that an older driver may lack");
+  return find_in_driver(symbol, function, result);
+}
+#else
+cudaError_t cudaGetDriverEntryPoint(const char* symbol, void** function, unsigned long long,
+                                    cudaDriverEntryPointQueryResult* result) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaGetDriverEntryPoint", Kind::kSafe)) return error;
+  return find_in_driver(symbol, function, result);
+}
+#endif
+
+cudaError_t cudaStreamCreate(cudaStream_t* stream) { return make_stream("cudaStreamCreate", stream, true); }
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  require(flags == cudaStreamNonBlocking, "a stream that waits for the legacy default stream");
+  return make_stream("cudaStreamCreateWithFlags", stream, false);
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  Inside impl;
+  if (impl->enter("cudaStreamDestroy", Kind::kUnsafe) == cudaErrorCudartUnloading) return cudaErrorCudartUnloading;
+  require(impl->streams.erase(stream) == 1, "destroying a stream that is none");
+  require(stream->queue.empty() || stream->context->sticky != cudaSuccess, "destroying a stream with work on it");
+  delete stream;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t handle) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaStreamQuery", Kind::kUnsafe)) return error;
+  CUstream_st& stream = *impl->stream_of(handle, impl->context());
+  impl->do_some();
+  return stream.queue.empty() ? cudaSuccess : impl->note(cudaErrorNotReady);
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (const auto error = Inside()->enter("cudaStreamSynchronize", Kind::kUnsafe)) return error;
+  return wait_for(stream);
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaThreadExchangeStreamCaptureMode", Kind::kSafe)) return error;
+  std::swap(impl->thread().mode, *mode);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mode) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaStreamBeginCapture", Kind::kSafe)) return error;
+  CUstream_st& stream = *impl->stream_of(handle, impl->context());
+  if (&stream == &stream.context->legacy) return impl->note(cudaErrorStreamCaptureUnsupported);
+  stream.capture = {.mode = mode, .thread = std::this_thread::get_id()};
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaStreamEndCapture", Kind::kSafe)) return error;
+  CUstream_st& stream = *impl->stream_of(handle, impl->context());
+  *graph = nullptr;
+  const auto capture = std::exchange(stream.capture, {});
+  return capture->broken ? impl->note(cudaErrorStreamCaptureInvalidated) : cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaStreamIsCapturing", Kind::kSafe)) return error;
+  CUstream_st& stream = *impl->stream_of(handle, impl->context());
+  for (const CUstream_st* other : impl->all_streams()) {
+    const bool waited_for = other->context == stream.context && other->blocking && other->capture;
+    if (waited_for && &stream == &stream.context->legacy) return impl->note(cudaErrorStreamCaptureImplicit);
+  }
+  *status = !stream.capture          ? cudaStreamCaptureStatusNone
+            : stream.capture->broken ? cudaStreamCaptureStatusInvalidated
+                                     : cudaStreamCaptureStatusActive;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaEventCreateWithFlags", Kind::kSafe)) return error;
+  require(flags & cudaEventDisableTiming, "an event that takes the time, which costs");
+  *event = *impl->events.insert(new CUevent_st{.context = &impl->context()}).first;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  Inside impl;
+  if (impl->enter("cudaEventDestroy", Kind::kUnsafe) == cudaErrorCudartUnloading) return cudaErrorCudartUnloading;
+  require(impl->events.erase(event) == 1, "destroying an event that is none");
+  delete event;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaEventRecord", Kind::kSafe)) return error;
+  CUstream_st& stream = *impl->stream_of(handle, impl->context());
+  require(impl->events.contains(event), "recording an event that is none");
+  if (stream.context != event->context) return impl->note(cudaErrorInvalidResourceHandle);
+  if (const auto error = impl->use(stream)) return error;
+  event->captured = stream.capture.has_value();
+  if (stream.capture) {
+    ++stream.capture->captured;
+    return cudaSuccess;
+  }
+  event->done = false;
+  impl->queue(stream, {.kind = Work::Kind::kRecord, .event = event, .record = ++event->records});
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaEventQuery", Kind::kUnsafe)) return error;
+  require(impl->events.contains(event), "asking for an event that is none");
+  if (event->captured) return impl->note(cudaErrorCapturedEvent);
+  impl->do_some();
+  return event->done ? cudaSuccess : impl->note(cudaErrorNotReady);
+}
+
+cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t size_bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
+  {
+    Inside impl;
+    if (const auto error = impl->enter("cudaMemcpyAsync", Kind::kSafe)) return error;
+    require(kind == (impl->region_of(target) ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost),
+            "a copy in the wrong direction");
+    if (const auto error = impl->copy(*impl->stream_of(stream, impl->context()), target, source, size_bytes)) {
+      return error;
+    }
+    if (impl->registered(impl->region_of(target) ? source : target, size_bytes)) return cudaSuccess;
+  }
+  return wait_for(stream);
+}
+
+#if CUDART_VERSION >= 13000
+cudaError_t cudaMemcpyBatchAsync(void* const* targets, const void* const* sources, const std::size_t* sizes,
+                                 std::size_t count, cudaMemcpyAttributes* attributes, std::size_t* first_of_attributes,
+                                 std::size_t attribute_count, cudaStream_t stream) {
+  return copy_batch(targets, sources, sizes, count, *attributes, first_of_attributes[0], attribute_count, stream);
+}
+#elif CUDART_VERSION >= 12080
+cudaError_t cudaMemcpyBatchAsync(void** targets, void** sources, std::size_t* sizes, std::size_t count,
+                                 cudaMemcpyAttributes* attributes, std::size_t* first_of_attributes,
+                                 std::size_t attribute_count, std::size_t* failed, cudaStream_t stream) {
+  require(failed != nullptr, "a batch without a place for the one that failed");
+  return copy_batch(targets, sources, sizes, count, *attributes, first_of_attributes[0], attribute_count, stream);
+}
+#endif
+
+cudaError_t cudaMallocAsync(void** memory, std::size_t size_bytes, cudaStream_t handle) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaMallocAsync", Kind::kSafe)) return error;
+  CUstream_st& stream = *impl->stream_of(handle, impl->context());
+  std::byte* const address = impl->map((size_bytes + 4095) / 4096 * 4096, stream.context->device, false);
+  impl->regions.back().there = false;
+  impl->queue(stream, {.kind = Work::Kind::kAllocate, .target = address});
+  *memory = address;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t handle) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaFreeAsync", Kind::kSafe)) return error;
+  impl->queue(*impl->stream_of(handle, impl->context()),
+              {.kind = Work::Kind::kFree, .target = static_cast<std::byte*>(memory)});
+  return cudaSuccess;
+}
+
+cudaError_t cudaMallocManaged(void** memory, std::size_t size_bytes, unsigned) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaMallocManaged", Kind::kUnsafe)) return error;
+  *memory = impl->map((size_bytes + 4095) / 4096 * 4096, impl->context().device, true);
+  return cudaSuccess;
+}
+
+cudaError_t cudaHostRegister(void* memory, std::size_t size_bytes, unsigned) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaHostRegister", Kind::kUnsafe)) return error;
+  if (impl->registered(memory, 1)) return impl->note(cudaErrorHostMemoryAlreadyRegistered);
+  impl->registrations.emplace(static_cast<std::byte*>(memory), size_bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaHostUnregister(void* memory) {
+  Inside impl;
+  const cudaError_t error = impl->enter("cudaHostUnregister", Kind::kUnsafe);
+  if (error == cudaErrorCudartUnloading) return error;
+  require(impl->copies_under_way == 0 || error != cudaSuccess, "unregistering memory with copies under way");
+  require(impl->registrations.erase(static_cast<std::byte*>(memory)) == 1, "unregistering what is not registered");
+  return cudaSuccess;
+}
+
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* memory) {
+  Inside impl;
+  if (const auto error = impl->enter("cudaPointerGetAttributes", Kind::kSafe)) return error;
+  *attributes = {};
+  const auto* region = impl->region_of(memory);
+  if (region) attributes->device = region->device;
+  attributes->type = region                        ? region->managed ? cudaMemoryTypeManaged : cudaMemoryTypeDevice
+                     : impl->registered(memory, 1) ? cudaMemoryTypeHost
+                                                   : cudaMemoryTypeUnregistered;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() {
+  Inside impl;
+  auto& thread = impl->thread();
+  const bool failed = !thread.contexts.empty() && thread.contexts.back()->sticky != cudaSuccess;
+  return std::exchange(thread.last_error, failed ? thread.contexts.back()->sticky : cudaSuccess);
+}
+
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaErrorCallRequiresNewerDriver:
+      return "cudaErrorCallRequiresNewerDriver";
+    case cudaErrorContextIsDestroyed:
+      return "cudaErrorContextIsDestroyed";
+    case cudaErrorCudartUnloading:
+      return "cudaErrorCudartUnloading";
+    case cudaErrorIllegalAddress:
+      return "cudaErrorIllegalAddress";
+    case cudaErrorInsufficientDriver:
+      return "cudaErrorInsufficientDriver";
+    case cudaErrorInvalidDevice:
+      return "cudaErrorInvalidDevice";
+    case cudaErrorMemoryAllocation:
+      return "cudaErrorMemoryAllocation";
+    default:
+      return "cudaErrorUnknown";
+  }
+}
+
+const char* cudaGetErrorString(cudaError_t) { return "as the test wished"; }
+
+}  // extern "C"
