@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,9 +22,18 @@ Item = TypeVar("Item")
 class Contender:
     """A process that answers each line it reads with a line of JSON; see `serve`."""
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], ours: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        ours: bool = False,
+        limit_s: float | None = None,
+    ) -> None:
+        """`limit_s`: how long an answer may take before the process is killed."""
         self.name = name
         self.ours = ours
+        self.limit_s = limit_s
         self.failure: str | None = None
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -31,10 +43,16 @@ class Contender:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(job + "\n")
         self.process.stdin.flush()
+        # A line is an answer, so that nothing of it waits in the buffer of the stream.
+        if not select.select([self.process.stdout], [], [], self.limit_s)[0]:
+            self.process.kill()
+            raise RuntimeError(f"{self.name} did not answer within {self.limit_s:g} s")
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} died with status {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"{self.name}: {answer['error']}")
         return answer
 
     def attempt(self, job: str, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
@@ -61,9 +79,16 @@ class Contender:
 
 
 def serve(answer: Callable[[str], dict[str, Any]]) -> None:
-    """The other end of a Contender: until the end of standard input."""
+    """The other end of a Contender: until the end of standard input. What else is printed goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     for line in sys.stdin:
-        print(json.dumps(answer(line.strip())), flush=True)
+        try:
+            result = answer(line.strip())
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(result), file=answers, flush=True)
 
 
 def in_turns(items: Sequence[Item], rounds: int) -> Iterator[tuple[Item, bool]]:
@@ -87,11 +112,21 @@ def publish(result: Mapping[str, Any], text: str, out: Path | None) -> None:
 def decoder_tensors(size_gib: float) -> Tensors:
     """Those of a decoder in bfloat16, the same every time; at least so many bytes."""
     width = 4096
-    tensors: Tensors = {}
     shapes = {"q": (width, width), "k": (width // 4, width), "up": (3 * width, width), "norm": (width,)}
+    return _layers(size_gib, shapes, 4 * width * width)
+
+
+def small_tensors(size_gib: float) -> Tensors:
+    """The same in tensors of 2 to 512 KiB, as adapters, quantised weights and mixtures of small experts have them."""
+    shapes = {"scale": (1024,), "down": (32, 1024), "up": (64, 1024), "out": (256, 1024)}
+    return _layers(size_gib, shapes, 4 << 20)
+
+
+def _layers(size_gib: float, shapes: Mapping[str, tuple[int, ...]], block_elems: int) -> Tensors:
+    tensors: Tensors = {}
     # Making random numbers takes longer than loading them: all tensors are parts of one block, each from elsewhere.
     generator = torch.Generator().manual_seed(0)
-    block = torch.randint(-(1 << 15), 1 << 15, (4 * width * width,), dtype=torch.int16, generator=generator)
+    block = torch.randint(-(1 << 15), 1 << 15, (block_elems,), dtype=torch.int16, generator=generator)
     block = block.view(torch.bfloat16)
     size_bytes = 0
     while size_bytes < size_gib * (1 << 30):
@@ -105,12 +140,26 @@ def decoder_tensors(size_gib: float) -> Tensors:
 
 
 def checksum(tensors: Tensors) -> int:
-    """Of names, places and bytes; computed where the tensors are."""
+    """Of names, places and bytes; computed where the tensors are, many small ones at a time."""
     total = 0
-    for name in sorted(tensors):
-        words = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
-        if words.numel() % 4 == 0 and words.data_ptr() % 4 == 0:
-            words = words.view(torch.int32)
+    for names in _batches(tensors, 64 << 20):
+        words = torch.cat([tensors[name].detach().contiguous().reshape(-1).view(torch.uint8) for name in names])
+        words = torch.nn.functional.pad(words, (0, -words.numel() % 4)).view(torch.int32)
         weights = torch.arange(1, words.numel() + 1, dtype=torch.int64, device=words.device)
-        total = (total * 1_000_003 + int((words.to(torch.int64) * weights).sum()) + sum(name.encode())) % (1 << 64)
+        words_sum = int((words.to(torch.int64) * weights).sum())
+        total = (total * 1_000_003 + words_sum + sum("".join(names).encode())) % (1 << 64)
     return total
+
+
+def _batches(tensors: Tensors, limit_bytes: int) -> Iterator[list[str]]:
+    """Sorted names, each batch of at most so many bytes or of one tensor."""
+    batch: list[str] = []
+    size_bytes = 0
+    for name in sorted(tensors):
+        if batch and size_bytes + tensors[name].nbytes > limit_bytes:
+            yield batch
+            batch, size_bytes = [], 0
+        batch.append(name)
+        size_bytes += tensors[name].nbytes
+    if batch:
+        yield batch

@@ -1,283 +1,390 @@
-"""Loads of a checkpoint to a CUDA device, beside disk, link and memory, and beside the peers that are installed.
+"""Loads of checkpoints to a CUDA device, beside disk, link and memory, and beside the peers that are installed.
 
-Every contender has a process of its own, kept alive, and they take turns. What arrives is compared on the device with a
-checksum of the source tensors. A contender that is not installed is named and left out.
+Tables, in this order: `start` of an engine, `parts` of a load alone, loads of `blocks-2`, `small-2` and `blocks-8`
+(large or small tensors, GiB), a `sweep` of the engine's options. Every contender has a process of its own, kept alive,
+and they take turns. What arrives is compared on the device with a checksum of the source tensors. A contender that is
+not installed is named and left out, one that fails, too. OUT.json and OUT.md are written after every measurement.
 """
 
 from __future__ import annotations
 
 import argparse
-import mmap
+import importlib.util
+import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from contenders import Contender, Tensors, checksum, decoder_tensors, in_turns, publish, serve
-from page_cache import drop_from_page_cache, warm
+from contenders import Contender, Tensors, checksum, decoder_tensors, in_turns, small_tensors
+from device_work import DEVICE, LOADERS, work
+from page_cache import drop_from_page_cache, resident_fraction, warm
 
-DEVICE = "cuda:0"
-
-
-@contextmanager
-def by_flashpack(folder: Path) -> Iterator[Tensors]:
-    from flashpack.deserialization import iterate_from_flash_tensor, read_flashpack_file
-
-    storage, metadata = read_flashpack_file(folder / "model.flashpack", DEVICE)
-    yield dict(iterate_from_flash_tensor(storage, metadata))
-
-
-@contextmanager
-def by_safetensors(folder: Path) -> Iterator[Tensors]:
-    from safetensors.torch import load_file
-
-    yield load_file(folder / "model.safetensors", DEVICE)
-
-
-@contextmanager
-def by_fastsafetensors(folder: Path) -> Iterator[Tensors]:
-    from fastsafetensors import fastsafe_open
-
-    with fastsafe_open(filenames=[str(folder / "model.safetensors")], nogds=True, device=DEVICE) as file:
-        yield {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-@contextmanager
-def by_instanttensor(folder: Path) -> Iterator[Tensors]:
-    from instanttensor import safe_open
-
-    with safe_open(str(folder / "model.safetensors"), framework="pt", device=0) as file:
-        yield dict(file.tensors())
-
-
-def seconds_of(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
-class Rooflines:
-    """The least that has to be done for a load, each part by itself. Bytes and seconds."""
-
-    def __init__(self, folder: Path) -> None:
-        from flashpack._native import Engine, read_footer
-
-        self.path = folder / "model.flashpack"
-        self.file = self.path.open("rb")
-        self.footer = read_footer(self.file.fileno(), self.path)
-        self.size_bytes = self.path.stat().st_size // mmap.PAGESIZE * mmap.PAGESIZE
-        self.engine = Engine()
-        self.memory = mmap.mmap(-1, self.size_bytes)
-        self.memory.madvise(mmap.MADV_HUGEPAGE)
-        self.target = torch.frombuffer(self.memory, dtype=torch.uint8)
-        self.target.zero_()
-        self.pinned = torch.empty(256 << 20, dtype=torch.uint8).pin_memory()
-        self.on_device = torch.empty_like(self.pinned, device=DEVICE)
-
-    def disk(self) -> tuple[int, float]:
-        extents = [(0, self.size_bytes, self.target.data_ptr())]
-        load = partial(self.engine.load, self.file.fileno(), self.path, extents, self.footer, "never", "direct")
-        return self.size_bytes, seconds_of(load)
-
-    def memcpy(self) -> tuple[int, float]:
-        threads = min(8, os.cpu_count() or 1)
-        part_bytes = -(-self.size_bytes // threads)
-        view = memoryview(self.memory)
-
-        def read(offset: int) -> None:
-            end = min(offset + part_bytes, self.size_bytes)
-            while offset < end:
-                offset += os.preadv(file.fileno(), [view[offset : min(end, offset + (4 << 20))]], offset)
-
-        with self.path.open("rb") as file, ThreadPoolExecutor(threads) as pool:
-            offsets = range(0, self.size_bytes, part_bytes)
-            return self.size_bytes, seconds_of(lambda: list(pool.map(read, offsets)))
-
-    def h2d(self) -> tuple[int, float]:
-        copies = 16
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(copies):
-            self.on_device.copy_(self.pinned, non_blocking=True)
-        end.record()
-        end.synchronize()
-        return copies * self.pinned.nbytes, begin.elapsed_time(end) / 1000
-
-    def engine_start(self) -> tuple[int, float]:
-        from flashpack._native import Engine
-
-        return 0, seconds_of(lambda: Engine(0))
-
-
-LOADERS = {
-    "flashpack": by_flashpack,
-    "flashpack-0.4.5": by_flashpack,
-    "safetensors": by_safetensors,
-    "fastsafetensors": by_fastsafetensors,
-    "instanttensor": by_instanttensor,
+STATES = ("cold", "page cache")
+TABLES = ("start", "parts", "blocks-2", "small-2", "blocks-8", "sweep")
+THREADS = sorted({1, 4, 8, 16, min(32, os.cpu_count() or 1)})
+PARTS = {
+    "h2d": [f"h2d {mib} {streams}" for mib in (4, 16) for streams in (1, 2, 4)],
+    "memcpy": [f"memcpy {threads}" for threads in THREADS],
+    "disk": [f"disk {threads}" for threads in (8, 16, 32)],
 }
-OURS = ("rooflines", "flashpack")
-ROOFLINES = {"cold": ["disk", "h2d"], "page cache": ["memcpy", "h2d"]}
+BESIDE = {"cold": ("disk", "h2d"), "page cache": ("memcpy", "h2d")}
+ANSWER_LIMIT_S = 60.0
+MIB = 1 << 20
+DEFAULT_OPTIONS: dict[str, int] = {}
+SWEEP = [
+    DEFAULT_OPTIONS,
+    *({"chunk_bytes": mib * MIB} for mib in (1, 2, 8, 16)),
+    *({"queue_depth": depth} for depth in (4, 16, 32)),
+    *({"staging_bytes": mib * MIB} for mib in (32, 128, 256)),
+    *({"workers": workers} for workers in (2, 4, 16)),
+    {"chunk_bytes": 8 * MIB, "queue_depth": 16, "staging_bytes": 256 * MIB},
+    {"chunk_bytes": 16 * MIB, "queue_depth": 16, "staging_bytes": 512 * MIB},
+    {"queue_depth": 32, "staging_bytes": 256 * MIB, "workers": 16},
+]
 
 
-def work(name: str, folder: Path) -> None:
-    """The process of one contender: does what it reads on standard input, a line each."""
-    torch.cuda.init()
-    torch.ones(1, device=DEVICE)
-    rooflines = Rooflines(folder) if name == "rooflines" else None
+class Turn(NamedTuple):
+    """What a contender does when it is its turn."""
 
-    def answer(job: str) -> dict[str, Any]:
-        if rooflines is not None:
-            size_bytes, seconds = getattr(rooflines, job)()
-            return {"bytes": size_bytes, "seconds": seconds}
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        with LOADERS[name](folder) as tensors:
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-            size_bytes = sum(tensor.nbytes for tensor in tensors.values())
-            result = {"bytes": size_bytes, "seconds": seconds, "checksum": checksum(tensors)}
-        del tensors
-        torch.cuda.empty_cache()
-        return result
-
-    serve(answer)
+    contender: Contender
+    job: str
+    row: str
+    file: Path | None = None
+    """What has to be cold or cached before."""
+    expected: int | None = None
 
 
-class Loader(Contender):
-    def __init__(self, name: str, folder: Path, packages: Path | None) -> None:
-        self.rates: dict[str, list[float]] = {}
-        environment = dict(os.environ)
-        own = packages / name if packages is not None else None
-        if own is not None and own.is_dir():
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(own), os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, __file__, "--worker", name, "--dir", str(folder)]
-        super().__init__(name, command, environment, ours=name in OURS)
+class Record:
+    """All that was measured, on disk at any time."""
+
+    def __init__(self, out: Path, about: dict[str, Any]) -> None:
+        self.out = out
+        self.result: dict[str, Any] = {**about, "failed": {}, "measurements": []}
+
+    def add(self, table: str, state: str, row: str, counts: bool, answer: dict[str, Any]) -> None:
+        self.result["measurements"].append({"table": table, "state": state, "row": row, "counts": counts, **answer})
+        self.save()
+
+    def fail(self, table: str, row: str, reason: str) -> None:
+        self.result["failed"][f"{table}: {row}"] = reason
+        self.save()
+
+    def has_failed(self, table: str, row: str) -> bool:
+        return f"{table}: {row}" in self.result["failed"]
+
+    def save(self) -> None:
+        """Each file is whole at any time."""
+        contents = {".json": json.dumps(self.result, indent=1) + "\n", ".md": as_markdown(self.result)}
+        for suffix, text in contents.items():
+            draft = self.out.with_suffix(suffix + ".draft")
+            draft.write_text(text)
+            draft.replace(self.out.with_suffix(suffix))
+
+    def best_part(self, part: str) -> str:
+        rates = {job: rate(self.result, "parts", "", job) for job in PARTS[part]}
+        return max(rates, key=lambda job: rates[job] or 0.0)
 
 
-def make_checkpoint(folder: Path, size_gib: float) -> int:
-    """A decoder's tensors in bfloat16, as both kinds of file; returns their checksum."""
-    import flashpack
-    from safetensors.torch import save_file
-
-    tensors = decoder_tensors(size_gib)
-    flashpack.pack_to_file(tensors, folder / "model.flashpack", target_dtype=None)
-    save_file(tensors, folder / "model.safetensors")
-    return checksum(tensors)
+def rows_of(result: dict[str, Any], table: str, state: str, row: str) -> list[dict[str, Any]]:
+    """Without the first round, which pays for what happens once in a process, if there was another."""
+    found = [m for m in result["measurements"] if m["table"] == table and m["row"] == row and state in ("", m["state"])]
+    return [m for m in found if m["counts"]] or found
 
 
-def installed(name: str, packages: Path | None) -> bool:
-    import importlib.util
+def rate(result: dict[str, Any], table: str, state: str, row: str) -> float | None:
+    rates = [m["bytes"] / m["seconds"] / 1e9 for m in rows_of(result, table, state, row)]
+    return statistics.median(rates) if rates else None
 
-    if name in OURS:
-        return True
-    if packages is not None and (packages / name).is_dir():
-        return True
-    return name != "flashpack-0.4.5" and importlib.util.find_spec(name) is not None
+
+def median_of(result: dict[str, Any], table: str, state: str, row: str, key: str) -> float | None:
+    values = [m[key] for m in rows_of(result, table, state, row) if m.get(key) is not None]
+    return statistics.median(values) if values else None
+
+
+def limit_of(result: dict[str, Any], table: str, state: str) -> float | None:
+    """The slower of what a load needs, in the rounds of that table."""
+    rates = [rate(result, table, state, part) for part in BESIDE[state]]
+    return None if None in rates else min(r for r in rates if r is not None)
+
+
+def cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def load_cells(result: dict[str, Any], table: str, state: str, row: str) -> list[str]:
+    speed, limit = rate(result, table, state, row), limit_of(result, table, state)
+    size = median_of(result, table, state, row, "bytes")
+    cpu, first, peak = (
+        median_of(result, table, state, row, key) for key in ("cpu_seconds", "first_tensor_seconds", "host_peak_mib")
+    )
+    return [
+        cell(speed, ".2f"),
+        cell(speed / limit if speed and limit else None, ".2f"),
+        cell(cpu / size * 1e9 if cpu is not None and size else None, ".3f"),
+        cell(first * 1000 if first is not None else None, ".0f"),
+        cell(peak, ".0f"),
+    ]
+
+
+def load_table(result: dict[str, Any], table: str, rows: Sequence[str]) -> list[str]:
+    columns = ("GB/s", "of the limit", "CPU s/GB", "first tensor ms", "host MiB")
+    heads = [f"{state} {column}" for state in STATES for column in columns]
+    lines = [f"| {table} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for row in rows:
+        cells = [text for state in STATES for text in load_cells(result, table, state, row)]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return lines
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    lines = [
+        "{device}, {cpus} CPUs, Linux {kernel}, torch {torch}; `{command}`.".format(**result),
+        "Medians, in turns. The limit is min(disk, h2d) for a cold file and min(memcpy, h2d) for a cached one.",
+    ]
+    for table in TABLES:
+        rows = list(dict.fromkeys(m["row"] for m in result["measurements"] if m["table"] == table))
+        if not rows:
+            continue
+        lines.append("")
+        if table == "start":
+            lines += ["| start of the first engine | ms | the next ones |", "|---|---|---|"]
+            lines += [start_line(result, row) for row in rows]
+        elif table == "parts":
+            lines += ["| part | GB/s |", "|---|---|"]
+            lines += [f"| {row} | {cell(rate(result, table, '', row), '.2f')} |" for row in rows]
+        else:
+            lines += load_table(result, table, rows)
+    lines += [""] + [f"failed: {row}: {reason}" for row, reason in result["failed"].items()]
+    lines += [f"not installed: {', '.join(result['not_installed'])}"] if result["not_installed"] else []
+    return "\n".join(lines).strip() + "\n"
+
+
+def start_line(result: dict[str, Any], row: str) -> str:
+    measured = rows_of(result, "start", "", row)[-1]
+    return f"| {row} | {measured['seconds'] * 1000:.1f} | {statistics.median(measured['next_seconds']) * 1000:.1f} |"
+
+
+class Budget:
+    """Seconds, shared evenly among what is still to be done."""
+
+    def __init__(self, seconds: float, shares: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.end = clock() + seconds
+        self.shares = shares
+
+    def next_share(self) -> float:
+        """The time at which the next of the shares ends."""
+        left = max(0.0, self.end - self.clock())
+        share = left / max(1, self.shares)
+        self.shares -= 1
+        return self.clock() + share
 
 
 def prepare(path: Path, state: str) -> None:
-    if state == "page cache":
+    if state == "cold":
+        if (left := drop_from_page_cache(path)) > 0.001:
+            raise RuntimeError(f"{left:.1%} of {path} could not be dropped from the page cache")
+    elif resident_fraction(path) < 1:
         warm(path)
-    elif (left := drop_from_page_cache(path)) > 0.001:
-        raise RuntimeError(f"{left:.1%} of {path} could not be dropped from the page cache")
 
 
-def measure(contenders: list[Loader], rooflines: Loader, folder: Path, rounds: int, expected: int) -> None:
-    files = [folder / "model.flashpack", folder / "model.safetensors"]
-    for state, parts in ROOFLINES.items():
-        jobs = [(rooflines, part) for part in parts] + [(contender, "load") for contender in contenders]
-        for (contender, job), counts in in_turns(jobs, rounds):
-            for path in files:
-                prepare(path, state)
-            take_turn(contender, job, state, expected, counts)
+def take_turns(
+    record: Record, table: str, state: str, turns: Sequence[Turn], rounds: int, end: float, budget: Budget
+) -> None:
+    """Every one has a turn before the budget ends, and then as many as there is time for in this share of it."""
+    for number, (turn, counts) in enumerate(in_turns(turns, rounds)):
+        if budget.clock() > (budget.end if number < len(turns) else end):
+            return
+        take_turn(record, table, state, turn, counts)
 
 
-def take_turn(contender: Loader, job: str, state: str, expected: int, counts: bool) -> None:
-    def check(answer: dict[str, Any]) -> None:
-        if job == "load" and answer["checksum"] != expected:
-            raise RuntimeError(f"{contender.name} brought wrong bytes to the device ({state})")
+def take_turn(record: Record, table: str, state: str, turn: Turn, counts: bool) -> None:
+    """One that has failed in this table has no more turns in it."""
+    if record.has_failed(table, turn.row):
+        return
+    try:
+        if turn.file is not None:
+            prepare(turn.file, state)
+        answer = turn.contender.ask(turn.job)
+        if turn.expected is not None and answer["checksum"] != turn.expected:
+            raise RuntimeError(f"wrong bytes on the device, {state}")
+        record.add(table, state, turn.row, counts, answer)
+    except (RuntimeError, OSError) as error:
+        record.fail(table, turn.row, str(error))
 
-    answer = contender.attempt(job, check)
-    if counts and answer is not None:
-        key = state if job == "load" else job
-        contender.rates.setdefault(key, []).append(answer["bytes"] / answer["seconds"] / 1e9)
+
+class Bench:
+    def __init__(self, options: argparse.Namespace, record: Record, budget: Budget) -> None:
+        self.options, self.record, self.budget = options, record, budget
+        self.contenders: dict[str, Contender] = {}
+
+    def contender(self, name: str) -> Contender:
+        """Its process, started with those of the others that take part."""
+        if name not in self.contenders:
+            environment = dict(os.environ)
+            own = folder_of(self.options.packages, LOADERS[name].package) if name in LOADERS else None
+            if own is not None:
+                environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(own), os.environ.get("PYTHONPATH")]))
+            command = [sys.executable, __file__, "--worker", name, "--dir", str(self.options.dir)]
+            self.contenders[name] = Contender(name, command, environment, limit_s=ANSWER_LIMIT_S)
+        return self.contenders[name]
+
+    def close(self) -> None:
+        for contender in self.contenders.values():
+            contender.close()
+        self.contenders.clear()
+
+    def turns(self, table: str, state: str, turns: Sequence[Turn]) -> None:
+        rounds = min(3, self.options.rounds) if table == "parts" else self.options.rounds
+        take_turns(self.record, table, state, turns, rounds, self.budget.next_share(), self.budget)
+
+    def start(self) -> None:
+        for name in ("start", "start in a context"):
+            contender = self.contender(name)
+            take_turn(self.record, "start", "", Turn(contender, "start", name), True)
+        self.close()
+
+    def parts(self) -> None:
+        with checkpoint(self.options.dir, "blocks-2", self.options.scale) as (folder, _):
+            file = folder / "model.flashpack"
+            for state, part in (("", "h2d"), ("page cache", "memcpy"), ("cold", "disk")):
+                jobs = [
+                    Turn(self.contender("parts"), f"{folder.name} {job}", job, file if state else None)
+                    for job in PARTS[part]
+                ]
+                self.turns("parts", state, jobs)
+
+    def loads(self, table: str) -> None:
+        with checkpoint(self.options.dir, table, self.options.scale) as (folder, expected):
+            names = [n for n in LOADERS if n not in self.record.result["not_installed"]]
+            for state in STATES:
+                turns = [
+                    Turn(self.contender("parts"), f"{table} {self.record.best_part(p)}", p, folder / "model.flashpack")
+                    for p in BESIDE[state]
+                ]
+                turns += [
+                    Turn(self.contender(name), table, name, folder / LOADERS[name].file, expected) for name in names
+                ]
+                self.turns(table, state, turns)
+
+    def sweep(self) -> None:
+        with checkpoint(self.options.dir, "blocks-2", self.options.scale) as (folder, _):
+            for state in STATES:
+                turns = [
+                    Turn(
+                        self.contender("engines"), f"blocks-2 {json.dumps(o)}", in_words(o), folder / "model.flashpack"
+                    )
+                    for o in SWEEP
+                ]
+                self.turns("sweep", state, turns)
+
+    def run(self, table: str) -> None:
+        if table in ("start", "parts", "sweep"):
+            getattr(self, table)()
+        else:
+            self.loads(table)
 
 
-def report(contenders: list[Loader], rooflines: Loader) -> dict[str, Any]:
-    roof = {part: statistics.median(rates) for part, rates in rooflines.rates.items()}
-    limits = {state: min(roof[part] for part in parts) for state, parts in ROOFLINES.items()}
-    starts = [rooflines.ask("engine_start")["seconds"] * 1000 for _ in range(7)]
+def in_words(options: dict[str, int]) -> str:
+    in_mib = {key: f"{value // MIB} MiB" if value >= MIB else str(value) for key, value in options.items()}
+    return ", ".join(f"{key} {value}" for key, value in in_mib.items()) or "default"
+
+
+@contextmanager
+def checkpoint(folder: Path, table: str, scale: float) -> Iterator[tuple[Path, int]]:
+    """The files of a table, and the checksum of their tensors."""
+    import flashpack
+    from safetensors.torch import save_file
+
+    kind, gib = table.split("-")
+    made = folder / table
+    made.mkdir()
+    try:
+        tensors: Tensors = (decoder_tensors if kind == "blocks" else small_tensors)(float(gib) * scale)
+        flashpack.pack_to_file(tensors, made / "model.flashpack", target_dtype=None)
+        save_file(tensors, made / "model.safetensors")
+        expected = checksum({name: tensor.to(DEVICE) for name, tensor in tensors.items()})
+        del tensors
+        torch.cuda.empty_cache()
+        os.sync()
+        yield made, expected
+    finally:
+        shutil.rmtree(made)
+
+
+def folder_of(packages: Path | None, package: str) -> Path | None:
+    own = packages / package if packages is not None else None
+    return own if own is not None and own.is_dir() else None
+
+
+def is_installed(packages: Path | None, package: str) -> bool:
+    if package == "flashpack" or folder_of(packages, package) is not None:
+        return True
+    return importlib.util.find_spec(package.replace("-", "_")) is not None if "." not in package else False
+
+
+def is_ours(failed: str) -> bool:
+    row = failed.partition(": ")[2]
+    return row not in LOADERS or LOADERS[row].package == "flashpack"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)} (default: all)")
+    parser.add_argument("--dir", type=Path, default=Path(), help="folder on the disk to measure")
+    parser.add_argument("--seconds", type=float, default=300, help="after so long no further round begins")
+    parser.add_argument("--rounds", type=int, default=7, help="at most, after one that does not count")
+    parser.add_argument("--scale", type=float, default=1, help="of the sizes of all checkpoints")
+    parser.add_argument("--packages", type=Path, help="folder with one more folder of packages for each contender")
+    parser.add_argument("--out", type=Path, default=Path("device_bench"), help="for OUT.json and OUT.md")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if unknown := set(options.tables) - set(TABLES):
+        parser.error(f"no such table: {', '.join(sorted(unknown))}")
+    options.tables = [table for table in TABLES if table in (options.tables or TABLES)]
+    return options
+
+
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    packages = {name: loader.package for name, loader in LOADERS.items()}
     return {
         "device": torch.cuda.get_device_name(0),
+        "cpus": os.cpu_count(),
         "kernel": platform.release(),
         "torch": torch.__version__,
-        "rooflines_gb_per_s": roof,
-        "limits_gb_per_s": limits,
-        "engine_start_ms": statistics.median(starts),
-        "loads_gb_per_s": {
-            c.name: {state: statistics.median(c.rates[state]) for state in ROOFLINES}
-            for c in contenders
-            if c.failure is None
-        },
-        "failed": {c.name: c.failure for c in contenders if c.failure is not None},
-        "rounds": {c.name: c.rates for c in [rooflines, *contenders]},
+        "command": " ".join(["tools/device_bench.py", *sys.argv[1:]]),
+        "not_installed": [name for name, package in packages.items() if not is_installed(options.packages, package)],
     }
 
 
-def as_markdown(result: dict[str, Any], command: str) -> str:
-    roof = result["rooflines_gb_per_s"]
-    lines = [
-        f"{result['device']}, Linux {result['kernel']}, torch {result['torch']}. Medians, in turns, by `{command}`.",
-        f"Disk {roof['disk']:.2f} GB/s, pinned H2D {roof['h2d']:.2f}, page-cache memcpy {roof['memcpy']:.2f}; "
-        f"an engine starts in {result['engine_start_ms']:.1f} ms. Bytes checked on the device in every round.",
-        "",
-        "| file to device | cold GB/s | of min(disk, H2D) | page cache GB/s | of min(memcpy, H2D) |",
-        "|---|---|---|---|---|",
-    ]
-    for name, rates in result["loads_gb_per_s"].items():
-        cells = [f"{rates[state]:.2f} | {rates[state] / result['limits_gb_per_s'][state]:.2f}" for state in ROOFLINES]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [f"| {name} | {reason} | | | |" for name, reason in result["failed"].items()]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, default=Path(), help="folder on the disk to measure")
-    parser.add_argument("--size_gib", type=float, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--packages", type=Path, help="folder with one more folder of packages for each contender NAME")
-    parser.add_argument("--out", type=Path, default=Path("device_bench"), help="for OUT.json and OUT.md")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse()
     if options.worker:
         work(options.worker, options.dir)
         return 0
     if not torch.cuda.is_available():
         print("no CUDA device that torch can use", file=sys.stderr)
         return 1
-    expected = make_checkpoint(options.dir, options.size_gib)
-    absent = [name for name in LOADERS if not installed(name, options.packages)]
-    rooflines = Loader("rooflines", options.dir, options.packages)
-    contenders = [Loader(n, options.dir, options.packages) for n in LOADERS if n not in absent]
+    shares = {"start": 0, "parts": 3}
+    budget = Budget(options.seconds, sum(shares.get(table, len(STATES)) for table in options.tables))
+    record = Record(options.out, about(options))
+    bench = Bench(options, record, budget)
     try:
-        measure(contenders, rooflines, options.dir, options.rounds, expected)
-        result = {**report(contenders, rooflines), "not_installed": absent}
+        for table in options.tables:
+            bench.run(table)
     finally:
-        for contender in [rooflines, *contenders]:
-            contender.close()
-    text = as_markdown(result, f"tools/device_bench.py --size_gib {options.size_gib:g} --rounds {options.rounds}")
-    publish(result, text + (f"\nnot installed: {', '.join(absent)}\n" if absent else ""), options.out)
-    return 0
+        record.save()
+        bench.close()
+        print(options.out.with_suffix(".md").read_text(), end="")
+    return int(any(is_ours(name) for name in record.result["failed"]))
 
 
 if __name__ == "__main__":

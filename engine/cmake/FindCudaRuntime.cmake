@@ -1,7 +1,12 @@
 # CudaRuntime::cudart, the static CUDA runtime, which finds the driver when it is first used: a program that links it
 # starts on machines without one. From a CUDA toolkit, else from the PyPI wheels in the environment of Python3_EXECUTABLE:
 # nvidia-cuda-runtime-cu12 and nvidia-cuda-nvcc-cu12, or nvidia-cuda-runtime and nvidia-cuda-crt. From 12.4 on.
+
+# CMake 3.25 has an error for toolkits without nvToolsExt, as from 13 on, in projects that require CMake 3.25.
+set(minimum_required ${CMAKE_MINIMUM_REQUIRED_VERSION})
+set(CMAKE_MINIMUM_REQUIRED_VERSION 3.24)
 find_package(CUDAToolkit 12.4 QUIET)
+set(CMAKE_MINIMUM_REQUIRED_VERSION ${minimum_required})
 if(TARGET CUDA::cudart_static)
   set(CudaRuntime_INCLUDE_DIR ${CUDAToolkit_INCLUDE_DIRS})
   set(CudaRuntime_CRT_INCLUDE_DIR ${CUDAToolkit_INCLUDE_DIRS})

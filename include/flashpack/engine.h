@@ -78,11 +78,12 @@ struct LoadRequest {
   CachePolicy cache = CachePolicy::kAuto;
   AfterLoad after = AfterLoad::kKeep;
   /// For targets on a CUDA device, a cudaStream_t: nothing is written before all that is on it when start_load() is
-  /// called has come to an end; after that the stream is not touched. So memory that a stream-ordered allocator has just
-  /// given, or that kernels still read, may be a target. Null is the legacy default stream of the engine's device, and so
-  /// stands for every stream but those made with cudaStreamNonBlocking; cudaStreamPerThread is the calling thread's. A
-  /// stream that is being captured into a graph is Errc::kInvalidArgument. When the transfer has finished, the bytes are
-  /// there for whatever is launched from then on, on any stream. Targets on the host ask nothing of a stream.
+  /// called has come to an end; after that the stream is not touched. So memory that a stream-ordered allocator has
+  /// just given, or that kernels still read, may be a target. Null is the legacy default stream of the engine's device,
+  /// and so stands for every stream but those made with cudaStreamNonBlocking; cudaStreamPerThread is the calling
+  /// thread's. A stream that is being captured into a graph is Errc::kInvalidArgument. When the transfer has finished,
+  /// the bytes are there for whatever is launched from then on, on any stream. Targets on the host ask nothing of a
+  /// stream.
   CUstream_st* stream = nullptr;
   /// After it no new I/O is issued and the transfer ends with kDeadlineExceeded, as after Transfer::cancel().
   std::optional<Deadline> deadline;

@@ -103,16 +103,26 @@ def test_the_longest_module_name_that_fits_decides_on_the_device(path):
     with flashpack._footer.open_footer(path) as footer:
         entries = list(footer.entries())
     device_map = {"": "cpu", "encoder": "cuda:0", "encoder.layers.1": 1, "decoder.weight": "cuda:2", "scal": "cuda:3"}
-    places = _file._places(entries, "cuda:7", device_map, _file.ReadOptions())
-    assert {name: str(place) for name, place in places.items()} == {
-        "encoder.weight": "cuda:0",
-        "encoder.layers.1.weight": "cuda:1",
-        "decoder.weight": "cuda:2",
-        "decoder.ids": "cpu",
-        "scale": "cpu",
-        "none": "cpu",
+
+    def names(device_map):
+        places = _file._places(entries, "cuda:7", device_map, _file.ReadOptions())
+        return {str(place): [entry.name for entry in here] for place, here in places.items()}
+
+    assert names(device_map) == {
+        "cuda:0": ["encoder.weight"],
+        "cuda:1": ["encoder.layers.1.weight"],
+        "cuda:2": ["decoder.weight"],
+        "cpu": ["scale", "none", "decoder.ids"],
     }
-    assert str(_file._places(entries, "cuda:7", {"encoder": "cpu"}, _file.ReadOptions())["scale"]) == "cuda:7"
+    assert "scale" in names({"encoder": "cpu"})["cuda:7"]
+    assert names({})["cuda:7"] == [entry.name for entry in entries]
+
+
+def test_tensors_come_in_file_order_from_several_loads_too(path, tensors):
+    loaded = flashpack.load_file(path, device_map={"encoder.layers": "cpu:0", "": "cpu"})
+    assert_bit_equal(loaded, tensors)
+    assert list(loaded) == flashpack.open_file(path).keys()
+    assert flashpack.load_file(path, names=[], device_map={"": "cpu"}) == {}
 
 
 @pytest.mark.parametrize("device", ["mps", "nonsense", object()])

@@ -56,6 +56,9 @@ def test_groups_that_diffusers_has_offloaded_are_refused_by_name(pack):
     hooks = pytest.importorskip("diffusers.hooks")
     group = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
     offloaded = model()
-    hooks.apply_group_offloading(offloaded, offload_type="leaf_level", **group)
+    try:
+        hooks.apply_group_offloading(offloaded, offload_type="leaf_level", **group)
+    except RuntimeError as error:
+        pytest.skip(f"this diffusers offloads only beside an accelerator: {error}")
     with pytest.raises(flashpack.FlashPackError, match="module '0' is offloaded by diffusers"):
         flashpack.assign_from_file(offloaded, pack(model()))

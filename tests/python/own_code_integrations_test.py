@@ -83,5 +83,8 @@ def test_a_model_comes_back_as_it_was(kind, options, tmp_path):
 def test_names_that_transformers_would_have_to_convert_are_refused_and_the_code_named(tmp_path):
     seven(TransformersModel(Config())).save_pretrained_flashpack(tmp_path)
     repack(tmp_path, lambda tensors: tensors.update({"other.w": tensors.pop("inner.w")}))
-    with pytest.raises(flashpack.FlashPackError, match="passes over _load_from_state_dict of module 'inner'"):
+    # Before version 5 transformers hands such code single tensors, without what their names begin with.
+    stumbled_over = "cannot be used: KeyError: 'w'"
+    reason = f"passes over _load_from_state_dict of module 'inner'|{stumbled_over}"
+    with pytest.raises(flashpack.FlashPackError, match=reason):
         TransformersModel.from_pretrained_flashpack(tmp_path, strict=False)

@@ -48,11 +48,12 @@ def test_a_contender_answers_job_after_job(started):
 @pytest.mark.parametrize(
     ("code", "job", "check", "reason"),
     [
-        (DOUBLES, "x", accept, "NAME died with status 1"),
+        (DOUBLES, "x", accept, "NAME: ValueError: invalid literal"),
+        ("input(); sys.exit(4)", "4", accept, "NAME died with status 4"),
         ("sys.exit(3)", "4", accept, "NAME died with status 3|Broken pipe"),
         (DOUBLES, "4", refuse, "wrong bytes"),
     ],
-    ids=["dies of its job", "has died before", "brings what is wrong"],
+    ids=["cannot do its job", "dies of its job", "has died before", "brings what is wrong"],
 )
 def test_a_peer_that_fails_is_out_and_ours_ends_it_all(started, code, job, check, reason):
     peer = started(code)
@@ -61,6 +62,21 @@ def test_a_peer_that_fails_is_out_and_ours_ends_it_all(started, code, job, check
     with pytest.raises((RuntimeError, OSError), match=reason):
         started(code, ours=True).attempt(job, check)
     assert peer.failure
+
+
+def test_what_a_contender_prints_besides_is_no_answer(started):
+    prints = "contenders.serve(lambda job: os.system('echo from C') or print('from Python') or {'job': job})"
+    contender = started(f"import contenders, os\n{prints}")
+    assert contender.attempt("4", accept) == {"job": "4"}
+    assert contender.attempt("5", accept) == {"job": "5"}
+
+
+def test_a_contender_that_does_not_answer_is_killed(started):
+    contender = started("import time; time.sleep(600)")
+    contender.limit_s = 0.1
+    assert contender.attempt("4", accept) is None
+    assert contender.failure == "NAME did not answer within 0.1 s"
+    assert contender.process.wait() == -9
 
 
 def test_every_round_begins_with_another_one_and_the_first_does_not_count():
@@ -84,6 +100,20 @@ def test_decoder_tensors_are_the_same_every_time_and_differ_from_each_other():
     assert contenders.checksum(tensors) == contenders.checksum(contenders.decoder_tensors(0.15))
     sums = {contenders.checksum({"": tensor}) for tensor in tensors.values()}
     assert len(sums) == len(tensors)
+
+
+def test_small_tensors_are_small_and_many():
+    tensors = contenders.small_tensors(0.01)
+    assert len(tensors) > 50
+    assert max(tensor.nbytes for tensor in tensors.values()) <= 512 << 10
+    assert len({contenders.checksum({"": tensor}) for tensor in tensors.values()}) == len(tensors)
+
+
+def test_the_checksum_is_taken_of_batches(monkeypatch):
+    tensors = {name: torch.full((5,), ord(name), dtype=torch.uint8) for name in "cab"}
+    assert list(contenders._batches(tensors, 10)) == [["a", "b"], ["c"]]
+    assert list(contenders._batches(tensors, 4)) == [["a"], ["b"], ["c"]]
+    assert list(contenders._batches({}, 4)) == []
 
 
 def test_the_checksum_knows_names_places_and_bytes():

@@ -226,11 +226,17 @@ CUstream_st* stream_of(std::uintptr_t handle) {
 
 class PyEngine {
  public:
-  explicit PyEngine(std::optional<int> cuda_device) {
+  PyEngine(std::optional<int> cuda_device, std::optional<std::uint32_t> chunk_bytes,
+           std::optional<std::uint32_t> queue_depth, std::optional<std::uint64_t> staging_bytes,
+           std::optional<std::uint32_t> workers) {
     const NativeCall call;
     nb::gil_scoped_release released;
     EngineOptions options;
     if (cuda_device) options.device = {Device::Kind::kCuda, *cuda_device};
+    options.chunk_bytes = chunk_bytes.value_or(options.chunk_bytes);
+    options.queue_depth = queue_depth.value_or(options.queue_depth);
+    options.staging_bytes = staging_bytes.value_or(options.staging_bytes);
+    options.workers = workers.value_or(options.workers);
     engine_ = std::make_unique<Engine>(std::move(options));
   }
   ~PyEngine() {
@@ -371,7 +377,11 @@ void refuse_pickling(nb::class_<Class>& type) {
 void bind_handles(nb::module_& module) {
   auto engine =
       nb::class_<PyEngine>(module, "Engine", "Threads, ring and staging memory of this process; thread-safe.")
-          .def(nb::init<std::optional<int>>(), "cuda_device"_a = nb::none())
+          .def(nb::init<std::optional<int>, std::optional<std::uint32_t>, std::optional<std::uint32_t>,
+                        std::optional<std::uint64_t>, std::optional<std::uint32_t>>(),
+               "cuda_device"_a = nb::none(), "chunk_bytes"_a = nb::none(), "queue_depth"_a = nb::none(),
+               "staging_bytes"_a = nb::none(), "workers"_a = nb::none(),
+               "For the host or a CUDA device; what is None is as the engine finds it best.")
           .def("load", &PyEngine::load, "fd"_a, "path"_a, "extents"_a, "metadata"_a, "verify"_a = "auto",
                "cache"_a = "auto", "progress"_a = nb::none(), "stream"_a = 0, "repeats"_a = std::vector<RepeatTuple>(),
                "Reads extents of (file offset, size, address) of the open file and returns the transfer's statistics; "

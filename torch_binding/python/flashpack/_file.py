@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from ._casts import check_asked, dtype_when_asked
@@ -65,18 +66,21 @@ def load_file(
     filters = (ignore_names, ignore_prefixes, ignore_suffixes)
     tensors: dict[str, torch.Tensor] = {}
     with open_footer(path) as footer, torch.inference_mode(False), torch.no_grad():
-        entries = [entry for entry in _select(footer, names) if not is_ignored_tensor_name(entry.name, *filters)]
+        entries = _select(footer, names)
+        if filters != (None, None, None):
+            entries = [entry for entry in entries if not is_ignored_tensor_name(entry.name, *filters)]
         read = _Progress(progress, sum(entry.size_bytes for entry in entries))
         options = ReadOptions(mmap, verify, False if progress is None else read.tell)
         places = _places(entries, device, device_map, options)
-        for place in dict.fromkeys(places.values()):
-            here = [entry for entry in entries if places[entry.name] == place]
-            for name, tensor in read_tensors(footer, here, place, options).items():
-                tensors[name] = tensor.to(place, dtype_when_asked(tensor.dtype, dtype))
+        for place, here in places.items():
+            placed = read_tensors(footer, here, place, options)
+            if dtype is not None or place != CPU:
+                placed = {name: each.to(place, dtype_when_asked(each.dtype, dtype)) for name, each in placed.items()}
+            tensors.update(placed)
             read.finish(here)
     if metadata is not None:
         metadata.update(footer.native.user_metadata)
-    return {entry.name: tensors.pop(entry.name) for entry in entries}
+    return tensors if len(places) == 1 else {entry.name: tensors[entry.name] for entry in entries}
 
 
 def open_file(path: StrPath, device: DeviceLike = "cpu", *, verify: Verify = "auto") -> FlashPackFile:
@@ -252,9 +256,7 @@ class TensorSlice:
         steps = tuple(slice(None, None, each.step) for each in ranges[: dim + 1])
         return target.view([*counts, *lengths])[steps].contiguous()
 
-    def _load(
-        self, extents: list[tuple[int, int, int]], side: Side, repeats: Sequence[tuple[int, int]] = ()
-    ) -> None:
+    def _load(self, extents: list[tuple[int, int, int]], side: Side, repeats: Sequence[tuple[int, int]] = ()) -> None:
         """Of extents that begin at an offset in the tensor; `repeats` as the engine takes them."""
         file, at = self._file, self._entry.offset_bytes
         in_file = [(at + begin, size, address) for begin, size, address in extents]
@@ -327,7 +329,7 @@ def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], list[int]]
 
 def _as_integer(item: Any) -> int | None:
     """Of what is one: numpy's integers and tensors of one integer are, booleans and None are not."""
-    is_bool = isinstance(item, bool) or getattr(item, "dtype", None) is torch.bool
+    is_bool = isinstance(item, (bool, np.bool_)) or getattr(item, "dtype", None) is torch.bool
     try:
         return None if is_bool else operator.index(item)
     except TypeError:
@@ -362,17 +364,19 @@ def _select(footer: Footer, names: Collection[str] | None) -> list[Entry]:
 
 
 def _places(
-    entries: Collection[Entry], device: DeviceLike, device_map: Mapping[str, DeviceLike] | None, options: ReadOptions
-) -> dict[str, torch.device]:
+    entries: list[Entry], device: DeviceLike, device_map: Mapping[str, DeviceLike] | None, options: ReadOptions
+) -> dict[torch.device, list[Entry]]:
+    """What is read to each device, in file order."""
     devices = {name: supported_device(each, options) for name, each in (device_map or {}).items()}
     default = devices[""] if "" in devices else supported_device(device, options)
     if not devices:
-        return dict.fromkeys((entry.name for entry in entries), default)
-    places = {}
+        return {default: entries} if entries else {}
+    places: dict[torch.device, list[Entry]] = {}
     for entry in entries:
         parts = entry.name.split(".")
         leads = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-        places[entry.name] = next((devices[lead] for lead in leads if lead in devices), default)
+        place = next((devices[lead] for lead in leads if lead in devices), default)
+        places.setdefault(place, []).append(entry)
     return places
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -243,13 +244,25 @@ def tensors_of(
     `region_at`: by file offset; empty tensors need none.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for entry in entries:
-        if entry.size_bytes:
-            region = region_at[entry.offset_bytes]
-            tensors[entry.name] = region.tensor(entry.dtype, entry.shape, entry.length_elems, entry.offset_bytes)
-        else:
-            tensors[entry.name] = torch.empty(entry.shape, dtype=string_to_dtype(entry.dtype), device=device)
+    with _collector_paused():
+        for name, dtype, shape, offset_bytes, length_elems, size_bytes, *_ in entries:
+            if size_bytes:
+                tensors[name] = region_at[offset_bytes].tensor(dtype, shape, length_elems, offset_bytes)
+            else:
+                tensors[name] = torch.empty(shape, dtype=string_to_dtype(dtype), device=device)
     return tensors
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Python's cyclic garbage collector does not look again and again at a million objects while they are made."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def plan_runs(entries: Sequence[Entry]) -> list[list[Entry]]:

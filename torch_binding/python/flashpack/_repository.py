@@ -23,8 +23,8 @@ INDEX_NAME = "model_index.json"
 OPTIONS = frozenset(
     {
         *("cache_dir", "custom_pipeline", "custom_revision", "dduf_file", "device", "device_map", "disable_mmap"),
-        *("dtype", "force_download", "load_connected_pipeline", "local_dir", "local_files_only", "low_cpu_mem_usage"),
-        *("max_memory", "mirror", "offload_folder", "offload_state_dict", "output_loading_info"),
+        *("dtype", "force_download", "from_flax", "load_connected_pipeline", "local_dir", "local_files_only"),
+        *("low_cpu_mem_usage", "max_memory", "mirror", "offload_folder", "offload_state_dict", "output_loading_info"),
         *("pretrained_model_name", "pretrained_model_name_or_path", "provider", "provider_options", "proxies"),
         *("quantization_config", "resume_download", "return_cached_folder", "revision", "sess_options", "token"),
         *("torch_dtype", "trust_remote_code", "use_auth_token", "use_flashpack", "use_onnx", "use_safetensors"),

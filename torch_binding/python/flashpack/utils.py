@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Final
 
@@ -46,6 +47,7 @@ _NUMPY: Final[dict[torch.dtype, type[np.generic]]] = {
 }
 
 
+@cache
 def string_to_dtype(string: str) -> torch.dtype:
     """The dtype called `string`, without "torch."; FlashPackError if this torch has none."""
     dtype = getattr(torch, string, None)

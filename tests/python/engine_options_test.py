@@ -1,0 +1,35 @@
+import flashpack
+import pytest
+import torch
+from flashpack._native import Engine, read_footer
+from support import random_tensor
+
+MIB = 1 << 20
+
+
+def load(engine, path, size_bytes):
+    target = torch.zeros(size_bytes, dtype=torch.uint8)
+    with path.open("rb") as file:
+        footer = read_footer(file.fileno(), path)
+        # An odd address, so that every byte takes a slot.
+        stats = engine.load(file.fileno(), path, [(1, size_bytes - 1, target.data_ptr())], footer)
+    return target[:-1], stats
+
+
+def test_an_engine_takes_the_options_it_is_given(tmp_path):
+    path = tmp_path / "a.flashpack"
+    source = random_tensor((9 * MIB,), torch.uint8, 0)
+    flashpack.pack_to_file({"a": source}, path, target_dtype=None)
+    loaded, small = load(Engine(chunk_bytes=MIB, queue_depth=2, staging_bytes=2 * MIB, workers=1), path, 9 * MIB)
+    assert torch.equal(loaded, source[1:])
+    loaded, usual = load(Engine(), path, 9 * MIB)
+    assert torch.equal(loaded, source[1:])
+    assert small["operations"] > 2 * usual["operations"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"chunk_bytes": 3 * MIB}, {"queue_depth": 0}, {"staging_bytes": 1}, {"workers": 65}], ids=str
+)
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ValueError):
+        Engine(**options)
