@@ -35,7 +35,7 @@ std::string name_of_this_thread() {
 
 }  // namespace
 
-Inside::Inside() : impl_(the_impl), lock_(impl_->mutex) { ++fake_cuda_depth(); }
+Inside::Inside() : impl_((FakeCuda::get(), the_impl)), lock_(impl_->mutex) { ++fake_cuda_depth(); }
 Inside::~Inside() { --fake_cuda_depth(); }
 
 FakeCuda::Impl::Impl() : owner(::getpid()) {
@@ -137,7 +137,7 @@ std::vector<CUstream_st*> FakeCuda::Impl::all_streams() {
   return all;
 }
 
-cudaError_t FakeCuda::Impl::use(CUstream_st& stream) {
+cudaError_t FakeCuda::Impl::queue(CUstream_st& stream, Work work) {
   bool broken = false;
   for (CUstream_st* other : all_streams()) {
     if (&stream != &stream.context->legacy || other->context != stream.context) continue;
@@ -145,15 +145,13 @@ cudaError_t FakeCuda::Impl::use(CUstream_st& stream) {
   }
   if (broken) return note(cudaErrorStreamCaptureImplicit);
   ++stream.touches;
+  work.number = ++works;
+  stream.capture ? stream.capture->graph.push_back(std::move(work)) : stream.queue.push_back(std::move(work));
   return cudaSuccess;
 }
 
-void FakeCuda::Impl::queue(CUstream_st& stream, Work work) {
-  work.number = ++works;
-  stream.queue.push_back(work);
-}
-
 std::byte* FakeCuda::Impl::map(std::size_t size_bytes, int device, bool managed, std::byte* at, std::byte* shadow_at) {
+  size_bytes = (size_bytes + 4095) / 4096 * 4096;
   const int fd = ::memfd_create("device", 0);
   require(fd >= 0 && ::ftruncate(fd, static_cast<off_t>(size_bytes)) == 0, "out of device memory");
   const int access = managed ? PROT_READ | PROT_WRITE : PROT_NONE;
@@ -189,6 +187,11 @@ std::byte* FakeCuda::Impl::shadow_of(const void* memory, std::size_t size_bytes)
   return first;
 }
 
+std::byte* FakeCuda::Impl::reachable(const void* memory, std::size_t size_bytes) {
+  if (region_of(memory)) return shadow_of(memory, size_bytes);
+  return static_cast<std::byte*>(const_cast<void*>(memory));
+}
+
 bool FakeCuda::Impl::registered(const void* memory, std::size_t size_bytes) const {
   const auto* at = static_cast<const std::byte*>(memory);
   return std::any_of(registrations.begin(), registrations.end(), [&](const auto& registration) {
@@ -202,19 +205,15 @@ cudaError_t FakeCuda::Impl::copy(CUstream_st& stream, void* target, const void* 
   const void* host_end = to_device ? source : target;
   require(region_of(device_end) != nullptr && region_of(host_end) == nullptr, "a copy from host to host");
   require(region_of(device_end)->device == stream.context->device, "a copy on a stream of another device");
-  std::byte* device_memory = shadow_of(device_end, size_bytes);
-  if (const auto error = use(stream)) return error;
-  if (stream.capture) {
-    ++stream.capture->captured;
-    return cudaSuccess;
-  }
+  const auto land = [this, target, source, size_bytes] {
+    std::memcpy(reachable(target, size_bytes), reachable(source, size_bytes), size_bytes);
+    --copies_under_way;
+  };
+  if (const auto error = queue(stream, {.kind = Work::Kind::kCopy, .act = land})) return error;
   pageable_copies += !registered(host_end, size_bytes);
-  if (to_device) std::memset(device_memory, static_cast<int>(kPoison), size_bytes);
+  if (to_device && region_of(target)->there)
+    std::memset(shadow_of(target, size_bytes), static_cast<int>(kPoison), size_bytes);
   most_copies_under_way = std::max(most_copies_under_way, ++copies_under_way);
-  queue(stream, {.kind = Work::Kind::kCopy,
-                 .target = to_device ? device_memory : static_cast<std::byte*>(target),
-                 .source = to_device ? static_cast<const std::byte*>(source) : device_memory,
-                 .size_bytes = size_bytes});
   return cudaSuccess;
 }
 
@@ -234,23 +233,9 @@ bool FakeCuda::Impl::may_begin(const CUstream_st& stream) const {
 // The first of a stream's work, if it can be done.
 bool FakeCuda::Impl::do_one(CUstream_st& stream) {
   if (stream.queue.empty() || !may_begin(stream)) return false;
-  const Work work = stream.queue.front();
+  const Work work = std::move(stream.queue.front());
   stream.queue.pop_front();
-  switch (work.kind) {
-    case Work::Kind::kCopy:
-      std::memcpy(work.target, work.source, work.size_bytes);
-      --copies_under_way;
-      break;
-    case Work::Kind::kRecord:
-      if (events.contains(work.event) && work.event->records == work.record) work.event->done = true;
-      break;
-    case Work::Kind::kAllocate:
-    case Work::Kind::kFree:
-      region_of(work.target)->there = work.kind == Work::Kind::kAllocate;
-      break;
-    case Work::Kind::kKernel:
-      break;
-  }
+  work.act();
   return true;
 }
 
@@ -269,7 +254,7 @@ void FakeCuda::Impl::finish(CUstream_st& stream) {
 }
 
 FakeCuda& FakeCuda::get() {
-  static FakeCuda fake;
+  static FakeCuda& fake = *new FakeCuda;  // Threads use it until the end of the process.
   return fake;
 }
 
@@ -284,6 +269,7 @@ void FakeCuda::reset(unsigned seed) {
     ::munmap(region.shadow, region.size_bytes);
   }
   impl->regions.clear();
+  impl->graphs.clear();
   impl->per_thread.clear();
   for (CUctx_st& context : impl->contexts) {
     context = {.device = context.device};
@@ -299,9 +285,7 @@ void FakeCuda::reset(unsigned seed) {
   impl->random.seed(seed);
 }
 
-std::byte* FakeCuda::allocate(std::size_t size_bytes, int device) {
-  return Inside()->map((size_bytes + 4095) / 4096 * 4096, device, false);
-}
+std::byte* FakeCuda::allocate(std::size_t size_bytes, int device) { return Inside()->map(size_bytes, device, false); }
 
 std::byte* FakeCuda::allocate_mapped(std::initializer_list<std::size_t> sizes_bytes, int device) {
   Inside impl;
@@ -374,7 +358,7 @@ int FakeCuda::touches(cudaStream_t stream) {
 int FakeCuda::captured(cudaStream_t stream) {
   Inside impl;
   const auto& capture = impl->stream_of(stream, impl->contexts[1])->capture;
-  return capture ? capture->captured : 0;
+  return capture ? static_cast<int>(capture->graph.size()) : 0;
 }
 
 void FakeCuda::fail(const std::string& function, int nth, cudaError_t error, bool sticky, int times) {

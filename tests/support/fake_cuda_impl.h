@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -36,23 +37,30 @@ inline void require(bool holds, const char* what) {
 }
 
 struct Work {
-  enum class Kind : std::uint8_t { kCopy, kRecord, kKernel, kAllocate, kFree } kind;
-  std::byte* target = nullptr;
-  const std::byte* source = nullptr;
-  std::size_t size_bytes = 0;
-  CUevent_st* event = nullptr;
-  unsigned record = 0;
-  std::uint64_t number = 0;  // Of all work, in the order of the calls.
+  enum class Kind : std::uint8_t {
+    kQuick,
+    kCopy,    // Waits while copies are held.
+    kKernel,  // Goes on until somebody ends it.
+  } kind;
+  std::function<void()> act;  // In the fake, when it is done.
+  std::uint64_t number = 0;   // Of all work, in the order of the calls.
 };
 
 struct Capture {
   cudaStreamCaptureMode mode;
   std::thread::id thread;
   bool broken = false;
-  int captured = 0;
+  std::vector<Work> graph;
 };
 
+/// In the driver, what the engine does not ask for; null when there is no such function, or no stand_in/cudart.cc.
+[[gnu::weak]] void* find_more_in_driver(const std::string& name);
+
 }  // namespace flashpack::testing
+
+struct CUgraph_st {
+  std::vector<flashpack::testing::Work> works;
+};
 
 struct CUstream_st {
   CUctx_st* context;
@@ -120,17 +128,17 @@ class FakeCuda::Impl {
   void destroy(CUctx_st& context);
 
   CUstream_st* stream_of(cudaStream_t stream, CUctx_st& context);
-  /// As of a call that queues something.
-  cudaError_t use(CUstream_st& stream);
   std::vector<CUstream_st*> all_streams();
-  void queue(CUstream_st& stream, Work work);
+  /// Or makes it part of the graph that is captured. An error when that would break another capture.
+  cudaError_t queue(CUstream_st& stream, Work work);
 
   std::byte* map(std::size_t size_bytes, int device, bool managed, std::byte* at = nullptr,
                  std::byte* shadow_at = nullptr);
   Region* region_of(const void* memory);
   std::byte* shadow_of(const void* memory, std::size_t size_bytes);
   bool registered(const void* memory, std::size_t size_bytes) const;
-  /// Queues a copy, or captures it.
+  /// To be read or written at once, on the host or a device.
+  std::byte* reachable(const void* memory, std::size_t size_bytes);
   cudaError_t copy(CUstream_st& stream, void* target, const void* source, std::size_t size_bytes);
 
   bool may_begin(const CUstream_st& stream) const;
@@ -151,6 +159,7 @@ class FakeCuda::Impl {
   std::set<CUevent_st*> events;
   std::map<std::byte*, std::size_t> registrations;
   std::vector<Region> regions;
+  std::deque<CUgraph_st> graphs;  // Until the reset.
   std::map<std::string, Failure> failures;
   std::map<std::string, int> calls;
   std::set<std::pair<std::string, std::string>> callers;

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <string>
 #include <thread>
 #include <utility>
 
 #include "tests/support/fake_cuda_impl.h"
 
 using flashpack::testing::FakeCuda;
+using flashpack::testing::find_more_in_driver;
 using flashpack::testing::Inside;
 using flashpack::testing::require;
 using flashpack::testing::Work;
@@ -63,6 +65,7 @@ cudaError_t find_in_driver(const char* symbol, void** function, cudaDriverEntryP
   *function = name == "cuCtxPushCurrent"  ? reinterpret_cast<void*>(&push_context)
               : name == "cuCtxPopCurrent" ? reinterpret_cast<void*>(&pop_context)
               : name == "cuCtxGetCurrent" ? reinterpret_cast<void*>(&current_context)
+              : find_more_in_driver       ? find_more_in_driver(name)
                                           : nullptr;
   if (result) *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
@@ -169,7 +172,10 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   Inside impl;
   if (impl->enter("cudaStreamDestroy", Kind::kUnsafe) == cudaErrorCudartUnloading) return cudaErrorCudartUnloading;
   require(impl->streams.erase(stream) == 1, "destroying a stream that is none");
-  require(stream->queue.empty() || stream->context->sticky != cudaSuccess, "destroying a stream with work on it");
+  const bool idle = std::all_of(stream->queue.begin(), stream->queue.end(),
+                                [](const Work& work) { return work.kind == Work::Kind::kQuick; });
+  require(idle || stream->context->sticky != cudaSuccess, "destroying a stream with copies or kernels on it");
+  impl->finish(*stream);
   delete stream;
   return cudaSuccess;
 }
@@ -209,7 +215,9 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
   CUstream_st& stream = *impl->stream_of(handle, impl->context());
   *graph = nullptr;
   const auto capture = std::exchange(stream.capture, {});
-  return capture->broken ? impl->note(cudaErrorStreamCaptureInvalidated) : cudaSuccess;
+  if (capture->broken) return impl->note(cudaErrorStreamCaptureInvalidated);
+  *graph = &impl->graphs.emplace_back(capture->graph);
+  return cudaSuccess;
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
@@ -248,15 +256,12 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
   CUstream_st& stream = *impl->stream_of(handle, impl->context());
   require(impl->events.contains(event), "recording an event that is none");
   if (stream.context != event->context) return impl->note(cudaErrorInvalidResourceHandle);
-  if (const auto error = impl->use(stream)) return error;
   event->captured = stream.capture.has_value();
-  if (stream.capture) {
-    ++stream.capture->captured;
-    return cudaSuccess;
-  }
   event->done = false;
-  impl->queue(stream, {.kind = Work::Kind::kRecord, .event = event, .record = ++event->records});
-  return cudaSuccess;
+  const auto land = [&impl = *impl, event, record = ++event->records] {
+    if (impl.events.contains(event) && event->records == record) event->done = true;
+  };
+  return impl->queue(stream, {.kind = Work::Kind::kQuick, .act = land});
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
@@ -273,6 +278,12 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t size_b
   {
     Inside impl;
     if (const auto error = impl->enter("cudaMemcpyAsync", Kind::kSafe)) return error;
+    if (kind == cudaMemcpyDefault || kind == cudaMemcpyDeviceToDevice) {  // The caller's own.
+      const auto land = [&impl = *impl, target, source, size_bytes] {
+        std::memcpy(impl.reachable(target, size_bytes), impl.reachable(source, size_bytes), size_bytes);
+      };
+      return impl->queue(*impl->stream_of(stream, impl->context()), {.kind = Work::Kind::kQuick, .act = land});
+    }
     require(kind == (impl->region_of(target) ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost),
             "a copy in the wrong direction");
     if (const auto error = impl->copy(*impl->stream_of(stream, impl->context()), target, source, size_bytes)) {
@@ -302,25 +313,23 @@ cudaError_t cudaMallocAsync(void** memory, std::size_t size_bytes, cudaStream_t 
   Inside impl;
   if (const auto error = impl->enter("cudaMallocAsync", Kind::kSafe)) return error;
   CUstream_st& stream = *impl->stream_of(handle, impl->context());
-  std::byte* const address = impl->map((size_bytes + 4095) / 4096 * 4096, stream.context->device, false);
+  *memory = impl->map(size_bytes, stream.context->device, false);
   impl->regions.back().there = false;
-  impl->queue(stream, {.kind = Work::Kind::kAllocate, .target = address});
-  *memory = address;
-  return cudaSuccess;
+  const auto allocate = [&impl = *impl, at = *memory] { impl.region_of(at)->there = true; };
+  return impl->queue(stream, {.kind = Work::Kind::kQuick, .act = allocate});
 }
 
 cudaError_t cudaFreeAsync(void* memory, cudaStream_t handle) {
   Inside impl;
   if (const auto error = impl->enter("cudaFreeAsync", Kind::kSafe)) return error;
-  impl->queue(*impl->stream_of(handle, impl->context()),
-              {.kind = Work::Kind::kFree, .target = static_cast<std::byte*>(memory)});
-  return cudaSuccess;
+  const auto free = [&impl = *impl, memory] { impl.region_of(memory)->there = false; };
+  return impl->queue(*impl->stream_of(handle, impl->context()), {.kind = Work::Kind::kQuick, .act = free});
 }
 
 cudaError_t cudaMallocManaged(void** memory, std::size_t size_bytes, unsigned) {
   Inside impl;
   if (const auto error = impl->enter("cudaMallocManaged", Kind::kUnsafe)) return error;
-  *memory = impl->map((size_bytes + 4095) / 4096 * 4096, impl->context().device, true);
+  *memory = impl->map(size_bytes, impl->context().device, true);
   return cudaSuccess;
 }
 
