@@ -13,6 +13,7 @@
 #include <cassert>
 #include <cerrno>
 #include <system_error>
+#include <thread>
 #include <utility>
 
 namespace flashpack::engine {
@@ -30,6 +31,9 @@ constexpr std::uint8_t kRegisterAtUse = 2;
 // A kernel that is out of memory or of room for completions says EAGAIN or EBUSY for a moment; whoever says it that
 // long means it.
 constexpr std::chrono::seconds kMaxRefusal{1};
+
+// Until it is asked again.
+constexpr std::chrono::nanoseconds kRefusalPeriod = std::chrono::milliseconds(1);
 
 // After the ring was closed, until the kernel has let go of it.
 constexpr std::chrono::milliseconds kLeavingPeriod{5};
@@ -288,6 +292,8 @@ std::span<const IoCompletion> Ring::wait(std::optional<std::chrono::nanoseconds>
     refused_since_ = {};
   } else if (is_final(-result)) {
     leave(-result);
+  } else if (completions_.empty()) {
+    std::this_thread::sleep_for(std::min(timeout.value_or(kRefusalPeriod), kRefusalPeriod));
   }
   return completions_;
 }

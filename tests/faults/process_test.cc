@@ -289,6 +289,24 @@ TEST_P(ClosingSandboxTest, WhatTheKernelDoesNotTakeAnyMoreGoesToTheWorkers) {
   EXPECT_EQ(status, 0) << "1: wrong bytes, 2: the reason is not told, 3: it hangs, -1: it crashed";
 }
 
+// A kernel that is out of memory for a moment is asked again, which is given up after a second.
+TEST_F(ConfinedTest, AKernelThatSaysLaterIsNotAskedAgainAndAgainWithoutAPause) {
+  const int status = run_in_child([&] {
+    std::atomic<int> refused = -1;
+    const auto later = [&](const seccomp_data&) { return refused >= 0 && ++refused > 0 ? EAGAIN : 0; };
+    if (!testing::intercept_syscalls({SYS_io_uring_enter}, later)) return kSkip;
+    Engine engine(small_engine());
+    if (engine.options().backend != Backend::kIoUring) return kSkip;
+    refused = 0;
+    GuardedMemory memory(bytes_.size());
+    engine.load(request(dir_ / "file", memory, CachePolicy::kDirect));
+    if (!right(memory, bytes_)) return 1;
+    return refused > 1 && refused < 2000 ? 0 : 2;
+  });
+  if (status == kSkip) GTEST_SKIP() << "no seccomp, or no io_uring";
+  EXPECT_EQ(status, 0) << "1: wrong bytes, 2: it was asked too often";
+}
+
 class DisturbedTest : public ::testing::TestWithParam<Backend> {
  protected:
   DisturbedTest() { testing::write_file(dir_ / "file", bytes_); }
