@@ -57,28 +57,11 @@ std::optional<Alignment> direct_io_alignment(int fd) {
   return Alignment{};
 }
 
-// Invalid with errno. O_NONBLOCK is for a FIFO, to be an error instead of a hang. With it a regular file that somebody
-// has a write lease on gives EWOULDBLOCK; that one is waited for, as open without it does. The way through O_PATH makes
-// sure that what is opened then is still the regular file.
-UniqueFd open_to_read(const std::filesystem::path& path) {
-  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (fd || errno != EWOULDBLOCK) return fd;
-  const UniqueFd place(::open(path.c_str(), O_PATH | O_CLOEXEC));
-  struct stat status{};
-  if (!place || ::fstat(place.get(), &status) != 0 || !S_ISREG(status.st_mode)) {
-    errno = EWOULDBLOCK;
-    return fd;
-  }
-  const std::string self = "/proc/self/fd/" + std::to_string(place.get());
-  fd.reset(uninterrupted([&] { return ::open(self.c_str(), O_RDONLY | O_CLOEXEC); }));
-  return fd;
-}
-
 }  // namespace
 
 File File::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
                 UniqueFd opened) {
-  if (!opened) opened = open_to_read(path);
+  if (!opened) opened.reset(open_to_read(path));
   if (!opened) throw file_error(errno_code(errno), "open", path);
   File file(path, std::move(opened));
   struct stat status{};
@@ -142,6 +125,21 @@ bool File::unchanged() const noexcept {
 }
 
 }  // namespace flashpack::engine
+
+// O_NONBLOCK is for a FIFO, to be an error instead of a hang. With it a regular file that somebody has a write lease on
+// gives EWOULDBLOCK. The way through O_PATH makes sure that what is waited for is still the regular file.
+int flashpack::open_to_read(const std::filesystem::path& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+  if (fd >= 0 || errno != EWOULDBLOCK) return fd;
+  const engine::UniqueFd place(::open(path.c_str(), O_PATH | O_CLOEXEC));
+  struct stat status{};
+  if (!place || ::fstat(place.get(), &status) != 0 || !S_ISREG(status.st_mode)) {
+    errno = EWOULDBLOCK;
+    return -1;
+  }
+  const std::string self = "/proc/self/fd/" + std::to_string(place.get());
+  return engine::uninterrupted([&] { return ::open(self.c_str(), O_RDONLY | O_CLOEXEC); });
+}
 
 std::optional<flashpack::FileIdentity> flashpack::identity_of(int fd) noexcept {
   struct stat status{};

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <optional>
 
 namespace flashpack {
@@ -24,6 +25,11 @@ struct FileIdentity {
 
   friend bool operator==(const FileIdentity&, const FileIdentity&) = default;
 };
+
+/// A descriptor of the file at `path`, open for reading and the caller's to close; -1, with errno set, when it cannot
+/// be opened. A FIFO that nobody writes to does not hold it up; a regular file that somebody has a write lease on is
+/// waited for. Any thread.
+int open_to_read(const std::filesystem::path& path);
 
 /// The identity of the file that is open as `fd`; none, with errno set, when it cannot be told. Any thread.
 std::optional<FileIdentity> identity_of(int fd) noexcept;
