@@ -1,8 +1,12 @@
 #include "engine/part.h"
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
-#include <new>
+#include <exception>
 #include <span>
+#include <system_error>
 
 #include "engine/error.h"
 
@@ -39,8 +43,14 @@ void count_for(const Checksums& checksums, Part& part) {
 
 void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes) {
   const bool want_direct = part.cache != CachePolicy::kBuffered;
+  const bool may_be_opened_again = !part.given && !part.alone;
   part.open = files.open(part.path, part.expected, want_direct, std::move(part.given));
   const File& file = part.file();
+  const std::error_code direct_error = errno_code(want_direct && file.direct_fd() < 0 ? file.direct_error() : 0);
+  if (may_be_opened_again && no_descriptors(direct_error)) {
+    part.open.reset();
+    throw file_error(direct_error, "open", part.path);
+  }
   for (const auto& side : part.pieces) {
     for (const Piece& piece : side) {
       if (piece.offset_bytes + piece.size_bytes <= file.identity().size_bytes) continue;
@@ -51,9 +61,7 @@ void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes) {
   for (const bool on_device : {false, true}) {
     part.plan.add_load(std::exchange(part.pieces[on_device], {}), chunk_bytes, block_bytes, on_device);
   }
-  if (want_direct && file.direct_fd() < 0) {
-    part.fallback_reason = "direct I/O: " + errno_code(file.direct_error()).message();
-  }
+  if (direct_error) part.fallback_reason = "direct I/O: " + direct_error.message();
   if (part.checksums) count_for(*part.checksums, part);
   part.router = Router(part.plan, file, part.cache);
 }
@@ -77,7 +85,9 @@ void catch_failure(Part& part, const char* operation, Work work) noexcept {
     work();
   } catch (const Error& error) {
     part.failure = Failure(error);
-  } catch (const std::bad_alloc&) {
+  } catch (const std::system_error& error) {
+    part.failure = Failure(file_error(error.code(), operation, part.path));
+  } catch (const std::exception&) {  // More than there is memory for, or than a container can hold.
     part.failure = Failure(file_error(errno_code(ENOMEM), operation, part.path));
   }
 }
@@ -96,7 +106,9 @@ std::shared_ptr<OpenFile> FileTable::find(const std::filesystem::path& path,
   if (!found) return nullptr;
   const FileIdentity& identity = found->file.identity();
   const bool fits = (!expected || *expected == identity) && (found->file.wanted_direct() || !want_direct);
-  return fits && File::identity_at(path) == identity ? found : nullptr;
+  // That we have it open does not mean that we still may open it.
+  const bool readable = fits && ::faccessat(AT_FDCWD, path.c_str(), R_OK, AT_EACCESS) == 0;
+  return readable && File::identity_at(path) == identity ? found : nullptr;
 }
 
 std::shared_ptr<OpenFile> FileTable::open(const std::filesystem::path& path,
@@ -112,6 +124,10 @@ std::shared_ptr<OpenFile> FileTable::open(const std::filesystem::path& path,
 
 void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes) noexcept {
   catch_failure(part, "open", [&] { open_and_plan(part, files, chunk_bytes); });
+}
+
+bool no_descriptors(std::error_code error) {
+  return error == std::errc::too_many_files_open || error == std::errc::too_many_files_open_in_system;
 }
 
 void check_part(Part& part) noexcept {

@@ -112,6 +112,7 @@ struct Part {
   bool in_places = false;             // Counted there among those with threads.
   State state = State::kWaiting;
   std::uint64_t turn = 0;                       // Ascending in the order of the starts.
+  bool alone = false;                           // No other file of a load was open when it was asked for.
   bool awaited = true;                          // Its transfer does not end before it is done.
   bool late = false;                            // The thread that has it has not answered for kLate.
   std::chrono::steady_clock::time_point since;  // When that thread was asked.
@@ -125,5 +126,8 @@ void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes) noexcept
 
 /// Whether a load has got what it asked for: the file is as it was, the bytes fit their checksums. May block for ever.
 void check_part(Part& part) noexcept;
+
+/// Whether there are no descriptors left, ours or the system's.
+bool no_descriptors(std::error_code error);
 
 }  // namespace flashpack::engine

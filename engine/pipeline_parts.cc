@@ -136,7 +136,7 @@ void Pipeline::open_next() {
       parked_.insert(std::move(next));
       continue;
     }
-    ++open_parts_;
+    part.alone = open_parts_++ == held_up_parts();
     ask(part, Part::State::kOpening);
   }
 }
@@ -204,13 +204,11 @@ void Pipeline::on_opened(Part& part) {
     return ask(part, Part::State::kClosing);
   }
   --open_parts_;
-  const bool no_descriptors = part.failure->code == std::errc::too_many_files_open ||
-                              part.failure->code == std::errc::too_many_files_open_in_system;
-  if (no_descriptors && !transfer.failure && open_parts_ > held_up_parts()) {
-    // One of ours is open: they come back when it is closed.
+  if (no_descriptors(part.failure->code) && !transfer.failure && !part.alone) {
+    // They come back when one of ours is closed, if that has not been by now.
     part.failure.reset();
     part.state = Part::State::kWaiting;
-    max_open_parts_ = open_parts_ - held_up_parts();
+    max_open_parts_ = std::max<std::size_t>(1, open_parts_ - held_up_parts());
     waiting_.emplace(part.turn, &part);
     return;
   }

@@ -2,11 +2,14 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <memory>
 #include <vector>
 
 #include "tests/support/guarded_memory.h"
+#include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack::engine {
@@ -40,6 +43,25 @@ TEST_F(PartTest, LoadsOfOneFileShareItWhileItIsOpenAndTheSame) {
   flashpack::testing::write_file(dir_ / "new", bytes_);
   std::filesystem::rename(dir_ / "new", path_);
   EXPECT_NE(files_.open(path_, std::nullopt, true), first);
+}
+
+TEST_F(PartTest, AFileThatMayNotBeReadAnyMoreIsRefusedThoughItIsOpen) {
+  const int status = flashpack::testing::run_in_child([] {
+    if (::geteuid() == 0 && ::setresuid(65534, 65534, 65534) != 0) return flashpack::testing::kSkip;
+    const flashpack::testing::TempDir own;
+    flashpack::testing::write_file(own / "file", {});
+    FileTable files;
+    const auto open = files.open(own / "file", std::nullopt, true);
+    ::chmod((own / "file").c_str(), 0);
+    try {
+      files.open(own / "file", std::nullopt, true);
+      return 1;
+    } catch (const Error& error) {
+      return error.code() == std::errc::permission_denied ? 0 : 2;
+    }
+  });
+  if (status == flashpack::testing::kSkip) GTEST_SKIP() << "root cannot become somebody else here";
+  EXPECT_EQ(status, 0);
 }
 
 TEST_F(PartTest, AFileThatWasOpenedForBufferedReadsDoesNotServeDirectOnes) {
