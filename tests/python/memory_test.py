@@ -90,7 +90,7 @@ def test_bytes_that_nobody_wants_are_not_read(pack):
         runs = _memory.plan_runs(wanted)
         spans = [(run[0].offset_bytes, _memory.stop_of(run[-1])) for run in runs]
         regions = [_memory.allocate_region(begin, end - begin) for begin, end in spans]
-        stats = _memory.fill_regions(footer, regions, side_of(CPU), _memory.ReadOptions())
+        [stats] = _memory.fill(footer, [_memory.Filling(regions, side_of(CPU))], _memory.ReadOptions())
         assert stats["requested_bytes"] == 8 * MIB
         tensors = _memory.read_tensors(footer, wanted, CPU, _memory.ReadOptions())
     assert torch.equal(tensors["a"].view(torch.uint8), source["a"].view(torch.uint8))

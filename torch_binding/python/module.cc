@@ -8,8 +8,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
-#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <filesystem>
@@ -28,6 +29,7 @@
 #include "flashpack/verify.h"
 #include "footer_objects.h"
 #include "native_calls.h"
+#include "under_way.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -46,11 +48,6 @@ using ExtentTuple = std::tuple<std::uint64_t, std::uint64_t, std::uintptr_t>;
 using RepeatTuple = std::tuple<std::uint64_t, std::uint64_t>;
 /// Name, file offset in bytes, size in bytes.
 using PlaceTuple = std::tuple<std::string, std::uint64_t, std::uint64_t>;
-/// Told, on the waiting thread, how many bytes are done.
-using ProgressFunction = std::optional<nb::typed<nb::callable, nb::object(std::uint64_t)>>;
-
-// How late Ctrl-C may be noticed.
-constexpr auto kSignalPeriod = std::chrono::milliseconds(50);
 
 PyObject* flashpack_error = nullptr;  // Owned by the module, which lives as long as the process.
 
@@ -81,14 +78,6 @@ void raise(const Error& error) {
   PyErr_SetObject(exception.type().ptr(), exception.ptr());
 }
 
-/// Nothing is in flight when this returns, so the caller's memory may go.
-void cancel_and_drain(Transfer& transfer) {
-  const ReleasedUnlessEnded released;
-  transfer.cancel();
-  while (!transfer.wait_for(kSignalPeriod)) {
-  }
-}
-
 Dict stats_dict(const TransferStats& stats) {
   Dict dict;
   dict["requested_bytes"] = stats.requested_bytes;
@@ -103,26 +92,6 @@ Dict stats_dict(const TransferStats& stats) {
   dict["backend"] = to_string(stats.backend);
   dict["fallback_reason"] = stats.fallback_reason;
   return dict;
-}
-
-/// Waits with the GIL released. A signal whose handler raises, or a `progress` that raises, cancels the transfer.
-/// `progress` is told `base_bytes` and what the transfer has done.
-TransferStats wait(Transfer& transfer, const ProgressFunction& progress, std::uint64_t base_bytes = 0) {
-  try {
-    for (bool finished = false; !finished;) {
-      if (progress) (*progress)(base_bytes + transfer.progress().done_bytes);
-      if (PyErr_CheckSignals() != 0) throw nb::python_error();
-      leave_if_ended();
-      nb::gil_scoped_release released;
-      finished = transfer.wait_for(kSignalPeriod);
-    }
-  } catch (...) {
-    cancel_and_drain(transfer);
-    throw;
-  }
-  const TransferStats stats = transfer.wait();
-  if (progress) (*progress)(base_bytes + stats.requested_bytes);
-  return stats;
 }
 
 Metadata read_footer(int fd, const std::filesystem::path& path) {
@@ -224,6 +193,26 @@ CUstream_st* stream_of(std::uintptr_t handle) {
   return reinterpret_cast<CUstream_st*>(handle);  // NOLINT(performance-no-int-to-ptr)
 }
 
+struct PyLoad {
+  nb::object metadata;
+  UnderWay load;
+};
+
+nb::typed<nb::list, Dict> finish_loads(const nb::typed<nb::list, PyLoad>& loads, const ProgressFunction& progress) {
+  const NativeCall call;
+  std::vector<Transfer*> transfers;
+  for (const nb::handle load : loads) transfers.push_back(&nb::cast<PyLoad&>(load).load.transfer);
+  try {
+    wait_for_all(transfers, progress);
+  } catch (const Error& error) {
+    if (transfers.empty()) throw;
+    throw with_tensors(error, nb::cast<const Metadata&>(nb::cast<PyLoad&>(loads[0]).metadata));
+  }
+  nb::list all_stats;
+  for (const Transfer* transfer : transfers) all_stats.append(stats_dict(transfer->stats()));
+  return all_stats;
+}
+
 class PyEngine {
  public:
   PyEngine(std::optional<int> cuda_device, std::optional<std::uint32_t> chunk_bytes,
@@ -248,22 +237,23 @@ class PyEngine {
             const Metadata& metadata, std::string_view verify, std::string_view cache, const ProgressFunction& progress,
             std::uintptr_t stream, const std::vector<RepeatTuple>& repeats) {
     const NativeCall call;
-    LoadRequest request{.cache = cache_policy(cache), .stream = stream_of(stream)};
-    request.files.push_back({.path = path,
-                             .extents = repeated(to_extents<Extent, void*>(extents), repeats),
-                             .expected = metadata.identity,
-                             .checksums = checksums_for(metadata, verify_policy(verify), path),
-                             .fd = fd});
-    std::optional<Transfer> transfer;
-    {
-      nb::gil_scoped_release released;
-      transfer = engine_->start_load(std::move(request));
-    }
+    Transfer transfer =
+        start(fd, path, repeated(to_extents<Extent, void*>(extents), repeats), metadata, verify, cache, stream);
     try {
-      return stats_dict(wait(*transfer, progress));
+      wait_for_all(std::array{&transfer}, progress);
     } catch (const Error& error) {
       throw with_tensors(error, metadata);
     }
+    return stats_dict(transfer.stats());
+  }
+
+  PyLoad start_load(int fd, const std::filesystem::path& path, const std::vector<ExtentTuple>& extents,
+                    nb::typed<nb::object, Metadata> metadata, nb::object memory, std::string_view verify,
+                    std::string_view cache, std::uintptr_t stream) {
+    const NativeCall call;
+    Transfer transfer =
+        start(fd, path, to_extents<Extent, void*>(extents), nb::cast<const Metadata&>(metadata), verify, cache, stream);
+    return {std::move(metadata), {std::move(memory), std::move(transfer)}};
   }
 
   Dict verify(int fd, const std::filesystem::path& path, const Metadata& metadata, const ProgressFunction& progress) {
@@ -296,6 +286,18 @@ class PyEngine {
   }
 
  private:
+  Transfer start(int fd, const std::filesystem::path& path, std::vector<Extent> extents, const Metadata& metadata,
+                 std::string_view verify, std::string_view cache, std::uintptr_t stream) {
+    LoadRequest request{.cache = cache_policy(cache), .stream = stream_of(stream)};
+    request.files.push_back({.path = path,
+                             .extents = std::move(extents),
+                             .expected = metadata.identity,
+                             .checksums = checksums_for(metadata, verify_policy(verify), path),
+                             .fd = fd});
+    nb::gil_scoped_release released;
+    return engine_->start_load(std::move(request));
+  }
+
   std::unique_ptr<Engine> engine_;
 };
 
@@ -311,18 +313,20 @@ class PyWriter {
     const NativeCall call;
     auto list = to_extents<SourceExtent, const void*>(extents);
     FileWriter& writer = open();
-    Write write{.sources = std::move(sources)};
+    Transfer transfer;
     {
       nb::gil_scoped_release released;
-      write.transfer = writer.start_write(std::move(list), nullptr, stream_of(stream));
+      transfer = writer.start_write(std::move(list), nullptr, stream_of(stream));
     }
-    writes_.push_back(std::move(write));
+    writes_.emplace_back(std::move(sources), std::move(transfer));
   }
 
   void finish(std::size_t but, const ProgressFunction& progress) {
     const NativeCall call;
     for (; writes_.size() > but; writes_.pop_front()) {
-      finished_bytes_ += wait(writes_.front().transfer, progress, finished_bytes_).requested_bytes;
+      Transfer& oldest = writes_.front().transfer;
+      wait_for_all(std::array{&oldest}, progress, finished_bytes_);
+      finished_bytes_ += oldest.stats().requested_bytes;
     }
   }
 
@@ -342,28 +346,19 @@ class PyWriter {
   }
 
   void abort() {
-    for (Write& write : writes_) {
-      const ReleasedUnlessEnded released;
-      write.transfer = {};
-    }
     writes_.clear();
     const ReleasedUnlessEnded released;
     writer_.reset();
   }
 
  private:
-  struct Write {
-    nb::object sources;  // Keeps the bytes of the transfer alive.
-    Transfer transfer;   // Last: it ends before they go.
-  };
-
   FileWriter& open() {
     if (!writer_) throw Error(Errc::kInvalidArgument, "the file has been committed or aborted");
     return *writer_;
   }
 
   std::optional<FileWriter> writer_;
-  std::deque<Write> writes_;
+  std::deque<UnderWay> writes_;
   std::uint64_t finished_bytes_ = 0;
 };
 
@@ -375,6 +370,7 @@ void refuse_pickling(nb::class_<Class>& type) {
 }
 
 void bind_handles(nb::module_& module) {
+  auto load = nb::class_<PyLoad>(module, "Load", "A load under way. Whoever drops it ends it.");
   auto engine =
       nb::class_<PyEngine>(module, "Engine", "Threads, ring and staging memory of this process; thread-safe.")
           .def(nb::init<std::optional<int>, std::optional<std::uint32_t>, std::optional<std::uint32_t>,
@@ -389,6 +385,9 @@ void bind_handles(nb::module_& module) {
                "`repeats`: (count, bytes in the file from one to the next), outermost first, of all extents; their "
                "memory lies one after the other. "
                "Device memory is not written before what is on `stream` (a cudaStream_t) has ended.")
+          .def("start_load", &PyEngine::start_load, "fd"_a, "path"_a, "extents"_a, "metadata"_a, "memory"_a,
+               "verify"_a = "auto", "cache"_a = "auto", "stream"_a = 0,
+               "The same for finish_loads(); `memory` is kept alive until the end.")
           .def("verify", &PyEngine::verify, "fd"_a, "path"_a, "metadata"_a, "progress"_a = nb::none(),
                "Reads the payload and returns verified_bytes, corrupt (file offset, size, names) and seconds.");
   auto writer =
@@ -403,6 +402,9 @@ void bind_handles(nb::module_& module) {
           .def("checksums", &PyWriter::checksums, "Of all that has been written, when they were asked for.")
           .def("commit", &PyWriter::commit, "tail"_a, "Appends `tail` and puts the durable file in place.")
           .def("abort", &PyWriter::abort, "Removes what was written, unless committed.");
+  module.def("finish_loads", &finish_loads, "loads"_a, "progress"_a = nb::none(),
+             "Waits for loads of one file and returns the statistics of each. If one fails, or `progress`, all end.");
+  refuse_pickling(load);
   refuse_pickling(engine);
   refuse_pickling(writer);
 }

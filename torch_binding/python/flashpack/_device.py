@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import ctypes
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
 from ._engine import engine
 from ._logging import logger
-from ._native import Engine
+from ._native import Engine, FlashPackError
 
 CPU = torch.device("cpu")
 DeviceLike = str | int | torch.device
@@ -24,11 +28,22 @@ class Side(NamedTuple):
 
 
 def side_of(device: torch.device) -> Side:
-    """The side of the current stream of a CUDA device; of the CPU for others, and where the engine cannot use CUDA."""
+    """The side of the current stream of a CUDA device; of the CPU for others, and where the engine cannot use CUDA.
+
+    Raises FlashPackError for a device that is not there, RuntimeError while its current stream is being captured.
+    """
     if device.type != "cuda":
         return Side(CPU, engine(), 0)
     torch.cuda.init()  # type: ignore[no-untyped-call]
     index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise FlashPackError(f"Unsupported device: cuda:{index}; there are {torch.cuda.device_count()} CUDA devices")
+    with torch.cuda.device(index):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the current stream of cuda:{index} is being captured into a CUDA graph, and files are no part of "
+                f"one: load and save before the capture, or in another thread"
+            )
     try:
         device_engine = engine(index)
     except (OSError, RuntimeError) as error:
@@ -36,3 +51,35 @@ def side_of(device: torch.device) -> Side:
         return Side(CPU, engine(), 0)
     device = torch.device("cuda", index)
     return Side(device, device_engine, torch.cuda.current_stream(device).cuda_stream)
+
+
+# CU_STREAM_CAPTURE_MODE_RELAXED
+_RELAXED = 2
+
+
+@contextmanager
+def captures_undisturbed() -> Iterator[None]:
+    """Within it, what this thread asks of CUDA, such as memory, does not end the capture of a graph by another thread.
+
+    torch asks for memory in the way that, by CUDA's rule, fails everywhere while some thread captures.
+    """
+    mode = ctypes.c_int(_RELAXED)
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    exchange = _exchange_capture_mode() if in_use else None
+    if exchange is None or exchange(ctypes.byref(mode)) != 0:
+        yield
+        return
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
+
+
+@functools.cache
+def _exchange_capture_mode() -> Callable[[Any], int] | None:
+    """The driver's function that puts this thread's mode in the place of the given one, and the other way round."""
+    try:
+        function: Callable[[Any], int] = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):
+        return None
+    return function

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from . import _native
 from ._device import CPU
 from ._footer import Entry, Footer, StrPath, open_footer
-from ._memory import Filled, ReadOptions, Region, Span, allocate_region, read_regions
+from ._memory import Filled, Place, ReadOptions, Span, allocate_places, places_of, read_regions
 from ._native import FlashPackError
 from .constants import DEFAULT_SHARD_STRATEGY, SHARD_STRATEGIES
 from .utils import is_distributed, logger, maybe_init_distributed
@@ -104,22 +104,21 @@ class Ranks:
         self.agree()
         filled = read_regions(footer, spans, device, options) if self.rank == self.src else None
         self.agree()
-        places = [] if filled is None else [(region.offset_bytes, region.size_bytes) for region in filled.regions]
-        places = self._send(places, self.src)
+        places = self._send([] if filled is None else places_of(spans, footer, options.verify), self.src)
         if filled is None:
             home = CPU if device.type == "cpu" else device
-            filled = Filled([allocate_region(offset, size, home) for offset, size in places], home, None)
+            filled = Filled(allocate_places([Place(*place) for place in places], home, home), home, None)
         self.agree()
-        for region in filled.regions:
-            self._broadcast(region, device)
+        memory = [region.memory for region in filled.regions]
+        for whole in {id(whole): whole for whole in memory}.values():
+            self._broadcast(whole, device)
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
         return filled
 
-    def _broadcast(self, region: Region, device: torch.device) -> None:
-        flat = region.tensor("uint8", (region.size_bytes,), region.size_bytes, region.offset_bytes)
-        for begin in range(0, region.size_bytes, _WINDOW_BYTES):
-            window = flat[begin : begin + _WINDOW_BYTES]
+    def _broadcast(self, memory: torch.Tensor, device: torch.device) -> None:
+        for begin in range(0, memory.numel(), _WINDOW_BYTES):
+            window = memory[begin : begin + _WINDOW_BYTES]
             # The rank that reads may have had to go through the CPU.
             dist.broadcast(window.to(device) if self.rank == self.src else window, self.src)
 

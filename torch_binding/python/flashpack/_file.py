@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from ._casts import check_asked, dtype_when_asked
-from ._device import CPU, DeviceLike, Side, side_of
+from ._device import CPU, DeviceLike, Side, captures_undisturbed, side_of
 from ._engine import left_before_exit
 from ._footer import Entry, Footer, StrPath, Verify, footer_of, open_footer, open_for_reading
-from ._memory import ReadOptions, allocate_region, allocate_tensor, read_tensors, supported_device
+from ._memory import ReadOptions, allocate_region, allocate_tensor, read_tensors, read_to_devices, supported_device
 from ._native import FlashPackError
 from .utils import is_ignored_tensor_name, string_to_dtype
 
@@ -33,6 +33,7 @@ _DENSE_BYTES = 1 << 10
 
 
 @left_before_exit
+@captures_undisturbed()
 def load_file(
     path: StrPath,
     device: DeviceLike = "cpu",
@@ -54,7 +55,7 @@ def load_file(
     `dtype`: what floating-point tensors are cast to, or complex ones; integers and 8-bit floats, which may be quantised
     weights, stay what they are.
     `device_map`: devices by module, as in {"": "cpu", "encoder": "cuda:0", "encoder.layers.7": 1}; the longest name
-    that fits decides, and `device` where none does. Each device gets one load.
+    that fits decides, and `device` where none does. All devices are loaded to at the same time.
     `mmap`: maps the file instead of reading it (CPU only), see read_flashpack_file. `verify`: see assign_from_file.
     `progress`: called now and then, on this thread, with the bytes done and their total; what it raises ends the load.
     `metadata`: a dict to put into what pack_to_file was given as `metadata`, of the state of the file that is read.
@@ -64,20 +65,16 @@ def load_file(
     """
     check_asked(dtype)
     filters = (ignore_names, ignore_prefixes, ignore_suffixes)
-    tensors: dict[str, torch.Tensor] = {}
     with open_footer(path) as footer, torch.inference_mode(False), torch.no_grad():
         entries = _select(footer, names)
         if filters != (None, None, None):
             entries = [entry for entry in entries if not is_ignored_tensor_name(entry.name, *filters)]
-        read = _Progress(progress, sum(entry.size_bytes for entry in entries))
-        options = ReadOptions(mmap, verify, False if progress is None else read.tell)
+        options = ReadOptions(mmap, verify, False if progress is None else _told_of(entries, progress))
         places = _places(entries, device, device_map, options)
+        tensors = read_to_devices(footer, places, options)
         for place, here in places.items():
-            placed = read_tensors(footer, here, place, options)
             if dtype is not None or place != CPU:
-                placed = {name: each.to(place, dtype_when_asked(each.dtype, dtype)) for name, each in placed.items()}
-            tensors.update(placed)
-            read.finish(here)
+                _move(tensors, here, place, dtype)
     if metadata is not None:
         metadata.update(footer.native.user_metadata)
     return tensors if len(places) == 1 else {entry.name: tensors[entry.name] for entry in entries}
@@ -131,6 +128,7 @@ class FlashPackFile:
         return name in self._entries
 
     @left_before_exit
+    @captures_undisturbed()
     def get(self, name: str) -> torch.Tensor:
         """The tensor of that name, in memory of its own. Raises KeyError if there is none, else as load_file does."""
         entry = self._entry(name)
@@ -186,6 +184,7 @@ class TensorSlice:
         return string_to_dtype(self._entry.dtype)
 
     @left_before_exit
+    @captures_undisturbed()
     def __getitem__(self, index: Any) -> torch.Tensor:
         """What torch gives for integers, slices and `...`, in memory of its own; nothing else is read from the file.
 
@@ -336,21 +335,19 @@ def _as_integer(item: Any) -> int | None:
         return None
 
 
-class _Progress:
-    """Makes one count of the loads of several devices, which read gaps along."""
+def _move(
+    tensors: dict[str, torch.Tensor], entries: Collection[Entry], device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """In the order of the file, so that what was read goes when its neighbours in memory have been cast, too."""
+    for entry in sorted(entries, key=lambda entry: entry.offset_bytes):
+        cast = dtype_when_asked(string_to_dtype(entry.dtype), dtype)
+        tensors[entry.name] = tensors[entry.name].to(device, cast)
 
-    def __init__(self, told: Callable[[int, int], object] | None, total_bytes: int) -> None:
-        self._told = told
-        self._total_bytes = total_bytes
-        self._finished_bytes = 0
 
-    def tell(self, done_bytes: int, _: int) -> None:
-        if self._told is not None:
-            self._told(min(self._finished_bytes + done_bytes, self._total_bytes), self._total_bytes)
-
-    def finish(self, entries: Collection[Entry]) -> None:
-        self._finished_bytes += sum(entry.size_bytes for entry in entries)
-        self.tell(0, 0)
+def _told_of(entries: Collection[Entry], progress: Callable[[int, int], object]) -> Callable[[int, int], object]:
+    """Tells `progress` of these entries; more is read than they are."""
+    total_bytes = sum(entry.size_bytes for entry in entries)
+    return lambda done_bytes, _: progress(min(done_bytes, total_bytes), total_bytes)
 
 
 def _select(footer: Footer, names: Collection[str] | None) -> list[Entry]:

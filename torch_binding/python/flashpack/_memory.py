@@ -25,12 +25,28 @@ _HUGE_PAGE_BYTES = 2 << 20
 _SEGMENT_BYTES = 1 << 30
 # Reading through a gap of this size costs less than another operation.
 _GAP_BYTES = 1 << 20
-# On a device, smaller tensors get memory of their own, so that one that outlives the rest does not keep a segment.
-_MIN_SHARED_BYTES = 1 << 20
+# On a device, tensors below 1 MiB share small blocks, so that one that outlives the rest does not keep a segment. torch
+# itself keeps 2 MiB of CUDA's memory for each that is left of several small tensors.
+_SMALL_BYTES = 1 << 20
+_SMALL_BLOCK_BYTES = 2 << 20
+# What lies between tensors that follow each other in a file.
+_PADDING_BYTES = 4096
+# Where memory begins that CUDA gives, and kernels may expect tensors to.
+_DEVICE_ALIGN_BYTES = 256
 
 
 Span = tuple[int, int]
 """Begin and end in the file, in bytes."""
+
+
+class Place(NamedTuple):
+    """What a region is for."""
+
+    offset_bytes: int
+    """In the file."""
+    size_bytes: int
+    lead_bytes: int = 0
+    """On a device, how far after its begin the region reaches a multiple of the alignment."""
 
 
 class Region(Protocol):
@@ -44,6 +60,11 @@ class Region(Protocol):
 
     @property
     def address(self) -> int: ...
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """All of what it is a part of, as bytes: one object for regions that share it."""
+        ...
 
     def tensor(self, dtype: str, shape: Sequence[int], length_elems: int, offset_bytes: int) -> torch.Tensor:
         """A tensor over the bytes at `offset_bytes` of the file, with a version counter of its own."""
@@ -63,6 +84,10 @@ class HostRegion:
     def address(self) -> int:
         return torch.frombuffer(self._buffer, dtype=torch.uint8).data_ptr() + self._skip_bytes
 
+    @property
+    def memory(self) -> torch.Tensor:
+        return self.tensor("uint8", (self.size_bytes,), self.size_bytes, self.offset_bytes)
+
     def tensor(self, dtype: str, shape: Sequence[int], length_elems: int, offset_bytes: int) -> torch.Tensor:
         torch_dtype = string_to_dtype(dtype)
         if length_elems == 0:  # frombuffer refuses it.
@@ -73,34 +98,57 @@ class HostRegion:
 
 
 class DeviceRegion:
-    """A block of torch's allocator. Tensors share its storage, but for small ones."""
+    """A part of a block of torch's allocator. Tensors share the block's storage."""
 
-    def __init__(self, offset_bytes: int, size_bytes: int, device: torch.device) -> None:
-        self._block = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+    def __init__(self, block: torch.Tensor, skip_bytes: int, offset_bytes: int, size_bytes: int) -> None:
+        self.memory = block
+        self._skip_bytes = skip_bytes
         self.offset_bytes = offset_bytes
         self.size_bytes = size_bytes
 
     @property
     def address(self) -> int:
-        return self._block.data_ptr()
+        return self.memory.data_ptr() + self._skip_bytes
 
     def tensor(self, dtype: str, shape: Sequence[int], length_elems: int, offset_bytes: int) -> torch.Tensor:
         torch_dtype = string_to_dtype(dtype)
-        begin = offset_bytes - self.offset_bytes
-        size_bytes = length_elems * torch_dtype.itemsize
-        if begin % torch_dtype.itemsize:  # Packed more densely than a device can address.
-            return self._block[begin : begin + size_bytes].clone().view(torch_dtype).view(tuple(shape)).detach()
-        tensor = torch.empty(0, dtype=torch_dtype, device=self._block.device)
-        flat = (begin // torch_dtype.itemsize, (length_elems,), (1,))
-        tensor = tensor.set_(self._block.untyped_storage(), *flat).view(tuple(shape)).detach()
-        return tensor if size_bytes == self.size_bytes or size_bytes >= _MIN_SHARED_BYTES else tensor.clone()
+        begin = (self._skip_bytes + offset_bytes - self.offset_bytes) // torch_dtype.itemsize
+        # No view, but a tensor with a version counter of its own.
+        tensor = torch.empty(0, dtype=torch_dtype, device=self.memory.device)
+        return tensor.set_(self.memory.untyped_storage(), begin, tuple(shape))
 
 
 def allocate_region(offset_bytes: int, size_bytes: int, device: torch.device = CPU) -> Region:
     """Memory for one extent, with unspecified bytes."""
-    if device != CPU:
-        return DeviceRegion(offset_bytes, size_bytes, device)
-    return _allocate_host(offset_bytes, size_bytes)
+    return allocate_places([Place(offset_bytes, size_bytes)], device, device)[0]
+
+
+def allocate_places(places: Sequence[Place], device: torch.device, home: torch.device) -> list[Region]:
+    """Memory for what goes to `device`, on `home`, which is the CPU where the engine cannot use the device."""
+    if device.type == "cpu":
+        return [_allocate_host(place.offset_bytes, place.size_bytes) for place in places]
+    sizes: list[int] = []
+    in_blocks: list[tuple[int, int]] = []
+    last: dict[int, int] = {}
+    for place in places:
+        limit = _SMALL_BLOCK_BYTES if place.size_bytes <= _SMALL_BLOCK_BYTES else _SEGMENT_BYTES
+        block = last.get(limit, -1)
+        skip_bytes = _aligned(sizes[block]) + -place.lead_bytes % _DEVICE_ALIGN_BYTES if block >= 0 else 0
+        if block < 0 or skip_bytes + place.size_bytes > limit:
+            last[limit] = block = len(sizes)
+            skip_bytes = -place.lead_bytes % _DEVICE_ALIGN_BYTES
+            sizes.append(0)
+        sizes[block] = skip_bytes + place.size_bytes
+        in_blocks.append((block, skip_bytes))
+    blocks = [torch.empty(size_bytes, dtype=torch.uint8, device=home) for size_bytes in sizes]
+    return [
+        DeviceRegion(blocks[block], skip_bytes, place.offset_bytes, place.size_bytes)
+        for place, (block, skip_bytes) in zip(places, in_blocks, strict=True)
+    ]
+
+
+def _aligned(size_bytes: int) -> int:
+    return size_bytes + -size_bytes % _DEVICE_ALIGN_BYTES
 
 
 def _allocate_host(offset_bytes: int, size_bytes: int) -> HostRegion:
@@ -162,18 +210,38 @@ def supported_device(device: DeviceLike, options: ReadOptions) -> torch.device:
     return target
 
 
-def fill_regions(footer: Footer, regions: Sequence[Region], side: Side, options: ReadOptions) -> dict[str, Any]:
-    """Reads all regions, of one side, in one transfer and returns its statistics.
+class Filling(NamedTuple):
+    """Regions of one side that are to have the bytes of a file."""
+
+    regions: list[Region]
+    side: Side
+
+
+def fill(footer: Footer, fillings: Sequence[Filling], options: ReadOptions) -> list[dict[str, Any]]:
+    """Reads the regions of each side in one transfer, all sides at the same time, and returns the statistics of each.
 
     When this raises, be it OSError or KeyboardInterrupt, nothing is in flight any more.
     """
+    loads: list[_native.Load] = []
+    total_bytes = sum(region.size_bytes for regions, _ in fillings for region in regions)
+    with progress_bar("Loading", total_bytes, options.show) as progress:
+        try:
+            for regions, side in fillings:
+                # A name for the load would keep it in the traceback of the next one's error.
+                loads.append(_start(footer, regions, side, options))
+        except BaseException:
+            loads.clear()  # This ends those that have been started.
+            raise
+        all_stats: list[dict[str, Any]] = _native.finish_loads(loads, progress)
+    for stats in all_stats:
+        logger.info("%s: %s", footer.path, _describe(stats))
+    return all_stats
+
+
+def _start(footer: Footer, regions: list[Region], side: Side, options: ReadOptions) -> _native.Load:
     extents = [(region.offset_bytes, region.size_bytes, region.address) for region in regions]
-    with progress_bar("Loading", sum(region.size_bytes for region in regions), options.show) as progress:
-        stats = side.engine.load(
-            footer.fileno(), footer.path, extents, footer.native, options.verify, progress=progress, stream=side.stream
-        )
-    logger.info("%s: %s", footer.path, _describe(stats))
-    return stats
+    fd, native = footer.fileno(), footer.native
+    return side.engine.start_load(fd, footer.path, extents, native, regions, options.verify, stream=side.stream)
 
 
 class Filled(NamedTuple):
@@ -191,9 +259,15 @@ def read_regions(footer: Footer, spans: Sequence[Span], device: torch.device, op
     """
     if options.mmap:
         return Filled([map_file(footer)] * len(spans), CPU, None)
+    filling = _make_room(footer, spans, device, options)
+    [stats] = fill(footer, [filling], options)
+    return Filled(filling.regions, filling.side.device, stats)
+
+
+def _make_room(footer: Footer, spans: Sequence[Span], device: torch.device, options: ReadOptions) -> Filling:
     side = side_of(device)
-    regions = allocate_regions(spans, footer, side.device, options.verify)
-    return Filled(regions, side.device, fill_regions(footer, regions, side, options))
+    places = places_of(spans, footer, options.verify)
+    return Filling(allocate_places(places, device, side.device), side)
 
 
 ReadRegions = Callable[[Footer, Sequence[Span], torch.device, ReadOptions], Filled]
@@ -208,32 +282,55 @@ def read_tensors(
     read: ReadRegions = read_regions,
 ) -> dict[str, torch.Tensor]:
     """Reads `entries` in one transfer, to where `read` puts them."""
-    runs = plan_runs([entry for entry in entries if entry.size_bytes])
-    filled = read(footer, [(run[0].offset_bytes, stop_of(run[-1])) for run in runs], device, options)
-    region_at = {entry.offset_bytes: region for region, run in zip(filled.regions, runs, strict=True) for entry in run}
-    return tensors_of(entries, region_at, filled.device)
+    runs = plan_runs(entries, device)
+    filled = read(footer, _spans_of(runs), device, options)
+    return tensors_of(entries, _region_at(filled.regions, runs), filled.device)
 
 
-def allocate_regions(spans: Sequence[Span], footer: Footer, device: torch.device, verify: Verify) -> list[Region]:
-    """Memory for the bytes between begin and end of each of `spans`, which ascend.
+def read_to_devices(
+    footer: Footer, wanted: Mapping[torch.device, Sequence[Entry]], options: ReadOptions
+) -> dict[str, torch.Tensor]:
+    """Reads what is wanted on each device, on all at the same time; to the CPU where the engine cannot use a device."""
+    if options.mmap:
+        return read_tensors(footer, [entry for entries in wanted.values() for entry in entries], CPU, options)
+    runs = {device: plan_runs(entries, device) for device, entries in wanted.items()}
+    fillings = {device: _make_room(footer, _spans_of(runs[device]), device, options) for device in wanted}
+    fill(footer, list(fillings.values()), options)
+    tensors: dict[str, torch.Tensor] = {}
+    for device, (regions, side) in fillings.items():
+        tensors |= tensors_of(wanted[device], _region_at(regions, runs[device]), side.device)
+    return tensors
 
-    Only whole pieces can be verified. So a region takes in the padding that follows; and where everything is to be
+
+def _spans_of(runs: Sequence[Sequence[Entry]]) -> list[Span]:
+    return [(run[0].offset_bytes, stop_of(run[-1])) for run in runs]
+
+
+def _region_at(regions: Sequence[Region], runs: Sequence[Sequence[Entry]]) -> dict[int, Region]:
+    return {entry.offset_bytes: region for region, run in zip(regions, runs, strict=True) for entry in run}
+
+
+def places_of(spans: Sequence[Span], footer: Footer, verify: Verify) -> list[Place]:
+    """What is to be read for the bytes between begin and end of each of `spans`, which ascend.
+
+    Only whole pieces can be verified. So a place takes in the padding that follows; and where everything is to be
     verified, it reaches to the borders of pieces.
     """
     piece_bytes = _native.PIECE_BYTES
     longest_padding_bytes = math.lcm(footer.native.align_bytes or 1, 16) - 1
-    regions: list[Region] = []
+    places: list[Place] = []
     free = 0
     limits = [*(begin for begin, _ in spans[1:]), footer.payload_bytes()]
-    for (begin, end), limit in zip(spans, limits, strict=False):
+    for (first, end), limit in zip(spans, limits, strict=False):
+        begin = first
         if verify == "always":
             begin = max(free, begin - begin % piece_bytes)
             end = min(limit, end + -end % piece_bytes)
         if limit - end <= longest_padding_bytes:
             end = limit
-        regions.append(allocate_region(begin, end - begin, device))
+        places.append(Place(begin, end - begin, first - begin))
         free = end
-    return regions
+    return places
 
 
 def tensors_of(
@@ -265,24 +362,37 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def plan_runs(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Groups `entries`, none of them empty, by place in the file into runs worth one read into one region each.
+def plan_runs(entries: Sequence[Entry], device: torch.device = CPU) -> list[list[Entry]]:
+    """Groups `entries`, but for empty ones, by place in the file into runs worth one read into one region each.
 
     A run ends before a gap that is not worth reading, and before it outgrows a segment, so that the memory of a model
-    can be given back piece by piece.
+    can be given back piece by piece. On a device it ends, too, before what would not begin at a multiple of the
+    alignment, and holds either large tensors or small ones.
     """
+    joins = _joins if device.type == "cpu" else _joins_on_device
     runs: list[list[Entry]] = []
-    for entry in sorted(entries, key=lambda entry: entry.offset_bytes):
-        run = runs[-1] if runs else None
-        if (
-            run is None
-            or entry.offset_bytes - stop_of(run[-1]) > _GAP_BYTES
-            or stop_of(entry) - run[0].offset_bytes > _SEGMENT_BYTES
-        ):
-            runs.append([entry])
+    for entry in sorted((entry for entry in entries if entry.size_bytes), key=lambda entry: entry.offset_bytes):
+        if runs and joins(runs[-1], entry):
+            runs[-1].append(entry)
         else:
-            run.append(entry)
+            runs.append([entry])
     return runs
+
+
+def _joins(run: list[Entry], entry: Entry) -> bool:
+    gap_bytes = entry.offset_bytes - stop_of(run[-1])
+    return gap_bytes <= _GAP_BYTES and stop_of(entry) - run[0].offset_bytes <= _SEGMENT_BYTES
+
+
+def _joins_on_device(run: list[Entry], entry: Entry) -> bool:
+    is_small = entry.size_bytes < _SMALL_BYTES
+    distance_bytes = entry.offset_bytes - run[0].offset_bytes
+    return (
+        is_small == (run[0].size_bytes < _SMALL_BYTES)
+        and entry.offset_bytes - stop_of(run[-1]) < _PADDING_BYTES
+        and distance_bytes % _DEVICE_ALIGN_BYTES == 0
+        and distance_bytes + entry.size_bytes <= (_SMALL_BLOCK_BYTES if is_small else _SEGMENT_BYTES)
+    )
 
 
 def stop_of(entry: Entry) -> int:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._assign import AssignReport, Casts, Filters, Plan, check_strictness, commit, make_plan
-from ._device import CPU
+from ._device import CPU, captures_undisturbed
 from ._distributed import Ranks, join_ranks, ranks_of_group, resolve_shard_strategy
 from ._engine import engine, left_before_exit
 from ._footer import (
@@ -70,6 +70,7 @@ class FlashTensorStorage:
 
 
 @left_before_exit
+@captures_undisturbed()
 def read_flashpack_file(
     path: StrPath,
     device: str | torch.device = "cpu",
@@ -100,6 +101,7 @@ def read_flashpack_file(
 
 
 @left_before_exit
+@captures_undisturbed()
 def read_flashpack_file_distributed(
     path: StrPath,
     device: str | torch.device = "cuda",
@@ -169,6 +171,7 @@ def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
 
 
 @left_before_exit
+@captures_undisturbed()
 def assign_from_file(
     model: torch.nn.Module,
     path: StrPath,
@@ -308,6 +311,8 @@ def _blamed_on(model: torch.nn.Module, footer: Footer, *kinds: type[Exception]) 
     """Errors of these kinds say what was being assigned to what."""
     try:
         yield
+    except torch.OutOfMemoryError:  # Callers tell it by its class.
+        raise
     except kinds as error:
         raise FlashPackError(f"Error while assigning to {type(model).__name__} from {footer.path}: {error}") from error
 

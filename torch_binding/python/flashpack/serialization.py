@@ -13,7 +13,7 @@ import torch
 
 from . import _native
 from ._casts import dtype_when_asked
-from ._device import CPU, side_of
+from ._device import CPU, captures_undisturbed, side_of
 from ._durable import make_directories
 from ._engine import left_before_exit
 from ._footer import StrPath
@@ -39,6 +39,7 @@ Place = tuple[str, int, int]
 
 
 @left_before_exit
+@captures_undisturbed()
 def pack_to_file(
     state_dict_or_model: Mapping[str, torch.Tensor] | torch.nn.Module,
     destination_path: StrPath,
