@@ -159,7 +159,7 @@ TEST_P(DeviceTest, ATransferThatWaitsForItsStreamDoesNotHoldUpOthers) {
 
 TEST_P(DeviceTest, EachCallMayFailOnceAndTheNextLoadIsRight) {
   for (const char* function : {"cudaMemcpyAsync", "cudaEventRecord", "cudaEventQuery", "cudaEventCreateWithFlags",
-                               "cudaSetDevice", "cudaGetDevice"}) {
+                               "cudaStreamIsCapturing", "cudaPointerGetAttributes"}) {
     for (int nth = 1; nth <= 6; ++nth) {
       std::byte* target = cuda().allocate(bytes_.size());
       cuda().fail(function, nth, cudaErrorMemoryAllocation);
@@ -276,8 +276,8 @@ TEST_P(DeviceTest, AStickyErrorIsNamedByTheTransferAndByAllThatCome) {
 
 TEST_P(DeviceTest, StartingFailsCleanlyAtEachCall) {
   engine_.reset();
-  for (const char* function :
-       {"cudaGetDeviceCount", "cudaSetDevice", "cudaEventCreateWithFlags", "cudaStreamCreateWithFlags"}) {
+  for (const char* function : {"cudaGetDeviceCount", "cudaSetDevice", "cudaGetDriverEntryPoint", "cuCtxGetCurrent",
+                               "cudaEventCreateWithFlags", "cudaStreamCreateWithFlags"}) {
     for (const int nth : {1, 2}) {
       cuda().fail(function, nth, cudaErrorInsufficientDriver);
       const auto error = error_of([&] { start_engine(); });

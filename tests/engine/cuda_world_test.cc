@@ -1,7 +1,11 @@
 // The rest of a process that uses CUDA: other devices, other memory, other users of the same context.
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <chrono>
+#include <cstring>
+#include <span>
 #include <thread>
 
 #include "tests/support/device_test.h"
@@ -13,6 +17,7 @@ namespace {
 using testing::cuda;
 using testing::error_of;
 using testing::kHang;
+using testing::kMiB;
 
 class CudaWorldTest : public testing::DeviceTest {};
 
@@ -58,6 +63,110 @@ TEST_P(CudaWorldTest, ADeviceThatIsCurrentAlreadyIsNotSetAgain) {
   engine_->load(request(cuda().allocate(bytes_.size())));
   EXPECT_EQ(cuda().calls("cudaSetDevice"), calls);
   cudaSetDevice(0);
+}
+
+TEST_P(CudaWorldTest, MemoryOfEveryKindIsATarget) {
+  cudaSetDevice(1);
+  void* managed = nullptr;
+  ASSERT_EQ(cudaMallocManaged(&managed, bytes_.size(), cudaMemAttachGlobal), cudaSuccess);
+  engine_->load(request(static_cast<std::byte*>(managed)));
+  EXPECT_EQ(std::memcmp(managed, bytes_.data(), bytes_.size()), 0);
+
+  testing::GuardedMemory registered(bytes_.size());
+  ASSERT_EQ(cudaHostRegister(registered.data(), registered.size(), cudaHostRegisterDefault), cudaSuccess);
+  const TransferStats stats = engine_->load(request(registered.data()));
+  EXPECT_EQ(std::memcmp(registered.data(), bytes_.data(), bytes_.size()), 0);
+  EXPECT_LT(stats.staged_bytes, kMiB) << "in place";
+  ASSERT_EQ(cudaHostUnregister(registered.data()), cudaSuccess);
+
+  std::byte* const mapped = cuda().allocate_mapped({2 * kMiB, 2 * kMiB, 18 * kMiB});  // Expandable segments.
+  engine_->load(request(mapped));
+  EXPECT_TRUE(right(mapped));
+  FileExtents over_the_seam{.path = path_};
+  for (std::uint64_t at = kMiB; at < 3 * kMiB; at += 3000) over_the_seam.extents.push_back({at, 3000, mapped + at});
+  cuda().poison(mapped, bytes_.size());
+  engine_->load({.files = {over_the_seam}});
+  EXPECT_TRUE(cuda().holds(mapped + kMiB, std::span(bytes_).subspan(kMiB, 2 * kMiB)));
+}
+
+TEST_P(CudaWorldTest, EnginesOfTwoDevicesLoadAtOnce) {
+  EngineOptions other = options();
+  other.device.index = 0;
+  Engine engine_of_0(other);
+  std::byte* const on_0 = cuda().allocate(bytes_.size(), 0);
+  std::byte* const on_1 = cuda().allocate(bytes_.size(), 1);
+  for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
+    Transfer to_0 = engine_of_0.start_load(request(on_0, cache));
+    Transfer to_1 = engine_->start_load(request(on_1, cache));
+    to_0.wait();
+    to_1.wait();
+    EXPECT_TRUE(right(on_0) && right(on_1));
+  }
+  // A context that has failed takes no other with it.
+  cuda().fail("cudaEventRecord", 2, cudaErrorIllegalAddress, true);
+  EXPECT_TRUE(error_of([&] { engine_->load(request(on_1)); }));
+  EXPECT_TRUE(error_of([&] { engine_->load(request(on_1)); }));
+  cuda().poison(on_0, bytes_.size());
+  engine_of_0.load(request(on_0));
+  EXPECT_TRUE(right(on_0));
+}
+
+TEST_P(CudaWorldTest, ADeviceThatWasResetIsAnErrorAndANewEngineWorks) {
+  std::byte* const target = cuda().allocate(bytes_.size());
+  engine_->load(request(target));
+  cudaSetDevice(1);
+  ASSERT_EQ(cudaDeviceReset(), cudaSuccess);
+  const auto error = error_of([&] { engine_->load(request(target)); });
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->code().category(), cuda_category()) << error->what();
+  start_engine();
+  engine_->load(request(target));
+  EXPECT_TRUE(right(target));
+}
+
+TEST_P(CudaWorldTest, AResetInTheMiddleOfALoadEndsItWithAnError) {
+  cuda().hold(true);
+  Transfer transfer = engine_->start_load(request(cuda().allocate(bytes_.size())));
+  while (cuda().most_copies_under_way() < 8) std::this_thread::yield();
+  cudaSetDevice(1);
+  ASSERT_EQ(cudaDeviceReset(), cudaSuccess);
+  ASSERT_TRUE(transfer.wait_for(kHang));
+  EXPECT_EQ(transfer.error().category(), cuda_category());
+}
+
+TEST_P(CudaWorldTest, TheCallersOwnErrorIsLeftToTheCaller) {
+  testing::GuardedMemory memory(bytes_.size());
+  std::byte* const target = cuda().allocate(bytes_.size());
+  engine_->load(request(target));
+  engine_->load(request(memory.data()));
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess) << "nothing of ours";
+  cuda().fail("cudaEventCreateWithFlags", 1, cudaErrorMemoryAllocation);
+  EXPECT_TRUE(error_of([&] { engine_->load(request(target)); }));
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess) << "told by the exception";
+  EXPECT_EQ(cudaSetDevice(99), cudaErrorInvalidDevice);
+  engine_->load(request(target));
+  EXPECT_EQ(cudaGetLastError(), cudaErrorInvalidDevice) << "the caller's";
+}
+
+// A child has the parent's memory and none of its contexts.
+TEST_P(CudaWorldTest, AForkedChildGetsAClearErrorAndTheParentGoesOn) {
+  std::byte* const target = cuda().allocate(bytes_.size());
+  Transfer transfer = engine_->start_load(request(target));
+  transfer.wait();
+  const pid_t child = ::fork();
+  if (child == 0) {
+    const auto of_the_parents = error_of([&] { engine_->load(request(target)); });
+    const auto of_its_own = error_of([&] { Engine engine(options()); });
+    const bool clear = of_the_parents && of_the_parents->code() == Errc::kUnusable && of_its_own &&
+                       of_its_own->code() == std::error_code(cudaErrorInitializationError, cuda_category());
+    ::_exit(clear ? 0 : 1);
+  }
+  int status = -1;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  cuda().poison(target, bytes_.size());
+  engine_->load(request(target));
+  EXPECT_TRUE(right(target));
 }
 
 }  // namespace
