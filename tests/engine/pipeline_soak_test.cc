@@ -41,6 +41,8 @@ unsigned long from_environment(const char* name, unsigned long otherwise) {
 
 struct Count {
   int right = 0;
+  int hanging_rigs = 0;
+  std::size_t hangs = 0;
   std::map<std::string, int> errors;
 
   int of(std::error_code code) const {
@@ -184,6 +186,8 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
     rig.get_stuck_from(kNowhere);
     rig.stop();
     EXPECT_TRUE(rig.idle());
+    count.hanging_rigs += hangs;
+    count.hangs += rig.hangs();
     for (auto& [file, started] : running) {
       if (started.transfer.valid()) finish(started, file, count);
     }
@@ -219,11 +223,12 @@ TEST_P(PipelineSoakTest, EveryLoadEndsInTheRightBytesOrACleanError) {
   }
   std::string told = std::to_string(count.right) + " right";
   for (const auto& [message, times] : count.errors) told += ", " + std::to_string(times) + " " + message;
-  std::printf("%s\n", told.c_str());
+  std::printf("%s; %d rigs hang, %zu times\n", told.c_str(), count.hanging_rigs, count.hangs);
   // A soak in which nothing fails, or nothing succeeds, shows nothing.
   EXPECT_GT(count.right, loads / 4);
   EXPECT_GT(count.of(std::make_error_code(std::errc::io_error)), 0);
   EXPECT_GT(count.of(Errc::kTruncated), 0);
+  EXPECT_EQ(count.hangs > 0, count.hanging_rigs > 0);
   EXPECT_GT(count.of(Errc::kCancelled) + count.of(Errc::kDeadlineExceeded), loads / 40);
 }
 

@@ -98,8 +98,8 @@ class HangTest : public ::testing::TestWithParam<Backend> {
   }
 
   // Loads of nothing but the first page, of as many files as may be stuck at all, and more.
-  void start_a_crowd(const std::function<std::filesystem::path(int)>& path) {
-    for (int i = 0; i < kCrowd; ++i) {
+  void start_a_crowd(const std::function<std::filesystem::path(int)>& path, int count = kCrowd) {
+    for (int i = 0; i < count; ++i) {
       Load& load = loads_.emplace_back();
       load.memory = std::make_unique<GuardedMemory>(4096);
       load.transfer = engine_->start_load(request(path(i), *load.memory));
@@ -367,6 +367,39 @@ TEST_P(HangTest, MoreOpenFilesWhoseReadsHangThanMayBeStuckHoldUpNoOtherLoad) {
   expect_that_others_keep_going_on();
   fs_->release();
   expect_that_the_crowd_ends({});
+}
+
+TEST_P(HangTest, FiveThousandLoadsOfOneFileThatHangsHoldUpNoOtherLoadAndEndWhenItAnswers) {
+  for (const char* op : {"open", "read"}) {
+    fs_->hold(op, "stuck");
+    start_a_crowd([this](int) { return *fs_ / "stuck"; }, 5000);
+    EXPECT_TRUE(fs_->wait_until_held(op, "stuck"));
+    SCOPED_TRACE(op);
+    expect_that_others_go_on();
+    fs_->release();
+    expect_that_the_crowd_ends({});
+    EXPECT_TRUE(std::all_of(loads_.begin(), loads_.end(), [this](const Load& load) {
+      return load.memory->size() != 4096 || std::memcmp(load.memory->data(), bytes_.data(), 4096) == 0;
+    }));
+    loads_.clear();
+  }
+}
+
+TEST_P(HangTest, AStoreThatHangsWhereverItDoesHoldsUpNoLoadOfAnotherFileSystem) {
+  GuardedMemory source(kMiB);
+  for (const std::string op : {"create", "fallocate", "fsync", "setattr", "rename", "unlink"}) {
+    fs_->hold(op, "*");
+    auto stored = std::async(std::launch::async, [&] {
+      FileWriter writer = engine_->create(*fs_ / "new", {.payload_bytes = kMiB});
+      writer.write({{0, kMiB, source.data()}});
+      if (op != "unlink") writer.commit({});
+    });
+    if (!fs_->wait_until_held(op, "*")) ADD_FAILURE() << op;
+    SCOPED_TRACE(op);
+    expect_that_others_go_on();
+    fs_->release();
+    EXPECT_NO_THROW(stored.get());
+  }
 }
 
 TEST_P(HangTest, ABufferedLoadGoesOnThoughTheFileThatHadItsDescriptorDoesNotClose) {

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <csignal>
 #include <cstring>
+#include <deque>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -305,6 +306,44 @@ TEST_F(ConfinedTest, AKernelThatSaysLaterIsNotAskedAgainAndAgainWithoutAPause) {
   });
   if (status == kSkip) GTEST_SKIP() << "no seccomp, or no io_uring";
   EXPECT_EQ(status, 0) << "1: wrong bytes, 2: it was asked too often";
+}
+
+TEST_F(ConfinedTest, ASandboxThatDeniesOpenAndStatNowAndThenIsACleanErrorOrRightBytes) {
+  const int status = run_in_child([&] {
+    std::atomic<bool> closed = false;
+    std::minstd_rand random(1);  // Of the thread that answers.
+    const auto now_and_then = [&](const seccomp_data&) {
+      return closed && random() % 3 == 0 ? (random() % 2 ? EPERM : ENOSYS) : 0;
+    };
+    if (!testing::intercept_syscalls({SYS_openat, SYS_statx}, now_and_then)) return kSkip;
+    Engine engine(small_engine());
+    int good = 0;
+    int denied = 0;
+    for (int round = 0; round < 40; ++round) {
+      std::deque<GuardedMemory> memory;
+      std::vector<Transfer> transfers;
+      for (std::size_t i = 0; i < 6; ++i) {
+        closed = i > 1;
+        memory.emplace_back(bytes_.size(), i % 2 * 64);
+        transfers.push_back(engine.start_load(request(dir_ / "file", memory.back(), static_cast<CachePolicy>(i % 3))));
+      }
+      for (std::size_t i = 0; i < transfers.size(); ++i) {
+        if (!transfers[i].wait_for(std::chrono::seconds(20))) return 3;
+        const std::error_code error = transfers[i].error();
+        if (!error && !right(memory[i], bytes_)) return 1;
+        if (error && error != std::errc::operation_not_permitted && error != std::errc::function_not_supported)
+          return 2;
+        ++(error ? denied : good);
+      }
+    }
+    closed = false;
+    GuardedMemory memory(bytes_.size());
+    engine.load(request(dir_ / "file", memory));
+    if (!right(memory, bytes_)) return 1;
+    return good > 0 && denied > 0 ? 0 : 4;
+  });
+  if (status == kSkip) GTEST_SKIP() << "system calls cannot be intercepted here";
+  EXPECT_EQ(status, 0) << "1: wrong bytes, 2: another error, 3: it hangs, 4: nothing was shown, -1: it crashed";
 }
 
 class DisturbedTest : public ::testing::TestWithParam<Backend> {

@@ -70,6 +70,8 @@ class FaultyQueue final : public engine::IoQueue {
       for (std::size_t count = 1 + random_() % pending_.size(); count > 0 && !stuck(); --count) finish_one();
     }
     if (listener_ && !stuck()) listener_->wake();
+    const auto hangs = [this](const auto& entry) { return is_stuck(entry.second); };
+    if (std::any_of(pending_.begin(), pending_.end(), hangs)) ++hangs_;
     return done_;
   }
 
@@ -92,6 +94,8 @@ class FaultyQueue final : public engine::IoQueue {
 
   bool idle() const { return pending_.empty(); }
   std::size_t max_in_flight() const { return max_in_flight_; }
+  /// How often something was waited for while an operation hung.
+  std::size_t hangs() const { return hangs_; }
 
  private:
   static constexpr std::uint32_t kBlockBytes = 512;
@@ -174,6 +178,7 @@ class FaultyQueue final : public engine::IoQueue {
   std::atomic<std::uint64_t> stuck_from_bytes_ = std::numeric_limits<std::uint64_t>::max();
   std::vector<engine::IoCompletion> done_;
   std::size_t max_in_flight_ = 0;
+  std::size_t hangs_ = 0;
   std::string reason_;
 
   std::mutex mutex_;  // Protects the rest.

@@ -104,6 +104,11 @@ class PipelineRig {
     const auto* workers = dynamic_cast<const FaultyQueue*>(workers_.get());
     return disk_.idle() && (!workers || workers->idle());
   }
+  /// Requires: stopped. How often somebody waited while an operation hung.
+  std::size_t hangs() const {
+    const auto* workers = dynamic_cast<const FaultyQueue*>(workers_.get());
+    return disk_.hangs() + (workers ? workers->hangs() : 0);
+  }
   /// Any thread: reads at or past that offset do not come back until this is raised.
   void get_stuck_from(std::uint64_t offset_bytes) {
     disk_.get_stuck_from(offset_bytes);
