@@ -189,10 +189,10 @@ def test_options_reach_the_conversion(source):
     result = run(
         "convert", source, "--force", "--ignore-prefixes", "no", "--ignore-suffixes", "as", "--ignore-suffixes", "ht"
     )
-    assert (result.exit_code, result.stderr) == (1, "Error: No tensors to pack.\n")
+    assert (result.exit_code, result.stderr) == (1, f"Error: {source}: No tensors to pack.\n")
     result = run("convert", source, "--force", "--dtype", "float17")
     assert result.exit_code == 1
-    assert "float17" in result.stderr
+    assert result.stderr == "Error: Unsupported dtype string in metadata: float17\n"
 
 
 def test_a_repository_without_destination_is_an_error(source):

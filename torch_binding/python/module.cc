@@ -64,8 +64,15 @@ nb::object text(const std::string& bytes) {
   return nb::steal(PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "surrogateescape"));
 }
 
+/// One line that cannot drive a terminal.
+nb::object message_of(const Error& error) {
+  nb::object message = text(error.what());
+  if (nb::cast<bool>(message.attr("isprintable")())) return message;
+  return message.attr("encode")("unicode_escape").attr("decode")();
+}
+
 void raise(const Error& error) {
-  const nb::object message = text(error.what());
+  const nb::object message = message_of(error);
   const bool ours = error.code().category() == flashpack_category();
   const bool cuda = error.code().category() == cuda_category();
   // As torch does for CUDA.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._logging import printable
 from ._native import FlashPackError
 from .version import __commit_id__, __version__, __version_tuple__, commit_id, version, version_tuple
 
@@ -68,6 +69,14 @@ __all__ = [
 __implementation__ = "cpp"
 # The name people catch and pickle, wherever it is made.
 FlashPackError.__module__ = __name__
+
+
+def _message_of(error: FlashPackError) -> str:
+    return printable(ValueError.__str__(error))
+
+
+# Files, and what is in them, may be called anything; so a message is one line, as those of the log are.
+FlashPackError.__str__ = _message_of  # type: ignore[method-assign]
 
 _SUBMODULES = frozenset(
     {

@@ -187,7 +187,7 @@ def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters
             plan.passed_on.append(entry)  # It may not have been saved as the same.
         elif (first.dtype, first.shape) != (entry.dtype, entry.shape):
             raise ValueError(
-                f"'{first.name}' and '{entry.name}' are one tensor in the model but differ in the file: "
+                f"{first.name!r} and {entry.name!r} are one tensor in the model but differ in the file: "
                 f"{first.dtype} {list(first.shape)} and {entry.dtype} {list(entry.shape)}"
             )
     seen = set(chosen)
@@ -209,9 +209,9 @@ def check_class(name: str, slot: Slot) -> None:
         return  # It becomes a plain one.
     if not has_plain_class(value):
         kind = "parameter" if slot.is_parameter else "buffer"
-        raise TypeError(f"{kind} '{name}' is a {type(value).__name__}, which cannot be replaced by a plain tensor")
+        raise TypeError(f"{kind} {name!r} is a {type(value).__name__}, which cannot be replaced by a plain tensor")
     if value.layout is not torch.strided or value.is_quantized:
-        raise TypeError(f"'{name}' is not a dense tensor in the model")
+        raise TypeError(f"{name!r} is not a dense tensor in the model")
 
 
 def has_plain_class(value: torch.Tensor) -> bool:
@@ -232,11 +232,11 @@ def misfit_of(entry: Entry, slot: Slot, casts: Casts) -> TypeError | ValueError 
     """Why the tensor of the file may not take the place of what the module has."""
     name, value = entry.name, slot.value
     if not is_lazy(value) and tuple(value.shape) != entry.shape:
-        return ValueError(f"shape mismatch for '{name}': model={list(value.shape)} vs flash={list(entry.shape)}")
+        return ValueError(f"shape mismatch for {name!r}: model={list(value.shape)} vs flash={list(entry.shape)}")
     dtype = string_to_dtype(entry.dtype)
     chosen = casts.asked is not None and dtype_when_asked(value.dtype, casts.asked) == casts.dtype_of(entry, value)
     if not slot.is_parameter and not chosen and value.dtype != casts.dtype_of(entry, value):
-        return TypeError(f"dtype mismatch for buffer '{name}': model={value.dtype} vs flash={dtype}.")
+        return TypeError(f"dtype mismatch for buffer {name!r}: model={value.dtype} vs flash={dtype}.")
     return None
 
 
@@ -262,11 +262,11 @@ def refuse_kept_elsewhere(model: torch.nn.Module) -> None:
     """Raises TypeError for modules whose tensors, but for the time of a forward, are not in the module."""
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
-            raise TypeError(f"module '{name or type(model).__name__}' is wrapped in FullyShardedDataParallel")
+            raise TypeError(f"module {name or type(model).__name__!r} is wrapped in FullyShardedDataParallel")
         library = offloader_of(module)
         if library is not None:
             raise TypeError(
-                f"module '{name or type(model).__name__}' is offloaded by {library}, which brings its own tensors for "
+                f"module {name or type(model).__name__!r} is offloaded by {library}, which brings its own tensors for "
                 f"each forward: remove its hooks, or load before offloading"
             )
 

@@ -43,7 +43,7 @@ def cast_exactly(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
     # torch warns when it drops an imaginary part, whether that is zero or not.
     new = (tensor.real if tensor.is_complex() and not dtype.is_complex else tensor).to(dtype)
     if tensor.dtype != dtype and not _is_same_kind(tensor.dtype, dtype) and not _is_equal(tensor, new):
-        raise FlashPackError(f"'{name}' would lose values if it were cast from {tensor.dtype} to {dtype}")
+        raise FlashPackError(f"{name!r} would lose values if it were cast from {tensor.dtype} to {dtype}")
     return new
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from . import _native
 from ._device import CPU
 from ._footer import Entry, Footer, StrPath, open_footer
+from ._logging import in_one_line
 from ._memory import Filled, Place, ReadOptions, Span, allocate_places, places_of, read_regions
 from ._native import FlashPackError
 from .constants import DEFAULT_SHARD_STRATEGY, SHARD_STRATEGIES
@@ -47,7 +48,7 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            self._agree(f"{type(error).__name__}: {error}")
+            self._agree(f"{type(error).__name__}: {in_one_line(error)}")
             raise
         self.agree()
 

@@ -12,6 +12,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def in_one_line(error: BaseException) -> str:
+    """What a library says, which may take several lines, for a message of ours."""
+    return printable(" ".join(line.strip() for line in str(error).splitlines()))
+
+
 def printable_lines(text: str) -> str:
     """The same, line by line."""
     return "\n".join(map(printable, text.splitlines()))

@@ -52,7 +52,7 @@ def build_model(
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise FlashPackError(
-            f"{home} lacks {len(missing)} tensors that {type(model).__name__} has (e.g., {', '.join(missing[:3])}), "
+            f"{home} lacks {len(missing)} tensors that {type(model).__name__} has (e.g., {', '.join(map(repr, missing[:3]))}), "
             f"which would be packed with random values"
         )
     if not isinstance(model, torch.nn.Module):
@@ -96,5 +96,6 @@ def _subclass(module: Any, name: str, *bases: type) -> Any:
 
 def _dtype_of(checkpoint: Path) -> torch.dtype:
     """The narrowest floating-point dtype that holds all that `checkpoint` has, so that building loses nothing."""
-    dtypes = {tensor.dtype for tensor in open_checkpoint(checkpoint).values() if tensor.dtype in PLAIN_FLOATS}
+    there = {getattr(tensor, "dtype", None) for tensor in open_checkpoint(checkpoint).values()}
+    dtypes = [dtype for dtype in PLAIN_FLOATS if dtype in there]
     return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ._footer import StrPath, open_descriptor
+from ._logging import in_one_line
 from ._native import FlashPackError
 
 INDEX_NAME = "model_index.json"
@@ -180,7 +181,7 @@ def blaming(path: StrPath, passed: tuple[type[BaseException], ...] = ()) -> Iter
     except unchanged:
         raise
     except Exception as error:
-        raise FlashPackError(f"{os.fspath(path)} cannot be used: {type(error).__name__}: {error}") from error
+        raise FlashPackError(f"{os.fspath(path)} cannot be used: {type(error).__name__}: {in_one_line(error)}") from error
 
 
 def _checked_config(path: Path) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def convert_to_flashpack_from_state_dict_file(
         _refuse_existing(destination)
     _refuse_source(files_of(source), destination)
     filters = {"ignore_names": ignore_names, "ignore_prefixes": ignore_prefixes, "ignore_suffixes": ignore_suffixes}
-    return _pack(open_checkpoint(source), metadata_of(source), destination, dtype, silent=silent, **filters)
+    return _pack_checkpoint(source, open_checkpoint(source), destination, dtype, silent=silent, **filters)
 
 
 def convert_to_flashpack_from_diffusers_repo_id_or_dir(
@@ -287,7 +287,7 @@ def _convert_directory(
             state_dict = open_checkpoint(checkpoint)
         else:
             state_dict = build_model(library, directory, folder, checkpoint, variant, **rest).state_dict()
-        _pack(state_dict, metadata_of(checkpoint), path, **options)
+        _pack_checkpoint(checkpoint, state_dict, path, **options)
 
     if destination.suffix == ".flashpack" and not destination.is_dir():
         if [*checkpoints] != [""]:
@@ -317,6 +317,18 @@ def _pack(
     target_dtype = string_to_dtype(dtype) if isinstance(dtype, str) else dtype
     pack_to_file(filter_state_dict(state_dict, **filters), destination, target_dtype, silent=silent, metadata=metadata)
     return os.fspath(destination)
+
+
+def _pack_checkpoint(
+    checkpoint: Path, state_dict: StateDict, destination: StrPath, dtype: torch.dtype | str | None, **options: Any
+) -> str:
+    """_pack() of the tensors of a file; errors name it."""
+    metadata = metadata_of(checkpoint)
+    target_dtype = string_to_dtype(dtype) if isinstance(dtype, str) else dtype
+    try:
+        return _pack(state_dict, metadata, destination, target_dtype, **options)
+    except FlashPackError as error:
+        raise FlashPackError(f"{checkpoint}: {error}") from error
 
 
 def _check_revertible(footer: dict[str, Any], destination: Path) -> None:

@@ -27,6 +27,7 @@ from ._footer import (
 )
 from ._memory import Filled, ReadOptions, ReadRegions, Region, Span, read_regions, read_tensors, supported_device
 from ._meta_init import warn_of_meta
+from ._logging import in_one_line
 from ._native import FlashPackError
 from ._own_code import run_own_code
 from ._progress import progress_bar
@@ -314,7 +315,7 @@ def _blamed_on(model: torch.nn.Module, footer: Footer, *kinds: type[Exception]) 
     except torch.OutOfMemoryError:  # Callers tell it by its class.
         raise
     except kinds as error:
-        raise FlashPackError(f"Error while assigning to {type(model).__name__} from {footer.path}: {error}") from error
+        raise FlashPackError(f"Error while assigning to {type(model).__name__} from {footer.path}: {in_one_line(error)}") from error
 
 
 def _read_blocks(
@@ -388,7 +389,7 @@ def _check_alignment(storage: FlashTensorStorage, index: list[dict[str, Any]], a
         align_elems = align_bytes // math.gcd(align_bytes, _block_of(storage, record).element_size())
         offset: Any = record.get("offset")
         if not _is_count(offset) or offset % align_elems:
-            misaligned.append(record["name"])
+            misaligned.append(repr(record["name"]))
     if misaligned:
         raise FlashPackError(f"{len(misaligned)} index entries are misaligned (e.g., {', '.join(misaligned[:3])}).")
 

@@ -123,10 +123,11 @@ def _specs(
         raise FlashPackError("No tensors to pack.")
     if align_bytes < 0:
         raise FlashPackError(f"align_bytes must be >= 0, got {align_bytes}")
+    for name, tensor in tensors.items():
+        _check_writable(name, tensor)
     _check_target(tensors, target_dtype)
     specs = []
     for name, tensor in tensors.items():
-        _check_writable(name, tensor)
         dtype = _storable(dtype_when_asked(tensor.dtype, target_dtype), f"of tensor {name!r}")
         specs.append((name, dtype, list(tensor.shape)))
     return specs

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from ..._directory import own_files
 from ..._durable import make_directories
 from ..._footer import StrPath, Verify
+from ..._logging import in_one_line
 from ..._native import FlashPackError
 from ..._repository import (
     INDEX_NAME,
@@ -323,7 +324,7 @@ def _load_components(
                 flashpack_file(directory / name)
         except Exception as error:
             kind = _ComponentError if isinstance(error, FlashPackError) else RuntimeError
-            raise kind(f"Error loading {name} from {library} {class_name}: {error}") from error
+            raise kind(f"Error loading {name} from {library} {class_name}: {in_one_line(error)}") from error
     return loaded
 
 

@@ -251,7 +251,7 @@ def _refuse_own_code(model: PreTrainedModel, request: Request) -> None:
     for prefix, what, _, _ in own_code_of(model, _WITHOUT_LOAD_STATE_DICT).pieces:
         raise FlashPackError(
             f"{request.footer.path} does not have the tensors of {type(model).__name__} as they are, and transformers, "
-            f"which can convert them, passes over {what} of module '{prefix.removesuffix('.')}'"
+            f"which can convert them, passes over {what} of module {prefix.removesuffix('.')!r}"
         )
 
 
@@ -393,7 +393,7 @@ def _check_shapes(model: PreTrainedModel, info: Mapping[str, Any], request: Requ
         name, *found = (mismatched,) if isinstance(mismatched, str) else mismatched
         expected = list(slots_of(model)[name].value.shape)
         found = list(found[0]) if found else shapes.get(name)
-        raise FlashPackError(f"{request.footer.path}: shape mismatch for '{name}': model={expected} vs flash={found}")
+        raise FlashPackError(f"{request.footer.path}: shape mismatch for {name!r}: model={expected} vs flash={found}")
 
 
 def _check_names(model: PreTrainedModel, info: Mapping[str, Any], request: Request) -> None:
