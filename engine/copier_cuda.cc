@@ -76,7 +76,7 @@ class CudaCopier final : public Copier {
     may_take_long ? pool_.post(copy) : copy.run();
   }
 
-  // In each lane the oldest first: the others cannot have landed before it.
+  // In each lane the oldest first: the others have hardly landed before it.
   std::span<const Completion> poll() override {
     completions_.clear();
     if (idle()) return completions_;

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 
 #include <cstddef>
 #include <memory>
@@ -49,6 +50,8 @@ class Context {
     push_ = driver_function<decltype(cuCtxPushCurrent)>("cuCtxPushCurrent");
     pop_ = driver_function<decltype(cuCtxPopCurrent)>("cuCtxPopCurrent");
     check(error_of(driver_function<decltype(cuCtxGetCurrent)>("cuCtxGetCurrent")(&context_)), "cuCtxGetCurrent");
+    // At the end of a process the runtime may close it, and the engine may still ask.
+    static_cast<void>(::dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE));
   }
 
  private:

@@ -119,6 +119,9 @@ struct EngineOptions {
 /// served in the order they were started, the next one's reads following on the last of the one before; but loads of at
 /// most one chunk do not wait behind larger ones.
 ///
+/// On CUDA an engine works in the primary context of its device, which it makes current for none of the caller's
+/// threads beyond a call. A reset of the device takes that away: what is asked of the engine then ends with an error.
+///
 /// A file system that does not answer holds up the transfers of its files alone. Up to 256 operations can be stuck in
 /// it at a time. The destructor waits for those that the kernel may still write to memory for, however long; a thread
 /// that opens or closes a file is left to the system after half a second.

@@ -39,6 +39,9 @@ TEST_P(CudaWorldTest, NoContextIsMadeButTheEngines) {
   int device = -1;
   EXPECT_EQ(cudaGetDevice(&device), cudaSuccess);
   EXPECT_EQ(device, 0);
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeThreadLocal;
+  EXPECT_EQ(cudaThreadExchangeStreamCaptureMode(&mode), cudaSuccess);
+  EXPECT_EQ(mode, cudaStreamCaptureModeGlobal);
 }
 
 TEST_P(CudaWorldTest, MemoryOfAnotherDeviceIsRefused) {
