@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import threading
 import weakref
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 import flashpack
 import pytest
 import torch
-from flashpack import _device, _engine, _file, _memory, _native
+from flashpack import _device, _distributed, _engine, _file, _memory, _native
 from flashpack._device import CPU, Side, captures_undisturbed, side_of
 from flashpack._footer import open_footer
 from support import DTYPES, assert_bit_equal, random_tensor
@@ -170,6 +171,40 @@ def test_what_was_read_goes_while_the_rest_is_cast(pack, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", counted)
     flashpack.load_file(path, dtype=torch.float64)
     assert alive == list(range(10, 0, -1))
+
+
+@pytest.mark.parametrize("verify", ["auto", "always"])
+def test_all_ranks_have_the_same_places_in_memory_whatever_they_verify(pack, stand_ins, monkeypatch, verify):
+    """What one rank reads is sent to the others in whole blocks."""
+    path = pack(mixed_tensors(), align_bytes=24)
+    monkeypatch.setattr(_distributed.Ranks, "_agree", lambda ranks, failure: None)
+    sent: list[torch.Tensor] = []
+    messages: list[str] = []
+
+    def send(ranks, message, sender):
+        if ranks.rank == sender:
+            messages.append(json.dumps(message))
+        return json.loads(messages[-1])
+
+    monkeypatch.setattr(_distributed.Ranks, "_send", send)
+    monkeypatch.setattr(_distributed.Ranks, "_broadcast", lambda ranks, memory, device: sent.append(memory))
+    elsewhere = torch.device("meta", 0)  # A device that every machine has.
+    with open_footer(path) as footer:
+        runs = _memory.plan_runs(footer.entries()[::3], elsewhere)
+        spans = [(run[0].offset_bytes, _memory.stop_of(run[-1])) for run in runs]
+        reads, receives = (
+            _distributed.Ranks(rank, 2, 0, elsewhere).read_regions(
+                footer, spans, elsewhere, _memory.ReadOptions(verify=verify if rank == 0 else "never")
+            )
+            for rank in range(2)
+        )
+    assert [(block.numel(), block.device.type) for block in sent] == [
+        (block.numel(), device) for device in ("cpu", "meta") for block in sent[: len(sent) // 2]
+    ]
+    for mine, theirs in zip(reads.regions, receives.regions, strict=True):
+        assert (mine.offset_bytes, mine.size_bytes) == (theirs.offset_bytes, theirs.size_bytes)
+        begins = [block_offset(each.tensor("uint8", (1,), 1, each.offset_bytes)) for each in (mine, theirs)]
+        assert begins[0] == begins[1]
 
 
 @pytest.fixture
