@@ -1,0 +1,191 @@
+// Loads of files that others change, by processes that fork, and loads that are interrupted.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <filesystem>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "flashpack/engine.h"
+#include "tests/support/guarded_memory.h"
+#include "tests/support/sandbox.h"
+#include "tests/support/small_loads.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack {
+namespace {
+
+using testing::GuardedMemory;
+using testing::kMiB;
+using testing::request;
+using testing::right;
+using testing::run_in_child;
+using testing::small_engine;
+
+class DisturbedTest : public ::testing::TestWithParam<Backend> {
+ protected:
+  DisturbedTest() { testing::write_file(dir_ / "file", bytes_); }
+
+  testing::TempDir dir_;
+  std::filesystem::path path_ = dir_ / "file";
+  std::vector<std::byte> bytes_ = testing::random_bytes(16 * kMiB + 9);
+  Engine engine_{small_engine(GetParam())};
+  std::mt19937_64 random_{1};
+};
+
+INSTANTIATE_TEST_SUITE_P(Backends, DisturbedTest, ::testing::Values(Backend::kAuto, Backend::kWorkers),
+                         [](const auto& backend) { return backend.param == Backend::kAuto ? "Auto" : "Workers"; });
+
+// Every page of a version carries its stamp, so that a mixture shows. An mtime has a resolution; it is set by hand, so
+// that a change always shows.
+TEST_P(DisturbedTest, AFileThatIsChangedInPlaceIsOneVersionOrAnError) {
+  constexpr int kRounds = 100;
+  const std::size_t size = bytes_.size();
+  int errors = 0;
+  for (int round = 1; round <= kRounds; ++round) {
+    testing::write_file(path_, std::vector<std::byte>(size, static_cast<std::byte>(round)));
+    if (round % 2) testing::drop_from_cache(path_);
+    GuardedMemory memory(size, round % 3 ? 0 : 64);
+    Transfer transfer = engine_.start_load(request(path_, memory));
+    for (auto n = random_() % 300; n > 0; --n) std::this_thread::yield();
+    const bool cut = round % 2 == 0;
+    if (cut) {
+      std::filesystem::resize_file(path_, random_() % size);
+    } else {
+      const int fd = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
+      const std::vector<std::byte> other(size / 2, std::byte{0xFF});
+      EXPECT_GT(::pwrite(fd, other.data(), other.size(), static_cast<off_t>(size / 4)), 0);
+      const timespec later[2] = {{.tv_sec = 1000 + round, .tv_nsec = 0}, {.tv_sec = 1000 + round, .tv_nsec = 0}};
+      EXPECT_EQ(::futimens(fd, later), 0);
+      ::close(fd);
+    }
+    try {
+      transfer.wait();
+      // The file is opened when the load's turn comes, which may be after the change.
+      const bool before = std::all_of(memory.data(), memory.data() + size,
+                                      [&](std::byte byte) { return byte == static_cast<std::byte>(round); });
+      const bool after = !cut && std::memcmp(memory.data(), testing::read_file(path_).data(), size) == 0;
+      EXPECT_TRUE(before || after) << "a mixture was called a success in round " << round;
+    } catch (const Error& error) {
+      ++errors;
+      EXPECT_TRUE(error.code() == Errc::kFileChanged || error.code() == Errc::kTruncated) << error.what();
+    }
+    EXPECT_TRUE(memory.intact());
+  }
+  EXPECT_GT(errors, 0) << "no change came in time; nothing was shown";
+}
+
+TEST_P(DisturbedTest, AFileThatIsReplacedByRenameIsTheOldOneOrTheNewOne) {
+  auto other = bytes_;
+  for (std::byte& byte : other) byte = ~byte;
+  for (int round = 0; round < 40; ++round) {
+    testing::write_file(dir_ / "new", round % 2 ? bytes_ : other);
+    GuardedMemory memory(bytes_.size());
+    Transfer transfer = engine_.start_load(request(path_, memory, CachePolicy::kDirect));
+    for (auto n = random_() % 100; n > 0; --n) std::this_thread::yield();
+    std::filesystem::rename(dir_ / "new", path_);
+    transfer.wait();
+    EXPECT_TRUE(right(memory, bytes_) || right(memory, other));
+  }
+}
+
+TEST_P(DisturbedTest, ForksDuringALoadLeaveTheParentItsBytes) {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "the sanitizers' locks may be held by a thread that the forked child does not have";
+#endif
+  int forks = 0;
+  for (int load = 0; load < 10; ++load) {
+    testing::drop_from_cache(path_);
+    GuardedMemory memory(bytes_.size(), load % 2 ? 64 : 0);
+    Transfer transfer = engine_.start_load(request(path_, memory, CachePolicy::kDirect));
+    for (int i = 0; i < 20 && (i < 3 || !transfer.wait_for(std::chrono::nanoseconds(0))); ++i, ++forks) {
+      const int status = run_in_child([&] {
+        // A child that writes where the kernel reads for the parent.
+        if (i % 2) std::memset(memory.data(), 0x5A, memory.size());
+        return 0;
+      });
+      EXPECT_EQ(status, 0);
+    }
+    transfer.wait();
+    EXPECT_TRUE(right(memory, bytes_));
+  }
+  EXPECT_GE(forks, 30);
+}
+
+TEST_P(DisturbedTest, TwoHundredInterruptionsLeaveNothingInFlightAndAnEngineThatWorks) {
+  int interrupted = 0;
+  for (int round = 0; round < 200; ++round) {
+    if (round % 4 == 0) testing::drop_from_cache(path_);
+    auto memory = std::make_unique<GuardedMemory>(bytes_.size(), round % 2 ? 64 : 0);
+    LoadRequest wanted = request(path_, *memory, round % 3 ? CachePolicy::kDirect : CachePolicy::kAuto);
+    if (round % 5 == 0)
+      wanted.deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(random_() % 8000);
+    Transfer transfer = engine_.start_load(wanted);
+    for (auto n = random_() % 400; n > 0; --n) std::this_thread::yield();
+    if (round % 5 == 1) {
+      std::thread([&] { transfer.cancel(); }).join();
+    } else if (round % 5 == 2) {
+      transfer = Transfer();
+    } else if (round % 5 == 3) {
+      transfer.cancel();
+      transfer.cancel();
+    }
+    if (transfer.valid()) {
+      try {
+        transfer.wait();
+        EXPECT_TRUE(right(*memory, bytes_));
+      } catch (const Error& error) {
+        ++interrupted;
+        EXPECT_TRUE(error.code() == Errc::kCancelled || error.code() == Errc::kDeadlineExceeded) << error.what();
+      }
+      EXPECT_EQ(transfer.progress().outstanding, 0u);
+    }
+    EXPECT_TRUE(memory->intact());
+    memory.reset();  // The pages go back at once: whatever were still in flight would be written into others'.
+    if (round % 20 == 0) {
+      GuardedMemory again(bytes_.size());
+      engine_.load(request(path_, again));
+      EXPECT_TRUE(right(again, bytes_));
+    }
+  }
+  EXPECT_GT(interrupted, 20) << "too few came in time";
+}
+
+double cached_fraction(const std::filesystem::path& path, std::size_t size) {
+  constexpr long kSysCachestat = 451;
+  struct {
+    std::uint64_t offset, size;
+  } range{0, size};
+  std::uint64_t counts[5] = {};
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const long result = ::syscall(kSysCachestat, fd, &range, counts, 0);
+  ::close(fd);
+  return result != 0 ? -1 : static_cast<double>(counts[0]) * 4096 / static_cast<double>(size);
+}
+
+TEST_P(DisturbedTest, AfterALoadThePageCacheIsKeptOrDroppedAsAskedFor) {
+  testing::drop_from_cache(path_);
+  GuardedMemory memory(bytes_.size());
+  engine_.load(request(path_, memory, CachePolicy::kBuffered));
+  if (cached_fraction(path_, bytes_.size()) < 0) GTEST_SKIP() << "cachestat is not to be had here";
+  EXPECT_GT(cached_fraction(path_, bytes_.size()), 0.99);
+  for (const CachePolicy cache : {CachePolicy::kAuto, CachePolicy::kBuffered}) {
+    testing::read_file(path_);
+    LoadRequest dropping = request(path_, memory, cache);
+    dropping.after = AfterLoad::kDrop;
+    engine_.load(dropping);
+    EXPECT_TRUE(right(memory, bytes_));
+    EXPECT_LT(cached_fraction(path_, bytes_.size()), 0.1);
+  }
+}
+
+}  // namespace
+}  // namespace flashpack

@@ -1,0 +1,29 @@
+/// Loads by an engine so small that a few MiB are many chunks to it.
+#pragma once
+
+#include <cstring>
+#include <filesystem>
+#include <vector>
+
+#include "flashpack/engine.h"
+#include "tests/support/guarded_memory.h"
+
+namespace flashpack::testing {
+
+inline constexpr std::uint32_t kMiB = 1u << 20;
+
+inline EngineOptions small_engine(Backend backend = Backend::kAuto) {
+  return {.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .workers = 2, .backend = backend};
+}
+
+/// Of the beginning of a file, as much as there is memory.
+inline LoadRequest request(const std::filesystem::path& path, GuardedMemory& memory,
+                           CachePolicy cache = CachePolicy::kAuto) {
+  return {.files = {{.path = path, .extents = {{0, memory.size(), memory.data()}}}}, .cache = cache};
+}
+
+inline bool right(const GuardedMemory& memory, const std::vector<std::byte>& bytes) {
+  return memory.intact() && std::memcmp(memory.data(), bytes.data(), memory.size()) == 0;
+}
+
+}  // namespace flashpack::testing
