@@ -68,7 +68,11 @@ class CudaCopier final : public Copier {
   void push(unsigned tag, const IoRequest& request) override {
     Lane& lane = lanes_[next_lane_++ % kLanes];
     Copy& copy = copies_[static_cast<std::size_t>(request.slot)];
-    copy.begin(tag, request, lane.stream.get());
+    copy.tag = tag;
+    copy.request = request;
+    copy.stream = lane.stream.get();
+    copy.next = nullptr;
+    copy.started = false;
     *std::exchange(lane.last, &copy.next) = &copy;
     ++under_way_;
     // A copy of memory that is not locked ends within the call.
@@ -123,7 +127,7 @@ class CudaCopier final : public Copier {
   // Out of or into one slot.
   struct Copy final : Pool::Task {
     void reserve(std::size_t pieces);
-    void begin(unsigned new_tag, const IoRequest& new_request, cudaStream_t new_stream);
+    void list_pieces();
     void run() noexcept override {
       error = copier->start(*this);
       started = true;
@@ -150,6 +154,7 @@ class CudaCopier final : public Copier {
     const ContextGuard guard(context_);
     if (guard.error() != cudaSuccess) return guard.error();
     if (copy.request.op == IoRequest::Op::kGather) clear_gaps(copy.request);
+    copy.list_pieces();
     const cudaError_t error = copy_pieces(copy);
     return error == cudaSuccess ? cudaEventRecord(copy.landed.get(), copy.stream) : error;
   }
@@ -212,12 +217,7 @@ void CudaCopier::Copy::reserve(std::size_t pieces) {
   sizes.reserve(pieces);
 }
 
-void CudaCopier::Copy::begin(unsigned new_tag, const IoRequest& new_request, cudaStream_t new_stream) {
-  tag = new_tag;
-  request = new_request;
-  stream = new_stream;
-  next = nullptr;
-  started = false;
+void CudaCopier::Copy::list_pieces() {
   targets.clear();
   sources.clear();
   sizes.clear();
