@@ -202,3 +202,22 @@ def test_nothing_is_printed_where_it_is_not(tmp_path, capsys):
     flashpack.pack_to_file({"a": torch.ones(1000)}, tmp_path / "a", silent=False)
     flashpack.revert_from_file(tmp_path / "a", silent=False)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda pack: pack(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+        lambda pack: pack(torch.nn.UninitializedParameter()),
+        lambda pack: pack(torch._efficientzerotensor((3,))),
+        lambda pack: torch.vmap(pack)(torch.ones(2, 3)),
+        lambda pack: torch.func.jvp(pack, (torch.ones(2),), (torch.ones(2),)),
+        lambda pack: torch.func.functionalize(pack)(torch.ones(2)),
+    ],
+    ids=["nested", "lazy", "zero", "vmap", "jvp", "functionalize"],
+)
+def test_what_has_no_bytes_is_refused_by_name_before_anything_is_written(within, tmp_path):
+    plain = torch.ones(2)
+    with pytest.raises(flashpack.FlashPackError, match=r"cannot pack 'a\.b': it (is|has no)"):
+        within(lambda tensor: flashpack.pack_to_file({"plain": plain, "a.b": tensor}, tmp_path / "x"))
+    assert not any(tmp_path.iterdir())

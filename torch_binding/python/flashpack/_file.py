@@ -19,7 +19,7 @@ from ._engine import left_before_exit
 from ._footer import Entry, Footer, StrPath, Verify, footer_of, open_footer, open_for_reading
 from ._memory import ReadOptions, allocate_region, allocate_tensor, read_tensors, read_to_devices, supported_device
 from ._native import FlashPackError
-from .utils import is_ignored_tensor_name, string_to_dtype
+from .utils import is_ignored_tensor_name, listed, string_to_dtype
 
 __all__ = ["FlashPackFile", "TensorSlice", "load_file", "open_file"]
 
@@ -64,7 +64,7 @@ def load_file(
     included; OSError for the system's failures.
     """
     check_asked(dtype)
-    filters = (ignore_names, ignore_prefixes, ignore_suffixes)
+    filters = (listed(ignore_names), listed(ignore_prefixes), listed(ignore_suffixes))
     with open_footer(path) as footer, torch.inference_mode(False), torch.no_grad():
         entries = _select(footer, names)
         if filters != (None, None, None):

@@ -20,7 +20,7 @@ from ._pretrained import build_model
 from .constants import WEIGHTS_NAME
 from .deserialization import revert_from_file
 from .serialization import file_to_replace, pack_to_file
-from .utils import filter_state_dict, logger, string_to_dtype
+from .utils import filter_state_dict, listed, logger, string_to_dtype
 
 __all__ = [
     "convert_to_flashpack",
@@ -94,9 +94,9 @@ def convert_to_flashpack(
     source = model_or_state_dict_or_path_or_repo_id
     options: dict[str, Any] = {
         "dtype": dtype,
-        "ignore_names": ignore_names,
-        "ignore_prefixes": ignore_prefixes,
-        "ignore_suffixes": ignore_suffixes,
+        "ignore_names": listed(ignore_names),
+        "ignore_prefixes": listed(ignore_prefixes),
+        "ignore_suffixes": listed(ignore_suffixes),
         "silent": silent,
     }
     if use_transformers and use_diffusers:

@@ -32,7 +32,7 @@ from ._native import FlashPackError
 from ._own_code import run_own_code
 from ._progress import progress_bar
 from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
-from .utils import human_num_elements, is_ignored_tensor_name, logger, string_to_dtype
+from .utils import human_num_elements, is_ignored_tensor_name, listed, logger, string_to_dtype
 
 __all__ = [
     "AssignReport",
@@ -147,8 +147,9 @@ def iterate_from_flash_tensor(
     storage = flash_tensor if isinstance(flash_tensor, FlashTensorStorage) else FlashTensorStorage([flash_tensor])
     index = _index_of(metadata)
     _check_alignment(storage, index, metadata.get("align_bytes", 0))
+    filters = (listed(ignore_names), listed(ignore_prefixes), listed(ignore_suffixes))
     for record in index:
-        if not is_ignored_tensor_name(record["name"], ignore_names, ignore_prefixes, ignore_suffixes):
+        if not is_ignored_tensor_name(record["name"], *filters):
             yield record["name"], _view(_block_of(storage, record), record)
 
 
@@ -230,7 +231,7 @@ def assign_from_file(
     failures, RuntimeError for what failed on another rank. Not to be called while other threads use `model`.
     """
     options = ReadOptions(mmap, verify, not silent)
-    filters = (ignore_names, ignore_prefixes, ignore_suffixes)
+    filters = (listed(ignore_names), listed(ignore_prefixes), listed(ignore_suffixes))
     strictness = (strict, strict_params, strict_buffers)
     wish = _Wish(filters, Casts(coerce_dtype, dtype), strictness, keep_flash_ref_on_model)
     device = _device_of(model) if device is None else device

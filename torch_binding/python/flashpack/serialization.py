@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from . import _native
 from ._casts import dtype_when_asked
@@ -23,7 +24,7 @@ from ._native import FlashPackError
 from ._own_code import EXTRA_STATE
 from ._progress import progress_bar
 from .constants import DEFAULT_ALIGN_BYTES, DEFAULT_NUM_WRITE_WORKERS
-from .utils import dtype_to_string, string_to_dtype
+from .utils import dtype_to_string, listed, string_to_dtype
 
 __all__ = ["pack_to_file"]
 
@@ -70,7 +71,7 @@ def pack_to_file(
 
     Raises FlashPackError (a ValueError) naming the tensor that cannot be written, OSError for the system's failures.
     """
-    name_order = None if name_order is None else list(name_order)  # It may be readable only once.
+    name_order = None if name_order is None else list(listed(name_order) or ())
     tensors = _select(state_dict_or_model, name_order)
     specs = _specs(tensors, align_bytes, target_dtype)
     layout = _native.layout(specs, align_bytes, name_order, _checked_metadata(metadata), checksum)
@@ -181,10 +182,24 @@ def _check_writable(name: object, tensor: object) -> None:
         raise FlashPackError(f"cannot pack {name!r}: it is a {type(tensor).__name__}, not a tensor{cure}")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise FlashPackError(f"cannot pack {name!r}: {type(tensor).__name__} keeps its bytes elsewhere")
+    if is_lazy(tensor):
+        raise FlashPackError(f"cannot pack {name!r}: it is lazy, and has no shape yet")
+    if tensor.is_nested:
+        raise FlashPackError(f"cannot pack {name!r}: it is nested, and has no shape")
     if tensor.layout is not torch.strided:
         raise FlashPackError(f"cannot pack {name!r}: its layout is {tensor.layout}")
     if tensor.is_meta:
         raise FlashPackError(f"cannot pack {name!r}: it is on the meta device and has no bytes")
+    if tensor.numel() and not _address_of(tensor):
+        raise FlashPackError(f"cannot pack {name!r}: it has no memory, as inside of torch.func, or if all of it is zero")
+
+
+def _address_of(tensor: torch.Tensor) -> int:
+    """0 if there is none."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def _main_device(tensors: dict[str, torch.Tensor]) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -124,6 +124,13 @@ def timer(name: str, silent: bool = False) -> Iterator[None]:
         print(f"{name}: {human_duration(time.perf_counter() - start)}")
 
 
+def listed(names: Iterable[str] | None) -> Collection[str] | None:
+    """What was given as names, as something that can be asked again and again. One string is one name."""
+    if isinstance(names, str):
+        return (names,)
+    return names if names is None or isinstance(names, Collection) else tuple(names)
+
+
 def is_ignored_tensor_name(
     name: str,
     ignore_names: Iterable[str] | None = None,
@@ -131,10 +138,11 @@ def is_ignored_tensor_name(
     ignore_suffixes: Iterable[str] | None = None,
 ) -> bool:
     """Whether `name` is listed, or begins or ends as listed."""
+    names, prefixes, suffixes = listed(ignore_names), listed(ignore_prefixes), listed(ignore_suffixes)
     return (
-        (ignore_names is not None and name in ignore_names)
-        or (ignore_prefixes is not None and name.startswith(tuple(ignore_prefixes)))
-        or (ignore_suffixes is not None and name.endswith(tuple(ignore_suffixes)))
+        (names is not None and name in names)
+        or (prefixes is not None and name.startswith(tuple(prefixes)))
+        or (suffixes is not None and name.endswith(tuple(suffixes)))
     )
 
 
@@ -145,11 +153,8 @@ def filter_state_dict(
     ignore_suffixes: Iterable[str] | None = None,
 ) -> dict[str, Any]:
     """The entries of `state_dict` whose names are not ignored."""
-    return {
-        name: value
-        for name, value in state_dict.items()
-        if not is_ignored_tensor_name(name, ignore_names, ignore_prefixes, ignore_suffixes)
-    }
+    filters = (listed(ignore_names), listed(ignore_prefixes), listed(ignore_suffixes))
+    return {name: value for name, value in state_dict.items() if not is_ignored_tensor_name(name, *filters)}
 
 
 def get_module_and_attribute(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:

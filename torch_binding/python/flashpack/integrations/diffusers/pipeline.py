@@ -35,7 +35,7 @@ from ...constants import (
     DEFAULT_NUM_WRITE_WORKERS,
     WEIGHTS_NAME,
 )
-from ...utils import logger
+from ...utils import listed, logger
 from .._classes import PREFIX, original_class, promoted_class
 from .._hub import resolve_directory, upload_directory
 from ._components import (
@@ -311,6 +311,8 @@ def _load_components(
 ) -> dict[str, Any]:
     """Those of `entries` that have a flashpack file. All ranks of a group load them in one order."""
     declared = declared_classes(pipeline_class)
+    ignored = {name: listed(value) for name, value in options.items() if name.startswith("ignore_")}
+    options = {**options, **ignored}
     loaded = {}
     for name, (library, class_name) in entries.items():
         wanted = dtype.get(name, dtype.get("default")) if isinstance(dtype, Mapping) else dtype

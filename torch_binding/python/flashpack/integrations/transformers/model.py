@@ -27,7 +27,7 @@ from ...constants import (
 )
 from ...deserialization import assign_from_file
 from ...mixin import FlashPackMixin
-from ...utils import dtype_to_string, logger
+from ...utils import dtype_to_string, listed, logger
 from .._classes import original_class, promoted_class
 from .._hub import resolve_directory, upload_directory
 from ._load import load
@@ -161,6 +161,7 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
         for name in ("ignore_names", "ignore_prefixes", "ignore_suffixes"):
             if options[name] is None:
                 options[name] = getattr(cls, f"flashpack_{name}")
+            options[name] = listed(options[name])
         options["coerce_dtype"] = coerce_dtype or cls.flashpack_coerce_dtype
         # transformers goes by the names of its classes.
         original = vars(cls).get("recipe", (cls,))[0]
