@@ -27,7 +27,10 @@ void advise_huge_pages(std::byte* data, std::uint64_t size_bytes) {
 
 void widen(std::vector<Segment>& segments, const Metadata& metadata, Verify verify) {
   constexpr std::uint64_t kPieceBytes = Checksums::kPieceBytes;
-  const std::uint64_t longest_padding_bytes = std::lcm(std::max<std::uint64_t>(metadata.align_bytes, 1), 16) - 1;
+  // A file may ask for any alignment; up to this one the least common multiple cannot overflow.
+  constexpr std::uint64_t kMostBytes = std::uint64_t{1} << 32;
+  const std::uint64_t align_bytes = std::clamp<std::uint64_t>(metadata.align_bytes, 1, kMostBytes);
+  const std::uint64_t longest_padding_bytes = std::lcm(align_bytes, std::uint64_t{16}) - 1;
   std::uint64_t free = 0;
   for (std::size_t i = 0; i < segments.size(); ++i) {
     std::uint64_t begin = segments[i].offset_bytes;

@@ -72,6 +72,15 @@ TEST(PlanSegments, ASegmentTakesInThePaddingThatFollowsItButNoTensor) {
   EXPECT_EQ(cut[1].size_bytes, metadata.payload_bytes - 128);
 }
 
+TEST(PlanSegments, PaddingIsTakenInWhateverAlignmentTheFileAsksFor) {
+  for (const std::uint64_t align_bytes : {(std::uint64_t{1} << 60) + 1, (std::uint64_t{1} << 63) - 1}) {
+    const std::vector<TensorSpec> specs = {{"a", DType::kUInt8, {100}}};
+    Metadata metadata = make_layout(specs, align_bytes);
+    metadata.payload_bytes += 1000;
+    EXPECT_EQ(plan_segments(metadata, all_of(metadata))[0].size_bytes, 1100U);
+  }
+}
+
 TEST(PlanSegments, WhereAllIsToBeVerifiedSegmentsReachToTheBordersOfPiecesWithoutOverlap) {
   const auto size = static_cast<std::int64_t>(kMiB);
   const Metadata metadata = bytes_file({size + 10, 10, 3 * size, 5});
