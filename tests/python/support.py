@@ -71,6 +71,19 @@ def write_file(path: Path, footer: dict[str, Any] | bytes, payload: bytes = byte
     return path
 
 
+_CRC32C_OF_A_BYTE = list(range(256))
+for _ in range(8):
+    _CRC32C_OF_A_BYTE = [crc >> 1 ^ (0x82F63B78 if crc & 1 else 0) for crc in _CRC32C_OF_A_BYTE]
+
+
+def crc32c(data: bytes) -> int:
+    """Computed here, so that it does not depend on the code that it tests."""
+    table, crc = _CRC32C_OF_A_BYTE, 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ table[crc & 0xFF ^ byte]
+    return crc ^ 0xFFFFFFFF
+
+
 def footer_bytes(path: Path) -> bytes:
     raw = path.read_bytes()
     (length,) = U64LE.unpack(raw[-16:-8])
