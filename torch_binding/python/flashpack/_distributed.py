@@ -78,7 +78,7 @@ class Ranks:
     def _send_footer(self, footer: Footer) -> None:
         if self.count > 1:
             self.agree()
-            self._send([self.device.type, json.dumps(footer.metadata), footer.payload_bytes()], self.src)
+            self._send([self.device.type, json.dumps(footer.metadata), footer.native.payload_bytes], self.src)
 
     def _receive_footer(self, path: str) -> Footer:
         self.agree()

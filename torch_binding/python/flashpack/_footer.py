@@ -80,9 +80,6 @@ class Footer:
     def blocks(self) -> list[Block]:
         return [Block._make(block) for block in self.native.blocks]
 
-    def payload_bytes(self) -> int:
-        return max((block.offset_bytes + block.length_bytes for block in self.blocks()), default=0)
-
     def entries(self) -> list[Entry]:
         """In file order."""
         return self.native.entries(Entry)

@@ -320,7 +320,7 @@ def places_of(spans: Sequence[Span], footer: Footer, verify: Verify) -> list[Pla
     longest_padding_bytes = math.lcm(footer.native.align_bytes or 1, 16) - 1
     places: list[Place] = []
     free = 0
-    limits = [*(begin for begin, _ in spans[1:]), footer.payload_bytes()]
+    limits = [*(begin for begin, _ in spans[1:]), footer.native.payload_bytes]
     for (first, end), limit in zip(spans, limits, strict=False):
         begin = first
         if verify == "always":

@@ -127,4 +127,4 @@ def prefetch_flashpack_file(path: StrPath) -> Prefetch:
             flashpack.assign_from_file(model, "model.flashpack")
     """
     with open_footer(path) as footer:
-        return Prefetch(footer.fileno(), path, footer.payload_bytes())
+        return Prefetch(footer.fileno(), path, footer.native.payload_bytes)

@@ -168,7 +168,7 @@ def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
     of the pieces that do not; and `seconds`. Raises FlashPackError for a file that has no checksums or is not valid,
     OSError for the system's failures.
     """
-    with open_footer(path) as footer, progress_bar("Verifying", footer.payload_bytes(), not silent) as progress:
+    with open_footer(path) as footer, progress_bar("Verifying", footer.native.payload_bytes, not silent) as progress:
         return engine().verify(footer.fileno(), footer.path, footer.native, progress)
 
 
