@@ -101,11 +101,7 @@ LoadedRecords::LoadedRecords(Engine& engine, int fd, const std::filesystem::path
   }
   LoadRequest request{.cache = cache, .stream = current_stream(device_)};
   request.files.push_back(std::move(file));
-  try {
-    stats_ = engine.load(std::move(request));
-  } catch (const Error& error) {
-    throw with_tensors(error, metadata);
-  }
+  stats_ = verified(metadata, verify, path, [&] { return engine.load(std::move(request)); });
 }
 
 at::Tensor LoadedRecords::tensor(std::size_t record) const {

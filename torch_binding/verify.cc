@@ -34,6 +34,17 @@ class WindowMemory {
   void* address_;
 };
 
+/// `error` as it is, but for one of Errc::kCorrupt: that names the tensors in the piece, too.
+Error with_tensors(const Error& error, const Metadata& metadata) {
+  if (error.code() != Errc::kCorrupt) return error;
+  const std::uint64_t begin = error.offset_bytes();
+  const std::uint64_t size = std::min<std::uint64_t>(Checksums::kPieceBytes, metadata.payload_bytes - begin);
+  return {error.code(),
+          "verify " + error.path().string() + " at " + std::to_string(begin) + "+" + std::to_string(size) + ", where " +
+              tensors_in(metadata, begin, size) + " lies",
+          error.path(), begin};
+}
+
 class Verifier {
  public:
   Verifier(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata)
@@ -79,9 +90,13 @@ class Verifier {
     next.transfer = engine_.start_load(request(offset, size, next.memory.data()));
   }
 
+  std::uint64_t verify(const std::function<TransferStats()>& wait) const {
+    return verified(metadata_, Verify::kAlways, path_, wait).verified_bytes;
+  }
+
   void finish(std::uint64_t offset) {
     try {
-      report_.verified_bytes += window(offset).transfer.wait().verified_bytes;
+      report_.verified_bytes += verify([&] { return window(offset).transfer.wait(); });
     } catch (const Error& error) {
       if (error.code() != Errc::kCorrupt) throw;
       find_corrupt_pieces(offset);
@@ -94,7 +109,7 @@ class Verifier {
     for (; offset < end; offset += Checksums::kPieceBytes) {
       const std::uint64_t size = std::min<std::uint64_t>(Checksums::kPieceBytes, end - offset);
       try {
-        report_.verified_bytes += engine_.load(request(offset, size, spare_.data())).verified_bytes;
+        report_.verified_bytes += verify([&] { return engine_.load(request(offset, size, spare_.data())); });
       } catch (const Error& error) {
         if (error.code() != Errc::kCorrupt) throw;
         report_.corrupt.push_back({offset, size});
@@ -129,14 +144,19 @@ std::optional<Checksums> checksums_for(const Metadata& metadata, Verify verify, 
   return metadata.checksums;
 }
 
-Error with_tensors(const Error& error, const Metadata& metadata) {
-  if (error.code() != Errc::kCorrupt) return error;
-  const std::uint64_t begin = error.offset_bytes();
-  const std::uint64_t size = std::min<std::uint64_t>(Checksums::kPieceBytes, metadata.payload_bytes - begin);
-  return {error.code(),
-          "verify " + error.path().string() + " at " + std::to_string(begin) + "+" + std::to_string(size) + ", where " +
-              tensors_in(metadata, begin, size) + " lies",
-          error.path(), begin};
+TransferStats verified(const Metadata& metadata, Verify verify, const std::filesystem::path& path,
+                       const std::function<TransferStats()>& wait) {
+  TransferStats stats;
+  try {
+    stats = wait();
+  } catch (const Error& error) {
+    throw with_tensors(error, metadata);
+  }
+  if (verify != Verify::kAlways || stats.verified_bytes == stats.requested_bytes) return stats;
+  throw Error(Errc::kInvalidArgument,
+              "verify " + path.string() + ": only " + std::to_string(stats.verified_bytes) + " of the " +
+                  std::to_string(stats.requested_bytes) + " bytes that were read could be held against checksums",
+              path);
 }
 
 }  // namespace flashpack

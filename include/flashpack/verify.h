@@ -41,7 +41,11 @@ VerifyReport verify_payload(Engine& engine, int fd, const std::filesystem::path&
 /// for. Throws: Error (kBadFile) when they are wanted and the file has none.
 std::optional<Checksums> checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path);
 
-/// `error` as it is, but for one of Errc::kCorrupt: that names the tensors in the piece, too.
-Error with_tensors(const Error& error, const Metadata& metadata);
+/// Calls `wait`, which waits for such a load, and returns what it returns. After that, with Verify::kAlways, every byte
+/// that was read is one that matches its checksum.
+/// Throws: what `wait` throws, where an Error of Errc::kCorrupt also names the tensors in the piece; Error
+/// (kInvalidArgument) when all was to be verified and some pieces were read in part only.
+TransferStats verified(const Metadata& metadata, Verify verify, const std::filesystem::path& path,
+                       const std::function<TransferStats()>& wait);
 
 }  // namespace flashpack

@@ -85,6 +85,34 @@ TEST_F(VerifyTest, AFileWithoutChecksumsCannotBeVerified) {
   }
 }
 
+TEST_F(VerifyTest, WhereAllIsToBeVerifiedALoadOfPartsOfPiecesIsAnError) {
+  const Metadata metadata = write(2);
+  std::vector<std::byte> memory(metadata.payload_bytes);
+  const auto load = [&](Verify verify, std::vector<Extent> extents) {
+    LoadRequest request;
+    request.files.push_back(
+        {.path = path_, .extents = std::move(extents), .checksums = checksums_for(metadata, verify, path_)});
+    return verified(metadata, verify, path_, [&] { return engine_.load(std::move(request)); }).verified_bytes;
+  };
+  const Extent whole{.size_bytes = memory.size(), .target = memory.data()};
+  Extent most = whole;
+  most.size_bytes -= 1;
+  EXPECT_EQ(load(Verify::kAlways, {whole}), metadata.payload_bytes);
+  EXPECT_EQ(load(Verify::kAuto, {most}), std::uint64_t{1} << 20);
+  EXPECT_EQ(load(Verify::kNever, {whole}), 0U);
+  std::byte twice{};
+  for (const std::vector<Extent>& extents :
+       {std::vector{most}, std::vector{whole, {.size_bytes = 1, .target = &twice}}}) {
+    try {
+      load(Verify::kAlways, extents);
+      FAIL() << "accepted";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), Errc::kInvalidArgument);
+      EXPECT_EQ(error.path(), path_);
+    }
+  }
+}
+
 TEST_F(VerifyTest, TensorsOfARangeAreCountedPastTheFifth) {
   std::vector<TensorSpec> specs;
   for (int i = 0; i < 9; ++i) specs.push_back({"t" + std::to_string(i), DType::kUInt8, {100}});

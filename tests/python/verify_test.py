@@ -8,6 +8,7 @@ import random
 import flashpack
 import pytest
 import torch
+from flashpack._engine import engine
 from flashpack._footer import open_footer
 from flashpack.deserialization import read_flashpack_file
 from support import assert_bit_equal, bits, footer_bytes, random_tensor, state_of
@@ -130,6 +131,15 @@ def test_always_reads_to_the_borders_of_pieces_without_overlaps(pack, segment_by
         model.register_buffer(name, torch.zeros_like(source[name]))
     flashpack.assign_from_file(model, path, strict=False, verify="always")
     assert_bit_equal(dict(model.named_buffers()), {name: source[name] for name in list(source)[::3]})
+
+
+def test_always_never_takes_bytes_that_could_not_be_verified(path):
+    memory = torch.empty(10, dtype=torch.uint8)
+    with open_footer(path) as footer:
+        extents = [(3, 10, memory.data_ptr())]
+        assert engine().load(footer.fileno(), footer.path, extents, footer.native)["verified_bytes"] == 0
+        with pytest.raises(flashpack.FlashPackError, match=f"{path.name}: only 0 of the 10 bytes that were read"):
+            engine().load(footer.fileno(), footer.path, extents, footer.native, "always")
 
 
 def test_always_refuses_a_file_without_checksums_and_auto_takes_it(pack, tensors):

@@ -201,6 +201,8 @@ CUstream_st* stream_of(std::uintptr_t handle) {
 }
 
 struct PyLoad {
+  std::filesystem::path path;
+  Verify policy;
   nb::object metadata;
   UnderWay load;
 };
@@ -209,14 +211,14 @@ nb::typed<nb::list, Dict> finish_loads(const nb::typed<nb::list, PyLoad>& loads,
   const NativeCall call;
   std::vector<Transfer*> transfers;
   for (const nb::handle load : loads) transfers.push_back(&nb::cast<PyLoad&>(load).load.transfer);
-  try {
-    wait_for_all(transfers, progress);
-  } catch (const Error& error) {
-    if (transfers.empty()) throw;
-    throw with_tensors(error, nb::cast<const Metadata&>(nb::cast<PyLoad&>(loads[0]).metadata));
-  }
   nb::list all_stats;
-  for (const Transfer* transfer : transfers) all_stats.append(stats_dict(transfer->stats()));
+  for (const nb::handle handle : loads) {
+    const PyLoad& each = nb::cast<PyLoad&>(handle);
+    all_stats.append(stats_dict(verified(nb::cast<const Metadata&>(each.metadata), each.policy, each.path, [&] {
+      wait_for_all(transfers, progress);  // The first one waits.
+      return each.load.transfer.stats();
+    })));
+  }
   return all_stats;
 }
 
@@ -244,23 +246,23 @@ class PyEngine {
             const Metadata& metadata, std::string_view verify, std::string_view cache, const ProgressFunction& progress,
             std::uintptr_t stream, const std::vector<RepeatTuple>& repeats) {
     const NativeCall call;
+    const Verify policy = verify_policy(verify);
     Transfer transfer =
-        start(fd, path, repeated(to_extents<Extent, void*>(extents), repeats), metadata, verify, cache, stream);
-    try {
+        start(fd, path, repeated(to_extents<Extent, void*>(extents), repeats), metadata, policy, cache, stream);
+    return stats_dict(verified(metadata, policy, path, [&] {
       wait_for_all(std::array{&transfer}, progress);
-    } catch (const Error& error) {
-      throw with_tensors(error, metadata);
-    }
-    return stats_dict(transfer.stats());
+      return transfer.stats();
+    }));
   }
 
   PyLoad start_load(int fd, const std::filesystem::path& path, const std::vector<ExtentTuple>& extents,
                     nb::typed<nb::object, Metadata> metadata, nb::object memory, std::string_view verify,
                     std::string_view cache, std::uintptr_t stream) {
     const NativeCall call;
+    const Verify policy = verify_policy(verify);
     Transfer transfer =
-        start(fd, path, to_extents<Extent, void*>(extents), nb::cast<const Metadata&>(metadata), verify, cache, stream);
-    return {std::move(metadata), {std::move(memory), std::move(transfer)}};
+        start(fd, path, to_extents<Extent, void*>(extents), nb::cast<const Metadata&>(metadata), policy, cache, stream);
+    return {path, policy, std::move(metadata), {std::move(memory), std::move(transfer)}};
   }
 
   Dict verify(int fd, const std::filesystem::path& path, const Metadata& metadata, const ProgressFunction& progress) {
@@ -294,12 +296,12 @@ class PyEngine {
 
  private:
   Transfer start(int fd, const std::filesystem::path& path, std::vector<Extent> extents, const Metadata& metadata,
-                 std::string_view verify, std::string_view cache, std::uintptr_t stream) {
+                 Verify policy, std::string_view cache, std::uintptr_t stream) {
     LoadRequest request{.cache = cache_policy(cache), .stream = stream_of(stream)};
     request.files.push_back({.path = path,
                              .extents = std::move(extents),
                              .expected = metadata.identity,
-                             .checksums = checksums_for(metadata, verify_policy(verify), path),
+                             .checksums = checksums_for(metadata, policy, path),
                              .fd = fd});
     nb::gil_scoped_release released;
     return engine_->start_load(std::move(request));
