@@ -10,7 +10,6 @@ import importlib.abc
 import importlib.util
 import sys
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 
 def on_host(value):
@@ -35,19 +34,28 @@ def install(torch):
     def nothing(*arguments, **options):
         return None
 
-    class Stream(SimpleNamespace):
+    class Stream:
         cuda_stream = 0
-        synchronize = wait_stream = wait_event = record_event = nothing
+        __init__ = synchronize = wait_stream = wait_event = record_event = nothing
+
+    class Event:
+        __init__ = record = wait = synchronize = nothing
+
+        def query(self):
+            return True
 
     cuda = torch.cuda
     cuda.is_available = lambda: True
     cuda.device_count = lambda: 1
     cuda.current_device = lambda: 0
     cuda.get_device_name = lambda *device: "host memory, standing in for a GPU"
-    cuda.init = cuda.synchronize = cuda.empty_cache = cuda._sleep = nothing
-    cuda.Stream = lambda *arguments, **options: Stream()
-    cuda.current_stream = lambda *device: Stream()
-    cuda.stream = nullcontext
+    # Not the same one, because torch.compile keeps rules by function.
+    for name in ("init", "set_device", "synchronize", "empty_cache", "_sleep"):
+        setattr(cuda, name, lambda *arguments, **options: None)
+    cuda.Stream, cuda.Event = Stream, Event
+    cuda.current_stream = cuda.default_stream = lambda *device: Stream()
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.stream = cuda.device = nullcontext
     OnHost().__enter__()
 
 
