@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import typing
+import zipfile
 
 import flashpack
 import pytest
@@ -306,3 +307,39 @@ def test_arguments_that_a_conversion_has_no_use_for_are_told_in_the_log(safetens
 def test_annotations_resolve():
     for name in commands.__all__:
         assert typing.get_type_hints(getattr(commands, name))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"mask": torch.ones(1).expand(1 << 34)},
+        dict.fromkeys(map(str, range(2000)), torch.ones(1 << 20).as_strided((4096, 1 << 19), (64, 1))),
+    ],
+    ids=["one number", "overlapping rows"],
+)
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_small_pickle_does_not_fill_the_disk(tensors, archive, tmp_path):
+    bomb = tmp_path / "bomb.pt"
+    torch.save(tensors, bomb, _use_new_zipfile_serialization=archive)
+    with pytest.raises(flashpack.FlashPackError, match=r"bomb\.pt has tensors of \d+ bytes in all"):
+        commands.convert_to_flashpack(bomb)
+    assert [path.name for path in tmp_path.iterdir()] == ["bomb.pt"]
+
+
+def test_tied_and_expanded_tensors_are_converted(tmp_path):
+    weight = torch.randn(50, 1000)
+    tied = {f"layers.{i}": weight for i in range(48)} | {"mask": torch.ones(1, 1).expand(300, 300)}
+    torch.save(tied, tmp_path / "tied.pt")
+    assert_bit_equal(flashpack.load_file(commands.convert_to_flashpack(tmp_path / "tied.pt")), tied)
+
+
+def test_an_archive_with_compressed_records_is_not_unpacked(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data/99", bytes(10 << 20))
+    read = []
+    unpack = zipfile.ZipExtFile.read
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda file, n=-1: read.append(file.name) or unpack(file, n))
+    with pytest.raises(flashpack.FlashPackError, match="is damaged"):
+        commands.convert_to_flashpack(tmp_path / "a.pt")
+    assert "a/data/99" not in read

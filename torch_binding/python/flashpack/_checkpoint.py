@@ -20,6 +20,9 @@ from ._repository import blaming, open_regular, plain_name, read_json
 
 _INDEX_SUFFIX = re.compile(r"\.index(\.[^.]+)?\.json$")
 _RECORD_PIECE_BYTES = 1 << 20
+# Models tie dozens of layers, and masks may be one number; no model takes a hundred times its file.
+_MOST_TIMES = 100
+_ALWAYS_ALLOWED_BYTES = 1 << 30
 _SUFFIXES = (".safetensors", ".bin")
 # What transformers and diffusers call their files.
 _STEMS = {
@@ -170,7 +173,19 @@ def _open_pickle(path: Path, mmap: bool) -> dict[str, torch.Tensor]:
         ) from error
     if not isinstance(loaded, dict):
         raise FlashPackError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+    _check_sizes(path, loaded)
     return loaded
+
+
+def _check_sizes(path: Path, tensors: dict[str, Any]) -> None:
+    """Written out, tensors that share memory, or are the same number everywhere, may fill any disk."""
+    total_bytes = sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in tensors.values()
+        if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+    )
+    if total_bytes > _ALWAYS_ALLOWED_BYTES + _MOST_TIMES * path.stat().st_size:
+        raise FlashPackError(f"{path} has tensors of {total_bytes} bytes in all, far more than are in the file")
 
 
 def _check_archive(path: Path) -> None:
@@ -178,6 +193,9 @@ def _check_archive(path: Path) -> None:
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
+                # torch compresses nothing. What is compressed may grow a thousand times while it is read.
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile("a record is compressed")
                 # torch leaves 0 where it is told to make none.
                 if info.CRC != 0:
                     with archive.open(info) as record:
