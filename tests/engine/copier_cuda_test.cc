@@ -174,7 +174,7 @@ TEST_P(DeviceTest, EachCallMayFailOnceAndTheNextLoadIsRight) {
       engine_->load(request(target, CachePolicy::kDirect));
       EXPECT_TRUE(right(target)) << function << " " << nth;
     }
-    cuda().fail(function, 1 << 30, cudaSuccess);
+    cuda().fail(function, 1, cudaSuccess);
   }
 }
 
@@ -288,7 +288,7 @@ TEST_P(DeviceTest, StartingFailsCleanlyAtEachCall) {
       if (!error) {
         EXPECT_TRUE(cuda().failure_pending());
         engine_.reset();
-        cuda().fail(function, 1 << 30, cudaSuccess);
+        cuda().fail(function, 1, cudaSuccess);
         continue;
       }
       const std::string what = error->what();
@@ -419,7 +419,7 @@ TEST_P(DeviceTest, AStoreThatFailsOrIsCancelledLeavesNothing) {
     FileWriter writer = engine_->create(dir_ / "new", {});
     cuda().fail("cudaEventQuery", 4, cudaErrorMemoryAllocation);
     EXPECT_TRUE(error_of([&] { writer.write({{0, bytes_.size(), device}}); }).has_value());
-    cuda().fail("cudaEventQuery", 1 << 30, cudaSuccess);
+    cuda().fail("cudaEventQuery", 1, cudaSuccess);
   }
   {
     const CallersStream stream;
@@ -465,8 +465,7 @@ TEST_P(DeviceTest, HundredsOfRandomLoadsEndInTheRightBytesOrACleanError) {
     if (!error) {
       EXPECT_TRUE(right(target));
     }
-    for (const char* call : {"cudaMemcpyAsync", "cudaEventRecord", "cudaEventQuery"})
-      cuda().fail(call, 1 << 30, cudaSuccess);
+    for (const char* call : {"cudaMemcpyAsync", "cudaEventRecord", "cudaEventQuery"}) cuda().fail(call, 1, cudaSuccess);
   }
   EXPECT_GT(good, 40);
   EXPECT_GT(failed, 15);

@@ -362,7 +362,9 @@ int FakeCuda::captured(cudaStream_t stream) {
 }
 
 void FakeCuda::fail(const std::string& function, int nth, cudaError_t error, bool sticky, int times) {
-  Inside()->failures[function] = {nth, error, sticky, times};
+  Inside impl;
+  impl->failures.erase(function);
+  if (error != cudaSuccess) impl->failures[function] = {nth, error, sticky, times};
 }
 void FakeCuda::unload() {
   Inside impl;

@@ -54,7 +54,7 @@ class FakeCuda {
   int captured(cudaStream_t stream);
 
   /// The `nth` next call of `function` (1: the next) gives `error`, and `times - 1` more; when `sticky`, the context of
-  /// the call fails, and so does every call in it from then on.
+  /// the call fails, and so does every call in it from then on. With cudaSuccess nothing fails any more.
   void fail(const std::string& function, int nth, cudaError_t error, bool sticky = false, int times = 1);
   /// As at the end of a process, until reset(): handles are gone, and every call gives cudaErrorCudartUnloading.
   void unload();
