@@ -84,10 +84,27 @@ def test_tensors_begin_at_multiples_of_256_bytes_whatever_the_file_has(pack, sta
 def test_the_checksums_of_a_file_are_looked_at_wherever_its_tensors_go(pack, stand_ins, caplog):
     path = pack(mixed_tensors())
     with open_footer(path) as footer:
-        payload_bytes = footer.payload_bytes()
+        payload_bytes = footer.native.payload_bytes
     with caplog.at_level("INFO", logger="flashpack"):
         read(path, [list(mixed_tensors())])
     assert f"{payload_bytes} verified" in caplog.text
+
+
+def test_what_devices_read_of_one_piece_is_verified_by_each_of_them(pack, stand_ins):
+    tensors = mixed_tensors()
+    path = pack(tensors)
+    halves = [list(tensors)[::2], list(tensors)[1::2]]
+    assert_bit_equal(read(path, halves, verify="always"), tensors)
+    with open_footer(path) as footer:
+        last = max((entry for entry in footer.entries() if entry.size_bytes), key=lambda entry: entry.offset_bytes)
+    raw = bytearray(path.read_bytes())
+    raw[last.offset_bytes] ^= 1
+    path.write_bytes(raw)
+    for half in halves:
+        with pytest.raises(flashpack.FlashPackError, match="checksum"):
+            read(path, [half], verify="always")
+    with pytest.raises(flashpack.FlashPackError, match="checksum"):
+        read(path, halves, verify="always")
 
 
 @pytest.mark.parametrize("elems", [1000, 100_000, 300_000])
