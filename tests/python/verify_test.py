@@ -159,3 +159,16 @@ def test_verify_takes_three_words(path):
         read_flashpack_file(path, verify="yes")
     with pytest.raises(flashpack.FlashPackError, match="nothing to verify"):
         read_flashpack_file(path, mmap=True, verify="always")
+
+
+@pytest.mark.parametrize("verify", [None, True, False, "sometimes", b"auto"])
+def test_what_is_no_way_to_verify_is_refused(verify, pack):
+    path = pack({"weight": torch.ones(2, 2), "bias": torch.ones(2)})
+    for use in (
+        lambda: flashpack.load_file(path, verify=verify),
+        lambda: flashpack.open_file(path, verify=verify),
+        lambda: flashpack.assign_from_file(torch.nn.Linear(2, 2), path, verify=verify),
+        lambda: flashpack.read_flashpack_file(path, verify=verify),
+    ):
+        with pytest.raises(flashpack.FlashPackError, match="verify must be auto, always or never"):
+            use()

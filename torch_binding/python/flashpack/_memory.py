@@ -9,7 +9,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 
@@ -198,7 +198,9 @@ class ReadOptions(NamedTuple):
 
 
 def supported_device(device: DeviceLike, options: ReadOptions) -> torch.device:
-    """Raises FlashPackError for a device that cannot be read to, or not in that way."""
+    """Raises FlashPackError for a device that cannot be read to, or not in that way, or for no such way."""
+    if options.verify not in get_args(Verify):
+        raise FlashPackError(f"verify must be auto, always or never, got {options.verify!r}")
     try:
         target = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except (RuntimeError, TypeError) as error:
