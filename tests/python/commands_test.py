@@ -309,6 +309,20 @@ def test_annotations_resolve():
         assert typing.get_type_hints(getattr(commands, name))
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_tensors_that_an_index_does_not_list_are_converted_as_the_libraries_load_them(suffix, tmp_path, caplog):
+    first, second = halves()
+    index = save_index(tmp_path / f"m.{suffix}.index.json", {f"m1.{suffix}": first, f"m2.{suffix}": second})
+    if suffix == "bin":
+        torch.save({**second, "epoch": 3}, tmp_path / "m2.bin")
+    content = json.loads(index.read_text())
+    for lost in ("bias", "count"):
+        del content["weight_map"][lost]
+    index.write_text(json.dumps(content))
+    assert_bit_equal(flashpack.load_file(commands.convert_to_flashpack(index)), STATE)
+    assert "does not list, but its files have: bias, count" in caplog.text
+
+
 @pytest.mark.parametrize(
     "tensors",
     [

@@ -216,7 +216,16 @@ def _open_sharded(path: Path) -> dict[str, torch.Tensor]:
         if name not in opened[file]:
             raise FlashPackError(f"{path} says that {name!r} is in {file.name}, but it is not")
         tensors[name] = opened[file][name]
-    return tensors
+    # The libraries load whole files.
+    unlisted = {
+        name: tensor
+        for there in opened.values()
+        for name, tensor in there.items()
+        if name not in tensors and isinstance(tensor, torch.Tensor)
+    }
+    if unlisted:
+        logger.warning("%s does not list, but its files have: %s", path, ", ".join(sorted(unlisted)))
+    return tensors | unlisted
 
 
 def _weight_map(path: Path) -> dict[str, Path]:
