@@ -153,6 +153,9 @@ TEST_P(CudaWorldTest, TheCallersOwnErrorIsLeftToTheCaller) {
 
 // A child has the parent's memory and none of its contexts.
 TEST_P(CudaWorldTest, AForkedChildGetsAClearErrorAndTheParentGoesOn) {
+#if defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "the thread sanitizer wants no threads in forked children";
+#endif
   std::byte* const target = cuda().allocate(bytes_.size());
   Transfer transfer = engine_->start_load(request(target));
   transfer.wait();
