@@ -116,6 +116,7 @@ build_wheel() {
 # What was carried serves where the machine itself has nothing.
 run_carried() {
   local file deb status=0
+  [[ -e $carried/manifest ]] || { echo "nothing is carried: the machine has to have it all" && return; }
   while read -r file; do
     [[ -e $carried/$file ]] || { echo "not carried: $(basename "$file")" && status=1; }
   done <"$carried/manifest"
@@ -148,7 +149,8 @@ use_carried() {
 # The environment of a torch may have no pip.
 pip_install_from() {
   local pip=("$carried"/pip/pip-*.whl)
-  "$python" "${pip[0]}/pip" --quiet --disable-pip-version-check --no-cache-dir install --no-index --no-deps "$@"
+  if [[ -e ${pip[0]} ]]; then pip=("${pip[0]}/pip"); else pip=(-m pip); fi
+  "$python" "${pip[@]}" --quiet --disable-pip-version-check --no-cache-dir install --no-index --no-deps "$@"
 }
 
 install_python_package() {
@@ -222,6 +224,7 @@ run_step() {
   export FLASHPACK_REQUIRE_GPU=1 PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
   command -v ccache >/dev/null || unset CMAKE_CXX_COMPILER_LAUNCHER
   use_carried
+  [[ -e $made/cuda ]] || cuda_of_wheels=()
   "run_$1"
 }
 
@@ -257,7 +260,7 @@ check() {
   mkdir -p "$results" "$made"
   results=$(cd "$results" && pwd)
   rm -f "$results/steps.tsv"
-  for name in ${carried:+carried} "$@"; do
+  for name in carried "$@"; do
     limited "$name"
   done
   "$python" tools/tally.py "$results"
@@ -322,6 +325,7 @@ case ${1:-check} in
   step) run_step "$2" "$3" ;;
   wheel) [[ $# == 2 ]] || { usage >&2 && exit 2; } && build_wheel "$2" ;;
   rehearse) rehearse "${@:2}" ;;
+  sources) source_sum ;;
   fetch) [[ $# == 2 ]] || { usage >&2 && exit 2; } && fetch "$2" ;;
   -h | --help) usage ;;
   *) usage >&2 && exit 2 ;;

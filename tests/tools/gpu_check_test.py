@@ -1,0 +1,76 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Runs the script in a tree of its own, with the given programs first in PATH."""
+    (tmp_path / "tree/tools").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").symlink_to(sys.executable)
+    for name in ("gpu_check.sh", "lib.sh", "tally.py"):
+        shutil.copy(TOOLS / name, tmp_path / "tree/tools")
+
+    def run(*arguments, programs=(), **variables):
+        for name in programs:
+            (tmp_path / "bin" / name).write_text("#!/bin/sh\necho 'GPU 0: of the test'\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "GPU_CHECK_DIR": str(tmp_path), **variables}
+        command = ["bash", tmp_path / "tree/tools/gpu_check.sh", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    run.tree = tmp_path / "tree"
+    return run
+
+
+def test_a_step_that_is_none_is_refused_before_anything_is_done(check):
+    done = check("check", "out", "load", "tabel", programs=["nvidia-smi"])
+    assert done.returncode == 1
+    assert done.stderr == "no such step: tabel\n"
+    assert not (check.tree / "out").exists()
+
+
+def test_what_should_have_been_carried_and_is_not_is_named(check):
+    carried = check.tree / ".gpu"
+    (carried / "debs").mkdir(parents=True)
+    (carried / "manifest").write_text("debs/liburing-dev_2.3-3_amd64.deb\npip/pip-26-none-any.whl\n")
+    (carried / "pip").mkdir()
+    (carried / "pip/pip-26-none-any.whl").touch()
+    done = check("step", "carried", "out")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[0] == "not carried: liburing-dev_2.3-3_amd64.deb"
+    assert "not carried: pip" not in done.stdout
+
+
+def test_without_anything_carried_the_machine_has_to_have_it(check):
+    done = check("step", "carried", "out")
+    assert (done.returncode, done.stdout) == (0, "nothing is carried: the machine has to have it all\n")
+
+
+def test_steps_for_which_no_time_is_left_have_failed(check):
+    done = check("check", "out", "load", "table", programs=["nvidia-smi"], GPU_CHECK_SECONDS="0")
+    assert done.returncode == 1
+    lines = [f"{name}: no time is left" for name in ("carried", "load", "table")]
+    assert done.stdout.splitlines()[:4] == ["GPU 0: of the test", *lines]
+    assert done.stdout.endswith("0 passed, 3 failed\n")
+
+
+def test_a_wheel_of_other_sources_is_not_taken(check):
+    for name in ("CMakeLists.txt", "pyproject.toml", "LICENSE"):
+        (check.tree / name).write_text(name)
+    for name in ("engine", "include", "torch_binding"):
+        (check.tree / name).mkdir()
+    sums = []
+    for text in ("a", "b", "a"):
+        (check.tree / "engine/engine.cc").write_text(text)
+        (check.tree / "engine/engine.pyc").write_text(str(len(sums)))
+        sums.append(check("sources").stdout)
+    assert sums[0] == sums[2] != sums[1]
