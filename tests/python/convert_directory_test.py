@@ -368,3 +368,31 @@ def test_modules_of_other_libraries_are_not_imported_for_a_pipeline(tmp_path):
     (tmp_path / "source" / "model_index.json").write_text(json.dumps({**index, "unet": ["antigravity", "geohash"]}))
     with pytest.raises(FlashPackError, match="geohash of antigravity"):
         commands.convert_to_flashpack(tmp_path / "source", tmp_path / "out", use_diffusers=True)
+
+
+def test_the_weights_that_a_configuration_of_transformers_names_are_converted(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4)
+    )
+    model.save_pretrained(tmp_path)
+    names = names_in(tmp_path)
+    shutil.copyfile(tmp_path / "model.safetensors", tmp_path / "named.safetensors")
+    safetensors.torch.save_file({"other": torch.ones(1)}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def naming(name):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+        return tmp_path
+
+    commands.convert_to_flashpack(naming("named.safetensors"))
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).state_dict()
+    converted = flashpack.load_file(tmp_path / "model.flashpack")
+    assert_bit_equal(converted, {name: loaded[name] for name in converted})
+    assert "transformer.wte.weight" in converted
+    for name in ("../named.safetensors", ["named.safetensors"], "/etc/passwd", ""):
+        with pytest.raises(FlashPackError, match=r"config\.json names .*, which is no file beside it"):
+            commands.convert_to_flashpack(naming(name), tmp_path / "out")
+    with pytest.raises(FlashPackError, match="no safetensors"):
+        commands.convert_to_flashpack(naming("missing.safetensors"), tmp_path / "out")
+    assert names_in(tmp_path) == sorted([*names, "named.safetensors", "model.flashpack"])

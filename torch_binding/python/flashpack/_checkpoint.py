@@ -54,10 +54,16 @@ def weight_patterns(suffix: str, variant: str | None) -> list[str]:
 def find_checkpoint(directory: Path, variant: str | None = None) -> Path | None:
     """The file, or the index of the files, with the weights of the model in `directory`: that which its library loads.
 
-    Safetensors are preferred. A lone safetensors file may have any name.
+    Safetensors are preferred. A lone safetensors file may have any name. What a configuration of transformers names as
+    `transformers_weights` comes before all.
     """
+    config = _config_of(directory)
+    named = config.get("transformers_weights") if _library_of(config) == "transformers" else None
+    if named is not None:
+        path = directory / plain_name(directory / "config.json", named)
+        return path if path.is_file() else None
     sets = [(library, suffix) for suffix in _SUFFIXES for library in _STEMS]
-    if home := _library_of(directory):
+    if home := _library_of(config):
         sets.sort(key=lambda each: each[0] != home)
     for name in (name for library, suffix in sets for name in _names(library, suffix, variant)):
         if (directory / name).is_file():
@@ -102,12 +108,16 @@ def files_of(path: Path) -> list[Path]:
     return [path, *sorted(set(_weight_map(path).values()))] if is_index(path) else [path]
 
 
-def _library_of(directory: Path) -> str | None:
-    """The one whose model is in `directory`, if its configuration says so."""
+def _config_of(directory: Path) -> dict[str, Any]:
+    """Empty if there is none that can be read."""
     try:
-        config = read_json(directory / "config.json")
+        return read_json(directory / "config.json")
     except (FlashPackError, OSError):
-        return None
+        return {}
+
+
+def _library_of(config: dict[str, Any]) -> str | None:
+    """The one whose model it is the configuration of, if it says so."""
     if "_class_name" in config:
         return "diffusers"
     return "transformers" if config.keys() & {"architectures", "model_type"} else None
