@@ -52,8 +52,8 @@ def build_model(
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise FlashPackError(
-            f"{home} lacks {len(missing)} tensors that {type(model).__name__} has (e.g., {', '.join(map(repr, missing[:3]))}), "
-            f"which would be packed with random values"
+            f"{home} lacks {len(missing)} tensors that {type(model).__name__} has "
+            f"(e.g., {', '.join(map(repr, missing[:3]))}), which would be packed with random values"
         )
     if not isinstance(model, torch.nn.Module):
         raise FlashPackError(f"{cls.__name__} of {home} is not a torch.nn.Module")

@@ -181,7 +181,9 @@ def blaming(path: StrPath, passed: tuple[type[BaseException], ...] = ()) -> Iter
     except unchanged:
         raise
     except Exception as error:
-        raise FlashPackError(f"{os.fspath(path)} cannot be used: {type(error).__name__}: {in_one_line(error)}") from error
+        raise FlashPackError(
+            f"{os.fspath(path)} cannot be used: {type(error).__name__}: {in_one_line(error)}"
+        ) from error
 
 
 def _checked_config(path: Path) -> dict[str, Any]:

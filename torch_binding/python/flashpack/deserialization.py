@@ -25,9 +25,9 @@ from ._footer import (
     is_flashpack_file,
     open_footer,
 )
+from ._logging import in_one_line
 from ._memory import Filled, ReadOptions, ReadRegions, Region, Span, read_regions, read_tensors, supported_device
 from ._meta_init import warn_of_meta
-from ._logging import in_one_line
 from ._native import FlashPackError
 from ._own_code import run_own_code
 from ._progress import progress_bar
@@ -316,7 +316,9 @@ def _blamed_on(model: torch.nn.Module, footer: Footer, *kinds: type[Exception]) 
     except torch.OutOfMemoryError:  # Callers tell it by its class.
         raise
     except kinds as error:
-        raise FlashPackError(f"Error while assigning to {type(model).__name__} from {footer.path}: {in_one_line(error)}") from error
+        raise FlashPackError(
+            f"Error while assigning to {type(model).__name__} from {footer.path}: {in_one_line(error)}"
+        ) from error
 
 
 def _read_blocks(

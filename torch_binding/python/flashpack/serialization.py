@@ -191,7 +191,9 @@ def _check_writable(name: object, tensor: object) -> None:
     if tensor.is_meta:
         raise FlashPackError(f"cannot pack {name!r}: it is on the meta device and has no bytes")
     if tensor.numel() and not _address_of(tensor):
-        raise FlashPackError(f"cannot pack {name!r}: it has no memory, as inside of torch.func, or if all of it is zero")
+        raise FlashPackError(
+            f"cannot pack {name!r}: it has no memory, as inside of torch.func, or if all of it is zero"
+        )
 
 
 def _address_of(tensor: torch.Tensor) -> int:
