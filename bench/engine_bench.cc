@@ -1,6 +1,8 @@
 // Host loads and stores of a checkpoint, each beside the least code that moves the same bytes, in turns and in the same
 // state of the page cache. One line per state of cache and memory; the figures are medians over the rounds.
 #include <benchmark/benchmark.h>
+#include <fcntl.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -17,6 +19,7 @@
 #include "bench/support/checkpoint.h"
 #include "bench/support/huge_memory.h"
 #include "bench/support/measure.h"
+#include "bench/support/open_file.h"
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
 #include "flashpack/engine.h"
@@ -204,6 +207,33 @@ void bench_verified(benchmark::State& state, const Setup& setup, Cache cache) {
   bench_in_turns(state, setup, {{verified, none}, {plain, none}}, stats, cache);
 }
 
+// What a small load costs by itself: one after the other, of cached bytes.
+void bench_small(benchmark::State& state, const Setup& setup) {
+  constexpr std::uint64_t kLoads = 1000;
+  constexpr std::uint64_t kBytes = 16 << 10;
+  const std::filesystem::path& path = setup.checkpoint.path();
+  const std::uint64_t step_bytes = setup.checkpoint.metadata().payload_bytes / kLoads;
+  TransferStats stats;
+  const auto one_by_one = [&](const auto& load) {
+    return [&, load](std::byte* target) {
+      for (std::uint64_t i = 0; i < kLoads; ++i) load(i * step_bytes, target + i * kBytes);
+    };
+  };
+  const auto ours = [&](std::uint64_t offset, std::byte* target) {
+    stats = setup.engine.load({.files = {{.path = path, .extents = {{offset, kBytes, target}}}}});
+  };
+  const auto raw = [&](std::uint64_t offset, std::byte* target) {
+    const OpenFile file(path, O_RDONLY);
+    if (::pread(file.fd(), target, kBytes, static_cast<off_t>(offset)) != kBytes) throw file.error("pread");
+  };
+  setup.touched.touch();
+  std::vector<Contender> all{{one_by_one(ours), Series(kLoads * kBytes)}, {one_by_one(raw), Series(kLoads * kBytes)}};
+  run_rounds(state, all,
+             [&](const Contender& each) { return run_once(setup, each, Cache::kResident, Memory::kTouched); });
+  report(state, all, stats);
+  state.counters["cpu_us/load"] = all.front().series.cpu_s_per_gb() * kBytes / 1e3;
+}
+
 // Replacing a file costs the freeing of its blocks, too.
 enum class Place { kNew, kTaken };
 
@@ -308,6 +338,7 @@ void register_all(const Setup& setup, int rounds) {
   add_load("load/page_cache/fresh_memory", Cache::kResident, Memory::kFresh);
   add_load("load/half_resident/halves", Cache::kHalves, Memory::kTouched);
   add_load("load/half_resident/stripes", Cache::kStripes, Memory::kTouched);
+  add("load/page_cache/small_one_by_one", [&](benchmark::State& state) { bench_small(state, setup); });
   add("load/cold/workers_beside_ring", [&](benchmark::State& state) { bench_workers(state, setup); });
   add("load/cold/through_slots_beside_in_place", [&](benchmark::State& state) { bench_through_slots(state, setup); });
   const auto add_verified = [&](const char* name, Cache cache) {

@@ -27,6 +27,9 @@ namespace {
 
 using engine::argument_error;
 
+// Less than a thread reads from the page cache while another one is woken for it.
+constexpr std::uint32_t kAtOnceBytes = 256 << 10;
+
 EngineOptions checked(EngineOptions options) {
   constexpr std::uint32_t kMaxChunkBytes = std::uint32_t{1} << 30;
   if (!std::has_single_bit(options.chunk_bytes) || options.chunk_bytes < (1u << 20) ||
@@ -158,7 +161,8 @@ void Engine::Impl::build(Machine& machine) {
   const engine::Pipeline::Limits limits{.queue_depth = options_.queue_depth,
                                         .worker_depth = 4 * options_.workers,
                                         .chunk_bytes = options_.chunk_bytes,
-                                        .slots = slots};
+                                        .slots = slots,
+                                        .at_once_bytes = kAtOnceBytes};
   const unsigned tags = engine::Pipeline::tag_limit(limits);
   try {
     machine.ring = make_ring(options_.backend, tags, {staging.slots().begin(), staging.slots().begin() + slots});

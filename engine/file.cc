@@ -70,7 +70,7 @@ File File::open(const std::filesystem::path& path, const std::optional<FileIdent
   if (!S_ISREG(status.st_mode)) throw file_error(Errc::kInvalidArgument, "open (not a regular file)", path);
   file.identity_ = identity_of(status);
   if (expected && *expected != file.identity_) throw file_error(Errc::kFileChanged, "open", path);
-  if (want_direct) file.open_direct(O_RDONLY);
+  if (want_direct) file.open_direct();
   return file;
 }
 
@@ -79,7 +79,7 @@ File File::created(std::filesystem::path path, UniqueFd fd) {
   struct stat status{};
   if (ask(file.buffered_fd(), status)) {
     file.identity_ = identity_of(status);
-    file.open_direct(O_WRONLY);
+    file.open_direct_for(O_WRONLY);
   } else {
     file.direct_error_ = errno;
   }
@@ -92,7 +92,9 @@ std::optional<FileIdentity> File::identity_at(const std::filesystem::path& path)
   return identity_of(status);
 }
 
-void File::open_direct(int access) {
+void File::open_direct() { open_direct_for(O_RDONLY); }
+
+void File::open_direct_for(int access) {
   wanted_direct_ = true;
   const std::optional<Alignment> alignment = direct_io_alignment(buffered_fd());
   direct_error_ = EOPNOTSUPP;

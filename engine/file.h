@@ -20,6 +20,9 @@ class File {
   static File open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
                    UniqueFd opened = {});
 
+  /// Opens it for direct reads as well, where the file system allows it.
+  void open_direct();
+
   /// The identity of what stands at `path` now; none when that cannot be told.
   static std::optional<FileIdentity> identity_at(const std::filesystem::path& path) noexcept;
 
@@ -50,7 +53,7 @@ class File {
 
  private:
   File(std::filesystem::path path, UniqueFd buffered) : path_(std::move(path)), buffered_(std::move(buffered)) {}
-  void open_direct(int access);
+  void open_direct_for(int access);
 
   std::filesystem::path path_;
   UniqueFd buffered_;

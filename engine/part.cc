@@ -9,6 +9,8 @@
 #include <system_error>
 
 #include "engine/error.h"
+#include "engine/residency.h"
+#include "engine/workers.h"
 
 namespace flashpack::engine {
 
@@ -41,10 +43,38 @@ void count_for(const Checksums& checksums, Part& part) {
   }
 }
 
-void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes) {
+// Where the bytes of a small load are in the page cache, to hand them from thread to thread costs more than to read
+// them. Never waits for the disk.
+bool read_at_once(Part& part, const File& file, std::uint32_t at_once_bytes) {
+  const std::span<const Piece> pieces = part.pieces[0];
+  if (pieces.empty() || !part.pieces[1].empty() || part.checksums || part.cache == CachePolicy::kDirect) return false;
+  std::uint64_t begin = file.identity().size_bytes;
+  std::uint64_t end = 0;
+  std::uint64_t bytes = 0;
+  for (const Piece& piece : pieces) {
+    begin = std::min(begin, piece.offset_bytes);
+    end = std::max(end, piece.offset_bytes + piece.size_bytes);
+    bytes += piece.size_bytes;
+  }
+  if (end > file.identity().size_bytes || end - begin > at_once_bytes || bytes > at_once_bytes) return false;
+  if (part.cache == CachePolicy::kAuto) {
+    Residency residency(file.buffered_fd());
+    if (!residency.cached(begin, end - begin)) return false;
+    part.fallback_reason = residency.fallback_reason();
+  }
+  if (part.claimed.exchange(true)) return false;
+  const bool read = read_without_waiting(file.buffered_fd(), pieces) == 0;
+  if (read) part.read_bytes = bytes;
+  if (!read) part.claimed = false;
+  return read;
+}
+
+void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes, std::uint32_t at_once_bytes) {
   const bool want_direct = part.cache != CachePolicy::kBuffered;
   const bool may_be_opened_again = !part.given && !part.alone;
-  part.open = files.open(part.path, part.expected, want_direct, std::move(part.given));
+  part.open = files.open(part.path, part.expected, want_direct, std::move(part.given),
+                         [&](const File& file) { return read_at_once(part, file, at_once_bytes); });
+  if (part.read_bytes > 0) return;
   const File& file = part.file();
   const std::error_code direct_error = errno_code(want_direct && file.direct_fd() < 0 ? file.direct_error() : 0);
   if (may_be_opened_again && no_descriptors(direct_error)) {
@@ -112,18 +142,29 @@ std::shared_ptr<OpenFile> FileTable::find(const std::filesystem::path& path,
 }
 
 std::shared_ptr<OpenFile> FileTable::open(const std::filesystem::path& path,
-                                          const std::optional<FileIdentity>& expected, bool want_direct,
-                                          UniqueFd given) {
-  if (given) return std::make_shared<OpenFile>(File::open(path, expected, want_direct, std::move(given)));
-  if (auto shared = find(path, expected, want_direct)) return shared;
-  auto opened = std::make_shared<OpenFile>(File::open(path, expected, want_direct));
+                                          const std::optional<FileIdentity>& expected, bool want_direct, UniqueFd given,
+                                          const std::function<bool(const File&)>& serve) {
+  const bool own = !given;
+  if (auto shared = own ? find(path, expected, want_direct) : nullptr) {
+    if (serve) serve(shared->file);
+    return shared;
+  }
+  File file = File::open(path, expected, false, std::move(given));
+  const bool served = serve && serve(file);
+  if (want_direct && !served) file.open_direct();
+  auto opened = std::make_shared<OpenFile>(std::move(file));
+  if (served || !own) return opened;
   const std::lock_guard lock(mutex_);
   open_[path] = opened;
   return opened;
 }
 
-void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes) noexcept {
-  catch_failure(part, "open", [&] { open_and_plan(part, files, chunk_bytes); });
+void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes, std::uint32_t at_once_bytes) noexcept {
+  catch_failure(part, "open", [&] { open_and_plan(part, files, chunk_bytes, at_once_bytes); });
+  if (part.failure || part.read_bytes == 0) return;
+  check_part(part);
+  const std::shared_ptr<OpenFile> closed_last = std::move(part.open);
+  part.checked = true;
 }
 
 bool no_descriptors(std::error_code error) {

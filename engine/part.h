@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -69,8 +70,11 @@ struct Place {
 class FileTable {
  public:
   /// The file of `given` or, without it, what stands at `path` now. May block. Throws: Error, as File::open().
+  /// `serve`, if given, is shown the file as soon as it can be read through the page cache; when that is all that was
+  /// wanted, and it says so, the file is neither opened for direct reads nor shared.
   std::shared_ptr<OpenFile> open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected,
-                                 bool want_direct, UniqueFd given = {});
+                                 bool want_direct, UniqueFd given = {},
+                                 const std::function<bool(const File&)>& serve = {});
 
  private:
   std::shared_ptr<OpenFile> find(const std::filesystem::path& path, const std::optional<FileIdentity>& expected,
@@ -91,7 +95,6 @@ struct Part {
   std::optional<Checksums> checksums;
   CachePolicy cache = CachePolicy::kAuto;
   std::array<std::vector<Piece>, 2> pieces;  // On the host, on the device; until they are planned.
-  std::uint64_t requested_bytes = 0;
 
   // These belong to the open file.
   std::shared_ptr<OpenFile> open;
@@ -103,7 +106,10 @@ struct Part {
   std::string fallback_reason;
   std::optional<Failure> failure;
   std::uint64_t verified_bytes = 0;
-  std::atomic<bool> checked = false;  // close_part() has nothing left to do but to close.
+  std::uint64_t read_bytes = 0;       // All of it, where open_part() has read it.
+  std::atomic<bool> checked = false;  // The thread that has it has nothing left to do but to close.
+  std::atomic<bool> claimed =
+      false;  // By open_part(), to read into its pieces, or by the driver, to keep it from that.
 
   // The driver's alone.
   TransferState* transfer = nullptr;
@@ -121,8 +127,9 @@ struct Part {
   const File& file() const noexcept { return open->file; }
 };
 
-/// Opens the file of a load, looks whether it is as expected, and plans its chunks. May block for ever.
-void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes) noexcept;
+/// Opens the file of a load, looks whether it is as expected, and plans its chunks. What is no more than
+/// `at_once_bytes` and in the page cache is read here, checked, and the file closed. May block for ever.
+void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes, std::uint32_t at_once_bytes = 0) noexcept;
 
 /// Whether a load has got what it asked for: the file is as it was, the bytes fit their checksums. May block for ever.
 void check_part(Part& part) noexcept;

@@ -44,13 +44,15 @@ namespace flashpack::engine {
 /// A chunk for a device waits with its slot until the caller's stream has come far enough.
 ///
 /// Files are opened when their turn comes, a bounded number at a time, and closed when their bytes are there, both by
-/// threads of the pool: whatever may block in a file system stays away from the driver. An operation that the kernel
-/// does not give back is stuck: when it is late, or its transfer has failed and it is abandoned. It keeps its memory
-/// and holds up its transfer, but no longer counts against the depth, and its slot is made up for, so that others go
-/// on. kStuckLimit bounds what can be stuck; a file that has many of them gets no more when half of that is used up,
-/// and a file system when three quarters are. Files do not count against those that may be open at a time while
-/// something is late in their file system; of those one mount point has at most half of what the others leave, and one
-/// directory a third, for a link may lead to another file system. The rest of its loads is parked.
+/// threads of the pool: whatever may block in a file system stays away from the driver. Of a file of which little is
+/// wanted, all of it cached, the thread that opens it does the rest, too, and the driver sees no chunk of it. An
+/// operation that the kernel does not give back is stuck: when it is late, or its transfer has failed and it is
+/// abandoned. It keeps its memory and holds up its transfer, but no longer counts against the depth, and its slot is
+/// made up for, so that others go on. kStuckLimit bounds what can be stuck; a file that has many of them gets no more
+/// when half of that is used up, and a file system when three quarters are. Files do not count against those that may
+/// be open at a time while something is late in their file system; of those one mount point has at most half of what
+/// the others leave, and one directory a third, for a link may lead to another file system. The rest of its loads is
+/// parked.
 ///
 /// run() is called by one thread, the driver; it does no byte work, never blocks in a file system, and allocates
 /// nothing per chunk.
@@ -61,7 +63,8 @@ class Pipeline final : public Driver {
     std::uint32_t worker_depth;  ///< Of each kind of work, given to the workers at a time; enough that they stay busy
                                  ///< while the driver sleeps.
     std::uint32_t chunk_bytes;
-    std::uint32_t slots;  ///< In use at a time, of those there are; the others stand in for stuck ones.
+    std::uint32_t slots;              ///< In use at a time, of those there are; the others stand in for stuck ones.
+    std::uint32_t at_once_bytes = 0;  ///< A file's share of a load up to this is read where it is opened, if cached.
   };
 
   /// Operations that the kernel keeps, beyond those that are under way.

@@ -20,6 +20,7 @@ class Pipeline::FileTask final : public Pool::Task {
         check_(closing_ && !transfer_->failure),
         drop_(closing_ && transfer_->after == AfterLoad::kDrop && transfer_->stats.buffered_bytes > 0),
         chunk_bytes_(pipeline.limits_.chunk_bytes),
+        at_once_bytes_(transfer_->after == AfterLoad::kDrop ? 0 : pipeline.limits_.at_once_bytes),
         files_(pipeline.files_),
         inbox_(pipeline.inbox_) {
     // Not the descriptor: while its close hangs, the number is another file's already.
@@ -30,7 +31,7 @@ class Pipeline::FileTask final : public Pool::Task {
 
   void run() noexcept override {
     const std::unique_ptr<FileTask> self(this);
-    closing_ ? close() : open_part(part_, *files_, chunk_bytes_);
+    closing_ ? close() : open_part(part_, *files_, chunk_bytes_, at_once_bytes_);
     inbox_->answer(std::move(transfer_), part_);
   }
 
@@ -51,6 +52,7 @@ class Pipeline::FileTask final : public Pool::Task {
   const bool check_;
   const bool drop_;
   const std::uint32_t chunk_bytes_;
+  const std::uint32_t at_once_bytes_;
   const std::shared_ptr<FileTable> files_;
   const std::shared_ptr<Inbox> inbox_;
 };
@@ -190,7 +192,7 @@ void Pipeline::on_answer(Part& part) {
   leave_places(part);
   if (std::exchange(part.late, false)) --late_parts_;
   if (part.awaited) --part.transfer->outstanding;
-  if (std::exchange(part.state, Part::State::kDone) == Part::State::kOpening) return on_opened(part);
+  if (std::exchange(part.state, Part::State::kDone) == Part::State::kOpening && !part.checked) return on_opened(part);
   --open_parts_;
   max_open_parts_ = std::min(max_open_parts_ + 1, kMaxOpenParts);
   stop_waiting_for(part);
@@ -258,7 +260,12 @@ void Pipeline::stop_waiting_for(Part& part) {
   TransferState& transfer = *part.transfer;
   --transfer.parts_awaited;
   const bool found_out = part.state == Part::State::kDone || part.checked;
-  if (found_out) transfer.stats.verified_bytes += part.verified_bytes;
+  if (found_out) {
+    transfer.stats.verified_bytes += part.verified_bytes;
+    transfer.stats.buffered_bytes += part.read_bytes;
+    transfer.stats.operations += part.read_bytes > 0;
+    transfer.done_bytes += part.read_bytes;
+  }
   if (found_out && part.failure && !transfer.failure) return give_up(transfer, part.failure->error());
   settle(transfer);
 }
@@ -281,7 +288,7 @@ void Pipeline::look_for_late_parts() {
   for (std::size_t i = with_threads_.size(); i-- > 0;) {
     Part& part = *with_threads_[i];
     if (!part.late && now_ - part.since >= kLate) set_late(part);
-    const bool closes = part.state == Part::State::kClosing && (part.checked || part.transfer->failure);
+    const bool closes = part.checked || (part.state == Part::State::kClosing && part.transfer->failure);
     if (part.late && closes && part.awaited) {
       --part.transfer->outstanding;
       stop_waiting_for(part);
@@ -301,8 +308,9 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
       parked_.erase(part.turn);
     }
     if (part.state == Part::State::kDone && part.given) pool_.post(*new CloseTask(std::move(part.given)));
-    const bool left_to_its_thread =
-        part.state == Part::State::kOpening || (part.state == Part::State::kClosing && part.late);
+    // Not while it may read into memory that is the caller's at the end of the transfer.
+    const bool opens = part.state == Part::State::kOpening && (part.checked || !part.claimed.exchange(true));
+    const bool left_to_its_thread = opens || (part.state == Part::State::kClosing && part.late);
     if (!left_to_its_thread && part.state != Part::State::kDone) continue;
     if (!std::exchange(part.awaited, false)) continue;
     --transfer.parts_awaited;

@@ -113,14 +113,9 @@ std::int64_t read_pieces(int fd, std::span<const Piece> pieces) {
 
 // File systems that cannot tell what would wait read as usual. Errors are left to the read that may wait.
 std::int64_t read_cached(int fd, std::span<const Piece> pieces) {
-  for (auto rest = pieces; !rest.empty();) {
-    const auto run = rest.first(run_length(rest));
-    const int error = read_run(fd, run, RWF_NOWAIT);
-    if (error == EOPNOTSUPP) return read_pieces(fd, pieces);
-    if (error != 0) return -EAGAIN;
-    rest = rest.subspan(run.size());
-  }
-  return sum_of(pieces);
+  const int error = read_without_waiting(fd, pieces);
+  if (error == EOPNOTSUPP) return read_pieces(fd, pieces);
+  return error != 0 ? -EAGAIN : sum_of(pieces);
 }
 
 std::int64_t read_through_cache(const IoRequest& request) {
@@ -277,6 +272,15 @@ std::int64_t carry_out(const IoRequest& request) {
   const std::int64_t result = move_bytes(request);
   if (request.sums) count(request, result);
   return result;
+}
+
+int read_without_waiting(int fd, std::span<const Piece> pieces) {
+  while (!pieces.empty()) {
+    const auto run = pieces.first(run_length(pieces));
+    if (const int error = read_run(fd, run, RWF_NOWAIT)) return error;
+    pieces = pieces.subspan(run.size());
+  }
+  return 0;
 }
 
 void clear_gaps(const IoRequest& request) {

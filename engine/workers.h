@@ -14,6 +14,10 @@ namespace flashpack::engine {
 /// Does what `request` says, in the calling thread. Returns what IoCompletion::result says.
 std::int64_t carry_out(const IoRequest& request);
 
+/// Reads `pieces` from the page cache alone. 0, or an errno: then some of them may have been read, too. EOPNOTSUPP: the
+/// file system cannot tell what would wait.
+int read_without_waiting(int fd, std::span<const Piece> pieces);
+
 /// Of a kGather: makes zeros of what no piece goes to. In a store these are little.
 void clear_gaps(const IoRequest& request);
 

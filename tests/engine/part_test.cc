@@ -5,6 +5,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cstring>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -74,6 +77,46 @@ TEST_F(PartTest, AnotherFileThanExpectedIsRefusedThoughItIsOpen) {
   FileIdentity other = open->file.identity();
   ++other.mtime_ns;
   EXPECT_THROW(files_.open(path_, other, true), Error);
+}
+
+TEST_F(PartTest, LittleThatIsCachedIsReadWhereTheFileIsOpened) {
+  const flashpack::testing::HeldInCache held(path_);
+  for (const CachePolicy policy : {CachePolicy::kAuto, CachePolicy::kBuffered}) {
+    flashpack::testing::GuardedMemory memory(1000);
+    auto wanted = part({{kMiB, 500, memory.data()}, {kMiB + 1000, 500, memory.data() + 500}});
+    wanted->cache = policy;
+    open_part(*wanted, files_, kMiB, 4096);
+    EXPECT_FALSE(wanted->failure);
+    EXPECT_TRUE(wanted->checked);
+    EXPECT_EQ(wanted->read_bytes, 1000u);
+    EXPECT_EQ(wanted->open, nullptr);
+    EXPECT_EQ(std::memcmp(memory.data(), bytes_.data() + kMiB, 500), 0);
+    EXPECT_EQ(std::memcmp(memory.data() + 500, bytes_.data() + kMiB + 1000, 500), 0);
+    EXPECT_TRUE(memory.intact());
+  }
+}
+
+TEST_F(PartTest, WhatTheDriverHasClaimedOrIsToBeReadInAnotherWayIsNotReadWhereTheFileIsOpened) {
+  const flashpack::testing::HeldInCache held(path_);
+  flashpack::testing::GuardedMemory memory(1000);
+  std::fill_n(memory.data(), memory.size(), std::byte{});
+  const std::vector<std::function<void(Part&)>> ways = {
+      [](Part& part) { part.claimed = true; },
+      [](Part& part) { part.cache = CachePolicy::kDirect; },
+      [](Part& part) { part.pieces[0][0].offset_bytes = kMiB; },  // Too far from the other.
+      [](Part& part) { part.pieces[1].push_back({0, 1, part.pieces[0][0].memory}); },
+      [](Part& part) { part.checksums = Checksums{.size_bytes = 10, .crc32c = {1}}; },
+  };
+  for (const auto& way : ways) {
+    auto wanted = part({{0, 500, memory.data()}, {500, 500, memory.data() + 500}});
+    way(*wanted);
+    open_part(*wanted, files_, kMiB, 4096);
+    EXPECT_FALSE(wanted->failure);
+    EXPECT_FALSE(wanted->checked);
+    EXPECT_NE(wanted->open, nullptr);
+    EXPECT_EQ(wanted->read_bytes, 0u);
+  }
+  EXPECT_EQ(std::count(memory.data(), memory.data() + memory.size(), std::byte{}), 1000);
 }
 
 TEST_F(PartTest, WhatIsWrongWithTheFileIsKeptForTheTransfer) {

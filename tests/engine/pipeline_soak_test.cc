@@ -162,7 +162,10 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
                                             .uncached_percent = up_to(50)};
     const bool hangs = chance(hanging_rig_percent_);
     const auto slots = static_cast<std::uint32_t>(hangs ? 2 * Rig::kQueueDepth : 2 + below(3));
-    Rig rig(static_cast<unsigned>(random_()), faults, shape_, kChunkBytes, slots, nullptr, hangs ? slots : 0);
+    // Some that read little at once, past the faulty queues.
+    const std::uint32_t at_once_bytes = chance(20) ? 64u << 10 : 0;
+    Rig rig(static_cast<unsigned>(random_()), faults, shape_, kChunkBytes, slots, nullptr, hangs ? slots : 0,
+            at_once_bytes);
     const auto shrinking = dir_ / "shrinking";
     flashpack::testing::write_file(shrinking, bytes_[0]);
     std::deque<std::pair<std::size_t, Started>> running;

@@ -1,6 +1,7 @@
 // A file system that does not answer holds up its own transfers and nothing else.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -400,6 +401,25 @@ TEST_P(HangTest, AStoreThatHangsWhereverItDoesHoldsUpNoLoadOfAnotherFileSystem) 
     fs_->release();
     EXPECT_NO_THROW(stored.get());
   }
+}
+
+// Into memory whose pages come from a file that hangs.
+TEST_P(HangTest, ACancelledSmallLoadEndsWhenNobodyWritesIntoItsMemoryAnyMore) {
+  const testing::HeldInCache held(dir_ / "other");
+  const int fd = ::open((*fs_ / "stuck").c_str(), O_RDONLY | O_CLOEXEC);
+  void* const memory = ::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+  ::close(fd);
+  ASSERT_NE(memory, MAP_FAILED);
+  fs_->hold("read", "stuck");
+  Transfer transfer = engine_->start_load({.files = {{.path = dir_ / "other", .extents = {{0, 4096, memory}}}}});
+  EXPECT_TRUE(fs_->wait_until_held("read", "stuck"));
+  transfer.cancel();
+  expect_that_others_go_on();
+  EXPECT_FALSE(transfer.wait_for(std::chrono::seconds(0)));
+  fs_->release();
+  EXPECT_TRUE(transfer.wait_for(kHang));
+  EXPECT_EQ(transfer.error(), Errc::kCancelled);
+  ::munmap(memory, 4096);
 }
 
 TEST_P(HangTest, ABufferedLoadGoesOnThoughTheFileThatHadItsDescriptorDoesNotClose) {

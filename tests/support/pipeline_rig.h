@@ -27,10 +27,14 @@ class PipelineRig {
 
   /// `spare_slots` stand in for stuck ones.
   PipelineRig(unsigned seed, Faults faults, Shape shape = Shape::kRealWorkers, std::uint32_t chunk_bytes = 1u << 20,
-              std::uint32_t slots = 3, engine::Copier* copier = nullptr, std::uint32_t spare_slots = 0)
+              std::uint32_t slots = 3, engine::Copier* copier = nullptr, std::uint32_t spare_slots = 0,
+              std::uint32_t at_once_bytes = 0)
       : staging_(std::uint64_t{slots + spare_slots} * chunk_bytes, chunk_bytes), disk_(seed, faults) {
-    const engine::Pipeline::Limits limits{
-        .queue_depth = kQueueDepth, .worker_depth = kQueueDepth, .chunk_bytes = chunk_bytes, .slots = slots};
+    const engine::Pipeline::Limits limits{.queue_depth = kQueueDepth,
+                                          .worker_depth = kQueueDepth,
+                                          .chunk_bytes = chunk_bytes,
+                                          .slots = slots,
+                                          .at_once_bytes = at_once_bytes};
     pool_.emplace(2u);
     if (shape == Shape::kRealWorkers) {
       workers_ = std::make_unique<engine::Workers>(*pool_, engine::Pipeline::tag_limit(limits), &disk_);
