@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 #include <iterator>
 #include <map>
@@ -159,7 +160,19 @@ cudaError_t cudaMemcpy(void* target, const void* source, std::size_t size_bytes,
   return cudaStreamSynchronize(nullptr);
 }
 
-cudaError_t cudaDeviceSynchronize() { return cudaStreamSynchronize(nullptr); }
+cudaError_t cudaDeviceSynchronize() {
+  if (const auto error = Inside()->enter("cudaDeviceSynchronize", Kind::kUnsafe)) return error;
+  const auto idle = [] {
+    Inside impl;
+    impl->do_some();
+    const auto all = impl->all_streams();
+    return std::all_of(all.begin(), all.end(), [&](CUstream_st* stream) {
+      return stream->context != &impl->context() || stream->queue.empty();
+    });
+  };
+  while (!idle()) std::this_thread::yield();
+  return cudaSuccess;
+}
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void* data) {
   Inside impl;
