@@ -72,12 +72,13 @@ TEST_P(CudaWorldTest, MemoryOfEveryKindIsATarget) {
   cudaSetDevice(1);
   void* managed = nullptr;
   ASSERT_EQ(cudaMallocManaged(&managed, bytes_.size(), cudaMemAttachGlobal), cudaSuccess);
-  engine_->load(request(static_cast<std::byte*>(managed)));
+  TransferStats stats = engine_->load(request(static_cast<std::byte*>(managed)));
   EXPECT_EQ(std::memcmp(managed, bytes_.data(), bytes_.size()), 0);
+  EXPECT_GE(stats.staged_bytes, bytes_.size()) << "not by the CPU, which would take it away from the device";
 
   testing::GuardedMemory registered(bytes_.size());
   ASSERT_EQ(cudaHostRegister(registered.data(), registered.size(), cudaHostRegisterDefault), cudaSuccess);
-  const TransferStats stats = engine_->load(request(registered.data()));
+  stats = engine_->load(request(registered.data()));
   EXPECT_EQ(std::memcmp(registered.data(), bytes_.data(), bytes_.size()), 0);
   EXPECT_LT(stats.staged_bytes, kMiB) << "in place";
   ASSERT_EQ(cudaHostUnregister(registered.data()), cudaSuccess);
