@@ -270,6 +270,7 @@ check() {
 make_root() {
   local cuda=$bare/usr/local/cuda
   rm -rf "$rehearsal"/{bare,cuda}
+  mkdir -p "$bare"
   mmdebstrap --quiet --variant=minbase --include=python3,g++,cmake,ninja-build bookworm "$bare" \
     http://deb.debian.org/debian || return
   "$python" -m pip install --quiet --target "$rehearsal/cuda" "${cuda_wheels[@]}" || return
