@@ -30,6 +30,9 @@ using engine::argument_error;
 // Less than a thread reads from the page cache while another one is woken for it.
 constexpr std::uint32_t kAtOnceBytes = 256 << 10;
 
+constexpr std::uint64_t kStagingBytes = std::uint64_t{64} << 20;
+constexpr std::uint64_t kStagingOfDeviceBytes = std::uint64_t{96} << 20;
+
 EngineOptions checked(EngineOptions options) {
   constexpr std::uint32_t kMaxChunkBytes = std::uint32_t{1} << 30;
   if (!std::has_single_bit(options.chunk_bytes) || options.chunk_bytes < (1u << 20) ||
@@ -39,6 +42,8 @@ EngineOptions checked(EngineOptions options) {
   if (options.queue_depth < 1 || options.queue_depth > 1024) {
     throw argument_error("EngineOptions::queue_depth must be from 1 to 1024");
   }
+  const bool cuda = options.device.kind == Device::Kind::kCuda;
+  if (options.staging_bytes == 0) options.staging_bytes = cuda ? kStagingOfDeviceBytes : kStagingBytes;
   constexpr std::uint64_t kMaxSlots = 16384;  // What io_uring can register.
   const std::uint64_t slots = options.staging_bytes / options.chunk_bytes;
   if (slots < 2 || slots > kMaxSlots) {
@@ -47,7 +52,7 @@ EngineOptions checked(EngineOptions options) {
   if (options.workers > 64) throw argument_error("EngineOptions::workers must be at most 64");
   if (options.numa_node && *options.numa_node < 0)
     throw argument_error("EngineOptions::numa_node must not be negative");
-  if (options.workers == 0) options.workers = std::clamp(std::thread::hardware_concurrency(), 2u, 8u);
+  if (options.workers == 0) options.workers = std::clamp(std::thread::hardware_concurrency(), 2u, cuda ? 12u : 8u);
   return options;
 }
 

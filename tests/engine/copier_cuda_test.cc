@@ -313,6 +313,12 @@ TEST_P(DeviceTest, MemoryThatCannotBeLockedIsNoErrorAndTold) {
   EXPECT_TRUE(cuda().holds(small + 200, std::span(bytes_).subspan(500, 100)));
 }
 
+TEST_P(DeviceTest, AnEngineOfADeviceHasTheThreadsAndSlotsToKeepItsLinkBusy) {
+  const Engine engine({.device = {Device::Kind::kCuda, 0}, .backend = GetParam()});
+  EXPECT_EQ(engine.options().workers, std::clamp(std::thread::hardware_concurrency(), 2u, 12u));
+  EXPECT_EQ(engine.options().staging_bytes, 96 * kMiB);
+}
+
 TEST_P(DeviceTest, AnEngineOfTheHostCallsNothingOfCuda) {
   const int calls = cuda().all_calls();
   Engine host({.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .backend = GetParam()});

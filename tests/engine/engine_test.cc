@@ -480,7 +480,8 @@ TEST_P(EngineTest, ManyQueuedLoadsStayWithinTheStagingMemory) {
 
 TEST(EngineOptionsTest, DefaultsAreResolved) {
   const Engine engine;
-  EXPECT_GE(engine.options().workers, 2u);
+  EXPECT_EQ(engine.options().workers, std::clamp(std::thread::hardware_concurrency(), 2u, 8u));
+  EXPECT_EQ(engine.options().staging_bytes, 64 * kMiB);
   EXPECT_NE(engine.options().backend, Backend::kAuto);
 }
 
