@@ -102,6 +102,8 @@ class DeviceRegion:
 
     def __init__(self, block: torch.Tensor, skip_bytes: int, offset_bytes: int, size_bytes: int) -> None:
         self.memory = block
+        self._storage = block.untyped_storage()
+        self._without_elements: dict[str, torch.Tensor] = {}
         self._skip_bytes = skip_bytes
         self.offset_bytes = offset_bytes
         self.size_bytes = size_bytes
@@ -113,9 +115,10 @@ class DeviceRegion:
     def tensor(self, dtype: str, shape: Sequence[int], length_elems: int, offset_bytes: int) -> torch.Tensor:
         torch_dtype = string_to_dtype(dtype)
         begin = (self._skip_bytes + offset_bytes - self.offset_bytes) // torch_dtype.itemsize
-        # No view, but a tensor with a version counter of its own.
-        tensor = torch.empty(0, dtype=torch_dtype, device=self.memory.device)
-        return tensor.set_(self.memory.untyped_storage(), begin, tuple(shape))
+        if dtype not in self._without_elements:
+            self._without_elements[dtype] = torch.empty(0, dtype=torch_dtype, device=self.memory.device)
+        # As no view has, it has a version counter of its own; and it takes half the time of torch.empty.
+        return self._without_elements[dtype].data.set_(self._storage, begin, tuple(shape))
 
 
 def allocate_region(offset_bytes: int, size_bytes: int, device: torch.device = CPU) -> Region:
