@@ -44,7 +44,8 @@ std::vector<Candidate> candidates(const Flags& flags, std::uint64_t size_bytes) 
       options.queue_depth = queue_depth;
       // Enough that staging never limits what is in flight.
       const std::uint64_t in_flight_bytes = std::uint64_t{options.chunk_bytes} * queue_depth;
-      options.staging_bytes = std::max({std::uint64_t{64} << 20, in_flight_bytes, std::uint64_t{2} * options.chunk_bytes});
+      options.staging_bytes =
+          std::max({std::uint64_t{64} << 20, in_flight_bytes, std::uint64_t{2} * options.chunk_bytes});
       all.push_back({options, Series(size_bytes), ""});
     }
   }

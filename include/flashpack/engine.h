@@ -96,12 +96,12 @@ struct EngineOptions {
   std::uint32_t chunk_bytes = std::uint32_t{4} << 20;
   /// Direct reads in flight, 1 to 1024, and a few more while fresh memory is filled. Raise to 16-32 for striped arrays.
   std::uint32_t queue_depth = 8;
-  /// Upper bound of the engine's own memory; at least two chunks. 0 is 64 MiB, and 96 MiB for a CUDA device. Taken as it
-  /// is first needed, or for a CUDA device, page-locked, at the start. Without a device as much again may stand in for
-  /// what is stuck in the kernel.
+  /// Upper bound of the engine's own memory; at least two chunks. 0 is 64 MiB, and 96 MiB for a CUDA device. Taken as
+  /// it is first needed, or for a CUDA device, page-locked, at the start. Without a device as much again may stand in
+  /// for what is stuck in the kernel.
   std::uint64_t staging_bytes = 0;
-  /// Threads for page-cache reads, copies and checksums, at most 64. 0 is one per core, but at least 2 and at most 8, or
-  /// 12 for a CUDA device, whose link takes more than 8 cores copy and verify.
+  /// Threads for page-cache reads, copies and checksums, at most 64. 0 is one per core, but at least 2 and at most 8,
+  /// or 12 for a CUDA device, whose link takes more than 8 cores copy and verify.
   std::uint32_t workers = 0;
   Backend backend = Backend::kAuto;
   /// CPUs for the engine's threads; empty leaves them to the scheduler.
