@@ -115,7 +115,7 @@ TEST_P(CudaWorldTest, EnginesOfTwoDevicesLoadAtOnce) {
   EXPECT_TRUE(right(on_0));
 }
 
-TEST_P(CudaWorldTest, ADeviceThatWasResetIsAnErrorAndANewEngineWorks) {
+TEST_P(CudaWorldTest, AContextThatIsGoneIsAnErrorAndANewEngineWorks) {
   std::byte* const target = cuda().allocate(bytes_.size());
   engine_->load(request(target));
   cudaSetDevice(1);
@@ -128,7 +128,7 @@ TEST_P(CudaWorldTest, ADeviceThatWasResetIsAnErrorAndANewEngineWorks) {
   EXPECT_TRUE(right(target));
 }
 
-TEST_P(CudaWorldTest, AResetInTheMiddleOfALoadEndsItWithAnError) {
+TEST_P(CudaWorldTest, AContextThatGoesInTheMiddleOfALoadEndsItWithAnError) {
   cuda().hold(true);
   Transfer transfer = engine_->start_load(request(cuda().allocate(bytes_.size())));
   while (cuda().most_copies_under_way() < 8) std::this_thread::yield();

@@ -443,12 +443,12 @@ TEST_F(GpuProcessDeathTest, MayEndInTheMiddleOfALoadOfAnEngineThatIsNeverDestroy
   EXPECT_EXIT(exit_now(), ::testing::ExitedWithCode(0), "");
 }
 
-TEST_F(GpuProcessDeathTest, OutlivesAResetOfItsDevice) {
+TEST_F(GpuProcessDeathTest, MayResetItsDeviceBetweenTwoEngines) {
   const auto reset = [&] {
     std::optional<Engine> engine(EngineOptions{.device = {Device::Kind::kCuda, 0}});
     start(*engine, allocate(bytes_.size()), stream_).wait();
-    if (cudaDeviceReset() != cudaSuccess) std::exit(2);
     engine.reset();
+    if (cudaDeviceReset() != cudaSuccess) std::exit(2);
     engine.emplace(EngineOptions{.device = {Device::Kind::kCuda, 0}});
     void* target = nullptr;
     if (cudaMalloc(&target, bytes_.size()) != cudaSuccess) std::exit(3);
