@@ -13,7 +13,7 @@
 
 struct CUstream_st;
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// Whether what a caller had put on its stream before it asked for a transfer has come to an end.
 class Gate {
@@ -64,4 +64,4 @@ std::unique_ptr<Copier> make_cuda_copier(int device, std::span<const std::span<s
 /// The NUMA node that a CUDA device is attached to; -1 when there is but one, or none can be told.
 int numa_node_of_cuda_device(int device) noexcept;
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -14,7 +14,7 @@
 #include "engine/gate_cuda.h"
 #include "engine/workers.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 namespace {
 
@@ -283,6 +283,6 @@ int numa_node_of_cuda_device(int device) noexcept {
   return node;
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal
 
-const std::error_category& flashpack::cuda_category() noexcept { return engine::immortal<engine::CudaCategory>(); }
+const std::error_category& flashpack::cuda_category() noexcept { return internal::immortal<internal::CudaCategory>(); }

@@ -15,9 +15,9 @@ class CudaCategory final : public std::error_category {
 
 }  // namespace
 
-const std::error_category& cuda_category() noexcept { return engine::immortal<CudaCategory>(); }
+const std::error_category& cuda_category() noexcept { return internal::immortal<CudaCategory>(); }
 
-namespace engine {
+namespace internal {
 
 std::unique_ptr<Copier> make_cuda_copier(int, std::span<const std::span<std::byte>>, Pool&) {
   throw std::system_error(errno_code(ENOTSUP), "CUDA: this library was built without it");
@@ -25,5 +25,5 @@ std::unique_ptr<Copier> make_cuda_copier(int, std::span<const std::span<std::byt
 
 int numa_node_of_cuda_device(int) noexcept { return -1; }
 
-}  // namespace engine
+}  // namespace internal
 }  // namespace flashpack

@@ -13,7 +13,7 @@
 
 #include "flashpack/error.h"
 
-namespace flashpack::engine::cuda {
+namespace flashpack::internal::cuda {
 
 inline std::error_code code_of(cudaError_t error) noexcept { return {static_cast<int>(error), cuda_category()}; }
 /// The numbers are the same.
@@ -140,4 +140,4 @@ class PageLock {
   const cudaError_t error_;
 };
 
-}  // namespace flashpack::engine::cuda
+}  // namespace flashpack::internal::cuda

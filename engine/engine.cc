@@ -25,7 +25,7 @@ namespace flashpack {
 
 namespace {
 
-using engine::argument_error;
+using internal::argument_error;
 
 // Less than a thread reads from the page cache while another one is woken for it.
 constexpr std::uint32_t kAtOnceBytes = 256 << 10;
@@ -66,7 +66,7 @@ void bind_this_thread(const std::vector<int>& cpus) {
     CPU_SET(static_cast<unsigned>(cpu), &set);
   }
   if (::sched_setaffinity(0, sizeof set, &set) != 0) {
-    throw Error(engine::errno_code(errno), "EngineOptions::cpu_affinity");
+    throw Error(internal::errno_code(errno), "EngineOptions::cpu_affinity");
   }
 }
 
@@ -102,9 +102,9 @@ void check_targets(const LoadRequest& request) {
 }
 
 // Null where the workers are asked for.
-std::unique_ptr<engine::Ring> make_ring(Backend backend, unsigned tags,
-                                        const std::vector<std::span<std::byte>>& slots) {
-  using engine::Ring;
+std::unique_ptr<internal::Ring> make_ring(Backend backend, unsigned tags,
+                                          const std::vector<std::span<std::byte>>& slots) {
+  using internal::Ring;
   if (backend == Backend::kWorkers) return nullptr;
   if (backend != Backend::kPlainIoUring) return std::make_unique<Ring>(tags, slots);
   return std::make_unique<Ring>(tags, std::vector<std::span<std::byte>>{}, Ring::Rung::kBare);
@@ -116,9 +116,9 @@ Engine::Impl::Impl(EngineOptions options) : options_(checked(std::move(options))
   std::promise<void> promise;
   auto ready = promise.get_future();
   try {
-    driver_ = engine::start_thread("flashpack-drive", [this, moved = std::move(promise)]() mutable { drive(moved); });
+    driver_ = internal::start_thread("flashpack-drive", [this, moved = std::move(promise)]() mutable { drive(moved); });
   } catch (const std::system_error& error) {
-    throw engine::failed("start engine", error);
+    throw internal::failed("start engine", error);
   }
   try {
     ready.get();
@@ -142,33 +142,33 @@ void Engine::Impl::require_owner() const {
 
 // In the order in which they need each other; the pool goes before what its threads use.
 struct Engine::Impl::Machine {
-  std::optional<engine::Staging> staging;
-  std::unique_ptr<engine::Copier> copier;
-  std::unique_ptr<engine::Ring> ring;
-  std::optional<engine::Workers> workers;
-  std::optional<engine::Pool> pool;
-  std::optional<engine::Pipeline> pipeline;
+  std::optional<internal::Staging> staging;
+  std::unique_ptr<internal::Copier> copier;
+  std::unique_ptr<internal::Ring> ring;
+  std::optional<internal::Workers> workers;
+  std::optional<internal::Pool> pool;
+  std::optional<internal::Pipeline> pipeline;
 };
 
 void Engine::Impl::build(Machine& machine) {
   bind_this_thread(options_.cpu_affinity);
   const bool cuda = options_.device.kind == Device::Kind::kCuda;
-  if (cuda && !options_.numa_node) options_.numa_node = engine::numa_node_of_cuda_device(options_.device.index);
+  if (cuda && !options_.numa_node) options_.numa_node = internal::numa_node_of_cuda_device(options_.device.index);
   const auto slots = static_cast<std::uint32_t>(options_.staging_bytes / options_.chunk_bytes);
   // As many again stand in for those that the kernel keeps; untouched they are but addresses. Those of a device are
   // page-locked, and so there are no others.
   const std::uint32_t spare_slots = cuda ? 0 : slots;
-  const engine::Staging& staging = machine.staging.emplace(std::uint64_t{slots + spare_slots} * options_.chunk_bytes,
-                                                           options_.chunk_bytes, options_.numa_node.value_or(-1));
+  const internal::Staging& staging = machine.staging.emplace(std::uint64_t{slots + spare_slots} * options_.chunk_bytes,
+                                                             options_.chunk_bytes, options_.numa_node.value_or(-1));
   staging_reason_ = staging.fallback_reason();
   machine.pool.emplace(options_.workers);
-  if (cuda) machine.copier = engine::make_cuda_copier(options_.device.index, staging.slots(), *machine.pool);
-  const engine::Pipeline::Limits limits{.queue_depth = options_.queue_depth,
-                                        .worker_depth = 4 * options_.workers,
-                                        .chunk_bytes = options_.chunk_bytes,
-                                        .slots = slots,
-                                        .at_once_bytes = kAtOnceBytes};
-  const unsigned tags = engine::Pipeline::tag_limit(limits);
+  if (cuda) machine.copier = internal::make_cuda_copier(options_.device.index, staging.slots(), *machine.pool);
+  const internal::Pipeline::Limits limits{.queue_depth = options_.queue_depth,
+                                          .worker_depth = 4 * options_.workers,
+                                          .chunk_bytes = options_.chunk_bytes,
+                                          .slots = slots,
+                                          .at_once_bytes = kAtOnceBytes};
+  const unsigned tags = internal::Pipeline::tag_limit(limits);
   try {
     machine.ring = make_ring(options_.backend, tags, {staging.slots().begin(), staging.slots().begin() + slots});
     if (machine.ring) fallback_reason_ = machine.ring->fallback_reason();
@@ -176,11 +176,11 @@ void Engine::Impl::build(Machine& machine) {
     if (options_.backend != Backend::kAuto) throw;
     fallback_reason_ = error.what();
   }
-  engine::Ring* const ring = machine.ring.get();
+  internal::Ring* const ring = machine.ring.get();
   if (options_.backend == Backend::kAuto) options_.backend = ring ? Backend::kIoUring : Backend::kWorkers;
   machine.workers.emplace(*machine.pool, tags, ring, fallback_reason_);
   if (!staging_reason_.empty()) fallback_reason_.append(fallback_reason_.empty() ? "" : "; ").append(staging_reason_);
-  engine::IoQueue& disk = ring ? static_cast<engine::IoQueue&>(*ring) : *machine.workers;
+  internal::IoQueue& disk = ring ? static_cast<internal::IoQueue&>(*ring) : *machine.workers;
   machine.pipeline.emplace(disk, *machine.workers, *machine.pool, machine.copier.get(), staging.slots(), limits);
 }
 
@@ -192,7 +192,7 @@ void Engine::Impl::drive(std::promise<void>& ready) {
   } catch (const Error&) {
     return ready.set_exception(std::current_exception());
   } catch (const std::system_error& error) {
-    return ready.set_exception(std::make_exception_ptr(engine::failed("start engine", error)));
+    return ready.set_exception(std::make_exception_ptr(internal::failed("start engine", error)));
   } catch (...) {
     return ready.set_exception(std::current_exception());
   }
@@ -206,15 +206,15 @@ void Engine::Impl::drive(std::promise<void>& ready) {
 void Engine::Impl::run(std::shared_ptr<Machine> machine) {
   while (!machine->pipeline->run()) {
     try {
-      successor_ = engine::start_thread("flashpack-drive", [this, machine] { run(machine); });
+      successor_ = internal::start_thread("flashpack-drive", [this, machine] { run(machine); });
       return;
     } catch (const std::system_error&) {  // No thread is to be had: then this one goes on, with what comes back.
     }
   }
 }
 
-std::shared_ptr<engine::TransferState> Engine::Impl::new_transfer(Completion* completion) const {
-  auto state = std::make_shared<engine::TransferState>();
+std::shared_ptr<internal::TransferState> Engine::Impl::new_transfer(Completion* completion) const {
+  auto state = std::make_shared<internal::TransferState>();
   state->owner = owner_;
   state->completion = completion;
   state->stats.backend = options_.backend;
@@ -223,15 +223,15 @@ std::shared_ptr<engine::TransferState> Engine::Impl::new_transfer(Completion* co
   return state;
 }
 
-void Engine::Impl::add_part(engine::TransferState& state, FileExtents&& wanted, CachePolicy cache) const {
-  engine::Part& part = state.parts.emplace_back();
+void Engine::Impl::add_part(internal::TransferState& state, FileExtents&& wanted, CachePolicy cache) const {
+  internal::Part& part = state.parts.emplace_back();
   part.path = std::move(wanted.path);
   part.expected = wanted.expected;
   part.checksums = std::move(wanted.checksums);
   part.cache = cache;
   if (wanted.fd >= 0) {
     part.given.reset(::fcntl(wanted.fd, F_DUPFD_CLOEXEC, 0));
-    if (!part.given) throw engine::file_error(engine::errno_code(errno), "duplicate descriptor", part.path);
+    if (!part.given) throw internal::file_error(internal::errno_code(errno), "duplicate descriptor", part.path);
   }
   for (const Extent& extent : wanted.extents) {
     if (extent.size_bytes == 0) continue;
@@ -248,21 +248,21 @@ bool Engine::Impl::on_device(const void* memory) const {
   } catch (const Error&) {
     throw;
   } catch (const std::system_error& error) {
-    throw engine::failed("start transfer", error);
+    throw internal::failed("start transfer", error);
   }
 }
 
-std::unique_ptr<engine::Gate> Engine::Impl::gate(CUstream_st* stream) const {
+std::unique_ptr<internal::Gate> Engine::Impl::gate(CUstream_st* stream) const {
   try {
     return copier_->gate(stream);
   } catch (const Error&) {
     throw;
   } catch (const std::system_error& error) {
-    throw engine::failed("start transfer", error);
+    throw internal::failed("start transfer", error);
   }
 }
 
-void Engine::Impl::start(const std::shared_ptr<engine::TransferState>& state) {
+void Engine::Impl::start(const std::shared_ptr<internal::TransferState>& state) {
   state->stats.requested_bytes = state->total_bytes;
   state->driver = pipeline_;
   pipeline_->start(state);
@@ -300,29 +300,29 @@ Transfer Engine::start_load(LoadRequest request, Completion* completion) {
       on_device |= !state->parts.back().pieces[1].empty();
     }
   } catch (const Error& error) {
-    state->failure = engine::Failure(error);
+    state->failure = internal::Failure(error);
   }
   if (on_device) state->gate = impl_->gate(request.stream);
   impl_->start(state);
-  return engine::TransferState::handle(std::move(state));
+  return internal::TransferState::handle(std::move(state));
 }
 
 std::optional<Engine> Engine::make(EngineOptions options, std::error_code& error) noexcept {
   std::optional<Engine> engine;
-  engine::catching(error, [&] { engine.emplace(std::move(options)); });
+  internal::catching(error, [&] { engine.emplace(std::move(options)); });
   return engine;
 }
 
 Transfer Engine::start_load(LoadRequest request, Completion* completion, std::error_code& error) noexcept {
   Transfer transfer;
-  engine::catching(error, [&] { transfer = start_load(std::move(request), completion); });
+  internal::catching(error, [&] { transfer = start_load(std::move(request), completion); });
   return transfer;
 }
 
 std::optional<FileWriter> Engine::create(const std::filesystem::path& path, WriterOptions options,
                                          std::error_code& error) noexcept {
   std::optional<FileWriter> writer;
-  engine::catching(error, [&] { writer = create(path, options); });
+  internal::catching(error, [&] { writer = create(path, options); });
   return writer;
 }
 

@@ -34,14 +34,14 @@ class Engine::Impl {
   /// Whether only the device can reach `memory`. Throws: Error.
   bool on_device(const void* memory) const;
 
-  std::shared_ptr<engine::TransferState> new_transfer(Completion* completion) const;
+  std::shared_ptr<internal::TransferState> new_transfer(Completion* completion) const;
   /// Adds one file of a request, to be opened when its turn comes. Throws: Error.
-  void add_part(engine::TransferState& state, FileExtents&& wanted, CachePolicy cache) const;
+  void add_part(internal::TransferState& state, FileExtents&& wanted, CachePolicy cache) const;
   /// Keeps the device's part of a transfer waiting for what is on `stream` now. Requires: an engine of a device.
   /// Throws: Error.
-  std::unique_ptr<engine::Gate> gate(CUstream_st* stream) const;
+  std::unique_ptr<internal::Gate> gate(CUstream_st* stream) const;
   /// Hands a prepared transfer to the driver. From here on the driver's part of it is the driver's.
-  void start(const std::shared_ptr<engine::TransferState>& state);
+  void start(const std::shared_ptr<internal::TransferState>& state);
 
  private:
   struct Machine;
@@ -55,8 +55,8 @@ class Engine::Impl {
   std::string fallback_reason_;
   std::string staging_reason_;  // The part of it that is not the queues'.
   const pid_t owner_;
-  engine::Pipeline* pipeline_ = nullptr;  // The driver thread's, until close(), both.
-  engine::Copier* copier_ = nullptr;      // Null for the host.
+  internal::Pipeline* pipeline_ = nullptr;  // The driver thread's, until close(), both.
+  internal::Copier* copier_ = nullptr;      // Null for the host.
   std::thread driver_;
   std::thread successor_;  // Written by driver_, before it ends.
 };
@@ -75,23 +75,23 @@ class FileWriter::Impl {
   using Claims = std::map<std::uint64_t, std::uint64_t>;
 
   void reserve(std::uint64_t begin_bytes, std::uint64_t end_bytes);
-  Claims claims_of(std::span<const engine::Piece> pieces) const;
-  std::vector<engine::Piece> pieces_of(std::span<const SourceExtent> extents) const;
-  std::shared_ptr<engine::TransferState> plan(std::span<const engine::Piece> pieces, Completion* completion) const;
+  Claims claims_of(std::span<const internal::Piece> pieces) const;
+  std::vector<internal::Piece> pieces_of(std::span<const SourceExtent> extents) const;
+  std::shared_ptr<internal::TransferState> plan(std::span<const internal::Piece> pieces, Completion* completion) const;
   void settle(const char* verb);
   void write_tail(std::span<const std::byte> tail);
   void abort() noexcept;
 
   Engine::Impl& engine_;
   std::filesystem::path path_;  // What the new file replaces.
-  engine::TempFile temp_;
-  std::shared_ptr<engine::OpenFile> open_;  // What is at temp_.path(), until commit or abort.
-  std::uint64_t payload_bytes_;             // Announced, or the end of the last extent if that is later.
+  internal::TempFile temp_;
+  std::shared_ptr<internal::OpenFile> open_;  // What is at temp_.path(), until commit or abort.
+  std::uint64_t payload_bytes_;               // Announced, or the end of the last extent if that is later.
   std::uint64_t reserved_bytes_ = 0;
   const bool want_checksums_;
-  engine::PieceSums sums_;  // Of transfers that are not in transfers_ any more.
+  internal::PieceSums sums_;  // Of transfers that are not in transfers_ any more.
   Claims claimed_;
-  std::vector<std::shared_ptr<engine::TransferState>> transfers_;
+  std::vector<std::shared_ptr<internal::TransferState>> transfers_;
 };
 
 }  // namespace flashpack

@@ -50,7 +50,7 @@ class Category final : public std::error_category {
 
 }  // namespace
 
-const std::error_category& flashpack_category() noexcept { return engine::immortal<Category>(); }
+const std::error_category& flashpack_category() noexcept { return internal::immortal<Category>(); }
 
 Error::Error(std::error_code code, const std::string& context, std::filesystem::path path, std::uint64_t offset_bytes)
     : std::system_error(code, context), path_(std::move(path)), offset_bytes_(offset_bytes) {}

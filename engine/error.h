@@ -10,7 +10,7 @@
 
 #include "flashpack/error.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// One T, made when it is first asked for and never destroyed: an engine that is static may end after all other static
 /// objects, and still has errors to make.
@@ -70,4 +70,4 @@ void catching(std::error_code& error, Body body) noexcept {
 
 inline Error argument_error(const std::string& what) { return Error(Errc::kInvalidArgument, what); }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -14,7 +14,7 @@
 #include "engine/page_size.h"
 #include "engine/plan.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 namespace {
 
@@ -126,25 +126,25 @@ bool File::unchanged() const noexcept {
   return ask(buffered_fd(), status) && identity_of(status) == identity_;
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal
 
 // O_NONBLOCK is for a FIFO, to be an error instead of a hang. With it a regular file that somebody has a write lease on
 // gives EWOULDBLOCK. The way through O_PATH makes sure that what is waited for is still the regular file.
 int flashpack::open_to_read(const std::filesystem::path& path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
   if (fd >= 0 || errno != EWOULDBLOCK) return fd;
-  const engine::UniqueFd place(::open(path.c_str(), O_PATH | O_CLOEXEC));
+  const internal::UniqueFd place(::open(path.c_str(), O_PATH | O_CLOEXEC));
   struct stat status{};
   if (!place || ::fstat(place.get(), &status) != 0 || !S_ISREG(status.st_mode)) {
     errno = EWOULDBLOCK;
     return -1;
   }
   const std::string self = "/proc/self/fd/" + std::to_string(place.get());
-  return engine::uninterrupted([&] { return ::open(self.c_str(), O_RDONLY | O_CLOEXEC); });
+  return internal::uninterrupted([&] { return ::open(self.c_str(), O_RDONLY | O_CLOEXEC); });
 }
 
 std::optional<flashpack::FileIdentity> flashpack::identity_of(int fd) noexcept {
   struct stat status{};
-  if (!engine::ask(fd, status)) return std::nullopt;
-  return engine::identity_of(status);
+  if (!internal::ask(fd, status)) return std::nullopt;
+  return internal::identity_of(status);
 }

@@ -9,7 +9,7 @@
 #include "engine/unique_fd.h"
 #include "flashpack/file_identity.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// Move-only. Thread safety: const members from any thread.
 class File {
@@ -65,4 +65,4 @@ class File {
   bool may_block_ = false;
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -15,20 +15,21 @@
 
 namespace flashpack {
 
-using engine::argument_error;
-using engine::errno_code;
-using engine::file_error;
-using engine::uninterrupted;
+using internal::argument_error;
+using internal::errno_code;
+using internal::file_error;
+using internal::uninterrupted;
 
 FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, const WriterOptions& options)
     : engine_(engine),
-      path_(options.follow_links ? engine::resolve_links(path) : engine::absolute_path(path)),
-      temp_(path_, options.follow_links ? engine::TempFile::Links::kAreRefused : engine::TempFile::Links::kAreReplaced),
+      path_(options.follow_links ? internal::resolve_links(path) : internal::absolute_path(path)),
+      temp_(path_,
+            options.follow_links ? internal::TempFile::Links::kAreRefused : internal::TempFile::Links::kAreReplaced),
       payload_bytes_(options.payload_bytes),
       want_checksums_(options.checksums) {
   try {
-    engine::UniqueFd fd = temp_.create();
-    open_ = std::make_shared<engine::OpenFile>(engine::File::created(temp_.path(), std::move(fd)));
+    internal::UniqueFd fd = temp_.create();
+    open_ = std::make_shared<internal::OpenFile>(internal::File::created(temp_.path(), std::move(fd)));
     reserve(0, payload_bytes_);
   } catch (...) {
     abort();
@@ -40,7 +41,7 @@ FileWriter::Impl::~Impl() { abort(); }
 
 void FileWriter::Impl::abort() noexcept {
   if (!engine_.is_owner()) return;
-  for (const auto& transfer : transfers_) Transfer cancelled_and_waited_for = engine::TransferState::handle(transfer);
+  for (const auto& transfer : transfers_) Transfer cancelled_and_waited_for = internal::TransferState::handle(transfer);
   transfers_.clear();
   temp_.remove();
   open_.reset();
@@ -68,7 +69,7 @@ void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_byte
 
 // The claims of a write of `pieces`, in ascending order: their bytes, and the zeros between those that are less than a
 // block apart. Throws where something is claimed twice.
-FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const engine::Piece> pieces) const {
+FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::Piece> pieces) const {
   Claims claims;
   const std::uint32_t block_bytes = open_->file.alignment().block_bytes;
   for (std::size_t i = 0; i < pieces.size(); ++i) {
@@ -93,9 +94,9 @@ FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const engine::Pie
 }
 
 // In ascending order.
-std::vector<engine::Piece> FileWriter::Impl::pieces_of(std::span<const SourceExtent> extents) const {
+std::vector<internal::Piece> FileWriter::Impl::pieces_of(std::span<const SourceExtent> extents) const {
   constexpr std::uint64_t kMaxFileBytes = std::numeric_limits<std::int64_t>::max();
-  std::vector<engine::Piece> pieces;
+  std::vector<internal::Piece> pieces;
   pieces.reserve(extents.size());
   for (const SourceExtent& extent : extents) {
     if (extent.size_bytes == 0) continue;
@@ -111,11 +112,11 @@ std::vector<engine::Piece> FileWriter::Impl::pieces_of(std::span<const SourceExt
   return pieces;
 }
 
-std::shared_ptr<engine::TransferState> FileWriter::Impl::plan(std::span<const engine::Piece> pieces,
-                                                              Completion* completion) const {
+std::shared_ptr<internal::TransferState> FileWriter::Impl::plan(std::span<const internal::Piece> pieces,
+                                                                Completion* completion) const {
   auto state = engine_.new_transfer(completion);
-  state->direction = engine::TransferState::Direction::kStore;
-  engine::Part& part = state->parts.emplace_back();
+  state->direction = internal::TransferState::Direction::kStore;
+  internal::Part& part = state->parts.emplace_back();
   part.path = path_;
   part.open = open_;
   const bool direct = part.file().direct_fd() >= 0;
@@ -123,16 +124,16 @@ std::shared_ptr<engine::TransferState> FileWriter::Impl::plan(std::span<const en
   if (want_checksums_ && !pieces.empty()) {
     part.sums.emplace(pieces.front().offset_bytes, pieces.back().offset_bytes + pieces.back().size_bytes);
   }
-  std::array<std::vector<engine::Piece>, 2> sides;  // On the host, on the device.
-  for (const engine::Piece& piece : pieces) sides[engine_.on_device(piece.memory)].push_back(piece);
+  std::array<std::vector<internal::Piece>, 2> sides;  // On the host, on the device.
+  for (const internal::Piece& piece : pieces) sides[engine_.on_device(piece.memory)].push_back(piece);
   // What lies between two extents of one side may be of the other.
   const bool fill_gaps = sides[0].empty() || sides[1].empty();
-  engine::Alignment alignment = part.file().alignment();
+  internal::Alignment alignment = part.file().alignment();
   alignment.block_bytes = std::min(alignment.block_bytes, engine_.options().chunk_bytes);
   for (const bool on_device : {false, true}) {
     part.plan.add_store(sides[on_device], engine_.options().chunk_bytes, alignment, fill_gaps, on_device);
   }
-  part.router = engine::Router(part.plan, direct ? alignment.block_bytes : 0);
+  part.router = internal::Router(part.plan, direct ? alignment.block_bytes : 0);
   state->total_bytes = part.plan.total_bytes;
   return state;
 }
@@ -141,7 +142,7 @@ Transfer FileWriter::Impl::start_write(std::span<const SourceExtent> extents, Co
                                        CUstream_st* stream) {
   engine_.require_owner();
   if (!open_) throw argument_error("write " + path_.string() + ": after commit");
-  const std::vector<engine::Piece> pieces = pieces_of(extents);
+  const std::vector<internal::Piece> pieces = pieces_of(extents);
   Claims claims = claims_of(pieces);
   auto state = plan(pieces, completion);
   const auto& chunks = state->parts.front().plan.chunks;
@@ -171,7 +172,7 @@ Transfer FileWriter::Impl::start_write(std::span<const SourceExtent> extents, Co
     std::swap(payload_bytes, payload_bytes_);
     throw;
   }
-  return engine::TransferState::handle(std::move(state));
+  return internal::TransferState::handle(std::move(state));
 }
 
 // Every transfer has ended well, or this throws. A transfer whose completion is still running has ended: that
@@ -253,18 +254,18 @@ void FileWriter::commit(std::span<const std::byte> tail) { impl_->commit(tail); 
 Transfer FileWriter::start_write(std::vector<SourceExtent> extents, Completion* completion, CUstream_st* stream,
                                  std::error_code& error) noexcept {
   Transfer transfer;
-  engine::catching(error, [&] { transfer = impl_->start_write(extents, completion, stream); });
+  internal::catching(error, [&] { transfer = impl_->start_write(extents, completion, stream); });
   return transfer;
 }
 
 Checksums FileWriter::checksums(std::error_code& error) noexcept {
   Checksums checksums;
-  engine::catching(error, [&] { checksums = impl_->checksums(); });
+  internal::catching(error, [&] { checksums = impl_->checksums(); });
   return checksums;
 }
 
 void FileWriter::commit(std::span<const std::byte> tail, std::error_code& error) noexcept {
-  engine::catching(error, [&] { impl_->commit(tail); });
+  internal::catching(error, [&] { impl_->commit(tail); });
 }
 
 }  // namespace flashpack

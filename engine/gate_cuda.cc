@@ -2,7 +2,7 @@
 
 #include "engine/error.h"
 
-namespace flashpack::engine::cuda {
+namespace flashpack::internal::cuda {
 
 namespace {
 
@@ -54,4 +54,4 @@ std::unique_ptr<Gate> make_gate(const Context& context, cudaStream_t stream) {
   return std::make_unique<CudaGate>(context, stream);
 }
 
-}  // namespace flashpack::engine::cuda
+}  // namespace flashpack::internal::cuda

@@ -6,9 +6,9 @@
 #include "engine/copier.h"
 #include "engine/cuda_handles.h"
 
-namespace flashpack::engine::cuda {
+namespace flashpack::internal::cuda {
 
 /// As Copier::gate().
 std::unique_ptr<Gate> make_gate(const Context& context, cudaStream_t stream);
 
-}  // namespace flashpack::engine::cuda
+}  // namespace flashpack::internal::cuda

@@ -10,7 +10,7 @@
 
 #include "engine/plan.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 class PieceSums;
 
@@ -80,4 +80,4 @@ class IoQueue {
   virtual const std::string& fallback_reason() const noexcept = 0;
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -3,7 +3,7 @@
 #include <fstream>
 #include <limits>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 namespace {
 
@@ -38,4 +38,4 @@ std::string Mounts::above(std::filesystem::path directory) const {
   return directory.native();
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -5,7 +5,7 @@
 #include <set>
 #include <string>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// The mount points of this process.
 class Mounts {
@@ -21,4 +21,4 @@ class Mounts {
   std::set<std::string> points_;
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// The kernel's page, 4096 to 65,536 bytes: what cachestat(2) counts, mincore(2) and madvise(2) go by and a fork
 /// shares.
@@ -13,4 +13,4 @@ inline std::uint32_t system_page_bytes() noexcept {
   return bytes;
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

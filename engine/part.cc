@@ -12,7 +12,7 @@
 #include "engine/residency.h"
 #include "engine/workers.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 namespace {
 
@@ -178,4 +178,4 @@ void check_part(Part& part) noexcept {
   });
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -22,7 +22,7 @@
 #include "engine/unique_fd.h"
 #include "flashpack/engine.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 struct TransferState;
 
@@ -137,4 +137,4 @@ void check_part(Part& part) noexcept;
 /// Whether there are no descriptors left, ours or the system's.
 bool no_descriptors(std::error_code error);
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -6,7 +6,7 @@
 #include <array>
 #include <bit>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 namespace {
 
@@ -125,12 +125,12 @@ void PieceSums::grow(std::uint64_t first, std::uint64_t end) {
   end_ = end;
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal
 
 std::uint32_t flashpack::crc32c(std::span<const std::byte> bytes) noexcept {
   std::uint32_t sum = ~std::uint32_t{0};
   for (; !bytes.empty(); bytes = bytes.subspan(std::min<std::size_t>(bytes.size(), Checksums::kPieceBytes))) {
-    sum = engine::remainder(bytes.first(std::min<std::size_t>(bytes.size(), Checksums::kPieceBytes)), sum);
+    sum = internal::remainder(bytes.first(std::min<std::size_t>(bytes.size(), Checksums::kPieceBytes)), sum);
   }
   return ~sum;
 }

@@ -9,7 +9,7 @@
 
 #include "flashpack/checksums.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// The pieces of a range of a file. A CRC is linear: that of a piece is the sum (exclusive or) of what each part of it
 /// adds in its place, so parts may come from any thread in any order, and bytes that are zero need not come at all.
@@ -46,4 +46,4 @@ class PieceSums {
   std::unique_ptr<Piece[]> pieces_;
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -8,7 +8,7 @@
 #include "engine/error.h"
 #include "engine/workers.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 namespace {
 
@@ -260,4 +260,4 @@ bool Pipeline::issue_staged(Part& part, const Chunk& chunk) {
   return true;
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -19,7 +19,7 @@
 #include "engine/pool.h"
 #include "engine/transfer_state.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// Serves transfers with two queues: `disk` for direct I/O, `workers` for everything that touches bytes with a CPU.
 /// They may be the same queue. A chunk that is read lives so:
@@ -266,4 +266,4 @@ class Pipeline final : public Driver {
   std::vector<Answer> answered_;                          // The same.
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

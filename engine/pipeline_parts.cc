@@ -8,7 +8,7 @@
 #include "engine/error.h"
 #include "engine/pipeline.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 // Opens or closes the file of a part, in a thread of the pool. It owns what it uses.
 class Pipeline::FileTask final : public Pool::Task {
@@ -350,4 +350,4 @@ void Pipeline::end(TransferState& transfer) {
   transfer.finish(transfer.failure);
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

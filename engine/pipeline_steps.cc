@@ -6,7 +6,7 @@
 #include "engine/error.h"
 #include "engine/pipeline.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 namespace {
 
@@ -313,4 +313,4 @@ void Pipeline::close_job(unsigned tag) {
   if (transfer.failure) settle(transfer);
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -4,7 +4,7 @@
 #include <cassert>
 #include <cstdint>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 namespace {
 
@@ -158,4 +158,4 @@ void Plan::add_store(std::span<const Piece> extents, std::uint32_t chunk_bytes, 
   }
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

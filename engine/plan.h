@@ -6,7 +6,7 @@
 #include <span>
 #include <vector>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// Smallest unit of a read in place: a page, so that no page is shared between the kernel's write and anybody else's.
 inline constexpr std::uint32_t kPageBytes = 4096;
@@ -73,4 +73,4 @@ constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t power_of_two
   return round_down(value + power_of_two - 1, power_of_two);
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

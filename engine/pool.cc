@@ -9,7 +9,7 @@
 
 #include "engine/thread.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 using Clock = std::chrono::steady_clock;
 
@@ -182,4 +182,4 @@ void Pool::replace_late_threads() {
   state_->replace_late(state_);
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <memory>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// How long an operation may take before the engine stops waiting for it with others in mind: it keeps its memory, but
 /// its thread, its place in the queue depth and its slot are made up for.
@@ -65,4 +65,4 @@ class Pool {
   std::shared_ptr<State> state_;  // Threads that are left behind have a share.
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

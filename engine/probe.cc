@@ -23,7 +23,7 @@ namespace flashpack {
 namespace {
 
 namespace fs = std::filesystem;
-using engine::errno_code;
+using internal::errno_code;
 
 constexpr std::uint32_t kSlotBytes = std::uint32_t{2} << 20;
 
@@ -88,37 +88,37 @@ std::string cure_of_refusal(int error_number) {
   return error_number == ENOSYS ? "a kernel with io_uring (Linux 5.15, not gVisor)" : "ask who confines this process";
 }
 
-const char* text_of(engine::Ring::Rung rung) {
+const char* text_of(internal::Ring::Rung rung) {
   switch (rung) {
-    case engine::Ring::Rung::kDeferred:
+    case internal::Ring::Rung::kDeferred:
       return "with DEFER_TASKRUN";
-    case engine::Ring::Rung::kCooperative:
+    case internal::Ring::Rung::kCooperative:
       return "with COOP_TASKRUN";
-    case engine::Ring::Rung::kBare:
+    case internal::Ring::Rung::kBare:
       return "without flags";
   }
   return "";
 }
 
 // Reads through a whole slot until the ring has registered it, or said why not.
-void use_slot(engine::Ring& ring, const engine::Staging& staging, int fd) {
+void use_slot(internal::Ring& ring, const internal::Staging& staging, int fd) {
   for (int use = 0; use < 3; ++use) {
-    ring.push(0, {.op = engine::IoRequest::Op::kRead, .fd = fd, .memory = staging.slots()[0], .slot = 0});
+    ring.push(0, {.op = internal::IoRequest::Op::kRead, .fd = fd, .memory = staging.slots()[0], .slot = 0});
     while (ring.wait(std::nullopt).empty()) {
     }
   }
 }
 
-void add_ring(std::vector<Finding>& findings, const engine::Staging& staging) {
+void add_ring(std::vector<Finding>& findings, const internal::Staging& staging) {
   Finding ring_finding{.key = "io_uring"};
   Finding buffers{.key = "registered_buffers", .value = "not tried"};
   try {
-    engine::Ring ring(4, staging.slots());
+    internal::Ring ring(4, staging.slots());
     ring_finding.value = text_of(ring.rung());
     ring_finding.limit = ring.fallback_reason();
     if (!ring_finding.limit.empty()) ring_finding.cure = "a newer kernel; it costs a little CPU, no speed";
     const auto before = ring.fallback_reason().size();
-    const engine::UniqueFd self(::open("/proc/self/exe", O_RDONLY | O_CLOEXEC));
+    const internal::UniqueFd self(::open("/proc/self/exe", O_RDONLY | O_CLOEXEC));
     use_slot(ring, staging, self.get());
     const std::string reason = ring.fallback_reason().substr(before);
     buffers.value = reason.empty() ? "yes" : "no";
@@ -161,7 +161,7 @@ std::uint64_t huge_kilobytes_at(const void* address) {
   return 0;
 }
 
-Finding huge_pages(const engine::Staging& staging) {
+Finding huge_pages(const internal::Staging& staging) {
   Finding finding{.key = "huge_pages"};
   const auto slot = staging.slots()[1];
   std::memset(slot.data(), 0, slot.size());
@@ -222,7 +222,7 @@ Finding file_system(const fs::path& path) {
   return {.key = "file_system", .value = type};
 }
 
-Finding direct_io(const engine::File& file, const engine::Staging& staging) {
+Finding direct_io(const internal::File& file, const internal::Staging& staging) {
   constexpr const char* kCure = "keep checkpoints on a local ext4 or XFS, in a container on a volume";
   Finding finding{.key = "direct_io"};
   int error_number = file.direct_error();
@@ -244,18 +244,18 @@ Finding direct_io(const engine::File& file, const engine::Staging& staging) {
   return finding;
 }
 
-Finding residency(const engine::File& file) {
-  engine::Residency residency(file.buffered_fd());
+Finding residency(const internal::File& file) {
+  internal::Residency residency(file.buffered_fd());
   residency.cached(0, std::max<std::uint64_t>(file.identity().size_bytes, 1));
   Finding finding{.key = "residency", .limit = residency.fallback_reason()};
   switch (residency.method()) {
-    case engine::Residency::Method::kCachestat:
+    case internal::Residency::Method::kCachestat:
       finding.value = "cachestat";
       break;
-    case engine::Residency::Method::kProbe:
+    case internal::Residency::Method::kProbe:
       finding.value = "single pages";
       break;
-    case engine::Residency::Method::kNone:
+    case internal::Residency::Method::kNone:
       finding.value = "unknown";
       break;
   }
@@ -264,8 +264,8 @@ Finding residency(const engine::File& file) {
 }
 
 // A file without a name in `directory`, of one block. Empty with errno when there can be none.
-engine::UniqueFd nameless_file(const fs::path& directory) {
-  engine::UniqueFd fd(::open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
+internal::UniqueFd nameless_file(const fs::path& directory) {
+  internal::UniqueFd fd(::open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
   if (!fd && (errno == EOPNOTSUPP || errno == EISDIR)) {
     std::string name = directory / ".flashpack-probe-XXXXXX";
     fd.reset(::mkostemp(name.data(), O_CLOEXEC));
@@ -276,12 +276,12 @@ engine::UniqueFd nameless_file(const fs::path& directory) {
   return fd;
 }
 
-void add_path(std::vector<Finding>& findings, const fs::path& path, const engine::Staging& staging) {
+void add_path(std::vector<Finding>& findings, const fs::path& path, const internal::Staging& staging) {
   std::error_code error;
   const fs::file_status status = fs::status(path, error);
-  if (!fs::exists(status)) throw engine::file_error(error ? error : errno_code(ENOENT), "probe", path);
+  if (!fs::exists(status)) throw internal::file_error(error ? error : errno_code(ENOENT), "probe", path);
   findings.push_back(file_system(path));
-  engine::UniqueFd nameless;
+  internal::UniqueFd nameless;
   fs::path tried = path;
   if (fs::is_directory(status)) {
     nameless = nameless_file(path);
@@ -292,7 +292,7 @@ void add_path(std::vector<Finding>& findings, const fs::path& path, const engine
     }
     tried = "/proc/self/fd/" + std::to_string(nameless.get());
   }
-  const engine::File file = engine::File::open(tried, std::nullopt, true);
+  const internal::File file = internal::File::open(tried, std::nullopt, true);
   findings.push_back(direct_io(file, staging));
   findings.push_back(residency(file));
 }
@@ -300,7 +300,7 @@ void add_path(std::vector<Finding>& findings, const fs::path& path, const engine
 }  // namespace
 
 std::vector<Finding> probe(const std::filesystem::path& path) {
-  const engine::Staging staging(2 * kSlotBytes, kSlotBytes);
+  const internal::Staging staging(2 * kSlotBytes, kSlotBytes);
   std::vector<Finding> findings{kernel(), cpus(), seccomp()};
   add_ring(findings, staging);
   findings.push_back(locked_memory());

@@ -13,7 +13,7 @@
 #include "engine/page_size.h"
 #include "engine/plan.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 namespace {
 
@@ -85,4 +85,4 @@ std::string Residency::fallback_reason() const {
   return reason + ", single pages: " + errno_code(probe_error_).message() + ", taken for not cached";
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

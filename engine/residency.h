@@ -7,7 +7,7 @@
 
 #include "engine/unique_fd.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// Answers by cachestat(2) where the kernel allows it: since Linux 6.5, for files that the caller owns or may write.
 /// Elsewhere by reading one page of the range without waiting for the disk. Such a look starts the read of a page that
@@ -49,4 +49,4 @@ class Residency {
   std::minstd_rand random_;
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

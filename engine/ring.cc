@@ -16,7 +16,7 @@
 #include <thread>
 #include <utility>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 namespace {
 
@@ -305,4 +305,4 @@ void Ring::wake() noexcept {
   }
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -13,7 +13,7 @@
 #include "engine/io_queue.h"
 #include "engine/unique_fd.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// Knows the operations kRead and kWrite alone. Made, used and destroyed by one thread; wake() from any.
 ///
@@ -79,4 +79,4 @@ class Ring final : public IoQueue {
   std::vector<IoCompletion> completions_;
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 Router::Router(const Plan& plan, const File& file, CachePolicy policy)
     : plan_(&plan), direct_(policy != CachePolicy::kBuffered && file.direct_fd() >= 0), routes_(plan.chunks.size()) {
@@ -48,4 +48,4 @@ Router::Route Router::route_of(const Chunk& chunk) {
   return residency_->cached(chunk.offset_bytes, chunk.size_bytes) ? Route::kBuffered : Route::kDirect;
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

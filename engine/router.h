@@ -11,7 +11,7 @@
 #include "engine/residency.h"
 #include "flashpack/engine.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// Hands out the chunks of a plan, each on one of two routes. The chunks of a route come in file order, the routes
 /// independently, so that a half-cached file keeps the disk and the CPUs busy from end to end.
@@ -62,4 +62,4 @@ class Router {
   std::uint32_t next_buffered_ = 0;
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -11,7 +11,7 @@
 #include "engine/error.h"
 #include "engine/plan.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 namespace {
 
@@ -49,4 +49,4 @@ Staging::Staging(std::uint64_t total_bytes, std::uint32_t slot_bytes, int numa_n
 
 Staging::~Staging() { ::munmap(mapping_, mapping_bytes_); }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// One anonymous region on huge pages, cut into slots. Taken from the system page by page as slots are first used; not
 /// inherited by forked children, so that a fork cannot copy a page away from under a read.
@@ -34,4 +34,4 @@ class Staging {
   std::string fallback_reason_;
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

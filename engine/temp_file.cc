@@ -13,7 +13,7 @@
 
 #include "engine/error.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 namespace {
 
@@ -174,4 +174,4 @@ void TempFile::remove() noexcept {
   name_.clear();
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -10,7 +10,7 @@
 
 #include "engine/unique_fd.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// `path`, so that it stays the same file whatever the working directory is. Throws: Error.
 std::filesystem::path absolute_path(const std::filesystem::path& path);
@@ -71,4 +71,4 @@ class TempFile {
   std::string name_;                     // In the directory. Empty: there is none.
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -7,7 +7,7 @@
 #include <thread>
 #include <utility>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// Keeps the signals of the process away from this thread, and from those that it starts, as long as it lives: which
 /// thread takes a signal is the application's to say. Faults of the thread itself stay, for whoever handles them.
@@ -38,4 +38,4 @@ std::thread start_thread(const char* name, Body body) {
   });
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -22,7 +22,7 @@ const char* to_string(Backend backend) noexcept {
   return "";
 }
 
-namespace engine {
+namespace internal {
 
 Failure::Failure(const Error& error)
     : code(error.code()), context(error.what()), path(error.path()), offset_bytes(error.offset_bytes()) {
@@ -64,7 +64,7 @@ void TransferState::require_owner() const {
   if (::getpid() != owner) throw Error(Errc::kUnusable, "transfer of the parent process, used after fork");
 }
 
-}  // namespace engine
+}  // namespace internal
 
 Transfer& Transfer::operator=(Transfer&& other) noexcept {
   if (this != &other) {
@@ -76,7 +76,7 @@ Transfer& Transfer::operator=(Transfer&& other) noexcept {
 
 Transfer::~Transfer() {
   if (!state_ || ::getpid() != state_->owner) return;
-  engine::TransferState::cancel(state_);
+  internal::TransferState::cancel(state_);
   std::unique_lock lock(state_->mutex);
   state_->published_changed.wait(lock, [this] { return state_->visible(); });
 }
@@ -98,7 +98,7 @@ bool Transfer::wait_for(std::chrono::nanoseconds duration) {
 }
 
 void Transfer::cancel() noexcept {
-  if (state_ && ::getpid() == state_->owner) engine::TransferState::cancel(state_);
+  if (state_ && ::getpid() == state_->owner) internal::TransferState::cancel(state_);
 }
 
 Progress Transfer::progress() const {

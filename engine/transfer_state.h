@@ -19,7 +19,7 @@
 #include "engine/part.h"
 #include "flashpack/engine.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// How to reach the driver from any thread; it outlives every unfinished transfer.
 class Driver {
@@ -87,4 +87,4 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   Driver* driver = nullptr;  // Null before the start and after the end.
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -4,7 +4,7 @@
 
 #include <utility>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// Owns a file descriptor; -1 is none.
 class UniqueFd {
@@ -31,4 +31,4 @@ class UniqueFd {
   int fd_ = -1;
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

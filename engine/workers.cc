@@ -14,7 +14,7 @@
 #include "engine/page_size.h"
 #include "engine/piece_sums.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 namespace {
 
@@ -379,7 +379,7 @@ void Workers::carry_out(Work& work) noexcept {
     std::erase(queued_, &work.request);
     cancelled = work.cancelled;
   }
-  const std::int64_t result = cancelled ? -ECANCELED : engine::carry_out(work.request);
+  const std::int64_t result = cancelled ? -ECANCELED : internal::carry_out(work.request);
   // Waking is done under the lock: the owner may be gone as soon as it knows of the last completion.
   const std::lock_guard lock(mutex_);
   finished_.push_back({work.tag, result});
@@ -387,4 +387,4 @@ void Workers::carry_out(Work& work) noexcept {
   listener_ ? listener_->wake() : owner_wanted_.notify_one();
 }
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -9,7 +9,7 @@
 #include "engine/io_queue.h"
 #include "engine/pool.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 
 /// Does what `request` says, in the calling thread. Returns what IoCompletion::result says.
 std::int64_t carry_out(const IoRequest& request);
@@ -68,4 +68,4 @@ class Workers final : public IoQueue {
   bool woken_ = false;
 };
 
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

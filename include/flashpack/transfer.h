@@ -47,7 +47,7 @@ struct Progress {
   bool finished = false;
 };
 
-namespace engine {
+namespace internal {
 struct TransferState;
 }
 
@@ -98,9 +98,9 @@ class Transfer {
   void detach() noexcept;
 
  private:
-  friend struct engine::TransferState;
-  explicit Transfer(std::shared_ptr<engine::TransferState> state) noexcept : state_(std::move(state)) {}
-  std::shared_ptr<engine::TransferState> state_;
+  friend struct internal::TransferState;
+  explicit Transfer(std::shared_ptr<internal::TransferState> state) noexcept : state_(std::move(state)) {}
+  std::shared_ptr<internal::TransferState> state_;
 };
 
 /// Notification that a transfer has finished, successfully or not.

@@ -9,23 +9,24 @@ namespace flashpack {
 namespace {
 
 TEST(ErrorTest, SaysOperationPathRangeAndCause) {
-  const Error error = engine::range_error(engine::errno_code(EIO), "read", "model.flashpack", 12288, 4194304);
+  const Error error = internal::range_error(internal::errno_code(EIO), "read", "model.flashpack", 12288, 4194304);
   EXPECT_STREQ(error.what(), "read model.flashpack at 12288+4194304: Input/output error");
   EXPECT_EQ(error.path(), "model.flashpack");
   EXPECT_EQ(error.offset_bytes(), 12288u);
 }
 
 TEST(ErrorTest, OfAWholeFileHasNoOffset) {
-  const Error error = engine::file_error(Errc::kTruncated, "read", "model.flashpack");
+  const Error error = internal::file_error(Errc::kTruncated, "read", "model.flashpack");
   EXPECT_STREQ(error.what(), "read model.flashpack: short read: the file ends before the requested bytes");
   EXPECT_EQ(error.offset_bytes(), Error::kNoOffset);
 }
 
-TEST(ErrorTest, OfAnArgumentHasNoPath) { EXPECT_TRUE(engine::argument_error("chunk_bytes").path().empty()); }
+TEST(ErrorTest, OfAnArgumentHasNoPath) { EXPECT_TRUE(internal::argument_error("chunk_bytes").path().empty()); }
 
 TEST(ErrorTest, CodesCompareWithErrcAndWithStdErrc) {
-  EXPECT_EQ(engine::argument_error("chunk_bytes").code(), Errc::kInvalidArgument);
-  EXPECT_EQ(engine::file_error(engine::errno_code(ENOENT), "open", "x").code(), std::errc::no_such_file_or_directory);
+  EXPECT_EQ(internal::argument_error("chunk_bytes").code(), Errc::kInvalidArgument);
+  EXPECT_EQ(internal::file_error(internal::errno_code(ENOENT), "open", "x").code(),
+            std::errc::no_such_file_or_directory);
 }
 
 TEST(ErrorTest, OurCodesEqualTheirLikeInStdErrc) {
@@ -38,9 +39,9 @@ TEST(ErrorTest, OurCodesEqualTheirLikeInStdErrc) {
 
 TEST(ErrorTest, ACauseThatIsPassedOnIsNamedOnce) {
   const std::system_error with_a_call(ENODEV, std::generic_category(), "cudaSetDevice");
-  EXPECT_STREQ(engine::failed("start engine", with_a_call).what(), "start engine: cudaSetDevice: No such device");
+  EXPECT_STREQ(internal::failed("start engine", with_a_call).what(), "start engine: cudaSetDevice: No such device");
   const std::system_error bare(std::error_code(EAGAIN, std::generic_category()));
-  EXPECT_STREQ(engine::failed("start engine", bare).what(), "start engine: Resource temporarily unavailable");
+  EXPECT_STREQ(internal::failed("start engine", bare).what(), "start engine: Resource temporarily unavailable");
 }
 
 TEST(ErrorTest, EveryErrcHasAMessageOfItsOwn) {

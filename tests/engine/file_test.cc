@@ -11,7 +11,7 @@
 #include "tests/support/lease_holder.h"
 #include "tests/support/temp_dir.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 using flashpack::testing::TempDir;
@@ -65,4 +65,4 @@ TEST_F(FileTest, AFifoIsAnErrorAndNotWaitedFor) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

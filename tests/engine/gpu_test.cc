@@ -27,7 +27,7 @@
 namespace flashpack {
 namespace {
 
-using engine::cuda::driver_function;
+using internal::cuda::driver_function;
 
 constexpr std::uint32_t kMiB = 1u << 20;
 constexpr std::array kCaptureModes = {cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal,
@@ -416,7 +416,7 @@ class GpuProcessTest : public GpuTest {
   Transfer start(Engine& engine, std::byte* target, cudaStream_t stream) {
     std::filesystem::create_directory(dir_.path());
     testing::write_file(path_, bytes_);
-    const engine::UniqueFd file(::open(path_.c_str(), O_RDONLY | O_CLOEXEC));
+    const internal::UniqueFd file(::open(path_.c_str(), O_RDONLY | O_CLOEXEC));
     std::filesystem::remove_all(dir_.path());
     LoadRequest load = request(target, stream);
     load.files[0].fd = file.get();

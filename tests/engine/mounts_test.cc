@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 TEST(MountsTest, TheNearestMountPointAboveADirectoryIsFound) {
@@ -16,4 +16,4 @@ TEST(MountsTest, TheNearestMountPointAboveADirectoryIsFound) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

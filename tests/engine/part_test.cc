@@ -15,7 +15,7 @@
 #include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 constexpr std::uint32_t kMiB = 1u << 20;
@@ -154,4 +154,4 @@ TEST_F(PartTest, AFileThatHasChangedFailsTheCheck) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

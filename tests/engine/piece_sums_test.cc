@@ -11,7 +11,7 @@
 
 #include "tests/support/temp_dir.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 constexpr std::uint32_t kPiece = Checksums::kPieceBytes;
@@ -90,4 +90,4 @@ TEST(PieceSums, WhatLiesPastTheEndIsPassedOverInTheLastPieceToo) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

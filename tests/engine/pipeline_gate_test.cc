@@ -14,7 +14,7 @@
 #include "tests/support/pipeline_rig.h"
 #include "tests/support/temp_dir.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 using flashpack::testing::GuardedMemory;
@@ -140,4 +140,4 @@ TEST_F(PipelineGateTest, AGateThatStaysShutIsLookedAtLessAndLess) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -21,7 +21,7 @@
 #include "tests/support/pipeline_rig.h"
 #include "tests/support/temp_dir.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 using flashpack::testing::GuardedMemory;
@@ -236,4 +236,4 @@ TEST_P(PipelineSoakTest, EveryLoadEndsInTheRightBytesOrACleanError) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

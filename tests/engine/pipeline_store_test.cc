@@ -14,7 +14,7 @@
 #include "tests/support/pipeline_rig.h"
 #include "tests/support/temp_dir.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 using flashpack::testing::GuardedMemory;
@@ -114,4 +114,4 @@ TEST_P(PipelineStoreTest, EveryStoreLeavesTheRightBytesOrACleanError) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

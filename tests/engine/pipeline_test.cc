@@ -15,7 +15,7 @@
 #include "tests/support/pipeline_rig.h"
 #include "tests/support/temp_dir.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 using flashpack::testing::GuardedMemory;
@@ -267,4 +267,4 @@ TEST_F(PipelineTest, CloseFinishesWhatWasStarted) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 constexpr std::uint32_t kChunk = 1u << 20;
@@ -234,4 +234,4 @@ TEST(Plan, AStoreWritesEveryByteOnceAndNothingElse) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

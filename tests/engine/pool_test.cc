@@ -10,7 +10,7 @@
 #include <optional>
 #include <utility>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 constexpr std::chrono::seconds kHang{20};
@@ -132,4 +132,4 @@ TEST_F(PoolTest, AThreadWhoseTaskMayBeLeftIsLeftBehind) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

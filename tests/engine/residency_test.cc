@@ -13,7 +13,7 @@
 #include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 using Method = Residency::Method;
@@ -111,4 +111,4 @@ TEST_F(ResidencyTest, WhatWasWrongTooOftenIsNotBelievedAnyMore) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

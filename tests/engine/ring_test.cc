@@ -18,7 +18,7 @@
 #include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 using flashpack::testing::GuardedMemory;
@@ -222,4 +222,4 @@ TEST(RingRefused, WhereBuffersCannotBeRegisteredReadsGoOnAndSayWhy) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

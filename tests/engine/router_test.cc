@@ -9,7 +9,7 @@
 
 #include "tests/support/temp_dir.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 using Route = Router::Route;
@@ -108,4 +108,4 @@ TEST_F(RouterTest, StoresOfWholeBlocksAreDirect) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

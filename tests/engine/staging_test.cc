@@ -7,7 +7,7 @@
 #include <fstream>
 #include <string>
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 constexpr std::uint32_t kMiB = 1u << 20;
@@ -53,4 +53,4 @@ TEST(StagingTest, ForkedChildrenDoNotInheritIt) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

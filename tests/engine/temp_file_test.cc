@@ -16,7 +16,7 @@
 #include "flashpack/error.h"
 #include "tests/support/temp_dir.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 using testing::TempDir;
@@ -299,4 +299,4 @@ TEST_F(ReplacedAccessTest, RootKeepsOwnerAndGroup) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

@@ -16,7 +16,7 @@
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
 
-namespace flashpack::engine {
+namespace flashpack::internal {
 namespace {
 
 using flashpack::testing::GuardedMemory;
@@ -217,4 +217,4 @@ TEST_F(WorkersTest, WakeEndsTheWaitOnceEvenWhenItCameFirst) {
 }
 
 }  // namespace
-}  // namespace flashpack::engine
+}  // namespace flashpack::internal

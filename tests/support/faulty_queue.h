@@ -30,22 +30,22 @@ struct Faults {
 /// Carries out operations like a disk on a bad day: late, out of order, in part, or not at all. Everything that a
 /// direct operation must respect is checked: alignment of offset, size and address, one operation per tag. What an
 /// operation may write is poisoned before it does.
-class FaultyQueue final : public engine::IoQueue {
+class FaultyQueue final : public internal::IoQueue {
  public:
   /// `listener` is the queue that the owner sleeps in, when that is another one.
   FaultyQueue(unsigned seed, Faults faults, IoQueue* listener = nullptr)
       : random_(seed), faults_(faults), listener_(listener) {}
 
-  void push(unsigned tag, const engine::IoRequest& request) override {
-    const bool read = request.op == engine::IoRequest::Op::kRead;
-    if (read || request.op == engine::IoRequest::Op::kWrite) {
+  void push(unsigned tag, const internal::IoRequest& request) override {
+    const bool read = request.op == internal::IoRequest::Op::kRead;
+    if (read || request.op == internal::IoRequest::Op::kWrite) {
       require(request.offset_bytes % kBlockBytes == 0, "offset is aligned");
       require(!request.memory.empty() && request.memory.size() % kBlockBytes == 0, "size is aligned");
       require(reinterpret_cast<std::uintptr_t>(request.memory.data()) % kBlockBytes == 0, "memory is aligned");
       if (read) std::fill(request.memory.begin(), request.memory.end(), kPoison);
     }
-    if (request.op == engine::IoRequest::Op::kReadPieces) {
-      for (const engine::Piece& piece : request.pieces) std::fill_n(piece.memory, piece.size_bytes, kPoison);
+    if (request.op == internal::IoRequest::Op::kReadPieces) {
+      for (const internal::Piece& piece : request.pieces) std::fill_n(piece.memory, piece.size_bytes, kPoison);
     }
     require(pending_.emplace(tag, Pending{request}).second, "tag is not in flight");
     max_in_flight_ = std::max(max_in_flight_, pending_.size());
@@ -57,7 +57,7 @@ class FaultyQueue final : public engine::IoQueue {
     if (found != pending_.end()) found->second.cancelled = true;
   }
 
-  std::span<const engine::IoCompletion> wait(std::optional<std::chrono::nanoseconds> timeout) override {
+  std::span<const internal::IoCompletion> wait(std::optional<std::chrono::nanoseconds> timeout) override {
     done_.clear();
     {
       std::unique_lock lock(mutex_);
@@ -102,7 +102,7 @@ class FaultyQueue final : public engine::IoQueue {
   static constexpr std::byte kPoison{0xEE};
 
   struct Pending {
-    engine::IoRequest request;
+    internal::IoRequest request;
     bool cancelled = false;
   };
 
@@ -113,18 +113,18 @@ class FaultyQueue final : public engine::IoQueue {
   bool chance(int percent) { return static_cast<int>(random_() % 100) < percent; }
 
   bool is_stuck(const Pending& pending) const {
-    const engine::IoRequest& request = pending.request;
+    const internal::IoRequest& request = pending.request;
     switch (request.op) {
-      case engine::IoRequest::Op::kRead:
-      case engine::IoRequest::Op::kWrite:
+      case internal::IoRequest::Op::kRead:
+      case internal::IoRequest::Op::kWrite:
         return request.offset_bytes >= stuck_from_bytes_;
-      case engine::IoRequest::Op::kReadPieces:
-      case engine::IoRequest::Op::kWritePieces:
+      case internal::IoRequest::Op::kReadPieces:
+      case internal::IoRequest::Op::kWritePieces:
         return request.pieces.front().offset_bytes >= stuck_from_bytes_;
-      case engine::IoRequest::Op::kScatter:
-      case engine::IoRequest::Op::kGather:
-      case engine::IoRequest::Op::kChecksum:
-      case engine::IoRequest::Op::kPopulate:
+      case internal::IoRequest::Op::kScatter:
+      case internal::IoRequest::Op::kGather:
+      case internal::IoRequest::Op::kChecksum:
+      case internal::IoRequest::Op::kPopulate:
         break;
     }
     return false;
@@ -143,10 +143,10 @@ class FaultyQueue final : public engine::IoQueue {
     done_.push_back({tag, chosen.cancelled && chance(50) ? -ECANCELED : result_of(chosen.request)});
   }
 
-  std::int64_t result_of(engine::IoRequest request) {
+  std::int64_t result_of(internal::IoRequest request) {
     switch (request.op) {
-      case engine::IoRequest::Op::kRead:
-      case engine::IoRequest::Op::kWrite:
+      case internal::IoRequest::Op::kRead:
+      case internal::IoRequest::Op::kWrite:
         if (chance(faults_.interrupt_percent)) return chance(50) ? -EINTR : -EAGAIN;
         if (chance(faults_.refuse_percent)) return chance(50) ? -EINVAL : -EOPNOTSUPP;
         if (chance(faults_.error_percent)) return -EIO;
@@ -155,20 +155,20 @@ class FaultyQueue final : public engine::IoQueue {
           request.memory = request.memory.first((1 + random_() % (sectors - 1)) * 512);
         }
         break;
-      case engine::IoRequest::Op::kReadPieces:
+      case internal::IoRequest::Op::kReadPieces:
         if (request.page_cache.only && chance(faults_.uncached_percent)) return -EAGAIN;
         if (chance(faults_.nothing_percent)) return 0;
         [[fallthrough]];
-      case engine::IoRequest::Op::kWritePieces:
+      case internal::IoRequest::Op::kWritePieces:
         if (chance(faults_.error_percent)) return -EIO;
         break;
-      case engine::IoRequest::Op::kScatter:
-      case engine::IoRequest::Op::kGather:
-      case engine::IoRequest::Op::kChecksum:
-      case engine::IoRequest::Op::kPopulate:
+      case internal::IoRequest::Op::kScatter:
+      case internal::IoRequest::Op::kGather:
+      case internal::IoRequest::Op::kChecksum:
+      case internal::IoRequest::Op::kPopulate:
         break;
     }
-    return engine::carry_out(request);
+    return internal::carry_out(request);
   }
 
   std::mt19937_64 random_;
@@ -176,7 +176,7 @@ class FaultyQueue final : public engine::IoQueue {
   IoQueue* const listener_;
   std::map<unsigned, Pending> pending_;
   std::atomic<std::uint64_t> stuck_from_bytes_ = std::numeric_limits<std::uint64_t>::max();
-  std::vector<engine::IoCompletion> done_;
+  std::vector<internal::IoCompletion> done_;
   std::size_t max_in_flight_ = 0;
   std::size_t hangs_ = 0;
   std::string reason_;

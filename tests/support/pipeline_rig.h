@@ -27,22 +27,22 @@ class PipelineRig {
 
   /// `spare_slots` stand in for stuck ones.
   PipelineRig(unsigned seed, Faults faults, Shape shape = Shape::kRealWorkers, std::uint32_t chunk_bytes = 1u << 20,
-              std::uint32_t slots = 3, engine::Copier* copier = nullptr, std::uint32_t spare_slots = 0,
+              std::uint32_t slots = 3, internal::Copier* copier = nullptr, std::uint32_t spare_slots = 0,
               std::uint32_t at_once_bytes = 0)
       : staging_(std::uint64_t{slots + spare_slots} * chunk_bytes, chunk_bytes), disk_(seed, faults) {
-    const engine::Pipeline::Limits limits{.queue_depth = kQueueDepth,
-                                          .worker_depth = kQueueDepth,
-                                          .chunk_bytes = chunk_bytes,
-                                          .slots = slots,
-                                          .at_once_bytes = at_once_bytes};
+    const internal::Pipeline::Limits limits{.queue_depth = kQueueDepth,
+                                            .worker_depth = kQueueDepth,
+                                            .chunk_bytes = chunk_bytes,
+                                            .slots = slots,
+                                            .at_once_bytes = at_once_bytes};
     pool_.emplace(2u);
     if (shape == Shape::kRealWorkers) {
-      workers_ = std::make_unique<engine::Workers>(*pool_, engine::Pipeline::tag_limit(limits), &disk_);
+      workers_ = std::make_unique<internal::Workers>(*pool_, internal::Pipeline::tag_limit(limits), &disk_);
     } else if (shape == Shape::kTwoQueues) {
       workers_ = std::make_unique<FaultyQueue>(seed + 1, faults, &disk_);
     }
-    engine::IoQueue& workers = workers_ ? *workers_ : disk_;
-    pipeline_ = std::make_unique<engine::Pipeline>(disk_, workers, *pool_, copier, staging_.slots(), limits);
+    internal::IoQueue& workers = workers_ ? *workers_ : disk_;
+    pipeline_ = std::make_unique<internal::Pipeline>(disk_, workers, *pool_, copier, staging_.slots(), limits);
     driver_ = std::thread([this] { pipeline_->run(); });
   }
 
@@ -59,7 +59,7 @@ class PipelineRig {
 
   struct Load {
     std::filesystem::path path;
-    std::vector<engine::Piece> extents;
+    std::vector<internal::Piece> extents;
     CachePolicy cache = CachePolicy::kDirect;
     std::optional<Deadline> deadline;
     Completion* completion = nullptr;
@@ -68,12 +68,12 @@ class PipelineRig {
   };
 
   /// With a gate: to memory of the copier's device.
-  Transfer start(const Load& load, std::unique_ptr<engine::Gate> gate = nullptr) {
-    auto state = std::make_shared<engine::TransferState>();
+  Transfer start(const Load& load, std::unique_ptr<internal::Gate> gate = nullptr) {
+    auto state = std::make_shared<internal::TransferState>();
     state->completion = load.completion;
     state->cancel_requested = load.cancelled;
     state->deadline = load.deadline;
-    engine::Part& part = state->parts.emplace_back();
+    internal::Part& part = state->parts.emplace_back();
     part.path = load.path;
     part.cache = load.cache;
     part.pieces[gate != nullptr] = load.extents;
@@ -83,23 +83,23 @@ class PipelineRig {
   }
 
   struct Store {
-    std::shared_ptr<const engine::TransferState> state;
+    std::shared_ptr<const internal::TransferState> state;
     Transfer transfer;
   };
 
   /// With checksums of the first `size_bytes`.
-  Store start_store(std::shared_ptr<engine::OpenFile> open, std::span<const engine::Piece> extents,
+  Store start_store(std::shared_ptr<internal::OpenFile> open, std::span<const internal::Piece> extents,
                     std::uint64_t size_bytes, bool cancelled = false) {
-    auto state = std::make_shared<engine::TransferState>();
-    state->direction = engine::TransferState::Direction::kStore;
+    auto state = std::make_shared<internal::TransferState>();
+    state->direction = internal::TransferState::Direction::kStore;
     state->cancel_requested = cancelled;
-    engine::Part& part = state->parts.emplace_back();
+    internal::Part& part = state->parts.emplace_back();
     part.open = std::move(open);
     part.path = part.file().path();
     part.sums.emplace(0, size_bytes);
-    const engine::Alignment alignment = part.file().alignment();
+    const internal::Alignment alignment = part.file().alignment();
     part.plan.add_store(extents, static_cast<std::uint32_t>(staging_.slots()[0].size()), alignment, true);
-    part.router = engine::Router(part.plan, part.file().direct_fd() < 0 ? 0 : alignment.block_bytes);
+    part.router = internal::Router(part.plan, part.file().direct_fd() < 0 ? 0 : alignment.block_bytes);
     return {state, start(state)};
   }
 
@@ -122,18 +122,18 @@ class PipelineRig {
   FaultyQueue& disk() { return disk_; }
 
  private:
-  Transfer start(std::shared_ptr<engine::TransferState> state) {
+  Transfer start(std::shared_ptr<internal::TransferState> state) {
     state->owner = ::getpid();
     state->driver = pipeline_.get();
     pipeline_->start(state);
-    return engine::TransferState::handle(state);
+    return internal::TransferState::handle(state);
   }
 
-  engine::Staging staging_;
+  internal::Staging staging_;
   FaultyQueue disk_;
-  std::unique_ptr<engine::IoQueue> workers_;  // Null: the disk does their work.
-  std::unique_ptr<engine::Pipeline> pipeline_;
-  std::optional<engine::Pool> pool_;  // Goes before what its threads use.
+  std::unique_ptr<internal::IoQueue> workers_;  // Null: the disk does their work.
+  std::unique_ptr<internal::Pipeline> pipeline_;
+  std::optional<internal::Pool> pool_;  // Goes before what its threads use.
   std::thread driver_;
 };
 
