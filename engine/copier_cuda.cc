@@ -30,10 +30,11 @@ constexpr std::size_t kLanes = 2;
 constexpr std::size_t kMostPiecesForDriver = 16;
 
 // A context that has failed answers every question with its error for ever, also the one whether its copies have
-// ended. The hardware stops them when it fails; nobody is told when. After so long without another answer they have.
+// ended. The hardware stops them when it fails, but nobody is told when. After so long without another answer the
+// copies are taken for ended.
 constexpr std::chrono::seconds kSilence{1};
 
-// Those of a context that is gone, which waits for its copies or ends them.
+// The errors of a context that is gone. It has waited for its copies, or ended them.
 bool is_end_of_context(cudaError_t error) {
   return error == cudaErrorCudartUnloading || error == cudaErrorContextIsDestroyed ||
          error == cudaErrorDeviceUninitialized;
@@ -182,7 +183,7 @@ class CudaCopier final : public Copier {
   }
 
   // Whether the device touches neither slot nor pieces any more. After an error the event may never have been recorded,
-  // and to have no answer is none: then the stream has to be empty.
+  // and an error in place of an answer does not say that the copy has ended: then the stream has to be empty.
   bool has_landed(Copy& copy, const ContextGuard& guard) {
     if (!copy.started) return false;
     const cudaError_t answer = guard.error() != cudaSuccess ? guard.error()

@@ -27,7 +27,7 @@ namespace {
 
 using internal::argument_error;
 
-// Less than a thread reads from the page cache while another one is woken for it.
+// A thread reads so much from the page cache in about the time in which another one wakes up for it.
 constexpr std::uint32_t kAtOnceBytes = 256 << 10;
 
 constexpr std::uint64_t kStagingBytes = std::uint64_t{64} << 20;
@@ -153,13 +153,15 @@ struct Engine::Impl::Machine {
 void Engine::Impl::build(Machine& machine) {
   bind_this_thread(options_.cpu_affinity);
   const bool cuda = options_.device.kind == Device::Kind::kCuda;
-  if (cuda && !options_.numa_node) options_.numa_node = internal::numa_node_of_cuda_device(options_.device.index);
+  int node = options_.numa_node.value_or(-1);
+  if (cuda && !options_.numa_node) node = internal::numa_node_of_cuda_device(options_.device.index);
+  if (node >= 0) options_.numa_node = node;
   const auto slots = static_cast<std::uint32_t>(options_.staging_bytes / options_.chunk_bytes);
   // As many again stand in for those that the kernel keeps; untouched they are but addresses. Those of a device are
   // page-locked, and so there are no others.
   const std::uint32_t spare_slots = cuda ? 0 : slots;
-  const internal::Staging& staging = machine.staging.emplace(std::uint64_t{slots + spare_slots} * options_.chunk_bytes,
-                                                             options_.chunk_bytes, options_.numa_node.value_or(-1));
+  const internal::Staging& staging =
+      machine.staging.emplace(std::uint64_t{slots + spare_slots} * options_.chunk_bytes, options_.chunk_bytes, node);
   staging_reason_ = staging.fallback_reason();
   machine.pool.emplace(options_.workers);
   if (cuda) machine.copier = internal::make_cuda_copier(options_.device.index, staging.slots(), *machine.pool);

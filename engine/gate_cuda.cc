@@ -1,5 +1,7 @@
 #include "engine/gate_cuda.h"
 
+#include <utility>
+
 #include "engine/error.h"
 
 namespace flashpack::internal::cuda {
@@ -27,8 +29,9 @@ class CudaGate final : public Gate {
     const ContextGuard guard(context_);
     check(guard.error(), "the device's context");
     require_no_capture(stream);
-    event_ = make_event();
-    check(cudaEventRecord(event_.get(), stream), "cudaEventRecord on the caller's stream");
+    Event event = make_event();  // A member would be destroyed after the guard, in another context.
+    check(cudaEventRecord(event.get(), stream), "cudaEventRecord on the caller's stream");
+    event_ = std::move(event);
   }
   ~CudaGate() override {
     const ContextGuard guard(context_);

@@ -1,5 +1,6 @@
 #include "engine/mounts.h"
 
+#include <charconv>
 #include <fstream>
 #include <limits>
 
@@ -11,8 +12,11 @@ namespace {
 std::string unescaped(const std::string& text) {
   std::string plain;
   for (std::size_t i = 0; i < text.size(); ++i) {
-    const bool escaped = text[i] == '\\' && i + 3 < text.size();
-    plain += escaped ? static_cast<char>(std::stoi(text.substr(i + 1, 3), nullptr, 8)) : text[i];
+    unsigned code = 0;
+    const char* const digits = text.data() + i + 1;
+    const bool escaped =
+        text[i] == '\\' && i + 3 < text.size() && std::from_chars(digits, digits + 3, code, 8).ptr == digits + 3;
+    plain += escaped ? static_cast<char>(code) : text[i];
     if (escaped) i += 3;
   }
   return plain;

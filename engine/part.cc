@@ -59,13 +59,14 @@ bool read_at_once(Part& part, const File& file, std::uint32_t at_once_bytes) {
   if (end > file.identity().size_bytes || end - begin > at_once_bytes || bytes > at_once_bytes) return false;
   if (part.cache == CachePolicy::kAuto) {
     Residency residency(file.buffered_fd());
-    if (!residency.cached(begin, end - begin)) return false;
+    // To ask in another way than by cachestat reads a page, which the router's own question would find cached.
+    if (residency.method() != Residency::Method::kCachestat || !residency.cached(begin, end - begin)) return false;
     part.fallback_reason = residency.fallback_reason();
   }
   if (part.claimed.exchange(true)) return false;
   const bool read = read_without_waiting(file.buffered_fd(), pieces) == 0;
   if (read) part.read_bytes = bytes;
-  if (!read) part.claimed = false;
+  part.claimed = false;
   return read;
 }
 

@@ -55,7 +55,8 @@ struct FileSystem {
   std::size_t held_up_loads() const noexcept { return late > 0 ? loads : 0; }
 };
 
-/// The same of what a path tells before its file has been opened: its directory, or the mount point above that.
+/// A directory or a mount point. A path tells these before its file is open, so what is stuck in opening is counted
+/// here.
 struct Place {
   std::uint32_t with_threads = 0;     // Parts that are being opened or closed, of those that are counted here.
   std::uint32_t late = 0;             // Of these: not answered for.
@@ -106,10 +107,11 @@ struct Part {
   std::string fallback_reason;
   std::optional<Failure> failure;
   std::uint64_t verified_bytes = 0;
-  std::uint64_t read_bytes = 0;       // All of it, where open_part() has read it.
+  std::uint64_t read_bytes = 0;       // How many bytes open_part() has read itself; then these are all.
   std::atomic<bool> checked = false;  // The thread that has it has nothing left to do but to close.
-  std::atomic<bool> claimed =
-      false;  // By open_part(), to read into its pieces, or by the driver, to keep it from that.
+  // Whoever sets it first decides: open_part(), which then reads into the pieces, or the driver, which then keeps it
+  // from that.
+  std::atomic<bool> claimed = false;
 
   // The driver's alone.
   TransferState* transfer = nullptr;

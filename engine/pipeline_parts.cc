@@ -150,7 +150,7 @@ std::array<Place*, 2> Pipeline::places_of(const Part& part) {
   return {&places_[0][directory.native()], &places_[1][mounts_.above(directory)]};
 }
 
-// Whether it has no more than one of so many shares of what may be held up and is not by others.
+// Whether what is at `place` or held up there takes at most one of so many shares of what others leave of the limit.
 bool Pipeline::has_share(const Place& place, unsigned shares) const {
   const std::size_t has = place.with_threads + place.held_up_loads();
   const std::size_t held_up = place.late + place.held_up_loads();
@@ -288,11 +288,13 @@ void Pipeline::look_for_late_parts() {
   for (std::size_t i = with_threads_.size(); i-- > 0;) {
     Part& part = *with_threads_[i];
     if (!part.late && now_ - part.since >= kLate) set_late(part);
-    const bool closes = part.checked || (part.state == Part::State::kClosing && part.transfer->failure);
-    if (part.late && closes && part.awaited) {
-      --part.transfer->outstanding;
-      stop_waiting_for(part);
-    }
+    if (!part.late || !part.awaited) continue;
+    const bool failed = part.transfer->failure.has_value();
+    const bool opens = part.state == Part::State::kOpening && failed && !part.claimed.exchange(true);
+    const bool closes = part.checked || (part.state == Part::State::kClosing && failed);
+    if (!opens && !closes) continue;
+    --part.transfer->outstanding;
+    stop_waiting_for(part);
   }
 }
 

@@ -32,7 +32,7 @@ constexpr std::uint8_t kRegisterAtUse = 2;
 // long means it.
 constexpr std::chrono::seconds kMaxRefusal{1};
 
-// Until it is asked again.
+// So long the ring waits after a refusal before it asks again.
 constexpr std::chrono::nanoseconds kRefusalPeriod = std::chrono::milliseconds(1);
 
 // After the ring was closed, until the kernel has let go of it.

@@ -200,7 +200,8 @@ void count_slot(const IoRequest& request) {
   request.sums->add(begin, request.memory.subspan(begin - request.offset_bytes, end - begin));
 }
 
-// What a gap between two of the pieces shares a checksum with is not counted: it is never compared.
+// A stripe that a gap between two of the pieces lies in is not counted, because it is not read whole and so never
+// compared.
 void count_between_gaps(const IoRequest& request) {
   constexpr std::uint64_t kStripeBytes = Checksums::kPieceBytes;
   const auto pieces = request.pieces;

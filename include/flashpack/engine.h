@@ -117,7 +117,7 @@ struct EngineOptions {
 /// argument; that is empty when all went well. Transfer::wait_for() and Transfer::error() tell how a transfer ended.
 ///
 /// Thread safety: any thread may call any member at any time, but for moving and destruction, which need the engine to
-/// themselves; distinct engines are independent. Running out of memory on the driver thread is fatal. Transfers are
+/// themselves; distinct engines are independent. Running out of memory on the engine's threads is fatal. Transfers are
 /// served in the order they were started, the next one's reads following on the last of the one before; but loads of at
 /// most one chunk do not wait behind larger ones.
 ///

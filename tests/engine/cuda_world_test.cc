@@ -44,6 +44,22 @@ TEST_P(CudaWorldTest, NoContextIsMadeButTheEngines) {
   EXPECT_EQ(mode, cudaStreamCaptureModeGlobal);
 }
 
+TEST_P(CudaWorldTest, AnEventThatCannotBeRecordedIsGivenBackInTheContextOfTheEngine) {
+  std::byte* target = cuda().allocate(bytes_.size());
+  std::thread([&] {
+    cuda().fail("cudaEventRecord", 1, cudaErrorInvalidResourceHandle);
+    EXPECT_TRUE(error_of([&] { engine_->load(request(target)); }));
+  }).join();
+  EXPECT_FALSE(cuda().has_context(0));
+  engine_->load(request(target));
+  EXPECT_TRUE(right(target));
+}
+
+TEST_P(CudaWorldTest, OptionsOfAnEngineMakeAnotherOne) {
+  const Engine another(engine_->options());
+  EXPECT_EQ(another.options().numa_node, engine_->options().numa_node);
+}
+
 TEST_P(CudaWorldTest, MemoryOfAnotherDeviceIsRefused) {
   std::byte* elsewhere = cuda().allocate(bytes_.size(), 0);
   const auto error = error_of([&] { engine_->load(request(elsewhere)); });

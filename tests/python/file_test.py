@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import math
 import pickle
 
 import flashpack
@@ -273,10 +274,40 @@ def test_of_a_slice_only_its_bytes_are_read(path, monkeypatch):
         20_000,
         4,
         2000,
-        0,
         43 * 4,
         50 * 7 * 60 - 56,  # What lies between runs is read along where they follow each other closely.
     ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "index"),
+    [
+        ((5000,), slice(None, None, 2)),
+        ((600, 9), slice(1, None, 2)),
+        ((5000, 1), slice(None, None, 3)),
+        ((3, 4000), (slice(None, None, 2), slice(None, None, 2))),
+        ((400, 700), (slice(None), slice(4))),
+    ],
+)
+def test_a_slice_of_many_runs_is_read_in_few(pack, monkeypatch, shape, index):
+    monkeypatch.setattr(_file, "_WINDOW_BYTES", 4096)
+    monkeypatch.setattr(_file, "_MOST_RUNS", 100)
+    runs = []
+    load = _file.TensorSlice._load
+
+    def count(self, extents, side, repeats=()):
+        runs.append(len(extents) * math.prod(count for count, _ in repeats))
+        load(self, extents, side, repeats)
+
+    monkeypatch.setattr(_file.TensorSlice, "_load", count)
+    tensor = random_tensor(shape, torch.int32)
+    assert torch.equal(flashpack.open_file(pack({"t": tensor})).get_slice("t")[index], tensor[index])
+    assert max(runs) <= 100
+
+
+def test_a_part_without_elements_costs_nothing_whatever_its_shape_says(pack):
+    path = pack({"t": torch.empty(0, 1 << 40, dtype=torch.int8), "u": torch.ones(2)})
+    assert flashpack.open_file(path).get_slice("t")[:, ::2].shape == (0, 1 << 39)
 
 
 def test_a_slice_of_distant_runs_is_read_into_its_memory_and_not_copied(pack, monkeypatch):

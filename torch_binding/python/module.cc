@@ -209,11 +209,13 @@ struct PyLoad {
 
 nb::typed<nb::list, Dict> finish_loads(const nb::typed<nb::list, PyLoad>& loads, const ProgressFunction& progress) {
   const NativeCall call;
+  // Others may change the list while this waits.
+  const std::vector<nb::object> kept(loads.begin(), loads.end());
   std::vector<Transfer*> transfers;
-  for (const nb::handle load : loads) transfers.push_back(&nb::cast<PyLoad&>(load).load.transfer);
+  for (const nb::object& load : kept) transfers.push_back(&nb::cast<PyLoad&>(load).load.transfer);
   nb::list all_stats;
-  for (const nb::handle handle : loads) {
-    const PyLoad& each = nb::cast<PyLoad&>(handle);
+  for (const nb::object& object : kept) {
+    const PyLoad& each = nb::cast<PyLoad&>(object);
     all_stats.append(stats_dict(verified(nb::cast<const Metadata&>(each.metadata), each.policy, each.path, [&] {
       wait_for_all(transfers, progress);  // The first one waits.
       return each.load.transfer.stats();

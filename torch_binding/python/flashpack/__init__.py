@@ -76,7 +76,7 @@ def _message_of(error: FlashPackError) -> str:
 
 
 # Files, and what is in them, may be called anything; so a message is one line, as those of the log are.
-FlashPackError.__str__ = _message_of  # type: ignore[method-assign]
+FlashPackError.__str__ = _message_of  # type: ignore[assignment, method-assign]
 
 _SUBMODULES = frozenset(
     {

@@ -30,6 +30,8 @@ _WINDOW_BYTES = 32 << 20
 # Below this distance the runs of a slice cost more one by one than what lies between them. A device takes each run as a
 # copy of its own, which costs more at any distance.
 _DENSE_BYTES = 1 << 10
+# Each run that is read by itself takes some hundred bytes of memory while it is read.
+_MOST_RUNS = 1 << 18
 
 
 @left_before_exit
@@ -207,15 +209,18 @@ class TensorSlice:
         side = side_of(self._file._device)
         item_bytes = self.dtype.itemsize
         strides = [item_bytes * math.prod(self.shape[dim + 1 :]) for dim in range(len(ranges))]
+        shape = [len(each) for each in ranges]
+        if not all(shape):
+            return torch.empty(shape, dtype=self.dtype, device=self._file._device)
         run_bytes, repeats = _runs(ranges, strides, item_bytes, self.shape)
-        empty = not all(ranges)
-        closely = repeats and not empty and (repeats[-1][1] < _DENSE_BYTES or side.device != CPU)
-        if closely and (rows := _dim_of_rows(ranges, strides, item_bytes)) is not None:
+        along = repeats and (
+            repeats[-1][1] < _DENSE_BYTES or side.device != CPU or math.prod(count for count, _ in repeats) > _MOST_RUNS
+        )
+        if along and (rows := _dim_of_rows(ranges, strides, item_bytes)) is not None:
             return self._read_rows(ranges, strides, rows, side).to(self._file._device)
         begin = sum(each.start * stride for each, stride in zip(ranges, strides, strict=True))
-        shape = [len(each) for each in ranges]
         part = allocate_tensor(self._entry.dtype, shape, self._entry.offset_bytes + begin, side.device)
-        self._load([] if empty else [(begin, run_bytes, part.data_ptr())], side, repeats)
+        self._load([(begin, run_bytes, part.data_ptr())], side, repeats)
         return part.to(self._file._device)
 
     def _read_rows(self, ranges: list[range], strides: list[int], dim: int, side: Side) -> torch.Tensor:
@@ -224,7 +229,7 @@ class TensorSlice:
         A row is what one index of `dim` stands for. Each is read from the first byte that is wanted of it to the last,
         and what lies between rows, too.
         """
-        outer = [range(each[0], each[-1] + 1) for each in ranges[: dim + 1]]
+        outer = [*ranges[:dim], range(ranges[dim][0], ranges[dim][-1] + 1)]
         row_bytes, inner = strides[dim], ranges[dim + 1 :]
         begin = sum(each.start * stride for each, stride in zip(inner, strides[dim + 1 :], strict=True))
         end = self.dtype.itemsize + sum(
@@ -252,8 +257,8 @@ class TensorSlice:
             there += count
         self._load(extents, side)
         target[done:] = window[:there][wanted]
-        steps = tuple(slice(None, None, each.step) for each in ranges[: dim + 1])
-        return target.view([*counts, *lengths])[steps].contiguous()
+        steps = [*[slice(None)] * dim, slice(None, None, ranges[dim].step)]
+        return target.view([*counts, *lengths])[tuple(steps)].contiguous()
 
     def _load(self, extents: list[tuple[int, int, int]], side: Side, repeats: Sequence[tuple[int, int]] = ()) -> None:
         """Of extents that begin at an offset in the tensor; `repeats` as the engine takes them."""
@@ -264,11 +269,11 @@ class TensorSlice:
 
 
 def _dim_of_rows(ranges: list[range], strides: list[int], item_bytes: int) -> int | None:
-    """The first dim whose rows are small, and wanted but for short gaps."""
+    """The first dim whose rows are small, and wanted but for short gaps between them."""
     spans = [(each[-1] - each[0]) * stride for each, stride in zip(ranges, strides, strict=True)]
-    for dim, stride in enumerate(strides):
+    for dim, (each, stride) in enumerate(zip(ranges, strides, strict=True)):
         span_bytes = item_bytes + sum(spans[dim + 1 :])
-        if stride <= _WINDOW_BYTES and span_bytes < stride <= span_bytes + _SHORT_GAP_BYTES:
+        if len(each) > 1 and stride <= _WINDOW_BYTES and each.step * stride <= span_bytes + _SHORT_GAP_BYTES:
             return dim
     return None
 

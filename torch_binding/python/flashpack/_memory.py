@@ -9,7 +9,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, cast, get_args
 
 import torch
 
@@ -118,7 +118,8 @@ class DeviceRegion:
         if dtype not in self._without_elements:
             self._without_elements[dtype] = torch.empty(0, dtype=torch_dtype, device=self.memory.device)
         # As no view has, it has a version counter of its own; and it takes half the time of torch.empty.
-        return self._without_elements[dtype].data.set_(self._storage, begin, tuple(shape))
+        tensor: Any = self._without_elements[dtype].data  # torch's stubs know set_ with strides alone.
+        return cast(torch.Tensor, tensor.set_(self._storage, begin, tuple(shape)))
 
 
 def allocate_region(offset_bytes: int, size_bytes: int, device: torch.device = CPU) -> Region:
