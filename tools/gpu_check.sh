@@ -20,12 +20,15 @@
 #   wheel  after `fetch`: builds the Python package by PYTHON, like python3.12, into .gpu, so that `check` need not, as
 #          long as it finds the same sources.
 #   rehearse  as root on Debian 12 with network: runs `check` on a copy of the tracked files and of what `fetch` brings,
-#          in a bare root file system without network, where nvidia-smi, the CUDA runtime and torch.cuda have stand-ins.
+#          in a bare root file system without network, where nvidia-smi, the CUDA runtime and torch.cuda have stand-ins. Its
+#          checkpoints are small, its limits wide, and of the Python tests it runs those that work on the stand-ins.
 #
 # GPU_CHECK_DIR is on the disk to measure (default: /var/tmp); after GPU_CHECK_SECONDS (default: 540) everything has
-# ended. GPU_CHECK_SLOWER (default: 1) multiplies all limits, GPU_CHECK_SCALE (default: 1) the sizes of checkpoints. The machine has a C++ compiler, a CUDA toolkit from 12 on or the wheels of the runtime, and a python3 with
-# torch, nanobind, scikit-build-core, cmake, ninja, pytest, safetensors and click.
+# ended. GPU_CHECK_SLOWER (default: 1) multiplies all limits, GPU_CHECK_SCALE (default: 1) the sizes of checkpoints.
+# The machine has a C++ compiler, a CUDA toolkit from 12.4 on or the wheels of the runtime, and a python3 with torch,
+# numpy, nanobind, scikit-build-core, cmake, ninja, pytest, safetensors, click and tqdm.
 set -uo pipefail
+called_in=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=tools/lib.sh
 source tools/lib.sh
@@ -217,9 +220,7 @@ run_suite() {
 # Everything a step needs, so that it runs alone.
 run_step() {
   out=$2
-  disk=${GPU_CHECK_DIR:-/var/tmp}/gpu_check
-  rm -rf "$disk"
-  mkdir -p "$disk"
+  disk=$(mktemp -d "${GPU_CHECK_DIR:-/var/tmp}/gpu_check.XXXXXX") || return
   trap 'rm -rf "$disk"' EXIT
   export FLASHPACK_REQUIRE_GPU=1 PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
   command -v ccache >/dev/null || unset CMAKE_CXX_COMPILER_LAUNCHER
@@ -257,9 +258,10 @@ check() {
     [[ -n ${limits[$name]:-} ]] || fail "no such step: $name"
   done
   nvidia-smi -L 2>/dev/null || fail "no NVIDIA GPU here: nvidia-smi lists none"
+  [[ $results == /* ]] || results=$called_in/$results
   mkdir -p "$results" "$made"
-  results=$(cd "$results" && pwd)
-  rm -f "$results/steps.tsv"
+  # Those of an earlier check would be taken for its own.
+  rm -f "$results"/{steps.tsv,device_bench.*,device_sweep.*,pytest.xml,ctest.xml,suite.xml,pytest_all.xml}
   for name in carried "$@"; do
     limited "$name"
   done

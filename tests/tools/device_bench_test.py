@@ -85,7 +85,7 @@ def test_what_was_measured_is_on_disk_at_once(record, clock):
     contenders = {"flashpack": Looks(clock), "safetensors": Looks(clock)}
     in_turns(record, contenders, clock, 100, rounds=1)
     assert len(contenders["flashpack"].seen) == 3
-    assert "| flashpack | 2.00 |" in record.out.with_suffix(".md").read_text()
+    assert "| flashpack | 1 | 2.00 |" in record.out.with_suffix(".md").read_text()
     assert sorted(p.name for p in record.out.parent.iterdir()) == ["out.json", "out.md"]
 
 
@@ -116,8 +116,8 @@ def test_rates_are_medians_without_the_first_round_held_against_the_slower_part(
             answer = {"bytes": 2_000_000_000, "seconds": value, "cpu_seconds": 0.5, "host_peak_mib": 64}
             record.add("blocks-2", "cold", row, number > 0, answer)
     text = record.out.with_suffix(".md").read_text()
-    assert "| flashpack | 1.00 | 0.50 | 0.250 |  | 64 |  |  |  |  |  |" in text
-    assert "| peer | 0.50 | 0.25 |" in text
+    assert "| flashpack | 3 | 1.00 | 0.50 | 0.250 |  | 64 |  |  |  |  |  |  |" in text
+    assert "| peer | first | 0.50 | 0.25 |" in text
     assert "not installed: a peer" in text
 
 
