@@ -323,6 +323,17 @@ def test_tensors_that_an_index_does_not_list_are_converted_as_the_libraries_load
     assert "does not list, but its files have: bias, count" in caplog.text
 
 
+def test_a_tensor_that_is_in_several_files_and_in_no_list_is_refused(tmp_path):
+    first, second = halves()
+    files = {"m1.safetensors": first, "m2.safetensors": second | {"bias": first["bias"] + 1}}
+    index = save_index(tmp_path / "m.safetensors.index.json", files)
+    content = json.loads(index.read_text())
+    del content["weight_map"]["bias"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(FlashPackError, match="does not list 'bias', and several of its files have it"):
+        commands.convert_to_flashpack(index)
+
+
 @pytest.mark.parametrize(
     "tensors",
     [

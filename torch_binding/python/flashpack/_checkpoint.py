@@ -227,12 +227,13 @@ def _open_sharded(path: Path) -> dict[str, torch.Tensor]:
             raise FlashPackError(f"{path} says that {name!r} is in {file.name}, but it is not")
         tensors[name] = opened[file][name]
     # The libraries load whole files.
-    unlisted = {
-        name: tensor
-        for there in opened.values()
-        for name, tensor in there.items()
-        if name not in tensors and isinstance(tensor, torch.Tensor)
-    }
+    unlisted: dict[str, torch.Tensor] = {}
+    for there in opened.values():
+        for name, tensor in there.items():
+            if name in unlisted:
+                raise FlashPackError(f"{path} does not list {name!r}, and several of its files have it")
+            if name not in tensors and isinstance(tensor, torch.Tensor):
+                unlisted[name] = tensor
     if unlisted:
         logger.warning("%s does not list, but its files have: %s", path, ", ".join(sorted(unlisted)))
     return tensors | unlisted
