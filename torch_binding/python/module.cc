@@ -210,7 +210,8 @@ struct PyLoad {
 nb::typed<nb::list, Dict> finish_loads(const nb::typed<nb::list, PyLoad>& loads, const ProgressFunction& progress) {
   const NativeCall call;
   // Others may change the list while this waits.
-  const std::vector<nb::object> kept(loads.begin(), loads.end());
+  std::vector<nb::object> kept;
+  for (const nb::handle load : loads) kept.push_back(nb::borrow(load));
   std::vector<Transfer*> transfers;
   for (const nb::object& load : kept) transfers.push_back(&nb::cast<PyLoad&>(load).load.transfer);
   nb::list all_stats;
