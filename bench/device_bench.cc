@@ -80,7 +80,7 @@ void run_rounds(benchmark::State& state, std::uint64_t size_bytes, const std::fu
   report(state, series);
 }
 
-// What the link moves from page-locked memory, in copies of `copy_bytes` dealt out to `streams`.
+// Measures the link: page-locked memory goes to the device in copies of `copy_bytes`, dealt out to `streams`.
 void bench_link(benchmark::State& state, const Setup& setup, std::uint64_t copy_bytes, unsigned streams) {
   constexpr std::uint64_t kSourceBytes = 256 * kMiB;
   constexpr int kPasses = 8;
@@ -110,8 +110,8 @@ void bench_file(benchmark::State& state, const Setup& setup, CachePolicy cache) 
       [&] { read(setup.checkpoint.path(), std::span(setup.host.data(), size)); });
 }
 
-/// What is asked for: the tensors as they are, the same held against the file's checksums, or pieces so small that the
-/// calls for them cost more than their bytes.
+/// A load asks for one of these: the tensors as they are, the same held against the file's checksums, or pieces so
+/// small that the calls for them cost more than their bytes.
 enum class Shape { kTensors, kVerified, kSmallPieces };
 constexpr std::uint64_t kSmallPieceBytes = 8 << 10;
 

@@ -207,7 +207,7 @@ void bench_verified(benchmark::State& state, const Setup& setup, Cache cache) {
   bench_in_turns(state, setup, {{verified, none}, {plain, none}}, stats, cache);
 }
 
-// What a small load costs by itself: one after the other, of cached bytes.
+// Small loads of cached bytes, one after the other: the cost of a load by itself.
 void bench_small(benchmark::State& state, const Setup& setup) {
   constexpr std::uint64_t kLoads = 1000;
   constexpr std::uint64_t kBytes = 16 << 10;

@@ -56,9 +56,9 @@ class Copier {
   virtual std::string fallback_reason() const = 0;
 };
 
-/// On the driver thread: the copier of a CUDA device, with `slots`, one region, page-locked as long as it lives. What
-/// would keep the driver from its work is done by `pool`, which may end first.
-/// Throws: std::system_error when there is no such device, no driver, or no CUDA in this build.
+/// On the driver thread: the copier of a CUDA device, with `slots`, one region, page-locked as long as it lives.
+/// `pool`, which may end first, does the copies that would keep the driver from its work. Throws: std::system_error
+/// when there is no such device, no driver, or no CUDA in this build.
 std::unique_ptr<Copier> make_cuda_copier(int device, std::span<const std::span<std::byte>> slots, Pool& pool);
 
 /// The NUMA node that a CUDA device is attached to; -1 when there is but one, or none can be told.

@@ -142,7 +142,7 @@ class CudaCopier final : public Copier {
     Copy* next = nullptr;                 // In its lane.
     cudaError_t error = cudaSuccess;      // The first, of starting it or of asking for it.
     std::atomic<bool> started = false;    // From then on it is the driver's.
-    std::vector<void*> targets, sources;  // Of its pieces.
+    std::vector<void*> targets, sources;  // One of each for every piece.
     std::vector<std::size_t> sizes;
   };
   struct Lane {

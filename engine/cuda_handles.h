@@ -26,7 +26,8 @@ inline void check(cudaError_t error, const char* call) {
   throw std::system_error(code_of(error), call);
 }
 
-/// Of the driver, which is not linked. Requires: a current device, or this makes a context. Throws: std::system_error.
+/// Takes a function of the driver, which is not linked. Requires: a current device, or this makes a context. Throws:
+/// std::system_error.
 template <class Function>
 Function* driver_function(const char* name) {
   void* found = nullptr;

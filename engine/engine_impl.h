@@ -85,11 +85,11 @@ class FileWriter::Impl {
   Engine::Impl& engine_;
   std::filesystem::path path_;  // What the new file replaces.
   internal::TempFile temp_;
-  std::shared_ptr<internal::OpenFile> open_;  // What is at temp_.path(), until commit or abort.
+  std::shared_ptr<internal::OpenFile> open_;  // The file at temp_.path(), until commit or abort.
   std::uint64_t payload_bytes_;               // Announced, or the end of the last extent if that is later.
   std::uint64_t reserved_bytes_ = 0;
   const bool want_checksums_;
-  internal::PieceSums sums_;  // Of transfers that are not in transfers_ any more.
+  internal::PieceSums sums_;  // Counted by transfers that are not in transfers_ any more.
   Claims claimed_;
   std::vector<std::shared_ptr<internal::TransferState>> transfers_;
 };

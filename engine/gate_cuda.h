@@ -1,4 +1,4 @@
-/// What a caller's stream has to do before the engine may touch memory of the caller's. For *_cuda.cc alone.
+/// A gate opens when a caller's stream has done what comes before a transfer. For *_cuda.cc alone.
 #pragma once
 
 #include <memory>

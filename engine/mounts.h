@@ -10,7 +10,7 @@ namespace flashpack::internal {
 /// The mount points of this process.
 class Mounts {
  public:
-  /// What the kernel knows of them now; none where it does not tell.
+  /// Asks the kernel for those of now; there are none where it does not tell.
   void read();
 
   /// The mount point that `directory` is at or below, without looking at links; empty when none is known. Requires: an

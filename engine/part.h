@@ -59,7 +59,7 @@ struct FileSystem {
 /// here.
 struct Place {
   std::uint32_t with_threads = 0;     // Parts that are being opened or closed, of those that are counted here.
-  std::uint32_t late = 0;             // Of these: not answered for.
+  std::uint32_t late = 0;             // Those of them that are not answered for.
   FileSystem* file_system = nullptr;  // Where its files turned out to be.
 
   std::size_t held_up_loads() const noexcept { return file_system ? file_system->held_up_loads() : 0; }
@@ -109,8 +109,8 @@ struct Part {
   std::uint64_t verified_bytes = 0;
   std::uint64_t read_bytes = 0;       // How many bytes open_part() has read itself; then these are all.
   std::atomic<bool> checked = false;  // The thread that has it has nothing left to do but to close.
-  // Whoever sets it first decides: open_part(), which then reads into the pieces, or the driver, which then keeps it
-  // from that.
+  // The first to set it decides: open_part(), which then reads into the pieces, or the driver, which then keeps it from
+  // that.
   std::atomic<bool> claimed = false;
 
   // The driver's alone.
@@ -129,8 +129,9 @@ struct Part {
   const File& file() const noexcept { return open->file; }
 };
 
-/// Opens the file of a load, looks whether it is as expected, and plans its chunks. What is no more than
-/// `at_once_bytes` and in the page cache is read here, checked, and the file closed. May block for ever.
+/// Opens the file of a load, looks whether it is as expected, and plans its chunks. Where no more than
+/// `at_once_bytes` are wanted and all of them are in the page cache, they are read and checked here, and the file is
+/// closed. May block for ever.
 void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes, std::uint32_t at_once_bytes = 0) noexcept;
 
 /// Whether a load has got what it asked for: the file is as it was, the bytes fit their checksums. May block for ever.

@@ -44,9 +44,9 @@ namespace flashpack::internal {
 /// A chunk for a device waits with its slot until the caller's stream has come far enough.
 ///
 /// Files are opened when their turn comes, a bounded number at a time, and closed when their bytes are there, both by
-/// threads of the pool: whatever may block in a file system stays away from the driver. Of a file of which little is
-/// wanted, all of it cached, the thread that opens it does the rest, too, and the driver sees no chunk of it. An
-/// operation that the kernel does not give back is stuck: when it is late, or its transfer has failed and it is
+/// threads of the pool: whatever may block in a file system stays away from the driver. Where little of a
+/// file is wanted, all of it cached, the thread that opens it does the rest, too, and the driver sees no chunk of it.
+/// An operation that the kernel does not give back is stuck: when it is late, or its transfer has failed and it is
 /// abandoned. It keeps its memory and holds up its transfer, but no longer counts against the depth, and its slot is
 /// made up for, so that others go on. kStuckLimit bounds what can be stuck; a file that has many of them gets no more
 /// when half of that is used up, and a file system when three quarters are. Files do not count against those that may
@@ -246,7 +246,7 @@ class Pipeline final : public Driver {
   std::size_t unfinished_ = 0;  // Transfers.
   std::uint64_t next_turn_ = 0;
   std::map<std::uint64_t, Part*> waiting_;              // To be opened, by turn.
-  std::map<std::uint64_t, Part*> parked_;               // Of these: their places have their share of what is stuck.
+  std::map<std::uint64_t, Part*> parked_;               // Those of them whose places have their share of what is stuck.
   bool look_at_parked_ = false;                         // Something has come back.
   std::array<std::map<std::string, Place>, 2> places_;  // Directories, mount points. They stay; there are few.
   Mounts mounts_;                                       // As they were when something became late, at:

@@ -79,7 +79,7 @@ class Contender:
 
 
 def serve(answer: Callable[[str], dict[str, Any]]) -> None:
-    """The other end of a Contender: until the end of standard input. What else is printed goes to standard error."""
+    """The other end of a Contender: until the end of standard input. All other prints go to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -140,7 +140,7 @@ def _layers(size_gib: float, shapes: Mapping[str, tuple[int, ...]], block_elems:
 
 
 def checksum(tensors: Tensors) -> int:
-    """Of names, places and bytes; computed where the tensors are, many small ones at a time."""
+    """A sum over names, places and bytes, computed where the tensors are, many small ones at a time."""
     total = 0
     for names in _batches(tensors, 64 << 20):
         words = torch.cat([tensors[name].detach().contiguous().reshape(-1).view(torch.uint8) for name in names])

@@ -2,8 +2,8 @@
 
 Tables, in this order: `start` of an engine, `parts` of a load alone, loads of `blocks-2`, `small-2` and `blocks-8`
 (large or small tensors, GiB), a `sweep` of the engine's options. Every contender has a process of its own, kept alive,
-and they take turns. What arrives is compared on the device with a checksum of the source tensors. A contender that is
-not installed is named and left out, one that fails, too. OUT.json and OUT.md are written after every measurement.
+and they take turns. All bytes that arrive are compared on the device with a checksum of the source tensors. A contender
+that is not installed is named and left out, one that fails, too. OUT.json and OUT.md are saved after each measurement.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ SWEEP = [
 
 
 class Turn(NamedTuple):
-    """What a contender does when it is its turn."""
+    """The job of a contender when it is its turn."""
 
     contender: Contender
     job: str
     row: str
     file: Path | None = None
-    """What has to be cold or cached before."""
+    """The file that has to be cold or cached before."""
     expected: int | None = None
 
 

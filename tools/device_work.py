@@ -1,4 +1,4 @@
-"""What one process of device_bench.py does: loads by one of the contenders, the parts of a load alone, or engines."""
+"""The work of one process of device_bench.py: loads by one of the contenders, the parts of a load alone, or engines."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def cpu_of_threads(prefix: str) -> dict[str, float]:
 
 
 class Meter:
-    """What this process spends between its making and result()."""
+    """Measures what this process spends between its making and result()."""
 
     def __init__(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # The peak of memory begins anew.

@@ -41,7 +41,7 @@ sysroot=$made/sysroot
 site=$made/site
 python=$(command -v python3)
 carried_limit_mib=60
-# What a toolkit of the machine goes before.
+# A toolkit of the machine goes before these.
 cuda_of_wheels=("-DCudaRuntime_INCLUDE_DIR=$made/cuda/nvidia/cu13/include" "-DCudaRuntime_LIBRARY=$made/cuda/nvidia/cu13/lib/libcudart_static.a")
 slower=${GPU_CHECK_SLOWER:-1}
 scale=${GPU_CHECK_SCALE:-1}
@@ -311,7 +311,7 @@ rehearse() {
   git ls-files -z | tar -c --null -T - | tar -x -C "$check"
   cp -r "$rehearsal/.gpu" "$check"
   export GPU_CHECK_SLOWER=$((1 + 15 / $(nproc))) GPU_CHECK_SCALE=0.02
-  # Of the Python tests one that looks at no device and starts no thread.
+  # A Python test that looks at no device and starts no thread.
   export PYTEST_ADDOPTS="-k every_dtype"
   # shellcheck disable=SC2016
   unshare --net --mount --pid --fork --kill-child bash -c '

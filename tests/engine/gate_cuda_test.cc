@@ -1,4 +1,4 @@
-// What the caller's streams have to do comes first, and is never disturbed: kernels, allocations, captures of graphs.
+// The work of the caller's streams comes first, and is never disturbed: kernels, allocations, captures of graphs.
 #include "engine/gate_cuda.h"
 
 #include <gtest/gtest.h>

@@ -33,7 +33,7 @@ constexpr std::uint32_t kMiB = 1u << 20;
 constexpr std::array kCaptureModes = {cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal,
                                       cudaStreamCaptureModeRelaxed};
 
-// What a stream has to do, until it is let go.
+// Work of a stream that does not end before it is let go.
 class Busy {
  public:
   explicit Busy(cudaStream_t stream) {

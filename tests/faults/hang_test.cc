@@ -31,7 +31,7 @@ constexpr std::chrono::seconds kHang{20};
 constexpr std::uint32_t kDepth = 8;
 constexpr std::uint32_t kWorkers = 2;
 constexpr int kCrowd = 400;
-constexpr int kEnough = 80;  // Of a crowd, to be sure that it gets stuck.
+constexpr int kEnough = 80;  // So many of a crowd are sure to get stuck.
 
 class HangTest : public ::testing::TestWithParam<Backend> {
  protected:

@@ -301,7 +301,7 @@ TEST_F(ConfinedTest, AKernelThatSaysLaterIsNotAskedAgainAndAgainWithoutAPause) {
 TEST_F(ConfinedTest, ASandboxThatDeniesOpenAndStatNowAndThenIsACleanErrorOrRightBytes) {
   const int status = run_in_child([&] {
     std::atomic<bool> closed = false;
-    std::minstd_rand random(1);  // Of the thread that answers.
+    std::minstd_rand random(1);  // The thread that answers has it alone.
     const auto now_and_then = [&](const seccomp_data&) {
       return closed && random() % 3 == 0 ? (random() % 2 ? EPERM : ENOSYS) : 0;
     };

@@ -45,7 +45,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def read(path, wanted, **options):
-    """What is read to each of DEVICES, of which `wanted` gives the names."""
+    """Reads to each of DEVICES the tensors that `wanted` names for it."""
     with open_footer(path) as footer:
         entries = {entry.name: entry for entry in footer.entries()}
         chosen = {device: [entries[name] for name in names] for device, names in zip(DEVICES, wanted, strict=False)}
@@ -192,7 +192,7 @@ def test_what_was_read_goes_while_the_rest_is_cast(pack, monkeypatch):
 
 @pytest.mark.parametrize("verify", ["auto", "always"])
 def test_all_ranks_have_the_same_places_in_memory_whatever_they_verify(pack, stand_ins, monkeypatch, verify):
-    """What one rank reads is sent to the others in whole blocks."""
+    """One rank reads, and the others get its blocks whole."""
     path = pack(mixed_tensors(), align_bytes=24)
     monkeypatch.setattr(_distributed.Ranks, "_agree", lambda ranks, failure: None)
     sent: list[torch.Tensor] = []
@@ -307,7 +307,7 @@ def test_a_load_that_cannot_be_started_ends_those_that_have_been(pack, monkeypat
 
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch says of devices when there are two, and the engine's part of them."""
+    """Two devices, as torch tells of them, and the engine's part of them."""
     current = threading.local()
 
     class Guard:

@@ -275,7 +275,7 @@ def test_of_a_slice_only_its_bytes_are_read(path, monkeypatch):
         4,
         2000,
         43 * 4,
-        50 * 7 * 60 - 56,  # What lies between runs is read along where they follow each other closely.
+        50 * 7 * 60 - 56,  # The bytes between runs are read along where they follow each other closely.
     ]
 
 

@@ -1,4 +1,4 @@
-"""What FORMAT.md says, held against the files that the package reads and writes."""
+"""FORMAT.md, held against the files that the package reads and writes."""
 
 from __future__ import annotations
 

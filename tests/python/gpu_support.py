@@ -1,4 +1,4 @@
-"""What tests on a real CUDA device share. Without one, to import this skips the whole file, or fails where a machine
+"""Shared by the tests on a real CUDA device. Without one, to import this skips the whole file, or fails where a machine
 with a GPU says FLASHPACK_REQUIRE_GPU=1.
 """
 
@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 Tensors = dict[str, torch.Tensor]
 MIB = 1 << 20
 DEVICE = torch.device("cuda", 0)
-# Of several chunks and slots, edges in the middle of pages, and small ones that go in batches.
+# Several chunks and slots, edges in the middle of pages, and small ones that go in batches.
 SIZES = [5 * MIB + 3, 40 * MIB, 1, 0, *range(1000, 3000, 17)]
 
 

@@ -25,7 +25,7 @@ def packed(tmp_path_factory):
 
 
 def requested_bytes():
-    """What torch's allocator was asked for and has not got back, without what it rounds up."""
+    """The bytes that torch's allocator was asked for and has not got back, without what it rounds up."""
     gc.collect()
     return torch.cuda.memory_stats(DEVICE)["requested_bytes.all.current"]
 
@@ -112,7 +112,7 @@ def test_a_load_holds_little_more_than_what_it_reads_or_what_it_gives(pack, monk
         loaded = flashpack.load_file(path, DEVICE, dtype=dtype)
     assert len(loaded) == len(tensors)
     assert requested_bytes() - before <= result_bytes + MIB
-    # What is cast is there in both dtypes, a segment at a time.
+    # A tensor that is cast is there in both dtypes, a segment at a time.
     assert peak() <= max(nbytes(tensors), result_bytes) + (MIB if dtype is None else 40 * MIB)
 
 
@@ -465,7 +465,7 @@ def test_from_pretrained_brings_one_model_to_the_device(mixtral, device_map, as_
     model, directory = mixtral[0], mixtral[1 + as_checkpoint]
     with added_peak() as peak:
         loaded = models.with_mixin(type(model)).from_pretrained_flashpack(directory, device_map=device_map)
-    # What transformers has to convert is there twice.
+    # A tensor that transformers has to convert is there twice.
     assert peak() <= nbytes(model.state_dict()) * (1.5 if as_checkpoint else 1.0) + MIB
     assert {tensor.device for tensor in models.tensors_of(loaded).values()} == {DEVICE}
     models.assert_same_model(loaded.cpu(), model)

@@ -1,4 +1,4 @@
-/// What FakeCuda and the runtime functions of it share.
+/// Shared by FakeCuda and its runtime functions.
 #pragma once
 
 #include <cuda.h>
@@ -43,7 +43,7 @@ struct Work {
     kKernel,  // Goes on until somebody ends it.
   } kind;
   std::function<void()> act;  // In the fake, when it is done.
-  std::uint64_t number = 0;   // Of all work, in the order of the calls.
+  std::uint64_t number = 0;   // Counts all work, in the order of the calls.
 };
 
 struct Capture {
@@ -90,7 +90,7 @@ class FakeCuda::Impl {
     std::size_t size_bytes;
     int device;
     bool managed = false;
-    bool there = true;  // Of stream-ordered memory: its stream has come to the allocation.
+    bool there = true;  // The stream has come to the allocation, where memory is stream-ordered.
   };
 
   struct Failure {
@@ -100,7 +100,7 @@ class FakeCuda::Impl {
     int times;
   };
 
-  // What the runtime and the driver keep for each thread.
+  // The runtime and the driver keep these for each thread.
   struct Thread {
     unsigned epoch = 0;
     int device = 0;

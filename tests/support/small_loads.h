@@ -16,7 +16,7 @@ inline EngineOptions small_engine(Backend backend = Backend::kAuto) {
   return {.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .workers = 2, .backend = backend};
 }
 
-/// Of the beginning of a file, as much as there is memory.
+/// Asks for the beginning of a file, as much as there is memory.
 inline LoadRequest request(const std::filesystem::path& path, GuardedMemory& memory,
                            CachePolicy cache = CachePolicy::kAuto) {
   return {.files = {{.path = path, .extents = {{0, memory.size(), memory.data()}}}}, .cache = cache};

@@ -1,4 +1,4 @@
-// What the tests of a real GPU ask of the CUDA runtime and the engine does not, over the fake one.
+// The calls of the CUDA runtime that the tests of a real GPU make and the engine does not, over the fake one.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>

@@ -54,8 +54,8 @@ def weight_patterns(suffix: str, variant: str | None) -> list[str]:
 def find_checkpoint(directory: Path, variant: str | None = None) -> Path | None:
     """The file, or the index of the files, with the weights of the model in `directory`: that which its library loads.
 
-    Safetensors are preferred. A lone safetensors file may have any name. What a configuration of transformers names as
-    `transformers_weights` comes before all.
+    Safetensors are preferred. A lone safetensors file may have any name. The file that a configuration of transformers
+    names as `transformers_weights` comes before all.
     """
     config = _config_of(directory)
     named = config.get("transformers_weights") if _library_of(config) == "transformers" else None
@@ -203,7 +203,7 @@ def _check_archive(path: Path) -> None:
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
-                # torch compresses nothing. What is compressed may grow a thousand times while it is read.
+                # torch compresses nothing. A compressed file may grow a thousand times while it is read.
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise zipfile.BadZipFile("a record is compressed")
                 # torch leaves 0 where it is told to make none.

@@ -205,7 +205,7 @@ class TensorSlice:
         _refuse_pickling(self)
 
     def _read(self, ranges: list[range]) -> torch.Tensor:
-        """What `ranges` mean, in as many dims."""
+        """Reads what `ranges` mean, in as many dims."""
         side = side_of(self._file._device)
         item_bytes = self.dtype.itemsize
         strides = [item_bytes * math.prod(self.shape[dim + 1 :]) for dim in range(len(ranges))]
@@ -261,7 +261,7 @@ class TensorSlice:
         return target.view([*counts, *lengths])[tuple(steps)].contiguous()
 
     def _load(self, extents: list[tuple[int, int, int]], side: Side, repeats: Sequence[tuple[int, int]] = ()) -> None:
-        """Of extents that begin at an offset in the tensor; `repeats` as the engine takes them."""
+        """Reads extents that begin at an offset in the tensor; `repeats` as the engine takes them."""
         file, at = self._file, self._entry.offset_bytes
         in_file = [(at + begin, size, address) for begin, size, address in extents]
         fd, verify = file._footer.fileno(), file._options.verify
@@ -303,7 +303,7 @@ def _runs(
 
 
 def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], list[int]]:
-    """What `index` means in each dim, and the dims that it keeps, which are those without a single integer."""
+    """Returns what `index` means in each dim, and the dims that it keeps, which are those without a single integer."""
     items = list(index) if isinstance(index, tuple) else [index]
     ellipses = [at for at, item in enumerate(items) if item is ...]  # Arrays compare element by element.
     if len(ellipses) > 1:
@@ -368,7 +368,7 @@ def _select(footer: Footer, names: Collection[str] | None) -> list[Entry]:
 def _places(
     entries: list[Entry], device: DeviceLike, device_map: Mapping[str, DeviceLike] | None, options: ReadOptions
 ) -> dict[torch.device, list[Entry]]:
-    """What is read to each device, in file order."""
+    """Sorts the entries by the device that they are read to, in file order."""
     devices = {name: supported_device(each, options) for name, each in (device_map or {}).items()}
     default = devices[""] if "" in devices else supported_device(device, options)
     if not devices:

@@ -13,7 +13,7 @@ def printable(text: str) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What a library says, which may take several lines, for a message of ours."""
+    """Puts what a library says, which may take several lines, into a message of ours."""
     return printable(" ".join(line.strip() for line in str(error).splitlines()))
 
 

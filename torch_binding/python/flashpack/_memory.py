@@ -29,7 +29,7 @@ _GAP_BYTES = 1 << 20
 # itself keeps 2 MiB of CUDA's memory for each that is left of several small tensors.
 _SMALL_BYTES = 1 << 20
 _SMALL_BLOCK_BYTES = 2 << 20
-# What lies between tensors that follow each other in a file.
+# At most so much padding lies between tensors that follow each other in a file.
 _PADDING_BYTES = 4096
 # Where memory begins that CUDA gives, and kernels may expect tensors to.
 _DEVICE_ALIGN_BYTES = 256
@@ -40,7 +40,7 @@ Span = tuple[int, int]
 
 
 class Place(NamedTuple):
-    """What a region is for."""
+    """The bytes that a region is for."""
 
     offset_bytes: int
     """In the file."""
@@ -317,7 +317,7 @@ def _region_at(regions: Sequence[Region], runs: Sequence[Sequence[Entry]]) -> di
 
 
 def places_of(spans: Sequence[Span], footer: Footer, verify: Verify) -> list[Place]:
-    """What is to be read for the bytes between begin and end of each of `spans`, which ascend.
+    """Says what is to be read for the bytes between begin and end of each of `spans`, which ascend.
 
     Only whole pieces can be verified. So a place takes in the padding that follows; and where everything is to be
     verified, it reaches to the borders of pieces.

@@ -125,7 +125,7 @@ def timer(name: str, silent: bool = False) -> Iterator[None]:
 
 
 def listed(names: Iterable[str] | None) -> Collection[str] | None:
-    """What was given as names, as something that can be asked again and again. One string is one name."""
+    """Turns what was given as names into something that can be asked again and again. One string is one name."""
     if isinstance(names, str):
         return (names,)
     return names if names is None or isinstance(names, Collection) else tuple(names)
