@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "bench/program.h"
 #include "bench/support/checkpoint.h"
 #include "bench/support/huge_memory.h"
 #include "bench/support/measure.h"
@@ -196,16 +197,7 @@ std::string name_of(const EngineOptions& options) {
 }
 
 void register_all(const Setup& setup, int rounds) {
-  const auto add = [rounds](const std::string& name, auto bench) {
-    const auto run = [bench](benchmark::State& state) {
-      try {
-        bench(state);
-      } catch (const std::exception& error) {
-        state.SkipWithError(error.what());
-      }
-    };
-    benchmark::RegisterBenchmark(name.c_str(), run)->UseManualTime()->Iterations(rounds)->Unit(benchmark::kMillisecond);
-  };
+  const auto add = [rounds](const std::string& name, auto bench) { add_rounds(name, rounds, bench); };
   for (const std::uint64_t copy_mib : {1u, 4u, 16u}) {
     for (const unsigned streams : {1u, 2u, 4u}) {
       add("link/copy_mib:" + std::to_string(copy_mib) + "/streams:" + std::to_string(streams),
@@ -257,19 +249,11 @@ int run(const Flags& flags) {
 int main(int argc, char** argv) try {
   flashpack::bench::Flags flags;
   CLI::App app("Loads to CUDA device 0. Also takes the flags of Google Benchmark, such as --benchmark_filter=REGEX.");
-  app.allow_extras();
   app.add_option("--size_gib", flags.size_gib, "Size of the generated checkpoint, at least 0.5")->capture_default_str();
   app.add_option("--rounds", flags.rounds, "Rounds per line, of which medians are shown")->capture_default_str();
   app.add_option("--dir", flags.dir, "Where the checkpoint is generated, and removed afterwards")
       ->capture_default_str();
-  CLI11_PARSE(app, argc, argv);
-  std::vector<std::string> rest = app.remaining();
-  rest.insert(rest.begin(), argv[0]);
-  std::vector<char*> rest_argv;
-  for (std::string& argument : rest) rest_argv.push_back(argument.data());
-  int rest_argc = static_cast<int>(rest_argv.size());
-  benchmark::Initialize(&rest_argc, rest_argv.data());
-  if (benchmark::ReportUnrecognizedArguments(rest_argc, rest_argv.data())) return 2;
+  if (const auto status = flashpack::bench::read_command_line(app, argc, argv)) return *status;
   return flashpack::bench::run(flags);
 } catch (const std::exception& error) {
   std::cerr << "device_bench: " << error.what() << '\n';

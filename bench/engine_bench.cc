@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "bench/program.h"
 #include "bench/support/checkpoint.h"
 #include "bench/support/huge_memory.h"
 #include "bench/support/measure.h"
@@ -319,16 +320,7 @@ void bench_start(benchmark::State& state) {
 }
 
 void register_all(const Setup& setup, int rounds) {
-  const auto add = [rounds](const char* name, auto bench) {
-    const auto run = [bench](benchmark::State& state) {
-      try {
-        bench(state);
-      } catch (const std::exception& error) {
-        state.SkipWithError(error.what());
-      }
-    };
-    benchmark::RegisterBenchmark(name, run)->UseManualTime()->Iterations(rounds)->Unit(benchmark::kMillisecond);
-  };
+  const auto add = [rounds](const char* name, auto bench) { add_rounds(name, rounds, bench); };
   const auto add_load = [&](const char* name, Cache cache, Memory memory) {
     add(name, [&setup, cache, memory](benchmark::State& state) { bench_load(state, setup, cache, memory); });
   };
@@ -383,20 +375,12 @@ int main(int argc, char** argv) try {
   flashpack::bench::Flags flags;
   CLI::App app(
       "Engine loads beside rooflines. Also takes the flags of Google Benchmark, such as --benchmark_filter=REGEX.");
-  app.allow_extras();
   app.add_option("--size_gib", flags.size_gib, "Size of the generated checkpoint")->capture_default_str();
   app.add_option("--rounds", flags.rounds, "Rounds per line, of which medians are shown")->capture_default_str();
   app.add_option("--dir", flags.dir, "Where the checkpoint is generated, and removed afterwards")
       ->capture_default_str();
   app.add_option("--file", flags.file, "A flashpack file to read instead; made if it is not there, and kept");
-  CLI11_PARSE(app, argc, argv);
-  std::vector<std::string> rest = app.remaining();
-  rest.insert(rest.begin(), argv[0]);
-  std::vector<char*> rest_argv;
-  for (std::string& argument : rest) rest_argv.push_back(argument.data());
-  int rest_argc = static_cast<int>(rest_argv.size());
-  benchmark::Initialize(&rest_argc, rest_argv.data());
-  if (benchmark::ReportUnrecognizedArguments(rest_argc, rest_argv.data())) return 2;
+  if (const auto status = flashpack::bench::read_command_line(app, argc, argv)) return *status;
   return flashpack::bench::run(flags);
 } catch (const std::exception& error) {
   std::cerr << "engine_bench: " << error.what() << '\n';
