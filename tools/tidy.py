@@ -42,11 +42,11 @@ TESTED_BY = {
     "engine/pipeline_steps.cc": "tests/engine/pipeline_test.cc",
     "engine/transfer.cc": "tests/engine/engine_test.cc",
     "tools/quickstart.py": "tools/quickstart.sh",
-    "torch_binding/boost_json.cc": "tests/format/footer_test.cc",
-    "torch_binding/footer_json.cc": "tests/format/footer_test.cc",
-    "torch_binding/footer_rules.cc": "tests/format/footer_test.cc",
-    "torch_binding/format.cc": "tests/format/read_metadata_test.cc",
-    "torch_binding/format_rules.cc": "tests/format/footer_test.cc",
+    "torch_binding/format/boost_json.cc": "tests/format/footer_test.cc",
+    "torch_binding/format/footer_json.cc": "tests/format/footer_test.cc",
+    "torch_binding/format/footer_rules.cc": "tests/format/footer_test.cc",
+    "torch_binding/format/format.cc": "tests/format/read_metadata_test.cc",
+    "torch_binding/format/format_rules.cc": "tests/format/footer_test.cc",
 }
 
 
@@ -145,16 +145,7 @@ def _is_cuda(included: str) -> bool:
     return re.match(r"(cuda|cufile|cub/|crt/)", included) is not None
 
 
-def format_sources(tree: Tree) -> set[str]:
-    """What the torch-free target of the format is made of, from its CMake file, and the headers beside it."""
-    cmake = tree.get("torch_binding/CMakeLists.txt")
-    block = re.search(r"target_sources\(flashpack_format(.*?)\)", cmake.text, re.DOTALL) if cmake else None
-    listed = re.findall(r"^\s*([\w/]+\.cc)\b", block.group(1), re.MULTILINE) if block else []
-    sources = {f"torch_binding/{s}" for s in listed}
-    return sources | {s.removesuffix(".cc") + ".h" for s in sources} | {"include/flashpack/format.h"}
-
-
-def include_rules(torch_free: set[str]) -> list[IncludeRule]:
+def include_rules() -> list[IncludeRule]:
     """(who, which headers, who may, finding): headers that only some rooms may include."""
     is_torch = _header("torch/", "ATen/", "c10/")
 
@@ -181,12 +172,12 @@ def include_rules(torch_free: set[str]) -> list[IncludeRule]:
         ("engine/", is_torch, nobody, "LibTorch in the engine"),
         ("engine/", _is_cuda, speaks_cuda, "CUDA outside *_cuda, cuda_handles and staging"),
         ("torch_binding/python/", is_torch, nobody, "LibTorch in the Python module"),
-        ("", is_torch, lambda source: source.path not in torch_free, "LibTorch in the torch-free format"),
+        ("torch_binding/format/", is_torch, nobody, "LibTorch in the torch-free format"),
     ]
 
 
 def check_includes(tree: Tree) -> Iterator[Finding]:
-    rules = include_rules(format_sources(tree))
+    rules = include_rules()
     for source in filter(lambda s: s.is_cpp, tree.values()):
         for line, included in source.includes:
             broken = [
@@ -292,8 +283,8 @@ def check_tests_mirror(tree: Tree) -> Iterator[Finding]:
         stem = Path(path).stem
         if path.startswith("engine/") and path.endswith(".cc"):
             wanted = [f"tests/engine/{stem}_test.cc"]
-        elif re.fullmatch(r"torch_binding/\w+\.cc", path):
-            wanted = [f"tests/format/{stem}_test.cc", f"tests/torch/{stem}_test.cc"]
+        elif room := re.fullmatch(r"torch_binding/(format|libtorch)/\w+\.cc", path):
+            wanted = [f"tests/{room[1]}/{stem}_test.cc"]
         elif re.fullmatch(r"tools/\w+\.py", path):
             wanted = [f"tests/tools/{stem}_test.py"]
         else:

@@ -21,7 +21,7 @@ endif()
 if(TARGET flashpack_torch)
   install(TARGETS flashpack_torch EXPORT flashpackTorchTargets FILE_SET HEADERS)
   install(EXPORT flashpackTorchTargets NAMESPACE flashpack:: DESTINATION ${package_dir})
-  install(FILES ${PROJECT_SOURCE_DIR}/torch_binding/cmake/FindLibTorch.cmake DESTINATION ${package_dir})
+  install(FILES ${PROJECT_SOURCE_DIR}/torch_binding/libtorch/cmake/FindLibTorch.cmake DESTINATION ${package_dir})
 endif()
 
 configure_package_config_file(${CMAKE_CURRENT_LIST_DIR}/flashpackConfig.cmake.in

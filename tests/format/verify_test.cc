@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "tests/support/temp_dir.h"
-#include "torch_binding/open_file.h"
+#include "torch_binding/format/open_file.h"
 
 namespace flashpack {
 namespace {

@@ -12,7 +12,7 @@ import torch
 from flashpack import _native
 from support import DTYPE_NAMES, GOLDEN_FILES, assert_bit_equal, bits, crc32c, footer_bytes
 
-PAGE = (Path(__file__).parent.parent.parent / "torch_binding" / "FORMAT.md").read_text()
+PAGE = (Path(__file__).parent.parent.parent / "torch_binding" / "format" / "FORMAT.md").read_text()
 
 
 def block(language: str) -> str:

@@ -20,9 +20,9 @@ def load_tidy():
 tidy = load_tidy()
 
 HEADER = "#pragma once\n"
-CMAKE = "target_sources(flashpack_format\n  PRIVATE\n    dtype.cc\n    layout.cc)\nadd_executable(engine_bench a.cc)\n"
 TIDY_TREE = {
     "README.md": "`engine/plan.cc`, [API](include/flashpack/engine.h)\n```sh\nbuild/release/bench/engine_bench\n```\n",
+    "bench/CMakeLists.txt": "add_executable(engine_bench a.cc)\n",
     "engine/plan.cc": '#include "engine/plan.h"\n\nvoid f(int n) {\n  if (n) {\n    n = 0;\n  }\n}\n',
     "engine/plan.h": HEADER + "// Not `using namespace std`, and no printf() either.\n",
     "include/flashpack/async.h": HEADER + "#include <boost/asio.hpp>\n",
@@ -30,8 +30,7 @@ TIDY_TREE = {
     "include/flashpack/torch.h": HEADER + "#include <ATen/core/Tensor.h>\n",
     "tests/engine/plan_test.cc": '#include "engine/plan.h"\n\n#include <liburing.h>\n',
     "tests/format/layout_test.cc": "",
-    "torch_binding/CMakeLists.txt": CMAKE,
-    "torch_binding/layout.cc": '#include "flashpack/format.h"\n',
+    "torch_binding/format/layout.cc": '#include "flashpack/format.h"\n',
 }
 
 
@@ -63,11 +62,11 @@ BREAKS = {
     "LibTorch in the engine": ("engine/plan.h", HEADER + "#include <c10/util/Half.h>\n", 2),
     "CUDA outside": ("engine/plan.h", HEADER + "#include <cuda_runtime.h>\n", 2),
     "LibTorch in the Python module": ("torch_binding/python/a.h", HEADER + "#include <torch/torch.h>\n", 2),
-    "LibTorch in the torch-free format": ("torch_binding/layout.cc", "#include <ATen/ATen.h>\n", 1),
+    "LibTorch in the torch-free format": ("torch_binding/format/layout.cc", "#include <ATen/ATen.h>\n", 1),
     "header without #pragma once": ("engine/plan.h", "int f();\n", 1),
     "using namespace in a header": ("engine/plan.h", HEADER + "using namespace std;\n", 2),
     "does not print: printf": ("engine/plan.h", HEADER + 'inline void f() { printf("x"); }\n', 2),
-    "does not print: std::cerr": ("torch_binding/layout.cc", "void f() { std::cerr << 1; }\n", 1),
+    "does not print: std::cerr": ("torch_binding/format/layout.cc", "void f() { std::cerr << 1; }\n", 1),
     "does not read the environment": ("engine/plan.h", HEADER + 'auto e = std::getenv("E");\n', 2),
     "function of 71 lines": ("engine/plan.cc", long_function(71), 2),
     "file of 501 lines": ("tools/a.sh", "true\n" * 501, 501),
@@ -80,7 +79,7 @@ BREAKS = {
     "no newline at the end": ("engine/plan.h", HEADER + "int a;", 2),
     "path of one machine": ("README.md", "see /ho" + "me/me/file\n", 1),
     "no test: tests/engine/ring_test.cc": ("engine/ring.cc", "", 1),
-    "no test: tests/format/pack_test.cc or": ("torch_binding/pack.cc", "", 1),
+    "no test: tests/libtorch/pack_test.cc": ("torch_binding/libtorch/pack.cc", "", 1),
     "no test: tests/tools/a_test.py": ("tools/a.py", "", 1),
     "a file that is not there: engine/gone.cc": ("README.md", "in `engine/gone.cc`\n", 1),
     "a file that is not there: tools/gone.sh": ("README.md", "```sh\nbash tools/gone.sh fast\n```\n", 2),

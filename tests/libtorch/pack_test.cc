@@ -1,5 +1,5 @@
 #include "tests/format/golden_files.h"
-#include "tests/torch/torch_fixture.h"
+#include "tests/libtorch/torch_fixture.h"
 
 namespace flashpack {
 namespace {

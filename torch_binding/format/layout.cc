@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "flashpack/format.h"
-#include "torch_binding/format_rules.h"
+#include "torch_binding/format/format_rules.h"
 
 namespace flashpack {
 

@@ -1,7 +1,7 @@
-#include "torch_binding/module_tensors.h"
+#include "torch_binding/libtorch/module_tensors.h"
 
-#include "tests/torch/modules.h"
-#include "tests/torch/torch_fixture.h"
+#include "tests/libtorch/modules.h"
+#include "tests/libtorch/torch_fixture.h"
 
 namespace flashpack {
 namespace {

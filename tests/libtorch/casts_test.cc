@@ -1,4 +1,4 @@
-#include "torch_binding/casts.h"
+#include "torch_binding/libtorch/casts.h"
 
 #include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>

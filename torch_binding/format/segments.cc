@@ -1,4 +1,4 @@
-#include "torch_binding/segments.h"
+#include "torch_binding/format/segments.h"
 
 #include <sys/mman.h>
 

@@ -1,4 +1,4 @@
-#include "torch_binding/footer_json.h"
+#include "torch_binding/format/footer_json.h"
 
 #include <array>
 #include <boost/json/basic_parser_impl.hpp>
@@ -9,7 +9,7 @@
 #include <tuple>
 #include <utility>
 
-#include "torch_binding/format_rules.h"
+#include "torch_binding/format/format_rules.h"
 
 namespace flashpack {
 

@@ -1,4 +1,4 @@
-#include "torch_binding/format_rules.h"
+#include "torch_binding/format/format_rules.h"
 
 #include <algorithm>
 #include <array>

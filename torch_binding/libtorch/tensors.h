@@ -12,7 +12,7 @@
 
 #include "flashpack/engine.h"
 #include "flashpack/format.h"
-#include "torch_binding/segments.h"
+#include "torch_binding/format/segments.h"
 
 namespace flashpack {
 

@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "flashpack/format.h"
-#include "torch_binding/footer_json.h"
-#include "torch_binding/format_rules.h"
+#include "torch_binding/format/footer_json.h"
+#include "torch_binding/format/format_rules.h"
 
 namespace flashpack {
 

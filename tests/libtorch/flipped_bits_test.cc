@@ -7,8 +7,8 @@
 
 #include "flashpack/verify.h"
 #include "tests/format/golden_files.h"
-#include "tests/torch/torch_fixture.h"
-#include "torch_binding/tensors.h"
+#include "tests/libtorch/torch_fixture.h"
+#include "torch_binding/libtorch/tensors.h"
 
 namespace flashpack {
 namespace {

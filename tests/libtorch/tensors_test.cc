@@ -1,10 +1,10 @@
-#include "torch_binding/tensors.h"
+#include "torch_binding/libtorch/tensors.h"
 
 #include <c10/core/InferenceMode.h>
 
 #include "flashpack/format.h"
-#include "tests/torch/torch_fixture.h"
-#include "torch_binding/open_file.h"
+#include "tests/libtorch/torch_fixture.h"
+#include "torch_binding/format/open_file.h"
 
 namespace flashpack {
 namespace {

@@ -1,4 +1,4 @@
-#include "torch_binding/tensors.h"
+#include "torch_binding/libtorch/tensors.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -13,7 +13,7 @@
 
 #include "flashpack/torch.h"
 #include "flashpack/verify.h"
-#include "torch_binding/open_file.h"
+#include "torch_binding/format/open_file.h"
 
 namespace flashpack {
 

@@ -1,8 +1,8 @@
 #include <c10/core/InferenceMode.h>
 
 #include "flashpack/format.h"
-#include "tests/torch/modules.h"
-#include "tests/torch/torch_fixture.h"
+#include "tests/libtorch/modules.h"
+#include "tests/libtorch/torch_fixture.h"
 
 namespace flashpack {
 namespace {

@@ -16,9 +16,9 @@
 
 #include "flashpack/format.h"
 #include "flashpack/torch.h"
-#include "torch_binding/casts.h"
-#include "torch_binding/segments.h"
-#include "torch_binding/tensors.h"
+#include "torch_binding/libtorch/casts.h"
+#include "torch_binding/format/segments.h"
+#include "torch_binding/libtorch/tensors.h"
 
 namespace flashpack {
 

@@ -7,8 +7,8 @@
 #include <cerrno>
 #include <chrono>
 
-#include "torch_binding/format_rules.h"
-#include "torch_binding/open_file.h"
+#include "torch_binding/format/format_rules.h"
+#include "torch_binding/format/open_file.h"
 
 namespace flashpack {
 

@@ -1,4 +1,4 @@
-#include "torch_binding/module_tensors.h"
+#include "torch_binding/libtorch/module_tensors.h"
 
 #include <torch/nn/module.h>
 
