@@ -8,9 +8,9 @@
 
 #include "flashpack/format.h"
 #include "flashpack/torch.h"
+#include "torch_binding/format/open_file.h"
 #include "torch_binding/libtorch/casts.h"
 #include "torch_binding/libtorch/module_tensors.h"
-#include "torch_binding/format/open_file.h"
 #include "torch_binding/libtorch/tensors.h"
 
 namespace flashpack {

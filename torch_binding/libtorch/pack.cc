@@ -16,8 +16,8 @@
 
 #include "flashpack/format.h"
 #include "flashpack/torch.h"
-#include "torch_binding/libtorch/casts.h"
 #include "torch_binding/format/segments.h"
+#include "torch_binding/libtorch/casts.h"
 #include "torch_binding/libtorch/tensors.h"
 
 namespace flashpack {
