@@ -38,7 +38,7 @@ class Copier {
   /// Requires: nothing under way.
   virtual ~Copier() = default;
 
-  /// Starts an operation: kScatter or kGather with a slot; pieces lie in device memory. Never blocks.
+  /// Starts an operation: kScatter or kGather with a slot; fragments lie in device memory. Never blocks.
   virtual void push(unsigned tag, const IoRequest& request) = 0;
   /// What has landed since the last call, in no certain order. The result is valid until the next call.
   virtual std::span<const Completion> poll() = 0;

@@ -27,7 +27,7 @@ using cuda::ContextGuard;
 constexpr std::size_t kLanes = 2;
 
 // A copy costs its thread 5 us, and in a batch less. The driver has the disk to serve meanwhile.
-constexpr std::size_t kMostPiecesForDriver = 16;
+constexpr std::size_t kMostFragmentsForDriver = 16;
 
 // A context that has failed answers every question with its error for ever, also the one whether its copies have
 // ended. The hardware stops them when it fails, but nobody is told when. After so long without another answer the
@@ -52,7 +52,7 @@ class CudaCopier final : public Copier {
     for (Copy& copy : copies_) {
       copy.copier = this;
       copy.landed = cuda::make_event();
-      copy.reserve(kMostPiecesForDriver);
+      copy.reserve(kMostFragmentsForDriver);
     }
     for (Lane& lane : lanes_) lane.stream = cuda::make_stream();
     completions_.reserve(slots.size());
@@ -77,7 +77,7 @@ class CudaCopier final : public Copier {
     *std::exchange(lane.last, &copy.next) = &copy;
     ++under_way_;
     // A copy of memory that is not locked ends within the call.
-    const bool may_take_long = !locked() || request.pieces.size() > kMostPiecesForDriver;
+    const bool may_take_long = !locked() || request.fragments.size() > kMostFragmentsForDriver;
     may_take_long ? pool_.post(copy) : copy.run();
   }
 
@@ -127,8 +127,8 @@ class CudaCopier final : public Copier {
  private:
   // Out of or into one slot.
   struct Copy final : Pool::Task {
-    void reserve(std::size_t pieces);
-    void list_pieces();
+    void reserve(std::size_t fragments);
+    void list_fragments();
     void run() noexcept override {
       error = copier->start(*this);
       started = true;
@@ -142,7 +142,7 @@ class CudaCopier final : public Copier {
     Copy* next = nullptr;                 // In its lane.
     cudaError_t error = cudaSuccess;      // The first, of starting it or of asking for it.
     std::atomic<bool> started = false;    // From then on it is the driver's.
-    std::vector<void*> targets, sources;  // One of each for every piece.
+    std::vector<void*> targets, sources;  // One of each for every fragment.
     std::vector<std::size_t> sizes;
   };
   struct Lane {
@@ -155,13 +155,13 @@ class CudaCopier final : public Copier {
     const ContextGuard guard(context_);
     if (guard.error() != cudaSuccess) return guard.error();
     if (copy.request.op == IoRequest::Op::kGather) clear_gaps(copy.request);
-    copy.list_pieces();
-    const cudaError_t error = copy_pieces(copy);
+    copy.list_fragments();
+    const cudaError_t error = copy_fragments(copy);
     return error == cudaSuccess ? cudaEventRecord(copy.landed.get(), copy.stream) : error;
   }
 
-  // Many small pieces go in one call. Batches want locked memory, a driver of CUDA 12.8 and a runtime of that, too.
-  cudaError_t copy_pieces(const Copy& copy) {
+  // Many small fragments go in one call. Batches want locked memory, a driver of CUDA 12.8 and a runtime of that, too.
+  cudaError_t copy_fragments(const Copy& copy) {
     const bool try_batch = copy.sizes.size() > 1 && locked() && batches_refused_ == cudaSuccess;
     const cudaError_t refused = try_batch ? copy_batch(copy) : cudaSuccess;
     if (try_batch && refused == cudaSuccess) return cudaSuccess;
@@ -182,8 +182,8 @@ class CudaCopier final : public Copier {
     return cudaSuccess;
   }
 
-  // Whether the device touches neither slot nor pieces any more. After an error the event may never have been recorded,
-  // and an error in place of an answer does not say that the copy has ended: then the stream has to be empty.
+  // Whether the device touches neither slot nor fragments any more. After an error the event may never have been
+  // recorded, and an error in place of an answer does not say that the copy has ended: then the stream has to be empty.
   bool has_landed(Copy& copy, const ContextGuard& guard) {
     if (!copy.started) return false;
     const cudaError_t answer = guard.error() != cudaSuccess ? guard.error()
@@ -212,22 +212,22 @@ class CudaCopier final : public Copier {
   std::vector<Completion> completions_;
 };
 
-void CudaCopier::Copy::reserve(std::size_t pieces) {
-  targets.reserve(pieces);
-  sources.reserve(pieces);
-  sizes.reserve(pieces);
+void CudaCopier::Copy::reserve(std::size_t fragments) {
+  targets.reserve(fragments);
+  sources.reserve(fragments);
+  sizes.reserve(fragments);
 }
 
-void CudaCopier::Copy::list_pieces() {
+void CudaCopier::Copy::list_fragments() {
   targets.clear();
   sources.clear();
   sizes.clear();
   const bool load = request.op == IoRequest::Op::kScatter;
-  for (const Piece& piece : request.pieces) {
-    std::byte* const in_slot = request.memory.data() + (piece.offset_bytes - request.offset_bytes);
-    sources.push_back(load ? in_slot : piece.memory);
-    targets.push_back(load ? piece.memory : in_slot);
-    sizes.push_back(piece.size_bytes);
+  for (const Fragment& fragment : request.fragments) {
+    std::byte* const in_slot = request.memory.data() + (fragment.offset_bytes - request.offset_bytes);
+    sources.push_back(load ? in_slot : fragment.memory);
+    targets.push_back(load ? fragment.memory : in_slot);
+    sizes.push_back(fragment.size_bytes);
   }
 }
 

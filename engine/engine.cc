@@ -75,7 +75,7 @@ void check_checksums(const LoadRequest& request) {
   for (const FileExtents& file : request.files) {
     if (!file.checksums) continue;
     const std::uint64_t bytes = file.checksums->size_bytes;
-    const std::uint64_t stripes = bytes / Checksums::kPieceBytes + (bytes % Checksums::kPieceBytes != 0);
+    const std::uint64_t stripes = bytes / Checksums::kStripeBytes + (bytes % Checksums::kStripeBytes != 0);
     if (file.checksums->crc32c.size() != stripes)
       throw argument_error("load " + file.path.string() + ": checksums that are not of its size");
   }
@@ -237,7 +237,7 @@ void Engine::Impl::add_part(internal::TransferState& state, FileExtents&& wanted
   }
   for (const Extent& extent : wanted.extents) {
     if (extent.size_bytes == 0) continue;
-    part.pieces[on_device(extent.target)].push_back(
+    part.fragments[on_device(extent.target)].push_back(
         {extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target)});
     state.total_bytes += extent.size_bytes;
   }
@@ -299,7 +299,7 @@ Transfer Engine::start_load(LoadRequest request, Completion* completion) {
   try {
     for (FileExtents& file : request.files) {
       impl_->add_part(*state, std::move(file), request.cache);
-      on_device |= !state->parts.back().pieces[1].empty();
+      on_device |= !state->parts.back().fragments[1].empty();
     }
   } catch (const Error& error) {
     state->failure = internal::Failure(error);

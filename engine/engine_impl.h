@@ -75,9 +75,10 @@ class FileWriter::Impl {
   using Claims = std::map<std::uint64_t, std::uint64_t>;
 
   void reserve(std::uint64_t begin_bytes, std::uint64_t end_bytes);
-  Claims claims_of(std::span<const internal::Piece> pieces) const;
-  std::vector<internal::Piece> pieces_of(std::span<const SourceExtent> extents) const;
-  std::shared_ptr<internal::TransferState> plan(std::span<const internal::Piece> pieces, Completion* completion) const;
+  Claims claims_of(std::span<const internal::Fragment> fragments) const;
+  std::vector<internal::Fragment> fragments_of(std::span<const SourceExtent> extents) const;
+  std::shared_ptr<internal::TransferState> plan(std::span<const internal::Fragment> fragments,
+                                                Completion* completion) const;
   void settle(const char* verb);
   void write_tail(std::span<const std::byte> tail);
   void abort() noexcept;
@@ -89,7 +90,7 @@ class FileWriter::Impl {
   std::uint64_t payload_bytes_;               // Announced, or the end of the last extent if that is later.
   std::uint64_t reserved_bytes_ = 0;
   const bool want_checksums_;
-  internal::PieceSums sums_;  // Counted by transfers that are not in transfers_ any more.
+  internal::StripeSums sums_;  // Counted by transfers that are not in transfers_ any more.
   Claims claimed_;
   std::vector<std::shared_ptr<internal::TransferState>> transfers_;
 };

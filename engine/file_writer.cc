@@ -67,15 +67,15 @@ void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_byte
   reserved_bytes_ = end_bytes;
 }
 
-// The claims of a write of `pieces`, in ascending order: their bytes, and the zeros between those that are less than a
-// block apart. Throws where something is claimed twice.
-FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::Piece> pieces) const {
+// The claims of a write of `fragments`, in ascending order: their bytes, and the zeros between those that are less than
+// a block apart. Throws where something is claimed twice.
+FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::Fragment> fragments) const {
   Claims claims;
   const std::uint32_t block_bytes = open_->file.alignment().block_bytes;
-  for (std::size_t i = 0; i < pieces.size(); ++i) {
-    const std::uint64_t begin = pieces[i].offset_bytes;
-    std::uint64_t end = begin + pieces[i].size_bytes;
-    const std::uint64_t next = i + 1 < pieces.size() ? pieces[i + 1].offset_bytes : end;
+  for (std::size_t i = 0; i < fragments.size(); ++i) {
+    const std::uint64_t begin = fragments[i].offset_bytes;
+    std::uint64_t end = begin + fragments[i].size_bytes;
+    const std::uint64_t next = i + 1 < fragments.size() ? fragments[i + 1].offset_bytes : end;
     if (next > end && next - end < block_bytes) end = next;
     const auto after = claimed_.upper_bound(begin);
     const bool before_overlaps = after != claimed_.begin() && std::prev(after)->second > begin;
@@ -94,25 +94,26 @@ FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::P
 }
 
 // In ascending order.
-std::vector<internal::Piece> FileWriter::Impl::pieces_of(std::span<const SourceExtent> extents) const {
+std::vector<internal::Fragment> FileWriter::Impl::fragments_of(std::span<const SourceExtent> extents) const {
   constexpr std::uint64_t kMaxFileBytes = std::numeric_limits<std::int64_t>::max();
-  std::vector<internal::Piece> pieces;
-  pieces.reserve(extents.size());
+  std::vector<internal::Fragment> fragments;
+  fragments.reserve(extents.size());
   for (const SourceExtent& extent : extents) {
     if (extent.size_bytes == 0) continue;
     if (!extent.source) throw argument_error("write " + path_.string() + ": extent without a source");
     if (extent.size_bytes > kMaxFileBytes || extent.offset_bytes > kMaxFileBytes - extent.size_bytes) {
       throw argument_error("write " + path_.string() + ": extent past 2^63");
     }
-    // The bytes are only read; a piece has one kind of pointer for both directions.
-    pieces.push_back(
+    // The bytes are only read; a fragment has one kind of pointer for both directions.
+    fragments.push_back(
         {extent.offset_bytes, extent.size_bytes, const_cast<std::byte*>(static_cast<const std::byte*>(extent.source))});
   }
-  std::sort(pieces.begin(), pieces.end(), [](const auto& a, const auto& b) { return a.offset_bytes < b.offset_bytes; });
-  return pieces;
+  std::sort(fragments.begin(), fragments.end(),
+            [](const auto& a, const auto& b) { return a.offset_bytes < b.offset_bytes; });
+  return fragments;
 }
 
-std::shared_ptr<internal::TransferState> FileWriter::Impl::plan(std::span<const internal::Piece> pieces,
+std::shared_ptr<internal::TransferState> FileWriter::Impl::plan(std::span<const internal::Fragment> fragments,
                                                                 Completion* completion) const {
   auto state = engine_.new_transfer(completion);
   state->direction = internal::TransferState::Direction::kStore;
@@ -121,11 +122,11 @@ std::shared_ptr<internal::TransferState> FileWriter::Impl::plan(std::span<const 
   part.open = open_;
   const bool direct = part.file().direct_fd() >= 0;
   if (!direct) state->note_fallback("direct I/O: " + errno_code(part.file().direct_error()).message());
-  if (want_checksums_ && !pieces.empty()) {
-    part.sums.emplace(pieces.front().offset_bytes, pieces.back().offset_bytes + pieces.back().size_bytes);
+  if (want_checksums_ && !fragments.empty()) {
+    part.sums.emplace(fragments.front().offset_bytes, fragments.back().offset_bytes + fragments.back().size_bytes);
   }
-  std::array<std::vector<internal::Piece>, 2> sides;  // On the host, on the device.
-  for (const internal::Piece& piece : pieces) sides[engine_.on_device(piece.memory)].push_back(piece);
+  std::array<std::vector<internal::Fragment>, 2> sides;  // On the host, on the device.
+  for (const internal::Fragment& fragment : fragments) sides[engine_.on_device(fragment.memory)].push_back(fragment);
   // What lies between two extents of one side may be of the other.
   const bool fill_gaps = sides[0].empty() || sides[1].empty();
   internal::Alignment alignment = part.file().alignment();
@@ -142,16 +143,16 @@ Transfer FileWriter::Impl::start_write(std::span<const SourceExtent> extents, Co
                                        CUstream_st* stream) {
   engine_.require_owner();
   if (!open_) throw argument_error("write " + path_.string() + ": after commit");
-  const std::vector<internal::Piece> pieces = pieces_of(extents);
-  Claims claims = claims_of(pieces);
-  auto state = plan(pieces, completion);
+  const std::vector<internal::Fragment> fragments = fragments_of(extents);
+  Claims claims = claims_of(fragments);
+  auto state = plan(fragments, completion);
   const auto& chunks = state->parts.front().plan.chunks;
   if (std::any_of(chunks.begin(), chunks.end(), [](const auto& chunk) { return chunk.on_device; }))
     state->gate = engine_.gate(stream);
   std::uint64_t payload_bytes = payload_bytes_;
-  if (!pieces.empty()) {
-    payload_bytes = std::max(payload_bytes, pieces.back().offset_bytes + pieces.back().size_bytes);
-    reserve(pieces.front().offset_bytes, payload_bytes);
+  if (!fragments.empty()) {
+    payload_bytes = std::max(payload_bytes, fragments.back().offset_bytes + fragments.back().size_bytes);
+    reserve(fragments.front().offset_bytes, payload_bytes);
   }
   std::erase_if(transfers_, [this](const auto& earlier) {
     const std::lock_guard lock(earlier->mutex);
@@ -209,9 +210,9 @@ Checksums FileWriter::Impl::checksums() {
   if (!want_checksums_) throw argument_error("checksums of " + path_.string() + ": WriterOptions did not ask for them");
   settle("checksums of");
   Checksums checksums{.size_bytes = payload_bytes_};
-  for (std::uint64_t begin = 0; begin < payload_bytes_; begin += Checksums::kPieceBytes) {
-    const std::uint64_t size = std::min<std::uint64_t>(Checksums::kPieceBytes, payload_bytes_ - begin);
-    checksums.crc32c.push_back(sums_.crc32c(begin / Checksums::kPieceBytes, static_cast<std::uint32_t>(size)));
+  for (std::uint64_t begin = 0; begin < payload_bytes_; begin += Checksums::kStripeBytes) {
+    const std::uint64_t size = std::min<std::uint64_t>(Checksums::kStripeBytes, payload_bytes_ - begin);
+    checksums.crc32c.push_back(sums_.crc32c(begin / Checksums::kStripeBytes, static_cast<std::uint32_t>(size)));
   }
   return checksums;
 }

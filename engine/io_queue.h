@@ -12,20 +12,21 @@
 
 namespace flashpack::internal {
 
-class PieceSums;
+class StripeSums;
 
 struct IoRequest {
   enum class Op : std::uint8_t {
-    kRead,         ///< File to `memory`, once: the result may be short.
-    kWrite,        ///< `memory` to file, once: the result may be short.
-    kReadPieces,   ///< File to `pieces`, to the end: the sum of their sizes unless the file ends before; see PageCache.
-    kWritePieces,  ///< `pieces` to file, to the end.
-    kScatter,      ///< `memory`, which holds the file from `offset_bytes` on, to `pieces`.
-    kGather,       ///< `pieces` to `memory`, which is zeros where there are none.
-    kChecksum,     ///< Counts what lies in `memory` at the places of `pieces`, see `sums`.
-    kPopulate,     ///< Page faults of `memory` taken ahead of direct I/O; never fails.
+    kRead,            ///< File to `memory`, once: the result may be short.
+    kWrite,           ///< `memory` to file, once: the result may be short.
+    kReadFragments,   ///< File to `fragments`, to the end: the sum of their sizes unless the file ends before; see
+                      ///< PageCache.
+    kWriteFragments,  ///< `fragments` to file, to the end.
+    kScatter,         ///< `memory`, which holds the file from `offset_bytes` on, to `fragments`.
+    kGather,          ///< `fragments` to `memory`, which is zeros where there are none.
+    kChecksum,        ///< Counts what lies in `memory` at the places of `fragments`, see `sums`.
+    kPopulate,        ///< Page faults of `memory` taken ahead of direct I/O; never fails.
   };
-  /// What a kReadPieces may do with the page cache.
+  /// What a kReadFragments may do with the page cache.
   struct PageCache {
     bool only = false;  ///< Never waits for the disk: -EAGAIN when a byte is not cached or past the end.
     bool drop = false;  ///< What was read is taken out of it, but for what shares a large page with something else.
@@ -34,13 +35,13 @@ struct IoRequest {
   int fd = -1;
   std::uint64_t offset_bytes = 0;
   std::span<std::byte> memory;
-  std::span<const Piece> pieces;
+  std::span<const Fragment> fragments;
   PageCache page_cache;
   bool may_block = false;    ///< Of a kRead: it must not be tried in the thread that pushes or waits.
   bool for_writing = false;  ///< Of a kPopulate: somebody is going to write to `memory`.
   bool readable = false;     ///< Of a kChecksum: `memory` has been read or written by somebody already.
-  /// Where bytes that pass are counted: those of the pieces and, of kScatter and kChecksum, what lies between them.
-  PieceSums* sums = nullptr;
+  /// Where bytes that pass are counted: those of the fragments and, of kScatter and kChecksum, what lies between them.
+  StripeSums* sums = nullptr;
   int slot = -1;  ///< The staging slot that `memory` lies in, for queues that register slots with the kernel.
   const void* transfer = nullptr;  ///< Operations of one transfer may be reported together.
 };

@@ -16,7 +16,7 @@ namespace flashpack::internal {
 
 namespace {
 
-bool overlap(std::span<const Piece> in_order) {
+bool overlap(std::span<const Fragment> in_order) {
   return std::adjacent_find(in_order.begin(), in_order.end(), [](const auto& a, const auto& b) {
            return b.offset_bytes < a.offset_bytes + a.size_bytes;
          }) != in_order.end();
@@ -30,7 +30,7 @@ void count_for(const Checksums& checksums, Part& part) {
   bool twice = false;
   for (const Chunk& chunk : part.plan.chunks) {
     ranges.emplace_back(chunk.offset_bytes, chunk.offset_bytes + chunk.size_bytes);
-    twice |= overlap(part.plan.pieces_of(chunk));
+    twice |= overlap(part.plan.fragments_of(chunk));
   }
   if (ranges.empty()) return;
   std::sort(ranges.begin(), ranges.end());
@@ -46,15 +46,16 @@ void count_for(const Checksums& checksums, Part& part) {
 // Where the bytes of a small load are in the page cache, to hand them from thread to thread costs more than to read
 // them. Never waits for the disk.
 bool read_at_once(Part& part, const File& file, std::uint32_t at_once_bytes) {
-  const std::span<const Piece> pieces = part.pieces[0];
-  if (pieces.empty() || !part.pieces[1].empty() || part.checksums || part.cache == CachePolicy::kDirect) return false;
+  const std::span<const Fragment> fragments = part.fragments[0];
+  if (fragments.empty() || !part.fragments[1].empty() || part.checksums || part.cache == CachePolicy::kDirect)
+    return false;
   std::uint64_t begin = file.identity().size_bytes;
   std::uint64_t end = 0;
   std::uint64_t bytes = 0;
-  for (const Piece& piece : pieces) {
-    begin = std::min(begin, piece.offset_bytes);
-    end = std::max(end, piece.offset_bytes + piece.size_bytes);
-    bytes += piece.size_bytes;
+  for (const Fragment& fragment : fragments) {
+    begin = std::min(begin, fragment.offset_bytes);
+    end = std::max(end, fragment.offset_bytes + fragment.size_bytes);
+    bytes += fragment.size_bytes;
   }
   if (end > file.identity().size_bytes || end - begin > at_once_bytes || bytes > at_once_bytes) return false;
   if (part.cache == CachePolicy::kAuto) {
@@ -64,7 +65,7 @@ bool read_at_once(Part& part, const File& file, std::uint32_t at_once_bytes) {
     part.fallback_reason = residency.fallback_reason();
   }
   if (part.claimed.exchange(true)) return false;
-  const bool read = read_without_waiting(file.buffered_fd(), pieces) == 0;
+  const bool read = read_without_waiting(file.buffered_fd(), fragments) == 0;
   if (read) part.read_bytes = bytes;
   part.claimed = false;
   return read;
@@ -82,15 +83,15 @@ void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes, std:
     part.open.reset();
     throw file_error(direct_error, "open", part.path);
   }
-  for (const auto& side : part.pieces) {
-    for (const Piece& piece : side) {
-      if (piece.offset_bytes + piece.size_bytes <= file.identity().size_bytes) continue;
-      throw range_error(Errc::kTruncated, "read", part.path, piece.offset_bytes, piece.size_bytes);
+  for (const auto& side : part.fragments) {
+    for (const Fragment& fragment : side) {
+      if (fragment.offset_bytes + fragment.size_bytes <= file.identity().size_bytes) continue;
+      throw range_error(Errc::kTruncated, "read", part.path, fragment.offset_bytes, fragment.size_bytes);
     }
   }
   const std::uint32_t block_bytes = std::min(file.alignment().block_bytes, chunk_bytes);
   for (const bool on_device : {false, true}) {
-    part.plan.add_load(std::exchange(part.pieces[on_device], {}), chunk_bytes, block_bytes, on_device);
+    part.plan.add_load(std::exchange(part.fragments[on_device], {}), chunk_bytes, block_bytes, on_device);
   }
   if (direct_error) part.fallback_reason = "direct I/O: " + direct_error.message();
   if (part.checksums) count_for(*part.checksums, part);
@@ -99,7 +100,7 @@ void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes, std:
 
 // Holds the stripes that were read whole against their checksums.
 void verify(Part& part) {
-  constexpr std::uint64_t kStripeBytes = Checksums::kPieceBytes;
+  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
   for (std::uint64_t index = 0; index < part.checksums->crc32c.size(); ++index) {
     const std::uint64_t begin = index * kStripeBytes;
     const auto size = static_cast<std::uint32_t>(std::min(kStripeBytes, part.checksums->size_bytes - begin));

@@ -16,9 +16,9 @@
 #include <vector>
 
 #include "engine/file.h"
-#include "engine/piece_sums.h"
 #include "engine/plan.h"
 #include "engine/router.h"
+#include "engine/stripe_sums.h"
 #include "engine/unique_fd.h"
 #include "flashpack/engine.h"
 
@@ -95,13 +95,13 @@ struct Part {
   std::optional<FileIdentity> expected;
   std::optional<Checksums> checksums;
   CachePolicy cache = CachePolicy::kAuto;
-  std::array<std::vector<Piece>, 2> pieces;  // On the host, on the device; until they are planned.
+  std::array<std::vector<Fragment>, 2> fragments;  // On the host, on the device; until they are planned.
 
   // These belong to the open file.
   std::shared_ptr<OpenFile> open;
   Plan plan;
   Router router;
-  std::optional<PieceSums> sums;  // Where bytes are counted; none where they are not.
+  std::optional<StripeSums> sums;  // Where bytes are counted; none where they are not.
 
   // open_part() and check_part() leave here what they found.
   std::string fallback_reason;
@@ -109,8 +109,8 @@ struct Part {
   std::uint64_t verified_bytes = 0;
   std::uint64_t read_bytes = 0;       // How many bytes open_part() has read itself; then these are all.
   std::atomic<bool> checked = false;  // The thread that has it has nothing left to do but to close.
-  // The first to set it decides: open_part(), which then reads into the pieces, or the driver, which then keeps it from
-  // that.
+  // The first to set it decides: open_part(), which then reads into the fragments, or the driver, which then keeps it
+  // from that.
   std::atomic<bool> claimed = false;
 
   // The driver's alone.

@@ -218,7 +218,7 @@ bool Pipeline::issue_direct(Part& part, const Chunk& chunk) {
 }
 
 bool Pipeline::issue_in_place(Part& part, const Chunk& chunk) {
-  const std::span memory(part.plan.pieces_of(chunk).front().memory, chunk.size_bytes);
+  const std::span memory(part.plan.fragments_of(chunk).front().memory, chunk.size_bytes);
   // Page faults of fresh memory cost more than reading into it, and those of a mapped file read another one: workers
   // take them ahead of the kernel.
   const bool load = part.transfer->is_load();
@@ -237,7 +237,7 @@ bool Pipeline::issue_in_place(Part& part, const Chunk& chunk) {
     give_to_workers(tag, {.op = counted ? IoRequest::Op::kChecksum : IoRequest::Op::kPopulate,
                           .offset_bytes = job.offset_bytes,
                           .memory = memory,
-                          .pieces = part.plan.pieces_of(chunk),
+                          .fragments = part.plan.fragments_of(chunk),
                           .for_writing = load,
                           .sums = counted ? take_sums(job) : nullptr});
   }

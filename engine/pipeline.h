@@ -112,7 +112,7 @@ class Pipeline final : public Driver {
     int slot = -1;
     std::uint64_t offset_bytes = 0;  // Where in the file `memory` begins.
     std::span<std::byte> memory;     // The slot's, or in place the target or source itself.
-    Piece whole{};                   // Of a buffered job with a slot: `memory` as the one piece that is moved.
+    Fragment whole{};                // Of a buffered job with a slot: `memory` as the one fragment that is moved.
     std::uint64_t done_bytes = 0;    // Whole blocks of `memory` that have been moved.
     unsigned stalls = 0;             // Results in a row that moved no new block.
     IoQueue* queue = nullptr;        // Has its operation.
@@ -189,9 +189,9 @@ class Pipeline final : public Driver {
   void move_direct(unsigned tag);
   void move_buffered(unsigned tag);
   void copy(unsigned tag);
-  void count_bytes(unsigned tag, PieceSums* sums);
+  void count_bytes(unsigned tag, StripeSums* sums);
   void give_to_workers(unsigned tag, IoRequest request);
-  static PieceSums* take_sums(Job& job);
+  static StripeSums* take_sums(Job& job);
   void complete(IoCompletion completion);
   void on_direct(unsigned tag, std::int64_t result);
   void on_buffered(unsigned tag, std::int64_t result);

@@ -107,49 +107,49 @@ void Pipeline::move_buffered(unsigned tag) {
   const bool load = transfer.is_load();
   enter(job, Stage::kBuffered);
   job.only_cached = job.part->router.on_suspicion();
-  auto pieces = job.part->plan.pieces_of(*job.chunk);
+  auto fragments = job.part->plan.fragments_of(*job.chunk);
   if (job.slot >= 0) {
     job.whole = {job.offset_bytes, job.memory.size(), job.memory.data()};
-    pieces = {&job.whole, 1};
+    fragments = {&job.whole, 1};
   }
   ++transfer.stats.operations;
-  give_to_workers(tag, {.op = load ? IoRequest::Op::kReadPieces : IoRequest::Op::kWritePieces,
+  give_to_workers(tag, {.op = load ? IoRequest::Op::kReadFragments : IoRequest::Op::kWriteFragments,
                         .fd = job.part->file().buffered_fd(),
-                        .pieces = pieces,
+                        .fragments = fragments,
                         .page_cache = {.only = job.only_cached, .drop = transfer.after == AfterLoad::kDrop},
                         .sums = take_sums(job)});
 }
 
 // Each byte is to be counted once: null when they have been.
-PieceSums* Pipeline::take_sums(Job& job) {
+StripeSums* Pipeline::take_sums(Job& job) {
   return std::exchange(job.counted, true) || !job.part->sums ? nullptr : &*job.part->sums;
 }
 
-void Pipeline::count_bytes(unsigned tag, PieceSums* sums) {
+void Pipeline::count_bytes(unsigned tag, StripeSums* sums) {
   Job& job = jobs_[tag];
   enter(job, Stage::kCounting);
   give_to_workers(tag, {.op = IoRequest::Op::kChecksum,
                         .offset_bytes = job.offset_bytes,
                         .memory = job.memory,
-                        .pieces = job.part->plan.pieces_of(*job.chunk),
+                        .fragments = job.part->plan.fragments_of(*job.chunk),
                         .readable = true,
                         .sums = sums});
 }
 
-// Between the slot and where the pieces are.
+// Between the slot and where the fragments are.
 void Pipeline::copy(unsigned tag) {
   Job& job = jobs_[tag];
   TransferState& transfer = job.transfer();
   const bool load = transfer.is_load();
   if (load && job.chunk->on_device) {
-    if (PieceSums* const sums = take_sums(job)) return count_bytes(tag, sums);
+    if (StripeSums* const sums = take_sums(job)) return count_bytes(tag, sums);
   }
   if (job.chunk->on_device && transfer.gate) return enter(job, Stage::kWaiting);
   enter(job, load ? Stage::kCopying : Stage::kGathering);
   const IoRequest request{.op = load ? IoRequest::Op::kScatter : IoRequest::Op::kGather,
                           .offset_bytes = job.offset_bytes,
                           .memory = job.memory,
-                          .pieces = job.part->plan.pieces_of(*job.chunk),
+                          .fragments = job.part->plan.fragments_of(*job.chunk),
                           .sums = job.chunk->on_device ? nullptr : take_sums(job),
                           .slot = job.slot};
   job.chunk->on_device ? copier_->push(tag, request) : give_to_workers(tag, request);
@@ -191,7 +191,7 @@ void Pipeline::on_direct(unsigned tag, std::int64_t result) {
   if (job.offset_bytes + got >= job.chunk->offset_bytes + job.chunk->size_bytes) {
     if (job.slot >= 0) stats.staged_bytes += got;
     if (job.slot >= 0 && load) return copy(tag);
-    PieceSums* const sums = load ? take_sums(job) : nullptr;
+    StripeSums* const sums = load ? take_sums(job) : nullptr;
     return sums ? count_bytes(tag, sums) : deliver(tag);
   }
   if (result == 0 && load) return fail(tag, Errc::kTruncated);
@@ -231,7 +231,7 @@ void Pipeline::on_copied(unsigned tag, std::error_code error) {
 void Pipeline::write_slot(unsigned tag) {
   Job& job = jobs_[tag];
   if (job.to_cache) return move_buffered(tag);
-  PieceSums* const sums = take_sums(job);
+  StripeSums* const sums = take_sums(job);
   sums ? count_bytes(tag, sums) : move_direct(tag);
 }
 

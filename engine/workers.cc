@@ -12,7 +12,7 @@
 #include <cstring>
 
 #include "engine/page_size.h"
-#include "engine/piece_sums.h"
+#include "engine/stripe_sums.h"
 
 namespace flashpack::internal {
 
@@ -35,14 +35,14 @@ std::int64_t retry_interrupted(Syscall call) {
   }
 }
 
-// Moves all of one piece; less only at the end of the file.
-std::int64_t move_piece(int fd, const Piece& piece, bool write) {
+// Moves all of one fragment; less only at the end of the file.
+std::int64_t move_fragment(int fd, const Fragment& fragment, bool write) {
   std::uint64_t done = 0;
-  while (done < piece.size_bytes) {
-    const auto offset = static_cast<off_t>(piece.offset_bytes + done);
+  while (done < fragment.size_bytes) {
+    const auto offset = static_cast<off_t>(fragment.offset_bytes + done);
     const std::int64_t n = retry_interrupted([&] {
-      return write ? ::pwrite(fd, piece.memory + done, piece.size_bytes - done, offset)
-                   : ::pread(fd, piece.memory + done, piece.size_bytes - done, offset);
+      return write ? ::pwrite(fd, fragment.memory + done, fragment.size_bytes - done, offset)
+                   : ::pread(fd, fragment.memory + done, fragment.size_bytes - done, offset);
     });
     if (n < 0) return n;
     if (n == 0) break;
@@ -51,27 +51,29 @@ std::int64_t move_piece(int fd, const Piece& piece, bool write) {
   return static_cast<std::int64_t>(done);
 }
 
-std::int64_t move_pieces(int fd, std::span<const Piece> pieces, bool write) {
+std::int64_t move_fragments(int fd, std::span<const Fragment> fragments, bool write) {
   std::int64_t moved = 0;
-  for (const Piece& piece : pieces) {
-    const std::int64_t n = move_piece(fd, piece, write);
+  for (const Fragment& fragment : fragments) {
+    const std::int64_t n = move_fragment(fd, fragment, write);
     if (n < 0) return n;
     moved += n;
-    if (static_cast<std::uint64_t>(n) < piece.size_bytes) break;
+    if (static_cast<std::uint64_t>(n) < fragment.size_bytes) break;
   }
   return moved;
 }
 
-// One preadv over pieces that are close together. 0 when every byte of them came, else an errno; EAGAIN when fewer did.
-int read_run(int fd, std::span<const Piece> run, int flags) {
+// One preadv over fragments that are close together. 0 when every byte of them came, else an errno; EAGAIN when fewer
+// did.
+int read_run(int fd, std::span<const Fragment> run, int flags) {
   std::array<std::byte, kSinkBytes> sink;
   std::array<iovec, kMaxVectors> vectors;
   int count = 0;
   std::uint64_t end = run.front().offset_bytes;
-  for (const Piece& piece : run) {
-    if (piece.offset_bytes > end) vectors[static_cast<std::size_t>(count++)] = {sink.data(), piece.offset_bytes - end};
-    vectors[static_cast<std::size_t>(count++)] = {piece.memory, piece.size_bytes};
-    end = piece.offset_bytes + piece.size_bytes;
+  for (const Fragment& fragment : run) {
+    if (fragment.offset_bytes > end)
+      vectors[static_cast<std::size_t>(count++)] = {sink.data(), fragment.offset_bytes - end};
+    vectors[static_cast<std::size_t>(count++)] = {fragment.memory, fragment.size_bytes};
+    end = fragment.offset_bytes + fragment.size_bytes;
   }
   const std::uint64_t begin = run.front().offset_bytes;
   const auto n = ::preadv2(fd, vectors.data(), count, static_cast<off_t>(begin), flags);
@@ -79,52 +81,52 @@ int read_run(int fd, std::span<const Piece> run, int flags) {
   return n == static_cast<std::int64_t>(end - begin) ? 0 : EAGAIN;
 }
 
-std::size_t run_length(std::span<const Piece> pieces) {
+std::size_t run_length(std::span<const Fragment> fragments) {
   std::size_t length = 1;
-  while (length < pieces.size() && length < kMaxVectors / 2) {
-    const std::uint64_t end = pieces[length - 1].offset_bytes + pieces[length - 1].size_bytes;
-    if (pieces[length].offset_bytes < end || pieces[length].offset_bytes - end > kSinkBytes) break;
+  while (length < fragments.size() && length < kMaxVectors / 2) {
+    const std::uint64_t end = fragments[length - 1].offset_bytes + fragments[length - 1].size_bytes;
+    if (fragments[length].offset_bytes < end || fragments[length].offset_bytes - end > kSinkBytes) break;
     ++length;
   }
   return length;
 }
 
-std::int64_t sum_of(std::span<const Piece> pieces) {
+std::int64_t sum_of(std::span<const Fragment> fragments) {
   std::int64_t sum = 0;
-  for (const Piece& piece : pieces) sum += static_cast<std::int64_t>(piece.size_bytes);
+  for (const Fragment& fragment : fragments) sum += static_cast<std::int64_t>(fragment.size_bytes);
   return sum;
 }
 
-std::int64_t read_pieces(int fd, std::span<const Piece> pieces) {
+std::int64_t read_fragments(int fd, std::span<const Fragment> fragments) {
   std::int64_t moved = 0;
-  while (!pieces.empty()) {
-    const auto run = pieces.first(run_length(pieces));
+  while (!fragments.empty()) {
+    const auto run = fragments.first(run_length(fragments));
     const std::int64_t wanted = sum_of(run);
-    // Whatever went wrong in a run, going piece by piece finds out exactly what and where.
+    // Whatever went wrong in a run, going fragment by fragment finds out exactly what and where.
     const bool whole = run.size() > 1 && read_run(fd, run, 0) == 0;
-    const std::int64_t n = whole ? wanted : move_pieces(fd, run, false);
+    const std::int64_t n = whole ? wanted : move_fragments(fd, run, false);
     if (n < 0) return n;
     moved += n;
     if (n < wanted) break;
-    pieces = pieces.subspan(run.size());
+    fragments = fragments.subspan(run.size());
   }
   return moved;
 }
 
 // File systems that cannot tell what would wait read as usual. Errors are left to the read that may wait.
-std::int64_t read_cached(int fd, std::span<const Piece> pieces) {
-  const int error = read_without_waiting(fd, pieces);
-  if (error == EOPNOTSUPP) return read_pieces(fd, pieces);
-  return error != 0 ? -EAGAIN : sum_of(pieces);
+std::int64_t read_cached(int fd, std::span<const Fragment> fragments) {
+  const int error = read_without_waiting(fd, fragments);
+  if (error == EOPNOTSUPP) return read_fragments(fd, fragments);
+  return error != 0 ? -EAGAIN : sum_of(fragments);
 }
 
 std::int64_t read_through_cache(const IoRequest& request) {
-  const auto pieces = request.pieces;
+  const auto fragments = request.fragments;
   const std::int64_t moved =
-      request.page_cache.only ? read_cached(request.fd, pieces) : read_pieces(request.fd, pieces);
+      request.page_cache.only ? read_cached(request.fd, fragments) : read_fragments(request.fd, fragments);
   if (request.page_cache.drop && moved > 0) {
-    const std::uint64_t begin = pieces.front().offset_bytes;
-    const std::uint64_t end = pieces.back().offset_bytes + pieces.back().size_bytes;
+    const std::uint64_t begin = fragments.front().offset_bytes;
+    const std::uint64_t end = fragments.back().offset_bytes + fragments.back().size_bytes;
     ::posix_fadvise(request.fd, static_cast<off_t>(begin), static_cast<off_t>(end - begin), POSIX_FADV_DONTNEED);
   }
   return moved;
@@ -157,14 +159,14 @@ bool can_populate() {
 // kernel gives EFAULT for a read into it. Asked for first, it is an error here, too. On small pages that are there
 // already this costs half as much as the copy, on large ones nothing, and of fresh memory it takes the faults at less
 // than the copy would. Copying by process_vm_writev(2) costs more and is forbidden in some containers.
-std::int64_t make_touchable(std::span<const Piece> pieces, bool for_writing) {
+std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writing) {
   std::span<std::byte> run;  // Whole pages.
   const auto ask = [&] { return run.empty() ? 0 : populate(run, for_writing); };
   if (!can_populate()) return 0;
-  for (const Piece& piece : pieces) {
-    std::byte* const begin = piece.memory - reinterpret_cast<std::uintptr_t>(piece.memory) % system_page_bytes();
+  for (const Fragment& fragment : fragments) {
+    std::byte* const begin = fragment.memory - reinterpret_cast<std::uintptr_t>(fragment.memory) % system_page_bytes();
     const auto size =
-        round_up(static_cast<std::uint64_t>(piece.memory + piece.size_bytes - begin), system_page_bytes());
+        round_up(static_cast<std::uint64_t>(fragment.memory + fragment.size_bytes - begin), system_page_bytes());
     std::byte* const end = begin + size;
     if (begin >= run.data() && begin <= run.data() + run.size()) {
       run = {run.data(), std::max(end, run.data() + run.size())};
@@ -177,56 +179,59 @@ std::int64_t make_touchable(std::span<const Piece> pieces, bool for_writing) {
 }
 
 std::int64_t scatter(const IoRequest& request) {
-  if (const auto error = make_touchable(request.pieces, true)) return error;
-  for (const Piece& piece : request.pieces) {
-    std::memcpy(piece.memory, request.memory.data() + (piece.offset_bytes - request.offset_bytes), piece.size_bytes);
+  if (const auto error = make_touchable(request.fragments, true)) return error;
+  for (const Fragment& fragment : request.fragments) {
+    std::memcpy(fragment.memory, request.memory.data() + (fragment.offset_bytes - request.offset_bytes),
+                fragment.size_bytes);
   }
   return 0;
 }
 
 std::int64_t gather(const IoRequest& request) {
-  if (const auto error = make_touchable(request.pieces, false)) return error;
+  if (const auto error = make_touchable(request.fragments, false)) return error;
   clear_gaps(request);
-  for (const Piece& piece : request.pieces) {
-    std::memcpy(request.memory.data() + (piece.offset_bytes - request.offset_bytes), piece.memory, piece.size_bytes);
+  for (const Fragment& fragment : request.fragments) {
+    std::memcpy(request.memory.data() + (fragment.offset_bytes - request.offset_bytes), fragment.memory,
+                fragment.size_bytes);
   }
   return 0;
 }
 
-// What `memory` holds from the first of the pieces to the last.
+// What `memory` holds from the first of the fragments to the last.
 void count_slot(const IoRequest& request) {
-  const std::uint64_t begin = request.pieces.front().offset_bytes;
-  const std::uint64_t end = request.pieces.back().offset_bytes + request.pieces.back().size_bytes;
+  const std::uint64_t begin = request.fragments.front().offset_bytes;
+  const std::uint64_t end = request.fragments.back().offset_bytes + request.fragments.back().size_bytes;
   request.sums->add(begin, request.memory.subspan(begin - request.offset_bytes, end - begin));
 }
 
-// A stripe that a gap between two of the pieces lies in is not counted, because it is not read whole and so never
+// A stripe that a gap between two of the fragments lies in is not counted, because it is not read whole and so never
 // compared.
 void count_between_gaps(const IoRequest& request) {
-  constexpr std::uint64_t kStripeBytes = Checksums::kPieceBytes;
-  const auto pieces = request.pieces;
-  const auto end_of = [](const Piece& piece) { return piece.offset_bytes + piece.size_bytes; };
-  for (std::size_t i = 0; i < pieces.size(); ++i) {
-    const bool gap_before = i > 0 && end_of(pieces[i - 1]) < pieces[i].offset_bytes;
-    const bool gap_after = i + 1 < pieces.size() && end_of(pieces[i]) < pieces[i + 1].offset_bytes;
-    const std::uint64_t begin = pieces[i].offset_bytes;
+  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
+  const auto fragments = request.fragments;
+  const auto end_of = [](const Fragment& fragment) { return fragment.offset_bytes + fragment.size_bytes; };
+  for (std::size_t i = 0; i < fragments.size(); ++i) {
+    const bool gap_before = i > 0 && end_of(fragments[i - 1]) < fragments[i].offset_bytes;
+    const bool gap_after = i + 1 < fragments.size() && end_of(fragments[i]) < fragments[i + 1].offset_bytes;
+    const std::uint64_t begin = fragments[i].offset_bytes;
     const std::uint64_t from = gap_before ? round_up(begin, kStripeBytes) : begin;
-    const std::uint64_t to = gap_after ? round_down(end_of(pieces[i]), kStripeBytes) : end_of(pieces[i]);
-    if (from < to) request.sums->add(from, {pieces[i].memory + (from - begin), to - from});
+    const std::uint64_t to = gap_after ? round_down(end_of(fragments[i]), kStripeBytes) : end_of(fragments[i]);
+    if (from < to) request.sums->add(from, {fragments[i].memory + (from - begin), to - from});
   }
 }
 
 void count(const IoRequest& request, std::int64_t result) {
   if (result < 0) return;
   switch (request.op) {
-    case IoRequest::Op::kReadPieces:
-      if (result == sum_of(request.pieces)) count_between_gaps(request);
+    case IoRequest::Op::kReadFragments:
+      if (result == sum_of(request.fragments)) count_between_gaps(request);
       return;
-    case IoRequest::Op::kWritePieces:
-      if (result != sum_of(request.pieces)) return;
+    case IoRequest::Op::kWriteFragments:
+      if (result != sum_of(request.fragments)) return;
       [[fallthrough]];
     case IoRequest::Op::kGather:
-      for (const Piece& piece : request.pieces) request.sums->add(piece.offset_bytes, {piece.memory, piece.size_bytes});
+      for (const Fragment& fragment : request.fragments)
+        request.sums->add(fragment.offset_bytes, {fragment.memory, fragment.size_bytes});
       return;
     case IoRequest::Op::kScatter:
     case IoRequest::Op::kChecksum:
@@ -250,16 +255,16 @@ std::int64_t move_bytes(const IoRequest& request) {
         return ::pwrite(request.fd, request.memory.data(), request.memory.size(),
                         static_cast<off_t>(request.offset_bytes));
       });
-    case IoRequest::Op::kReadPieces:
+    case IoRequest::Op::kReadFragments:
       return read_through_cache(request);
-    case IoRequest::Op::kWritePieces:
-      return move_pieces(request.fd, request.pieces, true);
+    case IoRequest::Op::kWriteFragments:
+      return move_fragments(request.fd, request.fragments, true);
     case IoRequest::Op::kScatter:
       return scatter(request);
     case IoRequest::Op::kGather:
       return gather(request);
     case IoRequest::Op::kChecksum:
-      return request.readable ? 0 : make_touchable(request.pieces, false);
+      return request.readable ? 0 : make_touchable(request.fragments, false);
     case IoRequest::Op::kPopulate:
       populate(request.memory, request.for_writing);
       return 0;
@@ -275,21 +280,21 @@ std::int64_t carry_out(const IoRequest& request) {
   return result;
 }
 
-int read_without_waiting(int fd, std::span<const Piece> pieces) {
-  while (!pieces.empty()) {
-    const auto run = pieces.first(run_length(pieces));
+int read_without_waiting(int fd, std::span<const Fragment> fragments) {
+  while (!fragments.empty()) {
+    const auto run = fragments.first(run_length(fragments));
     if (const int error = read_run(fd, run, RWF_NOWAIT)) return error;
-    pieces = pieces.subspan(run.size());
+    fragments = fragments.subspan(run.size());
   }
   return 0;
 }
 
 void clear_gaps(const IoRequest& request) {
   std::byte* at = request.memory.data();
-  for (const Piece& piece : request.pieces) {
-    std::byte* const begin = request.memory.data() + (piece.offset_bytes - request.offset_bytes);
+  for (const Fragment& fragment : request.fragments) {
+    std::byte* const begin = request.memory.data() + (fragment.offset_bytes - request.offset_bytes);
     std::fill(at, begin, std::byte{});
-    at = begin + piece.size_bytes;
+    at = begin + fragment.size_bytes;
   }
   std::fill(at, request.memory.data() + request.memory.size(), std::byte{});
 }
@@ -367,7 +372,7 @@ void Workers::wake() noexcept {
 // A wake costs both sides some 10 us and here a core, so reads and writes are reported together where the same transfer
 // keeps every thread busy: one of its later ones will wake. The disk waits for everything else.
 bool Workers::worth_waking(const IoRequest& done) const {
-  const bool moves = done.op == IoRequest::Op::kReadPieces || done.op == IoRequest::Op::kWritePieces ||
+  const bool moves = done.op == IoRequest::Op::kReadFragments || done.op == IoRequest::Op::kWriteFragments ||
                      done.op == IoRequest::Op::kRead || done.op == IoRequest::Op::kWrite;
   const auto same = [&](const IoRequest* queued) { return queued->transfer == done.transfer; };
   return !moves || std::count_if(queued_.begin(), queued_.end(), same) < std::ptrdiff_t{pool_.thread_count()};

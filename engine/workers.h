@@ -14,11 +14,11 @@ namespace flashpack::internal {
 /// Does what `request` says, in the calling thread. Returns what IoCompletion::result says.
 std::int64_t carry_out(const IoRequest& request);
 
-/// Reads `pieces` from the page cache alone. 0, or an errno: then some of them may have been read, too. EOPNOTSUPP: the
-/// file system cannot tell what would wait.
-int read_without_waiting(int fd, std::span<const Piece> pieces);
+/// Reads `fragments` from the page cache alone. 0, or an errno: then some of them may have been read, too. EOPNOTSUPP:
+/// the file system cannot tell what would wait.
+int read_without_waiting(int fd, std::span<const Fragment> fragments);
 
-/// Of a kGather: makes zeros of what no piece goes to. In a store these are little.
+/// Of a kGather: makes zeros of what no fragment goes to. In a store these are little.
 void clear_gaps(const IoRequest& request);
 
 /// Whether all of `memory` has physical pages, so that Op::kPopulate would be for nothing. True also where the kernel

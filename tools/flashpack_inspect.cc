@@ -223,20 +223,20 @@ std::string verify_text(const flashpack::VerifyReport& report, const Metadata& m
   std::snprintf(rate.data(), rate.size(), " in %.2f s, %.2f GB/s", report.seconds,
                 static_cast<double>(metadata.payload_bytes) / 1e9 / std::max(report.seconds, 1e-9));
   std::string out;
-  for (const auto& piece : report.corrupt) {
-    out += "corrupt: bytes " + std::to_string(piece.offset_bytes) + "+" + std::to_string(piece.size_bytes) + ", of " +
-           printable(tensors_in(metadata, piece.offset_bytes, piece.size_bytes)) + "\n";
+  for (const auto& stripe : report.corrupt) {
+    out += "corrupt: bytes " + std::to_string(stripe.offset_bytes) + "+" + std::to_string(stripe.size_bytes) + ", of " +
+           printable(tensors_in(metadata, stripe.offset_bytes, stripe.size_bytes)) + "\n";
   }
-  out += report.corrupt.empty() ? "sound: " : std::to_string(report.corrupt.size()) + " pieces corrupt, sound: ";
+  out += report.corrupt.empty() ? "sound: " : std::to_string(report.corrupt.size()) + " stripes corrupt, sound: ";
   return out + exact_bytes(report.verified_bytes) + rate.data() + "\n";
 }
 
 std::string verify_json(const flashpack::VerifyReport& report, const Metadata& metadata) {
   boost::json::array corrupt;
-  for (const auto& piece : report.corrupt) {
-    corrupt.push_back({{"offset_bytes", piece.offset_bytes},
-                       {"size_bytes", piece.size_bytes},
-                       {"tensors", tensors_in(metadata, piece.offset_bytes, piece.size_bytes)}});
+  for (const auto& stripe : report.corrupt) {
+    corrupt.push_back({{"offset_bytes", stripe.offset_bytes},
+                       {"size_bytes", stripe.size_bytes},
+                       {"tensors", tensors_in(metadata, stripe.offset_bytes, stripe.size_bytes)}});
   }
   const boost::json::object object = {
       {"verified_bytes", report.verified_bytes}, {"corrupt", std::move(corrupt)}, {"seconds", report.seconds}};

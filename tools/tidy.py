@@ -162,7 +162,7 @@ def include_rules() -> list[IncludeRule]:
     engine_rooms = only("engine/", "tests/engine/", "tests/support/")
     return [
         ("include/", _header("liburing"), nobody, "liburing in a public header"),
-        ("", _header("isa-l"), only("engine/piece_sums"), "ISA-L outside of engine/piece_sums"),
+        ("", _header("isa-l"), only("engine/stripe_sums"), "ISA-L outside of engine/stripe_sums"),
         ("include/", _is_cuda, nobody, "CUDA in a public header"),
         ("include/", _header("boost/"), only("include/flashpack/async.h"), "Boost outside flashpack/async.h"),
         ("include/", is_torch, torch_headers, "LibTorch outside flashpack/torch.h and mixin.h"),

@@ -47,7 +47,7 @@ struct FileExtents {
   std::filesystem::path path;  ///< Only for messages when `fd` is given.
   std::vector<Extent> extents;
   std::optional<FileIdentity> expected;  ///< When set, another file at `path` is Errc::kFileChanged before it is read.
-  /// When set, what is read is held against them, and a difference is Errc::kCorrupt. Only pieces that are read whole
+  /// When set, what is read is held against them, and a difference is Errc::kCorrupt. Only stripes that are read whole
   /// can be: TransferStats::verified_bytes counts them. None when extents overlap in the file, or targets on the host
   /// and on the device take turns in it less than 64 KiB apart; then TransferStats::fallback_reason says so.
   std::optional<Checksums> checksums;

@@ -78,7 +78,7 @@ struct LoadedTensors {
 };
 
 /// Reads a file's tensors into new memory on the engine's device. Throws: Error; kCorrupt names the tensors in the
-/// first piece that does not match its checksum.
+/// first stripe that does not match its checksum.
 ///
 /// Each tensor behaves like one that torch made: it may be written, resized, and saved alone. Memory comes in segments
 /// of at most 1 GiB (or one tensor) and goes back when the last tensor of its segment dies. What lies between wanted

@@ -33,7 +33,7 @@ void flip_bit(const std::filesystem::path& path, std::uint64_t bit) {
 
 class ChecksumsTest : public ::testing::TestWithParam<Backend> {
  protected:
-  // In calls that meet inside pieces, with gaps, from memory of any phase.
+  // In calls that meet inside stripes, with gaps, from memory of any phase.
   Checksums write_in_parts() {
     FileWriter writer = engine_.create(path_, {.payload_bytes = bytes_.size(), .checksums = true});
     std::vector<std::unique_ptr<GuardedMemory>> sources;
@@ -92,7 +92,7 @@ TEST_P(ChecksumsTest, TheyDoNotDependOnHowTheFileWasWritten) {
   EXPECT_EQ(writer.checksums(), in_parts);
 }
 
-TEST_P(ChecksumsTest, AFlippedBitIsFoundAndItsPieceNamed) {
+TEST_P(ChecksumsTest, AFlippedBitIsFoundAndItsStripeNamed) {
   const Checksums checksums = write_in_parts();
   for (int round = 0; round < 60; ++round) {
     const std::uint64_t last = 8 * bytes_.size() - 1;
@@ -114,7 +114,7 @@ TEST_P(ChecksumsTest, AFlippedBitIsFoundAndItsPieceNamed) {
   EXPECT_EQ(load(checksums).verified_bytes, bytes_.size());
 }
 
-TEST_P(ChecksumsTest, OfAPartialLoadWholePiecesAreVerified) {
+TEST_P(ChecksumsTest, OfAPartialLoadWholeStripesAreVerified) {
   const Checksums checksums = write_in_parts();
   for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
     EXPECT_EQ(load(checksums, cache, 0, 100, 3 * kMiB).verified_bytes, 2 * kMiB);

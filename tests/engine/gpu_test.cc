@@ -227,7 +227,7 @@ TEST_F(GpuTest, MemoryOfEveryKindIsATarget) {
   }
 }
 
-TEST_F(GpuTest, TensOfThousandsOfTinyPiecesOfOneChunkArrive) {
+TEST_F(GpuTest, TensOfThousandsOfTinyFragmentsOfOneChunkArrive) {
   testing::write_file(path_, bytes_);
   Engine engine({.device = {Device::Kind::kCuda, 0}});
   const std::size_t size = 9 * kMiB;

@@ -24,10 +24,10 @@ class PartTest : public ::testing::Test {
  protected:
   PartTest() { flashpack::testing::write_file(path_, bytes_); }
 
-  std::unique_ptr<Part> part(std::vector<Piece> pieces) {
+  std::unique_ptr<Part> part(std::vector<Fragment> fragments) {
     auto part = std::make_unique<Part>();
     part->path = path_;
-    part->pieces[0] = std::move(pieces);
+    part->fragments[0] = std::move(fragments);
     return part;
   }
 
@@ -104,8 +104,8 @@ TEST_F(PartTest, WhatTheDriverHasClaimedOrIsToBeReadInAnotherWayIsNotReadWhereTh
   const std::vector<std::function<void(Part&)>> ways = {
       [](Part& part) { part.claimed = true; },
       [](Part& part) { part.cache = CachePolicy::kDirect; },
-      [](Part& part) { part.pieces[0][0].offset_bytes = kMiB; },  // Too far from the other.
-      [](Part& part) { part.pieces[1].push_back({0, 1, part.pieces[0][0].memory}); },
+      [](Part& part) { part.fragments[0][0].offset_bytes = kMiB; },  // Too far from the other.
+      [](Part& part) { part.fragments[1].push_back({0, 1, part.fragments[0][0].memory}); },
       [](Part& part) { part.checksums = Checksums{.size_bytes = 10, .crc32c = {1}}; },
   };
   for (const auto& way : ways) {

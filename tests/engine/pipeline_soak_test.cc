@@ -70,12 +70,12 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
       files_.push_back(dir_ / std::to_string(size));
       bytes_.push_back(flashpack::testing::random_bytes(size, seed_));
       flashpack::testing::write_file(files_.back(), bytes_.back());
-      PieceSums sums(0, size);
+      StripeSums sums(0, size);
       sums.add(0, bytes_.back());
       Checksums& checksums = checksums_.emplace_back(Checksums{.size_bytes = size});
-      for (std::uint64_t begin = 0; begin < size; begin += Checksums::kPieceBytes) {
-        const std::uint64_t piece = std::min<std::uint64_t>(Checksums::kPieceBytes, size - begin);
-        checksums.crc32c.push_back(sums.crc32c(begin / Checksums::kPieceBytes, static_cast<std::uint32_t>(piece)));
+      for (std::uint64_t begin = 0; begin < size; begin += Checksums::kStripeBytes) {
+        const std::uint64_t fragment = std::min<std::uint64_t>(Checksums::kStripeBytes, size - begin);
+        checksums.crc32c.push_back(sums.crc32c(begin / Checksums::kStripeBytes, static_cast<std::uint32_t>(fragment)));
       }
     }
   }

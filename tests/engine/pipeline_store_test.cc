@@ -34,8 +34,8 @@ class PipelineStoreTest : public ::testing::TestWithParam<Rig::Shape> {
   }
 
   // Extents that cover the file but for small gaps; their bytes are in `expected`.
-  std::vector<Piece> extents(std::vector<std::byte>& expected) {
-    std::vector<Piece> pieces;
+  std::vector<Fragment> extents(std::vector<std::byte>& expected) {
+    std::vector<Fragment> fragments;
     sources_.clear();
     std::uint64_t at = random_() % 2 ? 0 : random_() % 9000;
     while (at < kFileBytes) {
@@ -44,10 +44,10 @@ class PipelineStoreTest : public ::testing::TestWithParam<Rig::Shape> {
       const std::byte* bytes = bytes_.data() + random_() % kFileBytes;
       std::memcpy(sources_.back()->data(), bytes, size);
       std::memcpy(expected.data() + at, bytes, size);
-      pieces.push_back({at, size, sources_.back()->data()});
+      fragments.push_back({at, size, sources_.back()->data()});
       at += size + random_() % 200;
     }
-    return pieces;
+    return fragments;
   }
 
   flashpack::testing::TempDir dir_;
@@ -80,8 +80,8 @@ TEST_P(PipelineStoreTest, EveryStoreLeavesTheRightBytesOrACleanError) {
     const std::shared_ptr<OpenFile> open = create();
     const std::filesystem::path& path = open->file.path();
     std::vector<std::byte> expected(kFileBytes);
-    const std::vector<Piece> pieces = extents(expected);
-    auto [state, transfer] = rig.start_store(open, pieces, kFileBytes, random_() % 50 == 0);
+    const std::vector<Fragment> fragments = extents(expected);
+    auto [state, transfer] = rig.start_store(open, fragments, kFileBytes, random_() % 50 == 0);
     if (random_() % 20 == 0) transfer.cancel();
     ASSERT_TRUE(transfer.wait_for(kHang)) << "it hangs";
     EXPECT_EQ(transfer.progress().outstanding, 0u);
@@ -91,11 +91,11 @@ TEST_P(PipelineStoreTest, EveryStoreLeavesTheRightBytesOrACleanError) {
       auto written = flashpack::testing::read_file(path);
       written.resize(kFileBytes);
       ASSERT_EQ(std::memcmp(written.data(), expected.data(), kFileBytes), 0);
-      PieceSums sums(0, kFileBytes);
+      StripeSums sums(0, kFileBytes);
       sums.add(0, expected);
-      for (std::uint64_t piece = 0; piece * Checksums::kPieceBytes < kFileBytes; ++piece) {
-        constexpr std::uint32_t kPieceBytes = Checksums::kPieceBytes;
-        EXPECT_EQ(state->parts.front().sums->crc32c(piece, kPieceBytes), sums.crc32c(piece, kPieceBytes));
+      for (std::uint64_t stripe = 0; stripe * Checksums::kStripeBytes < kFileBytes; ++stripe) {
+        constexpr std::uint32_t kStripeBytes = Checksums::kStripeBytes;
+        EXPECT_EQ(state->parts.front().sums->crc32c(stripe, kStripeBytes), sums.crc32c(stripe, kStripeBytes));
       }
     } catch (const Error& error) {
       ++failed;

@@ -16,7 +16,8 @@ constexpr std::uint32_t kChunk = 1u << 20;
 // Memory is never touched by a plan: any number does for an address.
 std::byte* at(std::uint64_t address) { return reinterpret_cast<std::byte*>(address); }
 
-Plan plan_of(std::vector<Piece> extents, std::uint32_t chunk_bytes = kChunk, std::uint32_t block_bytes = kPageBytes) {
+Plan plan_of(std::vector<Fragment> extents, std::uint32_t chunk_bytes = kChunk,
+             std::uint32_t block_bytes = kPageBytes) {
   Plan plan;
   plan.add_load(extents, chunk_bytes, block_bytes);
   return plan;
@@ -45,11 +46,11 @@ TEST(Plan, MemoryOutOfPhaseGoesThroughSlots) {
 }
 
 TEST(Plan, ThousandSmallTensorsShareOneRead) {
-  std::vector<Piece> extents;
+  std::vector<Fragment> extents;
   for (std::uint64_t i = 0; i < 1000; ++i) extents.push_back({i * 1000, 900, at((1ull << 30) + i * 5000)});
   const Plan plan = plan_of(extents);
   ASSERT_EQ(plan.chunks.size(), 1u);
-  EXPECT_EQ(plan.chunks[0].piece_count, 1000u);
+  EXPECT_EQ(plan.chunks[0].fragment_count, 1000u);
   EXPECT_EQ(plan.chunks[0].size_bytes, 999 * 1000 + 900);
 }
 
@@ -62,7 +63,7 @@ TEST(Plan, NeighboursEdgesShareTheBlockTheyMeetIn) {
   const std::uint64_t cut = 2 * kChunk + 1000;
   const Plan plan = plan_of({{0, cut, at(1ull << 30)}, {cut, kChunk, at((1ull << 31) + 1000)}});
   const auto shared =
-      std::find_if(plan.chunks.begin(), plan.chunks.end(), [](const Chunk& c) { return c.piece_count == 2; });
+      std::find_if(plan.chunks.begin(), plan.chunks.end(), [](const Chunk& c) { return c.fragment_count == 2; });
   ASSERT_NE(shared, plan.chunks.end());
   EXPECT_EQ(shared->offset_bytes, 2 * kChunk);
   EXPECT_EQ(shared->size_bytes, kPageBytes);
@@ -74,7 +75,7 @@ TEST(Plan, DeliversEveryByteOnceWithinTheGrid) {
   for (int round = 0; round < 2000; ++round) {
     const std::uint32_t chunk_bytes = 1u << (20 + random() % 3);
     const std::uint32_t block_bytes = 1u << (12 + random() % 5);
-    std::vector<Piece> extents;
+    std::vector<Fragment> extents;
     std::map<std::uint64_t, std::uint64_t> wanted;  // Address of a byte's run -> file offset, by extent.
     std::uint64_t address = 1ull << 40;
     for (auto n = random() % 6; n > 0; --n) {
@@ -87,26 +88,26 @@ TEST(Plan, DeliversEveryByteOnceWithinTheGrid) {
     }
     const Plan plan = plan_of(extents, chunk_bytes, block_bytes);
     std::vector<std::pair<std::uint64_t, std::uint64_t>> delivered;  // Address, size.
-    std::uint64_t pieces_seen = 0;
+    std::uint64_t fragments_seen = 0;
     for (const Chunk& chunk : plan.chunks) {
-      EXPECT_EQ(chunk.first_piece, pieces_seen);
-      pieces_seen += chunk.piece_count;
+      EXPECT_EQ(chunk.first_fragment, fragments_seen);
+      fragments_seen += chunk.fragment_count;
       EXPECT_EQ(chunk.offset_bytes / chunk_bytes, (chunk.offset_bytes + chunk.size_bytes - 1) / chunk_bytes);
-      for (const Piece& piece : plan.pieces_of(chunk)) {
-        EXPECT_GE(piece.offset_bytes, chunk.offset_bytes);
-        EXPECT_LE(piece.offset_bytes + piece.size_bytes, chunk.offset_bytes + chunk.size_bytes);
-        const auto memory = reinterpret_cast<std::uint64_t>(piece.memory);
+      for (const Fragment& fragment : plan.fragments_of(chunk)) {
+        EXPECT_GE(fragment.offset_bytes, chunk.offset_bytes);
+        EXPECT_LE(fragment.offset_bytes + fragment.size_bytes, chunk.offset_bytes + chunk.size_bytes);
+        const auto memory = reinterpret_cast<std::uint64_t>(fragment.memory);
         const auto run = std::prev(wanted.upper_bound(memory));
-        EXPECT_EQ(piece.offset_bytes, run->second + (memory - run->first)) << "bytes of the wrong place";
-        delivered.emplace_back(memory, piece.size_bytes);
+        EXPECT_EQ(fragment.offset_bytes, run->second + (memory - run->first)) << "bytes of the wrong place";
+        delivered.emplace_back(memory, fragment.size_bytes);
         if (chunk.in_place) {
-          EXPECT_EQ(piece.size_bytes % block_bytes, 0u);
-          EXPECT_EQ(piece.offset_bytes % block_bytes, 0u);
+          EXPECT_EQ(fragment.size_bytes % block_bytes, 0u);
+          EXPECT_EQ(fragment.offset_bytes % block_bytes, 0u);
           EXPECT_EQ(memory % block_bytes, 0u);
         }
       }
     }
-    EXPECT_EQ(pieces_seen, plan.pieces.size());
+    EXPECT_EQ(fragments_seen, plan.fragments.size());
     std::sort(delivered.begin(), delivered.end());
     std::uint64_t total = 0;
     for (std::size_t i = 0; i < delivered.size(); ++i) {
@@ -116,13 +117,14 @@ TEST(Plan, DeliversEveryByteOnceWithinTheGrid) {
       }
     }
     std::uint64_t asked = 0;
-    for (const Piece& extent : extents) asked += extent.size_bytes;
+    for (const Fragment& extent : extents) asked += extent.size_bytes;
     EXPECT_EQ(total, asked);
     EXPECT_EQ(plan.total_bytes, asked);
   }
 }
 
-// A store, byte by byte: who writes it. Chunks of whole blocks write all of their bytes, others those of their pieces.
+// A store, byte by byte: who writes it. Chunks of whole blocks write all of their bytes, others those of their
+// fragments.
 class StoreMap {
  public:
   StoreMap(const Plan& plan, std::uint64_t size_bytes, std::uint32_t block_bytes) : source_of_(size_bytes) {
@@ -131,9 +133,9 @@ class StoreMap {
         direct_bytes_ += chunk.size_bytes;
         for (std::uint64_t i = 0; i < chunk.size_bytes; ++i) write(chunk.offset_bytes + i, kZero);
       }
-      for (const Piece& piece : plan.pieces_of(chunk)) {
-        for (std::uint64_t i = 0; i < piece.size_bytes; ++i) {
-          write(piece.offset_bytes + i, reinterpret_cast<std::uint64_t>(piece.memory) + i);
+      for (const Fragment& fragment : plan.fragments_of(chunk)) {
+        for (std::uint64_t i = 0; i < fragment.size_bytes; ++i) {
+          write(fragment.offset_bytes + i, reinterpret_cast<std::uint64_t>(fragment.memory) + i);
         }
       }
     }
@@ -159,7 +161,7 @@ class StoreMap {
 
 TEST(Plan, AStoreWritesWholeBlocksDirectlyAndWhatIsLessAtItsEnds) {
   Plan plan;
-  plan.add_store(std::vector<Piece>{{100, 3 * kPageBytes, at((1ull << 30) + 1)}}, kChunk, {}, true);
+  plan.add_store(std::vector<Fragment>{{100, 3 * kPageBytes, at((1ull << 30) + 1)}}, kChunk, {}, true);
   ASSERT_EQ(plan.chunks.size(), 3u);
   EXPECT_EQ(plan.chunks[0].offset_bytes, 100u);
   EXPECT_EQ(plan.chunks[0].size_bytes, kPageBytes - 100);
@@ -170,7 +172,7 @@ TEST(Plan, AStoreWritesWholeBlocksDirectlyAndWhatIsLessAtItsEnds) {
 }
 
 TEST(Plan, AStoreNeedsItsMemoryAlignedOnlyForTheDevice) {
-  const std::vector<Piece> extents{{0, kChunk, at((1ull << 30) + 512)}};
+  const std::vector<Fragment> extents{{0, kChunk, at((1ull << 30) + 512)}};
   Plan page;
   page.add_store(extents, kChunk, {kPageBytes, kPageBytes}, true);
   EXPECT_FALSE(page.chunks.at(0).in_place);
@@ -180,7 +182,8 @@ TEST(Plan, AStoreNeedsItsMemoryAlignedOnlyForTheDevice) {
 }
 
 TEST(Plan, SmallGapsOfAStoreAreZerosOnlyWhenAskedFor) {
-  const std::vector<Piece> extents{{0, kPageBytes - 10, at(1ull << 30)}, {kPageBytes + 10, kPageBytes, at(1ull << 31)}};
+  const std::vector<Fragment> extents{{0, kPageBytes - 10, at(1ull << 30)},
+                                      {kPageBytes + 10, kPageBytes, at(1ull << 31)}};
   Plan filled;
   filled.add_store(extents, kChunk, {}, true);
   EXPECT_EQ(StoreMap(filled, kChunk, kPageBytes).source_of(kPageBytes), StoreMap::kZero);
@@ -197,7 +200,7 @@ TEST(Plan, AStoreWritesEveryByteOnceAndNothingElse) {
     const std::uint32_t block_bytes = 1u << (12 + random() % 3);
     const std::uint32_t memory_bytes = 1u << (9 + random() % 4);
     const bool fill_gaps = random() % 2;
-    std::vector<Piece> extents;
+    std::vector<Fragment> extents;
     std::uint64_t end = random() % 10'000;
     for (auto n = random() % 8; n > 0; --n) {
       const std::uint64_t size = 1 + random() % (random() % 2 ? 400'000 : 3000);
@@ -213,11 +216,11 @@ TEST(Plan, AStoreWritesEveryByteOnceAndNothingElse) {
     for (const Chunk& chunk : plan.chunks) {
       EXPECT_EQ(chunk.offset_bytes / kChunk, (chunk.offset_bytes + chunk.size_bytes - 1) / kChunk);
       if (!chunk.in_place) continue;
-      EXPECT_EQ(plan.pieces_of(chunk).front().size_bytes, chunk.size_bytes);
-      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(plan.pieces_of(chunk).front().memory) % memory_bytes, 0u);
+      EXPECT_EQ(plan.fragments_of(chunk).front().size_bytes, chunk.size_bytes);
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(plan.fragments_of(chunk).front().memory) % memory_bytes, 0u);
     }
     std::uint64_t at_byte = 0;
-    for (const Piece& extent : extents) {
+    for (const Fragment& extent : extents) {
       const bool between = fill_gaps && at_byte > 0 && extent.offset_bytes - at_byte < block_bytes;
       for (; at_byte < extent.offset_bytes; ++at_byte) {
         const std::uint64_t source = map.source_of(at_byte);

@@ -22,7 +22,7 @@ class RouterTest : public ::testing::Test {
   RouterTest() {
     flashpack::testing::write_file(path_, flashpack::testing::random_bytes(8 * kChunk));
     file_.emplace(File::open(path_, std::nullopt, true));
-    const std::vector<Piece> all = {{0, 8 * kChunk, reinterpret_cast<std::byte*>(1ull << 30)}};
+    const std::vector<Fragment> all = {{0, 8 * kChunk, reinterpret_cast<std::byte*>(1ull << 30)}};
     plan_.add_load(all, kChunk, kPageBytes);
   }
 
@@ -98,7 +98,7 @@ TEST_F(RouterTest, StopsAskingWhenTheQuestionsRunOutAndGoesOnLater) {
 
 TEST_F(RouterTest, StoresOfWholeBlocksAreDirect) {
   Plan plan;
-  plan.add_store(std::vector<Piece>{{5, kChunk, reinterpret_cast<std::byte*>(1ull << 30)}}, kChunk, {}, true);
+  plan.add_store(std::vector<Fragment>{{5, kChunk, reinterpret_cast<std::byte*>(1ull << 30)}}, kChunk, {}, true);
   Router router(plan, kPageBytes);
   EXPECT_EQ(take_all(router, Route::kDirect).size(), 1u);
   EXPECT_EQ(take_all(router, Route::kBuffered).size(), 2u);

@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "engine/piece_sums.h"
+#include "engine/stripe_sums.h"
 #include "engine/unique_fd.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
@@ -59,46 +59,46 @@ class WorkersTest : public ::testing::Test {
   Workers workers_{pool_, 8, nullptr};
 };
 
-TEST_F(WorkersTest, PiecesWithGapsOverlapsAndFarJumpsAreAllRead) {
+TEST_F(WorkersTest, FragmentsWithGapsOverlapsAndFarJumpsAreAllRead) {
   std::vector<std::unique_ptr<GuardedMemory>> memory;
-  std::vector<Piece> pieces;
+  std::vector<Fragment> fragments;
   std::uint64_t offset = 0;
   for (std::uint64_t step : {10u, 0u, 4096u, 4097u, 50'000u, 1u, 100u}) {
     offset += step;
     memory.push_back(std::make_unique<GuardedMemory>(3000, step));
-    pieces.push_back({offset, 3000, memory.back()->data()});
-    if (step != 0) offset += step == 1 ? 1000 : 3000;  // The piece after step 0 starts where this one does: overlap.
+    fragments.push_back({offset, 3000, memory.back()->data()});
+    if (step != 0) offset += step == 1 ? 1000 : 3000;  // The fragment after step 0 starts where this one does: overlap.
   }
-  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadPieces, .fd = fd_.get(), .pieces = pieces}), 7 * 3000);
-  for (std::size_t i = 0; i < pieces.size(); ++i) EXPECT_TRUE(right(*memory[i], pieces[i].offset_bytes)) << i;
+  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadFragments, .fd = fd_.get(), .fragments = fragments}), 7 * 3000);
+  for (std::size_t i = 0; i < fragments.size(); ++i) EXPECT_TRUE(right(*memory[i], fragments[i].offset_bytes)) << i;
 }
 
-TEST_F(WorkersTest, MoreSmallPiecesThanOneSystemCallTakes) {
+TEST_F(WorkersTest, MoreSmallFragmentsThanOneSystemCallTakes) {
   GuardedMemory memory(200'000);
-  std::vector<Piece> pieces;
-  for (std::uint64_t at = 0; at + 100 <= memory.size(); at += 100) pieces.push_back({at, 100, memory.data() + at});
-  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadPieces, .fd = fd_.get(), .pieces = pieces}), 200'000);
+  std::vector<Fragment> fragments;
+  for (std::uint64_t at = 0; at + 100 <= memory.size(); at += 100) fragments.push_back({at, 100, memory.data() + at});
+  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadFragments, .fd = fd_.get(), .fragments = fragments}), 200'000);
   EXPECT_TRUE(right(memory, 0));
 }
 
 TEST_F(WorkersTest, TheEndOfTheFileShowsAsMissingBytes) {
   GuardedMemory a(1000);
   GuardedMemory b(1000);
-  const std::vector<Piece> pieces = {{298'000, 1000, a.data()}, {299'500, 1000, b.data()}};
-  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadPieces, .fd = fd_.get(), .pieces = pieces}), 1500);
+  const std::vector<Fragment> fragments = {{298'000, 1000, a.data()}, {299'500, 1000, b.data()}};
+  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadFragments, .fd = fd_.get(), .fragments = fragments}), 1500);
   EXPECT_TRUE(a.intact() && b.intact());
 }
 
 TEST_F(WorkersTest, ErrorsKeepTheirErrno) {
   GuardedMemory memory(1000);
-  const std::vector<Piece> pieces = {{0, 1000, memory.data()}};
-  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadPieces, .fd = -1, .pieces = pieces}), -EBADF);
+  const std::vector<Fragment> fragments = {{0, 1000, memory.data()}};
+  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadFragments, .fd = -1, .fragments = fragments}), -EBADF);
   const UniqueFd read_only(::open((dir_ / "file").c_str(), O_RDONLY));
-  EXPECT_EQ(result_of({.op = IoRequest::Op::kWritePieces, .fd = read_only.get(), .pieces = pieces}), -EBADF);
+  EXPECT_EQ(result_of({.op = IoRequest::Op::kWriteFragments, .fd = read_only.get(), .fragments = fragments}), -EBADF);
 }
 
-TEST_F(WorkersTest, OfReadsOnlyPiecesOfTheFileWithoutAGapAreCounted) {
-  constexpr std::uint64_t kStripeBytes = Checksums::kPieceBytes;
+TEST_F(WorkersTest, OfReadsOnlyFragmentsOfTheFileWithoutAGapAreCounted) {
+  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
   std::vector<std::byte> memory(4 * kStripeBytes);
   flashpack::testing::write_file(dir_ / "large", memory);
   const UniqueFd large(::open((dir_ / "large").c_str(), O_RDONLY));
@@ -107,55 +107,55 @@ TEST_F(WorkersTest, OfReadsOnlyPiecesOfTheFileWithoutAGapAreCounted) {
                                                                        {kStripeBytes + 9, 2 * kStripeBytes},
                                                                        {2 * kStripeBytes, 3 * kStripeBytes + 5},
                                                                        {4 * kStripeBytes - 5, 4 * kStripeBytes}};
-  std::vector<Piece> pieces;
-  for (const auto& [begin, end] : ranges) pieces.push_back({begin, end - begin, memory.data() + begin});
-  PieceSums sums(0, 4 * kStripeBytes);
-  result_of({.op = IoRequest::Op::kReadPieces, .fd = large.get(), .pieces = pieces, .sums = &sums});
+  std::vector<Fragment> fragments;
+  for (const auto& [begin, end] : ranges) fragments.push_back({begin, end - begin, memory.data() + begin});
+  StripeSums sums(0, 4 * kStripeBytes);
+  result_of({.op = IoRequest::Op::kReadFragments, .fd = large.get(), .fragments = fragments, .sums = &sums});
   std::vector<std::uint32_t> counted;
   for (std::uint64_t index = 0; index < 4; ++index) counted.push_back(sums.counted_bytes(index));
   EXPECT_EQ(counted, (std::vector<std::uint32_t>{kStripeBytes, 0, kStripeBytes, 0}));
 }
 
-TEST_F(WorkersTest, WritesArriveAndScatterTakesOnlyItsPieces) {
+TEST_F(WorkersTest, WritesArriveAndScatterTakesOnlyItsFragments) {
   GuardedMemory memory(5000);
-  std::vector<Piece> pieces = {{1000, 5000, memory.data()}};
+  std::vector<Fragment> fragments = {{1000, 5000, memory.data()}};
   std::memset(memory.data(), 7, memory.size());
-  EXPECT_EQ(result_of({.op = IoRequest::Op::kWritePieces, .fd = fd_.get(), .pieces = pieces}), 5000);
+  EXPECT_EQ(result_of({.op = IoRequest::Op::kWriteFragments, .fd = fd_.get(), .fragments = fragments}), 5000);
   EXPECT_EQ(flashpack::testing::read_file(dir_ / "file")[1000], std::byte{7});
 
   std::vector<std::byte> slot(bytes_.begin() + 4096, bytes_.begin() + 12'288);
   GuardedMemory a(10);
   GuardedMemory b(2000);
-  pieces = {{5000, 10, a.data()}, {10'000, 2000, b.data()}};
-  result_of({.op = IoRequest::Op::kScatter, .offset_bytes = 4096, .memory = slot, .pieces = pieces});
+  fragments = {{5000, 10, a.data()}, {10'000, 2000, b.data()}};
+  result_of({.op = IoRequest::Op::kScatter, .offset_bytes = 4096, .memory = slot, .fragments = fragments});
   EXPECT_TRUE(right(a, 5000));
   EXPECT_TRUE(right(b, 10'000));
 }
 
 TEST_F(WorkersTest, OnlyCachedReadsGiveAllOrSayThatTheyWouldWait) {
   std::vector<std::unique_ptr<GuardedMemory>> memory;
-  std::vector<Piece> pieces;
+  std::vector<Fragment> fragments;
   for (const std::uint64_t offset : {0u, 3000u, 100'000u, 200'000u}) {
     memory.push_back(std::make_unique<GuardedMemory>(3000));
-    pieces.push_back({offset, 3000, memory.back()->data()});
+    fragments.push_back({offset, 3000, memory.back()->data()});
   }
   const IoRequest cached{
-      .op = IoRequest::Op::kReadPieces, .fd = fd_.get(), .pieces = pieces, .page_cache = {.only = true}};
+      .op = IoRequest::Op::kReadFragments, .fd = fd_.get(), .fragments = fragments, .page_cache = {.only = true}};
   flashpack::testing::read_file(dir_ / "file");
   EXPECT_EQ(result_of(cached), 4 * 3000);
-  for (std::size_t i = 0; i < pieces.size(); ++i) EXPECT_TRUE(right(*memory[i], pieces[i].offset_bytes)) << i;
+  for (std::size_t i = 0; i < fragments.size(); ++i) EXPECT_TRUE(right(*memory[i], fragments[i].offset_bytes)) << i;
   EXPECT_TRUE(is_refused_when([&] { flashpack::testing::drop_from_cache(dir_ / "file"); }, cached, 4 * 3000));
-  for (std::size_t i = 0; i < pieces.size(); ++i) EXPECT_TRUE(right(*memory[i], pieces[i].offset_bytes)) << i;
+  for (std::size_t i = 0; i < fragments.size(); ++i) EXPECT_TRUE(right(*memory[i], fragments[i].offset_bytes)) << i;
   IoRequest past_the_end = cached;
-  pieces.back().offset_bytes = 299'000;
+  fragments.back().offset_bytes = 299'000;
   flashpack::testing::read_file(dir_ / "file");
   EXPECT_EQ(result_of(past_the_end), -EAGAIN);
 }
 
 TEST_F(WorkersTest, DroppedPagesAreReadFromTheDiskTheNextTime) {
   GuardedMemory memory(bytes_.size());
-  const std::vector<Piece> pieces = {{0, memory.size(), memory.data()}};
-  IoRequest request{.op = IoRequest::Op::kReadPieces, .fd = fd_.get(), .pieces = pieces};
+  const std::vector<Fragment> fragments = {{0, memory.size(), memory.data()}};
+  IoRequest request{.op = IoRequest::Op::kReadFragments, .fd = fd_.get(), .fragments = fragments};
   flashpack::testing::drop_from_cache(dir_ / "file");  // Written back: dirty pages stay.
   EXPECT_EQ(result_of(request), 300'000);
   request.page_cache = {.only = true};
@@ -170,15 +170,15 @@ TEST_F(WorkersTest, CancelledOperationsEndOnceAndSomeOfThemUndone) {
   Pool pool(1);
   Workers one(pool, 8, nullptr);
   std::vector<std::unique_ptr<GuardedMemory>> memory;
-  std::vector<Piece> pieces;
+  std::vector<Fragment> fragments;
   for (unsigned tag = 0; tag < 8; ++tag) {
     memory.push_back(std::make_unique<GuardedMemory>(bytes_.size()));
-    pieces.push_back({0, bytes_.size(), memory.back()->data()});
+    fragments.push_back({0, bytes_.size(), memory.back()->data()});
   }
   unsigned undone = 0;
   for (int round = 0; round < 1000 && undone == 0; ++round) {
     for (unsigned tag = 0; tag < 8; ++tag) {
-      one.push(tag, {.op = IoRequest::Op::kReadPieces, .fd = fd_.get(), .pieces = {&pieces[tag], 1}});
+      one.push(tag, {.op = IoRequest::Op::kReadFragments, .fd = fd_.get(), .fragments = {&fragments[tag], 1}});
     }
     for (unsigned tag = 0; tag < 8; ++tag) one.cancel(tag);
     std::set<unsigned> ended;

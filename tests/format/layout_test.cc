@@ -171,13 +171,13 @@ TEST(CheckedFooter, IsRefusedWhereItWouldBeTooLongToBeReadAndIsCountedToTheByte)
   metadata.user_metadata = {{"a", "b"}, {"c", "d"}};
   EXPECT_NO_THROW(check_footer(metadata, true));
   // So much that the checksums alone are over the limit.
-  const std::uint64_t pieces = kMaxFooterBytes / 8 + 1;
-  metadata.payload_bytes = pieces * Checksums::kPieceBytes - 1;
+  const std::uint64_t stripes = kMaxFooterBytes / 8 + 1;
+  metadata.payload_bytes = stripes * Checksums::kStripeBytes - 1;
   metadata.checksums.emplace();
   const std::uint64_t rest_bytes = encode_footer(metadata).size() - 16;
   EXPECT_NO_THROW(check_footer(metadata, false));
   const std::string error = error_of([&] { check_footer(metadata, true); });
-  EXPECT_TRUE(contains(error, "footer of " + std::to_string(rest_bytes + 8 * pieces) + " bytes is over the limit"))
+  EXPECT_TRUE(contains(error, "footer of " + std::to_string(rest_bytes + 8 * stripes) + " bytes is over the limit"))
       << error;
 }
 

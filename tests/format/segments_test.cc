@@ -81,7 +81,7 @@ TEST(PlanSegments, PaddingIsTakenInWhateverAlignmentTheFileAsksFor) {
   }
 }
 
-TEST(PlanSegments, WhereAllIsToBeVerifiedSegmentsReachToTheBordersOfPiecesWithoutOverlap) {
+TEST(PlanSegments, WhereAllIsToBeVerifiedSegmentsReachToTheBordersOfStripesWithoutOverlap) {
   const auto size = static_cast<std::int64_t>(kMiB);
   const Metadata metadata = bytes_file({size + 10, 10, 3 * size, 5});
   const auto middle = plan_segments(metadata, std::vector<std::size_t>{1}, Verify::kAlways);

@@ -13,7 +13,7 @@ namespace {
 
 class VerifyTest : public ::testing::Test {
  protected:
-  // Tensors of 900 KB each, so that they and the pieces do not fall together.
+  // Tensors of 900 KB each, so that they and the stripes do not fall together.
   Metadata write(int tensors, bool checksums = true) {
     std::vector<TensorSpec> specs;
     for (int i = 0; i < tensors; ++i) specs.push_back({"t" + std::to_string(i), DType::kUInt8, {900'000}});
@@ -59,7 +59,7 @@ TEST_F(VerifyTest, AnOpenFileIsVerifiedWhateverStandsAtThePathByNow) {
   EXPECT_EQ(read_metadata(file.fd(), path_).records.size(), 80u);
 }
 
-TEST_F(VerifyTest, EveryCorruptPieceIsNamedWithItsTensors) {
+TEST_F(VerifyTest, EveryCorruptStripeIsNamedWithItsTensors) {
   const Metadata metadata = write(150);
   flip(5 << 20);
   flip((7 << 20) - 1, 7);
@@ -85,7 +85,7 @@ TEST_F(VerifyTest, AFileWithoutChecksumsCannotBeVerified) {
   }
 }
 
-TEST_F(VerifyTest, WhereAllIsToBeVerifiedALoadOfPartsOfPiecesIsAnError) {
+TEST_F(VerifyTest, WhereAllIsToBeVerifiedALoadOfPartsOfStripesIsAnError) {
   const Metadata metadata = write(2);
   std::vector<std::byte> memory(metadata.payload_bytes);
   const auto load = [&](Verify verify, std::vector<Extent> extents) {

@@ -15,7 +15,7 @@ namespace {
 
 using test::error_of;
 
-constexpr std::int64_t kPiece = Checksums::kPieceBytes;
+constexpr std::int64_t kPiece = Checksums::kStripeBytes;
 
 /// A file without checksums.
 struct LegalFile {
@@ -115,7 +115,7 @@ class FlippedBits : public test::TorchTest, public testing::WithParamInterface<L
     check([&] { return assign(); });
   }
 
-  /// The ends of the payload, of tensors and of pieces, and what lies beside them.
+  /// The ends of the payload, of tensors and of stripes, and what lies beside them.
   std::set<std::uint64_t> places() const {
     const Metadata& metadata = GetParam().metadata;
     std::set<std::uint64_t> ends = {0, metadata.payload_bytes};

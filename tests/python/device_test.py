@@ -90,7 +90,7 @@ def test_the_checksums_of_a_file_are_looked_at_wherever_its_tensors_go(pack, sta
     assert f"{payload_bytes} verified" in caplog.text
 
 
-def test_what_devices_read_of_one_piece_is_verified_by_each_of_them(pack, stand_ins):
+def test_what_devices_read_of_one_stripe_is_verified_by_each_of_them(pack, stand_ins):
     tensors = mixed_tensors()
     path = pack(tensors)
     halves = [list(tensors)[::2], list(tensors)[1::2]]

@@ -96,8 +96,8 @@ def case(request, pack) -> Case:
 
 
 def with_checksums(case: Case) -> dict[str, Any]:
-    pieces = [case.payload[begin : begin + MIB] for begin in range(0, len(case.payload), MIB)]
-    return {**case.footer, "crc32c_per_mib": "".join(f"{crc32c(piece):08x}" for piece in pieces)}
+    stripes = [case.payload[begin : begin + MIB] for begin in range(0, len(case.payload), MIB)]
+    return {**case.footer, "crc32c_per_mib": "".join(f"{crc32c(stripe):08x}" for stripe in stripes)}
 
 
 def as_bytes(tensors: Any) -> Bytes:
@@ -175,7 +175,7 @@ AUTO: dict[str, Callable[[Path], Bytes]] = {
 
 
 def places_to_flip(case: Case, path: Path) -> list[int]:
-    """The ends of the payload, of tensors, of what lies between them, and of pieces."""
+    """The ends of the payload, of tensors, of what lies between them, and of stripes."""
     ends = {0, len(case.payload)}
     with flashpack.open_file(path, verify="never") as file:
         for entry in file._entries.values():

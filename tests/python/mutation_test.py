@@ -49,8 +49,8 @@ def cut(data: bytearray, chance: random.Random) -> None:
 
 def drop_or_repeat(data: bytearray, chance: random.Random) -> None:
     begin = chance.randrange(len(data))
-    piece = data[begin : begin + chance.randrange(1, 64)]
-    data[begin : begin + len(piece) * chance.randrange(2)] = piece * chance.randrange(2)
+    stripe = data[begin : begin + chance.randrange(1, 64)]
+    data[begin : begin + len(stripe) * chance.randrange(2)] = stripe * chance.randrange(2)
 
 
 MUTATIONS = (flip, flip, overwrite, overwrite, change_a_number, cut, drop_or_repeat)

@@ -56,12 +56,12 @@ def test_a_flipped_bit_anywhere_in_the_payload_is_found_by_every_way_of_reading(
     end = 8 * payload_bytes(path)
     for bit in [0, end - 1, *random.Random(5).choices(range(end), k=20)]:
         flip(path, bit)
-        piece = bit // 8 // MIB * MIB
-        with pytest.raises(flashpack.FlashPackError, match=rf"{path.name} at {piece}\+.*checksum"):
+        stripe = bit // 8 // MIB * MIB
+        with pytest.raises(flashpack.FlashPackError, match=rf"{path.name} at {stripe}\+.*checksum"):
             flashpack.revert_from_file(path)
         with pytest.raises(flashpack.FlashPackError, match="checksum"):
             read_flashpack_file(path)
-        assert [offset for offset, _, _ in flashpack.verify_file(path)["corrupt"]] == [piece]
+        assert [offset for offset, _, _ in flashpack.verify_file(path)["corrupt"]] == [stripe]
         flip(path, bit)
     assert flashpack.verify_file(path)["corrupt"] == []
 
@@ -77,7 +77,7 @@ def test_a_flipped_bit_anywhere_in_the_footer_is_found_or_harmless(pack):
         flip(path, bit)
 
 
-def test_the_error_names_the_tensors_that_lie_in_the_piece(path):
+def test_the_error_names_the_tensors_that_lie_in_the_stripe(path):
     flip(path, 8 * payload_bytes(path) - 1)
     with pytest.raises(flashpack.FlashPackError, match='"scalar"') as caught:
         flashpack.revert_from_file(path)
@@ -105,7 +105,7 @@ def test_never_reads_what_is_there(path, tensors):
     assert bits(model.large) == bytes([bits(tensors["large"])[0] ^ 1]) + bits(tensors["large"])[1:]
 
 
-def test_a_part_is_verified_where_it_is_read_in_whole_pieces_and_always_means_all_of_it(path, tensors):
+def test_a_part_is_verified_where_it_is_read_in_whole_stripes_and_always_means_all_of_it(path, tensors):
     model = torch.nn.Module()
     model.middle = torch.nn.Parameter(torch.zeros(1000, 999))
     with open_footer(path) as footer:
@@ -122,7 +122,7 @@ def test_a_part_is_verified_where_it_is_read_in_whole_pieces_and_always_means_al
 
 
 @pytest.mark.parametrize("segment_bytes", [8, 1 << 30])
-def test_always_reads_to_the_borders_of_pieces_without_overlaps(pack, segment_bytes, monkeypatch):
+def test_always_reads_to_the_borders_of_stripes_without_overlaps(pack, segment_bytes, monkeypatch):
     monkeypatch.setattr("flashpack._memory._SEGMENT_BYTES", segment_bytes)
     source = {f"{i:02}": random_tensor((200 + 1000 * i,), seed=i) for i in range(60)}
     path = pack(source)

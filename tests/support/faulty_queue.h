@@ -44,8 +44,9 @@ class FaultyQueue final : public internal::IoQueue {
       require(reinterpret_cast<std::uintptr_t>(request.memory.data()) % kBlockBytes == 0, "memory is aligned");
       if (read) std::fill(request.memory.begin(), request.memory.end(), kPoison);
     }
-    if (request.op == internal::IoRequest::Op::kReadPieces) {
-      for (const internal::Piece& piece : request.pieces) std::fill_n(piece.memory, piece.size_bytes, kPoison);
+    if (request.op == internal::IoRequest::Op::kReadFragments) {
+      for (const internal::Fragment& fragment : request.fragments)
+        std::fill_n(fragment.memory, fragment.size_bytes, kPoison);
     }
     require(pending_.emplace(tag, Pending{request}).second, "tag is not in flight");
     max_in_flight_ = std::max(max_in_flight_, pending_.size());
@@ -118,9 +119,9 @@ class FaultyQueue final : public internal::IoQueue {
       case internal::IoRequest::Op::kRead:
       case internal::IoRequest::Op::kWrite:
         return request.offset_bytes >= stuck_from_bytes_;
-      case internal::IoRequest::Op::kReadPieces:
-      case internal::IoRequest::Op::kWritePieces:
-        return request.pieces.front().offset_bytes >= stuck_from_bytes_;
+      case internal::IoRequest::Op::kReadFragments:
+      case internal::IoRequest::Op::kWriteFragments:
+        return request.fragments.front().offset_bytes >= stuck_from_bytes_;
       case internal::IoRequest::Op::kScatter:
       case internal::IoRequest::Op::kGather:
       case internal::IoRequest::Op::kChecksum:
@@ -155,11 +156,11 @@ class FaultyQueue final : public internal::IoQueue {
           request.memory = request.memory.first((1 + random_() % (sectors - 1)) * 512);
         }
         break;
-      case internal::IoRequest::Op::kReadPieces:
+      case internal::IoRequest::Op::kReadFragments:
         if (request.page_cache.only && chance(faults_.uncached_percent)) return -EAGAIN;
         if (chance(faults_.nothing_percent)) return 0;
         [[fallthrough]];
-      case internal::IoRequest::Op::kWritePieces:
+      case internal::IoRequest::Op::kWriteFragments:
         if (chance(faults_.error_percent)) return -EIO;
         break;
       case internal::IoRequest::Op::kScatter:

@@ -59,7 +59,7 @@ class PipelineRig {
 
   struct Load {
     std::filesystem::path path;
-    std::vector<internal::Piece> extents;
+    std::vector<internal::Fragment> extents;
     CachePolicy cache = CachePolicy::kDirect;
     std::optional<Deadline> deadline;
     Completion* completion = nullptr;
@@ -76,7 +76,7 @@ class PipelineRig {
     internal::Part& part = state->parts.emplace_back();
     part.path = load.path;
     part.cache = load.cache;
-    part.pieces[gate != nullptr] = load.extents;
+    part.fragments[gate != nullptr] = load.extents;
     if (load.checksums) part.checksums = *load.checksums;
     state->gate = std::move(gate);
     return start(std::move(state));
@@ -88,7 +88,7 @@ class PipelineRig {
   };
 
   /// With checksums of the first `size_bytes`.
-  Store start_store(std::shared_ptr<internal::OpenFile> open, std::span<const internal::Piece> extents,
+  Store start_store(std::shared_ptr<internal::OpenFile> open, std::span<const internal::Fragment> extents,
                     std::uint64_t size_bytes, bool cancelled = false) {
     auto state = std::make_shared<internal::TransferState>();
     state->direction = internal::TransferState::Direction::kStore;

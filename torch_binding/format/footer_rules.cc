@@ -187,12 +187,12 @@ class FooterCheck {
 
   Checksums checksums(std::string_view digits) const {
     Checksums sums{.size_bytes = metadata_.payload_bytes};
-    const std::uint64_t pieces = (sums.size_bytes + Checksums::kPieceBytes - 1) / Checksums::kPieceBytes;
-    if (digits.size() != pieces * rules::kCrcDigits) {
+    const std::uint64_t stripes = (sums.size_bytes + Checksums::kStripeBytes - 1) / Checksums::kStripeBytes;
+    if (digits.size() != stripes * rules::kCrcDigits) {
       fail("crc32c_per_mib has " + std::to_string(digits.size()) + " digits, not " + std::to_string(rules::kCrcDigits) +
            " for each MiB of the payload");
     }
-    sums.crc32c.reserve(pieces);
+    sums.crc32c.reserve(stripes);
     for (; !digits.empty(); digits.remove_prefix(rules::kCrcDigits)) {
       const auto crc = rules::parse_crc(digits.substr(0, rules::kCrcDigits));
       if (!crc) fail("crc32c_per_mib is not hexadecimal");

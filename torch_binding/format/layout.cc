@@ -81,8 +81,8 @@ std::uint64_t round_up(std::uint64_t a, std::uint64_t b, const TensorSpec& tenso
   return over == 0 ? a : add(a, b - over, tensor);
 }
 
-std::uint64_t pieces_of(std::uint64_t payload_bytes) {
-  return payload_bytes / Checksums::kPieceBytes + (payload_bytes % Checksums::kPieceBytes != 0);
+std::uint64_t stripes_of(std::uint64_t payload_bytes) {
+  return payload_bytes / Checksums::kStripeBytes + (payload_bytes % Checksums::kStripeBytes != 0);
 }
 
 std::vector<DType> dtypes_in_order(std::span<const TensorSpec> tensors) {
@@ -257,7 +257,7 @@ void check_footer(const Metadata& metadata, bool checksums) {
   append_user_metadata(part, metadata);
   if (checksums) append_checksums(part, {});
   std::uint64_t json_bytes = part.size() + std::string_view(",\"index\":[]}").size();
-  if (checksums) json_bytes += pieces_of(metadata.payload_bytes) * rules::kCrcDigits;
+  if (checksums) json_bytes += stripes_of(metadata.payload_bytes) * rules::kCrcDigits;
   for (const TensorRecord& record : metadata.records) {
     part.clear();
     append_record_json(part, record, metadata.version == 4);

@@ -26,7 +26,7 @@ void advise_huge_pages(std::byte* data, std::uint64_t size_bytes) {
 }
 
 void widen(std::vector<Segment>& segments, const Metadata& metadata, Verify verify) {
-  constexpr std::uint64_t kPieceBytes = Checksums::kPieceBytes;
+  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
   // A file may ask for any alignment; up to this one the least common multiple cannot overflow.
   constexpr std::uint64_t kMostBytes = std::uint64_t{1} << 32;
   const std::uint64_t align_bytes = std::clamp<std::uint64_t>(metadata.align_bytes, 1, kMostBytes);
@@ -37,8 +37,8 @@ void widen(std::vector<Segment>& segments, const Metadata& metadata, Verify veri
     std::uint64_t end = begin + segments[i].size_bytes;
     const std::uint64_t limit = i + 1 < segments.size() ? segments[i + 1].offset_bytes : metadata.payload_bytes;
     if (verify == Verify::kAlways) {
-      begin = std::max(free, begin / kPieceBytes * kPieceBytes);
-      end = std::min(limit, round_up(end, kPieceBytes));
+      begin = std::max(free, begin / kStripeBytes * kStripeBytes);
+      end = std::min(limit, round_up(end, kStripeBytes));
     }
     if (limit - end <= longest_padding_bytes) end = limit;
     segments[i].offset_bytes = begin;

@@ -24,8 +24,8 @@ inline constexpr std::uint64_t kMaxSegmentBytes = std::uint64_t{1} << 30;
 inline constexpr std::uint64_t kMaxGapBytes = std::uint64_t{1} << 20;
 
 /// Groups the records at `wanted`, in any order. Empty tensors have no bytes and are in no segment. A segment takes in
-/// the padding that follows it, because only whole pieces can be verified; with Verify::kAlways it reaches to the
-/// borders of pieces.
+/// the padding that follows it, because only whole stripes can be verified; with Verify::kAlways it reaches to the
+/// borders of stripes.
 std::vector<Segment> plan_segments(const Metadata& metadata, std::span<const std::size_t> wanted,
                                    Verify verify = Verify::kAuto, std::uint64_t max_segment_bytes = kMaxSegmentBytes);
 

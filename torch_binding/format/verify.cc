@@ -34,11 +34,11 @@ class WindowMemory {
   void* address_;
 };
 
-/// `error` as it is, but for one of Errc::kCorrupt: that names the tensors in the piece, too.
+/// `error` as it is, but for one of Errc::kCorrupt: that names the tensors in the stripe, too.
 Error with_tensors(const Error& error, const Metadata& metadata) {
   if (error.code() != Errc::kCorrupt) return error;
   const std::uint64_t begin = error.offset_bytes();
-  const std::uint64_t size = std::min<std::uint64_t>(Checksums::kPieceBytes, metadata.payload_bytes - begin);
+  const std::uint64_t size = std::min<std::uint64_t>(Checksums::kStripeBytes, metadata.payload_bytes - begin);
   return {error.code(),
           "verify " + error.path().string() + " at " + std::to_string(begin) + "+" + std::to_string(size) + ", where " +
               tensors_in(metadata, begin, size) + " lies",
@@ -99,15 +99,15 @@ class Verifier {
       report_.verified_bytes += verify([&] { return window(offset).transfer.wait(); });
     } catch (const Error& error) {
       if (error.code() != Errc::kCorrupt) throw;
-      find_corrupt_pieces(offset);
+      find_corrupt_stripes(offset);
     }
   }
 
   // A transfer names the first one only.
-  void find_corrupt_pieces(std::uint64_t offset) {
+  void find_corrupt_stripes(std::uint64_t offset) {
     const std::uint64_t end = std::min(offset + kWindowBytes, metadata_.payload_bytes);
-    for (; offset < end; offset += Checksums::kPieceBytes) {
-      const std::uint64_t size = std::min<std::uint64_t>(Checksums::kPieceBytes, end - offset);
+    for (; offset < end; offset += Checksums::kStripeBytes) {
+      const std::uint64_t size = std::min<std::uint64_t>(Checksums::kStripeBytes, end - offset);
       try {
         report_.verified_bytes += verify([&] { return engine_.load(request(offset, size, spare_.data())); });
       } catch (const Error& error) {

@@ -422,7 +422,7 @@ void bind_handles(nb::module_& module) {
 }
 
 void bind_format(nb::module_& module) {
-  module.attr("PIECE_BYTES") = Checksums::kPieceBytes;
+  module.attr("STRIPE_BYTES") = Checksums::kStripeBytes;
   nb::class_<Checksums>(module, "Checksums", "Of a payload, one for each MiB.");
   nb::class_<Metadata>(module, "Metadata", "Where tensors are in a file.")
       .def_ro("payload_bytes", &Metadata::payload_bytes)

@@ -190,8 +190,8 @@ class TensorSlice:
     def __getitem__(self, index: Any) -> torch.Tensor:
         """What torch gives for integers, slices and `...`, in memory of its own; nothing else is read from the file.
 
-        Of what is wanted in pieces that follow each other closely, what lies between them is read along. With
-        verify="always" the whole tensor is read, because checksums are of whole pieces.
+        Of what is wanted in stripes that follow each other closely, what lies between them is read along. With
+        verify="always" the whole tensor is read, because checksums are of whole stripes.
 
         Raises IndexError as torch does, and what load_file raises.
         """

@@ -19,7 +19,7 @@ StrPath = str | os.PathLike[str]
 Verify = Literal["auto", "always", "never"]
 """Whether a load is held against the checksums of its file.
 
-"auto": what is read in whole pieces of 1 MiB, which is all of a file and most of a part of it, if the file has
+"auto": what is read in whole stripes of 1 MiB, which is all of a file and most of a part of it, if the file has
 checksums. "always": all of it, and a file without checksums is an error. "never": nothing is.
 """
 

@@ -319,10 +319,10 @@ def _region_at(regions: Sequence[Region], runs: Sequence[Sequence[Entry]]) -> di
 def places_of(spans: Sequence[Span], footer: Footer, verify: Verify) -> list[Place]:
     """Says what is to be read for the bytes between begin and end of each of `spans`, which ascend.
 
-    Only whole pieces can be verified. So a place takes in the padding that follows; and where everything is to be
-    verified, it reaches to the borders of pieces.
+    Only whole stripes can be verified. So a place takes in the padding that follows; and where everything is to be
+    verified, it reaches to the borders of stripes.
     """
-    piece_bytes = _native.PIECE_BYTES
+    stripe_bytes = _native.STRIPE_BYTES
     longest_padding_bytes = math.lcm(footer.native.align_bytes or 1, 16) - 1
     places: list[Place] = []
     free = 0
@@ -330,8 +330,8 @@ def places_of(spans: Sequence[Span], footer: Footer, verify: Verify) -> list[Pla
     for (first, end), limit in zip(spans, limits, strict=False):
         begin = first
         if verify == "always":
-            begin = max(free, begin - begin % piece_bytes)
-            end = min(limit, end + -end % piece_bytes)
+            begin = max(free, begin - begin % stripe_bytes)
+            end = min(limit, end + -end % stripe_bytes)
         if limit - end <= longest_padding_bytes:
             end = limit
         places.append(Place(begin, end - begin, first - begin))
@@ -372,7 +372,7 @@ def plan_runs(entries: Sequence[Entry], device: torch.device = CPU) -> list[list
     """Groups `entries`, but for empty ones, by place in the file into runs worth one read into one region each.
 
     A run ends before a gap that is not worth reading, and before it outgrows a segment, so that the memory of a model
-    can be given back piece by piece. On a device it ends, too, before what would not begin at a multiple of the
+    can be given back stripe by stripe. On a device it ends, too, before what would not begin at a multiple of the
     alignment, and holds either large tensors or small ones.
     """
     joins = _joins if device.type == "cpu" else _joins_on_device

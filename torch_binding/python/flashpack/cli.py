@@ -178,13 +178,13 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
         report = verify_file(path, silent=as_json)
         if as_json:
             keys = ("offset_bytes", "size_bytes", "tensors")
-            corrupt = [dict(zip(keys, piece, strict=True)) for piece in report["corrupt"]]
+            corrupt = [dict(zip(keys, stripe, strict=True)) for stripe in report["corrupt"]]
             click.echo(json.dumps({**report, "corrupt": corrupt}))
         else:
             for offset_bytes, size_bytes, names in report["corrupt"]:
                 click.echo(f"corrupt: bytes {offset_bytes}+{size_bytes}, of {printable(names)}")
             sound = f"sound: {report['verified_bytes']} bytes in {report['seconds']:.2f} s"
-            click.echo(f"{len(report['corrupt'])} pieces corrupt, {sound}" if report["corrupt"] else sound)
+            click.echo(f"{len(report['corrupt'])} stripes corrupt, {sound}" if report["corrupt"] else sound)
         if report["corrupt"]:
             sys.exit(1)
 

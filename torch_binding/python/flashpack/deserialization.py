@@ -165,7 +165,7 @@ def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
     """Reads the payload of a file, at the speed of the disk, and holds it against the checksums written with it.
 
     Returns `verified_bytes`, which match; `corrupt`, a list of (file offset, size in bytes, names of the tensors there)
-    of the pieces that do not; and `seconds`. Raises FlashPackError for a file that has no checksums or is not valid,
+    of the stripes that do not; and `seconds`. Raises FlashPackError for a file that has no checksums or is not valid,
     OSError for the system's failures.
     """
     with open_footer(path) as footer, progress_bar("Verifying", footer.native.payload_bytes, not silent) as progress:
@@ -215,7 +215,7 @@ def assign_from_file(
     `ignore_*`: names neither read nor required.
     `coerce_dtype`: casts to the model's dtypes, which else must agree for buffers; integers where no value changes.
     `dtype`: what floating-point or complex tensors of the file are cast to, those of buffers too, as in load_file.
-    `verify`: "auto" holds what is read in whole pieces of 1 MiB against the checksums of the file, if it has them;
+    `verify`: "auto" holds what is read in whole stripes of 1 MiB against the checksums of the file, if it has them;
     "always" all of it, and a file without checksums is an error; "never" reads only.
     `keep_flash_ref_on_model`: reads whole macroblocks, lets the tensors share their memory, and keeps them and the
     footer as `_flash_shared_storage` and `_flash_shared_storage_meta`.

@@ -1,4 +1,4 @@
-#include "engine/piece_sums.h"
+#include "engine/stripe_sums.h"
 
 #include <isa-l/crc.h>
 
@@ -10,7 +10,7 @@ namespace flashpack::internal {
 
 namespace {
 
-constexpr std::uint32_t kPieceBytes = Checksums::kPieceBytes;
+constexpr std::uint32_t kStripeBytes = Checksums::kStripeBytes;
 
 // Polynomials over GF(2) modulo that of CRC-32C. The highest bit is the coefficient of x^0, as in the CRC itself.
 constexpr std::uint32_t kOne = std::uint32_t{1} << 31;
@@ -60,67 +60,67 @@ std::uint32_t remainder(std::span<const std::byte> bytes, std::uint32_t before =
 
 }  // namespace
 
-PieceSums::PieceSums(std::uint64_t begin_bytes, std::uint64_t end_bytes) : end_bytes_(end_bytes) {
-  if (begin_bytes < end_bytes) grow(begin_bytes / kPieceBytes, (end_bytes - 1) / kPieceBytes + 1);
+StripeSums::StripeSums(std::uint64_t begin_bytes, std::uint64_t end_bytes) : end_bytes_(end_bytes) {
+  if (begin_bytes < end_bytes) grow(begin_bytes / kStripeBytes, (end_bytes - 1) / kStripeBytes + 1);
 }
 
-void PieceSums::add(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept {
+void StripeSums::add(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept {
   if (offset_bytes >= end_bytes_) return;
   bytes = bytes.first(std::min<std::uint64_t>(bytes.size(), end_bytes_ - offset_bytes));
   while (!bytes.empty()) {
-    const std::uint64_t index = offset_bytes / kPieceBytes;
-    const auto begin = static_cast<std::uint32_t>(offset_bytes % kPieceBytes);
-    const auto size = static_cast<std::uint32_t>(std::min<std::uint64_t>(kPieceBytes - begin, bytes.size()));
+    const std::uint64_t index = offset_bytes / kStripeBytes;
+    const auto begin = static_cast<std::uint32_t>(offset_bytes % kStripeBytes);
+    const auto size = static_cast<std::uint32_t>(std::min<std::uint64_t>(kStripeBytes - begin, bytes.size()));
     if (find(index)) {
-      Piece& piece = pieces_[index - first_];
-      piece.sum.fetch_xor(append_zeros(remainder(bytes.first(size)), kPieceBytes - begin - size),
-                          std::memory_order_relaxed);
-      piece.counted_bytes.fetch_add(size, std::memory_order_relaxed);
+      Stripe& stripe = stripes_[index - first_];
+      stripe.sum.fetch_xor(append_zeros(remainder(bytes.first(size)), kStripeBytes - begin - size),
+                           std::memory_order_relaxed);
+      stripe.counted_bytes.fetch_add(size, std::memory_order_relaxed);
     }
     offset_bytes += size;
     bytes = bytes.subspan(size);
   }
 }
 
-void PieceSums::add(const PieceSums& other) {
+void StripeSums::add(const StripeSums& other) {
   grow(other.first_, other.end_);
   end_bytes_ = std::max(end_bytes_, other.end_bytes_);
   for (std::uint64_t index = other.first_; index < other.end_; ++index) {
-    Piece& piece = pieces_[index - first_];
-    const Piece& its = other.pieces_[index - other.first_];
-    piece.sum ^= its.sum;
-    piece.counted_bytes += its.counted_bytes;
+    Stripe& stripe = stripes_[index - first_];
+    const Stripe& its = other.stripes_[index - other.first_];
+    stripe.sum ^= its.sum;
+    stripe.counted_bytes += its.counted_bytes;
   }
 }
 
-std::uint32_t PieceSums::crc32c(std::uint64_t index, std::uint32_t size_bytes) const noexcept {
-  const Piece* const piece = find(index);
-  const std::uint32_t sum = piece ? remove_zeros(piece->sum, kPieceBytes - size_bytes) : 0;
+std::uint32_t StripeSums::crc32c(std::uint64_t index, std::uint32_t size_bytes) const noexcept {
+  const Stripe* const stripe = find(index);
+  const std::uint32_t sum = stripe ? remove_zeros(stripe->sum, kStripeBytes - size_bytes) : 0;
   // The standard inverts the first four bytes and the result.
   return sum ^ append_zeros(~std::uint32_t{0}, size_bytes) ^ ~std::uint32_t{0};
 }
 
-std::uint32_t PieceSums::counted_bytes(std::uint64_t index) const noexcept {
-  const Piece* const piece = find(index);
-  return piece ? piece->counted_bytes.load() : 0;
+std::uint32_t StripeSums::counted_bytes(std::uint64_t index) const noexcept {
+  const Stripe* const stripe = find(index);
+  return stripe ? stripe->counted_bytes.load() : 0;
 }
 
-const PieceSums::Piece* PieceSums::find(std::uint64_t index) const noexcept {
-  return index >= first_ && index < end_ ? &pieces_[index - first_] : nullptr;
+const StripeSums::Stripe* StripeSums::find(std::uint64_t index) const noexcept {
+  return index >= first_ && index < end_ ? &stripes_[index - first_] : nullptr;
 }
 
-void PieceSums::grow(std::uint64_t first, std::uint64_t end) {
+void StripeSums::grow(std::uint64_t first, std::uint64_t end) {
   if (first == end || (first >= first_ && end <= end_)) return;
   if (first_ < end_) {
     first = std::min(first, first_);
     end = std::max(end, end_);
   }
-  auto pieces = std::make_unique<Piece[]>(end - first);
+  auto stripes = std::make_unique<Stripe[]>(end - first);
   for (std::uint64_t index = first_; index < end_; ++index) {
-    pieces[index - first].sum = pieces_[index - first_].sum.load();
-    pieces[index - first].counted_bytes = pieces_[index - first_].counted_bytes.load();
+    stripes[index - first].sum = stripes_[index - first_].sum.load();
+    stripes[index - first].counted_bytes = stripes_[index - first_].counted_bytes.load();
   }
-  pieces_ = std::move(pieces);
+  stripes_ = std::move(stripes);
   first_ = first;
   end_ = end;
 }
@@ -129,8 +129,8 @@ void PieceSums::grow(std::uint64_t first, std::uint64_t end) {
 
 std::uint32_t flashpack::crc32c(std::span<const std::byte> bytes) noexcept {
   std::uint32_t sum = ~std::uint32_t{0};
-  for (; !bytes.empty(); bytes = bytes.subspan(std::min<std::size_t>(bytes.size(), Checksums::kPieceBytes))) {
-    sum = internal::remainder(bytes.first(std::min<std::size_t>(bytes.size(), Checksums::kPieceBytes)), sum);
+  for (; !bytes.empty(); bytes = bytes.subspan(std::min<std::size_t>(bytes.size(), Checksums::kStripeBytes))) {
+    sum = internal::remainder(bytes.first(std::min<std::size_t>(bytes.size(), Checksums::kStripeBytes)), sum);
   }
   return ~sum;
 }

@@ -1,4 +1,4 @@
-#include "engine/piece_sums.h"
+#include "engine/stripe_sums.h"
 
 #include <gtest/gtest.h>
 
@@ -14,7 +14,7 @@
 namespace flashpack::internal {
 namespace {
 
-constexpr std::uint32_t kPiece = Checksums::kPieceBytes;
+constexpr std::uint32_t kStripe = Checksums::kStripeBytes;
 
 // Bit by bit, as the standard says it.
 std::uint32_t crc32c(std::span<const std::byte> bytes) {
@@ -26,26 +26,26 @@ std::uint32_t crc32c(std::span<const std::byte> bytes) {
   return ~crc;
 }
 
-TEST(PieceSums, IsTheCrcOfTheStandard) {
+TEST(StripeSums, IsTheCrcOfTheStandard) {
   const std::string_view check = "123456789";
-  PieceSums sums(0, check.size());
+  StripeSums sums(0, check.size());
   sums.add(0, std::as_bytes(std::span(check)));
   EXPECT_EQ(sums.crc32c(0, 9), 0xE3069283);  // Its published check value.
   const std::vector<std::byte> zeros(32);
-  EXPECT_EQ(PieceSums(0, 32).crc32c(0, 32), 0x8A9136AA) << "32 zeros, RFC 3720 B.4: they need not be added";
+  EXPECT_EQ(StripeSums(0, 32).crc32c(0, 32), 0x8A9136AA) << "32 zeros, RFC 3720 B.4: they need not be added";
   EXPECT_EQ(crc32c(zeros), 0x8A9136AA);
 }
 
-TEST(PieceSums, PartsInAnyOrderFromManyThreadsMakeTheSame) {
-  const auto bytes = flashpack::testing::random_bytes(3 * kPiece + 12'345);
+TEST(StripeSums, PartsInAnyOrderFromManyThreadsMakeTheSame) {
+  const auto bytes = flashpack::testing::random_bytes(3 * kStripe + 12'345);
   std::mt19937 random(1);
-  std::vector<std::size_t> cuts{0, 1, kPiece - 1, kPiece, 2 * kPiece + 7, bytes.size()};
+  std::vector<std::size_t> cuts{0, 1, kStripe - 1, kStripe, 2 * kStripe + 7, bytes.size()};
   for (int i = 0; i < 50; ++i) cuts.push_back(random() % bytes.size());
   std::sort(cuts.begin(), cuts.end());
   std::vector<std::size_t> parts;
   for (std::size_t i = 0; i + 1 < cuts.size(); ++i) parts.push_back(i);
   std::shuffle(parts.begin(), parts.end(), random);
-  PieceSums sums(0, bytes.size());
+  StripeSums sums(0, bytes.size());
   std::vector<std::thread> threads;
   for (std::size_t thread = 0; thread < 3; ++thread) {
     threads.emplace_back([&, thread] {
@@ -57,31 +57,31 @@ TEST(PieceSums, PartsInAnyOrderFromManyThreadsMakeTheSame) {
   }
   for (std::thread& thread : threads) thread.join();
   for (std::uint64_t index = 0; index < 4; ++index) {
-    const auto piece = std::span(bytes).subspan(index * kPiece).first(index < 3 ? kPiece : 12'345);
-    EXPECT_EQ(sums.counted_bytes(index), piece.size());
-    EXPECT_EQ(sums.crc32c(index, static_cast<std::uint32_t>(piece.size())), crc32c(piece)) << index;
+    const auto stripe = std::span(bytes).subspan(index * kStripe).first(index < 3 ? kStripe : 12'345);
+    EXPECT_EQ(sums.counted_bytes(index), stripe.size());
+    EXPECT_EQ(sums.crc32c(index, static_cast<std::uint32_t>(stripe.size())), crc32c(stripe)) << index;
   }
 }
 
-TEST(PieceSums, RangesAreJoinedAndWhatLiesOutsideIsPassedOver) {
-  const auto bytes = flashpack::testing::random_bytes(4 * kPiece);
-  PieceSums first(0, 2 * kPiece);
-  first.add(0, bytes);  // Pieces 2 and 3 are not its own.
-  PieceSums second(2 * kPiece, 3 * kPiece);
-  second.add(2 * kPiece, std::span(bytes).subspan(2 * kPiece, kPiece));
-  PieceSums all;
+TEST(StripeSums, RangesAreJoinedAndWhatLiesOutsideIsPassedOver) {
+  const auto bytes = flashpack::testing::random_bytes(4 * kStripe);
+  StripeSums first(0, 2 * kStripe);
+  first.add(0, bytes);  // Stripes 2 and 3 are not its own.
+  StripeSums second(2 * kStripe, 3 * kStripe);
+  second.add(2 * kStripe, std::span(bytes).subspan(2 * kStripe, kStripe));
+  StripeSums all;
   all.add(second);
   all.add(first);
-  all.add(PieceSums());
+  all.add(StripeSums());
   for (std::uint64_t index = 0; index < 3; ++index) {
-    EXPECT_EQ(all.crc32c(index, kPiece), crc32c(std::span(bytes).subspan(index * kPiece, kPiece))) << index;
+    EXPECT_EQ(all.crc32c(index, kStripe), crc32c(std::span(bytes).subspan(index * kStripe, kStripe))) << index;
   }
   EXPECT_EQ(all.counted_bytes(3), 0u);
 }
 
-TEST(PieceSums, WhatLiesPastTheEndIsPassedOverInTheLastPieceToo) {
-  const auto bytes = flashpack::testing::random_bytes(kPiece);
-  PieceSums sums(0, 1000);
+TEST(StripeSums, WhatLiesPastTheEndIsPassedOverInTheLastStripeToo) {
+  const auto bytes = flashpack::testing::random_bytes(kStripe);
+  StripeSums sums(0, 1000);
   sums.add(0, std::span(bytes).first(900));
   sums.add(900, std::span(bytes).subspan(900));
   sums.add(2000, bytes);
