@@ -84,6 +84,19 @@ assert flashpack.__version__ == sys.argv[1], (flashpack.__version__, flashpack._
 EOF
 }
 
+# The headers of each runtime that tests/tools/cuda_versions_test.py compiles with. Without network there are none.
+fetch_cuda_headers() {
+  local version to
+  for version in 12.4 12.8 12.9; do
+    to=$root/.cache/cuda/$version
+    [[ -d $to ]] && continue
+    rm -rf "$to.part"
+    pip_install --no-deps --target "$to.part" "nvidia-cuda-runtime-cu12==$version.*" "nvidia-cuda-nvcc-cu12==$version.*" || return
+    rm -rf "$to.part"/nvidia/cuda_nvcc/{bin,nvvm}  # They take 95 MB of 100.
+    mv "$to.part" "$to"
+  done
+}
+
 # The Python package, built from this tree into the virtual environment.
 install_flashpack() {
   pip_install --no-deps --force-reinstall "$root"

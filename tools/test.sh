@@ -28,7 +28,8 @@ mkdir -p "$results"
 install_everything() {
   local packages=(shellcheck libfuse3-dev fuse3)
   [[ $scope == fast ]] || packages+=(clang-19 libclang-rt-19-dev)
-  install_packages "${packages[@]}" && make_venv
+  install_packages "${packages[@]}" && make_venv || return
+  fetch_cuda_headers || echo "no CUDA headers: their tests will be skipped"
 }
 
 # As its users do: over the package whose place it takes.

@@ -1,6 +1,7 @@
 # CudaRuntime::cudart, the static CUDA runtime, which finds the driver when it is first used: a program that links it
 # starts on machines without one. From a CUDA toolkit, else from the PyPI wheels in the environment of Python3_EXECUTABLE:
-# nvidia-cuda-runtime-cu12 and nvidia-cuda-nvcc-cu12, or nvidia-cuda-runtime and nvidia-cuda-crt. From 12.4 on.
+# nvidia-cuda-runtime-cu12 and nvidia-cuda-nvcc-cu12, or nvidia-cuda-runtime and nvidia-cuda-crt. Toolkits serve from
+# 12.4 on, and wheels from 12.9 on, because older ones lack the static runtime.
 
 # CMake 3.25 has an error for toolkits without nvToolsExt, as from 13 on, in projects that require CMake 3.25.
 set(minimum_required ${CMAKE_MINIMUM_REQUIRED_VERSION})
