@@ -32,7 +32,22 @@ std::uint64_t alignment_elems(std::uint64_t align_bytes, std::uint32_t element_b
   return align_bytes / std::gcd(align_bytes, std::uint64_t{element_bytes});
 }
 
+namespace {
+
+std::optional<DuplicateName> find_duplicate_of_few(std::span<const std::string_view> names) {
+  for (std::size_t i = 1; i < names.size(); ++i) {
+    for (std::size_t j = 0; j < i; ++j) {
+      if (names[i] == names[j]) return DuplicateName{j, i};
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
 std::optional<DuplicateName> find_duplicate(std::span<const std::string_view> names) {
+  constexpr std::size_t kFew = 16;
+  if (names.size() <= kFew) return find_duplicate_of_few(names);
   struct Entry {
     std::size_t hash;
     std::size_t index;
