@@ -38,16 +38,19 @@ PARTS = {
 BESIDE = {"cold": ("disk", "h2d"), "page cache": ("memcpy", "h2d")}
 ANSWER_LIMIT_S = 60.0
 MIB = 1 << 20
-DEFAULT_OPTIONS: dict[str, int] = {}
+DEFAULT_OPTIONS: dict[str, int | str] = {}
 SWEEP = [
     DEFAULT_OPTIONS,
+    {"verify": "always"},
     *({"chunk_bytes": mib * MIB} for mib in (1, 2, 8, 16)),
     *({"queue_depth": depth} for depth in (4, 16, 32)),
     *({"staging_bytes": mib * MIB} for mib in (32, 128, 256)),
-    *({"workers": workers} for workers in (2, 4, 16)),
+    *({"workers": workers} for workers in (2, 4, 8, 16)),
     {"chunk_bytes": 8 * MIB, "queue_depth": 16, "staging_bytes": 256 * MIB},
     {"chunk_bytes": 16 * MIB, "queue_depth": 16, "staging_bytes": 512 * MIB},
     {"queue_depth": 32, "staging_bytes": 256 * MIB, "workers": 16},
+    {"verify": "always", "staging_bytes": 64 * MIB, "workers": 8},
+    {"verify": "always", "workers": 16},
 ]
 
 
@@ -130,21 +133,23 @@ def cell(value: float | None, form: str) -> str:
 def load_cells(result: dict[str, Any], table: str, state: str, row: str) -> list[str]:
     speed, limit = rate(result, table, state, row), limit_of(result, table, state)
     size = median_of(result, table, state, row, "bytes")
-    cpu, first, peak = (
-        median_of(result, table, state, row, key) for key in ("cpu_seconds", "first_tensor_seconds", "host_peak_mib")
+    cpu, driver, first, peak = (
+        median_of(result, table, state, row, key)
+        for key in ("cpu_seconds", "driver_seconds", "first_tensor_seconds", "host_peak_mib")
     )
     return [
         rounds_of(result, table, state, row),
         cell(speed, ".2f"),
         cell(speed / limit if speed and limit else None, ".2f"),
         cell(cpu / size * 1e9 if cpu is not None and size else None, ".3f"),
+        cell(driver / size * 1e9 if driver is not None and size else None, ".4f"),
         cell(first * 1000 if first is not None else None, ".0f"),
         cell(peak, ".0f"),
     ]
 
 
 def load_table(result: dict[str, Any], table: str, rows: Sequence[str]) -> list[str]:
-    columns = ("rounds", "GB/s", "of the limit", "CPU s/GB", "first tensor ms", "host MiB")
+    columns = ("rounds", "GB/s", "of the limit", "CPU s/GB", "driver CPU s/GB", "first tensor ms", "host MiB")
     heads = [f"{state} {column}" for state in STATES for column in columns]
     lines = [f"| {table} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for row in rows:
@@ -165,7 +170,7 @@ def as_markdown(result: dict[str, Any]) -> str:
             continue
         lines.append("")
         if table == "start":
-            lines += ["| start of the first engine | ms | the next ones |", "|---|---|---|"]
+            lines += ["| start of the first engine | ms | the next ones | host MiB of each |", "|---|---|---|---|"]
             lines += [start_line(result, row) for row in rows]
         elif table == "parts":
             lines += ["| part | GB/s |", "|---|---|"]
@@ -179,7 +184,8 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 def start_line(result: dict[str, Any], row: str) -> str:
     measured = rows_of(result, "start", "", row)[-1]
-    return f"| {row} | {measured['seconds'] * 1000:.1f} | {statistics.median(measured['next_seconds']) * 1000:.1f} |"
+    following = statistics.median(measured["next_seconds"])
+    return f"| {row} | {measured['seconds'] * 1000:.1f} | {following * 1000:.1f} | {measured['engine_mib']:.0f} |"
 
 
 class Budget:
@@ -303,9 +309,11 @@ class Bench:
             self.loads(table)
 
 
-def in_words(options: dict[str, int]) -> str:
-    in_mib = {key: f"{value // MIB} MiB" if value >= MIB else str(value) for key, value in options.items()}
-    return ", ".join(f"{key} {value}" for key, value in in_mib.items()) or "default"
+def in_words(options: dict[str, int | str]) -> str:
+    def word(value: int | str) -> str:
+        return f"{value // MIB} MiB" if isinstance(value, int) and value >= MIB else str(value)
+
+    return ", ".join(f"{key} {word(value)}" for key, value in options.items()) or "default"
 
 
 @contextmanager

@@ -137,7 +137,14 @@ class Meter:
         seconds, cpu = self.elapsed(), time.process_time() - self.cpu
         threads = {name: spent - self.threads.get(name, 0.0) for name, spent in cpu_of_threads("flashpack").items()}
         peak = max(0.0, status_mib("VmHWM") - self.memory_mib)
-        return {"seconds": seconds, "cpu_seconds": cpu, "thread_seconds": threads, "host_peak_mib": peak}
+        driver = threads.get("flashpack-drive")  # A peer has none.
+        return {
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "driver_seconds": driver,
+            "thread_seconds": threads,
+            "host_peak_mib": peak,
+        }
 
 
 def timed_load(loader: Loader, folder: Path) -> dict[str, Any]:
@@ -221,7 +228,7 @@ class Parts:
 
 
 class Engines:
-    """Loads by engines with options of their own: a job is these options as JSON."""
+    """Loads by engines with options of their own: a job is these options as JSON, and may say how to `verify`."""
 
     def __init__(self, folder: Path) -> None:
         from flashpack._native import read_footer
@@ -229,17 +236,19 @@ class Engines:
         self.path = folder / "model.flashpack"
         self.file = self.path.open("rb")
         self.footer = read_footer(self.file.fileno(), self.path)
-        self.size_bytes = self.path.stat().st_size
+        self.size_bytes = self.footer.payload_bytes
         self.target = torch.empty(self.size_bytes, dtype=torch.uint8, device=DEVICE)
 
     def answer(self, job: str) -> dict[str, Any]:
         from flashpack._native import Engine
 
-        engine = Engine(0, **json.loads(job))
+        options = json.loads(job)
+        verify = options.pop("verify", "never")
+        engine = Engine(0, **options)
         extents = [(0, self.size_bytes, self.target.data_ptr())]
         stream = torch.cuda.current_stream().cuda_stream
         meter = Meter()
-        stats = engine.load(self.file.fileno(), self.path, extents, self.footer, "never", stream=stream)
+        stats = engine.load(self.file.fileno(), self.path, extents, self.footer, verify, stream=stream)
         return {**meter.result(), "bytes": self.size_bytes, "stats": stats}
 
 
@@ -252,7 +261,12 @@ def start_engine(context: bool) -> dict[str, Any]:
 
     engines = []
     first = seconds_of(lambda: engines.append(Engine(0)))
-    return {"bytes": 0, "seconds": first, "next_seconds": [seconds_of(lambda: Engine(0)) for _ in range(5)]}
+    following = [seconds_of(lambda: Engine(0)) for _ in range(5)]
+    # What it keeps page-locked is in it, because that is all there from the start.
+    before_mib = status_mib("VmRSS")
+    engines.append(Engine(0))
+    engine_mib = status_mib("VmRSS") - before_mib
+    return {"bytes": 0, "seconds": first, "next_seconds": following, "engine_mib": engine_mib}
 
 
 def work(name: str, folder: Path) -> None:

@@ -1,11 +1,14 @@
+import json
 import os
 import threading
 import time
 from pathlib import Path
 
 import device_work
+import flashpack
 import pytest
 import torch
+from flashpack import _native
 
 
 @pytest.mark.parametrize("job", ["disk 2", "memcpy 3"])
@@ -35,6 +38,38 @@ def test_a_meter_sees_memory_that_has_been_given_back_and_threads_by_their_names
     assert device_work.cpu_of_threads(name)[name] > 0
     assert device_work.cpu_of_threads("no thread has this name") == {}
     assert result["seconds"] <= time.perf_counter() - meter.started
+
+
+class Stream:
+    cuda_stream = 0
+
+
+@pytest.mark.parametrize(("options", "verified"), [({}, False), ({"verify": "always", "workers": 3}, True)])
+def test_an_engine_of_a_sweep_has_its_options_and_verifies_where_it_is_told_to(
+    options, verified, tmp_path, monkeypatch
+):
+    path = tmp_path / "model.flashpack"
+    flashpack.pack_to_file({"a": torch.arange(1 << 20)}, path, target_dtype=None)
+    made = []
+    engine = _native.Engine
+    monkeypatch.setattr(_native, "Engine", lambda device, **given: made.append(given) or engine(None, **given))
+    monkeypatch.setattr(device_work, "DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    engines = device_work.Engines(tmp_path)
+    answer = engines.answer(json.dumps(options))
+    assert made == [{key: value for key, value in options.items() if key != "verify"}]
+    assert answer["bytes"] == engines.footer.payload_bytes
+    assert (answer["stats"]["verified_bytes"] == answer["bytes"]) is verified
+    assert 0 <= answer["driver_seconds"] <= answer["cpu_seconds"] + 0.1
+    assert torch.equal(engines.target[: 8 << 20].view(torch.int64), torch.arange(1 << 20))
+
+
+def test_the_start_of_engines_tells_what_memory_each_keeps(monkeypatch):
+    engine = _native.Engine
+    monkeypatch.setattr(_native, "Engine", lambda device: engine(None, staging_bytes=64 << 20))
+    answer = device_work.start_engine(False)
+    assert len(answer["next_seconds"]) == 5
+    assert answer["engine_mib"] >= 0
 
 
 def test_every_loader_has_a_file_that_is_made():

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,25 @@ def test_steps_for_which_no_time_is_left_have_failed(check):
     lines = [f"{name}: no time is left" for name in ("carried", "load", "table")]
     assert done.stdout.splitlines()[:4] == ["GPU 0: of the test", *lines]
     assert done.stdout.endswith("0 passed, 3 failed\n")
+
+
+def test_the_limits_of_all_steps_fit_into_nine_minutes():
+    limits = re.search(r"limits=\((.*)\)", (TOOLS / "gpu_check.sh").read_text()).group(1)
+    seconds = {name: int(value) for name, value in re.findall(r"\[(\w+)\]=(\d+)", limits)}
+    assert sum(seconds.values()) - seconds["suite"] <= 540
+
+
+def test_a_step_that_is_cut_short_shows_what_it_has_found(check):
+    (check.tree / "tools/device_bench.py").write_text(
+        "import pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[sys.argv.index('--out') + 1] + '.md').write_text('| a row |\\n')\n"
+        "print('under way', flush=True)\ntime.sleep(60)\n"
+    )
+    (check.tree / "build/gpu/site/flashpack").mkdir(parents=True)
+    done = check("check", "out", "table", programs=["nvidia-smi"], GPU_CHECK_SECONDS="10")
+    assert done.returncode == 1
+    assert "| a row |\n" in done.stdout
+    assert "FAILED   table: ended with status 124" in done.stdout
 
 
 def test_a_wheel_of_other_sources_is_not_taken(check):
