@@ -26,7 +26,7 @@ def check(tmp_path):
         path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, "GPU_CHECK_DIR": str(tmp_path), **variables}
         command = ["bash", tmp_path / "tree/tools/gpu_check.sh", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
     run.tree = tmp_path / "tree"
     return run
@@ -36,7 +36,7 @@ def test_a_step_that_is_none_is_refused_before_anything_is_done(check):
     done = check("check", "out", "load", "tabel", programs=["nvidia-smi"])
     assert done.returncode == 1
     assert done.stderr == "no such step: tabel\n"
-    assert not (check.tree / "out").exists()
+    assert not (check.tree.parent / "out").exists()
 
 
 def test_what_should_have_been_carried_and_is_not_is_named(check):
