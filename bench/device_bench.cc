@@ -17,10 +17,10 @@
 
 #include "bench/program.h"
 #include "bench/support/checkpoint.h"
-#include "bench/support/huge_memory.h"
 #include "bench/support/measure.h"
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
+#include "engine/ground/host_region.h"
 #include "flashpack/engine.h"
 #include "flashpack/verify.h"
 
@@ -56,7 +56,7 @@ class DeviceMemory {
 struct Setup {
   const Checkpoint& checkpoint;
   const DeviceMemory& target;
-  HugeMemory& host;
+  internal::HostRegion& host;
 };
 
 void prepare(const Checkpoint& checkpoint, CachePolicy cache) {
@@ -233,8 +233,8 @@ int run(const Flags& flags) {
   const Checkpoint checkpoint(flags.dir / "device_bench.flashpack",
                               static_cast<std::uint64_t>(flags.size_gib * (1 << 30)), false);
   // Direct reads move whole blocks, so the last one ends past the payload.
-  HugeMemory host(checkpoint.metadata().payload_bytes + 4096);
-  host.touch();
+  internal::HostRegion host(checkpoint.metadata().payload_bytes + 4096, "tensors");
+  touch(host.bytes());
   const DeviceMemory target(checkpoint.metadata().payload_bytes);
   const Setup setup{checkpoint, target, host};
   register_all(setup, flags.rounds);

@@ -18,11 +18,11 @@
 
 #include "bench/program.h"
 #include "bench/support/checkpoint.h"
-#include "bench/support/huge_memory.h"
 #include "bench/support/measure.h"
 #include "bench/support/open_file.h"
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
+#include "engine/ground/host_region.h"
 #include "flashpack/engine.h"
 #include "flashpack/file_writer.h"
 #include "flashpack/verify.h"
@@ -39,7 +39,7 @@ enum class Memory { kTouched, kFresh };
 struct Setup {
   const Checkpoint& checkpoint;
   Engine& engine;
-  HugeMemory& touched;
+  internal::HostRegion& touched;
 };
 
 /// One way of getting the file into memory, or out of it. The first of several is what a line is about, one with a name
@@ -102,7 +102,7 @@ std::vector<Contender> contenders(const Setup& setup, Cache cache, TransferStats
 Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Memory memory) {
   prepare(setup.checkpoint, cache);
   if (memory == Memory::kTouched) return measure([&] { contender.run(setup.touched.data()); });
-  const HugeMemory fresh(setup.touched.bytes().size());
+  const internal::HostRegion fresh(setup.touched.bytes().size(), "tensors");
   return measure([&] { contender.run(fresh.data()); });
 }
 
@@ -159,7 +159,7 @@ void run_rounds(benchmark::State& state, std::vector<Contender>& all, const Turn
 // Checks what the first of them brings, to `offset` in the touched memory, then lets them take turns.
 void bench_in_turns(benchmark::State& state, const Setup& setup, std::vector<Contender> all, const TransferStats& stats,
                     Cache cache, Memory memory = Memory::kTouched, std::size_t offset = 0) {
-  setup.touched.touch();
+  touch(setup.touched.bytes());
   run_once(setup, all.front(), cache, Memory::kTouched);
   setup.checkpoint.check(setup.touched.data() + offset);
   run_rounds(state, all, [&](const Contender& contender) { return run_once(setup, contender, cache, memory); });
@@ -227,7 +227,7 @@ void bench_small(benchmark::State& state, const Setup& setup) {
     const OpenFile file(path, O_RDONLY);
     if (::pread(file.fd(), target, kBytes, static_cast<off_t>(offset)) != kBytes) throw file.error("pread");
   };
-  setup.touched.touch();
+  touch(setup.touched.bytes());
   std::vector<Contender> all{{one_by_one(ours), Series(kLoads * kBytes)}, {one_by_one(raw), Series(kLoads * kBytes)}};
   run_rounds(state, all,
              [&](const Contender& each) { return run_once(setup, each, Cache::kResident, Memory::kTouched); });
@@ -293,7 +293,7 @@ void bench_store(benchmark::State& state, const Setup& setup, Place place, std::
   const Checkpoint& checkpoint = setup.checkpoint;
   const Store store(setup);
   std::byte* const source = setup.touched.data() + offset;
-  setup.touched.touch();
+  touch(setup.touched.bytes());
   setup.engine.load(checkpoint.request(source));
   store.by_engine(source, true);
   store.check();
@@ -360,7 +360,7 @@ int run(const Flags& flags) {
   const Checkpoint checkpoint(path, static_cast<std::uint64_t>(flags.size_gib * (1 << 30)), keep);
   Engine engine;
   // Direct reads move whole blocks, so the last one ends past the payload.
-  HugeMemory touched(checkpoint.metadata().payload_bytes + 4096 + kOddBytes);
+  internal::HostRegion touched(checkpoint.metadata().payload_bytes + 4096 + kOddBytes, "tensors");
   const Setup setup{checkpoint, engine, touched};
   register_all(setup, flags.rounds);
   benchmark::RunSpecifiedBenchmarks();

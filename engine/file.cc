@@ -61,8 +61,7 @@ std::optional<Alignment> direct_io_alignment(int fd) {
 
 File File::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
                 UniqueFd opened) {
-  if (!opened) opened.reset(open_to_read(path));
-  if (!opened) throw file_error(errno_code(errno), "open", path);
+  if (!opened) opened = open_file(path);
   File file(path, std::move(opened));
   struct stat status{};
   if (!ask(file.buffered_fd(), status)) throw file_error(errno_code(errno), "stat", path);

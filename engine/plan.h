@@ -6,10 +6,9 @@
 #include <span>
 #include <vector>
 
-namespace flashpack::internal {
+#include "engine/ground/pages.h"
 
-/// Smallest unit of a read in place: a page, so that no page is shared between the kernel's write and anybody else's.
-inline constexpr std::uint32_t kPageBytes = 4096;
+namespace flashpack::internal {
 
 /// A run of file bytes and the memory it belongs to.
 struct Fragment {
@@ -65,12 +64,5 @@ struct Plan {
     return sum;
   }
 };
-
-constexpr std::uint64_t round_down(std::uint64_t value, std::uint64_t power_of_two) {
-  return value & ~(power_of_two - 1);
-}
-constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t power_of_two) {
-  return round_down(value + power_of_two - 1, power_of_two);
-}
 
 }  // namespace flashpack::internal

@@ -7,29 +7,26 @@
 #include <string>
 #include <vector>
 
+#include "engine/ground/host_region.h"
+
 namespace flashpack::internal {
 
-/// One anonymous region on huge pages, cut into slots. Taken from the system page by page as slots are first used; not
-/// inherited by forked children, so that a fork cannot copy a page away from under a read.
-/// Huge pages matter: a 4 MiB read into scattered 4 KiB pages overflows the segment list of most devices and runs at
-/// half speed.
+/// One region, cut into slots. Forked children do not inherit it, so that a fork cannot copy a page away from under a
+/// read. It is on huge pages where the system has them, because a 4 MiB read into scattered 4 KiB pages overflows the
+/// segment list of most devices and runs at half speed.
 class Staging {
  public:
-  /// `slot_bytes` is a power of two >= 1 MiB. On NUMA node `numa_node` where there is room; -1 leaves that to the
-  /// system. Throws: std::system_error.
+  /// `slot_bytes` is a power of two >= 1 MiB. The memory is on NUMA node `numa_node` as far as there is room; -1 leaves
+  /// the choice to the system. Throws: std::system_error.
   Staging(std::uint64_t total_bytes, std::uint32_t slot_bytes, int numa_node = -1);
-  ~Staging();
-  Staging(const Staging&) = delete;
-  Staging& operator=(const Staging&) = delete;
 
   /// In order of address.
   const std::vector<std::span<std::byte>>& slots() const noexcept { return slots_; }
-  /// Why `numa_node` is not where it lies; empty when it was not asked for, or is.
+  /// Why the system did not take the wish for `numa_node`; empty if it did, or if there was none.
   const std::string& fallback_reason() const noexcept { return fallback_reason_; }
 
  private:
-  void* mapping_;
-  std::size_t mapping_bytes_;
+  HostRegion region_;
   std::vector<std::span<std::byte>> slots_;
   std::string fallback_reason_;
 };

@@ -12,10 +12,10 @@
 #include <vector>
 
 #include "bench/support/checkpoint.h"
-#include "bench/support/huge_memory.h"
 #include "bench/support/measure.h"
 #include "bench/support/page_cache.h"
 #include "bench/support/tuning.h"
+#include "engine/ground/host_region.h"
 #include "flashpack/engine.h"
 
 namespace flashpack::bench {
@@ -53,8 +53,8 @@ std::vector<Candidate> candidates(const Flags& flags, std::uint64_t size_bytes) 
 }
 
 void run_rounds(std::vector<Candidate>& all, const Checkpoint& checkpoint, CachePolicy cache, int rounds) {
-  HugeMemory memory(checkpoint.metadata().payload_bytes + 4096);
-  memory.touch();
+  internal::HostRegion memory(checkpoint.metadata().payload_bytes + 4096, "tensors");
+  touch(memory.bytes());
   std::mt19937 random(std::random_device{}());
   std::vector<std::size_t> order(all.size());
   for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;

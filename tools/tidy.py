@@ -160,13 +160,20 @@ def include_rules() -> list[IncludeRule]:
 
     torch_headers = only("include/flashpack/torch.h", "include/flashpack/mixin.h")
     engine_rooms = only("engine/", "tests/engine/", "tests/support/")
+    ground_users = only("engine/", "torch_binding/format/", "torch_binding/libtorch/", "bench/", "tools/", "tests/")
+
+    def is_above_ground(included: str) -> bool:
+        return included.startswith("engine/") and not included.startswith("engine/ground/")
+
     return [
         ("include/", _header("liburing"), nobody, "liburing in a public header"),
         ("", _header("isa-l"), only("engine/stripe_sums"), "ISA-L outside of engine/stripe_sums"),
         ("include/", _is_cuda, nobody, "CUDA in a public header"),
         ("include/", _header("boost/"), only("include/flashpack/async.h"), "Boost outside flashpack/async.h"),
         ("include/", is_torch, torch_headers, "LibTorch outside flashpack/torch.h and mixin.h"),
-        ("", _header("engine/"), engine_rooms, "engine/ is private to the engine"),
+        ("engine/ground/", is_above_ground, nobody, "the ground floor knows nothing above it"),
+        ("", is_above_ground, engine_rooms, "engine/ is private to the engine"),
+        ("", _header("engine/ground/"), ground_users, "engine/ground/ is private to the libraries, bench and tools"),
         ("", _header("liburing"), only("engine/", "tests/engine/", "bench/"), "liburing outside the engine"),
         ("engine/", _header("boost/"), nobody, "Boost in the engine"),
         ("engine/", is_torch, nobody, "LibTorch in the engine"),

@@ -3,6 +3,7 @@
 #include <sys/resource.h>
 
 #include <chrono>
+#include <cstring>
 
 namespace flashpack::bench {
 
@@ -26,6 +27,8 @@ Sample measure(const std::function<void()>& work) {
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - before;
   return {.seconds = elapsed.count(), .cpu_seconds = process_cpu_seconds() - cpu_before};
 }
+
+void touch(std::span<std::byte> memory) { std::memset(memory.data(), 0xA5, memory.size()); }
 
 double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());

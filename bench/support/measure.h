@@ -1,8 +1,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
 namespace flashpack::bench {
@@ -14,6 +16,9 @@ struct Sample {
 };
 
 Sample measure(const std::function<void()>& work);
+
+/// Makes every page present, so that what is timed afterwards pays for none.
+void touch(std::span<std::byte> memory);
 
 /// The middle value; of an even number the mean of the two. Requires: not empty.
 double median(std::vector<double> values);

@@ -25,12 +25,13 @@ TIDY_TREE = {
     "bench/CMakeLists.txt": "add_executable(engine_bench a.cc)\n",
     "engine/plan.cc": '#include "engine/plan.h"\n\nvoid f(int n) {\n  if (n) {\n    n = 0;\n  }\n}\n',
     "engine/plan.h": HEADER + "// Not `using namespace std`, and no printf() either.\n",
+    "engine/ground/pages.h": HEADER,
     "include/flashpack/async.h": HEADER + "#include <boost/asio.hpp>\n",
     "include/flashpack/engine.h": HEADER + "#include <vector>\n",
     "include/flashpack/torch.h": HEADER + "#include <ATen/core/Tensor.h>\n",
     "tests/engine/plan_test.cc": '#include "engine/plan.h"\n\n#include <liburing.h>\n',
     "tests/format/layout_test.cc": "",
-    "torch_binding/format/layout.cc": '#include "flashpack/format.h"\n',
+    "torch_binding/format/layout.cc": '#include "engine/ground/pages.h"\n#include "flashpack/format.h"\n',
 }
 
 
@@ -57,6 +58,8 @@ BREAKS = {
     "Boost outside flashpack/async.h": ("include/flashpack/engine.h", HEADER + "#include <boost/asio.hpp>\n", 2),
     "LibTorch outside flashpack/torch.h": ("include/flashpack/engine.h", HEADER + "#include <torch/torch.h>\n", 2),
     "engine/ is private": ("bench/a.cc", '#include "engine/plan.h"\n', 1),
+    "engine/ground/ is private": ("torch_binding/python/a.h", HEADER + '#include "engine/ground/pages.h"\n', 2),
+    "the ground floor knows nothing": ("engine/ground/pages.h", HEADER + '#include "engine/plan.h"\n', 2),
     "liburing outside the engine": ("tools/a.cc", "#include <liburing.h>\n", 1),
     "Boost in the engine": ("engine/plan.h", HEADER + "#include <boost/json.hpp>\n", 2),
     "LibTorch in the engine": ("engine/plan.h", HEADER + "#include <c10/util/Half.h>\n", 2),

@@ -1,0 +1,73 @@
+/// How the libraries make their Errors: "<operation> <path> at <offset>+<length>: <cause>".
+#pragma once
+
+#include <cerrno>
+#include <cstddef>
+#include <filesystem>
+#include <new>
+#include <string>
+#include <system_error>
+
+#include "flashpack/error.h"
+
+namespace flashpack::internal {
+
+/// One T, made when it is first asked for and never destroyed: an engine that is static may end after all other static
+/// objects, and still has errors to make.
+template <typename T>
+const T& immortal() {
+  alignas(T) static std::byte memory[sizeof(T)];
+  static const T* const one = new (memory) T;
+  return *one;
+}
+
+inline std::error_code errno_code(int error_number) noexcept { return {error_number, std::generic_category()}; }
+
+/// A system call that gives a negative number for an error, made again as often as a signal interrupts it.
+template <typename Call>
+auto uninterrupted(Call call) {
+  for (;;) {
+    const auto result = call();
+    if (result >= 0 || errno != EINTR) return result;
+  }
+}
+
+/// An Error about a whole file.
+inline Error file_error(std::error_code code, const char* operation, const std::filesystem::path& path) {
+  return Error(code, (std::string(operation) += ' ') += path.string(), path);
+}
+
+/// An Error about a range of a file.
+inline Error range_error(std::error_code code, const char* operation, const std::filesystem::path& path,
+                         std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+  std::string context = operation;
+  context.append(" ").append(path.string()).append(" at ").append(std::to_string(offset_bytes));
+  context.append("+").append(std::to_string(size_bytes));
+  return Error(code, context, path, offset_bytes);
+}
+
+/// The same failure, as one of `operation`: what() names its cause once.
+inline Error failed(const char* operation, const std::system_error& error) {
+  const std::string cause = error.code().message();
+  std::string what = error.what();
+  if (what.ends_with(cause)) what.resize(what.size() - cause.size());
+  if (what.ends_with(": ")) what.resize(what.size() - 2);
+  return Error(error.code(), what.empty() ? operation : std::string(operation) + ": " + what);
+}
+
+/// Runs `body`, which may throw an Error or run out of memory; `error` is the code of that, or empty.
+template <typename Body>
+void catching(std::error_code& error, Body body) noexcept {
+  error.clear();
+  try {
+    body();
+  } catch (const std::system_error& thrown) {
+    error = thrown.code();
+  } catch (const std::bad_alloc&) {
+    error = std::make_error_code(std::errc::not_enough_memory);
+  }
+}
+
+inline Error argument_error(const std::string& what) { return Error(Errc::kInvalidArgument, what); }
+
+}  // namespace flashpack::internal

@@ -1,0 +1,57 @@
+#include "engine/ground/host_region.h"
+
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <string>
+#include <utility>
+
+#include "flashpack/error.h"
+
+namespace flashpack::internal {
+namespace {
+
+constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
+
+std::uint64_t mapped_pages() {
+  std::uint64_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages;
+  return pages;
+}
+
+TEST(HostRegion, DataAgreesWithTheFileOffsetModuloAPageOrAHugePage) {
+  for (const std::uint64_t size : {std::uint64_t{1}, std::uint64_t{5000}, 2 * kMiB, 5 * kMiB + 3}) {
+    for (const std::uint64_t offset : {std::uint64_t{0}, std::uint64_t{4097}, 2 * kMiB - 1, 3 * kMiB + 128}) {
+      const HostRegion region(size, "this test", offset);
+      const std::uint64_t granule = size < 2 * kMiB ? 4096 : 2 * kMiB;
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(region.data()) % granule, offset % granule);
+      ASSERT_EQ(region.bytes().size(), size);
+      region.bytes().front() = std::byte{1};
+      region.bytes().back() = std::byte{2};
+    }
+  }
+}
+
+TEST(HostRegion, GivesItsMemoryBackOnceWhoeverHasIt) {
+  const std::uint64_t before = mapped_pages();
+  {
+    HostRegion region(1024 * kMiB, "this test");
+    const HostRegion moved(std::move(region));
+    EXPECT_GE(mapped_pages(), before + 1024 * kMiB / 4096);
+    EXPECT_EQ(moved.bytes().size(), 1024 * kMiB);
+  }
+  EXPECT_LT(mapped_pages(), before + 1024 * kMiB / 4096);
+}
+
+TEST(HostRegion, MemoryThatCannotBeHadIsAnErrorOfTheSystemThatNamesThePurpose) {
+  try {
+    const HostRegion region(std::uint64_t{1} << 60, "this test");
+    FAIL() << "mapped an exbibyte";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), std::errc::not_enough_memory);
+    EXPECT_NE(std::string(error.what()).find("bytes of memory for this test"), std::string::npos) << error.what();
+  }
+}
+
+}  // namespace
+}  // namespace flashpack::internal
