@@ -22,7 +22,6 @@
 #include "bench/support/roofline.h"
 #include "engine/ground/host_region.h"
 #include "flashpack/engine.h"
-#include "flashpack/verify.h"
 
 namespace flashpack::bench {
 namespace {
@@ -133,7 +132,7 @@ LoadRequest request_for(const Setup& setup, Shape shape) {
   LoadRequest request = setup.checkpoint.request(setup.target.data());
   if (shape == Shape::kVerified) {
     const Checkpoint& checkpoint = setup.checkpoint;
-    request.files.front().checksums = checksums_for(checkpoint.metadata(), Verify::kAlways, checkpoint.path());
+    request.files.front().checksums = checkpoint.metadata().checksums.value();
   }
   return request;
 }

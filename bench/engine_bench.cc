@@ -25,7 +25,6 @@
 #include "engine/ground/host_region.h"
 #include "flashpack/engine.h"
 #include "flashpack/file_writer.h"
-#include "flashpack/verify.h"
 
 namespace flashpack::bench {
 namespace {
@@ -201,7 +200,7 @@ void bench_verified(benchmark::State& state, const Setup& setup, Cache cache) {
   const Series none(checkpoint.metadata().payload_bytes);
   const auto verified = [&](std::byte* target) {
     LoadRequest request = checkpoint.request(target);
-    request.files.front().checksums = checksums_for(checkpoint.metadata(), Verify::kAlways, checkpoint.path());
+    request.files.front().checksums = checkpoint.metadata().checksums.value();
     stats = setup.engine.load(std::move(request));
   };
   const auto plain = [&](std::byte* target) { setup.engine.load(checkpoint.request(target)); };
@@ -250,8 +249,7 @@ class Store {
     Metadata metadata = setup_.checkpoint.metadata();
     std::vector<SourceExtent> extents;
     for (const TensorRecord& record : metadata.records) {
-      const std::uint64_t offset = metadata.offset_bytes(record);
-      extents.push_back({offset, metadata.size_bytes(record), source + offset});
+      extents.push_back({record.offset_bytes, record.size_bytes, source + record.offset_bytes});
     }
     FileWriter writer = setup_.engine.create(path_, {.payload_bytes = metadata.payload_bytes, .checksums = checksums});
     const TransferStats stats = writer.write(std::move(extents));
@@ -273,7 +271,7 @@ class Store {
   void check() const {
     const Checkpoint stored(path_, 0, true);
     LoadRequest request = stored.request(setup_.touched.data());
-    request.files.front().checksums = checksums_for(stored.metadata(), Verify::kAlways, path_);
+    request.files.front().checksums = stored.metadata().checksums.value();
     setup_.engine.load(std::move(request));
     setup_.checkpoint.check(setup_.touched.data());
   }

@@ -88,7 +88,7 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
 std::string dtypes_text(const Metadata& metadata) {
   std::string out;
   std::set<std::string_view> listed;
-  for (const Macroblock& macroblock : metadata.macroblocks) {
+  for (const Macroblock& macroblock : metadata.container.macroblocks) {
     const std::string_view name = dtype_name(macroblock.dtype);
     if (listed.insert(name).second) out.append(out.empty() ? "" : ", ").append(name);
   }
@@ -128,23 +128,24 @@ class Table {
 };
 
 std::string text_report(const Metadata& metadata, const std::string& path) {
+  const flashpack::Container& container = metadata.container;
   std::string out = printable(path) + "\n\n";
-  out += "  format       flashpack_v" + std::to_string(metadata.version) + "\n";
+  out += "  format       flashpack_v" + std::to_string(container.version) + "\n";
   out += "  dtypes       " + dtypes_text(metadata) + "\n";
   out += "  tensors      " + std::to_string(metadata.records.size()) + "\n";
-  out += "  elements     " + std::to_string(metadata.total_elems) + "\n";
+  out += "  elements     " + std::to_string(container.total_elems) + "\n";
   out += "  payload      " + exact_bytes(metadata.payload_bytes) + "\n";
   out += "  file         " + exact_bytes(metadata.identity.size_bytes) + "\n";
   out += "  checksums    " + std::string(metadata.checksums ? "CRC-32C of every MiB" : "none") + "\n";
-  out += "  alignment    " + (metadata.align_bytes == 0 ? "dense" : exact_bytes(metadata.align_bytes)) + "\n";
+  out += "  alignment    " + (container.align_bytes == 0 ? "dense" : exact_bytes(container.align_bytes)) + "\n";
   for (const auto& [key, value] : metadata.user_metadata)
     out += "  metadata     " + printable(key) + ": " + printable(value) + "\n";
   out += "\n";
 
   Table macroblocks;
   macroblocks.add({"macroblock", "dtype", "offset", "elements", "size"});
-  for (const Macroblock& macroblock : metadata.macroblocks) {
-    const auto index = static_cast<std::size_t>(&macroblock - metadata.macroblocks.data());
+  for (const Macroblock& macroblock : container.macroblocks) {
+    const auto index = static_cast<std::size_t>(&macroblock - container.macroblocks.data());
     macroblocks.add({std::to_string(index), std::string(dtype_name(macroblock.dtype)),
                      std::to_string(macroblock.offset_bytes), std::to_string(macroblock.length_elems),
                      human_bytes(macroblock.length_bytes)});
@@ -154,9 +155,8 @@ std::string text_report(const Metadata& metadata, const std::string& path) {
   Table tensors;
   tensors.add({"tensor", "dtype", "shape", "offset", "size"});
   for (const TensorRecord& record : metadata.records) {
-    tensors.add({record.name.empty() ? "\"\"" : printable(record.name), std::string(dtype_name(metadata.dtype(record))),
-                 shape_text(record.shape), std::to_string(metadata.offset_bytes(record)),
-                 human_bytes(metadata.size_bytes(record))});
+    tensors.add({record.name.empty() ? "\"\"" : printable(record.name), std::string(dtype_name(record.dtype)),
+                 shape_text(record.shape), std::to_string(record.offset_bytes), human_bytes(record.size_bytes)});
   }
   out += tensors.text(3);
   for (const std::string& warning : metadata.warnings) out += "\nwarning: " + warning + "\n";
@@ -164,30 +164,34 @@ std::string text_report(const Metadata& metadata, const std::string& path) {
 }
 
 std::string json_report(const Metadata& metadata) {
+  const flashpack::Container& container = metadata.container;
   boost::json::array macroblocks;
-  for (const Macroblock& macroblock : metadata.macroblocks) {
+  for (const Macroblock& macroblock : container.macroblocks) {
     macroblocks.push_back({{"dtype", dtype_name(macroblock.dtype)},
                            {"offset_bytes", macroblock.offset_bytes},
                            {"length_bytes", macroblock.length_bytes},
                            {"length_elems", macroblock.length_elems}});
   }
   boost::json::array tensors;
-  for (const TensorRecord& record : metadata.records) {
+  for (std::size_t i = 0; i < metadata.records.size(); ++i) {
+    const TensorRecord& record = metadata.records[i];
+    const Macroblock& macroblock = container.macroblocks[container.macroblock_of[i]];
+    const std::uint64_t width_bytes = flashpack::element_bytes(record.dtype);
     tensors.push_back({{"name", record.name},
-                       {"dtype", dtype_name(metadata.dtype(record))},
+                       {"dtype", dtype_name(record.dtype)},
                        {"shape", boost::json::array(record.shape.begin(), record.shape.end())},
-                       {"offset_bytes", metadata.offset_bytes(record)},
-                       {"size_bytes", metadata.size_bytes(record)},
-                       {"macroblock", record.macroblock},
-                       {"offset_elems", record.offset_elems},
-                       {"length_elems", record.length_elems}});
+                       {"offset_bytes", record.offset_bytes},
+                       {"size_bytes", record.size_bytes},
+                       {"macroblock", container.macroblock_of[i]},
+                       {"offset_elems", (record.offset_bytes - macroblock.offset_bytes) / width_bytes},
+                       {"length_elems", record.size_bytes / width_bytes}});
   }
   boost::json::object user_metadata;
   for (const auto& [key, value] : metadata.user_metadata) user_metadata.emplace(key, value);
   const boost::json::object report = {
-      {"format", "flashpack_v" + std::to_string(metadata.version)},
-      {"align_bytes", metadata.align_bytes},
-      {"total_elems", metadata.total_elems},
+      {"format", "flashpack_v" + std::to_string(container.version)},
+      {"align_bytes", container.align_bytes},
+      {"total_elems", container.total_elems},
       {"payload_bytes", metadata.payload_bytes},
       {"file_bytes", metadata.identity.size_bytes},
       {"has_checksums", metadata.checksums.has_value()},
@@ -225,18 +229,17 @@ std::string verify_text(const flashpack::VerifyReport& report, const Metadata& m
   std::string out;
   for (const auto& stripe : report.corrupt) {
     out += "corrupt: bytes " + std::to_string(stripe.offset_bytes) + "+" + std::to_string(stripe.size_bytes) + ", of " +
-           printable(tensors_in(metadata, stripe.offset_bytes, stripe.size_bytes)) + "\n";
+           printable(stripe.tensors) + "\n";
   }
   out += report.corrupt.empty() ? "sound: " : std::to_string(report.corrupt.size()) + " stripes corrupt, sound: ";
   return out + exact_bytes(report.verified_bytes) + rate.data() + "\n";
 }
 
-std::string verify_json(const flashpack::VerifyReport& report, const Metadata& metadata) {
+std::string verify_json(const flashpack::VerifyReport& report) {
   boost::json::array corrupt;
   for (const auto& stripe : report.corrupt) {
-    corrupt.push_back({{"offset_bytes", stripe.offset_bytes},
-                       {"size_bytes", stripe.size_bytes},
-                       {"tensors", tensors_in(metadata, stripe.offset_bytes, stripe.size_bytes)}});
+    corrupt.push_back(
+        {{"offset_bytes", stripe.offset_bytes}, {"size_bytes", stripe.size_bytes}, {"tensors", stripe.tensors}});
   }
   const boost::json::object object = {
       {"verified_bytes", report.verified_bytes}, {"corrupt", std::move(corrupt)}, {"seconds", report.seconds}};
@@ -265,7 +268,7 @@ int verify_file(int fd, const std::string& path, const Metadata& metadata, bool 
     const ProgressLine line(metadata.payload_bytes);
     report = verify_payload(engine, fd, path, metadata, [&](std::uint64_t done_bytes) { line.tell(done_bytes); });
   }
-  write_stdout(json ? verify_json(report, metadata) : verify_text(report, metadata));
+  write_stdout(json ? verify_json(report) : verify_text(report, metadata));
   return report.corrupt.empty() ? 0 : kExitBadFile;
 }
 

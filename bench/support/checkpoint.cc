@@ -91,8 +91,7 @@ Checkpoint::~Checkpoint() {
 LoadRequest Checkpoint::request(std::byte* target, CachePolicy cache) const {
   FileExtents file{.path = path_, .extents = {}, .expected = metadata_.identity};
   for (const TensorRecord& record : metadata_.records) {
-    const std::uint64_t offset = metadata_.offset_bytes(record);
-    file.extents.push_back({offset, metadata_.size_bytes(record), target + offset});
+    file.extents.push_back({record.offset_bytes, record.size_bytes, target + record.offset_bytes});
   }
   return {.files = {std::move(file)}, .cache = cache, .deadline = std::nullopt};
 }
@@ -101,9 +100,9 @@ void Checkpoint::check(const std::byte* target) const {
   const OpenFile file(path_, O_RDONLY);
   std::vector<std::byte> expected;
   for (const TensorRecord& record : metadata_.records) {
-    const std::uint64_t offset = metadata_.offset_bytes(record);
-    expected.resize(metadata_.size_bytes(record));
-    const ssize_t result = ::pread(file.fd(), expected.data(), expected.size(), static_cast<off_t>(offset));
+    expected.resize(record.size_bytes);
+    const auto offset = static_cast<off_t>(record.offset_bytes);
+    const ssize_t result = ::pread(file.fd(), expected.data(), expected.size(), offset);
     if (result != static_cast<ssize_t>(expected.size())) throw file.error("read", result < 0 ? errno : EIO);
     if (std::memcmp(expected.data(), target + offset, expected.size()) != 0) {
       throw std::runtime_error("wrong bytes in " + record.name);

@@ -1,7 +1,7 @@
 /// The flashpack container: its metadata, read and written. No torch, no engine needed to read metadata.
 ///
-/// A file is [payload][JSON footer][u64 LE footer length][8 bytes magic]. The payload is one macroblock per dtype; a
-/// record names a tensor and its range of elements in one macroblock. All integers are little-endian.
+/// A file is [payload][JSON footer][u64 LE footer length][8 bytes magic]; all integers are little-endian. Readers need
+/// the records alone, which say where each tensor lies; macroblocks matter to the codec, which keeps them apart.
 #pragma once
 
 #include <cstddef>
@@ -50,7 +50,15 @@ std::string_view dtype_name(DType dtype) noexcept;
 /// Also takes torch's aliases ("half", "long", ...). Empty for names outside the format.
 std::optional<DType> dtype_from_name(std::string_view name) noexcept;
 
-/// A run of tensors of one dtype.
+struct TensorRecord {
+  std::string name;  ///< Any UTF-8, unique in the file.
+  DType dtype = DType::kFloat32;
+  std::vector<std::int64_t> shape;  ///< Empty for a zero-dim tensor, which has one element.
+  std::uint64_t offset_bytes = 0;   ///< In the file.
+  std::uint64_t size_bytes = 0;
+};
+
+/// Tensors of one dtype that follow each other.
 struct Macroblock {
   DType dtype = DType::kFloat32;
   std::uint64_t offset_bytes = 0;  ///< In the file.
@@ -58,32 +66,25 @@ struct Macroblock {
   std::uint64_t length_elems = 0;
 };
 
-struct TensorRecord {
-  std::string name;                 ///< Any UTF-8, unique in the file.
-  std::vector<std::int64_t> shape;  ///< Empty for a zero-dim tensor, which has one element.
-  std::uint64_t offset_elems = 0;   ///< From the start of its macroblock.
-  std::uint64_t length_elems = 0;   ///< Product of shape.
-  std::uint32_t macroblock = 0;     ///< Index into Metadata::macroblocks.
+/// How the footer of a flashpack file describes its records: what it takes to write that footer, or to show it.
+struct Container {
+  std::uint32_t version = 3;      ///< 3: one dtype. 4: several.
+  std::uint64_t align_bytes = 0;  ///< 0: dense.
+  std::uint64_t total_elems = 0;
+  std::vector<Macroblock> macroblocks;
+  std::vector<std::uint32_t> macroblock_of;  ///< By record: the index of the macroblock that it lies in.
 };
 
 /// All of a file but its payload. From read_metadata() it is valid: every range lies in the payload, nothing overlaps.
 struct Metadata {
-  std::uint32_t version = 3;      ///< 3: one dtype. 4: several.
-  std::uint64_t align_bytes = 0;  ///< 0: dense.
-  std::uint64_t total_elems = 0;
-  std::uint64_t payload_bytes = 0;  ///< Length of the payload; the footer begins there.
-  std::vector<Macroblock> macroblocks;
+  std::uint64_t payload_bytes = 0;     ///< Length of the payload; the footer begins there.
   std::vector<TensorRecord> records;   ///< In file order.
   std::optional<Checksums> checksums;  ///< Of the payload, when the file has them.
   /// Notes of whoever packed the file, as in `__metadata__` of safetensors files: UTF-8, mostly empty.
   std::map<std::string, std::string> user_metadata;
   FileIdentity identity;              ///< Of the file it was read from; pass it on as FileExtents::expected.
   std::vector<std::string> warnings;  ///< Harmless oddities, one sentence each.
-
-  DType dtype(const TensorRecord& record) const { return macroblocks[record.macroblock].dtype; }
-  /// Where a tensor's bytes are in the file.
-  std::uint64_t offset_bytes(const TensorRecord& record) const;
-  std::uint64_t size_bytes(const TensorRecord& record) const;
+  Container container;
 };
 
 inline constexpr std::uint64_t kMaxFooterBytes = std::uint64_t{256} << 20;
@@ -103,9 +104,6 @@ Metadata read_metadata(int fd, const std::filesystem::path& path, const ReadMeta
 
 /// Checks a footer's JSON against a payload of `payload_bytes`. `path` is for messages only. Throws: Error (kBadFile).
 Metadata parse_footer(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path = {});
-
-/// For messages: the tensors that have bytes in that range of the file, `"a", "b" and 3 more`; "no tensor" for padding.
-std::string tensors_in(const Metadata& metadata, std::uint64_t offset_bytes, std::uint64_t size_bytes);
 
 /// A tensor to be written.
 struct TensorSpec {

@@ -4,10 +4,9 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
-#include <optional>
+#include <string>
 #include <vector>
 
-#include "flashpack/checksums.h"
 #include "flashpack/engine.h"
 #include "flashpack/error.h"
 #include "flashpack/format.h"
@@ -19,6 +18,7 @@ struct VerifyReport {
   struct Stripe {
     std::uint64_t offset_bytes = 0;
     std::uint64_t size_bytes = 0;
+    std::string tensors;  ///< For messages: those that lie in it, as in `"a", "b" and 3 more`; "no tensor" for padding.
   };
 
   std::uint64_t verified_bytes = 0;  ///< That match.
@@ -36,16 +36,5 @@ VerifyReport verify_payload(Engine& engine, const std::filesystem::path& path, c
 /// The same for a file that is open for reading as `fd`, which is borrowed; `path` is for messages only.
 VerifyReport verify_payload(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata,
                             const std::function<void(std::uint64_t done_bytes)>& progress = {});
-
-/// For FileExtents::checksums of a load of `path`, whose footer is `metadata`; whole stripes are the caller's to ask
-/// for. Throws: Error (kBadFile) when they are wanted and the file has none.
-std::optional<Checksums> checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path);
-
-/// Calls `wait`, which waits for such a load, and returns what it returns. After that, with Verify::kAlways, every byte
-/// that was read is one that matches its checksum.
-/// Throws: what `wait` throws, where an Error of Errc::kCorrupt also names the tensors in the stripe; Error
-/// (kInvalidArgument) when all was to be verified and some stripes were read in part only.
-TransferStats verified(const Metadata& metadata, Verify verify, const std::filesystem::path& path,
-                       const std::function<TransferStats()>& wait);
 
 }  // namespace flashpack

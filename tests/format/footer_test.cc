@@ -396,7 +396,7 @@ TEST(Footer, MoreMacroblocksThanAFileCanHaveAreRefused) {
   constexpr std::string_view kBlock = R"({"dtype":"int8","offset_bytes":0,"length_bytes":0,"length_elems":0})";
   std::string json = R"({"format":"flashpack_v4","align_bytes":0,"index":[],"macroblocks":[)" + std::string(kBlock);
   for (std::size_t i = 1; i < kMost; ++i) json.append(",").append(kBlock);
-  EXPECT_EQ(parse_footer(json + "]}", 0).macroblocks.size(), kMost);
+  EXPECT_EQ(parse_footer(json + "]}", 0).container.macroblocks.size(), kMost);
   EXPECT_NE(error_of(json + ",{}]}").find("more than 1048576 macroblocks"), std::string::npos);
 }
 

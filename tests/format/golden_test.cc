@@ -20,17 +20,17 @@ INSTANTIATE_TEST_SUITE_P(Files, Golden, testing::ValuesIn(golden_files()),
 TEST_P(Golden, ReadsAsItsWriterMeantIt) {
   const GoldenFile& golden = GetParam();
   const Metadata metadata = read_metadata(golden.path());
-  EXPECT_EQ(metadata.version, golden.name.starts_with("v3") ? 3U : 4U);
-  EXPECT_EQ(metadata.align_bytes, golden.align_bytes);
+  EXPECT_EQ(metadata.container.version, golden.name.starts_with("v3") ? 3U : 4U);
+  EXPECT_EQ(metadata.container.align_bytes, golden.align_bytes);
   EXPECT_EQ(metadata.identity.size_bytes, std::filesystem::file_size(golden.path()));
   EXPECT_EQ(metadata.warnings, std::vector<std::string>{});
   ASSERT_EQ(metadata.records.size(), golden.tensors.size());
   for (std::size_t i = 0; i < golden.tensors.size(); ++i) {
     const TensorRecord& record = metadata.records[i];
     EXPECT_EQ(record.name, golden.tensors[i].name);
-    EXPECT_EQ(metadata.dtype(record), golden.tensors[i].dtype);
+    EXPECT_EQ(record.dtype, golden.tensors[i].dtype);
     EXPECT_EQ(record.shape, golden.tensors[i].shape);
-    EXPECT_EQ(metadata.offset_bytes(record), golden.tensors[i].offset_bytes);
+    EXPECT_EQ(record.offset_bytes, golden.tensors[i].offset_bytes);
   }
 }
 
@@ -44,7 +44,7 @@ TEST_P(Golden, IsWrittenAgainByteForByte) {
   std::string rewritten(layout.payload_bytes, '\0');
   for (std::size_t i = 0; i < specs.size(); ++i) {
     const TensorRecord& record = layout.records[i];
-    original.copy(&rewritten[layout.offset_bytes(record)], layout.size_bytes(record), golden.tensors[i].offset_bytes);
+    original.copy(&rewritten[record.offset_bytes], record.size_bytes, golden.tensors[i].offset_bytes);
   }
   rewritten += encode_footer(layout);
   EXPECT_EQ(rewritten, original);

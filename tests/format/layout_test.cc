@@ -46,16 +46,17 @@ TEST(FileOrder, RefusesANameListedTwice) {
 
 TEST(Layout, GroupsByDTypeInOrderOfFirstAppearance) {
   const Metadata metadata = make_layout(kTensors, 8);
-  ASSERT_EQ(metadata.version, 4U);
-  ASSERT_EQ(metadata.macroblocks.size(), 2U);
-  EXPECT_EQ(metadata.macroblocks[0].dtype, DType::kFloat32);
-  EXPECT_EQ(metadata.macroblocks[1].offset_bytes, 16U);
+  const Container& container = metadata.container;
+  ASSERT_EQ(container.version, 4U);
+  ASSERT_EQ(container.macroblocks.size(), 2U);
+  EXPECT_EQ(container.macroblocks[0].dtype, DType::kFloat32);
+  EXPECT_EQ(container.macroblocks[1].offset_bytes, 16U);
   EXPECT_EQ(metadata.records[1].name, "c");
-  EXPECT_EQ(metadata.records[1].offset_elems, 2U);
+  EXPECT_EQ(metadata.records[1].offset_bytes, 8U);
   EXPECT_EQ(metadata.records[3].name, "d");
-  EXPECT_EQ(metadata.records[3].offset_elems, 8U);
+  EXPECT_EQ(metadata.records[3].offset_bytes, 24U);
   EXPECT_EQ(metadata.payload_bytes, 27U);
-  EXPECT_EQ(metadata.total_elems, 14U);
+  EXPECT_EQ(container.total_elems, 14U);
 }
 
 TEST(Layout, RefusesNoTensors) { EXPECT_TRUE(contains(layout_error({}), "No tensors to pack.")); }
@@ -127,19 +128,20 @@ class RandomTensors {
 };
 
 void expect_equal(const Metadata& a, const Metadata& b) {
-  EXPECT_EQ(a.version, b.version);
-  EXPECT_EQ(a.align_bytes, b.align_bytes);
-  EXPECT_EQ(a.total_elems, b.total_elems);
+  EXPECT_EQ(a.container.version, b.container.version);
+  EXPECT_EQ(a.container.align_bytes, b.container.align_bytes);
+  EXPECT_EQ(a.container.total_elems, b.container.total_elems);
+  EXPECT_EQ(a.container.macroblock_of, b.container.macroblock_of);
   EXPECT_EQ(a.payload_bytes, b.payload_bytes);
   EXPECT_EQ(a.warnings, b.warnings);
-  ASSERT_EQ(a.macroblocks.size(), b.macroblocks.size());
+  ASSERT_EQ(a.container.macroblocks.size(), b.container.macroblocks.size());
   ASSERT_EQ(a.records.size(), b.records.size());
   for (std::size_t i = 0; i < a.records.size(); ++i) {
     EXPECT_EQ(a.records[i].name, b.records[i].name);
     EXPECT_EQ(a.records[i].shape, b.records[i].shape);
-    EXPECT_EQ(a.dtype(a.records[i]), b.dtype(b.records[i]));
-    EXPECT_EQ(a.offset_bytes(a.records[i]), b.offset_bytes(b.records[i]));
-    EXPECT_EQ(a.size_bytes(a.records[i]), b.size_bytes(b.records[i]));
+    EXPECT_EQ(a.records[i].dtype, b.records[i].dtype);
+    EXPECT_EQ(a.records[i].offset_bytes, b.records[i].offset_bytes);
+    EXPECT_EQ(a.records[i].size_bytes, b.records[i].size_bytes);
   }
 }
 
@@ -160,8 +162,8 @@ TEST(Layout, OfAnyTensorsIsReadBackAsItWasMade) {
     const std::string footer = encode_footer(layout);
     expect_equal(layout, parse_footer(std::string_view(footer).substr(0, footer.size() - 16), layout.payload_bytes));
     for (const TensorRecord& record : layout.records) {
-      EXPECT_EQ(layout.offset_bytes(record) % std::max<std::uint64_t>(align_bytes, 1), 0U);
-      EXPECT_EQ(layout.offset_bytes(record) % element_bytes(layout.dtype(record)), 0U);
+      EXPECT_EQ(record.offset_bytes % std::max<std::uint64_t>(align_bytes, 1), 0U);
+      EXPECT_EQ(record.offset_bytes % element_bytes(record.dtype), 0U);
     }
   }
 }

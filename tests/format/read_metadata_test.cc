@@ -171,7 +171,7 @@ TEST_F(ReadMetadata, ShortAndInterruptedReadsAreResumed) {
     if (++calls % 3 == 0) return errno = EINTR, -1;
     return system_pread(fd, target, std::min<size_t>(size_bytes, 1009), offset_bytes);
   };
-  EXPECT_EQ(read_metadata(path_).total_elems, 4U);
+  EXPECT_EQ(read_metadata(path_).container.total_elems, 4U);
 }
 
 TEST_F(ReadMetadata, ReadErrorKeepsItsErrnoAndOffset) {

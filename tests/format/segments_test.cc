@@ -4,6 +4,7 @@
 
 #include <fstream>
 #include <numeric>
+#include <tuple>
 #include <vector>
 
 namespace flashpack {
@@ -24,19 +25,37 @@ std::vector<std::size_t> all_of(const Metadata& metadata) {
   return all;
 }
 
+using Indices = std::vector<std::size_t>;
+
+SegmentPlan plan_on_host(const Metadata& metadata, const Indices& wanted, Verify verify = Verify::kAuto,
+                         std::uint64_t max_segment_bytes = kMaxSegmentBytes) {
+  return plan_segments(metadata, wanted, Device::Kind::kHost, verify, max_segment_bytes);
+}
+
+// For each of the wanted tensors the segment that it is in.
+Indices segments_of(const SegmentPlan& plan) {
+  Indices segments;
+  for (const SegmentPlan::Place& place : plan.places) segments.push_back(place.segment);
+  return segments;
+}
+
+constexpr std::size_t kNowhere = SegmentPlan::Place::kNowhere;
+
 TEST(PlanSegments, NeighboursShareOneSegmentThatEndsWithTheLastOfThem) {
   const Metadata metadata = bytes_file({100, 50, 25});
-  const auto segments = plan_segments(metadata, std::vector<std::size_t>{2, 1});
-  ASSERT_EQ(segments.size(), 1U);
-  EXPECT_EQ(segments[0].offset_bytes, 100U);
-  EXPECT_EQ(segments[0].size_bytes, 75U);
-  EXPECT_EQ(segments[0].records, (std::vector<std::size_t>{1, 2}));
+  const SegmentPlan plan = plan_on_host(metadata, {2, 1});
+  ASSERT_EQ(plan.segments.size(), 1U);
+  EXPECT_EQ(plan.segments[0].offset_bytes, 100U);
+  EXPECT_EQ(plan.segments[0].size_bytes, 75U);
+  ASSERT_EQ(segments_of(plan), (Indices{0, 0}));
+  EXPECT_EQ(plan.places[0].offset_bytes, 50U);
+  EXPECT_EQ(plan.places[1].offset_bytes, 0U);
 }
 
 TEST(PlanSegments, AGapOfUpToOneMiBIsReadAlongAndALongerOneIsNot) {
   const auto gap = static_cast<std::int64_t>(kMaxGapBytes);
-  EXPECT_EQ(plan_segments(bytes_file({10, gap, 10}), std::vector<std::size_t>{0, 2}).size(), 1U);
-  const auto split = plan_segments(bytes_file({10, gap + 1, 10}), std::vector<std::size_t>{0, 2});
+  EXPECT_EQ(plan_on_host(bytes_file({10, gap, 10}), {0, 2}).segments.size(), 1U);
+  const auto split = plan_on_host(bytes_file({10, gap + 1, 10}), {0, 2}).segments;
   ASSERT_EQ(split.size(), 2U);
   EXPECT_EQ(split[0].size_bytes, 10U);
   EXPECT_EQ(split[1].offset_bytes, 10 + kMaxGapBytes + 1);
@@ -45,27 +64,23 @@ TEST(PlanSegments, AGapOfUpToOneMiBIsReadAlongAndALongerOneIsNot) {
 
 TEST(PlanSegments, SegmentsAreCutBetweenTensorsAndOnlyALargerTensorExceedsTheLimit) {
   const Metadata metadata = bytes_file({60, 40, 1, 250, 30});
-  const auto segments = plan_segments(metadata, all_of(metadata), Verify::kAuto, 100);
-  ASSERT_EQ(segments.size(), 4U);
-  EXPECT_EQ(segments[0].records, (std::vector<std::size_t>{0, 1}));
-  EXPECT_EQ(segments[1].records, (std::vector<std::size_t>{2}));
-  EXPECT_EQ(segments[2].size_bytes, 250U);
-  EXPECT_EQ(segments[3].records, (std::vector<std::size_t>{4}));
+  const SegmentPlan plan = plan_on_host(metadata, all_of(metadata), Verify::kAuto, 100);
+  EXPECT_EQ(segments_of(plan), (Indices{0, 0, 1, 2, 3}));
+  EXPECT_EQ(plan.segments[2].size_bytes, 250U);
 }
 
 TEST(PlanSegments, EmptyTensorsAreInNoSegment) {
   const Metadata metadata = bytes_file({8, 0});
-  EXPECT_TRUE(plan_segments(metadata, std::vector<std::size_t>{1}).empty());
-  EXPECT_EQ(plan_segments(metadata, all_of(metadata))[0].records, (std::vector<std::size_t>{0}));
+  EXPECT_TRUE(plan_on_host(metadata, {1}).segments.empty());
+  EXPECT_EQ(segments_of(plan_on_host(metadata, {1, 0})), (Indices{kNowhere, 0}));
 }
 
 TEST(PlanSegments, ASegmentTakesInThePaddingThatFollowsItButNoTensor) {
   const std::vector<TensorSpec> specs = {
       {"a", DType::kUInt8, {100}}, {"b", DType::kUInt8, {7}}, {"c", DType::kUInt8, {0}}};
   const Metadata metadata = make_layout(specs, 128);
-  const auto first = plan_segments(metadata, std::vector<std::size_t>{0});
-  EXPECT_EQ(first[0].size_bytes, 100U);
-  const auto cut = plan_segments(metadata, all_of(metadata), Verify::kAuto, 8);
+  EXPECT_EQ(plan_on_host(metadata, {0}).segments[0].size_bytes, 100U);
+  const auto cut = plan_on_host(metadata, all_of(metadata), Verify::kAuto, 8).segments;
   ASSERT_EQ(cut.size(), 2U);
   EXPECT_EQ(cut[0].size_bytes, 128U);
   EXPECT_EQ(cut[1].offset_bytes, 128U);
@@ -77,25 +92,113 @@ TEST(PlanSegments, PaddingIsTakenInWhateverAlignmentTheFileAsksFor) {
     const std::vector<TensorSpec> specs = {{"a", DType::kUInt8, {100}}};
     Metadata metadata = make_layout(specs, align_bytes);
     metadata.payload_bytes += 1000;
-    EXPECT_EQ(plan_segments(metadata, all_of(metadata))[0].size_bytes, 1100U);
+    EXPECT_EQ(plan_on_host(metadata, all_of(metadata)).segments[0].size_bytes, 1100U);
   }
 }
 
 TEST(PlanSegments, WhereAllIsToBeVerifiedSegmentsReachToTheBordersOfStripesWithoutOverlap) {
   const auto size = static_cast<std::int64_t>(kMiB);
   const Metadata metadata = bytes_file({size + 10, 10, 3 * size, 5});
-  const auto middle = plan_segments(metadata, std::vector<std::size_t>{1}, Verify::kAlways);
-  EXPECT_EQ(middle[0].offset_bytes, kMiB);
-  EXPECT_EQ(middle[0].size_bytes, kMiB);
-  const auto ends = plan_segments(metadata, std::vector<std::size_t>{0, 3}, Verify::kAlways);
+  const SegmentPlan middle = plan_on_host(metadata, {1}, Verify::kAlways);
+  EXPECT_EQ(middle.segments[0].offset_bytes, kMiB);
+  EXPECT_EQ(middle.segments[0].size_bytes, kMiB);
+  EXPECT_EQ(middle.places[0].offset_bytes, 10U);
+  const auto ends = plan_on_host(metadata, {0, 3}, Verify::kAlways).segments;
   ASSERT_EQ(ends.size(), 2U);
   EXPECT_EQ(ends[0].size_bytes, 2 * kMiB);
   EXPECT_EQ(ends[1].offset_bytes, 4 * kMiB);
   EXPECT_EQ(ends[1].offset_bytes + ends[1].size_bytes, metadata.payload_bytes);
-  const auto cut = plan_segments(metadata, all_of(metadata), Verify::kAlways, 8);
+  const auto cut = plan_on_host(metadata, all_of(metadata), Verify::kAlways, 8).segments;
   for (std::size_t i = 1; i < cut.size(); ++i) {
     EXPECT_EQ(cut[i].offset_bytes, cut[i - 1].offset_bytes + cut[i - 1].size_bytes);
   }
+}
+
+TEST(PlanSegments, OnTheHostEverySegmentIsABlockForItsPlaceInTheFile) {
+  const Metadata metadata = bytes_file({60, 40, 1, 250, 30});
+  const SegmentPlan plan = plan_on_host(metadata, all_of(metadata), Verify::kAlways, 100);
+  ASSERT_EQ(plan.blocks.size(), plan.segments.size());
+  for (std::size_t i = 0; i < plan.segments.size(); ++i) {
+    EXPECT_EQ(plan.segments[i].block, i);
+    EXPECT_EQ(plan.segments[i].block_offset, 0U);
+    EXPECT_EQ(plan.blocks[i].size_bytes, plan.segments[i].size_bytes);
+    EXPECT_EQ(plan.blocks[i].offset_bytes, plan.segments[i].offset_bytes);
+  }
+}
+
+class PlanOnADevice : public testing::TestWithParam<std::tuple<std::uint64_t, Verify>> {
+ protected:
+  // Small tensors and large ones, the other way round in the file, and some between them that are not wanted.
+  PlanOnADevice() : metadata_(mixed_file(std::get<0>(GetParam()))) {
+    for (std::size_t i = metadata_.records.size(); i-- > 0;) {
+      if (i % 7 != 3) wanted_.push_back(i);
+    }
+    plan_ = plan_segments(metadata_, wanted_, Device::Kind::kCuda, std::get<1>(GetParam()), 16 * kMiB);
+  }
+
+  static Metadata mixed_file(std::uint64_t align_bytes) {
+    std::vector<TensorSpec> specs;
+    for (std::int64_t i = 0; i < 200; ++i) {
+      const std::int64_t size = i % 10 == 9 ? (2 << 20) + 77 * i : 1 + 977 * i % 90'000;
+      specs.push_back({std::to_string(i), DType::kUInt8, {size}});
+    }
+    return make_layout(specs, align_bytes);
+  }
+
+  Metadata metadata_;
+  Indices wanted_;
+  SegmentPlan plan_;
+};
+
+INSTANTIATE_TEST_SUITE_P(Files, PlanOnADevice,
+                         testing::Combine(testing::Values(0, 24, 128, 4096),
+                                          testing::Values(Verify::kAuto, Verify::kAlways)));
+
+TEST_P(PlanOnADevice, EveryTensorIsReadToAMultipleOf256Bytes) {
+  for (std::size_t i = 0; i < wanted_.size(); ++i) {
+    const TensorRecord& record = metadata_.records[wanted_[i]];
+    const SegmentPlan::Place& place = plan_.places[i];
+    const Segment& segment = plan_.segments.at(place.segment);
+    EXPECT_EQ(segment.offset_bytes + place.offset_bytes, record.offset_bytes);
+    EXPECT_LE(place.offset_bytes + record.size_bytes, segment.size_bytes);
+    EXPECT_EQ(plan_.block_offset(place) % kDeviceAlignBytes, 0U);
+  }
+}
+
+TEST_P(PlanOnADevice, SegmentsOverlapNeitherInTheFileNorInTheirBlocks) {
+  std::vector<std::uint64_t> used(plan_.blocks.size());
+  std::uint64_t end = 0;
+  for (const Segment& segment : plan_.segments) {
+    EXPECT_GE(segment.offset_bytes, end);
+    end = segment.offset_bytes + segment.size_bytes;
+    EXPECT_GE(segment.block_offset, used.at(segment.block));
+    used[segment.block] = segment.block_offset + segment.size_bytes;
+  }
+  EXPECT_LE(end, metadata_.payload_bytes);
+  for (std::size_t i = 0; i < used.size(); ++i) EXPECT_EQ(used[i], plan_.blocks[i].size_bytes);
+}
+
+TEST_P(PlanOnADevice, BlocksOfSmallTensorsAreSmallAndNoneIsLargerThanASegmentMayBe) {
+  Indices with_small;
+  for (std::size_t i = 0; i < wanted_.size(); ++i) {
+    if (metadata_.records[wanted_[i]].size_bytes >= kMiB) continue;
+    const Segment& segment = plan_.segments[plan_.places[i].segment];
+    if (segment.size_bytes <= 2 * kMiB) with_small.push_back(segment.block);
+  }
+  EXPECT_FALSE(with_small.empty());
+  for (const std::size_t block : with_small) EXPECT_LE(plan_.blocks[block].size_bytes, 2 * kMiB);
+  for (const SegmentPlan::Block& block : plan_.blocks) EXPECT_LE(block.size_bytes, 16 * kMiB);
+}
+
+TEST(PlanSegments, MacroblocksArePlannedAsTensorsAre) {
+  const std::vector<TensorSpec> specs = {{"a", DType::kFloat32, {3}}, {"b", DType::kInt8, {5}}};
+  const Metadata blocks = macroblocks_as_records(make_layout(specs, 16));
+  ASSERT_EQ(blocks.records.size(), 2U);
+  EXPECT_EQ(blocks.records[1].dtype, DType::kInt8);
+  EXPECT_EQ(blocks.records[1].shape, std::vector<std::int64_t>{5});
+  const SegmentPlan plan = plan_on_host(blocks, {0, 1});
+  EXPECT_EQ(plan.segments[0].size_bytes, 21U);
+  EXPECT_EQ(plan.places[1].offset_bytes, 16U);
 }
 
 TEST(HostRegion, DataAgreesWithTheFileOffsetModuloAPageOrAHugePage) {

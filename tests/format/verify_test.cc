@@ -7,6 +7,7 @@
 
 #include "tests/support/temp_dir.h"
 #include "torch_binding/format/open_file.h"
+#include "torch_binding/format/verified.h"
 
 namespace flashpack {
 namespace {
@@ -70,7 +71,7 @@ TEST_F(VerifyTest, EveryCorruptStripeIsNamedWithItsTensors) {
   EXPECT_EQ(report.corrupt[1].offset_bytes, 6u << 20);
   EXPECT_EQ(report.corrupt[2].offset_bytes + report.corrupt[2].size_bytes, metadata.payload_bytes);
   EXPECT_EQ(report.verified_bytes, metadata.payload_bytes - (2u << 20) - report.corrupt[2].size_bytes);
-  EXPECT_EQ(tensors_in(metadata, 5u << 20, 1u << 20), R"("t5", "t6")");
+  EXPECT_EQ(report.corrupt[0].tensors, R"("t5", "t6")");
 }
 
 TEST_F(VerifyTest, AFileWithoutChecksumsCannotBeVerified) {
@@ -117,9 +118,11 @@ TEST_F(VerifyTest, TensorsOfARangeAreCountedPastTheFifth) {
   std::vector<TensorSpec> specs;
   for (int i = 0; i < 9; ++i) specs.push_back({"t" + std::to_string(i), DType::kUInt8, {100}});
   const Metadata metadata = make_layout(specs, 128);
-  EXPECT_EQ(tensors_in(metadata, 0, 100), R"("t0")");
-  EXPECT_EQ(tensors_in(metadata, 100, 28), "no tensor");
-  EXPECT_EQ(tensors_in(metadata, 0, 1000), R"("t0", "t1", "t2", "t3", "t4" and 3 more)");
+  const TensorsByOffset tensors(metadata);
+  EXPECT_EQ(tensors.names_in(0, 100), R"("t0")");
+  EXPECT_EQ(tensors.names_in(99, 30), R"("t0", "t1")");
+  EXPECT_EQ(tensors.names_in(100, 28), "no tensor");
+  EXPECT_EQ(tensors.names_in(0, 1000), R"("t0", "t1", "t2", "t3", "t4" and 3 more)");
 }
 
 // What is read from a footer with one bit flipped is the same as without, or an error.

@@ -17,9 +17,8 @@ void check(bool holds) {
 /// What read_metadata() promises of every file it accepts.
 void check_ranges(const flashpack::Metadata& metadata) {
   for (const flashpack::TensorRecord& record : metadata.records) {
-    const std::uint64_t offset_bytes = metadata.offset_bytes(record);
-    check(offset_bytes <= kPayloadBytes && metadata.size_bytes(record) <= kPayloadBytes - offset_bytes);
-    check(offset_bytes % flashpack::element_bytes(metadata.dtype(record)) == 0);
+    check(record.offset_bytes <= kPayloadBytes && record.size_bytes <= kPayloadBytes - record.offset_bytes);
+    check(record.offset_bytes % flashpack::element_bytes(record.dtype) == 0);
   }
 }
 

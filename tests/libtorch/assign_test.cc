@@ -333,7 +333,7 @@ TEST_F(Mixin, AModuleSavesItselfAndComesBackInEvaluationMode) {
 TEST_F(Mixin, OptionsReachThePackingAndTheAssignment) {
   const NetImpl saved;
   saved.save_flashpack(engine_, file(), {.target_dtype = at::kDouble});
-  EXPECT_EQ(read_metadata(file()).macroblocks.size(), 2U) << "the integer buffer keeps its dtype";
+  EXPECT_EQ(read_metadata(file()).container.macroblocks.size(), 2U) << "the integer buffer keeps its dtype";
   EXPECT_MENTIONS(error_of([&] { NetImpl::from_flashpack(engine_, file()); }),
                   "dtype mismatch for buffer 'block.norm.running_mean'");
   const auto net = NetImpl::from_flashpack(engine_, file(), {.coerce_dtype = true});

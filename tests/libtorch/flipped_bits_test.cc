@@ -30,19 +30,21 @@ void PrintTo(const LegalFile& file, std::ostream* out) { *out << file.name; }
 /// Macroblocks of uint8 tensors by file offset, and bytes behind the last.
 LegalFile blocks_file(std::string name, const std::vector<std::pair<std::uint64_t, std::vector<std::int64_t>>>& blocks,
                       std::uint64_t trailing_bytes = 0) {
-  LegalFile file{.name = std::move(name), .metadata = {.version = 4}};
+  LegalFile file{.name = std::move(name), .metadata = {.container = {.version = 4}}};
   Metadata& metadata = file.metadata;
+  Container& container = metadata.container;
   for (const auto& [offset, sizes] : blocks) {
     Macroblock block{.dtype = DType::kUInt8, .offset_bytes = offset};
     for (const std::int64_t size : sizes) {
       metadata.records.push_back({.name = "t" + std::to_string(metadata.records.size()),
+                                  .dtype = DType::kUInt8,
                                   .shape = {size},
-                                  .offset_elems = block.length_elems,
-                                  .length_elems = static_cast<std::uint64_t>(size),
-                                  .macroblock = static_cast<std::uint32_t>(metadata.macroblocks.size())});
+                                  .offset_bytes = offset + block.length_bytes,
+                                  .size_bytes = static_cast<std::uint64_t>(size)});
+      container.macroblock_of.push_back(static_cast<std::uint32_t>(container.macroblocks.size()));
       block.length_bytes = block.length_elems += static_cast<std::uint64_t>(size);
     }
-    metadata.macroblocks.push_back(block);
+    container.macroblocks.push_back(block);
     metadata.payload_bytes = std::max(metadata.payload_bytes, offset + block.length_bytes);
   }
   metadata.payload_bytes += trailing_bytes;
@@ -100,7 +102,7 @@ class FlippedBits : public test::TorchTest, public testing::WithParamInterface<L
     ::torch::nn::Module module;
     const Metadata& metadata = GetParam().metadata;
     for (const TensorRecord& record : metadata.records) {
-      module.register_buffer(record.name, at::empty(record.shape, scalar_type(metadata.dtype(record))));
+      module.register_buffer(record.name, at::empty(record.shape, scalar_type(record.dtype)));
     }
     assign_from_file(engine_, module, file(), {.strict_buffers = true, .verify = Verify::kAlways});
     Tensors tensors;
@@ -120,7 +122,7 @@ class FlippedBits : public test::TorchTest, public testing::WithParamInterface<L
     const Metadata& metadata = GetParam().metadata;
     std::set<std::uint64_t> ends = {0, metadata.payload_bytes};
     for (const TensorRecord& record : metadata.records) {
-      ends.insert({metadata.offset_bytes(record), metadata.offset_bytes(record) + metadata.size_bytes(record)});
+      ends.insert({record.offset_bytes, record.offset_bytes + record.size_bytes});
     }
     for (std::uint64_t begin = 0; begin < metadata.payload_bytes; begin += kPiece) ends.insert(begin);
     std::set<std::uint64_t> places;

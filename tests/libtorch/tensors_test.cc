@@ -47,7 +47,7 @@ TEST_F(DTypes, ComeBackBitEqualWithTheirShape) {
     const at::Tensor tensor = random_bits(type, 3 * 5 * 7).view({3, 5, 7});
     pack({{"x", tensor}});
     EXPECT_TRUE(same_bytes(read_one("x"), tensor));
-    EXPECT_EQ(read_metadata(file()).macroblocks[0].dtype, dtype);
+    EXPECT_EQ(read_metadata(file()).container.macroblocks[0].dtype, dtype);
   });
 }
 
@@ -107,7 +107,7 @@ TEST_F(Read, LiesAtTheFileOffsetsPhaseSoThatItIsReadInPlace) {
   const Metadata metadata = read_metadata(file());
   for (const auto& record : metadata.records) {
     const auto address = reinterpret_cast<std::uintptr_t>(read_one(record.name).const_data_ptr());
-    EXPECT_EQ(address % 4096, metadata.offset_bytes(record) % 4096) << record.name;
+    EXPECT_EQ(address % 4096, record.offset_bytes % 4096) << record.name;
   }
   const TransferStats stats = read_tensors(engine_, file(), {.cache = CachePolicy::kDirect}).stats;
   EXPECT_LE(stats.staged_bytes, 3 * 4096U) << "more than the ends went through a copy";

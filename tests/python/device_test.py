@@ -207,21 +207,17 @@ def test_all_ranks_have_the_same_places_in_memory_whatever_they_verify(pack, sta
     monkeypatch.setattr(_distributed.Ranks, "_broadcast", lambda ranks, memory, device: sent.append(memory))
     elsewhere = torch.device("meta", 0)  # A device that every machine has.
     with open_footer(path) as footer:
-        runs = _memory.plan_runs(footer.entries()[::3], elsewhere)
-        spans = [(run[0].offset_bytes, _memory.stop_of(run[-1])) for run in runs]
+        wanted = _memory.Wanted(footer.native, footer.entries()[::3])
         reads, receives = (
-            _distributed.Ranks(rank, 2, 0, elsewhere).read_regions(
-                footer, spans, elsewhere, _memory.ReadOptions(verify=verify if rank == 0 else "never")
+            _distributed.Ranks(rank, 2, 0, elsewhere).read_blocks(
+                footer, wanted, elsewhere, _memory.ReadOptions(verify=verify if rank == 0 else "never")
             )
             for rank in range(2)
         )
     assert [(block.numel(), block.device.type) for block in sent] == [
         (block.numel(), device) for device in ("cpu", "meta") for block in sent[: len(sent) // 2]
     ]
-    for mine, theirs in zip(reads.regions, receives.regions, strict=True):
-        assert (mine.offset_bytes, mine.size_bytes) == (theirs.offset_bytes, theirs.size_bytes)
-        begins = [block_offset(each.tensor("uint8", (1,), 1, each.offset_bytes)) for each in (mine, theirs)]
-        assert begins[0] == begins[1]
+    assert reads.places == receives.places
 
 
 @pytest.fixture
@@ -284,11 +280,11 @@ def test_one_load_that_fails_ends_the_others_and_says_why(pack, stand_ins):
 def test_a_load_that_cannot_be_started_ends_those_that_have_been(pack, monkeypatch):
     path = pack({"a": random_tensor((4 * MIB,)), "b": random_tensor((MIB,), seed=1)}, name_order=["a", "b"])
     engine = _native.Engine()
-    regions = []
+    blocks = []
 
     class First:
         def start_load(self, fd, path, extents, metadata, memory, *args, **kwargs):
-            regions.extend(memory)
+            blocks.extend(memory)
             return engine.start_load(fd, path, extents, metadata, memory, *args, **kwargs)
 
     class Second:
@@ -299,9 +295,9 @@ def test_a_load_that_cannot_be_started_ends_those_that_have_been(pack, monkeypat
     monkeypatch.setattr(_memory, "side_of", lambda device: Side(CPU, engines[device], 0))
     with pytest.raises(RuntimeError, match="no such stream") as caught:
         read(path, [["a"], ["b"]])
-    regions[0].memory.fill_(0xAB)
+    blocks[0].memory.fill_(0xAB)
     assert flashpack.load_file(path)["a"].numel() == 4 * MIB
-    assert bool((regions[0].memory == 0xAB).all())
+    assert bool((blocks[0].memory == 0xAB).all())
     del caught
 
 

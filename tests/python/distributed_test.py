@@ -246,9 +246,9 @@ def fail(*args):
 
 def assign_with_fault(rank, paths, failing, where):
     owner, name = {
-        "read": (_distributed, "read_regions"),
-        "memory": (_distributed, "allocate_places"),
-        "tensors": (flashpack._memory, "tensors_of"),
+        "read": (_distributed, "read_blocks"),
+        "memory": (_distributed, "allocate"),
+        "tensors": (flashpack.deserialization, "tensors_of"),
         "commit": (flashpack.deserialization, "commit"),
     }[where]
     model = Model()
@@ -438,8 +438,8 @@ def test_memory_that_the_engine_could_not_reach_is_moved_on_its_way_to_the_other
     sent = []
     monkeypatch.setattr(dist, "broadcast", lambda tensor, src: sent.append((tensor.device.type, src)))
     stand_in = torch.device("meta")  # A device that every machine has.
-    region = flashpack._memory.allocate_region(0, 100)
-    _distributed.Ranks(rank=1, count=2, src=1, device=stand_in)._broadcast(region.memory, stand_in)
+    block = flashpack._memory.allocate_block(0, 100)
+    _distributed.Ranks(rank=1, count=2, src=1, device=stand_in)._broadcast(block.memory, stand_in)
     assert sent == [("meta", 1)]
 
 

@@ -36,15 +36,15 @@ interrupt = ctypes.pythonapi.PyErr_SetInterrupt
 
 def test_ctrl_c_during_a_load_is_noticed_by_the_waiting_loop(path):
     with open_footer(path) as footer:
-        region = _memory.allocate_region(0, SIZE_BYTES)
-        extents = [(0, SIZE_BYTES, region.address)]
+        block = _memory.allocate_block(0, SIZE_BYTES)
+        extents = [(0, SIZE_BYTES, block.address)]
         load = functools.partial(_engine.engine().load, footer.fileno(), path, extents, footer.native, "auto", "auto")
         finished = []
         with pytest.raises(KeyboardInterrupt):
             finished.extend(map(load, [interrupt]))
         assert finished == []
         # Nothing is in flight any more: what is put there now stays while the engine moves other bytes.
-        memory = region.tensor("uint8", (SIZE_BYTES,), SIZE_BYTES, 0).fill_(0xAB)
+        memory = block.memory.fill_(0xAB)
         assert flashpack.revert_from_file(path)["weight"].numel() == SIZE_BYTES // 4
         assert bool((memory == 0xAB).all())
         assert load(None)["requested_bytes"] == SIZE_BYTES

@@ -10,8 +10,6 @@ namespace flashpack {
 
 namespace {
 
-using Record = decltype(FooterFields::records)::value_type::value_type;
-
 /// Knows what the keys of a footer mean, and for messages where in the footer it is. Throws Error at the first broken
 /// rule.
 class FooterReader {
@@ -140,10 +138,10 @@ class FooterReader {
       fail(where() + " references macroblock " + std::to_string(macroblock) + ", but no file has that many");
     }
     // The name is moved last, for messages about the others have it.
-    Record record{.shape = require(std::move(shape), "shape"),
-                  .offset_elems = require(offset, "offset"),
-                  .length_elems = require(length, "length"),
-                  .macroblock = static_cast<std::uint32_t>(macroblock)};
+    RecordFields record{.shape = require(std::move(shape), "shape"),
+                        .offset_elems = require(offset, "offset"),
+                        .length_elems = require(length, "length"),
+                        .macroblock = static_cast<std::uint32_t>(macroblock)};
     record.name = *std::move(name_);
     records_.push_back(std::move(record));
   }
@@ -203,7 +201,7 @@ class FooterReader {
   const std::filesystem::path& path_;
   FooterFields fields_;
   std::vector<Macroblock> macroblocks_;
-  std::vector<Record> records_;
+  std::vector<RecordFields> records_;
   Part part_ = Part::kFooter;
   std::string_view key_;             // Of the value that comes next, if it is known.
   std::string user_key_;             // What key_ may point to.

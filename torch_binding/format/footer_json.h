@@ -13,6 +13,15 @@
 
 namespace flashpack {
 
+/// A record as the footer has it: a number of elements in one macroblock.
+struct RecordFields {
+  std::string name;
+  std::vector<std::int64_t> shape;
+  std::uint64_t offset_elems = 0;  ///< From the start of its macroblock.
+  std::uint64_t length_elems = 0;
+  std::uint32_t macroblock = 0;
+};
+
 /// What a footer says. Types, signs, required keys of macroblocks and records, and uniqueness of keys are checked;
 /// whether the values agree with each other and with the file is not.
 struct FooterFields {
@@ -22,7 +31,7 @@ struct FooterFields {
   std::optional<std::uint64_t> total_elems;
   std::optional<std::uint64_t> total_payload_bytes;
   std::optional<std::vector<Macroblock>> macroblocks;
-  std::optional<std::vector<TensorRecord>> records;
+  std::optional<std::vector<RecordFields>> records;
   std::optional<std::string> crc32c_per_mib;
   std::optional<std::string> footer_crc32c;
   std::map<std::string, std::string> user_metadata;

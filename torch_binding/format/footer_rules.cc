@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <span>
 #include <string>
-#include <tuple>
 #include <utility>
 
 #include "flashpack/format.h"
@@ -20,12 +19,14 @@ class FooterCheck {
   }
 
   Metadata run(FooterFields fields) {
-    metadata_.version = version(fields);
-    metadata_.align_bytes = require(fields.align_bytes, "align_bytes");
-    metadata_.macroblocks = metadata_.version == 3 ? one_macroblock(fields) : several_macroblocks(fields);
+    container_.version = version(fields);
+    container_.align_bytes = require(fields.align_bytes, "align_bytes");
+    container_.macroblocks = container_.version == 3 ? one_macroblock(fields) : several_macroblocks(fields);
     check_macroblocks();
-    metadata_.records = require(std::move(fields.records), "index");
-    for (std::size_t i = 0; i < metadata_.records.size(); ++i) check_record(i);
+    auto records = require(std::move(fields.records), "index");
+    metadata_.records.reserve(records.size());
+    container_.macroblock_of.reserve(records.size());
+    for (RecordFields& record : records) add_record(std::move(record));
     check_names();
     check_overlap_of_records();
     add_totals(fields);
@@ -69,24 +70,25 @@ class FooterCheck {
   }
 
   void check_macroblocks() const {
-    for (std::size_t i = 0; i < metadata_.macroblocks.size(); ++i) check_macroblock(i);
+    const std::vector<Macroblock>& macroblocks = container_.macroblocks;
+    for (std::size_t i = 0; i < macroblocks.size(); ++i) check_macroblock(i);
 
     std::vector<std::size_t> by_offset;
-    for (std::size_t i = 0; i < metadata_.macroblocks.size(); ++i) {
-      if (metadata_.macroblocks[i].length_bytes > 0) by_offset.push_back(i);
+    for (std::size_t i = 0; i < macroblocks.size(); ++i) {
+      if (macroblocks[i].length_bytes > 0) by_offset.push_back(i);
     }
-    const auto offset = [&](std::size_t i) { return metadata_.macroblocks[i].offset_bytes; };
+    const auto offset = [&](std::size_t i) { return macroblocks[i].offset_bytes; };
     std::sort(by_offset.begin(), by_offset.end(), [&](auto a, auto b) { return offset(a) < offset(b); });
     for (std::size_t k = 1; k < by_offset.size(); ++k) {
       const std::size_t previous = by_offset[k - 1];
-      if (offset(by_offset[k]) < offset(previous) + metadata_.macroblocks[previous].length_bytes) {
+      if (offset(by_offset[k]) < offset(previous) + macroblocks[previous].length_bytes) {
         fail("macroblock " + std::to_string(by_offset[k]) + " overlaps macroblock " + std::to_string(previous));
       }
     }
   }
 
   void check_macroblock(std::size_t i) const {
-    const Macroblock& macroblock = metadata_.macroblocks[i];
+    const Macroblock& macroblock = container_.macroblocks[i];
     const std::string where = "macroblock " + std::to_string(i);
     const std::uint64_t width_bytes = element_bytes(macroblock.dtype);
     std::uint64_t length_bytes = 0;
@@ -106,29 +108,40 @@ class FooterCheck {
     }
   }
 
-  void check_record(std::size_t i) const {
-    const TensorRecord& record = metadata_.records[i];
-    if (record.macroblock >= metadata_.macroblocks.size()) {
-      fail(where(i) + ": Index entry references macroblock " + std::to_string(record.macroblock) + ", but only " +
-           std::to_string(metadata_.macroblocks.size()) + " blocks exist.");
+  void add_record(RecordFields record) {
+    const std::string where = where_of(metadata_.records.size(), record.name);
+    if (record.macroblock >= container_.macroblocks.size()) {
+      fail(where + ": Index entry references macroblock " + std::to_string(record.macroblock) + ", but only " +
+           std::to_string(container_.macroblocks.size()) + " blocks exist.");
     }
-    const Macroblock& macroblock = metadata_.macroblocks[record.macroblock];
+    const Macroblock& macroblock = container_.macroblocks[record.macroblock];
+    check_place(record, macroblock, where);
+    const std::uint64_t width_bytes = element_bytes(macroblock.dtype);
+    metadata_.records.push_back({.name = std::move(record.name),
+                                 .dtype = macroblock.dtype,
+                                 .shape = std::move(record.shape),
+                                 .offset_bytes = macroblock.offset_bytes + record.offset_elems * width_bytes,
+                                 .size_bytes = record.length_elems * width_bytes});
+    container_.macroblock_of.push_back(record.macroblock);
+  }
+
+  void check_place(const RecordFields& record, const Macroblock& macroblock, const std::string& where) const {
     const std::optional<std::uint64_t> count = rules::element_count(record.shape);
-    if (!count) fail("Could not get tensor for " + where(i) + ": the size of its shape passes 2^63");
+    if (!count) fail("Could not get tensor for " + where + ": the size of its shape passes 2^63");
     if (*count != record.length_elems) {
-      fail("Could not get tensor for " + where(i) + ": its shape has " + std::to_string(*count) +
+      fail("Could not get tensor for " + where + ": its shape has " + std::to_string(*count) +
            " elements, its length is " + std::to_string(record.length_elems));
     }
     if (record.offset_elems > macroblock.length_elems ||
         record.length_elems > macroblock.length_elems - record.offset_elems) {
-      fail("Could not get tensor for " + where(i) + ": elements " + std::to_string(record.offset_elems) + "+" +
+      fail("Could not get tensor for " + where + ": elements " + std::to_string(record.offset_elems) + "+" +
            std::to_string(record.length_elems) + " run past its macroblock of " +
            std::to_string(macroblock.length_elems));
     }
-    const std::uint64_t align_elems = rules::alignment_elems(metadata_.align_bytes, element_bytes(macroblock.dtype));
+    const std::uint64_t align_elems = rules::alignment_elems(container_.align_bytes, element_bytes(macroblock.dtype));
     if (record.offset_elems % align_elems != 0) {
-      fail(where(i) + " is misaligned: offset " + std::to_string(record.offset_elems) + " is not a multiple of " +
-           std::to_string(align_elems) + " elements (align_bytes " + std::to_string(metadata_.align_bytes) + ")");
+      fail(where + " is misaligned: offset " + std::to_string(record.offset_elems) + " is not a multiple of " +
+           std::to_string(align_elems) + " elements (align_bytes " + std::to_string(container_.align_bytes) + ")");
     }
   }
 
@@ -148,15 +161,14 @@ class FooterCheck {
     std::vector<std::size_t> by_offset;
     by_offset.reserve(records.size());
     for (std::size_t i = 0; i < records.size(); ++i) {
-      if (records[i].length_elems > 0) by_offset.push_back(i);
+      if (records[i].size_bytes > 0) by_offset.push_back(i);
     }
-    const auto place = [&](std::size_t i) { return std::tuple(records[i].macroblock, records[i].offset_elems, i); };
+    const auto place = [&](std::size_t i) { return std::pair(records[i].offset_bytes, i); };
     std::sort(by_offset.begin(), by_offset.end(), [&](auto a, auto b) { return place(a) < place(b); });
     for (std::size_t k = 1; k < by_offset.size(); ++k) {
       const TensorRecord& previous = records[by_offset[k - 1]];
       const TensorRecord& record = records[by_offset[k]];
-      if (record.macroblock == previous.macroblock &&
-          record.offset_elems < previous.offset_elems + previous.length_elems) {
+      if (record.offset_bytes < previous.offset_bytes + previous.size_bytes) {
         fail(where(by_offset[k]) + " overlaps " + where(by_offset[k - 1]));
       }
     }
@@ -164,8 +176,8 @@ class FooterCheck {
 
   void add_totals(const FooterFields& fields) {
     std::uint64_t end_bytes = 0;
-    for (const Macroblock& macroblock : metadata_.macroblocks) {
-      metadata_.total_elems += macroblock.length_elems;
+    for (const Macroblock& macroblock : container_.macroblocks) {
+      container_.total_elems += macroblock.length_elems;
       end_bytes = std::max(end_bytes, macroblock.offset_bytes + macroblock.length_bytes);
     }
     if (end_bytes < metadata_.payload_bytes) {
@@ -175,9 +187,9 @@ class FooterCheck {
       if (fields.crc32c_per_mib) fail(what);
       warn(what);
     }
-    if (fields.total_elems && *fields.total_elems != metadata_.total_elems) {
+    if (fields.total_elems && *fields.total_elems != container_.total_elems) {
       warn("total_elems is " + std::to_string(*fields.total_elems) + ", but the macroblocks have " +
-           std::to_string(metadata_.total_elems) + " elements.");
+           std::to_string(container_.total_elems) + " elements.");
     }
     if (fields.total_payload_bytes && *fields.total_payload_bytes != end_bytes) {
       warn("total_payload_bytes is " + std::to_string(*fields.total_payload_bytes) +
@@ -201,8 +213,9 @@ class FooterCheck {
     return sums;
   }
 
-  std::string where(std::size_t i) const {
-    return "record " + std::to_string(i) + " " + rules::quoted(metadata_.records[i].name);
+  std::string where(std::size_t i) const { return where_of(i, metadata_.records[i].name); }
+  static std::string where_of(std::size_t i, std::string_view name) {
+    return "record " + std::to_string(i) + " " + rules::quoted(name);
   }
 
   void warn(std::string sentence) { metadata_.warnings.push_back(std::move(sentence)); }
@@ -210,6 +223,7 @@ class FooterCheck {
 
   const std::filesystem::path& path_;
   Metadata metadata_;
+  Container& container_ = metadata_.container;
 };
 
 void check_footer_crc(std::string_view digits, std::string_view json, const std::filesystem::path& path) {

@@ -90,27 +90,6 @@ std::uint64_t footer_bytes(std::string_view trailer, std::uint64_t size_bytes, c
 
 }  // namespace
 
-std::uint64_t Metadata::offset_bytes(const TensorRecord& record) const {
-  return macroblocks[record.macroblock].offset_bytes + record.offset_elems * element_bytes(dtype(record));
-}
-
-std::uint64_t Metadata::size_bytes(const TensorRecord& record) const {
-  return record.length_elems * element_bytes(dtype(record));
-}
-
-std::string tensors_in(const Metadata& metadata, std::uint64_t offset_bytes, std::uint64_t size_bytes) {
-  constexpr std::size_t kNamed = 5;
-  std::string names;
-  std::size_t count = 0;
-  for (const TensorRecord& record : metadata.records) {
-    const std::uint64_t begin = metadata.offset_bytes(record);
-    if (begin >= offset_bytes + size_bytes || begin + metadata.size_bytes(record) <= offset_bytes) continue;
-    if (count++ < kNamed) names += (names.empty() ? "" : ", ") + rules::quoted(record.name);
-  }
-  if (count == 0) return "no tensor";
-  return count <= kNamed ? names : names + " and " + std::to_string(count - kNamed) + " more";
-}
-
 Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options) {
   return read_metadata(OpenFile(path).fd(), path, options);
 }

@@ -95,9 +95,10 @@ std::vector<DType> dtypes_in_order(std::span<const TensorSpec> tensors) {
 
 /// Places the tensors of `dtype` in a macroblock of their own after the payload so far.
 void append_macroblock(Metadata& metadata, std::span<const TensorSpec> tensors, DType dtype) {
-  const auto index = static_cast<std::uint32_t>(metadata.macroblocks.size());
+  Container& container = metadata.container;
+  const auto index = static_cast<std::uint32_t>(container.macroblocks.size());
   const std::uint64_t width_bytes = element_bytes(dtype);
-  const std::uint64_t align_elems = rules::alignment_elems(metadata.align_bytes, element_bytes(dtype));
+  const std::uint64_t align_elems = rules::alignment_elems(container.align_bytes, element_bytes(dtype));
   const auto first = std::find_if(tensors.begin(), tensors.end(), [&](const auto& t) { return t.dtype == dtype; });
 
   Macroblock macroblock{.dtype = dtype};
@@ -110,13 +111,14 @@ void append_macroblock(Metadata& metadata, std::span<const TensorSpec> tensors, 
     macroblock.length_bytes = multiply(macroblock.length_elems, width_bytes, tensor);
     metadata.payload_bytes = add(macroblock.offset_bytes, macroblock.length_bytes, tensor);
     metadata.records.push_back({.name = tensor.name,
+                                .dtype = dtype,
                                 .shape = tensor.shape,
-                                .offset_elems = offset_elems,
-                                .length_elems = length_elems,
-                                .macroblock = index});
+                                .offset_bytes = macroblock.offset_bytes + offset_elems * width_bytes,
+                                .size_bytes = length_elems * width_bytes});
+    container.macroblock_of.push_back(index);
   }
-  metadata.total_elems += macroblock.length_elems;
-  metadata.macroblocks.push_back(macroblock);
+  container.total_elems += macroblock.length_elems;
+  container.macroblocks.push_back(macroblock);
 }
 
 void append_field(std::string& out, std::string_view key, std::uint64_t value) {
@@ -138,45 +140,50 @@ void append_macroblock_json(std::string& out, const Macroblock& macroblock) {
   out += '}';
 }
 
-void append_record_json(std::string& out, const TensorRecord& record, bool with_macroblock) {
+void append_record_json(std::string& out, const Metadata& metadata, std::size_t i) {
+  const TensorRecord& record = metadata.records[i];
+  const std::uint32_t macroblock = metadata.container.macroblock_of[i];
+  const std::uint64_t width_bytes = element_bytes(record.dtype);
   out += "{\"name\":";
   rules::append_json_string(out, record.name);
   out += ",\"shape\":[";
-  for (std::size_t i = 0; i < record.shape.size(); ++i) {
-    if (i > 0) out += ',';
-    out += std::to_string(record.shape[i]);
+  for (std::size_t dim = 0; dim < record.shape.size(); ++dim) {
+    if (dim > 0) out += ',';
+    out += std::to_string(record.shape[dim]);
   }
   out += "],";
-  append_field(out, "offset", record.offset_elems);
+  const std::uint64_t begin_bytes = metadata.container.macroblocks[macroblock].offset_bytes;
+  append_field(out, "offset", (record.offset_bytes - begin_bytes) / width_bytes);
   out += ',';
-  append_field(out, "length", record.length_elems);
-  if (with_macroblock) {
+  append_field(out, "length", record.size_bytes / width_bytes);
+  if (metadata.container.version == 4) {
     out += ',';
-    append_field(out, "macroblock", record.macroblock);
+    append_field(out, "macroblock", macroblock);
   }
   out += '}';
 }
 
 void append_preamble(std::string& out, const Metadata& metadata) {
-  if (metadata.version == 3) {
+  const Container& container = metadata.container;
+  if (container.version == 3) {
     out += "{\"format\":\"flashpack_v3\",\"target_dtype\":\"";
-    out += dtype_name(metadata.macroblocks.front().dtype);
+    out += dtype_name(container.macroblocks.front().dtype);
     out += "\",";
-    append_field(out, "align_bytes", metadata.align_bytes);
+    append_field(out, "align_bytes", container.align_bytes);
     out += ',';
-    append_field(out, "total_elems", metadata.total_elems);
+    append_field(out, "total_elems", container.total_elems);
     return;
   }
   out += "{\"format\":\"flashpack_v4\",";
-  append_field(out, "align_bytes", metadata.align_bytes);
+  append_field(out, "align_bytes", container.align_bytes);
   out += ',';
   append_field(out, "total_payload_bytes", metadata.payload_bytes);
   out += ',';
-  append_field(out, "total_elems", metadata.total_elems);
+  append_field(out, "total_elems", container.total_elems);
   out += ",\"macroblocks\":[";
-  for (std::size_t i = 0; i < metadata.macroblocks.size(); ++i) {
+  for (std::size_t i = 0; i < container.macroblocks.size(); ++i) {
     if (i > 0) out += ',';
-    append_macroblock_json(out, metadata.macroblocks[i]);
+    append_macroblock_json(out, container.macroblocks[i]);
   }
   out += ']';
 }
@@ -240,12 +247,12 @@ Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_by
   if (align_bytes > kMaxBytes) refuse_to_pack("align_bytes must be below 2^63, not " + std::to_string(align_bytes));
   check_names(tensors);
   Metadata metadata;
-  metadata.align_bytes = align_bytes;
+  metadata.container.align_bytes = align_bytes;
   metadata.records.reserve(tensors.size());
   const std::vector<DType> dtypes = dtypes_in_order(tensors);
   for (const DType dtype : dtypes) append_macroblock(metadata, tensors, dtype);
   if (metadata.payload_bytes == 0) refuse_to_pack("Nothing to pack after alignment.");
-  metadata.version = dtypes.size() == 1 ? 3 : 4;
+  metadata.container.version = dtypes.size() == 1 ? 3 : 4;
   return metadata;
 }
 
@@ -258,10 +265,10 @@ void check_footer(const Metadata& metadata, bool checksums) {
   if (checksums) append_checksums(part, {});
   std::uint64_t json_bytes = part.size() + std::string_view(",\"index\":[]}").size();
   if (checksums) json_bytes += stripes_of(metadata.payload_bytes) * rules::kCrcDigits;
-  for (const TensorRecord& record : metadata.records) {
+  for (std::size_t i = 0; i < metadata.records.size(); ++i) {
     part.clear();
-    append_record_json(part, record, metadata.version == 4);
-    json_bytes += part.size() + (&record != &metadata.records.front());
+    append_record_json(part, metadata, i);
+    json_bytes += part.size() + (i > 0);
   }
   check_size(json_bytes);
 }
@@ -271,9 +278,9 @@ std::string encode_footer(const Metadata& metadata) {
   std::string out;
   append_preamble(out, metadata);
   out += ",\"index\":[";
-  for (const TensorRecord& record : metadata.records) {
-    if (&record != &metadata.records.front()) out += ',';
-    append_record_json(out, record, metadata.version == 4);
+  for (std::size_t i = 0; i < metadata.records.size(); ++i) {
+    if (i > 0) out += ',';
+    append_record_json(out, metadata, i);
   }
   out += ']';
   append_user_metadata(out, metadata);

@@ -9,6 +9,7 @@
 
 #include "torch_binding/format/format_rules.h"
 #include "torch_binding/format/open_file.h"
+#include "torch_binding/format/verified.h"
 
 namespace flashpack {
 
@@ -41,8 +42,17 @@ Error with_tensors(const Error& error, const Metadata& metadata) {
   const std::uint64_t size = std::min<std::uint64_t>(Checksums::kStripeBytes, metadata.payload_bytes - begin);
   return {error.code(),
           "verify " + error.path().string() + " at " + std::to_string(begin) + "+" + std::to_string(size) + ", where " +
-              tensors_in(metadata, begin, size) + " lies",
+              TensorsByOffset(metadata).names_in(begin, size) + " lies",
           error.path(), begin};
+}
+
+/// Throws: Error (kInvalidArgument) unless all that was read was held against checksums.
+std::uint64_t all_verified(const TransferStats& stats, const std::filesystem::path& path) {
+  if (stats.verified_bytes == stats.requested_bytes) return stats.verified_bytes;
+  throw Error(Errc::kInvalidArgument,
+              "verify " + path.string() + ": only " + std::to_string(stats.verified_bytes) + " of the " +
+                  std::to_string(stats.requested_bytes) + " bytes that were read could be held against checksums",
+              path);
 }
 
 class Verifier {
@@ -61,6 +71,7 @@ class Verifier {
       finish(offset);
       if (progress) progress(std::min(offset + kWindowBytes, end));
     }
+    name_tensors();
     report_.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     return std::move(report_);
   }
@@ -90,13 +101,9 @@ class Verifier {
     next.transfer = engine_.start_load(request(offset, size, next.memory.data()));
   }
 
-  std::uint64_t verify(const std::function<TransferStats()>& wait) const {
-    return verified(metadata_, Verify::kAlways, path_, wait).verified_bytes;
-  }
-
   void finish(std::uint64_t offset) {
     try {
-      report_.verified_bytes += verify([&] { return window(offset).transfer.wait(); });
+      report_.verified_bytes += all_verified(window(offset).transfer.wait(), path_);
     } catch (const Error& error) {
       if (error.code() != Errc::kCorrupt) throw;
       find_corrupt_stripes(offset);
@@ -109,12 +116,19 @@ class Verifier {
     for (; offset < end; offset += Checksums::kStripeBytes) {
       const std::uint64_t size = std::min<std::uint64_t>(Checksums::kStripeBytes, end - offset);
       try {
-        report_.verified_bytes += verify([&] { return engine_.load(request(offset, size, spare_.data())); });
+        report_.verified_bytes += all_verified(engine_.load(request(offset, size, spare_.data())), path_);
       } catch (const Error& error) {
         if (error.code() != Errc::kCorrupt) throw;
-        report_.corrupt.push_back({offset, size});
+        report_.corrupt.push_back({.offset_bytes = offset, .size_bytes = size});
       }
     }
+  }
+
+  void name_tensors() {
+    if (report_.corrupt.empty()) return;
+    const TensorsByOffset tensors(metadata_);
+    for (VerifyReport::Stripe& stripe : report_.corrupt)
+      stripe.tensors = tensors.names_in(stripe.offset_bytes, stripe.size_bytes);
   }
 
   Engine& engine_;
@@ -138,6 +152,27 @@ VerifyReport verify_payload(Engine& engine, int fd, const std::filesystem::path&
   return Verifier(engine, fd, path, metadata).run(progress);
 }
 
+TensorsByOffset::TensorsByOffset(const Metadata& metadata) {
+  for (const TensorRecord& record : metadata.records) {
+    if (record.size_bytes > 0) records_.push_back(&record);
+  }
+  std::ranges::sort(records_, {}, &TensorRecord::offset_bytes);
+}
+
+std::string TensorsByOffset::names_in(std::uint64_t offset_bytes, std::uint64_t size_bytes) const {
+  constexpr std::ptrdiff_t kNamed = 5;
+  const auto first = std::ranges::partition_point(
+      records_, [&](const TensorRecord* record) { return record->offset_bytes + record->size_bytes <= offset_bytes; });
+  const auto last =
+      std::ranges::lower_bound(first, records_.end(), offset_bytes + size_bytes, {}, &TensorRecord::offset_bytes);
+  if (first == last) return "no tensor";
+  std::string names;
+  for (auto record = first; record != last && record - first < kNamed; ++record)
+    names += (names.empty() ? "" : ", ") + rules::quoted((*record)->name);
+  if (last - first > kNamed) names += " and " + std::to_string(last - first - kNamed) + " more";
+  return names;
+}
+
 std::optional<Checksums> checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path) {
   if (verify == Verify::kNever) return std::nullopt;
   if (verify == Verify::kAlways && !metadata.checksums) rules::refuse(path, "it has no checksums to verify");
@@ -152,11 +187,8 @@ TransferStats verified(const Metadata& metadata, Verify verify, const std::files
   } catch (const Error& error) {
     throw with_tensors(error, metadata);
   }
-  if (verify != Verify::kAlways || stats.verified_bytes == stats.requested_bytes) return stats;
-  throw Error(Errc::kInvalidArgument,
-              "verify " + path.string() + ": only " + std::to_string(stats.verified_bytes) + " of the " +
-                  std::to_string(stats.requested_bytes) + " bytes that were read could be held against checksums",
-              path);
+  if (verify == Verify::kAlways) all_verified(stats, path);
+  return stats;
 }
 
 }  // namespace flashpack

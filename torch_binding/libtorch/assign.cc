@@ -107,8 +107,8 @@ void check_names(const std::filesystem::path& path, const AssignReport& report, 
 }
 
 // Whether the tensor's data can be changed to what `record` holds, so that nothing can be refused after the load.
-void check_fit(const std::filesystem::path& path, const Target& target, const TensorRecord& record, DType dtype,
-               at::Device device, const AssignOptions& options) {
+void check_fit(const std::filesystem::path& path, const Target& target, const TensorRecord& record, at::Device device,
+               const AssignOptions& options) {
   const at::Tensor& tensor = target.tensor;
   if (!(tensor.is_cpu() || tensor.device() == device) || tensor.layout() != at::kStrided || tensor.is_quantized()) {
     refuse(path,
@@ -120,7 +120,7 @@ void check_fit(const std::filesystem::path& path, const Target& target, const Te
     refuse(path, "shape mismatch for " + target.label() + ": model=" + c10::str(tensor.sizes()) +
                      " vs flash=" + c10::str(at::IntArrayRef(record.shape)));
   }
-  const at::ScalarType type = scalar_type(dtype);
+  const at::ScalarType type = scalar_type(record.dtype);
   if (options.coerce_dtype || type == tensor.scalar_type()) return;
   if (!target.is_parameter) {
     refuse(path, "dtype mismatch for " + target.label() + ": model=" + name_of(tensor.scalar_type()) +
@@ -141,11 +141,12 @@ std::vector<at::Tensor> load(Engine& engine, int fd, const std::filesystem::path
   const LoadedRecords loaded(engine, fd, path, metadata, wanted, options.cache, options.verify);
   match.report.stats = loaded.stats();
   std::vector<at::Tensor> tensors;
+  std::size_t next = 0;
   for (const Target& target : match.targets) {
     // A module made in inference mode gets inference tensors, and no other does.
     const c10::InferenceMode mode(target.tensor.is_inference());
     at::Tensor& tensor = tensors.emplace_back();
-    if (target.record) tensor = loaded.tensor(*target.record);
+    if (target.record) tensor = loaded.tensor(next++);
     if (!target.record || !options.coerce_dtype) continue;
     const at::ScalarType type = target.tensor.scalar_type();
     std::optional<at::Tensor> cast = cast_exactly(tensor, type);
@@ -177,8 +178,7 @@ AssignReport assign_from_file(Engine& engine, ::torch::nn::Module& module, const
   check_names(path, match.report, options);
   for (const Target& target : match.targets) {
     if (!target.record) continue;
-    const TensorRecord& record = metadata.records[*target.record];
-    check_fit(path, target, record, metadata.dtype(record), device_of(engine), options);
+    check_fit(path, target, metadata.records[*target.record], device_of(engine), options);
   }
   const std::vector<at::Tensor> loaded = load(engine, file.fd(), path, metadata, match, options);
   for (std::size_t i = 0; i < loaded.size(); ++i) {

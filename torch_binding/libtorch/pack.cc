@@ -245,7 +245,7 @@ TransferStats pack_to_file(Engine& engine, const StateDict& tensors, const std::
   const c10::NoGradGuard no_grad;
   TensorWriter writer(file, device_of(engine));
   for (const TensorRecord& record : metadata.records) {
-    writer.add(*tensor_of.at(record.name), scalar_type(metadata.dtype(record)), metadata.offset_bytes(record));
+    writer.add(*tensor_of.at(record.name), scalar_type(record.dtype), record.offset_bytes);
   }
   TransferStats stats = writer.finish();
   if (options.checksum) metadata.checksums = file.checksums();

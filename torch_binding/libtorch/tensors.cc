@@ -5,15 +5,14 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <array>
 #include <utility>
 
 #include "flashpack/torch.h"
-#include "flashpack/verify.h"
 #include "torch_binding/format/open_file.h"
+#include "torch_binding/format/verified.h"
 
 namespace flashpack {
 
@@ -34,9 +33,6 @@ constexpr std::array kScalarTypes = {at::ScalarType::Bool,          at::ScalarTy
 static_assert(kScalarTypes.size() == static_cast<std::size_t>(DType::kFloat8E8M0FNU) + 1);
 
 using RegionOwner = std::shared_ptr<HostRegion>;
-
-// On a device, smaller tensors get memory of their own, so that one that outlives the rest does not keep a segment.
-constexpr std::int64_t kMinSharedBytes = std::int64_t{1} << 20;
 
 std::vector<std::size_t> selected(const Metadata& metadata, const ReadOptions& options) {
   std::vector<std::size_t> wanted;
@@ -78,66 +74,63 @@ CUstream_st* current_stream(at::Device device) {
 
 LoadedRecords::LoadedRecords(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata,
                              std::span<const std::size_t> wanted, CachePolicy cache, Verify verify)
-    : metadata_(metadata), device_(device_of(engine)), places_(metadata.records.size()) {
+    : metadata_(metadata),
+      wanted_(wanted),
+      device_(device_of(engine)),
+      plan_(plan_segments(metadata, wanted, engine.options().device.kind, verify)) {
   FileExtents file{
       .path = path, .expected = metadata.identity, .checksums = checksums_for(metadata, verify, path), .fd = fd};
-  for (const Segment& segment : plan_segments(metadata, wanted, verify)) {
-    Place place;
-    void* target = nullptr;
-    if (device_.is_cpu()) {
-      place.region = std::make_shared<HostRegion>(segment.size_bytes, segment.offset_bytes);
-      target = place.region->data();
-    } else {
-      const c10::InferenceMode ordinary_tensors(false);
-      const auto size_bytes = static_cast<std::int64_t>(segment.size_bytes);
-      place.block = at::empty({size_bytes}, at::TensorOptions(device_).dtype(at::kByte));
-      target = place.block.mutable_data_ptr();
-    }
-    file.extents.push_back({segment.offset_bytes, segment.size_bytes, target});
-    for (const std::size_t i : segment.records) {
-      place.offset_bytes = metadata.offset_bytes(metadata.records[i]) - segment.offset_bytes;
-      places_[i] = place;
-    }
-  }
+  const std::vector<std::byte*> blocks = allocate();
+  for (const Segment& segment : plan_.segments)
+    file.extents.push_back({segment.offset_bytes, segment.size_bytes, blocks[segment.block] + segment.block_offset});
   LoadRequest request{.cache = cache, .stream = current_stream(device_)};
   request.files.push_back(std::move(file));
   stats_ = verified(metadata, verify, path, [&] { return engine.load(std::move(request)); });
 }
 
-at::Tensor LoadedRecords::tensor(std::size_t record) const {
-  const auto type = scalar_type(metadata_.dtype(metadata_.records[record]));
-  const std::vector<std::int64_t>& shape = metadata_.records[record].shape;
-  const Place& place = places_[record];
-  if (place.region) return host_tensor(place, shape, type);
-  if (place.block.defined()) return device_tensor(place, shape, type);
-  return at::empty(shape, at::TensorOptions(device_).dtype(type));
-}
-
-at::Tensor LoadedRecords::host_tensor(const Place& place, at::IntArrayRef shape, at::ScalarType type) const {
-  auto owner = std::make_unique<RegionOwner>(place.region);
-  at::Tensor tensor =
-      at::for_blob(place.region->data() + place.offset_bytes, shape)
-          .context(owner.release(),
-                   [](void* context) { std::unique_ptr<RegionOwner>(static_cast<RegionOwner*>(context)); })
-          .options(at::TensorOptions(at::kCPU).dtype(type))
-          .allocator(c10::GetAllocator(c10::kCPU))  // For resize_(), which moves to ordinary memory.
-          .resizeable_storage()
-          .make_tensor();
-  return tensor;
-}
-
-at::Tensor LoadedRecords::device_tensor(const Place& place, at::IntArrayRef shape, at::ScalarType type) const {
-  const std::uint64_t item_bytes = c10::elementSize(type);
-  const auto length_bytes = static_cast<std::int64_t>(item_bytes) * c10::multiply_integers(shape);
-  const auto offset = static_cast<std::int64_t>(place.offset_bytes);
-  if (place.offset_bytes % item_bytes != 0) {
-    // The file was packed more densely than the device can address.
-    return place.block.narrow(0, offset, length_bytes).clone().view(type).view(shape);
+std::vector<std::byte*> LoadedRecords::allocate() {
+  std::vector<std::byte*> addresses;
+  const c10::InferenceMode ordinary_tensors(false);
+  for (const auto& [size_bytes, offset_bytes] : plan_.blocks) {
+    if (device_.is_cpu()) {
+      regions_.push_back(std::make_shared<HostRegion>(size_bytes, offset_bytes));
+      addresses.push_back(regions_.back()->data());
+    } else {
+      blocks_.push_back(
+          at::empty({static_cast<std::int64_t>(size_bytes)}, at::TensorOptions(device_).dtype(at::kByte)));
+      addresses.push_back(static_cast<std::byte*>(blocks_.back().mutable_data_ptr()));
+    }
   }
+  return addresses;
+}
+
+at::Tensor LoadedRecords::tensor(std::size_t i) const {
+  const TensorRecord& record = metadata_.records[wanted_[i]];
+  const auto type = scalar_type(record.dtype);
+  if (record.size_bytes == 0) return at::empty(record.shape, at::TensorOptions(device_).dtype(type));
+  return device_.is_cpu() ? host_tensor(plan_.places[i], record.shape, type)
+                          : device_tensor(plan_.places[i], record.shape, type);
+}
+
+at::Tensor LoadedRecords::host_tensor(const SegmentPlan::Place& place, at::IntArrayRef shape,
+                                      at::ScalarType type) const {
+  const RegionOwner& region = regions_[plan_.segments[place.segment].block];
+  auto owner = std::make_unique<RegionOwner>(region);
+  return at::for_blob(region->data() + plan_.block_offset(place), shape)
+      .context(owner.release(), [](void* context) { std::unique_ptr<RegionOwner>(static_cast<RegionOwner*>(context)); })
+      .options(at::TensorOptions(at::kCPU).dtype(type))
+      .allocator(c10::GetAllocator(c10::kCPU))  // For resize_(), which moves to ordinary memory.
+      .resizeable_storage()
+      .make_tensor();
+}
+
+at::Tensor LoadedRecords::device_tensor(const SegmentPlan::Place& place, at::IntArrayRef shape,
+                                        at::ScalarType type) const {
+  const at::Tensor& block = blocks_[plan_.segments[place.segment].block];
+  const std::uint64_t begin = plan_.block_offset(place) / c10::elementSize(type);
   // No view, but a tensor with a version counter of its own.
-  const at::Tensor tensor = at::empty({0}, at::TensorOptions(device_).dtype(type))
-                                .set_(place.block.storage(), offset / static_cast<std::int64_t>(item_bytes), shape);
-  return length_bytes < kMinSharedBytes ? tensor.clone() : tensor;
+  return at::empty({0}, at::TensorOptions(device_).dtype(type))
+      .set_(block.storage(), static_cast<std::int64_t>(begin), shape);
 }
 
 LoadedTensors read_tensors(Engine& engine, const std::filesystem::path& path, const ReadOptions& options) {
@@ -149,7 +142,8 @@ LoadedTensors read_tensors(Engine& engine, const std::filesystem::path& path, co
   const c10::InferenceMode ordinary_tensors(false);
   LoadedTensors result{.stats = loaded.stats()};
   result.tensors.reserve(wanted.size());
-  for (const std::size_t i : wanted) result.tensors.emplace_back(metadata.records[i].name, loaded.tensor(i));
+  for (std::size_t i = 0; i < wanted.size(); ++i)
+    result.tensors.emplace_back(metadata.records[wanted[i]].name, loaded.tensor(i));
   return result;
 }
 

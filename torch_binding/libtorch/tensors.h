@@ -25,34 +25,33 @@ at::Device device_of(const Engine& engine);
 /// What torch puts the caller's work for `device` on, to be passed to the engine; null for the CPU.
 CUstream_st* current_stream(at::Device device);
 
-/// The bytes of chosen records in new memory of the engine's device, from one load.
+/// The bytes of chosen records in new memory of the engine's device, from one load. Metadata and `wanted` are borrowed.
 class LoadedRecords {
  public:
-  /// Reads the records at `wanted` of the file, open as `fd`, that `metadata` was read from; it is borrowed. `path` is
-  /// for messages. Throws: Error.
+  /// Reads the records at `wanted` of the file, open as `fd`, that `metadata` was read from. `path` is for messages.
+  /// Throws: Error.
   LoadedRecords(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata,
                 std::span<const std::size_t> wanted, CachePolicy cache, Verify verify);
 
-  /// A tensor that keeps its segment's memory alive: on the CPU of its own storage, on a device of its segment's unless
-  /// it is small. An inference tensor where inference mode is on. Requires: `record` was wanted. To be asked for once
-  /// per record: two tensors would share their bytes.
-  at::Tensor tensor(std::size_t record) const;
+  /// The tensor of the record at wanted[i]. It keeps its block's memory alive: on the CPU it has a storage of its own,
+  /// on a device that of its block. An inference tensor where inference mode is on. To be asked for once per record:
+  /// two tensors would share their bytes.
+  at::Tensor tensor(std::size_t i) const;
 
   const TransferStats& stats() const noexcept { return stats_; }
 
  private:
-  struct Place {
-    std::shared_ptr<HostRegion> region;  // On the CPU.
-    at::Tensor block;                    // On a device: the bytes of a segment.
-    std::uint64_t offset_bytes = 0;      // Into either.
-  };
-
-  at::Tensor host_tensor(const Place& place, at::IntArrayRef shape, at::ScalarType type) const;
-  at::Tensor device_tensor(const Place& place, at::IntArrayRef shape, at::ScalarType type) const;
+  /// Allocates the blocks, and returns where each begins.
+  std::vector<std::byte*> allocate();
+  at::Tensor host_tensor(const SegmentPlan::Place& place, at::IntArrayRef shape, at::ScalarType type) const;
+  at::Tensor device_tensor(const SegmentPlan::Place& place, at::IntArrayRef shape, at::ScalarType type) const;
 
   const Metadata& metadata_;
+  const std::span<const std::size_t> wanted_;
   const at::Device device_;
-  std::vector<Place> places_;  // By record; of the wanted ones with bytes.
+  const SegmentPlan plan_;
+  std::vector<std::shared_ptr<HostRegion>> regions_;  // On the CPU: the blocks of the plan.
+  std::vector<at::Tensor> blocks_;                    // On a device.
   TransferStats stats_;
 };
 

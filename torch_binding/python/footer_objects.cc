@@ -30,16 +30,17 @@ class CollectorPaused {
 
 Dict footer_dict(const Metadata& metadata) {
   const CollectorPaused paused;
-  const bool several = metadata.version == 4;
+  const Container& container = metadata.container;
+  const bool several = container.version == 4;
   Dict footer;
   footer["format"] = several ? "flashpack_v4" : "flashpack_v3";
-  if (!several) footer["target_dtype"] = dtype_name(metadata.macroblocks.at(0).dtype);
-  footer["align_bytes"] = metadata.align_bytes;
+  if (!several) footer["target_dtype"] = dtype_name(container.macroblocks.at(0).dtype);
+  footer["align_bytes"] = container.align_bytes;
   if (several) footer["total_payload_bytes"] = metadata.payload_bytes;
-  footer["total_elems"] = metadata.total_elems;
+  footer["total_elems"] = container.total_elems;
   if (several) {
     nb::list blocks;
-    for (const Macroblock& block : metadata.macroblocks) {
+    for (const Macroblock& block : container.macroblocks) {
       nb::dict entry;
       entry["dtype"] = dtype_name(block.dtype);
       entry["offset_bytes"] = block.offset_bytes;
@@ -50,13 +51,16 @@ Dict footer_dict(const Metadata& metadata) {
     footer["macroblocks"] = blocks;
   }
   nb::list index;
-  for (const TensorRecord& record : metadata.records) {
+  for (std::size_t i = 0; i < metadata.records.size(); ++i) {
+    const TensorRecord& record = metadata.records[i];
+    const std::uint32_t macroblock = container.macroblock_of[i];
+    const std::uint64_t width_bytes = element_bytes(record.dtype);
     nb::dict entry;
     entry["name"] = record.name;
     entry["shape"] = record.shape;
-    entry["offset"] = record.offset_elems;
-    entry["length"] = record.length_elems;
-    if (several) entry["macroblock"] = record.macroblock;
+    entry["offset"] = (record.offset_bytes - container.macroblocks[macroblock].offset_bytes) / width_bytes;
+    entry["length"] = record.size_bytes / width_bytes;
+    if (several) entry["macroblock"] = macroblock;
     index.append(entry);
   }
   footer["index"] = index;
@@ -68,22 +72,12 @@ nb::list entries_of(const Metadata& metadata, const nb::type_object& type) {
   const CollectorPaused paused;
   const nb::object make = nb::borrow(reinterpret_cast<PyObject*>(&PyTuple_Type)).attr("__new__");
   nb::list entries;
-  for (const TensorRecord& record : metadata.records) {
-    entries.append(
-        make(type, nb::make_tuple(record.name, dtype_name(metadata.dtype(record)), nb::tuple(nb::cast(record.shape)),
-                                  metadata.offset_bytes(record), record.length_elems, metadata.size_bytes(record),
-                                  record.macroblock, record.offset_elems)));
+  for (std::size_t i = 0; i < metadata.records.size(); ++i) {
+    const TensorRecord& record = metadata.records[i];
+    entries.append(make(type, nb::make_tuple(record.name, dtype_name(record.dtype), nb::tuple(nb::cast(record.shape)),
+                                             record.offset_bytes, record.size_bytes, i)));
   }
   return entries;
-}
-
-std::vector<BlockTuple> blocks_of(const Metadata& metadata) {
-  std::vector<BlockTuple> blocks;
-  blocks.reserve(metadata.macroblocks.size());
-  for (const Macroblock& block : metadata.macroblocks) {
-    blocks.emplace_back(dtype_name(block.dtype), block.offset_bytes, block.length_bytes, block.length_elems);
-  }
-  return blocks;
 }
 
 }  // namespace flashpack

@@ -24,11 +24,13 @@
 #include <utility>
 #include <vector>
 
+#include "bind_format.h"
 #include "flashpack/engine.h"
 #include "flashpack/format.h"
 #include "flashpack/verify.h"
 #include "footer_objects.h"
 #include "native_calls.h"
+#include "torch_binding/format/verified.h"
 #include "under_way.h"
 
 namespace nb = nanobind;
@@ -38,16 +40,8 @@ namespace flashpack {
 
 namespace {
 
-/// dev, ino, size_bytes, mtime_ns.
-using IdentityTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::int64_t>;
-/// Name, dtype, shape.
-using SpecTuple = std::tuple<std::string, std::string, std::vector<std::int64_t>>;
-/// File offset in bytes, size in bytes, address in memory.
-using ExtentTuple = std::tuple<std::uint64_t, std::uint64_t, std::uintptr_t>;
 /// How often, and how many bytes of the file apart.
 using RepeatTuple = std::tuple<std::uint64_t, std::uint64_t>;
-/// Name, file offset in bytes, size in bytes.
-using PlaceTuple = std::tuple<std::string, std::uint64_t, std::uint64_t>;
 
 PyObject* flashpack_error = nullptr;  // Owned by the module, which lives as long as the process.
 
@@ -99,65 +93,6 @@ Dict stats_dict(const TransferStats& stats) {
   dict["backend"] = to_string(stats.backend);
   dict["fallback_reason"] = stats.fallback_reason;
   return dict;
-}
-
-Metadata read_footer(int fd, const std::filesystem::path& path) {
-  const NativeCall call;
-  nb::gil_scoped_release released;
-  return read_metadata(fd, path);
-}
-
-Metadata parse(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path) {
-  const NativeCall call;
-  nb::gil_scoped_release released;
-  return parse_footer(json, payload_bytes, path);
-}
-
-IdentityTuple identity_of(const Metadata& metadata) {
-  const auto& [dev, ino, size_bytes, mtime_ns] = metadata.identity;
-  return {dev, ino, size_bytes, mtime_ns};
-}
-
-DType require_dtype(std::string_view name) {
-  if (const auto dtype = dtype_from_name(name)) return *dtype;
-  throw Error(Errc::kInvalidArgument, "Unsupported dtype for packing: " + std::string(name));
-}
-
-Metadata layout(const std::vector<SpecTuple>& tensors, std::uint64_t align_bytes,
-                const std::optional<std::vector<std::string>>& name_order,
-                std::map<std::string, std::string> user_metadata, bool checksums) {
-  std::vector<TensorSpec> specs;
-  specs.reserve(tensors.size());
-  for (const auto& [name, dtype, shape] : tensors) specs.push_back({name, require_dtype(dtype), shape});
-
-  std::vector<TensorSpec> ordered;
-  for (const std::size_t i : file_order(specs, name_order)) ordered.push_back(std::move(specs[i]));
-  Metadata metadata = make_layout(ordered, align_bytes);
-  metadata.user_metadata = std::move(user_metadata);
-  check_footer(metadata, checksums);
-  return metadata;
-}
-
-std::vector<PlaceTuple> places_of(const Metadata& metadata) {
-  std::vector<PlaceTuple> places;
-  places.reserve(metadata.records.size());
-  for (const TensorRecord& record : metadata.records) {
-    places.emplace_back(record.name, metadata.offset_bytes(record), metadata.size_bytes(record));
-  }
-  return places;
-}
-
-nb::bytes footer_of(Metadata metadata, std::optional<Checksums> checksums) {
-  metadata.checksums = std::move(checksums);
-  const std::string footer = encode_footer(metadata);
-  return nb::bytes(footer.data(), footer.size());
-}
-
-Verify verify_policy(std::string_view name) {
-  if (name == "auto") return Verify::kAuto;
-  if (name == "always") return Verify::kAlways;
-  if (name == "never") return Verify::kNever;
-  throw Error(Errc::kInvalidArgument, "verify must be auto, always or never, got " + std::string(name));
 }
 
 CachePolicy cache_policy(std::string_view name) {
@@ -281,9 +216,8 @@ class PyEngine {
       });
     }
     nb::list corrupt;
-    for (const auto& [offset_bytes, size_bytes] : report.corrupt) {
-      corrupt.append(nb::make_tuple(offset_bytes, size_bytes, tensors_in(metadata, offset_bytes, size_bytes)));
-    }
+    for (const auto& [offset_bytes, size_bytes, tensors] : report.corrupt)
+      corrupt.append(nb::make_tuple(offset_bytes, size_bytes, tensors));
     Dict dict;
     dict["verified_bytes"] = report.verified_bytes;
     dict["corrupt"] = corrupt;
@@ -419,34 +353,6 @@ void bind_handles(nb::module_& module) {
   refuse_pickling(load);
   refuse_pickling(engine);
   refuse_pickling(writer);
-}
-
-void bind_format(nb::module_& module) {
-  module.attr("STRIPE_BYTES") = Checksums::kStripeBytes;
-  nb::class_<Checksums>(module, "Checksums", "Of a payload, one for each MiB.");
-  nb::class_<Metadata>(module, "Metadata", "Where tensors are in a file.")
-      .def_ro("payload_bytes", &Metadata::payload_bytes)
-      .def_ro("align_bytes", &Metadata::align_bytes)
-      .def_ro("user_metadata", &Metadata::user_metadata, "What was given to pack_to_file as `metadata`; a copy.")
-      .def_ro("warnings", &Metadata::warnings)
-      .def_prop_ro("identity", &identity_of, "Device, inode, size in bytes, mtime in nanoseconds.")
-      .def_prop_ro("has_checksums", [](const Metadata& metadata) { return metadata.checksums.has_value(); })
-      .def_prop_ro("places", &places_of, "(name, file offset, size) of each tensor, in file order.")
-      .def_prop_ro("blocks", &blocks_of, "(dtype, file offset, size in bytes, elements) of each macroblock.")
-      .def(
-          "entries", &entries_of, "type"_a,
-          "The tensors in file order, each as a `type`, which is a tuple of name, dtype, shape, file offset, elements, "
-          "size in bytes, macroblock and offset in it in elements.")
-      .def("to_dict", &footer_dict, "The keys of the footer.")
-      .def("footer", &footer_of, "checksums"_a = nb::none(), "The bytes that follow the payload.");
-  module.def("read_footer", &read_footer, "fd"_a, "path"_a,
-             "The checked footer of an open file; `path` is for messages.");
-  module.def("parse_footer", &parse, "json"_a, "payload_bytes"_a, "path"_a,
-             "The same for the JSON of a footer, as to_dict() has it, of a file that another process has read.");
-  module.def("layout", &layout, "tensors"_a, "align_bytes"_a, "name_order"_a = nb::none(),
-             "user_metadata"_a = nb::dict(), "checksums"_a = false,
-             "The layout of (name, dtype, shape) tensors, once it is known that its footer can be read.");
-  module.def("element_bytes", [](std::string_view dtype) { return element_bytes(require_dtype(dtype)); }, "dtype"_a);
 }
 
 void bind_errors(nb::module_& module) {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from . import _native
 from ._device import CPU
 from ._footer import Entry, Footer, StrPath, open_footer
 from ._logging import in_one_line
-from ._memory import Filled, Place, ReadOptions, Span, allocate_places, places_of, read_regions
+from ._memory import Filled, ReadOptions, Wanted, allocate, read_blocks
 from ._native import FlashPackError
 from .constants import DEFAULT_SHARD_STRATEGY, SHARD_STRATEGIES
 from .utils import is_distributed, logger, maybe_init_distributed
@@ -98,21 +98,21 @@ class Ranks:
         dist.all_reduce(mask, dist.ReduceOp.MAX)
         return [entry for entry, is_wanted in zip(entries, mask.tolist(), strict=True) if is_wanted]
 
-    def read_regions(self, footer: Footer, spans: Sequence[Span], device: torch.device, options: ReadOptions) -> Filled:
-        """As in _memory; rank `src` reads, and the others get its bytes."""
+    def read_blocks(self, footer: Footer, wanted: Wanted, device: torch.device, options: ReadOptions) -> Filled:
+        """As in _memory; rank `src` reads, and the others get its bytes. All ranks want the same."""
         if self.count == 1:
-            return read_regions(footer, spans, device, options)
+            return read_blocks(footer, wanted, device, options)
         self.agree()
-        filled = read_regions(footer, spans, device, options) if self.rank == self.src else None
+        filled = read_blocks(footer, wanted, device, options) if self.rank == self.src else None
         self.agree()
-        places = self._send([] if filled is None else places_of(spans, footer, options.verify), self.src)
+        verify = self._send(options.verify, self.src)  # It has a say in where things are in the blocks.
         if filled is None:
             home = CPU if device.type == "cpu" else device
-            filled = Filled(allocate_places([Place(*place) for place in places], home, home), home, None)
+            plan = wanted.plan(device, verify)
+            filled = Filled(allocate(plan, home, home), plan.places, home, None)
         self.agree()
-        memory = [region.memory for region in filled.regions]
-        for whole in {id(whole): whole for whole in memory}.values():
-            self._broadcast(whole, device)
+        for block in filled.blocks:
+            self._broadcast(block.memory, device)
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
         return filled

@@ -17,7 +17,7 @@ from ._casts import check_asked, dtype_when_asked
 from ._device import CPU, DeviceLike, Side, captures_undisturbed, side_of
 from ._engine import left_before_exit
 from ._footer import Entry, Footer, StrPath, Verify, footer_of, open_footer, open_for_reading
-from ._memory import ReadOptions, allocate_region, allocate_tensor, read_tensors, read_to_devices, supported_device
+from ._memory import ReadOptions, allocate_block, allocate_tensor, read_tensors, read_to_devices, supported_device
 from ._native import FlashPackError
 from .utils import is_ignored_tensor_name, listed, string_to_dtype
 
@@ -238,10 +238,8 @@ class TensorSlice:
         counts = [len(each) for each in outer]
         at_once = min(max(1, _WINDOW_BYTES // row_bytes), math.prod(counts))
         origin = self._entry.offset_bytes + ranges[dim].start * row_bytes
-        region = allocate_region(origin, at_once * row_bytes, side.device)
-        window = region.tensor(
-            self._entry.dtype, (at_once, *self.shape[dim + 1 :]), at_once * row_bytes // self.dtype.itemsize, origin
-        )
+        block = allocate_block(origin, at_once * row_bytes, side.device)
+        window = block.tensor(self.dtype, (at_once, *self.shape[dim + 1 :]), 0)
         wanted = (slice(None), *(slice(each.start, each.stop, each.step) for each in inner))
         lengths = [len(each) for each in inner]
         target = allocate_tensor(self._entry.dtype, [math.prod(counts), *lengths], origin, side.device)
@@ -252,7 +250,7 @@ class TensorSlice:
                 self._load(extents, side)
                 target[done : done + there] = window[:there][wanted]
                 done, extents, there = done + there, [], 0
-            address = region.address + there * row_bytes + begin
+            address = block.address + there * row_bytes + begin
             extents.append((row + begin, (count - 1) * row_bytes + end - begin, address))
             there += count
         self._load(extents, side)

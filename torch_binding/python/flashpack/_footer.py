@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 from . import _native
 from ._logging import logger
-from .constants import FILE_FORMAT_V3
 
 StrPath = str | os.PathLike[str]
 Verify = Literal["auto", "always", "never"]
@@ -24,15 +24,6 @@ checksums. "always": all of it, and a file without checksums is an error. "never
 """
 
 
-class Block(NamedTuple):
-    """A macroblock: a run of elements of one dtype."""
-
-    dtype: str
-    offset_bytes: int
-    length_bytes: int
-    length_elems: int
-
-
 class Entry(NamedTuple):
     """One tensor of a file."""
 
@@ -41,11 +32,13 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     offset_bytes: int
     """In the file."""
-    length_elems: int
     size_bytes: int
-    macroblock: int
-    offset_elems: int
-    """In its macroblock."""
+    index: int
+    """Among all of the file."""
+
+    @property
+    def elems(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,20 +70,13 @@ class Footer:
         assert self.file is not None
         return self.file.fileno()
 
-    def blocks(self) -> list[Block]:
-        return [Block._make(block) for block in self.native.blocks]
-
     def entries(self) -> list[Entry]:
         """In file order."""
         return self.native.entries(Entry)
 
-
-def blocks_of(metadata: dict[str, Any]) -> list[Block]:
-    """The macroblocks of a footer; a file of one dtype has one, which is all of its payload."""
-    if metadata.get("format") == FILE_FORMAT_V3:
-        dtype, elems = metadata["target_dtype"], metadata["total_elems"]
-        return [Block(dtype, 0, elems * _native.element_bytes(dtype), elems)]
-    return [Block(**{key: block.get(key) for key in Block._fields}) for block in metadata.get("macroblocks") or ()]
+    def macroblocks(self) -> list[Entry]:
+        """Each as if it were one tensor of one dim."""
+        return self.native.macroblocks.entries(Entry)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,25 +14,15 @@ from ._assign import AssignReport, Casts, Filters, Plan, check_strictness, commi
 from ._device import CPU, captures_undisturbed
 from ._distributed import Ranks, join_ranks, ranks_of_group, resolve_shard_strategy
 from ._engine import engine, left_before_exit
-from ._footer import (
-    Block,
-    Entry,
-    Footer,
-    StrPath,
-    Verify,
-    blocks_of,
-    get_flashpack_file_metadata,
-    is_flashpack_file,
-    open_footer,
-)
+from ._footer import Footer, StrPath, Verify, get_flashpack_file_metadata, is_flashpack_file, open_footer
 from ._logging import in_one_line
-from ._memory import Filled, ReadOptions, ReadRegions, Region, Span, read_regions, read_tensors, supported_device
+from ._memory import ReadBlocks, ReadOptions, Wanted, read_blocks, read_tensors, supported_device, tensors_of
 from ._meta_init import warn_of_meta
 from ._native import FlashPackError
 from ._own_code import run_own_code
 from ._progress import progress_bar
-from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
-from .utils import human_num_elements, is_ignored_tensor_name, listed, logger, string_to_dtype
+from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS, FILE_FORMAT_V3
+from .utils import human_num_elements, is_ignored_tensor_name, listed, logger
 
 __all__ = [
     "AssignReport",
@@ -129,7 +119,7 @@ def read_flashpack_file_distributed(
         target = supported_device(device, options)
         with ranks.footer(path) as footer:
             result = _accepted(metadata, footer)
-            storage = _read_blocks(footer, target, options, ranks.read_regions)
+            storage = _read_blocks(footer, target, options, ranks.read_blocks)
     return storage, result
 
 
@@ -150,7 +140,7 @@ def iterate_from_flash_tensor(
     filters = (listed(ignore_names), listed(ignore_prefixes), listed(ignore_suffixes))
     for record in index:
         if not is_ignored_tensor_name(record["name"], *filters):
-            yield record["name"], _view(_block_of(storage, record), record)
+            yield record["name"], _view(storage, record)
 
 
 @left_before_exit
@@ -285,17 +275,14 @@ def _load(
     """
     entries = plan.wanted + plan.passed_on
     if as_blocks:
-        storage = _read_blocks(footer, device, options, ranks.read_regions)
-        return {entry.name: _share(storage, entry) for entry in entries}, storage, storage.stats
-    stats = None
-
-    def read(footer: Footer, spans: Sequence[Span], device: torch.device, options: ReadOptions) -> Filled:
-        nonlocal stats
-        filled = ranks.read_regions(footer, spans, device, options)
-        stats = filled.stats
-        return filled
-
-    return read_tensors(footer, ranks.wanted_by_any(footer, entries), device, options, read), None, stats
+        storage = _read_blocks(footer, device, options, ranks.read_blocks)
+        index = footer.metadata["index"]
+        # Through `data`, so that each has a version counter of its own.
+        shared = {entry.name: _view(storage, index[entry.index]).data for entry in entries}
+        return shared, storage, storage.stats
+    entries = ranks.wanted_by_any(footer, entries)
+    filled = ranks.read_blocks(footer, Wanted(footer.native, entries), device, options)
+    return tensors_of(entries, filled), None, filled.stats
 
 
 def _accepted(metadata: dict[str, Any] | None, footer: Footer) -> dict[str, Any]:
@@ -322,28 +309,13 @@ def _blamed_on(model: torch.nn.Module, footer: Footer, *kinds: type[Exception]) 
 
 
 def _read_blocks(
-    footer: Footer, device: torch.device, options: ReadOptions, read: ReadRegions = read_regions
+    footer: Footer, device: torch.device, options: ReadOptions, read: ReadBlocks = read_blocks
 ) -> FlashTensorStorage:
-    blocks = footer.blocks()
-    filled = sorted((block for block in blocks if block.length_bytes), key=lambda block: block.offset_bytes)
-    spans = [(block.offset_bytes, block.offset_bytes + block.length_bytes) for block in filled]
+    macroblocks = footer.macroblocks()
     with torch.inference_mode(False), torch.no_grad():
-        regions, _, stats = read(footer, spans, device, options)
-        region_of = dict(zip(filled, regions, strict=True))
-        tensors = [_block(block, region_of.get(block), device) for block in blocks]
-    return FlashTensorStorage(tensors, stats=stats)
-
-
-def _block(block: Block, region: Region | None, device: torch.device) -> torch.Tensor:
-    if region is None:
-        return torch.empty(0, dtype=string_to_dtype(block.dtype), device=device)
-    return region.tensor(block.dtype, (block.length_elems,), block.length_elems, block.offset_bytes).to(device)
-
-
-def _share(storage: FlashTensorStorage, entry: Entry) -> torch.Tensor:
-    """The tensor of `entry` on the memory of its block; through `data`, so that its version counter is its own."""
-    block = storage.block(entry.macroblock)
-    return block.narrow(0, entry.offset_elems, entry.length_elems).view(entry.shape).data
+        filled = read(footer, Wanted(footer.native.macroblocks, macroblocks), device, options)
+        blocks = [block.to(device) for block in tensors_of(macroblocks, filled).values()]
+    return FlashTensorStorage(blocks, stats=filled.stats)
 
 
 def _device_of(model: torch.nn.Module) -> str | torch.device:
@@ -355,8 +327,12 @@ def _device_of(model: torch.nn.Module) -> str | torch.device:
 
 
 def _describes(metadata: dict[str, Any], footer: Footer) -> bool:
+    ours = [(each.dtype, each.offset_bytes, each.elems) for each in footer.macroblocks()]
     try:
-        return blocks_of(metadata) == footer.blocks()
+        if metadata.get("format") == FILE_FORMAT_V3:
+            return [(metadata["target_dtype"], 0, metadata["total_elems"])] == ours
+        blocks = metadata["macroblocks"]
+        return [(block["dtype"], block["offset_bytes"], block["length_elems"]) for block in blocks] == ours
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
 
@@ -397,7 +373,8 @@ def _check_alignment(storage: FlashTensorStorage, index: list[dict[str, Any]], a
         raise FlashPackError(f"{len(misaligned)} index entries are misaligned (e.g., {', '.join(misaligned[:3])}).")
 
 
-def _view(block: torch.Tensor, record: dict[str, Any]) -> torch.Tensor:
+def _view(storage: FlashTensorStorage, record: dict[str, Any]) -> torch.Tensor:
+    block = _block_of(storage, record)
     fields: tuple[Any, Any, Any] = (record.get("offset"), record.get("length"), record.get("shape"))
     offset, length, shape = fields
     if (
@@ -411,7 +388,7 @@ def _view(block: torch.Tensor, record: dict[str, Any]) -> torch.Tensor:
 
 
 def _report(model: torch.nn.Module, plan: Plan, path: StrPath, stats: dict[str, Any] | None) -> AssignReport:
-    elements = human_num_elements(sum(entry.length_elems for entry in plan.wanted))
+    elements = human_num_elements(sum(entry.elems for entry in plan.wanted))
     logger.info("assigned %d tensors (%s elements) to %d names", len(plan.wanted), elements, len(plan.slots))
     missing = plan.missing_parameters + plan.missing_buffers
     if plan.unexpected:

@@ -19,7 +19,7 @@ from ._durable import make_directories
 from ._engine import left_before_exit
 from ._footer import StrPath
 from ._hub_cache import is_blob_link
-from ._memory import allocate_region
+from ._memory import allocate_block
 from ._native import FlashPackError
 from ._own_code import EXTRA_STATE
 from ._progress import progress_bar
@@ -230,8 +230,7 @@ class _Buffer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        region = allocate_region(0, _BUFFER_BYTES, device)
-        self._bytes = region.tensor("uint8", (_BUFFER_BYTES,), _BUFFER_BYTES, 0)
+        self._bytes = allocate_block(0, _BUFFER_BYTES, device).memory
         self._used_bytes = 0
 
     def clear(self) -> None:

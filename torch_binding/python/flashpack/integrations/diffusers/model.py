@@ -267,8 +267,8 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _main_dtype(footer: Footer) -> torch.dtype | None:
     """That of most elements."""
     elems = Counter[str]()
-    for block in footer.blocks():
-        elems[block.dtype] += block.length_elems
+    for block in footer.macroblocks():
+        elems[block.dtype] += block.elems
     return string_to_dtype(elems.most_common(1)[0][0]) if elems else None
 
 

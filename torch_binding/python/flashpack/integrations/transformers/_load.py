@@ -196,9 +196,9 @@ def _dtype(arguments: dict[str, Any]) -> torch.dtype | None:
 def _main_dtype(footer: Footer) -> torch.dtype:
     """What most bytes of the file are, among what a model can be built in."""
     sizes: Counter[str] = Counter()
-    for block in footer.blocks():
+    for block in footer.macroblocks():
         if block.dtype in _MAIN_DTYPES:
-            sizes[block.dtype] += block.length_bytes
+            sizes[block.dtype] += block.size_bytes
     return string_to_dtype(max(sizes, key=lambda dtype: sizes[dtype], default="float32"))
 
 
