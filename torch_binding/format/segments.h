@@ -59,7 +59,7 @@ inline constexpr std::uint64_t kDeviceAlignBytes = 256;
 SegmentPlan plan_segments(const Metadata& metadata, std::span<const std::size_t> wanted, Device::Kind kind,
                           Verify verify = Verify::kAuto, std::uint64_t max_segment_bytes = kMaxSegmentBytes);
 
-/// The macroblocks of a file as if each were one tensor of one dim, in the order of the file: to be planned and shown
+/// The macroblocks of a file as if each were one tensor of one dim, in their order there: to be planned and shown
 /// as records are. Without checksums, user metadata and identity.
 Metadata macroblocks_as_records(const Metadata& metadata);
 

@@ -35,8 +35,9 @@ using SpecTuple = std::tuple<std::string, std::string, std::vector<std::int64_t>
 using PlaceTuple = std::tuple<std::string, std::uint64_t, std::uint64_t>;
 /// Of a block: size in bytes, and file offset of what it begins with.
 using BlockTuple = std::tuple<std::uint64_t, std::uint64_t>;
-/// Index of a block, and an offset in it in bytes.
-using InBlockTuple = std::tuple<std::size_t, std::uint64_t>;
+/// Indices of blocks, and offsets in them in bytes: two lists of numbers, which cost Python's garbage collector
+/// nothing.
+using PlacesTuple = std::tuple<std::vector<std::size_t>, std::vector<std::uint64_t>>;
 
 Metadata read_footer(int fd, const std::filesystem::path& path) {
   const NativeCall call;
@@ -96,12 +97,13 @@ std::vector<BlockTuple> blocks_of(const SegmentPlan& plan) {
   return blocks;
 }
 
-std::vector<InBlockTuple> in_blocks(const SegmentPlan& plan) {
-  std::vector<InBlockTuple> places;
-  places.reserve(plan.places.size());
+PlacesTuple places_in_blocks(const SegmentPlan& plan) {
+  PlacesTuple places;
+  auto& [blocks, offsets] = places;
   for (const SegmentPlan::Place& place : plan.places) {
     const bool empty = place.segment == SegmentPlan::Place::kNowhere;
-    places.emplace_back(empty ? 0 : plan.segments[place.segment].block, empty ? 0 : plan.block_offset(place));
+    blocks.push_back(empty ? 0 : plan.segments[place.segment].block);
+    offsets.push_back(empty ? 0 : plan.block_offset(place));
   }
   return places;
 }
@@ -151,8 +153,9 @@ void bind_format(nb::module_& module) {
   nb::class_<SegmentPlan>(module, "SegmentPlan", "What is read for tensors of a file, into which blocks of memory.")
       .def_prop_ro("blocks", &blocks_of,
                    "(size in bytes, file offset) of each; on the host the memory has the phase of the offset.")
-      .def_prop_ro("places", &in_blocks,
-                   "(block, offset in it in bytes) of each tensor that is wanted; without meaning for empty ones.")
+      .def_prop_ro("places", &places_in_blocks,
+                   "Of the tensors that are wanted the blocks, and the offsets in them in bytes; without meaning for "
+                   "empty ones.")
       .def("extents", &extents_of, "addresses"_a, "For a load into blocks at these addresses.");
   module.def("read_footer", &read_footer, "fd"_a, "path"_a,
              "The checked footer of an open file; `path` is for messages.");

@@ -33,8 +33,8 @@ class Entry(NamedTuple):
     offset_bytes: int
     """In the file."""
     size_bytes: int
-    index: int
-    """Among all of the file."""
+    number: int
+    """Its index among all of the file."""
 
     @property
     def elems(self) -> int:

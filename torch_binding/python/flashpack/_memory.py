@@ -167,7 +167,7 @@ class Wanted(NamedTuple):
     entries: Sequence[Entry]
 
     def plan(self, device: torch.device, verify: Verify) -> _native.SegmentPlan:
-        indices = [entry.index for entry in self.entries]
+        indices = [entry.number for entry in self.entries]
         return self.metadata.plan(indices, device.type != "cpu", verify, _SEGMENT_BYTES)
 
 
@@ -209,8 +209,8 @@ class Filled(NamedTuple):
     """Blocks with bytes of a file."""
 
     blocks: list[Block]
-    places: Sequence[tuple[int, int]]
-    """For each tensor that was wanted its block, and the offset in it, in bytes; without meaning for empty ones."""
+    places: tuple[list[int], list[int]]
+    """Of the tensors that were wanted the blocks, and the offsets in them in bytes; without meaning for empty ones."""
     device: torch.device
     """Where the blocks ended up."""
     stats: dict[str, Any] | None
@@ -223,7 +223,8 @@ def read_blocks(footer: Footer, wanted: Wanted, device: torch.device, options: R
     A mapped file is one block for all.
     """
     if options.mmap:
-        return Filled([map_file(footer)], [(0, entry.offset_bytes) for entry in wanted.entries], CPU, None)
+        offsets = [entry.offset_bytes for entry in wanted.entries]
+        return Filled([map_file(footer)], ([0] * len(offsets), offsets), CPU, None)
     filling = _make_room(wanted, device, options)
     [stats] = fill(footer, [filling], options)
     return Filled(filling.blocks, filling.plan.places, filling.side.device, stats)
@@ -266,9 +267,9 @@ def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tens
     make = [block.tensor for block in filled.blocks]
     dtypes = {name: string_to_dtype(name) for name in {entry.dtype for entry in entries}}
     with _collector_paused():
-        for (name, dtype, shape, _, size_bytes, _), (block, offset_bytes) in zip(entries, filled.places, strict=True):
+        for (name, dtype, shape, _, size_bytes, _), block, at in zip(entries, *filled.places, strict=True):
             if size_bytes:
-                tensors[name] = make[block](dtypes[dtype], shape, offset_bytes)
+                tensors[name] = make[block](dtypes[dtype], shape, at)
             else:
                 tensors[name] = torch.empty(shape, dtype=dtypes[dtype], device=filled.device)
     return tensors

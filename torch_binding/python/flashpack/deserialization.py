@@ -278,7 +278,7 @@ def _load(
         storage = _read_blocks(footer, device, options, ranks.read_blocks)
         index = footer.metadata["index"]
         # Through `data`, so that each has a version counter of its own.
-        shared = {entry.name: _view(storage, index[entry.index]).data for entry in entries}
+        shared = {entry.name: _view(storage, index[entry.number]).data for entry in entries}
         return shared, storage, storage.stats
     entries = ranks.wanted_by_any(footer, entries)
     filled = ranks.read_blocks(footer, Wanted(footer.native, entries), device, options)
