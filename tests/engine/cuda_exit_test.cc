@@ -50,5 +50,31 @@ TEST(CudaExitTest, ALoadWithCopiesUnderWayEndsWithTheErrorThatSaysSo) {
   cuda.reset();
 }
 
+TEST(CudaExitTest, WhatBeginsAfterwardsIsAnErrorThatSaysSo) {
+  FakeCuda& cuda = FakeCuda::get();
+  cuda.reset();
+  const testing::TempDir dir;
+  testing::write_file(dir / "file", testing::random_bytes(kMiB));
+  std::byte* const target = cuda.allocate(kMiB);
+  const std::error_code unloading(cudaErrorCudartUnloading, cuda_category());
+  const auto code_of = [](const auto& call) {
+    try {
+      call();
+    } catch (const Error& error) {
+      return error.code();
+    }
+    return std::error_code();
+  };
+  {
+    Engine engine(options());
+    cuda.unload();
+    EXPECT_EQ(code_of([&] { engine.load({.files = {{.path = dir / "file", .extents = {{0, kMiB, target}}}}}); }),
+              unloading);
+    EXPECT_EQ(code_of([&] { engine.create(dir / "new", {}).write({{0, kMiB, target}}); }), unloading);
+    EXPECT_EQ(code_of([] { const Engine late(options()); }), unloading);
+  }
+  cuda.reset();
+}
+
 }  // namespace
 }  // namespace flashpack

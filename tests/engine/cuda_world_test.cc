@@ -92,6 +92,12 @@ TEST_P(CudaWorldTest, MemoryOfEveryKindIsATarget) {
   EXPECT_EQ(std::memcmp(managed, bytes_.data(), bytes_.size()), 0);
   EXPECT_GE(stats.staged_bytes, bytes_.size()) << "not by the CPU, which would take it away from the device";
 
+  // Of the device that was current then. A copy on a stream of another one moves it as well.
+  cudaSetDevice(0);
+  ASSERT_EQ(cudaMallocManaged(&managed, bytes_.size(), cudaMemAttachGlobal), cudaSuccess);
+  engine_->load(request(static_cast<std::byte*>(managed)));
+  EXPECT_EQ(std::memcmp(managed, bytes_.data(), bytes_.size()), 0);
+
   testing::GuardedMemory registered(bytes_.size());
   ASSERT_EQ(cudaHostRegister(registered.data(), registered.size(), cudaHostRegisterDefault), cudaSuccess);
   stats = engine_->load(request(registered.data()));
@@ -116,8 +122,13 @@ TEST_P(CudaWorldTest, EnginesOfTwoDevicesLoadAtOnce) {
   std::byte* const on_0 = cuda().allocate(bytes_.size(), 0);
   std::byte* const on_1 = cuda().allocate(bytes_.size(), 1);
   for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
+    cuda().poison(on_0, bytes_.size());
+    cuda().poison(on_1, bytes_.size());
+    cuda().hold(true);
     Transfer to_0 = engine_of_0.start_load(request(on_0, cache));
     Transfer to_1 = engine_->start_load(request(on_1, cache));
+    while (cuda().copies_under_way(0) < 8 || cuda().copies_under_way(1) < 8) std::this_thread::yield();
+    cuda().hold(false);
     to_0.wait();
     to_1.wait();
     EXPECT_TRUE(right(on_0) && right(on_1));
@@ -131,11 +142,77 @@ TEST_P(CudaWorldTest, EnginesOfTwoDevicesLoadAtOnce) {
   EXPECT_TRUE(right(on_0));
 }
 
+TEST_P(CudaWorldTest, AnEngineOfOneDeviceEndsWhileAnotherCopies) {
+  EngineOptions other = options();
+  other.device.index = 0;
+  std::optional<Engine> engine_of_0(other);
+  std::byte* const on_0 = cuda().allocate(bytes_.size(), 0);
+  std::byte* const on_1 = cuda().allocate(bytes_.size(), 1);
+  engine_of_0->load(request(on_0));
+  cuda().hold(true);
+  Transfer to_1 = engine_->start_load(request(on_1));
+  while (cuda().copies_under_way(1) < 8) std::this_thread::yield();
+  engine_of_0.reset();
+  EXPECT_EQ(cuda().copies_under_way(1), 8);
+  EXPECT_EQ(cuda().registrations(), 1);
+  cuda().hold(false);
+  to_1.wait();
+  EXPECT_TRUE(right(on_1));
+}
+
+// As a process sees a slice of a device (MIG): a single device, whose number is 0.
+TEST_P(CudaWorldTest, TheOnlyDeviceThereIsHasAnEngineAndTheNextNumberIsAnError) {
+  engine_.reset();
+  cuda().show_devices(1);
+  const auto error = error_of([&] { start_engine(); });
+  ASSERT_TRUE(error) << "an engine of device 1";
+  EXPECT_EQ(error->code(), std::error_code(cudaErrorInvalidDevice, cuda_category())) << error->what();
+  EXPECT_FALSE(cuda().has_context(0));
+  EngineOptions first = options();
+  first.device.index = 0;
+  engine_.emplace(first);
+  std::byte* const target = cuda().allocate(bytes_.size(), 0);
+  engine_->load(request(target));
+  EXPECT_TRUE(right(target));
+}
+
+TEST_P(CudaWorldTest, ADeviceWithoutAPlaceOnTheBusHasAnEngine) {
+  engine_.reset();
+  cuda().fail("cudaDeviceGetPCIBusId", 1, cudaErrorNotSupported);
+  start_engine();
+  EXPECT_FALSE(cuda().failure_pending());
+  std::byte* const target = cuda().allocate(bytes_.size());
+  engine_->load(request(target));
+  EXPECT_TRUE(right(target));
+}
+
+// As under WSL, in containers, and where somebody has registered the same addresses before.
+TEST_P(CudaWorldTest, WhereMemoryCannotBeLockedLoadsAndStoresAreRightAndTheReasonIsTold) {
+  for (const auto& [refusal, name] : {std::pair{cudaErrorNotSupported, "cudaErrorNotSupported"},
+                                      {cudaErrorOperatingSystem, "cudaErrorOperatingSystem"},
+                                      {cudaErrorHostMemoryAlreadyRegistered, "cudaErrorHostMemoryAlreadyRegistered"}}) {
+    engine_.reset();
+    cuda().fail("cudaHostRegister", 1, refusal);
+    start_engine();
+    std::byte* const target = cuda().allocate(bytes_.size());
+    for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
+      cuda().poison(target, bytes_.size());
+      const TransferStats stats = engine_->load(request(target, cache));
+      EXPECT_TRUE(right(target));
+      EXPECT_FALSE(stats.pinned);
+      EXPECT_NE(stats.fallback_reason.find(name), std::string::npos) << stats.fallback_reason;
+    }
+    FileWriter writer = engine_->create(dir_ / "new", {.payload_bytes = bytes_.size()});
+    writer.write({{0, bytes_.size(), target}});
+    writer.commit();
+    EXPECT_EQ(testing::read_file(dir_ / "new"), bytes_);
+  }
+}
+
 TEST_P(CudaWorldTest, AContextThatIsGoneIsAnErrorAndANewEngineWorks) {
   std::byte* const target = cuda().allocate(bytes_.size());
   engine_->load(request(target));
-  cudaSetDevice(1);
-  ASSERT_EQ(cudaDeviceReset(), cudaSuccess);
+  cuda().lose_context(1);
   const auto error = error_of([&] { engine_->load(request(target)); });
   ASSERT_TRUE(error);
   EXPECT_EQ(error->code().category(), cuda_category()) << error->what();
@@ -148,10 +225,20 @@ TEST_P(CudaWorldTest, AContextThatGoesInTheMiddleOfALoadEndsItWithAnError) {
   cuda().hold(true);
   Transfer transfer = engine_->start_load(request(cuda().allocate(bytes_.size())));
   while (cuda().most_copies_under_way() < 8) std::this_thread::yield();
-  cudaSetDevice(1);
-  ASSERT_EQ(cudaDeviceReset(), cudaSuccess);
+  cuda().lose_context(1);
   ASSERT_TRUE(transfer.wait_for(kHang));
   EXPECT_EQ(transfer.error().category(), cuda_category());
+}
+
+TEST_P(CudaWorldTest, ADeviceMayBeResetBetweenTwoEngines) {
+  std::byte* const target = cuda().allocate(bytes_.size());
+  engine_->load(request(target));
+  engine_.reset();
+  cudaSetDevice(1);
+  ASSERT_EQ(cudaDeviceReset(), cudaSuccess);
+  start_engine();
+  engine_->load(request(target));
+  EXPECT_TRUE(right(target));
 }
 
 TEST_P(CudaWorldTest, TheCallersOwnErrorIsLeftToTheCaller) {

@@ -22,6 +22,7 @@
 #include "engine/cuda_handles.h"
 #include "engine/unique_fd.h"
 #include "flashpack/engine.h"
+#include "tests/support/gpu.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -99,17 +100,9 @@ TEST(DeviceOfAnEngine, ThatIsNotThereIsAClearError) {
 class GpuTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    int count = 0;
-    const cudaError_t error = cudaGetDeviceCount(&count);
-    if (error == cudaSuccess && count > 0) {
-      ASSERT_EQ(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), cudaSuccess);
-      return;
-    }
-    const char* required = std::getenv("FLASHPACK_REQUIRE_GPU");
-    if (required != nullptr && std::string_view(required) == "1") {
-      FAIL() << "FLASHPACK_REQUIRE_GPU=1, but: " << cudaGetErrorString(error);
-    }
-    GTEST_SKIP() << "no CUDA device: " << cudaGetErrorString(error);
+    testing::require_gpu();
+    if (IsSkipped() || HasFatalFailure()) return;
+    ASSERT_EQ(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), cudaSuccess);
   }
   void TearDown() override {
     if (stream_ != nullptr) {

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #include "tests/support/fake_cuda_impl.h"
 
@@ -96,6 +97,7 @@ bool FakeCuda::Impl::breaks_captures() {
 CUctx_st& FakeCuda::Impl::primary(int device) {
   CUctx_st& context = contexts[static_cast<std::size_t>(device)];
   context.alive = true;
+  context.was_reset = false;
   return context;
 }
 
@@ -113,7 +115,7 @@ void FakeCuda::Impl::destroy(CUctx_st& context) {
     if (lost) delete event;
     return lost;
   });
-  registrations.clear();
+  std::erase_if(registrations, [&](const auto& entry) { return entry.second.context == &context; });
   context.alive = false;
   context.sticky = cudaSuccess;
 }
@@ -195,7 +197,28 @@ std::byte* FakeCuda::Impl::reachable(const void* memory, std::size_t size_bytes)
 bool FakeCuda::Impl::registered(const void* memory, std::size_t size_bytes) const {
   const auto* at = static_cast<const std::byte*>(memory);
   return std::any_of(registrations.begin(), registrations.end(), [&](const auto& registration) {
-    return at >= registration.first && at + size_bytes <= registration.first + registration.second;
+    return at >= registration.first && at + size_bytes <= registration.first + registration.second.size_bytes;
+  });
+}
+
+// Any that has a byte of it.
+const FakeCuda::Impl::Registration* FakeCuda::Impl::registration_near(const void* memory,
+                                                                      std::size_t size_bytes) const {
+  const auto* at = static_cast<const std::byte*>(memory);
+  for (const auto& [begin, registration] : registrations) {
+    if (at < begin + registration.size_bytes && begin < at + size_bytes) return &registration;
+  }
+  return nullptr;
+}
+
+bool FakeCuda::Impl::is_being_copied(std::span<const std::byte> memory) {
+  const auto touches_it = [&](const Work& work) {
+    return work.locked_memory.data() < memory.data() + memory.size() &&
+           memory.data() < work.locked_memory.data() + work.locked_memory.size();
+  };
+  const auto all = all_streams();
+  return std::any_of(all.begin(), all.end(), [&](const CUstream_st* stream) {
+    return std::any_of(stream->queue.begin(), stream->queue.end(), touches_it);
   });
 }
 
@@ -204,13 +227,22 @@ cudaError_t FakeCuda::Impl::copy(CUstream_st& stream, void* target, const void* 
   const void* device_end = to_device ? target : source;
   const void* host_end = to_device ? source : target;
   require(region_of(device_end) != nullptr && region_of(host_end) == nullptr, "a copy from host to host");
-  require(region_of(device_end)->device == stream.context->device, "a copy on a stream of another device");
-  const auto land = [this, target, source, size_bytes] {
-    std::memcpy(reachable(target, size_bytes), reachable(source, size_bytes), size_bytes);
+  const Region& region = *region_of(device_end);
+  require(region.managed || region.device == stream.context->device, "a copy on a stream of another device");
+  const bool locked = registered(host_end, size_bytes);
+  // The runtime takes the bytes of other memory with it.
+  const auto* bytes = static_cast<const std::byte*>(source);
+  const auto taken = std::make_shared<std::vector<std::byte>>();
+  if (to_device && !locked) taken->assign(bytes, bytes + size_bytes);
+  const auto land = [this, target, source, size_bytes, taken] {
+    std::memcpy(reachable(target, size_bytes), taken->empty() ? reachable(source, size_bytes) : taken->data(),
+                size_bytes);
     --copies_under_way;
   };
-  if (const auto error = queue(stream, {.kind = Work::Kind::kCopy, .act = land})) return error;
-  pageable_copies += !registered(host_end, size_bytes);
+  Work work{.kind = Work::Kind::kCopy, .act = land};
+  if (locked) work.locked_memory = {static_cast<const std::byte*>(host_end), size_bytes};
+  if (const auto error = queue(stream, std::move(work))) return error;
+  pageable_copies += !locked;
   if (to_device && region_of(target)->there)
     std::memset(shadow_of(target, size_bytes), static_cast<int>(kPoison), size_bytes);
   most_copies_under_way = std::max(most_copies_under_way, ++copies_under_way);
@@ -277,6 +309,7 @@ void FakeCuda::reset(unsigned seed) {
   }
   ++impl->epoch;
   impl->unloading = false;
+  impl->devices = Impl::kDevices;
   impl->failures.clear();
   impl->calls.clear();
   impl->callers.clear();
@@ -374,6 +407,11 @@ void FakeCuda::unload() {
   impl->copies_under_way = 0;
   impl->unloading = true;
 }
+void FakeCuda::lose_context(int device) {
+  Inside impl;
+  impl->destroy(impl->contexts[static_cast<std::size_t>(device)]);
+}
+void FakeCuda::show_devices(int count) { Inside()->devices = count; }
 bool FakeCuda::failure_pending() { return !Inside()->failures.empty(); }
 int FakeCuda::calls(const std::string& function) { return Inside()->calls[function]; }
 int FakeCuda::all_calls() { return Inside()->all_calls; }
@@ -386,5 +424,15 @@ int FakeCuda::live_events() { return static_cast<int>(Inside()->events.size()); 
 int FakeCuda::registrations() { return static_cast<int>(Inside()->registrations.size()); }
 int FakeCuda::pageable_copies() { return Inside()->pageable_copies; }
 int FakeCuda::most_copies_under_way() { return Inside()->most_copies_under_way; }
+int FakeCuda::copies_under_way(int device) {
+  Inside impl;
+  std::ptrdiff_t count = 0;
+  for (const CUstream_st* stream : impl->all_streams()) {
+    if (stream->context->device != device) continue;
+    count += std::count_if(stream->queue.begin(), stream->queue.end(),
+                           [](const Work& work) { return work.kind == Work::Kind::kCopy; });
+  }
+  return static_cast<int>(count);
+}
 
 }  // namespace flashpack::testing

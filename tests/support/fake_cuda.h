@@ -17,10 +17,10 @@ namespace flashpack::testing {
 /// Work queued on a stream is done late, in order within its stream and in no order between streams, but for the legacy
 /// default stream and those that it waits for: when somebody asks for an event, a few steps are taken, chosen by
 /// chance, unless held. A copy of page-locked memory reads its source when it lands, not when it is asked for; one of
-/// other memory keeps its caller until it has landed. Device memory cannot be touched but through here. A call on a
-/// thread without a context makes one, on the thread's device. A call that may wait breaks the captures of graphs that
-/// forbid it to its thread. Misuse that the real one would punish with undefined behaviour ends the program with a
-/// message.
+/// other memory reads it within the call, and may keep its caller until it has landed. Device memory cannot be touched
+/// but through here. A call on a thread without a context makes one, on the thread's device. A call that may wait
+/// breaks the captures of graphs that forbid it to its thread. Misuse that the real one would punish with undefined
+/// behaviour ends the program with a message.
 ///
 /// Thread safety: all members and all runtime functions from any thread.
 class FakeCuda {
@@ -58,6 +58,11 @@ class FakeCuda {
   void fail(const std::string& function, int nth, cudaError_t error, bool sticky = false, int times = 1);
   /// As at the end of a process, until reset(): handles are gone, and every call gives cudaErrorCudartUnloading.
   void unload();
+  /// The context of a device goes with all that is in it, and those who ask for it are told. A driver may also crash,
+  /// as this fake does when somebody asks after a cudaDeviceReset().
+  void lose_context(int device);
+  /// Sees so many devices until reset(). A slice of a device (MIG) is a single one.
+  void show_devices(int count);
   /// Whether a failure that was asked for has not come yet.
   bool failure_pending();
 
@@ -72,6 +77,7 @@ class FakeCuda {
   /// Copies from or to host memory that was not page-locked.
   int pageable_copies();
   int most_copies_under_way();
+  int copies_under_way(int device);
 
   class Impl;
 

@@ -15,6 +15,7 @@
 #include <optional>
 #include <random>
 #include <set>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
@@ -26,7 +27,7 @@ struct CUevent_st {
   CUctx_st* context;
   bool done = true;
   bool captured = false;
-  unsigned records = 0;
+  std::uint64_t record = 0;  // No two of any events are the same.
 };
 
 namespace flashpack::testing {
@@ -42,8 +43,9 @@ struct Work {
     kCopy,    // Waits while copies are held.
     kKernel,  // Goes on until somebody ends it.
   } kind;
-  std::function<void()> act;  // In the fake, when it is done.
-  std::uint64_t number = 0;   // Counts all work, in the order of the calls.
+  std::function<void()> act;                   // In the fake, when it is done.
+  std::span<const std::byte> locked_memory{};  // Where a copy begins or ends on the host.
+  std::uint64_t number = 0;                    // Counts all work, in the order of the calls.
 };
 
 struct Capture {
@@ -73,6 +75,7 @@ struct CUstream_st {
 struct CUctx_st {
   int device = 0;
   bool alive = false;
+  bool was_reset = false;
   cudaError_t sticky = cudaSuccess;
   CUstream_st legacy{};
 };
@@ -91,6 +94,11 @@ class FakeCuda::Impl {
     int device;
     bool managed = false;
     bool there = true;  // The stream has come to the allocation, where memory is stream-ordered.
+  };
+
+  struct Registration {
+    std::size_t size_bytes;
+    CUctx_st* context;
   };
 
   struct Failure {
@@ -137,6 +145,8 @@ class FakeCuda::Impl {
   Region* region_of(const void* memory);
   std::byte* shadow_of(const void* memory, std::size_t size_bytes);
   bool registered(const void* memory, std::size_t size_bytes) const;
+  const Registration* registration_near(const void* memory, std::size_t size_bytes) const;
+  bool is_being_copied(std::span<const std::byte> memory);
   /// To be read or written at once, on the host or a device.
   std::byte* reachable(const void* memory, std::size_t size_bytes);
   cudaError_t copy(CUstream_st& stream, void* target, const void* source, std::size_t size_bytes);
@@ -152,12 +162,14 @@ class FakeCuda::Impl {
   bool unloading = false;
   std::mt19937 random{1};
   bool held = false;
+  int devices = kDevices;
   std::uint64_t works = 0;
+  std::uint64_t records = 0;
   std::array<CUctx_st, kDevices> contexts;
   std::set<CUstream_st*> streams;
   std::map<std::pair<CUctx_st*, std::thread::id>, CUstream_st> per_thread;
   std::set<CUevent_st*> events;
-  std::map<std::byte*, std::size_t> registrations;
+  std::map<std::byte*, Registration> registrations;
   std::vector<Region> regions;
   std::deque<CUgraph_st> graphs;  // Until the reset.
   std::map<std::string, Failure> failures;

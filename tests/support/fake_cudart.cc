@@ -1,11 +1,18 @@
 // The functions of the runtime, and those of the driver that it leads to. Each gives what it was told to give, or does
 // its work.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <functional>
+#include <numeric>
+#include <set>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "tests/support/fake_cuda_impl.h"
 
@@ -37,6 +44,7 @@ CUresult driver_error(cudaError_t error) { return static_cast<CUresult>(error); 
 CUresult push_context(CUcontext context) {
   Inside impl;
   if (const auto error = impl->enter("cuCtxPushCurrent", Kind::kNoContext)) return driver_error(error);
+  require(!context || !context->was_reset, "a context that a cudaDeviceReset() has destroyed");
   if (!context || !context->alive) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
   impl->thread().contexts.push_back(context);
   return CUDA_SUCCESS;
@@ -79,21 +87,39 @@ cudaError_t make_stream(const char* function, cudaStream_t* stream, bool blockin
 }
 
 #if CUDART_VERSION >= 12080
+// What the documentation of cudaMemcpyBatchAsync asks for.
+bool is_valid_batch(std::size_t count, std::span<const cudaMemcpyAttributes> attributes,
+                    std::span<const std::size_t> firsts, cudaStream_t stream) {
+  if (stream == nullptr || stream == cudaStreamLegacy || count == 0 || attributes.empty()) return false;
+  if (attributes.size() > count || firsts.front() != 0 || firsts.back() >= count) return false;
+  const bool rising = std::adjacent_find(firsts.begin(), firsts.end(), std::greater_equal()) == firsts.end();
+  return rising && std::all_of(attributes.begin(), attributes.end(), [](const cudaMemcpyAttributes& a) {
+           return a.srcAccessOrder > cudaMemcpySrcAccessOrderInvalid && a.srcAccessOrder <= cudaMemcpySrcAccessOrderAny;
+         });
+}
+
+// In any order, because a batch has none.
 cudaError_t copy_batch(void* const* targets, const void* const* sources, const std::size_t* sizes, std::size_t count,
-                       const cudaMemcpyAttributes& attributes, std::size_t first_of_attributes,
-                       std::size_t attribute_count, cudaStream_t stream) {
+                       std::span<const cudaMemcpyAttributes> attributes, std::span<const std::size_t> firsts,
+                       cudaStream_t handle) {
   Inside impl;
   if (const auto error = impl->enter("cudaMemcpyBatchAsync", Kind::kSafe)) return error;
-  require(stream != nullptr && stream != cudaStreamLegacy, "a batch on the legacy default stream");
-  require(count > 0 && attribute_count == 1 && first_of_attributes == 0, "a batch without copies or attributes");
-  require(attributes.srcAccessOrder == cudaMemcpySrcAccessOrderStream, "slots are read in the order of the stream");
-  for (std::size_t i = 0; i < count; ++i) {
+  if (!is_valid_batch(count, attributes, firsts, handle)) return impl->note(cudaErrorInvalidValue);
+  CUstream_st& stream = *impl->stream_of(handle, impl->context());
+  require(stream.context == &impl->context(), "a batch on a stream of another context");
+  for (const cudaMemcpyAttributes& each : attributes) {
+    require(each.srcAccessOrder == cudaMemcpySrcAccessOrderStream, "slots are read in the order of the stream");
+  }
+  std::vector<std::size_t> order(count);
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::shuffle(order.begin(), order.end(), impl->random);
+  std::set<void*> written;
+  for (const std::size_t i : order) {
     require(sizes[i] > 0, "an empty copy in a batch");
+    require(written.insert(targets[i]).second, "a batch that writes twice to one place");
     require(impl->registered(impl->region_of(targets[i]) ? sources[i] : targets[i], sizes[i]),
             "a batch with memory that is not locked");
-    if (const auto error = impl->copy(*impl->stream_of(stream, impl->context()), targets[i], sources[i], sizes[i])) {
-      return error;
-    }
+    if (const auto error = impl->copy(stream, targets[i], sources[i], sizes[i])) return error;
   }
   return cudaSuccess;
 }
@@ -106,7 +132,7 @@ extern "C" {
 cudaError_t cudaGetDeviceCount(int* count) {
   Inside impl;
   if (const auto error = impl->enter("cudaGetDeviceCount", Kind::kNoContext)) return error;
-  *count = FakeCuda::Impl::kDevices;
+  *count = impl->devices;
   return cudaSuccess;
 }
 
@@ -121,7 +147,7 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaSetDevice(int device) {
   Inside impl;
   if (const auto error = impl->enter("cudaSetDevice", Kind::kNoContext)) return error;
-  if (device < 0 || device >= FakeCuda::Impl::kDevices) return impl->note(cudaErrorInvalidDevice);
+  if (device < 0 || device >= impl->devices) return impl->note(cudaErrorInvalidDevice);
   auto& thread = impl->thread();
   thread.device = device;
   if (!thread.contexts.empty()) thread.contexts.pop_back();
@@ -133,6 +159,7 @@ cudaError_t cudaDeviceReset() {
   Inside impl;
   if (const auto error = impl->enter("cudaDeviceReset", Kind::kUnsafe)) return error;
   impl->destroy(impl->context());
+  impl->context().was_reset = true;
   impl->thread().contexts.pop_back();
   return cudaSuccess;
 }
@@ -258,8 +285,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
   if (stream.context != event->context) return impl->note(cudaErrorInvalidResourceHandle);
   event->captured = stream.capture.has_value();
   event->done = false;
-  const auto land = [&impl = *impl, event, record = ++event->records] {
-    if (impl.events.contains(event) && event->records == record) event->done = true;
+  const auto land = [&impl = *impl, event, record = event->record = ++impl->records] {
+    if (impl.events.contains(event) && event->record == record) event->done = true;
   };
   return impl->queue(stream, {.kind = Work::Kind::kQuick, .act = land});
 }
@@ -290,6 +317,7 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t size_b
       return error;
     }
     if (impl->registered(impl->region_of(target) ? source : target, size_bytes)) return cudaSuccess;
+    if (impl->region_of(target) && impl->random() % 2 == 0) return cudaSuccess;
   }
   return wait_for(stream);
 }
@@ -298,14 +326,16 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t size_b
 cudaError_t cudaMemcpyBatchAsync(void* const* targets, const void* const* sources, const std::size_t* sizes,
                                  std::size_t count, cudaMemcpyAttributes* attributes, std::size_t* first_of_attributes,
                                  std::size_t attribute_count, cudaStream_t stream) {
-  return copy_batch(targets, sources, sizes, count, *attributes, first_of_attributes[0], attribute_count, stream);
+  return copy_batch(targets, sources, sizes, count, {attributes, attribute_count},
+                    {first_of_attributes, attribute_count}, stream);
 }
 #elif CUDART_VERSION >= 12080
 cudaError_t cudaMemcpyBatchAsync(void** targets, void** sources, std::size_t* sizes, std::size_t count,
                                  cudaMemcpyAttributes* attributes, std::size_t* first_of_attributes,
                                  std::size_t attribute_count, std::size_t* failed, cudaStream_t stream) {
   require(failed != nullptr, "a batch without a place for the one that failed");
-  return copy_batch(targets, sources, sizes, count, *attributes, first_of_attributes[0], attribute_count, stream);
+  return copy_batch(targets, sources, sizes, count, {attributes, attribute_count},
+                    {first_of_attributes, attribute_count}, stream);
 }
 #endif
 
@@ -333,11 +363,17 @@ cudaError_t cudaMallocManaged(void** memory, std::size_t size_bytes, unsigned) {
   return cudaSuccess;
 }
 
-cudaError_t cudaHostRegister(void* memory, std::size_t size_bytes, unsigned) {
+// Page-locked memory is there, and the device may write to it, unless it was told that it must not.
+cudaError_t cudaHostRegister(void* memory, std::size_t size_bytes, unsigned flags) {
   Inside impl;
   if (const auto error = impl->enter("cudaHostRegister", Kind::kUnsafe)) return error;
-  if (impl->registered(memory, 1)) return impl->note(cudaErrorHostMemoryAlreadyRegistered);
-  impl->registrations.emplace(static_cast<std::byte*>(memory), size_bytes);
+  if (!memory || size_bytes == 0) return impl->note(cudaErrorInvalidValue);
+  if (impl->registration_near(memory, size_bytes)) return impl->note(cudaErrorHostMemoryAlreadyRegistered);
+  const auto begin = reinterpret_cast<std::uintptr_t>(memory) / 4096 * 4096;
+  const std::size_t pages_bytes = reinterpret_cast<std::uintptr_t>(memory) + size_bytes - begin;
+  const int access = flags & cudaHostRegisterReadOnly ? MADV_POPULATE_READ : MADV_POPULATE_WRITE;
+  if (::madvise(reinterpret_cast<void*>(begin), pages_bytes, access) != 0) return impl->note(cudaErrorInvalidValue);
+  impl->registrations[static_cast<std::byte*>(memory)] = {size_bytes, &impl->context()};
   return cudaSuccess;
 }
 
@@ -345,20 +381,28 @@ cudaError_t cudaHostUnregister(void* memory) {
   Inside impl;
   const cudaError_t error = impl->enter("cudaHostUnregister", Kind::kUnsafe);
   if (error == cudaErrorCudartUnloading) return error;
-  require(impl->copies_under_way == 0 || error != cudaSuccess, "unregistering memory with copies under way");
-  require(impl->registrations.erase(static_cast<std::byte*>(memory)) == 1, "unregistering what is not registered");
+  const auto found = impl->registrations.find(static_cast<std::byte*>(memory));
+  require(found != impl->registrations.end(), "unregistering what is not registered");
+  require(error != cudaSuccess || !impl->is_being_copied({found->first, found->second.size_bytes}),
+          "unregistering memory with copies under way");
+  impl->registrations.erase(found);
   return cudaSuccess;
 }
 
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* memory) {
   Inside impl;
   if (const auto error = impl->enter("cudaPointerGetAttributes", Kind::kSafe)) return error;
-  *attributes = {};
   const auto* region = impl->region_of(memory);
-  if (region) attributes->device = region->device;
-  attributes->type = region                        ? region->managed ? cudaMemoryTypeManaged : cudaMemoryTypeDevice
-                     : impl->registered(memory, 1) ? cudaMemoryTypeHost
-                                                   : cudaMemoryTypeUnregistered;
+  const auto* registration = impl->registration_near(memory, 1);
+  const bool on_device = region && !region->managed;
+  *attributes = {};
+  attributes->device = region ? region->device : registration ? registration->context->device : cudaInvalidDeviceId;
+  attributes->devicePointer = region || registration ? const_cast<void*>(memory) : nullptr;
+  attributes->hostPointer = on_device ? nullptr : const_cast<void*>(memory);
+  attributes->type = on_device      ? cudaMemoryTypeDevice
+                     : region       ? cudaMemoryTypeManaged
+                     : registration ? cudaMemoryTypeHost
+                                    : cudaMemoryTypeUnregistered;
   return cudaSuccess;
 }
 
@@ -377,6 +421,8 @@ const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorContextIsDestroyed";
     case cudaErrorCudartUnloading:
       return "cudaErrorCudartUnloading";
+    case cudaErrorHostMemoryAlreadyRegistered:
+      return "cudaErrorHostMemoryAlreadyRegistered";
     case cudaErrorIllegalAddress:
       return "cudaErrorIllegalAddress";
     case cudaErrorInsufficientDriver:
@@ -385,6 +431,10 @@ const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorInvalidDevice";
     case cudaErrorMemoryAllocation:
       return "cudaErrorMemoryAllocation";
+    case cudaErrorNotSupported:
+      return "cudaErrorNotSupported";
+    case cudaErrorOperatingSystem:
+      return "cudaErrorOperatingSystem";
     default:
       return "cudaErrorUnknown";
   }
