@@ -8,7 +8,7 @@
 #include <string>
 #include <system_error>
 
-#include "engine/io_queue.h"
+#include "engine/byte_work.h"
 #include "engine/pool.h"
 
 struct CUstream_st;
@@ -38,8 +38,9 @@ class Copier {
   /// Requires: nothing under way.
   virtual ~Copier() = default;
 
-  /// Starts an operation: kScatter or kGather with a slot; fragments lie in device memory. Never blocks.
-  virtual void push(unsigned tag, const IoRequest& request) = 0;
+  /// Starts a kScatter or kGather whose view lies in slot `slot` and whose fragments lie in device memory. Never
+  /// blocks. Requires: nothing is under way with that slot.
+  virtual void push(unsigned tag, unsigned slot, const ByteWork& work) = 0;
   /// What has landed since the last call, in no certain order. The result is valid until the next call.
   virtual std::span<const Completion> poll() = 0;
   virtual bool idle() const noexcept = 0;

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cassert>
 #include <chrono>
 #include <fstream>
 #include <optional>
@@ -12,7 +13,6 @@
 #include "engine/cuda_handles.h"
 #include "engine/error.h"
 #include "engine/gate_cuda.h"
-#include "engine/workers.h"
 
 namespace flashpack::internal {
 
@@ -66,18 +66,19 @@ class CudaCopier final : public Copier {
     lock_.reset();  // After the streams, which may still copy.
   }
 
-  void push(unsigned tag, const IoRequest& request) override {
+  void push(unsigned tag, unsigned slot, const ByteWork& work) override {
+    assert(slot < copies_.size() && (work.op == ByteWork::Op::kScatter || work.op == ByteWork::Op::kGather));
     Lane& lane = lanes_[next_lane_++ % kLanes];
-    Copy& copy = copies_[static_cast<std::size_t>(request.slot)];
+    Copy& copy = copies_[slot];
     copy.tag = tag;
-    copy.request = request;
+    copy.work = work;
     copy.stream = lane.stream.get();
     copy.next = nullptr;
     copy.started = false;
     *std::exchange(lane.last, &copy.next) = &copy;
     ++under_way_;
     // A copy of memory that is not locked ends within the call.
-    const bool may_take_long = !locked() || request.fragments.size() > kMostFragmentsForDriver;
+    const bool may_take_long = !locked() || work.fragments.size() > kMostFragmentsForDriver;
     may_take_long ? pool_.post(copy) : copy.run();
   }
 
@@ -137,7 +138,7 @@ class CudaCopier final : public Copier {
     CudaCopier* copier = nullptr;
     cuda::Event landed;
     unsigned tag = 0;
-    IoRequest request{};
+    ByteWork work{};
     cudaStream_t stream = nullptr;
     Copy* next = nullptr;                 // In its lane.
     cudaError_t error = cudaSuccess;      // The first, of starting it or of asking for it.
@@ -154,7 +155,7 @@ class CudaCopier final : public Copier {
   cudaError_t start(Copy& copy) {
     const ContextGuard guard(context_);
     if (guard.error() != cudaSuccess) return guard.error();
-    if (copy.request.op == IoRequest::Op::kGather) clear_gaps(copy.request);
+    if (copy.work.op == ByteWork::Op::kGather) clear_gaps(copy.work.view, copy.work.fragments);
     copy.list_fragments();
     const cudaError_t error = copy_fragments(copy);
     return error == cudaSuccess ? cudaEventRecord(copy.landed.get(), copy.stream) : error;
@@ -173,7 +174,7 @@ class CudaCopier final : public Copier {
   static cudaError_t copy_batch(const Copy& copy);
 
   static cudaError_t copy_each(const Copy& copy) {
-    const bool load = copy.request.op == IoRequest::Op::kScatter;
+    const bool load = copy.work.op == ByteWork::Op::kScatter;
     const cudaMemcpyKind kind = load ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost;
     for (std::size_t i = 0; i < copy.sizes.size(); ++i) {
       const cudaError_t error = cudaMemcpyAsync(copy.targets[i], copy.sources[i], copy.sizes[i], kind, copy.stream);
@@ -222,9 +223,9 @@ void CudaCopier::Copy::list_fragments() {
   targets.clear();
   sources.clear();
   sizes.clear();
-  const bool load = request.op == IoRequest::Op::kScatter;
-  for (const Fragment& fragment : request.fragments) {
-    std::byte* const in_slot = request.memory.data() + (fragment.offset_bytes - request.offset_bytes);
+  const bool load = work.op == ByteWork::Op::kScatter;
+  for (const Fragment& fragment : work.fragments) {
+    std::byte* const in_slot = work.view.of(fragment);
     sources.push_back(load ? in_slot : fragment.memory);
     targets.push_back(load ? fragment.memory : in_slot);
     sizes.push_back(fragment.size_bytes);

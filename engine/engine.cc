@@ -145,6 +145,7 @@ struct Engine::Impl::Machine {
   std::optional<internal::Staging> staging;
   std::unique_ptr<internal::Copier> copier;
   std::unique_ptr<internal::Ring> ring;
+  std::optional<internal::DiskThreads> disk_threads;
   std::optional<internal::Workers> workers;
   std::optional<internal::Pool> pool;
   std::optional<internal::Pipeline> pipeline;
@@ -180,10 +181,12 @@ void Engine::Impl::build(Machine& machine) {
   }
   internal::Ring* const ring = machine.ring.get();
   if (options_.backend == Backend::kAuto) options_.backend = ring ? Backend::kIoUring : Backend::kWorkers;
-  machine.workers.emplace(*machine.pool, tags, ring, fallback_reason_);
+  internal::DiskThreads& threads = machine.disk_threads.emplace(*machine.pool, tags, ring, fallback_reason_);
+  internal::DiskQueue& disk = ring ? static_cast<internal::DiskQueue&>(*ring) : threads;
+  machine.workers.emplace(*machine.pool, tags, &disk);
   if (!staging_reason_.empty()) fallback_reason_.append(fallback_reason_.empty() ? "" : "; ").append(staging_reason_);
-  internal::IoQueue& disk = ring ? static_cast<internal::IoQueue&>(*ring) : *machine.workers;
-  machine.pipeline.emplace(disk, *machine.workers, *machine.pool, machine.copier.get(), staging.slots(), limits);
+  const internal::Queues queues{.disk = disk, .stand_in = threads, .workers = *machine.workers};
+  machine.pipeline.emplace(queues, *machine.pool, machine.copier.get(), staging.slots(), limits);
 }
 
 // The ring belongs to the thread that made it, so everything is made on the driver thread.

@@ -8,9 +8,9 @@
 #include <span>
 #include <system_error>
 
+#include "engine/byte_work.h"
 #include "engine/error.h"
 #include "engine/residency.h"
-#include "engine/workers.h"
 
 namespace flashpack::internal {
 

@@ -25,6 +25,7 @@
 namespace flashpack::internal {
 
 struct TransferState;
+class DiskQueue;
 
 /// The parts of an Error, from which each wait() makes its own: exceptions share their text between copies, and copies
 /// of one error may be looked at and dropped by several threads.
@@ -43,7 +44,10 @@ struct OpenFile {
   explicit OpenFile(File opened) : file(std::move(opened)) {}
 
   const File file;
-  std::uint32_t stuck = 0;  // The driver's: operations on it that are late or abandoned.
+
+  // The driver's.
+  DiskQueue* queue = nullptr;  // Serves it, once a transfer moves bytes from or to it.
+  std::uint32_t stuck = 0;     // Operations on it that are late or abandoned.
 };
 
 /// The driver counts here what is stuck in one file system.

@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "engine/error.h"
-#include "engine/workers.h"
 
 namespace flashpack::internal {
 
@@ -37,10 +36,8 @@ unsigned Pipeline::tag_limit(Limits limits) {
   return limits.queue_depth + 3 * limits.worker_depth + limits.slots + kStuckLimit;
 }
 
-Pipeline::Pipeline(IoQueue& disk, IoQueue& workers, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots,
-                   Limits limits)
-    : disk_(disk),
-      workers_(workers),
+Pipeline::Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits)
+    : queues_(queues),
       pool_(pool),
       copier_(copier),
       slots_(std::move(slots)),
@@ -48,7 +45,7 @@ Pipeline::Pipeline(IoQueue& disk, IoQueue& workers, Pool& pool, Copier* copier, 
       inbox_(std::make_shared<Inbox>()),
       jobs_(tag_limit(limits)) {
   assert(limits.slots > 0 && limits.slots <= slots_.size());
-  inbox_->sleeper = &disk_;
+  inbox_->sleeper = &queues_.disk;
   count(Stage::kFree) = static_cast<std::uint32_t>(jobs_.size());
   for (auto tag = static_cast<unsigned>(jobs_.size()); tag-- > 0;) free_jobs_.push_back(tag);
   for (int slot = static_cast<int>(slots_.size()); slot-- > 0;) free_slots_.push_back(slot);
@@ -57,23 +54,23 @@ Pipeline::Pipeline(IoQueue& disk, IoQueue& workers, Pool& pool, Copier* copier, 
 void Pipeline::start(std::shared_ptr<TransferState> transfer) {
   const std::lock_guard lock(inbox_->mutex);
   inbox_->started.push_back(std::move(transfer));
-  disk_.wake();
+  queues_.disk.wake();
 }
 
 void Pipeline::attend(std::shared_ptr<TransferState> transfer) noexcept {
   const std::lock_guard lock(inbox_->mutex);
   transfer->next_cancelled = std::exchange(inbox_->cancelled, transfer);
-  disk_.wake();
+  queues_.disk.wake();
 }
 
 void Pipeline::close() noexcept {
   const std::lock_guard lock(inbox_->mutex);
   inbox_->closing = true;
-  disk_.wake();
+  queues_.disk.wake();
 }
 
 bool Pipeline::run() {
-  const bool refused = disk_.refuses();
+  const bool refused = queues_.disk.refuses();
   while (true) {
     now_ = std::chrono::steady_clock::now();
     admit();
@@ -85,7 +82,7 @@ bool Pipeline::run() {
     open_next();
     const bool look_again = issue();
     reap(patience(look_again));
-    if (disk_.refuses() && !refused) return false;
+    if (queues_.disk.refuses() && !refused) return false;
   }
 }
 
@@ -122,12 +119,15 @@ void Pipeline::attend_to_gates() {
 }
 
 void Pipeline::reap(std::optional<std::chrono::nanoseconds> patience) {
-  for (const IoCompletion& completion : disk_.wait(patience)) complete(completion);
-  if (&workers_ != &disk_) {
-    for (const IoCompletion& completion : workers_.wait(std::chrono::nanoseconds(0))) complete(completion);
-  }
+  complete_all(queues_.disk.wait(patience));
+  if (queues_.disk.refuses()) complete_all(queues_.stand_in.wait(std::chrono::nanoseconds(0)));
+  complete_all(queues_.workers.wait(std::chrono::nanoseconds(0)));
   if (!copier_) return;
   for (const Copier::Completion& landed : copier_->poll()) on_copied(landed.tag, landed.error);
+}
+
+void Pipeline::complete_all(std::span<const IoCompletion> completions) {
+  for (const IoCompletion& completion : completions) complete(completion);
 }
 
 // How long the loop may sleep; none is for ever.
@@ -227,18 +227,16 @@ bool Pipeline::issue_in_place(Part& part, const Chunk& chunk) {
   if (!populated && count(Stage::kPopulating) >= limits_.worker_depth) return false;
   const unsigned tag = open_job(part, chunk);
   Job& job = jobs_[tag];
-  job.offset_bytes = chunk.offset_bytes;
-  job.memory = memory;
+  job.view = {chunk.offset_bytes, memory};
   if (populated) {
     move_direct(tag);
   } else {
     enter(job, Stage::kPopulating);
     // Counting reads them, and so takes their faults, too.
-    give_to_workers(tag, {.op = counted ? IoRequest::Op::kChecksum : IoRequest::Op::kPopulate,
-                          .offset_bytes = job.offset_bytes,
-                          .memory = memory,
+    give_to_workers(tag, {.op = counted ? ByteWork::Op::kChecksum : ByteWork::Op::kPopulate,
+                          .view = job.view,
                           .fragments = part.plan.fragments_of(chunk),
-                          .for_writing = load,
+                          .touch = load ? ByteWork::Touch::kForWriting : ByteWork::Touch::kForReading,
                           .sums = counted ? take_sums(job) : nullptr});
   }
   return true;
@@ -253,9 +251,9 @@ bool Pipeline::issue_staged(Part& part, const Chunk& chunk) {
   }
   Job& job = jobs_[*tag];
   const std::uint32_t block_bytes = part.file().alignment().block_bytes;
-  job.offset_bytes = round_down(chunk.offset_bytes, block_bytes);
+  const std::uint64_t begin = round_down(chunk.offset_bytes, block_bytes);
   const std::uint64_t end = round_up(chunk.offset_bytes + chunk.size_bytes, block_bytes);
-  job.memory = slot_memory(job).first(end - job.offset_bytes);
+  job.view = {begin, slot_memory(job).first(end - begin)};
   move_direct(*tag);
   return true;
 }

@@ -21,8 +21,8 @@
 
 namespace flashpack::internal {
 
-/// Serves transfers with two queues: `disk` for direct I/O, `workers` for everything that touches bytes with a CPU.
-/// They may be the same queue. A chunk that is read lives so:
+/// Serves transfers: direct I/O by the queue of the file, everything that touches bytes with a CPU by the workers. A
+/// chunk that is read lives so:
 ///
 ///   in place:            [populating ->] direct   -> [counting ->]                       delivered
 ///   through a slot:                      direct   ->                          copying -> delivered
@@ -75,9 +75,10 @@ class Pipeline final : public Driver {
   /// The tags that queues of such a pipeline must allow.
   static unsigned tag_limit(Limits limits);
 
-  /// Borrows the queues, the pool, the copier and the slots' memory. `copier` is null for an engine of the host.
-  Pipeline(IoQueue& disk, IoQueue& workers, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots,
-           Limits limits);
+  /// Borrows the queues, the pool, the copier and the slots' memory, which outlive it. Threads of the pool may still
+  /// use the queues, the copier and the slots when it has ended: the pool goes before these. `copier` is null for an
+  /// engine of the host.
+  Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits);
 
   /// Any thread: hands a prepared transfer to the driver.
   void start(std::shared_ptr<TransferState> transfer);
@@ -110,12 +111,10 @@ class Pipeline final : public Driver {
     Part* part = nullptr;
     const Chunk* chunk = nullptr;
     int slot = -1;
-    std::uint64_t offset_bytes = 0;  // Where in the file `memory` begins.
-    std::span<std::byte> memory;     // The slot's, or in place the target or source itself.
-    Fragment whole{};                // Of a buffered job with a slot: `memory` as the one fragment that is moved.
-    std::uint64_t done_bytes = 0;    // Whole blocks of `memory` that have been moved.
-    unsigned stalls = 0;             // Results in a row that moved no new block.
-    IoQueue* queue = nullptr;        // Has its operation.
+    SlotView view;                                // What the slot holds, or in place the target or source itself.
+    std::uint64_t done_bytes = 0;                 // Whole blocks of the view that have been moved by direct I/O.
+    unsigned stalls = 0;                          // Results in a row that moved no new block.
+    Queue* queue = nullptr;                       // Has its operation.
     std::chrono::steady_clock::time_point since;  // It entered its stage.
     bool stuck = false;                           // Late or abandoned: not counted as in its stage.
     bool late = false;
@@ -136,7 +135,7 @@ class Pipeline final : public Driver {
     void answer(std::shared_ptr<TransferState> transfer, Part& part) noexcept;
 
     std::mutex mutex;  // Protects the rest. Waking is done under it: the queue may be gone as soon as run() returns.
-    IoQueue* sleeper = nullptr;  // The driver sleeps in it; null when it has left.
+    Queue* sleeper = nullptr;  // The driver sleeps in it; null when it has left.
     std::vector<std::shared_ptr<TransferState>> started;
     std::shared_ptr<TransferState> cancelled;  // The first of a list.
     std::vector<Answer> answers;               // Parts whose threads are done with them.
@@ -149,6 +148,7 @@ class Pipeline final : public Driver {
   bool finished();
   std::optional<std::chrono::nanoseconds> patience(bool look_again);
   void reap(std::optional<std::chrono::nanoseconds> patience);
+  void complete_all(std::span<const IoCompletion> completions);
   void look_for_stuck();
   void attend_to_gates();
   bool issue();
@@ -186,11 +186,12 @@ class Pipeline final : public Driver {
   // The steps of one chunk: pipeline_steps.cc.
   unsigned open_job(Part& part, const Chunk& chunk);
   std::optional<unsigned> open_job_with_slot(Part& part, const Chunk& chunk);
+  DiskQueue& queue_of(OpenFile& file) const;
   void move_direct(unsigned tag);
   void move_buffered(unsigned tag);
   void copy(unsigned tag);
   void count_bytes(unsigned tag, StripeSums* sums);
-  void give_to_workers(unsigned tag, IoRequest request);
+  void give_to_workers(unsigned tag, ByteWork work);
   static StripeSums* take_sums(Job& job);
   void complete(IoCompletion completion);
   void on_direct(unsigned tag, std::int64_t result);
@@ -222,10 +223,10 @@ class Pipeline final : public Driver {
   std::size_t held_up_parts() const { return late_parts_ + held_up_parts_; }
   /// Jobs that are with the disk, or bound for it with a slot.
   std::uint32_t depth() { return count(Stage::kDirect) + count(Stage::kGathering); }
+  static std::span<const Fragment> fragments_of(const Job& job) { return job.part->plan.fragments_of(*job.chunk); }
   std::span<std::byte> slot_memory(const Job& job) const { return slots_[static_cast<std::size_t>(job.slot)]; }
 
-  IoQueue& disk_;
-  IoQueue& workers_;
+  const Queues queues_;
   Pool& pool_;
   Copier* const copier_;
   const std::vector<std::span<std::byte>> slots_;

@@ -344,7 +344,7 @@ void Pipeline::end(TransferState& transfer) {
     transfer.note_fallback(part.fallback_reason);
     transfer.note_fallback(part.router.fallback_reason());
   }
-  transfer.note_fallback(disk_.fallback_reason());
+  transfer.note_fallback(queues_.disk.fallback_reason());
   if (copier_) transfer.note_fallback(copier_->fallback_reason());
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - transfer.started;
   transfer.stats.seconds = elapsed.count();

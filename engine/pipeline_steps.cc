@@ -73,9 +73,15 @@ std::optional<unsigned> Pipeline::open_job_with_slot(Part& part, const Chunk& ch
   Job& job = jobs_[tag];
   job.slot = free_slots_.back();
   free_slots_.pop_back();
-  job.offset_bytes = chunk.offset_bytes;
-  job.memory = slot_memory(job).first(chunk.size_bytes);
+  job.view = {chunk.offset_bytes, slot_memory(job).first(chunk.size_bytes)};
   return tag;
+}
+
+// Its own, as long as that does not refuse.
+DiskQueue& Pipeline::queue_of(OpenFile& file) const {
+  if (!file.queue) file.queue = &queues_.disk;
+  if (file.queue->refuses()) file.queue = &queues_.stand_in;
+  return *file.queue;
 }
 
 void Pipeline::move_direct(unsigned tag) {
@@ -84,21 +90,22 @@ void Pipeline::move_direct(unsigned tag) {
   enter(job, Stage::kDirect);
   ++transfer.stats.operations;
   const File& file = job.part->file();
-  job.queue = disk_.refuses() ? &workers_ : &disk_;
-  job.queue->push(tag, {.op = transfer.is_load() ? IoRequest::Op::kRead : IoRequest::Op::kWrite,
-                        .fd = file.direct_fd(),
-                        .offset_bytes = job.offset_bytes + job.done_bytes,
-                        .memory = job.memory.subspan(job.done_bytes),
-                        .may_block = file.may_block(),
-                        .slot = job.slot,
-                        .transfer = &transfer});
+  DiskQueue& queue = queue_of(*job.part->open);
+  job.queue = &queue;
+  queue.push(tag, {.op = transfer.is_load() ? DiskRequest::Op::kRead : DiskRequest::Op::kWrite,
+                   .fd = file.direct_fd(),
+                   .offset_bytes = job.view.offset_bytes + job.done_bytes,
+                   .memory = job.view.bytes.subspan(job.done_bytes),
+                   .may_block = file.may_block(),
+                   .slot = job.slot,
+                   .transfer = &transfer});
 }
 
-void Pipeline::give_to_workers(unsigned tag, IoRequest request) {
+void Pipeline::give_to_workers(unsigned tag, ByteWork work) {
   Job& job = jobs_[tag];
-  request.transfer = job.part->transfer;
-  job.queue = &workers_;
-  workers_.push(tag, request);
+  work.transfer = job.part->transfer;
+  job.queue = &queues_.workers;
+  queues_.workers.push(tag, work);
 }
 
 void Pipeline::move_buffered(unsigned tag) {
@@ -107,15 +114,11 @@ void Pipeline::move_buffered(unsigned tag) {
   const bool load = transfer.is_load();
   enter(job, Stage::kBuffered);
   job.only_cached = job.part->router.on_suspicion();
-  auto fragments = job.part->plan.fragments_of(*job.chunk);
-  if (job.slot >= 0) {
-    job.whole = {job.offset_bytes, job.memory.size(), job.memory.data()};
-    fragments = {&job.whole, 1};
-  }
   ++transfer.stats.operations;
-  give_to_workers(tag, {.op = load ? IoRequest::Op::kReadFragments : IoRequest::Op::kWriteFragments,
+  give_to_workers(tag, {.op = load ? ByteWork::Op::kFromCache : ByteWork::Op::kToCache,
                         .fd = job.part->file().buffered_fd(),
-                        .fragments = fragments,
+                        .view = job.view,
+                        .fragments = job.slot >= 0 ? std::span<const Fragment>() : fragments_of(job),
                         .page_cache = {.only = job.only_cached, .drop = transfer.after == AfterLoad::kDrop},
                         .sums = take_sums(job)});
 }
@@ -128,12 +131,7 @@ StripeSums* Pipeline::take_sums(Job& job) {
 void Pipeline::count_bytes(unsigned tag, StripeSums* sums) {
   Job& job = jobs_[tag];
   enter(job, Stage::kCounting);
-  give_to_workers(tag, {.op = IoRequest::Op::kChecksum,
-                        .offset_bytes = job.offset_bytes,
-                        .memory = job.memory,
-                        .fragments = job.part->plan.fragments_of(*job.chunk),
-                        .readable = true,
-                        .sums = sums});
+  give_to_workers(tag, {.op = ByteWork::Op::kChecksum, .view = job.view, .fragments = fragments_of(job), .sums = sums});
 }
 
 // Between the slot and where the fragments are.
@@ -146,13 +144,11 @@ void Pipeline::copy(unsigned tag) {
   }
   if (job.chunk->on_device && transfer.gate) return enter(job, Stage::kWaiting);
   enter(job, load ? Stage::kCopying : Stage::kGathering);
-  const IoRequest request{.op = load ? IoRequest::Op::kScatter : IoRequest::Op::kGather,
-                          .offset_bytes = job.offset_bytes,
-                          .memory = job.memory,
-                          .fragments = job.part->plan.fragments_of(*job.chunk),
-                          .sums = job.chunk->on_device ? nullptr : take_sums(job),
-                          .slot = job.slot};
-  job.chunk->on_device ? copier_->push(tag, request) : give_to_workers(tag, request);
+  const ByteWork work{.op = load ? ByteWork::Op::kScatter : ByteWork::Op::kGather,
+                      .view = job.view,
+                      .fragments = fragments_of(job),
+                      .sums = job.chunk->on_device ? nullptr : take_sums(job)};
+  job.chunk->on_device ? copier_->push(tag, static_cast<unsigned>(job.slot), work) : give_to_workers(tag, work);
 }
 
 void Pipeline::complete(IoCompletion completion) {
@@ -188,7 +184,7 @@ void Pipeline::on_direct(unsigned tag, std::int64_t result) {
 
   const std::uint64_t got = job.done_bytes + (interrupted ? 0 : static_cast<std::uint64_t>(result));
   stats.direct_bytes += got - job.done_bytes;
-  if (job.offset_bytes + got >= job.chunk->offset_bytes + job.chunk->size_bytes) {
+  if (job.view.offset_bytes + got >= job.chunk->offset_bytes + job.chunk->size_bytes) {
     if (job.slot >= 0) stats.staged_bytes += got;
     if (job.slot >= 0 && load) return copy(tag);
     StripeSums* const sums = load ? take_sums(job) : nullptr;
@@ -214,7 +210,7 @@ void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
   TransferState& transfer = job.transfer();
   const auto moved = static_cast<std::uint64_t>(result);
   transfer.stats.buffered_bytes += moved;
-  if (moved != (job.slot >= 0 ? job.memory.size() : job.part->plan.wanted_bytes(*job.chunk))) {
+  if (moved != (job.slot >= 0 ? job.view.bytes.size() : job.part->plan.wanted_bytes(*job.chunk))) {
     return fail(tag, transfer.is_load() ? make_error_code(Errc::kTruncated) : errno_code(EIO));
   }
   if (job.slot >= 0) transfer.stats.staged_bytes += moved;
@@ -250,8 +246,7 @@ void Pipeline::refuse_direct(unsigned tag) {
   transfer.note_fallback("direct I/O: refused by the file system at the first use");
   if (!transfer.is_load()) return move_buffered(tag);
   if (job.chunk->on_device) {
-    job.offset_bytes = job.chunk->offset_bytes;
-    job.memory = slot_memory(job).first(job.chunk->size_bytes);
+    job.view = {job.chunk->offset_bytes, slot_memory(job).first(job.chunk->size_bytes)};
   } else if (job.slot >= 0) {
     if (job.stuck) clear_stuck(job);
     free_slots_.push_back(std::exchange(job.slot, -1));

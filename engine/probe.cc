@@ -103,7 +103,7 @@ const char* text_of(internal::Ring::Rung rung) {
 // Reads through a whole slot until the ring has registered it, or said why not.
 void use_slot(internal::Ring& ring, const internal::Staging& staging, int fd) {
   for (int use = 0; use < 3; ++use) {
-    ring.push(0, {.op = internal::IoRequest::Op::kRead, .fd = fd, .memory = staging.slots()[0], .slot = 0});
+    ring.push(0, {.op = internal::DiskRequest::Op::kRead, .fd = fd, .memory = staging.slots()[0], .slot = 0});
     while (ring.wait(std::nullopt).empty()) {
     }
   }

@@ -149,7 +149,7 @@ void Ring::arm_wake() {
   ::io_uring_sqe_set_data64(sqe, kWakeTag);
 }
 
-void Ring::push(unsigned tag, const IoRequest& request) {
+void Ring::push(unsigned tag, const DiskRequest& request) {
   assert(ring_ && !in_flight_[tag]);
   const bool fixed = registered(request.slot, request.memory.size());
   in_flight_[tag] = true;
@@ -159,11 +159,10 @@ void Ring::push(unsigned tag, const IoRequest& request) {
   ::io_uring_sqe_set_data64(sqe, tag);
 }
 
-void Ring::prepare(io_uring_sqe* sqe, const IoRequest& request, bool fixed) {
+void Ring::prepare(io_uring_sqe* sqe, const DiskRequest& request, bool fixed) {
   std::byte* const memory = request.memory.data();
   const auto size = static_cast<unsigned>(request.memory.size());
-  assert(request.op == IoRequest::Op::kRead || request.op == IoRequest::Op::kWrite);
-  if (request.op == IoRequest::Op::kRead) {
+  if (request.op == DiskRequest::Op::kRead) {
     if (fixed) return ::io_uring_prep_read_fixed(sqe, request.fd, memory, size, request.offset_bytes, request.slot);
     return ::io_uring_prep_read(sqe, request.fd, memory, size, request.offset_bytes);
   }

@@ -1,4 +1,4 @@
-/// io_uring as an IoQueue: direct I/O between files and slots, targets, sources.
+/// io_uring as a DiskQueue: direct I/O between files and slots, targets, sources.
 #pragma once
 
 #include <liburing.h>
@@ -15,12 +15,12 @@
 
 namespace flashpack::internal {
 
-/// Knows the operations kRead and kWrite alone. Made, used and destroyed by one thread; wake() from any.
+/// Made, used and destroyed by one thread; wake() from any.
 ///
 /// A child that is forked while this lives does not inherit the ring, where the kernel can keep it out of the table of
 /// descriptors (Linux 6.3), and with it the registered slots, which would stay in memory as long as the child. On older
 /// kernels they are given back when this is destroyed, but not where the process is killed before its child.
-class Ring final : public IoQueue {
+class Ring final : public DiskQueue {
  public:
   /// Ways to set up a ring, best first. What each lacks costs CPU, not speed.
   enum class Rung : std::uint8_t {
@@ -36,12 +36,12 @@ class Ring final : public IoQueue {
   /// Requires: nothing in flight.
   ~Ring() override;
 
-  void push(unsigned tag, const IoRequest& request) override;
+  void push(unsigned tag, const DiskRequest& request) override;
   void cancel(unsigned tag) override;
   std::span<const IoCompletion> wait(std::optional<std::chrono::nanoseconds> timeout) override;
   void wake() noexcept override;
   bool refuses() const noexcept override { return !ring_; }
-  const std::string& fallback_reason() const noexcept override { return fallback_reason_; }
+  std::string fallback_reason() const override { return fallback_reason_; }
   Rung rung() const noexcept { return rung_; }
 
  private:
@@ -52,7 +52,7 @@ class Ring final : public IoQueue {
   void hide();
   io_uring_sqe* next_sqe();
   void arm_wake();
-  void prepare(io_uring_sqe* sqe, const IoRequest& request, bool fixed);
+  void prepare(io_uring_sqe* sqe, const DiskRequest& request, bool fixed);
   bool registered(int slot, std::size_t used_bytes);
   int enter(std::optional<std::chrono::nanoseconds> timeout);
   void reap();

@@ -27,8 +27,8 @@ constexpr std::chrono::seconds kHang{60};
 // A device whose memory is the host's, and whose copies land at once.
 class HostCopier final : public Copier {
  public:
-  void push(unsigned tag, const IoRequest& request) override {
-    carry_out(request);
+  void push(unsigned tag, unsigned, const ByteWork& work) override {
+    carry_out(work);
     landed_.push_back({tag, {}});
   }
   std::span<const Completion> poll() override {

@@ -210,11 +210,11 @@ constexpr unsigned kParts = 5;
 
 // 2 shapes x 5 parts x 1000 loads.
 INSTANTIATE_TEST_SUITE_P(Shapes, PipelineSoakTest,
-                         ::testing::Combine(::testing::Values(Rig::Shape::kTwoQueues, Rig::Shape::kOneQueue),
+                         ::testing::Combine(::testing::Values(Rig::Shape::kTwoQueues, Rig::Shape::kRealWorkers),
                                             ::testing::Range(0u, kParts)),
                          [](const auto& part) {
                            const bool two = std::get<0>(part.param) == Rig::Shape::kTwoQueues;
-                           return (two ? "TwoQueues" : "OneQueue") + std::to_string(std::get<1>(part.param));
+                           return (two ? "TwoQueues" : "RealWorkers") + std::to_string(std::get<1>(part.param));
                          });
 
 TEST_P(PipelineSoakTest, EveryLoadEndsInTheRightBytesOrACleanError) {
@@ -231,7 +231,10 @@ TEST_P(PipelineSoakTest, EveryLoadEndsInTheRightBytesOrACleanError) {
   EXPECT_GT(count.right, loads / 4);
   EXPECT_GT(count.of(std::make_error_code(std::errc::io_error)), 0);
   EXPECT_GT(count.of(Errc::kTruncated), 0);
-  EXPECT_EQ(count.hangs > 0, count.hanging_rigs > 0);
+  // Real workers do not hang, and what hangs in the disk may be over before anybody waits.
+  if (shape_ == Rig::Shape::kTwoQueues || count.hanging_rigs == 0) {
+    EXPECT_EQ(count.hangs > 0, count.hanging_rigs > 0);
+  }
   EXPECT_GT(count.of(Errc::kCancelled) + count.of(Errc::kDeadlineExceeded), loads / 40);
 }
 

@@ -39,8 +39,8 @@ class RingTest : public ::testing::Test {
   }
 
   std::int64_t read(unsigned tag, std::span<std::byte> memory, std::uint64_t offset, int slot = -1) {
-    ring_->push(tag,
-                {.op = IoRequest::Op::kRead, .fd = fd_.get(), .offset_bytes = offset, .memory = memory, .slot = slot});
+    ring_->push(
+        tag, {.op = DiskRequest::Op::kRead, .fd = fd_.get(), .offset_bytes = offset, .memory = memory, .slot = slot});
     while (true) {
       for (const IoCompletion& done : ring_->wait(std::nullopt)) {
         EXPECT_EQ(done.tag, tag);
@@ -132,7 +132,7 @@ TEST_F(RingTest, ACancelledReadEndsThoughNothingEverComes) {
   const UniqueFd never_written(ends[0]);
   const UniqueFd writer(ends[1]);
   GuardedMemory memory(4096);
-  ring_->push(5, {.op = IoRequest::Op::kRead, .fd = never_written.get(), .memory = {memory.data(), memory.size()}});
+  ring_->push(5, {.op = DiskRequest::Op::kRead, .fd = never_written.get(), .memory = {memory.data(), memory.size()}});
   ASSERT_TRUE(ring_->wait(std::chrono::nanoseconds(0)).empty());
   ring_->cancel(5);
   std::span<const IoCompletion> done;
@@ -209,7 +209,7 @@ TEST(RingRefused, WhereBuffersCannotBeRegisteredReadsGoOnAndSayWhy) {
     }
     const UniqueFd fd(::open((dir / "file").c_str(), O_RDONLY | O_DIRECT));
     for (int use = 0; use < 4; ++use) {
-      ring->push(0, {.op = IoRequest::Op::kRead, .fd = fd.get(), .memory = staging.slots()[0], .slot = 0});
+      ring->push(0, {.op = DiskRequest::Op::kRead, .fd = fd.get(), .memory = staging.slots()[0], .slot = 0});
       std::span<const IoCompletion> done;
       while ((done = ring->wait(std::nullopt)).empty()) {
       }

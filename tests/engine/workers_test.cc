@@ -2,16 +2,14 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
-#include <sys/mman.h>
 
-#include <cstring>
-#include <functional>
+#include <algorithm>
+#include <cerrno>
 #include <memory>
 #include <set>
 #include <thread>
 #include <vector>
 
-#include "engine/stripe_sums.h"
 #include "engine/unique_fd.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
@@ -28,30 +26,6 @@ class WorkersTest : public ::testing::Test {
     fd_.reset(::open((dir_ / "file").c_str(), O_RDWR));
   }
 
-  std::int64_t result_of(const IoRequest& request) {
-    workers_.push(0, request);
-    const auto done = workers_.wait(std::nullopt);
-    EXPECT_EQ(done.size(), 1u);
-    return done.front().result;
-  }
-
-  // Whether `cached` is refused after `drop`. That starts to read what is missing, which may have come in time: then
-  // all of it is there, and the next attempt counts. What ignores PageCache is never refused.
-  bool is_refused_when(const std::function<void()>& drop, const IoRequest& cached, std::int64_t whole) {
-    constexpr int kAttempts = 200;
-    for (int attempt = 0; attempt < kAttempts; ++attempt) {
-      drop();
-      const std::int64_t result = result_of(cached);
-      if (result == -EAGAIN) return true;
-      EXPECT_EQ(result, whole);
-    }
-    return false;
-  }
-
-  bool right(const GuardedMemory& memory, std::uint64_t offset) const {
-    return memory.intact() && std::memcmp(memory.data(), bytes_.data() + offset, memory.size()) == 0;
-  }
-
   Pool pool_{2};
   flashpack::testing::TempDir dir_;
   std::vector<std::byte> bytes_ = flashpack::testing::random_bytes(300'000);
@@ -59,111 +33,27 @@ class WorkersTest : public ::testing::Test {
   Workers workers_{pool_, 8, nullptr};
 };
 
-TEST_F(WorkersTest, FragmentsWithGapsOverlapsAndFarJumpsAreAllRead) {
-  std::vector<std::unique_ptr<GuardedMemory>> memory;
-  std::vector<Fragment> fragments;
-  std::uint64_t offset = 0;
-  for (std::uint64_t step : {10u, 0u, 4096u, 4097u, 50'000u, 1u, 100u}) {
-    offset += step;
-    memory.push_back(std::make_unique<GuardedMemory>(3000, step));
-    fragments.push_back({offset, 3000, memory.back()->data()});
-    if (step != 0) offset += step == 1 ? 1000 : 3000;  // The fragment after step 0 starts where this one does: overlap.
-  }
-  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadFragments, .fd = fd_.get(), .fragments = fragments}), 7 * 3000);
-  for (std::size_t i = 0; i < fragments.size(); ++i) EXPECT_TRUE(right(*memory[i], fragments[i].offset_bytes)) << i;
-}
-
-TEST_F(WorkersTest, MoreSmallFragmentsThanOneSystemCallTakes) {
-  GuardedMemory memory(200'000);
-  std::vector<Fragment> fragments;
-  for (std::uint64_t at = 0; at + 100 <= memory.size(); at += 100) fragments.push_back({at, 100, memory.data() + at});
-  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadFragments, .fd = fd_.get(), .fragments = fragments}), 200'000);
-  EXPECT_TRUE(right(memory, 0));
-}
-
-TEST_F(WorkersTest, TheEndOfTheFileShowsAsMissingBytes) {
-  GuardedMemory a(1000);
-  GuardedMemory b(1000);
-  const std::vector<Fragment> fragments = {{298'000, 1000, a.data()}, {299'500, 1000, b.data()}};
-  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadFragments, .fd = fd_.get(), .fragments = fragments}), 1500);
-  EXPECT_TRUE(a.intact() && b.intact());
-}
-
-TEST_F(WorkersTest, ErrorsKeepTheirErrno) {
-  GuardedMemory memory(1000);
-  const std::vector<Fragment> fragments = {{0, 1000, memory.data()}};
-  EXPECT_EQ(result_of({.op = IoRequest::Op::kReadFragments, .fd = -1, .fragments = fragments}), -EBADF);
-  const UniqueFd read_only(::open((dir_ / "file").c_str(), O_RDONLY));
-  EXPECT_EQ(result_of({.op = IoRequest::Op::kWriteFragments, .fd = read_only.get(), .fragments = fragments}), -EBADF);
-}
-
-TEST_F(WorkersTest, OfReadsOnlyFragmentsOfTheFileWithoutAGapAreCounted) {
-  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
-  std::vector<std::byte> memory(4 * kStripeBytes);
-  flashpack::testing::write_file(dir_ / "large", memory);
-  const UniqueFd large(::open((dir_ / "large").c_str(), O_RDONLY));
-  const std::vector<std::pair<std::uint64_t, std::uint64_t>> ranges = {{0, 100},
-                                                                       {100, kStripeBytes + 7},
-                                                                       {kStripeBytes + 9, 2 * kStripeBytes},
-                                                                       {2 * kStripeBytes, 3 * kStripeBytes + 5},
-                                                                       {4 * kStripeBytes - 5, 4 * kStripeBytes}};
-  std::vector<Fragment> fragments;
-  for (const auto& [begin, end] : ranges) fragments.push_back({begin, end - begin, memory.data() + begin});
-  StripeSums sums(0, 4 * kStripeBytes);
-  result_of({.op = IoRequest::Op::kReadFragments, .fd = large.get(), .fragments = fragments, .sums = &sums});
-  std::vector<std::uint32_t> counted;
-  for (std::uint64_t index = 0; index < 4; ++index) counted.push_back(sums.counted_bytes(index));
-  EXPECT_EQ(counted, (std::vector<std::uint32_t>{kStripeBytes, 0, kStripeBytes, 0}));
-}
-
-TEST_F(WorkersTest, WritesArriveAndScatterTakesOnlyItsFragments) {
+TEST_F(WorkersTest, DiskThreadsReadAndWriteOnceAndShortAtTheEndOfTheFile) {
+  DiskThreads disk(pool_, 8, nullptr, "no ring");
+  EXPECT_EQ(disk.fallback_reason(), "no ring");
+  EXPECT_FALSE(disk.refuses());
+  const auto result_of = [&](const DiskRequest& request) {
+    disk.push(3, request);
+    const auto done = disk.wait(std::nullopt);
+    EXPECT_EQ(done.size(), 1u);
+    EXPECT_EQ(done.front().tag, 3u);
+    return done.front().result;
+  };
   GuardedMemory memory(5000);
-  std::vector<Fragment> fragments = {{1000, 5000, memory.data()}};
-  std::memset(memory.data(), 7, memory.size());
-  EXPECT_EQ(result_of({.op = IoRequest::Op::kWriteFragments, .fd = fd_.get(), .fragments = fragments}), 5000);
-  EXPECT_EQ(flashpack::testing::read_file(dir_ / "file")[1000], std::byte{7});
-
-  std::vector<std::byte> slot(bytes_.begin() + 4096, bytes_.begin() + 12'288);
-  GuardedMemory a(10);
-  GuardedMemory b(2000);
-  fragments = {{5000, 10, a.data()}, {10'000, 2000, b.data()}};
-  result_of({.op = IoRequest::Op::kScatter, .offset_bytes = 4096, .memory = slot, .fragments = fragments});
-  EXPECT_TRUE(right(a, 5000));
-  EXPECT_TRUE(right(b, 10'000));
-}
-
-TEST_F(WorkersTest, OnlyCachedReadsGiveAllOrSayThatTheyWouldWait) {
-  std::vector<std::unique_ptr<GuardedMemory>> memory;
-  std::vector<Fragment> fragments;
-  for (const std::uint64_t offset : {0u, 3000u, 100'000u, 200'000u}) {
-    memory.push_back(std::make_unique<GuardedMemory>(3000));
-    fragments.push_back({offset, 3000, memory.back()->data()});
-  }
-  const IoRequest cached{
-      .op = IoRequest::Op::kReadFragments, .fd = fd_.get(), .fragments = fragments, .page_cache = {.only = true}};
-  flashpack::testing::read_file(dir_ / "file");
-  EXPECT_EQ(result_of(cached), 4 * 3000);
-  for (std::size_t i = 0; i < fragments.size(); ++i) EXPECT_TRUE(right(*memory[i], fragments[i].offset_bytes)) << i;
-  EXPECT_TRUE(is_refused_when([&] { flashpack::testing::drop_from_cache(dir_ / "file"); }, cached, 4 * 3000));
-  for (std::size_t i = 0; i < fragments.size(); ++i) EXPECT_TRUE(right(*memory[i], fragments[i].offset_bytes)) << i;
-  IoRequest past_the_end = cached;
-  fragments.back().offset_bytes = 299'000;
-  flashpack::testing::read_file(dir_ / "file");
-  EXPECT_EQ(result_of(past_the_end), -EAGAIN);
-}
-
-TEST_F(WorkersTest, DroppedPagesAreReadFromTheDiskTheNextTime) {
-  GuardedMemory memory(bytes_.size());
-  const std::vector<Fragment> fragments = {{0, memory.size(), memory.data()}};
-  IoRequest request{.op = IoRequest::Op::kReadFragments, .fd = fd_.get(), .fragments = fragments};
-  flashpack::testing::drop_from_cache(dir_ / "file");  // Written back: dirty pages stay.
-  EXPECT_EQ(result_of(request), 300'000);
-  request.page_cache = {.only = true};
-  ASSERT_EQ(result_of(request), 300'000);
-  IoRequest dropping = request;
-  dropping.page_cache = {.drop = true};
-  EXPECT_TRUE(is_refused_when([&] { EXPECT_EQ(result_of(dropping), 300'000); }, request, 300'000));
-  EXPECT_TRUE(right(memory, 0));
+  const std::span bytes(memory.data(), memory.size());
+  EXPECT_EQ(result_of({.op = DiskRequest::Op::kRead, .fd = fd_.get(), .offset_bytes = 100, .memory = bytes}), 5000);
+  EXPECT_TRUE(std::equal(bytes.begin(), bytes.end(), bytes_.begin() + 100));
+  EXPECT_EQ(result_of({.op = DiskRequest::Op::kWrite, .fd = fd_.get(), .offset_bytes = 7, .memory = bytes}), 5000);
+  const auto written = flashpack::testing::read_file(dir_ / "file");
+  EXPECT_TRUE(std::equal(bytes.begin(), bytes.end(), written.begin() + 7));
+  EXPECT_EQ(result_of({.op = DiskRequest::Op::kRead, .fd = fd_.get(), .offset_bytes = 299'000, .memory = bytes}), 1000);
+  EXPECT_EQ(result_of({.op = DiskRequest::Op::kRead, .fd = -1, .memory = bytes}), -EBADF);
+  EXPECT_TRUE(memory.intact());
 }
 
 TEST_F(WorkersTest, CancelledOperationsEndOnceAndSomeOfThemUndone) {
@@ -178,7 +68,7 @@ TEST_F(WorkersTest, CancelledOperationsEndOnceAndSomeOfThemUndone) {
   unsigned undone = 0;
   for (int round = 0; round < 1000 && undone == 0; ++round) {
     for (unsigned tag = 0; tag < 8; ++tag) {
-      one.push(tag, {.op = IoRequest::Op::kReadFragments, .fd = fd_.get(), .fragments = {&fragments[tag], 1}});
+      one.push(tag, {.op = ByteWork::Op::kFromCache, .fd = fd_.get(), .fragments = {&fragments[tag], 1}});
     }
     for (unsigned tag = 0; tag < 8; ++tag) one.cancel(tag);
     std::set<unsigned> ended;
@@ -191,20 +81,6 @@ TEST_F(WorkersTest, CancelledOperationsEndOnceAndSomeOfThemUndone) {
     }
   }
   EXPECT_GT(undone, 0u);
-}
-
-TEST(PopulatedTest, FreshMemoryIsNotAndTouchedMemoryIs) {
-  constexpr std::size_t kBytes = 9 << 20;  // More than is asked about at a time.
-  void* at = ::mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  ASSERT_NE(at, MAP_FAILED);
-  const std::span memory(static_cast<std::byte*>(at), kBytes);
-  ::madvise(at, kBytes, MADV_NOHUGEPAGE);
-  EXPECT_FALSE(is_populated(memory));
-  std::memset(at, 1, kBytes - kPageBytes);
-  EXPECT_FALSE(is_populated(memory)) << "one page is missing";
-  memory.back() = std::byte{1};
-  EXPECT_TRUE(is_populated(memory));
-  ::munmap(at, kBytes);
 }
 
 TEST_F(WorkersTest, WakeEndsTheWaitOnceEvenWhenItCameFirst) {

@@ -27,27 +27,20 @@ struct Faults {
   int uncached_percent = 0;   ///< Of buffered reads that must not wait for the disk: they would have to.
 };
 
-/// Carries out operations like a disk on a bad day: late, out of order, in part, or not at all. Everything that a
-/// direct operation must respect is checked: alignment of offset, size and address, one operation per tag. What an
-/// operation may write is poisoned before it does.
-class FaultyQueue final : public internal::IoQueue {
+/// Carries out operations, those of direct I/O or byte work, like a disk on a bad day: late, out of order, in part, or
+/// not at all. Everything that a direct operation must respect is checked: alignment of offset, size and address, one
+/// operation per tag. What an operation may write is poisoned before it does.
+template <class Interface>
+class FaultyQueue final : public Interface {
  public:
+  using Request = typename Interface::Request;
+
   /// `listener` is the queue that the owner sleeps in, when that is another one.
-  FaultyQueue(unsigned seed, Faults faults, IoQueue* listener = nullptr)
+  FaultyQueue(unsigned seed, Faults faults, internal::Queue* listener = nullptr)
       : random_(seed), faults_(faults), listener_(listener) {}
 
-  void push(unsigned tag, const internal::IoRequest& request) override {
-    const bool read = request.op == internal::IoRequest::Op::kRead;
-    if (read || request.op == internal::IoRequest::Op::kWrite) {
-      require(request.offset_bytes % kBlockBytes == 0, "offset is aligned");
-      require(!request.memory.empty() && request.memory.size() % kBlockBytes == 0, "size is aligned");
-      require(reinterpret_cast<std::uintptr_t>(request.memory.data()) % kBlockBytes == 0, "memory is aligned");
-      if (read) std::fill(request.memory.begin(), request.memory.end(), kPoison);
-    }
-    if (request.op == internal::IoRequest::Op::kReadFragments) {
-      for (const internal::Fragment& fragment : request.fragments)
-        std::fill_n(fragment.memory, fragment.size_bytes, kPoison);
-    }
+  void push(unsigned tag, const Request& request) override {
+    check_and_poison(request);
     require(pending_.emplace(tag, Pending{request}).second, "tag is not in flight");
     max_in_flight_ = std::max(max_in_flight_, pending_.size());
     if (listener_) listener_->wake();
@@ -84,8 +77,6 @@ class FaultyQueue final : public internal::IoQueue {
     woken_changed_.notify_one();
   }
 
-  const std::string& fallback_reason() const noexcept override { return reason_; }
-
   /// Any thread: reads and writes at or past that offset do not come back, cancelled or not, until this is raised.
   void get_stuck_from(std::uint64_t offset_bytes) {
     stuck_from_bytes_ = offset_bytes;
@@ -103,7 +94,7 @@ class FaultyQueue final : public internal::IoQueue {
   static constexpr std::byte kPoison{0xEE};
 
   struct Pending {
-    internal::IoRequest request;
+    Request request;
     bool cancelled = false;
   };
 
@@ -113,22 +104,27 @@ class FaultyQueue final : public internal::IoQueue {
 
   bool chance(int percent) { return static_cast<int>(random_() % 100) < percent; }
 
+  static void check_and_poison(const internal::DiskRequest& request) {
+    require(request.offset_bytes % kBlockBytes == 0, "offset is aligned");
+    require(!request.memory.empty() && request.memory.size() % kBlockBytes == 0, "size is aligned");
+    require(reinterpret_cast<std::uintptr_t>(request.memory.data()) % kBlockBytes == 0, "memory is aligned");
+    if (request.op == internal::DiskRequest::Op::kRead) std::ranges::fill(request.memory, kPoison);
+  }
+  static void check_and_poison(const internal::ByteWork& work) {
+    if (work.op != internal::ByteWork::Op::kFromCache) return;
+    for (const internal::Fragment& fragment : work.fragments)
+      std::fill_n(fragment.memory, fragment.size_bytes, kPoison);
+    if (work.fragments.empty()) std::ranges::fill(work.view.bytes, kPoison);
+  }
+
+  static bool touches_file(const internal::DiskRequest&) { return true; }
+  static bool touches_file(const internal::ByteWork& work) { return work.fd >= 0; }
+  static std::uint64_t offset_of(const internal::DiskRequest& request) { return request.offset_bytes; }
+  static std::uint64_t offset_of(const internal::ByteWork& work) {
+    return work.fragments.empty() ? work.view.offset_bytes : work.fragments.front().offset_bytes;
+  }
   bool is_stuck(const Pending& pending) const {
-    const internal::IoRequest& request = pending.request;
-    switch (request.op) {
-      case internal::IoRequest::Op::kRead:
-      case internal::IoRequest::Op::kWrite:
-        return request.offset_bytes >= stuck_from_bytes_;
-      case internal::IoRequest::Op::kReadFragments:
-      case internal::IoRequest::Op::kWriteFragments:
-        return request.fragments.front().offset_bytes >= stuck_from_bytes_;
-      case internal::IoRequest::Op::kScatter:
-      case internal::IoRequest::Op::kGather:
-      case internal::IoRequest::Op::kChecksum:
-      case internal::IoRequest::Op::kPopulate:
-        break;
-    }
-    return false;
+    return touches_file(pending.request) && offset_of(pending.request) >= stuck_from_bytes_;
   }
   // Nothing is pending that may come back.
   bool stuck() const {
@@ -144,43 +140,32 @@ class FaultyQueue final : public internal::IoQueue {
     done_.push_back({tag, chosen.cancelled && chance(50) ? -ECANCELED : result_of(chosen.request)});
   }
 
-  std::int64_t result_of(internal::IoRequest request) {
-    switch (request.op) {
-      case internal::IoRequest::Op::kRead:
-      case internal::IoRequest::Op::kWrite:
-        if (chance(faults_.interrupt_percent)) return chance(50) ? -EINTR : -EAGAIN;
-        if (chance(faults_.refuse_percent)) return chance(50) ? -EINVAL : -EOPNOTSUPP;
-        if (chance(faults_.error_percent)) return -EIO;
-        if (chance(faults_.nothing_percent)) return 0;
-        if (const auto sectors = request.memory.size() / 512; sectors > 1 && chance(faults_.short_percent)) {
-          request.memory = request.memory.first((1 + random_() % (sectors - 1)) * 512);
-        }
-        break;
-      case internal::IoRequest::Op::kReadFragments:
-        if (request.page_cache.only && chance(faults_.uncached_percent)) return -EAGAIN;
-        if (chance(faults_.nothing_percent)) return 0;
-        [[fallthrough]];
-      case internal::IoRequest::Op::kWriteFragments:
-        if (chance(faults_.error_percent)) return -EIO;
-        break;
-      case internal::IoRequest::Op::kScatter:
-      case internal::IoRequest::Op::kGather:
-      case internal::IoRequest::Op::kChecksum:
-      case internal::IoRequest::Op::kPopulate:
-        break;
+  std::int64_t result_of(internal::DiskRequest request) {
+    if (chance(faults_.interrupt_percent)) return chance(50) ? -EINTR : -EAGAIN;
+    if (chance(faults_.refuse_percent)) return chance(50) ? -EINVAL : -EOPNOTSUPP;
+    if (chance(faults_.error_percent)) return -EIO;
+    if (chance(faults_.nothing_percent)) return 0;
+    if (const auto sectors = request.memory.size() / 512; sectors > 1 && chance(faults_.short_percent)) {
+      request.memory = request.memory.first((1 + random_() % (sectors - 1)) * 512);
     }
     return internal::carry_out(request);
+  }
+  std::int64_t result_of(const internal::ByteWork& work) {
+    const bool reads = work.op == internal::ByteWork::Op::kFromCache;
+    if (reads && work.page_cache.only && chance(faults_.uncached_percent)) return -EAGAIN;
+    if (reads && chance(faults_.nothing_percent)) return 0;
+    if (touches_file(work) && chance(faults_.error_percent)) return -EIO;
+    return internal::carry_out(work);
   }
 
   std::mt19937_64 random_;
   const Faults faults_;
-  IoQueue* const listener_;
+  internal::Queue* const listener_;
   std::map<unsigned, Pending> pending_;
   std::atomic<std::uint64_t> stuck_from_bytes_ = std::numeric_limits<std::uint64_t>::max();
   std::vector<internal::IoCompletion> done_;
   std::size_t max_in_flight_ = 0;
   std::size_t hangs_ = 0;
-  std::string reason_;
 
   std::mutex mutex_;  // Protects the rest.
   std::condition_variable woken_changed_;

@@ -20,8 +20,7 @@ class PipelineRig {
  public:
   enum class Shape {
     kRealWorkers,  ///< A faulty disk, workers that work.
-    kTwoQueues,    ///< Both faulty, as with io_uring.
-    kOneQueue,     ///< One for both, as where io_uring is refused.
+    kTwoQueues,    ///< Both faulty.
   };
   static constexpr std::uint32_t kQueueDepth = 4;
 
@@ -38,11 +37,11 @@ class PipelineRig {
     pool_.emplace(2u);
     if (shape == Shape::kRealWorkers) {
       workers_ = std::make_unique<internal::Workers>(*pool_, internal::Pipeline::tag_limit(limits), &disk_);
-    } else if (shape == Shape::kTwoQueues) {
-      workers_ = std::make_unique<FaultyQueue>(seed + 1, faults, &disk_);
+    } else {
+      workers_ = std::make_unique<FaultyQueue<internal::WorkQueue>>(seed + 1, faults, &disk_);
     }
-    internal::IoQueue& workers = workers_ ? *workers_ : disk_;
-    pipeline_ = std::make_unique<internal::Pipeline>(disk_, workers, *pool_, copier, staging_.slots(), limits);
+    const internal::Queues queues{.disk = disk_, .stand_in = disk_, .workers = *workers_};
+    pipeline_ = std::make_unique<internal::Pipeline>(queues, *pool_, copier, staging_.slots(), limits);
     driver_ = std::thread([this] { pipeline_->run(); });
   }
 
@@ -105,23 +104,27 @@ class PipelineRig {
 
   /// Requires: stopped.
   bool idle() const {
-    const auto* workers = dynamic_cast<const FaultyQueue*>(workers_.get());
+    const auto* workers = faulty_workers();
     return disk_.idle() && (!workers || workers->idle());
   }
   /// Requires: stopped. How often somebody waited while an operation hung.
   std::size_t hangs() const {
-    const auto* workers = dynamic_cast<const FaultyQueue*>(workers_.get());
+    const auto* workers = faulty_workers();
     return disk_.hangs() + (workers ? workers->hangs() : 0);
   }
   /// Any thread: reads at or past that offset do not come back until this is raised.
   void get_stuck_from(std::uint64_t offset_bytes) {
     disk_.get_stuck_from(offset_bytes);
-    if (auto* workers = dynamic_cast<FaultyQueue*>(workers_.get())) workers->get_stuck_from(offset_bytes);
+    if (auto* workers = faulty_workers()) workers->get_stuck_from(offset_bytes);
   }
-  const FaultyQueue& disk() const { return disk_; }
-  FaultyQueue& disk() { return disk_; }
+  const FaultyQueue<internal::DiskQueue>& disk() const { return disk_; }
+  FaultyQueue<internal::DiskQueue>& disk() { return disk_; }
 
  private:
+  FaultyQueue<internal::WorkQueue>* faulty_workers() const {
+    return dynamic_cast<FaultyQueue<internal::WorkQueue>*>(workers_.get());
+  }
+
   Transfer start(std::shared_ptr<internal::TransferState> state) {
     state->owner = ::getpid();
     state->driver = pipeline_.get();
@@ -130,8 +133,8 @@ class PipelineRig {
   }
 
   internal::Staging staging_;
-  FaultyQueue disk_;
-  std::unique_ptr<internal::IoQueue> workers_;  // Null: the disk does their work.
+  FaultyQueue<internal::DiskQueue> disk_;
+  std::unique_ptr<internal::WorkQueue> workers_;
   std::unique_ptr<internal::Pipeline> pipeline_;
   std::optional<internal::Pool> pool_;  // Goes before what its threads use.
   std::thread driver_;

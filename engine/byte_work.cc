@@ -1,0 +1,300 @@
+#include "engine/byte_work.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cassert>
+#include <cerrno>
+#include <cstring>
+
+#include "engine/page_size.h"
+#include "engine/stripe_sums.h"
+
+namespace flashpack::internal {
+
+namespace {
+
+// EINTR and EAGAIN without a cause of ours come from odd file systems; they must not become an endless loop.
+constexpr int kMaxInterrupts = 100;
+
+// Gaps up to this are read into a sink, so that neighbouring small tensors are one system call.
+constexpr std::size_t kSinkBytes = 4096;
+
+constexpr std::size_t kMaxVectors = 64;
+
+// Moves all of one fragment; less only at the end of the file.
+std::int64_t move_fragment(int fd, const Fragment& fragment, bool write) {
+  std::uint64_t done = 0;
+  while (done < fragment.size_bytes) {
+    const std::int64_t n =
+        move_once(fd, fragment.offset_bytes + done, {fragment.memory + done, fragment.size_bytes - done}, write);
+    if (n < 0) return n;
+    if (n == 0) break;
+    done += static_cast<std::uint64_t>(n);
+  }
+  return static_cast<std::int64_t>(done);
+}
+
+std::int64_t move_fragments(int fd, std::span<const Fragment> fragments, bool write) {
+  std::int64_t moved = 0;
+  for (const Fragment& fragment : fragments) {
+    const std::int64_t n = move_fragment(fd, fragment, write);
+    if (n < 0) return n;
+    moved += n;
+    if (static_cast<std::uint64_t>(n) < fragment.size_bytes) break;
+  }
+  return moved;
+}
+
+// One preadv over fragments that are close together. 0 when every byte of them came, else an errno; EAGAIN when fewer
+// did.
+int read_together(int fd, std::span<const Fragment> run, int flags) {
+  std::array<std::byte, kSinkBytes> sink;
+  std::array<iovec, kMaxVectors> vectors;
+  int count = 0;
+  std::uint64_t end = run.front().offset_bytes;
+  for (const Fragment& fragment : run) {
+    if (fragment.offset_bytes > end)
+      vectors[static_cast<std::size_t>(count++)] = {sink.data(), fragment.offset_bytes - end};
+    vectors[static_cast<std::size_t>(count++)] = {fragment.memory, fragment.size_bytes};
+    end = fragment.offset_bytes + fragment.size_bytes;
+  }
+  const std::uint64_t begin = run.front().offset_bytes;
+  const auto n = ::preadv2(fd, vectors.data(), count, static_cast<off_t>(begin), flags);
+  if (n < 0) return errno;
+  return n == static_cast<std::int64_t>(end - begin) ? 0 : EAGAIN;
+}
+
+std::size_t count_together(std::span<const Fragment> fragments) {
+  std::size_t length = 1;
+  while (length < fragments.size() && length < kMaxVectors / 2) {
+    const std::uint64_t end = fragments[length - 1].offset_bytes + fragments[length - 1].size_bytes;
+    if (fragments[length].offset_bytes < end || fragments[length].offset_bytes - end > kSinkBytes) break;
+    ++length;
+  }
+  return length;
+}
+
+std::int64_t sum_of(std::span<const Fragment> fragments) {
+  std::int64_t sum = 0;
+  for (const Fragment& fragment : fragments) sum += static_cast<std::int64_t>(fragment.size_bytes);
+  return sum;
+}
+
+std::int64_t read_fragments(int fd, std::span<const Fragment> fragments) {
+  std::int64_t moved = 0;
+  while (!fragments.empty()) {
+    const auto run = fragments.first(count_together(fragments));
+    const std::int64_t wanted = sum_of(run);
+    // Whatever went wrong in a run, going fragment by fragment finds out exactly what and where.
+    const bool whole = run.size() > 1 && read_together(fd, run, 0) == 0;
+    const std::int64_t n = whole ? wanted : move_fragments(fd, run, false);
+    if (n < 0) return n;
+    moved += n;
+    if (n < wanted) break;
+    fragments = fragments.subspan(run.size());
+  }
+  return moved;
+}
+
+// File systems that cannot tell what would wait read as usual. Errors are left to the read that may wait.
+std::int64_t read_cached(int fd, std::span<const Fragment> fragments) {
+  const int error = read_without_waiting(fd, fragments);
+  if (error == EOPNOTSUPP) return read_fragments(fd, fragments);
+  return error != 0 ? -EAGAIN : sum_of(fragments);
+}
+
+std::int64_t read_through_cache(const ByteWork& work, std::span<const Fragment> fragments) {
+  const std::int64_t moved =
+      work.page_cache.only ? read_cached(work.fd, fragments) : read_fragments(work.fd, fragments);
+  if (work.page_cache.drop && moved > 0) {
+    const std::uint64_t begin = fragments.front().offset_bytes;
+    const std::uint64_t end = fragments.back().offset_bytes + fragments.back().size_bytes;
+    ::posix_fadvise(work.fd, static_cast<off_t>(begin), static_cast<off_t>(end - begin), POSIX_FADV_DONTNEED);
+  }
+  return moved;
+}
+
+// Takes the page faults of `memory`. 0, or an errno: what cannot be had by it may still be had by the kernel's own
+// means.
+int populate(std::span<std::byte> memory, bool for_writing) {
+#ifdef MADV_POPULATE_WRITE
+  // Not only the pages that `memory` covers whole.
+  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(memory.data());
+  const std::size_t before = address % system_page_bytes();
+  const int advice = for_writing ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
+  return ::madvise(memory.data() - before, before + memory.size(), advice) == 0 ? 0 : errno;
+#else
+  return ENOSYS;
+#endif
+}
+
+// An emulation of Linux may not know it.
+bool can_populate() {
+  static const bool can = [] {
+    std::byte here{};
+    return populate({&here, 1}, true) == 0;
+  }();
+  return can;
+}
+
+// To touch memory that is not mapped, not writable, or that has no page left behind it, ends the process, while the
+// kernel gives EFAULT for a read into it. Asked for first, it is an error here, too. On small pages that are there
+// already this costs half as much as the copy, on large ones nothing, and of fresh memory it takes the faults at less
+// than the copy would. Copying by process_vm_writev(2) costs more and is forbidden in some containers.
+std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writing) {
+  std::span<std::byte> run;  // Whole pages.
+  const auto ask = [&] { return run.empty() ? 0 : populate(run, for_writing); };
+  if (!can_populate()) return 0;
+  for (const Fragment& fragment : fragments) {
+    std::byte* const begin = fragment.memory - reinterpret_cast<std::uintptr_t>(fragment.memory) % system_page_bytes();
+    const auto size =
+        round_up(static_cast<std::uint64_t>(fragment.memory + fragment.size_bytes - begin), system_page_bytes());
+    std::byte* const end = begin + size;
+    if (begin >= run.data() && begin <= run.data() + run.size()) {
+      run = {run.data(), std::max(end, run.data() + run.size())};
+      continue;
+    }
+    if (ask() != 0) return -EFAULT;
+    run = {begin, end};
+  }
+  return ask() == 0 ? 0 : -EFAULT;
+}
+
+std::int64_t scatter(const ByteWork& work) {
+  if (const auto error = make_touchable(work.fragments, true)) return error;
+  for (const Fragment& fragment : work.fragments)
+    std::memcpy(fragment.memory, work.view.of(fragment), fragment.size_bytes);
+  return 0;
+}
+
+std::int64_t gather(const ByteWork& work) {
+  if (const auto error = make_touchable(work.fragments, false)) return error;
+  clear_gaps(work.view, work.fragments);
+  for (const Fragment& fragment : work.fragments)
+    std::memcpy(work.view.of(fragment), fragment.memory, fragment.size_bytes);
+  return 0;
+}
+
+// What the view holds from the first of the fragments to the last.
+void count_view(const ByteWork& work) {
+  const std::uint64_t begin = work.fragments.front().offset_bytes;
+  const std::uint64_t end = work.fragments.back().offset_bytes + work.fragments.back().size_bytes;
+  work.sums->add(begin, work.view.between(begin, end));
+}
+
+// A stripe that a gap between two of the fragments lies in is not counted, because it is not read whole and so never
+// compared.
+void count_between_gaps(std::span<const Fragment> fragments, StripeSums& sums) {
+  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
+  const auto end_of = [](const Fragment& fragment) { return fragment.offset_bytes + fragment.size_bytes; };
+  for (std::size_t i = 0; i < fragments.size(); ++i) {
+    const bool gap_before = i > 0 && end_of(fragments[i - 1]) < fragments[i].offset_bytes;
+    const bool gap_after = i + 1 < fragments.size() && end_of(fragments[i]) < fragments[i + 1].offset_bytes;
+    const std::uint64_t begin = fragments[i].offset_bytes;
+    const std::uint64_t from = gap_before ? round_up(begin, kStripeBytes) : begin;
+    const std::uint64_t to = gap_after ? round_down(end_of(fragments[i]), kStripeBytes) : end_of(fragments[i]);
+    if (from < to) sums.add(from, {fragments[i].memory + (from - begin), to - from});
+  }
+}
+
+void count(const ByteWork& work, std::span<const Fragment> fragments, std::int64_t result) {
+  if (result < 0) return;
+  switch (work.op) {
+    case ByteWork::Op::kFromCache:
+      if (result == sum_of(fragments)) count_between_gaps(fragments, *work.sums);
+      return;
+    case ByteWork::Op::kToCache:
+      if (result != sum_of(fragments)) return;
+      [[fallthrough]];
+    case ByteWork::Op::kGather:
+      for (const Fragment& fragment : fragments)
+        work.sums->add(fragment.offset_bytes, {fragment.memory, fragment.size_bytes});
+      return;
+    case ByteWork::Op::kScatter:
+    case ByteWork::Op::kChecksum:
+      return count_view(work);
+    case ByteWork::Op::kPopulate:
+      return;
+  }
+}
+
+std::int64_t move_bytes(const ByteWork& work, std::span<const Fragment> fragments) {
+  const bool for_writing = work.touch == ByteWork::Touch::kForWriting;
+  switch (work.op) {
+    case ByteWork::Op::kFromCache:
+      return read_through_cache(work, fragments);
+    case ByteWork::Op::kToCache:
+      return move_fragments(work.fd, fragments, true);
+    case ByteWork::Op::kScatter:
+      return scatter(work);
+    case ByteWork::Op::kGather:
+      return gather(work);
+    case ByteWork::Op::kChecksum:
+      return work.touch == ByteWork::Touch::kNothing ? 0 : make_touchable(fragments, for_writing);
+    case ByteWork::Op::kPopulate:
+      populate(work.view.bytes, for_writing);
+      return 0;
+  }
+  return -EINVAL;
+}
+
+}  // namespace
+
+std::int64_t carry_out(const ByteWork& work) {
+  const Fragment whole{work.view.offset_bytes, work.view.bytes.size(), work.view.bytes.data()};
+  const std::span<const Fragment> fragments = work.fragments.empty() ? std::span(&whole, 1) : work.fragments;
+  const std::int64_t result = move_bytes(work, fragments);
+  if (work.sums) count(work, fragments, result);
+  return result;
+}
+
+std::int64_t move_once(int fd, std::uint64_t offset_bytes, std::span<std::byte> memory, bool write) {
+  const auto offset = static_cast<off_t>(offset_bytes);
+  for (int attempt = 0;; ++attempt) {
+    const auto result =
+        write ? ::pwrite(fd, memory.data(), memory.size(), offset) : ::pread(fd, memory.data(), memory.size(), offset);
+    if (result >= 0) return result;
+    if ((errno != EINTR && errno != EAGAIN) || attempt == kMaxInterrupts) return -errno;
+  }
+}
+
+int read_without_waiting(int fd, std::span<const Fragment> fragments) {
+  while (!fragments.empty()) {
+    const auto run = fragments.first(count_together(fragments));
+    if (const int error = read_together(fd, run, RWF_NOWAIT)) return error;
+    fragments = fragments.subspan(run.size());
+  }
+  return 0;
+}
+
+void clear_gaps(const SlotView& view, std::span<const Fragment> fragments) {
+  std::uint64_t at = view.offset_bytes;
+  const auto clear_to = [&](std::uint64_t end) { std::ranges::fill(view.between(at, end), std::byte{}); };
+  for (const Fragment& fragment : fragments) {
+    clear_to(fragment.offset_bytes);
+    at = fragment.offset_bytes + fragment.size_bytes;
+  }
+  clear_to(view.end_bytes());
+}
+
+bool is_populated(std::span<std::byte> memory) {
+  const std::size_t page_bytes = system_page_bytes();
+  const std::size_t before = reinterpret_cast<std::uintptr_t>(memory.data()) % page_bytes;
+  memory = {memory.data() - before, before + memory.size()};
+  std::array<unsigned char, 1024> pages;
+  while (!memory.empty()) {
+    const auto part = memory.first(std::min(memory.size(), pages.size() * page_bytes));
+    if (::mincore(part.data(), part.size(), pages.data()) != 0) return errno != ENOMEM;
+    const auto end = pages.begin() + static_cast<std::ptrdiff_t>((part.size() + page_bytes - 1) / page_bytes);
+    if (!std::all_of(pages.begin(), end, [](unsigned char flags) { return flags & 1; })) return false;
+    memory = memory.subspan(part.size());
+  }
+  return true;
+}
+
+}  // namespace flashpack::internal

@@ -1,0 +1,173 @@
+#include "engine/byte_work.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "engine/stripe_sums.h"
+#include "engine/unique_fd.h"
+#include "tests/support/guarded_memory.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::internal {
+namespace {
+
+using flashpack::testing::GuardedMemory;
+
+class ByteWorkTest : public ::testing::Test {
+ protected:
+  ByteWorkTest() {
+    flashpack::testing::write_file(dir_ / "file", bytes_);
+    fd_.reset(::open((dir_ / "file").c_str(), O_RDWR));
+  }
+
+  // Whether `cached` is refused after `drop`. That starts to read what is missing, which may have come in time: then
+  // all of it is there, and the next attempt counts. What ignores PageCache is never refused.
+  bool is_refused_when(const std::function<void()>& drop, const ByteWork& cached, std::int64_t whole) {
+    constexpr int kAttempts = 200;
+    for (int attempt = 0; attempt < kAttempts; ++attempt) {
+      drop();
+      const std::int64_t result = carry_out(cached);
+      if (result == -EAGAIN) return true;
+      EXPECT_EQ(result, whole);
+    }
+    return false;
+  }
+
+  bool right(const GuardedMemory& memory, std::uint64_t offset) const {
+    return memory.intact() && std::memcmp(memory.data(), bytes_.data() + offset, memory.size()) == 0;
+  }
+
+  flashpack::testing::TempDir dir_;
+  std::vector<std::byte> bytes_ = flashpack::testing::random_bytes(300'000);
+  UniqueFd fd_;
+};
+
+TEST_F(ByteWorkTest, FragmentsWithGapsOverlapsAndFarJumpsAreAllRead) {
+  std::vector<std::unique_ptr<GuardedMemory>> memory;
+  std::vector<Fragment> fragments;
+  std::uint64_t offset = 0;
+  for (std::uint64_t step : {10u, 0u, 4096u, 4097u, 50'000u, 1u, 100u}) {
+    offset += step;
+    memory.push_back(std::make_unique<GuardedMemory>(3000, step));
+    fragments.push_back({offset, 3000, memory.back()->data()});
+    if (step != 0) offset += step == 1 ? 1000 : 3000;  // The fragment after step 0 starts where this one does: overlap.
+  }
+  EXPECT_EQ(carry_out({.op = ByteWork::Op::kFromCache, .fd = fd_.get(), .fragments = fragments}), 7 * 3000);
+  for (std::size_t i = 0; i < fragments.size(); ++i) EXPECT_TRUE(right(*memory[i], fragments[i].offset_bytes)) << i;
+}
+
+TEST_F(ByteWorkTest, MoreSmallFragmentsThanOneSystemCallTakes) {
+  GuardedMemory memory(200'000);
+  std::vector<Fragment> fragments;
+  for (std::uint64_t at = 0; at + 100 <= memory.size(); at += 100) fragments.push_back({at, 100, memory.data() + at});
+  EXPECT_EQ(carry_out({.op = ByteWork::Op::kFromCache, .fd = fd_.get(), .fragments = fragments}), 200'000);
+  EXPECT_TRUE(right(memory, 0));
+}
+
+TEST_F(ByteWorkTest, TheEndOfTheFileShowsAsMissingBytes) {
+  GuardedMemory a(1000);
+  GuardedMemory b(1000);
+  const std::vector<Fragment> fragments = {{298'000, 1000, a.data()}, {299'500, 1000, b.data()}};
+  EXPECT_EQ(carry_out({.op = ByteWork::Op::kFromCache, .fd = fd_.get(), .fragments = fragments}), 1500);
+  EXPECT_TRUE(a.intact() && b.intact());
+}
+
+TEST_F(ByteWorkTest, ErrorsKeepTheirErrno) {
+  GuardedMemory memory(1000);
+  const std::vector<Fragment> fragments = {{0, 1000, memory.data()}};
+  EXPECT_EQ(carry_out({.op = ByteWork::Op::kFromCache, .fd = -1, .fragments = fragments}), -EBADF);
+  const UniqueFd read_only(::open((dir_ / "file").c_str(), O_RDONLY));
+  EXPECT_EQ(carry_out({.op = ByteWork::Op::kToCache, .fd = read_only.get(), .fragments = fragments}), -EBADF);
+}
+
+TEST_F(ByteWorkTest, OfReadsOnlyFragmentsOfTheFileWithoutAGapAreCounted) {
+  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
+  std::vector<std::byte> memory(4 * kStripeBytes);
+  flashpack::testing::write_file(dir_ / "large", memory);
+  const UniqueFd large(::open((dir_ / "large").c_str(), O_RDONLY));
+  const std::vector<std::pair<std::uint64_t, std::uint64_t>> ranges = {{0, 100},
+                                                                       {100, kStripeBytes + 7},
+                                                                       {kStripeBytes + 9, 2 * kStripeBytes},
+                                                                       {2 * kStripeBytes, 3 * kStripeBytes + 5},
+                                                                       {4 * kStripeBytes - 5, 4 * kStripeBytes}};
+  std::vector<Fragment> fragments;
+  for (const auto& [begin, end] : ranges) fragments.push_back({begin, end - begin, memory.data() + begin});
+  StripeSums sums(0, 4 * kStripeBytes);
+  carry_out({.op = ByteWork::Op::kFromCache, .fd = large.get(), .fragments = fragments, .sums = &sums});
+  std::vector<std::uint32_t> counted;
+  for (std::uint64_t index = 0; index < 4; ++index) counted.push_back(sums.counted_bytes(index));
+  EXPECT_EQ(counted, (std::vector<std::uint32_t>{kStripeBytes, 0, kStripeBytes, 0}));
+}
+
+TEST_F(ByteWorkTest, WritesArriveAndScatterTakesOnlyItsFragments) {
+  GuardedMemory memory(5000);
+  std::vector<Fragment> fragments = {{1000, 5000, memory.data()}};
+  std::memset(memory.data(), 7, memory.size());
+  EXPECT_EQ(carry_out({.op = ByteWork::Op::kToCache, .fd = fd_.get(), .fragments = fragments}), 5000);
+  EXPECT_EQ(flashpack::testing::read_file(dir_ / "file")[1000], std::byte{7});
+
+  std::vector<std::byte> slot(bytes_.begin() + 4096, bytes_.begin() + 12'288);
+  GuardedMemory a(10);
+  GuardedMemory b(2000);
+  fragments = {{5000, 10, a.data()}, {10'000, 2000, b.data()}};
+  carry_out({.op = ByteWork::Op::kScatter, .view = {4096, slot}, .fragments = fragments});
+  EXPECT_TRUE(right(a, 5000));
+  EXPECT_TRUE(right(b, 10'000));
+}
+
+TEST_F(ByteWorkTest, OnlyCachedReadsGiveAllOrSayThatTheyWouldWait) {
+  std::vector<std::unique_ptr<GuardedMemory>> memory;
+  std::vector<Fragment> fragments;
+  for (const std::uint64_t offset : {0u, 3000u, 100'000u, 200'000u}) {
+    memory.push_back(std::make_unique<GuardedMemory>(3000));
+    fragments.push_back({offset, 3000, memory.back()->data()});
+  }
+  const ByteWork cached{
+      .op = ByteWork::Op::kFromCache, .fd = fd_.get(), .fragments = fragments, .page_cache = {.only = true}};
+  flashpack::testing::read_file(dir_ / "file");
+  EXPECT_EQ(carry_out(cached), 4 * 3000);
+  for (std::size_t i = 0; i < fragments.size(); ++i) EXPECT_TRUE(right(*memory[i], fragments[i].offset_bytes)) << i;
+  EXPECT_TRUE(is_refused_when([&] { flashpack::testing::drop_from_cache(dir_ / "file"); }, cached, 4 * 3000));
+  for (std::size_t i = 0; i < fragments.size(); ++i) EXPECT_TRUE(right(*memory[i], fragments[i].offset_bytes)) << i;
+  ByteWork past_the_end = cached;
+  fragments.back().offset_bytes = 299'000;
+  flashpack::testing::read_file(dir_ / "file");
+  EXPECT_EQ(carry_out(past_the_end), -EAGAIN);
+}
+
+TEST_F(ByteWorkTest, DroppedPagesAreReadFromTheDiskTheNextTime) {
+  GuardedMemory memory(bytes_.size());
+  const std::vector<Fragment> fragments = {{0, memory.size(), memory.data()}};
+  ByteWork request{.op = ByteWork::Op::kFromCache, .fd = fd_.get(), .fragments = fragments};
+  flashpack::testing::drop_from_cache(dir_ / "file");  // Written back: dirty pages stay.
+  EXPECT_EQ(carry_out(request), 300'000);
+  request.page_cache = {.only = true};
+  ASSERT_EQ(carry_out(request), 300'000);
+  ByteWork dropping = request;
+  dropping.page_cache = {.drop = true};
+  EXPECT_TRUE(is_refused_when([&] { EXPECT_EQ(carry_out(dropping), 300'000); }, request, 300'000));
+  EXPECT_TRUE(right(memory, 0));
+}
+
+TEST(PopulatedTest, FreshMemoryIsNotAndTouchedMemoryIs) {
+  constexpr std::size_t kBytes = 9 << 20;  // More than is asked about at a time.
+  void* at = ::mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(at, MAP_FAILED);
+  const std::span memory(static_cast<std::byte*>(at), kBytes);
+  ::madvise(at, kBytes, MADV_NOHUGEPAGE);
+  EXPECT_FALSE(is_populated(memory));
+  std::memset(at, 1, kBytes - kPageBytes);
+  EXPECT_FALSE(is_populated(memory)) << "one page is missing";
+  memory.back() = std::byte{1};
+  EXPECT_TRUE(is_populated(memory));
+  ::munmap(at, kBytes);
+}
+
+}  // namespace
+}  // namespace flashpack::internal
