@@ -207,7 +207,7 @@ def test_a_module_used_twice_is_loaded_once_under_both_names(pack):
 def test_a_file_that_does_not_fit_is_refused_by_name_before_any_reading(entries, options, message, pack, monkeypatch):
     model = Model()
     path = pack({n: t for n, t in {**model.state_dict(), **entries}.items() if t is not None})
-    monkeypatch.setattr(flashpack.deserialization, "read_tensors", None)
+    monkeypatch.setattr(flashpack._loading.Ranks, "read_blocks", None)
     before = state_of(model)
     with pytest.raises(flashpack.FlashPackError, match=message) as caught:
         flashpack.assign_from_file(model, path, **options)
@@ -411,7 +411,7 @@ def test_buffers_that_the_file_lacks_follow_to_the_device(pack, monkeypatch):
     model.register_buffer("positions", torch.arange(2), persistent=False)
     path = pack(model)
     stand_in = torch.device("meta")  # A device that every machine has.
-    monkeypatch.setattr(flashpack.deserialization, "supported_device", lambda *args: stand_in)
+    monkeypatch.setattr(flashpack._loading, "supported_device", lambda *args: stand_in)
     with pytest.warns(UserWarning, match="meta device"):
         flashpack.assign_from_file(model, path)
     assert model.scale.device == model.positions.device == stand_in

@@ -229,7 +229,7 @@ def test_metadata_without_records_of_names_is_refused_before_anything_is_read(ma
     path = pack({"a": torch.ones(4)})
     metadata = flashpack.get_flashpack_file_metadata(path)
     del metadata["index"]
-    monkeypatch.delattr(flashpack.deserialization, "_read_blocks")
+    monkeypatch.delattr(flashpack.deserialization, "read_storage")
     with pytest.raises(flashpack.FlashPackError, match=r"no list 'index'|no object with a name|not that of this file"):
         read_flashpack_file(path, metadata=metadata | (malformed or {}))
 

@@ -248,8 +248,8 @@ def assign_with_fault(rank, paths, failing, where):
     owner, name = {
         "read": (_distributed, "read_blocks"),
         "memory": (_distributed, "allocate"),
-        "tensors": (flashpack.deserialization, "tensors_of"),
-        "commit": (flashpack.deserialization, "commit"),
+        "tensors": (flashpack._loading, "tensors_of"),
+        "commit": (flashpack._loading, "commit"),
     }[where]
     model = Model()
     before = state_of(model)

@@ -10,7 +10,7 @@ import pytest
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
-from flashpack.integrations._hub import resolve_directory, upload_directory  # noqa: E402
+from flashpack._hub import Download, Upload, resolve_directory, upload_directory  # noqa: E402
 from hub_cache import make_hub_cache  # noqa: E402
 
 
@@ -32,24 +32,24 @@ def cache(tmp_path) -> Path:
 def test_a_local_directory_is_taken_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     (tmp_path / "part").mkdir()
-    assert resolve_directory(tmp_path, allow_patterns=["x"]) == tmp_path
-    assert resolve_directory(str(tmp_path), subfolder="part", allow_patterns=["x"], proxies={}) == tmp_path / "part"
+    assert resolve_directory(tmp_path, Download(), ["x"]) == tmp_path
+    assert resolve_directory(str(tmp_path), Download(subfolder="part", proxies={}), ["x"]) == tmp_path / "part"
 
 
 def test_what_was_downloaded_is_found_without_network(cache):
-    options = {"allow_patterns": ["model.flashpack"], "cache_dir": cache, "local_files_only": True}
-    assert (resolve_directory("x/y", **options) / "model.flashpack").read_text() == "whole"
-    part = resolve_directory("x/y", subfolder="part", revision="v2", **options)
+    cached = Download(cache_dir=cache, local_files_only=True)
+    assert (resolve_directory("x/y", cached, ["model.flashpack"]) / "model.flashpack").read_text() == "whole"
+    part = resolve_directory("x/y", cached._replace(subfolder="part", revision="v2"), ["model.flashpack"])
     assert (part / "model.flashpack").read_text() == "part"
     with pytest.raises(OSError):
-        resolve_directory("x/y", revision="v3", **options)
+        resolve_directory("x/y", cached._replace(revision="v3"), ["model.flashpack"])
     with pytest.raises(OSError):
-        resolve_directory("x/z", **options)
+        resolve_directory("x/z", cached, ["model.flashpack"])
 
 
 def test_offline_mode_is_respected(cache, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    directory = resolve_directory("x/y", allow_patterns=["model.flashpack"], cache_dir=cache)
+    directory = resolve_directory("x/y", Download(cache_dir=cache), ["model.flashpack"])
     assert (directory / "model.flashpack").read_text() == "whole"
 
 
@@ -61,9 +61,9 @@ def test_only_what_is_asked_for_is_downloaded(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    found = resolve_directory("x/y", subfolder="a/b/", allow_patterns=["*.json", "model.flashpack"], token="t")
+    found = resolve_directory("x/y", Download("a/b/", token="t"), ["*.json", "model.flashpack"])
     assert found == tmp_path / "a" / "b"
-    assert resolve_directory("x/y", allow_patterns=("c",), local_dir="d", revision="r") == tmp_path
+    assert resolve_directory("x/y", Download(local_dir="d", revision="r"), ("c",)) == tmp_path
     (first, options), (second, others) = calls
     assert first == second == "x/y"
     assert options["allow_patterns"] == ["a/b/*.json", "a/b/model.flashpack"]
@@ -72,10 +72,9 @@ def test_only_what_is_asked_for_is_downloaded(monkeypatch, tmp_path):
     assert (others["local_dir"], others["revision"]) == ("d", "r")
 
 
-def test_legacy_arguments_reach_only_a_hub_that_knows_them(cache, monkeypatch, recwarn):
-    legacy = {"proxies": None, "local_dir_use_symlinks": False, "resume_download": True}
-    options = {"allow_patterns": ["model.flashpack"], "cache_dir": cache, "local_files_only": True}
-    assert resolve_directory("x/y", **options, **legacy).is_dir()
+def test_proxies_reach_only_a_hub_that_knows_them(cache, monkeypatch, recwarn):
+    download = Download(cache_dir=cache, local_files_only=True, proxies={"https": "p"})
+    assert resolve_directory("x/y", download, ["model.flashpack"]).is_dir()
     assert not recwarn.list
 
     seen = {}
@@ -85,15 +84,14 @@ def test_legacy_arguments_reach_only_a_hub_that_knows_them(cache, monkeypatch, r
         return str(cache)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", old)
-    resolve_directory("x/y", **options, **legacy | {"proxies": {"https": "p"}})
+    resolve_directory("x/y", download, ["model.flashpack"])
     assert seen["proxies"] == {"https": "p"}
-    assert not {"local_dir_use_symlinks", "resume_download"} & set(seen)
 
 
 @pytest.mark.parametrize("wrong", ["/no/such/directory", "./missing", "a b"])
 def test_what_is_neither_a_directory_nor_a_repository_is_named(wrong):
     with pytest.raises(flashpack.FlashPackError, match=f"{wrong} is neither a directory nor"):
-        resolve_directory(wrong, allow_patterns=[], local_files_only=True)
+        resolve_directory(wrong, Download(local_files_only=True), [])
 
 
 @pytest.fixture
@@ -114,7 +112,6 @@ def hub(monkeypatch):
                 huggingface_hub.utils.filter_repo_objects(
                     (path.name for path in Path(options["folder_path"]).iterdir()),
                     allow_patterns=options["allow_patterns"],
-                    ignore_patterns=options["ignore_patterns"],
                 )
             )
             calls.append(("upload_folder", {"api_token": self.token, **options}))
@@ -129,21 +126,19 @@ def hub(monkeypatch):
 def test_an_upload_makes_the_repository_and_sends_the_files(hub, tmp_path):
     for name in "config.json", "model.flashpack", "secret.txt":
         (tmp_path / name).write_text(name)
-    upload_directory(tmp_path, "mine", token="t", private=True, create_pr=True, commit_message="m", revision="r")
+    upload_directory(tmp_path, Upload("mine", "t", True, True, "m"))
     (made, repository), (sent, folder) = hub
     assert (made, sent) == ("create_repo", "upload_folder")
     assert repository == {"repo_id": "mine", "private": True, "exist_ok": True}
     assert folder["repo_id"] == "user/mine"
     assert folder["files"] == ["config.json", "model.flashpack", "secret.txt"]
-    expected = {"api_token": "t", "create_pr": True, "commit_message": "m", "revision": "r"}
+    expected = {"api_token": "t", "create_pr": True, "commit_message": "m"}
     assert {name: folder[name] for name in expected} == expected
 
 
 def test_files_can_be_chosen_for_an_upload(hub, tmp_path):
     for name in "config.json", "model.flashpack", "secret.txt":
         (tmp_path / name).write_text(name)
-    upload_directory(tmp_path, "x/y", allow_patterns=("*.json", "*.flashpack"))
-    upload_directory(tmp_path, "x/y", ignore_patterns=("secret*", "*.json"))
+    upload_directory(tmp_path, Upload("x/y"), ("*.json", "*.flashpack"))
     assert hub[1][1]["files"] == ["config.json", "model.flashpack"]
-    assert hub[3][1]["files"] == ["model.flashpack"]
-    assert hub[3][1]["repo_id"] == "x/y"
+    assert hub[1][1]["repo_id"] == "x/y"

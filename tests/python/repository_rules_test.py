@@ -255,7 +255,7 @@ def test_the_settings_of_a_pipeline_are_no_components(tmp_path):
 def test_the_code_of_a_repository_is_not_downloaded_unless_it_is_trusted(saved, tmp_path, monkeypatch):
     asked: list[Any] = []
 
-    def resolve(path: Any, *, allow_patterns: Any, **_: Any) -> Path:
+    def resolve(path: Any, download: Any, allow_patterns: Any) -> Path:
         asked.extend(allow_patterns)
         return saved
 

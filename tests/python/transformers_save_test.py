@@ -11,7 +11,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from flashpack.integrations import _hub  # noqa: E402
+from flashpack._hub import Upload  # noqa: E402
 from flashpack.integrations.transformers import FlashPackTransformersModelMixin  # noqa: E402
 from flashpack.integrations.transformers.model import promote  # noqa: E402
 from hub_cache import make_hub_cache  # noqa: E402
@@ -142,20 +142,14 @@ def test_a_repository_that_was_downloaded_is_loaded_whatever_arguments_of_old_hu
 def test_pushing_uploads_the_files_that_were_saved_under_the_name_of_the_directory(tmp_path, monkeypatch):
     calls = []
     module = inspect.getmodule(FlashPackTransformersModelMixin.save_pretrained_flashpack)
-    monkeypatch.setattr(module, "upload_directory", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(module, "upload_directory", lambda *args: calls.append(args))
     save(make("gpt2"), tmp_path / "mine", push_to_hub=True, token="t", private=True, create_pr=True, commit_message="m")
     save(make("gpt2"), tmp_path / "mine", push_to_hub=True, repo_id="x/y")
-    ((args, kwargs), (other, _)) = calls
-    assert args == (tmp_path / "mine", "mine")
-    assert other[1] == "x/y"
-    assert {name: kwargs[name] for name in ("token", "private", "create_pr", "commit_message")} == {
-        "token": "t",
-        "private": True,
-        "create_pr": True,
-        "commit_message": "m",
-    }
-    assert set(kwargs["allow_patterns"]) >= {path.name for path in (tmp_path / "mine").iterdir()}
-    assert inspect.signature(_hub.upload_directory).bind(*args, **kwargs)
+    ((directory, upload, patterns), (_, other, _)) = calls
+    assert directory == tmp_path / "mine"
+    assert upload == Upload(None, token="t", private=True, create_pr=True, commit_message="m")
+    assert other.repo_id == "x/y"
+    assert set(patterns) >= {path.name for path in (tmp_path / "mine").iterdir()}
 
 
 def test_arguments_and_their_defaults_are_those_that_callers_rely_on():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -13,57 +13,9 @@ from torch.nn.parameter import is_lazy
 from ._casts import cast_exactly, check_asked, dtype_when_asked
 from ._footer import Entry
 from ._native import FlashPackError
+from ._options import Casts, Filters, Strictness
 from ._own_code import OwnCode, own_code_of
-from .utils import is_ignored_tensor_name, string_to_dtype
-
-Names = Collection[str] | None
-Filters = tuple[Names, Names, Names]
-"""Ignored names, prefixes and suffixes."""
-
-
-@dataclass(frozen=True)
-class AssignReport:
-    """What assign_from_file did. A tensor that a module holds under several names counts once."""
-
-    assigned: tuple[str, ...]
-    """Names of the module that got what the file has."""
-    missing: tuple[str, ...]
-    """Parameters, persistent buffers and extra state that the file lacks, but for ignored ones."""
-    unexpected: tuple[str, ...]
-    """Names that only the file has, but for ignored ones."""
-    left_on_meta: tuple[str, ...]
-    """Parameters and buffers that have no memory."""
-    stats: dict[str, Any] | None
-    """How the bytes came, see FlashTensorStorage.stats; None if this process read none."""
-
-    def __repr__(self) -> str:
-        names = ("missing", "unexpected", "left_on_meta")
-        parts = [f"{len(self.assigned)} assigned", *(f"{name}={_shortened(getattr(self, name))}" for name in names)]
-        if self.stats is not None:
-            parts.append(f"{self.stats['requested_bytes']} bytes in {self.stats['seconds']:.3f} s")
-        return f"AssignReport({', '.join(parts)})"
-
-
-def _shortened(names: tuple[str, ...], shown: int = 5) -> str:
-    more = f", and {len(names) - shown} more" if len(names) > shown else ""
-    return f"[{', '.join(map(repr, names[:shown]))}{more}]"
-
-
-class Casts(NamedTuple):
-    """What becomes of the dtypes in a file."""
-
-    coerce: bool = False
-    """To those of the module."""
-    asked: torch.dtype | None = None
-    """See dtype_when_asked."""
-
-    def dtype_of(self, entry: Entry, old: torch.Tensor) -> torch.dtype:
-        """Of what `entry` becomes in the place of `old`."""
-        return old.dtype if self.coerce else self.dtype_of_any(entry)
-
-    def dtype_of_any(self, entry: Entry) -> torch.dtype:
-        """Of what `entry` becomes where nothing is known of its place."""
-        return dtype_when_asked(string_to_dtype(entry.dtype), self.asked)
+from .utils import string_to_dtype
 
 
 @dataclass(frozen=True)
@@ -95,7 +47,7 @@ class Plan:
 
     slots: dict[str, Slot]
     own_code: OwnCode = field(default_factory=OwnCode)
-    filters: Filters = (None, None, None)
+    filters: Filters = field(default_factory=Filters)
     wanted: list[Entry] = field(default_factory=list)
     passed_on: list[Entry] = field(default_factory=list)
     """What does not fit as it is, for loading code of the module's own."""
@@ -117,7 +69,7 @@ class Plan:
 
     def correct(self, missing: Iterable[str], unexpected: Iterable[str]) -> None:
         """Takes over what load_state_dict has found out."""
-        names = [name for name in dict.fromkeys(missing) if not is_ignored_tensor_name(name, *self.filters)]
+        names = [name for name in dict.fromkeys(missing) if not self.filters.ignore(name)]
         parameters = {name for name, slot in self.slots.items() if slot.is_parameter}
         self.missing_parameters = [name for name in names if name in parameters]
         self.missing_buffers = [name for name in names if name not in parameters]
@@ -132,7 +84,7 @@ class Plan:
         for name, slot in self.slots.items():
             if slot.is_persistent and id(slot.value) not in given and not slot.now().is_meta:
                 given.add(id(slot.value))
-                if name not in absent and not is_ignored_tensor_name(name, *self.filters):
+                if name not in absent and not self.filters.ignore(name):
                     assigned.append(name)
         return assigned + [entry.name for entry in self.passed_on if entry.name in self.own_code.extra_states]
 
@@ -164,7 +116,7 @@ def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters
     plan = Plan(slots_of(model), own_code_of(model), filters)
     chosen: dict[int, Entry] = {}
     for entry in entries:
-        if is_ignored_tensor_name(entry.name, *filters):
+        if filters.ignore(entry.name):
             continue
         slot = plan.slots.get(entry.name)
         if slot is None:
@@ -192,7 +144,7 @@ def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters
             )
     seen = set(chosen)
     for name, slot in plan.slots.items():
-        if id(slot.value) in seen or is_ignored_tensor_name(name, *filters):
+        if id(slot.value) in seen or filters.ignore(name):
             continue
         seen.add(id(slot.value))
         if slot.is_parameter:
@@ -240,8 +192,9 @@ def misfit_of(entry: Entry, slot: Slot, casts: Casts) -> TypeError | ValueError 
     return None
 
 
-def check_strictness(plan: Plan, path: str, strict: bool | None, strict_params: bool, strict_buffers: bool) -> None:
-    """`strict`, when given, stands for both flags; with either of them, every name of the file must be the module's."""
+def check_strictness(plan: Plan, path: str, strictness: Strictness) -> None:
+    """With either of the flags, every name of the file must be the module's."""
+    strict, strict_params, strict_buffers = strictness
     if strict is not None:
         strict_params = strict_buffers = strict
     if plan.untold and (strict_params or strict_buffers):

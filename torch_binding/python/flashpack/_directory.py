@@ -10,14 +10,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ._checkpoint import files_of, find_checkpoint, is_index, weight_patterns
 from ._durable import make_directories, sync
-from ._hub_cache import is_blob_link
+from ._hub import Download, is_blob_link, resolve_directory
 from ._native import FlashPackError
 from ._repository import INDEX_NAME, check_inside, components_of
-from .integrations._hub import resolve_directory
 from .serialization import file_to_replace
 from .utils import logger
 
@@ -63,10 +61,10 @@ def find_checkpoints(directory: Path, variant: str | None) -> dict[str, Path]:
     return checkpoints
 
 
-def download(repo_id: str, subfolder: str | None, variant: str | None, with_code: bool, **hub: Any) -> Path:
+def download(repo_id: str, hub: Download, variant: str | None, with_code: bool) -> Path:
     """The local copy of a model on the Hub: what it needs beside the weights, and one set of those."""
     companions = [*_COMPANIONS, _CODE] if with_code else _COMPANIONS
-    directory = resolve_directory(repo_id, subfolder=subfolder, allow_patterns=companions, **hub)
+    directory = resolve_directory(repo_id, hub, companions)
     folders = model_folders(directory)
 
     def fetch(folders: list[str], variant: str | None) -> list[str]:
@@ -76,7 +74,7 @@ def download(repo_id: str, subfolder: str | None, variant: str | None, with_code
             patterns = weight_patterns(suffix, variant)
             patterns = [f"{folder}/{pattern}" if folder else pattern for folder in folders for pattern in patterns]
             if patterns:
-                resolve_directory(repo_id, subfolder=subfolder, allow_patterns=patterns, **hub)
+                resolve_directory(repo_id, hub, patterns)
         return [folder for folder in folders if find_checkpoint(directory / folder, variant) is None]
 
     lacking = fetch(folders, variant)

@@ -51,6 +51,6 @@ def warn_of_meta(model: torch.nn.Module, path: StrPath) -> tuple[str, ...]:
         warnings.warn(
             f"flashpack: {len(left)} tensors are still on the meta device after loading {path}, "
             f"because it does not have them: {list(left)}",
-            stacklevel=6,
+            stacklevel=7,
         )
     return left

@@ -8,19 +8,21 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ._checkpoint import files_of, metadata_of, open_checkpoint, stem_of
 from ._directory import copy_companions, download, find_checkpoints, is_repo_id, staged
 from ._footer import StrPath, open_footer
+from ._hub import Download
 from ._native import FlashPackError
+from ._options import Filters
 from ._pretrained import build_model
 from .constants import WEIGHTS_NAME
 from .deserialization import revert_from_file
 from .serialization import file_to_replace, pack_to_file
-from .utils import filter_state_dict, listed, logger, string_to_dtype
+from .utils import filter_state_dict, logger, string_to_dtype
 
 __all__ = [
     "convert_to_flashpack",
@@ -33,21 +35,35 @@ __all__ = [
     "revert_from_flashpack",
 ]
 
-_HUB_ARGUMENTS = frozenset(
-    {
-        "cache_dir",
-        "force_download",
-        "local_dir",
-        "local_dir_use_symlinks",
-        "local_files_only",
-        "proxies",
-        "revision",
-        "token",
-    }
-)
-
 StateDict = Mapping[str, torch.Tensor]
 Names = list[str] | None
+
+
+class _Packing(NamedTuple):
+    """How tensors become those of a flashpack file."""
+
+    dtype: torch.dtype | None
+    filters: Filters
+    silent: bool
+
+    @classmethod
+    def of(cls, dtype: torch.dtype | str | None, silent: bool, *filters: Names) -> _Packing:
+        dtype = string_to_dtype(dtype) if isinstance(dtype, str) else dtype
+        return cls(dtype, Filters.of(*filters), silent)
+
+    def write(self, state_dict: StateDict, destination: StrPath, metadata: Mapping[str, str] | None = None) -> str:
+        """Returns the destination."""
+        tensors = filter_state_dict(state_dict, *self.filters)
+        pack_to_file(tensors, destination, self.dtype, silent=self.silent, metadata=metadata)
+        return os.fspath(destination)
+
+    def convert(self, checkpoint: Path, state_dict: StateDict, destination: StrPath) -> str:
+        """Writes what the file `checkpoint` became; errors name it. Returns the destination."""
+        metadata = metadata_of(checkpoint)
+        try:
+            return self.write(state_dict, destination, metadata)
+        except FlashPackError as error:
+            raise FlashPackError(f"{checkpoint}: {error}") from error
 
 
 def filter_kwargs_for_method(kwargs: dict[str, Any], method: Callable[..., Any]) -> dict[str, Any]:
@@ -92,26 +108,20 @@ def convert_to_flashpack(
     Raises FlashPackError (a ValueError) for a source that cannot be converted, OSError for the system's failures.
     """
     source = model_or_state_dict_or_path_or_repo_id
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "ignore_names": listed(ignore_names),
-        "ignore_prefixes": listed(ignore_prefixes),
-        "ignore_suffixes": listed(ignore_suffixes),
-        "silent": silent,
-    }
+    packing = _Packing.of(dtype, silent, ignore_names, ignore_prefixes, ignore_suffixes)
     if use_transformers and use_diffusers:
         raise FlashPackError("use_transformers and use_diffusers exclude each other")
     if isinstance(source, torch.nn.Module):
-        return convert_to_flashpack_from_model(source, _required(destination_path, "a model"), **options)
+        return packing.write(source.state_dict(), _required(destination_path, "a model"))
     if isinstance(source, Mapping):
-        return convert_to_flashpack_from_state_dict(source, _required(destination_path, "a state dict"), **options)
+        return packing.write(source, _required(destination_path, "a state dict"))
     if os.path.exists(source) and not os.path.isdir(source):
         if use_transformers or use_diffusers:
             raise FlashPackError(f"a model cannot be built from {source} alone: give its directory")
         _warn_of_unused(kwargs)
-        return convert_to_flashpack_from_state_dict_file(source, destination_path, **options)
+        return _convert_file(Path(source), destination_path, packing)
     library = "transformers" if use_transformers else "diffusers" if use_diffusers else None
-    return _convert_directory(source, destination_path, library, options, kwargs)
+    return _convert_directory(source, destination_path, library, packing, kwargs)
 
 
 def convert_to_flashpack_from_state_dict(
@@ -124,8 +134,8 @@ def convert_to_flashpack_from_state_dict(
     silent: bool = True,
 ) -> str:
     """pack_to_file, with names left out and the dtype perhaps given by its name. Returns the destination."""
-    filters = {"ignore_names": ignore_names, "ignore_prefixes": ignore_prefixes, "ignore_suffixes": ignore_suffixes}
-    return _pack(state_dict, {}, destination_path, dtype, silent=silent, **filters)
+    packing = _Packing.of(dtype, silent, ignore_names, ignore_prefixes, ignore_suffixes)
+    return packing.write(state_dict, destination_path)
 
 
 def convert_to_flashpack_from_model(
@@ -158,13 +168,8 @@ def convert_to_flashpack_from_state_dict_file(
     are written: no copy of the checkpoint is made in memory. The destination and what is raised are those of
     convert_to_flashpack.
     """
-    source = Path(path)
-    destination = Path(default_destination(source) if destination_path is None else destination_path)
-    if destination_path is None:
-        _refuse_existing(destination)
-    _refuse_source(files_of(source), destination)
-    filters = {"ignore_names": ignore_names, "ignore_prefixes": ignore_prefixes, "ignore_suffixes": ignore_suffixes}
-    return _pack_checkpoint(source, open_checkpoint(source), destination, dtype, silent=silent, **filters)
+    packing = _Packing.of(dtype, silent, ignore_names, ignore_prefixes, ignore_suffixes)
+    return _convert_file(Path(path), destination_path, packing)
 
 
 def convert_to_flashpack_from_diffusers_repo_id_or_dir(
@@ -178,18 +183,8 @@ def convert_to_flashpack_from_diffusers_repo_id_or_dir(
     **kwargs: Any,
 ) -> str:
     """convert_to_flashpack of a directory or a repository, with `use_diffusers`."""
-    return convert_to_flashpack(
-        model_dir,
-        destination_path,
-        dtype,
-        ignore_names,
-        ignore_prefixes,
-        ignore_suffixes,
-        False,
-        True,
-        silent,
-        **kwargs,
-    )
+    names = (ignore_names, ignore_prefixes, ignore_suffixes)
+    return convert_to_flashpack(model_dir, destination_path, dtype, *names, silent=silent, use_diffusers=True, **kwargs)
 
 
 def convert_to_flashpack_from_transformers_repo_id_or_dir(
@@ -203,17 +198,9 @@ def convert_to_flashpack_from_transformers_repo_id_or_dir(
     **kwargs: Any,
 ) -> str:
     """convert_to_flashpack of a directory or a repository, with `use_transformers`."""
+    names = (ignore_names, ignore_prefixes, ignore_suffixes)
     return convert_to_flashpack(
-        model_dir,
-        destination_path,
-        dtype,
-        ignore_names,
-        ignore_prefixes,
-        ignore_suffixes,
-        True,
-        False,
-        silent,
-        **kwargs,
+        model_dir, destination_path, dtype, *names, silent=silent, use_transformers=True, **kwargs
     )
 
 
@@ -256,27 +243,34 @@ def default_reversal(source: StrPath) -> str:
     return os.fspath(Path(source).with_suffix(".safetensors"))
 
 
+def _convert_file(source: Path, destination_path: StrPath | None, packing: _Packing) -> str:
+    destination = Path(default_destination(source) if destination_path is None else destination_path)
+    if destination_path is None:
+        _refuse_existing(destination)
+    _refuse_source(files_of(source), destination)
+    return packing.convert(source, open_checkpoint(source), destination)
+
+
 def _convert_directory(
     source: StrPath,
     destination_path: StrPath | None,
     library: str | None,
-    options: dict[str, Any],
+    packing: _Packing,
     kwargs: dict[str, Any],
 ) -> str:
-    hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
-    rest = {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
-    subfolder, variant = rest.pop("subfolder", None), rest.pop("variant", None)
-    copy_code = rest.pop("copy_code", False)
+    hub = Download.of(kwargs)._replace(subfolder=kwargs.get("subfolder"))
+    variant, copy_code = kwargs.get("variant"), kwargs.get("copy_code", False)
+    taken = {*hub._fields, "local_dir_use_symlinks", "variant", "copy_code"}
+    rest = {name: value for name, value in kwargs.items() if name not in taken}
     if library is None:
         _warn_of_unused(rest)
     if os.path.isdir(source):
-        directory = Path(source, subfolder or "")
+        directory = Path(source, hub.subfolder or "")
     elif is_repo_id(os.fspath(source)):
-        destination_path = _required(
-            destination_path, f"{source}, which is no file or directory here but perhaps a repository,"
-        )
+        what = f"{source}, which is no file or directory here but perhaps a repository,"
+        destination_path = _required(destination_path, what)
         with_code = copy_code or bool(rest.get("trust_remote_code"))
-        directory = download(os.fspath(source), subfolder, variant, with_code, **hub)
+        directory = download(os.fspath(source), hub, variant, with_code)
     else:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(source))
     destination = directory if destination_path is None else Path(destination_path)
@@ -287,7 +281,7 @@ def _convert_directory(
             state_dict = open_checkpoint(checkpoint)
         else:
             state_dict = build_model(library, directory, folder, checkpoint, variant, **rest).state_dict()
-        _pack_checkpoint(checkpoint, state_dict, path, **options)
+        packing.convert(checkpoint, state_dict, path)
 
     if destination.suffix == ".flashpack" and not destination.is_dir():
         if [*checkpoints] != [""]:
@@ -303,32 +297,6 @@ def _convert_directory(
         if not (destination.exists() and destination.samefile(directory)):
             copy_companions(directory, stage, copy_code)
     return os.fspath(destination if destination_path is None else destination_path)
-
-
-def _pack(
-    state_dict: StateDict,
-    metadata: Mapping[str, str],
-    destination: StrPath,
-    dtype: torch.dtype | str | None,
-    *,
-    silent: bool,
-    **filters: Names,
-) -> str:
-    target_dtype = string_to_dtype(dtype) if isinstance(dtype, str) else dtype
-    pack_to_file(filter_state_dict(state_dict, **filters), destination, target_dtype, silent=silent, metadata=metadata)
-    return os.fspath(destination)
-
-
-def _pack_checkpoint(
-    checkpoint: Path, state_dict: StateDict, destination: StrPath, dtype: torch.dtype | str | None, **options: Any
-) -> str:
-    """_pack() of the tensors of a file; errors name it."""
-    metadata = metadata_of(checkpoint)
-    target_dtype = string_to_dtype(dtype) if isinstance(dtype, str) else dtype
-    try:
-        return _pack(state_dict, metadata, destination, target_dtype, **options)
-    except FlashPackError as error:
-        raise FlashPackError(f"{checkpoint}: {error}") from error
 
 
 def _check_revertible(footer: dict[str, Any], destination: Path) -> None:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import Any
 
 import torch
 
-from ._assign import AssignReport, Casts, Filters, Plan, check_strictness, commit, make_plan
 from ._device import CPU, captures_undisturbed
-from ._distributed import Ranks, join_ranks, ranks_of_group, resolve_shard_strategy
+from ._distributed import ranks_of_group, resolve_shard_strategy
 from ._engine import engine, left_before_exit
-from ._footer import Footer, StrPath, Verify, get_flashpack_file_metadata, is_flashpack_file, open_footer
-from ._logging import in_one_line
-from ._memory import ReadBlocks, ReadOptions, Wanted, read_blocks, read_tensors, supported_device, tensors_of
-from ._meta_init import warn_of_meta
-from ._native import FlashPackError
-from ._own_code import run_own_code
+from ._footer import StrPath, Verify, get_flashpack_file_metadata, is_flashpack_file, open_footer
+from ._loading import assign
+from ._memory import ReadOptions, read_tensors, supported_device
+from ._options import Casts, Filters, LoadOptions, Sharing, Strictness
 from ._progress import progress_bar
-from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS, FILE_FORMAT_V3
-from .utils import human_num_elements, is_ignored_tensor_name, listed, logger
+from ._report import AssignReport
+from ._storage import FlashTensorStorage, accepted, iterate_from_flash_tensor, read_storage
+from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
 
 __all__ = [
     "AssignReport",
@@ -37,27 +32,6 @@ __all__ = [
     "revert_from_file",
     "verify_file",
 ]
-
-
-@dataclass
-class FlashTensorStorage:
-    """The payload of a file: one flat tensor per macroblock."""
-
-    blocks: list[torch.Tensor]
-    backing_arrays: list[Any] | None = None
-    """None: blocks own their memory."""
-    stats: dict[str, Any] | None = None
-    """How the bytes came: bytes by route, operations, seconds, backend and why a slower one was taken, if one was."""
-
-    def block(self, idx: int) -> torch.Tensor:
-        return self.blocks[idx]
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    @property
-    def device(self) -> torch.device:
-        return self.blocks[0].device if self.blocks else torch.device("cpu")
 
 
 @left_before_exit
@@ -87,8 +61,8 @@ def read_flashpack_file(
     options = ReadOptions(mmap, verify, not silent)
     target = supported_device(device, options)
     with open_footer(path) as footer:
-        result = _accepted(metadata, footer)
-        return _read_blocks(footer, target, options), result
+        result = accepted(metadata, footer)
+        return read_storage(footer, target, options), result
 
 
 @left_before_exit
@@ -118,29 +92,9 @@ def read_flashpack_file_distributed(
         options = ReadOptions(show=not silent)
         target = supported_device(device, options)
         with ranks.footer(path) as footer:
-            result = _accepted(metadata, footer)
-            storage = _read_blocks(footer, target, options, ranks.read_blocks)
+            result = accepted(metadata, footer)
+            storage = read_storage(footer, target, options, ranks.read_blocks)
     return storage, result
-
-
-def iterate_from_flash_tensor(
-    flash_tensor: FlashTensorStorage | torch.Tensor,
-    metadata: dict[str, Any],
-    ignore_names: Collection[str] | None = None,
-    ignore_prefixes: Collection[str] | None = None,
-    ignore_suffixes: Collection[str] | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, view of its block) for every tensor of `metadata` that is not ignored, in file order.
-
-    Trusts nothing in `metadata`. Raises FlashPackError naming the record that does not fit its block.
-    """
-    storage = flash_tensor if isinstance(flash_tensor, FlashTensorStorage) else FlashTensorStorage([flash_tensor])
-    index = _index_of(metadata)
-    _check_alignment(storage, index, metadata.get("align_bytes", 0))
-    filters = (listed(ignore_names), listed(ignore_prefixes), listed(ignore_suffixes))
-    for record in index:
-        if not is_ignored_tensor_name(record["name"], *filters):
-            yield record["name"], _view(storage, record)
 
 
 @left_before_exit
@@ -162,8 +116,6 @@ def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
         return engine().verify(footer.fileno(), footer.path, footer.native, progress)
 
 
-@left_before_exit
-@captures_undisturbed()
 def assign_from_file(
     model: torch.nn.Module,
     path: StrPath,
@@ -220,180 +172,13 @@ def assign_from_file(
     Raises FlashPackError (a ValueError) for a file that is not valid or does not fit, OSError for the system's
     failures, RuntimeError for what failed on another rank. Not to be called while other threads use `model`.
     """
-    options = ReadOptions(mmap, verify, not silent)
-    filters = (listed(ignore_names), listed(ignore_prefixes), listed(ignore_suffixes))
-    strictness = (strict, strict_params, strict_buffers)
-    wish = _Wish(filters, Casts(coerce_dtype, dtype), strictness, keep_flash_ref_on_model)
-    device = _device_of(model) if device is None else device
-    ranks = join_ranks(device, rank, local_rank, world_size) if use_distributed_loading else Ranks()
-    with ranks.together():
-        ranks.check(mmap, distributed_sharded, distributed_shard_strategy)
-        target = supported_device(device, options)
-        with ranks.footer(path) as footer:
-            plan, stats = _assign(model, footer, target, options, ranks, wish)
-    return _report(model, plan, path, stats)
-
-
-class _Wish(NamedTuple):
-    """What is to be assigned, and how."""
-
-    filters: Filters
-    casts: Casts
-    strictness: tuple[bool | None, bool, bool]
-    keep_storage: bool
-
-
-def _assign(
-    model: torch.nn.Module, footer: Footer, device: torch.device, options: ReadOptions, ranks: Ranks, wish: _Wish
-) -> tuple[Plan, dict[str, Any] | None]:
-    """Has `model` take what the file has, by code of its own, too, or leaves it as it was."""
-    with _blamed_on(model, footer, TypeError, ValueError):
-        plan = make_plan(model, footer.entries(), wish.filters, wish.casts)
-    if not plan.own_code:
-        check_strictness(plan, footer.path, *wish.strictness)
-    with_gradients = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
-        tensors, storage, stats = _load(plan, footer, device, options, ranks, wish.keep_storage)
-        ranks.agree()
-        given = commit(plan, tensors, device, wish.casts, undo)
-        if plan.own_code:
-            with _blamed_on(model, footer, Exception), torch.set_grad_enabled(with_gradients):
-                run_own_code(model, plan, given, undo)
-            check_strictness(plan, footer.path, *wish.strictness)
-        undo.pop_all()
-    if storage is not None:
-        model._flash_shared_storage = storage  # type: ignore[assignment]
-        model._flash_shared_storage_meta = footer.metadata  # type: ignore[assignment]
-    return plan, stats
-
-
-def _load(
-    plan: Plan, footer: Footer, device: torch.device, options: ReadOptions, ranks: Ranks, as_blocks: bool
-) -> tuple[dict[str, torch.Tensor], FlashTensorStorage | None, dict[str, Any] | None]:
-    """The tensors that `plan` wants, and the statistics; `as_blocks` as views of the whole payload, which is returned,
-    too.
-    """
-    entries = plan.wanted + plan.passed_on
-    if as_blocks:
-        storage = _read_blocks(footer, device, options, ranks.read_blocks)
-        index = footer.metadata["index"]
-        # Through `data`, so that each has a version counter of its own.
-        shared = {entry.name: _view(storage, index[entry.number]).data for entry in entries}
-        return shared, storage, storage.stats
-    entries = ranks.wanted_by_any(footer, entries)
-    filled = ranks.read_blocks(footer, Wanted(footer.native, entries), device, options)
-    return tensors_of(entries, filled), None, filled.stats
-
-
-def _accepted(metadata: dict[str, Any] | None, footer: Footer) -> dict[str, Any]:
-    """The footer that the caller has, else that of the file, with a macroblock for every record."""
-    if metadata is not None and not _describes(metadata, footer):
-        raise FlashPackError(f"{footer.path}: the metadata given is not that of this file")
-    result = footer.metadata if metadata is None else metadata
-    for record in _index_of(result):
-        record.setdefault("macroblock", 0)
-    return result
-
-
-@contextmanager
-def _blamed_on(model: torch.nn.Module, footer: Footer, *kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds say what was being assigned to what."""
-    try:
-        yield
-    except torch.OutOfMemoryError:  # Callers tell it by its class.
-        raise
-    except kinds as error:
-        raise FlashPackError(
-            f"Error while assigning to {type(model).__name__} from {footer.path}: {in_one_line(error)}"
-        ) from error
-
-
-def _read_blocks(
-    footer: Footer, device: torch.device, options: ReadOptions, read: ReadBlocks = read_blocks
-) -> FlashTensorStorage:
-    macroblocks = footer.macroblocks()
-    with torch.inference_mode(False), torch.no_grad():
-        filled = read(footer, Wanted(footer.native.macroblocks, macroblocks), device, options)
-        blocks = [block.to(device) for block in tensors_of(macroblocks, filled).values()]
-    return FlashTensorStorage(blocks, stats=filled.stats)
-
-
-def _device_of(model: torch.nn.Module) -> str | torch.device:
-    device = getattr(model, "device", None)
-    if isinstance(device, (str, torch.device)) and torch.device(device).type != "meta":
-        return device
-    first = next((parameter for parameter in model.parameters() if not parameter.is_meta), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-def _describes(metadata: dict[str, Any], footer: Footer) -> bool:
-    ours = [(each.dtype, each.offset_bytes, each.elems) for each in footer.macroblocks()]
-    try:
-        if metadata.get("format") == FILE_FORMAT_V3:
-            return [(metadata["target_dtype"], 0, metadata["total_elems"])] == ours
-        blocks = metadata["macroblocks"]
-        return [(block["dtype"], block["offset_bytes"], block["length_elems"]) for block in blocks] == ours
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return False
-
-
-def _index_of(metadata: Any) -> list[dict[str, Any]]:
-    """The records of `metadata`, once it is known that they are records and have names."""
-    index = metadata.get("index") if isinstance(metadata, dict) else None
-    if not isinstance(index, list):
-        raise FlashPackError("the metadata has no list 'index'")
-    for record in index:
-        if not isinstance(record, dict) or not isinstance(record.get("name"), str):
-            raise FlashPackError(f"Could not get tensor for record {record!r}: it is no object with a name")
-    return index
-
-
-def _block_of(storage: FlashTensorStorage, record: dict[str, Any]) -> torch.Tensor:
-    which = record.get("macroblock")
-    which = 0 if which is None else which
-    if type(which) is not int or not 0 <= which < len(storage):
-        raise FlashPackError(f"Index entry references macroblock {which}, but only {len(storage)} blocks exist.")
-    return storage.block(which)
-
-
-def _is_count(number: Any) -> bool:
-    return type(number) is int and number >= 0
-
-
-def _check_alignment(storage: FlashTensorStorage, index: list[dict[str, Any]], align_bytes: int) -> None:
-    if not _is_count(align_bytes):
-        raise FlashPackError(f"align_bytes must be >= 0, got {align_bytes!r}")
-    misaligned = []
-    for record in index if align_bytes else ():
-        align_elems = align_bytes // math.gcd(align_bytes, _block_of(storage, record).element_size())
-        offset: Any = record.get("offset")
-        if not _is_count(offset) or offset % align_elems:
-            misaligned.append(repr(record["name"]))
-    if misaligned:
-        raise FlashPackError(f"{len(misaligned)} index entries are misaligned (e.g., {', '.join(misaligned[:3])}).")
-
-
-def _view(storage: FlashTensorStorage, record: dict[str, Any]) -> torch.Tensor:
-    block = _block_of(storage, record)
-    fields: tuple[Any, Any, Any] = (record.get("offset"), record.get("length"), record.get("shape"))
-    offset, length, shape = fields
-    if (
-        not isinstance(shape, (list, tuple))
-        or not all(map(_is_count, (offset, length, *shape)))
-        or math.prod(shape) != length
-        or offset + length > block.numel()
-    ):
-        raise FlashPackError(f"Could not get tensor for record {record}: it does not fit {block.numel()} elements")
-    return block.narrow(0, offset, length).view(tuple(shape))
-
-
-def _report(model: torch.nn.Module, plan: Plan, path: StrPath, stats: dict[str, Any] | None) -> AssignReport:
-    elements = human_num_elements(sum(entry.elems for entry in plan.wanted))
-    logger.info("assigned %d tensors (%s elements) to %d names", len(plan.wanted), elements, len(plan.slots))
-    missing = plan.missing_parameters + plan.missing_buffers
-    if plan.unexpected:
-        logger.info("not in the model: %s", plan.unexpected)
-    if missing:
-        logger.info("not in the file: %s", missing)
-    left_on_meta = warn_of_meta(model, path)
-    return AssignReport(tuple(plan.assigned()), tuple(missing), tuple(plan.unexpected), left_on_meta, stats)
+    options = LoadOptions(
+        device,
+        Filters.of(ignore_names, ignore_prefixes, ignore_suffixes),
+        Strictness(strict, strict_params, strict_buffers),
+        Casts(coerce_dtype, dtype),
+        ReadOptions(mmap, verify, not silent),
+        Sharing(use_distributed_loading, distributed_sharded, distributed_shard_strategy, rank, local_rank, world_size),
+        keep_flash_ref_on_model,
+    )
+    return assign(model, path, options)

@@ -10,7 +10,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from ._footer import StrPath, Verify
+from ._loading import assign
+from ._memory import ReadOptions
 from ._meta_init import meta_parameters
+from ._options import Casts, Filters, LoadOptions, Names, Sharing, Strictness
 from .constants import (
     DEFAULT_ALIGN_BYTES,
     DEFAULT_CHUNK_BYTES,
@@ -79,35 +82,25 @@ class FlashPackMixin:
 
         Warns when parameters that the file lacks stay on the meta device. Raises what assign_from_file raises.
         """
-        build = cls._flashpack_builder() if init_fn is None else init_fn
-        places: dict[str, Any] = {"rank": rank, "local_rank": local_rank, "world_size": world_size}
-        given = {"mmap": mmap, "verify": verify, "dtype": dtype, "meta_init": meta_init}
-        theirs, ours = _shared_out(build, {name: value for name, value in given.items() if value is not None})
-        meta_init = ours.pop("meta_init", cls.flashpack_meta_init)
-        model = _build(build, args, _accepted(build, args, kwargs | theirs, places), meta_init)
-        if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"{getattr(build, '__qualname__', build)} made a {type(model).__name__}, not a module")
-        assign_from_file(
-            model,
-            path,
-            device="cpu" if device is None else device,
-            strict=strict,
-            strict_params=strict_params,
-            strict_buffers=strict_buffers,
-            keep_flash_ref_on_model=keep_flash_ref_on_model,
-            silent=silent,
-            num_streams=num_streams,
-            chunk_bytes=chunk_bytes,
-            ignore_names=cls.flashpack_ignore_names if ignore_names is None else ignore_names,
-            ignore_prefixes=cls.flashpack_ignore_prefixes if ignore_prefixes is None else ignore_prefixes,
-            ignore_suffixes=cls.flashpack_ignore_suffixes if ignore_suffixes is None else ignore_suffixes,
-            use_distributed_loading=use_distributed_loading,
-            distributed_sharded=distributed_sharded,
-            distributed_shard_strategy=distributed_shard_strategy,
-            **places,
-            coerce_dtype=coerce_dtype or cls.flashpack_coerce_dtype,
-            **ours,
+        sharing = Sharing(
+            use_distributed_loading, distributed_sharded, distributed_shard_strategy, rank, local_rank, world_size
         )
+        build = cls._flashpack_builder() if init_fn is None else init_fn
+        shared = {"mmap": mmap, "verify": verify, "dtype": dtype, "meta_init": meta_init}
+        theirs, ours = _shared_out(build, {name: value for name, value in shared.items() if value is not None})
+        kwargs = _accepted(build, args, kwargs | theirs, sharing)
+        model = _build(build, args, kwargs, ours.get("meta_init", cls.flashpack_meta_init))
+        assert isinstance(model, torch.nn.Module)  # As _build makes sure of.
+        options = LoadOptions(
+            "cpu" if device is None else device,
+            cls._flashpack_filters(ignore_names, ignore_prefixes, ignore_suffixes),
+            Strictness(strict, strict_params, strict_buffers),
+            Casts(coerce_dtype or cls.flashpack_coerce_dtype, ours.get("dtype")),
+            ReadOptions(ours.get("mmap", False), ours.get("verify", "auto"), not silent),
+            sharing,
+            keep_flash_ref_on_model,
+        )
+        assign(model, path, options)
         model.eval()
         return model
 
@@ -134,11 +127,20 @@ class FlashPackMixin:
         method = cls.flashpack_init_method
         return cls if method is None else getattr(cls, method, cls)
 
+    @classmethod
+    def _flashpack_filters(cls, names: Names, prefixes: Names, suffixes: Names) -> Filters:
+        """Returns what is given and, for what is None, the defaults of the class."""
+        return Filters.of(
+            cls.flashpack_ignore_names if names is None else names,
+            cls.flashpack_ignore_prefixes if prefixes is None else prefixes,
+            cls.flashpack_ignore_suffixes if suffixes is None else suffixes,
+        )
+
 
 def _build(build: Callable[..., Self], args: Sequence[Any], kwargs: dict[str, Any], meta_init: bool) -> Self:
     try:
         with meta_parameters() if meta_init else nullcontext():
-            return build(*args, **kwargs)
+            model = build(*args, **kwargs)
     except RuntimeError as error:
         if not meta_init or "meta" not in str(error):
             raise
@@ -146,6 +148,9 @@ def _build(build: Callable[..., Self], args: Sequence[Any], kwargs: dict[str, An
             f"{getattr(build, '__qualname__', build)} failed while parameters had no memory; if it looks at their "
             f"values, pass meta_init=False: {error}"
         ) from error
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{getattr(build, '__qualname__', build)} made a {type(model).__name__}, not a module")
+    return model
 
 
 def _shared_out(build: Callable[..., Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -156,12 +161,13 @@ def _shared_out(build: Callable[..., Any], given: dict[str, Any]) -> tuple[dict[
 
 
 def _accepted(
-    build: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], places: dict[str, Any]
+    build: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], sharing: Sharing
 ) -> dict[str, Any]:
-    """Those of `kwargs` that `build` takes, and those of `places` that it names and `args` do not give already.
+    """Those of `kwargs` that `build` takes, and the rank and its like if it names them and `args` do not have them.
 
-    A place that is not known is passed on, as None, only where there is no default that it would hide.
+    A rank that is not known is passed on, as None, only where there is no default that it would hide.
     """
+    places = {"rank": sharing.rank, "local_rank": sharing.local_rank, "world_size": sharing.world_size}
     parameters = inspect.signature(build).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     dropped = [] if takes_all else [name for name in kwargs if name not in parameters]

@@ -18,7 +18,7 @@ from ._device import CPU, captures_undisturbed, side_of
 from ._durable import make_directories
 from ._engine import left_before_exit
 from ._footer import StrPath
-from ._hub_cache import is_blob_link
+from ._hub import is_blob_link
 from ._memory import allocate_block
 from ._native import FlashPackError
 from ._own_code import EXTRA_STATE

@@ -11,6 +11,7 @@ import diffusers
 from diffusers import ConfigMixin
 
 from ..._footer import StrPath
+from ..._hub import Download, resolve_directory
 from ..._meta_init import meta_parameters
 from ..._native import FlashPackError
 from ..._repository import (
@@ -22,10 +23,7 @@ from ..._repository import (
     string_in,
     strings_in,
 )
-from .._hub import resolve_directory
 from ._components import class_named, flashpack_class, promote
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_dir", "local_files_only", "proxies", "revision", "token")
 
 
 class AutoFlashPackModel(ConfigMixin):
@@ -58,8 +56,8 @@ class AutoFlashPackModel(ConfigMixin):
         code = ("*.py",) if trust_remote_code else ()
         directory = resolve_directory(
             pretrained_model_or_path,
-            allow_patterns=(INDEX_NAME, *(str(Path(subfolder, name)) for name in ("config.json", *code))),
-            **{name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs},
+            Download.of(kwargs),
+            (INDEX_NAME, *(str(Path(subfolder, name)) for name in ("config.json", *code))),
         )
         model_class = flashpack_class(_class_of(directory, subfolder, trust_remote_code))
         return model_class.from_pretrained_flashpack(pretrained_model_or_path, **kwargs)

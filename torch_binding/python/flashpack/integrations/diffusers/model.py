@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
 import os
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,10 @@ from ..._casts import PLAIN_FLOATS, check_asked
 from ..._directory import own_files
 from ..._durable import make_directories
 from ..._footer import Footer, StrPath, Verify, open_footer
+from ..._hub import Download, Upload, resolve_directory, upload_directory
+from ..._memory import ReadOptions
 from ..._native import FlashPackError
+from ..._options import Casts, Filters, LoadOptions, Sharing, Strictness
 from ..._repository import blaming, check_model_config
 from ...constants import (
     DEFAULT_ALIGN_BYTES,
@@ -30,13 +31,9 @@ from ...constants import (
     WEIGHTS_NAME,
 )
 from ...mixin import FlashPackMixin
-from ...utils import logger, string_to_dtype
+from ...utils import string_to_dtype
+from .._arguments import flashpack_file, main_dtype, requested_dtype, without_unknown
 from .._classes import original_class
-from .._hub import resolve_directory, upload_directory
-
-_OF_BUILD = {"args", "dtype", "init_fn", "kwargs", "path"}
-OF_LOAD = {*inspect.signature(FlashPackMixin.from_flashpack).parameters} - _OF_BUILD
-_OF_HUB = {*inspect.signature(resolve_directory).parameters, "local_dir_use_symlinks", "proxies"}
 
 Self = TypeVar("Self", bound="FlashPackDiffusersModelMixin")
 
@@ -81,26 +78,22 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         if getattr(self, "hf_quantizer", None) is not None:
             raise FlashPackError(f"{type(self).__name__} is quantized; its tensors alone do not make it again")
         directory = make_directory(save_directory)
+        save = self.save_flashpack
+        options = without_unknown(save.__qualname__, kwargs, inspect.signature(save).parameters)
         path = directory / WEIGHTS_NAME
-        options: dict[str, Any] = {
-            "align_bytes": align_bytes,
-            "silent": silent,
-            "num_workers": num_workers,
-            "checksum": checksum,
-        }
-        options |= known_arguments(self.save_flashpack, kwargs)
-        self.save_flashpack(path, target_dtype, **options)
+        save(
+            path,
+            target_dtype,
+            align_bytes=align_bytes,
+            silent=silent,
+            num_workers=num_workers,
+            checksum=checksum,
+            **options,
+        )
         own_files(directory, "*.json")
         self.save_config(directory)
         if push_to_hub:
-            upload_directory(
-                directory,
-                repo_id or directory.resolve().name,
-                token=token,
-                private=private,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
+            upload_directory(directory, Upload(repo_id, token, private, create_pr, commit_message))
 
     @classmethod
     def from_pretrained_flashpack(
@@ -152,27 +145,19 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         Raises FileNotFoundError without `model.flashpack`, OSError without config.json, FlashPackError for one of which
         the class cannot be built, and what assign_from_file raises.
         """
-        given = dict(locals())
-        directory = resolve_directory(
-            pretrained_model_name_or_path,
-            allow_patterns=(WEIGHTS_NAME, "config.json"),
-            **{name: given[name] for name in _OF_HUB & given.keys()},
+        download = Download(subfolder, revision, cache_dir, local_dir, token, force_download, local_files_only, proxies)
+        options = LoadOptions(
+            one_device(device, kwargs.pop("device_map", None)),
+            Filters(ignore_names, ignore_prefixes, ignore_suffixes),
+            Strictness(strict, strict_params, strict_buffers),
+            Casts(coerce_dtype, requested_dtype(kwargs)),
+            ReadOptions(mmap, verify, not silent),
+            Sharing(
+                use_distributed_loading, distributed_sharded, distributed_shard_strategy, rank, local_rank, world_size
+            ),
+            keep_flash_ref_on_model,
         )
-        path = flashpack_file(directory)
-        options = {name: given[name] for name in OF_LOAD & given.keys()}
-        options["device"] = one_device(device, kwargs.pop("device_map", None))
-        dtype = requested_dtype(kwargs)
-        check_asked(dtype)
-        # The model is built with the dtypes that are wanted.
-        options["coerce_dtype"] = coerce_dtype or dtype is not None
-        config = kwargs.pop("config", None)
-        if config is None:
-            config = check_model_config(directory) or cls.load_config(directory)
-        with open_footer(path) as footer:
-            build = partial(_build, cls, directory, config, kwargs, footer, dtype)
-            model = cls.from_flashpack(footer, init_fn=build, **options)
-        model.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
-        return model
+        return _load(cls, pretrained_model_name_or_path, download, options, kwargs)
 
     def to_json_string(self) -> str:
         """The config, as ConfigMixin writes it, under the name of the class that is loadable without flashpack."""
@@ -192,22 +177,6 @@ def make_directory(path: StrPath) -> Path:
     return directory
 
 
-def flashpack_file(directory: Path) -> Path:
-    path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, f"Flashpack file {path} not found", str(path))
-    return path
-
-
-def known_arguments(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `kwargs` that `function` names. The others have always been accepted; they are logged."""
-    known = inspect.signature(function).parameters
-    dropped = sorted(kwargs.keys() - known.keys())
-    if dropped:
-        logger.warning("%s does not take %s", function.__qualname__, ", ".join(dropped))
-    return {name: value for name, value in kwargs.items() if name in known}
-
-
 def one_device(device: str | torch.device | None, device_map: Any) -> str | torch.device | None:
     """The device that `device`, or else a device map of diffusers, stands for. "auto" and "balanced" are one GPU."""
     if device is not None or device_map is None:
@@ -221,20 +190,23 @@ def one_device(device: str | torch.device | None, device_map: Any) -> str | torc
     return torch.device(device_map)
 
 
-def requested_dtype(kwargs: dict[str, Any]) -> Any:
-    """Takes `dtype`, and `torch_dtype` as it was called, out of `kwargs`."""
-    older = kwargs.pop("torch_dtype", None)
-    dtype = kwargs.pop("dtype", None)
-    return older if dtype is None else dtype
-
-
-def _overrides(cls: Any, config: Mapping[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `kwargs` that the class takes for its config."""
-    _, unused, _ = cls.extract_init_dict(dict(config), **kwargs)
-    dropped = sorted(kwargs.keys() & unused.keys())
-    if dropped:
-        logger.warning("%s does not take %s", cls.__name__, ", ".join(dropped))
-    return {name: value for name, value in kwargs.items() if name not in dropped}
+def _load(
+    cls: type[Self], path_or_repo: StrPath, download: Download, options: LoadOptions, kwargs: dict[str, Any]
+) -> Self:
+    directory = resolve_directory(path_or_repo, download, (WEIGHTS_NAME, "config.json"))
+    path = flashpack_file(directory)
+    coerce_dtype, dtype = options.casts
+    check_asked(dtype)
+    # The model is built with the dtypes that are wanted.
+    options = options._replace(casts=Casts(coerce_dtype or dtype is not None))
+    config = kwargs.pop("config", None)
+    if config is None:
+        config = check_model_config(directory) or cls.load_config(directory)
+    with open_footer(path) as footer:
+        build = partial(_build, cls, directory, config, kwargs, footer, dtype)
+        model = cls.from_flashpack(footer, init_fn=build, **options.keywords())
+    model.register_to_config(_name_or_path=os.fspath(path_or_repo))
+    return model
 
 
 def _build(
@@ -247,29 +219,19 @@ def _build(
 ) -> Any:
     """A new model whose floating-point tensors have the dtypes that those of the file will have."""
     stored = {entry.name: string_to_dtype(entry.dtype) for entry in footer.entries()}
-    default_dtype = _main_dtype(footer) if dtype is None else dtype
-    with blaming(directory / "config.json"), _default_dtype(default_dtype):
-        model = cls._flashpack_builder()(config, **_overrides(cls, config, kwargs))
+    with blaming(directory / "config.json"), _default_dtype(main_dtype(footer) if dtype is None else dtype):
+        _, unused, _ = cls.extract_init_dict(dict(config), **kwargs)
+        overrides = without_unknown(cls.__name__, kwargs, kwargs.keys() - unused.keys())
+        model = cls._flashpack_builder()(config, **overrides)
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, slot in slots_of(model).items():
         wanted = stored.get(name)
         if wanted is not None and dtype is not None:
             wanted = torch.float32 if kept.intersection(name.split(".")) else dtype
         if wanted is not None and wanted.is_floating_point:
-            slot.value.data = _cast(slot.value.data, wanted)
+            data = slot.value.data
+            slot.value.data = data.to(wanted) if data.is_floating_point() else data
     return model
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _main_dtype(footer: Footer) -> torch.dtype | None:
-    """That of most elements."""
-    elems = Counter[str]()
-    for block in footer.macroblocks():
-        elems[block.dtype] += block.elems
-    return string_to_dtype(elems.most_common(1)[0][0]) if elems else None
 
 
 @contextmanager

@@ -18,16 +18,12 @@ from diffusers import DiffusionPipeline
 from ..._directory import own_files
 from ..._durable import make_directories
 from ..._footer import StrPath, Verify
+from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._logging import in_one_line
+from ..._memory import ReadOptions
 from ..._native import FlashPackError
-from ..._repository import (
-    INDEX_NAME,
-    blaming,
-    check_folder,
-    components_of,
-    read_json,
-    string_in,
-)
+from ..._options import Casts, Filters, LoadOptions, Sharing, Strictness
+from ..._repository import INDEX_NAME, blaming, check_folder, components_of, read_json, string_in
 from ...constants import (
     DEFAULT_ALIGN_BYTES,
     DEFAULT_CHUNK_BYTES,
@@ -35,9 +31,9 @@ from ...constants import (
     DEFAULT_NUM_WRITE_WORKERS,
     WEIGHTS_NAME,
 )
-from ...utils import listed, logger
+from ...utils import logger
+from .._arguments import flashpack_file, requested_dtype
 from .._classes import PREFIX, original_class, promoted_class
-from .._hub import resolve_directory, upload_directory
 from ._components import (
     accepted_components,
     check_components,
@@ -51,9 +47,8 @@ from ._components import (
     promote,
     uncompiled,
 )
-from .model import OF_LOAD, flashpack_file, make_directory, one_device, requested_dtype
+from .model import make_directory, one_device
 
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_dir", "local_files_only", "proxies", "revision", "token")
 _WEIGHTS = frozenset({".bin", ".onnx", ".pb", ".pt", ".safetensors"})
 
 Self = TypeVar("Self", bound="FlashPackDiffusionPipeline")
@@ -119,14 +114,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
         own_files(directory, "*.json")
         self.save_config(directory)
         if push_to_hub:
-            upload_directory(
-                directory,
-                repo_id or directory.resolve().name,
-                token=token,
-                private=private,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
+            upload_directory(directory, Upload(repo_id, token, private, create_pr, commit_message))
 
     @classmethod
     def from_pretrained_flashpack(
@@ -169,36 +157,23 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
         Raises FlashPackError for files that are not a pipeline's. What a component raises becomes a RuntimeError "Error
         loading X from LIBRARY CLASS", which is a FlashPackError, too, where its cause is one.
         """
-        options = {name: value for name, value in locals().items() if name in OF_LOAD}
         if pretrained_model_name_or_path is None:
             raise FlashPackError("pretrained_model_name_or_path is required")
-        options["device"] = device = one_device(device, kwargs.pop("device_map", None))
-        options |= {name: kwargs.pop(name, None) for name in ("rank", "local_rank", "world_size")}
-        directory = _download(pretrained_model_name_or_path, kwargs)
-        pipeline_class = _pipeline_class(cls, directory, kwargs)
-        accepted = accepted_components(pipeline_class)
-        entries = {
-            name: entry
-            for name, entry in sorted(components_of(directory).items())
-            if name in accepted and name not in kwargs
-        }
-        dtype = requested_dtype(dict(kwargs))
-        loaded = _load_components(pipeline_class, directory, entries, dtype, options)
-        if loaded and kwargs.get("quantization_config") is not None:
-            logger.warning("quantization_config has no effect on %s, which flashpack loads", ", ".join(loaded))
-        # It means something only to the download, and from_pretrained() would complain.
-        kwargs.pop("local_dir", None)
-        components = kwargs | loaded
-        if not kwargs.get("trust_remote_code"):
-            check_components(pipeline_class, directory, components)
-        with (
-            blaming(directory),
-            _understood_by_diffusers(directory, components) as understood,
-        ):
-            pipeline: Self = pipeline_class.from_pretrained(understood, **components)
+        places = [kwargs.pop(name, None) for name in ("rank", "local_rank", "world_size")]
+        options = LoadOptions(
+            one_device(device, kwargs.pop("device_map", None)),
+            Filters.of(ignore_names, ignore_prefixes, ignore_suffixes),
+            Strictness(strict, strict_params, strict_buffers),
+            Casts(coerce_dtype),
+            ReadOptions(mmap, verify, not silent),
+            Sharing(use_distributed_loading, distributed_sharded, distributed_shard_strategy, *places),
+            keep_flash_ref_on_model,
+        )
+        pipeline: Self = _load(cls, pretrained_model_name_or_path, options, kwargs)
         pipeline.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         # Components without a flashpack file are still on the CPU.
-        return pipeline if device is None or torch.device(device).type == "cpu" else pipeline.to(device)
+        is_done = options.device is None or torch.device(options.device).type == "cpu"
+        return pipeline if is_done else pipeline.to(options.device)
 
     @classmethod
     def from_pretrained(cls: type[Self], pretrained_model_name_or_path: StrPath, **kwargs: Any) -> Self:
@@ -262,12 +237,33 @@ def _save(
     (directory / WEIGHTS_NAME).unlink(missing_ok=True)
 
 
+def _load(cls: type[Self], path_or_repo: StrPath, options: LoadOptions, arguments: dict[str, Any]) -> Any:
+    directory = _download(path_or_repo, arguments)
+    pipeline_class = _pipeline_class(cls, directory, arguments)
+    accepted = accepted_components(pipeline_class)
+    entries = {
+        name: entry
+        for name, entry in sorted(components_of(directory).items())
+        if name in accepted and name not in arguments
+    }
+    loaded = _load_components(pipeline_class, directory, entries, requested_dtype(dict(arguments)), options)
+    if loaded and arguments.get("quantization_config") is not None:
+        logger.warning("quantization_config has no effect on %s, which flashpack loads", ", ".join(loaded))
+    # It means something only to the download, and from_pretrained() would complain.
+    arguments.pop("local_dir", None)
+    components = arguments | loaded
+    if not arguments.get("trust_remote_code"):
+        check_components(pipeline_class, directory, components)
+    with blaming(directory), _understood_by_diffusers(directory, components) as understood:
+        return pipeline_class.from_pretrained(understood, **components)
+
+
 def _download(path_or_repo: StrPath, arguments: Mapping[str, Any]) -> Path:
     """The directory of a pipeline. Of a repository, a component with a flashpack file comes without other weights."""
-    hub = {name: arguments[name] for name in _HUB_ARGUMENTS if arguments.get(name) is not None}
+    hub = Download.of(arguments)
     code = ["*.py"] if arguments.get("trust_remote_code") or arguments.get("custom_pipeline") else []
     patterns = ["*.json", "*.flashpack", "README.md", *code]
-    directory = resolve_directory(path_or_repo, allow_patterns=patterns, **hub)
+    directory = resolve_directory(path_or_repo, hub, patterns)
     if Path(path_or_repo).is_dir():
         return directory
     others = [
@@ -278,8 +274,8 @@ def _download(path_or_repo: StrPath, arguments: Mapping[str, Any]) -> Path:
     if others:
         if directory.parent.name == "snapshots":
             # The branch may have moved since.
-            hub["revision"] = directory.name
-        resolve_directory(path_or_repo, allow_patterns=others, **hub)
+            hub = hub._replace(revision=directory.name)
+        resolve_directory(path_or_repo, hub, others)
     return directory
 
 
@@ -307,12 +303,10 @@ def _load_components(
     directory: Path,
     entries: Mapping[str, tuple[str, str]],
     dtype: Any,
-    options: Mapping[str, Any],
+    options: LoadOptions,
 ) -> dict[str, Any]:
     """Those of `entries` that have a flashpack file. All ranks of a group load them in one order."""
     declared = declared_classes(pipeline_class)
-    ignored = {name: listed(value) for name, value in options.items() if name.startswith("ignore_")}
-    options = {**options, **ignored}
     loaded = {}
     for name, (library, class_name) in entries.items():
         wanted = dtype.get(name, dtype.get("default")) if isinstance(dtype, Mapping) else dtype
@@ -320,8 +314,8 @@ def _load_components(
             check_folder(directory, name)
             if (directory / name / WEIGHTS_NAME).is_file():
                 cls: Any = declared.get(name) or flashpack_class(class_named(library, class_name))
-                arguments = options if wanted is None else {**options, "dtype": wanted}
-                loaded[name] = cls.from_pretrained_flashpack(directory / name, **arguments)
+                arguments = {} if wanted is None else {"dtype": wanted}
+                loaded[name] = cls.from_pretrained_flashpack(directory / name, **options.keywords(), **arguments)
             elif _lacks_weights(directory / name, library, class_name):
                 flashpack_file(directory / name)
         except Exception as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import re
 import threading
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,66 +19,21 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
-from ..._assign import Filters, Plan, check_strictness, make_parameter, slots_of
-from ..._casts import check_asked
+from ..._assign import Plan, check_strictness, make_parameter, slots_of
 from ..._device import CPU
 from ..._footer import Entry, Footer, open_footer
+from ..._loading import assign, load_entries
 from ..._meta_init import meta_parameters, warn_of_meta
 from ..._native import FlashPackError
+from ..._options import Casts, LoadOptions
 from ..._own_code import own_code_of
 from ..._repository import blaming, check_model_config
-from ...deserialization import assign_from_file
-from ...utils import is_ignored_tensor_name, string_to_dtype
+from ...utils import string_to_dtype
+from .._arguments import main_dtype
+from ._arguments import FOR_TRANSFORMERS, accepted, device_of, dtype_of, read_config
 
-# What from_pretrained() of transformers takes and has no meaning here: where and how to read weights.
-_WITHOUT_MEANING = frozenset(
-    {
-        "_commit_hash",
-        "_fast_init",
-        "_from_auto",
-        "_from_pipeline",
-        "code_revision",
-        "disable_mmap",
-        "low_cpu_mem_usage",
-        "mirror",
-        "tqdm_class",
-        "trust_remote_code",
-        "use_safetensors",
-        "weights_only",
-    }
-)
-_REFUSED = frozenset(
-    {
-        "device_mesh",
-        "distributed_config",
-        "from_flax",
-        "from_tf",
-        "gguf_file",
-        "max_memory",
-        "offload_buffers",
-        "offload_folder",
-        "offload_state_dict",
-        "state_dict",
-        "tp_plan",
-        "tp_size",
-        "variant",
-    }
-)
-# What only transformers' own loader can do.
-_FOR_TRANSFORMERS = frozenset(
-    {
-        "allow_all_kernels",
-        "fusion_config",
-        "ignore_mismatched_sizes",
-        "kernel_config",
-        "key_mapping",
-        "quantization_config",
-        "use_kernels",
-    }
-)
 # transformers does not call load_state_dict(). What its own models and torch's do there, it does in other ways.
 _WITHOUT_LOAD_STATE_DICT = frozenset({"torch", "transformers"})
-_MAIN_DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 # Each read looks at the whole footer; what is restored is in memory twice until it is in its place.
 _READ_TOGETHER = 64
 _OLD = int(transformers_version.split(".")[0]) < 5
@@ -96,39 +50,38 @@ class Request:
     device: torch.device
     dtype: torch.dtype | None
     """None keeps what the file has."""
-    options: dict[str, Any]
-    """Of assign_from_file."""
+    options: LoadOptions
     arguments: dict[str, Any]
     """Of transformers, for building the model."""
 
-    @property
-    def filters(self) -> Filters:
-        return (self.options["ignore_names"], self.options["ignore_prefixes"], self.options["ignore_suffixes"])
-
     def entries(self) -> list[Entry]:
         """The tensors that are wanted."""
-        return [entry for entry in self.footer.entries() if not is_ignored_tensor_name(entry.name, *self.filters)]
+        return [entry for entry in self.footer.entries() if not self.options.filters.ignore(entry.name)]
+
+    @property
+    def keeps_dtypes(self) -> bool:
+        """Whether every tensor is to have the dtype that it has in the file."""
+        return self.dtype is None and not self.options.casts.coerce
 
 
 def load(
     model_class: type[PreTrainedModel],
     path: Path,
     name: str,
-    device: str | torch.device | None,
-    options: dict[str, Any],
+    options: LoadOptions,
     arguments: dict[str, Any],
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """An instance of `model_class`, in eval mode, and what transformers calls its loading info.
 
-    `options` are those of assign_from_file, `arguments` those of from_pretrained().
+    `arguments`: those of from_pretrained().
     """
-    arguments = _accepted(arguments)
+    arguments = accepted(arguments)
     check_model_config(path.parent)
     with blaming(path.parent):
-        config, arguments = _read_config(model_class, path.parent, arguments)
+        config, arguments = read_config(model_class, path.parent, arguments)
     generation_config = arguments.pop("generation_config", None)
-    device = _device(device, arguments.pop("device_map", None))
-    dtype = _dtype(arguments)
+    device = device_of(options.device, arguments.pop("device_map", None))
+    dtype = dtype_of(arguments)
     info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     with open_footer(path) as footer:
         request = Request(path.parent, name, footer, device, dtype, options, arguments)
@@ -139,74 +92,11 @@ def load(
     return model, info
 
 
-def _accepted(arguments: dict[str, Any]) -> dict[str, Any]:
-    refused = [name for name in arguments if name in _REFUSED and arguments[name]]
-    if (arguments.get("adapter_kwargs") or {}).get("_adapter_model_path"):
-        refused.append("an adapter in the same directory")
-    if refused:
-        raise FlashPackError(f"{', '.join(refused)} cannot be used with flashpack files")
-    dropped = _WITHOUT_MEANING | _REFUSED | {"adapter_kwargs", "adapter_name"}
-    return {name: value for name, value in arguments.items() if name not in dropped}
-
-
-def _read_config(
-    model_class: type[PreTrainedModel], directory: Path, arguments: dict[str, Any]
-) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The configuration, and the arguments that it did not take."""
-    config = arguments.pop("config", None)
-    if isinstance(config, PretrainedConfig):
-        return config, arguments
-    if model_class.config_class is None:
-        raise FlashPackError(f"{model_class.__name__} has no config_class: pass config=, or load with AutoModel")
-    # These are settings of the load, even where a configuration has entries of the same names.
-    settings = ("dtype", "torch_dtype", "device_map", "attn_implementation", "experts_implementation")
-    kept = {name: arguments.pop(name) for name in (*settings, *_FOR_TRANSFORMERS) if name in arguments}
-    config, unused = model_class.config_class.from_pretrained(
-        directory if config is None else config, return_unused_kwargs=True, **arguments
-    )
-    return config, unused | kept
-
-
-def _device(device: str | torch.device | None, device_map: Any) -> torch.device:
-    if isinstance(device_map, Mapping):
-        if set(device_map) != {""}:
-            raise FlashPackError(f'device_map={device_map!r}: only one device for all is supported, {{"": device}}')
-        device_map = device_map[""]
-    if device_map is not None:
-        try:
-            mapped = torch.device(device_map)
-        except (RuntimeError, TypeError) as error:
-            raise FlashPackError(f"device_map={device_map!r} is not a device") from error
-        if device is not None and torch.device(device) != mapped:
-            raise FlashPackError(f"device={str(device)!r} and device_map={device_map!r} contradict each other")
-        return mapped
-    return CPU if device is None else torch.device(device)
-
-
-def _dtype(arguments: dict[str, Any]) -> torch.dtype | None:
-    old = arguments.pop("torch_dtype", None)
-    dtype = arguments.pop("dtype", old)
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = string_to_dtype(dtype.removeprefix("torch."))
-    dtype = None if dtype == "auto" else dtype
-    check_asked(dtype)
-    return dtype
-
-
-def _main_dtype(footer: Footer) -> torch.dtype:
-    """What most bytes of the file are, among what a model can be built in."""
-    sizes: Counter[str] = Counter()
-    for block in footer.macroblocks():
-        if block.dtype in _MAIN_DTYPES:
-            sizes[block.dtype] += block.size_bytes
-    return string_to_dtype(max(sizes, key=lambda dtype: sizes[dtype], default="float32"))
-
-
 def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, request: Request) -> PreTrainedModel | None:
     """The model, filled by assign_from_file; None if the file does not fit it one to one."""
-    if getattr(config, "quantization_config", None) is not None or _FOR_TRANSFORMERS & set(request.arguments):
+    if getattr(config, "quantization_config", None) is not None or FOR_TRANSFORMERS & set(request.arguments):
         return None
-    dtype = request.dtype or _main_dtype(request.footer)
+    dtype = request.dtype or main_dtype(request.footer) or torch.float32
     config = copy.deepcopy(config)  # It may be the caller's.
     config.dtype = dtype
     # What the caller passes on to the constructor may be wrong, too.
@@ -218,9 +108,8 @@ def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, requ
     if not _fits(model, entries):
         return None
     _set_dtypes(model, entries, request)
-    options = request.options
-    coerce_dtype = options["coerce_dtype"] or request.dtype is not None
-    assign_from_file(model, request.footer, request.device, **options | {"coerce_dtype": coerce_dtype})
+    casts = Casts(request.options.casts.coerce or request.dtype is not None)
+    assign(model, request.footer, request.options._replace(device=request.device, casts=casts))
     _untie(model, request)
     return model
 
@@ -269,7 +158,7 @@ def _set_dtypes(model: PreTrainedModel, entries: list[Entry], request: Request) 
             continue
         if kept is not None and slot.is_persistent and kept.search(name):
             value.data = value.data.float()
-        elif request.dtype is None and not request.options["coerce_dtype"] and not slot.is_parameter:
+        elif request.keeps_dtypes and not slot.is_parameter:
             value.data = value.data.to(dtypes.get(name, value.dtype))
 
 
@@ -296,16 +185,6 @@ def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> re.Pa
     if dtype in (torch.float16, torch.bfloat16):
         kept += getattr(model, "_keep_in_fp32_modules_strict", None) or []
     return re.compile("|".join(part.replace("*", ".*") for part in kept)) if kept else None
-
-
-class _Holder(torch.nn.Module):
-    """Takes whatever tensors a file has, under their names, so that assign_from_file can read them."""
-
-    def __init__(self, entries: list[Entry]) -> None:
-        super().__init__()
-        for entry in entries:
-            empty = torch.empty(entry.shape, dtype=string_to_dtype(entry.dtype), device="meta")
-            self._parameters[entry.name] = torch.nn.Parameter(empty, requires_grad=False)
 
 
 class _Values:
@@ -336,12 +215,15 @@ class _Values:
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """For these, whether they have been taken or not."""
-        holder = _Holder([self.entries[name] for name in names])
-        options = self._request.options | {"coerce_dtype": False, "strict": False}
-        assign_from_file(holder, self._request.footer, self._request.device, **options)
-        attributes = ("_flash_shared_storage", "_flash_shared_storage_meta")
-        self.references |= {name: getattr(holder, name) for name in attributes if hasattr(holder, name)}
-        return {name: parameter.data for name, parameter in holder._parameters.items() if parameter is not None}
+        request = self._request
+        entries = [self.entries[name] for name in names]
+        tensors, storage = load_entries(request.footer, entries, request.device, request.options)
+        if storage is not None:
+            self.references = {
+                "_flash_shared_storage": storage,
+                "_flash_shared_storage_meta": request.footer.metadata,
+            }
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -359,7 +241,7 @@ def _loaded_by_transformers(
     model_class: type[PreTrainedModel], config: PretrainedConfig, request: Request
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     values = _Values(request)
-    main = request.dtype or _main_dtype(request.footer)
+    main = request.dtype or main_dtype(request.footer) or torch.float32
     arguments = dict(request.arguments)
     may_mismatch = arguments.pop("ignore_mismatched_sizes", False)
     if request.device != CPU:  # With a device map of any kind transformers asks for accelerate.
@@ -378,7 +260,7 @@ def _loaded_by_transformers(
     if not may_mismatch:
         _check_shapes(model, info, request)
     _check_names(model, info, request)
-    if request.dtype is None and not request.options["coerce_dtype"] and getattr(model, "hf_quantizer", None) is None:
+    if request.keeps_dtypes and getattr(model, "hf_quantizer", None) is None:
         _restore_dtypes(model, values)
     for name, reference in values.references.items():
         setattr(model, name, reference)
@@ -399,17 +281,14 @@ def _check_shapes(model: PreTrainedModel, info: Mapping[str, Any], request: Requ
 def _check_names(model: PreTrainedModel, info: Mapping[str, Any], request: Request) -> None:
     """Applies the strict flags to what transformers found."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    missing = sorted(name for name in info["missing_keys"] if not is_ignored_tensor_name(name, *request.filters))
+    missing = sorted(name for name in info["missing_keys"] if not request.options.filters.ignore(name))
     plan = Plan(
         {},
         unexpected=sorted(info["unexpected_keys"]),
         missing_parameters=[name for name in missing if name in parameters],
         missing_buffers=[name for name in missing if name not in parameters],
     )
-    strict, strict_params, strict_buffers = (
-        request.options[name] for name in ("strict", "strict_params", "strict_buffers")
-    )
-    check_strictness(plan, request.footer.path, strict, strict_params, strict_buffers)
+    check_strictness(plan, request.footer.path, request.options.strictness)
 
 
 def _restore_dtypes(model: PreTrainedModel, values: _Values) -> None:

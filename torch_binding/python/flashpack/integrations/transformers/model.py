@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
-import inspect
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +15,10 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..._directory import own_files
 from ..._footer import StrPath, Verify
+from ..._hub import Download, Upload, resolve_directory, upload_directory
+from ..._memory import ReadOptions
 from ..._native import FlashPackError
+from ..._options import Casts, LoadOptions, Sharing, Strictness
 from ...constants import (
     DEFAULT_ALIGN_BYTES,
     DEFAULT_CHUNK_BYTES,
@@ -25,16 +26,13 @@ from ...constants import (
     DEFAULT_NUM_WRITE_WORKERS,
     WEIGHTS_NAME,
 )
-from ...deserialization import assign_from_file
 from ...mixin import FlashPackMixin
-from ...utils import dtype_to_string, listed, logger
+from ...utils import dtype_to_string, logger
+from .._arguments import flashpack_file
 from .._classes import original_class, promoted_class
-from .._hub import resolve_directory, upload_directory
 from ._load import load
 
 FILES = ("config.json", "generation_config.json", WEIGHTS_NAME)
-_OF_HUB = {*inspect.signature(resolve_directory).parameters, "local_dir_use_symlinks", "proxies"}
-_OF_ASSIGN = {*inspect.signature(assign_from_file).parameters} - {"device"}
 
 
 class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
@@ -91,15 +89,8 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
         )
         _save_config(self, directory, target_dtype)
         if push_to_hub:
-            upload_directory(
-                directory,
-                repo_id or directory.absolute().name,
-                token=token,
-                private=private,
-                create_pr=create_pr,
-                commit_message=commit_message,
-                allow_patterns=[*FILES, "*.py"],
-            )
+            upload = Upload(repo_id, token, private, create_pr, commit_message)
+            upload_directory(directory, upload, [*FILES, "*.py"])
 
     @classmethod
     def from_pretrained_flashpack(
@@ -150,24 +141,19 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
 
         Raises FileNotFoundError without `model.flashpack`, else what assign_from_file raises.
         """
-        given = dict(locals())
-        hub = {name: value for name, value in given.items() if name in _OF_HUB}
-        directory = resolve_directory(pretrained_model_name_or_path, allow_patterns=FILES, **hub)
-        path = directory / WEIGHTS_NAME
-        if not path.is_file():
-            raise FileNotFoundError(errno.ENOENT, f"Flashpack file {path} not found", str(path))
-        output_loading_info = kwargs.pop("output_loading_info", False)
-        options = {name: value for name, value in given.items() if name in _OF_ASSIGN}
-        for name in ("ignore_names", "ignore_prefixes", "ignore_suffixes"):
-            if options[name] is None:
-                options[name] = getattr(cls, f"flashpack_{name}")
-            options[name] = listed(options[name])
-        options["coerce_dtype"] = coerce_dtype or cls.flashpack_coerce_dtype
-        # transformers goes by the names of its classes.
-        original = vars(cls).get("recipe", (cls,))[0]
-        model, info = load(original, path, str(pretrained_model_name_or_path), device, options, kwargs)
-        model.__class__ = cls
-        return (model, info) if output_loading_info else model
+        download = Download(subfolder, revision, cache_dir, local_dir, token, force_download, local_files_only, proxies)
+        options = LoadOptions(
+            device,
+            cls._flashpack_filters(ignore_names, ignore_prefixes, ignore_suffixes),
+            Strictness(strict, strict_params, strict_buffers),
+            Casts(coerce_dtype or cls.flashpack_coerce_dtype),
+            ReadOptions(mmap, verify, not silent),
+            Sharing(
+                use_distributed_loading, distributed_sharded, distributed_shard_strategy, rank, local_rank, world_size
+            ),
+            keep_flash_ref_on_model,
+        )
+        return _load(cls, pretrained_model_name_or_path, download, options, kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers: config.json gets the name of the original class."""
@@ -181,6 +167,16 @@ def promote(model: Any) -> None:
     if isinstance(model, PreTrainedModel):
         model_class: type = type(model)
         model.__class__ = promoted_class(model_class, FlashPackTransformersModelMixin)
+
+
+def _load(cls: Any, path_or_repo: StrPath, download: Download, options: LoadOptions, arguments: dict[str, Any]) -> Any:
+    path = flashpack_file(resolve_directory(path_or_repo, download, FILES))
+    output_loading_info = arguments.pop("output_loading_info", False)
+    # transformers goes by the names of its classes.
+    original = vars(cls).get("recipe", (cls,))[0]
+    model, info = load(original, path, str(path_or_repo), options, arguments)
+    model.__class__ = cls
+    return (model, info) if output_loading_info else model
 
 
 @contextmanager

@@ -1,0 +1,130 @@
+"""Loading a file into a module, or some of its tensors, alone or together with other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from ._assign import Plan, check_strictness, commit, make_plan
+from ._device import captures_undisturbed
+from ._distributed import Ranks, join_ranks
+from ._engine import left_before_exit
+from ._footer import Entry, Footer, StrPath
+from ._logging import in_one_line
+from ._memory import Wanted, supported_device, tensors_of
+from ._native import FlashPackError
+from ._options import LoadOptions
+from ._own_code import run_own_code
+from ._report import AssignReport, report_of
+from ._storage import FlashTensorStorage, read_storage, view
+
+
+class Loaded(NamedTuple):
+    """Tensors by name, and how they came."""
+
+    tensors: dict[str, torch.Tensor]
+    storage: FlashTensorStorage | None
+    """The whole payload, if the tensors are views of it."""
+    stats: dict[str, Any] | None
+    """None if another rank has read the file."""
+
+
+@left_before_exit
+@captures_undisturbed()
+def assign(model: torch.nn.Module, path: StrPath, options: LoadOptions) -> AssignReport:
+    """Does what assign_from_file promises."""
+    device = _device_of(model) if options.device is None else options.device
+    with _opened(path, device, options) as source:
+        plan, stats = _assign(model, source, options)
+    return report_of(model, plan, path, stats)
+
+
+@left_before_exit
+@captures_undisturbed()
+def load_entries(
+    path: StrPath, entries: Sequence[Entry], device: torch.device, options: LoadOptions
+) -> tuple[dict[str, torch.Tensor], FlashTensorStorage | None]:
+    """Returns the tensors of `entries` on `device`, as they are in the file, and the storage that they may share."""
+    with _opened(path, device, options) as source, torch.inference_mode(False), torch.no_grad():
+        loaded = _load(source, entries, options)
+        source.ranks.agree()
+        return {entry.name: loaded.tensors[entry.name].to(device) for entry in entries}, loaded.storage
+
+
+class _Source(NamedTuple):
+    """What a load reads, with whom, and where to."""
+
+    footer: Footer
+    ranks: Ranks
+    device: torch.device
+
+
+@contextmanager
+def _opened(path: StrPath, device: str | torch.device, options: LoadOptions) -> Iterator[_Source]:
+    is_shared, sharded, shard_strategy, *places = options.sharing
+    ranks = join_ranks(device, *places) if is_shared else Ranks()
+    with ranks.together():
+        ranks.check(options.reading.mmap, sharded, shard_strategy)
+        target = supported_device(device, options.reading)
+        with ranks.footer(path) as footer:
+            yield _Source(footer, ranks, target)
+
+
+def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tuple[Plan, dict[str, Any] | None]:
+    """Has `model` take what the file has, with the help of its own loading code, or leaves the model as it was."""
+    footer = source.footer
+    with _blamed_on(model, footer, TypeError, ValueError):
+        plan = make_plan(model, footer.entries(), options.filters, options.casts)
+    if not plan.own_code:
+        check_strictness(plan, footer.path, options.strictness)
+    with_gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+        tensors, storage, stats = _load(source, plan.wanted + plan.passed_on, options)
+        source.ranks.agree()
+        given = commit(plan, tensors, source.device, options.casts, undo)
+        if plan.own_code:
+            with _blamed_on(model, footer, Exception), torch.set_grad_enabled(with_gradients):
+                run_own_code(model, plan, given, undo)
+            check_strictness(plan, footer.path, options.strictness)
+        undo.pop_all()
+    if storage is not None:
+        model._flash_shared_storage = storage  # type: ignore[assignment]
+        model._flash_shared_storage_meta = footer.metadata  # type: ignore[assignment]
+    return plan, stats
+
+
+def _load(source: _Source, entries: Sequence[Entry], options: LoadOptions) -> Loaded:
+    footer, ranks, device = source
+    if options.keep_storage:
+        storage = read_storage(footer, device, options.reading, ranks.read_blocks)
+        index = footer.metadata["index"]
+        # Through `data`, so that each has a version counter of its own.
+        shared = {entry.name: view(storage, index[entry.number]).data for entry in entries}
+        return Loaded(shared, storage, storage.stats)
+    wanted = ranks.wanted_by_any(footer, list(entries))
+    filled = ranks.read_blocks(footer, Wanted(footer.native, wanted), device, options.reading)
+    return Loaded(tensors_of(wanted, filled), None, filled.stats)
+
+
+@contextmanager
+def _blamed_on(model: torch.nn.Module, footer: Footer, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds say what was being assigned to what."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # Callers tell it by its class.
+        raise
+    except kinds as error:
+        raise FlashPackError(
+            f"Error while assigning to {type(model).__name__} from {footer.path}: {in_one_line(error)}"
+        ) from error
+
+
+def _device_of(model: torch.nn.Module) -> str | torch.device:
+    device = getattr(model, "device", None)
+    if isinstance(device, (str, torch.device)) and torch.device(device).type != "meta":
+        return device
+    first = next((parameter for parameter in model.parameters() if not parameter.is_meta), None)
+    return torch.device("cpu") if first is None else first.device

@@ -1,0 +1,95 @@
+"""Everything that a caller can ask of a load, in one object that is handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from ._casts import dtype_when_asked
+from ._footer import Entry
+from ._memory import ReadOptions
+from .utils import is_ignored_tensor_name, listed, string_to_dtype
+
+Names = Collection[str] | None
+
+
+class Filters(NamedTuple):
+    """The tensors that are neither read nor required."""
+
+    ignore_names: Names = None
+    ignore_prefixes: Names = None
+    ignore_suffixes: Names = None
+
+    @classmethod
+    def of(cls, names: Iterable[str] | None, prefixes: Iterable[str] | None, suffixes: Iterable[str] | None) -> Filters:
+        """Filters that can be asked any number of times, also where a caller gave iterators."""
+        return cls(listed(names), listed(prefixes), listed(suffixes))
+
+    def ignore(self, name: str) -> bool:
+        return is_ignored_tensor_name(name, *self)
+
+
+class Strictness(NamedTuple):
+    """Which differences between the names of a file and those of a model are errors."""
+
+    strict: bool | None = None
+    """Stands for both of the others, unless it is None."""
+    strict_params: bool = True
+    strict_buffers: bool = False
+
+
+class Casts(NamedTuple):
+    """Which dtypes the tensors of a file are given."""
+
+    coerce: bool = False
+    """Tensors take the dtypes of the module."""
+    asked: torch.dtype | None = None
+    """See dtype_when_asked."""
+
+    def dtype_of(self, entry: Entry, old: torch.Tensor) -> torch.dtype:
+        """Returns the dtype that `entry` has once it is in the place of `old`."""
+        return old.dtype if self.coerce else self.dtype_of_any(entry)
+
+    def dtype_of_any(self, entry: Entry) -> torch.dtype:
+        """Returns the dtype that `entry` has where nothing is known of its place."""
+        return dtype_when_asked(string_to_dtype(entry.dtype), self.asked)
+
+
+class Sharing(NamedTuple):
+    """How the ranks of a process group share a load."""
+
+    use_distributed_loading: bool = False
+    distributed_sharded: bool = False
+    distributed_shard_strategy: str | None = None
+    rank: int | None = None
+    local_rank: int | None = None
+    world_size: int | None = None
+
+
+class LoadOptions(NamedTuple):
+    """The arguments of assign_from_file, but for the model and the file."""
+
+    device: str | torch.device | None
+    filters: Filters
+    strictness: Strictness
+    casts: Casts
+    reading: ReadOptions
+    sharing: Sharing
+    keep_storage: bool
+    """Whether the model keeps the blocks that were read, and the footer."""
+
+    def keywords(self) -> dict[str, Any]:
+        """Returns what from_flashpack() and from_pretrained_flashpack() call these options, but for `dtype`."""
+        return {
+            "device": self.device,
+            **self.filters._asdict(),
+            **self.strictness._asdict(),
+            **self.sharing._asdict(),
+            "coerce_dtype": self.casts.coerce,
+            "mmap": self.reading.mmap,
+            "verify": self.reading.verify,
+            "silent": not self.reading.show,
+            "keep_flash_ref_on_model": self.keep_storage,
+        }

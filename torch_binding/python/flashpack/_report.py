@@ -1,0 +1,54 @@
+"""What a load into a module tells of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._assign import Plan
+from ._footer import StrPath
+from ._meta_init import warn_of_meta
+from .utils import human_num_elements, logger
+
+
+@dataclass(frozen=True)
+class AssignReport:
+    """What assign_from_file did. A tensor that a module holds under several names counts once."""
+
+    assigned: tuple[str, ...]
+    """Names of the module that got what the file has."""
+    missing: tuple[str, ...]
+    """Parameters, persistent buffers and extra state that the file lacks, but for ignored ones."""
+    unexpected: tuple[str, ...]
+    """Names that only the file has, but for ignored ones."""
+    left_on_meta: tuple[str, ...]
+    """Parameters and buffers that have no memory."""
+    stats: dict[str, Any] | None
+    """How the bytes came, see FlashTensorStorage.stats; None if this process read none."""
+
+    def __repr__(self) -> str:
+        names = ("missing", "unexpected", "left_on_meta")
+        parts = [f"{len(self.assigned)} assigned", *(f"{name}={_shortened(getattr(self, name))}" for name in names)]
+        if self.stats is not None:
+            parts.append(f"{self.stats['requested_bytes']} bytes in {self.stats['seconds']:.3f} s")
+        return f"AssignReport({', '.join(parts)})"
+
+
+def _shortened(names: tuple[str, ...], shown: int = 5) -> str:
+    more = f", and {len(names) - shown} more" if len(names) > shown else ""
+    return f"[{', '.join(map(repr, names[:shown]))}{more}]"
+
+
+def report_of(model: torch.nn.Module, plan: Plan, path: StrPath, stats: dict[str, Any] | None) -> AssignReport:
+    """Tells the log, and returns, what `plan` came to; warns of what is left on the meta device."""
+    elements = human_num_elements(sum(entry.elems for entry in plan.wanted))
+    logger.info("assigned %d tensors (%s elements) to %d names", len(plan.wanted), elements, len(plan.slots))
+    missing = plan.missing_parameters + plan.missing_buffers
+    if plan.unexpected:
+        logger.info("not in the model: %s", plan.unexpected)
+    if missing:
+        logger.info("not in the file: %s", missing)
+    left_on_meta = warn_of_meta(model, path)
+    return AssignReport(tuple(plan.assigned()), tuple(missing), tuple(plan.unexpected), left_on_meta, stats)

@@ -1,0 +1,116 @@
+"""The arguments of from_pretrained() of transformers, and which of them mean something for flashpack files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..._casts import check_asked
+from ..._device import CPU
+from ..._native import FlashPackError
+from ...utils import string_to_dtype
+from .._arguments import requested_dtype
+
+# What from_pretrained() of transformers takes and has no meaning here: where and how to read weights.
+_WITHOUT_MEANING = frozenset(
+    {
+        "_commit_hash",
+        "_fast_init",
+        "_from_auto",
+        "_from_pipeline",
+        "code_revision",
+        "disable_mmap",
+        "low_cpu_mem_usage",
+        "mirror",
+        "tqdm_class",
+        "trust_remote_code",
+        "use_safetensors",
+        "weights_only",
+    }
+)
+_REFUSED = frozenset(
+    {
+        "device_mesh",
+        "distributed_config",
+        "from_flax",
+        "from_tf",
+        "gguf_file",
+        "max_memory",
+        "offload_buffers",
+        "offload_folder",
+        "offload_state_dict",
+        "state_dict",
+        "tp_plan",
+        "tp_size",
+        "variant",
+    }
+)
+# What only transformers' own loader can do.
+FOR_TRANSFORMERS = frozenset(
+    {
+        "allow_all_kernels",
+        "fusion_config",
+        "ignore_mismatched_sizes",
+        "kernel_config",
+        "key_mapping",
+        "quantization_config",
+        "use_kernels",
+    }
+)
+
+
+def accepted(arguments: dict[str, Any]) -> dict[str, Any]:
+    refused = [name for name in arguments if name in _REFUSED and arguments[name]]
+    if (arguments.get("adapter_kwargs") or {}).get("_adapter_model_path"):
+        refused.append("an adapter in the same directory")
+    if refused:
+        raise FlashPackError(f"{', '.join(refused)} cannot be used with flashpack files")
+    dropped = _WITHOUT_MEANING | _REFUSED | {"adapter_kwargs", "adapter_name"}
+    return {name: value for name, value in arguments.items() if name not in dropped}
+
+
+def read_config(
+    model_class: type[PreTrainedModel], directory: Path, arguments: dict[str, Any]
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The configuration, and the arguments that it did not take."""
+    config = arguments.pop("config", None)
+    if isinstance(config, PretrainedConfig):
+        return config, arguments
+    if model_class.config_class is None:
+        raise FlashPackError(f"{model_class.__name__} has no config_class: pass config=, or load with AutoModel")
+    # These are settings of the load, even where a configuration has entries of the same names.
+    settings = ("dtype", "torch_dtype", "device_map", "attn_implementation", "experts_implementation")
+    kept = {name: arguments.pop(name) for name in (*settings, *FOR_TRANSFORMERS) if name in arguments}
+    config, unused = model_class.config_class.from_pretrained(
+        directory if config is None else config, return_unused_kwargs=True, **arguments
+    )
+    return config, unused | kept
+
+
+def device_of(device: str | torch.device | None, device_map: Any) -> torch.device:
+    if isinstance(device_map, Mapping):
+        if set(device_map) != {""}:
+            raise FlashPackError(f'device_map={device_map!r}: only one device for all is supported, {{"": device}}')
+        device_map = device_map[""]
+    if device_map is not None:
+        try:
+            mapped = torch.device(device_map)
+        except (RuntimeError, TypeError) as error:
+            raise FlashPackError(f"device_map={device_map!r} is not a device") from error
+        if device is not None and torch.device(device) != mapped:
+            raise FlashPackError(f"device={str(device)!r} and device_map={device_map!r} contradict each other")
+        return mapped
+    return CPU if device is None else torch.device(device)
+
+
+def dtype_of(arguments: dict[str, Any]) -> torch.dtype | None:
+    dtype = requested_dtype(arguments)
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = string_to_dtype(dtype.removeprefix("torch."))
+    dtype = None if dtype == "auto" else dtype
+    check_asked(dtype)
+    return dtype
