@@ -45,11 +45,11 @@ def converted(path, **ignored):
 @pytest.mark.parametrize(
     ("ignored", "left"),
     [
-        ({"ignore_prefixes": "encoder"}, {"decoder.a", "nce", "e"}),
-        ({"ignore_names": "encoder.a"}, {"encoder.b", "decoder.a", "nce", "e"}),
-        ({"ignore_suffixes": "coder.a"}, {"encoder.b", "nce", "e"}),
-        ({"ignore_names": ["e", "nce"]}, {"encoder.a", "encoder.b", "decoder.a"}),
-        ({"ignore_prefixes": ["e"], "ignore_suffixes": [".a"]}, {"nce"}),
+        ({"ignore_prefixes": "encoder"}, ["decoder.a", "e", "nce"]),
+        ({"ignore_names": "encoder.a"}, ["decoder.a", "e", "encoder.b", "nce"]),
+        ({"ignore_suffixes": "coder.a"}, ["e", "encoder.b", "nce"]),
+        ({"ignore_names": ["e", "nce"]}, ["decoder.a", "encoder.a", "encoder.b"]),
+        ({"ignore_prefixes": ["e"], "ignore_suffixes": [".a"]}, ["nce"]),
     ],
     ids=str,
 )
@@ -58,7 +58,7 @@ def test_what_is_named_and_nothing_else_is_ignored(way, ignored, left, once, pac
     path = pack({name: torch.ones(2) for name in NAMES})
     if once:
         ignored = {key: names if isinstance(names, str) else iter(names) for key, names in ignored.items()}
-    assert set(way(path, **ignored)) == left
+    assert sorted(way(path, **ignored)) == left
 
 
 def test_one_name_is_one_name_for_the_order_too(pack):
