@@ -192,6 +192,8 @@ class CudaCopier final : public Copier {
                                                             : cudaStreamQuery(copy.stream);
     if (answer == cudaSuccess || answer == cudaErrorNotReady) {
       silent_since_.reset();
+      // Completions run on this thread, too, and would find it.
+      if (answer == cudaErrorNotReady) static_cast<void>(cudaGetLastError());
       return answer == cudaSuccess;
     }
     if (copy.error == cudaSuccess) copy.error = answer;

@@ -41,7 +41,10 @@ class CudaGate final : public Gate {
   bool open(std::error_code& error) noexcept override {
     const ContextGuard guard(context_);
     const cudaError_t result = guard.error() != cudaSuccess ? guard.error() : cudaEventQuery(event_.get());
-    if (result == cudaErrorNotReady) return false;
+    if (result == cudaErrorNotReady) {
+      static_cast<void>(cudaGetLastError());  // A completion of another transfer would find it.
+      return false;
+    }
     if (result != cudaSuccess) error = code_of(result);
     return true;
   }

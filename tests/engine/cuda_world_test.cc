@@ -225,9 +225,63 @@ TEST_P(CudaWorldTest, AContextThatGoesInTheMiddleOfALoadEndsItWithAnError) {
   cuda().hold(true);
   Transfer transfer = engine_->start_load(request(cuda().allocate(bytes_.size())));
   while (cuda().most_copies_under_way() < 8) std::this_thread::yield();
+  const int calls = cuda().calls("cuCtxPushCurrent");
   cuda().lose_context(1);
   ASSERT_TRUE(transfer.wait_for(kHang));
   EXPECT_EQ(transfer.error().category(), cuda_category());
+  EXPECT_LT(cuda().calls("cuCtxPushCurrent") - calls, 200) << "it asked on for what it had been told";
+}
+
+// Completions run on the driver thread.
+struct LooksForErrors final : Completion {
+  void done(Transfer&) noexcept override { found = cudaGetLastError(); }
+  cudaError_t found = cudaErrorUnknown;
+};
+
+TEST_P(CudaWorldTest, CompletionsFindNoErrorOfTheEngines) {
+  engine_.reset();
+  cuda().fail("cudaHostRegister", 1, cudaErrorNotSupported);
+  start_engine();
+  LooksForErrors of_nothing;
+  engine_->start_load({}, &of_nothing).wait();
+  EXPECT_EQ(of_nothing.found, cudaSuccess) << "that memory could not be locked";
+  start_engine();
+  std::byte* const target = cuda().allocate(bytes_.size());
+  for (int load = 0; load < 5; ++load) {
+    LooksForErrors looks;
+    engine_->start_load(request(target), &looks).wait();
+    EXPECT_EQ(looks.found, cudaSuccess) << "that a copy had not landed yet";
+  }
+  const testing::CallersStream stream;
+  cuda().start_kernel(stream.stream);
+  Transfer waits = engine_->start_load(request(target, CachePolicy::kDirect, stream.stream));
+  const int questions = cuda().calls("cudaEventQuery");
+  while (cuda().calls("cudaEventQuery") == questions) std::this_thread::yield();
+  LooksForErrors passes;
+  engine_->start_load({}, &passes).wait();
+  EXPECT_EQ(passes.found, cudaSuccess) << "that a stream was not there yet";
+  cuda().end_kernel(stream.stream);
+  waits.wait();
+}
+
+TEST_P(CudaWorldTest, ErrorsWithAnAnswerBetweenThemAreNoLongSilence) {
+  cuda().hold(true);
+  Transfer transfer = engine_->start_load(request(cuda().allocate(bytes_.size())));
+  while (cuda().most_copies_under_way() < 8) std::this_thread::yield();
+  const auto ask = [](const char* question, int times) {
+    const int before = cuda().calls(question);
+    while (cuda().calls(question) < before + times) std::this_thread::yield();
+  };
+  cuda().fail("cudaEventQuery", 1, cudaErrorMemoryAllocation);
+  ask("cudaEventQuery", 1);
+  const auto begin = std::chrono::steady_clock::now();
+  while (std::chrono::steady_clock::now() - begin < std::chrono::milliseconds(1100)) ask("cudaStreamQuery", 1);
+  cuda().fail("cudaStreamQuery", 1, cudaErrorMemoryAllocation);
+  ask("cudaStreamQuery", 10);
+  EXPECT_EQ(cuda().copies_under_way(1), 8) << "taken for ended after more than a second";
+  EXPECT_FALSE(transfer.wait_for({}));
+  cuda().hold(false);
+  ASSERT_TRUE(transfer.wait_for(kHang));
 }
 
 TEST_P(CudaWorldTest, ADeviceMayBeResetBetweenTwoEngines) {

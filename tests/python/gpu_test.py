@@ -6,6 +6,7 @@ import threading
 import flashpack
 import pytest
 import torch
+from flashpack import _memory, _native
 from gpu_support import DEVICE, MIB, SIZES, load, on_host, state_dict
 from support import DTYPES, assert_bit_equal, random_tensor
 
@@ -86,6 +87,36 @@ def test_loads_from_several_threads_do_not_disturb_each_other(tmp_path):
         thread.join()
     for n, source in enumerate(sources):
         assert_bit_equal(results[n], source)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+def test_loads_to_two_devices_are_both_under_way_before_either_is_waited_for(packed, monkeypatch):
+    tensors, path = packed
+    done = []
+    side_of, finish_loads = _memory.side_of, _native.finish_loads
+
+    class Spy:
+        def __init__(self, device, engine):
+            self._device, self._engine = device, engine
+
+        def start_load(self, *args, **options):
+            done.append(f"start {self._device.index}")
+            return self._engine.start_load(*args, **options)
+
+    def spied(device):
+        side = side_of(device)
+        return side._replace(engine=Spy(side.device, side.engine))
+
+    def finish(loads, progress):
+        done.append(f"finish {len(loads)}")
+        return finish_loads(loads, progress)
+
+    monkeypatch.setattr(_memory, "side_of", spied)
+    monkeypatch.setattr(_native, "finish_loads", finish)
+    halves = {name: index % 2 for index, name in enumerate(tensors)}
+    loaded = flashpack.load_file(path, device_map=halves)
+    assert_bit_equal(on_host(loaded), tensors)
+    assert (sorted(done[:2]), done[2:]) == (["start 0", "start 1"], ["finish 2"])
 
 
 def test_a_save_from_the_device_writes_what_a_save_from_the_host_writes(packed, tmp_path):

@@ -51,6 +51,14 @@ def test_what_should_have_been_carried_and_is_not_is_named(check):
     assert "not carried: pip" not in done.stdout
 
 
+def test_what_is_not_carried_is_named_at_the_end_of_its_step_too(check):
+    (check.tree / ".gpu").mkdir()
+    (check.tree / ".gpu/manifest").write_text("cuda/nvidia_cuda_crt-13.whl\n")
+    done = check("check", "out", "carried", programs=["nvidia-smi"], GPU_CHECK_SECONDS="20")
+    assert done.returncode == 1
+    assert "\nnot carried: nvidia_cuda_crt-13.whl\n" in done.stdout
+
+
 def test_without_anything_carried_the_machine_has_to_have_it(check):
     done = check("step", "carried", "out")
     assert (done.returncode, done.stdout) == (0, "nothing is carried: the machine has to have it all\n")

@@ -1,4 +1,4 @@
-"""Torch with a CUDA device that is host memory, for the tests and rehearsals of tools that need a GPU.
+"""Torch with two CUDA devices that are host memory, for the tests and rehearsals of tools that need a GPU.
 
 In effect where this folder is in PYTHONPATH. Streams do nothing, and what torch makes "on cuda", in the main thread, is
 on the CPU.
@@ -46,7 +46,7 @@ def install(torch):
 
     cuda = torch.cuda
     cuda.is_available = lambda: True
-    cuda.device_count = lambda: 1
+    cuda.device_count = lambda: 2
     cuda.current_device = lambda: 0
     cuda.get_device_name = lambda *device: "host memory, standing in for a GPU"
     # Not the same one, because torch.compile keeps rules by function.
