@@ -46,7 +46,8 @@ mark_as_advanced(CudaRuntime_LIBRARY CudaRuntime_INCLUDE_DIR CudaRuntime_CRT_INC
 if(CudaRuntime_FOUND AND NOT TARGET CudaRuntime::cudart)
   find_package(Threads REQUIRED)
   add_library(CudaRuntime::cudart STATIC IMPORTED GLOBAL)
-  set_target_properties(CudaRuntime::cudart PROPERTIES IMPORTED_LOCATION ${CudaRuntime_LIBRARY})
+  set_target_properties(CudaRuntime::cudart PROPERTIES IMPORTED_LOCATION ${CudaRuntime_LIBRARY}
+    VERSION ${CudaRuntime_VERSION})
   target_include_directories(CudaRuntime::cudart SYSTEM INTERFACE ${CudaRuntime_INCLUDE_DIR} ${CudaRuntime_CRT_INCLUDE_DIR})
   target_link_libraries(CudaRuntime::cudart INTERFACE Threads::Threads ${CMAKE_DL_LIBS} rt)
 endif()
