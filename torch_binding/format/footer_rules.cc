@@ -108,39 +108,38 @@ class FooterCheck {
     }
   }
 
-  void add_record(RecordFields record) {
-    const std::string where = where_of(metadata_.records.size(), record.name);
-    if (record.macroblock >= container_.macroblocks.size()) {
-      fail(where + ": Index entry references macroblock " + std::to_string(record.macroblock) + ", but only " +
+  void add_record(RecordFields fields) {
+    const std::size_t i = metadata_.records.size();
+    metadata_.records.push_back({.name = std::move(fields.name), .shape = std::move(fields.shape)});
+    container_.macroblock_of.push_back(fields.macroblock);
+    if (fields.macroblock >= container_.macroblocks.size()) {
+      fail(where(i) + ": Index entry references macroblock " + std::to_string(fields.macroblock) + ", but only " +
            std::to_string(container_.macroblocks.size()) + " blocks exist.");
     }
-    const Macroblock& macroblock = container_.macroblocks[record.macroblock];
-    check_place(record, macroblock, where);
-    const std::uint64_t width_bytes = element_bytes(macroblock.dtype);
-    metadata_.records.push_back({.name = std::move(record.name),
-                                 .dtype = macroblock.dtype,
-                                 .shape = std::move(record.shape),
-                                 .offset_bytes = macroblock.offset_bytes + record.offset_elems * width_bytes,
-                                 .size_bytes = record.length_elems * width_bytes});
-    container_.macroblock_of.push_back(record.macroblock);
+    const Macroblock& macroblock = container_.macroblocks[fields.macroblock];
+    check_place(i, fields, macroblock);
+    TensorRecord& record = metadata_.records.back();
+    record.dtype = macroblock.dtype;
+    record.offset_bytes = macroblock.offset_bytes + fields.offset_elems * element_bytes(macroblock.dtype);
+    record.size_bytes = fields.length_elems * element_bytes(macroblock.dtype);
   }
 
-  void check_place(const RecordFields& record, const Macroblock& macroblock, const std::string& where) const {
-    const std::optional<std::uint64_t> count = rules::element_count(record.shape);
-    if (!count) fail("Could not get tensor for " + where + ": the size of its shape passes 2^63");
-    if (*count != record.length_elems) {
-      fail("Could not get tensor for " + where + ": its shape has " + std::to_string(*count) +
-           " elements, its length is " + std::to_string(record.length_elems));
+  void check_place(std::size_t i, const RecordFields& fields, const Macroblock& macroblock) const {
+    const std::optional<std::uint64_t> count = rules::element_count(metadata_.records[i].shape);
+    if (!count) fail("Could not get tensor for " + where(i) + ": the size of its shape passes 2^63");
+    if (*count != fields.length_elems) {
+      fail("Could not get tensor for " + where(i) + ": its shape has " + std::to_string(*count) +
+           " elements, its length is " + std::to_string(fields.length_elems));
     }
-    if (record.offset_elems > macroblock.length_elems ||
-        record.length_elems > macroblock.length_elems - record.offset_elems) {
-      fail("Could not get tensor for " + where + ": elements " + std::to_string(record.offset_elems) + "+" +
-           std::to_string(record.length_elems) + " run past its macroblock of " +
+    if (fields.offset_elems > macroblock.length_elems ||
+        fields.length_elems > macroblock.length_elems - fields.offset_elems) {
+      fail("Could not get tensor for " + where(i) + ": elements " + std::to_string(fields.offset_elems) + "+" +
+           std::to_string(fields.length_elems) + " run past its macroblock of " +
            std::to_string(macroblock.length_elems));
     }
     const std::uint64_t align_elems = rules::alignment_elems(container_.align_bytes, element_bytes(macroblock.dtype));
-    if (record.offset_elems % align_elems != 0) {
-      fail(where + " is misaligned: offset " + std::to_string(record.offset_elems) + " is not a multiple of " +
+    if (fields.offset_elems % align_elems != 0) {
+      fail(where(i) + " is misaligned: offset " + std::to_string(fields.offset_elems) + " is not a multiple of " +
            std::to_string(align_elems) + " elements (align_bytes " + std::to_string(container_.align_bytes) + ")");
     }
   }
@@ -213,9 +212,8 @@ class FooterCheck {
     return sums;
   }
 
-  std::string where(std::size_t i) const { return where_of(i, metadata_.records[i].name); }
-  static std::string where_of(std::size_t i, std::string_view name) {
-    return "record " + std::to_string(i) + " " + rules::quoted(name);
+  std::string where(std::size_t i) const {
+    return "record " + std::to_string(i) + " " + rules::quoted(metadata_.records[i].name);
   }
 
   void warn(std::string sentence) { metadata_.warnings.push_back(std::move(sentence)); }
