@@ -67,7 +67,7 @@ __all__ = [
 ]
 
 __implementation__ = "cpp"
-# The name people catch and pickle, wherever it is made.
+# Callers catch and pickle the class by this name; it is made in _native.
 FlashPackError.__module__ = __name__
 
 
@@ -75,7 +75,7 @@ def _message_of(error: FlashPackError) -> str:
     return printable(ValueError.__str__(error))
 
 
-# Files, and what is in them, may be called anything; so a message is one line, as those of the log are.
+# Files and tensors may have any names, so that a message is made one printable line, as in the log.
 FlashPackError.__str__ = _message_of  # type: ignore[assignment, method-assign]
 
 _SUBMODULES = frozenset(

@@ -1,4 +1,4 @@
-"""Matching the tensors of a file to the slots of a module, and putting them in: all or none."""
+"""Matching the tensors of a file to the slots of a module, and putting in all of them or none."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Slot:
     is_parameter: bool
     is_persistent: bool
     value: torch.Tensor
-    """What it held when the load began."""
+    """The tensor that the module held when the load began."""
 
     def now(self) -> torch.Tensor:
         return self._table[self.attribute]  # type: ignore[return-value]
 
     def put(self, value: torch.Tensor) -> None:
-        # Past __setattr__ and register_*: no hooks, no checks that could fail half way.
+        # __setattr__ and register_* are avoided, because their hooks and checks could fail half way.
         self._table[self.attribute] = value
 
     @property
@@ -43,32 +43,32 @@ class Slot:
 
 @dataclass
 class Plan:
-    """What will be read and where it goes. Tensors that a module holds under several names are read once."""
+    """Which tensors are read and where they go. A tensor that a module holds under several names is read once."""
 
     slots: dict[str, Slot]
     own_code: OwnCode = field(default_factory=OwnCode)
     filters: Filters = field(default_factory=Filters)
     wanted: list[Entry] = field(default_factory=list)
     passed_on: list[Entry] = field(default_factory=list)
-    """What does not fit as it is, for loading code of the module's own."""
+    """Tensors that do not fit as they are, and go to loading code of the module's own."""
     unexpected: list[str] = field(default_factory=list)
     missing_parameters: list[str] = field(default_factory=list)
     missing_buffers: list[str] = field(default_factory=list)
-    """Extra state, too."""
+    """Includes extra state."""
     untold: str = ""
-    """Why it is not known what is missing and unexpected, if it is not."""
+    """The reason why missing and unexpected names are not known, if they are not."""
 
     def filled(self) -> set[int]:
-        """The ids of the tensors that `wanted` is for."""
+        """Returns the ids of the module's tensors that `wanted` has tensors for."""
         return {id(self.slots[entry.name].value) for entry in self.wanted}
 
     def empty_slots(self) -> list[Slot]:
-        """Those that had no memory and that `wanted` has nothing for."""
+        """Returns the slots that had no memory and that `wanted` has no tensors for."""
         filled = self.filled()
         return [slot for slot in self.slots.values() if slot.value.is_meta and id(slot.value) not in filled]
 
     def correct(self, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-        """Takes over what load_state_dict has found out."""
+        """Takes over the names that load_state_dict has found missing and unexpected."""
         names = [name for name in dict.fromkeys(missing) if not self.filters.ignore(name)]
         parameters = {name for name, slot in self.slots.items() if slot.is_parameter}
         self.missing_parameters = [name for name in names if name in parameters]
@@ -76,7 +76,7 @@ class Plan:
         self.unexpected = list(dict.fromkeys([*self.unexpected, *unexpected]))
 
     def assigned(self) -> list[str]:
-        """Once all is done."""
+        """Returns the names that were assigned. Call it when the load is done."""
         assigned = [entry.name for entry in self.wanted]
         if not self.own_code:
             return assigned
@@ -90,7 +90,7 @@ class Plan:
 
 
 def slots_of(model: torch.nn.Module) -> dict[str, Slot]:
-    """Every name of every parameter and buffer; tied ones appear under each of their names."""
+    """Returns the slots of all parameters and buffers by name; tied ones appear under each of their names."""
     slots = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         lead = f"{prefix}." if prefix else ""
@@ -107,7 +107,7 @@ def slots_of(model: torch.nn.Module) -> dict[str, Slot]:
 def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters, casts: Casts) -> Plan:
     """Checks every tensor of the file against its slot. Raises TypeError or ValueError naming the tensor.
 
-    What loading code of the module's own may change first is not held against the shape and dtype of its slot.
+    Tensors that loading code of the module's own may change first need not have the shape and dtype of their slot.
     """
     if casts.coerce and casts.asked is not None:
         raise ValueError("coerce_dtype and dtype exclude each other")
@@ -136,7 +136,7 @@ def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters
                 raise misfit
             plan.wanted.append(entry)
         elif plan.own_code.sees(first.name) or plan.own_code.sees(entry.name):
-            plan.passed_on.append(entry)  # It may not have been saved as the same.
+            plan.passed_on.append(entry)  # Such code may have saved tied tensors as different ones.
         elif (first.dtype, first.shape) != (entry.dtype, entry.shape):
             raise ValueError(
                 f"{first.name!r} and {entry.name!r} are one tensor in the model but differ in the file: "
@@ -155,10 +155,10 @@ def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters
 
 
 def check_class(name: str, slot: Slot) -> None:
-    """Raises TypeError for what cannot be given other memory, or means something else by its bytes than torch."""
+    """Raises TypeError for tensors that cannot be given other memory, or whose bytes mean something of their own."""
     value = slot.value
     if is_lazy(value):
-        return  # It becomes a plain one.
+        return  # It becomes a plain parameter or buffer.
     if not has_plain_class(value):
         kind = "parameter" if slot.is_parameter else "buffer"
         raise TypeError(f"{kind} {name!r} is a {type(value).__name__}, which cannot be replaced by a plain tensor")
@@ -167,7 +167,7 @@ def check_class(name: str, slot: Slot) -> None:
 
 
 def has_plain_class(value: torch.Tensor) -> bool:
-    """Whether its class is one of torch, or derives from one and changes nothing of what tensors do."""
+    """Whether the class of `value` is one of torch, or derives from one and does not change what tensors do."""
     for cls in type(value).__mro__:
         if cls in (torch.nn.Parameter, torch.Tensor):
             return True
@@ -181,7 +181,7 @@ def has_plain_class(value: torch.Tensor) -> bool:
 
 
 def misfit_of(entry: Entry, slot: Slot, casts: Casts) -> TypeError | ValueError | None:
-    """Why the tensor of the file may not take the place of what the module has."""
+    """Returns an error if the tensor of the file cannot take the place of the module's, else None."""
     name, value = entry.name, slot.value
     if not is_lazy(value) and tuple(value.shape) != entry.shape:
         return ValueError(f"shape mismatch for {name!r}: model={list(value.shape)} vs flash={list(entry.shape)}")
@@ -193,7 +193,7 @@ def misfit_of(entry: Entry, slot: Slot, casts: Casts) -> TypeError | ValueError 
 
 
 def check_strictness(plan: Plan, path: str, strictness: Strictness) -> None:
-    """With either of the flags, every name of the file must be the module's."""
+    """Raises FlashPackError for missing and unexpected names. Either flag makes unexpected names an error."""
     strict, strict_params, strict_buffers = strictness
     if strict is not None:
         strict_params = strict_buffers = strict
@@ -212,7 +212,7 @@ def check_strictness(plan: Plan, path: str, strictness: Strictness) -> None:
 
 
 def refuse_kept_elsewhere(model: torch.nn.Module) -> None:
-    """Raises TypeError for modules whose tensors, but for the time of a forward, are not in the module."""
+    """Raises TypeError for modules that hold their tensors only during a forward, because a load would be lost."""
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise TypeError(f"module {name or type(model).__name__!r} is wrapped in FullyShardedDataParallel")
@@ -225,9 +225,9 @@ def refuse_kept_elsewhere(model: torch.nn.Module) -> None:
 
 
 def offloader_of(module: torch.nn.Module) -> str | None:
-    """The library that keeps the tensors of this module on the CPU or on disk, and would go on with the old ones."""
+    """Returns the library that has offloaded this module, and would bring its old tensors back."""
     hook = vars(module).get("_hf_hook")
-    # Several are one, which has them.
+    # If there are several hooks, `hook` is a list of them.
     if any(getattr(each, "offload", False) is True for each in (hook, *getattr(hook, "hooks", ()))):
         return "accelerate"
     registry = vars(module).get("_diffusers_hook")
@@ -239,8 +239,8 @@ def commit(
 ) -> dict[str, torch.Tensor]:
     """Moves `tensors` out of the dict, to `device`, and into the module. `undo` puts back what was there.
 
-    Returns what loading code of the module's own is to be given, if it has some. What it sees is not the memory that it
-    will load into, as with torch.
+    Returns the tensors for loading code of the module's own, if it has any. As in torch, such code loads into other
+    memory than that of the tensors that it sees.
     """
     new_values: dict[int, torch.Tensor] = {}
     given: dict[str, torch.Tensor] = {}
@@ -262,7 +262,7 @@ def commit(
         if plan.own_code and has_plain_class(slot.value):
             new_values[id(slot.value)] = memory_for_own_code(slot.value, device)
         elif follows(slot, device):
-            # What the file lacks, such as rotary tables, goes with the weights.
+            # Tensors that the file lacks, such as rotary tables, go to the device of the weights.
             is_parameter = isinstance(slot.value, torch.nn.Parameter)
             new_values[id(slot.value)] = slot.value.detach().to(device) if is_parameter else slot.value.to(device)
     swap_in(plan, new_values, undo)
@@ -270,14 +270,14 @@ def commit(
 
 
 def initialize(value: torch.Tensor, undo: ExitStack) -> None:
-    """Makes of what a lazy module has until its first forward the parameter or buffer that it becomes, still empty."""
+    """Turns the placeholder in a lazy module into the parameter or buffer that it becomes, still empty."""
     if is_lazy(value):
         undo.callback(setattr, value, "__class__", type(value))
         value.__class__ = type(value).cls_to_become  # type: ignore[union-attr]
 
 
 def add_further_names(plan: Plan, given: dict[str, torch.Tensor]) -> None:
-    """Adds, for code of the module's own, the other names of tied tensors. What it changes is not what others see."""
+    """Adds the other names of tied tensors. Code of the module's own sees copies of them, which it may change."""
     first_names = {id(plan.slots[entry.name].value): entry.name for entry in plan.wanted}
     for name, slot in plan.slots.items():
         first = first_names.get(id(slot.value))
@@ -286,11 +286,11 @@ def add_further_names(plan: Plan, given: dict[str, torch.Tensor]) -> None:
             given[name] = given[first].clone() if is_seen else given[first]
     for name, slot in plan.slots.items():
         if not slot.is_persistent:
-            given.pop(name, None)  # torch knows none in files.
+            given.pop(name, None)  # As in torch, no file has it.
 
 
 def memory_for_own_code(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What such code may write to without losing what was there."""
+    """Returns memory that such code may write to, because `value` is kept for a load that fails."""
     return torch.empty_like(value, device=device) if value.is_meta else value.detach().to(device, copy=True)
 
 
@@ -323,8 +323,8 @@ def follows(slot: Slot, device: torch.device) -> bool:
 def set_data(parameter: torch.Tensor, new: torch.Tensor, undo: ExitStack) -> None:
     """Gives `parameter` other memory, keeping the object, so that optimizers, hooks and ties stay valid."""
     old, required_grad, grad = parameter.data, parameter.requires_grad, parameter.grad
-    # A parameter that was made in inference mode has no version counter; only there may its flags be set, and only
-    # a tensor of that mode fits it.
+    # A parameter that was made in inference mode has no version counter. Its flags can be set only in that mode, and
+    # only a tensor of that mode fits it.
     inference = parameter.is_inference()
 
     def restore() -> None:
@@ -344,27 +344,27 @@ def set_data(parameter: torch.Tensor, new: torch.Tensor, undo: ExitStack) -> Non
 
 
 def same_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor over the memory of `tensor` that is no view of it: in inference mode, one of that mode."""
+    """Returns a tensor over the memory of `tensor` that is no view: made in inference mode, it is one of that mode."""
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def replacement_of(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """What stands in for a buffer, or for a meta parameter, which cannot be given memory."""
+    """Returns the tensor that replaces a buffer, or a meta parameter, because that cannot be given memory."""
     if isinstance(old, torch.nn.Parameter):
         return make_parameter(old, new)
     return new if type(old) is type(new) else new.as_subclass(type(old))
 
 
 def make_parameter(old: torch.Tensor, new: torch.Tensor) -> torch.nn.Parameter:
-    """A parameter of the values `new` that is otherwise as `old`: its class, its attributes, its hooks."""
+    """Returns a parameter of the values `new` with the class, the attributes and the hooks of `old`."""
     requires_grad = old.requires_grad and can_require_grad(new)
     cls: Any = type(old)
-    # Past constructors of classes derived from Parameter, which may want more than values.
+    # Constructors are avoided, because those of classes derived from Parameter may want more than values.
     parameter: torch.nn.Parameter = torch.Tensor._make_subclass(cls, new, requires_grad)
     parameter.__dict__.update(old.__dict__)
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        # The same dict, so that handles go on removing what they stand for.
+        # Both have the same dict, so that handles can still remove their hooks.
         setattr(parameter, hooks, getattr(old, hooks))
     return parameter
 

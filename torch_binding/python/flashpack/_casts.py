@@ -1,4 +1,4 @@
-"""What tensors become when a dtype is asked for, and casts that must not lose anything."""
+"""Which tensors are cast when a caller asks for a dtype, and casts that must not lose values."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from ._native import FlashPackError
 
 PLAIN_FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Those in which models compute. Narrower ones hold quantised weights, whose scales are other tensors."""
+"""Models compute in these. Narrower ones hold quantised weights, whose scales are other tensors."""
 
 
 def check_asked(dtype: torch.dtype | None) -> None:
-    """Raises FlashPackError for what no tensor can be cast to without losing what it is."""
+    """Raises FlashPackError if `dtype` is something else than a floating-point or complex dtype, or None."""
     if dtype is None:
         return
     if not isinstance(dtype, torch.dtype):
@@ -23,9 +23,9 @@ def check_asked(dtype: torch.dtype | None) -> None:
 
 
 def dtype_when_asked(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    """What a tensor of dtype `own` becomes when `asked` is asked for all.
+    """Returns the dtype that a tensor of dtype `own` gets if the caller asks for `asked`.
 
-    Floating-point tensors take a floating-point dtype, complex ones a complex dtype. Everything else keeps its own:
+    Floating-point tensors take a floating-point dtype, complex ones a complex dtype. All others keep their own:
     counters and indices would be rounded, and packed or quantised weights, those of 8-bit floats included, are not the
     numbers that they look like.
     """
@@ -36,9 +36,9 @@ def dtype_when_asked(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype
 
 
 def cast_exactly(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor` as `dtype`. Where either is of integers, or only one is complex, no value may change.
+    """Returns `tensor` as `dtype`. Raises FlashPackError, naming the tensor, if a value would change.
 
-    Raises FlashPackError naming the tensor.
+    Only casts between floating-point dtypes, or between complex ones, may round.
     """
     # torch warns when it drops an imaginary part, whether that is zero or not.
     new = (tensor.real if tensor.is_complex() and not dtype.is_complex else tensor).to(dtype)
@@ -56,14 +56,14 @@ def _is_integral(dtype: torch.dtype) -> bool:
 
 
 def _comparable(tensor: torch.Tensor) -> torch.Tensor:
-    """torch does not compare 8-bit floats."""
+    """Returns 8-bit floats as float32, because torch does not compare them."""
     return tensor.float() if tensor.is_floating_point() and tensor.dtype not in PLAIN_FLOATS else tensor
 
 
 def _is_equal(tensor: torch.Tensor, new: torch.Tensor) -> bool:
     if not (_is_integral(tensor.dtype) and _is_integral(new.dtype)):
         return torch.equal(_comparable(new.to(tensor.dtype)), _comparable(tensor))
-    # Through something wider: what wraps around would wrap back.
+    # int64 is wider: in the dtype of `tensor`, a value that had wrapped around would wrap back.
     wide, wide_new = tensor.to(torch.int64), new.to(torch.int64)
     may_pass_int64 = torch.uint64 in (tensor.dtype, new.dtype) and bool((wide < 0).any())
     return torch.equal(wide, wide_new) and not may_pass_int64

@@ -19,12 +19,12 @@ from ._native import FlashPackError
 from ._repository import blaming, open_regular, plain_name, read_json
 
 _INDEX_SUFFIX = re.compile(r"\.index(\.[^.]+)?\.json$")
-_RECORD_PIECE_BYTES = 1 << 20
-# Models tie dozens of layers, and masks may be one number; no model takes a hundred times its file.
+_READ_BYTES = 1 << 20
+# Tied layers and masks of one number take more memory than file, but no model takes a hundred times its file.
 _MOST_TIMES = 100
 _ALWAYS_ALLOWED_BYTES = 1 << 30
 _SUFFIXES = (".safetensors", ".bin")
-# What transformers and diffusers call their files.
+# These are the names that transformers and diffusers give to their files.
 _STEMS = {
     "transformers": {".safetensors": "model", ".bin": "pytorch_model"},
     "diffusers": {".safetensors": "diffusion_pytorch_model", ".bin": "diffusion_pytorch_model"},
@@ -32,7 +32,7 @@ _STEMS = {
 
 
 def stem_of(path: Path) -> str:
-    """The file's name without what says how it holds tensors: `a` of a.safetensors and of a.safetensors.index.json."""
+    """Returns the file's name without suffixes of a format: `a` for a.safetensors and a.safetensors.index.json."""
     return Path(_INDEX_SUFFIX.sub("", path.name)).stem
 
 
@@ -41,7 +41,7 @@ def is_index(path: Path) -> bool:
 
 
 def weight_patterns(suffix: str, variant: str | None) -> list[str]:
-    """Of the weights that find_checkpoint may find, whole or in shards."""
+    """Returns patterns for the names of weights that find_checkpoint may find, whole or in shards."""
     dot = f".{variant}" if variant else ""
     shard = "-?????-of-?????"
     return [
@@ -52,10 +52,10 @@ def weight_patterns(suffix: str, variant: str | None) -> list[str]:
 
 
 def find_checkpoint(directory: Path, variant: str | None = None) -> Path | None:
-    """The file, or the index of the files, with the weights of the model in `directory`: that which its library loads.
+    """Returns the file, or the index of the files, that the model's library would load from `directory`.
 
     Safetensors are preferred. A lone safetensors file may have any name. The file that a configuration of transformers
-    names as `transformers_weights` comes before all.
+    names as `transformers_weights` comes first.
     """
     config = _config_of(directory)
     named = config.get("transformers_weights") if _library_of(config) == "transformers" else None
@@ -73,11 +73,11 @@ def find_checkpoint(directory: Path, variant: str | None = None) -> Path | None:
 
 
 def open_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, by name, mapped: their bytes are read when they are needed, and can be dropped.
+    """Returns the tensors of a checkpoint by name. Files are mapped, so that bytes are read when they are needed.
 
     `path`: a safetensors file, a file that torch.save wrote, or the index of several of either. From pickles only
-    tensors are taken; nothing in them is run. Archives, which torch.save has written since version 1.6, are held
-    against their checksums, and read once for that.
+    tensors are taken; nothing in them is run. Archives, which torch.save has written since version 1.6, are read once
+    to verify their checksums.
 
     Raises FlashPackError for a file that is none of these, OSError for the system's failures.
     """
@@ -85,10 +85,7 @@ def open_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """What the safetensors files of a checkpoint say in `__metadata__`.
-
-    Entries about which several files contradict each other are left out, and a warning names them.
-    """
+    """Returns `__metadata__` of the safetensors files of a checkpoint, without entries in which the files differ."""
     metadata: dict[str, str] = {}
     disputed = set()
     for file in files_of(path):
@@ -104,12 +101,12 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """`path`, and the files that it is the index of."""
+    """Returns `path` and, if it is an index, the files that it lists."""
     return [path, *sorted(set(_weight_map(path).values()))] if is_index(path) else [path]
 
 
 def _config_of(directory: Path) -> dict[str, Any]:
-    """Empty if there is none that can be read."""
+    """Returns the configuration in `directory`; an empty one if none can be read."""
     try:
         return read_json(directory / "config.json")
     except (FlashPackError, OSError):
@@ -117,24 +114,24 @@ def _config_of(directory: Path) -> dict[str, Any]:
 
 
 def _library_of(config: dict[str, Any]) -> str | None:
-    """The one whose model it is the configuration of, if it says so."""
+    """Returns the library whose model `config` is for, if it says so."""
     if "_class_name" in config:
         return "diffusers"
     return "transformers" if config.keys() & {"architectures", "model_type"} else None
 
 
 def _names(library: str, suffix: str, variant: str | None) -> list[str]:
-    """Of a file and of an index, in the order in which the library looks; the index of a variant has had several."""
+    """Returns the names of files and indices in the order in which the library looks for them."""
     stem = _STEMS[library][suffix]
     whole = [f"{stem}.{variant}{suffix}" if variant else f"{stem}{suffix}"]
     indices = [f"{stem}{suffix}.index.json"]
-    if variant:
+    if variant:  # Several versions of the libraries named it differently.
         indices = [
             f"{stem}{suffix}.index.{variant}.json",
             f"{stem}{suffix}.{variant}.index.json",
             f"{stem}.{variant}{suffix}.index.json",
         ]
-    # Of pickles diffusers, too, takes the whole file first.
+    # diffusers prefers an index among safetensors alone.
     return indices + whole if library == "diffusers" and suffix == ".safetensors" else whole + indices
 
 
@@ -143,7 +140,7 @@ def _open_file(path: Path) -> dict[str, torch.Tensor]:
         raise FlashPackError(f"{path} is a flashpack file already")
     with open_regular(path) as file:
         lead = file.read(4)
-    # Since version 1.6 torch writes archives, which can be mapped.
+    # Only the archives that torch has written since version 1.6 can be mapped.
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path, mmap=lead == b"PK\x03\x04")
 
 
@@ -175,8 +172,7 @@ def _open_pickle(path: Path, mmap: bool) -> dict[str, torch.Tensor]:
     except OSError as error:
         error.filename = error.filename or os.fspath(path)
         raise
-    except Exception as error:  # Of a damaged file torch may say anything.
-        # What torch says would have people turn the check off.
+    except Exception as error:  # torch may raise anything for a damaged file, and advises to turn the check off.
         raise FlashPackError(
             f"{path} is not a file that torch.save wrote, or is damaged, or has more in it than tensors, which is not "
             f"loaded, because unpickling can run code"
@@ -188,7 +184,7 @@ def _open_pickle(path: Path, mmap: bool) -> dict[str, torch.Tensor]:
 
 
 def _check_sizes(path: Path, tensors: dict[str, Any]) -> None:
-    """Written out, tensors that share memory, or are the same number everywhere, may fill any disk."""
+    """Refuses tensors that share so much of the file's bytes that they would fill a disk when they are written out."""
     total_bytes = sum(
         tensor.numel() * tensor.element_size()
         for tensor in tensors.values()
@@ -199,17 +195,17 @@ def _check_sizes(path: Path, tensors: dict[str, Any]) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """Holds the records of an archive against their checksums, which torch does not, and where they say they are."""
+    """Verifies that the entries of an archive are in the file and have their checksums, because torch does not."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
-                # torch compresses nothing. A compressed file may grow a thousand times while it is read.
+                # torch compresses nothing, and a compressed entry may grow a thousand times while it is read.
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise zipfile.BadZipFile("a record is compressed")
-                # torch leaves 0 where it is told to make none.
+                # torch writes 0 if it is told to make no checksums.
                 if info.CRC != 0:
                     with archive.open(info) as record:
-                        while record.read(_RECORD_PIECE_BYTES):
+                        while record.read(_READ_BYTES):
                             pass
     except OSError as error:
         if error.errno == errno.EINVAL:
@@ -226,7 +222,7 @@ def _open_sharded(path: Path) -> dict[str, torch.Tensor]:
         if name not in opened[file]:
             raise FlashPackError(f"{path} says that {name!r} is in {file.name}, but it is not")
         tensors[name] = opened[file][name]
-    # The libraries load whole files.
+    # The libraries load also the tensors that the index does not list.
     unlisted: dict[str, torch.Tensor] = {}
     for there in opened.values():
         for name, tensor in there.items():
@@ -240,7 +236,7 @@ def _open_sharded(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _weight_map(path: Path) -> dict[str, Path]:
-    """The file of every tensor that an index lists."""
+    """Returns the file of every tensor that an index lists."""
     try:
         files = read_json(path).get("weight_map")
         if not isinstance(files, dict):

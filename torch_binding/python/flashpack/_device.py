@@ -1,4 +1,4 @@
-"""What torch knows about devices that the engine has to be told."""
+"""Facts about devices that torch knows and the engine needs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ._native import Engine, FlashPackError
 
 CPU = torch.device("cpu")
 DeviceLike = str | int | torch.device
-"""What torch.device takes; a number is a CUDA device."""
+"""Anything that torch.device takes; a number is a CUDA device."""
 
 
 class Side(NamedTuple):
-    """Where bytes of a transfer are, beside the file: a device with its engine, and the stream that orders them."""
+    """The end of a transfer that is not the file: a device with its engine, and the stream that orders the transfer."""
 
     device: torch.device
     engine: Engine
@@ -28,7 +28,7 @@ class Side(NamedTuple):
 
 
 def side_of(device: torch.device) -> Side:
-    """The side of the current stream of a CUDA device; of the CPU for others, and where the engine cannot use CUDA.
+    """Returns the side of a CUDA device and its current stream, or of the CPU if the engine cannot use that device.
 
     Raises FlashPackError for a device that is not there, RuntimeError while its current stream is being captured.
     """
@@ -59,9 +59,9 @@ _RELAXED = 2
 
 @contextmanager
 def captures_undisturbed() -> Iterator[None]:
-    """Within it, what this thread asks of CUDA, such as memory, does not end the capture of a graph by another thread.
+    """Within it, calls of CUDA by this thread, such as for memory, do not end the capture of a graph by another thread.
 
-    torch asks for memory in the way that, by CUDA's rule, fails everywhere while some thread captures.
+    By default, CUDA ends the capture when any thread asks for memory.
     """
     mode = ctypes.c_int(_RELAXED)
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
@@ -77,7 +77,7 @@ def captures_undisturbed() -> Iterator[None]:
 
 @functools.cache
 def _exchange_capture_mode() -> Callable[[Any], int] | None:
-    """The driver's function that puts this thread's mode in the place of the given one, and the other way round."""
+    """Returns the driver's function that swaps the capture mode of this thread with the given one, if it has one."""
     try:
         function: Callable[[Any], int] = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Model directories as transformers and diffusers lay them out, on disk or on the Hub, and directories made whole."""
+"""Model directories of transformers and diffusers, on disk or on the Hub, and writing all files of one or none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._repository import INDEX_NAME, check_inside, components_of
 from .serialization import file_to_replace
 from .utils import logger
 
-# What a model needs beside its weights: configuration, tokenizer, generation, and what it may be used for.
+# A model needs these beside its weights: configuration, tokenizer, generation, model card and licence.
 _COMPANIONS = [
     *("*.json", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.spm", "*.jinja", "additional_chat_templates/*.jinja"),
     *("*.md", "LICENSE*"),
@@ -30,27 +30,27 @@ _TENSOR_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|flashpack|index(\.[^.
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether `name` can be that of a repository on the Hub, and does not look like a file's."""
+    """Whether `name` can be that of a repository on the Hub, and does not look like a file with tensors."""
     return _REPO_ID.fullmatch(name) is not None and _TENSOR_FILE.search(name) is None
 
 
 def model_folders(directory: Path) -> list[str]:
-    """The folders that have a model's weights: of a pipeline, those of its components; else "", the directory."""
+    """Returns the folders with weights: those of the components of a pipeline, or "" for a directory of one model."""
     if not (directory / INDEX_NAME).is_file():
         return [""]
-    # Schedulers, tokenizers and processors call theirs something else.
+    # Schedulers, tokenizers and processors have no config.json, but files of other names.
     return [name for name in components_of(directory) if (directory / name / "config.json").is_file()]
 
 
 def find_checkpoints(directory: Path, variant: str | None) -> dict[str, Path]:
-    """The checkpoint of every folder of model_folders(); of a pipeline, one must have the variant, but not every one.
+    """Returns the checkpoint of every folder of model_folders(). In a pipeline, at least one must have the variant.
 
-    Raises FlashPackError naming the folders that have none, or a file that a link has elsewhere.
+    Raises FlashPackError naming folders without a checkpoint, or a link that leads out of `directory`.
     """
     folders = model_folders(directory)
     check_inside(directory, [directory / folder for folder in folders])
     found = {folder: find_checkpoint(directory / folder, variant) for folder in folders}
-    if any(found.values()):  # A model alone has its own, or nothing.
+    if any(found.values()):  # A component without the variant is taken without it.
         found = {folder: path or find_checkpoint(directory / folder) for folder, path in found.items()}
     lacking = [os.fspath(directory / folder) for folder, path in found.items() if path is None]
     if lacking or not found:
@@ -62,13 +62,13 @@ def find_checkpoints(directory: Path, variant: str | None) -> dict[str, Path]:
 
 
 def download(repo_id: str, hub: Download, variant: str | None, with_code: bool) -> Path:
-    """The local copy of a model on the Hub: what it needs beside the weights, and one set of those."""
+    """Downloads a model from the Hub, with one set of weights, and returns its directory."""
     companions = [*_COMPANIONS, _CODE] if with_code else _COMPANIONS
     directory = resolve_directory(repo_id, hub, companions)
     folders = model_folders(directory)
 
     def fetch(folders: list[str], variant: str | None) -> list[str]:
-        """Downloads one set of weights for each, and returns those for which there is none."""
+        """Downloads one set of weights for each folder, and returns the folders for which there is none."""
         for suffix in (".safetensors", ".bin"):
             folders = [folder for folder in folders if find_checkpoint(directory / folder, variant) is None]
             patterns = weight_patterns(suffix, variant)
@@ -102,10 +102,10 @@ def copy_companions(source: Path, destination: Path, with_code: bool) -> None:
 
 
 def own_files(directory: Path, pattern: str) -> None:
-    """Makes copies of their own of those files in `directory` that are links to blobs of the Hub's cache.
+    """Replaces links in `directory` to blobs of the Hub's cache by copies of the blobs.
 
-    For libraries that are about to write into it, because they write through links, and into anything. `pattern`: of
-    the names, as in Path.glob(). Raises what pack_to_file raises where one is something else than a file.
+    Libraries that write into the directory would write through the links. `pattern`: for the names, as in Path.glob().
+    Raises what pack_to_file raises if one of them is something else than a file or directory.
     """
     paths = list(directory.glob(pattern))
     for path in paths:
@@ -116,7 +116,7 @@ def own_files(directory: Path, pattern: str) -> None:
         return
     with staged(directory) as stage:
         for link in links:
-            if not link.exists():  # Opening it would make the blob.
+            if not link.exists():  # The blob is missing, and writing through the link would make it.
                 link.unlink()
                 continue
             copy = stage / link.relative_to(directory)
@@ -126,13 +126,12 @@ def own_files(directory: Path, pattern: str) -> None:
 
 @contextlib.contextmanager
 def staged(destination: Path) -> Iterator[Path]:
-    """A directory to write into. If the block ends well, its files are moved into `destination`, durably; else nothing
-    stays.
+    """Yields a directory to write into. If the block ends well, its files are moved into `destination`, durably.
 
-    They replace what pack_to_file would replace. Raises what that raises, before anything is moved.
+    Otherwise nothing stays. They replace what pack_to_file would replace; what that raises comes before any move.
     """
     destination = Path(os.path.abspath(destination))
-    # On the file system of the destination, wherever that is.
+    # Files are moved by rename, so that the temporary directory has to be on the file system of the destination.
     existing = next(path for path in (destination, *destination.parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(existing))

@@ -1,4 +1,4 @@
-"""Directories, and names in them, that are still there after a crash. Needs no torch."""
+"""Making directories, files and their names so that they are still there after a crash. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ._footer import StrPath
 
 
 def make_directories(path: StrPath) -> None:
-    """Makes a directory and those above it that are missing, durably. Raises OSError.
+    """Makes a directory and those above it that are missing, all durably, even if another process makes them meanwhile.
 
-    What another process makes meanwhile is made durable, too.
+    Raises OSError.
     """
     directory = Path(path)
     missing = [place for place in (directory, *directory.parents) if not os.path.exists(place)]
@@ -25,14 +25,14 @@ def sync(path: StrPath) -> None:
     """Makes a file durable, or the names in a directory. Raises OSError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except PermissionError:  # Names can be made also where they cannot be read.
+    except PermissionError:  # A directory may be writable without being readable.
         os.sync()
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
         error.filename = os.fspath(path)
-        if error.errno != errno.EINVAL:  # The file system has no such thing for directories.
+        if error.errno != errno.EINVAL:  # Some file systems have no fsync for directories.
             raise
     finally:
         os.close(descriptor)

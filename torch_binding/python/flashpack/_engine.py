@@ -1,4 +1,4 @@
-"""The engines of this process, one per device: made on first use, gone at exit, never inherited by a fork."""
+"""The engines of this process, one per device. They are made on first use, gone at exit, and not used after a fork."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _lock = threading.Lock()
 
 
 class _Call(ContextDecorator):
-    """Around what must be left before the interpreter ends: it waits, and daemon threads raise SystemExit.
+    """Around calls that must end before the interpreter does: it waits for them, and daemon threads raise SystemExit.
 
-    Python would end them within C++, be it torch's, which aborts the process, and files that they write would stay.
+    Otherwise Python would end daemon threads inside of C++, which aborts the process and leaves temporary files.
     """
 
     def __enter__(self) -> None:
@@ -28,7 +28,7 @@ class _Call(ContextDecorator):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is SystemExit and trace is not None:
-            traceback.clear_frames(trace)  # To free memory gives up the GIL, too.
+            traceback.clear_frames(trace)  # Memory is freed here, because freeing gives up the GIL, too.
         leave_call()
 
 
@@ -44,13 +44,13 @@ def engine(cuda_device: int | None = None) -> Engine:
 
 
 def release_engines() -> None:
-    """Gives back what they hold, once what is under way is done; the next use makes new ones."""
+    """Releases the engines and their memory once their transfers are done; the next use makes new engines."""
     with _lock:
         _engines.clear()
 
 
 def _drop_in_child() -> None:
-    # The thread that held the lock may not exist here.
+    # A thread that does not exist in the child may have held the lock.
     global _lock
     _lock = threading.Lock()
     _engines.clear()

@@ -1,7 +1,4 @@
-"""The Hugging Face Hub: what is downloaded from it, what is uploaded to it, and its cache on this machine.
-
-Needs huggingface_hub, and only once something is downloaded or uploaded.
-"""
+"""The Hugging Face Hub and its cache on this machine. Only downloads and uploads need the package huggingface_hub."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class Download(NamedTuple):
-    """What to get, and from where: a folder of a repository, and arguments of huggingface_hub.snapshot_download."""
+    """A folder of a repository, and the arguments of huggingface_hub.snapshot_download to get it with."""
 
     subfolder: str | None = None
     revision: str | None = None
@@ -35,7 +32,7 @@ class Download(NamedTuple):
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Download:
-        """Returns what `arguments` have of those of snapshot_download."""
+        """Takes over those of `arguments` that snapshot_download has, too."""
         return cls(**{name: arguments[name] for name in cls().options() if arguments.get(name) is not None})
 
     def options(self) -> dict[str, Any]:
@@ -44,12 +41,12 @@ class Download(NamedTuple):
 
 
 def resolve_directory(path_or_repo: StrPath, download: Download, allow_patterns: Sequence[str]) -> Path:
-    """The directory of a model, or its subfolder: a local one as it is, else downloaded from the Hub.
+    """Returns the directory of a model, or its subfolder: a local one as it is, else downloaded from the Hub.
 
     Only files that match `allow_patterns`, which are relative to the subfolder, are downloaded.
 
-    Raises FlashPackError if `path_or_repo` is neither a directory nor a repository's name; what the Hub raises is an
-    OSError or a ValueError.
+    Raises FlashPackError if `path_or_repo` is neither a directory nor a repository's name, and OSError or ValueError
+    for errors of the Hub.
     """
     directory = Path(path_or_repo)
     if not directory.is_dir():
@@ -108,18 +105,18 @@ def upload_directory(directory: StrPath, upload: Upload, allow_patterns: Sequenc
 def is_blob_link(path: StrPath) -> bool:
     """Whether `path` is a symbolic link that leads to a blob of the Hub's cache, whether the blob exists or not.
 
-    In the cache, files of a repository are links to blobs that are called by their hashes. Writing through such a link
-    would make the blob differ from its name, in every revision that shares it. So flashpack follows other links, and
+    In the cache, files of a repository are links to blobs, whose names are hashes of their contents. Writing through
+    such a link would change the file in every revision that shares the blob. So flashpack follows other links, and
     replaces these.
     """
     return any(map(_is_blob, _targets(path)))
 
 
 def _targets(path: StrPath) -> Iterator[Path]:
-    """Yields what the link `path` points to and, as long as that is a link again, what that points to.
+    """Yields the target of the link `path` and, as long as the target is a link again, the next target.
 
-    Each target is given by the directory that its link names, and by the one that this directory leads to, because
-    `blobs` may itself be a link.
+    Each target is yielded in the directory that the link names, and again in the directory that this resolves to,
+    because `blobs` may itself be a link.
     """
     link = Path(path)
     for _ in range(_MAX_LINKS):

@@ -1,4 +1,4 @@
-"""What this package tells, as text that cannot drive a terminal. Names in files may be anything."""
+"""The log of this package. Names in files may be anything, so that control characters in messages are escaped."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ def printable(text: str) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Puts what a library says, which may take several lines, into a message of ours."""
+    """Returns the message of a library, which may have several lines, in one line for a message of ours."""
     return printable(" ".join(line.strip() for line in str(error).splitlines()))
 
 
 def printable_lines(text: str) -> str:
-    """The same, line by line."""
+    """Does as printable(), but keeps the lines."""
     return "\n".join(map(printable, text.splitlines()))
 
 
 class PrintableFormatter(logging.Formatter):
-    """For what other libraries log, too, tracebacks included."""
+    """Makes messages and tracebacks printable, those of other libraries, too."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_lines(super().format(record))
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    """Whatever the application does with it. A message is one line, or a name could add lines of its own."""
+    """Makes a message printable before any handler gets it, and one line, because a name could add lines of its own."""
     record.msg, record.args = printable(record.getMessage()), ()
     return True
 

@@ -1,4 +1,4 @@
-"""Building a module without memory for its parameters, and telling what is left without."""
+"""Building a module without memory for its parameters, and warning of tensors that are left without."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def meta_parameters() -> Iterator[None]:
 
 
 def warn_of_meta(model: torch.nn.Module, path: StrPath) -> tuple[str, ...]:
-    """Names, in a warning and as its result, what has no memory after `path` was loaded into `model`."""
+    """Warns of tensors that have no memory after `path` was loaded into `model`, and returns their names."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     left = tuple(name for name, tensor in tensors if tensor.is_meta)
     if left:

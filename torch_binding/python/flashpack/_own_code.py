@@ -1,7 +1,7 @@
-"""Modules that load in a way of their own: hooks of load_state_dict, methods that it calls, extra state.
+"""Loading code of a module's own: hooks of load_state_dict, methods that it calls, extra state.
 
-Their code is run as torch runs it, by load_state_dict, on a module that has the tensors of the file already. So what is
-copied onto itself costs nothing, parameters stay the objects they are, and what the code overwrites is new memory.
+load_state_dict runs this code on a module that has the tensors of the file already. So tensors are copied onto
+themselves, which costs nothing, parameters stay the same objects, and the code overwrites only new memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ._assign import Plan
 
 EXTRA_STATE = "_extra_state"
-# They do nothing to files that have all that the module has.
+# These do nothing if a file has all tensors of the module.
 _PLAIN_LOADS = {
     torch.nn.Module._load_from_state_dict,
     _NormBase._load_from_state_dict,
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
 
 class OwnCode:
-    """All such functions of a model; false if there are none."""
+    """All loading code of a model's own; false if there is none."""
 
     def __init__(self, pieces: Iterable[Piece] = ()) -> None:
         self.pieces = tuple(pieces)
@@ -52,16 +52,16 @@ class OwnCode:
         return bool(self.pieces)
 
     def sees(self, name: str) -> bool:
-        """Whether the tensor of that name goes through the hands of such code before it is loaded."""
+        """Whether such code is given the tensor of that name before it is loaded."""
         return bool(self._seen) and any(prefix in self._seen for prefix in _prefixes_of(name))
 
     def takes(self, name: str) -> bool:
-        """Whether such code may know what to do with a name that is neither a parameter nor a buffer."""
+        """Whether such code may use a tensor whose name is neither a parameter nor a buffer."""
         return name in self.extra_states or self.sees(name)
 
 
 def own_code_of(model: torch.nn.Module, but_of: Collection[str] = ()) -> OwnCode:
-    """`but_of`: packages whose code does not count."""
+    """Returns the loading code of the model's own, without that of the packages `but_of`."""
     return OwnCode(piece for piece in _pieces_of(model) if piece.code.__module__.split(".")[0] not in but_of)
 
 
@@ -86,7 +86,7 @@ def _function(method: Any) -> Callable[..., Any]:
 
 
 def _prefixes_of(name: str) -> Iterator[str]:
-    """Of the modules above `name`: "", "a." and "a.b." for "a.b.c"."""
+    """Yields the prefixes of the modules above `name`: "", "a." and "a.b." for "a.b.c"."""
     yield ""
     for at, letter in enumerate(name, 1):
         if letter == ".":
@@ -94,16 +94,16 @@ def _prefixes_of(name: str) -> Iterator[str]:
 
 
 def run_own_code(model: torch.nn.Module, plan: Plan, state: dict[str, torch.Tensor], undo: ExitStack) -> None:
-    """Has `model` load `state`, and corrects in `plan` what is missing and unexpected. `undo` takes everything back.
+    """Calls load_state_dict of `model`, and corrects the missing and unexpected names of `plan`. `undo` restores all.
 
-    Raises what the model's code raises; RuntimeError, as torch does, for what does not fit.
+    Raises what the model's code raises; RuntimeError, as torch does, for tensors that do not fit.
     """
     _remember(model, undo)
     empty = [(slot, slot.now(), slot.now()._version) for slot in plan.empty_slots()]
     result = _load_state_dict(model, state)
     for slot, stand_in, version in empty:
         if slot.now() is stand_in and stand_in._version == version:
-            slot.put(slot.value)  # Nobody has written to its memory, which holds nothing.
+            slot.put(slot.value)  # No code has written to the new memory, so that the meta tensor comes back.
     if not hasattr(result, "missing_keys"):
         if plan.passed_on or plan.unexpected or plan.missing_parameters or plan.missing_buffers:
             plan.untold = f"load_state_dict of {type(model).__name__} does not return what is missing and unexpected"
@@ -113,7 +113,7 @@ def run_own_code(model: torch.nn.Module, plan: Plan, state: dict[str, torch.Tens
 
 def _load_state_dict(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> Any:
     given = OrderedDict(state)
-    # The file does not say by which version of a class it was written; it is taken for that of now.
+    # The file does not say which version of a class wrote it, so that the present one is assumed.
     given._metadata = {  # type: ignore[attr-defined]
         name: {"version": module._version} for name, module in model.named_modules(remove_duplicate=False)
     }
@@ -123,9 +123,9 @@ def _load_state_dict(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> 
 
 
 def _remember(model: torch.nn.Module, undo: ExitStack) -> None:
-    """Takes back, with `undo`, what modules may do to their attributes: other ones, and others within containers.
+    """Has `undo` restore the attributes of modules, and the contents of containers and tensors among them.
 
-    Parameters and buffers are left to others: they have memory that may be overwritten.
+    Parameters and buffers are no part of this: commit() has given them new memory, and has `undo` restore them.
     """
     for module in set(model.modules()):
         attributes = vars(module)

@@ -11,10 +11,10 @@ from typing import NoReturn
 
 from ._footer import StrPath, open_footer
 
-# Sending to /dev/null waits for the pages without copying them: 2.2 GB/s from a disk that gives 2.6, for 0.02
+# sendfile() to /dev/null waits for the pages without copying them: 2.2 GB/s from a disk that gives 2.6, for 0.02
 # core-seconds per GB, where preadv takes 0.09. POSIX_FADV_WILLNEED and MADV_POPULATE_READ were slower (1.1 to 1.7),
-# and are cut short where the kernel reads ahead by only 128 KiB. There it takes several streams to keep a disk busy:
-# four give 2.0 GB/s and one 0.7 to 1.6; with 8 MiB of readahead, 2.6 and 2.2.
+# and stop early where the kernel reads ahead by only 128 KiB. There, one stream gives 0.7 to 1.6 GB/s and four give
+# 2.0; with 8 MiB of readahead, one gives 2.2 and four give 2.6.
 _STREAMS = 4
 _STEP_BYTES = 8 << 20
 
@@ -22,8 +22,8 @@ _STEP_BYTES = 8 << 20
 class Prefetch:
     """A payload on its way into the page cache, read by threads of this process.
 
-    They go on when the handle is dropped, and end with the process. As a context manager it cancels what is left at the
-    end of the block. Thread-safe; of no use in a forked child, nor to be pickled.
+    The threads go on when the handle is dropped, and end with the process. As a context manager the handle cancels the
+    rest at the end of the block. It is thread-safe, but cannot be used in a forked child or pickled.
     """
 
     def __init__(self, fd: int, path: StrPath, size_bytes: int) -> None:
@@ -51,15 +51,15 @@ class Prefetch:
             thread.start()
 
     def progress(self) -> tuple[int, int]:
-        """Bytes that are in the page cache by now, and those that are to be."""
+        """Returns the bytes that are in the page cache by now, and the bytes in all."""
         self._check_process()
         return sum(self._done_bytes), self._size_bytes
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when everything is in the page cache. May be called again, with the same result.
 
-        Raises TimeoutError if it is not after `timeout` seconds, and OSError for what the system says to the reading;
-        its errno is ECANCELED after a cancel() that came in time.
+        Raises TimeoutError after `timeout` seconds, and OSError if reading fails; its errno is ECANCELED if a cancel()
+        came before the end.
         """
         self._check_process()
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -73,7 +73,7 @@ class Prefetch:
             raise OSError(errno.ECANCELED, "the prefetch was cancelled", self._path)
 
     def cancel(self) -> None:
-        """Stops after what is being read. Returns at once; wait() says when nothing is read any more."""
+        """Stops every thread after the read that it is in. Returns at once; wait() returns when all have stopped."""
         self._check_process()
         self._stop.set()
 
@@ -108,7 +108,7 @@ class Prefetch:
 
 
 def _opened_again(fd: int) -> FileIO:
-    """The kernel reads ahead by open file; opened by its path it could be another one by now."""
+    """Opens the file again, because the kernel reads ahead for each open file. Its path may lead to another one now."""
     try:
         return FileIO(f"/proc/self/fd/{fd}")
     except OSError:  # There is no /proc, or this process may not open the file any more.
@@ -118,7 +118,7 @@ def _opened_again(fd: int) -> FileIO:
 def prefetch_flashpack_file(path: StrPath) -> Prefetch:
     """Starts to read the payload of a file into the page cache, so that a later load finds it there.
 
-    Returns at once. Worth it while something else is being prepared; a load by itself is not faster for it.
+    Returns at once. This saves time only while something else is being prepared: a load alone is not faster for it.
 
     Raises FlashPackError (a ValueError) for what is not a flashpack file, OSError for the system's failures.
 

@@ -1,4 +1,4 @@
-"""Models built by the library that they belong to, for those who want its names for the tensors."""
+"""Models built by their library, for conversions that take the names of tensors from there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ._repository import (
 def build_model(
     library: str, directory: Path, folder: str, checkpoint: Path, variant: str | None, **kwargs: Any
 ) -> torch.nn.Module:
-    """The model in `folder` of `directory`, made by from_pretrained() of its class, with the dtype of `checkpoint`.
+    """Returns the model in `folder` of `directory`, from from_pretrained() of its class, in the dtype of `checkpoint`.
 
     `library`: "transformers" or "diffusers", for a model that is no component of a pipeline.
     `kwargs`: for from_pretrained().
@@ -43,7 +43,7 @@ def build_model(
     dtype = "torch_dtype" if cls.__module__.startswith("diffusers") else "dtype"
     keywords = {dtype: _dtype_of(checkpoint), "variant": variant, "output_loading_info": True, **kwargs}
     if cls.__module__.startswith("transformers") and keywords.get("trust_remote_code") is None:
-        keywords["trust_remote_code"] = False  # Not given, it is asked for on the terminal.
+        keywords["trust_remote_code"] = False  # Without it, transformers would ask on the terminal.
     # A component need not have the variant that its pipeline has.
     if variant is not None and variant not in checkpoint.name.split("."):
         del keywords["variant"]
@@ -61,7 +61,7 @@ def build_model(
 
 
 def _own_class(library: str, path: Path, config: dict[str, Any]) -> Any:
-    """The class that a model's configuration names; for one that the library does not know, its AutoModel."""
+    """Returns the class that a model's configuration names, or AutoModel if the library does not know that class."""
     module = importlib.import_module(library)
     if library == "diffusers":
         name = string_in(path, config, "_class_name") or ""
@@ -75,7 +75,7 @@ def _own_class(library: str, path: Path, config: dict[str, Any]) -> Any:
 
 
 def _component_class(library: str, name: str) -> Any:
-    """The class of a pipeline's component. The names come from a file: modules of other libraries are not imported."""
+    """Returns the class of a pipeline's component. The names come from a file, so no other library is imported."""
     import diffusers
 
     known = {"diffusers": diffusers}
@@ -89,13 +89,13 @@ def _component_class(library: str, name: str) -> Any:
 
 
 def _subclass(module: Any, name: str, *bases: type) -> Any:
-    """The class of that name, if it is one of these."""
+    """Returns the class `name` of `module` if it derives from one of `bases`, else None."""
     found = getattr(module, name, None) if name else None
     return found if isinstance(found, type) and issubclass(found, bases) else None
 
 
 def _dtype_of(checkpoint: Path) -> torch.dtype:
-    """The narrowest floating-point dtype that holds all that `checkpoint` has, so that building loses nothing."""
+    """Returns the narrowest floating-point dtype that holds all values of `checkpoint`, so that building loses none."""
     there = {getattr(tensor, "dtype", None) for tensor in open_checkpoint(checkpoint).values()}
     dtypes = [dtype for dtype in PLAIN_FLOATS if dtype in there]
     return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32

@@ -1,4 +1,4 @@
-"""Progress on a terminal, or told to the caller."""
+"""Progress of a transfer, shown on a terminal or told to the caller."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 Progress = Callable[[int], object]
-"""Told how many bytes are done, now and then, on the thread that waits."""
+"""It is called now and then, on the thread that waits, with the number of bytes that are done."""
 Show = bool | Callable[[int, int], object]
-"""Whether a bar is shown, where standard error is a terminal; or who is told how many bytes are done, and of how many,
-on the thread that waits. What it raises ends the transfer.
+"""Whether a bar is shown if standard error is a terminal; or a function that is called on the thread that waits, with
+the bytes that are done and the bytes in all. An exception of the function ends the transfer.
 """
 
 
 @contextmanager
 def progress_bar(title: str, total_bytes: int, show: Show) -> Iterator[Progress | None]:
-    """What a transfer tells of its progress; None if nobody wants to know."""
+    """Yields the function that a transfer tells its progress; None if no progress is wanted."""
     if callable(show):
         yield lambda done_bytes: show(done_bytes, total_bytes)
     elif not show:

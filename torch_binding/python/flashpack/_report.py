@@ -1,4 +1,4 @@
-"""What a load into a module tells of itself."""
+"""The report of a load into a module."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .utils import human_num_elements, logger
 
 @dataclass(frozen=True)
 class AssignReport:
-    """What assign_from_file did. A tensor that a module holds under several names counts once."""
+    """The result of assign_from_file. A tensor that a module holds under several names counts once."""
 
     assigned: tuple[str, ...]
-    """Names of the module that got what the file has."""
+    """Names of the module that got their tensors from the file."""
     missing: tuple[str, ...]
     """Parameters, persistent buffers and extra state that the file lacks, but for ignored ones."""
     unexpected: tuple[str, ...]
@@ -26,7 +26,7 @@ class AssignReport:
     left_on_meta: tuple[str, ...]
     """Parameters and buffers that have no memory."""
     stats: dict[str, Any] | None
-    """How the bytes came, see FlashTensorStorage.stats; None if this process read none."""
+    """Figures of the reads, as in FlashTensorStorage.stats; None if this process read nothing."""
 
     def __repr__(self) -> str:
         names = ("missing", "unexpected", "left_on_meta")
@@ -42,7 +42,7 @@ def _shortened(names: tuple[str, ...], shown: int = 5) -> str:
 
 
 def report_of(model: torch.nn.Module, plan: Plan, path: StrPath, stats: dict[str, Any] | None) -> AssignReport:
-    """Tells the log, and returns, what `plan` came to; warns of what is left on the meta device."""
+    """Logs and returns the result of `plan`; warns of tensors that are left on the meta device."""
     elements = human_num_elements(sum(entry.elems for entry in plan.wanted))
     logger.info("assigned %d tensors (%s elements) to %d names", len(plan.wanted), elements, len(plan.slots))
     missing = plan.missing_parameters + plan.missing_buffers

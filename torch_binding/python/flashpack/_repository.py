@@ -1,7 +1,7 @@
-"""Reading what a model's directory says, which may have come from anywhere. Needs no torch.
+"""Reading the configuration in a model's directory, which may come from anybody and is not trusted. Needs no torch.
 
-Files are read only if they are regular ones, fields have the type that belongs there, and what a file names lies in the
-directory. docs/downloaded_repositories.md has the rules.
+Only regular files are read, fields must have the right type, and files may name only files of the directory.
+docs/downloaded_repositories.md has the rules.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ._logging import in_one_line
 from ._native import FlashPackError
 
 INDEX_NAME = "model_index.json"
-# Names of components become keyword arguments beside these, of from_pretrained() of diffusers' pipelines.
+# These arguments of from_pretrained() of diffusers' pipelines cannot be names of components, which are arguments, too.
 OPTIONS = frozenset(
     {
         *("cache_dir", "custom_pipeline", "custom_revision", "dduf_file", "device", "device_map", "disable_mmap"),
@@ -38,10 +38,7 @@ _JSON_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a bool
 
 
 def open_regular(path: StrPath) -> BinaryIO:
-    """Opens a file for reading, as open_for_reading does, and is sure that it is a file.
-
-    Raises FlashPackError for what is not a regular file, OSError for the system's failures.
-    """
+    """Opens a file for reading. Raises FlashPackError if it is no regular file, OSError for the system's failures."""
     descriptor = open_descriptor(path, os.O_RDONLY | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -50,7 +47,7 @@ def open_regular(path: StrPath) -> BinaryIO:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file. Raises FlashPackError if that is not what it is, OSError for the system's failures."""
+    """Returns the object of a JSON file. Raises FlashPackError if it has none, OSError for the system's failures."""
     with open_regular(path) as file:
         content = file.read()
     try:
@@ -63,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def string_in(path: Path, config: dict[str, Any], key: str) -> str | None:
-    """`config[key]`, of the file `path`. None if there is none; FlashPackError if it is no string."""
+    """Returns `config[key]`, None if there is none. Raises FlashPackError, naming `path`, if it is no string."""
     value = config.get(key)
     if value is not None and not isinstance(value, str):
         raise _wrong_type(path, key, value, "a string")
@@ -71,7 +68,7 @@ def string_in(path: Path, config: dict[str, Any], key: str) -> str | None:
 
 
 def strings_in(path: Path, config: dict[str, Any], key: str) -> list[str]:
-    """The same for a list of strings. Empty if there is none."""
+    """Returns the list of strings `config[key]`, empty if there is none. Raises FlashPackError for any other type."""
     value = config.get(key)
     if value is None:
         return []
@@ -81,7 +78,7 @@ def strings_in(path: Path, config: dict[str, Any], key: str) -> list[str]:
 
 
 def auto_map_in(path: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The classes that are in code which comes with a configuration, by Auto class; of two tokenizers, the slow one."""
+    """Returns, by Auto class, the classes in code that comes with a model; of two tokenizers, the first (slow) one."""
     value = config.get("auto_map")
     if value is None:
         return {}
@@ -95,40 +92,40 @@ def auto_map_in(path: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def check_model_config(directory: Path) -> dict[str, Any]:
-    """The configuration of a transformers or diffusers model, once it is known that libraries may be given it.
+    """Returns the configuration of a transformers or diffusers model, which is then safe to give to these libraries.
 
-    Empty if there is none. Raises FlashPackError where fields that steer the load have a wrong type, name a file
-    elsewhere, or ask for code from the Hub: `attn_implementation` and its like may name a repository of kernels there.
+    It is empty if there is none. Raises FlashPackError if a field that steers the load has a wrong type, names a file
+    elsewhere, or asks for code from the Hub, where `attn_implementation` and its like can name a repository of kernels.
     """
     path = directory / "config.json"
     config = _checked_config(path)
-    # By these, transformers reads another file in place of this one.
+    # transformers may read one of these files instead.
     for name in strings_in(path, config, "configuration_files"):
         _checked_config(directory / plain_name(path, name))
     return config
 
 
 def plain_name(path: Path, name: object) -> str:
-    """`name`, which the file `path` has for another, once it is known to be one beside it."""
+    """Returns `name`, which the file `path` names. Raises FlashPackError if it cannot be a file beside `path`."""
     if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\0\ud800-\udfff]", name):
         raise FlashPackError(f"{path} names {name!r}, which is no file beside it")
     return name
 
 
 def components_of(directory: Path) -> dict[str, tuple[str, str]]:
-    """Library and class of each component that the pipeline in `directory` names.
+    """Returns library and class of each component of the pipeline in `directory`; nothing without model_index.json.
 
-    Those that it says are absent are left out. Empty for a directory without model_index.json.
+    Components that the index says are absent are left out.
     """
     index = directory / INDEX_NAME
     return components_in(index, read_json(index)) if index.is_file() else {}
 
 
 def components_in(path: Path, index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """The same of what was read from `path`. Settings of the pipeline, which stand there, too, are passed over."""
+    """Does the same for an index that was read from `path`, and ignores the settings of the pipeline in it."""
     found = {}
     for name, value in index.items():
-        # No argument of a constructor, and perhaps a path: diffusers passes that over, too.
+        # Such a name is no argument of a constructor, and may be a path. diffusers ignores it, too.
         if name.startswith("_") or not name.isidentifier():
             continue
         if not (isinstance(value, list) and len(value) == 2 and any(isinstance(part, str) for part in value)):
@@ -149,9 +146,9 @@ def components_in(path: Path, index: dict[str, Any]) -> dict[str, tuple[str, str
 
 
 def check_inside(root: Path, paths: Iterable[Path]) -> None:
-    """Raises FlashPackError where a link leads from one of `paths` out of the directory `root`.
+    """Raises FlashPackError if one of `paths` is a link that leads out of the directory `root`.
 
-    Where `root` is a snapshot in a Hub cache, its own blobs belong to it, wherever the cache has put them.
+    If `root` is a snapshot in a Hub cache, links may lead to the blobs of its repository.
     """
     roots = [os.path.realpath(root), *map(os.path.realpath, _blobs_of(root))]
     for path in paths:
@@ -160,7 +157,7 @@ def check_inside(root: Path, paths: Iterable[Path]) -> None:
 
 
 def check_folder(root: Path, folder: str) -> None:
-    """check_inside() of the folder of a component, or the directory itself for "", and of all files in it."""
+    """Calls check_inside() for the folder of a component, or for `root` itself if it is "", and for all files in it."""
     directory = root / folder
     check_inside(root, [directory])
     if directory.is_dir():
@@ -169,9 +166,9 @@ def check_folder(root: Path, folder: str) -> None:
 
 @contextlib.contextmanager
 def blaming(path: StrPath, passed: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
-    """Around what a library makes of the files at `path`: turns what it stumbles over into a FlashPackError.
+    """Within it, errors of a library that uses the files at `path` become a FlashPackError that names `path`.
 
-    OSError, ImportError and MemoryError, and those of `passed`, stay what they are.
+    OSError, ImportError, MemoryError and those of `passed` stay what they are.
     """
     unchanged: tuple[type[BaseException], ...] = (FlashPackError, OSError, ImportError, MemoryError, *passed)
     try:
@@ -216,14 +213,14 @@ def _leads_into(path: str, roots: list[str], blobs: list[str]) -> bool:
 
 
 def _blobs_of(directory: Path) -> list[Path]:
-    """Where a Hub cache has the files of the snapshot that `directory` is, or is in."""
+    """Returns the folders of a Hub cache that have the files of the snapshot `directory`, or of the one around it."""
     places = (Path(os.path.abspath(directory)), Path(os.path.realpath(directory)))
     snapshots = {parent for place in places for parent in place.parents if parent.name == "snapshots"}
     return [blobs for blobs in (parent.parent / "blobs" for parent in snapshots) if blobs.is_dir()]
 
 
 def _fields(value: Any) -> Iterator[tuple[str, Any]]:
-    """The fields of an object and of all that are in it."""
+    """Yields the fields of an object and of all objects in it."""
     if isinstance(value, dict):
         yield from value.items()
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -1,4 +1,4 @@
-"""The command line. Whatever needs torch is imported by the command that needs it."""
+"""The command line. Modules that need torch are imported by the commands that need them, because it takes seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .version import __version__
 
 
 class _FlashPackFile(click.Path):
-    """A file; of a directory that a conversion or a save has made, the one in it."""
+    """A flashpack file, given by its path or by the directory of a model that has one."""
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
         path = os.fsdecode(super().convert(value, parameter, context))
@@ -48,10 +48,10 @@ def main() -> None:
     flashpack metadata model.flashpack -i    # what is in it
     flashpack revert model.flashpack         # and back
 
-    What takes long shows its progress on a terminal. In pipes, and with --json, there is nothing but the result.
+    Long commands show their progress on a terminal. In pipes, and with --json, they print nothing but the result.
     """
     if not sys.stderr.isatty():
-        # Warnings of the package; without a handler, Python itself would print them.
+        # Without a handler, Python itself would print the warnings of the package.
         logger.addHandler(logging.NullHandler())
     elif logging.lastResort is not None:
         logging.lastResort.setFormatter(PrintableFormatter())
@@ -83,7 +83,7 @@ def metadata(path: str, show_index: bool, as_json: bool) -> None:
 @click.argument("path_or_repo_id", metavar="SOURCE")
 @click.argument("destination_path", metavar="[DESTINATION]", type=click.Path(), required=False)
 @click.option("--subfolder", help="The folder in a directory or repository that has the model.")
-@click.option("--variant", help="Of several sets of weights in it, this one: fp16 for model.fp16.safetensors.")
+@click.option("--variant", help="Choose one of several sets of weights: fp16 for model.fp16.safetensors.")
 @click.option("--dtype", help="Cast floating-point tensors to this: bfloat16, ...; others keep theirs.")
 @click.option("--ignore-names", multiple=True, metavar="NAME", help="Leave out this tensor.  [repeatable]")
 @click.option("--ignore-prefixes", multiple=True, metavar="PREFIX", help="Leave out what begins so.  [repeatable]")
@@ -190,7 +190,7 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
 
 
 def _summary(footer: Footer) -> dict[str, Any]:
-    """The keys of the footer, and whether it has checksums, of which there are too many to show."""
+    """Returns the keys of the footer, with one word for the checksums, because they are too many to show."""
     summary = dict(footer.metadata)
     lists: dict[str, Any] = {key: summary.pop(key) for key in ("metadata", "macroblocks", "index") if key in summary}
     return {**summary, "checksums": "crc32c" if footer.native.has_checksums else "none", **lists}
@@ -215,7 +215,7 @@ def _describe(footer: dict[str, Any]) -> Iterator[str]:
 
 
 def _list(index: list[dict[str, Any]], blocks: list[dict[str, Any]], digits: int) -> Iterator[str]:
-    """The tensors in file order; where there are several macroblocks, those of each under a line for it."""
+    """Yields a line for each tensor, in file order, and before those of each macroblock a line for it."""
     index = sorted(index, key=lambda record: (record.get("macroblock", 0), record["offset"]))
     last = None
     for i, record in enumerate(index):
@@ -229,7 +229,7 @@ def _list(index: list[dict[str, Any]], blocks: list[dict[str, Any]], digits: int
 
 
 def _shown(text: str) -> str:
-    """`text` for a line; --json has all of what is long."""
+    """Returns `text` for a line. A long text is cut, and only --json has all of it."""
     rest = len(text) - _MAX_SHOWN
     return printable(text) if rest <= 0 else f"{printable(text[:_MAX_SHOWN])}... and {rest} characters more"
 
@@ -248,7 +248,7 @@ def _reporting(verbose: bool) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        raise  # Who reads has seen enough; click ends quietly.
+        raise  # The reader has closed the pipe, so that click ends without a message.
     except Exception as error:
         if verbose:
             click.echo(printable_lines(traceback.format_exc()), err=True)
@@ -257,7 +257,7 @@ def _reporting(verbose: bool) -> Iterator[None]:
 
 
 def _quieten_libraries() -> None:
-    """Where nobody watches, transformers, diffusers and the Hub are not to tell how far they are."""
+    """Keeps progress of transformers, diffusers and the Hub out of standard error if that is no terminal."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

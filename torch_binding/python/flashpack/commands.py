@@ -40,7 +40,7 @@ Names = list[str] | None
 
 
 class _Packing(NamedTuple):
-    """How tensors become those of a flashpack file."""
+    """How tensors are chosen, cast and written to a flashpack file."""
 
     dtype: torch.dtype | None
     filters: Filters
@@ -52,13 +52,13 @@ class _Packing(NamedTuple):
         return cls(dtype, Filters.of(*filters), silent)
 
     def write(self, state_dict: StateDict, destination: StrPath, metadata: Mapping[str, str] | None = None) -> str:
-        """Returns the destination."""
+        """Writes `state_dict` to `destination`, and returns that."""
         tensors = filter_state_dict(state_dict, *self.filters)
         pack_to_file(tensors, destination, self.dtype, silent=self.silent, metadata=metadata)
         return os.fspath(destination)
 
     def convert(self, checkpoint: Path, state_dict: StateDict, destination: StrPath) -> str:
-        """Writes what the file `checkpoint` became; errors name it. Returns the destination."""
+        """Writes the tensors that the file `checkpoint` became, and its metadata; errors name it."""
         metadata = metadata_of(checkpoint)
         try:
             return self.write(state_dict, destination, metadata)
@@ -67,7 +67,7 @@ class _Packing(NamedTuple):
 
 
 def filter_kwargs_for_method(kwargs: dict[str, Any], method: Callable[..., Any]) -> dict[str, Any]:
-    """Those of `kwargs` that `method` takes: all, if it takes any."""
+    """Returns those of `kwargs` that `method` takes: all, if it has a `**` parameter."""
     parameters = inspect.signature(method).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return kwargs
@@ -88,11 +88,11 @@ def convert_to_flashpack(
 ) -> str:
     """Converts a model, a state dict, a file or a directory, local or on the Hub. Returns the destination.
 
-    A model, a state dict or a file (safetensors, what torch.save wrote, or the index of a sharded checkpoint) becomes
-    a file, by default beside the source. A directory becomes a directory with model.flashpack and what the model needs
-    beside it; of a pipeline, one in the folder of each component; by default that is the source itself. A repository
-    of the Hub becomes a directory, too, and has no default. A destination *.flashpack is a file also for these, with
-    the weights alone.
+    A model, a state dict or a file (safetensors, written by torch.save, or the index of a sharded checkpoint) becomes
+    a file; for a file, the default is beside it. A directory becomes a directory with model.flashpack, for a pipeline
+    in the folder of each component, and the other files that the model needs; the default is the source itself. A
+    repository of the Hub becomes a directory, too, and has no default. If the destination of either is called
+    *.flashpack, it becomes a file with the weights alone.
 
     Tensors keep the names of the checkpoint and no model is built, unless `use_transformers` or `use_diffusers` asks
     for the names of the model that the library builds.
@@ -100,7 +100,7 @@ def convert_to_flashpack(
     A default destination that exists is an error; a `destination_path` is replaced, but only by a whole result, and
     never if it is the source.
 
-    `dtype`: what floating-point tensors are cast to, as in pack_to_file. `ignore_*`: names not to write.
+    `dtype`: floating-point tensors are cast to it, as in pack_to_file. `ignore_*`: names not to write.
     `kwargs`: `subfolder` and `variant` of a directory; `copy_code=True`, which copies the Python files that come with a
     model, too, for loads that trust them (none of them is run); arguments of huggingface_hub, like `revision`; with
     `use_*`, of from_pretrained().
@@ -133,7 +133,7 @@ def convert_to_flashpack_from_state_dict(
     ignore_suffixes: Names = None,
     silent: bool = True,
 ) -> str:
-    """pack_to_file, with names left out and the dtype perhaps given by its name. Returns the destination."""
+    """Calls pack_to_file for all names but the ignored ones. `dtype` may be a name. Returns the destination."""
     packing = _Packing.of(dtype, silent, ignore_names, ignore_prefixes, ignore_suffixes)
     return packing.write(state_dict, destination_path)
 
@@ -147,7 +147,7 @@ def convert_to_flashpack_from_model(
     ignore_suffixes: Names = None,
     silent: bool = True,
 ) -> str:
-    """convert_to_flashpack_from_state_dict of the state dict of `model`."""
+    """Calls convert_to_flashpack_from_state_dict with the state dict of `model`."""
     return convert_to_flashpack_from_state_dict(
         model.state_dict(), destination_path, dtype, ignore_names, ignore_prefixes, ignore_suffixes, silent
     )
@@ -164,9 +164,9 @@ def convert_to_flashpack_from_state_dict_file(
 ) -> str:
     """Converts one checkpoint: a safetensors file, what torch.save wrote, or the index of several of either.
 
-    Only tensors and the `__metadata__` of safetensors files are taken from it, nothing is run. Tensors are read as they
-    are written: no copy of the checkpoint is made in memory. The destination and what is raised are those of
-    convert_to_flashpack.
+    Only tensors and the `__metadata__` of safetensors files are taken from it, nothing is run. Tensors are read while
+    others are written, so that no copy of the checkpoint is made in memory. The default destination and the errors are
+    those of convert_to_flashpack.
     """
     packing = _Packing.of(dtype, silent, ignore_names, ignore_prefixes, ignore_suffixes)
     return _convert_file(Path(path), destination_path, packing)
@@ -182,7 +182,7 @@ def convert_to_flashpack_from_diffusers_repo_id_or_dir(
     silent: bool = True,
     **kwargs: Any,
 ) -> str:
-    """convert_to_flashpack of a directory or a repository, with `use_diffusers`."""
+    """Calls convert_to_flashpack for a directory or a repository, with `use_diffusers`."""
     names = (ignore_names, ignore_prefixes, ignore_suffixes)
     return convert_to_flashpack(model_dir, destination_path, dtype, *names, silent=silent, use_diffusers=True, **kwargs)
 
@@ -197,7 +197,7 @@ def convert_to_flashpack_from_transformers_repo_id_or_dir(
     silent: bool = True,
     **kwargs: Any,
 ) -> str:
-    """convert_to_flashpack of a directory or a repository, with `use_transformers`."""
+    """Calls convert_to_flashpack for a directory or a repository, with `use_transformers`."""
     names = (ignore_names, ignore_prefixes, ignore_suffixes)
     return convert_to_flashpack(
         model_dir, destination_path, dtype, *names, silent=silent, use_transformers=True, **kwargs
@@ -205,7 +205,7 @@ def convert_to_flashpack_from_transformers_repo_id_or_dir(
 
 
 def revert_from_flashpack(path: StrPath, destination_path: StrPath | None = None, silent: bool = True) -> str:
-    """Converts a flashpack file to a safetensors file or, if the destination is called otherwise, with torch.save.
+    """Converts a flashpack file to a safetensors file or, if the destination has another suffix, with torch.save.
 
     By default the destination is beside the source, a safetensors file, and must not exist. Returns the destination.
     Metadata of the file becomes that of the safetensors file.
@@ -233,13 +233,13 @@ def revert_from_flashpack(path: StrPath, destination_path: StrPath | None = None
 
 
 def default_destination(source: StrPath, subfolder: str | None = None) -> str:
-    """Where the conversion of a file, or of a directory's `subfolder`, goes when no destination is given."""
+    """Returns where the conversion of a file, or of a directory's `subfolder`, goes if no destination is given."""
     path = Path(source)
     return os.fspath(path / (subfolder or "") if path.is_dir() else path.with_name(f"{stem_of(path)}.flashpack"))
 
 
 def default_reversal(source: StrPath) -> str:
-    """Where revert_from_flashpack goes when no destination is given."""
+    """Returns where revert_from_flashpack writes if no destination is given."""
     return os.fspath(Path(source).with_suffix(".safetensors"))
 
 

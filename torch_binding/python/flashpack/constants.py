@@ -13,9 +13,9 @@ WEIGHTS_NAME: Final = "model.flashpack"
 """The file with the weights, in the directory of a model."""
 
 FILE_FORMAT_V3: Final = "flashpack_v3"
-"""One dtype."""
+"""All tensors have one dtype."""
 FILE_FORMAT_V4: Final = "flashpack_v4"
-"""Several."""
+"""Tensors have several dtypes."""
 
 DEFAULT_ALIGN_BYTES: Final = 128
 DEFAULT_NUM_WRITE_WORKERS: Final = 32

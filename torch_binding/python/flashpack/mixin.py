@@ -75,9 +75,10 @@ class FlashPackMixin:
     ) -> Self:
         """Builds an instance without memory for its parameters, loads `path` into it, and returns it in eval mode.
 
-        `args` and those `kwargs` that it takes go to `init_fn`, else to `flashpack_init_method`, else to the class; so
-        do `mmap`, `verify`, `dtype` and `meta_init`, which flashpack 0.4.5 did not know, where it has a parameter of
-        that name. `meta_init=False` gives parameters memory from the start, for constructors that look at their values.
+        `init_fn`, else `flashpack_init_method`, else the class builds it from `args` and those `kwargs` that it takes.
+        If it has a parameter `mmap`, `verify`, `dtype` or `meta_init`, it gets that argument, as in flashpack 0.4.5,
+        which knows none of them. `meta_init=False` gives parameters memory from the start, for constructors that look
+        at their values.
         `device`: default is the CPU. The other arguments are those of assign_from_file.
 
         Warns when parameters that the file lacks stay on the meta device. Raises what assign_from_file raises.
@@ -90,7 +91,7 @@ class FlashPackMixin:
         theirs, ours = _shared_out(build, {name: value for name, value in shared.items() if value is not None})
         kwargs = _accepted(build, args, kwargs | theirs, sharing)
         model = _build(build, args, kwargs, ours.get("meta_init", cls.flashpack_meta_init))
-        assert isinstance(model, torch.nn.Module)  # As _build makes sure of.
+        assert isinstance(model, torch.nn.Module)  # _build has checked it.
         options = LoadOptions(
             "cpu" if device is None else device,
             cls._flashpack_filters(ignore_names, ignore_prefixes, ignore_suffixes),
@@ -115,7 +116,7 @@ class FlashPackMixin:
         checksum: bool = True,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """pack_to_file of this module."""
+        """Calls pack_to_file for this module."""
         if not isinstance(self, torch.nn.Module):
             raise TypeError(f"{type(self).__name__} is not a torch.nn.Module")
         pack_to_file(
@@ -129,7 +130,7 @@ class FlashPackMixin:
 
     @classmethod
     def _flashpack_filters(cls, names: Names, prefixes: Names, suffixes: Names) -> Filters:
-        """Returns what is given and, for what is None, the defaults of the class."""
+        """Returns the given filters, with the defaults of the class for those that are None."""
         return Filters.of(
             cls.flashpack_ignore_names if names is None else names,
             cls.flashpack_ignore_prefixes if prefixes is None else prefixes,
@@ -154,7 +155,7 @@ def _build(build: Callable[..., Self], args: Sequence[Any], kwargs: dict[str, An
 
 
 def _shared_out(build: Callable[..., Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of `given` that `build` has a parameter for, and the others."""
+    """Returns those of `given` that `build` has a parameter for, and the others."""
     named = inspect.signature(build).parameters.keys()
     theirs = {name: value for name, value in given.items() if name in named}
     return theirs, {name: value for name, value in given.items() if name not in named}
@@ -163,9 +164,9 @@ def _shared_out(build: Callable[..., Any], given: dict[str, Any]) -> tuple[dict[
 def _accepted(
     build: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], sharing: Sharing
 ) -> dict[str, Any]:
-    """Those of `kwargs` that `build` takes, and the rank and its like if it names them and `args` do not have them.
+    """Returns those of `kwargs` that `build` takes, and the rank and its like if it names them and `args` lack them.
 
-    A rank that is not known is passed on, as None, only where there is no default that it would hide.
+    A rank that is not known is passed as None only if the parameter has no default.
     """
     places = {"rank": sharing.rank, "local_rank": sharing.local_rank, "world_size": sharing.world_size}
     parameters = inspect.signature(build).parameters

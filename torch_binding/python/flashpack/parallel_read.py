@@ -1,4 +1,4 @@
-"""What is left of a module of flashpack 0.4.5; the engine has taken the place of the reader that was here."""
+"""The one function of this module of flashpack 0.4.5 that is still needed; the engine has replaced the reader."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __all__ = ["release_pinned_pool"]
 
 
 def release_pinned_pool() -> None:
-    """Gives back the staging memory, page-locked for GPUs, that loads and saves share; the next one makes it anew."""
+    """Frees the staging memory, page-locked for GPUs, that loads and saves share; the next one allocates it again."""
     release_engines()

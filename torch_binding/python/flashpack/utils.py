@@ -1,4 +1,4 @@
-"""Helpers around names, dtypes and numbers for people."""
+"""Helpers for names, dtypes, numbers that people read, and process groups."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._native import FlashPackError
 
 
 def _existing(*names: str) -> tuple[torch.dtype, ...]:
-    """Those dtypes that this torch has."""
+    """Returns those dtypes that this torch has."""
     return tuple(dtype for dtype in (getattr(torch, name, None) for name in names) if isinstance(dtype, torch.dtype))
 
 
@@ -49,7 +49,7 @@ _NUMPY: Final[dict[torch.dtype, type[np.generic]]] = {
 
 @cache
 def string_to_dtype(string: str) -> torch.dtype:
-    """The dtype called `string`, without "torch."; FlashPackError if this torch has none."""
+    """Returns the dtype called `string`, without "torch."; raises FlashPackError if this torch has none."""
     dtype = getattr(torch, string, None)
     if not isinstance(dtype, torch.dtype):
         raise FlashPackError(f"Unsupported dtype string in metadata: {string}")
@@ -57,14 +57,14 @@ def string_to_dtype(string: str) -> torch.dtype:
 
 
 def dtype_to_string(dtype: torch.dtype) -> str:
-    """torch's name of `dtype`, without "torch."."""
+    """Returns torch's name of `dtype`, without "torch."."""
     if not isinstance(dtype, torch.dtype):
         raise FlashPackError(f"Unsupported dtype in metadata: {dtype}")
     return str(dtype).removeprefix("torch.")
 
 
 def get_packing_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype whose numpy array carries the bits of `dtype`: itself, or an unsigned integer of its size."""
+    """Returns the dtype whose numpy array carries the bits of `dtype`: itself, or an unsigned integer of its size."""
     carrier = _CARRIERS.get(dtype, dtype)
     if carrier not in _NUMPY and dtype in _existing("float4_e2m1fn_x2", "float4_e2m1fn"):
         raise FlashPackError(f"Unsupported dtype for packing: {dtype}")
@@ -72,7 +72,7 @@ def get_packing_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def torch_dtype_to_numpy_dtype(dtype: torch.dtype) -> type[np.generic]:
-    """The numpy type of get_packing_dtype(dtype); FlashPackError if numpy has none."""
+    """Returns the numpy type of get_packing_dtype(dtype); raises FlashPackError if numpy has none."""
     carrier = _CARRIERS.get(dtype, dtype)
     if carrier not in _NUMPY:
         raise FlashPackError(f"Unsupported dtype for packing: {dtype}")
@@ -80,9 +80,9 @@ def torch_dtype_to_numpy_dtype(dtype: torch.dtype) -> type[np.generic]:
 
 
 def effective_read_threads(requested: int, *, floor: int = 1) -> int:
-    """`requested` threads, but no more than this process may use processors, or than `floor`, and at least one.
+    """Returns `requested`, but at most the larger of `floor` and the processors of this process, and at least one.
 
-    Kept for compatibility: the engine sizes its own threads.
+    This is kept for compatibility: the engine decides itself how many threads it has.
     """
     return max(1, min(requested, max(len(os.sched_getaffinity(0)), floor)))
 
@@ -98,7 +98,7 @@ def transformers_is_available() -> bool:
 
 
 def human_duration(seconds: float) -> str:
-    """`seconds` in the unit that suits it: "500.00ms", "1m5s"."""
+    """Returns `seconds` in a fitting unit: "500.00ms", "1m5s"."""
     for unit, below, scale in (("ns", 1e-6, 1e9), ("µs", 1e-3, 1e6), ("ms", 1.0, 1e3), ("s", 60.0, 1.0)):
         if seconds < below:
             return f"{seconds * scale:.2f}{unit}"
@@ -108,7 +108,7 @@ def human_duration(seconds: float) -> str:
 
 
 def human_num_elements(elements: int) -> str:
-    """`elements` in thousands, millions or billions: "5.00K"."""
+    """Returns `elements` in thousands, millions or billions: "5.00K"."""
     for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if elements > scale:
             return f"{elements / scale:.2f}{unit}"
@@ -125,7 +125,7 @@ def timer(name: str, silent: bool = False) -> Iterator[None]:
 
 
 def listed(names: Iterable[str] | None) -> Collection[str] | None:
-    """Turns what was given as names into something that can be asked again and again. One string is one name."""
+    """Returns `names` as a collection, because an iterator could be read only once. One string is one name."""
     if isinstance(names, str):
         return (names,)
     return names if names is None or isinstance(names, Collection) else tuple(names)
@@ -137,7 +137,7 @@ def is_ignored_tensor_name(
     ignore_prefixes: Iterable[str] | None = None,
     ignore_suffixes: Iterable[str] | None = None,
 ) -> bool:
-    """Whether `name` is listed, or begins or ends as listed."""
+    """Whether `name` is one of the names, or begins with one of the prefixes, or ends with one of the suffixes."""
     names, prefixes, suffixes = listed(ignore_names), listed(ignore_prefixes), listed(ignore_suffixes)
     return (
         (names is not None and name in names)
@@ -152,13 +152,13 @@ def filter_state_dict(
     ignore_prefixes: Iterable[str] | None = None,
     ignore_suffixes: Iterable[str] | None = None,
 ) -> dict[str, Any]:
-    """The entries of `state_dict` whose names are not ignored."""
+    """Returns the entries of `state_dict` whose names are not ignored."""
     filters = (listed(ignore_names), listed(ignore_prefixes), listed(ignore_suffixes))
     return {name: value for name, value in state_dict.items() if not is_ignored_tensor_name(name, *filters)}
 
 
 def get_module_and_attribute(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """The submodule that owns `name`, and the attribute's name there. AttributeError if there is no such submodule."""
+    """Returns the submodule that owns `name`, and the attribute's name there; AttributeError if there is none."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
 
@@ -173,7 +173,7 @@ def maybe_init_distributed(
 ) -> None:
     """Makes the process group, unless there is one or `world_size` is below 2: NCCL's on CUDA machines, else Gloo's.
 
-    What is not given is taken from RANK, LOCAL_RANK and WORLD_SIZE, as torchrun sets them; the ranks meet where
+    Missing arguments are taken from RANK, LOCAL_RANK and WORLD_SIZE, as torchrun sets them; the ranks meet where
     MASTER_ADDR and MASTER_PORT say. The CUDA device `local_rank` becomes the current one.
     """
     rank = _env_number("RANK", 0) if rank is None else rank
@@ -189,7 +189,7 @@ def maybe_init_distributed(
         dist.init_process_group("gloo", init_method="env://", rank=rank, world_size=world_size)
         return
     device = torch.device("cuda", local_rank)
-    # First, or NCCL would set up on whatever device is the current one.
+    # NCCL sets up on the current device, so that this comes first.
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", init_method="env://", rank=rank, world_size=world_size, device_id=device)
 

@@ -1,4 +1,4 @@
-"""What flashpack brings to other libraries. Nothing here imports one of them before it is asked to."""
+"""flashpack for transformers and diffusers. Importing this package imports neither of them."""
 
 from __future__ import annotations
 

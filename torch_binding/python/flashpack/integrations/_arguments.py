@@ -1,4 +1,4 @@
-"""What the integrations share in handling the arguments of their callers, and in reading files before they build."""
+"""Helpers of both integrations, for the arguments of callers and for what files say before a model is built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..utils import logger, string_to_dtype
 
 
 def without_unknown(function: str, arguments: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Returns those of `arguments` that are among `known`. The others have always been accepted; they are logged."""
+    """Returns those of `arguments` that are in `known`. Others are only logged, because 0.4.5 took them, too."""
     dropped = sorted(name for name in arguments if name not in known)
     if dropped:
         logger.warning("%s does not take %s", function, ", ".join(dropped))
@@ -25,7 +25,7 @@ def without_unknown(function: str, arguments: Mapping[str, Any], known: Collecti
 
 
 def requested_dtype(arguments: dict[str, Any]) -> Any:
-    """Takes `dtype`, and `torch_dtype` as it was called before, out of `arguments`."""
+    """Takes `dtype` and its older name `torch_dtype` out of `arguments`, and returns what they ask for."""
     older = arguments.pop("torch_dtype", None)
     dtype = arguments.pop("dtype", None)
     return older if dtype is None else dtype
@@ -40,7 +40,7 @@ def flashpack_file(directory: Path) -> Path:
 
 
 def main_dtype(footer: Footer) -> torch.dtype | None:
-    """Returns the dtype that most bytes of the file have, among those that a model can be built in, if any has."""
+    """Returns that dtype of PLAIN_FLOATS that most bytes of the file have; None if no tensor has one of them."""
     sizes: Counter[torch.dtype] = Counter()
     for entry in footer.entries():
         sizes[string_to_dtype(entry.dtype)] += entry.size_bytes

@@ -1,4 +1,4 @@
-"""Classes that are a library's class with a flashpack mixin. They are called FlashPack<Class>; files never say so."""
+"""Classes that add a flashpack mixin to a library's class X. They are called FlashPack<X>, but files name X."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ PREFIX = "FlashPack"
 
 
 class _Promoted(type):
-    """The class of the classes FlashPack<X>; pickle makes them anew from X."""
+    """The metaclass of the classes FlashPack<X>. No module has these classes, so pickle makes them again from X."""
 
     recipe: tuple[type, type]
 
     def __str__(cls) -> str:
-        # transformers registers under this what a class can record, such as hidden states.
+        # transformers registers the outputs that a class can record, such as hidden states, under this string.
         return str(vars(cls)["recipe"][0]) if "recipe" in vars(cls) else repr(cls)
 
 
 @functools.cache
 def promoted_class(original: type, mixin: type) -> Any:
-    """FlashPack<X> for a class X: the same with `mixin`. X itself, if it has it already."""
+    """Returns FlashPack<X> for a class X: a subclass with `mixin`. If X has the mixin already, returns X itself."""
     if issubclass(original, mixin):
         return original
     # Libraries write the module of a class into files, to find it again.
     body: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__, "recipe": (original, mixin)}
-    # By this name the Trainer tells which models shift their labels.
+    # The Trainer decides by this name which models shift their labels.
     body["_get_name"] = lambda model: type(model).__name__.removeprefix(PREFIX)
     return _Promoted(PREFIX + original.__name__, (original, mixin), body)
 
 
 def demote(model: Any) -> None:
-    """Takes from a model, in place, what promoted_class gave to its class."""
+    """Gives a model of a class FlashPack<X> the class X again, in place."""
     if isinstance(type(model), _Promoted) and "recipe" in vars(type(model)):
         model.__class__ = type(model).recipe[0]
 
@@ -45,10 +45,10 @@ copyreg.pickle(_Promoted, _reduce)
 
 
 def original_class(cls: type, mixin: type) -> Any:
-    """The class that files name for `cls`, so that they load without flashpack.
+    """Returns the class that files name for `cls`, so that they load without flashpack.
 
     For a class FlashPack..., also one written by hand, it is the nearest base that is a model and lacks the mixin.
-    Others, and those that have no such base, stay what they are.
+    For any other class, or without such a base, it is `cls` itself.
     """
     if not cls.__name__.startswith(PREFIX):
         return cls

@@ -1,4 +1,4 @@
-"""Teaching the libraries that are installed to read and write flashpack files."""
+"""Lets transformers and diffusers read and write flashpack files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .. import utils
 
 
 def patch_integrations() -> None:
-    """Patches transformers and diffusers, those of the two that are installed. May be called again."""
+    """Patches transformers and diffusers, as far as they are installed. May be called again."""
     if utils.diffusers_is_available():
         from .diffusers import patch_diffusers_auto_model
 

@@ -1,4 +1,4 @@
-"""What a pipeline's files and its constructor say about the classes of its components."""
+"""The classes of a pipeline's components, as its files and its constructor name them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _LIBRARIES = ("diffusers", "transformers")
 
 
 def mixin_for(cls: type) -> Any:
-    """The flashpack mixin for a class of diffusers or transformers; None if it is no model."""
+    """Returns the flashpack mixin for a class of diffusers or transformers; None if the class is no model."""
     if issubclass(cls, ModelMixin):
         return FlashPackDiffusersModelMixin if issubclass(cls, ConfigMixin) else None
-    # Importing transformers takes seconds, and who has not imported it has no model of it.
+    # Importing transformers takes seconds, and before it is imported `cls` cannot be one of its models.
     if "transformers" not in sys.modules or not issubclass(cls, sys.modules["transformers"].PreTrainedModel):
         return None
     from ..transformers import FlashPackTransformersModelMixin
@@ -42,12 +42,12 @@ def has_mixin(cls: type) -> bool:
 
 
 def uncompiled(component: Any) -> Any:
-    """What torch.compile has wrapped in a module of its own."""
+    """Returns the module that torch.compile has wrapped in `component`, or else `component` itself."""
     return getattr(component, "_orig_mod", component)
 
 
 def flashpack_class(cls: type) -> Any:
-    """`cls` with its mixin. FlashPackError if it is no model."""
+    """Returns `cls` with its mixin. Raises FlashPackError if it is no model."""
     mixin = mixin_for(cls)
     if mixin is None:
         raise FlashPackError(f"{cls.__name__} is not a model of diffusers or transformers")
@@ -55,7 +55,7 @@ def flashpack_class(cls: type) -> Any:
 
 
 def promote(component: Any, wanted: type | None = None) -> Any:
-    """Gives a model, in place, the class that adds the mixin to its own, or `wanted`. Others stay what they are."""
+    """Adds the mixin to a model, in place: its class becomes `wanted` or flashpack_class(). Others are left alone."""
     own = type(component)
     if mixin_for(own) is not None and not has_mixin(own):
         component.__class__ = wanted or flashpack_class(own)
@@ -63,11 +63,11 @@ def promote(component: Any, wanted: type | None = None) -> Any:
 
 
 def declared_classes(pipeline_class: Any) -> dict[str, type]:
-    """The components that the constructor of a pipeline annotates with a class that has the mixin."""
+    """Returns, by component, the classes with a mixin that the constructor of a pipeline annotates."""
     try:
         hints = typing.get_type_hints(pipeline_class.__init__)
     except (NameError, TypeError, AttributeError):
-        # A name that exists only for type checkers, or in a function.
+        # Some annotation names a thing that exists only for type checkers, or in a function.
         hints = inspect.get_annotations(pipeline_class.__init__)
     declared = {}
     for name, hint in hints.items():
@@ -78,7 +78,7 @@ def declared_classes(pipeline_class: Any) -> dict[str, type]:
 
 
 def index_entry(cls: type) -> tuple[str, str]:
-    """Library and class of a model, as diffusers writes them into model_index.json."""
+    """Returns library and class of a model, as diffusers writes them into model_index.json."""
     original = original_class(cls, mixin_for(cls))
     pipeline = DiffusionPipeline()
     pipeline.register_modules(component=original.__new__(original))
@@ -87,9 +87,9 @@ def index_entry(cls: type) -> tuple[str, str]:
 
 
 def entry_known_to_diffusers(cls: type) -> tuple[str, str]:
-    """index_entry(); of a class of one's own, that of the nearest base that diffusers or transformers exports.
+    """Returns index_entry() of `cls` or, if that names any other module, of a base from diffusers or transformers.
 
-    When from_pretrained() is passed a component, it fails for an entry that names any other module (diffusers 0.42).
+    from_pretrained() fails for an entry that names any other module if it is passed the component (diffusers 0.42).
     """
     library, name = index_entry(cls)
     if library in _LIBRARIES or hasattr(diffusers.pipelines, library):
@@ -102,12 +102,12 @@ def entry_known_to_diffusers(cls: type) -> tuple[str, str]:
 
 
 def class_named(library: str, name: str) -> Any:
-    """The class of an entry of model_index.json. Imports nothing but diffusers and transformers: files are not trusted.
+    """Returns the class of an entry of model_index.json. Raises FlashPackError if there is no such class.
 
-    Raises FlashPackError if there is no such class.
+    Files are not trusted, so that for them only diffusers and transformers are imported.
     """
     if library.startswith(_OURS):
-        # flashpack 0.4.5 wrote the module that had made the class.
+        # flashpack 0.4.5 wrote the name of its own module that had made the class.
         library = library.removeprefix(_OURS).split(".")[0]
     module = _module_named(library)
     for candidate in (name, name.removeprefix(PREFIX)):
@@ -118,23 +118,23 @@ def class_named(library: str, name: str) -> Any:
 
 
 def accepted_components(pipeline_class: Any) -> set[str]:
-    """The names of what the constructor of a pipeline takes and an index may name: no options of from_pretrained()."""
+    """Returns the names that the constructor of a pipeline takes, without those of options of from_pretrained()."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(pipeline_class.__init__).parameters
     return {name for name, parameter in parameters.items() if parameter.kind in kinds} - OPTIONS
 
 
 def check_components(pipeline_class: Any, directory: Path, there: Collection[str]) -> None:
-    """Raises FlashPackError where diffusers would run code of a pipeline's directory, or read another one.
+    """Raises FlashPackError where diffusers would run code of a pipeline's directory, or read another directory.
 
-    `there`: the components that it need not load.
+    `there`: the components that diffusers is given and does not load.
     """
     accepted = accepted_components(pipeline_class)
     for name, (library, class_name) in components_of(directory).items():
         if name not in accepted or name in there:
             continue
         index = directory / INDEX_NAME
-        # diffusers takes what has no folder of its own from the directory itself.
+        # diffusers loads a component that has no folder of its own from the directory itself.
         folder = name if (directory / name).is_dir() else ""
         check_folder(directory, folder)
         check_model_config(directory / folder)
@@ -143,7 +143,7 @@ def check_components(pipeline_class: Any, directory: Path, there: Collection[str
                 f"{index}: {name} is {class_name} of code that comes with it, which needs trust_remote_code"
             )
         found = getattr(_module_named(library), class_name.removeprefix(PREFIX), None)
-        # diffusers knows what some have been called before, which are no more, and which need another package.
+        # diffusers itself reports classes that were renamed or removed, or that need another package.
         if found is None or type(found).__name__ == "DummyObject":
             continue
         if not (isinstance(found, type) and issubclass(found, _loadable())):
@@ -164,7 +164,7 @@ def _module_named(library: str) -> Any:
 
 
 def _loadable() -> tuple[type, ...]:
-    """What diffusers takes for a component."""
+    """Returns the base classes that diffusers allows for components."""
     known = pipeline_loading_utils.LOADABLE_CLASSES
     modules = {library: sys.modules.get(library) for library in known}
     return tuple(

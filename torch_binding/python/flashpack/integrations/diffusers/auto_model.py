@@ -1,4 +1,4 @@
-"""Loading a model whose class only its files know."""
+"""Loading a model whose class is named in its files alone."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class AutoFlashPackModel(ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_or_path: StrPath | None = None, **kwargs: Any) -> Any:
-        """What AutoModel.from_pretrained of diffusers loads; with `use_flashpack=True`, from_pretrained_flashpack()."""
+        """Calls AutoModel.from_pretrained of diffusers or, with `use_flashpack=True`, from_pretrained_flashpack()."""
         if kwargs.pop("use_flashpack", False):
             return cls.from_pretrained_flashpack(pretrained_model_or_path, **kwargs)
         return promote(diffusers.AutoModel.from_pretrained(pretrained_model_or_path, **kwargs))
 
     @classmethod
     def from_pretrained_flashpack(cls, pretrained_model_or_path: StrPath | None = None, **kwargs: Any) -> Any:
-        """The model of a directory with `model.flashpack`, or of a repository on the Hub.
+        """Returns the model of a directory with `model.flashpack`, or of a repository on the Hub.
 
-        The class of a `subfolder` is read from the model_index.json above it, if there is one, else it is that of its
-        config.json. `trust_remote_code=True` runs code that the model brings along. The other `kwargs` are those of the
-        class's own from_pretrained_flashpack.
+        The class of a `subfolder` is read from the model_index.json above it, if there is one, else from its
+        config.json. `trust_remote_code=True` runs code that comes with the model. The other `kwargs` are those of
+        from_pretrained_flashpack() of the model's class.
         """
         if pretrained_model_or_path is None:
             raise FlashPackError("pretrained_model_or_path is required")

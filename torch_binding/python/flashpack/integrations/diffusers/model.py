@@ -42,7 +42,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
     """Adds save_pretrained_flashpack() and from_pretrained_flashpack() to a model of diffusers.
 
     `class FlashPackUNet(UNet2DConditionModel, FlashPackDiffusersModelMixin): pass`. Files name the base, so that they
-    load anywhere; a class that is more than that should have a name that does not begin with FlashPack.
+    load without flashpack. Therefore a class that adds more should have a name that does not begin with FlashPack.
     """
 
     flashpack_init_method: ClassVar[str | None] = "from_config"
@@ -67,7 +67,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
     ) -> None:
         """Writes `model.flashpack` and `config.json` into a directory, which is made if need be.
 
-        `is_main_process`: False, for all ranks but one, writes and uploads nothing.
+        `is_main_process`: ranks that pass False write and upload nothing.
         `push_to_hub`: uploads the directory, to `repo_id` or, without one, to a repository of the directory's name.
         The other arguments are those of pack_to_file. `kwargs` that save_flashpack does not take are logged.
 
@@ -131,19 +131,19 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         verify: Verify = "auto",
         **kwargs: Any,
     ) -> Self:
-        """The model of a directory, or of a repository on the Hub, of which only what is needed is downloaded.
+        """Returns the model of a directory, or of a repository on the Hub; only files that it needs are downloaded.
 
-        It is built from `config.json` without memory for its parameters (diffusers' own way needs accelerate; see
-        FlashPackMixin.from_flashpack for this one), gets the tensors of `model.flashpack`, and is in eval mode.
+        The model is built from `config.json` without memory for its parameters, as in FlashPackMixin.from_flashpack
+        (accelerate is not needed), gets the tensors of `model.flashpack`, and is in eval mode.
         Floating-point parameters and buffers have the dtypes of the file, unless `dtype` asks for another.
 
-        `kwargs`: `dtype` or `torch_dtype`, which keeps in float32 what the class says must be; `device_map`, if it
-        names one device; `config`, instead of config.json; anything else overrides the config. What the class does
-        not take is logged.
+        `kwargs`: `dtype` or `torch_dtype`, but modules that the class keeps in float32 stay so; `device_map`, if it
+        names one device; `config`, instead of config.json. Any other overrides an entry of the config, or is logged
+        if the class does not take it.
         The other arguments are those of from_flashpack and of huggingface_hub.snapshot_download.
 
-        Raises FileNotFoundError without `model.flashpack`, OSError without config.json, FlashPackError for one of which
-        the class cannot be built, and what assign_from_file raises.
+        Raises FileNotFoundError without `model.flashpack`, OSError without config.json, FlashPackError if the class
+        cannot be built from it, and what assign_from_file raises.
         """
         download = Download(subfolder, revision, cache_dir, local_dir, token, force_download, local_files_only, proxies)
         options = LoadOptions(
@@ -160,7 +160,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         return _load(cls, pretrained_model_name_or_path, download, options, kwargs)
 
     def to_json_string(self) -> str:
-        """The config, as ConfigMixin writes it, under the name of the class that is loadable without flashpack."""
+        """Returns the config as ConfigMixin does, but names the class that is loadable without flashpack."""
         original = original_class(type(self), FlashPackDiffusersModelMixin)
         if original is type(self):
             return str(super().to_json_string())
@@ -178,7 +178,7 @@ def make_directory(path: StrPath) -> Path:
 
 
 def one_device(device: str | torch.device | None, device_map: Any) -> str | torch.device | None:
-    """The device that `device`, or else a device map of diffusers, stands for. "auto" and "balanced" are one GPU."""
+    """Returns `device`, or else the one device of a diffusers device map; "auto" and "balanced" mean one GPU."""
     if device is not None or device_map is None:
         return device
     if isinstance(device_map, Mapping):
@@ -197,7 +197,7 @@ def _load(
     path = flashpack_file(directory)
     coerce_dtype, dtype = options.casts
     check_asked(dtype)
-    # The model is built with the dtypes that are wanted.
+    # _build() gives the model the dtypes that are wanted, so the tensors are cast to those of the model.
     options = options._replace(casts=Casts(coerce_dtype or dtype is not None))
     config = kwargs.pop("config", None)
     if config is None:
@@ -217,7 +217,7 @@ def _build(
     footer: Footer,
     dtype: torch.dtype | None,
 ) -> Any:
-    """A new model whose floating-point tensors have the dtypes that those of the file will have."""
+    """Returns a new model whose floating-point tensors have the dtypes that the load is to end with."""
     stored = {entry.name: string_to_dtype(entry.dtype) for entry in footer.entries()}
     with blaming(directory / "config.json"), _default_dtype(main_dtype(footer) if dtype is None else dtype):
         _, unused, _ = cls.extract_init_dict(dict(config), **kwargs)
@@ -236,9 +236,9 @@ def _build(
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """Tensors that constructors make, such as position tables, get the dtype, as when diffusers loads with one."""
+    """Within it, constructors make tensors such as position tables in `dtype`, as in a load by diffusers."""
     before = torch.get_default_dtype()
-    if dtype in PLAIN_FLOATS:  # What torch takes as default dtype.
+    if dtype in PLAIN_FLOATS:  # torch allows no others as default.
         torch.set_default_dtype(dtype)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Teaching diffusers' own classes about flashpack."""
+"""Lets diffusers' own classes load and save flashpack files."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ Self = TypeVar("Self", bound="FlashPackDiffusionPipeline")
 class FlashPackDiffusionPipeline(DiffusionPipeline):
     """Adds save_pretrained_flashpack() and from_pretrained_flashpack() to a pipeline of diffusers.
 
-    `class FlashPackSD(StableDiffusionPipeline, FlashPackDiffusionPipeline): pass`. The constructor may annotate
-    components with classes that have a flashpack mixin; they are then loaded as these.
+    `class FlashPackSD(StableDiffusionPipeline, FlashPackDiffusionPipeline): pass`. If the constructor annotates a
+    component with a class that has a flashpack mixin, the component is loaded as an instance of that class.
     """
 
     def save_pretrained_flashpack(
@@ -140,22 +140,23 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
         verify: Verify = "auto",
         **kwargs: Any,
     ) -> Self:
-        """The pipeline of a directory, or of a repository on the Hub.
+        """Returns the pipeline of a directory, or of a repository on the Hub.
 
         Components that have a `model.flashpack` are loaded from it, in the order of their names, as the class that the
         constructor annotates or model_index.json names. Everything else is left to from_pretrained() of the pipeline.
         FlashPackDiffusionPipeline itself takes the class of the pipeline from model_index.json.
 
-        `device`: where all components end; default: the CPU. `device_map` may name it, too.
+        `device`: the device of all components, by default the CPU. `device_map` may name it, too.
         `kwargs`: components that are there already, or None for those that are not wanted; `dtype` or `torch_dtype`, a
-        dtype or {component: dtype, "default": dtype}; `rank`, `local_rank`, `world_size`; what from_pretrained() takes.
-        The other arguments are those of FlashPackDiffusersModelMixin.from_pretrained_flashpack.
+        dtype or {component: dtype, "default": dtype}; `rank`, `local_rank`, `world_size`; and all that
+        from_pretrained() takes. The other arguments are those of
+        FlashPackDiffusersModelMixin.from_pretrained_flashpack.
 
-        Nothing in the directory runs code, or is an option of the load; `trust_remote_code` and its like have no effect
-        but as arguments.
+        Nothing in the directory can run code or set an option of the load: `trust_remote_code` and its like have an
+        effect only as arguments of this call.
 
-        Raises FlashPackError for files that are not a pipeline's. What a component raises becomes a RuntimeError "Error
-        loading X from LIBRARY CLASS", which is a FlashPackError, too, where its cause is one.
+        Raises FlashPackError for files that are not a pipeline's. An error of a component becomes a RuntimeError "Error
+        loading X from LIBRARY CLASS", which is a FlashPackError, too, if its cause is one.
         """
         if pretrained_model_name_or_path is None:
             raise FlashPackError("pretrained_model_name_or_path is required")
@@ -177,7 +178,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls: type[Self], pretrained_model_name_or_path: StrPath, **kwargs: Any) -> Self:
-        """As in diffusers; models get the classes that the constructor annotates, where these add a mixin to theirs."""
+        """Loads as diffusers does. Models get the class that the constructor annotates if it adds a mixin to theirs."""
         pipeline: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for name, declared in declared_classes(type(pipeline)).items():
             component = getattr(pipeline, name, None)
@@ -186,7 +187,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
         return pipeline
 
     def to_json_string(self) -> str:
-        """The config, as ConfigMixin writes it, under the names of classes that are loadable without flashpack."""
+        """Returns the config as ConfigMixin does, but names classes that are loadable without flashpack."""
         components = {name: uncompiled(getattr(self, name, None)) for name in _components_in(self.config)}
         self.register_to_config(
             **{
@@ -225,7 +226,7 @@ def _per_component(
 def _save(
     component: Any, directory: Path, safe_serialization: bool, variant: str | None, max_shard_size: int | str | None
 ) -> None:
-    """Its own save_pretrained(), with those arguments that it names."""
+    """Calls the component's own save_pretrained() with those arguments that it names."""
     arguments: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
     if max_shard_size is not None:
         arguments["max_shard_size"] = max_shard_size
@@ -233,7 +234,7 @@ def _save(
     make_directories(directory)
     own_files(directory, "**/*")
     component.save_pretrained(directory, **{name: value for name, value in arguments.items() if name in known})
-    # One of before would be loaded instead of what has just been saved.
+    # A flashpack file from an earlier save would be loaded instead of this component.
     (directory / WEIGHTS_NAME).unlink(missing_ok=True)
 
 
@@ -249,7 +250,7 @@ def _load(cls: type[Self], path_or_repo: StrPath, options: LoadOptions, argument
     loaded = _load_components(pipeline_class, directory, entries, requested_dtype(dict(arguments)), options)
     if loaded and arguments.get("quantization_config") is not None:
         logger.warning("quantization_config has no effect on %s, which flashpack loads", ", ".join(loaded))
-    # It means something only to the download, and from_pretrained() would complain.
+    # `local_dir` was for the download, and from_pretrained() would complain of it.
     arguments.pop("local_dir", None)
     components = arguments | loaded
     if not arguments.get("trust_remote_code"):
@@ -259,7 +260,7 @@ def _load(cls: type[Self], path_or_repo: StrPath, options: LoadOptions, argument
 
 
 def _download(path_or_repo: StrPath, arguments: Mapping[str, Any]) -> Path:
-    """The directory of a pipeline. Of a repository, a component with a flashpack file comes without other weights."""
+    """Returns a pipeline's directory. For a component with a flashpack file no other weights are downloaded."""
     hub = Download.of(arguments)
     code = ["*.py"] if arguments.get("trust_remote_code") or arguments.get("custom_pipeline") else []
     patterns = ["*.json", "*.flashpack", "README.md", *code]
@@ -273,14 +274,14 @@ def _download(path_or_repo: StrPath, arguments: Mapping[str, Any]) -> Path:
     ]
     if others:
         if directory.parent.name == "snapshots":
-            # The branch may have moved since.
+            # The branch may have moved since, so that the same commit is asked for.
             hub = hub._replace(revision=directory.name)
         resolve_directory(path_or_repo, hub, others)
     return directory
 
 
 def _pipeline_class(cls: type[Self], directory: Path, arguments: Mapping[str, Any]) -> Any:
-    """The class of the pipeline; one of code that comes with it is left to diffusers, where the caller trusts that."""
+    """Returns the class of the pipeline. A class in trusted code of the pipeline is left to diffusers."""
     path = directory / INDEX_NAME
     index = read_json(path)
     if not (arguments.get("trust_remote_code") and isinstance(index.get("_class_name"), list)):
@@ -295,7 +296,7 @@ def _pipeline_class(cls: type[Self], directory: Path, arguments: Mapping[str, An
 
 
 class _ComponentError(FlashPackError, RuntimeError):
-    """What 0.4.5 raises, for a file that is not valid."""
+    """An invalid file of a component; a RuntimeError, too, because 0.4.5 raises that."""
 
 
 def _load_components(
@@ -305,7 +306,7 @@ def _load_components(
     dtype: Any,
     options: LoadOptions,
 ) -> dict[str, Any]:
-    """Those of `entries` that have a flashpack file. All ranks of a group load them in one order."""
+    """Loads those of `entries` that have a flashpack file, on all ranks of a group in the same order."""
     declared = declared_classes(pipeline_class)
     loaded = {}
     for name, (library, class_name) in entries.items():
@@ -325,7 +326,7 @@ def _load_components(
 
 
 def _lacks_weights(directory: Path, library: str, class_name: str) -> bool:
-    """Whether this is a model, and nothing in its directory can be its weights."""
+    """Whether the class is a model's, and no file in its directory can be its weights."""
     if not directory.is_dir() or any(path.suffix in _WEIGHTS for path in directory.iterdir()):
         return False
     try:
@@ -336,9 +337,9 @@ def _lacks_weights(directory: Path, library: str, class_name: str) -> bool:
 
 @contextmanager
 def _understood_by_diffusers(directory: Path, components: Mapping[str, Any]) -> Iterator[Path]:
-    """`directory`, or a stand-in for it if its index names classes that diffusers does not take.
+    """Yields `directory` or, if its index names classes that diffusers does not take, a stand-in of links to its files.
 
-    Those are classes of one's own, and those of flashpack, which 0.4.5 named. `components` are there already.
+    Such classes are the caller's own, and those FlashPack... that 0.4.5 named. `components` are loaded already.
     """
     index = read_json(directory / INDEX_NAME)
     names = {}

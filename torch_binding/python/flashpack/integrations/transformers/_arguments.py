@@ -15,7 +15,7 @@ from ..._native import FlashPackError
 from ...utils import string_to_dtype
 from .._arguments import requested_dtype
 
-# What from_pretrained() of transformers takes and has no meaning here: where and how to read weights.
+# These say where and how transformers reads weights, so that they are taken without effect.
 _WITHOUT_MEANING = frozenset(
     {
         "_commit_hash",
@@ -49,7 +49,7 @@ _REFUSED = frozenset(
         "variant",
     }
 )
-# What only transformers' own loader can do.
+# Only transformers' own loader can do what these ask for.
 FOR_TRANSFORMERS = frozenset(
     {
         "allow_all_kernels",
@@ -76,7 +76,7 @@ def accepted(arguments: dict[str, Any]) -> dict[str, Any]:
 def read_config(
     model_class: type[PreTrainedModel], directory: Path, arguments: dict[str, Any]
 ) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The configuration, and the arguments that it did not take."""
+    """Returns the configuration, and the arguments that it did not take."""
     config = arguments.pop("config", None)
     if isinstance(config, PretrainedConfig):
         return config, arguments

@@ -1,8 +1,8 @@
 """Building a transformers model and filling it from a file.
 
-A file whose names are all of the module's is assigned to it. For any other, such as one with the names of a checkpoint
-or without some of the weights, transformers' own loader is given the tensors: it knows how to rename, convert and tie
-them, and how to initialise what is missing.
+A file with just the names of the module is assigned to it. The tensors of any other file, such as one with names of a
+checkpoint or without some weights, are given to transformers' own loader: it knows how to rename, convert and tie them,
+and how to initialise missing ones.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from ...utils import string_to_dtype
 from .._arguments import main_dtype
 from ._arguments import FOR_TRANSFORMERS, accepted, device_of, dtype_of, read_config
 
-# transformers does not call load_state_dict(). What its own models and torch's do there, it does in other ways.
+# transformers does not call load_state_dict(), and has other ways to do what its own modules and torch's do there.
 _WITHOUT_LOAD_STATE_DICT = frozenset({"torch", "transformers"})
-# Each read looks at the whole footer; what is restored is in memory twice until it is in its place.
+# A read of few tensors is slow, because it looks at the whole footer; one of many takes their memory a second time.
 _READ_TOGETHER = 64
 _OLD = int(transformers_version.split(".")[0]) < 5
 
 
 @dataclass
 class Request:
-    """What to load and how."""
+    """A load: its file and what the caller asks for."""
 
     directory: Path
     name: str
-    """What the caller called it."""
+    """The path or repository that the caller gave."""
     footer: Footer
     device: torch.device
     dtype: torch.dtype | None
-    """None keeps what the file has."""
+    """None keeps the dtypes of the file."""
     options: LoadOptions
     arguments: dict[str, Any]
-    """Of transformers, for building the model."""
+    """Arguments for transformers to build the model with."""
 
     def entries(self) -> list[Entry]:
         """The tensors that are wanted."""
@@ -71,7 +71,7 @@ def load(
     options: LoadOptions,
     arguments: dict[str, Any],
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """An instance of `model_class`, in eval mode, and what transformers calls its loading info.
+    """Returns an instance of `model_class`, in eval mode, and what transformers calls its loading info.
 
     `arguments`: those of from_pretrained().
     """
@@ -93,13 +93,13 @@ def load(
 
 
 def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, request: Request) -> PreTrainedModel | None:
-    """The model, filled by assign_from_file; None if the file does not fit it one to one."""
+    """Returns the model, filled as by assign_from_file; None if the file does not fit it one to one."""
     if getattr(config, "quantization_config", None) is not None or FOR_TRANSFORMERS & set(request.arguments):
         return None
     dtype = request.dtype or main_dtype(request.footer) or torch.float32
     config = copy.deepcopy(config)  # It may be the caller's.
     config.dtype = dtype
-    # What the caller passes on to the constructor may be wrong, too.
+    # A TypeError may come from arguments that the caller passes on, so that files are not blamed for it.
     with blaming(request.directory, passed=(TypeError,) if request.arguments else ()), meta_parameters():
         model = model_class._from_config(config, dtype=dtype, **request.arguments)
     if not _OLD:
@@ -115,7 +115,7 @@ def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, requ
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
-    """Those that no file has, again, outside of the dtype that the model was built in, which may be too coarse."""
+    """Computes buffers that no file has again, because the dtype that the model was built in may be too coarse."""
     for module in model.modules():
         if module._non_persistent_buffers_set:
             module._is_hf_initialized = False
@@ -123,7 +123,7 @@ def _compute_buffers(model: PreTrainedModel) -> None:
 
 
 def _fits(model: PreTrainedModel, entries: list[Entry]) -> bool:
-    """Whether the names and shapes are the module's, or left to code of its own, and no parameter is missing."""
+    """Whether names and shapes are those of the module or left to its own code, and no parameter is missing."""
     slots, own_code = slots_of(model), own_code_of(model, _WITHOUT_LOAD_STATE_DICT)
     there = set()
     for entry in entries:
@@ -145,10 +145,10 @@ def _refuse_own_code(model: PreTrainedModel, request: Request) -> None:
 
 
 def _set_dtypes(model: PreTrainedModel, entries: list[Entry], request: Request) -> None:
-    """Prepares the empty model for what assign_from_file makes of dtypes.
+    """Gives tensors of the empty model the dtypes that assign_from_file is to find there.
 
-    When one is asked for, the modules that transformers keeps in float32 are no part of it. Else buffers, which have to
-    agree, take the dtype that they have in the file, as parameters do without this.
+    If the caller asks for a dtype, modules that transformers keeps in float32 do not get it. Otherwise buffers get the
+    dtype of the file, because assign_from_file refuses any other; parameters need no such help.
     """
     kept = _kept_in_float32(model, request.dtype)
     dtypes = {entry.name: string_to_dtype(entry.dtype) for entry in entries}
@@ -163,7 +163,7 @@ def _set_dtypes(model: PreTrainedModel, entries: list[Entry], request: Request) 
 
 
 def _untie(model: PreTrainedModel, request: Request) -> None:
-    """Does as transformers from version 5 on, which takes for tied only what is the same in the file."""
+    """Unties weights that differ in the file, as transformers does from version 5 on."""
     values = _Values(request)
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     for tie in list(ties.items()):
@@ -178,7 +178,7 @@ def _untie(model: PreTrainedModel, request: Request) -> None:
 
 
 def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> re.Pattern[str] | None:
-    """What names of tensors match that stay float32 when the model is loaded as `dtype`."""
+    """Returns a pattern for names of tensors that stay float32 in a load as `dtype`; None if there are none."""
     kept: list[str] = []
     if dtype is torch.float16:
         kept += model._keep_in_fp32_modules or []
@@ -188,11 +188,11 @@ def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> re.Pa
 
 
 class _Values:
-    """The tensors of a file, read when one is asked for, all at once; each is given away once."""
+    """The tensors of a file. The first that is taken makes all be read; one that is taken twice is read again."""
 
     def __init__(self, request: Request) -> None:
         self.references: dict[str, Any] = {}
-        """What keep_flash_ref_on_model leaves on a model."""
+        """The attributes that a model gets for keep_flash_ref_on_model."""
         self._request = request
         self.entries = {entry.name: entry for entry in request.entries()}
         self._lock = threading.Lock()
@@ -205,16 +205,16 @@ class _Values:
             return self._left.pop(name) if name in self._left else self.read([name])[name]
 
     def state_dict(self) -> dict[str, Any]:
-        """For transformers, which from version 5 on takes whatever gives a tensor when indexed.
+        """Returns a state dict for transformers, which from version 5 on takes anything that gives a tensor if indexed.
 
-        It reserves memory of a device before it looks at them. Were they there already, both would have to fit.
+        It reserves device memory before it takes tensors. If they were read by then, both would have to fit.
         """
         if _OLD:
             return {name: self.take(name) for name in self.entries}
         return {name: _Value(self, name) for name in self.entries}
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """For these, whether they have been taken or not."""
+        """Reads the tensors of these names, whether they have been taken or not."""
         request = self._request
         entries = [self.entries[name] for name in names]
         tensors, storage = load_entries(request.footer, entries, request.device, request.options)
@@ -228,7 +228,7 @@ class _Values:
 
 @dataclass(frozen=True)
 class _Value:
-    """One of them, as transformers handles what is not read yet."""
+    """One tensor of `values` that is not read yet, in the form that transformers handles."""
 
     values: _Values
     name: str
@@ -244,7 +244,7 @@ def _loaded_by_transformers(
     main = request.dtype or main_dtype(request.footer) or torch.float32
     arguments = dict(request.arguments)
     may_mismatch = arguments.pop("ignore_mismatched_sizes", False)
-    if request.device != CPU:  # With a device map of any kind transformers asks for accelerate.
+    if request.device != CPU:  # transformers wants accelerate as soon as there is a device map.
         arguments["device_map"] = {"": request.device}
     with blaming(request.directory, passed=(RuntimeError,)):
         model, info = model_class.from_pretrained(
@@ -271,7 +271,7 @@ def _loaded_by_transformers(
 def _check_shapes(model: PreTrainedModel, info: Mapping[str, Any], request: Request) -> None:
     shapes = {entry.name: list(entry.shape) for entry in request.entries()}
     for mismatched in info["mismatched_keys"]:
-        # From version 5 on with the shapes, that of the file first.
+        # From version 5 on, both shapes come with the name, that of the file first.
         name, *found = (mismatched,) if isinstance(mismatched, str) else mismatched
         expected = list(slots_of(model)[name].value.shape)
         found = list(found[0]) if found else shapes.get(name)
@@ -292,7 +292,7 @@ def _check_names(model: PreTrainedModel, info: Mapping[str, Any], request: Reque
 
 
 def _restore_dtypes(model: PreTrainedModel, values: _Values) -> None:
-    """Undoes that transformers gives all floating-point tensors the main dtype, or float32 to those it keeps so."""
+    """Gives tensors their dtype in the file again, where transformers gave them the main dtype or float32."""
     prefix = f"{model.base_model_prefix}."
     floats = {name: slot for name, slot in slots_of(model).items() if slot.value.is_floating_point()}
     candidates = [
@@ -309,7 +309,7 @@ def _restore_dtypes(model: PreTrainedModel, values: _Values) -> None:
             slot, value = floats[name], read[candidate]
             if name in restored or value.dtype == slot.value.dtype:
                 continue
-            # It may have been converted to something else of that name.
+            # transformers may have converted another tensor to this name.
             if torch.equal(value.to(slot.value.dtype), slot.value):
                 slot.value.data = value
                 restored.add(name)

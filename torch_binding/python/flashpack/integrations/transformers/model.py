@@ -39,7 +39,7 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
     """Adds save_pretrained_flashpack() and from_pretrained_flashpack() to a transformers model.
 
     For a class of your own: `class MyModel(BertModel, FlashPackTransformersModelMixin)`. After
-    patch_transformers_auto_model() whatever the Auto classes return has it.
+    patch_transformers_auto_model() all models that Auto classes return have the mixin.
     """
 
     flashpack_init_method: ClassVar[str | None] = "_from_config"
@@ -63,10 +63,10 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
         metadata: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes `model.flashpack`, the configuration and that of generation into a directory, which has to exist.
+        """Writes `model.flashpack` and the configurations of model and generation into a directory, which must exist.
 
-        `is_main_process`: others write nothing. `target_dtype`, `align_bytes`, `checksum`, `metadata`: as in
-        pack_to_file.
+        `is_main_process`: ranks that pass False write nothing. `target_dtype`, `align_bytes`, `checksum`, `metadata`:
+        as in pack_to_file.
         `push_to_hub`: uploads these files to `repo_id`, by default the name of the directory, under the user's name.
 
         Raises FlashPackError (a ValueError) naming what cannot be written, OSError for the system's failures.
@@ -128,18 +128,18 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
         verify: Verify = "auto",
         **kwargs: Any,
     ) -> Any:
-        """A new model, in eval mode, from a directory or a repository on the Hub with `model.flashpack` in it.
+        """Returns a new model, in eval mode, from a directory or a repository on the Hub with `model.flashpack` in it.
 
-        `device`: where it ends; default is the CPU. Attributes `flashpack_*` of the class are defaults of `ignore_*`
-        and `coerce_dtype`. Arguments of the Hub have the meaning they have in transformers,
-        the others that of assign_from_file. `kwargs` are of from_pretrained() of transformers: `config`, `dtype`,
+        `device`: the device of the model, by default the CPU. Attributes `flashpack_*` of the class are defaults of
+        `ignore_*` and `coerce_dtype`. Arguments of the Hub mean what they mean in transformers, the others what they
+        mean in assign_from_file. `kwargs` are those of from_pretrained() of transformers: `config`, `dtype`,
         `device_map` (one device), `attn_implementation`, entries of the configuration and so on. Without `dtype` every
-        tensor keeps that of the file.
+        tensor keeps its dtype in the file.
 
-        Names may be those of the module or of a checkpoint that transformers knows to convert. Weights that the file
-        lacks, where that is no error, are initialised as transformers does.
+        Names in the file may be those of the module or of a checkpoint that transformers can convert. Weights that the
+        file lacks, if that is no error, are initialised as transformers does.
 
-        Raises FileNotFoundError without `model.flashpack`, else what assign_from_file raises.
+        Raises FileNotFoundError without `model.flashpack`, and what assign_from_file raises.
         """
         download = Download(subfolder, revision, cache_dir, local_dir, token, force_download, local_files_only, proxies)
         options = LoadOptions(
@@ -156,7 +156,7 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
         return _load(cls, pretrained_model_name_or_path, download, options, kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers: config.json gets the name of the original class."""
+        """Saves as transformers does, with the name of the original class in config.json."""
         save = super().save_pretrained
         with _as_original(self):
             return save(*args, **kwargs)
@@ -172,7 +172,7 @@ def promote(model: Any) -> None:
 def _load(cls: Any, path_or_repo: StrPath, download: Download, options: LoadOptions, arguments: dict[str, Any]) -> Any:
     path = flashpack_file(resolve_directory(path_or_repo, download, FILES))
     output_loading_info = arguments.pop("output_loading_info", False)
-    # transformers goes by the names of its classes.
+    # transformers decides much by class names, so that it gets the original class.
     original = vars(cls).get("recipe", (cls,))[0]
     model, info = load(original, path, str(path_or_repo), options, arguments)
     model.__class__ = cls
@@ -181,7 +181,7 @@ def _load(cls: Any, path_or_repo: StrPath, download: Download, options: LoadOpti
 
 @contextmanager
 def _as_original(model: PreTrainedModel) -> Iterator[None]:
-    """`model` as an instance of the class whose name transformers is to write down."""
+    """Within it, `model` is an instance of the class whose name transformers is to write down."""
     promoted = type(model)
     model.__class__ = original_class(promoted, FlashPackTransformersModelMixin)
     try:
@@ -191,7 +191,7 @@ def _as_original(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _save_config(model: PreTrainedModel, directory: Path, target_dtype: torch.dtype | None) -> None:
-    """What transformers needs to build the model again: its code, too, if that is not of the library."""
+    """Writes what transformers needs to build the model again; that includes its code if the library lacks it."""
     config: PretrainedConfig = copy.deepcopy(model.config)
     config.architectures = [original_class(type(model), FlashPackTransformersModelMixin).__name__]
     config.dtype = dtype_to_string(target_dtype or model.dtype)

@@ -25,11 +25,11 @@ def patch_transformers_auto_model() -> None:
 
     `AutoModel.from_pretrained(name, use_flashpack=True)`, and for short `AutoModel.from_pretrained_flashpack(name)`,
     does what FlashPackTransformersModelMixin.from_pretrained_flashpack() does; so does from_pretrained() of a model
-    class. All that Auto classes return, whatever it was read from, has the mixin, until it becomes part of another
-    model of transformers.
+    class. Every model that an Auto class returns, from whatever files, has the mixin until the model becomes part of
+    another model of transformers.
     """
     _wrap(PreTrainedModel, "from_pretrained", _divert)
-    # Each Auto class has a copy of what the first has.
+    # Each Auto class has copies of the methods of the first.
     autos = [value for value in vars(modeling_auto).values() if isinstance(value, type)]
     for auto in [_BaseAutoModelClass, *(auto for auto in autos if issubclass(auto, _BaseAutoModelClass))]:
         for name in ("from_pretrained", "from_config"):
@@ -44,13 +44,13 @@ def _keep_parts_original() -> None:
 
 
 def _demote_part(module: nn.Module, name: str, part: nn.Module | None) -> None:
-    """transformers knows by the names of the classes of a model's parts how to convert their weights."""
+    """Takes the mixin from a part of a model, because transformers decides by its class name how to convert weights."""
     if type(module).__module__.startswith("transformers") or isinstance(module, PreTrainedModel):
         demote(part)
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[[ClassMethod], ClassMethod]) -> None:
-    """Puts `wrapper` around the classmethod `name`, if `owner` has one of its own and it is not there yet."""
+    """Puts `wrapper` around the classmethod `name`, if `owner` defines one and it is not wrapped yet."""
     method = owner.__dict__.get(name)
     if method is not None and not hasattr(method.__func__, "_flashpack_original"):
         wrapped = functools.wraps(method.__func__)(wrapper(method.__func__))
@@ -69,14 +69,13 @@ def _divert(original: ClassMethod) -> ClassMethod:
 
 def _promote_result(original: ClassMethod) -> ClassMethod:
     def auto_method(cls: type, *args: Any, **kwargs: Any) -> Any:
-        # Else this is transformers' own.
         is_ours = bool(kwargs.get("use_flashpack"))
         if is_ours and kwargs.get("trust_remote_code") is None:
-            # Not given, it would have whoever is at the terminal, or what stands on stdin, answer for the caller.
+            # Without an answer of the caller, transformers would take one from the terminal or from stdin.
             kwargs["trust_remote_code"] = False
         with blaming(f"{args[0]}", passed=(RuntimeError,)) if args and is_ours else nullcontext():
             result = original(cls, *args, **kwargs)
-        # With output_loading_info it is not alone.
+        # With output_loading_info the result is a tuple.
         promote(result[0] if isinstance(result, tuple) else result)
         return result
 
