@@ -27,7 +27,7 @@ void advise_huge_pages(std::byte* data, std::uint64_t size_bytes) {
   if (first < last) madvise(data + (first - begin), last - first, MADV_HUGEPAGE);
 }
 
-// On a device, tensors from this size on are in segments of their own kind.
+// On a device, smaller tensors do not share segments with larger ones.
 constexpr std::uint64_t kSmallBytes = std::uint64_t{1} << 20;
 // torch keeps this much of CUDA's memory for each that is left of several small tensors.
 constexpr std::uint64_t kSmallBlockBytes = std::uint64_t{2} << 20;
@@ -58,7 +58,7 @@ class Planner {
     return metadata_.records[wanted_[i]];
   }
 
-  // Tensors, by offset in the file, to segments that begin and end with them.
+  // Groups the tensors, by offset in the file, into segments that begin and end with one.
   void group() {
     std::vector<std::size_t> order;
     for (std::size_t i = 0; i < wanted_.size(); ++i) {
@@ -80,10 +80,11 @@ class Planner {
     }
   }
 
-  // Whether `next` can go to the last segment, whose tensors are small ones or not.
+  // Says whether `next` can go to the last segment. `is_small`: that one is of small tensors.
   bool joins(const TensorRecord& next, bool is_small) const {
     const Segment& last = plan_.segments.back();
     const std::uint64_t begin = next.offset_bytes - last.offset_bytes;
+    assert(begin >= last.size_bytes && "records do not overlap, and none is wanted twice");
     const std::uint64_t gap_bytes = begin - last.size_bytes;
     const std::uint64_t end = begin + next.size_bytes;
     if (!on_device_) return gap_bytes <= kMaxGapBytes && end <= max_bytes_;
@@ -91,6 +92,7 @@ class Planner {
            begin % kDeviceAlignBytes == 0 && end <= (is_small ? kSmallBlockBytes : max_bytes_);
   }
 
+  // Lets segments take in padding and, where all is to be verified, the rest of stripes.
   void widen(Verify verify) {
     constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
     // A file may ask for any alignment; up to this one the least common multiple cannot overflow.
@@ -104,6 +106,7 @@ class Planner {
       std::uint64_t begin = segments[i].offset_bytes;
       std::uint64_t end = begin + segments[i].size_bytes;
       const std::uint64_t limit = i + 1 < segments.size() ? segments[i + 1].offset_bytes : metadata_.payload_bytes;
+      assert(end <= limit);
       if (verify == Verify::kAlways) {
         begin = std::max(free, begin / kStripeBytes * kStripeBytes);
         end = std::min(limit, round_up(end, kStripeBytes));
@@ -143,12 +146,13 @@ class Planner {
         segment.block_offset = skip_bytes;
       }
       segment.block = last;
+      assert((segment.block_offset + leads_[i]) % kDeviceAlignBytes == 0);
       plan_.blocks[last].size_bytes = segment.block_offset + segment.size_bytes;
     }
   }
 
   const Metadata& metadata_;
-  std::span<const std::size_t> wanted_;
+  const std::span<const std::size_t> wanted_;
   const bool on_device_;
   const std::uint64_t max_bytes_;
   SegmentPlan plan_;
