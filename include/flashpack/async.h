@@ -1,15 +1,15 @@
-/// Loads and writes as Boost.Asio operations, for any completion token. The only header that needs Boost.
+/// Loads and writes as Boost.Asio operations, for any completion token. No other header needs Boost.
 ///
 ///   flashpack::TransferStats stats = co_await flashpack::async_load(engine, request, boost::asio::use_awaitable);
 ///
 /// The handler is called as void(std::exception_ptr, TransferStats), never inside the initiating call, on its
-/// associated executor (boost::asio::system_executor where it has none). The exception is an Error. Per-operation
-/// cancellation of every type but none becomes Transfer::cancel(); the operation then ends with Errc::kCancelled when
-/// nothing is in flight. As always with Asio, a cancellation signal may be emitted only on the handler's strand.
+/// associated executor, or on boost::asio::system_executor if it has none. The exception is an Error. Per-operation
+/// cancellation of any type but cancellation_type::none calls Transfer::cancel(); the operation ends with
+/// Errc::kCancelled as soon as nothing is in flight. Emit the signal on the handler's strand only, as Asio demands.
 ///
 /// Engine, writer and the request's memory must outlive the operation. An execution context (boost::asio::io_context)
-/// may go before it: then the context's destructor cancels the operation, waits until nothing is in flight, and
-/// destroys the handler without calling it, and with the handler whatever the handler owns.
+/// may be destroyed while the operation is under way. Its destructor then cancels the operation, waits until nothing is
+/// in flight, and destroys the handler, with all that the handler owns, without calling it.
 #pragma once
 
 #include <boost/asio/associated_cancellation_slot.hpp>
@@ -42,8 +42,8 @@ namespace detail {
 
 using AsyncSignature = void(std::exception_ptr, TransferStats);
 
-/// The operations whose handlers belong to one execution context, so that its end can wait for theirs.
-/// Thread safety: any thread.
+/// Knows the operations whose handlers belong to one execution context, so that the context's destructor can wait until
+/// they have ended. Thread safety: any thread.
 class AsyncOperations final : public boost::asio::execution_context::service {
  public:
   class Operation {
@@ -57,15 +57,15 @@ class AsyncOperations final : public boost::asio::execution_context::service {
 
   explicit AsyncOperations(boost::asio::execution_context& context) : service(context) {}
 
-  /// Keeps `operation` until it is taken out. False when the context is ending: then it must not start.
+  /// Keeps `operation` until take_out(). False if the context is being destroyed; do not start it then.
   bool add(const std::shared_ptr<Operation>& operation) {
     const std::lock_guard lock(mutex_);
     if (!ending_) running_.emplace(operation.get(), operation);
     return !ending_;
   }
 
-  /// The transfer of `operation` has finished. Gives it back when its handler is to be handed to the context, before
-  /// posted() is called. Null when it is the context's now, and may be gone.
+  /// To be called when the transfer of `operation` has finished. Returns the operation; the caller posts its handler to
+  /// the context and then calls posted(). Null if the context is being destroyed and keeps the operation.
   std::shared_ptr<Operation> take_out(Operation* operation) {
     const std::lock_guard lock(mutex_);
     auto taken = std::move(running_.extract(operation).mapped());
@@ -78,7 +78,7 @@ class AsyncOperations final : public boost::asio::execution_context::service {
     return taken;
   }
 
-  /// After it the context may be gone.
+  /// To be called last: the context may be destroyed from then on.
   void posted() {
     const std::lock_guard lock(mutex_);
     --posting_;
@@ -102,11 +102,11 @@ class AsyncOperations final : public boost::asio::execution_context::service {
   std::condition_variable changed_;
   std::unordered_map<Operation*, std::shared_ptr<Operation>> running_;
   std::vector<std::shared_ptr<Operation>> dropped_;
-  std::size_t posting_ = 0;  // Handlers that are being handed to the context.
+  std::size_t posting_ = 0;  // Handlers that are being posted to the context.
   bool ending_ = false;
 };
 
-/// The context that `executor` runs things in, and that of system_executor where it does not tell.
+/// The context that `executor` belongs to, or that of system_executor if `executor` does not tell.
 template <class Executor>
 boost::asio::execution_context& context_of(const Executor& executor) {
   if constexpr (boost::asio::can_query_v<const Executor&, boost::asio::execution::context_t>) {
@@ -130,7 +130,7 @@ class AsyncOperation final : public Completion,
   template <class Start>
   void start(Start start_transfer) {
     if (!operations_.add(this->shared_from_this())) return;
-    // Before the start: afterwards the handler may already be running elsewhere.
+    // The slot is connected before the start, because afterwards the handler may already run on another thread.
     if (auto slot = boost::asio::get_associated_cancellation_slot(handler_); slot.is_connected()) {
       slot.assign([operation = this->weak_from_this()](boost::asio::cancellation_type type) {
         if (const auto self = operation.lock(); self && type != boost::asio::cancellation_type::none) self->cancel();
@@ -214,8 +214,8 @@ auto async_load(Engine& engine, LoadRequest request, Token&& token) {
                                 });
 }
 
-/// FileWriter::start_write() as an asynchronous operation. Sources on a CUDA device are read when all that is on the
-/// legacy default stream now has come to an end.
+/// FileWriter::start_write() as an asynchronous operation. Sources on a CUDA device are read when all work that is on
+/// the legacy default stream at the call has ended.
 template <boost::asio::completion_token_for<detail::AsyncSignature> Token>
 auto async_write(FileWriter& writer, std::vector<SourceExtent> extents, Token&& token) {
   return detail::async_transfer(std::forward<Token>(token),
@@ -227,8 +227,8 @@ auto async_write(FileWriter& writer, std::vector<SourceExtent> extents, Token&& 
 }  // namespace flashpack
 
 #if BOOST_VERSION < 108200
-/// There, what awaits a boost::asio::deferred operation whose handler takes an exception and a value does not compile
-/// (chriskohlhoff/asio#1190): it looks for the exception in the wrong place.
+/// Before Boost 1.82, a co_await of a boost::asio::deferred operation whose handler takes an exception and a value does
+/// not compile, because Asio looks for the exception in the wrong place (chriskohlhoff/asio#1190).
 template <class Executor>
 class boost::asio::detail::awaitable_async_op_handler<flashpack::detail::AsyncSignature, Executor>
     : public awaitable_async_op_handler<int(std::exception_ptr, flashpack::TransferStats), Executor> {

@@ -8,8 +8,8 @@
 
 namespace flashpack {
 
-/// CRC-32C (Castagnoli, RFC 3720 appendix B.4) of the first `size_bytes` bytes of a file, stripe by stripe: stripe i is
-/// the bytes from i * kStripeBytes on; the last may be shorter.
+/// CRC-32C (Castagnoli, RFC 3720 appendix B.4) of each stripe in the first `size_bytes` bytes of a file. Stripe i
+/// begins at byte i * kStripeBytes and has kStripeBytes bytes; the last stripe may be shorter.
 struct Checksums {
   static constexpr std::uint32_t kStripeBytes = std::uint32_t{1} << 20;
 
@@ -19,14 +19,16 @@ struct Checksums {
   bool operator==(const Checksums&) const = default;
 };
 
-/// Whether a load holds what it reads against the file's checksums.
+/// Whether a load compares the bytes that it reads with the file's checksums.
 enum class Verify : std::uint8_t {
-  kAuto,    ///< Where the file has them, what is read in whole stripes: all of a file, and most of a part of it.
-  kAlways,  ///< All of it, reading up to a stripe more on either side of a part; a file without them is an error.
+  kAuto,    ///< If the file has checksums, every stripe that is read whole is verified. A load of a part of a file may
+            ///< read its first and last stripe only in part, which leaves those unverified.
+  kAlways,  ///< All bytes are verified, for which a load of a part reads up to a stripe more at each end. A file
+            ///< without checksums is an error.
   kNever,
 };
 
-/// Of all of `bytes`.
+/// CRC-32C of all of `bytes`, as one value. Any thread.
 std::uint32_t crc32c(std::span<const std::byte> bytes) noexcept;
 
 }  // namespace flashpack

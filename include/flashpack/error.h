@@ -8,24 +8,24 @@
 
 namespace flashpack {
 
-/// Failures of ours. Errors of the operating system keep their errno (`std::generic_category`), so
-/// `error.code() == std::errc::no_such_file_or_directory` and `error.code() == Errc::kTruncated` both work. Those that
-/// have their like in std::errc, which is named below, are equal to that, too.
+/// Failures that the library finds itself. Errors of the operating system keep their errno (`std::generic_category`),
+/// so `error.code() == std::errc::no_such_file_or_directory` and `error.code() == Errc::kTruncated` both work. Where a
+/// value below names a std::errc, it compares equal to that, too.
 enum class Errc {
-  kInvalidArgument = 1,  ///< The request cannot be right for any file: bad option, overlapping targets, null target.
-                         ///< std::errc::invalid_argument.
+  kInvalidArgument = 1,  ///< The request is wrong whatever the file holds: bad option, overlapping targets, null
+                         ///< target. Equal to std::errc::invalid_argument.
   kBadFile,              ///< The file is not a flashpack file, or its footer breaks a rule of the format.
   kTruncated,            ///< The file ends before the requested bytes do: a short read.
   kFileChanged,          ///< The file is not the one the caller's metadata came from, or changed while it was read.
-  kCancelled,            ///< Transfer::cancel(), or the handle was destroyed. std::errc::operation_canceled.
-  kDeadlineExceeded,     ///< The request's deadline passed first. std::errc::timed_out.
-  kUnusable,             ///< The engine is closed, or belongs to the parent of this forked process.
-  kMismatch,             ///< The file is sound, but does not fit the module: names, shapes or dtypes.
-  kCorrupt,              ///< Bytes of the file are not those whose checksum was written with them.
+  kCancelled,  ///< Transfer::cancel() was called, or the handle was destroyed. Equal to std::errc::operation_canceled.
+  kDeadlineExceeded,  ///< The request's deadline passed first. Equal to std::errc::timed_out.
+  kUnusable,          ///< The engine is closed, or belongs to the parent of this forked process.
+  kMismatch,          ///< The file is valid, but its names, shapes or dtypes do not fit the module.
+  kCorrupt,           ///< Bytes of the file do not match their checksum.
 };
 
 const std::error_category& flashpack_category() noexcept;
-/// Failures of the CUDA runtime: values are those of cudaError_t, messages begin with their names.
+/// Failures of the CUDA runtime. The values are those of cudaError_t, and each message begins with the value's name.
 const std::error_category& cuda_category() noexcept;
 inline std::error_code make_error_code(Errc e) noexcept { return {static_cast<int>(e), flashpack_category()}; }
 
@@ -37,13 +37,13 @@ class Error : public std::system_error {
  public:
   static constexpr std::uint64_t kNoOffset = ~std::uint64_t{0};
 
-  /// `context` is all of what() up to the cause, which comes from `code`.
+  /// `context` is the text of what() before the cause; the text of the cause comes from `code`.
   Error(std::error_code code, const std::string& context, std::filesystem::path path = {},
         std::uint64_t offset_bytes = kNoOffset);
 
-  /// The file it happened to; empty when no file is involved.
+  /// The file that the operation failed on; empty when no file is involved.
   const std::filesystem::path& path() const noexcept { return path_; }
-  /// File offset of the failed operation, or kNoOffset.
+  /// File offset of the failed operation in bytes, or kNoOffset.
   std::uint64_t offset_bytes() const noexcept { return offset_bytes_; }
 
  private:

@@ -6,17 +6,17 @@
 
 namespace flashpack {
 
-/// Which file, and which state of it, as the file system tells at that time: st_dev, st_ino, st_size, st_mtim. Where it
-/// keeps what it told (FUSE, a network) it is asked again. Two that differ are two files, or two states of one. Two
-/// that are equal mean the same bytes, but for what st_mtim does not show, and Checksums do:
+/// Says which file it is and in which state: st_dev, st_ino, st_size, st_mtim. File systems that cache these (FUSE,
+/// network) are asked for current values. If two identities differ, the file is another one or has changed. If they are
+/// equal, the bytes are the same, except for changes that st_mtim does not show; only Checksums find those:
 ///
-///   * It moves when a write(2) begins, not while it lasts: one that began before the first identity was taken goes on
-///     changing bytes after it.
-///   * Of two changes within one tick of the file system's clock the second does not move it: up to 10 ms before Linux
-///     6.13, and since then on file systems without multigrain timestamps; 2 s on FAT.
-///   * Of stores through a shared mapping only the first one to a page, until that page has been written back, moves
-///   it.
-///   * Anybody who owns the file can set it (utimensat(2)).
+///   * st_mtim changes when a write(2) begins. A write that began before the first identity was taken can still change
+///     bytes after it.
+///   * Two changes within one tick of the file system's clock give the same st_mtim. A tick is up to 10 ms before Linux
+///     6.13, and later on file systems without multigrain timestamps; it is 2 s on FAT.
+///   * A store through a shared mapping changes st_mtim only if it is the first to its page since the page was last
+///     written back.
+///   * The owner of the file can set st_mtim to any value (utimensat(2)).
 struct FileIdentity {
   std::uint64_t dev = 0;
   std::uint64_t ino = 0;
@@ -26,12 +26,12 @@ struct FileIdentity {
   friend bool operator==(const FileIdentity&, const FileIdentity&) = default;
 };
 
-/// A descriptor of the file at `path`, open for reading and the caller's to close; -1, with errno set, when it cannot
-/// be opened. A FIFO that nobody writes to does not hold it up; a regular file that somebody has a write lease on is
-/// waited for. Any thread.
+/// Opens the file at `path` for reading. Returns a descriptor, which the caller closes, or -1 with errno set. A FIFO
+/// without a writer is opened without waiting; a regular file under a write lease is waited for. Any thread.
 int open_to_read(const std::filesystem::path& path);
 
-/// The identity of the file that is open as `fd`; none, with errno set, when it cannot be told. Any thread.
+/// The identity of the file that is open as `fd`; empty, with errno set, when the file system does not tell. Any
+/// thread.
 std::optional<FileIdentity> identity_of(int fd) noexcept;
 
 }  // namespace flashpack

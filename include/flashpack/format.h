@@ -1,7 +1,7 @@
-/// The flashpack container: its metadata, read and written. No torch, no engine needed to read metadata.
+/// Reads and writes the metadata of flashpack files. This needs neither torch nor an engine.
 ///
 /// A file is [payload][JSON footer][u64 LE footer length][8 bytes magic]; all integers are little-endian. Readers need
-/// the records alone, which say where each tensor lies; macroblocks matter to the codec, which keeps them apart.
+/// only the records, which say where each tensor lies; only the codec needs macroblocks.
 #pragma once
 
 #include <cstddef>
@@ -45,9 +45,9 @@ enum class DType : std::uint8_t {
 };
 
 std::uint32_t element_bytes(DType dtype) noexcept;
-/// torch's name without "torch.", as written to files.
+/// The name that torch gives the dtype, without "torch."; files have this name.
 std::string_view dtype_name(DType dtype) noexcept;
-/// Also takes torch's aliases ("half", "long", ...). Empty for names outside the format.
+/// Also accepts the aliases of torch ("half", "long", ...). Empty for names that the format does not have.
 std::optional<DType> dtype_from_name(std::string_view name) noexcept;
 
 struct TensorRecord {
@@ -58,7 +58,7 @@ struct TensorRecord {
   std::uint64_t size_bytes = 0;
 };
 
-/// Tensors of one dtype that follow each other.
+/// A stretch of the payload whose tensors all have one dtype.
 struct Macroblock {
   DType dtype = DType::kFloat32;
   std::uint64_t offset_bytes = 0;  ///< In the file.
@@ -66,23 +66,24 @@ struct Macroblock {
   std::uint64_t length_elems = 0;
 };
 
-/// How the footer of a flashpack file describes its records: what it takes to write that footer, or to show it.
+/// The fields of a footer that only the codec, and tools that show the footer, need.
 struct Container {
-  std::uint32_t version = 3;      ///< 3: one dtype. 4: several.
-  std::uint64_t align_bytes = 0;  ///< 0: dense.
+  std::uint32_t version = 3;      ///< 3 for a file with one dtype, 4 for one with several.
+  std::uint64_t align_bytes = 0;  ///< Each tensor begins at a multiple of it; 0 packs densely.
   std::uint64_t total_elems = 0;
   std::vector<Macroblock> macroblocks;
-  std::vector<std::uint32_t> macroblock_of;  ///< By record: the index of the macroblock that it lies in.
+  std::vector<std::uint32_t> macroblock_of;  ///< For each record, the index of its macroblock.
 };
 
-/// All of a file but its payload. From read_metadata() it is valid: every range lies in the payload, nothing overlaps.
+/// All that a file says about its payload. If it comes from read_metadata() or parse_footer(), every range lies in the
+/// payload and no two tensors overlap.
 struct Metadata {
-  std::uint64_t payload_bytes = 0;     ///< Length of the payload; the footer begins there.
+  std::uint64_t payload_bytes = 0;     ///< Length of the payload, which is also where the footer begins.
   std::vector<TensorRecord> records;   ///< In file order.
-  std::optional<Checksums> checksums;  ///< Of the payload, when the file has them.
-  /// Notes of whoever packed the file, as in `__metadata__` of safetensors files: UTF-8, mostly empty.
+  std::optional<Checksums> checksums;  ///< Checksums of the payload, if the file has them.
+  /// Text that the file's author put in, as `__metadata__` of safetensors files: UTF-8, mostly empty.
   std::map<std::string, std::string> user_metadata;
-  FileIdentity identity;              ///< Of the file it was read from; pass it on as FileExtents::expected.
+  FileIdentity identity;              ///< Identity of the file that was read; to be passed as FileExtents::expected.
   std::vector<std::string> warnings;  ///< Harmless oddities, one sentence each.
   Container container;
 };
@@ -93,13 +94,13 @@ struct ReadMetadataOptions {
   std::uint64_t max_footer_bytes = kMaxFooterBytes;  ///< A longer footer is refused before it is read.
 };
 
-/// Reads and checks a file's footer; trusts nothing in it, and allocates no more than the file's size justifies.
-/// Throws: Error; Errc::kBadFile names the rule that was broken and the record, errno what the system said.
+/// Reads and checks a file's footer. It takes any bytes for possibly hostile, and allocates no more than the file's
+/// size justifies. Throws: Error (kBadFile, whose message names the broken rule and the record; errno of the system).
 Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options = {});
 
-/// The same for a file that is open for reading as `fd`, which is borrowed; its position neither matters nor changes.
-/// `path` is for messages only. With FileExtents::fd, a file that is replaced between footer and payload does not
-/// matter: both are of the one that was opened.
+/// The same for a file that is open for reading as `fd`, which is borrowed; its position is neither used nor changed.
+/// `path` is for messages only. If the load passes the same descriptor as FileExtents::fd, footer and payload come from
+/// one file, even if the file at `path` is replaced in between.
 Metadata read_metadata(int fd, const std::filesystem::path& path, const ReadMetadataOptions& options = {});
 
 /// Checks a footer's JSON against a payload of `payload_bytes`. `path` is for messages only. Throws: Error (kBadFile).
@@ -112,28 +113,29 @@ struct TensorSpec {
   std::vector<std::int64_t> shape;
 };
 
-/// The order tensors are written in, as indices into `tensors`: largest first, ties as given; or `name_order`, where
-/// names that do not exist are passed over and tensors that it does not list are left out.
-/// Throws: Error (kInvalidArgument) for a name that stands twice and for shapes that make_layout() refuses.
+/// Returns the order in which tensors are written, as indices into `tensors`: largest first, and those of equal size in
+/// the order given. If `name_order` is set, it is the order instead: names without a tensor are skipped, and tensors
+/// that it does not list are left out. Throws: Error (kInvalidArgument) for a duplicate name and for shapes that
+/// make_layout() refuses.
 std::vector<std::size_t> file_order(std::span<const TensorSpec> tensors,
                                     std::optional<std::span<const std::string>> name_order = std::nullopt);
 
-/// Places `tensors`, in the order given, one macroblock per dtype in order of first appearance.
-/// Throws: Error (kInvalidArgument): "No tensors to pack", "Nothing to pack after alignment", names twice, names that
-/// are not UTF-8, negative dims, more than 64 dims, sizes past 2^63.
+/// Gives every tensor its place in the file. Each dtype has one macroblock, in order of first appearance, and keeps its
+/// tensors in the order given. Throws: Error (kInvalidArgument): "No tensors to pack", "Nothing to pack after
+/// alignment", duplicate names, names that are not UTF-8, negative dims, more than 64 dims, sizes past 2^63.
 Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_bytes);
 
-/// Throws: Error (kInvalidArgument) where encode_footer() would refuse `metadata`, with checksums of its payload if
-/// `checksums`: to be asked before a payload is written.
+/// To be called before a payload is written, so that a footer that cannot be written is an error in time. `checksums`
+/// says whether the footer will have checksums. Throws: Error (kInvalidArgument) if encode_footer() would.
 void check_footer(const Metadata& metadata, bool checksums);
 
-/// The bytes after the payload: JSON, its length, the magic. Without checksums and user metadata, byte for byte what
-/// the Python reference writes. They are further keys of the JSON, which other readers pass over: "metadata", an object
-/// of strings; "crc32c_per_mib", eight hexadecimal digits for each MiB of the payload; and as the very last
-/// "footer_crc32c", over all of the JSON before its value.
-/// `metadata` is one that make_layout(), read_metadata() or parse_footer() returned, its checksums are of payload_bytes
-/// bytes, and its user metadata may be set. Throws: Error (kInvalidArgument) for user metadata that is not UTF-8, and
-/// for JSON longer than kMaxFooterBytes, which no reader takes.
+/// Returns the bytes that follow the payload: the JSON, its length and the magic. Without checksums and user metadata
+/// they are byte for byte what the Python reference writes. Checksums and user metadata add keys that other readers
+/// skip: "metadata", an object of strings; "crc32c_per_mib", eight hexadecimal digits for each MiB of the payload; and,
+/// as the last key, "footer_crc32c", which covers all of the JSON before its value. Requires: `metadata` comes from
+/// make_layout(), read_metadata() or parse_footer(); checksums, if set, cover payload_bytes; user metadata may have
+/// been changed. Throws: Error (kInvalidArgument) for user metadata that is not UTF-8, and for JSON longer than
+/// kMaxFooterBytes, which every reader refuses.
 std::string encode_footer(const Metadata& metadata);
 
 }  // namespace flashpack

@@ -6,7 +6,7 @@
 
 namespace flashpack {
 
-/// A set of tensor names: those listed, and those that begin or end as listed. Default: none.
+/// Matches a name that is listed, or that begins or ends as listed. The default matches no name.
 struct NameFilter {
   std::vector<std::string> names;
   std::vector<std::string> prefixes;

@@ -1,4 +1,4 @@
-/// What this machine and this path allow, found by trying.
+/// Finds out, by trying, what this machine and a path on it allow.
 #pragma once
 
 #include <filesystem>
@@ -7,18 +7,18 @@
 
 namespace flashpack {
 
-/// One thing that was tried. Text is for people; only `key` and whether `limit` is empty are for programs.
+/// One thing that was tried. Programs should read only `key` and whether `limit` is empty; the rest is text for people.
 struct Finding {
   std::string key;    ///< Stable, snake_case: "io_uring", "registered_buffers", "direct_io", ...
-  std::string value;  ///< What was found.
-  std::string limit;  ///< What is slower or impossible because of it; empty when nothing is.
-  std::string cure;   ///< What to do about the limit.
+  std::string value;  ///< The result, as text.
+  std::string limit;  ///< What is slower or impossible because of the result; empty when nothing is.
+  std::string cure;   ///< How to remove the limit; empty without one.
 };
 
-/// The machine: kernel, cpus, seccomp, io_uring, registered_buffers, locked_memory, huge_pages, numa, gpus. With a
-/// `path`, a file or a directory (where a file without a name is made for the trial), also file_system, direct_io,
-/// residency. Keys are unique. Takes some milliseconds; reads at most one block of the file. Throws: Error when there
-/// is nothing at `path`, or it is neither.
+/// Returns what the machine allows, under the keys kernel, cpus, seccomp, io_uring, registered_buffers, locked_memory,
+/// huge_pages, numa and gpus. If `path` is given, file_system, direct_io and residency follow. A `path` that is a
+/// directory gets an unnamed file for the trial. Each key appears once. The call takes some milliseconds and reads at
+/// most one block of the file. Throws: Error when `path` is neither a file nor a directory. Any thread.
 std::vector<Finding> probe(const std::filesystem::path& path = {});
 
 }  // namespace flashpack

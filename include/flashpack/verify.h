@@ -1,4 +1,4 @@
-/// Whether a file still holds what was written.
+/// Checks whether a file still holds the bytes that were written.
 #pragma once
 
 #include <cstdint>
@@ -18,18 +18,19 @@ struct VerifyReport {
   struct Stripe {
     std::uint64_t offset_bytes = 0;
     std::uint64_t size_bytes = 0;
-    std::string tensors;  ///< For messages: those that lie in it, as in `"a", "b" and 3 more`; "no tensor" for padding.
+    std::string tensors;  ///< For messages, the tensors that lie in the stripe: `"a", "b" and 3 more`, or "no tensor"
+                          ///< for padding.
   };
 
-  std::uint64_t verified_bytes = 0;  ///< That match.
+  std::uint64_t verified_bytes = 0;  ///< Bytes that match their checksums.
   std::vector<Stripe> corrupt;
   double seconds = 0;
 };
 
-/// Reads the payload of the file that `metadata` is of and holds every stripe of it against its checksum, going on
-/// after those that do not match. Takes 128 MiB of memory beside the engine's. `progress`, if given, is told on the
-/// calling thread how many bytes are done. Throws: Error (kBadFile when the file has no checksums; kFileChanged;
-/// errno).
+/// Reads the payload of the file that `metadata` was read from, and compares every stripe with its checksum; it goes on
+/// after a stripe that does not match. The call blocks, and takes 128 MiB of memory in addition to the engine's.
+/// `progress`, if given, is called on the calling thread with the number of bytes that are done. Throws: Error
+/// (kBadFile when the file has no checksums; kFileChanged; errno).
 VerifyReport verify_payload(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
                             const std::function<void(std::uint64_t done_bytes)>& progress = {});
 
