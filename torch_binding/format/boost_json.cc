@@ -1,2 +1,3 @@
-// Boost.JSON compiled in, in the namespace that the build gives it: a program may bring its own copy, of any version.
+// Compiles Boost.JSON in, under a namespace that the build chooses, so that a program may bring its own copy in any
+// version.
 #include <boost/json/src.hpp>

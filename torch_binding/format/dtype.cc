@@ -26,7 +26,7 @@ constexpr std::array kDTypes = {DTypeInfo{"bool", 1},          DTypeInfo{"int8",
                                 DTypeInfo{"float8_e8m0fnu", 1}};
 static_assert(kDTypes.size() == static_cast<std::size_t>(DType::kFloat8E8M0FNU) + 1);
 
-// torch attributes that are the same object as a canonical dtype; a reader may meet them, a writer never emits them.
+// Other names that torch has for the same dtypes. A reader may meet them; a writer never writes them.
 constexpr std::array<std::pair<std::string_view, DType>, 9> kAliases = {{{"float", DType::kFloat32},
                                                                          {"double", DType::kFloat64},
                                                                          {"half", DType::kFloat16},

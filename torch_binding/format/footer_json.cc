@@ -10,7 +10,7 @@ namespace flashpack {
 
 namespace {
 
-/// Knows what the keys of a footer mean, and for messages where in the footer it is. Throws Error at the first broken
+/// Reads the keys of a footer, and knows where in the footer it is, for messages. Throws Error at the first broken
 /// rule.
 class FooterReader {
  public:
@@ -137,7 +137,7 @@ class FooterReader {
     if (macroblock > std::numeric_limits<std::uint32_t>::max()) {
       fail(where() + " references macroblock " + std::to_string(macroblock) + ", but no file has that many");
     }
-    // The name is moved last, for messages about the others have it.
+    // The name is moved last, because messages about the other fields need it.
     RecordFields record{.shape = require(std::move(shape), "shape"),
                         .offset_elems = require(offset, "offset"),
                         .length_elems = require(length, "length"),
@@ -203,10 +203,10 @@ class FooterReader {
   std::vector<Macroblock> macroblocks_;
   std::vector<RecordFields> records_;
   Part part_ = Part::kFooter;
-  std::string_view key_;             // Of the value that comes next, if it is known.
-  std::string user_key_;             // What key_ may point to.
-  std::vector<std::int64_t> dims_;   // Kept for its memory.
-  std::optional<std::string> name_;  // Of the record that is being read, once it is known.
+  std::string_view key_;             // Key of the value that comes next, if known.
+  std::string user_key_;             // Text that key_ may point to.
+  std::vector<std::int64_t> dims_;   // A member so that its memory is used again.
+  std::optional<std::string> name_;  // Name of the record that is being read, once known.
 };
 
 }  // namespace

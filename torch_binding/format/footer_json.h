@@ -1,4 +1,4 @@
-/// A footer's JSON as typed fields.
+/// Parses the JSON of a footer into typed fields.
 #pragma once
 
 #include <cstdint>
@@ -13,17 +13,17 @@
 
 namespace flashpack {
 
-/// A record as the footer has it: a number of elements in one macroblock.
+/// A record as the footer has it, in elements of its macroblock.
 struct RecordFields {
   std::string name;
   std::vector<std::int64_t> shape;
-  std::uint64_t offset_elems = 0;  ///< From the start of its macroblock.
+  std::uint64_t offset_elems = 0;  ///< From the start of the macroblock.
   std::uint64_t length_elems = 0;
   std::uint32_t macroblock = 0;
 };
 
-/// What a footer says. Types, signs, required keys of macroblocks and records, and uniqueness of keys are checked;
-/// whether the values agree with each other and with the file is not.
+/// The fields of a footer. Types, signs, required keys of macroblocks and records, and uniqueness of keys have been
+/// checked; FooterCheck is to check whether the values agree with each other and with the file.
 struct FooterFields {
   std::optional<std::string> format;
   std::optional<std::string> target_dtype;
@@ -37,9 +37,9 @@ struct FooterFields {
   std::map<std::string, std::string> user_metadata;
 };
 
-/// Integers fit int64 and are not negative. Keys that are not known are checked as JSON and passed over, except in
-/// macroblocks, where they may say that the bytes are encoded. `payload_bytes` turns a place in the text into an offset
-/// in the file. Throws: Error (kBadFile).
+/// Integers must fit int64 and not be negative. A key that is not known is checked as JSON and skipped, except in a
+/// macroblock, where it is refused because it may say that the bytes are encoded. `payload_bytes` turns an offset in
+/// the text into one in the file, for messages. Throws: Error (kBadFile).
 FooterFields parse_footer_json(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path);
 
 }  // namespace flashpack

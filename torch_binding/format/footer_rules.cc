@@ -11,7 +11,7 @@ namespace flashpack {
 
 namespace {
 
-/// One footer against the rules of the format. Every member throws Error (kBadFile) for the first rule it finds broken.
+/// Checks one footer against the rules of the format. Every member throws Error (kBadFile) for the first broken rule.
 class FooterCheck {
  public:
   FooterCheck(std::uint64_t payload_bytes, const std::filesystem::path& path) : path_(path) {
@@ -153,8 +153,8 @@ class FooterCheck {
     }
   }
 
-  /// No writer lets tensors share bytes, tied ones neither. Each would be given memory of its own, so that a small file
-  /// could ask for any amount of it.
+  /// No writer lets tensors share bytes, not even tied ones. A reader gives each tensor memory of its own, so that a
+  /// small file whose tensors overlap could demand any amount of memory.
   void check_overlap_of_records() const {
     const auto& records = metadata_.records;
     std::vector<std::size_t> by_offset;
@@ -182,7 +182,7 @@ class FooterCheck {
     if (end_bytes < metadata_.payload_bytes) {
       const std::string what = std::to_string(metadata_.payload_bytes - end_bytes) +
                                " bytes between the last macroblock and the footer belong to no macroblock.";
-      // Nobody reads them, so the last checksum, which is of them, too, would never be looked at.
+      // No load reads these bytes, so the checksum of the last stripe, which covers them, too, would never be compared.
       if (fields.crc32c_per_mib) fail(what);
       warn(what);
     }

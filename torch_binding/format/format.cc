@@ -17,10 +17,10 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "payload and trailer are little-endian");
 
-// One read of this much holds the whole footer of most models.
+// One read of this size holds the whole footer of most models.
 constexpr std::uint64_t kTailBytes = std::uint64_t{64} << 10;
 
-/// An open file, borrowed, whose footer is being read. Throws Error: errno from the system, kTruncated, kFileChanged.
+/// Reads the footer's bytes of an open file, which is borrowed. Throws: Error (errno; kTruncated; kFileChanged).
 class FooterFile {
  public:
   FooterFile(int fd, const std::filesystem::path& path) : path_(path), fd_(fd) {}

@@ -119,7 +119,7 @@ std::string quoted(std::string_view utf8) {
     return out;
   }
   std::size_t end = kMaxQuotedBytes;
-  while (end > 0 && (static_cast<unsigned char>(utf8[end]) & 0xc0) == 0x80) --end;  // Not inside a character.
+  while (end > 0 && (static_cast<unsigned char>(utf8[end]) & 0xc0) == 0x80) --end;  // Does not cut a character.
   append_json_string(out, utf8.substr(0, end));
   return out + "...";
 }

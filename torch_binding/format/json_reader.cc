@@ -31,10 +31,10 @@ enum class Kind : std::uint8_t {
 struct Event {
   Kind kind;
   std::uint64_t number = 0;
-  std::string_view text;  // A key or string: as it stands in the whole text, or a copy in Handler::copies.
+  std::string_view text;  // Key or string, in the whole text or in Handler::copies.
 };
 
-/// Notes the events of Boost.JSON's basic_parser, whose names these are.
+/// Notes the events of Boost.JSON's basic_parser, which gives these functions their names.
 struct Handler {
   static constexpr std::size_t max_object_size = std::size_t{1} << 20;
   static constexpr std::size_t max_array_size = std::numeric_limits<std::uint32_t>::max();
@@ -78,10 +78,10 @@ struct Handler {
   bool on_comment_part(Text, ErrorCode&) { return true; }
   bool on_comment(Text, ErrorCode&) { return true; }
 
-  std::string_view text;  // All that is parsed.
+  std::string_view text;  // The whole text.
   std::vector<Event> events;
-  std::string parts;               // Of the key or string that is being received.
-  std::deque<std::string> copies;  // Of those that have escapes, or came in parts.
+  std::string parts;               // Parts of the key or string that is being received.
+  std::deque<std::string> copies;  // Keys and strings that have escapes or came in parts.
 };
 
 boost::json::parse_options options() {
@@ -92,12 +92,12 @@ boost::json::parse_options options() {
 
 }  // namespace
 
-/// Parses ahead by a few KiB, so that Boost, which pushes its events, can be asked for the next one.
+/// Turns Boost's parser, which pushes events, into one that is asked for the next event, by parsing a few KiB ahead.
 class JsonReader::Events {
  public:
   explicit Events(std::string_view text) : rest_(text), parser_(options()) { handler_.text = text; }
 
-  /// What these return stays until the next call.
+  /// The result is valid until the next call.
   const Event& peek() {
     while (next_ == handler_.events.size()) parse_more();
     return handler_.events[next_];
@@ -121,12 +121,12 @@ class JsonReader::Events {
   void parse_more();
 
   std::string_view rest_;
-  std::optional<JsonError> error_;  // After all events so far.
+  std::optional<JsonError> error_;  // Thrown after all events so far.
   boost::json::basic_parser<Handler> parser_;
   Handler& handler_ = parser_.handler();
   std::size_t next_ = 0;                // Index in Handler::events.
-  std::vector<std::string_view> keys_;  // Of all objects that are open.
-  std::vector<std::size_t> objects_;    // For each that is open, the index of its first key.
+  std::vector<std::string_view> keys_;  // Keys of all objects that are open.
+  std::vector<std::size_t> objects_;    // For each open object, the index of its first key.
 };
 
 void JsonReader::Events::parse_more() {

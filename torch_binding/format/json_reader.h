@@ -1,4 +1,4 @@
-/// Reads JSON of unknown origin: the headers of checkpoints.
+/// Reads JSON that may be hostile: the headers of checkpoints.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,8 @@
 
 namespace flashpack {
 
-/// Why a text is refused. what() is a sentence without its subject, "must be an array", because only the caller knows
-/// what the text is about.
+/// Says why a text is refused. what() is a sentence without its subject, such as "must be an array", because only the
+/// caller knows what to call the subject.
 class JsonError : public std::runtime_error {
  public:
   enum class Subject : std::uint8_t { kText, kObject, kValue };
@@ -20,9 +20,10 @@ class JsonError : public std::runtime_error {
   JsonError(Subject subject, const std::string& what, std::size_t offset_bytes = 0)
       : std::runtime_error(what), subject_(subject), offset_bytes_(offset_bytes) {}
 
-  /// The text as a whole, the object that has just been read to its end, or the value that was to come next.
+  /// The subject of what(): the whole text, the object that has just been read to its end, or the value that comes
+  /// next.
   Subject subject() const noexcept { return subject_; }
-  /// Where it is in the text, if the subject is the text.
+  /// Offset of the mistake in the text, if the subject is the text.
   std::size_t offset_bytes() const noexcept { return offset_bytes_; }
 
  private:
@@ -30,14 +31,14 @@ class JsonError : public std::runtime_error {
   std::size_t offset_bytes_;
 };
 
-/// Gives the values of one JSON text in the order in which they stand there, and builds no tree of them: it needs 16
-/// bytes for each key of the objects that are open, and copies the keys and strings that have escapes.
+/// Gives the values of one JSON text in their order, and builds no tree of them. It needs 16 bytes for each key of the
+/// objects that are open, and copies keys and strings that have escapes.
 ///
 /// Refuses what is not JSON to the letter (RFC 8259, UTF-8 without a mark, no comments, no trailing commas), more than
-/// 8 levels, more than 2^20 keys in an object, and a key that an object has twice. The last costs n log n whatever the
-/// keys are.
+/// 8 levels, more than 2^20 keys in an object, and a key that an object has twice. The check for such keys takes n log
+/// n steps for any keys.
 ///
-/// Each function reads the next value. It throws JsonError if that is of another type, or the text is refused.
+/// Each function reads the next value. It throws JsonError if the value is of another type or the text is refused.
 /// Thread safety: one thread.
 class JsonReader {
  public:
@@ -47,14 +48,15 @@ class JsonReader {
   JsonReader(const JsonReader&) = delete;
   JsonReader& operator=(const JsonReader&) = delete;
 
-  /// Calls `member(key)` for each member. It has to read the value, and may keep `key` as long as this reader.
+  /// Calls `member(key)` for each member; the call has to read the member's value. `key` is valid as long as this
+  /// reader.
   template <typename Member>
   void object(Member member) {
     begin_object();
     while (const std::optional<std::string_view> key = next_key()) member(*key);
   }
 
-  /// Calls `element()` for each element. It has to read it.
+  /// Calls `element()` for each element; the call has to read that element.
   template <typename Element>
   void array(Element element) {
     begin_array();
@@ -64,11 +66,11 @@ class JsonReader {
   std::string string();
   /// An integer from 0 to 2^63 - 1, written without a fraction or an exponent.
   std::uint64_t count();
-  /// Whether the next value is null, which is then read.
+  /// Whether the next value is null. If it is, it is read.
   bool null();
-  /// Passes over a value of any type, which is checked like all others.
+  /// Checks and skips a value of any type.
   void skip();
-  /// The text must end here.
+  /// Throws JsonError unless the text ends here.
   void end();
 
  private:

@@ -62,8 +62,8 @@ void check_names(std::span<const TensorSpec> tensors) {
   }
 }
 
-/// a + b, a * b and a rounded up to a multiple of b, where no place in a file may be past 2^63. `tensor` is for the
-/// message.
+/// These three compute a + b, a * b, and a rounded up to a multiple of b, and throw if the result passes 2^63. `tensor`
+/// is for the message.
 std::uint64_t add(std::uint64_t a, std::uint64_t b, const TensorSpec& tensor) {
   std::uint64_t sum = 0;
   if (__builtin_add_overflow(a, b, &sum) || sum > kMaxBytes) refuse_tensor(tensor, "the file would pass 2^63 bytes");
@@ -258,7 +258,7 @@ Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_by
 
 void check_footer(const Metadata& metadata, bool checksums) {
   check_user_metadata(metadata);
-  // Part by part: as a whole it may be more than memory holds.
+  // Each record's JSON is measured alone, because the whole may be larger than memory.
   std::string part;
   append_preamble(part, metadata);
   append_user_metadata(part, metadata);

@@ -1,4 +1,4 @@
-/// One descriptor for the footer of a file and for its payload, so that both are of the same file.
+/// Opens a file once for its footer and its payload, so that both come from the same file.
 #pragma once
 
 #include <unistd.h>

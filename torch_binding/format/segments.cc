@@ -29,12 +29,12 @@ void advise_huge_pages(std::byte* data, std::uint64_t size_bytes) {
 
 // On a device, smaller tensors do not share segments with larger ones.
 constexpr std::uint64_t kSmallBytes = std::uint64_t{1} << 20;
-// torch keeps this much of CUDA's memory for each that is left of several small tensors.
+// torch takes CUDA's memory for small tensors in blocks of this size, and keeps a block while any of its tensors is
+// left.
 constexpr std::uint64_t kSmallBlockBytes = std::uint64_t{2} << 20;
-// On a device at most so much padding lies in a segment, where it takes memory that nobody uses.
+// On a device a segment has less padding than this between two tensors, because padding takes memory that nobody uses.
 constexpr std::uint64_t kMaxDevicePaddingBytes = 4096;
 
-/// Makes one plan, step by step.
 class Planner {
  public:
   Planner(const Metadata& metadata, std::span<const std::size_t> wanted, Device::Kind kind,
@@ -80,7 +80,7 @@ class Planner {
     }
   }
 
-  // Says whether `next` can go to the last segment. `is_small`: that one is of small tensors.
+  // Whether `next` can go to the last segment; `is_small` says whether that segment's tensors are small.
   bool joins(const TensorRecord& next, bool is_small) const {
     const Segment& last = plan_.segments.back();
     const std::uint64_t begin = next.offset_bytes - last.offset_bytes;
@@ -95,7 +95,7 @@ class Planner {
   // Lets segments take in padding and, where all is to be verified, the rest of stripes.
   void widen(Verify verify) {
     constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
-    // A file may ask for any alignment; up to this one the least common multiple cannot overflow.
+    // A file may have any alignment; the least common multiple cannot overflow for alignments up to this.
     constexpr std::uint64_t kMostBytes = std::uint64_t{1} << 32;
     const std::uint64_t align_bytes = std::clamp<std::uint64_t>(metadata_.container.align_bytes, 1, kMostBytes);
     const std::uint64_t longest_padding_bytes = std::lcm(align_bytes, std::uint64_t{16}) - 1;
@@ -137,7 +137,7 @@ class Planner {
       Segment& segment = plan_.segments[i];
       const bool is_small = segment.size_bytes <= kSmallBlockBytes;
       std::size_t& last = is_small ? last_small : last_large;
-      // As far as it takes for the first tensor to begin where tensors may.
+      // The segment begins so that its first tensor is aligned.
       const std::uint64_t skip_bytes = round_up(leads_[i], kDeviceAlignBytes) - leads_[i];
       if (last != kNone) segment.block_offset = round_up(plan_.blocks[last].size_bytes, kDeviceAlignBytes) + skip_bytes;
       if (last == kNone || segment.block_offset + segment.size_bytes > (is_small ? kSmallBlockBytes : max_bytes_)) {
@@ -156,7 +156,7 @@ class Planner {
   const bool on_device_;
   const std::uint64_t max_bytes_;
   SegmentPlan plan_;
-  std::vector<std::uint64_t> leads_;  // By segment: what it has before its first tensor, in bytes.
+  std::vector<std::uint64_t> leads_;  // For each segment, its bytes before its first tensor.
 };
 
 }  // namespace

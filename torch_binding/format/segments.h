@@ -1,4 +1,4 @@
-/// Memory for a file's tensors, laid out so that the engine can read it in place: one planner for all bindings.
+/// Plans the memory for a file's tensors so that the engine can read in place. All bindings use this planner.
 #pragma once
 
 #include <cstddef>
@@ -12,22 +12,23 @@
 
 namespace flashpack {
 
-/// Bytes of the file that go to one contiguous part of a block of memory: one extent of a load.
+/// One extent of a load: bytes of the file that go to one contiguous part of a block.
 struct Segment {
   std::uint64_t offset_bytes = 0;  ///< In the file.
   std::uint64_t size_bytes = 0;
   std::size_t block = 0;           ///< Index into SegmentPlan::blocks.
-  std::uint64_t block_offset = 0;  ///< In the block, in bytes.
+  std::uint64_t block_offset = 0;  ///< Offset in the block, in bytes.
 };
 
-/// What is read for some records, and where it goes.
+/// The bytes to read for some records, and where each goes.
 struct SegmentPlan {
-  /// Memory to allocate. On the host it should have the phase of a file offset, so that the engine can read in place.
+  /// Memory to allocate. On the host its address should have the phase of `offset_bytes` (be equal modulo the page), so
+  /// that the engine can read in place.
   struct Block {
     std::uint64_t size_bytes = 0;
-    std::uint64_t offset_bytes = 0;  ///< In the file, of what the block begins with.
+    std::uint64_t offset_bytes = 0;  ///< File offset of the block's first bytes.
   };
-  /// Where a record's bytes are. Empty tensors have none, and are in no segment.
+  /// Where the bytes of a record are. An empty tensor is in no segment.
   struct Place {
     static constexpr std::size_t kNowhere = ~std::size_t{0};
     std::size_t segment = kNowhere;
@@ -35,32 +36,32 @@ struct SegmentPlan {
   };
 
   std::vector<Block> blocks;
-  std::vector<Segment> segments;  ///< By offset in the file.
-  std::vector<Place> places;      ///< Of the wanted records, in their order.
+  std::vector<Segment> segments;  ///< Sorted by offset in the file.
+  std::vector<Place> places;      ///< One for each wanted record, in their order.
 
-  /// Where a place is in the block of its segment, in bytes. Requires: it is somewhere.
+  /// Offset of a place in the block of its segment, in bytes. Requires: the place is in a segment.
   std::uint64_t block_offset(const Place& place) const {
     return segments[place.segment].block_offset + place.offset_bytes;
   }
 };
 
-/// Larger segments are cut between tensors, so that memory can go back to the system part by part.
+/// Larger segments are cut between tensors, so that memory can be freed part by part.
 inline constexpr std::uint64_t kMaxSegmentBytes = std::uint64_t{1} << 30;
-/// On the host, shorter unwanted stretches are read along: a second extent would cost more than the bytes do.
+/// On the host, unwanted bytes between two tensors are read, too, up to this many, because a second extent costs more.
 inline constexpr std::uint64_t kMaxGapBytes = std::uint64_t{1} << 20;
-/// Where tensors begin on a device: CUDA's memory begins there, and kernels may expect tensors to.
+/// On a device, tensors begin at multiples of this, as CUDA's own memory does; kernels may rely on that.
 inline constexpr std::uint64_t kDeviceAlignBytes = 256;
 
 /// Groups the records at `wanted`, in any order, into segments. A segment takes in the padding that follows it, because
 /// only whole stripes can be verified; with Verify::kAlways it reaches to the borders of stripes.
 ///
 /// On the host every segment is a block. On a device every tensor begins at a multiple of kDeviceAlignBytes in its
-/// block, and small tensors share small blocks, so that one that outlives the rest keeps little memory.
+/// block, and small tensors share small blocks, so that a small tensor that outlives the others keeps little memory.
 SegmentPlan plan_segments(const Metadata& metadata, std::span<const std::size_t> wanted, Device::Kind kind,
                           Verify verify = Verify::kAuto, std::uint64_t max_segment_bytes = kMaxSegmentBytes);
 
-/// The macroblocks of a file as if each were one tensor of one dim, in their order there: to be planned and shown
-/// as records are. Without checksums, user metadata and identity.
+/// The macroblocks of a file as if each were one tensor of one dim, in file order, so that they can be planned and
+/// shown as records are. The result has no checksums, user metadata or identity.
 Metadata macroblocks_as_records(const Metadata& metadata);
 
 /// An anonymous private mapping whose data() has the phase of a file offset: both agree modulo 4096, and modulo 2 MiB

@@ -1,4 +1,4 @@
-/// What a load that is held against checksums promises, for verify_payload() and the bindings.
+/// Keeps the promise of a verified load, for verify_payload() and the bindings.
 #pragma once
 
 #include <cstdint>
@@ -14,26 +14,25 @@
 
 namespace flashpack {
 
-/// The tensors of a file by their place in it, for messages. The metadata is borrowed.
+/// Finds the tensors at a place in a file, for messages. The metadata is borrowed.
 class TensorsByOffset {
  public:
   explicit TensorsByOffset(const Metadata& metadata);
 
-  /// Those that have bytes in that range of the file: `"a", "b" and 3 more`; "no tensor" for padding.
+  /// The tensors that have bytes in that range of the file: `"a", "b" and 3 more`, or "no tensor" for padding.
   std::string names_in(std::uint64_t offset_bytes, std::uint64_t size_bytes) const;
 
  private:
   std::vector<const TensorRecord*> records_;
 };
 
-/// For FileExtents::checksums of a load of `path`, whose footer is `metadata`; whole stripes are the caller's to ask
-/// for. Throws: Error (kBadFile) when they are wanted and the file has none.
+/// Returns the FileExtents::checksums for a load of `path`, whose footer is `metadata`. The caller has to request whole
+/// stripes. Throws: Error (kBadFile) with Verify::kAlways if the file has no checksums.
 std::optional<Checksums> checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path);
 
-/// Calls `wait`, which waits for such a load, and returns what it returns. After that, with Verify::kAlways, every byte
-/// that was read is one that matches its checksum.
-/// Throws: what `wait` throws, where an Error of Errc::kCorrupt also names the tensors in the stripe; Error
-/// (kInvalidArgument) when all was to be verified and some stripes were read in part only.
+/// Returns the result of `wait`, which waits for such a load. With Verify::kAlways, every byte that was read has then
+/// matched its checksum. Throws: the exceptions of `wait`, where an Error of Errc::kCorrupt also names the tensors in
+/// the stripe; Error (kInvalidArgument) if Verify::kAlways was given and some stripes were read only in part.
 TransferStats verified(const Metadata& metadata, Verify verify, const std::filesystem::path& path,
                        const std::function<TransferStats()>& wait);
 

@@ -15,7 +15,7 @@ namespace flashpack {
 
 namespace {
 
-// While one window is looked at, the next is being read.
+// While one window is checked, the next is being read.
 constexpr std::uint64_t kWindowBytes = std::uint64_t{64} << 20;
 
 /// Memory that reads go to in place, given back at the end.
@@ -35,7 +35,7 @@ class WindowMemory {
   void* address_;
 };
 
-/// `error` as it is, but for one of Errc::kCorrupt: that names the tensors in the stripe, too.
+/// Returns `error`; if it is of Errc::kCorrupt, with the tensors in the stripe named, too.
 Error with_tensors(const Error& error, const Metadata& metadata) {
   if (error.code() != Errc::kCorrupt) return error;
   const std::uint64_t begin = error.offset_bytes();
@@ -46,7 +46,7 @@ Error with_tensors(const Error& error, const Metadata& metadata) {
           error.path(), begin};
 }
 
-/// Throws: Error (kInvalidArgument) unless all that was read was held against checksums.
+/// Throws: Error (kInvalidArgument) unless all bytes that were read have been verified.
 std::uint64_t all_verified(const TransferStats& stats, const std::filesystem::path& path) {
   if (stats.verified_bytes == stats.requested_bytes) return stats.verified_bytes;
   throw Error(Errc::kInvalidArgument,
@@ -79,7 +79,7 @@ class Verifier {
  private:
   struct Window {
     WindowMemory memory;
-    Transfer transfer;  // Last: it ends before its memory goes.
+    Transfer transfer;  // The last member, because it must end before its memory goes.
   };
 
   Window& window(std::uint64_t offset) { return windows_[offset / kWindowBytes % windows_.size()]; }
@@ -110,7 +110,7 @@ class Verifier {
     }
   }
 
-  // A transfer names the first one only.
+  // A transfer names only its first corrupt stripe, so each stripe is loaded alone.
   void find_corrupt_stripes(std::uint64_t offset) {
     const std::uint64_t end = std::min(offset + kWindowBytes, metadata_.payload_bytes);
     for (; offset < end; offset += Checksums::kStripeBytes) {

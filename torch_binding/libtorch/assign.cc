@@ -17,17 +17,16 @@ namespace flashpack {
 
 namespace {
 
-// One tensor of the module, however many names it has, and what the file has for it.
+// One tensor of the module, with all of its names and the record of the file that it gets.
 struct Target {
   at::Tensor tensor;
   bool is_parameter = false;
-  std::vector<std::string> names;  // As in the module; the first is the one reported.
+  std::vector<std::string> names;  // Names in the module; the first is reported.
   std::optional<std::size_t> record;
 
   std::string label() const { return (is_parameter ? "parameter '" : "buffer '") + names.front() + "'"; }
 };
 
-// Which record goes where, by names alone.
 struct Match {
   std::vector<Target> targets;
   AssignReport report;
@@ -106,7 +105,7 @@ void check_names(const std::filesystem::path& path, const AssignReport& report, 
   if (!missing.empty()) refuse(path, "Missing " + counts + ": " + listed(missing));
 }
 
-// Whether the tensor's data can be changed to what `record` holds, so that nothing can be refused after the load.
+// Throws if the tensor cannot take the data of `record`, so that nothing can be refused after the load.
 void check_fit(const std::filesystem::path& path, const Target& target, const TensorRecord& record, at::Device device,
                const AssignOptions& options) {
   const at::Tensor& tensor = target.tensor;
@@ -131,7 +130,7 @@ void check_fit(const std::filesystem::path& path, const Target& target, const Te
   }
 }
 
-// The tensors that will take the targets' places, in the targets' order; undefined for those that the file lacks.
+// Returns the tensors with the loaded data, in the targets' order; undefined for targets that the file lacks.
 std::vector<at::Tensor> load(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata,
                              Match& match, const AssignOptions& options) {
   std::vector<std::size_t> wanted;
@@ -143,7 +142,7 @@ std::vector<at::Tensor> load(Engine& engine, int fd, const std::filesystem::path
   std::vector<at::Tensor> tensors;
   std::size_t next = 0;
   for (const Target& target : match.targets) {
-    // A module made in inference mode gets inference tensors, and no other does.
+    // Only a module that was made in inference mode gets inference tensors.
     const c10::InferenceMode mode(target.tensor.is_inference());
     at::Tensor& tensor = tensors.emplace_back();
     if (target.record) tensor = loaded.tensor(next++);
@@ -158,10 +157,10 @@ std::vector<at::Tensor> load(Engine& engine, int fd, const std::filesystem::path
   return tensors;
 }
 
-// Nothing here throws: check_fit has ruled out what set_data could object to.
+// Throws nothing, because check_fit has refused all tensors that set_data could refuse.
 void replace_data(const at::Tensor& tensor, const at::Tensor& loaded) {
   tensor.set_data(loaded);
-  // backward() and optimizers take a gradient to have its tensor's dtype, device and shape.
+  // backward() and optimizers expect a gradient to have its tensor's dtype, device and shape.
   const at::Tensor& grad = tensor.grad();
   if (!grad.defined()) return;
   if (grad.scalar_type() != loaded.scalar_type() || grad.device() != loaded.device() || grad.sizes() != loaded.sizes())

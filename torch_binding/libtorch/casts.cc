@@ -17,7 +17,7 @@ bool is_same_kind(at::ScalarType a, at::ScalarType b) {
   return (c10::isFloatingType(a) && c10::isFloatingType(b)) || (c10::isComplexType(a) && c10::isComplexType(b));
 }
 
-// torch does not compare 8-bit floats.
+// torch cannot compare 8-bit floats.
 at::Tensor comparable(const at::Tensor& tensor) {
   const at::ScalarType type = tensor.scalar_type();
   return c10::isFloatingType(type) && !is_plain_float(type) ? tensor.to(at::kFloat) : tensor;
@@ -27,7 +27,8 @@ bool is_equal(const at::Tensor& tensor, const at::Tensor& cast) {
   const at::ScalarType type = tensor.scalar_type();
   if (!is_integral(type) || !is_integral(cast.scalar_type()))
     return at::equal(comparable(cast.to(type)), comparable(tensor));
-  // Through something wider: what wraps around would wrap back.
+  // Both are compared as 64-bit integers, because a value that wrapped around would wrap back in a cast to its own
+  // type.
   const at::Tensor wide = tensor.to(at::kLong);
   const bool has_u64 = type == at::ScalarType::UInt64 || cast.scalar_type() == at::ScalarType::UInt64;
   return at::equal(wide, cast.to(at::kLong)) && !(has_u64 && wide.lt(0).any().item<bool>());

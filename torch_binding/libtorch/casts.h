@@ -1,4 +1,4 @@
-/// What tensors become when a type is asked for, and casts that must not lose anything.
+/// Chooses the dtype of tensors when one is asked for, and casts without loss.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,12 +7,13 @@
 
 namespace flashpack {
 
-/// What a tensor of `own` becomes when `asked` is asked for all: floating-point tensors take a floating-point type,
-/// complex ones a complex type. Everything else keeps its own, 8-bit floats included: counters would be rounded, and
-/// packed or quantised weights are not the numbers that they look like.
+/// Returns the dtype that a tensor of dtype `own` gets when `asked` is asked for all tensors: floating-point tensors
+/// take a floating-point type, complex ones a complex type. All others, 8-bit floats included, keep their own, because
+/// a cast would round counters and spoil packed or quantised weights.
 at::ScalarType type_when_asked(at::ScalarType own, std::optional<at::ScalarType> asked) noexcept;
 
-/// `tensor` as `type`. Empty where a value would change and either of them is of integers, or only one is complex.
+/// Returns `tensor` as `type`. Empty if a value would change and one of the types is an integer, or only one is
+/// complex.
 std::optional<at::Tensor> cast_exactly(const at::Tensor& tensor, at::ScalarType type);
 
 }  // namespace flashpack

@@ -1,4 +1,3 @@
-/// The one place that walks a torch::nn::Module.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,8 +12,8 @@ class Module;
 namespace flashpack {
 
 struct ModuleTensor {
-  std::string name;   ///< With dots, from the module walked.
-  at::Tensor tensor;  ///< The module's own: its data can be changed through it.
+  std::string name;   ///< Path from the root module, with dots.
+  at::Tensor tensor;  ///< The module's own tensor, whose data can be changed here.
   bool is_parameter = false;
 };
 

@@ -63,7 +63,7 @@ CUstream_st* current_stream(at::Device device) {
   if (device.is_cpu()) return nullptr;
   const auto* guard = c10::impl::getDeviceGuardImpl(device.type());
   const c10::Stream stream = guard->getStream(device);
-  // LibTorch has told the handle since 2.8; before, all that is on the stream is waited for here.
+  // LibTorch gives the stream's handle since 2.8. With older versions this waits until the stream's work has ended.
   const auto handle = [&](const auto& any) -> CUstream_st* {
     if constexpr (requires { any.native_handle(); }) return static_cast<CUstream_st*>(any.native_handle());
     guard->synchronizeStream(any);
@@ -119,7 +119,7 @@ at::Tensor LoadedRecords::host_tensor(const SegmentPlan::Place& place, at::IntAr
   return at::for_blob(region->data() + plan_.block_offset(place), shape)
       .context(owner.release(), [](void* context) { std::unique_ptr<RegionOwner>(static_cast<RegionOwner*>(context)); })
       .options(at::TensorOptions(at::kCPU).dtype(type))
-      .allocator(c10::GetAllocator(c10::kCPU))  // For resize_(), which moves to ordinary memory.
+      .allocator(c10::GetAllocator(c10::kCPU))  // resize_() moves the tensor to ordinary memory.
       .resizeable_storage()
       .make_tensor();
 }
@@ -128,7 +128,7 @@ at::Tensor LoadedRecords::device_tensor(const SegmentPlan::Place& place, at::Int
                                         at::ScalarType type) const {
   const at::Tensor& block = blocks_[plan_.segments[place.segment].block];
   const std::uint64_t begin = plan_.block_offset(place) / c10::elementSize(type);
-  // No view, but a tensor with a version counter of its own.
+  // This makes no view, because a view would share its version counter with the other tensors of the block.
   return at::empty({0}, at::TensorOptions(device_).dtype(type))
       .set_(block.storage(), static_cast<std::int64_t>(begin), shape);
 }
@@ -138,7 +138,7 @@ LoadedTensors read_tensors(Engine& engine, const std::filesystem::path& path, co
   const Metadata metadata = read_metadata(file.fd(), path);
   const std::vector<std::size_t> wanted = selected(metadata, options);
   const LoadedRecords loaded(engine, file.fd(), path, metadata, wanted, options.cache, options.verify);
-  // What the caller keeps must not depend on the mode it happens to be in.
+  // The caller gets ordinary tensors even in inference mode, because he may keep them for longer.
   const c10::InferenceMode ordinary_tensors(false);
   LoadedTensors result{.stats = loaded.stats()};
   result.tensors.reserve(wanted.size());

@@ -33,10 +33,9 @@ using IdentityTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, st
 using SpecTuple = std::tuple<std::string, std::string, std::vector<std::int64_t>>;
 /// Name, file offset in bytes, size in bytes.
 using PlaceTuple = std::tuple<std::string, std::uint64_t, std::uint64_t>;
-/// Of a block: size in bytes, and file offset of what it begins with.
+/// Size of a block in bytes, and file offset of its first bytes.
 using BlockTuple = std::tuple<std::uint64_t, std::uint64_t>;
-/// Indices of blocks, and offsets in them in bytes: two lists of numbers, which cost Python's garbage collector
-/// nothing.
+/// Indices of blocks, and offsets in the blocks in bytes. Two lists of numbers cost Python's garbage collector nothing.
 using PlacesTuple = std::tuple<std::vector<std::size_t>, std::vector<std::uint64_t>>;
 
 Metadata read_footer(int fd, const std::filesystem::path& path) {

@@ -1,4 +1,4 @@
-/// Metadata of files and plans of what to read, as Python sees them.
+/// Binds metadata of files and plans of reads to Python.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -14,7 +14,7 @@ namespace flashpack {
 /// File offset in bytes, size in bytes, address in memory.
 using ExtentTuple = std::tuple<std::uint64_t, std::uint64_t, std::uintptr_t>;
 
-/// Throws: Error (kInvalidArgument) for a name of no policy.
+/// Throws: Error (kInvalidArgument) for an unknown name.
 Verify verify_policy(std::string_view name);
 
 void bind_format(nanobind::module_& module);

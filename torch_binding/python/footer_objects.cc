@@ -11,8 +11,8 @@ namespace flashpack {
 
 namespace {
 
-/// Python's cyclic garbage collector does not run meanwhile. It would look again and again at all objects of a process
-/// that makes a million at once, and find nothing. For as long as the GIL is held: it is off for other threads, too.
+/// Pauses Python's cyclic garbage collector, which would search all objects again and again while a million are made,
+/// and find nothing. The GIL must be held meanwhile, because the collector pauses for other threads, too.
 class CollectorPaused {
  public:
   CollectorPaused() : was_enabled_(PyGC_Disable() != 0) {}

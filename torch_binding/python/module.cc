@@ -1,4 +1,4 @@
-// The native half of the Python package: arguments in, GIL released, errors out. Nothing else.
+// Binds the library to Python: converts arguments and errors, and releases the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/map.h>
@@ -40,12 +40,12 @@ namespace flashpack {
 
 namespace {
 
-/// How often, and how many bytes of the file apart.
+/// Number of repetitions, and distance between them in the file, in bytes.
 using RepeatTuple = std::tuple<std::uint64_t, std::uint64_t>;
 
-PyObject* flashpack_error = nullptr;  // Owned by the module, which lives as long as the process.
+PyObject* flashpack_error = nullptr;  // The module owns it and lives as long as the process.
 
-/// What Python should see for a failure that is not an errno: 0 stands for FlashPackError.
+/// The errno that Python gets for a failure that has none; 0 stands for FlashPackError.
 int errno_of(Errc code) {
   if (code == Errc::kTruncated) return EIO;
   if (code == Errc::kFileChanged) return ESTALE;
@@ -53,12 +53,12 @@ int errno_of(Errc code) {
   return code == Errc::kCancelled ? ECANCELED : 0;
 }
 
-/// Paths, and messages with paths in them, may be any bytes.
+/// Paths, and messages with paths in them, need not be UTF-8.
 nb::object text(const std::string& bytes) {
   return nb::steal(PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "surrogateescape"));
 }
 
-/// One line that cannot drive a terminal.
+/// Escapes a message that has line breaks or control characters, which could drive a terminal.
 nb::object message_of(const Error& error) {
   nb::object message = text(error.what());
   if (nb::cast<bool>(message.attr("isprintable")())) return message;
@@ -69,11 +69,11 @@ void raise(const Error& error) {
   const nb::object message = message_of(error);
   const bool ours = error.code().category() == flashpack_category();
   const bool cuda = error.code().category() == cuda_category();
-  // As torch does for CUDA.
+  // torch raises RuntimeError for CUDA's errors, too.
   if (cuda || (ours && error.code() == Errc::kUnusable)) return PyErr_SetObject(PyExc_RuntimeError, message.ptr());
   const int number = ours ? errno_of(static_cast<Errc>(error.code().value())) : error.code().value();
   if (number == 0) return PyErr_SetObject(flashpack_error, message.ptr());
-  // Called with an errno, OSError makes its own subclass: FileNotFoundError, PermissionError, ...
+  // With an errno, OSError makes an object of the subclass that fits, such as FileNotFoundError.
   const nb::object filename = error.path().empty() ? nb::none() : text(error.path().string());
   const nb::object exception = nb::borrow(PyExc_OSError)(number, message, filename);
   PyErr_SetObject(exception.type().ptr(), exception.ptr());
@@ -112,7 +112,7 @@ std::vector<ExtentType> to_extents(const std::vector<ExtentTuple>& tuples) {
   return extents;
 }
 
-/// Each of `extents` as often as all of `repeats` say, the last of which is the innermost. The memory has no gaps.
+/// Repeats `extents` as `repeats` say, whose last is the innermost loop. The repetitions have no gaps in memory.
 std::vector<Extent> repeated(std::vector<Extent> extents, const std::vector<RepeatTuple>& repeats) {
   for (auto repeat = repeats.rbegin(); repeat != repeats.rend(); ++repeat) {
     const auto [count, stride_bytes] = *repeat;
@@ -144,7 +144,7 @@ struct PyLoad {
 
 nb::typed<nb::list, Dict> finish_loads(const nb::typed<nb::list, PyLoad>& loads, const ProgressFunction& progress) {
   const NativeCall call;
-  // Others may change the list while this waits.
+  // Other threads may change the list while this one waits.
   std::vector<nb::object> kept;
   for (const nb::handle load : loads) kept.push_back(nb::borrow(load));
   std::vector<Transfer*> transfers;
@@ -153,7 +153,7 @@ nb::typed<nb::list, Dict> finish_loads(const nb::typed<nb::list, PyLoad>& loads,
   for (const nb::object& object : kept) {
     const PyLoad& each = nb::cast<PyLoad&>(object);
     all_stats.append(stats_dict(verified(nb::cast<const Metadata&>(each.metadata), each.policy, each.path, [&] {
-      wait_for_all(transfers, progress);  // The first one waits.
+      wait_for_all(transfers, progress);  // Only the first call has to wait.
       return each.load.transfer.stats();
     })));
   }

@@ -1,9 +1,9 @@
-/// What becomes of native calls when the interpreter ends.
+/// Ends native calls before the interpreter ends.
 ///
-/// Python ends daemon threads where they next take the GIL, by unwinding their stack; through C++ that is
-/// std::terminate(), and nobody removes temporary files. So before it does, in an atexit handler, calls of other
-/// threads are cancelled and waited for, and new ones are refused by SystemExit, which ends a thread without a word.
-/// Everything here is touched only by who holds the GIL.
+/// At its end, Python unwinds the stack of each daemon thread that wants the GIL. Through C++ that is std::terminate(),
+/// which leaves temporary files behind. Therefore an atexit handler cancels the calls of other threads and waits for
+/// them, and later calls raise SystemExit, which ends their thread silently. Threads touch all of this only while they
+/// hold the GIL.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -16,12 +16,12 @@
 namespace flashpack {
 
 struct NativeCalls {
-  int under_way = 0;  ///< Nested ones count, too.
+  int under_way = 0;  ///< Calls under way, nested ones included.
   std::optional<std::thread::id> ended_by;
 };
 inline NativeCalls native_calls;
 
-/// Throws SystemExit in threads that have outlived the interpreter.
+/// Throws SystemExit if another thread has ended the interpreter.
 inline void leave_if_ended() {
   if (!native_calls.ended_by || *native_calls.ended_by == std::this_thread::get_id()) return;
   PyErr_SetString(PyExc_SystemExit, "the interpreter is ending");
@@ -35,7 +35,7 @@ inline void enter_call() {
 
 inline void leave_call() { --native_calls.under_way; }
 
-/// Lives as long as a call that may give up the GIL.
+/// Counts a call that may release the GIL, as long as the call lasts.
 class NativeCall {
  public:
   NativeCall() { enter_call(); }
@@ -44,7 +44,8 @@ class NativeCall {
   NativeCall& operator=(const NativeCall&) = delete;
 };
 
-/// Gives up the GIL for calls that must not fail, such as destructors, which may come when it cannot be had again.
+/// Releases the GIL, for calls that must not fail, such as destructors. It keeps the GIL if the interpreter has ended,
+/// because a thread cannot take it again then.
 class ReleasedUnlessEnded {
  public:
   ReleasedUnlessEnded() {
@@ -64,8 +65,8 @@ class ReleasedUnlessEnded {
   std::optional<nanobind::gil_scoped_release> released_;
 };
 
-/// Returns when no other thread is in a call; or in half a minute, if code that is not ours, such as a callback, holds
-/// one up.
+/// Returns when no other thread is in a call, or after half a minute, because a callback of the application may not
+/// return.
 inline void end_native_calls() {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
   native_calls.ended_by = std::this_thread::get_id();
@@ -75,12 +76,12 @@ inline void end_native_calls() {
   }
 }
 
-/// To be called once, when the module is made.
+/// To be called once, by the module's initialisation.
 inline void bind_native_calls(nanobind::module_& module) {
   module.def("enter_call", &enter_call, "For calls that are more than native ones: the end of the interpreter waits.");
   module.def("leave_call", &leave_call);
   nanobind::module_::import_("atexit").attr("register")(nanobind::cpp_function(&end_native_calls));
-  // The other threads do not exist in the child.
+  // The child does not have the other threads.
   pthread_atfork(nullptr, nullptr, [] { native_calls = {}; });
 }
 

@@ -1,4 +1,4 @@
-/// Transfers that Python has started: waiting for them, and giving them up.
+/// Waits for transfers that Python has started, and cancels them.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -16,10 +16,10 @@
 
 namespace flashpack {
 
-/// Told, on the waiting thread, how many bytes are done.
+/// Called on the waiting thread with the number of bytes that are done.
 using ProgressFunction = std::optional<nanobind::typed<nanobind::callable, nanobind::object(std::uint64_t)>>;
 
-/// How late Ctrl-C may be noticed.
+/// The longest time until Ctrl-C is noticed.
 inline constexpr auto kSignalPeriod = std::chrono::milliseconds(50);
 
 /// Nothing is in flight when this returns, so the caller's memory may go.
@@ -38,7 +38,7 @@ inline std::uint64_t done_bytes(std::span<Transfer* const> transfers) {
   return sum;
 }
 
-/// A while for all of them. Throws: Error of one that has failed.
+/// Waits for a while. True if all have finished. Throws: the Error of one that has failed.
 inline bool wait_a_while(std::span<Transfer* const> transfers) {
   const bool finished = std::ranges::all_of(transfers, [](Transfer* each) { return each->wait_for(kSignalPeriod); });
   for (Transfer* transfer : transfers) {
@@ -47,8 +47,8 @@ inline bool wait_a_while(std::span<Transfer* const> transfers) {
   return finished;
 }
 
-/// Waits with the GIL released. A signal whose handler raises, a `progress` that raises, or a transfer that fails
-/// cancels all. `progress` is told `base_bytes` and what the transfers have done.
+/// Waits with the GIL released. If the handler of a signal raises, `progress` raises, or a transfer fails, all
+/// transfers are cancelled. `progress` is called with `base_bytes` plus the bytes that the transfers have done.
 inline void wait_for_all(std::span<Transfer* const> transfers, const ProgressFunction& progress,
                          std::uint64_t base_bytes = 0) {
   try {
@@ -66,7 +66,7 @@ inline void wait_for_all(std::span<Transfer* const> transfers, const ProgressFun
   if (progress) (*progress)(base_bytes + done_bytes(transfers));
 }
 
-/// A transfer that has been started, and what it needs until its end.
+/// A transfer that has been started, and the Python object that must live until it ends.
 struct UnderWay {
   UnderWay(nanobind::object owner, Transfer started) : memory(std::move(owner)), transfer(std::move(started)) {}
   UnderWay(UnderWay&&) = default;
