@@ -1,4 +1,4 @@
-/// Which file system a path leads to, as far as that can be told without asking any.
+/// Finds the mount point of a path without asking any file system, because one that does not answer would block.
 #pragma once
 
 #include <filesystem>
@@ -10,10 +10,10 @@ namespace flashpack::internal {
 /// The mount points of this process.
 class Mounts {
  public:
-  /// Asks the kernel for those of now; there are none where it does not tell.
+  /// Reads the current mount points from the kernel; there are none if it does not tell.
   void read();
 
-  /// The mount point that `directory` is at or below, without looking at links; empty when none is known. Requires: an
+  /// The mount point that `directory` is at or below, without following links; empty when none is known. Requires: an
   /// absolute path.
   std::string above(std::filesystem::path directory) const;
 

@@ -16,7 +16,7 @@ using Clock = std::chrono::steady_clock;
 struct Pool::State {
   struct Thread {
     std::thread handle;
-    const Task* running = nullptr;  // Never followed: the task may be gone.
+    const Task* running = nullptr;  // Only compared with null, because the task may be gone.
     Subject subject = 0;
     bool may_be_left = false;
     bool late = false;
@@ -29,7 +29,7 @@ struct Pool::State {
   void replace_late(const std::shared_ptr<State>& self);
   Task* take_runnable();
   bool surplus() const { return threads.size() - late > wanted; }
-  /// Marks those that have become late; how many these are.
+  /// Marks threads that have become late, and returns their number.
   std::size_t note_late();
   bool is_held_up(Subject subject) const;
 
@@ -41,7 +41,7 @@ struct Pool::State {
   Task* first = nullptr;
   Task** last = &first;
   std::list<Thread> threads;
-  std::list<Thread> left;  // They have ended and are to be joined.
+  std::list<Thread> left;  // Threads that have ended and are to be joined.
   std::size_t late = 0;
   bool stopping = false;
 };
@@ -75,7 +75,8 @@ std::size_t Pool::State::note_late() {
   return found;
 }
 
-// Twice as many as were lost just now, so that a crowd that runs into the same wall is through after a few rounds.
+// Starts two threads for each that has just become late, so that many tasks that get stuck at once are through after a
+// few rounds.
 void Pool::State::replace_late(const std::shared_ptr<State>& self) {
   std::size_t missing = 2 * note_late();
   const std::size_t timely = threads.size() - late;
@@ -86,7 +87,7 @@ void Pool::State::replace_late(const std::shared_ptr<State>& self) {
       at->handle = start_thread("flashpack-work", [self, at] { work(self, at); });
     } catch (const std::system_error&) {
       threads.erase(at);
-      return;  // No more threads are to be had: the others have to do.
+      return;  // The system has no more threads, so the others have to do.
     }
   }
 }
@@ -111,7 +112,7 @@ void Pool::State::work(std::shared_ptr<State> state, std::list<Thread>::iterator
     if (self->late) {
       self->late = false;
       --state->late;
-      state->work_wanted.notify_all();  // What was held up can go on.
+      state->work_wanted.notify_all();  // Tasks of this subject can go on.
     }
     state->thread_free.notify_all();
   }

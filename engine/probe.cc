@@ -100,7 +100,7 @@ const char* text_of(internal::Ring::Rung rung) {
   return "";
 }
 
-// Reads through a whole slot until the ring has registered it, or said why not.
+// Reads into a slot until the ring has registered the slot, or has said why it could not.
 void use_slot(internal::Ring& ring, const internal::Staging& staging, int fd) {
   for (int use = 0; use < 3; ++use) {
     ring.push(0, {.op = internal::DiskRequest::Op::kRead, .fd = fd, .memory = staging.slots()[0], .slot = 0});
@@ -141,13 +141,13 @@ Finding locked_memory() {
   rlimit limit{};
   ::getrlimit(RLIMIT_MEMLOCK, &limit);
   finding.value = limit.rlim_cur == RLIM_INFINITY ? "unlimited" : size_text(limit.rlim_cur);
-  constexpr unsigned kIpcLock = 14;  // Of <linux/capability.h>.
+  constexpr unsigned kIpcLock = 14;  // Bit of CAP_IPC_LOCK in <linux/capability.h>.
   const auto capabilities = std::strtoull(field("/proc/self/status", "CapEff:").c_str(), nullptr, 16);
   if ((capabilities >> kIpcLock) & 1) finding.value += ", lifted by CAP_IPC_LOCK";
   return finding;
 }
 
-// Kilobytes of huge pages in the mapping that `address` lies in.
+// KiB of huge pages in the mapping that `address` lies in.
 std::uint64_t huge_kilobytes_at(const void* address) {
   std::ifstream in("/proc/self/smaps");
   const auto wanted = reinterpret_cast<std::uintptr_t>(address);
@@ -201,7 +201,7 @@ Finding gpus() {
   return finding;
 }
 
-// The type of the file system whose mount point is the longest beginning of `path`.
+// Finds the file system of `path`: the one whose mount point is the longest prefix of it.
 Finding file_system(const fs::path& path) {
   std::error_code ignored;
   const std::string full = fs::canonical(path, ignored).string() + "/";
@@ -263,7 +263,7 @@ Finding residency(const internal::File& file) {
   return finding;
 }
 
-// A file without a name in `directory`, of one block. Empty with errno when there can be none.
+// Makes an unnamed file of one block in `directory`. Empty, with errno set, if that fails.
 internal::UniqueFd nameless_file(const fs::path& directory) {
   internal::UniqueFd fd(::open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
   if (!fd && (errno == EOPNOTSUPP || errno == EISDIR)) {

@@ -31,7 +31,7 @@ struct Cachestat {
   std::uint64_t recently_evicted_pages;
 };
 
-// Each costs a look and a refused read; a file that is evicted or truncated right now gives more of them.
+// Each wrong answer costs a refused read, and a file that is being evicted or truncated gives many.
 constexpr unsigned kMaxWrongAnswers = 4;
 
 }  // namespace

@@ -1,4 +1,4 @@
-/// What of an open file is in the page cache.
+/// Says which parts of an open file are in the page cache.
 #pragma once
 
 #include <cstdint>
@@ -9,31 +9,32 @@
 
 namespace flashpack::internal {
 
-/// Answers by cachestat(2) where the kernel allows it: since Linux 6.5, for files that the caller owns or may write.
-/// Elsewhere by reading one page of the range without waiting for the disk. Such a look starts the read of a page that
-/// is not there, which stays: hence one page only, without readahead, and another one each time, or the second load of
-/// a cold file would find every page cached that is asked for.
+/// Asks cachestat(2) where the kernel allows it: since Linux 6.5, for files that the caller owns or may write.
+/// Otherwise it reads one page of the range without waiting for the disk. If that page is not cached, the kernel starts
+/// to read it and keeps it. Therefore only one page is read, without readahead, and at a random place; at a fixed
+/// place, the second load of a cold file would find the page cached and take the whole file for cached.
 ///
-/// Any answer may be out of date at once, and a looked-at page says nothing about its neighbours. So what is called
-/// cached must be read in a way that notices when it is not, and the liar reported here.
+/// Any answer may be out of date at once, and one page says nothing about its neighbours. Therefore the caller must
+/// read a range that is called cached without waiting, and call report_wrong() if the range was not cached.
 ///
 /// Move-only. Thread safety: one thread.
 class Residency {
  public:
   enum class Method : std::uint8_t { kCachestat, kProbe, kNone };
 
-  /// Borrows the descriptor of a regular file, open for reading through the page cache. May block, where the file has
-  /// to be opened once more for the other way to ask.
+  /// Borrows the descriptor of a regular file, open for reading through the page cache. May block, because without
+  /// cachestat(2) the file is opened once more.
   explicit Residency(int buffered_fd);
 
-  /// Whether the range seems to be in the page cache. No where the kernel will not say.
+  /// Whether the range seems to be in the page cache. False if the kernel does not tell.
   bool cached(std::uint64_t offset_bytes, std::uint64_t size_bytes);
 
-  /// What was called cached was not. After a few of these nothing is called cached any more.
+  /// To be called when a range that was called cached was not. After a few such calls nothing is called cached any
+  /// more.
   void report_wrong() { ++wrong_answers_; }
 
   Method method() const noexcept { return method_; }
-  /// Why the answers are worse than cachestat's; empty when they are not.
+  /// Why the answers are less reliable than those of cachestat(2); empty when they are not.
   std::string fallback_reason() const;
 
  private:
@@ -45,7 +46,7 @@ class Residency {
   int cachestat_error_ = 0;
   int probe_error_ = 0;
   unsigned wrong_answers_ = 0;
-  UniqueFd probe_fd_;  // Opened for itself, because the advice against readahead holds for all users of a descriptor.
+  UniqueFd probe_fd_;  // A separate descriptor, because the advice against readahead is for all who read from one.
   std::minstd_rand random_;
 };
 

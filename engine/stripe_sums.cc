@@ -12,10 +12,11 @@ namespace {
 
 constexpr std::uint32_t kStripeBytes = Checksums::kStripeBytes;
 
-// Polynomials over GF(2) modulo that of CRC-32C. The highest bit is the coefficient of x^0, as in the CRC itself.
+// Numbers here are polynomials over GF(2) modulo the polynomial of CRC-32C. The highest bit is the coefficient of x^0,
+// as in the CRC itself.
 constexpr std::uint32_t kOne = std::uint32_t{1} << 31;
 constexpr std::uint32_t kPolynomial = 0x82F63B78;
-constexpr std::uint32_t kOrder = 0x7FFFFFFF;  // x to that power is 1.
+constexpr std::uint32_t kOrder = 0x7FFFFFFF;  // x to this power is 1.
 
 constexpr std::uint32_t multiply(std::uint32_t a, std::uint32_t b) {
   std::uint32_t product = 0;
@@ -44,7 +45,7 @@ constexpr std::uint32_t power_of_x(std::uint32_t exponent) {
 
 static_assert(multiply(power_of_x(kOrder - 8), power_of_x(8)) == kOne);
 
-// What a remainder becomes when so many zero bytes follow, or are taken away.
+// The remainder of the same bytes with `size_bytes` zero bytes more, or less, at the end.
 std::uint32_t append_zeros(std::uint32_t sum, std::uint32_t size_bytes) {
   return size_bytes == 0 ? sum : multiply(sum, power_of_x(8 * size_bytes));
 }
@@ -53,7 +54,7 @@ std::uint32_t remove_zeros(std::uint32_t sum, std::uint32_t size_bytes) {
 }
 
 std::uint32_t remainder(std::span<const std::byte> bytes, std::uint32_t before = 0) {
-  // The library takes a pointer to mutable bytes, and reads them; and it counts in int.
+  // The library takes a pointer to mutable bytes but only reads, and takes the size as an int.
   auto* const begin = const_cast<unsigned char*>(reinterpret_cast<const unsigned char*>(bytes.data()));
   return ::crc32_iscsi(begin, static_cast<int>(bytes.size()), before);
 }

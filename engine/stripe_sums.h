@@ -1,4 +1,4 @@
-/// Checksums that are put together from parts, in whatever order the bytes pass.
+/// Checksums that are computed from parts, in any order.
 #pragma once
 
 #include <atomic>
@@ -11,29 +11,29 @@
 
 namespace flashpack::internal {
 
-/// The stripes of a range of a file. A CRC is linear: that of a stripe is the sum (exclusive or) of what each part of
-/// it adds in its place, so parts may come from any thread in any order, and bytes that are zero need not come at all.
+/// The checksums of the stripes in a range of a file. A CRC is linear: the CRC of a stripe is the sum (exclusive or) of
+/// one value for each part of it. So parts may come from any thread in any order, and zero bytes may be left out.
 class StripeSums {
  public:
   StripeSums() = default;
   /// The stripes that the bytes from `begin_bytes` to `end_bytes` lie in.
   StripeSums(std::uint64_t begin_bytes, std::uint64_t end_bytes);
 
-  /// Counts `bytes`, which lie at `offset_bytes` in the file; those in other stripes, or past the end of the range, are
-  /// passed over.
-  /// Thread safety: any thread, with other add() at the same time. Everything else needs the object to itself.
+  /// Counts `bytes`, which lie at `offset_bytes` in the file. Bytes outside the range's stripes or past its end are
+  /// skipped. Thread safety: any number of threads may call this at a time. Other members need the object to
+  /// themselves.
   void add(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept;
-  /// Counts what `other` has counted, which may have another range: this one's grows.
+  /// Adds all that `other` has counted. If `other` has another range, this one's range grows.
   void add(const StripeSums& other);
 
-  /// Of stripe `index` of the file, whose size is `size_bytes`.
+  /// The checksum of stripe `index` of the file, if that stripe has `size_bytes` bytes.
   std::uint32_t crc32c(std::uint64_t index, std::uint32_t size_bytes) const noexcept;
-  /// How many bytes of stripe `index` have been counted.
+  /// The number of bytes of stripe `index` that have been counted.
   std::uint32_t counted_bytes(std::uint64_t index) const noexcept;
 
  private:
   struct Stripe {
-    std::atomic<std::uint32_t> sum = 0;  // As if zeros followed up to a whole stripe, without the CRC's inversions.
+    std::atomic<std::uint32_t> sum = 0;  // Without inversions; bytes that are not counted are taken for zeros.
     std::atomic<std::uint32_t> counted_bytes = 0;
   };
 

@@ -1,4 +1,4 @@
-/// How the engine's threads are started.
+/// Starts the engine's threads.
 #pragma once
 
 #include <pthread.h>
@@ -9,8 +9,9 @@
 
 namespace flashpack::internal {
 
-/// Keeps the signals of the process away from this thread, and from those that it starts, as long as it lives: which
-/// thread takes a signal is the application's to say. Faults of the thread itself stay, for whoever handles them.
+/// Blocks the process's signals in this thread, and in threads that it starts meanwhile, because the application
+/// decides which of its threads take signals. Signals for a thread's own faults are not blocked, so that the
+/// application's handlers see them.
 class SignalsBlocked {
  public:
   SignalsBlocked() noexcept {
@@ -27,8 +28,8 @@ class SignalsBlocked {
   sigset_t before_;
 };
 
-/// A thread that takes no signals, from its first moment on. `name`, at most 15 characters, is what top and debuggers
-/// show. Throws: std::system_error when there are no threads to be had.
+/// Starts a thread that takes no signals. top and debuggers show `name`, which has at most 15 characters. Throws:
+/// std::system_error when the system has no more threads.
 template <class Body>
 std::thread start_thread(const char* name, Body body) {
   const SignalsBlocked blocked;
