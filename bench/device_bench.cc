@@ -1,5 +1,5 @@
-// Loads of a checkpoint to a CUDA device under various options of the engine, beside what disk, page cache and link can
-// do by themselves. The figures are medians over the rounds; --benchmark_filter=REGEX picks lines.
+// Measures loads of a checkpoint to a CUDA device with various options of the engine, and disk, page cache and link
+// alone. The figures are medians over the rounds; --benchmark_filter=REGEX picks lines.
 #include <benchmark/benchmark.h>
 #include <cuda_runtime_api.h>
 
@@ -57,7 +57,7 @@ class DeviceMemory {
   ~DeviceMemory() { cudaFree(memory_); }
 
   std::byte* data() const { return static_cast<std::byte*>(memory_); }
-  // So that bytes of an earlier load cannot pass for those of this one.
+  // Clears the memory, so that bytes of an earlier load are not taken for those of this one.
   void clear() const {
     check(cudaMemset(memory_, 0xAB, size_bytes_));
     check(cudaDeviceSynchronize());
@@ -126,12 +126,12 @@ void bench_file(benchmark::State& state, const Setup& setup, CachePolicy cache) 
       [&] { read(setup.checkpoint.path(), std::span(setup.host.data(), size)); });
 }
 
-/// A load asks for one of these: the tensors as they are, the same held against the file's checksums, or pieces so
-/// small that the calls for them cost more than their bytes.
+/// Extents of a load: one for each tensor, the same with checksums, or extents so small that calls cost more than
+/// bytes.
 enum class Shape { kTensors, kVerified, kSmallPieces };
 constexpr std::uint64_t kSmallPieceBytes = 8 << 10;
 
-// Each piece goes where its neighbour would, so that no two of them are one in file and memory.
+// Neighbouring extents swap places in memory, so that the engine cannot join them.
 LoadRequest small_pieces(const Setup& setup) {
   const std::uint64_t pairs_bytes =
       setup.checkpoint.metadata().payload_bytes / kSmallPieceBytes / 2 * 2 * kSmallPieceBytes;
@@ -188,7 +188,7 @@ void bench_start(benchmark::State& state) {
   }
 }
 
-// The default, and each option by itself on both sides of its default.
+// Returns the defaults, and for each option some values below and above its default.
 std::vector<EngineOptions> options_to_try() {
   const EngineOptions defaults{.device = {Device::Kind::kCuda, 0}};
   std::vector<EngineOptions> all{defaults};

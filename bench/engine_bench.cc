@@ -1,5 +1,6 @@
-// Host loads and stores of a checkpoint, each beside the least code that moves the same bytes, in turns and in the same
-// state of the page cache. One line per state of cache and memory; the figures are medians over the rounds.
+// Measures loads and stores of a checkpoint on the host. The engine takes turns with the least code that moves the same
+// bytes (the roofline), in the same state of the page cache. Each state of cache and memory has a line of medians over
+// the rounds.
 #include <benchmark/benchmark.h>
 #include <fcntl.h>
 #include <unistd.h>
@@ -30,7 +31,7 @@ namespace flashpack::bench {
 namespace {
 
 enum class Cache { kCold, kHalves, kStripes, kResident };
-// Whatever a target is moved by to make it one that cannot be read in place.
+// A target that is moved by this many bytes cannot be read in place.
 constexpr std::size_t kOddBytes = 64;
 
 enum class Memory { kTouched, kFresh };
@@ -41,21 +42,21 @@ struct Setup {
   internal::HostRegion& touched;
 };
 
-/// One way of getting the file into memory, or out of it. The first of several is what a line is about, one with a name
-/// is shown under it, and the fastest of the others is the roofline.
+/// One way to load or store the file. A line is about the first contender; contenders with a name are shown, too; the
+/// fastest of the others is the roofline.
 struct Contender {
   std::function<void(std::byte*)> run;
   Series series;
   std::string name = {};
 };
 
-/// One turn of a contender, with what has to be prepared for it.
+/// Prepares and measures one turn of a contender.
 using Turn = std::function<Sample(const Contender&)>;
 
 void prepare(const Checkpoint& checkpoint, Cache cache) {
   constexpr std::uint64_t kStripeBytes = std::uint64_t{64} << 20;
   constexpr std::uint64_t kPageBytes = 4096;
-  // Rounded up: two stripes, not a third one at the end.
+  // The half is rounded up, so that there is no third stripe at the end.
   const std::uint64_t half_bytes = (std::filesystem::file_size(checkpoint.path()) / 2 / kPageBytes + 1) * kPageBytes;
   switch (cache) {
     case Cache::kCold:
@@ -69,7 +70,7 @@ void prepare(const Checkpoint& checkpoint, Cache cache) {
   }
 }
 
-/// The engine first, then what it is held against.
+/// Returns the engine, followed by the rooflines.
 std::vector<Contender> contenders(const Setup& setup, Cache cache, TransferStats& stats) {
   const Checkpoint& checkpoint = setup.checkpoint;
   const std::uint64_t size = checkpoint.metadata().payload_bytes;
@@ -141,7 +142,7 @@ void report(benchmark::State& state, const std::vector<Contender>& all, const Tr
   state.SetLabel(describe(stats));
 }
 
-// Each round another one goes first, so that none always profits from its place.
+// Each round begins with another contender, so that none always profits from its place.
 void run_rounds(benchmark::State& state, std::vector<Contender>& all, const Turn& turn) {
   std::size_t round = 0;
   for (auto _ : state) {
@@ -155,7 +156,7 @@ void run_rounds(benchmark::State& state, std::vector<Contender>& all, const Turn
   }
 }
 
-// Checks what the first of them brings, to `offset` in the touched memory, then lets them take turns.
+// Checks the bytes that the first contender loads to `offset` in the touched memory, then measures all in turns.
 void bench_in_turns(benchmark::State& state, const Setup& setup, std::vector<Contender> all, const TransferStats& stats,
                     Cache cache, Memory memory = Memory::kTouched, std::size_t offset = 0) {
   touch(setup.touched.bytes());
@@ -170,7 +171,7 @@ void bench_load(benchmark::State& state, const Setup& setup, Cache cache, Memory
   bench_in_turns(state, setup, contenders(setup, cache, stats), stats, cache, memory);
 }
 
-// What is lost where io_uring is refused.
+// Measures the workers, which read where io_uring is refused.
 void bench_workers(benchmark::State& state, const Setup& setup) {
   const Checkpoint& checkpoint = setup.checkpoint;
   Engine workers({.backend = Backend::kWorkers});
@@ -183,7 +184,7 @@ void bench_workers(benchmark::State& state, const Setup& setup) {
   bench_in_turns(state, setup, std::move(all), stats, Cache::kCold);
 }
 
-// What is lost where targets do not agree with the file modulo the page, so that every byte goes through a slot.
+// Measures loads to targets that do not agree with the file modulo the page, so that every byte goes through a slot.
 void bench_through_slots(benchmark::State& state, const Setup& setup) {
   const Checkpoint& checkpoint = setup.checkpoint;
   TransferStats stats;
@@ -193,7 +194,6 @@ void bench_through_slots(benchmark::State& state, const Setup& setup) {
   bench_in_turns(state, setup, {{beside, none}, {in_place, none}}, stats, Cache::kCold, Memory::kTouched, kOddBytes);
 }
 
-// What it costs to hold what is read against the file's checksums.
 void bench_verified(benchmark::State& state, const Setup& setup, Cache cache) {
   const Checkpoint& checkpoint = setup.checkpoint;
   TransferStats stats;
@@ -207,7 +207,7 @@ void bench_verified(benchmark::State& state, const Setup& setup, Cache cache) {
   bench_in_turns(state, setup, {{verified, none}, {plain, none}}, stats, cache);
 }
 
-// Small loads of cached bytes, one after the other: the cost of a load by itself.
+// Measures small loads of cached bytes one after the other, which shows the cost of a load as such.
 void bench_small(benchmark::State& state, const Setup& setup) {
   constexpr std::uint64_t kLoads = 1000;
   constexpr std::uint64_t kBytes = 16 << 10;
@@ -234,10 +234,10 @@ void bench_small(benchmark::State& state, const Setup& setup) {
   state.counters["cpu_us/load"] = all.front().series.cpu_s_per_gb() * kBytes / 1e3;
 }
 
-// Replacing a file costs the freeing of its blocks, too.
+// Whether a file is replaced, which costs the freeing of its blocks, too.
 enum class Place { kNew, kTaken };
 
-/// Where the checkpoint is stored; the file goes with it.
+/// Stores the checkpoint in a file, which the destructor removes.
 class Store {
  public:
   explicit Store(const Setup& setup) : setup_(setup), path_(setup.checkpoint.path()) { path_ += ".stored"; }
@@ -259,7 +259,7 @@ class Store {
     return stats;
   }
 
-  // Also replaces a file whole.
+  // Replaces the file by a rename, as the engine does.
   void by_roofline(std::byte* source) const {
     auto unnamed = path_;
     unnamed += ".new";
@@ -267,7 +267,7 @@ class Store {
     std::filesystem::rename(unnamed, path_);
   }
 
-  // Checksums included. Overwrites the touched memory.
+  // Checks the stored file, with its checksums. Overwrites the touched memory.
   void check() const {
     const Checkpoint stored(path_, 0, true);
     LoadRequest request = stored.request(setup_.touched.data());
@@ -286,7 +286,7 @@ class Store {
   std::filesystem::path path_;
 };
 
-// A durable file of what is in memory, `offset` bytes from where the disk would take it in place.
+// Measures how long it takes to make a durable file from memory that is `offset` bytes past an aligned address.
 void bench_store(benchmark::State& state, const Setup& setup, Place place, std::size_t offset = 0) {
   const Checkpoint& checkpoint = setup.checkpoint;
   const Store store(setup);

@@ -1,4 +1,4 @@
-/// The work of every benchmark program around its benchmarks.
+/// Shared by the benchmark programs: they register benchmarks and read the command line with it.
 #pragma once
 
 #include <benchmark/benchmark.h>
@@ -11,8 +11,8 @@
 
 namespace flashpack::bench {
 
-/// Registers `bench`, a function of the state that measures by itself, for so many iterations. An exception of it ends
-/// that benchmark alone, and its message is shown.
+/// Registers `bench`, which measures its time itself, for `rounds` iterations. An exception ends only that benchmark
+/// and is shown.
 template <class Bench>
 void add_rounds(const std::string& name, int rounds, Bench bench) {
   const auto run = [bench](benchmark::State& state) {
@@ -25,7 +25,8 @@ void add_rounds(const std::string& name, int rounds, Bench bench) {
   benchmark::RegisterBenchmark(name.c_str(), run)->UseManualTime()->Iterations(rounds)->Unit(benchmark::kMillisecond);
 }
 
-/// Reads the options of `app`, and leaves the others to Google Benchmark. The exit status, where the program is to end.
+/// Reads the options of `app`, and passes the others to Google Benchmark. Returns the exit status if the program is to
+/// end.
 inline std::optional<int> read_command_line(CLI::App& app, int argc, char** argv) {
   app.allow_extras();
   try {
@@ -34,7 +35,7 @@ inline std::optional<int> read_command_line(CLI::App& app, int argc, char** argv
     return app.exit(error);
   }
   std::vector<std::string> rest = app.remaining();
-  std::vector<char*> rest_argv{argv[0]};  // Google Benchmark keeps this one.
+  std::vector<char*> rest_argv{argv[0]};  // Google Benchmark keeps a pointer to argv[0].
   for (std::string& argument : rest) rest_argv.push_back(argument.data());
   int rest_argc = static_cast<int>(rest_argv.size());
   benchmark::Initialize(&rest_argc, rest_argv.data());

@@ -1,4 +1,4 @@
-// flashpack_inspect: what is in a flashpack file, from its footer alone, or whether its bytes are still right.
+// flashpack_inspect shows the contents of a flashpack file from its footer alone, or verifies its bytes.
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -46,7 +46,7 @@ constexpr const char* kFooter =
     "Exit status: 0 the file is sound (warnings included), 1 it is not or cannot be read, or has no checksums to\n"
     "verify, 2 wrong usage.";
 
-/// Text for a terminal: control characters, which could drive it, are shown as \xHH.
+/// Makes text safe for a terminal: control characters, which could drive it, become \xHH.
 std::string printable(std::string_view utf8) {
   std::string out;
   for (std::size_t i = 0; i < utf8.size(); ++i) {
@@ -95,12 +95,12 @@ std::string dtypes_text(const Metadata& metadata) {
   return out;
 }
 
-/// Rows of text in columns as wide as their widest cell. The first line is the heading.
+/// Lays rows of text out in columns as wide as their widest cell. The first row is the heading.
 class Table {
  public:
   void add(std::vector<std::string> row) { rows_.push_back(std::move(row)); }
 
-  /// Columns from `first_right` on hold numbers and are set to the right.
+  /// Columns from `first_right` on are numbers and are right-aligned.
   std::string text(std::size_t first_right) const {
     std::vector<std::size_t> widths(rows_.front().size());
     for (const auto& row : rows_) {
@@ -246,15 +246,15 @@ std::string verify_json(const flashpack::VerifyReport& report) {
   return boost::json::serialize(object) + "\n";
 }
 
-/// The file stays open until the program ends, so that one that is replaced meanwhile is looked at to its end.
-/// Throws: std::system_error.
+/// The descriptor stays open until the program ends, so that a file that is replaced meanwhile can still be read to its
+/// end. Throws: std::system_error.
 int open_file(const std::string& path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
   if (fd < 0) throw std::system_error(errno, std::generic_category(), "open " + path);
   return fd;
 }
 
-/// A reader that has seen enough, like head(1), is no failure. Throws: std::system_error for any other.
+/// A reader that closes the pipe early, like head(1), is no failure. Throws: std::system_error for other failures.
 void write_stdout(const std::string& text) {
   std::signal(SIGPIPE, SIG_IGN);
   const bool written = std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0;

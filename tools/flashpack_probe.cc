@@ -1,4 +1,4 @@
-// flashpack_probe: what this machine and this path allow, and what to do about what they do not.
+// flashpack_probe shows what this machine and a path on it allow, and how to remove their limits.
 
 #include <CLI/CLI.hpp>
 #include <algorithm>

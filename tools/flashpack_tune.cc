@@ -1,6 +1,6 @@
 // Finds this machine's queue depth and chunk size: every pair reads the same checkpoint past the page cache, in rounds
-// and in random order, and the cheapest of the fastest wins. Where nothing but page cache is, chunk sizes alone are
-// compared, because the queue depth is that of the disk.
+// and in random order, and the cheapest of the fastest wins. Where the file stays in the page cache, only chunk sizes
+// are compared, because the queue depth is for disks.
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
@@ -42,7 +42,7 @@ std::vector<Candidate> candidates(const Flags& flags, std::uint64_t size_bytes) 
       EngineOptions options;
       options.chunk_bytes = chunk_mib << 20;
       options.queue_depth = queue_depth;
-      // Enough that staging never limits what is in flight.
+      // Staging is large enough never to limit the reads in flight.
       const std::uint64_t in_flight_bytes = std::uint64_t{options.chunk_bytes} * queue_depth;
       options.staging_bytes =
           std::max({std::uint64_t{64} << 20, in_flight_bytes, std::uint64_t{2} * options.chunk_bytes});
@@ -63,7 +63,7 @@ void run_rounds(std::vector<Candidate>& all, const Checkpoint& checkpoint, Cache
     for (const std::size_t i : order) {
       Engine engine(all[i].options);
       const LoadRequest whole = checkpoint.request(memory.data(), cache);
-      // The engine takes its staging memory at its first load, once in its life; that is not what is compared here.
+      // The engine takes its staging memory at its first load, which is not to be measured.
       LoadRequest first_tensor = whole;
       first_tensor.files.front().extents.resize(1);
       engine.load(first_tensor);

@@ -1,5 +1,5 @@
-// The main job from C++, on the file that quickstart.py packed: load it cold and from the page cache, write it again,
-// compare all of it bit by bit, assign it to a LibTorch module, and use that.
+// Loads the file that quickstart.py packed, cold and from the page cache, writes it again, compares every bit, and
+// assigns it to a LibTorch module, which it then runs.
 #include <ATen/ops/arange.h>
 #include <c10/core/InferenceMode.h>
 #include <fcntl.h>
@@ -31,7 +31,7 @@ double cached_percent(const fs::path& path, bool drop) {
   };
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   check(file >= 0);
-  // What is not written back yet cannot be dropped. What fails here shows in what mincore finds.
+  // Pages are written back first, because dirty ones cannot be dropped. Failures show in the result of mincore.
   if (drop && fsync(file) == 0) posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
   const std::size_t size_bytes = fs::file_size(path);
   void* const mapping = mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, file, 0);
@@ -74,7 +74,7 @@ void require_same(StateDict a, StateDict b, const std::string& what) {
   }
 }
 
-// Proves the tensors right without Python: they give its file again.
+// Proves the tensors right without Python: written again, they give the same file.
 void require_same_when_written(flashpack::Engine& engine, const StateDict& tensors, const fs::path& path) {
   const fs::path copy = path.string() + ".cpp";
   pack_to_file(engine, tensors, copy);

@@ -33,7 +33,8 @@ void add_layer(std::vector<TensorSpec>& tensors, int layer, std::int64_t width) 
   add("post_attention_layernorm", {width});
 }
 
-/// SplitMix64 of the position: every byte is known from its offset, and nothing compresses or repeats.
+/// Fills with SplitMix64 of the position, so that every byte is known from its offset, and nothing compresses or
+/// repeats.
 void fill_incompressible(std::span<std::uint64_t> words, std::uint64_t first_index) {
   for (std::size_t i = 0; i < words.size(); ++i) {
     std::uint64_t z = (first_index + i + 1) * 0x9E3779B97F4A7C15U;

@@ -14,11 +14,10 @@ namespace flashpack::bench {
 /// of attention, gated MLP and norms, from 32 KiB to hundreds of MiB each.
 std::vector<TensorSpec> decoder_tensors(std::uint64_t total_bytes);
 
-/// A flashpack file to read. Removed by the destructor when it was made for this run alone.
+/// A flashpack file to read. The destructor removes it if the constructor made it and `keep` is false.
 class Checkpoint {
  public:
-  /// Opens `path`; a file that is not there is made, of about `size_bytes`, with bytes that do not compress and
-  /// their checksums.
+  /// Opens `path`. If there is no file, makes one of about `size_bytes`, of bytes that do not compress, with checksums.
   /// Throws: Error.
   Checkpoint(const std::filesystem::path& path, std::uint64_t size_bytes, bool keep);
   Checkpoint(const Checkpoint&) = delete;
@@ -28,10 +27,10 @@ class Checkpoint {
   const std::filesystem::path& path() const { return path_; }
   const Metadata& metadata() const { return metadata_; }
 
-  /// One extent per tensor, at its file offset from `target`, which holds metadata().payload_bytes.
+  /// A load with one extent per tensor, to `target` + its file offset. `target` has metadata().payload_bytes bytes.
   LoadRequest request(std::byte* target, CachePolicy cache = CachePolicy::kAuto) const;
 
-  /// Throws: std::runtime_error when `target` is not what the file says, tensor by tensor.
+  /// Throws: std::runtime_error unless `target` has the bytes of every tensor.
   void check(const std::byte* target) const;
 
  private:

@@ -9,7 +9,7 @@
 
 namespace flashpack::bench {
 
-/// What one read cost.
+/// The cost of one run of some work.
 struct Sample {
   double seconds = 0;
   double cpu_seconds = 0;  ///< User and system time of every thread of this process.
@@ -17,13 +17,13 @@ struct Sample {
 
 Sample measure(const std::function<void()>& work);
 
-/// Makes every page present, so that what is timed afterwards pays for none.
+/// Makes every page present, so that page faults are not timed afterwards.
 void touch(std::span<std::byte> memory);
 
-/// The middle value; of an even number the mean of the two. Requires: not empty.
+/// The middle value, or the mean of the two middle ones. Requires: not empty.
 double median(std::vector<double> values);
 
-/// Samples of the same work, and what they come to for `size_bytes` each.
+/// Samples of the same work, each of which moves `size_bytes`.
 class Series {
  public:
   explicit Series(std::uint64_t size_bytes) : gigabytes_(static_cast<double>(size_bytes) / 1e9) {}

@@ -15,7 +15,7 @@ namespace flashpack::bench {
 
 namespace {
 
-// The kernel skips pages that are busy at the moment, and a warm pass can leave folios out; a few passes settle both.
+// The kernel skips pages that are busy, and one read can leave pages uncached; a few passes help against both.
 constexpr int kPasses = 10;
 
 std::runtime_error stays(const std::filesystem::path& path, double fraction, const char* wanted) {
@@ -76,7 +76,7 @@ void warm_every_other(const std::filesystem::path& path, std::uint64_t stripe_by
     for (std::uint64_t begin = 0; begin < file.size_bytes(); begin += stripe_bytes) {
       const double fraction = resident_fraction(path, begin, stripe_bytes);
       if (hot(begin) && fraction < 1) read_range(file, begin, std::min(begin + stripe_bytes, file.size_bytes()));
-      // What a neighbour's read has brought in.
+      // Drops the pages that the read of a neighbour has brought in.
       if (!hot(begin) && fraction > 0) {
         ::posix_fadvise(file.fd(), static_cast<off_t>(begin), static_cast<off_t>(stripe_bytes), POSIX_FADV_DONTNEED);
       }

@@ -107,7 +107,7 @@ void move_direct(Ring::Op op, const OpenFile& file, std::span<std::byte> memory)
     const Ring::Done done = ring.wait();
     --in_flight;
     const auto wanted = std::min(kChunkBytes, memory.size() - done.offset_bytes);
-    // A roofline that had to retry would not be one; a local disk does not move less than it was asked for.
+    // A local disk never moves less than it was asked for, and a roofline that retries would be too slow.
     if (done.result < 0 || static_cast<std::size_t>(done.result) < wanted) {
       throw file.error(op == Ring::Op::kRead ? "read" : "write", done.result < 0 ? -done.result : EIO);
     }

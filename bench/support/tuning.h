@@ -13,15 +13,15 @@ struct Cell {
   double cpu_s_per_gb = 0;
 };
 
-/// How much slower than the fastest cell one may be that costs less.
+/// A cell that costs less CPU may be slower than the fastest by this part of its speed.
 inline constexpr double kTolerance = 0.03;
-/// Cells whose costs are the same in whole steps of this cost the same.
+/// Costs are compared in whole steps of this.
 inline constexpr double kCpuStepSPerGb = 0.01;
 
 const Cell& fastest(const std::vector<Cell>& cells);
 
-/// The cell to use: of those within kTolerance of the fastest, the one that costs the least CPU; of equals the one with
-/// the fewest bytes in flight, because they are memory and latency. Requires: not empty.
+/// Chooses, among the cells within kTolerance of the fastest, the one that costs the least CPU. If several cost the
+/// same, it takes the one with the fewest bytes in flight, which cost memory and latency. Requires: not empty.
 const Cell& choose(const std::vector<Cell>& cells);
 
 }  // namespace flashpack::bench
