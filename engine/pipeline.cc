@@ -11,8 +11,6 @@ namespace flashpack::internal {
 
 namespace {
 
-using Route = Router::Route;
-
 // cachestat costs 10 us for a cached chunk: ask about few at a time, or the disk idles while a large hot file is
 // examined.
 constexpr unsigned kResidencyQuestionsPerTurn = 16;
@@ -46,7 +44,7 @@ Pipeline::Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::s
       jobs_(tag_limit(limits)) {
   assert(limits.slots > 0 && limits.slots <= slots_.size());
   inbox_->sleeper = &queues_.disk;
-  count(Stage::kFree) = static_cast<std::uint32_t>(jobs_.size());
+  jobs_in(Step::kFree) = static_cast<std::uint32_t>(jobs_.size());
   for (auto tag = static_cast<unsigned>(jobs_.size()); tag-- > 0;) free_jobs_.push_back(tag);
   for (int slot = static_cast<int>(slots_.size()); slot-- > 0;) free_slots_.push_back(slot);
 }
@@ -67,6 +65,17 @@ void Pipeline::close() noexcept {
   const std::lock_guard lock(inbox_->mutex);
   inbox_->closing = true;
   queues_.disk.wake();
+}
+
+void Pipeline::Inbox::answer(std::shared_ptr<TransferState> transfer, Part& part) noexcept {
+  std::unique_lock lock(mutex);
+  if (!sleeper) {  // Nobody will close the file, if it was opened only now, but this thread.
+    lock.unlock();
+    part.open.reset();
+    return;
+  }
+  answers.push_back({std::move(transfer), &part});
+  sleeper->wake();
 }
 
 bool Pipeline::run() {
@@ -91,6 +100,8 @@ bool Pipeline::finished() {
   const std::lock_guard lock(inbox_->mutex);
   const bool nothing_left = inbox_->closing && unfinished_ == 0 && with_threads_.size() == late_parts_ &&
                             inbox_->started.empty() && inbox_->answers.empty();
+  assert(!nothing_left || (free_jobs_.size() == jobs_.size() && free_slots_.size() == slots_.size()));
+  assert(!nothing_left || (stuck_jobs_ == 0 && stuck_slots_ == 0));
   if (nothing_left) inbox_->sleeper = nullptr;
   return nothing_left;
 }
@@ -107,13 +118,13 @@ void Pipeline::attend_to_gates() {
     gated_.erase(gated_.begin() + static_cast<std::ptrdiff_t>(i));
     if (error) give_up(transfer, file_error(error, transfer.verb(), transfer.path()));
   }
-  if (count(Stage::kWaiting) == 0) return;
+  if (jobs_in(Step::kWait) == 0) return;
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
-    if (jobs_[tag].stage != Stage::kWaiting) continue;
+    if (jobs_[tag].step != Step::kWait) continue;
     if (jobs_[tag].transfer().failure) {
       close_job(tag);
     } else if (!jobs_[tag].transfer().gate) {
-      copy(tag);
+      advance(tag);
     }
   }
 }
@@ -123,7 +134,7 @@ void Pipeline::reap(std::optional<std::chrono::nanoseconds> patience) {
   if (queues_.disk.refuses()) complete_all(queues_.stand_in.wait(std::chrono::nanoseconds(0)));
   complete_all(queues_.workers.wait(std::chrono::nanoseconds(0)));
   if (!copier_) return;
-  for (const Copier::Completion& landed : copier_->poll()) on_copied(landed.tag, landed.error);
+  for (const Copier::Completion& landed : copier_->poll()) on_worked(landed.tag, landed.error);
 }
 
 void Pipeline::complete_all(std::span<const IoCompletion> completions) {
@@ -155,9 +166,7 @@ void Pipeline::look_for_stuck() {
   look_for_late_parts();
   pool_.replace_late_threads();
   for (Job& job : jobs_) {
-    const bool may_be_late = job.stage == Stage::kDirect || job.stage == Stage::kBuffered ||
-                             job.stage == Stage::kPopulating || job.stage == Stage::kAbandoned;
-    if (may_be_late && !job.late && now_ - job.since >= kLate) set_late(job);
+    if (may_be_late(job.step) && !job.late && now_ - job.since >= kLate) set_late(job);
   }
 }
 
@@ -177,7 +186,7 @@ bool Pipeline::issue() {
       } else {
         ++i;
       }
-      if (count(Stage::kBuffered) >= limits_.worker_depth && depth() >= limits_.queue_depth - left_to_others) break;
+      if (buffered() >= limits_.worker_depth && depth() >= limits_.queue_depth - left_to_others) break;
     }
   }
   return false;
@@ -187,75 +196,64 @@ void Pipeline::issue_from(Part& part, unsigned& questions, std::uint32_t queue_d
   if (has_enough_stuck(part, stuck_jobs_, kStuckLimit / 2, kStuckLimit * 3 / 4)) return;
   // The disk first: it is the slower one, and both may want the same slots.
   while (depth() < queue_depth) {
-    const Chunk* chunk = part.router.peek(Route::kDirect, questions);
-    if (!chunk || !issue_direct(part, *chunk)) break;
-    part.router.take(Route::kDirect);
+    const Chunk* chunk = part.router.peek(Router::Route::kDirect, questions);
+    if (!chunk || !set_out(part, *chunk, part.router.direct() ? Route::kDirect : Route::kBuffered)) break;
+    part.router.take(Router::Route::kDirect);
   }
-  while (count(Stage::kBuffered) < limits_.worker_depth) {
-    const Chunk* chunk = part.router.peek(Route::kBuffered, questions);
-    if (!chunk || !issue_buffered(part, *chunk)) break;
-    part.router.take(Route::kBuffered);
+  while (buffered() < limits_.worker_depth) {
+    const Chunk* chunk = part.router.peek(Router::Route::kBuffered, questions);
+    if (!chunk || !set_out(part, *chunk, part.router.on_suspicion() ? Route::kSeemsCached : Route::kBuffered)) break;
+    part.router.take(Router::Route::kBuffered);
   }
 }
 
-bool Pipeline::issue_buffered(Part& part, const Chunk& chunk) {
-  if (count(Stage::kBuffered) >= limits_.worker_depth || free_jobs_.empty()) return false;
-  if (!chunk.on_device) {
-    move_buffered(open_job(part, chunk));
-    return true;
-  }
-  const auto tag = open_job_with_slot(part, chunk);
-  if (!tag) return false;
-  jobs_[*tag].to_cache = true;
-  part.transfer->is_load() ? move_buffered(*tag) : copy(*tag);
-  return true;
-}
-
-bool Pipeline::issue_direct(Part& part, const Chunk& chunk) {
-  if (!part.router.direct()) return issue_buffered(part, chunk);
-  if (free_jobs_.empty()) return false;
-  return chunk.in_place ? issue_in_place(part, chunk) : issue_staged(part, chunk);
-}
-
-bool Pipeline::issue_in_place(Part& part, const Chunk& chunk) {
-  const std::span memory(part.plan.fragments_of(chunk).front().memory, chunk.size_bytes);
+// Begins the way of a chunk. False, and nothing has been done, when there is no room for it now.
+bool Pipeline::set_out(Part& part, const Chunk& chunk, Route route) {
+  if (free_jobs_.empty() || (route != Route::kDirect && buffered() >= limits_.worker_depth)) return false;
+  const ChunkTraits traits = traits_of(part, chunk, route);
+  const Way way = way_of(traits);
   // Page faults of fresh memory cost more than reading into it, and those of a mapped file read another one: workers
   // take them ahead of the kernel.
-  const bool load = part.transfer->is_load();
-  const bool counted = !load && part.sums;
-  const bool populated = !counted && is_populated(memory);
-  if (!populated && count(Stage::kPopulating) >= limits_.worker_depth) return false;
-  const unsigned tag = open_job(part, chunk);
-  Job& job = jobs_[tag];
-  job.view = {chunk.offset_bytes, memory};
-  if (populated) {
-    move_direct(tag);
-  } else {
-    enter(job, Stage::kPopulating);
-    // Counting reads them, and so takes their faults, too.
-    give_to_workers(tag, {.op = counted ? ByteWork::Op::kChecksum : ByteWork::Op::kPopulate,
-                          .view = job.view,
-                          .fragments = part.plan.fragments_of(chunk),
-                          .touch = load ? ByteWork::Touch::kForWriting : ByteWork::Touch::kForReading,
-                          .sums = counted ? take_sums(job) : nullptr});
+  bool populated = false;
+  if (way.steps.front() == Step::kPopulate) {
+    const std::span memory(part.plan.fragments_of(chunk).front().memory, chunk.size_bytes);
+    populated = way.counts_in != Step::kPopulate && is_populated(memory);
+    if (!populated && jobs_in(Step::kPopulate) >= limits_.worker_depth) return false;
   }
+  const bool has_slot = traits.memory != ChunkTraits::Memory::kInPlace;
+  const std::optional<unsigned> tag = has_slot ? open_job_with_slot(part, chunk) : open_job(part, chunk);
+  if (!tag) return false;
+  Job& job = jobs_[*tag];
+  job.way = way;
+  job.next = populated ? 1 : 0;
+  job.view = view_of(job, route);
+  advance(*tag);
   return true;
 }
 
-bool Pipeline::issue_staged(Part& part, const Chunk& chunk) {
-  const auto tag = open_job_with_slot(part, chunk);
-  if (!tag) return false;
-  if (!part.transfer->is_load()) {
-    copy(*tag);
-    return true;
-  }
-  Job& job = jobs_[*tag];
-  const std::uint32_t block_bytes = part.file().alignment().block_bytes;
+ChunkTraits Pipeline::traits_of(const Part& part, const Chunk& chunk, Route route) {
+  using Memory = ChunkTraits::Memory;
+  assert(!chunk.on_device || !chunk.in_place);
+  const bool past_cache = route == Route::kDirect || route == Route::kRefused;
+  const Memory on_host = past_cache && !chunk.in_place ? Memory::kSlot : Memory::kInPlace;
+  return {.direction = part.transfer->is_load() ? ChunkTraits::Direction::kLoad : ChunkTraits::Direction::kStore,
+          .route = route,
+          .memory = chunk.on_device ? Memory::kDevice : on_host,
+          .counted = part.sums.has_value()};
+}
+
+// Without a slot, and through the page cache, the fragments' memory is used as it is. Direct reads are of whole blocks.
+SlotView Pipeline::view_of(const Job& job, Route route) const {
+  const Chunk& chunk = *job.chunk;
+  if (job.slot < 0 && route != Route::kDirect) return {};
+  if (job.slot < 0) return {chunk.offset_bytes, {fragments_of(job).front().memory, chunk.size_bytes}};
+  const bool whole_blocks = route == Route::kDirect && job.transfer().is_load();
+  const std::uint32_t block_bytes = whole_blocks ? job.part->file().alignment().block_bytes : 1;
   const std::uint64_t begin = round_down(chunk.offset_bytes, block_bytes);
   const std::uint64_t end = round_up(chunk.offset_bytes + chunk.size_bytes, block_bytes);
-  job.view = {begin, slot_memory(job).first(end - begin)};
-  move_direct(*tag);
-  return true;
+  const std::span<std::byte> slot = slots_[static_cast<std::size_t>(job.slot)];
+  assert(end - begin <= slot.size());
+  return {begin, slot.first(end - begin)};
 }
 
 }  // namespace flashpack::internal

@@ -18,30 +18,12 @@
 #include "engine/mounts.h"
 #include "engine/pool.h"
 #include "engine/transfer_state.h"
+#include "engine/way.h"
 
 namespace flashpack::internal {
 
-/// Serves transfers: direct I/O by the queue of the file, everything that touches bytes with a CPU by the workers. A
-/// chunk that is read lives so:
-///
-///   in place:            [populating ->] direct   -> [counting ->]                       delivered
-///   through a slot:                      direct   ->                          copying -> delivered
-///   to a device:                         direct   -> [counting -> waiting ->] copying -> delivered
-///   page cache:                          buffered ->                                     delivered
-///   page cache, device:                  buffered -> [waiting ->]             copying -> delivered
-///
-/// and one that is written:
-///
-///   in place:            [populating ->]                           direct   -> delivered
-///   through a slot:                    gathering ->                direct   -> delivered
-///   from a device:       [waiting ->]  gathering -> [counting ->]  direct   -> delivered
-///   page cache:                                                    buffered -> delivered
-///   page cache, device:  [waiting ->]  gathering ->                buffered -> delivered
-///
-/// where counting is for checksums; whatever else a worker does with bytes, or may do ahead of the disk, counts them by
-/// the way.
-///
-/// A chunk for a device waits with its slot until the caller's stream has come far enough.
+/// Serves transfers: direct I/O by the queue of the file, everything that touches bytes with a CPU by the workers,
+/// copies to and from a device by the copier. Each chunk goes the way that stands in the table of way.cc.
 ///
 /// Files are opened when their turn comes, a bounded number at a time, and closed when their bytes are there, both by
 /// threads of the pool: whatever may block in a file system stays away from the driver. Where little of a
@@ -92,35 +74,23 @@ class Pipeline final : public Driver {
   bool run();
 
  private:
-  enum class Stage : std::uint8_t {
-    kFree,
-    kPopulating,
-    kDirect,
-    kWaiting,
-    kCopying,
-    kGathering,
-    kCounting,
-    kBuffered,
-    kAbandoned,
-  };
-  static constexpr std::size_t kStages = 9;
+  using Route = ChunkTraits::Route;
 
   /// One chunk under way. Its index is the tag of its operations.
   struct Job {
-    Stage stage = Stage::kFree;
-    Part* part = nullptr;
+    Part* part = nullptr;  // Null: it is free.
     const Chunk* chunk = nullptr;
+    Way way;
+    std::size_t next = 0;  // Of the way's steps, the one after `step`.
+    Step step = Step::kFree;
     int slot = -1;
     SlotView view;                                // What the slot holds, or in place the target or source itself.
     std::uint64_t done_bytes = 0;                 // Whole blocks of the view that have been moved by direct I/O.
     unsigned stalls = 0;                          // Results in a row that moved no new block.
     Queue* queue = nullptr;                       // Has its operation.
-    std::chrono::steady_clock::time_point since;  // It entered its stage.
-    bool stuck = false;                           // Late or abandoned: not counted as in its stage.
+    std::chrono::steady_clock::time_point since;  // It began its step.
+    bool stuck = false;                           // Late or abandoned: not counted as in its step.
     bool late = false;
-    bool counted = false;      // For checksums, or given to somebody who does.
-    bool to_cache = false;     // Of a slot that is being filled for the file: it is written buffered.
-    bool only_cached = false;  // Of a buffered read: it may be refused because the disk would be needed.
 
     TransferState& transfer() const { return *part->transfer; }
   };
@@ -153,10 +123,9 @@ class Pipeline final : public Driver {
   void attend_to_gates();
   bool issue();
   void issue_from(Part& part, unsigned& questions, std::uint32_t queue_depth);
-  bool issue_buffered(Part& part, const Chunk& chunk);
-  bool issue_direct(Part& part, const Chunk& chunk);
-  bool issue_in_place(Part& part, const Chunk& chunk);
-  bool issue_staged(Part& part, const Chunk& chunk);
+  bool set_out(Part& part, const Chunk& chunk, Route route);
+  static ChunkTraits traits_of(const Part& part, const Chunk& chunk, Route route);
+  SlotView view_of(const Job& job, Route route) const;
 
   // Transfers and their parts: pipeline_parts.cc.
   void admit();
@@ -186,19 +155,18 @@ class Pipeline final : public Driver {
   // The steps of one chunk: pipeline_steps.cc.
   unsigned open_job(Part& part, const Chunk& chunk);
   std::optional<unsigned> open_job_with_slot(Part& part, const Chunk& chunk);
+  void begin(unsigned tag, Step step);
+  void advance(unsigned tag);
   DiskQueue& queue_of(OpenFile& file) const;
   void move_direct(unsigned tag);
   void move_buffered(unsigned tag);
-  void copy(unsigned tag);
-  void count_bytes(unsigned tag, StripeSums* sums);
   void give_to_workers(unsigned tag, ByteWork work);
-  static StripeSums* take_sums(Job& job);
+  void populate(unsigned tag);
+  void copy(unsigned tag);
   void complete(IoCompletion completion);
   void on_direct(unsigned tag, std::int64_t result);
   void on_buffered(unsigned tag, std::int64_t result);
-  void on_counted(unsigned tag);
-  void write_slot(unsigned tag);
-  void on_copied(unsigned tag, std::error_code error);
+  void on_worked(unsigned tag, std::error_code error);
   void refuse_direct(unsigned tag);
   void deliver(unsigned tag);
   void give_back(unsigned tag);
@@ -206,8 +174,8 @@ class Pipeline final : public Driver {
   void abandon_jobs_of(TransferState& transfer);
   void close_job(unsigned tag);
 
-  std::uint32_t& count(Stage stage) { return counts_[static_cast<std::size_t>(stage)]; }
-  void enter(Job& job, Stage stage);
+  std::uint32_t& jobs_in(Step step) { return jobs_in_[static_cast<std::size_t>(step)]; }
+  void enter(Job& job, Step step);
   /// A file, or a file system, may have so much stuck in any case.
   std::uint32_t stuck_share() const { return std::min(limits_.queue_depth, limits_.slots); }
   /// Whether the rest is kept for others when so much is stuck in all: by a file that does not answer for the other
@@ -222,9 +190,14 @@ class Pipeline final : public Driver {
   /// Parts that are open, being opened or closed, and do not get on because a file system does not answer.
   std::size_t held_up_parts() const { return late_parts_ + held_up_parts_; }
   /// Jobs that are with the disk, or bound for it with a slot.
-  std::uint32_t depth() { return count(Stage::kDirect) + count(Stage::kGathering); }
+  std::uint32_t depth() { return jobs_in(Step::kRead) + jobs_in(Step::kWrite) + jobs_in(Step::kGather); }
+  /// Jobs that move bytes through the page cache.
+  std::uint32_t buffered() {
+    return jobs_in(Step::kReadIfCached) + jobs_in(Step::kReadCached) + jobs_in(Step::kWriteCached);
+  }
+  /// Where the bytes are counted in the step that it is in; null when they are not.
+  static StripeSums* sums_of(const Job& job) { return job.step == job.way.counts_in ? &*job.part->sums : nullptr; }
   static std::span<const Fragment> fragments_of(const Job& job) { return job.part->plan.fragments_of(*job.chunk); }
-  std::span<std::byte> slot_memory(const Job& job) const { return slots_[static_cast<std::size_t>(job.slot)]; }
 
   const Queues queues_;
   Pool& pool_;
@@ -238,7 +211,7 @@ class Pipeline final : public Driver {
   std::vector<Job> jobs_;
   std::vector<unsigned> free_jobs_;
   std::vector<int> free_slots_;                  // Last in, first out: few slots are ever touched when few are needed.
-  std::array<std::uint32_t, kStages> counts_{};  // Jobs in each stage that are not stuck.
+  std::array<std::uint32_t, kSteps> jobs_in_{};  // Those that are not stuck.
   std::uint32_t stuck_jobs_ = 0;
   std::uint32_t stuck_slots_ = 0;
   std::chrono::steady_clock::time_point now_;  // Of this turn of the loop.

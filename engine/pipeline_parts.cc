@@ -70,17 +70,6 @@ class Pipeline::CloseTask final : public Pool::Task {
   UniqueFd fd_;
 };
 
-void Pipeline::Inbox::answer(std::shared_ptr<TransferState> transfer, Part& part) noexcept {
-  std::unique_lock lock(mutex);
-  if (!sleeper) {  // Nobody will close the file, if it was opened only now, but this thread.
-    lock.unlock();
-    part.open.reset();
-    return;
-  }
-  answers.push_back({std::move(transfer), &part});
-  sleeper->wake();
-}
-
 void Pipeline::admit() {
   std::shared_ptr<TransferState> cancelled;
   {
@@ -188,6 +177,7 @@ void Pipeline::ask(Part& part, Part::State state) {
 }
 
 void Pipeline::on_answer(Part& part) {
+  assert(part.state == Part::State::kOpening || part.state == Part::State::kClosing);
   std::erase(with_threads_, &part);
   leave_places(part);
   if (std::exchange(part.late, false)) --late_parts_;
@@ -258,6 +248,7 @@ void Pipeline::on_delivered(Part& part) {
 void Pipeline::stop_waiting_for(Part& part) {
   if (!std::exchange(part.awaited, false)) return;
   TransferState& transfer = *part.transfer;
+  assert(transfer.parts_awaited > 0);
   --transfer.parts_awaited;
   const bool found_out = part.state == Part::State::kDone || part.checked;
   if (found_out) {
@@ -334,6 +325,7 @@ void Pipeline::settle(TransferState& transfer) {
 }
 
 void Pipeline::end(TransferState& transfer) {
+  assert(transfer.jobs == 0 && transfer.parts_awaited == 0);
   const std::shared_ptr<TransferState> keep = std::exchange(transfer.self, nullptr);
   if (transfer.deadline) deadlines_.erase({*transfer.deadline, &transfer});
   if (transfer.gate) std::erase(gated_, &transfer);

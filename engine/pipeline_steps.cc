@@ -15,16 +15,18 @@ constexpr unsigned kMaxStalls = 32;
 
 }  // namespace
 
-void Pipeline::enter(Job& job, Stage stage) {
+void Pipeline::enter(Job& job, Step step) {
   if (job.stuck) clear_stuck(job);
-  --count(job.stage);
-  ++count(job.stage = stage);
+  assert(jobs_in(job.step) > 0);
+  --jobs_in(job.step);
+  ++jobs_in(job.step = step);
   job.since = now_;
 }
 
 void Pipeline::set_stuck(Job& job) {
+  assert(!job.stuck && may_be_late(job.step) && jobs_in(job.step) > 0);
   job.stuck = true;
-  --count(job.stage);
+  --jobs_in(job.step);
   ++job.part->open->stuck;
   ++job.part->file_system->stuck;
   ++stuck_jobs_;
@@ -32,14 +34,16 @@ void Pipeline::set_stuck(Job& job) {
 }
 
 void Pipeline::clear_stuck(Job& job) {
+  FileSystem& file_system = *job.part->file_system;
+  assert(job.stuck && stuck_jobs_ > 0 && job.part->open->stuck > 0 && file_system.stuck > 0);
   job.stuck = false;
-  ++count(job.stage);
+  ++jobs_in(job.step);
   --job.part->open->stuck;
-  --job.part->file_system->stuck;
+  --file_system.stuck;
   --stuck_jobs_;
   if (job.slot >= 0) --stuck_slots_;
   if (!std::exchange(job.late, false)) return;
-  FileSystem& file_system = *job.part->file_system;
+  assert(file_system.late > 0);
   if (--file_system.late > 0) return;
   held_up_parts_ -= file_system.loads;
   look_at_parked_ = true;
@@ -54,8 +58,10 @@ void Pipeline::set_late(Job& job) {
 }
 
 unsigned Pipeline::open_job(Part& part, const Chunk& chunk) {
+  assert(!free_jobs_.empty() && part.open);
   const unsigned tag = free_jobs_.back();
   free_jobs_.pop_back();
+  assert(jobs_[tag].step == Step::kFree);
   jobs_[tag] = Job{.part = &part, .chunk = &chunk};
   ++part.transfer->jobs;
   ++part.transfer->outstanding;
@@ -70,11 +76,44 @@ std::optional<unsigned> Pipeline::open_job_with_slot(Part& part, const Chunk& ch
   const std::size_t spare = slots_.size() - limits_.slots;
   if (has_enough_stuck(part, stuck_slots_ + stuck_share(), spare, spare + limits_.slots / 2)) return std::nullopt;
   const unsigned tag = open_job(part, chunk);
-  Job& job = jobs_[tag];
-  job.slot = free_slots_.back();
+  jobs_[tag].slot = free_slots_.back();
   free_slots_.pop_back();
-  job.view = {chunk.offset_bytes, slot_memory(job).first(chunk.size_bytes)};
   return tag;
+}
+
+void Pipeline::advance(unsigned tag) {
+  Job& job = jobs_[tag];
+  assert(job.next < job.way.steps.size());
+  begin(tag, job.way.steps[job.next++]);
+}
+
+void Pipeline::begin(unsigned tag, Step step) {
+  Job& job = jobs_[tag];
+  enter(job, step);
+  switch (step) {
+    case Step::kPopulate:
+      return populate(tag);
+    case Step::kRead:
+    case Step::kWrite:
+      return move_direct(tag);
+    case Step::kReadIfCached:
+    case Step::kReadCached:
+    case Step::kWriteCached:
+      return move_buffered(tag);
+    case Step::kWait:
+      return job.transfer().gate ? void() : advance(tag);
+    case Step::kScatter:
+    case Step::kGather:
+      return copy(tag);
+    case Step::kCount:
+      return give_to_workers(tag, {.op = ByteWork::Op::kChecksum, .fragments = fragments_of(job)});
+    case Step::kDeliver:
+      return deliver(tag);
+    case Step::kFree:
+    case Step::kAbandoned:
+      break;
+  }
+  assert(false && "a step of no way");
 }
 
 // Its own, as long as that does not refuse.
@@ -86,13 +125,13 @@ DiskQueue& Pipeline::queue_of(OpenFile& file) const {
 
 void Pipeline::move_direct(unsigned tag) {
   Job& job = jobs_[tag];
+  assert(job.done_bytes < job.view.bytes.size());
   TransferState& transfer = job.transfer();
-  enter(job, Stage::kDirect);
   ++transfer.stats.operations;
   const File& file = job.part->file();
   DiskQueue& queue = queue_of(*job.part->open);
   job.queue = &queue;
-  queue.push(tag, {.op = transfer.is_load() ? DiskRequest::Op::kRead : DiskRequest::Op::kWrite,
+  queue.push(tag, {.op = job.step == Step::kRead ? DiskRequest::Op::kRead : DiskRequest::Op::kWrite,
                    .fd = file.direct_fd(),
                    .offset_bytes = job.view.offset_bytes + job.done_bytes,
                    .memory = job.view.bytes.subspan(job.done_bytes),
@@ -101,83 +140,75 @@ void Pipeline::move_direct(unsigned tag) {
                    .transfer = &transfer});
 }
 
+void Pipeline::move_buffered(unsigned tag) {
+  const Job& job = jobs_[tag];
+  TransferState& transfer = job.transfer();
+  ++transfer.stats.operations;
+  give_to_workers(
+      tag, {.op = job.step == Step::kWriteCached ? ByteWork::Op::kToCache : ByteWork::Op::kFromCache,
+            .fd = job.part->file().buffered_fd(),
+            .fragments = job.slot >= 0 ? std::span<const Fragment>() : fragments_of(job),
+            .page_cache = {.only = job.step == Step::kReadIfCached, .drop = transfer.after == AfterLoad::kDrop}});
+}
+
 void Pipeline::give_to_workers(unsigned tag, ByteWork work) {
   Job& job = jobs_[tag];
+  work.view = job.view;
+  work.sums = sums_of(job);
   work.transfer = job.part->transfer;
   job.queue = &queues_.workers;
   queues_.workers.push(tag, work);
 }
 
-void Pipeline::move_buffered(unsigned tag) {
-  Job& job = jobs_[tag];
-  TransferState& transfer = job.transfer();
-  const bool load = transfer.is_load();
-  enter(job, Stage::kBuffered);
-  job.only_cached = job.part->router.on_suspicion();
-  ++transfer.stats.operations;
-  give_to_workers(tag, {.op = load ? ByteWork::Op::kFromCache : ByteWork::Op::kToCache,
-                        .fd = job.part->file().buffered_fd(),
-                        .view = job.view,
-                        .fragments = job.slot >= 0 ? std::span<const Fragment>() : fragments_of(job),
-                        .page_cache = {.only = job.only_cached, .drop = transfer.after == AfterLoad::kDrop},
-                        .sums = take_sums(job)});
+// Counting reads the bytes, and so takes their faults, too.
+void Pipeline::populate(unsigned tag) {
+  const Job& job = jobs_[tag];
+  give_to_workers(tag,
+                  {.op = sums_of(job) ? ByteWork::Op::kChecksum : ByteWork::Op::kPopulate,
+                   .fragments = fragments_of(job),
+                   .touch = job.transfer().is_load() ? ByteWork::Touch::kForWriting : ByteWork::Touch::kForReading});
 }
 
-// Each byte is to be counted once: null when they have been.
-StripeSums* Pipeline::take_sums(Job& job) {
-  return std::exchange(job.counted, true) || !job.part->sums ? nullptr : &*job.part->sums;
-}
-
-void Pipeline::count_bytes(unsigned tag, StripeSums* sums) {
-  Job& job = jobs_[tag];
-  enter(job, Stage::kCounting);
-  give_to_workers(tag, {.op = ByteWork::Op::kChecksum, .view = job.view, .fragments = fragments_of(job), .sums = sums});
-}
-
-// Between the slot and where the fragments are.
+// Between the view and where the fragments are.
 void Pipeline::copy(unsigned tag) {
-  Job& job = jobs_[tag];
-  TransferState& transfer = job.transfer();
-  const bool load = transfer.is_load();
-  if (load && job.chunk->on_device) {
-    if (StripeSums* const sums = take_sums(job)) return count_bytes(tag, sums);
-  }
-  if (job.chunk->on_device && transfer.gate) return enter(job, Stage::kWaiting);
-  enter(job, load ? Stage::kCopying : Stage::kGathering);
-  const ByteWork work{.op = load ? ByteWork::Op::kScatter : ByteWork::Op::kGather,
+  const Job& job = jobs_[tag];
+  assert(job.slot >= 0);
+  const ByteWork work{.op = job.step == Step::kScatter ? ByteWork::Op::kScatter : ByteWork::Op::kGather,
                       .view = job.view,
-                      .fragments = fragments_of(job),
-                      .sums = job.chunk->on_device ? nullptr : take_sums(job)};
+                      .fragments = fragments_of(job)};
   job.chunk->on_device ? copier_->push(tag, static_cast<unsigned>(job.slot), work) : give_to_workers(tag, work);
 }
 
 void Pipeline::complete(IoCompletion completion) {
   const auto [tag, result] = completion;
-  switch (jobs_[tag].stage) {
-    case Stage::kPopulating:
-      return move_direct(tag);
-    case Stage::kDirect:
+  switch (jobs_[tag].step) {
+    case Step::kPopulate:
+      return advance(tag);
+    case Step::kRead:
+    case Step::kWrite:
       return on_direct(tag, result);
-    case Stage::kCopying:
-    case Stage::kGathering:
-      return on_copied(tag, result < 0 ? errno_code(static_cast<int>(-result)) : std::error_code());
-    case Stage::kCounting:
-      return result < 0 ? fail(tag, errno_code(static_cast<int>(-result))) : on_counted(tag);
-    case Stage::kBuffered:
+    case Step::kReadIfCached:
+    case Step::kReadCached:
+    case Step::kWriteCached:
       return on_buffered(tag, result);
-    case Stage::kAbandoned:
+    case Step::kScatter:
+    case Step::kGather:
+    case Step::kCount:
+      return on_worked(tag, result < 0 ? errno_code(static_cast<int>(-result)) : std::error_code());
+    case Step::kAbandoned:
       return close_job(tag);
-    case Stage::kWaiting:
-    case Stage::kFree:
+    case Step::kWait:
+    case Step::kDeliver:
+    case Step::kFree:
       break;
   }
-  assert(false && "completion of a job that is not under way");
+  assert(false && "completion of a job that has nothing under way");
 }
 
 void Pipeline::on_direct(unsigned tag, std::int64_t result) {
   Job& job = jobs_[tag];
   TransferStats& stats = job.transfer().stats;
-  const bool load = job.transfer().is_load();
+  const bool reads = job.step == Step::kRead;
   if (result == -EINVAL || result == -EOPNOTSUPP) return refuse_direct(tag);
   const bool interrupted = result == -EINTR || result == -EAGAIN;
   if (result < 0 && !interrupted) return fail(tag, errno_code(static_cast<int>(-result)));
@@ -186,78 +217,64 @@ void Pipeline::on_direct(unsigned tag, std::int64_t result) {
   stats.direct_bytes += got - job.done_bytes;
   if (job.view.offset_bytes + got >= job.chunk->offset_bytes + job.chunk->size_bytes) {
     if (job.slot >= 0) stats.staged_bytes += got;
-    if (job.slot >= 0 && load) return copy(tag);
-    StripeSums* const sums = load ? take_sums(job) : nullptr;
-    return sums ? count_bytes(tag, sums) : deliver(tag);
+    return advance(tag);
   }
-  if (result == 0 && load) return fail(tag, Errc::kTruncated);
+  if (result == 0 && reads) return fail(tag, Errc::kTruncated);
   // Direct I/O goes on at whole blocks only. Less than a block is no progress; it is tried again, but not for ever.
   const std::uint64_t resume = round_down(got, job.part->file().alignment().block_bytes);
   job.stalls = resume > job.done_bytes ? 0 : job.stalls + 1;
   if (job.stalls > kMaxStalls) {
-    const std::error_code stuck = load ? make_error_code(Errc::kTruncated) : errno_code(EIO);
+    const std::error_code stuck = reads ? make_error_code(Errc::kTruncated) : errno_code(EIO);
     return fail(tag, interrupted ? errno_code(static_cast<int>(-result)) : stuck);
   }
   job.done_bytes = resume;
   ++stats.retries;
-  move_direct(tag);
+  begin(tag, job.step);
 }
 
 void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
   const Job& job = jobs_[tag];
-  if (job.only_cached && result == -EAGAIN) return give_back(tag);
+  if (job.step == Step::kReadIfCached && result == -EAGAIN) return give_back(tag);
   if (result < 0) return fail(tag, errno_code(static_cast<int>(-result)));
   TransferState& transfer = job.transfer();
   const auto moved = static_cast<std::uint64_t>(result);
   transfer.stats.buffered_bytes += moved;
-  if (moved != (job.slot >= 0 ? job.view.bytes.size() : job.part->plan.wanted_bytes(*job.chunk))) {
-    return fail(tag, transfer.is_load() ? make_error_code(Errc::kTruncated) : errno_code(EIO));
-  }
+  if (moved != (job.slot >= 0 ? job.view.bytes.size() : job.part->plan.wanted_bytes(*job.chunk)))
+    return fail(tag, job.step == Step::kWriteCached ? errno_code(EIO) : make_error_code(Errc::kTruncated));
   if (job.slot >= 0) transfer.stats.staged_bytes += moved;
-  job.slot >= 0 && transfer.is_load() ? copy(tag) : deliver(tag);
+  advance(tag);
 }
 
-void Pipeline::on_copied(unsigned tag, std::error_code error) {
-  const TransferState& transfer = jobs_[tag].transfer();
-  if (transfer.failure) return close_job(tag);
-  if (error) return fail(tag, error);
-  transfer.is_load() ? deliver(tag) : write_slot(tag);
+// A copy or a count has come to its end.
+void Pipeline::on_worked(unsigned tag, std::error_code error) {
+  if (jobs_[tag].transfer().failure) return close_job(tag);
+  error ? fail(tag, error) : advance(tag);
 }
 
-void Pipeline::write_slot(unsigned tag) {
-  Job& job = jobs_[tag];
-  if (job.to_cache) return move_buffered(tag);
-  StripeSums* const sums = take_sums(job);
-  sums ? count_bytes(tag, sums) : move_direct(tag);
-}
-
-void Pipeline::on_counted(unsigned tag) {
-  const Job& job = jobs_[tag];
-  if (!job.transfer().is_load()) return move_direct(tag);
-  job.slot >= 0 ? copy(tag) : deliver(tag);
-}
-
-// Some file systems take O_DIRECT at open and refuse it at the first read or write.
+// Some file systems take O_DIRECT at open and refuse it at the first read or write. The chunk goes on by another way; a
+// load on the host needs no slot for that.
 void Pipeline::refuse_direct(unsigned tag) {
   Job& job = jobs_[tag];
   TransferState& transfer = job.transfer();
-  job.part->router.refuse_direct();
-  ++transfer.stats.retries;
-  transfer.note_fallback("direct I/O: refused by the file system at the first use");
-  if (!transfer.is_load()) return move_buffered(tag);
-  if (job.chunk->on_device) {
-    job.view = {job.chunk->offset_bytes, slot_memory(job).first(job.chunk->size_bytes)};
-  } else if (job.slot >= 0) {
+  assert(job.step == Step::kRead || job.step == Step::kWrite);
+  if (job.step == Step::kRead && job.slot >= 0 && !job.chunk->on_device) {
     if (job.stuck) clear_stuck(job);
     free_slots_.push_back(std::exchange(job.slot, -1));
   }
-  move_buffered(tag);
+  job.part->router.refuse_direct();
+  ++transfer.stats.retries;
+  transfer.note_fallback("direct I/O: refused by the file system at the first use");
+  job.way = way_of(traits_of(*job.part, *job.chunk, Route::kRefused));
+  job.next = 0;
+  job.view = view_of(job, Route::kRefused);
+  advance(tag);
 }
 
 // It was not in the page cache after all.
 void Pipeline::give_back(unsigned tag) {
   const Job& job = jobs_[tag];
   Part& part = *job.part;
+  assert(part.state == Part::State::kOpen && part.chunks_open > 0);
   part.router.give_back(*job.chunk);
   ++part.transfer->stats.retries;
   issue_from_now_on(part);
@@ -267,6 +284,7 @@ void Pipeline::give_back(unsigned tag) {
 void Pipeline::deliver(unsigned tag) {
   const Job& job = jobs_[tag];
   Part& part = *job.part;
+  assert(part.chunks_open > 0);
   part.transfer->done_bytes += part.plan.wanted_bytes(*job.chunk);
   --part.chunks_open;
   close_job(tag);
@@ -282,16 +300,16 @@ void Pipeline::fail(unsigned tag, std::error_code code) {
   give_up(transfer, error);
 }
 
-// Those that are under way are asked to end. Copies end by themselves, and who waits has nothing under way.
+// Those that are under way are asked to end. Copies end by themselves, and a job that waits has nothing under way.
 void Pipeline::abandon_jobs_of(TransferState& transfer) {
   if (transfer.jobs == 0) return;
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
     Job& job = jobs_[tag];
-    const bool copies = job.stage == Stage::kCopying || job.stage == Stage::kGathering;
-    if (job.stage == Stage::kFree || job.part->transfer != &transfer || copies || job.stage == Stage::kWaiting)
-      continue;
+    const bool copies = job.step == Step::kScatter || job.step == Step::kGather;
+    if (!job.part || job.part->transfer != &transfer || copies || job.step == Step::kWait) continue;
+    assert(job.queue && job.step != Step::kDeliver);
     job.queue->cancel(tag);
-    enter(job, Stage::kAbandoned);
+    enter(job, Step::kAbandoned);
     set_stuck(job);
   }
 }
@@ -299,7 +317,8 @@ void Pipeline::abandon_jobs_of(TransferState& transfer) {
 void Pipeline::close_job(unsigned tag) {
   Job& job = jobs_[tag];
   TransferState& transfer = job.transfer();
-  enter(job, Stage::kFree);
+  assert(transfer.jobs > 0 && transfer.outstanding > 0);
+  enter(job, Step::kFree);
   if (job.slot >= 0) free_slots_.push_back(job.slot);
   job = Job{};
   free_jobs_.push_back(tag);
