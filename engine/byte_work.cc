@@ -18,15 +18,15 @@ namespace flashpack::internal {
 
 namespace {
 
-// EINTR and EAGAIN without a cause of ours come from odd file systems; they must not become an endless loop.
+// A file system that answers EINTR or EAGAIN for no reason must not cause an endless loop.
 constexpr int kMaxInterrupts = 100;
 
-// Gaps up to this are read into a sink, so that neighbouring small tensors are one system call.
+// Gaps of up to this size are read into a buffer that is ignored, so that one system call reads several small tensors.
 constexpr std::size_t kSinkBytes = 4096;
 
 constexpr std::size_t kMaxVectors = 64;
 
-// Moves all of one fragment; less only at the end of the file.
+// Moves one whole fragment, or less at the end of the file.
 std::int64_t move_fragment(int fd, const Fragment& fragment, bool write) {
   std::uint64_t done = 0;
   while (done < fragment.size_bytes) {
@@ -50,8 +50,8 @@ std::int64_t move_fragments(int fd, std::span<const Fragment> fragments, bool wr
   return moved;
 }
 
-// One preadv over fragments that are close together. 0 when every byte of them came, else an errno; EAGAIN when fewer
-// did.
+// Reads fragments that are close together with one preadv. Returns 0 if all of their bytes came, EAGAIN if fewer did,
+// else an errno.
 int read_together(int fd, std::span<const Fragment> run, int flags) {
   std::array<std::byte, kSinkBytes> sink;
   std::array<iovec, kMaxVectors> vectors;
@@ -90,7 +90,7 @@ std::int64_t read_fragments(int fd, std::span<const Fragment> fragments) {
   while (!fragments.empty()) {
     const auto run = fragments.first(count_together(fragments));
     const std::int64_t wanted = sum_of(run);
-    // Whatever went wrong in a run, going fragment by fragment finds out exactly what and where.
+    // If reading them together failed, reading each fragment alone finds out which one and why.
     const bool whole = run.size() > 1 && read_together(fd, run, 0) == 0;
     const std::int64_t n = whole ? wanted : move_fragments(fd, run, false);
     if (n < 0) return n;
@@ -101,7 +101,8 @@ std::int64_t read_fragments(int fd, std::span<const Fragment> fragments) {
   return moved;
 }
 
-// File systems that cannot tell what would wait read as usual. Errors are left to the read that may wait.
+// A file system that cannot tell whether a read would wait reads as usual. Other errors are left to the read that may
+// wait.
 std::int64_t read_cached(int fd, std::span<const Fragment> fragments) {
   const int error = read_without_waiting(fd, fragments);
   if (error == EOPNOTSUPP) return read_fragments(fd, fragments);
@@ -119,11 +120,10 @@ std::int64_t read_through_cache(const ByteWork& work, std::span<const Fragment> 
   return moved;
 }
 
-// Takes the page faults of `memory`. 0, or an errno: what cannot be had by it may still be had by the kernel's own
-// means.
+// Takes the page faults of `memory`. Returns 0, or an errno, after which a read into that memory may still succeed.
 int populate(std::span<std::byte> memory, bool for_writing) {
 #ifdef MADV_POPULATE_WRITE
-  // Not only the pages that `memory` covers whole.
+  // Pages that `memory` covers only in part are included.
   const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(memory.data());
   const std::size_t before = address % system_page_bytes();
   const int advice = for_writing ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
@@ -133,7 +133,7 @@ int populate(std::span<std::byte> memory, bool for_writing) {
 #endif
 }
 
-// An emulation of Linux may not know it.
+// An emulation of Linux may lack MADV_POPULATE.
 bool can_populate() {
   static const bool can = [] {
     std::byte here{};
@@ -142,12 +142,12 @@ bool can_populate() {
   return can;
 }
 
-// To touch memory that is not mapped, not writable, or that has no page left behind it, ends the process, while the
-// kernel gives EFAULT for a read into it. Asked for first, it is an error here, too. On small pages that are there
-// already this costs half as much as the copy, on large ones nothing, and of fresh memory it takes the faults at less
-// than the copy would. Copying by process_vm_writev(2) costs more and is forbidden in some containers.
+// Populates the caller's memory before it is copied to or from. A copy to memory that is not mapped, not writable or
+// has no page left would end the process, whereas a failed populate is only an error, as EFAULT is for a read. On small
+// pages that are present, this costs half as much as the copy, on huge pages nothing; fresh pages it populates faster
+// than the copy would. process_vm_writev(2) costs more, and some containers forbid it.
 std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writing) {
-  std::span<std::byte> run;  // Whole pages.
+  std::span<std::byte> run;  // Whole pages that follow on each other.
   const auto ask = [&] { return run.empty() ? 0 : populate(run, for_writing); };
   if (!can_populate()) return 0;
   for (const Fragment& fragment : fragments) {
@@ -180,15 +180,14 @@ std::int64_t gather(const ByteWork& work) {
   return 0;
 }
 
-// What the view holds from the first of the fragments to the last.
+// Counts the view's bytes from the first fragment to the last.
 void count_view(const ByteWork& work) {
   const std::uint64_t begin = work.fragments.front().offset_bytes;
   const std::uint64_t end = work.fragments.back().offset_bytes + work.fragments.back().size_bytes;
   work.sums->add(begin, work.view.between(begin, end));
 }
 
-// A stripe that a gap between two of the fragments lies in is not counted, because it is not read whole and so never
-// compared.
+// Skips stripes with a gap between two fragments, because a stripe that is not read whole is never compared.
 void count_between_gaps(std::span<const Fragment> fragments, StripeSums& sums) {
   constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
   const auto end_of = [](const Fragment& fragment) { return fragment.offset_bytes + fragment.size_bytes; };

@@ -26,15 +26,15 @@ using cuda::ContextGuard;
 // One copy engine serves each direction; the second stream fills the pauses between copies of the first.
 constexpr std::size_t kLanes = 2;
 
-// A copy costs its thread 5 us, and in a batch less. The driver has the disk to serve meanwhile.
+// A copy costs its thread 5 us, in a batch less. More copies would keep the driver from the disk, so the pool does
+// them.
 constexpr std::size_t kMostFragmentsForDriver = 16;
 
-// A context that has failed answers every question with its error for ever, also the one whether its copies have
-// ended. The hardware stops them when it fails, but nobody is told when. After so long without another answer the
-// copies are taken for ended.
+// A context that has failed answers every call with its error, also the question whether its copies have ended. The
+// hardware stops the copies, but does not tell when. After this time they are taken for ended.
 constexpr std::chrono::seconds kSilence{1};
 
-// The errors of a context that is gone. It has waited for its copies, or ended them.
+// Whether the context is gone. Its copies have ended then.
 bool is_end_of_context(cudaError_t error) {
   return error == cudaErrorCudartUnloading || error == cudaErrorContextIsDestroyed ||
          error == cudaErrorDeviceUninitialized;
@@ -63,7 +63,7 @@ class CudaCopier final : public Copier {
     if (guard.error() != cudaSuccess) lock_->forget();
     for (Lane& lane : lanes_) give_back(lane.stream, guard);
     for (Copy& copy : copies_) give_back(copy.landed, guard);
-    lock_.reset();  // After the streams, which may still copy.
+    lock_.reset();  // Unlocked after the streams, which may still copy.
   }
 
   void push(unsigned tag, unsigned slot, const ByteWork& work) override {
@@ -77,12 +77,12 @@ class CudaCopier final : public Copier {
     copy.started = false;
     *std::exchange(lane.last, &copy.next) = &copy;
     ++under_way_;
-    // A copy of memory that is not locked ends within the call.
+    // A copy to or from memory that is not locked blocks until it has ended.
     const bool may_take_long = !locked() || work.fragments.size() > kMostFragmentsForDriver;
     may_take_long ? pool_.post(copy) : copy.run();
   }
 
-  // In each lane the oldest first: the others have hardly landed before it.
+  // Looks at the oldest copy of each lane first, because later ones hardly end before it.
   std::span<const Completion> poll() override {
     completions_.clear();
     if (idle()) return completions_;
@@ -126,7 +126,7 @@ class CudaCopier final : public Copier {
   }
 
  private:
-  // Out of or into one slot.
+  // A copy from or to one slot.
   struct Copy final : Pool::Task {
     void reserve(std::size_t fragments);
     void list_fragments();
@@ -140,10 +140,10 @@ class CudaCopier final : public Copier {
     unsigned tag = 0;
     ByteWork work{};
     cudaStream_t stream = nullptr;
-    Copy* next = nullptr;                 // In its lane.
-    cudaError_t error = cudaSuccess;      // The first, of starting it or of asking for it.
-    std::atomic<bool> started = false;    // From then on it is the driver's.
-    std::vector<void*> targets, sources;  // One of each for every fragment.
+    Copy* next = nullptr;                 // The next copy in its lane.
+    cudaError_t error = cudaSuccess;      // The first error of the copy or of asking for its end.
+    std::atomic<bool> started = false;    // Only the driver uses the copy from then on.
+    std::vector<void*> targets, sources;  // One for every fragment.
     std::vector<std::size_t> sizes;
   };
   struct Lane {
@@ -161,7 +161,7 @@ class CudaCopier final : public Copier {
     return error == cudaSuccess ? cudaEventRecord(copy.landed.get(), copy.stream) : error;
   }
 
-  // Many small fragments go in one call. Batches want locked memory, a driver of CUDA 12.8 and a runtime of that, too.
+  // Copies many small fragments in one call, if memory is locked, and driver and runtime have CUDA 12.8.
   cudaError_t copy_fragments(const Copy& copy) {
     const bool try_batch = copy.sizes.size() > 1 && locked() && batches_refused_ == cudaSuccess;
     const cudaError_t refused = try_batch ? copy_batch(copy) : cudaSuccess;
@@ -183,8 +183,8 @@ class CudaCopier final : public Copier {
     return cudaSuccess;
   }
 
-  // Whether the device touches neither slot nor fragments any more. After an error the event may never have been
-  // recorded, and an error in place of an answer does not say that the copy has ended: then the stream has to be empty.
+  // Whether the device does not touch slot and fragments any more. After an error the event may not have been recorded,
+  // and an error as answer does not say that the copy has ended. In both cases the stream must be empty.
   bool has_landed(Copy& copy, const ContextGuard& guard) {
     if (!copy.started) return false;
     const cudaError_t answer = guard.error() != cudaSuccess ? guard.error()
@@ -192,7 +192,7 @@ class CudaCopier final : public Copier {
                                                             : cudaStreamQuery(copy.stream);
     if (answer == cudaSuccess || answer == cudaErrorNotReady) {
       silent_since_.reset();
-      // Completions run on this thread, too, and would find it.
+      // Completions run on this thread, too, and would find this error.
       if (answer == cudaErrorNotReady) static_cast<void>(cudaGetLastError());
       return answer == cudaSuccess;
     }
@@ -206,7 +206,7 @@ class CudaCopier final : public Copier {
   const Context context_;
   Pool& pool_;
   std::optional<cuda::PageLock> lock_;
-  std::vector<Copy> copies_;  // By slot.
+  std::vector<Copy> copies_;  // One for each slot.
   std::array<Lane, kLanes> lanes_;
   std::size_t next_lane_ = 0;
   std::size_t under_way_ = 0;
@@ -243,7 +243,7 @@ cudaError_t CudaCopier::copy_batch([[maybe_unused]] const Copy& copy) {
   return cudaMemcpyBatchAsync(copy.targets.data(), copy.sources.data(), copy.sizes.data(), copy.sizes.size(),
                               &attributes, &first, 1, copy.stream);
 #else
-  Copy& lists = const_cast<Copy&>(copy);  // They are not written to.
+  Copy& lists = const_cast<Copy&>(copy);  // CUDA only reads the lists.
   std::size_t failed = 0;
   return cudaMemcpyBatchAsync(lists.targets.data(), lists.sources.data(), lists.sizes.data(), lists.sizes.size(),
                               &attributes, &first, 1, &failed, copy.stream);

@@ -1,4 +1,4 @@
-/// RAII for the CUDA runtime, and its errors. For *_cuda.cc alone.
+/// RAII for the CUDA runtime, and its errors. Only *_cuda.cc include this.
 #pragma once
 
 #include <cuda.h>
@@ -16,17 +16,18 @@
 namespace flashpack::internal::cuda {
 
 inline std::error_code code_of(cudaError_t error) noexcept { return {static_cast<int>(error), cuda_category()}; }
-/// The numbers are the same.
+/// Both enumerations have the same values.
 inline cudaError_t error_of(CUresult result) noexcept { return static_cast<cudaError_t>(result); }
 
 /// Throws: std::system_error.
 inline void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
-  static_cast<void>(cudaGetLastError());  // What is not sticky must not be found by the caller's next look.
+  static_cast<void>(
+      cudaGetLastError());  // Clears an error that is not sticky, so that the caller does not find it later.
   throw std::system_error(code_of(error), call);
 }
 
-/// Takes a function of the driver, which is not linked. Requires: a current device, or this makes a context. Throws:
+/// Finds a function of the driver library, which is not linked. Without a current device this makes a context. Throws:
 /// std::system_error.
 template <class Function>
 Function* driver_function(const char* name) {
@@ -41,17 +42,17 @@ Function* driver_function(const char* name) {
   return reinterpret_cast<Function*>(found);
 }
 
-/// The primary context of a device, and how it becomes current without one being made on another device: the runtime
-/// makes one wherever nothing is current, also to give back what was current before.
+/// The primary context of a device. It is made current through the driver, because the runtime would make a context on
+/// another device if none is current there, even when it only restores the previous device.
 class Context {
  public:
-  /// On a thread of the engine's own, whose current device this becomes. Throws: std::system_error.
+  /// To be called on a thread of the engine; makes `device` current there. Throws: std::system_error.
   explicit Context(int device) {
     check(cudaSetDevice(device), "cudaSetDevice");
     push_ = driver_function<decltype(cuCtxPushCurrent)>("cuCtxPushCurrent");
     pop_ = driver_function<decltype(cuCtxPopCurrent)>("cuCtxPopCurrent");
     check(error_of(driver_function<decltype(cuCtxGetCurrent)>("cuCtxGetCurrent")(&context_)), "cuCtxGetCurrent");
-    // At the end of a process the runtime may close it, and the engine may still ask.
+    // Keeps the library loaded, because at the end of a process the runtime may close it before the engine's last call.
     static_cast<void>(::dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE));
   }
 
@@ -62,8 +63,8 @@ class Context {
   decltype(&cuCtxPopCurrent) pop_;
 };
 
-/// A thread at work for the engine: in its context, and exempt from the rules for threads beside a stream capture,
-/// which would break the capture for what touches none of its streams. Gives both back.
+/// Makes the engine's context current on this thread, and sets the relaxed capture mode, because otherwise a call could
+/// break another thread's stream capture although it touches none of its streams. Restores both at the end.
 class ContextGuard {
  public:
   explicit ContextGuard(const Context& context) noexcept
@@ -79,7 +80,7 @@ class ContextGuard {
   ContextGuard(const ContextGuard&) = delete;
   ContextGuard& operator=(const ContextGuard&) = delete;
 
-  /// When there is one, the context is not current, and the runtime must be left alone.
+  /// If this is an error, the context is not current and the runtime must not be called.
   cudaError_t error() const noexcept { return error_; }
 
  private:
@@ -97,29 +98,29 @@ struct EventDeleter {
 using Stream = std::unique_ptr<CUstream_st, StreamDeleter>;
 using Event = std::unique_ptr<CUevent_st, EventDeleter>;
 
-/// In the guard's context; a handle that went with the context is forgotten.
+/// Destroys a handle in the guard's context, or forgets a handle whose context is gone.
 template <class Handle>
 void give_back(Handle& handle, const ContextGuard& guard) noexcept {
   if (guard.error() != cudaSuccess) static_cast<void>(handle.release());
   handle.reset();
 }
 
-/// Of the current device, and in no order with the legacy default stream.
+/// Makes a stream of the current device that does not wait for the legacy default stream.
 inline Stream make_stream() {
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   return Stream(stream);
 }
 
-/// Of the current device.
+/// Makes an event of the current device.
 inline Event make_event() {
   cudaEvent_t event = nullptr;
   check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   return Event(event);
 }
 
-/// Memory that stays where it is for the copy engines, as long as this lives. Registered rather than allocated by CUDA,
-/// because that takes huge pages, any kernel lets io_uring register it too, and it is several times faster.
+/// Page-locks memory for the copy engines, as long as this lives. The memory is registered with CUDA rather than
+/// allocated by it, because it can then have huge pages, io_uring can register it, too, and it is several times faster.
 class PageLock {
  public:
   explicit PageLock(std::span<std::byte> memory)
@@ -133,7 +134,7 @@ class PageLock {
   PageLock& operator=(const PageLock&) = delete;
 
   cudaError_t error() const noexcept { return error_; }
-  /// It went with its context.
+  /// To be called if the context, and the lock with it, is gone.
   void forget() noexcept { memory_ = {}; }
 
  private:

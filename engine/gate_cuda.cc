@@ -8,7 +8,7 @@ namespace flashpack::internal::cuda {
 
 namespace {
 
-// To record an event there would break the capture, or become part of the graph and never come to an end.
+// An event that is recorded during a capture breaks the capture, or becomes part of the graph and never completes.
 void require_no_capture(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   const cudaError_t error = cudaStreamIsCapturing(stream, &status);
@@ -29,7 +29,7 @@ class CudaGate final : public Gate {
     const ContextGuard guard(context_);
     check(guard.error(), "the device's context");
     require_no_capture(stream);
-    Event event = make_event();  // A member would be destroyed after the guard, in another context.
+    Event event = make_event();  // A local, because a member would be destroyed after the guard, in another context.
     check(cudaEventRecord(event.get(), stream), "cudaEventRecord on the caller's stream");
     event_ = std::move(event);
   }
@@ -42,7 +42,7 @@ class CudaGate final : public Gate {
     const ContextGuard guard(context_);
     const cudaError_t result = guard.error() != cudaSuccess ? guard.error() : cudaEventQuery(event_.get());
     if (result == cudaErrorNotReady) {
-      static_cast<void>(cudaGetLastError());  // A completion of another transfer would find it.
+      static_cast<void>(cudaGetLastError());  // Cleared, so that a completion of another transfer does not find it.
       return false;
     }
     if (result != cudaSuccess) error = code_of(result);

@@ -1,4 +1,4 @@
-/// A gate opens when a caller's stream has done what comes before a transfer. For *_cuda.cc alone.
+/// The gate of a CUDA device. Only *_cuda.cc include this.
 #pragma once
 
 #include <memory>
@@ -8,7 +8,7 @@
 
 namespace flashpack::internal::cuda {
 
-/// As Copier::gate().
+/// Implements Copier::gate().
 std::unique_ptr<Gate> make_gate(const Context& context, cudaStream_t stream);
 
 }  // namespace flashpack::internal::cuda

@@ -20,32 +20,33 @@ namespace flashpack::internal {
 
 namespace {
 
-// Above all tags; liburing keeps the highest value for itself.
+// A value above all tags; liburing uses the highest value itself.
 constexpr std::uint64_t kWakeTag = std::uint64_t{1} << 63;
 constexpr std::uint64_t kCancelTag = std::uint64_t{1} << 62;
 
-// Uses of a slot before it is worth registering, those that fill half of it or more. Registering takes all of the slot
-// from the system and pins it, which costs more than the edges of many tensors that come through it.
+// A slot is registered at this use; only uses that fill at least half of it count. Registering allocates and pins the
+// whole slot, which costs more than it saves for a slot that only edges of tensors go through.
 constexpr std::uint8_t kRegisterAtUse = 2;
 
-// A kernel that is out of memory or of room for completions says EAGAIN or EBUSY for a moment; whoever says it that
-// long means it.
+// A kernel that lacks memory or room for completions answers EAGAIN or EBUSY for a moment. If it does so for this long,
+// the refusal is taken for final.
 constexpr std::chrono::seconds kMaxRefusal{1};
 
-// So long the ring waits after a refusal before it asks again.
+// Time from a refusal until the ring tries again.
 constexpr std::chrono::nanoseconds kRefusalPeriod = std::chrono::milliseconds(1);
 
-// After the ring was closed, until the kernel has let go of it.
+// Time between looks whether the kernel has released a closed ring.
 constexpr std::chrono::milliseconds kLeavingPeriod{5};
 
-// From <linux/io_uring.h> since Linux 6.3: a ring that this thread has registered is known by its place in the thread's
-// table, also to io_uring_register(2).
+// Constants of <linux/io_uring.h> since Linux 6.3: io_uring_register(2), too, accepts the index of a ring in the
+// thread's table in place of its descriptor.
 constexpr unsigned kFeatureRegisteredRing = 1u << 13;
 constexpr unsigned kUseRegisteredRing = 1u << 31;
 
 bool hidden(const io_uring& ring) { return ring.ring_fd < 0; }
 
-// By system call, because liburing knows hidden rings only since 2.4. Gives what the kernel gives, or -errno.
+// Makes the system call itself, because liburing knows such rings only since 2.4. Returns the kernel's result, or
+// -errno.
 int register_with(const io_uring& ring, unsigned operation, const void* argument, unsigned count) {
   const long result = hidden(ring) ? ::syscall(SYS_io_uring_register, ring.enter_ring_fd,
                                                operation | kUseRegisteredRing, argument, count)
@@ -77,8 +78,8 @@ Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Ru
       slots_(std::move(slots)),
       slot_uses_(slots_.size(), 0),
       in_flight_(in_flight_limit) {
-  // An operation and its cancellation for each tag, and the wake read: so there is an entry even when nothing can be
-  // submitted.
+  // There are entries for an operation and a cancellation of each tag and for the wake read, so that a push always
+  // finds one even while the kernel accepts none.
   const unsigned entries = std::bit_ceil(2 * in_flight_limit + 1);
   constexpr std::array<unsigned, 3> kLadder = {
       IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE,
@@ -100,38 +101,40 @@ Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Ru
   hide();
   if (!(ring_->features & IORING_FEAT_EXT_ARG)) throw refused(ENOSYS, "a wait with a timeout");
 
-  wake_fd_.reset(::eventfd(0, EFD_CLOEXEC));  // Blocking, or the armed read would end at once with EAGAIN.
+  wake_fd_.reset(::eventfd(0, EFD_CLOEXEC));  // A non-blocking descriptor would end the wake read with EAGAIN.
   if (!wake_fd_) throw refused(errno, "eventfd");
   wake_value_ = std::make_unique<std::uint64_t>();
-  // The kernel alone holds its other end, as long as it holds the ring.
+  // Only the kernel holds the pipe's other end, as long as it holds the ring.
   std::array<int, 2> ends{};
   if (::pipe2(ends.data(), O_CLOEXEC) != 0) throw refused(errno, "pipe");
   let_go_.reset(ends[0]);
   const UniqueFd given_away(ends[1]);
   if (register_with(*ring_, IORING_REGISTER_FILES, &ends[1], 1) < 0) let_go_.reset();
   arm_wake();
-  // Submitting now shows a sandbox that allows the setup and refuses the rest.
+  // A sandbox may allow the setup and refuse the submission, which this call finds out.
   if (const int submitted = ::io_uring_submit(ring_.get()); submitted < 0) throw refused(-submitted, "io_uring_enter");
   ::io_uring_ring_dontfork(ring_.get());
-  // Reads that block each keep a thread of the kernel's; by default there are four for each CPU, which one file system
-  // that does not answer would take from all others.
+  // Each read that blocks keeps a thread of the kernel. By default there are four for each CPU, and one file system
+  // that does not answer could take them all.
   std::array<unsigned, 2> threads{in_flight_limit, 0};
   register_with(*ring_, IORING_REGISTER_IOWQ_MAX_WORKERS, threads.data(), threads.size());
   completions_.reserve(entries);
 }
 
 Ring::~Ring() {
-  // The kernel holds wake_value_ until the armed read is over; it may not even have been submitted yet.
+  // The kernel may write to wake_value_ until the wake read has ended; that read may not even have been submitted.
   wake();
   int result = -EBADF;
   while (ring_ && (result = ::io_uring_submit_and_wait(ring_.get(), 1)) == -EINTR) {
   }
-  if (result < 0 && let_go_) static_cast<void>(wake_value_.release());  // Eight bytes that may be written to one day.
-  // A child may have inherited the ring all the same, and keeps it.
+  if (result < 0 && let_go_)
+    static_cast<void>(wake_value_.release());  // The kernel may still write these eight bytes, so they are leaked.
+  // A child may have inherited the ring and would keep the buffers.
   if (ring_ && table_) register_with(*ring_, IORING_UNREGISTER_BUFFERS, nullptr, 0);
 }
 
-// A descriptor would be inherited by children, and who holds the ring holds its memory.
+// Closes the ring's descriptor where the kernel allows it, because a child that inherits it would keep the slots'
+// memory.
 void Ring::hide() {
   if (!(ring_->features & kFeatureRegisteredRing) || ::io_uring_register_ring_fd(ring_.get()) != 1) return;
   ::close(std::exchange(ring_->ring_fd, -1));
@@ -205,7 +208,7 @@ bool Ring::registered(int slot, std::size_t used_bytes) {
   return false;
 }
 
-// Submits what was pushed and waits. Zero, or -errno when the kernel refused that.
+// Submits the pushed operations and waits. Returns 0, or -errno if the kernel refused.
 int Ring::enter(std::optional<std::chrono::nanoseconds> timeout) {
   if (timeout && timeout->count() <= 0) return std::min(0, ::io_uring_submit_and_get_events(ring_.get()));
   __kernel_timespec spec{};
@@ -230,7 +233,7 @@ void Ring::reap() {
   }
   ::io_uring_cq_advance(ring_.get(), seen);
   if (!rearm) return;
-  wake_pending_.store(false);  // Before the owner looks at what it was woken for.
+  wake_pending_.store(false);  // Reset before the owner looks why it was woken, so that no later wake is lost.
   arm_wake();
 }
 
@@ -239,7 +242,7 @@ void Ring::complete(unsigned tag, std::int64_t result) {
   completions_.push_back({tag, result});
 }
 
-// Whether an error of io_uring_enter is one that lasts.
+// Whether io_uring_enter will give this error again.
 bool Ring::is_final(int error_number) {
   if (error_number != EAGAIN && error_number != EBUSY && error_number != ENOMEM) return true;
   const auto now = std::chrono::steady_clock::now();
@@ -247,8 +250,8 @@ bool Ring::is_final(int error_number) {
   return now - refused_since_ >= kMaxRefusal;
 }
 
-// A sandbox has closed after the ring was made. What the kernel has not taken yet is given back; the rest ends after
-// the ring is closed, and nobody tells but the pipe, which the kernel lets go of last.
+// Closes the ring, which a sandbox has begun to refuse. Operations that the kernel has not taken come back at once. The
+// others end some time after the ring is closed; only the pipe tells when, because the kernel closes it last.
 void Ring::leave(int error_number) {
   fallback_reason_ += (fallback_reason_.empty() ? "" : "; ");
   fallback_reason_ += refused(error_number, "io_uring_enter").what();
@@ -261,7 +264,7 @@ void Ring::leave(int error_number) {
 }
 
 void Ring::wait_without_ring(std::optional<std::chrono::nanoseconds> timeout) {
-  // As long as the kernel has the wake read, that may take what would wake us.
+  // The kernel's wake read may still take a wake from this thread, so the wait is short.
   if (let_go_) timeout = std::min<std::chrono::nanoseconds>(timeout.value_or(kLeavingPeriod), kLeavingPeriod);
   const int wait = timeout ? static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>(*timeout).count()) : -1;
   std::array<pollfd, 2> ready{{{wake_fd_.get(), POLLIN, 0}, {let_go_.get(), POLLIN, 0}}};
@@ -270,12 +273,13 @@ void Ring::wait_without_ring(std::optional<std::chrono::nanoseconds> timeout) {
     std::uint64_t value = 0;
     const iovec vector{&value, sizeof value};
     static_cast<void>(::preadv2(wake_fd_.get(), &vector, 1, -1, RWF_NOWAIT));
-    wake_pending_.store(false);  // After what was said is taken, before the owner looks at what it was woken for.
+    wake_pending_.store(false);  // Reset after the event is read and before the owner looks why it was woken, so that
+                                 // no later wake is lost.
   }
   if (ready[1].revents == 0) return;
   let_go_.reset();
   for (unsigned tag = 0; tag < in_flight_.size(); ++tag) {
-    if (in_flight_[tag]) complete(tag, -EAGAIN);  // Done or not, it may be done again.
+    if (in_flight_[tag]) complete(tag, -EAGAIN);  // Operations may be repeated, done or not.
   }
 }
 

@@ -15,23 +15,23 @@
 
 namespace flashpack::internal {
 
-/// Made, used and destroyed by one thread; wake() from any.
+/// Thread safety: one thread makes, uses and destroys it; any thread may call wake().
 ///
-/// A child that is forked while this lives does not inherit the ring, where the kernel can keep it out of the table of
-/// descriptors (Linux 6.3), and with it the registered slots, which would stay in memory as long as the child. On older
-/// kernels they are given back when this is destroyed, but not where the process is killed before its child.
+/// Since Linux 6.3 the ring has no descriptor, so that a forked child does not inherit it. A child that inherits the
+/// ring keeps the registered slots in memory as long as it lives. On older kernels the destructor unregisters the
+/// slots, but a process that is killed before its child cannot.
 class Ring final : public DiskQueue {
  public:
-  /// Ways to set up a ring, best first. What each lacks costs CPU, not speed.
+  /// Ways to set up a ring, best first. Later ones cost more CPU but are not slower.
   enum class Rung : std::uint8_t {
     kDeferred,     ///< SINGLE_ISSUER and DEFER_TASKRUN: completions never interrupt the driver. Linux 6.1.
     kCooperative,  ///< COOP_TASKRUN. Linux 5.19.
     kBare,         ///< No flags.
   };
 
-  /// Takes the best rung from `best` on that the kernel knows. At most `in_flight_limit` operations at a time; `slots`
-  /// are the staging slots to register with it, none to do without. Throws: std::system_error, with the cause in its
-  /// text, where io_uring is refused.
+  /// Takes the best rung, from `best` on, that the kernel knows. At most `in_flight_limit` operations may be in flight.
+  /// `slots` are the staging slots to register; if empty, none are. Throws: std::system_error, with the cause in its
+  /// text, if io_uring is refused.
   Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Rung best = Rung::kDeferred);
   /// Requires: nothing in flight.
   ~Ring() override;
@@ -63,18 +63,17 @@ class Ring final : public DiskQueue {
 
   Rung rung_;
   std::unique_ptr<io_uring> storage_;
-  std::unique_ptr<io_uring, RingDeleter>
-      ring_;  // Of storage_, once it is set up; null again when the kernel has refused it.
+  std::unique_ptr<io_uring, RingDeleter> ring_;  // Points to storage_ while the ring is set up, else null.
   UniqueFd wake_fd_;
   std::unique_ptr<std::uint64_t> wake_value_;  // The kernel writes here while the wake read is armed.
   std::atomic<bool> wake_pending_ = false;
   std::vector<std::span<std::byte>> slots_;
-  std::vector<std::uint8_t> slot_uses_;  // Of most of it, saturating; a slot is registered when it is used so again.
-  bool table_ = false;                   // The kernel has a table of buffers for us.
+  std::vector<std::uint8_t> slot_uses_;  // For each slot, uses that fill half of it; saturating.
+  bool table_ = false;                   // The kernel has a table of this ring's buffers.
   bool table_refused_ = false;
-  UniqueFd let_go_;                                        // At its end when the kernel has let go of the ring.
-  std::vector<bool> in_flight_;                            // By tag.
-  std::chrono::steady_clock::time_point refused_since_{};  // Without success since then; the epoch: not refused.
+  UniqueFd let_go_;                                        // A pipe that ends when the kernel has released the ring.
+  std::vector<bool> in_flight_;                            // For each tag.
+  std::chrono::steady_clock::time_point refused_since_{};  // No success since then; the epoch if not refused.
   std::string fallback_reason_;
   std::vector<IoCompletion> completions_;
 };

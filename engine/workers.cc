@@ -53,7 +53,7 @@ void ThreadQueue<Interface>::cancel(unsigned tag) {
     if (std::find(queued_.begin(), queued_.end(), &work.request) == queued_.end()) return;
     work.cancelled = true;
   }
-  pool_.set_free(work);  // Though a thread may have begun it by now.
+  pool_.set_free(work);  // This has no effect if a thread has begun the task by now.
 }
 
 template <class Interface>
@@ -81,8 +81,9 @@ void ThreadQueue<Interface>::wake() noexcept {
   owner_wanted_.notify_one();
 }
 
-// A wake costs both sides some 10 us and here a core, so reads and writes are reported together where the same transfer
-// keeps every thread busy: one of its later ones will wake. The disk waits for everything else.
+// Reports an operation. A wake costs both threads some 10 us. So a read or write does not wake the owner while its
+// transfer keeps every thread busy, because a later one of that transfer will. All other work wakes at once, because
+// the disk may wait for it.
 template <class Interface>
 bool ThreadQueue<Interface>::worth_waking(const Request& done) const {
   const auto same = [&](const Request* queued) { return queued->transfer == done.transfer; };
@@ -98,7 +99,7 @@ void ThreadQueue<Interface>::carry_out(Work& work) noexcept {
     cancelled = work.cancelled;
   }
   const std::int64_t result = cancelled ? -ECANCELED : internal::carry_out(work.request);
-  // Waking is done under the lock: the owner may be gone as soon as it knows of the last completion.
+  // Wakes under the lock, because the owner may be gone as soon as it knows of the last completion.
   const std::lock_guard lock(mutex_);
   finished_.push_back({work.tag, result});
   if (!worth_waking(work.request)) return;

@@ -12,7 +12,7 @@
 
 namespace flashpack::internal {
 
-/// Does what `request` says, in the calling thread. Returns what IoCompletion::result says.
+/// Carries out `request` in the calling thread. Returns an IoCompletion::result.
 std::int64_t carry_out(const DiskRequest& request);
 
 /// A queue whose requests the threads of a pool carry out.
@@ -21,14 +21,14 @@ class ThreadQueue : public Interface {
  public:
   using Request = typename Interface::Request;
 
-  /// Tags are below `tag_limit`. `pool` is borrowed. `listener`, if given, is woken for completions, for an owner that
-  /// sleeps in another queue; it must outlive this.
+  /// Tags are below `tag_limit`. `pool` is borrowed. If the owner sleeps in another queue, it passes that as
+  /// `listener`, which is then woken for completions and must outlive this.
   ThreadQueue(Pool& pool, unsigned tag_limit, Queue* listener);
-  /// Requires: nothing in flight.
+  /// Requires: nothing is in flight.
   ~ThreadQueue() override = default;
 
   void push(unsigned tag, const Request& request) final;
-  /// Keeps an operation that no thread has begun from being carried out.
+  /// An operation that no thread has begun is not carried out.
   void cancel(unsigned tag) final;
   std::span<const IoCompletion> wait(std::optional<std::chrono::nanoseconds> timeout) final;
   void wake() noexcept final;
@@ -40,7 +40,7 @@ class ThreadQueue : public Interface {
     ThreadQueue* queue = nullptr;
     unsigned tag = 0;
     Request request{};
-    bool in_flight = false;  // The owner's.
+    bool in_flight = false;  // Only for the owner.
     bool cancelled = false;  // Protected by ThreadQueue::mutex_.
   };
 
@@ -49,12 +49,12 @@ class ThreadQueue : public Interface {
 
   Pool& pool_;
   Queue* const listener_;
-  std::vector<Work> work_;           // By tag.
-  std::vector<IoCompletion> taken_;  // The owner's: the last result of wait().
+  std::vector<Work> work_;           // One for each tag.
+  std::vector<IoCompletion> taken_;  // Only for the owner: the last result of wait().
 
   std::mutex mutex_;  // Protects the rest.
   std::condition_variable owner_wanted_;
-  std::vector<const Request*> queued_;  // No thread has begun these.
+  std::vector<const Request*> queued_;  // Requests that no thread has begun.
   std::vector<IoCompletion> finished_;
   bool woken_ = false;
 };
@@ -65,7 +65,7 @@ using Workers = ThreadQueue<WorkQueue>;
 /// Direct I/O by pread and pwrite.
 class DiskThreads final : public ThreadQueue<DiskQueue> {
  public:
-  /// `reason` says why files are not served by a ring; empty where nobody wished for one.
+  /// `reason` says why a ring does not serve the files; empty if no ring was asked for.
   DiskThreads(Pool& pool, unsigned tag_limit, Queue* listener, std::string reason = {})
       : ThreadQueue(pool, tag_limit, listener), reason_(std::move(reason)) {}
 
