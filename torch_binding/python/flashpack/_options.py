@@ -78,7 +78,7 @@ class LoadOptions(NamedTuple):
     reading: ReadOptions
     sharing: Sharing
     keep_storage: bool
-    """Whether the model keeps the segments that were read, and the footer."""
+    """Whether the model keeps the macroblocks that were read, and the footer."""
 
     def keywords(self) -> dict[str, Any]:
         """Returns what from_flashpack() and from_pretrained_flashpack() call these options, but for `dtype`."""
