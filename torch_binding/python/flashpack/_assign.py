@@ -59,11 +59,11 @@ class Plan:
     """The reason why missing and unexpected names are not known, if they are not."""
 
     def filled(self) -> set[int]:
-        """Returns the ids of the module's tensors that `wanted` has tensors for."""
+        """Returns the ids of the module's tensors that `wanted` fills."""
         return {id(self.slots[entry.name].value) for entry in self.wanted}
 
     def empty_slots(self) -> list[Slot]:
-        """Returns the slots that had no memory and that `wanted` has no tensors for."""
+        """Returns the slots that had no memory and that `wanted` does not fill."""
         filled = self.filled()
         return [slot for slot in self.slots.values() if slot.value.is_meta and id(slot.value) not in filled]
 
@@ -158,7 +158,7 @@ def check_class(name: str, slot: Slot) -> None:
     """Raises TypeError for tensors that cannot be given other memory, or whose bytes mean something of their own."""
     value = slot.value
     if is_lazy(value):
-        return  # It becomes a plain parameter or buffer.
+        return  # A lazy one becomes a plain parameter or buffer.
     if not has_plain_class(value):
         kind = "parameter" if slot.is_parameter else "buffer"
         raise TypeError(f"{kind} {name!r} is a {type(value).__name__}, which cannot be replaced by a plain tensor")
@@ -225,7 +225,7 @@ def refuse_kept_elsewhere(model: torch.nn.Module) -> None:
 
 
 def offloader_of(module: torch.nn.Module) -> str | None:
-    """Returns the library that has offloaded this module, and would bring its old tensors back."""
+    """Returns the library that has offloaded this module, and would bring its old tensors back; None if none has."""
     hook = vars(module).get("_hf_hook")
     # If there are several hooks, `hook` is a list of them.
     if any(getattr(each, "offload", False) is True for each in (hook, *getattr(hook, "hooks", ()))):
@@ -286,11 +286,11 @@ def add_further_names(plan: Plan, given: dict[str, torch.Tensor]) -> None:
             given[name] = given[first].clone() if is_seen else given[first]
     for name, slot in plan.slots.items():
         if not slot.is_persistent:
-            given.pop(name, None)  # As in torch, no file has it.
+            given.pop(name, None)  # torch gives non-persistent buffers to no loading code.
 
 
 def memory_for_own_code(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Returns memory that such code may write to, because `value` is kept for a load that fails."""
+    """Returns memory that loading code of the module's own may write to, so that `value` is kept for a failed load."""
     return torch.empty_like(value, device=device) if value.is_meta else value.detach().to(device, copy=True)
 
 
@@ -344,7 +344,7 @@ def set_data(parameter: torch.Tensor, new: torch.Tensor, undo: ExitStack) -> Non
 
 
 def same_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor over the memory of `tensor` that is no view: made in inference mode, it is one of that mode."""
+    """Returns a tensor over the same memory that is no view, so that in inference mode it becomes one of that mode."""
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 

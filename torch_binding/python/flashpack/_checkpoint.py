@@ -85,7 +85,7 @@ def open_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """Returns `__metadata__` of the safetensors files of a checkpoint, without entries in which the files differ."""
+    """Returns `__metadata__` of a checkpoint's safetensors files. Logs entries in which they differ, and omits them."""
     metadata: dict[str, str] = {}
     disputed = set()
     for file in files_of(path):
@@ -131,7 +131,7 @@ def _names(library: str, suffix: str, variant: str | None) -> list[str]:
             f"{stem}{suffix}.{variant}.index.json",
             f"{stem}.{variant}{suffix}.index.json",
         ]
-    # diffusers prefers an index among safetensors alone.
+    # transformers looks for the whole file first, and so does diffusers for pickles.
     return indices + whole if library == "diffusers" and suffix == ".safetensors" else whole + indices
 
 
@@ -172,7 +172,7 @@ def _open_pickle(path: Path, mmap: bool) -> dict[str, torch.Tensor]:
     except OSError as error:
         error.filename = error.filename or os.fspath(path)
         raise
-    except Exception as error:  # torch may raise anything for a damaged file, and advises to turn the check off.
+    except Exception as error:  # torch may raise anything here, and its messages advise to turn the check off.
         raise FlashPackError(
             f"{path} is not a file that torch.save wrote, or is damaged, or has more in it than tensors, which is not "
             f"loaded, because unpickling can run code"

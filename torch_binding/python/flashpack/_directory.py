@@ -50,7 +50,7 @@ def find_checkpoints(directory: Path, variant: str | None) -> dict[str, Path]:
     folders = model_folders(directory)
     check_inside(directory, [directory / folder for folder in folders])
     found = {folder: find_checkpoint(directory / folder, variant) for folder in folders}
-    if any(found.values()):  # A component without the variant is taken without it.
+    if any(found.values()):  # A component that lacks the variant is taken without a variant.
         found = {folder: path or find_checkpoint(directory / folder) for folder, path in found.items()}
     lacking = [os.fspath(directory / folder) for folder, path in found.items() if path is None]
     if lacking or not found:

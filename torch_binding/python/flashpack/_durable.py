@@ -1,4 +1,4 @@
-"""Making directories, files and their names so that they are still there after a crash. Needs no torch."""
+"""Directories, files and their names are made so that they are still there after a crash. Needs no torch."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class _Call(ContextDecorator):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is SystemExit and trace is not None:
-            traceback.clear_frames(trace)  # Memory is freed here, because freeing gives up the GIL, too.
+            traceback.clear_frames(trace)  # Freeing memory gives up the GIL, so that it is done within the call.
         leave_call()
 
 
@@ -36,7 +36,7 @@ left_before_exit = _Call()
 
 
 def engine(cuda_device: int | None = None) -> Engine:
-    """The engine for the host, or for a CUDA device."""
+    """Returns the engine for the host, or for a CUDA device."""
     with _lock:
         if cuda_device not in _engines:
             _engines[cuda_device] = Engine(cuda_device)

@@ -8,7 +8,7 @@ logger = logging.getLogger("flashpack")
 
 
 def printable(text: str) -> str:
-    """`text` with escape sequences in place of control characters and of others that are not printed."""
+    """Returns `text` with escape sequences in place of control characters and of others that are not printed."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

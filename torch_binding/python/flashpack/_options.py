@@ -24,7 +24,7 @@ class Filters(NamedTuple):
 
     @classmethod
     def of(cls, names: Iterable[str] | None, prefixes: Iterable[str] | None, suffixes: Iterable[str] | None) -> Filters:
-        """Filters that can be asked any number of times, also where a caller gave iterators."""
+        """Returns filters that can be used any number of times, even if a caller gave iterators."""
         return cls(listed(names), listed(prefixes), listed(suffixes))
 
     def ignore(self, name: str) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 Progress = Callable[[int], object]
-"""It is called now and then, on the thread that waits, with the number of bytes that are done."""
+"""A function that is called now and then, on the thread that waits, with the number of bytes that are done."""
 Show = bool | Callable[[int, int], object]
 """Whether a bar is shown if standard error is a terminal; or a function that is called on the thread that waits, with
 the bytes that are done and the bytes in all. An exception of the function ends the transfer.

@@ -20,9 +20,9 @@ class AssignReport:
     assigned: tuple[str, ...]
     """Names of the module that got their tensors from the file."""
     missing: tuple[str, ...]
-    """Parameters, persistent buffers and extra state that the file lacks, but for ignored ones."""
+    """Parameters, persistent buffers and extra state that the file lacks, without ignored ones."""
     unexpected: tuple[str, ...]
-    """Names that only the file has, but for ignored ones."""
+    """Names that only the file has, without ignored ones."""
     left_on_meta: tuple[str, ...]
     """Parameters and buffers that have no memory."""
     stats: dict[str, Any] | None

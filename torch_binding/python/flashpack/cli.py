@@ -1,4 +1,4 @@
-"""The command line. Modules that need torch are imported by the commands that need them, because it takes seconds."""
+"""The command line. Commands import torch, and modules that need it, only if they need them: that takes seconds."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class _Packing(NamedTuple):
         return os.fspath(destination)
 
     def convert(self, checkpoint: Path, state_dict: StateDict, destination: StrPath) -> str:
-        """Writes the tensors that the file `checkpoint` became, and its metadata; errors name it."""
+        """Writes the tensors and the metadata of the file `checkpoint`, which errors name. Returns `destination`."""
         metadata = metadata_of(checkpoint)
         try:
             return self.write(state_dict, destination, metadata)

@@ -15,7 +15,7 @@ from ..._native import FlashPackError
 from ...utils import string_to_dtype
 from .._arguments import requested_dtype
 
-# These say where and how transformers reads weights, so that they are taken without effect.
+# These say where and how transformers reads weights, so that they have no effect here.
 _WITHOUT_MEANING = frozenset(
     {
         "_commit_hash",

@@ -188,7 +188,7 @@ def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> re.Pa
 
 
 class _Values:
-    """The tensors of a file. The first that is taken makes all be read; one that is taken twice is read again."""
+    """The tensors of a file. All are read when the first is taken; one that is taken twice is read again."""
 
     def __init__(self, request: Request) -> None:
         self.references: dict[str, Any] = {}
