@@ -28,7 +28,7 @@ class Side(NamedTuple):
 
 
 def side_of(device: torch.device) -> Side:
-    """Returns the side of a CUDA device and its current stream; that of the CPU for others, or without CUDA for engines.
+    """Returns the side of a CUDA device and its current stream; the CPU's for others, or if the engine cannot use CUDA.
 
     Raises FlashPackError for a device that is not there, RuntimeError while its current stream is being captured.
     """

@@ -26,7 +26,7 @@ from ._repository import (
 def build_model(
     library: str, directory: Path, folder: str, checkpoint: Path, variant: str | None, **kwargs: Any
 ) -> torch.nn.Module:
-    """Returns the model in `folder` of `directory`, which from_pretrained() of its class makes in the checkpoint's dtype.
+    """Returns the model in `folder` of `directory`, made by from_pretrained() of its class in the checkpoint's dtype.
 
     `library`: "transformers" or "diffusers", for a model that is no component of a pipeline.
     `kwargs`: for from_pretrained().
