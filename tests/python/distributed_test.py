@@ -14,7 +14,7 @@ import flashpack
 import pytest
 import torch
 import torch.distributed as dist
-from flashpack import _distributed, utils
+from flashpack import _distributed, _memory, utils
 from flashpack.deserialization import resolve_shard_strategy
 from support import DTYPES, assert_bit_equal, bits, random_tensor, state_of
 
@@ -114,7 +114,12 @@ def replaced(owner, name, value):
 
 
 def read_windowed(rank, paths, options):
-    with replaced(_distributed, "_WINDOW_BYTES", 4096):
+    """Passes blocks on in small windows, while others are still being read."""
+    names = ("_SEGMENT_BYTES", "_BATCH_BYTES", "_BORDER_BYTES")
+    with contextlib.ExitStack() as small:
+        small.enter_context(replaced(_distributed, "_WINDOW_BYTES", 4096))
+        for name in names:
+            small.enter_context(replaced(_memory, name, 4096))
         storage, metadata = flashpack.read_flashpack_file_distributed(paths[rank], **options)
     return plain(dict(flashpack.iterate_from_flash_tensor(storage, metadata)))
 
@@ -246,7 +251,7 @@ def fail(*args):
 
 def assign_with_fault(rank, paths, failing, where):
     owner, name = {
-        "read": (_distributed, "read_blocks"),
+        "read": (_distributed, "fill"),
         "memory": (_distributed, "allocate"),
         "tensors": (flashpack._loading, "tensors_of"),
         "commit": (flashpack._loading, "commit"),

@@ -65,6 +65,81 @@ def test_bytes_that_nobody_wants_are_not_read(pack):
     assert_bit_equal(_memory.tensors_of(wanted, filled), {name: source[name] for name in "ac"})
 
 
+def test_a_stream_is_cut_where_no_stripe_goes_on_and_leaves_nothing_out(monkeypatch):
+    monkeypatch.setattr(_memory, "_BATCH_BYTES", 3 * MIB)
+    monkeypatch.setattr(_memory, "_BORDER_BYTES", 2 * MIB)
+    extents = [(5, 3 * MIB, 100), (3 * MIB + 5, 6 * MIB, 1 << 40), (20 * MIB, 1, 0), (21 * MIB, MIB, 1)]
+    first = [(5, 3 * MIB, 100), (3 * MIB + 5, MIB - 5, 1 << 40)]
+    second = [(4 * MIB, 5 * MIB + 5, (1 << 40) + MIB - 5)]
+    assert _memory.batches_of(extents) == [first, second, [(20 * MIB, 1, 0), (21 * MIB, MIB, 1)]]
+    assert _memory.batches_of([]) == [[]]
+
+
+@pytest.fixture
+def in_small_parts(monkeypatch):
+    """Makes loads read a few MiB with each transfer."""
+    monkeypatch.setattr(_memory, "_SEGMENT_BYTES", 3 * MIB)
+    for name in ("_BATCH_BYTES", "_BORDER_BYTES"):
+        monkeypatch.setattr(_memory, name, MIB)
+
+
+def several_mib(pack):
+    return pack({str(i): random_tensor((400_000 + i,), seed=i) for i in range(8)}, name_order=list("01234567"))
+
+
+@pytest.mark.parametrize("verify", ["auto", "always"])
+def test_blocks_arrive_one_after_the_other_whole_and_every_stripe_verified(pack, in_small_parts, verify):
+    path = several_mib(pack)
+    raw = path.read_bytes()
+    options = _memory.ReadOptions(verify=verify)
+    arrived = []
+    with open_footer(path) as footer:
+        filling = _memory.make_room(_memory.Wanted(footer.native, footer.entries()), CPU, options)
+        for [numbers] in _memory.fill(footer, [filling], options):
+            arrived.append(numbers)
+            for number in numbers:
+                size, offset = filling.plan.blocks[number]
+                assert bits(filling.blocks[number].memory) == raw[offset : offset + size]
+        payload_bytes = footer.native.payload_bytes
+    assert sorted(number for numbers in arrived for number in numbers) == list(range(len(filling.blocks)))
+    assert len(list(filter(None, arrived))) > 2
+    assert filling.stats["requested_bytes"] == filling.stats["verified_bytes"] == payload_bytes
+
+
+def test_a_wrong_bit_in_any_stripe_ends_a_stream(pack, in_small_parts):
+    path = several_mib(pack)
+    raw = bytearray(path.read_bytes())
+    for at in range(MIB // 2, 12 * MIB, MIB):
+        raw[at] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(flashpack.FlashPackError, match="do not match their checksum"):
+            flashpack.load_file(path)
+        raw[at] ^= 1
+
+
+def test_a_stream_that_is_left_reads_nothing_more(pack, in_small_parts):
+    options = _memory.ReadOptions()
+    with open_footer(several_mib(pack)) as footer:
+        filling = _memory.make_room(_memory.Wanted(footer.native, footer.entries()), CPU, options)
+        arrivals = _memory.fill(footer, [filling], options)
+        next(arrivals)
+        arrivals.close()
+    for block in filling.blocks:
+        block.memory.fill_(0xAB)
+    assert flashpack.load_file(footer.path).keys() == set("01234567")
+    assert all(bool((block.memory == 0xAB).all()) for block in filling.blocks)
+
+
+def test_the_progress_of_a_stream_goes_on_from_transfer_to_transfer(pack, in_small_parts, tell):
+    told = []
+    tell(told.append)
+    path = several_mib(pack)
+    flashpack.load_file(path)
+    with open_footer(path) as footer:
+        assert told == sorted(told)
+        assert told[-1] == footer.native.payload_bytes
+
+
 def test_a_small_file_cannot_ask_for_more_memory_than_it_has_bytes(tmp_path):
     place = {"shape": [16], "offset": 0, "length": 16}
     footer = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from . import _native
 from ._device import CPU
 from ._footer import Entry, Footer, StrPath, open_footer
 from ._logging import in_one_line
-from ._memory import Filled, ReadOptions, Wanted, allocate, read_blocks
+from ._memory import Block, Filled, ReadOptions, Wanted, allocate, fill, filled_of, make_room, read_blocks
 from ._native import FlashPackError
 from .constants import DEFAULT_SHARD_STRATEGY, SHARD_STRATEGIES
 from .utils import is_distributed, logger, maybe_init_distributed
@@ -99,23 +99,40 @@ class Ranks:
         return [entry for entry, is_wanted in zip(entries, mask.tolist(), strict=True) if is_wanted]
 
     def read_blocks(self, footer: Footer, wanted: Wanted, device: torch.device, options: ReadOptions) -> Filled:
-        """As in _memory; rank `src` reads, and the others get its bytes. All ranks want the same."""
+        """As in _memory; rank `src` reads, and the others get its bytes. All ranks want the same.
+
+        What has been read is passed on while the rest is being read.
+        """
         if self.count == 1:
             return read_blocks(footer, wanted, device, options)
         self.agree()
-        filled = read_blocks(footer, wanted, device, options) if self.rank == self.src else None
+        filling = make_room(wanted, device, options) if self.rank == self.src else None
         self.agree()
         verify = self._send(options.verify, self.src)  # It has a say in where things are in the blocks.
-        if filled is None:
+        if filling is not None:
+            with closing(fill(footer, [filling], options)) as arrivals:
+                for [numbers] in arrivals:
+                    if numbers:
+                        self._pass_on(filling.blocks, numbers, device)
+            self._pass_on([], [], device)
+            filled = filled_of(filling)
+        else:
             home = CPU if device.type == "cpu" else device
             plan = wanted.plan(device, verify)
             filled = Filled(allocate(plan, home, home), plan.places, home, None)
-        self.agree()
-        for block in filled.blocks:
-            self._broadcast(block.memory, device)
+            while self._pass_on(filled.blocks, None, device):
+                pass
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
         return filled
+
+    def _pass_on(self, blocks: Sequence[Block], numbers: list[int] | None, device: torch.device) -> bool:
+        """Broadcasts the blocks with these numbers, which rank `src` says, and returns whether there were any."""
+        self.agree()
+        numbers = self._send(numbers, self.src)
+        for number in numbers or ():
+            self._broadcast(blocks[number].memory, device)
+        return bool(numbers)
 
     def _broadcast(self, memory: torch.Tensor, device: torch.device) -> None:
         for begin in range(0, memory.numel(), _WINDOW_BYTES):

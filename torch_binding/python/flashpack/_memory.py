@@ -7,8 +7,12 @@ import gc
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol, cast, get_args
 
 import torch
@@ -18,11 +22,15 @@ from ._device import CPU, DeviceLike, Side, side_of
 from ._footer import Entry, Footer, Verify
 from ._logging import logger
 from ._native import FlashPackError
-from ._progress import Show, progress_bar
+from ._progress import Progress, Show, progress_bar
 from .utils import string_to_dtype
 
 _HUGE_PAGE_BYTES = 2 << 20
 _SEGMENT_BYTES = _native.MAX_SEGMENT_BYTES
+# What is used as it arrives comes in transfers of at least this size, because each costs a little.
+_BATCH_BYTES = 64 << 20
+# A multiple of a stripe and of the size of a chunk: no chunk and no stripe goes on behind such a place.
+_BORDER_BYTES = 16 << 20
 
 
 class Block(Protocol):
@@ -171,38 +179,114 @@ class Wanted(NamedTuple):
         return self.metadata.plan(indices, device.type != "cpu", verify, _SEGMENT_BYTES)
 
 
-class Filling(NamedTuple):
+Extent = tuple[int, int, int]
+"""Offset in the file, size in bytes, address in memory."""
+
+
+class _Batch(NamedTuple):
+    """What one transfer of a stream reads."""
+
+    extents: list[Extent]
+    whole: list[int]
+    """The numbers of the blocks that have all their bytes once it is done."""
+
+
+@dataclass
+class Filling:
     """Blocks of one side that are to have bytes of a file."""
 
     plan: _native.SegmentPlan
     blocks: list[Block]
     side: Side
+    stats: dict[str, Any] = field(default_factory=dict)
+    """Statistics of the reads, once everything is there."""
+
+    def batches(self) -> list[_Batch]:
+        addresses = [block.address for block in self.blocks]
+        parts = batches_of(self.plan.extents(addresses))
+        by_address = sorted(range(len(addresses)), key=addresses.__getitem__)
+        starts = [addresses[number] for number in by_address]
+        last = {
+            by_address[bisect_right(starts, address) - 1]: part
+            for part, extents in enumerate(parts)
+            for _, _, address in extents
+        }
+        batches = [_Batch(extents, []) for extents in parts]
+        for number, part in last.items():
+            batches[part].whole.append(number)
+        return batches
 
 
-def fill(footer: Footer, fillings: Sequence[Filling], options: ReadOptions) -> list[dict[str, Any]]:
-    """Reads the blocks of each side in one transfer, all sides at the same time, and returns the statistics of each.
+def batches_of(extents: Sequence[Extent]) -> list[list[Extent]]:
+    """Cuts extents, which ascend in the file, into lists for one transfer each.
 
-    When this raises, be it OSError or KeyboardInterrupt, nothing is in flight any more.
+    A transfer has at least _BATCH_BYTES, if there are so many left, and goes on to where chunks begin in every file, so
+    that no stripe is read half by one transfer and half by the next, which could not verify it.
     """
-    loads: list[_native.Load] = []
-    extents = [plan.extents([block.address for block in blocks]) for plan, blocks, _ in fillings]
-    total_bytes = sum(size_bytes for each in extents for _, size_bytes, _ in each)
-    with progress_bar("Loading", total_bytes, options.show) as progress:
+    batches: list[list[Extent]] = [[]]
+    size_bytes, border = 0, sys.maxsize
+    for offset, size, address in extents:
+        head = min(size, max(0, border - offset))
+        if head:
+            batches[-1].append((offset, head, address))
+        size_bytes += head
+        if head < size:
+            batches.append([(offset + head, size - head, address + head)])
+            size_bytes, border = size - head, sys.maxsize
+        if size_bytes >= _BATCH_BYTES and border == sys.maxsize:
+            border = offset + size + -(offset + size) % _BORDER_BYTES
+    return batches
+
+
+Arrivals = Generator[list[list[int]], None, None]
+"""For each side, the numbers of the blocks that are whole now."""
+
+
+def fill(footer: Footer, fillings: Sequence[Filling], options: ReadOptions) -> Arrivals:
+    """Reads the blocks of all sides, at the same time, and yields as they arrive.
+
+    Everything is started with the first step. When a step raises, be it OSError or KeyboardInterrupt, or the iterator
+    is closed, nothing is in flight any more.
+    """
+    rows = list(zip_longest(*(filling.batches() for filling in fillings), fillvalue=_Batch([], [])))
+    sizes = [sum(size_bytes for batch in row for _, size_bytes, _ in batch.extents) for row in rows]
+    loads: list[list[_native.Load]] = []
+    with progress_bar("Loading", sum(sizes), options.show) as progress:
         try:
-            for (_, blocks, side), each in zip(fillings, extents, strict=True):
-                # A name for the load would keep it in the traceback of the next one's error.
-                loads.append(
-                    side.engine.start_load(
-                        footer.fileno(), footer.path, each, footer.native, blocks, options.verify, stream=side.stream
-                    )
-                )
-        except BaseException:
-            loads.clear()  # This ends those that have been started.
-            raise
-        all_stats: list[dict[str, Any]] = _native.finish_loads(loads, progress)
-    for stats in all_stats:
-        logger.info("%s: %s", footer.path, _describe(stats))
-    return all_stats
+            for row in rows:
+                loads.append([])
+                for batch, filling in zip(row, fillings, strict=True):
+                    # A name for the load would keep it in the traceback of the next one's error.
+                    loads[-1].append(_start(footer, batch, filling, options))
+            for at, row in enumerate(rows):
+                tell = None if progress is None else _after(sum(sizes[:at]), progress)
+                for filling, stats in zip(fillings, _native.finish_loads(loads[at], tell), strict=True):
+                    _add(filling.stats, stats)
+                yield [batch.whole for batch in row]
+        finally:
+            loads.clear()  # This ends what is still under way.
+    for filling in fillings:
+        logger.info("%s: %s", footer.path, _describe(filling.stats))
+
+
+def _start(footer: Footer, batch: _Batch, filling: Filling, options: ReadOptions) -> _native.Load:
+    fd, path, metadata, side = footer.fileno(), footer.path, footer.native, filling.side
+    return side.engine.start_load(fd, path, batch.extents, metadata, filling.blocks, options.verify, stream=side.stream)
+
+
+def _after(base_bytes: int, progress: Progress) -> Progress:
+    """Returns what tells `progress` of bytes that are done beside `base_bytes`."""
+    return lambda done_bytes: progress(base_bytes + done_bytes)
+
+
+def _add(stats: dict[str, Any], more: dict[str, Any]) -> None:
+    """Adds the statistics of a transfer to those of transfers that were started at the same time."""
+    for name, value in more.items():
+        if name == "seconds":
+            value = max(value, stats.get(name, 0.0))
+        elif type(value) is int:
+            value += stats.get(name, 0)
+        stats[name] = value or stats.get(name, value)
 
 
 class Filled(NamedTuple):
@@ -225,12 +309,17 @@ def read_blocks(footer: Footer, wanted: Wanted, device: torch.device, options: R
     if options.mmap:
         offsets = [entry.offset_bytes for entry in wanted.entries]
         return Filled([map_file(footer)], ([0] * len(offsets), offsets), CPU, None)
-    filling = _make_room(wanted, device, options)
-    [stats] = fill(footer, [filling], options)
-    return Filled(filling.blocks, filling.plan.places, filling.side.device, stats)
+    filling = make_room(wanted, device, options)
+    for _ in fill(footer, [filling], options):
+        pass
+    return filled_of(filling)
 
 
-def _make_room(wanted: Wanted, device: torch.device, options: ReadOptions) -> Filling:
+def filled_of(filling: Filling) -> Filled:
+    return Filled(filling.blocks, filling.plan.places, filling.side.device, filling.stats)
+
+
+def make_room(wanted: Wanted, device: torch.device, options: ReadOptions) -> Filling:
     side = side_of(device)
     plan = wanted.plan(device, options.verify)
     return Filling(plan, allocate(plan, device, side.device), side)
@@ -253,11 +342,12 @@ def read_to_devices(
     """Reads what is wanted on each device, on all at the same time; to the CPU where the engine cannot use a device."""
     if options.mmap:
         return read_tensors(footer, [entry for entries in wanted.values() for entry in entries], CPU, options)
-    fillings = [_make_room(Wanted(footer.native, entries), device, options) for device, entries in wanted.items()]
-    all_stats = fill(footer, fillings, options)
+    fillings = [make_room(Wanted(footer.native, entries), device, options) for device, entries in wanted.items()]
+    for _ in fill(footer, fillings, options):
+        pass
     tensors: dict[str, torch.Tensor] = {}
-    for entries, (plan, blocks, side), stats in zip(wanted.values(), fillings, all_stats, strict=True):
-        tensors |= tensors_of(entries, Filled(blocks, plan.places, side.device, stats))
+    for entries, filling in zip(wanted.values(), fillings, strict=True):
+        tensors |= tensors_of(entries, filled_of(filling))
     return tensors
 
 
