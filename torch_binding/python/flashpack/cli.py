@@ -110,11 +110,11 @@ def convert(
     A file becomes a file: by default, SOURCE with the suffix .flashpack. A directory becomes a directory:
     DESTINATION/model.flashpack with the configuration, tokenizer and generation files beside it, and for a pipeline one
     model.flashpack in the folder of each component; code stays behind unless --copy-code asks for it. By default
-    DESTINATION is the directory itself; a repository has no default. A DESTINATION *.flashpack is a file here, too, of
-    the weights alone. SOURCE is never changed.
+    DESTINATION is the directory itself; a repository has no default. If DESTINATION is called *.flashpack, it becomes a
+    file with the weights alone. SOURCE is never changed.
 
     Tensors keep the names they have in the checkpoint, and no model is built. --use-transformers and --use-diffusers
-    build it and take the names of its modules: what a plain load_state_dict() of that model wants.
+    build it and take the names of its modules, which load_state_dict() of that model wants.
 
     \b
     flashpack convert model.safetensors
@@ -144,8 +144,8 @@ def convert(
 def revert(path: str, destination_path: str | None, force: bool, verbose: bool) -> None:
     """Convert a flashpack file back.
 
-    PATH is the file, or the directory of a model. DESTINATION says by its suffix to what: .safetensors, or anything
-    else for what torch.load() reads. By default it is PATH with the suffix .safetensors.
+    PATH is the file, or the directory of a model. With the suffix .safetensors, DESTINATION becomes a safetensors file,
+    with any other a file for torch.load(). By default it is PATH with the suffix .safetensors.
 
     \b
     flashpack revert model.flashpack
@@ -166,7 +166,7 @@ def revert(path: str, destination_path: str | None, force: bool, verbose: bool) 
 def verify(path: str, as_json: bool, verbose: bool) -> None:
     """Check a flashpack file against its checksums.
 
-    PATH is the file, or the directory of a model. Reads all of it, and tells which tensors are not what was
+    PATH is the file, or the directory of a model. Reads all of it, and names the tensors that are not as they were
     written. A file without checksums is an error.
 
     \b
