@@ -11,26 +11,25 @@ namespace flashpack::internal {
 
 namespace {
 
-// cachestat costs 10 us for a cached chunk: ask about few at a time, or the disk idles while a large hot file is
-// examined.
+// cachestat takes 10 us for a cached chunk. Asking about more chunks at a time would leave the disk idle.
 constexpr unsigned kResidencyQuestionsPerTurn = 16;
 
-// A device does not wake anybody: while something is under way there, it is looked at that often. Slots that have
-// landed meanwhile are far fewer than a link of today can fill in that time.
+// A device does not wake the driver, so the driver looks this often for copies that have ended. In that time a link
+// empties only a few slots.
 constexpr std::chrono::microseconds kDevicePeriod{100};
 
-// A shut gate waits for the caller's own work, which may take long. Looks are spaced by the wait so far, so that an
-// opening is noticed by an eighth of the wait too late at most, and never by more than the longest period.
+// A gate waits for the caller's own work, which may take long. The time between two looks at the gate grows with the
+// wait, but is never more than an eighth of it, nor more than the longest period.
 constexpr int kLooksPerWait = 8;
 constexpr std::chrono::milliseconds kLongestGatePeriod{4};
 
-// How long something may be late before it is noticed.
+// The longest time until the driver notices that something is late.
 constexpr std::chrono::nanoseconds kLookForStuckPeriod = kLate / 5;
 
 }  // namespace
 
 unsigned Pipeline::tag_limit(Limits limits) {
-  // A chunk that has been populated goes on to the disk whatever its depth.
+  // A populated chunk goes to the disk even if the queue depth is reached, so more jobs may be in flight.
   return limits.queue_depth + 3 * limits.worker_depth + limits.slots + kStuckLimit;
 }
 
@@ -69,7 +68,7 @@ void Pipeline::close() noexcept {
 
 void Pipeline::Inbox::answer(std::shared_ptr<TransferState> transfer, Part& part) noexcept {
   std::unique_lock lock(mutex);
-  if (!sleeper) {  // Nobody will close the file, if it was opened only now, but this thread.
+  if (!sleeper) {  // The driver has ended, so this thread has to close the file.
     lock.unlock();
     part.open.reset();
     return;
@@ -86,8 +85,7 @@ bool Pipeline::run() {
     expire();
     attend_to_gates();
     look_for_stuck();
-    if (finished())
-      return true;  // After all that may end a transfer: from here on, only something to wait for is left.
+    if (finished()) return true;  // Checked after all calls that may end a transfer.
     open_next();
     const bool look_again = issue();
     reap(patience(look_again));
@@ -95,7 +93,7 @@ bool Pipeline::run() {
   }
 }
 
-// Files that are not closed by now are left to their threads.
+// Whether run() may return. Threads that are late in opening or closing files are left behind.
 bool Pipeline::finished() {
   const std::lock_guard lock(inbox_->mutex);
   const bool nothing_left = inbox_->closing && unfinished_ == 0 && with_threads_.size() == late_parts_ &&
@@ -106,8 +104,8 @@ bool Pipeline::finished() {
   return nothing_left;
 }
 
-// Chunks whose transfer's gate has opened go on; those whose transfer has failed have nothing under way to wait for. A
-// transfer without chunks under way is looked at, too: behind a shut gate it may find no slot.
+// Lets the waiting chunks of a transfer go on if its gate has opened or the transfer has failed. Transfers without a
+// chunk under way are looked at, too, because they may find no slot while their gate is shut.
 void Pipeline::attend_to_gates() {
   for (std::size_t i = gated_.size(); i-- > 0;) {
     TransferState& transfer = *gated_[i];
@@ -141,7 +139,7 @@ void Pipeline::complete_all(std::span<const IoCompletion> completions) {
   for (const IoCompletion& completion : completions) complete(completion);
 }
 
-// How long the loop may sleep; none is for ever.
+// How long the loop may sleep; empty is for ever.
 std::optional<std::chrono::nanoseconds> Pipeline::patience(bool look_again) {
   if (look_again) return std::chrono::nanoseconds(0);
   if (copier_ && !copier_->idle()) return kDevicePeriod;
@@ -153,7 +151,7 @@ std::optional<std::chrono::nanoseconds> Pipeline::patience(bool look_again) {
                                                    kLongestGatePeriod);
   }
   if (!deadlines_.empty()) {
-    // A far deadline plus now would overflow in the clocks below; looking once an hour costs nothing.
+    // A sleep of an hour at most, because now plus a far deadline would overflow in the wait.
     longest =
         std::clamp<std::chrono::nanoseconds>(deadlines_.begin()->first - std::chrono::steady_clock::now(), {}, longest);
   }
@@ -170,8 +168,8 @@ void Pipeline::look_for_stuck() {
   }
 }
 
-// Fills both routes, in the order of the starts; but small loads do not wait behind large ones, to which they leave one
-// place of the depth. True when it stopped only to answer completions in between.
+// Issues chunks of both routes, in the order in which transfers were started. Small loads go before large ones, to
+// which they leave one place of the queue depth. True if it stopped only to handle completions first.
 bool Pipeline::issue() {
   unsigned questions = kResidencyQuestionsPerTurn;
   const bool both = !issuing_[kSmall].empty() && !issuing_[kLarge].empty();
@@ -194,7 +192,7 @@ bool Pipeline::issue() {
 
 void Pipeline::issue_from(Part& part, unsigned& questions, std::uint32_t queue_depth) {
   if (has_enough_stuck(part, stuck_jobs_, kStuckLimit / 2, kStuckLimit * 3 / 4)) return;
-  // The disk first: it is the slower one, and both may want the same slots.
+  // The disk comes first, because it is slower and both routes may need the same slots.
   while (depth() < queue_depth) {
     const Chunk* chunk = part.router.peek(Router::Route::kDirect, questions);
     if (!chunk || !set_out(part, *chunk, part.router.direct() ? Route::kDirect : Route::kBuffered)) break;
@@ -207,13 +205,13 @@ void Pipeline::issue_from(Part& part, unsigned& questions, std::uint32_t queue_d
   }
 }
 
-// Begins the way of a chunk. False, and nothing has been done, when there is no room for it now.
+// Starts a chunk on its way. False, without any effect, if there is no room for it now.
 bool Pipeline::set_out(Part& part, const Chunk& chunk, Route route) {
   if (free_jobs_.empty() || (route != Route::kDirect && buffered() >= limits_.worker_depth)) return false;
   const ChunkTraits traits = traits_of(part, chunk, route);
   const Way way = way_of(traits);
-  // Page faults of fresh memory cost more than reading into it, and those of a mapped file read another one: workers
-  // take them ahead of the kernel.
+  // Page faults of fresh memory cost more than a read into it, and page faults of a mapped file read that file. So a
+  // worker takes them before the read.
   bool populated = false;
   if (way.steps.front() == Step::kPopulate) {
     const std::span memory(part.plan.fragments_of(chunk).front().memory, chunk.size_bytes);
@@ -242,7 +240,8 @@ ChunkTraits Pipeline::traits_of(const Part& part, const Chunk& chunk, Route rout
           .counted = part.sums.has_value()};
 }
 
-// Without a slot, and through the page cache, the fragments' memory is used as it is. Direct reads are of whole blocks.
+// Empty for a chunk that goes through the page cache without a slot, because a worker then moves its fragments. Direct
+// reads move whole blocks.
 SlotView Pipeline::view_of(const Job& job, Route route) const {
   const Chunk& chunk = *job.chunk;
   if (job.slot < 0 && route != Route::kDirect) return {};

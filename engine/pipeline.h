@@ -1,4 +1,4 @@
-/// The loop: chunks through slots and into place.
+/// Moves the chunks of all transfers on their ways.
 #pragma once
 
 #include <algorithm>
@@ -22,74 +22,77 @@
 
 namespace flashpack::internal {
 
-/// Serves transfers: direct I/O by the queue of the file, everything that touches bytes with a CPU by the workers,
-/// copies to and from a device by the copier. Each chunk goes the way that stands in the table of way.cc.
+/// Serves transfers. The file's queue does the direct I/O, the workers do all work that touches bytes with a CPU, and
+/// the copier copies to and from a device. Each chunk goes the way that the table in way.cc gives.
 ///
-/// Files are opened when their turn comes, a bounded number at a time, and closed when their bytes are there, both by
-/// threads of the pool: whatever may block in a file system stays away from the driver. Where little of a
-/// file is wanted, all of it cached, the thread that opens it does the rest, too, and the driver sees no chunk of it.
-/// An operation that the kernel does not give back is stuck: when it is late, or its transfer has failed and it is
-/// abandoned. It keeps its memory and holds up its transfer, but no longer counts against the depth, and its slot is
-/// made up for, so that others go on. kStuckLimit bounds what can be stuck; a file that has many of them gets no more
-/// when half of that is used up, and a file system when three quarters are. Files do not count against those that may
-/// be open at a time while something is late in their file system; of those one mount point has at most half of what
-/// the others leave, and one directory a third, for a link may lead to another file system. The rest of its loads is
-/// parked.
+/// Threads of the pool open a file when its turn comes, a bounded number at a time, and close it when its bytes have
+/// been moved, because both may block in the file system. If little of a file is wanted and all of it is cached, the
+/// thread that opens the file reads it, too, and the driver sees no chunk of it. An operation is stuck if it is late,
+/// or if its transfer has failed and the operation is abandoned. A stuck operation keeps its memory and holds up its
+/// transfer. It does not count against the queue depth, and a spare slot takes the place of its slot, so that other
+/// transfers go on. At most kStuckLimit operations can be stuck. When half of these are, a file with many of them gets
+/// no more, and when three quarters are, a file system with many of them gets no more.
 ///
-/// run() is called by one thread, the driver; it does no byte work, never blocks in a file system, and allocates
-/// nothing per chunk.
+/// While something is late in a file system, its files do not count against the files that may be open at a time. One
+/// mount point gets at most half of what the others leave of kStuckLimit for such files, and one directory a third,
+/// because a link may lead to another file system. Further loads from there are parked.
+///
+/// One thread, the driver, calls run(). It does no byte work, never blocks in a file system, and allocates nothing per
+/// chunk.
 class Pipeline final : public Driver {
  public:
   struct Limits {
-    std::uint32_t queue_depth;   ///< Direct reads in flight, or writes, with those whose slots are being filled.
-    std::uint32_t worker_depth;  ///< Of each kind of work, given to the workers at a time; enough that they stay busy
+    std::uint32_t queue_depth;   ///< Direct reads and writes in flight, including chunks whose slots are being filled.
+    std::uint32_t worker_depth;  ///< Operations of each kind that the workers have at a time; enough to keep them busy
                                  ///< while the driver sleeps.
     std::uint32_t chunk_bytes;
-    std::uint32_t slots;              ///< In use at a time, of those there are; the others stand in for stuck ones.
-    std::uint32_t at_once_bytes = 0;  ///< A file's share of a load up to this is read where it is opened, if cached.
+    std::uint32_t slots;  ///< Slots in use at a time; further slots take the place of stuck ones.
+    std::uint32_t at_once_bytes =
+        0;  ///< A part of at most this size is read by the thread that opens its file, if cached.
   };
 
-  /// Operations that the kernel keeps, beyond those that are under way.
+  /// Stuck operations, in addition to those that are in flight.
   static constexpr unsigned kStuckLimit = 256;
-  /// Parts of transfers whose files are open at a time.
+  /// Parts whose files are open at a time.
   static constexpr std::size_t kMaxOpenParts = 32;
 
-  /// The tags that queues of such a pipeline must allow.
+  /// The tag limit that the queues of such a pipeline need.
   static unsigned tag_limit(Limits limits);
 
-  /// Borrows the queues, the pool, the copier and the slots' memory, which outlive it. Threads of the pool may still
-  /// use the queues, the copier and the slots when it has ended: the pool goes before these. `copier` is null for an
-  /// engine of the host.
+  /// Borrows the queues, the pool, the copier and the slots' memory, which must outlive it. Threads of the pool may use
+  /// queues, copier and slots even later, so the pool must be destroyed before these. `copier` is null for an engine of
+  /// the host.
   Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits);
 
   /// Any thread: hands a prepared transfer to the driver.
   void start(std::shared_ptr<TransferState> transfer);
-  /// Any thread.
+  /// Any thread: tells the driver that the transfer was cancelled.
   void attend(std::shared_ptr<TransferState> transfer) noexcept override;
-  /// Any thread: run() returns when all that was started has ended.
+  /// Any thread: lets run() return when all transfers have ended.
   void close() noexcept;
 
-  /// True when all has ended after close(). False, once, when the disk's queue begins to refuse: what it has comes back
-  /// after the end of the thread that made it, so that another thread is to call this again.
+  /// Returns true when all transfers have ended after close(). Returns false once, if the disk's queue begins to
+  /// refuse: its operations come back only after the thread that made the queue has ended, so another thread must call
+  /// run() again.
   bool run();
 
  private:
   using Route = ChunkTraits::Route;
 
-  /// One chunk under way. Its index is the tag of its operations.
+  /// One chunk under way. The job's index is the tag of its operations.
   struct Job {
-    Part* part = nullptr;  // Null: it is free.
+    Part* part = nullptr;  // Null if the job is free.
     const Chunk* chunk = nullptr;
     Way way;
-    std::size_t next = 0;  // Of the way's steps, the one after `step`.
+    std::size_t next = 0;  // Index in the way of the step after `step`.
     Step step = Step::kFree;
     int slot = -1;
-    SlotView view;                                // What the slot holds, or in place the target or source itself.
-    std::uint64_t done_bytes = 0;                 // Whole blocks of the view that have been moved by direct I/O.
-    unsigned stalls = 0;                          // Results in a row that moved no new block.
-    Queue* queue = nullptr;                       // Has its operation.
-    std::chrono::steady_clock::time_point since;  // It began its step.
-    bool stuck = false;                           // Late or abandoned: not counted as in its step.
+    SlotView view;                                // The bytes in the slot or, in place, in the caller's memory.
+    std::uint64_t done_bytes = 0;                 // Bytes of the view that direct I/O has moved, in whole blocks.
+    unsigned stalls = 0;                          // Results in a row that moved no further block.
+    Queue* queue = nullptr;                       // The queue that has the job's operation.
+    std::chrono::steady_clock::time_point since;  // When the step began.
+    bool stuck = false;                           // Late or abandoned; not counted in jobs_in_.
     bool late = false;
 
     TransferState& transfer() const { return *part->transfer; }
@@ -99,16 +102,17 @@ class Pipeline final : public Driver {
     std::shared_ptr<TransferState> transfer;
     Part* part;
   };
-  /// Other threads leave here what the driver is to know. A thread that is left behind in a file system outlives the
+  /// Other threads leave messages to the driver here. It is shared, because a thread that is left behind outlives the
   /// pipeline.
   struct Inbox {
     void answer(std::shared_ptr<TransferState> transfer, Part& part) noexcept;
 
-    std::mutex mutex;  // Protects the rest. Waking is done under it: the queue may be gone as soon as run() returns.
-    Queue* sleeper = nullptr;  // The driver sleeps in it; null when it has left.
+    std::mutex
+        mutex;  // Protects the rest. Wakes happen under it, because the queue may be gone when run() has returned.
+    Queue* sleeper = nullptr;  // The queue that the driver sleeps in; null when run() has ended.
     std::vector<std::shared_ptr<TransferState>> started;
-    std::shared_ptr<TransferState> cancelled;  // The first of a list.
-    std::vector<Answer> answers;               // Parts whose threads are done with them.
+    std::shared_ptr<TransferState> cancelled;  // The first of a linked list.
+    std::vector<Answer> answers;               // Parts whose threads have finished with them.
     bool closing = false;
   };
   class FileTask;
@@ -176,10 +180,10 @@ class Pipeline final : public Driver {
 
   std::uint32_t& jobs_in(Step step) { return jobs_in_[static_cast<std::size_t>(step)]; }
   void enter(Job& job, Step step);
-  /// A file, or a file system, may have so much stuck in any case.
+  /// The number of stuck operations that each file, and each file system, may have in any case.
   std::uint32_t stuck_share() const { return std::min(limits_.queue_depth, limits_.slots); }
-  /// Whether the rest is kept for others when so much is stuck in all: by a file that does not answer for the other
-  /// files of its file system, by that for other ones.
+  /// Whether the part may get no more stuck operations when `stuck` are stuck in all. From `of_files` on, a file with
+  /// many of them leaves the rest to other files; from `of_file_systems` on, a file system leaves the rest to others.
   bool has_enough_stuck(const Part& part, std::size_t stuck, std::size_t of_files, std::size_t of_file_systems) const {
     return (part.open->stuck >= stuck_share() && stuck > of_files) ||
            (part.file_system->stuck >= stuck_share() && stuck > of_file_systems);
@@ -187,15 +191,15 @@ class Pipeline final : public Driver {
   void set_stuck(Job& job);
   void clear_stuck(Job& job);
   void set_late(Job& job);
-  /// Parts that are open, being opened or closed, and do not get on because a file system does not answer.
+  /// Parts that are open, or being opened or closed, while their file system does not answer.
   std::size_t held_up_parts() const { return late_parts_ + held_up_parts_; }
-  /// Jobs that are with the disk, or bound for it with a slot.
+  /// Jobs that the disk has, or that are filling a slot for it.
   std::uint32_t depth() { return jobs_in(Step::kRead) + jobs_in(Step::kWrite) + jobs_in(Step::kGather); }
   /// Jobs that move bytes through the page cache.
   std::uint32_t buffered() {
     return jobs_in(Step::kReadIfCached) + jobs_in(Step::kReadCached) + jobs_in(Step::kWriteCached);
   }
-  /// Where the bytes are counted in the step that it is in; null when they are not.
+  /// Where the current step counts the job's bytes; null if it does not.
   static StripeSums* sums_of(const Job& job) { return job.step == job.way.counts_in ? &*job.part->sums : nullptr; }
   static std::span<const Fragment> fragments_of(const Job& job) { return job.part->plan.fragments_of(*job.chunk); }
 
@@ -206,38 +210,40 @@ class Pipeline final : public Driver {
   const Limits limits_;
   const std::shared_ptr<FileTable> files_ = std::make_shared<FileTable>();
   const std::shared_ptr<Inbox> inbox_;
-  std::map<std::uint64_t, FileSystem> file_systems_;  // By device number. They stay; there are few.
+  std::map<std::uint64_t, FileSystem>
+      file_systems_;  // One for each device number; never removed, because there are few.
 
   std::vector<Job> jobs_;
   std::vector<unsigned> free_jobs_;
-  std::vector<int> free_slots_;                  // Last in, first out: few slots are ever touched when few are needed.
-  std::array<std::uint32_t, kSteps> jobs_in_{};  // Those that are not stuck.
+  std::vector<int> free_slots_;  // Last in, first out, so that no more slots are touched than are needed.
+  std::array<std::uint32_t, kSteps> jobs_in_{};  // For each step, its jobs that are not stuck.
   std::uint32_t stuck_jobs_ = 0;
   std::uint32_t stuck_slots_ = 0;
-  std::chrono::steady_clock::time_point now_;  // Of this turn of the loop.
+  std::chrono::steady_clock::time_point now_;  // Time at the start of this turn of the loop.
   std::chrono::steady_clock::time_point looked_for_stuck_;
 
-  std::size_t unfinished_ = 0;  // Transfers.
+  std::size_t unfinished_ = 0;  // Transfers that have not ended.
   std::uint64_t next_turn_ = 0;
-  std::map<std::uint64_t, Part*> waiting_;              // To be opened, by turn.
-  std::map<std::uint64_t, Part*> parked_;               // Those of them whose places have their share of what is stuck.
-  bool look_at_parked_ = false;                         // Something has come back.
-  std::array<std::map<std::string, Place>, 2> places_;  // Directories, mount points. They stay; there are few.
-  Mounts mounts_;                                       // As they were when something became late, at:
+  std::map<std::uint64_t, Part*> waiting_;  // Parts to be opened, sorted by turn.
+  std::map<std::uint64_t, Part*> parked_;   // Parts to be opened whose places have used up their share.
+  bool look_at_parked_ = false;             // Something that was late has come back.
+  std::array<std::map<std::string, Place>, 2>
+      places_;     // Directories and mount points; never removed, because there are few.
+  Mounts mounts_;  // The mount points when something last became late.
   std::chrono::steady_clock::time_point mounts_read_;
-  std::vector<Part*> with_threads_;  // Being opened or closed.
+  std::vector<Part*> with_threads_;  // Parts that are being opened or closed.
   static constexpr std::size_t kSmall = 0;
   static constexpr std::size_t kLarge = 1;
-  std::array<std::vector<Part*>, 2> issuing_;  // Have chunks to issue; each in the order of their turns.
-  std::size_t open_parts_ = 0;                 // Of loads, from the opening to the closing.
-  std::size_t late_parts_ = 0;                 // Of these: not answered for.
-  std::size_t held_up_parts_ = 0;              // Of these: open, and something is late in their file system.
+  std::array<std::vector<Part*>, 2> issuing_;  // Parts with chunks to issue, sorted by turn.
+  std::size_t open_parts_ = 0;                 // Parts of loads, from opening to closing.
+  std::size_t late_parts_ = 0;                 // Those of them whose threads are late.
+  std::size_t held_up_parts_ = 0;  // Those of them that are open and have something late in their file system.
   std::size_t max_open_parts_ = kMaxOpenParts;
   std::set<std::pair<Deadline, TransferState*>> deadlines_;
-  std::vector<TransferState*> gated_;                     // Behind a gate.
-  std::chrono::steady_clock::time_point gates_changed_;   // When the last of them came, or went.
-  std::vector<std::shared_ptr<TransferState>> admitted_;  // Scratch of admit().
-  std::vector<Answer> answered_;                          // The same.
+  std::vector<TransferState*> gated_;                     // Transfers with a gate.
+  std::chrono::steady_clock::time_point gates_changed_;   // When a transfer was last added or removed.
+  std::vector<std::shared_ptr<TransferState>> admitted_;  // Used in admit() only.
+  std::vector<Answer> answered_;                          // Used in admit() only, too.
 };
 
 }  // namespace flashpack::internal

@@ -1,4 +1,4 @@
-// Transfers from their start to their end, and their files from the opening to the closing.
+// Starts and ends transfers, and has their files opened and closed.
 #include <algorithm>
 #include <cassert>
 #include <cerrno>
@@ -10,7 +10,8 @@
 
 namespace flashpack::internal {
 
-// Opens or closes the file of a part, in a thread of the pool. It owns what it uses.
+// Opens or closes the file of a part, in a thread of the pool. It owns all that it uses, because it may outlive the
+// pipeline.
 class Pipeline::FileTask final : public Pool::Task {
  public:
   FileTask(Part& part, const Pipeline& pipeline)
@@ -23,7 +24,7 @@ class Pipeline::FileTask final : public Pool::Task {
         at_once_bytes_(transfer_->after == AfterLoad::kDrop ? 0 : pipeline.limits_.at_once_bytes),
         files_(pipeline.files_),
         inbox_(pipeline.inbox_) {
-    // Not the descriptor: while its close hangs, the number is another file's already.
+    // The descriptor cannot be the subject, because another file gets its number while the close still hangs.
     subject = closing_ ? reinterpret_cast<std::uintptr_t>(part.open.get()) | kClosing
                        : std::hash<std::string>()(part.path.native()) | kOpening;
     may_be_left = true;
@@ -57,11 +58,11 @@ class Pipeline::FileTask final : public Pool::Task {
   const std::shared_ptr<Inbox> inbox_;
 };
 
-// Closes a descriptor that a load was given and did not come to use.
+// Closes a descriptor that a load was given but did not use.
 class Pipeline::CloseTask final : public Pool::Task {
  public:
   explicit CloseTask(UniqueFd fd) : fd_(std::move(fd)) {
-    subject = Pool::Subject{1} << 61;  // One for all, so that those of a dead file system do not take many threads.
+    subject = Pool::Subject{1} << 61;  // All have one subject, so that a dead file system does not take many threads.
     may_be_left = true;
   }
   void run() noexcept override { delete this; }
@@ -104,7 +105,7 @@ void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
     part.turn = next_turn_++;
   }
   if (transfer.failure) return give_up(transfer, transfer.failure->error());
-  if (transfer.cancel_requested)  // Perhaps before it was here.
+  if (transfer.cancel_requested)  // The transfer was cancelled before the driver had it.
     return give_up(transfer, file_error(Errc::kCancelled, transfer.verb(), transfer.path()));
   for (Part& part : transfer.parts) part.open ? begin_issuing(part) : void(waiting_.emplace(part.turn, &part));
   settle(transfer);
@@ -132,14 +133,14 @@ void Pipeline::open_next() {
   }
 }
 
-// Its directory and the mount point above it, by name alone.
+// The directory of the part's path and the mount point above, found without asking a file system.
 std::array<Place*, 2> Pipeline::places_of(const Part& part) {
   std::error_code no_working_directory;
   const auto directory = std::filesystem::absolute(part.path, no_working_directory).lexically_normal().parent_path();
   return {&places_[0][directory.native()], &places_[1][mounts_.above(directory)]};
 }
 
-// Whether what is at `place` or held up there takes at most one of so many shares of what others leave of the limit.
+// Whether the parts at `place` take at most 1 / `shares` of what other places leave of kStuckLimit.
 bool Pipeline::has_share(const Place& place, unsigned shares) const {
   const std::size_t has = place.with_threads + place.held_up_loads();
   const std::size_t held_up = place.late + place.held_up_loads();
@@ -173,7 +174,7 @@ void Pipeline::ask(Part& part, Part::State state) {
   with_threads_.push_back(&part);
   if (held_up_parts() > 0) enter_places(part);
   if (part.awaited) ++part.transfer->outstanding;
-  pool_.post(*new FileTask(part, *this));  // It deletes itself.
+  pool_.post(*new FileTask(part, *this));  // The task deletes itself.
 }
 
 void Pipeline::on_answer(Part& part) {
@@ -197,7 +198,7 @@ void Pipeline::on_opened(Part& part) {
   }
   --open_parts_;
   if (no_descriptors(part.failure->code) && !transfer.failure && !part.alone) {
-    // They come back when one of ours is closed, if that has not been by now.
+    // Out of descriptors: the part waits until a file of this engine has been closed.
     part.failure.reset();
     part.state = Part::State::kWaiting;
     max_open_parts_ = std::max<std::size_t>(1, open_parts_ - held_up_parts());
@@ -230,7 +231,7 @@ void Pipeline::issue_from_now_on(Part& part) {
   if (at == parts.end() || *at != &part) parts.insert(at, &part);
 }
 
-// Every chunk of it has been.
+// To be called when all chunks of the part have been delivered.
 void Pipeline::on_delivered(Part& part) {
   if (part.transfer->is_load()) {
     --part.file_system->loads;
@@ -244,7 +245,8 @@ void Pipeline::on_delivered(Part& part) {
   stop_waiting_for(part);
 }
 
-// Its transfer takes over what was found out about it, unless a thread is still about to find out.
+// The transfer takes over the results of the part, unless a thread still works on them, and does not wait for the part
+// any more.
 void Pipeline::stop_waiting_for(Part& part) {
   if (!std::exchange(part.awaited, false)) return;
   TransferState& transfer = *part.transfer;
@@ -269,12 +271,12 @@ void Pipeline::set_late(Part& part) {
   for (Place* place : part.places) ++place->late;
 }
 
-// Before places are told apart, because something has become late. The kernel knows them without asking a file system.
+// Reads the mount points when something has become late, at most once a turn, before places are looked up.
 void Pipeline::read_mounts() {
   if (std::exchange(mounts_read_, now_) != now_) mounts_.read();
 }
 
-// A file that does not close, or that nobody wants to know more about, holds up nobody.
+// Transfers do not wait for a late file that is being closed after its checks, or whose transfer has failed.
 void Pipeline::look_for_late_parts() {
   for (std::size_t i = with_threads_.size(); i-- > 0;) {
     Part& part = *with_threads_[i];
@@ -289,7 +291,8 @@ void Pipeline::look_for_late_parts() {
   }
 }
 
-// From here on nothing is issued for it; what is under way is asked to end, and waited for.
+// Ends a transfer that has failed: no chunk of it is issued any more, and operations in flight are cancelled and waited
+// for.
 void Pipeline::give_up(TransferState& transfer, const Error& error) {
   transfer.failure = Failure(error);
   abandon_jobs_of(transfer);
@@ -301,7 +304,7 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
       parked_.erase(part.turn);
     }
     if (part.state == Part::State::kDone && part.given) pool_.post(*new CloseTask(std::move(part.given)));
-    // Not while it may read into memory that is the caller's at the end of the transfer.
+    // A thread that has claimed the part may write to the caller's memory, so the transfer waits for it.
     const bool opens = part.state == Part::State::kOpening && (part.checked || !part.claimed.exchange(true));
     const bool left_to_its_thread = opens || (part.state == Part::State::kClosing && part.late);
     if (!left_to_its_thread && part.state != Part::State::kDone) continue;
@@ -312,7 +315,7 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
   settle(transfer);
 }
 
-// After anything that may have been the last thing it waited for.
+// Ends the transfer if there is nothing left to wait for.
 void Pipeline::settle(TransferState& transfer) {
   const std::shared_ptr<TransferState> keep = transfer.self;
   if (!keep || transfer.jobs > 0) return;
@@ -329,10 +332,10 @@ void Pipeline::end(TransferState& transfer) {
   const std::shared_ptr<TransferState> keep = std::exchange(transfer.self, nullptr);
   if (transfer.deadline) deadlines_.erase({*transfer.deadline, &transfer});
   if (transfer.gate) std::erase(gated_, &transfer);
-  transfer.gate.reset();  // It is of a device, and the caller's handle may outlive that.
+  transfer.gate.reset();  // The gate belongs to the device, which the caller's handle may outlive.
   for (Part& part : transfer.parts) {
-    if (part.state == Part::State::kOpening) continue;  // A thread has it.
-    if (!transfer.is_load()) part.open.reset();         // The FileWriter has it, too, and closes it.
+    if (part.state == Part::State::kOpening) continue;  // A thread still uses the part.
+    if (!transfer.is_load()) part.open.reset();         // The FileWriter shares the file and closes it.
     transfer.note_fallback(part.fallback_reason);
     transfer.note_fallback(part.router.fallback_reason());
   }

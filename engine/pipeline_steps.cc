@@ -1,4 +1,4 @@
-// What one chunk goes through, step by step; the loop that leads there is in pipeline.cc.
+// The steps of one chunk. The loop that issues chunks is in pipeline.cc.
 #include <cassert>
 #include <cerrno>
 #include <utility>
@@ -10,7 +10,7 @@ namespace flashpack::internal {
 
 namespace {
 
-// Results in a row that bring nothing (EINTR, EAGAIN, less than a block) before it is an error.
+// After this many results in a row without progress (EINTR, EAGAIN, less than a block) the transfer fails.
 constexpr unsigned kMaxStalls = 32;
 
 }  // namespace
@@ -69,7 +69,7 @@ unsigned Pipeline::open_job(Part& part, const Chunk& chunk) {
 }
 
 std::optional<unsigned> Pipeline::open_job_with_slot(Part& part, const Chunk& chunk) {
-  // A chunk behind a gate may wait long; half of the slots stay for others.
+  // A chunk behind a gate may wait long, so such chunks leave half of the slots to others.
   const std::size_t kept = part.transfer->gate ? limits_.slots / 2 : 0;
   const std::size_t used = slots_.size() - free_slots_.size() - stuck_slots_;
   if (free_slots_.empty() || used + kept >= limits_.slots) return std::nullopt;
@@ -116,7 +116,7 @@ void Pipeline::begin(unsigned tag, Step step) {
   assert(false && "a step of no way");
 }
 
-// Its own, as long as that does not refuse.
+// The file's own queue, or the stand-in if that queue refuses.
 DiskQueue& Pipeline::queue_of(OpenFile& file) const {
   if (!file.queue) file.queue = &queues_.disk;
   if (file.queue->refuses()) file.queue = &queues_.stand_in;
@@ -160,7 +160,7 @@ void Pipeline::give_to_workers(unsigned tag, ByteWork work) {
   queues_.workers.push(tag, work);
 }
 
-// Counting reads the bytes, and so takes their faults, too.
+// Counting reads the bytes, and so takes their page faults, too.
 void Pipeline::populate(unsigned tag) {
   const Job& job = jobs_[tag];
   give_to_workers(tag,
@@ -169,7 +169,7 @@ void Pipeline::populate(unsigned tag) {
                    .touch = job.transfer().is_load() ? ByteWork::Touch::kForWriting : ByteWork::Touch::kForReading});
 }
 
-// Between the view and where the fragments are.
+// Copies between the view and the fragments' memory.
 void Pipeline::copy(unsigned tag) {
   const Job& job = jobs_[tag];
   assert(job.slot >= 0);
@@ -220,7 +220,8 @@ void Pipeline::on_direct(unsigned tag, std::int64_t result) {
     return advance(tag);
   }
   if (result == 0 && reads) return fail(tag, Errc::kTruncated);
-  // Direct I/O goes on at whole blocks only. Less than a block is no progress; it is tried again, but not for ever.
+  // Direct I/O can go on only at a whole block. Less than a block is no progress and is tried again a bounded number of
+  // times.
   const std::uint64_t resume = round_down(got, job.part->file().alignment().block_bytes);
   job.stalls = resume > job.done_bytes ? 0 : job.stalls + 1;
   if (job.stalls > kMaxStalls) {
@@ -245,14 +246,14 @@ void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
   advance(tag);
 }
 
-// A copy or a count has come to its end.
+// To be called when a copy or a count has ended.
 void Pipeline::on_worked(unsigned tag, std::error_code error) {
   if (jobs_[tag].transfer().failure) return close_job(tag);
   error ? fail(tag, error) : advance(tag);
 }
 
-// Some file systems take O_DIRECT at open and refuse it at the first read or write. The chunk goes on by another way; a
-// load on the host needs no slot for that.
+// Some file systems accept O_DIRECT at open and refuse it at the first read or write. The chunk then goes another way;
+// a load to the host gives back its slot, which that way does not need.
 void Pipeline::refuse_direct(unsigned tag) {
   Job& job = jobs_[tag];
   TransferState& transfer = job.transfer();
@@ -270,7 +271,7 @@ void Pipeline::refuse_direct(unsigned tag) {
   advance(tag);
 }
 
-// It was not in the page cache after all.
+// To be called when a chunk was not cached, against the router's answer. It is read past the page cache instead.
 void Pipeline::give_back(unsigned tag) {
   const Job& job = jobs_[tag];
   Part& part = *job.part;
@@ -300,7 +301,8 @@ void Pipeline::fail(unsigned tag, std::error_code code) {
   give_up(transfer, error);
 }
 
-// Those that are under way are asked to end. Copies end by themselves, and a job that waits has nothing under way.
+// Cancels the transfer's operations in flight. Copies are left to end by themselves, and a job that waits for a gate
+// has no operation.
 void Pipeline::abandon_jobs_of(TransferState& transfer) {
   if (transfer.jobs == 0) return;
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {

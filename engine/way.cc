@@ -16,12 +16,12 @@ struct Row {
   ChunkTraits::Direction direction;
   ChunkTraits::Route route;
   ChunkTraits::Memory memory;
-  std::array<Step, 5> steps;  // Of a chunk that is counted; one that is not leaves kCount out.
+  std::array<Step, 5> steps;  // Steps of a chunk whose bytes are counted; other chunks leave kCount out.
   Step counts_in;
 };
 
-// Counting has a step of its own where no worker has the bytes in hand anyway. A store that is refused has been counted
-// before; a load that is refused has not, and gives its slot back unless it is for a device.
+// Counting is a step of its own where no worker touches the bytes in another step. A store that is refused has been
+// counted already. A load that is refused has not, and gives back its slot unless it is for a device.
 constexpr std::array<Row, 18> kTable{{
     {kLoad, kDirect, kInPlace, {kPopulate, kRead, kCount, kDeliver}, kCount},
     {kLoad, kDirect, kSlot, {kRead, kScatter, kDeliver}, kScatter},

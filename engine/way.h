@@ -7,31 +7,31 @@
 
 namespace flashpack::internal {
 
-/// The first and the last stand in no way: a job without a chunk, and one whose transfer has failed and that waits for
-/// its operation to come back.
+/// kFree and kAbandoned are in no way: kFree is a job without a chunk, kAbandoned a job whose transfer has failed and
+/// whose operation has not come back yet.
 enum class Step : std::uint8_t {
   kFree,
-  kPopulate,      ///< The page faults of memory in place are taken, ahead of the disk.
-  kRead,          ///< File to view, past the page cache.
-  kWrite,         ///< View to file, past the page cache.
-  kReadIfCached,  ///< As kReadCached, but the chunk is given back when the disk would be needed.
-  kReadCached,    ///< File to memory or view, through the page cache.
-  kWriteCached,   ///< Memory or view to file, through the page cache.
-  kWait,          ///< The caller's stream has not come far enough yet.
-  kScatter,       ///< View to memory.
-  kGather,        ///< Memory to view.
-  kCount,         ///< The view's bytes are counted for checksums.
+  kPopulate,      ///< A worker takes the page faults of memory in place, before the disk's read.
+  kRead,          ///< Reads the file to the view, past the page cache.
+  kWrite,         ///< Writes the view to the file, past the page cache.
+  kReadIfCached,  ///< Like kReadCached, but gives the chunk back if the disk is needed.
+  kReadCached,    ///< Reads the file to memory or view, through the page cache.
+  kWriteCached,   ///< Writes memory or view to the file, through the page cache.
+  kWait,          ///< Waits until the caller's stream has ended its earlier work.
+  kScatter,       ///< Copies the view to memory.
+  kGather,        ///< Copies memory to the view.
+  kCount,         ///< Counts the view's bytes for checksums.
   kDeliver,       ///< The last step of each way.
   kAbandoned,
 };
 inline constexpr std::size_t kSteps = 13;
 
-/// Whether the kernel may keep an operation of this step for as long as it likes.
+/// Whether the kernel may keep an operation of this step for an unlimited time.
 constexpr bool may_be_late(Step step) {
   return (step >= Step::kPopulate && step <= Step::kWriteCached) || step == Step::kAbandoned;
 }
 
-/// What decides about the way of a chunk.
+/// The properties of a chunk that decide its way.
 struct ChunkTraits {
   enum class Direction : std::uint8_t { kLoad, kStore };
   enum class Route : std::uint8_t {
@@ -41,23 +41,23 @@ struct ChunkTraits {
     kRefused,      ///< kDirect until the file system refused that; now through the page cache.
   };
   enum class Memory : std::uint8_t {
-    kInPlace,  ///< No slot: the file's bytes move from or to the fragments' memory.
+    kInPlace,  ///< Without a slot; the fragments' memory is used directly.
     kSlot,     ///< Through a slot.
-    kDevice,   ///< Through a slot, and the fragments are a device's.
+    kDevice,   ///< Through a slot, with fragments on a device.
   };
   Direction direction;
   Route route;
   Memory memory;
-  bool counted;  ///< For checksums.
+  bool counted;  ///< Whether the bytes are counted for checksums.
 };
 
 struct Way {
-  std::array<Step, 5> steps{};  ///< The last is kDeliver; what follows is kFree.
-  /// The step in which a worker counts the bytes for checksums, by the way or as all that it does. kFree: none does.
+  std::array<Step, 5> steps{};  ///< Ends with kDeliver; the rest is kFree.
+  /// The step in which a worker counts the bytes for checksums; kFree if none does.
   Step counts_in = Step::kFree;
 };
 
-/// Requires: a chunk that is refused, or that goes through the page cache on the host, has no slot of a load.
+/// Requires: Memory::kSlot comes with Route::kDirect or kRefused only, and Route::kSeemsCached with a load only.
 Way way_of(const ChunkTraits& chunk);
 
 }  // namespace flashpack::internal
