@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import sys
 
 import flashpack
 import pytest
@@ -128,6 +129,22 @@ def test_a_stream_that_is_left_reads_nothing_more(pack, in_small_parts):
         block.memory.fill_(0xAB)
     assert flashpack.load_file(footer.path).keys() == set("01234567")
     assert all(bool((block.memory == 0xAB).all()) for block in filling.blocks)
+
+
+def test_a_stream_that_fails_ends_all_of_its_loads_also_while_somebody_keeps_the_error(pack, in_small_parts):
+    path = several_mib(pack)
+    raw = bytearray(path.read_bytes())
+    raw[100] ^= 1
+    path.write_bytes(raw)
+    options = _memory.ReadOptions()
+    with open_footer(path) as footer:
+        filling = _memory.make_room(_memory.Wanted(footer.native, footer.entries()), CPU, options)
+        owners = sys.getrefcount(filling.blocks)
+        with pytest.raises(flashpack.FlashPackError, match="do not match their checksum") as kept:
+            list(_memory.fill(footer, [filling], options))
+    # A load owns the memory that it fills; the one that failed has ended, and may be in the traceback.
+    assert sys.getrefcount(filling.blocks) <= owners + 1
+    assert kept.value is not None
 
 
 def test_the_progress_of_a_stream_goes_on_from_transfer_to_transfer(pack, in_small_parts, tell):
