@@ -18,7 +18,7 @@ namespace flashpack::internal {
 
 namespace {
 
-// The most any file system asks for; beyond it buffered reads are the better choice.
+// No file system is known to demand more; with larger blocks, buffered reads are better.
 constexpr std::uint32_t kMaxBlockBytes = std::uint32_t{1} << 20;
 
 FileIdentity identity_of(const struct stat& status) {
@@ -28,8 +28,8 @@ FileIdentity identity_of(const struct stat& status) {
           .mtime_ns = std::int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec};
 }
 
-// fstat, of what an identity needs, but as the file system has it now: fstat may tell what one on a network or FUSE has
-// said some time ago, and a change since then would not be seen. False with errno.
+// Gets the fields of an identity as the file system has them now. fstat may return old values for FUSE or a network,
+// and would hide a change. Returns false with errno set.
 bool ask(int fd, struct stat& status, const char* path = "") {
   struct statx now{};
   constexpr unsigned kWanted = STATX_TYPE | STATX_INO | STATX_SIZE | STATX_MTIME;
@@ -43,7 +43,7 @@ bool ask(int fd, struct stat& status, const char* path = "") {
   return true;
 }
 
-// None: the file system says that there is no direct I/O.
+// Empty if the file system says that it has no direct I/O.
 std::optional<Alignment> direct_io_alignment(int fd) {
 #ifdef STATX_DIOALIGN
   struct statx status{};
@@ -98,7 +98,7 @@ void File::open_direct_for(int access) {
   const std::optional<Alignment> alignment = direct_io_alignment(buffered_fd());
   direct_error_ = EOPNOTSUPP;
   if (!alignment) return;
-  // Through /proc it is the same inode even when the path has been renamed over in between.
+  // /proc leads to the same inode even if another file is at the path by now.
   const std::string self = "/proc/self/fd/" + std::to_string(buffered_fd());
   direct_.reset(::open(self.c_str(), access | O_CLOEXEC | O_DIRECT));
   if (!direct_) direct_.reset(::open(path_.c_str(), access | O_CLOEXEC | O_DIRECT));
@@ -107,12 +107,12 @@ void File::open_direct_for(int access) {
   if (direct_ && (!ask(direct_fd(), status) || identity_of(status) != identity_)) direct_.reset();
   if (!direct_) return;
   alignment_ = *alignment;
-  // Whole pages. Of memory, so that none is shared between the kernel's write and anybody else's. Of a file that is
-  // written, because what is less than a block goes through the page cache: a page that was partly written so must not
-  // be written past it at the same time, or what the cache has of the rest of it overwrites that later.
+  // Blocks are whole pages. In memory, the kernel then never writes to a page that others use. In a file that is
+  // written, less than a block goes through the page cache; if a direct write shared a page with it, the page cache
+  // would later overwrite the direct write with old bytes.
   alignment_.block_bytes = std::max(alignment_.block_bytes, system_page_bytes());
   if (access != O_RDONLY) return;
-  // Misaligned, so that it is refused before anything is read.
+  // The address is misaligned, so that the kernel refuses before it reads.
   std::byte byte{};
   const iovec vector{&byte, 1};
   may_block_ = ::preadv2(direct_fd(), &vector, 1, 1, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP;
@@ -127,8 +127,9 @@ bool File::unchanged() const noexcept {
 
 }  // namespace flashpack::internal
 
-// O_NONBLOCK is for a FIFO, to be an error instead of a hang. With it a regular file that somebody has a write lease on
-// gives EWOULDBLOCK. The way through O_PATH makes sure that what is waited for is still the regular file.
+// O_NONBLOCK keeps the open of a FIFO from waiting for a writer. With it, a regular file under a write lease gives
+// EWOULDBLOCK and is opened again, without it. That open goes through an O_PATH descriptor, so that it is still the
+// same regular file.
 int flashpack::open_to_read(const std::filesystem::path& path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
   if (fd >= 0 || errno != EWOULDBLOCK) return fd;

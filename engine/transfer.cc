@@ -26,7 +26,7 @@ namespace internal {
 
 Failure::Failure(const Error& error)
     : code(error.code()), context(error.what()), path(error.path()), offset_bytes(error.offset_bytes()) {
-  context.resize(context.size() - code.message().size() - 2);  // what() is context, ": ", message.
+  context.resize(context.size() - code.message().size() - 2);  // what() is the context, ": " and the message.
 }
 
 void TransferState::finish(std::optional<Failure> result) {
@@ -92,7 +92,7 @@ TransferStats Transfer::wait() {
 bool Transfer::wait_for(std::chrono::nanoseconds duration) {
   state_->require_owner();
   std::unique_lock lock(state_->mutex);
-  // The longest durations overflow when they are added to now.
+  // The sum of now and a very long duration would overflow.
   const auto bounded = std::min<std::chrono::nanoseconds>(duration, std::chrono::hours(24 * 365));
   return state_->published_changed.wait_for(lock, bounded, [this] { return state_->visible(); });
 }

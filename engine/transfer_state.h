@@ -1,4 +1,4 @@
-/// What a Transfer handle and the driver thread share.
+/// The state that a Transfer handle and the driver thread share.
 #pragma once
 
 #include <sys/types.h>
@@ -21,10 +21,10 @@
 
 namespace flashpack::internal {
 
-/// How to reach the driver from any thread; it outlives every unfinished transfer.
+/// Reaches the driver from any thread. It outlives every unfinished transfer.
 class Driver {
  public:
-  /// The transfer was cancelled.
+  /// To be called when the transfer has been cancelled.
   virtual void attend(std::shared_ptr<TransferState> transfer) noexcept = 0;
 
  protected:
@@ -34,20 +34,21 @@ class Driver {
 struct TransferState : std::enable_shared_from_this<TransferState> {
   static Transfer handle(std::shared_ptr<TransferState> state) { return Transfer(std::move(state)); }
 
-  /// The driver, at the end: makes the result known to itself, calls the completion, then wakes everybody who waits. In
-  /// this order a Completion may be destroyed as soon as wait() has returned.
+  /// Called by the driver at the end. It makes the result visible to the driver thread, calls the completion, and then
+  /// wakes the threads that wait. In this order a Completion may be destroyed as soon as wait() has returned.
   void finish(std::optional<Failure> result);
   /// Whether the calling thread may see the result. Requires: `mutex` is held.
   bool visible() const { return published || (ended && std::this_thread::get_id() == ended_by); }
   static void cancel(const std::shared_ptr<TransferState>& state) noexcept;
-  /// The driver, or whoever prepares the transfer: adds to stats.fallback_reason what is not in it yet.
+  /// Adds `reason` to stats.fallback_reason unless it is there. Called by the thread that prepares the transfer, later
+  /// by the driver.
   void note_fallback(const std::string& reason);
   /// Throws Errc::kUnusable in a forked child, where the driver thread does not exist.
   void require_owner() const;
 
   bool is_load() const noexcept { return direction == Direction::kLoad; }
   const char* verb() const noexcept { return is_load() ? "read" : "write"; }
-  /// Stands for all files in messages that are of none.
+  /// The path for messages that concern no single file.
   std::filesystem::path path() const { return parts.empty() ? std::filesystem::path() : parts.front().path; }
 
   // Constant once started.
@@ -59,29 +60,29 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
   pid_t owner = 0;
 
-  // The driver's alone, once started.
-  std::deque<Part> parts;                         // One, already open, of a store. They stay where they are.
-  std::shared_ptr<TransferState> self;            // Until the end, so that it outlives its handle.
-  std::shared_ptr<TransferState> next_cancelled;  // Of those that the driver is to look at; protected by its mutex.
-  std::unique_ptr<Gate> gate;                     // Until it opens, nothing is copied to or from a device. Null: open.
-  std::size_t parts_awaited = 0;                  // Parts that are not done and that the end waits for.
+  // Only for the driver, once started.
+  std::deque<Part> parts;                         // A store has one part, already open. Parts never move in memory.
+  std::shared_ptr<TransferState> self;            // Set until the end, so that the state outlives its handle.
+  std::shared_ptr<TransferState> next_cancelled;  // List of cancelled transfers; protected by the driver's mutex.
+  std::unique_ptr<Gate> gate;                     // While set, nothing is copied to or from a device.
+  std::size_t parts_awaited = 0;                  // Parts that the end still waits for.
   std::uint32_t jobs = 0;                         // Chunks under way.
-  std::optional<Failure> failure;  // May be there from the start; then there is nothing to do but to say so.
+  std::optional<Failure> failure;                 // If set at the start, the transfer ends at once.
 
-  // Any thread; the counters are written by the driver alone.
+  // For any thread; only the driver writes the counters.
   std::atomic<bool> cancel_requested = false;
   std::atomic<std::uint64_t> done_bytes = 0;
   std::atomic<std::uint32_t> outstanding = 0;  // Chunks under way, and files that are opened or closed.
   std::uint64_t total_bytes = 0;               // Constant once started.
 
-  // Written by the driver until the end, then constant.
+  // The driver writes this until the end, then it is constant.
   TransferStats stats;
 
   // Protected by mutex.
   mutable std::mutex mutex;
   std::condition_variable published_changed;
   bool ended = false;      // `outcome` and `stats` are final.
-  bool published = false;  // And the completion has returned.
+  bool published = false;  // `ended`, and the completion has returned.
   std::thread::id ended_by;
   std::optional<Failure> outcome;
   Driver* driver = nullptr;  // Null before the start and after the end.

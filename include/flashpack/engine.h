@@ -23,52 +23,55 @@ struct CUstream_st;  // CUDA's tag of cudaStream_t, so that this header needs no
 
 namespace flashpack {
 
-/// Where loaded bytes land and stored ones come from.
+/// The device that loads write to and stores read from.
 struct Device {
   enum class Kind : std::uint8_t { kHost, kCuda };
   Kind kind = Kind::kHost;
-  int index = 0;  ///< Of a CUDA device, as cudaSetDevice counts.
+  int index = 0;  ///< Number of a CUDA device, as for cudaSetDevice.
 };
 
-/// One contiguous run of file bytes and where it goes. Any offset and size are valid; the engine hides alignment.
+/// A contiguous range of file bytes, and the memory that they go to. Any offset and size are valid; the engine hides
+/// alignment.
 ///
-/// Fastest when `target` and `offset_bytes` agree modulo 4096 (or the file's direct I/O alignment, where that is
-/// larger): whole pages of extents from 128 KiB on are then read straight into the target.
+/// A load is fastest if `target` and `offset_bytes` are equal modulo 4096 (or modulo the file's direct I/O alignment,
+/// if that is larger), because whole pages of extents from 128 KiB on are then read straight into the target.
 struct Extent {
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
-  /// `size_bytes` writable bytes, borrowed until the transfer has finished: host memory, or memory of the engine's
-  /// device. Host memory that cannot be written to is EFAULT.
+  /// `size_bytes` writable bytes of host memory or of the engine's device, borrowed until the transfer has finished.
+  /// EFAULT if host memory cannot be written.
   void* target = nullptr;
 };
 
-/// The wanted parts of one file. Extents may overlap in the file, never in memory.
+/// The wanted extents of one file. They may overlap in the file, but not in memory.
 struct FileExtents {
   std::filesystem::path path;  ///< Only for messages when `fd` is given.
   std::vector<Extent> extents;
-  std::optional<FileIdentity> expected;  ///< When set, another file at `path` is Errc::kFileChanged before it is read.
-  /// When set, what is read is held against them, and a difference is Errc::kCorrupt. Only stripes that are read whole
-  /// can be: TransferStats::verified_bytes counts them. None when extents overlap in the file, or targets on the host
-  /// and on the device take turns in it less than 64 KiB apart; then TransferStats::fallback_reason says so.
+  std::optional<FileIdentity> expected;  ///< If set and the file differs, the load fails with Errc::kFileChanged.
+  /// If set, every stripe that is read whole is compared with its checksum, and a difference is Errc::kCorrupt.
+  /// TransferStats::verified_bytes counts the bytes of these stripes. Nothing is compared if extents overlap in the
+  /// file, or if extents for the host and the device alternate in it less than 64 KiB apart;
+  /// TransferStats::fallback_reason says so.
   std::optional<Checksums> checksums;
-  /// An open, readable descriptor of the file, borrowed until start_load() has returned: for what was learned from it,
-  /// such as a footer, to be true of what is loaded, whatever stands at `path` by now. The engine works with a
-  /// duplicate and leaves the descriptor's position alone. Negative: `path` is opened.
+  /// A readable descriptor of the file, borrowed until start_load() has returned; if negative, `path` is opened. With
+  /// it the load reads the same file as the footer that the caller has read, even if another file is at `path` by now.
+  /// The engine uses a duplicate and does not change the descriptor's position.
   int fd = -1;
 };
 
 /// Whether reads go through the page cache.
 enum class CachePolicy : std::uint8_t {
-  kAuto,      ///< Chunk by chunk: from the page cache what is there, the rest past it.
-  kDirect,    ///< O_DIRECT wherever the file allows it, cached or not.
-  kBuffered,  ///< The page cache for everything.
+  kAuto,      ///< Chunks that are in the page cache are read from it, others past it.
+  kDirect,    ///< O_DIRECT wherever the file allows it, even for cached bytes.
+  kBuffered,  ///< All reads go through the page cache.
 };
 
-/// What becomes of the page cache of a file that a load has read through it. Direct reads leave it as it is.
+/// What a load does with the page cache of a file that it has read through the page cache. Direct reads do not change
+/// it.
 enum class AfterLoad : std::uint8_t {
-  kKeep,  ///< Left to the kernel: the next load or process finds them.
-  kDrop,  ///< The file's pages are given back, cached before or not: for weights that nobody reads again. Dirty and
-          ///< mapped pages stay.
+  kKeep,  ///< Pages stay for the next load or process, as long as the kernel keeps them.
+  kDrop,  ///< Pages of the file are dropped, even those that were cached before, for files that will not be read again.
+          ///< Dirty and mapped pages stay.
 };
 
 using Deadline = std::chrono::steady_clock::time_point;
@@ -77,64 +80,65 @@ struct LoadRequest {
   std::vector<FileExtents> files;
   CachePolicy cache = CachePolicy::kAuto;
   AfterLoad after = AfterLoad::kKeep;
-  /// For targets on a CUDA device, a cudaStream_t: nothing is written before all that is on it when start_load() is
-  /// called has come to an end; after that the stream is not touched. So memory that a stream-ordered allocator has
-  /// just given, or that kernels still read, may be a target. Null is the legacy default stream of the engine's device,
-  /// and so stands for every stream but those made with cudaStreamNonBlocking; cudaStreamPerThread is the calling
-  /// thread's. A stream that is being captured into a graph is Errc::kInvalidArgument. When the transfer has finished,
-  /// the bytes are there for whatever is launched from then on, on any stream. Targets on the host ask nothing of a
-  /// stream.
+  /// A cudaStream_t for targets on a CUDA device; targets on the host ignore it. Nothing is written before all work
+  /// that is on the stream when start_load() is called has ended. Therefore a target may be memory that a
+  /// stream-ordered allocator has just given, or that kernels still read. The stream is not touched afterwards. Null is
+  /// the legacy default stream of the engine's device, which waits for every stream that was not made with
+  /// cudaStreamNonBlocking; cudaStreamPerThread is the calling thread's. A stream that is being captured into a graph
+  /// is Errc::kInvalidArgument. When the transfer has finished, kernels that are launched on any stream see the bytes.
   CUstream_st* stream = nullptr;
-  /// After it no new I/O is issued and the transfer ends with kDeadlineExceeded, as after Transfer::cancel().
+  /// When it passes, the transfer ends as by Transfer::cancel(), but with kDeadlineExceeded.
   std::optional<Deadline> deadline;
 };
 
-/// Fixed for the engine's life. The defaults are right for one local disk; bench/ finds better ones for arrays.
+/// Options for the whole life of an engine. The defaults suit one local disk; flashpack_tune finds better ones for
+/// arrays.
 struct EngineOptions {
   Device device;
-  /// One read and one staging slot: a power of two from 1 MiB to 1 GiB. Larger costs latency, smaller CPU.
+  /// Size of a read and of a staging slot: a power of two from 1 MiB to 1 GiB. Larger chunks cost latency, smaller ones
+  /// CPU.
   std::uint32_t chunk_bytes = std::uint32_t{4} << 20;
-  /// Direct reads in flight, 1 to 1024, and a few more while fresh memory is filled. Raise to 16-32 for striped arrays.
+  /// Direct reads in flight, 1 to 1024; a few more while fresh memory is filled. Striped arrays need 16 to 32.
   std::uint32_t queue_depth = 8;
-  /// Upper bound of the engine's own memory; at least two chunks. 0 is 64 MiB, and 96 MiB for a CUDA device. Taken as
-  /// it is first needed, or for a CUDA device, page-locked, at the start. Without a device as much again may stand in
-  /// for what is stuck in the kernel.
+  /// Upper bound of the engine's staging memory in bytes, at least two chunks. 0 is 64 MiB, or 96 MiB for a CUDA
+  /// device. For a CUDA device the memory is allocated and page-locked at the start. Otherwise it is allocated when
+  /// first needed, and as much again may replace slots that are stuck in the kernel.
   std::uint64_t staging_bytes = 0;
-  /// Threads for page-cache reads, copies and checksums, at most 64. 0 is one per core, but at least 2 and at most 8,
-  /// or 12 for a CUDA device, whose link takes more than 8 cores copy and verify.
+  /// Threads for reads through the page cache, copies and checksums, at most 64. 0 is one per core, but at least 2 and
+  /// at most 8, or 12 for a CUDA device, whose link is faster than 8 cores.
   std::uint32_t workers = 0;
   Backend backend = Backend::kAuto;
   /// CPUs for the engine's threads; empty leaves them to the scheduler.
   std::vector<int> cpu_affinity;
-  /// Where staging memory lies: none is the node of the CUDA device, or for the host wherever the driver thread runs.
-  /// A wish: where it cannot be had, fallback_reason() says so.
+  /// NUMA node of the staging memory. If empty, it is the node of the CUDA device, or for the host the node that the
+  /// driver thread runs on. If the system refuses the node, fallback_reason() says so.
   std::optional<int> numa_node;
 };
 
-/// One device, one driver thread, one ring, one memory budget.
+/// Serves one device with one driver thread, one ring and one memory budget.
 ///
-/// Functions that throw an Error have a form for programs without exceptions, which puts its code into the last
-/// argument; that is empty when all went well. Transfer::wait_for() and Transfer::error() tell how a transfer ended.
+/// Functions that throw an Error have a form for programs without exceptions. It puts the error's code into its last
+/// argument, which is empty after success. Transfer::wait_for() and Transfer::error() tell how a transfer ended.
 ///
-/// Thread safety: any thread may call any member at any time, but for moving and destruction, which need the engine to
-/// themselves; distinct engines are independent. Running out of memory on the engine's threads is fatal. Transfers are
-/// served in the order they were started, the next one's reads following on the last of the one before; but loads of at
-/// most one chunk do not wait behind larger ones.
+/// Thread safety: any thread may call any member at any time, but moves and destruction need the engine to themselves;
+/// distinct engines are independent. The process ends if the engine's threads run out of memory. Transfers are served
+/// in the order in which they were started, without a pause between them, but loads of at most one chunk do not wait
+/// for larger ones.
 ///
-/// On CUDA an engine works in the primary context of its device, which it makes current for none of the caller's
-/// threads beyond a call. End the engine before a cudaDeviceReset(): driver 580 was seen to crash a process (SIGSEGV)
-/// that used what was made before it.
+/// With CUDA, an engine uses the primary context of its device; after each call the caller's thread has its own current
+/// context again. Destroy the engine before a cudaDeviceReset(), because driver 580 was seen to crash a process
+/// (SIGSEGV) that later used objects from before the reset.
 ///
-/// A file system that does not answer holds up the transfers of its files alone. Up to 256 operations can be stuck in
-/// it at a time. The destructor waits for those that the kernel may still write to memory for, however long; a thread
-/// that opens or closes a file is left to the system after half a second.
+/// A file system that does not answer holds up only the transfers of its own files. Up to 256 operations can be stuck
+/// at a time. The destructor waits, however long, for operations for which the kernel may still write to memory. A
+/// thread that opens or closes a file is left behind after half a second.
 ///
-/// The threads are called flashpack-*. They take none of the process's signals, so that blocking one and waiting for it
-/// works as if they were not there; their own faults (SIGSEGV and the like) go where the application's handlers say.
+/// The threads are called flashpack-*. They block the process's signals, so that the application can block a signal and
+/// wait for it. The application's handlers still see the threads' own faults (SIGSEGV and the like).
 ///
-/// A fork is safe at any time, for the parent: it gets its bytes, because nothing in it writes to a page that the
-/// kernel is reading into. In the child, targets of loads that were under way hold unspecified bytes, and the inherited
-/// engine throws Errc::kUnusable and its destructor releases nothing; make a new one there.
+/// The parent of a fork keeps all of its transfers. In the child, targets of loads that were under way hold unspecified
+/// bytes. The child's copy of the engine throws Errc::kUnusable, and its destructor releases nothing; make a new engine
+/// there.
 class Engine {
  public:
   /// Starts the threads. Throws: Error (kInvalidArgument for options out of range; errno when threads, memory or a
@@ -144,21 +148,20 @@ class Engine {
   static std::optional<Engine> make(EngineOptions options, std::error_code& error) noexcept;
   Engine(Engine&&) noexcept;
   Engine& operator=(Engine&&) noexcept;
-  /// Finishes what was started, then stops the threads. Cancel transfers first to stop early.
+  /// Finishes all transfers, then stops the threads. Cancel transfers first to stop early.
   ~Engine();
 
-  /// Reads every extent and returns when all bytes are in their targets.
-  /// On failure the targets hold unspecified bytes, nothing outside them has been touched and nothing is in flight.
-  /// Throws: Error.
+  /// Reads every extent and returns when all bytes are in their targets. After an error the targets hold unspecified
+  /// bytes, no other memory has been written and nothing is in flight. Throws: Error.
   TransferStats load(LoadRequest request);
 
-  /// Returns at once. The file is opened when the load's turn comes, and is what stands at its path then, unless
-  /// `expected` says otherwise; few files are open at a time. `completion`, if given, is borrowed until called.
-  /// Throws: Error (kInvalidArgument for targets that are null or overlap; kUnusable; an error of CUDA about `stream`),
-  /// and then never calls `completion`. What is wrong with the files, or with targets on another device, is reported by
-  /// the transfer.
+  /// Returns at once. Each file is opened when its turn comes, because few files are open at a time, so the load reads
+  /// the file that is at the path then; `expected` and `fd` guard against another one. `completion`, if given, is
+  /// borrowed until called. Throws: Error (kInvalidArgument for targets that are null or overlap; kUnusable; an error
+  /// of CUDA about `stream`); `completion` is not called then. The transfer reports errors of the files, and targets on
+  /// another device.
   Transfer start_load(LoadRequest request, Completion* completion = nullptr);
-  /// Not valid() after an error.
+  /// The transfer is not valid() after an error.
   Transfer start_load(LoadRequest request, Completion* completion, std::error_code& error) noexcept;
 
   /// Begins a new file that will replace `path`. Its directory must exist. Throws: Error.
@@ -166,10 +169,10 @@ class Engine {
   std::optional<FileWriter> create(const std::filesystem::path& path, WriterOptions options,
                                    std::error_code& error) noexcept;
 
-  /// What the constructor settled on: options as given, with 0 and kAuto resolved.
+  /// The options as given, with the chosen values in place of 0 and kAuto.
   const EngineOptions& options() const;
-  /// Why a slower backend, or other memory, was taken than asked for; empty when it was not. What one transfer met is
-  /// in its stats.
+  /// Why the backend is slower, or the memory another, than asked for; empty if neither is. Each transfer has its own
+  /// reasons in its statistics.
   const std::string& fallback_reason() const;
 
  private:

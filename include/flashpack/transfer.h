@@ -12,38 +12,36 @@ namespace flashpack {
 /// How bytes get from files to the engine.
 enum class Backend : std::uint8_t {
   kAuto,          ///< io_uring where the kernel and the sandbox allow it, else the workers.
-  kIoUring,       ///< io_uring or nothing: Engine's constructor throws where it is refused.
-  kPlainIoUring,  ///< The same without setup flags and registered buffers, as on the oldest kernels.
+  kIoUring,       ///< io_uring; if it is refused, Engine's constructor throws.
+  kPlainIoUring,  ///< io_uring without setup flags and registered buffers, as on the oldest kernels.
   kWorkers,       ///< pread and pwrite on the worker threads.
 };
 
 /// "auto", "io_uring", "plain io_uring" or "workers".
 const char* to_string(Backend backend) noexcept;
 
-/// What a transfer did. direct_bytes is what the kernel returned and so counts alignment waste; buffered_bytes is what
-/// was delivered.
+/// Statistics of a transfer. direct_bytes counts all bytes that the kernel moved, also those that alignment adds;
+/// buffered_bytes counts only bytes that were asked for.
 struct TransferStats {
   std::uint64_t requested_bytes = 0;  ///< Sum of the extents' sizes.
-  std::uint64_t direct_bytes = 0;     ///< Moved with O_DIRECT, past the page cache.
-  std::uint64_t buffered_bytes = 0;   ///< Moved through the page cache.
-  std::uint64_t staged_bytes =
-      0;  ///< Of direct_bytes and buffered_bytes: through a staging slot and a copy. The rest went in place.
-  std::uint64_t operations = 0;  ///< Chunks handed to the kernel or a worker, retries included.
-  std::uint64_t retries = 0;  ///< Of operations: after a short result, EINTR, EAGAIN, a refused direct read, or a page
-                              ///< that was not cached after all.
-  std::uint64_t verified_bytes = 0;  ///< Of a load: bytes that matched their checksums.
-  double seconds = 0;                ///< From start to end, as seen by the caller.
-  bool pinned = false;               ///< Slots are page-locked for a CUDA device; without it copies are slow.
-  Backend backend = Backend::kAuto;  ///< Not kAuto: what direct reads go to.
-  std::string fallback_reason;       ///< Each slower rung that was taken, "<what>: <why>", joined by "; ". Empty when
-                                     ///< everything was as asked.
+  std::uint64_t direct_bytes = 0;     ///< Bytes moved with O_DIRECT, past the page cache.
+  std::uint64_t buffered_bytes = 0;   ///< Bytes moved through the page cache.
+  std::uint64_t staged_bytes = 0;     ///< Bytes of these two that went through a staging slot and a copy.
+  std::uint64_t operations = 0;       ///< Chunks handed to the kernel or a worker, retries included.
+  std::uint64_t retries = 0;  ///< Operations that repeat one which gave a short result, EINTR or EAGAIN, was refused as
+                              ///< direct I/O, or found a page not cached.
+  std::uint64_t verified_bytes = 0;  ///< Bytes of a load that matched their checksums.
+  double seconds = 0;                ///< Seconds from the start to the end of the transfer.
+  bool pinned = false;               ///< Whether slots are page-locked for a CUDA device; without that copies are slow.
+  Backend backend = Backend::kAuto;  ///< The backend of direct I/O; never kAuto once the transfer has started.
+  std::string fallback_reason;  ///< Each slower way that was taken, as "<what>: <why>", joined by "; "; else empty.
 };
 
 /// A snapshot of a running transfer.
 struct Progress {
-  std::uint64_t done_bytes = 0;   ///< Of total_bytes: in their targets (or in the file).
+  std::uint64_t done_bytes = 0;   ///< Bytes that are in their targets, or for a write in the file.
   std::uint64_t total_bytes = 0;  ///< TransferStats::requested_bytes.
-  std::uint32_t outstanding = 0;  ///< Operations the kernel or a worker still holds, and files that it opens or closes.
+  std::uint32_t outstanding = 0;  ///< Operations in flight, and files that are being opened or closed.
   bool finished = false;
 };
 
@@ -56,42 +54,41 @@ struct TransferState;
 /// The memory of the request (targets or sources) belongs to the caller and must stay valid until the transfer has
 /// finished: wait() returned or threw, wait_for() returned true, or the destructor returned.
 ///
-/// Thread safety: cancel(), progress() and wait_for() from any thread; everything else, and moving, from one at a time.
-/// In a forked child every member but the destructor and error() throws Errc::kUnusable (cancel() does nothing), and
-/// the destructor releases nothing.
+/// Thread safety: any thread may call cancel(), progress() and wait_for(); other members, and moves, are
+/// for one thread at a time. In a forked child, members throw Errc::kUnusable, except that error() returns it, cancel()
+/// does nothing and the destructor releases nothing.
 class Transfer {
  public:
   Transfer() noexcept = default;
   Transfer(Transfer&&) noexcept = default;
   Transfer& operator=(Transfer&&) noexcept;
-  /// Cancels and waits until nothing is in flight, unless finished or detached.
+  /// Cancels and waits until nothing is in flight, unless the transfer has finished or was detached.
   ~Transfer();
 
   /// False for a default-constructed, moved-from or detached handle, on which only assignment and destruction are
   /// allowed.
   bool valid() const noexcept { return state_ != nullptr; }
 
-  /// Blocks until the transfer has finished. May be called again, with the same result.
-  /// A read that is stuck in the kernel cannot be recalled: then this waits for it, however late.
-  /// Throws: Error.
+  /// Blocks until the transfer has finished. May be called again, with the same result. A read that is stuck in the
+  /// kernel cannot be ended, so this waits for it, however long that takes. Throws: Error.
   TransferStats wait();
 
-  /// Waits at most that long; true when the transfer has finished. Never throws the transfer's own error.
+  /// Waits for at most `duration`. True if the transfer has finished. Never throws the transfer's own error.
   bool wait_for(std::chrono::nanoseconds duration);
 
-  /// Stops issuing I/O and asks the kernel to let go of what it holds, which is then drained: at once or, where a
-  /// device or a file system does not answer, when it does. wait() then throws Errc::kCancelled.
-  /// No effect on a transfer that has finished.
+  /// Returns at once. No more I/O is issued, operations in flight are cancelled, and when the last of them has come
+  /// back, wait() throws Errc::kCancelled. Operations of a device or file system that does not answer take until it
+  /// does. A transfer that has finished is not affected.
   void cancel() noexcept;
 
   Progress progress() const;
 
-  /// The error that wait() throws, and its text, for programs without exceptions; both empty after success. Requires:
-  /// finished. In a forked child kUnusable.
+  /// The error that wait() throws, and its text, for programs without exceptions; both are empty after success.
+  /// Requires: the transfer has finished. In a forked child the error is kUnusable.
   std::error_code error() const noexcept;
   std::string error_text() const;
 
-  /// What has been done. Requires: finished, successfully or not.
+  /// The statistics. Requires: the transfer has finished, successfully or not.
   TransferStats stats() const;
 
   /// Leaves the transfer to the engine, which finishes it; the caller's memory must live until Completion::done.
@@ -105,9 +102,9 @@ class Transfer {
 
 /// Notification that a transfer has finished, successfully or not.
 struct Completion {
-  /// Called once, on the engine's driver thread, when nothing is in flight any more. `transfer` is a handle of the
-  /// engine's own, finished, and valid during the call; wait() on it returns or throws at once. Must not block and must
-  /// not destroy the engine.
+  /// Called once, on the engine's driver thread, when nothing is in flight any more. `transfer` is the engine's own
+  /// handle of the finished transfer, valid during the call; wait() on it returns or throws at once. The call must not
+  /// block and must not destroy the engine.
   virtual void done(Transfer& transfer) noexcept = 0;
 
  protected:
