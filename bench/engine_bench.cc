@@ -252,7 +252,7 @@ class Store {
       extents.push_back({record.offset_bytes, record.size_bytes, source + record.offset_bytes});
     }
     FileWriter writer = setup_.engine.create(path_, {.payload_bytes = metadata.payload_bytes, .checksums = checksums});
-    const TransferStats stats = writer.write(std::move(extents));
+    const TransferStats stats = writer.write({.extents = std::move(extents)});
     metadata.checksums = checksums ? std::optional(writer.checksums()) : std::nullopt;
     const std::string footer = encode_footer(metadata);
     writer.commit(std::as_bytes(std::span(footer)));

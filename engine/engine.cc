@@ -1,6 +1,5 @@
 #include "flashpack/engine.h"
 
-#include <fcntl.h>
 #include <sched.h>
 #include <unistd.h>
 
@@ -18,7 +17,6 @@
 #include "engine/ring.h"
 #include "engine/staging.h"
 #include "engine/thread.h"
-#include "engine/unique_fd.h"
 #include "engine/workers.h"
 
 namespace flashpack {
@@ -70,37 +68,6 @@ void bind_this_thread(const std::vector<int>& cpus) {
   }
 }
 
-// Bad in itself, whatever the files hold.
-void check_checksums(const LoadRequest& request) {
-  for (const FileExtents& file : request.files) {
-    if (!file.checksums) continue;
-    const std::uint64_t bytes = file.checksums->size_bytes;
-    const std::uint64_t stripes = bytes / Checksums::kStripeBytes + (bytes % Checksums::kStripeBytes != 0);
-    if (file.checksums->crc32c.size() != stripes)
-      throw argument_error("load " + file.path.string() + ": checksums that are not of its size");
-  }
-}
-
-// The same.
-void check_targets(const LoadRequest& request) {
-  std::vector<std::pair<std::uintptr_t, std::uintptr_t>> targets;
-  for (const FileExtents& file : request.files) {
-    for (const Extent& extent : file.extents) {
-      if (extent.size_bytes == 0) continue;
-      const auto begin = reinterpret_cast<std::uintptr_t>(extent.target);
-      if (!extent.target) throw argument_error("load " + file.path.string() + ": extent without a target");
-      if (extent.size_bytes > ~begin || extent.offset_bytes > ~extent.size_bytes) {
-        throw argument_error("load " + file.path.string() + ": extent past the end of the address space");
-      }
-      targets.emplace_back(begin, begin + extent.size_bytes);
-    }
-  }
-  std::sort(targets.begin(), targets.end());
-  const auto overlap = std::adjacent_find(targets.begin(), targets.end(),
-                                          [](const auto& a, const auto& b) { return b.first < a.second; });
-  if (overlap != targets.end()) throw argument_error("load: targets overlap in memory");
-}
-
 // Null where the workers are asked for.
 std::unique_ptr<internal::Ring> make_ring(Backend backend, unsigned tags,
                                           const std::vector<std::span<std::byte>>& slots) {
@@ -140,14 +107,28 @@ void Engine::Impl::require_owner() const {
   if (!is_owner()) throw Error(Errc::kUnusable, "engine of the parent process, used after fork");
 }
 
-// In the order in which they need each other; the pool goes before what its threads use.
+// What the driver thread works with. It ends in an order of its own: the pool is made early, for the others to post to,
+// and ends before them, because its threads are in their code until it has joined them.
 struct Engine::Impl::Machine {
+  Machine() = default;
+  Machine(const Machine&) = delete;
+  Machine& operator=(const Machine&) = delete;
+  ~Machine() {
+    pipeline.reset();      // Borrows all the others.
+    pool.reset();          // Its threads carry out what the queues and the copier posted, and report to them after it.
+    workers.reset();       // Wake the queue of the disk.
+    disk_threads.reset();  // Wake the ring.
+    ring.reset();          // Has the slots' memory registered with the kernel.
+    copier.reset();        // Has the slots' memory page-locked.
+    staging.reset();
+  }
+
   std::optional<internal::Staging> staging;
+  std::optional<internal::Pool> pool;
   std::unique_ptr<internal::Copier> copier;
   std::unique_ptr<internal::Ring> ring;
   std::optional<internal::DiskThreads> disk_threads;
   std::optional<internal::Workers> workers;
-  std::optional<internal::Pool> pool;
   std::optional<internal::Pipeline> pipeline;
 };
 
@@ -163,7 +144,6 @@ void Engine::Impl::build(Machine& machine) {
   const std::uint32_t spare_slots = cuda ? 0 : slots;
   const internal::Staging& staging =
       machine.staging.emplace(std::uint64_t{slots + spare_slots} * options_.chunk_bytes, options_.chunk_bytes, node);
-  staging_reason_ = staging.fallback_reason();
   machine.pool.emplace(options_.workers);
   if (cuda) machine.copier = internal::make_cuda_copier(options_.device.index, staging.slots(), *machine.pool);
   const internal::Pipeline::Limits limits{.queue_depth = options_.queue_depth,
@@ -184,7 +164,8 @@ void Engine::Impl::build(Machine& machine) {
   internal::DiskThreads& threads = machine.disk_threads.emplace(*machine.pool, tags, ring, fallback_reason_);
   internal::DiskQueue& disk = ring ? static_cast<internal::DiskQueue&>(*ring) : threads;
   machine.workers.emplace(*machine.pool, tags, &disk);
-  if (!staging_reason_.empty()) fallback_reason_.append(fallback_reason_.empty() ? "" : "; ").append(staging_reason_);
+  const std::string& memory_reason = staging.fallback_reason();
+  if (!memory_reason.empty()) fallback_reason_.append(fallback_reason_.empty() ? "" : "; ").append(memory_reason);
   const internal::Queues queues{.disk = disk, .stand_in = threads, .workers = *machine.workers};
   machine.pipeline.emplace(queues, *machine.pool, machine.copier.get(), staging.slots(), limits);
 }
@@ -202,7 +183,10 @@ void Engine::Impl::drive(std::promise<void>& ready) {
     return ready.set_exception(std::current_exception());
   }
   pipeline_ = &*machine->pipeline;
-  copier_ = machine->copier.get();
+  facts_ = {.chunk_bytes = options_.chunk_bytes,
+            .backend = options_.backend,
+            .copier = machine->copier.get(),
+            .fallback_reason = machine->staging->fallback_reason()};
   ready.set_value();
   run(std::move(machine));
 }
@@ -218,57 +202,7 @@ void Engine::Impl::run(std::shared_ptr<Machine> machine) {
   }
 }
 
-std::shared_ptr<internal::TransferState> Engine::Impl::new_transfer(Completion* completion) const {
-  auto state = std::make_shared<internal::TransferState>();
-  state->owner = owner_;
-  state->completion = completion;
-  state->stats.backend = options_.backend;
-  state->note_fallback(staging_reason_);
-  state->stats.pinned = copier_ && copier_->locked();
-  return state;
-}
-
-void Engine::Impl::add_part(internal::TransferState& state, FileExtents&& wanted, CachePolicy cache) const {
-  internal::Part& part = state.parts.emplace_back();
-  part.path = std::move(wanted.path);
-  part.expected = wanted.expected;
-  part.checksums = std::move(wanted.checksums);
-  part.cache = cache;
-  if (wanted.fd >= 0) {
-    part.given.reset(::fcntl(wanted.fd, F_DUPFD_CLOEXEC, 0));
-    if (!part.given) throw internal::file_error(internal::errno_code(errno), "duplicate descriptor", part.path);
-  }
-  for (const Extent& extent : wanted.extents) {
-    if (extent.size_bytes == 0) continue;
-    part.fragments[on_device(extent.target)].push_back(
-        {extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target)});
-    state.total_bytes += extent.size_bytes;
-  }
-}
-
-bool Engine::Impl::on_device(const void* memory) const {
-  if (!copier_) return false;
-  try {
-    return copier_->owns(memory);
-  } catch (const Error&) {
-    throw;
-  } catch (const std::system_error& error) {
-    throw internal::failed("start transfer", error);
-  }
-}
-
-std::unique_ptr<internal::Gate> Engine::Impl::gate(CUstream_st* stream) const {
-  try {
-    return copier_->gate(stream);
-  } catch (const Error&) {
-    throw;
-  } catch (const std::system_error& error) {
-    throw internal::failed("start transfer", error);
-  }
-}
-
 void Engine::Impl::start(const std::shared_ptr<internal::TransferState>& state) {
-  state->stats.requested_bytes = state->total_bytes;
   state->driver = pipeline_;
   pipeline_->start(state);
 }
@@ -293,21 +227,7 @@ TransferStats Engine::load(LoadRequest request) { return start_load(std::move(re
 
 Transfer Engine::start_load(LoadRequest request, Completion* completion) {
   impl_->require_owner();
-  check_checksums(request);
-  check_targets(request);
-  auto state = impl_->new_transfer(completion);
-  state->deadline = request.deadline;
-  state->after = request.after;
-  bool on_device = false;
-  try {
-    for (FileExtents& file : request.files) {
-      impl_->add_part(*state, std::move(file), request.cache);
-      on_device |= !state->parts.back().fragments[1].empty();
-    }
-  } catch (const Error& error) {
-    state->failure = internal::Failure(error);
-  }
-  if (on_device) state->gate = impl_->gate(request.stream);
+  auto state = internal::prepare_load(impl_->facts(), std::move(request), completion);
   impl_->start(state);
   return internal::TransferState::handle(std::move(state));
 }

@@ -15,6 +15,7 @@
 
 #include "engine/file.h"
 #include "engine/pipeline.h"
+#include "engine/prepare.h"
 #include "engine/temp_file.h"
 #include "engine/transfer_state.h"
 #include "flashpack/engine.h"
@@ -31,15 +32,7 @@ class Engine::Impl {
   void require_owner() const;
   const EngineOptions& options() const noexcept { return options_; }
   const std::string& fallback_reason() const noexcept { return fallback_reason_; }
-  /// Whether only the device can reach `memory`. Throws: Error.
-  bool on_device(const void* memory) const;
-
-  std::shared_ptr<internal::TransferState> new_transfer(Completion* completion) const;
-  /// Adds one file of a request, to be opened when its turn comes. Throws: Error.
-  void add_part(internal::TransferState& state, FileExtents&& wanted, CachePolicy cache) const;
-  /// Keeps the device's part of a transfer waiting for what is on `stream` now. Requires: an engine of a device.
-  /// Throws: Error.
-  std::unique_ptr<internal::Gate> gate(CUstream_st* stream) const;
+  const internal::EngineFacts& facts() const noexcept { return facts_; }
   /// Hands a prepared transfer to the driver. From here on the driver's part of it is the driver's.
   void start(const std::shared_ptr<internal::TransferState>& state);
 
@@ -53,10 +46,9 @@ class Engine::Impl {
   EngineOptions
       options_;  // Backend is settled by the driver thread before the constructor returns; then all is constant.
   std::string fallback_reason_;
-  std::string staging_reason_;  // The part of it that is not the queues'.
   const pid_t owner_;
-  internal::Pipeline* pipeline_ = nullptr;  // The driver thread's, until close(), both.
-  internal::Copier* copier_ = nullptr;      // Null for the host.
+  internal::Pipeline* pipeline_ = nullptr;  // The driver thread's, until close(), as what is in facts_.
+  internal::EngineFacts facts_;
   std::thread driver_;
   std::thread successor_;  // Written by driver_, before it ends.
 };
@@ -66,7 +58,7 @@ class FileWriter::Impl {
   Impl(Engine::Impl& engine, const std::filesystem::path& path, const WriterOptions& options);
   ~Impl();
 
-  Transfer start_write(std::span<const SourceExtent> extents, Completion* completion, CUstream_st* stream);
+  Transfer start_write(const WriteRequest& request, Completion* completion);
   Checksums checksums();
   void commit(std::span<const std::byte> tail);
 
@@ -75,10 +67,8 @@ class FileWriter::Impl {
   using Claims = std::map<std::uint64_t, std::uint64_t>;
 
   void reserve(std::uint64_t begin_bytes, std::uint64_t end_bytes);
-  Claims claims_of(std::span<const internal::Fragment> fragments) const;
-  std::vector<internal::Fragment> fragments_of(std::span<const SourceExtent> extents) const;
-  std::shared_ptr<internal::TransferState> plan(std::span<const internal::Fragment> fragments,
-                                                Completion* completion) const;
+  Claims claims_of(std::span<const internal::Fragment> extents) const;
+  void forget_those_that_ended_well();
   void settle(const char* verb);
   void write_tail(std::span<const std::byte> tail);
   void abort() noexcept;

@@ -4,9 +4,8 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
+#include <cassert>
 #include <cerrno>
-#include <limits>
 #include <mutex>
 #include <utility>
 
@@ -67,15 +66,15 @@ void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_byte
   reserved_bytes_ = end_bytes;
 }
 
-// The claims of a write of `fragments`, in ascending order: their bytes, and the zeros between those that are less than
+// The claims of a write of `extents`, in ascending order: their bytes, and the zeros between those that are less than
 // a block apart. Throws where something is claimed twice.
-FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::Fragment> fragments) const {
+FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::Fragment> extents) const {
   Claims claims;
   const std::uint32_t block_bytes = open_->file.alignment().block_bytes;
-  for (std::size_t i = 0; i < fragments.size(); ++i) {
-    const std::uint64_t begin = fragments[i].offset_bytes;
-    std::uint64_t end = begin + fragments[i].size_bytes;
-    const std::uint64_t next = i + 1 < fragments.size() ? fragments[i + 1].offset_bytes : end;
+  for (std::size_t i = 0; i < extents.size(); ++i) {
+    const std::uint64_t begin = extents[i].offset_bytes;
+    std::uint64_t end = end_of(extents[i]);
+    const std::uint64_t next = i + 1 < extents.size() ? extents[i + 1].offset_bytes : end;
     if (next > end && next - end < block_bytes) end = next;
     const auto after = claimed_.upper_bound(begin);
     const bool before_overlaps = after != claimed_.begin() && std::prev(after)->second > begin;
@@ -93,84 +92,39 @@ FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::F
   return claims;
 }
 
-// In ascending order.
-std::vector<internal::Fragment> FileWriter::Impl::fragments_of(std::span<const SourceExtent> extents) const {
-  constexpr std::uint64_t kMaxFileBytes = std::numeric_limits<std::int64_t>::max();
-  std::vector<internal::Fragment> fragments;
-  fragments.reserve(extents.size());
-  for (const SourceExtent& extent : extents) {
-    if (extent.size_bytes == 0) continue;
-    if (!extent.source) throw argument_error("write " + path_.string() + ": extent without a source");
-    if (extent.size_bytes > kMaxFileBytes || extent.offset_bytes > kMaxFileBytes - extent.size_bytes) {
-      throw argument_error("write " + path_.string() + ": extent past 2^63");
-    }
-    // The bytes are only read; a fragment has one kind of pointer for both directions.
-    fragments.push_back(
-        {extent.offset_bytes, extent.size_bytes, const_cast<std::byte*>(static_cast<const std::byte*>(extent.source))});
-  }
-  std::sort(fragments.begin(), fragments.end(),
-            [](const auto& a, const auto& b) { return a.offset_bytes < b.offset_bytes; });
-  return fragments;
-}
-
-std::shared_ptr<internal::TransferState> FileWriter::Impl::plan(std::span<const internal::Fragment> fragments,
-                                                                Completion* completion) const {
-  auto state = engine_.new_transfer(completion);
-  state->direction = internal::TransferState::Direction::kStore;
-  internal::Part& part = state->parts.emplace_back();
-  part.path = path_;
-  part.open = open_;
-  const bool direct = part.file().direct_fd() >= 0;
-  if (!direct) state->note_fallback("direct I/O: " + errno_code(part.file().direct_error()).message());
-  if (want_checksums_ && !fragments.empty()) {
-    part.sums.emplace(fragments.front().offset_bytes, fragments.back().offset_bytes + fragments.back().size_bytes);
-  }
-  std::array<std::vector<internal::Fragment>, 2> sides;  // On the host, on the device.
-  for (const internal::Fragment& fragment : fragments) sides[engine_.on_device(fragment.memory)].push_back(fragment);
-  // What lies between two extents of one side may be of the other.
-  const bool fill_gaps = sides[0].empty() || sides[1].empty();
-  internal::Alignment alignment = part.file().alignment();
-  alignment.block_bytes = std::min(alignment.block_bytes, engine_.options().chunk_bytes);
-  for (const bool on_device : {false, true}) {
-    part.plan.add_store(sides[on_device], engine_.options().chunk_bytes, alignment, fill_gaps, on_device);
-  }
-  part.router = internal::Router(part.plan, direct ? alignment.block_bytes : 0);
-  state->total_bytes = part.plan.total_bytes;
-  return state;
-}
-
-Transfer FileWriter::Impl::start_write(std::span<const SourceExtent> extents, Completion* completion,
-                                       CUstream_st* stream) {
-  engine_.require_owner();
-  if (!open_) throw argument_error("write " + path_.string() + ": after commit");
-  const std::vector<internal::Fragment> fragments = fragments_of(extents);
-  Claims claims = claims_of(fragments);
-  auto state = plan(fragments, completion);
-  const auto& chunks = state->parts.front().plan.chunks;
-  if (std::any_of(chunks.begin(), chunks.end(), [](const auto& chunk) { return chunk.on_device; }))
-    state->gate = engine_.gate(stream);
-  std::uint64_t payload_bytes = payload_bytes_;
-  if (!fragments.empty()) {
-    payload_bytes = std::max(payload_bytes, fragments.back().offset_bytes + fragments.back().size_bytes);
-    reserve(fragments.front().offset_bytes, payload_bytes);
-  }
+// What they have counted is added up, so that a writer of many calls keeps few transfers.
+void FileWriter::Impl::forget_those_that_ended_well() {
   std::erase_if(transfers_, [this](const auto& earlier) {
     const std::lock_guard lock(earlier->mutex);
     if (!earlier->ended || earlier->outcome) return false;
     if (const auto& sums = earlier->parts.front().sums) sums_.add(*sums);
     return true;
   });
+}
+
+Transfer FileWriter::Impl::start_write(const WriteRequest& request, Completion* completion) {
+  engine_.require_owner();
+  if (!open_) throw argument_error("write " + path_.string() + ": after commit");
+  std::vector<internal::Fragment> extents = internal::extents_of(engine_.facts(), request, path_);
+  Claims claims = claims_of(extents);
+  const std::uint64_t begin = extents.empty() ? 0 : extents.front().offset_bytes;
+  std::uint64_t payload_bytes = extents.empty() ? 0 : std::max(payload_bytes_, end_of(extents.back()));
+  auto state = internal::prepare_store(engine_.facts(), {path_, open_, want_checksums_}, request, std::move(extents),
+                                       completion);
+  reserve(begin, payload_bytes);
+  forget_those_that_ended_well();
   const Claims if_it_fails = claims;
   // Before the start: a completion may lead to commit() on another thread before this one is back.
   transfers_.push_back(state);
   claimed_.merge(claims);
-  std::swap(payload_bytes, payload_bytes_);
+  assert(claims.empty() && "they were held against those of before");
+  payload_bytes = std::exchange(payload_bytes_, std::max(payload_bytes, payload_bytes_));
   try {
     engine_.start(state);
   } catch (...) {
     transfers_.pop_back();
     for (const auto& claim : if_it_fails) claimed_.erase(claim.first);
-    std::swap(payload_bytes, payload_bytes_);
+    payload_bytes_ = payload_bytes;
     throw;
   }
   return internal::TransferState::handle(std::move(state));
@@ -240,22 +194,19 @@ FileWriter::FileWriter(FileWriter&&) noexcept = default;
 FileWriter& FileWriter::operator=(FileWriter&&) noexcept = default;
 FileWriter::~FileWriter() = default;
 
-Transfer FileWriter::start_write(std::vector<SourceExtent> extents, Completion* completion, CUstream_st* stream) {
-  return impl_->start_write(extents, completion, stream);
+Transfer FileWriter::start_write(WriteRequest request, Completion* completion) {
+  return impl_->start_write(request, completion);
 }
 
-TransferStats FileWriter::write(std::vector<SourceExtent> extents, CUstream_st* stream) {
-  return start_write(std::move(extents), nullptr, stream).wait();
-}
+TransferStats FileWriter::write(WriteRequest request) { return start_write(std::move(request)).wait(); }
 
 Checksums FileWriter::checksums() { return impl_->checksums(); }
 
 void FileWriter::commit(std::span<const std::byte> tail) { impl_->commit(tail); }
 
-Transfer FileWriter::start_write(std::vector<SourceExtent> extents, Completion* completion, CUstream_st* stream,
-                                 std::error_code& error) noexcept {
+Transfer FileWriter::start_write(WriteRequest request, Completion* completion, std::error_code& error) noexcept {
   Transfer transfer;
-  internal::catching(error, [&] { transfer = impl_->start_write(extents, completion, stream); });
+  internal::catching(error, [&] { transfer = impl_->start_write(request, completion); });
   return transfer;
 }
 

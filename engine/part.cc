@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cassert>
 #include <exception>
 #include <span>
 #include <system_error>
@@ -17,9 +18,8 @@ namespace flashpack::internal {
 namespace {
 
 bool overlap(std::span<const Fragment> in_order) {
-  return std::adjacent_find(in_order.begin(), in_order.end(), [](const auto& a, const auto& b) {
-           return b.offset_bytes < a.offset_bytes + a.size_bytes;
-         }) != in_order.end();
+  const auto overlap = [](const Fragment& a, const Fragment& b) { return b.offset_bytes < end_of(a); };
+  return std::adjacent_find(in_order.begin(), in_order.end(), overlap) != in_order.end();
 }
 
 // Counting the same bytes twice would count them as none.
@@ -29,7 +29,7 @@ void count_for(const Checksums& checksums, Part& part) {
   std::vector<std::pair<std::uint64_t, std::uint64_t>> ranges;
   bool twice = false;
   for (const Chunk& chunk : part.plan.chunks) {
-    ranges.emplace_back(chunk.offset_bytes, chunk.offset_bytes + chunk.size_bytes);
+    ranges.emplace_back(chunk.offset_bytes, end_of(chunk));
     twice |= overlap(part.plan.fragments_of(chunk));
   }
   if (ranges.empty()) return;
@@ -46,16 +46,15 @@ void count_for(const Checksums& checksums, Part& part) {
 // Where the bytes of a small load are in the page cache, to hand them from thread to thread costs more than to read
 // them. Never waits for the disk.
 bool read_at_once(Part& part, const File& file, std::uint32_t at_once_bytes) {
-  const std::span<const Fragment> fragments = part.fragments[0];
-  if (fragments.empty() || !part.fragments[1].empty() || part.checksums || part.cache == CachePolicy::kDirect)
-    return false;
+  if (part.extents.empty() || part.checksums || part.cache == CachePolicy::kDirect) return false;
   std::uint64_t begin = file.identity().size_bytes;
   std::uint64_t end = 0;
   std::uint64_t bytes = 0;
-  for (const Fragment& fragment : fragments) {
-    begin = std::min(begin, fragment.offset_bytes);
-    end = std::max(end, fragment.offset_bytes + fragment.size_bytes);
-    bytes += fragment.size_bytes;
+  for (const Fragment& extent : part.extents) {
+    if (extent.on_device) return false;
+    begin = std::min(begin, extent.offset_bytes);
+    end = std::max(end, end_of(extent));
+    bytes += extent.size_bytes;
   }
   if (end > file.identity().size_bytes || end - begin > at_once_bytes || bytes > at_once_bytes) return false;
   if (part.cache == CachePolicy::kAuto) {
@@ -65,7 +64,7 @@ bool read_at_once(Part& part, const File& file, std::uint32_t at_once_bytes) {
     part.fallback_reason = residency.fallback_reason();
   }
   if (part.claimed.exchange(true)) return false;
-  const bool read = read_without_waiting(file.buffered_fd(), fragments) == 0;
+  const bool read = read_without_waiting(file.buffered_fd(), part.extents) == 0;
   if (read) part.read_bytes = bytes;
   part.claimed = false;
   return read;
@@ -83,16 +82,11 @@ void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes, std:
     part.open.reset();
     throw file_error(direct_error, "open", part.path);
   }
-  for (const auto& side : part.fragments) {
-    for (const Fragment& fragment : side) {
-      if (fragment.offset_bytes + fragment.size_bytes <= file.identity().size_bytes) continue;
-      throw range_error(Errc::kTruncated, "read", part.path, fragment.offset_bytes, fragment.size_bytes);
-    }
+  for (const Fragment& extent : part.extents) {
+    if (end_of(extent) <= file.identity().size_bytes) continue;
+    throw range_error(Errc::kTruncated, "read", part.path, extent.offset_bytes, extent.size_bytes);
   }
-  const std::uint32_t block_bytes = std::min(file.alignment().block_bytes, chunk_bytes);
-  for (const bool on_device : {false, true}) {
-    part.plan.add_load(std::exchange(part.fragments[on_device], {}), chunk_bytes, block_bytes, on_device);
-  }
+  part.plan = Plan::of_load(std::exchange(part.extents, {}), chunk_bytes, file.alignment().block_bytes);
   if (direct_error) part.fallback_reason = "direct I/O: " + direct_error.message();
   if (part.checksums) count_for(*part.checksums, part);
   part.router = Router(part.plan, file, part.cache);
@@ -111,20 +105,19 @@ void verify(Part& part) {
   }
 }
 
-template <class Work>
-void catch_failure(Part& part, const char* operation, Work work) noexcept {
+}  // namespace
+
+Failure Failure::of_exception(const char* operation, const std::filesystem::path& path) {
   try {
-    work();
+    throw;
   } catch (const Error& error) {
-    part.failure = Failure(error);
+    return Failure(error);
   } catch (const std::system_error& error) {
-    part.failure = Failure(file_error(error.code(), operation, part.path));
+    return Failure(file_error(error.code(), operation, path));
   } catch (const std::exception&) {  // More than there is memory for, or than a container can hold.
-    part.failure = Failure(file_error(errno_code(ENOMEM), operation, part.path));
+    return Failure(file_error(errno_code(ENOMEM), operation, path));
   }
 }
-
-}  // namespace
 
 std::shared_ptr<OpenFile> FileTable::find(const std::filesystem::path& path,
                                           const std::optional<FileIdentity>& expected, bool want_direct) {
@@ -162,7 +155,12 @@ std::shared_ptr<OpenFile> FileTable::open(const std::filesystem::path& path,
 }
 
 void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes, std::uint32_t at_once_bytes) noexcept {
-  catch_failure(part, "open", [&] { open_and_plan(part, files, chunk_bytes, at_once_bytes); });
+  assert(!part.open && !part.failure && part.plan.chunks.empty());
+  try {
+    open_and_plan(part, files, chunk_bytes, at_once_bytes);
+  } catch (...) {
+    part.failure = Failure::of_exception("open", part.path);
+  }
   if (part.failure || part.read_bytes == 0) return;
   check_part(part);
   const std::shared_ptr<OpenFile> closed_last = std::move(part.open);
@@ -174,10 +172,13 @@ bool no_descriptors(std::error_code error) {
 }
 
 void check_part(Part& part) noexcept {
-  catch_failure(part, "verify", [&] {
+  assert(part.open);
+  try {
     if (!part.file().unchanged()) throw file_error(Errc::kFileChanged, "read", part.path);
     if (part.sums) verify(part);
-  });
+  } catch (...) {
+    part.failure = Failure::of_exception("verify", part.path);
+  }
 }
 
 }  // namespace flashpack::internal

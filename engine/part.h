@@ -31,6 +31,8 @@ class DiskQueue;
 /// of one error may be looked at and dropped by several threads.
 struct Failure {
   explicit Failure(const Error& error);
+  /// What the exception that is being handled means for the file at `path`.
+  static Failure of_exception(const char* operation, const std::filesystem::path& path);
   Error error() const { return Error(code, context, path, offset_bytes); }
 
   std::error_code code;
@@ -99,7 +101,7 @@ struct Part {
   std::optional<FileIdentity> expected;
   std::optional<Checksums> checksums;
   CachePolicy cache = CachePolicy::kAuto;
-  std::array<std::vector<Fragment>, 2> fragments;  // On the host, on the device; until they are planned.
+  std::vector<Fragment> extents;  // Until they are planned.
 
   // These belong to the open file.
   std::shared_ptr<OpenFile> open;
@@ -113,7 +115,7 @@ struct Part {
   std::uint64_t verified_bytes = 0;
   std::uint64_t read_bytes = 0;       // How many bytes open_part() has read itself; then these are all.
   std::atomic<bool> checked = false;  // The thread that has it has nothing left to do but to close.
-  // The first to set it decides: open_part(), which then reads into the fragments, or the driver, which then keeps it
+  // The first to set it decides: open_part(), which then reads into the extents, or the driver, which then keeps it
   // from that.
   std::atomic<bool> claimed = false;
 

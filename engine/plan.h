@@ -10,12 +10,15 @@
 
 namespace flashpack::internal {
 
-/// A run of file bytes and the memory it belongs to.
+/// File bytes of one extent and the memory they belong to: an extent whole, or the part of it that lies in one chunk.
 struct Fragment {
   std::uint64_t offset_bytes;
   std::uint64_t size_bytes;
   std::byte* memory;
+  std::uint32_t extent = 0;  ///< The index of the extent among all of the request, which has fewer than 2^32.
+  bool on_device = false;    ///< `memory` is out of reach for the CPU.
 };
+static_assert(sizeof(Fragment) <= 32, "A request may have 100,000 of them.");
 
 /// One read or write: fragments of one file that lie in one cell of the grid, in ascending order of offset, with only
 /// small gaps between them.
@@ -35,7 +38,7 @@ struct Alignment {
   std::uint32_t memory_bytes = kPageBytes;  ///< Addresses are multiples of it. At most block_bytes.
 };
 
-/// The chunks of one file, in ascending order on each side, the host's and the device's.
+/// The chunks of one file: those of the host first, then those of the device, each in ascending order.
 struct Plan {
   std::vector<Chunk> chunks;
   std::vector<Fragment> fragments;
@@ -44,14 +47,13 @@ struct Plan {
   /// Chunks that read `extents`, cut on the grid: no chunk crosses a multiple of `chunk_bytes` in the
   /// file, so that a chunk widened to whole blocks still fits a slot. Memory is read into in place only when it agrees
   /// with the offset modulo a block, so that no page is shared between the kernel and anybody else.
-  void add_load(std::span<const Fragment> extents, std::uint32_t chunk_bytes, std::uint32_t block_bytes,
-                bool on_device = false);
+  static Plan of_load(std::vector<Fragment> extents, std::uint32_t chunk_bytes, std::uint32_t block_bytes);
 
   /// Chunks that write `extents`, which do not overlap, cut on the same grid: those of whole blocks, to be written
-  /// directly, and those of less than a block at the ends of a run. In a run, extents follow on each other or, with
-  /// `fill_gaps`, are less than a block apart; then what lies between them is written as zeros.
-  void add_store(std::span<const Fragment> extents, std::uint32_t chunk_bytes, Alignment alignment, bool fill_gaps,
-                 bool on_device = false);
+  /// directly, and those of less than a block at the ends of what is contiguous. Where extents are less than a block
+  /// apart, zeros are written between them, but only if all are on one side, the host's or the device's: otherwise an
+  /// extent of the other side may lie between them.
+  static Plan of_store(std::vector<Fragment> extents, std::uint32_t chunk_bytes, Alignment alignment);
 
   std::span<const Fragment> fragments_of(const Chunk& chunk) const {
     return std::span(fragments).subspan(chunk.first_fragment, chunk.fragment_count);
@@ -64,5 +66,8 @@ struct Plan {
     return sum;
   }
 };
+
+constexpr std::uint64_t end_of(const Fragment& fragment) { return fragment.offset_bytes + fragment.size_bytes; }
+constexpr std::uint64_t end_of(const Chunk& chunk) { return chunk.offset_bytes + chunk.size_bytes; }
 
 }  // namespace flashpack::internal

@@ -1,6 +1,7 @@
 #include "engine/router.h"
 
 #include <algorithm>
+#include <cassert>
 
 namespace flashpack::internal {
 
@@ -9,10 +10,14 @@ Router::Router(const Plan& plan, const File& file, CachePolicy policy)
   if (direct_ && policy == CachePolicy::kAuto) residency_.emplace(file.buffered_fd());
 }
 
-Router::Router(const Plan& plan, std::uint32_t block_bytes)
-    : plan_(&plan), block_bytes_(block_bytes), direct_(block_bytes > 0), routes_(plan.chunks.size()) {}
+Router::Router(const Plan& plan, const File& file)
+    : plan_(&plan),
+      block_bytes_(file.alignment().block_bytes),
+      direct_(file.direct_fd() >= 0),
+      routes_(plan.chunks.size()) {}
 
 const Chunk* Router::peek(Route route, unsigned& questions) {
+  assert(route != Route::kTaken);
   std::uint32_t& at = cursor(route);
   while (true) {
     while (at < known_ && routes_[at] != route) ++at;
@@ -24,9 +29,17 @@ const Chunk* Router::peek(Route route, unsigned& questions) {
   }
 }
 
+void Router::take(Route route) {
+  std::uint32_t& at = cursor(route);
+  assert(at < known_ && routes_[at] == route);
+  routes_[at++] = Route::kTaken;
+}
+
 void Router::give_back(const Chunk& chunk) {
+  assert(residency_);
   residency_->report_wrong();
   const auto index = static_cast<std::uint32_t>(&chunk - plan_->chunks.data());
+  assert(index < known_ && routes_[index] == Route::kTaken);
   routes_[index] = Route::kDirect;
   next_direct_ = std::min(next_direct_, index);
 }

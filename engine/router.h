@@ -25,14 +25,14 @@ class Router {
   Router() = default;
   /// The router of a load. Borrows the plan; the file must stay open.
   Router(const Plan& plan, const File& file, CachePolicy policy);
-  /// The router of a store, in blocks of `block_bytes`; 0: through the page cache. Borrows the plan.
-  Router(const Plan& plan, std::uint32_t block_bytes);
+  /// The router of a store. Borrows the plan.
+  Router(const Plan& plan, const File& file);
 
   /// The next chunk of `route`, until take() the same; null when there is none, or when `questions` has run out, which
   /// counts down by one for each chunk that is looked at.
   const Chunk* peek(Route route, unsigned& questions);
   /// Requires: peek(route) was not null.
-  void take(Route route) { routes_[cursor(route)++] = Route::kTaken; }
+  void take(Route route);
   /// Gives a taken chunk back that was called cached and is not, to go past the page cache.
   void give_back(const Chunk& chunk);
   /// No chunk is left that has not been taken.

@@ -53,7 +53,7 @@ void make_checkpoint(const std::filesystem::path& path, std::uint64_t size_bytes
   for (std::uint64_t offset = 0; offset < metadata.payload_bytes; offset += kPieceBytes) {
     fill_incompressible(words, offset / sizeof(std::uint64_t));
     const std::uint64_t size = std::min<std::uint64_t>(kPieceBytes, metadata.payload_bytes - offset);
-    writer.write({{.offset_bytes = offset, .size_bytes = size, .source = words.data()}});
+    writer.write({.extents = {{.offset_bytes = offset, .size_bytes = size, .source = words.data()}}});
   }
   metadata.checksums = writer.checksums();
   const std::string footer = encode_footer(metadata);

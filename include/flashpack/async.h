@@ -214,13 +214,12 @@ auto async_load(Engine& engine, LoadRequest request, Token&& token) {
                                 });
 }
 
-/// FileWriter::start_write() as an asynchronous operation. Sources on a CUDA device are read when all work that is on
-/// the legacy default stream at the call has ended.
+/// FileWriter::start_write() as an asynchronous operation.
 template <boost::asio::completion_token_for<detail::AsyncSignature> Token>
-auto async_write(FileWriter& writer, std::vector<SourceExtent> extents, Token&& token) {
+auto async_write(FileWriter& writer, WriteRequest request, Token&& token) {
   return detail::async_transfer(std::forward<Token>(token),
-                                [&writer, extents = std::move(extents)](Completion* completion) mutable {
-                                  return writer.start_write(std::move(extents), completion);
+                                [&writer, request = std::move(request)](Completion* completion) mutable {
+                                  return writer.start_write(std::move(request), completion);
                                 });
 }
 

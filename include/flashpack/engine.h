@@ -74,8 +74,6 @@ enum class AfterLoad : std::uint8_t {
           ///< Dirty and mapped pages stay.
 };
 
-using Deadline = std::chrono::steady_clock::time_point;
-
 struct LoadRequest {
   std::vector<FileExtents> files;
   CachePolicy cache = CachePolicy::kAuto;

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <system_error>
 #include <vector>
@@ -26,6 +27,17 @@ struct SourceExtent {
   std::uint64_t size_bytes = 0;
   const void* source = nullptr;  ///< On the host (EFAULT where it cannot be read) or the engine's device; borrowed
                                  ///< until the transfer has finished.
+};
+
+struct WriteRequest {
+  /// In any order. Where two of them are less than a block apart, zeros are written between them. What this writer has
+  /// been given already is an error.
+  std::vector<SourceExtent> extents;
+  /// For sources on a CUDA device what LoadRequest::stream is for targets: they are read when all that is on it when
+  /// start_write() is called has come to an end.
+  CUstream_st* stream = nullptr;
+  /// After it no new I/O is issued and the transfer ends with kDeadlineExceeded, as after Transfer::cancel().
+  std::optional<Deadline> deadline;
 };
 
 struct WriterOptions {
@@ -60,19 +72,16 @@ class FileWriter {
   /// Aborts unless committed: cancels what is still being written, detached or not, and waits for it.
   ~FileWriter();
 
-  /// Starts writing `extents`, in any order and any number of times. What is never written reads as zeros; where two
-  /// extents of one call are less than a block apart, zeros are written between them. What is written twice is an
-  /// error. Throws: Error (kInvalidArgument; ENOSPC where the disk cannot take them); other I/O errors come from the
-  /// transfer. `stream` is for sources on a CUDA device what LoadRequest::stream is for targets: they are read when all
-  /// that is on it now has come to an end.
-  Transfer start_write(std::vector<SourceExtent> extents, Completion* completion = nullptr,
-                       CUstream_st* stream = nullptr);
+  /// Starts a write, any number of times. What is never written reads as zeros. `completion`, if given, is borrowed
+  /// until called.
+  /// Throws: Error (kInvalidArgument; kUnusable; ENOSPC where the disk cannot take the bytes; an error of CUDA about
+  /// `stream` or the sources), and then never calls `completion`. Other I/O errors come from the transfer.
+  Transfer start_write(WriteRequest request, Completion* completion = nullptr);
   /// Not valid() after an error.
-  Transfer start_write(std::vector<SourceExtent> extents, Completion* completion, CUstream_st* stream,
-                       std::error_code& error) noexcept;
+  Transfer start_write(WriteRequest request, Completion* completion, std::error_code& error) noexcept;
 
   /// start_write and wait. Throws: Error.
-  TransferStats write(std::vector<SourceExtent> extents, CUstream_st* stream = nullptr);
+  TransferStats write(WriteRequest request);
 
   /// Of the payload, as it will be in the file. Costs nothing but looking: they were made while the bytes passed.
   /// Requires: WriterOptions::checksums; every transfer of this writer has finished. Throws: Error, the failed

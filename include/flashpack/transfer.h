@@ -9,6 +9,8 @@
 
 namespace flashpack {
 
+using Deadline = std::chrono::steady_clock::time_point;
+
 /// How bytes get from files to the engine.
 enum class Backend : std::uint8_t {
   kAuto,          ///< io_uring where the kernel and the sandbox allow it, else the workers.

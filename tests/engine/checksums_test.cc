@@ -42,7 +42,7 @@ class ChecksumsTest : public ::testing::TestWithParam<Backend> {
       const std::uint64_t size = std::min<std::uint64_t>(5000 + random_() % 1'500'000, bytes_.size() - at);
       sources.push_back(std::make_unique<GuardedMemory>(size, random_() % 2 ? at : 1));
       std::memcpy(sources.back()->data(), bytes_.data() + at, size);
-      writer.start_write({{at, size, sources.back()->data()}}).wait();
+      writer.start_write({.extents = {{at, size, sources.back()->data()}}}).wait();
       at += size;
       const std::uint64_t gap = std::min<std::uint64_t>(100, bytes_.size() - at);
       std::memset(bytes_.data() + at, 0, gap);
@@ -88,7 +88,7 @@ TEST_P(ChecksumsTest, WhatWasWrittenIsVerifiedOnEveryRoute) {
 TEST_P(ChecksumsTest, TheyDoNotDependOnHowTheFileWasWritten) {
   const Checksums in_parts = write_in_parts();
   FileWriter writer = engine_.create(path_, {.checksums = true});
-  writer.write({{.size_bytes = bytes_.size(), .source = bytes_.data()}});
+  writer.write({.extents = {{.size_bytes = bytes_.size(), .source = bytes_.data()}}});
   EXPECT_EQ(writer.checksums(), in_parts);
 }
 
@@ -184,7 +184,7 @@ TEST_P(ChecksumsTest, AWriterHasThemWhenAskedForAndWhenItsWritesHaveEndedWell) {
   FileWriter empty = engine_.create(path_, {.checksums = true});
   EXPECT_EQ(empty.checksums(), Checksums{});
   FileWriter writer = engine_.create(path_, {.checksums = true});
-  Transfer cancelled = writer.start_write({{.size_bytes = bytes_.size(), .source = bytes_.data()}});
+  Transfer cancelled = writer.start_write({.extents = {{.size_bytes = bytes_.size(), .source = bytes_.data()}}});
   cancelled.cancel();
   try {
     cancelled.wait();

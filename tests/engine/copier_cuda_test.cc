@@ -263,7 +263,7 @@ TEST_P(DeviceTest, ASingleCopyOfMemoryThatIsNotLockedLeavesTheDriverAlone) {
   std::byte* target = cuda().allocate(bytes_.size());
   engine_->load(request(target));
   EXPECT_TRUE(right(target));
-  engine_->create(dir_ / "new", {}).write({{0, bytes_.size(), target}});
+  engine_->create(dir_ / "new", {}).write({.extents = {{0, bytes_.size(), target}}});
   EXPECT_TRUE(cuda().called_by("cudaMemcpyAsync", "flashpack-work"));
   EXPECT_FALSE(cuda().called_by("cudaMemcpyAsync", "flashpack-drive"));
 }
@@ -368,7 +368,7 @@ TEST_P(DeviceTest, StoresComeFromTheDeviceWhenItsStreamHasWrittenThem) {
                                     {8 * kMiB, host.size(), host.data()}};
   FileWriter writer = engine_->create(dir_ / "new", {.payload_bytes = 12 * kMiB});
   cuda().start_kernel(stream.stream);
-  Transfer transfer = writer.start_write(extents, nullptr, stream.stream);
+  Transfer transfer = writer.start_write({.extents = extents, .stream = stream.stream});
   EXPECT_FALSE(transfer.wait_for(std::chrono::milliseconds(10)));
   cuda().write(device, bytes_);  // What the kernel computes.
   cuda().end_kernel(stream.stream);
@@ -394,7 +394,7 @@ TEST_P(DeviceTest, WhatLiesBetweenTensorsOfADeviceIsZeros) {
                 expected.begin() + static_cast<std::ptrdiff_t>(at));
   }
   FileWriter writer = engine_->create(dir_ / "new", {.payload_bytes = expected.size()});
-  const TransferStats stats = writer.write(extents);
+  const TransferStats stats = writer.write({.extents = extents});
   writer.commit();
   EXPECT_EQ(testing::read_file(dir_ / "new"), expected);
   EXPECT_GT(stats.direct_bytes, 2 * kMiB) << stats.fallback_reason;
@@ -404,7 +404,7 @@ TEST_P(DeviceTest, ChecksumsHoldFromDeviceToDevice) {
   std::byte* device = cuda().allocate(bytes_.size());
   cuda().write(device, bytes_);
   FileWriter writer = engine_->create(dir_ / "new", {.payload_bytes = bytes_.size(), .checksums = true});
-  writer.write({{5, bytes_.size() - 5, device}});
+  writer.write({.extents = {{5, bytes_.size() - 5, device}}});
   const Checksums checksums = writer.checksums();
   writer.commit();
   for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
@@ -425,14 +425,14 @@ TEST_P(DeviceTest, AStoreThatFailsOrIsCancelledLeavesNothing) {
   {
     FileWriter writer = engine_->create(dir_ / "new", {});
     cuda().fail("cudaEventQuery", 4, cudaErrorMemoryAllocation);
-    EXPECT_TRUE(error_of([&] { writer.write({{0, bytes_.size(), device}}); }).has_value());
+    EXPECT_TRUE(error_of([&] { writer.write({.extents = {{0, bytes_.size(), device}}}); }).has_value());
     cuda().fail("cudaEventQuery", 1, cudaSuccess);
   }
   {
     const CallersStream stream;
     cuda().start_kernel(stream.stream);
     FileWriter writer = engine_->create(dir_ / "new", {});
-    Transfer transfer = writer.start_write({{0, bytes_.size(), device}}, nullptr, stream.stream);
+    Transfer transfer = writer.start_write({.extents = {{0, bytes_.size(), device}}, .stream = stream.stream});
     transfer.cancel();
     ASSERT_TRUE(transfer.wait_for(kHang));
     cuda().end_kernel(stream.stream);

@@ -70,7 +70,7 @@ TEST(CudaExitTest, WhatBeginsAfterwardsIsAnErrorThatSaysSo) {
     cuda.unload();
     EXPECT_EQ(code_of([&] { engine.load({.files = {{.path = dir / "file", .extents = {{0, kMiB, target}}}}}); }),
               unloading);
-    EXPECT_EQ(code_of([&] { engine.create(dir / "new", {}).write({{0, kMiB, target}}); }), unloading);
+    EXPECT_EQ(code_of([&] { engine.create(dir / "new", {}).write({.extents = {{0, kMiB, target}}}); }), unloading);
     EXPECT_EQ(code_of([] { const Engine late(options()); }), unloading);
   }
   cuda.reset();

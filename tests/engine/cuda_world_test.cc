@@ -28,7 +28,7 @@ TEST_P(CudaWorldTest, NoContextIsMadeButTheEngines) {
   std::byte* target = cuda().allocate(bytes_.size());
   engine_->load(request(target));
   engine_->load(request(memory.data()));
-  engine_->create(dir_ / "new", {}).write({{0, bytes_.size(), target}});
+  engine_->create(dir_ / "new", {}).write({.extents = {{0, bytes_.size(), target}}});
   Transfer cancelled = engine_->start_load(request(target));
   cancelled.cancel();
   EXPECT_TRUE(cancelled.wait_for(kHang));
@@ -203,7 +203,7 @@ TEST_P(CudaWorldTest, WhereMemoryCannotBeLockedLoadsAndStoresAreRightAndTheReaso
       EXPECT_NE(stats.fallback_reason.find(name), std::string::npos) << stats.fallback_reason;
     }
     FileWriter writer = engine_->create(dir_ / "new", {.payload_bytes = bytes_.size()});
-    writer.write({{0, bytes_.size(), target}});
+    writer.write({.extents = {{0, bytes_.size(), target}}});
     writer.commit();
     EXPECT_EQ(testing::read_file(dir_ / "new"), bytes_);
   }

@@ -25,7 +25,7 @@ TEST_F(ErrorCodesTest, AFileIsWrittenAndReadWithoutAnException) {
   ASSERT_TRUE(engine_ && !error_);
   std::optional<FileWriter> writer = engine_->create(dir_ / "file", {.checksums = true}, error_);
   ASSERT_TRUE(writer && !error_);
-  Transfer write = writer->start_write({{0, bytes_.size(), bytes_.data()}}, nullptr, nullptr, error_);
+  Transfer write = writer->start_write({.extents = {{0, bytes_.size(), bytes_.data()}}}, nullptr, error_);
   ASSERT_TRUE(write.valid() && !error_);
   ASSERT_TRUE(write.wait_for(std::chrono::hours(1)));
   EXPECT_FALSE(write.error());
@@ -54,7 +54,7 @@ TEST_F(ErrorCodesTest, EachFailureHasACode) {
   EXPECT_FALSE(engine_->create(dir_ / "none" / "file", {}, error_));
   EXPECT_EQ(error_, std::errc::no_such_file_or_directory);
   std::optional<FileWriter> writer = engine_->create(dir_ / "file", {}, error_);
-  EXPECT_FALSE(writer->start_write({{0, 5, nullptr}}, nullptr, nullptr, error_).valid());
+  EXPECT_FALSE(writer->start_write({.extents = {{0, 5, nullptr}}}, nullptr, error_).valid());
   EXPECT_EQ(error_, Errc::kInvalidArgument);
   writer->checksums(error_);
   EXPECT_EQ(error_, Errc::kInvalidArgument) << "none were asked for";

@@ -21,7 +21,7 @@ TEST(FileWriterCostTest, AWriteCostsTheSameHoweverManyCameBefore) {
     offset_bytes += 10'000;
     testing::count_allocations(true);
     const int before = testing::counted_allocations();
-    Transfer write = writer.start_write({{offset_bytes, 1, &byte}});
+    Transfer write = writer.start_write({.extents = {{offset_bytes, 1, &byte}}});
     const int count = testing::counted_allocations() - before;
     testing::count_allocations(false);
     write.wait();

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -41,8 +42,9 @@ class FileWriterTest : public ::testing::Test {
 
 TEST_F(FileWriterTest, PayloadGapsAndTailAreWhereTheyBelong) {
   FileWriter writer = engine_.create(path_, {.payload_bytes = 5 * kMiB + 300});
-  Transfer late = writer.start_write({{.offset_bytes = 5 * kMiB, .size_bytes = 100, .source = bytes_.data()}});
-  writer.write({{.offset_bytes = 7, .size_bytes = bytes_.size(), .source = bytes_.data()}});
+  Transfer late =
+      writer.start_write({.extents = {{.offset_bytes = 5 * kMiB, .size_bytes = 100, .source = bytes_.data()}}});
+  writer.write({.extents = {{.offset_bytes = 7, .size_bytes = bytes_.size(), .source = bytes_.data()}}});
   late.wait();
   EXPECT_FALSE(std::filesystem::exists(path_));
   writer.commit(bytes_of("tail"));
@@ -56,7 +58,7 @@ TEST_F(FileWriterTest, PayloadGapsAndTailAreWhereTheyBelong) {
 
 TEST_F(FileWriterTest, ExtentsPastTheAnnouncedPayloadPushTheTailBack) {
   FileWriter writer = engine_.create(path_, {.payload_bytes = 5});
-  writer.write({{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}});
+  writer.write({.extents = {{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}}});
   writer.commit(bytes_of("tail"));
   EXPECT_EQ(std::filesystem::file_size(path_), 14u);
 }
@@ -74,9 +76,9 @@ TEST_F(FileWriterTest, WithoutCommitTheOldFileStaysAndNothingIsLeft) {
   testing::write_file(path_, bytes_of("old"));
   {
     FileWriter writer = engine_.create(path_);
-    writer.write({{.offset_bytes = 0, .size_bytes = bytes_.size(), .source = bytes_.data()}});
+    writer.write({.extents = {{.offset_bytes = 0, .size_bytes = bytes_.size(), .source = bytes_.data()}}});
     engine_.create(dir_ / "other")
-        .start_write({{.offset_bytes = 0, .size_bytes = 9, .source = bytes_.data()}})
+        .start_write({.extents = {{.offset_bytes = 0, .size_bytes = 9, .source = bytes_.data()}}})
         .detach();
   }
   EXPECT_EQ(testing::read_file(path_), std::vector(bytes_of("old").begin(), bytes_of("old").end()));
@@ -87,7 +89,7 @@ TEST_F(FileWriterTest, ReplacesAtomicallyAndKeepsTheMode) {
   testing::write_file(path_, bytes_of("old"));
   ASSERT_EQ(::chmod(path_.c_str(), 0640), 0);
   FileWriter writer = engine_.create(path_);
-  writer.write({{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}});
+  writer.write({.extents = {{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}}});
   writer.commit();
   struct stat status{};
   ASSERT_EQ(::stat(path_.c_str(), &status), 0);
@@ -180,7 +182,8 @@ TEST_F(FileWriterTest, ACancelledWriteFailsTheCommitAndTheOldFileStays) {
   // Now and then all is written before the cancel is seen.
   for (int attempt = 0; attempt < 100; ++attempt) {
     FileWriter writer = engine_.create(path_);
-    Transfer transfer = writer.start_write({{.offset_bytes = 0, .size_bytes = much.size(), .source = much.data()}});
+    Transfer transfer =
+        writer.start_write({.extents = {{.offset_bytes = 0, .size_bytes = much.size(), .source = much.data()}}});
     transfer.cancel();
     try {
       transfer.wait();
@@ -204,7 +207,8 @@ TEST_F(FileWriterTest, ACancelledWriteFailsTheCommitAndTheOldFileStays) {
 
 TEST_F(FileWriterTest, ACancelAfterTheCommitChangesNothing) {
   FileWriter writer = engine_.create(path_);
-  Transfer transfer = writer.start_write({{.offset_bytes = 0, .size_bytes = bytes_.size(), .source = bytes_.data()}});
+  Transfer transfer =
+      writer.start_write({.extents = {{.offset_bytes = 0, .size_bytes = bytes_.size(), .source = bytes_.data()}}});
   transfer.wait();
   writer.commit();
   transfer.cancel();
@@ -230,22 +234,40 @@ TEST_F(FileWriterTest, MissingDirectoryAndDirectoryTargetNameThePath) {
 
 TEST_F(FileWriterTest, AWriteThatFailedFailsTheCommit) {
   FileWriter writer = engine_.create(path_);
-  Transfer transfer =
-      writer.start_write({{.offset_bytes = 0, .size_bytes = 100, .source = reinterpret_cast<const void*>(16)}});
+  Transfer transfer = writer.start_write(
+      {.extents = {{.offset_bytes = 0, .size_bytes = 100, .source = reinterpret_cast<const void*>(16)}}});
   EXPECT_THROW(transfer.wait(), Error);  // EFAULT: no such memory.
   EXPECT_THROW(writer.commit(), Error);
   EXPECT_EQ(entries(), 0u);
 }
 
+TEST_F(FileWriterTest, AWriteEndsAtItsDeadlineAndOneBeforeItIsWhole) {
+  FileWriter writer = engine_.create(path_);
+  WriteRequest request{.extents = {{.offset_bytes = 0, .size_bytes = bytes_.size(), .source = bytes_.data()}}};
+  request.deadline = std::chrono::steady_clock::now() + std::chrono::hours(1);
+  writer.write(request);
+  writer.commit();
+  EXPECT_EQ(testing::read_file(path_), bytes_);
+
+  FileWriter late = engine_.create(path_);
+  request.deadline = std::chrono::steady_clock::now();
+  Transfer transfer = late.start_write(request);
+  EXPECT_THROW(transfer.wait(), Error);
+  EXPECT_EQ(transfer.error(), Errc::kDeadlineExceeded);
+  EXPECT_THROW(late.commit(), Error);
+  EXPECT_EQ(testing::read_file(path_), bytes_) << "the old file is as it was";
+}
+
 TEST_F(FileWriterTest, ARefusedWriteDoesNotMoveTheTail) {
   FileWriter writer = engine_.create(path_);
-  EXPECT_THROW((void)writer.start_write({{.offset_bytes = 5000, .size_bytes = 10, .source = bytes_.data()},
-                                         {.offset_bytes = 0, .size_bytes = 10, .source = nullptr}}),
+  EXPECT_THROW((void)writer.start_write({.extents = {{.offset_bytes = 5000, .size_bytes = 10, .source = bytes_.data()},
+                                                     {.offset_bytes = 0, .size_bytes = 10, .source = nullptr}}}),
                Error);
-  EXPECT_THROW((void)writer.start_write(
-                   {{.offset_bytes = ~std::uint64_t{0} - 2000, .size_bytes = 1000, .source = bytes_.data()}}),
-               Error);
-  writer.write({{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}});
+  EXPECT_THROW(
+      (void)writer.start_write(
+          {.extents = {{.offset_bytes = ~std::uint64_t{0} - 2000, .size_bytes = 1000, .source = bytes_.data()}}}),
+      Error);
+  writer.write({.extents = {{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}}});
   writer.commit(bytes_of("tail"));
   EXPECT_EQ(std::filesystem::file_size(path_), 14u);
 }
@@ -262,7 +284,8 @@ TEST_F(FileWriterTest, ACompletionMayLeadToTheCommitOnAnotherThread) {
   FileWriter writer = engine_.create(path_);
   CommitElsewhere completion;
   completion.writer = &writer;
-  Transfer transfer = writer.start_write({{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}}, &completion);
+  Transfer transfer =
+      writer.start_write({.extents = {{.offset_bytes = 0, .size_bytes = 10, .source = bytes_.data()}}}, &completion);
   transfer.wait();
   EXPECT_EQ(std::filesystem::file_size(path_), 10u);
 }
@@ -272,7 +295,7 @@ TEST_F(FileWriterTest, AForkedChildThatDestroysItsCopyLeavesTheFileToItsParent) 
   GTEST_SKIP() << "the sanitizers' locks may be held by a thread that the forked child does not have";
 #endif
   FileWriter writer = engine_.create(path_);
-  writer.write({{.offset_bytes = 0, .size_bytes = bytes_.size(), .source = bytes_.data()}});
+  writer.write({.extents = {{.offset_bytes = 0, .size_bytes = bytes_.size(), .source = bytes_.data()}}});
   const int status = testing::run_in_child([&] {
     const FileWriter copy = std::move(writer);
     return 0;
@@ -300,12 +323,12 @@ TEST_F(FileWriterTest, TheSameBytesTwiceAreAnErrorAndNotWritten) {
   const auto extent = [&](std::uint64_t offset, std::uint64_t size) {
     return SourceExtent{.offset_bytes = offset, .size_bytes = size, .source = bytes_.data()};
   };
-  writer.write({extent(1000, 1000), extent(2100, 900)});
-  EXPECT_THROW((void)writer.start_write({extent(999, 2)}), Error);
-  EXPECT_THROW((void)writer.start_write({extent(2050, 10)}), Error) << "zeros that the first call wrote";
-  EXPECT_THROW((void)writer.start_write({extent(5000, 10), extent(5009, 10)}), Error);
-  writer.write({extent(3000, 100)});
-  writer.write({extent(0, 1000)});
+  writer.write({.extents = {extent(1000, 1000), extent(2100, 900)}});
+  EXPECT_THROW((void)writer.start_write({.extents = {extent(999, 2)}}), Error);
+  EXPECT_THROW((void)writer.start_write({.extents = {extent(2050, 10)}}), Error) << "zeros that the first call wrote";
+  EXPECT_THROW((void)writer.start_write({.extents = {extent(5000, 10), extent(5009, 10)}}), Error);
+  writer.write({.extents = {extent(3000, 100)}});
+  writer.write({.extents = {extent(0, 1000)}});
   writer.commit();
   std::vector<std::byte> expected(3100);
   std::copy_n(bytes_.begin(), 1000, expected.begin());
@@ -335,7 +358,7 @@ TEST_P(StoreTest, AlignedMemoryIsWrittenInPlaceAndOtherMemoryThroughSlots) {
     testing::GuardedMemory memory(bytes.size(), phase);
     std::copy(bytes.begin(), bytes.end(), memory.data());
     FileWriter writer = engine_.create(path_, {.payload_bytes = bytes.size()});
-    const TransferStats stats = writer.write({{.size_bytes = bytes.size(), .source = memory.data()}});
+    const TransferStats stats = writer.write({.extents = {{.size_bytes = bytes.size(), .source = memory.data()}}});
     writer.commit();
     EXPECT_EQ(testing::read_file(path_), bytes);
     if (!stats.fallback_reason.empty()) continue;  // No direct I/O here.
@@ -369,7 +392,7 @@ TEST_P(StoreTest, FilesInAnyOrderFromAnyMemoryAreByteExact) {
     std::vector<Transfer> transfers;
     for (auto& call : calls) {
       std::shuffle(call.begin(), call.end(), random);
-      transfers.push_back(writer.start_write(call));
+      transfers.push_back(writer.start_write({.extents = call}));
     }
     for (Transfer& transfer : transfers) transfer.wait();
     writer.commit();

@@ -459,7 +459,7 @@ TEST_F(GpuTest, AStoreWritesWhatTheStreamHasPutThere) {
   std::byte* source = allocate(bytes_.size());
   ASSERT_EQ(cudaMemcpyAsync(source, bytes_.data(), bytes_.size(), cudaMemcpyHostToDevice, stream_), cudaSuccess);
   FileWriter writer = engine.create(path_, {.payload_bytes = bytes_.size()});
-  writer.write({{0, bytes_.size(), source}}, stream_);
+  writer.write({.extents = {{0, bytes_.size(), source}}, .stream = stream_});
   writer.commit({});
   EXPECT_EQ(testing::read_file(path_), bytes_);
   take(source, bytes_.size());

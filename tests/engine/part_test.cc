@@ -9,6 +9,10 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <vector>
 
 #include "tests/support/guarded_memory.h"
@@ -24,10 +28,10 @@ class PartTest : public ::testing::Test {
  protected:
   PartTest() { flashpack::testing::write_file(path_, bytes_); }
 
-  std::unique_ptr<Part> part(std::vector<Fragment> fragments) {
+  std::unique_ptr<Part> part(std::vector<Fragment> extents) {
     auto part = std::make_unique<Part>();
     part->path = path_;
-    part->fragments[0] = std::move(fragments);
+    part->extents = std::move(extents);
     return part;
   }
 
@@ -104,8 +108,8 @@ TEST_F(PartTest, WhatTheDriverHasClaimedOrIsToBeReadInAnotherWayIsNotReadWhereTh
   const std::vector<std::function<void(Part&)>> ways = {
       [](Part& part) { part.claimed = true; },
       [](Part& part) { part.cache = CachePolicy::kDirect; },
-      [](Part& part) { part.fragments[0][0].offset_bytes = kMiB; },  // Too far from the other.
-      [](Part& part) { part.fragments[1].push_back({0, 1, part.fragments[0][0].memory}); },
+      [](Part& part) { part.extents[0].offset_bytes = kMiB; },  // Too far from the other.
+      [](Part& part) { part.extents[1].on_device = true; },
       [](Part& part) { part.checksums = Checksums{.size_bytes = 10, .crc32c = {1}}; },
   };
   for (const auto& way : ways) {
@@ -132,6 +136,25 @@ TEST_F(PartTest, WhatIsWrongWithTheFileIsKeptForTheTransfer) {
   ASSERT_TRUE(missing->failure);
   EXPECT_EQ(missing->failure->code, std::errc::no_such_file_or_directory);
   EXPECT_EQ(missing->failure->path, missing->path);
+}
+
+TEST(FailureTest, EveryExceptionHasACodeAndAPath) {
+  const auto failure_of = [](auto thrown) {
+    try {
+      throw thrown;
+    } catch (...) {
+      return Failure::of_exception("open", "the file");
+    }
+  };
+  const Failure own = failure_of(Error(Errc::kTruncated, "read something", "another", 7));
+  EXPECT_EQ(own.error().what(), std::string("read something: ") + make_error_code(Errc::kTruncated).message());
+  EXPECT_EQ(own.path, "another");
+  EXPECT_EQ(own.offset_bytes, 7u);
+  const Failure system = failure_of(std::system_error(EDEADLK, std::generic_category()));
+  EXPECT_EQ(system.code, std::errc::resource_deadlock_would_occur);
+  EXPECT_EQ(system.path, "the file");
+  EXPECT_EQ(failure_of(std::bad_alloc()).code, std::errc::not_enough_memory);
+  EXPECT_EQ(failure_of(std::length_error("vector")).code, std::errc::not_enough_memory);
 }
 
 TEST_F(PartTest, ChecksumsOfMoreThanTheFileHasAreItsEnd) {

@@ -37,7 +37,7 @@ class HostCopier final : public Copier {
     return polled_;
   }
   bool idle() const noexcept override { return landed_.empty(); }
-  std::unique_ptr<Gate> gate(CUstream_st*) override { return nullptr; }
+  std::unique_ptr<Gate> gate(CUstream_st* stream) override;
   bool owns(const void*) const override { return true; }
   bool locked() const noexcept override { return true; }
   std::string fallback_reason() const override { return {}; }
@@ -67,13 +67,18 @@ class StreamGate final : public Gate {
   Stream& stream_;
 };
 
+std::unique_ptr<Gate> HostCopier::gate(CUstream_st* stream) {
+  return stream ? std::make_unique<StreamGate>(*reinterpret_cast<Stream*>(stream)) : nullptr;
+}
+
 class PipelineGateTest : public ::testing::Test {
  protected:
   PipelineGateTest() { flashpack::testing::write_file(path_, bytes_); }
 
   Transfer start_behind(Stream& stream, GuardedMemory& target) {
-    return rig_.start({.path = path_, .extents = {{0, target.size(), target.data()}}},
-                      std::make_unique<StreamGate>(stream));
+    return rig_.start({.path = path_,
+                       .extents = {{0, target.size(), target.data()}},
+                       .stream = reinterpret_cast<CUstream_st*>(&stream)});
   }
 
   static void wait_for_looks(const Stream& stream) {

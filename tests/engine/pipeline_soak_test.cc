@@ -109,7 +109,7 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
       if (target.memory->size() > 0)
         load.extents.push_back({target.offset_bytes, target.memory->size(), target.memory->data()});
     }
-    if (load.extents.size() == 1 && started.targets.size() == 1) load.checksums = &checksums_[file];
+    if (load.extents.size() == 1 && started.targets.size() == 1) load.checksums = checksums_[file];
     if (chance(10)) load.deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(below(2000));
     started.transfer = rig.start(load);
     return started;

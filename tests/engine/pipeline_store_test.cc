@@ -34,8 +34,8 @@ class PipelineStoreTest : public ::testing::TestWithParam<Rig::Shape> {
   }
 
   // Extents that cover the file but for small gaps; their bytes are in `expected`.
-  std::vector<Fragment> extents(std::vector<std::byte>& expected) {
-    std::vector<Fragment> fragments;
+  std::vector<SourceExtent> extents(std::vector<std::byte>& expected) {
+    std::vector<SourceExtent> extents;
     sources_.clear();
     std::uint64_t at = random_() % 2 ? 0 : random_() % 9000;
     while (at < kFileBytes) {
@@ -44,10 +44,10 @@ class PipelineStoreTest : public ::testing::TestWithParam<Rig::Shape> {
       const std::byte* bytes = bytes_.data() + random_() % kFileBytes;
       std::memcpy(sources_.back()->data(), bytes, size);
       std::memcpy(expected.data() + at, bytes, size);
-      fragments.push_back({at, size, sources_.back()->data()});
+      extents.push_back({at, size, sources_.back()->data()});
       at += size + random_() % 200;
     }
-    return fragments;
+    return extents;
   }
 
   flashpack::testing::TempDir dir_;
@@ -78,8 +78,7 @@ TEST_P(PipelineStoreTest, EveryStoreLeavesTheRightBytesOrACleanError) {
     const std::shared_ptr<OpenFile> open = create();
     const std::filesystem::path& path = open->file.path();
     std::vector<std::byte> expected(kFileBytes);
-    const std::vector<Fragment> fragments = extents(expected);
-    auto [state, transfer] = rig.start_store(open, fragments, kFileBytes, random_() % 50 == 0);
+    auto [state, transfer] = rig.start_store(open, extents(expected), random_() % 50 == 0);
     if (random_() % 20 == 0) transfer.cancel();
     ASSERT_TRUE(transfer.wait_for(kHang)) << "it hangs";
     EXPECT_EQ(transfer.progress().outstanding, 0u);

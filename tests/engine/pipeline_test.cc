@@ -63,10 +63,10 @@ std::vector<Wanted> random_wanted(std::mt19937_64& random, std::uint64_t file_by
   return wanted;
 }
 
-std::vector<Fragment> fragments_of(const std::vector<Wanted>& wanted) {
-  std::vector<Fragment> fragments;
-  for (const Wanted& w : wanted) fragments.push_back({w.offset, w.memory->size(), w.memory->data()});
-  return fragments;
+std::vector<Extent> extents_of(const std::vector<Wanted>& wanted) {
+  std::vector<Extent> extents;
+  for (const Wanted& w : wanted) extents.push_back({w.offset, w.memory->size(), w.memory->data()});
+  return extents;
 }
 
 TEST_F(PipelineTest, ShortReadsInterruptsAndRefusalsStillDeliverTheRightBytes) {
@@ -75,7 +75,7 @@ TEST_F(PipelineTest, ShortReadsInterruptsAndRefusalsStillDeliverTheRightBytes) {
     Rig rig(seed, {.short_percent = 40, .interrupt_percent = 20, .refuse_percent = seed % 4 == 0 ? 5 : 0});
     for (int round = 0; round < 3; ++round) {
       const auto wanted = random_wanted(random, bytes_.size());
-      rig.start({.path = path(), .extents = fragments_of(wanted)}).wait();
+      rig.start({.path = path(), .extents = extents_of(wanted)}).wait();
       for (const Wanted& w : wanted) ASSERT_TRUE(right(*w.memory, w.offset)) << "seed " << seed << " at " << w.offset;
     }
   }
@@ -90,7 +90,7 @@ TEST_F(PipelineTest, ErrorsEndInRightBytesOrACleanError) {
     std::vector<Transfer> transfers;
     for (int i = 0; i < 3; ++i) {
       wanted.push_back(random_wanted(random, bytes_.size()));
-      transfers.push_back(rig.start({.path = path(), .extents = fragments_of(wanted.back())}));
+      transfers.push_back(rig.start({.path = path(), .extents = extents_of(wanted.back())}));
     }
     for (std::size_t i = 0; i < transfers.size(); ++i) {
       try {
@@ -138,8 +138,8 @@ TEST_F(PipelineTest, CancelledTransfersLeaveTheOthersAlone) {
     Rig rig(seed, {.short_percent = 30});
     auto doomed = random_wanted(random, bytes_.size());
     const auto kept = random_wanted(random, bytes_.size());
-    Transfer first = rig.start({.path = path(), .extents = fragments_of(doomed)});
-    Transfer second = rig.start({.path = path(), .extents = fragments_of(kept)});
+    Transfer first = rig.start({.path = path(), .extents = extents_of(doomed)});
+    Transfer second = rig.start({.path = path(), .extents = extents_of(kept)});
     first.cancel();
     try {
       first.wait();

@@ -18,9 +18,7 @@ std::byte* at(std::uint64_t address) { return reinterpret_cast<std::byte*>(addre
 
 Plan plan_of(std::vector<Fragment> extents, std::uint32_t chunk_bytes = kChunk,
              std::uint32_t block_bytes = kPageBytes) {
-  Plan plan;
-  plan.add_load(extents, chunk_bytes, block_bytes);
-  return plan;
+  return Plan::of_load(std::move(extents), chunk_bytes, block_bytes);
 }
 
 TEST(Plan, EmptyExtentsGiveNoChunks) { EXPECT_TRUE(plan_of({}).chunks.empty()); }
@@ -160,8 +158,7 @@ class StoreMap {
 };
 
 TEST(Plan, AStoreWritesWholeBlocksDirectlyAndWhatIsLessAtItsEnds) {
-  Plan plan;
-  plan.add_store(std::vector<Fragment>{{100, 3 * kPageBytes, at((1ull << 30) + 1)}}, kChunk, {}, true);
+  const Plan plan = Plan::of_store({{100, 3 * kPageBytes, at((1ull << 30) + 1)}}, kChunk, {});
   ASSERT_EQ(plan.chunks.size(), 3u);
   EXPECT_EQ(plan.chunks[0].offset_bytes, 100u);
   EXPECT_EQ(plan.chunks[0].size_bytes, kPageBytes - 100);
@@ -173,23 +170,42 @@ TEST(Plan, AStoreWritesWholeBlocksDirectlyAndWhatIsLessAtItsEnds) {
 
 TEST(Plan, AStoreNeedsItsMemoryAlignedOnlyForTheDevice) {
   const std::vector<Fragment> extents{{0, kChunk, at((1ull << 30) + 512)}};
-  Plan page;
-  page.add_store(extents, kChunk, {kPageBytes, kPageBytes}, true);
-  EXPECT_FALSE(page.chunks.at(0).in_place);
-  Plan sector;
-  sector.add_store(extents, kChunk, {kPageBytes, 512}, true);
-  EXPECT_TRUE(sector.chunks.at(0).in_place);
+  EXPECT_FALSE(Plan::of_store(extents, kChunk, {kPageBytes, kPageBytes}).chunks.at(0).in_place);
+  EXPECT_TRUE(Plan::of_store(extents, kChunk, {kPageBytes, 512}).chunks.at(0).in_place);
 }
 
-TEST(Plan, SmallGapsOfAStoreAreZerosOnlyWhenAskedFor) {
-  const std::vector<Fragment> extents{{0, kPageBytes - 10, at(1ull << 30)},
-                                      {kPageBytes + 10, kPageBytes, at(1ull << 31)}};
-  Plan filled;
-  filled.add_store(extents, kChunk, {}, true);
+TEST(Plan, SmallGapsOfAStoreAreZerosUnlessAnExtentOfTheOtherSideMayLieInThem) {
+  std::vector<Fragment> extents{{0, kPageBytes - 10, at(1ull << 30)}, {kPageBytes + 10, kPageBytes, at(1ull << 31)}};
+  const Plan filled = Plan::of_store(extents, kChunk, {});
   EXPECT_EQ(StoreMap(filled, kChunk, kPageBytes).source_of(kPageBytes), StoreMap::kZero);
-  Plan skipped;
-  skipped.add_store(extents, kChunk, {}, false);
-  EXPECT_EQ(StoreMap(skipped, kChunk, kPageBytes).source_of(kPageBytes), 0u);
+  extents.push_back({kPageBytes, 5, at(1ull << 32), 2, true});
+  const StoreMap both(Plan::of_store(extents, kChunk, {}), kChunk, kPageBytes);
+  EXPECT_EQ(both.source_of(kPageBytes), 1ull << 32);
+  EXPECT_EQ(both.source_of(kPageBytes + 5), 0u);
+  EXPECT_FALSE(both.any_twice());
+}
+
+TEST(Plan, AFragmentKnowsItsExtentAndItsSide) {
+  const std::vector<Fragment> extents{{3 * kChunk, 100, at(1ull << 30), 0, true},
+                                      {5, 2 * kChunk, at((1ull << 31) + 5), 1, false},
+                                      {0, 5, at(1ull << 32), 2, false},
+                                      {10, 20, at(1ull << 33), 3, true}};
+  for (const Plan& plan : {Plan::of_load(extents, kChunk, kPageBytes),
+                           Plan::of_store({extents.begin(), extents.begin() + 3}, kChunk, {})}) {
+    std::map<std::uint32_t, std::uint64_t> bytes_of;
+    for (const Chunk& chunk : plan.chunks) {
+      for (const Fragment& fragment : plan.fragments_of(chunk)) {
+        const Fragment& extent = extents.at(fragment.extent);
+        EXPECT_EQ(fragment.offset_bytes - extent.offset_bytes,
+                  static_cast<std::uint64_t>(fragment.memory - extent.memory));
+        EXPECT_EQ(fragment.on_device, extent.on_device);
+        EXPECT_EQ(chunk.on_device, extent.on_device) << "sides share no chunk";
+        bytes_of[fragment.extent] += fragment.size_bytes;
+      }
+    }
+    for (const auto& [extent, bytes] : bytes_of) EXPECT_EQ(bytes, extents[extent].size_bytes);
+    EXPECT_GE(bytes_of.size(), 3u);
+  }
 }
 
 // Every store, whatever the extents: each byte once, from its place; zeros only less than a block from an extent; no
@@ -209,9 +225,10 @@ TEST(Plan, AStoreWritesEveryByteOnceAndNothingElse) {
       end += size + (random() % 3 ? random() % 3 : random() % 20'000);
     }
     end = round_up(end, block_bytes);
-    Plan plan;
-    plan.add_store(extents, kChunk, {block_bytes, memory_bytes}, fill_gaps);
-    const StoreMap map(plan, end, block_bytes);
+    if (!fill_gaps) extents.push_back({end, block_bytes, at(1ull << 50), 0, !extents.empty()});
+    const std::uint64_t file_end = end + block_bytes;
+    const Plan plan = Plan::of_store(extents, kChunk, {block_bytes, memory_bytes});
+    const StoreMap map(plan, file_end, block_bytes);
     EXPECT_FALSE(map.any_twice());
     for (const Chunk& chunk : plan.chunks) {
       EXPECT_EQ(chunk.offset_bytes / kChunk, (chunk.offset_bytes + chunk.size_bytes - 1) / kChunk);
@@ -231,7 +248,7 @@ TEST(Plan, AStoreWritesEveryByteOnceAndNothingElse) {
         ASSERT_EQ(map.source_of(at_byte), source) << at_byte;
       }
     }
-    for (; at_byte < end; ++at_byte) ASSERT_EQ(map.source_of(at_byte), 0u) << at_byte;
+    for (; at_byte < file_end; ++at_byte) ASSERT_EQ(map.source_of(at_byte), 0u) << at_byte;
     EXPECT_LE(plan.total_bytes, map.direct_bytes() + (extents.size() + 1) * 2 * block_bytes);
   }
 }

@@ -22,8 +22,7 @@ class RouterTest : public ::testing::Test {
   RouterTest() {
     flashpack::testing::write_file(path_, flashpack::testing::random_bytes(8 * kChunk));
     file_.emplace(File::open(path_, std::nullopt, true));
-    const std::vector<Fragment> all = {{0, 8 * kChunk, reinterpret_cast<std::byte*>(1ull << 30)}};
-    plan_.add_load(all, kChunk, kPageBytes);
+    plan_ = Plan::of_load({{0, 8 * kChunk, reinterpret_cast<std::byte*>(1ull << 30)}}, kChunk, kPageBytes);
   }
 
   std::vector<std::uint64_t> take_all(Router& router, Route route) {
@@ -97,12 +96,11 @@ TEST_F(RouterTest, StopsAskingWhenTheQuestionsRunOutAndGoesOnLater) {
 }
 
 TEST_F(RouterTest, StoresOfWholeBlocksAreDirect) {
-  Plan plan;
-  plan.add_store(std::vector<Fragment>{{5, kChunk, reinterpret_cast<std::byte*>(1ull << 30)}}, kChunk, {}, true);
-  Router router(plan, kPageBytes);
+  const Plan plan = Plan::of_store({{5, kChunk, reinterpret_cast<std::byte*>(1ull << 30)}}, kChunk, file_->alignment());
+  Router router(plan, *file_);
   EXPECT_EQ(take_all(router, Route::kDirect).size(), 1u);
   EXPECT_EQ(take_all(router, Route::kBuffered).size(), 2u);
-  Router without(plan, 0);
+  Router without(plan, File::open(path_, std::nullopt, false));
   EXPECT_TRUE(take_all(without, Route::kDirect).empty());
   EXPECT_EQ(take_all(without, Route::kBuffered).size(), 3u);
 }

@@ -152,7 +152,7 @@ TEST_F(CrashTest, WhatALivingProcessWritesIsLeftToIt) {
     FileWriter writer = engine.create(path_, {.payload_bytes = payload.size()});
     char byte = 0;
     if (::write(ready[1], &byte, 1) != 1 || ::read(go_on[0], &byte, 1) != 1) ::_exit(1);
-    writer.write({{.offset_bytes = 0, .size_bytes = payload.size(), .source = payload.data()}});
+    writer.write({.extents = {{.offset_bytes = 0, .size_bytes = payload.size(), .source = payload.data()}}});
     writer.commit(tail_of(2));
     ::_exit(0);
   }

@@ -221,18 +221,20 @@ TEST_P(HangTest, AnEngineWithReadsThatHangIsDestroyedWhenTheyAreAnswered) {
   EXPECT_EQ(outcome(loads_.front()), Errc::kCancelled);
 }
 
-TEST_P(HangTest, CancelledWritesThatHangHoldUpNoOtherLoad) {
-  for (const std::size_t phase : {0u, 64u}) {
+TEST_P(HangTest, WritesThatHangHoldUpNoOtherLoadAndEndWithWhatStoppedThemMeanwhile) {
+  const Deadline soon = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
+  for (const auto& [phase, deadline] :
+       {std::pair(0u, std::optional(soon)), std::pair(64u, std::optional<Deadline>())}) {
     FileWriter writer = engine_->create(*fs_ / "new");
     GuardedMemory source(bytes_.size(), phase);
     fs_->hold("write", "*");
-    Transfer write = writer.start_write({{0, source.size(), source.data()}});
+    Transfer write = writer.start_write({.extents = {{0, source.size(), source.data()}}, .deadline = deadline});
     EXPECT_TRUE(fs_->wait_until_held("write", "*"));
-    write.cancel();
-    SCOPED_TRACE(phase);
+    deadline ? std::this_thread::sleep_until(*deadline) : write.cancel();
     expect_that_others_go_on();
     fs_->release();
-    EXPECT_THROW(write.wait(), Error);
+    ASSERT_TRUE(write.wait_for(kHang));
+    EXPECT_EQ(write.error(), deadline ? Errc::kDeadlineExceeded : Errc::kCancelled);
   }
 }
 
@@ -392,7 +394,7 @@ TEST_P(HangTest, AStoreThatHangsWhereverItDoesHoldsUpNoLoadOfAnotherFileSystem) 
     fs_->hold(op, "*");
     auto stored = std::async(std::launch::async, [&] {
       FileWriter writer = engine_->create(*fs_ / "new", {.payload_bytes = kMiB});
-      writer.write({{0, kMiB, source.data()}});
+      writer.write({.extents = {{0, kMiB, source.data()}}});
       if (op != "unlink") writer.commit({});
     });
     if (!fs_->wait_until_held(op, "*")) ADD_FAILURE() << op;

@@ -109,7 +109,8 @@ TEST_P(FlawedMemoryTest, AStoreFromItIsAnErrorHoweverTheBytesComeFromThere) {
       for (const unsigned phase : {0u, 1u}) {
         FileWriter writer = engine_.create(dir_ / "written", {.checksums = checksums});
         try {
-          writer.write({{.offset_bytes = 0, .size_bytes = size, .source = memory.around_the_middle(size) + phase}});
+          writer.write(
+              {.extents = {{.offset_bytes = 0, .size_bytes = size, .source = memory.around_the_middle(size) + phase}}});
           ADD_FAILURE() << size << " bytes, phase " << phase;
         } catch (const Error& error) {
           EXPECT_EQ(error.code(), std::errc::bad_address) << error.what();

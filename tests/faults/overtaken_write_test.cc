@@ -97,7 +97,7 @@ TEST_F(OvertakenWriteTest, AWriteThatBeganBeforeTheLoadIsSeenByChecksumsAlone) {
   FileWriter writer = engine_.create(dir_ / "new", {.checksums = true});
   const auto what_is_written =
       testing::random_bytes(kFileBytes, kMappedSeed);  // Not the mapping: touched, it is there.
-  writer.write({{0, kFileBytes, what_is_written.data()}});
+  writer.write({.extents = {{0, kFileBytes, what_is_written.data()}}});
   const Checksums of_what_is_written = writer.checksums();
   std::vector<std::byte> target(kFileBytes);
   auto written = begin_to_write();

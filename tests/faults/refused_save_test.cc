@@ -170,9 +170,10 @@ TEST_P(FullDiskTest, WhatDoesNotFitIsAnErrorAndItsSpaceIsGivenBack) {
           [&] {
             FileWriter writer = full.create(path_, {.payload_bytes = much.size()});
             // Where space can be reserved, it is an error already.
-            if (!can_reserve) writer.write({{0, much.size(), much.data()}});
+            if (!can_reserve) writer.write({.extents = {{0, much.size(), much.data()}}});
           },
-          [&] { full.create(path_).write({{0, much.size(), much.data()}}); }, [&] { full.create(path_).commit(much); }};
+          [&] { full.create(path_).write({.extents = {{0, much.size(), much.data()}}}); },
+          [&] { full.create(path_).commit(much); }};
       for (const auto& way : ways) {
         if (const int wrong = fails({ENOSPC}, way)) return wrong;
       }

@@ -21,7 +21,7 @@ class VerifyTest : public ::testing::Test {
     Metadata metadata = make_layout(specs, 128);
     const auto bytes = testing::random_bytes(metadata.payload_bytes);
     FileWriter writer = engine_.create(path_, {.payload_bytes = bytes.size(), .checksums = true});
-    writer.write({{.size_bytes = bytes.size(), .source = bytes.data()}});
+    writer.write({.extents = {{.size_bytes = bytes.size(), .source = bytes.data()}}});
     if (checksums) metadata.checksums = writer.checksums();
     const std::string footer = encode_footer(metadata);
     writer.commit(std::as_bytes(std::span(footer)));

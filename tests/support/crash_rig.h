@@ -43,8 +43,9 @@ inline void save(Engine& engine, const std::filesystem::path& path, unsigned ver
   const auto payload = payload_of(version);
   const std::uint64_t half = kMiB + 4096 + 99;
   FileWriter writer = engine.create(path, {.payload_bytes = payload.size()});
-  Transfer first = writer.start_write({{.offset_bytes = 0, .size_bytes = half, .source = payload.data()}});
-  writer.write({{.offset_bytes = half, .size_bytes = payload.size() - half, .source = payload.data() + half}});
+  Transfer first = writer.start_write({.extents = {{.offset_bytes = 0, .size_bytes = half, .source = payload.data()}}});
+  writer.write(
+      {.extents = {{.offset_bytes = half, .size_bytes = payload.size() - half, .source = payload.data() + half}}});
   first.wait();
   writer.commit(tail_of(version));
 }

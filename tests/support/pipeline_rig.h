@@ -1,7 +1,5 @@
 #pragma once
 
-#include <unistd.h>
-
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -9,6 +7,7 @@
 #include <vector>
 
 #include "engine/pipeline.h"
+#include "engine/prepare.h"
 #include "engine/staging.h"
 #include "engine/workers.h"
 #include "tests/support/faulty_queue.h"
@@ -28,7 +27,9 @@ class PipelineRig {
   PipelineRig(unsigned seed, Faults faults, Shape shape = Shape::kRealWorkers, std::uint32_t chunk_bytes = 1u << 20,
               std::uint32_t slots = 3, internal::Copier* copier = nullptr, std::uint32_t spare_slots = 0,
               std::uint32_t at_once_bytes = 0)
-      : staging_(std::uint64_t{slots + spare_slots} * chunk_bytes, chunk_bytes), disk_(seed, faults) {
+      : facts_{.chunk_bytes = chunk_bytes, .copier = copier},
+        staging_(std::uint64_t{slots + spare_slots} * chunk_bytes, chunk_bytes),
+        disk_(seed, faults) {
     const internal::Pipeline::Limits limits{.queue_depth = kQueueDepth,
                                             .worker_depth = kQueueDepth,
                                             .chunk_bytes = chunk_bytes,
@@ -58,27 +59,21 @@ class PipelineRig {
 
   struct Load {
     std::filesystem::path path;
-    std::vector<internal::Fragment> extents;
+    std::vector<Extent> extents;
     CachePolicy cache = CachePolicy::kDirect;
+    CUstream_st* stream = nullptr;
     std::optional<Deadline> deadline;
     Completion* completion = nullptr;
     bool cancelled = false;
-    const Checksums* checksums = nullptr;  // Only where extents do not overlap.
+    std::optional<Checksums> checksums;
   };
 
-  /// With a gate: to memory of the copier's device.
-  Transfer start(const Load& load, std::unique_ptr<internal::Gate> gate = nullptr) {
-    auto state = std::make_shared<internal::TransferState>();
-    state->completion = load.completion;
-    state->cancel_requested = load.cancelled;
-    state->deadline = load.deadline;
-    internal::Part& part = state->parts.emplace_back();
-    part.path = load.path;
-    part.cache = load.cache;
-    part.fragments[gate != nullptr] = load.extents;
-    if (load.checksums) part.checksums = *load.checksums;
-    state->gate = std::move(gate);
-    return start(std::move(state));
+  Transfer start(const Load& load) {
+    LoadRequest request{.files = {{.path = load.path, .extents = load.extents, .checksums = load.checksums}},
+                        .cache = load.cache,
+                        .stream = load.stream,
+                        .deadline = load.deadline};
+    return start(internal::prepare_load(facts_, std::move(request), load.completion), load.cancelled);
   }
 
   struct Store {
@@ -86,20 +81,14 @@ class PipelineRig {
     Transfer transfer;
   };
 
-  /// With checksums of the first `size_bytes`.
-  Store start_store(std::shared_ptr<internal::OpenFile> open, std::span<const internal::Fragment> extents,
-                    std::uint64_t size_bytes, bool cancelled = false) {
-    auto state = std::make_shared<internal::TransferState>();
-    state->direction = internal::TransferState::Direction::kStore;
-    state->cancel_requested = cancelled;
-    internal::Part& part = state->parts.emplace_back();
-    part.open = std::move(open);
-    part.path = part.file().path();
-    part.sums.emplace(0, size_bytes);
-    const internal::Alignment alignment = part.file().alignment();
-    part.plan.add_store(extents, static_cast<std::uint32_t>(staging_.slots()[0].size()), alignment, true);
-    part.router = internal::Router(part.plan, part.file().direct_fd() < 0 ? 0 : alignment.block_bytes);
-    return {state, start(state)};
+  /// With checksums.
+  Store start_store(std::shared_ptr<internal::OpenFile> open, std::vector<SourceExtent> extents,
+                    bool cancelled = false) {
+    const internal::StoreTarget target{.path = open->file.path(), .open = std::move(open), .checksums = true};
+    const WriteRequest request{.extents = std::move(extents)};
+    auto state =
+        internal::prepare_store(facts_, target, request, internal::extents_of(facts_, request, target.path), nullptr);
+    return {state, start(state, cancelled)};
   }
 
   /// Requires: stopped.
@@ -125,13 +114,14 @@ class PipelineRig {
     return dynamic_cast<FaultyQueue<internal::WorkQueue>*>(workers_.get());
   }
 
-  Transfer start(std::shared_ptr<internal::TransferState> state) {
-    state->owner = ::getpid();
+  Transfer start(std::shared_ptr<internal::TransferState> state, bool cancelled) {
+    state->cancel_requested = cancelled;
     state->driver = pipeline_.get();
     pipeline_->start(state);
     return internal::TransferState::handle(state);
   }
 
+  const internal::EngineFacts facts_;
   internal::Staging staging_;
   FaultyQueue<internal::DiskQueue> disk_;
   std::unique_ptr<internal::WorkQueue> workers_;

@@ -148,7 +148,7 @@ TEST(Inspect, VerifyTellsSoundFromCorruptAndNamesTheTensors) {
   {
     Engine engine;
     FileWriter writer = engine.create(file.path(), {.checksums = true});
-    writer.write({{.size_bytes = bytes.size(), .source = bytes.data()}});
+    writer.write({.extents = {{.size_bytes = bytes.size(), .source = bytes.data()}}});
     Metadata metadata = layout;
     metadata.checksums = writer.checksums();
     const std::string footer = encode_footer(metadata);

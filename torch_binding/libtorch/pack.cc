@@ -198,7 +198,8 @@ class TensorWriter {
 
   void start_group() {
     if (filling_.extents.empty()) return;
-    filling_.transfer = file_.start_write(std::exchange(filling_.extents, {}), nullptr, current_stream(device_));
+    filling_.transfer =
+        file_.start_write({.extents = std::exchange(filling_.extents, {}), .stream = current_stream(device_)});
     writing_.push_back(std::exchange(filling_, {}));
     if (writing_.size() < kGroupsAlive) return;
     filling_ = wait();

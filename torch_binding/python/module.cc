@@ -257,12 +257,12 @@ class PyWriter {
 
   void start_write(const std::vector<ExtentTuple>& extents, nb::object sources, std::uintptr_t stream) {
     const NativeCall call;
-    auto list = to_extents<SourceExtent, const void*>(extents);
+    WriteRequest request{.extents = to_extents<SourceExtent, const void*>(extents), .stream = stream_of(stream)};
     FileWriter& writer = open();
     Transfer transfer;
     {
       nb::gil_scoped_release released;
-      transfer = writer.start_write(std::move(list), nullptr, stream_of(stream));
+      transfer = writer.start_write(std::move(request));
     }
     writes_.emplace_back(std::move(sources), std::move(transfer));
   }

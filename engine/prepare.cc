@@ -1,0 +1,165 @@
+#include "engine/prepare.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cassert>
+#include <cerrno>
+#include <limits>
+#include <span>
+#include <system_error>
+#include <utility>
+
+#include "engine/ground/error.h"
+
+namespace flashpack::internal {
+
+namespace {
+
+// What the copier says, with a failure of it as an Error.
+template <typename Question>
+auto ask_copier(Question question) {
+  try {
+    return question();
+  } catch (const Error&) {
+    throw;
+  } catch (const std::system_error& error) {
+    throw failed("start transfer", error);
+  }
+}
+
+bool on_device(const EngineFacts& engine, const void* memory) {
+  return engine.copier && ask_copier([&] { return engine.copier->owns(memory); });
+}
+
+// The device's part of a transfer waits for what is on `stream` now. Null where nothing has to wait.
+std::unique_ptr<Gate> gate_for(const EngineFacts& engine, std::span<const Fragment> extents, CUstream_st* stream) {
+  if (std::none_of(extents.begin(), extents.end(), [](const Fragment& extent) { return extent.on_device; }))
+    return nullptr;
+  return ask_copier([&] { return engine.copier->gate(stream); });
+}
+
+std::shared_ptr<TransferState> new_transfer(const EngineFacts& engine, TransferState::Direction direction,
+                                            std::optional<Deadline> deadline, Completion* completion) {
+  auto state = std::make_shared<TransferState>();
+  state->direction = direction;
+  state->deadline = deadline;
+  state->completion = completion;
+  state->owner = ::getpid();
+  state->stats.backend = engine.backend;
+  state->stats.pinned = engine.copier && engine.copier->locked();
+  state->note_fallback(engine.fallback_reason);
+  return state;
+}
+
+void check_checksums(const FileExtents& file) {
+  if (!file.checksums) return;
+  const std::uint64_t bytes = file.checksums->size_bytes;
+  const std::uint64_t stripes = bytes / Checksums::kStripeBytes + (bytes % Checksums::kStripeBytes != 0);
+  if (file.checksums->crc32c.size() != stripes)
+    throw argument_error("load " + file.path.string() + ": checksums that are not of its size");
+}
+
+void check_targets(std::span<const FileExtents> files) {
+  std::vector<std::pair<std::uintptr_t, std::uintptr_t>> targets;
+  for (const FileExtents& file : files) {
+    for (const Extent& extent : file.extents) {
+      if (extent.size_bytes == 0) continue;
+      const auto begin = reinterpret_cast<std::uintptr_t>(extent.target);
+      if (!extent.target) throw argument_error("load " + file.path.string() + ": extent without a target");
+      if (extent.size_bytes > ~begin || extent.offset_bytes > ~extent.size_bytes) {
+        throw argument_error("load " + file.path.string() + ": extent past the end of the address space");
+      }
+      targets.emplace_back(begin, begin + extent.size_bytes);
+    }
+  }
+  std::sort(targets.begin(), targets.end());
+  const auto overlap = std::adjacent_find(targets.begin(), targets.end(),
+                                          [](const auto& a, const auto& b) { return b.first < a.second; });
+  if (overlap != targets.end()) throw argument_error("load: targets overlap in memory");
+}
+
+// One file of a load, the first of whose extents has that index in the request.
+void add_part(const EngineFacts& engine, TransferState& state, FileExtents wanted, CachePolicy cache,
+              std::uint32_t first_extent) {
+  Part& part = state.parts.emplace_back();
+  part.path = std::move(wanted.path);
+  part.expected = wanted.expected;
+  part.checksums = std::move(wanted.checksums);
+  part.cache = cache;
+  if (wanted.fd >= 0) {
+    part.given.reset(::fcntl(wanted.fd, F_DUPFD_CLOEXEC, 0));
+    if (!part.given) throw file_error(errno_code(errno), "duplicate descriptor", part.path);
+  }
+  for (const Extent& extent : wanted.extents) {
+    const std::uint32_t index = first_extent++;
+    if (extent.size_bytes == 0) continue;
+    part.extents.push_back({extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target), index,
+                            on_device(engine, extent.target)});
+    state.total_bytes += extent.size_bytes;
+  }
+}
+
+}  // namespace
+
+std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadRequest request, Completion* completion) {
+  for (const FileExtents& file : request.files) check_checksums(file);
+  check_targets(request.files);
+  auto state = new_transfer(engine, TransferState::Direction::kLoad, request.deadline, completion);
+  state->after = request.after;
+  std::uint32_t first_extent = 0;
+  try {
+    for (FileExtents& file : request.files) {
+      const auto count = static_cast<std::uint32_t>(file.extents.size());
+      add_part(engine, *state, std::move(file), request.cache, std::exchange(first_extent, first_extent + count));
+    }
+  } catch (const Error& error) {
+    state->failure = Failure(error);
+  }
+  for (const Part& part : state->parts) {
+    if (!state->gate) state->gate = gate_for(engine, part.extents, request.stream);
+  }
+  state->stats.requested_bytes = state->total_bytes;
+  return state;
+}
+
+std::vector<Fragment> extents_of(const EngineFacts& engine, const WriteRequest& request,
+                                 const std::filesystem::path& path) {
+  constexpr std::uint64_t kMaxFileBytes = std::numeric_limits<std::int64_t>::max();
+  std::vector<Fragment> extents;
+  extents.reserve(request.extents.size());
+  for (std::uint32_t index = 0; index < request.extents.size(); ++index) {
+    const SourceExtent& extent = request.extents[index];
+    if (extent.size_bytes == 0) continue;
+    if (!extent.source) throw argument_error("write " + path.string() + ": extent without a source");
+    if (extent.size_bytes > kMaxFileBytes || extent.offset_bytes > kMaxFileBytes - extent.size_bytes) {
+      throw argument_error("write " + path.string() + ": extent past 2^63");
+    }
+    // The bytes are only read; a fragment has one kind of pointer for both directions.
+    auto* const source = const_cast<std::byte*>(static_cast<const std::byte*>(extent.source));
+    extents.push_back({extent.offset_bytes, extent.size_bytes, source, index, on_device(engine, source)});
+  }
+  std::sort(extents.begin(), extents.end(),
+            [](const Fragment& a, const Fragment& b) { return a.offset_bytes < b.offset_bytes; });
+  return extents;
+}
+
+std::shared_ptr<TransferState> prepare_store(const EngineFacts& engine, const StoreTarget& target,
+                                             const WriteRequest& request, std::vector<Fragment> extents,
+                                             Completion* completion) {
+  auto state = new_transfer(engine, TransferState::Direction::kStore, request.deadline, completion);
+  state->gate = gate_for(engine, extents, request.stream);
+  Part& part = state->parts.emplace_back();
+  part.path = target.path;
+  part.open = target.open;
+  const File& file = part.file();
+  if (file.direct_fd() < 0) part.fallback_reason = "direct I/O: " + errno_code(file.direct_error()).message();
+  if (target.checksums && !extents.empty()) part.sums.emplace(extents.front().offset_bytes, end_of(extents.back()));
+  part.plan = Plan::of_store(std::move(extents), engine.chunk_bytes, file.alignment());
+  part.router = Router(part.plan, file);
+  state->stats.requested_bytes = state->total_bytes = part.plan.total_bytes;
+  return state;
+}
+
+}  // namespace flashpack::internal

@@ -1,0 +1,154 @@
+#include "engine/prepare.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::internal {
+namespace {
+
+constexpr std::uint32_t kChunk = 1u << 20;
+
+// A device whose memory is everything from kDevice on.
+class HalfCopier final : public Copier {
+ public:
+  static constexpr std::uintptr_t kDevice = std::uintptr_t{1} << 40;
+  static constexpr std::uintptr_t kElsewhere = std::uintptr_t{1} << 41;
+
+  void push(unsigned, unsigned, const ByteWork&) override {}
+  std::span<const Completion> poll() override { return {}; }
+  bool idle() const noexcept override { return true; }
+  std::unique_ptr<Gate> gate(CUstream_st*) override { throw Error(Errc::kInvalidArgument, "captured"); }
+  bool owns(const void* memory) const override {
+    const auto address = reinterpret_cast<std::uintptr_t>(memory);
+    if (address >= kElsewhere) throw std::system_error(EIO, std::generic_category(), "device");
+    return address >= kDevice;
+  }
+  bool locked() const noexcept override { return true; }
+  std::string fallback_reason() const override { return {}; }
+};
+
+std::byte* at(std::uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
+
+// The message of the Error that `call` throws.
+template <typename Call>
+std::string message_of(Call call) {
+  try {
+    call();
+    return {};
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+class PrepareTest : public ::testing::Test {
+ protected:
+  StoreTarget target(bool checksums = true) {
+    UniqueFd fd(::open((dir_ / "new").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+    return {"the file", std::make_shared<OpenFile>(File::created(dir_ / "new", std::move(fd))), checksums};
+  }
+
+  std::shared_ptr<TransferState> store(const WriteRequest& request) {
+    return prepare_store(engine_, target(), request, extents_of(engine_, request, "the file"), nullptr);
+  }
+
+  flashpack::testing::TempDir dir_;
+  HalfCopier copier_;
+  const EngineFacts engine_{.chunk_bytes = kChunk,
+                            .backend = Backend::kWorkers,
+                            .copier = &copier_,
+                            .fallback_reason = "memory: small pages"};
+};
+
+TEST_F(PrepareTest, ExtentsAreNumberedThroughAllFilesOfALoad) {
+  const auto load =
+      prepare_load(engine_,
+                   {.files = {{.path = "a", .extents = {{0, 5, at(4096)}, {9, 0, nullptr}, {5, 5, at(8192)}}},
+                              {.path = "b", .extents = {}},
+                              {.path = "c", .extents = {{7, 3, at(100)}}}}},
+                   nullptr);
+  ASSERT_EQ(load->parts.size(), 3u);
+  ASSERT_EQ(load->parts[0].extents.size(), 2u) << "one of no bytes is nothing to read";
+  EXPECT_EQ(load->parts[0].extents[0].extent, 0u);
+  EXPECT_EQ(load->parts[0].extents[1].extent, 2u);
+  ASSERT_EQ(load->parts[2].extents.size(), 1u);
+  EXPECT_EQ(load->parts[2].extents[0].extent, 3u);
+  EXPECT_EQ(load->total_bytes, 13u);
+}
+
+TEST_F(PrepareTest, BothDirectionsAreToldAboutTheirEngine) {
+  for (const auto& transfer :
+       {prepare_load(engine_, {.files = {{.path = "a", .extents = {{0, 5, at(4096)}}}}}, nullptr),
+        store({.extents = {{0, 5, at(4096)}}})}) {
+    EXPECT_EQ(transfer->stats.requested_bytes, 5u);
+    EXPECT_EQ(transfer->stats.backend, Backend::kWorkers);
+    EXPECT_EQ(transfer->stats.fallback_reason, "memory: small pages");
+    EXPECT_TRUE(transfer->stats.pinned);
+    EXPECT_EQ(transfer->gate, nullptr) << "nothing of it is on the device";
+  }
+}
+
+TEST_F(PrepareTest, WhatCudaSaysOfTheStreamIsThrownInBothDirections) {
+  const std::uintptr_t device = HalfCopier::kDevice;
+  EXPECT_EQ(message_of([&] {
+              prepare_load(engine_, {.files = {{.path = "a"}, {.path = "b", .extents = {{0, 5, at(device)}}}}},
+                           nullptr);
+            }),
+            "captured: invalid argument");
+  EXPECT_EQ(message_of([&] { store({.extents = {{0, 5, at(4096)}, {5, 5, at(device)}}}); }),
+            "captured: invalid argument");
+}
+
+TEST_F(PrepareTest, WhatCudaSaysOfMemoryIsTheFailureOfALoadAndRefusesAStore) {
+  const std::uintptr_t elsewhere = HalfCopier::kElsewhere;
+  const std::string message = "start transfer: device: Input/output error";
+  const auto load = prepare_load(engine_, {.files = {{.path = "a", .extents = {{0, 5, at(elsewhere)}}}}}, nullptr);
+  ASSERT_TRUE(load->failure);
+  EXPECT_EQ(load->failure->error().what(), message);
+  EXPECT_EQ(message_of([&] { store({.extents = {{0, 5, at(elsewhere)}}}); }), message);
+}
+
+TEST_F(PrepareTest, AStoreIsPlannedInFileOrderOnBothSides) {
+  const auto transfer = store(
+      {.extents = {{2 * kChunk, 10, at(4096)}, {0, kChunk, at(kChunk)}, {kChunk, 0, nullptr}, {kChunk, 20, at(64)}},
+       .deadline = Deadline()});
+  EXPECT_EQ(transfer->deadline, Deadline());
+  const Part& part = transfer->parts.front();
+  EXPECT_EQ(part.path, "the file");
+  ASSERT_TRUE(part.sums);
+  EXPECT_FALSE(part.router.exhausted());
+  std::vector<std::uint32_t> extents;
+  for (const Fragment& fragment : part.plan.fragments) extents.push_back(fragment.extent);
+  EXPECT_EQ(extents, (std::vector<std::uint32_t>{1, 3, 0}));
+}
+
+TEST_F(PrepareTest, AStoreOfNothingHasNothingToDo) {
+  const auto transfer = store({});
+  EXPECT_TRUE(transfer->parts.front().router.exhausted());
+  EXPECT_FALSE(transfer->parts.front().sums);
+}
+
+TEST_F(PrepareTest, ArgumentsThatCannotBeRightAreRefused) {
+  const auto load = [&](std::vector<Extent> extents, std::optional<Checksums> checksums = {}) {
+    return message_of([&] {
+      prepare_load(engine_, {.files = {{.path = "a", .extents = extents, .checksums = checksums}}}, nullptr);
+    });
+  };
+  EXPECT_EQ(load({{0, 5, nullptr}}), "load a: extent without a target: invalid argument");
+  EXPECT_EQ(load({{0, ~std::uint64_t{0}, at(4096)}}),
+            "load a: extent past the end of the address space: invalid argument");
+  EXPECT_EQ(load({{0, 5, at(4096)}, {9, 5, at(4100)}}), "load: targets overlap in memory: invalid argument");
+  EXPECT_EQ(load({}, Checksums{.size_bytes = 1}), "load a: checksums that are not of its size: invalid argument");
+  EXPECT_EQ(message_of([&] { store({.extents = {{0, 5, nullptr}}}); }),
+            "write the file: extent without a source: invalid argument");
+  EXPECT_EQ(message_of([&] { store({.extents = {{std::uint64_t{1} << 63, 5, at(4096)}}}); }),
+            "write the file: extent past 2^63: invalid argument");
+}
+
+}  // namespace
+}  // namespace flashpack::internal
