@@ -1,7 +1,7 @@
-"""Loading on all ranks of a process group what one of them reads.
+"""Loading on all ranks of a process group, of which one reads the file.
 
-Before ranks exchange anything they agree that nobody has failed so far. So whoever fails, everybody raises, and no rank
-waits for bytes that will not come. They exchange JSON and raw bytes, never pickles.
+Before ranks exchange anything, they agree that none of them has failed so far. If one has, all raise, so that no rank
+waits for bytes that will not come. Ranks exchange JSON and raw bytes, never pickles.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from ._native import FlashPackError
 from .constants import DEFAULT_SHARD_STRATEGY, SHARD_STRATEGIES
 from .utils import is_distributed, logger, maybe_init_distributed
 
-# Bounds what a backend holds beside the tensor: Gloo stages device memory, window by window, through the host.
+# This bounds the memory of a backend beside the tensor: Gloo copies device memory through the host window by window.
 _WINDOW_BYTES = 64 << 20
 
 
 @dataclass
 class Ranks:
-    """Who loads together. By default it is this process alone, and nobody is asked or told anything."""
+    """The ranks that load together. By default this process is alone, and exchanges nothing."""
 
     rank: int = 0
     count: int = 1
     src: int = 0
     """The rank that reads."""
     device: torch.device = CPU
-    """Where this rank wants the bytes."""
+    """The device that this rank loads to."""
     _parted: bool = field(default=False, init=False)
-    """Something has failed, everybody knows, and there is nothing left to agree on."""
+    """Whether a rank has failed and all ranks know it, so that they exchange nothing any more."""
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What all ranks do. If it raises on one, it raises on all, at their next exchange or at the end."""
+        """Around what all ranks do. If it raises on one, it raises on all, at their next exchange or at the end."""
         try:
             yield
         except BaseException as error:
@@ -53,11 +53,11 @@ class Ranks:
         self.agree()
 
     def agree(self) -> None:
-        """Goes on if no rank has failed so far. Raises RuntimeError if one has."""
+        """Waits for all ranks. Raises RuntimeError if one of them has failed so far."""
         self._agree(None)
 
     def check(self, mmap: bool, sharded: bool, shard_strategy: str | None) -> None:
-        """Raises FlashPackError for what cannot be had by these ranks."""
+        """Raises FlashPackError for options that these ranks cannot have."""
         if sharded:
             resolve_shard_strategy(shard_strategy)
         if self.count > 1 and mmap:
@@ -67,7 +67,7 @@ class Ranks:
 
     @contextmanager
     def footer(self, path: StrPath) -> Iterator[Footer]:
-        """The footer that rank `src` reads, from a file that stays open; other ranks need not see the file."""
+        """Yields the footer that rank `src` reads, whose file stays open. Other ranks need not see the file."""
         if self.rank == self.src:
             with open_footer(path) as footer:
                 self._send_footer(footer)
@@ -83,12 +83,12 @@ class Ranks:
     def _receive_footer(self, path: str) -> Footer:
         self.agree()
         device_type, metadata, payload_bytes = self._send(None, self.src)
-        if self.device.type != device_type:  # Two backends would wait for each other.
+        if self.device.type != device_type:  # Ranks would wait for each other in two backends.
             raise FlashPackError(f"ranks load to different devices: {self.device.type} and {device_type}")
         return Footer(path, _native.parse_footer(metadata, payload_bytes, path), None)
 
     def wanted_by_any(self, footer: Footer, wanted: list[Entry]) -> list[Entry]:
-        """Those entries of the file that any rank wants: models, and what they ignore, may differ between ranks."""
+        """Returns the entries that any rank wants, because models and ignored names may differ between ranks."""
         entries = footer.entries() if self.count > 1 else []
         if not entries:
             return wanted
@@ -99,16 +99,16 @@ class Ranks:
         return [entry for entry, is_wanted in zip(entries, mask.tolist(), strict=True) if is_wanted]
 
     def read_blocks(self, footer: Footer, wanted: Wanted, device: torch.device, options: ReadOptions) -> Filled:
-        """As in _memory; rank `src` reads, and the others get its bytes. All ranks want the same.
+        """Does as read_blocks of _memory, but rank `src` reads, and the others get its bytes. All want the same.
 
-        What has been read is passed on while the rest is being read.
+        Blocks that have been read are passed on while the rest is being read.
         """
         if self.count == 1:
             return read_blocks(footer, wanted, device, options)
         self.agree()
         filling = make_room(wanted, device, options) if self.rank == self.src else None
         self.agree()
-        verify = self._send(options.verify, self.src)  # It has a say in where things are in the blocks.
+        verify = self._send(options.verify, self.src)  # The places of tensors in blocks depend on it.
         if filling is not None:
             with closing(fill(footer, [filling], options)) as arrivals:
                 for [numbers] in arrivals:
@@ -127,7 +127,7 @@ class Ranks:
         return filled
 
     def _pass_on(self, blocks: Sequence[Block], numbers: list[int] | None, device: torch.device) -> bool:
-        """Broadcasts the blocks with these numbers, which rank `src` says, and returns whether there were any."""
+        """Broadcasts the blocks whose numbers rank `src` gives, and returns whether there were any."""
         self.agree()
         numbers = self._send(numbers, self.src)
         for number in numbers or ():
@@ -137,14 +137,14 @@ class Ranks:
     def _broadcast(self, memory: torch.Tensor, device: torch.device) -> None:
         for begin in range(0, memory.numel(), _WINDOW_BYTES):
             window = memory[begin : begin + _WINDOW_BYTES]
-            # The rank that reads may have had to go through the CPU.
+            # The rank that reads has its blocks on the CPU if its engine cannot use the device.
             dist.broadcast(window.to(device) if self.rank == self.src else window, self.src)
 
     def _agree(self, failure: str | None) -> None:
-        """Raises RuntimeError if any rank has failed, but not this one."""
+        """Exchanges with all ranks whether they have failed. Raises RuntimeError if others have, but not this one."""
         if self.count == 1 or self._parted:
             return
-        self._parted = True  # As it is for good if this fails.
+        self._parted = True  # If the exchange fails, it stays so.
         last_failed = torch.tensor(-1 if failure is None else self.rank, device=self._message_device)
         dist.all_reduce(last_failed, dist.ReduceOp.MAX)
         who = int(last_failed.item())
@@ -156,7 +156,7 @@ class Ranks:
             raise RuntimeError(f"distributed loading failed on another rank, {who}: {reason}")
 
     def _send(self, message: Any, sender: int) -> Any:
-        """The message of rank `sender`, of what JSON knows, on every rank."""
+        """Returns the message of rank `sender`, which JSON can express, on every rank."""
         body = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8).to(self._message_device)
         size = torch.tensor(body.numel(), device=self._message_device)
         dist.broadcast(size, sender)
@@ -173,7 +173,7 @@ class Ranks:
 
 
 def ranks_of_group(device: str | torch.device, src: int = 0) -> Ranks:
-    """Raises RuntimeError without an initialized process group, FlashPackError for a rank that it does not have."""
+    """Returns the ranks of the process group. Raises RuntimeError without one, FlashPackError if it has no `src`."""
     if not is_distributed():
         raise RuntimeError("distributed loading needs an initialized torch.distributed process group")
     count = dist.get_world_size()
@@ -183,7 +183,7 @@ def ranks_of_group(device: str | torch.device, src: int = 0) -> Ranks:
 
 
 def join_ranks(device: str | torch.device, rank: int | None, local_rank: int | None, world_size: int | None) -> Ranks:
-    """The ranks of the process group, made if there are to be several; else this process alone."""
+    """Returns the ranks of the process group, which is made for several ranks if need be; else this process alone."""
     maybe_init_distributed(rank, local_rank, world_size)
     if is_distributed():
         return ranks_of_group(device)
@@ -192,10 +192,10 @@ def join_ranks(device: str | torch.device, rank: int | None, local_rank: int | N
 
 
 def resolve_shard_strategy(strategy: str | None = None) -> str:
-    """The name, in lower case, of a way to share out reads; None stands for FLASHPACK_SHARD_STRATEGY or the default.
+    """Returns the strategy's name in lower case; None stands for FLASHPACK_SHARD_STRATEGY or the default.
 
-    Names are checked and change nothing else: one rank reads. Raises FlashPackError for an unknown name that was given;
-    one in the environment is passed over.
+    A strategy has no effect, because one rank reads. Raises FlashPackError for an unknown name that is given, but
+    ignores one in the environment.
     """
     name = (os.environ.get("FLASHPACK_SHARD_STRATEGY", "") if strategy is None else strategy).strip().lower()
     if name in SHARD_STRATEGIES:

@@ -23,14 +23,14 @@ from .utils import is_ignored_tensor_name, listed, string_to_dtype
 
 __all__ = ["FlashPackFile", "TensorSlice", "load_file", "open_file"]
 
-# To read through a gap of this size costs less than another operation.
+# Reading a gap of this size costs less than another operation.
 _SHORT_GAP_BYTES = 64 << 10
-# What slices with short gaps are read through: memory that is used again is touched for the first time only once.
+# Slices with short gaps are read into a window of this size again and again, so that its pages are made only once.
 _WINDOW_BYTES = 32 << 20
-# Below this distance the runs of a slice cost more one by one than what lies between them. A device takes each run as a
-# copy of its own, which costs more at any distance.
+# Below this distance, reading the extents of a slice one by one costs more than reading the gaps, too. On a device it
+# costs more at any distance, because each extent is a copy of its own.
 _DENSE_BYTES = 1 << 10
-# Each run that is read by itself takes some hundred bytes of memory while it is read.
+# Each extent that is read by itself takes some hundred bytes of memory while it is read.
 _MOST_RUNS = 1 << 18
 
 
@@ -51,16 +51,16 @@ def load_file(
     progress: Callable[[int, int], object] | None = None,
     metadata: dict[str, str] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Reads tensors of a file, in file order, each with memory of its own. What nobody wants is not read.
+    """Reads tensors of a file, in file order, each with memory of its own. Other tensors are not read.
 
     `names`: the tensors to read, by default all; `ignore_*`: names, and beginnings and ends of names, not to read.
-    `dtype`: what floating-point tensors are cast to, or complex ones; integers and 8-bit floats, which may be quantised
-    weights, stay what they are.
+    `dtype`: floating-point tensors, or complex ones, are cast to it. Integers and 8-bit floats, which may be quantised
+    weights, keep theirs.
     `device_map`: devices by module, as in {"": "cpu", "encoder": "cuda:0", "encoder.layers.7": 1}; the longest name
     that fits decides, and `device` where none does. All devices are loaded to at the same time.
     `mmap`: maps the file instead of reading it (CPU only), see read_flashpack_file. `verify`: see assign_from_file.
-    `progress`: called now and then, on this thread, with the bytes done and their total; what it raises ends the load.
-    `metadata`: a dict to put into what pack_to_file was given as `metadata`, of the state of the file that is read.
+    `progress`: called now and then, on this thread, with the bytes done and their total; its exceptions end the load.
+    `metadata`: a dict that gets the text that pack_to_file was given as `metadata` for the file that is read.
 
     Raises FlashPackError (a ValueError) for a file or an argument that is not valid, a name that the file lacks
     included; OSError for the system's failures.
@@ -83,9 +83,9 @@ def load_file(
 
 
 def open_file(path: StrPath, device: DeviceLike = "cpu", *, verify: Verify = "auto") -> FlashPackFile:
-    """Opens a file to look at its tensors one by one, or at parts of them; only what is asked for is read.
+    """Opens a file to read its tensors one by one, or parts of them. Nothing else is read.
 
-    `device`: where tensors are read to. `verify`: see assign_from_file.
+    `device`: tensors are read to it. `verify`: see assign_from_file.
 
     Raises FlashPackError (a ValueError) for a file that is not valid, OSError for the system's failures.
     """
@@ -95,9 +95,9 @@ def open_file(path: StrPath, device: DeviceLike = "cpu", *, verify: Verify = "au
 class FlashPackFile:
     """The tensors of one file by name. Made by open_file().
 
-    The file stays open until close(), the end of a with block, or until this is dropped. So what stands at its path
-    meanwhile does not matter; when it is changed in place, reading is an OSError (ESTALE). May be used by several
-    threads, and in forked processes.
+    The file stays open until close(), the end of a with block, or until this is dropped. So another file at its path
+    does not matter; if the file is changed in place, reading is an OSError (ESTALE). Several threads and forked
+    processes may use this.
     """
 
     def __init__(self, path: StrPath, device: DeviceLike = "cpu", verify: Verify = "auto") -> None:
@@ -117,7 +117,7 @@ class FlashPackFile:
         return self._footer.native.to_dict()
 
     def keys(self) -> list[str]:
-        """The names, in file order."""
+        """Returns the names, in file order."""
         return list(self._entries)
 
     def __iter__(self) -> Iterator[str]:
@@ -132,7 +132,7 @@ class FlashPackFile:
     @left_before_exit
     @captures_undisturbed()
     def get(self, name: str) -> torch.Tensor:
-        """The tensor of that name, in memory of its own. Raises KeyError if there is none, else as load_file does."""
+        """Reads a tensor into memory of its own. Raises KeyError for an unknown name, else what load_file raises."""
         entry = self._entry(name)
         with torch.inference_mode(False), torch.no_grad():
             return read_tensors(self._footer, [entry], self._device, self._options)[name].to(self._device)
@@ -140,11 +140,11 @@ class FlashPackFile:
     __getitem__ = get
 
     def get_slice(self, name: str) -> TensorSlice:
-        """For reading a part of a tensor: get_slice("w")[10:20, :5]. Raises KeyError if there is none of that name."""
+        """Returns a tensor to read parts of: get_slice("w")[10:20, :5]. Raises KeyError for an unknown name."""
         return TensorSlice(self, self._entry(name))
 
     def close(self) -> None:
-        """Lets go of the file: its tensors cannot be read any more, which is then a ValueError."""
+        """Closes the file. After that, reading its tensors is a ValueError."""
         self._file.close()
 
     def __enter__(self) -> FlashPackFile:
@@ -188,10 +188,10 @@ class TensorSlice:
     @left_before_exit
     @captures_undisturbed()
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """What torch gives for integers, slices and `...`, in memory of its own; nothing else is read from the file.
+        """Returns what torch gives for integers, slices and `...`, in memory of its own.
 
-        Of what is wanted in stripes that follow each other closely, what lies between them is read along. With
-        verify="always" the whole tensor is read, because checksums are of whole stripes.
+        Only short gaps between its bytes are read, too. With verify="always" the whole tensor is read, because a
+        checksum is for a whole stripe of the file.
 
         Raises IndexError as torch does, and what load_file raises.
         """
@@ -205,14 +205,14 @@ class TensorSlice:
         _refuse_pickling(self)
 
     def _read(self, ranges: list[range]) -> torch.Tensor:
-        """Reads what `ranges` mean, in as many dims."""
+        """Reads the elements that `ranges` stand for, in as many dims."""
         side = side_of(self._file._device)
         item_bytes = self.dtype.itemsize
         strides = [item_bytes * math.prod(self.shape[dim + 1 :]) for dim in range(len(ranges))]
         shape = [len(each) for each in ranges]
         if not all(shape):
             return torch.empty(shape, dtype=self.dtype, device=self._file._device)
-        run_bytes, repeats = _runs(ranges, strides, item_bytes, self.shape)
+        extent_bytes, repeats = _repeated_extent(ranges, strides, item_bytes, self.shape)
         along = repeats and (
             repeats[-1][1] < _DENSE_BYTES or side.device != CPU or math.prod(count for count, _ in repeats) > _MOST_RUNS
         )
@@ -220,14 +220,14 @@ class TensorSlice:
             return self._read_rows(ranges, strides, rows, side).to(self._file._device)
         begin = sum(each.start * stride for each, stride in zip(ranges, strides, strict=True))
         part = allocate_tensor(self._entry.dtype, shape, self._entry.offset_bytes + begin, side.device)
-        self._load([(begin, run_bytes, part.data_ptr())], side, repeats)
+        self._load([(begin, extent_bytes, part.data_ptr())], side, repeats)
         return part.to(self._file._device)
 
     def _read_rows(self, ranges: list[range], strides: list[int], dim: int, side: Side) -> torch.Tensor:
-        """Reads whole rows, many at a time, and takes what is wanted out of them.
+        """Reads many rows at a time into a window, and copies the wanted elements from there.
 
-        A row is what one index of `dim` stands for. Each is read from the first byte that is wanted of it to the last,
-        and what lies between rows, too.
+        A row has the elements of one index of `dim`. It is read from its first wanted byte to its last one; gaps
+        between rows are read, too.
         """
         outer = [*ranges[:dim], range(ranges[dim][0], ranges[dim][-1] + 1)]
         row_bytes, inner = strides[dim], ranges[dim + 1 :]
@@ -259,7 +259,7 @@ class TensorSlice:
         return target.view([*counts, *lengths])[tuple(steps)].contiguous()
 
     def _load(self, extents: list[tuple[int, int, int]], side: Side, repeats: Sequence[tuple[int, int]] = ()) -> None:
-        """Reads extents that begin at an offset in the tensor; `repeats` as the engine takes them."""
+        """Reads extents, whose offsets are in the tensor, as often as `repeats` tells the engine."""
         file, at = self._file, self._entry.offset_bytes
         in_file = [(at + begin, size, address) for begin, size, address in extents]
         fd, verify = file._footer.fileno(), file._options.verify
@@ -267,7 +267,7 @@ class TensorSlice:
 
 
 def _dim_of_rows(ranges: list[range], strides: list[int], item_bytes: int) -> int | None:
-    """The first dim whose rows are small, and wanted but for short gaps between them."""
+    """Returns the first dim whose rows are small and have short gaps between them, if there is one."""
     spans = [(each[-1] - each[0]) * stride for each, stride in zip(ranges, strides, strict=True)]
     for dim, (each, stride) in enumerate(zip(ranges, strides, strict=True)):
         span_bytes = item_bytes + sum(spans[dim + 1 :])
@@ -277,7 +277,7 @@ def _dim_of_rows(ranges: list[range], strides: list[int], item_bytes: int) -> in
 
 
 def _bands(ranges: list[range], strides: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """Where in the tensor rows that follow each other begin, and how many they are, at most `most`."""
+    """Yields groups of neighbouring rows: the offset of the first in the tensor, and their number, at most `most`."""
     rows, stride = ranges[-1], strides[len(ranges) - 1]
     for at in itertools.product(*ranges[:-1]):
         start = sum(i * s for i, s in zip(at, strides, strict=False))
@@ -285,19 +285,19 @@ def _bands(ranges: list[range], strides: list[int], most: int) -> Iterator[tuple
             yield start + row * stride, min(most, rows.stop - row)
 
 
-def _runs(
+def _repeated_extent(
     ranges: list[range], strides: list[int], item_bytes: int, shape: Sequence[int]
 ) -> tuple[int, list[tuple[int, int]]]:
-    """How long the runs of bytes of a part are, and how often they come, and how far apart, outermost first."""
-    # Dims that are whole are one run, and so is what is wanted of the one before them.
+    """Returns the bytes of each extent, and how often they are repeated and how far apart, outermost first."""
+    # Whole dims are one extent, together with neighbouring indices of the dim before them.
     first = len(shape)
     while first and len(ranges[first - 1]) == shape[first - 1]:
         first -= 1
     if first and (ranges[first - 1].step == 1 or len(ranges[first - 1]) == 1):
         first -= 1
     repeats = [(len(each), each.step * stride) for each, stride in zip(ranges[:first], strides, strict=False)]
-    run_bytes = item_bytes * math.prod(len(each) for each in ranges[first:])
-    return run_bytes, [repeat for repeat in repeats if repeat[0] != 1]
+    extent_bytes = item_bytes * math.prod(len(each) for each in ranges[first:])
+    return extent_bytes, [repeat for repeat in repeats if repeat[0] != 1]
 
 
 def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], list[int]]:
@@ -330,7 +330,7 @@ def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], list[int]]
 
 
 def _as_integer(item: Any) -> int | None:
-    """Of what is one: numpy's integers and tensors of one integer are, booleans and None are not."""
+    """Returns an integer for `item` (also numpy's, or a tensor of one integer), but None for booleans and others."""
     is_bool = isinstance(item, (bool, np.bool_)) or getattr(item, "dtype", None) is torch.bool
     try:
         return None if is_bool else operator.index(item)
@@ -341,14 +341,14 @@ def _as_integer(item: Any) -> int | None:
 def _move(
     tensors: dict[str, torch.Tensor], entries: Collection[Entry], device: torch.device, dtype: torch.dtype | None
 ) -> None:
-    """In the order of the file, so that what was read goes when its neighbours in memory have been cast, too."""
+    """Moves and casts in file order, so that the memory of a block is freed once all of its tensors are cast."""
     for entry in sorted(entries, key=lambda entry: entry.offset_bytes):
         cast = dtype_when_asked(string_to_dtype(entry.dtype), dtype)
         tensors[entry.name] = tensors[entry.name].to(device, cast)
 
 
 def _told_of(entries: Collection[Entry], progress: Callable[[int, int], object]) -> Callable[[int, int], object]:
-    """Tells `progress` of these entries; more is read than they are."""
+    """Tells `progress` the bytes of these entries, because more may be read."""
     total_bytes = sum(entry.size_bytes for entry in entries)
     return lambda done_bytes, _: progress(min(done_bytes, total_bytes), total_bytes)
 

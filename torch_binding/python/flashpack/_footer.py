@@ -1,4 +1,4 @@
-"""What a file says about itself. Needs no torch."""
+"""The footer of a file: its tensors, metadata and checksums. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ._logging import logger
 
 StrPath = str | os.PathLike[str]
 Verify = Literal["auto", "always", "never"]
-"""Whether a load is held against the checksums of its file.
+"""Which bytes of a load are verified by the checksums of the file.
 
-"auto": what is read in whole stripes of 1 MiB, which is all of a file and most of a part of it, if the file has
-checksums. "always": all of it, and a file without checksums is an error. "never": nothing is.
+"auto": all stripes of 1 MiB that are read whole, if the file has checksums; of a load of a whole file, these are all.
+"always": all bytes, and a file without checksums is an error. "never": none.
 """
 
 
@@ -34,7 +34,7 @@ class Entry(NamedTuple):
     """In the file."""
     size_bytes: int
     number: int
-    """Its index among all of the file."""
+    """Its index among all tensors of the file."""
 
     @property
     def elems(self) -> int:
@@ -45,14 +45,14 @@ class Entry(NamedTuple):
 class Footer:
     """A checked footer and the file it came from.
 
-    May be passed on as the path of its file: what takes a path then reads from the file that is open already.
+    It may be passed on as the path of its file: functions then read from the file that is open already.
     """
 
     path: str
     native: _native.Metadata
-    """With the file's identity and checksums, unless another process has read it."""
+    """Has the file's identity and checksums, unless another process has read the footer."""
     file: FileIO | None
-    """What it was read from, and what serves the payload: another file may have taken over the path."""
+    """Open for the payload, because another file may be at the path by now; None if another process has read it."""
 
     def __fspath__(self) -> str:
         return self.path
@@ -62,7 +62,7 @@ class Footer:
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
-        """As get_flashpack_file_metadata returns it. Made for callers: several objects for each tensor."""
+        """As get_flashpack_file_metadata returns it. It is made only if it is asked for, because it is large."""
         return self.native.to_dict()
 
     def fileno(self) -> int:
@@ -71,11 +71,11 @@ class Footer:
         return self.file.fileno()
 
     def entries(self) -> list[Entry]:
-        """In file order."""
+        """Returns the tensors in file order."""
         return self.native.entries(Entry)
 
     def macroblocks(self) -> list[Entry]:
-        """Each as if it were one tensor of one dim."""
+        """Returns each macroblock as if it were one tensor of one dim."""
         return self.native.macroblocks.entries(Entry)
 
 
@@ -93,15 +93,15 @@ def open_footer(path: StrPath) -> Iterator[Footer]:
 
 
 def open_for_reading(path: StrPath) -> FileIO:
-    """For reading, by descriptor; not inherited by programs that are started. Raises OSError."""
+    """Opens a file for reading. Programs that are started do not inherit it. Raises OSError."""
     return FileIO(os.fspath(path), opener=open_descriptor)
 
 
 def open_descriptor(path: StrPath, flags: int) -> int:
-    """os.open() that never waits for a FIFO's writer, but for the holder of a write lease. Raises OSError."""
+    """Does os.open(), but waits only for the holder of a write lease, never for a FIFO's writer. Raises OSError."""
     try:
         return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
-    except BlockingIOError:  # Somebody has a write lease on it. Without O_NONBLOCK a regular file is waited for.
+    except BlockingIOError:  # Another process has a write lease. Without O_NONBLOCK, open() waits until it is given up.
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             if stat.S_ISREG(os.fstat(place).st_mode):
@@ -115,7 +115,7 @@ def open_descriptor(path: StrPath, flags: int) -> int:
 
 
 def footer_of(file: FileIO, path: str) -> Footer:
-    """The footer of an open file, which stays the caller's to close. Raises as open_footer does."""
+    """Returns the footer of an open file, which the caller has to close. Raises as open_footer does."""
     native = _native.read_footer(file.fileno(), path)
     for warning in native.warnings:
         logger.warning("%s: %s", path, warning)
@@ -123,11 +123,11 @@ def footer_of(file: FileIO, path: str) -> Footer:
 
 
 def get_flashpack_file_metadata(path: StrPath) -> dict[str, Any]:
-    """The footer of a flashpack file, checked.
+    """Returns the checked footer of a flashpack file.
 
     Keys are normalised, whatever else the file has: `format`, `align_bytes`, `total_elems`, `index`, and `target_dtype`
     for one dtype or `macroblocks` and `total_payload_bytes` for several. Records of `index` count `offset` and `length`
-    in elements. `metadata`: what was given to pack_to_file under that name, if anything was.
+    in elements. `metadata`: the text that pack_to_file was given under that name, if any.
 
     Raises FlashPackError (a ValueError) naming the broken rule, OSError when the file cannot be read.
     """
@@ -136,7 +136,7 @@ def get_flashpack_file_metadata(path: StrPath) -> dict[str, Any]:
 
 
 def is_flashpack_file(path: StrPath) -> bool:
-    """Whether `path` can be read and has a valid footer. The payload is not looked at."""
+    """Whether `path` can be read and has a valid footer. The payload is not read."""
     try:
         with open_for_reading(path) as file:
             _native.read_footer(file.fileno(), path)

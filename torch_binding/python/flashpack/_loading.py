@@ -23,7 +23,7 @@ from ._storage import FlashTensorStorage, read_storage, view
 
 
 class Loaded(NamedTuple):
-    """Tensors by name, and how they came."""
+    """Tensors by name, and figures of the reads."""
 
     tensors: dict[str, torch.Tensor]
     storage: FlashTensorStorage | None
@@ -55,7 +55,7 @@ def load_entries(
 
 
 class _Source(NamedTuple):
-    """What a load reads, with whom, and where to."""
+    """The file of a load, the ranks that load together, and the device that this rank loads to."""
 
     footer: Footer
     ranks: Ranks
@@ -74,7 +74,7 @@ def _opened(path: StrPath, device: str | torch.device, options: LoadOptions) -> 
 
 
 def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tuple[Plan, dict[str, Any] | None]:
-    """Has `model` take what the file has, with the help of its own loading code, or leaves the model as it was."""
+    """Gives `model` the tensors of the file, with its own loading code if it has any, or leaves the model as it was."""
     footer = source.footer
     with _blamed_on(model, footer, TypeError, ValueError):
         plan = make_plan(model, footer.entries(), options.filters, options.casts)
@@ -101,7 +101,7 @@ def _load(source: _Source, entries: Sequence[Entry], options: LoadOptions) -> Lo
     if options.keep_storage:
         storage = read_storage(footer, device, options.reading, ranks.read_blocks)
         index = footer.metadata["index"]
-        # Through `data`, so that each has a version counter of its own.
+        # `data` gives each view a version counter of its own.
         shared = {entry.name: view(storage, index[entry.number]).data for entry in entries}
         return Loaded(shared, storage, storage.stats)
     wanted = ranks.wanted_by_any(footer, list(entries))
@@ -111,10 +111,10 @@ def _load(source: _Source, entries: Sequence[Entry], options: LoadOptions) -> Lo
 
 @contextmanager
 def _blamed_on(model: torch.nn.Module, footer: Footer, *kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds say what was being assigned to what."""
+    """Within it, errors of these kinds become a FlashPackError that names the model's class and the file."""
     try:
         yield
-    except torch.OutOfMemoryError:  # Callers tell it by its class.
+    except torch.OutOfMemoryError:  # Callers catch it by its class.
         raise
     except kinds as error:
         raise FlashPackError(

@@ -27,33 +27,30 @@ from .utils import string_to_dtype
 
 _HUGE_PAGE_BYTES = 2 << 20
 _SEGMENT_BYTES = _native.MAX_SEGMENT_BYTES
-# What is used as it arrives comes in transfers of at least this size, because each costs a little.
+# Reads are cut into transfers of at least this size, so that blocks can be used as they arrive; each costs a little.
 _BATCH_BYTES = 64 << 20
-# A multiple of a stripe and of the size of a chunk: no chunk and no stripe goes on behind such a place.
+# A multiple of a stripe and of a chunk, so that both end at each multiple of this size.
 _BORDER_BYTES = 16 << 20
 
 
 class Block(Protocol):
-    """Memory for bytes of a file, and the maker of tensors over it.
-
-    It is given back when the block and its last tensor are gone.
-    """
+    """Memory for bytes of a file, which is freed when the block and its last tensor are gone."""
 
     @property
     def address(self) -> int: ...
 
     @property
     def memory(self) -> torch.Tensor:
-        """All of it, as bytes."""
+        """The whole block, as bytes."""
         ...
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> torch.Tensor:
-        """A tensor over the bytes at an offset in the block, which are some, with a version counter of its own."""
+        """Returns a tensor, which is not empty, over bytes of the block. It has a version counter of its own."""
         ...
 
 
 class HostBlock:
-    """A mapping. Each tensor has a storage of its own."""
+    """A mapping of host memory or of a file. Each tensor has a storage of its own."""
 
     def __init__(self, buffer: mmap.mmap, skip_bytes: int, size_bytes: int) -> None:
         self._buffer = buffer
@@ -75,7 +72,7 @@ class HostBlock:
 
 
 class DeviceBlock:
-    """Memory of torch's allocator. Tensors share its storage."""
+    """Memory of torch's allocator. All tensors share its storage."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
@@ -89,29 +86,29 @@ class DeviceBlock:
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> torch.Tensor:
         if dtype not in self._without_elements:
             self._without_elements[dtype] = torch.empty(0, dtype=dtype, device=self.memory.device)
-        # As no view has, it has a version counter of its own; and it takes half the time of torch.empty.
+        # `data` has a version counter of its own, which a view lacks, and takes half the time of torch.empty.
         tensor: Any = self._without_elements[dtype].data  # torch's stubs know set_ with strides alone.
         return cast(torch.Tensor, tensor.set_(self._storage, offset_bytes // dtype.itemsize, shape))
 
 
 def allocate_block(offset_bytes: int, size_bytes: int, device: torch.device = CPU) -> Block:
-    """Memory for what a file has from `offset_bytes` on, with unspecified bytes."""
+    """Allocates memory for bytes of a file from `offset_bytes` on. Its contents are unspecified."""
     if device.type == "cpu":
         return _allocate_host(offset_bytes, size_bytes)
     return DeviceBlock(torch.empty(size_bytes, dtype=torch.uint8, device=device))
 
 
 def allocate(plan: _native.SegmentPlan, device: torch.device, home: torch.device) -> list[Block]:
-    """Memory for what goes to `device`, on `home`, which is the CPU where the engine cannot use the device."""
+    """Allocates the blocks of a plan for `device` on `home`, which is the CPU if the engine cannot use the device."""
     if device.type == "cpu":
         return [_allocate_host(offset_bytes, size_bytes) for size_bytes, offset_bytes in plan.blocks]
     return [DeviceBlock(torch.empty(size_bytes, dtype=torch.uint8, device=home)) for size_bytes, _ in plan.blocks]
 
 
 def _allocate_host(offset_bytes: int, size_bytes: int) -> HostBlock:
-    """Private anonymous memory, untouched.
+    """Allocates private anonymous memory without touching it.
 
-    Its address and the file offset agree modulo a page (a huge page, where it is large enough to have one), so that
+    Its address and the file offset agree modulo a page (a huge page, if the memory is large enough for one), so that
     the engine can read whole pages in place.
     """
     huge = size_bytes >= _HUGE_PAGE_BYTES
@@ -128,16 +125,16 @@ def _allocate_host(offset_bytes: int, size_bytes: int) -> HostBlock:
 
 
 def allocate_tensor(dtype: str, shape: Sequence[int], offset_bytes: int, device: torch.device) -> torch.Tensor:
-    """Memory of its own for what lies at `offset_bytes` of a file, with unspecified values."""
+    """Allocates a tensor of its own memory for bytes at `offset_bytes` of a file. Its values are unspecified."""
     torch_dtype = string_to_dtype(dtype)
     size_bytes = math.prod(shape) * torch_dtype.itemsize
-    if size_bytes < _HUGE_PAGE_BYTES:  # A process may have only so many mappings.
+    if size_bytes < _HUGE_PAGE_BYTES:  # The number of mappings of a process is limited.
         return torch.empty(tuple(shape), dtype=torch_dtype, device=device)
     return allocate_block(offset_bytes, size_bytes, device).tensor(torch_dtype, tuple(shape), 0)
 
 
 def map_file(footer: Footer) -> HostBlock:
-    """The whole file, mapped privately and writable. Truncation by others is SIGBUS for whoever touches it."""
+    """Maps the whole file, privately and writable. If others truncate the file, touching the mapping is SIGBUS."""
     stat = os.fstat(footer.fileno())
     if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != footer.native.identity:
         raise OSError(errno.ESTALE, "the file was changed", footer.path)
@@ -154,7 +151,7 @@ class ReadOptions(NamedTuple):
 
 
 def supported_device(device: DeviceLike, options: ReadOptions) -> torch.device:
-    """Raises FlashPackError for a device that cannot be read to, or not in that way, or for no such way."""
+    """Returns torch's device. Raises FlashPackError if `options` are not valid or cannot read to that device."""
     if options.verify not in get_args(Verify):
         raise FlashPackError(f"verify must be auto, always or never, got {options.verify!r}")
     try:
@@ -169,7 +166,7 @@ def supported_device(device: DeviceLike, options: ReadOptions) -> torch.device:
 
 
 class Wanted(NamedTuple):
-    """What is to be read of a file: some of the tensors that `metadata` has."""
+    """The tensors to read from a file, some of those that `metadata` has."""
 
     metadata: _native.Metadata
     entries: Sequence[Entry]
@@ -184,22 +181,22 @@ Extent = tuple[int, int, int]
 
 
 class _Batch(NamedTuple):
-    """What one transfer of a stream reads."""
+    """The extents that one transfer of a stream reads."""
 
     extents: list[Extent]
     whole: list[int]
-    """The numbers of the blocks that have all their bytes once it is done."""
+    """The numbers of the blocks that have all their bytes when this transfer is done."""
 
 
 @dataclass
 class Filling:
-    """Blocks of one side that are to have bytes of a file."""
+    """Blocks of one side that are to be filled with bytes of a file."""
 
     plan: _native.SegmentPlan
     blocks: list[Block]
     side: Side
     stats: dict[str, Any] = field(default_factory=dict)
-    """Statistics of the reads, once everything is there."""
+    """Figures of the reads, when all of them are done."""
 
     def batches(self) -> list[_Batch]:
         addresses = [block.address for block in self.blocks]
@@ -220,8 +217,8 @@ class Filling:
 def batches_of(extents: Sequence[Extent]) -> list[list[Extent]]:
     """Cuts extents, which ascend in the file, into lists for one transfer each.
 
-    A transfer has at least _BATCH_BYTES, if there are so many left, and goes on to where chunks begin in every file, so
-    that no stripe is read half by one transfer and half by the next, which could not verify it.
+    A transfer has at least _BATCH_BYTES, if there are so many left, and ends where chunks begin in every file. Else a
+    stripe could be read half by one transfer and half by the next, and neither could verify it.
     """
     batches: list[list[Extent]] = [[]]
     size_bytes, border = 0, sys.maxsize
@@ -239,11 +236,11 @@ def batches_of(extents: Sequence[Extent]) -> list[list[Extent]]:
 
 
 Arrivals = Generator[list[list[int]], None, None]
-"""For each side, the numbers of the blocks that are whole now."""
+"""Yields, for each side, the numbers of the blocks that are whole now."""
 
 
 def fill(footer: Footer, fillings: Sequence[Filling], options: ReadOptions) -> Arrivals:
-    """Reads the blocks of all sides, at the same time, and yields as they arrive.
+    """Reads the blocks of all sides at the same time, and yields their numbers as they arrive.
 
     Everything is started with the first step. When a step raises, be it OSError or KeyboardInterrupt, or the iterator
     is closed, nothing is in flight any more.
@@ -256,7 +253,7 @@ def fill(footer: Footer, fillings: Sequence[Filling], options: ReadOptions) -> A
             for row in rows:
                 loads.append([])
                 for batch, filling in zip(row, fillings, strict=True):
-                    # A name for the load would keep it in the traceback of the next one's error.
+                    # A variable would keep this load alive in the traceback of an error of the next one.
                     loads[-1].append(_start(footer, batch, filling, options))
             for at, row in enumerate(rows):
                 tell = None if progress is None else _after(sum(sizes[:at]), progress)
@@ -264,7 +261,7 @@ def fill(footer: Footer, fillings: Sequence[Filling], options: ReadOptions) -> A
                     _add(filling.stats, stats)
                 yield [batch.whole for batch in row]
         finally:
-            loads.clear()  # This ends what is still under way.
+            loads.clear()  # This ends the transfers that are still under way.
     for filling in fillings:
         logger.info("%s: %s", footer.path, _describe(filling.stats))
 
@@ -275,7 +272,7 @@ def _start(footer: Footer, batch: _Batch, filling: Filling, options: ReadOptions
 
 
 def _after(base_bytes: int, progress: Progress) -> Progress:
-    """Returns what tells `progress` of bytes that are done beside `base_bytes`."""
+    """Returns a function that tells `progress` the bytes that are done, with `base_bytes` added."""
     return lambda done_bytes: progress(base_bytes + done_bytes)
 
 
@@ -294,18 +291,15 @@ class Filled(NamedTuple):
 
     blocks: list[Block]
     places: tuple[list[int], list[int]]
-    """Of the tensors that were wanted the blocks, and the offsets in them in bytes; without meaning for empty ones."""
+    """For each wanted tensor the index of its block, and its offset there in bytes; without meaning for empty ones."""
     device: torch.device
-    """Where the blocks ended up."""
+    """The device that has the blocks."""
     stats: dict[str, Any] | None
-    """Of this process's reads, if any."""
+    """Figures of this process's reads, if it read anything."""
 
 
 def read_blocks(footer: Footer, wanted: Wanted, device: torch.device, options: ReadOptions) -> Filled:
-    """Reads what is wanted in one transfer to `device` or, where the engine cannot, the CPU.
-
-    A mapped file is one block for all.
-    """
+    """Reads `wanted` to `device`, or to the CPU if the engine cannot use it. A mapped file is one block for all."""
     if options.mmap:
         offsets = [entry.offset_bytes for entry in wanted.entries]
         return Filled([map_file(footer)], ([0] * len(offsets), offsets), CPU, None)
@@ -326,20 +320,20 @@ def make_room(wanted: Wanted, device: torch.device, options: ReadOptions) -> Fil
 
 
 ReadBlocks = Callable[[Footer, Wanted, torch.device, ReadOptions], Filled]
-"""read_blocks, or what does the same in another way."""
+"""read_blocks, or a function that does the same in another way."""
 
 
 def read_tensors(
     footer: Footer, entries: Sequence[Entry], device: torch.device, options: ReadOptions
 ) -> dict[str, torch.Tensor]:
-    """Reads `entries` in one transfer, to `device` or, where the engine cannot, the CPU."""
+    """Reads `entries` to `device`, or to the CPU if the engine cannot use the device."""
     return tensors_of(entries, read_blocks(footer, Wanted(footer.native, entries), device, options))
 
 
 def read_to_devices(
     footer: Footer, wanted: Mapping[torch.device, Sequence[Entry]], options: ReadOptions
 ) -> dict[str, torch.Tensor]:
-    """Reads what is wanted on each device, on all at the same time; to the CPU where the engine cannot use a device."""
+    """Reads to all devices at the same time what is wanted there, or to the CPU if the engine cannot use a device."""
     if options.mmap:
         return read_tensors(footer, [entry for entries in wanted.values() for entry in entries], CPU, options)
     fillings = [make_room(Wanted(footer.native, entries), device, options) for device, entries in wanted.items()]
@@ -352,7 +346,7 @@ def read_to_devices(
 
 
 def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tensor]:
-    """The tensors of `entries`, which were wanted, each with memory of its own."""
+    """Returns the tensors of `entries`, which are those that were wanted, each with memory of its own."""
     tensors: dict[str, torch.Tensor] = {}
     make = [block.tensor for block in filled.blocks]
     dtypes = {name: string_to_dtype(name) for name in {entry.dtype for entry in entries}}
@@ -367,7 +361,7 @@ def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tens
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Python's cyclic garbage collector does not look again and again at a million objects while they are made."""
+    """Pauses Python's cyclic garbage collector, which would look again and again at a million objects that are made."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -22,9 +22,9 @@ class FlashTensorStorage:
 
     blocks: list[torch.Tensor]
     backing_arrays: list[Any] | None = None
-    """None: blocks own their memory."""
+    """None, because blocks own their memory."""
     stats: dict[str, Any] | None = None
-    """How the bytes came: bytes by route, operations, seconds, backend and why a slower one was taken, if one was."""
+    """Figures of the reads: bytes by route, operations, seconds, backend and, if that is a slower one, the reason."""
 
     def block(self, idx: int) -> torch.Tensor:
         return self.blocks[idx]
@@ -46,7 +46,7 @@ def iterate_from_flash_tensor(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, view of its block) for every tensor of `metadata` that is not ignored, in file order.
 
-    Trusts nothing in `metadata`. Raises FlashPackError naming the record that does not fit its block.
+    Nothing in `metadata` is trusted. Raises FlashPackError naming the record that does not fit its block.
     """
     storage = flash_tensor if isinstance(flash_tensor, FlashTensorStorage) else FlashTensorStorage([flash_tensor])
     index = _index_of(metadata)
@@ -58,7 +58,7 @@ def iterate_from_flash_tensor(
 
 
 def accepted(metadata: dict[str, Any] | None, footer: Footer) -> dict[str, Any]:
-    """The footer that the caller has, else that of the file, with a macroblock for every record."""
+    """Returns `metadata`, checked against the file, or else the file's footer, with a macroblock for every record."""
     if metadata is not None and not _describes(metadata, footer):
         raise FlashPackError(f"{footer.path}: the metadata given is not that of this file")
     result = footer.metadata if metadata is None else metadata
@@ -89,7 +89,7 @@ def _describes(metadata: dict[str, Any], footer: Footer) -> bool:
 
 
 def _index_of(metadata: Any) -> list[dict[str, Any]]:
-    """The records of `metadata`, once it is known that they are records and have names."""
+    """Returns the records of `metadata`. Raises FlashPackError unless each is an object with a name."""
     index = metadata.get("index") if isinstance(metadata, dict) else None
     if not isinstance(index, list):
         raise FlashPackError("the metadata has no list 'index'")

@@ -1,4 +1,4 @@
-"""Reading flashpack files: as blocks, as a state dict, or into a module."""
+"""Reading flashpack files: as macroblocks, as a state dict, or into a module."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def read_flashpack_file(
 
     The blocks own their memory and may be written to; views of a block share it.
 
-    `metadata`: the footer, if the caller has it already; returned as it is, after a check that it is this file's.
+    `metadata`: the footer, if the caller has it already. It is returned as it is if it is this file's, else an error.
     `mmap`: maps the file instead of reading it (CPU only). Nothing is read before it is touched, writes stay private,
     and if somebody truncates the file while the tensors live, touching them kills the process (SIGBUS).
     `verify`: see assign_from_file.
-    `chunk_bytes`, `num_streams`: accepted for compatibility; the engine knows better.
+    `chunk_bytes`, `num_streams`: accepted for compatibility, without effect.
 
     Raises FlashPackError (a ValueError) for a file or an argument that is not valid, OSError for the system's failures.
     """
@@ -78,13 +78,13 @@ def read_flashpack_file_distributed(
     sharded: bool = False,
     shard_strategy: str | None = None,
 ) -> tuple[FlashTensorStorage, dict[str, Any]]:
-    """read_flashpack_file on every rank of the process group, of which only `src` reads; the others get its bytes.
+    """Does read_flashpack_file on every rank of the process group: rank `src` reads, and the others get its bytes.
 
-    All ranks have to call it, and only `src` has to see the file. What fails on one rank raises on all.
+    All ranks have to call it, and only `src` has to see the file. A failure on one rank raises on all.
 
-    `sharded`, `shard_strategy`: checked, and without effect on what is read by whom.
+    `sharded`, `shard_strategy`: checked, but without effect.
 
-    Raises what read_flashpack_file raises; RuntimeError without a process group, and for what failed on another rank.
+    Raises what read_flashpack_file raises; RuntimeError without a process group, and for a failure on another rank.
     """
     ranks = ranks_of_group(device, src)
     with ranks.together():
@@ -99,18 +99,18 @@ def read_flashpack_file_distributed(
 
 @left_before_exit
 def revert_from_file(path: StrPath, silent: bool = True) -> dict[str, torch.Tensor]:
-    """The state dict that was packed, in file order, on the CPU. Each tensor owns its memory."""
+    """Returns the state dict that was packed, in file order, on the CPU. Each tensor owns its memory."""
     with open_footer(path) as footer, torch.inference_mode(False), torch.no_grad():
         return read_tensors(footer, footer.entries(), CPU, ReadOptions(show=not silent))
 
 
 @left_before_exit
 def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
-    """Reads the payload of a file, at the speed of the disk, and holds it against the checksums written with it.
+    """Reads the payload of a file, at the speed of the disk, and compares it with the checksums in the footer.
 
-    Returns `verified_bytes`, which match; `corrupt`, a list of (file offset, size in bytes, names of the tensors there)
-    of the stripes that do not; and `seconds`. Raises FlashPackError for a file that has no checksums or is not valid,
-    OSError for the system's failures.
+    Returns `verified_bytes`, which match; `corrupt`, for the stripes that do not match a list of (file offset, size in
+    bytes, names of the tensors there); and `seconds`. Raises FlashPackError for a file that has no checksums or is not
+    valid, OSError for the system's failures.
     """
     with open_footer(path) as footer, progress_bar("Verifying", footer.native.payload_bytes, not silent) as progress:
         return engine().verify(footer.fileno(), footer.path, footer.native, progress)
@@ -143,34 +143,34 @@ def assign_from_file(
 ) -> AssignReport:
     """Gives the parameters and buffers of `model` the values of a file, all of them or, if anything fails, none.
 
-    Names, shapes and buffer dtypes are checked before a byte of the payload is read. Parameters stay the objects they
-    are (optimizers, hooks and ties stay valid) and take the dtype of the file; meta parameters are replaced. Tensors
-    that the model holds under several names are read once, from the first name in the file. What the file does not
-    have is moved to the device; only meta tensors, of which a warning tells, and parameters of classes that change what
-    tensors do stay. Loading code of the model's own (hooks of load_state_dict, overridden methods, set_extra_state())
-    runs as in load_state_dict() once everything is read; the checks of what it is given come after it. If it fails,
-    parameters, buffers and the attributes of modules are what they were.
+    Names, shapes and buffer dtypes are checked before a byte of the payload is read. Parameters stay the same objects
+    (optimizers, hooks and ties stay valid) and take the dtype of the file; meta parameters are replaced. A tensor that
+    the model holds under several names is read once, from the first of them in the file. Tensors that the file lacks
+    move to the device, except meta tensors, of which a warning tells, and parameters of classes that change what
+    tensors do. Loading code of the model's own (hooks of load_state_dict, overridden methods, set_extra_state()) runs
+    as in load_state_dict() once everything is read, and missing or unexpected names are checked after it. If it fails,
+    parameters, buffers and the attributes of modules are as before.
 
-    `device`: where everything ends; default: `model.device`, else that of the first parameter; the CPU if that is meta.
+    `device`: for all tensors; default: `model.device`, else that of the first parameter; the CPU if that is meta.
     `strict_params`, `strict_buffers`: whether those that the file lacks are an error (non-persistent buffers never
     are); with either, so are names that the model lacks. `strict` stands for both.
     `ignore_*`: names neither read nor required.
-    `coerce_dtype`: casts to the model's dtypes, which else must agree for buffers; integers where no value changes.
-    `dtype`: what floating-point or complex tensors of the file are cast to, those of buffers too, as in load_file.
-    `verify`: "auto" holds what is read in whole stripes of 1 MiB against the checksums of the file, if it has them;
-    "always" all of it, and a file without checksums is an error; "never" reads only.
+    `coerce_dtype`: casts to the model's dtypes, without which buffers must agree; no value of integers may change.
+    `dtype`: floating-point or complex tensors of the file, those of buffers too, are cast to it, as in load_file.
+    `verify`: "auto" verifies all stripes of 1 MiB that are read whole, if the file has checksums; "always" verifies all
+    that is wanted, and a file without checksums is an error; "never" verifies nothing.
     `keep_flash_ref_on_model`: reads whole macroblocks, lets the tensors share their memory, and keeps them and the
     footer as `_flash_shared_storage` and `_flash_shared_storage_meta`.
-    `mmap`: as in read_flashpack_file. `num_streams`, `chunk_bytes`: accepted for compatibility.
+    `mmap`: as in read_flashpack_file. `num_streams`, `chunk_bytes`: accepted for compatibility, without effect.
     `use_distributed_loading`: all ranks of the process group call this; rank 0 reads what any of them wants, and the
-    others get its bytes without having to see the file. What fails on one rank raises on all, and changes no module
-    unless it was the last step, moving and casting, that failed. Without a group, one is made of `rank`, `local_rank`
-    and `world_size`; in a world of one, this process loads alone. `distributed_*`: see read_flashpack_file_distributed.
+    others get its bytes without having to see the file. A failure on one rank raises on all, and changes no module
+    unless it comes in the last step, moving and casting. Without a group, one is made of `rank`, `local_rank` and
+    `world_size`; in a world of one, this process loads alone. `distributed_*`: see read_flashpack_file_distributed.
 
-    Returns what was assigned, missing, unexpected and left on the meta device, and how the bytes came.
+    Returns the names that were assigned, missing, unexpected and left on the meta device, and figures of the reads.
 
     Raises FlashPackError (a ValueError) for a file that is not valid or does not fit, OSError for the system's
-    failures, RuntimeError for what failed on another rank. Not to be called while other threads use `model`.
+    failures, RuntimeError for a failure on another rank. No other thread may use `model` meanwhile.
     """
     options = LoadOptions(
         device,
