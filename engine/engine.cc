@@ -25,7 +25,7 @@ namespace {
 
 using internal::argument_error;
 
-// A thread reads so much from the page cache in about the time in which another one wakes up for it.
+// To read this much from the page cache takes about as long as to wake another thread for it.
 constexpr std::uint32_t kAtOnceBytes = 256 << 10;
 
 constexpr std::uint64_t kStagingBytes = std::uint64_t{64} << 20;
@@ -42,7 +42,7 @@ EngineOptions checked(EngineOptions options) {
   }
   const bool cuda = options.device.kind == Device::Kind::kCuda;
   if (options.staging_bytes == 0) options.staging_bytes = cuda ? kStagingOfDeviceBytes : kStagingBytes;
-  constexpr std::uint64_t kMaxSlots = 16384;  // What io_uring can register.
+  constexpr std::uint64_t kMaxSlots = 16384;  // io_uring can register no more.
   const std::uint64_t slots = options.staging_bytes / options.chunk_bytes;
   if (slots < 2 || slots > kMaxSlots) {
     throw argument_error("EngineOptions::staging_bytes must be from 2 to 16384 chunks");
@@ -68,7 +68,7 @@ void bind_this_thread(const std::vector<int>& cpus) {
   }
 }
 
-// Null where the workers are asked for.
+// Null if the workers are asked for.
 std::unique_ptr<internal::Ring> make_ring(Backend backend, unsigned tags,
                                           const std::vector<std::span<std::byte>>& slots) {
   using internal::Ring;
@@ -107,19 +107,19 @@ void Engine::Impl::require_owner() const {
   if (!is_owner()) throw Error(Errc::kUnusable, "engine of the parent process, used after fork");
 }
 
-// What the driver thread works with. It ends in an order of its own: the pool is made early, for the others to post to,
-// and ends before them, because its threads are in their code until it has joined them.
+// The objects that the driver thread works with. The pool is made before the queues and the copier, which post to it,
+// but must also end before these, because its threads run their code. So the destructor gives the order.
 struct Engine::Impl::Machine {
   Machine() = default;
   Machine(const Machine&) = delete;
   Machine& operator=(const Machine&) = delete;
   ~Machine() {
-    pipeline.reset();      // Borrows all the others.
-    pool.reset();          // Its threads carry out what the queues and the copier posted, and report to them after it.
-    workers.reset();       // Wake the queue of the disk.
-    disk_threads.reset();  // Wake the ring.
-    ring.reset();          // Has the slots' memory registered with the kernel.
-    copier.reset();        // Has the slots' memory page-locked.
+    pipeline.reset();      // Borrows all others.
+    pool.reset();          // Its threads use the queues and the copier.
+    workers.reset();       // Wakes the disk's queue.
+    disk_threads.reset();  // Wakes the ring.
+    ring.reset();          // Has registered the slots with the kernel.
+    copier.reset();        // Has page-locked the slots.
     staging.reset();
   }
 
@@ -139,8 +139,8 @@ void Engine::Impl::build(Machine& machine) {
   if (cuda && !options_.numa_node) node = internal::numa_node_of_cuda_device(options_.device.index);
   if (node >= 0) options_.numa_node = node;
   const auto slots = static_cast<std::uint32_t>(options_.staging_bytes / options_.chunk_bytes);
-  // As many again stand in for those that the kernel keeps; untouched they are but addresses. Those of a device are
-  // page-locked, and so there are no others.
+  // On the host, as many spare slots take the place of stuck ones; they take no memory until they are used. Slots for a
+  // device are page-locked and would take memory at once, so there are no spare ones.
   const std::uint32_t spare_slots = cuda ? 0 : slots;
   const internal::Staging& staging =
       machine.staging.emplace(std::uint64_t{slots + spare_slots} * options_.chunk_bytes, options_.chunk_bytes, node);
@@ -170,7 +170,7 @@ void Engine::Impl::build(Machine& machine) {
   machine.pipeline.emplace(queues, *machine.pool, machine.copier.get(), staging.slots(), limits);
 }
 
-// The ring belongs to the thread that made it, so everything is made on the driver thread.
+// A ring can only be used by the thread that made it, so the driver thread makes everything.
 void Engine::Impl::drive(std::promise<void>& ready) {
   auto machine = std::make_shared<Machine>();
   try {
@@ -191,13 +191,15 @@ void Engine::Impl::drive(std::promise<void>& ready) {
   run(std::move(machine));
 }
 
-// A sandbox that refuses the ring may also refuse to close it; the end of its thread closes it.
+// A sandbox that refuses the ring may also refuse to close it. The end of the thread closes it, so another thread goes
+// on.
 void Engine::Impl::run(std::shared_ptr<Machine> machine) {
   while (!machine->pipeline->run()) {
     try {
       successor_ = internal::start_thread("flashpack-drive", [this, machine] { run(machine); });
       return;
-    } catch (const std::system_error&) {  // No thread is to be had: then this one goes on, with what comes back.
+    } catch (const std::system_error&) {  // The system has no more threads, so this one goes on with the operations
+                                          // that come back.
     }
   }
 }
@@ -219,7 +221,7 @@ Engine& Engine::operator=(Engine&& other) noexcept {
 }
 
 Engine::~Engine() {
-  // In a forked child there is no driver thread to stop and no memory that is ours to give back.
+  // A forked child has no driver thread to stop, and releases nothing, as Engine promises.
   if (impl_ && !impl_->is_owner()) static_cast<void>(impl_.release());
 }
 

@@ -1,4 +1,4 @@
-/// What stands behind Engine and FileWriter.
+/// The implementations of Engine and FileWriter.
 #pragma once
 
 #include <sys/types.h>
@@ -33,7 +33,7 @@ class Engine::Impl {
   const EngineOptions& options() const noexcept { return options_; }
   const std::string& fallback_reason() const noexcept { return fallback_reason_; }
   const internal::EngineFacts& facts() const noexcept { return facts_; }
-  /// Hands a prepared transfer to the driver. From here on the driver's part of it is the driver's.
+  /// Hands a prepared transfer to the driver. From then on, only the driver may use the transfer's driver members.
   void start(const std::shared_ptr<internal::TransferState>& state);
 
  private:
@@ -43,14 +43,14 @@ class Engine::Impl {
   void drive(std::promise<void>& ready);
   void run(std::shared_ptr<Machine> machine);
 
-  EngineOptions
-      options_;  // Backend is settled by the driver thread before the constructor returns; then all is constant.
+  // Constant; the driver thread sets the backend before the constructor returns.
+  EngineOptions options_;
   std::string fallback_reason_;
   const pid_t owner_;
-  internal::Pipeline* pipeline_ = nullptr;  // The driver thread's, until close(), as what is in facts_.
+  internal::Pipeline* pipeline_ = nullptr;  // The driver thread owns it, and the copier in facts_.
   internal::EngineFacts facts_;
   std::thread driver_;
-  std::thread successor_;  // Written by driver_, before it ends.
+  std::thread successor_;  // Set by driver_ before it ends.
 };
 
 class FileWriter::Impl {
@@ -63,7 +63,7 @@ class FileWriter::Impl {
   void commit(std::span<const std::byte> tail);
 
  private:
-  /// Begin and end of what the writes so far cover.
+  /// Begin and end of each range of the file that has been written.
   using Claims = std::map<std::uint64_t, std::uint64_t>;
 
   void reserve(std::uint64_t begin_bytes, std::uint64_t end_bytes);
@@ -74,13 +74,13 @@ class FileWriter::Impl {
   void abort() noexcept;
 
   Engine::Impl& engine_;
-  std::filesystem::path path_;  // What the new file replaces.
+  std::filesystem::path path_;  // Path of the file that is replaced.
   internal::TempFile temp_;
-  std::shared_ptr<internal::OpenFile> open_;  // The file at temp_.path(), until commit or abort.
-  std::uint64_t payload_bytes_;               // Announced, or the end of the last extent if that is later.
+  std::shared_ptr<internal::OpenFile> open_;  // The file at temp_.path(); null after commit or abort.
+  std::uint64_t payload_bytes_;               // WriterOptions::payload_bytes, or the end of the last extent if later.
   std::uint64_t reserved_bytes_ = 0;
   const bool want_checksums_;
-  internal::StripeSums sums_;  // Counted by transfers that are not in transfers_ any more.
+  internal::StripeSums sums_;  // Sums of transfers that have been removed from transfers_.
   Claims claimed_;
   std::vector<std::shared_ptr<internal::TransferState>> transfers_;
 };

@@ -46,9 +46,9 @@ void FileWriter::Impl::abort() noexcept {
   open_.reset();
 }
 
-// Turns a full disk into an error up front, and keeps writes from growing the file, which the kernel does one at a
-// time. File systems that cannot, say EOPNOTSUPP; those that begin again after each signal would never be done where
-// one comes periodically. Both is gone without.
+// Reserves space, so that a full disk is an error at the start, and writes need not grow the file, which the kernel
+// does one at a time. This is skipped if the file system cannot reserve (EOPNOTSUPP), and if signals interrupt it,
+// because it would start again after each of them.
 void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_bytes) {
   begin_bytes = std::max(begin_bytes, reserved_bytes_);
   if (end_bytes <= begin_bytes) return;
@@ -66,8 +66,8 @@ void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_byte
   reserved_bytes_ = end_bytes;
 }
 
-// The claims of a write of `extents`, in ascending order: their bytes, and the zeros between those that are less than
-// a block apart. Throws where something is claimed twice.
+// Returns the ranges that a write of `extents` covers, in ascending order: the extents, and the zeros between extents
+// that are less than a block apart. Throws if a byte is already covered.
 FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::Fragment> extents) const {
   Claims claims;
   const std::uint32_t block_bytes = open_->file.alignment().block_bytes;
@@ -92,7 +92,7 @@ FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::F
   return claims;
 }
 
-// What they have counted is added up, so that a writer of many calls keeps few transfers.
+// Adds up their checksums, so that a writer with many calls keeps few transfers.
 void FileWriter::Impl::forget_those_that_ended_well() {
   std::erase_if(transfers_, [this](const auto& earlier) {
     const std::lock_guard lock(earlier->mutex);
@@ -114,7 +114,7 @@ Transfer FileWriter::Impl::start_write(const WriteRequest& request, Completion* 
   reserve(begin, payload_bytes);
   forget_those_that_ended_well();
   const Claims if_it_fails = claims;
-  // Before the start: a completion may lead to commit() on another thread before this one is back.
+  // Added before the start, because a completion may lead to commit() on another thread before start() returns.
   transfers_.push_back(state);
   claimed_.merge(claims);
   assert(claims.empty() && "they were held against those of before");
@@ -130,8 +130,8 @@ Transfer FileWriter::Impl::start_write(const WriteRequest& request, Completion* 
   return internal::TransferState::handle(std::move(state));
 }
 
-// Every transfer has ended well, or this throws. A transfer whose completion is still running has ended: that
-// completion may be what led here, by way of another thread.
+// Throws unless every transfer has ended without an error. A transfer whose completion is still running counts as
+// ended, because that completion may have led to this call on another thread.
 void FileWriter::Impl::settle(const char* verb) {
   for (const auto& state : transfers_) {
     const std::lock_guard lock(state->mutex);
@@ -152,7 +152,7 @@ void FileWriter::Impl::write_tail(std::span<const std::byte> tail) {
     if (n <= 0) throw file_error(errno_code(n < 0 ? errno : EIO), "write", path_);
     done += static_cast<std::uint64_t>(n);
   }
-  // Both ways: cuts what was reserved and not used, and makes zeros of what was never written.
+  // Cuts off reserved space that was not used, or extends the file with zeros that were never written.
   const auto size = static_cast<off_t>(payload_bytes_ + tail.size());
   if (uninterrupted([&] { return ::ftruncate(open_->file.buffered_fd(), size); }) != 0)
     throw file_error(errno_code(errno), "truncate", path_);

@@ -22,7 +22,7 @@ bool overlap(std::span<const Fragment> in_order) {
   return std::adjacent_find(in_order.begin(), in_order.end(), overlap) != in_order.end();
 }
 
-// Counting the same bytes twice would count them as none.
+// The sum of bytes that are counted twice is zero, so overlapping extents are not counted.
 void count_for(const Checksums& checksums, Part& part) {
   if (checksums.size_bytes > part.file().identity().size_bytes)
     throw range_error(Errc::kTruncated, "verify", part.path, 0, checksums.size_bytes);
@@ -43,8 +43,8 @@ void count_for(const Checksums& checksums, Part& part) {
   }
 }
 
-// Where the bytes of a small load are in the page cache, to hand them from thread to thread costs more than to read
-// them. Never waits for the disk.
+// Reads a small load from the page cache, without waiting for the disk. This costs less than to hand chunks from thread
+// to thread.
 bool read_at_once(Part& part, const File& file, std::uint32_t at_once_bytes) {
   if (part.extents.empty() || part.checksums || part.cache == CachePolicy::kDirect) return false;
   std::uint64_t begin = file.identity().size_bytes;
@@ -59,7 +59,7 @@ bool read_at_once(Part& part, const File& file, std::uint32_t at_once_bytes) {
   if (end > file.identity().size_bytes || end - begin > at_once_bytes || bytes > at_once_bytes) return false;
   if (part.cache == CachePolicy::kAuto) {
     Residency residency(file.buffered_fd());
-    // To ask in another way than by cachestat reads a page, which the router's own question would find cached.
+    // Without cachestat, the question itself reads a page, which the router would then find cached.
     if (residency.method() != Residency::Method::kCachestat || !residency.cached(begin, end - begin)) return false;
     part.fallback_reason = residency.fallback_reason();
   }
@@ -92,7 +92,7 @@ void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes, std:
   part.router = Router(part.plan, file, part.cache);
 }
 
-// Holds the stripes that were read whole against their checksums.
+// Compares the stripes that were read whole with their checksums.
 void verify(Part& part) {
   constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
   for (std::uint64_t index = 0; index < part.checksums->crc32c.size(); ++index) {
@@ -114,7 +114,7 @@ Failure Failure::of_exception(const char* operation, const std::filesystem::path
     return Failure(error);
   } catch (const std::system_error& error) {
     return Failure(file_error(error.code(), operation, path));
-  } catch (const std::exception&) {  // More than there is memory for, or than a container can hold.
+  } catch (const std::exception&) {  // Too many bytes for the memory, or too many for a container.
     return Failure(file_error(errno_code(ENOMEM), operation, path));
   }
 }
@@ -131,7 +131,7 @@ std::shared_ptr<OpenFile> FileTable::find(const std::filesystem::path& path,
   if (!found) return nullptr;
   const FileIdentity& identity = found->file.identity();
   const bool fits = (!expected || *expected == identity) && (found->file.wanted_direct() || !want_direct);
-  // That we have it open does not mean that we still may open it.
+  // The engine has the file open, but the caller may not be allowed to open it any more.
   const bool readable = fits && ::faccessat(AT_FDCWD, path.c_str(), R_OK, AT_EACCESS) == 0;
   return readable && File::identity_at(path) == identity ? found : nullptr;
 }

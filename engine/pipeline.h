@@ -27,11 +27,13 @@ namespace flashpack::internal {
 ///
 /// Threads of the pool open a file when its turn comes, a bounded number at a time, and close it when its bytes have
 /// been moved, because both may block in the file system. If little of a file is wanted and all of it is cached, the
-/// thread that opens the file reads it, too, and the driver sees no chunk of it. An operation is stuck if it is late,
-/// or if its transfer has failed and the operation is abandoned. A stuck operation keeps its memory and holds up its
-/// transfer. It does not count against the queue depth, and a spare slot takes the place of its slot, so that other
-/// transfers go on. At most kStuckLimit operations can be stuck. When half of these are, a file with many of them gets
-/// no more, and when three quarters are, a file system with many of them gets no more.
+/// thread that opens the file reads it, too, and the driver sees no chunk of it.
+///
+/// An operation is stuck if it is late, or if its transfer has failed and the operation is abandoned. A stuck operation
+/// keeps its memory and holds up its transfer. It does not count against the queue depth, and a spare slot takes the
+/// place of its slot, so that other transfers go on. At most kStuckLimit operations can be stuck. When half of these
+/// are, a file with many of them gets no more, and when three quarters are, a file system with many of them gets no
+/// more.
 ///
 /// While something is late in a file system, its files do not count against the files that may be open at a time. One
 /// mount point gets at most half of what the others leave of kStuckLimit for such files, and one directory a third,
@@ -47,8 +49,8 @@ class Pipeline final : public Driver {
                                  ///< while the driver sleeps.
     std::uint32_t chunk_bytes;
     std::uint32_t slots;  ///< Slots in use at a time; further slots take the place of stuck ones.
-    std::uint32_t at_once_bytes =
-        0;  ///< A part of at most this size is read by the thread that opens its file, if cached.
+    /// A part of at most this size is read by the thread that opens its file, if cached.
+    std::uint32_t at_once_bytes = 0;
   };
 
   /// Stuck operations, in addition to those that are in flight.
@@ -107,8 +109,8 @@ class Pipeline final : public Driver {
   struct Inbox {
     void answer(std::shared_ptr<TransferState> transfer, Part& part) noexcept;
 
-    std::mutex
-        mutex;  // Protects the rest. Wakes happen under it, because the queue may be gone when run() has returned.
+    // Protects the rest. Wakes happen under it, because the queue may be gone when run() has returned.
+    std::mutex mutex;
     Queue* sleeper = nullptr;  // The queue that the driver sleeps in; null when run() has ended.
     std::vector<std::shared_ptr<TransferState>> started;
     std::shared_ptr<TransferState> cancelled;  // The first of a linked list.
@@ -210,8 +212,7 @@ class Pipeline final : public Driver {
   const Limits limits_;
   const std::shared_ptr<FileTable> files_ = std::make_shared<FileTable>();
   const std::shared_ptr<Inbox> inbox_;
-  std::map<std::uint64_t, FileSystem>
-      file_systems_;  // One for each device number; never removed, because there are few.
+  std::map<std::uint64_t, FileSystem> file_systems_;  // One for each device number; never removed.
 
   std::vector<Job> jobs_;
   std::vector<unsigned> free_jobs_;
@@ -224,12 +225,11 @@ class Pipeline final : public Driver {
 
   std::size_t unfinished_ = 0;  // Transfers that have not ended.
   std::uint64_t next_turn_ = 0;
-  std::map<std::uint64_t, Part*> waiting_;  // Parts to be opened, sorted by turn.
-  std::map<std::uint64_t, Part*> parked_;   // Parts to be opened whose places have used up their share.
-  bool look_at_parked_ = false;             // Something that was late has come back.
-  std::array<std::map<std::string, Place>, 2>
-      places_;     // Directories and mount points; never removed, because there are few.
-  Mounts mounts_;  // The mount points when something last became late.
+  std::map<std::uint64_t, Part*> waiting_;              // Parts to be opened, sorted by turn.
+  std::map<std::uint64_t, Part*> parked_;               // Parts to be opened whose places have used up their share.
+  bool look_at_parked_ = false;                         // Something that was late has come back.
+  std::array<std::map<std::string, Place>, 2> places_;  // Directories and mount points; never removed.
+  Mounts mounts_;                                       // The mount points when something last became late.
   std::chrono::steady_clock::time_point mounts_read_;
   std::vector<Part*> with_threads_;  // Parts that are being opened or closed.
   static constexpr std::size_t kSmall = 0;

@@ -8,10 +8,10 @@ namespace flashpack::internal {
 
 namespace {
 
-// Below this an extra operation for the interior costs more than copying it through a slot.
+// For fewer bytes, an operation of their own costs more than a copy through a slot.
 constexpr std::uint64_t kMinInPlaceBytes = std::uint64_t{128} << 10;
 
-// Unwanted bytes that are read along rather than split a read in two.
+// Up to this many unwanted bytes are read, because a second read would cost more.
 constexpr std::uint64_t kMaxGapBytes = std::uint64_t{64} << 10;
 
 bool same_phase(const Fragment& fragment, std::uint32_t align_bytes) {
@@ -28,15 +28,15 @@ Fragment take_front(Fragment& fragment, std::uint64_t size_bytes) {
   return front;
 }
 
-// The host's first, and on each side in file order, as most callers ask already. Files have fewer than 2^63 bytes, so
-// the side fits into one number with the offset, which compares faster than the two.
+// Sorts the extents of the host before those of the device, and each side by file offset. Offsets are below 2^63, so
+// side and offset fit into one number, which is faster to compare. Most callers give extents in this order.
 void sort(std::vector<Fragment>& extents) {
   const auto key = [](const Fragment& extent) { return std::uint64_t{extent.on_device} << 63 | extent.offset_bytes; };
   const auto before = [key](const Fragment& a, const Fragment& b) { return key(a) < key(b); };
   if (!std::is_sorted(extents.begin(), extents.end(), before)) std::stable_sort(extents.begin(), extents.end(), before);
 }
 
-// Adds fragments, in ascending order on each side, to a plan.
+// Adds fragments to a plan, in ascending order on each side.
 class Cutter {
  public:
   Cutter(Plan& plan, std::uint32_t chunk_bytes, Alignment alignment, std::uint64_t max_gap_bytes)
@@ -56,7 +56,7 @@ class Cutter {
     add_in_cells(fragment, false);
   }
 
-  /// What comes next begins a chunk of its own.
+  /// Lets the next fragment begin a chunk.
   void cut() { joinable_ = false; }
 
  private:
@@ -69,7 +69,7 @@ class Cutter {
     }
   }
 
-  // Whether it goes into the last chunk.
+  // Whether `part` goes into the last chunk.
   bool joins(const Fragment& part) const {
     if (!joinable_) return false;
     const Chunk& last = plan_.chunks.back();
@@ -98,10 +98,10 @@ class Cutter {
   const std::uint32_t chunk_bytes_;
   const Alignment alignment_;
   const std::uint64_t max_gap_bytes_;
-  bool joinable_ = false;  // The last chunk may grow.
+  bool joinable_ = false;  // Whether the last chunk may grow.
 };
 
-// How many extents at the front are written as one: they follow on each other, with only gaps that are filled.
+// Number of extents at the front that follow on each other, with only gaps that are filled with zeros.
 std::size_t contiguous(std::span<const Fragment> extents, std::uint64_t max_gap_bytes) {
   std::size_t count = 1;
   while (count < extents.size() && extents[count].on_device == extents[count - 1].on_device &&
@@ -110,7 +110,7 @@ std::size_t contiguous(std::span<const Fragment> extents, std::uint64_t max_gap_
   return count;
 }
 
-// Contiguous extents of a store. Head, body and tail never share a chunk: only the body is whole blocks.
+// Adds contiguous extents of a store. Head, body and tail never share a chunk, because only the body is whole blocks.
 void add_store(Plan& plan, Cutter& cutter, std::span<const Fragment> extents, std::uint32_t block_bytes) {
   const std::uint64_t begin = extents.front().offset_bytes;
   const std::uint64_t end = end_of(extents.back());

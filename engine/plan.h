@@ -1,4 +1,4 @@
-/// From extents to chunks: what to read or write, and the fragments of memory it belongs to. Pure arithmetic, no I/O.
+/// Cuts extents into chunks: what to read or write, and the fragments of memory that the bytes belong to. Does no I/O.
 #pragma once
 
 #include <cstddef>
@@ -10,29 +10,29 @@
 
 namespace flashpack::internal {
 
-/// File bytes of one extent and the memory they belong to: an extent whole, or the part of it that lies in one chunk.
+/// Contiguous file bytes of one extent, and their memory: the whole extent, or its part in one chunk.
 struct Fragment {
   std::uint64_t offset_bytes;
   std::uint64_t size_bytes;
   std::byte* memory;
-  std::uint32_t extent = 0;  ///< The index of the extent among all of the request, which has fewer than 2^32.
-  bool on_device = false;    ///< `memory` is out of reach for the CPU.
+  std::uint32_t extent = 0;  ///< Index of the extent in the request, which has fewer than 2^32 extents.
+  bool on_device = false;    ///< Whether `memory` is on the device, so that the CPU cannot reach it.
 };
 static_assert(sizeof(Fragment) <= 32, "A request may have 100,000 of them.");
 
 /// One read or write: fragments of one file that lie in one cell of the grid, in ascending order of offset, with only
 /// small gaps between them.
 struct Chunk {
-  std::uint64_t offset_bytes;  ///< First wanted byte. Of a write: the first that is written.
-  std::uint32_t size_bytes;    ///< To the end of the last one.
+  std::uint64_t offset_bytes;  ///< File offset of the first byte of the fragments.
+  std::uint32_t size_bytes;    ///< Size up to the last byte of the fragments.
   std::uint32_t first_fragment;
   std::uint32_t fragment_count;
-  /// One fragment of whole blocks whose memory is aligned for direct I/O: needs no slot.
+  /// Whether the chunk needs no slot: it is one fragment of whole blocks whose memory is aligned for direct I/O.
   bool in_place;
-  bool on_device;  ///< The fragments' memory is out of reach for the CPU: always through a slot.
+  bool on_device;  ///< Whether the fragments are on the device; the chunk then needs a slot.
 };
 
-/// What direct I/O on a file asks for; powers of two.
+/// Alignment that direct I/O on a file demands, in powers of two.
 struct Alignment {
   std::uint32_t block_bytes = kPageBytes;   ///< Offsets and sizes are multiples of it. At least kPageBytes.
   std::uint32_t memory_bytes = kPageBytes;  ///< Addresses are multiples of it. At most block_bytes.
@@ -44,22 +44,22 @@ struct Plan {
   std::vector<Fragment> fragments;
   std::uint64_t total_bytes = 0;  ///< Sum of the fragments' sizes.
 
-  /// Chunks that read `extents`, cut on the grid: no chunk crosses a multiple of `chunk_bytes` in the
-  /// file, so that a chunk widened to whole blocks still fits a slot. Memory is read into in place only when it agrees
-  /// with the offset modulo a block, so that no page is shared between the kernel and anybody else.
+  /// Cuts `extents` on the grid into chunks to read. No chunk crosses a multiple of `chunk_bytes` in the file, so that
+  /// a chunk that is widened to whole blocks still fits a slot. A read is in place only if memory and file offset are
+  /// equal modulo a block, so that the kernel writes to no page that others use.
   static Plan of_load(std::vector<Fragment> extents, std::uint32_t chunk_bytes, std::uint32_t block_bytes);
 
-  /// Chunks that write `extents`, which do not overlap, cut on the same grid: those of whole blocks, to be written
-  /// directly, and those of less than a block at the ends of what is contiguous. Where extents are less than a block
-  /// apart, zeros are written between them, but only if all are on one side, the host's or the device's: otherwise an
-  /// extent of the other side may lie between them.
+  /// Cuts `extents`, which must not overlap, on the same grid into chunks to write. Chunks of whole blocks are written
+  /// directly; less than a block at the ends of contiguous extents is a chunk of its own. Between extents that are less
+  /// than a block apart, zeros are written, but only if all extents are on the host or all on the device, because an
+  /// extent on the other side could lie between them.
   static Plan of_store(std::vector<Fragment> extents, std::uint32_t chunk_bytes, Alignment alignment);
 
   std::span<const Fragment> fragments_of(const Chunk& chunk) const {
     return std::span(fragments).subspan(chunk.first_fragment, chunk.fragment_count);
   }
 
-  /// Sum of the chunk's fragments; not its size where they leave gaps or overlap.
+  /// Sum of the sizes of the chunk's fragments. It differs from the chunk's size if they have gaps or overlap.
   std::uint64_t wanted_bytes(const Chunk& chunk) const {
     std::uint64_t sum = 0;
     for (const Fragment& fragment : fragments_of(chunk)) sum += fragment.size_bytes;

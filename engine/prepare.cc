@@ -17,7 +17,7 @@ namespace flashpack::internal {
 
 namespace {
 
-// What the copier says, with a failure of it as an Error.
+// Asks the copier, and turns its failure into an Error.
 template <typename Question>
 auto ask_copier(Question question) {
   try {
@@ -33,7 +33,8 @@ bool on_device(const EngineFacts& engine, const void* memory) {
   return engine.copier && ask_copier([&] { return engine.copier->owns(memory); });
 }
 
-// The device's part of a transfer waits for what is on `stream` now. Null where nothing has to wait.
+// Makes the gate that lets copies to and from the device wait for the work on `stream`. Null if no extent is on the
+// device.
 std::unique_ptr<Gate> gate_for(const EngineFacts& engine, std::span<const Fragment> extents, CUstream_st* stream) {
   if (std::none_of(extents.begin(), extents.end(), [](const Fragment& extent) { return extent.on_device; }))
     return nullptr;
@@ -80,7 +81,7 @@ void check_targets(std::span<const FileExtents> files) {
   if (overlap != targets.end()) throw argument_error("load: targets overlap in memory");
 }
 
-// One file of a load, the first of whose extents has that index in the request.
+// Adds one file of a load. `first_extent` is the index of its first extent in the request.
 void add_part(const EngineFacts& engine, TransferState& state, FileExtents wanted, CachePolicy cache,
               std::uint32_t first_extent) {
   Part& part = state.parts.emplace_back();
@@ -136,7 +137,7 @@ std::vector<Fragment> extents_of(const EngineFacts& engine, const WriteRequest& 
     if (extent.size_bytes > kMaxFileBytes || extent.offset_bytes > kMaxFileBytes - extent.size_bytes) {
       throw argument_error("write " + path.string() + ": extent past 2^63");
     }
-    // The bytes are only read; a fragment has one kind of pointer for both directions.
+    // A store only reads the bytes, but a fragment has one type of pointer for both directions.
     auto* const source = const_cast<std::byte*>(static_cast<const std::byte*>(extent.source));
     extents.push_back({extent.offset_bytes, extent.size_bytes, source, index, on_device(engine, source)});
   }

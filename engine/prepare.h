@@ -1,4 +1,4 @@
-/// From a request to a transfer that can be started. All that is wrong with the arguments is found here.
+/// Turns a request into a transfer that can be started. All errors in the arguments are found here.
 #pragma once
 
 #include <cstdint>
@@ -13,30 +13,30 @@
 
 namespace flashpack::internal {
 
-/// What all transfers of an engine have in common.
+/// Facts about an engine that all of its transfers need.
 struct EngineFacts {
   std::uint32_t chunk_bytes = 0;
   Backend backend = Backend::kAuto;
   Copier* copier = nullptr;     ///< Null for an engine of the host.
-  std::string fallback_reason;  ///< Why its memory is not as asked for, which every transfer is to say; or empty.
+  std::string fallback_reason;  ///< Why memory is not as asked for, which every transfer reports; empty if it is.
 };
 
-/// A load, whose files are opened and planned when their turn comes.
-/// Throws: Error. What start_load() leaves to the transfer to report is in its `failure`.
+/// Prepares a load. Its files are opened and planned later, when their turn comes. Throws: Error. Errors that the
+/// transfer is to report are in its `failure`.
 std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadRequest request, Completion* completion);
 
-/// The extents of a write to the file that messages call `path`, in ascending order of offset. Throws: Error.
+/// Returns the extents of a write in ascending order of offset. `path` is for messages. Throws: Error.
 std::vector<Fragment> extents_of(const EngineFacts& engine, const WriteRequest& request,
                                  const std::filesystem::path& path);
 
-/// Where a store goes.
+/// The file that a store writes to.
 struct StoreTarget {
   std::filesystem::path path;  ///< For messages.
   std::shared_ptr<OpenFile> open;
-  bool checksums = false;  ///< Its bytes are counted.
+  bool checksums = false;  ///< Whether the bytes are counted.
 };
 
-/// A store of what extents_of(`request`) has given, without overlaps; it is planned. Throws: Error.
+/// Prepares and plans a store of the extents that extents_of() returned, which must not overlap. Throws: Error.
 std::shared_ptr<TransferState> prepare_store(const EngineFacts& engine, const StoreTarget& target,
                                              const WriteRequest& request, std::vector<Fragment> extents,
                                              Completion* completion);

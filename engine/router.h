@@ -1,4 +1,4 @@
-/// Which way each chunk of a file goes: past the page cache or through it.
+/// Chooses for each chunk of a file whether it goes past the page cache or through it.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,9 @@
 
 namespace flashpack::internal {
 
-/// Hands out the chunks of a plan, each on one of two routes. The chunks of a route come in file order, the routes
-/// independently, so that a half-cached file keeps the disk and the CPUs busy from end to end.
-/// Whether a chunk is cached is asked when a route has run out of known chunks, not before.
+/// Hands out the chunks of a plan on two routes. Each route has its own cursor through the file, so that a half-cached
+/// file keeps disk and CPUs busy to the end. The router asks whether a chunk is cached only when a route has run out of
+/// known chunks, because the answer may change.
 ///
 /// Move-only. Thread safety: one thread.
 class Router {
@@ -28,24 +28,25 @@ class Router {
   /// The router of a store. Borrows the plan.
   Router(const Plan& plan, const File& file);
 
-  /// The next chunk of `route`, until take() the same; null when there is none, or when `questions` has run out, which
-  /// counts down by one for each chunk that is looked at.
+  /// The next chunk of `route`, which stays the same until take(). Null if there is none, or if `questions` is 0, which
+  /// goes down by one for each chunk that is asked about.
   const Chunk* peek(Route route, unsigned& questions);
   /// Requires: peek(route) was not null.
   void take(Route route);
-  /// Gives a taken chunk back that was called cached and is not, to go past the page cache.
+  /// Takes back a chunk that was called cached and is not, so that it goes past the page cache.
   void give_back(const Chunk& chunk);
-  /// No chunk is left that has not been taken.
+  /// Whether all chunks have been taken.
   bool exhausted() const noexcept;
 
   /// Whether direct I/O has not been refused.
   bool direct() const noexcept { return direct_; }
-  /// It has been, by the file system.
+  /// To be called when the file system has refused direct I/O.
   void refuse_direct() noexcept { direct_ = false; }
 
-  /// Whether chunks on kBuffered are there because they seem to be cached: then the other way is left when one is not.
+  /// Whether chunks are on kBuffered only because they seem to be cached, so that they can go past the page cache if
+  /// they are not.
   bool on_suspicion() const noexcept { return residency_ && direct_; }
-  /// Why the answers about the page cache are worse than they could be; empty when they are not.
+  /// Why answers about the page cache are less reliable than they could be; empty when they are not.
   std::string fallback_reason() const { return residency_ ? residency_->fallback_reason() : ""; }
 
  private:
@@ -53,12 +54,12 @@ class Router {
   Route route_of(const Chunk& chunk);
 
   const Plan* plan_ = nullptr;
-  std::optional<Residency> residency_;        // Of a load that chooses chunk by chunk.
-  std::optional<std::uint32_t> block_bytes_;  // Of a store.
+  std::optional<Residency> residency_;        // Set for a load that chooses chunk by chunk.
+  std::optional<std::uint32_t> block_bytes_;  // Set for a store.
   bool direct_ = false;
-  std::vector<Route> routes_;  // Of the chunks below known_.
+  std::vector<Route> routes_;  // Routes of the chunks below known_.
   std::uint32_t known_ = 0;
-  std::uint32_t next_direct_ = 0;  // Below a cursor every chunk has been taken or is on the other route.
+  std::uint32_t next_direct_ = 0;  // Cursor: all chunks below are taken or on the other route.
   std::uint32_t next_buffered_ = 0;
 };
 

@@ -1,4 +1,4 @@
-/// A durable, atomic file, written in any number of transfers.
+/// Writes a durable file in any number of transfers, all or nothing.
 #pragma once
 
 #include <cstddef>
@@ -16,84 +16,82 @@ struct CUstream_st;  // CUDA's tag of cudaStream_t.
 
 namespace flashpack {
 
-/// One contiguous run of bytes in memory and where it goes in the file. Any offset, size and address are valid; the
+/// Contiguous bytes in memory, and the place in the file that they go to. Any offset, size and address are valid; the
 /// engine hides alignment.
 ///
-/// Fastest in calls that cover whole multiples of EngineOptions::chunk_bytes of the file: what is less than a block (4
-/// KiB, mostly) at the end of a run goes through the page cache. Memory is written in place, without a copy, where it
-/// is aligned as direct I/O wants it for the file's whole blocks: 512 bytes on most disks, 4 on most NVMe.
+/// Writes are fastest when each call covers whole multiples of EngineOptions::chunk_bytes of the file, because parts of
+/// a block (mostly 4 KiB) at the ends go through the page cache. Memory is written without a copy if it has the
+/// alignment that direct I/O demands for whole blocks of the file: 512 bytes on most disks, 4 on most NVMe.
 struct SourceExtent {
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
-  const void* source = nullptr;  ///< On the host (EFAULT where it cannot be read) or the engine's device; borrowed
-                                 ///< until the transfer has finished.
+  const void* source = nullptr;  ///< Memory of the host or of the engine's device, borrowed until the transfer has
+                                 ///< finished. EFAULT if host memory cannot be read.
 };
 
 struct WriteRequest {
-  /// In any order. Where two of them are less than a block apart, zeros are written between them. What this writer has
-  /// been given already is an error.
+  /// Extents in any order. Between two extents that are less than a block apart, zeros are written. It is an error to
+  /// write a byte of the file twice.
   std::vector<SourceExtent> extents;
-  /// For sources on a CUDA device what LoadRequest::stream is for targets: they are read when all that is on it when
-  /// start_write() is called has come to an end.
+  /// A cudaStream_t for sources on a CUDA device; null is as in LoadRequest::stream. Sources are not read before all
+  /// work that is on the stream when start_write() is called has ended.
   CUstream_st* stream = nullptr;
-  /// After it no new I/O is issued and the transfer ends with kDeadlineExceeded, as after Transfer::cancel().
+  /// When it passes, the transfer ends as by Transfer::cancel(), but with kDeadlineExceeded.
   std::optional<Deadline> deadline;
 };
 
 struct WriterOptions {
-  /// Bytes the payload has at least, when known: where the file system can, the space is reserved at once, so that a
-  /// full disk is an error before anything has been written. 0: unknown.
+  /// Least size of the payload in bytes; 0 if unknown. The space is reserved at once if the file system can do that, so
+  /// that a full disk is an error before anything has been written.
   std::uint64_t payload_bytes = 0;
   bool checksums = false;  ///< Makes FileWriter::checksums() available.
-  /// Where the path is a symbolic link: true replaces the file that it points to, there or not, false the link.
+  /// Decides about a symbolic link at the path: true replaces the file that it points to, existing or not, false the
+  /// link.
   bool follow_links = true;
 };
 
-/// Writes a new file beside `path` and puts it in place whole.
+/// Writes a new file beside `path`, which replaces `path` when it is complete.
 ///
-/// Until commit(), `path` is what it was before. The destructor without commit aborts: temporary file gone, old file
-/// untouched. What a process leaves that is killed meanwhile, `.NAME.<random>.tmp` (a long name is cut), is removed by
-/// the next writer for the same path, except where the file system has no flock(2). Made by Engine::create(), which
-/// must outlive it.
+/// Until commit(), `path` is unchanged. Without commit() the destructor removes the temporary file. A process that is
+/// killed leaves it behind as `.NAME.<random>.tmp` (a long name is cut); the next writer for the same path removes it
+/// if the file system has flock(2). Engine::create() makes a writer, and that engine must outlive it.
 ///
-/// A symbolic link is followed, also to what does not exist yet, unless the kernel would not (fs.protected_symlinks) or
-/// WriterOptions say otherwise.
-/// The new file has the permissions that the one that it replaces has at commit() and, where this process may give
-/// them, its group and owner; not its ACL, other names (hard links) or extended attributes. Only regular files are
-/// replaced.
+/// A symbolic link is followed, also to a path where nothing is yet, unless the kernel forbids it
+/// (fs.protected_symlinks) or WriterOptions say otherwise. The new file gets the permissions that the replaced file has
+/// at commit() and, if this process may set them, its group and owner. It does not get the ACL, hard links and extended
+/// attributes. Only regular files are replaced.
 ///
-/// As of Engine, what throws an Error has a like that gives its code instead.
+/// As in Engine, functions that throw an Error have a form that returns its code instead.
 ///
 /// Thread safety: distinct writers are independent; one writer is used by one thread at a time.
 class FileWriter {
  public:
   FileWriter(FileWriter&&) noexcept;
   FileWriter& operator=(FileWriter&&) noexcept;
-  /// Aborts unless committed: cancels what is still being written, detached or not, and waits for it.
+  /// Unless committed, cancels writes that are under way, detached ones too, waits for them, and removes the temporary
+  /// file.
   ~FileWriter();
 
-  /// Starts a write, any number of times. What is never written reads as zeros. `completion`, if given, is borrowed
-  /// until called.
-  /// Throws: Error (kInvalidArgument; kUnusable; ENOSPC where the disk cannot take the bytes; an error of CUDA about
-  /// `stream` or the sources), and then never calls `completion`. Other I/O errors come from the transfer.
+  /// Starts a write; may be called any number of times. Bytes that are never written read as zeros. `completion`, if
+  /// given, is borrowed until called. Throws: Error (kInvalidArgument; kUnusable; ENOSPC if the disk is full; an error
+  /// of CUDA about `stream` or the sources); `completion` is not called then. Other I/O errors come from the transfer.
   Transfer start_write(WriteRequest request, Completion* completion = nullptr);
-  /// Not valid() after an error.
+  /// The transfer is not valid() after an error.
   Transfer start_write(WriteRequest request, Completion* completion, std::error_code& error) noexcept;
 
-  /// start_write and wait. Throws: Error.
+  /// Calls start_write() and waits. Throws: Error.
   TransferStats write(WriteRequest request);
 
-  /// Of the payload, as it will be in the file. Costs nothing but looking: they were made while the bytes passed.
-  /// Requires: WriterOptions::checksums; every transfer of this writer has finished. Throws: Error, the failed
-  /// transfer's.
+  /// Checksums of the payload as it will be in the file. They were computed while the bytes were written, so this is
+  /// quick. Requires: WriterOptions::checksums; every transfer of this writer has finished. Throws: the Error of a
+  /// transfer that failed.
   Checksums checksums();
   Checksums checksums(std::error_code& error) noexcept;
 
   /// Appends `tail` after the payload (WriterOptions::payload_bytes, or the end of the last extent if that is later),
-  /// makes everything durable and renames it into place.
-  /// Requires: every transfer of this writer has finished; if one failed or was cancelled, this throws and aborts.
-  /// When only the last step fails, the error says that the new file is in place but perhaps not durable.
-  /// Throws: Error. After it, only destruction is allowed.
+  /// makes everything durable and renames it into place. Requires: every transfer of this writer has finished; if one
+  /// failed or was cancelled, this throws and aborts. If only the last step fails, the error says that the new file is
+  /// in place but perhaps not durable. Throws: Error. After this call, only destruction is allowed.
   void commit(std::span<const std::byte> tail = {});
   void commit(std::span<const std::byte> tail, std::error_code& error) noexcept;
 
