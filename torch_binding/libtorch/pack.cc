@@ -13,9 +13,11 @@
 #include <string_view>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include "flashpack/format.h"
 #include "flashpack/torch.h"
+#include "torch_binding/format/pack_plan.h"
 #include "torch_binding/format/segments.h"
 #include "torch_binding/libtorch/casts.h"
 #include "torch_binding/libtorch/tensors.h"
@@ -23,16 +25,6 @@
 namespace flashpack {
 
 namespace {
-
-// What has to be converted goes through buffers of this size. While one is being filled the others are being written,
-// which keeps the disk's queue full.
-constexpr std::uint64_t kBufferBytes = std::uint64_t{16} << 20;
-constexpr std::size_t kGroupsAlive = 4;
-constexpr std::uint64_t kPageBytes = 4096;
-// torch converts fewer than 32768 elements without starting threads.
-constexpr std::int64_t kSerialElems = 32767;
-// Of a tensor that is larger than a buffer.
-constexpr std::uint64_t kPartBytes = kBufferBytes / 4;
 
 [[noreturn]] void refuse(const std::filesystem::path& path, const std::string& name, const std::string& cause) {
   throw Error(Errc::kInvalidArgument, "pack " + path.string() + ": tensor '" + name + "' " + cause, path);
@@ -68,144 +60,128 @@ Metadata layout_of(const StateDict& tensors, const std::filesystem::path& path, 
   return metadata;
 }
 
-// Whether neighbours in the file are far from each other in memory. It then takes its room in a buffer twice.
-bool is_transposed(const at::Tensor& tensor) { return tensor.dim() > 1 && tensor.stride(-1) != 1; }
+// A tensor and where in the file its values go.
+struct Item {
+  at::Tensor tensor;
+  at::ScalarType type;
+  std::uint64_t offset_bytes;
+};
 
-// Memory for converted values, which lie in it as in the file, modulo a page, to be written from there without another
-// copy.
+bool is_here(const at::Tensor& tensor, at::Device device) { return tensor.device() == device && !device.is_cpu(); }
+
+PackSource source_of(const Item& item, at::Device device) {
+  using Form = PackSource::Form;
+  const at::Tensor& tensor = item.tensor;
+  Form form = tensor.dim() > 1 && tensor.stride(-1) != 1 ? Form::kTransposed : Form::kStrided;
+  if (tensor.is_contiguous()) {
+    const bool ready = (tensor.is_cpu() || tensor.device() == device) && tensor.scalar_type() == item.type &&
+                       !tensor.is_conj() && !tensor.is_neg();
+    form = ready ? Form::kReady : Form::kContiguous;
+  }
+  return {.form = form,
+          .on_device = is_here(tensor, device),
+          .element_bytes = static_cast<std::uint32_t>(c10::elementSize(item.type)),
+          .offset_bytes = item.offset_bytes,
+          .shape = {tensor.sizes().data(), tensor.sizes().size()}};
+}
+
+at::Tensor part_of(at::Tensor tensor, const PackStep& step) {
+  auto first = static_cast<std::int64_t>(step.first_elem);
+  const auto elems = static_cast<std::int64_t>(step.elems);
+  if (tensor.is_contiguous()) return tensor.view(-1).narrow(0, first, elems);
+  while (tensor.numel() > elems) {
+    const std::int64_t row_elems = tensor.numel() / tensor.size(0);
+    const std::int64_t row = first / row_elems;
+    if (elems > row_elems) return tensor.narrow(0, row, elems / row_elems);
+    tensor = tensor.select(0, row);
+    first -= row * row_elems;
+  }
+  return tensor;
+}
+
+// Memory for converted values.
 class Buffer {
  public:
   explicit Buffer(at::Device device) {
+    constexpr auto kSize = static_cast<std::int64_t>(kPackBufferBytes);
     if (device.is_cpu()) {
-      memory_ = std::make_unique<HostRegion>(kBufferBytes, 0);
-      bytes_ = at::from_blob(memory_->data(), {static_cast<std::int64_t>(kBufferBytes)}, at::kByte);
+      memory_ = std::make_unique<HostRegion>(kPackBufferBytes, 0);
+      bytes_ = at::from_blob(memory_->data(), {kSize}, at::kByte);
     } else {
-      bytes_ = at::empty({static_cast<std::int64_t>(kBufferBytes)}, at::TensorOptions(device).dtype(at::kByte));
+      bytes_ = at::empty({kSize}, at::TensorOptions(device).dtype(at::kByte));
     }
   }
 
-  void clear() { used_bytes_ = 0; }
-
-  // The values of `tensor` as they go to the file at `offset_bytes`; empty when there is no room for them.
-  std::optional<at::Tensor> convert(const at::Tensor& tensor, at::ScalarType type, std::uint64_t offset_bytes) {
-    const std::uint64_t begin = used_bytes_ + (offset_bytes - used_bytes_) % kPageBytes;
-    const std::uint64_t size = static_cast<std::uint64_t>(tensor.numel()) * c10::elementSize(type);
-    const std::uint64_t end = begin + size;
-    const std::uint64_t scratch = (end + kPageBytes - 1) / kPageBytes * kPageBytes;
-    const bool needs_scratch = tensor.is_cpu() && is_transposed(tensor);
-    if ((needs_scratch ? scratch + size : end) > kBufferBytes) return std::nullopt;
-    used_bytes_ = end;
-    const at::Tensor place = at_bytes(begin, size, type);
-    if (needs_scratch) {
-      // torch transposes quickly what is dense, and slowly what is cut out of something larger.
-      const at::Tensor order = at::empty_like(tensor, tensor.options().dtype(type).device(at::kMeta));
-      const at::Tensor dense = at_bytes(scratch, size, type).as_strided(tensor.sizes(), order.strides());
-      return place.view(tensor.sizes()).copy_(dense.copy_(tensor));
-    }
-    if (tensor.is_cpu() && tensor.is_contiguous()) {
-      // One core converts faster than disks write; more would spin for each other.
-      const at::Tensor flat = tensor.view(-1);
-      for (std::int64_t i = 0; i < flat.numel(); i += kSerialElems) {
-        const std::int64_t count = std::min(kSerialElems, flat.numel() - i);
+  // The values of `part` as they go to the file.
+  at::Tensor convert(const at::Tensor& part, at::ScalarType type, const PackStep& step) {
+    const at::Tensor place = at_bytes(*step.buffer_bytes, part.numel(), type);
+    if (step.scratch_bytes) {
+      const at::Tensor order = at::empty_like(part, part.options().dtype(type).device(at::kMeta));
+      const at::Tensor dense =
+          at_bytes(*step.scratch_bytes, part.numel(), type).as_strided(part.sizes(), order.strides());
+      place.view(part.sizes()).copy_(dense.copy_(part));
+    } else if (part.is_cpu() && part.is_contiguous()) {
+      const at::Tensor flat = part.view(-1);
+      for (std::int64_t i = 0; i < flat.numel(); i += kPackSerialElems) {
+        const std::int64_t count = std::min(kPackSerialElems, flat.numel() - i);
         place.narrow(0, i, count).copy_(flat.narrow(0, i, count));
       }
-      return place.view(tensor.sizes());
+    } else {
+      place.view(part.sizes()).copy_(part);
     }
-    return place.view(tensor.sizes()).copy_(tensor);
+    return place;
   }
 
  private:
-  at::Tensor at_bytes(std::uint64_t begin, std::uint64_t size, at::ScalarType type) const {
-    return bytes_.narrow(0, static_cast<std::int64_t>(begin), static_cast<std::int64_t>(size)).view(type);
+  at::Tensor at_bytes(std::uint64_t begin, std::int64_t elems, at::ScalarType type) const {
+    const auto size = elems * static_cast<std::int64_t>(c10::elementSize(type));
+    return bytes_.narrow(0, static_cast<std::int64_t>(begin), size).view(type);
   }
 
   std::unique_ptr<HostRegion> memory_;
   at::Tensor bytes_;
-  std::uint64_t used_bytes_ = 0;
 };
 
-// Streams tensors to a file, converting those that are not yet what the file holds.
-class TensorWriter {
+// Writes the groups of a plan, and fills the next one meanwhile.
+class GroupWriter {
  public:
-  /// `device` is the engine's: tensors there need not come to the CPU first.
-  TensorWriter(FileWriter& file, at::Device device) : file_(file), device_(device) {}
+  /// `device` is the engine's.
+  GroupWriter(FileWriter& file, at::Device device) : file_(file), device_(device) {}
 
-  void add(const at::Tensor& tensor, at::ScalarType type, std::uint64_t offset_bytes) {
-    if (tensor.numel() == 0) return;
-    const bool ready = (tensor.is_cpu() || tensor.device() == device_) && tensor.scalar_type() == type &&
-                       tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg();
-    if (ready) {
-      push(tensor, offset_bytes);
-    } else {
-      add_converted(tensor, type, offset_bytes);
+  void write(const PackGroup& steps, std::span<const Item> items) {
+    Group group = writing_.size() < kPackGroups - 1 ? Group{} : wait();
+    std::vector<SourceExtent> extents;
+    for (const PackStep& step : steps) {
+      const Item& item = items[step.source];
+      const at::Tensor values = step.buffer_bytes ? convert(group, item, step) : item.tensor;
+      const std::uint64_t offset_bytes = item.offset_bytes + step.first_elem * c10::elementSize(item.type);
+      extents.push_back({offset_bytes, values.nbytes(), values.const_data_ptr()});
+      group.owners.push_back(values);
     }
+    group.transfer = file_.start_write({.extents = std::move(extents), .stream = current_stream(device_)});
+    writing_.push_back(std::move(group));
   }
 
-  // Writes what is left and returns the sums of all writes.
+  // Waits for all, and returns their sums.
   TransferStats finish() {
-    start_group();
     while (!writing_.empty()) wait();
     return std::move(stats_);
   }
 
  private:
-  // What one write is made of. Its buffers go to the group that comes kGroupsAlive later.
+  // What one write is made of. Its buffers go to the group that comes kPackGroups later.
   struct Group {
-    std::vector<SourceExtent> extents;
     std::vector<at::Tensor> owners;
     std::optional<Buffer> on_host;
     std::optional<Buffer> on_device;
     Transfer transfer;  // Last: it borrows from the others until destroyed.
   };
 
-  void push(const at::Tensor& tensor, std::uint64_t offset_bytes) {
-    filling_.extents.push_back({offset_bytes, tensor.nbytes(), tensor.const_data_ptr()});
-    filling_.owners.push_back(tensor);
-  }
-
-  void add_converted(const at::Tensor& tensor, at::ScalarType type, std::uint64_t offset_bytes) {
-    const std::uint64_t size_bytes = static_cast<std::uint64_t>(tensor.numel()) * c10::elementSize(type);
-    if (size_bytes > (is_transposed(tensor) ? kBufferBytes / 2 : kBufferBytes) - kPageBytes)
-      return add_parts(tensor, type, offset_bytes, size_bytes);
-    std::optional<at::Tensor> converted = buffer_for(tensor).convert(tensor, type, offset_bytes);
-    if (!converted) {
-      start_group();
-      converted = buffer_for(tensor).convert(tensor, type, offset_bytes);
-    }
-    push(*converted, offset_bytes);
-  }
-
-  // Cuts along the first dimension until a part fits, so that the copy of a large tensor is never whole.
-  void add_parts(const at::Tensor& tensor, at::ScalarType type, std::uint64_t offset_bytes, std::uint64_t size_bytes) {
-    const at::Tensor rows = tensor.is_contiguous() ? tensor.view(-1) : tensor;
-    const std::uint64_t row_bytes = size_bytes / static_cast<std::uint64_t>(rows.size(0));
-    for (std::int64_t row = 0; row < rows.size(0);) {
-      const std::uint64_t at = offset_bytes + static_cast<std::uint64_t>(row) * row_bytes;
-      // As far as the next multiple of a part in the file, so that whole chunks are written.
-      const auto fitting = static_cast<std::int64_t>((kPartBytes - at % kPartBytes) / row_bytes);
-      const std::int64_t count = std::clamp<std::int64_t>(fitting, 1, rows.size(0) - row);
-      add_converted(count == 1 ? rows.select(0, row) : rows.narrow(0, row, count), type, at);
-      row += count;
-    }
-  }
-
-  Buffer& buffer_for(const at::Tensor& tensor) {
-    const bool here = tensor.device() == device_ && !device_.is_cpu();
-    std::optional<Buffer>& buffer = here ? filling_.on_device : filling_.on_host;
+  at::Tensor convert(Group& group, const Item& item, const PackStep& step) const {
+    const bool here = is_here(item.tensor, device_);
+    std::optional<Buffer>& buffer = here ? group.on_device : group.on_host;
     if (!buffer) buffer.emplace(here ? device_ : at::Device(at::kCPU));
-    return *buffer;
-  }
-
-  void start_group() {
-    if (filling_.extents.empty()) return;
-    filling_.transfer =
-        file_.start_write({.extents = std::exchange(filling_.extents, {}), .stream = current_stream(device_)});
-    writing_.push_back(std::exchange(filling_, {}));
-    if (writing_.size() < kGroupsAlive) return;
-    filling_ = wait();
-    for (std::optional<Buffer>* buffer : {&filling_.on_host, &filling_.on_device}) {
-      if (*buffer) (*buffer)->clear();
-    }
+    return buffer->convert(part_of(item.tensor, step), item.type, step);
   }
 
   // For the oldest write.
@@ -229,7 +205,6 @@ class TensorWriter {
   FileWriter& file_;
   const at::Device device_;
   TransferStats stats_;
-  Group filling_;
   std::deque<Group> writing_;
 };
 
@@ -244,10 +219,14 @@ TransferStats pack_to_file(Engine& engine, const StateDict& tensors, const std::
 
   FileWriter file = engine.create(path, {.payload_bytes = metadata.payload_bytes, .checksums = options.checksum});
   const c10::NoGradGuard no_grad;
-  TensorWriter writer(file, device_of(engine));
+  std::vector<Item> items;
+  std::vector<PackSource> sources;
   for (const TensorRecord& record : metadata.records) {
-    writer.add(*tensor_of.at(record.name), scalar_type(record.dtype), record.offset_bytes);
+    items.push_back({*tensor_of.at(record.name), scalar_type(record.dtype), record.offset_bytes});
+    sources.push_back(source_of(items.back(), device_of(engine)));
   }
+  GroupWriter writer(file, device_of(engine));
+  for (const PackGroup& group : plan_pack(sources)) writer.write(group, items);
   TransferStats stats = writer.finish();
   if (options.checksum) metadata.checksums = file.checksums();
   const std::string footer = encode_footer(metadata);

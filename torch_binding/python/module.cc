@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "bind_format.h"
+#include "bind_pack.h"
 #include "flashpack/engine.h"
 #include "flashpack/format.h"
 #include "flashpack/verify.h"
@@ -380,5 +381,6 @@ NB_MODULE(_native, module) {
   flashpack::bind_native_calls(module);
   flashpack::bind_errors(module);
   flashpack::bind_format(module);
+  flashpack::bind_pack(module);
   flashpack::bind_handles(module);
 }

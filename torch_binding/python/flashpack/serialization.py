@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,12 +27,7 @@ from .utils import dtype_to_string, listed, string_to_dtype
 
 __all__ = ["pack_to_file"]
 
-# What has to be converted goes through buffers of this size. While one is being filled the others are being written,
-# which keeps the disk's queue full.
-_BUFFER_BYTES = 16 << 20
-_GROUPS_ALIVE = 4
-# torch converts fewer than 32768 elements without starting threads.
-_SERIAL_ELEMS = 32767
+_BUFFER_BYTES = _native.PACK_BUFFER_BYTES
 
 Place = tuple[str, int, int]
 """Name, file offset in bytes, size in bytes."""
@@ -85,9 +79,9 @@ def pack_to_file(
     try:
         total_bytes = sum(size_bytes for _, _, size_bytes in layout.places)
         with progress_bar("Writing", total_bytes, not silent) as progress, torch.no_grad():
-            for group in _Groups(side.device).of(tensors, dtypes, layout.places):
+            for group in _groups(tensors, dtypes, layout.places, side.device):
                 writer.start_write(group.extents, group.sources, side.stream)
-                writer.finish(_GROUPS_ALIVE - 1, progress)
+                writer.finish(_native.PACK_GROUPS - 1, progress)
             writer.finish(0, progress)
         writer.commit(layout.footer(writer.checksums() if checksum else None))
     finally:
@@ -224,114 +218,79 @@ class _Group:
         self.sources.append(tensor)
 
 
-class _Buffer:
-    """Memory of one device for converted values, which lie in it as in the file, modulo a page, to be written from
-    there without another copy.
+def _groups(
+    tensors: Mapping[str, torch.Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    places: Sequence[Place],
+    device: torch.device,
+) -> Iterator[_Group]:
+    """The groups of a _native.PackPlan, filled. A group's buffers go to the one that comes PACK_GROUPS later.
+
+    `device`: the engine's.
     """
+    plan = _native.PackPlan()
+    for name, offset_bytes, _ in places:
+        tensor, dtype = tensors[name], dtypes[name]
+        on_device = tensor.device == device != CPU
+        plan.add(_form(tensor, dtype, device), on_device, dtype.itemsize, offset_bytes, tensor.shape)
+    rounds = itertools.cycle([dict[torch.device, _Buffer]() for _ in range(_native.PACK_GROUPS)])
+    for steps, buffers in zip(plan.groups(_BUFFER_BYTES), rounds, strict=False):
+        group = _Group()
+        for index, first_elem, elems, buffer_bytes, scratch_bytes in map(steps.__getitem__, range(len(steps))):
+            name, offset_bytes, _ = places[index]
+            tensor, dtype = tensors[name].detach(), dtypes[name]
+            if buffer_bytes is not None:
+                side = device if tensor.device == device else CPU
+                if side not in buffers:
+                    buffers[side] = _Buffer(side)
+                part = _part(tensor, first_elem, elems)
+                tensor = buffers[side].convert(part, dtype, buffer_bytes, scratch_bytes)
+            group.add(tensor, offset_bytes + first_elem * dtype.itemsize)
+        yield group
+
+
+def _form(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> str:
+    """What _native.PackPlan calls a source of this kind."""
+    if not tensor.is_contiguous():
+        return "transposed" if tensor.dim() > 1 and tensor.stride(-1) != 1 else "strided"
+    is_near = tensor.device in (CPU, device)
+    is_final = tensor.dtype == dtype and not tensor.is_conj() and not tensor.is_neg()
+    return "ready" if is_near and is_final else "contiguous"
+
+
+def _part(tensor: torch.Tensor, first_elem: int, elems: int) -> torch.Tensor:
+    if tensor.is_contiguous():
+        return tensor.view(-1)[first_elem : first_elem + elems]
+    while tensor.numel() > elems:
+        row_elems = tensor.numel() // tensor.shape[0]
+        row, rows = first_elem // row_elems, elems // row_elems
+        if rows > 1:
+            return tensor[row : row + rows]
+        tensor, first_elem = tensor[row], first_elem - row * row_elems
+    return tensor
+
+
+class _Buffer:
+    """Memory of one device for converted values."""
 
     def __init__(self, device: torch.device) -> None:
         self._bytes = allocate_block(0, _BUFFER_BYTES, device).memory
-        self._used_bytes = 0
 
-    def clear(self) -> None:
-        self._used_bytes = 0
-
-    def convert(self, tensor: torch.Tensor, dtype: torch.dtype, offset_bytes: int) -> torch.Tensor | None:
-        """The values of `tensor` as they go to the file at `offset_bytes`; None when there is no room for them."""
-        begin = self._used_bytes + (offset_bytes - self._used_bytes) % mmap.PAGESIZE
-        size_bytes = tensor.numel() * dtype.itemsize
-        needs_scratch = tensor.device == CPU and _is_transposed(tensor)
-        end = begin + size_bytes
-        scratch = end + -end % mmap.PAGESIZE
-        if (scratch + size_bytes if needs_scratch else end) > _BUFFER_BYTES:
-            return None
-        self._used_bytes = end
-        place = self._bytes[begin:end].view(dtype)
-        if needs_scratch:
-            # torch transposes quickly what is dense, and slowly what is cut out of something larger.
-            strides = torch.empty_like(tensor, dtype=dtype, device="meta").stride()
-            dense = self._bytes[scratch : scratch + size_bytes].view(dtype).as_strided(tensor.shape, strides)
-            tensor = dense.copy_(tensor)
-        if tensor.device == CPU and tensor.is_contiguous():
-            # One core converts faster than disks write; more would spin for each other.
-            torch._foreach_copy_(torch.split(place, _SERIAL_ELEMS), torch.split(tensor.view(-1), _SERIAL_ELEMS))
+    def convert(
+        self, part: torch.Tensor, dtype: torch.dtype, buffer_bytes: int, scratch_bytes: int | None
+    ) -> torch.Tensor:
+        """The values of `part` as they go to the file."""
+        place = self._at(buffer_bytes, part.numel(), dtype)
+        if scratch_bytes is not None:
+            strides = torch.empty_like(part, dtype=dtype, device="meta").stride()
+            dense = self._at(scratch_bytes, part.numel(), dtype).as_strided(part.shape, strides)
+            place.view(part.shape).copy_(dense.copy_(part))
+        elif part.device == CPU and part.is_contiguous():
+            split = _native.PACK_SERIAL_ELEMS
+            torch._foreach_copy_(torch.split(place, split), torch.split(part.view(-1), split))
         else:
-            place.view(tensor.shape).copy_(tensor)
-        return place.view(tensor.shape)
+            place.view(part.shape).copy_(part)
+        return place
 
-
-class _Groups:
-    """Cuts what is to be written into groups: tensors that are ready as they are, and converted parts of the others."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._rounds = itertools.cycle([dict[torch.device, _Buffer]() for _ in range(_GROUPS_ALIVE)])
-
-    def of(
-        self, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], places: Sequence[Place]
-    ) -> Iterator[_Group]:
-        """A group's buffers are used again for the one that comes _GROUPS_ALIVE later."""
-        group, buffers = self._next()
-        for name, offset_bytes, size_bytes in places:
-            tensor, dtype = tensors[name].detach(), dtypes[name]
-            if size_bytes == 0:
-                continue
-            if self._is_ready(tensor, dtype):
-                group.add(tensor, offset_bytes)
-                continue
-            device = self._device if tensor.device == self._device else CPU
-            for part, part_offset_bytes in _parts(tensor, dtype.itemsize, offset_bytes):
-                while (ready := self._buffer(buffers, device).convert(part, dtype, part_offset_bytes)) is None:
-                    yield group
-                    group, buffers = self._next()
-                group.add(ready, part_offset_bytes)
-        yield group
-
-    def _next(self) -> tuple[_Group, dict[torch.device, _Buffer]]:
-        buffers = next(self._rounds)
-        for buffer in buffers.values():
-            buffer.clear()
-        return _Group(), buffers
-
-    def _is_ready(self, tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-        return (
-            tensor.device in (CPU, self._device)
-            and tensor.dtype == dtype
-            and tensor.is_contiguous()
-            and not tensor.is_conj()
-            and not tensor.is_neg()
-        )
-
-    @staticmethod
-    def _buffer(buffers: dict[torch.device, _Buffer], device: torch.device) -> _Buffer:
-        if device not in buffers:
-            buffers[device] = _Buffer(device)
-        return buffers[device]
-
-
-def _is_transposed(tensor: torch.Tensor) -> bool:
-    """Whether neighbours in the file are far from each other in memory. It then takes its room in a buffer twice."""
-    return tensor.dim() > 1 and tensor.stride(-1) != 1
-
-
-def _parts(tensor: torch.Tensor, item_bytes: int, offset_bytes: int) -> Iterator[tuple[torch.Tensor, int]]:
-    """Parts of `tensor` that fit into a buffer each, in the order of the file, and where they go.
-
-    What is contiguous is cut at the multiples of a buffer's size in the file, so that whole chunks are written.
-    """
-    size_bytes = tensor.numel() * item_bytes
-    max_bytes = (_BUFFER_BYTES // 2 if _is_transposed(tensor) else _BUFFER_BYTES) - mmap.PAGESIZE
-    if size_bytes <= max_bytes:
-        yield tensor, offset_bytes
-    elif tensor.is_contiguous():
-        flat = tensor.view(-1)
-        while flat.numel():
-            count = min(flat.numel(), (_BUFFER_BYTES - offset_bytes % _BUFFER_BYTES) // item_bytes)
-            yield flat[:count], offset_bytes
-            flat, offset_bytes = flat[count:], offset_bytes + count * item_bytes
-    else:
-        row_bytes = size_bytes // tensor.shape[0]
-        rows = max_bytes // row_bytes
-        for part in torch.split(tensor, rows) if rows else tensor.unbind():
-            yield from _parts(part, item_bytes, offset_bytes)
-            offset_bytes += part.numel() * item_bytes
+    def _at(self, begin: int, elems: int, dtype: torch.dtype) -> torch.Tensor:
+        return self._bytes[begin : begin + elems * dtype.itemsize].view(dtype)

@@ -1,0 +1,88 @@
+#include "bind_pack.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <deque>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "flashpack/error.h"
+#include "torch_binding/format/pack_plan.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flashpack {
+
+namespace {
+
+/// Source, first element, number of elements, place in the buffer, place of the dense copy.
+using StepTuple =
+    std::tuple<std::size_t, std::uint64_t, std::uint64_t, std::optional<std::uint64_t>, std::optional<std::uint64_t>>;
+
+struct PyPackGroup {
+  StepTuple at(std::size_t i) const {
+    if (i >= steps.size()) throw nb::index_error();  // So that iteration ends.
+    const PackStep& step = steps[i];
+    return {step.source, step.first_elem, step.elems, step.buffer_bytes, step.scratch_bytes};
+  }
+
+  PackGroup steps;
+};
+
+PackSource::Form form_of(std::string_view name) {
+  using Form = PackSource::Form;
+  if (name == "ready") return Form::kReady;
+  if (name == "contiguous") return Form::kContiguous;
+  if (name == "strided") return Form::kStrided;
+  if (name == "transposed") return Form::kTransposed;
+  throw Error(Errc::kInvalidArgument, "no form of a tensor is called " + std::string(name));
+}
+
+/// Takes sources one by one and gives steps one by one: a tuple of each, kept in a list, would be the garbage
+/// collector's to look at, which takes longer than the plan.
+class PyPackPlan {
+ public:
+  void add(std::string_view form, bool on_device, std::uint32_t element_bytes, std::uint64_t offset_bytes,
+           std::vector<std::int64_t> shape) {
+    shapes_.push_back(std::move(shape));
+    sources_.push_back({form_of(form), on_device, element_bytes, offset_bytes, shapes_.back()});
+  }
+
+  std::vector<PyPackGroup> groups(std::uint64_t buffer_bytes) const {
+    std::vector<PyPackGroup> groups;
+    for (PackGroup& group : plan_pack(sources_, buffer_bytes)) groups.push_back({std::move(group)});
+    return groups;
+  }
+
+ private:
+  std::deque<std::vector<std::int64_t>> shapes_;  // A deque, because sources borrow its elements.
+  std::vector<PackSource> sources_;
+};
+
+}  // namespace
+
+void bind_pack(nb::module_& module) {
+  module.attr("PACK_BUFFER_BYTES") = kPackBufferBytes;
+  module.attr("PACK_GROUPS") = kPackGroups;
+  module.attr("PACK_SERIAL_ELEMS") = kPackSerialElems;
+  nb::class_<PyPackGroup>(module, "PackGroup", "What one transfer writes.")
+      .def("__len__", [](const PyPackGroup& group) { return group.steps.size(); })
+      .def("__getitem__", &PyPackGroup::at,
+           "Source, first element, number of elements, place in the buffer, place of a dense copy in it.");
+  nb::class_<PyPackPlan>(module, "PackPlan", "How tensors get into a file, by the rules that all packers follow.")
+      .def(nb::init<>())
+      .def("add", &PyPackPlan::add, "form"_a, "on_device"_a, "element_bytes"_a, "offset_bytes"_a, "shape"_a,
+           "A source that is 'ready', 'contiguous', 'strided' or 'transposed'.")
+      .def("groups", &PyPackPlan::groups, "buffer_bytes"_a, "In the order in which they are to be filled.");
+}
+
+}  // namespace flashpack
