@@ -28,12 +28,12 @@ std::string random_text() {
   return text;
 }
 
-// 0, or why not: EWOULDBLOCK where somebody else holds it.
+// 0, or the errno: EWOULDBLOCK if somebody else holds the lock.
 int lock(int fd) noexcept {
   return uninterrupted([fd] { return ::flock(fd, LOCK_EX | LOCK_NB); }) == 0 ? 0 : errno;
 }
 
-// A link of /proc leads to a file, whatever its text says: that of a file without a name is a name all the same.
+// A link in /proc leads to an open file, even if that file has another name than the link's text says, or none.
 bool misnames(const std::filesystem::path& link, const std::filesystem::path& text) {
   struct statfs file_system{};
   struct stat file{};
@@ -58,7 +58,7 @@ std::filesystem::path resolve_links(const std::filesystem::path& path) {
   constexpr int kMaxLinks = 40;  // The kernel's own limit.
   for (int links = 0; links <= kMaxLinks; ++links) {
     const auto next = std::filesystem::read_symlink(resolved, error);
-    // Not a link, or nothing at all. What else may be wrong with it shows when it is used.
+    // It is no link, or there is nothing. Whatever else is wrong with it shows when it is used.
     if (error) return resolved;
     // Reading a link does not ask whether following it is allowed (fs.protected_symlinks).
     struct stat status{};
@@ -78,8 +78,8 @@ TempFile::TempFile(std::filesystem::path target, Links links) : target_(std::mov
   if (!directory_) throw file_error(errno_code(errno), "create", target_);
   look_at_target();
   const std::string name = target_.filename().string();
-  std::size_t kept = std::min<std::size_t>(name.size(), 200);  // Of NAME_MAX, with room for the rest.
-  // Whole characters: some file systems take nothing but UTF-8.
+  std::size_t kept = std::min<std::size_t>(name.size(), 200);  // NAME_MAX is 255, and the rest needs room.
+  // Characters stay whole, because some file systems take nothing but UTF-8.
   while (kept > 0 && kept < name.size() && (name[kept] & 0xC0) == 0x80) --kept;
   prefix_.append(".").append(name, 0, kept).append(".");
 }
@@ -109,7 +109,7 @@ void TempFile::remove_if_left(const char* name) const noexcept {
   if (!fd) fd.reset(::openat(directory_.get(), name, O_RDONLY | kFlags));
   struct stat status{};
   if (!fd || ::fstat(fd.get(), &status) != 0 || !S_ISREG(status.st_mode)) return;
-  // Whose writer has put it in place in the meantime has taken the name with it.
+  // If its writer has put it in place in the meantime, nothing has this name any longer, and this does nothing.
   if (lock(fd.get()) == 0) ::unlinkat(directory_.get(), name, 0);
 }
 
@@ -120,7 +120,8 @@ UniqueFd TempFile::create() {
     const std::string name = entry->path().filename().string();
     if (is_name_of_one(name)) remove_if_left(name.c_str());
   }
-  // What is replaced may be nobody else's business, and the group of the new one may still be another.
+  // The file that is replaced may be readable by few. Until keep_access() has set the same group and mode, only the
+  // owner may open this one.
   const mode_t mode = replaced_ ? 0600 : 0666;
   constexpr int kMaxAttempts = 100;
   for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
@@ -131,7 +132,7 @@ UniqueFd TempFile::create() {
       name_.clear();
       throw file_error(errno_code(reason), "create", target_);
     }
-    // Before the lock it looks as if it had been left, and another writer may be about to remove it, or have done so.
+    // Until it is locked it looks like a file that was left behind, so that another writer may have removed it.
     struct stat status{};
     const bool taken = lock(fd.get()) == EWOULDBLOCK;
     if (!taken && (::fstatat(directory_.get(), name_.c_str(), &status, 0) == 0 || errno != ENOENT)) return fd;
@@ -141,16 +142,15 @@ UniqueFd TempFile::create() {
 }
 
 void TempFile::keep_access(int fd) {
-  // Much may have happened since.
-  look_at_target();
+  look_at_target();  // The file that is replaced may have changed since.
   struct stat status{};
   if (!replaced_) return;
   if (::fstat(fd, &status) != 0) throw file_error(errno_code(errno), "stat", target_);
   mode_t mode = replaced_->st_mode & 0777;
-  // A group that has been nobody in particular may do no more than that.
+  // The permissions of a group must not go to another group. Its members then get what all other users have.
   if (status.st_gid != replaced_->st_gid && ::fchown(fd, static_cast<uid_t>(-1), replaced_->st_gid) != 0)
     mode = (mode & 0707) | ((mode & 0007) << 3);
-  // Where there are no modes, all files have the same.
+  // A file system without modes shows the same one for all files, and is not asked to change it.
   if ((status.st_mode & 07777) != mode && ::fchmod(fd, mode) != 0)
     throw file_error(errno_code(errno), "keep the mode of", target_);
   if (status.st_uid != replaced_->st_uid) (void)::fchown(fd, replaced_->st_uid, static_cast<gid_t>(-1));
@@ -163,7 +163,7 @@ void TempFile::put_in_place() {
 }
 
 void TempFile::sync_directory() const {
-  // EINVAL: the file system has no such thing for directories.
+  // EINVAL: this file system cannot sync directories.
   if (uninterrupted([this] { return ::fsync(directory_.get()); }) == 0 || errno == EINVAL) return;
   throw file_error(errno_code(errno), "sync the directory of (the new file is in place, but perhaps not durable)",
                    target_);

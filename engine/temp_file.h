@@ -1,4 +1,4 @@
-/// The file of a FileWriter before it is in its place.
+/// The file that a FileWriter writes to, until it takes its place.
 #pragma once
 
 #include <sys/stat.h>
@@ -12,50 +12,52 @@
 
 namespace flashpack::internal {
 
-/// `path`, so that it stays the same file whatever the working directory is. Throws: Error.
+/// `path` made absolute, so that it stays the same file when the working directory changes. Throws: Error.
 std::filesystem::path absolute_path(const std::filesystem::path& path);
 
-/// The same; where it is a symbolic link, what it points to, there or not. Throws: Error; EACCES where the kernel would
-/// not follow the link, kInvalidArgument where it is one of /proc to an open file that has no name.
+/// The same, and if it is a symbolic link, the path that it leads to, whether there is a file or not. Throws: Error;
+/// EACCES if the kernel would not follow the link, kInvalidArgument if it is a link in /proc to an open file that has
+/// no name.
 std::filesystem::path resolve_links(const std::filesystem::path& path);
 
 /// A new file beside the one that it is to replace, `.NAME.<random>.tmp`, and the steps that put it in place.
 ///
-/// A process that is killed leaves it behind. So it is locked while it is written, and who creates the next one for
-/// the same target removes those that nobody holds a lock on. The lock is flock(2)'s. It belongs to the open file:
-/// another thread's is in the way like another process's; it ends with the process, whatever ends that, and not before,
-/// as fcntl(2)'s would when any descriptor of the file is closed. A child that was forked while it was held keeps it,
-/// too: then the file stays until a writer comes after that child's end. No I/O of the ring refers to this open file
-/// (File opens another one for direct I/O), so nothing that is in flight outlives the process with the lock.
-/// Where there is no flock, what was left stays. Where it does not reach other hosts (Lustre's localflock, NFS's
-/// nolock), one of two hosts that write one path at the same time fails to commit, and the old file stays.
+/// A process that is killed leaves its file behind. Therefore the file is locked while it is written, and the next
+/// writer of the same target removes all files that nobody has locked. The lock is flock(2)'s, which belongs to the
+/// open file. It keeps out other threads as well as other processes, and ends when the process ends, for whatever
+/// reason; fcntl(2)'s would end as soon as any descriptor of the file is closed. A child that is forked meanwhile keeps
+/// the lock, too; then the file stays until a writer comes after that child's end. The ring never uses this open file
+/// (File opens another one for direct I/O), so that no operation in flight keeps the lock longer than the process.
+/// On a file system without flock the files that were left stay. Where the lock does not reach other hosts (Lustre's
+/// localflock, NFS's nolock), one of two hosts that write one path at the same time fails to commit, and the old file
+/// stays.
 ///
 /// Errors name the target. Not thread-safe.
 class TempFile {
  public:
-  /// This says what a save does where `target` is a symbolic link to a file, or to nothing.
+  /// What becomes of a `target` that is a symbolic link, whether it leads to a file or to nothing.
   enum class Links { kAreRefused, kAreReplaced };
 
-  /// `target`: absolute; as resolve_links() gives it, unless `links` are replaced. Throws: Error where it is something
-  /// else than a regular file.
+  /// `target` is absolute, and as resolve_links() gives it unless links are replaced. Throws: Error if there is
+  /// something else than a regular file.
   explicit TempFile(std::filesystem::path target, Links links = Links::kAreRefused);
 
-  /// Removes what is left of others, and creates this one, empty. What is given back holds the lock: keep it open until
-  /// remove() or put_in_place(). Throws: Error.
+  /// Removes files that others have left, and creates this one, empty. The descriptor holds the lock: keep it open
+  /// until remove() or put_in_place(). Throws: Error.
   UniqueFd create();
 
-  /// Where it is now.
+  /// Where the file is now.
   std::filesystem::path path() const { return target_.parent_path() / name_; }
 
-  /// Gives what create() gave the permissions, and as far as this process may the group and owner, of the file that it
-  /// replaces (of a link, those of its file), as they are now. A new file has what umask left. Throws: Error, also
-  /// where something else than a file has taken the target's place.
+  /// Gives the file the permissions of the one that it replaces, as they are now, and its group and owner as far as
+  /// this process may. The target of a link counts as the file that is replaced. A file that replaces none keeps what
+  /// umask left. Throws: Error, also if something else than a file has taken the target's place.
   void keep_access(int fd);
 
   void put_in_place();          ///< Throws: Error.
   void sync_directory() const;  ///< Makes put_in_place() durable. Throws: Error.
 
-  /// Nothing happens where it is in place, or gone.
+  /// Does nothing if the file is in place, or gone.
   void remove() noexcept;
 
  private:
@@ -65,10 +67,10 @@ class TempFile {
 
   std::filesystem::path target_;
   Links links_;
-  UniqueFd directory_;                   // Held, so that all steps are in the same one whatever it is called by then.
-  std::optional<struct stat> replaced_;  // The last that was seen, or that a link led to.
-  std::string prefix_;                   // What the names of all those for this target begin with.
-  std::string name_;                     // In the directory. Empty: there is none.
+  UniqueFd directory_;                   // Kept open, so that all steps are in the same one even if it is renamed.
+  std::optional<struct stat> replaced_;  // The file at the target, or at the end of its link, when last seen.
+  std::string prefix_;                   // All names of temporary files for this target begin with it.
+  std::string name_;                     // In the directory. Empty: there is no file.
 };
 
 }  // namespace flashpack::internal
