@@ -201,39 +201,5 @@ TEST(PlanSegments, MacroblocksArePlannedAsTensorsAre) {
   EXPECT_EQ(plan.places[1].offset_bytes, 16U);
 }
 
-TEST(HostRegion, DataAgreesWithTheFileOffsetModuloAPageOrAHugePage) {
-  for (const std::uint64_t size : {std::uint64_t{1}, 5000 * std::uint64_t{1}, 2 * kMiB, 5 * kMiB + 3}) {
-    for (const std::uint64_t offset : {std::uint64_t{0}, std::uint64_t{4097}, 2 * kMiB - 1, 3 * kMiB + 128}) {
-      const HostRegion region(size, offset);
-      const std::uint64_t granule = size < 2 * kMiB ? 4096 : 2 * kMiB;
-      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(region.data()) % granule, offset % granule);
-      region.data()[0] = std::byte{1};
-      region.data()[size - 1] = std::byte{2};
-    }
-  }
-}
-
-TEST(HostRegion, GivesItsMemoryBack) {
-  const auto mapped_pages = [] {
-    std::uint64_t pages = 0;
-    std::ifstream("/proc/self/statm") >> pages;
-    return pages;
-  };
-  const std::uint64_t before = mapped_pages();
-  {
-    const HostRegion region(1024 * kMiB, 0);
-  }
-  EXPECT_LT(mapped_pages(), before + 1024 * kMiB / 4096);
-}
-
-TEST(HostRegion, MemoryThatCannotBeHadIsAnErrorOfTheSystem) {
-  try {
-    const HostRegion region(std::uint64_t{1} << 60, 0);
-    FAIL() << "mapped an exbibyte";
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), std::errc::not_enough_memory);
-  }
-}
-
 }  // namespace
 }  // namespace flashpack

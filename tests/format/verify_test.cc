@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "engine/ground/unique_fd.h"
 #include "tests/support/temp_dir.h"
-#include "torch_binding/format/open_file.h"
 #include "torch_binding/format/verified.h"
 
 namespace flashpack {
@@ -52,12 +52,12 @@ TEST_F(VerifyTest, ASoundFileIsVerifiedToTheLastByte) {
 
 TEST_F(VerifyTest, AnOpenFileIsVerifiedWhateverStandsAtThePathByNow) {
   const Metadata before = write(80);
-  const OpenFile file(path_);
-  const Metadata metadata = read_metadata(file.fd(), path_);
+  const internal::UniqueFd file = internal::open_file(path_);
+  const Metadata metadata = read_metadata(file.get(), path_);
   EXPECT_EQ(metadata.identity, before.identity);
   write(3);
-  EXPECT_EQ(verify_payload(engine_, file.fd(), path_, metadata).verified_bytes, metadata.payload_bytes);
-  EXPECT_EQ(read_metadata(file.fd(), path_).records.size(), 80u);
+  EXPECT_EQ(verify_payload(engine_, file.get(), path_, metadata).verified_bytes, metadata.payload_bytes);
+  EXPECT_EQ(read_metadata(file.get(), path_).records.size(), 80u);
 }
 
 TEST_F(VerifyTest, EveryCorruptStripeIsNamedWithItsTensors) {

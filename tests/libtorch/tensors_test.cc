@@ -2,9 +2,9 @@
 
 #include <c10/core/InferenceMode.h>
 
+#include "engine/ground/unique_fd.h"
 #include "flashpack/format.h"
 #include "tests/libtorch/torch_fixture.h"
-#include "torch_binding/format/open_file.h"
 
 namespace flashpack {
 namespace {
@@ -156,22 +156,22 @@ TEST_F(Read, FilesThatCannotBeReadAreErrorsWithThePathAndTheCause) {
 
 TEST_F(Read, AFileReplacedAfterItsMetadataWasReadIsReadToItsEnd) {
   pack({{"x", at::ones({100})}});
-  const OpenFile opened(file());
-  const Metadata metadata = read_metadata(opened.fd(), file());
+  const internal::UniqueFd opened = internal::open_file(file());
+  const Metadata metadata = read_metadata(opened.get(), file());
   pack({{"x", at::zeros({100})}});
   const std::vector<std::size_t> wanted = {0};
-  const LoadedRecords loaded(engine_, opened.fd(), file(), metadata, wanted, CachePolicy::kAuto, Verify::kAuto);
+  const LoadedRecords loaded(engine_, opened.get(), file(), metadata, wanted, CachePolicy::kAuto, Verify::kAuto);
   EXPECT_TRUE(loaded.tensor(0).equal(at::ones({100})));
 }
 
 TEST_F(Read, AFileChangedAfterItsMetadataWasReadIsRefused) {
   pack({{"x", at::ones({100})}});
-  const OpenFile opened(file());
-  const Metadata metadata = read_metadata(opened.fd(), file());
+  const internal::UniqueFd opened = internal::open_file(file());
+  const Metadata metadata = read_metadata(opened.get(), file());
   std::ofstream(file(), std::ios::app) << "more";
   const std::vector<std::size_t> wanted = {0};
   const Error error = error_of(
-      [&] { LoadedRecords(engine_, opened.fd(), file(), metadata, wanted, CachePolicy::kAuto, Verify::kAuto); });
+      [&] { LoadedRecords(engine_, opened.get(), file(), metadata, wanted, CachePolicy::kAuto, Verify::kAuto); });
   EXPECT_EQ(error.code(), Errc::kFileChanged);
 }
 

@@ -8,12 +8,16 @@
 #include <cerrno>
 #include <cstring>
 
+#include "engine/ground/error.h"
+#include "engine/ground/unique_fd.h"
 #include "torch_binding/format/format_rules.h"
-#include "torch_binding/format/open_file.h"
 
 namespace flashpack {
 
 namespace {
+
+using internal::errno_code;
+using internal::file_error;
 
 static_assert(std::endian::native == std::endian::little, "payload and trailer are little-endian");
 
@@ -27,38 +31,32 @@ class FooterFile {
 
   FileIdentity identity() const {
     struct stat status{};
-    if (::fstat(fd_, &status) != 0) {
-      throw Error({errno, std::generic_category()}, "stat " + path_.string(), path_);
-    }
-    if (S_ISDIR(status.st_mode)) throw Error({EISDIR, std::generic_category()}, "read " + path_.string(), path_);
+    if (::fstat(fd_, &status) != 0) throw file_error(errno_code(errno), "stat", path_);
+    if (S_ISDIR(status.st_mode)) throw file_error(errno_code(EISDIR), "read", path_);
     if (!S_ISREG(status.st_mode)) rules::refuse(path_, "it is not a regular file");
     const auto identity = identity_of(fd_);
-    if (!identity) throw Error({errno, std::generic_category()}, "stat " + path_.string(), path_);
+    if (!identity) throw file_error(errno_code(errno), "stat", path_);
     return *identity;
   }
 
   void read(std::uint64_t offset_bytes, std::span<char> target) const {
     while (!target.empty()) {
-      const ssize_t got = ::pread(fd_, target.data(), target.size(), static_cast<off_t>(offset_bytes));
-      if (got < 0 && errno == EINTR) continue;
-      if (got < 0) fail_at(offset_bytes, target.size(), {errno, std::generic_category()});
-      if (got == 0) fail_at(offset_bytes, target.size(), Errc::kTruncated);
+      const ssize_t got = internal::uninterrupted(
+          [&] { return ::pread(fd_, target.data(), target.size(), static_cast<off_t>(offset_bytes)); });
+      if (got <= 0) {
+        const std::error_code code = got < 0 ? errno_code(errno) : Errc::kTruncated;
+        throw internal::range_error(code, "read", path_, offset_bytes, target.size());
+      }
       offset_bytes += static_cast<std::uint64_t>(got);
       target = target.subspan(static_cast<std::size_t>(got));
     }
   }
 
   void check_unchanged(const FileIdentity& before) const {
-    if (identity() != before) throw Error(Errc::kFileChanged, "read " + path_.string(), path_);
+    if (identity() != before) throw file_error(Errc::kFileChanged, "read", path_);
   }
 
  private:
-  [[noreturn]] void fail_at(std::uint64_t offset_bytes, std::size_t length_bytes, std::error_code code) const {
-    throw Error(code,
-                "read " + path_.string() + " at " + std::to_string(offset_bytes) + "+" + std::to_string(length_bytes),
-                path_, offset_bytes);
-  }
-
   const std::filesystem::path& path_;
   int fd_;
 };
@@ -91,7 +89,7 @@ std::uint64_t footer_bytes(std::string_view trailer, std::uint64_t size_bytes, c
 }  // namespace
 
 Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options) {
-  return read_metadata(OpenFile(path).fd(), path, options);
+  return read_metadata(internal::open_file(path).get(), path, options);
 }
 
 Metadata read_metadata(int fd, const std::filesystem::path& path, const ReadMetadataOptions& options) {

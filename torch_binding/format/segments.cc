@@ -1,31 +1,18 @@
 #include "torch_binding/format/segments.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cassert>
-#include <cerrno>
 #include <numeric>
 #include <string>
 #include <utility>
+
+#include "engine/ground/pages.h"
 
 namespace flashpack {
 
 namespace {
 
-constexpr std::uint64_t kPageBytes = 4096;
-constexpr std::uint64_t kHugePageBytes = std::uint64_t{2} << 20;
-
-std::uint64_t round_up(std::uint64_t value, std::uint64_t granule) { return (value + granule - 1) & ~(granule - 1); }
-
-// Huge pages only where they lie wholly inside: the ends would take memory that no tensor uses.
-void advise_huge_pages(std::byte* data, std::uint64_t size_bytes) {
-  const auto begin = reinterpret_cast<std::uintptr_t>(data);
-  const auto first = round_up(begin, kHugePageBytes);
-  const auto last = (begin + size_bytes) & ~(kHugePageBytes - 1);
-  // A kernel without huge pages refuses; small pages serve as well, only slower.
-  if (first < last) madvise(data + (first - begin), last - first, MADV_HUGEPAGE);
-}
+using internal::round_up;
 
 // On a device, smaller tensors do not share segments with larger ones.
 constexpr std::uint64_t kSmallBytes = std::uint64_t{1} << 20;
@@ -178,20 +165,5 @@ Metadata macroblocks_as_records(const Metadata& metadata) {
   }
   return blocks;
 }
-
-HostRegion::HostRegion(std::uint64_t size_bytes, std::uint64_t offset_bytes) {
-  const std::uint64_t granule = size_bytes < kHugePageBytes ? kPageBytes : kHugePageBytes;
-  mapped_bytes_ = size_bytes + 2 * granule;  // Room to move data() to its phase.
-  mapping_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapping_ == MAP_FAILED) {
-    throw Error({errno, std::generic_category()},
-                "map " + std::to_string(mapped_bytes_) + " bytes of memory for tensors");
-  }
-  const auto begin = reinterpret_cast<std::uintptr_t>(mapping_);
-  data_ = static_cast<std::byte*>(mapping_) + (round_up(begin, granule) - begin) + offset_bytes % granule;
-  advise_huge_pages(data_, size_bytes);
-}
-
-HostRegion::~HostRegion() { munmap(mapping_, mapped_bytes_); }
 
 }  // namespace flashpack

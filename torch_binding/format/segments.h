@@ -64,22 +64,4 @@ SegmentPlan plan_segments(const Metadata& metadata, std::span<const std::size_t>
 /// shown as records are. The result has no checksums, user metadata or identity.
 Metadata macroblocks_as_records(const Metadata& metadata);
 
-/// An anonymous private mapping whose data() has the phase of a file offset: both agree modulo 4096, and modulo 2 MiB
-/// from that size on. Zero until written; pages that nobody touches take no memory.
-class HostRegion {
- public:
-  /// Throws: Error (errno of mmap).
-  HostRegion(std::uint64_t size_bytes, std::uint64_t offset_bytes);
-  HostRegion(const HostRegion&) = delete;
-  HostRegion& operator=(const HostRegion&) = delete;
-  ~HostRegion();
-
-  std::byte* data() const noexcept { return data_; }
-
- private:
-  std::size_t mapped_bytes_;
-  void* mapping_;
-  std::byte* data_;
-};
-
 }  // namespace flashpack

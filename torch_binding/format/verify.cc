@@ -1,14 +1,12 @@
 #include "flashpack/verify.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <chrono>
 
+#include "engine/ground/host_region.h"
+#include "engine/ground/unique_fd.h"
 #include "torch_binding/format/format_rules.h"
-#include "torch_binding/format/open_file.h"
 #include "torch_binding/format/verified.h"
 
 namespace flashpack {
@@ -17,23 +15,6 @@ namespace {
 
 // While one window is checked, the next is being read.
 constexpr std::uint64_t kWindowBytes = std::uint64_t{64} << 20;
-
-/// Memory that reads go to in place, given back at the end.
-class WindowMemory {
- public:
-  WindowMemory() : address_(::mmap(nullptr, kWindowBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
-    if (address_ == MAP_FAILED) throw Error({errno, std::generic_category()}, "verify: take memory");
-    ::madvise(address_, kWindowBytes, MADV_HUGEPAGE);
-  }
-  ~WindowMemory() { ::munmap(address_, kWindowBytes); }
-  WindowMemory(const WindowMemory&) = delete;
-  WindowMemory& operator=(const WindowMemory&) = delete;
-
-  void* data() const { return address_; }
-
- private:
-  void* address_;
-};
 
 /// Returns `error`; if it is of Errc::kCorrupt, with the tensors in the stripe named, too.
 Error with_tensors(const Error& error, const Metadata& metadata) {
@@ -78,7 +59,7 @@ class Verifier {
 
  private:
   struct Window {
-    WindowMemory memory;
+    internal::HostRegion memory{kWindowBytes, "verification"};
     Transfer transfer;  // The last member, because it must end before its memory goes.
   };
 
@@ -136,7 +117,7 @@ class Verifier {
   const std::filesystem::path& path_;
   const Metadata& metadata_;
   VerifyReport report_;
-  WindowMemory spare_;
+  internal::HostRegion spare_{kWindowBytes, "verification"};
   std::array<Window, 2> windows_;
 };
 
@@ -144,7 +125,7 @@ class Verifier {
 
 VerifyReport verify_payload(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
                             const std::function<void(std::uint64_t done_bytes)>& progress) {
-  return verify_payload(engine, OpenFile(path).fd(), path, metadata, progress);
+  return verify_payload(engine, internal::open_file(path).get(), path, metadata, progress);
 }
 
 VerifyReport verify_payload(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata,

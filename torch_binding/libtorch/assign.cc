@@ -6,9 +6,9 @@
 #include <unordered_map>
 #include <utility>
 
+#include "engine/ground/unique_fd.h"
 #include "flashpack/format.h"
 #include "flashpack/torch.h"
-#include "torch_binding/format/open_file.h"
 #include "torch_binding/libtorch/casts.h"
 #include "torch_binding/libtorch/module_tensors.h"
 #include "torch_binding/libtorch/tensors.h"
@@ -171,15 +171,15 @@ void replace_data(const at::Tensor& tensor, const at::Tensor& loaded) {
 
 AssignReport assign_from_file(Engine& engine, ::torch::nn::Module& module, const std::filesystem::path& path,
                               const AssignOptions& options) {
-  const OpenFile file(path);
-  const Metadata metadata = read_metadata(file.fd(), path);
+  const internal::UniqueFd file = internal::open_file(path);
+  const Metadata metadata = read_metadata(file.get(), path);
   Match match = match_names(module, metadata, options);
   check_names(path, match.report, options);
   for (const Target& target : match.targets) {
     if (!target.record) continue;
     check_fit(path, target, metadata.records[*target.record], device_of(engine), options);
   }
-  const std::vector<at::Tensor> loaded = load(engine, file.fd(), path, metadata, match, options);
+  const std::vector<at::Tensor> loaded = load(engine, file.get(), path, metadata, match, options);
   for (std::size_t i = 0; i < loaded.size(); ++i) {
     if (loaded[i].defined()) replace_data(match.targets[i].tensor, loaded[i]);
   }

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <chrono>
 #include <deque>
-#include <memory>
 #include <optional>
 #include <span>
 #include <string_view>
@@ -15,10 +14,10 @@
 #include <utility>
 #include <vector>
 
+#include "engine/ground/host_region.h"
 #include "flashpack/format.h"
 #include "flashpack/torch.h"
 #include "torch_binding/format/pack_plan.h"
-#include "torch_binding/format/segments.h"
 #include "torch_binding/libtorch/casts.h"
 #include "torch_binding/libtorch/tensors.h"
 
@@ -105,7 +104,7 @@ class Buffer {
   explicit Buffer(at::Device device) {
     constexpr auto kSize = static_cast<std::int64_t>(kPackBufferBytes);
     if (device.is_cpu()) {
-      memory_ = std::make_unique<HostRegion>(kPackBufferBytes, 0);
+      memory_.emplace(kPackBufferBytes, "packing");
       bytes_ = at::from_blob(memory_->data(), {kSize}, at::kByte);
     } else {
       bytes_ = at::empty({kSize}, at::TensorOptions(device).dtype(at::kByte));
@@ -138,7 +137,7 @@ class Buffer {
     return bytes_.narrow(0, static_cast<std::int64_t>(begin), size).view(type);
   }
 
-  std::unique_ptr<HostRegion> memory_;
+  std::optional<internal::HostRegion> memory_;
   at::Tensor bytes_;
 };
 

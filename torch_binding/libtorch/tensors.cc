@@ -10,8 +10,8 @@
 #include <array>
 #include <utility>
 
+#include "engine/ground/unique_fd.h"
 #include "flashpack/torch.h"
-#include "torch_binding/format/open_file.h"
 #include "torch_binding/format/verified.h"
 
 namespace flashpack {
@@ -32,7 +32,7 @@ constexpr std::array kScalarTypes = {at::ScalarType::Bool,          at::ScalarTy
                                      at::ScalarType::Float8_e8m0fnu};
 static_assert(kScalarTypes.size() == static_cast<std::size_t>(DType::kFloat8E8M0FNU) + 1);
 
-using RegionOwner = std::shared_ptr<HostRegion>;
+using RegionOwner = std::shared_ptr<internal::HostRegion>;
 
 std::vector<std::size_t> selected(const Metadata& metadata, const ReadOptions& options) {
   std::vector<std::size_t> wanted;
@@ -93,7 +93,7 @@ std::vector<std::byte*> LoadedRecords::allocate() {
   const c10::InferenceMode ordinary_tensors(false);
   for (const auto& [size_bytes, offset_bytes] : plan_.blocks) {
     if (device_.is_cpu()) {
-      regions_.push_back(std::make_shared<HostRegion>(size_bytes, offset_bytes));
+      regions_.push_back(std::make_shared<internal::HostRegion>(size_bytes, "tensors", offset_bytes));
       addresses.push_back(regions_.back()->data());
     } else {
       blocks_.push_back(
@@ -134,10 +134,10 @@ at::Tensor LoadedRecords::device_tensor(const SegmentPlan::Place& place, at::Int
 }
 
 LoadedTensors read_tensors(Engine& engine, const std::filesystem::path& path, const ReadOptions& options) {
-  const OpenFile file(path);
-  const Metadata metadata = read_metadata(file.fd(), path);
+  const internal::UniqueFd file = internal::open_file(path);
+  const Metadata metadata = read_metadata(file.get(), path);
   const std::vector<std::size_t> wanted = selected(metadata, options);
-  const LoadedRecords loaded(engine, file.fd(), path, metadata, wanted, options.cache, options.verify);
+  const LoadedRecords loaded(engine, file.get(), path, metadata, wanted, options.cache, options.verify);
   // The caller gets ordinary tensors even in inference mode, because he may keep them for longer.
   const c10::InferenceMode ordinary_tensors(false);
   LoadedTensors result{.stats = loaded.stats()};

@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "engine/ground/host_region.h"
 #include "flashpack/engine.h"
 #include "flashpack/format.h"
 #include "torch_binding/format/segments.h"
@@ -50,8 +51,8 @@ class LoadedRecords {
   const std::span<const std::size_t> wanted_;
   const at::Device device_;
   const SegmentPlan plan_;
-  std::vector<std::shared_ptr<HostRegion>> regions_;  // The blocks of the plan on the CPU.
-  std::vector<at::Tensor> blocks_;                    // The blocks of the plan on a device.
+  std::vector<std::shared_ptr<internal::HostRegion>> regions_;  // The blocks of the plan on the CPU.
+  std::vector<at::Tensor> blocks_;                              // The blocks of the plan on a device.
   TransferStats stats_;
 };
 
