@@ -44,8 +44,8 @@ class File {
   /// The alignment that direct I/O demands.
   Alignment alignment() const noexcept { return alignment_; }
 
-  /// Whether the file is still what it was at open(). A rename over it is not a change: the descriptor keeps the old
-  /// file.
+  /// Whether the file is still as it was at open(). A rename over its path is no change, because the descriptor keeps
+  /// the old file.
   bool unchanged() const noexcept;
 
   /// Drops the file's clean pages from the page cache. Quick if most are gone already.

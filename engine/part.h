@@ -31,7 +31,7 @@ class DiskQueue;
 /// which several threads must not use at a time.
 struct Failure {
   explicit Failure(const Error& error);
-  /// What the exception that is being handled means for the file at `path`.
+  /// Makes a Failure for the file at `path` from the exception that is being handled.
   static Failure of_exception(const char* operation, const std::filesystem::path& path);
   Error error() const { return Error(code, context, path, offset_bytes); }
 

@@ -20,8 +20,8 @@ struct Fragment {
 };
 static_assert(sizeof(Fragment) <= 32, "A request may have 100,000 of them.");
 
-/// One read or write: fragments of one file that lie in one cell of the grid, in ascending order of offset, with only
-/// small gaps between them.
+/// One read or write. Its fragments lie in one cell of the grid of `chunk_bytes`, in ascending order of offset, with
+/// only small gaps between them.
 struct Chunk {
   std::uint64_t offset_bytes;  ///< File offset of the first byte of the fragments.
   std::uint32_t size_bytes;    ///< Size up to the last byte of the fragments.

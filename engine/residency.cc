@@ -17,7 +17,7 @@ namespace flashpack::internal {
 
 namespace {
 
-// cachestat(2) came with Linux 6.5, after the headers of our floor.
+// Declared here, because cachestat(2) came with Linux 6.5 and the oldest supported headers lack it.
 constexpr long kSysCachestat = 451;
 struct CachestatRange {
   std::uint64_t offset_bytes;

@@ -1,4 +1,4 @@
-/// io_uring as a DiskQueue: direct I/O between files and slots, targets, sources.
+/// A DiskQueue that uses io_uring.
 #pragma once
 
 #include <liburing.h>
@@ -33,7 +33,7 @@ class Ring final : public DiskQueue {
   /// `slots` are the staging slots to register; if empty, none are. Throws: std::system_error, with the cause in its
   /// text, if io_uring is refused.
   Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Rung best = Rung::kDeferred);
-  /// Requires: nothing in flight.
+  /// Requires: nothing is in flight.
   ~Ring() override;
 
   void push(unsigned tag, const DiskRequest& request) override;
@@ -69,10 +69,10 @@ class Ring final : public DiskQueue {
   std::atomic<bool> wake_pending_ = false;
   std::vector<std::span<std::byte>> slots_;
   std::vector<std::uint8_t> slot_uses_;  // For each slot, uses that fill half of it; saturating.
-  bool table_ = false;                   // The kernel has a table of this ring's buffers.
+  bool table_ = false;                   // Whether the kernel has a table of this ring's buffers.
   bool table_refused_ = false;
   UniqueFd let_go_;                                        // A pipe that ends when the kernel has released the ring.
-  std::vector<bool> in_flight_;                            // For each tag.
+  std::vector<bool> in_flight_;                            // Whether an operation with that tag is in flight.
   std::chrono::steady_clock::time_point refused_since_{};  // No success since then; the epoch if not refused.
   std::string fallback_reason_;
   std::vector<IoCompletion> completions_;

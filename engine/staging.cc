@@ -14,7 +14,7 @@ namespace flashpack::internal {
 
 namespace {
 
-// 0, or an errno. It makes the system call itself, because libnuma would be a dependency for this one line.
+// Returns 0 or an errno. It makes the system call itself, because libnuma would be a dependency for this one line.
 int prefer_node(void* memory, std::size_t size_bytes, int node) {
   constexpr int kPreferred = 1;    // MPOL_PREFERRED of <linux/mempolicy.h>.
   constexpr int kMaxNodes = 1024;  // The most that Linux is built for.
@@ -30,7 +30,7 @@ int prefer_node(void* memory, std::size_t size_bytes, int node) {
 Staging::Staging(std::uint64_t total_bytes, std::uint32_t slot_bytes, int numa_node)
     : region_(round_up(total_bytes, kHugePageBytes), "staging") {
   const std::span<std::byte> memory = region_.bytes();
-  // Where the system refuses, a fork in the middle of a load costs copies.
+  // If the system refuses, a fork during a load costs copies of pages.
   ::madvise(memory.data(), memory.size(), MADV_DONTFORK);
   if (const int error = numa_node < 0 ? 0 : prefer_node(memory.data(), memory.size(), numa_node)) {
     fallback_reason_ = "staging on NUMA node " + std::to_string(numa_node) + ": " + errno_code(error).message();

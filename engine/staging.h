@@ -20,9 +20,9 @@ class Staging {
   /// the choice to the system. Throws: std::system_error.
   Staging(std::uint64_t total_bytes, std::uint32_t slot_bytes, int numa_node = -1);
 
-  /// In order of address.
+  /// The slots, in order of address.
   const std::vector<std::span<std::byte>>& slots() const noexcept { return slots_; }
-  /// Why the system did not take the wish for `numa_node`; empty if it did, or if there was none.
+  /// Why the memory is not on `numa_node`; empty if it is, or if `numa_node` is -1.
   const std::string& fallback_reason() const noexcept { return fallback_reason_; }
 
  private:

@@ -28,7 +28,7 @@ std::string random_text() {
   return text;
 }
 
-// 0, or the errno: EWOULDBLOCK if somebody else holds the lock.
+// Returns 0 or an errno: EWOULDBLOCK if somebody else holds the lock.
 int lock(int fd) noexcept {
   return uninterrupted([fd] { return ::flock(fd, LOCK_EX | LOCK_NB); }) == 0 ? 0 : errno;
 }
@@ -58,9 +58,9 @@ std::filesystem::path resolve_links(const std::filesystem::path& path) {
   constexpr int kMaxLinks = 40;  // The kernel's own limit.
   for (int links = 0; links <= kMaxLinks; ++links) {
     const auto next = std::filesystem::read_symlink(resolved, error);
-    // It is no link, or there is nothing. Whatever else is wrong with it shows when it is used.
+    // The path is no link, or nothing is there. Other errors appear when the path is used.
     if (error) return resolved;
-    // Reading a link does not ask whether following it is allowed (fs.protected_symlinks).
+    // read_symlink() does not check whether the kernel would follow the link (fs.protected_symlinks).
     struct stat status{};
     if (::stat(resolved.c_str(), &status) != 0 && errno == EACCES) throw file_error(errno_code(EACCES), "create", path);
     auto text = resolved.parent_path() / next;
@@ -104,7 +104,7 @@ bool TempFile::is_name_of_one(std::string_view name) const {
 
 void TempFile::remove_if_left(const char* name) const noexcept {
   constexpr int kFlags = O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
-  // NFS locks only what is open for writing; a file that may not be written to can be locked elsewhere.
+  // NFS locks only files that are open for writing. Other file systems also lock a file that may not be written to.
   UniqueFd fd(::openat(directory_.get(), name, O_RDWR | kFlags));
   if (!fd) fd.reset(::openat(directory_.get(), name, O_RDONLY | kFlags));
   struct stat status{};
@@ -147,7 +147,7 @@ void TempFile::keep_access(int fd) {
   if (!replaced_) return;
   if (::fstat(fd, &status) != 0) throw file_error(errno_code(errno), "stat", target_);
   mode_t mode = replaced_->st_mode & 0777;
-  // The permissions of a group must not go to another group. Its members then get what all other users have.
+  // If the file cannot get the old group, its own group gets only the permissions that all other users have.
   if (status.st_gid != replaced_->st_gid && ::fchown(fd, static_cast<uid_t>(-1), replaced_->st_gid) != 0)
     mode = (mode & 0707) | ((mode & 0007) << 3);
   // A file system without modes shows the same one for all files, and is not asked to change it.
@@ -163,7 +163,7 @@ void TempFile::put_in_place() {
 }
 
 void TempFile::sync_directory() const {
-  // EINVAL: this file system cannot sync directories.
+  // EINVAL means that this file system cannot sync directories.
   if (uninterrupted([this] { return ::fsync(directory_.get()); }) == 0 || errno == EINVAL) return;
   throw file_error(errno_code(errno), "sync the directory of (the new file is in place, but perhaps not durable)",
                    target_);

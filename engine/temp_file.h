@@ -23,19 +23,19 @@ std::filesystem::path resolve_links(const std::filesystem::path& path);
 /// A new file beside the one that it is to replace, `.NAME.<random>.tmp`, and the steps that put it in place.
 ///
 /// A process that is killed leaves its file behind. Therefore the file is locked while it is written, and the next
-/// writer of the same target removes all files that nobody has locked. The lock is flock(2)'s, which belongs to the
-/// open file. It keeps out other threads as well as other processes, and ends when the process ends, for whatever
-/// reason; fcntl(2)'s would end as soon as any descriptor of the file is closed. A child that is forked meanwhile keeps
-/// the lock, too; then the file stays until a writer comes after that child's end. The ring never uses this open file
-/// (File opens another one for direct I/O), so that no operation in flight keeps the lock longer than the process.
-/// On a file system without flock the files that were left stay. Where the lock does not reach other hosts (Lustre's
-/// localflock, NFS's nolock), one of two hosts that write one path at the same time fails to commit, and the old file
-/// stays.
+/// writer of the same target removes all files that nobody has locked. The lock is one of flock(2), which belongs to
+/// the open file. It keeps out other threads as well as other processes, and ends when the process ends, for whatever
+/// reason; a lock of fcntl(2) would end as soon as any descriptor of the file is closed. A child that is forked
+/// meanwhile keeps the lock, too; then the file stays until a writer comes after that child's end. The ring never uses
+/// this open file (File opens another one for direct I/O), so that no operation in flight keeps the lock longer than
+/// the process. On a file system without flock the files that were left stay. Where the lock does not reach other hosts
+/// (Lustre's localflock, NFS's nolock), one of two hosts that write one path at the same time fails to commit, and the
+/// old file stays.
 ///
 /// Errors name the target. Not thread-safe.
 class TempFile {
  public:
-  /// What becomes of a `target` that is a symbolic link, whether it leads to a file or to nothing.
+  /// Whether a `target` that is a symbolic link, to a file or to nothing, is refused or replaced.
   enum class Links { kAreRefused, kAreReplaced };
 
   /// `target` is absolute, and as resolve_links() gives it unless links are replaced. Throws: Error if there is
@@ -70,7 +70,7 @@ class TempFile {
   UniqueFd directory_;                   // Kept open, so that all steps are in the same one even if it is renamed.
   std::optional<struct stat> replaced_;  // The file at the target, or at the end of its link, when last seen.
   std::string prefix_;                   // All names of temporary files for this target begin with it.
-  std::string name_;                     // In the directory. Empty: there is no file.
+  std::string name_;                     // Name of the file in the directory; empty if there is none.
 };
 
 }  // namespace flashpack::internal

@@ -8,7 +8,7 @@ namespace flashpack::internal {
 
 namespace {
 
-// Whether a request reads or writes a file.
+// Whether a request moves bytes of a file.
 bool moves(const DiskRequest&) { return true; }
 bool moves(const ByteWork& work) { return work.op == ByteWork::Op::kFromCache || work.op == ByteWork::Op::kToCache; }
 

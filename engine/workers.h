@@ -1,4 +1,4 @@
-/// The threads of a pool as queues: for byte work and, where io_uring is refused, for direct I/O.
+/// Queues whose work the threads of a pool do: byte work and, where io_uring is refused, direct I/O.
 #pragma once
 
 #include <condition_variable>

@@ -12,8 +12,8 @@
 
 namespace flashpack::internal {
 
-/// One T, made when it is first asked for and never destroyed: an engine that is static may end after all other static
-/// objects, and still has errors to make.
+/// Returns the one T, which is made at the first call and never destroyed, because a static engine may end after all
+/// other static objects and make errors even then.
 template <typename T>
 const T& immortal() {
   alignas(T) static std::byte memory[sizeof(T)];
@@ -23,7 +23,7 @@ const T& immortal() {
 
 inline std::error_code errno_code(int error_number) noexcept { return {error_number, std::generic_category()}; }
 
-/// A system call that gives a negative number for an error, made again as often as a signal interrupts it.
+/// Makes a system call, which returns a negative number for an error, again as often as a signal interrupts it.
 template <typename Call>
 auto uninterrupted(Call call) {
   for (;;) {
@@ -46,7 +46,7 @@ inline Error range_error(std::error_code code, const char* operation, const std:
   return Error(code, context, path, offset_bytes);
 }
 
-/// The same failure, as one of `operation`: what() names its cause once.
+/// Makes an Error of `operation` from `error`; what() names the cause only once.
 inline Error failed(const char* operation, const std::system_error& error) {
   const std::string cause = error.code().message();
   std::string what = error.what();
@@ -55,7 +55,7 @@ inline Error failed(const char* operation, const std::system_error& error) {
   return Error(error.code(), what.empty() ? operation : std::string(operation) + ": " + what);
 }
 
-/// Runs `body`, which may throw an Error or run out of memory; `error` is the code of that, or empty.
+/// Runs `body`, which may throw an Error or run out of memory. `error` gets the code of either, or is empty.
 template <typename Body>
 void catching(std::error_code& error, Body body) noexcept {
   error.clear();

@@ -7,7 +7,7 @@
 
 namespace flashpack::internal {
 
-/// The smallest unit of a read in place, so that no page is shared between the kernel's write and anybody else's.
+/// Reads in place are of whole pages, so that the kernel writes to no page that others use.
 inline constexpr std::uint32_t kPageBytes = 4096;
 inline constexpr std::uint64_t kHugePageBytes = std::uint64_t{2} << 20;
 

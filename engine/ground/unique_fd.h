@@ -36,7 +36,7 @@ class UniqueFd {
   int fd_ = -1;
 };
 
-/// The file at `path`, open for reading as open_to_read() does it. Throws: Error (errno of open).
+/// Opens the file at `path` with open_to_read(). Throws: Error (errno of open).
 inline UniqueFd open_file(const std::filesystem::path& path) {
   UniqueFd fd(open_to_read(path));
   if (!fd) throw file_error(errno_code(errno), "open", path);

@@ -66,8 +66,7 @@ enum class CachePolicy : std::uint8_t {
   kBuffered,  ///< All reads go through the page cache.
 };
 
-/// What a load does with the page cache of a file that it has read through the page cache. Direct reads do not change
-/// it.
+/// How a load leaves the page cache of a file that it has read through it. Direct reads do not change it.
 enum class AfterLoad : std::uint8_t {
   kKeep,  ///< Pages stay for the next load or process, as long as the kernel keeps them.
   kDrop,  ///< Pages of the file are dropped, even those that were cached before, for files that will not be read again.

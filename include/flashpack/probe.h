@@ -7,11 +7,11 @@
 
 namespace flashpack {
 
-/// One thing that was tried. Programs should read only `key` and whether `limit` is empty; the rest is text for people.
+/// One thing that was tried. Programs should use only `key` and whether `limit` is empty; the rest is text for people.
 struct Finding {
   std::string key;    ///< Stable, snake_case: "io_uring", "registered_buffers", "direct_io", ...
   std::string value;  ///< The result, as text.
-  std::string limit;  ///< What is slower or impossible because of the result; empty when nothing is.
+  std::string limit;  ///< Consequence of the result that makes loads slower or impossible; empty if there is none.
   std::string cure;   ///< How to remove the limit; empty without one.
 };
 

@@ -183,7 +183,7 @@ class FooterReader {
     return *std::move(field);
   }
 
-  /// The footer, or the macroblock or record that is being read.
+  /// Names the footer, or the macroblock or record that is being read.
   std::string where() const {
     if (part_ == Part::kFooter) return "the footer";
     if (part_ == Part::kMacroblock) return "macroblock " + std::to_string(macroblocks_.size());
@@ -191,7 +191,7 @@ class FooterReader {
     return name_ ? record + " " + rules::quoted(*name_) : record;
   }
 
-  /// The value that comes next.
+  /// Names the value that comes next.
   std::string subject() const { return key_.empty() ? where() : where() + ": " + std::string(key_); }
 
   [[noreturn]] void fail(const std::string& sentence) const { rules::refuse(path_, sentence); }

@@ -23,7 +23,7 @@ struct RecordFields {
 };
 
 /// The fields of a footer. Types, signs, required keys of macroblocks and records, and uniqueness of keys have been
-/// checked; FooterCheck is to check whether the values agree with each other and with the file.
+/// checked; whether the values agree with each other and with the file has not.
 struct FooterFields {
   std::optional<std::string> format;
   std::optional<std::string> target_dtype;

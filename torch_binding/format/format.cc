@@ -61,7 +61,7 @@ class FooterFile {
   int fd_;
 };
 
-/// The length of the footer, from the last kTrailerBytes of a file. Throws: Error (kBadFile).
+/// Returns the length of the footer, from the last kTrailerBytes of a file. Throws: Error (kBadFile).
 std::uint64_t footer_bytes(std::string_view trailer, std::uint64_t size_bytes, const ReadMetadataOptions& options,
                            const std::filesystem::path& path) {
   const std::string_view magic = trailer.substr(sizeof(std::uint64_t));

@@ -93,7 +93,7 @@ std::vector<DType> dtypes_in_order(std::span<const TensorSpec> tensors) {
   return dtypes;
 }
 
-/// Places the tensors of `dtype` in a macroblock of their own after the payload so far.
+/// Places the tensors of `dtype` in a macroblock at the end of the payload.
 void append_macroblock(Metadata& metadata, std::span<const TensorSpec> tensors, DType dtype) {
   Container& container = metadata.container;
   const auto index = static_cast<std::uint32_t>(container.macroblocks.size());

@@ -45,7 +45,7 @@ class Planner {
   }
 
  private:
-  /// The elements from `first_elem` on that have `dims`.
+  /// Adds the slice of shape `dims` that begins at `first_elem`.
   void add_slice(std::uint64_t first_elem, std::span<const std::int64_t> dims) {
     const std::uint64_t elems = product(dims);
     const bool twice = source_->form == PackSource::Form::kTransposed && dims.size() > 1 && !source_->on_device;
@@ -95,8 +95,8 @@ class Planner {
   std::size_t index_ = 0;
   const PackSource* source_ = nullptr;
   std::vector<PackGroup> groups_;
-  PackGroup group_;                            // That is being filled.
-  std::array<std::uint64_t, 2> used_bytes_{};  // Of its buffers on the host and on the device.
+  PackGroup group_;                            // The group that is being filled.
+  std::array<std::uint64_t, 2> used_bytes_{};  // Bytes used in the group's buffers, on host and device.
 };
 
 }  // namespace

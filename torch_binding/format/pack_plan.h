@@ -1,7 +1,6 @@
-/// The rules by which tensors become the bytes of a file, for the packers of LibTorch and of Python alike. Pure
-/// arithmetic: the packers know the tensors, and do what the plan says.
+/// Plans how tensors become the bytes of a file. The packers of LibTorch and Python carry out the plan.
 ///
-///   * What lies in memory as it will lie in the file, where the engine can read it, is written from there.
+/// * A tensor that the engine can read, and that is in memory as it will be in the file, is written from there.
 ///   * Everything else is converted into buffers and written from those: another dtype, another order of elements,
 ///     memory of another device.
 ///   * Converted values lie in a buffer as in the file, modulo a page, so that they are written without another copy.
@@ -24,7 +23,7 @@ namespace flashpack {
 
 inline constexpr std::uint64_t kPackBufferBytes = std::uint64_t{16} << 20;
 inline constexpr std::uint64_t kPackPartBytes = kPackBufferBytes / 4;
-/// Groups that exist at a time. Each has a buffer on the host and one on the device, if it needs them.
+/// Number of groups at a time. Each has a buffer on the host and one on the device, if it needs them.
 inline constexpr std::size_t kPackGroups = 4;
 /// torch converts up to this many elements without starting threads. One core converts faster than disks write, and
 /// more would wait for each other.
@@ -33,31 +32,31 @@ inline constexpr std::int64_t kPackSerialElems = 32767;
 /// A tensor that is to be written.
 struct PackSource {
   enum class Form : std::uint8_t {
-    kReady,       ///< It is written from where it lies.
-    kContiguous,  ///< Its elements have the file's order.
-    kStrided,     ///< They have another order, but those of the last dim are neighbours, or there is one dim.
-    kTransposed,  ///< Those of the last dim are not.
+    kReady,       ///< The tensor is written from where it is.
+    kContiguous,  ///< The elements are in the file's order.
+    kStrided,  ///< The elements are in another order, but those along the last dim are neighbours, or there is one dim.
+    kTransposed,  ///< The elements along the last dim are not neighbours.
   };
 
   Form form = Form::kReady;
-  bool on_device = false;           ///< It is converted there.
+  bool on_device = false;           ///< Whether it is converted on the device.
   std::uint32_t element_bytes = 1;  ///< In the file.
   std::uint64_t offset_bytes = 0;   ///< In the file.
   std::span<const std::int64_t> shape;
 };
 
-/// Elements of a source, counted in the file's order. Those of a source that is not contiguous are whole slices: one
-/// index for each of some first dims, and a range of the next one.
+/// Elements of a source that follow on each other in the file. If the source is not contiguous, they are whole slices:
+/// one index for each of the first dims, and a range of the next dim.
 struct PackStep {
   std::size_t source = 0;
   std::uint64_t first_elem = 0;
   std::uint64_t elems = 0;
-  std::optional<std::uint64_t> buffer_bytes;   ///< Where in the buffer they are put; empty: they are ready.
-  std::optional<std::uint64_t> scratch_bytes;  ///< Where in it they are made dense before.
+  std::optional<std::uint64_t> buffer_bytes;   ///< Offset of the converted elements in the buffer; empty if ready.
+  std::optional<std::uint64_t> scratch_bytes;  ///< Offset in the buffer of their dense copy, if they need one.
 };
 using PackGroup = std::vector<PackStep>;
 
-/// The groups in the order in which they are to be filled. Sources without elements need no step. Requires:
+/// Returns the groups in the order in which they are to be filled. Sources without elements have no step. Requires:
 /// `buffer_bytes` is a multiple of 8 pages of 4096 bytes.
 std::vector<PackGroup> plan_pack(std::span<const PackSource> sources, std::uint64_t buffer_bytes = kPackBufferBytes);
 

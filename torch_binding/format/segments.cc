@@ -45,7 +45,7 @@ class Planner {
     return metadata_.records[wanted_[i]];
   }
 
-  // Groups the tensors, by offset in the file, into segments that begin and end with one.
+  // Groups the tensors, by offset in the file, into segments that begin and end with a tensor.
   void group() {
     std::vector<std::size_t> order;
     for (std::size_t i = 0; i < wanted_.size(); ++i) {
@@ -79,7 +79,7 @@ class Planner {
            begin % kDeviceAlignBytes == 0 && end <= (is_small ? kSmallBlockBytes : max_bytes_);
   }
 
-  // Lets segments take in padding and, where all is to be verified, the rest of stripes.
+  // Extends segments over padding and, if all is to be verified, to the borders of stripes.
   void widen(Verify verify) {
     constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
     // A file may have any alignment; the least common multiple cannot overflow for alignments up to this.

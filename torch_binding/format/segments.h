@@ -22,8 +22,8 @@ struct Segment {
 
 /// The bytes to read for some records, and where each goes.
 struct SegmentPlan {
-  /// Memory to allocate. On the host its address should have the phase of `offset_bytes` (be equal modulo the page), so
-  /// that the engine can read in place.
+  /// Memory to allocate. On the host, address and `offset_bytes` should be equal modulo the page, so that the engine
+  /// can read in place.
   struct Block {
     std::uint64_t size_bytes = 0;
     std::uint64_t offset_bytes = 0;  ///< File offset of the block's first bytes.

@@ -59,7 +59,7 @@ Metadata layout_of(const StateDict& tensors, const std::filesystem::path& path, 
   return metadata;
 }
 
-// A tensor and where in the file its values go.
+// A tensor, and the place of its values in the file.
 struct Item {
   at::Tensor tensor;
   at::ScalarType type;
@@ -111,7 +111,7 @@ class Buffer {
     }
   }
 
-  // The values of `part` as they go to the file.
+  // Returns the values of `part` as they go to the file.
   at::Tensor convert(const at::Tensor& part, at::ScalarType type, const PackStep& step) {
     const at::Tensor place = at_bytes(*step.buffer_bytes, part.numel(), type);
     if (step.scratch_bytes) {
@@ -141,10 +141,10 @@ class Buffer {
   at::Tensor bytes_;
 };
 
-// Writes the groups of a plan, and fills the next one meanwhile.
+// Writes the groups of a plan, and fills the next group while others are being written.
 class GroupWriter {
  public:
-  /// `device` is the engine's.
+  /// `device` is the device of the engine.
   GroupWriter(FileWriter& file, at::Device device) : file_(file), device_(device) {}
 
   void write(const PackGroup& steps, std::span<const Item> items) {
@@ -161,19 +161,19 @@ class GroupWriter {
     writing_.push_back(std::move(group));
   }
 
-  // Waits for all, and returns their sums.
+  // Waits for all writes, and returns the sums of their statistics.
   TransferStats finish() {
     while (!writing_.empty()) wait();
     return std::move(stats_);
   }
 
  private:
-  // What one write is made of. Its buffers go to the group that comes kPackGroups later.
+  // The memory of one write. The group that comes kPackGroups later uses its buffers again.
   struct Group {
     std::vector<at::Tensor> owners;
     std::optional<Buffer> on_host;
     std::optional<Buffer> on_device;
-    Transfer transfer;  // Last: it borrows from the others until destroyed.
+    Transfer transfer;  // The last member, because it borrows from the others until it is destroyed.
   };
 
   at::Tensor convert(Group& group, const Item& item, const PackStep& step) const {
@@ -183,7 +183,7 @@ class GroupWriter {
     return buffer->convert(part_of(item.tensor, step), item.type, step);
   }
 
-  // For the oldest write.
+  // Waits for the oldest write.
   Group wait() {
     Group group = std::move(writing_.front());
     writing_.pop_front();

@@ -30,7 +30,7 @@ using StepTuple =
 
 struct PyPackGroup {
   StepTuple at(std::size_t i) const {
-    if (i >= steps.size()) throw nb::index_error();  // So that iteration ends.
+    if (i >= steps.size()) throw nb::index_error();  // Ends the iteration in Python.
     const PackStep& step = steps[i];
     return {step.source, step.first_elem, step.elems, step.buffer_bytes, step.scratch_bytes};
   }
@@ -47,8 +47,8 @@ PackSource::Form form_of(std::string_view name) {
   throw Error(Errc::kInvalidArgument, "no form of a tensor is called " + std::string(name));
 }
 
-/// Takes sources one by one and gives steps one by one: a tuple of each, kept in a list, would be the garbage
-/// collector's to look at, which takes longer than the plan.
+/// Takes sources and gives steps one by one. A list with a tuple for each would be searched by the garbage collector,
+/// which takes longer than the plan.
 class PyPackPlan {
  public:
   void add(std::string_view form, bool on_device, std::uint32_t element_bytes, std::uint64_t offset_bytes,

@@ -4,7 +4,7 @@
 
 namespace flashpack {
 
-/// The rules of packing, which are those of the packer for LibTorch: torch_binding/format/pack_plan.h.
+/// Binds torch_binding/format/pack_plan.h, so that Python packs by the same plan as LibTorch.
 void bind_pack(nanobind::module_& module);
 
 }  // namespace flashpack
