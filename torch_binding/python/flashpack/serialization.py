@@ -46,22 +46,21 @@ def pack_to_file(
     checksum: bool = True,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the tensors of a state dict, or of a module's, to a file: durably, and whole or not at all.
+    """Writes the tensors of a state dict, or of a module, to a file: durably, and whole or not at all.
 
     Tensors may be on any device, and need not be contiguous; the file has them contiguous. Missing directories are
     made. Until this returns, an existing file stays as it is. A symbolic link is followed, unless it leads to a blob in
     the cache of the Hub: then the link is replaced.
 
-    `target_dtype`: what floating-point tensors are cast to, or complex ones; None keeps each one's dtype. Integers and
+    `target_dtype`: floating-point tensors, or complex ones, are cast to it; None keeps each one's dtype. Integers and
     8-bit floats, which may be packed or quantised weights, keep theirs, and a cast to integers is refused.
-    `name_order`: the tensors to write, in this order; names that do not exist are passed over. Default: all, largest
-    first.
+    `name_order`: the tensors to write, in this order; unknown names are ignored. Default: all, largest first.
     `align_bytes`: every tensor starts at a multiple of it, in its macroblock; 0 packs densely.
-    `checksum`: puts checksums of the payload into the footer, for loads to be held against; readers that do not know
-    them pass them over. Without them and `metadata` the file is, byte for byte, what flashpack 0.4.5 writes.
-    `metadata`: text by name for the footer, as `__metadata__` of safetensors files is; get_flashpack_file_metadata
-    returns it as "metadata". Readers that do not know it pass it over.
-    `num_workers`: accepted for compatibility.
+    `checksum`: puts checksums of the payload into the footer, for loads to verify. Without checksums and `metadata`
+    the file is, byte for byte, what flashpack 0.4.5 writes; readers that know neither ignore both.
+    `metadata`: text by name for the footer, like `__metadata__` of safetensors files; get_flashpack_file_metadata
+    returns it as "metadata".
+    `num_workers`: accepted for compatibility, without effect.
 
     Raises FlashPackError (a ValueError) naming the tensor that cannot be written, OSError for the system's failures.
     """
@@ -89,9 +88,9 @@ def pack_to_file(
 
 
 def file_to_replace(path: StrPath) -> Path:
-    """The file that a save to `path` writes: where that is a link, what it leads to, if pack_to_file follows it.
+    """Returns the file that pack_to_file would write for `path`: the target of a link, if pack_to_file follows it.
 
-    For what others write. Raises what pack_to_file raises where something else than a regular file is in the place.
+    Raises what pack_to_file raises if there is something else than a regular file.
     """
     follow_links = not is_blob_link(path)
     if os.path.lexists(path):
@@ -113,7 +112,7 @@ def _select(
 def _specs(
     tensors: dict[str, torch.Tensor], align_bytes: int, target_dtype: torch.dtype | None
 ) -> list[tuple[str, str, list[int]]]:
-    """(name, dtype, shape) of each tensor, once it is known that it can be written."""
+    """Returns (name, dtype, shape) of each tensor. Raises FlashPackError if one of them cannot be written."""
     if not tensors:
         raise FlashPackError("No tensors to pack.")
     if align_bytes < 0:
@@ -191,7 +190,7 @@ def _check_writable(name: object, tensor: object) -> None:
 
 
 def _address_of(tensor: torch.Tensor) -> int:
-    """0 if there is none."""
+    """Returns the address of the memory of `tensor`, 0 if it has none."""
     try:
         return tensor.data_ptr()
     except RuntimeError:
@@ -199,14 +198,14 @@ def _address_of(tensor: torch.Tensor) -> int:
 
 
 def _main_device(tensors: dict[str, torch.Tensor]) -> torch.device:
-    """The CUDA device whose tensors need not come to the CPU first; the CPU if there is none."""
+    """Returns the CUDA device whose tensors need not come to the CPU first; the CPU if there is none."""
     on_cuda = (tensor.device for tensor in tensors.values() if tensor.device.type == "cuda")
     return next(on_cuda, CPU)
 
 
 @dataclass
 class _Group:
-    """What one write is made of."""
+    """The extents of one write."""
 
     extents: list[tuple[int, int, int]] = field(default_factory=list)
     """File offset, size, address."""
@@ -224,7 +223,7 @@ def _groups(
     places: Sequence[Place],
     device: torch.device,
 ) -> Iterator[_Group]:
-    """The groups of a _native.PackPlan, filled. A group's buffers go to the one that comes PACK_GROUPS later.
+    """Yields the groups of a _native.PackPlan, filled. The group that comes PACK_GROUPS later uses the same buffers.
 
     `device`: the engine's.
     """
@@ -250,7 +249,7 @@ def _groups(
 
 
 def _form(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> str:
-    """What _native.PackPlan calls a source of this kind."""
+    """Returns the name that _native.PackPlan has for a source of this kind."""
     if not tensor.is_contiguous():
         return "transposed" if tensor.dim() > 1 and tensor.stride(-1) != 1 else "strided"
     is_near = tensor.device in (CPU, device)
@@ -279,7 +278,7 @@ class _Buffer:
     def convert(
         self, part: torch.Tensor, dtype: torch.dtype, buffer_bytes: int, scratch_bytes: int | None
     ) -> torch.Tensor:
-        """The values of `part` as they go to the file."""
+        """Returns the values of `part` as they go to the file."""
         place = self._at(buffer_bytes, part.numel(), dtype)
         if scratch_bytes is not None:
             strides = torch.empty_like(part, dtype=dtype, device="meta").stride()
