@@ -133,10 +133,10 @@ Verify verify_policy(std::string_view name) {
 
 void bind_format(nb::module_& module) {
   module.attr("MAX_SEGMENT_BYTES") = kMaxSegmentBytes;
-  nb::class_<Checksums>(module, "Checksums", "Of a payload, one for each MiB.");
+  nb::class_<Checksums>(module, "Checksums", "The checksums of a payload, one for each MiB.");
   nb::class_<Metadata>(module, "Metadata", "Where tensors are in a file.")
       .def_ro("payload_bytes", &Metadata::payload_bytes)
-      .def_ro("user_metadata", &Metadata::user_metadata, "What was given to pack_to_file as `metadata`; a copy.")
+      .def_ro("user_metadata", &Metadata::user_metadata, "A copy of the `metadata` that was given to pack_to_file.")
       .def_ro("warnings", &Metadata::warnings)
       .def_prop_ro("identity", &identity_tuple, "Device, inode, size in bytes, mtime in nanoseconds.")
       .def_prop_ro("has_checksums", [](const Metadata& metadata) { return metadata.checksums.has_value(); })
@@ -146,16 +146,17 @@ void bind_format(nb::module_& module) {
            "The tensors in file order, each as a `type`, which is a tuple of name, dtype, shape, file offset, size in "
            "bytes and index.")
       .def("plan", &plan, "wanted"_a, "on_device"_a, "verify"_a = "auto", "max_segment_bytes"_a = kMaxSegmentBytes,
-           "What is to be read for the tensors at these indices, and where it goes.")
+           "Plans what to read for the tensors at these indices, and where it goes.")
       .def("to_dict", &footer_dict, "The keys of the footer.")
       .def("footer", &footer_of, "checksums"_a = nb::none(), "The bytes that follow the payload.");
-  nb::class_<SegmentPlan>(module, "SegmentPlan", "What is read for tensors of a file, into which blocks of memory.")
+  nb::class_<SegmentPlan>(module, "SegmentPlan",
+                          "The bytes to read for tensors of a file, and the blocks of memory that they go to.")
       .def_prop_ro("blocks", &blocks_of,
                    "(size in bytes, file offset) of each; on the host the memory has the phase of the offset.")
       .def_prop_ro("places", &places_in_blocks,
-                   "Of the tensors that are wanted the blocks, and the offsets in them in bytes; without meaning for "
-                   "empty ones.")
-      .def("extents", &extents_of, "addresses"_a, "For a load into blocks at these addresses.");
+                   "The block of each wanted tensor, and the offset in that block in bytes; without meaning for "
+                   "empty tensors.")
+      .def("extents", &extents_of, "addresses"_a, "The extents of a load into blocks at these addresses.");
   module.def("read_footer", &read_footer, "fd"_a, "path"_a,
              "The checked footer of an open file; `path` is for messages.");
   module.def("parse_footer", &parse, "json"_a, "payload_bytes"_a, "path"_a,

@@ -317,14 +317,14 @@ void refuse_pickling(nb::class_<Class>& type) {
 }
 
 void bind_handles(nb::module_& module) {
-  auto load = nb::class_<PyLoad>(module, "Load", "A load under way. Whoever drops it ends it.");
+  auto load = nb::class_<PyLoad>(module, "Load", "A load that is under way. Its last reference ends it.");
   auto engine =
       nb::class_<PyEngine>(module, "Engine", "Threads, ring and staging memory of this process; thread-safe.")
           .def(nb::init<std::optional<int>, std::optional<std::uint32_t>, std::optional<std::uint32_t>,
                         std::optional<std::uint64_t>, std::optional<std::uint32_t>>(),
                "cuda_device"_a = nb::none(), "chunk_bytes"_a = nb::none(), "queue_depth"_a = nb::none(),
                "staging_bytes"_a = nb::none(), "workers"_a = nb::none(),
-               "For the host or a CUDA device; what is None is as the engine finds it best.")
+               "Makes an engine for the host or a CUDA device. The engine chooses each option that is None.")
           .def("load", &PyEngine::load, "fd"_a, "path"_a, "extents"_a, "metadata"_a, "verify"_a = "auto",
                "cache"_a = "auto", "progress"_a = nb::none(), "stream"_a = 0, "repeats"_a = std::vector<RepeatTuple>(),
                "Reads extents of (file offset, size, address) of the open file and returns the transfer's statistics; "
@@ -346,7 +346,8 @@ void bind_handles(nb::module_& module) {
                "Device memory is not read before what is on `stream` (a cudaStream_t) has ended.")
           .def("finish", &PyWriter::finish, "but"_a = 0, "progress"_a = nb::none(),
                "Waits for the writes that were started, oldest first, until no more than `but` are under way.")
-          .def("checksums", &PyWriter::checksums, "Of all that has been written, when they were asked for.")
+          .def("checksums", &PyWriter::checksums,
+               "The checksums of all bytes that have been written, if the writer was made with `checksums`.")
           .def("commit", &PyWriter::commit, "tail"_a, "Appends `tail` and puts the durable file in place.")
           .def("abort", &PyWriter::abort, "Removes what was written, unless committed.");
   module.def("finish_loads", &finish_loads, "loads"_a, "progress"_a = nb::none(),
