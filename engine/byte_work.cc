@@ -7,11 +7,10 @@
 
 #include <algorithm>
 #include <array>
-#include <cassert>
 #include <cerrno>
 #include <cstring>
 
-#include "engine/page_size.h"
+#include "engine/ground/pages.h"
 #include "engine/stripe_sums.h"
 
 namespace flashpack::internal {

@@ -11,8 +11,8 @@
 
 #include "engine/copier.h"
 #include "engine/cuda_handles.h"
-#include "engine/error.h"
 #include "engine/gate_cuda.h"
+#include "engine/ground/error.h"
 
 namespace flashpack::internal {
 

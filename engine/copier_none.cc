@@ -1,7 +1,7 @@
 #include <string>
 
 #include "engine/copier.h"
-#include "engine/error.h"
+#include "engine/ground/error.h"
 
 namespace flashpack {
 

@@ -9,7 +9,6 @@
 #include <memory>
 #include <span>
 #include <system_error>
-#include <utility>
 
 #include "flashpack/error.h"
 

@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cerrno>
 #include <future>
@@ -13,7 +12,7 @@
 #include <utility>
 
 #include "engine/engine_impl.h"
-#include "engine/error.h"
+#include "engine/ground/error.h"
 #include "engine/ring.h"
 #include "engine/staging.h"
 #include "engine/thread.h"

@@ -7,7 +7,6 @@
 #include <future>
 #include <map>
 #include <memory>
-#include <optional>
 #include <span>
 #include <string>
 #include <thread>

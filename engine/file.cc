@@ -10,8 +10,8 @@
 #include <bit>
 #include <string>
 
-#include "engine/error.h"
-#include "engine/page_size.h"
+#include "engine/ground/error.h"
+#include "engine/ground/pages.h"
 #include "engine/plan.h"
 
 namespace flashpack::internal {

@@ -5,8 +5,8 @@
 #include <filesystem>
 #include <optional>
 
+#include "engine/ground/unique_fd.h"
 #include "engine/plan.h"
-#include "engine/unique_fd.h"
 #include "flashpack/file_identity.h"
 
 namespace flashpack::internal {

@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "engine/engine_impl.h"
-#include "engine/error.h"
+#include "engine/ground/error.h"
 
 namespace flashpack {
 

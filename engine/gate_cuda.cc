@@ -2,7 +2,7 @@
 
 #include <utility>
 
-#include "engine/error.h"
+#include "engine/ground/error.h"
 
 namespace flashpack::internal::cuda {
 

@@ -10,7 +10,7 @@
 #include <system_error>
 
 #include "engine/byte_work.h"
-#include "engine/error.h"
+#include "engine/ground/error.h"
 #include "engine/residency.h"
 
 namespace flashpack::internal {
@@ -95,7 +95,8 @@ void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes, std:
 // Compares the stripes that were read whole with their checksums.
 void verify(Part& part) {
   constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
-  for (std::uint64_t index = 0; index < part.checksums->crc32c.size(); ++index) {
+  const std::uint64_t end = std::min<std::uint64_t>(part.sums->end(), part.checksums->crc32c.size());
+  for (std::uint64_t index = part.sums->first(); index < end; ++index) {
     const std::uint64_t begin = index * kStripeBytes;
     const auto size = static_cast<std::uint32_t>(std::min(kStripeBytes, part.checksums->size_bytes - begin));
     if (part.sums->counted_bytes(index) != size) continue;

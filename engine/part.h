@@ -16,10 +16,10 @@
 #include <vector>
 
 #include "engine/file.h"
+#include "engine/ground/unique_fd.h"
 #include "engine/plan.h"
 #include "engine/router.h"
 #include "engine/stripe_sums.h"
-#include "engine/unique_fd.h"
 #include "flashpack/engine.h"
 
 namespace flashpack::internal {
@@ -128,7 +128,7 @@ struct Part {
   bool awaited = true;                          // The transfer does not end before the part is done.
   bool late = false;                            // The part's thread has taken longer than kLate.
   std::chrono::steady_clock::time_point since;  // When the part's thread was asked.
-  std::uint32_t chunks_open = 0;                // Chunks that have been issued but not delivered.
+  std::uint32_t chunks_open = 0;                // Chunks that have not been delivered yet.
 
   const File& file() const noexcept { return open->file; }
 };

@@ -2,10 +2,9 @@
 
 #include <algorithm>
 #include <cassert>
-#include <cerrno>
 #include <utility>
 
-#include "engine/error.h"
+#include "engine/ground/error.h"
 
 namespace flashpack::internal {
 

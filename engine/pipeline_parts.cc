@@ -1,11 +1,10 @@
 // Starts and ends transfers, and has their files opened and closed.
 #include <algorithm>
 #include <cassert>
-#include <cerrno>
 #include <functional>
 #include <utility>
 
-#include "engine/error.h"
+#include "engine/ground/error.h"
 #include "engine/pipeline.h"
 
 namespace flashpack::internal {

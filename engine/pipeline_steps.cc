@@ -3,7 +3,7 @@
 #include <cerrno>
 #include <utility>
 
-#include "engine/error.h"
+#include "engine/ground/error.h"
 #include "engine/pipeline.h"
 
 namespace flashpack::internal {
@@ -182,8 +182,6 @@ void Pipeline::copy(unsigned tag) {
 void Pipeline::complete(IoCompletion completion) {
   const auto [tag, result] = completion;
   switch (jobs_[tag].step) {
-    case Step::kPopulate:
-      return advance(tag);
     case Step::kRead:
     case Step::kWrite:
       return on_direct(tag, result);
@@ -191,6 +189,7 @@ void Pipeline::complete(IoCompletion completion) {
     case Step::kReadCached:
     case Step::kWriteCached:
       return on_buffered(tag, result);
+    case Step::kPopulate:  // It may count, too, and bytes that have not been counted are an error.
     case Step::kScatter:
     case Step::kGather:
     case Step::kCount:

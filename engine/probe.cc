@@ -12,8 +12,8 @@
 #include <string_view>
 #include <thread>
 
-#include "engine/error.h"
 #include "engine/file.h"
+#include "engine/ground/error.h"
 #include "engine/residency.h"
 #include "engine/ring.h"
 #include "engine/staging.h"

@@ -5,12 +5,11 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include <array>
 #include <cerrno>
 #include <chrono>
 
-#include "engine/error.h"
-#include "engine/page_size.h"
+#include "engine/ground/error.h"
+#include "engine/ground/pages.h"
 #include "engine/plan.h"
 
 namespace flashpack::internal {

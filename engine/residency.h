@@ -5,7 +5,7 @@
 #include <random>
 #include <string>
 
-#include "engine/unique_fd.h"
+#include "engine/ground/unique_fd.h"
 
 namespace flashpack::internal {
 

@@ -72,18 +72,12 @@ void Ring::RingDeleter::operator()(io_uring* ring) const noexcept {
   ::io_uring_queue_exit(ring);
 }
 
-Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Rung best)
-    : rung_(best),
-      storage_(std::make_unique<io_uring>()),
-      slots_(std::move(slots)),
-      slot_uses_(slots_.size(), 0),
-      in_flight_(in_flight_limit) {
-  // There are entries for an operation and a cancellation of each tag and for the wake read, so that a push always
-  // finds one even while the kernel accepts none.
-  const unsigned entries = std::bit_ceil(2 * in_flight_limit + 1);
+// Climbs down from the rung that is wanted until the kernel takes one.
+void Ring::set_up(unsigned entries) {
   constexpr std::array<unsigned, 3> kLadder = {
       IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE,
       IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE, IORING_SETUP_CQSIZE};
+  const Rung best = rung_;
   for (auto rung = static_cast<std::size_t>(best);; ++rung) {
     rung_ = static_cast<Rung>(rung);
     io_uring_params params{};
@@ -97,6 +91,18 @@ Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Ru
     fallback_reason_ = std::string("io_uring: no DEFER_TASKRUN") + (rung_ == Rung::kBare ? " nor COOP_TASKRUN" : "");
     fallback_reason_ += " (Linux 6.1 has both)";
   }
+}
+
+Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Rung best)
+    : rung_(best),
+      storage_(std::make_unique<io_uring>()),
+      slots_(std::move(slots)),
+      slot_uses_(slots_.size(), 0),
+      in_flight_(in_flight_limit) {
+  // There are entries for an operation and a cancellation of each tag and for the wake read, so that a push always
+  // finds one even while the kernel accepts none.
+  const unsigned entries = std::bit_ceil(2 * in_flight_limit + 1);
+  set_up(entries);
   ring_.reset(storage_.get());
   hide();
   if (!(ring_->features & IORING_FEAT_EXT_ARG)) throw refused(ENOSYS, "a wait with a timeout");

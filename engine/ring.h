@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "engine/ground/unique_fd.h"
 #include "engine/io_queue.h"
-#include "engine/unique_fd.h"
 
 namespace flashpack::internal {
 
@@ -49,6 +49,7 @@ class Ring final : public DiskQueue {
     void operator()(io_uring* ring) const noexcept;
   };
 
+  void set_up(unsigned entries);
   void hide();
   io_uring_sqe* next_sqe();
   void arm_wake();

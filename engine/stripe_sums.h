@@ -28,6 +28,9 @@ class StripeSums {
 
   /// The checksum of stripe `index` of the file, if that stripe has `size_bytes` bytes.
   std::uint32_t crc32c(std::uint64_t index, std::uint32_t size_bytes) const noexcept;
+  /// The indices in the file of the stripes in the range: from first() on and below end().
+  std::uint64_t first() const noexcept { return first_; }
+  std::uint64_t end() const noexcept { return end_; }
   /// The number of bytes of stripe `index` that have been counted.
   std::uint32_t counted_bytes(std::uint64_t index) const noexcept;
 

@@ -11,7 +11,7 @@
 #include <random>
 #include <utility>
 
-#include "engine/error.h"
+#include "engine/ground/error.h"
 
 namespace flashpack::internal {
 

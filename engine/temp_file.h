@@ -8,7 +8,7 @@
 #include <string>
 #include <string_view>
 
-#include "engine/unique_fd.h"
+#include "engine/ground/unique_fd.h"
 
 namespace flashpack::internal {
 

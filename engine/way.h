@@ -24,7 +24,7 @@ enum class Step : std::uint8_t {
   kDeliver,       ///< The last step of each way.
   kAbandoned,
 };
-inline constexpr std::size_t kSteps = 13;
+inline constexpr std::size_t kSteps = static_cast<std::size_t>(Step::kAbandoned) + 1;
 
 /// Whether the kernel may keep an operation of this step for an unlimited time.
 constexpr bool may_be_late(Step step) {

@@ -9,8 +9,8 @@
 #include <memory>
 #include <vector>
 
+#include "engine/ground/unique_fd.h"
 #include "engine/stripe_sums.h"
-#include "engine/unique_fd.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
 

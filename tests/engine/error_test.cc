@@ -1,4 +1,4 @@
-#include "engine/error.h"
+#include "engine/ground/error.h"
 
 #include <gtest/gtest.h>
 

@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "engine/cuda_handles.h"
-#include "engine/unique_fd.h"
+#include "engine/ground/unique_fd.h"
 #include "flashpack/engine.h"
 #include "tests/support/gpu.h"
 #include "tests/support/temp_dir.h"

@@ -9,7 +9,7 @@
 #include <functional>
 #include <optional>
 
-#include "engine/unique_fd.h"
+#include "engine/ground/unique_fd.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 
@@ -94,9 +94,10 @@ TEST_F(ResidencyTest, AskingAboutAColdFileBringsInASinglePageEachTimeInAnotherPl
     return 0;
   });
   if (status == 2) GTEST_SKIP() << "no seccomp";
-  const std::uint64_t asked = *pages_in_cache() - *before;
-  EXPECT_LE(asked, kLoads * 8);
-  EXPECT_GE(asked, kLoads * 8 / 2) << "by chance 1 or 2 of them are asked for twice";
+  const std::uint64_t after = *pages_in_cache();
+  EXPECT_LE(after, *before + kLoads * 8);
+  // Under pressure the kernel may have taken pages back meanwhile. A fixed place would bring in 8.
+  EXPECT_GT(after, *before + 8) << "the places of all loads are the same";
 }
 
 TEST_F(ResidencyTest, WhatWasWrongTooOftenIsNotBelievedAnyMore) {

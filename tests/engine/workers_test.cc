@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "engine/unique_fd.h"
+#include "engine/ground/unique_fd.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
 

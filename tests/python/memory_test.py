@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import mmap
 import sys
+from contextlib import nullcontext
 
 import flashpack
 import pytest
@@ -96,7 +97,7 @@ def test_blocks_arrive_one_after_the_other_whole_and_every_stripe_verified(pack,
     arrived = []
     with open_footer(path) as footer:
         filling = _memory.make_room(_memory.Wanted(footer.native, footer.entries()), CPU, options)
-        for [numbers] in _memory.fill(footer, [filling], options):
+        for [numbers] in _memory.fill(footer, [filling], options, as_stream=True):
             arrived.append(numbers)
             for number in numbers:
                 size, offset = filling.plan.blocks[number]
@@ -107,6 +108,34 @@ def test_blocks_arrive_one_after_the_other_whole_and_every_stripe_verified(pack,
     assert filling.stats["requested_bytes"] == filling.stats["verified_bytes"] == payload_bytes
 
 
+def test_only_a_few_transfers_of_a_stream_are_under_way_at_a_time(pack, in_small_parts, monkeypatch):
+    started, start = [], _memory._start
+    monkeypatch.setattr(_memory, "_start", lambda *arguments: started.append(arguments) or start(*arguments))
+    options = _memory.ReadOptions()
+    with open_footer(several_mib(pack)) as footer:
+        filling = _memory.make_room(_memory.Wanted(footer.native, footer.entries()), CPU, options)
+        steps = 0
+        for steps, _ in enumerate(_memory.fill(footer, [filling], options, as_stream=True), 1):
+            assert len(started) <= steps + _memory._AT_ONCE - 1
+    assert steps == len(started) > 2 * _memory._AT_ONCE
+
+
+def test_a_load_that_is_no_stream_is_one_transfer(pack, in_small_parts, monkeypatch):
+    started, start = [], _memory._start
+    monkeypatch.setattr(_memory, "_start", lambda *arguments: started.append(arguments) or start(*arguments))
+    flashpack.load_file(several_mib(pack))
+    assert len(started) == 1
+
+
+def read_by_a_stream(path):
+    options = _memory.ReadOptions()
+    with open_footer(path) as footer:
+        filling = _memory.make_room(_memory.Wanted(footer.native, footer.entries()), CPU, options)
+        for _ in _memory.fill(footer, [filling], options, as_stream=True):
+            pass
+        return footer.native.payload_bytes
+
+
 def test_a_wrong_bit_in_any_stripe_ends_a_stream(pack, in_small_parts):
     path = several_mib(pack)
     raw = bytearray(path.read_bytes())
@@ -114,7 +143,7 @@ def test_a_wrong_bit_in_any_stripe_ends_a_stream(pack, in_small_parts):
         raw[at] ^= 1
         path.write_bytes(raw)
         with pytest.raises(flashpack.FlashPackError, match="do not match their checksum"):
-            flashpack.load_file(path)
+            read_by_a_stream(path)
         raw[at] ^= 1
 
 
@@ -122,7 +151,7 @@ def test_a_stream_that_is_left_reads_nothing_more(pack, in_small_parts):
     options = _memory.ReadOptions()
     with open_footer(several_mib(pack)) as footer:
         filling = _memory.make_room(_memory.Wanted(footer.native, footer.entries()), CPU, options)
-        arrivals = _memory.fill(footer, [filling], options)
+        arrivals = _memory.fill(footer, [filling], options, as_stream=True)
         next(arrivals)
         arrivals.close()
     for block in filling.blocks:
@@ -141,20 +170,18 @@ def test_a_stream_that_fails_ends_all_of_its_loads_also_while_somebody_keeps_the
         filling = _memory.make_room(_memory.Wanted(footer.native, footer.entries()), CPU, options)
         owners = sys.getrefcount(filling.blocks)
         with pytest.raises(flashpack.FlashPackError, match="do not match their checksum") as kept:
-            list(_memory.fill(footer, [filling], options))
+            list(_memory.fill(footer, [filling], options, as_stream=True))
     # A load owns the memory that it fills; the one that failed has ended, and may be in the traceback.
     assert sys.getrefcount(filling.blocks) <= owners + 1
     assert kept.value is not None
 
 
-def test_the_progress_of_a_stream_goes_on_from_transfer_to_transfer(pack, in_small_parts, tell):
+def test_the_progress_of_a_stream_goes_on_from_transfer_to_transfer(pack, in_small_parts, monkeypatch):
     told = []
-    tell(told.append)
-    path = several_mib(pack)
-    flashpack.load_file(path)
-    with open_footer(path) as footer:
-        assert told == sorted(told)
-        assert told[-1] == footer.native.payload_bytes
+    monkeypatch.setattr(_memory, "progress_bar", lambda *_: nullcontext(told.append))
+    payload_bytes = read_by_a_stream(several_mib(pack))
+    assert told == sorted(told)
+    assert told[-1] == payload_bytes
 
 
 def test_a_small_file_cannot_ask_for_more_memory_than_it_has_bytes(tmp_path):

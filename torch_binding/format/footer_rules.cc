@@ -182,7 +182,8 @@ class FooterCheck {
     if (end_bytes < metadata_.payload_bytes) {
       const std::string what = std::to_string(metadata_.payload_bytes - end_bytes) +
                                " bytes between the last macroblock and the footer belong to no macroblock.";
-      // No load reads these bytes, so the checksum of the last stripe, which covers them, too, would never be compared.
+      // The last stripe covers these bytes, too. A load that leaves them out could not compare its checksum, and
+      // tensors in it would be read without verification.
       if (fields.crc32c_per_mib) fail(what);
       warn(what);
     }

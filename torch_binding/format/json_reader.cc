@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <boost/json/basic_parser_impl.hpp>
+#include <cassert>
 #include <deque>
 #include <limits>
 #include <span>
@@ -171,6 +172,7 @@ std::optional<std::string_view> JsonReader::next_key() {
     events_->add_key(event.text);
     return event.text;
   }
+  assert(event.kind == Kind::kObjectEnd && "the value of each key is read or skipped");
   events_->close_object();
   return std::nullopt;
 }

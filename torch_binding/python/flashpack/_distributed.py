@@ -110,7 +110,7 @@ class Ranks:
         self.agree()
         verify = self._send(options.verify, self.src)  # The places of tensors in blocks depend on it.
         if filling is not None:
-            with closing(fill(footer, [filling], options)) as arrivals:
+            with closing(fill(footer, [filling], options, as_stream=True)) as arrivals:
                 for [numbers] in arrivals:
                     if numbers:
                         self._pass_on(filling.blocks, numbers, device)

@@ -9,10 +9,11 @@ import mmap
 import os
 import sys
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple, Protocol, cast, get_args
 
 import torch
@@ -31,6 +32,8 @@ _SEGMENT_BYTES = _native.MAX_SEGMENT_BYTES
 _BATCH_BYTES = 64 << 20
 # A multiple of a stripe and of a chunk, so that both end at each multiple of this size.
 _BORDER_BYTES = 16 << 20
+# Transfers of a stream that are under way at a time: enough that the disk never waits for the next one.
+_AT_ONCE = 4
 
 
 class Block(Protocol):
@@ -198,9 +201,13 @@ class Filling:
     stats: dict[str, Any] = field(default_factory=dict)
     """Figures of the reads, when all of them are done."""
 
-    def batches(self) -> list[_Batch]:
+    def batches(self, as_stream: bool) -> list[_Batch]:
+        """Returns one batch for all, or several for a stream."""
         addresses = [block.address for block in self.blocks]
-        parts = batches_of(self.plan.extents(addresses))
+        extents = self.plan.extents(addresses)
+        if not as_stream:
+            return [_Batch(extents, list(range(len(addresses))))]
+        parts = batches_of(extents)
         by_address = sorted(range(len(addresses)), key=addresses.__getitem__)
         starts = [addresses[number] for number in by_address]
         last = {
@@ -239,29 +246,33 @@ Arrivals = Generator[list[list[int]], None, None]
 """Yields, for each side, the numbers of the blocks that are whole now."""
 
 
-def fill(footer: Footer, fillings: Sequence[Filling], options: ReadOptions) -> Arrivals:
+def fill(footer: Footer, fillings: Sequence[Filling], options: ReadOptions, as_stream: bool = False) -> Arrivals:
     """Reads the blocks of all sides at the same time, and yields their numbers as they arrive.
 
-    Everything is started with the first step. When a step raises, be it OSError or KeyboardInterrupt, or the iterator
-    is closed, nothing is in flight any more.
+    By default they arrive together, because one transfer for each side costs least. `as_stream` reads in batches. Only
+    a few of them are under way at a time, because each takes descriptors and a copy of the checksums.
+
+    When a step raises, be it OSError or KeyboardInterrupt, or the iterator is closed, nothing is in flight any more.
     """
-    rows = list(zip_longest(*(filling.batches() for filling in fillings), fillvalue=_Batch([], [])))
+    rows = list(zip_longest(*(filling.batches(as_stream) for filling in fillings), fillvalue=_Batch([], [])))
     sizes = [sum(size_bytes for batch in row for _, size_bytes, _ in batch.extents) for row in rows]
-    loads: list[list[_native.Load]] = []
+    to_start = iter(rows)
+    under_way: deque[list[_native.Load]] = deque()
     with progress_bar("Loading", sum(sizes), options.show) as progress:
         try:
-            for row in rows:
-                loads.append([])
-                for batch, filling in zip(row, fillings, strict=True):
-                    # A variable would keep this load alive in the traceback of an error of the next one.
-                    loads[-1].append(_start(footer, batch, filling, options))
             for at, row in enumerate(rows):
+                for next_row in islice(to_start, _AT_ONCE - len(under_way)):
+                    under_way.append([])
+                    for batch, filling in zip(next_row, fillings, strict=True):
+                        # A variable would keep this load alive in the traceback of an error of the next one.
+                        under_way[-1].append(_start(footer, batch, filling, options))
                 tell = None if progress is None else _after(sum(sizes[:at]), progress)
-                for filling, stats in zip(fillings, _native.finish_loads(loads[at], tell), strict=True):
+                for filling, stats in zip(fillings, _native.finish_loads(under_way[0], tell), strict=True):
                     _add(filling.stats, stats)
+                under_way.popleft()
                 yield [batch.whole for batch in row]
         finally:
-            loads.clear()  # This ends the transfers that are still under way.
+            under_way.clear()  # This ends the transfers that have not been waited for.
     for filling in fillings:
         logger.info("%s: %s", footer.path, _describe(filling.stats))
 

@@ -1,3 +1,0 @@
-#pragma once
-
-#include "engine/ground/unique_fd.h"
