@@ -385,6 +385,9 @@ cudaError_t cudaHostUnregister(void* memory) {
   require(found != impl->registrations.end(), "unregistering what is not registered");
   require(error != cudaSuccess || !impl->is_being_copied({found->first, found->second.size_bytes}),
           "unregistering memory with copies under way");
+  unsigned char resident = 0;
+  std::byte* const page = found->first - reinterpret_cast<std::uintptr_t>(found->first) % 4096;
+  require(::mincore(page, 1, &resident) == 0, "unregistering memory that is not there any more");
   impl->registrations.erase(found);
   return cudaSuccess;
 }
