@@ -229,10 +229,10 @@ TEST_P(PipelineSoakTest, EveryLoadEndsInTheRightBytesOrACleanError) {
   std::printf("%s; %d rigs hang, %zu times\n", told.c_str(), count.hanging_rigs, count.hangs);
   // A soak in which nothing fails, or nothing succeeds, shows nothing.
   EXPECT_GT(count.right, loads / 4);
-  EXPECT_GT(count.of(std::make_error_code(std::errc::io_error)), 0);
   EXPECT_GT(count.of(Errc::kTruncated), 0);
-  // Real workers do not hang, and what hangs in the disk may be over before anybody waits.
-  if (shape_ == Rig::Shape::kTwoQueues || count.hanging_rigs == 0) {
+  // Real workers neither fail nor hang, and what does so in the disk alone is too little to be expected.
+  if (shape_ == Rig::Shape::kTwoQueues) {
+    EXPECT_GT(count.of(std::make_error_code(std::errc::io_error)), 0);
     EXPECT_EQ(count.hangs > 0, count.hanging_rigs > 0);
   }
   EXPECT_GT(count.of(Errc::kCancelled) + count.of(Errc::kDeadlineExceeded), loads / 40);
