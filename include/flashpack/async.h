@@ -2,6 +2,9 @@
 ///
 ///   flashpack::TransferStats stats = co_await flashpack::async_load(engine, request, boost::asio::use_awaitable);
 ///
+/// Give a request a name before you await its operation, as here. GCC 12 has a fault: it destroys an object twice that
+/// is written in braces inside a co_await expression.
+///
 /// The handler is called as void(std::exception_ptr, TransferStats), never inside the initiating call, on its
 /// associated executor, or on boost::asio::system_executor if it has none. The exception is an Error. Per-operation
 /// cancellation of any type but cancellation_type::none calls Transfer::cancel(); the operation ends with

@@ -51,8 +51,9 @@ TEST_F(AsyncTest, CoroutinesAwaitLoadsAndWrites) {
       context_,
       [&]() -> asio::awaitable<void> {
         FileWriter writer = engine_.create(dir_ / "copy");
-        const SourceExtent all{.size_bytes = bytes_.size(), .source = bytes_.data()};
-        co_await async_write(writer, {.extents = std::vector(1, all)}, asio::use_awaitable);
+        WriteRequest whole;
+        whole.extents = {{.size_bytes = bytes_.size(), .source = bytes_.data()}};
+        co_await async_write(writer, std::move(whole), asio::use_awaitable);
         writer.commit();
         const TransferStats stats = co_await async_load(engine_, request(), asio::use_awaitable);
         EXPECT_EQ(stats.requested_bytes, bytes_.size());
