@@ -245,7 +245,7 @@ def test_a_strictness_that_fails_on_one_rank_is_an_error_on_all(ranks, pack):
     assert_both_raise(answers, 1, flashpack.FlashPackError, "Missing 1 buffers")
 
 
-def fail(*args):
+def fail(*args, **kwargs):
     raise OSError(5, "Input/output error")
 
 
