@@ -226,8 +226,7 @@ TEST_P(HangTest, WritesThatHangHoldUpNoOtherLoadAndEndWithWhatStoppedThemMeanwhi
     FileWriter writer = engine_->create(*fs_ / "new");
     GuardedMemory source(bytes_.size(), phase);
     fs_->hold("write", "*");
-    // On a busy machine the first write may begin late; a deadline that has passed by then would keep it back.
-    std::optional<Deadline> deadline;
+    std::optional<Deadline> deadline;  // It is far, because on a busy machine the first write may begin late.
     if (phase == 0) deadline = std::chrono::steady_clock::now() + std::chrono::seconds(3);
     Transfer write = writer.start_write({.extents = {{0, source.size(), source.data()}}, .deadline = deadline});
     EXPECT_TRUE(fs_->wait_until_held("write", "*"));
