@@ -258,18 +258,20 @@ def fill(footer: Footer, fillings: Sequence[Filling], options: ReadOptions, as_s
     sizes = [sum(size_bytes for batch in row for _, size_bytes, _ in batch.extents) for row in rows]
     to_start = iter(rows)
     under_way: deque[list[_native.Load]] = deque()
+    done_bytes = 0
     with progress_bar("Loading", sum(sizes), options.show) as progress:
         try:
-            for at, row in enumerate(rows):
+            for row, size_bytes in zip(rows, sizes, strict=True):
                 for next_row in islice(to_start, _AT_ONCE - len(under_way)):
                     under_way.append([])
                     for batch, filling in zip(next_row, fillings, strict=True):
                         # A variable would keep this load alive in the traceback of an error of the next one.
                         under_way[-1].append(_start(footer, batch, filling, options))
-                tell = None if progress is None else _after(sum(sizes[:at]), progress)
+                tell = None if progress is None else _after(done_bytes, progress)
                 for filling, stats in zip(fillings, _native.finish_loads(under_way[0], tell), strict=True):
                     _add(filling.stats, stats)
                 under_way.popleft()
+                done_bytes += size_bytes
                 yield [batch.whole for batch in row]
         finally:
             under_way.clear()  # This ends the transfers that have not been waited for.
