@@ -262,7 +262,7 @@ def start_engine(context: bool) -> dict[str, Any]:
     engines = []
     first = seconds_of(lambda: engines.append(Engine(0)))
     following = [seconds_of(lambda: Engine(0)) for _ in range(5)]
-    # What it keeps page-locked is in it, because that is all there from the start.
+    # An engine locks its pages when it is made, so that its growth of VmRSS includes them.
     before_mib = status_mib("VmRSS")
     engines.append(Engine(0))
     engine_mib = status_mib("VmRSS") - before_mib

@@ -27,7 +27,7 @@ class ByteWorkTest : public ::testing::Test {
   }
 
   // Whether `cached` is refused after `drop`. That starts to read what is missing, which may have come in time: then
-  // all of it is there, and the next attempt counts. What ignores PageCache is never refused.
+  // all of it is there, and the next attempt counts. Work that ignores PageCache is never refused.
   bool is_refused_when(const std::function<void()>& drop, const ByteWork& cached, std::int64_t whole) {
     constexpr int kAttempts = 200;
     for (int attempt = 0; attempt < kAttempts; ++attempt) {

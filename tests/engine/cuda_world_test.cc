@@ -92,7 +92,8 @@ TEST_P(CudaWorldTest, MemoryOfEveryKindIsATarget) {
   EXPECT_EQ(std::memcmp(managed, bytes_.data(), bytes_.size()), 0);
   EXPECT_GE(stats.staged_bytes, bytes_.size()) << "not by the CPU, which would take it away from the device";
 
-  // Of the device that was current then. A copy on a stream of another one moves it as well.
+  // Managed memory belongs to the device that was current when it was allocated. The engine copies to it on a stream
+  // of another device, because such a copy moves the memory as well.
   cudaSetDevice(0);
   ASSERT_EQ(cudaMallocManaged(&managed, bytes_.size(), cudaMemAttachGlobal), cudaSuccess);
   engine_->load(request(static_cast<std::byte*>(managed)));

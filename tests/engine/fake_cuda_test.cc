@@ -1,4 +1,4 @@
-// What the real CUDA would answer with undefined behaviour ends a program on the fake.
+// The fake ends a program that does what is undefined behaviour in the real CUDA, so that a test cannot miss it.
 #include "tests/support/fake_cuda.h"
 
 #include <cuda.h>

@@ -43,7 +43,8 @@ void check_scratch(const PackSource& source, const PackStep& step) {
   EXPECT_GE(step.scratch_bytes.has_value(), must);
 }
 
-/// What the plan takes of one buffer: in order, inside of it, in the phase of the file.
+/// Checks that a group takes its parts of one buffer in order, within the buffer, and in the phase of the file, because
+/// the engine writes only such parts in place.
 void check_room(const std::vector<PackSource>& sources, const PackGroup& group, bool on_device) {
   std::uint64_t used = 0;
   for (const PackStep& step : group) {

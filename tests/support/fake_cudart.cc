@@ -87,7 +87,7 @@ cudaError_t make_stream(const char* function, cudaStream_t* stream, bool blockin
 }
 
 #if CUDART_VERSION >= 12080
-// What the documentation of cudaMemcpyBatchAsync asks for.
+// Checks the arguments by the rules in the documentation of cudaMemcpyBatchAsync, because the real call refuses others.
 bool is_valid_batch(std::size_t count, std::span<const cudaMemcpyAttributes> attributes,
                     std::span<const std::size_t> firsts, cudaStream_t stream) {
   if (stream == nullptr || stream == cudaStreamLegacy || count == 0 || attributes.empty()) return false;

@@ -29,7 +29,7 @@ struct Faults {
 
 /// Carries out operations, those of direct I/O or byte work, like a disk on a bad day: late, out of order, in part, or
 /// not at all. Everything that a direct operation must respect is checked: alignment of offset, size and address, one
-/// operation per tag. What an operation may write is poisoned before it does.
+/// operation per tag. Memory that an operation may write is poisoned before it does.
 template <class Interface>
 class FaultyQueue final : public Interface {
  public:
