@@ -15,7 +15,7 @@ class Category final : public std::error_category {
       case Errc::kInvalidArgument:
         return "invalid argument";
       case Errc::kBadFile:
-        return "not a valid flashpack file";
+        return "not a valid checkpoint";
       case Errc::kTruncated:
         return "short read: the file ends before the requested bytes";
       case Errc::kFileChanged:

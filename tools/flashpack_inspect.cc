@@ -1,4 +1,4 @@
-// flashpack_inspect shows the contents of a flashpack file from its footer alone, or verifies its bytes.
+// flashpack_inspect shows the contents of a checkpoint from its footer or header alone, or verifies its bytes.
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -33,9 +33,9 @@ constexpr int kExitBadFile = 1;
 constexpr int kExitUsage = 2;
 
 constexpr const char* kDescription =
-    "Shows what is in a flashpack file: its format, its tensors and where their bytes are.\n"
-    "Only the footer is read and every rule of the format is checked, so this is also the quick way to ask\n"
-    "whether a file is sound. The tensors' bytes are read with --verify alone.";
+    "Shows what is in a flashpack or safetensors file: its format, its tensors and where their bytes are.\n"
+    "Only the footer or header is read and every rule of the format is checked, so this is also the quick\n"
+    "way to ask whether a file is sound. The tensors' bytes are read with --verify alone.";
 
 constexpr const char* kFooter =
     "Examples:\n"
@@ -88,8 +88,8 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
 std::string dtypes_text(const Metadata& metadata) {
   std::string out;
   std::set<std::string_view> listed;
-  for (const Macroblock& macroblock : metadata.container.macroblocks) {
-    const std::string_view name = dtype_name(macroblock.dtype);
+  for (const TensorRecord& record : metadata.records) {
+    const std::string_view name = dtype_name(record.dtype);
     if (listed.insert(name).second) out.append(out.empty() ? "" : ", ").append(name);
   }
   return out;
@@ -127,31 +127,47 @@ class Table {
   std::vector<std::vector<std::string>> rows_;
 };
 
-std::string text_report(const Metadata& metadata, const std::string& path) {
+bool is_flashpack(const Metadata& metadata) { return metadata.format == flashpack::FileFormat::kFlashPack; }
+
+std::string format_text(const Metadata& metadata) {
+  const std::string name(format_name(metadata.format));
+  return is_flashpack(metadata) ? name + "_v" + std::to_string(metadata.container.version) : name;
+}
+
+std::string summary_text(const Metadata& metadata) {
   const flashpack::Container& container = metadata.container;
-  std::string out = printable(path) + "\n\n";
-  out += "  format       flashpack_v" + std::to_string(container.version) + "\n";
+  std::string out;
+  out += "  format       " + format_text(metadata) + "\n";
   out += "  dtypes       " + dtypes_text(metadata) + "\n";
   out += "  tensors      " + std::to_string(metadata.records.size()) + "\n";
-  out += "  elements     " + std::to_string(container.total_elems) + "\n";
-  out += "  payload      " + exact_bytes(metadata.payload_bytes) + "\n";
+  if (is_flashpack(metadata)) {
+    out += "  elements     " + std::to_string(container.total_elems) + "\n";
+    out += "  payload      " + exact_bytes(metadata.payload_bytes) + "\n";
+  }
   out += "  file         " + exact_bytes(metadata.identity.size_bytes) + "\n";
   out += "  checksums    " + std::string(metadata.checksums ? "CRC-32C of every MiB" : "none") + "\n";
-  out += "  alignment    " + (container.align_bytes == 0 ? "dense" : exact_bytes(container.align_bytes)) + "\n";
+  if (is_flashpack(metadata))
+    out += "  alignment    " + (container.align_bytes == 0 ? "dense" : exact_bytes(container.align_bytes)) + "\n";
   for (const auto& [key, value] : metadata.user_metadata)
     out += "  metadata     " + printable(key) + ": " + printable(value) + "\n";
-  out += "\n";
+  return out;
+}
 
+std::string macroblocks_text(const Metadata& metadata) {
+  if (!is_flashpack(metadata)) return "";
   Table macroblocks;
   macroblocks.add({"macroblock", "dtype", "offset", "elements", "size"});
-  for (const Macroblock& macroblock : container.macroblocks) {
-    const auto index = static_cast<std::size_t>(&macroblock - container.macroblocks.data());
+  for (const Macroblock& macroblock : metadata.container.macroblocks) {
+    const auto index = static_cast<std::size_t>(&macroblock - metadata.container.macroblocks.data());
     macroblocks.add({std::to_string(index), std::string(dtype_name(macroblock.dtype)),
                      std::to_string(macroblock.offset_bytes), std::to_string(macroblock.length_elems),
                      human_bytes(macroblock.length_bytes)});
   }
-  out += macroblocks.text(2) + "\n";
+  return macroblocks.text(2) + "\n";
+}
 
+std::string text_report(const Metadata& metadata, const std::string& path) {
+  std::string out = printable(path) + "\n\n" + summary_text(metadata) + "\n" + macroblocks_text(metadata);
   Table tensors;
   tensors.add({"tensor", "dtype", "shape", "offset", "size"});
   for (const TensorRecord& record : metadata.records) {
@@ -163,42 +179,58 @@ std::string text_report(const Metadata& metadata, const std::string& path) {
   return out;
 }
 
-std::string json_report(const Metadata& metadata) {
-  const flashpack::Container& container = metadata.container;
+/// What a record's JSON has in addition in a flashpack file.
+void add_place_in_macroblock(boost::json::object& tensor, const Metadata& metadata, std::size_t i) {
+  const TensorRecord& record = metadata.records[i];
+  const std::uint32_t index = metadata.container.macroblock_of[i];
+  const std::uint64_t width_bytes = flashpack::element_bytes(record.dtype);
+  const std::uint64_t begin_bytes = metadata.container.macroblocks[index].offset_bytes;
+  tensor["macroblock"] = index;
+  tensor["offset_elems"] = (record.offset_bytes - begin_bytes) / width_bytes;
+  tensor["length_elems"] = record.size_bytes / width_bytes;
+}
+
+boost::json::array tensors_json(const Metadata& metadata) {
+  boost::json::array tensors;
+  for (std::size_t i = 0; i < metadata.records.size(); ++i) {
+    const TensorRecord& record = metadata.records[i];
+    boost::json::object tensor = {{"name", record.name},
+                                  {"dtype", dtype_name(record.dtype)},
+                                  {"shape", boost::json::array(record.shape.begin(), record.shape.end())},
+                                  {"offset_bytes", record.offset_bytes},
+                                  {"size_bytes", record.size_bytes}};
+    if (is_flashpack(metadata)) add_place_in_macroblock(tensor, metadata, i);
+    tensors.push_back(std::move(tensor));
+  }
+  return tensors;
+}
+
+boost::json::array macroblocks_json(const Metadata& metadata) {
   boost::json::array macroblocks;
-  for (const Macroblock& macroblock : container.macroblocks) {
+  for (const Macroblock& macroblock : metadata.container.macroblocks) {
     macroblocks.push_back({{"dtype", dtype_name(macroblock.dtype)},
                            {"offset_bytes", macroblock.offset_bytes},
                            {"length_bytes", macroblock.length_bytes},
                            {"length_elems", macroblock.length_elems}});
   }
-  boost::json::array tensors;
-  for (std::size_t i = 0; i < metadata.records.size(); ++i) {
-    const TensorRecord& record = metadata.records[i];
-    const Macroblock& macroblock = container.macroblocks[container.macroblock_of[i]];
-    const std::uint64_t width_bytes = flashpack::element_bytes(record.dtype);
-    tensors.push_back({{"name", record.name},
-                       {"dtype", dtype_name(record.dtype)},
-                       {"shape", boost::json::array(record.shape.begin(), record.shape.end())},
-                       {"offset_bytes", record.offset_bytes},
-                       {"size_bytes", record.size_bytes},
-                       {"macroblock", container.macroblock_of[i]},
-                       {"offset_elems", (record.offset_bytes - macroblock.offset_bytes) / width_bytes},
-                       {"length_elems", record.size_bytes / width_bytes}});
-  }
+  return macroblocks;
+}
+
+std::string json_report(const Metadata& metadata) {
   boost::json::object user_metadata;
   for (const auto& [key, value] : metadata.user_metadata) user_metadata.emplace(key, value);
-  const boost::json::object report = {
-      {"format", "flashpack_v" + std::to_string(container.version)},
-      {"align_bytes", container.align_bytes},
-      {"total_elems", container.total_elems},
-      {"payload_bytes", metadata.payload_bytes},
-      {"file_bytes", metadata.identity.size_bytes},
-      {"has_checksums", metadata.checksums.has_value()},
-      {"metadata", std::move(user_metadata)},
-      {"macroblocks", std::move(macroblocks)},
-      {"tensors", std::move(tensors)},
-      {"warnings", boost::json::array(metadata.warnings.begin(), metadata.warnings.end())}};
+  boost::json::object report = {{"format", format_text(metadata)},
+                                {"file_bytes", metadata.identity.size_bytes},
+                                {"has_checksums", metadata.checksums.has_value()},
+                                {"metadata", std::move(user_metadata)},
+                                {"tensors", tensors_json(metadata)},
+                                {"warnings", boost::json::array(metadata.warnings.begin(), metadata.warnings.end())}};
+  if (is_flashpack(metadata)) {
+    report["payload_bytes"] = metadata.payload_bytes;
+    report["align_bytes"] = metadata.container.align_bytes;
+    report["total_elems"] = metadata.container.total_elems;
+    report["macroblocks"] = macroblocks_json(metadata);
+  }
   return boost::json::serialize(report) + "\n";
 }
 

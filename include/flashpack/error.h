@@ -14,7 +14,7 @@ namespace flashpack {
 enum class Errc {
   kInvalidArgument = 1,  ///< The request is wrong whatever the file holds: bad option, overlapping targets, null
                          ///< target. Equal to std::errc::invalid_argument.
-  kBadFile,              ///< The file is not a flashpack file, or its footer breaks a rule of the format.
+  kBadFile,              ///< The file has no format that is known, or breaks a rule of its format.
   kTruncated,            ///< The file ends before the requested bytes do: a short read.
   kFileChanged,          ///< The file is not the one the caller's metadata came from, or changed while it was read.
   kCancelled,  ///< Transfer::cancel() was called, or the handle was destroyed. Equal to std::errc::operation_canceled.

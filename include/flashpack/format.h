@@ -1,7 +1,8 @@
-/// Reads and writes the metadata of flashpack files. This needs neither torch nor an engine.
+/// Reads the metadata of checkpoints, and writes that of flashpack files. This needs neither torch nor an engine.
 ///
-/// A file is [payload][JSON footer][u64 LE footer length][8 bytes magic]; all integers are little-endian. Readers need
-/// only the records, which say where each tensor lies; only the codec needs macroblocks.
+/// A flashpack file is [payload][JSON footer][u64 LE footer length][8 bytes magic], a safetensors file is
+/// [u64 LE header length][JSON header][payload]; all integers are little-endian. Readers need only the records, which
+/// say where each tensor lies; only the codec of flashpack files needs macroblocks.
 #pragma once
 
 #include <cstddef>
@@ -42,6 +43,7 @@ enum class DType : std::uint8_t {
   kFloat8E5M2,
   kFloat8E5M2FNUZ,
   kFloat8E8M0FNU,
+  kFloat4E2M1FNX2,  ///< Two 4-bit floats in a byte; a dim counts bytes.
 };
 
 std::uint32_t element_bytes(DType dtype) noexcept;
@@ -75,36 +77,53 @@ struct Container {
   std::vector<std::uint32_t> macroblock_of;  ///< For each record, the index of its macroblock.
 };
 
-/// All that a file says about its payload. If it comes from read_metadata() or parse_footer(), every range lies in the
-/// payload and no two tensors overlap.
+enum class FileFormat : std::uint8_t { kFlashPack, kSafetensors };
+
+/// "flashpack" or "safetensors".
+std::string_view format_name(FileFormat format) noexcept;
+
+/// All that a file says about its payload. If it comes from read_metadata(), parse_footer() or
+/// parse_safetensors_header(), every range lies in the payload and no two tensors overlap.
 struct Metadata {
-  std::uint64_t payload_bytes = 0;     ///< Length of the payload, which is also where the footer begins.
+  FileFormat format = FileFormat::kFlashPack;
+  /// Where the payload ends: at the footer or, in a safetensors file, at the end of the file.
+  std::uint64_t payload_bytes = 0;
   std::vector<TensorRecord> records;   ///< In file order.
   std::optional<Checksums> checksums;  ///< Checksums of the payload, if the file has them.
   /// Text that the file's author put in, as `__metadata__` of safetensors files: UTF-8, mostly empty.
   std::map<std::string, std::string> user_metadata;
   FileIdentity identity;              ///< Identity of the file that was read; to be passed as FileExtents::expected.
   std::vector<std::string> warnings;  ///< Harmless oddities, one sentence each.
-  Container container;
+  Container container;                ///< Without meaning for safetensors files.
 };
 
 inline constexpr std::uint64_t kMaxFooterBytes = std::uint64_t{256} << 20;
+/// The limit that safetensors itself has.
+inline constexpr std::uint64_t kMaxSafetensorsHeaderBytes = 100'000'000;
 
 struct ReadMetadataOptions {
-  std::uint64_t max_footer_bytes = kMaxFooterBytes;  ///< A longer footer is refused before it is read.
+  std::uint64_t max_footer_bytes = kMaxFooterBytes;  ///< A longer footer or header is refused before it is read.
 };
 
-/// Reads and checks a file's footer. It takes any bytes for possibly hostile, and allocates no more than the file's
-/// size justifies. Throws: Error (kBadFile, whose message names the broken rule and the record; errno of the system).
+/// Reads and checks a flashpack file's footer or a safetensors file's header. A file that ends with the magic is a
+/// flashpack file, whatever its name. This takes any bytes for possibly hostile, and allocates no more than the file's
+/// size justifies. Throws: Error (kBadFile, whose message names the broken rule and the record, or what else the file
+/// looks like; errno of the system).
 Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options = {});
 
 /// The same for a file that is open for reading as `fd`, which is borrowed; its position is neither used nor changed.
-/// `path` is for messages only. If the load passes the same descriptor as FileExtents::fd, footer and payload come from
-/// one file, even if the file at `path` is replaced in between.
+/// `path` is for messages only. If the load passes the same descriptor as FileExtents::fd, metadata and payload come
+/// from one file, even if the file at `path` is replaced in between.
 Metadata read_metadata(int fd, const std::filesystem::path& path, const ReadMetadataOptions& options = {});
 
 /// Checks a footer's JSON against a payload of `payload_bytes`. `path` is for messages only. Throws: Error (kBadFile).
 Metadata parse_footer(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path = {});
+
+/// Checks the JSON of a safetensors header, with its padding, against a file of `file_bytes`. `path` is for messages
+/// only. The rules are those of safetensors 0.9, and a name that stands twice is refused. Empty tensors that lie at one
+/// place are in the header's order. Throws: Error (kBadFile), also for dtypes that torch lacks.
+Metadata parse_safetensors_header(std::string_view json, std::uint64_t file_bytes,
+                                  const std::filesystem::path& path = {});
 
 /// A tensor to be written.
 struct TensorSpec {
@@ -134,8 +153,8 @@ void check_footer(const Metadata& metadata, bool checksums);
 /// skip: "metadata", an object of strings; "crc32c_per_mib", eight hexadecimal digits for each MiB of the payload; and,
 /// as the last key, "footer_crc32c", which covers all of the JSON before its value. Requires: `metadata` comes from
 /// make_layout(), read_metadata() or parse_footer(); checksums, if set, cover payload_bytes; user metadata may have
-/// been changed. Throws: Error (kInvalidArgument) for user metadata that is not UTF-8, and for JSON longer than
-/// kMaxFooterBytes, which every reader refuses.
+/// been changed. Throws: Error (kInvalidArgument) for the metadata of a safetensors file, for user metadata that is not
+/// UTF-8, and for JSON longer than kMaxFooterBytes, which every reader refuses.
 std::string encode_footer(const Metadata& metadata);
 
 }  // namespace flashpack

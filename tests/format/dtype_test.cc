@@ -6,7 +6,7 @@ namespace flashpack {
 namespace {
 
 TEST(DType, NamesRoundTripForEveryDType) {
-  for (int i = 0; i <= static_cast<int>(DType::kFloat8E8M0FNU); ++i) {
+  for (int i = 0; i <= static_cast<int>(DType::kFloat4E2M1FNX2); ++i) {
     const auto dtype = static_cast<DType>(i);
     EXPECT_EQ(dtype_from_name(dtype_name(dtype)), dtype);
   }
@@ -18,7 +18,7 @@ TEST(DType, TorchAliasesAreRead) {
 }
 
 TEST(DType, OtherNamesAreRefused) {
-  EXPECT_EQ(dtype_from_name("float4_e2m1fn_x2"), std::nullopt);
+  EXPECT_EQ(dtype_from_name("float4_e2m1fn"), std::nullopt);
   EXPECT_EQ(dtype_from_name(""), std::nullopt);
 }
 

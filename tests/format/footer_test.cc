@@ -4,9 +4,13 @@
 #include <string_view>
 
 #include "flashpack/format.h"
+#include "tests/format/change.h"
 
 namespace flashpack {
 namespace {
+
+using test::Change;
+using test::test_name;
 
 constexpr std::uint64_t kPayloadBytes = 40;
 
@@ -20,26 +24,6 @@ constexpr std::string_view kV4 =
     R"({"dtype":"int64","offset_bytes":16,"length_bytes":24,"length_elems":3}],"index":[)"
     R"({"name":"w","shape":[2,2],"offset":0,"length":4,"macroblock":0},)"
     R"({"name":"ids","shape":[3],"offset":0,"length":3,"macroblock":1}]})";
-
-/// A good footer in which `from` becomes `to`. An empty `from` means the whole footer.
-struct Change {
-  std::string_view test;
-  std::string_view footer;
-  std::string_view from;
-  std::string to;
-  std::string_view expected;  ///< What the error, or the one warning, must say.
-
-  std::string text() const {
-    std::string changed(footer);
-    const std::size_t at = changed.find(from);
-    EXPECT_NE(at, std::string::npos) << "the footer has no " << from;
-    return changed.replace(at, from.empty() ? changed.size() : from.size(), to);
-  }
-};
-
-void PrintTo(const Change& change, std::ostream* out) { *out << change.test; }
-
-std::string test_name(const testing::TestParamInfo<Change>& change) { return std::string(change.param.test); }
 
 std::string error_of(std::string_view json, std::uint64_t payload_bytes = kPayloadBytes) {
   try {
@@ -313,7 +297,7 @@ TEST(FooterChecksums, AreReadAsTheyWereWritten) {
 class Accepted : public testing::TestWithParam<Change> {};
 
 TEST_P(Accepted, WithTheSameTensors) {
-  const Metadata original = parse_footer(GetParam().footer, kPayloadBytes);
+  const Metadata original = parse_footer(GetParam().good, kPayloadBytes);
   const Metadata changed = parse_footer(GetParam().text(), kPayloadBytes);
   EXPECT_EQ(changed.warnings, original.warnings);
   EXPECT_EQ(encode_footer(changed), encode_footer(original));

@@ -41,6 +41,13 @@ std::string trailer(std::uint64_t json_bytes) {
   return bytes + std::string("FLASHPK\0", 8);
 }
 
+/// A safetensors file.
+std::string safetensors(const std::string& json, const std::string& payload) {
+  return trailer(json.size()).substr(0, sizeof(std::uint64_t)) + json + payload;
+}
+
+const std::string kSafetensors = safetensors(R"({"w":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}})", "abcd");
+
 class ReadMetadata : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -214,6 +221,94 @@ TEST_F(ReadMetadata, FileThatIsReplacedWhileItIsReadIsReadAsItWas) {
   const Metadata metadata = read_metadata(path_);
   EXPECT_EQ(metadata.identity.ino, before.st_ino);
   EXPECT_EQ(metadata.records.front().name, test::golden_files().front().tensors.front().name);
+}
+
+TEST_F(ReadMetadata, SafetensorsFileIsReadWhateverItsName) {
+  write(kSafetensors);
+  const Metadata metadata = read_metadata(path_);
+  EXPECT_EQ(metadata.format, FileFormat::kSafetensors);
+  EXPECT_EQ(metadata.payload_bytes, kSafetensors.size());
+  EXPECT_EQ(metadata.identity.size_bytes, kSafetensors.size());
+  EXPECT_EQ(metadata.records.at(0).offset_bytes, kSafetensors.size() - 4);
+}
+
+TEST_F(ReadMetadata, SmallestSafetensorsFileIsSmallerThanATrailer) {
+  write(safetensors("{}", ""));
+  EXPECT_TRUE(read_metadata(path_).records.empty());
+}
+
+TEST_F(ReadMetadata, FileWithTheMagicAtItsEndIsAFlashpackFileWhateverItBeginsWith) {
+  write(kSafetensors + "{}" + trailer(2));
+  EXPECT_NE(error_of(path_, Errc::kBadFile).find("Unexpected format: none is given"), std::string::npos);
+}
+
+TEST_F(ReadMetadata, SafetensorsHeaderBeginsAfterTheSpacesOfItsWriter) {
+  write(safetensors(std::string(4096, ' ') + "{}" + std::string(4096, ' '), ""));
+  EXPECT_EQ(read_metadata(path_).format, FileFormat::kSafetensors);
+}
+
+TEST_F(ReadMetadata, HeadersOfAnyLengthAroundTheFirstReadAreWhole) {
+  const std::string payload(100'000, 'x');
+  const std::string json = R"({"w":{"dtype":"U8","shape":[100000],"data_offsets":[0,100000]}})";
+  constexpr std::size_t kFirstReadBytes = std::size_t{64} << 10;
+  for (std::size_t size = kFirstReadBytes - 12; size < kFirstReadBytes + 3; ++size) {
+    write(safetensors(std::string(size - json.size(), ' ') + json, payload));
+    EXPECT_EQ(read_metadata(path_).records.at(0).offset_bytes, size + 8) << size;
+  }
+}
+
+TEST_F(ReadMetadata, TwoReadsOpenASafetensorsFile) {
+  write(
+      safetensors(R"({"w":{"dtype":"U8","shape":[1000000],"data_offsets":[0,1000000]}})", std::string(1'000'000, 'x')));
+  int reads = 0;
+  pread_hook = [&](auto... arguments) { return ++reads, system_pread(arguments...); };
+  EXPECT_EQ(read_metadata(path_).records.size(), 1U);
+  EXPECT_EQ(reads, 2);
+}
+
+TEST_F(ReadMetadata, SafetensorsFileThatIsWrittenWhileItIsReadIsAnError) {
+  write(kSafetensors);
+  pread_hook = [this](auto... arguments) {
+    const ssize_t got = system_pread(arguments...);
+    std::ofstream(path_, std::ios::app) << 'x';
+    return got;
+  };
+  EXPECT_NE(error_of(path_, Errc::kFileChanged), "accepted");
+}
+
+TEST_F(ReadMetadata, RefusesASafetensorsHeaderThatGoesPastTheEnd) {
+  for (const std::size_t size : {std::size_t{9}, kSafetensors.size() - 5}) {
+    const std::string error = refusal_of(kSafetensors.substr(0, size));
+    EXPECT_NE(error.find("goes past the end of the file: it was cut"), std::string::npos) << error;
+  }
+}
+
+TEST_F(ReadMetadata, RefusesASafetensorsHeaderOverTheLimitBeforeReadingIt) {
+  const auto begin = [](std::uint64_t json_bytes) { return trailer(json_bytes).substr(0, 8) + "{"; };
+  write(begin(100'000'001) + std::string(1'000'000, ' '));
+  std::filesystem::resize_file(path_, 200'000'000);
+  EXPECT_NE(error_of(path_, Errc::kBadFile).find("header of 100000001 bytes is over the limit of 100000000"),
+            std::string::npos);
+  write(begin(1000) + std::string(1000, ' '));
+  EXPECT_NE(error_of(path_, Errc::kBadFile, {.max_footer_bytes = 999}).find("over the limit of 999"),
+            std::string::npos);
+}
+
+TEST_F(ReadMetadata, SaysWhatAnotherFileLooksLike) {
+  const std::vector<std::pair<std::string, std::string>> kinds = {
+      {"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5\n", "\"git lfs pull\" fetches the file"},
+      {"\n <!DOCTYPE html><html>404 Not Found</html>", "it is a web page"},
+      {"<HTML><body>sign in first</body></HTML>", "it is a web page"},
+      {std::string("PK\3\4\0\0\0\0", 8) + "archive/data.pkl", "it is a zip archive, as torch.save writes them"},
+      {"\x80\2}q\1X\1aq\2K\1s." + std::string(9, 'x'), "it is a pickle, as torch.save writes them"},
+      {std::string("GGUF\3\0\0\0", 8) + "general.architecture", "it is a GGUF file"},
+      {R"({"weight_map":{"w":"model.safetensors"}})", "it is JSON text, such as the index"},
+      {std::string(100, 'x'), "and no safetensors header"}};
+  for (const auto& [bytes, expected] : kinds) {
+    const std::string error = refusal_of(bytes);
+    EXPECT_NE(error.find("Bad magic: "), std::string::npos) << error;
+    EXPECT_NE(error.find(expected), std::string::npos) << error;
+  }
 }
 
 TEST_F(ReadMetadata, IdentityIsThatOfFstat) {

@@ -71,6 +71,21 @@ TEST(Inspect, TextSaysWhereTensorsAre) {
   EXPECT_NE(outcome.output.find("  i64     int64    []         48  8 bytes\n"), std::string::npos) << outcome.output;
 }
 
+TEST(Inspect, ShowsSafetensorsFiles) {
+  const std::string json =
+      R"({"__metadata__":{"format":"pt"},"w":{"dtype":"BF16","shape":[1,2],"data_offsets":[0,4]}})";
+  const Scratch file(std::string{static_cast<char>(json.size())} + std::string(7, '\0') + json + "abcd");
+  const std::string text = inspect(quoted(file.path())).output;
+  EXPECT_NE(text.find("format       safetensors\n  dtypes       bfloat16\n"), std::string::npos) << text;
+  EXPECT_NE(text.find("metadata     format: pt\n"), std::string::npos) << text;
+  EXPECT_NE(text.find("w       bfloat16  [1, 2]"), std::string::npos) << text;
+  EXPECT_EQ(text.find("macroblock"), std::string::npos) << text;
+  const boost::json::value report = boost::json::parse(inspect("--json " + quoted(file.path())).output);
+  EXPECT_EQ(report.at("format").as_string(), "safetensors");
+  EXPECT_EQ(report.at("tensors").at(0).at("offset_bytes").to_number<std::uint64_t>(), 8 + json.size());
+  EXPECT_FALSE(report.as_object().contains("macroblocks"));
+}
+
 TEST(Inspect, ShowsWarningsAndSucceeds) {
   std::string bytes = test::file_bytes(golden("v3_bool"));
   const Scratch file(bytes.insert(3, "gap"));
@@ -86,7 +101,7 @@ TEST(Inspect, HostileFileIsOneLineOnStandardError) {
   const Outcome outcome = inspect(quoted(file.path()) + " 2>&1");
   EXPECT_EQ(outcome.status, 1);
   EXPECT_EQ(outcome.output, "flashpack_inspect: read " + file.path() +
-                                ": record 1 \"b\": offset must be >= 0, not -9: not a valid flashpack file\n");
+                                ": record 1 \"b\": offset must be >= 0, not -9: not a valid checkpoint\n");
 }
 
 TEST(Inspect, NamesCannotDriveTheTerminal) {

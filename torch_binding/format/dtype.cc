@@ -13,18 +13,18 @@ struct DTypeInfo {
 };
 
 // Indexed by DType.
-constexpr std::array kDTypes = {DTypeInfo{"bool", 1},          DTypeInfo{"int8", 1},
-                                DTypeInfo{"uint8", 1},         DTypeInfo{"int16", 2},
-                                DTypeInfo{"uint16", 2},        DTypeInfo{"int32", 4},
-                                DTypeInfo{"uint32", 4},        DTypeInfo{"int64", 8},
-                                DTypeInfo{"uint64", 8},        DTypeInfo{"float16", 2},
-                                DTypeInfo{"bfloat16", 2},      DTypeInfo{"float32", 4},
-                                DTypeInfo{"float64", 8},       DTypeInfo{"complex32", 4},
-                                DTypeInfo{"complex64", 8},     DTypeInfo{"complex128", 16},
-                                DTypeInfo{"float8_e4m3fn", 1}, DTypeInfo{"float8_e4m3fnuz", 1},
-                                DTypeInfo{"float8_e5m2", 1},   DTypeInfo{"float8_e5m2fnuz", 1},
-                                DTypeInfo{"float8_e8m0fnu", 1}};
-static_assert(kDTypes.size() == static_cast<std::size_t>(DType::kFloat8E8M0FNU) + 1);
+constexpr std::array kDTypes = {DTypeInfo{"bool", 1},           DTypeInfo{"int8", 1},
+                                DTypeInfo{"uint8", 1},          DTypeInfo{"int16", 2},
+                                DTypeInfo{"uint16", 2},         DTypeInfo{"int32", 4},
+                                DTypeInfo{"uint32", 4},         DTypeInfo{"int64", 8},
+                                DTypeInfo{"uint64", 8},         DTypeInfo{"float16", 2},
+                                DTypeInfo{"bfloat16", 2},       DTypeInfo{"float32", 4},
+                                DTypeInfo{"float64", 8},        DTypeInfo{"complex32", 4},
+                                DTypeInfo{"complex64", 8},      DTypeInfo{"complex128", 16},
+                                DTypeInfo{"float8_e4m3fn", 1},  DTypeInfo{"float8_e4m3fnuz", 1},
+                                DTypeInfo{"float8_e5m2", 1},    DTypeInfo{"float8_e5m2fnuz", 1},
+                                DTypeInfo{"float8_e8m0fnu", 1}, DTypeInfo{"float4_e2m1fn_x2", 1}};
+static_assert(kDTypes.size() == static_cast<std::size_t>(DType::kFloat4E2M1FNX2) + 1);
 
 // Other names that torch has for the same dtypes. A reader may meet them; a writer never writes them.
 constexpr std::array<std::pair<std::string_view, DType>, 9> kAliases = {{{"float", DType::kFloat32},

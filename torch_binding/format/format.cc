@@ -4,9 +4,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "engine/ground/error.h"
 #include "engine/ground/unique_fd.h"
@@ -21,13 +23,16 @@ using internal::file_error;
 
 static_assert(std::endian::native == std::endian::little, "payload and trailer are little-endian");
 
-// One read of this size holds the whole footer of most models.
-constexpr std::uint64_t kTailBytes = std::uint64_t{64} << 10;
+// One read of this size at the end of a file holds the whole footer of most models, one at the beginning the header.
+constexpr std::uint64_t kFirstReadBytes = std::uint64_t{64} << 10;
 
-/// Reads the footer's bytes of an open file, which is borrowed. Throws: Error (errno; kTruncated; kFileChanged).
-class FooterFile {
+// As a header's length, the first bytes of a text would be larger than this.
+constexpr std::uint64_t kNoHeaderBytes = std::uint64_t{1} << 48;
+
+/// Reads from an open file, which is borrowed. Throws: Error (errno; kTruncated; kFileChanged).
+class CheckpointFile {
  public:
-  FooterFile(int fd, const std::filesystem::path& path) : path_(path), fd_(fd) {}
+  CheckpointFile(int fd, const std::filesystem::path& path) : path_(path), fd_(fd) {}
 
   FileIdentity identity() const {
     struct stat status{};
@@ -61,64 +66,137 @@ class FooterFile {
   int fd_;
 };
 
-/// Returns the length of the footer, from the last kTrailerBytes of a file. Throws: Error (kBadFile).
-std::uint64_t footer_bytes(std::string_view trailer, std::uint64_t size_bytes, const ReadMetadataOptions& options,
-                           const std::filesystem::path& path) {
-  const std::string_view magic = trailer.substr(sizeof(std::uint64_t));
-  if (magic != rules::kMagic) {
-    rules::refuse(path, "Bad magic: " + rules::quoted_bytes(magic) + " != " + rules::quoted_bytes(rules::kMagic),
-                  size_bytes - rules::kMagic.size());
+/// Reads the JSON of one file. Every member throws Error (kBadFile) for what is not a checkpoint.
+class JsonOfFile {
+ public:
+  JsonOfFile(const CheckpointFile& file, std::uint64_t size_bytes, std::uint64_t max_bytes,
+             const std::filesystem::path& path)
+      : file_(file), size_bytes_(size_bytes), max_bytes_(max_bytes), path_(path) {}
+
+  std::pair<FileFormat, std::string> read() const {
+    std::string tail(std::min(size_bytes_, kFirstReadBytes), '\0');
+    file_.read(size_bytes_ - tail.size(), tail);
+    if (tail.ends_with(rules::kMagic)) return {FileFormat::kFlashPack, footer(tail)};
+    std::string head = tail;
+    if (head.size() < size_bytes_) file_.read(0, head);
+    if (!begins_with_header(head)) refuse_other_file(head, tail);
+    return {FileFormat::kSafetensors, header(head)};
   }
-  std::uint64_t length_bytes = 0;
-  std::memcpy(&length_bytes, trailer.data(), sizeof length_bytes);
-  if (length_bytes > size_bytes - rules::kTrailerBytes) {
+
+ private:
+  std::string footer(const std::string& tail) const {
+    if (size_bytes_ < rules::kTrailerBytes) refuse_small_file();
+    const std::size_t have_bytes = tail.size() - rules::kTrailerBytes;
+    const std::uint64_t length_bytes = length_at(tail, have_bytes);
+    const std::uint64_t end = size_bytes_ - rules::kTrailerBytes;
+    if (length_bytes > end) {
+      rules::refuse(path_,
+                    "Corrupt footer length: " + std::to_string(length_bytes) + " bytes in a file of " +
+                        std::to_string(size_bytes_),
+                    end);
+    }
+    check_limit("footer", length_bytes, max_bytes_, end);
+    if (length_bytes <= have_bytes) return tail.substr(have_bytes - length_bytes, length_bytes);
+    std::string json(length_bytes, '\0');
+    file_.read(end - length_bytes, std::span(json).first(length_bytes - have_bytes));
+    std::copy_n(tail.begin(), have_bytes, json.end() - static_cast<std::ptrdiff_t>(have_bytes));
+    return json;
+  }
+
+  std::string header(const std::string& head) const {
+    const std::uint64_t length_bytes = length_at(head, 0);
+    check_limit("safetensors header", length_bytes, std::min(max_bytes_, kMaxSafetensorsHeaderBytes), 0);
+    if (length_bytes > size_bytes_ - rules::kHeaderLengthBytes) {
+      rules::refuse(path_, "its safetensors header of " + std::to_string(length_bytes) +
+                               " bytes goes past the end of the file: " + rules::kCutFile);
+    }
+    std::string json = head.substr(rules::kHeaderLengthBytes, length_bytes);
+    const std::size_t have_bytes = json.size();
+    json.resize(length_bytes);
+    file_.read(rules::kHeaderLengthBytes + have_bytes, std::span(json).subspan(have_bytes));
+    return json;
+  }
+
+  /// Whether `head` may be the beginning of a safetensors file. Some writers put spaces before the JSON.
+  static bool begins_with_header(const std::string& head) {
+    const std::size_t first = head.find_first_not_of(" \t\r\n", rules::kHeaderLengthBytes);
+    return first != head.npos && head[first] == '{' && length_at(head, 0) < kNoHeaderBytes;
+  }
+
+  static std::uint64_t length_at(const std::string& bytes, std::size_t at) {
+    std::uint64_t length_bytes = 0;
+    std::memcpy(&length_bytes, &bytes.at(at), sizeof length_bytes);
+    return length_bytes;
+  }
+
+  void check_limit(const std::string& what, std::uint64_t length_bytes, std::uint64_t limit_bytes,
+                   std::uint64_t offset_bytes) const {
+    if (length_bytes <= limit_bytes) return;
+    rules::refuse(path_,
+                  "its " + what + " of " + std::to_string(length_bytes) + " bytes is over the limit of " +
+                      std::to_string(limit_bytes),
+                  offset_bytes);
+  }
+
+  [[noreturn]] void refuse_small_file() const {
+    rules::refuse(path_, "File too small to contain footer: " + std::to_string(size_bytes_) + " bytes");
+  }
+
+  [[noreturn]] void refuse_other_file(const std::string& head, const std::string& tail) const {
+    if (size_bytes_ < rules::kTrailerBytes) refuse_small_file();
+    const std::string_view magic = std::string_view(tail).substr(tail.size() - rules::kMagic.size());
     rules::refuse(
-        path,
-        "Corrupt footer length: " + std::to_string(length_bytes) + " bytes in a file of " + std::to_string(size_bytes),
-        size_bytes - rules::kTrailerBytes);
+        path_,
+        "Bad magic: " + rules::quoted_bytes(magic) + " != " + rules::quoted_bytes(rules::kMagic) + what_it_is(head),
+        size_bytes_ - magic.size());
   }
-  if (length_bytes > options.max_footer_bytes) {
-    rules::refuse(path,
-                  "its footer of " + std::to_string(length_bytes) + " bytes is over the limit of " +
-                      std::to_string(options.max_footer_bytes),
-                  size_bytes - rules::kTrailerBytes);
+
+  /// Says what a file that begins with `head` is instead, and what to do about it.
+  static std::string what_it_is(const std::string& head) {
+    struct Kind {
+      std::string_view begin;  ///< In lower case.
+      const char* sentence;
+    };
+    constexpr std::array kKinds = {
+        Kind{"version https://git-lfs", "it is a pointer of git-lfs, and \"git lfs pull\" fetches the file"},
+        Kind{"<!doctype html", "it is a web page: its server sent that instead of the file"},
+        Kind{"<html", "it is a web page: its server sent that instead of the file"},
+        Kind{"pk\3\4", "it is a zip archive, as torch.save writes them, and has to be converted"},
+        Kind{"\x80\2", "it is a pickle, as torch.save writes them, and has to be converted"},
+        Kind{"gguf", "it is a GGUF file"},
+        Kind{"{", "it is JSON text, such as the index or the configuration of a checkpoint"}};
+    std::string begin = head.substr(std::min(head.find_first_not_of(" \t\r\n"), head.size()), 32);
+    std::ranges::transform(begin, begin.begin(), [](char c) { return c >= 'A' && c <= 'Z' ? c + ('a' - 'A') : c; });
+    const auto kind = std::ranges::find_if(kKinds, [&](const Kind& each) { return begin.starts_with(each.begin); });
+    return kind == kKinds.end() ? ", and no safetensors header" : std::string(": ") + kind->sentence;
   }
-  return length_bytes;
-}
+
+  const CheckpointFile& file_;
+  const std::uint64_t size_bytes_;
+  const std::uint64_t max_bytes_;
+  const std::filesystem::path& path_;
+};
 
 }  // namespace
+
+std::string_view format_name(FileFormat format) noexcept {
+  return format == FileFormat::kFlashPack ? "flashpack" : "safetensors";
+}
 
 Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options) {
   return read_metadata(internal::open_file(path).get(), path, options);
 }
 
 Metadata read_metadata(int fd, const std::filesystem::path& path, const ReadMetadataOptions& options) {
-  const FooterFile file(fd, path);
+  const CheckpointFile file(fd, path);
   const FileIdentity identity = file.identity();
   const std::uint64_t size_bytes = identity.size_bytes;
-  if (size_bytes < rules::kTrailerBytes) {
-    rules::refuse(path, "File too small to contain footer: " + std::to_string(size_bytes) + " bytes");
-  }
-  std::string tail(std::min(size_bytes, kTailBytes), '\0');
-  file.read(size_bytes - tail.size(), tail);
-  const std::uint64_t json_bytes =
-      footer_bytes(std::string_view(tail).substr(tail.size() - rules::kTrailerBytes), size_bytes, options, path);
-  const std::uint64_t payload_bytes = size_bytes - rules::kTrailerBytes - json_bytes;
-
-  tail.resize(tail.size() - rules::kTrailerBytes);
-  std::string long_footer;
-  std::string_view json = tail;
-  if (json_bytes > tail.size()) {
-    long_footer.resize(json_bytes);
-    file.read(payload_bytes, std::span(long_footer).first(json_bytes - tail.size()));
-    std::copy(tail.begin(), tail.end(), long_footer.end() - static_cast<std::ptrdiff_t>(tail.size()));
-    json = long_footer;
-  } else {
-    json.remove_prefix(tail.size() - json_bytes);
-  }
+  const auto [format, json] = JsonOfFile(file, size_bytes, options.max_footer_bytes, path).read();
   file.check_unchanged(identity);
 
-  Metadata metadata = parse_footer(json, payload_bytes, path);
+  Metadata metadata = format == FileFormat::kSafetensors
+                          ? parse_safetensors_header(json, size_bytes, path)
+                          : parse_footer(json, size_bytes - rules::kTrailerBytes - json.size(), path);
   metadata.identity = identity;
   return metadata;
 }

@@ -1,4 +1,4 @@
-/// Rules of the container that reading and writing share.
+/// Rules of the formats that reading and writing share.
 #pragma once
 
 #include <cstddef>
@@ -16,6 +16,8 @@ namespace flashpack::rules {
 inline constexpr std::string_view kMagic{"FLASHPK\0", 8};
 /// The footer's length as a little-endian u64, then the magic.
 inline constexpr std::uint64_t kTrailerBytes = sizeof(std::uint64_t) + kMagic.size();
+/// A safetensors file begins with its header's length as a little-endian u64.
+inline constexpr std::uint64_t kHeaderLengthBytes = sizeof(std::uint64_t);
 inline constexpr std::size_t kMaxRank = 64;
 /// A limit, because a reader needs several times as much memory for a record as the JSON of an empty tensor takes.
 inline constexpr std::size_t kMaxRecords = std::size_t{1} << 20;
@@ -53,7 +55,10 @@ void append_crc(std::string& out, std::uint32_t crc32c);
 /// Parses such digits in lower or upper case; empty for anything else.
 std::optional<std::uint32_t> parse_crc(std::string_view digits) noexcept;
 
-/// Throws Error (kBadFile): "read PATH at OFFSET: SENTENCE: not a valid flashpack file".
+/// Says why a file may end before its tensors do, and what to do.
+inline constexpr const char* kCutFile = "it was cut, and has to be downloaded or copied again";
+
+/// Throws Error (kBadFile): "read PATH at OFFSET: SENTENCE: not a valid checkpoint".
 [[noreturn]] void refuse(const std::filesystem::path& path, const std::string& sentence,
                          std::uint64_t offset_bytes = Error::kNoOffset);
 

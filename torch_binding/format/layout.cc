@@ -36,7 +36,9 @@ bool is_utf8(std::string_view text) {
   return true;
 }
 
-void check_user_metadata(const Metadata& metadata) {
+void check_can_be_written(const Metadata& metadata) {
+  if (metadata.format != FileFormat::kFlashPack)
+    refuse_to_pack("pack: the metadata is that of a safetensors file, which has no footer");
   for (const auto& [key, value] : metadata.user_metadata) {
     if (!is_utf8(key) || !is_utf8(value))
       refuse_to_pack("pack metadata " + rules::quoted_bytes(key) + ": it is not UTF-8");
@@ -257,7 +259,7 @@ Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_by
 }
 
 void check_footer(const Metadata& metadata, bool checksums) {
-  check_user_metadata(metadata);
+  check_can_be_written(metadata);
   // Each record's JSON is measured alone, because the whole may be larger than memory.
   std::string part;
   append_preamble(part, metadata);
@@ -274,7 +276,7 @@ void check_footer(const Metadata& metadata, bool checksums) {
 }
 
 std::string encode_footer(const Metadata& metadata) {
-  check_user_metadata(metadata);
+  check_can_be_written(metadata);
   std::string out;
   append_preamble(out, metadata);
   out += ",\"index\":[";

@@ -18,19 +18,26 @@ namespace flashpack {
 
 namespace {
 
+// LibTorch has 4-bit floats since 2.8. With older versions their type is Undefined.
+template <typename Type>
+constexpr Type float4() {
+  if constexpr (requires { Type::Float4_e2m1fn_x2; }) return Type::Float4_e2m1fn_x2;
+  return Type::Undefined;
+}
+
 // Indexed by DType.
-constexpr std::array kScalarTypes = {at::ScalarType::Bool,          at::ScalarType::Char,
-                                     at::ScalarType::Byte,          at::ScalarType::Short,
-                                     at::ScalarType::UInt16,        at::ScalarType::Int,
-                                     at::ScalarType::UInt32,        at::ScalarType::Long,
-                                     at::ScalarType::UInt64,        at::ScalarType::Half,
-                                     at::ScalarType::BFloat16,      at::ScalarType::Float,
-                                     at::ScalarType::Double,        at::ScalarType::ComplexHalf,
-                                     at::ScalarType::ComplexFloat,  at::ScalarType::ComplexDouble,
-                                     at::ScalarType::Float8_e4m3fn, at::ScalarType::Float8_e4m3fnuz,
-                                     at::ScalarType::Float8_e5m2,   at::ScalarType::Float8_e5m2fnuz,
-                                     at::ScalarType::Float8_e8m0fnu};
-static_assert(kScalarTypes.size() == static_cast<std::size_t>(DType::kFloat8E8M0FNU) + 1);
+constexpr std::array kScalarTypes = {at::ScalarType::Bool,           at::ScalarType::Char,
+                                     at::ScalarType::Byte,           at::ScalarType::Short,
+                                     at::ScalarType::UInt16,         at::ScalarType::Int,
+                                     at::ScalarType::UInt32,         at::ScalarType::Long,
+                                     at::ScalarType::UInt64,         at::ScalarType::Half,
+                                     at::ScalarType::BFloat16,       at::ScalarType::Float,
+                                     at::ScalarType::Double,         at::ScalarType::ComplexHalf,
+                                     at::ScalarType::ComplexFloat,   at::ScalarType::ComplexDouble,
+                                     at::ScalarType::Float8_e4m3fn,  at::ScalarType::Float8_e4m3fnuz,
+                                     at::ScalarType::Float8_e5m2,    at::ScalarType::Float8_e5m2fnuz,
+                                     at::ScalarType::Float8_e8m0fnu, float4<at::ScalarType>()};
+static_assert(kScalarTypes.size() == static_cast<std::size_t>(DType::kFloat4E2M1FNX2) + 1);
 
 using RegionOwner = std::shared_ptr<internal::HostRegion>;
 
@@ -45,11 +52,15 @@ std::vector<std::size_t> selected(const Metadata& metadata, const ReadOptions& o
 
 }  // namespace
 
-at::ScalarType scalar_type(DType dtype) noexcept { return kScalarTypes[static_cast<std::size_t>(dtype)]; }
+at::ScalarType scalar_type(DType dtype) {
+  const at::ScalarType type = kScalarTypes[static_cast<std::size_t>(dtype)];
+  if (type != at::ScalarType::Undefined) return type;
+  throw Error(Errc::kInvalidArgument, "a newer LibTorch is needed for the dtype " + std::string(dtype_name(dtype)));
+}
 
 std::optional<DType> format_dtype(at::ScalarType type) noexcept {
   const auto found = std::ranges::find(kScalarTypes, type);
-  if (found == kScalarTypes.end()) return std::nullopt;
+  if (found == kScalarTypes.end() || type == at::ScalarType::Undefined) return std::nullopt;
   return static_cast<DType>(found - kScalarTypes.begin());
 }
 

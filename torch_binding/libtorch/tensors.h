@@ -17,8 +17,9 @@
 
 namespace flashpack {
 
-at::ScalarType scalar_type(DType dtype) noexcept;
-/// Empty for types that the format does not have: quantised, bit and 4-bit types.
+/// Throws: Error (kInvalidArgument) for a dtype that this LibTorch lacks.
+at::ScalarType scalar_type(DType dtype);
+/// Empty for types that the format does not have: quantised and bit types.
 std::optional<DType> format_dtype(at::ScalarType type) noexcept;
 
 /// The device that an engine loads to.

@@ -135,8 +135,12 @@ void bind_format(nb::module_& module) {
   module.attr("MAX_SEGMENT_BYTES") = kMaxSegmentBytes;
   nb::class_<Checksums>(module, "Checksums", "The checksums of a payload, one for each MiB.");
   nb::class_<Metadata>(module, "Metadata", "Where tensors are in a file.")
-      .def_ro("payload_bytes", &Metadata::payload_bytes)
-      .def_ro("user_metadata", &Metadata::user_metadata, "A copy of the `metadata` that was given to pack_to_file.")
+      .def_prop_ro(
+          "format", [](const Metadata& metadata) { return format_name(metadata.format); },
+          "\"flashpack\" or \"safetensors\".")
+      .def_ro("payload_bytes", &Metadata::payload_bytes, "Where the payload ends.")
+      .def_ro("user_metadata", &Metadata::user_metadata,
+              "A copy of the `metadata` that was given to pack_to_file, or of `__metadata__`.")
       .def_ro("warnings", &Metadata::warnings)
       .def_prop_ro("identity", &identity_tuple, "Device, inode, size in bytes, mtime in nanoseconds.")
       .def_prop_ro("has_checksums", [](const Metadata& metadata) { return metadata.checksums.has_value(); })
@@ -147,7 +151,7 @@ void bind_format(nb::module_& module) {
            "bytes and index.")
       .def("plan", &plan, "wanted"_a, "on_device"_a, "verify"_a = "auto", "max_segment_bytes"_a = kMaxSegmentBytes,
            "Plans what to read for the tensors at these indices, and where it goes.")
-      .def("to_dict", &footer_dict, "The keys of the footer.")
+      .def("to_dict", &footer_dict, "The keys of the footer of a flashpack file.")
       .def("footer", &footer_of, "checksums"_a = nb::none(), "The bytes that follow the payload.");
   nb::class_<SegmentPlan>(module, "SegmentPlan",
                           "The bytes to read for tensors of a file, and the blocks of memory that they go to.")
@@ -158,7 +162,7 @@ void bind_format(nb::module_& module) {
                    "empty tensors.")
       .def("extents", &extents_of, "addresses"_a, "The extents of a load into blocks at these addresses.");
   module.def("read_footer", &read_footer, "fd"_a, "path"_a,
-             "The checked footer of an open file; `path` is for messages.");
+             "The checked footer of an open flashpack file, or header of a safetensors file; `path` is for messages.");
   module.def("parse_footer", &parse, "json"_a, "payload_bytes"_a, "path"_a,
              "The same for the JSON of a footer, as to_dict() has it, of a file that another process has read.");
   module.def("layout", &layout, "tensors"_a, "align_bytes"_a, "name_order"_a = nb::none(),

@@ -26,9 +26,30 @@ class CollectorPaused {
   bool was_enabled_;
 };
 
+/// The records as the footer has them.
+nb::list index_of(const Metadata& metadata) {
+  const Container& container = metadata.container;
+  nb::list index;
+  for (std::size_t i = 0; i < metadata.records.size(); ++i) {
+    const TensorRecord& record = metadata.records[i];
+    const std::uint32_t macroblock = container.macroblock_of[i];
+    const std::uint64_t width_bytes = element_bytes(record.dtype);
+    nb::dict entry;
+    entry["name"] = record.name;
+    entry["shape"] = record.shape;
+    entry["offset"] = (record.offset_bytes - container.macroblocks[macroblock].offset_bytes) / width_bytes;
+    entry["length"] = record.size_bytes / width_bytes;
+    if (container.version == 4) entry["macroblock"] = macroblock;
+    index.append(entry);
+  }
+  return index;
+}
+
 }  // namespace
 
 Dict footer_dict(const Metadata& metadata) {
+  if (metadata.format != FileFormat::kFlashPack)
+    throw Error(Errc::kInvalidArgument, "a safetensors file has no flashpack footer");
   const CollectorPaused paused;
   const Container& container = metadata.container;
   const bool several = container.version == 4;
@@ -50,20 +71,7 @@ Dict footer_dict(const Metadata& metadata) {
     }
     footer["macroblocks"] = blocks;
   }
-  nb::list index;
-  for (std::size_t i = 0; i < metadata.records.size(); ++i) {
-    const TensorRecord& record = metadata.records[i];
-    const std::uint32_t macroblock = container.macroblock_of[i];
-    const std::uint64_t width_bytes = element_bytes(record.dtype);
-    nb::dict entry;
-    entry["name"] = record.name;
-    entry["shape"] = record.shape;
-    entry["offset"] = (record.offset_bytes - container.macroblocks[macroblock].offset_bytes) / width_bytes;
-    entry["length"] = record.size_bytes / width_bytes;
-    if (several) entry["macroblock"] = macroblock;
-    index.append(entry);
-  }
-  footer["index"] = index;
+  footer["index"] = index_of(metadata);
   if (!metadata.user_metadata.empty()) footer["metadata"] = metadata.user_metadata;
   return footer;
 }

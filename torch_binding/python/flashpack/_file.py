@@ -114,6 +114,7 @@ class FlashPackFile:
     @property
     def metadata(self) -> dict[str, Any]:
         """The footer, as get_flashpack_file_metadata returns it, in a dict of its own."""
+        self._footer.check_is_flashpack()
         return self._footer.native.to_dict()
 
     def keys(self) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from . import _native
 from ._logging import logger
+from ._native import FlashPackError
 
 StrPath = str | os.PathLike[str]
 Verify = Literal["auto", "always", "never"]
@@ -63,6 +64,7 @@ class Footer:
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """As get_flashpack_file_metadata returns it. It is made only if it is asked for, because it is large."""
+        self.check_is_flashpack()
         return self.native.to_dict()
 
     def fileno(self) -> int:
@@ -76,7 +78,16 @@ class Footer:
 
     def macroblocks(self) -> list[Entry]:
         """Returns each macroblock as if it were one tensor of one dim."""
+        self.check_is_flashpack()
         return self.native.macroblocks.entries(Entry)
+
+    def check_is_flashpack(self) -> None:
+        """Raises FlashPackError for a file of another format."""
+        if self.native.format != "flashpack":
+            raise FlashPackError(
+                f"{self.path} is a {self.native.format} file, which has no flashpack footer and no macroblocks: "
+                f"load_file, open_file and assign_from_file take it"
+            )
 
 
 @contextmanager
@@ -123,7 +134,7 @@ def footer_of(file: FileIO, path: str) -> Footer:
 
 
 def get_flashpack_file_metadata(path: StrPath) -> dict[str, Any]:
-    """Returns the checked footer of a flashpack file.
+    """Returns the checked footer of a flashpack file; other checkpoints have none.
 
     Keys are normalised, whatever else the file has: `format`, `align_bytes`, `total_elems`, `index`, and `target_dtype`
     for one dtype or `macroblocks` and `total_payload_bytes` for several. Records of `index` count `offset` and `length`
@@ -136,10 +147,9 @@ def get_flashpack_file_metadata(path: StrPath) -> dict[str, Any]:
 
 
 def is_flashpack_file(path: StrPath) -> bool:
-    """Whether `path` can be read and has a valid footer. The payload is not read."""
+    """Whether `path` can be read and has a valid flashpack footer. The payload is not read."""
     try:
         with open_for_reading(path) as file:
-            _native.read_footer(file.fileno(), path)
+            return _native.read_footer(file.fileno(), path).format == "flashpack"
     except (ValueError, OSError):
         return False
-    return True

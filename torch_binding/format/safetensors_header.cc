@@ -1,0 +1,231 @@
+#include <algorithm>
+#include <array>
+#include <string>
+#include <utility>
+
+#include "flashpack/format.h"
+#include "torch_binding/format/format_rules.h"
+#include "torch_binding/format/json_reader.h"
+
+namespace flashpack {
+
+namespace {
+
+constexpr std::array<std::pair<std::string_view, DType>, 20> kDTypes = {{{"BOOL", DType::kBool},
+                                                                         {"U8", DType::kUInt8},
+                                                                         {"I8", DType::kInt8},
+                                                                         {"U16", DType::kUInt16},
+                                                                         {"I16", DType::kInt16},
+                                                                         {"U32", DType::kUInt32},
+                                                                         {"I32", DType::kInt32},
+                                                                         {"U64", DType::kUInt64},
+                                                                         {"I64", DType::kInt64},
+                                                                         {"F16", DType::kFloat16},
+                                                                         {"BF16", DType::kBFloat16},
+                                                                         {"F32", DType::kFloat32},
+                                                                         {"F64", DType::kFloat64},
+                                                                         {"C64", DType::kComplex64},
+                                                                         {"F8_E4M3", DType::kFloat8E4M3FN},
+                                                                         {"F8_E4M3FNUZ", DType::kFloat8E4M3FNUZ},
+                                                                         {"F8_E5M2", DType::kFloat8E5M2},
+                                                                         {"F8_E5M2FNUZ", DType::kFloat8E5M2FNUZ},
+                                                                         {"F8_E8M0", DType::kFloat8E8M0FNU},
+                                                                         {"F4", DType::kFloat4E2M1FNX2}}};
+
+/// Reads one header. Every member throws Error (kBadFile) for the first broken rule.
+class HeaderReader {
+ public:
+  HeaderReader(std::string_view json, std::uint64_t file_bytes, const std::filesystem::path& path)
+      : json_(json),
+        payload_begin_(rules::kHeaderLengthBytes + json.size()),
+        payload_bytes_(file_bytes - payload_begin_),
+        path_(path) {
+    metadata_.format = FileFormat::kSafetensors;
+    metadata_.payload_bytes = file_bytes;
+  }
+
+  Metadata read() {
+    try {
+      json_.object([this](std::string_view name) {
+        name_ = name;
+        name == "__metadata__" ? read_user_metadata() : read_tensor();
+        name_.reset();
+      });
+      json_.end();
+    } catch (const JsonError& error) {
+      const bool is_text = error.subject() == JsonError::Subject::kText;
+      const std::string about = is_text                                         ? "the safetensors header"
+                                : error.subject() == JsonError::Subject::kValue ? subject()
+                                                                                : where();
+      rules::refuse(path_, about + " " + error.what(),
+                    is_text ? rules::kHeaderLengthBytes + error.offset_bytes() : Error::kNoOffset);
+    }
+    check_places();
+    return std::move(metadata_);
+  }
+
+ private:
+  struct Offsets {
+    std::uint64_t begin = 0;  ///< In the payload.
+    std::uint64_t end = 0;
+  };
+
+  void read_user_metadata() {
+    key_ = {};
+    if (json_.null()) return;
+    json_.object([this](std::string_view key) {
+      user_key_ = rules::quoted(key);
+      key_ = user_key_;
+      std::string value = json_.string();
+      if (has_nul(key) || has_nul(value)) fail(subject() + " has a NUL character");
+      metadata_.user_metadata.insert_or_assign(std::string(key), std::move(value));
+    });
+  }
+
+  void read_tensor() {
+    if (metadata_.records.size() == rules::kMaxRecords) {
+      fail("the safetensors header has more than " + std::to_string(rules::kMaxRecords) + " tensors");
+    }
+    if (has_nul(*name_)) fail(where() + " has a NUL character in its name");
+    std::optional<std::string> dtype;
+    std::optional<std::vector<std::int64_t>> shape;
+    std::optional<Offsets> offsets;
+    key_ = {};
+    json_.object([&](std::string_view key) {
+      key_ = key;
+      if (key == "dtype") {
+        dtype = json_.string();
+      } else if (key == "shape") {
+        shape = read_shape();
+      } else if (key == "data_offsets") {
+        offsets = read_offsets();
+      } else {
+        json_.skip();
+      }
+    });
+    if (!dtype || !shape || !offsets) {
+      fail(where() + " has no " + (!dtype ? "dtype" : !shape ? "shape" : "data_offsets"));
+    }
+    add_record(*dtype, *std::move(shape), *offsets);
+  }
+
+  std::vector<std::int64_t> read_shape() {
+    std::vector<std::int64_t> shape;
+    json_.array([&] {
+      key_ = "a dim of shape";
+      shape.push_back(static_cast<std::int64_t>(json_.count()));
+      if (shape.size() > rules::kMaxRank)
+        fail(subject() + " has more than " + std::to_string(rules::kMaxRank) + " dims");
+    });
+    return shape;
+  }
+
+  Offsets read_offsets() {
+    std::size_t count = 0;
+    std::array<std::uint64_t, 2> offsets{};
+    json_.array([&] {
+      const std::uint64_t offset = json_.count();
+      if (count < offsets.size()) offsets[count] = offset;
+      ++count;
+    });
+    if (count != offsets.size()) fail(subject() + " has " + std::to_string(count) + " numbers, not 2");
+    return {offsets[0], offsets[1]};
+  }
+
+  void add_record(std::string_view dtype, std::vector<std::int64_t> shape, Offsets offsets) {
+    const auto& [begin, end] = offsets;
+    const std::string range = std::to_string(begin) + " to " + std::to_string(end);
+    if (begin > end) fail(where() + " has data_offsets that end before they begin: " + range);
+    if (end > payload_bytes_) {
+      fail(where() + " has the bytes " + range + " of the payload, but the file has only " +
+           std::to_string(payload_bytes_) + " of them: " + rules::kCutFile);
+    }
+    const DType type = dtype_called(dtype);
+    if (type == DType::kFloat4E2M1FNX2) pack_in_pairs(shape);
+    std::uint64_t size_bytes = 0;
+    const std::optional<std::uint64_t> count = rules::element_count(shape);
+    if (!count || __builtin_mul_overflow(*count, element_bytes(type), &size_bytes))
+      fail(where() + " has a shape whose size passes 2^63");
+    if (size_bytes != end - begin) {
+      fail(where() + " has " + std::to_string(end - begin) + " bytes, but its dtype and shape take " +
+           std::to_string(size_bytes));
+    }
+    metadata_.records.push_back({.name = std::string(*name_),
+                                 .dtype = type,
+                                 .shape = std::move(shape),
+                                 .offset_bytes = payload_begin_ + begin,
+                                 .size_bytes = size_bytes});
+  }
+
+  DType dtype_called(std::string_view name) const {
+    const auto found = std::ranges::find(kDTypes, name, &std::pair<std::string_view, DType>::first);
+    if (found != kDTypes.end()) return found->second;
+    const bool is_f6 = name == "F6_E2M3" || name == "F6_E3M2";
+    fail(where() + " has the dtype " + rules::quoted(name) +
+         (is_f6 ? ", which torch does not have" : ", which is not known"));
+  }
+
+  /// A header counts 4-bit floats, torch counts pairs of them.
+  void pack_in_pairs(std::vector<std::int64_t>& shape) const {
+    if (shape.empty() || shape.back() % 2 != 0) {
+      fail(where() + " has 4-bit floats, which torch has only in pairs, but its last dim is odd");
+    }
+    shape.back() /= 2;
+  }
+
+  /// Sorts the tensors by their places, which have to cover the payload and must not overlap.
+  void check_places() {
+    std::vector<TensorRecord>& records = metadata_.records;
+    std::ranges::stable_sort(
+        records, {}, [](const TensorRecord& record) { return std::pair(record.offset_bytes, record.size_bytes); });
+    std::uint64_t covered = payload_begin_;
+    for (std::size_t i = 0; i < records.size(); ++i) {
+      if (records[i].offset_bytes < covered) {
+        rules::refuse(path_, tensor(records[i].name) + " overlaps " + tensor(records[i - 1].name),
+                      records[i].offset_bytes);
+      }
+      if (records[i].offset_bytes > covered)
+        refuse_hole(covered, records[i].offset_bytes, "before " + tensor(records[i].name));
+      covered += records[i].size_bytes;
+    }
+    if (covered < metadata_.payload_bytes) refuse_hole(covered, metadata_.payload_bytes, "at the end of the file");
+  }
+
+  [[noreturn]] void refuse_hole(std::uint64_t begin, std::uint64_t end, const std::string& where) const {
+    rules::refuse(path_, std::to_string(end - begin) + " bytes " + where + " belong to no tensor", begin);
+  }
+
+  static bool has_nul(std::string_view text) { return text.find('\0') != text.npos; }
+  static std::string tensor(std::string_view name) { return "tensor " + rules::quoted(name); }
+
+  /// Names the header, or the tensor that is being read.
+  std::string where() const {
+    if (!name_) return "the safetensors header";
+    return *name_ == "__metadata__" ? std::string(*name_) : tensor(*name_);
+  }
+  /// Names the value that comes next.
+  std::string subject() const { return key_.empty() ? where() : where() + ": " + std::string(key_); }
+
+  [[noreturn]] void fail(const std::string& sentence) const { rules::refuse(path_, sentence); }
+
+  JsonReader json_;
+  const std::uint64_t payload_begin_;
+  const std::uint64_t payload_bytes_;  // From payload_begin_ on.
+  const std::filesystem::path& path_;
+  Metadata metadata_;
+  std::optional<std::string_view> name_;  // Name of the tensor that is being read.
+  std::string_view key_;                  // Key of the value that comes next, if known.
+  std::string user_key_;                  // Text that key_ may point to.
+};
+
+}  // namespace
+
+Metadata parse_safetensors_header(std::string_view json, std::uint64_t file_bytes, const std::filesystem::path& path) {
+  if (json.size() > kMaxSafetensorsHeaderBytes || file_bytes < rules::kHeaderLengthBytes ||
+      json.size() > file_bytes - rules::kHeaderLengthBytes) {
+    rules::refuse(path, "the safetensors header of " + std::to_string(json.size()) + " bytes does not fit");
+  }
+  return HeaderReader(json, file_bytes, path).read();
+}
+
+}  // namespace flashpack
