@@ -89,21 +89,8 @@ void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes, std:
   part.plan = Plan::of_load(std::exchange(part.extents, {}), chunk_bytes, file.alignment().block_bytes);
   if (direct_error) part.fallback_reason = "direct I/O: " + direct_error.message();
   if (part.checksums) count_for(*part.checksums, part);
+  if (part.reported_extents > 0) part.landing.emplace(part.plan, part.reported_extents, part.sums ? chunk_bytes : 0);
   part.router = Router(part.plan, file, part.cache);
-}
-
-// Compares the stripes that were read whole with their checksums.
-void verify(Part& part) {
-  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
-  const std::uint64_t end = std::min<std::uint64_t>(part.sums->end(), part.checksums->crc32c.size());
-  for (std::uint64_t index = part.sums->first(); index < end; ++index) {
-    const std::uint64_t begin = index * kStripeBytes;
-    const auto size = static_cast<std::uint32_t>(std::min(kStripeBytes, part.checksums->size_bytes - begin));
-    if (part.sums->counted_bytes(index) != size) continue;
-    if (part.sums->crc32c(index, size) != part.checksums->crc32c[index])
-      throw range_error(Errc::kCorrupt, "verify", part.path, begin, size);
-    part.verified_bytes += size;
-  }
 }
 
 }  // namespace
@@ -168,6 +155,22 @@ void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes, std::uin
   part.checked = true;
 }
 
+std::uint64_t compare_stripes(const Part& part, std::uint64_t begin_bytes, std::uint64_t end_bytes) {
+  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
+  end_bytes = std::min({end_bytes, part.checksums->size_bytes, part.sums->end() * kStripeBytes});
+  std::uint64_t compared_bytes = 0;
+  for (std::uint64_t begin = std::max(begin_bytes, part.sums->first() * kStripeBytes); begin < end_bytes;
+       begin += kStripeBytes) {
+    const std::uint64_t index = begin / kStripeBytes;
+    const auto size = static_cast<std::uint32_t>(std::min(kStripeBytes, part.checksums->size_bytes - begin));
+    if (part.sums->counted_bytes(index) != size) continue;
+    if (part.sums->crc32c(index, size) != part.checksums->crc32c[index])
+      throw range_error(Errc::kCorrupt, "verify", part.path, begin, size);
+    compared_bytes += size;
+  }
+  return compared_bytes;
+}
+
 bool no_descriptors(std::error_code error) {
   return error == std::errc::too_many_files_open || error == std::errc::too_many_files_open_in_system;
 }
@@ -176,7 +179,7 @@ void check_part(Part& part) noexcept {
   assert(part.open);
   try {
     if (!part.file().unchanged()) throw file_error(Errc::kFileChanged, "read", part.path);
-    if (part.sums) verify(part);
+    if (part.sums) part.verified_bytes = compare_stripes(part, 0, part.checksums->size_bytes);
   } catch (...) {
     part.failure = Failure::of_exception("verify", part.path);
   }

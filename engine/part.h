@@ -17,6 +17,7 @@
 
 #include "engine/file.h"
 #include "engine/ground/unique_fd.h"
+#include "engine/landing.h"
 #include "engine/plan.h"
 #include "engine/router.h"
 #include "engine/stripe_sums.h"
@@ -100,13 +101,16 @@ struct Part {
   std::optional<FileIdentity> expected;
   std::optional<Checksums> checksums;
   CachePolicy cache = CachePolicy::kAuto;
-  std::vector<Fragment> extents;  // Moved into the plan later.
+  std::vector<Fragment> extents;       // Moved into the plan later.
+  std::uint32_t index = 0;             // Index of the file in the request.
+  std::uint32_t reported_extents = 0;  // All extents of the file if the completion wants to know of them, else 0.
 
   // Set when the file is open.
   std::shared_ptr<OpenFile> open;
   Plan plan;
   Router router;
   std::optional<StripeSums> sums;  // Sums of the bytes that are moved; empty if they are not counted.
+  std::optional<Landing> landing;  // Empty if nobody wants to know.
 
   // The results of open_part() and check_part().
   std::string fallback_reason;
@@ -140,6 +144,11 @@ void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes, std::uin
 
 /// Checks after a load that the file has not changed and that the bytes match their checksums. May block for ever.
 void check_part(Part& part) noexcept;
+
+/// Compares the stripes between two offsets of the file that have been read whole with their checksums. Returns the
+/// number of their bytes. Throws: Error, kCorrupt. Requires: a stripe begins at `begin_bytes`; no thread counts bytes
+/// of these stripes now.
+std::uint64_t compare_stripes(const Part& part, std::uint64_t begin_bytes, std::uint64_t end_bytes);
 
 /// Whether the process or the system has no descriptors left.
 bool no_descriptors(std::error_code error);

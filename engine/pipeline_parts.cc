@@ -215,6 +215,9 @@ void Pipeline::begin_issuing(Part& part) {
     ++part.file_system->loads;
     if (part.file_system->late > 0) ++held_up_parts_;
   }
+  for (std::uint32_t extent = 0; part.landing && extent < part.reported_extents; ++extent) {
+    if (part.landing->has_landed(extent)) report(part, extent);
+  }
   part.chunks_open = static_cast<std::uint32_t>(part.plan.chunks.size());
   part.chunks_open == 0 ? on_delivered(part) : issue_from_now_on(part);
 }
@@ -259,7 +262,34 @@ void Pipeline::stop_waiting_for(Part& part) {
     transfer.done_bytes += part.read_bytes;
   }
   if (found_out && part.failure && !transfer.failure) return give_up(transfer, part.failure->error());
+  if (found_out && part.read_bytes > 0 && !transfer.failure) {
+    for (std::uint32_t extent = 0; extent < part.reported_extents; ++extent) report(part, extent);
+  }
   settle(transfer);
+}
+
+void Pipeline::report(const Part& part, std::uint32_t extent) { part.transfer->completion->landed(part.index, extent); }
+
+// Reports the extents that have landed with a chunk that has been delivered. False if a stripe of them does not match,
+// which ends the transfer.
+bool Pipeline::report_landed(Part& part, const Chunk& chunk) {
+  const auto index = static_cast<std::uint32_t>(&chunk - part.plan.chunks.data());
+  const std::span<const std::uint32_t> landed = part.landing->deliver(index);
+  if (!landed.empty() && part.sums) {
+    const std::uint64_t cell = round_down(chunk.offset_bytes, limits_.chunk_bytes);
+    try {
+      compare_stripes(part, cell, cell + limits_.chunk_bytes);
+    } catch (const Error& error) {
+      give_up(*part.transfer, error);
+      return false;
+    }
+  }
+  for (const std::uint32_t each : landed) {
+    for (const Fragment& fragment : part.plan.fragments_of(part.plan.chunks[each])) {
+      if (part.landing->land(fragment)) report(part, fragment.extent);
+    }
+  }
+  return true;
 }
 
 void Pipeline::set_late(Part& part) {

@@ -284,10 +284,12 @@ void Pipeline::give_back(unsigned tag) {
 void Pipeline::deliver(unsigned tag) {
   const Job& job = jobs_[tag];
   Part& part = *job.part;
+  const Chunk& chunk = *job.chunk;
   assert(part.chunks_open > 0);
-  part.transfer->done_bytes += part.plan.wanted_bytes(*job.chunk);
+  part.transfer->done_bytes += part.plan.wanted_bytes(chunk);
   --part.chunks_open;
   close_job(tag);
+  if (part.landing && !report_landed(part, chunk)) return;
   if (part.chunks_open == 0 && part.state == Part::State::kOpen) on_delivered(part);
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cassert>
 #include <cstdint>
+#include <utility>
 
 namespace flashpack::internal {
 
@@ -28,15 +29,17 @@ Fragment take_front(Fragment& fragment, std::uint64_t size_bytes) {
   return front;
 }
 
-// Sorts the extents of the host before those of the device, and each side by file offset. Offsets are below 2^63, so
-// side and offset fit into one number, which is faster to compare. Most callers give extents in this order.
+// Sorts by priority, the extents of the host before those of the device, and by file offset. Most callers give extents
+// in this order.
 void sort(std::vector<Fragment>& extents) {
-  const auto key = [](const Fragment& extent) { return std::uint64_t{extent.on_device} << 63 | extent.offset_bytes; };
+  const auto key = [](const Fragment& extent) {
+    return std::pair(extent.priority << 1 | int{extent.on_device}, extent.offset_bytes);
+  };
   const auto before = [key](const Fragment& a, const Fragment& b) { return key(a) < key(b); };
   if (!std::is_sorted(extents.begin(), extents.end(), before)) std::stable_sort(extents.begin(), extents.end(), before);
 }
 
-// Adds fragments to a plan, in ascending order on each side.
+// Adds fragments to a plan, in ascending order of each priority and side.
 class Cutter {
  public:
   Cutter(Plan& plan, std::uint32_t chunk_bytes, Alignment alignment, std::uint64_t max_gap_bytes)
@@ -141,7 +144,10 @@ Plan Plan::of_load(std::vector<Fragment> extents, std::uint32_t chunk_bytes, std
   Plan plan;
   plan.fragments.reserve(extents.size());
   Cutter cutter(plan, chunk_bytes, {block_bytes, block_bytes}, kMaxGapBytes);
-  for (const Fragment& fragment : extents) cutter.add(fragment);
+  for (std::size_t i = 0; i < extents.size(); ++i) {
+    if (i > 0 && extents[i].priority != extents[i - 1].priority) cutter.cut();
+    cutter.add(extents[i]);
+  }
   return plan;
 }
 

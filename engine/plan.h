@@ -15,8 +15,9 @@ struct Fragment {
   std::uint64_t offset_bytes;
   std::uint64_t size_bytes;
   std::byte* memory;
-  std::uint32_t extent = 0;  ///< Index of the extent in the request, which has fewer than 2^32 extents.
-  bool on_device = false;    ///< Whether `memory` is on the device, so that the CPU cannot reach it.
+  std::uint32_t extent = 0;    ///< Index of the extent in its file's request, which has fewer than 2^32 extents.
+  bool on_device = false;      ///< Whether `memory` is on the device, so that the CPU cannot reach it.
+  std::uint16_t priority = 0;  ///< Extent::priority.
 };
 static_assert(sizeof(Fragment) <= 32, "A request may have 100,000 of them.");
 
@@ -38,7 +39,8 @@ struct Alignment {
   std::uint32_t memory_bytes = kPageBytes;  ///< Addresses are multiples of it. At most block_bytes.
 };
 
-/// The chunks of one file: those of the host first, then those of the device, each in ascending order.
+/// The chunks of one file, in the order in which they are to be moved: by priority, those of the host before those of
+/// the device, and in ascending order.
 struct Plan {
   std::vector<Chunk> chunks;
   std::vector<Fragment> fragments;

@@ -80,10 +80,11 @@ void check_targets(std::span<const FileExtents> files) {
   if (overlap != targets.end()) throw argument_error("load: targets overlap in memory");
 }
 
-// Adds one file of a load. `first_extent` is the index of its first extent in the request.
-void add_part(const EngineFacts& engine, TransferState& state, FileExtents wanted, CachePolicy cache,
-              std::uint32_t first_extent) {
+// Adds one file of a load. If `reported`, the completion is told of each of its extents.
+void add_part(const EngineFacts& engine, TransferState& state, FileExtents wanted, CachePolicy cache, bool reported) {
   Part& part = state.parts.emplace_back();
+  part.index = static_cast<std::uint32_t>(state.parts.size() - 1);
+  if (reported) part.reported_extents = static_cast<std::uint32_t>(wanted.extents.size());
   part.path = std::move(wanted.path);
   part.expected = wanted.expected;
   part.checksums = std::move(wanted.checksums);
@@ -92,11 +93,11 @@ void add_part(const EngineFacts& engine, TransferState& state, FileExtents wante
     part.given.reset(::fcntl(wanted.fd, F_DUPFD_CLOEXEC, 0));
     if (!part.given) throw file_error(errno_code(errno), "duplicate descriptor", part.path);
   }
-  for (const Extent& extent : wanted.extents) {
-    const std::uint32_t index = first_extent++;
+  for (std::uint32_t index = 0; index < wanted.extents.size(); ++index) {
+    const Extent& extent = wanted.extents[index];
     if (extent.size_bytes == 0) continue;
     part.extents.push_back({extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target), index,
-                            on_device(engine, extent.target)});
+                            on_device(engine, extent.target), extent.priority});
     state.total_bytes += extent.size_bytes;
   }
 }
@@ -108,12 +109,9 @@ std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadReque
   check_targets(request.files);
   auto state = new_transfer(engine, TransferState::Direction::kLoad, request.deadline, completion);
   state->after = request.after;
-  std::uint32_t first_extent = 0;
   try {
-    for (FileExtents& file : request.files) {
-      const auto count = static_cast<std::uint32_t>(file.extents.size());
-      add_part(engine, *state, std::move(file), request.cache, std::exchange(first_extent, first_extent + count));
-    }
+    for (FileExtents& file : request.files)
+      add_part(engine, *state, std::move(file), request.cache, request.report_extents && completion);
   } catch (const Error& error) {
     state->failure = Failure(error);
   }

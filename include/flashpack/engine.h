@@ -41,6 +41,9 @@ struct Extent {
   /// `size_bytes` writable bytes of host memory or of the engine's device, borrowed until the transfer has finished.
   /// EFAULT if host memory cannot be written.
   void* target = nullptr;
+  /// Extents with a lower value are read before the others of their file, those with the same value in the order of the
+  /// file. What is in the page cache does not wait for what is not.
+  std::uint16_t priority = 0;
 };
 
 /// The wanted extents of one file. They may overlap in the file, but not in memory.
@@ -50,12 +53,14 @@ struct FileExtents {
   std::optional<FileIdentity> expected;  ///< If set and the file differs, the load fails with Errc::kFileChanged.
   /// If set, every stripe that is read whole is compared with its checksum, and a difference is Errc::kCorrupt.
   /// TransferStats::verified_bytes counts the bytes of these stripes. Nothing is compared if extents overlap in the
-  /// file, or if extents for the host and the device alternate in it less than 64 KiB apart;
-  /// TransferStats::fallback_reason says so.
+  /// file, or if extents for the host and the device, or of different priorities, alternate in it less than 64 KiB
+  /// apart; TransferStats::fallback_reason says so.
   std::optional<Checksums> checksums;
   /// A readable descriptor of the file, borrowed until start_load() has returned; if negative, `path` is opened. With
   /// it the load reads the same file as the footer that the caller has read, even if another file is at `path` by now.
-  /// The engine uses a duplicate and does not change the descriptor's position.
+  /// The engine uses a duplicate and does not change the descriptor's position, so that one descriptor serves any
+  /// number of loads, also at the same time, and none of them looks at the path again. Loads of a path share the
+  /// engine's own descriptor as long as one of them is under way.
   int fd = -1;
 };
 
@@ -74,6 +79,7 @@ enum class AfterLoad : std::uint8_t {
 };
 
 struct LoadRequest {
+  /// Files are read in this order, but one of which at most one chunk is wanted does not wait for larger ones.
   std::vector<FileExtents> files;
   CachePolicy cache = CachePolicy::kAuto;
   AfterLoad after = AfterLoad::kKeep;
@@ -86,6 +92,8 @@ struct LoadRequest {
   CUstream_st* stream = nullptr;
   /// When it passes, the transfer ends as by Transfer::cancel(), but with kDeadlineExceeded.
   std::optional<Deadline> deadline;
+  /// Whether Completion::landed() is called for each extent, so that the first can be used while the rest is read.
+  bool report_extents = false;
 };
 
 /// Options for the whole life of an engine. The defaults suit one local disk; flashpack_tune finds better ones for

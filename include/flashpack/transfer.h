@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -102,12 +103,45 @@ class Transfer {
   std::shared_ptr<internal::TransferState> state_;
 };
 
-/// Notification that a transfer has finished, successfully or not.
+/// Notification that a transfer has finished, successfully or not, and that single extents of a load have landed. A
+/// runtime that computes on the first layers while the others are read:
+///
+///   struct Layers final : flashpack::Completion {
+///     void landed(std::size_t, std::size_t layer) noexcept override { tell(ready[layer]); }
+///     void done(flashpack::Transfer& load) noexcept override {
+///       failed = static_cast<bool>(load.error());
+///       for (auto& layer : ready) tell(layer);
+///     }
+///     static void tell(std::atomic<bool>& layer) { layer = true, layer.notify_one(); }
+///     std::array<std::atomic<bool>, 80> ready{};
+///     std::atomic<bool> failed = false;
+///   } layers;
+///   flashpack::Transfer load = engine.start_load({.files = {file}, .report_extents = true}, &layers);
+///   for (std::size_t layer = 0; layer < 80; ++layer) {  // file.extents has one extent for each layer.
+///     layers.ready[layer].wait(false);
+///     if (layers.failed) break;
+///     compute(layer);
+///   }
+///   load.wait();
 struct Completion {
   /// Called once, on the engine's driver thread, when nothing is in flight any more. `transfer` is the engine's own
   /// handle of the finished transfer, valid during the call; wait() on it returns or throws at once. The call must not
   /// block and must not destroy the engine.
   virtual void done(Transfer& transfer) noexcept = 0;
+
+  /// Called for loads with LoadRequest::report_extents, on the engine's driver thread, when extent `extent` of file
+  /// `file` of the request has landed: all of its bytes are in host memory for any thread, or in device memory for work
+  /// that is launched on any stream from now on. Extents land in any order, each once; those of no bytes do, too. All
+  /// have landed before done() is called, unless the transfer has failed.
+  ///
+  /// With checksums, an extent lands when every stripe that is read whole and has bytes of it has matched, for which it
+  /// waits for other extents of the request in the same EngineOptions::chunk_bytes of the file. The bytes of an extent
+  /// that has landed stay valid if the transfer fails later, for any reason but Errc::kFileChanged, which is found out
+  /// at the end.
+  ///
+  /// The call must not block. It may call Transfer::cancel(), after which other extents may still land, and may start
+  /// transfers, but must not destroy this one or the engine.
+  virtual void landed([[maybe_unused]] std::size_t file, [[maybe_unused]] std::size_t extent) noexcept {}
 
  protected:
   ~Completion() = default;

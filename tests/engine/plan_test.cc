@@ -52,6 +52,29 @@ TEST(Plan, ThousandSmallTensorsShareOneRead) {
   EXPECT_EQ(plan.chunks[0].size_bytes, 999 * 1000 + 900);
 }
 
+TEST(Plan, ChunksAreInTheOrderOfPriorityAndThenOfTheFile) {
+  const std::vector<Fragment> extents = {{0, 1000, at(1ull << 30), 0, false, 1},
+                                         {1000, 1000, at(1ull << 31), 1, false, 0},
+                                         {2000, 1000, at(1ull << 32), 2, false, 1},
+                                         {kChunk, 1000, at(1ull << 33), 3, true, 0},
+                                         {3 * kChunk, 1000, at(1ull << 34), 4, false, 0}};
+  const Plan plan = plan_of(extents);
+  std::vector<std::uint32_t> order;
+  for (const Fragment& fragment : plan.fragments) order.push_back(fragment.extent);
+  EXPECT_EQ(order, (std::vector<std::uint32_t>{1, 4, 3, 0, 2}));
+  ASSERT_EQ(plan.chunks.size(), 4u) << "the first and the third share a read, but not with the urgent one between them";
+  EXPECT_EQ(plan.chunks[3].size_bytes, 3000u);
+}
+
+TEST(Plan, ExtentsOfTwoPrioritiesShareNoChunk) {
+  const Plan plan = plan_of({{0, 10, at(1ull << 30), 0, false, 0},
+                             {20, 10, at(1ull << 31), 1, false, 0},
+                             {10, 10, at(1ull << 32), 2, false, 1}});
+  ASSERT_EQ(plan.chunks.size(), 2u);
+  EXPECT_EQ(plan.chunks[0].fragment_count, 2u);
+  EXPECT_EQ(plan.fragments_of(plan.chunks[1]).front().extent, 2u);
+}
+
 TEST(Plan, AGapWorthSkippingSplitsTheRead) {
   EXPECT_EQ(plan_of({{0, 10, at(1ull << 30)}, {200'000, 10, at(1ull << 31)}}).chunks.size(), 2u);
   EXPECT_EQ(plan_of({{0, 10, at(1ull << 30)}, {60'000, 10, at(1ull << 31)}}).chunks.size(), 1u);

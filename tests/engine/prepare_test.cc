@@ -65,10 +65,10 @@ class PrepareTest : public ::testing::Test {
                             .fallback_reason = "memory: small pages"};
 };
 
-TEST_F(PrepareTest, ExtentsAreNumberedThroughAllFilesOfALoad) {
+TEST_F(PrepareTest, ExtentsAreNumberedAsInTheRequest) {
   const auto load =
       prepare_load(engine_,
-                   {.files = {{.path = "a", .extents = {{0, 5, at(4096)}, {9, 0, nullptr}, {5, 5, at(8192)}}},
+                   {.files = {{.path = "a", .extents = {{0, 5, at(4096)}, {9, 0, nullptr}, {5, 5, at(8192), 6}}},
                               {.path = "b", .extents = {}},
                               {.path = "c", .extents = {{7, 3, at(100)}}}}},
                    nullptr);
@@ -76,8 +76,11 @@ TEST_F(PrepareTest, ExtentsAreNumberedThroughAllFilesOfALoad) {
   ASSERT_EQ(load->parts[0].extents.size(), 2u) << "one of no bytes is nothing to read";
   EXPECT_EQ(load->parts[0].extents[0].extent, 0u);
   EXPECT_EQ(load->parts[0].extents[1].extent, 2u);
+  EXPECT_EQ(load->parts[0].extents[1].priority, 6u);
+  EXPECT_EQ(load->parts[0].reported_extents, 0u) << "nobody wants to know";
   ASSERT_EQ(load->parts[2].extents.size(), 1u);
-  EXPECT_EQ(load->parts[2].extents[0].extent, 3u);
+  EXPECT_EQ(load->parts[2].extents[0].extent, 0u);
+  EXPECT_EQ(load->parts[2].index, 2u);
   EXPECT_EQ(load->total_bytes, 13u);
 }
 

@@ -66,13 +66,15 @@ class PipelineRig {
     Completion* completion = nullptr;
     bool cancelled = false;
     std::optional<Checksums> checksums;
+    bool report_extents = false;
   };
 
   Transfer start(const Load& load) {
     LoadRequest request{.files = {{.path = load.path, .extents = load.extents, .checksums = load.checksums}},
                         .cache = load.cache,
                         .stream = load.stream,
-                        .deadline = load.deadline};
+                        .deadline = load.deadline,
+                        .report_extents = load.report_extents};
     return start(internal::prepare_load(facts_, std::move(request), load.completion), load.cancelled);
   }
 

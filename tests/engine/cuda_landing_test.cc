@@ -1,0 +1,77 @@
+// What a completion is told of extents that go to a device.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <memory>
+#include <span>
+#include <thread>
+
+#include "tests/support/device_test.h"
+#include "tests/support/guarded_memory.h"
+
+namespace flashpack {
+namespace {
+
+using testing::cuda;
+using testing::kHang;
+using testing::kMiB;
+
+class CudaLandingTest : public testing::DeviceTest {};
+
+INSTANTIATE_TEST_SUITE_P(Backends, CudaLandingTest, testing::kBackends, testing::backend_name);
+
+// Looks at the bytes as soon as it is told of them.
+struct Looks final : Completion {
+  explicit Looks(std::function<bool(std::size_t)> look) : is_right(std::move(look)) {}
+  void landed(std::size_t, std::size_t extent) noexcept override {
+    EXPECT_TRUE(is_right(extent)) << "extent " << extent;
+    ++count;
+  }
+  void done(Transfer&) noexcept override {}
+  std::function<bool(std::size_t)> is_right;
+  std::atomic<std::size_t> count = 0;
+};
+
+TEST_P(CudaLandingTest, AnExtentIsToldWhenTheDeviceHasItsBytes) {
+  std::byte* const target = cuda().allocate(bytes_.size());
+  testing::GuardedMemory on_host(kMiB);
+  FileExtents file{.path = path_};
+  for (std::uint64_t at = 0; at + 700'000 <= bytes_.size() - kMiB; at += 700'000)
+    file.extents.push_back({at, 700'000, target + at});
+  file.extents.push_back({bytes_.size() - kMiB, kMiB, on_host.data()});
+  for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
+    cuda().poison(target, bytes_.size());
+    Looks looks([&](std::size_t index) {
+      const Extent& extent = file.extents.at(index);
+      const auto bytes = std::span(bytes_).subspan(extent.offset_bytes, extent.size_bytes);
+      if (extent.target == on_host.data()) return std::ranges::equal(bytes, std::span(on_host.data(), kMiB));
+      return cuda().holds(static_cast<std::byte*>(extent.target), bytes);
+    });
+    cuda().hold(true);
+    Transfer transfer = engine_->start_load({.files = {file}, .cache = cache, .report_extents = true}, &looks);
+    while (cuda().copies_under_way(1) < 8) std::this_thread::yield();
+    EXPECT_LE(looks.count, 1u) << "only the one on the host";
+    cuda().hold(false);
+    ASSERT_TRUE(transfer.wait_for(kHang));
+    EXPECT_FALSE(transfer.error()) << transfer.error_text();
+    EXPECT_EQ(looks.count, file.extents.size());
+  }
+}
+
+TEST_P(CudaLandingTest, AfterAnErrorOfTheDeviceNothingIsToldThatItHasNot) {
+  std::byte* const target = cuda().allocate(bytes_.size());
+  FileExtents file{.path = path_};
+  for (std::uint64_t at = 0; at + kMiB <= bytes_.size(); at += kMiB) file.extents.push_back({at, kMiB, target + at});
+  Looks looks([&](std::size_t index) {
+    return cuda().holds(target + index * kMiB, std::span(bytes_).subspan(index * kMiB, kMiB));
+  });
+  cuda().fail("cudaMemcpyAsync", 6, cudaErrorInvalidValue);
+  Transfer transfer =
+      engine_->start_load({.files = {file}, .cache = CachePolicy::kDirect, .report_extents = true}, &looks);
+  ASSERT_TRUE(transfer.wait_for(kHang));
+  EXPECT_TRUE(transfer.error());
+  EXPECT_LT(looks.count, file.extents.size());
+}
+
+}  // namespace
+}  // namespace flashpack
