@@ -13,6 +13,7 @@
 #include <iostream>
 #include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -207,6 +208,34 @@ void bench_verified(benchmark::State& state, const Setup& setup, Cache cache) {
   bench_in_turns(state, setup, {{verified, none}, {plain, none}}, stats, cache);
 }
 
+// Measures what it costs to be told when each of 1,000 extents has landed.
+void bench_reported(benchmark::State& state, const Setup& setup, Cache cache) {
+  struct Counter final : Completion {
+    void landed(std::size_t, std::size_t) noexcept override { ++extents; }
+    void done(Transfer&) noexcept override {}
+    std::uint64_t extents = 0;
+  };
+  constexpr std::uint64_t kExtents = 1000;
+  constexpr std::uint64_t kPageBytes = 4096;
+  const std::uint64_t size = setup.checkpoint.metadata().payload_bytes;
+  const auto begin_of = [size](std::uint64_t i) {
+    return i == kExtents ? size : size / kExtents * i / kPageBytes * kPageBytes;
+  };
+  TransferStats stats;
+  const auto load = [&](bool report) {
+    return [&, report](std::byte* target) {
+      FileExtents file{.path = setup.checkpoint.path()};
+      for (std::uint64_t i = 0; i < kExtents; ++i)
+        file.extents.push_back({begin_of(i), begin_of(i + 1) - begin_of(i), target + begin_of(i)});
+      Counter counter;
+      stats = setup.engine.start_load({.files = {std::move(file)}, .report_extents = report}, &counter).wait();
+      if (counter.extents != (report ? kExtents : 0)) throw std::runtime_error("reported extents are not all there");
+    };
+  };
+  const Series none(size);
+  bench_in_turns(state, setup, {{load(true), none}, {load(false), none}}, stats, cache);
+}
+
 // Measures small loads of cached bytes one after the other, which shows the cost of a load as such.
 void bench_small(benchmark::State& state, const Setup& setup) {
   constexpr std::uint64_t kLoads = 1000;
@@ -336,6 +365,11 @@ void register_all(const Setup& setup, int rounds) {
   };
   add_verified("load/cold/verified_beside_not", Cache::kCold);
   add_verified("load/page_cache/verified_beside_not", Cache::kResident);
+  const auto add_reported = [&](const char* name, Cache cache) {
+    add(name, [&setup, cache](benchmark::State& state) { bench_reported(state, setup, cache); });
+  };
+  add_reported("load/cold/reported_beside_not", Cache::kCold);
+  add_reported("load/page_cache/reported_beside_not", Cache::kResident);
   const auto add_store = [&](const char* name, Place place, std::size_t offset) {
     add(name, [&setup, place, offset](benchmark::State& state) { bench_store(state, setup, place, offset); });
   };
