@@ -2,10 +2,15 @@
 
 #include <gtest/gtest.h>
 
-#include <fstream>
+#include <algorithm>
+#include <cstring>
 #include <numeric>
+#include <random>
+#include <span>
 #include <tuple>
 #include <vector>
+
+#include "tests/support/temp_dir.h"
 
 namespace flashpack {
 namespace {
@@ -122,11 +127,11 @@ TEST(PlanSegments, OnTheHostEverySegmentIsABlockForItsPlaceInTheFile) {
     EXPECT_EQ(plan.segments[i].block, i);
     EXPECT_EQ(plan.segments[i].block_offset, 0U);
     EXPECT_EQ(plan.blocks[i].size_bytes, plan.segments[i].size_bytes);
-    EXPECT_EQ(plan.blocks[i].offset_bytes, plan.segments[i].offset_bytes);
+    EXPECT_EQ(plan.blocks[i].phase_bytes, plan.segments[i].offset_bytes);
   }
 }
 
-class PlanOnADevice : public testing::TestWithParam<std::tuple<std::uint64_t, Verify>> {
+class PlanOnADevice : public ::testing::TestWithParam<std::tuple<std::uint64_t, Verify>> {
  protected:
   // Small tensors and large ones, the other way round in the file, and some between them that are not wanted.
   PlanOnADevice() : metadata_(mixed_file(std::get<0>(GetParam()))) {
@@ -151,8 +156,8 @@ class PlanOnADevice : public testing::TestWithParam<std::tuple<std::uint64_t, Ve
 };
 
 INSTANTIATE_TEST_SUITE_P(Files, PlanOnADevice,
-                         testing::Combine(testing::Values(0, 24, 128, 4096),
-                                          testing::Values(Verify::kAuto, Verify::kAlways)));
+                         ::testing::Combine(::testing::Values(0, 24, 128, 4096),
+                                          ::testing::Values(Verify::kAuto, Verify::kAlways)));
 
 TEST_P(PlanOnADevice, EveryTensorIsReadToAMultipleOf256Bytes) {
   for (std::size_t i = 0; i < wanted_.size(); ++i) {
@@ -188,6 +193,140 @@ TEST_P(PlanOnADevice, BlocksOfSmallTensorsAreSmallAndNoneIsLargerThanASegmentMay
   EXPECT_FALSE(with_small.empty());
   for (const std::size_t block : with_small) EXPECT_LE(plan_.blocks[block].size_bytes, 2 * kMiB);
   for (const SegmentPlan::Block& block : plan_.blocks) EXPECT_LE(block.size_bytes, 16 * kMiB);
+}
+
+/// The records of a safetensors file whose payload begins at `begin`, one after the other.
+Metadata safetensors_file(std::uint64_t begin, const std::vector<std::pair<DType, std::int64_t>>& tensors) {
+  Metadata metadata{.format = FileFormat::kSafetensors, .payload_bytes = begin};
+  for (const auto& [dtype, elems] : tensors) {
+    const std::uint64_t size_bytes = static_cast<std::uint64_t>(elems) * element_bytes(dtype);
+    metadata.records.push_back({.name = std::to_string(metadata.records.size()),
+                                .dtype = dtype,
+                                .shape = {elems},
+                                .offset_bytes = metadata.payload_bytes,
+                                .size_bytes = size_bytes});
+    metadata.payload_bytes += size_bytes;
+  }
+  return metadata;
+}
+
+TEST(PlanSegments, AlignedTensorsOfASafetensorsFileAreOneSegmentOfTheFilesPhase) {
+  const Metadata metadata = safetensors_file(1000, {{DType::kInt64, 3}, {DType::kFloat32, 1}, {DType::kUInt8, 7}});
+  const SegmentPlan plan = plan_on_host(metadata, all_of(metadata));
+  ASSERT_EQ(plan.blocks.size(), 1U);
+  EXPECT_EQ(plan.blocks[0].phase_bytes, 1000U);
+  EXPECT_EQ(segments_of(plan), (Indices{0, 0, 0}));
+}
+
+TEST(PlanSegments, TensorsThatAreAllShiftedByTheSameAreOneAlignedSegment) {
+  const Metadata metadata = safetensors_file(1001, {{DType::kInt64, 3}, {DType::kFloat32, 1}, {DType::kUInt8, 7}});
+  const SegmentPlan plan = plan_on_host(metadata, all_of(metadata));
+  EXPECT_EQ(segments_of(plan), (Indices{0, 0, 0}));
+  EXPECT_EQ(plan.blocks[0].phase_bytes, 0U);
+  EXPECT_EQ(plan.block_offset(plan.places[0]), 0U);
+}
+
+TEST(PlanSegments, ALargeAlignedTensorIsReadInPlaceWhateverItsNeighboursAre) {
+  const auto size = static_cast<std::int64_t>(3 * kMiB);
+  const Metadata metadata = safetensors_file(1001, {{DType::kFloat32, 5}, {DType::kUInt8, 7}, {DType::kFloat32, size}});
+  const SegmentPlan plan = plan_on_host(metadata, {0, 2});
+  EXPECT_EQ(plan.segments[plan.places[1].segment].offset_bytes, 1028U);
+  EXPECT_EQ(plan.blocks[plan.segments[plan.places[1].segment].block].phase_bytes, 1028U);
+}
+
+TEST(PlanSegments, ManySmallTensorsThatAreShiftedInTurnShareFewBlocks) {
+  std::vector<std::pair<DType, std::int64_t>> tensors;
+  for (int i = 0; i < 30'000; ++i) tensors.insert(tensors.end(), {{DType::kFloat8E4M3FN, 501}, {DType::kFloat32, 1}});
+  const Metadata metadata = safetensors_file(1000, tensors);
+  for (const auto kind : {Device::Kind::kHost, Device::Kind::kCuda}) {
+    const SegmentPlan plan = plan_segments(metadata, all_of(metadata), kind);
+    EXPECT_LT(plan.blocks.size(), 25U);
+  }
+}
+
+/// Memory for the blocks of a plan, at addresses of their phases, filled as a load does it.
+class Loaded {
+ public:
+  Loaded(const SegmentPlan& plan, std::span<const std::byte> file) : plan_(plan) {
+    for (const SegmentPlan::Block& block : plan.blocks) memory_.emplace_back(block.size_bytes, std::byte{0xee});
+    for (const Segment& segment : plan.segments) {
+      const auto from = file.subspan(segment.offset_bytes, segment.size_bytes);
+      std::memcpy(memory_[segment.block].data() + segment.block_offset, from.data(), from.size());
+    }
+  }
+
+  std::span<const std::byte> bytes(const SegmentPlan::Place& place, std::uint64_t size_bytes) const {
+    const std::size_t block = plan_.segments[place.segment].block;
+    return std::span(memory_[block]).subspan(plan_.block_offset(place), size_bytes);
+  }
+  std::uint64_t address_in_page(const SegmentPlan::Place& place) const {
+    return plan_.blocks[plan_.segments[place.segment].block].phase_bytes + plan_.block_offset(place);
+  }
+
+ private:
+  const SegmentPlan& plan_;
+  std::vector<std::vector<std::byte>> memory_;
+};
+
+class RandomLayout : public ::testing::TestWithParam<unsigned> {
+ protected:
+  RandomLayout() {
+    std::vector<std::pair<DType, std::int64_t>> tensors;
+    for (int i = 0; i < 200; ++i) {
+      const auto dtype = static_cast<DType>(number(0, static_cast<std::uint64_t>(DType::kFloat4E2M1FNX2)));
+      const std::uint64_t most = number(0, 9) == 0 ? 150'000 : 300;
+      tensors.emplace_back(dtype, static_cast<std::int64_t>(number(0, most)));
+    }
+    metadata_ = safetensors_file(number(10, 5000), tensors);
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      if (number(0, 3) > 0) wanted_.push_back(i);
+    }
+    std::ranges::shuffle(wanted_, random_);
+    file_ = testing::random_bytes(metadata_.payload_bytes, GetParam());
+  }
+
+  std::uint64_t number(std::uint64_t least, std::uint64_t most) {
+    return std::uniform_int_distribution<std::uint64_t>(least, most)(random_);
+  }
+
+  std::mt19937_64 random_{GetParam()};
+  Metadata metadata_;
+  Indices wanted_;
+  std::vector<std::byte> file_;
+};
+
+INSTANTIATE_TEST_SUITE_P(Seeds, RandomLayout, ::testing::Range(0U, 10U));
+
+TEST_P(RandomLayout, EveryTensorGetsItsBytesAndIsAligned) {
+  for (const auto kind : {Device::Kind::kHost, Device::Kind::kCuda}) {
+    const SegmentPlan plan = plan_segments(metadata_, wanted_, kind, Verify::kAuto, 4 * kMiB);
+    const Loaded loaded(plan, file_);
+    for (std::size_t i = 0; i < wanted_.size(); ++i) {
+      const TensorRecord& record = metadata_.records[wanted_[i]];
+      if (record.size_bytes == 0) continue;
+      const auto expected = std::span(file_).subspan(record.offset_bytes, record.size_bytes);
+      EXPECT_TRUE(std::ranges::equal(loaded.bytes(plan.places[i], record.size_bytes), expected));
+      const bool on_device = kind != Device::Kind::kHost;
+      const std::uint64_t place =
+          on_device ? plan.block_offset(plan.places[i]) : loaded.address_in_page(plan.places[i]);
+      EXPECT_EQ(place % (on_device ? kDeviceAlignBytes : element_bytes(record.dtype)), 0U);
+    }
+  }
+}
+
+TEST_P(RandomLayout, SegmentsOverlapNeitherInTheFileNorInTheirBlocks) {
+  for (const auto kind : {Device::Kind::kHost, Device::Kind::kCuda}) {
+    const SegmentPlan plan = plan_segments(metadata_, wanted_, kind, Verify::kAuto, 4 * kMiB);
+    std::uint64_t end = 0;
+    std::vector<std::uint64_t> used(plan.blocks.size());
+    for (const Segment& segment : plan.segments) {
+      EXPECT_GE(segment.offset_bytes, end);
+      end = segment.offset_bytes + segment.size_bytes;
+      EXPECT_GE(segment.block_offset, used.at(segment.block));
+      used[segment.block] = segment.block_offset + segment.size_bytes;
+      EXPECT_LE(used[segment.block], plan.blocks[segment.block].size_bytes);
+    }
+  }
 }
 
 TEST(PlanSegments, MacroblocksArePlannedAsTensorsAre) {

@@ -31,11 +31,7 @@ class Planner {
   SegmentPlan run(Verify verify) {
     group();
     widen(verify);
-    if (on_device_) {
-      place_in_shared_blocks();
-    } else {
-      place_in_blocks_of_their_own();
-    }
+    place();
     return std::move(plan_);
   }
 
@@ -53,12 +49,12 @@ class Planner {
     }
     std::ranges::sort(order, {}, [&](std::size_t i) { return record(i).offset_bytes; });
     plan_.places.resize(wanted_.size());
-    bool is_small = false;
     for (const std::size_t i : order) {
       const TensorRecord& next = record(i);
-      if (plan_.segments.empty() || !joins(next, is_small)) {
+      if (plan_.segments.empty() || !joins(next)) {
         plan_.segments.push_back({.offset_bytes = next.offset_bytes});
-        is_small = next.size_bytes < kSmallBytes;
+        kinds_.push_back(
+            {.is_small = is_small(next), .is_shifted = !on_device_ && !is_aligned(next, next.offset_bytes)});
       }
       Segment& segment = plan_.segments.back();
       const std::uint64_t begin = next.offset_bytes - segment.offset_bytes;
@@ -67,16 +63,25 @@ class Planner {
     }
   }
 
-  // Whether `next` can go to the last segment; `is_small` says whether that segment's tensors are small.
-  bool joins(const TensorRecord& next, bool is_small) const {
+  // Whether `next` can go to the last segment.
+  bool joins(const TensorRecord& next) const {
     const Segment& last = plan_.segments.back();
+    const Kind& kind = kinds_.back();
     const std::uint64_t begin = next.offset_bytes - last.offset_bytes;
     assert(begin >= last.size_bytes && "records do not overlap, and none is wanted twice");
     const std::uint64_t gap_bytes = begin - last.size_bytes;
     const std::uint64_t end = begin + next.size_bytes;
-    if (!on_device_) return gap_bytes <= kMaxGapBytes && end <= max_bytes_;
-    return is_small == (next.size_bytes < kSmallBytes) && gap_bytes < kMaxDevicePaddingBytes &&
-           begin % kDeviceAlignBytes == 0 && end <= (is_small ? kSmallBlockBytes : max_bytes_);
+    if (!on_device_) {
+      return gap_bytes <= kMaxGapBytes && end <= max_bytes_ &&
+             is_aligned(next, kind.is_shifted ? begin : next.offset_bytes);
+    }
+    return kind.is_small == is_small(next) && gap_bytes < kMaxDevicePaddingBytes && begin % kDeviceAlignBytes == 0 &&
+           end <= (kind.is_small ? kSmallBlockBytes : max_bytes_);
+  }
+
+  static bool is_small(const TensorRecord& record) { return record.size_bytes < kSmallBytes; }
+  static bool is_aligned(const TensorRecord& record, std::uint64_t offset_bytes) {
+    return offset_bytes % element_bytes(record.dtype) == 0;
   }
 
   // Extends segments over padding and, if all is to be verified, to the borders of stripes.
@@ -87,7 +92,6 @@ class Planner {
     const std::uint64_t align_bytes = std::clamp<std::uint64_t>(metadata_.container.align_bytes, 1, kMostBytes);
     const std::uint64_t longest_padding_bytes = std::lcm(align_bytes, std::uint64_t{16}) - 1;
     std::vector<Segment>& segments = plan_.segments;
-    leads_.resize(segments.size());
     std::uint64_t free = 0;
     for (std::size_t i = 0; i < segments.size(); ++i) {
       std::uint64_t begin = segments[i].offset_bytes;
@@ -99,51 +103,66 @@ class Planner {
         end = std::min(limit, round_up(end, kStripeBytes));
       }
       if (limit - end <= longest_padding_bytes) end = limit;
-      leads_[i] = segments[i].offset_bytes - begin;
+      kinds_[i].lead_bytes = segments[i].offset_bytes - begin;
       segments[i].offset_bytes = begin;
       segments[i].size_bytes = end - begin;
       free = end;
     }
     for (SegmentPlan::Place& place : plan_.places) {
-      if (place.segment != SegmentPlan::Place::kNowhere) place.offset_bytes += leads_[place.segment];
+      if (place.segment != SegmentPlan::Place::kNowhere) place.offset_bytes += kinds_[place.segment].lead_bytes;
     }
   }
 
-  void place_in_blocks_of_their_own() {
-    for (Segment& segment : plan_.segments) {
-      segment.block = plan_.blocks.size();
-      plan_.blocks.push_back({.size_bytes = segment.size_bytes, .offset_bytes = segment.offset_bytes});
-    }
-  }
-
-  void place_in_shared_blocks() {
-    constexpr std::size_t kNone = ~std::size_t{0};
-    std::size_t last_small = kNone;
-    std::size_t last_large = kNone;
+  // On the host, segments that are not shifted have blocks of their own, for these can be read in place. In a file
+  // with shifted ones, whose tensors may be shifted differently in turn, only the larger segments have, because the
+  // number of a process's mappings is limited.
+  void place() {
+    const bool any_shifted = std::ranges::any_of(kinds_, &Kind::is_shifted);
     for (std::size_t i = 0; i < plan_.segments.size(); ++i) {
       Segment& segment = plan_.segments[i];
-      const bool is_small = segment.size_bytes <= kSmallBlockBytes;
-      std::size_t& last = is_small ? last_small : last_large;
-      // The segment begins so that its first tensor is aligned.
-      const std::uint64_t skip_bytes = round_up(leads_[i], kDeviceAlignBytes) - leads_[i];
-      if (last != kNone) segment.block_offset = round_up(plan_.blocks[last].size_bytes, kDeviceAlignBytes) + skip_bytes;
-      if (last == kNone || segment.block_offset + segment.size_bytes > (is_small ? kSmallBlockBytes : max_bytes_)) {
-        last = plan_.blocks.size();
-        plan_.blocks.push_back({.offset_bytes = segment.offset_bytes});
-        segment.block_offset = skip_bytes;
+      const bool by_first = on_device_ || kinds_[i].is_shifted;
+      if (by_first || (any_shifted && segment.size_bytes <= kSmallBlockBytes)) {
+        // The first tensor is aligned, or all are as they are in the file.
+        place_in_shared_block(segment, by_first ? -kinds_[i].lead_bytes : segment.offset_bytes);
+      } else {
+        segment.block = plan_.blocks.size();
+        plan_.blocks.push_back({.size_bytes = segment.size_bytes, .phase_bytes = segment.offset_bytes});
       }
-      segment.block = last;
-      assert((segment.block_offset + leads_[i]) % kDeviceAlignBytes == 0);
-      plan_.blocks[last].size_bytes = segment.block_offset + segment.size_bytes;
     }
   }
+
+  // The segment begins at `phase_bytes`, modulo kDeviceAlignBytes.
+  void place_in_shared_block(Segment& segment, std::uint64_t phase_bytes) {
+    const bool is_small = segment.size_bytes <= kSmallBlockBytes;
+    std::size_t& last = is_small ? last_small_ : last_large_;
+    const std::uint64_t skip_bytes = phase_bytes % kDeviceAlignBytes;
+    if (last != kNone) segment.block_offset = round_up(plan_.blocks[last].size_bytes, kDeviceAlignBytes) + skip_bytes;
+    if (last == kNone || segment.block_offset + segment.size_bytes > (is_small ? kSmallBlockBytes : max_bytes_)) {
+      last = plan_.blocks.size();
+      plan_.blocks.push_back({});
+      segment.block_offset = skip_bytes;
+    }
+    segment.block = last;
+    plan_.blocks[last].size_bytes = segment.block_offset + segment.size_bytes;
+  }
+
+  static constexpr std::size_t kNone = ~std::size_t{0};
+
+  // What is known of a segment while it is planned.
+  struct Kind {
+    bool is_small = false;         // Its tensors are small.
+    bool is_shifted = false;       // Its tensors are at no multiples of their element size in the file.
+    std::uint64_t lead_bytes = 0;  // Its bytes before its first tensor.
+  };
 
   const Metadata& metadata_;
   const std::span<const std::size_t> wanted_;
   const bool on_device_;
   const std::uint64_t max_bytes_;
   SegmentPlan plan_;
-  std::vector<std::uint64_t> leads_;  // For each segment, its bytes before its first tensor.
+  std::vector<Kind> kinds_;         // One for each segment.
+  std::size_t last_small_ = kNone;  // The block that is being filled with small segments.
+  std::size_t last_large_ = kNone;  // The one that is being filled with larger segments.
 };
 
 }  // namespace

@@ -22,11 +22,11 @@ struct Segment {
 
 /// The bytes to read for some records, and where each goes.
 struct SegmentPlan {
-  /// Memory to allocate. On the host, address and `offset_bytes` should be equal modulo the page, so that the engine
-  /// can read in place.
+  /// Memory to allocate. On the host, address and `phase_bytes` have to be equal modulo the page, so that tensors are
+  /// aligned and the engine can read in place.
   struct Block {
     std::uint64_t size_bytes = 0;
-    std::uint64_t offset_bytes = 0;  ///< File offset of the block's first bytes.
+    std::uint64_t phase_bytes = 0;  ///< The file offset of the block's first bytes; 0 if it is not read in place.
   };
   /// Where the bytes of a record are. An empty tensor is in no segment.
   struct Place {
@@ -55,8 +55,12 @@ inline constexpr std::uint64_t kDeviceAlignBytes = 256;
 /// Groups the records at `wanted`, in any order, into segments. A segment takes in the padding that follows it, because
 /// only whole stripes can be verified; with Verify::kAlways it reaches to the borders of stripes.
 ///
-/// On the host every segment is a block. On a device every tensor begins at a multiple of kDeviceAlignBytes in its
-/// block, and small tensors share small blocks, so that a small tensor that outlives the others keeps little memory.
+/// On the host every segment is a block with the phase of the file, and is read in place. Writers of safetensors files
+/// may put tensors at offsets that are no multiples of their element size; in memory these are aligned. They are in
+/// other segments, which are not read in place and share blocks, as do the small segments of such a file.
+///
+/// On a device every tensor begins at a multiple of kDeviceAlignBytes in its block, and small tensors share small
+/// blocks, so that a small tensor that outlives the others keeps little memory.
 SegmentPlan plan_segments(const Metadata& metadata, std::span<const std::size_t> wanted, Device::Kind kind,
                           Verify verify = Verify::kAuto, std::uint64_t max_segment_bytes = kMaxSegmentBytes);
 
