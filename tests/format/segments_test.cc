@@ -157,7 +157,7 @@ class PlanOnADevice : public ::testing::TestWithParam<std::tuple<std::uint64_t, 
 
 INSTANTIATE_TEST_SUITE_P(Files, PlanOnADevice,
                          ::testing::Combine(::testing::Values(0, 24, 128, 4096),
-                                          ::testing::Values(Verify::kAuto, Verify::kAlways)));
+                                            ::testing::Values(Verify::kAuto, Verify::kAlways)));
 
 TEST_P(PlanOnADevice, EveryTensorIsReadToAMultipleOf256Bytes) {
   for (std::size_t i = 0; i < wanted_.size(); ++i) {

@@ -102,9 +102,9 @@ LoadedRecords::LoadedRecords(Engine& engine, int fd, const std::filesystem::path
 std::vector<std::byte*> LoadedRecords::allocate() {
   std::vector<std::byte*> addresses;
   const c10::InferenceMode ordinary_tensors(false);
-  for (const auto& [size_bytes, offset_bytes] : plan_.blocks) {
+  for (const auto& [size_bytes, phase_bytes] : plan_.blocks) {
     if (device_.is_cpu()) {
-      regions_.push_back(std::make_shared<internal::HostRegion>(size_bytes, "tensors", offset_bytes));
+      regions_.push_back(std::make_shared<internal::HostRegion>(size_bytes, "tensors", phase_bytes));
       addresses.push_back(regions_.back()->data());
     } else {
       blocks_.push_back(

@@ -33,7 +33,7 @@ using IdentityTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, st
 using SpecTuple = std::tuple<std::string, std::string, std::vector<std::int64_t>>;
 /// Name, file offset in bytes, size in bytes.
 using PlaceTuple = std::tuple<std::string, std::uint64_t, std::uint64_t>;
-/// Size of a block in bytes, and file offset of its first bytes.
+/// Size of a block in bytes, and its phase.
 using BlockTuple = std::tuple<std::uint64_t, std::uint64_t>;
 /// Indices of blocks, and offsets in the blocks in bytes. Two lists of numbers cost Python's garbage collector nothing.
 using PlacesTuple = std::tuple<std::vector<std::size_t>, std::vector<std::uint64_t>>;
@@ -92,7 +92,7 @@ SegmentPlan plan(const Metadata& metadata, const std::vector<std::size_t>& wante
 
 std::vector<BlockTuple> blocks_of(const SegmentPlan& plan) {
   std::vector<BlockTuple> blocks;
-  for (const auto& [size_bytes, offset_bytes] : plan.blocks) blocks.emplace_back(size_bytes, offset_bytes);
+  for (const auto& [size_bytes, phase_bytes] : plan.blocks) blocks.emplace_back(size_bytes, phase_bytes);
   return blocks;
 }
 
@@ -156,7 +156,7 @@ void bind_format(nb::module_& module) {
   nb::class_<SegmentPlan>(module, "SegmentPlan",
                           "The bytes to read for tensors of a file, and the blocks of memory that they go to.")
       .def_prop_ro("blocks", &blocks_of,
-                   "(size in bytes, file offset) of each; on the host the memory has the phase of the offset.")
+                   "(size in bytes, phase) of each; on the host the address has to be the phase modulo the page.")
       .def_prop_ro("places", &places_in_blocks,
                    "The block of each wanted tensor, and the offset in that block in bytes; without meaning for "
                    "empty tensors.")

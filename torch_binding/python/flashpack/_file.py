@@ -17,7 +17,15 @@ from ._casts import check_asked, dtype_when_asked
 from ._device import CPU, DeviceLike, Side, captures_undisturbed, side_of
 from ._engine import left_before_exit
 from ._footer import Entry, Footer, StrPath, Verify, footer_of, open_footer, open_for_reading
-from ._memory import ReadOptions, allocate_block, allocate_tensor, read_tensors, read_to_devices, supported_device
+from ._memory import (
+    ReadOptions,
+    aligned_phase,
+    allocate_block,
+    allocate_tensor,
+    read_tensors,
+    read_to_devices,
+    supported_device,
+)
 from ._native import FlashPackError
 from .utils import is_ignored_tensor_name, listed, string_to_dtype
 
@@ -239,7 +247,7 @@ class TensorSlice:
         counts = [len(each) for each in outer]
         at_once = min(max(1, _WINDOW_BYTES // row_bytes), math.prod(counts))
         origin = self._entry.offset_bytes + ranges[dim].start * row_bytes
-        block = allocate_block(origin, at_once * row_bytes, side.device)
+        block = allocate_block(aligned_phase(origin, self.dtype), at_once * row_bytes, side.device)
         window = block.tensor(self.dtype, (at_once, *self.shape[dim + 1 :]), 0)
         wanted = (slice(None), *(slice(each.start, each.stop, each.step) for each in inner))
         lengths = [len(each) for each in inner]

@@ -53,7 +53,7 @@ class Block(Protocol):
 
 
 class HostBlock:
-    """A mapping of host memory or of a file. Each tensor has a storage of its own."""
+    """A mapping. Each tensor has a storage of its own."""
 
     def __init__(self, buffer: mmap.mmap, skip_bytes: int, size_bytes: int) -> None:
         self._buffer = buffer
@@ -72,6 +72,14 @@ class HostBlock:
         at = self._skip_bytes + offset_bytes
         flat = torch.frombuffer(self._buffer, dtype=dtype, count=math.prod(shape), offset=at)
         return flat if len(shape) == 1 else flat.view(shape).detach()
+
+
+class MappedFile(HostBlock):
+    """A mapping of a whole file. Tensors that the file has at no multiple of their element size are copies."""
+
+    def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> torch.Tensor:
+        mapped = super().tensor(dtype, shape, offset_bytes)
+        return mapped.clone() if offset_bytes % dtype.itemsize else mapped
 
 
 class DeviceBlock:
@@ -94,25 +102,25 @@ class DeviceBlock:
         return cast(torch.Tensor, tensor.set_(self._storage, offset_bytes // dtype.itemsize, shape))
 
 
-def allocate_block(offset_bytes: int, size_bytes: int, device: torch.device = CPU) -> Block:
-    """Allocates memory for bytes of a file from `offset_bytes` on. Its contents are unspecified."""
+def allocate_block(phase_bytes: int, size_bytes: int, device: torch.device = CPU) -> Block:
+    """Allocates memory; on the host its address is `phase_bytes` modulo the page. Its contents are unspecified."""
     if device.type == "cpu":
-        return _allocate_host(offset_bytes, size_bytes)
+        return _allocate_host(phase_bytes, size_bytes)
     return DeviceBlock(torch.empty(size_bytes, dtype=torch.uint8, device=device))
 
 
 def allocate(plan: _native.SegmentPlan, device: torch.device, home: torch.device) -> list[Block]:
     """Allocates the blocks of a plan for `device` on `home`, which is the CPU if the engine cannot use the device."""
     if device.type == "cpu":
-        return [_allocate_host(offset_bytes, size_bytes) for size_bytes, offset_bytes in plan.blocks]
+        return [_allocate_host(phase_bytes, size_bytes) for size_bytes, phase_bytes in plan.blocks]
     return [DeviceBlock(torch.empty(size_bytes, dtype=torch.uint8, device=home)) for size_bytes, _ in plan.blocks]
 
 
-def _allocate_host(offset_bytes: int, size_bytes: int) -> HostBlock:
+def _allocate_host(phase_bytes: int, size_bytes: int) -> HostBlock:
     """Allocates private anonymous memory without touching it.
 
-    Its address and the file offset agree modulo a page (a huge page, if the memory is large enough for one), so that
-    the engine can read whole pages in place.
+    Its address is `phase_bytes` modulo a page (a huge page, if the memory is large enough for one), so that the engine
+    can read whole pages in place if that is the file offset.
     """
     huge = size_bytes >= _HUGE_PAGE_BYTES
     align = _HUGE_PAGE_BYTES if huge else mmap.PAGESIZE
@@ -124,7 +132,12 @@ def _allocate_host(offset_bytes: int, size_bytes: int) -> HostBlock:
         with suppress(OSError):  # Kernels without huge pages refuse the advice; small ones are only slower.
             buffer.madvise(mmap.MADV_HUGEPAGE)
     base = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
-    return HostBlock(buffer, (offset_bytes - base) % align, size_bytes)
+    return HostBlock(buffer, (phase_bytes - base) % align, size_bytes)
+
+
+def aligned_phase(offset_bytes: int, dtype: torch.dtype) -> int:
+    """Returns the phase of memory for elements at `offset_bytes` of a file: that of the file, or 0 to align them."""
+    return 0 if offset_bytes % dtype.itemsize else offset_bytes
 
 
 def allocate_tensor(dtype: str, shape: Sequence[int], offset_bytes: int, device: torch.device) -> torch.Tensor:
@@ -133,16 +146,17 @@ def allocate_tensor(dtype: str, shape: Sequence[int], offset_bytes: int, device:
     size_bytes = math.prod(shape) * torch_dtype.itemsize
     if size_bytes < _HUGE_PAGE_BYTES:  # The number of mappings of a process is limited.
         return torch.empty(tuple(shape), dtype=torch_dtype, device=device)
-    return allocate_block(offset_bytes, size_bytes, device).tensor(torch_dtype, tuple(shape), 0)
+    phase_bytes = aligned_phase(offset_bytes, torch_dtype)
+    return allocate_block(phase_bytes, size_bytes, device).tensor(torch_dtype, tuple(shape), 0)
 
 
-def map_file(footer: Footer) -> HostBlock:
+def map_file(footer: Footer) -> MappedFile:
     """Maps the whole file, privately and writable. If others truncate the file, touching the mapping is SIGBUS."""
     stat = os.fstat(footer.fileno())
     if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != footer.native.identity:
         raise OSError(errno.ESTALE, "the file was changed", footer.path)
     buffer = mmap.mmap(footer.fileno(), stat.st_size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-    return HostBlock(buffer, 0, stat.st_size)
+    return MappedFile(buffer, 0, stat.st_size)
 
 
 class ReadOptions(NamedTuple):
