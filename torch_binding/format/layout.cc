@@ -2,6 +2,7 @@
 #include <array>
 #include <bit>
 #include <boost/locale/utf.hpp>
+#include <concepts>
 #include <limits>
 #include <unordered_map>
 #include <utility>
@@ -123,92 +124,108 @@ void append_macroblock(Metadata& metadata, std::span<const TensorSpec> tensors, 
   container.macroblocks.push_back(macroblock);
 }
 
-void append_field(std::string& out, std::string_view key, std::uint64_t value) {
-  out += '"';
-  out += key;
-  out += "\":";
-  out += std::to_string(value);
+/// Appends JSON to a text, with the commas between values.
+class JsonWriter {
+ public:
+  explicit JsonWriter(std::string& out) : out_(out) {}
+
+  /// Begins and ends an object or an array.
+  void begin(char bracket) {
+    separate();
+    out_ += bracket;
+    is_first_ = true;
+  }
+  void end(char bracket) {
+    out_ += bracket;
+    is_first_ = false;
+  }
+  /// To be followed by the key's value.
+  JsonWriter& key(std::string_view name) {
+    string(name);
+    out_ += ':';
+    is_first_ = true;
+    return *this;
+  }
+  void string(std::string_view utf8) {
+    separate();
+    rules::append_json_string(out_, utf8);
+  }
+  void number(std::integral auto value) {
+    separate();
+    out_ += std::to_string(value);
+  }
+
+ private:
+  void separate() {
+    if (!is_first_) out_ += ',';
+    is_first_ = false;
+  }
+
+  std::string& out_;
+  bool is_first_ = true;
+};
+
+void write_macroblock(JsonWriter& json, const Macroblock& macroblock) {
+  json.begin('{');
+  json.key("dtype").string(dtype_name(macroblock.dtype));
+  json.key("offset_bytes").number(macroblock.offset_bytes);
+  json.key("length_bytes").number(macroblock.length_bytes);
+  json.key("length_elems").number(macroblock.length_elems);
+  json.end('}');
 }
 
-void append_macroblock_json(std::string& out, const Macroblock& macroblock) {
-  out += "{\"dtype\":\"";
-  out += dtype_name(macroblock.dtype);
-  out += "\",";
-  append_field(out, "offset_bytes", macroblock.offset_bytes);
-  out += ',';
-  append_field(out, "length_bytes", macroblock.length_bytes);
-  out += ',';
-  append_field(out, "length_elems", macroblock.length_elems);
-  out += '}';
-}
-
-void append_record_json(std::string& out, const Metadata& metadata, std::size_t i) {
+void write_record(JsonWriter& json, const Metadata& metadata, std::size_t i) {
   const TensorRecord& record = metadata.records[i];
   const std::uint32_t macroblock = metadata.container.macroblock_of[i];
-  const std::uint64_t width_bytes = element_bytes(record.dtype);
-  out += "{\"name\":";
-  rules::append_json_string(out, record.name);
-  out += ",\"shape\":[";
-  for (std::size_t dim = 0; dim < record.shape.size(); ++dim) {
-    if (dim > 0) out += ',';
-    out += std::to_string(record.shape[dim]);
-  }
-  out += "],";
   const std::uint64_t begin_bytes = metadata.container.macroblocks[macroblock].offset_bytes;
-  append_field(out, "offset", (record.offset_bytes - begin_bytes) / width_bytes);
-  out += ',';
-  append_field(out, "length", record.size_bytes / width_bytes);
-  if (metadata.container.version == 4) {
-    out += ',';
-    append_field(out, "macroblock", macroblock);
-  }
-  out += '}';
+  const std::uint64_t width_bytes = element_bytes(record.dtype);
+  json.begin('{');
+  json.key("name").string(record.name);
+  json.key("shape").begin('[');
+  for (const std::int64_t dim : record.shape) json.number(dim);
+  json.end(']');
+  json.key("offset").number((record.offset_bytes - begin_bytes) / width_bytes);
+  json.key("length").number(record.size_bytes / width_bytes);
+  if (metadata.container.version == 4) json.key("macroblock").number(macroblock);
+  json.end('}');
 }
 
-void append_preamble(std::string& out, const Metadata& metadata) {
+/// Writes all that precedes the records.
+void write_preamble(JsonWriter& json, const Metadata& metadata) {
   const Container& container = metadata.container;
-  if (container.version == 3) {
-    out += "{\"format\":\"flashpack_v3\",\"target_dtype\":\"";
-    out += dtype_name(container.macroblocks.front().dtype);
-    out += "\",";
-    append_field(out, "align_bytes", container.align_bytes);
-    out += ',';
-    append_field(out, "total_elems", container.total_elems);
-    return;
+  const bool several = container.version == 4;
+  json.begin('{');
+  json.key("format").string(several ? "flashpack_v4" : "flashpack_v3");
+  if (!several) json.key("target_dtype").string(dtype_name(container.macroblocks.front().dtype));
+  json.key("align_bytes").number(container.align_bytes);
+  if (several) json.key("total_payload_bytes").number(metadata.payload_bytes);
+  json.key("total_elems").number(container.total_elems);
+  if (several) {
+    json.key("macroblocks").begin('[');
+    for (const Macroblock& macroblock : container.macroblocks) write_macroblock(json, macroblock);
+    json.end(']');
   }
-  out += "{\"format\":\"flashpack_v4\",";
-  append_field(out, "align_bytes", container.align_bytes);
-  out += ',';
-  append_field(out, "total_payload_bytes", metadata.payload_bytes);
-  out += ',';
-  append_field(out, "total_elems", container.total_elems);
-  out += ",\"macroblocks\":[";
-  for (std::size_t i = 0; i < container.macroblocks.size(); ++i) {
-    if (i > 0) out += ',';
-    append_macroblock_json(out, container.macroblocks[i]);
-  }
-  out += ']';
+  json.key("index").begin('[');
 }
 
-void append_user_metadata(std::string& out, const Metadata& metadata) {
-  if (metadata.user_metadata.empty()) return;
-  out += ",\"metadata\":{";
-  for (const auto& [key, value] : metadata.user_metadata) {
-    if (key != metadata.user_metadata.begin()->first) out += ',';
-    rules::append_json_string(out, key);
-    out += ':';
-    rules::append_json_string(out, value);
+/// Writes all that follows the records. `out` is the text that `json` writes to.
+void write_rest(JsonWriter& json, std::string& out, const Metadata& metadata, const Checksums* checksums) {
+  json.end(']');
+  if (!metadata.user_metadata.empty()) {
+    json.key("metadata").begin('{');
+    for (const auto& [key, value] : metadata.user_metadata) json.key(key).string(value);
+    json.end('}');
   }
-  out += '}';
-}
-
-void append_checksums(std::string& out, const Checksums& checksums) {
-  out += ",\"crc32c_per_mib\":\"";
-  for (const std::uint32_t crc : checksums.crc32c) rules::append_crc(out, crc);
-  out += '"';
-  out += rules::kFooterCrcKey;
-  rules::append_crc(out, crc32c(std::as_bytes(std::span(out))));
-  out += '"';
+  if (checksums) {
+    json.key("crc32c_per_mib");
+    out += '"';
+    for (const std::uint32_t crc : checksums->crc32c) rules::append_crc(out, crc);
+    out += '"';
+    out += rules::kFooterCrcKey;
+    rules::append_crc(out, crc32c(std::as_bytes(std::span(out))));
+    out += '"';
+  }
+  json.end('}');
 }
 
 }  // namespace
@@ -262,32 +279,26 @@ void check_footer(const Metadata& metadata, bool checksums) {
   check_can_be_written(metadata);
   // Each record's JSON is measured alone, because the whole may be larger than memory.
   std::string part;
-  append_preamble(part, metadata);
-  append_user_metadata(part, metadata);
-  if (checksums) append_checksums(part, {});
-  std::uint64_t json_bytes = part.size() + std::string_view(",\"index\":[]}").size();
-  if (checksums) json_bytes += stripes_of(metadata.payload_bytes) * rules::kCrcDigits;
+  JsonWriter json(part);
+  write_preamble(json, metadata);
+  std::uint64_t json_bytes = checksums ? stripes_of(metadata.payload_bytes) * rules::kCrcDigits : 0;
   for (std::size_t i = 0; i < metadata.records.size(); ++i) {
+    write_record(json, metadata, i);
+    json_bytes += part.size();
     part.clear();
-    append_record_json(part, metadata, i);
-    json_bytes += part.size() + (i > 0);
   }
-  check_size(json_bytes);
+  const Checksums none;
+  write_rest(json, part, metadata, checksums ? &none : nullptr);
+  check_size(json_bytes + part.size());
 }
 
 std::string encode_footer(const Metadata& metadata) {
   check_can_be_written(metadata);
   std::string out;
-  append_preamble(out, metadata);
-  out += ",\"index\":[";
-  for (std::size_t i = 0; i < metadata.records.size(); ++i) {
-    if (i > 0) out += ',';
-    append_record_json(out, metadata, i);
-  }
-  out += ']';
-  append_user_metadata(out, metadata);
-  if (metadata.checksums) append_checksums(out, *metadata.checksums);
-  out += '}';
+  JsonWriter json(out);
+  write_preamble(json, metadata);
+  for (std::size_t i = 0; i < metadata.records.size(); ++i) write_record(json, metadata, i);
+  write_rest(json, out, metadata, metadata.checksums ? &*metadata.checksums : nullptr);
   check_size(out.size());
   const auto json_bytes = std::bit_cast<std::array<char, sizeof(std::uint64_t)>>(std::uint64_t{out.size()});
   out.append(json_bytes.data(), json_bytes.size());
