@@ -30,9 +30,9 @@ constexpr std::uint64_t kFirstReadBytes = std::uint64_t{64} << 10;
 constexpr std::uint64_t kNoHeaderBytes = std::uint64_t{1} << 48;
 
 /// Reads from an open file, which is borrowed. Throws: Error (errno; kTruncated; kFileChanged).
-class CheckpointFile {
+class OpenedFile {
  public:
-  CheckpointFile(int fd, const std::filesystem::path& path) : path_(path), fd_(fd) {}
+  OpenedFile(int fd, const std::filesystem::path& path) : path_(path), fd_(fd) {}
 
   FileIdentity identity() const {
     struct stat status{};
@@ -69,7 +69,7 @@ class CheckpointFile {
 /// Reads the JSON of one file. Every member throws Error (kBadFile) for what is not a checkpoint.
 class JsonOfFile {
  public:
-  JsonOfFile(const CheckpointFile& file, std::uint64_t size_bytes, std::uint64_t max_bytes,
+  JsonOfFile(const OpenedFile& file, std::uint64_t size_bytes, std::uint64_t max_bytes,
              const std::filesystem::path& path)
       : file_(file), size_bytes_(size_bytes), max_bytes_(max_bytes), path_(path) {}
 
@@ -171,7 +171,7 @@ class JsonOfFile {
     return kind == kKinds.end() ? ", and no safetensors header" : std::string(": ") + kind->sentence;
   }
 
-  const CheckpointFile& file_;
+  const OpenedFile& file_;
   const std::uint64_t size_bytes_;
   const std::uint64_t max_bytes_;
   const std::filesystem::path& path_;
@@ -188,7 +188,7 @@ Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOpti
 }
 
 Metadata read_metadata(int fd, const std::filesystem::path& path, const ReadMetadataOptions& options) {
-  const CheckpointFile file(fd, path);
+  const OpenedFile file(fd, path);
   const FileIdentity identity = file.identity();
   const std::uint64_t size_bytes = identity.size_bytes;
   const auto [format, json] = JsonOfFile(file, size_bytes, options.max_footer_bytes, path).read();
