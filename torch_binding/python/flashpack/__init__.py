@@ -13,7 +13,18 @@ from ._native import FlashPackError
 from .version import __commit_id__, __version__, __version_tuple__, commit_id, version, version_tuple
 
 if TYPE_CHECKING:
-    from . import cli, commands, constants, deserialization, integrations, mixin, parallel_read, serialization, utils
+    from . import (
+        cli,
+        commands,
+        constants,
+        deserialization,
+        integrations,
+        mixin,
+        parallel_read,
+        safetensors,
+        serialization,
+        utils,
+    )
     from ._file import load_file, open_file
     from ._footer import get_flashpack_file_metadata, is_flashpack_file
     from ._prefetch import Prefetch, prefetch_flashpack_file
@@ -59,6 +70,7 @@ __all__ = [
     "read_flashpack_file",
     "read_flashpack_file_distributed",
     "revert_from_file",
+    "safetensors",
     "serialization",
     "utils",
     "verify_file",
@@ -87,6 +99,7 @@ _SUBMODULES = frozenset(
         "integrations",
         "mixin",
         "parallel_read",
+        "safetensors",
         "serialization",
         "utils",
     }

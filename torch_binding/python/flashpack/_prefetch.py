@@ -37,7 +37,7 @@ class Prefetch:
         part_bytes = -(-steps // _STREAMS) * _STEP_BYTES
         begins = range(0, size_bytes, part_bytes or 1)
         self._done_bytes = [0] * len(begins)
-        files = [_opened_again(fd) for _ in begins]
+        files = [open_again(fd) for _ in begins]
         self._threads = [
             threading.Thread(
                 target=self._read,
@@ -107,7 +107,7 @@ class Prefetch:
             self._stop.set()
 
 
-def _opened_again(fd: int) -> FileIO:
+def open_again(fd: int) -> FileIO:
     """Opens the file again, because the kernel reads ahead for each open file. Its path may lead to another one now."""
     try:
         return FileIO(f"/proc/self/fd/{fd}")

@@ -1,0 +1,271 @@
+"""flashpack.safetensors.safe_open and load_file beside safetensors' own."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import flashpack
+import numpy as np
+import pytest
+import safetensors
+import torch
+from flashpack.safetensors import CheckpointError, SafetensorError, load_file, load_model, safe_open, save_model
+from safetensors.torch import load_file as their_load_file
+from safetensors.torch import save_file
+from support import assert_bit_equal, bits, random_tensor
+
+THEIR_DTYPES = [
+    dtype
+    for dtype in (*safetensors.torch._TYPES.values(), getattr(torch, "float8_e8m0fnu", None))
+    if isinstance(dtype, torch.dtype)
+]
+TENSORS = {
+    "z.last": random_tensor((3, 5), torch.float16),
+    "a.first": random_tensor((4, 6, 2), torch.float32),
+    "scalar": torch.tensor(7.5),
+    "empty": torch.empty((0, 5)),
+    "odd": random_tensor((7,), torch.uint8),
+}
+INDICES: list[Any] = [
+    ...,
+    slice(None),
+    (),
+    0,
+    -1,
+    slice(1, 3),
+    slice(None, None, 3),
+    slice(2, 100),
+    slice(-2, None),
+    (slice(None), 4),
+    (..., 1),
+    (slice(1, 4), ..., slice(0, 1)),
+    (2, slice(1, None, 2), -1),
+    [],
+    [0, 2],
+    None,
+    torch.tensor([1, 1]),
+    torch.tensor([True, False, True, False]),
+    slice(3, 3),
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / "a.safetensors", metadata={"framework": "pt", "note": "x"})
+    return tmp_path / "a.safetensors"
+
+
+@pytest.fixture(params=[None, "mmap", "pread"])
+def backend(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def test_names_text_and_facts_are_those_that_safetensors_gives(path, backend):
+    with safe_open(path, "pt", backend=backend) as ours, safetensors.safe_open(path, "pt") as theirs:
+        assert ours.keys() == theirs.keys()
+        assert sorted(ours.offset_keys()) == theirs.keys()
+        assert ours.metadata() == theirs.metadata()
+        offsets = [ours.get_tensor_meta(name).data_offsets for name in ours.offset_keys()]
+        assert offsets == sorted(offsets)
+        assert offsets[0][0] == 0
+        assert path.stat().st_size - offsets[-1][1] == 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        for name in theirs.keys():  # noqa: SIM118
+            assert ours.get_slice(name).get_shape() == theirs.get_slice(name).get_shape()
+            assert ours.get_slice(name).get_dtype() == theirs.get_slice(name).get_dtype()
+            meta = ours.get_tensor_meta(name)
+            assert (meta.dtype, meta.shape) == (ours.get_slice(name).get_dtype(), ours.get_slice(name).get_shape())
+
+
+def test_a_file_without_text_has_no_metadata(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert safe_open(tmp_path / "a.safetensors", "pt").metadata() is None
+
+
+def test_every_tensor_has_the_bits_that_safetensors_reads(path, backend):
+    expected = their_load_file(path)
+    with safe_open(path, "pt", backend=backend) as file:
+        assert_bit_equal({name: file.get_tensor(name) for name in file.keys()}, expected)  # noqa: SIM118
+        assert_bit_equal(file.get_tensors(), expected)
+    assert_bit_equal(load_file(path, backend=backend), expected)
+    assert list(load_file(path, backend=backend)) == safe_open(path, "pt").offset_keys()
+
+
+@pytest.mark.parametrize("dtype", THEIR_DTYPES, ids=str)
+def test_every_dtype_has_the_name_that_safetensors_has_for_it(tmp_path, dtype, backend):
+    tensor = random_tensor((3, 4), dtype)
+    save_file({"a": tensor}, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt", backend=backend) as ours:
+        theirs = safetensors.safe_open(tmp_path / "a.safetensors", "pt")
+        assert ours.get_slice("a").get_dtype() == theirs.get_slice("a").get_dtype()
+        assert ours.get_tensor("a").dtype is dtype
+        assert bits(ours.get_tensor("a")) == bits(tensor)
+        assert bits(ours.get_slice("a")[1:, 2]) == bits(tensor[1:, 2])
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no packed 4-bit floats")
+def test_a_packed_tensor_has_the_shape_of_its_header_and_half_of_it_in_torch(tmp_path, backend):
+    tensor = torch.arange(8, dtype=torch.uint8).view(2, 4).view(torch.float4_e2m1fn_x2)
+    save_file({"a": tensor}, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt", backend=backend) as file:
+        assert file.get_slice("a").get_shape() == [2, 8]
+        assert file.get_tensor_meta("a") == ("F4", [2, 8], (0, 8))
+        assert file.get_tensor("a").shape == (2, 4)
+        assert bits(file.get_slice("a")[1:].view(torch.uint8)) == bytes([4, 5, 6, 7])
+
+
+@pytest.mark.parametrize("index", INDICES, ids=repr)
+def test_a_slice_gives_what_torch_gives(path, backend, index):
+    expected = TENSORS["a.first"][index]
+    with safe_open(path, "pt", backend=backend) as file:
+        part = file.get_slice("a.first")[index]
+    assert part.shape == expected.shape
+    assert bits(part) == bits(expected)
+
+
+@pytest.mark.parametrize("index", [4, (0, 0, 0, 0), (0, -7)], ids=repr)
+def test_an_index_outside_of_the_tensor_is_an_index_error(path, backend, index):
+    with safe_open(path, "pt", backend=backend) as file, pytest.raises(IndexError):
+        file.get_slice("a.first")[index]
+
+
+def test_tensors_have_memory_of_their_own_unless_the_file_is_to_be_mapped(path):
+    size = path.stat().st_size
+    owned, mapped = load_file(path), load_file(path, backend="mmap")
+    with path.open("r+b") as file:
+        file.write(bytes(size))
+    assert bits(owned["odd"]) == bits(TENSORS["odd"])
+    assert bits(mapped["odd"]) == bytes(7)
+    mapped["odd"].fill_(1)
+    assert path.read_bytes() == bytes(size)
+
+
+def test_slices_outlive_the_block_but_the_file_does_not(path, backend):
+    with safe_open(path, "pt", backend=backend) as file:
+        part = file.get_slice("odd")
+    assert bits(part[2:5]) == bits(TENSORS["odd"][2:5])
+    for call in (file.keys, file.offset_keys, file.metadata, file.get_tensors, file.prefetch):
+        with pytest.raises(SafetensorError, match="closed"):
+            call()
+    with pytest.raises(SafetensorError, match="closed"):
+        file.get_tensor("odd")
+
+
+def test_no_descriptor_is_left_open(path, backend):
+    before = len(os.listdir("/proc/self/fd"))
+    with safe_open(path, "pt", backend=backend) as file:
+        part = file.get_slice("odd")
+        assert len(part[...]) == 7
+    del part
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_threads_may_share_a_file(path, backend):
+    expected = their_load_file(path)
+    with safe_open(path, "pt", backend=backend) as file, ThreadPoolExecutor(4) as pool:
+        slices = {name: file.get_slice(name) for name in file.keys() * 20}
+        for name, part in zip(slices, pool.map(lambda each: each[...], slices.values()), strict=True):
+            assert bits(part) == bits(expected[name])
+
+
+def test_a_name_that_the_file_lacks_is_an_error_of_both_libraries(path):
+    with safe_open(path, "pt") as file:
+        for call in (file.get_tensor, file.get_slice, file.get_tensor_meta):
+            for kind in (SafetensorError, flashpack.FlashPackError):
+                with pytest.raises(kind, match=r"a\.safetensors does not contain tensor nope"):
+                    call("nope")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", bytes(20), b"\x05\0\0\0\0\0\0\0{}   " * 3, b"version https://git-lfs.github.com/spec/v1"]
+)
+def test_a_file_that_is_no_checkpoint_is_an_error_of_both_libraries(tmp_path, content):
+    (tmp_path / "bad").write_bytes(content)
+    for kind in (SafetensorError, flashpack.FlashPackError, CheckpointError):
+        with pytest.raises(kind, match="bad"):
+            safe_open(tmp_path / "bad", "pt")
+        with pytest.raises(kind, match="bad"):
+            load_file(tmp_path / "bad")
+
+
+def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        safe_open(tmp_path / "none", "pt")
+    assert caught.value.filename == str(tmp_path / "none")
+
+
+def test_a_backend_that_does_not_exist_is_refused(path):
+    with pytest.raises(SafetensorError, match="backend"):
+        safe_open(path, "pt", backend="nonsense")  # type: ignore[arg-type]
+
+
+def test_flashpack_files_are_read_under_the_same_names(pack, backend):
+    tensors = {"a": torch.randn(4, 3), "b": random_tensor((5,), torch.complex128)}
+    path = pack(tensors, metadata={"note": "x"})
+    with safe_open(path, "pt", backend=backend) as file:
+        assert_bit_equal(file.get_tensors(), tensors)
+        assert file.metadata() == {"note": "x"}
+        assert file.get_tensor_meta("a").dtype == "F32"
+        assert file.get_slice("b").get_dtype() == "C128"
+
+
+def test_another_framework_gets_what_safetensors_makes(path):
+    with safe_open(path, framework="np") as file:
+        assert isinstance(file, safetensors.safe_open)
+        assert isinstance(file.get_tensor("odd"), np.ndarray)
+
+
+@pytest.mark.parametrize("device", ["mps", "npu:0", "nonsense"])
+def test_other_devices_are_left_to_safetensors(path, device, monkeypatch):
+    asked = []
+    monkeypatch.setattr(flashpack.safetensors, "_original_open", lambda *args, **options: asked.append((args, options)))
+    monkeypatch.setattr(flashpack.safetensors, "_original_load", lambda *args, **options: asked.append((args, options)))
+    safe_open(path, "pt", device, backend="pread")
+    load_file(path, device)
+    assert asked == [((path, "pt", device), {"backend": "pread"}), ((path, device), {})]
+
+
+def test_every_other_name_is_that_of_safetensors():
+    import flashpack.safetensors as ours
+
+    for name in ("save_file", "save_model", "save", "load", "storage_ptr", "_remove_duplicate_names"):
+        assert getattr(ours, name) is getattr(safetensors.torch, name)
+    for name in ("SafetensorError", "deserialize", "serialize", "serialize_file"):
+        assert getattr(ours, name) is getattr(safetensors, name)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = ours.nonsense
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Linear(3, 3)
+        self.b = self.a
+        self.c = torch.nn.Linear(3, 2)
+
+
+def test_load_model_fills_a_model_with_tied_weights_as_safetensors_does(tmp_path, backend):
+    torch.manual_seed(0)
+    model, again = Tied(), Tied()
+    save_model(model, str(tmp_path / "a.safetensors"))
+    missing, unexpected = load_model(again, tmp_path / "a.safetensors", backend=backend)
+    assert not missing
+    assert not unexpected
+    assert_bit_equal(again.state_dict(), model.state_dict())
+
+
+def test_load_model_names_what_is_missing_and_unexpected(tmp_path):
+    save_file({"c.weight": torch.ones(2, 3), "d": torch.ones(1)}, tmp_path / "a.safetensors")
+    missing, unexpected = load_model(Tied(), tmp_path / "a.safetensors", strict=False)
+    assert {"a.weight", "a.bias", "c.bias"} <= set(missing)
+    assert unexpected == ["d"]
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "d"'):
+        load_model(Tied(), tmp_path / "a.safetensors")
+
+
+def test_a_handle_refuses_to_be_pickled(path):
+    with safe_open(path, "pt") as file, pytest.raises(TypeError, match="cannot pickle"):
+        pickle.dumps(file)

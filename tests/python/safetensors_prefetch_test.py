@@ -1,0 +1,145 @@
+"""safe_open.prefetch() of flashpack.safetensors: tensors that are loaded in the background."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from flashpack import _prefetch_loader
+from flashpack.safetensors import PrefetchLoader, SafetensorError, safe_open
+from safetensors.torch import save_file
+from support import assert_bit_equal, random_tensor
+
+TENSORS = {
+    "matrix": random_tensor((6, 4)),
+    "bytes": random_tensor((7,), torch.uint8),
+    "scalar": torch.tensor(7.5),
+    "empty": torch.empty((0, 5), dtype=torch.float16),
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+@pytest.fixture
+def held_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Nothing lands until the test calls this."""
+    allowed = threading.Event()
+    stream = _prefetch_loader._stream
+
+    def held(*args):
+        allowed.wait()
+        yield from stream(*args)
+
+    monkeypatch.setattr(_prefetch_loader, "_stream", held)
+    yield allowed.set
+    allowed.set()
+
+
+def test_iterating_yields_every_tensor_once(path):
+    with safe_open(path, "pt") as file, file.prefetch() as loader:
+        assert loader.names() == file.offset_keys()
+        assert len(loader) == len(TENSORS)
+        assert_bit_equal(dict(loader), TENSORS)
+        assert list(loader) == []
+
+
+def test_a_tensor_is_taken_by_name_once(path):
+    with safe_open(path, "pt") as file, file.prefetch() as loader:
+        assert torch.equal(loader.take("matrix"), TENSORS["matrix"])
+        with pytest.raises(SafetensorError, match="matrix was already delivered"):
+            loader.take("matrix")
+        assert set(dict(loader)) == TENSORS.keys() - {"matrix"}
+        with pytest.raises(SafetensorError, match="nope is not in the prefetch plan"):
+            loader.take("nope")
+
+
+def test_a_plan_says_which_tensors_and_which_of_their_rows_are_loaded(path):
+    plan = {"matrix": slice(1, -2), "bytes": slice(3, None), "scalar": None}
+    with safe_open(path, "pt") as file, file.prefetch(plan) as loader:
+        assert set(loader.names()) == set(plan)
+        expected = {"matrix": TENSORS["matrix"][1:-2], "bytes": TENSORS["bytes"][3:], "scalar": TENSORS["scalar"]}
+        assert_bit_equal(dict(loader), expected)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"nope": None}, "does not contain tensor nope"),
+        ({"nope": slice(1)}, "does not contain tensor nope"),
+        ({"matrix": slice(0, 3, 2)}, "step 1"),
+        ({"matrix": slice(0, 7)}, "7 in the prefetch plan for matrix is out of range"),
+        ({"matrix": slice(-7, 3)}, "out of range"),
+        ({"scalar": slice(0, 1)}, "0-d"),
+        ({"matrix": 3}, "None or a slice"),
+        ({}, "selects no tensors"),
+    ],
+)
+def test_a_plan_that_does_not_fit_the_file_is_refused_at_once(path, plan, message):
+    with safe_open(path, "pt") as file, pytest.raises(SafetensorError, match=message):
+        file.prefetch(plan)
+
+
+def test_tensors_and_the_loader_outlive_the_file_and_tensors_outlive_the_loader(path):
+    with safe_open(path, "pt") as file:
+        loader = file.prefetch()
+    tensors = dict(loader)
+    loader.close()
+    assert_bit_equal(tensors, TENSORS)
+
+
+def test_closing_wakes_who_waits(path, held_back):
+    with safe_open(path, "pt") as file:
+        loader = file.prefetch()
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        with pytest.raises(SafetensorError, match="closed") as caught:
+            loader.take("matrix")
+        errors.append(caught.value)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    loader.close()
+    waiting.join()
+    assert len(errors) == 1
+    with pytest.raises(SafetensorError, match="closed"):
+        next(iter(loader))
+
+
+def test_dropping_the_loader_ends_its_thread_early(path, held_back):
+    with safe_open(path, "pt") as file:
+        loader = file.prefetch()
+    (thread,) = [each for each in threading.enumerate() if each.name == "flashpack-prefetch-loader"]
+    landing = loader._landing
+    del loader
+    gc.collect()
+    held_back()
+    thread.join()
+    assert landing._landed == {}
+
+
+def test_an_error_reaches_who_waits(path, held_back):
+    with safe_open(path, "pt") as file:
+        loader = file.prefetch()
+    with path.open("r+b") as raw:
+        raw.truncate(path.stat().st_size - 1)
+    held_back()
+    for wait in (lambda: loader.take("matrix"), lambda: next(iter(loader))):
+        with pytest.raises(OSError, match=r"a\.safetensors"):
+            wait()
+
+
+def test_a_loader_refuses_to_be_pickled(path):
+    with safe_open(path, "pt") as file, file.prefetch() as loader:
+        assert isinstance(loader, PrefetchLoader)
+        with pytest.raises(TypeError, match="cannot pickle"):
+            pickle.dumps(loader)

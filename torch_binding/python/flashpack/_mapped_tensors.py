@@ -1,0 +1,163 @@
+"""Tensors that share their memory with the page cache, and reading into that cache ahead of their use."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from functools import cache
+from io import FileIO
+from mmap import PAGESIZE, mmap
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._file import FlashPackFile, TensorSlice
+from ._footer import Entry
+from ._memory import MappedFile, map_file
+from ._prefetch import open_again
+from .utils import string_to_dtype
+
+_PIECE_BYTES = 8 << 20
+_STREAMS = 4
+# Looking at every page would cost more than mapping them.
+_LOOK_BYTES = 512 << 10
+
+_lock = threading.Lock()
+_mapped_bytes: weakref.WeakKeyDictionary[mmap, int] = weakref.WeakKeyDictionary()
+"""The sizes of the files that are mapped now."""
+
+
+class MappedTensors:
+    """The tensors of a file on the CPU, without a copy: they share the page cache's memory until they are written to.
+
+    Whole tensors that are not in the page cache are read into it in the background. Parts of tensors are then read into
+    memory of their own, so that nothing around them is read.
+
+    If somebody truncates the file, touching such a tensor kills the process (SIGBUS).
+    """
+
+    def __init__(self, file: FlashPackFile) -> None:
+        self._file = file
+        self._block: MappedFile | None = None
+        self._ahead: _ReadAhead | None = None
+
+    def tensor(self, entry: Entry) -> torch.Tensor:
+        return self.tensors([entry])[entry.name]
+
+    def tensors(self, entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
+        """Returns them, which are in file order. What lies between the first and the last is read ahead."""
+        there = [entry for entry in entries if _is_aligned(entry)]
+        every = {each.name: self._view(each) if _is_aligned(each) else self._file.get(each.name) for each in entries}
+        if there:
+            begin, end = there[0].offset_bytes, there[-1].offset_bytes + there[-1].size_bytes
+            self._read_ahead(every[there[0].name], begin, end - begin)
+        return every
+
+    def part(self, entry: Entry, index: Any) -> torch.Tensor:
+        """Returns what torch gives for `index`."""
+        if _is_aligned(entry):
+            whole = self._view(entry)
+            part = whole[index]
+            if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+                return part  # It is a copy.
+            if part.numel() == whole.numel():
+                return self.tensor(entry)[index]
+            if _is_cached(part):
+                return part
+        return TensorSlice(self._file, entry)[index]
+
+    def _view(self, entry: Entry) -> torch.Tensor:
+        if self._block is None:
+            block = map_file(self._file._footer)
+            with _lock:
+                _mapped_bytes[block._buffer] = len(block._buffer)
+                fits = 2 * sum(_mapped_bytes.values()) < _memory_bytes()
+            # What is read too far ahead would be displaced before it is used.
+            self._ahead = _ReadAhead(self._file._footer.fileno()) if fits else None
+            self._block = block  # Two threads may each map the file; then one mapping is dropped.
+        return self._block.tensor(string_to_dtype(entry.dtype), entry.shape, entry.offset_bytes)
+
+    def _read_ahead(self, first: torch.Tensor, offset_bytes: int, size_bytes: int) -> None:
+        """Starts to read this range of the file, which begins with the tensor `first`."""
+        if self._ahead is None:
+            return
+        for at in range(0, size_bytes, _PIECE_BYTES):
+            piece_bytes = min(_PIECE_BYTES, size_bytes - at)
+            if not _in_page_cache(first.data_ptr() + at, piece_bytes):
+                self._ahead.want(offset_bytes + at, piece_bytes)
+
+
+class _ReadAhead:
+    """Ranges of a file on their way into the page cache, by threads that end when there is nothing left to read.
+
+    It has no locks: that a thread too many or too few is started, also in a forked child, costs only speed.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._file = open_again(fd)
+        self._ranges: deque[tuple[int, int]] = deque()
+        self._threads = 0
+
+    def want(self, offset_bytes: int, size_bytes: int) -> None:
+        self._ranges.append((offset_bytes, offset_bytes + size_bytes))
+        if self._threads < _STREAMS:
+            self._threads += 1
+            threading.Thread(target=self._read, name="flashpack-read-ahead", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            with open_again(self._file.fileno()) as file, FileIO("/dev/null", "w") as sink:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                while True:
+                    begin, end = self._ranges.popleft()
+                    while begin < end and (sent_bytes := os.sendfile(sink.fileno(), file.fileno(), begin, end - begin)):
+                        begin += sent_bytes
+        except (IndexError, OSError):  # Nothing is left to read, or who touches the pages will meet the same error.
+            pass
+        finally:
+            self._threads -= 1
+
+
+def _is_aligned(entry: Entry) -> bool:
+    return entry.size_bytes > 0 and entry.offset_bytes % string_to_dtype(entry.dtype).itemsize == 0
+
+
+def _is_cached(part: torch.Tensor) -> bool:
+    """Whether the bytes from the first element to the last are in the page cache."""
+    if part.numel() == 0:
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+    return _in_page_cache(part.data_ptr(), (last + 1) * part.element_size())
+
+
+def _in_page_cache(address: int, size_bytes: int) -> bool:
+    """Whether this part of a mapping is, as far as a few pages tell.
+
+    The kernel tells it only of files that are the caller's own or that it may write; all others seem to be there.
+    """
+    mincore, flag = _libc().mincore, ctypes.c_ubyte()
+    for at in {*range(address, address + size_bytes, _LOOK_BYTES), address + size_bytes - 1}:
+        failed = mincore(ctypes.c_void_p(at - at % PAGESIZE), ctypes.c_size_t(1), ctypes.byref(flag))
+        if not failed and not flag.value & 1:
+            return False
+    return True
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+@cache
+def _memory_bytes() -> int:
+    """Returns the size of the memory, or of that part of it that this container may use."""
+    total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(total_bytes, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # There is no limit, or it is elsewhere.
+        return total_bytes

@@ -1,0 +1,173 @@
+"""Loading tensors in the background, to take them by name or as they arrive."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from typing import NoReturn
+
+import torch
+
+from ._device import DeviceLike
+from ._engine import left_before_exit
+from ._file import FlashPackFile
+from ._file import load_file as load_any_file
+from ._footer import Entry
+from ._safetensors import CheckpointError, catchable
+
+PrefetchPlan = Mapping[str, slice | None]
+"""The tensors to load, and which rows of them; None for all rows."""
+
+
+class PrefetchLoader:
+    """Tensors that are loaded in the background. Made by safe_open.prefetch().
+
+    Each is handed out once. A tensor that is handed out can be used on any stream. Loading ends early when this is
+    closed or dropped.
+    """
+
+    def __init__(self, file: FlashPackFile, device: DeviceLike, rows: Mapping[str, slice | None] | None) -> None:
+        order = file.keys()
+        self._names = order if rows is None else [name for name in order if name in rows]
+        self._landing = _Landing(self._names)
+        arguments = (self._landing, file, device, self._names, rows or {})
+        threading.Thread(target=_land, args=arguments, name="flashpack-prefetch-loader", daemon=True).start()
+
+    def names(self) -> list[str]:
+        """Returns the names, in file order."""
+        return list(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def take(self, name: str) -> torch.Tensor:
+        """Returns a tensor as soon as it is there. Raises CheckpointError if it was handed out before."""
+        return self._landing.take(name)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields names and tensors as they arrive, without those that have been taken."""
+        while (landed := self._landing.take_any()) is not None:
+            yield landed
+
+    def close(self) -> None:
+        """Ends the loading. Tensors that were not handed out are gone."""
+        self._landing.close()
+
+    def __enter__(self) -> PrefetchLoader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if landing := getattr(self, "_landing", None):
+            landing.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cannot pickle or copy a PrefetchLoader: it owns a thread")
+
+
+class _Landing:
+    """Where tensors wait between the thread that loads them and those that take them."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._changed = threading.Condition()
+        self._expected = set(names)
+        self._known = frozenset(names)
+        self._landed: dict[str, torch.Tensor] = {}
+        self._error: BaseException | None = None
+        self._closed = False
+
+    def put(self, name: str, tensor: torch.Tensor) -> bool:
+        """Returns whether more is wanted."""
+        with self._changed:
+            if not self._closed:
+                self._landed[name] = tensor
+                self._changed.notify_all()
+            return not self._closed
+
+    @contextmanager
+    def told_of_errors(self) -> Iterator[None]:
+        """Within it, errors go to those who wait."""
+        try:
+            yield
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._landed.clear()
+            self._changed.notify_all()
+
+    def take(self, name: str) -> torch.Tensor:
+        if name not in self._known:
+            raise CheckpointError(f"tensor {name} is not in the prefetch plan")
+        with self._changed:
+            self._wait(lambda: name in self._landed or name not in self._expected)
+            if name not in self._expected:
+                raise CheckpointError(f"tensor {name} was already delivered")
+            return self._pop(name)
+
+    def take_any(self) -> tuple[str, torch.Tensor] | None:
+        """Returns the one that has been there longest, None when all have been handed out."""
+        with self._changed:
+            self._wait(lambda: bool(self._landed) or not self._expected)
+            if not self._expected:
+                return None
+            name = next(iter(self._landed))
+            return name, self._pop(name)
+
+    def _pop(self, name: str) -> torch.Tensor:
+        self._expected.discard(name)
+        self._changed.notify_all()
+        return self._landed.pop(name)
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        self._changed.wait_for(lambda: self._closed or ready() or self._error is not None)
+        if self._closed:
+            raise CheckpointError("the prefetch loader is closed")
+        if not ready() and self._error is not None:
+            with catchable():
+                raise self._error
+
+
+def _land(
+    landing: _Landing, file: FlashPackFile, device: DeviceLike, names: list[str], rows: Mapping[str, slice | None]
+) -> None:
+    """Loads whole tensors in one stream, then parts of tensors. Errors go to those who wait."""
+    with landing.told_of_errors(), left_before_exit:
+        with closing(_stream(file, device, [name for name in names if rows.get(name) is None])) as whole:
+            for name, tensor in whole:
+                if not landing.put(name, tensor):
+                    return
+        for name, part in rows.items():
+            if part is not None and not landing.put(name, file.get_slice(name)[part]):
+                return
+
+
+def _stream(
+    file: FlashPackFile, device: DeviceLike, names: list[str]
+) -> Generator[tuple[str, torch.Tensor], None, None]:
+    yield from load_any_file(file._footer, device, names=names, verify=file._options.verify).items()
+
+
+def checked_rows(entry: Entry, part: slice | None) -> slice | None:
+    """Returns the checked value of a plan for one tensor."""
+    if part is None:
+        return None
+    if not isinstance(part, slice):
+        raise CheckpointError(f"values of a prefetch plan must be None or a slice, got {part!r} for {entry.name}")
+    name, shape = entry.name, entry.shape
+    if not shape:
+        raise CheckpointError(f"{name} is a 0-d tensor, which has no rows to slice")
+    if part.step not in (None, 1):
+        raise CheckpointError(f"invalid prefetch plan slice for {name}: it must have step 1, got {part.step}")
+    for bound in (part.start, part.stop):
+        # Python would cut the bound off at the end of the tensor, and a wrong plan would go unnoticed.
+        if bound is not None and not -shape[0] <= bound <= shape[0]:
+            raise CheckpointError(f"{bound} in the prefetch plan for {name} is out of range: it has {shape[0]} rows")
+    return part

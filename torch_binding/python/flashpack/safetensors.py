@@ -1,0 +1,264 @@
+"""safetensors' reading API, under its own names, for safetensors and flashpack files alike.
+
+`from flashpack.safetensors import safe_open, load_file` takes the place of `from safetensors import safe_open` and of
+`from safetensors.torch import load_file`. What is asked for another framework than torch, or for a device that is
+neither the CPU nor CUDA, is left to safetensors itself. All other names are those of safetensors.torch and safetensors.
+
+What differs: a tensor is read when it is asked for, and has memory of its own. safetensors by default maps the file, so
+that tensors on the CPU share the page cache with it, bytes are read when they are first used, and a file that somebody
+truncates kills the process. `backend="mmap"` asks for just that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from types import FunctionType, TracebackType
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import safetensors
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save, save_file, save_model
+
+from ._device import DeviceLike
+from ._file import FlashPackFile, TensorSlice, open_file
+from ._file import load_file as load_any_file
+from ._footer import Entry, StrPath, Verify
+from ._mapped_tensors import MappedTensors
+from ._prefetch_loader import PrefetchLoader, PrefetchPlan, checked_rows
+from ._safetensors import CheckpointError, catchable, dtype_name, header_shape
+
+__all__ = [
+    "CheckpointError",
+    "PrefetchLoader",
+    "SafetensorError",
+    "TensorMeta",
+    "load",
+    "load_file",
+    "load_model",
+    "safe_open",
+    "save",
+    "save_file",
+    "save_model",
+]
+
+Backend = Literal["mmap", "pread"] | None
+
+_FRAMEWORKS = frozenset({"pt", "torch", "pytorch"})
+# flashpack.accelerate() puts safe_open in the place of this one.
+_original_open: Any = safetensors.safe_open
+_original_load: Any = safetensors.torch.load_file
+
+
+class TensorMeta(NamedTuple):
+    """What a file says of one tensor."""
+
+    dtype: str
+    """The name that safetensors has for it: "F32"."""
+    shape: list[int]
+    data_offsets: tuple[int, int]
+    """Where its bytes begin and end, after the header."""
+
+
+class safe_open:  # noqa: N801  It has the name that it has in safetensors.
+    """A file, or several, whose tensors are read by name. See the module for what differs from safetensors.
+
+    `filename`: also a flashpack file. `device`: tensors are read to it.
+    `backend`: None and "pread" read tensors into memory of their own. "mmap" maps the file, for tensors on the CPU.
+    `verify`: see assign_from_file; safetensors files have no checksums.
+
+    Several threads and forked processes may use one. At the end of a with block it is closed; slices that it gave can
+    still be read.
+
+    Raises CheckpointError, which is a SafetensorError, for a file or a name that is not valid, OSError for the system's
+    failures.
+    """
+
+    _file: FlashPackFile | None
+    _device: DeviceLike
+    _map: MappedTensors | None
+
+    def __new__(
+        cls,
+        filename: StrPath,
+        framework: str = "pt",
+        device: DeviceLike | None = "cpu",
+        *,
+        backend: Backend = None,
+        verify: Verify = "auto",
+    ) -> Any:
+        if not is_ours(framework, device):
+            return _original_open(filename, framework, device, **_given(backend))
+        if backend not in (None, "mmap", "pread"):
+            raise CheckpointError(f'backend must be "mmap", "pread" or None, got {backend!r}')
+        handle = super().__new__(cls)
+        handle._device = "cpu" if device is None else device
+        with catchable():
+            handle._file = open_file(filename, handle._device, verify=verify)
+        is_mapped = backend == "mmap" and torch.device(handle._device).type == "cpu"
+        handle._map = MappedTensors(handle._file) if is_mapped else None
+        return handle
+
+    def keys(self) -> list[str]:
+        """Returns the names, sorted."""
+        return sorted(self._opened().keys())
+
+    def offset_keys(self) -> list[str]:
+        """Returns the names in file order."""
+        return self._opened().keys()
+
+    def metadata(self) -> dict[str, str] | None:
+        """Returns the text in the header (of a flashpack file: in the footer), None if there is none."""
+        return self._opened()._footer.native.user_metadata or None
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        entry = self._entry(name)
+        with catchable():
+            return self._opened().get(name) if self._map is None else self._map.tensor(entry)
+
+    def get_tensors(self) -> dict[str, torch.Tensor]:
+        """Returns all tensors, in file order. They are read together."""
+        file = self._opened()
+        with catchable():
+            if self._map is not None:
+                return self._map.tensors(list(file._entries.values()))
+            return load_any_file(file._footer, self._device, verify=file._options.verify)
+
+    def get_slice(self, name: str) -> PySafeSlice:
+        """Returns a tensor to read parts of: get_slice("w")[10:20, :5]. Nothing is read before."""
+        return PySafeSlice(self._opened(), self._entry(name), self._map)
+
+    def get_tensor_meta(self, name: str) -> TensorMeta:
+        entry = self._entry(name)
+        payload = min((each.offset_bytes for each in self._opened()._entries.values()), default=0)
+        begin = entry.offset_bytes - payload
+        return TensorMeta(dtype_name(entry), header_shape(entry), (begin, begin + entry.size_bytes))
+
+    def prefetch(
+        self, plan: PrefetchPlan | None = None, *, device: DeviceLike | None = None, threads: int = 8
+    ) -> PrefetchLoader:
+        """Starts to load tensors in the background, each into memory of its own, and returns where to take them from.
+
+        `plan`: the names to load, each with None or a slice of step 1 along its first dim; by default all tensors,
+        whole. `device`: by default that of the file; also the CPU. `threads` has no effect: the engine chooses.
+        """
+        file = self._opened()
+        where = self._device if device is None else device
+        with catchable():
+            rows = (
+                None if plan is None else {name: checked_rows(self._entry(name), part) for name, part in plan.items()}
+            )
+            if rows is not None and not rows:
+                raise CheckpointError("the prefetch plan selects no tensors")
+            return PrefetchLoader(file, where, rows)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file = None  # It is closed when the last slice is gone.
+        self._map = None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cannot pickle or copy a safe_open: open the file in each process")
+
+    def _opened(self) -> FlashPackFile:
+        if self._file is None:
+            raise CheckpointError("the file is closed: use it within its with block")
+        return self._file
+
+    def _entry(self, name: str) -> Entry:
+        file = self._opened()
+        try:
+            return file._entries[name]
+        except KeyError:
+            raise CheckpointError(f"{file.path} does not contain tensor {name}") from None
+
+
+class PySafeSlice:
+    """A tensor of a file, of which parts can be read. Made by safe_open.get_slice(). It keeps its file open."""
+
+    __slots__ = ("_entry", "_file", "_map")
+
+    def __init__(self, file: FlashPackFile, entry: Entry, of_file: MappedTensors | None) -> None:
+        self._file = file
+        self._entry = entry
+        self._map = of_file
+
+    def get_shape(self) -> list[int]:
+        return header_shape(self._entry)
+
+    def get_dtype(self) -> str:
+        return dtype_name(self._entry)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Returns what torch gives for `index`. By integers, slices and `...`, only the wanted bytes are read."""
+        if self._map is not None:
+            with catchable():
+                return self._map.part(self._entry, index)
+        with catchable():
+            try:
+                return TensorSlice(self._file, self._entry)[index]
+            except TypeError:  # Lists, masks, tensors, None.
+                return self._file.get(self._entry.name)[index]
+
+
+def is_ours(framework: str, device: Any) -> bool:
+    """Whether tensors of `framework` on `device` are for the engine; if not, they are for safetensors."""
+    if framework not in _FRAMEWORKS:
+        return False
+    if isinstance(device, int):  # torch chooses the accelerator.
+        return torch.cuda.is_available()
+    try:
+        return device is None or torch.device(device).type in ("cpu", "cuda")
+    except (RuntimeError, TypeError):
+        return False
+
+
+def load_file(filename: StrPath, device: DeviceLike = "cpu", *, backend: Backend = None) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a file, in file order. See safe_open for the arguments and errors."""
+    if not is_ours("pt", device):
+        theirs: dict[str, torch.Tensor] = _original_load(filename, device, **_given(backend))
+        return theirs
+    with safe_open(filename, device=device, backend=backend) as file:
+        tensors: dict[str, torch.Tensor] = file.get_tensors()
+    return tensors
+
+
+def load_model(
+    model: torch.nn.Module,
+    filename: StrPath,
+    strict: bool = True,
+    device: DeviceLike = "cpu",
+    *,
+    backend: Backend = None,
+) -> tuple[Collection[str], list[str]]:
+    """Copies the tensors of a file into a model, and returns the missing and the unexpected names.
+
+    Does what safetensors.torch.load_model does, which also knows the names of tied tensors that are in no file.
+    """
+
+    def read(filename: StrPath, device: DeviceLike = "cpu", **_: Any) -> dict[str, torch.Tensor]:
+        return load_file(filename, device, backend=backend)
+
+    # The same code, but for how the file is read.
+    theirs = safetensors.torch.load_model
+    function = FunctionType(theirs.__code__, vars(safetensors.torch) | {"load_file": read})
+    function.__kwdefaults__ = theirs.__kwdefaults__
+    missing, unexpected = function(model, filename, strict, device)
+    return missing, unexpected
+
+
+def _given(backend: Backend) -> dict[str, str]:
+    """Older versions of safetensors do not know this argument."""
+    return {} if backend is None else {"backend": backend}
+
+
+def __getattr__(name: str) -> Any:
+    for theirs in (safetensors.torch, safetensors):
+        if hasattr(theirs, name):
+            return getattr(theirs, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
