@@ -6,6 +6,7 @@ Importing this package imports neither torch nor numpy; the first use of a name 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from ._logging import printable
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         serialization,
         utils,
     )
+    from ._accelerate import Acceleration, accelerate
     from ._file import load_file, open_file
     from ._footer import get_flashpack_file_metadata, is_flashpack_file
     from ._prefetch import Prefetch, prefetch_flashpack_file
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from .serialization import pack_to_file
 
 __all__ = [
+    "Acceleration",
     "AssignReport",
     "FlashPackError",
     "FlashPackMixin",
@@ -50,6 +53,7 @@ __all__ = [
     "__implementation__",
     "__version__",
     "__version_tuple__",
+    "accelerate",
     "assign_from_file",
     "cli",
     "commands",
@@ -105,9 +109,11 @@ _SUBMODULES = frozenset(
     }
 )
 _HOME_OF = {
+    "Acceleration": "_accelerate",
     "AssignReport": "deserialization",
     "FlashPackMixin": "mixin",
     "Prefetch": "_prefetch",
+    "accelerate": "_accelerate",
     "assign_from_file": "deserialization",
     "get_flashpack_file_metadata": "_footer",
     "is_flashpack_file": "_footer",
@@ -136,3 +142,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if os.environ.get("FLASHPACK_ACCELERATE") == "1":
+    from ._accelerate import accelerate as _accelerate_all
+
+    _accelerate_all()

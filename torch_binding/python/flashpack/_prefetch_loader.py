@@ -14,7 +14,7 @@ from ._engine import left_before_exit
 from ._file import FlashPackFile
 from ._file import load_file as load_any_file
 from ._footer import Entry
-from ._safetensors import CheckpointError, catchable
+from ._safetensors import CheckpointError, FileOnDevice, catchable
 
 PrefetchPlan = Mapping[str, slice | None]
 """The tensors to load, and which rows of them; None for all rows."""
@@ -144,8 +144,9 @@ def _land(
             for name, tensor in whole:
                 if not landing.put(name, tensor):
                     return
+        there = FileOnDevice(file, device)
         for name, part in rows.items():
-            if part is not None and not landing.put(name, file.get_slice(name)[part]):
+            if part is not None and not landing.put(name, there.get_slice(name)[part]):
                 return
 
 

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
+from ._device import DeviceLike
+from ._file import FlashPackFile
 from ._footer import Entry
+from ._memory import supported_device
 from ._native import FlashPackError
 
 _PACKED = "float4_e2m1fn_x2"
@@ -42,6 +45,16 @@ def catchable() -> Iterator[None]:
         raise
     except FlashPackError as error:
         raise CheckpointError(str(error)) from error
+
+
+class FileOnDevice(FlashPackFile):
+    """An open file, whose tensors are read to another device."""
+
+    def __init__(self, file: FlashPackFile, device: DeviceLike) -> None:
+        vars(self).update(vars(file))
+        del self._file  # Only its owner closes it.
+        self._owner = file
+        self._device = supported_device(device, self._options)
 
 
 def dtype_name(entry: Entry) -> str:

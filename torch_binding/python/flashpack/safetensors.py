@@ -27,7 +27,7 @@ from ._file import load_file as load_any_file
 from ._footer import Entry, StrPath, Verify
 from ._mapped_tensors import MappedTensors
 from ._prefetch_loader import PrefetchLoader, PrefetchPlan, checked_rows
-from ._safetensors import CheckpointError, catchable, dtype_name, header_shape
+from ._safetensors import CheckpointError, FileOnDevice, catchable, dtype_name, header_shape
 
 __all__ = [
     "CheckpointError",
@@ -194,6 +194,10 @@ class PySafeSlice:
     def get_dtype(self) -> str:
         return dtype_name(self._entry)
 
+    def on(self, device: DeviceLike) -> PySafeSlice:
+        """Returns the same tensor, whose parts are read to another device, without a way through the CPU."""
+        return PySafeSlice(FileOnDevice(self._file, device), self._entry, None)
+
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Returns what torch gives for `index`. By integers, slices and `...`, only the wanted bytes are read."""
         if self._map is not None:
@@ -216,6 +220,11 @@ def is_ours(framework: str, device: Any) -> bool:
         return device is None or torch.device(device).type in ("cpu", "cuda")
     except (RuntimeError, TypeError):
         return False
+
+
+def is_gpu(device: Any) -> bool:
+    """Whether tensors can be read to `device` without a way through the CPU."""
+    return device is not None and is_ours("pt", device) and torch.device(device).type == "cuda"
 
 
 def load_file(filename: StrPath, device: DeviceLike = "cpu", *, backend: Backend = None) -> dict[str, torch.Tensor]:

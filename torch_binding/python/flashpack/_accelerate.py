@@ -1,0 +1,145 @@
+"""flashpack.accelerate(): programs that know only safetensors load through the engine. This needs no torch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import safetensors
+
+from ._logging import logger
+from ._native import FlashPackError
+
+_original_open: Any = safetensors.safe_open
+# From these the original is called.
+_LEFT_ALONE = ("safetensors._safetensors_rust", "flashpack.safetensors", __name__)
+_lock = threading.RLock()
+_active: set[Acceleration] = set()
+_undo: list[tuple[Any, str, Any]] = []
+"""The functions of transformers that are wrapped: their owner, their name, and the original."""
+
+
+class Acceleration:
+    """What flashpack.accelerate() has changed, until undo() or the end of a with block. Its text says where."""
+
+    def undo(self) -> None:
+        """Puts the original back, unless another accelerate() is still in force. May be called again."""
+        with _lock:
+            _active.discard(self)
+            if not _active:
+                _replace(safe_open, _original_open)
+                while _undo:
+                    setattr(*_undo.pop())
+
+    def patched(self) -> list[str]:
+        """Returns the names that stand for the engine now: "safetensors.safe_open" and others."""
+        with _lock:
+            names = [f"{module.__name__}.{name}" for module, name in _bindings_of(safe_open)]
+            wrapped = [f"{getattr(owner, '__module__', owner.__name__)}.{name}" for owner, name, _ in _undo]
+            return sorted(names + wrapped) if self in _active else []
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        return f"<flashpack.accelerate(): {', '.join(self.patched()) or 'undone'}>"
+
+
+def accelerate() -> Acceleration:
+    """Lets transformers, diffusers, accelerate, torch.load and all others that use safetensors load through the engine.
+
+    `safetensors.safe_open` is replaced, also where a module that is imported already has it under any name. All of
+    safetensors.torch goes through it. What transformers loads to a GPU is read straight to it. Frameworks other than
+    torch, devices other than the CPU and CUDA, and files that this package cannot read are left to safetensors, whose
+    errors the caller gets.
+
+    This is in force until undo() of the result or, as a context manager, to the end of the block. It may be called
+    again; then the original comes back when all have been undone. `FLASHPACK_ACCELERATE=1` in the environment calls it
+    when Python starts.
+
+        with flashpack.accelerate():
+            model = AutoModelForCausalLM.from_pretrained(name)
+    """
+    with _lock:
+        handle = Acceleration()
+        _active.add(handle)
+        _replace(_original_open, safe_open)
+        return handle
+
+
+class safe_open:  # noqa: N801  It has the name of what it stands for.
+    """safetensors.safe_open, as accelerate() puts it in place.
+
+    The arguments are those of the original, and mean the same: by default tensors on the CPU share the memory of the
+    page cache.
+    """
+
+    def __new__(cls, filename: Any, framework: str, device: Any = "cpu", *, backend: Any = "mmap") -> Any:
+        options = {} if backend == "mmap" else {"backend": backend}  # Older versions do not know the argument.
+        if framework not in ("pt", "torch", "pytorch"):
+            return _original_open(filename, framework, device, **options)
+        from . import safetensors as ours
+
+        _wrap_transformers()
+        try:
+            return ours.safe_open(filename, framework, device, backend=backend)
+        except (FlashPackError, OSError) as error:
+            handle = _original_open(filename, framework, device, **options)  # Its error is the one that callers know.
+            logger.warning("left to safetensors: %s", error)
+            return handle
+
+
+def _replace(old: object, new: object) -> None:
+    for module, name in list(_bindings_of(old)):
+        setattr(module, name, new)
+
+
+def _bindings_of(wanted: object) -> Iterator[tuple[ModuleType, str]]:
+    """Yields each global name of an imported module that stands for `wanted`."""
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType) and module.__name__ not in _LEFT_ALONE:
+            for name, value in list(vars(module).items()):
+                if value is wanted:
+                    yield module, name
+
+
+def _wrap_transformers() -> None:
+    """Lets transformers read slices straight to the GPU that it would copy them to, if it does that as we know it."""
+    with _lock:
+        if _undo or not _active:
+            return
+        loading = sys.modules.get("transformers.core_model_loading")
+        sharding = sys.modules.get("transformers.distributed.sharding_utils")
+        _wrap(loading, "_materialize_copy", "tensor")
+        _wrap(getattr(sharding, "DtensorShardOperation", None), "shard_tensor", "source")
+
+
+def _wrap(owner: Any, name: str, argument: str) -> None:
+    """Wraps a function so that a slice that it is given as `argument` is one on the device that it is given."""
+    original = getattr(owner, name, None)
+    if original is None or not {argument, "device"} <= inspect.signature(original).parameters.keys():
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        given.arguments[argument] = _on_device(given.arguments[argument], given.arguments.get("device"))
+        return original(*given.args, **given.kwargs)
+
+    setattr(owner, name, wrapped)
+    _undo.append((owner, name, original))
+
+
+def _on_device(tensor: Any, device: Any) -> Any:
+    from . import safetensors as ours
+
+    return tensor.on(device) if isinstance(tensor, ours.PySafeSlice) and ours.is_gpu(device) else tensor
