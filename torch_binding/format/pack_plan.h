@@ -38,6 +38,13 @@ struct PackSource {
     kTransposed,  ///< The elements along the last dim are not neighbours.
   };
 
+  /// `is_final` says whether the values are those of the file, and the engine can read them where they are; `has_rows`
+  /// whether the elements along the last dim are neighbours, or there is no more than one dim.
+  static Form form_of(bool is_contiguous, bool is_final, bool has_rows) {
+    if (is_contiguous) return is_final ? Form::kReady : Form::kContiguous;
+    return has_rows ? Form::kStrided : Form::kTransposed;
+  }
+
   Form form = Form::kReady;
   bool on_device = false;           ///< Whether it is converted on the device.
   std::uint32_t element_bytes = 1;  ///< In the file.

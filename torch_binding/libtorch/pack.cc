@@ -69,15 +69,10 @@ struct Item {
 bool is_here(const at::Tensor& tensor, at::Device device) { return tensor.device() == device && !device.is_cpu(); }
 
 PackSource source_of(const Item& item, at::Device device) {
-  using Form = PackSource::Form;
   const at::Tensor& tensor = item.tensor;
-  Form form = tensor.dim() > 1 && tensor.stride(-1) != 1 ? Form::kTransposed : Form::kStrided;
-  if (tensor.is_contiguous()) {
-    const bool ready = (tensor.is_cpu() || tensor.device() == device) && tensor.scalar_type() == item.type &&
-                       !tensor.is_conj() && !tensor.is_neg();
-    form = ready ? Form::kReady : Form::kContiguous;
-  }
-  return {.form = form,
+  const bool is_near = tensor.is_cpu() || tensor.device() == device;
+  const bool is_final = is_near && tensor.scalar_type() == item.type && !tensor.is_conj() && !tensor.is_neg();
+  return {.form = PackSource::form_of(tensor.is_contiguous(), is_final, tensor.dim() <= 1 || tensor.stride(-1) == 1),
           .on_device = is_here(tensor, device),
           .element_bytes = static_cast<std::uint32_t>(c10::elementSize(item.type)),
           .offset_bytes = item.offset_bytes,

@@ -1,15 +1,12 @@
 #include "bind_pack.h"
 
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <deque>
 #include <optional>
-#include <string>
-#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -38,23 +35,15 @@ struct PyPackGroup {
   PackGroup steps;
 };
 
-PackSource::Form form_of(std::string_view name) {
-  using Form = PackSource::Form;
-  if (name == "ready") return Form::kReady;
-  if (name == "contiguous") return Form::kContiguous;
-  if (name == "strided") return Form::kStrided;
-  if (name == "transposed") return Form::kTransposed;
-  throw Error(Errc::kInvalidArgument, "no form of a tensor is called " + std::string(name));
-}
-
 /// Takes sources and gives steps one by one. A list with a tuple for each would be searched by the garbage collector,
 /// which takes longer than the plan.
 class PyPackPlan {
  public:
-  void add(std::string_view form, bool on_device, std::uint32_t element_bytes, std::uint64_t offset_bytes,
-           std::vector<std::int64_t> shape) {
+  void add(bool is_contiguous, bool is_final, bool has_rows, bool on_device, std::uint32_t element_bytes,
+           std::uint64_t offset_bytes, std::vector<std::int64_t> shape) {
     shapes_.push_back(std::move(shape));
-    sources_.push_back({form_of(form), on_device, element_bytes, offset_bytes, shapes_.back()});
+    const PackSource::Form form = PackSource::form_of(is_contiguous, is_final, has_rows);
+    sources_.push_back({form, on_device, element_bytes, offset_bytes, shapes_.back()});
   }
 
   std::vector<PyPackGroup> groups(std::uint64_t buffer_bytes) const {
@@ -80,8 +69,10 @@ void bind_pack(nb::module_& module) {
            "Source, first element, number of elements, place in the buffer, place of a dense copy in it.");
   nb::class_<PyPackPlan>(module, "PackPlan", "How tensors get into a file, by the rules that all packers follow.")
       .def(nb::init<>())
-      .def("add", &PyPackPlan::add, "form"_a, "on_device"_a, "element_bytes"_a, "offset_bytes"_a, "shape"_a,
-           "A source that is 'ready', 'contiguous', 'strided' or 'transposed'.")
+      .def("add", &PyPackPlan::add, "is_contiguous"_a, "is_final"_a, "has_rows"_a, "on_device"_a, "element_bytes"_a,
+           "offset_bytes"_a, "shape"_a,
+           "A source. It is final if it has the file's values where the engine can read them, and has rows if the "
+           "elements along its last dim are neighbours.")
       .def("groups", &PyPackPlan::groups, "buffer_bytes"_a, "In the order in which they are to be filled.");
 }
 

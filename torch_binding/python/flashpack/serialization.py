@@ -231,7 +231,9 @@ def _groups(
     for name, offset_bytes, _ in places:
         tensor, dtype = tensors[name], dtypes[name]
         on_device = tensor.device == device != CPU
-        plan.add(_form(tensor, dtype, device), on_device, dtype.itemsize, offset_bytes, tensor.shape)
+        contiguous, final = tensor.is_contiguous(), _is_final(tensor, dtype, device)
+        has_rows = tensor.dim() <= 1 or tensor.stride(-1) == 1
+        plan.add(contiguous, final, has_rows, on_device, dtype.itemsize, offset_bytes, tensor.shape)
     rounds = itertools.cycle([dict[torch.device, _Buffer]() for _ in range(_native.PACK_GROUPS)])
     for steps, buffers in zip(plan.groups(_BUFFER_BYTES), rounds, strict=False):
         group = _Group()
@@ -248,13 +250,9 @@ def _groups(
         yield group
 
 
-def _form(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> str:
-    """Returns the name that _native.PackPlan has for a source of this kind."""
-    if not tensor.is_contiguous():
-        return "transposed" if tensor.dim() > 1 and tensor.stride(-1) != 1 else "strided"
-    is_near = tensor.device in (CPU, device)
-    is_final = tensor.dtype == dtype and not tensor.is_conj() and not tensor.is_neg()
-    return "ready" if is_near and is_final else "contiguous"
+def _is_final(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `tensor` has the values of the file, and the engine can read them where they are."""
+    return tensor.device in (CPU, device) and tensor.dtype == dtype and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _part(tensor: torch.Tensor, first_elem: int, elems: int) -> torch.Tensor:
