@@ -233,7 +233,7 @@ ChunkTraits Pipeline::traits_of(const Part& part, const Chunk& chunk, Route rout
   assert(!chunk.on_device || !chunk.in_place);
   const bool past_cache = route == Route::kDirect || route == Route::kRefused;
   const Memory on_host = past_cache && !chunk.in_place ? Memory::kSlot : Memory::kInPlace;
-  return {.direction = part.transfer->is_load() ? ChunkTraits::Direction::kLoad : ChunkTraits::Direction::kStore,
+  return {.direction = part.transfer->direction,
           .route = route,
           .memory = chunk.on_device ? Memory::kDevice : on_host,
           .counted = part.sums.has_value()};

@@ -40,7 +40,7 @@ std::unique_ptr<Gate> gate_for(const EngineFacts& engine, std::span<const Fragme
   return ask_copier([&] { return engine.copier->gate(stream); });
 }
 
-std::shared_ptr<TransferState> new_transfer(const EngineFacts& engine, TransferState::Direction direction,
+std::shared_ptr<TransferState> new_transfer(const EngineFacts& engine, Direction direction,
                                             std::optional<Deadline> deadline, Completion* completion) {
   auto state = std::make_shared<TransferState>();
   state->direction = direction;
@@ -107,7 +107,7 @@ void add_part(const EngineFacts& engine, TransferState& state, FileExtents wante
 std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadRequest request, Completion* completion) {
   for (const FileExtents& file : request.files) check_checksums(file);
   check_targets(request.files);
-  auto state = new_transfer(engine, TransferState::Direction::kLoad, request.deadline, completion);
+  auto state = new_transfer(engine, Direction::kLoad, request.deadline, completion);
   state->after = request.after;
   try {
     for (FileExtents& file : request.files)
@@ -146,7 +146,7 @@ std::vector<Fragment> extents_of(const EngineFacts& engine, const WriteRequest& 
 std::shared_ptr<TransferState> prepare_store(const EngineFacts& engine, const StoreTarget& target,
                                              const WriteRequest& request, std::vector<Fragment> extents,
                                              Completion* completion) {
-  auto state = new_transfer(engine, TransferState::Direction::kStore, request.deadline, completion);
+  auto state = new_transfer(engine, Direction::kStore, request.deadline, completion);
   state->gate = gate_for(engine, extents, request.stream);
   Part& part = state->parts.emplace_back();
   part.path = target.path;

@@ -17,6 +17,7 @@
 
 #include "engine/copier.h"
 #include "engine/part.h"
+#include "engine/way.h"
 #include "flashpack/engine.h"
 
 namespace flashpack::internal {
@@ -52,7 +53,6 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   std::filesystem::path path() const { return parts.empty() ? std::filesystem::path() : parts.front().path; }
 
   // Constant once started.
-  enum class Direction : std::uint8_t { kLoad, kStore };
   Direction direction = Direction::kLoad;
   std::optional<Deadline> deadline;
   Completion* completion = nullptr;

@@ -7,13 +7,13 @@ namespace flashpack::internal {
 
 namespace {
 
-using enum ChunkTraits::Direction;
+using enum Direction;
 using enum ChunkTraits::Route;
 using enum ChunkTraits::Memory;
 using enum Step;
 
 struct Row {
-  ChunkTraits::Direction direction;
+  Direction direction;
   ChunkTraits::Route route;
   ChunkTraits::Memory memory;
   std::array<Step, 5> steps;  // Steps of a chunk whose bytes are counted; other chunks leave kCount out.

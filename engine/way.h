@@ -31,9 +31,10 @@ constexpr bool may_be_late(Step step) {
   return (step >= Step::kPopulate && step <= Step::kWriteCached) || step == Step::kAbandoned;
 }
 
+enum class Direction : std::uint8_t { kLoad, kStore };
+
 /// The properties of a chunk that decide its way.
 struct ChunkTraits {
-  enum class Direction : std::uint8_t { kLoad, kStore };
   enum class Route : std::uint8_t {
     kDirect,       ///< Past the page cache.
     kSeemsCached,  ///< Through the page cache, because the bytes seem to be there.

@@ -9,7 +9,7 @@
 namespace flashpack::internal {
 namespace {
 
-using enum ChunkTraits::Direction;
+using enum Direction;
 using enum ChunkTraits::Route;
 using enum ChunkTraits::Memory;
 
@@ -56,7 +56,7 @@ std::string text_of(const Way& way) {
 }
 
 struct Row {
-  ChunkTraits::Direction direction;
+  Direction direction;
   ChunkTraits::Route route;
   ChunkTraits::Memory memory;
   const char* plain;
