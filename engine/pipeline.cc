@@ -207,8 +207,7 @@ void Pipeline::issue_from(Part& part, unsigned& questions, std::uint32_t queue_d
 // Starts a chunk on its way. False, without any effect, if there is no room for it now.
 bool Pipeline::set_out(Part& part, const Chunk& chunk, Route route) {
   if (free_jobs_.empty() || (route != Route::kDirect && buffered() >= limits_.worker_depth)) return false;
-  const ChunkTraits traits = traits_of(part, chunk, route);
-  const Way way = way_of(traits);
+  const Way way = way_of(traits_of(part, chunk, route));
   // Page faults of fresh memory cost more than a read into it, and page faults of a mapped file read that file. So a
   // worker takes them before the read.
   bool populated = false;
@@ -217,13 +216,12 @@ bool Pipeline::set_out(Part& part, const Chunk& chunk, Route route) {
     populated = way.counts_in != Step::kPopulate && is_populated(memory);
     if (!populated && jobs_in(Step::kPopulate) >= limits_.worker_depth) return false;
   }
-  const bool has_slot = traits.memory != ChunkTraits::Memory::kInPlace;
-  const std::optional<unsigned> tag = has_slot ? open_job_with_slot(part, chunk) : open_job(part, chunk);
+  const std::optional<unsigned> tag = has_slot(way.view) ? open_job_with_slot(part, chunk) : open_job(part, chunk);
   if (!tag) return false;
   Job& job = jobs_[*tag];
   job.way = way;
   job.next = populated ? 1 : 0;
-  job.view = view_of(job, route);
+  job.view = view_of(job);
   advance(*tag);
   return true;
 }
@@ -239,16 +237,13 @@ ChunkTraits Pipeline::traits_of(const Part& part, const Chunk& chunk, Route rout
           .counted = part.sums.has_value()};
 }
 
-// Empty for a chunk that goes through the page cache without a slot, because a worker then moves its fragments. Direct
-// reads move whole blocks.
-SlotView Pipeline::view_of(const Job& job, Route route) const {
+SlotView Pipeline::view_of(const Job& job) const {
   const Chunk& chunk = *job.chunk;
-  if (job.slot < 0 && route != Route::kDirect) return {};
-  if (job.slot < 0) return {chunk.offset_bytes, {fragments_of(job).front().memory, chunk.size_bytes}};
-  const bool whole_blocks = route == Route::kDirect && job.transfer().is_load();
-  const std::uint32_t block_bytes = whole_blocks ? job.part->file().alignment().block_bytes : 1;
+  if (job.way.view == View::kFragments) return {};
+  if (job.way.view == View::kInPlace) return {chunk.offset_bytes, {fragments_of(job).front().memory, chunk.size_bytes}};
+  const std::uint32_t block_bytes = job.way.view == View::kBlocks ? job.part->file().alignment().block_bytes : 1;
   const std::uint64_t begin = round_down(chunk.offset_bytes, block_bytes);
-  const std::uint64_t end = round_up(chunk.offset_bytes + chunk.size_bytes, block_bytes);
+  const std::uint64_t end = round_up(end_of(chunk), block_bytes);
   const std::span<std::byte> slot = slots_[static_cast<std::size_t>(job.slot)];
   assert(end - begin <= slot.size());
   return {begin, slot.first(end - begin)};

@@ -130,7 +130,7 @@ class Pipeline final : public Driver {
   void issue_from(Part& part, unsigned& questions, std::uint32_t queue_depth);
   bool set_out(Part& part, const Chunk& chunk, Route route);
   static ChunkTraits traits_of(const Part& part, const Chunk& chunk, Route route);
-  SlotView view_of(const Job& job, Route route) const;
+  SlotView view_of(const Job& job) const;
 
   // Transfers and their parts: pipeline_parts.cc.
   void admit();

@@ -147,7 +147,7 @@ void Pipeline::move_buffered(unsigned tag) {
   give_to_workers(
       tag, {.op = job.step == Step::kWriteCached ? ByteWork::Op::kToCache : ByteWork::Op::kFromCache,
             .fd = job.part->file().buffered_fd(),
-            .fragments = job.slot >= 0 ? std::span<const Fragment>() : fragments_of(job),
+            .fragments = job.way.view == View::kFragments ? fragments_of(job) : std::span<const Fragment>(),
             .page_cache = {.only = job.step == Step::kReadIfCached, .drop = transfer.after == AfterLoad::kDrop}});
 }
 
@@ -172,11 +172,11 @@ void Pipeline::populate(unsigned tag) {
 // Copies between the view and the fragments' memory.
 void Pipeline::copy(unsigned tag) {
   const Job& job = jobs_[tag];
-  assert(job.slot >= 0);
+  assert(has_slot(job.way.view));
   const ByteWork work{.op = job.step == Step::kScatter ? ByteWork::Op::kScatter : ByteWork::Op::kGather,
                       .view = job.view,
                       .fragments = fragments_of(job)};
-  job.chunk->on_device ? copier_->push(tag, static_cast<unsigned>(job.slot), work) : give_to_workers(tag, work);
+  job.way.to_device ? copier_->push(tag, static_cast<unsigned>(job.slot), work) : give_to_workers(tag, work);
 }
 
 void Pipeline::complete(IoCompletion completion) {
@@ -215,7 +215,7 @@ void Pipeline::on_direct(unsigned tag, std::int64_t result) {
   const std::uint64_t got = job.done_bytes + (interrupted ? 0 : static_cast<std::uint64_t>(result));
   stats.direct_bytes += got - job.done_bytes;
   if (job.view.offset_bytes + got >= job.chunk->offset_bytes + job.chunk->size_bytes) {
-    if (job.slot >= 0) stats.staged_bytes += got;
+    if (has_slot(job.way.view)) stats.staged_bytes += got;
     return advance(tag);
   }
   if (result == 0 && reads) return fail(tag, Errc::kTruncated);
@@ -239,9 +239,10 @@ void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
   TransferState& transfer = job.transfer();
   const auto moved = static_cast<std::uint64_t>(result);
   transfer.stats.buffered_bytes += moved;
-  if (moved != (job.slot >= 0 ? job.view.bytes.size() : job.part->plan.wanted_bytes(*job.chunk)))
+  const bool in_slot = has_slot(job.way.view);
+  if (moved != (in_slot ? job.view.bytes.size() : job.part->plan.wanted_bytes(*job.chunk)))
     return fail(tag, job.step == Step::kWriteCached ? errno_code(EIO) : make_error_code(Errc::kTruncated));
-  if (job.slot >= 0) transfer.stats.staged_bytes += moved;
+  if (in_slot) transfer.stats.staged_bytes += moved;
   advance(tag);
 }
 
@@ -251,22 +252,22 @@ void Pipeline::on_worked(unsigned tag, std::error_code error) {
   error ? fail(tag, error) : advance(tag);
 }
 
-// Some file systems accept O_DIRECT at open and refuse it at the first read or write. The chunk then goes another way;
-// a load to the host gives back its slot, which that way does not need.
+// Some file systems accept O_DIRECT at open and refuse it at the first read or write. The chunk then goes another way,
+// which may not need its slot.
 void Pipeline::refuse_direct(unsigned tag) {
   Job& job = jobs_[tag];
   TransferState& transfer = job.transfer();
   assert(job.step == Step::kRead || job.step == Step::kWrite);
-  if (job.step == Step::kRead && job.slot >= 0 && !job.chunk->on_device) {
-    if (job.stuck) clear_stuck(job);
-    free_slots_.push_back(std::exchange(job.slot, -1));
-  }
   job.part->router.refuse_direct();
   ++transfer.stats.retries;
   transfer.note_fallback("direct I/O: refused by the file system at the first use");
   job.way = way_of(traits_of(*job.part, *job.chunk, Route::kRefused));
   job.next = 0;
-  job.view = view_of(job, Route::kRefused);
+  if (job.slot >= 0 && !has_slot(job.way.view)) {
+    if (job.stuck) clear_stuck(job);
+    free_slots_.push_back(std::exchange(job.slot, -1));
+  }
+  job.view = view_of(job);
   advance(tag);
 }
 

@@ -18,29 +18,31 @@ struct Row {
   ChunkTraits::Memory memory;
   std::array<Step, 5> steps;  // Steps of a chunk whose bytes are counted; other chunks leave kCount out.
   Step counts_in;
+  View view;
 };
 
 // Counting is a step of its own where no worker touches the bytes in another step. A store that is refused has been
-// counted already. A load that is refused has not, and gives back its slot unless it is for a device.
+// counted already. A load that is refused has not, and gives back its slot unless it is for a device. Only direct I/O
+// needs whole blocks.
 constexpr std::array<Row, 18> kTable{{
-    {kLoad, kDirect, kInPlace, {kPopulate, kRead, kCount, kDeliver}, kCount},
-    {kLoad, kDirect, kSlot, {kRead, kScatter, kDeliver}, kScatter},
-    {kLoad, kDirect, kDevice, {kRead, kCount, kWait, kScatter, kDeliver}, kCount},
-    {kLoad, kSeemsCached, kInPlace, {kReadIfCached, kDeliver}, kReadIfCached},
-    {kLoad, kSeemsCached, kDevice, {kReadIfCached, kWait, kScatter, kDeliver}, kReadIfCached},
-    {kLoad, kBuffered, kInPlace, {kReadCached, kDeliver}, kReadCached},
-    {kLoad, kBuffered, kDevice, {kReadCached, kWait, kScatter, kDeliver}, kReadCached},
-    {kLoad, kRefused, kInPlace, {kReadCached, kDeliver}, kReadCached},
-    {kLoad, kRefused, kSlot, {kReadCached, kDeliver}, kReadCached},
-    {kLoad, kRefused, kDevice, {kReadCached, kWait, kScatter, kDeliver}, kReadCached},
-    {kStore, kDirect, kInPlace, {kPopulate, kWrite, kDeliver}, kPopulate},
-    {kStore, kDirect, kSlot, {kGather, kWrite, kDeliver}, kGather},
-    {kStore, kDirect, kDevice, {kWait, kGather, kCount, kWrite, kDeliver}, kCount},
-    {kStore, kBuffered, kInPlace, {kWriteCached, kDeliver}, kWriteCached},
-    {kStore, kBuffered, kDevice, {kWait, kGather, kWriteCached, kDeliver}, kWriteCached},
-    {kStore, kRefused, kInPlace, {kWriteCached, kDeliver}, kFree},
-    {kStore, kRefused, kSlot, {kWriteCached, kDeliver}, kFree},
-    {kStore, kRefused, kDevice, {kWriteCached, kDeliver}, kFree},
+    {kLoad, kDirect, kInPlace, {kPopulate, kRead, kCount, kDeliver}, kCount, View::kInPlace},
+    {kLoad, kDirect, kSlot, {kRead, kScatter, kDeliver}, kScatter, View::kBlocks},
+    {kLoad, kDirect, kDevice, {kRead, kCount, kWait, kScatter, kDeliver}, kCount, View::kBlocks},
+    {kLoad, kSeemsCached, kInPlace, {kReadIfCached, kDeliver}, kReadIfCached, View::kFragments},
+    {kLoad, kSeemsCached, kDevice, {kReadIfCached, kWait, kScatter, kDeliver}, kReadIfCached, View::kSlot},
+    {kLoad, kBuffered, kInPlace, {kReadCached, kDeliver}, kReadCached, View::kFragments},
+    {kLoad, kBuffered, kDevice, {kReadCached, kWait, kScatter, kDeliver}, kReadCached, View::kSlot},
+    {kLoad, kRefused, kInPlace, {kReadCached, kDeliver}, kReadCached, View::kFragments},
+    {kLoad, kRefused, kSlot, {kReadCached, kDeliver}, kReadCached, View::kFragments},
+    {kLoad, kRefused, kDevice, {kReadCached, kWait, kScatter, kDeliver}, kReadCached, View::kSlot},
+    {kStore, kDirect, kInPlace, {kPopulate, kWrite, kDeliver}, kPopulate, View::kInPlace},
+    {kStore, kDirect, kSlot, {kGather, kWrite, kDeliver}, kGather, View::kBlocks},
+    {kStore, kDirect, kDevice, {kWait, kGather, kCount, kWrite, kDeliver}, kCount, View::kBlocks},
+    {kStore, kBuffered, kInPlace, {kWriteCached, kDeliver}, kWriteCached, View::kFragments},
+    {kStore, kBuffered, kDevice, {kWait, kGather, kWriteCached, kDeliver}, kWriteCached, View::kSlot},
+    {kStore, kRefused, kInPlace, {kWriteCached, kDeliver}, kFree, View::kFragments},
+    {kStore, kRefused, kSlot, {kWriteCached, kDeliver}, kFree, View::kSlot},
+    {kStore, kRefused, kDevice, {kWriteCached, kDeliver}, kFree, View::kSlot},
 }};
 
 }  // namespace
@@ -50,7 +52,7 @@ Way way_of(const ChunkTraits& chunk) {
     return each.direction == chunk.direction && each.route == chunk.route && each.memory == chunk.memory;
   });
   assert(row != kTable.end());
-  Way way{row->steps, chunk.counted ? row->counts_in : kFree};
+  Way way{row->steps, chunk.counted ? row->counts_in : kFree, row->view, row->memory == kDevice};
   if (!chunk.counted) std::fill(std::remove(way.steps.begin(), way.steps.end(), kCount), way.steps.end(), kFree);
   return way;
 }

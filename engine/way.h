@@ -52,10 +52,21 @@ struct ChunkTraits {
   bool counted;  ///< Whether the bytes are counted for checksums.
 };
 
+/// The memory that a chunk is read to or written from.
+enum class View : std::uint8_t {
+  kFragments,  ///< The memory of each fragment; a worker moves one after the other.
+  kInPlace,    ///< The memory of the one fragment.
+  kSlot,       ///< A slot with the chunk's bytes.
+  kBlocks,     ///< A slot with the chunk's bytes and, at its ends, the rest of the file's blocks.
+};
+constexpr bool has_slot(View view) { return view >= View::kSlot; }
+
 struct Way {
   std::array<Step, 5> steps{};  ///< Ends with kDeliver; the rest is kFree.
   /// The step in which a worker counts the bytes for checksums; kFree if none does.
   Step counts_in = Step::kFree;
+  View view = View::kFragments;
+  bool to_device = false;  ///< Whether kScatter and kGather copy to or from a device.
 };
 
 /// Requires: Memory::kSlot comes with Route::kDirect or kRefused only, and Route::kSeemsCached with a load only.

@@ -119,6 +119,19 @@ TEST(WayTest, EachByteIsCountedOnceAlsoWhenTheDiskRefuses) {
   }
 }
 
+TEST(WayTest, DirectIoMovesOneStretchOfMemoryAndADeviceIsReachedThroughASlot) {
+  for (const Row& row : kRows) {
+    const Way way = way_of({row.direction, row.route, row.memory, false});
+    EXPECT_EQ(way.to_device, row.memory == kDevice) << row.plain;
+    if (row.route == kDirect) {
+      EXPECT_EQ(way.view, row.memory == kInPlace ? View::kInPlace : View::kBlocks) << row.plain;
+    } else {  // A store that is refused has gathered its bytes.
+      const bool in_slot = row.memory == kDevice || (row.memory == kSlot && row.direction == kStore);
+      EXPECT_EQ(way.view, in_slot ? View::kSlot : View::kFragments) << row.plain;
+    }
+  }
+}
+
 TEST(WayTest, OperationsThatTheKernelCarriesOutMayBeLateAndNoOthers) {
   for (const Step step : {Step::kPopulate, Step::kRead, Step::kWrite, Step::kReadIfCached, Step::kReadCached,
                           Step::kWriteCached, Step::kAbandoned}) {
