@@ -122,6 +122,8 @@ struct Engine::Impl::Machine {
     staging.reset();
   }
 
+  internal::DiskQueue& disk() { return ring ? static_cast<internal::DiskQueue&>(*ring) : *disk_threads; }
+
   std::optional<internal::Staging> staging;
   std::optional<internal::Pool> pool;
   std::unique_ptr<internal::Copier> copier;
@@ -161,11 +163,10 @@ void Engine::Impl::build(Machine& machine) {
   internal::Ring* const ring = machine.ring.get();
   if (options_.backend == Backend::kAuto) options_.backend = ring ? Backend::kIoUring : Backend::kWorkers;
   internal::DiskThreads& threads = machine.disk_threads.emplace(*machine.pool, tags, ring, fallback_reason_);
-  internal::DiskQueue& disk = ring ? static_cast<internal::DiskQueue&>(*ring) : threads;
-  machine.workers.emplace(*machine.pool, tags, &disk);
+  machine.workers.emplace(*machine.pool, tags, &machine.disk());
   const std::string& memory_reason = staging.fallback_reason();
   if (!memory_reason.empty()) fallback_reason_.append(fallback_reason_.empty() ? "" : "; ").append(memory_reason);
-  const internal::Queues queues{.disk = disk, .stand_in = threads, .workers = *machine.workers};
+  const internal::Queues queues{.disk = machine.disk(), .stand_in = threads, .workers = *machine.workers};
   machine.pipeline.emplace(queues, *machine.pool, machine.copier.get(), staging.slots(), limits);
 }
 
@@ -184,6 +185,7 @@ void Engine::Impl::drive(std::promise<void>& ready) {
   pipeline_ = &*machine->pipeline;
   facts_ = {.chunk_bytes = options_.chunk_bytes,
             .backend = options_.backend,
+            .disk = &machine->disk(),
             .copier = machine->copier.get(),
             .fallback_reason = machine->staging->fallback_reason()};
   ready.set_value();

@@ -46,7 +46,7 @@ class Engine::Impl {
   EngineOptions options_;
   std::string fallback_reason_;
   const pid_t owner_;
-  internal::Pipeline* pipeline_ = nullptr;  // The driver thread owns it, and the copier in facts_.
+  internal::Pipeline* pipeline_ = nullptr;  // The driver thread owns it, and what facts_ points to.
   internal::EngineFacts facts_;
   std::thread driver_;
   std::thread successor_;  // Set by driver_ before it ends.

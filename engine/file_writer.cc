@@ -28,7 +28,8 @@ FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, 
       want_checksums_(options.checksums) {
   try {
     internal::UniqueFd fd = temp_.create();
-    open_ = std::make_shared<internal::OpenFile>(internal::File::created(temp_.path(), std::move(fd)));
+    open_ = std::make_shared<internal::OpenFile>(internal::File::created(temp_.path(), std::move(fd)),
+                                                 engine_.facts().disk);
     reserve(0, payload_bytes_);
   } catch (...) {
     abort();

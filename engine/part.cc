@@ -135,7 +135,7 @@ std::shared_ptr<OpenFile> FileTable::open(const std::filesystem::path& path,
   File file = File::open(path, expected, false, std::move(given));
   const bool served = serve && serve(file);
   if (want_direct && !served) file.open_direct();
-  auto opened = std::make_shared<OpenFile>(std::move(file));
+  auto opened = std::make_shared<OpenFile>(std::move(file), queue_);
   if (served || !own) return opened;
   const std::lock_guard lock(mutex_);
   open_[path] = opened;

@@ -44,13 +44,13 @@ struct Failure {
 
 /// An open file that transfers share, with the driver's notes about it.
 struct OpenFile {
-  explicit OpenFile(File opened) : file(std::move(opened)) {}
+  OpenFile(File opened, DiskQueue* its_queue) : file(std::move(opened)), queue(its_queue) {}
 
   const File file;
 
   // Only for the driver.
-  DiskQueue* queue = nullptr;  // The queue that serves the file, once bytes are moved.
-  std::uint32_t stuck = 0;     // Operations on the file that are late or abandoned.
+  DiskQueue* queue;         // The queue that serves the file.
+  std::uint32_t stuck = 0;  // Operations on the file that are late or abandoned.
 };
 
 /// The driver's counts for one file system.
@@ -76,6 +76,9 @@ struct Place {
 /// because some file systems give two files the same number. Thread safety: any thread.
 class FileTable {
  public:
+  /// `queue` serves the files.
+  explicit FileTable(DiskQueue* queue) : queue_(queue) {}
+
   /// Opens the file of `given` or, without it, the file that is at `path` now. May block. Throws: Error, as
   /// File::open(). `serve`, if given, is called as soon as the file can be read through the page cache. If it returns
   /// true, it has read all that was wanted, and the file is neither opened for direct reads nor shared.
@@ -87,7 +90,8 @@ class FileTable {
   std::shared_ptr<OpenFile> find(const std::filesystem::path& path, const std::optional<FileIdentity>& expected,
                                  bool want_direct);
 
-  std::mutex mutex_;
+  DiskQueue* const queue_;
+  std::mutex mutex_;  // Protects the rest.
   std::map<std::filesystem::path, std::weak_ptr<OpenFile>> open_;
 };
 

@@ -38,6 +38,7 @@ Pipeline::Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::s
       copier_(copier),
       slots_(std::move(slots)),
       limits_(limits),
+      files_(std::make_shared<FileTable>(&queues.disk)),
       inbox_(std::make_shared<Inbox>()),
       jobs_(tag_limit(limits)) {
   assert(limits.slots > 0 && limits.slots <= slots_.size());

@@ -211,7 +211,7 @@ class Pipeline final : public Driver {
   Copier* const copier_;
   const std::vector<std::span<std::byte>> slots_;
   const Limits limits_;
-  const std::shared_ptr<FileTable> files_ = std::make_shared<FileTable>();
+  const std::shared_ptr<FileTable> files_;
   const std::shared_ptr<Inbox> inbox_;
   std::map<std::uint64_t, FileSystem> file_systems_;  // One for each device number; never removed.
 

@@ -118,7 +118,6 @@ void Pipeline::begin(unsigned tag, Step step) {
 
 // The file's own queue, or the stand-in if that queue refuses.
 DiskQueue& Pipeline::queue_of(OpenFile& file) const {
-  if (!file.queue) file.queue = &queues_.disk;
   if (file.queue->refuses()) file.queue = &queues_.stand_in;
   return *file.queue;
 }

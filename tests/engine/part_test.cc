@@ -38,7 +38,7 @@ class PartTest : public ::testing::Test {
   flashpack::testing::TempDir dir_;
   const std::filesystem::path path_ = dir_ / "file";
   const std::vector<std::byte> bytes_ = flashpack::testing::random_bytes(2 * kMiB);
-  FileTable files_;
+  FileTable files_{nullptr};
 };
 
 TEST_F(PartTest, LoadsOfOneFileShareItWhileItIsOpenAndTheSame) {
@@ -57,7 +57,7 @@ TEST_F(PartTest, AFileThatMayNotBeReadAnyMoreIsRefusedThoughItIsOpen) {
     if (::geteuid() == 0 && ::setresuid(65534, 65534, 65534) != 0) return flashpack::testing::kSkip;
     const flashpack::testing::TempDir own;
     flashpack::testing::write_file(own / "file", {});
-    FileTable files;
+    FileTable files(nullptr);
     const auto open = files.open(own / "file", std::nullopt, true);
     ::chmod((own / "file").c_str(), 0);
     try {
