@@ -1,5 +1,4 @@
-/// The interfaces through which the pipeline has its operations carried out. A disk queue moves bytes between a file
-/// and memory; a work queue does work that needs a CPU.
+/// The interfaces through which the pipeline has direct I/O carried out.
 #pragma once
 
 #include <chrono>
@@ -8,8 +7,6 @@
 #include <optional>
 #include <span>
 #include <string>
-
-#include "engine/byte_work.h"
 
 namespace flashpack::internal {
 
@@ -60,19 +57,6 @@ class DiskQueue : public Queue {
 
   /// Why this queue is slower than it could be; empty when it is not.
   virtual std::string fallback_reason() const { return {}; }
-};
-
-class WorkQueue : public Queue {
- public:
-  using Request = ByteWork;
-  virtual void push(unsigned tag, const ByteWork& work) = 0;
-};
-
-/// The queues of one pipeline; they outlive it.
-struct Queues {
-  DiskQueue& disk;      ///< Serves files. The driver sleeps in its wait(), and the other queues wake it.
-  DiskQueue& stand_in;  ///< Serves files when `disk` refuses; may be `disk` itself.
-  WorkQueue& workers;
 };
 
 }  // namespace flashpack::internal

@@ -13,13 +13,20 @@
 #include <vector>
 
 #include "engine/copier.h"
-#include "engine/io_queue.h"
 #include "engine/mounts.h"
 #include "engine/pool.h"
 #include "engine/transfer_state.h"
 #include "engine/way.h"
+#include "engine/work_queue.h"
 
 namespace flashpack::internal {
+
+/// The queues of one pipeline; they outlive it.
+struct Queues {
+  DiskQueue& disk;      ///< Serves files. The driver sleeps in its wait(), and the other queues wake it.
+  DiskQueue& stand_in;  ///< Serves files when `disk` refuses; may be `disk` itself.
+  WorkQueue& workers;
+};
 
 /// Serves transfers. The file's queue does the direct I/O, the workers do all work that touches bytes with a CPU, and
 /// the copier copies to and from a device. Each chunk goes the way that the table in way.cc gives.

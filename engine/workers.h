@@ -7,8 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "engine/io_queue.h"
 #include "engine/pool.h"
+#include "engine/work_queue.h"
 
 namespace flashpack::internal {
 
