@@ -12,20 +12,15 @@
 #include "engine/ground/unique_fd.h"
 #include "engine/stripe_sums.h"
 #include "tests/support/guarded_memory.h"
-#include "tests/support/temp_dir.h"
+#include "tests/support/small_file_test.h"
 
 namespace flashpack::internal {
 namespace {
 
 using flashpack::testing::GuardedMemory;
 
-class ByteWorkTest : public ::testing::Test {
+class ByteWorkTest : public flashpack::testing::SmallFileTest {
  protected:
-  ByteWorkTest() {
-    flashpack::testing::write_file(dir_ / "file", bytes_);
-    fd_.reset(::open((dir_ / "file").c_str(), O_RDWR));
-  }
-
   // Whether `cached` is refused after `drop`. That starts to read what is missing, which may have come in time: then
   // all of it is there, and the next attempt counts. Work that ignores PageCache is never refused.
   bool is_refused_when(const std::function<void()>& drop, const ByteWork& cached, std::int64_t whole) {
@@ -42,10 +37,6 @@ class ByteWorkTest : public ::testing::Test {
   bool right(const GuardedMemory& memory, std::uint64_t offset) const {
     return memory.intact() && std::memcmp(memory.data(), bytes_.data() + offset, memory.size()) == 0;
   }
-
-  flashpack::testing::TempDir dir_;
-  std::vector<std::byte> bytes_ = flashpack::testing::random_bytes(300'000);
-  UniqueFd fd_;
 };
 
 TEST_F(ByteWorkTest, FragmentsWithGapsOverlapsAndFarJumpsAreAllRead) {

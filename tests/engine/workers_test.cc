@@ -1,6 +1,5 @@
 #include "engine/workers.h"
 
-#include <fcntl.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,26 +9,17 @@
 #include <thread>
 #include <vector>
 
-#include "engine/ground/unique_fd.h"
 #include "tests/support/guarded_memory.h"
-#include "tests/support/temp_dir.h"
+#include "tests/support/small_file_test.h"
 
 namespace flashpack::internal {
 namespace {
 
 using flashpack::testing::GuardedMemory;
 
-class WorkersTest : public ::testing::Test {
+class WorkersTest : public flashpack::testing::SmallFileTest {
  protected:
-  WorkersTest() {
-    flashpack::testing::write_file(dir_ / "file", bytes_);
-    fd_.reset(::open((dir_ / "file").c_str(), O_RDWR));
-  }
-
   Pool pool_{2};
-  flashpack::testing::TempDir dir_;
-  std::vector<std::byte> bytes_ = flashpack::testing::random_bytes(300'000);
-  UniqueFd fd_;
   Workers workers_{pool_, 8, nullptr};
 };
 
