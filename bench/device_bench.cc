@@ -148,7 +148,7 @@ LoadRequest request_for(const Setup& setup, Shape shape) {
   LoadRequest request = setup.checkpoint.request(setup.target.data());
   if (shape == Shape::kVerified) {
     const Checkpoint& checkpoint = setup.checkpoint;
-    request.files.front().checksums = checkpoint.metadata().checksums.value();
+    request.files.front().checksums = &checkpoint.metadata().checksums.value();
   }
   return request;
 }

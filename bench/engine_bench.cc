@@ -201,7 +201,7 @@ void bench_verified(benchmark::State& state, const Setup& setup, Cache cache) {
   const Series none(checkpoint.metadata().payload_bytes);
   const auto verified = [&](std::byte* target) {
     LoadRequest request = checkpoint.request(target);
-    request.files.front().checksums = checkpoint.metadata().checksums.value();
+    request.files.front().checksums = &checkpoint.metadata().checksums.value();
     stats = setup.engine.load(std::move(request));
   };
   const auto plain = [&](std::byte* target) { setup.engine.load(checkpoint.request(target)); };
@@ -300,7 +300,7 @@ class Store {
   void check() const {
     const Checkpoint stored(path_, 0, true);
     LoadRequest request = stored.request(setup_.touched.data());
-    request.files.front().checksums = stored.metadata().checksums.value();
+    request.files.front().checksums = &stored.metadata().checksums.value();
     setup_.engine.load(std::move(request));
     setup_.checkpoint.check(setup_.touched.data());
   }

@@ -164,7 +164,7 @@ std::uint64_t compare_stripes(const Part& part, std::uint64_t begin_bytes, std::
     const std::uint64_t index = begin / kStripeBytes;
     const auto size = static_cast<std::uint32_t>(std::min(kStripeBytes, part.checksums->size_bytes - begin));
     if (part.sums->counted_bytes(index) != size) continue;
-    if (part.sums->crc32c(index, size) != part.checksums->crc32c[index])
+    if (part.sums->crc32c(index, size) != part.checksums->crc32c[index - part.first_stripe])
       throw range_error(Errc::kCorrupt, "verify", part.path, begin, size);
     compared_bytes += size;
   }

@@ -103,7 +103,8 @@ struct Part {
   std::filesystem::path path;  // Also for messages.
   UniqueFd given;              // A descriptor of the file; if set, `path` is only for messages.
   std::optional<FileIdentity> expected;
-  std::optional<Checksums> checksums;
+  std::optional<Checksums> checksums;  // Of the stripes from `first_stripe` on that the extents have bytes of.
+  std::uint64_t first_stripe = 0;      // Index in the file.
   CachePolicy cache = CachePolicy::kAuto;
   std::vector<Fragment> extents;       // Moved into the plan later.
   std::uint32_t index = 0;             // Index of the file in the request.

@@ -80,6 +80,24 @@ void check_targets(std::span<const FileExtents> files) {
   if (overlap != targets.end()) throw argument_error("load: targets overlap in memory");
 }
 
+// Copies the checksums of the stripes that the extents of the part have bytes of, because a load of a little of a large
+// file should not copy them all.
+void take_checksums(const Checksums& all, Part& part) {
+  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
+  std::uint64_t begin = all.size_bytes;
+  std::uint64_t end = 0;
+  for (const Fragment& extent : part.extents) {
+    begin = std::min(begin, extent.offset_bytes);
+    end = std::max(end, std::min(end_of(extent), all.size_bytes));
+  }
+  part.checksums = Checksums{.size_bytes = all.size_bytes};
+  if (begin >= end) return;
+  part.first_stripe = begin / kStripeBytes;
+  const auto stripes =
+      std::span(all.crc32c).subspan(part.first_stripe, (end - 1) / kStripeBytes + 1 - part.first_stripe);
+  part.checksums->crc32c.assign(stripes.begin(), stripes.end());
+}
+
 // Adds one file of a load. If `reported`, the completion is told of each of its extents.
 void add_part(const EngineFacts& engine, TransferState& state, FileExtents wanted, CachePolicy cache, bool reported) {
   Part& part = state.parts.emplace_back();
@@ -87,7 +105,6 @@ void add_part(const EngineFacts& engine, TransferState& state, FileExtents wante
   if (reported) part.reported_extents = static_cast<std::uint32_t>(wanted.extents.size());
   part.path = std::move(wanted.path);
   part.expected = wanted.expected;
-  part.checksums = std::move(wanted.checksums);
   part.cache = cache;
   if (wanted.fd >= 0) {
     part.given.reset(::fcntl(wanted.fd, F_DUPFD_CLOEXEC, 0));
@@ -100,6 +117,7 @@ void add_part(const EngineFacts& engine, TransferState& state, FileExtents wante
                             on_device(engine, extent.target), extent.priority});
     state.total_bytes += extent.size_bytes;
   }
+  if (wanted.checksums) take_checksums(*wanted.checksums, part);
 }
 
 }  // namespace

@@ -51,11 +51,12 @@ struct FileExtents {
   std::filesystem::path path;  ///< Only for messages when `fd` is given.
   std::vector<Extent> extents;
   std::optional<FileIdentity> expected;  ///< If set and the file differs, the load fails with Errc::kFileChanged.
-  /// If set, every stripe that is read whole is compared with its checksum, and a difference is Errc::kCorrupt.
-  /// TransferStats::verified_bytes counts the bytes of these stripes. Nothing is compared if extents overlap in the
-  /// file, or if extents for the host and the device, or of different priorities, alternate in it less than 64 KiB
-  /// apart; TransferStats::fallback_reason says so.
-  std::optional<Checksums> checksums;
+  /// The checksums of the file, borrowed until start_load() has returned; null for none. With them, every stripe that
+  /// is read whole is compared with its checksum, and a difference is Errc::kCorrupt. TransferStats::verified_bytes
+  /// counts the bytes of these stripes. Nothing is compared if extents overlap in the file, or if extents for the host
+  /// and the device, or of different priorities, alternate in it less than 64 KiB apart; TransferStats::fallback_reason
+  /// says so.
+  const Checksums* checksums = nullptr;
   /// A readable descriptor of the file, borrowed until start_load() has returned; if negative, `path` is opened. With
   /// it the load reads the same file as the footer that the caller has read, even if another file is at `path` by now.
   /// The engine uses a duplicate and does not change the descriptor's position, so that one descriptor serves any

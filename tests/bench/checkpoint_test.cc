@@ -44,7 +44,7 @@ TEST_F(CheckpointFile, HasChecksumsThatItsBytesMatch) {
   const Metadata& metadata = checkpoint.metadata();
   std::vector<std::byte> memory(metadata.payload_bytes);
   LoadRequest request{.files = {{.path = path_, .extents = {{0, memory.size(), memory.data()}}}}};
-  request.files.front().checksums = metadata.checksums;
+  request.files.front().checksums = &*metadata.checksums;
   Engine engine;
   EXPECT_EQ(engine.load(std::move(request)).verified_bytes, metadata.payload_bytes);
 }

@@ -58,7 +58,7 @@ class ChecksumsTest : public ::testing::TestWithParam<Backend> {
     if (size == 0) size = bytes_.size() - begin;
     GuardedMemory memory(size, phase);
     const TransferStats stats =
-        engine_.load({.files = {{.path = path_, .extents = {{begin, size, memory.data()}}, .checksums = checksums}},
+        engine_.load({.files = {{.path = path_, .extents = {{begin, size, memory.data()}}, .checksums = &checksums}},
                       .cache = cache});
     EXPECT_EQ(std::memcmp(memory.data(), bytes_.data() + begin, size), 0);
     return stats;
@@ -101,7 +101,7 @@ TEST_P(ChecksumsTest, AFlippedBitIsFoundAndItsStripeNamed) {
     constexpr std::array kPolicies = {CachePolicy::kAuto, CachePolicy::kDirect, CachePolicy::kBuffered};
     GuardedMemory memory(bytes_.size(), random_() % 2);
     try {
-      engine_.load({.files = {{.path = path_, .extents = {{0, memory.size(), memory.data()}}, .checksums = checksums}},
+      engine_.load({.files = {{.path = path_, .extents = {{0, memory.size(), memory.data()}}, .checksums = &checksums}},
                     .cache = kPolicies[static_cast<std::size_t>(round) % 3]});
       FAIL() << "bit " << bit;
     } catch (const Error& error) {
@@ -131,7 +131,7 @@ TEST_P(ChecksumsTest, ExtentsThatOverlapInTheFileAreNotVerifiedAndTheReasonIsTol
   const TransferStats stats =
       engine_.load({.files = {{.path = path_,
                                .extents = {{0, 2 * kMiB, memory.data()}, {kMiB, 2 * kMiB, memory.data() + 2 * kMiB}},
-                               .checksums = checksums}}});
+                               .checksums = &checksums}}});
   EXPECT_EQ(stats.verified_bytes, 0u);
   EXPECT_NE(stats.fallback_reason.find("overlap"), std::string::npos) << stats.fallback_reason;
 }
@@ -146,7 +146,7 @@ TEST_P(ChecksumsTest, SmallExtentsThatOverlapAreNotCalledCorrupt) {
                                                          .extents = {{last, 2000, memory.data()},
                                                                      {last + 500, 1000, memory.data() + kMiB},
                                                                      {last + 3000, 1321, memory.data() + 2 * kMiB}},
-                                                         .checksums = checksums}},
+                                                         .checksums = &checksums}},
                                               .cache = cache});
     EXPECT_EQ(stats.verified_bytes, 0u);
     EXPECT_NE(stats.fallback_reason.find("overlap"), std::string::npos) << stats.fallback_reason;
@@ -158,7 +158,7 @@ TEST_P(ChecksumsTest, WhatIsReadPastThePayloadChangesNothing) {
   const std::uint64_t file_bytes = std::filesystem::file_size(path_);
   GuardedMemory memory(file_bytes);
   for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
-    LoadRequest load{.files = {{.path = path_, .extents = {{0, file_bytes, memory.data()}}, .checksums = checksums}},
+    LoadRequest load{.files = {{.path = path_, .extents = {{0, file_bytes, memory.data()}}, .checksums = &checksums}},
                      .cache = cache};
     EXPECT_EQ(engine_.load(load).verified_bytes, bytes_.size());
     // As many bytes are read past the payload as are left out before its end.

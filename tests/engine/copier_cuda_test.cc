@@ -409,10 +409,13 @@ TEST_P(DeviceTest, ChecksumsHoldFromDeviceToDevice) {
   writer.commit();
   for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
     std::byte* target = cuda().allocate(bytes_.size());
-    LoadRequest load{.files = {{.path = dir_ / "new", .extents = {{0, bytes_.size(), target}}, .checksums = checksums}},
-                     .cache = cache};
+    LoadRequest load{
+        .files = {{.path = dir_ / "new", .extents = {{0, bytes_.size(), target}}, .checksums = &checksums}},
+        .cache = cache};
     EXPECT_EQ(engine_->load(load).verified_bytes, bytes_.size());
-    load.files[0].checksums->crc32c[1] ^= 1;
+    Checksums others = checksums;
+    others.crc32c[1] ^= 1;
+    load.files[0].checksums = &others;
     const auto error = error_of([&] { engine_->load(load); });
     ASSERT_TRUE(error.has_value());
     EXPECT_EQ(error->code(), Errc::kCorrupt);

@@ -238,7 +238,7 @@ TEST_F(PipelineLandingTest, NoExtentOfACorruptStripeIsTold) {
   for (int round = 0; round < 30; ++round) {
     const std::size_t phase = round % 2 ? 0 : 7;
     GuardedMemory memory(bytes_.size(), phase);
-    FileExtents file{.path = path_, .checksums = sums};
+    FileExtents file{.path = path_, .checksums = &sums};
     for (std::uint64_t at = 0; at < bytes_.size(); at += 300'000)
       file.extents.push_back({at, std::min<std::uint64_t>(300'000, bytes_.size() - at), memory.data() + at});
     Recorder recorder;

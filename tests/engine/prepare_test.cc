@@ -136,10 +136,28 @@ TEST_F(PrepareTest, AStoreOfNothingHasNothingToDo) {
   EXPECT_FALSE(transfer->parts.front().sums);
 }
 
+TEST_F(PrepareTest, OnlyChecksumsOfStripesThatAreWantedAreCopied) {
+  constexpr std::uint64_t kStripe = Checksums::kStripeBytes;
+  const Checksums all{.size_bytes = 5 * kStripe - 1, .crc32c = {10, 11, 12, 13, 14}};
+  const auto kept = [&](std::vector<Extent> extents) {
+    const auto load = prepare_load(engine_, {.files = {{.path = "a", .extents = extents, .checksums = &all}}}, nullptr);
+    const Part& part = load->parts.front();
+    EXPECT_EQ(part.checksums->size_bytes, all.size_bytes);
+    return std::pair(part.first_stripe, part.checksums->crc32c);
+  };
+  using Kept = std::pair<std::uint64_t, std::vector<std::uint32_t>>;
+  EXPECT_EQ(kept({{2 * kStripe - 1, 2, at(4096)}, {3 * kStripe - 1, 1, at(8192)}}), Kept(1, {11, 12}));
+  EXPECT_EQ(kept({{4 * kStripe, 5 * kStripe, at(4096)}}), Kept(4, {14})) << "the file has more than its payload";
+  EXPECT_EQ(kept({{6 * kStripe, 5, at(4096)}}), Kept(0, {}));
+  EXPECT_EQ(kept({}), Kept(0, {}));
+}
+
 TEST_F(PrepareTest, ArgumentsThatCannotBeRightAreRefused) {
   const auto load = [&](std::vector<Extent> extents, std::optional<Checksums> checksums = {}) {
     return message_of([&] {
-      prepare_load(engine_, {.files = {{.path = "a", .extents = extents, .checksums = checksums}}}, nullptr);
+      prepare_load(engine_,
+                   {.files = {{.path = "a", .extents = extents, .checksums = checksums ? &*checksums : nullptr}}},
+                   nullptr);
     });
   };
   EXPECT_EQ(load({{0, 5, nullptr}}), "load a: extent without a target: invalid argument");

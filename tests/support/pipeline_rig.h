@@ -70,7 +70,8 @@ class PipelineRig {
   };
 
   Transfer start(const Load& load) {
-    LoadRequest request{.files = {{.path = load.path, .extents = load.extents, .checksums = load.checksums}},
+    const Checksums* const checksums = load.checksums ? &*load.checksums : nullptr;
+    LoadRequest request{.files = {{.path = load.path, .extents = load.extents, .checksums = checksums}},
                         .cache = load.cache,
                         .stream = load.stream,
                         .deadline = load.deadline,

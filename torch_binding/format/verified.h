@@ -26,9 +26,10 @@ class TensorsByOffset {
   std::vector<const TensorRecord*> records_;
 };
 
-/// Returns the FileExtents::checksums for a load of `path`, whose footer is `metadata`. The caller has to request whole
-/// stripes. Throws: Error (kBadFile) with Verify::kAlways if the file has no checksums.
-std::optional<Checksums> checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path);
+/// Returns the FileExtents::checksums for a load of `path`, whose footer is `metadata`; they are a member of
+/// `metadata`. The caller has to request whole stripes. Throws: Error (kBadFile) with Verify::kAlways if the file has
+/// no checksums.
+const Checksums* checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path);
 
 /// Returns the result of `wait`, which waits for such a load. With Verify::kAlways, every byte that was read has then
 /// matched its checksum. Throws: the exceptions of `wait`, where an Error of Errc::kCorrupt also names the tensors in

@@ -70,7 +70,7 @@ class Verifier {
     request.files.push_back({.path = path_,
                              .extents = {{offset, size, memory}},
                              .expected = metadata_.identity,
-                             .checksums = metadata_.checksums,
+                             .checksums = &*metadata_.checksums,
                              .fd = fd_});
     return request;
   }
@@ -154,10 +154,10 @@ std::string TensorsByOffset::names_in(std::uint64_t offset_bytes, std::uint64_t 
   return names;
 }
 
-std::optional<Checksums> checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path) {
-  if (verify == Verify::kNever) return std::nullopt;
+const Checksums* checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path) {
+  if (verify == Verify::kNever) return nullptr;
   if (verify == Verify::kAlways && !metadata.checksums) rules::refuse(path, "it has no checksums to verify");
-  return metadata.checksums;
+  return metadata.checksums ? &*metadata.checksums : nullptr;
 }
 
 TransferStats verified(const Metadata& metadata, Verify verify, const std::filesystem::path& path,
