@@ -108,7 +108,8 @@ std::int64_t read_cached(int fd, std::span<const Fragment> fragments) {
   return error != 0 ? -EAGAIN : sum_of(fragments);
 }
 
-std::int64_t read_through_cache(const ByteWork& work, std::span<const Fragment> fragments) {
+std::int64_t read_through_cache(const ByteWork& work) {
+  const std::span<const Fragment> fragments = work.fragments;
   const std::int64_t moved =
       work.page_cache.only ? read_cached(work.fd, fragments) : read_fragments(work.fd, fragments);
   if (work.page_cache.drop && moved > 0) {
@@ -200,17 +201,17 @@ void count_between_gaps(std::span<const Fragment> fragments, StripeSums& sums) {
   }
 }
 
-void count(const ByteWork& work, std::span<const Fragment> fragments, std::int64_t result) {
+void count(const ByteWork& work, std::int64_t result) {
   if (result < 0) return;
   switch (work.op) {
     case ByteWork::Op::kFromCache:
-      if (result == sum_of(fragments)) count_between_gaps(fragments, *work.sums);
+      if (result == sum_of(work.fragments)) count_between_gaps(work.fragments, *work.sums);
       return;
     case ByteWork::Op::kToCache:
-      if (result != sum_of(fragments)) return;
+      if (result != sum_of(work.fragments)) return;
       [[fallthrough]];
     case ByteWork::Op::kGather:
-      for (const Fragment& fragment : fragments)
+      for (const Fragment& fragment : work.fragments)
         work.sums->add(fragment.offset_bytes, {fragment.memory, fragment.size_bytes});
       return;
     case ByteWork::Op::kScatter:
@@ -221,19 +222,19 @@ void count(const ByteWork& work, std::span<const Fragment> fragments, std::int64
   }
 }
 
-std::int64_t move_bytes(const ByteWork& work, std::span<const Fragment> fragments) {
+std::int64_t move_bytes(const ByteWork& work) {
   const bool for_writing = work.touch == ByteWork::Touch::kForWriting;
   switch (work.op) {
     case ByteWork::Op::kFromCache:
-      return read_through_cache(work, fragments);
+      return read_through_cache(work);
     case ByteWork::Op::kToCache:
-      return move_fragments(work.fd, fragments, true);
+      return move_fragments(work.fd, work.fragments, true);
     case ByteWork::Op::kScatter:
       return scatter(work);
     case ByteWork::Op::kGather:
       return gather(work);
     case ByteWork::Op::kChecksum:
-      return work.touch == ByteWork::Touch::kNothing ? 0 : make_touchable(fragments, for_writing);
+      return work.touch == ByteWork::Touch::kNothing ? 0 : make_touchable(work.fragments, for_writing);
     case ByteWork::Op::kPopulate:
       populate(work.view.bytes, for_writing);
       return 0;
@@ -244,10 +245,8 @@ std::int64_t move_bytes(const ByteWork& work, std::span<const Fragment> fragment
 }  // namespace
 
 std::int64_t carry_out(const ByteWork& work) {
-  const Fragment whole{work.view.offset_bytes, work.view.bytes.size(), work.view.bytes.data()};
-  const std::span<const Fragment> fragments = work.fragments.empty() ? std::span(&whole, 1) : work.fragments;
-  const std::int64_t result = move_bytes(work, fragments);
-  if (work.sums) count(work, fragments, result);
+  const std::int64_t result = move_bytes(work);
+  if (work.sums) count(work, result);
   return result;
 }
 

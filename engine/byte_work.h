@@ -13,13 +13,13 @@ namespace flashpack::internal {
 
 class StripeSums;
 
-/// A contiguous range of a file's bytes, in a slot or in the caller's memory.
+/// Contiguous bytes of a chunk, in a slot or in the caller's memory. Their offsets are those that the fragments have.
 struct SlotView {
-  std::uint64_t offset_bytes = 0;  ///< File offset of the first byte.
+  std::uint64_t offset_bytes = 0;  ///< Offset of the first byte.
   std::span<std::byte> bytes;
 
   std::uint64_t end_bytes() const noexcept { return offset_bytes + bytes.size(); }
-  /// The bytes from `begin_bytes` to `end_bytes` of the file. Requires: the view has them.
+  /// The bytes from `begin_bytes` to `end_bytes`. Requires: the view has them.
   std::span<std::byte> between(std::uint64_t begin_bytes, std::uint64_t end_bytes) const {
     assert(begin_bytes >= offset_bytes && begin_bytes <= end_bytes && end_bytes <= this->end_bytes());
     return bytes.subspan(begin_bytes - offset_bytes, end_bytes - begin_bytes);
@@ -32,9 +32,9 @@ struct SlotView {
 
 struct ByteWork {
   enum class Op : std::uint8_t {
-    kFromCache,  ///< Reads `fragments` or, if there are none, `view` through the page cache. The result is the sum of
-                 ///< their sizes, or less if the file ends before. See PageCache.
-    kToCache,    ///< Writes all of `fragments` or, if there are none, of `view` through the page cache.
+    kFromCache,  ///< Reads `fragments` through the page cache. The result is the sum of their sizes, or less if the
+                 ///< file ends before. See PageCache.
+    kToCache,    ///< Writes all of `fragments` through the page cache.
     kScatter,    ///< Copies `view` to `fragments`.
     kGather,     ///< Copies `fragments` to `view`, with zeros between them.
     kChecksum,   ///< Counts the bytes of `fragments` in `view`; see `sums`.

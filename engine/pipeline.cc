@@ -222,7 +222,7 @@ bool Pipeline::set_out(Part& part, const Chunk& chunk, Route route) {
   Job& job = jobs_[*tag];
   job.way = way;
   job.next = populated ? 1 : 0;
-  job.view = view_of(job);
+  set_view(job);
   advance(*tag);
   return true;
 }
@@ -238,16 +238,20 @@ ChunkTraits Pipeline::traits_of(const Part& part, const Chunk& chunk, Route rout
           .counted = part.sums.has_value()};
 }
 
-SlotView Pipeline::view_of(const Job& job) const {
+void Pipeline::set_view(Job& job) const {
   const Chunk& chunk = *job.chunk;
-  if (job.way.view == View::kFragments) return {};
-  if (job.way.view == View::kInPlace) return {chunk.offset_bytes, {fragments_of(job).front().memory, chunk.size_bytes}};
   const std::uint32_t block_bytes = job.way.view == View::kBlocks ? job.part->file().alignment().block_bytes : 1;
   const std::uint64_t begin = round_down(chunk.offset_bytes, block_bytes);
   const std::uint64_t end = round_up(end_of(chunk), block_bytes);
-  const std::span<std::byte> slot = slots_[static_cast<std::size_t>(job.slot)];
-  assert(end - begin <= slot.size());
-  return {begin, slot.first(end - begin)};
+  job.view = {};
+  if (has_slot(job.way.view)) {
+    const std::span<std::byte> slot = slots_[static_cast<std::size_t>(job.slot)];
+    assert(end - begin <= slot.size());
+    job.view = {begin, slot.first(end - begin)};
+  } else if (job.way.view == View::kInPlace) {
+    job.view = {begin, {fragments_of(job).front().memory, end - begin}};
+  }
+  job.file_bytes = {begin, end - begin, job.view.bytes.data()};
 }
 
 }  // namespace flashpack::internal

@@ -96,7 +96,8 @@ class Pipeline final : public Driver {
     Step step = Step::kFree;
     int slot = -1;
     SlotView view;                                // The bytes in the slot or, in place, in the caller's memory.
-    std::uint64_t done_bytes = 0;                 // Bytes of the view that direct I/O has moved, in whole blocks.
+    Fragment file_bytes{};                        // The range of the file that they are read from or written to.
+    std::uint64_t done_bytes = 0;                 // Bytes of it that direct I/O has moved, in whole blocks.
     unsigned stalls = 0;                          // Results in a row that moved no further block.
     Queue* queue = nullptr;                       // The queue that has the job's operation.
     std::chrono::steady_clock::time_point since;  // When the step began.
@@ -137,7 +138,7 @@ class Pipeline final : public Driver {
   void issue_from(Part& part, unsigned& questions, std::uint32_t queue_depth);
   bool set_out(Part& part, const Chunk& chunk, Route route);
   static ChunkTraits traits_of(const Part& part, const Chunk& chunk, Route route);
-  SlotView view_of(const Job& job) const;
+  void set_view(Job& job) const;
 
   // Transfers and their parts: pipeline_parts.cc.
   void admit();
@@ -212,6 +213,10 @@ class Pipeline final : public Driver {
   /// Where the current step counts the job's bytes; null if it does not.
   static StripeSums* sums_of(const Job& job) { return job.step == job.way.counts_in ? &*job.part->sums : nullptr; }
   static std::span<const Fragment> fragments_of(const Job& job) { return job.part->plan.fragments_of(*job.chunk); }
+  /// What a worker moves between file and memory.
+  static std::span<const Fragment> cached_io_of(const Job& job) {
+    return job.way.view == View::kFragments ? fragments_of(job) : std::span(&job.file_bytes, 1);
+  }
 
   const Queues queues_;
   Pool& pool_;

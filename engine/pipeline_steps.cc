@@ -124,7 +124,7 @@ DiskQueue& Pipeline::queue_of(OpenFile& file) const {
 
 void Pipeline::move_direct(unsigned tag) {
   Job& job = jobs_[tag];
-  assert(job.done_bytes < job.view.bytes.size());
+  assert(job.done_bytes < job.file_bytes.size_bytes);
   TransferState& transfer = job.transfer();
   ++transfer.stats.operations;
   const File& file = job.part->file();
@@ -132,8 +132,8 @@ void Pipeline::move_direct(unsigned tag) {
   job.queue = &queue;
   queue.push(tag, {.op = job.step == Step::kRead ? DiskRequest::Op::kRead : DiskRequest::Op::kWrite,
                    .fd = file.direct_fd(),
-                   .offset_bytes = job.view.offset_bytes + job.done_bytes,
-                   .memory = job.view.bytes.subspan(job.done_bytes),
+                   .offset_bytes = job.file_bytes.offset_bytes + job.done_bytes,
+                   .memory = {job.file_bytes.memory + job.done_bytes, job.file_bytes.size_bytes - job.done_bytes},
                    .may_block = file.may_block(),
                    .slot = job.slot,
                    .transfer = &transfer});
@@ -146,7 +146,7 @@ void Pipeline::move_buffered(unsigned tag) {
   give_to_workers(
       tag, {.op = job.step == Step::kWriteCached ? ByteWork::Op::kToCache : ByteWork::Op::kFromCache,
             .fd = job.part->file().buffered_fd(),
-            .fragments = job.way.view == View::kFragments ? fragments_of(job) : std::span<const Fragment>(),
+            .fragments = cached_io_of(job),
             .page_cache = {.only = job.step == Step::kReadIfCached, .drop = transfer.after == AfterLoad::kDrop}});
 }
 
@@ -213,7 +213,7 @@ void Pipeline::on_direct(unsigned tag, std::int64_t result) {
 
   const std::uint64_t got = job.done_bytes + (interrupted ? 0 : static_cast<std::uint64_t>(result));
   stats.direct_bytes += got - job.done_bytes;
-  if (job.view.offset_bytes + got >= job.chunk->offset_bytes + job.chunk->size_bytes) {
+  if (job.file_bytes.offset_bytes + got >= end_of(*job.chunk)) {
     if (has_slot(job.way.view)) stats.staged_bytes += got;
     return advance(tag);
   }
@@ -239,7 +239,7 @@ void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
   const auto moved = static_cast<std::uint64_t>(result);
   transfer.stats.buffered_bytes += moved;
   const bool in_slot = has_slot(job.way.view);
-  if (moved != (in_slot ? job.view.bytes.size() : job.part->plan.wanted_bytes(*job.chunk)))
+  if (moved != (in_slot ? job.file_bytes.size_bytes : job.part->plan.wanted_bytes(*job.chunk)))
     return fail(tag, job.step == Step::kWriteCached ? errno_code(EIO) : make_error_code(Errc::kTruncated));
   if (in_slot) transfer.stats.staged_bytes += moved;
   advance(tag);
@@ -266,7 +266,7 @@ void Pipeline::refuse_direct(unsigned tag) {
     if (job.stuck) clear_stuck(job);
     free_slots_.push_back(std::exchange(job.slot, -1));
   }
-  job.view = view_of(job);
+  set_view(job);
   advance(tag);
 }
 

@@ -114,15 +114,12 @@ class FaultyQueue final : public Interface {
     if (work.op != internal::ByteWork::Op::kFromCache) return;
     for (const internal::Fragment& fragment : work.fragments)
       std::fill_n(fragment.memory, fragment.size_bytes, kPoison);
-    if (work.fragments.empty()) std::ranges::fill(work.view.bytes, kPoison);
   }
 
   static bool touches_file(const internal::DiskRequest&) { return true; }
   static bool touches_file(const internal::ByteWork& work) { return work.fd >= 0; }
   static std::uint64_t offset_of(const internal::DiskRequest& request) { return request.offset_bytes; }
-  static std::uint64_t offset_of(const internal::ByteWork& work) {
-    return work.fragments.empty() ? work.view.offset_bytes : work.fragments.front().offset_bytes;
-  }
+  static std::uint64_t offset_of(const internal::ByteWork& work) { return work.fragments.front().offset_bytes; }
   bool is_stuck(const Pending& pending) const {
     return touches_file(pending.request) && offset_of(pending.request) >= stuck_from_bytes_;
   }
