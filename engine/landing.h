@@ -17,7 +17,8 @@ class Landing {
   Landing(const Plan& plan, std::uint32_t extents, std::uint64_t cell_bytes);
 
   /// To be called once for each chunk of the plan, when it has been delivered. Returns the chunks that land with it,
-  /// all as indices in the plan: itself, or all chunks of its cell if it is the last of them, or none.
+  /// all as indices in the plan: itself, or all chunks of its cell, in the order of the file, if it is the last of
+  /// them, or none.
   std::span<const std::uint32_t> deliver(std::uint32_t chunk);
 
   /// To be called once for each fragment of the chunks that land. Whether it was the last of its extent.

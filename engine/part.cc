@@ -89,7 +89,9 @@ void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes, std:
   part.plan = Plan::of_load(std::exchange(part.extents, {}), chunk_bytes, file.alignment().block_bytes);
   if (direct_error) part.fallback_reason = "direct I/O: " + direct_error.message();
   if (part.checksums) count_for(*part.checksums, part);
-  if (part.reported_extents > 0) part.landing.emplace(part.plan, part.reported_extents, part.sums ? chunk_bytes : 0);
+  if (part.reported_extents > 0)
+    part.landing.emplace(part.plan, part.reported_extents,
+                         part.sums ? std::max(chunk_bytes, Checksums::kStripeBytes) : 0);
   part.router = Router(part.plan, file, part.cache);
 }
 
@@ -159,9 +161,9 @@ std::uint64_t compare_stripes(const Part& part, std::uint64_t begin_bytes, std::
   constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
   end_bytes = std::min({end_bytes, part.checksums->size_bytes, part.sums->end() * kStripeBytes});
   std::uint64_t compared_bytes = 0;
-  for (std::uint64_t begin = std::max(begin_bytes, part.sums->first() * kStripeBytes); begin < end_bytes;
-       begin += kStripeBytes) {
-    const std::uint64_t index = begin / kStripeBytes;
+  for (std::uint64_t index = std::max(begin_bytes / kStripeBytes, part.sums->first()); index * kStripeBytes < end_bytes;
+       ++index) {
+    const std::uint64_t begin = index * kStripeBytes;
     const auto size = static_cast<std::uint32_t>(std::min(kStripeBytes, part.checksums->size_bytes - begin));
     if (part.sums->counted_bytes(index) != size) continue;
     if (part.sums->crc32c(index, size) != part.checksums->crc32c[index - part.first_stripe])

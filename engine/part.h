@@ -150,9 +150,8 @@ void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes, std::uin
 /// Checks after a load that the file has not changed and that the bytes match their checksums. May block for ever.
 void check_part(Part& part) noexcept;
 
-/// Compares the stripes between two offsets of the file that have been read whole with their checksums. Returns the
-/// number of their bytes. Throws: Error, kCorrupt. Requires: a stripe begins at `begin_bytes`; no thread counts bytes
-/// of these stripes now.
+/// Compares the stripes with bytes between two offsets of the file that have been read whole with their checksums.
+/// Returns the number of their bytes. Throws: Error, kCorrupt. Requires: no thread counts bytes of these stripes now.
 std::uint64_t compare_stripes(const Part& part, std::uint64_t begin_bytes, std::uint64_t end_bytes);
 
 /// Whether the process or the system has no descriptors left.

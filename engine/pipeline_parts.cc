@@ -276,9 +276,8 @@ bool Pipeline::report_landed(Part& part, const Chunk& chunk) {
   const auto index = static_cast<std::uint32_t>(&chunk - part.plan.chunks.data());
   const std::span<const std::uint32_t> landed = part.landing->deliver(index);
   if (!landed.empty() && part.sums) {
-    const std::uint64_t cell = round_down(chunk.offset_bytes, limits_.chunk_bytes);
     try {
-      compare_stripes(part, cell, cell + limits_.chunk_bytes);
+      compare_stripes(part, part.plan.chunks[landed.front()].offset_bytes, end_of(part.plan.chunks[landed.back()]));
     } catch (const Error& error) {
       give_up(*part.transfer, error);
       return false;
