@@ -158,7 +158,7 @@ class Pipeline final : public Driver {
   std::vector<Part*>& issuing_like(const Part& part);
   void on_delivered(Part& part);
   void stop_waiting_for(Part& part);
-  static void report(const Part& part, std::uint32_t extent);
+  static void report_at_once(const Part& part);
   bool report_landed(Part& part, const Chunk& chunk);
   void look_for_late_parts();
   void set_late(Part& part);

@@ -215,9 +215,7 @@ void Pipeline::begin_issuing(Part& part) {
     ++part.file_system->loads;
     if (part.file_system->late > 0) ++held_up_parts_;
   }
-  for (std::uint32_t extent = 0; part.landing && extent < part.reported_extents; ++extent) {
-    if (part.landing->has_landed(extent)) report(part, extent);
-  }
+  report_at_once(part);
   part.chunks_open = static_cast<std::uint32_t>(part.plan.chunks.size());
   part.chunks_open == 0 ? on_delivered(part) : issue_from_now_on(part);
 }
@@ -262,13 +260,17 @@ void Pipeline::stop_waiting_for(Part& part) {
     transfer.done_bytes += part.read_bytes;
   }
   if (found_out && part.failure && !transfer.failure) return give_up(transfer, part.failure->error());
-  if (found_out && part.read_bytes > 0 && !transfer.failure) {
-    for (std::uint32_t extent = 0; extent < part.reported_extents; ++extent) report(part, extent);
-  }
+  if (found_out && part.read_bytes > 0 && !transfer.failure) report_at_once(part);
   settle(transfer);
 }
 
-void Pipeline::report(const Part& part, std::uint32_t extent) { part.transfer->completion->landed(part.index, extent); }
+// Reports the extents that wait for no chunk: those of no bytes or, if the thread that opened the file has read it,
+// all.
+void Pipeline::report_at_once(const Part& part) {
+  for (std::uint32_t extent = 0; extent < part.reported_extents; ++extent) {
+    if (!part.landing || part.landing->has_landed(extent)) part.transfer->completion->landed(part.index, extent);
+  }
+}
 
 // Reports the extents that have landed with a chunk that has been delivered. False if a stripe of them does not match,
 // which ends the transfer.
@@ -285,7 +287,7 @@ bool Pipeline::report_landed(Part& part, const Chunk& chunk) {
   }
   for (const std::uint32_t each : landed) {
     for (const Fragment& fragment : part.plan.fragments_of(part.plan.chunks[each])) {
-      if (part.landing->land(fragment)) report(part, fragment.extent);
+      if (part.landing->land(fragment)) part.transfer->completion->landed(part.index, fragment.extent);
     }
   }
   return true;
