@@ -200,7 +200,7 @@ TEST_P(EngineTest, AnotherFileThanTheMetadatasIsRefused) {
   EXPECT_EQ(error.path(), path_);
 }
 
-TEST_P(EngineTest, AnOpenDescriptorIsReadWhateverStandsAtThePathByNow) {
+TEST_P(EngineTest, AnOpenDescriptorServesAnyLoadsWhateverStandsAtThePathByNow) {
   for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
     const int fd = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
     ASSERT_GE(fd, 0);
@@ -211,11 +211,16 @@ TEST_P(EngineTest, AnOpenDescriptorIsReadWhateverStandsAtThePathByNow) {
     LoadRequest wanted = request(memory, 0, cache);
     wanted.files[0].fd = fd;
     Transfer transfer = engine_.start_load(wanted);
+    GuardedMemory of_another(5000);
+    wanted.files[0].extents = {{0, of_another.size(), of_another.data()}};
+    Transfer another = engine_.start_load(wanted);
     const off_t position = ::lseek(fd, 0, SEEK_CUR);
     ASSERT_EQ(::close(fd), 0);  // It was borrowed until then.
     EXPECT_EQ(position, 77);
     EXPECT_NO_THROW(transfer.wait());
     EXPECT_TRUE(right(memory, 0));
+    EXPECT_NO_THROW(another.wait());
+    EXPECT_TRUE(right(of_another, 0));
     testing::write_file(path_, bytes_);
   }
 }
