@@ -89,9 +89,7 @@ void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes, std:
   part.plan = Plan::of_load(std::exchange(part.extents, {}), chunk_bytes, file.alignment().block_bytes);
   if (direct_error) part.fallback_reason = "direct I/O: " + direct_error.message();
   if (part.checksums) count_for(*part.checksums, part);
-  if (part.reported_extents > 0)
-    part.landing.emplace(part.plan, part.reported_extents,
-                         part.sums ? std::max(chunk_bytes, Checksums::kStripeBytes) : 0);
+  if (part.reported_extents > 0) part.landing.emplace(part.plan, part.reported_extents, part.sums ? chunk_bytes : 0);
   part.router = Router(part.plan, file, part.cache);
 }
 
