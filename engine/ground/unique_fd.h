@@ -26,6 +26,8 @@ class UniqueFd {
   int get() const noexcept { return fd_; }
   explicit operator bool() const noexcept { return fd_ >= 0; }
 
+  int release() noexcept { return std::exchange(fd_, -1); }
+
   /// Errors of close(2) are not reported: what must be durable is synced before.
   void reset(int fd = -1) noexcept {
     if (fd_ >= 0) ::close(fd_);

@@ -1,8 +1,9 @@
-/// Packs tensors and modules of LibTorch into flashpack files, and loads them.
+/// Packs tensors and modules of LibTorch into flashpack files, and loads them from any checkpoint.
 ///
 ///   flashpack::Engine engine;
 ///   flashpack::pack_to_file(engine, *model, "model.flashpack");
 ///   flashpack::assign_from_file(engine, *model, "model.flashpack");
+///   flashpack::assign_from_file(engine, *model, "llama/");  // with model.safetensors.index.json
 ///
 /// Every function here blocks, and throws Error, or c10::Error when torch itself fails (mostly for lack of memory).
 /// After an exception the module and the file at the destination are unchanged, unless the error says otherwise.
@@ -73,12 +74,13 @@ struct ReadOptions {
 };
 
 struct LoadedTensors {
-  StateDict tensors;  ///< In file order.
+  StateDict tensors;  ///< File by file, and in file order in each.
   TransferStats stats;
 };
 
-/// Reads a file's tensors into new memory on the engine's device. Throws: Error; kCorrupt names the tensors in the
-/// first stripe that does not match its checksum.
+/// Reads the tensors of a checkpoint into new memory on the engine's device, several files at once. `path` is what
+/// open_checkpoint() takes: a flashpack or safetensors file, an index, or a directory. Throws: Error; kCorrupt names
+/// the tensors in the first stripe that does not match its checksum.
 ///
 /// Each tensor behaves like one that torch made: it may be written, resized, and saved alone. Memory is allocated in
 /// segments of at most 1 GiB, or of one larger tensor, and is freed with the last tensor of its segment. On the CPU
@@ -109,16 +111,18 @@ struct AssignReport {
   TransferStats stats;
 };
 
-/// Loads a file into `module`; after an error the module is unchanged. A tensor that is assigned is on the engine's
-/// device afterwards; before the call it may be there or on the CPU. A tensor that the file lacks stays where it is.
+/// Loads a checkpoint, which is anything that open_checkpoint() takes, into `module`. After an error the module is
+/// unchanged. A tensor that is assigned is on the engine's device afterwards; before the call it may be there or on the
+/// CPU. A tensor that the file lacks stays where it is.
 ///
 /// Only parameters and buffers are saved and loaded. If a module overrides save() and load(), those are not called.
 ///
-/// Names, shapes and dtypes are checked against the footer before any payload is read. One load then brings the payload
-/// into new memory, and every tensor gets its data as by `tensor.set_data(...)`. The module's tensors stay the same
-/// objects, so that ties, optimizers, hooks and `requires_grad` stay valid; a gradient stays, too, unless the dtype or
-/// the device changes. Tensors that are tied in the module are read once, from the first of their names that the file
-/// has. Throws: Error; kMismatch when file and module do not fit, naming the tensor; kCorrupt as read_tensors().
+/// Names, shapes and dtypes are checked against the metadata of all files before any payload is read. One load then
+/// brings the payload into new memory, and every tensor gets its data as by `tensor.set_data(...)`. The module's
+/// tensors stay the same objects, so that ties, optimizers, hooks and `requires_grad` stay valid; a gradient stays,
+/// too, unless the dtype or the device changes. Tensors that are tied in the module are read once, from the first of
+/// their names that the file has. Throws: Error; kMismatch when file and module do not fit, naming the tensor; kCorrupt
+/// as read_tensors().
 AssignReport assign_from_file(Engine& engine, ::torch::nn::Module& module, const std::filesystem::path& path,
                               const AssignOptions& options = {});
 

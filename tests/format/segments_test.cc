@@ -329,6 +329,32 @@ TEST_P(RandomLayout, SegmentsOverlapNeitherInTheFileNorInTheirBlocks) {
   }
 }
 
+TEST(PlanSegments, FilesOfACheckpointShareNeitherSegmentsNorBlocks) {
+  const auto named = [](Metadata metadata, const std::string& prefix) {
+    for (TensorRecord& record : metadata.records) record.name = prefix + record.name;
+    return metadata;
+  };
+  std::vector<CheckpointFile> files = {{.path = "1", .metadata = named(bytes_file({10, 20, 5}), "a")},
+                                       {.path = "2", .metadata = named(bytes_file({7, 30}), "b")}};
+  const Checkpoint checkpoint("all", std::move(files));
+  // Tensors are counted file by file.
+  const Indices wanted = {4, 0, 3, 2};
+  for (const auto kind : {Device::Kind::kHost, Device::Kind::kCuda}) {
+    const SegmentPlan plan = plan_segments(checkpoint, wanted, kind);
+    std::vector<std::size_t> file_of_block(plan.blocks.size(), ~std::size_t{0});
+    for (const Segment& segment : plan.segments) {
+      std::size_t& file = file_of_block.at(segment.block);
+      EXPECT_TRUE(file == ~std::size_t{0} || file == segment.file);
+      file = segment.file;
+    }
+    for (std::size_t i = 0; i < wanted.size(); ++i) {
+      const Segment& segment = plan.segments.at(plan.places[i].segment);
+      EXPECT_EQ(segment.file, checkpoint.file_of(wanted[i]));
+      EXPECT_EQ(segment.offset_bytes + plan.places[i].offset_bytes, checkpoint.record(wanted[i]).offset_bytes);
+    }
+  }
+}
+
 TEST(PlanSegments, MacroblocksArePlannedAsTensorsAre) {
   const std::vector<TensorSpec> specs = {{"a", DType::kFloat32, {3}}, {"b", DType::kInt8, {5}}};
   const Metadata blocks = macroblocks_as_records(make_layout(specs, 16));

@@ -88,12 +88,12 @@ TEST_F(VerifyTest, AFileWithoutChecksumsCannotBeVerified) {
 
 TEST_F(VerifyTest, WhereAllIsToBeVerifiedALoadOfPartsOfStripesIsAnError) {
   const Metadata metadata = write(2);
+  const Checkpoint checkpoint = open_checkpoint(path_);
   std::vector<std::byte> memory(metadata.payload_bytes);
   const auto load = [&](Verify verify, std::vector<Extent> extents) {
     LoadRequest request;
-    request.files.push_back(
-        {.path = path_, .extents = std::move(extents), .checksums = checksums_for(metadata, verify, path_)});
-    return verified(metadata, verify, path_, [&] { return engine_.load(std::move(request)); }).verified_bytes;
+    request.files.push_back(extents_in(checkpoint.files()[0], std::move(extents), verify));
+    return verified(checkpoint, verify, [&] { return engine_.load(std::move(request)); }).verified_bytes;
   };
   const Extent whole{.size_bytes = memory.size(), .target = memory.data()};
   Extent most = whole;

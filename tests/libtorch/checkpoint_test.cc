@@ -2,9 +2,12 @@
 
 #include <cstdint>
 #include <map>
+#include <numeric>
 
+#include "flashpack/checkpoint.h"
 #include "tests/libtorch/modules.h"
 #include "tests/libtorch/torch_fixture.h"
+#include "torch_binding/libtorch/tensors.h"
 
 namespace flashpack {
 namespace {
@@ -93,6 +96,72 @@ TEST_F(Safetensors, AModuleIsAssignedFromThem) {
   const AssignReport report = assign_from_file(engine_, net, file());
   EXPECT_EQ(report.assigned, names_of(state_dict(net)));
   expect_equal(state_dict(net), state_dict(saved));
+}
+
+/// Several files in a directory, and their index.
+class Sharded : public Safetensors {
+ protected:
+  /// Writes every other tensor to the one file, the rest to the other.
+  void write_shards(const StateDict& tensors, const std::string& wrong_name = "") const {
+    StateDict parts[2];
+    std::string map;
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const auto& [name, tensor] = tensors[i];
+      parts[i % 2].emplace_back(name, tensor);
+      map += (map.empty() ? "\"" : ",\"") + (i == 0 && !wrong_name.empty() ? wrong_name : name) + R"(":")" +
+             shard(i % 2) + '"';
+    }
+    for (std::size_t i = 0; i < 2; ++i) write_safetensors(directory_ / shard(i), parts[i]);
+    std::ofstream(index()) << R"({"weight_map":{)" << map << "}}";
+  }
+  static std::string shard(std::size_t i) { return "model-0000" + std::to_string(i + 1) + "-of-00002.safetensors"; }
+  std::filesystem::path index() const { return directory_ / "model.safetensors.index.json"; }
+};
+
+TEST_F(Sharded, FilesAreReadThroughTheirIndexOrTheirDirectory) {
+  const StateDict saved = some_tensors();
+  write_shards(saved);
+  for (const auto& path : {index(), directory_}) {
+    std::map<std::string, at::Tensor> loaded;
+    for (auto& [name, tensor] : read_tensors(engine_, path).tensors) loaded.emplace(name, tensor);
+    EXPECT_EQ(loaded.size(), saved.size());
+    for (const auto& [name, tensor] : saved) EXPECT_TRUE(same_bytes(loaded.at(name), tensor)) << name;
+  }
+}
+
+TEST_F(Sharded, AModuleIsAssignedFromAllFilesAtOnce) {
+  const NetImpl saved;
+  write_shards(state_dict(saved));
+  NetImpl net;
+  const AssignReport report = assign_from_file(engine_, net, directory_);
+  EXPECT_EQ(report.assigned, names_of(state_dict(net)));
+  expect_equal(state_dict(net), state_dict(saved));
+}
+
+TEST_F(Sharded, AModuleIsUntouchedIfTheIndexOrAFileIsWrong) {
+  const NetImpl saved;
+  NetImpl net;
+  StateDict before;
+  for (const auto& [name, tensor] : state_dict(net)) before.emplace_back(name, tensor.clone());
+  write_shards(state_dict(saved), "absent.weight");
+  EXPECT_MENTIONS(error_of([&] { assign_from_file(engine_, net, directory_); }), "\"absent.weight\"");
+  write_shards(state_dict(saved));
+  std::filesystem::resize_file(directory_ / shard(1), std::filesystem::file_size(directory_ / shard(1)) - 1);
+  const Error error = error_of([&] { assign_from_file(engine_, net, directory_); });
+  EXPECT_EQ(error.code(), Errc::kBadFile);
+  EXPECT_EQ(error.path(), directory_ / shard(1));
+  expect_equal(state_dict(net), before);
+}
+
+TEST_F(Sharded, AFileThatChangesBetweenItsHeaderAndItsPayloadIsNamed) {
+  write_shards(some_tensors());
+  const Checkpoint checkpoint = open_checkpoint(directory_);
+  std::ofstream(directory_ / shard(1), std::ios::app) << 'x';
+  std::vector<std::size_t> wanted(checkpoint.size());
+  std::iota(wanted.begin(), wanted.end(), std::size_t{0});
+  const Error error = error_of([&] { LoadedRecords(engine_, checkpoint, wanted, CachePolicy::kAuto, Verify::kAuto); });
+  EXPECT_EQ(error.code(), Errc::kFileChanged);
+  EXPECT_EQ(error.path(), directory_ / shard(1));
 }
 
 TEST_F(Safetensors, HaveNoChecksumsToVerify) {

@@ -2,8 +2,7 @@
 
 #include <c10/core/InferenceMode.h>
 
-#include "engine/ground/unique_fd.h"
-#include "flashpack/format.h"
+#include "flashpack/checkpoint.h"
 #include "tests/libtorch/torch_fixture.h"
 
 namespace flashpack {
@@ -156,22 +155,19 @@ TEST_F(Read, FilesThatCannotBeReadAreErrorsWithThePathAndTheCause) {
 
 TEST_F(Read, AFileReplacedAfterItsMetadataWasReadIsReadToItsEnd) {
   pack({{"x", at::ones({100})}});
-  const internal::UniqueFd opened = internal::open_file(file());
-  const Metadata metadata = read_metadata(opened.get(), file());
+  const Checkpoint checkpoint = open_checkpoint(file());
   pack({{"x", at::zeros({100})}});
   const std::vector<std::size_t> wanted = {0};
-  const LoadedRecords loaded(engine_, opened.get(), file(), metadata, wanted, CachePolicy::kAuto, Verify::kAuto);
+  const LoadedRecords loaded(engine_, checkpoint, wanted, CachePolicy::kAuto, Verify::kAuto);
   EXPECT_TRUE(loaded.tensor(0).equal(at::ones({100})));
 }
 
 TEST_F(Read, AFileChangedAfterItsMetadataWasReadIsRefused) {
   pack({{"x", at::ones({100})}});
-  const internal::UniqueFd opened = internal::open_file(file());
-  const Metadata metadata = read_metadata(opened.get(), file());
+  const Checkpoint checkpoint = open_checkpoint(file());
   std::ofstream(file(), std::ios::app) << "more";
   const std::vector<std::size_t> wanted = {0};
-  const Error error = error_of(
-      [&] { LoadedRecords(engine_, opened.get(), file(), metadata, wanted, CachePolicy::kAuto, Verify::kAuto); });
+  const Error error = error_of([&] { LoadedRecords(engine_, checkpoint, wanted, CachePolicy::kAuto, Verify::kAuto); });
   EXPECT_EQ(error.code(), Errc::kFileChanged);
 }
 

@@ -172,6 +172,33 @@ SegmentPlan plan_segments(const Metadata& metadata, std::span<const std::size_t>
   return Planner(metadata, wanted, kind, max_segment_bytes).run(verify);
 }
 
+SegmentPlan plan_segments(const Checkpoint& checkpoint, std::span<const std::size_t> wanted, Device::Kind kind,
+                          Verify verify, std::uint64_t max_segment_bytes) {
+  SegmentPlan whole;
+  whole.places.resize(wanted.size());
+  std::vector<std::vector<std::size_t>> records(checkpoint.files().size());
+  std::vector<std::vector<std::size_t>> numbers(checkpoint.files().size());  // Where `wanted` has these records.
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    records[checkpoint.file_of(wanted[i])].push_back(checkpoint.record_of(wanted[i]));
+    numbers[checkpoint.file_of(wanted[i])].push_back(i);
+  }
+  for (std::size_t file = 0; file < records.size(); ++file) {
+    const Metadata& metadata = checkpoint.files()[file].metadata;
+    SegmentPlan part = plan_segments(metadata, records[file], kind, verify, max_segment_bytes);
+    for (std::size_t i = 0; i < part.places.size(); ++i) {
+      SegmentPlan::Place& place = whole.places[numbers[file][i]] = part.places[i];
+      if (place.segment != SegmentPlan::Place::kNowhere) place.segment += whole.segments.size();
+    }
+    for (Segment& segment : part.segments) {
+      segment.file = file;
+      segment.block += whole.blocks.size();
+    }
+    whole.segments.insert(whole.segments.end(), part.segments.begin(), part.segments.end());
+    whole.blocks.insert(whole.blocks.end(), part.blocks.begin(), part.blocks.end());
+  }
+  return whole;
+}
+
 Metadata macroblocks_as_records(const Metadata& metadata) {
   Metadata blocks{.payload_bytes = metadata.payload_bytes,
                   .container = {.align_bytes = metadata.container.align_bytes}};

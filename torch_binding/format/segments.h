@@ -6,16 +6,18 @@
 #include <span>
 #include <vector>
 
+#include "flashpack/checkpoint.h"
 #include "flashpack/checksums.h"
 #include "flashpack/engine.h"
 #include "flashpack/format.h"
 
 namespace flashpack {
 
-/// One extent of a load: bytes of the file that go to one contiguous part of a block.
+/// One extent of a load: bytes of a file that go to one contiguous part of a block.
 struct Segment {
   std::uint64_t offset_bytes = 0;  ///< In the file.
   std::uint64_t size_bytes = 0;
+  std::size_t file = 0;            ///< Index into Checkpoint::files().
   std::size_t block = 0;           ///< Index into SegmentPlan::blocks.
   std::uint64_t block_offset = 0;  ///< Offset in the block, in bytes.
 };
@@ -36,7 +38,7 @@ struct SegmentPlan {
   };
 
   std::vector<Block> blocks;
-  std::vector<Segment> segments;  ///< Sorted by offset in the file.
+  std::vector<Segment> segments;  ///< Sorted by file and by offset in the file.
   std::vector<Place> places;      ///< One for each wanted record, in their order.
 
   /// Offset of a place in the block of its segment, in bytes. Requires: the place is in a segment.
@@ -62,6 +64,10 @@ inline constexpr std::uint64_t kDeviceAlignBytes = 256;
 /// On a device every tensor begins at a multiple of kDeviceAlignBytes in its block, and small tensors share small
 /// blocks, so that a small tensor that outlives the others keeps little memory.
 SegmentPlan plan_segments(const Metadata& metadata, std::span<const std::size_t> wanted, Device::Kind kind,
+                          Verify verify = Verify::kAuto, std::uint64_t max_segment_bytes = kMaxSegmentBytes);
+
+/// Does the same for tensors of a checkpoint, whose files have no segment or block in common.
+SegmentPlan plan_segments(const Checkpoint& checkpoint, std::span<const std::size_t> wanted, Device::Kind kind,
                           Verify verify = Verify::kAuto, std::uint64_t max_segment_bytes = kMaxSegmentBytes);
 
 /// The macroblocks of a file as if each were one tensor of one dim, in file order, so that they can be planned and

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "flashpack/checkpoint.h"
 #include "flashpack/checksums.h"
 #include "flashpack/engine.h"
 #include "flashpack/format.h"
@@ -31,9 +32,16 @@ class TensorsByOffset {
 /// no checksums.
 const Checksums* checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path);
 
-/// Returns the result of `wait`, which waits for such a load. With Verify::kAlways, every byte that was read has then
-/// matched its checksum. Throws: the exceptions of `wait`, where an Error of Errc::kCorrupt also names the tensors in
-/// the stripe; Error (kInvalidArgument) if Verify::kAlways was given and some stripes were read only in part.
+/// Returns what a load reads from one file of a checkpoint. Throws: as checksums_for().
+FileExtents extents_in(const CheckpointFile& file, std::vector<Extent> extents, Verify verify);
+
+/// Returns the result of `wait`, which waits for a load that is made of extents_in(). With Verify::kAlways, every byte
+/// that was read has then matched its checksum. Throws: the exceptions of `wait`, where an Error of Errc::kCorrupt also
+/// names the tensors in the stripe; Error (kInvalidArgument) if Verify::kAlways was given and some stripes were read
+/// only in part.
+TransferStats verified(const Checkpoint& checkpoint, Verify verify, const std::function<TransferStats()>& wait);
+
+/// The same for a load of `path`, whose metadata is `metadata`.
 TransferStats verified(const Metadata& metadata, Verify verify, const std::filesystem::path& path,
                        const std::function<TransferStats()>& wait);
 

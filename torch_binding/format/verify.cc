@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <utility>
 
 #include "engine/ground/host_region.h"
 #include "engine/ground/unique_fd.h"
@@ -160,16 +161,44 @@ const Checksums* checksums_for(const Metadata& metadata, Verify verify, const st
   return metadata.checksums ? &*metadata.checksums : nullptr;
 }
 
-TransferStats verified(const Metadata& metadata, Verify verify, const std::filesystem::path& path,
-                       const std::function<TransferStats()>& wait) {
+FileExtents extents_in(const CheckpointFile& file, std::vector<Extent> extents, Verify verify) {
+  return {.path = file.path,
+          .extents = std::move(extents),
+          .expected = file.metadata.identity,
+          .checksums = checksums_for(file.metadata, verify, file.path),
+          .fd = file.fd};
+}
+
+namespace {
+
+/// Calls `wait`. `read` returns the metadata of the file that an error is about, or null.
+template <typename Read>
+TransferStats wait_verified(Verify verify, const std::filesystem::path& path,
+                            const std::function<TransferStats()>& wait, Read read) {
   TransferStats stats;
   try {
     stats = wait();
   } catch (const Error& error) {
-    throw with_tensors(error, metadata);
+    const Metadata* metadata = read(error.path());
+    if (!metadata) throw;
+    throw with_tensors(error, *metadata);
   }
   if (verify == Verify::kAlways) all_verified(stats, path);
   return stats;
+}
+
+}  // namespace
+
+TransferStats verified(const Checkpoint& checkpoint, Verify verify, const std::function<TransferStats()>& wait) {
+  return wait_verified(verify, checkpoint.path(), wait, [&](const std::filesystem::path& path) {
+    const auto file = std::ranges::find(checkpoint.files(), path, &CheckpointFile::path);
+    return file == checkpoint.files().end() ? nullptr : &file->metadata;
+  });
+}
+
+TransferStats verified(const Metadata& metadata, Verify verify, const std::filesystem::path& path,
+                       const std::function<TransferStats()>& wait) {
+  return wait_verified(verify, path, wait, [&](const std::filesystem::path&) { return &metadata; });
 }
 
 }  // namespace flashpack

@@ -6,8 +6,7 @@
 #include <unordered_map>
 #include <utility>
 
-#include "engine/ground/unique_fd.h"
-#include "flashpack/format.h"
+#include "flashpack/checkpoint.h"
 #include "flashpack/torch.h"
 #include "torch_binding/libtorch/casts.h"
 #include "torch_binding/libtorch/module_tensors.h"
@@ -44,10 +43,10 @@ std::vector<Target> targets_of(const ::torch::nn::Module& module, const NameFilt
   return targets;
 }
 
-Match match_names(const ::torch::nn::Module& module, const Metadata& metadata, const AssignOptions& options) {
+Match match_names(const ::torch::nn::Module& module, const Checkpoint& checkpoint, const AssignOptions& options) {
   Match match{.targets = targets_of(module, options.ignore)};
   std::unordered_map<std::string_view, std::size_t> record_of;
-  for (std::size_t i = 0; i < metadata.records.size(); ++i) record_of.emplace(metadata.records[i].name, i);
+  for (std::size_t i = 0; i < checkpoint.size(); ++i) record_of.emplace(checkpoint.record(i).name, i);
   for (Target& target : match.targets) {
     for (const std::string& name : target.names) {
       const auto found = record_of.find(name);
@@ -61,9 +60,9 @@ Match match_names(const ::torch::nn::Module& module, const Metadata& metadata, c
                                         : report.missing_buffers;
     names.push_back(target.names.front());
   }
-  for (const TensorRecord& record : metadata.records) {
-    if (record_of.contains(record.name) && !options.ignore.matches(record.name))
-      match.report.unexpected.push_back(record.name);
+  for (std::size_t i = 0; i < checkpoint.size(); ++i) {
+    const std::string& name = checkpoint.record(i).name;
+    if (record_of.contains(name) && !options.ignore.matches(name)) match.report.unexpected.push_back(name);
   }
   return match;
 }
@@ -131,13 +130,12 @@ void check_fit(const std::filesystem::path& path, const Target& target, const Te
 }
 
 // Returns the tensors with the loaded data, in the targets' order; undefined for targets that the file lacks.
-std::vector<at::Tensor> load(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata,
-                             Match& match, const AssignOptions& options) {
+std::vector<at::Tensor> load(Engine& engine, const Checkpoint& checkpoint, Match& match, const AssignOptions& options) {
   std::vector<std::size_t> wanted;
   for (const Target& target : match.targets) {
     if (target.record) wanted.push_back(*target.record);
   }
-  const LoadedRecords loaded(engine, fd, path, metadata, wanted, options.cache, options.verify);
+  const LoadedRecords loaded(engine, checkpoint, wanted, options.cache, options.verify);
   match.report.stats = loaded.stats();
   std::vector<at::Tensor> tensors;
   std::size_t next = 0;
@@ -150,8 +148,8 @@ std::vector<at::Tensor> load(Engine& engine, int fd, const std::filesystem::path
     const at::ScalarType type = target.tensor.scalar_type();
     std::optional<at::Tensor> cast = cast_exactly(tensor, type);
     if (!cast)
-      refuse(path, target.label() + " would lose values if it were cast from " + name_of(tensor.scalar_type()) +
-                       " to " + name_of(type));
+      refuse(checkpoint.path(), target.label() + " would lose values if it were cast from " +
+                                    name_of(tensor.scalar_type()) + " to " + name_of(type));
     tensor = *std::move(cast);
   }
   return tensors;
@@ -171,15 +169,14 @@ void replace_data(const at::Tensor& tensor, const at::Tensor& loaded) {
 
 AssignReport assign_from_file(Engine& engine, ::torch::nn::Module& module, const std::filesystem::path& path,
                               const AssignOptions& options) {
-  const internal::UniqueFd file = internal::open_file(path);
-  const Metadata metadata = read_metadata(file.get(), path);
-  Match match = match_names(module, metadata, options);
+  const Checkpoint checkpoint = open_checkpoint(path);
+  Match match = match_names(module, checkpoint, options);
   check_names(path, match.report, options);
   for (const Target& target : match.targets) {
     if (!target.record) continue;
-    check_fit(path, target, metadata.records[*target.record], device_of(engine), options);
+    check_fit(path, target, checkpoint.record(*target.record), device_of(engine), options);
   }
-  const std::vector<at::Tensor> loaded = load(engine, file.get(), path, metadata, match, options);
+  const std::vector<at::Tensor> loaded = load(engine, checkpoint, match, options);
   for (std::size_t i = 0; i < loaded.size(); ++i) {
     if (loaded[i].defined()) replace_data(match.targets[i].tensor, loaded[i]);
   }

@@ -10,7 +10,6 @@
 #include <array>
 #include <utility>
 
-#include "engine/ground/unique_fd.h"
 #include "flashpack/torch.h"
 #include "torch_binding/format/verified.h"
 
@@ -41,10 +40,10 @@ static_assert(kScalarTypes.size() == static_cast<std::size_t>(DType::kFloat4E2M1
 
 using RegionOwner = std::shared_ptr<internal::HostRegion>;
 
-std::vector<std::size_t> selected(const Metadata& metadata, const ReadOptions& options) {
+std::vector<std::size_t> selected(const Checkpoint& checkpoint, const ReadOptions& options) {
   std::vector<std::size_t> wanted;
-  for (std::size_t i = 0; i < metadata.records.size(); ++i) {
-    const std::string& name = metadata.records[i].name;
+  for (std::size_t i = 0; i < checkpoint.size(); ++i) {
+    const std::string& name = checkpoint.record(i).name;
     if ((!options.only || options.only->matches(name)) && !options.ignore.matches(name)) wanted.push_back(i);
   }
   return wanted;
@@ -83,20 +82,23 @@ CUstream_st* current_stream(at::Device device) {
   return handle(stream);
 }
 
-LoadedRecords::LoadedRecords(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata,
-                             std::span<const std::size_t> wanted, CachePolicy cache, Verify verify)
-    : metadata_(metadata),
+LoadedRecords::LoadedRecords(Engine& engine, const Checkpoint& checkpoint, std::span<const std::size_t> wanted,
+                             CachePolicy cache, Verify verify)
+    : checkpoint_(checkpoint),
       wanted_(wanted),
       device_(device_of(engine)),
-      plan_(plan_segments(metadata, wanted, engine.options().device.kind, verify)) {
-  FileExtents file{
-      .path = path, .expected = metadata.identity, .checksums = checksums_for(metadata, verify, path), .fd = fd};
+      plan_(plan_segments(checkpoint, wanted, engine.options().device.kind, verify)) {
   const std::vector<std::byte*> blocks = allocate();
-  for (const Segment& segment : plan_.segments)
-    file.extents.push_back({segment.offset_bytes, segment.size_bytes, blocks[segment.block] + segment.block_offset});
+  std::vector<std::vector<Extent>> extents(checkpoint.files().size());
+  for (const Segment& segment : plan_.segments) {
+    extents[segment.file].push_back(
+        {segment.offset_bytes, segment.size_bytes, blocks[segment.block] + segment.block_offset});
+  }
   LoadRequest request{.cache = cache, .stream = current_stream(device_)};
-  request.files.push_back(std::move(file));
-  stats_ = verified(metadata, verify, path, [&] { return engine.load(std::move(request)); });
+  for (std::size_t i = 0; i < extents.size(); ++i) {
+    if (!extents[i].empty()) request.files.push_back(extents_in(checkpoint.files()[i], std::move(extents[i]), verify));
+  }
+  stats_ = verified(checkpoint, verify, [&] { return engine.load(std::move(request)); });
 }
 
 std::vector<std::byte*> LoadedRecords::allocate() {
@@ -116,7 +118,7 @@ std::vector<std::byte*> LoadedRecords::allocate() {
 }
 
 at::Tensor LoadedRecords::tensor(std::size_t i) const {
-  const TensorRecord& record = metadata_.records[wanted_[i]];
+  const TensorRecord& record = checkpoint_.record(wanted_[i]);
   const auto type = scalar_type(record.dtype);
   if (record.size_bytes == 0) return at::empty(record.shape, at::TensorOptions(device_).dtype(type));
   return device_.is_cpu() ? host_tensor(plan_.places[i], record.shape, type)
@@ -145,16 +147,15 @@ at::Tensor LoadedRecords::device_tensor(const SegmentPlan::Place& place, at::Int
 }
 
 LoadedTensors read_tensors(Engine& engine, const std::filesystem::path& path, const ReadOptions& options) {
-  const internal::UniqueFd file = internal::open_file(path);
-  const Metadata metadata = read_metadata(file.get(), path);
-  const std::vector<std::size_t> wanted = selected(metadata, options);
-  const LoadedRecords loaded(engine, file.get(), path, metadata, wanted, options.cache, options.verify);
+  const Checkpoint checkpoint = open_checkpoint(path);
+  const std::vector<std::size_t> wanted = selected(checkpoint, options);
+  const LoadedRecords loaded(engine, checkpoint, wanted, options.cache, options.verify);
   // The caller gets ordinary tensors even in inference mode, because he may keep them for longer.
   const c10::InferenceMode ordinary_tensors(false);
   LoadedTensors result{.stats = loaded.stats()};
   result.tensors.reserve(wanted.size());
   for (std::size_t i = 0; i < wanted.size(); ++i)
-    result.tensors.emplace_back(metadata.records[wanted[i]].name, loaded.tensor(i));
+    result.tensors.emplace_back(checkpoint.record(wanted[i]).name, loaded.tensor(i));
   return result;
 }
 

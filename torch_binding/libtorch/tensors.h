@@ -4,15 +4,14 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstddef>
-#include <filesystem>
 #include <memory>
 #include <optional>
 #include <span>
 #include <vector>
 
 #include "engine/ground/host_region.h"
+#include "flashpack/checkpoint.h"
 #include "flashpack/engine.h"
-#include "flashpack/format.h"
 #include "torch_binding/format/segments.h"
 
 namespace flashpack {
@@ -27,16 +26,15 @@ at::Device device_of(const Engine& engine);
 /// The calling thread's current stream on `device`, to be passed to the engine; null for the CPU.
 CUstream_st* current_stream(at::Device device);
 
-/// Loads chosen records into new memory of the engine's device. Metadata and `wanted` are borrowed.
+/// Loads chosen tensors of a checkpoint into new memory of the engine's device. Checkpoint and `wanted` are borrowed.
 class LoadedRecords {
  public:
-  /// Reads the records with the indices in `wanted` from the open file `fd`, from which `metadata` was read. `path` is
-  /// for messages. Throws: Error.
-  LoadedRecords(Engine& engine, int fd, const std::filesystem::path& path, const Metadata& metadata,
-                std::span<const std::size_t> wanted, CachePolicy cache, Verify verify);
+  /// Reads the tensors with the indices in `wanted`. Throws: Error.
+  LoadedRecords(Engine& engine, const Checkpoint& checkpoint, std::span<const std::size_t> wanted, CachePolicy cache,
+                Verify verify);
 
-  /// The tensor of the record at wanted[i]. It keeps its block's memory alive. On the CPU it has its own storage, on a
-  /// device the storage of its block. It is an inference tensor if inference mode is on. To be called once per record,
+  /// The tensor at wanted[i]. It keeps its block's memory alive. On the CPU it has its own storage, on a
+  /// device the storage of its block. It is an inference tensor if inference mode is on. To be called once per tensor,
   /// because two tensors would share their bytes.
   at::Tensor tensor(std::size_t i) const;
 
@@ -48,7 +46,7 @@ class LoadedRecords {
   at::Tensor host_tensor(const SegmentPlan::Place& place, at::IntArrayRef shape, at::ScalarType type) const;
   at::Tensor device_tensor(const SegmentPlan::Place& place, at::IntArrayRef shape, at::ScalarType type) const;
 
-  const Metadata& metadata_;
+  const Checkpoint& checkpoint_;
   const std::span<const std::size_t> wanted_;
   const at::Device device_;
   const SegmentPlan plan_;

@@ -1,0 +1,247 @@
+#include "flashpack/checkpoint.h"
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <set>
+#include <string_view>
+#include <utility>
+
+#include "engine/ground/error.h"
+#include "engine/ground/unique_fd.h"
+#include "torch_binding/format/format_rules.h"
+#include "torch_binding/format/json_reader.h"
+
+namespace flashpack {
+
+namespace {
+
+namespace fs = std::filesystem;
+using internal::errno_code;
+using internal::file_error;
+
+constexpr std::string_view kIndexSuffix = ".index.json";
+constexpr std::uint64_t kMaxIndexBytes = std::uint64_t{256} << 20;
+constexpr std::array<std::string_view, 2> kSuffixes = {".flashpack", ".safetensors"};
+// The names that this library, transformers and diffusers give to the weights of a model.
+constexpr std::array<std::string_view, 3> kUsualNames = {"model.flashpack", "model.safetensors",
+                                                         "diffusion_pytorch_model.safetensors"};
+
+[[noreturn]] void refuse(const fs::path& path, const std::string& sentence) {
+  throw Error(Errc::kBadFile, "open " + path.string() + ": " + sentence, path);
+}
+
+/// Whether `name` is that of an index: model.safetensors.index.json, or with a variant,
+/// model.safetensors.index.fp16.json.
+bool is_index(std::string_view name) {
+  if (!name.ends_with(".json")) return false;
+  if (name.ends_with(kIndexSuffix)) return true;
+  name.remove_suffix(std::string_view(".json").size());
+  return name.substr(0, std::min(name.size(), name.rfind('.'))).ends_with(".index");
+}
+
+/// Refuses names that would lead out of the directory of the index.
+const std::string& plain_name(const fs::path& index, const std::string& name) {
+  const bool plain = !name.empty() && name != "." && name != ".." && name.find_first_of({"/\0", 2}) == name.npos;
+  if (!plain) refuse(index, "it names " + rules::quoted(name) + ", which is no file beside it");
+  return name;
+}
+
+std::string read_all(const fs::path& path) {
+  const internal::UniqueFd fd = internal::open_file(path);
+  struct stat status{};
+  if (::fstat(fd.get(), &status) != 0) throw file_error(errno_code(errno), "stat", path);
+  if (!S_ISREG(status.st_mode)) refuse(path, "it is not a regular file");
+  const auto size_bytes = static_cast<std::uint64_t>(status.st_size);
+  if (size_bytes > kMaxIndexBytes) refuse(path, "an index of more than " + std::to_string(kMaxIndexBytes) + " bytes");
+  std::string text(size_bytes, '\0');
+  for (std::size_t done = 0; done < text.size();) {
+    const ssize_t got = internal::uninterrupted(
+        [&] { return ::pread(fd.get(), text.data() + done, text.size() - done, static_cast<off_t>(done)); });
+    if (got < 0) throw file_error(errno_code(errno), "read", path);
+    if (got == 0) throw file_error(Errc::kTruncated, "read", path);
+    done += static_cast<std::size_t>(got);
+  }
+  return text;
+}
+
+WeightMap read_index(const fs::path& path) {
+  const std::string text = read_all(path);
+  WeightMap map;
+  try {
+    JsonReader json(text);
+    json.object([&](std::string_view key) {
+      if (key != "weight_map") return json.skip();
+      json.object([&](std::string_view tensor) { map.emplace(tensor, plain_name(path, json.string())); });
+    });
+    json.end();
+  } catch (const JsonError& error) {
+    refuse(path, std::string("it is not the index of a sharded checkpoint: a value ") + error.what());
+  }
+  if (map.empty()) refuse(path, "it is not the index of a sharded checkpoint: it has no weight_map, or an empty one");
+  return map;
+}
+
+CheckpointFile open_one(const fs::path& path) {
+  internal::UniqueFd fd = internal::open_file(path);
+  CheckpointFile file{.path = path, .metadata = read_metadata(fd.get(), path)};
+  file.fd = fd.release();
+  return file;
+}
+
+Checkpoint open_files(const fs::path& path, std::span<const fs::path> paths, const WeightMap& weight_map = {}) {
+  std::vector<CheckpointFile> files;
+  files.reserve(paths.size());
+  try {
+    for (const fs::path& each : paths) files.push_back(open_one(each));
+  } catch (...) {
+    for (const CheckpointFile& file : files) ::close(file.fd);
+    throw;
+  }
+  return {path, std::move(files), weight_map};
+}
+
+Checkpoint open_index(const fs::path& path) {
+  const WeightMap map = read_index(path);
+  std::set<fs::path> paths;
+  for (const auto& [tensor, file] : map) paths.insert(path.parent_path() / file);
+  try {
+    return open_files(path, std::vector(paths.begin(), paths.end()), map);
+  } catch (const Error& error) {
+    if (error.code() != std::errc::no_such_file_or_directory) throw;
+    throw file_error(error.code(), ("open the files that " + path.string() + " lists:").c_str(), error.path());
+  }
+}
+
+/// Returns the files in `directory` whose names end with one of kSuffixes and `rest`, sorted.
+std::vector<fs::path> files_with(const fs::path& directory, std::string_view rest) {
+  std::vector<fs::path> paths;
+  try {
+    for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
+      const fs::path file = entry.path().filename();
+      std::string_view name = file.native();
+      if (name.starts_with('.') || !name.ends_with(rest)) continue;
+      name.remove_suffix(rest.size());
+      if (std::ranges::any_of(kSuffixes, [&](auto suffix) { return name.ends_with(suffix); }))
+        paths.push_back(entry.path());
+    }
+  } catch (const fs::filesystem_error& error) {
+    throw file_error(error.code(), "list", directory);
+  }
+  std::ranges::sort(paths);
+  return paths;
+}
+
+/// Returns the file or the index that stands for a directory.
+fs::path chosen_in(const fs::path& directory) {
+  for (const std::string_view name : kUsualNames) {
+    for (const std::string_view rest : {std::string_view(), kIndexSuffix}) {
+      const fs::path path = directory / (std::string(name) += rest);
+      std::error_code ignored;
+      if (fs::exists(path, ignored)) return path;
+    }
+  }
+  for (const std::string_view rest : {kIndexSuffix, std::string_view()}) {
+    const std::vector<fs::path> found = files_with(directory, rest);
+    if (found.size() == 1) return found.front();
+    if (found.empty()) continue;
+    std::string listed;
+    for (const fs::path& path : std::span(found).first(std::min<std::size_t>(found.size(), 3)))
+      listed += (listed.empty() ? "" : ", ") + path.filename().string();
+    refuse(directory, "it has several checkpoints, none of a usual name (" + listed +
+                          (found.size() > 3 ? ", ..." : "") + "): give the path of one of them, or of its index");
+  }
+  refuse(directory, "there is no flashpack or safetensors file in this directory, and no index of such files");
+}
+
+}  // namespace
+
+Checkpoint::Checkpoint(std::filesystem::path path, std::vector<CheckpointFile> files, const WeightMap& weight_map)
+    : path_(std::move(path)), files_(std::move(files)) {
+  try {
+    for (std::uint32_t f = 0; f < files_.size(); ++f) {
+      const std::string name = files_[f].path.filename().string();
+      const std::vector<TensorRecord>& records = files_[f].metadata.records;
+      for (std::uint32_t r = 0; r < records.size(); ++r) {
+        const auto listed = weight_map.find(records[r].name);
+        if (listed == weight_map.end() || listed->second == name) places_.push_back({f, r});
+      }
+    }
+    require_unique_names(weight_map);
+    require_all_of(weight_map);
+  } catch (...) {
+    close_all();
+    throw;
+  }
+}
+
+Checkpoint::Checkpoint(Checkpoint&& other) noexcept
+    : path_(std::move(other.path_)),
+      files_(std::exchange(other.files_, {})),
+      places_(std::exchange(other.places_, {})) {}
+
+Checkpoint& Checkpoint::operator=(Checkpoint&& other) noexcept {
+  std::swap(path_, other.path_);
+  std::swap(files_, other.files_);
+  std::swap(places_, other.places_);
+  return *this;
+}
+
+Checkpoint::~Checkpoint() { close_all(); }
+
+void Checkpoint::close_all() noexcept {
+  for (const CheckpointFile& file : files_) {
+    if (file.fd >= 0) ::close(file.fd);
+  }
+}
+
+void Checkpoint::require_unique_names(const WeightMap& weight_map) const {
+  if (files_.size() < 2) return;  // Each file's own names are unique.
+  std::vector<std::string_view> names;
+  names.reserve(size());
+  for (std::size_t i = 0; i < size(); ++i) names.push_back(record(i).name);
+  const auto same = rules::find_duplicate(names);
+  if (!same) return;
+  const std::string cause = weight_map.empty() ? "" : ", and the index does not list it";
+  refuse(path_, files_[file_of(same->first)].path.string() + " and " + files_[file_of(same->second)].path.string() +
+                    " both have " + rules::quoted(names[same->first]) + cause);
+}
+
+void Checkpoint::require_all_of(const WeightMap& weight_map) const {
+  if (weight_map.empty()) return;
+  std::set<std::string_view> names;
+  for (std::size_t i = 0; i < size(); ++i) names.insert(record(i).name);
+  for (const auto& [name, file] : weight_map) {
+    if (!names.contains(name))
+      refuse(path_, "it says that " + rules::quoted(name) + " is in " + file + ", but it is not");
+  }
+}
+
+std::map<std::string, std::string> Checkpoint::user_metadata() const {
+  std::map<std::string, std::string> merged;
+  std::set<std::string> disputed;
+  for (const CheckpointFile& file : files_) {
+    for (const auto& [key, value] : file.metadata.user_metadata) {
+      if (merged.try_emplace(key, value).first->second != value) disputed.insert(key);
+    }
+  }
+  for (const std::string& key : disputed) merged.erase(key);
+  return merged;
+}
+
+Checkpoint open_checkpoint(const std::filesystem::path& path) {
+  std::error_code ignored;  // If there is an error, opening the file has it, too.
+  if (fs::is_directory(path, ignored)) return open_checkpoint(chosen_in(path));
+  if (is_index(path.filename().native())) return open_index(path);
+  return open_files(path, std::span(&path, 1));
+}
+
+Checkpoint open_checkpoint(std::span<const std::filesystem::path> files) {
+  if (files.empty()) throw internal::argument_error("open a checkpoint: no files are given");
+  return open_files(files.front().parent_path(), files);
+}
+
+}  // namespace flashpack
