@@ -105,10 +105,9 @@ def test_all_tensors_are_read_ahead_together(path, wanted):
     expected = load_file(path)
     evict(path)
     tensors = load_file(path, backend="mmap")
-    # What the kernel has read beyond the first range by the time that the next is looked at need not be wanted.
-    assert wanted[0] == (path.stat().st_size - 3 * 8 * MIB - 12, 8 * MIB)
+    assert [size for _, size in wanted[:3]] == [8 * MIB] * 3
     finish_reading_ahead()
-    assert resident_fraction(path) > 0.3
+    assert resident_fraction(path) == 1
     assert {name: bits(tensor) for name, tensor in tensors.items()} == {n: bits(t) for n, t in expected.items()}
 
 
@@ -147,15 +146,3 @@ def test_a_file_that_is_gone_from_its_path_can_still_be_mapped(path):
     with safe_open(path, "pt", backend="mmap") as file:
         path.unlink()
         assert bits(file.get_tensor("a")) == bits(expected)
-
-
-@pytest.mark.parametrize(("readahead_kib", "threads"), [(0, 4), (128, 4), (8192, 1)])
-def test_one_thread_reads_ahead_where_the_kernel_itself_reads_far_ahead(path, monkeypatch, readahead_kib, threads):
-    monkeypatch.setattr(_mapped_tensors, "_kernel_readahead_kib", lambda fd: readahead_kib)
-    with path.open("rb") as file:
-        assert _mapped_tensors._ReadAhead(file.fileno())._most_threads == threads
-
-
-def test_the_readahead_of_a_device_that_has_none_to_tell_is_none():
-    with Path("/proc/self/status").open("rb") as file:
-        assert _mapped_tensors._kernel_readahead_kib(file.fileno()) == 0

@@ -1,0 +1,186 @@
+"""What the loaders of vLLM and SGLang share: options, the choice of files, and the reading of weights."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .._checkpoint import files_of
+from .._device import CPU
+from .._file import load_file, open_file
+from .._footer import Footer, Verify, open_footer
+from .._memory import ReadOptions, supported_device
+from .._native import FlashPackError
+from ._lazy import LazyTensor
+
+LOAD_FORMAT = "flashpack"
+INDEX_NAME = "model.flashpack.index.json"
+PATTERNS = ["*.flashpack", "*.safetensors"]
+"""The files that are loaded. A directory with both has converted weights beside the original ones."""
+
+Keep = Callable[[str], bool]
+Weights = Generator[tuple[str, torch.Tensor], None, None]
+
+_replacing = threading.RLock()  # A replacement may be called within, and replace others.
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user can ask for in model_loader_extra_config."""
+
+    verify: Verify = "auto"
+    window_bytes: int = 256 << 20
+    device: str | None = None
+    lazy: bool = False
+
+    @classmethod
+    def of(cls, extra_config: Any, keys_of_host: Collection[str]) -> tuple[Options, dict[str, Any]]:
+        """Returns the options, and the entries whose keys are the host's own. Raises FlashPackError for any other."""
+        if not isinstance(extra_config, Mapping):
+            raise FlashPackError(f"model_loader_extra_config must be an object, got {extra_config!r}")
+        own = {key: value for key, value in extra_config.items() if key in cls.__dataclass_fields__}
+        host = {key: value for key, value in extra_config.items() if key in keys_of_host}
+        if unknown := sorted(map(str, extra_config.keys() - own.keys() - host.keys())):
+            known = ", ".join([*cls.__dataclass_fields__, *keys_of_host])
+            raise FlashPackError(
+                f"model_loader_extra_config has {', '.join(unknown)}; load format {LOAD_FORMAT} knows {known}"
+            )
+        return cls(**own), host
+
+    def __post_init__(self) -> None:
+        supported_device(self.device or "cpu", ReadOptions(verify=self.verify))
+        if not isinstance(self.lazy, bool):
+            raise FlashPackError(f"lazy of model_loader_extra_config must be true or false, got {self.lazy!r}")
+        window = self.window_bytes
+        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+            raise FlashPackError(
+                f"window_bytes of model_loader_extra_config must be a positive integer, got {window!r}"
+            )
+
+
+@contextmanager
+def replaced(module: ModuleType, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Gives global functions of a host's module other values within it, for one thread at a time.
+
+    Raises FlashPackError if the module lacks one, because then the host is a version with another way to load.
+    """
+    with _replacing:
+        if missing := sorted(functions.keys() - vars(module).keys()):
+            raise FlashPackError(
+                f"{module.__name__} has no {', '.join(missing)}; load format {LOAD_FORMAT} is made for vLLM 0.32 and "
+                f"0.33 and for SGLang 0.5.23"
+            )
+        originals = {name: vars(module)[name] for name in functions}
+        vars(module).update(functions)
+        try:
+            yield
+        finally:
+            vars(module).update(originals)
+
+
+def are_flashpack(files: Iterable[str]) -> bool:
+    return any(file.endswith(".flashpack") for file in files)
+
+
+def listed_files(folder: str, files: list[str]) -> list[str]:
+    """Returns those flashpack files of `folder` that its index lists, or all of them if it has no index.
+
+    Raises FlashPackError for an index that is not valid, FileNotFoundError for a file that it lists and is not there.
+    """
+    index = Path(folder, INDEX_NAME)
+    if not index.is_file():
+        return files
+    listed = files_of(index)[1:]
+    for file in listed:
+        if not file.is_file():
+            message = f"{index} lists a file that is not there; was its download interrupted?"
+            raise FileNotFoundError(errno.ENOENT, message, str(file))
+    names = {file.name for file in listed}
+    return [file for file in files if Path(file).name in names]
+
+
+def names_in(file: str) -> list[str]:
+    """Returns the names of the tensors of a flashpack or safetensors file. Its payload is not read."""
+    with open_file(file) as opened:
+        return opened.keys()
+
+
+def weights_of(files: list[str], device: str, options: Options, keep: Keep | None, show: bool) -> Weights:
+    """Yields the tensors of the files in turn, those alone whose names are to be kept.
+
+    `device`: "cuda" stands for the current device; any but a CUDA device for the CPU. `show`: whether to show a bar.
+    """
+    target = _device(options.device or device)
+    weights = _lazy_weights if options.lazy else _read_weights
+    with (
+        closing(weights(files, target, options, keep)) as found,
+        tqdm(desc="Loading with flashpack", unit="B", unit_scale=True, disable=not show) as bar,
+    ):
+        for name, tensor in found:
+            bar.update(tensor.nbytes)
+            yield name, tensor
+            del tensor  # Otherwise it would be there until the next one is.
+
+
+def _device(name: str) -> torch.device:
+    """Returns the device with its index, because other threads have another current device."""
+    if not name.startswith("cuda"):
+        return CPU
+    device = torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _lazy_weights(files: list[str], device: torch.device, options: Options, keep: Keep | None) -> Weights:
+    for file in files:
+        opened = open_file(file, device, verify=options.verify)
+        for name in opened.keys():  # noqa: SIM118  It is no mapping.
+            if keep is None or keep(name):
+                yield name, LazyTensor.of(opened, name, device)
+
+
+def _read_weights(files: list[str], device: torch.device, options: Options, keep: Keep | None) -> Weights:
+    """Yields tensors group by group, while the next group is read."""
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def read(footer: Footer, names: list[str]) -> dict[str, torch.Tensor]:
+        # Memory belongs to a stream. It must not be given to another tensor while the caller's stream still uses it.
+        with torch.cuda.stream(stream):
+            return load_file(footer, device, names=names, verify=options.verify)
+
+    with ThreadPoolExecutor(1, "flashpack-weights") as thread:
+        groups = _groups(files, options.window_bytes // 2, keep)
+        pending = [thread.submit(read, *group) for group in islice(groups, 1)]
+        while pending:
+            tensors = pending.pop().result()
+            pending += [thread.submit(read, *group) for group in islice(groups, 1)]
+            for name in list(tensors):
+                yield name, tensors.pop(name)
+
+
+def _groups(files: list[str], most_bytes: int, keep: Keep | None) -> Iterator[tuple[Footer, list[str]]]:
+    """Yields names of neighbouring tensors that have so many bytes at most, or the name of a larger one."""
+    for file in files:
+        with open_footer(file) as footer:
+            names: list[str] = []
+            size_bytes = 0
+            for entry in footer.entries():
+                if keep is not None and not keep(entry.name):
+                    continue
+                if names and size_bytes + entry.size_bytes > most_bytes:
+                    yield footer, names
+                    names, size_bytes = [], 0
+                names.append(entry.name)
+                size_bytes += entry.size_bytes
+            if names:
+                yield footer, names
