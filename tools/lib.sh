@@ -102,6 +102,18 @@ install_flashpack() {
   pip_install --no-deps --force-reinstall "$root"
 }
 
+# add_packages FOLDER NAME REQUIREMENT...: packages into FOLDER/NAME, for PYTHONPATH. torch and what is built for one
+# version of it come from the virtual environment.
+add_packages() {
+  local folder=$1 name=$2 torch_and_its_own=(torch torchaudio torchcodec torchvision triton intel-openmp)
+  shift 2
+  [[ -d $folder/$name ]] && return
+  rm -rf "$folder/$name.part"
+  UV_HTTP_TIMEOUT=300 "$python" -m uv pip install --quiet --python "$python" --target "$folder/$name.part" \
+    --override <(printf "%s; sys_platform == 'none'\n" "${torch_and_its_own[@]}") "$@" || return
+  mv "$folder/$name.part" "$folder/$name"
+}
+
 # configure PRESET OPTIONS...
 configure() {
   local preset=$1

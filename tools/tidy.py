@@ -45,6 +45,8 @@ TESTED_BY = {
     "engine/pipeline_steps.cc": "tests/engine/pipeline_test.cc",
     "engine/transfer.cc": "tests/engine/engine_test.cc",
     "tools/quickstart.py": "tools/quickstart.sh",
+    "tools/sglang_load.py": "tools/sglang_load.sh",
+    "tools/vllm_generate.py": "tools/vllm_generate.sh",
     "torch_binding/format/boost_json.cc": "tests/format/footer_test.cc",
     "torch_binding/format/footer_json.cc": "tests/format/footer_test.cc",
     "torch_binding/format/footer_rules.cc": "tests/format/footer_test.cc",
