@@ -125,6 +125,10 @@ def test_a_file_that_only_safetensors_can_read_is_left_to_it(tmp_path):
         }
     ).encode()
     (tmp_path / "a").write_bytes(struct.pack("<Q", len(header)) + header + bytes([0, 0, 0, 9]))
+    try:
+        ORIGINAL(tmp_path / "a", "pt")
+    except safetensors.SafetensorError:
+        pytest.skip("this safetensors does not know 6-bit floats")
     with flashpack.accelerate():
         assert safetensors.safe_open(tmp_path / "a", "pt").get_tensor("u").tolist() == [9]
 

@@ -116,9 +116,10 @@ def test_closing_wakes_who_waits(path, held_back):
 
 
 def test_dropping_the_loader_ends_its_thread_early(path, held_back):
+    before = set(threading.enumerate())
     with safe_open(path, "pt") as file:
         loader = file.prefetch()
-    (thread,) = [each for each in threading.enumerate() if each.name == "flashpack-prefetch-loader"]
+    (thread,) = set(threading.enumerate()) - before
     landing = loader._landing
     del loader
     gc.collect()

@@ -262,8 +262,8 @@ def load_model(
 
 
 def _given(backend: Backend) -> dict[str, str]:
-    """Older versions of safetensors do not know this argument."""
-    return {} if backend is None else {"backend": backend}
+    """Returns the argument for safetensors, whose older versions know only its default."""
+    return {} if backend in (None, "mmap") else {"backend": str(backend)}
 
 
 def __getattr__(name: str) -> Any:
