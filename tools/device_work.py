@@ -231,12 +231,10 @@ class Engines:
     """Loads by engines with options of their own: a job is these options as JSON, and may say how to `verify`."""
 
     def __init__(self, folder: Path) -> None:
-        from flashpack._native import read_footer
+        from flashpack._native import open_checkpoint
 
-        self.path = folder / "model.flashpack"
-        self.file = self.path.open("rb")
-        self.footer = read_footer(self.file.fileno(), self.path)
-        self.size_bytes = self.footer.payload_bytes
+        self.checkpoint = open_checkpoint(folder / "model.flashpack")
+        self.size_bytes = self.checkpoint.payload_bytes
         self.target = torch.empty(self.size_bytes, dtype=torch.uint8, device=DEVICE)
 
     def answer(self, job: str) -> dict[str, Any]:
@@ -245,10 +243,10 @@ class Engines:
         options = json.loads(job)
         verify = options.pop("verify", "never")
         engine = Engine(0, **options)
-        extents = [(0, self.size_bytes, self.target.data_ptr())]
+        reads = [(0, 0, self.size_bytes, self.target.data_ptr())]
         stream = torch.cuda.current_stream().cuda_stream
         meter = Meter()
-        stats = engine.load(self.file.fileno(), self.path, extents, self.footer, verify, stream=stream)
+        stats = engine.load(self.checkpoint, reads, verify, stream=stream)
         return {**meter.result(), "bytes": self.size_bytes, "stats": stats}
 
 

@@ -159,10 +159,12 @@ TEST_F(OpenCheckpoint, OfADirectoryTheUsualNamesComeFirst) {
 }
 
 TEST_F(OpenCheckpoint, ADirectoryWithoutOneThatIsMeantIsRefused) {
-  EXPECT_SAYS(error_of(directory_.path()), "there is no flashpack or safetensors file in this directory");
+  EXPECT_SAYS(error_of(directory_.path(), std::make_error_code(std::errc::is_a_directory)),
+              "which has no flashpack or safetensors file and no index");
   write_shard(".hidden.safetensors", {"a"});
   write("config.json", "{}");
-  EXPECT_SAYS(error_of(directory_.path()), "there is no flashpack or safetensors file in this directory");
+  EXPECT_SAYS(error_of(directory_.path(), std::make_error_code(std::errc::is_a_directory)),
+              "which has no flashpack or safetensors file and no index");
   write_shard("1.safetensors", {"a"});
   write_shard("2.safetensors", {"b"});
   EXPECT_SAYS(error_of(directory_.path()), "it has several checkpoints, none of a usual name");

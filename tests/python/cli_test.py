@@ -91,8 +91,8 @@ def test_metadata_says_that_a_file_has_no_checksums(pack):
 @pytest.mark.parametrize("name", ["metadata", "verify", "revert"])
 def test_of_a_model_directory_the_flashpack_file_is_meant(tmp_path, name):
     result = run(name, tmp_path)
-    assert result.exit_code == 2
-    assert re.search(r"Directory '.*' has no model\.flashpack", result.stderr)
+    assert result.exit_code == 1
+    assert "has no flashpack or safetensors file" in result.stderr
     flashpack.pack_to_file(STATE, tmp_path / "model.flashpack")
     assert run(name, tmp_path).exit_code == 0
 
@@ -117,12 +117,27 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
-def test_what_is_no_flashpack_file_is_told_in_a_line(tmp_path, source):
-    for name in ("metadata", "verify", "revert"):
-        result = run(name, source)
+def test_what_a_safetensors_file_has_is_shown(source):
+    shown = run("metadata", source, "--index").output
+    assert "format: safetensors\n" in shown
+    assert all(name in shown for name in STATE)
+    assert {record["name"] for record in json.loads(run("metadata", source, "-i", "--json").output)["index"]} == set(
+        STATE
+    )
+
+
+def test_what_is_no_checkpoint_is_told_in_a_line(tmp_path, source):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(source.read_bytes()[:-1])
+    for name, path, message in (
+        ("metadata", broken, "broken.safetensors"),
+        ("verify", source, "has no checksums"),
+        ("revert", source, "is the source"),
+    ):
+        result = run(name, path)
         assert result.exit_code == 1
         assert result.stdout == ""
-        assert re.fullmatch(r"Error: .*(is a safetensors file|has no checksums|is the source).*\n", result.stderr)
+        assert re.fullmatch(rf"Error: .*{message}.*\n", result.stderr)
         assert run(name, tmp_path / "missing").exit_code == 2
 
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from checkpoints import STATE, halves, names_in, save_index
 from flashpack import FlashPackError, commands
-from flashpack._checkpoint import open_checkpoint
+from flashpack._conversion import map_tensors
 from support import assert_bit_equal
 
 
@@ -118,7 +118,7 @@ def test_checkpoints_are_mapped_and_not_copied_to_memory(tmp_path, safetensors_f
     first, second = halves()
     save_index(tmp_path / "m.safetensors.index.json", {"a.safetensors": first, "b.safetensors": second})
     for name in ("model.safetensors", "model.pt", "m.safetensors.index.json"):
-        tensors = open_checkpoint(tmp_path / name)
+        tensors = map_tensors(tmp_path / name)
         with open("/proc/self/maps") as file:
             mapped = [line.split() for line in file if f" {tmp_path}/" in line]
         ranges = [[int(end, 16) for end in line[0].split("-")] for line in mapped]

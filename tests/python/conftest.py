@@ -39,13 +39,13 @@ def after_the_footer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], 
     """Makes something happen each time that a footer has been read."""
 
     def install(happens: Callable[[], object]) -> None:
-        read_footer = _native.read_footer
+        open_checkpoint = _native.open_checkpoint
 
-        def then(fd: int, path: Any) -> _native.Metadata:
-            metadata = read_footer(fd, path)
+        def then(path: Any) -> _native.Checkpoint:
+            checkpoint = open_checkpoint(path)
             happens()
-            return metadata
+            return checkpoint
 
-        monkeypatch.setattr(_native, "read_footer", then)
+        monkeypatch.setattr(_native, "open_checkpoint", then)
 
     return install

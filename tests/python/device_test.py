@@ -12,8 +12,8 @@ import flashpack
 import pytest
 import torch
 from flashpack import _device, _distributed, _engine, _file, _memory, _native
+from flashpack._checkpoint import open_checkpoint
 from flashpack._device import CPU, Side, captures_undisturbed, side_of
-from flashpack._footer import open_footer
 from support import DTYPES, assert_bit_equal, random_tensor
 
 MIB = 1 << 20
@@ -46,10 +46,10 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def read(path, wanted, **options):
     """Reads to each of DEVICES the tensors that `wanted` names for it."""
-    with open_footer(path) as footer:
-        entries = {entry.name: entry for entry in footer.entries()}
+    with open_checkpoint(path) as checkpoint:
+        entries = {entry.name: entry for entry in checkpoint.entries()}
         chosen = {device: [entries[name] for name in names] for device, names in zip(DEVICES, wanted, strict=False)}
-        return _memory.read_to_devices(footer, chosen, _memory.ReadOptions(**options))
+        return _memory.read_to_devices(checkpoint, chosen, _memory.ReadOptions(**options))
 
 
 def block_offset(tensor: torch.Tensor) -> int:
@@ -83,8 +83,8 @@ def test_tensors_begin_at_multiples_of_256_bytes_whatever_the_file_has(pack, sta
 
 def test_the_checksums_of_a_file_are_looked_at_wherever_its_tensors_go(pack, stand_ins, caplog):
     path = pack(mixed_tensors())
-    with open_footer(path) as footer:
-        payload_bytes = footer.native.payload_bytes
+    with open_checkpoint(path) as checkpoint:
+        payload_bytes = checkpoint.native.payload_bytes
     with caplog.at_level("INFO", logger="flashpack"):
         read(path, [list(mixed_tensors())])
     assert f"{payload_bytes} verified" in caplog.text
@@ -95,8 +95,8 @@ def test_what_devices_read_of_one_stripe_is_verified_by_each_of_them(pack, stand
     path = pack(tensors)
     halves = [list(tensors)[::2], list(tensors)[1::2]]
     assert_bit_equal(read(path, halves, verify="always"), tensors)
-    with open_footer(path) as footer:
-        last = max((entry for entry in footer.entries() if entry.size_bytes), key=lambda entry: entry.offset_bytes)
+    with open_checkpoint(path) as checkpoint:
+        last = max((entry for entry in checkpoint.entries() if entry.size_bytes), key=lambda entry: entry.offset_bytes)
     raw = bytearray(path.read_bytes())
     raw[last.offset_bytes] ^= 1
     path.write_bytes(raw)
@@ -147,9 +147,9 @@ def test_the_loads_of_a_device_map_are_those_of_all_its_devices(pack, monkeypatc
     given = []
     read_to_devices = _file.read_to_devices
 
-    def to_the_cpu(footer, wanted, options):
+    def to_the_cpu(checkpoint, wanted, options):
         given.append({device: [entry.name for entry in entries] for device, entries in wanted.items()})
-        return read_to_devices(footer, {CPU: [entry for entries in wanted.values() for entry in entries]}, options)
+        return read_to_devices(checkpoint, {CPU: [entry for entries in wanted.values() for entry in entries]}, options)
 
     monkeypatch.setattr(_file, "read_to_devices", to_the_cpu)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, dtype: tensor)
@@ -206,11 +206,11 @@ def test_all_ranks_have_the_same_places_in_memory_whatever_they_verify(pack, sta
     monkeypatch.setattr(_distributed.Ranks, "_send", send)
     monkeypatch.setattr(_distributed.Ranks, "_broadcast", lambda ranks, memory, device: sent.append(memory))
     elsewhere = torch.device("meta", 0)  # A device that every machine has.
-    with open_footer(path) as footer:
-        wanted = _memory.Wanted(footer.native, footer.entries()[::3])
+    with open_checkpoint(path) as checkpoint:
+        wanted = _memory.Wanted(checkpoint, checkpoint.entries()[::3])
         reads, receives = (
             _distributed.Ranks(rank, 2, 0, elsewhere).read_blocks(
-                footer, wanted, elsewhere, _memory.ReadOptions(verify=verify if rank == 0 else "never")
+                wanted, elsewhere, _memory.ReadOptions(verify=verify if rank == 0 else "never")
             )
             for rank in range(2)
         )
@@ -225,10 +225,9 @@ def two_loads(pack) -> Iterator[tuple[list[_native.Load], list[torch.Tensor]]]:
     """Loads of one file by two engines, and the memory that they fill."""
     path = pack({"a": random_tensor((4 * MIB,))})
     memory = [torch.zeros(16 * MIB, dtype=torch.uint8) for _ in range(2)]
-    with open_footer(path) as footer:
+    with open_checkpoint(path) as checkpoint:
         loads = [
-            _native.Engine().start_load(footer.fileno(), path, [(0, 16 * MIB, each.data_ptr())], footer.native, each)
-            for each in memory
+            _native.Engine().start_load(checkpoint.native, [(0, 0, 16 * MIB, each.data_ptr())], each) for each in memory
         ]
     yield loads, memory
 
@@ -283,9 +282,9 @@ def test_a_load_that_cannot_be_started_ends_those_that_have_been(pack, monkeypat
     blocks = []
 
     class First:
-        def start_load(self, fd, path, extents, metadata, memory, *args, **kwargs):
+        def start_load(self, checkpoint, reads, memory, *args, **kwargs):
             blocks.extend(memory)
-            return engine.start_load(fd, path, extents, metadata, memory, *args, **kwargs)
+            return engine.start_load(checkpoint, reads, memory, *args, **kwargs)
 
     class Second:
         def start_load(self, *args, **kwargs):

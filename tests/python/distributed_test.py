@@ -296,7 +296,7 @@ def test_arguments_that_cannot_be_are_an_error_on_all_ranks(ranks, pack):
 
 def load_to_two_kinds_of_device(rank, path):
     ours = _distributed.ranks_of_group("cpu" if rank == 0 else "cuda")
-    with ours.together(), ours.footer(path):
+    with ours.together(), ours.checkpoint(path):
         pass
 
 

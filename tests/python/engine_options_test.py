@@ -1,7 +1,7 @@
 import flashpack
 import pytest
 import torch
-from flashpack._native import Engine, read_footer
+from flashpack._native import Engine, open_checkpoint
 from support import random_tensor
 
 MIB = 1 << 20
@@ -9,10 +9,8 @@ MIB = 1 << 20
 
 def load(engine, path, size_bytes):
     target = torch.zeros(size_bytes, dtype=torch.uint8)
-    with path.open("rb") as file:
-        footer = read_footer(file.fileno(), path)
-        # An odd address, so that every byte takes a slot.
-        stats = engine.load(file.fileno(), path, [(1, size_bytes - 1, target.data_ptr())], footer)
+    # An odd address, so that every byte takes a slot.
+    stats = engine.load(open_checkpoint(path), [(0, 1, size_bytes - 1, target.data_ptr())])
     return target[:-1], stats
 
 

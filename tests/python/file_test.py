@@ -101,12 +101,12 @@ def test_a_mapped_file_is_read_when_it_is_touched_and_written_to_privately(path,
 
 
 def test_the_longest_module_name_that_fits_decides_on_the_device(path):
-    with flashpack._footer.open_footer(path) as footer:
-        entries = list(footer.entries())
+    with flashpack._checkpoint.open_checkpoint(path) as checkpoint:
+        entries = list(checkpoint.entries())
     device_map = {"": "cpu", "encoder": "cuda:0", "encoder.layers.1": 1, "decoder.weight": "cuda:2", "scal": "cuda:3"}
 
     def names(device_map):
-        places = _file._places(entries, "cuda:7", device_map, _file.ReadOptions())
+        places = _file.places_of(entries, "cuda:7", device_map, _file.ReadOptions())
         return {str(place): [entry.name for entry in here] for place, here in places.items()}
 
     assert names(device_map) == {

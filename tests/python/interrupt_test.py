@@ -10,7 +10,7 @@ import flashpack
 import pytest
 import torch
 from flashpack import _engine, _memory, _native
-from flashpack._footer import open_footer
+from flashpack._checkpoint import open_checkpoint
 from support import bits, random_tensor, state_of
 
 SIZE_BYTES = 32 << 20
@@ -35,10 +35,10 @@ interrupt = ctypes.pythonapi.PyErr_SetInterrupt
 
 
 def test_ctrl_c_during_a_load_is_noticed_by_the_waiting_loop(path):
-    with open_footer(path) as footer:
+    with open_checkpoint(path) as checkpoint:
         block = _memory.allocate_block(0, SIZE_BYTES)
-        extents = [(0, SIZE_BYTES, block.address)]
-        load = functools.partial(_engine.engine().load, footer.fileno(), path, extents, footer.native, "auto", "auto")
+        reads = [(0, 0, SIZE_BYTES, block.address)]
+        load = functools.partial(_engine.engine().load, checkpoint.native, reads, "auto", "auto")
         finished = []
         with pytest.raises(KeyboardInterrupt):
             finished.extend(map(load, [interrupt]))

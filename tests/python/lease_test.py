@@ -14,7 +14,7 @@ import flashpack
 import pytest
 import safetensors.torch
 from checkpoints import STATE
-from flashpack import _footer, _repository, commands
+from flashpack import _native, _repository, commands
 
 # Gives the lease back when the kernel says that somebody wants to open the file.
 HOLDER = """
@@ -35,7 +35,7 @@ def convert(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "read"),
     [
-        ("model.flashpack", lambda path: _footer.open_for_reading(path).close()),
+        ("model.flashpack", _native.open_checkpoint),
         ("model.flashpack", flashpack.get_flashpack_file_metadata),
         ("model.flashpack", flashpack.load_file),
         ("config.json", _repository.read_json),

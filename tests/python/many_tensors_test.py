@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import flashpack
 import pytest
 import torch
-from flashpack import _footer
+from flashpack import _checkpoint
 from flashpack.deserialization import assign_from_file, revert_from_file, verify_file
 
 COUNT = 20_000
@@ -29,15 +29,15 @@ def collections() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize(
     "made",
-    [_footer.Footer.entries, lambda footer: footer.metadata, flashpack.load_file],
+    [_checkpoint.Checkpoint.entries, lambda checkpoint: checkpoint.metadata, flashpack.load_file],
     ids=["entries", "metadata", "tensors"],
 )
 def test_the_garbage_collector_does_not_run_while_what_a_footer_says_becomes_objects(made: Callable, pack, collections):
     path = pack({f"layers.{i}": torch.ones(i % 2) for i in range(COUNT)})
-    with _footer.open_footer(path) as footer:
+    with _checkpoint.open_checkpoint(path) as checkpoint:
         gc.collect()
         collections.clear()
-        result = made(footer)
+        result = made(checkpoint)
         runs = len(collections)
     assert result
     assert runs <= 10  # Starts and stops of the few runs before and after; without the pause there are dozens.
@@ -61,10 +61,10 @@ def test_no_dict_for_each_tensor_is_made_unless_the_metadata_is_asked_for(pack, 
     path = pack({"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
     expected = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
 
-    def refuse(footer: _footer.Footer) -> None:
-        raise AssertionError(f"the dict of {footer} was made")
+    def refuse(checkpoint: _checkpoint.Checkpoint) -> None:
+        raise AssertionError(f"the dict of {checkpoint} was made")
 
-    monkeypatch.setattr(_footer.Footer, "metadata", property(refuse))
+    monkeypatch.setattr(_checkpoint.Checkpoint, "metadata", property(refuse))
     with flashpack.open_file(path) as file:
         opened = {name: file.get(name) for name in file}
     kept: dict[str, str] = {}

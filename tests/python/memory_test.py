@@ -9,8 +9,8 @@ import flashpack
 import pytest
 import torch
 from flashpack import _memory
+from flashpack._checkpoint import open_checkpoint
 from flashpack._device import CPU
-from flashpack._footer import open_footer
 from support import assert_bit_equal, bits, random_tensor, write_file
 
 MIB = 1 << 20
@@ -60,9 +60,9 @@ def test_a_kernel_without_huge_pages_is_no_error(monkeypatch):
 
 def test_bytes_that_nobody_wants_are_not_read(pack):
     source = {name: random_tensor((MIB,), seed=i) for i, name in enumerate("abc")}
-    with open_footer(pack(source)) as footer:
-        wanted = [entry for entry in footer.entries() if entry.name != "b"]
-        filled = _memory.read_blocks(footer, _memory.Wanted(footer.native, wanted), CPU, _memory.ReadOptions())
+    with open_checkpoint(pack(source)) as checkpoint:
+        wanted = [entry for entry in checkpoint.entries() if entry.name != "b"]
+        filled = _memory.read_blocks(_memory.Wanted(checkpoint, wanted), CPU, _memory.ReadOptions())
     assert filled.stats["requested_bytes"] == 8 * MIB
     assert_bit_equal(_memory.tensors_of(wanted, filled), {name: source[name] for name in "ac"})
 
@@ -70,11 +70,18 @@ def test_bytes_that_nobody_wants_are_not_read(pack):
 def test_a_stream_is_cut_where_no_stripe_goes_on_and_leaves_nothing_out(monkeypatch):
     monkeypatch.setattr(_memory, "_BATCH_BYTES", 3 * MIB)
     monkeypatch.setattr(_memory, "_BORDER_BYTES", 2 * MIB)
-    extents = [(5, 3 * MIB, 100), (3 * MIB + 5, 6 * MIB, 1 << 40), (20 * MIB, 1, 0), (21 * MIB, MIB, 1)]
-    first = [(5, 3 * MIB, 100), (3 * MIB + 5, MIB - 5, 1 << 40)]
-    second = [(4 * MIB, 5 * MIB + 5, (1 << 40) + MIB - 5)]
-    assert _memory.batches_of(extents) == [first, second, [(20 * MIB, 1, 0), (21 * MIB, MIB, 1)]]
+    reads = [(0, 5, 3 * MIB, 100), (0, 3 * MIB + 5, 6 * MIB, 1 << 40), (0, 20 * MIB, 1, 0), (0, 21 * MIB, MIB, 1)]
+    first = [(0, 5, 3 * MIB, 100), (0, 3 * MIB + 5, MIB - 5, 1 << 40)]
+    second = [(0, 4 * MIB, 5 * MIB + 5, (1 << 40) + MIB - 5)]
+    assert _memory.batches_of(reads) == [first, second, [(0, 20 * MIB, 1, 0), (0, 21 * MIB, MIB, 1)]]
     assert _memory.batches_of([]) == [[]]
+
+
+def test_a_stream_may_go_on_in_the_next_file_wherever_the_last_one_ends(monkeypatch):
+    monkeypatch.setattr(_memory, "_BATCH_BYTES", 3 * MIB)
+    reads = [(0, 5, 4 * MIB, 100), (1, 0, MIB, 7), (1, MIB, 2 * MIB, 9), (2, 3, 5, 1)]
+    assert _memory.batches_of(reads) == [[reads[0]], reads[1:3], [reads[3]]]
+    assert _memory.batches_of(reads[1:2] + reads[3:]) == [reads[1:2] + reads[3:]]
 
 
 @pytest.fixture
@@ -95,45 +102,45 @@ def test_blocks_arrive_one_after_the_other_whole_and_every_stripe_verified(pack,
     raw = path.read_bytes()
     options = _memory.ReadOptions(verify=verify)
     arrived = []
-    with open_footer(path) as footer:
-        filling = _memory.make_room(_memory.Wanted(footer.native, footer.entries()), CPU, options)
-        for [numbers] in _memory.fill(footer, [filling], options, as_stream=True):
+    with open_checkpoint(path) as checkpoint:
+        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
+        for [numbers] in _memory.fill(checkpoint, [filling], options, as_stream=True):
             arrived.append(numbers)
             for number in numbers:
                 size, offset = filling.plan.blocks[number]
                 assert bits(filling.blocks[number].memory) == raw[offset : offset + size]
-        payload_bytes = footer.native.payload_bytes
+        payload_bytes = checkpoint.native.payload_bytes
     assert sorted(number for numbers in arrived for number in numbers) == list(range(len(filling.blocks)))
     assert len(list(filter(None, arrived))) > 2
     assert filling.stats["requested_bytes"] == filling.stats["verified_bytes"] == payload_bytes
 
 
 def test_only_a_few_transfers_of_a_stream_are_under_way_at_a_time(pack, in_small_parts, monkeypatch):
-    started, start = [], _memory._start
-    monkeypatch.setattr(_memory, "_start", lambda *arguments: started.append(arguments) or start(*arguments))
+    started, start = [], _memory.start
+    monkeypatch.setattr(_memory, "start", lambda *arguments: started.append(arguments) or start(*arguments))
     options = _memory.ReadOptions()
-    with open_footer(several_mib(pack)) as footer:
-        filling = _memory.make_room(_memory.Wanted(footer.native, footer.entries()), CPU, options)
+    with open_checkpoint(several_mib(pack)) as checkpoint:
+        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
         steps = 0
-        for steps, _ in enumerate(_memory.fill(footer, [filling], options, as_stream=True), 1):
+        for steps, _ in enumerate(_memory.fill(checkpoint, [filling], options, as_stream=True), 1):
             assert len(started) <= steps + _memory._AT_ONCE - 1
     assert steps == len(started) > _memory._AT_ONCE
 
 
 def test_a_load_that_is_no_stream_is_one_transfer(pack, in_small_parts, monkeypatch):
-    started, start = [], _memory._start
-    monkeypatch.setattr(_memory, "_start", lambda *arguments: started.append(arguments) or start(*arguments))
+    started, start = [], _memory.start
+    monkeypatch.setattr(_memory, "start", lambda *arguments: started.append(arguments) or start(*arguments))
     flashpack.load_file(several_mib(pack))
     assert len(started) == 1
 
 
 def read_by_a_stream(path):
     options = _memory.ReadOptions()
-    with open_footer(path) as footer:
-        filling = _memory.make_room(_memory.Wanted(footer.native, footer.entries()), CPU, options)
-        for _ in _memory.fill(footer, [filling], options, as_stream=True):
+    with open_checkpoint(path) as checkpoint:
+        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
+        for _ in _memory.fill(checkpoint, [filling], options, as_stream=True):
             pass
-        return footer.native.payload_bytes
+        return checkpoint.native.payload_bytes
 
 
 def test_a_wrong_bit_in_any_stripe_ends_a_stream(pack, in_small_parts):
@@ -149,14 +156,14 @@ def test_a_wrong_bit_in_any_stripe_ends_a_stream(pack, in_small_parts):
 
 def test_a_stream_that_is_left_reads_nothing_more(pack, in_small_parts):
     options = _memory.ReadOptions()
-    with open_footer(several_mib(pack)) as footer:
-        filling = _memory.make_room(_memory.Wanted(footer.native, footer.entries()), CPU, options)
-        arrivals = _memory.fill(footer, [filling], options, as_stream=True)
+    with open_checkpoint(several_mib(pack)) as checkpoint:
+        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
+        arrivals = _memory.fill(checkpoint, [filling], options, as_stream=True)
         next(arrivals)
         arrivals.close()
     for block in filling.blocks:
         block.memory.fill_(0xAB)
-    assert flashpack.load_file(footer.path).keys() == set("01234567")
+    assert flashpack.load_file(checkpoint.path).keys() == set("01234567")
     assert all(bool((block.memory == 0xAB).all()) for block in filling.blocks)
 
 
@@ -166,11 +173,11 @@ def test_a_stream_that_fails_ends_all_of_its_loads_also_while_somebody_keeps_the
     raw[100] ^= 1
     path.write_bytes(raw)
     options = _memory.ReadOptions()
-    with open_footer(path) as footer:
-        filling = _memory.make_room(_memory.Wanted(footer.native, footer.entries()), CPU, options)
+    with open_checkpoint(path) as checkpoint:
+        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
         owners = sys.getrefcount(filling.blocks)
         with pytest.raises(flashpack.FlashPackError, match="do not match their checksum") as kept:
-            list(_memory.fill(footer, [filling], options, as_stream=True))
+            list(_memory.fill(checkpoint, [filling], options, as_stream=True))
     # A load owns the memory that it fills; the one that failed has ended, and may be in the traceback.
     assert sys.getrefcount(filling.blocks) <= owners + 1
     assert kept.value is not None

@@ -13,7 +13,7 @@ import flashpack
 import pytest
 import torch
 from flashpack import _engine, _native
-from flashpack._footer import open_footer
+from flashpack._checkpoint import open_checkpoint
 from support import run_python
 
 
@@ -143,8 +143,8 @@ def test_an_inherited_engine_refuses_use_in_the_child(pack):
     if child == 0:
         signal.alarm(60)
         try:
-            with open_footer(path) as footer:
-                engine.load(footer.fileno(), path, [], footer.native)
+            with open_checkpoint(path) as checkpoint:
+                engine.load(checkpoint.native, [])
         except RuntimeError:
             os._exit(0)
         finally:

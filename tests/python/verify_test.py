@@ -8,8 +8,8 @@ import random
 import flashpack
 import pytest
 import torch
+from flashpack._checkpoint import open_checkpoint
 from flashpack._engine import engine
-from flashpack._footer import open_footer
 from flashpack.deserialization import read_flashpack_file
 from support import assert_bit_equal, bits, footer_bytes, random_tensor, state_of
 
@@ -108,8 +108,9 @@ def test_never_reads_what_is_there(path, tensors):
 def test_a_part_is_verified_where_it_is_read_in_whole_stripes_and_always_means_all_of_it(path, tensors):
     model = torch.nn.Module()
     model.middle = torch.nn.Parameter(torch.zeros(1000, 999))
-    with open_footer(path) as footer:
-        (begin, size) = next(place[1:] for place in footer.native.places if place[0] == "middle")
+    with open_checkpoint(path) as checkpoint:
+        entry = next(entry for entry in checkpoint.entries() if entry.name == "middle")
+    begin, size = entry.offset_bytes, entry.size_bytes
     last = 8 * (begin + size - 1)
     assert (begin + size) % MIB
     flip(path, last)
@@ -135,11 +136,11 @@ def test_always_reads_to_the_borders_of_stripes_without_overlaps(pack, segment_b
 
 def test_always_never_takes_bytes_that_could_not_be_verified(path):
     memory = torch.empty(10, dtype=torch.uint8)
-    with open_footer(path) as footer:
-        extents = [(3, 10, memory.data_ptr())]
-        assert engine().load(footer.fileno(), footer.path, extents, footer.native)["verified_bytes"] == 0
+    with open_checkpoint(path) as checkpoint:
+        reads = [(0, 3, 10, memory.data_ptr())]
+        assert engine().load(checkpoint.native, reads)["verified_bytes"] == 0
         with pytest.raises(flashpack.FlashPackError, match=f"{path.name}: only 0 of the 10 bytes that were read"):
-            engine().load(footer.fileno(), footer.path, extents, footer.native, "always")
+            engine().load(checkpoint.native, reads, "always")
 
 
 def test_always_refuses_a_file_without_checksums_and_auto_takes_it(pack, tensors):

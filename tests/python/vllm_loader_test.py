@@ -9,7 +9,7 @@ from typing import Any
 import flashpack
 import pytest
 import torch
-from flashpack._file import load_file
+from flashpack._stream import TensorStream, stream_tensors
 from flashpack.integrations import _serving
 from flashpack.integrations._lazy import LazyTensor
 from serving_models import FORMATS, STATE, save_sharded, save_whole, stand_ins
@@ -122,25 +122,24 @@ def test_the_bytes_are_verified_as_the_user_asks_and_vllm_gets_its_own_option(tm
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_reading_is_at_most_a_window_ahead_and_stops_with_the_iteration(tmp_path, monkeypatch, suffix):
+def test_weights_are_a_stream_with_the_window_that_the_user_asks_for(tmp_path, monkeypatch, suffix):
     state = {f"{number:02}": torch.full((256,), number, dtype=torch.float32) for number in range(20)}
     directory = save_whole(tmp_path, suffix, state)
-    read: list[list[str]] = []
+    streams: list[TensorStream] = []
 
-    def noted(path: Any, *arguments: Any, names: list[str], **options: Any) -> dict[str, torch.Tensor]:
-        read.append(names)
-        return load_file(path, *arguments, names=names, **options)
+    def noted(*arguments: Any, **options: Any) -> TensorStream:
+        assert options["window_bytes"] == 6 << 10
+        streams.append(stream_tensors(*arguments, **options))
+        return streams[-1]
 
-    monkeypatch.setattr(_serving, "load_file", noted)
+    monkeypatch.setattr(_serving, "stream_tensors", noted)
     loader = loader_of(model_loader_extra_config={"window_bytes": 6 << 10})
     weights = loader._get_weights_iterator(loader.Source(str(directory)))
-    assert read == []
+    assert streams == []
     loaded = dict(next(weights) for _ in range(4))
     weights.close()
-    assert [len(names) for names in read] == [3, 3, 3]
+    assert list(streams[0]) == []
     assert_bit_equal(loaded, dict(list(state.items())[:4]))
-    assert_bit_equal(weights_of(directory, loader_of(model_loader_extra_config={"window_bytes": 1})), state)
-    assert [len(names) for names in read[3:]] == [1] * len(state)
 
 
 @pytest.mark.parametrize(

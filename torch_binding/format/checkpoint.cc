@@ -154,7 +154,9 @@ fs::path chosen_in(const fs::path& directory) {
     refuse(directory, "it has several checkpoints, none of a usual name (" + listed +
                           (found.size() > 3 ? ", ..." : "") + "): give the path of one of them, or of its index");
   }
-  refuse(directory, "there is no flashpack or safetensors file in this directory, and no index of such files");
+  throw Error(errno_code(EISDIR),
+              "open " + directory.string() + ", which has no flashpack or safetensors file and no index of such files",
+              directory);
 }
 
 }  // namespace

@@ -41,8 +41,4 @@ FileExtents extents_in(const CheckpointFile& file, std::vector<Extent> extents, 
 /// only in part.
 TransferStats verified(const Checkpoint& checkpoint, Verify verify, const std::function<TransferStats()>& wait);
 
-/// The same for a load of `path`, whose metadata is `metadata`.
-TransferStats verified(const Metadata& metadata, Verify verify, const std::filesystem::path& path,
-                       const std::function<TransferStats()>& wait);
-
 }  // namespace flashpack

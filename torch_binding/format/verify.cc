@@ -169,36 +169,17 @@ FileExtents extents_in(const CheckpointFile& file, std::vector<Extent> extents, 
           .fd = file.fd};
 }
 
-namespace {
-
-/// Calls `wait`. `read` returns the metadata of the file that an error is about, or null.
-template <typename Read>
-TransferStats wait_verified(Verify verify, const std::filesystem::path& path,
-                            const std::function<TransferStats()>& wait, Read read) {
+TransferStats verified(const Checkpoint& checkpoint, Verify verify, const std::function<TransferStats()>& wait) {
   TransferStats stats;
   try {
     stats = wait();
   } catch (const Error& error) {
-    const Metadata* metadata = read(error.path());
-    if (!metadata) throw;
-    throw with_tensors(error, *metadata);
+    const auto file = std::ranges::find(checkpoint.files(), error.path(), &CheckpointFile::path);
+    if (file == checkpoint.files().end()) throw;
+    throw with_tensors(error, file->metadata);
   }
-  if (verify == Verify::kAlways) all_verified(stats, path);
+  if (verify == Verify::kAlways) all_verified(stats, checkpoint.path());
   return stats;
-}
-
-}  // namespace
-
-TransferStats verified(const Checkpoint& checkpoint, Verify verify, const std::function<TransferStats()>& wait) {
-  return wait_verified(verify, checkpoint.path(), wait, [&](const std::filesystem::path& path) {
-    const auto file = std::ranges::find(checkpoint.files(), path, &CheckpointFile::path);
-    return file == checkpoint.files().end() ? nullptr : &file->metadata;
-  });
-}
-
-TransferStats verified(const Metadata& metadata, Verify verify, const std::filesystem::path& path,
-                       const std::function<TransferStats()>& wait) {
-  return wait_verified(verify, path, wait, [&](const std::filesystem::path&) { return &metadata; });
 }
 
 }  // namespace flashpack

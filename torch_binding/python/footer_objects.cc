@@ -48,8 +48,6 @@ nb::list index_of(const Metadata& metadata) {
 }  // namespace
 
 Dict footer_dict(const Metadata& metadata) {
-  if (metadata.format != FileFormat::kFlashPack)
-    throw Error(Errc::kInvalidArgument, "a safetensors file has no flashpack footer");
   const CollectorPaused paused;
   const Container& container = metadata.container;
   const bool several = container.version == 4;
@@ -76,14 +74,14 @@ Dict footer_dict(const Metadata& metadata) {
   return footer;
 }
 
-nb::list entries_of(const Metadata& metadata, const nb::type_object& type) {
+nb::list entries_of(const Checkpoint& checkpoint, const nb::type_object& type) {
   const CollectorPaused paused;
   const nb::object make = nb::borrow(reinterpret_cast<PyObject*>(&PyTuple_Type)).attr("__new__");
   nb::list entries;
-  for (std::size_t i = 0; i < metadata.records.size(); ++i) {
-    const TensorRecord& record = metadata.records[i];
+  for (std::size_t i = 0; i < checkpoint.size(); ++i) {
+    const TensorRecord& record = checkpoint.record(i);
     entries.append(make(type, nb::make_tuple(record.name, dtype_name(record.dtype), nb::tuple(nb::cast(record.shape)),
-                                             record.offset_bytes, record.size_bytes, i)));
+                                             record.offset_bytes, record.size_bytes, i, checkpoint.file_of(i))));
   }
   return entries;
 }

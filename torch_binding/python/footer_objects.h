@@ -1,9 +1,9 @@
-/// Makes Python objects from a footer. The caller holds the GIL.
+/// Makes Python objects from metadata. The caller holds the GIL.
 #pragma once
 
 #include <nanobind/nanobind.h>
 
-#include "flashpack/format.h"
+#include "flashpack/checkpoint.h"
 
 namespace flashpack {
 
@@ -13,8 +13,8 @@ using Dict = nanobind::typed<nanobind::dict, nanobind::str, nanobind::any>;
 /// them.
 Dict footer_dict(const Metadata& metadata);
 
-/// Returns the tensors in file order. Each is a `type`, which is a tuple of name, dtype, shape, file offset and size in
-/// bytes, and index.
-nanobind::list entries_of(const Metadata& metadata, const nanobind::type_object& type);
+/// Returns the tensors, file by file. Each is a `type`, which is a tuple of name, dtype, shape, file offset and size in
+/// bytes, index, and index of the file.
+nanobind::list entries_of(const Checkpoint& checkpoint, const nanobind::type_object& type);
 
 }  // namespace flashpack

@@ -24,10 +24,10 @@
 #include <utility>
 #include <vector>
 
+#include "bind_checkpoint.h"
 #include "bind_format.h"
 #include "bind_pack.h"
 #include "flashpack/engine.h"
-#include "flashpack/format.h"
 #include "flashpack/verify.h"
 #include "footer_objects.h"
 #include "native_calls.h"
@@ -41,6 +41,8 @@ namespace flashpack {
 
 namespace {
 
+/// Offset in the file in bytes, size in bytes, address in memory.
+using ExtentTuple = std::tuple<std::uint64_t, std::uint64_t, std::uintptr_t>;
 /// Number of repetitions, and distance between them in the file, in bytes.
 using RepeatTuple = std::tuple<std::uint64_t, std::uint64_t>;
 
@@ -103,33 +105,21 @@ CachePolicy cache_policy(std::string_view name) {
   throw Error(Errc::kInvalidArgument, "cache must be auto, direct or buffered, got " + std::string(name));
 }
 
-template <typename ExtentType, typename Pointer>
-std::vector<ExtentType> to_extents(const std::vector<ExtentTuple>& tuples) {
-  std::vector<ExtentType> extents;
-  extents.reserve(tuples.size());
-  for (const auto& [offset, size, address] : tuples) {
-    extents.push_back({offset, size, reinterpret_cast<Pointer>(address)});  // NOLINT(performance-no-int-to-ptr)
-  }
-  return extents;
-}
-
-/// Repeats `extents` as `repeats` say, whose last is the innermost loop. The repetitions have no gaps in memory.
-std::vector<Extent> repeated(std::vector<Extent> extents, const std::vector<RepeatTuple>& repeats) {
+/// Repeats `reads` as `repeats` say, whose last is the innermost loop. The repetitions have no gaps in memory.
+std::vector<ReadTuple> repeated(std::vector<ReadTuple> reads, const std::vector<RepeatTuple>& repeats) {
   for (auto repeat = repeats.rbegin(); repeat != repeats.rend(); ++repeat) {
     const auto [count, stride_bytes] = *repeat;
     std::uint64_t block_bytes = 0;
-    for (const Extent& extent : extents) block_bytes += extent.size_bytes;
-    std::vector<Extent> all;
-    all.reserve(extents.size() * count);
+    for (const ReadTuple& read : reads) block_bytes += std::get<2>(read);
+    std::vector<ReadTuple> all;
+    all.reserve(reads.size() * count);
     for (std::uint64_t i = 0; i < count; ++i) {
-      for (const Extent& extent : extents) {
-        all.push_back({extent.offset_bytes + i * stride_bytes, extent.size_bytes,
-                       static_cast<std::byte*>(extent.target) + i * block_bytes});
-      }
+      for (const auto& [file, offset_bytes, size_bytes, address] : reads)
+        all.emplace_back(file, offset_bytes + i * stride_bytes, size_bytes, address + i * block_bytes);
     }
-    extents = std::move(all);
+    reads = std::move(all);
   }
-  return extents;
+  return reads;
 }
 
 CUstream_st* stream_of(std::uintptr_t handle) {
@@ -137,9 +127,8 @@ CUstream_st* stream_of(std::uintptr_t handle) {
 }
 
 struct PyLoad {
-  std::filesystem::path path;
+  std::shared_ptr<const Checkpoint> checkpoint;
   Verify policy;
-  nb::object metadata;
   UnderWay load;
 };
 
@@ -153,7 +142,7 @@ nb::typed<nb::list, Dict> finish_loads(const nb::typed<nb::list, PyLoad>& loads,
   nb::list all_stats;
   for (const nb::object& object : kept) {
     const PyLoad& each = nb::cast<PyLoad&>(object);
-    all_stats.append(stats_dict(verified(nb::cast<const Metadata&>(each.metadata), each.policy, each.path, [&] {
+    all_stats.append(stats_dict(verified(*each.checkpoint, each.policy, [&] {
       wait_for_all(transfers, progress);  // Only the first call has to wait.
       return each.load.transfer.stats();
     })));
@@ -181,31 +170,32 @@ class PyEngine {
     engine_.reset();
   }
 
-  Dict load(int fd, const std::filesystem::path& path, const std::vector<ExtentTuple>& extents,
-            const Metadata& metadata, std::string_view verify, std::string_view cache, const ProgressFunction& progress,
-            std::uintptr_t stream, const std::vector<RepeatTuple>& repeats) {
+  Dict load(const PyCheckpoint& opened, const std::vector<ReadTuple>& reads, std::string_view verify,
+            std::string_view cache, const ProgressFunction& progress, std::uintptr_t stream,
+            const std::vector<RepeatTuple>& repeats) {
     const NativeCall call;
     const Verify policy = verify_policy(verify);
-    Transfer transfer =
-        start(fd, path, repeated(to_extents<Extent, void*>(extents), repeats), metadata, policy, cache, stream);
-    return stats_dict(verified(metadata, policy, path, [&] {
+    const auto checkpoint = opened.get();
+    Transfer transfer = start(*checkpoint, repeated(reads, repeats), policy, cache, stream);
+    return stats_dict(verified(*checkpoint, policy, [&] {
       wait_for_all(std::array{&transfer}, progress);
       return transfer.stats();
     }));
   }
 
-  PyLoad start_load(int fd, const std::filesystem::path& path, const std::vector<ExtentTuple>& extents,
-                    nb::typed<nb::object, Metadata> metadata, nb::object memory, std::string_view verify,
-                    std::string_view cache, std::uintptr_t stream) {
+  PyLoad start_load(const PyCheckpoint& opened, const std::vector<ReadTuple>& reads, nb::object memory,
+                    std::string_view verify, std::string_view cache, std::uintptr_t stream) {
     const NativeCall call;
     const Verify policy = verify_policy(verify);
-    Transfer transfer =
-        start(fd, path, to_extents<Extent, void*>(extents), nb::cast<const Metadata&>(metadata), policy, cache, stream);
-    return {path, policy, std::move(metadata), {std::move(memory), std::move(transfer)}};
+    auto checkpoint = opened.get();
+    Transfer transfer = start(*checkpoint, reads, policy, cache, stream);
+    return {std::move(checkpoint), policy, {std::move(memory), std::move(transfer)}};
   }
 
-  Dict verify(int fd, const std::filesystem::path& path, const Metadata& metadata, const ProgressFunction& progress) {
+  Dict verify(const PyCheckpoint& opened, std::size_t file, const ProgressFunction& progress) {
     const NativeCall call;
+    const auto checkpoint = opened.get();
+    const auto& [path, metadata, fd] = checkpoint->files()[file];
     VerifyReport report;
     {
       nb::gil_scoped_release released;
@@ -233,16 +223,11 @@ class PyEngine {
   }
 
  private:
-  Transfer start(int fd, const std::filesystem::path& path, std::vector<Extent> extents, const Metadata& metadata,
-                 Verify policy, std::string_view cache, std::uintptr_t stream) {
-    LoadRequest request{.cache = cache_policy(cache), .stream = stream_of(stream)};
-    request.files.push_back({.path = path,
-                             .extents = std::move(extents),
-                             .expected = metadata.identity,
-                             .checksums = checksums_for(metadata, policy, path),
-                             .fd = fd});
+  Transfer start(const Checkpoint& checkpoint, const std::vector<ReadTuple>& reads, Verify policy,
+                 std::string_view cache, std::uintptr_t stream) {
     nb::gil_scoped_release released;
-    return engine_->start_load(std::move(request));
+    return engine_->start_load(
+        {.files = files_of(checkpoint, reads, policy), .cache = cache_policy(cache), .stream = stream_of(stream)});
   }
 
   std::unique_ptr<Engine> engine_;
@@ -258,7 +243,11 @@ class PyWriter {
 
   void start_write(const std::vector<ExtentTuple>& extents, nb::object sources, std::uintptr_t stream) {
     const NativeCall call;
-    WriteRequest request{.extents = to_extents<SourceExtent, const void*>(extents), .stream = stream_of(stream)};
+    WriteRequest request{.stream = stream_of(stream)};
+    for (const auto& [offset, size, address] : extents) {
+      request.extents.push_back(
+          {offset, size, reinterpret_cast<const void*>(address)});  // NOLINT(performance-no-int-to-ptr)
+    }
     FileWriter& writer = open();
     Transfer transfer;
     {
@@ -325,18 +314,18 @@ void bind_handles(nb::module_& module) {
                "cuda_device"_a = nb::none(), "chunk_bytes"_a = nb::none(), "queue_depth"_a = nb::none(),
                "staging_bytes"_a = nb::none(), "workers"_a = nb::none(),
                "Makes an engine for the host or a CUDA device. The engine chooses each option that is None.")
-          .def("load", &PyEngine::load, "fd"_a, "path"_a, "extents"_a, "metadata"_a, "verify"_a = "auto",
-               "cache"_a = "auto", "progress"_a = nb::none(), "stream"_a = 0, "repeats"_a = std::vector<RepeatTuple>(),
-               "Reads extents of (file offset, size, address) of the open file and returns the transfer's statistics; "
-               "`path` is for messages. "
-               "`repeats`: (count, bytes in the file from one to the next), outermost first, of all extents; their "
+          .def("load", &PyEngine::load, "checkpoint"_a, "reads"_a, "verify"_a = "auto", "cache"_a = "auto",
+               "progress"_a = nb::none(), "stream"_a = 0, "repeats"_a = std::vector<RepeatTuple>(),
+               "Reads (index of the file, file offset, size, address), which are sorted by file, and returns the "
+               "transfer's statistics. "
+               "`repeats`: (count, bytes in the file from one to the next), outermost first, of all reads; their "
                "memory lies one after the other. "
                "Device memory is not written before what is on `stream` (a cudaStream_t) has ended.")
-          .def("start_load", &PyEngine::start_load, "fd"_a, "path"_a, "extents"_a, "metadata"_a, "memory"_a,
-               "verify"_a = "auto", "cache"_a = "auto", "stream"_a = 0,
-               "The same for finish_loads(); `memory` is kept alive until the end.")
-          .def("verify", &PyEngine::verify, "fd"_a, "path"_a, "metadata"_a, "progress"_a = nb::none(),
-               "Reads the payload and returns verified_bytes, corrupt (file offset, size, names) and seconds.");
+          .def("start_load", &PyEngine::start_load, "checkpoint"_a, "reads"_a, "memory"_a, "verify"_a = "auto",
+               "cache"_a = "auto", "stream"_a = 0, "The same for finish_loads(); `memory` is kept alive until the end.")
+          .def("verify", &PyEngine::verify, "checkpoint"_a, "file"_a = 0, "progress"_a = nb::none(),
+               "Reads the payload of one file and returns verified_bytes, corrupt (file offset, size, names) and "
+               "seconds.");
   auto writer =
       nb::class_<PyWriter>(module, "Writer", "A file that appears whole on commit(), or not at all.")
           .def(nb::init<PyEngine&, const std::filesystem::path&, std::uint64_t, bool, bool>(), "engine"_a, "path"_a,
@@ -351,7 +340,7 @@ void bind_handles(nb::module_& module) {
           .def("commit", &PyWriter::commit, "tail"_a, "Appends `tail` and puts the durable file in place.")
           .def("abort", &PyWriter::abort, "Removes what was written, unless committed.");
   module.def("finish_loads", &finish_loads, "loads"_a, "progress"_a = nb::none(),
-             "Waits for loads of one file and returns the statistics of each. If one fails, or `progress`, all end.");
+             "Waits for loads and returns the statistics of each. If one fails, or `progress`, all end.");
   refuse_pickling(load);
   refuse_pickling(engine);
   refuse_pickling(writer);
@@ -382,6 +371,7 @@ NB_MODULE(_native, module) {
   flashpack::bind_native_calls(module);
   flashpack::bind_errors(module);
   flashpack::bind_format(module);
+  flashpack::bind_checkpoint(module);
   flashpack::bind_pack(module);
   flashpack::bind_handles(module);
 }

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         utils,
     )
     from ._accelerate import Acceleration, accelerate
+    from ._checkpoint import get_flashpack_file_metadata, is_flashpack_file
     from ._file import load_file, open_file
-    from ._footer import get_flashpack_file_metadata, is_flashpack_file
     from ._prefetch import Prefetch, prefetch_flashpack_file
     from .deserialization import (
         AssignReport,
@@ -76,6 +76,7 @@ __all__ = [
     "revert_from_file",
     "safetensors",
     "serialization",
+    "stream_tensors",
     "utils",
     "verify_file",
     "version",
@@ -115,14 +116,15 @@ _HOME_OF = {
     "Prefetch": "_prefetch",
     "accelerate": "_accelerate",
     "assign_from_file": "deserialization",
-    "get_flashpack_file_metadata": "_footer",
-    "is_flashpack_file": "_footer",
+    "get_flashpack_file_metadata": "_checkpoint",
+    "is_flashpack_file": "_checkpoint",
     "iterate_from_flash_tensor": "deserialization",
     "load_file": "_file",
     "open_file": "_file",
     "pack_to_file": "serialization",
     "patch_integrations": "integrations",
     "prefetch_flashpack_file": "_prefetch",
+    "stream_tensors": "_stream",
     "read_flashpack_file": "deserialization",
     "read_flashpack_file_distributed": "deserialization",
     "revert_from_file": "deserialization",

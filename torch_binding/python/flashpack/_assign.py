@@ -11,7 +11,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ._casts import cast_exactly, check_asked, dtype_when_asked
-from ._footer import Entry
+from ._checkpoint import Entry
 from ._native import FlashPackError
 from ._options import Casts, Filters, Strictness
 from ._own_code import OwnCode, own_code_of

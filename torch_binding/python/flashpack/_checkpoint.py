@@ -1,246 +1,156 @@
-"""Checkpoints in other formats: finding them in a directory, and opening them without reading their tensors."""
+"""Checkpoints: the files, and the tensors in them. Needs no torch."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import math
 import os
-import re
-import zipfile
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import torch
-
-from ._footer import is_flashpack_file
+from . import _native
 from ._logging import logger
-from ._native import FlashPackError
-from ._repository import blaming, open_regular, plain_name, read_json
 
-_INDEX_SUFFIX = re.compile(r"\.index(\.[^.]+)?\.json$")
-_READ_BYTES = 1 << 20
-# Tied layers and masks of one number take more memory than file, but no model takes a hundred times its file.
-_MOST_TIMES = 100
-_ALWAYS_ALLOWED_BYTES = 1 << 30
-_SUFFIXES = (".safetensors", ".bin")
-# These are the names that transformers and diffusers give to their files.
-_STEMS = {
-    "transformers": {".safetensors": "model", ".bin": "pytorch_model"},
-    "diffusers": {".safetensors": "diffusion_pytorch_model", ".bin": "diffusion_pytorch_model"},
-}
+StrPath = str | os.PathLike[str]
+Verify = Literal["auto", "always", "never"]
+"""Which bytes of a load are verified by the checksums of the file.
+
+"auto": all stripes of 1 MiB that are read whole, if the file has checksums; of a load of a whole file, these are all.
+"always": all bytes, and a file without checksums is an error. "never": none.
+"""
 
 
-def stem_of(path: Path) -> str:
-    """Returns the file's name without suffixes of a format: `a` for a.safetensors and a.safetensors.index.json."""
-    return Path(_INDEX_SUFFIX.sub("", path.name)).stem
+class Entry(NamedTuple):
+    """One tensor of a file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset_bytes: int
+    """In the file."""
+    size_bytes: int
+    number: int
+    """Its index among all tensors of the checkpoint."""
+    file: int
+    """The index of its file."""
+
+    @property
+    def elems(self) -> int:
+        return math.prod(self.shape)
 
 
-def is_index(path: Path) -> bool:
-    return _INDEX_SUFFIX.search(path.name) is not None
+class File(NamedTuple):
+    """One file of a checkpoint."""
+
+    path: Path
+    fd: int
+    identity: tuple[int, int, int, int]
+    """Device, inode, size in bytes, mtime in nanoseconds."""
+    format: str
+    """"flashpack" or "safetensors"."""
 
 
-def weight_patterns(suffix: str, variant: str | None) -> list[str]:
-    """Returns patterns for the names of weights that find_checkpoint may find, whole or in shards."""
-    dot = f".{variant}" if variant else ""
-    shard = "-?????-of-?????"
-    return [
-        pattern
-        for stem in (stems[suffix] for stems in _STEMS.values())
-        for pattern in (f"{stem}{dot}{suffix}", f"{stem}{dot}{shard}{suffix}", f"{stem}{shard}{dot}{suffix}")
-    ]
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The tensors of one or several files, whose metadata has been checked.
 
-
-def find_checkpoint(directory: Path, variant: str | None = None) -> Path | None:
-    """Returns the file, or the index of the files, that the model's library would load from `directory`.
-
-    Safetensors are preferred. A lone safetensors file may have any name. The file that a configuration of transformers
-    names as `transformers_weights` comes first.
+    It may be passed on as the path that it was opened by: functions then read from the files that are open already.
     """
-    config = _config_of(directory)
-    named = config.get("transformers_weights") if _library_of(config) == "transformers" else None
-    if named is not None:
-        path = directory / plain_name(directory / "config.json", named)
-        return path if path.is_file() else None
-    sets = [(library, suffix) for suffix in _SUFFIXES for library in _STEMS]
-    if home := _library_of(config):
-        sets.sort(key=lambda each: each[0] != home)
-    for name in (name for library, suffix in sets for name in _names(library, suffix, variant)):
-        if (directory / name).is_file():
-            return directory / name
-    lone = sorted(directory.glob("*.safetensors")) if variant is None else []
-    return lone[0] if len(lone) == 1 else None
+
+    path: str
+    native: _native.Checkpoint
+    """Has the open files, unless another process has opened them."""
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def __str__(self) -> str:
+        return self.path
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """As get_flashpack_file_metadata returns it. It is made only if it is asked for, because it is large."""
+        return self.native.to_dict()
+
+    def files(self) -> list[File]:
+        return [File(*each) for each in self.native.files]
+
+    def entries(self) -> list[Entry]:
+        """Returns the tensors, file by file, and in file order."""
+        return self.native.entries(Entry)
+
+    def macroblocks(self) -> Checkpoint:
+        """Returns this checkpoint, which is one flashpack file, with a tensor of one dim for each macroblock."""
+        return Checkpoint(self.path, self.native.macroblocks)
 
 
-def open_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a checkpoint by name. Files are mapped, so that bytes are read when they are needed.
+@contextmanager
+def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Iterator[Checkpoint]:
+    """Opens a checkpoint until the end of the block.
 
-    `path`: a safetensors file, a file that torch.save wrote, or the index of several of either. From pickles only
-    tensors are taken; nothing in them is run. Archives, which torch.save has written since version 1.6, are read once
-    to verify their checksums.
+    `path`: a flashpack or safetensors file, an index of several of them, a directory, or a list of files.
 
-    Raises FlashPackError for a file that is none of these, OSError for the system's failures.
+    Raises FlashPackError for files that are not valid, OSError for the system's failures.
     """
-    return _open_sharded(path) if is_index(path) else _open_file(path)
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    """Returns `__metadata__` of a checkpoint's safetensors files. Logs entries in which they differ, and omits them."""
-    metadata: dict[str, str] = {}
-    disputed = set()
-    for file in files_of(path):
-        if file.suffix == ".safetensors":
-            for key, value in _header_of(file).items():
-                if metadata.setdefault(key, value) != value:
-                    disputed.add(key)
-    if disputed:
-        logger.warning(
-            "%s: its files contradict each other in metadata, which is left out: %s", path, ", ".join(sorted(disputed))
-        )
-    return {key: value for key, value in metadata.items() if key not in disputed}
-
-
-def files_of(path: Path) -> list[Path]:
-    """Returns `path` and, if it is an index, the files that it lists."""
-    return [path, *sorted(set(_weight_map(path).values()))] if is_index(path) else [path]
-
-
-def _config_of(directory: Path) -> dict[str, Any]:
-    """Returns the configuration in `directory`; an empty one if none can be read."""
+    if isinstance(path, Checkpoint):
+        yield path  # Whoever opened it closes it.
+        return
+    checkpoint = opened_checkpoint(path)
     try:
-        return read_json(directory / "config.json")
-    except (FlashPackError, OSError):
-        return {}
+        yield checkpoint
+    finally:
+        checkpoint.native.close()
 
 
-def _library_of(config: dict[str, Any]) -> str | None:
-    """Returns the library whose model `config` is for, if it says so."""
-    if "_class_name" in config:
-        return "diffusers"
-    return "transformers" if config.keys() & {"architectures", "model_type"} else None
+def opened_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
+    """Returns a checkpoint that the caller has to close. Raises as open_checkpoint does."""
+    if isinstance(path, (str, os.PathLike)):
+        checkpoint = Checkpoint(os.fspath(path), _native.open_checkpoint(path))
+    else:
+        checkpoint = Checkpoint(", ".join(os.fspath(each) for each in path), _native.open_files(list(path)))
+    for file, warning in checkpoint.native.warnings:
+        logger.warning("%s: %s", file, warning)
+    return checkpoint
 
 
-def _names(library: str, suffix: str, variant: str | None) -> list[str]:
-    """Returns the names of files and indices in the order in which the library looks for them."""
-    stem = _STEMS[library][suffix]
-    whole = [f"{stem}.{variant}{suffix}" if variant else f"{stem}{suffix}"]
-    indices = [f"{stem}{suffix}.index.json"]
-    if variant:  # Several versions of the libraries named it differently.
-        indices = [
-            f"{stem}{suffix}.index.{variant}.json",
-            f"{stem}{suffix}.{variant}.index.json",
-            f"{stem}.{variant}{suffix}.index.json",
-        ]
-    # transformers looks for the whole file first, and so does diffusers for pickles.
-    return indices + whole if library == "diffusers" and suffix == ".safetensors" else whole + indices
-
-
-def _open_file(path: Path) -> dict[str, torch.Tensor]:
-    if is_flashpack_file(path):
-        raise FlashPackError(f"{path} is a flashpack file already")
-    with open_regular(path) as file:
-        lead = file.read(4)
-    # Only the archives that torch has written since version 1.6 can be mapped.
-    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path, mmap=lead == b"PK\x03\x04")
-
-
-def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    with _opened_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  It is no mapping.
-
-
-def _header_of(path: Path) -> dict[str, str]:
-    with _opened_safetensors(path) as file:
-        metadata: dict[str, str] = file.metadata() or {}
-        return metadata
-
-
-@contextlib.contextmanager
-def _opened_safetensors(path: Path) -> Iterator[Any]:
-    from safetensors import safe_open
-
-    open_regular(path).close()
-    with blaming(path), safe_open(path, framework="pt") as file:
-        yield file
-
-
-def _open_pickle(path: Path, mmap: bool) -> dict[str, torch.Tensor]:
+def open_descriptor(path: StrPath, flags: int) -> int:
+    """Does os.open(), but waits only for the holder of a write lease, never for a FIFO's writer. Raises OSError."""
     try:
-        if mmap:
-            _check_archive(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError as error:
-        error.filename = error.filename or os.fspath(path)
-        raise
-    except Exception as error:  # torch may raise anything here, and its messages advise to turn the check off.
-        raise FlashPackError(
-            f"{path} is not a file that torch.save wrote, or is damaged, or has more in it than tensors, which is not "
-            f"loaded, because unpickling can run code"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise FlashPackError(f"{path} holds a {type(loaded).__name__}, not a state dict")
-    _check_sizes(path, loaded)
-    return loaded
-
-
-def _check_sizes(path: Path, tensors: dict[str, Any]) -> None:
-    """Refuses tensors that share so much of the file's bytes that they would fill a disk when they are written out."""
-    total_bytes = sum(
-        tensor.numel() * tensor.element_size()
-        for tensor in tensors.values()
-        if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-    )
-    if total_bytes > _ALWAYS_ALLOWED_BYTES + _MOST_TIMES * path.stat().st_size:
-        raise FlashPackError(f"{path} has tensors of {total_bytes} bytes in all, far more than are in the file")
-
-
-def _check_archive(path: Path) -> None:
-    """Verifies that the entries of an archive are in the file and have their checksums, because torch does not."""
-    try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            for info in archive.infolist():
-                # torch compresses nothing, and a compressed entry may grow a thousand times while it is read.
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise zipfile.BadZipFile("a record is compressed")
-                # torch writes 0 if it is told to make no checksums.
-                if info.CRC != 0:
-                    with archive.open(info) as record:
-                        while record.read(_READ_BYTES):
-                            pass
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            raise zipfile.BadZipFile("a record is said to be outside of the file") from error
+        return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    except BlockingIOError:  # Another process has a write lease. Without O_NONBLOCK, open() waits until it is given up.
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(os.fstat(place).st_mode):
+                return os.open(f"/proc/self/fd/{place}", flags)
+        except OSError as error:
+            error.filename = os.fspath(path)
+            raise
+        finally:
+            os.close(place)
         raise
 
 
-def _open_sharded(path: Path) -> dict[str, torch.Tensor]:
-    opened: dict[Path, dict[str, torch.Tensor]] = {}
-    tensors = {}
-    for name, file in _weight_map(path).items():
-        if file not in opened:
-            opened[file] = _open_file(file)
-        if name not in opened[file]:
-            raise FlashPackError(f"{path} says that {name!r} is in {file.name}, but it is not")
-        tensors[name] = opened[file][name]
-    # The libraries load also the tensors that the index does not list.
-    unlisted: dict[str, torch.Tensor] = {}
-    for there in opened.values():
-        for name, tensor in there.items():
-            if name in unlisted:
-                raise FlashPackError(f"{path} does not list {name!r}, and several of its files have it")
-            if name not in tensors and isinstance(tensor, torch.Tensor):
-                unlisted[name] = tensor
-    if unlisted:
-        logger.warning("%s does not list, but its files have: %s", path, ", ".join(sorted(unlisted)))
-    return tensors | unlisted
+def get_flashpack_file_metadata(path: StrPath) -> dict[str, Any]:
+    """Returns the checked footer of a flashpack file; other checkpoints have none.
+
+    Keys are normalised, whatever else the file has: `format`, `align_bytes`, `total_elems`, `index`, and `target_dtype`
+    for one dtype or `macroblocks` and `total_payload_bytes` for several. Records of `index` count `offset` and `length`
+    in elements. `metadata`: the text that pack_to_file was given under that name, if any.
+
+    Raises FlashPackError (a ValueError) naming the broken rule, OSError when the file cannot be read.
+    """
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.metadata
 
 
-def _weight_map(path: Path) -> dict[str, Path]:
-    """Returns the file of every tensor that an index lists."""
+def is_flashpack_file(path: StrPath) -> bool:
+    """Whether `path` can be read and has a valid flashpack footer. The payload is not read."""
     try:
-        files = read_json(path).get("weight_map")
-        if not isinstance(files, dict):
-            raise FlashPackError("it has no weight_map")
-        return {name: path.parent / plain_name(path, file) for name, file in files.items()}
-    except FlashPackError as error:
-        raise FlashPackError(f"{path} is not the index of a sharded checkpoint: {error}") from error
+        with open_checkpoint(path) as checkpoint:
+            return [(file.path, file.format) for file in checkpoint.files()] == [(Path(path), "flashpack")]
+    except (ValueError, OSError):
+        return False

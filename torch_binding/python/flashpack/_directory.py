@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ._checkpoint import files_of, find_checkpoint, is_index, weight_patterns
+from ._conversion import files_of, find_checkpoint, is_index, weight_patterns
 from ._durable import make_directories, sync
 from ._hub import Download, is_blob_link, resolve_directory
 from ._native import FlashPackError

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from . import _native
+from ._checkpoint import Checkpoint, Entry, StrPath, open_checkpoint
 from ._device import CPU
-from ._footer import Entry, Footer, StrPath, open_footer
 from ._logging import in_one_line
 from ._memory import Block, Filled, ReadOptions, Wanted, allocate, fill, filled_of, make_room, read_blocks
 from ._native import FlashPackError
@@ -66,30 +66,31 @@ class Ranks:
             raise FlashPackError(f"distributed loading with the NCCL backend needs a cuda device, got {self.device}")
 
     @contextmanager
-    def footer(self, path: StrPath) -> Iterator[Footer]:
-        """Yields the footer that rank `src` reads, whose file stays open. Other ranks need not see the file."""
+    def checkpoint(self, path: StrPath) -> Iterator[Checkpoint]:
+        """Yields the checkpoint that rank `src` opens, until the end. Other ranks need not see the files."""
         if self.rank == self.src:
-            with open_footer(path) as footer:
-                self._send_footer(footer)
-                yield footer
+            with open_checkpoint(path) as checkpoint:
+                self._send_headers(checkpoint)
+                yield checkpoint
         else:
-            yield self._receive_footer(os.fspath(path))
+            yield self._receive_headers(os.fspath(path))
 
-    def _send_footer(self, footer: Footer) -> None:
+    def _send_headers(self, checkpoint: Checkpoint) -> None:
         if self.count > 1:
+            headers = [(os.fspath(file), *rest) for file, *rest in checkpoint.native.headers]
             self.agree()
-            self._send([self.device.type, json.dumps(footer.metadata), footer.native.payload_bytes], self.src)
+            self._send([self.device.type, headers], self.src)
 
-    def _receive_footer(self, path: str) -> Footer:
+    def _receive_headers(self, path: str) -> Checkpoint:
         self.agree()
-        device_type, metadata, payload_bytes = self._send(None, self.src)
+        device_type, headers = self._send(None, self.src)
         if self.device.type != device_type:  # Ranks would wait for each other in two backends.
             raise FlashPackError(f"ranks load to different devices: {self.device.type} and {device_type}")
-        return Footer(path, _native.parse_footer(metadata, payload_bytes, path), None)
+        return Checkpoint(path, _native.checkpoint_of_headers(path, [tuple(header) for header in headers]))
 
-    def wanted_by_any(self, footer: Footer, wanted: list[Entry]) -> list[Entry]:
+    def wanted_by_any(self, checkpoint: Checkpoint, wanted: list[Entry]) -> list[Entry]:
         """Returns the entries that any rank wants, because models and ignored names may differ between ranks."""
-        entries = footer.entries() if self.count > 1 else []
+        entries = checkpoint.entries() if self.count > 1 else []
         if not entries:
             return wanted
         names = {entry.name for entry in wanted}
@@ -98,19 +99,19 @@ class Ranks:
         dist.all_reduce(mask, dist.ReduceOp.MAX)
         return [entry for entry, is_wanted in zip(entries, mask.tolist(), strict=True) if is_wanted]
 
-    def read_blocks(self, footer: Footer, wanted: Wanted, device: torch.device, options: ReadOptions) -> Filled:
+    def read_blocks(self, wanted: Wanted, device: torch.device, options: ReadOptions) -> Filled:
         """Does as read_blocks of _memory, but rank `src` reads, and the others get its bytes. All want the same.
 
         Blocks that have been read are passed on while the rest is being read.
         """
         if self.count == 1:
-            return read_blocks(footer, wanted, device, options)
+            return read_blocks(wanted, device, options)
         self.agree()
         filling = make_room(wanted, device, options) if self.rank == self.src else None
         self.agree()
         verify = self._send(options.verify, self.src)  # The places of tensors in blocks depend on it.
         if filling is not None:
-            with closing(fill(footer, [filling], options, as_stream=True)) as arrivals:
+            with closing(fill(wanted.checkpoint, [filling], options, as_stream=True)) as arrivals:
                 for [numbers] in arrivals:
                     if numbers:
                         self._pass_on(filling.blocks, numbers, device)

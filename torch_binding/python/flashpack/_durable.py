@@ -6,7 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-from ._footer import StrPath
+from ._checkpoint import StrPath
 
 
 def make_directories(path: StrPath) -> None:

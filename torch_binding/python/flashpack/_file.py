@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
@@ -14,11 +13,13 @@ import numpy as np
 import torch
 
 from ._casts import check_asked, dtype_when_asked
+from ._checkpoint import Checkpoint, Entry, StrPath, Verify, open_checkpoint, opened_checkpoint
 from ._device import CPU, DeviceLike, Side, captures_undisturbed, side_of
 from ._engine import left_before_exit
-from ._footer import Entry, Footer, StrPath, Verify, footer_of, open_footer, open_for_reading
 from ._memory import (
+    Read,
     ReadOptions,
+    Wanted,
     aligned_phase,
     allocate_block,
     allocate_tensor,
@@ -75,18 +76,18 @@ def load_file(
     """
     check_asked(dtype)
     filters = (listed(ignore_names), listed(ignore_prefixes), listed(ignore_suffixes))
-    with open_footer(path) as footer, torch.inference_mode(False), torch.no_grad():
-        entries = _select(footer, names)
+    with open_checkpoint(path) as checkpoint, torch.inference_mode(False), torch.no_grad():
+        entries = selected(checkpoint, names)
         if filters != (None, None, None):
             entries = [entry for entry in entries if not is_ignored_tensor_name(entry.name, *filters)]
         options = ReadOptions(mmap, verify, False if progress is None else _told_of(entries, progress))
-        places = _places(entries, device, device_map, options)
-        tensors = read_to_devices(footer, places, options)
+        places = places_of(entries, device, device_map, options)
+        tensors = read_to_devices(checkpoint, places, options)
         for place, here in places.items():
             if dtype is not None or place != CPU:
                 _move(tensors, here, place, dtype)
-    if metadata is not None:
-        metadata.update(footer.native.user_metadata)
+        if metadata is not None:
+            metadata.update(checkpoint.native.user_metadata)
     return tensors if len(places) == 1 else {entry.name: tensors[entry.name] for entry in entries}
 
 
@@ -111,19 +112,17 @@ class FlashPackFile:
     def __init__(self, path: StrPath, device: DeviceLike = "cpu", verify: Verify = "auto") -> None:
         self._options = ReadOptions(verify=verify)
         self._device = supported_device(device, self._options)
-        self._file = open_for_reading(path)
-        self._footer = footer_of(self._file, os.fspath(path))
-        self._entries = {entry.name: entry for entry in self._footer.entries()}
+        self._checkpoint = opened_checkpoint(path)
+        self._entries = {entry.name: entry for entry in self._checkpoint.entries()}
 
     @property
     def path(self) -> str:
-        return self._footer.path
+        return self._checkpoint.path
 
     @property
     def metadata(self) -> dict[str, Any]:
         """The footer, as get_flashpack_file_metadata returns it, in a dict of its own."""
-        self._footer.check_is_flashpack()
-        return self._footer.native.to_dict()
+        return self._checkpoint.native.to_dict()
 
     def keys(self) -> list[str]:
         """Returns the names, in file order."""
@@ -142,9 +141,9 @@ class FlashPackFile:
     @captures_undisturbed()
     def get(self, name: str) -> torch.Tensor:
         """Reads a tensor into memory of its own. Raises KeyError for an unknown name, else what load_file raises."""
-        entry = self._entry(name)
+        wanted = Wanted(self._checkpoint, [self._entry(name)])
         with torch.inference_mode(False), torch.no_grad():
-            return read_tensors(self._footer, [entry], self._device, self._options)[name].to(self._device)
+            return read_tensors(wanted, self._device, self._options)[name].to(self._device)
 
     __getitem__ = get
 
@@ -153,8 +152,8 @@ class FlashPackFile:
         return TensorSlice(self, self._entry(name))
 
     def close(self) -> None:
-        """Closes the file. After that, reading its tensors is a ValueError."""
-        self._file.close()
+        """Closes the files. After that, reading their tensors is a ValueError."""
+        self._checkpoint.native.close()
 
     def __enter__(self) -> FlashPackFile:
         return self
@@ -163,11 +162,6 @@ class FlashPackFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        # Without this Python would warn of a file that was left open.
-        if file := getattr(self, "_file", None):
-            file.close()
 
     def __reduce__(self) -> NoReturn:
         _refuse_pickling(self)
@@ -269,10 +263,10 @@ class TensorSlice:
 
     def _load(self, extents: list[tuple[int, int, int]], side: Side, repeats: Sequence[tuple[int, int]] = ()) -> None:
         """Reads extents, whose offsets are in the tensor, as often as `repeats` tells the engine."""
-        file, at = self._file, self._entry.offset_bytes
-        in_file = [(at + begin, size, address) for begin, size, address in extents]
-        fd, verify = file._footer.fileno(), file._options.verify
-        side.engine.load(fd, file.path, in_file, file._footer.native, verify, stream=side.stream, repeats=repeats)
+        file, begin = self._entry.file, self._entry.offset_bytes
+        reads: list[Read] = [(file, begin + at, size, address) for at, size, address in extents]
+        native, verify = self._file._checkpoint.native, self._file._options.verify
+        side.engine.load(native, reads, verify, stream=side.stream, repeats=repeats)
 
 
 def _dim_of_rows(ranges: list[range], strides: list[int], item_bytes: int) -> int | None:
@@ -362,17 +356,20 @@ def _told_of(entries: Collection[Entry], progress: Callable[[int, int], object])
     return lambda done_bytes, _: progress(min(done_bytes, total_bytes), total_bytes)
 
 
-def _select(footer: Footer, names: Collection[str] | None) -> list[Entry]:
-    entries = footer.entries()
+def selected(checkpoint: Checkpoint, names: Collection[str] | Callable[[str], bool] | None) -> list[Entry]:
+    """Returns the tensors that `names` has or accepts. Raises FlashPackError for a name that is not there."""
+    entries = checkpoint.entries()
     if names is None:
         return entries
+    if callable(names):
+        return [entry for entry in entries if names(entry.name)]
     wanted = {names} if isinstance(names, str) else set(names)
     if unknown := wanted - {entry.name for entry in entries}:
-        raise FlashPackError(f"{os.fspath(footer.path)} has no tensors {sorted(unknown)}")
+        raise FlashPackError(f"{checkpoint} has no tensors {sorted(unknown)}")
     return [entry for entry in entries if entry.name in wanted]
 
 
-def _places(
+def places_of(
     entries: list[Entry], device: DeviceLike, device_map: Mapping[str, DeviceLike] | None, options: ReadOptions
 ) -> dict[torch.device, list[Entry]]:
     """Sorts the entries by the device that they are read to, in file order."""

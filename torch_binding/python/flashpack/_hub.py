@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ._footer import StrPath
+from ._checkpoint import StrPath
 from ._native import FlashPackError
 from .version import version
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ._assign import Plan, check_strictness, commit, make_plan
+from ._checkpoint import Checkpoint, Entry, StrPath
 from ._device import captures_undisturbed
 from ._distributed import Ranks, join_ranks
 from ._engine import left_before_exit
-from ._footer import Entry, Footer, StrPath
 from ._logging import in_one_line
 from ._memory import Wanted, supported_device, tensors_of
 from ._native import FlashPackError
@@ -57,7 +57,7 @@ def load_entries(
 class _Source(NamedTuple):
     """The file of a load, the ranks that load together, and the device that this rank loads to."""
 
-    footer: Footer
+    checkpoint: Checkpoint
     ranks: Ranks
     device: torch.device
 
@@ -69,48 +69,48 @@ def _opened(path: StrPath, device: str | torch.device, options: LoadOptions) -> 
     with ranks.together():
         ranks.check(options.reading.mmap, sharded, shard_strategy)
         target = supported_device(device, options.reading)
-        with ranks.footer(path) as footer:
-            yield _Source(footer, ranks, target)
+        with ranks.checkpoint(path) as checkpoint:
+            yield _Source(checkpoint, ranks, target)
 
 
 def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tuple[Plan, dict[str, Any] | None]:
     """Gives `model` the tensors of the file, with its own loading code if it has any, or leaves the model as it was."""
-    footer = source.footer
-    with _blamed_on(model, footer, TypeError, ValueError):
-        plan = make_plan(model, footer.entries(), options.filters, options.casts)
+    checkpoint = source.checkpoint
+    with _blamed_on(model, checkpoint, TypeError, ValueError):
+        plan = make_plan(model, checkpoint.entries(), options.filters, options.casts)
     if not plan.own_code:
-        check_strictness(plan, footer.path, options.strictness)
+        check_strictness(plan, checkpoint.path, options.strictness)
     with_gradients = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         tensors, storage, stats = _load(source, plan.wanted + plan.passed_on, options)
         source.ranks.agree()
         given = commit(plan, tensors, source.device, options.casts, undo)
         if plan.own_code:
-            with _blamed_on(model, footer, Exception), torch.set_grad_enabled(with_gradients):
+            with _blamed_on(model, checkpoint, Exception), torch.set_grad_enabled(with_gradients):
                 run_own_code(model, plan, given, undo)
-            check_strictness(plan, footer.path, options.strictness)
+            check_strictness(plan, checkpoint.path, options.strictness)
         undo.pop_all()
     if storage is not None:
         model._flash_shared_storage = storage  # type: ignore[assignment]
-        model._flash_shared_storage_meta = footer.metadata  # type: ignore[assignment]
+        model._flash_shared_storage_meta = checkpoint.metadata  # type: ignore[assignment]
     return plan, stats
 
 
 def _load(source: _Source, entries: Sequence[Entry], options: LoadOptions) -> Loaded:
-    footer, ranks, device = source
+    checkpoint, ranks, device = source
     if options.keep_storage:
-        storage = read_storage(footer, device, options.reading, ranks.read_blocks)
-        index = footer.metadata["index"]
+        storage = read_storage(checkpoint, device, options.reading, ranks.read_blocks)
+        index = checkpoint.metadata["index"]
         # `data` gives each view a version counter of its own.
         shared = {entry.name: view(storage, index[entry.number]).data for entry in entries}
         return Loaded(shared, storage, storage.stats)
-    wanted = ranks.wanted_by_any(footer, list(entries))
-    filled = ranks.read_blocks(footer, Wanted(footer.native, wanted), device, options.reading)
+    wanted = ranks.wanted_by_any(checkpoint, list(entries))
+    filled = ranks.read_blocks(Wanted(checkpoint, wanted), device, options.reading)
     return Loaded(tensors_of(wanted, filled), None, filled.stats)
 
 
 @contextmanager
-def _blamed_on(model: torch.nn.Module, footer: Footer, *kinds: type[Exception]) -> Iterator[None]:
+def _blamed_on(model: torch.nn.Module, checkpoint: Checkpoint, *kinds: type[Exception]) -> Iterator[None]:
     """Within it, errors of these kinds become a FlashPackError that names the model's class and the file."""
     try:
         yield
@@ -118,7 +118,7 @@ def _blamed_on(model: torch.nn.Module, footer: Footer, *kinds: type[Exception]) 
         raise
     except kinds as error:
         raise FlashPackError(
-            f"Error while assigning to {type(model).__name__} from {footer.path}: {in_one_line(error)}"
+            f"Error while assigning to {type(model).__name__} from {checkpoint}: {in_one_line(error)}"
         ) from error
 
 

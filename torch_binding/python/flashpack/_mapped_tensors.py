@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from ._checkpoint import Entry
 from ._file import FlashPackFile, TensorSlice
-from ._footer import Entry
 from ._memory import MappedFile, map_file
 from ._prefetch import open_again
 from .utils import string_to_dtype
@@ -73,12 +73,13 @@ class MappedTensors:
 
     def _view(self, entry: Entry) -> torch.Tensor:
         if self._block is None:
-            block = map_file(self._file._footer)
+            [file] = self._file._checkpoint.files()
+            block = map_file(file)
             with _lock:
                 _mapped_bytes[block._buffer] = len(block._buffer)
                 fits = 2 * sum(_mapped_bytes.values()) < _memory_bytes()
             # What is read too far ahead would be displaced before it is used.
-            self._ahead = _ReadAhead(self._file._footer.fileno()) if fits else None
+            self._ahead = _ReadAhead(file.fd) if fits else None
             self._block = block  # Two threads may each map the file; then one mapping is dropped.
         return self._block.tensor(string_to_dtype(entry.dtype), entry.shape, entry.offset_bytes)
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol, cast, get_args
 import torch
 
 from . import _native
+from ._checkpoint import Checkpoint, Entry, File, Verify
 from ._device import CPU, DeviceLike, Side, side_of
-from ._footer import Entry, Footer, Verify
 from ._logging import logger
 from ._native import FlashPackError
 from ._progress import Progress, Show, progress_bar
@@ -150,12 +150,12 @@ def allocate_tensor(dtype: str, shape: Sequence[int], offset_bytes: int, device:
     return allocate_block(phase_bytes, size_bytes, device).tensor(torch_dtype, tuple(shape), 0)
 
 
-def map_file(footer: Footer) -> MappedFile:
-    """Maps the whole file, privately and writable. If others truncate the file, touching the mapping is SIGBUS."""
-    stat = os.fstat(footer.fileno())
-    if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != footer.native.identity:
-        raise OSError(errno.ESTALE, "the file was changed", footer.path)
-    buffer = mmap.mmap(footer.fileno(), stat.st_size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+def map_file(file: File) -> MappedFile:
+    """Maps a whole file, privately and writable. If others truncate the file, touching the mapping is SIGBUS."""
+    stat = os.fstat(file.fd)
+    if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != file.identity:
+        raise OSError(errno.ESTALE, "the file was changed", os.fspath(file.path))
+    buffer = mmap.mmap(file.fd, stat.st_size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
     return MappedFile(buffer, 0, stat.st_size)
 
 
@@ -183,24 +183,24 @@ def supported_device(device: DeviceLike, options: ReadOptions) -> torch.device:
 
 
 class Wanted(NamedTuple):
-    """The tensors to read from a file, some of those that `metadata` has."""
+    """The tensors to read from a checkpoint, some of those that it has."""
 
-    metadata: _native.Metadata
+    checkpoint: Checkpoint
     entries: Sequence[Entry]
 
     def plan(self, device: torch.device, verify: Verify) -> _native.SegmentPlan:
         indices = [entry.number for entry in self.entries]
-        return self.metadata.plan(indices, device.type != "cpu", verify, _SEGMENT_BYTES)
+        return self.checkpoint.native.plan(indices, device.type != "cpu", verify, _SEGMENT_BYTES)
 
 
-Extent = tuple[int, int, int]
-"""Offset in the file, size in bytes, address in memory."""
+Read = tuple[int, int, int, int]
+"""Index of the file, offset in it, size in bytes, address in memory."""
 
 
 class _Batch(NamedTuple):
-    """The extents that one transfer of a stream reads."""
+    """What one transfer of a stream reads."""
 
-    extents: list[Extent]
+    reads: list[Read]
     whole: list[int]
     """The numbers of the blocks that have all their bytes when this transfer is done."""
 
@@ -218,41 +218,42 @@ class Filling:
     def batches(self, as_stream: bool) -> list[_Batch]:
         """Returns one batch for all, or several for a stream."""
         addresses = [block.address for block in self.blocks]
-        extents = self.plan.extents(addresses)
+        reads = self.plan.reads(addresses)
         if not as_stream:
-            return [_Batch(extents, list(range(len(addresses))))]
-        parts = batches_of(extents)
+            return [_Batch(reads, list(range(len(addresses))))]
+        parts = batches_of(reads)
         by_address = sorted(range(len(addresses)), key=addresses.__getitem__)
         starts = [addresses[number] for number in by_address]
         last = {
             by_address[bisect_right(starts, address) - 1]: part
-            for part, extents in enumerate(parts)
-            for _, _, address in extents
+            for part, reads in enumerate(parts)
+            for *_, address in reads
         }
-        batches = [_Batch(extents, []) for extents in parts]
+        batches = [_Batch(reads, []) for reads in parts]
         for number, part in last.items():
             batches[part].whole.append(number)
         return batches
 
 
-def batches_of(extents: Sequence[Extent]) -> list[list[Extent]]:
-    """Cuts extents, which ascend in the file, into lists for one transfer each.
+def batches_of(reads: Sequence[Read]) -> list[list[Read]]:
+    """Cuts reads, which ascend in each file, into lists for one transfer each.
 
     A transfer has at least _BATCH_BYTES, if there are so many left, and ends where chunks begin in every file. Else a
     stripe could be read half by one transfer and half by the next, and neither could verify it.
     """
-    batches: list[list[Extent]] = [[]]
-    size_bytes, border = 0, sys.maxsize
-    for offset, size, address in extents:
-        head = min(size, max(0, border - offset))
+    batches: list[list[Read]] = [[]]
+    size_bytes, border, last_file = 0, sys.maxsize, 0
+    for file, offset, size, address in reads:
+        head = min(size, max(0, border - offset)) if file == last_file else 0 if border < sys.maxsize else size
         if head:
-            batches[-1].append((offset, head, address))
+            batches[-1].append((file, offset, head, address))
         size_bytes += head
         if head < size:
-            batches.append([(offset + head, size - head, address + head)])
+            batches.append([(file, offset + head, size - head, address + head)])
             size_bytes, border = size - head, sys.maxsize
         if size_bytes >= _BATCH_BYTES and border == sys.maxsize:
             border = offset + size + -(offset + size) % _BORDER_BYTES
+        last_file = file
     return batches
 
 
@@ -260,7 +261,9 @@ Arrivals = Generator[list[list[int]], None, None]
 """Yields, for each side, the numbers of the blocks that are whole now."""
 
 
-def fill(footer: Footer, fillings: Sequence[Filling], options: ReadOptions, as_stream: bool = False) -> Arrivals:
+def fill(
+    checkpoint: Checkpoint, fillings: Sequence[Filling], options: ReadOptions, as_stream: bool = False
+) -> Arrivals:
     """Reads the blocks of all sides at the same time, and yields their numbers as they arrive.
 
     By default they arrive together, because one transfer for each side costs least. `as_stream` reads in batches. Only
@@ -269,7 +272,7 @@ def fill(footer: Footer, fillings: Sequence[Filling], options: ReadOptions, as_s
     When a step raises, be it OSError or KeyboardInterrupt, or the iterator is closed, nothing is in flight any more.
     """
     rows = list(zip_longest(*(filling.batches(as_stream) for filling in fillings), fillvalue=_Batch([], [])))
-    sizes = [sum(size_bytes for batch in row for _, size_bytes, _ in batch.extents) for row in rows]
+    sizes = [sum(size_bytes for batch in row for _, _, size_bytes, _ in batch.reads) for row in rows]
     to_start = iter(rows)
     under_way: deque[list[_native.Load]] = deque()
     done_bytes = 0
@@ -280,30 +283,30 @@ def fill(footer: Footer, fillings: Sequence[Filling], options: ReadOptions, as_s
                     under_way.append([])
                     for batch, filling in zip(next_row, fillings, strict=True):
                         # A variable would keep this load alive in the traceback of an error of the next one.
-                        under_way[-1].append(_start(footer, batch, filling, options))
-                tell = None if progress is None else _after(done_bytes, progress)
+                        under_way[-1].append(start(checkpoint, batch, filling, options))
+                tell = None if progress is None else after(done_bytes, progress)
                 for filling, stats in zip(fillings, _native.finish_loads(under_way[0], tell), strict=True):
-                    _add(filling.stats, stats)
+                    add_stats(filling.stats, stats)
                 under_way.popleft()
                 done_bytes += size_bytes
                 yield [batch.whole for batch in row]
         finally:
             under_way.clear()  # This ends the transfers that have not been waited for.
     for filling in fillings:
-        logger.info("%s: %s", footer.path, _describe(filling.stats))
+        logger.info("%s: %s", checkpoint, _describe(filling.stats))
 
 
-def _start(footer: Footer, batch: _Batch, filling: Filling, options: ReadOptions) -> _native.Load:
-    fd, path, metadata, side = footer.fileno(), footer.path, footer.native, filling.side
-    return side.engine.start_load(fd, path, batch.extents, metadata, filling.blocks, options.verify, stream=side.stream)
+def start(checkpoint: Checkpoint, batch: _Batch, filling: Filling, options: ReadOptions) -> _native.Load:
+    side = filling.side
+    return side.engine.start_load(checkpoint.native, batch.reads, filling.blocks, options.verify, stream=side.stream)
 
 
-def _after(base_bytes: int, progress: Progress) -> Progress:
+def after(base_bytes: int, progress: Progress) -> Progress:
     """Returns a function that tells `progress` the bytes that are done, with `base_bytes` added."""
     return lambda done_bytes: progress(base_bytes + done_bytes)
 
 
-def _add(stats: dict[str, Any], more: dict[str, Any]) -> None:
+def add_stats(stats: dict[str, Any], more: dict[str, Any]) -> None:
     """Adds the statistics of a transfer to those of transfers that were started at the same time."""
     for name, value in more.items():
         if name == "seconds":
@@ -325,13 +328,14 @@ class Filled(NamedTuple):
     """Figures of this process's reads, if it read anything."""
 
 
-def read_blocks(footer: Footer, wanted: Wanted, device: torch.device, options: ReadOptions) -> Filled:
+def read_blocks(wanted: Wanted, device: torch.device, options: ReadOptions) -> Filled:
     """Reads `wanted` to `device`, or to the CPU if the engine cannot use it. A mapped file is one block for all."""
     if options.mmap:
-        offsets = [entry.offset_bytes for entry in wanted.entries]
-        return Filled([map_file(footer)], ([0] * len(offsets), offsets), CPU, None)
+        blocks: list[Block] = [map_file(file) for file in wanted.checkpoint.files()]
+        places = [entry.file for entry in wanted.entries], [entry.offset_bytes for entry in wanted.entries]
+        return Filled(blocks, places, CPU, None)
     filling = make_room(wanted, device, options)
-    for _ in fill(footer, [filling], options):
+    for _ in fill(wanted.checkpoint, [filling], options):
         pass
     return filled_of(filling)
 
@@ -346,25 +350,24 @@ def make_room(wanted: Wanted, device: torch.device, options: ReadOptions) -> Fil
     return Filling(plan, allocate(plan, device, side.device), side)
 
 
-ReadBlocks = Callable[[Footer, Wanted, torch.device, ReadOptions], Filled]
+ReadBlocks = Callable[[Wanted, torch.device, ReadOptions], Filled]
 """read_blocks, or a function that does the same in another way."""
 
 
-def read_tensors(
-    footer: Footer, entries: Sequence[Entry], device: torch.device, options: ReadOptions
-) -> dict[str, torch.Tensor]:
-    """Reads `entries` to `device`, or to the CPU if the engine cannot use the device."""
-    return tensors_of(entries, read_blocks(footer, Wanted(footer.native, entries), device, options))
+def read_tensors(wanted: Wanted, device: torch.device, options: ReadOptions) -> dict[str, torch.Tensor]:
+    """Reads `wanted` to `device`, or to the CPU if the engine cannot use the device."""
+    return tensors_of(wanted.entries, read_blocks(wanted, device, options))
 
 
 def read_to_devices(
-    footer: Footer, wanted: Mapping[torch.device, Sequence[Entry]], options: ReadOptions
+    checkpoint: Checkpoint, wanted: Mapping[torch.device, Sequence[Entry]], options: ReadOptions
 ) -> dict[str, torch.Tensor]:
     """Reads to all devices at the same time what is wanted there, or to the CPU if the engine cannot use a device."""
     if options.mmap:
-        return read_tensors(footer, [entry for entries in wanted.values() for entry in entries], CPU, options)
-    fillings = [make_room(Wanted(footer.native, entries), device, options) for device, entries in wanted.items()]
-    for _ in fill(footer, fillings, options):
+        everything = [entry for entries in wanted.values() for entry in entries]
+        return read_tensors(Wanted(checkpoint, everything), CPU, options)
+    fillings = [make_room(Wanted(checkpoint, entries), device, options) for device, entries in wanted.items()]
+    for _ in fill(checkpoint, fillings, options):
         pass
     tensors: dict[str, torch.Tensor] = {}
     for entries, filling in zip(wanted.values(), fillings, strict=True):
@@ -378,7 +381,7 @@ def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tens
     make = [block.tensor for block in filled.blocks]
     dtypes = {name: string_to_dtype(name) for name in {entry.dtype for entry in entries}}
     with _collector_paused():
-        for (name, dtype, shape, _, size_bytes, _), block, at in zip(entries, *filled.places, strict=True):
+        for (name, dtype, shape, _, size_bytes, *_), block, at in zip(entries, *filled.places, strict=True):
             if size_bytes:
                 tensors[name] = make[block](dtypes[dtype], shape, at)
             else:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._casts import dtype_when_asked
-from ._footer import Entry
+from ._checkpoint import Entry
 from ._memory import ReadOptions
 from .utils import is_ignored_tensor_name, listed, string_to_dtype
 

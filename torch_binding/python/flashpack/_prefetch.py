@@ -9,7 +9,8 @@ import time
 from io import FileIO
 from typing import NoReturn
 
-from ._footer import StrPath, open_footer
+from ._checkpoint import StrPath, open_checkpoint
+from ._native import FlashPackError
 
 # sendfile() to /dev/null waits for the pages without copying them: 2.2 GB/s from a disk that gives 2.6, for 0.02
 # core-seconds per GB, where preadv takes 0.09. POSIX_FADV_WILLNEED and MADV_POPULATE_READ were slower (1.1 to 1.7),
@@ -126,5 +127,8 @@ def prefetch_flashpack_file(path: StrPath) -> Prefetch:
             model = build_model()
             flashpack.assign_from_file(model, "model.flashpack")
     """
-    with open_footer(path) as footer:
-        return Prefetch(footer.fileno(), path, footer.native.payload_bytes)
+    with open_checkpoint(path) as checkpoint:
+        files = checkpoint.files()
+        if len(files) > 1:
+            raise FlashPackError(f"{checkpoint} has several files: read each of them ahead by its own path")
+        return Prefetch(files[0].fd, path, checkpoint.native.payload_bytes)

@@ -9,11 +9,11 @@ from typing import NoReturn
 
 import torch
 
+from ._checkpoint import Entry
 from ._device import DeviceLike
 from ._engine import left_before_exit
 from ._file import FlashPackFile
 from ._file import load_file as load_any_file
-from ._footer import Entry
 from ._safetensors import CheckpointError, FileOnDevice, catchable
 
 PrefetchPlan = Mapping[str, slice | None]
@@ -153,7 +153,7 @@ def _land(
 def _stream(
     file: FlashPackFile, device: DeviceLike, names: list[str]
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
-    yield from load_any_file(file._footer, device, names=names, verify=file._options.verify).items()
+    yield from load_any_file(file._checkpoint, device, names=names, verify=file._options.verify).items()
 
 
 def checked_rows(entry: Entry, part: slice | None) -> slice | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ._casts import PLAIN_FLOATS
-from ._checkpoint import open_checkpoint
+from ._conversion import map_tensors
 from ._native import FlashPackError
 from ._repository import (
     auto_map_in,
@@ -96,6 +96,6 @@ def _subclass(module: Any, name: str, *bases: type) -> Any:
 
 def _dtype_of(checkpoint: Path) -> torch.dtype:
     """Returns the narrowest floating-point dtype that holds all values of `checkpoint`, so that building loses none."""
-    there = {getattr(tensor, "dtype", None) for tensor in open_checkpoint(checkpoint).values()}
+    there = {getattr(tensor, "dtype", None) for tensor in map_tensors(checkpoint).values()}
     dtypes = [dtype for dtype in PLAIN_FLOATS if dtype in there]
     return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ._assign import Plan
-from ._footer import StrPath
+from ._checkpoint import StrPath
 from ._meta_init import warn_of_meta
 from .utils import human_num_elements, logger
 

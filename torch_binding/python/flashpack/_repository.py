@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ._footer import StrPath, open_descriptor
+from ._checkpoint import StrPath, open_descriptor
 from ._logging import in_one_line
 from ._native import FlashPackError
 

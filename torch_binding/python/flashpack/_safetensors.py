@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
+from ._checkpoint import Entry
 from ._device import DeviceLike
 from ._file import FlashPackFile
-from ._footer import Entry
 from ._memory import supported_device
 from ._native import FlashPackError
 
@@ -52,8 +52,6 @@ class FileOnDevice(FlashPackFile):
 
     def __init__(self, file: FlashPackFile, device: DeviceLike) -> None:
         vars(self).update(vars(file))
-        del self._file  # Only its owner closes it.
-        self._owner = file
         self._device = supported_device(device, self._options)
 
 

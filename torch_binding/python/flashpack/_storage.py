@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ._footer import Footer
+from ._checkpoint import Checkpoint
 from ._memory import ReadBlocks, ReadOptions, Wanted, read_blocks, tensors_of
 from ._native import FlashPackError
 from ._options import Filters
@@ -57,28 +57,29 @@ def iterate_from_flash_tensor(
             yield record["name"], view(storage, record)
 
 
-def accepted(metadata: dict[str, Any] | None, footer: Footer) -> dict[str, Any]:
+def accepted(metadata: dict[str, Any] | None, checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns `metadata`, checked against the file, or else the file's footer, with a macroblock for every record."""
-    if metadata is not None and not _describes(metadata, footer):
-        raise FlashPackError(f"{footer.path}: the metadata given is not that of this file")
-    result = footer.metadata if metadata is None else metadata
+    if metadata is not None and not _describes(metadata, checkpoint):
+        raise FlashPackError(f"{checkpoint}: the metadata given is not that of this file")
+    result = checkpoint.metadata if metadata is None else metadata
     for record in _index_of(result):
         record.setdefault("macroblock", 0)
     return result
 
 
 def read_storage(
-    footer: Footer, device: torch.device, options: ReadOptions, read: ReadBlocks = read_blocks
+    checkpoint: Checkpoint, device: torch.device, options: ReadOptions, read: ReadBlocks = read_blocks
 ) -> FlashTensorStorage:
-    macroblocks = footer.macroblocks()
+    blocks_apart = checkpoint.macroblocks()
+    macroblocks = blocks_apart.entries()
     with torch.inference_mode(False), torch.no_grad():
-        filled = read(footer, Wanted(footer.native.macroblocks, macroblocks), device, options)
+        filled = read(Wanted(blocks_apart, macroblocks), device, options)
         blocks = [block.to(device) for block in tensors_of(macroblocks, filled).values()]
     return FlashTensorStorage(blocks, stats=filled.stats)
 
 
-def _describes(metadata: dict[str, Any], footer: Footer) -> bool:
-    ours = [(each.dtype, each.offset_bytes, each.elems) for each in footer.macroblocks()]
+def _describes(metadata: dict[str, Any], checkpoint: Checkpoint) -> bool:
+    ours = [(each.dtype, each.offset_bytes, each.elems) for each in checkpoint.macroblocks().entries()]
     try:
         if metadata.get("format") == FILE_FORMAT_V3:
             return [(metadata["target_dtype"], 0, metadata["total_elems"])] == ours

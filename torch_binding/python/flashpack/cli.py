@@ -13,9 +13,9 @@ from typing import Any
 
 import click
 
-from ._footer import Footer, open_footer
+from ._checkpoint import Checkpoint, open_checkpoint
 from ._logging import PrintableFormatter, logger, printable, printable_lines
-from .constants import FILE_FORMAT_V4, WEIGHTS_NAME
+from .constants import WEIGHTS_NAME
 from .version import __version__
 
 
@@ -27,9 +27,7 @@ class _FlashPackFile(click.Path):
         if not os.path.isdir(path):
             return path
         file = os.path.join(path, WEIGHTS_NAME)
-        if not os.path.isfile(file):
-            self.fail(f"Directory {click.format_filename(path)!r} has no {WEIGHTS_NAME}.", parameter, context)
-        return file
+        return file if os.path.isfile(file) else path
 
 
 _MAX_SHOWN = 1000
@@ -62,18 +60,18 @@ def main() -> None:
 @click.option("--show-index", "--index", "-i", is_flag=True, help="List every tensor, too.")
 @click.option("--json", "-j", "as_json", is_flag=True, help="Print JSON, for programs.")
 def metadata(path: str, show_index: bool, as_json: bool) -> None:
-    """Show what is in a flashpack file.
+    """Show what is in a checkpoint.
 
-    PATH is the file, or the directory of a model. Reads the footer alone, so this is quick for any size, and checks
-    every rule of the format.
+    PATH is a flashpack or safetensors file, the index of several, or a directory. Reads no tensors, so this is quick
+    for any size, and checks every rule of the format.
 
     \b
     flashpack metadata model.flashpack
     flashpack metadata model.flashpack --index | grep lm_head
     flashpack metadata model.flashpack --index --json | jq '.index[].name'
     """
-    with _reporting(verbose=False), open_footer(path) as footer:
-        shown = _summary(footer)
+    with _reporting(verbose=False), open_checkpoint(path) as checkpoint:
+        shown = _summary(checkpoint)
         if not show_index:
             del shown["index"]
         click.echo(json.dumps(shown, indent=2) if as_json else "\n".join(_describe(shown)))
@@ -189,16 +187,37 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
             sys.exit(1)
 
 
-def _summary(footer: Footer) -> dict[str, Any]:
-    """Returns the keys of the footer, with one word for the checksums, because they are too many to show."""
-    summary = dict(footer.metadata)
+def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns the keys of the footer, with one word for the checksums, because they are too many to show.
+
+    What is no flashpack file gets keys of its own.
+    """
+    files = checkpoint.files()
+    checksums = {"checksums": "crc32c" if checkpoint.native.has_checksums else "none"}
+    if [file.format for file in files] != ["flashpack"]:
+        return _summary_of_files(checkpoint, checksums)
+    summary = dict(checkpoint.metadata)
     lists: dict[str, Any] = {key: summary.pop(key) for key in ("metadata", "macroblocks", "index") if key in summary}
-    return {**summary, "checksums": "crc32c" if footer.native.has_checksums else "none", **lists}
+    return {**summary, **checksums, **lists}
 
 
-def _describe(footer: dict[str, Any]) -> Iterator[str]:
-    digits = len(str(footer["total_payload_bytes" if footer["format"] == FILE_FORMAT_V4 else "total_elems"]))
-    for key, value in footer.items():
+def _summary_of_files(checkpoint: Checkpoint, checksums: dict[str, str]) -> dict[str, Any]:
+    files, entries, metadata = checkpoint.files(), checkpoint.entries(), checkpoint.native.user_metadata
+    names = [file.path.name for file in files]
+    return {
+        "format": " and ".join(sorted({file.format for file in files})),
+        "files": names,
+        "tensors": len(entries),
+        "total_tensor_bytes": sum(entry.size_bytes for entry in entries),
+        **checksums,
+        **({"metadata": metadata} if metadata else {}),
+        "index": [{**entry._asdict(), "file": names[entry.file]} for entry in entries],
+    }
+
+
+def _describe(summary: dict[str, Any]) -> Iterator[str]:
+    digits = len(str(summary.get("total_payload_bytes") or summary.get("total_elems")))
+    for key, value in summary.items():
         if key == "metadata":
             yield f"{click.style(key, fg='green')}:"
             yield from (f"  {click.style(printable(name), fg='blue')}: {_shown(text)}" for name, text in value.items())
@@ -209,9 +228,16 @@ def _describe(footer: dict[str, Any]) -> Iterator[str]:
                 yield f"  {click.style(f'{i}', fg='magenta')}: {block['dtype']:<10} {begin:0{digits}d}:{end:0{digits}d}"
         elif key == "index":
             yield f"{click.style(key, fg='green')}:"
-            yield from _list(value, footer.get("macroblocks", []), digits)
+            listed = _tensors_of_files if "files" in summary else _list
+            yield from listed(value, summary.get("macroblocks", []), digits)
         else:
             yield f"{click.style(key, fg='green')}: {printable(str(value))}"
+
+
+def _tensors_of_files(index: list[dict[str, Any]], *_: Any) -> Iterator[str]:
+    for record in index:
+        name, shape = click.style(printable(record["name"]), fg="blue"), list(record["shape"])
+        yield f"  {name} {record['dtype']} {shape} {record['size_bytes']} bytes in {printable(record['file'])}"
 
 
 def _list(index: list[dict[str, Any]], blocks: list[dict[str, Any]], digits: int) -> Iterator[str]:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._checkpoint import files_of, metadata_of, open_checkpoint, stem_of
+from ._checkpoint import Checkpoint, StrPath, open_checkpoint
+from ._conversion import files_of, map_tensors, metadata_of, stem_of
 from ._directory import copy_companions, download, find_checkpoints, is_repo_id, staged
-from ._footer import StrPath, open_footer
 from ._hub import Download
 from ._native import FlashPackError
 from ._options import Filters
@@ -214,14 +214,14 @@ def revert_from_flashpack(path: StrPath, destination_path: StrPath | None = None
     """
     source = Path(path)
     destination = Path(default_reversal(source) if destination_path is None else destination_path)
-    with open_footer(source) as footer:
+    with open_checkpoint(source) as checkpoint:
         _refuse_source([source], destination)
         if destination_path is None:
             _refuse_existing(destination)
         replaced = file_to_replace(destination)
-        metadata = footer.metadata.get("metadata", {})
-        _check_revertible(footer.metadata, destination)
-        tensors = revert_from_file(footer, silent=silent)
+        metadata = checkpoint.native.user_metadata
+        _check_revertible(checkpoint, destination)
+        tensors = revert_from_file(checkpoint, silent=silent)
     with staged(replaced.parent) as stage:
         file = stage / replaced.name
         file.touch()
@@ -248,7 +248,7 @@ def _convert_file(source: Path, destination_path: StrPath | None, packing: _Pack
     if destination_path is None:
         _refuse_existing(destination)
     _refuse_source(files_of(source), destination)
-    return packing.convert(source, open_checkpoint(source), destination)
+    return packing.convert(source, map_tensors(source), destination)
 
 
 def _convert_directory(
@@ -278,7 +278,7 @@ def _convert_directory(
 
     def pack(folder: str, checkpoint: Path, path: StrPath) -> None:
         if library is None:
-            state_dict = open_checkpoint(checkpoint)
+            state_dict = map_tensors(checkpoint)
         else:
             state_dict = build_model(library, directory, folder, checkpoint, variant, **rest).state_dict()
         packing.convert(checkpoint, state_dict, path)
@@ -299,11 +299,11 @@ def _convert_directory(
     return os.fspath(destination if destination_path is None else destination_path)
 
 
-def _check_revertible(footer: dict[str, Any], destination: Path) -> None:
+def _check_revertible(checkpoint: Checkpoint, destination: Path) -> None:
     if destination.suffix != ".safetensors":
-        if "metadata" in footer:
+        if checkpoint.native.user_metadata:
             logger.warning("%s: metadata is left out, for which only safetensors files have a place", destination)
-    elif any(record["name"] == "__metadata__" for record in footer["index"]):
+    elif any(entry.name == "__metadata__" for entry in checkpoint.entries()):
         raise FlashPackError(
             "a safetensors file cannot hold a tensor called '__metadata__', which stands for something else there; "
             "a .pt file can"

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from ._checkpoint import StrPath, Verify, get_flashpack_file_metadata, is_flashpack_file, open_checkpoint
 from ._device import CPU, captures_undisturbed
 from ._distributed import ranks_of_group, resolve_shard_strategy
 from ._engine import engine, left_before_exit
-from ._footer import StrPath, Verify, get_flashpack_file_metadata, is_flashpack_file, open_footer
 from ._loading import assign
-from ._memory import ReadOptions, read_tensors, supported_device
+from ._memory import ReadOptions, Wanted, after, read_tensors, supported_device
 from ._options import Casts, Filters, LoadOptions, Sharing, Strictness
 from ._progress import progress_bar
 from ._report import AssignReport
@@ -60,9 +60,9 @@ def read_flashpack_file(
     """
     options = ReadOptions(mmap, verify, not silent)
     target = supported_device(device, options)
-    with open_footer(path) as footer:
-        result = accepted(metadata, footer)
-        return read_storage(footer, target, options), result
+    with open_checkpoint(path) as checkpoint:
+        result = accepted(metadata, checkpoint)
+        return read_storage(checkpoint, target, options), result
 
 
 @left_before_exit
@@ -91,29 +91,36 @@ def read_flashpack_file_distributed(
         ranks.check(False, sharded, shard_strategy)
         options = ReadOptions(show=not silent)
         target = supported_device(device, options)
-        with ranks.footer(path) as footer:
-            result = accepted(metadata, footer)
-            storage = read_storage(footer, target, options, ranks.read_blocks)
+        with ranks.checkpoint(path) as checkpoint:
+            result = accepted(metadata, checkpoint)
+            storage = read_storage(checkpoint, target, options, ranks.read_blocks)
     return storage, result
 
 
 @left_before_exit
 def revert_from_file(path: StrPath, silent: bool = True) -> dict[str, torch.Tensor]:
     """Returns the state dict that was packed, in file order, on the CPU. Each tensor owns its memory."""
-    with open_footer(path) as footer, torch.inference_mode(False), torch.no_grad():
-        return read_tensors(footer, footer.entries(), CPU, ReadOptions(show=not silent))
+    with open_checkpoint(path) as checkpoint, torch.inference_mode(False), torch.no_grad():
+        return read_tensors(Wanted(checkpoint, checkpoint.entries()), CPU, ReadOptions(show=not silent))
 
 
 @left_before_exit
 def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
-    """Reads the payload of a file, at the speed of the disk, and compares it with the checksums in the footer.
+    """Reads the payload of a checkpoint, at the speed of the disk, and compares it with the checksums in its footers.
 
     Returns `verified_bytes`, which match; `corrupt`, for the stripes that do not match a list of (file offset, size in
     bytes, names of the tensors there); and `seconds`. Raises FlashPackError for a file that has no checksums or is not
     valid, OSError for the system's failures.
     """
-    with open_footer(path) as footer, progress_bar("Verifying", footer.native.payload_bytes, not silent) as progress:
-        return engine().verify(footer.fileno(), footer.path, footer.native, progress)
+    report: dict[str, Any] = {"verified_bytes": 0, "corrupt": [], "seconds": 0.0}
+    with open_checkpoint(path) as checkpoint:
+        native = checkpoint.native
+        with progress_bar("Verifying", native.payload_bytes, not silent) as progress:
+            for number in range(len(checkpoint.files())):
+                tell = None if progress is None else after(report["verified_bytes"], progress)
+                for key, value in engine().verify(native, number, tell).items():
+                    report[key] += value
+    return report
 
 
 def assign_from_file(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from ._footer import StrPath, Verify
+from ._checkpoint import StrPath, Verify
 from ._loading import assign
 from ._memory import ReadOptions
 from ._meta_init import meta_parameters

@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file, save_model
 
+from ._checkpoint import Entry, StrPath, Verify
 from ._device import DeviceLike
 from ._file import FlashPackFile, TensorSlice, open_file
 from ._file import load_file as load_any_file
-from ._footer import Entry, StrPath, Verify
 from ._mapped_tensors import MappedTensors
 from ._prefetch_loader import PrefetchLoader, PrefetchPlan, checked_rows
 from ._safetensors import CheckpointError, FileOnDevice, catchable, dtype_name, header_shape
@@ -110,7 +110,7 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
 
     def metadata(self) -> dict[str, str] | None:
         """Returns the text in the header (of a flashpack file: in the footer), None if there is none."""
-        return self._opened()._footer.native.user_metadata or None
+        return self._opened()._checkpoint.native.user_metadata or None
 
     def get_tensor(self, name: str) -> torch.Tensor:
         entry = self._entry(name)
@@ -123,7 +123,7 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
         with catchable():
             if self._map is not None:
                 return self._map.tensors(list(file._entries.values()))
-            return load_any_file(file._footer, self._device, verify=file._options.verify)
+            return load_any_file(file._checkpoint, self._device, verify=file._options.verify)
 
     def get_slice(self, name: str) -> PySafeSlice:
         """Returns a tensor to read parts of: get_slice("w")[10:20, :5]. Nothing is read before."""

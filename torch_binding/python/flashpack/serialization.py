@@ -13,10 +13,10 @@ from torch.nn.parameter import is_lazy
 
 from . import _native
 from ._casts import dtype_when_asked
+from ._checkpoint import StrPath
 from ._device import CPU, captures_undisturbed, side_of
 from ._durable import make_directories
 from ._engine import left_before_exit
-from ._footer import StrPath
 from ._hub import is_blob_link
 from ._memory import allocate_block
 from ._native import FlashPackError

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .._casts import PLAIN_FLOATS
-from .._footer import Footer
+from .._checkpoint import Checkpoint
 from ..constants import WEIGHTS_NAME
 from ..utils import logger, string_to_dtype
 
@@ -39,9 +39,9 @@ def flashpack_file(directory: Path) -> Path:
     return path
 
 
-def main_dtype(footer: Footer) -> torch.dtype | None:
+def main_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
     """Returns that dtype of PLAIN_FLOATS that most bytes of the file have; None if no tensor has one of them."""
     sizes: Counter[torch.dtype] = Counter()
-    for entry in footer.entries():
+    for entry in checkpoint.entries():
         sizes[string_to_dtype(entry.dtype)] += entry.size_bytes
     return max((dtype for dtype in sizes if dtype in PLAIN_FLOATS), key=lambda dtype: sizes[dtype], default=None)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,12 +14,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .._checkpoint import files_of
+from .._checkpoint import Verify
+from .._conversion import files_of
 from .._device import CPU
-from .._file import load_file, open_file
-from .._footer import Footer, Verify, open_footer
+from .._file import open_file
 from .._memory import ReadOptions, supported_device
 from .._native import FlashPackError
+from .._stream import stream_tensors
 from ._lazy import LazyTensor
 
 LOAD_FORMAT = "flashpack"
@@ -150,37 +149,5 @@ def _lazy_weights(files: list[str], device: torch.device, options: Options, keep
 
 
 def _read_weights(files: list[str], device: torch.device, options: Options, keep: Keep | None) -> Weights:
-    """Yields tensors group by group, while the next group is read."""
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-    def read(footer: Footer, names: list[str]) -> dict[str, torch.Tensor]:
-        # Memory belongs to a stream. It must not be given to another tensor while the caller's stream still uses it.
-        with torch.cuda.stream(stream):
-            return load_file(footer, device, names=names, verify=options.verify)
-
-    with ThreadPoolExecutor(1, "flashpack-weights") as thread:
-        groups = _groups(files, options.window_bytes // 2, keep)
-        pending = [thread.submit(read, *group) for group in islice(groups, 1)]
-        while pending:
-            tensors = pending.pop().result()
-            pending += [thread.submit(read, *group) for group in islice(groups, 1)]
-            for name in list(tensors):
-                yield name, tensors.pop(name)
-
-
-def _groups(files: list[str], most_bytes: int, keep: Keep | None) -> Iterator[tuple[Footer, list[str]]]:
-    """Yields names of neighbouring tensors that have so many bytes at most, or the name of a larger one."""
-    for file in files:
-        with open_footer(file) as footer:
-            names: list[str] = []
-            size_bytes = 0
-            for entry in footer.entries():
-                if keep is not None and not keep(entry.name):
-                    continue
-                if names and size_bytes + entry.size_bytes > most_bytes:
-                    yield footer, names
-                    names, size_bytes = [], 0
-                names.append(entry.name)
-                size_bytes += entry.size_bytes
-            if names:
-                yield footer, names
+    with stream_tensors(files, device, names=keep, window_bytes=options.window_bytes, verify=options.verify) as weights:
+        yield from weights

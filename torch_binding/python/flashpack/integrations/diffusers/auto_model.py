@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 from diffusers import ConfigMixin
 
-from ..._footer import StrPath
+from ..._checkpoint import StrPath
 from ..._hub import Download, resolve_directory
 from ..._meta_init import meta_parameters
 from ..._native import FlashPackError

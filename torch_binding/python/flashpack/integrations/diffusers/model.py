@@ -15,9 +15,9 @@ from diffusers import ModelMixin
 
 from ..._assign import slots_of
 from ..._casts import PLAIN_FLOATS, check_asked
+from ..._checkpoint import Checkpoint, StrPath, Verify, open_checkpoint
 from ..._directory import own_files
 from ..._durable import make_directories
-from ..._footer import Footer, StrPath, Verify, open_footer
 from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._memory import ReadOptions
 from ..._native import FlashPackError
@@ -202,9 +202,9 @@ def _load(
     config = kwargs.pop("config", None)
     if config is None:
         config = check_model_config(directory) or cls.load_config(directory)
-    with open_footer(path) as footer:
-        build = partial(_build, cls, directory, config, kwargs, footer, dtype)
-        model = cls.from_flashpack(footer, init_fn=build, **options.keywords())
+    with open_checkpoint(path) as checkpoint:
+        build = partial(_build, cls, directory, config, kwargs, checkpoint, dtype)
+        model = cls.from_flashpack(checkpoint, init_fn=build, **options.keywords())
     model.register_to_config(_name_or_path=os.fspath(path_or_repo))
     return model
 
@@ -214,12 +214,12 @@ def _build(
     directory: Path,
     config: Mapping[str, Any],
     kwargs: dict[str, Any],
-    footer: Footer,
+    checkpoint: Checkpoint,
     dtype: torch.dtype | None,
 ) -> Any:
     """Returns a new model whose floating-point tensors have the dtypes that the load is to end with."""
-    stored = {entry.name: string_to_dtype(entry.dtype) for entry in footer.entries()}
-    with blaming(directory / "config.json"), _default_dtype(main_dtype(footer) if dtype is None else dtype):
+    stored = {entry.name: string_to_dtype(entry.dtype) for entry in checkpoint.entries()}
+    with blaming(directory / "config.json"), _default_dtype(main_dtype(checkpoint) if dtype is None else dtype):
         _, unused, _ = cls.extract_init_dict(dict(config), **kwargs)
         overrides = without_unknown(cls.__name__, kwargs, kwargs.keys() - unused.keys())
         model = cls._flashpack_builder()(config, **overrides)

@@ -15,9 +15,9 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from ..._checkpoint import StrPath, Verify
 from ..._directory import own_files
 from ..._durable import make_directories
-from ..._footer import StrPath, Verify
 from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._logging import in_one_line
 from ..._memory import ReadOptions

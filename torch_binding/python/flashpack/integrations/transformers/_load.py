@@ -20,8 +20,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from ..._assign import Plan, check_strictness, make_parameter, slots_of
+from ..._checkpoint import Checkpoint, Entry, open_checkpoint
 from ..._device import CPU
-from ..._footer import Entry, Footer, open_footer
 from ..._loading import assign, load_entries
 from ..._meta_init import meta_parameters, warn_of_meta
 from ..._native import FlashPackError
@@ -34,7 +34,7 @@ from ._arguments import FOR_TRANSFORMERS, accepted, device_of, dtype_of, read_co
 
 # transformers does not call load_state_dict(), and has other ways to do what its own modules and torch's do there.
 _WITHOUT_LOAD_STATE_DICT = frozenset({"torch", "transformers"})
-# A read of few tensors is slow, because it looks at the whole footer; one of many takes their memory a second time.
+# A read of few tensors is slow, because it looks at all metadata; one of many takes their memory a second time.
 _READ_TOGETHER = 64
 _OLD = int(transformers_version.split(".")[0]) < 5
 
@@ -46,7 +46,7 @@ class Request:
     directory: Path
     name: str
     """The path or repository that the caller gave."""
-    footer: Footer
+    checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype | None
     """None keeps the dtypes of the file."""
@@ -56,7 +56,7 @@ class Request:
 
     def entries(self) -> list[Entry]:
         """The tensors that are wanted."""
-        return [entry for entry in self.footer.entries() if not self.options.filters.ignore(entry.name)]
+        return [entry for entry in self.checkpoint.entries() if not self.options.filters.ignore(entry.name)]
 
     @property
     def keeps_dtypes(self) -> bool:
@@ -83,8 +83,8 @@ def load(
     device = device_of(options.device, arguments.pop("device_map", None))
     dtype = dtype_of(arguments)
     info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
-    with open_footer(path) as footer:
-        request = Request(path.parent, name, footer, device, dtype, options, arguments)
+    with open_checkpoint(path) as checkpoint:
+        request = Request(path.parent, name, checkpoint, device, dtype, options, arguments)
         model = _assigned(model_class, config, request)
         if model is None:
             model, info = _loaded_by_transformers(model_class, config, request)
@@ -96,7 +96,7 @@ def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, requ
     """Returns the model, filled as by assign_from_file; None if the file does not fit it one to one."""
     if getattr(config, "quantization_config", None) is not None or FOR_TRANSFORMERS & set(request.arguments):
         return None
-    dtype = request.dtype or main_dtype(request.footer) or torch.float32
+    dtype = request.dtype or main_dtype(request.checkpoint) or torch.float32
     config = copy.deepcopy(config)  # It may be the caller's.
     config.dtype = dtype
     # A TypeError may come from arguments that the caller passes on, so that files are not blamed for it.
@@ -109,7 +109,7 @@ def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, requ
         return None
     _set_dtypes(model, entries, request)
     casts = Casts(request.options.casts.coerce or request.dtype is not None)
-    assign(model, request.footer, request.options._replace(device=request.device, casts=casts))
+    assign(model, request.checkpoint, request.options._replace(device=request.device, casts=casts))
     _untie(model, request)
     return model
 
@@ -139,8 +139,8 @@ def _fits(model: PreTrainedModel, entries: list[Entry]) -> bool:
 def _refuse_own_code(model: PreTrainedModel, request: Request) -> None:
     for prefix, what, _, _ in own_code_of(model, _WITHOUT_LOAD_STATE_DICT).pieces:
         raise FlashPackError(
-            f"{request.footer.path} does not have the tensors of {type(model).__name__} as they are, and transformers, "
-            f"which can convert them, passes over {what} of module {prefix.removesuffix('.')!r}"
+            f"{request.checkpoint} does not have the tensors of {type(model).__name__} as they are, and "
+            f"transformers, which can convert them, passes over {what} of module {prefix.removesuffix('.')!r}"
         )
 
 
@@ -217,11 +217,11 @@ class _Values:
         """Reads the tensors of these names, whether they have been taken or not."""
         request = self._request
         entries = [self.entries[name] for name in names]
-        tensors, storage = load_entries(request.footer, entries, request.device, request.options)
+        tensors, storage = load_entries(request.checkpoint, entries, request.device, request.options)
         if storage is not None:
             self.references = {
                 "_flash_shared_storage": storage,
-                "_flash_shared_storage_meta": request.footer.metadata,
+                "_flash_shared_storage_meta": request.checkpoint.metadata,
             }
         return tensors
 
@@ -241,7 +241,7 @@ def _loaded_by_transformers(
     model_class: type[PreTrainedModel], config: PretrainedConfig, request: Request
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     values = _Values(request)
-    main = request.dtype or main_dtype(request.footer) or torch.float32
+    main = request.dtype or main_dtype(request.checkpoint) or torch.float32
     arguments = dict(request.arguments)
     may_mismatch = arguments.pop("ignore_mismatched_sizes", False)
     if request.device != CPU:  # transformers wants accelerate as soon as there is a device map.
@@ -264,7 +264,7 @@ def _loaded_by_transformers(
         _restore_dtypes(model, values)
     for name, reference in values.references.items():
         setattr(model, name, reference)
-    warn_of_meta(model, request.footer.path)
+    warn_of_meta(model, request.checkpoint.path)
     return model, info
 
 
@@ -275,7 +275,7 @@ def _check_shapes(model: PreTrainedModel, info: Mapping[str, Any], request: Requ
         name, *found = (mismatched,) if isinstance(mismatched, str) else mismatched
         expected = list(slots_of(model)[name].value.shape)
         found = list(found[0]) if found else shapes.get(name)
-        raise FlashPackError(f"{request.footer.path}: shape mismatch for {name!r}: model={expected} vs flash={found}")
+        raise FlashPackError(f"{request.checkpoint}: shape mismatch for {name!r}: model={expected} vs flash={found}")
 
 
 def _check_names(model: PreTrainedModel, info: Mapping[str, Any], request: Request) -> None:
@@ -288,7 +288,7 @@ def _check_names(model: PreTrainedModel, info: Mapping[str, Any], request: Reque
         missing_parameters=[name for name in missing if name in parameters],
         missing_buffers=[name for name in missing if name not in parameters],
     )
-    check_strictness(plan, request.footer.path, request.options.strictness)
+    check_strictness(plan, request.checkpoint.path, request.options.strictness)
 
 
 def _restore_dtypes(model: PreTrainedModel, values: _Values) -> None:
@@ -320,7 +320,7 @@ def _finish(model: PreTrainedModel, request: Request, generation_config: Generat
     model.name_or_path = model.config.name_or_path = request.name
     with blaming(request.directory):
         _set_generation(model, request, generation_config)
-    warn_of_meta(model, request.footer.path)
+    warn_of_meta(model, request.checkpoint.path)
 
 
 def _set_generation(model: PreTrainedModel, request: Request, generation_config: GenerationConfig | None) -> None:

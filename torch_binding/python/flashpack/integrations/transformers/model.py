@@ -13,8 +13,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
+from ..._checkpoint import StrPath, Verify
 from ..._directory import own_files
-from ..._footer import StrPath, Verify
 from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._memory import ReadOptions
 from ..._native import FlashPackError

@@ -1,0 +1,175 @@
+"""Tensors that are yielded while the rest is being read."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import flashpack
+import pytest
+import safetensors.torch
+import torch
+from flashpack import _native, _stream
+from support import assert_bit_equal, bits, random_tensor
+
+MIB = 1 << 20
+COUNT = 12
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    return {f"{i:02}": random_tensor((MIB // 4 + i,), seed=i) for i in range(COUNT)}
+
+
+@pytest.fixture(params=["safetensors", "flashpack"])
+def path(request, tensors, tmp_path) -> Path:
+    file = tmp_path / f"a.{request.param}"
+    if request.param == "flashpack":
+        flashpack.pack_to_file(tensors, file)
+    else:
+        safetensors.torch.save_file(tensors, file)
+    return file
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
+    monkeypatch.setattr(_stream, "_GROUP_BYTES", 2 * MIB + MIB // 2)
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """Lists the transfers as they are started and finished."""
+    done: list[str] = []
+    start, finish = _stream.start, _native.finish_loads
+    monkeypatch.setattr(_stream, "start", lambda *args: done.append("start") or start(*args))
+    monkeypatch.setattr(_native, "finish_loads", lambda *args: done.append("finish") or finish(*args))
+    return done
+
+
+def in_file_order(path: Path) -> list[str]:
+    with flashpack.open_file(path) as file:
+        return file.keys()
+
+
+def test_every_tensor_comes_once_with_its_bits_in_file_order(path, tensors):
+    streamed = list(flashpack.stream_tensors(path))
+    assert [name for name, _ in streamed] == in_file_order(path)
+    assert_bit_equal(dict(streamed), tensors)
+
+
+def test_the_first_tensor_comes_before_the_last_is_asked_for(path, loads):
+    stream = flashpack.stream_tensors(path)
+    assert loads == []
+    next(stream)
+    assert loads.count("finish") == 1
+    assert loads.count("start") <= 1 + _stream._AT_ONCE
+
+
+def test_a_tensor_of_a_stream_is_never_written_again(path, tensors):
+    stream = flashpack.stream_tensors(path, window_bytes=3 * MIB)
+    for name, tensor in stream:
+        assert bits(tensor) == bits(tensors[name])
+        tensor.fill_(7)
+        gc.collect()
+    # Whoever keeps all of them has all of them.
+    assert_bit_equal(dict(flashpack.stream_tensors(path, window_bytes=1)), tensors)
+
+
+@pytest.mark.parametrize("leave", [lambda stream: stream.close(), lambda stream: stream.__exit__(None, None, None)])
+def test_a_stream_that_is_left_reads_nothing_more(path, tensors, loads, leave: Callable):
+    stream = flashpack.stream_tensors(path)
+    name, tensor = next(stream)
+    leave(stream)
+    started = loads.count("start")
+    assert list(stream) == []
+    assert loads.count("start") == started
+    assert bits(tensor) == bits(tensors[name])
+
+
+def test_what_is_kept_is_counted_and_told_once_and_the_rest_is_read_one_by_one(path, loads, caplog):
+    with caplog.at_level(logging.WARNING, "flashpack"):
+        kept = list(flashpack.stream_tensors(path, window_bytes=4 * MIB))
+    assert len(kept) == COUNT
+    assert [record.message.split(" of the tensors")[0] for record in caplog.records] == [
+        f"more than window_bytes={4 * MIB}"
+    ]
+    assert "".join("s" if each == "start" else "f" for each in loads).endswith("sfsf")
+
+
+def test_what_is_dropped_makes_room(path, loads, caplog):
+    for _, tensor in flashpack.stream_tensors(path, window_bytes=16 * MIB):
+        del tensor
+    assert caplog.records == []
+    assert "sss" in "".join("s" if each == "start" else "f" for each in loads)
+
+
+def test_names_choose_and_order(path, tensors):
+    names = ["07", "03", "11"]
+    assert [name for name, _ in flashpack.stream_tensors(path, names=names, order="names")] == names
+    assert {name for name, _ in flashpack.stream_tensors(path, names=names)} == set(names)
+    assert {name for name, _ in flashpack.stream_tensors(path, names=lambda name: name > "08")} == {"09", "10", "11"}
+    with pytest.raises(flashpack.FlashPackError, match="has no tensors"):
+        next(flashpack.stream_tensors(path, names=["absent"]))
+
+
+def test_several_files_are_one_stream_in_the_order_given(tensors, tmp_path):
+    files = []
+    for name in ("05", "01", "09"):
+        files.append(tmp_path / f"{name}.safetensors")
+        safetensors.torch.save_file({name: tensors[name]}, files[-1])
+    assert [name for name, _ in flashpack.stream_tensors(files)] == ["05", "01", "09"]
+    with pytest.raises(flashpack.FlashPackError, match="both have"):
+        next(flashpack.stream_tensors([files[0], files[0]]))
+
+
+def test_tensors_are_cast(path, tensors):
+    for name, tensor in flashpack.stream_tensors(path, dtype=torch.bfloat16):
+        assert torch.equal(tensor.nan_to_num(), tensors[name].to(torch.bfloat16).nan_to_num())
+
+
+def test_every_stripe_of_a_file_with_checksums_is_verified(tensors, tmp_path):
+    path = tmp_path / "a.flashpack"
+    flashpack.pack_to_file(tensors, path)
+    raw = bytearray(path.read_bytes())
+    for at in range(MIB // 2, COUNT * MIB, MIB):
+        raw[at] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(flashpack.FlashPackError, match="do not match their checksum"):
+            list(flashpack.stream_tensors(path))
+        assert len(list(flashpack.stream_tensors(path, verify="never"))) == COUNT
+        raw[at] ^= 1
+    path.write_bytes(raw)
+    stream = flashpack.stream_tensors(path, verify="always")
+    assert len(list(stream)) == COUNT
+    assert stream.stats["verified_bytes"] == stream.stats["requested_bytes"]
+
+
+def test_async_for_gets_the_same(path, tensors):
+    async def collect() -> dict[str, torch.Tensor]:
+        return {name: tensor async for name, tensor in flashpack.stream_tensors(path)}
+
+    assert_bit_equal(asyncio.run(collect()), tensors)
+
+
+def test_the_modes_of_the_caller_change_nothing(path):
+    with torch.inference_mode():
+        _, tensor = next(flashpack.stream_tensors(path))
+    assert not tensor.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": "size"}, "order must be"),
+        ({"order": "names"}, "needs a list"),
+        ({"dtype": torch.int8}, "dtype=torch.int8"),
+        ({"verify": "perhaps"}, "verify must be"),
+        ({"device": "nowhere"}, "nowhere"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_the_call(path, options, message):
+    with pytest.raises(flashpack.FlashPackError, match=message):
+        flashpack.stream_tensors(path, **options)

@@ -1,0 +1,253 @@
+#include "bind_checkpoint.h"
+
+#include <nanobind/stl/filesystem.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <string>
+#include <utility>
+
+#include "footer_objects.h"
+#include "native_calls.h"
+#include "torch_binding/format/segments.h"
+#include "torch_binding/format/verified.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flashpack {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+/// dev, ino, size_bytes, mtime_ns.
+using IdentityTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::int64_t>;
+/// Path, descriptor, identity, format.
+using FileTuple = std::tuple<fs::path, int, IdentityTuple, std::string_view>;
+/// Path, format, JSON of the footer or header, and where the payload ends.
+using HeaderTuple = std::tuple<fs::path, std::string, std::string, std::uint64_t>;
+/// Size of a block in bytes, and its phase.
+using BlockTuple = std::tuple<std::uint64_t, std::uint64_t>;
+/// Indices of blocks, and offsets in the blocks in bytes. Two lists of numbers cost Python's garbage collector nothing.
+using PlacesTuple = std::tuple<std::vector<std::size_t>, std::vector<std::uint64_t>>;
+
+template <typename Path>
+PyCheckpoint open(const Path& path) {
+  const NativeCall call;
+  nb::gil_scoped_release released;
+  return PyCheckpoint(open_checkpoint(path));
+}
+
+PyCheckpoint open_files(const std::vector<fs::path>& paths) { return open(std::span<const fs::path>(paths)); }
+
+PyCheckpoint of_headers(const fs::path& path, const std::vector<HeaderTuple>& headers) {
+  const NativeCall call;
+  nb::gil_scoped_release released;
+  std::vector<CheckpointFile> files;
+  for (const auto& [file, format, json, payload_bytes] : headers) {
+    const bool is_flashpack = format == format_name(FileFormat::kFlashPack);
+    const auto parse = is_flashpack ? parse_footer : parse_safetensors_header;
+    files.push_back({.path = file, .metadata = parse(json, payload_bytes, file)});
+  }
+  return PyCheckpoint(Checkpoint(path, std::move(files)));
+}
+
+/// Reads the JSON of a file's metadata once more. Throws: Error.
+std::string json_of(const CheckpointFile& file) {
+  const bool is_flashpack = file.metadata.format == FileFormat::kFlashPack;
+  std::uint64_t begin = file.metadata.payload_bytes;
+  std::uint64_t length_at = file.metadata.identity.size_bytes - 2 * sizeof(std::uint64_t);
+  if (!is_flashpack) begin = sizeof(std::uint64_t), length_at = 0;
+  const auto read = [&](void* target, std::uint64_t size_bytes, std::uint64_t offset_bytes) {
+    const ssize_t got = ::pread(file.fd, target, size_bytes, static_cast<off_t>(offset_bytes));
+    if (got != static_cast<ssize_t>(size_bytes))
+      throw Error(Errc::kFileChanged, "read " + file.path.string(), file.path);
+  };
+  std::uint64_t json_bytes = 0;
+  read(&json_bytes, sizeof json_bytes, length_at);
+  if (json_bytes > file.metadata.identity.size_bytes)
+    throw Error(Errc::kFileChanged, "read " + file.path.string(), file.path);
+  std::string json(json_bytes, '\0');
+  read(json.data(), json_bytes, begin);
+  return json;
+}
+
+std::vector<HeaderTuple> headers_of(const PyCheckpoint& checkpoint) {
+  const NativeCall call;
+  const auto opened = checkpoint.get();
+  nb::gil_scoped_release released;
+  std::vector<HeaderTuple> headers;
+  for (const CheckpointFile& file : opened->files()) {
+    headers.emplace_back(file.path, format_name(file.metadata.format), json_of(file), file.metadata.payload_bytes);
+  }
+  return headers;
+}
+
+std::vector<FileTuple> file_tuples(const PyCheckpoint& checkpoint) {
+  std::vector<FileTuple> tuples;
+  for (const auto& [path, metadata, fd] : checkpoint.get()->files()) {
+    const auto& [dev, ino, size_bytes, mtime_ns] = metadata.identity;
+    tuples.emplace_back(path, fd, IdentityTuple{dev, ino, size_bytes, mtime_ns}, format_name(metadata.format));
+  }
+  return tuples;
+}
+
+const Metadata& only_file(const Checkpoint& checkpoint) {
+  const Metadata& metadata = checkpoint.files().front().metadata;
+  const bool several = checkpoint.files().size() > 1;
+  if (!several && metadata.format == FileFormat::kFlashPack) return metadata;
+  const std::string what = several ? "a checkpoint of several files" : "a safetensors file";
+  throw Error(
+      Errc::kInvalidArgument,
+      checkpoint.path().string() + " is " + what +
+          ", which has no flashpack footer and no macroblocks: load_file, open_file and assign_from_file take it");
+}
+
+PyCheckpoint macroblocks_of(const PyCheckpoint& checkpoint) {
+  const auto opened = checkpoint.get();
+  const CheckpointFile& file = opened->files().front();
+  Metadata blocks = macroblocks_as_records(only_file(*opened));
+  blocks.identity = file.metadata.identity;
+  blocks.checksums = file.metadata.checksums;
+  return PyCheckpoint(Checkpoint(file.path, {{file.path, std::move(blocks), ::dup(file.fd)}}));
+}
+
+/// Path, and a sentence about its file.
+using WarningTuple = std::tuple<fs::path, std::string>;
+
+std::uint64_t payload_bytes_of(const PyCheckpoint& checkpoint) {
+  std::uint64_t sum = 0;
+  for (const CheckpointFile& file : checkpoint.get()->files()) sum += file.metadata.payload_bytes;
+  return sum;
+}
+
+std::vector<WarningTuple> warnings_of(const PyCheckpoint& checkpoint) {
+  std::vector<WarningTuple> all;
+  for (const CheckpointFile& file : checkpoint.get()->files())
+    for (const std::string& warning : file.metadata.warnings) all.emplace_back(file.path, warning);
+  return all;
+}
+
+bool has_checksums(const PyCheckpoint& checkpoint) {
+  return std::ranges::all_of(checkpoint.get()->files(),
+                             [](const auto& file) { return file.metadata.checksums.has_value(); });
+}
+
+SegmentPlan plan(const PyCheckpoint& checkpoint, const std::vector<std::size_t>& wanted, bool on_device,
+                 std::string_view verify, std::uint64_t max_segment_bytes) {
+  const auto kind = on_device ? Device::Kind::kCuda : Device::Kind::kHost;
+  return plan_segments(*checkpoint.get(), wanted, kind, verify_policy(verify), max_segment_bytes);
+}
+
+std::vector<BlockTuple> blocks_of(const SegmentPlan& plan) {
+  std::vector<BlockTuple> blocks;
+  for (const auto& [size_bytes, phase_bytes] : plan.blocks) blocks.emplace_back(size_bytes, phase_bytes);
+  return blocks;
+}
+
+PlacesTuple places_in_blocks(const SegmentPlan& plan) {
+  PlacesTuple places;
+  auto& [blocks, offsets] = places;
+  for (const SegmentPlan::Place& place : plan.places) {
+    const bool empty = place.segment == SegmentPlan::Place::kNowhere;
+    blocks.push_back(empty ? 0 : plan.segments[place.segment].block);
+    offsets.push_back(empty ? 0 : plan.block_offset(place));
+  }
+  return places;
+}
+
+std::vector<ReadTuple> reads_of(const SegmentPlan& plan, const std::vector<std::uintptr_t>& addresses) {
+  if (addresses.size() != plan.blocks.size()) throw Error(Errc::kInvalidArgument, "every block has one address");
+  std::vector<ReadTuple> reads;
+  reads.reserve(plan.segments.size());
+  for (const Segment& segment : plan.segments) {
+    reads.emplace_back(segment.file, segment.offset_bytes, segment.size_bytes,
+                       addresses[segment.block] + segment.block_offset);
+  }
+  return reads;
+}
+
+void bind_plan(nb::module_& module) {
+  nb::class_<SegmentPlan>(module, "SegmentPlan",
+                          "The bytes to read for tensors of a checkpoint, and the blocks of memory that they go to.")
+      .def_prop_ro("blocks", &blocks_of,
+                   "(size in bytes, phase) of each; on the host the address has to be the phase modulo the page.")
+      .def_prop_ro("places", &places_in_blocks,
+                   "The block of each wanted tensor, and the offset in that block in bytes; without meaning for "
+                   "empty tensors.")
+      .def("reads", &reads_of, "addresses"_a,
+           "What a load reads into blocks at these addresses: (index of the file, file offset, size, address).");
+}
+
+}  // namespace
+
+std::shared_ptr<const Checkpoint> PyCheckpoint::get() const {
+  if (!opened_) throw nb::value_error("I/O operation on closed file");  // As Python's own files say.
+  return opened_;
+}
+
+Verify verify_policy(std::string_view name) {
+  if (name == "auto") return Verify::kAuto;
+  if (name == "always") return Verify::kAlways;
+  if (name == "never") return Verify::kNever;
+  throw Error(Errc::kInvalidArgument, "verify must be auto, always or never, got " + std::string(name));
+}
+
+std::vector<FileExtents> files_of(const Checkpoint& checkpoint, const std::vector<ReadTuple>& reads, Verify verify) {
+  std::vector<FileExtents> files;
+  for (auto read = reads.begin(); read != reads.end();) {
+    const std::size_t index = std::get<0>(*read);
+    if (index >= checkpoint.files().size()) throw Error(Errc::kInvalidArgument, "there is no such file");
+    std::vector<Extent> extents;
+    for (; read != reads.end() && std::get<0>(*read) == index; ++read) {
+      const auto [file, offset_bytes, size_bytes, address] = *read;
+      extents.push_back(
+          {offset_bytes, size_bytes, reinterpret_cast<void*>(address)});  // NOLINT(performance-no-int-to-ptr)
+    }
+    files.push_back(extents_in(checkpoint.files()[index], std::move(extents), verify));
+  }
+  return files;
+}
+
+void bind_checkpoint(nb::module_& module) {
+  module.attr("MAX_SEGMENT_BYTES") = kMaxSegmentBytes;
+  bind_plan(module);
+  nb::class_<PyCheckpoint>(module, "Checkpoint", "The tensors of one or several files, which are open.")
+      .def_prop_ro("files", &file_tuples,
+                   "(path, descriptor, (device, inode, size in bytes, mtime in nanoseconds), format) of each file.")
+      .def_prop_ro("payload_bytes", &payload_bytes_of)
+      .def_prop_ro(
+          "user_metadata", [](const PyCheckpoint& self) { return self.get()->user_metadata(); },
+          "Text that the authors of the files put in, where the files do not contradict each other.")
+      .def_prop_ro("warnings", &warnings_of, "(path, sentence) of each harmless oddity.")
+      .def_prop_ro("has_checksums", &has_checksums)
+      .def_prop_ro("macroblocks", &macroblocks_of,
+                   "The only file of this checkpoint, with each macroblock as if it were one tensor of one dim.")
+      .def_prop_ro("headers", &headers_of, "What checkpoint_of_headers() takes.")
+      .def(
+          "to_dict", [](const PyCheckpoint& self) { return footer_dict(only_file(*self.get())); },
+          "The keys of the footer of the only file, which is a flashpack file.")
+      .def(
+          "entries",
+          [](const PyCheckpoint& self, const nb::type_object& type) { return entries_of(*self.get(), type); }, "type"_a,
+          "The tensors, file by file and in file order, each as a `type`, which is a tuple of name, dtype, shape, file "
+          "offset, size in bytes, index, and index of the file.")
+      .def("plan", &plan, "wanted"_a, "on_device"_a, "verify"_a = "auto", "max_segment_bytes"_a = kMaxSegmentBytes,
+           "Plans what to read for the tensors at these indices, and where it goes.")
+      .def("close", &PyCheckpoint::close, "Closes the files once no transfer needs them.");
+  module.def("open_checkpoint", &open<fs::path>, "path"_a, "Opens a file, an index of files, or a directory.");
+  module.def("open_files", &open_files, "paths"_a, "Opens several files as one checkpoint.");
+  module.def("checkpoint_of_headers", &of_headers, "path"_a, "headers"_a,
+             "A checkpoint that another process has opened, from (path, format, JSON of footer or header, end of the "
+             "payload).");
+}
+
+}  // namespace flashpack

@@ -1,0 +1,235 @@
+"""Tensors of a checkpoint one after the other, while the rest is being read."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+
+from . import _native
+from ._casts import check_asked, dtype_when_asked
+from ._checkpoint import Checkpoint, Entry, StrPath, Verify, open_checkpoint
+from ._device import DeviceLike, captures_undisturbed
+from ._engine import left_before_exit
+from ._file import places_of, selected
+from ._logging import logger
+from ._memory import Filling, ReadOptions, Wanted, add_stats, filled_of, make_room, start, tensors_of
+from ._native import FlashPackError
+from .utils import string_to_dtype
+
+Order = Literal["file", "names"]
+
+# Tensors that are neighbours in a file are read together up to this size. The first tensor waits for so many bytes.
+_GROUP_BYTES = 64 << 20
+# Groups that are being read at a time, so that the disk never waits for the next one.
+_AT_ONCE = 4
+_WINDOW_BYTES = 512 << 20
+_END = object()
+
+
+class _Group(NamedTuple):
+    """Tensors of one device that are read by one transfer."""
+
+    entries: list[Entry]
+    filling: Filling
+    load: _native.Load
+    size_bytes: int
+
+
+class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, torch.Tensor]]):
+    """Yields (name, tensor) as tensors land. Made by stream_tensors(). One thread or task at a time may use it."""
+
+    def __init__(
+        self,
+        paths: StrPath | Sequence[StrPath],
+        targets: Callable[[Checkpoint], list[tuple[torch.device, list[Entry]]]],
+        options: ReadOptions,
+        dtype: torch.dtype | None,
+        window_bytes: int,
+    ) -> None:
+        self.stats: dict[str, Any] = {}
+        """Figures of the reads so far, as read_flashpack_file's storage has them."""
+        self._options = options
+        self._dtype = dtype
+        self._window_bytes = window_bytes
+        self._kept_bytes = 0
+        self._kept: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._warned = False
+        self._tensors = self._run(paths, targets)
+
+    def __iter__(self) -> TensorStream:
+        return self
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        return next(self._tensors)
+
+    def __aiter__(self) -> TensorStream:
+        return self
+
+    async def __anext__(self) -> tuple[str, torch.Tensor]:
+        found = await asyncio.to_thread(next, self._tensors, _END)
+        if found is _END:
+            raise StopAsyncIteration
+        return found  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Ends the reads that are under way, and closes the files. Tensors that were yielded stay valid."""
+        self._tensors.close()
+
+    def __enter__(self) -> TensorStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(
+        self,
+        paths: StrPath | Sequence[StrPath],
+        targets: Callable[[Checkpoint], list[tuple[torch.device, list[Entry]]]],
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        under_way: deque[_Group] = deque()
+        with open_checkpoint(paths) as checkpoint:
+            groups = iter(targets(checkpoint))
+            try:
+                while self._start(checkpoint, groups, under_way):
+                    tensors = self._finish(under_way)
+                    self._start(checkpoint, groups, under_way)
+                    for name in list(tensors):
+                        yield name, self._given(tensors.pop(name))
+            finally:
+                under_way.clear()  # This ends the transfers that have not been waited for.
+
+    @left_before_exit
+    @captures_undisturbed()
+    def _start(
+        self,
+        checkpoint: Checkpoint,
+        groups: Iterator[tuple[torch.device, list[Entry]]],
+        under_way: deque[_Group],
+    ) -> bool:
+        """Starts to read the next groups, as many as the window has room for, and returns whether any is under way."""
+        while not under_way or (len(under_way) < _AT_ONCE and self._has_room(under_way)):
+            device, entries = next(groups, (None, []))
+            if device is None:
+                break
+            with torch.inference_mode(False), torch.no_grad():
+                # A stripe that two groups share is read by both, so that both can verify it.
+                verified = checkpoint.native.has_checksums and self._options.verify != "never"
+                whole: Verify = "always" if verified else "never"
+                filling = make_room(Wanted(checkpoint, entries), device, self._options._replace(verify=whole))
+                [batch] = filling.batches(as_stream=False)
+                load = start(checkpoint, batch, filling, self._options)
+            under_way.append(_Group(entries, filling, load, sum(entry.size_bytes for entry in entries)))
+        return bool(under_way)
+
+    @left_before_exit
+    @captures_undisturbed()
+    def _finish(self, under_way: deque[_Group]) -> dict[str, torch.Tensor]:
+        """Waits for the oldest group, and returns its tensors."""
+        entries, filling, load, _ = under_way[0]
+        [stats] = _native.finish_loads([load], None)
+        add_stats(self.stats, stats)
+        under_way.popleft()
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = tensors_of(entries, filled_of(filling))
+            for entry in entries if self._dtype is not None else ():
+                cast = dtype_when_asked(string_to_dtype(entry.dtype), self._dtype)
+                tensors[entry.name] = tensors[entry.name].to(cast)
+        return tensors
+
+    def _has_room(self, under_way: deque[_Group]) -> bool:
+        used_bytes = self._kept_bytes + sum(group.size_bytes for group in under_way)
+        if self._kept_bytes > self._window_bytes and not self._warned:
+            self._warned = True
+            logger.warning(
+                "more than window_bytes=%d of the tensors of a stream are kept: it reads on with less read ahead, and "
+                "memory grows with what is kept",
+                self._window_bytes,
+            )
+        return used_bytes + _GROUP_BYTES <= self._window_bytes
+
+    def _given(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Counts the bytes of `tensor` until nobody has it any more."""
+        size_bytes = tensor.nbytes
+
+        def drop(reference: weakref.ref[torch.Tensor]) -> None:
+            if self._kept.pop(id(reference), None) is not None:
+                self._kept_bytes -= size_bytes
+
+        reference = weakref.ref(tensor, drop)
+        self._kept[id(reference)] = reference
+        self._kept_bytes += size_bytes
+        return tensor
+
+
+def stream_tensors(
+    paths: StrPath | Sequence[StrPath],
+    device: DeviceLike = "cpu",
+    *,
+    names: Collection[str] | Callable[[str], bool] | None = None,
+    order: Order = "file",
+    window_bytes: int = _WINDOW_BYTES,
+    dtype: torch.dtype | None = None,
+    device_map: Mapping[str, DeviceLike] | None = None,
+    verify: Verify = "auto",
+) -> TensorStream:
+    """Returns an iterator of (name, tensor), which yields each tensor soon after it has landed, while the rest is read.
+
+        with flashpack.stream_tensors("llama/", "cuda") as stream:
+            for name, tensor in stream:
+                parameters[name].copy_(tensor)
+
+    `async for` works, too. Leaving the `with` block, close(), or dropping the stream ends the reads. Reading begins
+    with the first tensor that is asked for.
+
+    A tensor is never changed once it has been yielded. Small neighbours share memory of at most 64 MiB, which lives as
+    long as the last of them; a copy (clone()) of a small tensor frees the rest. On a GPU a tensor may be used on any
+    stream.
+
+    `paths`: a flashpack or safetensors file, the index of several, a directory, or a list of files.
+    `names`: the tensors to read, by default all, or a function that says for each name whether it is wanted.
+    `order`: "file" yields them file by file, in the order of their bytes; "names" in the order of `names`, a list.
+    `window_bytes`: about so many bytes are alive at a time: those being read ahead, and those yielded that somebody
+    keeps. A consumer that keeps more gets a warning in the log and fewer bytes read ahead, but all of its tensors.
+    `dtype`, `device_map`, `verify`: see load_file and assign_from_file.
+
+    Raises FlashPackError (a ValueError) for an argument that is not valid; from the iterator, what load_file raises.
+    """
+    check_asked(dtype)
+    if order not in get_args(Order):
+        raise FlashPackError(f"order must be file or names, got {order!r}")
+    if order == "names" and not isinstance(names, Sequence):
+        raise FlashPackError('order="names" needs a list of names')
+    options = ReadOptions(verify=verify)
+
+    def targets(checkpoint: Checkpoint) -> list[tuple[torch.device, list[Entry]]]:
+        entries = selected(checkpoint, names)
+        if order == "names":
+            by_name = {entry.name: entry for entry in entries}
+            entries = [by_name[name] for name in dict.fromkeys(names)]  # type: ignore[arg-type]
+        return _groups(entries, places_of(entries, device, device_map, options))
+
+    places_of([], device, device_map, options)  # This refuses arguments that are not valid.
+    return TensorStream(paths, targets, options, dtype, window_bytes)
+
+
+def _groups(entries: list[Entry], places: Mapping[torch.device, list[Entry]]) -> list[tuple[torch.device, list[Entry]]]:
+    """Cuts `entries` into groups of neighbours for one device each."""
+    device_of = {entry.number: device for device, here in places.items() for entry in here}
+    groups: list[tuple[torch.device, list[Entry]]] = []
+    size_bytes = 0
+    for entry in entries:
+        device = device_of[entry.number]
+        if not groups or groups[-1][0] != device or size_bytes + entry.size_bytes > _GROUP_BYTES:
+            groups.append((device, []))
+            size_bytes = 0
+        groups[-1][1].append(entry)
+        size_bytes += entry.size_bytes
+    return groups
