@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -270,3 +271,23 @@ def test_load_model_names_what_is_missing_and_unexpected(tmp_path):
 def test_a_handle_refuses_to_be_pickled(path):
     with safe_open(path, "pt") as file, pytest.raises(TypeError, match="cannot pickle"):
         pickle.dumps(file)
+
+
+def test_several_files_are_read_as_one(tmp_path, backend):
+    parts = {"1": {"a": random_tensor((4, 3)), "c": random_tensor((2,))}, "2": {"b": random_tensor((5,), torch.int8)}}
+    paths = [tmp_path / f"{name}.safetensors" for name in parts]
+    for path, tensors in zip(paths, parts.values(), strict=True):
+        save_file(tensors, path)
+    index = tmp_path / "model.safetensors.index.json"
+    files = {name: path.name for path, tensors in zip(paths, parts.values(), strict=True) for name in tensors}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    expected = parts["1"] | parts["2"]
+    for source in (paths, index, tmp_path):
+        with safe_open(source, "pt", backend=backend) as file:
+            assert file.keys() == ["a", "b", "c"]
+            assert file.offset_keys() == ["a", "c", "b"]
+            assert file.get_tensor_meta("b").data_offsets == (0, 5)
+            assert_bit_equal(file.get_tensors(), expected)
+            assert bits(file.get_slice("b")[1:3]) == bits(expected["b"][1:3])
+            assert_bit_equal(dict(file.prefetch()), expected)
+        assert_bit_equal(load_file(source, backend=backend), expected)

@@ -6,6 +6,7 @@ import gc
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,11 @@ def held_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     allowed = threading.Event()
     stream = _prefetch_loader._stream
 
+    @contextmanager
     def held(*args):
         allowed.wait()
-        yield from stream(*args)
+        with stream(*args) as tensors:
+            yield tensors
 
     monkeypatch.setattr(_prefetch_loader, "_stream", held)
     yield allowed.set

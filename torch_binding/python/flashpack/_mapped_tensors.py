@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Sequence
 from functools import cache
 from io import FileIO
+from itertools import groupby
 from mmap import PAGESIZE, mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +34,9 @@ _mapped_bytes: weakref.WeakKeyDictionary[mmap, int] = weakref.WeakKeyDictionary(
 
 
 class MappedTensors:
-    """The tensors of a file on the CPU, without a copy: they share the page cache's memory until they are written to.
+    """The tensors of one or several files on the CPU, without a copy.
+
+    They share the page cache's memory until they are written to.
 
     Whole tensors that are not in the page cache are read into it in the background. Parts of tensors are then read into
     memory of their own, so that nothing around them is read.
@@ -43,19 +46,19 @@ class MappedTensors:
 
     def __init__(self, file: FlashPackFile) -> None:
         self._file = file
-        self._block: MappedFile | None = None
-        self._ahead: _ReadAhead | None = None
+        self._maps: dict[int, _Map] = {}
 
     def tensor(self, entry: Entry) -> torch.Tensor:
         return self.tensors([entry])[entry.name]
 
     def tensors(self, entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
-        """Returns them, which are in file order. What lies between the first and the last is read ahead."""
+        """Returns them, which are in file order. What lies between the first and the last of a file is read ahead."""
         there = [entry for entry in entries if _is_aligned(entry)]
         every = {each.name: self._view(each) if _is_aligned(each) else self._file.get(each.name) for each in entries}
-        if there:
-            begin, end = there[0].offset_bytes, there[-1].offset_bytes + there[-1].size_bytes
-            self._read_ahead(every[there[0].name], begin, end - begin)
+        for _, of_file in groupby(there, key=lambda each: each.file):
+            first, *others = of_file
+            last = others[-1] if others else first
+            self._read_ahead(first, last.offset_bytes + last.size_bytes - first.offset_bytes)
         return every
 
     def part(self, entry: Entry, index: Any) -> torch.Tensor:
@@ -72,25 +75,39 @@ class MappedTensors:
         return TensorSlice(self._file, entry)[index]
 
     def _view(self, entry: Entry) -> torch.Tensor:
-        if self._block is None:
-            [file] = self._file._checkpoint.files()
+        block = self._map_of(entry).block
+        return block.tensor(string_to_dtype(entry.dtype), entry.shape, entry.offset_bytes)
+
+    def _map_of(self, entry: Entry) -> _Map:
+        """Returns the mapping of the file that has the tensor, made when it is first used."""
+        if entry.file not in self._maps:
+            file = self._file._checkpoint.files()[entry.file]
             block = map_file(file)
             with _lock:
                 _mapped_bytes[block._buffer] = len(block._buffer)
                 fits = 2 * sum(_mapped_bytes.values()) < _memory_bytes()
             # What is read too far ahead would be displaced before it is used.
-            self._ahead = _ReadAhead(file.fd) if fits else None
-            self._block = block  # Two threads may each map the file; then one mapping is dropped.
-        return self._block.tensor(string_to_dtype(entry.dtype), entry.shape, entry.offset_bytes)
+            made = _Map(block, _ReadAhead(file.fd) if fits else None)
+            self._maps.setdefault(entry.file, made)  # Two threads may each map the file; then one mapping is dropped.
+        return self._maps[entry.file]
 
-    def _read_ahead(self, first: torch.Tensor, offset_bytes: int, size_bytes: int) -> None:
-        """Starts to read this range of the file, which begins with the tensor `first`."""
-        if self._ahead is None:
+    def _read_ahead(self, first: Entry, size_bytes: int) -> None:
+        """Starts to read this much of a file, from the tensor `first` on."""
+        ahead = self._map_of(first).ahead
+        if ahead is None:
             return
+        address = self._view(first).data_ptr()
         for at in range(0, size_bytes, _PIECE_BYTES):
             piece_bytes = min(_PIECE_BYTES, size_bytes - at)
-            if not _in_page_cache(first.data_ptr() + at, piece_bytes):
-                self._ahead.want(offset_bytes + at, piece_bytes)
+            if not _in_page_cache(address + at, piece_bytes):
+                ahead.want(first.offset_bytes + at, piece_bytes)
+
+
+class _Map(NamedTuple):
+    """One file."""
+
+    block: MappedFile
+    ahead: _ReadAhead | None
 
 
 class _ReadAhead:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -13,8 +14,8 @@ from ._checkpoint import Entry
 from ._device import DeviceLike
 from ._engine import left_before_exit
 from ._file import FlashPackFile
-from ._file import load_file as load_any_file
 from ._safetensors import CheckpointError, FileOnDevice, catchable
+from ._stream import TensorStream, stream_tensors
 
 PrefetchPlan = Mapping[str, slice | None]
 """The tensors to load, and which rows of them; None for all rows."""
@@ -140,7 +141,7 @@ def _land(
 ) -> None:
     """Loads whole tensors in one stream, then parts of tensors. Errors go to those who wait."""
     with landing.told_of_errors(), left_before_exit:
-        with closing(_stream(file, device, [name for name in names if rows.get(name) is None])) as whole:
+        with _stream(file, device, [name for name in names if rows.get(name) is None]) as whole:
             for name, tensor in whole:
                 if not landing.put(name, tensor):
                     return
@@ -150,10 +151,10 @@ def _land(
                 return
 
 
-def _stream(
-    file: FlashPackFile, device: DeviceLike, names: list[str]
-) -> Generator[tuple[str, torch.Tensor], None, None]:
-    yield from load_any_file(file._checkpoint, device, names=names, verify=file._options.verify).items()
+def _stream(file: FlashPackFile, device: DeviceLike, names: list[str]) -> TensorStream:
+    """Streams without a window, because the loader keeps what nobody has taken yet."""
+    verify = file._options.verify
+    return stream_tensors(file._checkpoint, device, names=names, window_bytes=sys.maxsize, verify=verify)
 
 
 def checked_rows(entry: Entry, part: slice | None) -> slice | None:

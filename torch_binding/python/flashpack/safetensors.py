@@ -11,7 +11,7 @@ truncates kills the process. `backend="mmap"` asks for just that.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from types import FunctionType, TracebackType
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -64,7 +64,8 @@ class TensorMeta(NamedTuple):
 class safe_open:  # noqa: N801  It has the name that it has in safetensors.
     """A file, or several, whose tensors are read by name. See the module for what differs from safetensors.
 
-    `filename`: also a flashpack file. `device`: tensors are read to it.
+    `filename`: also a flashpack file, the index of several files, a directory, or a list of files, whose tensors are
+    taken for those of one. `device`: tensors are read to it.
     `backend`: None and "pread" read tensors into memory of their own. "mmap" maps the file, for tensors on the CPU.
     `verify`: see assign_from_file; safetensors files have no checksums.
 
@@ -81,7 +82,7 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
 
     def __new__(
         cls,
-        filename: StrPath,
+        filename: StrPath | Sequence[StrPath],
         framework: str = "pt",
         device: DeviceLike | None = "cpu",
         *,
@@ -105,7 +106,7 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
         return sorted(self._opened().keys())
 
     def offset_keys(self) -> list[str]:
-        """Returns the names in file order."""
+        """Returns the names in file order, file by file."""
         return self._opened().keys()
 
     def metadata(self) -> dict[str, str] | None:
@@ -131,7 +132,8 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
 
     def get_tensor_meta(self, name: str) -> TensorMeta:
         entry = self._entry(name)
-        payload = min((each.offset_bytes for each in self._opened()._entries.values()), default=0)
+        there = (each.offset_bytes for each in self._opened()._entries.values() if each.file == entry.file)
+        payload = min(there)
         begin = entry.offset_bytes - payload
         return TensorMeta(dtype_name(entry), header_shape(entry), (begin, begin + entry.size_bytes))
 
@@ -204,6 +206,8 @@ class PySafeSlice:
             with catchable():
                 return self._map.part(self._entry, index)
         with catchable():
+            if index is ...:
+                return self._file.get(self._entry.name)
             try:
                 return TensorSlice(self._file, self._entry)[index]
             except TypeError:  # Lists, masks, tensors, None.
@@ -227,7 +231,9 @@ def is_gpu(device: Any) -> bool:
     return device is not None and is_ours("pt", device) and torch.device(device).type == "cuda"
 
 
-def load_file(filename: StrPath, device: DeviceLike = "cpu", *, backend: Backend = None) -> dict[str, torch.Tensor]:
+def load_file(
+    filename: StrPath | Sequence[StrPath], device: DeviceLike = "cpu", *, backend: Backend = None
+) -> dict[str, torch.Tensor]:
     """Returns the tensors of a file, in file order. See safe_open for the arguments and errors."""
     if not is_ours("pt", device):
         theirs: dict[str, torch.Tensor] = _original_load(filename, device, **_given(backend))
