@@ -116,7 +116,7 @@ def names_in(file: str) -> list[str]:
 
 
 def weights_of(files: list[str], device: str, options: Options, keep: Keep | None, show: bool) -> Weights:
-    """Yields the tensors of the files in turn, those alone whose names are to be kept.
+    """Yields the tensors of the files in turn, those alone whose names are to be kept, each soon after it is read.
 
     `device`: "cuda" stands for the current device; any but a CUDA device for the CPU. `show`: whether to show a bar.
     """
@@ -133,7 +133,7 @@ def weights_of(files: list[str], device: str, options: Options, keep: Keep | Non
 
 
 def _device(name: str) -> torch.device:
-    """Returns the device with its index, because other threads have another current device."""
+    """Returns the device with its index, because the current device may be another one when a tensor is read."""
     if not name.startswith("cuda"):
         return CPU
     device = torch.device(name)
