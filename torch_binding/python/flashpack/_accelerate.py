@@ -39,9 +39,9 @@ class Acceleration:
     def patched(self) -> list[str]:
         """Returns the names that stand for the engine now: "safetensors.safe_open" and others."""
         with _lock:
-            names = [f"{module.__name__}.{name}" for module, name in _bindings_of(safe_open)]
-            wrapped = [f"{getattr(owner, '__module__', owner.__name__)}.{name}" for owner, name, _ in _undo]
-            return sorted(names + wrapped) if self in _active else []
+            names = {f"{module.__name__}.{name}" for module, name in _bindings_of(safe_open)}
+            wrapped = {f"{getattr(owner, '__module__', owner.__name__)}.{name}" for owner, name, _ in _undo}
+            return sorted(names | wrapped) if self in _active else []
 
     def __enter__(self) -> Acceleration:
         return self
@@ -106,7 +106,8 @@ def _bindings_of(wanted: object) -> Iterator[tuple[ModuleType, str]]:
     """Yields each global name of an imported module that stands for `wanted`."""
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType) and module.__name__ not in _LEFT_ALONE:
-            for name, value in list(vars(module).items()):
+            # Other threads may import meanwhile. A list of pairs would wake the garbage collector time and again.
+            for name, value in vars(module).copy().items():
                 if value is wanted:
                     yield module, name
 

@@ -9,7 +9,6 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
-from io import FileIO
 from itertools import groupby
 from mmap import PAGESIZE, mmap
 from pathlib import Path
@@ -25,6 +24,7 @@ from .utils import string_to_dtype
 
 _PIECE_BYTES = 8 << 20
 _STREAMS = 4
+_SCRATCH_BYTES = 1 << 20
 # Looking at every page would cost more than mapping them.
 _LOOK_BYTES = 512 << 10
 
@@ -129,12 +129,15 @@ class _ReadAhead:
 
     def _read(self) -> None:
         try:
-            with open_again(self._file.fileno()) as file, FileIO("/dev/null", "w") as sink:
+            # Reading into memory touches the pages, as sendfile() does not. In a virtual machine that is slow, and else
+            # whoever computes with them next has to wait for it.
+            scratch = memoryview(bytearray(_SCRATCH_BYTES))
+            with open_again(self._file.fileno()) as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 while True:
                     begin, end = self._ranges.popleft()
-                    while begin < end and (sent_bytes := os.sendfile(sink.fileno(), file.fileno(), begin, end - begin)):
-                        begin += sent_bytes
+                    while begin < end and (size_bytes := os.preadv(file.fileno(), [scratch[: end - begin]], begin)):
+                        begin += size_bytes
         except (IndexError, OSError):  # Nothing is left to read, or who touches the pages will meet the same error.
             pass
         finally:
