@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,6 +153,51 @@ def test_async_for_gets_the_same(path, tensors):
         return {name: tensor async for name, tensor in flashpack.stream_tensors(path)}
 
     assert_bit_equal(asyncio.run(collect()), tensors)
+
+
+@pytest.fixture
+def gates(monkeypatch) -> tuple[threading.Event, threading.Event]:
+    """Two events: the first is set once a transfer is waited for, which takes until the second is set."""
+    entered, gate = threading.Event(), threading.Event()
+    finish = _native.finish_loads
+    monkeypatch.setattr(_native, "finish_loads", lambda *args: entered.set() or (gate.wait() and finish(*args)))
+    return entered, gate
+
+
+async def cancelled(waiter: asyncio.Task, entered: threading.Event) -> None:
+    await asyncio.to_thread(entered.wait)
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+
+
+def test_the_tensor_that_a_cancelled_task_waited_for_goes_to_the_next_one(path, tensors, gates):
+    async def collect() -> dict[str, torch.Tensor]:
+        entered, gate = gates
+        stream = flashpack.stream_tensors(path)
+        await cancelled(asyncio.create_task(anext(stream)), entered)
+        gate.set()
+        return {name: tensor async for name, tensor in stream}
+
+    assert_bit_equal(asyncio.run(collect()), tensors)
+
+
+def test_a_task_that_is_cancelled_leaves_its_stream_with_that_error(path, gates):
+    entered, gate = gates
+    stream = flashpack.stream_tensors(path)
+    close = stream.close
+    stream.close = lambda: gate.set() or close()
+
+    async def collect() -> None:
+        with stream:
+            async for _ in stream:
+                pass
+
+    async def main() -> None:
+        await cancelled(asyncio.create_task(collect()), entered)
+
+    asyncio.run(main())
+    assert list(stream) == []
 
 
 def test_the_modes_of_the_caller_change_nothing(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -61,25 +62,34 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         self._kept: dict[int, weakref.ref[torch.Tensor]] = {}
         self._warned = False
         self._tensors = self._run(paths, targets)
+        # It is held while a tensor is being waited for, perhaps on the thread of a task that has been cancelled.
+        self._turn = threading.RLock()
+        self._step: asyncio.Future[object] | None = None
 
     def __iter__(self) -> TensorStream:
         return self
 
     def __next__(self) -> tuple[str, torch.Tensor]:
-        return next(self._tensors)
+        with self._turn:
+            return next(self._tensors)
 
     def __aiter__(self) -> TensorStream:
         return self
 
     async def __anext__(self) -> tuple[str, torch.Tensor]:
-        found = await asyncio.to_thread(next, self._tensors, _END)
+        if self._step is None:
+            self._step = asyncio.ensure_future(asyncio.to_thread(next, self, _END))
+        # A task that is cancelled leaves its tensor to whoever asks next, so that none is lost.
+        found = await asyncio.shield(self._step)
+        self._step = None
         if found is _END:
             raise StopAsyncIteration
         return found  # type: ignore[return-value]
 
     def close(self) -> None:
         """Ends the reads that are under way, and closes the files. Tensors that were yielded stay valid."""
-        self._tensors.close()
+        with self._turn:
+            self._tensors.close()
 
     def __enter__(self) -> TensorStream:
         return self
