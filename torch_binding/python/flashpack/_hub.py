@@ -109,7 +109,7 @@ def is_blob_link(path: StrPath) -> bool:
     such a link would change the file in every revision that shares the blob. So flashpack follows other links, and
     replaces these.
     """
-    return any(map(_is_blob, _targets(path)))
+    return any(map(is_blob, _targets(path)))
 
 
 def _targets(path: StrPath) -> Iterator[Path]:
@@ -131,7 +131,8 @@ def _targets(path: StrPath) -> Iterator[Path]:
         yield link
 
 
-def _is_blob(path: Path) -> bool:
+def is_blob(path: Path) -> bool:
+    """Whether `path`, which need not exist, is where the Hub's cache keeps a blob."""
     home = path.parent
     if home.name == "blobs":
         return (home.parent / "snapshots").is_dir()

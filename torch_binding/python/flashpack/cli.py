@@ -162,10 +162,11 @@ def revert(path: str, destination_path: str | None, force: bool, verbose: bool) 
 @click.option("--json", "-j", "as_json", is_flag=True, help="Print JSON, for programs.")
 @_VERBOSE
 def verify(path: str, as_json: bool, verbose: bool) -> None:
-    """Check a flashpack file against its checksums.
+    """Check a checkpoint against its checksums, or its name in the cache of the Hugging Face Hub.
 
     PATH is the file, or the directory of a model. Reads all of it, and names the tensors that are not as they were
-    written. A file without checksums is an error.
+    written. A safetensors file in the cache is named for a hash of its content, and held against that. Another file
+    without checksums is an error.
 
     \b
     flashpack verify model.flashpack && echo fine

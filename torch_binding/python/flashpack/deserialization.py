@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from typing import Any
 
@@ -11,10 +12,11 @@ from ._checkpoint import StrPath, Verify, get_flashpack_file_metadata, is_flashp
 from ._device import CPU, captures_undisturbed
 from ._distributed import ranks_of_group, resolve_shard_strategy
 from ._engine import engine, left_before_exit
+from ._hub_hashes import Named, hashes_of, named_for_its_hash
 from ._loading import assign
 from ._memory import ReadOptions, Wanted, after, read_tensors, supported_device
 from ._options import Casts, Filters, LoadOptions, Sharing, Strictness
-from ._progress import progress_bar
+from ._progress import Progress, progress_bar
 from ._report import AssignReport
 from ._storage import FlashTensorStorage, accepted, iterate_from_flash_tensor, read_storage
 from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
@@ -106,21 +108,46 @@ def revert_from_file(path: StrPath, silent: bool = True) -> dict[str, torch.Tens
 
 @left_before_exit
 def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
-    """Reads the payload of a checkpoint, at the speed of the disk, and compares it with the checksums in its footers.
+    """Reads a checkpoint, at the speed of the disk, and compares it with what says how it was written.
+
+    The payload of a flashpack file is held against the checksums in its footer. A file without checksums, as
+    safetensors files are, is held against its name if it lies in the cache of the Hugging Face Hub, where files are
+    named for a hash of their content; this takes as long as hashing.
 
     Returns `verified_bytes`, which match; `corrupt`, for the stripes that do not match a list of (file offset, size in
-    bytes, names of the tensors there); and `seconds`. Raises FlashPackError for a file that has no checksums or is not
-    valid, OSError for the system's failures.
+    bytes, names of the tensors there); and `seconds`. For a file that does not match its name, `corrupt` has one
+    stripe, which is the whole file, and instead of names a text with its path and both hashes. Raises FlashPackError
+    for a file that has neither checksums nor such a name or is not valid, OSError for the system's failures.
     """
     report: dict[str, Any] = {"verified_bytes": 0, "corrupt": [], "seconds": 0.0}
     with open_checkpoint(path) as checkpoint:
         native = checkpoint.native
-        with progress_bar("Verifying", native.payload_bytes, not silent) as progress:
-            for number in range(len(checkpoint.files())):
+        blobs = [
+            None if native.has_checksums and file.format == "flashpack" else named_for_its_hash(file)
+            for file in checkpoint.files()
+        ]
+        named = [blob for blob in blobs if blob is not None]
+        total_bytes = sum(blob.size_bytes for blob in named) if all(blobs) else native.payload_bytes
+        with progress_bar("Verifying", total_bytes, not silent) as progress:
+            for number in (number for number, blob in enumerate(blobs) if blob is None):
                 tell = None if progress is None else after(report["verified_bytes"], progress)
                 for key, value in engine().verify(native, number, tell).items():
                     report[key] += value
+            if named:
+                tell = None if progress is None else after(report["verified_bytes"], progress)
+                _hold_against_names(named, report, tell)
     return report
+
+
+def _hold_against_names(named: list[Named], report: dict[str, Any], progress: Progress | None) -> None:
+    begin = time.monotonic()
+    for blob, found in zip(named, hashes_of(named, progress), strict=True):
+        if found == blob.hash:
+            report["verified_bytes"] += blob.size_bytes
+        else:
+            text = f"{blob.file.path}: its {blob.algorithm} is {found}, but in the cache it is named {blob.hash}"
+            report["corrupt"].append((0, blob.size_bytes, f"{text}; delete the file of that name and download it again"))
+    report["seconds"] += time.monotonic() - begin
 
 
 def assign_from_file(

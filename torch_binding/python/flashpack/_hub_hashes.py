@@ -1,0 +1,98 @@
+"""Files in the cache of the Hugging Face Hub, held against the hashes that are their names there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+from ._checkpoint import File
+from ._hub import is_blob, is_blob_link
+from ._progress import Progress
+
+_CHUNK_BYTES = 4 << 20
+_AHEAD_BYTES = 32 << 20
+_TELL_SECONDS = 0.1
+_NAME = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+class Named(NamedTuple):
+    """A file, and the hash of its content by which the cache names it."""
+
+    file: File
+    hash: str
+    """The sha256 of a file in LFS, and git's sha1 of a small one."""
+
+    @property
+    def algorithm(self) -> str:
+        return "sha256" if len(self.hash) == 64 else "sha1"
+
+    @property
+    def size_bytes(self) -> int:
+        return self.file.identity[2]
+
+
+def named_for_its_hash(file: File) -> Named | None:
+    """Returns the file with its hash if it is a blob of the cache, whatever links it was opened by."""
+    blob = Path(os.readlink(f"/proc/self/fd/{file.fd}"))
+    if _NAME.fullmatch(blob.name) and (is_blob(blob) or is_blob_link(file.path)):
+        return Named(file, blob.name)
+    return None
+
+
+def hashes_of(files: list[Named], progress: Progress | None) -> list[str]:
+    """Returns the hashes that the contents have, each computed on a thread of its own.
+
+    Raises OSError for what cannot be read or changes meanwhile.
+    """
+    done_bytes = [0] * len(files)
+    stop = threading.Event()
+
+    def run(index: int) -> str:
+        def tell(count: int) -> None:
+            done_bytes[index] = count
+            if stop.is_set():
+                raise InterruptedError
+
+        return _hash_of(files[index], tell)
+
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
+        try:
+            pending = set(hashes := [pool.submit(run, index) for index in range(len(files))])
+            while pending:
+                done, pending = wait(pending, _TELL_SECONDS)
+                for each in done:
+                    each.result()  # An error ends the others, too.
+                if progress is not None:
+                    progress(sum(done_bytes))
+        finally:
+            stop.set()
+    return [each.result() for each in hashes]
+
+
+def _hash_of(named: Named, tell: Callable[[int], None]) -> str:
+    file, size_bytes = named.file, named.size_bytes
+    digest = hashlib.new(named.algorithm, usedforsecurity=False)
+    if named.algorithm == "sha1":
+        digest.update(b"blob %d\0" % size_bytes)
+    chunk = memoryview(bytearray(min(_CHUNK_BYTES, size_bytes)))
+    at = 0
+    while at < size_bytes:
+        # The disk reads ahead while this thread hashes.
+        os.posix_fadvise(file.fd, at + len(chunk), _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        count = os.preadv(file.fd, [chunk[: size_bytes - at]], at)
+        if count == 0:
+            break
+        digest.update(chunk[:count])
+        at += count
+        tell(at)
+    status = os.fstat(file.fd)
+    if at < size_bytes or (status.st_size, status.st_mtime_ns) != file.identity[2:]:
+        raise OSError(errno.ESTALE, "the file has changed since it was opened", os.fspath(file.path))
+    return digest.hexdigest()
