@@ -109,6 +109,18 @@ def test_the_metadata_of_a_directory_comes_with_its_weights(destination, tmp_pat
     assert flashpack.get_flashpack_file_metadata(packed)["metadata"] == ABOUT
 
 
+def test_the_metadata_of_a_sharded_directory_comes_back_after_conversion(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    shards = dict(zip(("m0.safetensors", "m1.safetensors"), halves(), strict=True))
+    save_index(source / "model.safetensors.index.json", shards)
+    for name, tensors in shards.items():
+        safetensors.torch.save_file(tensors, source / name, metadata=ABOUT)
+    packed = os.path.join(convert_to_flashpack(source, tmp_path / "converted"), "model.flashpack")
+    assert flashpack.get_flashpack_file_metadata(packed)["metadata"] == ABOUT
+    assert header_of(revert_from_flashpack(packed, tmp_path / "back.safetensors")) == ABOUT
+
+
 def test_what_shards_contradict_each_other_about_is_left_out_with_a_warning(tmp_path, caplog):
     shards = dict(zip(("m0.safetensors", "m1.safetensors"), halves(), strict=True))
     index = save_index(tmp_path / "model.safetensors.index.json", shards)
