@@ -146,7 +146,9 @@ def _hold_against_names(named: list[Named], report: dict[str, Any], progress: Pr
             report["verified_bytes"] += blob.size_bytes
         else:
             text = f"{blob.file.path}: its {blob.algorithm} is {found}, but in the cache it is named {blob.hash}"
-            report["corrupt"].append((0, blob.size_bytes, f"{text}; delete the file of that name and download it again"))
+            report["corrupt"].append(
+                (0, blob.size_bytes, f"{text}; delete the file of that name and download it again")
+            )
     report["seconds"] += time.monotonic() - begin
 
 
