@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import struct
@@ -175,3 +176,18 @@ import safetensors
 print(safetensors.safe_open.__module__, "torch" in sys.modules)
 """
     assert run_python(code) == "flashpack._accelerate False\n"
+
+
+def test_modules_that_wait_for_their_first_use_are_not_loaded(tmp_path, monkeypatch):
+    file = tmp_path / "broken_at_first_use.py"
+    file.write_text("raise ImportError('it was loaded')")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    lazy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lazy)
+    nameless = types.ModuleType("nameless")
+    del nameless.__name__
+    monkeypatch.setitem(sys.modules, file.stem, lazy)
+    monkeypatch.setitem(sys.modules, "nameless", nameless)
+    with flashpack.accelerate() as acceleration:
+        assert "safetensors.safe_open" in acceleration.patched()

@@ -105,9 +105,13 @@ def _replace(old: object, new: object) -> None:
 def _bindings_of(wanted: object) -> Iterator[tuple[ModuleType, str]]:
     """Yields each global name of an imported module that stands for `wanted`."""
     for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType) and module.__name__ not in _LEFT_ALONE:
+        if not issubclass(type(module), ModuleType):
+            continue
+        # vars() would load a module of importlib's LazyLoader, which may fail.
+        names = object.__getattribute__(module, "__dict__")
+        if names.get("__name__", __name__) not in _LEFT_ALONE:
             # Other threads may import meanwhile. A list of pairs would wake the garbage collector time and again.
-            for name, value in vars(module).copy().items():
+            for name, value in names.copy().items():
                 if value is wanted:
                     yield module, name
 
