@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import flashpack
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from flashpack import _distributed, _memory, utils
@@ -150,6 +152,21 @@ def assign(rank, paths, options, seeds=(1, 2)):
 def test_modules_of_all_ranks_get_what_the_first_reads(ranks, pack):
     source = Model()
     assert ranks(assign, [str(pack(source)), NOWHERE], {}) == [plain(source.state_dict())] * 2
+
+
+@pytest.mark.parametrize("suffix", ["flashpack", "safetensors"])
+def test_the_index_decides_on_all_ranks_which_of_several_files_has_a_tensor(ranks, tmp_path, suffix):
+    source = Model()
+    chosen = {"a": 0, "b": 1, "count": 0}
+    for i in range(2):
+        state = {name: t if chosen[name] == i else t + 1 for name, t in source.state_dict().items()}
+        if suffix == "flashpack":
+            flashpack.pack_to_file(state, tmp_path / f"{i}.flashpack")
+        else:
+            safetensors.torch.save_file(state, tmp_path / f"{i}.safetensors")
+    index = tmp_path / f"model.{suffix}.index.json"
+    index.write_text(json.dumps({"weight_map": {name: f"{i}.{suffix}" for name, i in chosen.items()}}))
+    assert ranks(assign, [str(index), NOWHERE], {}) == [plain(source.state_dict())] * 2
 
 
 @pytest.mark.parametrize(

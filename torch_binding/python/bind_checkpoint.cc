@@ -48,7 +48,7 @@ PyCheckpoint open(const Path& path) {
 
 PyCheckpoint open_files(const std::vector<fs::path>& paths) { return open(std::span<const fs::path>(paths)); }
 
-PyCheckpoint of_headers(const fs::path& path, const std::vector<HeaderTuple>& headers) {
+PyCheckpoint of_headers(const fs::path& path, const std::vector<HeaderTuple>& headers, const WeightMap& weight_map) {
   const NativeCall call;
   nb::gil_scoped_release released;
   std::vector<CheckpointFile> files;
@@ -57,7 +57,7 @@ PyCheckpoint of_headers(const fs::path& path, const std::vector<HeaderTuple>& he
     const auto parse = is_flashpack ? parse_footer : parse_safetensors_header;
     files.push_back({.path = file, .metadata = parse(json, payload_bytes, file)});
   }
-  return PyCheckpoint(Checkpoint(path, std::move(files)));
+  return PyCheckpoint(Checkpoint(path, std::move(files), weight_map));
 }
 
 /// Reads the JSON of a file's metadata once more. Throws: Error.
@@ -65,7 +65,10 @@ std::string json_of(const CheckpointFile& file) {
   const bool is_flashpack = file.metadata.format == FileFormat::kFlashPack;
   std::uint64_t begin = file.metadata.payload_bytes;
   std::uint64_t length_at = file.metadata.identity.size_bytes - 2 * sizeof(std::uint64_t);
-  if (!is_flashpack) begin = sizeof(std::uint64_t), length_at = 0;
+  if (!is_flashpack) {
+    begin = sizeof(std::uint64_t);
+    length_at = 0;
+  }
   const auto read = [&](void* target, std::uint64_t size_bytes, std::uint64_t offset_bytes) {
     const ssize_t got = ::pread(file.fd, target, size_bytes, static_cast<off_t>(offset_bytes));
     if (got != static_cast<ssize_t>(size_bytes))
@@ -89,6 +92,17 @@ std::vector<HeaderTuple> headers_of(const PyCheckpoint& checkpoint) {
     headers.emplace_back(file.path, format_name(file.metadata.format), json_of(file), file.metadata.payload_bytes);
   }
   return headers;
+}
+
+/// Returns the file of each tensor, for checkpoints whose index decided which of several files is meant; else nothing.
+WeightMap weight_map_of(const PyCheckpoint& checkpoint) {
+  const auto opened = checkpoint.get();
+  std::size_t records = 0;
+  for (const CheckpointFile& file : opened->files()) records += file.metadata.records.size();
+  WeightMap map;
+  for (std::size_t i = 0; records != opened->size() && i < opened->size(); ++i)
+    map.emplace(opened->record(i).name, opened->files()[opened->file_of(i)].path.filename().string());
+  return map;
 }
 
 std::vector<FileTuple> file_tuples(const PyCheckpoint& checkpoint) {
@@ -232,6 +246,7 @@ void bind_checkpoint(nb::module_& module) {
       .def_prop_ro("macroblocks", &macroblocks_of,
                    "The only file of this checkpoint, with each macroblock as if it were one tensor of one dim.")
       .def_prop_ro("headers", &headers_of, "What checkpoint_of_headers() takes.")
+      .def_prop_ro("weight_map", &weight_map_of, "The same.")
       .def(
           "to_dict", [](const PyCheckpoint& self) { return footer_dict(only_file(*self.get())); },
           "The keys of the footer of the only file, which is a flashpack file.")
@@ -245,7 +260,7 @@ void bind_checkpoint(nb::module_& module) {
       .def("close", &PyCheckpoint::close, "Closes the files once no transfer needs them.");
   module.def("open_checkpoint", &open<fs::path>, "path"_a, "Opens a file, an index of files, or a directory.");
   module.def("open_files", &open_files, "paths"_a, "Opens several files as one checkpoint.");
-  module.def("checkpoint_of_headers", &of_headers, "path"_a, "headers"_a,
+  module.def("checkpoint_of_headers", &of_headers, "path"_a, "headers"_a, "weight_map"_a,
              "A checkpoint that another process has opened, from (path, format, JSON of footer or header, end of the "
              "payload).");
 }

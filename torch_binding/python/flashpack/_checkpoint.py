@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,10 +108,11 @@ def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Iterator[Checkpoint]:
 
 def opened_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
     """Returns a checkpoint that the caller has to close. Raises as open_checkpoint does."""
-    if isinstance(path, (str, os.PathLike)):
-        checkpoint = Checkpoint(os.fspath(path), _native.open_checkpoint(path))
+    if isinstance(path, Iterable) and not isinstance(path, (str, bytes, os.PathLike)):
+        paths = list(path)
+        checkpoint = Checkpoint(", ".join(os.fspath(each) for each in paths), _native.open_files(paths))
     else:
-        checkpoint = Checkpoint(", ".join(os.fspath(each) for each in path), _native.open_files(list(path)))
+        checkpoint = Checkpoint(os.fspath(path), _native.open_checkpoint(path))
     for file, warning in checkpoint.native.warnings:
         logger.warning("%s: %s", file, warning)
     return checkpoint

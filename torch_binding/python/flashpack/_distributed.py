@@ -79,14 +79,14 @@ class Ranks:
         if self.count > 1:
             headers = [(os.fspath(file), *rest) for file, *rest in checkpoint.native.headers]
             self.agree()
-            self._send([self.device.type, headers], self.src)
+            self._send([self.device.type, headers, checkpoint.native.weight_map], self.src)
 
     def _receive_headers(self, path: str) -> Checkpoint:
         self.agree()
-        device_type, headers = self._send(None, self.src)
+        device_type, headers, weight_map = self._send(None, self.src)
         if self.device.type != device_type:  # Ranks would wait for each other in two backends.
             raise FlashPackError(f"ranks load to different devices: {self.device.type} and {device_type}")
-        return Checkpoint(path, _native.checkpoint_of_headers(path, [tuple(header) for header in headers]))
+        return Checkpoint(path, _native.checkpoint_of_headers(path, [tuple(header) for header in headers], weight_map))
 
     def wanted_by_any(self, checkpoint: Checkpoint, wanted: list[Entry]) -> list[Entry]:
         """Returns the entries that any rank wants, because models and ignored names may differ between ranks."""
