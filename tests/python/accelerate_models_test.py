@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +98,29 @@ def test_a_diffusers_model_and_a_pipeline_are_the_same(tmp_path, opened):
     assert len(opened) == 4
 
 
-def test_the_integrations_of_flashpack_files_work_beside_it(tmp_path, opened):
-    flashpack.patch_integrations()
-    model = models.make("llama")
-    models.save(model, tmp_path / "ours")
-    model.save_pretrained(tmp_path / "theirs")
-    with flashpack.accelerate():
-        ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", use_flashpack=True)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
-    assert opened == ["model.safetensors"]
-    models.assert_same_outputs("llama", ours, model)
-    models.assert_same_outputs("llama", theirs, model)
+_BESIDE_PATCHES = """
+import sys
+from pathlib import Path
+import flashpack
+import transformers
+import transformers_models as models
+folder = sys.argv[1]
+flashpack.patch_integrations()
+model = models.make("llama")
+models.save(model, Path(folder, "ours"))
+model.save_pretrained(folder + "/theirs")
+with flashpack.accelerate():
+    ours = transformers.AutoModelForCausalLM.from_pretrained(folder + "/ours", use_flashpack=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder + "/theirs")
+models.assert_same_outputs("llama", ours, model)
+models.assert_same_outputs("llama", theirs, model)
+"""
+
+
+def test_the_integrations_of_flashpack_files_work_beside_it(tmp_path):
+    # The patches stay, so that this has a process of its own.
+    folder = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", _BESIDE_PATCHES, str(tmp_path)], cwd=folder, check=True, timeout=120)
 
 
 @pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="this transformers reads whole tensors")

@@ -219,3 +219,19 @@ def test_the_modes_of_the_caller_change_nothing(path):
 def test_wrong_arguments_are_refused_at_the_call(path, options, message):
     with pytest.raises(flashpack.FlashPackError, match=message):
         flashpack.stream_tensors(path, **options)
+
+
+def test_an_error_is_raised_once_also_by_async_for(tensors, tmp_path):
+    path = tmp_path / "a.flashpack"
+    flashpack.pack_to_file(tensors, path)
+    raw = bytearray(path.read_bytes())
+    raw[100] ^= 1
+    path.write_bytes(raw)
+
+    async def collect() -> list[object]:
+        stream = flashpack.stream_tensors(path)
+        with pytest.raises(flashpack.FlashPackError, match="checksum"):
+            await anext(stream)
+        return [pair async for pair in stream]
+
+    assert asyncio.run(collect()) == []

@@ -58,7 +58,7 @@ def test_an_engine_of_a_sweep_has_its_options_and_verifies_where_it_is_told_to(
     engines = device_work.Engines(tmp_path)
     answer = engines.answer(json.dumps(options))
     assert made == [{key: value for key, value in options.items() if key != "verify"}]
-    assert answer["bytes"] == engines.footer.payload_bytes
+    assert answer["bytes"] == engines.size_bytes
     assert (answer["stats"]["verified_bytes"] == answer["bytes"]) is verified
     assert 0 <= answer["driver_seconds"] <= answer["cpu_seconds"] + 0.1
     assert torch.equal(engines.target[: 8 << 20].view(torch.int64), torch.arange(1 << 20))

@@ -141,7 +141,8 @@ fs::path chosen_in(const fs::path& directory) {
     for (const std::string_view rest : {std::string_view(), kIndexSuffix}) {
       const fs::path path = directory / (std::string(name) += rest);
       std::error_code ignored;
-      if (fs::exists(path, ignored)) return path;
+      // This finds a link that leads nowhere, too, because another file in its place would be a surprise.
+      if (fs::symlink_status(path, ignored).type() != fs::file_type::not_found) return path;
     }
   }
   for (const std::string_view rest : {kIndexSuffix, std::string_view()}) {
@@ -243,7 +244,7 @@ Checkpoint open_checkpoint(const std::filesystem::path& path) {
 
 Checkpoint open_checkpoint(std::span<const std::filesystem::path> files) {
   if (files.empty()) throw internal::argument_error("open a checkpoint: no files are given");
-  return open_files(files.front().parent_path(), files);
+  return open_files(files.front(), files);
 }
 
 }  // namespace flashpack

@@ -7,11 +7,14 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <filesystem>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "footer_objects.h"
@@ -60,8 +63,13 @@ PyCheckpoint of_headers(const fs::path& path, const std::vector<HeaderTuple>& he
   return PyCheckpoint(Checkpoint(path, std::move(files), weight_map));
 }
 
+Error system_error_of(const std::string& operation, const fs::path& path) {
+  return {std::error_code(errno, std::generic_category()), operation + " " + path.string(), path};
+}
+
 /// Reads the JSON of a file's metadata once more. Throws: Error.
 std::string json_of(const CheckpointFile& file) {
+  const Error changed(Errc::kFileChanged, "read " + file.path.string(), file.path);
   const bool is_flashpack = file.metadata.format == FileFormat::kFlashPack;
   std::uint64_t begin = file.metadata.payload_bytes;
   std::uint64_t length_at = file.metadata.identity.size_bytes - 2 * sizeof(std::uint64_t);
@@ -71,13 +79,12 @@ std::string json_of(const CheckpointFile& file) {
   }
   const auto read = [&](void* target, std::uint64_t size_bytes, std::uint64_t offset_bytes) {
     const ssize_t got = ::pread(file.fd, target, size_bytes, static_cast<off_t>(offset_bytes));
-    if (got != static_cast<ssize_t>(size_bytes))
-      throw Error(Errc::kFileChanged, "read " + file.path.string(), file.path);
+    if (got < 0) throw system_error_of("read", file.path);
+    if (got != static_cast<ssize_t>(size_bytes)) throw changed;
   };
   std::uint64_t json_bytes = 0;
   read(&json_bytes, sizeof json_bytes, length_at);
-  if (json_bytes > file.metadata.identity.size_bytes)
-    throw Error(Errc::kFileChanged, "read " + file.path.string(), file.path);
+  if (json_bytes > std::min(kMaxFooterBytes, file.metadata.identity.size_bytes)) throw changed;
   std::string json(json_bytes, '\0');
   read(json.data(), json_bytes, begin);
   return json;
@@ -131,7 +138,9 @@ PyCheckpoint macroblocks_of(const PyCheckpoint& checkpoint) {
   Metadata blocks = macroblocks_as_records(only_file(*opened));
   blocks.identity = file.metadata.identity;
   blocks.checksums = file.metadata.checksums;
-  return PyCheckpoint(Checkpoint(file.path, {{file.path, std::move(blocks), ::dup(file.fd)}}));
+  const int fd = file.fd < 0 ? -1 : ::fcntl(file.fd, F_DUPFD_CLOEXEC, 0);
+  if (fd < 0 && file.fd >= 0) throw system_error_of("open", file.path);
+  return PyCheckpoint(Checkpoint(file.path, {{file.path, std::move(blocks), fd}}));
 }
 
 /// Path, and a sentence about its file.

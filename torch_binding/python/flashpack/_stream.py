@@ -80,7 +80,13 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         if self._step is None:
             self._step = asyncio.ensure_future(asyncio.to_thread(next, self, _END))
         # A task that is cancelled leaves its tensor to whoever asks next, so that none is lost.
-        found = await asyncio.shield(self._step)
+        try:
+            found = await asyncio.shield(self._step)
+        except asyncio.CancelledError:
+            raise
+        except BaseException:
+            self._step = None
+            raise
         self._step = None
         if found is _END:
             raise StopAsyncIteration
@@ -131,7 +137,8 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 break
             with torch.inference_mode(False), torch.no_grad():
                 # A stripe that two groups share is read by both, so that both can verify it.
-                verified = checkpoint.native.has_checksums and self._options.verify != "never"
+                may_have_checksums = any(file.format == "flashpack" for file in checkpoint.files())
+                verified = may_have_checksums and self._options.verify != "never"
                 whole: Verify = "always" if verified else "never"
                 filling = make_room(Wanted(checkpoint, entries), device, self._options._replace(verify=whole))
                 [batch] = filling.batches(as_stream=False)
