@@ -213,7 +213,7 @@ class Pipeline final : public Driver {
   /// Where the current step counts the job's bytes; null if it does not.
   static StripeSums* sums_of(const Job& job) { return job.step == job.way.counts_in ? &*job.part->sums : nullptr; }
   static std::span<const Fragment> fragments_of(const Job& job) { return job.part->plan.fragments_of(*job.chunk); }
-  /// What a worker moves between file and memory.
+  /// Returns the ranges that a worker moves between file and memory: of a job in place, those of the caller.
   static std::span<const Fragment> cached_io_of(const Job& job) {
     return job.way.view == View::kFragments ? fragments_of(job) : std::span(&job.file_bytes, 1);
   }

@@ -179,7 +179,7 @@ std::string text_report(const Metadata& metadata, const std::string& path) {
   return out;
 }
 
-/// What a record's JSON has in addition in a flashpack file.
+/// Adds to a record's JSON where the tensor lies in its macroblock, which only flashpack files have.
 void add_place_in_macroblock(boost::json::object& tensor, const Metadata& metadata, std::size_t i) {
   const TensorRecord& record = metadata.records[i];
   const std::uint32_t index = metadata.container.macroblock_of[i];

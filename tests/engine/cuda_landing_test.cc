@@ -1,4 +1,4 @@
-// What a completion is told of extents that go to a device.
+// These tests do the same for extents on a device, whose bytes have landed only when their copies have ended.
 #include <gtest/gtest.h>
 
 #include <atomic>

@@ -1,4 +1,4 @@
-// What a completion is told of the extents of its load.
+// These tests hold the pipeline to its promise: a completion is told once of each extent, and never too early.
 #include <gtest/gtest.h>
 
 #include <array>

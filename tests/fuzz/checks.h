@@ -1,4 +1,4 @@
-/// What all fuzzers of metadata check.
+/// All fuzzers of metadata check these promises, because every reader relies on them.
 #pragma once
 
 #include <cstdint>

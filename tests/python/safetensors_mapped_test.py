@@ -105,7 +105,7 @@ def test_all_tensors_are_read_ahead_together(path, wanted):
     expected = load_file(path)
     evict(path)
     tensors = load_file(path, backend="mmap")
-    # What the kernel has read beyond the first range by the time that the next is looked at need not be wanted.
+    # Only the first range is certain: the kernel may read beyond it before the next one is looked at.
     assert wanted[0] == (path.stat().st_size - 3 * 8 * MIB - 12, 8 * MIB)
     finish_reading_ahead()
     assert resident_fraction(path) > 0.3
