@@ -53,6 +53,11 @@ class File(NamedTuple):
     format: str
     """"flashpack" or "safetensors"."""
 
+    def is_unchanged(self) -> bool:
+        """Whether the file still has the identity that it had when its metadata was read."""
+        now = os.fstat(self.fd)
+        return (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) == self.identity
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:

@@ -187,9 +187,7 @@ class FlashPackFile:
             read_bytes = os.preadv(file.fd, [memory], entry.offset_bytes, os.RWF_NOWAIT)
         except OSError:  # It is not there, or the engine will say what is wrong.
             return None
-        stat = os.fstat(file.fd)
-        identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        return tensor if read_bytes == entry.size_bytes and identity == file.identity else None
+        return tensor if read_bytes == entry.size_bytes and file.is_unchanged() else None
 
     def _entry(self, name: str) -> Entry:
         try:

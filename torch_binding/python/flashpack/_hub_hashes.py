@@ -92,7 +92,6 @@ def _hash_of(named: Named, tell: Callable[[int], None]) -> str:
         digest.update(chunk[:count])
         at += count
         tell(at)
-    status = os.fstat(file.fd)
-    if at < size_bytes or (status.st_size, status.st_mtime_ns) != file.identity[2:]:
+    if at < size_bytes or not file.is_unchanged():
         raise OSError(errno.ESTALE, "the file has changed since it was opened", os.fspath(file.path))
     return digest.hexdigest()

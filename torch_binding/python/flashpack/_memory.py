@@ -152,11 +152,11 @@ def allocate_tensor(dtype: str, shape: Sequence[int], offset_bytes: int, device:
 
 def map_file(file: File) -> MappedFile:
     """Maps a whole file, privately and writable. If others truncate the file, touching the mapping is SIGBUS."""
-    stat = os.fstat(file.fd)
-    if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != file.identity:
+    if not file.is_unchanged():
         raise OSError(errno.ESTALE, "the file was changed", os.fspath(file.path))
-    buffer = mmap.mmap(file.fd, stat.st_size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-    return MappedFile(buffer, 0, stat.st_size)
+    size_bytes = file.identity[2]
+    buffer = mmap.mmap(file.fd, size_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    return MappedFile(buffer, 0, size_bytes)
 
 
 class ReadOptions(NamedTuple):

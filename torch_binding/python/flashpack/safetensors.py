@@ -132,8 +132,8 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
 
     def get_tensor_meta(self, name: str) -> TensorMeta:
         entry = self._entry(name)
-        there = (each.offset_bytes for each in self._opened()._entries.values() if each.file == entry.file)
-        payload = min(there)
+        # Entries are in file order, so that the payload of a file begins with its first one.
+        payload = next(each.offset_bytes for each in self._opened()._entries.values() if each.file == entry.file)
         begin = entry.offset_bytes - payload
         return TensorMeta(dtype_name(entry), header_shape(entry), (begin, begin + entry.size_bytes))
 
