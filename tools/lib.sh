@@ -151,3 +151,13 @@ ctest_preset() {
   step suite "$preset" "$@" ctest --preset "$preset" --parallel "$(($(nproc) + 2))" --label-exclude '^whole$' --no-tests=error \
     --output-junit "$results/$preset.xml"
 }
+
+# require_tests FOLDER FILE::TEST...: fails unless each test is there, because a test that was renamed would no longer be
+# left out.
+require_tests() {
+  local tests=$1 test
+  shift
+  for test; do
+    grep -q "^ *def ${test##*::}(" "$tests/${test%%::*}" || fail "there is no $test any more"
+  done
+}

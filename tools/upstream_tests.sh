@@ -74,13 +74,6 @@ strip_private_lines() {
   done
 }
 
-check_deselected() {
-  local test
-  for test in "${other_tests[@]}"; do
-    grep -q "^ *def ${test##*::}(" "$folder/tests/${test%%::*}" || fail "there is no $test any more"
-  done
-}
-
 # From its own folder and without PYTHONPATH, so that what is installed is what is tested.
 run_tests() {
   cd "$folder/tests" || return
@@ -96,7 +89,7 @@ done
 download || fail "could not download flashpack $reference_version"
 remove_files
 strip_private_lines
-check_deselected
+require_tests "$folder/tests" "${other_tests[@]}"
 (run_tests "$@")
 result=$(tail -n 1 "$folder/output.txt")
 [[ $result =~ ^"$expected passed, "[0-9]+" deselected"(", "[0-9]+" warning"s?)?" in " ]] ||
