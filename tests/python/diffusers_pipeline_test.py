@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import flashpack
 import numpy as np
 import pytest
 import torch
-from support import assert_bit_equal
+from support import assert_bit_equal, run_python
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -100,6 +101,7 @@ def test_a_constructor_says_which_components_are_to_have_the_mixin(tmp_path):
     pipeline.save_pretrained_flashpack(tmp_path / "flash", push_to_hub=False)
     assert (tmp_path / "flash" / "unet" / MODEL).is_file()
     assert (tmp_path / "flash" / "text_encoder" / "model.safetensors").is_file()
+    assert read_json(tmp_path / "flash" / "model_index.json")["_class_name"] == "StableDiffusionPipeline"
     loaded = AnnotatedSD.from_pretrained_flashpack(tmp_path / "flash")
     assert type(loaded.vae) is FlashPackAutoencoderKL
     assert np.array_equal(image(loaded), image(plain))
@@ -114,18 +116,70 @@ def test_a_component_that_is_passed_stands_for_a_class_that_nobody_has(tmp_path)
     assert FlashPackSD.from_pretrained_flashpack(saved, unet=None).unet is None
 
 
-class UnprefixedUNet(UNet2DConditionModel, FlashPackDiffusersModelMixin):
-    """A component's class of one's own, with a name of one's own."""
+class OtherUNet(UNet2DConditionModel, FlashPackDiffusersModelMixin):
+    """A component's class of one's own, which its base cannot stand for."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class FlashPackOtherUNet(OtherUNet):
+    pass
 
 
 @pytest.mark.parametrize("base", [FlashPackSD, FlashPackDiffusionPipeline])
-def test_a_component_of_a_class_of_ones_own_returns_as_that_class(tmp_path, base):
-    pipeline = make_pipeline(unet=lambda: make_unet(UnprefixedUNet))
+@pytest.mark.parametrize("saved", [OtherUNet, FlashPackOtherUNet])
+def test_a_component_of_a_class_that_changes_its_base_returns_as_that_class(tmp_path, base, saved):
+    pipeline = make_pipeline(unet=lambda: make_unet(saved))
     pipeline.save_pretrained_flashpack(tmp_path)
-    assert read_json(tmp_path / "model_index.json")["unet"] == [__name__, "UnprefixedUNet"]
+    assert read_json(tmp_path / "model_index.json")["unet"] == [__name__, "OtherUNet"]
     loaded = base.from_pretrained_flashpack(tmp_path)
-    assert type(loaded.unet) is UnprefixedUNet
+    assert type(loaded.unet) is OtherUNet
     assert np.array_equal(image(loaded), image(pipeline))
+
+
+SAVES_A_PIPELINE = """
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers_models import make_pipeline, make_text_encoder, make_unet, make_vae
+from flashpack.integrations.diffusers import FlashPackDiffusersModelMixin, FlashPackDiffusionPipeline
+from flashpack.integrations.transformers import FlashPackTransformersModelMixin
+from transformers import CLIPTextModel
+
+class FPUNet(UNet2DConditionModel, FlashPackDiffusersModelMixin):
+    flashpack_ignore_prefixes = ["extra"]
+
+    def count(self):
+        return self.num_parameters()
+
+class Vae(AutoencoderKL):
+    pass
+
+class MyVae(Vae, FlashPackDiffusersModelMixin):
+    '''With words of its own.'''
+
+class FlashPackEncoder(CLIPTextModel, FlashPackTransformersModelMixin):
+    pass
+
+class Pipe(StableDiffusionPipeline, FlashPackDiffusionPipeline):
+    pass
+
+makers = {"unet": lambda: make_unet(FPUNet), "vae": lambda: make_vae(MyVae)}
+pipeline = make_pipeline(Pipe, text_encoder=lambda: make_text_encoder(FlashPackEncoder), **makers)
+pipeline.save_pretrained_flashpack(DIRECTORY)
+"""
+
+
+def test_a_saved_pipeline_loads_in_another_process_whatever_its_classes_are_called(tmp_path):
+    run_python(f"import sys\nsys.path[:] = {sys.path!r}\nDIRECTORY = {str(tmp_path)!r}\n{SAVES_A_PIPELINE}")
+    index = read_json(tmp_path / "model_index.json")
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+    assert index["vae"] == ["diffusers", "AutoencoderKL"]
+    assert index["text_encoder"] == ["transformers", "CLIPTextModel"]
+    assert read_json(tmp_path / "unet" / "config.json")["_class_name"] == "UNet2DConditionModel"
+    assert read_json(tmp_path / "text_encoder" / "config.json")["architectures"] == ["CLIPTextModel"]
+    loaded = FlashPackDiffusionPipeline.from_pretrained_flashpack(tmp_path)
+    assert np.array_equal(image(loaded), image(make_pipeline()))
 
 
 def test_components_that_are_passed_are_not_loaded(tmp_path):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 PREFIX = "FlashPack"
+LIBRARIES = ("diffusers", "transformers")
 
 
 class _Promoted(type):
@@ -45,15 +48,36 @@ copyreg.pickle(_Promoted, _reduce)
 
 
 def original_class(cls: type, mixin: type) -> Any:
-    """Returns the class that files name for `cls`, so that they load without flashpack.
+    """Returns the class that files name for `cls`, so that they load in other processes, and without flashpack.
 
-    For a class FlashPack..., also one written by hand, it is the nearest base that is a model and lacks the mixin.
-    For any other class, or without such a base, it is `cls` itself.
+    It is the nearest class of a library, or one on the way there that changes what it inherits, because then the
+    library's class is another model. Without such a class it is `cls` itself.
     """
-    if not cls.__name__.startswith(PREFIX):
-        return cls
-    library_base = mixin.__bases__[0]
-    for base in cls.__mro__:
-        if issubclass(base, library_base) and not issubclass(base, mixin) and not issubclass(mixin, base):
-            return base
-    return cls
+    return next((base for base in _models(cls, mixin) if _is_of_library(base) or _changes(base)), cls)
+
+
+def library_class(cls: type, mixin: type) -> Any:
+    """Returns the nearest class of a library that `cls` is or derives from, or else `cls` itself."""
+    return next(filter(_is_of_library, _models(cls, mixin)), cls)
+
+
+def _models(cls: type, mixin: type) -> Iterator[type]:
+    """Yields those classes of the MRO that are models, or pipelines, but not the bases of all."""
+    return (base for base in cls.__mro__ if issubclass(base, mixin.__bases__[0]) and base not in mixin.__mro__)
+
+
+def _is_of_library(cls: type) -> bool:
+    # Classes FlashPack<X> have the module of X.
+    return cls.__module__.split(".")[0] in LIBRARIES and "recipe" not in vars(cls)
+
+
+def _changes(cls: type) -> bool:
+    """Whether `cls` has an attribute of its bases in another form. What begins with flashpack_ is no such attribute."""
+    if "recipe" in vars(cls):
+        return False
+    inherited = super(cls, cls)
+    return any(
+        value is not getattr(inherited, name, value)
+        for name, value in vars(cls).items()
+        if not name.startswith(("__", "flashpack_")) or inspect.isfunction(value)
+    )

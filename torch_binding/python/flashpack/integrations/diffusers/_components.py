@@ -17,11 +17,10 @@ from diffusers.pipelines import pipeline_loading_utils
 
 from ..._native import FlashPackError
 from ..._repository import INDEX_NAME, OPTIONS, check_folder, check_model_config, components_of
-from .._classes import PREFIX, original_class, promoted_class
+from .._classes import LIBRARIES, PREFIX, original_class, promoted_class
 from .model import FlashPackDiffusersModelMixin
 
 _OURS = "flashpack.integrations."
-_LIBRARIES = ("diffusers", "transformers")
 
 
 def mixin_for(cls: type) -> Any:
@@ -92,11 +91,11 @@ def entry_known_to_diffusers(cls: type) -> tuple[str, str]:
     from_pretrained() fails for an entry that names any other module if it is passed the component (diffusers 0.42).
     """
     library, name = index_entry(cls)
-    if library in _LIBRARIES or hasattr(diffusers.pipelines, library):
+    if library in LIBRARIES or hasattr(diffusers.pipelines, library):
         return library, name
     for base in cls.__mro__:
         library = base.__module__.split(".")[0]
-        if library in _LIBRARIES and getattr(sys.modules[library], base.__name__, None) is base:
+        if library in LIBRARIES and getattr(sys.modules[library], base.__name__, None) is base:
             return library, base.__name__
     return library, name
 
@@ -114,7 +113,8 @@ def class_named(library: str, name: str) -> Any:
         found = getattr(module, candidate, None)
         if isinstance(found, type):
             return found
-    raise FlashPackError(f"{library} has no class {name}")
+    cure = "" if library in LIBRARIES else ": define it first, or pass the component"
+    raise FlashPackError(f"{library} has no class {name}{cure}")
 
 
 def accepted_components(pipeline_class: Any) -> set[str]:
@@ -153,7 +153,7 @@ def check_components(pipeline_class: Any, directory: Path, there: Collection[str
 
 
 def _module_named(library: str) -> Any:
-    if library in _LIBRARIES:
+    if library in LIBRARIES:
         return importlib.import_module(library)
     module = getattr(diffusers.pipelines, library, None)
     if not isinstance(module, ModuleType):

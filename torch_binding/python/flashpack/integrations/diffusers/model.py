@@ -41,8 +41,8 @@ Self = TypeVar("Self", bound="FlashPackDiffusersModelMixin")
 class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
     """Adds save_pretrained_flashpack() and from_pretrained_flashpack() to a model of diffusers.
 
-    `class FlashPackUNet(UNet2DConditionModel, FlashPackDiffusersModelMixin): pass`. Files name the base, so that they
-    load without flashpack. Therefore a class that adds more should have a name that does not begin with FlashPack.
+    `class MyUNet(UNet2DConditionModel, FlashPackDiffusersModelMixin): pass`, under any name. Files name the base, so
+    that they load in any process. A class that changes what it inherits is named itself, and must be there for a load.
     """
 
     flashpack_init_method: ClassVar[str | None] = "from_config"

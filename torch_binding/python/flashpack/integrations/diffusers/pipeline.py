@@ -33,7 +33,7 @@ from ...constants import (
 )
 from ...utils import logger
 from .._arguments import flashpack_file, requested_dtype
-from .._classes import PREFIX, original_class, promoted_class
+from .._classes import PREFIX, library_class, promoted_class
 from ._components import (
     accepted_components,
     check_components,
@@ -196,7 +196,8 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
                 if has_mixin(type(component))
             }
         )
-        original = original_class(type(self), FlashPackDiffusionPipeline)
+        # The index has no module of the pipeline's class, so that nobody finds a class outside of diffusers.
+        original = library_class(type(self), FlashPackDiffusionPipeline)
         if original is type(self):
             return str(super().to_json_string())
         stand_in = original.__new__(original)
