@@ -49,6 +49,28 @@ def test_what_does_not_fit_in_memory_is_an_os_error():
         _memory.allocate_block(0, 1 << 60)
 
 
+def test_a_mapped_file_may_be_larger_than_memory(tmp_path):
+    size_bytes = 1 << 20
+    with open("/proc/meminfo") as lines:
+        size_bytes += 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("MemTotal", "SwapTotal")))
+    record = {"name": "huge", "shape": [size_bytes], "offset": 0, "length": size_bytes}
+    footer = {
+        "format": "flashpack_v3",
+        "target_dtype": "uint8",
+        "align_bytes": 0,
+        "total_elems": size_bytes,
+        "index": [record],
+    }
+    path = write_file(tmp_path / "a", footer, payload=b"")
+    tail = path.read_bytes()
+    with path.open("wb") as file:  # The payload is a hole.
+        file.seek(size_bytes)
+        file.write(tail)
+    huge = flashpack.load_file(path, mmap=True)["huge"]
+    huge[-1] = 7
+    assert (huge.numel(), int(huge[0]), int(huge[-1])) == (size_bytes, 0, 7)
+
+
 def test_a_kernel_without_huge_pages_is_no_error(monkeypatch):
     class NoHugePages(mmap.mmap):
         def madvise(self, *args):

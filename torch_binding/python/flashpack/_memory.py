@@ -34,6 +34,8 @@ _BATCH_BYTES = 64 << 20
 _BORDER_BYTES = 16 << 20
 # Transfers of a stream that are under way at a time: enough that the disk never waits for the next one.
 _AT_ONCE = 4
+# Python has a name for this from 3.13 on; before, the number of x86, Arm and RISC-V stands in.
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 class Block(Protocol):
@@ -151,11 +153,16 @@ def allocate_tensor(dtype: str, shape: Sequence[int], offset_bytes: int, device:
 
 
 def map_file(file: File) -> MappedFile:
-    """Maps a whole file, privately and writable. If others truncate the file, touching the mapping is SIGBUS."""
+    """Maps a whole file, privately and writable. If others truncate the file, touching the mapping is SIGBUS.
+
+    The file may be larger than memory, because only pages that are written to take any of their own.
+    """
     if not file.is_unchanged():
         raise OSError(errno.ESTALE, "the file was changed", os.fspath(file.path))
     size_bytes = file.identity[2]
-    buffer = mmap.mmap(file.fd, size_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    # Otherwise the kernel would ask for room for a copy of every page.
+    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+    buffer = mmap.mmap(file.fd, size_bytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
     return MappedFile(buffer, 0, size_bytes)
 
 
