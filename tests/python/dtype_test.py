@@ -48,6 +48,11 @@ def assign(tensors, path, dtype):
     return dict(zip(tensors, model.state_dict().values(), strict=True))
 
 
+def stream(tensors, path, dtype):
+    flashpack.pack_to_file(tensors, path)
+    return dict(flashpack.stream_tensors(path, dtype=dtype))
+
+
 WAYS = pytest.mark.parametrize("way", [save, convert, load, assign])
 
 
@@ -60,6 +65,19 @@ def test_a_floating_point_dtype_is_for_floating_point_tensors_and_no_others(way,
 def test_a_complex_dtype_is_for_complex_tensors_and_no_others(way, tmp_path):
     expected = TENSORS | {"spectrum": TENSORS["spectrum"].to(torch.complex128)}
     assert_bit_equal(way(TENSORS, tmp_path / "a.flashpack", torch.complex128), expected)
+
+
+@pytest.mark.parametrize("way", [load, assign, stream])
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
+def test_a_dtype_may_be_asked_for_by_the_name_that_torch_has_for_it(way, name, tmp_path):
+    assert_bit_equal(way(TENSORS, tmp_path / "a.flashpack", name), CAST)
+
+
+@pytest.mark.parametrize("way", [load, assign, stream])
+@pytest.mark.parametrize("name", ["bfloat17", "Tensor", "", 16])
+def test_what_names_no_dtype_is_refused_with_an_example_of_what_does(way, name, tmp_path):
+    with pytest.raises(flashpack.FlashPackError, match=f"dtype={name!r} is neither .* such as 'bfloat16'"):
+        way(TENSORS, tmp_path / "a.flashpack", name)
 
 
 @WAYS

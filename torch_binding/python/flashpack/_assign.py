@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from ._casts import cast_exactly, check_asked, dtype_when_asked
+from ._casts import cast_exactly, dtype_when_asked
 from ._checkpoint import Entry
 from ._native import FlashPackError
 from ._options import Casts, Filters, Strictness
@@ -111,7 +111,6 @@ def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters
     """
     if casts.coerce and casts.asked is not None:
         raise ValueError("coerce_dtype and dtype exclude each other")
-    check_asked(casts.asked)
     refuse_kept_elsewhere(model)
     plan = Plan(slots_of(model), own_code_of(model), filters)
     chosen: dict[int, Entry] = {}

@@ -8,18 +8,22 @@ import torch
 
 from ._native import FlashPackError
 
+DTypeLike = torch.dtype | str
+"""A dtype, or torch's name of it: "bfloat16" or "torch.bfloat16"."""
 PLAIN_FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Models compute in these. Narrower ones hold quantised weights, whose scales are other tensors."""
 
 
-def check_asked(dtype: torch.dtype | None) -> None:
-    """Raises FlashPackError if `dtype` is something else than a floating-point or complex dtype, or None."""
+def asked_dtype(dtype: DTypeLike | None) -> torch.dtype | None:
+    """Returns the dtype that a caller asks for. Raises FlashPackError unless it is floating point, complex or None."""
     if dtype is None:
-        return
-    if not isinstance(dtype, torch.dtype):
-        raise FlashPackError(f"dtype={dtype!r} is not a torch.dtype")
-    if not (dtype.is_floating_point or dtype.is_complex):
-        raise FlashPackError(f"dtype={dtype} is neither floating point nor complex: numbers would be cut off")
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise FlashPackError(f"dtype={dtype!r} is neither a torch.dtype nor the name of one, such as 'bfloat16'")
+    if not (found.is_floating_point or found.is_complex):
+        raise FlashPackError(f"dtype={found} is neither floating point nor complex: numbers would be cut off")
+    return found
 
 
 def dtype_when_asked(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:

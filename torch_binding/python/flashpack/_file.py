@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from ._casts import check_asked, dtype_when_asked
+from ._casts import DTypeLike, asked_dtype, dtype_when_asked
 from ._checkpoint import Checkpoint, Entry, StrPath, Verify, open_checkpoint, opened_checkpoint
 from ._device import CPU, DeviceLike, Side, captures_undisturbed, side_of
 from ._engine import left_before_exit
@@ -56,7 +56,7 @@ def load_file(
     ignore_names: Collection[str] | None = None,
     ignore_prefixes: Collection[str] | None = None,
     ignore_suffixes: Collection[str] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DTypeLike | None = None,
     device_map: Mapping[str, DeviceLike] | None = None,
     mmap: bool = False,
     verify: Verify = "auto",
@@ -66,8 +66,8 @@ def load_file(
     """Reads tensors of a file, in file order, each with memory of its own. Other tensors are not read.
 
     `names`: the tensors to read, by default all; `ignore_*`: names, and beginnings and ends of names, not to read.
-    `dtype`: floating-point tensors, or complex ones, are cast to it. Integers and 8-bit floats, which may be quantised
-    weights, keep theirs.
+    `dtype`: floating-point tensors, or complex ones, are cast to it: torch.bfloat16, or its name, "bfloat16". Integers
+    and 8-bit floats, which may be quantised weights, keep theirs.
     `device_map`: devices by module, as in {"": "cpu", "encoder": "cuda:0", "encoder.layers.7": 1}; the longest name
     that fits decides, and `device` where none does. All devices are loaded to at the same time.
     `mmap`: maps the file instead of reading it (CPU only), see read_flashpack_file. `verify`: see assign_from_file.
@@ -77,7 +77,7 @@ def load_file(
     Raises FlashPackError (a ValueError) for a file or an argument that is not valid, a name that the file lacks
     included; OSError for the system's failures.
     """
-    check_asked(dtype)
+    dtype = asked_dtype(dtype)
     filters = (listed(ignore_names), listed(ignore_prefixes), listed(ignore_suffixes))
     with open_checkpoint(path) as checkpoint, torch.inference_mode(False), torch.no_grad():
         entries = selected(checkpoint, names)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from . import _native
-from ._casts import check_asked, dtype_when_asked
+from ._casts import DTypeLike, asked_dtype, dtype_when_asked
 from ._checkpoint import Checkpoint, Entry, StrPath, Verify, open_checkpoint
 from ._device import DeviceLike, captures_undisturbed
 from ._engine import left_before_exit
@@ -193,7 +193,7 @@ def stream_tensors(
     names: Collection[str] | Callable[[str], bool] | None = None,
     order: Order = "file",
     window_bytes: int = _WINDOW_BYTES,
-    dtype: torch.dtype | None = None,
+    dtype: DTypeLike | None = None,
     device_map: Mapping[str, DeviceLike] | None = None,
     verify: Verify = "auto",
 ) -> TensorStream:
@@ -219,7 +219,7 @@ def stream_tensors(
 
     Raises FlashPackError (a ValueError) for an argument that is not valid; from the iterator, what load_file raises.
     """
-    check_asked(dtype)
+    dtype = asked_dtype(dtype)
     if order not in get_args(Order):
         raise FlashPackError(f"order must be file or names, got {order!r}")
     if order == "names" and not isinstance(names, Sequence):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ._casts import DTypeLike, asked_dtype
 from ._checkpoint import StrPath, Verify, get_flashpack_file_metadata, is_flashpack_file, open_checkpoint
 from ._device import CPU, captures_undisturbed
 from ._distributed import ranks_of_group, resolve_shard_strategy
@@ -175,7 +176,7 @@ def assign_from_file(
     coerce_dtype: bool = False,
     mmap: bool = False,
     verify: Verify = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: DTypeLike | None = None,
 ) -> AssignReport:
     """Gives the parameters and buffers of `model` the values of a file, all of them or, if anything fails, none.
 
@@ -212,7 +213,7 @@ def assign_from_file(
         device,
         Filters.of(ignore_names, ignore_prefixes, ignore_suffixes),
         Strictness(strict, strict_params, strict_buffers),
-        Casts(coerce_dtype, dtype),
+        Casts(coerce_dtype, asked_dtype(dtype)),
         ReadOptions(mmap, verify, not silent),
         Sharing(use_distributed_loading, distributed_sharded, distributed_shard_strategy, rank, local_rank, world_size),
         keep_flash_ref_on_model,

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from ._casts import DTypeLike, asked_dtype
 from ._checkpoint import StrPath, Verify
 from ._loading import assign
 from ._memory import ReadOptions
@@ -69,7 +70,7 @@ class FlashPackMixin:
         init_fn: Callable[..., Self] | None = None,
         mmap: bool | None = None,
         verify: Verify | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: DTypeLike | None = None,
         meta_init: bool | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -96,7 +97,7 @@ class FlashPackMixin:
             "cpu" if device is None else device,
             cls._flashpack_filters(ignore_names, ignore_prefixes, ignore_suffixes),
             Strictness(strict, strict_params, strict_buffers),
-            Casts(coerce_dtype or cls.flashpack_coerce_dtype, ours.get("dtype")),
+            Casts(coerce_dtype or cls.flashpack_coerce_dtype, asked_dtype(ours.get("dtype"))),
             ReadOptions(ours.get("mmap", False), ours.get("verify", "auto"), not silent),
             sharing,
             keep_flash_ref_on_model,

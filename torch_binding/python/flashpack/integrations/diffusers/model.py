@@ -14,7 +14,7 @@ import torch
 from diffusers import ModelMixin
 
 from ..._assign import slots_of
-from ..._casts import PLAIN_FLOATS, check_asked
+from ..._casts import PLAIN_FLOATS, asked_dtype
 from ..._checkpoint import Checkpoint, StrPath, Verify, open_checkpoint
 from ..._directory import own_files
 from ..._durable import make_directories
@@ -196,7 +196,7 @@ def _load(
     directory = resolve_directory(path_or_repo, download, (WEIGHTS_NAME, "config.json"))
     path = flashpack_file(directory)
     coerce_dtype, dtype = options.casts
-    check_asked(dtype)
+    dtype = asked_dtype(dtype)
     # _build() gives the model the dtypes that are wanted, so the tensors are cast to those of the model.
     options = options._replace(casts=Casts(coerce_dtype or dtype is not None))
     config = kwargs.pop("config", None)

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..._casts import check_asked
+from ..._casts import asked_dtype
 from ..._device import CPU
 from ..._native import FlashPackError
-from ...utils import string_to_dtype
 from .._arguments import requested_dtype
 
 # These say where and how transformers reads weights, so that they have no effect here.
@@ -109,8 +108,4 @@ def device_of(device: str | torch.device | None, device_map: Any) -> torch.devic
 
 def dtype_of(arguments: dict[str, Any]) -> torch.dtype | None:
     dtype = requested_dtype(arguments)
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = string_to_dtype(dtype.removeprefix("torch."))
-    dtype = None if dtype == "auto" else dtype
-    check_asked(dtype)
-    return dtype
+    return None if dtype == "auto" else asked_dtype(dtype)
