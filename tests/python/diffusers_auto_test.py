@@ -118,8 +118,10 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for cls in (diffusers.AutoModel, diffusers.DiffusionPipeline):
         monkeypatch.setattr(cls, "from_pretrained", cls.__dict__["from_pretrained"])
-    monkeypatch.setattr(diffusers.AutoModel, "from_pretrained_flashpack", None, raising=False)
-    monkeypatch.delattr(diffusers.AutoModel, "from_pretrained_flashpack")
+    for cls in (diffusers.AutoModel, diffusers.ModelMixin, transformers.PreTrainedModel):
+        for name in ("from_pretrained_flashpack", "save_pretrained_flashpack", "save_flashpack"):
+            monkeypatch.setattr(cls, name, None, raising=False)
+            monkeypatch.delattr(cls, name)
     patch_diffusers_auto_model()
     before = diffusers.AutoModel.__dict__["from_pretrained"]
     patch_diffusers_auto_model()
@@ -133,24 +135,28 @@ def test_a_patched_diffusers_loads_flashpack_files_and_makes_models_that_write_t
 
     make_vae(AutoencoderKL).save_pretrained(tmp_path / "plain")
     model = AutoModel.from_pretrained(str(tmp_path / "plain"))
-    assert isinstance(model, FlashPackDiffusersModelMixin)
     assert not model.training
     model.save_pretrained_flashpack(tmp_path / "flash")
     for loaded in (
         AutoModel.from_pretrained_flashpack(tmp_path / "flash"),
         AutoModel.from_pretrained(tmp_path / "flash", use_flashpack=True),
         AutoModel.from_pretrained(saved, subfolder="vae", use_flashpack=True, torch_dtype=torch.float32),
+        AutoencoderKL.from_pretrained_flashpack(tmp_path / "flash"),
     ):
-        assert isinstance(loaded, AutoencoderKL)
+        assert type(loaded) is type(model) is AutoencoderKL
         assert not loaded.training
         assert_bit_equal(loaded.state_dict(), model.state_dict())
 
 
 @pytest.mark.usefixtures("patched")
-def test_pipelines_of_a_patched_diffusers_have_models_that_write_flashpack_files(tmp_path):
+@pytest.mark.parametrize("cls", [StableDiffusionPipeline, FlashPackSD])
+def test_pipelines_of_a_patched_diffusers_have_models_of_their_own_classes_that_write_flashpack_files(tmp_path, cls):
     make_plain_pipeline().save_pretrained(tmp_path / "plain")
-    pipeline = FlashPackSD.from_pretrained(tmp_path / "plain")
-    pipeline.save_pretrained_flashpack(tmp_path / "flash")
+    pipeline = cls.from_pretrained(tmp_path / "plain")
+    classes = [type(model) for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder)]
+    assert classes == [UNet2DConditionModel, AutoencoderKL, CLIPTextModel]
+    pipeline.text_encoder.save_pretrained_flashpack(tmp_path)
+    FlashPackSD(**pipeline.components).save_pretrained_flashpack(tmp_path / "flash")
     for component in ("unet", "vae", "text_encoder"):
         assert (tmp_path / "flash" / component / MODEL).is_file()
     assert np.array_equal(image(FlashPackSD.from_pretrained_flashpack(tmp_path / "flash")), image(pipeline))

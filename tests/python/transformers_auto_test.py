@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -14,21 +15,24 @@ import torch
 
 # In this order, so that the classes exist before they are patched; the other order has a process of its own below.
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 AutoModel, AutoModelForCausalLM = transformers.AutoModel, transformers.AutoModelForCausalLM
 
 from flashpack.commands import convert_to_flashpack  # noqa: E402
-from flashpack.integrations.transformers import (  # noqa: E402
-    FlashPackTransformersModelMixin,
-    patch_transformers_auto_model,
-)
+from flashpack.integrations.transformers import patch_transformers_auto_model  # noqa: E402
 from transformers.models.auto.auto_factory import _BaseAutoModelClass  # noqa: E402
-from transformers_models import IMAGE, TEXT, assert_same_model, assert_same_outputs, make  # noqa: E402
+from transformers_models import IMAGE, TEXT, assert_same_model, assert_same_outputs, load, make  # noqa: E402
+
+LENT = ("save_flashpack", "save_pretrained_flashpack", "from_pretrained_flashpack")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def patched():
     transformers.logging.set_verbosity_error()
     patch_transformers_auto_model()
+    yield
+    for name in LENT:
+        delattr(transformers.PreTrainedModel, name)
 
 
 @pytest.fixture
@@ -42,31 +46,67 @@ def saved(tmp_path):
 def test_use_flashpack_reads_the_flashpack_file(saved):
     directory, model = saved
     assert not list(directory.glob("*.safetensors"))
-    for load in (
+    for loads in (
         lambda: AutoModelForCausalLM.from_pretrained(directory, use_flashpack=True),
         lambda: AutoModelForCausalLM.from_pretrained_flashpack(directory),
         lambda: AutoModelForCausalLM.from_pretrained_flashpack(directory, "cpu", strict=True),
         lambda: transformers.GPT2LMHeadModel.from_pretrained(directory, use_flashpack=True),
+        lambda: transformers.GPT2LMHeadModel.from_pretrained_flashpack(directory),
     ):
-        loaded = load()
-        assert type(loaded) is type(model)
+        loaded = loads()
+        assert type(loaded) is transformers.GPT2LMHeadModel
         assert_same_model(loaded, model)
         assert_same_outputs("gpt2", loaded, model)
 
 
-def test_without_use_flashpack_models_come_from_where_they_did_and_have_the_mixin(saved, tmp_path):
+def test_models_from_safetensors_keep_their_class_and_can_be_saved_as_flashpack_files(saved, tmp_path):
     _, model = saved
     model.save_pretrained(tmp_path / "plain")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    assert isinstance(loaded, FlashPackTransformersModelMixin)
-    assert isinstance(loaded, transformers.GPT2LMHeadModel)
-    assert_same_model(loaded, model)
-    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
-    assert isinstance(again, FlashPackTransformersModelMixin)
+    whole, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
     assert not info["missing_keys"]
-    assert type(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "plain")) is transformers.GPT2LMHeadModel
+    by_class = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "plain")
+    for at, loaded in enumerate([AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), whole, by_class]):
+        assert type(loaded) is transformers.GPT2LMHeadModel
+        assert_same_model(loaded, model)
+        (tmp_path / f"{at}").mkdir()
+        loaded.save_pretrained_flashpack(tmp_path / f"{at}")
+        assert_same_model(AutoModelForCausalLM.from_pretrained_flashpack(tmp_path / f"{at}"), model)
+    whole.save_flashpack(tmp_path / "file", silent=True)
+    assert flashpack.load_file(tmp_path / "file").keys() == model.state_dict().keys()
     with pytest.raises(FileNotFoundError, match=r"Flashpack file .* not found"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "plain", use_flashpack=True)
+
+
+@pytest.fixture
+def logged():
+    """What transformers logs."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    yield records
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def test_pipelines_of_transformers_take_the_models_for_what_they_are(saved, tmp_path, logged):
+    directory, model = saved
+    model.save_pretrained(tmp_path / "plain")
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w2")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), pad_token="w2")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    for source in (
+        str(tmp_path / "plain"),
+        model,
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain"),
+        AutoModelForCausalLM.from_pretrained(directory, use_flashpack=True),
+    ):
+        pipeline = transformers.pipeline("text-generation", model=source, tokenizer=tokenizer)
+        assert type(pipeline.model) is transformers.GPT2LMHeadModel
+    assert [record.getMessage() for record in logged] == []
 
 
 def test_arguments_reach_the_model_through_the_auto_class(saved):
@@ -93,11 +133,13 @@ def test_arguments_reach_the_model_through_the_auto_class(saved):
 
 def test_the_class_may_change_but_what_transformers_knows_by_its_name_is_found(saved):
     directory, model = saved
-    base = AutoModel.from_pretrained(directory, use_flashpack=True, strict=False)
+    base = load(transformers.GPT2Model, directory, strict=False)
     assert len(base(input_ids=torch.arange(8)[None], output_hidden_states=True).hidden_states) == 3
-    assert model._get_name() == "GPT2LMHeadModel"
+    promoted = load(type(model), directory)
+    assert type(promoted) is not type(model)
+    assert promoted._get_name() == "GPT2LMHeadModel"
 
-    class Mine(type(model)):
+    class Mine(type(promoted)):
         pass
 
     assert str(Mine).endswith("Mine'>")
@@ -122,7 +164,6 @@ def test_models_within_models_are_what_transformers_makes_of_them(saved, tmp_pat
     encoder = AutoModel.from_config(transformers.ViTConfig(**IMAGE))
     whole = transformers.VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
     assert type(whole.encoder) is transformers.ViTModel
-    assert isinstance(torch.nn.Sequential(AutoModel.from_config(encoder.config))[0], FlashPackTransformersModelMixin)
 
 
 def test_patching_again_changes_nothing():

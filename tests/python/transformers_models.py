@@ -12,7 +12,6 @@ import torch
 import transformers as t
 from flashpack.integrations._classes import promoted_class
 from flashpack.integrations.transformers import FlashPackTransformersModelMixin
-from flashpack.integrations.transformers.model import promote
 from safetensors.torch import load_file
 from support import bits
 
@@ -161,7 +160,7 @@ def save(model, directory: Path, **options) -> Path:
     """As a user would: the model gets the mixin, and keeps the class it had in the test."""
     original = type(model)
     directory.mkdir(exist_ok=True)
-    promote(model)
+    model.__class__ = with_mixin(original)
     model.save_pretrained_flashpack(directory, **options)
     model.__class__ = original
     return directory

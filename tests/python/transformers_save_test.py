@@ -13,10 +13,9 @@ transformers = pytest.importorskip("transformers")
 
 from flashpack._hub import Upload  # noqa: E402
 from flashpack.integrations.transformers import FlashPackTransformersModelMixin  # noqa: E402
-from flashpack.integrations.transformers.model import promote  # noqa: E402
 from hub_cache import make_hub_cache  # noqa: E402
 from support import assert_bit_equal  # noqa: E402
-from transformers_models import TEXT, assert_same_model, checkpoint, load, make, save  # noqa: E402
+from transformers_models import TEXT, assert_same_model, checkpoint, load, make, save, with_mixin  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,7 +95,7 @@ def test_processes_other_than_the_main_one_write_nothing(tmp_path):
 
 def test_saving_needs_a_directory_and_tells_what_it_does_not_take(tmp_path, caplog):
     model = make("bert")
-    promote(model)
+    model.__class__ = with_mixin(type(model))
     with pytest.raises(ValueError, match="is not a directory"):
         model.save_pretrained_flashpack(tmp_path / "missing")
     model.save_pretrained_flashpack(tmp_path, max_shard_size="5GB")

@@ -34,10 +34,27 @@ def promoted_class(original: type, mixin: type) -> Any:
     return _Promoted(PREFIX + original.__name__, (original, mixin), body)
 
 
-def demote(model: Any) -> None:
-    """Gives a model of a class FlashPack<X> the class X again, in place."""
-    if isinstance(type(model), _Promoted) and "recipe" in vars(type(model)):
+def demote(model: Any) -> Any:
+    """Gives a model of a class FlashPack<X> the class X again, in place, and returns it."""
+    if "recipe" in vars(type(model)):
         model.__class__ = type(model).recipe[0]
+    return model
+
+
+def load_as_original(cls: Any, mixin: type, *args: Any, **kwargs: Any) -> Any:
+    """Does what from_pretrained_flashpack() of `mixin` does, but returns a model of the class `cls` itself."""
+    result = promoted_class(cls, mixin).from_pretrained_flashpack(*args, **kwargs)
+    # With output_loading_info the result is a tuple.
+    demote(result[0] if isinstance(result, tuple) else result)
+    return result
+
+
+def lend(mixin: Any) -> None:
+    """Gives methods of `mixin` to all models of its library. They keep their classes, by which libraries decide."""
+    base = mixin.__bases__[0]
+    for name in ("save_flashpack", "save_pretrained_flashpack"):
+        setattr(base, name, getattr(mixin, name))
+    base.from_pretrained_flashpack = classmethod(lambda cls, *args, **kw: load_as_original(cls, mixin, *args, **kw))
 
 
 def _reduce(promoted: _Promoted) -> tuple[Any, ...]:

@@ -40,6 +40,11 @@ def has_mixin(cls: type) -> bool:
     return mixin is not None and issubclass(cls, mixin)
 
 
+def is_packed(cls: type) -> bool:
+    """Whether a pipeline packs components of the class: those with the mixin or, once a library is patched, all."""
+    return mixin_for(cls) is not None and hasattr(cls, "save_pretrained_flashpack")
+
+
 def uncompiled(component: Any) -> Any:
     """Returns the module that torch.compile has wrapped in `component`, or else `component` itself."""
     return getattr(component, "_orig_mod", component)

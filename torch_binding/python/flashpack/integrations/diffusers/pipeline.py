@@ -41,8 +41,8 @@ from ._components import (
     declared_classes,
     entry_known_to_diffusers,
     flashpack_class,
-    has_mixin,
     index_entry,
+    is_packed,
     mixin_for,
     promote,
     uncompiled,
@@ -83,8 +83,9 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
     ) -> None:
         """Writes model_index.json and each component into a directory of its own.
 
-        Models with a flashpack mixin become `<component>/model.flashpack` and config.json. Everything else is saved by
-        its own save_pretrained(), which gets `safe_serialization`, `variant` and `max_shard_size` where it takes them.
+        Models with a flashpack mixin, or after patch_integrations() all, become `<component>/model.flashpack` and
+        config.json. Everything else is saved by its own save_pretrained(), which gets `safe_serialization`, `variant`
+        and `max_shard_size` where it takes them.
 
         `target_dtype`: one for all models with the mixin, or {component: dtype}.
         The other arguments are those of FlashPackDiffusersModelMixin.save_pretrained_flashpack.
@@ -95,7 +96,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
         dtypes = _per_component(target_dtype, components)
         directory = make_directory(save_directory)
         for name, component in components.items():
-            if has_mixin(type(component)):
+            if is_packed(type(component)):
                 make_directories(directory / name)
                 component.save_pretrained_flashpack(
                     directory / name,
@@ -193,7 +194,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
             **{
                 name: index_entry(type(component))
                 for name, component in components.items()
-                if has_mixin(type(component))
+                if is_packed(type(component))
             }
         )
         # The index has no module of the pipeline's class, so that nobody finds a class outside of diffusers.

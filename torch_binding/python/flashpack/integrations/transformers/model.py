@@ -29,7 +29,7 @@ from ...constants import (
 from ...mixin import FlashPackMixin
 from ...utils import dtype_to_string, logger
 from .._arguments import flashpack_file
-from .._classes import original_class, promoted_class
+from .._classes import original_class
 from ._load import load
 
 FILES = ("config.json", "generation_config.json", WEIGHTS_NAME)
@@ -39,7 +39,7 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
     """Adds save_pretrained_flashpack() and from_pretrained_flashpack() to a transformers model.
 
     For a class of your own: `class MyModel(BertModel, FlashPackTransformersModelMixin)`. After
-    patch_transformers_auto_model() all models that Auto classes return have the mixin.
+    patch_transformers_auto_model() all models of transformers have these methods, without the mixin.
     """
 
     flashpack_init_method: ClassVar[str | None] = "_from_config"
@@ -160,13 +160,6 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
         save = super().save_pretrained
         with _as_original(self):
             return save(*args, **kwargs)
-
-
-def promote(model: Any) -> None:
-    """Gives a model of transformers the mixin, in place."""
-    if isinstance(model, PreTrainedModel):
-        model_class: type = type(model)
-        model.__class__ = promoted_class(model_class, FlashPackTransformersModelMixin)
 
 
 def _load(cls: Any, path_or_repo: StrPath, download: Download, options: LoadOptions, arguments: dict[str, Any]) -> Any:
