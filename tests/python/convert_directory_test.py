@@ -199,12 +199,13 @@ def test_a_pipeline_converts_to_one_file_for_each_of_its_models(tmp_path):
 
 
 def test_a_pipeline_that_fails_halfway_leaves_nothing_behind(tmp_path):
-    write_pipeline(tmp_path / "source", {"model.safetensors": {"f": torch.empty(0)}})
-    with pytest.raises(FlashPackError, match="Nothing to pack"):
+    write_pipeline(tmp_path / "source", {"model.safetensors": {"f": torch.ones(1)}})
+    (tmp_path / "source" / "text_encoder" / "model.safetensors").write_bytes(b"404 not found")
+    with pytest.raises(FlashPackError, match="it is a text"):
         commands.convert_to_flashpack(tmp_path / "source", tmp_path / "new" / "out")
     assert os.listdir(tmp_path) == ["source"]
     before = names_in(tmp_path)
-    with pytest.raises(FlashPackError, match="Nothing to pack"):
+    with pytest.raises(FlashPackError, match="it is a text"):
         commands.convert_to_flashpack(tmp_path / "source")
     assert names_in(tmp_path) == before
     (tmp_path / "source" / "text_encoder" / "model.safetensors").unlink()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import flashpack
 import pytest
 import torch
+from flashpack import commands
 from flashpack.deserialization import iterate_from_flash_tensor, read_flashpack_file
 from support import DTYPES, assert_bit_equal, random_tensor
 
@@ -51,3 +52,31 @@ def test_what_is_not_contiguous_is_written_as_its_values(pack):
 @pytest.mark.parametrize("name", ["", "\0", "ключ.重み.🔑", 'quote"\\slash/\b\f\n\r\t\x7f', "a" * 10_000])
 def test_any_text_can_be_a_name(name, pack):
     assert list(flashpack.revert_from_file(pack({name: torch.ones(1)}))) == [name]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [{"a": torch.empty(0)}, {"a": torch.empty(2, 0), "b": torch.empty(0, dtype=torch.int64)}],
+    ids=["one dtype", "two dtypes"],
+)
+def test_tensors_that_are_all_empty_are_written_and_read_in_every_way(tensors, tmp_path):
+    path = tmp_path / "a.flashpack"
+    flashpack.pack_to_file(tensors, path)
+    for read in (
+        flashpack.load_file,
+        lambda path: flashpack.load_file(path, mmap=True),
+        lambda path: flashpack.load_file(path, verify="always"),
+        flashpack.revert_from_file,
+        lambda path: dict(flashpack.stream_tensors(path)),
+        lambda path: {name: flashpack.open_file(path).get(name) for name in tensors},
+        lambda path: dict(iterate_from_flash_tensor(*read_flashpack_file(path))),
+    ):
+        assert_bit_equal(read(path), tensors)
+    assert flashpack.verify_file(path)["corrupt"] == []
+    model = torch.nn.Module()
+    for name, tensor in tensors.items():
+        model.register_buffer(name, torch.empty_like(tensor))
+    assert flashpack.assign_from_file(model, path).assigned == tuple(tensors)
+    reverted = commands.revert_from_flashpack(path)
+    path.unlink()
+    assert_bit_equal(flashpack.load_file(commands.convert_to_flashpack(reverted)), tensors)

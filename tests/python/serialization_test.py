@@ -43,7 +43,6 @@ def old_file(tmp_path):
         ({"a": torch.ones(1)}, {"align_bytes": -1}, "align_bytes must be >= 0"),
         ({"a": torch.ones(1)}, {"target_dtype": "float32"}, "Unsupported dtype"),
         ({"a": torch.ones(1)}, {"target_dtype": torch.qint8}, "Unsupported dtype"),
-        ({"a": torch.empty(0)}, {}, "Nothing to pack"),
         ({"a": torch.ones(1), "b": torch.ones(1)}, {"name_order": ["a", "b", "a"]}, "a"),
         ({"fine": torch.ones(1), "q": torch.empty(2, dtype=torch.bits8)}, {}, "'q'"),
         ({"fine": torch.ones(1), "s": torch.eye(3).to_sparse()}, {}, "'s'.*sparse"),

@@ -270,7 +270,6 @@ Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_by
   metadata.records.reserve(tensors.size());
   const std::vector<DType> dtypes = dtypes_in_order(tensors);
   for (const DType dtype : dtypes) append_macroblock(metadata, tensors, dtype);
-  if (metadata.payload_bytes == 0) refuse_to_pack("Nothing to pack after alignment.");
   metadata.container.version = dtypes.size() == 1 ? 3 : 4;
   return metadata;
 }
