@@ -145,6 +145,37 @@ TEST_F(OpenCheckpoint, WhatIsNoIndexIsRefused) {
   }
 }
 
+TEST_F(OpenCheckpoint, WhatAFileIsInsteadOfAnIndexIsSaid) {
+  const std::string name = "model.safetensors.index.json";
+  EXPECT_SAYS(error_of(write(name, "\xef\xbb\xbf{}")),
+              "it begins with a byte order mark: save it as UTF-8 without one");
+  EXPECT_SAYS(error_of(write(name, "<!DOCTYPE html>")), "it is a web page");
+  EXPECT_SAYS(error_of(write(name, "")), "it is empty");
+}
+
+TEST_F(OpenCheckpoint, ADirectoryAndAnIndexAreNotTakenInAListOfFiles) {
+  const auto file = write_shard("1.safetensors", {"a"});
+  const auto index = write_index("model.safetensors.index.json", R"({"a":"1.safetensors"})");
+  for (const auto& other : {directory_.path(), index}) {
+    const std::vector paths{file, other};
+    try {
+      open_checkpoint(paths);
+      FAIL() << other;
+    } catch (const Error& error) {
+      EXPECT_SAYS(std::string(error.what()), other.string());
+      EXPECT_SAYS(std::string(error.what()), "in a list of files: give its path alone");
+    }
+  }
+}
+
+TEST_F(OpenCheckpoint, OfADirectoryAFlashPackFileTakesThePlaceOfTheSafetensorsFileOfItsName) {
+  write_shard("adapter.safetensors", {"old"});
+  write_flashpack("adapter.flashpack", {"new"});
+  EXPECT_EQ(names_in(directory_.path()), Names{"new"});
+  write_shard("adapter.b.safetensors", {"other"});
+  EXPECT_SAYS(error_of(directory_.path()), "several checkpoints");
+}
+
 TEST_F(OpenCheckpoint, OfADirectoryTheUsualNamesComeFirst) {
   write_shard("other.safetensors", {"other"});
   EXPECT_EQ(names_in(directory_.path()), (Names{"other"}));

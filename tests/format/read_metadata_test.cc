@@ -124,6 +124,8 @@ TEST_F(ReadMetadata, RefusesAFileTooSmallForATrailer) {
   for (const std::string& bytes : {std::string(), std::string("FLASHPK\0", 8), trailer(0).substr(1)}) {
     EXPECT_NE(refusal_of(bytes).find("File too small to contain footer"), std::string::npos);
   }
+  EXPECT_NE(refusal_of("").find("0 bytes: it is empty"), std::string::npos);
+  EXPECT_NE(refusal_of("404 not found").find("13 bytes: it is a text"), std::string::npos);
 }
 
 TEST_F(ReadMetadata, RefusesATrailerWithoutAFooter) {
@@ -295,15 +297,13 @@ TEST_F(ReadMetadata, RefusesASafetensorsHeaderOverTheLimitBeforeReadingIt) {
 }
 
 TEST_F(ReadMetadata, SaysWhatAnotherFileLooksLike) {
+  const std::string no_footer =
+      "it has no flashpack footer at its end, and no safetensors header at its beginning; if it had one, ";
   const std::vector<std::pair<std::string, std::string>> kinds = {
-      {"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5\n", "\"git lfs pull\" fetches the file"},
       {"\n <!DOCTYPE html><html>404 Not Found</html>", "it is a web page"},
-      {"<HTML><body>sign in first</body></HTML>", "it is a web page"},
-      {std::string("PK\3\4\0\0\0\0", 8) + "archive/data.pkl", "it is a zip archive, as torch.save writes them"},
-      {"\x80\2}q\1X\1aq\2K\1s." + std::string(9, 'x'), "it is a pickle, as torch.save writes them"},
-      {std::string("GGUF\3\0\0\0", 8) + "general.architecture", "it is a GGUF file"},
-      {R"({"weight_map":{"w":"model.safetensors"}})", "it is JSON text, such as the index"},
-      {std::string(100, 'x'), "and no safetensors header"}};
+      {R"({"weight_map":{"w":"model.safetensors"}})", "it is JSON text"},
+      {std::string(100, '\1'), no_footer + "it was cut"},
+      {std::string(50, '\1') + std::string(50, '\0'), no_footer + "its download was not finished"}};
   for (const auto& [bytes, expected] : kinds) {
     const std::string error = refusal_of(bytes);
     EXPECT_NE(error.find("Bad magic: "), std::string::npos) << error;

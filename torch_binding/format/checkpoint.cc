@@ -12,6 +12,7 @@
 
 #include "engine/ground/error.h"
 #include "engine/ground/unique_fd.h"
+#include "torch_binding/format/foreign_file.h"
 #include "torch_binding/format/format_rules.h"
 #include "torch_binding/format/json_reader.h"
 
@@ -79,7 +80,9 @@ WeightMap read_index(const fs::path& path) {
     });
     json.end();
   } catch (const JsonError& error) {
-    refuse(path, std::string("it is not the index of a sharded checkpoint: a value ") + error.what());
+    const std::string what = text.find_first_of("{[") == 0 ? "" : what_it_is(text);
+    refuse(path, "it is not the index of a sharded checkpoint: " +
+                     (what.empty() ? std::string("a value ") + error.what() : what));
   }
   if (map.empty()) refuse(path, "it is not the index of a sharded checkpoint: it has no weight_map, or an empty one");
   return map;
@@ -116,6 +119,19 @@ Checkpoint open_index(const fs::path& path) {
   }
 }
 
+/// Leaves out safetensors files that have a flashpack file of the same name beside them, as conversions make them.
+std::vector<fs::path> without_converted(const std::vector<fs::path>& sorted, std::string_view rest) {
+  std::vector<fs::path> left;
+  for (const fs::path& path : sorted) {
+    std::string name = path.native().substr(0, path.native().size() - rest.size());
+    const bool is_safetensors = name.ends_with(kSuffixes.back());
+    if (is_safetensors) name.resize(name.size() - kSuffixes.back().size());
+    ((name += kSuffixes.front()) += rest);
+    if (!is_safetensors || !std::ranges::binary_search(sorted, fs::path(name))) left.push_back(path);
+  }
+  return left;
+}
+
 /// Returns the files in `directory` whose names end with one of kSuffixes and `rest`, sorted.
 std::vector<fs::path> files_with(const fs::path& directory, std::string_view rest) {
   std::vector<fs::path> paths;
@@ -132,7 +148,7 @@ std::vector<fs::path> files_with(const fs::path& directory, std::string_view res
     throw file_error(error.code(), "list", directory);
   }
   std::ranges::sort(paths);
-  return paths;
+  return without_converted(paths, rest);
 }
 
 /// Returns the file or the index that stands for a directory.
@@ -244,6 +260,14 @@ Checkpoint open_checkpoint(const std::filesystem::path& path) {
 
 Checkpoint open_checkpoint(std::span<const std::filesystem::path> files) {
   if (files.empty()) throw internal::argument_error("open a checkpoint: no files are given");
+  for (const fs::path& path : files) {
+    std::error_code ignored;  // If there is an error, opening the file has it, too.
+    const bool is_folder = fs::is_directory(path, ignored);
+    if (!is_folder && !is_index(path.filename().native())) continue;
+    const char* what = is_folder ? "a directory" : "an index";
+    throw internal::argument_error("open " + path.string() + ", which is " + what +
+                                   " in a list of files: give its path alone, or list the files");
+  }
   return open_files(files.front(), files);
 }
 

@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cerrno>
 #include <cstring>
@@ -12,6 +11,7 @@
 
 #include "engine/ground/error.h"
 #include "engine/ground/unique_fd.h"
+#include "torch_binding/format/foreign_file.h"
 #include "torch_binding/format/format_rules.h"
 
 namespace flashpack {
@@ -85,7 +85,7 @@ class JsonOfFile {
 
  private:
   std::string footer(const std::string& tail) const {
-    if (size_bytes_ < rules::kTrailerBytes) refuse_small_file();
+    if (size_bytes_ < rules::kTrailerBytes) refuse_small_file(tail);
     const std::size_t have_bytes = tail.size() - rules::kTrailerBytes;
     const std::uint64_t length_bytes = length_at(tail, have_bytes);
     const std::uint64_t end = size_bytes_ - rules::kTrailerBytes;
@@ -138,37 +138,26 @@ class JsonOfFile {
                   offset_bytes);
   }
 
-  [[noreturn]] void refuse_small_file() const {
-    rules::refuse(path_, "File too small to contain footer: " + std::to_string(size_bytes_) + " bytes");
+  [[noreturn]] void refuse_small_file(std::string_view head) const {
+    const std::string what = what_it_is(head);
+    rules::refuse(path_, "File too small to contain footer: " + std::to_string(size_bytes_) + " bytes" +
+                             (what.empty() ? "" : ": " + what));
   }
 
   [[noreturn]] void refuse_other_file(const std::string& head, const std::string& tail) const {
-    if (size_bytes_ < rules::kTrailerBytes) refuse_small_file();
+    if (size_bytes_ < rules::kTrailerBytes) refuse_small_file(head);
     const std::string_view magic = std::string_view(tail).substr(tail.size() - rules::kMagic.size());
+    const bool ends_with_zeros = magic.find_first_not_of('\0') == magic.npos;
+    std::string what = what_it_is(head);
+    if (what.empty()) {
+      what = std::string(
+                 "it has no flashpack footer at its end, and no safetensors header at its beginning; if it had "
+                 "one, ") +
+             (ends_with_zeros ? "its download was not finished" : rules::kCutFile);
+    }
     rules::refuse(
-        path_,
-        "Bad magic: " + rules::quoted_bytes(magic) + " != " + rules::quoted_bytes(rules::kMagic) + what_it_is(head),
+        path_, what + " (Bad magic: " + rules::quoted_bytes(magic) + " != " + rules::quoted_bytes(rules::kMagic) + ")",
         size_bytes_ - magic.size());
-  }
-
-  /// Says what a file that begins with `head` is instead, and what to do about it.
-  static std::string what_it_is(const std::string& head) {
-    struct Kind {
-      std::string_view begin;  ///< In lower case.
-      const char* sentence;
-    };
-    constexpr std::array kKinds = {
-        Kind{"version https://git-lfs", "it is a pointer of git-lfs, and \"git lfs pull\" fetches the file"},
-        Kind{"<!doctype html", "it is a web page: its server sent that instead of the file"},
-        Kind{"<html", "it is a web page: its server sent that instead of the file"},
-        Kind{"pk\3\4", "it is a zip archive, as torch.save writes them, and has to be converted"},
-        Kind{"\x80\2", "it is a pickle, as torch.save writes them, and has to be converted"},
-        Kind{"gguf", "it is a GGUF file"},
-        Kind{"{", "it is JSON text, such as the index or the configuration of a checkpoint"}};
-    std::string begin = head.substr(std::min(head.find_first_not_of(" \t\r\n"), head.size()), 32);
-    std::ranges::transform(begin, begin.begin(), [](char c) { return c >= 'A' && c <= 'Z' ? c + ('a' - 'A') : c; });
-    const auto kind = std::ranges::find_if(kKinds, [&](const Kind& each) { return begin.starts_with(each.begin); });
-    return kind == kKinds.end() ? ", and no safetensors header" : std::string(": ") + kind->sentence;
   }
 
   const OpenedFile& file_;

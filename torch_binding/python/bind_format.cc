@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "flashpack/format.h"
+#include "torch_binding/format/foreign_file.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -73,6 +74,10 @@ void bind_format(nb::module_& module) {
   module.def("layout", &layout, "tensors"_a, "align_bytes"_a, "name_order"_a = nb::none(),
              "user_metadata"_a = nb::dict(), "checksums"_a = false,
              "The layout of (name, dtype, shape) tensors, once it is known that its footer can be read.");
+  module.attr("FOREIGN_HEAD_BYTES") = kForeignHeadBytes;
+  module.def(
+      "what_it_is", [](const nb::bytes& head) { return what_it_is({head.c_str(), head.size()}); }, "head"_a,
+      "Says what a file that begins with these bytes is, and the cure; an empty text for what is not known.");
   module.def("element_bytes", [](std::string_view dtype) { return element_bytes(require_dtype(dtype)); }, "dtype"_a);
 }
 

@@ -7,6 +7,7 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <array>
@@ -61,9 +62,17 @@ nb::object text(const std::string& bytes) {
   return nb::steal(PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "surrogateescape"));
 }
 
+/// Tells how many files the process may have open, because a model of many files needs one descriptor for each.
+std::string with_cure(const Error& error) {
+  rlimit files{};
+  if (error.code() != std::errc::too_many_files_open || ::getrlimit(RLIMIT_NOFILE, &files) != 0) return error.what();
+  return std::string(error.what()) + ": this process may have " + std::to_string(files.rlim_cur) +
+         "; \"ulimit -n\" in its shell, or resource.setrlimit() in it, allows more";
+}
+
 /// Escapes a message that has line breaks or control characters, which could drive a terminal.
 nb::object message_of(const Error& error) {
-  nb::object message = text(error.what());
+  nb::object message = text(with_cure(error));
   if (nb::cast<bool>(message.attr("isprintable")())) return message;
   return message.attr("encode")("unicode_escape").attr("decode")();
 }
