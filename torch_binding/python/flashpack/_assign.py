@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ._casts import cast_exactly, dtype_when_asked
 from ._checkpoint import Entry
+from ._name_hints import hint_of
 from ._native import FlashPackError
 from ._options import Casts, Filters, Strictness
 from ._own_code import OwnCode, own_code_of
@@ -199,7 +200,8 @@ def check_strictness(plan: Plan, path: str, strictness: Strictness) -> None:
     if plan.untold and (strict_params or strict_buffers):
         raise FlashPackError(f"{path}: {plan.untold}; strict=False loads without knowing")
     if plan.unexpected and (strict_params or strict_buffers):
-        raise FlashPackError(f"{path}: Could not assign {len(plan.unexpected)} names: {plan.unexpected}")
+        hint = hint_of(plan.unexpected, plan.missing_parameters + plan.missing_buffers)
+        raise FlashPackError(f"{path}: Could not assign {len(plan.unexpected)} names: {plan.unexpected}{hint}")
     missing = []
     if strict_params and plan.missing_parameters:
         missing.append((f"{len(plan.missing_parameters)} parameters", plan.missing_parameters))

@@ -7,22 +7,39 @@ from typing import Final
 import torch
 
 from ._native import FlashPackError
+from .utils import existing_dtypes
 
 DTypeLike = torch.dtype | str
-"""A dtype, or torch's name of it: "bfloat16" or "torch.bfloat16"."""
+"""A dtype, or its name: "bfloat16", "torch.bfloat16" or "bf16"."""
 PLAIN_FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Models compute in these. Narrower ones hold quantised weights, whose scales are other tensors."""
+_PACKED: Final = existing_dtypes("float4_e2m1fn_x2")
+_SHORT_NAMES: Final = {
+    "bf16": "bfloat16",
+    **{f"{kind}{bits}": f"float{bits}" for kind in ("f", "fp") for bits in (16, 32, 64)},
+}
+
+
+def dtype_of(asked: object) -> torch.dtype:
+    """Returns the dtype that a caller gives, or gives the name of. Raises FlashPackError if that is none."""
+    found: object = asked
+    if isinstance(asked, str):
+        name = asked.lower().removeprefix("torch.")
+        found = getattr(torch, _SHORT_NAMES.get(name, name), None)
+    if not isinstance(found, torch.dtype):
+        raise FlashPackError(f"dtype={asked!r} is neither a torch.dtype nor the name of one, such as 'bfloat16'")
+    return found
 
 
 def asked_dtype(dtype: DTypeLike | None) -> torch.dtype | None:
-    """Returns the dtype that a caller asks for. Raises FlashPackError unless it is floating point, complex or None."""
+    """Returns the dtype that a caller asks for. Raises FlashPackError unless it is None or can be cast to."""
     if dtype is None:
         return None
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise FlashPackError(f"dtype={dtype!r} is neither a torch.dtype nor the name of one, such as 'bfloat16'")
+    found = dtype_of(dtype)
     if not (found.is_floating_point or found.is_complex):
         raise FlashPackError(f"dtype={found} is neither floating point nor complex: numbers would be cut off")
+    if found in _PACKED:
+        raise FlashPackError(f"dtype={found}: torch cannot cast to it, because each byte has two numbers")
     return found
 
 

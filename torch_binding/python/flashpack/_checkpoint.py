@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from . import _native
 from ._logging import logger
+from ._native import FlashPackError
 
 StrPath = str | os.PathLike[str]
 Verify = Literal["auto", "always", "never"]
@@ -113,14 +114,30 @@ def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Iterator[Checkpoint]:
 
 def opened_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
     """Returns a checkpoint that the caller has to close. Raises as open_checkpoint does."""
-    if isinstance(path, Iterable) and not isinstance(path, (str, bytes, os.PathLike)):
-        paths = list(path)
-        checkpoint = Checkpoint(", ".join(os.fspath(each) for each in paths), _native.open_files(paths))
+    if isinstance(path, (Sequence, Set, Iterator)) and not (isinstance(path, (str, bytes)) or hasattr(path, "read")):
+        paths = [path_of(each) for each in path]
+        checkpoint = Checkpoint(", ".join(paths), _native.open_files(paths))
     else:
-        checkpoint = Checkpoint(os.fspath(path), _native.open_checkpoint(path))
+        text = path_of(path)
+        checkpoint = Checkpoint(text, _native.open_checkpoint(text))
     for file, warning in checkpoint.native.warnings:
         logger.warning("%s: %s", file, warning)
     return checkpoint
+
+
+def path_of(path: object) -> str:
+    """Returns a path as text. Raises TypeError for what is none, and FlashPackError if no file can have that path."""
+    if isinstance(path, (str, bytes, os.PathLike)):
+        text = os.fsdecode(path)
+        if "\0" in text:
+            raise FlashPackError(f"the path {text!r} has a NUL character, which no path can have")
+        return text
+    cure = ""
+    if hasattr(path, "read"):
+        cure = ": only files can be read and written, so that bytes in memory have to be written to one first"
+    elif hasattr(path, "state_dict") or isinstance(path, Mapping):
+        cure = ": the arguments may be in the wrong order"
+    raise TypeError(f"a path is a str or an os.PathLike, not a {type(path).__name__}{cure}")
 
 
 def open_descriptor(path: StrPath, flags: int) -> int:

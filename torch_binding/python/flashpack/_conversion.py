@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ._checkpoint import is_flashpack_file
+from . import _native
+from ._checkpoint import open_checkpoint
 from ._logging import logger
 from ._native import FlashPackError
 from ._repository import blaming, open_regular, plain_name, read_json
@@ -72,16 +73,16 @@ def find_checkpoint(directory: Path, variant: str | None = None) -> Path | None:
     return lone[0] if len(lone) == 1 else None
 
 
-def map_tensors(path: Path) -> dict[str, torch.Tensor]:
+def map_tensors(path: Path, key: str | None = None) -> dict[str, torch.Tensor]:
     """Returns the tensors of a checkpoint by name. Files are mapped, so that bytes are read when they are needed.
 
     `path`: a safetensors file, a file that torch.save wrote, or the index of several of either. From pickles only
     tensors are taken; nothing in them is run. Archives, which torch.save has written since version 1.6, are read once
-    to verify their checksums.
+    to verify their checksums. `key`: what a pickle has under this name is taken for all of it.
 
     Raises FlashPackError for a file that is none of these, OSError for the system's failures.
     """
-    return _open_sharded(path) if is_index(path) else _open_file(path)
+    return _open_sharded(path, key) if is_index(path) else _open_file(path, key)
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -89,7 +90,7 @@ def metadata_of(path: Path) -> dict[str, str]:
     metadata: dict[str, str] = {}
     disputed = set()
     for file in files_of(path):
-        if file.suffix == ".safetensors":
+        if not is_index(file) and (file.suffix == ".safetensors" or _refusal_of(file) is None):
             for key, value in _header_of(file).items():
                 if metadata.setdefault(key, value) != value:
                     disputed.add(key)
@@ -135,13 +136,43 @@ def _names(library: str, suffix: str, variant: str | None) -> list[str]:
     return indices + whole if library == "diffusers" and suffix == ".safetensors" else whole + indices
 
 
-def _open_file(path: Path) -> dict[str, torch.Tensor]:
-    if is_flashpack_file(path):
-        raise FlashPackError(f"{path} is a flashpack file already")
+def _open_file(path: Path, key: str | None) -> dict[str, torch.Tensor]:
     with open_regular(path) as file:
-        lead = file.read(4)
-    # Only the archives that torch has written since version 1.6 can be mapped.
-    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path, mmap=lead == b"PK\x03\x04")
+        head = file.read(_native.FOREIGN_HEAD_BYTES)
+    refusal = _refusal_of(path)
+    if path.suffix == ".safetensors" or refusal is None:
+        if key is not None:
+            raise FlashPackError(f"{path} has no key {key!r}: only what torch.save wrote can have tensors below a name")
+        try:
+            return _open_safetensors(path)
+        except FlashPackError:
+            if refusal is None:
+                raise
+            raise refusal from None  # It names the cause and the cure, which the library's own does not.
+    try:
+        # Only the archives that torch has written since version 1.6 can be mapped.
+        loaded = _open_pickle(path, mmap=head.startswith(b"PK\x03\x04"))
+    except FlashPackError:
+        what = "" if head.startswith((b"PK\x03\x04", b"\x80")) else _native.what_it_is(head)
+        if not what:
+            raise
+        raise FlashPackError(f"{path} is not a file that torch.save wrote: {what}") from None
+    return _state_dict_of(path, loaded, key)
+
+
+def _refusal_of(path: Path) -> FlashPackError | None:
+    """Returns the error that reading `path` as a safetensors file is, None if it is one whatever it is called.
+
+    Raises FlashPackError if it is a flashpack file.
+    """
+    try:
+        with open_checkpoint(path) as checkpoint:
+            formats = [file.format for file in checkpoint.files()]
+    except FlashPackError as error:
+        return error
+    if formats == ["flashpack"]:
+        raise FlashPackError(f'{path} is a flashpack file already; "flashpack revert" makes another of it')
+    return None
 
 
 def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -164,11 +195,11 @@ def _opened_safetensors(path: Path) -> Iterator[Any]:
         yield file
 
 
-def _open_pickle(path: Path, mmap: bool) -> dict[str, torch.Tensor]:
+def _open_pickle(path: Path, mmap: bool) -> object:
     try:
         if mmap:
             _check_archive(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         error.filename = error.filename or os.fspath(path)
         raise
@@ -177,6 +208,15 @@ def _open_pickle(path: Path, mmap: bool) -> dict[str, torch.Tensor]:
             f"{path} is not a file that torch.save wrote, or is damaged, or has more in it than tensors, which is not "
             f"loaded, because unpickling can run code"
         ) from error
+
+
+def _state_dict_of(path: Path, loaded: object, key: str | None) -> dict[str, torch.Tensor]:
+    """Returns the state dict that a pickle is, or has under the name `key`."""
+    if key is not None:
+        if not isinstance(loaded, dict) or key not in loaded:
+            names = ", ".join(map(repr, list(loaded)[:10])) if isinstance(loaded, dict) else type(loaded).__name__
+            raise FlashPackError(f"{path} has no key {key!r}, but {names}")
+        loaded = loaded[key]
     if not isinstance(loaded, dict):
         raise FlashPackError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     _check_sizes(path, loaded)
@@ -213,12 +253,12 @@ def _check_archive(path: Path) -> None:
         raise
 
 
-def _open_sharded(path: Path) -> dict[str, torch.Tensor]:
+def _open_sharded(path: Path, key: str | None) -> dict[str, torch.Tensor]:
     opened: dict[Path, dict[str, torch.Tensor]] = {}
     tensors = {}
     for name, file in _weight_map(path).items():
         if file not in opened:
-            opened[file] = _open_file(file)
+            opened[file] = _open_file(file, key)
         if name not in opened[file]:
             raise FlashPackError(f"{path} says that {name!r} is in {file.name}, but it is not")
         tensors[name] = opened[file][name]

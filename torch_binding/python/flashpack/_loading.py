@@ -36,6 +36,9 @@ class Loaded(NamedTuple):
 @captures_undisturbed()
 def assign(model: torch.nn.Module, path: StrPath, options: LoadOptions) -> AssignReport:
     """Does what assign_from_file promises."""
+    if not isinstance(model, torch.nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"the model comes first, and then the path: tensors are assigned to a module, not to {what}")
     device = _device_of(model) if options.device is None else options.device
     with _opened(path, device, options) as source:
         plan, stats = _assign(model, source, options)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from . import _native
 from ._checkpoint import StrPath, open_descriptor
 from ._logging import in_one_line
 from ._native import FlashPackError
@@ -53,7 +54,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise FlashPackError(f"{path} is not a JSON file: {error}") from error
+        what = "" if content[:1] in (b"{", b"[") else _native.what_it_is(content[: _native.FOREIGN_HEAD_BYTES])
+        raise FlashPackError(f"{path} is not a JSON file: {what or error}") from error
     if not isinstance(value, dict):
         raise FlashPackError(f"{path} is not a JSON object")
     return value

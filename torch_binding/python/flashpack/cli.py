@@ -15,6 +15,7 @@ import click
 
 from ._checkpoint import Checkpoint, open_checkpoint
 from ._logging import PrintableFormatter, logger, printable, printable_lines
+from ._native import FlashPackError
 from .constants import WEIGHTS_NAME
 from .version import __version__
 
@@ -86,6 +87,8 @@ def metadata(path: str, show_index: bool, as_json: bool) -> None:
 @click.option("--ignore-names", multiple=True, metavar="NAME", help="Leave out this tensor.  [repeatable]")
 @click.option("--ignore-prefixes", multiple=True, metavar="PREFIX", help="Leave out what begins so.  [repeatable]")
 @click.option("--ignore-suffixes", multiple=True, metavar="SUFFIX", help="Leave out what ends so.  [repeatable]")
+@click.option("--key", help="Of a file of torch.save, take what it has below this name: state_dict of Lightning.")
+@click.option("--strip-compiled", is_flag=True, help='Leave out the "_orig_mod." that torch.compile puts into names.')
 @click.option("--use-transformers", is_flag=True, help="Build the model with transformers, for its module names.")
 @click.option("--use-diffusers", is_flag=True, help="Build the model with diffusers, for its module names.")
 @click.option("--copy-code", is_flag=True, help="Copy Python files that come with a model, too. None of them is run.")
@@ -117,6 +120,7 @@ def convert(
     \b
     flashpack convert model.safetensors
     flashpack convert pytorch_model.bin out.flashpack --dtype bfloat16
+    flashpack convert last.ckpt --key state_dict
     flashpack convert ./llama ./llama-flashpack
     flashpack convert ./llama ./llama.flashpack
     flashpack convert stabilityai/sdxl-turbo ./sdxl --variant fp16
@@ -183,7 +187,8 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
             for offset_bytes, size_bytes, names in report["corrupt"]:
                 click.echo(f"corrupt: bytes {offset_bytes}+{size_bytes}, of {printable(names)}")
             sound = f"sound: {report['verified_bytes']} bytes in {report['seconds']:.2f} s"
-            click.echo(f"{len(report['corrupt'])} stripes corrupt, {sound}" if report["corrupt"] else sound)
+            count = len(report["corrupt"])
+            click.echo(f"{count} {'stripe' if count == 1 else 'stripes'} corrupt, {sound}" if count else sound)
         if report["corrupt"]:
             sys.exit(1)
 
@@ -267,7 +272,7 @@ def _succeed(path: str) -> None:
 
 @contextmanager
 def _reporting(verbose: bool) -> Iterator[None]:
-    """Turns an error into a line, and exit status 1."""
+    """Turns an error into a line, and exit status 1. A traceback helps only with errors that nobody has foreseen."""
     if verbose:
         handler = logging.StreamHandler()
         handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
@@ -277,7 +282,7 @@ def _reporting(verbose: bool) -> Iterator[None]:
     except BrokenPipeError:
         raise  # The reader has closed the pipe, so that click ends without a message.
     except Exception as error:
-        if verbose:
+        if verbose and not isinstance(error, (FlashPackError, OSError)):
             click.echo(printable_lines(traceback.format_exc()), err=True)
         click.secho(f"Error: {printable_lines(str(error)) or type(error).__name__}", fg="red", err=True)
         sys.exit(1)

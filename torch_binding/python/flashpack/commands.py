@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._casts import dtype_of
 from ._checkpoint import Checkpoint, StrPath, open_checkpoint
 from ._conversion import files_of, map_tensors, metadata_of, stem_of
 from ._directory import copy_companions, download, find_checkpoints, is_repo_id, staged
@@ -21,8 +22,8 @@ from ._options import Filters
 from ._pretrained import build_model
 from .constants import WEIGHTS_NAME
 from .deserialization import revert_from_file
-from .serialization import file_to_replace, pack_to_file
-from .utils import filter_state_dict, logger, string_to_dtype
+from .serialization import dicts_of_tensors, file_to_replace, pack_to_file
+from .utils import filter_state_dict, logger
 
 __all__ = [
     "convert_to_flashpack",
@@ -38,6 +39,12 @@ __all__ = [
 StateDict = Mapping[str, torch.Tensor]
 Names = list[str] | None
 
+_FOREIGN_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx"})
+
+
+class NoDestinationError(FlashPackError, AssertionError):
+    """There is no default for a destination. Callers of 0.4.5 expect an AssertionError."""
+
 
 class _Packing(NamedTuple):
     """How tensors are chosen, cast and written to a flashpack file."""
@@ -45,16 +52,19 @@ class _Packing(NamedTuple):
     dtype: torch.dtype | None
     filters: Filters
     silent: bool
+    strip_compiled: bool = False
+    key: str | None = None
+    """The name under which a pickle has its state dict, if it has more than that."""
 
     @classmethod
     def of(cls, dtype: torch.dtype | str | None, silent: bool, *filters: Names) -> _Packing:
-        dtype = string_to_dtype(dtype) if isinstance(dtype, str) else dtype
-        return cls(dtype, Filters.of(*filters), silent)
+        return cls(None if dtype is None else dtype_of(dtype), Filters.of(*filters), silent)
 
     def write(self, state_dict: StateDict, destination: StrPath, metadata: Mapping[str, str] | None = None) -> str:
         """Writes `state_dict` to `destination`, and returns that."""
         tensors = filter_state_dict(state_dict, *self.filters)
-        pack_to_file(tensors, destination, self.dtype, silent=self.silent, metadata=metadata)
+        options: dict[str, Any] = {"silent": self.silent, "metadata": metadata, "strip_compiled": self.strip_compiled}
+        pack_to_file(tensors, destination, self.dtype, **options)
         return os.fspath(destination)
 
     def convert(self, checkpoint: Path, state_dict: StateDict, destination: StrPath) -> str:
@@ -63,7 +73,9 @@ class _Packing(NamedTuple):
         try:
             return self.write(state_dict, destination, metadata)
         except FlashPackError as error:
-            raise FlashPackError(f"{checkpoint}: {error}") from error
+            keys = dicts_of_tensors(state_dict)
+            cure = f"; --key {keys[0]} (here: key={keys[0]!r}) converts these alone" if keys else ""
+            raise FlashPackError(f"{checkpoint}: {error}{cure}") from error
 
 
 def filter_kwargs_for_method(kwargs: dict[str, Any], method: Callable[..., Any]) -> dict[str, Any]:
@@ -101,14 +113,17 @@ def convert_to_flashpack(
     never if it is the source.
 
     `dtype`: floating-point tensors are cast to it, as in pack_to_file. `ignore_*`: names not to write.
-    `kwargs`: `subfolder` and `variant` of a directory; `copy_code=True`, which copies the Python files that come with a
-    model, too, for loads that trust them (none of them is run); arguments of huggingface_hub, like `revision`; with
-    `use_*`, of from_pretrained().
+    `kwargs`: `strip_compiled`, see pack_to_file; `key`, the name under which a file of torch.save has the state dict,
+    as "state_dict" of Lightning; `subfolder` and `variant` of a directory; `copy_code=True`, which copies the Python
+    files that come with a model, too, for loads that trust them (none of them is run); arguments of huggingface_hub,
+    like `revision`; with `use_*`, of from_pretrained().
 
     Raises FlashPackError (a ValueError) for a source that cannot be converted, OSError for the system's failures.
     """
     source = model_or_state_dict_or_path_or_repo_id
-    packing = _Packing.of(dtype, silent, ignore_names, ignore_prefixes, ignore_suffixes)
+    packing = _Packing.of(dtype, silent, ignore_names, ignore_prefixes, ignore_suffixes)._replace(
+        strip_compiled=kwargs.pop("strip_compiled", False), key=kwargs.pop("key", None)
+    )
     if use_transformers and use_diffusers:
         raise FlashPackError("use_transformers and use_diffusers exclude each other")
     if isinstance(source, torch.nn.Module):
@@ -248,7 +263,9 @@ def _convert_file(source: Path, destination_path: StrPath | None, packing: _Pack
     if destination_path is None:
         _refuse_existing(destination)
     _refuse_source(files_of(source), destination)
-    return packing.convert(source, map_tensors(source), destination)
+    tensors = map_tensors(source, packing.key)
+    _refuse_foreign_name(destination)
+    return packing.convert(source, tensors, destination)
 
 
 def _convert_directory(
@@ -274,11 +291,12 @@ def _convert_directory(
     else:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(source))
     destination = directory if destination_path is None else Path(destination_path)
+    _refuse_foreign_name(destination)
     checkpoints = find_checkpoints(directory, variant)
 
     def pack(folder: str, checkpoint: Path, path: StrPath) -> None:
         if library is None:
-            state_dict = map_tensors(checkpoint)
+            state_dict = map_tensors(checkpoint, packing.key)
         else:
             state_dict = build_model(library, directory, folder, checkpoint, variant, **rest).state_dict()
         packing.convert(checkpoint, state_dict, path)
@@ -325,7 +343,7 @@ def _save(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file: Path
 
 def _required(destination_path: StrPath | None, source: str) -> StrPath:
     if destination_path is None:
-        raise AssertionError(f"destination_path is required: {source} has no default")
+        raise NoDestinationError(f"destination_path is required: {source} has no default")
     return destination_path
 
 
@@ -339,7 +357,16 @@ def _refuse_source(sources: list[Path], destination: Path) -> None:
         raise FlashPackError(f"{destination} is the source; it is not replaced by its conversion")
 
 
+def _refuse_foreign_name(destination: Path) -> None:
+    """Refuses to write a flashpack file under a name that other programs would take for another kind of file."""
+    if destination.suffix in _FOREIGN_SUFFIXES and not destination.is_dir():
+        raise FlashPackError(
+            f"{destination} would be a flashpack file with the name of another kind of file: call it "
+            f"{destination.with_suffix('.flashpack').name}"
+        )
+
+
 def _warn_of_unused(kwargs: dict[str, Any]) -> None:
-    unused = sorted(name for name, value in kwargs.items() if value is not None)
+    unused = sorted(name for name, value in kwargs.items() if value not in (None, False))
     if unused:
         logger.warning("not used in this conversion: %s", ", ".join(unused))

@@ -7,18 +7,20 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.parameter import is_lazy
 
 from . import _native
-from ._casts import dtype_when_asked
-from ._checkpoint import StrPath
+from ._casts import DTypeLike, asked_dtype, dtype_of, dtype_when_asked
+from ._checkpoint import StrPath, path_of
 from ._device import CPU, captures_undisturbed, side_of
 from ._durable import make_directories
 from ._engine import left_before_exit
 from ._hub import is_blob_link
 from ._memory import allocate_block
+from ._name_hints import without_compiled
 from ._native import FlashPackError
 from ._own_code import EXTRA_STATE
 from ._progress import progress_bar
@@ -38,13 +40,14 @@ Place = tuple[str, int, int]
 def pack_to_file(
     state_dict_or_model: Mapping[str, torch.Tensor] | torch.nn.Module,
     destination_path: StrPath,
-    target_dtype: torch.dtype | None = None,
+    target_dtype: DTypeLike | None = None,
     name_order: Iterable[str] | None = None,
     align_bytes: int = DEFAULT_ALIGN_BYTES,
     silent: bool = True,
     num_workers: int = DEFAULT_NUM_WRITE_WORKERS,
     checksum: bool = True,
     metadata: Mapping[str, str] | None = None,
+    strip_compiled: bool = False,
 ) -> None:
     """Writes the tensors of a state dict, or of a module, to a file: durably, and whole or not at all.
 
@@ -60,16 +63,19 @@ def pack_to_file(
     the file is, byte for byte, what flashpack 0.4.5 writes; readers that know neither ignore both.
     `metadata`: text by name for the footer, like `__metadata__` of safetensors files; get_flashpack_file_metadata
     returns it as "metadata".
+    `strip_compiled`: leaves out the "_orig_mod." that torch.compile puts into names, so that the file fits the module
+    that was compiled.
     `num_workers`: accepted for compatibility, without effect.
 
     Raises FlashPackError (a ValueError) naming the tensor that cannot be written, OSError for the system's failures.
     """
+    path = path_of(destination_path)
     name_order = None if name_order is None else list(listed(name_order) or ())
-    tensors = _select(state_dict_or_model, name_order)
-    specs = _specs(tensors, align_bytes, target_dtype)
+    tensors = _select(state_dict_or_model, name_order, strip_compiled)
+    specs = _specs(tensors, align_bytes, None if target_dtype is None else dtype_of(target_dtype))
     layout = _native.layout(specs, align_bytes, name_order, _checked_metadata(metadata), checksum)
 
-    destination = os.path.abspath(destination_path)
+    destination = os.path.abspath(path)
     make_directories(os.path.dirname(destination))
     dtypes = {name: string_to_dtype(dtype) for name, dtype, _ in specs}
     side = side_of(_main_device(tensors))
@@ -99,14 +105,48 @@ def file_to_replace(path: StrPath) -> Path:
 
 
 def _select(
-    state_dict_or_model: Mapping[str, torch.Tensor] | torch.nn.Module, name_order: Sequence[str] | None
+    state_dict_or_model: Mapping[str, torch.Tensor] | torch.nn.Module,
+    name_order: Sequence[str] | None,
+    strip_compiled: bool,
 ) -> dict[str, torch.Tensor]:
     if isinstance(state_dict_or_model, torch.nn.Module):
+        _refuse_lazy(state_dict_or_model)
         state_dict: Mapping[str, torch.Tensor] = state_dict_or_model.state_dict()
-    else:
+    elif isinstance(state_dict_or_model, Mapping):
         state_dict = state_dict_or_model
+    else:
+        raise TypeError(f"a state dict or a module is packed, not a {type(state_dict_or_model).__name__}")
+    if strip_compiled:
+        state_dict = named_without_compiled(state_dict)
     names = state_dict if name_order is None else [name for name in name_order if name in state_dict]
     return {name: state_dict[name] for name in names}
+
+
+def _refuse_lazy(model: torch.nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(map(is_lazy, module._parameters.values())) or any(map(is_lazy, module._buffers.values())):
+            raise FlashPackError(
+                f"cannot pack {name or 'the model'!r}: this {type(module).__name__} is lazy, and has no shape yet; a "
+                f"first batch through the model gives it one"
+            )
+
+
+def named_without_compiled(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns `state_dict` with the names that its tensors had before modules were compiled, without "_orig_mod."."""
+    names = [without_compiled(name) if isinstance(name, str) else name for name in state_dict]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise FlashPackError(f"without '_orig_mod.' two tensors are called {twice!r}")
+    return dict(zip(names, state_dict.values(), strict=True))
+
+
+def dicts_of_tensors(state_dict: Mapping[str, Any]) -> list[str]:
+    """Returns the names of those values that are dicts with tensors in them, as training checkpoints have them."""
+    return [
+        name
+        for name, value in state_dict.items()
+        if isinstance(value, Mapping) and any(isinstance(each, torch.Tensor) for each in value.values())
+    ]
 
 
 def _specs(
@@ -118,6 +158,8 @@ def _specs(
     if align_bytes < 0:
         raise FlashPackError(f"align_bytes must be >= 0, got {align_bytes}")
     for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            _refuse_other(name, tensor, tensors)
         _check_writable(name, tensor)
     _check_target(tensors, target_dtype)
     specs = []
@@ -145,13 +187,13 @@ def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
 def _check_target(tensors: dict[str, torch.Tensor], target_dtype: torch.dtype | None) -> None:
     if target_dtype is None:
         return
-    if not isinstance(target_dtype, torch.dtype):
-        raise FlashPackError(f"Unsupported dtype in state dict: {target_dtype!r}")
     _storable(target_dtype, "which is asked for")
     if not (target_dtype.is_floating_point or target_dtype.is_complex):
         changed = [name for name, tensor in tensors.items() if tensor.dtype != target_dtype]
         if changed:
             raise FlashPackError(f"a cast to {target_dtype} could lose values of {len(changed)} tensors: {changed}")
+    else:
+        asked_dtype(target_dtype)
 
 
 def _storable(dtype: torch.dtype, whose: str) -> str:
@@ -163,16 +205,22 @@ def _storable(dtype: torch.dtype, whose: str) -> str:
     return name
 
 
-def _check_writable(name: object, tensor: object) -> None:
+def _refuse_other(name: object, value: object, state_dict: Mapping[str, Any]) -> NoReturn:
+    cure = ""
+    if isinstance(name, str) and name.endswith(EXTRA_STATE):
+        cure = ": get_extra_state() of its module must return one"
+    elif nested := dicts_of_tensors(state_dict):
+        cure = f": tensors are in {' and '.join(map(repr, nested[:3]))}"
+    raise FlashPackError(f"cannot pack {name!r}: it is a {type(value).__name__}, not a tensor{cure}")
+
+
+def _check_writable(name: object, tensor: torch.Tensor) -> None:
     if not isinstance(name, str):
         raise FlashPackError(f"tensor name {name!r} is a {type(name).__name__}, not a str")
     try:
         name.encode()
     except UnicodeEncodeError as error:
         raise FlashPackError(f"tensor name {name!r} cannot be written as UTF-8") from error
-    if not isinstance(tensor, torch.Tensor):
-        cure = ": get_extra_state() of its module must return one" if name.endswith(EXTRA_STATE) else ""
-        raise FlashPackError(f"cannot pack {name!r}: it is a {type(tensor).__name__}, not a tensor{cure}")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise FlashPackError(f"cannot pack {name!r}: {type(tensor).__name__} keeps its bytes elsewhere")
     if is_lazy(tensor):

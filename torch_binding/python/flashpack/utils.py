@@ -18,12 +18,14 @@ from ._logging import logger as logger
 from ._native import FlashPackError
 
 
-def _existing(*names: str) -> tuple[torch.dtype, ...]:
+def existing_dtypes(*names: str) -> tuple[torch.dtype, ...]:
     """Returns those dtypes that this torch has."""
     return tuple(dtype for dtype in (getattr(torch, name, None) for name in names) if isinstance(dtype, torch.dtype))
 
 
-_FP8_DTYPES: Final = _existing("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+_FP8_DTYPES: Final = existing_dtypes(
+    "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"
+)
 _CARRIERS: Final[dict[torch.dtype, torch.dtype]] = {
     torch.bfloat16: torch.uint16,
     torch.complex32: torch.uint32,
@@ -66,7 +68,7 @@ def dtype_to_string(dtype: torch.dtype) -> str:
 def get_packing_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype whose numpy array carries the bits of `dtype`: itself, or an unsigned integer of its size."""
     carrier = _CARRIERS.get(dtype, dtype)
-    if carrier not in _NUMPY and dtype in _existing("float4_e2m1fn_x2", "float4_e2m1fn"):
+    if carrier not in _NUMPY and dtype in existing_dtypes("float4_e2m1fn_x2", "float4_e2m1fn"):
         raise FlashPackError(f"Unsupported dtype for packing: {dtype}")
     return carrier
 
