@@ -236,17 +236,26 @@ def test_strict_flags_reach_the_load(tmp_path):
         FlashPackMore.from_pretrained_flashpack(tmp_path, strict_buffers=True)
 
 
-@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, {"": torch.device("cpu")}, "auto", "balanced"])
+@pytest.mark.parametrize(
+    "device_map", ["cpu", {"": "cpu"}, {"norm": torch.device("cpu"), "": "cpu"}, "auto", "balanced"]
+)
 def test_a_device_map_of_one_device_is_a_device(tmp_path, device_map, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     FlashPackCounting().save_pretrained_flashpack(tmp_path)
     assert FlashPackCounting.from_pretrained_flashpack(tmp_path, device_map=device_map).device.type == "cpu"
 
 
-def test_a_device_map_of_several_devices_is_an_error(tmp_path):
+def test_a_model_that_is_split_over_gpus_is_loaded_and_left_to_accelerate(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("accelerate.dispatch_model", lambda model, **options: given.append(options) or model)
     FlashPackCounting().save_pretrained_flashpack(tmp_path)
-    with pytest.raises(flashpack.FlashPackError, match="device_map must name one device"):
-        FlashPackCounting.from_pretrained_flashpack(tmp_path, device_map={"norm": "cpu", "exact": "cpu"})
+    device_map = {"norm": 0, "": 1}
+    assert FlashPackCounting.from_pretrained_flashpack(tmp_path, device_map=device_map).device.type == "cpu"
+    assert [options["device_map"] for options in given] == [device_map]
+    with pytest.raises(flashpack.FlashPackError, match="must be of one kind"):
+        FlashPackCounting.from_pretrained_flashpack(tmp_path, device_map={"norm": 0, "": "cpu"})
+    with pytest.raises(flashpack.FlashPackError, match="a pipeline goes to one device"):
+        FlashPackSD.from_pretrained_flashpack(tmp_path, device_map={"unet": 0, "vae": 1})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

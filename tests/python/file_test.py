@@ -126,12 +126,25 @@ def test_tensors_come_in_file_order_from_several_loads_too(path, tensors):
     assert flashpack.load_file(path, names=[], device_map={"": "cpu"}) == {}
 
 
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "balanced_low_0", "sequential"])
+@pytest.mark.parametrize("there", [True, False])
+def test_an_open_device_map_means_one_device(path, tensors, device_map, there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    with flashpack._checkpoint.open_checkpoint(path) as checkpoint:
+        places = _file.places_of(list(checkpoint.entries()), "cpu", device_map, _file.ReadOptions())
+    assert [place.type for place in places] == ["cuda" if there else "cpu"]
+    if not there:
+        assert_bit_equal(flashpack.load_file(path, device_map=device_map), tensors)
+
+
 @pytest.mark.parametrize("device", ["mps", "nonsense", object()])
 def test_devices_that_cannot_be_read_to_are_errors(path, device):
     with pytest.raises(flashpack.FlashPackError, match="Unsupported device"):
         flashpack.load_file(path, device)
     with pytest.raises(flashpack.FlashPackError, match="Unsupported device"):
         flashpack.load_file(path, device_map={"": device})
+    with pytest.raises(flashpack.FlashPackError, match="Unsupported device"):
+        flashpack.load_file(path, device_map=device)
     with pytest.raises(flashpack.FlashPackError, match="Unsupported device"):
         flashpack.open_file(path, device)
 

@@ -229,17 +229,45 @@ def test_coerce_dtype_gives_all_the_main_dtype(tmp_path):
         assert {t.dtype for t in loaded.state_dict().values()} == {torch.bfloat16, torch.int64}
 
 
-@pytest.mark.parametrize("options", [{"device_map": {"": "cpu"}}, {"device_map": "cpu"}, {"device": "cpu"}])
-def test_one_device_may_be_named_in_any_way(options, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device": "cpu"},
+        {"device_map": "cpu"},
+        {"device_map": {"": "cpu"}},
+        {"device_map": {"bert": "cpu", "cls": torch.device("cpu")}},
+        {"device_map": "auto"},
+        {"device_map": "balanced"},
+        {"device_map": "sequential"},
+        {"device_map": "auto", "device": "cpu"},
+    ],
+    ids=str,
+)
+def test_one_device_may_be_named_in_any_way(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "device" in options)
     model = make("bert")
     assert_same_model(load(type(model), save(model, tmp_path), **options), model)
+
+
+@pytest.mark.parametrize("lost", [None, "cls.predictions.bias"])
+def test_a_model_that_is_split_over_gpus_is_loaded_and_left_to_accelerate(lost, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("accelerate.dispatch_model", lambda model, **options: given.append(options) or model)
+    model = make("bert")
+    save(model, tmp_path)
+    repack(tmp_path, lambda tensors: tensors.pop(lost, None))
+    device_map = {"bert": 0, "cls": "cuda:1"}
+    assert_same_model(load(type(model), tmp_path, device_map=device_map), model)
+    assert [options["device_map"] for options in given] == [device_map]
+    assert "skip_keys" in given[0]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device_map": "auto"}, "'auto' is not a device"),
-        ({"device_map": {"bert": "cpu", "cls": "cpu"}}, "only one device"),
+        ({"device_map": "nonsense"}, "'nonsense' is not a device"),
+        ({"device_map": {"bert": "cuda:0", "cls": "cpu"}}, "must be of one kind"),
+        ({"device_map": {"bert": "cpu", "cls": "disk"}}, "'disk' is not a device"),
         ({"device_map": "cpu", "device": "cuda"}, "contradict"),
         ({"tp_plan": "auto", "gguf_file": "x"}, "tp_plan, gguf_file cannot be used"),
         ({"adapter_kwargs": {"_adapter_model_path": "x"}}, "an adapter"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,19 @@ from ._native import Engine, FlashPackError
 CPU = torch.device("cpu")
 DeviceLike = str | int | torch.device
 """Anything that torch.device takes; a number is a CUDA device."""
+DeviceMap = Mapping[str, DeviceLike] | DeviceLike
+"""Devices by module, one device for all, or a word of AUTOMATIC."""
+AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+"""What device maps of accelerate are called that leave the choice of devices open."""
+
+
+def devices_by_module(device_map: DeviceMap | None) -> dict[str, DeviceLike]:
+    """Returns a device map by module, where "" stands for all. An open choice is the GPU, if there is one."""
+    if isinstance(device_map, Mapping):
+        return dict(device_map)
+    if isinstance(device_map, str) and device_map in AUTOMATIC:
+        return {"": "cuda" if torch.cuda.is_available() else "cpu"}
+    return {} if device_map is None else {"": device_map}
 
 
 class Side(NamedTuple):

@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ import torch
 
 from ._casts import DTypeLike, asked_dtype, dtype_when_asked
 from ._checkpoint import Checkpoint, Entry, StrPath, Verify, open_checkpoint, opened_checkpoint
-from ._device import CPU, DeviceLike, Side, captures_undisturbed, side_of
+from ._device import CPU, DeviceLike, DeviceMap, Side, captures_undisturbed, devices_by_module, side_of
 from ._engine import left_before_exit
 from ._memory import (
     Read,
@@ -57,7 +57,7 @@ def load_file(
     ignore_prefixes: Collection[str] | None = None,
     ignore_suffixes: Collection[str] | None = None,
     dtype: DTypeLike | None = None,
-    device_map: Mapping[str, DeviceLike] | None = None,
+    device_map: DeviceMap | None = None,
     mmap: bool = False,
     verify: Verify = "auto",
     progress: Callable[[int, int], object] | None = None,
@@ -69,7 +69,8 @@ def load_file(
     `dtype`: floating-point tensors, or complex ones, are cast to it: torch.bfloat16, or its name, "bfloat16". Integers
     and 8-bit floats, which may be quantised weights, keep theirs.
     `device_map`: devices by module, as in {"": "cpu", "encoder": "cuda:0", "encoder.layers.7": 1}; the longest name
-    that fits decides, and `device` where none does. All devices are loaded to at the same time.
+    that fits decides, and `device` where none does. All devices are loaded to at the same time. One device stands for
+    all modules; so do "auto", "balanced" and "sequential", which mean the current GPU or, without any, the CPU.
     `mmap`: maps the file instead of reading it (CPU only), see read_flashpack_file. `verify`: see assign_from_file.
     `progress`: called now and then, on this thread, with the bytes done and their total; its exceptions end the load.
     `metadata`: a dict that gets the text that pack_to_file was given as `metadata` for the file that is read.
@@ -393,10 +394,10 @@ def selected(checkpoint: Checkpoint, names: Collection[str] | Callable[[str], bo
 
 
 def places_of(
-    entries: list[Entry], device: DeviceLike, device_map: Mapping[str, DeviceLike] | None, options: ReadOptions
+    entries: list[Entry], device: DeviceLike, device_map: DeviceMap | None, options: ReadOptions
 ) -> dict[torch.device, list[Entry]]:
     """Sorts the entries by the device that they are read to, in file order."""
-    devices = {name: supported_device(each, options) for name, each in (device_map or {}).items()}
+    devices = {name: supported_device(each, options) for name, each in devices_by_module(device_map).items()}
     default = devices[""] if "" in devices else supported_device(device, options)
     if not devices:
         return {default: entries} if entries else {}

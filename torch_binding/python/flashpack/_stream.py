@@ -15,7 +15,7 @@ import torch
 from . import _native
 from ._casts import DTypeLike, asked_dtype, dtype_when_asked
 from ._checkpoint import Checkpoint, Entry, StrPath, Verify, open_checkpoint
-from ._device import DeviceLike, captures_undisturbed
+from ._device import DeviceLike, DeviceMap, captures_undisturbed
 from ._engine import left_before_exit
 from ._file import places_of, selected
 from ._logging import logger
@@ -194,7 +194,7 @@ def stream_tensors(
     order: Order = "file",
     window_bytes: int = _WINDOW_BYTES,
     dtype: DTypeLike | None = None,
-    device_map: Mapping[str, DeviceLike] | None = None,
+    device_map: DeviceMap | None = None,
     verify: Verify = "auto",
 ) -> TensorStream:
     """Returns an iterator of (name, tensor), which yields each tensor soon after it has landed, while the rest is read.

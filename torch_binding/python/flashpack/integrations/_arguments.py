@@ -6,12 +6,14 @@ import errno
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .._casts import PLAIN_FLOATS
 from .._checkpoint import Checkpoint
+from .._device import CPU, DeviceLike, devices_by_module
+from .._native import FlashPackError
 from ..constants import WEIGHTS_NAME
 from ..utils import logger, string_to_dtype
 
@@ -29,6 +31,49 @@ def requested_dtype(arguments: dict[str, Any]) -> Any:
     older = arguments.pop("torch_dtype", None)
     dtype = arguments.pop("dtype", None)
     return older if dtype is None else dtype
+
+
+class Placement(NamedTuple):
+    """The result of a device map for a model."""
+
+    device: torch.device | None
+    """The device that tensors are read to; None if the map says nothing of it."""
+    split: dict[str, Any] | None = None
+    """The devices of modules, if there are several. The tensors get there from the CPU."""
+
+    def dispatch(self, model: Any) -> Any:
+        """Moves the modules of a loaded model to the devices of `split`, and has accelerate move what they exchange."""
+        if self.split is None:
+            return model
+        from accelerate import dispatch_model
+
+        skipped = getattr(model, "_skip_keys_device_placement", None)
+        return dispatch_model(model, device_map=self.split, skip_keys=skipped)
+
+
+def placement_of(device_map: Any) -> Placement:
+    """Returns where a device map puts a model. Raises FlashPackError if that is not on devices of one kind."""
+    asked = devices_by_module(device_map)
+    devices = {_numbered(device, device_map) for device in asked.values()}
+    if len(devices) < 2:
+        return Placement(next(iter(devices), None))
+    if {device.type for device in devices} != {"cuda"}:
+        raise FlashPackError(
+            f"device_map={device_map!r}: devices must be of one kind. To offload a part of the model, load it to the "
+            f"CPU, and call accelerate.dispatch_model"
+        )
+    return Placement(CPU, asked)
+
+
+def _numbered(device: DeviceLike, device_map: Any) -> torch.device:
+    """Returns torch's device, with its number if it is a GPU, so that one device has one name."""
+    try:
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise FlashPackError(f"device_map={device_map!r}: {device!r} is not a device") from error
+    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 def flashpack_file(directory: Path) -> Path:

@@ -32,7 +32,7 @@ from ...constants import (
 )
 from ...mixin import FlashPackMixin
 from ...utils import string_to_dtype
-from .._arguments import flashpack_file, main_dtype, requested_dtype, without_unknown
+from .._arguments import flashpack_file, main_dtype, placement_of, requested_dtype, without_unknown
 from .._classes import original_class
 
 Self = TypeVar("Self", bound="FlashPackDiffusersModelMixin")
@@ -137,17 +137,20 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         (accelerate is not needed), gets the tensors of `model.flashpack`, and is in eval mode.
         Floating-point parameters and buffers have the dtypes of the file, unless `dtype` asks for another.
 
-        `kwargs`: `dtype` or `torch_dtype`, but modules that the class keeps in float32 stay so; `device_map`, if it
-        names one device; `config`, instead of config.json. Any other overrides an entry of the config, or is logged
-        if the class does not take it.
+        `kwargs`: `dtype` or `torch_dtype`, but modules that the class keeps in float32 stay so; `device_map`, without
+        effect beside `device`, where "auto" and its like mean the current GPU, and several devices must all be GPUs;
+        `config`, instead of config.json. Any other overrides an entry of the config, or is logged if the class does not
+        take it.
         The other arguments are those of from_flashpack and of huggingface_hub.snapshot_download.
 
         Raises FileNotFoundError without `model.flashpack`, OSError without config.json, FlashPackError if the class
         cannot be built from it, and what assign_from_file raises.
         """
         download = Download(subfolder, revision, cache_dir, local_dir, token, force_download, local_files_only, proxies)
+        device_map = kwargs.pop("device_map", None)
+        placed = placement_of(device_map if device is None else {"": device})
         options = LoadOptions(
-            one_device(device, kwargs.pop("device_map", None)),
+            placed.device,
             Filters(ignore_names, ignore_prefixes, ignore_suffixes),
             Strictness(strict, strict_params, strict_buffers),
             Casts(coerce_dtype, requested_dtype(kwargs)),
@@ -157,7 +160,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
             ),
             keep_flash_ref_on_model,
         )
-        return _load(cls, pretrained_model_name_or_path, download, options, kwargs)
+        return placed.dispatch(_load(cls, pretrained_model_name_or_path, download, options, kwargs))
 
     def to_json_string(self) -> str:
         """Returns the config as ConfigMixin does, but names the class that is loadable without flashpack."""
@@ -175,19 +178,6 @@ def make_directory(path: StrPath) -> Path:
         raise FlashPackError(f"Save directory {directory} is not a directory")
     make_directories(directory)
     return directory
-
-
-def one_device(device: str | torch.device | None, device_map: Any) -> str | torch.device | None:
-    """Returns `device`, or else the one device of a diffusers device map; "auto" and "balanced" mean one GPU."""
-    if device is not None or device_map is None:
-        return device
-    if isinstance(device_map, Mapping):
-        if set(device_map) != {""}:
-            raise FlashPackError(f"device_map must name one device, as in {{'': 'cuda'}}, not {dict(device_map)}")
-        device_map = device_map[""]
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device_map)
 
 
 def _load(

@@ -32,7 +32,7 @@ from ...constants import (
     WEIGHTS_NAME,
 )
 from ...utils import logger
-from .._arguments import flashpack_file, requested_dtype
+from .._arguments import flashpack_file, placement_of, requested_dtype
 from .._classes import PREFIX, library_class, promoted_class
 from ._components import (
     accepted_components,
@@ -47,7 +47,7 @@ from ._components import (
     promote,
     uncompiled,
 )
-from .model import make_directory, one_device
+from .model import make_directory
 
 _WEIGHTS = frozenset({".bin", ".onnx", ".pb", ".pt", ".safetensors"})
 
@@ -162,8 +162,12 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
         if pretrained_model_name_or_path is None:
             raise FlashPackError("pretrained_model_name_or_path is required")
         places = [kwargs.pop(name, None) for name in ("rank", "local_rank", "world_size")]
+        device_map = kwargs.pop("device_map", None)
+        placed = placement_of(device_map if device is None else {"": device})
+        if placed.split is not None:
+            raise FlashPackError(f"device_map={device_map!r}: a pipeline goes to one device")
         options = LoadOptions(
-            one_device(device, kwargs.pop("device_map", None)),
+            placed.device,
             Filters.of(ignore_names, ignore_prefixes, ignore_suffixes),
             Strictness(strict, strict_params, strict_buffers),
             Casts(coerce_dtype),

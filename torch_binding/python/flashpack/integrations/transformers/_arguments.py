@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..._casts import asked_dtype
-from ..._device import CPU
+from ..._device import AUTOMATIC, CPU
 from ..._native import FlashPackError
-from .._arguments import requested_dtype
+from .._arguments import Placement, placement_of, requested_dtype
 
 # These say where and how transformers reads weights, so that they have no effect here.
 _WITHOUT_MEANING = frozenset(
@@ -90,20 +89,16 @@ def read_config(
     return config, unused | kept
 
 
-def device_of(device: str | torch.device | None, device_map: Any) -> torch.device:
-    if isinstance(device_map, Mapping):
-        if set(device_map) != {""}:
-            raise FlashPackError(f'device_map={device_map!r}: only one device for all is supported, {{"": device}}')
-        device_map = device_map[""]
-    if device_map is not None:
-        try:
-            mapped = torch.device(device_map)
-        except (RuntimeError, TypeError) as error:
-            raise FlashPackError(f"device_map={device_map!r} is not a device") from error
-        if device is not None and torch.device(device) != mapped:
-            raise FlashPackError(f"device={str(device)!r} and device_map={device_map!r} contradict each other")
-        return mapped
-    return CPU if device is None else torch.device(device)
+def placement(device: str | torch.device | None, device_map: Any) -> Placement:
+    """Returns where the model goes, by default to the CPU. `device` decides where the map leaves the choice open."""
+    if device is None:
+        mapped = placement_of(device_map)
+        return mapped if mapped.device is not None else Placement(CPU)
+    is_open = isinstance(device_map, str) and device_map in AUTOMATIC
+    given = placement_of({"": device})
+    if device_map is not None and not is_open and placement_of(device_map) != given:
+        raise FlashPackError(f"device={str(device)!r} and device_map={device_map!r} contradict each other")
+    return given
 
 
 def dtype_of(arguments: dict[str, Any]) -> torch.dtype | None:

@@ -30,7 +30,7 @@ from ..._own_code import own_code_of
 from ..._repository import blaming, check_model_config
 from ...utils import string_to_dtype
 from .._arguments import main_dtype
-from ._arguments import FOR_TRANSFORMERS, accepted, device_of, dtype_of, read_config
+from ._arguments import FOR_TRANSFORMERS, accepted, dtype_of, placement, read_config
 
 # transformers does not call load_state_dict(), and has other ways to do what its own modules and torch's do there.
 _WITHOUT_LOAD_STATE_DICT = frozenset({"torch", "transformers"})
@@ -80,7 +80,8 @@ def load(
     with blaming(path.parent):
         config, arguments = read_config(model_class, path.parent, arguments)
     generation_config = arguments.pop("generation_config", None)
-    device = device_of(options.device, arguments.pop("device_map", None))
+    placed = placement(options.device, arguments.pop("device_map", None))
+    device = placed.device or CPU
     dtype = dtype_of(arguments)
     info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     with open_checkpoint(path) as checkpoint:
@@ -89,7 +90,7 @@ def load(
         if model is None:
             model, info = _loaded_by_transformers(model_class, config, request)
     _finish(model, request, generation_config)
-    return model, info
+    return placed.dispatch(model), info
 
 
 def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, request: Request) -> PreTrainedModel | None:

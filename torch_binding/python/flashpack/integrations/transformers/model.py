@@ -133,8 +133,9 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
         `device`: the device of the model, by default the CPU. Attributes `flashpack_*` of the class are defaults of
         `ignore_*` and `coerce_dtype`. Arguments of the Hub mean what they mean in transformers, the others what they
         mean in assign_from_file. `kwargs` are those of from_pretrained() of transformers: `config`, `dtype`,
-        `device_map` (one device), `attn_implementation`, entries of the configuration and so on. Without `dtype` every
-        tensor keeps its dtype in the file.
+        `device_map`, `attn_implementation`, entries of the configuration and so on. A device map that leaves the choice
+        of devices open, as "auto" does, means `device` or the current GPU; several devices must all be GPUs. Without
+        `dtype` every tensor keeps its dtype in the file.
 
         Names in the file may be those of the module or of a checkpoint that transformers can convert. Weights that the
         file lacks, if that is no error, are initialised as transformers does.
