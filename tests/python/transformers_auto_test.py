@@ -21,7 +21,7 @@ AutoModel, AutoModelForCausalLM = transformers.AutoModel, transformers.AutoModel
 from flashpack.commands import convert_to_flashpack  # noqa: E402
 from flashpack.integrations.transformers import patch_transformers_auto_model  # noqa: E402
 from transformers.models.auto.auto_factory import _BaseAutoModelClass  # noqa: E402
-from transformers_models import IMAGE, TEXT, assert_same_model, assert_same_outputs, load, make  # noqa: E402
+from transformers_models import IMAGE, TEXT, assert_same_model, assert_same_outputs, checkpoint, load, make  # noqa: E402
 
 LENT = ("save_flashpack", "save_pretrained_flashpack", "from_pretrained_flashpack")
 
@@ -126,9 +126,36 @@ def test_arguments_reach_the_model_through_the_auto_class(saved):
     assert info["unexpected_keys"] == set()
     config = transformers.AutoConfig.from_pretrained(directory, attn_pdrop=0.25)
     assert AutoModelForCausalLM.from_pretrained_flashpack(directory, config=config).config.attn_pdrop == 0.25
-    with pytest.raises(ValueError, match="Could not assign 1 names"):
-        AutoModel.from_pretrained(directory, use_flashpack=True)
-    assert AutoModel.from_pretrained(directory, use_flashpack=True, strict=False).h[0].attn is not None
+
+
+@pytest.mark.parametrize("auto", [AutoModel, transformers.AutoModelForSequenceClassification])
+@pytest.mark.parametrize("packed", [lambda bert: bert, lambda bert: bert.bert], ids=["with a head", "without"])
+def test_files_of_another_head_are_loaded_and_reported_as_from_safetensors(auto, packed, tmp_path, logged):
+    checkpoint(packed(make("bert")), tmp_path)
+    expected, theirs = auto.from_pretrained(tmp_path, output_loading_info=True)
+    reported = [sorted(record.getMessage().splitlines()) for record in logged]
+    logged.clear()
+    loaded, ours = auto.from_pretrained(tmp_path, use_flashpack=True, output_loading_info=True)
+    assert [sorted(record.getMessage().splitlines()) for record in logged] == reported
+    assert str(tmp_path) in str(reported)
+    assert {name: set(ours[name]) for name in ours} == {name: set(theirs[name]) for name in ours}
+    state = loaded.state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert not state[name].is_meta
+        assert state[name].equal(tensor) == (name not in ours["missing_keys"] or not name.endswith("weight"))
+    with pytest.raises(flashpack.FlashPackError, match=r"Could not assign|Missing"):
+        auto.from_pretrained(tmp_path, use_flashpack=True, strict_params=True)
+
+
+def test_a_head_of_another_size_is_an_error_unless_it_may_be_made_anew(tmp_path):
+    config = make("bert").config
+    config.num_labels = 5
+    heads = transformers.AutoModelForSequenceClassification
+    heads.from_config(config).save_pretrained_flashpack(tmp_path)
+    with pytest.raises(flashpack.FlashPackError, match="shape mismatch for 'classifier"):
+        heads.from_pretrained(tmp_path, use_flashpack=True, num_labels=3)
+    loaded = heads.from_pretrained(tmp_path, use_flashpack=True, num_labels=3, ignore_mismatched_sizes=True)
+    assert loaded.classifier.weight.shape == (3, config.hidden_size)
 
 
 def test_the_class_may_change_but_what_transformers_knows_by_its_name_is_found(saved):

@@ -8,9 +8,11 @@ and how to initialise missing ones.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,7 +249,7 @@ def _loaded_by_transformers(
     may_mismatch = arguments.pop("ignore_mismatched_sizes", False)
     if request.device != CPU:  # transformers wants accelerate as soon as there is a device map.
         arguments["device_map"] = {"": request.device}
-    with blaming(request.directory, passed=(RuntimeError,)):
+    with blaming(request.directory, passed=(RuntimeError,)), _named_in_report(request.name):
         model, info = model_class.from_pretrained(
             None,
             config=config,
@@ -267,6 +269,22 @@ def _loaded_by_transformers(
         setattr(model, name, reference)
     warn_of_meta(model, request.checkpoint.path)
     return model, info
+
+
+@contextmanager
+def _named_in_report(name: str) -> Iterator[None]:
+    """Within it, transformers' report of missing and unexpected weights names the load, where it would name None."""
+
+    def rename(record: logging.LogRecord) -> bool:
+        record.msg = re.sub(r"\b(from:|at) None\b", lambda found: f"{found[1]} {name}", str(record.msg))
+        return True
+
+    reporter = logging.getLogger(PreTrainedModel.__module__)
+    reporter.addFilter(rename)
+    try:
+        yield
+    finally:
+        reporter.removeFilter(rename)
 
 
 def _check_shapes(model: PreTrainedModel, info: Mapping[str, Any], request: Request) -> None:

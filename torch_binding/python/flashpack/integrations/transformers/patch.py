@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from ..._options import Strictness
 from ..._repository import blaming
 from .._classes import lend, load_as_original
 from .model import FlashPackTransformersModelMixin
@@ -23,8 +24,9 @@ def patch_transformers_auto_model() -> None:
 
     `AutoModel.from_pretrained(name, use_flashpack=True)`, and for short `AutoModel.from_pretrained_flashpack(name)`,
     does what FlashPackTransformersModelMixin.from_pretrained_flashpack() does; so does from_pretrained() of a model
-    class. Every model of transformers has save_pretrained_flashpack(), from whatever files it was loaded. All keep
-    their classes.
+    class. But as with other files, weights that only the file or only the model has are reported, and are an error only
+    if a strict flag is given. Every model of transformers has save_pretrained_flashpack(), from whatever files it was
+    loaded. All keep their classes.
     """
     _wrap(PreTrainedModel, "from_pretrained", _divert)
     # Each Auto class has copies of the methods of the first.
@@ -48,6 +50,8 @@ def _divert(original: ClassMethod) -> ClassMethod:
     def from_pretrained(cls: type, *args: Any, use_flashpack: bool = False, **kwargs: Any) -> Any:
         if not use_flashpack:
             return original(cls, *args, **kwargs)
+        if not kwargs.keys() & set(Strictness._fields):
+            kwargs["strict"] = False
         return load_as_original(cls, FlashPackTransformersModelMixin, *args, **kwargs)
 
     return from_pretrained
