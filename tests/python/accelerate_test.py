@@ -191,3 +191,31 @@ def test_modules_that_wait_for_their_first_use_are_not_loaded(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "nameless", nameless)
     with flashpack.accelerate() as acceleration:
         assert "safetensors.safe_open" in acceleration.patched()
+
+
+def test_modules_of_transformers_that_are_imported_after_the_first_file_was_opened_are_wrapped_too(path, monkeypatch):
+    def stand_in(name: str, **functions: Any) -> types.SimpleNamespace:
+        module = types.SimpleNamespace(__name__=name, **functions)
+        monkeypatch.setitem(sys.modules, f"transformers.{name}", module)
+        return module
+
+    class DtensorShardOperation:
+        def shard_tensor(self, source: Any, device: Any) -> Any:
+            return source
+
+    def copy(tensor: Any, device: Any) -> Any:
+        return tensor
+
+    monkeypatch.setattr(_accelerate, "_on_device", lambda tensor, device: (tensor, device))
+    monkeypatch.delitem(sys.modules, "transformers.distributed.sharding_utils", raising=False)
+    loading = stand_in("core_model_loading", _materialize_copy=copy)
+    with flashpack.accelerate() as acceleration:
+        safetensors.safe_open(path, "pt")
+        assert loading._materialize_copy(1, device=2) == (1, 2)
+        stand_in("distributed.sharding_utils", DtensorShardOperation=DtensorShardOperation)
+        safetensors.safe_open(path, "pt")
+        assert DtensorShardOperation().shard_tensor(1, 2) == (1, 2)
+        assert loading._materialize_copy(1, device=2) == (1, 2)
+        assert "core_model_loading._materialize_copy" in acceleration.patched()
+    assert loading._materialize_copy is copy
+    assert DtensorShardOperation().shard_tensor(1, 2) == 1

@@ -119,8 +119,9 @@ def _bindings_of(wanted: object) -> Iterator[tuple[ModuleType, str]]:
 def _wrap_transformers() -> None:
     """Lets transformers read slices straight to the GPU that it would copy them to, if it does that as we know it."""
     with _lock:
-        if _undo or not _active:
+        if not _active:
             return
+        # Each time, because programs may import these modules after they have opened their first file.
         loading = sys.modules.get("transformers.core_model_loading")
         sharding = sys.modules.get("transformers.distributed.sharding_utils")
         _wrap(loading, "_materialize_copy", "tensor")
@@ -130,9 +131,11 @@ def _wrap_transformers() -> None:
 def _wrap(owner: Any, name: str, argument: str) -> None:
     """Wraps a function so that a slice that it is given as `argument` is one on the device that it is given."""
     original = getattr(owner, name, None)
-    if original is None or not {argument, "device"} <= inspect.signature(original).parameters.keys():
+    if original is None or any(each is owner and known == name for each, known, _ in _undo):
         return
     signature = inspect.signature(original)
+    if not {argument, "device"} <= signature.parameters.keys():
+        return
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
