@@ -232,7 +232,7 @@ def test_other_devices_are_left_to_safetensors(path, device, monkeypatch):
 def test_every_other_name_is_that_of_safetensors():
     import flashpack.safetensors as ours
 
-    for name in ("save_file", "save_model", "save", "load", "storage_ptr", "_remove_duplicate_names"):
+    for name in ("save", "load", "storage_ptr", "_remove_duplicate_names"):
         assert getattr(ours, name) is getattr(safetensors.torch, name)
     for name in ("SafetensorError", "deserialize", "serialize", "serialize_file"):
         assert getattr(ours, name) is getattr(safetensors, name)

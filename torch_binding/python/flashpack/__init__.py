@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from .integrations import patch_integrations
     from .mixin import FlashPackMixin
+    from .safetensors import load_model, save_file, save_model
     from .serialization import pack_to_file
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "is_flashpack_file",
     "iterate_from_flash_tensor",
     "load_file",
+    "load_model",
     "mixin",
     "open_file",
     "pack_to_file",
@@ -75,6 +77,8 @@ __all__ = [
     "read_flashpack_file_distributed",
     "revert_from_file",
     "safetensors",
+    "save_file",
+    "save_model",
     "serialization",
     "stream_tensors",
     "utils",
@@ -120,6 +124,7 @@ _HOME_OF = {
     "is_flashpack_file": "_checkpoint",
     "iterate_from_flash_tensor": "deserialization",
     "load_file": "_file",
+    "load_model": "safetensors",
     "open_file": "_file",
     "pack_to_file": "serialization",
     "patch_integrations": "integrations",
@@ -128,6 +133,8 @@ _HOME_OF = {
     "read_flashpack_file": "deserialization",
     "read_flashpack_file_distributed": "deserialization",
     "revert_from_file": "deserialization",
+    "save_file": "safetensors",
+    "save_model": "safetensors",
     "verify_file": "deserialization",
 }
 

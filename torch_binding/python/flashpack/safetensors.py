@@ -2,7 +2,8 @@
 
 `from flashpack.safetensors import safe_open, load_file` takes the place of `from safetensors import safe_open` and of
 `from safetensors.torch import load_file`. What is asked for another framework than torch, or for a device that is
-neither the CPU nor CUDA, is left to safetensors itself. All other names are those of safetensors.torch and safetensors.
+neither the CPU nor CUDA, is left to safetensors itself. A file that is saved under a name *.flashpack becomes a
+flashpack file. All other names are those of safetensors.torch and safetensors.
 
 What differs: a tensor is read when it is asked for, and has memory of its own. safetensors by default maps the file, so
 that tensors on the CPU share the page cache with it, bytes are read when they are first used, and a file that somebody
@@ -11,7 +12,9 @@ truncates kills the process. `backend="mmap"` asks for just that.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import itertools
+import os
+from collections.abc import Collection, Mapping, Sequence
 from types import FunctionType, TracebackType
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -19,15 +22,16 @@ import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save, save_file, save_model
+from safetensors.torch import load, save
 
-from ._checkpoint import Entry, StrPath, Verify
+from ._checkpoint import Entry, StrPath, Verify, is_flashpack_file
 from ._device import DeviceLike
 from ._file import FlashPackFile, TensorSlice, open_file
 from ._file import load_file as load_any_file
 from ._mapped_tensors import MappedTensors
 from ._prefetch_loader import PrefetchLoader, PrefetchPlan, checked_rows
 from ._safetensors import CheckpointError, FileOnDevice, catchable, dtype_name, header_shape
+from .serialization import pack_to_file
 
 __all__ = [
     "CheckpointError",
@@ -155,6 +159,12 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
                 raise CheckpointError("the prefetch plan selects no tensors")
             return PrefetchLoader(file, where, rows)
 
+    def __repr__(self) -> str:
+        return "safe_open(closed)" if self._file is None else f"safe_open({_arguments(repr(self._file))})"
+
+    def _repr_html_(self) -> str:
+        return repr(self) if self._file is None else self._file._repr_html_()
+
     def __enter__(self) -> Any:
         return self
 
@@ -189,6 +199,9 @@ class PySafeSlice:
         self._file = file
         self._entry = entry
         self._map = of_file
+
+    def __repr__(self) -> str:
+        return f"PySafeSlice({_arguments(repr(TensorSlice(self._file, self._entry)))})"
 
     def get_shape(self) -> list[int]:
         return header_shape(self._entry)
@@ -257,7 +270,13 @@ def load_model(
     """
 
     def read(filename: StrPath, device: DeviceLike = "cpu", **_: Any) -> dict[str, torch.Tensor]:
-        return load_file(filename, device, backend=backend)
+        tensors = load_file(filename, device, backend=backend)
+        # A flashpack file has tied tensors under each of their names, which would be unexpected.
+        if is_flashpack_file(filename):
+            tied = safetensors.torch._remove_duplicate_names(model.state_dict(), preferred_names=list(tensors))
+            for name in itertools.chain(*tied.values()):
+                tensors.pop(name, None)
+        return tensors
 
     # The same code, but for how the file is read.
     theirs = safetensors.torch.load_model
@@ -265,6 +284,41 @@ def load_model(
     function.__kwdefaults__ = theirs.__kwdefaults__
     missing, unexpected = function(model, filename, strict, device)
     return missing, unexpected
+
+
+def save_file(tensors: dict[str, torch.Tensor], filename: StrPath, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors to a flashpack file, see pack_to_file, if it is called *.flashpack, else to a safetensors file.
+
+    Both formats keep `metadata`. A safetensors file takes no tensors that share memory.
+    """
+    if _is_for_flashpack(filename):
+        with catchable():
+            pack_to_file(tensors, filename, metadata=metadata)
+    else:
+        safetensors.torch.save_file(tensors, filename, None if metadata is None else dict(metadata))
+
+
+def save_model(
+    model: torch.nn.Module, filename: str, metadata: dict[str, str] | None = None, force_contiguous: bool = True
+) -> None:
+    """Writes a model to a file, in the format that save_file chooses.
+
+    Of tied tensors, a safetensors file has one, and its metadata the other names; a flashpack file has all.
+    """
+    if _is_for_flashpack(filename):
+        with catchable():
+            pack_to_file(model, filename, metadata=metadata)
+    else:
+        safetensors.torch.save_model(model, filename, metadata, force_contiguous)
+
+
+def _is_for_flashpack(filename: StrPath) -> bool:
+    return os.fspath(filename).endswith(".flashpack")
+
+
+def _arguments(text: str) -> str:
+    """Returns what is between the outer parentheses of a repr()."""
+    return text.partition("(")[2][:-1]
 
 
 def _given(backend: Backend) -> dict[str, str]:
