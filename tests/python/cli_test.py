@@ -47,7 +47,7 @@ def source(tmp_path):
 def test_metadata_of_one_dtype_reads_as_in_the_reference(pack):
     path = pack(STATE)
     lines = ["format: flashpack_v3", "target_dtype: float32", "align_bytes: 128", "total_elems: 2119"]
-    lines.append("checksums: crc32c")
+    lines += ["checksums: crc32c", "size: 2 tensors, 8.43 kB"]
     index = ["index:", "  0: 0000:2100 weight [300, 7]", "  1: 2112:2119 bias [7]"]
     assert run("metadata", path).output.splitlines() == lines
     for option in ("-i", "--show-index", "--index"):
@@ -63,6 +63,7 @@ def test_metadata_of_several_dtypes_reads_as_in_the_reference(pack):
         "total_payload_bytes: 24210",
         "total_elems: 6032",
         "checksums: crc32c",
+        "size: 3 tensors, 24.0 kB",
         "macroblocks:",
         "  0: float32    00000:24092",
         "  1: bfloat16   24192:24210",

@@ -17,6 +17,8 @@ from ._casts import DTypeLike, asked_dtype, dtype_when_asked
 from ._checkpoint import Checkpoint, Entry, StrPath, Verify, open_checkpoint, opened_checkpoint
 from ._device import CPU, DeviceLike, DeviceMap, Side, captures_undisturbed, devices_by_module, side_of
 from ._engine import left_before_exit
+from ._listing import as_html, by_name, summary_of
+from ._logging import printable
 from ._memory import (
     Read,
     ReadOptions,
@@ -134,6 +136,13 @@ class FlashPackFile:
         """Returns the names, in file order."""
         return list(self._entries)
 
+    def __repr__(self) -> str:
+        about = summary_of(list(self._entries.values()))
+        return f"{type(self).__name__}({printable(self.path)!r}, {about}, on {self._device})"
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), by_name(list(self._entries.values())))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
@@ -203,6 +212,9 @@ class TensorSlice:
     def __init__(self, file: FlashPackFile, entry: Entry) -> None:
         self._file = file
         self._entry = entry
+
+    def __repr__(self) -> str:
+        return f"TensorSlice({printable(self._entry.name)!r}, {self._entry.dtype}, {list(self._entry.shape)})"
 
     @property
     def shape(self) -> torch.Size:

@@ -10,6 +10,8 @@ from io import FileIO
 from typing import NoReturn
 
 from ._checkpoint import StrPath, open_checkpoint
+from ._listing import human_bytes
+from ._logging import printable
 from ._native import FlashPackError
 
 # sendfile() to /dev/null waits for the pages without copying them: 2.2 GB/s from a disk that gives 2.6, for 0.02
@@ -30,7 +32,7 @@ class Prefetch:
     def __init__(self, fd: int, path: StrPath, size_bytes: int) -> None:
         """Use prefetch_flashpack_file. Borrows `fd` until it returns."""
         self._pid = os.getpid()
-        self._path = os.fspath(path)
+        self._path = os.fsdecode(path)
         self._size_bytes = size_bytes
         self._stop = threading.Event()
         self._error: OSError | None = None
@@ -50,6 +52,10 @@ class Prefetch:
         ]
         for thread in self._threads:
             thread.start()
+
+    def __repr__(self) -> str:
+        done, total = human_bytes(sum(self._done_bytes)), human_bytes(self._size_bytes)
+        return f"Prefetch({printable(self._path)!r}, {done} of {total})"
 
     def progress(self) -> tuple[int, int]:
         """Returns the bytes that are in the page cache by now, and the bytes in all."""

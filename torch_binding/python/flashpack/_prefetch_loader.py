@@ -35,6 +35,9 @@ class PrefetchLoader:
         arguments = (self._landing, file, device, self._names, rows or {})
         threading.Thread(target=_land, args=arguments, name="flashpack-prefetch-loader", daemon=True).start()
 
+    def __repr__(self) -> str:
+        return f"PrefetchLoader({len(self._names)} tensors)"
+
     def names(self) -> list[str]:
         """Returns the names, in file order."""
         return list(self._names)

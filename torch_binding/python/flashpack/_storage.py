@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from ._checkpoint import Checkpoint
+from ._listing import human_bytes
 from ._memory import ReadBlocks, ReadOptions, Wanted, read_blocks, tensors_of
 from ._native import FlashPackError
 from ._options import Filters
 from .constants import FILE_FORMAT_V3
 
 
-@dataclass
+@dataclass(repr=False)
 class FlashTensorStorage:
     """The payload of a file: one flat tensor per macroblock."""
 
@@ -25,6 +26,10 @@ class FlashTensorStorage:
     """None, because blocks own their memory."""
     stats: dict[str, Any] | None = None
     """Figures of the reads: bytes by route, operations, seconds, backend and, if that is a slower one, the reason."""
+
+    def __repr__(self) -> str:
+        size = human_bytes(sum(block.nbytes for block in self.blocks))
+        return f"FlashTensorStorage({len(self)} blocks, {size}, on {self.device})"
 
     def block(self, idx: int) -> torch.Tensor:
         return self.blocks[idx]

@@ -18,7 +18,7 @@ from ._checkpoint import Checkpoint, Entry, StrPath, Verify, open_checkpoint
 from ._device import DeviceLike, DeviceMap, captures_undisturbed
 from ._engine import left_before_exit
 from ._file import places_of, selected
-from ._logging import logger
+from ._logging import logger, printable
 from ._memory import Filling, ReadOptions, Wanted, add_stats, filled_of, make_room, start, tensors_of
 from ._native import FlashPackError
 from .utils import string_to_dtype
@@ -61,10 +61,15 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         self._kept_bytes = 0
         self._kept: dict[int, weakref.ref[torch.Tensor]] = {}
         self._warned = False
+        self._paths = paths
         self._tensors = self._run(paths, targets)
         # It is held while a tensor is being waited for, perhaps on the thread of a task that has been cancelled.
         self._turn = threading.RLock()
         self._step: asyncio.Future[object] | None = None
+
+    def __repr__(self) -> str:
+        paths = self._paths if isinstance(self._paths, (list, tuple)) else [self._paths]
+        return f"TensorStream({', '.join(printable(str(path)) for path in paths)})"
 
     def __iter__(self) -> TensorStream:
         return self

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ._checkpoint import Checkpoint, open_checkpoint
+from ._listing import by_name, lines_of, summary_of
 from ._logging import PrintableFormatter, logger, printable, printable_lines
 from ._native import FlashPackError
 from .constants import WEIGHTS_NAME
@@ -37,14 +38,14 @@ _VERBOSE = click.option("--verbose", "-v", is_flag=True, help="Tell what is done
 _FORCE = click.option("--force", is_flag=True, help="Replace the default destination if it exists.")
 
 
-@click.group(name="flashpack", epilog="Exit status: 0 done, 1 not done or a file is corrupt, 2 wrong usage.")
+@click.group(name="flashpack", epilog="Exit status: 0 done, 1 not done, corrupt or different, 2 wrong usage.")
 @click.version_option(__version__, prog_name="flashpack")
 def main() -> None:
     """Checkpoints in the flashpack format, which load at the speed of the hardware.
 
     \b
     flashpack convert model.safetensors      # writes model.flashpack
-    flashpack metadata model.flashpack -i    # what is in it
+    flashpack ls model.flashpack             # what is in it
     flashpack revert model.flashpack         # and back
 
     Long commands show their progress on a terminal. In pipes, and with --json, they print nothing but the result.
@@ -72,10 +73,59 @@ def metadata(path: str, show_index: bool, as_json: bool) -> None:
     flashpack metadata model.flashpack --index --json | jq '.index[].name'
     """
     with _reporting(verbose=False), open_checkpoint(path) as checkpoint:
-        shown = _summary(checkpoint)
+        shown = _summary(checkpoint, {} if as_json else {"size": summary_of(checkpoint.entries())})
         if not show_index:
             del shown["index"]
         click.echo(json.dumps(shown, indent=2) if as_json else "\n".join(_describe(shown)))
+
+
+@main.command()
+@click.argument("path", type=_PATH)
+@click.option("--json", "-j", "as_json", is_flag=True, help="Print JSON, for programs.")
+def ls(path: str, as_json: bool) -> None:
+    """List the tensors of a checkpoint, sorted by name: name, dtype, shape and size.
+
+    PATH is a flashpack or safetensors file, the index of several, or a directory. Reads no tensors.
+
+    \b
+    flashpack ls model.safetensors
+    flashpack ls llama/ | grep lm_head
+    """
+    with _reporting(verbose=False), open_checkpoint(path) as checkpoint:
+        entries = by_name(checkpoint.entries())
+        if as_json:
+            names = ("name", "dtype", "shape", "size_bytes")
+            click.echo(json.dumps([{name: getattr(entry, name) for name in names} for entry in entries]))
+        else:
+            for line in (*lines_of(entries), summary_of(entries)):
+                click.echo(line)
+
+
+@main.command()
+@click.argument("first", type=_PATH)
+@click.argument("second", type=_PATH)
+def diff(first: str, second: str) -> None:
+    """Compare the tensors of two checkpoints, of any format.
+
+    FIRST and SECOND are flashpack or safetensors files, indices of several, or directories. A line begins with - for a
+    tensor that only FIRST has, + for one that only SECOND has, ~ for another dtype or shape, ! for other values, which
+    are compared bit by bit. Exit status 1 says that there is a difference.
+
+    \b
+    flashpack diff model.safetensors model.flashpack && echo the same
+    """
+    with _reporting(verbose=False):
+        from ._diff import differences
+
+        with open_checkpoint(first) as ours, open_checkpoint(second) as theirs:
+            count = 0
+            for difference in differences(ours, theirs):
+                click.echo(difference)
+                count += 1
+            same = f"the same: {summary_of(ours.entries())}"
+            click.echo(f"{count} {'difference' if count == 1 else 'differences'}" if count else same)
+        if count:
+            sys.exit(1)
 
 
 @main.command()
@@ -193,13 +243,13 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
             sys.exit(1)
 
 
-def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the keys of the footer, with one word for the checksums, because they are too many to show.
+def _summary(checkpoint: Checkpoint, more: dict[str, str]) -> dict[str, Any]:
+    """Returns the keys of the footer and `more`, with one word for the checksums, because they are too many to show.
 
     What is no flashpack file gets keys of its own.
     """
     files = checkpoint.files()
-    checksums = {"checksums": "crc32c" if checkpoint.native.has_checksums else "none"}
+    checksums = {"checksums": "crc32c" if checkpoint.native.has_checksums else "none", **more}
     if [file.format for file in files] != ["flashpack"]:
         return _summary_of_files(checkpoint, checksums)
     summary = dict(checkpoint.metadata)
