@@ -55,22 +55,15 @@ struct OpenFile {
 
 /// The driver's counts for one file system.
 struct FileSystem {
-  std::uint32_t stuck = 0;  // Operations that are late or abandoned.
-  std::uint32_t late = 0;   // Operations that are late.
-  std::uint32_t loads = 0;  // Parts of loads that are open.
+  std::uint32_t stuck = 0;     // Operations that are late or abandoned.
+  std::uint32_t late = 0;      // Operations that are late.
+  std::uint32_t loads = 0;     // Parts of loads that are open.
+  bool answers_again = false;  // The last late operation has come back, which OpenParts has not noticed yet.
 
   std::size_t held_up_loads() const noexcept { return late > 0 ? loads : 0; }
 };
 
-/// The driver's counts for a directory or a mount point. These are known from the path, before the file is open, and so
-/// can count threads that are stuck in an open.
-struct Place {
-  std::uint32_t with_threads = 0;     // Counted parts that are being opened or closed.
-  std::uint32_t late = 0;             // Those of them whose threads are late.
-  FileSystem* file_system = nullptr;  // The file system of its files, once known.
-
-  std::size_t held_up_loads() const noexcept { return file_system ? file_system->held_up_loads() : 0; }
-};
+struct Place;
 
 /// Files that are open for loads, so that loads of the same path share one. Files are not looked up by inode alone,
 /// because some file systems give two files the same number. Thread safety: any thread.
@@ -97,7 +90,14 @@ class FileTable {
 
 /// Only the driver uses it, except while a thread of the pool opens or closes the file.
 struct Part {
-  enum class State : std::uint8_t { kWaiting, kOpening, kOpen, kClosing, kDone };
+  enum class State : std::uint8_t {
+    kWaiting,   // Until its turn comes.
+    kOpening,   // A thread opens the file.
+    kAnswered,  // That thread has come back; the driver decides at once what is next.
+    kOpen,
+    kClosing,  // A thread checks and closes the file.
+    kDone,
+  };
 
   // The request.
   std::filesystem::path path;  // Also for messages.

@@ -29,23 +29,18 @@ constexpr std::chrono::nanoseconds kLookForStuckPeriod = kLate / 5;
 
 unsigned Pipeline::tag_limit(Limits limits) {
   // A populated chunk goes to the disk even if the queue depth is reached, so more jobs may be in flight.
-  return limits.queue_depth + 3 * limits.worker_depth + limits.slots + kStuckLimit;
+  return limits.queue_depth + 3 * limits.worker_depth + limits.slots + Jobs::kStuckLimit;
 }
 
 Pipeline::Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits)
     : queues_(queues),
       pool_(pool),
       copier_(copier),
-      slots_(std::move(slots)),
       limits_(limits),
       files_(std::make_shared<FileTable>(&queues.disk)),
       inbox_(std::make_shared<Inbox>()),
-      jobs_(tag_limit(limits)) {
-  assert(limits.slots > 0 && limits.slots <= slots_.size());
+      jobs_({.tags = tag_limit(limits), .queue_depth = limits.queue_depth, .slots = limits.slots}, std::move(slots)) {
   inbox_->sleeper = &queues_.disk;
-  jobs_in(Step::kFree) = static_cast<std::uint32_t>(jobs_.size());
-  for (auto tag = static_cast<unsigned>(jobs_.size()); tag-- > 0;) free_jobs_.push_back(tag);
-  for (int slot = static_cast<int>(slots_.size()); slot-- > 0;) free_slots_.push_back(slot);
 }
 
 void Pipeline::start(std::shared_ptr<TransferState> transfer) {
@@ -86,7 +81,7 @@ bool Pipeline::run() {
     attend_to_gates();
     look_for_stuck();
     if (finished()) return true;  // Checked after all calls that may end a transfer.
-    open_next();
+    while (Part* const part = parts_.next()) ask(*part, Part::State::kOpening);
     const bool look_again = issue();
     reap(patience(look_again));
     if (queues_.disk.refuses() && !refused) return false;
@@ -96,10 +91,9 @@ bool Pipeline::run() {
 // Whether run() may return. Threads that are late in opening or closing files are left behind.
 bool Pipeline::finished() {
   const std::lock_guard lock(inbox_->mutex);
-  const bool nothing_left = inbox_->closing && unfinished_ == 0 && with_threads_.size() == late_parts_ &&
-                            inbox_->started.empty() && inbox_->answers.empty();
-  assert(!nothing_left || (free_jobs_.size() == jobs_.size() && free_slots_.size() == slots_.size()));
-  assert(!nothing_left || (stuck_jobs_ == 0 && stuck_slots_ == 0));
+  const bool nothing_left = inbox_->closing && unfinished_ == 0 && inbox_->started.empty() && inbox_->answers.empty() &&
+                            std::ranges::all_of(parts_.with_threads(), [](const Part* part) { return part->late; });
+  assert(!nothing_left || jobs_.idle());
   if (nothing_left) inbox_->sleeper = nullptr;
   return nothing_left;
 }
@@ -116,7 +110,7 @@ void Pipeline::attend_to_gates() {
     gated_.erase(gated_.begin() + static_cast<std::ptrdiff_t>(i));
     if (error) give_up(transfer, file_error(error, transfer.verb(), transfer.path()));
   }
-  if (jobs_in(Step::kWait) == 0) return;
+  if (jobs_.in(Step::kWait) == 0) return;
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
     if (jobs_[tag].step != Step::kWait) continue;
     if (jobs_[tag].transfer().failure) {
@@ -128,6 +122,9 @@ void Pipeline::attend_to_gates() {
 }
 
 void Pipeline::reap(std::optional<std::chrono::nanoseconds> patience) {
+  const auto complete_all = [this](std::span<const IoCompletion> completions) {
+    for (const IoCompletion& completion : completions) complete(completion);
+  };
   complete_all(queues_.disk.wait(patience));
   if (queues_.disk.refuses()) complete_all(queues_.stand_in.wait(std::chrono::nanoseconds(0)));
   complete_all(queues_.workers.wait(std::chrono::nanoseconds(0)));
@@ -135,15 +132,11 @@ void Pipeline::reap(std::optional<std::chrono::nanoseconds> patience) {
   for (const Copier::Completion& landed : copier_->poll()) on_worked(landed.tag, landed.error);
 }
 
-void Pipeline::complete_all(std::span<const IoCompletion> completions) {
-  for (const IoCompletion& completion : completions) complete(completion);
-}
-
 // How long the loop may sleep; empty is for ever.
 std::optional<std::chrono::nanoseconds> Pipeline::patience(bool look_again) {
   if (look_again) return std::chrono::nanoseconds(0);
   if (copier_ && !copier_->idle()) return kDevicePeriod;
-  const bool something_may_be_late = free_jobs_.size() < jobs_.size() || !with_threads_.empty();
+  const bool something_may_be_late = !jobs_.idle() || !parts_.with_threads().empty();
   if (!something_may_be_late && deadlines_.empty() && gated_.empty()) return std::nullopt;
   std::chrono::nanoseconds longest = something_may_be_late ? kLookForStuckPeriod : std::chrono::hours(1);
   if (!gated_.empty()) {
@@ -163,9 +156,7 @@ void Pipeline::look_for_stuck() {
   looked_for_stuck_ = now_;
   look_for_late_parts();
   pool_.replace_late_threads();
-  for (Job& job : jobs_) {
-    if (may_be_late(job.step) && !job.late && now_ - job.since >= kLate) set_late(job);
-  }
+  if (jobs_.mark_late(now_)) parts_.read_mounts();
 }
 
 // Issues chunks of both routes, in the order in which transfers were started. Small loads go before large ones, to
@@ -191,7 +182,7 @@ bool Pipeline::issue() {
 }
 
 void Pipeline::issue_from(Part& part, unsigned& questions, std::uint32_t queue_depth) {
-  if (has_enough_stuck(part, stuck_jobs_, kStuckLimit / 2, kStuckLimit * 3 / 4)) return;
+  if (!jobs_.may_have_more(part)) return;
   // The disk comes first, because it is slower and both routes may need the same slots.
   while (depth() < queue_depth) {
     const Chunk* chunk = part.router.peek(Router::Route::kDirect, questions);
@@ -207,51 +198,21 @@ void Pipeline::issue_from(Part& part, unsigned& questions, std::uint32_t queue_d
 
 // Starts a chunk on its way. False, without any effect, if there is no room for it now.
 bool Pipeline::set_out(Part& part, const Chunk& chunk, Route route) {
-  if (free_jobs_.empty() || (route != Route::kDirect && buffered() >= limits_.worker_depth)) return false;
-  const Way way = way_of(traits_of(part, chunk, route));
+  if (jobs_.none_free() || (route != Route::kDirect && buffered() >= limits_.worker_depth)) return false;
+  const Way way = way_of(part, chunk, route);
   // Page faults of fresh memory cost more than a read into it, and page faults of a mapped file read that file. So a
   // worker takes them before the read.
   bool populated = false;
   if (way.steps.front() == Step::kPopulate) {
     const std::span memory(part.plan.fragments_of(chunk).front().memory, chunk.size_bytes);
     populated = way.counts_in != Step::kPopulate && is_populated(memory);
-    if (!populated && jobs_in(Step::kPopulate) >= limits_.worker_depth) return false;
+    if (!populated && jobs_.in(Step::kPopulate) >= limits_.worker_depth) return false;
   }
-  const std::optional<unsigned> tag = has_slot(way.view) ? open_job_with_slot(part, chunk) : open_job(part, chunk);
+  const std::optional<unsigned> tag = jobs_.open(part, chunk, way);
   if (!tag) return false;
-  Job& job = jobs_[*tag];
-  job.way = way;
-  job.next = populated ? 1 : 0;
-  set_view(job);
+  jobs_[*tag].next = populated ? 1 : 0;
   advance(*tag);
   return true;
-}
-
-ChunkTraits Pipeline::traits_of(const Part& part, const Chunk& chunk, Route route) {
-  using Memory = ChunkTraits::Memory;
-  assert(!chunk.on_device || !chunk.in_place);
-  const bool past_cache = route == Route::kDirect || route == Route::kRefused;
-  const Memory on_host = past_cache && !chunk.in_place ? Memory::kSlot : Memory::kInPlace;
-  return {.direction = part.transfer->direction,
-          .route = route,
-          .memory = chunk.on_device ? Memory::kDevice : on_host,
-          .counted = part.sums.has_value()};
-}
-
-void Pipeline::set_view(Job& job) const {
-  const Chunk& chunk = *job.chunk;
-  const std::uint32_t block_bytes = job.way.view == View::kBlocks ? job.part->file().alignment().block_bytes : 1;
-  const std::uint64_t begin = round_down(chunk.offset_bytes, block_bytes);
-  const std::uint64_t end = round_up(end_of(chunk), block_bytes);
-  job.view = {};
-  if (has_slot(job.way.view)) {
-    const std::span<std::byte> slot = slots_[static_cast<std::size_t>(job.slot)];
-    assert(end - begin <= slot.size());
-    job.view = {begin, slot.first(end - begin)};
-  } else if (job.way.view == View::kInPlace) {
-    job.view = {begin, {fragments_of(job).front().memory, end - begin}};
-  }
-  job.file_bytes = {begin, end - begin, job.view.bytes.data()};
 }
 
 }  // namespace flashpack::internal

@@ -106,7 +106,7 @@ void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
   if (transfer.failure) return give_up(transfer, transfer.failure->error());
   if (transfer.cancel_requested)  // The transfer was cancelled before the driver had it.
     return give_up(transfer, file_error(Errc::kCancelled, transfer.verb(), transfer.path()));
-  for (Part& part : transfer.parts) part.open ? begin_issuing(part) : void(waiting_.emplace(part.turn, &part));
+  for (Part& part : transfer.parts) part.open ? begin_issuing(part) : parts_.enter(part, Part::State::kWaiting, now_);
   settle(transfer);
 }
 
@@ -118,74 +118,18 @@ void Pipeline::expire() {
   }
 }
 
-void Pipeline::open_next() {
-  if (std::exchange(look_at_parked_, false)) waiting_.merge(parked_);
-  while (!waiting_.empty() && open_parts_ - held_up_parts() < max_open_parts_ && held_up_parts() < kStuckLimit) {
-    auto next = waiting_.extract(waiting_.begin());
-    Part& part = *next.mapped();
-    if (is_to_be_parked(part)) {
-      parked_.insert(std::move(next));
-      continue;
-    }
-    part.alone = open_parts_++ == held_up_parts();
-    ask(part, Part::State::kOpening);
-  }
-}
-
-// The directory of the part's path and the mount point above, found without asking a file system.
-std::array<Place*, 2> Pipeline::places_of(const Part& part) {
-  std::error_code no_working_directory;
-  const auto directory = std::filesystem::absolute(part.path, no_working_directory).lexically_normal().parent_path();
-  return {&places_[0][directory.native()], &places_[1][mounts_.above(directory)]};
-}
-
-// Whether the parts at `place` take at most 1 / `shares` of what other places leave of kStuckLimit.
-bool Pipeline::has_share(const Place& place, unsigned shares) const {
-  const std::size_t has = place.with_threads + place.held_up_loads();
-  const std::size_t held_up = place.late + place.held_up_loads();
-  return shares * has + held_up_parts() <= kStuckLimit + held_up;
-}
-
-bool Pipeline::is_to_be_parked(Part& part) {
-  if (held_up_parts() == 0) return false;
-  if (!part.places[0]) part.places = places_of(part);
-  return !has_share(*part.places[0], 3) || !has_share(*part.places[1], 2);
-}
-
-void Pipeline::enter_places(Part& part) {
-  if (!part.places[0]) part.places = places_of(part);
-  if (std::exchange(part.in_places, true)) return;
-  for (Place* place : part.places) ++place->with_threads;
-}
-
-void Pipeline::leave_places(Part& part) {
-  if (!std::exchange(part.in_places, false)) return;
-  look_at_parked_ |= part.late || !has_share(*part.places[0], 3) || !has_share(*part.places[1], 2);
-  for (Place* place : part.places) {
-    --place->with_threads;
-    if (part.late) --place->late;
-  }
-}
-
 void Pipeline::ask(Part& part, Part::State state) {
-  part.state = state;
-  part.since = now_;
-  with_threads_.push_back(&part);
-  if (held_up_parts() > 0) enter_places(part);
+  parts_.enter(part, state, now_);
   if (part.awaited) ++part.transfer->outstanding;
   pool_.post(*new FileTask(part, *this));  // The task deletes itself.
 }
 
 void Pipeline::on_answer(Part& part) {
   assert(part.state == Part::State::kOpening || part.state == Part::State::kClosing);
-  std::erase(with_threads_, &part);
-  leave_places(part);
-  if (std::exchange(part.late, false)) --late_parts_;
   if (part.awaited) --part.transfer->outstanding;
-  if (std::exchange(part.state, Part::State::kDone) == Part::State::kOpening && !part.checked) return on_opened(part);
-  --open_parts_;
-  max_open_parts_ = std::min(max_open_parts_ + 1, kMaxOpenParts);
-  stop_waiting_for(part);
+  const bool opened = part.state == Part::State::kOpening && !part.checked;
+  parts_.enter(part, opened ? Part::State::kAnswered : Part::State::kDone, now_);
+  opened ? on_opened(part) : stop_waiting_for(part);
 }
 
 void Pipeline::on_opened(Part& part) {
@@ -195,27 +139,18 @@ void Pipeline::on_opened(Part& part) {
     if (!transfer.failure) give_up(transfer, part.failure->error());
     return ask(part, Part::State::kClosing);
   }
-  --open_parts_;
   if (no_descriptors(part.failure->code) && !transfer.failure && !part.alone) {
     // Out of descriptors: the part waits until a file of this engine has been closed.
     part.failure.reset();
-    part.state = Part::State::kWaiting;
-    max_open_parts_ = std::max<std::size_t>(1, open_parts_ - held_up_parts());
-    waiting_.emplace(part.turn, &part);
-    return;
+    return parts_.enter(part, Part::State::kWaiting, now_);
   }
+  parts_.enter(part, Part::State::kDone, now_);
   stop_waiting_for(part);
 }
 
 void Pipeline::begin_issuing(Part& part) {
-  part.state = Part::State::kOpen;
-  part.file_system = &file_systems_[part.file().identity().dev];
-  if (part.places[0]) part.places[0]->file_system = part.places[1]->file_system = part.file_system;
-  if (part.transfer->is_load()) {
-    ++part.file_system->loads;
-    if (part.file_system->late > 0) ++held_up_parts_;
-  }
-  report_at_once(part);
+  parts_.enter(part, Part::State::kOpen, now_);
+  part.transfer->report_at_once(part);
   part.chunks_open = static_cast<std::uint32_t>(part.plan.chunks.size());
   part.chunks_open == 0 ? on_delivered(part) : issue_from_now_on(part);
 }
@@ -233,15 +168,8 @@ void Pipeline::issue_from_now_on(Part& part) {
 
 // To be called when all chunks of the part have been delivered.
 void Pipeline::on_delivered(Part& part) {
-  if (part.transfer->is_load()) {
-    --part.file_system->loads;
-    if (part.file_system->late > 0) {
-      --held_up_parts_;
-      look_at_parked_ = true;
-    }
-    return ask(part, Part::State::kClosing);
-  }
-  part.state = Part::State::kDone;
+  if (part.transfer->is_load()) return ask(part, Part::State::kClosing);
+  parts_.enter(part, Part::State::kDone, now_);
   stop_waiting_for(part);
 }
 
@@ -260,57 +188,16 @@ void Pipeline::stop_waiting_for(Part& part) {
     transfer.done_bytes += part.read_bytes;
   }
   if (found_out && part.failure && !transfer.failure) return give_up(transfer, part.failure->error());
-  if (found_out && part.read_bytes > 0 && !transfer.failure) report_at_once(part);
+  if (found_out && part.read_bytes > 0 && !transfer.failure) transfer.report_at_once(part);
   settle(transfer);
-}
-
-// Reports the extents that wait for no chunk: those of no bytes or, if the thread that opened the file has read it,
-// all.
-void Pipeline::report_at_once(const Part& part) {
-  for (std::uint32_t extent = 0; extent < part.reported_extents; ++extent) {
-    if (!part.landing || part.landing->has_landed(extent)) part.transfer->completion->landed(part.index, extent);
-  }
-}
-
-// Reports the extents that have landed with a chunk that has been delivered. False if a stripe of them does not match,
-// which ends the transfer.
-bool Pipeline::report_landed(Part& part, const Chunk& chunk) {
-  const auto index = static_cast<std::uint32_t>(&chunk - part.plan.chunks.data());
-  const std::span<const std::uint32_t> landed = part.landing->deliver(index);
-  if (!landed.empty() && part.sums) {
-    try {
-      compare_stripes(part, part.plan.chunks[landed.front()].offset_bytes, end_of(part.plan.chunks[landed.back()]));
-    } catch (const Error& error) {
-      give_up(*part.transfer, error);
-      return false;
-    }
-  }
-  for (const std::uint32_t each : landed) {
-    for (const Fragment& fragment : part.plan.fragments_of(part.plan.chunks[each])) {
-      if (part.landing->land(fragment)) part.transfer->completion->landed(part.index, fragment.extent);
-    }
-  }
-  return true;
-}
-
-void Pipeline::set_late(Part& part) {
-  part.late = true;
-  ++late_parts_;
-  read_mounts();
-  enter_places(part);
-  for (Place* place : part.places) ++place->late;
-}
-
-// Reads the mount points when something has become late, at most once a turn, before places are looked up.
-void Pipeline::read_mounts() {
-  if (std::exchange(mounts_read_, now_) != now_) mounts_.read();
 }
 
 // Transfers do not wait for a late file that is being closed after its checks, or whose transfer has failed.
 void Pipeline::look_for_late_parts() {
-  for (std::size_t i = with_threads_.size(); i-- > 0;) {
-    Part& part = *with_threads_[i];
-    if (!part.late && now_ - part.since >= kLate) set_late(part);
+  parts_.mark_late(now_);
+  const std::vector<Part*>& with_threads = parts_.with_threads();
+  for (std::size_t i = with_threads.size(); i-- > 0;) {
+    Part& part = *with_threads[i];
     if (!part.late || !part.awaited) continue;
     const bool failed = part.transfer->failure.has_value();
     const bool opens = part.state == Part::State::kOpening && failed && !part.claimed.exchange(true);
@@ -328,16 +215,13 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
   abandon_jobs_of(transfer);
   for (Part& part : transfer.parts) {
     if (part.state == Part::State::kOpen) std::erase(issuing_like(part), &part);
-    if (part.state == Part::State::kWaiting) {
-      part.state = Part::State::kDone;
-      waiting_.erase(part.turn);
-      parked_.erase(part.turn);
-    }
+    if (part.state == Part::State::kWaiting) parts_.enter(part, Part::State::kDone, now_);
     if (part.state == Part::State::kDone && part.given) pool_.post(*new CloseTask(std::move(part.given)));
     // A thread that has claimed the part may write to the caller's memory, so the transfer waits for it.
     const bool opens = part.state == Part::State::kOpening && (part.checked || !part.claimed.exchange(true));
     const bool left_to_its_thread = opens || (part.state == Part::State::kClosing && part.late);
-    if (!left_to_its_thread && part.state != Part::State::kDone) continue;
+    const bool nobody_has_it = part.state == Part::State::kDone || part.state == Part::State::kAnswered;
+    if (!left_to_its_thread && !nobody_has_it) continue;
     if (!std::exchange(part.awaited, false)) continue;
     --transfer.parts_awaited;
     if (left_to_its_thread) --transfer.outstanding;

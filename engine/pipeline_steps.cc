@@ -15,72 +15,6 @@ constexpr unsigned kMaxStalls = 32;
 
 }  // namespace
 
-void Pipeline::enter(Job& job, Step step) {
-  if (job.stuck) clear_stuck(job);
-  assert(jobs_in(job.step) > 0);
-  --jobs_in(job.step);
-  ++jobs_in(job.step = step);
-  job.since = now_;
-}
-
-void Pipeline::set_stuck(Job& job) {
-  assert(!job.stuck && may_be_late(job.step) && jobs_in(job.step) > 0);
-  job.stuck = true;
-  --jobs_in(job.step);
-  ++job.part->open->stuck;
-  ++job.part->file_system->stuck;
-  ++stuck_jobs_;
-  if (job.slot >= 0) ++stuck_slots_;
-}
-
-void Pipeline::clear_stuck(Job& job) {
-  FileSystem& file_system = *job.part->file_system;
-  assert(job.stuck && stuck_jobs_ > 0 && job.part->open->stuck > 0 && file_system.stuck > 0);
-  job.stuck = false;
-  ++jobs_in(job.step);
-  --job.part->open->stuck;
-  --file_system.stuck;
-  --stuck_jobs_;
-  if (job.slot >= 0) --stuck_slots_;
-  if (!std::exchange(job.late, false)) return;
-  assert(file_system.late > 0);
-  if (--file_system.late > 0) return;
-  held_up_parts_ -= file_system.loads;
-  look_at_parked_ = true;
-}
-
-void Pipeline::set_late(Job& job) {
-  if (!job.stuck) set_stuck(job);
-  job.late = true;
-  read_mounts();
-  FileSystem& file_system = *job.part->file_system;
-  if (file_system.late++ == 0) held_up_parts_ += file_system.loads;
-}
-
-unsigned Pipeline::open_job(Part& part, const Chunk& chunk) {
-  assert(!free_jobs_.empty() && part.open);
-  const unsigned tag = free_jobs_.back();
-  free_jobs_.pop_back();
-  assert(jobs_[tag].step == Step::kFree);
-  jobs_[tag] = Job{.part = &part, .chunk = &chunk};
-  ++part.transfer->jobs;
-  ++part.transfer->outstanding;
-  return tag;
-}
-
-std::optional<unsigned> Pipeline::open_job_with_slot(Part& part, const Chunk& chunk) {
-  // A chunk behind a gate may wait long, so such chunks leave half of the slots to others.
-  const std::size_t kept = part.transfer->gate ? limits_.slots / 2 : 0;
-  const std::size_t used = slots_.size() - free_slots_.size() - stuck_slots_;
-  if (free_slots_.empty() || used + kept >= limits_.slots) return std::nullopt;
-  const std::size_t spare = slots_.size() - limits_.slots;
-  if (has_enough_stuck(part, stuck_slots_ + stuck_share(), spare, spare + limits_.slots / 2)) return std::nullopt;
-  const unsigned tag = open_job(part, chunk);
-  jobs_[tag].slot = free_slots_.back();
-  free_slots_.pop_back();
-  return tag;
-}
-
 void Pipeline::advance(unsigned tag) {
   Job& job = jobs_[tag];
   assert(job.next < job.way.steps.size());
@@ -89,24 +23,25 @@ void Pipeline::advance(unsigned tag) {
 
 void Pipeline::begin(unsigned tag, Step step) {
   Job& job = jobs_[tag];
-  enter(job, step);
+  jobs_.enter(job, step, now_);
   switch (step) {
-    case Step::kPopulate:
-      return populate(tag);
     case Step::kRead:
     case Step::kWrite:
       return move_direct(tag);
     case Step::kReadIfCached:
     case Step::kReadCached:
     case Step::kWriteCached:
-      return move_buffered(tag);
+      ++job.transfer().stats.operations;
+      [[fallthrough]];
+    case Step::kPopulate:
+    case Step::kCount:
+      return give_to_workers(tag);
     case Step::kWait:
       return job.transfer().gate ? void() : advance(tag);
     case Step::kScatter:
     case Step::kGather:
-      return copy(tag);
-    case Step::kCount:
-      return give_to_workers(tag, {.op = ByteWork::Op::kChecksum, .fragments = fragments_of(job)});
+      if (!job.way.to_device) return give_to_workers(tag);
+      return copier_->push(tag, static_cast<unsigned>(job.slot), job.byte_work());
     case Step::kDeliver:
       return deliver(tag);
     case Step::kFree:
@@ -116,66 +51,19 @@ void Pipeline::begin(unsigned tag, Step step) {
   assert(false && "a step of no way");
 }
 
-// The file's own queue, or the stand-in if that queue refuses.
-DiskQueue& Pipeline::queue_of(OpenFile& file) const {
-  if (file.queue->refuses()) file.queue = &queues_.stand_in;
-  return *file.queue;
-}
-
 void Pipeline::move_direct(unsigned tag) {
   Job& job = jobs_[tag];
-  assert(job.done_bytes < job.file_bytes.size_bytes);
-  TransferState& transfer = job.transfer();
-  ++transfer.stats.operations;
-  const File& file = job.part->file();
-  DiskQueue& queue = queue_of(*job.part->open);
-  job.queue = &queue;
-  queue.push(tag, {.op = job.step == Step::kRead ? DiskRequest::Op::kRead : DiskRequest::Op::kWrite,
-                   .fd = file.direct_fd(),
-                   .offset_bytes = job.file_bytes.offset_bytes + job.done_bytes,
-                   .memory = {job.file_bytes.memory + job.done_bytes, job.file_bytes.size_bytes - job.done_bytes},
-                   .may_block = file.may_block(),
-                   .slot = job.slot,
-                   .transfer = &transfer});
+  DiskQueue*& queue = job.part->open->queue;
+  if (queue->refuses()) queue = &queues_.stand_in;
+  job.queue = queue;
+  ++job.transfer().stats.operations;
+  queue->push(tag, job.disk_request());
 }
 
-void Pipeline::move_buffered(unsigned tag) {
-  const Job& job = jobs_[tag];
-  TransferState& transfer = job.transfer();
-  ++transfer.stats.operations;
-  give_to_workers(
-      tag, {.op = job.step == Step::kWriteCached ? ByteWork::Op::kToCache : ByteWork::Op::kFromCache,
-            .fd = job.part->file().buffered_fd(),
-            .fragments = cached_io_of(job),
-            .page_cache = {.only = job.step == Step::kReadIfCached, .drop = transfer.after == AfterLoad::kDrop}});
-}
-
-void Pipeline::give_to_workers(unsigned tag, ByteWork work) {
+void Pipeline::give_to_workers(unsigned tag) {
   Job& job = jobs_[tag];
-  work.view = job.view;
-  work.sums = sums_of(job);
-  work.transfer = job.part->transfer;
   job.queue = &queues_.workers;
-  queues_.workers.push(tag, work);
-}
-
-// Counting reads the bytes, and so takes their page faults, too.
-void Pipeline::populate(unsigned tag) {
-  const Job& job = jobs_[tag];
-  give_to_workers(tag,
-                  {.op = sums_of(job) ? ByteWork::Op::kChecksum : ByteWork::Op::kPopulate,
-                   .fragments = fragments_of(job),
-                   .touch = job.transfer().is_load() ? ByteWork::Touch::kForWriting : ByteWork::Touch::kForReading});
-}
-
-// Copies between the view and the fragments' memory.
-void Pipeline::copy(unsigned tag) {
-  const Job& job = jobs_[tag];
-  assert(has_slot(job.way.view));
-  const ByteWork work{.op = job.step == Step::kScatter ? ByteWork::Op::kScatter : ByteWork::Op::kGather,
-                      .view = job.view,
-                      .fragments = fragments_of(job)};
-  job.way.to_device ? copier_->push(tag, static_cast<unsigned>(job.slot), work) : give_to_workers(tag, work);
+  queues_.workers.push(tag, job.byte_work());
 }
 
 void Pipeline::complete(IoCompletion completion) {
@@ -260,13 +148,7 @@ void Pipeline::refuse_direct(unsigned tag) {
   job.part->router.refuse_direct();
   ++transfer.stats.retries;
   transfer.note_fallback("direct I/O: refused by the file system at the first use");
-  job.way = way_of(traits_of(*job.part, *job.chunk, Route::kRefused));
-  job.next = 0;
-  if (job.slot >= 0 && !has_slot(job.way.view)) {
-    if (job.stuck) clear_stuck(job);
-    free_slots_.push_back(std::exchange(job.slot, -1));
-  }
-  set_view(job);
+  jobs_.reroute(job, way_of(*job.part, *job.chunk, Route::kRefused));
   advance(tag);
 }
 
@@ -289,7 +171,11 @@ void Pipeline::deliver(unsigned tag) {
   part.transfer->done_bytes += part.plan.wanted_bytes(chunk);
   --part.chunks_open;
   close_job(tag);
-  if (part.landing && !report_landed(part, chunk)) return;
+  try {
+    part.transfer->report_landed(part, chunk);
+  } catch (const Error& error) {
+    return give_up(*part.transfer, error);
+  }
   if (part.chunks_open == 0 && part.state == Part::State::kOpen) on_delivered(part);
 }
 
@@ -312,21 +198,13 @@ void Pipeline::abandon_jobs_of(TransferState& transfer) {
     if (!job.part || job.part->transfer != &transfer || copies || job.step == Step::kWait) continue;
     assert(job.queue && job.step != Step::kDeliver);
     job.queue->cancel(tag);
-    enter(job, Step::kAbandoned);
-    set_stuck(job);
+    jobs_.enter(job, Step::kAbandoned, now_);
   }
 }
 
 void Pipeline::close_job(unsigned tag) {
-  Job& job = jobs_[tag];
-  TransferState& transfer = job.transfer();
-  assert(transfer.jobs > 0 && transfer.outstanding > 0);
-  enter(job, Step::kFree);
-  if (job.slot >= 0) free_slots_.push_back(job.slot);
-  job = Job{};
-  free_jobs_.push_back(tag);
-  --transfer.outstanding;
-  --transfer.jobs;
+  TransferState& transfer = jobs_[tag].transfer();
+  jobs_.close(tag);
   if (transfer.failure) settle(transfer);
 }
 

@@ -60,6 +60,25 @@ void TransferState::note_fallback(const std::string& reason) {
   all.append(all.empty() ? "" : "; ").append(reason);
 }
 
+void TransferState::report_at_once(const Part& part) const {
+  for (std::uint32_t extent = 0; extent < part.reported_extents; ++extent) {
+    if (!part.landing || part.landing->has_landed(extent)) completion->landed(part.index, extent);
+  }
+}
+
+void TransferState::report_landed(Part& part, const Chunk& chunk) const {
+  if (!part.landing) return;
+  const auto index = static_cast<std::uint32_t>(&chunk - part.plan.chunks.data());
+  const std::span<const std::uint32_t> landed = part.landing->deliver(index);
+  if (!landed.empty() && part.sums)
+    compare_stripes(part, part.plan.chunks[landed.front()].offset_bytes, end_of(part.plan.chunks[landed.back()]));
+  for (const std::uint32_t each : landed) {
+    for (const Fragment& fragment : part.plan.fragments_of(part.plan.chunks[each])) {
+      if (part.landing->land(fragment)) completion->landed(part.index, fragment.extent);
+    }
+  }
+}
+
 void TransferState::require_owner() const {
   if (::getpid() != owner) throw Error(Errc::kUnusable, "transfer of the parent process, used after fork");
 }

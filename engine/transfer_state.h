@@ -44,6 +44,12 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   /// Adds `reason` to stats.fallback_reason unless it is there. Called by the thread that prepares the transfer, later
   /// by the driver.
   void note_fallback(const std::string& reason);
+  /// Tells the completion of the part's extents that wait for no chunk: those of no bytes or, if the thread that opened
+  /// the file has read it, all.
+  void report_at_once(const Part& part) const;
+  /// Tells the completion, if it wants to know, of the part's extents that have landed with `chunk`, which has been
+  /// delivered. Throws: Error, kCorrupt, if a stripe of them does not match.
+  void report_landed(Part& part, const Chunk& chunk) const;
   /// Throws Errc::kUnusable in a forked child, where the driver thread does not exist.
   void require_owner() const;
 

@@ -1,0 +1,209 @@
+#include "engine/jobs.h"
+
+#include <algorithm>
+#include <cassert>
+#include <utility>
+
+#include "engine/transfer_state.h"
+
+namespace flashpack::internal {
+
+Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route) {
+  using Memory = ChunkTraits::Memory;
+  using Route = ChunkTraits::Route;
+  assert(!chunk.on_device || !chunk.in_place);
+  const bool past_cache = route == Route::kDirect || route == Route::kRefused;
+  const Memory on_host = past_cache && !chunk.in_place ? Memory::kSlot : Memory::kInPlace;
+  return way_of({.direction = part.transfer->direction,
+                 .route = route,
+                 .memory = chunk.on_device ? Memory::kDevice : on_host,
+                 .counted = part.sums.has_value()});
+}
+
+DiskRequest Job::disk_request() const {
+  assert(done_bytes < file_bytes.size_bytes && (step == Step::kRead || step == Step::kWrite));
+  const File& file = part->file();
+  return {.op = step == Step::kRead ? DiskRequest::Op::kRead : DiskRequest::Op::kWrite,
+          .fd = file.direct_fd(),
+          .offset_bytes = file_bytes.offset_bytes + done_bytes,
+          .memory = {file_bytes.memory + done_bytes, file_bytes.size_bytes - done_bytes},
+          .may_block = file.may_block(),
+          .slot = slot,
+          .transfer = part->transfer};
+}
+
+ByteWork Job::byte_work() const {
+  const bool counts = step == way.counts_in;
+  ByteWork work{
+      .view = view, .fragments = fragments(), .sums = counts ? &*part->sums : nullptr, .transfer = part->transfer};
+  switch (step) {
+    case Step::kReadIfCached:
+    case Step::kReadCached:
+    case Step::kWriteCached:
+      work.op = step == Step::kWriteCached ? ByteWork::Op::kToCache : ByteWork::Op::kFromCache;
+      work.fd = part->file().buffered_fd();
+      if (way.view != View::kFragments) work.fragments = {&file_bytes, 1};
+      work.page_cache = {.only = step == Step::kReadIfCached, .drop = transfer().after == AfterLoad::kDrop};
+      return work;
+    case Step::kPopulate:  // Counting reads the bytes, and so takes their page faults, too.
+      work.op = counts ? ByteWork::Op::kChecksum : ByteWork::Op::kPopulate;
+      work.touch = transfer().is_load() ? ByteWork::Touch::kForWriting : ByteWork::Touch::kForReading;
+      return work;
+    case Step::kCount:
+      work.op = ByteWork::Op::kChecksum;
+      return work;
+    case Step::kScatter:
+    case Step::kGather:
+      assert(has_slot(way.view));
+      work.op = step == Step::kScatter ? ByteWork::Op::kScatter : ByteWork::Op::kGather;
+      return work;
+    default:
+      assert(false && "a step in which nobody touches the bytes");
+      return work;
+  }
+}
+
+Jobs::Jobs(Limits limits, std::vector<std::span<std::byte>> slots)
+    : limits_(limits), slots_(std::move(slots)), jobs_(limits.tags) {
+  assert(limits.slots > 0 && limits.slots <= slots_.size());
+  in_[static_cast<std::size_t>(Step::kFree)] = limits.tags;
+  for (unsigned tag = limits.tags; tag-- > 0;) free_.push_back(tag);
+  for (int slot = static_cast<int>(slots_.size()); slot-- > 0;) free_slots_.push_back(slot);
+}
+
+bool Jobs::idle() const {
+  const bool idle = free_.size() == jobs_.size();
+  assert(!idle || (free_slots_.size() == slots_.size() && stuck_ == 0 && stuck_slots_ == 0));
+  return idle;
+}
+
+// Whether the part may get no more, when `used` of what stuck jobs may take is used up. From `of_files` on, a file with
+// many stuck jobs leaves the rest to other files; from `of_file_systems` on, a file system leaves it to others.
+bool Jobs::has_enough_stuck(const Part& part, std::size_t used, std::size_t of_files,
+                            std::size_t of_file_systems) const {
+  const std::uint32_t many = std::min(limits_.queue_depth, limits_.slots);
+  return (part.open->stuck >= many && used > of_files) || (part.file_system->stuck >= many && used > of_file_systems);
+}
+
+bool Jobs::may_have_more(const Part& part) const {
+  return !has_enough_stuck(part, stuck_, kStuckLimit / 2, kStuckLimit * 3 / 4);
+}
+
+std::optional<int> Jobs::take_slot(const Part& part) {
+  // A chunk behind a gate may wait long, so such chunks leave half of the slots to others.
+  const std::size_t kept = part.transfer->gate ? limits_.slots / 2 : 0;
+  const std::size_t used = slots_.size() - free_slots_.size() - stuck_slots_;
+  if (free_slots_.empty() || used + kept >= limits_.slots) return std::nullopt;
+  const std::size_t spare = slots_.size() - limits_.slots;
+  const std::size_t soon_stuck = stuck_slots_ + std::min(limits_.queue_depth, limits_.slots);
+  if (has_enough_stuck(part, soon_stuck, spare, spare + limits_.slots / 2)) return std::nullopt;
+  const int slot = free_slots_.back();
+  free_slots_.pop_back();
+  return slot;
+}
+
+std::optional<unsigned> Jobs::open(Part& part, const Chunk& chunk, const Way& way) {
+  assert(part.open && part.file_system);
+  if (none_free()) return std::nullopt;
+  int slot = -1;
+  if (has_slot(way.view)) {
+    const std::optional<int> taken = take_slot(part);
+    if (!taken) return std::nullopt;
+    slot = *taken;
+  }
+  const unsigned tag = free_.back();
+  free_.pop_back();
+  Job& job = jobs_[tag];
+  assert(job.step == Step::kFree);
+  job = Job{.part = &part, .chunk = &chunk, .way = way, .slot = slot};
+  set_view(job);
+  ++part.transfer->jobs;
+  ++part.transfer->outstanding;
+  return tag;
+}
+
+void Jobs::reroute(Job& job, const Way& way) {
+  job.way = way;
+  job.next = 0;
+  if (job.slot >= 0 && !has_slot(way.view)) {
+    if (job.stuck) clear_stuck(job);
+    free_slots_.push_back(std::exchange(job.slot, -1));
+  }
+  set_view(job);
+}
+
+void Jobs::set_view(Job& job) const {
+  const Chunk& chunk = *job.chunk;
+  const std::uint32_t block_bytes = job.way.view == View::kBlocks ? job.part->file().alignment().block_bytes : 1;
+  const std::uint64_t begin = round_down(chunk.offset_bytes, block_bytes);
+  const std::uint64_t end = round_up(end_of(chunk), block_bytes);
+  job.view = {};
+  if (has_slot(job.way.view)) {
+    assert(job.slot >= 0);
+    const std::span<std::byte> slot = slots_[static_cast<std::size_t>(job.slot)];
+    assert(end - begin <= slot.size());
+    job.view = {begin, slot.first(end - begin)};
+  } else if (job.way.view == View::kInPlace) {
+    job.view = {begin, {job.fragments().front().memory, end - begin}};
+  }
+  job.file_bytes = {begin, end - begin, job.view.bytes.data()};
+}
+
+void Jobs::enter(Job& job, Step step, Time now) {
+  if (job.stuck) clear_stuck(job);
+  assert(in(job.step) > 0);
+  --in_[static_cast<std::size_t>(job.step)];
+  ++in_[static_cast<std::size_t>(job.step = step)];
+  job.since = now;
+  if (step == Step::kAbandoned) set_stuck(job);
+}
+
+bool Jobs::mark_late(Time now) {
+  bool found = false;
+  for (Job& job : jobs_) {
+    if (!may_be_late(job.step) || job.late || now - job.since < kLate) continue;
+    if (!job.stuck) set_stuck(job);
+    job.late = true;
+    ++job.part->file_system->late;
+    found = true;
+  }
+  return found;
+}
+
+void Jobs::set_stuck(Job& job) {
+  assert(!job.stuck && may_be_late(job.step) && in(job.step) > 0);
+  job.stuck = true;
+  --in_[static_cast<std::size_t>(job.step)];
+  ++job.part->open->stuck;
+  ++job.part->file_system->stuck;
+  ++stuck_;
+  if (job.slot >= 0) ++stuck_slots_;
+}
+
+void Jobs::clear_stuck(Job& job) {
+  FileSystem& file_system = *job.part->file_system;
+  assert(job.stuck && stuck_ > 0 && job.part->open->stuck > 0 && file_system.stuck > 0);
+  job.stuck = false;
+  ++in_[static_cast<std::size_t>(job.step)];
+  --job.part->open->stuck;
+  --file_system.stuck;
+  --stuck_;
+  if (job.slot >= 0) --stuck_slots_;
+  if (!std::exchange(job.late, false)) return;
+  assert(file_system.late > 0);
+  if (--file_system.late == 0) file_system.answers_again = true;
+}
+
+void Jobs::close(unsigned tag) {
+  Job& job = jobs_[tag];
+  TransferState& transfer = job.transfer();
+  assert(transfer.jobs > 0 && transfer.outstanding > 0);
+  enter(job, Step::kFree, {});
+  if (job.slot >= 0) free_slots_.push_back(job.slot);
+  job = Job{};
+  free_.push_back(tag);
+  --transfer.outstanding;
+  --transfer.jobs;
+}
+
+}  // namespace flashpack::internal

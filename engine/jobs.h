@@ -1,0 +1,117 @@
+/// The chunks that are under way, and which part may have one more.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "engine/byte_work.h"
+#include "engine/io_queue.h"
+#include "engine/part.h"
+#include "engine/way.h"
+
+namespace flashpack::internal {
+
+/// One chunk under way.
+struct Job {
+  Part* part = nullptr;  // Null if the job is free.
+  const Chunk* chunk = nullptr;
+  Way way;
+  std::size_t next = 0;  // Index in the way of the step after `step`.
+  Step step = Step::kFree;
+  int slot = -1;
+  SlotView view;                                // The bytes in the slot or, in place, in the caller's memory.
+  Fragment file_bytes{};                        // The range of the file that they are read from or written to.
+  std::uint64_t done_bytes = 0;                 // Bytes of it that direct I/O has moved, in whole blocks.
+  unsigned stalls = 0;                          // Results in a row that moved no further block.
+  Queue* queue = nullptr;                       // The queue that has the job's operation.
+  std::chrono::steady_clock::time_point since;  // When the step began.
+  bool stuck = false;
+  bool late = false;
+
+  TransferState& transfer() const { return *part->transfer; }
+  std::span<const Fragment> fragments() const { return part->plan.fragments_of(*chunk); }
+  /// The operation of kRead or kWrite, from the last whole block on that has been moved.
+  DiskRequest disk_request() const;
+  /// The operation of a step in which a CPU or the copier touches the bytes. Valid as long as the job stays in its
+  /// place.
+  ByteWork byte_work() const;
+};
+
+/// The way of a chunk of `part` on that route.
+Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route);
+
+/// The jobs of a pipeline and their slots. A job's tag, which is its index, names its operation in the queues.
+///
+/// A stuck operation may hold its memory for ever, and must not hold up other transfers. Therefore a stuck job does not
+/// count among the jobs of its step, so that another operation can be started, and its slot does not count among the
+/// slots in use, so that a spare slot can be used. There are tags for kStuckLimit stuck jobs.
+///
+/// A file, or a file system, that does not answer must not use up these tags and spare slots. Each may in any case have
+/// as many stuck jobs as can be under way in a healthy engine. If it has as many, it gets no more once others need the
+/// rest: a file when half of kStuckLimit is used up, a file system when three quarters are. The spare slots are shared
+/// out likewise.
+///
+/// Thread safety: one thread. Only the constructor allocates.
+class Jobs {
+ public:
+  using Time = std::chrono::steady_clock::time_point;
+
+  /// Stuck jobs for which there are tags.
+  static constexpr unsigned kStuckLimit = 256;
+
+  struct Limits {
+    unsigned tags;
+    std::uint32_t queue_depth;
+    std::uint32_t slots;  ///< Slots in use at a time; the other ones are spare.
+  };
+
+  /// Borrows the memory of the slots.
+  Jobs(Limits limits, std::vector<std::span<std::byte>> slots);
+
+  Job& operator[](std::size_t tag) { return jobs_[tag]; }
+  /// Each tag is below it.
+  std::size_t size() const noexcept { return jobs_.size(); }
+  bool none_free() const noexcept { return free_.empty(); }
+  /// Whether no chunk is under way.
+  bool idle() const;
+  /// The number of jobs in `step` that are not stuck.
+  std::uint32_t in(Step step) const { return in_[static_cast<std::size_t>(step)]; }
+
+  /// Whether the part may have one more job although a file that does not answer holds many.
+  bool may_have_more(const Part& part) const;
+  /// Starts a job, with a slot if its way needs one. Returns its tag, or nothing if there is no job or slot for the
+  /// part now.
+  std::optional<unsigned> open(Part& part, const Chunk& chunk, const Way& way);
+  /// Lets the job go `way` from its beginning. Its slot is freed if the way needs none. Requires: the way needs no slot
+  /// if the job has none.
+  void reroute(Job& job, const Way& way);
+  /// The job begins `step`, and is not stuck any more; in kAbandoned it is stuck from the start.
+  void enter(Job& job, Step step, Time now);
+  /// Finds the operations that have become late. Returns whether there are any.
+  bool mark_late(Time now);
+  /// Frees the job and its slot.
+  void close(unsigned tag);
+
+ private:
+  std::optional<int> take_slot(const Part& part);
+  void set_view(Job& job) const;
+  void set_stuck(Job& job);
+  void clear_stuck(Job& job);
+  bool has_enough_stuck(const Part& part, std::size_t used, std::size_t of_files, std::size_t of_file_systems) const;
+
+  const Limits limits_;
+  const std::vector<std::span<std::byte>> slots_;
+  std::vector<Job> jobs_;
+  std::vector<unsigned> free_;
+  std::vector<int> free_slots_;  // Last in, first out, so that no more slots are touched than are needed.
+  std::array<std::uint32_t, kSteps> in_{};
+  std::uint32_t stuck_ = 0;
+  std::uint32_t stuck_slots_ = 0;
+};
+
+}  // namespace flashpack::internal

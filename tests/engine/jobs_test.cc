@@ -1,0 +1,263 @@
+#include "engine/jobs.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "engine/transfer_state.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::internal {
+namespace {
+
+constexpr std::uint32_t kDepth = 4;
+constexpr std::uint32_t kSlots = 6;
+constexpr std::uint32_t kSpare = 8;
+constexpr std::size_t kSlotBytes = 3 * 4096;
+
+class JobsTest : public ::testing::Test {
+ protected:
+  // A load of one chunk, from a file of its own.
+  struct Load {
+    std::shared_ptr<TransferState> transfer = std::make_shared<TransferState>();
+    Part& part = transfer->parts.emplace_back();
+  };
+
+  Load load(FileSystem& file_system) {
+    const std::filesystem::path path = dir_ / std::to_string(files_++);
+    testing::write_file(path, std::vector<std::byte>(3 * 4096));
+    Load load;
+    load.part.transfer = load.transfer.get();
+    load.part.open = std::make_shared<OpenFile>(File::open(path, std::nullopt, false), nullptr);
+    load.part.file_system = &file_system;
+    std::vector<Fragment> extents{{.offset_bytes = 5000, .size_bytes = 100, .memory = memory_.data()}};
+    load.part.plan = Plan::of_load(std::move(extents), 1 << 20, 4096);
+    return load;
+  }
+
+  std::optional<unsigned> open(const Load& load, ChunkTraits::Route route = ChunkTraits::Route::kDirect) {
+    const Chunk& chunk = load.part.plan.chunks.front();
+    return jobs_.open(load.part, chunk, way_of(load.part, chunk, route));
+  }
+
+  // How many jobs the load gets, each of which has begun to read when the next one is asked for.
+  std::size_t open_all(const Load& load, std::vector<unsigned>& tags, std::size_t limit = 1000) {
+    std::size_t count = 0;
+    for (; count < limit && jobs_.may_have_more(load.part); ++count) {
+      const std::optional<unsigned> tag = open(load);
+      if (!tag) break;
+      jobs_.enter(jobs_[*tag], Step::kRead, start_);
+      tags.push_back(*tag);
+    }
+    return count;
+  }
+
+  void close_all(const std::vector<unsigned>& tags) {
+    for (const unsigned tag : tags) jobs_.close(tag);
+  }
+
+  testing::TempDir dir_;
+  int files_ = 0;
+  const Jobs::Time start_ = std::chrono::steady_clock::now();
+  std::vector<std::byte> memory_ = std::vector<std::byte>(4096);
+  std::vector<std::byte> slots_ = std::vector<std::byte>((kSlots + kSpare) * kSlotBytes);
+  FileSystem file_system_;
+  FileSystem other_file_system_;
+  Jobs jobs_{{.tags = kDepth + kSlots + Jobs::kStuckLimit, .queue_depth = kDepth, .slots = kSlots}, [this] {
+               std::vector<std::span<std::byte>> slots;
+               for (std::size_t i = 0; i < kSlots + kSpare; ++i)
+                 slots.push_back(std::span(slots_).subspan(i * kSlotBytes, kSlotBytes));
+               return slots;
+             }()};
+};
+
+TEST_F(JobsTest, AJobThroughASlotCoversWholeBlocksAndGivesBackAllThatItTook) {
+  const Load load = this->load(file_system_);
+  const std::optional<unsigned> tag = open(load);
+  ASSERT_TRUE(tag);
+  Job& job = jobs_[*tag];
+  EXPECT_EQ(load.transfer->jobs, 1u);
+  EXPECT_EQ(load.transfer->outstanding, 1u);
+  EXPECT_FALSE(jobs_.idle());
+  jobs_.enter(job, Step::kRead, start_);
+  EXPECT_EQ(jobs_.in(Step::kRead), 1u);
+  const DiskRequest request = job.disk_request();
+  EXPECT_EQ(request.op, DiskRequest::Op::kRead);
+  EXPECT_EQ(request.offset_bytes, 4096u);
+  EXPECT_EQ(request.memory.size(), 4096u);
+  EXPECT_EQ(request.memory.data(), slots_.data() + static_cast<std::size_t>(job.slot) * kSlotBytes);
+  jobs_.close(*tag);
+  EXPECT_EQ(jobs_.in(Step::kRead), 0u);
+  EXPECT_EQ(load.transfer->jobs, 0u);
+  EXPECT_EQ(load.transfer->outstanding, 0u);
+  EXPECT_TRUE(jobs_.idle());
+}
+
+TEST_F(JobsTest, AnOperationThatGoesOnBeginsWhereTheLastOneEnded) {
+  const Load load = this->load(file_system_);
+  Job& job = jobs_[*open(load)];
+  jobs_.enter(job, Step::kRead, start_);
+  job.done_bytes = 512;
+  const DiskRequest request = job.disk_request();
+  EXPECT_EQ(request.offset_bytes, 4096u + 512);
+  EXPECT_EQ(request.memory.size(), 4096u - 512);
+  EXPECT_EQ(request.memory.data(), job.view.bytes.data() + 512);
+  jobs_.close(0);
+}
+
+TEST_F(JobsTest, EachStepOfABufferedWayHasItsWork) {
+  const Load load = this->load(file_system_);
+  load.transfer->after = AfterLoad::kDrop;
+  Job& job = jobs_[*open(load, ChunkTraits::Route::kSeemsCached)];
+  EXPECT_EQ(job.slot, -1);
+  jobs_.enter(job, Step::kReadIfCached, start_);
+  const ByteWork work = job.byte_work();
+  EXPECT_EQ(work.op, ByteWork::Op::kFromCache);
+  EXPECT_EQ(work.fd, load.part.file().buffered_fd());
+  EXPECT_EQ(work.fragments.front().memory, memory_.data());
+  EXPECT_TRUE(work.page_cache.only);
+  EXPECT_TRUE(work.page_cache.drop);
+  EXPECT_EQ(work.transfer, load.transfer.get());
+  jobs_.enter(job, Step::kScatter, start_);
+  EXPECT_EQ(job.way.view, View::kFragments);
+  jobs_.close(0);
+}
+
+TEST_F(JobsTest, NoMoreSlotsAreUsedThanAtATimeAndHalfOfThemBehindAGate) {
+  struct Shut final : Gate {
+    bool open(std::error_code&) noexcept override { return false; }
+  };
+  const Load gated = this->load(file_system_);
+  gated.transfer->gate = std::make_unique<Shut>();
+  const Load other = this->load(file_system_);
+  std::vector<unsigned> tags;
+  EXPECT_EQ(open_all(gated, tags), kSlots / 2);
+  EXPECT_EQ(open_all(other, tags), kSlots - kSlots / 2);
+  const std::optional<unsigned> without_slot = open(other, ChunkTraits::Route::kBuffered);
+  ASSERT_TRUE(without_slot);
+  tags.push_back(*without_slot);
+  close_all(tags);
+  EXPECT_TRUE(jobs_.idle());
+}
+
+TEST_F(JobsTest, ALateJobMakesRoomInItsStepAndASpareSlotTakesThePlaceOfItsOwn) {
+  const Load load = this->load(file_system_);
+  std::vector<unsigned> tags;
+  ASSERT_EQ(open_all(load, tags, 2), 2u);
+  EXPECT_FALSE(jobs_.mark_late(start_ + kLate - std::chrono::nanoseconds(1)));
+  EXPECT_TRUE(jobs_.mark_late(start_ + kLate));
+  EXPECT_FALSE(jobs_.mark_late(start_ + 2 * kLate)) << "they are late already";
+  EXPECT_EQ(jobs_.in(Step::kRead), 0u);
+  EXPECT_EQ(file_system_.late, 2u);
+  EXPECT_EQ(file_system_.stuck, 2u);
+  EXPECT_EQ(load.part.open->stuck, 2u);
+  const Load other = this->load(other_file_system_);
+  EXPECT_EQ(open_all(other, tags), kSlots) << "as many as if nothing were late";
+
+  jobs_.close(tags[0]);
+  EXPECT_FALSE(file_system_.answers_again);
+  jobs_.close(tags[1]);
+  EXPECT_TRUE(file_system_.answers_again);
+  EXPECT_EQ(file_system_.late + file_system_.stuck + load.part.open->stuck, 0u);
+  close_all({tags.begin() + 2, tags.end()});
+  EXPECT_TRUE(jobs_.idle());
+}
+
+TEST_F(JobsTest, AnAbandonedJobIsStuckFromTheStartAndLateOnlyWhenItIs) {
+  const Load load = this->load(file_system_);
+  std::vector<unsigned> tags;
+  open_all(load, tags, 1);
+  jobs_.enter(jobs_[tags[0]], Step::kAbandoned, start_);
+  EXPECT_EQ(file_system_.stuck, 1u);
+  EXPECT_EQ(file_system_.late, 0u);
+  EXPECT_EQ(jobs_.in(Step::kRead) + jobs_.in(Step::kAbandoned), 0u);
+  EXPECT_TRUE(jobs_.mark_late(start_ + kLate));
+  EXPECT_EQ(file_system_.stuck, 1u);
+  EXPECT_EQ(file_system_.late, 1u);
+  jobs_.close(tags[0]);
+  EXPECT_TRUE(jobs_.idle());
+}
+
+TEST_F(JobsTest, AStepThatTheKernelCannotKeepIsNeverLate) {
+  const Load load = this->load(file_system_);
+  std::vector<unsigned> tags;
+  open_all(load, tags, 1);
+  jobs_.enter(jobs_[tags[0]], Step::kWait, start_);
+  EXPECT_FALSE(jobs_.mark_late(start_ + 10 * kLate));
+  jobs_.close(tags[0]);
+}
+
+TEST_F(JobsTest, AJobThatIsReroutedWithoutASlotFreesItThoughItWasStuck) {
+  const Load load = this->load(file_system_);
+  std::vector<unsigned> tags;
+  open_all(load, tags, 1);
+  Job& job = jobs_[tags[0]];
+  ASSERT_TRUE(jobs_.mark_late(start_ + kLate));
+  job.next = 2;
+  jobs_.reroute(job, way_of(load.part, *job.chunk, ChunkTraits::Route::kRefused));
+  EXPECT_EQ(job.slot, -1);
+  EXPECT_EQ(job.next, 0u);
+  EXPECT_EQ(file_system_.stuck, 0u);
+  EXPECT_TRUE(job.view.bytes.empty());
+  EXPECT_EQ(open_all(load, tags), kSlots) << "its slot is free";
+  close_all(tags);
+  EXPECT_TRUE(jobs_.idle());
+}
+
+// Reads of one file, one round after the other, each of which gets stuck.
+TEST_F(JobsTest, AFileAndAFileSystemThatDoNotAnswerLeaveSlotsToOthers) {
+  std::vector<unsigned> tags;
+  Jobs::Time now = start_;
+  const auto take_all = [&](const Load& load) {
+    std::size_t taken = 0;
+    while (const std::size_t count = open_all(load, tags)) {
+      taken += count;
+      jobs_.mark_late(now += 2 * kLate);
+    }
+    return taken;
+  };
+  const Load first = load(file_system_);
+  const std::size_t of_file = take_all(first);
+  EXPECT_GE(of_file, kDepth);
+  const Load second = load(file_system_);
+  const std::size_t of_second = take_all(second);
+  EXPECT_GT(of_second, 0u);
+  EXPECT_LT(of_file + of_second, kSlots + kSpare);
+  EXPECT_FALSE(open(load(file_system_))) << "a third file gets none";
+  EXPECT_GT(open_all(load(other_file_system_), tags), 0u);
+  close_all(tags);
+  EXPECT_TRUE(jobs_.idle());
+}
+
+// In place, so that only jobs run out.
+TEST_F(JobsTest, AFileGetsHalfOfTheStuckJobsAndAFileSystemThreeQuarters) {
+  std::vector<unsigned> tags;
+  const auto take = [&](const Load& load) {
+    std::size_t count = 0;
+    for (; jobs_.may_have_more(load.part); ++count) {
+      const std::optional<unsigned> tag = open(load, ChunkTraits::Route::kBuffered);
+      if (!tag) break;
+      jobs_.enter(jobs_[*tag], Step::kAbandoned, start_);
+      tags.push_back(*tag);
+    }
+    return count;
+  };
+  const Load first = load(file_system_);
+  EXPECT_EQ(take(first), Jobs::kStuckLimit / 2 + 1);
+  std::vector<Load> more;
+  do {
+    more.push_back(load(file_system_));
+  } while (take(more.back()) == kDepth);
+  EXPECT_EQ(tags.size(), Jobs::kStuckLimit * 3 / 4 + 1);
+  EXPECT_EQ(take(load(file_system_)), 0u);
+  const Load other = load(other_file_system_);
+  EXPECT_EQ(take(other), kDepth) << "as many as a healthy file has under way";
+  close_all(tags);
+  EXPECT_TRUE(jobs_.idle());
+}
+
+}  // namespace
+}  // namespace flashpack::internal

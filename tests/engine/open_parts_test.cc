@@ -1,0 +1,238 @@
+#include "engine/open_parts.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <deque>
+#include <memory>
+#include <ranges>
+#include <string>
+#include <vector>
+
+#include "engine/transfer_state.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::internal {
+namespace {
+
+using State = Part::State;
+
+class OpenPartsTest : public ::testing::Test {
+ protected:
+  OpenPartsTest() {
+    testing::write_file(dir_ / "file", {});
+    file_ = std::make_shared<OpenFile>(File::open(dir_ / "file", std::nullopt, false), nullptr);
+  }
+
+  // A waiting part of a load. Nothing needs to be at the path.
+  Part& wait(const std::filesystem::path& path) {
+    Part& part = transfer_->parts.emplace_back();
+    part.transfer = transfer_.get();
+    part.path = path;
+    part.turn = turns_++;
+    enter(part, State::kWaiting);
+    return part;
+  }
+  void enter(Part& part, State state) { parts_.enter(part, state, now_); }
+
+  // Has the file of the part opened.
+  void open(Part& part) {
+    ASSERT_EQ(parts_.next(), &part);
+    enter(part, State::kOpening);
+    answer(part);
+  }
+  void answer(Part& part) {
+    enter(part, State::kAnswered);
+    part.open = file_;
+    enter(part, State::kOpen);
+  }
+  void close(Part& part) {
+    enter(part, State::kClosing);
+    part.checked = true;
+    enter(part, State::kDone);
+  }
+
+  // The parts that are being opened when no further one may be.
+  std::vector<Part*> open_as_many_as_possible() {
+    std::vector<Part*> opened;
+    while (Part* const part = parts_.next()) {
+      enter(*part, State::kOpening);
+      opened.push_back(part);
+    }
+    return opened;
+  }
+
+  // Has files opened until no further one may be, though each of them becomes late.
+  std::vector<Part*> open_late_ones() {
+    std::vector<Part*> opened;
+    while (true) {
+      const std::vector<Part*> more = open_as_many_as_possible();
+      if (more.empty()) return opened;
+      opened.insert(opened.end(), more.begin(), more.end());
+      parts_.mark_late(now_ += 2 * kLate);
+    }
+  }
+
+  void end(Part& part) {
+    enter(part, State::kAnswered);
+    enter(part, State::kDone);
+  }
+
+  testing::TempDir dir_;
+  std::shared_ptr<OpenFile> file_;
+  std::shared_ptr<TransferState> transfer_ = std::make_shared<TransferState>();
+  std::uint64_t turns_ = 0;
+  OpenParts::Time now_ = std::chrono::steady_clock::now();
+  OpenParts parts_;
+};
+
+TEST_F(OpenPartsTest, SoManyFilesAreOpenAtATimeInTheOrderOfTheirTurns) {
+  std::deque<Part*> all;
+  for (std::size_t i = 0; i < OpenParts::kMaxOpen + 2; ++i) all.push_back(&wait("/a/" + std::to_string(i)));
+  const std::vector<Part*> opened = open_as_many_as_possible();
+  EXPECT_TRUE(std::ranges::equal(opened, all | std::views::take(OpenParts::kMaxOpen)));
+  EXPECT_EQ(parts_.with_threads(), opened);
+  EXPECT_TRUE(opened[0]->alone);
+  EXPECT_FALSE(opened[1]->alone);
+  answer(*opened[0]);
+  EXPECT_EQ(parts_.next(), nullptr) << "it is still open";
+  enter(*opened[0], State::kClosing);
+  EXPECT_EQ(parts_.next(), nullptr) << "it is being closed";
+  opened[0]->checked = true;
+  enter(*opened[0], State::kDone);
+  EXPECT_EQ(parts_.next(), all[OpenParts::kMaxOpen]);
+}
+
+TEST_F(OpenPartsTest, AWaitingPartThatIsGivenUpIsNotOpened) {
+  Part& first = wait("/a/1");
+  Part& second = wait("/a/2");
+  enter(first, State::kDone);
+  EXPECT_EQ(parts_.next(), &second);
+}
+
+TEST_F(OpenPartsTest, AStoreDoesNotCountAmongTheOpenFiles) {
+  auto store = std::make_shared<TransferState>();
+  store->direction = Direction::kStore;
+  std::deque<Part>& parts = store->parts;
+  for (std::size_t i = 0; i < OpenParts::kMaxOpen; ++i) {
+    Part& part = parts.emplace_back();
+    part.transfer = store.get();
+    part.open = file_;
+    enter(part, State::kOpen);
+  }
+  Part& load = wait("/a/1");
+  open(load);
+  EXPECT_TRUE(load.alone);
+  EXPECT_EQ(load.file_system->loads, 1u);
+  for (Part& part : parts) enter(part, State::kDone);
+  enter(load, State::kClosing);
+  EXPECT_EQ(load.file_system->loads, 0u);
+}
+
+TEST_F(OpenPartsTest, WithoutDescriptorsFewerFilesAreOpenUntilFilesHaveBeenClosed) {
+  for (int i = 0; i < 10; ++i) wait("/a/" + std::to_string(i));
+  std::vector<Part*> opened;
+  for (int i = 0; i < 4; ++i) {
+    opened.push_back(parts_.next());
+    enter(*opened.back(), State::kOpening);
+  }
+  enter(*opened[3], State::kAnswered);
+  enter(*opened[3], State::kWaiting);
+  EXPECT_EQ(parts_.next(), nullptr) << "three are open, which was all that the process could have";
+  answer(*opened[0]);
+  close(*opened[0]);
+  EXPECT_EQ(open_as_many_as_possible().size(), 2u) << "in place of the closed one, and one more as a trial";
+}
+
+TEST_F(OpenPartsTest, AFileThatCannotBeOpenedMakesRoomButNoTrialOfMore) {
+  for (int i = 0; i < 10; ++i) wait("/a/" + std::to_string(i));
+  Part& first = *parts_.next();
+  enter(first, State::kOpening);
+  Part& second = *parts_.next();
+  enter(second, State::kOpening);
+  enter(second, State::kAnswered);
+  enter(second, State::kWaiting);
+  enter(first, State::kAnswered);
+  enter(first, State::kDone);
+  EXPECT_EQ(open_as_many_as_possible().size(), 1u);
+}
+
+TEST_F(OpenPartsTest, PartsWhoseThreadsAreLateMakeRoomForOthers) {
+  for (std::size_t i = 0; i < 2 * OpenParts::kMaxOpen; ++i) wait("/a/" + std::to_string(i));
+  const std::vector<Part*> late = open_as_many_as_possible();
+  EXPECT_EQ(late.size(), OpenParts::kMaxOpen);
+  parts_.mark_late(now_ + kLate - std::chrono::nanoseconds(1));
+  EXPECT_EQ(parts_.next(), nullptr);
+  parts_.mark_late(now_ + kLate);
+  EXPECT_TRUE(late.front()->late);
+  Part* const next = parts_.next();
+  ASSERT_NE(next, nullptr);
+  enter(*next, State::kOpening);
+  EXPECT_TRUE(next->alone) << "nothing that answers is open beside it";
+  answer(*late.front());
+  EXPECT_FALSE(late.front()->late);
+}
+
+TEST_F(OpenPartsTest, PartsOfAFileSystemThatDoesNotAnswerMakeRoomForOthers) {
+  std::vector<Part*> parts;
+  for (std::size_t i = 0; i < OpenParts::kMaxOpen; ++i) open(*parts.emplace_back(&wait("/a/" + std::to_string(i))));
+  Part& other = wait("/b/1");
+  EXPECT_EQ(parts_.next(), nullptr);
+  parts[0]->file_system->late = 1;
+  EXPECT_EQ(parts_.next(), &other);
+}
+
+TEST_F(OpenPartsTest, ADirectoryWhoseFilesDoNotOpenGetsAThirdAndTheRestOfItIsParked) {
+  for (int round = 0; round < 2; ++round) {
+    std::vector<Part*> all;
+    for (std::size_t i = 0; i < OpenParts::kHeldUpLimit; ++i) all.push_back(&wait("/a/" + std::to_string(i)));
+    const std::vector<Part*> late = open_late_ones();
+    EXPECT_EQ(late.size(), OpenParts::kHeldUpLimit / 3 + 1) << round;
+    Part& other = wait("/b/1");
+    EXPECT_EQ(parts_.next(), &other);
+    enter(other, State::kDone);
+    for (Part* const part : all) part->state == State::kOpening ? end(*part) : enter(*part, State::kDone);
+    EXPECT_EQ(parts_.next(), nullptr) << "those that were parked are given up, too";
+  }
+}
+
+TEST_F(OpenPartsTest, AMountPointGetsHalfAndTheRestOfItIsParked) {
+  for (std::size_t i = 0; i < 2 * OpenParts::kHeldUpLimit; ++i) wait("/a/" + std::to_string(i) + "/file");
+  EXPECT_EQ(open_late_ones().size(), OpenParts::kHeldUpLimit / 2 + 1);
+  Part& same_mount = wait("/b/file");
+  EXPECT_EQ(parts_.next(), nullptr) << "the same mount point";
+  enter(same_mount, State::kDone);
+  Part& other_mount = wait("/proc/file");
+  EXPECT_EQ(parts_.next(), &other_mount);
+}
+
+TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenALateThreadComesBack) {
+  for (std::size_t i = 0; i < OpenParts::kHeldUpLimit; ++i) wait("/a/" + std::to_string(i));
+  const std::vector<Part*> late = open_late_ones();
+  EXPECT_EQ(parts_.next(), nullptr);
+  end(*late[0]);
+  EXPECT_NE(parts_.next(), nullptr);
+}
+
+TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenTheLastLateOperationComesBack) {
+  std::vector<Part*> opened;
+  for (std::size_t i = 0; i < OpenParts::kMaxOpen; ++i) open(*opened.emplace_back(&wait("/a/" + std::to_string(i))));
+  FileSystem& file_system = *opened[0]->file_system;
+  file_system.late = 1;
+  parts_.read_mounts();
+  for (std::size_t i = 0; i < OpenParts::kHeldUpLimit; ++i) wait("/a/more" + std::to_string(i));
+  while (Part* const part = parts_.next()) {
+    enter(*part, State::kOpening);
+    answer(*part);
+  }
+  EXPECT_LT(file_system.loads, OpenParts::kHeldUpLimit);
+  file_system.late = 0;
+  file_system.answers_again = true;
+  for (Part& part : transfer_->parts) {
+    if (part.state == State::kOpen && file_system.loads >= OpenParts::kMaxOpen) close(part);
+  }
+  EXPECT_NE(parts_.next(), nullptr);
+}
+
+}  // namespace
+}  // namespace flashpack::internal
