@@ -8,9 +8,12 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
+#include <ctime>
 
 #include "engine/ground/pages.h"
+#include "engine/ground/target_pages.h"
 #include "engine/stripe_sums.h"
 
 namespace flashpack::internal {
@@ -120,6 +123,12 @@ std::int64_t read_through_cache(const ByteWork& work) {
   return moved;
 }
 
+std::chrono::nanoseconds cpu_time_of_thread() {
+  timespec time{};
+  ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+}
+
 // Takes the page faults of `memory`. Returns 0, or an errno, after which a read into that memory may still succeed.
 int populate(std::span<std::byte> memory, bool for_writing) {
 #ifdef MADV_POPULATE_WRITE
@@ -127,7 +136,10 @@ int populate(std::span<std::byte> memory, bool for_writing) {
   const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(memory.data());
   const std::size_t before = address % system_page_bytes();
   const int advice = for_writing ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
-  return ::madvise(memory.data() - before, before + memory.size(), advice) == 0 ? 0 : errno;
+  const auto begin = cpu_time_of_thread();
+  const int error = ::madvise(memory.data() - before, before + memory.size(), advice) == 0 ? 0 : errno;
+  if (for_writing) TargetPages::of_process().was_touched(memory, cpu_time_of_thread() - begin);
+  return error;
 #else
   return ENOSYS;
 #endif
@@ -163,6 +175,16 @@ std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writin
     run = {begin, end};
   }
   return ask() == 0 ? 0 : -EFAULT;
+}
+
+// The page faults of a copy from the page cache to fresh memory cost more than to populate that memory first.
+void populate_if_fresh(std::span<const Fragment> fragments) {
+  for (const Fragment& fragment : fragments) {
+    const std::span<std::byte> memory(fragment.memory, fragment.size_bytes);
+    if (memory.size() < kHugePageBytes) continue;
+    // The first page and the last may have bytes of other chunks.
+    if (!is_populated(memory.subspan(memory.size() / 2, 1))) populate(memory, true);
+  }
 }
 
 std::int64_t scatter(const ByteWork& work) {
@@ -226,6 +248,7 @@ std::int64_t move_bytes(const ByteWork& work) {
   const bool for_writing = work.touch == ByteWork::Touch::kForWriting;
   switch (work.op) {
     case ByteWork::Op::kFromCache:
+      populate_if_fresh(work.fragments);
       return read_through_cache(work);
     case ByteWork::Op::kToCache:
       return move_fragments(work.fd, work.fragments, true);

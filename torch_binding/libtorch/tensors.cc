@@ -38,7 +38,7 @@ constexpr std::array kScalarTypes = {at::ScalarType::Bool,           at::ScalarT
                                      at::ScalarType::Float8_e8m0fnu, float4<at::ScalarType>()};
 static_assert(kScalarTypes.size() == static_cast<std::size_t>(DType::kFloat4E2M1FNX2) + 1);
 
-using RegionOwner = std::shared_ptr<internal::HostRegion>;
+using MemoryOwner = std::shared_ptr<HostMemory>;
 
 std::vector<std::size_t> selected(const Checkpoint& checkpoint, const ReadOptions& options) {
   std::vector<std::size_t> wanted;
@@ -106,12 +106,12 @@ std::vector<std::byte*> LoadedRecords::allocate() {
   const c10::InferenceMode ordinary_tensors(false);
   for (const auto& [size_bytes, phase_bytes] : plan_.blocks) {
     if (device_.is_cpu()) {
-      regions_.push_back(std::make_shared<internal::HostRegion>(size_bytes, "tensors", phase_bytes));
-      addresses.push_back(regions_.back()->data());
+      host_blocks_.push_back(std::make_shared<HostMemory>(size_bytes, phase_bytes));
+      addresses.push_back(host_blocks_.back()->data());
     } else {
-      blocks_.push_back(
+      device_blocks_.push_back(
           at::empty({static_cast<std::int64_t>(size_bytes)}, at::TensorOptions(device_).dtype(at::kByte)));
-      addresses.push_back(static_cast<std::byte*>(blocks_.back().mutable_data_ptr()));
+      addresses.push_back(static_cast<std::byte*>(device_blocks_.back().mutable_data_ptr()));
     }
   }
   return addresses;
@@ -127,10 +127,10 @@ at::Tensor LoadedRecords::tensor(std::size_t i) const {
 
 at::Tensor LoadedRecords::host_tensor(const SegmentPlan::Place& place, at::IntArrayRef shape,
                                       at::ScalarType type) const {
-  const RegionOwner& region = regions_[plan_.segments[place.segment].block];
-  auto owner = std::make_unique<RegionOwner>(region);
+  const MemoryOwner& region = host_blocks_[plan_.segments[place.segment].block];
+  auto owner = std::make_unique<MemoryOwner>(region);
   return at::for_blob(region->data() + plan_.block_offset(place), shape)
-      .context(owner.release(), [](void* context) { std::unique_ptr<RegionOwner>(static_cast<RegionOwner*>(context)); })
+      .context(owner.release(), [](void* context) { std::unique_ptr<MemoryOwner>(static_cast<MemoryOwner*>(context)); })
       .options(at::TensorOptions(at::kCPU).dtype(type))
       .allocator(c10::GetAllocator(c10::kCPU))  // resize_() moves the tensor to ordinary memory.
       .resizeable_storage()
@@ -139,7 +139,7 @@ at::Tensor LoadedRecords::host_tensor(const SegmentPlan::Place& place, at::IntAr
 
 at::Tensor LoadedRecords::device_tensor(const SegmentPlan::Place& place, at::IntArrayRef shape,
                                         at::ScalarType type) const {
-  const at::Tensor& block = blocks_[plan_.segments[place.segment].block];
+  const at::Tensor& block = device_blocks_[plan_.segments[place.segment].block];
   const std::uint64_t begin = plan_.block_offset(place) / c10::elementSize(type);
   // This makes no view, because a view would share its version counter with the other tensors of the block.
   return at::empty({0}, at::TensorOptions(device_).dtype(type))

@@ -9,9 +9,9 @@
 #include <span>
 #include <vector>
 
-#include "engine/ground/host_region.h"
 #include "flashpack/checkpoint.h"
 #include "flashpack/engine.h"
+#include "flashpack/host_memory.h"
 #include "torch_binding/format/segments.h"
 
 namespace flashpack {
@@ -50,8 +50,8 @@ class LoadedRecords {
   const std::span<const std::size_t> wanted_;
   const at::Device device_;
   const SegmentPlan plan_;
-  std::vector<std::shared_ptr<internal::HostRegion>> regions_;  // The blocks of the plan on the CPU.
-  std::vector<at::Tensor> blocks_;                              // The blocks of the plan on a device.
+  std::vector<std::shared_ptr<HostMemory>> host_blocks_;  // The blocks of the plan on the CPU.
+  std::vector<at::Tensor> device_blocks_;                 // The blocks of the plan on a device.
   TransferStats stats_;
 };
 

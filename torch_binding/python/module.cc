@@ -29,6 +29,7 @@
 #include "bind_format.h"
 #include "bind_pack.h"
 #include "flashpack/engine.h"
+#include "flashpack/host_memory.h"
 #include "flashpack/verify.h"
 #include "footer_objects.h"
 #include "native_calls.h"
@@ -355,6 +356,24 @@ void bind_handles(nb::module_& module) {
   refuse_pickling(writer);
 }
 
+int fill_buffer(PyObject* self, Py_buffer* view, int flags) {
+  const std::span<std::byte> bytes = nb::inst_ptr<HostMemory>(self)->bytes();
+  return PyBuffer_FillInfo(view, self, bytes.data(), static_cast<Py_ssize_t>(bytes.size()), 0, flags);
+}
+
+void bind_memory(nb::module_& module) {
+  static std::array<PyType_Slot, 2> slots = {{{Py_bf_getbuffer, reinterpret_cast<void*>(&fill_buffer)}, {0, nullptr}}};
+  nb::class_<HostMemory>(module, "HostMemory", nb::type_slots(slots.data()), "Memory to read to: a writable buffer.")
+      .def(nb::init<std::size_t, std::uint64_t>(), "size_bytes"_a, "offset_bytes"_a = 0,
+           "Its contents are unspecified; its address is `offset_bytes` modulo a page.");
+  module.def(
+      "kept_memory_bytes", &HostMemory::kept_bytes,
+      "The size of the memory on the host that is kept for the next load, in bytes. The kernel may have taken some "
+      "of it.");
+  module.def("release_kept_memory", &HostMemory::release_kept,
+             "Gives the memory that is kept for the next load back to the system.");
+}
+
 void bind_errors(nb::module_& module) {
   const auto name = nb::cast<std::string>(module.attr("__name__")) + ".FlashPackError";
   flashpack_error =
@@ -382,5 +401,6 @@ NB_MODULE(_native, module) {
   flashpack::bind_format(module);
   flashpack::bind_checkpoint(module);
   flashpack::bind_pack(module);
+  flashpack::bind_memory(module);
   flashpack::bind_handles(module);
 }

@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ._logging import printable
-from ._native import FlashPackError
+from ._native import FlashPackError, kept_memory_bytes, release_kept_memory
 from .version import __commit_id__, __version__, __version_tuple__, commit_id, version, version_tuple
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ __all__ = [
     "integrations",
     "is_flashpack_file",
     "iterate_from_flash_tensor",
+    "kept_memory_bytes",
     "load_file",
     "load_model",
     "mixin",
@@ -75,6 +76,7 @@ __all__ = [
     "prefetch_flashpack_file",
     "read_flashpack_file",
     "read_flashpack_file_distributed",
+    "release_kept_memory",
     "revert_from_file",
     "safetensors",
     "save_file",

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
-from mmap import PAGESIZE, mmap
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ _SCRATCH_BYTES = 1 << 20
 _LOOK_BYTES = 512 << 10
 
 _lock = threading.Lock()
-_mapped_bytes: weakref.WeakKeyDictionary[mmap, int] = weakref.WeakKeyDictionary()
+_mapped_bytes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """The sizes of the files that are mapped now."""
 
 
@@ -84,7 +84,7 @@ class MappedTensors:
             file = self._file._checkpoint.files()[entry.file]
             block = map_file(file)
             with _lock:
-                _mapped_bytes[block._buffer] = len(block._buffer)
+                _mapped_bytes[block._buffer] = block._size_bytes
                 fits = 2 * sum(_mapped_bytes.values()) < _memory_bytes()
             # What is read too far ahead would be displaced before it is used.
             made = _Map(block, _ReadAhead(file.fd) if fits else None)

@@ -11,7 +11,7 @@ import sys
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from typing import Any, NamedTuple, Protocol, cast, get_args
@@ -55,11 +55,10 @@ class Block(Protocol):
 
 
 class HostBlock:
-    """A mapping. Each tensor has a storage of its own."""
+    """Memory of the host. Each tensor has a storage of its own."""
 
-    def __init__(self, buffer: mmap.mmap, skip_bytes: int, size_bytes: int) -> None:
+    def __init__(self, buffer: _native.HostMemory | mmap.mmap, size_bytes: int) -> None:
         self._buffer = buffer
-        self._skip_bytes = skip_bytes
         self._size_bytes = size_bytes
 
     @property
@@ -71,8 +70,8 @@ class HostBlock:
         return self.tensor(torch.uint8, (self._size_bytes,), 0)
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> torch.Tensor:
-        at = self._skip_bytes + offset_bytes
-        flat = torch.frombuffer(self._buffer, dtype=dtype, count=math.prod(shape), offset=at)
+        buffer: Any = self._buffer  # The types of Python 3.11 cannot say that HostMemory has the buffer protocol.
+        flat = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=offset_bytes)
         return flat if len(shape) == 1 else flat.view(shape).detach()
 
 
@@ -119,22 +118,11 @@ def allocate(plan: _native.SegmentPlan, device: torch.device, home: torch.device
 
 
 def _allocate_host(phase_bytes: int, size_bytes: int) -> HostBlock:
-    """Allocates private anonymous memory without touching it.
+    """Allocates memory whose address is `phase_bytes` modulo a page, or a huge page if it has the size of one.
 
-    Its address is `phase_bytes` modulo a page (a huge page, if the memory is large enough for one), so that the engine
-    can read whole pages in place if that is the file offset.
+    The engine can read whole pages in place if that is the offset in the file.
     """
-    huge = size_bytes >= _HUGE_PAGE_BYTES
-    align = _HUGE_PAGE_BYTES if huge else mmap.PAGESIZE
-    try:
-        buffer = mmap.mmap(-1, size_bytes + align, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise OSError(errno.ENOMEM, f"allocate {size_bytes} bytes: {error.strerror}") from error
-    if huge:
-        with suppress(OSError):  # Kernels without huge pages refuse the advice; small ones are only slower.
-            buffer.madvise(mmap.MADV_HUGEPAGE)
-    base = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
-    return HostBlock(buffer, (phase_bytes - base) % align, size_bytes)
+    return HostBlock(_native.HostMemory(size_bytes, phase_bytes), size_bytes)
 
 
 def aligned_phase(offset_bytes: int, dtype: torch.dtype) -> int:
@@ -163,7 +151,7 @@ def map_file(file: File) -> MappedFile:
     # Otherwise the kernel would ask for room for a copy of every page.
     flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
     buffer = mmap.mmap(file.fd, size_bytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
-    return MappedFile(buffer, 0, size_bytes)
+    return MappedFile(buffer, size_bytes)
 
 
 class ReadOptions(NamedTuple):

@@ -1,0 +1,187 @@
+#include "engine/ground/target_pages.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/utsname.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <string>
+
+#include "engine/ground/error.h"
+#include "engine/ground/pages.h"
+
+namespace flashpack::internal {
+
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::nanoseconds;
+
+// Small pages of 2 MiB take 0.8 to 1.3 ms. A huge page takes 0.2 ms, or 2 to 9 ms if the host has to provide it.
+constexpr nanoseconds kFairPerHugePage = milliseconds(1);
+// A few dear pages among many cheap ones are no reason to do without huge pages.
+constexpr nanoseconds kTooMuch = milliseconds(10);
+constexpr nanoseconds kMostExcess = milliseconds(12);
+
+// Before Linux 5.18, the kernel may take a page that it was told is free while direct I/O writes to it, and the bytes
+// are lost.
+bool kernel_keeps_direct_reads() {
+  utsname name{};
+  int major = 0;
+  int minor = 0;
+  if (::uname(&name) != 0 || std::sscanf(name.release, "%d.%d", &major, &minor) != 2) return false;
+  return major > 5 || (major == 5 && minor >= 18);
+}
+
+// Kept pages would be missing elsewhere where the address space is limited, or all memory that is promised counts.
+bool address_space_is_free() {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur != RLIM_INFINITY) return false;
+  char overcommit = '2';
+  std::ifstream("/proc/sys/vm/overcommit_memory") >> overcommit;
+  return overcommit != '2';
+}
+
+void unmap(std::byte* begin, std::size_t size_bytes) noexcept {
+  if (size_bytes > 0) ::munmap(begin, size_bytes);
+}
+
+// Maps untouched memory at a multiple of 2 MiB; empty if there is none.
+std::span<std::byte> map(std::size_t size_bytes) noexcept {
+  const std::size_t mapped_bytes = size_bytes + kHugePageBytes;
+  void* const mapping = ::mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapping == MAP_FAILED) return {};
+  auto* const begin = static_cast<std::byte*>(mapping);
+  const auto address = reinterpret_cast<std::uintptr_t>(mapping);
+  const std::size_t before = round_up(address, kHugePageBytes) - address;
+  unmap(begin, before);
+  unmap(begin + before + size_bytes, kHugePageBytes - before);
+  return {begin + before, size_bytes};
+}
+
+// A kernel without huge pages refuses, and small pages serve as well, only slower.
+void advise(std::byte* begin, std::byte* end, int advice) noexcept {
+  if (begin < end) ::madvise(begin, static_cast<std::size_t>(end - begin), advice);
+}
+
+}  // namespace
+
+TargetPages& TargetPages::of_process() {
+  alignas(TargetPages) static std::byte memory[sizeof(TargetPages)];
+  static TargetPages* const one = [] {
+    auto* const made = new (memory) TargetPages;
+    // A child must not inherit a mutex that a thread of its parent holds.
+    ::pthread_atfork([] { of_process().mutex_.lock(); }, [] { of_process().mutex_.unlock(); },
+                     [] { of_process().mutex_.unlock(); });
+    return made;
+  }();
+  return *one;
+}
+
+TargetPages::TargetPages() : keeps_(kernel_keeps_direct_reads() && address_space_is_free()) {}
+
+std::span<std::byte> TargetPages::take(std::size_t before_bytes, std::size_t size_bytes) {
+  const std::size_t end_bytes = before_bytes + size_bytes;
+  const std::size_t pages_bytes = round_up(end_bytes, kHugePageBytes);
+  const std::lock_guard lock(mutex_);
+  std::span<std::byte> memory = take_kept(pages_bytes);
+  const bool fresh = memory.empty();
+  if (fresh) {
+    memory = map(pages_bytes);
+    if (memory.empty()) {
+      throw Error(errno_code(errno), "map " + std::to_string(pages_bytes) + " bytes of memory for tensors");
+    }
+    // Huge pages at the ends, where only a part is used, would hold memory that nobody uses.
+    advise(memory.data() + round_up(before_bytes, kHugePageBytes),
+           memory.data() + round_down(end_bytes, kHugePageBytes), MADV_HUGEPAGE);
+  }
+  used_.emplace(memory.data(), Used{pages_bytes, fresh});
+  used_bytes_ += pages_bytes;
+  most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
+  drop_kept(most_used_bytes_ - used_bytes_);
+  return memory;
+}
+
+// The smallest range that is large enough serves, so that large ones stay whole.
+std::span<std::byte> TargetPages::take_kept(std::size_t size_bytes) {
+  auto best = kept_.end();
+  for (auto range = kept_.begin(); range != kept_.end(); ++range) {
+    if (range->second >= size_bytes && (best == kept_.end() || range->second < best->second)) best = range;
+  }
+  if (best == kept_.end()) return {};
+  const auto [begin, kept_size_bytes] = *best;
+  if (kept_size_bytes > size_bytes)
+    kept_.emplace_hint(std::next(best), begin + size_bytes, kept_size_bytes - size_bytes);
+  kept_.erase(best);
+  kept_bytes_ -= size_bytes;
+  return {begin, size_bytes};
+}
+
+void TargetPages::give_back(std::span<std::byte> memory) noexcept {
+  // From now on the kernel may take these pages until they are written again. It refuses if they are locked.
+  const bool is_free = keeps_ && ::madvise(memory.data(), memory.size(), MADV_FREE) == 0;
+  const std::lock_guard lock(mutex_);
+  used_.erase(memory.data());
+  used_bytes_ -= memory.size();
+  std::error_code out_of_memory;
+  if (is_free) catching(out_of_memory, [&] { keep(memory); });
+  if (!is_free || out_of_memory) unmap(memory.data(), memory.size());
+}
+
+void TargetPages::keep(std::span<std::byte> memory) {
+  auto range = kept_.emplace(memory.data(), memory.size()).first;
+  kept_bytes_ += memory.size();
+  if (const auto next = std::next(range); next != kept_.end() && range->first + range->second == next->first) {
+    range->second += next->second;
+    kept_.erase(next);
+  }
+  if (range == kept_.begin()) return;
+  if (const auto before = std::prev(range); before->first + before->second == range->first) {
+    before->second += range->second;
+    kept_.erase(range);
+  }
+}
+
+void TargetPages::drop_kept(std::uint64_t limit_bytes) noexcept {
+  while (kept_bytes_ > limit_bytes) {
+    const auto last = std::prev(kept_.end());
+    const std::uint64_t excess = std::min<std::uint64_t>(last->second, kept_bytes_ - limit_bytes);
+    last->second -= excess;
+    kept_bytes_ -= excess;
+    unmap(last->first + last->second, excess);
+    if (last->second == 0) kept_.erase(last);
+  }
+}
+
+void TargetPages::was_touched(std::span<const std::byte> memory, nanoseconds cpu_time) noexcept {
+  const auto huge_pages = static_cast<std::int64_t>(memory.size() / kHugePageBytes);
+  if (huge_pages == 0) return;
+  const std::lock_guard lock(mutex_);
+  auto* const end = const_cast<std::byte*>(memory.data()) + memory.size();
+  auto range = used_.lower_bound(end);
+  if (range == used_.begin()) return;
+  auto& [begin, used] = *--range;
+  if (end > begin + used.size_bytes || !used.may_get_huge_pages) return;
+  const nanoseconds unfair = cpu_time - huge_pages * kFairPerHugePage;
+  excess_ = std::clamp(excess_ + unfair, nanoseconds::zero(), kMostExcess);
+  if (unfair <= nanoseconds::zero() || excess_ < kTooMuch) return;
+  used.may_get_huge_pages = false;
+  advise(begin + round_up(static_cast<std::uint64_t>(end - begin), kHugePageBytes), begin + used.size_bytes,
+         MADV_NOHUGEPAGE);
+}
+
+std::uint64_t TargetPages::kept_bytes() noexcept {
+  const std::lock_guard lock(mutex_);
+  return kept_bytes_;
+}
+
+void TargetPages::release_kept() noexcept {
+  const std::lock_guard lock(mutex_);
+  drop_kept(0);
+}
+
+}  // namespace flashpack::internal

@@ -1,0 +1,55 @@
+/// The pages of HostMemory.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <span>
+
+namespace flashpack::internal {
+
+/// Hands out pages and takes them back, and decides which pages are kept and which are huge. One instance serves the
+/// process, and it is never destroyed, because memory may be given back by static objects. Any thread may call it, a
+/// forked child, too.
+class TargetPages {
+ public:
+  static TargetPages& of_process();
+
+  /// Returns the pages for `size_bytes` that begin `before_bytes` after a multiple of 2 MiB, which is where the pages
+  /// begin. Their contents are unspecified, and fresh ones are untouched. Throws: Error (errno of mmap).
+  std::span<std::byte> take(std::size_t before_bytes, std::size_t size_bytes);
+
+  /// Takes what take() returned.
+  void give_back(std::span<std::byte> memory) noexcept;
+
+  /// Tells how much time of a CPU it took to write to all of `memory` for the first time. If that is too much for huge
+  /// pages, the rest of the memory that take() returned will get small ones. Memory of other origin is ignored.
+  void was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept;
+
+  std::uint64_t kept_bytes() noexcept;
+  void release_kept() noexcept;
+
+ private:
+  struct Used {
+    std::size_t size_bytes;
+    bool may_get_huge_pages;  ///< Whether untouched pages will be huge.
+  };
+
+  TargetPages();
+  std::span<std::byte> take_kept(std::size_t size_bytes);
+  void keep(std::span<std::byte> memory);
+  void drop_kept(std::uint64_t limit_bytes) noexcept;
+
+  const bool keeps_;
+  std::mutex mutex_;  // Protects the rest.
+  std::map<std::byte*, Used> used_;
+  std::map<std::byte*, std::size_t> kept_;  // Size in bytes; no range ends where the next one begins.
+  std::uint64_t used_bytes_ = 0;
+  std::uint64_t kept_bytes_ = 0;
+  std::uint64_t most_used_bytes_ = 0;
+  std::chrono::nanoseconds excess_{};  // Time that huge pages have cost, of late, beyond what is fair.
+};
+
+}  // namespace flashpack::internal

@@ -1,0 +1,151 @@
+#include "flashpack/host_memory.h"
+
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "engine/byte_work.h"
+#include "flashpack/error.h"
+
+namespace flashpack {
+namespace {
+
+constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
+
+// What this process has used before would otherwise count as the most that it may keep.
+class HostMemoryTest : public testing::Test {
+ protected:
+  HostMemoryTest() { HostMemory::release_kept(); }
+  ~HostMemoryTest() override { HostMemory::release_kept(); }
+
+  static bool keeps() {
+    {
+      const HostMemory trial(2 * kMiB);
+    }
+    return HostMemory::kept_bytes() > 0;
+  }
+};
+
+TEST_F(HostMemoryTest, DataAgreesWithTheFileOffsetModuloAPageOrAHugePage) {
+  for (const std::uint64_t size : {std::uint64_t{1}, std::uint64_t{5000}, 2 * kMiB, 5 * kMiB + 3}) {
+    for (const std::uint64_t offset : {std::uint64_t{0}, std::uint64_t{4097}, 2 * kMiB - 1, 3 * kMiB + 128}) {
+      const HostMemory memory(size, offset);
+      const std::uint64_t granule = size < 2 * kMiB ? 4096 : 2 * kMiB;
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(memory.data()) % granule, offset % granule);
+      ASSERT_EQ(memory.bytes().size(), size);
+      std::ranges::fill(memory.bytes(), std::byte{1});
+    }
+  }
+}
+
+TEST_F(HostMemoryTest, MemoryThatCannotBeHadIsAnErrorOfTheSystem) {
+  try {
+    const HostMemory memory(std::uint64_t{1} << 60);
+    FAIL() << "mapped an exbibyte";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), std::errc::not_enough_memory);
+    EXPECT_NE(std::string(error.what()).find("bytes of memory for tensors"), std::string::npos) << error.what();
+  }
+}
+
+TEST_F(HostMemoryTest, PagesOfMemoryThatIsGoneServeTheNext) {
+  if (!keeps()) GTEST_SKIP() << "the kernel is too old, or the address space is limited";
+  std::optional<HostMemory> first(std::in_place, 64 * kMiB);
+  std::ranges::fill(first->bytes(), std::byte{1});
+  first.reset();
+  const HostMemory second(32 * kMiB);
+  const HostMemory third(30 * kMiB, 2 * kMiB - 1);
+  EXPECT_TRUE(internal::is_populated(second.bytes()));
+  EXPECT_TRUE(internal::is_populated(third.bytes()));
+}
+
+TEST_F(HostMemoryTest, NeighboursThatAreGoneServeAsOne) {
+  if (!keeps()) GTEST_SKIP() << "the kernel is too old, or the address space is limited";
+  for (const auto& order : {std::array{0, 1, 2}, std::array{2, 1, 0}, std::array{0, 2, 1}}) {
+    HostMemory::release_kept();
+    {
+      const HostMemory whole(96 * kMiB);
+    }
+    std::array<std::optional<HostMemory>, 3> parts;
+    for (auto& part : parts) part.emplace(32 * kMiB);
+    ASSERT_EQ(HostMemory::kept_bytes(), 0u);
+    for (const int i : order) parts[static_cast<std::size_t>(i)].reset();
+    EXPECT_EQ(HostMemory::kept_bytes(), 96 * kMiB);
+    const HostMemory whole(96 * kMiB);
+    EXPECT_EQ(HostMemory::kept_bytes(), 0u);
+  }
+}
+
+TEST_F(HostMemoryTest, NoMoreIsHeldThanWasOnceUsed) {
+  if (!keeps()) GTEST_SKIP() << "the kernel is too old, or the address space is limited";
+  // More than any other test here has used.
+  {
+    const HostMemory most(1000 * kMiB);
+  }
+  ASSERT_EQ(HostMemory::kept_bytes(), 1000 * kMiB);
+  {
+    const HostMemory kept(400 * kMiB);
+    const HostMemory fresh(700 * kMiB);
+    EXPECT_EQ(HostMemory::kept_bytes(), 0u);
+  }
+  const HostMemory kept(600 * kMiB);
+  const HostMemory fresh(450 * kMiB);
+  EXPECT_EQ(HostMemory::kept_bytes(), 50 * kMiB);
+}
+
+TEST_F(HostMemoryTest, KeptMemoryIsGivenBackOnRequest) {
+  {
+    const HostMemory memory(64 * kMiB);
+  }
+  HostMemory::release_kept();
+  EXPECT_EQ(HostMemory::kept_bytes(), 0u);
+  const HostMemory memory(64 * kMiB);
+  EXPECT_FALSE(internal::is_populated(memory.bytes()));
+}
+
+TEST_F(HostMemoryTest, ThreadsNeverShareMemory) {
+  const auto work = [](std::byte mark) {
+    for (std::uint64_t round = 0; round < 50; ++round) {
+      const HostMemory memory((2 + round % 5) * kMiB, round * 4096);
+      for (std::uint64_t at = 0; at < memory.bytes().size(); at += 4096) memory.data()[at] = mark;
+      for (std::uint64_t at = 0; at < memory.bytes().size(); at += 4096) ASSERT_EQ(memory.data()[at], mark);
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int i = 1; i <= 4; ++i) threads.emplace_back(work, std::byte(i));
+  for (std::thread& thread : threads) thread.join();
+}
+
+TEST_F(HostMemoryTest, AForkedChildHasMemoryWhateverOtherThreadsDid) {
+  std::atomic<bool> stop = false;
+  std::thread other([&] {
+    while (!stop) const HostMemory memory(2 * kMiB);
+  });
+  for (int i = 0; i < 20; ++i) {
+    const pid_t child = ::fork();
+    ASSERT_GE(child, 0);
+    if (child == 0) {
+      {
+        const HostMemory memory(4 * kMiB);
+      }
+      ::_exit(0);
+    }
+    int status = -1;
+    ::waitpid(child, &status, 0);
+    EXPECT_EQ(status, 0);
+  }
+  stop = true;
+  other.join();
+}
+
+}  // namespace
+}  // namespace flashpack
