@@ -117,10 +117,11 @@ def test_arguments_in_the_wrong_order_are_told(path):
 @pytest.mark.parametrize("name", ["bf16", "BF16", "bfloat16", "torch.bfloat16"])
 def test_a_dtype_may_be_called_what_people_call_it(name, path):
     assert next(flashpack.stream_tensors(path, dtype=name))[1].dtype is torch.bfloat16
-    flashpack.pack_to_file(STATE, path, target_dtype=name)
-    assert {tensor.dtype for tensor in flashpack.load_file(path).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in flashpack.load_file(path, dtype=name).values()} == {torch.bfloat16}
     with pytest.raises(FlashPackError, match=f"dtype='{name}x' is neither a torch.dtype nor the name of one"):
-        flashpack.pack_to_file(STATE, path, target_dtype=f"{name}x")
+        flashpack.load_file(path, dtype=f"{name}x")
+    with pytest.raises(FlashPackError, match=r"Unsupported dtype for packing: .*: pass torch\.bfloat16"):
+        flashpack.pack_to_file(STATE, path, target_dtype=name)
 
 
 @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no such dtype")

@@ -42,6 +42,7 @@ def old_file(tmp_path):
         ({"a": torch.ones(1)}, {"name_order": ["b"]}, "No tensors to pack"),
         ({"a": torch.ones(1)}, {"align_bytes": -1}, "align_bytes must be >= 0"),
         ({"a": torch.ones(1)}, {"target_dtype": "float33"}, "dtype='float33' is neither a torch.dtype nor the name"),
+        ({"a": torch.ones(1)}, {"target_dtype": "float32"}, "packing: 'float32': pass torch.float32"),
         ({"a": torch.ones(1)}, {"target_dtype": torch.qint8}, "Unsupported dtype"),
         ({"a": torch.ones(1), "b": torch.ones(1)}, {"name_order": ["a", "b", "a"]}, "a"),
         ({"fine": torch.ones(1), "q": torch.empty(2, dtype=torch.bits8)}, {}, "'q'"),

@@ -109,7 +109,7 @@ class FlashPackMixin:
     def save_flashpack(
         self,
         destination_path: StrPath,
-        target_dtype: DTypeLike | None = None,
+        target_dtype: torch.dtype | None = None,
         name_order: Iterable[str] | None = None,
         align_bytes: int = DEFAULT_ALIGN_BYTES,
         silent: bool = False,

@@ -13,7 +13,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from . import _native
-from ._casts import DTypeLike, asked_dtype, dtype_of, dtype_when_asked
+from ._casts import asked_dtype, dtype_of, dtype_when_asked
 from ._checkpoint import StrPath, path_of
 from ._device import CPU, captures_undisturbed, side_of
 from ._durable import make_directories
@@ -40,7 +40,7 @@ Place = tuple[str, int, int]
 def pack_to_file(
     state_dict_or_model: Mapping[str, torch.Tensor] | torch.nn.Module,
     destination_path: StrPath,
-    target_dtype: DTypeLike | None = None,
+    target_dtype: torch.dtype | None = None,
     name_order: Iterable[str] | None = None,
     align_bytes: int = DEFAULT_ALIGN_BYTES,
     silent: bool = True,
@@ -72,7 +72,7 @@ def pack_to_file(
     path = path_of(destination_path)
     name_order = None if name_order is None else list(listed(name_order) or ())
     tensors = _select(state_dict_or_model, name_order, strip_compiled)
-    specs = _specs(tensors, align_bytes, None if target_dtype is None else dtype_of(target_dtype))
+    specs = _specs(tensors, align_bytes, target_dtype)
     layout = _native.layout(specs, align_bytes, name_order, _checked_metadata(metadata), checksum)
 
     destination = os.path.abspath(path)
@@ -187,6 +187,9 @@ def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
 def _check_target(tensors: dict[str, torch.Tensor], target_dtype: torch.dtype | None) -> None:
     if target_dtype is None:
         return
+    if not isinstance(target_dtype, torch.dtype):
+        # Loads take names, but flashpack 0.4.5 refuses them here, and programs may rely on that.
+        raise FlashPackError(f"Unsupported dtype for packing: {target_dtype!r}: pass {dtype_of(target_dtype)}")
     _storable(target_dtype, "which is asked for")
     if not (target_dtype.is_floating_point or target_dtype.is_complex):
         changed = [name for name, tensor in tensors.items() if tensor.dtype != target_dtype]
