@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import flashpack
@@ -13,6 +14,8 @@ from checkpoints import STATE
 from flashpack import FlashPackError, commands
 from hub_cache import COMMIT, make_hub_cache
 from support import assert_bit_equal
+
+Writer = Callable[[Path, Path], None]
 
 
 @pytest.fixture
@@ -37,12 +40,18 @@ def convert(source: Path, destination: Path) -> None:
 WRITERS = [pack, revert, convert]
 
 
+def named(stem: str, write: Writer) -> str:
+    """A name for what `write` writes; it stands for the format."""
+    return stem + (".safetensors" if write is revert else ".flashpack")
+
+
 @pytest.mark.parametrize("write", WRITERS)
 def test_a_fifo_is_not_replaced(packed, tmp_path, write):
-    os.mkfifo(tmp_path / "there.safetensors")
-    with pytest.raises(FlashPackError, match=r"not a regular file.*there\.safetensors"):
-        write(packed, tmp_path / "there.safetensors")
-    assert stat.S_ISFIFO((tmp_path / "there.safetensors").stat().st_mode)
+    there = tmp_path / named("there", write)
+    os.mkfifo(there)
+    with pytest.raises(FlashPackError, match=rf"not a regular file.*{there.name}"):
+        write(packed, there)
+    assert stat.S_ISFIFO(there.stat().st_mode)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices")
@@ -77,7 +86,7 @@ def test_a_link_is_followed_and_stays(packed, tmp_path, write, is_there):
     if is_there:
         target.write_bytes(b"old")
         target.chmod(0o640)
-    link = tmp_path / "link.safetensors"
+    link = tmp_path / named("link", write)
     link.symlink_to(target)
     write(packed, link)
     assert link.is_symlink()
