@@ -30,8 +30,8 @@ struct Job {
   unsigned stalls = 0;                          // Results in a row that moved no further block.
   Queue* queue = nullptr;                       // The queue that has the job's operation.
   std::chrono::steady_clock::time_point since;  // When the step began.
-  bool stuck = false;
-  bool late = false;
+  bool stuck = false;                           // The operation is late or abandoned.
+  bool late = false;                            // The operation has taken longer than kLate.
 
   TransferState& transfer() const { return *part->transfer; }
   std::span<const Fragment> fragments() const { return part->plan.fragments_of(*chunk); }
@@ -47,14 +47,16 @@ Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route);
 
 /// The jobs of a pipeline and their slots. A job's tag, which is its index, names its operation in the queues.
 ///
-/// A stuck operation may hold its memory for ever, and must not hold up other transfers. Therefore a stuck job does not
-/// count among the jobs of its step, so that another operation can be started, and its slot does not count among the
-/// slots in use, so that a spare slot can be used. There are tags for kStuckLimit stuck jobs.
+/// A job is stuck while its operation is late or abandoned. It may keep its memory for ever, and other transfers must
+/// not wait for it. Therefore a stuck job does not count among the jobs of its step, so that another operation can
+/// start in its place, and its slot does not count among the slots in use, so that a spare slot can take its place.
+/// There are tags for kStuckLimit stuck jobs, in addition to those for jobs that go on.
 ///
-/// A file, or a file system, that does not answer must not use up these tags and spare slots. Each may in any case have
-/// as many stuck jobs as can be under way in a healthy engine. If it has as many, it gets no more once others need the
-/// rest: a file when half of kStuckLimit is used up, a file system when three quarters are. The spare slots are shared
-/// out likewise.
+/// One file system that does not answer must not use up these tags and the spare slots, because then nothing else could
+/// be loaded. Therefore a file that has many stuck jobs gets no further job when more than half of kStuckLimit is used,
+/// which leaves the other half to other files. A file system that has many gets no further job when more than three
+/// quarters are used. "Many" are as many as could be under way if nothing were stuck: the queue depth or the number of
+/// slots, whichever is smaller. Spare slots are shared out in the same way.
 ///
 /// Thread safety: one thread. Only the constructor allocates.
 class Jobs {
@@ -82,10 +84,10 @@ class Jobs {
   /// The number of jobs in `step` that are not stuck.
   std::uint32_t in(Step step) const { return in_[static_cast<std::size_t>(step)]; }
 
-  /// Whether the part may have one more job although a file that does not answer holds many.
+  /// False if the part's file or file system has its share of the stuck jobs, so that no further chunk of it may start.
   bool may_have_more(const Part& part) const;
-  /// Starts a job, with a slot if its way needs one. Returns its tag, or nothing if there is no job or slot for the
-  /// part now.
+  /// Starts a job, with a slot if its way needs one. Returns its tag, or nothing if there is no tag, or no slot for
+  /// this part, now.
   std::optional<unsigned> open(Part& part, const Chunk& chunk, const Way& way);
   /// Lets the job go `way` from its beginning. Its slot is freed if the way needs none. Requires: the way needs no slot
   /// if the job has none.

@@ -14,24 +14,27 @@
 
 namespace flashpack::internal {
 
-/// The driver's counts for a directory or a mount point. These are known from the path, before the file is open, and so
-/// can count threads that are late in an open.
+/// The driver's counts for a place, which is a directory or a mount point. Unlike the file system, the place is known
+/// before the file is open, so that threads can be counted that are late in an open.
 struct Place {
-  std::uint32_t with_threads = 0;     // Counted parts that are being opened or closed.
-  std::uint32_t late = 0;             // Those of them whose threads are late.
+  std::uint32_t with_threads = 0;  // Parts whose files are being opened or closed, if begun while a part was held up.
+  std::uint32_t late = 0;          // Those of them whose threads are late.
   FileSystem* file_system = nullptr;  // The file system of its files, once known.
 
   std::size_t held_up_loads() const noexcept { return file_system ? file_system->held_up_loads() : 0; }
 };
 
-/// The parts of all transfers, in whichever state they are. Only kMaxOpen parts of loads have their files open at a
-/// time, in the order of their turns.
+/// Keeps the state of each part, and counts the parts in each. At most kMaxOpen parts of loads have their files open at
+/// a time, and files are opened in the order of the parts' turns.
 ///
-/// A file system that does not answer must not use up these. Therefore a part that is held up does not count: one whose
-/// thread is late, or whose file is open while an operation is late in its file system. At most kHeldUpLimit parts can
-/// be held up. In order that one server does not take all of these, a mount point gets at most half of what the parts
-/// elsewhere leave, and a directory a third, because a link in a path may lead to another file system. Further parts
-/// from there are parked until something has come back.
+/// A part is held up while its thread is late, or while its file is open and an operation in the same file system is
+/// late. Parts that are held up do not count among the kMaxOpen, because other files must be opened meanwhile. At most
+/// kHeldUpLimit parts may be held up.
+///
+/// One server that does not answer must not use up this limit either. Before a file is open, only its path tells where
+/// it is, so the limit is shared out by paths. A mount point gets half of what the parts elsewhere leave, and a
+/// directory gets a third, because a link in the path may lead to another mount point. Further parts from there are
+/// parked: they wait, although it is their turn, until something that was late has come back.
 ///
 /// Thread safety: one thread.
 class OpenParts {
@@ -41,8 +44,9 @@ class OpenParts {
   static constexpr std::size_t kMaxOpen = 32;
   static constexpr std::size_t kHeldUpLimit = 256;
 
-  /// The part goes from its state to `state`. A part that has been opened goes back to kWaiting if the process has no
-  /// descriptors left; then fewer files are open at a time until files have been closed.
+  /// The part goes from its state to `state`. It goes back to kWaiting when its file could not be opened because the
+  /// process has no descriptors left. From then on fewer files are open at a time, and one more with each that is
+  /// closed.
   void enter(Part& part, Part::State state, Time now);
 
   /// The waiting part whose file may be opened now, which has to enter kOpening before the next call. Null if there is

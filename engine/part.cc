@@ -22,7 +22,9 @@ bool overlap(std::span<const Fragment> in_order) {
   return std::adjacent_find(in_order.begin(), in_order.end(), overlap) != in_order.end();
 }
 
-// The sum of bytes that are counted twice is zero, so overlapping extents are not counted.
+// Has the bytes of the load counted for `checksums`. The counts of a stripe's bytes are added by exclusive or, so that
+// bytes that are counted twice drop out of the sum, and right bytes would look corrupt. Therefore nothing is counted if
+// any byte is read twice: if extents overlap, or if a chunk reaches over a gap that another chunk reads.
 void count_for(const Checksums& checksums, Part& part) {
   if (checksums.size_bytes > part.file().identity().size_bytes)
     throw range_error(Errc::kTruncated, "verify", part.path, 0, checksums.size_bytes);
@@ -63,10 +65,10 @@ bool read_at_once(Part& part, const File& file, std::uint32_t at_once_bytes) {
     if (residency.method() != Residency::Method::kCachestat || !residency.cached(begin, end - begin)) return false;
     part.fallback_reason = residency.fallback_reason();
   }
-  if (part.claimed.exchange(true)) return false;
+  if (!part.claim_memory()) return false;
   const bool read = read_without_waiting(file.buffered_fd(), part.extents) == 0;
   if (read) part.read_bytes = bytes;
-  part.claimed = false;
+  part.memory_claimed = false;
   return read;
 }
 

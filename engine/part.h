@@ -123,23 +123,29 @@ struct Part {
   std::uint64_t verified_bytes = 0;
   std::uint64_t read_bytes = 0;       // Bytes that open_part() has read: none or all.
   std::atomic<bool> checked = false;  // The part's thread has only to close the file.
-  // The first to set it decides: open_part() may then read into the extents, or the driver prevents that.
-  std::atomic<bool> claimed = false;
+  // Decides between the thread in open_part() and the driver. The thread claims the memory while it reads into it, and
+  // a transfer that fails meanwhile waits for the thread. Else the driver claims it when the transfer fails, and then
+  // the thread reads nothing, so that the transfer can end although the thread is late.
+  std::atomic<bool> memory_claimed = false;
 
   // Only for the driver.
   TransferState* transfer = nullptr;
   FileSystem* file_system = nullptr;  // Set when the file is open.
-  std::array<Place*, 2> places{};     // Directory and mount point, once something is late.
+  std::array<Place*, 2> places{};     // Directory and mount point; set when something is late for the first time.
   bool in_places = false;             // Whether Place::with_threads counts the part.
   State state = State::kWaiting;
-  std::uint64_t turn = 0;                       // Ascends in the order in which transfers start.
-  bool alone = false;                           // No other file was open for loads when this one was asked for.
+  std::uint64_t turn = 0;  // Ascends in the order in which transfers start.
+  // Whether no other file of a load was open, except those of parts that are held up, when this one was to be opened.
+  // To wait for the descriptor of another file is then no use, so that a lack of descriptors is an error.
+  bool alone = false;
   bool awaited = true;                          // The transfer does not end before the part is done.
   bool late = false;                            // The part's thread has taken longer than kLate.
   std::chrono::steady_clock::time_point since;  // When the part's thread was asked.
   std::uint32_t chunks_open = 0;                // Chunks that have not been delivered yet.
 
   const File& file() const noexcept { return open->file; }
+  /// Whether the caller has claimed the memory first.
+  bool claim_memory() noexcept { return !memory_claimed.exchange(true); }
 };
 
 /// Opens the file of a load, checks whether it is the expected one, and plans its chunks. If at most `at_once_bytes`

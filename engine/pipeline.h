@@ -36,8 +36,8 @@ struct Queues {
 /// been moved, because both may block in the file system. If little of a file is wanted and all of it is cached, the
 /// thread that opens the file reads it, too, and the driver sees no chunk of it.
 ///
-/// A file system that does not answer holds up only the transfers of its own files. How much it may take meanwhile is
-/// shared out by Jobs (operations and slots) and by OpenParts (open files).
+/// A file system that does not answer delays only the transfers of its own files. Jobs limits the operations and slots
+/// that it may have meanwhile, and OpenParts the open files.
 ///
 /// One thread, the driver, calls run(). It does no byte work, never blocks in a file system, and allocates nothing per
 /// chunk.

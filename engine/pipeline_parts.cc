@@ -192,7 +192,8 @@ void Pipeline::stop_waiting_for(Part& part) {
   settle(transfer);
 }
 
-// Transfers do not wait for a late file that is being closed after its checks, or whose transfer has failed.
+// A transfer does not wait for a late thread that has only to close a file. A transfer that has failed waits for no
+// late thread, except one that may write to the caller's memory.
 void Pipeline::look_for_late_parts() {
   parts_.mark_late(now_);
   const std::vector<Part*>& with_threads = parts_.with_threads();
@@ -200,7 +201,7 @@ void Pipeline::look_for_late_parts() {
     Part& part = *with_threads[i];
     if (!part.late || !part.awaited) continue;
     const bool failed = part.transfer->failure.has_value();
-    const bool opens = part.state == Part::State::kOpening && failed && !part.claimed.exchange(true);
+    const bool opens = part.state == Part::State::kOpening && failed && part.claim_memory();
     const bool closes = part.checked || (part.state == Part::State::kClosing && failed);
     if (!opens && !closes) continue;
     --part.transfer->outstanding;
@@ -217,8 +218,8 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
     if (part.state == Part::State::kOpen) std::erase(issuing_like(part), &part);
     if (part.state == Part::State::kWaiting) parts_.enter(part, Part::State::kDone, now_);
     if (part.state == Part::State::kDone && part.given) pool_.post(*new CloseTask(std::move(part.given)));
-    // A thread that has claimed the part may write to the caller's memory, so the transfer waits for it.
-    const bool opens = part.state == Part::State::kOpening && (part.checked || !part.claimed.exchange(true));
+    // A thread that has claimed the memory may write to it, so the transfer waits for the thread.
+    const bool opens = part.state == Part::State::kOpening && (part.checked || part.claim_memory());
     const bool left_to_its_thread = opens || (part.state == Part::State::kClosing && part.late);
     const bool nobody_has_it = part.state == Part::State::kDone || part.state == Part::State::kAnswered;
     if (!left_to_its_thread && !nobody_has_it) continue;

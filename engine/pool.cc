@@ -75,8 +75,8 @@ std::size_t Pool::State::note_late() {
   return found;
 }
 
-// Starts two threads for each that has just become late, so that many tasks that get stuck at once are through after a
-// few rounds.
+// Starts two threads for each that has just become late, so that many tasks that become late at once are through after
+// a few rounds.
 void Pool::State::replace_late(const std::shared_ptr<State>& self) {
   std::size_t missing = 2 * note_late();
   const std::size_t timely = threads.size() - late;

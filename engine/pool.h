@@ -13,16 +13,16 @@ namespace flashpack::internal {
 inline constexpr std::chrono::milliseconds kLate{500};
 
 /// Runs tasks on a number of threads. A thread whose task is late is replaced, up to kMaxThreads in all. Queued tasks
-/// of the same subject wait until the late task has returned, so that a file system that does not answer holds up only
-/// the tasks of its own files.
+/// of the same subject wait until the late task has returned, so that a file that does not answer does not take all
+/// threads.
 ///
 /// Thread safety: post(), set_free() and replace_late_threads() from any thread.
 class Pool {
  public:
-  /// Enough for all files and operations that a pipeline lets get stuck, and for others to go on.
+  /// Enough for all operations that can be stuck in a pipeline, for all parts that can be held up, and for others.
   static constexpr std::size_t kMaxThreads = 640;
 
-  /// Names the file that a task may get stuck in; 0 for none. The value must not pass to another file while the task
+  /// Names the file that may make a task late; 0 for none. The value must not pass to another file while the task
   /// runs, as the number of a descriptor does when the task closes it.
   using Subject = std::uint64_t;
 

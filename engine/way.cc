@@ -21,9 +21,16 @@ struct Row {
   View view;
 };
 
-// Counting is a step of its own where no worker touches the bytes in another step. A store that is refused has been
-// counted already. A load that is refused has not, and gives back its slot unless it is for a device. Only direct I/O
-// needs whole blocks.
+// A worker counts the bytes in a step in which it touches them anyway. Where there is no such step, kCount is added.
+//
+// A chunk becomes kRefused when the file system refuses its kRead or kWrite. It then goes another way from the
+// beginning. Its row takes into account what the chunk has done before:
+// - A store has gathered its bytes and has counted them, so that its row only writes them, from where they are now. If
+//   they were counted once more, the sum would be wrong.
+// - A load has counted nothing, so that its row is that of kBuffered. A worker can read straight into host memory, so
+//   that only a load to a device keeps its slot.
+//
+// Direct I/O moves whole blocks, so that its slots have kBlocks. All other I/O moves exactly the chunk's bytes.
 constexpr std::array<Row, 18> kTable{{
     {kLoad, kDirect, kInPlace, {kPopulate, kRead, kCount, kDeliver}, kCount, View::kInPlace},
     {kLoad, kDirect, kSlot, {kRead, kScatter, kDeliver}, kScatter, View::kBlocks},

@@ -51,11 +51,16 @@ struct FileExtents {
   std::filesystem::path path;  ///< Only for messages when `fd` is given.
   std::vector<Extent> extents;
   std::optional<FileIdentity> expected;  ///< If set and the file differs, the load fails with Errc::kFileChanged.
-  /// The checksums of the file, borrowed until start_load() has returned; null for none. With them, every stripe that
-  /// is read whole is compared with its checksum, and a difference is Errc::kCorrupt. TransferStats::verified_bytes
-  /// counts the bytes of these stripes. Nothing is compared if extents overlap in the file, or if extents for the host
-  /// and the device, or of different priorities, alternate in it less than 64 KiB apart; TransferStats::fallback_reason
-  /// says so.
+  /// The checksums of the file, borrowed until start_load() has returned; null if nothing is to be verified.
+  ///
+  /// If the load reads all bytes of a stripe, it compares the stripe with its checksum. If they differ, the load fails
+  /// with Errc::kCorrupt. TransferStats::verified_bytes says how many bytes have been compared. Stripes that are read
+  /// in part are not compared.
+  ///
+  /// Nothing is compared if the engine has to read some bytes twice, and TransferStats::fallback_reason says so. This
+  /// is the case if extents overlap in the file. It may also be the case if extents of two kinds alternate in the file
+  /// less than 64 KiB apart, because one read covers such gaps. The kinds are: extents for the host, extents for the
+  /// device, and extents of different priorities.
   const Checksums* checksums = nullptr;
   /// A readable descriptor of the file, borrowed until start_load() has returned; if negative, `path` is opened. With
   /// it the load reads the same file as the footer that the caller has read, even if another file is at `path` by now.
@@ -108,7 +113,7 @@ struct EngineOptions {
   std::uint32_t queue_depth = 8;
   /// Upper bound of the engine's staging memory in bytes, at least two chunks. 0 is 64 MiB, or 96 MiB for a CUDA
   /// device. For a CUDA device the memory is allocated and page-locked at the start. Otherwise it is allocated when
-  /// first needed, and as much again may replace slots that are stuck in the kernel.
+  /// first needed, and as much again may replace slots whose operations the kernel does not give back.
   std::uint64_t staging_bytes = 0;
   /// Threads for reads through the page cache, copies and checksums, at most 64. 0 is one per core, but at least 2 and
   /// at most 8, or 12 for a CUDA device, whose link is faster than 8 cores.
@@ -135,9 +140,9 @@ struct EngineOptions {
 /// context again. Destroy the engine before a cudaDeviceReset(), because driver 580 was seen to crash a process
 /// (SIGSEGV) that later used objects from before the reset.
 ///
-/// A file system that does not answer holds up only the transfers of its own files. Up to 256 operations can be stuck
-/// at a time. The destructor waits, however long, for operations for which the kernel may still write to memory. A
-/// thread that opens or closes a file is left behind after half a second.
+/// A file system that does not answer delays only the transfers of its own files, as long as at most 256 operations
+/// wait for an answer. The destructor waits, however long, for operations for which the kernel may still write to
+/// memory. A thread that opens or closes a file is left behind after half a second.
 ///
 /// The threads are called flashpack-*. They block the process's signals, so that the application can block a signal and
 /// wait for it. The application's handlers still see the threads' own faults (SIGSEGV and the like).

@@ -72,8 +72,8 @@ class Transfer {
   /// allowed.
   bool valid() const noexcept { return state_ != nullptr; }
 
-  /// Blocks until the transfer has finished. May be called again, with the same result. A read that is stuck in the
-  /// kernel cannot be ended, so this waits for it, however long that takes. Throws: Error.
+  /// Blocks until the transfer has finished. May be called again, with the same result. A read that the kernel
+  /// does not give back cannot be ended, so this waits for it, however long that takes. Throws: Error.
   TransferStats wait();
 
   /// Waits for at most `duration`. True if the transfer has finished. Never throws the transfer's own error.
@@ -134,10 +134,13 @@ struct Completion {
   /// that is launched on any stream from now on. Extents land in any order, each once; those of no bytes do, too. All
   /// have landed before done() is called, unless the transfer has failed.
   ///
-  /// With checksums, an extent lands when every stripe that is read whole and has bytes of it has matched, for which it
-  /// waits for other extents of the request in the same EngineOptions::chunk_bytes of the file. The bytes of an extent
-  /// that has landed stay valid if the transfer fails later, for any reason but Errc::kFileChanged, which is found out
-  /// at the end.
+  /// If the file has checksums, an extent lands only after its stripes have matched, except those that are not read
+  /// whole. The multiples of EngineOptions::chunk_bytes cut the file into cells, and the engine compares the stripes of
+  /// a cell when it has read all that the request wants of that cell. Therefore an extent may wait for others in its
+  /// cell.
+  ///
+  /// The bytes of an extent that has landed stay valid even if the transfer fails later. The only exception is
+  /// Errc::kFileChanged, because the engine finds out only at the end that the file has been changed during the load.
   ///
   /// The call must not block. It may call Transfer::cancel(), after which other extents may still land, and may start
   /// transfers, but must not destroy this one or the engine.

@@ -93,7 +93,8 @@ TEST_F(PartTest, LittleThatIsCachedIsReadWhereTheFileIsOpened) {
     EXPECT_FALSE(wanted->failure);
     EXPECT_TRUE(wanted->checked);
     EXPECT_EQ(wanted->read_bytes, 1000u);
-    EXPECT_FALSE(wanted->claimed) << "its transfer may end while the thread still looks at the file and closes it";
+    EXPECT_FALSE(wanted->memory_claimed)
+        << "its transfer may end while the thread still looks at the file and closes it";
     EXPECT_EQ(wanted->open, nullptr);
     EXPECT_EQ(std::memcmp(memory.data(), bytes_.data() + kMiB, 500), 0);
     EXPECT_EQ(std::memcmp(memory.data() + 500, bytes_.data() + kMiB + 1000, 500), 0);
@@ -106,7 +107,7 @@ TEST_F(PartTest, WhatTheDriverHasClaimedOrIsToBeReadInAnotherWayIsNotReadWhereTh
   flashpack::testing::GuardedMemory memory(1000);
   std::fill_n(memory.data(), memory.size(), std::byte{});
   const std::vector<std::function<void(Part&)>> ways = {
-      [](Part& part) { part.claimed = true; },
+      [](Part& part) { part.memory_claimed = true; },
       [](Part& part) { part.cache = CachePolicy::kDirect; },
       [](Part& part) { part.extents[0].offset_bytes = kMiB; },  // Too far from the other.
       [](Part& part) { part.extents[1].on_device = true; },
