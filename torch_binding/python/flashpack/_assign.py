@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from ._casts import cast_exactly, dtype_when_asked
+from ._casts import cast_exactly, dtype_when_asked, is_same_kind
 from ._checkpoint import Entry
 from ._name_hints import hint_of
 from ._native import FlashPackError
 from ._options import Casts, Filters, Strictness
 from ._own_code import OwnCode, own_code_of
 from .utils import string_to_dtype
+
+DTypeOf = Callable[[Entry], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,25 @@ class Plan:
                 if name not in absent and not self.filters.ignore(name):
                     assigned.append(name)
         return assigned + [entry.name for entry in self.passed_on if entry.name in self.own_code.extra_states]
+
+
+def own_dtype(entry: Entry) -> torch.dtype:
+    return string_to_dtype(entry.dtype)
+
+
+def dtypes_when_read(plan: Plan, casts: Casts) -> DTypeOf:
+    """Returns a function that tells the dtype that the bytes of an entry can be given while they are read.
+
+    It is that of the entry's place, unless a value could be lost; whether any is can be told only of whole tensors.
+    """
+    given = {entry.name: casts.dtype_of(entry, plan.slots[entry.name].value) for entry in plan.wanted}
+
+    def dtype_of(entry: Entry) -> torch.dtype:
+        own = own_dtype(entry)
+        dtype = given.get(entry.name, own)
+        return dtype if is_same_kind(own, dtype) else own
+
+    return dtype_of
 
 
 def slots_of(model: torch.nn.Module) -> dict[str, Slot]:

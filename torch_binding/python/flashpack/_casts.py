@@ -63,12 +63,13 @@ def cast_exactly(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
     """
     # torch warns when it drops an imaginary part, whether that is zero or not.
     new = (tensor.real if tensor.is_complex() and not dtype.is_complex else tensor).to(dtype)
-    if tensor.dtype != dtype and not _is_same_kind(tensor.dtype, dtype) and not _is_equal(tensor, new):
+    if tensor.dtype != dtype and not is_same_kind(tensor.dtype, dtype) and not _is_equal(tensor, new):
         raise FlashPackError(f"{name!r} would lose values if it were cast from {tensor.dtype} to {dtype}")
     return new
 
 
-def _is_same_kind(a: torch.dtype, b: torch.dtype) -> bool:
+def is_same_kind(a: torch.dtype, b: torch.dtype) -> bool:
+    """Whether a cast from one to the other may round, and does no more than that."""
     return (a.is_floating_point and b.is_floating_point) or (a.is_complex and b.is_complex)
 
 

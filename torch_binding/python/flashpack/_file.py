@@ -17,6 +17,7 @@ from ._casts import DTypeLike, asked_dtype, dtype_when_asked
 from ._checkpoint import Checkpoint, Entry, StrPath, Verify, open_checkpoint, opened_checkpoint
 from ._device import CPU, DeviceLike, DeviceMap, Side, captures_undisturbed, devices_by_module, side_of
 from ._engine import left_before_exit
+from ._into import read_and_cast
 from ._listing import as_html, by_name, summary_of
 from ._logging import printable
 from ._memory import (
@@ -88,10 +89,15 @@ def load_file(
             entries = [entry for entry in entries if not is_ignored_tensor_name(entry.name, *filters)]
         options = ReadOptions(mmap, verify, False if progress is None else _told_of(entries, progress))
         places = places_of(entries, device, device_map, options)
-        tensors = read_to_devices(checkpoint, places, options)
-        for place, here in places.items():
-            if dtype is not None or place != CPU:
-                _move(tensors, here, place, dtype)
+        own_dtypes = {entry.dtype: string_to_dtype(entry.dtype) for entry in entries}
+        dtypes = {name: dtype_when_asked(own, dtype) for name, own in own_dtypes.items()}
+        if dtypes != own_dtypes and not mmap:
+            tensors, _ = read_and_cast(checkpoint, places, lambda entry: dtypes[entry.dtype], options)
+        else:
+            tensors = read_to_devices(checkpoint, places, options)
+            for place, here in places.items():
+                if dtype is not None or place != CPU:
+                    _move(tensors, here, place, dtype)
         if metadata is not None:
             metadata.update(checkpoint.native.user_metadata)
     return tensors if len(places) == 1 else {entry.name: tensors[entry.name] for entry in entries}

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._assign import Plan, check_strictness, commit, make_plan
+from ._assign import DTypeOf, Plan, check_strictness, commit, dtypes_when_read, make_plan, own_dtype
 from ._checkpoint import Checkpoint, Entry, StrPath
 from ._device import captures_undisturbed
 from ._distributed import Ranks, join_ranks
 from ._engine import left_before_exit
+from ._into import read_and_cast
 from ._logging import in_one_line
 from ._memory import Wanted, supported_device, tensors_of
 from ._native import FlashPackError
@@ -85,7 +86,8 @@ def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tu
         check_strictness(plan, checkpoint.path, options.strictness)
     with_gradients = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
-        tensors, storage, stats = _load(source, plan.wanted + plan.passed_on, options)
+        dtype_of = dtypes_when_read(plan, options.casts)
+        tensors, storage, stats = _load(source, plan.wanted + plan.passed_on, options, dtype_of)
         source.ranks.agree()
         given = commit(plan, tensors, source.device, options.casts, undo)
         if plan.own_code:
@@ -99,7 +101,8 @@ def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tu
     return plan, stats
 
 
-def _load(source: _Source, entries: Sequence[Entry], options: LoadOptions) -> Loaded:
+def _load(source: _Source, entries: Sequence[Entry], options: LoadOptions, dtype_of: DTypeOf = own_dtype) -> Loaded:
+    """Reads `entries`. Where nothing is shared, they are given their dtypes while they are read."""
     checkpoint, ranks, device = source
     if options.keep_storage:
         storage = read_storage(checkpoint, device, options.reading, ranks.read_blocks)
@@ -108,6 +111,9 @@ def _load(source: _Source, entries: Sequence[Entry], options: LoadOptions) -> Lo
         shared = {entry.name: view(storage, index[entry.number]).data for entry in entries}
         return Loaded(shared, storage, storage.stats)
     wanted = ranks.wanted_by_any(checkpoint, list(entries))
+    if ranks.count == 1 and not options.reading.mmap and any(dtype_of(each) != own_dtype(each) for each in wanted):
+        cast, stats = read_and_cast(checkpoint, {device: wanted}, dtype_of, options.reading)
+        return Loaded(cast, None, stats)
     filled = ranks.read_blocks(Wanted(checkpoint, wanted), device, options.reading)
     return Loaded(tensors_of(wanted, filled), None, filled.stats)
 

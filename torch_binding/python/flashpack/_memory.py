@@ -288,7 +288,7 @@ def fill(
         finally:
             under_way.clear()  # This ends the transfers that have not been waited for.
     for filling in fillings:
-        logger.info("%s: %s", checkpoint, _describe(filling.stats))
+        logger.info("%s: %s", checkpoint, describe(filling.stats))
 
 
 def start(checkpoint: Checkpoint, batch: _Batch, filling: Filling, options: ReadOptions) -> _native.Load:
@@ -375,7 +375,7 @@ def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tens
     tensors: dict[str, torch.Tensor] = {}
     make = [block.tensor for block in filled.blocks]
     dtypes = {name: string_to_dtype(name) for name in {entry.dtype for entry in entries}}
-    with _collector_paused():
+    with collector_paused():
         for (name, dtype, shape, _, size_bytes, *_), block, at in zip(entries, *filled.places, strict=True):
             if size_bytes:
                 tensors[name] = make[block](dtypes[dtype], shape, at)
@@ -385,7 +385,7 @@ def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tens
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Pauses Python's cyclic garbage collector, which would look again and again at a million objects that are made."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -396,7 +396,7 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _describe(stats: dict[str, Any]) -> str:
+def describe(stats: dict[str, Any]) -> str:
     rate = stats["requested_bytes"] / max(stats["seconds"], 1e-9) / 1e9
     text = (
         f"{stats['requested_bytes']} bytes in {stats['seconds']:.3f} s ({rate:.2f} GB/s), "

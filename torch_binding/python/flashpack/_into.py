@@ -1,0 +1,345 @@
+"""Reading into the memory of tensors, and casting while reading.
+
+Bytes that a tensor's memory can take as they are go straight there. All others go through a few windows, which are used
+again and again, so that no load holds a second copy of what it reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, zip_longest
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _native
+from ._checkpoint import Checkpoint, Entry
+from ._device import CPU, Side, side_of
+from ._logging import logger
+from ._memory import (
+    Block,
+    Read,
+    ReadOptions,
+    Wanted,
+    add_stats,
+    after,
+    allocate_block,
+    collector_paused,
+    describe,
+    filled_of,
+    make_room,
+    tensors_of,
+)
+from ._progress import progress_bar
+from .utils import string_to_dtype
+
+# A window is being read for each of the transfers that are under way, so that the disk never waits.
+_WINDOWS = 3
+# A transfer ends at the first border behind so many bytes of its window and of the engine's staging.
+_FULL_BYTES = 12 << 20
+# Borders are multiples of this in the file. It is a multiple of a stripe, which one transfer has to read as a whole.
+_BORDER_BYTES = 4 << 20
+# Larger parts of a window are read in place, and so have to lie in memory as they do in pages of the file.
+_PAGES_BYTES = 64 << 10
+_PAGE_BYTES = 4096
+_ELEMENT_BYTES = 16
+# Tensors that keep their dtype are read straight into new memory from this size on, and copied below.
+_LARGE_BYTES = 2 << 20
+# Smaller memory comes from torch's allocator, because huge pages would be filled in part only.
+_BLOCK_BYTES = 32 << 20
+
+
+class Target(NamedTuple):
+    """Where the values of an entry go, and the dtype that they get there."""
+
+    entry: Entry
+    device: torch.device
+    dtype: torch.dtype
+    memory: torch.Tensor | None = None
+    """The tensor that gets the values; it is on `device` and has `dtype`. Without it, a new one is made."""
+
+    def address(self, device: torch.device) -> int | None:
+        """Returns where the engine of `device` can put the bytes of the entry as they are, if there is such memory."""
+        memory = self.memory
+        if memory is None or (memory.dtype, memory.device) != (string_to_dtype(self.entry.dtype), device):
+            return None
+        return memory.data_ptr() if memory.is_contiguous() and not (memory.is_conj() or memory.is_neg()) else None
+
+
+class _Piece(NamedTuple):
+    """Bytes of a file that lie one after the other in memory."""
+
+    file: int
+    offset_bytes: int
+    size_bytes: int
+    address: int | None = None
+    """Where they go; without it they go to a window."""
+    is_staged: bool = True
+    """Whether they may take room in a window or in the engine's staging on their way."""
+
+
+@dataclass
+class _Step:
+    """What one transfer reads."""
+
+    straight: list[Read] = field(default_factory=list)
+    windowed: list[Read] = field(default_factory=list)
+    """With a place in the window instead of an address."""
+    window_bytes: int = 0
+    staged_bytes: int = 0
+    """As much as this may take in its window and the engine's staging."""
+    cell: tuple[int, int] = (-1, -1)
+    """The file, and the number of borders before the last byte that is read."""
+
+    def reads(self, window_address: int) -> list[Read]:
+        moved = [(file, offset, size, window_address + at) for file, offset, size, at in self.windowed]
+        return sorted(self.straight + moved) if self.straight and moved else self.straight or moved
+
+    def add(self, piece: _Piece, begin: int, end: int) -> None:
+        """Adds the bytes from `begin` to `end` of a piece."""
+        file, offset, size_bytes = piece.file, piece.offset_bytes + begin, end - begin
+        self.staged_bytes += size_bytes if piece.is_staged else 0
+        self.cell = (file, (offset + size_bytes - 1) // _BORDER_BYTES)
+        if piece.address is not None:
+            self.straight.append((file, offset, size_bytes, piece.address + begin))
+            return
+        last = self.windowed[-1] if self.windowed else None
+        if last is not None and (file, offset) == (last[0], last[1] + last[2]):
+            self.windowed[-1] = (file, last[1], last[2] + size_bytes, last[3])
+        else:
+            phase = _PAGE_BYTES if last is None or size_bytes >= _PAGES_BYTES else _ELEMENT_BYTES
+            self.window_bytes += (offset - self.window_bytes) % phase
+            self.windowed.append((file, offset, size_bytes, self.window_bytes))
+        self.window_bytes += size_bytes
+
+
+def _steps_of(pieces: Iterable[_Piece]) -> Iterator[_Step]:
+    step = _Step()
+    for piece in pieces:
+        begin = 0
+        while begin < piece.size_bytes:
+            offset = piece.offset_bytes + begin
+            is_full = step.staged_bytes >= _FULL_BYTES
+            if is_full and step.cell != (piece.file, offset // _BORDER_BYTES):
+                yield step
+                step, is_full = _Step(), False
+            end = piece.size_bytes
+            if piece.is_staged or is_full:
+                end = min(end, begin + _BORDER_BYTES - offset % _BORDER_BYTES)
+            step.add(piece, begin, end)
+            begin = end
+    if step.straight or step.windowed:
+        yield step
+
+
+class _Run:
+    """The transfers to one device."""
+
+    def __init__(self, checkpoint: Checkpoint, targets: Sequence[Target], side: Side, options: ReadOptions) -> None:
+        self.side = side
+        self._checkpoint = checkpoint
+        self._verify = options.verify
+        targets = sorted(targets, key=lambda target: (target.entry.file, target.entry.offset_bytes))
+        addresses = [target.address(side.device) for target in targets]
+        self._straight = [
+            (target, address) for target, address in zip(targets, addresses, strict=True) if address is not None
+        ]
+        self._waiting = deque(target for target, address in zip(targets, addresses, strict=True) if address is None)
+        """Targets whose last bytes have not come out of a window."""
+        plan = Wanted(checkpoint, [target.entry for target in targets]).plan(CPU, options.verify)
+        self._ranges = plan.reads([0] * len(plan.blocks))
+        self.total_bytes = sum(size_bytes for _, _, size_bytes, _ in self._ranges)
+        self._windows: list[Block | None] = [None] * _WINDOWS
+        self._remainder = torch.empty(0, dtype=torch.uint8, device=side.device)
+        """The first bytes of an element whose last ones are read by the next transfer."""
+
+    def steps(self) -> Iterator[_Step]:
+        return _steps_of(self._pieces())
+
+    def _pieces(self) -> Iterator[_Piece]:
+        """Yields all that is read, in the order of files."""
+        straight = deque(self._straight)
+        for file, at, size_bytes, _ in self._ranges:
+            end = at + size_bytes
+            while straight and straight[0][0].entry.file == file and straight[0][0].entry.offset_bytes < end:
+                (entry, *_), address = straight.popleft()
+                if at < entry.offset_bytes:
+                    yield _Piece(file, at, entry.offset_bytes - at)
+                # The host's memory gets whole pages without a detour if they lie in it as they do in the file.
+                is_staged = self.side.device == CPU and (address - entry.offset_bytes) % _PAGE_BYTES != 0
+                yield _Piece(file, entry.offset_bytes, entry.size_bytes, address, is_staged)
+                at = entry.offset_bytes + entry.size_bytes
+            if at < end:
+                yield _Piece(file, at, end - at)
+
+    def start(self, step: _Step, number: int) -> _native.Load:
+        """Starts a transfer that uses the window of that number."""
+        window = self._windows[number]
+        if step.windowed and (window is None or window.memory.numel() < step.window_bytes):
+            size_bytes = max(step.window_bytes, min(self.total_bytes, _FULL_BYTES + _BORDER_BYTES))
+            window = self._windows[number] = allocate_block(0, size_bytes, self.side.device)
+        reads = step.reads(0 if window is None else window.address)
+        engine, stream = self.side.engine, self.side.stream
+        return engine.start_load(self._checkpoint.native, reads, (window, self._straight), self._verify, stream=stream)
+
+    def empty_window(self, step: _Step, number: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Brings what a transfer has put into its window to where it belongs. New tensors are added to `tensors`.
+
+        Transfers have to come in their order.
+        """
+        window, waiting = self._windows[number], self._waiting
+        if window is None:
+            return
+        for file, offset, size_bytes, at in step.windowed:
+            end = offset + size_bytes
+            while waiting:
+                entry, device, dtype, memory = waiting[0]
+                name, own_name, shape, begin, entry_bytes, _, file_of_entry = entry
+                if file_of_entry != file or begin >= end:
+                    break
+                own = string_to_dtype(own_name)
+                stop = min(end, begin + entry_bytes)
+                if memory is None and begin >= offset and begin + entry_bytes <= end and begin % own.itemsize == 0:
+                    tensors[name] = window.tensor(own, shape, begin + at - offset).to(device, dtype, copy=True)
+                else:
+                    here = max(begin, offset)
+                    found = window.tensor(torch.uint8, (stop - here,), here + at - offset)
+                    self._bring(waiting[0], here - begin, found, tensors)
+                if stop < begin + entry_bytes:
+                    break
+                waiting.popleft()
+
+    def _bring(self, target: Target, begin: int, found: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        """Brings those bytes of an entry to their place that are `found` in a window; the first of them is `begin`."""
+        entry, _, _, memory = target
+        own = string_to_dtype(entry.dtype)
+        if entry.offset_bytes % own.itemsize:
+            # In the window they are at no multiple of their size, and an element may be in two windows.
+            begin -= self._remainder.numel()
+            found = torch.cat([self._remainder, found])
+            whole_bytes = found.numel() - found.numel() % own.itemsize
+            self._remainder = found[whole_bytes:].clone()
+            found = found[:whole_bytes]
+        if memory is None:
+            memory = tensors[entry.name] if begin else tensors.setdefault(entry.name, _new_memory(target))
+        _copy(memory, begin // own.itemsize, found.view(own))
+
+
+def _new_memory(target: Target) -> torch.Tensor:
+    size_bytes = target.entry.elems * target.dtype.itemsize
+    if size_bytes < _BLOCK_BYTES or target.device.type != "cpu":
+        return torch.empty(target.entry.shape, dtype=target.dtype, device=target.device)
+    return allocate_block(0, size_bytes).tensor(target.dtype, target.entry.shape, 0)
+
+
+def _copy(memory: torch.Tensor, begin: int, values: torch.Tensor) -> None:
+    """Copies `values` to those elements of `memory` that are at `begin` and after it, in row-major order."""
+    # Tensors that were made in inference mode can be written to only there.
+    with torch.inference_mode(memory.is_inference()):
+        for part in _parts_of(memory.detach(), begin, begin + values.numel()):
+            size = part.numel()
+            part.copy_(values[:size].view(part.shape))
+            values = values[size:]
+
+
+def _parts_of(tensor: torch.Tensor, begin: int, end: int) -> Iterator[torch.Tensor]:
+    """Yields views that have, one after the other, the elements from `begin` to `end` in row-major order."""
+    if begin >= end:
+        return
+    if tensor.is_contiguous():
+        yield tensor.view(-1)[begin:end]
+        return
+    row = tensor.numel() // len(tensor)
+    first, last = -(-begin // row), end // row
+    if first > last:
+        yield from _parts_of(tensor[last], begin - last * row, end - last * row)
+        return
+    if begin < first * row:
+        yield from _parts_of(tensor[first - 1], begin - (first - 1) * row, row)
+    if first < last:
+        yield tensor[first:last]
+    if last * row < end:
+        yield from _parts_of(tensor[last], 0, end - last * row)
+
+
+def read_into(
+    checkpoint: Checkpoint, targets: Sequence[Target], options: ReadOptions
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads to all targets, on all devices at the same time. Returns the new tensors, and figures of the reads.
+
+    When it raises, nothing is in flight any more, but targets may have got some of their values.
+    """
+    by_device: dict[torch.device, list[Target]] = defaultdict(list)
+    tensors: dict[str, torch.Tensor] = {}
+    for target in targets:
+        if target.entry.size_bytes:
+            by_device[target.device].append(target)
+        elif target.memory is None:
+            tensors[target.entry.name] = _new_memory(target)
+    runs = [_Run(checkpoint, here, side_of(device), options) for device, here in by_device.items()]
+    to_start: Iterator[tuple[_Step, ...]] = zip_longest(*(run.steps() for run in runs), fillvalue=_Step())
+    under_way: deque[tuple[int, tuple[_Step, ...], list[_native.Load]]] = deque()
+    stats: dict[str, Any] = {}
+    started, done_bytes, begin = 0, 0, time.monotonic()
+    with progress_bar("Loading", sum(run.total_bytes for run in runs), options.show) as progress:
+        try:
+            while True:
+                for steps in islice(to_start, _WINDOWS - len(under_way)):
+                    number, started = started % _WINDOWS, started + 1
+                    under_way.append((number, steps, []))
+                    for run, step in zip(runs, steps, strict=True):
+                        # A variable would keep this load alive in the traceback of an error of the next one.
+                        under_way[-1][2].append(run.start(step, number))
+                if not under_way:
+                    break
+                tell = None if progress is None else after(done_bytes, progress)
+                for each in _native.finish_loads(under_way[0][2], tell):
+                    add_stats(stats, each)
+                    done_bytes += each["requested_bytes"]
+                number, steps, _ = under_way.popleft()
+                with collector_paused():
+                    for run, step in zip(runs, steps, strict=True):
+                        run.empty_window(step, number, tensors)
+        finally:
+            under_way.clear()  # This ends the transfers that have not been waited for.
+    if stats:
+        stats["seconds"] = time.monotonic() - begin
+        logger.info("%s: %s", checkpoint, describe(stats))
+    return tensors, stats
+
+
+def read_and_cast(
+    checkpoint: Checkpoint,
+    wanted: Mapping[torch.device, Sequence[Entry]],
+    dtype_of: Callable[[Entry], torch.dtype],
+    options: ReadOptions,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads to all devices at the same time what is wanted there, as tensors of these dtypes with memory of their own.
+
+    Returns them by name, in the given order, and figures of the reads. It takes their memory and that of the windows.
+    """
+    targets: list[Target] = []
+    for device, entries in wanted.items():
+        dtypes = list(map(dtype_of, entries))
+        large = [
+            entry
+            for entry, dtype in zip(entries, dtypes, strict=True)
+            if entry.size_bytes >= _LARGE_BYTES and string_to_dtype(entry.dtype) == dtype
+        ]
+        filled = filled_of(make_room(Wanted(checkpoint, large), device, options))
+        # Where the engine cannot use a device, tensors go there through windows.
+        is_home = filled.device.type == device.type
+        room = tensors_of(large, filled) if is_home else {}
+        home = filled.device if is_home else device
+        with collector_paused():
+            targets += (
+                Target(entry, home, dtype, room.get(entry.name)) for entry, dtype in zip(entries, dtypes, strict=True)
+            )
+    tensors, stats = read_into(checkpoint, targets, options)
+    every = {
+        target.entry.name: tensors[target.entry.name] if target.memory is None else target.memory for target in targets
+    }
+    return every, stats
