@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 Progress = Callable[[int], object]
 """A function that is called now and then, on the thread that waits, with the number of bytes that are done."""
@@ -17,11 +18,24 @@ the bytes that are done and the bytes in all. An exception of the function ends 
 
 @contextmanager
 def progress_bar(title: str, total_bytes: int, show: Show) -> Iterator[Progress | None]:
-    """Yields the function that a transfer tells its progress; None if no progress is wanted."""
+    """Yields the function that a transfer tells its progress; None if no progress is wanted.
+
+    A bar stays below 100 % until the block has ended well, because what is written is not in its place before.
+    """
     if callable(show):
         yield lambda done_bytes: show(done_bytes, total_bytes)
     elif not show:
         yield None
     else:
-        with tqdm(desc=title, total=total_bytes, unit="B", unit_scale=True, disable=None) as bar:
-            yield lambda done_bytes: bar.update(done_bytes - bar.n)
+        # By default tqdm shows nothing where standard error is no terminal, which it is not in a notebook.
+        disable = False if _in_notebook() else None
+        with tqdm(desc=title, total=total_bytes, unit="B", unit_scale=True, disable=disable) as bar:
+            most_bytes = total_bytes * 99 // 100
+            yield lambda done_bytes: bar.update(min(done_bytes, most_bytes) - bar.n)
+            bar.update(total_bytes - bar.n)
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config

@@ -88,7 +88,7 @@ def pack_to_file(
                 writer.start_write(group.extents, group.sources, side.stream)
                 writer.finish(_native.PACK_GROUPS - 1, progress)
             writer.finish(0, progress)
-        writer.commit(layout.footer(writer.checksums() if checksum else None))
+            writer.commit(layout.footer(writer.checksums() if checksum else None))
     finally:
         writer.abort()
 
