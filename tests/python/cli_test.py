@@ -231,7 +231,7 @@ def test_a_traceback_is_shown_on_request_of_errors_that_nobody_has_foreseen(sour
     def unforeseen(*_, **__):
         raise RuntimeError("a\x1b]0;owned\x07")
 
-    monkeypatch.setattr("flashpack.commands.revert_from_flashpack", unforeseen)
+    monkeypatch.setattr("flashpack._reversal.revert", unforeseen)
     assert run("revert", source).stderr == "Error: a\\x1b]0;owned\\x07\n"
     result = run("revert", source, "-v")
     assert result.exit_code == 1

@@ -30,11 +30,24 @@ _STEMS = {
     "transformers": {".safetensors": "model", ".bin": "pytorch_model"},
     "diffusers": {".safetensors": "diffusion_pytorch_model", ".bin": "diffusion_pytorch_model"},
 }
+# Files of these names have adapters for a model, and stand in a directory where no model is.
+_ADAPTERS = ("adapter_model", "pytorch_lora_weights")
 
 
 def stem_of(path: Path) -> str:
     """Returns the file's name without suffixes of a format: `a` for a.safetensors and a.safetensors.index.json."""
     return Path(_INDEX_SUFFIX.sub("", path.name)).stem
+
+
+def own_stem_of(path: Path) -> str | None:
+    """Returns the file's name without suffixes if it keeps that in any format, as adapters do; else None."""
+    stem = stem_of(path)
+    return stem if stem in _ADAPTERS else None
+
+
+def stem_for(directory: Path) -> str:
+    """Returns the name, without a suffix, of the safetensors file that the model's library loads from `directory`."""
+    return _STEMS[_library_of(_config_of(directory)) or "transformers"][".safetensors"]
 
 
 def is_index(path: Path) -> bool:
@@ -47,7 +60,7 @@ def weight_patterns(suffix: str, variant: str | None) -> list[str]:
     shard = "-?????-of-?????"
     return [
         pattern
-        for stem in (stems[suffix] for stems in _STEMS.values())
+        for stem in (*(stems[suffix] for stems in _STEMS.values()), *_ADAPTERS)
         for pattern in (f"{stem}{dot}{suffix}", f"{stem}{dot}{shard}{suffix}", f"{stem}{shard}{dot}{suffix}")
     ]
 
@@ -55,8 +68,8 @@ def weight_patterns(suffix: str, variant: str | None) -> list[str]:
 def find_checkpoint(directory: Path, variant: str | None = None) -> Path | None:
     """Returns the file, or the index of the files, that the model's library would load from `directory`.
 
-    Safetensors are preferred. A lone safetensors file may have any name. The file that a configuration of transformers
-    names as `transformers_weights` comes first.
+    Safetensors are preferred. A lone safetensors file may have any name. Adapters are found where no model is. The file
+    that a configuration of transformers names as `transformers_weights` comes first.
     """
     config = _config_of(directory)
     named = config.get("transformers_weights") if _library_of(config) == "transformers" else None
@@ -69,7 +82,12 @@ def find_checkpoint(directory: Path, variant: str | None = None) -> Path | None:
     for name in (name for library, suffix in sets for name in _names(library, suffix, variant)):
         if (directory / name).is_file():
             return directory / name
-    lone = sorted(directory.glob("*.safetensors")) if variant is None else []
+    if variant is not None:
+        return None
+    for path in (directory / f"{stem}{suffix}" for stem in _ADAPTERS for suffix in _SUFFIXES):
+        if path.is_file():
+            return path
+    lone = sorted(directory.glob("*.safetensors"))
     return lone[0] if len(lone) == 1 else None
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ._conversion import files_of, find_checkpoint, is_index, weight_patterns
@@ -85,14 +85,19 @@ def download(repo_id: str, hub: Download, variant: str | None, with_code: bool) 
 
 
 def copy_companions(source: Path, destination: Path, with_code: bool) -> None:
-    """Copies what the model in `source` needs beside its weights; its Python files only `with_code`."""
+    """Copies what the model in `source` needs beside its weights; its Python files only `with_code`.
+
+    Indices of weights stay behind.
+    """
     folders = [source / folder for folder in ("", *components_of(source))]
     files = [file for folder in folders for pattern in _COMPANIONS for file in folder.glob(pattern)]
     code = [file for folder in folders for file in folder.glob(_CODE)]
     if with_code:
         files += code
     elif code:
-        logger.warning("code is not copied unless copy_code asks for it: %s", ", ".join(map(os.fspath, code)))
+        logger.warning(
+            "code is not copied, unless copy_code of a conversion asks for it: %s", ", ".join(map(os.fspath, code))
+        )
     files = [file for file in files if file.is_file() and not is_index(file)]
     check_inside(source, files)
     for file in files:
@@ -122,6 +127,18 @@ def own_files(directory: Path, pattern: str) -> None:
             copy = stage / link.relative_to(directory)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(link, copy)
+
+
+def refuse_existing(destination: Path) -> None:
+    """Raises FlashPackError if there is something at a destination that nobody has named."""
+    if os.path.lexists(destination):
+        raise FlashPackError(f"{destination} exists already; name it as the destination, or use --force, to replace it")
+
+
+def refuse_source(sources: Iterable[Path], destination: Path) -> None:
+    """Raises FlashPackError if `destination` is one of `sources`, whatever its path."""
+    if destination.exists() and any(destination.samefile(source) for source in sources):
+        raise FlashPackError(f"{destination} is the source; it is not replaced by its conversion")
 
 
 @contextlib.contextmanager

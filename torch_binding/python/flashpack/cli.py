@@ -159,10 +159,10 @@ def convert(
     transformers or diffusers, or a repository on the Hugging Face Hub.
 
     A file becomes a file: by default, SOURCE with the suffix .flashpack. A directory becomes a directory:
-    DESTINATION/model.flashpack with the configuration, tokenizer and generation files beside it, and for a pipeline one
-    model.flashpack in the folder of each component; code stays behind unless --copy-code asks for it. By default
-    DESTINATION is the directory itself; a repository has no default. If DESTINATION is called *.flashpack, it becomes a
-    file with the weights alone. SOURCE is never changed.
+    DESTINATION/model.flashpack with the configuration, tokenizer and generation files beside it, for a pipeline one
+    model.flashpack in the folder of each component, and adapter_model.flashpack for an adapter; code stays behind
+    unless --copy-code asks for it. By default DESTINATION is the directory itself; a repository has no default. If
+    DESTINATION is called *.flashpack, it becomes a file with the weights alone. SOURCE is never changed.
 
     Tensors keep the names they have in the checkpoint, and no model is built. --use-transformers and --use-diffusers
     build it and take the names of its modules, which load_state_dict() of that model wants.
@@ -189,26 +189,29 @@ def convert(
 
 
 @main.command()
-@click.argument("path", type=_PATH)
+@click.argument("path", type=click.Path(exists=True))
 @click.argument("destination_path", metavar="[DESTINATION]", type=click.Path(), required=False)
 @_FORCE
 @_VERBOSE
 def revert(path: str, destination_path: str | None, force: bool, verbose: bool) -> None:
-    """Convert a flashpack file back.
+    """Convert a flashpack file, or a directory with one, back.
 
-    PATH is the file, or the directory of a model. With the suffix .safetensors, DESTINATION becomes a safetensors file,
-    with any other a file for torch.load(). By default it is PATH with the suffix .safetensors.
+    A file becomes a file: with the suffix .safetensors, DESTINATION becomes a safetensors file, with any other a file
+    for torch.load(). By default it is PATH with the suffix .safetensors.
+
+    A directory becomes a directory with a safetensors file of the name that its library looks for, for a pipeline in
+    the folder of each component, and the configuration, tokenizer and generation files. By default DESTINATION is the
+    directory itself. If it is called *.safetensors, *.bin, *.pt, *.pth or *.ckpt, it becomes a file.
 
     \b
     flashpack revert model.flashpack
     flashpack revert model.flashpack pytorch_model.bin
+    flashpack revert ./llama-flashpack ./llama
     """
     with _reporting(verbose):
-        from .commands import default_reversal, revert_from_flashpack
+        from ._reversal import revert
 
-        if force and destination_path is None:
-            destination_path = default_reversal(path)
-        _succeed(revert_from_flashpack(path, destination_path, silent=False))
+        _succeed(revert(path, destination_path, silent=False, force=force))
 
 
 @main.command()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import inspect
 import os
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,16 +12,16 @@ from typing import Any, NamedTuple
 import torch
 
 from ._casts import dtype_of
-from ._checkpoint import Checkpoint, StrPath, open_checkpoint
-from ._conversion import files_of, map_tensors, metadata_of, stem_of
-from ._directory import copy_companions, download, find_checkpoints, is_repo_id, staged
+from ._checkpoint import StrPath
+from ._conversion import files_of, map_tensors, metadata_of, own_stem_of, stem_of
+from ._directory import copy_companions, download, find_checkpoints, is_repo_id, refuse_existing, refuse_source, staged
 from ._hub import Download
 from ._native import FlashPackError
 from ._options import Filters
 from ._pretrained import build_model
+from ._reversal import revert
 from .constants import WEIGHTS_NAME
-from .deserialization import revert_from_file
-from .serialization import dicts_of_tensors, file_to_replace, pack_to_file
+from .serialization import dicts_of_tensors, pack_to_file
 from .utils import filter_state_dict, logger
 
 __all__ = [
@@ -101,10 +100,10 @@ def convert_to_flashpack(
     """Converts a model, a state dict, a file or a directory, local or on the Hub. Returns the destination.
 
     A model, a state dict or a file (safetensors, written by torch.save, or the index of a sharded checkpoint) becomes
-    a file; for a file, the default is beside it. A directory becomes a directory with model.flashpack, for a pipeline
-    in the folder of each component, and the other files that the model needs; the default is the source itself. A
-    repository of the Hub becomes a directory, too, and has no default. If the destination of either is called
-    *.flashpack, it becomes a file with the weights alone.
+    a file; for a file, the default is beside it. A directory becomes a directory with model.flashpack (an adapter keeps
+    its name: adapter_model.flashpack), for a pipeline in the folder of each component, and the other files that the
+    model needs; the default is the source itself. A repository of the Hub becomes a directory, too, and has no default.
+    If the destination of either is called *.flashpack, it becomes a file with the weights alone.
 
     Tensors keep the names of the checkpoint and no model is built, unless `use_transformers` or `use_diffusers` asks
     for the names of the model that the library builds.
@@ -225,26 +224,14 @@ def revert_from_flashpack(path: StrPath, destination_path: StrPath | None = None
     By default the destination is beside the source, a safetensors file, and must not exist. Returns the destination.
     Metadata of the file becomes that of the safetensors file.
 
+    A directory becomes a directory, as convert_to_flashpack makes one of the other: safetensors files of the names that
+    its library looks for, for a pipeline in the folder of each component, and the other files that the model needs. By
+    default this is the source itself. If the destination is called like a file with tensors (*.safetensors, *.bin,
+    *.pt, *.pth, *.ckpt), it becomes a file with the weights alone.
+
     Raises FlashPackError (a ValueError) for what the destination cannot hold, OSError for the system's failures.
     """
-    source = Path(path)
-    destination = Path(default_reversal(source) if destination_path is None else destination_path)
-    with open_checkpoint(source) as checkpoint:
-        _refuse_source([source], destination)
-        if destination_path is None:
-            _refuse_existing(destination)
-        replaced = file_to_replace(destination)
-        metadata = checkpoint.native.user_metadata
-        _check_revertible(checkpoint, destination)
-        tensors = revert_from_file(checkpoint, silent=silent)
-    with staged(replaced.parent) as stage:
-        file = stage / replaced.name
-        file.touch()
-        mode = stat.S_IMODE(file.stat().st_mode)
-        _save(tensors, metadata, file, destination.suffix)
-        # safetensors makes files that only their owner can read.
-        file.chmod(mode)
-    return os.fspath(destination if destination_path is None else destination_path)
+    return revert(path, destination_path, silent)
 
 
 def default_destination(source: StrPath, subfolder: str | None = None) -> str:
@@ -253,16 +240,11 @@ def default_destination(source: StrPath, subfolder: str | None = None) -> str:
     return os.fspath(path / (subfolder or "") if path.is_dir() else path.with_name(f"{stem_of(path)}.flashpack"))
 
 
-def default_reversal(source: StrPath) -> str:
-    """Returns where revert_from_flashpack writes if no destination is given."""
-    return os.fspath(Path(source).with_suffix(".safetensors"))
-
-
 def _convert_file(source: Path, destination_path: StrPath | None, packing: _Packing) -> str:
     destination = Path(default_destination(source) if destination_path is None else destination_path)
     if destination_path is None:
-        _refuse_existing(destination)
-    _refuse_source(files_of(source), destination)
+        refuse_existing(destination)
+    refuse_source(files_of(source), destination)
     tensors = map_tensors(source, packing.key)
     _refuse_foreign_name(destination)
     return packing.convert(source, tensors, destination)
@@ -307,54 +289,26 @@ def _convert_directory(
         pack("", checkpoints[""], destination)
         return os.fspath(destination)
     if destination_path is None:
-        for folder in checkpoints:
-            _refuse_existing(destination / folder / WEIGHTS_NAME)
+        for folder, checkpoint in checkpoints.items():
+            refuse_existing(destination / folder / _weights_name(checkpoint))
     with staged(destination) as stage:
         for folder, checkpoint in checkpoints.items():
-            pack(folder, checkpoint, stage / folder / WEIGHTS_NAME)
+            pack(folder, checkpoint, stage / folder / _weights_name(checkpoint))
         if not (destination.exists() and destination.samefile(directory)):
             copy_companions(directory, stage, copy_code)
     return os.fspath(destination if destination_path is None else destination_path)
 
 
-def _check_revertible(checkpoint: Checkpoint, destination: Path) -> None:
-    if destination.suffix != ".safetensors":
-        if checkpoint.native.user_metadata:
-            logger.warning("%s: metadata is left out, for which only safetensors files have a place", destination)
-    elif any(entry.name == "__metadata__" for entry in checkpoint.entries()):
-        raise FlashPackError(
-            "a safetensors file cannot hold a tensor called '__metadata__', which stands for something else there; "
-            "a .pt file can"
-        )
-
-
-def _save(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file: Path, suffix: str) -> None:
-    if suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        try:
-            # Without this entry, transformers does not take the file for one of torch's.
-            save_file(tensors, file, metadata={"format": "pt", **metadata})
-        except KeyError as error:
-            raise FlashPackError(f"safetensors files cannot hold {error.args[0]}; a .pt file can") from error
-    else:
-        torch.save(tensors, file)
+def _weights_name(checkpoint: Path) -> str:
+    """Returns the name of the file that a checkpoint in a directory becomes. Libraries know adapters by their names."""
+    stem = own_stem_of(checkpoint)
+    return WEIGHTS_NAME if stem is None else f"{stem}.flashpack"
 
 
 def _required(destination_path: StrPath | None, source: str) -> StrPath:
     if destination_path is None:
         raise NoDestinationError(f"destination_path is required: {source} has no default")
     return destination_path
-
-
-def _refuse_existing(destination: Path) -> None:
-    if os.path.lexists(destination):
-        raise FlashPackError(f"{destination} exists already; name it as the destination, or use --force, to replace it")
-
-
-def _refuse_source(sources: list[Path], destination: Path) -> None:
-    if destination.exists() and any(destination.samefile(source) for source in sources):
-        raise FlashPackError(f"{destination} is the source; it is not replaced by its conversion")
 
 
 def _refuse_foreign_name(destination: Path) -> None:

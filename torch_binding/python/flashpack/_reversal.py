@@ -1,0 +1,129 @@
+"""Turning flashpack files, and directories with them, back into files for safetensors and torch."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._checkpoint import Checkpoint, StrPath, open_checkpoint
+from ._conversion import own_stem_of, stem_for
+from ._directory import copy_companions, model_folders, refuse_existing, refuse_source, staged
+from ._native import FlashPackError
+from ._progress import Progress, progress_bar
+from ._repository import check_folder
+from ._safetensors import write_safetensors
+from .deserialization import revert_from_file
+from .serialization import file_to_replace
+from .utils import logger
+
+_FILE_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
+
+
+def revert(path: StrPath, destination_path: StrPath | None, silent: bool, force: bool = False) -> str:
+    """Does what revert_from_flashpack promises. `force`: the default destination is replaced, too."""
+    source = Path(path)
+    is_file = destination_path is not None and _is_called_a_file(Path(destination_path))
+    if source.is_dir() and not is_file:
+        _revert_directory(source, destination_path, silent, force)
+        return os.fspath(source if destination_path is None else destination_path)
+    destination = source.with_suffix(".safetensors") if destination_path is None else Path(destination_path)
+    with open_checkpoint(source) as checkpoint:
+        refuse_source([file.path for file in checkpoint.files()], destination)
+        if destination_path is None and not force:
+            refuse_existing(destination)
+        replaced = file_to_replace(destination)
+        with staged(replaced.parent) as stage:
+            _write(checkpoint, stage / replaced.name, destination, silent)
+    return os.fspath(destination if destination_path is None else destination_path)
+
+
+def _is_called_a_file(destination: Path) -> bool:
+    return destination.suffix in _FILE_SUFFIXES and not destination.is_dir()
+
+
+def _revert_directory(source: Path, destination_path: StrPath | None, silent: bool, force: bool) -> None:
+    destination = source if destination_path is None else Path(destination_path)
+    in_place = destination.exists() and destination.samefile(source)
+    reverted = 0
+    with staged(destination) as stage:
+        for folder in model_folders(source):
+            check_folder(source, folder)
+            with open_checkpoint(source / folder) as checkpoint:
+                # Other components of a pipeline may be safetensors already.
+                is_other = all(file.format == "safetensors" for file in checkpoint.files())
+                if is_other and in_place:
+                    continue
+                reverted += not is_other
+                file = Path(folder, f"{_stem_of(source / folder, checkpoint)}.safetensors")
+                refuse_source([each.path for each in checkpoint.files()], destination / file)
+                if destination_path is None and not force:
+                    refuse_existing(destination / file)
+                (stage / folder).mkdir(parents=True, exist_ok=True)
+                _write(checkpoint, stage / file, destination / file, silent)
+        if not reverted:
+            raise FlashPackError(f"there is no flashpack file in {source} to revert")
+        if not in_place:
+            copy_companions(source, stage, with_code=False)
+
+
+def _stem_of(directory: Path, checkpoint: Checkpoint) -> str:
+    """Returns the name, without a suffix, that the library of the model looks for."""
+    return own_stem_of(checkpoint.files()[0].path) or stem_for(directory)
+
+
+def _write(checkpoint: Checkpoint, file: Path, destination: Path, silent: bool) -> None:
+    """Writes all of `checkpoint` to `file`, which becomes `destination`."""
+    metadata, entries = checkpoint.native.user_metadata, checkpoint.entries()
+    is_safetensors = destination.suffix == ".safetensors"
+    if not is_safetensors and metadata:
+        logger.warning("%s: metadata is left out, for which only safetensors files have a place", destination)
+    if is_safetensors and any(entry.name == "__metadata__" for entry in entries):
+        raise FlashPackError(
+            "a safetensors file cannot hold a tensor called '__metadata__', which stands for something else there; "
+            "a .pt file can"
+        )
+    tensors = revert_from_file(checkpoint, silent=silent)
+    try:
+        if is_safetensors:
+            # Without this entry, transformers does not take the file for one of torch's.
+            write_safetensors(file, entries, tensors, {"format": "pt", **metadata}, not silent)
+        else:
+            _save(tensors, file, sum(entry.size_bytes for entry in entries), silent)
+    except OSError as error:
+        number = error.errno or errno.EIO
+        # Nobody has heard of the temporary file that the error names.
+        raise OSError(number, os.strerror(number), os.fspath(destination)) from error
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path, size_bytes: int, silent: bool) -> None:
+    with progress_bar("Writing", size_bytes, not silent) as progress, _Written(file, progress) as written:
+        try:
+            torch.save(tensors, written)
+        except RuntimeError as error:
+            if written.error is None:
+                raise
+            raise written.error from error
+
+
+class _Written(io.BufferedWriter):
+    """A file that tells the bytes that it has, and keeps the error that torch turns into one of its own."""
+
+    def __init__(self, path: Path, progress: Progress | None) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self.error: OSError | None = None
+        self._progress = progress
+
+    def write(self, data: Any) -> int:
+        try:
+            count = super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        if self._progress is not None:
+            self._progress(self.tell())
+        return count
