@@ -13,6 +13,7 @@ from ._checkpoint import Checkpoint, Entry, StrPath
 from ._device import captures_undisturbed
 from ._distributed import Ranks, join_ranks
 from ._engine import left_before_exit
+from ._in_place import check_in_place, load_in_place, targets_in_place
 from ._into import read_and_cast
 from ._logging import in_one_line
 from ._memory import Wanted, supported_device, tensors_of
@@ -40,6 +41,8 @@ def assign(model: torch.nn.Module, path: StrPath, options: LoadOptions) -> Assig
     if not isinstance(model, torch.nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(f"the model comes first, and then the path: tensors are assigned to a module, not to {what}")
+    if options.in_place:
+        check_in_place(options)
     device = _device_of(model) if options.device is None else options.device
     with _opened(path, device, options) as source:
         plan, stats = _assign(model, source, options)
@@ -84,6 +87,8 @@ def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tu
         plan = make_plan(model, checkpoint.entries(), options.filters, options.casts)
     if not plan.own_code:
         check_strictness(plan, checkpoint.path, options.strictness)
+    if options.in_place:
+        return plan, _assign_in_place(model, source, plan, options)
     with_gradients = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         dtype_of = dtypes_when_read(plan, options.casts)
@@ -99,6 +104,17 @@ def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tu
         model._flash_shared_storage = storage  # type: ignore[assignment]
         model._flash_shared_storage_meta = checkpoint.metadata  # type: ignore[assignment]
     return plan, stats
+
+
+def _assign_in_place(
+    model: torch.nn.Module, source: _Source, plan: Plan, options: LoadOptions
+) -> dict[str, Any] | None:
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+        with _blamed_on(model, source.checkpoint, TypeError, ValueError):
+            targets = targets_in_place(plan, source.device, options)
+        stats = load_in_place(source.checkpoint, plan, targets, options, undo)
+        undo.pop_all()
+    return stats or None
 
 
 def _load(source: _Source, entries: Sequence[Entry], options: LoadOptions, dtype_of: DTypeOf = own_dtype) -> Loaded:

@@ -79,6 +79,8 @@ class LoadOptions(NamedTuple):
     sharing: Sharing
     keep_storage: bool
     """Whether the model keeps the macroblocks that were read, and the footer."""
+    in_place: bool = False
+    """Whether tensors keep their memory, and are read into it."""
 
     def keywords(self) -> dict[str, Any]:
         """Returns what from_flashpack() and from_pretrained_flashpack() call these options, but for `dtype`."""

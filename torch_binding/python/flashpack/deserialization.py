@@ -177,6 +177,7 @@ def assign_from_file(
     mmap: bool = False,
     verify: Verify = "auto",
     dtype: DTypeLike | None = None,
+    in_place: bool = False,
 ) -> AssignReport:
     """Gives the parameters and buffers of `model` the values of a file, all of them or, if anything fails, none.
 
@@ -194,6 +195,7 @@ def assign_from_file(
     `ignore_*`: names neither read nor required.
     `coerce_dtype`: casts to the model's dtypes, without which buffers must agree; no value of integers may change.
     `dtype`: floating-point or complex tensors of the file, those of buffers too, are cast to it, as in load_file.
+    `in_place`: reads into the memory that the tensors of `model` have, so that no second copy is held, see below.
     `verify`: "auto" verifies all stripes of 1 MiB that are read whole, if the file has checksums; "always" verifies all
     that is wanted, and a file without checksums is an error; "never" verifies nothing.
     `keep_flash_ref_on_model`: reads whole macroblocks, lets the tensors share their memory, and keeps them and the
@@ -203,6 +205,13 @@ def assign_from_file(
     others get its bytes without having to see the file. A failure on one rank raises on all, and changes no module
     unless it comes in the last step, moving and casting. Without a group, one is made of `rank`, `local_rank` and
     `world_size`; in a world of one, this process loads alone. `distributed_*`: see read_flashpack_file_distributed.
+
+    With `in_place`, tensors keep their memory, device and dtype: floating-point and complex values are cast to it while
+    they are read, and other casts are an error. Meta tensors get new memory on `device`; for others, `device` can only
+    say where they are. Names, shapes, dtypes and memory are checked before a byte is read, but it is not all or
+    nothing: after an error in reading, which says so, tensors may have values of the file and older ones. What autograd
+    has saved of them for a backward pass cannot be used any more. Models with loading code of their own are refused,
+    as are `dtype`, `mmap`, `keep_flash_ref_on_model` and `use_distributed_loading`.
 
     Returns the names that were assigned, missing, unexpected and left on the meta device, and figures of the reads.
 
@@ -217,5 +226,6 @@ def assign_from_file(
         ReadOptions(mmap, verify, not silent),
         Sharing(use_distributed_loading, distributed_sharded, distributed_shard_strategy, rank, local_rank, world_size),
         keep_flash_ref_on_model,
+        in_place,
     )
     return assign(model, path, options)

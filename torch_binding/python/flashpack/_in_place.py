@@ -1,0 +1,129 @@
+"""Reading a file into the memory that the tensors of a module have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from ._assign import Plan, dtypes_when_read, initialize, own_dtype, swap_in
+from ._casts import cast_exactly, is_same_kind
+from ._checkpoint import Checkpoint, Entry
+from ._into import Target, read_into
+from ._logging import logger
+from ._native import FlashPackError
+from ._options import LoadOptions
+
+_MIXED = "the module was loaded in place, and may have values of the file and older ones now"
+
+
+def check_in_place(options: LoadOptions) -> None:
+    """Raises FlashPackError for options that a load in place cannot have."""
+    excluded = {
+        "mmap": options.reading.mmap,
+        "keep_flash_ref_on_model": options.keep_storage,
+        "use_distributed_loading": options.sharing.use_distributed_loading,
+        "dtype": options.casts.asked is not None,
+    }
+    for name, is_given in excluded.items():
+        if is_given:
+            raise FlashPackError(f"in_place=True and {name} exclude each other")
+
+
+def targets_in_place(plan: Plan, device: torch.device, options: LoadOptions) -> list[Target]:
+    """Returns where the tensors of `plan` go. Raises TypeError or ValueError if one cannot be written to.
+
+    Those that have no memory yet get new memory on `device`. All others stay where they are, and keep their dtype.
+    """
+    for prefix, what, _, _ in plan.own_code.pieces:
+        raise TypeError(
+            f"module {prefix.removesuffix('.')!r} has loading code of its own ({what}), which no load in place runs"
+        )
+    dtype_of = dtypes_when_read(plan, options.casts)
+    targets = []
+    for entry in plan.wanted:
+        value = plan.slots[entry.name].value
+        if value.is_meta or is_lazy(value):
+            targets.append(Target(entry, device, dtype_of(entry)))
+            continue
+        if options.device is not None and not _is_on(value, device):
+            raise ValueError(f"in_place=True leaves {entry.name!r} on {value.device}, but device is {device}")
+        _check_memory(entry, value)
+        targets.append(Target(entry, value.device, value.dtype, value.detach()))
+    _check_apart(targets)
+    return targets
+
+
+def _is_on(value: torch.Tensor, device: torch.device) -> bool:
+    return value.device.type == device.type and device.index in (None, value.device.index)
+
+
+def _check_memory(entry: Entry, value: torch.Tensor) -> None:
+    own = own_dtype(entry)
+    if value.dtype != own and not is_same_kind(own, value.dtype):
+        raise TypeError(
+            f"dtype mismatch for {entry.name!r}: model={value.dtype} vs flash={own}; whether values would be lost is "
+            f"not known before they are read, so that in_place=True does not cast them"
+        )
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    end_bytes = (value.storage_offset() + last + 1) * value.itemsize
+    if value.numel() and end_bytes > value.untyped_storage().nbytes():
+        raise ValueError(f"{entry.name!r} has less memory than its shape needs")
+    if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
+        raise ValueError(f"{entry.name!r} has one memory for several of its elements, as expand() makes it")
+
+
+def _check_apart(targets: Sequence[Target]) -> None:
+    """Raises ValueError if two tensors share memory, because the file may have two values for it."""
+    spans = sorted(
+        (str(memory.device), memory.data_ptr(), memory.data_ptr() + memory.nbytes, entry.name)
+        for entry, _, _, memory in targets
+        if memory is not None and memory.is_contiguous() and memory.numel()
+    )
+    for (device, _, end, name), (next_device, begin, _, next_name) in pairwise(spans):
+        if device == next_device and begin < end:
+            raise ValueError(f"{name!r} and {next_name!r} share memory, but are two tensors of the model")
+
+
+def load_in_place(
+    checkpoint: Checkpoint, plan: Plan, targets: Sequence[Target], options: LoadOptions, undo: ExitStack
+) -> dict[str, Any]:
+    """Reads to `targets`, and gives the module the tensors that are new. Returns figures of the reads.
+
+    If it raises, the new ones are not in the module, but the others may have got some of their values.
+    """
+    with _told_to_be_mixed(any(target.memory is not None for target in targets)):
+        for target in targets:
+            if target.memory is not None:
+                # Autograd must not use what it has saved of this memory, and does not know who else writes to it.
+                torch.autograd.graph.increment_version(target.memory)
+        tensors, stats = read_into(checkpoint, targets, options.reading)
+        new_values: dict[int, torch.Tensor] = {}
+        for target in targets:
+            if target.memory is None:
+                old = plan.slots[target.entry.name].value
+                initialize(old, undo)
+                dtype = options.casts.dtype_of(target.entry, old)
+                new_values[id(old)] = cast_exactly(target.entry.name, tensors.pop(target.entry.name), dtype)
+        swap_in(plan, new_values, undo)
+    return stats
+
+
+@contextmanager
+def _told_to_be_mixed(any_written: bool) -> Iterator[None]:
+    """Within it, an error says that tensors may have values of the file and older ones."""
+    try:
+        yield
+    except BaseException as error:
+        if not any_written:
+            raise
+        if type(error) is FlashPackError:
+            raise FlashPackError(f"{error}; {_MIXED}") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, f"{error.strerror}; {_MIXED}", error.filename) from error
+        logger.warning("%s", _MIXED)  # The caller wants to see this error as it is.
+        raise
