@@ -1,0 +1,60 @@
+import json
+
+import compare
+import pytest
+import torch
+from compare import ROOFLINE, Results
+from support import assert_bit_equal
+
+SMALL = {"layers.0.q": torch.randn(300, 70, dtype=torch.bfloat16), "layers.0.norm": torch.randn(70).bfloat16()}
+PEER = "safetensors 0.8.0 + clone"
+
+
+@pytest.fixture
+def files(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "decoder_tensors", lambda size_gib: dict(SMALL))
+    monkeypatch.setattr(compare, "PEERS", tmp_path / "peers")
+    (tmp_path / "files").mkdir()
+    compare.make_files(tmp_path / "files", 1)
+    return tmp_path / "files"
+
+
+@pytest.mark.parametrize(
+    "name", [*(name for name, loader in compare.LOADERS.items() if loader.ours), PEER, "torch.load"]
+)
+def test_contenders_load_what_the_files_have(name, files):
+    assert_bit_equal(compare.LOADERS[name].load(files), SMALL)
+
+
+def answer_of(checksum, seconds=1.0):
+    load = {"seconds": seconds, "cpu_seconds": 0.5, "bytes": 2_000_000_000, "peak_mib": 0.0, "checksum": checksum}
+    return {"first": load, "second": load}
+
+
+def test_a_peer_that_loads_other_bytes_is_out_and_is_named(monkeypatch, tmp_path):
+    answers = {"flashpack": answer_of(1), PEER: answer_of(2), ROOFLINE: {"first": answer_of(None)["first"]}}
+    monkeypatch.setattr(compare, "sample", lambda name, folder, state: answers[name])
+    results = Results({"Run:ai 0.17.0": "cannot be installed: no network"})
+    for name in [ROOFLINE, "flashpack", PEER, "Run:ai 0.17.0"]:
+        results.take(name, "cold", tmp_path)
+    report = compare.report(results)
+    assert report["rows"].keys() == {ROOFLINE, "flashpack"}
+    assert report["rows"]["flashpack"]["cold"]["first_gb_per_s"] == 2.0
+    text = compare.as_markdown(json.loads(json.dumps(report)), "the command")
+    assert "| flashpack | 2.00 | 2.00 | 0.25 | 0.00 |" in text
+    assert f"| {PEER} | {PEER} loaded other bytes" in text
+    assert "no network" in text
+
+
+def test_our_own_wrong_bytes_stop_the_comparison(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "sample", lambda name, folder, state: answer_of(1 if name == PEER else 2))
+    results = Results({})
+    results.take(PEER, "cold", tmp_path)
+    with pytest.raises(RuntimeError, match="other bytes"):
+        results.take("flashpack", "cold", tmp_path)
+
+
+def test_a_cold_load_from_a_file_that_stays_cached_is_an_error(monkeypatch, files):
+    monkeypatch.setattr(compare, "drop_from_page_cache", lambda path: 0.5)
+    with pytest.raises(RuntimeError, match="stayed in the page cache"):
+        compare.timed_load(compare.LOADERS["flashpack"], files, "cold")
