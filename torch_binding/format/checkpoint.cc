@@ -14,6 +14,7 @@
 #include "engine/ground/unique_fd.h"
 #include "torch_binding/format/foreign_file.h"
 #include "torch_binding/format/format_rules.h"
+#include "torch_binding/format/index.h"
 #include "torch_binding/format/json_reader.h"
 
 namespace flashpack {
@@ -69,25 +70,6 @@ std::string read_all(const fs::path& path) {
   return text;
 }
 
-WeightMap read_index(const fs::path& path) {
-  const std::string text = read_all(path);
-  WeightMap map;
-  try {
-    JsonReader json(text);
-    json.object([&](std::string_view key) {
-      if (key != "weight_map") return json.skip();
-      json.object([&](std::string_view tensor) { map.emplace(tensor, plain_name(path, json.string())); });
-    });
-    json.end();
-  } catch (const JsonError& error) {
-    const std::string what = text.find_first_of("{[") == 0 ? "" : what_it_is(text);
-    refuse(path, "it is not the index of a sharded checkpoint: " +
-                     (what.empty() ? std::string("a value ") + error.what() : what));
-  }
-  if (map.empty()) refuse(path, "it is not the index of a sharded checkpoint: it has no weight_map, or an empty one");
-  return map;
-}
-
 CheckpointFile open_one(const fs::path& path) {
   internal::UniqueFd fd = internal::open_file(path);
   CheckpointFile file{.path = path, .metadata = read_metadata(fd.get(), path)};
@@ -108,7 +90,7 @@ Checkpoint open_files(const fs::path& path, std::span<const fs::path> paths, con
 }
 
 Checkpoint open_index(const fs::path& path) {
-  const WeightMap map = read_index(path);
+  const WeightMap map = parse_index(read_all(path), path);
   std::set<fs::path> paths;
   for (const auto& [tensor, file] : map) paths.insert(path.parent_path() / file);
   try {
@@ -177,6 +159,24 @@ fs::path chosen_in(const fs::path& directory) {
 }
 
 }  // namespace
+
+WeightMap parse_index(std::string_view text, const fs::path& path) {
+  WeightMap map;
+  try {
+    JsonReader json(text);
+    json.object([&](std::string_view key) {
+      if (key != "weight_map") return json.skip();
+      json.object([&](std::string_view tensor) { map.emplace(tensor, plain_name(path, json.string())); });
+    });
+    json.end();
+  } catch (const JsonError& error) {
+    const std::string what = text.find_first_of("{[") == 0 ? "" : what_it_is(text);
+    refuse(path, "it is not the index of a sharded checkpoint: " +
+                     (what.empty() ? std::string("a value ") + error.what() : what));
+  }
+  if (map.empty()) refuse(path, "it is not the index of a sharded checkpoint: it has no weight_map, or an empty one");
+  return map;
+}
 
 Checkpoint::Checkpoint(std::filesystem::path path, std::vector<CheckpointFile> files, const WeightMap& weight_map)
     : path_(std::move(path)), files_(std::move(files)) {

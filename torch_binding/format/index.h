@@ -1,0 +1,15 @@
+/// The index of a checkpoint of several files.
+#pragma once
+
+#include <filesystem>
+#include <string_view>
+
+#include "flashpack/checkpoint.h"
+
+namespace flashpack {
+
+/// Parses the text of the index at `path`, which is for messages. The map is not empty, and all files in it are named
+/// without a directory, so that they lie beside the index. Throws: Error (kBadFile).
+WeightMap parse_index(std::string_view text, const std::filesystem::path& path);
+
+}  // namespace flashpack
