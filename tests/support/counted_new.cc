@@ -6,11 +6,10 @@
 #include <cstdlib>
 #include <new>
 
-#include "tests/support/fake_cuda.h"
-
 namespace {
 
 thread_local bool counting = false;
+std::atomic<bool> counting_all = false;
 std::atomic<int> allocations = 0;
 
 }  // namespace
@@ -18,6 +17,7 @@ std::atomic<int> allocations = 0;
 namespace flashpack::testing {
 
 void count_allocations(bool on) { counting = on; }
+void count_allocations_of_all(bool on) { counting_all = on; }
 int counted_allocations() { return allocations; }
 
 }  // namespace flashpack::testing
@@ -25,7 +25,7 @@ int counted_allocations() { return allocations; }
 // The sanitizers bring operators of their own, which must not be mixed with these.
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 void* operator new(std::size_t size) {
-  if (counting && flashpack::testing::fake_cuda_depth() == 0) ++allocations;
+  if ((counting || counting_all) && flashpack::testing::NotCounted::depth == 0) ++allocations;
   if (void* memory = std::malloc(size)) return memory;
   throw std::bad_alloc();
 }

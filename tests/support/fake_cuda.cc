@@ -19,11 +19,6 @@ void misuse(const char* what) {
   std::abort();
 }
 
-int& fake_cuda_depth() {
-  thread_local int depth = 0;
-  return depth;
-}
-
 namespace {
 
 FakeCuda::Impl* the_impl = nullptr;
@@ -36,8 +31,7 @@ std::string name_of_this_thread() {
 
 }  // namespace
 
-Inside::Inside() : impl_((FakeCuda::get(), the_impl)), lock_(impl_->mutex) { ++fake_cuda_depth(); }
-Inside::~Inside() { --fake_cuda_depth(); }
+Inside::Inside() : impl_((FakeCuda::get(), the_impl)), lock_(impl_->mutex) {}
 
 FakeCuda::Impl::Impl() : owner(::getpid()) {
   for (int device = 0; device < kDevices; ++device) {

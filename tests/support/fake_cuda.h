@@ -87,7 +87,4 @@ class FakeCuda {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Above zero while the calling thread is inside the fake: what it allocates there is not the library's.
-int& fake_cuda_depth();
-
 }  // namespace flashpack::testing

@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "tests/support/counted_new.h"
 #include "tests/support/fake_cuda.h"
 
 struct CUevent_st {
@@ -188,7 +189,6 @@ class FakeCuda::Impl {
 class Inside {
  public:
   Inside();
-  ~Inside();
   Inside(const Inside&) = delete;
   Inside& operator=(const Inside&) = delete;
   FakeCuda::Impl* operator->() { return impl_; }
@@ -197,6 +197,7 @@ class Inside {
  private:
   FakeCuda::Impl* const impl_;
   std::lock_guard<std::mutex> lock_;
+  NotCounted not_counted_;
 };
 
 }  // namespace flashpack::testing

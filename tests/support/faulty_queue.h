@@ -14,6 +14,7 @@
 
 #include "engine/io_queue.h"
 #include "engine/workers.h"
+#include "tests/support/counted_new.h"
 
 namespace flashpack::testing {
 
@@ -40,6 +41,7 @@ class FaultyQueue final : public Interface {
       : random_(seed), faults_(faults), listener_(listener) {}
 
   void push(unsigned tag, const Request& request) override {
+    const NotCounted not_counted;
     check_and_poison(request);
     require(pending_.emplace(tag, Pending{request}).second, "tag is not in flight");
     max_in_flight_ = std::max(max_in_flight_, pending_.size());
@@ -52,6 +54,7 @@ class FaultyQueue final : public Interface {
   }
 
   std::span<const internal::IoCompletion> wait(std::optional<std::chrono::nanoseconds> timeout) override {
+    const NotCounted not_counted;
     done_.clear();
     {
       std::unique_lock lock(mutex_);

@@ -1,0 +1,120 @@
+// In the program that counts allocations.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "tests/support/counted_new.h"
+#include "tests/support/guarded_memory.h"
+#include "tests/support/pipeline_rig.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::internal {
+namespace {
+
+using flashpack::testing::GuardedMemory;
+using Rig = flashpack::testing::PipelineRig;
+
+constexpr std::uint32_t kChunkBytes = 128 << 10;
+constexpr std::size_t kFewChunks = 4;
+constexpr std::size_t kManyChunks = 128;
+// Lists that are made once for a transfer grow a few times more for many chunks. That is far from one for each chunk.
+constexpr int kGrowth = kManyChunks / 4;
+
+struct Way {
+  const char* name;
+  CachePolicy cache;
+  std::size_t phase;
+  bool checksums = false;
+  bool report_extents = false;
+};
+
+class PipelineCostTest : public ::testing::Test {
+ protected:
+  struct Ignores final : Completion {
+    void landed(std::size_t, std::size_t) noexcept override {}
+    void done(Transfer&) noexcept override {}
+  };
+
+  PipelineCostTest() { flashpack::testing::write_file(path_, bytes_); }
+
+  // The allocations of all threads until `transfer`, which `start` returns, has ended.
+  template <typename Start>
+  static int allocations_of(Start start) {
+    const int before = flashpack::testing::counted_allocations();
+    flashpack::testing::count_allocations_of_all(true);
+    start().wait();
+    flashpack::testing::count_allocations_of_all(false);
+    return flashpack::testing::counted_allocations() - before;
+  }
+
+  Checksums checksums() const {
+    StripeSums sums(0, bytes_.size());
+    sums.add(0, bytes_);
+    Checksums checksums{.size_bytes = bytes_.size()};
+    for (std::uint64_t i = 0; i * Checksums::kStripeBytes < bytes_.size(); ++i)
+      checksums.crc32c.push_back(sums.crc32c(i, Checksums::kStripeBytes));
+    return checksums;
+  }
+
+  int allocations_of_load(std::size_t chunks, const Way& way) {
+    GuardedMemory memory(chunks * kChunkBytes, way.phase);
+    Rig::Load load{.path = path_,
+                   .extents = {{0, memory.size(), memory.data()}},
+                   .cache = way.cache,
+                   .completion = &completion_,
+                   .report_extents = way.report_extents};
+    if (way.checksums) load.checksums = checksums();
+    return allocations_of([&] { return rig_.start(load); });
+  }
+
+  int allocations_of_store(std::size_t chunks, std::size_t phase) {
+    const auto path = dir_ / std::to_string(files_++);
+    UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+    const auto open = std::make_shared<OpenFile>(File::created(path, std::move(fd)), &rig_.disk());
+    GuardedMemory memory(chunks * kChunkBytes, phase);
+    return allocations_of(
+        [&] { return std::move(rig_.start_store(open, {{0, memory.size(), memory.data()}}).transfer); });
+  }
+
+  flashpack::testing::TempDir dir_;
+  const std::filesystem::path path_ = dir_ / "file";
+  const std::vector<std::byte> bytes_ = flashpack::testing::random_bytes(kManyChunks * kChunkBytes);
+  int files_ = 0;
+  Ignores completion_;
+  Rig rig_{1, {}, Rig::Shape::kRealWorkers, kChunkBytes, 8};
+};
+
+TEST_F(PipelineCostTest, ALoadAllocatesNothingPerChunk) {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "the sanitizers have their own operator new";
+#endif
+  for (const Way& way : {Way{"in place", CachePolicy::kDirect, 0},
+                         {"through slots", CachePolicy::kDirect, 64},
+                         {"through the page cache", CachePolicy::kBuffered, 0},
+                         {"where the router says", CachePolicy::kAuto, 0},
+                         {"with checksums", CachePolicy::kDirect, 0, true},
+                         {"told of extents", CachePolicy::kDirect, 64, true, true}}) {
+    allocations_of_load(kManyChunks, way);
+    const int few = allocations_of_load(kFewChunks, way);
+    EXPECT_GT(few, 0) << way.name;
+    EXPECT_LE(allocations_of_load(kManyChunks, way), few + kGrowth) << way.name;
+  }
+}
+
+TEST_F(PipelineCostTest, AStoreAllocatesNothingPerChunk) {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "the sanitizers have their own operator new";
+#endif
+  for (const std::size_t phase : {0u, 64u}) {
+    allocations_of_store(kManyChunks, phase);
+    const int few = allocations_of_store(kFewChunks, phase);
+    EXPECT_GT(few, 0);
+    EXPECT_LE(allocations_of_store(kManyChunks, phase), few + kGrowth);
+  }
+}
+
+}  // namespace
+}  // namespace flashpack::internal
