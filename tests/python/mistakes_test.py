@@ -114,6 +114,24 @@ def test_arguments_in_the_wrong_order_are_told(path):
         flashpack.pack_to_file(STATE, "a\0b")
 
 
+def test_a_conversion_whose_source_is_missing_and_whose_destination_is_there_tells_the_order(path, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No such file.*but there is the destination: the source comes first"):
+        commands.convert_to_flashpack(tmp_path / "new.flashpack", path)
+    with pytest.raises(FileNotFoundError, match="No such file or directory: "):
+        commands.convert_to_flashpack(tmp_path / "new.flashpack", tmp_path / "other.flashpack")
+
+
+def test_a_pickled_module_is_named_with_the_cure(tmp_path):
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pt")
+    with pytest.raises(FlashPackError, match=r"than tensors, torch\.nn\.modules\.linear\.Linear, .*state_dict"):
+        commands.convert_to_flashpack(tmp_path / "module.pt")
+
+
+def test_a_reversal_does_not_write_under_the_name_of_a_flashpack_file(path, tmp_path):
+    with pytest.raises(FlashPackError, match=r"a\.flashpack would not be a flashpack file"):
+        commands.revert_from_flashpack(path, tmp_path / "a.flashpack")
+
+
 @pytest.mark.parametrize("name", ["bf16", "BF16", "bfloat16", "torch.bfloat16"])
 def test_a_dtype_may_be_called_what_people_call_it(name, path):
     assert next(flashpack.stream_tensors(path, dtype=name))[1].dtype is torch.bfloat16
@@ -169,6 +187,11 @@ def test_a_conversion_does_not_write_under_the_name_of_another_kind_of_file(suff
 def test_what_is_a_flashpack_file_already_is_told_which_command_turns_it_back(path, tmp_path):
     with pytest.raises(FlashPackError, match='is a flashpack file already; "flashpack revert"'):
         commands.convert_to_flashpack(path, tmp_path / "a.safetensors")
+    with pytest.raises(FlashPackError, match='is a flashpack file already; "flashpack revert"'):
+        commands.convert_to_flashpack(path)
+    path.write_bytes(b"<!DOCTYPE html>")
+    with pytest.raises(FlashPackError, match="a web page"):
+        commands.convert_to_flashpack(path)
 
 
 def test_names_of_a_compiled_module_are_explained_and_can_be_saved_without_what_that_adds(tmp_path):

@@ -26,6 +26,9 @@ constexpr std::array kKinds = {
     Kind{"<?xml"sv, "it is XML, such as the error message of a server: download it again"},
     Kind{"pk\3\4"sv, kPickle},
     Kind{"\x80\2"sv, kPickle},
+    Kind{"\x80\3"sv, kPickle},
+    Kind{"\x80\4"sv, kPickle},
+    Kind{"\x80\5"sv, kPickle},
     Kind{"gguf"sv, "it is a GGUF file, for llama.cpp: the safetensors files of the same model are what is needed"},
     Kind{"\x89hdf\r\n"sv, "it is an HDF5 file, as Keras writes them: its own library reads it"},
     Kind{"\x93numpy"sv, "it is an array of numpy: numpy.load reads it"},
@@ -40,10 +43,8 @@ constexpr std::array kKinds = {
     Kind{"{"sv, "it is JSON text, such as the configuration of a model; an index of files is called *.index.json"},
 };
 
-bool is_text(char c) {
-  const auto byte = static_cast<unsigned char>(c);
-  return byte >= 0x80 || (byte >= 0x20 && byte != 0x7f) || c == '\t' || c == '\n' || c == '\r';
-}
+/// Other characters than those of ASCII are left aside, because bytes of numbers look like them.
+bool is_text(char c) { return (c >= 0x20 && c < 0x7f) || c == '\t' || c == '\n' || c == '\r'; }
 
 char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + ('a' - 'A')) : c; }
 

@@ -21,6 +21,8 @@ from ._repository import blaming, open_regular, plain_name, read_json
 
 _INDEX_SUFFIX = re.compile(r"\.index(\.[^.]+)?\.json$")
 _READ_BYTES = 1 << 20
+# How torch names what it does not unpickle.
+_NOT_ALLOWED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 # Tied layers and masks of one number take more memory than file, but no model takes a hundred times its file.
 _MOST_TIMES = 100
 _ALWAYS_ALLOWED_BYTES = 1 << 30
@@ -189,7 +191,7 @@ def _refusal_of(path: Path) -> FlashPackError | None:
     except FlashPackError as error:
         return error
     if formats == ["flashpack"]:
-        raise FlashPackError(f'{path} is a flashpack file already; "flashpack revert" makes another of it')
+        raise FlashPackError(f'{path} is a flashpack file already; "flashpack revert" makes a safetensors file of it')
     return None
 
 
@@ -222,6 +224,11 @@ def _open_pickle(path: Path, mmap: bool) -> object:
         error.filename = error.filename or os.fspath(path)
         raise
     except Exception as error:  # torch may raise anything here, and its messages advise to turn the check off.
+        if found := _NOT_ALLOWED.search(str(error)):
+            raise FlashPackError(
+                f"{path} has more in it than tensors, {found[1]}, which is not loaded, because unpickling can run "
+                f"code: the state_dict() of a module is what can be saved and converted"
+            ) from error
         raise FlashPackError(
             f"{path} is not a file that torch.save wrote, or is damaged, or has more in it than tensors, which is not "
             f"loaded, because unpickling can run code"

@@ -32,6 +32,8 @@ def revert(path: StrPath, destination_path: StrPath | None, silent: bool, force:
         _revert_directory(source, destination_path, silent, force)
         return os.fspath(source if destination_path is None else destination_path)
     destination = source.with_suffix(".safetensors") if destination_path is None else Path(destination_path)
+    if destination.suffix == ".flashpack":
+        raise FlashPackError(f"{destination} would not be a flashpack file: call it *.safetensors or *.pt")
     with open_checkpoint(source) as checkpoint:
         refuse_source([file.path for file in checkpoint.files()], destination)
         if destination_path is None and not force:

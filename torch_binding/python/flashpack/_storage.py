@@ -29,7 +29,7 @@ class FlashTensorStorage:
 
     def __repr__(self) -> str:
         size = human_bytes(sum(block.nbytes for block in self.blocks))
-        return f"FlashTensorStorage({len(self)} blocks, {size}, on {self.device})"
+        return f"FlashTensorStorage({len(self)} {'block' if len(self) == 1 else 'blocks'}, {size}, on {self.device})"
 
     def block(self, idx: int) -> torch.Tensor:
         return self.blocks[idx]

@@ -73,7 +73,7 @@ class _Packing(NamedTuple):
             return self.write(state_dict, destination, metadata)
         except FlashPackError as error:
             keys = dicts_of_tensors(state_dict)
-            cure = f"; --key {keys[0]} (here: key={keys[0]!r}) converts these alone" if keys else ""
+            cure = f"; --key {keys[0]} (in Python: key={keys[0]!r}) converts these alone" if keys else ""
             raise FlashPackError(f"{checkpoint}: {error}{cure}") from error
 
 
@@ -242,10 +242,13 @@ def default_destination(source: StrPath, subfolder: str | None = None) -> str:
 
 def _convert_file(source: Path, destination_path: StrPath | None, packing: _Packing) -> str:
     destination = Path(default_destination(source) if destination_path is None else destination_path)
-    if destination_path is None:
+    sources = files_of(source)
+    is_source = destination.exists() and any(destination.samefile(each) for each in sources)
+    if destination_path is None and not is_source:
         refuse_existing(destination)
-    refuse_source(files_of(source), destination)
+    # What the source is comes first: a flashpack file, or none at all, would be called its own destination.
     tensors = map_tensors(source, packing.key)
+    refuse_source(sources, destination)
     _refuse_foreign_name(destination)
     return packing.convert(source, tensors, destination)
 
@@ -271,7 +274,9 @@ def _convert_directory(
         with_code = copy_code or bool(rest.get("trust_remote_code"))
         directory = download(os.fspath(source), hub, variant, with_code)
     else:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(source))
+        is_swapped = destination_path is not None and os.path.isfile(destination_path)
+        hint = ", but there is the destination: the source comes first" if is_swapped else ""
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT) + hint, os.fspath(source))
     destination = directory if destination_path is None else Path(destination_path)
     _refuse_foreign_name(destination)
     checkpoints = find_checkpoints(directory, variant)
