@@ -33,6 +33,42 @@ def test_memory_lives_as_long_as_its_last_tensor():
     assert tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+@pytest.fixture
+def blocks(monkeypatch):
+    """The blocks that the engine fills, which are also those of the plan."""
+    made, allocate = [], _memory.allocate
+    monkeypatch.setattr(_memory, "allocate", lambda *arguments: made.extend(allocate(*arguments)) or made)
+    return made
+
+
+def is_in(block, tensor):
+    return block.address <= tensor.data_ptr() < block.address + block.size_bytes
+
+
+def test_small_tensors_do_not_keep_the_block_of_large_ones(pack, blocks):
+    source = {"first": random_tensor((3,)), "large": random_tensor((3 * MIB,)), "none": torch.empty(0)}
+    for i in range(40):
+        source |= {f"{i}.bias": random_tensor((9000 + i,), seed=i), f"{i}.weight": random_tensor((16384 + i,), seed=i)}
+    loaded = flashpack.load_file(pack(source, name_order=list(source)))
+    assert_bit_equal(loaded, source)
+    [block] = blocks
+    small = {"first", *(f"{i}.bias" for i in range(40))}
+    assert {name for name, tensor in loaded.items() if tensor.numel() and not is_in(block, tensor)} == small
+    assert all(loaded[name].data_ptr() % 64 == 0 for name in small)
+
+
+def test_they_stay_where_they_are_most_of_a_block_or_the_block_is_small_itself(pack, blocks):
+    many = {f"{i}": random_tensor((8000,), seed=i) for i in range(40)}
+    for source in (
+        {"large": random_tensor((2 * MIB,))} | many,
+        {"large": random_tensor((MIB // 2,)), "bias": many["0"]},
+    ):
+        blocks.clear()
+        loaded = flashpack.load_file(pack(source))
+        assert_bit_equal(loaded, source)
+        assert all(is_in(blocks[0], tensor) for tensor in loaded.values())
+
+
 def test_tensors_of_a_block_are_no_views_and_count_versions_apart():
     block = _memory.allocate_block(0, 4096)
     tensors = [block.tensor(torch.float32, shape, 128 * n) for n, shape in enumerate([(4,), (), (2, 2)])]

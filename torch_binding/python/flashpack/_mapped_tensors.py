@@ -84,7 +84,7 @@ class MappedTensors:
             file = self._file._checkpoint.files()[entry.file]
             block = map_file(file)
             with _lock:
-                _mapped_bytes[block._buffer] = block._size_bytes
+                _mapped_bytes[block._buffer] = block.size_bytes
                 fits = 2 * sum(_mapped_bytes.values()) < _memory_bytes()
             # What is read too far ahead would be displaced before it is used.
             made = _Map(block, _ReadAhead(file.fd) if fits else None)

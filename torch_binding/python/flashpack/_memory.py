@@ -34,6 +34,15 @@ _BATCH_BYTES = 64 << 20
 _BORDER_BYTES = 16 << 20
 # Transfers of a stream that are under way at a time: enough that the disk never waits for the next one.
 _AT_ONCE = 4
+# Smaller tensors are moved out of larger blocks.
+_SMALL_BYTES = 64 << 10
+_LARGE_BLOCK_BYTES = 4 << 20
+# They share blocks of this size.
+_SHARED_BYTES = 1 << 20
+# They stay if they are more than this part of the block.
+_FEW = 8
+# Each begins on a line of the CPU's cache.
+_LINE_BYTES = 64
 # Python has a name for this from 3.13 on; before, the number of x86, Arm and RISC-V stands in.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
@@ -59,7 +68,7 @@ class HostBlock:
 
     def __init__(self, buffer: _native.HostMemory | mmap.mmap, size_bytes: int) -> None:
         self._buffer = buffer
-        self._size_bytes = size_bytes
+        self.size_bytes = size_bytes
 
     @property
     def address(self) -> int:
@@ -67,7 +76,7 @@ class HostBlock:
 
     @property
     def memory(self) -> torch.Tensor:
-        return self.tensor(torch.uint8, (self._size_bytes,), 0)
+        return self.tensor(torch.uint8, (self.size_bytes,), 0)
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> torch.Tensor:
         buffer: Any = self._buffer  # The types of Python 3.11 cannot say that HostMemory has the buffer protocol.
@@ -373,6 +382,7 @@ def read_to_devices(
 def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tensor]:
     """Returns the tensors of `entries`, which are those that were wanted, each with memory of its own."""
     tensors: dict[str, torch.Tensor] = {}
+    filled = _small_ones_apart(entries, filled)
     make = [block.tensor for block in filled.blocks]
     dtypes = {name: string_to_dtype(name) for name in {entry.dtype for entry in entries}}
     with collector_paused():
@@ -382,6 +392,43 @@ def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tens
             else:
                 tensors[name] = torch.empty(shape, dtype=dtypes[dtype], device=filled.device)
     return tensors
+
+
+def _small_ones_apart(entries: Sequence[Entry], filled: Filled) -> Filled:
+    """Moves small tensors out of the large blocks of the host, so that one that outlives the rest keeps little memory.
+
+    Where more than a few bytes of a block belong to small tensors, they stay, because the copy would take its time.
+    """
+    small_bytes = {
+        number: 0
+        for number, block in enumerate(filled.blocks)
+        if type(block) is HostBlock and block.size_bytes >= _LARGE_BLOCK_BYTES
+    }
+    for entry, number in zip(entries, filled.places[0], strict=True):
+        if entry.size_bytes < _SMALL_BYTES and number in small_bytes:
+            small_bytes[number] += -(-entry.size_bytes // _LINE_BYTES) * _LINE_BYTES
+    blocks, numbers, offsets = list(filled.blocks), *map(list, filled.places)
+    sources = {
+        number: blocks[number].memory.numpy().data
+        for number, count in small_bytes.items()
+        if 0 < count * _FEW <= blocks[number].memory.numel()
+    }
+    if not sources:
+        return filled
+    shared_bytes = min(_SHARED_BYTES, sum(small_bytes[number] for number in sources))
+    at = end = 0
+    for index, (entry, number) in enumerate(zip(entries, filled.places[0], strict=True)):
+        size_bytes = entry.size_bytes
+        if not 0 < size_bytes < _SMALL_BYTES or number not in sources:
+            continue
+        if at + size_bytes > end:
+            at, end = 0, shared_bytes
+            blocks.append(allocate_block(0, end))
+            view = blocks[-1].memory.numpy().data
+        view[at : at + size_bytes] = sources[number][offsets[index] : offsets[index] + size_bytes]
+        numbers[index], offsets[index] = len(blocks) - 1, at
+        at += -(-size_bytes // _LINE_BYTES) * _LINE_BYTES
+    return filled._replace(blocks=blocks, places=(numbers, offsets))
 
 
 @contextmanager
