@@ -78,6 +78,33 @@ std::unique_ptr<internal::Ring> make_ring(Backend backend, unsigned tags,
 
 }  // namespace
 
+// The objects that the driver thread works with. The pool is made before the queues and the copier, which post to it,
+// but must also end before these, because its threads run their code. So the destructor gives the order.
+struct Engine::Impl::Machine {
+  Machine() = default;
+  Machine(const Machine&) = delete;
+  Machine& operator=(const Machine&) = delete;
+  ~Machine() {
+    pipeline.reset();      // Borrows all others.
+    pool.reset();          // Its threads use the queues and the copier.
+    workers.reset();       // Wakes the disk's queue.
+    disk_threads.reset();  // Wakes the ring.
+    ring.reset();          // Has registered the slots with the kernel.
+    copier.reset();        // Has page-locked the slots.
+    staging.reset();
+  }
+
+  internal::DiskQueue& disk() { return ring ? static_cast<internal::DiskQueue&>(*ring) : *disk_threads; }
+
+  std::optional<internal::Staging> staging;
+  std::optional<internal::Pool> pool;
+  std::unique_ptr<internal::Copier> copier;
+  std::unique_ptr<internal::Ring> ring;
+  std::optional<internal::DiskThreads> disk_threads;
+  std::optional<internal::Workers> workers;
+  std::optional<internal::Pipeline> pipeline;
+};
+
 Engine::Impl::Impl(EngineOptions options) : options_(checked(std::move(options))), owner_(::getpid()) {
   std::promise<void> promise;
   auto ready = promise.get_future();
@@ -105,33 +132,6 @@ bool Engine::Impl::is_owner() const noexcept { return ::getpid() == owner_; }
 void Engine::Impl::require_owner() const {
   if (!is_owner()) throw Error(Errc::kUnusable, "engine of the parent process, used after fork");
 }
-
-// The objects that the driver thread works with. The pool is made before the queues and the copier, which post to it,
-// but must also end before these, because its threads run their code. So the destructor gives the order.
-struct Engine::Impl::Machine {
-  Machine() = default;
-  Machine(const Machine&) = delete;
-  Machine& operator=(const Machine&) = delete;
-  ~Machine() {
-    pipeline.reset();      // Borrows all others.
-    pool.reset();          // Its threads use the queues and the copier.
-    workers.reset();       // Wakes the disk's queue.
-    disk_threads.reset();  // Wakes the ring.
-    ring.reset();          // Has registered the slots with the kernel.
-    copier.reset();        // Has page-locked the slots.
-    staging.reset();
-  }
-
-  internal::DiskQueue& disk() { return ring ? static_cast<internal::DiskQueue&>(*ring) : *disk_threads; }
-
-  std::optional<internal::Staging> staging;
-  std::optional<internal::Pool> pool;
-  std::unique_ptr<internal::Copier> copier;
-  std::unique_ptr<internal::Ring> ring;
-  std::optional<internal::DiskThreads> disk_threads;
-  std::optional<internal::Workers> workers;
-  std::optional<internal::Pipeline> pipeline;
-};
 
 void Engine::Impl::build(Machine& machine) {
   bind_this_thread(options_.cpu_affinity);
@@ -172,7 +172,7 @@ void Engine::Impl::build(Machine& machine) {
 
 // A ring can only be used by the thread that made it, so the driver thread makes everything.
 void Engine::Impl::drive(std::promise<void>& ready) {
-  auto machine = std::make_shared<Machine>();
+  auto machine = std::make_unique<Machine>();
   try {
     build(*machine);
   } catch (const Error&) {
@@ -182,27 +182,29 @@ void Engine::Impl::drive(std::promise<void>& ready) {
   } catch (...) {
     return ready.set_exception(std::current_exception());
   }
-  pipeline_ = &*machine->pipeline;
+  machine_ = std::move(machine);
+  pipeline_ = &*machine_->pipeline;
   facts_ = {.chunk_bytes = options_.chunk_bytes,
             .backend = options_.backend,
-            .disk = &machine->disk(),
-            .copier = machine->copier.get(),
-            .fallback_reason = machine->staging->fallback_reason()};
+            .disk = &machine_->disk(),
+            .copier = machine_->copier.get(),
+            .fallback_reason = machine_->staging->fallback_reason()};
   ready.set_value();
-  run(std::move(machine));
+  run();
 }
 
 // A sandbox that refuses the ring may also refuse to close it. The end of the thread closes it, so another thread goes
 // on.
-void Engine::Impl::run(std::shared_ptr<Machine> machine) {
-  while (!machine->pipeline->run()) {
+void Engine::Impl::run() {
+  while (!machine_->pipeline->run()) {
     try {
-      successor_ = internal::start_thread("flashpack-drive", [this, machine] { run(machine); });
+      successor_ = internal::start_thread("flashpack-drive", [this] { run(); });
       return;
     } catch (const std::system_error&) {  // The system has no more threads, so this one goes on with the operations
                                           // that come back.
     }
   }
+  machine_.reset();
 }
 
 void Engine::Impl::start(const std::shared_ptr<internal::TransferState>& state) {

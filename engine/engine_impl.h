@@ -40,14 +40,15 @@ class Engine::Impl {
 
   void build(Machine& machine);
   void drive(std::promise<void>& ready);
-  void run(std::shared_ptr<Machine> machine);
+  void run();
 
   // Constant; the driver thread sets the backend before the constructor returns.
   EngineOptions options_;
   std::string fallback_reason_;
   const pid_t owner_;
-  internal::Pipeline* pipeline_ = nullptr;  // The driver thread owns it, and what facts_ points to.
+  internal::Pipeline* pipeline_ = nullptr;  // A part of machine_, as is what facts_ points to.
   internal::EngineFacts facts_;
+  std::unique_ptr<Machine> machine_;  // Only for the driver thread, which makes and destroys it.
   std::thread driver_;
   std::thread successor_;  // Set by driver_ before it ends.
 };

@@ -80,8 +80,7 @@ class Pipeline final : public Driver {
     std::shared_ptr<TransferState> transfer;
     Part* part;
   };
-  /// Other threads leave messages to the driver here. It is shared, because a thread that is left behind outlives the
-  /// pipeline.
+  /// Other threads leave messages to the driver here.
   struct Inbox {
     void answer(std::shared_ptr<TransferState> transfer, Part& part) noexcept;
 
@@ -150,6 +149,7 @@ class Pipeline final : public Driver {
   Pool& pool_;
   Copier* const copier_;
   const Limits limits_;
+  // Shared with threads that open and close files, which may be left behind and then outlive the pipeline.
   const std::shared_ptr<FileTable> files_;
   const std::shared_ptr<Inbox> inbox_;
 

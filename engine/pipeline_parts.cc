@@ -9,8 +9,8 @@
 
 namespace flashpack::internal {
 
-// Opens or closes the file of a part, in a thread of the pool. It owns all that it uses, because it may outlive the
-// pipeline.
+// Opens or closes the file of a part, in a thread of the pool. It owns all that it uses, or shares it with the
+// pipeline, because the pipeline may end before it.
 class Pipeline::FileTask final : public Pool::Task {
  public:
   FileTask(Part& part, const Pipeline& pipeline)
@@ -26,11 +26,9 @@ class Pipeline::FileTask final : public Pool::Task {
     // The descriptor cannot be the subject, because another file gets its number while the close still hangs.
     subject = closing_ ? reinterpret_cast<std::uintptr_t>(part.open.get()) | kClosing
                        : std::hash<std::string>()(part.path.native()) | kOpening;
-    may_be_left = true;
   }
 
   void run() noexcept override {
-    const std::unique_ptr<FileTask> self(this);
     closing_ ? close() : open_part(part_, *files_, chunk_bytes_, at_once_bytes_);
     inbox_->answer(std::move(transfer_), part_);
   }
@@ -62,9 +60,8 @@ class Pipeline::CloseTask final : public Pool::Task {
  public:
   explicit CloseTask(UniqueFd fd) : fd_(std::move(fd)) {
     subject = Pool::Subject{1} << 61;  // All have one subject, so that a dead file system does not take many threads.
-    may_be_left = true;
   }
-  void run() noexcept override { delete this; }
+  void run() noexcept override { fd_.reset(); }
 
  private:
   UniqueFd fd_;
@@ -121,7 +118,7 @@ void Pipeline::expire() {
 void Pipeline::ask(Part& part, Part::State state) {
   parts_.enter(part, state, now_);
   if (part.awaited) ++part.transfer->outstanding;
-  pool_.post(*new FileTask(part, *this));  // The task deletes itself.
+  pool_.post(std::make_unique<FileTask>(part, *this));
 }
 
 void Pipeline::on_answer(Part& part) {
@@ -217,7 +214,7 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
   for (Part& part : transfer.parts) {
     if (part.state == Part::State::kOpen) std::erase(issuing_like(part), &part);
     if (part.state == Part::State::kWaiting) parts_.enter(part, Part::State::kDone, now_);
-    if (part.state == Part::State::kDone && part.given) pool_.post(*new CloseTask(std::move(part.given)));
+    if (part.state == Part::State::kDone && part.given) pool_.post(std::make_unique<CloseTask>(std::move(part.given)));
     // A thread that has claimed the memory may write to it, so the transfer waits for the thread.
     const bool opens = part.state == Part::State::kOpening && (part.checked || part.claim_memory());
     const bool left_to_its_thread = opens || (part.state == Part::State::kClosing && part.late);

@@ -18,7 +18,7 @@ struct Pool::State {
     std::thread handle;
     const Task* running = nullptr;  // Only compared with null, because the task may be gone.
     Subject subject = 0;
-    bool may_be_left = false;
+    bool may_be_left = false;  // The pool owns the task.
     bool late = false;
     Clock::time_point since;
   };
@@ -103,10 +103,13 @@ void Pool::State::work(std::shared_ptr<State> state, std::list<Thread>::iterator
     }
     self->running = task;
     self->subject = task->subject;
-    self->may_be_left = task->may_be_left;
+    self->may_be_left = task->owned_;
     self->since = Clock::now();
     lock.unlock();
-    task->run();
+    {
+      const std::unique_ptr<Task> deleted_last(task->owned_ ? task : nullptr);  // This may block, too.
+      task->run();
+    }
     lock.lock();
     self->running = nullptr;
     if (self->late) {
@@ -166,6 +169,12 @@ void Pool::post(Task& task) {
     state_->last = &task.next_;
   }
   state_->work_wanted.notify_one();
+}
+
+// The queue is a list of plain pointers, because most tasks are borrowed.
+void Pool::post(std::unique_ptr<Task> task) {
+  task->owned_ = true;
+  post(*task.release());
 }
 
 void Pool::set_free(Task& task) {

@@ -29,29 +29,31 @@ class Pool {
   class Task {
    public:
     virtual ~Task() = default;
-    /// Called once, in a thread of the pool. The pool does not touch the task after this has returned.
+    /// Called in a thread of the pool, once for each time that the task is posted.
     virtual void run() noexcept = 0;
 
     Subject subject = 0;
-    /// Whether the pool may be destroyed while run() is going on, because the task uses only what it owns.
-    bool may_be_left = false;
 
    private:
     friend class Pool;
     Task* next_ = nullptr;
+    bool owned_ = false;  // The pool deletes the task.
   };
 
   /// Throws: std::system_error when threads cannot be had.
   explicit Pool(unsigned thread_count);
-  /// Runs the tasks that have been posted. A thread whose task is late and may be left is detached.
+  /// Runs the tasks that have been posted. A thread is left behind if the pool owns its task and the task is late.
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
   unsigned thread_count() const noexcept;
 
-  /// Borrows the task until run() begins. run() may delete the task.
+  /// Borrows the task until run() returns, but does not touch it from then on.
   void post(Task& task);
+  /// Takes over the task, and deletes it in the thread that has run it. The pool may be destroyed meanwhile, so the
+  /// task must own all that it uses.
+  void post(std::unique_ptr<Task> task);
 
   /// Lets a queued task run although another of its subject is late, because it will not touch the file any more.
   void set_free(Task& task);
@@ -62,7 +64,7 @@ class Pool {
  private:
   struct State;
   void stop();
-  std::shared_ptr<State> state_;  // Detached threads share it.
+  std::shared_ptr<State> state_;  // Shared, because threads that are left behind outlive the pool.
 };
 
 }  // namespace flashpack::internal

@@ -109,22 +109,17 @@ TEST_F(PoolTest, WhatWasPostedIsRunBeforeThePoolIsGone) {
   EXPECT_EQ(ran, 100);
 }
 
-TEST_F(PoolTest, AThreadWhoseTaskMayBeLeftIsLeftBehind) {
+TEST_F(PoolTest, AThreadWhoseOwnTaskIsLateIsLeftBehindAndDeletesTheTask) {
   struct Owner final : Pool::Task {
-    Owner(std::shared_future<void> release, std::promise<void> end) : until(std::move(release)), over(std::move(end)) {
-      may_be_left = true;
-    }
-    void run() noexcept override {
-      const std::unique_ptr<Owner> self(this);
-      until.wait();
-      over.set_value();
-    }
+    Owner(std::shared_future<void> release, std::promise<void> end) : until(std::move(release)), over(std::move(end)) {}
+    ~Owner() override { over.set_value(); }
+    void run() noexcept override { until.wait(); }
     std::shared_future<void> until;
     std::promise<void> over;
   };
   std::promise<void> over;
   auto ended = over.get_future();
-  pool_->post(*new Owner(released_, std::move(over)));
+  pool_->post(std::make_unique<Owner>(released_, std::move(over)));
   pool_.reset();
   EXPECT_NE(ended.wait_for(std::chrono::seconds(0)), std::future_status::ready);
   release();
