@@ -9,6 +9,7 @@
 #include <functional>
 
 #include "tests/support/temp_dir.h"
+#include "torch_binding/format/index.h"
 
 namespace flashpack {
 namespace {
@@ -143,6 +144,20 @@ TEST_F(OpenCheckpoint, WhatIsNoIndexIsRefused) {
                                  "{\"weight_map\":{}}", "{\"a\":{}}", "{\"weight_map\":{\"a\":\"b\",\"a\":\"c\"}}"}) {
     EXPECT_SAYS(error_of(write(name, text)), "it is not the index of a sharded checkpoint");
   }
+}
+
+TEST_F(OpenCheckpoint, TheErrorOfAnIndexSaysWhichValueIsWrong) {
+  const std::string name = "model.safetensors.index.json";
+  EXPECT_SAYS(error_of(write(name, "[]")), "it must be an object");
+  EXPECT_SAYS(error_of(write(name, R"({"weight_map":[]})")), "weight_map must be an object");
+  EXPECT_SAYS(error_of(write(name, R"({"weight_map":{"a":"b","c":1}})")), "the file of \"c\" must be a string");
+  EXPECT_SAYS(error_of(write(name, R"({"a":1,"a":2})")), "an object has the key \"a\" twice");
+  EXPECT_SAYS(error_of(write(name, R"({"weight_map":)")), "sharded checkpoint: the text ");
+}
+
+TEST_F(OpenCheckpoint, AnIndexIsReadWhateverTheFormatOfItsFilesAndWhetherTheyAreThere) {
+  const auto index = write_index("pytorch_model.bin.index.json", R"({"b":"1.bin","a":"2.bin"})");
+  EXPECT_EQ(read_index(index), (WeightMap{{"a", "2.bin"}, {"b", "1.bin"}}));
 }
 
 TEST_F(OpenCheckpoint, WhatAFileIsInsteadOfAnIndexIsSaid) {

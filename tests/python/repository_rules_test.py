@@ -181,7 +181,7 @@ def test_no_way_around_is_taken_for_one_that_stays_inside(tmp_path, target):
 def test_a_shard_is_a_file_beside_its_index(tmp_path, name):
     index = tmp_path / "a.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(FlashPackError, match="which is no file beside it") as caught:
+    with pytest.raises(FlashPackError, match=r"which is no file beside it|not the index of a sharded") as caught:
         commands.convert_to_flashpack(index)
     assert str(index) in str(caught.value)
 

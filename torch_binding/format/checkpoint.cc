@@ -90,7 +90,7 @@ Checkpoint open_files(const fs::path& path, std::span<const fs::path> paths, con
 }
 
 Checkpoint open_index(const fs::path& path) {
-  const WeightMap map = parse_index(read_all(path), path);
+  const WeightMap map = read_index(path);
   std::set<fs::path> paths;
   for (const auto& [tensor, file] : map) paths.insert(path.parent_path() / file);
   try {
@@ -160,19 +160,32 @@ fs::path chosen_in(const fs::path& directory) {
 
 }  // namespace
 
+WeightMap read_index(const fs::path& path) { return parse_index(read_all(path), path); }
+
 WeightMap parse_index(std::string_view text, const fs::path& path) {
   WeightMap map;
+  std::string value = "it";  // What comes next.
   try {
     JsonReader json(text);
     json.object([&](std::string_view key) {
       if (key != "weight_map") return json.skip();
-      json.object([&](std::string_view tensor) { map.emplace(tensor, plain_name(path, json.string())); });
+      value = key;
+      json.object([&](std::string_view tensor) {
+        value = "the file of " + rules::quoted(tensor);
+        map.emplace(tensor, plain_name(path, json.string()));
+      });
     });
     json.end();
   } catch (const JsonError& error) {
-    const std::string what = text.find_first_of("{[") == 0 ? "" : what_it_is(text);
-    refuse(path, "it is not the index of a sharded checkpoint: " +
-                     (what.empty() ? std::string("a value ") + error.what() : what));
+    using Subject = JsonError::Subject;
+    std::string what = text.find_first_of("{[") == 0 ? "" : what_it_is(text);
+    if (what.empty()) {
+      const std::string about = error.subject() == Subject::kValue    ? value
+                                : error.subject() == Subject::kObject ? "an object"
+                                                                      : "the text";
+      what = about + " " + error.what();
+    }
+    refuse(path, "it is not the index of a sharded checkpoint: " + what);
   }
   if (map.empty()) refuse(path, "it is not the index of a sharded checkpoint: it has no weight_map, or an empty one");
   return map;

@@ -12,4 +12,8 @@ namespace flashpack {
 /// without a directory, so that they lie beside the index. Throws: Error (kBadFile).
 WeightMap parse_index(std::string_view text, const std::filesystem::path& path);
 
+/// Reads such a file and parses it. The files that it names may be of any format, and are not opened. Throws: Error
+/// (kBadFile; errno).
+WeightMap read_index(const std::filesystem::path& path);
+
 }  // namespace flashpack

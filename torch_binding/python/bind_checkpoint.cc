@@ -19,6 +19,7 @@
 
 #include "footer_objects.h"
 #include "native_calls.h"
+#include "torch_binding/format/index.h"
 #include "torch_binding/format/segments.h"
 #include "torch_binding/format/verified.h"
 
@@ -50,6 +51,12 @@ PyCheckpoint open(const Path& path) {
 }
 
 PyCheckpoint open_files(const std::vector<fs::path>& paths) { return open(std::span<const fs::path>(paths)); }
+
+WeightMap read(const fs::path& index) {
+  const NativeCall call;
+  nb::gil_scoped_release released;
+  return read_index(index);
+}
 
 PyCheckpoint of_headers(const fs::path& path, const std::vector<HeaderTuple>& headers, const WeightMap& weight_map) {
   const NativeCall call;
@@ -269,6 +276,8 @@ void bind_checkpoint(nb::module_& module) {
       .def("close", &PyCheckpoint::close, "Closes the files once no transfer needs them.");
   module.def("open_checkpoint", &open<fs::path>, "path"_a, "Opens a file, an index of files, or a directory.");
   module.def("open_files", &open_files, "paths"_a, "Opens several files as one checkpoint.");
+  module.def("read_index", &read, "path"_a,
+             "The name of the file that has each tensor. The files may be of any format, and are not opened.");
   module.def("checkpoint_of_headers", &of_headers, "path"_a, "headers"_a, "weight_map"_a,
              "A checkpoint that another process has opened, from (path, format, JSON of footer or header, end of the "
              "payload).");

@@ -123,7 +123,9 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 def files_of(path: Path) -> list[Path]:
     """Returns `path` and, if it is an index, the files that it lists."""
-    return [path, *sorted(set(_weight_map(path).values()))] if is_index(path) else [path]
+    if not is_index(path):
+        return [path]
+    return [path, *(path.parent / name for name in sorted(set(_native.read_index(path).values())))]
 
 
 def _config_of(directory: Path) -> dict[str, Any]:
@@ -281,7 +283,8 @@ def _check_archive(path: Path) -> None:
 def _open_sharded(path: Path, key: str | None) -> dict[str, torch.Tensor]:
     opened: dict[Path, dict[str, torch.Tensor]] = {}
     tensors = {}
-    for name, file in _weight_map(path).items():
+    for name, file_name in _native.read_index(path).items():
+        file = path.parent / file_name
         if file not in opened:
             opened[file] = _open_file(file, key)
         if name not in opened[file]:
@@ -298,14 +301,3 @@ def _open_sharded(path: Path, key: str | None) -> dict[str, torch.Tensor]:
     if unlisted:
         logger.warning("%s does not list, but its files have: %s", path, ", ".join(sorted(unlisted)))
     return tensors | unlisted
-
-
-def _weight_map(path: Path) -> dict[str, Path]:
-    """Returns the file of every tensor that an index lists."""
-    try:
-        files = read_json(path).get("weight_map")
-        if not isinstance(files, dict):
-            raise FlashPackError("it has no weight_map")
-        return {name: path.parent / plain_name(path, file) for name, file in files.items()}
-    except FlashPackError as error:
-        raise FlashPackError(f"{path} is not the index of a sharded checkpoint: {error}") from error
