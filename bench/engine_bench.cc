@@ -27,6 +27,7 @@
 #include "engine/ground/host_region.h"
 #include "flashpack/engine.h"
 #include "flashpack/file_writer.h"
+#include "flashpack/host_memory.h"
 
 namespace flashpack::bench {
 namespace {
@@ -103,7 +104,8 @@ std::vector<Contender> contenders(const Setup& setup, Cache cache, TransferStats
 Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Memory memory) {
   prepare(setup.checkpoint, cache);
   if (memory == Memory::kTouched) return measure([&] { contender.run(setup.touched.data()); });
-  const internal::HostRegion fresh(setup.touched.bytes().size(), "tensors");
+  HostMemory::release_kept();
+  const HostMemory fresh(setup.touched.bytes().size());
   return measure([&] { contender.run(fresh.data()); });
 }
 
