@@ -76,13 +76,19 @@ TargetPages& TargetPages::of_process() {
     auto* const made = new (memory) TargetPages;
     // A child must not inherit a mutex that a thread of its parent holds.
     ::pthread_atfork([] { of_process().mutex_.lock(); }, [] { of_process().mutex_.unlock(); },
-                     [] { of_process().mutex_.unlock(); });
+                     [] { of_process().begin_as_child(); });
     return made;
   }();
   return *one;
 }
 
 TargetPages::TargetPages() : keeps_(kernel_keeps_direct_reads() && address_space_is_free()) {}
+
+void TargetPages::begin_as_child() noexcept {
+  kept_.clear();
+  kept_bytes_ = 0;
+  mutex_.unlock();
+}
 
 std::span<std::byte> TargetPages::take(std::size_t before_bytes, std::size_t size_bytes) {
   const std::size_t end_bytes = before_bytes + size_bytes;
@@ -118,6 +124,7 @@ std::span<std::byte> TargetPages::take_kept(std::size_t size_bytes) {
     kept_.emplace_hint(std::next(best), begin + size_bytes, kept_size_bytes - size_bytes);
   kept_.erase(best);
   kept_bytes_ -= size_bytes;
+  ::madvise(begin, size_bytes, MADV_DOFORK);
   return {begin, size_bytes};
 }
 
@@ -133,6 +140,8 @@ void TargetPages::give_back(std::span<std::byte> memory) noexcept {
 }
 
 void TargetPages::keep(std::span<std::byte> memory) {
+  // A child would share the pages, and then to write to them would cost more than fresh ones do.
+  if (::madvise(memory.data(), memory.size(), MADV_DONTFORK) != 0) return unmap(memory.data(), memory.size());
   auto range = kept_.emplace(memory.data(), memory.size()).first;
   kept_bytes_ += memory.size();
   if (const auto next = std::next(range); next != kept_.end() && range->first + range->second == next->first) {

@@ -41,11 +41,13 @@ class TargetPages {
   std::span<std::byte> take_kept(std::size_t size_bytes);
   void keep(std::span<std::byte> memory);
   void drop_kept(std::uint64_t limit_bytes) noexcept;
+  void begin_as_child() noexcept;
 
   const bool keeps_;
   std::mutex mutex_;  // Protects the rest.
   std::map<std::byte*, Used> used_;
-  std::map<std::byte*, std::size_t> kept_;  // Size in bytes; no range ends where the next one begins.
+  /// Sizes in bytes. No range ends where the next one begins. A forked child does not have these pages.
+  std::map<std::byte*, std::size_t> kept_;
   std::uint64_t used_bytes_ = 0;
   std::uint64_t kept_bytes_ = 0;
   std::uint64_t most_used_bytes_ = 0;

@@ -1,6 +1,7 @@
 #include "flashpack/host_memory.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -123,6 +124,41 @@ TEST_F(HostMemoryTest, ThreadsNeverShareMemory) {
   std::vector<std::thread> threads;
   for (int i = 1; i <= 4; ++i) threads.emplace_back(work, std::byte(i));
   for (std::thread& thread : threads) thread.join();
+}
+
+TEST_F(HostMemoryTest, KeptMemoryIsNotInheritedByAForkedChild) {
+  if (!keeps()) GTEST_SKIP() << "the kernel is too old, or the address space is limited";
+  const std::byte* kept = nullptr;
+  {
+    const HostMemory memory(8 * kMiB);
+    kept = memory.data();
+  }
+  const pid_t child = ::fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    unsigned char resident = 0;
+    const bool is_mapped = ::mincore(const_cast<std::byte*>(kept), 4096, &resident) == 0;
+    ::_exit(HostMemory::kept_bytes() == 0 && !is_mapped ? 0 : 1);
+  }
+  int status = -1;
+  ::waitpid(child, &status, 0);
+  EXPECT_EQ(status, 0);
+  const HostMemory memory(8 * kMiB);
+  EXPECT_EQ(memory.data(), kept);
+}
+
+TEST_F(HostMemoryTest, MemoryThatWasKeptIsInheritedOnceItIsUsedAgain) {
+  {
+    const HostMemory memory(8 * kMiB);
+  }
+  const HostMemory memory(8 * kMiB);
+  memory.data()[5] = std::byte{7};
+  const pid_t child = ::fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) ::_exit(memory.data()[5] == std::byte{7} ? 0 : 1);
+  int status = -1;
+  ::waitpid(child, &status, 0);
+  EXPECT_EQ(status, 0);
 }
 
 TEST_F(HostMemoryTest, AForkedChildHasMemoryWhateverOtherThreadsDid) {
