@@ -355,3 +355,18 @@ def test_handles_refuse_to_be_pickled(path):
         for refuse in (pickle.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(TypeError, match="cannot pickle or copy"):
                 refuse(handle)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float16}])
+def test_load_file_tells_what_it_did(path, tensors, options):
+    stats: dict[str, object] = {}
+    flashpack.load_file(path, stats=stats, **options)
+    assert stats["requested_bytes"] >= sum(tensor.nbytes for tensor in tensors.values())
+    assert stats["seconds"] > 0
+    assert stats["backend"]
+
+
+def test_a_mapped_file_has_no_figures(path):
+    stats: dict[str, object] = {}
+    flashpack.load_file(path, mmap=True, stats=stats)
+    assert stats == {}

@@ -65,6 +65,7 @@ def load_file(
     verify: Verify = "auto",
     progress: Callable[[int, int], object] | None = None,
     metadata: dict[str, str] | None = None,
+    stats: dict[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Reads tensors of a file, in file order, each with memory of its own. Other tensors are not read.
 
@@ -77,6 +78,7 @@ def load_file(
     `mmap`: maps the file instead of reading it (CPU only), see read_flashpack_file. `verify`: see assign_from_file.
     `progress`: called now and then, on this thread, with the bytes done and their total; its exceptions end the load.
     `metadata`: a dict that gets the text that pack_to_file was given as `metadata` for the file that is read.
+    `stats`: a dict that gets figures of the reads, as in FlashTensorStorage.stats; none of a file that is mapped.
 
     Raises FlashPackError (a ValueError) for a file or an argument that is not valid, a name that the file lacks
     included; OSError for the system's failures.
@@ -92,14 +94,16 @@ def load_file(
         own_dtypes = {entry.dtype: string_to_dtype(entry.dtype) for entry in entries}
         dtypes = {name: dtype_when_asked(own, dtype) for name, own in own_dtypes.items()}
         if dtypes != own_dtypes and not mmap:
-            tensors, _ = read_and_cast(checkpoint, places, lambda entry: dtypes[entry.dtype], options)
+            tensors, figures = read_and_cast(checkpoint, places, lambda entry: dtypes[entry.dtype], options)
         else:
-            tensors = read_to_devices(checkpoint, places, options)
+            tensors, figures = read_to_devices(checkpoint, places, options)
             for place, here in places.items():
                 if dtype is not None or place != CPU:
                     _move(tensors, here, place, dtype)
         if metadata is not None:
             metadata.update(checkpoint.native.user_metadata)
+        if stats is not None:
+            stats.update(figures)
     return tensors if len(places) == 1 else {entry.name: tensors[entry.name] for entry in entries}
 
 

@@ -365,18 +365,23 @@ def read_tensors(wanted: Wanted, device: torch.device, options: ReadOptions) -> 
 
 def read_to_devices(
     checkpoint: Checkpoint, wanted: Mapping[torch.device, Sequence[Entry]], options: ReadOptions
-) -> dict[str, torch.Tensor]:
-    """Reads to all devices at the same time what is wanted there, or to the CPU if the engine cannot use a device."""
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads to all devices at the same time what is wanted there, or to the CPU if the engine cannot use a device.
+
+    Returns the tensors by name and figures of the reads, which are empty if files are mapped.
+    """
     if options.mmap:
         everything = [entry for entries in wanted.values() for entry in entries]
-        return read_tensors(Wanted(checkpoint, everything), CPU, options)
+        return read_tensors(Wanted(checkpoint, everything), CPU, options), {}
     fillings = [make_room(Wanted(checkpoint, entries), device, options) for device, entries in wanted.items()]
     for _ in fill(checkpoint, fillings, options):
         pass
     tensors: dict[str, torch.Tensor] = {}
+    stats: dict[str, Any] = {}
     for entries, filling in zip(wanted.values(), fillings, strict=True):
         tensors |= tensors_of(entries, filled_of(filling))
-    return tensors
+        add_stats(stats, filling.stats)
+    return tensors, stats
 
 
 def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tensor]:
