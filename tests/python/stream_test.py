@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from support import assert_bit_equal, bits, random_tensor
 
 MIB = 1 << 20
 COUNT = 12
+SIZES = {"small": 2, "large": MIB // 2}
 
 
 @pytest.fixture
@@ -98,6 +101,42 @@ def test_what_is_kept_is_counted_and_told_once_and_the_rest_is_read_one_by_one(p
         f"more than window_bytes={4 * MIB}"
     ]
     assert "".join("s" if each == "start" else "f" for each in loads).endswith("sfsf")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    "keep", [lambda tensor: tensor[:1], lambda tensor: tensor.data, lambda tensor: tensor.view(-1)]
+)
+def test_what_a_slice_keeps_alive_is_counted(path, caplog, keep, dtype):
+    kept = [keep(tensor) for _, tensor in flashpack.stream_tensors(path, window_bytes=4 * MIB, dtype=dtype)]
+    assert len(kept) == COUNT
+    assert len(caplog.records) == 1
+
+
+def test_a_small_tensor_counts_as_the_memory_that_it_keeps(tmp_path, caplog):
+    tensors = {f"{i:02}{kind}": random_tensor((size,), seed=i) for i in range(6) for kind, size in SIZES.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    stream = flashpack.stream_tensors(tmp_path / "a.safetensors", window_bytes=5 * MIB)
+    kept = [tensor for name, tensor in stream if name.endswith("small")]
+    assert len(kept) == 6
+    assert len(caplog.records) == 1
+    kept.clear()
+    caplog.clear()
+    for name, tensor in flashpack.stream_tensors(tmp_path / "a.safetensors", window_bytes=5 * MIB):
+        if name.endswith("small"):
+            kept.append(tensor.clone())
+        del tensor
+    assert caplog.records == []
+
+
+def test_a_stream_is_gone_when_it_is_dropped_whatever_is_kept(path):
+    stream = flashpack.stream_tensors(path)
+    _, tensor = next(stream)
+    gone = weakref.ref(stream)
+    del stream
+    gc.collect()
+    assert gone() is None
+    assert tensor.numel()
 
 
 def test_what_is_dropped_makes_room(path, loads, caplog):
@@ -182,6 +221,60 @@ def test_the_tensor_that_a_cancelled_task_waited_for_goes_to_the_next_one(path, 
     assert_bit_equal(asyncio.run(collect()), tensors)
 
 
+def test_the_tensor_that_a_cancelled_task_waited_for_goes_to_next_and_to_other_loops(path, tensors, gates):
+    entered, gate = gates
+    stream = flashpack.stream_tensors(path)
+
+    async def leave() -> None:
+        await cancelled(asyncio.create_task(anext(stream)), entered)
+        gate.set()
+
+    asyncio.run(leave())
+    first = [next(stream)]
+
+    async def one() -> None:
+        first.append(await anext(stream))
+
+    asyncio.run(one())
+    assert [name for name, _ in first + list(stream)] == in_file_order(path)
+
+
+def test_the_error_that_a_cancelled_task_waited_for_goes_to_the_next_one(path, gates, monkeypatch):
+    entered, gate = gates
+    stream = flashpack.stream_tensors(path)
+
+    def fail(*_: object) -> None:
+        entered.set()
+        gate.wait()
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(_native, "finish_loads", fail)
+
+    async def leave() -> None:
+        await cancelled(asyncio.create_task(anext(stream)), entered)
+        gate.set()
+
+    asyncio.run(leave())
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+    assert list(stream) == []
+
+
+def test_aclose_ends_the_reads_and_drops_what_a_cancelled_task_waited_for(path, loads, gates):
+    entered, gate = gates
+    stream = flashpack.stream_tensors(path)
+
+    async def leave() -> None:
+        async with contextlib.aclosing(stream):
+            await cancelled(asyncio.create_task(anext(stream)), entered)
+            gate.set()
+
+    asyncio.run(leave())
+    started = loads.count("start")
+    assert list(stream) == []
+    assert loads.count("start") == started
+
+
 def test_a_task_that_is_cancelled_leaves_its_stream_with_that_error(path, gates):
     entered, gate = gates
     stream = flashpack.stream_tensors(path)
@@ -235,3 +328,8 @@ def test_an_error_is_raised_once_also_by_async_for(tensors, tmp_path):
         return [pair async for pair in stream]
 
     assert asyncio.run(collect()) == []
+    stream = flashpack.stream_tensors(path)
+    with pytest.raises(flashpack.FlashPackError, match="checksum"):
+        next(stream)
+    with pytest.raises(StopIteration):
+        next(stream)

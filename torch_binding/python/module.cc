@@ -363,7 +363,8 @@ int fill_buffer(PyObject* self, Py_buffer* view, int flags) {
 
 void bind_memory(nb::module_& module) {
   static std::array<PyType_Slot, 2> slots = {{{Py_bf_getbuffer, reinterpret_cast<void*>(&fill_buffer)}, {0, nullptr}}};
-  nb::class_<HostMemory>(module, "HostMemory", nb::type_slots(slots.data()), "Memory to read to: a writable buffer.")
+  nb::class_<HostMemory>(module, "HostMemory", nb::type_slots(slots.data()), nb::is_weak_referenceable(),
+                         "Memory to read to: a writable buffer.")
       .def(nb::init<std::size_t, std::uint64_t>(), "size_bytes"_a, "offset_bytes"_a = 0,
            "Its contents are unspecified; its address is `offset_bytes` modulo a page.");
   module.def(

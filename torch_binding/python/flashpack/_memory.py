@@ -58,6 +58,11 @@ class Block(Protocol):
         """The whole block, as bytes."""
         ...
 
+    @property
+    def owner(self) -> object:
+        """What the block and its tensors keep alive. The memory is freed with it."""
+        ...
+
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> torch.Tensor:
         """Returns a tensor, which is not empty, over bytes of the block. It has a version counter of its own."""
         ...
@@ -77,6 +82,10 @@ class HostBlock:
     @property
     def memory(self) -> torch.Tensor:
         return self.tensor(torch.uint8, (self.size_bytes,), 0)
+
+    @property
+    def owner(self) -> object:
+        return self._buffer
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> torch.Tensor:
         buffer: Any = self._buffer  # The types of Python 3.11 cannot say that HostMemory has the buffer protocol.
@@ -103,6 +112,10 @@ class DeviceBlock:
     @property
     def address(self) -> int:
         return self.memory.data_ptr()
+
+    @property
+    def owner(self) -> object:
+        return self._storage
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> torch.Tensor:
         if dtype not in self._without_elements:

@@ -21,7 +21,6 @@ from ._file import places_of, selected
 from ._logging import logger, printable
 from ._memory import Filling, ReadOptions, Wanted, add_stats, filled_of, make_room, start, tensors_of
 from ._native import FlashPackError
-from .utils import string_to_dtype
 
 Order = Literal["file", "names"]
 
@@ -30,7 +29,6 @@ _GROUP_BYTES = 64 << 20
 # Groups that are being read at a time, so that the disk never waits for the next one.
 _AT_ONCE = 4
 _WINDOW_BYTES = 512 << 20
-_END = object()
 
 
 class _Group(NamedTuple):
@@ -40,6 +38,26 @@ class _Group(NamedTuple):
     filling: Filling
     load: _native.Load
     size_bytes: int
+    """Of its memory."""
+
+
+class _Alive:
+    """Counts bytes of memory until they are freed, whoever keeps them: a tensor, a slice of it, or its neighbour."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        # Memory may be freed on any thread, at any time, also while this is counting.
+        self._freed: deque[int] = deque()
+
+    def add(self, owner: object, size_bytes: int) -> None:
+        """Counts memory as long as there is its `owner`."""
+        self._bytes += size_bytes
+        weakref.finalize(owner, self._freed.append, size_bytes).atexit = False
+
+    def count_bytes(self) -> int:
+        while self._freed:
+            self._bytes -= self._freed.popleft()
+        return self._bytes
 
 
 class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, torch.Tensor]]):
@@ -58,14 +76,15 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         self._options = options
         self._dtype = dtype
         self._window_bytes = window_bytes
-        self._kept_bytes = 0
-        self._kept: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._alive = _Alive()
+        self._unseen_bytes = 0  # Memory of groups that have not been yielded to their end.
         self._warned = False
         self._paths = paths
         self._tensors = self._run(paths, targets)
         # It is held while a tensor is being waited for, perhaps on the thread of a task that has been cancelled.
         self._turn = threading.RLock()
-        self._step: asyncio.Future[object] | None = None
+        # What such a thread has found, the end or an error included, until somebody takes it.
+        self._found: deque[tuple[str, torch.Tensor] | BaseException] = deque()
 
     def __repr__(self) -> str:
         paths = self._paths if isinstance(self._paths, (list, tuple)) else [self._paths]
@@ -75,32 +94,44 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         return self
 
     def __next__(self) -> tuple[str, torch.Tensor]:
-        with self._turn:
-            return next(self._tensors)
+        self._find()
+        found = self._found.popleft()
+        if not isinstance(found, BaseException):
+            return found
+        try:
+            raise found
+        finally:
+            del found  # Otherwise the error and this frame would keep each other, and memory that was read, alive.
 
     def __aiter__(self) -> TensorStream:
         return self
 
     async def __anext__(self) -> tuple[str, torch.Tensor]:
-        if self._step is None:
-            self._step = asyncio.ensure_future(asyncio.to_thread(next, self, _END))
         # A task that is cancelled leaves its tensor to whoever asks next, so that none is lost.
+        await asyncio.to_thread(self._find)
         try:
-            found = await asyncio.shield(self._step)
-        except asyncio.CancelledError:
-            raise
-        except BaseException:
-            self._step = None
-            raise
-        self._step = None
-        if found is _END:
-            raise StopAsyncIteration
-        return found  # type: ignore[return-value]
+            return next(self)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
+    def _find(self) -> None:
+        """Waits until something is found that nobody has taken."""
+        with self._turn:
+            if not self._found:
+                try:
+                    self._found.append(next(self._tensors))
+                except BaseException as error:
+                    self._found.append(error)
 
     def close(self) -> None:
         """Ends the reads that are under way, and closes the files. Tensors that were yielded stay valid."""
         with self._turn:
             self._tensors.close()
+            self._found.clear()
+
+    async def aclose(self) -> None:
+        """Does the same, and lets other tasks run while a read ends. contextlib.aclosing() calls it."""
+        await asyncio.to_thread(self.close)
 
     def __enter__(self) -> TensorStream:
         return self
@@ -120,10 +151,12 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
             groups = iter(targets(checkpoint))
             try:
                 while self._start(checkpoint, groups, under_way):
+                    size_bytes = under_way[0].size_bytes
                     tensors = self._finish(under_way)
                     self._start(checkpoint, groups, under_way)
                     for name in list(tensors):
-                        yield name, self._given(tensors.pop(name))
+                        yield name, tensors.pop(name)
+                    self._unseen_bytes -= size_bytes
             finally:
                 under_way.clear()  # This ends the transfers that have not been waited for.
 
@@ -136,7 +169,7 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         under_way: deque[_Group],
     ) -> bool:
         """Starts to read the next groups, as many as the window has room for, and returns whether any is under way."""
-        while not under_way or (len(under_way) < _AT_ONCE and self._has_room(under_way)):
+        while not under_way or (len(under_way) < _AT_ONCE and self._has_room()):
             device, entries = next(groups, (None, []))
             if device is None:
                 break
@@ -148,7 +181,11 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 filling = make_room(Wanted(checkpoint, entries), device, self._options._replace(verify=whole))
                 [batch] = filling.batches(as_stream=False)
                 load = start(checkpoint, batch, filling, self._options)
-            under_way.append(_Group(entries, filling, load, sum(entry.size_bytes for entry in entries)))
+            sizes = [size_bytes for size_bytes, _ in filling.plan.blocks]
+            for block, size_bytes in zip(filling.blocks, sizes, strict=True):
+                self._alive.add(block.owner, size_bytes)
+            self._unseen_bytes += sum(sizes)
+            under_way.append(_Group(entries, filling, load, sum(sizes)))
         return bool(under_way)
 
     @left_before_exit
@@ -162,33 +199,23 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         with torch.inference_mode(False), torch.no_grad():
             tensors = tensors_of(entries, filled_of(filling))
             for entry in entries if self._dtype is not None else ():
-                cast = dtype_when_asked(string_to_dtype(entry.dtype), self._dtype)
-                tensors[entry.name] = tensors[entry.name].to(cast)
+                own = tensors[entry.name]
+                cast = own.to(dtype_when_asked(own.dtype, self._dtype))
+                if cast is not own:
+                    self._alive.add(cast.untyped_storage(), cast.nbytes)
+                    tensors[entry.name] = cast
         return tensors
 
-    def _has_room(self, under_way: deque[_Group]) -> bool:
-        used_bytes = self._kept_bytes + sum(group.size_bytes for group in under_way)
-        if self._kept_bytes > self._window_bytes and not self._warned:
+    def _has_room(self) -> bool:
+        alive_bytes = self._alive.count_bytes()
+        if alive_bytes - self._unseen_bytes > self._window_bytes and not self._warned:
             self._warned = True
             logger.warning(
                 "more than window_bytes=%d of the tensors of a stream are kept: it reads on with less read ahead, and "
                 "memory grows with what is kept",
                 self._window_bytes,
             )
-        return used_bytes + _GROUP_BYTES <= self._window_bytes
-
-    def _given(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Counts the bytes of `tensor` until nobody has it any more."""
-        size_bytes = tensor.nbytes
-
-        def drop(reference: weakref.ref[torch.Tensor]) -> None:
-            if self._kept.pop(id(reference), None) is not None:
-                self._kept_bytes -= size_bytes
-
-        reference = weakref.ref(tensor, drop)
-        self._kept[id(reference)] = reference
-        self._kept_bytes += size_bytes
-        return tensor
+        return alive_bytes + _GROUP_BYTES <= self._window_bytes
 
 
 def stream_tensors(
@@ -213,13 +240,15 @@ def stream_tensors(
 
     A tensor is never changed once it has been yielded. Small neighbours share memory of at most 64 MiB, which lives as
     long as the last of them; a copy (clone()) of a small tensor frees the rest. On a GPU a tensor may be used on any
-    stream.
+    stream. After an error the stream has ended. A task that is cancelled while it waits leaves its tensor to whoever
+    asks next.
 
     `paths`: a flashpack or safetensors file, the index of several, a directory, or a list of files.
     `names`: the tensors to read, by default all, or a function that says for each name whether it is wanted.
     `order`: "file" yields them file by file, in the order of their bytes; "names" in the order of `names`, a list.
-    `window_bytes`: about so many bytes are alive at a time: those being read ahead, and those yielded that somebody
-    keeps. A consumer that keeps more gets a warning in the log and fewer bytes read ahead, but all of its tensors.
+    `window_bytes`: about so many bytes are alive at a time: those being read ahead, and those that what was yielded
+    keeps alive, also by a slice, or by a small tensor for its neighbours. A consumer that keeps more gets a warning in
+    the log and fewer bytes read ahead, but all of its tensors.
     `dtype`, `device_map`, `verify`: see load_file and assign_from_file.
 
     Raises FlashPackError (a ValueError) for an argument that is not valid; from the iterator, what load_file raises.
