@@ -23,7 +23,7 @@ constexpr int kLooksPerWait = 8;
 constexpr std::chrono::milliseconds kLongestGatePeriod{4};
 
 // The longest time until the driver notices that something is late.
-constexpr std::chrono::nanoseconds kLookForStuckPeriod = kLate / 5;
+constexpr std::chrono::nanoseconds kLookForLatePeriod = kLate / 5;
 
 }  // namespace
 
@@ -79,7 +79,7 @@ bool Pipeline::run() {
     admit();
     expire();
     attend_to_gates();
-    look_for_stuck();
+    look_for_late();
     if (finished()) return true;  // Checked after all calls that may end a transfer.
     while (Part* const part = parts_.next()) ask(*part, Part::State::kOpening);
     const bool look_again = issue();
@@ -138,7 +138,7 @@ std::optional<std::chrono::nanoseconds> Pipeline::patience(bool look_again) {
   if (copier_ && !copier_->idle()) return kDevicePeriod;
   const bool something_may_be_late = !jobs_.idle() || !parts_.with_threads().empty();
   if (!something_may_be_late && deadlines_.empty() && gated_.empty()) return std::nullopt;
-  std::chrono::nanoseconds longest = something_may_be_late ? kLookForStuckPeriod : std::chrono::hours(1);
+  std::chrono::nanoseconds longest = something_may_be_late ? kLookForLatePeriod : std::chrono::hours(1);
   if (!gated_.empty()) {
     longest = std::clamp<std::chrono::nanoseconds>((now_ - gates_changed_) / kLooksPerWait, kDevicePeriod,
                                                    kLongestGatePeriod);
@@ -151,9 +151,9 @@ std::optional<std::chrono::nanoseconds> Pipeline::patience(bool look_again) {
   return longest;
 }
 
-void Pipeline::look_for_stuck() {
-  if (now_ - looked_for_stuck_ < kLookForStuckPeriod) return;
-  looked_for_stuck_ = now_;
+void Pipeline::look_for_late() {
+  if (now_ - looked_for_late_ < kLookForLatePeriod) return;
+  looked_for_late_ = now_;
   look_for_late_parts();
   pool_.replace_late_threads();
   if (jobs_.mark_late(now_)) parts_.read_mounts();

@@ -99,7 +99,7 @@ class Pipeline final : public Driver {
   bool finished();
   std::optional<std::chrono::nanoseconds> patience(bool look_again);
   void reap(std::optional<std::chrono::nanoseconds> patience);
-  void look_for_stuck();
+  void look_for_late();
   void attend_to_gates();
   bool issue();
   void issue_from(Part& part, unsigned& questions, std::uint32_t queue_depth);
@@ -156,7 +156,7 @@ class Pipeline final : public Driver {
   Jobs jobs_;
   OpenParts parts_;
   std::chrono::steady_clock::time_point now_;  // Time at the start of this turn of the loop.
-  std::chrono::steady_clock::time_point looked_for_stuck_;
+  std::chrono::steady_clock::time_point looked_for_late_;
 
   std::size_t unfinished_ = 0;  // Transfers that have not ended.
   std::uint64_t next_turn_ = 0;

@@ -111,8 +111,8 @@ void Pipeline::on_direct(unsigned tag, std::int64_t result) {
   const std::uint64_t resume = round_down(got, job.part->file().alignment().block_bytes);
   job.stalls = resume > job.done_bytes ? 0 : job.stalls + 1;
   if (job.stalls > kMaxStalls) {
-    const std::error_code stuck = reads ? make_error_code(Errc::kTruncated) : errno_code(EIO);
-    return fail(tag, interrupted ? errno_code(static_cast<int>(-result)) : stuck);
+    const std::error_code no_progress = reads ? make_error_code(Errc::kTruncated) : errno_code(EIO);
+    return fail(tag, interrupted ? errno_code(static_cast<int>(-result)) : no_progress);
   }
   job.done_bytes = resume;
   ++stats.retries;

@@ -22,8 +22,9 @@ class Pool {
   /// Enough for all operations that can be stuck in a pipeline, for all parts that can be held up, and for others.
   static constexpr std::size_t kMaxThreads = 640;
 
-  /// Names the file that may make a task late; 0 for none. The value must not pass to another file while the task
-  /// runs, as the number of a descriptor does when the task closes it.
+  /// Names the file that the task works on, so that other tasks of the file wait if this one is late; 0 for none. The
+  /// value must not pass to another file while the task runs, as the number of a descriptor does when the task closes
+  /// it.
   using Subject = std::uint64_t;
 
   class Task {
@@ -49,10 +50,10 @@ class Pool {
 
   unsigned thread_count() const noexcept;
 
-  /// Borrows the task until run() returns, but does not touch it from then on.
+  /// Borrows the task until its run() has returned.
   void post(Task& task);
-  /// Takes over the task, and deletes it in the thread that has run it. The pool may be destroyed meanwhile, so the
-  /// task must own all that it uses.
+  /// Takes over the task, and deletes it in the thread that has run it. The pool may be destroyed before the task
+  /// has ended, so the task must own, or share, all that it uses.
   void post(std::unique_ptr<Task> task);
 
   /// Lets a queued task run although another of its subject is late, because it will not touch the file any more.
