@@ -1,0 +1,126 @@
+"""The table of docs/memory.md is measured: what each call takes at its peak, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "torch_binding" / "python" / "docs" / "memory.md"
+MIB = 1 << 20
+# What a call may take besides, whatever the size of the file: windows, the engine's staging, threads.
+BESIDES_BYTES = 64 * MIB
+
+# Each call has a fork of a process that has imported everything, so that imports do not count.
+PROGRAM = r"""
+import json, os, sys, traceback
+import flashpack, flashpack.commands, flashpack.safetensors, torch
+
+path, safetensors_path, new_path = sys.argv[1:4]
+calls = json.loads(sys.argv[4])
+SHAPES = {"large": (4096, 4096), "larger": (128, 1 << 18)}
+SHAPES |= {f"layers.{i}.weight": (512, 512) for i in range(64)} | {f"layers.{i}.bias": (512,) for i in range(64)}
+
+
+class Model(torch.nn.Module, flashpack.FlashPackMixin):
+    def __init__(self, precision=torch.float32):
+        super().__init__()
+        for name, shape in SHAPES.items():
+            self.register_parameter(name.replace(".", "_"), torch.nn.Parameter(torch.empty(shape, dtype=precision)))
+
+
+def filled(model):
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+    return model
+
+
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def result_bytes(result):
+    if isinstance(result, torch.nn.Module):
+        result = dict(result.state_dict())
+    if isinstance(result, tuple):
+        result = dict(enumerate(result[0].blocks))
+    if isinstance(result, torch.Tensor):
+        result = {"": result}
+    return sum(getattr(each, "nbytes", 0) for each in result.values()) if isinstance(result, dict) else 0
+
+
+def measure(call):
+    names = dict(globals())
+    if "model" in call:
+        names["model"] = filled(Model(torch.bfloat16 if "coerce_dtype" in call else torch.float32))
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    begin = status("VmRSS")
+    result = eval(call, names)
+    peak = status("VmHWM") - begin
+    return peak, result_bytes(names["model"] if "(model, path" in call else result)
+
+
+def in_a_fork(measured, *arguments):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, json.dumps(measured(*arguments)).encode())
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    return json.loads(text)
+
+
+def make_files():
+    flashpack.pack_to_file(filled(Model()), path)
+    flashpack.commands.revert_from_flashpack(path, safetensors_path)
+
+
+in_a_fork(make_files)
+print(json.dumps({call: in_a_fork(measure, call) for call in calls}))
+"""
+
+
+def rows():
+    """The calls of the table, and what it says that each takes."""
+    found = re.findall(r"^\| `(.+?)` \| (.+?) \|$", DOCS.read_text(), re.MULTILINE)
+    assert len(found) == len(dict(found)) > 10
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    home = tmp_path_factory.mktemp("peak")
+    paths = [str(home / name) for name in ("a.flashpack", "a.safetensors", "new.flashpack")]
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *paths, json.dumps(list(rows()))], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize("call", rows())
+def test_a_call_takes_as_much_at_its_peak_as_the_table_says(measured, call):
+    peak_bytes, result_bytes = measured[call]
+    said = rows()[call]
+    expected = {
+        "its result": result_bytes,
+        "nothing": 0,
+        "64 MiB": 64 * MIB,
+        "128 MiB": 128 * MIB,
+        "`window_bytes` and the largest tensor": 256 * MIB,
+        "the pages of the source, which is mapped": 256 * MIB,
+    }[said]
+    assert peak_bytes <= expected + BESIDES_BYTES
+    assert peak_bytes >= expected - BESIDES_BYTES
+    assert result_bytes >= BESIDES_BYTES or said != "its result"
