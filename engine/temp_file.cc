@@ -8,7 +8,7 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <random>
+#include <system_error>
 #include <utility>
 
 #include "engine/ground/error.h"
@@ -22,9 +22,11 @@ constexpr std::size_t kRandomSize = 16;
 constexpr std::string_view kSuffix = ".tmp";
 
 std::string random_text() {
-  std::random_device random;
   std::string text(kRandomSize, '\0');
-  std::generate(text.begin(), text.end(), [&] { return kAlphabet[random() % kAlphabet.size()]; });
+  if (::getentropy(text.data(), text.size()) != 0)
+    throw std::system_error(errno, std::generic_category(), "getentropy");
+  std::transform(text.begin(), text.end(), text.begin(),
+                 [](char byte) { return kAlphabet[static_cast<unsigned char>(byte) % kAlphabet.size()]; });
   return text;
 }
 
