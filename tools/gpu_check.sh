@@ -273,12 +273,10 @@ check() {
 # A machine as the one that `check` is for, but for the speed: nothing of the build that was not carried.
 make_root() {
   local cuda=$bare/usr/local/cuda
-  rm -rf "$rehearsal"/{bare,cuda}
-  mkdir -p "$bare"
-  mmdebstrap --quiet --variant=minbase --include=python3,g++,cmake,ninja-build bookworm "$bare" \
-    http://deb.debian.org/debian || return
+  rm -rf "$rehearsal/cuda"
+  make_bare_root "$bare" python3,g++,cmake,ninja-build || return
   "$python" -m pip install --quiet --target "$rehearsal/cuda" "${cuda_wheels[@]}" || return
-  mkdir -p "$cuda"/{bin,lib64} "$bare"/{torch,stand_in}
+  mkdir -p "$cuda"/{bin,lib64} "$bare/stand_in"
   cp -r "$rehearsal"/cuda/nvidia/cu13/include "$cuda"
   printf '#!/bin/sh\necho "Cuda compilation tools, release 13.0, V13.0.88"\n' >"$cuda/bin/nvcc"
   # Its own options, each with a value, come before the program.
@@ -312,17 +310,10 @@ rehearse() {
   mkdir "$check"
   git ls-files -z | tar -c --null -T - | tar -x -C "$check"
   cp -r "$rehearsal/.gpu" "$check"
-  export GPU_CHECK_SLOWER=$((1 + 15 / $(nproc))) GPU_CHECK_SCALE=0.02
-  # Python tests that look at no device and start no thread.
-  export PYTEST_ADDOPTS="-k 'every_dtype or two_devices'"
-  # shellcheck disable=SC2016
-  unshare --net --mount --pid --fork --kill-child bash -c '
-    mount --bind "$1" "$2/torch" && mount -o remount,bind,ro "$2/torch" && mount -t proc proc "$2/proc" &&
-      mount -t tmpfs tmpfs "$2/tmp" && mount --bind /dev "$2/dev" || exit
-    ip link set lo up 2>/dev/null
-    exec chroot "$2" env PATH=/torch/bin:/usr/bin:/bin PYTHONPATH=/stand_in HOME=/tmp LC_ALL=C.UTF-8 bash \
-      check/tools/gpu_check.sh check /check/gpu_check "${@:3}"
-  ' bash "$(realpath "$venv")" "$bare" "$@"
+  # The Python tests are those that look at no device and start no thread.
+  in_bare_root "$bare" "$(realpath "$venv"):/torch" -- env PATH=/torch/bin:/usr/bin:/bin HOME=/tmp LC_ALL=C.UTF-8 PYTHONPATH=/stand_in \
+    GPU_CHECK_SLOWER=$((1 + 15 / $(nproc))) GPU_CHECK_SCALE=0.02 PYTEST_ADDOPTS="-k 'every_dtype or two_devices'" \
+    bash check/tools/gpu_check.sh check /check/gpu_check "$@"
 }
 
 case ${1:-check} in

@@ -161,3 +161,29 @@ require_tests() {
     grep -q "^ *def ${test##*::}(" "$tests/${test%%::*}" || fail "there is no $test any more"
   done
 }
+
+# make_bare_root FOLDER PACKAGE,...: a root file system of Debian 12 with these packages and what they need.
+make_bare_root() {
+  rm -rf "$1"
+  mkdir -p "$1"
+  mmdebstrap --quiet --variant=minbase --include="$2" bookworm "$1" http://deb.debian.org/debian
+}
+
+# in_bare_root ROOT [FROM:TO...] -- COMMAND...: the command in that root file system, as its own root, without network and
+# with processes of its own. Each FROM, a file or a folder, is there as TO, to be read only.
+in_bare_root() {
+  # shellcheck disable=SC2016
+  unshare --net --mount --pid --fork --kill-child bash -c '
+    bare=$1
+    shift
+    while [[ $1 != -- ]]; do
+      from=${1%%:*} to=$bare${1#*:}
+      if [[ -d $from ]]; then mkdir -p "$to"; else mkdir -p "${to%/*}" && touch "$to"; fi
+      mount --bind "$from" "$to" && mount -o remount,bind,ro "$to" || exit
+      shift
+    done
+    mount -t proc proc "$bare/proc" && mount -t tmpfs tmpfs "$bare/tmp" && mount --rbind /dev "$bare/dev" || exit
+    ip link set lo up 2>/dev/null
+    exec chroot "$bare" "${@:2}"
+  ' bash "$@"
+}
