@@ -60,6 +60,14 @@ def test_every_binding_is_replaced_and_restored_to_the_same_object(module):
     assert "undone" in repr(acceleration)
 
 
+def test_handles_are_instances_of_what_opened_them(path):
+    theirs = ORIGINAL(path, "pt")
+    with flashpack.accelerate():
+        for handle in (safetensors.safe_open(path, "pt"), safetensors.safe_open(path, "numpy"), theirs):
+            assert isinstance(handle, safetensors.safe_open)
+        assert not isinstance(path, safetensors.safe_open)
+
+
 def test_the_original_comes_back_when_the_last_of_several_is_undone():
     outer = flashpack.accelerate()
     with flashpack.accelerate():

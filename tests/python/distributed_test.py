@@ -169,6 +169,24 @@ def test_the_index_decides_on_all_ranks_which_of_several_files_has_a_tensor(rank
     assert ranks(assign, [str(index), NOWHERE], {}) == [plain(source.state_dict())] * 2
 
 
+def assign_from_list(rank, names, options):
+    return assign(rank, [names, names], options)
+
+
+@pytest.mark.parametrize("is_list", [True, False])
+def test_all_ranks_load_a_list_of_files_and_a_directory_whose_index_lists_some_of_them(ranks, tmp_path, is_list):
+    source = Model()
+    state = source.state_dict()
+    parts = ({"a": state["a"]}, {name: tensor for name, tensor in state.items() if name != "a"})
+    files = [tmp_path / f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    for file, part in zip(files, (*parts, {"a": state["a"] + 1, "more": state["a"]}), strict=True):
+        safetensors.torch.save_file(part, file)
+    listed = {name: file.name for file, part in zip(files, parts, strict=False) for name in part}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    path = [str(file) for file in files[:2]] if is_list else str(tmp_path)
+    assert ranks(assign_from_list, path, {}) == [plain(state)] * 2
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 import threading
 from pathlib import Path
@@ -51,6 +52,32 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(_mapped_tensors._ReadAhead, "want", noted)
     return ranges
+
+
+def test_reading_ahead_ends_when_the_mapping_is_gone(path, monkeypatch):
+    entered, gate = threading.Event(), threading.Event()
+    read: list[int] = []
+
+    def preadv(fd: int, buffers: Any, offset: int) -> int:
+        read.append(offset)
+        entered.set()
+        assert gate.wait(60)
+        return len(buffers[0])
+
+    monkeypatch.setattr(_mapped_tensors.os, "preadv", preadv)
+    monkeypatch.setattr(_mapped_tensors, "_STREAMS", 1)
+    mapping = mmap.mmap(-1, mmap.PAGESIZE)
+    with path.open("rb") as file:
+        ahead = _mapped_tensors._ReadAhead(file.fileno(), mapping)
+    before = set(threading.enumerate())
+    ahead.want(0, MIB)
+    ahead.want(MIB, MIB)
+    (thread,) = set(threading.enumerate()) - before
+    assert entered.wait(60)
+    del mapping
+    gate.set()
+    thread.join(60)
+    assert read == [0]
 
 
 def evict(path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from flashpack import _file
 from flashpack.safetensors import CheckpointError, SafetensorError, load_file, load_model, safe_open, save_model
 from safetensors.torch import load_file as their_load_file
 from safetensors.torch import save_file
@@ -271,6 +272,17 @@ def test_load_model_names_what_is_missing_and_unexpected(tmp_path):
 def test_a_handle_refuses_to_be_pickled(path):
     with safe_open(path, "pt") as file, pytest.raises(TypeError, match="cannot pickle"):
         pickle.dumps(file)
+
+
+def test_an_error_within_a_read_is_not_taken_for_an_index_that_torch_has_to_apply(path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise TypeError("a mistake within")
+
+    with safe_open(path, "pt") as file:
+        part = file.get_slice("a.first")
+        monkeypatch.setattr(_file.TensorSlice, "_read", fail)
+        with pytest.raises(TypeError, match="a mistake within"):
+            part[1:]
 
 
 def test_several_files_are_read_as_one(tmp_path, backend):

@@ -13,7 +13,7 @@ from flashpack._stream import TensorStream, stream_tensors
 from flashpack.integrations import _serving
 from flashpack.integrations._lazy import LazyTensor
 from serving_models import FORMATS, STATE, save_sharded, save_whole, stand_ins
-from support import assert_bit_equal, run_python
+from support import assert_bit_equal, bits, run_python
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,24 @@ print({"vllm", "sglang"} & set(sys.modules))
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_weights_of_either_format_are_those_of_the_model_and_not_of_files_that_its_index_omits(tmp_path, save, suffix):
     assert_bit_equal(weights_of(save(tmp_path / "model", suffix)), STATE)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_of_tensors_with_one_name_the_last_stays_where_there_is_no_index(tmp_path, suffix):
+    for name, value in (("9", 1), ("10", 2)):
+        save_whole(tmp_path, suffix, {"a": torch.full((2,), value), name: torch.ones(2)})
+        (tmp_path / f"model.{suffix}").rename(tmp_path / f"part-{name}.{suffix}")
+    loader = loader_of()
+    loaded = list(loader._get_weights_iterator(loader.Source(str(tmp_path))))
+    assert sorted(name for name, _ in loaded) == ["10", "9", "a", "a"]
+    assert bits(dict(loaded)["a"]) == bits(torch.full((2,), 2))
+
+
+def test_a_damaged_file_is_named_where_there_is_no_index(tmp_path):
+    save_whole(tmp_path, "safetensors")
+    (tmp_path / "part.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(flashpack.FlashPackError, match=r"part\.safetensors"):
+        weights_of(tmp_path)
 
 
 def test_converted_weights_are_taken_where_both_formats_are(tmp_path):

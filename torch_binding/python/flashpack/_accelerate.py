@@ -75,7 +75,15 @@ def accelerate() -> Acceleration:
         return handle
 
 
-class safe_open:  # noqa: N801  It has the name of what it stands for.
+class _TellsHandles(type):
+    """Programs may ask what they opened is an instance of."""
+
+    def __instancecheck__(cls, handle: object) -> bool:
+        ours = sys.modules.get("flashpack.safetensors")  # Only what has loaded it can have made one of its handles.
+        return isinstance(handle, _original_open) or (ours is not None and isinstance(handle, ours.safe_open))
+
+
+class safe_open(metaclass=_TellsHandles):  # noqa: N801  It has the name of what it stands for.
     """safetensors.safe_open, as accelerate() puts it in place.
 
     The arguments are those of the original, and mean the same: by default tensors on the CPU share the memory of the

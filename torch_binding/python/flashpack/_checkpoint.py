@@ -114,15 +114,25 @@ def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Iterator[Checkpoint]:
 
 def opened_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
     """Returns a checkpoint that the caller has to close. Raises as open_checkpoint does."""
-    if isinstance(path, (Sequence, Set, Iterator)) and not (isinstance(path, (str, bytes)) or hasattr(path, "read")):
-        paths = [path_of(each) for each in path]
-        checkpoint = Checkpoint(", ".join(paths), _native.open_files(paths))
-    else:
-        text = path_of(path)
-        checkpoint = Checkpoint(text, _native.open_checkpoint(text))
+    paths = _listed(path)
+    text = path_of(path) if paths is None else ", ".join(paths)
+    checkpoint = Checkpoint(text, _native.open_checkpoint(text) if paths is None else _native.open_files(paths))
     for file, warning in checkpoint.native.warnings:
         logger.warning("%s: %s", file, warning)
     return checkpoint
+
+
+def name_of(path: StrPath | Sequence[StrPath]) -> str:
+    """Returns what messages call a checkpoint, without a look at its files. Raises as path_of does."""
+    paths = _listed(path)
+    return path_of(path) if paths is None else ", ".join(paths)
+
+
+def _listed(path: object) -> list[str] | None:
+    """Returns the paths of a list of files, None for a path."""
+    if isinstance(path, (str, bytes)) or hasattr(path, "read") or not isinstance(path, (Sequence, Set, Iterator)):
+        return None
+    return [path_of(each) for each in path]
 
 
 def path_of(path: object) -> str:

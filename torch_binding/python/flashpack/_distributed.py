@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from . import _native
-from ._checkpoint import Checkpoint, Entry, StrPath, open_checkpoint
+from ._checkpoint import Checkpoint, Entry, StrPath, name_of, open_checkpoint
 from ._device import CPU
 from ._logging import in_one_line
 from ._memory import Block, Filled, ReadOptions, Wanted, allocate, fill, filled_of, make_room, read_blocks
@@ -73,7 +73,7 @@ class Ranks:
                 self._send_headers(checkpoint)
                 yield checkpoint
         else:
-            yield self._receive_headers(os.fspath(path))
+            yield self._receive_headers(name_of(path))
 
     def _send_headers(self, checkpoint: Checkpoint) -> None:
         if self.count > 1:

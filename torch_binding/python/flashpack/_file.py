@@ -216,6 +216,10 @@ class FlashPackFile:
             raise KeyError(f"{self.path} has no tensor {name!r}") from None
 
 
+class UnknownIndexError(TypeError):
+    """Parts of a tensor cannot be read by such an index."""
+
+
 class TensorSlice:
     """A tensor of a file, of which parts can be read. Made by FlashPackFile.get_slice()."""
 
@@ -374,7 +378,7 @@ def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], list[int]]
                 raise IndexError(f"index {number} is out of bounds for a dim of size {size}")
             ranges.append(range(number % size, number % size + 1))
         else:
-            raise TypeError(f"parts of a tensor are read by integers, slices and '...', not by {item!r}")
+            raise UnknownIndexError(f"parts of a tensor are read by integers, slices and '...', not by {item!r}")
     return ranges, kept
 
 

@@ -87,7 +87,7 @@ class MappedTensors:
                 _mapped_bytes[block._buffer] = block.size_bytes
                 fits = 2 * sum(_mapped_bytes.values()) < _memory_bytes()
             # What is read too far ahead would be displaced before it is used.
-            made = _Map(block, _ReadAhead(file.fd) if fits else None)
+            made = _Map(block, _ReadAhead(file.fd, block.owner) if fits else None)
             self._maps.setdefault(entry.file, made)  # Two threads may each map the file; then one mapping is dropped.
         return self._maps[entry.file]
 
@@ -113,11 +113,15 @@ class _Map(NamedTuple):
 class _ReadAhead:
     """Ranges of a file on their way into the page cache, by threads that end when there is nothing left to read.
 
+    They also end once the mapping and all tensors in it are gone, which may be long after the file was closed. At the
+    end of the interpreter each of them is in one read at most.
+
     It has no locks: that a thread too many or too few is started, also in a forked child, costs only speed.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, mapping: object) -> None:
         self._file = open_again(fd)
+        self._mapping = weakref.ref(mapping)
         self._ranges: deque[tuple[int, int]] = deque()
         self._threads = 0
 
@@ -134,7 +138,7 @@ class _ReadAhead:
             scratch = memoryview(bytearray(_SCRATCH_BYTES))
             with open_again(self._file.fileno()) as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                while True:
+                while self._mapping() is not None:
                     begin, end = self._ranges.popleft()
                     while begin < end and (size_bytes := os.preadv(file.fileno(), [scratch[: end - begin]], begin)):
                         begin += size_bytes

@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 
 from ._checkpoint import Entry, StrPath, Verify, is_flashpack_file
 from ._device import DeviceLike
-from ._file import FlashPackFile, TensorSlice, open_file
+from ._file import FlashPackFile, TensorSlice, UnknownIndexError, open_file
 from ._file import load_file as load_any_file
 from ._mapped_tensors import MappedTensors
 from ._prefetch_loader import PrefetchLoader, PrefetchPlan, checked_rows
@@ -223,7 +223,7 @@ class PySafeSlice:
                 return self._file.get(self._entry.name)
             try:
                 return TensorSlice(self._file, self._entry)[index]
-            except TypeError:  # Lists, masks, tensors, None.
+            except UnknownIndexError:  # Lists, masks, tensors, None.
                 return self._file.get(self._entry.name)[index]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .._checkpoint import Verify
+from .._checkpoint import Checkpoint, Verify, opened_checkpoint
 from .._conversion import files_of
 from .._device import CPU
 from .._file import open_file
@@ -149,5 +149,28 @@ def _lazy_weights(files: list[str], device: torch.device, options: Options, keep
 
 
 def _read_weights(files: list[str], device: torch.device, options: Options, keep: Keep | None) -> Weights:
-    with stream_tensors(files, device, names=keep, window_bytes=options.window_bytes, verify=options.verify) as weights:
+    opened = _opened_as_one(files)
+    if opened is None:
+        for file in files:
+            yield from _read_weights([file], device, options, keep)
+        return
+    window_bytes, verify = options.window_bytes, options.verify
+    with (
+        closing(opened.native),
+        stream_tensors(opened, device, names=keep, window_bytes=window_bytes, verify=verify) as weights,
+    ):
         yield from weights
+
+
+def _opened_as_one(files: list[str]) -> Checkpoint | None:
+    """Opens files as one checkpoint; None if that cannot be, because files have tensors of the same name.
+
+    The hosts give such tensors to the model one after the other, so that the last one stays. An error that one of the
+    files has by itself comes again when that is opened alone.
+    """
+    try:
+        return opened_checkpoint(files)
+    except FlashPackError:
+        if len(files) == 1:
+            raise
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -119,7 +120,13 @@ class FlashPackModelLoader(default_loader.DefaultModelLoader):
 
         device = self.load_config.device or current_platform.device_type
         filtered = None if local_expert_ids is None else keep
-        return weights_of(sorted(files), device, self._options, filtered, enable_tqdm(use_tqdm_on_load))
+        files = sorted(files, key=_natural_order)
+        return weights_of(files, device, self._options, filtered, enable_tqdm(use_tqdm_on_load))
+
+
+def _natural_order(file: str) -> list[str | int]:
+    """Sorts shard-10 after shard-9, as vLLM does. If files have tensors of the same name, the last one stays."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file)]
 
 
 def _used_files(files: list[str], is_unused_weight: Callable[[str], bool]) -> list[str]:
