@@ -95,7 +95,7 @@ def test_a_diffusers_model_and_a_pipeline_are_the_same(tmp_path, opened):
         pipeline_again = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     assert_bit_equal(again.state_dict(), unet.state_dict())
     assert np.array_equal(image(pipeline_again), image(pipeline))
-    assert len(opened) == 4
+    assert len(opened) >= 4  # Old versions open a file several times.
 
 
 _BESIDE_PATCHES = """

@@ -44,7 +44,7 @@ def test_a_library_loads_what_a_directory_reverts_to(tmp_path):
     for name in ("bert", "pipeline"):
         commands.convert_to_flashpack(tmp_path / name, tmp_path / f"{name}-packed")
         assert run("revert", tmp_path / f"{name}-packed", tmp_path / f"{name}-back").exit_code == 0
-    again = type(bert).from_pretrained(tmp_path / "bert-back", use_safetensors=True)
+    again = type(bert).from_pretrained(tmp_path / "bert-back", use_safetensors=True, dtype="auto")
     assert_bit_equal(again.state_dict(), dict(bert.state_dict()))
     again = type(unet).from_pretrained(
         tmp_path / "pipeline-back" / "unet", torch_dtype=torch.bfloat16, use_safetensors=True
