@@ -37,10 +37,14 @@ bool kernel_keeps_direct_reads() {
   return major > 5 || (major == 5 && minor >= 18);
 }
 
-// Kept pages would be missing elsewhere where the address space is limited, or all memory that is promised counts.
+// Kept pages would be missing elsewhere where the address space is limited, which may happen at any time.
 bool address_space_is_free() {
   rlimit limit{};
-  if (::getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur != RLIM_INFINITY) return false;
+  return ::getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur == RLIM_INFINITY;
+}
+
+// They would, too, where all memory that is promised counts.
+bool promises_are_free() {
   char overcommit = '2';
   std::ifstream("/proc/sys/vm/overcommit_memory") >> overcommit;
   return overcommit != '2';
@@ -82,7 +86,7 @@ TargetPages& TargetPages::of_process() {
   return *one;
 }
 
-TargetPages::TargetPages() : keeps_(kernel_keeps_direct_reads() && address_space_is_free()) {}
+TargetPages::TargetPages() : keeps_(kernel_keeps_direct_reads() && promises_are_free()) {}
 
 void TargetPages::begin_as_child() noexcept {
   kept_.clear();
@@ -98,6 +102,10 @@ std::span<std::byte> TargetPages::take(std::size_t before_bytes, std::size_t siz
   const bool fresh = memory.empty();
   if (fresh) {
     memory = map(pages_bytes);
+    if (memory.empty()) {
+      drop_kept(0);
+      memory = map(pages_bytes);
+    }
     if (memory.empty()) {
       throw Error(errno_code(errno), "map " + std::to_string(pages_bytes) + " bytes of memory for tensors");
     }
@@ -124,13 +132,14 @@ std::span<std::byte> TargetPages::take_kept(std::size_t size_bytes) {
     kept_.emplace_hint(std::next(best), begin + size_bytes, kept_size_bytes - size_bytes);
   kept_.erase(best);
   kept_bytes_ -= size_bytes;
-  ::madvise(begin, size_bytes, MADV_DOFORK);
-  return {begin, size_bytes};
+  if (::madvise(begin, size_bytes, MADV_DOFORK) == 0) return {begin, size_bytes};
+  unmap(begin, size_bytes);  // A process with as many mappings as it may have cannot get them back for its children.
+  return {};
 }
 
 void TargetPages::give_back(std::span<std::byte> memory) noexcept {
   // From now on the kernel may take these pages until they are written again. It refuses if they are locked.
-  const bool is_free = keeps_ && ::madvise(memory.data(), memory.size(), MADV_FREE) == 0;
+  const bool is_free = keeps_ && address_space_is_free() && ::madvise(memory.data(), memory.size(), MADV_FREE) == 0;
   const std::lock_guard lock(mutex_);
   used_.erase(memory.data());
   used_bytes_ -= memory.size();

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -124,6 +125,22 @@ TEST_F(HostMemoryTest, ThreadsNeverShareMemory) {
   std::vector<std::thread> threads;
   for (int i = 1; i <= 4; ++i) threads.emplace_back(work, std::byte(i));
   for (std::thread& thread : threads) thread.join();
+}
+
+TEST_F(HostMemoryTest, NothingIsKeptWhereTheAddressSpaceIsLimited) {
+  const pid_t child = ::fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    const rlimit limit{RLIM_INFINITY - 1, RLIM_INFINITY};  // Sanitizers take a lot of it.
+    if (::setrlimit(RLIMIT_AS, &limit) != 0) ::_exit(2);
+    {
+      const HostMemory memory(8 * kMiB);
+    }
+    ::_exit(HostMemory::kept_bytes() == 0 ? 0 : 1);
+  }
+  int status = -1;
+  ::waitpid(child, &status, 0);
+  EXPECT_EQ(status, 0);
 }
 
 TEST_F(HostMemoryTest, KeptMemoryIsNotInheritedByAForkedChild) {

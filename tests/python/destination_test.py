@@ -135,3 +135,31 @@ def test_models_are_not_saved_into_a_fifo(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(FlashPackError, match=r"not a regular file.*config\.json"):
         save(make("bert"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("link", ["model.flashpack", "config.json"])
+def test_a_link_in_the_destination_that_leads_to_the_source_is_refused(tmp_path, name, link):
+    source = tmp_path / "model"
+    source.mkdir()
+    safetensors.torch.save_file(STATE, source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / link).symlink_to(source / name)
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    with pytest.raises(FlashPackError, match="is the source"):
+        commands.convert_to_flashpack(source, tmp_path / "out")
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+
+
+def test_two_links_in_the_destination_to_one_file_are_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    safetensors.torch.save_file(STATE, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    for link in ("config.json", "model.flashpack"):
+        (tmp_path / "out" / link).symlink_to(tmp_path / "one")
+    (tmp_path / "one").write_text("old")
+    with pytest.raises(FlashPackError, match="several links to one file"):
+        commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out")
+    assert (tmp_path / "one").read_text() == "old"

@@ -142,12 +142,25 @@ def test_what_the_file_lacks_stays_as_it_is(pack, source):
 
 def shares_memory(model):
     model.first.weight.data = torch.zeros(600, 300)[:500]
-    model.turned.data = model.first.weight.data[:300, :200]
     model.norm.bias.data = model.first.weight.data.view(-1)[300:800]
+
+
+def shares_memory_with_a_view(model):
+    model.first.weight.data = torch.zeros(600, 300)[:500]
+    model.turned.data = model.first.weight.data[:300, :200]
+
+
+def shares_memory_of_two_views(model):
+    both = torch.zeros(500, 4)
+    model.norm.weight.data, model.norm.bias.data = both[:, 1], both[:, 2]
 
 
 def is_expanded(model):
     model.norm.weight.data = torch.zeros(1).expand(500)
+
+
+def overlaps_itself(model):
+    model.turned.data = torch.zeros(499).unfold(0, 200, 1)
 
 
 def is_too_short(model):
@@ -162,6 +175,9 @@ def has_integers(model):
     ("change", "message"),
     [
         (shares_memory, "'first.weight' and 'norm.bias' share memory"),
+        (shares_memory_with_a_view, "'turned' and 'first.weight' share memory"),
+        (shares_memory_of_two_views, "'norm.weight' and 'norm.bias' share memory"),
+        (overlaps_itself, "'turned' has one memory for several of its elements"),
         (is_expanded, "'norm.weight' has one memory for several of its elements"),
         (has_integers, "dtype mismatch for 'first.bias': model=torch.int64 vs flash=torch.float32"),
         (lambda model: setattr(model, "first", torch.nn.Linear(300, 501)), "shape mismatch for 'first.weight'"),

@@ -37,6 +37,14 @@ def test_the_name_of_a_file_decides_its_format(name, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["flashpack", "safetensors"])
+def test_lazy_conjugates_are_written_as_the_values_that_they_have(suffix, tmp_path):
+    values = torch.tensor([1 + 2j, 3 - 4j])
+    path = tmp_path / f"a.{suffix}"
+    flashpack.save_file({"a": values.conj(), "b": values.conj().imag}, path)
+    assert_bit_equal(flashpack.load_file(path), {"a": values.conj_physical(), "b": torch.tensor([-2.0, 4.0])})
+
+
+@pytest.mark.parametrize("suffix", ["flashpack", "safetensors"])
 def test_a_model_comes_back_with_its_ties(suffix, tmp_path):
     path = str(tmp_path / f"a.{suffix}")
     model, again = Tied(), Tied()

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ._conversion import files_of, find_checkpoint, is_index, weight_patterns
@@ -142,10 +142,11 @@ def refuse_source(sources: Iterable[Path], destination: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged(destination: Path) -> Iterator[Path]:
+def staged(destination: Path, source: Path | None = None) -> Iterator[Path]:
     """Yields a directory to write into. If the block ends well, its files are moved into `destination`, durably.
 
     Otherwise nothing stays. They replace what pack_to_file would replace; what that raises comes before any move.
+    Raises FlashPackError if links in `destination` lead to files of `source`, or two of them to one file.
     """
     destination = Path(os.path.abspath(destination))
     # Files are moved by rename, so that the temporary directory has to be on the file system of the destination.
@@ -157,6 +158,7 @@ def staged(destination: Path) -> Iterator[Path]:
         yield stage
         files = sorted(path for path in stage.rglob("*") if path.is_file())
         targets = [file_to_replace(destination / file.relative_to(stage)) for file in files]
+        _check_targets(targets, destination, source)
         for file, target in zip(files, targets, strict=True):
             make_directories(target.parent)
             sync(file)
@@ -164,3 +166,15 @@ def staged(destination: Path) -> Iterator[Path]:
                 shutil.copymode(target, file)
             file.replace(target)
             sync(target.parent)
+
+
+def _check_targets(targets: Sequence[Path], destination: Path, source: Path | None) -> None:
+    # A target that is a link still is replaced itself.
+    real = [Path(os.path.realpath(target.parent), target.name) for target in targets]
+    if len(set(real)) < len(real):
+        raise FlashPackError(f"{destination} has several links to one file, which cannot become several files")
+    origin = None if source is None else Path(os.path.realpath(source))
+    if origin is None or Path(os.path.realpath(destination)).is_relative_to(origin):
+        return
+    for target, path in zip(targets, real, strict=True):
+        refuse_source([path] if path.is_relative_to(origin) else [], target)

@@ -73,20 +73,38 @@ def _check_memory(entry: Entry, value: torch.Tensor) -> None:
     end_bytes = (value.storage_offset() + last + 1) * value.itemsize
     if value.numel() and end_bytes > value.untyped_storage().nbytes():
         raise ValueError(f"{entry.name!r} has less memory than its shape needs")
-    if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
-        raise ValueError(f"{entry.name!r} has one memory for several of its elements, as expand() makes it")
+    if value.numel() and _may_overlap_itself(value):
+        raise ValueError(f"{entry.name!r} has one memory for several of its elements, as expand() and unfold() make it")
+
+
+def _may_overlap_itself(value: torch.Tensor) -> bool:
+    elements = 1  # As many as lie between the first and the last one of all smaller strides.
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1:
+            if stride < elements:
+                return True
+            elements += (size - 1) * stride
+    return False
 
 
 def _check_apart(targets: Sequence[Target]) -> None:
-    """Raises ValueError if two tensors share memory, because the file may have two values for it."""
+    """Raises ValueError if two tensors may share memory, because the file may have two values for it.
+
+    Views whose elements lie between each other are refused, too, because to tell them apart would cost too much.
+    """
     spans = sorted(
-        (str(memory.device), memory.data_ptr(), memory.data_ptr() + memory.nbytes, entry.name)
+        (str(memory.device), memory.data_ptr(), _end_of(memory), entry.name)
         for entry, _, _, memory in targets
-        if memory is not None and memory.is_contiguous() and memory.numel()
+        if memory is not None and memory.numel()
     )
     for (device, _, end, name), (next_device, begin, _, next_name) in pairwise(spans):
         if device == next_device and begin < end:
             raise ValueError(f"{name!r} and {next_name!r} share memory, but are two tensors of the model")
+
+
+def _end_of(memory: torch.Tensor) -> int:
+    last = sum((size - 1) * stride for size, stride in zip(memory.shape, memory.stride(), strict=True))
+    return memory.data_ptr() + (last + 1) * memory.itemsize
 
 
 def load_in_place(

@@ -52,7 +52,7 @@ def _revert_directory(source: Path, destination_path: StrPath | None, silent: bo
     destination = source if destination_path is None else Path(destination_path)
     in_place = destination.exists() and destination.samefile(source)
     reverted = 0
-    with staged(destination) as stage:
+    with staged(destination, source) as stage:
         for folder in model_folders(source):
             check_folder(source, folder)
             with open_checkpoint(source / folder) as checkpoint:

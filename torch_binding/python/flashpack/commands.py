@@ -38,7 +38,7 @@ __all__ = [
 StateDict = Mapping[str, torch.Tensor]
 Names = list[str] | None
 
-_FOREIGN_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx"})
+_FOREIGN_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".json"})
 
 
 class NoDestinationError(FlashPackError, AssertionError):
@@ -296,7 +296,7 @@ def _convert_directory(
     if destination_path is None:
         for folder, checkpoint in checkpoints.items():
             refuse_existing(destination / folder / _weights_name(checkpoint))
-    with staged(destination) as stage:
+    with staged(destination, directory) as stage:
         for folder, checkpoint in checkpoints.items():
             pack(folder, checkpoint, stage / folder / _weights_name(checkpoint))
         if not (destination.exists() and destination.samefile(directory)):

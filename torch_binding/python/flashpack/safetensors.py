@@ -295,7 +295,9 @@ def save_file(tensors: dict[str, torch.Tensor], filename: StrPath, metadata: Map
         with catchable():
             pack_to_file(tensors, filename, metadata=metadata)
     else:
-        safetensors.torch.save_file(tensors, filename, None if metadata is None else dict(metadata))
+        # It writes the bytes of a tensor, which for a lazy conjugate or negative are those of the other value.
+        resolved = {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(resolved, filename, None if metadata is None else dict(metadata))
 
 
 def save_model(
