@@ -399,6 +399,8 @@ def main() -> int:
             names = [ROOFLINE, *options.only]
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 results.take(name, state, options.dir)
+            if options.out is not None:  # A run that is cut short still has figures.
+                options.out.with_suffix(".json").write_text(json.dumps(report(results), indent=2) + "\n")
     result = report(results)
     command = f"bench/compare.py --size_gib {options.size_gib:g} --rounds {options.rounds}"
     publish(result, as_markdown(result, command), options.out)
