@@ -23,7 +23,7 @@ namespace {
 
 constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 
-// What this process has used before would otherwise count as the most that it may keep.
+// Otherwise this process might keep as much as the tests before have used.
 class HostMemoryTest : public testing::Test {
  protected:
   HostMemoryTest() { HostMemory::release_kept(); }

@@ -12,7 +12,7 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "torch_binding" / "python" / "docs" / "memory.md"
 MIB = 1 << 20
-# What a call may take besides, whatever the size of the file: windows, the engine's staging, threads.
+# A call may take this besides, whatever the size of the file: windows, the engine's staging, threads.
 BESIDES_BYTES = 64 * MIB
 
 # Each call has a fork of a process that has imported everything, so that imports do not count.

@@ -117,7 +117,7 @@ def test_an_adapter_keeps_its_name_there_and_back(name, tmp_path):
     assert run("convert", lora).exit_code == 0
     assert names_in(lora) == sorted(["adapter_config.json", name, f"{stem}.flashpack"])
     assert "exists already" in run("convert", lora).stderr
-    assert_bit_equal(flashpack.load_file(lora), STATE)  # Of two files of one name, the flashpack file is meant.
+    assert_bit_equal(flashpack.load_file(lora), STATE)  # Where two files have one name, it is the flashpack file.
     assert run("convert", lora, tmp_path / "packed").exit_code == 0
     assert names_in(tmp_path / "packed") == ["adapter_config.json", f"{stem}.flashpack"]
     assert run("revert", tmp_path / "packed", tmp_path / "back").exit_code == 0

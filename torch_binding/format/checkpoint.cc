@@ -164,7 +164,7 @@ WeightMap read_index(const fs::path& path) { return parse_index(read_all(path), 
 
 WeightMap parse_index(std::string_view text, const fs::path& path) {
   WeightMap map;
-  std::string value = "it";  // What comes next.
+  std::string value = "it";  // The value that is read next, as an error names it.
   try {
     JsonReader json(text);
     json.object([&](std::string_view key) {

@@ -83,7 +83,7 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         self._tensors = self._run(paths, targets)
         # It is held while a tensor is being waited for, perhaps on the thread of a task that has been cancelled.
         self._turn = threading.RLock()
-        # What such a thread has found, the end or an error included, until somebody takes it.
+        # The find of such a thread, the end or an error included, until somebody takes it.
         self._found: deque[tuple[str, torch.Tensor] | BaseException] = deque()
 
     def __repr__(self) -> str:

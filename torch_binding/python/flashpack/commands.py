@@ -246,7 +246,7 @@ def _convert_file(source: Path, destination_path: StrPath | None, packing: _Pack
     is_source = destination.exists() and any(destination.samefile(each) for each in sources)
     if destination_path is None and not is_source:
         refuse_existing(destination)
-    # What the source is comes first: a flashpack file, or none at all, would be called its own destination.
+    # The kind of the source is looked at first: a flashpack file, or none at all, would be called its own destination.
     tensors = map_tensors(source, packing.key)
     refuse_source(sources, destination)
     _refuse_foreign_name(destination)
