@@ -227,7 +227,8 @@ TEST_F(JobsTest, AFileAndAFileSystemThatDoNotAnswerLeaveSlotsToOthers) {
   EXPECT_GT(of_second, 0u);
   EXPECT_LT(of_file + of_second, kSlots + kSpare);
   EXPECT_FALSE(open(load(file_system_))) << "a third file gets none";
-  EXPECT_GT(open_all(load(other_file_system_), tags), 0u);
+  const Load elsewhere = load(other_file_system_);
+  EXPECT_GT(open_all(elsewhere, tags), 0u);
   close_all(tags);
   EXPECT_TRUE(jobs_.idle());
 }
