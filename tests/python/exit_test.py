@@ -21,6 +21,7 @@ path, folder, call = sys.argv[1:]
 big = {"a": torch.zeros(16 << 20, dtype=torch.uint8), "b": torch.zeros(4 << 20)}
 model = torch.nn.Linear(1 << 10, 1 << 10)
 rounds = threading.Semaphore(0)
+loaded = []
 
 def work(number):
     while True:
@@ -30,7 +31,8 @@ def work(number):
         elif call == "cast":
             flashpack.pack_to_file(big, f"{folder}/{number}.flashpack", target_dtype=torch.float16)
         elif call == "load":
-            flashpack.load_file(path)
+            # torch may abort if the last reference to a tensor goes in a daemon thread while the interpreter ends.
+            loaded.append(flashpack.load_file(path))
         elif call == "verify":
             flashpack.verify_file(path)
         else:
