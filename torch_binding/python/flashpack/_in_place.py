@@ -69,8 +69,7 @@ def _check_memory(entry: Entry, value: torch.Tensor) -> None:
             f"dtype mismatch for {entry.name!r}: model={value.dtype} vs flash={own}; whether values would be lost is "
             f"not known before they are read, so that in_place=True does not cast them"
         )
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    end_bytes = (value.storage_offset() + last + 1) * value.itemsize
+    end_bytes = value.storage_offset() * value.itemsize + _extent_bytes(value)
     if value.numel() and end_bytes > value.untyped_storage().nbytes():
         raise ValueError(f"{entry.name!r} has less memory than its shape needs")
     if value.numel() and _may_overlap_itself(value):
@@ -93,7 +92,7 @@ def _check_apart(targets: Sequence[Target]) -> None:
     Views whose elements lie between each other are refused, too, because to tell them apart would cost too much.
     """
     spans = sorted(
-        (str(memory.device), memory.data_ptr(), _end_of(memory), entry.name)
+        (str(memory.device), memory.data_ptr(), memory.data_ptr() + _extent_bytes(memory), entry.name)
         for entry, _, _, memory in targets
         if memory is not None and memory.numel()
     )
@@ -102,9 +101,10 @@ def _check_apart(targets: Sequence[Target]) -> None:
             raise ValueError(f"{name!r} and {next_name!r} share memory, but are two tensors of the model")
 
 
-def _end_of(memory: torch.Tensor) -> int:
-    last = sum((size - 1) * stride for size, stride in zip(memory.shape, memory.stride(), strict=True))
-    return memory.data_ptr() + (last + 1) * memory.itemsize
+def _extent_bytes(tensor: torch.Tensor) -> int:
+    """Returns the size from the first element to the end of the last one, for a tensor that is not empty."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize
 
 
 def load_in_place(
