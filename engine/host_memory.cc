@@ -18,7 +18,7 @@ using internal::kPageBytes;
 using internal::TargetPages;
 
 // The fresh pages of little memory cost little, and pages that are kept are kept in units of huge ones.
-bool is_small(std::span<const std::byte> bytes) { return bytes.size() < kHugePageBytes; }
+bool is_small(std::size_t size_bytes) { return size_bytes < kHugePageBytes; }
 
 std::span<std::byte> map_small(std::size_t size_bytes) {
   void* const mapping = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -29,7 +29,7 @@ std::span<std::byte> map_small(std::size_t size_bytes) {
 }  // namespace
 
 HostMemory::HostMemory(std::size_t size_bytes, std::uint64_t offset_bytes) {
-  const bool small = size_bytes < kHugePageBytes;
+  const bool small = is_small(size_bytes);
   const std::size_t before_bytes = offset_bytes % (small ? kPageBytes : kHugePageBytes);
   pages_ = small ? map_small(before_bytes + size_bytes) : TargetPages::of_process().take(before_bytes, size_bytes);
   bytes_ = pages_.subspan(before_bytes, size_bytes);
@@ -37,7 +37,7 @@ HostMemory::HostMemory(std::size_t size_bytes, std::uint64_t offset_bytes) {
 
 HostMemory::~HostMemory() {
   if (pages_.empty()) return;
-  if (is_small(bytes_)) {
+  if (is_small(bytes_.size())) {
     ::munmap(pages_.data(), pages_.size());
   } else {
     TargetPages::of_process().give_back(pages_);

@@ -13,11 +13,11 @@
 namespace flashpack::internal {
 
 /// Returns the one T, which is made at the first call and never destroyed, because a static engine may end after all
-/// other static objects and make errors even then.
+/// other static objects, and make errors and free memory even then.
 template <typename T>
-const T& immortal() {
+T& immortal() {
   alignas(T) static std::byte memory[sizeof(T)];
-  static const T* const one = new (memory) T;
+  static T* const one = new (memory) T;
   return *one;
 }
 

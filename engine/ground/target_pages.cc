@@ -75,15 +75,12 @@ void advise(std::byte* begin, std::byte* end, int advice) noexcept {
 }  // namespace
 
 TargetPages& TargetPages::of_process() {
-  alignas(TargetPages) static std::byte memory[sizeof(TargetPages)];
-  static TargetPages* const one = [] {
-    auto* const made = new (memory) TargetPages;
-    // A child must not inherit a mutex that a thread of its parent holds.
-    ::pthread_atfork([] { of_process().mutex_.lock(); }, [] { of_process().mutex_.unlock(); },
-                     [] { of_process().begin_as_child(); });
-    return made;
-  }();
-  return *one;
+  auto& one = immortal<TargetPages>();
+  // A child must not inherit a mutex that a thread of its parent holds.
+  static const int registered = ::pthread_atfork(
+      [] { of_process().mutex_.lock(); }, [] { of_process().mutex_.unlock(); }, [] { of_process().begin_as_child(); });
+  static_cast<void>(registered);
+  return one;
 }
 
 TargetPages::TargetPages() : keeps_(kernel_keeps_direct_reads() && promises_are_free()) {}

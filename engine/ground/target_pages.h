@@ -15,6 +15,8 @@ namespace flashpack::internal {
 /// forked child, too.
 class TargetPages {
  public:
+  /// Use of_process().
+  TargetPages();
   static TargetPages& of_process();
 
   /// Returns the pages for `size_bytes` that begin `before_bytes` after a multiple of 2 MiB, which is where the pages
@@ -37,7 +39,6 @@ class TargetPages {
     bool may_get_huge_pages;  ///< Whether untouched pages will be huge.
   };
 
-  TargetPages();
   std::span<std::byte> take_kept(std::size_t size_bytes);
   void keep(std::span<std::byte> memory);
   void drop_kept(std::uint64_t limit_bytes) noexcept;
