@@ -9,6 +9,7 @@
 
 #include "flashpack/engine.h"
 #include "tests/support/fake_cuda.h"
+#include "tests/support/hang.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -43,7 +44,7 @@ TEST(CudaExitTest, ALoadWithCopiesUnderWayEndsWithTheErrorThatSaysSo) {
     Transfer transfer = engine.start_load({.files = {{.path = dir / "file", .extents = {{0, 9 * kMiB, target}}}}});
     while (cuda.most_copies_under_way() == 0) std::this_thread::yield();
     cuda.unload();
-    ASSERT_TRUE(transfer.wait_for(std::chrono::minutes(1)));
+    ASSERT_TRUE(transfer.wait_for(testing::kHang));
     EXPECT_EQ(transfer.error(), std::error_code(cudaErrorCudartUnloading, cuda_category()));
     EXPECT_NE(transfer.error_text().find("cudaErrorCudartUnloading"), std::string::npos) << transfer.error_text();
   }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "tests/support/guarded_memory.h"
+#include "tests/support/hang.h"
 #include "tests/support/pipeline_rig.h"
 #include "tests/support/temp_dir.h"
 
@@ -18,11 +19,11 @@ namespace flashpack::internal {
 namespace {
 
 using flashpack::testing::GuardedMemory;
+using flashpack::testing::kHang;
 using Rig = flashpack::testing::PipelineRig;
 
 constexpr std::uint32_t kChunk = 1u << 20;
 constexpr std::size_t kSlots = 4;  // Two of them are kept from those behind a shut gate.
-constexpr std::chrono::seconds kHang{60};
 
 // A device whose memory is the host's, and whose copies land at once.
 class HostCopier final : public Copier {

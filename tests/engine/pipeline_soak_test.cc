@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "tests/support/guarded_memory.h"
+#include "tests/support/hang.h"
 #include "tests/support/pipeline_rig.h"
 #include "tests/support/temp_dir.h"
 
@@ -25,6 +26,7 @@ namespace flashpack::internal {
 namespace {
 
 using flashpack::testing::GuardedMemory;
+using flashpack::testing::kHang;
 using Rig = flashpack::testing::PipelineRig;
 
 constexpr std::uint32_t kChunkBytes = 256 << 10;  // Smaller than an engine allows: many chunks in little time.
@@ -32,7 +34,6 @@ constexpr int kLoadsPerRig = 25;
 // Only the largest file has bytes there: where a rig hangs, reads from here on do not come back until they are let go.
 constexpr std::uint64_t kHangingFrom = 400'000;
 constexpr std::uint64_t kNowhere = std::numeric_limits<std::uint64_t>::max();
-constexpr std::chrono::seconds kHang{60};
 
 unsigned long from_environment(const char* name, unsigned long otherwise) {
   const char* text = std::getenv(name);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "tests/support/guarded_memory.h"
+#include "tests/support/hang.h"
 #include "tests/support/pipeline_rig.h"
 #include "tests/support/temp_dir.h"
 
@@ -18,12 +19,12 @@ namespace flashpack::internal {
 namespace {
 
 using flashpack::testing::GuardedMemory;
+using flashpack::testing::kHang;
 using Rig = flashpack::testing::PipelineRig;
 
 constexpr std::uint32_t kChunkBytes = 256 << 10;
 constexpr std::uint64_t kFileBytes = 1'500'000;
 constexpr int kStores = 80;
-constexpr std::chrono::seconds kHang{60};
 
 class PipelineStoreTest : public ::testing::TestWithParam<Rig::Shape> {
  protected:

@@ -10,10 +10,12 @@
 #include <optional>
 #include <utility>
 
+#include "tests/support/hang.h"
+
 namespace flashpack::internal {
 namespace {
 
-constexpr std::chrono::seconds kHang{20};
+using flashpack::testing::kHang;
 
 class PoolTest : public ::testing::Test {
  protected:

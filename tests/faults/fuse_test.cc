@@ -10,6 +10,7 @@
 #include "flashpack/engine.h"
 #include "tests/support/faulty_fs.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/hang.h"
 #include "tests/support/mounts.h"
 #include "tests/support/temp_dir.h"
 
@@ -17,11 +18,11 @@ namespace flashpack {
 namespace {
 
 using testing::GuardedMemory;
+using testing::kHang;
 using testing::faulty_fs::kBadOffset;
 using testing::faulty_fs::kFileBytes;
 
 constexpr std::uint32_t kMiB = 1u << 20;
-constexpr std::chrono::seconds kHang{60};
 
 class FuseTest : public ::testing::TestWithParam<std::tuple<Backend, CachePolicy>> {
  protected:
@@ -116,7 +117,7 @@ TEST_P(FuseTest, AStuckReadHoldsUpNeitherWaitForNorOtherFiles) {
   Transfer second =
       engine_.start_load({.files = {{.path = dir_ / "other", .extents = {{0, other.size(), other.data()}}}},
                           .cache = CachePolicy::kDirect});
-  EXPECT_TRUE(second.wait_for(std::chrono::seconds(10)));
+  EXPECT_TRUE(second.wait_for(kHang));
   EXPECT_FALSE(stuck.wait_for(std::chrono::nanoseconds(0)));
 
   fs_->release();

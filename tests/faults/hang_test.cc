@@ -18,6 +18,7 @@
 
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/hang.h"
 #include "tests/support/hanging_fs.h"
 #include "tests/support/temp_dir.h"
 
@@ -25,9 +26,9 @@ namespace flashpack {
 namespace {
 
 using testing::GuardedMemory;
+using testing::kHang;
 
 constexpr std::uint32_t kMiB = 1u << 20;
-constexpr std::chrono::seconds kHang{20};
 constexpr std::uint32_t kDepth = 8;
 constexpr std::uint32_t kWorkers = 2;
 constexpr int kCrowd = 400;
@@ -405,15 +406,17 @@ TEST_P(HangTest, AStoreThatHangsWhereverItDoesHoldsUpNoLoadOfAnotherFileSystem) 
   }
 }
 
-// Into memory whose pages come from a file that hangs.
+// Into memory whose pages come from a file that hangs. Other loads of "small" itself would wait for the thread that has
+// opened it.
 TEST_P(HangTest, ACancelledSmallLoadEndsWhenNobodyWritesIntoItsMemoryAnyMore) {
-  const testing::HeldInCache held(dir_ / "other");
+  testing::write_file(dir_ / "small", std::span(bytes_).first(4096));
+  const testing::HeldInCache held(dir_ / "small");
   const int fd = ::open((*fs_ / "stuck").c_str(), O_RDONLY | O_CLOEXEC);
   void* const memory = ::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
   ::close(fd);
   ASSERT_NE(memory, MAP_FAILED);
   fs_->hold("read", "stuck");
-  Transfer transfer = engine_->start_load({.files = {{.path = dir_ / "other", .extents = {{0, 4096, memory}}}}});
+  Transfer transfer = engine_->start_load({.files = {{.path = dir_ / "small", .extents = {{0, 4096, memory}}}}});
   EXPECT_TRUE(fs_->wait_until_held("read", "stuck"));
   transfer.cancel();
   expect_that_others_go_on();

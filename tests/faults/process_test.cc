@@ -23,6 +23,7 @@
 
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/hang.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/small_loads.h"
 #include "tests/support/temp_dir.h"
@@ -165,7 +166,7 @@ int well_behaved_threads() {
 TEST_F(ConfinedTest, ThreadsOfTheEngineHaveNamesAndLeaveTheirOwnFaultsToTheApplicationsHandlers) {
   const int status = run_in_child([&] {
     const Engine engine(small_engine());
-    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    const auto end = std::chrono::steady_clock::now() + testing::kHang;
     int threads = 0;
     // One that is only starting blocks everything for a moment.
     while ((threads = well_behaved_threads()) != 3 && std::chrono::steady_clock::now() < end) std::this_thread::yield();
@@ -268,7 +269,7 @@ TEST_P(ClosingSandboxTest, WhatTheKernelDoesNotTakeAnyMoreGoesToTheWorkers) {
     GuardedMemory first(bytes_.size(), 64);
     Transfer transfer = engine.start_load(request(dir_ / "file", first, CachePolicy::kDirect));
     if (middle && !deny()) return kSkip;
-    if (!transfer.wait_for(std::chrono::seconds(20))) return 3;
+    if (!transfer.wait_for(testing::kHang)) return 3;
     transfer.wait();
     if (!right(first, bytes_)) return 1;
     GuardedMemory second(bytes_.size());
@@ -318,7 +319,7 @@ TEST_F(ConfinedTest, ASandboxThatDeniesOpenAndStatNowAndThenIsACleanErrorOrRight
         transfers.push_back(engine.start_load(request(dir_ / "file", memory.back(), static_cast<CachePolicy>(i % 3))));
       }
       for (std::size_t i = 0; i < transfers.size(); ++i) {
-        if (!transfers[i].wait_for(std::chrono::seconds(20))) return 3;
+        if (!transfers[i].wait_for(testing::kHang)) return 3;
         const std::error_code error = transfers[i].error();
         if (!error && !right(memory[i], bytes_)) return 1;
         if (error && error != std::errc::operation_not_permitted && error != std::errc::function_not_supported)

@@ -12,12 +12,12 @@
 
 #include "flashpack/engine.h"
 #include "tests/support/fake_cuda.h"
+#include "tests/support/hang.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack::testing {
 
 inline constexpr std::uint32_t kMiB = 1u << 20;
-inline constexpr std::chrono::seconds kHang{60};
 
 inline FakeCuda& cuda() { return FakeCuda::get(); }
 

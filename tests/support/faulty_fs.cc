@@ -3,7 +3,7 @@
 // usage: faulty_fs READY_FD RELEASE_FD MOUNTPOINT
 //
 // Writes a byte to READY_FD when it is mounted, and one for each read that gets stuck. /stuck answers when RELEASE_FD,
-// the reading end of a pipe, has come to its end, or after 20 seconds.
+// the reading end of a pipe, has come to its end, or after kHang.
 #define FUSE_USE_VERSION 31
 #include <fuse3/fuse.h>
 #include <poll.h>
@@ -18,6 +18,7 @@
 #include <string_view>
 
 #include "tests/support/faulty_fs.h"
+#include "tests/support/hang.h"
 
 namespace {
 
@@ -75,7 +76,7 @@ int on_read(const char* path, char* buffer, std::size_t size, off_t at, fuse_fil
   if (name == "stuck" && offset >= kStuckOffset) {
     tell();
     pollfd released{.fd = release_fd, .events = POLLIN};
-    ::poll(&released, 1, 20'000);
+    ::poll(&released, 1, std::chrono::milliseconds(flashpack::testing::kHang).count());
   }
   const std::uint64_t end = name == "early" ? kBadOffset : kFileBytes;
   if (offset >= end) return 0;

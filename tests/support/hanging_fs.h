@@ -12,6 +12,7 @@
 #include <map>
 #include <string>
 #include <string_view>
+#include "tests/support/hang.h"
 
 namespace flashpack::testing {
 
@@ -53,7 +54,7 @@ class HangingFs {
   void release(const std::string& op, const std::string& name) { command("release " + op + " " + name); }
   void release() { command("release"); }
 
-  /// Waits until `count` more of them hang. False when none comes in 20 seconds, or the program has ended.
+  /// Waits until `count` more of them hang. False when it takes longer than kHang, or the program has ended.
   bool wait_until_held(const std::string& op, const std::string& name, unsigned count = 1) {
     unsigned& held = held_[op + " " + name];
     while (held < count) {
@@ -81,7 +82,7 @@ class HangingFs {
   // Empty when it says nothing any more.
   std::string heard() {
     pollfd control{.fd = control_fd_, .events = POLLIN, .revents = 0};
-    if (::poll(&control, 1, 20'000) <= 0) return {};
+    if (::poll(&control, 1, std::chrono::milliseconds(kHang).count()) <= 0) return {};
     std::array<char, 512> text{};
     const auto size = ::recv(control_fd_, text.data(), text.size(), 0);
     return {text.data(), size > 0 ? static_cast<std::size_t>(size) : 0};
