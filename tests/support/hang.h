@@ -4,8 +4,7 @@
 
 namespace flashpack::testing {
 
-/// What takes longer hangs. A direct read of 16 MiB that were just written takes half a minute where other programs
-/// keep the disk busy, because the kernel writes them first.
+/// What takes longer hangs: nothing that the tests do takes so long, even beside programs that keep the disk busy.
 inline constexpr std::chrono::minutes kHang{2};
 
 }  // namespace flashpack::testing

@@ -12,6 +12,7 @@
 #include <map>
 #include <string>
 #include <string_view>
+
 #include "tests/support/hang.h"
 
 namespace flashpack::testing {
