@@ -253,7 +253,9 @@ def roofline(folder: Path, state: str) -> dict[str, Any]:
     paths = shards_of(folder)
     size_bytes = sum(path.stat().st_size for path in paths)
     cold = state == "cold"
-    memory = memoryview(mmap.mmap(-1, 64 * PART_BYTES if cold else size_bytes + PART_BYTES))
+    mapping = mmap.mmap(-1, 64 * PART_BYTES if cold else size_bytes + PART_BYTES)
+    mapping.madvise(mmap.MADV_HUGEPAGE)  # Into small pages direct I/O reads half as fast here.
+    memory = memoryview(mapping)
     for at in range(0, len(memory), mmap.PAGESIZE):
         memory[at] = 1
     best = None
