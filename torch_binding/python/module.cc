@@ -390,11 +390,21 @@ void bind_errors(nb::module_& module) {
   });
 }
 
+/// Raises ImportError in a subinterpreter. nanobind finds its classes through one pointer for the whole process, so
+/// that an import by a second interpreter would take them from the first.
+int refuse_subinterpreters(PyObject* /*module*/) {
+  if (PyInterpreterState_GetID(PyInterpreterState_Get()) == 0) return 0;
+  PyErr_SetString(PyExc_ImportError,
+                  "flashpack works in the main interpreter of a process alone, and this is a subinterpreter: use a "
+                  "process (multiprocessing) or a thread in its place");
+  return -1;
+}
+
 }  // namespace
 
 }  // namespace flashpack
 
-NB_MODULE(_native, module) {
+NB_MODULE(_native_of_main, module) {
   nb::set_leak_warnings(false);
   module.attr("version") = FLASHPACK_VERSION;
   flashpack::bind_native_calls(module);
@@ -404,4 +414,19 @@ NB_MODULE(_native, module) {
   flashpack::bind_pack(module);
   flashpack::bind_memory(module);
   flashpack::bind_handles(module);
+}
+
+/// Python calls this. Adds a first step to those in which nanobind makes the module, because the others of them come
+/// too late to refuse anything. Since 3.13 Python calls this in the main interpreter whoever imports, and only the
+/// steps in the one that does.
+extern "C" NB_EXPORT PyObject* PyInit__native() {
+  static std::array<PyModuleDef_Slot, 16> steps{};
+  PyObject* const object = PyInit__native_of_main();
+  if (object == nullptr || steps[0].slot != 0) return object;
+  auto* const definition = reinterpret_cast<PyModuleDef*>(object);
+  steps[0] = {Py_mod_exec, reinterpret_cast<void*>(&flashpack::refuse_subinterpreters)};
+  for (std::size_t i = 0; i + 2 < steps.size() && definition->m_slots[i].slot != 0; ++i)
+    steps[i + 1] = definition->m_slots[i];
+  definition->m_slots = steps.data();
+  return object;
 }
