@@ -37,6 +37,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "flashpack"  # The same figures give the same file.
+    pyplot.rcParams["svg.fonttype"] = "none"
     figure, panels = pyplot.subplots(1, len(STATES), figsize=(12, 4.2), layout="constrained")
     for panel, state in zip(panels, STATES, strict=True):
         for place, (name, first, second) in enumerate(reversed(bars(result, state))):
@@ -47,10 +48,12 @@ def draw(result: dict[str, Any], target: Path) -> None:
             panel.text(second, place - 0.2, f" {second:.1f}", va="center", fontsize=8)
         names = [name for name, *_ in reversed(bars(result, state))]
         panel.set_yticks(range(len(names)), names, fontsize=9)
-        roofline = result["rows"][ROOFLINE][state]["first_gb_per_s"]
-        panel.axvline(roofline, color="#b45309", linestyle="--", linewidth=1)
-        panel.set_title(f"{TITLES[state]}; dashed: plain reads, {roofline:.1f} GB/s", fontsize=10)
-        panel.set_xlabel("GB/s into memory of their own; dark: first load of a process, light: second")
+        panel.set_title(TITLES[state], fontsize=10)
+        if roofline := result["rows"].get(ROOFLINE, {}).get(state):
+            rate = roofline["first_gb_per_s"]
+            panel.axvline(rate, color="#b45309", linestyle="--", linewidth=1)
+            panel.set_title(f"{TITLES[state]} (dashed: plain reads, {rate:.1f})", fontsize=10)
+        panel.set_xlabel("GB/s; dark: first load of a process, light: second")
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
 

@@ -5,8 +5,8 @@ the first one's tensors are gone. All tensors own their memory in the end. Conte
 from the page cache before each cold load, and that is verified. Every load's bytes are checked.
 
 Peers are taken from PyPI into .cache/peers when they are not there. One that cannot be had, or fails, is named with its
-reason. The roofline is the best of plain reads by several threads: past the page cache for cold files, and out of it
-into memory that has been touched.
+reason. The roofline of the page cache is plain reads, by the better of one thread and all, into memory that has been
+touched. engine_bench and tools/fio_compare.sh measure that of the disk, which threads of Python do not reach.
 """
 
 from __future__ import annotations
@@ -224,19 +224,18 @@ def load_twice(loader: Loader, folder: Path, state: str) -> dict[str, Any]:
     return answers
 
 
-def read_all(paths: Iterable[Path], flags: int, threads: int, memory: memoryview) -> float:
-    """Returns the seconds for reading the files, 4 MiB at a time, into memory that is used again from its begin."""
-    descriptors = [os.open(path, os.O_RDONLY | flags) for path in paths]
+def read_all(paths: Iterable[Path], threads: int, memory: memoryview) -> float:
+    """Returns the seconds for reading the files into memory that is as large as all of them."""
+    descriptors = [os.open(path, os.O_RDONLY) for path in paths]
     jobs = [
         (descriptor, offset)
         for descriptor in descriptors
         for offset in range(0, os.fstat(descriptor).st_size, PART_BYTES)
     ]
-    places = len(memory) // PART_BYTES
 
     def work(thread: int) -> None:
         for number in range(thread, len(jobs), threads):
-            at = number % places * PART_BYTES
+            at = number * PART_BYTES
             os.preadv(jobs[number][0], [memory[at : at + PART_BYTES]], jobs[number][1])
 
     started = time.perf_counter()
@@ -248,28 +247,21 @@ def read_all(paths: Iterable[Path], flags: int, threads: int, memory: memoryview
     return seconds
 
 
-def roofline(folder: Path, state: str) -> dict[str, Any]:
-    """Returns the best of several numbers of threads."""
+def roofline(folder: Path) -> dict[str, Any]:
+    """Reads the page cache with one thread, and with one for each CPU."""
     paths = shards_of(folder)
     size_bytes = sum(path.stat().st_size for path in paths)
-    cold = state == "cold"
-    mapping = mmap.mmap(-1, 64 * PART_BYTES if cold else size_bytes + PART_BYTES)
-    mapping.madvise(mmap.MADV_HUGEPAGE)  # Into small pages direct I/O reads half as fast here.
-    memory = memoryview(mapping)
+    memory = memoryview(mmap.mmap(-1, size_bytes + len(paths) * PART_BYTES))
     for at in range(0, len(memory), mmap.PAGESIZE):
         memory[at] = 1
-    best = None
-    for threads in (4, 8, 16) if cold else (1, os.cpu_count() or 1):
-        prepare(folder, state)
-        seconds = read_all(paths, os.O_DIRECT if cold else 0, threads, memory)
-        best = min(best or seconds, seconds)
-    return {"first": {"seconds": best, "cpu_seconds": 0.0, "bytes": size_bytes, "peak_mib": 0.0, "checksum": None}}
+    seconds = min(read_all(paths, threads, memory) for threads in (1, os.cpu_count() or 1))
+    return {"first": {"seconds": seconds, "cpu_seconds": 0.0, "bytes": size_bytes, "peak_mib": 0.0, "checksum": None}}
 
 
 def work(name: str, folder: Path) -> None:
     """The process of one sample: imports what it needs before the clock runs."""
     if name == ROOFLINE:
-        return serve(lambda state: roofline(folder, state))
+        return serve(lambda state: roofline(folder))
     import torch
 
     torch.zeros(1)
@@ -398,7 +390,7 @@ def main() -> int:
             if state == "page cache":
                 warm(path)
         for turn in range(options.rounds):
-            names = [ROOFLINE, *options.only]
+            names = [ROOFLINE, *options.only] if state == "page cache" else options.only
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 results.take(name, state, options.dir)
             if options.out is not None:  # A run that is cut short still has figures.
