@@ -165,11 +165,8 @@ class HangTest : public ::testing::TestWithParam<Backend> {
   std::unique_ptr<testing::HangingFs> fs_;
 };
 
-std::string name_of(const ::testing::TestParamInfo<Backend>& backend) {
-  return backend.param == Backend::kAuto ? "Auto" : "Workers";
-}
-
-INSTANTIATE_TEST_SUITE_P(Backends, HangTest, ::testing::Values(Backend::kAuto, Backend::kWorkers), name_of);
+INSTANTIATE_TEST_SUITE_P(Backends, HangTest, ::testing::Values(Backend::kAuto, Backend::kWorkers),
+                         [](const auto& of) { return of.param == Backend::kAuto ? "Auto" : "Workers"; });
 
 TEST_P(HangTest, CancelledReadsThroughSlotsThatHangHoldUpNoOtherLoad) {
   leave_stuck_loads(2, 64);
@@ -406,8 +403,7 @@ TEST_P(HangTest, AStoreThatHangsWhereverItDoesHoldsUpNoLoadOfAnotherFileSystem) 
   }
 }
 
-// Into memory whose pages come from a file that hangs. Other loads of "small" itself would wait for the thread that has
-// opened it.
+// Its memory's pages come from a file that hangs. Other loads of "small" itself wait for the thread that has opened it.
 TEST_P(HangTest, ACancelledSmallLoadEndsWhenNobodyWritesIntoItsMemoryAnyMore) {
   testing::write_file(dir_ / "small", std::span(bytes_).first(4096));
   const testing::HeldInCache held(dir_ / "small");
