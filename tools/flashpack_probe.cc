@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "flashpack/probe.h"
+#include "flashpack/tuning.h"
 
 namespace {
 
@@ -22,7 +23,8 @@ constexpr int kExitUsage = 2;
 constexpr const char* kDescription =
     "Tries what flashpack would use here and shows what it got: io_uring, registered buffers, huge pages, and with a "
     "PATH\n"
-    "direct reads and how to ask the page cache. Each limit comes with its cure.";
+    "direct reads, how to ask the page cache, and the profile of flashpack_tune that loads to the host can have. Each\n"
+    "limit comes with its cure.";
 
 constexpr const char* kFooter =
     "Examples:\n"
@@ -30,6 +32,11 @@ constexpr const char* kFooter =
     "  flashpack_probe /models --json | jq 'to_entries[] | select(.value.limit != \"\")'\n"
     "\n"
     "Exit status: 0 it was tried (limits or not), 1 there is nothing at PATH, 2 wrong usage.";
+
+Finding profile(const std::filesystem::path& path) {
+  const auto [options, applied, reason] = flashpack::tuned_options(path);
+  return {.key = "profile", .value = applied ? reason : "none applies: " + reason};
+}
 
 void print_text(const std::vector<Finding>& findings) {
   std::size_t width = 0;
@@ -66,7 +73,8 @@ int main(int argc, char** argv) try {
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : kExitUsage;
   }
-  const std::vector<Finding> findings = flashpack::probe(path);
+  std::vector<Finding> findings = flashpack::probe(path);
+  if (!path.empty()) findings.push_back(profile(path));
   json ? print_json(findings) : print_text(findings);
   return 0;
 } catch (const std::exception& error) {

@@ -3,7 +3,9 @@
 #include <boost/json/parse.hpp>
 #include <filesystem>
 
+#include "flashpack/tuning.h"
 #include "tests/support/run.h"
+#include "tests/support/temp_dir.h"
 
 namespace flashpack {
 namespace {
@@ -25,6 +27,24 @@ TEST(ProbeTool, TextAndJsonTellOfTheSameThings) {
   EXPECT_TRUE(report.contains("io_uring") && report.contains("direct_io"));
   const std::string told = limits == 0 ? "no limits" : std::to_string(limits) + (limits == 1 ? " limit" : " limits");
   EXPECT_TRUE(text.output.ends_with(told + "\n")) << text.output;
+}
+
+TEST(ProbeTool, AProfileIsToldAndWhyThereIsNone) {
+  const testing::TempDir dir;
+  const auto profile = [&] {
+    const auto outcome = testing::run("XDG_CONFIG_HOME='" + dir.path().string() + "' '" FLASHPACK_PROBE "' --json '" +
+                                      dir.path().string() + "'");
+    return std::string(boost::json::parse(outcome.output).at("profile").at("value").as_string());
+  };
+  EXPECT_TRUE(profile().starts_with("none applies: there is no ")) << profile();
+  EngineOptions options;
+  options.queue_depth = 31;
+  try {
+    keep_profile(dir.path(), options, dir / "flashpack/tune.json");
+  } catch (const Error& error) {
+    GTEST_SKIP() << error.what();
+  }
+  EXPECT_TRUE(profile().starts_with("4 MiB x 31 of ")) << profile();
 }
 
 TEST(ProbeTool, APathThatIsNotThereAndAWrongFlagHaveStatusesOfTheirOwn) {

@@ -1,0 +1,148 @@
+#include "engine/tuning/place.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <sys/utsname.h>
+
+#include <fstream>
+#include <set>
+#include <sstream>
+#include <string_view>
+
+namespace flashpack::internal {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+// Without blanks at the ends, and fit for JSON and terminals.
+std::string printable(const std::string& text) {
+  const auto begin = text.find_first_not_of(" \t\r\n");
+  if (begin == std::string::npos) return {};
+  std::string clean = text.substr(begin, text.find_last_not_of(" \t\r\n") + 1 - begin);
+  for (char& c : clean) c = c < ' ' || c > '~' ? '?' : c;
+  return clean;
+}
+
+std::string first_line(const fs::path& path) {
+  std::string line;
+  std::getline(std::ifstream(path), line);
+  return printable(line);
+}
+
+std::string kernel() {
+  utsname name{};
+  ::uname(&name);
+  const std::string release = name.release;
+  const auto minor_end = release.find_first_not_of("0123456789", release.find('.') + 1);
+  return printable(release.substr(0, minor_end));
+}
+
+// The models of all GPUs, because the number of a CUDA device depends on the environment, and to ask CUDA would make a
+// context.
+std::string gpu_models() {
+  std::set<std::string> models;
+  std::error_code ignored;
+  for (const auto& gpu : fs::directory_iterator("/proc/driver/nvidia/gpus", ignored)) {
+    std::ifstream information(gpu.path() / "information");
+    for (std::string line; std::getline(information, line);) {
+      if (line.starts_with("Model:")) models.insert(printable(line.substr(6)));
+    }
+  }
+  std::string all;
+  for (const std::string& model : models) all += (all.empty() ? "" : " + ") + model;
+  return all;
+}
+
+// The directory in /sys of a disk, or of the disk that a partition is on; empty if there is none.
+fs::path block_directory(const std::string& device) {
+  std::error_code error;
+  const fs::path block = fs::canonical("/sys/dev/block/" + device, error);
+  if (error) return {};
+  return fs::exists(block / "partition", error) ? block.parent_path() : block;
+}
+
+fs::path block_directory(const Mount& mount) {
+  if (fs::path block = block_directory(mount.device); !block.empty()) return block;
+  // Btrfs has device numbers of its own, and names its disk.
+  struct stat info{};
+  if (!mount.source.starts_with("/dev/") || ::stat(mount.source.c_str(), &info) != 0 || !S_ISBLK(info.st_mode))
+    return {};
+  return block_directory(std::to_string(major(info.st_rdev)) + ":" + std::to_string(minor(info.st_rdev)));
+}
+
+bool is_on_network(const Mount& mount) {
+  return mount.source.find(':') != std::string::npos || mount.source.starts_with("//");
+}
+
+// False, with errno, if there is nothing.
+bool ask_mount(const fs::path& path, std::uint64_t& id) {
+  struct statx info{};
+  if (::statx(AT_FDCWD, path.c_str(), 0, STATX_MNT_ID, &info) != 0) return false;
+  id = info.stx_mnt_id;
+  return true;
+}
+
+}  // namespace
+
+Mount mount_of(std::istream& mountinfo, std::uint64_t id) {
+  const std::string wanted = std::to_string(id);
+  for (std::string line; std::getline(mountinfo, line);) {
+    std::istringstream fields(line);
+    std::string number, parent;
+    Mount mount;
+    fields >> number >> parent >> mount.device;
+    const auto separator = line.find(" - ");
+    if (number != wanted || separator == std::string::npos) continue;
+    std::istringstream(line.substr(separator + 3)) >> mount.file_system >> mount.source;
+    return mount;
+  }
+  return {};
+}
+
+std::string disk_name(const fs::path& block) {
+  std::string name;
+  for (const char* file :
+       {"wwid", "device/wwid", "serial", "device/serial", "dm/uuid", "md/uuid", "loop/backing_file"}) {
+    name = first_line(block / file);
+    if (!name.empty()) break;
+  }
+  if (name.empty()) name = printable(block.filename().string());
+  const std::string model = first_line(block / "device/model");
+  const std::string sectors = first_line(block / "size");
+  return name + (model.empty() ? "" : ", " + model) + ", " + sectors + " sectors";
+}
+
+Place place_of(fs::path path, Device device) {
+  Place place{.storage = "", .file_system = "", .kernel = kernel(), .gpu = "", .unknown = ""};
+  if (path.empty()) path = ".";
+  std::uint64_t id = 0;
+  while (!ask_mount(path, id)) {
+    const int error_number = errno;
+    const fs::path above = path.has_parent_path() ? path.parent_path() : ".";
+    if (error_number != ENOENT || above == path) {
+      place.unknown = path.string() + ": " + std::generic_category().message(error_number);
+      return place;
+    }
+    path = above;
+  }
+  std::ifstream mountinfo("/proc/self/mountinfo");
+  const Mount mount = mount_of(mountinfo, id);
+  place.file_system = printable(mount.file_system);
+  if (const fs::path block = block_directory(mount); !block.empty()) {
+    place.storage = disk_name(block);
+  } else if (is_on_network(mount)) {
+    place.storage = printable(mount.source);
+  } else {
+    place.unknown = (place.file_system.empty() ? "this file system" : place.file_system) +
+                    " has no disk or server that could be recognised";
+  }
+  if (device.kind == Device::Kind::kCuda) {
+    place.gpu = gpu_models();
+    if (place.gpu.empty()) place.unknown = "the driver names no GPU that could be recognised";
+  }
+  return place;
+}
+
+}  // namespace flashpack::internal

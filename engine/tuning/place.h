@@ -1,0 +1,37 @@
+/// Finds out what a profile is kept for.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <istream>
+#include <string>
+
+#include "flashpack/engine.h"
+
+namespace flashpack::internal {
+
+/// Two places with the same values are the same. All text is printable ASCII.
+struct Place {
+  std::string storage;  ///< The disk, or the source of a network file system.
+  std::string file_system;
+  std::string kernel;   ///< Major and minor version.
+  std::string gpu;      ///< Empty for loads to the host.
+  std::string unknown;  ///< Why the place could not be recognised another time; empty if it can be.
+};
+
+/// The place that `path` is in, or would be in if it does not exist.
+Place place_of(std::filesystem::path path, Device device);
+
+struct Mount {
+  std::string device;  ///< "MAJOR:MINOR".
+  std::string file_system;
+  std::string source;
+};
+
+/// Finds a mount in the lines of /proc/self/mountinfo; all is empty if it is not there.
+Mount mount_of(std::istream& mountinfo, std::uint64_t id);
+
+/// What a disk is called, on every start of the machine. `block` is its directory in /sys/block.
+std::string disk_name(const std::filesystem::path& block);
+
+}  // namespace flashpack::internal

@@ -1,0 +1,202 @@
+#include "flashpack/tuning.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <boost/json/array.hpp>
+#include <boost/json/object.hpp>
+#include <boost/json/parse.hpp>
+#include <boost/json/serialize.hpp>
+#include <cstdint>
+#include <cstdlib>
+#include <fstream>
+#include <string_view>
+
+#include "engine/ground/error.h"
+#include "engine/ground/unique_fd.h"
+#include "engine/tuning/place.h"
+
+namespace flashpack {
+
+namespace {
+
+namespace fs = std::filesystem;
+namespace json = boost::json;
+using internal::argument_error;
+using internal::errno_code;
+using internal::file_error;
+using internal::Place;
+
+constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
+// Far more than a person's profiles take. A larger file is not one of ours.
+constexpr std::uint64_t kMaxFileBytes = kMiB;
+// A file that somebody has edited may not make the engine take more memory.
+constexpr std::uint64_t kMaxInFlightBytes = 1024 * kMiB;
+
+// The four values that a profile is found by.
+std::array<std::pair<const char*, std::string>, 4> key_of(const Place& place) {
+  return {
+      {{"storage", place.storage}, {"file_system", place.file_system}, {"kernel", place.kernel}, {"gpu", place.gpu}}};
+}
+
+std::string text_at(const json::object& profile, std::string_view name) {
+  const json::value* const value = profile.if_contains(name);
+  return value != nullptr && value->is_string() ? std::string(value->get_string()) : std::string();
+}
+
+// The first name in the key of which the profile has another value; null if it is for this place.
+const char* difference(const json::value& profile, const Place& place) {
+  if (!profile.is_object()) return "storage";
+  for (const auto& [name, value] : key_of(place)) {
+    if (text_at(profile.get_object(), name) != value) return name;
+  }
+  return nullptr;
+}
+
+bool in_range(std::uint64_t chunk_bytes, std::uint64_t queue_depth, std::uint64_t workers) {
+  return std::has_single_bit(chunk_bytes) && chunk_bytes >= kMiB && chunk_bytes <= 1024 * kMiB && queue_depth >= 1 &&
+         queue_depth <= 1024 && chunk_bytes * queue_depth <= kMaxInFlightBytes && workers <= 64;
+}
+
+// Puts the values of the profile in place of those of `options`. False if one is missing or out of range.
+bool take_values(const json::object& profile, EngineOptions& options) {
+  const auto number = [&](std::string_view name) {
+    json::error_code error;
+    const json::value* const value = profile.if_contains(name);
+    const std::uint64_t found = value == nullptr ? ~std::uint64_t{0} : value->to_number<std::uint64_t>(error);
+    return error ? ~std::uint64_t{0} : found;
+  };
+  const std::uint64_t chunk_bytes = number("chunk_bytes");
+  const std::uint64_t queue_depth = number("queue_depth");
+  const std::uint64_t workers = number("workers");
+  if (!in_range(chunk_bytes, queue_depth, workers)) return false;
+  options.chunk_bytes = static_cast<std::uint32_t>(chunk_bytes);
+  options.queue_depth = static_cast<std::uint32_t>(queue_depth);
+  options.workers = static_cast<std::uint32_t>(workers);
+  // Room for all reads in flight, where that is more than an engine has by itself.
+  const std::uint64_t usual_bytes = (options.device.kind == Device::Kind::kCuda ? 96 : 64) * kMiB;
+  const std::uint64_t wanted_bytes = std::max(chunk_bytes * queue_depth, 2 * chunk_bytes);
+  if (wanted_bytes > usual_bytes) options.staging_bytes = wanted_bytes;
+  return true;
+}
+
+std::string text_of(const EngineOptions& options) {
+  const std::string workers = options.workers == 0 ? "" : ", " + std::to_string(options.workers) + " workers";
+  return std::to_string(options.chunk_bytes / kMiB) + " MiB x " + std::to_string(options.queue_depth) + workers;
+}
+
+// The profiles in `file`, none with a `reason` if there are none to read.
+json::array profiles_in(const fs::path& file, std::string& reason) {
+  std::error_code error;
+  const fs::file_status status = fs::status(file, error);
+  reason = "there is no " + file.string();
+  if (!fs::exists(status)) return {};
+  reason = file.string() + " cannot be read";
+  if (!fs::is_regular_file(status)) return {};
+  std::ifstream in(file, std::ios::binary);
+  std::string text(kMaxFileBytes + 1, '\0');
+  if (!in || (in.read(text.data(), static_cast<std::streamsize>(text.size())), in.bad())) return {};
+  text.resize(static_cast<std::size_t>(in.gcount()));
+  json::error_code damage;
+  json::value document;
+  if (text.size() <= kMaxFileBytes) document = json::parse(text, damage);
+  json::value* const profiles = document.is_object() ? document.get_object().if_contains("profiles") : nullptr;
+  reason = file.string() + " is damaged" + (damage ? ": " + damage.message() : "");
+  if (profiles == nullptr || !profiles->is_array()) return {};
+  reason.clear();
+  return std::move(profiles->get_array());
+}
+
+// Why none of `profiles` is for `place`.
+std::string why_none(const json::array& profiles, const Place& place) {
+  for (const json::value& profile : profiles) {
+    const std::string name = difference(profile, place);
+    if (name == "storage") continue;
+    for (const auto& [key, here] : key_of(place)) {
+      if (key != name) continue;
+      return "the profile is for " + name + " \"" + text_at(profile.get_object(), name) + "\", and here it is \"" +
+             here + "\"";
+    }
+  }
+  return "no profile is for " + place.storage;
+}
+
+// Replaces `file`, or what it links to, at once.
+void replace(const fs::path& file, const std::string& text) {
+  std::error_code ignored;
+  const fs::path target = fs::exists(file, ignored) ? fs::canonical(file, ignored) : file;
+  std::string name = target.string() + ".XXXXXX";
+  internal::UniqueFd fd(::mkostemp(name.data(), O_CLOEXEC));
+  if (!fd) throw file_error(errno_code(errno), "create", name);
+  const ssize_t written = ::write(fd.get(), text.data(), text.size());
+  const bool whole = written == static_cast<ssize_t>(text.size());
+  if (!whole || ::fsync(fd.get()) != 0 || ::rename(name.c_str(), target.c_str()) != 0) {
+    const int error_number = whole || written < 0 ? errno : ENOSPC;
+    ::unlink(name.c_str());
+    throw file_error(errno_code(error_number), "write", target);
+  }
+}
+
+}  // namespace
+
+fs::path profiles_path() {
+  const auto absolute = [](const char* name) {
+    const char* const value = ::secure_getenv(name);
+    return value != nullptr && *value == '/' ? fs::path(value) : fs::path();
+  };
+  fs::path config = absolute("XDG_CONFIG_HOME");
+  if (config.empty() && !absolute("HOME").empty()) config = absolute("HOME") / ".config";
+  return config.empty() ? config : config / "flashpack" / "tune.json";
+}
+
+TunedOptions tuned_options(const fs::path& path, Device device, const fs::path& profiles) {
+  TunedOptions tuned;
+  tuned.options.device = device;
+  const char* const wish = ::secure_getenv("FLASHPACK_TUNE");
+  if (wish != nullptr && std::string_view(wish) == "off") return tuned.reason = "FLASHPACK_TUNE=off", tuned;
+  if (profiles.empty()) return tuned.reason = "neither XDG_CONFIG_HOME nor HOME says where profiles are", tuned;
+  const json::array all = profiles_in(profiles, tuned.reason);
+  if (!tuned.reason.empty()) return tuned;
+  const Place place = internal::place_of(path, device);
+  if (!place.unknown.empty()) return tuned.reason = place.unknown, tuned;
+  const auto found =
+      std::find_if(all.begin(), all.end(), [&](const auto& each) { return difference(each, place) == nullptr; });
+  if (found == all.end()) return tuned.reason = why_none(all, place), tuned;
+  tuned.applied = take_values(found->get_object(), tuned.options);
+  tuned.reason = tuned.applied ? text_of(tuned.options) + " of " + profiles.string()
+                               : "values of the profile in " + profiles.string() + " are missing or out of range";
+  return tuned;
+}
+
+void keep_profile(const fs::path& path, const EngineOptions& options, const fs::path& profiles) {
+  if (!in_range(options.chunk_bytes, options.queue_depth, options.workers))
+    throw argument_error("options of a profile are out of range: " + text_of(options));
+  if (profiles.empty()) throw argument_error("neither XDG_CONFIG_HOME nor HOME says where profiles are");
+  const Place place = internal::place_of(path, options.device);
+  if (!place.unknown.empty()) throw argument_error("no profile can be kept: " + place.unknown);
+  const fs::path directory = profiles.parent_path();
+  std::error_code error;
+  fs::create_directories(directory, error);
+  if (error) throw file_error(error, "create", directory);
+  const internal::UniqueFd lock(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  // Without a lock, as some network file systems have none, another profile may be lost, but no file is damaged.
+  internal::uninterrupted([&] { return ::flock(lock.get(), LOCK_EX); });
+  std::string damage;
+  json::array all = profiles_in(profiles, damage);
+  all.erase(
+      std::remove_if(all.begin(), all.end(), [&](const auto& each) { return difference(each, place) == nullptr; }),
+      all.end());
+  json::object profile;
+  for (const auto& [name, value] : key_of(place)) profile[name] = value;
+  profile["chunk_bytes"] = options.chunk_bytes;
+  profile["queue_depth"] = options.queue_depth;
+  profile["workers"] = options.workers;
+  all.push_back(std::move(profile));
+  replace(profiles, json::serialize(json::object{{"profiles", std::move(all)}}) + "\n");
+}
+
+}  // namespace flashpack

@@ -1,0 +1,40 @@
+/// The options that flashpack_tune has found to be the best ones for a disk, and has kept for the loads to come.
+///
+///   flashpack::Engine engine(flashpack::tuned_options("/models/model.flashpack").options);
+///
+/// A profile is the chunk_bytes, queue_depth and workers of EngineOptions, for one place: a disk or network file
+/// system, the type of the file system, the version of the kernel and the GPU. It is applied only where all of them are
+/// the same. The file of profiles is the user's, JSON, and may be edited.
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+#include "flashpack/engine.h"
+
+namespace flashpack {
+
+struct TunedOptions {
+  EngineOptions options;  ///< The profile's if `applied`, else the defaults; `device` is the given one.
+  bool applied = false;
+  std::string reason;  ///< For people: why no profile was applied, or which one was.
+};
+
+/// The file of profiles: $XDG_CONFIG_HOME/flashpack/tune.json, else $HOME/.config/flashpack/tune.json. Empty if neither
+/// variable is an absolute path. The file need not exist.
+std::filesystem::path profiles_path();
+
+/// Returns the options for loads of `path`, which is a file or a directory, to `device`. A profile that is missing,
+/// made for another place or damaged is no error: the options are the defaults then, as they are if FLASHPACK_TUNE=off
+/// is in the environment. Any thread, unless another one changes the environment.
+TunedOptions tuned_options(const std::filesystem::path& path, Device device = {},
+                           const std::filesystem::path& profiles = profiles_path());
+
+/// Keeps chunk_bytes, queue_depth and workers of `options` for loads of `path` to `options.device`, in place of the
+/// profile that there was for it. The file is replaced at once, and processes that do so at the same time do not lose
+/// each other's profiles. Throws: Error (kInvalidArgument if the options are out of range, or loads of `path` have no
+/// place that could be recognised, as on tmpfs; errno when the file cannot be written).
+void keep_profile(const std::filesystem::path& path, const EngineOptions& options,
+                  const std::filesystem::path& profiles = profiles_path());
+
+}  // namespace flashpack

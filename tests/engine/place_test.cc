@@ -1,0 +1,67 @@
+#include "engine/tuning/place.h"
+
+#include <gtest/gtest.h>
+
+#include <sstream>
+#include <string_view>
+
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::internal {
+namespace {
+
+void write_text(const std::filesystem::path& path, std::string_view text) {
+  std::filesystem::create_directories(path.parent_path());
+  testing::write_file(path, std::as_bytes(std::span(text)));
+}
+
+TEST(PlaceTest, AMountIsFoundByItsNumberWhateverOptionalFieldsItHas) {
+  std::istringstream lines(
+      "7 1 0:5 / /proc rw - proc proc rw\n"
+      "27 1 254:0 / / rw,relatime shared:1 master:2 - ext4 /dev/vda rw,discard\n"
+      "277 27 0:50 / /models rw - nfs4 server:/export rw\n");
+  const Mount mount = mount_of(lines, 27);
+  EXPECT_EQ(mount.device, "254:0");
+  EXPECT_EQ(mount.file_system, "ext4");
+  EXPECT_EQ(mount.source, "/dev/vda");
+}
+
+TEST(PlaceTest, AMountThatIsNotThereOrALineThatIsCutOffGivesNothing) {
+  std::istringstream lines("27 1 254:0 / / rw\n");
+  EXPECT_EQ(mount_of(lines, 27).file_system, "");
+  std::istringstream none;
+  EXPECT_EQ(mount_of(none, 27).file_system, "");
+}
+
+TEST(PlaceTest, ADiskIsCalledByItsWorldWideNameElseItsSerialElseWhatTheKernelCallsIt) {
+  const testing::TempDir dir;
+  const auto block = dir / "vda";
+  write_text(block / "size", "2048\n");
+  EXPECT_EQ(disk_name(block), "vda, 2048 sectors");
+  write_text(block / "serial", "S\x01\xff 5 \n");
+  write_text(block / "device" / "model", "Fast Disk      \n");
+  EXPECT_EQ(disk_name(block), "S?? 5, Fast Disk, 2048 sectors");
+  write_text(block / "device" / "wwid", "naa.5000\n");
+  EXPECT_EQ(disk_name(block), "naa.5000, Fast Disk, 2048 sectors");
+}
+
+TEST(PlaceTest, WhatWillBeMadeIsWhereItsDirectoryIs) {
+  const testing::TempDir dir;
+  const Place here = place_of(dir.path(), {});
+  const Place later = place_of(dir / "a" / "b", {});
+  EXPECT_EQ(later.storage, here.storage);
+  EXPECT_EQ(later.file_system, here.file_system);
+  EXPECT_EQ(later.unknown, here.unknown);
+  EXPECT_EQ(here.gpu, "");
+  EXPECT_NE(here.kernel.find('.'), std::string::npos) << here.kernel;
+}
+
+TEST(PlaceTest, MemoryCannotBeRecognisedAnotherTimeAndSaysSo) {
+  EXPECT_NE(place_of("/proc/self/status", {}).unknown.find("proc has no disk"), std::string::npos);
+  testing::write_file("/dev/shm/flashpack_place_test", {});
+  EXPECT_NE(place_of("/dev/shm/flashpack_place_test", {}).unknown.find("tmpfs has no disk"), std::string::npos);
+  std::filesystem::remove("/dev/shm/flashpack_place_test");
+}
+
+}  // namespace
+}  // namespace flashpack::internal
