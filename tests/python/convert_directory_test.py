@@ -74,6 +74,34 @@ def test_shards_and_variants_of_a_directory_are_found(tmp_path):
     assert_bit_equal(flashpack.revert_from_file(tmp_path / "out" / "model.flashpack"), plain)
 
 
+def test_other_files_of_the_destination_are_replaced_by_force_alone(tmp_path):
+    expected = write_model(tmp_path / "model", {"model.safetensors": STATE})
+    out = tmp_path / "out"
+    commands.convert_to_flashpack(tmp_path / "model", out)
+    commands.convert_to_flashpack(tmp_path / "model", out)  # The same files are no loss.
+    others = {out / "config.json": "of another model", out / "README.md": "notes", out / "model.flashpack": "weights"}
+    for path, text in others.items():
+        path.write_text(text)
+    (out / "diary.txt").write_text("stays in any case")
+    with pytest.raises(FlashPackError, match=r"out has other files .*: README\.md, config\.json; .*--force"):
+        commands.convert_to_flashpack(tmp_path / "model", out)
+    assert {path: path.read_text() for path in others} == others
+    assert names_in(out) == sorted([*expected, "diary.txt"])
+    commands.convert_to_flashpack(tmp_path / "model", out, force=True)
+    assert ((out / "config.json").read_text(), (out / "diary.txt").read_text()) == ("{}", "stays in any case")
+    assert_bit_equal(flashpack.revert_from_file(out / "model.flashpack"), STATE)
+
+
+def test_code_in_the_destination_is_looked_at_only_if_code_is_copied(tmp_path):
+    write_model(tmp_path / "model", {"model.safetensors": STATE})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.py").write_text("mine")
+    commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out")
+    with pytest.raises(FlashPackError, match=r"other files .*: model\.py;"):
+        commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out", copy_code=True)
+    assert (tmp_path / "out" / "model.py").read_text() == "mine"
+
+
 SINGLE, SHARDS = halves()
 
 

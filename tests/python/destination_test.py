@@ -148,7 +148,7 @@ def test_a_link_in_the_destination_that_leads_to_the_source_is_refused(tmp_path,
     (tmp_path / "out" / link).symlink_to(source / name)
     before = {file.name: file.read_bytes() for file in source.iterdir()}
     with pytest.raises(FlashPackError, match="is the source"):
-        commands.convert_to_flashpack(source, tmp_path / "out")
+        commands.convert_to_flashpack(source, tmp_path / "out", force=True)
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
 
 
@@ -161,5 +161,5 @@ def test_two_links_in_the_destination_to_one_file_are_refused(tmp_path):
         (tmp_path / "out" / link).symlink_to(tmp_path / "one")
     (tmp_path / "one").write_text("old")
     with pytest.raises(FlashPackError, match="several links to one file"):
-        commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out")
+        commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out", force=True)
     assert (tmp_path / "one").read_text() == "old"

@@ -38,6 +38,22 @@ def test_a_directory_reverts_to_what_it_was_converted_from(tmp_path):
     assert_bit_equal(safetensors.torch.load_file(tmp_path / "new" / "back" / "model.safetensors"), STATE)
 
 
+@pytest.mark.parametrize("command", ["convert", "revert"])
+def test_the_commands_replace_other_files_of_a_directory_by_force_alone(command, tmp_path):
+    write_model(tmp_path / "model", {"model.safetensors": STATE})
+    commands.convert_to_flashpack(tmp_path / "model", tmp_path / "packed")
+    source = tmp_path / {"convert": "model", "revert": "packed"}[command]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("of another model")
+    result = run(command, source, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "other files of the names that would be copied there: config.json" in result.stderr
+    assert names_in(tmp_path / "out") == ["config.json"]
+    assert (tmp_path / "out" / "config.json").read_text() == "of another model"
+    assert run(command, source, tmp_path / "out", "--force").exit_code == 0
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+
+
 def test_a_library_loads_what_a_directory_reverts_to(tmp_path):
     bert = small_bert(tmp_path / "bert")
     unet = small_pipeline(tmp_path / "pipeline")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import os
 import re
 import shutil
@@ -84,26 +85,55 @@ def download(repo_id: str, hub: Download, variant: str | None, with_code: bool) 
     return directory
 
 
+def refuse_replacing(source: Path, destination: Path, with_code: bool) -> None:
+    """Raises FlashPackError if copy_companions() would replace files in `destination` that are not the same.
+
+    Who names a directory as the destination names the weights that go there, but no other files in it.
+    """
+    names = [file.relative_to(source) for file in _companions_of(source, with_code)]
+    others = [
+        os.fspath(name)
+        for name in dict.fromkeys(names)
+        if (destination / name).is_file() and not filecmp.cmp(source / name, destination / name, shallow=False)
+    ]
+    if others:
+        raise FlashPackError(
+            f"{destination} has other files of the names that would be copied there: {', '.join(sorted(others))}; "
+            f"remove them, or use --force, to replace them"
+        )
+
+
 def copy_companions(source: Path, destination: Path, with_code: bool) -> None:
     """Copies what the model in `source` needs beside its weights; its Python files only `with_code`.
 
     Indices of weights stay behind.
     """
-    folders = [source / folder for folder in ("", *components_of(source))]
-    files = [file for folder in folders for pattern in _COMPANIONS for file in folder.glob(pattern)]
-    code = [file for folder in folders for file in folder.glob(_CODE)]
-    if with_code:
-        files += code
-    elif code:
+    code = [] if with_code else _files_in(source, [_CODE])
+    if code:
         logger.warning(
             "code is not copied, unless copy_code of a conversion asks for it: %s", ", ".join(map(os.fspath, code))
         )
-    files = [file for file in files if file.is_file() and not is_index(file)]
-    check_inside(source, files)
-    for file in files:
+    for file in _companions_of(source, with_code):
         target = destination / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
+
+
+def _companions_of(source: Path, with_code: bool) -> list[Path]:
+    """Returns what copy_companions() copies. Raises FlashPackError for a link that leads out of `source`."""
+    files = [
+        file
+        for file in _files_in(source, [*_COMPANIONS, *([_CODE] if with_code else [])])
+        if file.is_file() and not is_index(file)
+    ]
+    check_inside(source, files)
+    return files
+
+
+def _files_in(source: Path, patterns: Sequence[str]) -> list[Path]:
+    """Returns what has names of these patterns in a directory, and in the folders of its components."""
+    folders = [source / folder for folder in ("", *components_of(source))]
+    return [file for folder in folders for pattern in patterns for file in folder.glob(pattern)]
 
 
 def own_files(directory: Path, pattern: str) -> None:

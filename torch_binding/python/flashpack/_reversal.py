@@ -12,7 +12,14 @@ import torch
 
 from ._checkpoint import Checkpoint, StrPath, open_checkpoint
 from ._conversion import own_stem_of, stem_for
-from ._directory import copy_companions, model_folders, refuse_existing, refuse_source, staged
+from ._directory import (
+    copy_companions,
+    model_folders,
+    refuse_existing,
+    refuse_replacing,
+    refuse_source,
+    staged,
+)
 from ._native import FlashPackError
 from ._progress import Progress, progress_bar
 from ._repository import check_folder
@@ -25,7 +32,7 @@ _FILE_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 
 
 def revert(path: StrPath, destination_path: StrPath | None, silent: bool, force: bool = False) -> str:
-    """Does what revert_from_flashpack promises. `force`: the default destination is replaced, too."""
+    """Does what revert_from_flashpack promises. `force`: the default destination is replaced, too, and other files."""
     source = Path(path)
     is_file = destination_path is not None and _is_called_a_file(Path(destination_path))
     if source.is_dir() and not is_file:
@@ -51,6 +58,8 @@ def _is_called_a_file(destination: Path) -> bool:
 def _revert_directory(source: Path, destination_path: StrPath | None, silent: bool, force: bool) -> None:
     destination = source if destination_path is None else Path(destination_path)
     in_place = destination.exists() and destination.samefile(source)
+    if not in_place and not force:
+        refuse_replacing(source, destination, with_code=False)
     reverted = 0
     with staged(destination, source) as stage:
         for folder in model_folders(source):

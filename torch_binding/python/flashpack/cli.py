@@ -35,7 +35,7 @@ class _FlashPackFile(click.Path):
 _MAX_SHOWN = 1000
 _PATH = _FlashPackFile(exists=True)
 _VERBOSE = click.option("--verbose", "-v", is_flag=True, help="Tell what is done and, if it fails, where.")
-_FORCE = click.option("--force", is_flag=True, help="Replace the default destination if it exists.")
+_FORCE = click.option("--force", is_flag=True, help="Replace the default destination, and other files in a directory.")
 
 
 @click.group(name="flashpack", epilog="Exit status: 0 done, 1 not done, corrupt or different, 2 wrong usage.")
@@ -162,7 +162,8 @@ def convert(
     DESTINATION/model.flashpack with the configuration, tokenizer and generation files beside it, for a pipeline one
     model.flashpack in the folder of each component, and adapter_model.flashpack for an adapter; code stays behind
     unless --copy-code asks for it. By default DESTINATION is the directory itself; a repository has no default. If
-    DESTINATION is called *.flashpack, it becomes a file with the weights alone. SOURCE is never changed.
+    DESTINATION is called *.flashpack, it becomes a file with the weights alone. SOURCE is never changed. A DESTINATION
+    that is named is replaced; but in a directory, files beside the weights that differ are an error without --force.
 
     Tensors keep the names they have in the checkpoint, and no model is built. --use-transformers and --use-diffusers
     build it and take the names of its modules, which load_state_dict() of that model wants.
@@ -178,13 +179,10 @@ def convert(
     """
     with _reporting(verbose):
         _quieten_libraries()
-        from .commands import convert_to_flashpack, default_destination
+        from .commands import convert_to_flashpack
 
-        if force and destination_path is None and os.path.exists(path_or_repo_id):
-            destination_path = default_destination(path_or_repo_id, subfolder)
-        saved = convert_to_flashpack(
-            path_or_repo_id, destination_path, subfolder=subfolder, variant=variant, silent=False, **options
-        )
+        options |= {"subfolder": subfolder, "variant": variant, "force": force}
+        saved = convert_to_flashpack(path_or_repo_id, destination_path, silent=False, **options)
         _succeed(saved)
 
 

@@ -14,7 +14,16 @@ import torch
 from ._casts import dtype_of
 from ._checkpoint import StrPath
 from ._conversion import files_of, map_tensors, metadata_of, own_stem_of, stem_of
-from ._directory import copy_companions, download, find_checkpoints, is_repo_id, refuse_existing, refuse_source, staged
+from ._directory import (
+    copy_companions,
+    download,
+    find_checkpoints,
+    is_repo_id,
+    refuse_existing,
+    refuse_replacing,
+    refuse_source,
+    staged,
+)
 from ._hub import Download
 from ._native import FlashPackError
 from ._options import Filters
@@ -109,7 +118,8 @@ def convert_to_flashpack(
     for the names of the model that the library builds.
 
     A default destination that exists is an error; a `destination_path` is replaced, but only by a whole result, and
-    never if it is the source.
+    never if it is the source. If it is a directory, its weights are replaced, and other files that differ from those of
+    the source are an error. `force=True` replaces a default destination and such files, too.
 
     `dtype`: floating-point tensors are cast to it, as in pack_to_file. `ignore_*`: names not to write.
     `kwargs`: `strip_compiled`, see pack_to_file; `key`, the name under which a file of torch.save has the state dict,
@@ -129,13 +139,16 @@ def convert_to_flashpack(
         return packing.write(source.state_dict(), _required(destination_path, "a model"))
     if isinstance(source, Mapping):
         return packing.write(source, _required(destination_path, "a state dict"))
+    force = kwargs.pop("force", False)
+    if force and destination_path is None and os.path.exists(source):
+        destination_path = _default_destination(source, kwargs.get("subfolder"))
     if os.path.exists(source) and not os.path.isdir(source):
         if use_transformers or use_diffusers:
             raise FlashPackError(f"a model cannot be built from {source} alone: give its directory")
         _warn_of_unused(kwargs)
         return _convert_file(Path(source), destination_path, packing)
     library = "transformers" if use_transformers else "diffusers" if use_diffusers else None
-    return _convert_directory(source, destination_path, library, packing, kwargs)
+    return _convert_directory(source, destination_path, library, packing, kwargs | {"force": force})
 
 
 def convert_to_flashpack_from_state_dict(
@@ -234,14 +247,14 @@ def revert_from_flashpack(path: StrPath, destination_path: StrPath | None = None
     return revert(path, destination_path, silent)
 
 
-def default_destination(source: StrPath, subfolder: str | None = None) -> str:
+def _default_destination(source: StrPath, subfolder: str | None = None) -> str:
     """Returns where the conversion of a file, or of a directory's `subfolder`, goes if no destination is given."""
     path = Path(source)
     return os.fspath(path / (subfolder or "") if path.is_dir() else path.with_name(f"{stem_of(path)}.flashpack"))
 
 
 def _convert_file(source: Path, destination_path: StrPath | None, packing: _Packing) -> str:
-    destination = Path(default_destination(source) if destination_path is None else destination_path)
+    destination = Path(_default_destination(source) if destination_path is None else destination_path)
     sources = files_of(source)
     is_source = destination.exists() and any(destination.samefile(each) for each in sources)
     if destination_path is None and not is_source:
@@ -262,21 +275,12 @@ def _convert_directory(
 ) -> str:
     hub = Download.of(kwargs)._replace(subfolder=kwargs.get("subfolder"))
     variant, copy_code = kwargs.get("variant"), kwargs.get("copy_code", False)
-    taken = {*hub._fields, "local_dir_use_symlinks", "variant", "copy_code"}
+    taken = {*hub._fields, "local_dir_use_symlinks", "variant", "copy_code", "force"}
     rest = {name: value for name, value in kwargs.items() if name not in taken}
     if library is None:
         _warn_of_unused(rest)
-    if os.path.isdir(source):
-        directory = Path(source, hub.subfolder or "")
-    elif is_repo_id(os.fspath(source)):
-        what = f"{source}, which is no file or directory here but perhaps a repository,"
-        destination_path = _required(destination_path, what)
-        with_code = copy_code or bool(rest.get("trust_remote_code"))
-        directory = download(os.fspath(source), hub, variant, with_code)
-    else:
-        is_swapped = destination_path is not None and os.path.isfile(destination_path)
-        hint = ", but there is the destination: the source comes first" if is_swapped else ""
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT) + hint, os.fspath(source))
+    with_code = copy_code or bool(rest.get("trust_remote_code"))
+    directory = _directory_of(source, destination_path, hub, variant, with_code)
     destination = directory if destination_path is None else Path(destination_path)
     _refuse_foreign_name(destination)
     checkpoints = find_checkpoints(directory, variant)
@@ -296,12 +300,29 @@ def _convert_directory(
     if destination_path is None:
         for folder, checkpoint in checkpoints.items():
             refuse_existing(destination / folder / _weights_name(checkpoint))
+    in_place = destination.exists() and destination.samefile(directory)
+    if not in_place and not kwargs["force"]:
+        refuse_replacing(directory, destination, copy_code)
     with staged(destination, directory) as stage:
         for folder, checkpoint in checkpoints.items():
             pack(folder, checkpoint, stage / folder / _weights_name(checkpoint))
-        if not (destination.exists() and destination.samefile(directory)):
+        if not in_place:
             copy_companions(directory, stage, copy_code)
     return os.fspath(destination if destination_path is None else destination_path)
+
+
+def _directory_of(
+    source: StrPath, destination_path: StrPath | None, hub: Download, variant: str | None, with_code: bool
+) -> Path:
+    """Returns the directory to convert, downloaded if `source` is a repository, which has no default destination."""
+    if os.path.isdir(source):
+        return Path(source, hub.subfolder or "")
+    if is_repo_id(os.fspath(source)):
+        _required(destination_path, f"{source}, which is no file or directory here but perhaps a repository,")
+        return download(os.fspath(source), hub, variant, with_code)
+    is_swapped = destination_path is not None and os.path.isfile(destination_path)
+    hint = ", but there is the destination: the source comes first" if is_swapped else ""
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT) + hint, os.fspath(source))
 
 
 def _weights_name(checkpoint: Path) -> str:
