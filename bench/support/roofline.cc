@@ -21,14 +21,13 @@ namespace {
 
 constexpr std::size_t kChunkBytes = std::size_t{4} << 20;
 constexpr std::size_t kBlockBytes = 4096;
-constexpr unsigned kQueueDepth = 8;
 
 class Ring {
  public:
-  Ring() {
+  explicit Ring(unsigned depth) {
     constexpr unsigned kBest = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN;
-    int result = ::io_uring_queue_init(kQueueDepth, &ring_, kBest);
-    if (result == -EINVAL) result = ::io_uring_queue_init(kQueueDepth, &ring_, 0);
+    int result = ::io_uring_queue_init(depth, &ring_, kBest);
+    if (result == -EINVAL) result = ::io_uring_queue_init(depth, &ring_, 0);
     if (result != 0) throw std::system_error(-result, std::generic_category(), "io_uring_queue_init");
   }
   Ring(const Ring&) = delete;
@@ -37,19 +36,19 @@ class Ring {
 
   enum class Op { kRead, kWrite };
 
-  void push(Op op, int fd, std::byte* memory, std::size_t size_bytes, std::size_t offset_bytes) {
+  void push(Op op, std::size_t index, int fd, std::span<std::byte> memory, std::uint64_t offset_bytes) {
     io_uring_sqe* sqe = ::io_uring_get_sqe(&ring_);
-    const auto length = static_cast<unsigned>(size_bytes);
+    const auto length = static_cast<unsigned>(memory.size());
     if (op == Op::kRead) {
-      ::io_uring_prep_read(sqe, fd, memory, length, offset_bytes);
+      ::io_uring_prep_read(sqe, fd, memory.data(), length, offset_bytes);
     } else {
-      ::io_uring_prep_write(sqe, fd, memory, length, offset_bytes);
+      ::io_uring_prep_write(sqe, fd, memory.data(), length, offset_bytes);
     }
-    sqe->user_data = offset_bytes;
+    sqe->user_data = index;
   }
 
   struct Done {
-    std::size_t offset_bytes;
+    std::size_t index;
     int result;
   };
   Done wait() {
@@ -91,34 +90,46 @@ void for_each_chunk(std::size_t total_bytes, const std::function<void(std::size_
   if (failure) std::rethrow_exception(failure);
 }
 
-// Moves `memory` in whole blocks, 8 chunks in flight.
-void move_direct(Ring::Op op, const OpenFile& file, std::span<std::byte> memory) {
-  Ring ring;
+// Moves the pieces in whole blocks, `depth` in flight.
+void move_direct(Ring::Op op, std::span<const Piece> pieces, unsigned depth) {
+  Ring ring(depth);
   std::size_t next = 0;
   unsigned in_flight = 0;
   const auto push = [&] {
-    const std::size_t size = std::min(kChunkBytes, round_up_to_block(memory.size() - next));
-    ring.push(op, file.fd(), memory.data() + next, size, next);
-    next += size;
+    const Piece& piece = pieces[next];
+    const std::size_t size = round_up_to_block(piece.memory.size());
+    ring.push(op, next, piece.file->fd(), {piece.memory.data(), size}, piece.offset_bytes);
+    ++next;
     ++in_flight;
   };
-  while (next < memory.size() && in_flight < kQueueDepth) push();
+  while (next < pieces.size() && in_flight < depth) push();
   while (in_flight > 0) {
     const Ring::Done done = ring.wait();
     --in_flight;
-    const auto wanted = std::min(kChunkBytes, memory.size() - done.offset_bytes);
+    const Piece& piece = pieces[done.index];
     // A local disk never moves less than it was asked for, and a roofline that retries would be too slow.
-    if (done.result < 0 || static_cast<std::size_t>(done.result) < wanted) {
-      throw file.error(op == Ring::Op::kRead ? "read" : "write", done.result < 0 ? -done.result : EIO);
+    if (done.result < 0 || static_cast<std::size_t>(done.result) < piece.memory.size()) {
+      throw piece.file->error(op == Ring::Op::kRead ? "read" : "write", done.result < 0 ? -done.result : EIO);
     }
-    if (next < memory.size()) push();
+    if (next < pieces.size()) push();
   }
 }
 
 }  // namespace
 
+std::vector<Piece> pieces_of(const OpenFile& file, std::span<std::byte> memory) {
+  std::vector<Piece> pieces;
+  for (std::size_t at = 0; at < memory.size(); at += kChunkBytes) {
+    pieces.push_back({&file, at, memory.subspan(at, std::min(kChunkBytes, memory.size() - at))});
+  }
+  return pieces;
+}
+
+void read_pieces(std::span<const Piece> pieces, unsigned depth) { move_direct(Ring::Op::kRead, pieces, depth); }
+
 void read_direct(const std::filesystem::path& path, std::span<std::byte> target) {
-  move_direct(Ring::Op::kRead, OpenFile(path, O_RDONLY | O_DIRECT), target);
+  const OpenFile file(path, O_RDONLY | O_DIRECT);
+  read_pieces(pieces_of(file, target), kQueueDepth);
 }
 
 void write_direct(const std::filesystem::path& path, std::span<std::byte> source) {
@@ -126,7 +137,7 @@ void write_direct(const std::filesystem::path& path, std::span<std::byte> source
   if (::fallocate(file.fd(), 0, 0, static_cast<off_t>(round_up_to_block(source.size()))) != 0) {
     throw file.error("fallocate");
   }
-  move_direct(Ring::Op::kWrite, file, source);
+  move_direct(Ring::Op::kWrite, pieces_of(file, source), kQueueDepth);
   if (::fdatasync(file.fd()) != 0) throw file.error("fdatasync");
 }
 

@@ -2,10 +2,31 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <span>
+#include <vector>
+
+#include "bench/support/open_file.h"
 
 namespace flashpack::bench {
+
+/// The queue depth of the rooflines of a whole file.
+inline constexpr unsigned kQueueDepth = 8;
+
+/// One read past the page cache. The memory is 4 KiB aligned and, because whole blocks are moved, reaches up to one
+/// block past `memory`. The offset is a multiple of 4 KiB.
+struct Piece {
+  const OpenFile* file;  ///< Opened with O_DIRECT.
+  std::uint64_t offset_bytes;
+  std::span<std::byte> memory;
+};
+
+/// Cuts the file into pieces of 4 MiB, from its beginning to the size of `memory`.
+std::vector<Piece> pieces_of(const OpenFile& file, std::span<std::byte> memory);
+
+/// Reads the pieces with io_uring, `depth` of them in flight. Throws: std::system_error.
+void read_pieces(std::span<const Piece> pieces, unsigned depth);
 
 /// Reads the first `target.size()` bytes past the page cache: io_uring, O_DIRECT, 4 MiB reads, 8 in flight, straight
 /// into `target`, which must be 4 KiB aligned. Whole blocks are read, so the memory must reach up to one block past
