@@ -164,7 +164,7 @@ def include_rules() -> list[IncludeRule]:
         return "cuda" in Path(source.path).name or Path(source.path).stem == "staging"
 
     torch_headers = only("include/flashpack/torch.h", "include/flashpack/mixin.h")
-    engine_rooms = only("engine/", "tests/engine/", "tests/support/")
+    engine_rooms = only("engine/", "tests/engine/", "tests/support/", "bench/support/instant_pipeline.cc")
     ground_users = only("engine/", "torch_binding/format/", "torch_binding/libtorch/", "bench/", "tools/", "tests/")
 
     def is_above_ground(included: str) -> bool:
