@@ -1,15 +1,13 @@
-// Measures loads and stores of a checkpoint on the host. The engine takes turns with the least code that moves the same
-// bytes (the roofline), in the same state of the page cache. Each state of cache and memory has a line of medians over
-// the rounds.
+// Measures loads and stores of a checkpoint on the host, and what the engine itself costs. The engine takes turns with
+// the least code that moves the same bytes (the roofline), in the same state of the page cache. Each state of cache and
+// memory has a line of medians over the rounds.
 #include <benchmark/benchmark.h>
 #include <fcntl.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
-#include <algorithm>
 #include <exception>
 #include <filesystem>
-#include <functional>
 #include <iostream>
 #include <optional>
 #include <span>
@@ -22,156 +20,21 @@
 #include "bench/support/checkpoint.h"
 #include "bench/support/measure.h"
 #include "bench/support/open_file.h"
-#include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
+#include "bench/turns.h"
 #include "engine/ground/host_region.h"
 #include "flashpack/engine.h"
 #include "flashpack/file_writer.h"
-#include "flashpack/host_memory.h"
 
 namespace flashpack::bench {
 namespace {
 
-enum class Cache { kCold, kHalves, kStripes, kResident };
-// A target that is moved by this many bytes cannot be read in place.
-constexpr std::size_t kOddBytes = 64;
-
-enum class Memory { kTouched, kFresh };
-
-struct Setup {
-  const Checkpoint& checkpoint;
-  Engine& engine;
-  internal::HostRegion& touched;
-};
-
-/// One way to load or store the file. A line is about the first contender; contenders with a name are shown, too; the
-/// fastest of the others is the roofline.
-struct Contender {
-  std::function<void(std::byte*)> run;
-  Series series;
-  std::string name = {};
-};
-
-/// Prepares and measures one turn of a contender.
-using Turn = std::function<Sample(const Contender&)>;
-
-void prepare(const Checkpoint& checkpoint, Cache cache) {
-  constexpr std::uint64_t kStripeBytes = std::uint64_t{64} << 20;
-  constexpr std::uint64_t kPageBytes = 4096;
-  // The half is rounded up, so that there is no third stripe at the end.
-  const std::uint64_t half_bytes = (std::filesystem::file_size(checkpoint.path()) / 2 / kPageBytes + 1) * kPageBytes;
-  switch (cache) {
-    case Cache::kCold:
-      return drop_from_page_cache(checkpoint.path());
-    case Cache::kHalves:
-      return warm_every_other(checkpoint.path(), half_bytes);
-    case Cache::kStripes:
-      return warm_every_other(checkpoint.path(), kStripeBytes);
-    case Cache::kResident:
-      return warm_page_cache(checkpoint.path());
-  }
-}
-
-/// Returns the engine, followed by the rooflines.
-std::vector<Contender> contenders(const Setup& setup, Cache cache, TransferStats& stats) {
-  const Checkpoint& checkpoint = setup.checkpoint;
-  const std::uint64_t size = checkpoint.metadata().payload_bytes;
-  const auto load = [&setup, &checkpoint](CachePolicy policy) {
-    return [&, policy](std::byte* target) { setup.engine.load(checkpoint.request(target, policy)); };
-  };
-  const auto raw = [size, &checkpoint](auto* read) {
-    return [=, &checkpoint](std::byte* target) { read(checkpoint.path(), std::span(target, size)); };
-  };
-  const auto ours = [&](std::byte* target) { stats = setup.engine.load(checkpoint.request(target)); };
-  std::vector<Contender> all{{ours, Series(size)}};
-  switch (cache) {
-    case Cache::kCold:
-      all.push_back({raw(&read_direct), Series(size)});
-      break;
-    case Cache::kResident:
-      all.push_back({raw(&read_buffered), Series(size)});
-      all.push_back({raw(&copy_mapped), Series(size)});
-      break;
-    case Cache::kHalves:
-    case Cache::kStripes:
-      all.push_back({load(CachePolicy::kDirect), Series(size)});
-      all.push_back({load(CachePolicy::kBuffered), Series(size)});
-      break;
-  }
-  return all;
-}
-
-Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Memory memory) {
-  prepare(setup.checkpoint, cache);
-  if (memory == Memory::kTouched) return measure([&] { contender.run(setup.touched.data()); });
-  HostMemory::release_kept();
-  const HostMemory fresh(setup.touched.bytes().size());
-  return measure([&] { contender.run(fresh.data()); });
-}
-
-std::string describe(const TransferStats& stats) {
-  const auto percent = [&](std::uint64_t bytes) {
-    return std::to_string(bytes * 100 / std::max<std::uint64_t>(1, stats.direct_bytes + stats.buffered_bytes)) + "%";
-  };
-  std::string text = to_string(stats.backend);
-  text += ", direct " + percent(stats.direct_bytes) + ", staged " + percent(stats.staged_bytes);
-  if (stats.verified_bytes > 0) text += ", verified " + percent(stats.verified_bytes);
-  return stats.fallback_reason.empty() ? text : text + ", " + stats.fallback_reason;
-}
-
-const Series& roofline(const std::vector<Contender>& all) {
-  const Contender* best = nullptr;
-  for (const Contender& other : std::span(all).subspan(1)) {
-    if (!other.name.empty()) continue;
-    if (!best || other.series.gb_per_s() > best->series.gb_per_s()) best = &other;
-  }
-  return best->series;
-}
-
-void report(benchmark::State& state, const std::vector<Contender>& all, const TransferStats& stats) {
-  const Series& roof = roofline(all);
-  const auto show = [&](const std::string& name, const Series& series) {
-    state.counters[name + "GB/s"] = series.gb_per_s();
-    state.counters[name + "cpu_s/GB"] = series.cpu_s_per_gb();
-    state.counters[name + "of_roof"] = series.gb_per_s() / roof.gb_per_s();
-  };
-  show("", all.front().series);
-  state.counters["roof_GB/s"] = roof.gb_per_s();
-  state.counters["roof_cpu_s/GB"] = roof.cpu_s_per_gb();
-  for (const Contender& other : all) {
-    if (!other.name.empty()) show(other.name + "_", other.series);
-  }
-  state.counters["spread"] = all.front().series.spread();
-  state.SetLabel(describe(stats));
-}
-
-// Each round begins with another contender, so that none always profits from its place.
-void run_rounds(benchmark::State& state, std::vector<Contender>& all, const Turn& turn) {
-  std::size_t round = 0;
-  for (auto _ : state) {
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      Contender& contender = all[(round + i) % all.size()];
-      const Sample sample = turn(contender);
-      contender.series.add(sample);
-      if (&contender == &all.front()) state.SetIterationTime(sample.seconds);
-    }
-    ++round;
-  }
-}
-
-// Checks the bytes that the first contender loads to `offset` in the touched memory, then measures all in turns.
-void bench_in_turns(benchmark::State& state, const Setup& setup, std::vector<Contender> all, const TransferStats& stats,
-                    Cache cache, Memory memory = Memory::kTouched, std::size_t offset = 0) {
-  touch(setup.touched.bytes());
-  run_once(setup, all.front(), cache, Memory::kTouched);
-  setup.checkpoint.check(setup.touched.data() + offset);
-  run_rounds(state, all, [&](const Contender& contender) { return run_once(setup, contender, cache, memory); });
-  report(state, all, stats);
-}
-
 void bench_load(benchmark::State& state, const Setup& setup, Cache cache, Memory memory) {
   TransferStats stats;
-  bench_in_turns(state, setup, contenders(setup, cache, stats), stats, cache, memory);
+  const auto ours = [&](std::byte* target) { stats = setup.engine.load(setup.checkpoint.request(target)); };
+  std::vector<Contender> all = rooflines(setup, cache);
+  all.insert(all.begin(), {ours, Series(setup.checkpoint.metadata().payload_bytes)});
+  bench_in_turns(state, setup, std::move(all), stats, cache, memory);
 }
 
 // Measures the workers, which read where io_uring is refused.

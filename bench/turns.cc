@@ -1,0 +1,123 @@
+#include "bench/turns.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <utility>
+
+#include "bench/support/page_cache.h"
+#include "bench/support/roofline.h"
+#include "flashpack/host_memory.h"
+
+namespace flashpack::bench {
+
+namespace {
+
+void prepare(const Checkpoint& checkpoint, Cache cache) {
+  constexpr std::uint64_t kStripeBytes = std::uint64_t{64} << 20;
+  constexpr std::uint64_t kPageBytes = 4096;
+  // The half is rounded up, so that there is no third stripe at the end.
+  const std::uint64_t half_bytes = (std::filesystem::file_size(checkpoint.path()) / 2 / kPageBytes + 1) * kPageBytes;
+  switch (cache) {
+    case Cache::kCold:
+      return drop_from_page_cache(checkpoint.path());
+    case Cache::kHalves:
+      return warm_every_other(checkpoint.path(), half_bytes);
+    case Cache::kStripes:
+      return warm_every_other(checkpoint.path(), kStripeBytes);
+    case Cache::kResident:
+      return warm_page_cache(checkpoint.path());
+  }
+}
+
+std::string describe(const TransferStats& stats) {
+  const auto percent = [&](std::uint64_t bytes) {
+    return std::to_string(bytes * 100 / std::max<std::uint64_t>(1, stats.direct_bytes + stats.buffered_bytes)) + "%";
+  };
+  std::string text = to_string(stats.backend);
+  text += ", direct " + percent(stats.direct_bytes) + ", staged " + percent(stats.staged_bytes);
+  if (stats.verified_bytes > 0) text += ", verified " + percent(stats.verified_bytes);
+  return stats.fallback_reason.empty() ? text : text + ", " + stats.fallback_reason;
+}
+
+const Series& roofline(const std::vector<Contender>& all) {
+  const Contender* best = nullptr;
+  for (const Contender& other : std::span(all).subspan(1)) {
+    if (!other.name.empty()) continue;
+    if (!best || other.series.gb_per_s() > best->series.gb_per_s()) best = &other;
+  }
+  return best->series;
+}
+
+}  // namespace
+
+std::vector<Contender> rooflines(const Setup& setup, Cache cache) {
+  const Checkpoint& checkpoint = setup.checkpoint;
+  const std::uint64_t size = checkpoint.metadata().payload_bytes;
+  const auto load = [&setup, &checkpoint](CachePolicy policy) {
+    return [&, policy](std::byte* target) { setup.engine.load(checkpoint.request(target, policy)); };
+  };
+  const auto raw = [size, &checkpoint](auto* read) {
+    return [=, &checkpoint](std::byte* target) { read(checkpoint.path(), std::span(target, size)); };
+  };
+  switch (cache) {
+    case Cache::kCold:
+      return {{raw(&read_direct), Series(size)}};
+    case Cache::kResident:
+      return {{raw(&read_buffered), Series(size)}, {raw(&copy_mapped), Series(size)}};
+    case Cache::kHalves:
+    case Cache::kStripes:
+      break;
+  }
+  return {{load(CachePolicy::kDirect), Series(size)}, {load(CachePolicy::kBuffered), Series(size)}};
+}
+
+Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Memory memory) {
+  prepare(setup.checkpoint, cache);
+  if (memory == Memory::kTouched) return measure([&] { contender.run(setup.touched.data()); });
+  HostMemory::release_kept();
+  const HostMemory fresh(setup.touched.bytes().size());
+  return measure([&] { contender.run(fresh.data()); });
+}
+
+void run_rounds(benchmark::State& state, std::vector<Contender>& all, const Turn& turn) {
+  std::size_t round = 0;
+  for (auto _ : state) {
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      Contender& contender = all[(round + i) % all.size()];
+      const Sample sample = turn(contender);
+      contender.series.add(sample);
+      if (&contender == &all.front()) state.SetIterationTime(sample.seconds);
+    }
+    ++round;
+  }
+}
+
+void report(benchmark::State& state, const std::vector<Contender>& all, const TransferStats& stats) {
+  const Series& roof = roofline(all);
+  const auto show = [&](const std::string& name, const Series& series) {
+    state.counters[name + "GB/s"] = series.gb_per_s();
+    state.counters[name + "cpu_s/GB"] = series.cpu_s_per_gb();
+    state.counters[name + "of_roof"] = series.gb_per_s() / roof.gb_per_s();
+  };
+  show("", all.front().series);
+  state.counters["roof_GB/s"] = roof.gb_per_s();
+  state.counters["roof_cpu_s/GB"] = roof.cpu_s_per_gb();
+  for (const Contender& other : all) {
+    if (!other.name.empty()) show(other.name + "_", other.series);
+  }
+  state.counters["spread"] = all.front().series.spread();
+  state.SetLabel(describe(stats));
+}
+
+void bench_in_turns(benchmark::State& state, const Setup& setup, std::vector<Contender> all, const TransferStats& stats,
+                    Cache cache, Memory memory, std::size_t offset) {
+  touch(setup.touched.bytes());
+  run_once(setup, all.front(), cache, Memory::kTouched);
+  setup.checkpoint.check(setup.touched.data() + offset);
+  run_rounds(state, all, [&](const Contender& contender) { return run_once(setup, contender, cache, memory); });
+  report(state, all, stats);
+}
+
+}  // namespace flashpack::bench

@@ -1,0 +1,59 @@
+/// Shared by the rows of engine_bench: contenders that move the same bytes take turns.
+#pragma once
+
+#include <benchmark/benchmark.h>
+
+#include <cstddef>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "bench/support/checkpoint.h"
+#include "bench/support/measure.h"
+#include "engine/ground/host_region.h"
+#include "flashpack/engine.h"
+
+namespace flashpack::bench {
+
+/// What of the file is in the page cache.
+enum class Cache { kCold, kHalves, kStripes, kResident };
+
+enum class Memory { kTouched, kFresh };
+
+/// A target that is moved by this many bytes cannot be read in place.
+inline constexpr std::size_t kOddBytes = 64;
+
+struct Setup {
+  const Checkpoint& checkpoint;
+  Engine& engine;
+  internal::HostRegion& touched;  ///< As large as the payload, and a page and kOddBytes more.
+};
+
+/// One way to load or store the file. A line is about the first contender; contenders with a name are shown, too; the
+/// fastest of the others is the roofline.
+struct Contender {
+  std::function<void(std::byte*)> run;
+  Series series;
+  std::string name = {};
+};
+
+/// Prepares and measures one turn of a contender.
+using Turn = std::function<Sample(const Contender&)>;
+
+/// The least code that loads the whole file, in each way that suits that state of the page cache. For a file that is
+/// half in the page cache these are loads of the engine, all past it and all through it.
+std::vector<Contender> rooflines(const Setup& setup, Cache cache);
+
+Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Memory memory);
+
+/// Takes one turn of each contender per iteration. Each round begins with another one, so that none always profits from
+/// its place.
+void run_rounds(benchmark::State& state, std::vector<Contender>& all, const Turn& turn);
+
+void report(benchmark::State& state, const std::vector<Contender>& all, const TransferStats& stats);
+
+/// Checks the bytes that the first contender loads to `offset` in the touched memory, then measures all in turns.
+void bench_in_turns(benchmark::State& state, const Setup& setup, std::vector<Contender> all, const TransferStats& stats,
+                    Cache cache, Memory memory = Memory::kTouched, std::size_t offset = 0);
+
+}  // namespace flashpack::bench
