@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "bench/program.h"
+#include "bench/rows.h"
 #include "bench/support/checkpoint.h"
 #include "bench/support/measure.h"
 #include "bench/support/open_file.h"
@@ -241,6 +242,9 @@ void register_all(const Setup& setup, int rounds) {
   add_store("store/durable/new_file", Place::kNew, 0);
   add_store("store/durable/replaced_file", Place::kTaken, 0);
   add_store("store/durable/through_slots", Place::kNew, kOddBytes);
+  register_scattered_rows(setup, rounds);
+  register_metadata_rows(setup, rounds);
+  register_pipeline_rows(setup, rounds);
   benchmark::RegisterBenchmark("engine/start", bench_start)->UseRealTime()->Unit(benchmark::kMillisecond);
 }
 
