@@ -1,0 +1,127 @@
+import json
+import math
+import stat
+
+import bench_gate
+import pytest
+from bench_gate import BELOW, NOT_RUN, PASSED, ROOT, bounds_of, compare, exit_code, rows_of
+
+ROW = "load/cold/touched_memory"
+GATE = {
+    "size_gib": 1,
+    "rounds": 3,
+    "tolerance": {"least": 0.1, "most": 0.5},
+    "rows": {ROW: {"least": {"of_roof": 1.0}, "most": {"cpu_s/GB": 0.02}}},
+}
+
+
+def report(**figures):
+    row = {"name": f"{ROW}/iterations:3/manual_time", "of_roof": 1.0, "cpu_s/GB": 0.01, "roof_GB/s": 2.0}
+    return json.dumps({"context": {}, "benchmarks": [row | figures]})
+
+
+def results_of(text, gate=GATE):
+    return compare(rows_of(text), bounds_of(gate))
+
+
+def test_rows_within_the_tolerance_pass():
+    assert exit_code(results_of(report(of_roof=0.91, **{"cpu_s/GB": 0.029}))) == PASSED
+
+
+@pytest.mark.parametrize("figures", [{"of_roof": 0.89}, {"cpu_s/GB": 0.031}])
+def test_a_figure_beyond_the_tolerance_fails_and_is_named(figures):
+    results = results_of(report(**figures))
+    assert exit_code(results) == BELOW
+    (missed,) = [result for result in results if result.missed]
+    assert {missed.bound.figure: missed.figure} == figures
+    text = bench_gate.table(results, {ROW})
+    assert f"{next(iter(figures.values())):.3f}" in text
+    assert "MISSED, measured twice" in text
+
+
+def test_a_row_may_have_a_tolerance_of_its_own():
+    gate = GATE | {"rows": {ROW: {"least": {"of_roof": 1.0}, "tolerance": 0.3}}}
+    assert exit_code(results_of(report(of_roof=0.71), gate)) == PASSED
+    assert exit_code(results_of(report(of_roof=0.69), gate)) == BELOW
+
+
+@pytest.mark.parametrize(
+    ("figures", "says"),
+    [
+        ({"name": "load/other/iterations:3/manual_time"}, "no such row"),
+        ({"roof_GB/s": 0.0, "of_roof": math.inf}, "roofline is 0.0"),
+        ({"roof_GB/s": math.nan}, "roofline is nan"),
+        ({"roof_GB/s": math.inf}, "roofline is inf"),
+        ({"of_roof": math.nan, "cpu_s/GB": math.inf}, "is nan"),
+        ({"of_roof": None, "cpu_s/GB": "much"}, "is None"),
+        ({"error_occurred": True, "error_message": "wrong bytes in a"}, "wrong bytes in a"),
+    ],
+)
+def test_what_was_not_measured_does_not_pass(figures, says):
+    results = results_of(report(**figures))
+    assert exit_code(results) == NOT_RUN
+    assert says in results[0].verdict
+
+
+def test_a_row_that_is_below_outweighs_one_that_was_not_measured():
+    gate = GATE | {"rows": GATE["rows"] | {"load/other": {"least": {"of_roof": 1.0}}}}
+    assert exit_code(results_of(report(of_roof=0.5), gate)) == BELOW
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"benchmarks": [{}]}', '{"benchmarks": [1]}', report()[:-9]])
+def test_a_damaged_report_is_an_error(text):
+    with pytest.raises(ValueError, match="not a report"):
+        rows_of(text)
+
+
+@pytest.fixture
+def gate_program(tmp_path, monkeypatch, capsys):
+    """Runs the gate on a program that writes the reports one after the other; returns its exit code and output."""
+
+    def run(*reports, gate=None):
+        for number, text in enumerate(reports):
+            (tmp_path / f"report.{number}").write_text(text)
+        program = tmp_path / "program"
+        program.write_text(
+            "#!/bin/bash\n"
+            "for word; do case $word in --benchmark_out=*) out=${word#*=} ;; esac; done\n"
+            f"cd {tmp_path}; ls run.* >names 2>/dev/null; number=$(wc -l <names); touch run.$number\n"
+            'cp report.$number "$out"\n'
+        )
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        (tmp_path / "gate.json").write_text(gate or json.dumps(GATE))
+        command = ["bench_gate", str(tmp_path), "--gate", str(tmp_path / "gate.json"), "--program", str(program)]
+        monkeypatch.setattr("sys.argv", command)
+        return bench_gate.main(), capsys.readouterr()
+
+    return run
+
+
+def test_a_row_that_misses_once_is_measured_again(gate_program):
+    code, output = gate_program(report(of_roof=0.5), report(of_roof=1.0))
+    assert code == PASSED
+    assert "measured twice" in output.out
+
+
+def test_a_row_that_misses_twice_fails_with_its_name(gate_program):
+    code, output = gate_program(report(of_roof=0.5), report(of_roof=0.6))
+    assert code == BELOW
+    assert f"{ROW}: of_roof is 0.600, below 0.900" in output.err
+    assert "0.600" in output.out
+
+
+def test_a_row_that_holds_is_measured_once(gate_program):
+    assert gate_program(report())[0] == PASSED
+
+
+def test_a_program_that_fails_is_told_from_a_row_that_is_below(gate_program):
+    assert gate_program()[0] == NOT_RUN
+    assert gate_program("{")[0] == NOT_RUN
+    assert gate_program(report(), gate='{"rows": 1}')[0] == NOT_RUN
+
+
+def test_the_gate_of_this_tree_has_bounds():
+    bounds = bounds_of(json.loads((ROOT / "bench" / "gate.json").read_text()))
+    assert len({bound.row for bound in bounds}) >= 5
+    source = "".join(path.read_text() for path in (ROOT / "bench").glob("*.cc"))
+    assert [bound.row for bound in bounds if f'"{bound.row}"' not in source] == []
