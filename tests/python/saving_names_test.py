@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from flashpack import FlashPackError
 from flashpack.safetensors import SafetensorError
-from support import assert_bit_equal
+from support import assert_bit_equal, random_tensor
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones((), dtype=torch.bfloat16)}
 
@@ -42,6 +42,66 @@ def test_lazy_conjugates_are_written_as_the_values_that_they_have(suffix, tmp_pa
     path = tmp_path / f"a.{suffix}"
     flashpack.save_file({"a": values.conj(), "b": values.conj().imag}, path)
     assert_bit_equal(flashpack.load_file(path), {"a": values.conj_physical(), "b": torch.tensor([-2.0, 4.0])})
+
+
+class Conjugated(torch.nn.Module):
+    def __init__(self, values):
+        super().__init__()
+        self.register_buffer("plain", values.clone())
+        self.register_buffer("conjugated", values.conj())
+        self.register_buffer("negative", values.conj().imag)
+
+
+@pytest.mark.parametrize("suffix", ["flashpack", "safetensors"])
+def test_lazy_conjugates_of_a_model_are_written_as_the_values_that_they_have(suffix, tmp_path):
+    path = str(tmp_path / f"a.{suffix}")
+    values = torch.tensor([1 + 2j, 3 - 4j])
+    flashpack.save_model(Conjugated(values), path)
+    expected = {"plain": values, "conjugated": values.conj_physical(), "negative": torch.tensor([-2.0, 4.0])}
+    assert_bit_equal(flashpack.load_file(path), expected)
+
+
+class Holding(torch.nn.Module):
+    def __init__(self, tensors):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
+SAVE = {
+    "save_file": flashpack.save_file,
+    "save_model": lambda tensors, path: flashpack.save_model(Holding(tensors), path),
+}
+
+
+@pytest.mark.parametrize("save", SAVE.values(), ids=SAVE)
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"__metadata__": torch.ones(1)}, r"tensor called '__metadata__', .*; a flashpack file \(\*\.flashpack\) can"),
+        *(
+            ({"a": torch.ones(2), "b": random_tensor((3,), dtype)}, f"cannot hold {name}, as of 'b'; a flashpack file")
+            for dtype, name in ((torch.complex32, "complex32"), (torch.complex128, "complex128"))
+        ),
+        ({"b": torch.empty(2, dtype=torch.bits8)}, "cannot hold bits8, as of 'b'$"),
+    ],
+)
+def test_what_no_safetensors_file_can_hold_is_refused_by_name(save, tensors, message, tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    with pytest.raises(FlashPackError, match=message) as caught:
+        save(tensors, path)
+    assert isinstance(caught.value, SafetensorError)
+    assert not list(tmp_path.iterdir())
+    if "flashpack file" in message:
+        save(tensors, str(tmp_path / "a.flashpack"))
+        assert_bit_equal(flashpack.load_file(tmp_path / "a.flashpack"), tensors)
+
+
+def test_what_is_no_tensor_or_no_dict_is_refused_by_name(tmp_path):
+    with pytest.raises(FlashPackError, match="cannot save 'a': it is a int, not a tensor"):
+        flashpack.save_file({"a": 1}, tmp_path / "a.safetensors")
+    with pytest.raises(TypeError, match="a state dict is saved, not a list"):
+        flashpack.save_file([torch.ones(1)], tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("suffix", ["flashpack", "safetensors"])

@@ -22,7 +22,7 @@ from .utils import string_to_dtype
 
 _PACKED = "float4_e2m1fn_x2"
 # These have no name there, because no safetensors file can have them.
-_UNNAMED = {"complex32": "C32", "complex128": "C128"}
+UNNAMED = {"complex32": "C32", "complex128": "C128"}
 _NAMES = {
     "bool": "BOOL",
     **{f"{sign}int{bits}": f"{'U' if sign else 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
@@ -35,7 +35,7 @@ _NAMES = {
     "float8_e5m2fnuz": "F8_E5M2FNUZ",
     "float8_e8m0fnu": "F8_E8M0",
     _PACKED: "F4",
-    **_UNNAMED,
+    **UNNAMED,
 }
 
 
@@ -66,7 +66,7 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for entry in ordered:
-        if entry.dtype in _UNNAMED:
+        if entry.dtype in UNNAMED:
             raise FlashPackError(f"safetensors files cannot hold {entry.dtype}, as of {entry.name!r}; a .pt file can")
         begin, end = end, end + entry.size_bytes
         header[entry.name] = {"dtype": dtype_name(entry), "shape": header_shape(entry), "data_offsets": [begin, end]}

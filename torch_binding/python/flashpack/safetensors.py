@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Mapping, Sequence
-from types import FunctionType, TracebackType
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FunctionType, SimpleNamespace, TracebackType
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import safetensors
@@ -30,8 +31,9 @@ from ._file import FlashPackFile, TensorSlice, UnknownIndexError, open_file
 from ._file import load_file as load_any_file
 from ._mapped_tensors import MappedTensors
 from ._prefetch_loader import PrefetchLoader, PrefetchPlan, checked_rows
-from ._safetensors import CheckpointError, FileOnDevice, catchable, dtype_name, header_shape
+from ._safetensors import UNNAMED, CheckpointError, FileOnDevice, catchable, dtype_name, header_shape
 from .serialization import pack_to_file
+from .utils import dtype_to_string
 
 __all__ = [
     "CheckpointError",
@@ -289,15 +291,15 @@ def load_model(
 def save_file(tensors: dict[str, torch.Tensor], filename: StrPath, metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors to a flashpack file, see pack_to_file, if it is called *.flashpack, else to a safetensors file.
 
-    Both formats keep `metadata`. A safetensors file takes no tensors that share memory.
+    Both formats keep `metadata`. A safetensors file takes no tensors that share memory, none called "__metadata__", and
+    no complex32 or complex128; it may be empty, which a flashpack file may not.
     """
     if _is_for_flashpack(filename):
         with catchable():
             pack_to_file(tensors, filename, metadata=metadata)
-    else:
-        # It writes the bytes of a tensor, which for a lazy conjugate or negative are those of the other value.
-        resolved = {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(resolved, filename, None if metadata is None else dict(metadata))
+        return
+    with _naming_dtypes(tensors := _resolved(tensors)):
+        safetensors.torch.save_file(tensors, filename, None if metadata is None else dict(metadata))
 
 
 def save_model(
@@ -310,12 +312,45 @@ def save_model(
     if _is_for_flashpack(filename):
         with catchable():
             pack_to_file(model, filename, metadata=metadata)
-    else:
-        safetensors.torch.save_model(model, filename, metadata, force_contiguous)
+        return
+    with _naming_dtypes(tensors := _resolved(model.state_dict())):
+        # It asks the model for nothing but its state dict.
+        resolved: Any = SimpleNamespace(state_dict=lambda: tensors)
+        safetensors.torch.save_model(resolved, filename, metadata, force_contiguous)
 
 
 def _is_for_flashpack(filename: StrPath) -> bool:
-    return os.fspath(filename).endswith(".flashpack")
+    return os.fsdecode(filename).lower().endswith(".flashpack")
+
+
+def _resolved(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors as safetensors can write them. Raises CheckpointError for what would become another file."""
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"a state dict is saved, not a {type(tensors).__name__}")
+    if "__metadata__" in tensors:
+        raise CheckpointError(
+            "a safetensors file cannot hold a tensor called '__metadata__', which stands for something else there; a "
+            "flashpack file (*.flashpack) can"
+        )
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"cannot save {name!r}: it is a {type(tensor).__name__}, not a tensor")
+    # safetensors writes the bytes of a tensor, which for a lazy conjugate or negative are those of the other value.
+    return {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _naming_dtypes(tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within it, the KeyError of safetensors for a dtype that it lacks becomes an error that names the tensor."""
+    try:
+        yield
+    except KeyError as error:
+        name = next((name for name, tensor in tensors.items() if tensor.dtype is error.args[0]), None)
+        if name is None:
+            raise
+        dtype = dtype_to_string(tensors[name].dtype)
+        cure = "; a flashpack file (*.flashpack) can" if dtype in UNNAMED else ""
+        raise CheckpointError(f"safetensors files cannot hold {dtype}, as of {name!r}{cure}") from None
 
 
 def _arguments(text: str) -> str:
