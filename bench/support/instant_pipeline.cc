@@ -13,6 +13,7 @@
 #include "engine/pipeline.h"
 #include "engine/prepare.h"
 #include "engine/staging.h"
+#include "engine/thread.h"
 
 namespace flashpack::bench {
 
@@ -72,7 +73,7 @@ constexpr internal::Pipeline::Limits kLimits{
 }  // namespace
 
 struct InstantPipeline::Impl {
-  Impl() : driver([this] { pipeline.run(); }) {}
+  Impl() : driver(internal::start_thread("flashpack-drive", [this] { pipeline.run(); })) {}
   ~Impl() {
     pipeline.close();
     driver.join();
