@@ -107,9 +107,11 @@ def compare(rows: Rows, bounds: list[Bound]) -> list[Result]:
     return results
 
 
-def better(first: Result, second: Result) -> Result:
-    """The second measurement decides, unless it could not be made."""
-    return first if second.figure is None and first.figure is not None else second
+def of_both(first: Result, second: Result) -> Result:
+    """The result of a figure that was measured twice: it misses only if it has missed both times."""
+    if first.figure is not None and (not first.missed or second.figure is None):
+        return first
+    return second
 
 
 def exit_code(results: list[Result]) -> int:
@@ -162,7 +164,7 @@ def run(program: Path, folder: Path, gate: dict[str, Any]) -> tuple[list[Result]
         again = {result.bound.row for result in results if result.missed or result.figure is None}
         if again:
             second = compare(measure(program, file, gate, sorted(again), 2 * gate["rounds"]), bounds)
-            results = [better(a, b) if a.bound.row in again else a for a, b in zip(results, second, strict=True)]
+            results = [of_both(a, b) if a.bound.row in again else a for a, b in zip(results, second, strict=True)]
     finally:
         file.unlink(missing_ok=True)
     return results, again

@@ -110,6 +110,17 @@ def test_a_row_that_misses_twice_fails_with_its_name(gate_program):
     assert "0.600" in output.out
 
 
+def test_figures_of_a_row_that_miss_once_each_hold(gate_program):
+    code, _ = gate_program(report(of_roof=0.5), report(**{"cpu_s/GB": 1.0}))
+    assert code == PASSED
+
+
+def test_a_miss_stays_one_when_the_row_cannot_be_measured_again(gate_program):
+    code, output = gate_program(report(of_roof=0.5), report(error_occurred=True))
+    assert code == BELOW
+    assert "of_roof is 0.500" in output.err
+
+
 def test_a_row_that_holds_is_measured_once(gate_program):
     assert gate_program(report())[0] == PASSED
 
