@@ -1,3 +1,4 @@
+/// Chooses options of an engine from measurements. What is here is pure.
 #pragma once
 
 #include <cstdint>
@@ -5,23 +6,46 @@
 
 namespace flashpack::bench {
 
-/// One measured pair of engine options.
-struct Cell {
+/// The options that are tuned; no workers means as many as the engine chooses.
+struct Setting {
   std::uint32_t chunk_bytes = 0;
   std::uint32_t queue_depth = 0;
+  std::uint32_t workers = 0;
+  bool operator==(const Setting&) const = default;
+};
+
+/// What has been measured of a setting: medians.
+struct Cell {
+  Setting setting;
+  int samples = 0;
   double gb_per_s = 0;
   double cpu_s_per_gb = 0;
 };
 
-/// A cell that costs less CPU may be slower than the fastest by this part of its speed.
+/// At most this part of the speed is given up for less CPU or memory, and a gain below it is noise.
 inline constexpr double kTolerance = 0.03;
 /// Costs are compared in whole steps of this.
 inline constexpr double kCpuStepSPerGb = 0.01;
+/// Samples of the default and of the fastest setting after which a search ends.
+inline constexpr int kEnoughSamples = 5;
 
-const Cell& fastest(const std::vector<Cell>& cells);
+/// The settings of the first round: `usual`, then chunks and depths that lie far apart.
+std::vector<Setting> coarse_settings(const Setting& usual);
+/// `usual`, then the same with 1, 2, 4, ... workers, up to twice as many as there are cores.
+std::vector<Setting> worker_settings(const Setting& usual, unsigned cores);
 
-/// Chooses, among the cells within kTolerance of the fastest, the one that costs the least CPU. If several cost the
-/// same, it takes the one with the fewest bytes in flight, which cost memory and latency. Requires: not empty.
+/// The settings to measure in the next round: the default, the fastest three, and what lies beside the fastest and has
+/// not been measured; empty when another round would not change the choice. Settings that lie beside another have twice
+/// or half of its chunk size or queue depth, if `refine` is true, else there are none. Requires: the default is first.
+std::vector<Setting> next_round(const std::vector<Cell>& cells, bool refine);
+
+/// Chooses the default, if the fastest is not more than kTolerance faster. Else, of those that are within kTolerance of
+/// the fastest and no slower than the default, it chooses the one with the least CPU, in steps, then with the fewest
+/// bytes in flight, then with the fewest workers. Requires: the default is first.
 const Cell& choose(const std::vector<Cell>& cells);
+
+/// Whether a setting takes the place of the default: it gains kTolerance somewhere, and loses as much nowhere. `gains`
+/// are relative: 0.1 for a tenth faster.
+bool is_better(const std::vector<double>& gains);
 
 }  // namespace flashpack::bench

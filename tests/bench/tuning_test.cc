@@ -2,45 +2,119 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <random>
+#include <set>
 
 namespace flashpack::bench {
 namespace {
 
 constexpr std::uint32_t kMiB = 1 << 20;
+constexpr Setting kUsual{4 * kMiB, 8, 0};
 
-TEST(Tuning, TheFastestPairWinsWhenNoOtherIsAsFast) {
-  EXPECT_EQ(choose({{1 * kMiB, 1, 1.0, 0.01}, {4 * kMiB, 8, 2.0, 0.03}}).queue_depth, 8U);
+Cell cell(std::uint32_t chunk_mib, std::uint32_t depth, double gb_per_s, double cpu_s_per_gb,
+          std::uint32_t workers = 0) {
+  return {{chunk_mib * kMiB, depth, workers}, kEnoughSamples, gb_per_s, cpu_s_per_gb};
 }
 
-TEST(Tuning, AmongEquallyFastPairsTheOneWithLessCpuWins) {
-  EXPECT_EQ(choose({{1 * kMiB, 8, 2.02, 0.05}, {4 * kMiB, 8, 2.0, 0.01}}).chunk_bytes, 4 * kMiB);
+TEST(Tuning, AFasterSettingTakesThePlaceOfTheDefault) {
+  EXPECT_EQ(choose({cell(4, 8, 1.0, 0.01), cell(4, 32, 2.0, 0.03)}).setting.queue_depth, 32U);
 }
 
-TEST(Tuning, AmongEquallyFastAndCheapPairsTheOneWithFewerBytesInFlightWins) {
-  EXPECT_EQ(choose({{4 * kMiB, 32, 2.02, 0.010}, {4 * kMiB, 8, 2.0, 0.012}}).queue_depth, 8U);
+TEST(Tuning, TheDefaultIsKeptWhenTheFastestIsWithinTheTolerance) {
+  EXPECT_EQ(choose({cell(4, 8, 2.0, 0.5), cell(1, 1, 2.05, 0.0)}).setting, kUsual);
+  EXPECT_EQ(choose({cell(4, 8, 2.0, 0.5), cell(1, 1, 2.07, 0.0)}).setting.queue_depth, 1U);
 }
 
-TEST(Tuning, APairThatIsFourPercentSlowerDoesNotWinHoweverLittleItCosts) {
-  EXPECT_EQ(choose({{4 * kMiB, 8, 2.0, 0.2}, {1 * kMiB, 1, 1.92, 0.0}}).queue_depth, 8U);
-  EXPECT_EQ(choose({{4 * kMiB, 8, 2.0, 0.2}, {1 * kMiB, 1, 1.95, 0.0}}).queue_depth, 1U);
+TEST(Tuning, OfEquallyFastSettingsTheCheapestWins) {
+  EXPECT_EQ(choose({cell(4, 8, 1.0, 0.01), cell(1, 32, 2.02, 0.05), cell(4, 32, 2.0, 0.01)}).setting.chunk_bytes,
+            4 * kMiB);
+  EXPECT_EQ(choose({cell(4, 8, 1.0, 0.01), cell(4, 64, 2.02, 0.010), cell(4, 16, 2.0, 0.012)}).setting.queue_depth,
+            16U);
+  EXPECT_EQ(choose({cell(4, 8, 1.0, 0.01), cell(4, 8, 2.02, 0.01, 8), cell(4, 8, 2.0, 0.01, 4)}).setting.workers, 4U);
 }
 
-TEST(Tuning, NoPairOfAnyTableIsCheaperAndAsFastAsTheChosenOneNorMoreThanTheToleranceFaster) {
+TEST(Tuning, NoTableGivesUpMoreThanTheToleranceOrASettingSlowerThanTheDefault) {
   std::mt19937 random(1);
   std::uniform_real_distribution<double> speed(0.9, 1.0);
-  std::uniform_real_distribution<double> cost(0.0, 0.2);
+  std::uniform_real_distribution<double> cpu(0.0, 0.2);
   for (int table = 0; table < 1000; ++table) {
-    std::vector<Cell> cells;
-    for (std::uint32_t i = 1; i <= 30; ++i) cells.push_back({i * kMiB, i, speed(random), cost(random)});
+    std::vector<Cell> cells{cell(4, 8, speed(random), cpu(random))};
+    for (std::uint32_t i = 1; i <= 30; ++i) cells.push_back(cell(i, i, speed(random), cpu(random)));
     const Cell& best = choose(cells);
-    const double floor = fastest(cells).gb_per_s * (1 - kTolerance);
-    EXPECT_GE(best.gb_per_s, floor);
-    for (const Cell& cell : cells) {
-      if (cell.gb_per_s < floor) continue;
-      EXPECT_LE(best.cpu_s_per_gb, cell.cpu_s_per_gb + kCpuStepSPerGb);
+    EXPECT_GE(best.gb_per_s, cells.front().gb_per_s);
+    for (const Cell& each : cells) EXPECT_GE(best.gb_per_s, each.gb_per_s * (1 - kTolerance) - 1e-12);
+  }
+}
+
+TEST(Tuning, ASettingIsBetterIfItGainsSomewhereAndLosesNowhere) {
+  EXPECT_TRUE(is_better({0.1, -0.02}));
+  EXPECT_FALSE(is_better({0.1, -0.05}));
+  EXPECT_FALSE(is_better({0.02, 0.02}));
+  EXPECT_FALSE(is_better({}));
+}
+
+TEST(Tuning, TheFirstRoundBeginsWithTheDefaultAndHasEachSettingOnce) {
+  for (const auto& settings : {coarse_settings(kUsual), worker_settings(kUsual, 4)}) {
+    EXPECT_EQ(settings.front(), kUsual);
+    for (const Setting& each : settings) EXPECT_EQ(std::count(settings.begin(), settings.end(), each), 1);
+  }
+  EXPECT_EQ(worker_settings(kUsual, 4).back().workers, 8U);
+  EXPECT_EQ(worker_settings(kUsual, 1000).back().workers, 64U);
+}
+
+// Searches a disk whose speed is a smooth function of chunk size and depth, and says how many samples that took.
+Setting search(double (*gb_per_s)(const Setting&), int& samples) {
+  std::vector<Cell> cells;
+  for (auto round = coarse_settings(kUsual); !round.empty(); round = next_round(cells, true)) {
+    EXPECT_TRUE(std::find(round.begin(), round.end(), kUsual) != round.end());
+    for (const Setting& setting : round) {
+      auto found = std::find_if(cells.begin(), cells.end(), [&](const Cell& each) { return each.setting == setting; });
+      if (found == cells.end()) found = cells.insert(cells.end(), {setting, 0, gb_per_s(setting), 0.01});
+      ++found->samples;
+      ++samples;
     }
   }
+  return choose(cells).setting;
+}
+
+TEST(Tuning, TheSearchFindsAPeakThatIsNotInTheFirstRoundWithFewerSamplesThanTheGrid) {
+  int samples = 0;
+  const Setting found = search(
+      [](const Setting& at) {
+        const double chunk = std::log2(at.chunk_bytes / kMiB) - 1;
+        const double depth = std::log2(at.queue_depth) - 6;
+        return 4 - 0.3 * chunk * chunk - 0.3 * depth * depth;
+      },
+      samples);
+  EXPECT_EQ(found, (Setting{2 * kMiB, 64, 0}));
+  EXPECT_LT(samples, 7 * 8 * kEnoughSamples / 2);
+}
+
+TEST(Tuning, TheSearchOfAFlatDiskEndsAndKeepsTheDefault) {
+  int samples = 0;
+  EXPECT_EQ(search([](const Setting&) { return 2.0; }, samples), kUsual);
+  EXPECT_LT(samples, 50);
+}
+
+TEST(Tuning, TheSearchStaysInRange) {
+  int samples = 0;
+  const Setting largest = search([](const Setting& at) { return double(at.chunk_bytes) * at.queue_depth; }, samples);
+  EXPECT_EQ(std::uint64_t{largest.chunk_bytes} * largest.queue_depth, 512 * kMiB);
+  const Setting least =
+      search([](const Setting& at) { return 1 / (double(at.chunk_bytes) * at.queue_depth); }, samples);
+  EXPECT_EQ(least, (Setting{kMiB, 1, 0}));
+}
+
+TEST(Tuning, WithoutRefinementOnlyWhatWasMeasuredIsMeasuredAgain) {
+  std::vector<Cell> cells;
+  for (const Setting& setting : worker_settings(kUsual, 16)) cells.push_back({setting, 1, 2.0 + setting.workers, 0.1});
+  const auto round = next_round(cells, false);
+  EXPECT_EQ(round.size(), 4U);
+  EXPECT_EQ(round.front(), kUsual);
+  for (Cell& each : cells) each.samples = kEnoughSamples;
+  EXPECT_TRUE(next_round(cells, false).empty());
 }
 
 }  // namespace

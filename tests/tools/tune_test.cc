@@ -1,53 +1,97 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <boost/json/parse.hpp>
 #include <filesystem>
 #include <string>
+#include <string_view>
 
 #include "bench/support/page_cache.h"
+#include "flashpack/tuning.h"
 #include "tests/support/run.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
 namespace {
 
-testing::Outcome tune(const std::filesystem::path& dir) {
-  return testing::run("'" FLASHPACK_TUNE "' --size_gib 0.02 --rounds 2 --chunk_mib 1 2 --queue_depth 2 4 --dir '" +
-                      dir.string() + "' 2>&1");
+constexpr int kExitNotKept = 3;
+
+bool has(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
+
+testing::Outcome tune(const std::filesystem::path& path, const std::filesystem::path& config,
+                      const std::string& more = "2>&1") {
+  return testing::run("XDG_CONFIG_HOME='" + config.string() + "' '" FLASHPACK_TUNE "' --size_gib 0.02 --budget 1s '" +
+                      path.string() + "' " + more);
 }
 
-void expect_the_rule_and_one_choice(const testing::Outcome& outcome) {
-  EXPECT_EQ(outcome.status, 0) << outcome.output;
-  EXPECT_NE(outcome.output.find("within 3 % of the fastest"), std::string::npos) << outcome.output;
-  EXPECT_NE(outcome.output.find("best: EngineOptions{.chunk_bytes = "), std::string::npos) << outcome.output;
+bool stays_in_page_cache(const testing::TempDir& dir) {
+  testing::write_file(dir / "file", testing::random_bytes(4096));
+  return !bench::try_drop_from_page_cache(dir / "file");
 }
 
-TEST(TuneTool, OnADiskPairsAreCompared) {
+void expect_the_rule_the_limits_and_one_choice(const std::string& output) {
+  for (const char* part : {"within 3 % of the fastest", "limit: ", "best: EngineOptions{.chunk_bytes = "})
+    EXPECT_TRUE(has(output, part)) << output;
+}
+
+TEST(TuneTool, WhatIsBestForADiskIsKeptAndAppliedFromThenOn) {
   const testing::TempDir dir;
-  testing::write_file(dir / "probe", testing::random_bytes(4096));
-  if (!bench::try_drop_from_page_cache(dir / "probe")) GTEST_SKIP() << "this file system keeps its pages";
-  const testing::Outcome outcome = tune(dir.path());
-  expect_the_rule_and_one_choice(outcome);
-  EXPECT_NE(outcome.output.find(", .queue_depth = "), std::string::npos) << outcome.output;
+  if (stays_in_page_cache(dir)) GTEST_SKIP() << "this file system keeps its pages";
+  const testing::Outcome outcome = tune(dir / "file", dir / "config");
+  expect_the_rule_the_limits_and_one_choice(outcome.output);
+  EXPECT_TRUE(has(outcome.output, "compared with")) << outcome.output;
+  if (outcome.status == kExitNotKept) GTEST_SKIP() << outcome.output;
+  EXPECT_EQ(outcome.status, 0) << outcome.output;
+  const auto profiles = dir / "config/flashpack/tune.json";
+  EXPECT_TRUE(has(outcome.output, "kept in " + profiles.string())) << outcome.output;
+  EXPECT_TRUE(tuned_options(dir.path(), {}, profiles).applied);
+  using Entries = std::filesystem::directory_iterator;
+  EXPECT_EQ(std::distance(Entries(dir.path()), Entries()), 2) << "the generated file is still there";
 }
 
-TEST(TuneTool, WhereAllIsPageCacheChunkSizesAreComparedAndWhatIsMissingIsSaid) {
+TEST(TuneTool, ADryRunKeepsNothingAndJsonTellsAllThatWasMeasured) {
+  const testing::TempDir dir;
+  const testing::Outcome outcome = tune(dir.path(), dir / "config", "--dry_run --json 2>/dev/null");
+  EXPECT_EQ(outcome.status, 0) << outcome.output;
+  EXPECT_FALSE(std::filesystem::exists(dir / "config"));
+  const auto report = boost::json::parse(outcome.output);
+  EXPECT_EQ(report.at("not_kept").as_string(), "--dry_run");
+  EXPECT_TRUE(report.at("best").at("chunk_bytes").is_int64());
+  EXPECT_GT(report.at("page_cache").at(0).at("gb_per_s").to_number<double>(), 0);
+}
+
+TEST(TuneTool, WhereAllIsPageCacheWhatCannotBeMeasuredIsSaidAndNothingIsKept) {
+  const testing::TempDir config;
   const std::filesystem::path dir = "/dev/shm/tune_test." + std::to_string(::getpid());
   std::error_code error;
   if (!std::filesystem::create_directory(dir, error)) GTEST_SKIP() << "no " << dir << ": " << error.message();
-  const testing::Outcome outcome = tune(dir);
+  const testing::Outcome outcome = tune(dir, config.path());
   EXPECT_TRUE(std::filesystem::is_empty(dir));
   std::filesystem::remove_all(dir);
-  expect_the_rule_and_one_choice(outcome);
-  EXPECT_NE(outcome.output.find("reads from a disk cannot be measured here"), std::string::npos) << outcome.output;
-  EXPECT_EQ(outcome.output.find(".queue_depth"), std::string::npos) << outcome.output;
+  EXPECT_EQ(outcome.status, kExitNotKept);
+  expect_the_rule_the_limits_and_one_choice(outcome.output);
+  EXPECT_TRUE(has(outcome.output, "reads from a disk cannot be measured here")) << outcome.output;
+  EXPECT_TRUE(has(outcome.output, "not kept: ") && has(outcome.output, "tmpfs has no disk")) << outcome.output;
+  EXPECT_TRUE(std::filesystem::is_empty(config.path()));
 }
 
-TEST(TuneTool, ADirectoryThatIsNotThereAndNoRoundsAreErrors) {
-  const testing::Outcome missing = tune("/no/such/directory");
+TEST(TuneTool, WithoutAPlaceToWriteTheResultIsPrintedWithAStatusOfItsOwn) {
+  const testing::TempDir dir;
+  testing::write_file(dir / "blocked", {});
+  const testing::Outcome outcome = tune(dir.path(), dir / "blocked");
+  EXPECT_EQ(outcome.status, kExitNotKept);
+  expect_the_rule_the_limits_and_one_choice(outcome.output);
+  EXPECT_TRUE(has(outcome.output, "not kept: ")) << outcome.output;
+}
+
+TEST(TuneTool, ADirectoryThatIsNotThereAndWrongUsageHaveStatusesOfTheirOwn) {
+  const testing::TempDir config;
+  const testing::Outcome missing = tune("/no/such/directory", config.path());
   EXPECT_EQ(missing.status, 1);
-  EXPECT_NE(missing.output.find("/no/such/directory"), std::string::npos) << missing.output;
-  EXPECT_NE(testing::run("'" FLASHPACK_TUNE "' --rounds 0 2>&1").status, 0);
+  EXPECT_TRUE(has(missing.output, "/no/such/directory")) << missing.output;
+  for (const char* wrong : {"--budget 0", "--budget -1s", "--budget long", "--size_gib 0", "--wrong"})
+    EXPECT_EQ(tune(config.path(), config.path(), std::string(wrong) + " 2>&1").status, 2) << wrong;
+  EXPECT_EQ(tune(config.path(), config.path(), "--help").status, 0);
 }
 
 }  // namespace
