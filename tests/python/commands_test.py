@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import stat
 import typing
 import zipfile
@@ -223,6 +224,23 @@ def test_a_default_destination_is_not_replaced_and_a_named_one_is(safetensors_fi
         commands.revert_from_flashpack(destination)
     commands.revert_from_flashpack(destination, safetensors_file)
     assert_bit_equal(safetensors.torch.load_file(safetensors_file), STATE)
+
+
+def test_capital_letters_in_a_suffix_make_no_difference(tmp_path, safetensors_file):
+    source = safetensors_file.rename(tmp_path / "model.SafeTensors")
+    with pytest.raises(FlashPackError, match=r"call it b\.flashpack"):
+        commands.convert_to_flashpack(source, tmp_path / "b.SAFETENSORS")
+    packed = commands.convert_to_flashpack(source)
+    assert packed == os.fspath(tmp_path / "model.flashpack")
+    with pytest.raises(FlashPackError, match="would not be a flashpack file"):
+        commands.revert_from_flashpack(packed, tmp_path / "b.FlashPack")
+    assert_bit_equal(
+        safetensors.torch.load_file(commands.revert_from_flashpack(packed, tmp_path / "b.SAFETENSORS")), STATE
+    )
+    shutil.copytree(tmp_path, tmp_path / "directory")
+    (tmp_path / "directory" / "model.SafeTensors").rename(tmp_path / "directory" / "model.safetensors")
+    result = commands.convert_to_flashpack(tmp_path / "directory", tmp_path / "c.FLASHPACK")
+    assert_bit_equal(flashpack.load_file(result), STATE)
 
 
 def test_what_is_neither_here_nor_on_the_hub_is_an_error(tmp_path):

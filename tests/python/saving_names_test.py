@@ -26,13 +26,13 @@ def test_each_name_has_one_meaning():
         assert getattr(flashpack, name) is getattr(flashpack.safetensors, name)
 
 
-@pytest.mark.parametrize("name", ["a.flashpack", "a.safetensors", "a"])
+@pytest.mark.parametrize("name", ["a.flashpack", "a.FlashPack", "a.safetensors", "a.SAFETENSORS", "a"])
 def test_the_name_of_a_file_decides_its_format(name, tmp_path):
     flashpack.save_file(STATE, tmp_path / name, metadata={"step": "3"})
-    assert flashpack.is_flashpack_file(tmp_path / name) == (name == "a.flashpack")
+    assert flashpack.is_flashpack_file(tmp_path / name) == (name.lower() == "a.flashpack")
     assert_bit_equal(flashpack.load_file(tmp_path / name, metadata=(metadata := {})), STATE)
     assert metadata == {"step": "3"}
-    if name != "a.flashpack":
+    if name.lower() != "a.flashpack":
         assert_bit_equal(safetensors.torch.load_file(tmp_path / name), STATE)
 
 

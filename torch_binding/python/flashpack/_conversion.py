@@ -41,6 +41,11 @@ def stem_of(path: Path) -> str:
     return Path(_INDEX_SUFFIX.sub("", path.name)).stem
 
 
+def suffix_of(path: Path) -> str:
+    """Returns the suffix in small letters, because people and other systems make no difference."""
+    return path.suffix.lower()
+
+
 def own_stem_of(path: Path) -> str | None:
     """Returns the file's name without suffixes if it keeps that in any format, as adapters do; else None."""
     stem = stem_of(path)
@@ -110,7 +115,7 @@ def metadata_of(path: Path) -> dict[str, str]:
     metadata: dict[str, str] = {}
     disputed = set()
     for file in files_of(path):
-        if not is_index(file) and (file.suffix == ".safetensors" or _refusal_of(file) is None):
+        if not is_index(file) and (suffix_of(file) == ".safetensors" or _refusal_of(file) is None):
             for key, value in _header_of(file).items():
                 if metadata.setdefault(key, value) != value:
                     disputed.add(key)
@@ -162,7 +167,7 @@ def _open_file(path: Path, key: str | None) -> dict[str, torch.Tensor]:
     with open_regular(path) as file:
         head = file.read(_native.FOREIGN_HEAD_BYTES)
     refusal = _refusal_of(path)
-    if path.suffix == ".safetensors" or refusal is None:
+    if suffix_of(path) == ".safetensors" or refusal is None:
         if key is not None:
             raise FlashPackError(f"{path} has no key {key!r}: only what torch.save wrote can have tensors below a name")
         try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ._checkpoint import Checkpoint, StrPath, open_checkpoint
-from ._conversion import own_stem_of, stem_for
+from ._conversion import own_stem_of, stem_for, suffix_of
 from ._directory import (
     copy_companions,
     model_folders,
@@ -39,7 +39,7 @@ def revert(path: StrPath, destination_path: StrPath | None, silent: bool, force:
         _revert_directory(source, destination_path, silent, force)
         return os.fspath(source if destination_path is None else destination_path)
     destination = source.with_suffix(".safetensors") if destination_path is None else Path(destination_path)
-    if destination.suffix == ".flashpack":
+    if suffix_of(destination) == ".flashpack":
         raise FlashPackError(f"{destination} would not be a flashpack file: call it *.safetensors or *.pt")
     with open_checkpoint(source) as checkpoint:
         refuse_source([file.path for file in checkpoint.files()], destination)
@@ -52,7 +52,7 @@ def revert(path: StrPath, destination_path: StrPath | None, silent: bool, force:
 
 
 def _is_called_a_file(destination: Path) -> bool:
-    return destination.suffix in _FILE_SUFFIXES and not destination.is_dir()
+    return suffix_of(destination) in _FILE_SUFFIXES and not destination.is_dir()
 
 
 def _revert_directory(source: Path, destination_path: StrPath | None, silent: bool, force: bool) -> None:
@@ -90,7 +90,7 @@ def _stem_of(directory: Path, checkpoint: Checkpoint) -> str:
 def _write(checkpoint: Checkpoint, file: Path, destination: Path, silent: bool) -> None:
     """Writes all of `checkpoint` to `file`, which becomes `destination`."""
     metadata, entries = checkpoint.native.user_metadata, checkpoint.entries()
-    is_safetensors = destination.suffix == ".safetensors"
+    is_safetensors = suffix_of(destination) == ".safetensors"
     if not is_safetensors and metadata:
         logger.warning("%s: metadata is left out, for which only safetensors files have a place", destination)
     if is_safetensors and any(entry.name == "__metadata__" for entry in entries):

@@ -13,7 +13,7 @@ import torch
 
 from ._casts import dtype_of
 from ._checkpoint import StrPath
-from ._conversion import files_of, map_tensors, metadata_of, own_stem_of, stem_of
+from ._conversion import files_of, map_tensors, metadata_of, own_stem_of, stem_of, suffix_of
 from ._directory import (
     copy_companions,
     download,
@@ -292,7 +292,7 @@ def _convert_directory(
             state_dict = build_model(library, directory, folder, checkpoint, variant, **rest).state_dict()
         packing.convert(checkpoint, state_dict, path)
 
-    if destination.suffix == ".flashpack" and not destination.is_dir():
+    if suffix_of(destination) == ".flashpack" and not destination.is_dir():
         if [*checkpoints] != [""]:
             raise FlashPackError(f"a pipeline converts to a directory, which {destination} does not look like")
         pack("", checkpoints[""], destination)
@@ -339,7 +339,7 @@ def _required(destination_path: StrPath | None, source: str) -> StrPath:
 
 def _refuse_foreign_name(destination: Path) -> None:
     """Refuses to write a flashpack file under a name that other programs would take for another kind of file."""
-    if destination.suffix in _FOREIGN_SUFFIXES and not destination.is_dir():
+    if suffix_of(destination) in _FOREIGN_SUFFIXES and not destination.is_dir():
         raise FlashPackError(
             f"{destination} would be a flashpack file with the name of another kind of file: call it "
             f"{destination.with_suffix('.flashpack').name}"
