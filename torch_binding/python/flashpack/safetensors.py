@@ -324,19 +324,22 @@ def _is_for_flashpack(filename: StrPath) -> bool:
 
 
 def _resolved(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the tensors as safetensors can write them. Raises CheckpointError for what would become another file."""
+    """Returns the tensors as safetensors can write them; what is no tensor stays, because safetensors refuses it.
+
+    Raises CheckpointError for what would become another file.
+    """
     if not isinstance(tensors, Mapping):
-        raise TypeError(f"a state dict is saved, not a {type(tensors).__name__}")
+        return tensors
     if "__metadata__" in tensors:
         raise CheckpointError(
             "a safetensors file cannot hold a tensor called '__metadata__', which stands for something else there; a "
             "flashpack file (*.flashpack) can"
         )
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"cannot save {name!r}: it is a {type(tensor).__name__}, not a tensor")
     # safetensors writes the bytes of a tensor, which for a lazy conjugate or negative are those of the other value.
-    return {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
+    return {
+        name: tensor.resolve_conj().resolve_neg() if isinstance(tensor, torch.Tensor) else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 @contextmanager
