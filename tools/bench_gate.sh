@@ -4,8 +4,8 @@
 #
 # usage: tools/bench_gate.sh [FOLDER] [--gate FILE] [--program FILE]     (default: . and the release build's engine_bench)
 #
-# FOLDER is on the disk to measure, and gets a file of 1 GiB and others as large, which are removed. It takes less than
-# three minutes on a disk of 2 GB/s. A row that misses is measured once more. Prints a table.
+# FOLDER is on the disk to measure, and gets a file of 1 GiB and others as large, which are removed. It takes two
+# minutes on a disk of 3 GB/s and, if many rows miss, up to four: a row that misses is measured once more. Prints a table.
 #
 # Exit codes: 0 all rows hold; 1 a row is below; 2 wrong usage, or something could not be run or measured.
 set -euo pipefail
