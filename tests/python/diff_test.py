@@ -71,6 +71,26 @@ def test_a_bit_is_found_in_every_dtype(dtype, pack):
     assert count == "1 difference"
 
 
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "how"),
+    [
+        ([0.0, NAN, INF], [-0.0, NAN, INF], "1 of 3 elements differ, in the sign of zero"),
+        ([1.0, NAN, INF], [1.5, NAN, INF], "1 of 3 elements differ, by at most 0.5"),
+        ([0.0, 1.0, INF], [-0.0, 3.0, INF], "2 of 3 elements differ, by at most 2"),
+        ([1.0, 2.0, 3.0], [NAN, 2.5, 3.0], "2 of 3 elements differ, by at most 0.5 and 1 of them in NaN"),
+        ([1.0, 2.0, INF], [NAN, 2.0, NAN], "2 of 3 elements differ, 2 of them in NaN"),
+        ([1.0, INF, INF], [1.0, -INF, INF], "1 of 3 elements differ, by at most inf"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_distance_is_that_of_the_elements_that_differ(a, b, how, dtype, pack):
+    found, _ = diff(pack({"w": torch.tensor(a, dtype=dtype)}), pack({"w": torch.tensor(b, dtype=dtype)}))
+    assert found.endswith(f" [3]: {how}")
+
+
 def test_names_cannot_drive_the_terminal(path, pack):
     assert "+ a\\x1b[2J float32 [1]" in diff(path, pack(STATE | {"a\x1b[2J": torch.ones(1)}))
 

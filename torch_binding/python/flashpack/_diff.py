@@ -60,8 +60,23 @@ def _values(a: torch.Tensor, b: torch.Tensor) -> str:
     rows = [tensor.reshape(-1).view(torch.uint8).view(tensor.numel(), tensor.element_size()) for tensor in (a, b)]
     if torch.equal(*rows):
         return ""
-    count = int((rows[0] != rows[1]).any(1).sum())
+    differing = (rows[0] != rows[1]).any(1)
+    count = int(differing.sum())
     what = f"{a.dtype}".removeprefix("torch.") + f" {list(a.shape)}: {count} of {a.numel()} elements differ"
     if a.dtype not in PLAIN_FLOATS:
         return what
-    return f"{what}, by at most {(a.double() - b.double()).abs().max().item():.3g}"
+    return what + _distance(*(tensor.reshape(-1)[differing].double() for tensor in (a, b)))
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> str:
+    """Returns how far apart values are whose bits differ, with those apart that have no distance."""
+    apart = (a - b).abs()
+    numbers = apart[~apart.isnan()]
+    ways = []
+    if numbers.any():
+        ways.append(f", by at most {numbers.max().item():.3g}")
+    elif len(numbers):
+        ways.append(", in the sign of zero")
+    if len(numbers) < len(apart):
+        ways.append(f"{' and' if ways else ','} {len(apart) - len(numbers)} of them in NaN")
+    return "".join(ways)
