@@ -97,6 +97,13 @@ def test_what_no_safetensors_file_can_hold_is_refused_by_name(save, tensors, mes
         assert_bit_equal(flashpack.load_file(tmp_path / "a.flashpack"), tensors)
 
 
+def test_an_empty_checkpoint_is_a_safetensors_file(tmp_path):
+    flashpack.save_file({}, tmp_path / "a.safetensors")
+    assert flashpack.load_file(tmp_path / "a.safetensors") == {}
+    with pytest.raises(FlashPackError, match=r"No tensors to pack\. .* a safetensors file can be empty"):
+        flashpack.save_file({}, tmp_path / "a.flashpack")
+
+
 def test_what_is_no_tensor_or_no_dict_is_refused_as_by_safetensors(tmp_path):
     with pytest.raises(ValueError, match="Key `a` is invalid"):
         flashpack.save_file({"a": 1}, tmp_path / "a.safetensors")

@@ -154,7 +154,7 @@ def _specs(
 ) -> list[tuple[str, str, list[int]]]:
     """Returns (name, dtype, shape) of each tensor. Raises FlashPackError if one of them cannot be written."""
     if not tensors:
-        raise FlashPackError("No tensors to pack.")
+        raise FlashPackError("No tensors to pack. A flashpack file has at least one; a safetensors file can be empty")
     if align_bytes < 0:
         raise FlashPackError(f"align_bytes must be >= 0, got {align_bytes}")
     for name, tensor in tensors.items():
