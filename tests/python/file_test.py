@@ -7,6 +7,7 @@ import gc
 import itertools
 import math
 import pickle
+import re
 
 import flashpack
 import numpy as np
@@ -135,6 +136,13 @@ def test_an_open_device_map_means_one_device(path, tensors, device_map, there, m
     assert [place.type for place in places] == ["cuda" if there else "cpu"]
     if not there:
         assert_bit_equal(flashpack.load_file(path, device_map=device_map), tensors)
+
+
+@pytest.mark.parametrize("key", [0, None, b"encoder", ("encoder",)])
+def test_a_device_map_with_a_key_that_no_module_can_have_is_an_error_that_names_it(path, key):
+    for load in (flashpack.load_file, flashpack.stream_tensors):
+        with pytest.raises(flashpack.FlashPackError, match=f"device_map has the key {re.escape(repr(key))}, a "):
+            load(path, device_map={"": "cpu", key: "cpu"})
 
 
 @pytest.mark.parametrize("device", ["mps", "nonsense", object()])

@@ -24,8 +24,14 @@ AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def devices_by_module(device_map: DeviceMap | None) -> dict[str, DeviceLike]:
-    """Returns a device map by module, where "" stands for all. An open choice is the GPU, if there is one."""
+    """Returns a device map by module, where "" stands for all. An open choice is the GPU, if there is one.
+
+    Raises FlashPackError for a key that is no text: no module has it, and its device would be passed over.
+    """
     if isinstance(device_map, Mapping):
+        for name in device_map:
+            if not isinstance(name, str):
+                raise FlashPackError(f"device_map has the key {name!r}, a {type(name).__name__}, not a module's name")
         return dict(device_map)
     if isinstance(device_map, str) and device_map in AUTOMATIC:
         return {"": "cuda" if torch.cuda.is_available() else "cpu"}
