@@ -162,6 +162,17 @@ def note_opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return opened
 
 
+def test_a_fifo_is_not_left_to_safetensors_which_would_wait_for_its_writer(tmp_path):
+    fifo = tmp_path / "a.safetensors"
+    os.mkfifo(fifo)
+    both_ends = os.open(fifo, os.O_RDWR)  # Otherwise this test would wait, too, where the original is called.
+    try:
+        with flashpack.accelerate(), pytest.raises(flashpack.FlashPackError, match="not a regular file"):
+            safetensors.torch.load_file(fifo)
+    finally:
+        os.close(both_ends)
+
+
 @pytest.mark.parametrize(("value", "replaced"), [("1", True), ("0", False), ("", False)])
 def test_the_environment_decides_when_flashpack_is_imported(value, replaced):
     code = f"import sys; sys.path[:] = {sys.path!r}; import safetensors, flashpack; print(safetensors.safe_open)"

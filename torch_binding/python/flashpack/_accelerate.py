@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -100,6 +102,8 @@ class safe_open(metaclass=_TellsHandles):  # noqa: N801  It has the name of what
         try:
             return ours.safe_open(filename, framework, device, backend=backend)
         except (FlashPackError, OSError) as error:
+            if Path(os.fsdecode(filename)).is_fifo():
+                raise  # The original would wait for somebody to write to it.
             handle = _original_open(filename, framework, device, **options)  # Its error is the one that callers know.
             logger.warning("left to safetensors: %s", error)
             return handle
