@@ -122,7 +122,7 @@ Engine::Impl::Impl(EngineOptions options) : options_(checked(std::move(options))
 }
 
 Engine::Impl::~Impl() {
-  pipeline_->close();
+  pipeline_->inbox().close();
   driver_.join();
   if (successor_.joinable()) successor_.join();
 }
@@ -207,10 +207,7 @@ void Engine::Impl::run() {
   machine_.reset();
 }
 
-void Engine::Impl::start(const std::shared_ptr<internal::TransferState>& state) {
-  state->driver = pipeline_;
-  pipeline_->start(state);
-}
+void Engine::Impl::start(const std::shared_ptr<internal::TransferState>& state) { pipeline_->inbox().start(state); }
 
 Engine::Engine(EngineOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
 Engine::Engine(Engine&&) noexcept = default;

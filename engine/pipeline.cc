@@ -37,40 +37,8 @@ Pipeline::Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::s
       pool_(pool),
       copier_(copier),
       limits_(limits),
-      files_(std::make_shared<FileTable>(&queues.disk)),
-      inbox_(std::make_shared<Inbox>()),
-      jobs_({.tags = tag_limit(limits), .queue_depth = limits.queue_depth, .slots = limits.slots}, std::move(slots)) {
-  inbox_->sleeper = &queues_.disk;
-}
-
-void Pipeline::start(std::shared_ptr<TransferState> transfer) {
-  const std::lock_guard lock(inbox_->mutex);
-  inbox_->started.push_back(std::move(transfer));
-  queues_.disk.wake();
-}
-
-void Pipeline::attend(std::shared_ptr<TransferState> transfer) noexcept {
-  const std::lock_guard lock(inbox_->mutex);
-  transfer->next_cancelled = std::exchange(inbox_->cancelled, transfer);
-  queues_.disk.wake();
-}
-
-void Pipeline::close() noexcept {
-  const std::lock_guard lock(inbox_->mutex);
-  inbox_->closing = true;
-  queues_.disk.wake();
-}
-
-void Pipeline::Inbox::answer(std::shared_ptr<TransferState> transfer, Part& part) noexcept {
-  std::unique_lock lock(mutex);
-  if (!sleeper) {  // The driver has ended, so this thread has to close the file.
-    lock.unlock();
-    part.open.reset();
-    return;
-  }
-  answers.push_back({std::move(transfer), &part});
-  sleeper->wake();
-}
+      files_(pool, queues.disk, limits.chunk_bytes, limits.at_once_bytes),
+      jobs_({.tags = tag_limit(limits), .queue_depth = limits.queue_depth, .slots = limits.slots}, std::move(slots)) {}
 
 bool Pipeline::run() {
   const bool refused = queues_.disk.refuses();
@@ -90,11 +58,10 @@ bool Pipeline::run() {
 
 // Whether run() may return. Threads that are late in opening or closing files are left behind.
 bool Pipeline::finished() {
-  const std::lock_guard lock(inbox_->mutex);
-  const bool nothing_left = inbox_->closing && unfinished_ == 0 && inbox_->started.empty() && inbox_->answers.empty() &&
-                            std::ranges::all_of(parts_.with_threads(), [](const Part* part) { return part->late; });
+  const bool nothing_left = unfinished_ == 0 &&
+                            std::ranges::all_of(parts_.with_threads(), [](const Part* part) { return part->late; }) &&
+                            inbox().end();
   assert(!nothing_left || jobs_.idle());
-  if (nothing_left) inbox_->sleeper = nullptr;
   return nothing_left;
 }
 

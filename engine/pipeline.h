@@ -5,14 +5,14 @@
 #include <array>
 #include <chrono>
 #include <map>
-#include <memory>
-#include <mutex>
 #include <set>
 #include <span>
 #include <utility>
 #include <vector>
 
 #include "engine/copier.h"
+#include "engine/file_tasks.h"
+#include "engine/inbox.h"
 #include "engine/jobs.h"
 #include "engine/open_parts.h"
 #include "engine/pool.h"
@@ -41,7 +41,7 @@ struct Queues {
 ///
 /// One thread, the driver, calls run(). It does no byte work, never blocks in a file system, and allocates nothing per
 /// chunk.
-class Pipeline final : public Driver {
+class Pipeline {
  public:
   struct Limits {
     std::uint32_t queue_depth;   ///< Direct reads and writes in flight, including chunks whose slots are being filled.
@@ -61,39 +61,16 @@ class Pipeline final : public Driver {
   /// the host.
   Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits);
 
-  /// Any thread: hands a prepared transfer to the driver.
-  void start(std::shared_ptr<TransferState> transfer);
-  /// Any thread: tells the driver that the transfer was cancelled.
-  void attend(std::shared_ptr<TransferState> transfer) noexcept override;
-  /// Any thread: lets run() return when all transfers have ended.
-  void close() noexcept;
+  /// Where any thread hands prepared transfers to the driver, and lets run() return when all of them have ended.
+  Inbox& inbox() const noexcept { return files_.inbox(); }
 
-  /// Returns true when all transfers have ended after close(). Returns false once, if the disk's queue begins to
+  /// Returns true when all transfers have ended after Inbox::close(). Returns false once, if the disk's queue begins to
   /// refuse: its operations come back only after the thread that made the queue has ended, so another thread must call
   /// run() again.
   bool run();
 
  private:
   using Route = ChunkTraits::Route;
-
-  struct Answer {
-    std::shared_ptr<TransferState> transfer;
-    Part* part;
-  };
-  /// Other threads leave messages to the driver here.
-  struct Inbox {
-    void answer(std::shared_ptr<TransferState> transfer, Part& part) noexcept;
-
-    // Protects the rest. Wakes happen under it, because the queue may be gone when run() has returned.
-    std::mutex mutex;
-    Queue* sleeper = nullptr;  // The queue that the driver sleeps in; null when run() has ended.
-    std::vector<std::shared_ptr<TransferState>> started;
-    std::shared_ptr<TransferState> cancelled;  // The first of a linked list.
-    std::vector<Answer> answers;               // Parts whose threads have finished with them.
-    bool closing = false;
-  };
-  class FileTask;
-  class CloseTask;
 
   // The loop: pipeline.cc.
   bool finished();
@@ -149,10 +126,7 @@ class Pipeline final : public Driver {
   Pool& pool_;
   Copier* const copier_;
   const Limits limits_;
-  // Shared with threads that open and close files, which may be left behind and then outlive the pipeline.
-  const std::shared_ptr<FileTable> files_;
-  const std::shared_ptr<Inbox> inbox_;
-
+  FileTasks files_;
   Jobs jobs_;
   OpenParts parts_;
   std::chrono::steady_clock::time_point now_;  // Time at the start of this turn of the loop.
@@ -164,10 +138,9 @@ class Pipeline final : public Driver {
   static constexpr std::size_t kLarge = 1;
   std::array<std::vector<Part*>, 2> issuing_;  // Parts with chunks to issue, sorted by turn.
   std::set<std::pair<Deadline, TransferState*>> deadlines_;
-  std::vector<TransferState*> gated_;                     // Transfers with a gate.
-  std::chrono::steady_clock::time_point gates_changed_;   // When a transfer was last added or removed.
-  std::vector<std::shared_ptr<TransferState>> admitted_;  // Used in admit() only.
-  std::vector<Answer> answered_;                          // Used in admit() only, too.
+  std::vector<TransferState*> gated_;                    // Transfers with a gate.
+  std::chrono::steady_clock::time_point gates_changed_;  // When a transfer was last added or removed.
+  Inbox::Messages messages_;                             // Used in admit() only.
 };
 
 }  // namespace flashpack::internal

@@ -1,7 +1,6 @@
 // Starts and ends transfers, and has their files opened and closed.
 #include <algorithm>
 #include <cassert>
-#include <functional>
 #include <utility>
 
 #include "engine/ground/error.h"
@@ -9,76 +8,13 @@
 
 namespace flashpack::internal {
 
-// Opens or closes the file of a part, in a thread of the pool. It owns all that it uses, or shares it with the
-// pipeline, because the pipeline may end before it.
-class Pipeline::FileTask final : public Pool::Task {
- public:
-  FileTask(Part& part, const Pipeline& pipeline)
-      : transfer_(part.transfer->shared_from_this()),
-        part_(part),
-        closing_(part.state == Part::State::kClosing),
-        check_(closing_ && !transfer_->failure),
-        drop_(closing_ && transfer_->after == AfterLoad::kDrop && transfer_->stats.buffered_bytes > 0),
-        chunk_bytes_(pipeline.limits_.chunk_bytes),
-        at_once_bytes_(transfer_->after == AfterLoad::kDrop ? 0 : pipeline.limits_.at_once_bytes),
-        files_(pipeline.files_),
-        inbox_(pipeline.inbox_) {
-    // The descriptor cannot be the subject, because another file gets its number while the close still hangs.
-    subject = closing_ ? reinterpret_cast<std::uintptr_t>(part.open.get()) | kClosing
-                       : std::hash<std::string>()(part.path.native()) | kOpening;
-  }
-
-  void run() noexcept override {
-    closing_ ? close() : open_part(part_, *files_, chunk_bytes_, at_once_bytes_);
-    inbox_->answer(std::move(transfer_), part_);
-  }
-
- private:
-  static constexpr Pool::Subject kClosing = Pool::Subject{1} << 62;
-  static constexpr Pool::Subject kOpening = Pool::Subject{1} << 63;
-
-  void close() noexcept {
-    if (check_) check_part(part_);
-    if (drop_) part_.file().drop_from_cache();
-    const std::shared_ptr<OpenFile> file = std::move(part_.open);
-    part_.checked = true;
-  }
-
-  std::shared_ptr<TransferState> transfer_;
-  Part& part_;
-  const bool closing_;
-  const bool check_;
-  const bool drop_;
-  const std::uint32_t chunk_bytes_;
-  const std::uint32_t at_once_bytes_;
-  const std::shared_ptr<FileTable> files_;
-  const std::shared_ptr<Inbox> inbox_;
-};
-
-// Closes a descriptor that a load was given but did not use.
-class Pipeline::CloseTask final : public Pool::Task {
- public:
-  explicit CloseTask(UniqueFd fd) : fd_(std::move(fd)) {
-    subject = Pool::Subject{1} << 61;  // All have one subject, so that a dead file system does not take many threads.
-  }
-  void run() noexcept override { fd_.reset(); }
-
- private:
-  UniqueFd fd_;
-};
-
 void Pipeline::admit() {
-  std::shared_ptr<TransferState> cancelled;
-  {
-    const std::lock_guard lock(inbox_->mutex);
-    admitted_.swap(inbox_->started);
-    answered_.swap(inbox_->answers);
-    cancelled = std::move(inbox_->cancelled);
-  }
-  for (auto& [transfer, part] : answered_) on_answer(*part);
-  answered_.clear();
-  for (const auto& transfer : admitted_) admit(transfer);
-  admitted_.clear();
+  inbox().take(messages_);
+  for (const Inbox::Answer& answer : messages_.answers) on_answer(*answer.part);
+  messages_.answers.clear();
+  for (const auto& transfer : messages_.started) admit(transfer);
+  messages_.started.clear();
+  std::shared_ptr<TransferState>& cancelled = messages_.cancelled;
   while (cancelled) {
     const std::shared_ptr<TransferState> transfer = std::exchange(cancelled, std::move(cancelled->next_cancelled));
     if (transfer->self && !transfer->failure)
@@ -118,7 +54,7 @@ void Pipeline::expire() {
 void Pipeline::ask(Part& part, Part::State state) {
   parts_.enter(part, state, now_);
   if (part.awaited) ++part.transfer->outstanding;
-  pool_.post(std::make_unique<FileTask>(part, *this));
+  files_.post(part);
 }
 
 void Pipeline::on_answer(Part& part) {
@@ -214,7 +150,7 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
   for (Part& part : transfer.parts) {
     if (part.state == Part::State::kOpen) std::erase(issuing_like(part), &part);
     if (part.state == Part::State::kWaiting) parts_.enter(part, Part::State::kDone, now_);
-    if (part.state == Part::State::kDone && part.given) pool_.post(std::make_unique<CloseTask>(std::move(part.given)));
+    if (part.state == Part::State::kDone && part.given) files_.close(std::move(part.given));
     // A thread that has claimed the memory may write to it, so the transfer waits for the thread.
     const bool opens = part.state == Part::State::kOpening && (part.checked || part.claim_memory());
     const bool left_to_its_thread = opens || (part.state == Part::State::kClosing && part.late);

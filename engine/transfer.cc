@@ -35,7 +35,7 @@ void TransferState::finish(std::optional<Failure> result) {
     outcome = std::move(result);
     ended = true;
     ended_by = std::this_thread::get_id();
-    driver = nullptr;
+    inbox = nullptr;
   }
   if (completion) {
     Transfer transfer = handle(shared_from_this());
@@ -51,7 +51,7 @@ void TransferState::finish(std::optional<Failure> result) {
 void TransferState::cancel(const std::shared_ptr<TransferState>& state) noexcept {
   if (state->cancel_requested.exchange(true)) return;
   const std::lock_guard lock(state->mutex);
-  if (state->driver) state->driver->attend(state);
+  if (state->inbox) state->inbox->cancel(state);
 }
 
 void TransferState::note_fallback(const std::string& reason) {

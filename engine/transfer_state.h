@@ -16,21 +16,12 @@
 #include <thread>
 
 #include "engine/copier.h"
+#include "engine/inbox.h"
 #include "engine/part.h"
 #include "engine/way.h"
 #include "flashpack/engine.h"
 
 namespace flashpack::internal {
-
-/// Reaches the driver from any thread. It outlives every unfinished transfer.
-class Driver {
- public:
-  /// To be called when the transfer has been cancelled.
-  virtual void attend(std::shared_ptr<TransferState> transfer) noexcept = 0;
-
- protected:
-  ~Driver() = default;
-};
 
 struct TransferState : std::enable_shared_from_this<TransferState> {
   static Transfer handle(std::shared_ptr<TransferState> state) { return Transfer(std::move(state)); }
@@ -69,7 +60,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   // Only for the driver, once started.
   std::deque<Part> parts;                         // A store has one part, already open. Parts never move in memory.
   std::shared_ptr<TransferState> self;            // Set until the end, so that the state outlives its handle.
-  std::shared_ptr<TransferState> next_cancelled;  // List of cancelled transfers; protected by the driver's mutex.
+  std::shared_ptr<TransferState> next_cancelled;  // List of cancelled transfers; protected by the inbox.
   std::unique_ptr<Gate> gate;                     // While set, nothing is copied to or from a device.
   std::size_t parts_awaited = 0;                  // Parts that the end still waits for.
   std::uint32_t jobs = 0;                         // Chunks under way.
@@ -91,7 +82,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   bool published = false;  // `ended`, and the completion has returned.
   std::thread::id ended_by;
   std::optional<Failure> outcome;
-  Driver* driver = nullptr;  // Null before the start and after the end.
+  Inbox* inbox = nullptr;  // The driver's; null before the start and after the end.
 };
 
 }  // namespace flashpack::internal

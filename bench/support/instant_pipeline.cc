@@ -75,7 +75,7 @@ constexpr internal::Pipeline::Limits kLimits{
 struct InstantPipeline::Impl {
   Impl() : driver(internal::start_thread("flashpack-drive", [this] { pipeline.run(); })) {}
   ~Impl() {
-    pipeline.close();
+    pipeline.inbox().close();
     driver.join();
   }
 
@@ -93,8 +93,7 @@ InstantPipeline::~InstantPipeline() = default;
 
 TransferStats InstantPipeline::load(LoadRequest request) {
   auto state = internal::prepare_load(impl_->facts, std::move(request), nullptr);
-  state->driver = &impl_->pipeline;
-  impl_->pipeline.start(state);
+  impl_->pipeline.inbox().start(state);
   return internal::TransferState::handle(std::move(state)).wait();
 }
 

@@ -52,10 +52,10 @@ class PipelineRig {
 
   /// Returns when all that was started has ended.
   void stop() {
-    pipeline_->close();
+    pipeline_->inbox().close();
     driver_.join();
   }
-  void close() { pipeline_->close(); }
+  void close() { pipeline_->inbox().close(); }
 
   struct Load {
     std::filesystem::path path;
@@ -119,8 +119,7 @@ class PipelineRig {
 
   Transfer start(std::shared_ptr<internal::TransferState> state, bool cancelled) {
     state->cancel_requested = cancelled;
-    state->driver = pipeline_.get();
-    pipeline_->start(state);
+    pipeline_->inbox().start(state);
     return internal::TransferState::handle(state);
   }
 

@@ -1,0 +1,59 @@
+#include "engine/inbox.h"
+
+#include <cassert>
+#include <utility>
+
+#include "engine/transfer_state.h"
+
+namespace flashpack::internal {
+
+// Requires: the mutex is held.
+void Inbox::wake() noexcept {
+  any_ = true;
+  if (sleeper_) sleeper_->wake();
+}
+
+void Inbox::start(std::shared_ptr<TransferState> transfer) {
+  const std::lock_guard lock(mutex_);
+  TransferState& started = *messages_.started.emplace_back(std::move(transfer));
+  started.inbox = this;
+  wake();
+}
+
+void Inbox::cancel(std::shared_ptr<TransferState> transfer) noexcept {
+  const std::lock_guard lock(mutex_);
+  transfer->next_cancelled = std::exchange(messages_.cancelled, transfer);
+  wake();
+}
+
+void Inbox::close() noexcept {
+  const std::lock_guard lock(mutex_);
+  closing_ = true;
+  wake();
+}
+
+bool Inbox::answer(std::shared_ptr<TransferState>& transfer, Part& part) noexcept {
+  const std::lock_guard lock(mutex_);
+  if (!sleeper_) return false;
+  messages_.answers.push_back({std::move(transfer), &part});
+  wake();
+  return true;
+}
+
+void Inbox::take(Messages& messages) {
+  assert(messages.answers.empty() && messages.started.empty() && !messages.cancelled);
+  if (!any_) return;
+  const std::lock_guard lock(mutex_);
+  any_ = false;
+  std::swap(messages, messages_);
+}
+
+bool Inbox::end() noexcept {
+  if (!closing_) return false;
+  const std::lock_guard lock(mutex_);
+  if (any_) return false;
+  sleeper_ = nullptr;
+  return true;
+}
+
+}  // namespace flashpack::internal
