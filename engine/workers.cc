@@ -59,6 +59,7 @@ void ThreadQueue<Interface>::cancel(unsigned tag) {
 template <class Interface>
 std::span<const IoCompletion> ThreadQueue<Interface>::wait(std::optional<std::chrono::nanoseconds> timeout) {
   taken_.clear();
+  if (timeout && timeout->count() <= 0 && !any_) return taken_;
   std::unique_lock lock(mutex_);
   const auto ready = [this] { return !finished_.empty() || woken_; };
   if (!timeout) {
@@ -67,6 +68,7 @@ std::span<const IoCompletion> ThreadQueue<Interface>::wait(std::optional<std::ch
     owner_wanted_.wait_for(lock, *timeout, ready);
   }
   woken_ = false;
+  any_ = false;
   taken_.swap(finished_);
   for (const IoCompletion& completion : taken_) work_[completion.tag].in_flight = false;
   return taken_;
@@ -77,6 +79,7 @@ void ThreadQueue<Interface>::wake() noexcept {
   {
     const std::lock_guard lock(mutex_);
     woken_ = true;
+    any_ = true;
   }
   owner_wanted_.notify_one();
 }
@@ -102,6 +105,7 @@ void ThreadQueue<Interface>::carry_out(Work& work) noexcept {
   // Wakes under the lock, because the owner may be gone as soon as it knows of the last completion.
   const std::lock_guard lock(mutex_);
   finished_.push_back({work.tag, result});
+  any_ = true;
   if (!worth_waking(work.request)) return;
   listener_ ? listener_->wake() : owner_wanted_.notify_one();
 }

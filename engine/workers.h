@@ -1,6 +1,7 @@
 /// Queues whose work the threads of a pool do: byte work and, where io_uring is refused, direct I/O.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <string>
@@ -51,6 +52,9 @@ class ThreadQueue : public Interface {
   Queue* const listener_;
   std::vector<Work> work_;           // One for each tag.
   std::vector<IoCompletion> taken_;  // Only for the owner: the last result of wait().
+  // Whether wait() would return something or has been woken. It is set under the mutex before the owner is woken, and
+  // sequentially consistent, so that an owner that has been woken sees it, and takes no lock when there is nothing.
+  std::atomic<bool> any_ = false;
 
   std::mutex mutex_;  // Protects the rest.
   std::condition_variable owner_wanted_;
