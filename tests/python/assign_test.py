@@ -253,7 +253,7 @@ def test_a_read_that_fails_leaves_the_module_as_it_was(pack, monkeypatch):
     model = Model()
     path = pack(changed(model))
     before = state_of(model)
-    monkeypatch.setattr(flashpack._device, "engine", lambda: type("Engine", (), {"start_load": failing_load})())
+    monkeypatch.setattr(flashpack._device, "engine", lambda *_: type("Engine", (), {"start_load": failing_load})())
     with pytest.raises(OSError, match="Input/output error"):
         flashpack.assign_from_file(model, path, keep_flash_ref_on_model=True)
     assert state_of(model) == before

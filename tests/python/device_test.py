@@ -38,7 +38,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append(f"finish {len(loads)}")
         return finish_loads(loads, progress)
 
-    monkeypatch.setattr(_memory, "side_of", lambda device: Side(CPU, Spy(device.index), 0))
+    monkeypatch.setattr(_memory, "side_of", lambda device, file: Side(CPU, Spy(device.index), 0))
     monkeypatch.setattr(_native, "finish_loads", finish)
     return done
 
@@ -269,7 +269,7 @@ def test_a_load_that_cannot_be_started_ends_those_that_have_been(pack, monkeypat
             raise RuntimeError("no such stream")
 
     engines = {DEVICES[0]: First(), DEVICES[1]: Second(), CPU: engine}
-    monkeypatch.setattr(_memory, "side_of", lambda device: Side(CPU, engines[device], 0))
+    monkeypatch.setattr(_memory, "side_of", lambda device, file: Side(CPU, engines[device], 0))
     with pytest.raises(RuntimeError, match="no such stream") as caught:
         read(path, [["a"], ["b"]])
     blocks[0].memory.fill_(0xAB)
@@ -305,7 +305,9 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: torch.cuda.current_device() == 1)
     host = _engine.engine()
-    monkeypatch.setattr(_device, "engine", lambda index=None: host if index is None else f"engine of {index}")
+    monkeypatch.setattr(
+        _device, "engine", lambda index=None, file=None: host if index is None else f"engine of {index}"
+    )
 
 
 def test_the_current_device_and_its_stream_are_meant_where_no_number_is_given(two_devices):

@@ -282,7 +282,7 @@ def test_of_a_slice_only_its_bytes_are_read(path, monkeypatch):
             requested.append(stats["requested_bytes"])
             return stats
 
-    monkeypatch.setattr(_file, "side_of", lambda device: side_of(device)._replace(engine=Spy()))
+    monkeypatch.setattr(_file, "side_of", lambda device, file: side_of(device, file)._replace(engine=Spy()))
     file = flashpack.open_file(path)
     part = file.get_slice("encoder.layers.1.weight")
     part[10:20]

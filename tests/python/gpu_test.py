@@ -103,8 +103,8 @@ def test_loads_to_two_devices_are_both_under_way_before_either_is_waited_for(pac
             done.append(f"start {self._device.index}")
             return self._engine.start_load(*args, **options)
 
-    def spied(device):
-        side = side_of(device)
+    def spied(device, file):
+        side = side_of(device, file)
         return side._replace(engine=Spy(side.device, side.engine))
 
     def finish(loads, progress):

@@ -30,6 +30,7 @@
 #include "bind_pack.h"
 #include "flashpack/engine.h"
 #include "flashpack/host_memory.h"
+#include "flashpack/tuning.h"
 #include "flashpack/verify.h"
 #include "footer_objects.h"
 #include "native_calls.h"
@@ -92,7 +93,8 @@ void raise(const Error& error) {
   PyErr_SetObject(exception.type().ptr(), exception.ptr());
 }
 
-Dict stats_dict(const TransferStats& stats) {
+/// `profile` says which profile the engine has.
+Dict stats_dict(const TransferStats& stats, const std::string& profile) {
   Dict dict;
   dict["requested_bytes"] = stats.requested_bytes;
   dict["direct_bytes"] = stats.direct_bytes;
@@ -105,6 +107,41 @@ Dict stats_dict(const TransferStats& stats) {
   dict["pinned"] = stats.pinned;
   dict["backend"] = to_string(stats.backend);
   dict["fallback_reason"] = stats.fallback_reason;
+  dict["profile"] = text(profile);
+  return dict;
+}
+
+Device device_of(std::optional<int> cuda_device) {
+  return cuda_device ? Device{Device::Kind::kCuda, *cuda_device} : Device{};
+}
+
+void keep_options(const std::filesystem::path& path, std::uint32_t chunk_bytes, std::uint32_t queue_depth,
+                  std::uint32_t workers, std::optional<int> cuda_device) {
+  const NativeCall call;
+  nb::gil_scoped_release released;
+  EngineOptions options;
+  options.device = device_of(cuda_device);
+  options.chunk_bytes = chunk_bytes;
+  options.queue_depth = queue_depth;
+  options.workers = workers;
+  keep_profile(path, options);
+}
+
+/// Arguments of Engine; none if there is no profile.
+Dict tuned_arguments(const std::filesystem::path& path, std::optional<int> cuda_device) {
+  const NativeCall call;
+  TunedOptions tuned;
+  {
+    nb::gil_scoped_release released;
+    tuned = tuned_options(path, device_of(cuda_device));
+  }
+  Dict dict;
+  if (!tuned.applied) return dict;
+  dict["chunk_bytes"] = tuned.options.chunk_bytes;
+  dict["queue_depth"] = tuned.options.queue_depth;
+  dict["staging_bytes"] = tuned.options.staging_bytes;
+  dict["workers"] = tuned.options.workers;
+  dict["profile"] = text(tuned.reason);
   return dict;
 }
 
@@ -139,6 +176,7 @@ CUstream_st* stream_of(std::uintptr_t handle) {
 struct PyLoad {
   std::shared_ptr<const Checkpoint> checkpoint;
   Verify policy;
+  std::string profile;
   UnderWay load;
 };
 
@@ -152,10 +190,12 @@ nb::typed<nb::list, Dict> finish_loads(const nb::typed<nb::list, PyLoad>& loads,
   nb::list all_stats;
   for (const nb::object& object : kept) {
     const PyLoad& each = nb::cast<PyLoad&>(object);
-    all_stats.append(stats_dict(verified(*each.checkpoint, each.policy, [&] {
-      wait_for_all(transfers, progress);  // Only the first call has to wait.
-      return each.load.transfer.stats();
-    })));
+    all_stats.append(stats_dict(verified(*each.checkpoint, each.policy,
+                                         [&] {
+                                           wait_for_all(transfers, progress);  // Only the first call has to wait.
+                                           return each.load.transfer.stats();
+                                         }),
+                                each.profile));
   }
   return all_stats;
 }
@@ -164,11 +204,12 @@ class PyEngine {
  public:
   PyEngine(std::optional<int> cuda_device, std::optional<std::uint32_t> chunk_bytes,
            std::optional<std::uint32_t> queue_depth, std::optional<std::uint64_t> staging_bytes,
-           std::optional<std::uint32_t> workers) {
+           std::optional<std::uint32_t> workers, std::string profile)
+      : profile_(std::move(profile)) {
     const NativeCall call;
     nb::gil_scoped_release released;
     EngineOptions options;
-    if (cuda_device) options.device = {Device::Kind::kCuda, *cuda_device};
+    options.device = device_of(cuda_device);
     options.chunk_bytes = chunk_bytes.value_or(options.chunk_bytes);
     options.queue_depth = queue_depth.value_or(options.queue_depth);
     options.staging_bytes = staging_bytes.value_or(options.staging_bytes);
@@ -187,10 +228,12 @@ class PyEngine {
     const Verify policy = verify_policy(verify);
     const auto checkpoint = opened.get();
     Transfer transfer = start(*checkpoint, repeated(reads, repeats), policy, cache, stream);
-    return stats_dict(verified(*checkpoint, policy, [&] {
-      wait_for_all(std::array{&transfer}, progress);
-      return transfer.stats();
-    }));
+    return stats_dict(verified(*checkpoint, policy,
+                               [&] {
+                                 wait_for_all(std::array{&transfer}, progress);
+                                 return transfer.stats();
+                               }),
+                      profile_);
   }
 
   PyLoad start_load(const PyCheckpoint& opened, const std::vector<ReadTuple>& reads, nb::object memory,
@@ -199,7 +242,7 @@ class PyEngine {
     const Verify policy = verify_policy(verify);
     auto checkpoint = opened.get();
     Transfer transfer = start(*checkpoint, reads, policy, cache, stream);
-    return {std::move(checkpoint), policy, {std::move(memory), std::move(transfer)}};
+    return {std::move(checkpoint), policy, profile_, {std::move(memory), std::move(transfer)}};
   }
 
   Dict verify(const PyCheckpoint& opened, std::size_t file, const ProgressFunction& progress) {
@@ -240,6 +283,7 @@ class PyEngine {
         {.files = files_of(checkpoint, reads, policy), .cache = cache_policy(cache), .stream = stream_of(stream)});
   }
 
+  const std::string profile_;
   std::unique_ptr<Engine> engine_;
 };
 
@@ -320,10 +364,10 @@ void bind_handles(nb::module_& module) {
   auto engine =
       nb::class_<PyEngine>(module, "Engine", "Threads, ring and staging memory of this process; thread-safe.")
           .def(nb::init<std::optional<int>, std::optional<std::uint32_t>, std::optional<std::uint32_t>,
-                        std::optional<std::uint64_t>, std::optional<std::uint32_t>>(),
+                        std::optional<std::uint64_t>, std::optional<std::uint32_t>, std::string>(),
                "cuda_device"_a = nb::none(), "chunk_bytes"_a = nb::none(), "queue_depth"_a = nb::none(),
-               "staging_bytes"_a = nb::none(), "workers"_a = nb::none(),
-               "Makes an engine for the host or a CUDA device. The engine chooses each option that is None.")
+               "staging_bytes"_a = nb::none(), "workers"_a = nb::none(), "profile"_a = "",
+               "Makes an engine, which chooses each option that is None. Its loads name `profile` in their statistics.")
           .def("load", &PyEngine::load, "checkpoint"_a, "reads"_a, "verify"_a = "auto", "cache"_a = "auto",
                "progress"_a = nb::none(), "stream"_a = 0, "repeats"_a = std::vector<RepeatTuple>(),
                "Reads (index of the file, file offset, size, address), which are sorted by file, and returns the "
@@ -354,6 +398,14 @@ void bind_handles(nb::module_& module) {
   refuse_pickling(load);
   refuse_pickling(engine);
   refuse_pickling(writer);
+}
+
+void bind_profiles(nb::module_& module) {
+  module.def("keep_profile", &keep_options, "path"_a, "chunk_bytes"_a, "queue_depth"_a, "workers"_a,
+             "cuda_device"_a = nb::none(),
+             "Keeps the profile for loads of `path`, in place of the one that there was.");
+  module.def("tuned_options", &tuned_arguments, "path"_a, "cuda_device"_a = nb::none(),
+             "Returns the arguments of Engine from the profile for loads of `path`; none if no profile applies.");
 }
 
 int fill_buffer(PyObject* self, Py_buffer* view, int flags) {
@@ -414,6 +466,7 @@ NB_MODULE(_native_of_main, module) {
   flashpack::bind_pack(module);
   flashpack::bind_memory(module);
   flashpack::bind_handles(module);
+  flashpack::bind_profiles(module);
 }
 
 /// Python calls this. Adds a first step to those in which nanobind makes the module, because the others of them come

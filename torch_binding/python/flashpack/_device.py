@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._checkpoint import File
 from ._engine import engine
 from ._logging import logger
 from ._native import Engine, FlashPackError
@@ -46,13 +47,15 @@ class Side(NamedTuple):
     stream: int
 
 
-def side_of(device: torch.device) -> Side:
+def side_of(device: torch.device, file: File | None = None) -> Side:
     """Returns the side of a CUDA device and its current stream; the CPU's for others, or if the engine cannot use CUDA.
+
+    `file`: what is loaded, whose disk may have a profile.
 
     Raises FlashPackError for a device that is not there, RuntimeError while its current stream is being captured.
     """
     if device.type != "cuda":
-        return Side(CPU, engine(), 0)
+        return Side(CPU, engine(None, file), 0)
     torch.cuda.init()  # type: ignore[no-untyped-call]
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
@@ -64,10 +67,10 @@ def side_of(device: torch.device) -> Side:
                 f"one: load and save before the capture, or in another thread"
             )
     try:
-        device_engine = engine(index)
+        device_engine = engine(index, file)
     except (OSError, RuntimeError) as error:
         logger.warning("%s; going through the CPU", error)
-        return Side(CPU, engine(), 0)
+        return Side(CPU, engine(None, file), 0)
     device = torch.device("cuda", index)
     return Side(device, device_engine, torch.cuda.current_stream(device).cuda_stream)
 

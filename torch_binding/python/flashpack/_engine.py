@@ -1,4 +1,6 @@
-"""The engines of this process, one per device. They are made on first use, gone at exit, and not used after a fork."""
+"""The engines of this process, one per device and profile. They are made on first use, gone at exit, and not used after
+a fork.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,13 @@ import threading
 import traceback
 from contextlib import ContextDecorator
 from types import TracebackType
+from typing import Any
 
-from ._native import Engine, enter_call, leave_call
+from ._checkpoint import File
+from ._native import Engine, enter_call, leave_call, tuned_options
 
-_engines: dict[int | None, Engine] = {}
+_engines: dict[tuple[int | None, str], Engine] = {}
+_tuned: dict[tuple[int | None, int], dict[str, Any]] = {}
 _lock = threading.Lock()
 
 
@@ -35,18 +40,32 @@ class _Call(ContextDecorator):
 left_before_exit = _Call()
 
 
-def engine(cuda_device: int | None = None) -> Engine:
-    """Returns the engine for the host, or for a CUDA device."""
+def engine(cuda_device: int | None = None, file: File | None = None) -> Engine:
+    """Returns the engine for the host, or for a CUDA device, with the profile for loads of `file` if there is one."""
     with _lock:
-        if cuda_device not in _engines:
-            _engines[cuda_device] = Engine(cuda_device)
-        return _engines[cuda_device]
+        options = {} if file is None else _options(cuda_device, file)
+        key = (cuda_device, options.get("profile", ""))
+        if key not in _engines:
+            _engines[key] = Engine(cuda_device, **options)
+        return _engines[key]
+
+
+def _options(cuda_device: int | None, file: File) -> dict[str, Any]:
+    """Returns what flashpack_tune has found for the disk of `file`.
+
+    It is looked up once, because small reads are many.
+    """
+    key = (cuda_device, file.identity[0])
+    if key not in _tuned:
+        _tuned[key] = tuned_options(file.path, cuda_device)
+    return _tuned[key]
 
 
 def release_engines() -> None:
     """Releases the engines and their memory once their transfers are done; the next use makes new engines."""
     with _lock:
         _engines.clear()
+        _tuned.clear()
 
 
 def _drop_in_child() -> None:

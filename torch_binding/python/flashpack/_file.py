@@ -259,7 +259,7 @@ class TensorSlice:
 
     def _read(self, ranges: list[range]) -> torch.Tensor:
         """Reads the elements that `ranges` stand for, in as many dims."""
-        side = side_of(self._file._device)
+        side = side_of(self._file._device, self._file._checkpoint.files()[self._entry.file])
         item_bytes = self.dtype.itemsize
         strides = [item_bytes * math.prod(self.shape[dim + 1 :]) for dim in range(len(ranges))]
         shape = [len(each) for each in ranges]

@@ -279,7 +279,9 @@ def read_into(
             by_device[target.device].append(target)
         elif target.memory is None:
             tensors[target.entry.name] = _new_memory(target)
-    runs = [_Run(checkpoint, here, side_of(device), options) for device, here in by_device.items()]
+    runs = [
+        _Run(checkpoint, here, side_of(device, checkpoint.files()[0]), options) for device, here in by_device.items()
+    ]
     to_start: Iterator[tuple[_Step, ...]] = zip_longest(*(run.steps() for run in runs), fillvalue=_Step())
     under_way: deque[tuple[int, tuple[_Step, ...], list[_native.Load]]] = deque()
     stats: dict[str, Any] = {}

@@ -362,7 +362,7 @@ def filled_of(filling: Filling) -> Filled:
 
 
 def make_room(wanted: Wanted, device: torch.device, options: ReadOptions) -> Filling:
-    side = side_of(device)
+    side = side_of(device, wanted.checkpoint.files()[0])
     plan = wanted.plan(device, options.verify)
     return Filling(plan, allocate(plan, device, side.device), side)
 
@@ -468,4 +468,6 @@ def describe(stats: dict[str, Any]) -> str:
         f"{stats['direct_bytes']} direct, {stats['buffered_bytes']} through the page cache, "
         f"{stats['verified_bytes']} verified, backend {stats['backend']}"
     )
+    if stats["profile"]:
+        text += f", profile {stats['profile']}"
     return f"{text}; {stats['fallback_reason']}" if stats["fallback_reason"] else text

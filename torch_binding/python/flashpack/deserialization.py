@@ -132,7 +132,7 @@ def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
         with progress_bar("Verifying", total_bytes, not silent) as progress:
             for number in (number for number, blob in enumerate(blobs) if blob is None):
                 tell = None if progress is None else after(report["verified_bytes"], progress)
-                for key, value in engine().verify(native, number, tell).items():
+                for key, value in engine(None, checkpoint.files()[number]).verify(native, number, tell).items():
                     report[key] += value
             if named:
                 tell = None if progress is None else after(report["verified_bytes"], progress)

@@ -1,0 +1,93 @@
+import logging
+
+import flashpack
+import pytest
+import torch
+from flashpack import _engine
+from flashpack._native import FlashPackError, keep_profile, tuned_options
+from support import random_tensor
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def packed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("FLASHPACK_TUNE", raising=False)
+    path = tmp_path / "a.flashpack"
+    flashpack.pack_to_file({"a": random_tensor((9 * MIB,), torch.uint8, 0)}, path, target_dtype=None)
+    _engine.release_engines()
+    yield path
+    _engine.release_engines()
+
+
+@pytest.fixture
+def profile(packed):
+    """Keeps a profile for the disk of `packed`, and returns its file."""
+    try:
+        keep_profile(packed, MIB, 2, 1)
+    except FlashPackError as error:
+        pytest.skip(str(error))
+    return packed.parent / "config" / "flashpack" / "tune.json"
+
+
+def stats_of_load(path):
+    stats = {}
+    loaded = flashpack.load_file(path, stats=stats, verify="never")
+    assert torch.equal(loaded["a"], random_tensor((9 * MIB,), torch.uint8, 0))
+    return stats
+
+
+def test_without_a_profile_the_engine_is_the_usual_one(packed):
+    assert stats_of_load(packed)["profile"] == ""
+    assert list(_engine._engines) == [(None, "")]
+
+
+def test_a_profile_is_applied_to_loads_and_named_in_their_figures_and_the_log(packed, profile, caplog):
+    with caplog.at_level(logging.INFO, "flashpack"):
+        stats = stats_of_load(packed)
+    assert stats["profile"] == f"1 MiB x 2, 1 workers of {profile}"
+    assert stats["profile"] in caplog.text
+    with flashpack.stream_tensors(packed) as stream:
+        list(stream)
+    assert stream.stats["profile"] == stats["profile"]
+    assert len(_engine._engines) == 1
+    _engine.release_engines()
+    profile.unlink()
+    assert stats["operations"] > stats_of_load(packed)["operations"]
+
+
+def test_a_save_has_the_usual_engine(packed, profile):
+    flashpack.pack_to_file({"a": torch.ones(3)}, packed.parent / "b.flashpack")
+    assert list(_engine._engines) == [(None, "")]
+
+
+def test_the_environment_turns_it_off(packed, profile, monkeypatch):
+    monkeypatch.setenv("FLASHPACK_TUNE", "off")
+    assert stats_of_load(packed)["profile"] == ""
+
+
+@pytest.mark.parametrize("damaged", ["", "{", '{"profiles": [7]}', '{"profiles": [{"storage": "other"}]}'], ids=repr)
+def test_a_file_of_profiles_that_is_damaged_or_for_another_disk_is_ignored(packed, profile, damaged):
+    profile.write_text(damaged)
+    assert stats_of_load(packed)["profile"] == ""
+
+
+def test_values_out_of_range_are_ignored_and_not_kept(packed, profile):
+    with pytest.raises(FlashPackError, match="out of range"):
+        keep_profile(packed, 3 * MIB, 2, 1)
+    profile.write_text(profile.read_text().replace('"queue_depth":2', '"queue_depth":0'))
+    assert stats_of_load(packed)["profile"] == ""
+
+
+def test_a_profile_is_looked_up_once_per_disk(packed, profile):
+    assert stats_of_load(packed)["profile"]
+    profile.unlink()
+    assert stats_of_load(packed)["profile"]
+    _engine.release_engines()
+    assert not stats_of_load(packed)["profile"]
+
+
+def test_a_profile_of_the_host_is_not_for_a_gpu(packed, profile):
+    assert tuned_options(packed)["queue_depth"] == 2
+    assert tuned_options(packed, 0) == {}
