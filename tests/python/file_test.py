@@ -145,7 +145,7 @@ def test_a_device_map_with_a_key_that_no_module_can_have_is_an_error_that_names_
             load(path, device_map={"": "cpu", key: "cpu"})
 
 
-@pytest.mark.parametrize("device", ["mps", "nonsense", object()])
+@pytest.mark.parametrize("device", ["mps", "nonsense", object(), 10**30])
 def test_devices_that_cannot_be_read_to_are_errors(path, device):
     with pytest.raises(flashpack.FlashPackError, match="Unsupported device"):
         flashpack.load_file(path, device)

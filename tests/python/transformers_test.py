@@ -266,6 +266,7 @@ def test_a_model_that_is_split_over_gpus_is_loaded_and_left_to_accelerate(lost, 
     ("options", "message"),
     [
         ({"device_map": "nonsense"}, "'nonsense' is not a device"),
+        ({"device_map": {"": 10**30}}, "0 is not a device"),
         ({"device_map": {"bert": "cuda:0", "cls": "cpu"}}, "must be of one kind"),
         ({"device_map": {"bert": "cpu", "cls": "disk"}}, "'disk' is not a device"),
         ({"device_map": "cpu", "device": "cuda"}, "contradict"),

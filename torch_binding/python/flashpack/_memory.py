@@ -190,7 +190,7 @@ def supported_device(device: DeviceLike, options: ReadOptions) -> torch.device:
         raise FlashPackError(f"verify must be auto, always or never, got {options.verify!r}")
     try:
         target = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise FlashPackError(f"Unsupported device: {device!r}") from error
     if options.mmap and options.verify == "always":
         raise FlashPackError("with mmap=True nothing is read, so there is nothing to verify")

@@ -69,7 +69,7 @@ def _numbered(device: DeviceLike, device_map: Any) -> torch.device:
     """Returns torch's device, with its number if it is a GPU, so that one device has one name."""
     try:
         found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise FlashPackError(f"device_map={device_map!r}: {device!r} is not a device") from error
     if found.type == "cuda" and found.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
