@@ -1,11 +1,6 @@
 #include "flashpack/host_memory.h"
 
-#include <sys/mman.h>
-
-#include <cerrno>
-#include <string>
-
-#include "engine/ground/error.h"
+#include "engine/ground/host_region.h"
 #include "engine/ground/pages.h"
 #include "engine/ground/target_pages.h"
 
@@ -21,9 +16,9 @@ using internal::TargetPages;
 bool is_small(std::size_t size_bytes) { return size_bytes < kHugePageBytes; }
 
 std::span<std::byte> map_small(std::size_t size_bytes) {
-  void* const mapping = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapping != MAP_FAILED) return {static_cast<std::byte*>(mapping), size_bytes};
-  throw Error(internal::errno_code(errno), "map " + std::to_string(size_bytes) + " bytes of memory for tensors");
+  const std::span memory = internal::map_memory(size_bytes, kPageBytes);
+  if (memory.empty()) throw internal::map_error(size_bytes, "tensors");
+  return memory;
 }
 
 }  // namespace
@@ -38,7 +33,7 @@ HostMemory::HostMemory(std::size_t size_bytes, std::uint64_t offset_bytes) {
 HostMemory::~HostMemory() {
   if (pages_.empty()) return;
   if (is_small(bytes_.size())) {
-    ::munmap(pages_.data(), pages_.size());
+    internal::unmap(pages_);
   } else {
     TargetPages::of_process().give_back(pages_);
   }

@@ -9,34 +9,39 @@
 
 namespace flashpack::internal {
 
-namespace {
+std::span<std::byte> map_memory(std::size_t size_bytes, std::uint64_t alignment_bytes) noexcept {
+  const std::size_t pages_bytes = round_up(size_bytes, system_page_bytes());
+  const std::size_t spare_bytes = alignment_bytes > system_page_bytes() ? alignment_bytes : 0;
+  void* const mapping =
+      ::mmap(nullptr, pages_bytes + spare_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapping == MAP_FAILED) return {};
+  const std::span all(static_cast<std::byte*>(mapping), pages_bytes + spare_bytes);
+  const auto address = reinterpret_cast<std::uintptr_t>(mapping);
+  const std::size_t before_bytes = round_up(address, alignment_bytes) - address;
+  unmap(all.first(before_bytes));
+  unmap(all.subspan(before_bytes + pages_bytes));
+  return all.subspan(before_bytes, size_bytes);
+}
 
-// Only the huge pages that lie wholly inside are asked for, because the others would hold memory that nobody uses.
-void advise_huge_pages(std::span<std::byte> bytes) {
-  const auto begin = reinterpret_cast<std::uintptr_t>(bytes.data());
+void unmap(std::span<std::byte> memory) noexcept {
+  if (!memory.empty()) ::munmap(memory.data(), memory.size());
+}
+
+Error map_error(std::size_t size_bytes, const char* purpose) {
+  return Error(errno_code(errno), "map " + std::to_string(size_bytes) + " bytes of memory for " + purpose);
+}
+
+void advise_huge_pages(std::span<std::byte> memory) noexcept {
+  const auto begin = reinterpret_cast<std::uintptr_t>(memory.data());
   const std::uint64_t first = round_up(begin, kHugePageBytes);
-  const std::uint64_t last = round_down(begin + bytes.size(), kHugePageBytes);
-  // A kernel without huge pages refuses, and small pages serve as well, only slower.
-  if (first < last) ::madvise(bytes.data() + (first - begin), last - first, MADV_HUGEPAGE);
+  const std::uint64_t last = round_down(begin + memory.size(), kHugePageBytes);
+  if (first < last) ::madvise(memory.data() + (first - begin), last - first, MADV_HUGEPAGE);
 }
 
-}  // namespace
-
-HostRegion::HostRegion(std::size_t size_bytes, const char* purpose, std::uint64_t offset_bytes) {
-  const std::uint64_t granule = size_bytes < kHugePageBytes ? std::uint64_t{kPageBytes} : kHugePageBytes;
-  const std::size_t mapped_bytes = size_bytes + 2 * granule;  // Room to move data() to its phase.
-  void* const mapping = ::mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapping == MAP_FAILED) {
-    throw Error(errno_code(errno), "map " + std::to_string(mapped_bytes) + " bytes of memory for " + purpose);
-  }
-  mapping_ = {static_cast<std::byte*>(mapping), mapped_bytes};
-  const auto begin = reinterpret_cast<std::uintptr_t>(mapping);
-  bytes_ = mapping_.subspan(round_up(begin, granule) - begin + offset_bytes % granule, size_bytes);
+HostRegion::HostRegion(std::size_t size_bytes, const char* purpose)
+    : bytes_(map_memory(size_bytes, size_bytes < kHugePageBytes ? kPageBytes : kHugePageBytes)) {
+  if (bytes_.empty()) throw map_error(size_bytes, purpose);
   advise_huge_pages(bytes_);
-}
-
-HostRegion::~HostRegion() {
-  if (!mapping_.empty()) ::munmap(mapping_.data(), mapping_.size());
 }
 
 }  // namespace flashpack::internal

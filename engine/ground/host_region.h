@@ -1,3 +1,4 @@
+/// Anonymous memory of the host. Its pages are zero, and the system provides each when it is first touched.
 #pragma once
 
 #include <cstddef>
@@ -5,26 +6,35 @@
 #include <span>
 #include <utility>
 
+#include "flashpack/error.h"
+
 namespace flashpack::internal {
 
-/// Owns anonymous memory, which is zero until it is written. The system provides each page when it is first touched,
-/// and huge pages where it has them.
+/// Maps at least `size_bytes`, which begin at a multiple of `alignment_bytes`, a power of two. Returns exactly
+/// `size_bytes`, to be given back with unmap(); nothing, with errno set, if the memory cannot be had.
+std::span<std::byte> map_memory(std::size_t size_bytes, std::uint64_t alignment_bytes) noexcept;
+/// Gives back memory of map_memory(), or whole pages of it.
+void unmap(std::span<std::byte> memory) noexcept;
+/// The Error of a map_memory() that has just failed: "map N bytes of memory for PURPOSE".
+Error map_error(std::size_t size_bytes, const char* purpose);
+
+/// Asks for huge pages where they lie wholly inside `memory`, because the others would hold memory that nobody uses. A
+/// kernel without huge pages refuses, and small pages serve as well, only slower.
+void advise_huge_pages(std::span<std::byte> memory) noexcept;
+
+/// Owns mapped memory, on huge pages where the system has them.
 class HostRegion {
  public:
-  /// data() equals `offset_bytes` modulo 4096, and modulo 2 MiB if the region has that size, so that what lies there in
-  /// a file can be read in place. `purpose` is for the message, "map N bytes of memory for PURPOSE".
-  /// Throws: Error (errno of mmap).
-  HostRegion(std::size_t size_bytes, const char* purpose, std::uint64_t offset_bytes = 0);
-  HostRegion(HostRegion&& other) noexcept
-      : mapping_(std::exchange(other.mapping_, {})), bytes_(std::exchange(other.bytes_, {})) {}
+  /// data() is a multiple of 4096, and of 2 MiB if the region has that size. Throws: Error, as map_error().
+  HostRegion(std::size_t size_bytes, const char* purpose);
+  HostRegion(HostRegion&& other) noexcept : bytes_(std::exchange(other.bytes_, {})) {}
   HostRegion& operator=(HostRegion&&) = delete;
-  ~HostRegion();
+  ~HostRegion() { unmap(bytes_); }
 
   std::byte* data() const noexcept { return bytes_.data(); }
   std::span<std::byte> bytes() const noexcept { return bytes_; }
 
  private:
-  std::span<std::byte> mapping_;
   std::span<std::byte> bytes_;
 };
 

@@ -12,6 +12,7 @@
 #include <string>
 
 #include "engine/ground/error.h"
+#include "engine/ground/host_region.h"
 #include "engine/ground/pages.h"
 
 namespace flashpack::internal {
@@ -37,39 +38,18 @@ bool kernel_keeps_direct_reads() {
   return major > 5 || (major == 5 && minor >= 18);
 }
 
-// Kept pages would be missing elsewhere where the address space is limited, which may happen at any time.
+// Where the address space is limited, kept pages take room that the program needs for something else. It may set the
+// limit at any time.
 bool address_space_is_free() {
   rlimit limit{};
   return ::getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur == RLIM_INFINITY;
 }
 
-// They would, too, where all memory that is promised counts.
+// Where the kernel limits the memory that it promises, kept pages count as promised, so that other memory is refused.
 bool promises_are_free() {
   char overcommit = '2';
   std::ifstream("/proc/sys/vm/overcommit_memory") >> overcommit;
   return overcommit != '2';
-}
-
-void unmap(std::byte* begin, std::size_t size_bytes) noexcept {
-  if (size_bytes > 0) ::munmap(begin, size_bytes);
-}
-
-// Maps untouched memory at a multiple of 2 MiB; empty if there is none.
-std::span<std::byte> map(std::size_t size_bytes) noexcept {
-  const std::size_t mapped_bytes = size_bytes + kHugePageBytes;
-  void* const mapping = ::mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapping == MAP_FAILED) return {};
-  auto* const begin = static_cast<std::byte*>(mapping);
-  const auto address = reinterpret_cast<std::uintptr_t>(mapping);
-  const std::size_t before = round_up(address, kHugePageBytes) - address;
-  unmap(begin, before);
-  unmap(begin + before + size_bytes, kHugePageBytes - before);
-  return {begin + before, size_bytes};
-}
-
-// A kernel without huge pages refuses, and small pages serve as well, only slower.
-void advise(std::byte* begin, std::byte* end, int advice) noexcept {
-  if (begin < end) ::madvise(begin, static_cast<std::size_t>(end - begin), advice);
 }
 
 }  // namespace
@@ -98,17 +78,13 @@ std::span<std::byte> TargetPages::take(std::size_t before_bytes, std::size_t siz
   std::span<std::byte> memory = take_kept(pages_bytes);
   const bool fresh = memory.empty();
   if (fresh) {
-    memory = map(pages_bytes);
+    memory = map_memory(pages_bytes, kHugePageBytes);
     if (memory.empty()) {
       drop_kept(0);
-      memory = map(pages_bytes);
+      memory = map_memory(pages_bytes, kHugePageBytes);
     }
-    if (memory.empty()) {
-      throw Error(errno_code(errno), "map " + std::to_string(pages_bytes) + " bytes of memory for tensors");
-    }
-    // Huge pages at the ends, where only a part is used, would hold memory that nobody uses.
-    advise(memory.data() + round_up(before_bytes, kHugePageBytes),
-           memory.data() + round_down(end_bytes, kHugePageBytes), MADV_HUGEPAGE);
+    if (memory.empty()) throw map_error(pages_bytes, "tensors");
+    advise_huge_pages(memory.subspan(before_bytes, size_bytes));
   }
   used_.emplace(memory.data(), Used{pages_bytes, fresh});
   used_bytes_ += pages_bytes;
@@ -130,7 +106,7 @@ std::span<std::byte> TargetPages::take_kept(std::size_t size_bytes) {
   kept_.erase(best);
   kept_bytes_ -= size_bytes;
   if (::madvise(begin, size_bytes, MADV_DOFORK) == 0) return {begin, size_bytes};
-  unmap(begin, size_bytes);  // A process with as many mappings as it may have cannot get them back for its children.
+  unmap({begin, size_bytes});  // A process with as many mappings as it may have cannot get them back for its children.
   return {};
 }
 
@@ -142,12 +118,12 @@ void TargetPages::give_back(std::span<std::byte> memory) noexcept {
   used_bytes_ -= memory.size();
   std::error_code out_of_memory;
   if (is_free) catching(out_of_memory, [&] { keep(memory); });
-  if (!is_free || out_of_memory) unmap(memory.data(), memory.size());
+  if (!is_free || out_of_memory) unmap(memory);
 }
 
 void TargetPages::keep(std::span<std::byte> memory) {
   // A child would share the pages, and then to write to them would cost more than fresh ones do.
-  if (::madvise(memory.data(), memory.size(), MADV_DONTFORK) != 0) return unmap(memory.data(), memory.size());
+  if (::madvise(memory.data(), memory.size(), MADV_DONTFORK) != 0) return unmap(memory);
   auto range = kept_.emplace(memory.data(), memory.size()).first;
   kept_bytes_ += memory.size();
   if (const auto next = std::next(range); next != kept_.end() && range->first + range->second == next->first) {
@@ -167,7 +143,7 @@ void TargetPages::drop_kept(std::uint64_t limit_bytes) noexcept {
     const std::uint64_t excess = std::min<std::uint64_t>(last->second, kept_bytes_ - limit_bytes);
     last->second -= excess;
     kept_bytes_ -= excess;
-    unmap(last->first + last->second, excess);
+    unmap({last->first + last->second, excess});
     if (last->second == 0) kept_.erase(last);
   }
 }
@@ -185,8 +161,9 @@ void TargetPages::was_touched(std::span<const std::byte> memory, nanoseconds cpu
   excess_ = std::clamp(excess_ + unfair, nanoseconds::zero(), kMostExcess);
   if (unfair <= nanoseconds::zero() || excess_ < kTooMuch) return;
   used.may_get_huge_pages = false;
-  advise(begin + round_up(static_cast<std::uint64_t>(end - begin), kHugePageBytes), begin + used.size_bytes,
-         MADV_NOHUGEPAGE);
+  const std::uint64_t touched_bytes = round_up(static_cast<std::uint64_t>(end - begin), kHugePageBytes);
+  if (touched_bytes < used.size_bytes)
+    ::madvise(begin + touched_bytes, used.size_bytes - touched_bytes, MADV_NOHUGEPAGE);
 }
 
 std::uint64_t TargetPages::kept_bytes() noexcept {

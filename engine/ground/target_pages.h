@@ -52,7 +52,7 @@ class TargetPages {
   std::uint64_t used_bytes_ = 0;
   std::uint64_t kept_bytes_ = 0;
   std::uint64_t most_used_bytes_ = 0;
-  std::chrono::nanoseconds excess_{};  // Time that huge pages have cost, of late, beyond what is fair.
+  std::chrono::nanoseconds excess_{};  // CPU time that huge pages have lately cost beyond what small ones would.
 };
 
 }  // namespace flashpack::internal

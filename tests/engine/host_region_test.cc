@@ -19,16 +19,13 @@ std::uint64_t mapped_pages() {
   return pages;
 }
 
-TEST(HostRegion, DataAgreesWithTheFileOffsetModuloAPageOrAHugePage) {
+TEST(HostRegion, BeginsAtAPageOrIfItIsLargeAtAHugePage) {
   for (const std::uint64_t size : {std::uint64_t{1}, std::uint64_t{5000}, 2 * kMiB, 5 * kMiB + 3}) {
-    for (const std::uint64_t offset : {std::uint64_t{0}, std::uint64_t{4097}, 2 * kMiB - 1, 3 * kMiB + 128}) {
-      const HostRegion region(size, "this test", offset);
-      const std::uint64_t granule = size < 2 * kMiB ? 4096 : 2 * kMiB;
-      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(region.data()) % granule, offset % granule);
-      ASSERT_EQ(region.bytes().size(), size);
-      region.bytes().front() = std::byte{1};
-      region.bytes().back() = std::byte{2};
-    }
+    const HostRegion region(size, "this test");
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(region.data()) % (size < 2 * kMiB ? 4096 : 2 * kMiB), 0u);
+    ASSERT_EQ(region.bytes().size(), size);
+    region.bytes().front() = std::byte{1};
+    region.bytes().back() = std::byte{2};
   }
 }
 
@@ -40,7 +37,7 @@ TEST(HostRegion, GivesItsMemoryBackOnceWhoeverHasIt) {
     EXPECT_GE(mapped_pages(), before + 1024 * kMiB / 4096);
     EXPECT_EQ(moved.bytes().size(), 1024 * kMiB);
   }
-  EXPECT_LT(mapped_pages(), before + 1024 * kMiB / 4096);
+  EXPECT_LT(mapped_pages(), before + 2 * kMiB / 4096) << "nor is anything left of what alignment took";
 }
 
 TEST(HostRegion, MemoryThatCannotBeHadIsAnErrorOfTheSystemThatNamesThePurpose) {
