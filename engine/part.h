@@ -42,7 +42,8 @@ struct Failure {
   std::uint64_t offset_bytes;
 };
 
-/// An open file that transfers share, with the driver's notes about it.
+/// An open file, with the driver's notes about it. Loads of one path share it, and a FileWriter shares its file with
+/// its writes. None of them ends last for certain, so that the last one closes it.
 struct OpenFile {
   OpenFile(File opened, DiskQueue* its_queue) : file(std::move(opened)), queue(its_queue) {}
 
@@ -84,8 +85,8 @@ class FileTable {
                                  bool want_direct);
 
   DiskQueue* const queue_;
-  std::mutex mutex_;  // Protects the rest.
-  std::map<std::filesystem::path, std::weak_ptr<OpenFile>> open_;
+  std::mutex mutex_;                                               // Protects the rest.
+  std::map<std::filesystem::path, std::weak_ptr<OpenFile>> open_;  // Weak, so that a file is closed after its loads.
 };
 
 /// Only the driver uses it, except while a thread of the pool opens or closes the file.

@@ -53,8 +53,8 @@ struct Plan {
 
   /// Cuts `extents`, which must not overlap, on the same grid into chunks to write. Chunks of whole blocks are written
   /// directly; less than a block at the ends of contiguous extents is a chunk of its own. Between extents that are less
-  /// than a block apart, zeros are written, but only if all extents are on the host or all on the device, because an
-  /// extent on the other side could lie between them.
+  /// than a block apart, zeros are written, but only if all extents are on the host or all on the device: otherwise an
+  /// extent of the device could lie between two of the host, and the zeros would take the place of its bytes.
   static Plan of_store(std::vector<Fragment> extents, std::uint32_t chunk_bytes, Alignment alignment);
 
   std::span<const Fragment> fragments_of(const Chunk& chunk) const {

@@ -46,7 +46,7 @@ class Residency {
   int cachestat_error_ = 0;
   int probe_error_ = 0;
   unsigned wrong_answers_ = 0;
-  UniqueFd probe_fd_;  // A separate descriptor, because the advice against readahead is for all who read from one.
+  UniqueFd probe_fd_;  // A separate descriptor, because advice against readahead is for all reads through one.
   std::minstd_rand random_;
 };
 

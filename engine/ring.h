@@ -69,8 +69,9 @@ class Ring final : public DiskQueue {
   std::unique_ptr<std::uint64_t> wake_value_;  // The kernel writes here while the wake read is armed.
   std::atomic<bool> wake_pending_ = false;
   std::vector<std::span<std::byte>> slots_;
-  std::vector<std::uint8_t> slot_uses_;  // For each slot, uses that fill half of it; saturating.
-  bool table_ = false;                   // Whether the kernel has a table of this ring's buffers.
+  std::vector<std::uint8_t>
+      slot_uses_;       // For each slot, how often at least half of it was used; counted until it is registered.
+  bool table_ = false;  // Whether the kernel has a table of this ring's buffers.
   bool table_refused_ = false;
   UniqueFd let_go_;                                        // A pipe that ends when the kernel has released the ring.
   std::vector<bool> in_flight_;                            // Whether an operation with that tag is in flight.

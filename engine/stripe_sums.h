@@ -36,7 +36,8 @@ class StripeSums {
 
  private:
   struct Stripe {
-    std::atomic<std::uint32_t> sum = 0;  // Without inversions; bytes that are not counted are taken for zeros.
+    std::atomic<std::uint32_t> sum =
+        0;  // Without the inversions of a CRC-32C, and with zeros for bytes that are not counted.
     std::atomic<std::uint32_t> counted_bytes = 0;
   };
 

@@ -23,6 +23,8 @@
 
 namespace flashpack::internal {
 
+/// Shared by the caller's handle, the driver, threads that open or close a file of the transfer, and the FileWriter
+/// that started it, because any of them may be the last to need it.
 struct TransferState : std::enable_shared_from_this<TransferState> {
   static Transfer handle(std::shared_ptr<TransferState> state) { return Transfer(std::move(state)); }
 

@@ -74,9 +74,9 @@ class FileWriter {
 
   /// Starts a write; may be called any number of times. Bytes that are never written read as zeros. A write that goes
   /// past WriterOptions::payload_bytes reserves its space before this returns, and no deadline bounds how long the file
-  /// system takes for that. `completion`, if
-  /// given, is borrowed until called. Throws: Error (kInvalidArgument; kUnusable; ENOSPC if the disk is full; an error
-  /// of CUDA about `stream` or the sources); `completion` is not called then. Other I/O errors come from the transfer.
+  /// system takes for that. `completion`, if given, is borrowed until called. Throws: Error (kInvalidArgument;
+  /// kUnusable; ENOSPC if the disk is full; an error of CUDA about `stream` or the sources); `completion` is not called
+  /// then. Other I/O errors come from the transfer.
   Transfer start_write(WriteRequest request, Completion* completion = nullptr);
   /// The transfer is not valid() after an error.
   Transfer start_write(WriteRequest request, Completion* completion, std::error_code& error) noexcept;

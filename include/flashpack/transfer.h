@@ -57,8 +57,8 @@ struct TransferState;
 /// The memory of the request (targets or sources) belongs to the caller and must stay valid until the transfer has
 /// finished: wait() returned or threw, wait_for() returned true, or the destructor returned.
 ///
-/// Thread safety: any thread may call cancel(), progress() and wait_for(); other members, and moves, are
-/// for one thread at a time. In a forked child, members throw Errc::kUnusable, except that error() returns it, cancel()
+/// Thread safety: any thread may call cancel(), progress() and wait_for(); other members, and moves, are for one thread
+/// at a time. In a forked child, members throw Errc::kUnusable, except that error() returns it, cancel()
 /// does nothing and the destructor releases nothing.
 class Transfer {
  public:
@@ -100,7 +100,7 @@ class Transfer {
  private:
   friend struct internal::TransferState;
   explicit Transfer(std::shared_ptr<internal::TransferState> state) noexcept : state_(std::move(state)) {}
-  std::shared_ptr<internal::TransferState> state_;
+  std::shared_ptr<internal::TransferState> state_;  // Shared with the engine, because either may end first.
 };
 
 /// Notification that a transfer has finished, successfully or not, and that single extents of a load have landed. A
