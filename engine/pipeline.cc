@@ -38,12 +38,15 @@ Pipeline::Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::s
       copier_(copier),
       limits_(limits),
       files_(pool, queues.disk, limits.chunk_bytes, limits.at_once_bytes),
-      jobs_({.tags = tag_limit(limits), .queue_depth = limits.queue_depth, .slots = limits.slots}, std::move(slots)) {}
+      steps_(*this, queues, copier, std::move(slots),
+             {.tags = tag_limit(limits), .queue_depth = limits.queue_depth, .slots = limits.slots},
+             limits.worker_depth) {}
 
 bool Pipeline::run() {
   const bool refused = queues_.disk.refuses();
   while (true) {
     now_ = std::chrono::steady_clock::now();
+    steps_.set_time(now_);
     admit();
     expire();
     attend_to_gates();
@@ -51,7 +54,7 @@ bool Pipeline::run() {
     if (finished()) return true;  // Checked after all calls that may end a transfer.
     while (Part* const part = parts_.next()) ask(*part, Part::State::kOpening);
     const bool look_again = issue();
-    reap(patience(look_again));
+    steps_.reap(patience(look_again));
     if (queues_.disk.refuses() && !refused) return false;
   }
 }
@@ -61,7 +64,7 @@ bool Pipeline::finished() {
   const bool nothing_left = unfinished_ == 0 &&
                             std::ranges::all_of(parts_.with_threads(), [](const Part* part) { return part->late; }) &&
                             inbox().end();
-  assert(!nothing_left || jobs_.idle());
+  assert(!nothing_left || steps_.idle());
   return nothing_left;
 }
 
@@ -77,33 +80,14 @@ void Pipeline::attend_to_gates() {
     gated_.erase(gated_.begin() + static_cast<std::ptrdiff_t>(i));
     if (error) give_up(transfer, file_error(error, transfer.verb(), transfer.path()));
   }
-  if (jobs_.in(Step::kWait) == 0) return;
-  for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
-    if (jobs_[tag].step != Step::kWait) continue;
-    if (jobs_[tag].transfer().failure) {
-      close_job(tag);
-    } else if (!jobs_[tag].transfer().gate) {
-      advance(tag);
-    }
-  }
-}
-
-void Pipeline::reap(std::optional<std::chrono::nanoseconds> patience) {
-  const auto complete_all = [this](std::span<const IoCompletion> completions) {
-    for (const IoCompletion& completion : completions) complete(completion);
-  };
-  complete_all(queues_.disk.wait(patience));
-  if (queues_.disk.refuses()) complete_all(queues_.stand_in.wait(std::chrono::nanoseconds(0)));
-  complete_all(queues_.workers.wait(std::chrono::nanoseconds(0)));
-  if (!copier_) return;
-  for (const Copier::Completion& landed : copier_->poll()) on_worked(landed.tag, landed.error);
+  steps_.look_at_gates();
 }
 
 // How long the loop may sleep; empty is for ever.
 std::optional<std::chrono::nanoseconds> Pipeline::patience(bool look_again) {
   if (look_again) return std::chrono::nanoseconds(0);
   if (copier_ && !copier_->idle()) return kDevicePeriod;
-  const bool something_may_be_late = !jobs_.idle() || !parts_.with_threads().empty();
+  const bool something_may_be_late = !steps_.idle() || !parts_.with_threads().empty();
   if (!something_may_be_late && deadlines_.empty() && gated_.empty()) return std::nullopt;
   std::chrono::nanoseconds longest = something_may_be_late ? kLookForLatePeriod : std::chrono::hours(1);
   if (!gated_.empty()) {
@@ -123,7 +107,7 @@ void Pipeline::look_for_late() {
   looked_for_late_ = now_;
   look_for_late_parts();
   pool_.replace_late_threads();
-  if (jobs_.mark_late(now_)) parts_.read_mounts();
+  if (steps_.mark_late()) parts_.read_mounts();
 }
 
 // Issues chunks of both routes, in the order in which transfers were started. Small loads go before large ones, to
@@ -142,44 +126,28 @@ bool Pipeline::issue() {
       } else {
         ++i;
       }
-      if (buffered() >= limits_.worker_depth && depth() >= limits_.queue_depth - left_to_others) break;
+      if (steps_.workers_are_busy() && steps_.disk_is_busy(limits_.queue_depth - left_to_others)) break;
     }
   }
   return false;
 }
 
 void Pipeline::issue_from(Part& part, unsigned& questions, std::uint32_t queue_depth) {
-  if (!jobs_.may_have_more(part)) return;
+  if (!steps_.may_have_more(part)) return;
   // The disk comes first, because it is slower and both routes may need the same slots.
-  while (depth() < queue_depth) {
+  while (!steps_.disk_is_busy(queue_depth)) {
     const Chunk* chunk = part.router.peek(Router::Route::kDirect, questions);
-    if (!chunk || !set_out(part, *chunk, part.router.direct() ? Route::kDirect : Route::kBuffered)) break;
+    if (!chunk || !steps_.set_out(part, *chunk, part.router.direct() ? Steps::Route::kDirect : Steps::Route::kBuffered))
+      break;
     part.router.take(Router::Route::kDirect);
   }
-  while (buffered() < limits_.worker_depth) {
+  while (!steps_.workers_are_busy()) {
     const Chunk* chunk = part.router.peek(Router::Route::kBuffered, questions);
-    if (!chunk || !set_out(part, *chunk, part.router.on_suspicion() ? Route::kSeemsCached : Route::kBuffered)) break;
+    if (!chunk || !steps_.set_out(part, *chunk,
+                                  part.router.on_suspicion() ? Steps::Route::kSeemsCached : Steps::Route::kBuffered))
+      break;
     part.router.take(Router::Route::kBuffered);
   }
-}
-
-// Starts a chunk on its way. False, without any effect, if there is no room for it now.
-bool Pipeline::set_out(Part& part, const Chunk& chunk, Route route) {
-  if (jobs_.none_free() || (route != Route::kDirect && buffered() >= limits_.worker_depth)) return false;
-  const Way way = way_of(part, chunk, route);
-  // Page faults of fresh memory cost more than a read into it, and page faults of a mapped file read that file. So a
-  // worker takes them before the read.
-  bool populated = false;
-  if (way.steps.front() == Step::kPopulate) {
-    const std::span memory(part.plan.fragments_of(chunk).front().memory, chunk.size_bytes);
-    populated = way.counts_in != Step::kPopulate && is_populated(memory);
-    if (!populated && jobs_.in(Step::kPopulate) >= limits_.worker_depth) return false;
-  }
-  const std::optional<unsigned> tag = jobs_.open(part, chunk, way);
-  if (!tag) return false;
-  jobs_[*tag].next = populated ? 1 : 0;
-  advance(*tag);
-  return true;
 }
 
 }  // namespace flashpack::internal

@@ -13,24 +13,15 @@
 #include "engine/copier.h"
 #include "engine/file_tasks.h"
 #include "engine/inbox.h"
-#include "engine/jobs.h"
 #include "engine/open_parts.h"
 #include "engine/pool.h"
+#include "engine/steps.h"
 #include "engine/transfer_state.h"
-#include "engine/way.h"
-#include "engine/work_queue.h"
 
 namespace flashpack::internal {
 
-/// The queues of one pipeline; they outlive it.
-struct Queues {
-  DiskQueue& disk;      ///< Serves files. The driver sleeps in its wait(), and the other queues wake it.
-  DiskQueue& stand_in;  ///< Serves files when `disk` refuses; may be `disk` itself.
-  WorkQueue& workers;
-};
-
-/// Serves transfers. The file's queue does the direct I/O, the workers do all work that touches bytes with a CPU, and
-/// the copier copies to and from a device. Each chunk goes the way that the table in way.cc gives.
+/// Serves transfers: has their files opened, chooses which chunk starts next, and ends them. Steps takes each chunk the
+/// way that the table in way.cc gives.
 ///
 /// Threads of the pool open a file when its turn comes, a bounded number at a time, and close it when its bytes have
 /// been moved, because both may block in the file system. If little of a file is wanted and all of it is cached, the
@@ -41,7 +32,7 @@ struct Queues {
 ///
 /// One thread, the driver, calls run(). It does no byte work, never blocks in a file system, and allocates nothing per
 /// chunk.
-class Pipeline {
+class Pipeline final : private Steps::Owner {
  public:
   struct Limits {
     std::uint32_t queue_depth;   ///< Direct reads and writes in flight, including chunks whose slots are being filled.
@@ -70,17 +61,13 @@ class Pipeline {
   bool run();
 
  private:
-  using Route = ChunkTraits::Route;
-
   // The loop: pipeline.cc.
   bool finished();
   std::optional<std::chrono::nanoseconds> patience(bool look_again);
-  void reap(std::optional<std::chrono::nanoseconds> patience);
   void look_for_late();
   void attend_to_gates();
   bool issue();
   void issue_from(Part& part, unsigned& questions, std::uint32_t queue_depth);
-  bool set_out(Part& part, const Chunk& chunk, Route route);
 
   // Transfers and their parts: pipeline_parts.cc.
   void admit();
@@ -92,42 +79,25 @@ class Pipeline {
   void begin_issuing(Part& part);
   void issue_from_now_on(Part& part);
   std::vector<Part*>& issuing_like(const Part& part);
-  void on_delivered(Part& part);
+  void on_all_delivered(Part& part);
   void stop_waiting_for(Part& part);
   void look_for_late_parts();
   void give_up(TransferState& transfer, const Error& error);
   void settle(TransferState& transfer);
   void end(TransferState& transfer);
 
-  // The steps of one chunk: pipeline_steps.cc.
-  void begin(unsigned tag, Step step);
-  void advance(unsigned tag);
-  void move_direct(unsigned tag);
-  void give_to_workers(unsigned tag);
-  void complete(IoCompletion completion);
-  void on_direct(unsigned tag, std::int64_t result);
-  void on_buffered(unsigned tag, std::int64_t result);
-  void on_worked(unsigned tag, std::error_code error);
-  void refuse_direct(unsigned tag);
-  void deliver(unsigned tag);
-  void give_back(unsigned tag);
-  void fail(unsigned tag, std::error_code code);
-  void abandon_jobs_of(TransferState& transfer);
-  void close_job(unsigned tag);
-
-  /// Jobs that the disk has, or that are filling a slot for it.
-  std::uint32_t depth() const { return jobs_.in(Step::kRead) + jobs_.in(Step::kWrite) + jobs_.in(Step::kGather); }
-  /// Jobs that move bytes through the page cache.
-  std::uint32_t buffered() const {
-    return jobs_.in(Step::kReadIfCached) + jobs_.in(Step::kReadCached) + jobs_.in(Step::kWriteCached);
-  }
+  // What becomes of chunks: pipeline_parts.cc, too.
+  void on_delivered(Part& part, const Chunk& chunk) override;
+  void on_given_back(Part& part) override { issue_from_now_on(part); }
+  void on_failed(TransferState& transfer, const Error& error) override { give_up(transfer, error); }
+  void on_came_back(TransferState& transfer) override { settle(transfer); }
 
   const Queues queues_;
   Pool& pool_;
   Copier* const copier_;
   const Limits limits_;
   FileTasks files_;
-  Jobs jobs_;
+  Steps steps_;
   OpenParts parts_;
   std::chrono::steady_clock::time_point now_;  // Time at the start of this turn of the loop.
   std::chrono::steady_clock::time_point looked_for_late_;

@@ -85,7 +85,7 @@ void Pipeline::begin_issuing(Part& part) {
   parts_.enter(part, Part::State::kOpen, now_);
   part.transfer->report_at_once(part);
   part.chunks_open = static_cast<std::uint32_t>(part.plan.chunks.size());
-  part.chunks_open == 0 ? on_delivered(part) : issue_from_now_on(part);
+  part.chunks_open == 0 ? on_all_delivered(part) : issue_from_now_on(part);
 }
 
 std::vector<Part*>& Pipeline::issuing_like(const Part& part) {
@@ -99,8 +99,19 @@ void Pipeline::issue_from_now_on(Part& part) {
   if (at == parts.end() || *at != &part) parts.insert(at, &part);
 }
 
+void Pipeline::on_delivered(Part& part, const Chunk& chunk) {
+  assert(part.chunks_open > 0);
+  --part.chunks_open;
+  try {
+    part.transfer->report_landed(part, chunk);
+  } catch (const Error& error) {
+    return give_up(*part.transfer, error);
+  }
+  if (part.chunks_open == 0 && part.state == Part::State::kOpen) on_all_delivered(part);
+}
+
 // To be called when all chunks of the part have been delivered.
-void Pipeline::on_delivered(Part& part) {
+void Pipeline::on_all_delivered(Part& part) {
   if (part.transfer->is_load()) return ask(part, Part::State::kClosing);
   parts_.enter(part, Part::State::kDone, now_);
   stop_waiting_for(part);
@@ -146,7 +157,7 @@ void Pipeline::look_for_late_parts() {
 // for.
 void Pipeline::give_up(TransferState& transfer, const Error& error) {
   transfer.failure = Failure(error);
-  abandon_jobs_of(transfer);
+  steps_.abandon_chunks_of(transfer);
   for (Part& part : transfer.parts) {
     if (part.state == Part::State::kOpen) std::erase(issuing_like(part), &part);
     if (part.state == Part::State::kWaiting) parts_.enter(part, Part::State::kDone, now_);
@@ -169,7 +180,7 @@ void Pipeline::settle(TransferState& transfer) {
   if (!keep || transfer.jobs > 0) return;
   if (transfer.failure) {
     for (Part& part : transfer.parts) {
-      if (part.state == Part::State::kOpen) on_delivered(part);
+      if (part.state == Part::State::kOpen) on_all_delivered(part);
     }
   }
   if (transfer.self && transfer.parts_awaited == 0) end(transfer);

@@ -1,10 +1,11 @@
-// The steps of one chunk. The loop that issues chunks is in pipeline.cc.
+#include "engine/steps.h"
+
 #include <cassert>
 #include <cerrno>
 #include <utility>
 
 #include "engine/ground/error.h"
-#include "engine/pipeline.h"
+#include "engine/transfer_state.h"
 
 namespace flashpack::internal {
 
@@ -15,13 +16,58 @@ constexpr unsigned kMaxStalls = 32;
 
 }  // namespace
 
-void Pipeline::advance(unsigned tag) {
+Steps::Steps(Owner& owner, Queues queues, Copier* copier, std::vector<std::span<std::byte>> slots, Jobs::Limits limits,
+             std::uint32_t worker_depth)
+    : owner_(owner), queues_(queues), copier_(copier), worker_depth_(worker_depth), jobs_(limits, std::move(slots)) {}
+
+bool Steps::set_out(Part& part, const Chunk& chunk, Route route) {
+  if (jobs_.none_free() || (route != Route::kDirect && workers_are_busy())) return false;
+  const Way way = way_of(part, chunk, route);
+  // Page faults of fresh memory cost more than a read into it, and page faults of a mapped file read that file. So a
+  // worker takes them before the read.
+  bool populated = false;
+  if (way.steps.front() == Step::kPopulate) {
+    const std::span memory(part.plan.fragments_of(chunk).front().memory, chunk.size_bytes);
+    populated = way.counts_in != Step::kPopulate && is_populated(memory);
+    if (!populated && jobs_.in(Step::kPopulate) >= worker_depth_) return false;
+  }
+  const std::optional<unsigned> tag = jobs_.open(part, chunk, way);
+  if (!tag) return false;
+  jobs_[*tag].next = populated ? 1 : 0;
+  advance(*tag);
+  return true;
+}
+
+void Steps::reap(std::optional<std::chrono::nanoseconds> patience) {
+  const auto complete_all = [this](std::span<const IoCompletion> completions) {
+    for (const IoCompletion& completion : completions) complete(completion);
+  };
+  complete_all(queues_.disk.wait(patience));
+  if (queues_.disk.refuses()) complete_all(queues_.stand_in.wait(std::chrono::nanoseconds(0)));
+  complete_all(queues_.workers.wait(std::chrono::nanoseconds(0)));
+  if (!copier_) return;
+  for (const Copier::Completion& landed : copier_->poll()) on_worked(landed.tag, landed.error);
+}
+
+void Steps::look_at_gates() {
+  if (jobs_.in(Step::kWait) == 0) return;
+  for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
+    if (jobs_[tag].step != Step::kWait) continue;
+    if (jobs_[tag].transfer().failure) {
+      close_job(tag);
+    } else if (!jobs_[tag].transfer().gate) {
+      advance(tag);
+    }
+  }
+}
+
+void Steps::advance(unsigned tag) {
   Job& job = jobs_[tag];
   assert(job.next < job.way.steps.size());
   begin(tag, job.way.steps[job.next++]);
 }
 
-void Pipeline::begin(unsigned tag, Step step) {
+void Steps::begin(unsigned tag, Step step) {
   Job& job = jobs_[tag];
   jobs_.enter(job, step, now_);
   switch (step) {
@@ -51,7 +97,7 @@ void Pipeline::begin(unsigned tag, Step step) {
   assert(false && "a step of no way");
 }
 
-void Pipeline::move_direct(unsigned tag) {
+void Steps::move_direct(unsigned tag) {
   Job& job = jobs_[tag];
   DiskQueue*& queue = job.part->open->queue;
   if (queue->refuses()) queue = &queues_.stand_in;
@@ -60,13 +106,13 @@ void Pipeline::move_direct(unsigned tag) {
   queue->push(tag, job.disk_request());
 }
 
-void Pipeline::give_to_workers(unsigned tag) {
+void Steps::give_to_workers(unsigned tag) {
   Job& job = jobs_[tag];
   job.queue = &queues_.workers;
   queues_.workers.push(tag, job.byte_work());
 }
 
-void Pipeline::complete(IoCompletion completion) {
+void Steps::complete(IoCompletion completion) {
   const auto [tag, result] = completion;
   switch (jobs_[tag].step) {
     case Step::kRead:
@@ -91,7 +137,7 @@ void Pipeline::complete(IoCompletion completion) {
   assert(false && "completion of a job that has nothing under way");
 }
 
-void Pipeline::on_direct(unsigned tag, std::int64_t result) {
+void Steps::on_direct(unsigned tag, std::int64_t result) {
   Job& job = jobs_[tag];
   TransferStats& stats = job.transfer().stats;
   const bool reads = job.step == Step::kRead;
@@ -119,7 +165,7 @@ void Pipeline::on_direct(unsigned tag, std::int64_t result) {
   begin(tag, job.step);
 }
 
-void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
+void Steps::on_buffered(unsigned tag, std::int64_t result) {
   const Job& job = jobs_[tag];
   if (job.step == Step::kReadIfCached && result == -EAGAIN) return give_back(tag);
   if (result < 0) return fail(tag, errno_code(static_cast<int>(-result)));
@@ -134,14 +180,14 @@ void Pipeline::on_buffered(unsigned tag, std::int64_t result) {
 }
 
 // To be called when a copy or a count has ended.
-void Pipeline::on_worked(unsigned tag, std::error_code error) {
+void Steps::on_worked(unsigned tag, std::error_code error) {
   if (jobs_[tag].transfer().failure) return close_job(tag);
   error ? fail(tag, error) : advance(tag);
 }
 
 // Some file systems accept O_DIRECT at open and refuse it at the first read or write. The chunk then goes another way,
 // which may not need its slot.
-void Pipeline::refuse_direct(unsigned tag) {
+void Steps::refuse_direct(unsigned tag) {
   Job& job = jobs_[tag];
   TransferState& transfer = job.transfer();
   assert(job.step == Step::kRead || job.step == Step::kWrite);
@@ -152,45 +198,34 @@ void Pipeline::refuse_direct(unsigned tag) {
   advance(tag);
 }
 
-// To be called when a chunk was not cached, against the router's answer. It is read past the page cache instead.
-void Pipeline::give_back(unsigned tag) {
-  const Job& job = jobs_[tag];
-  Part& part = *job.part;
-  assert(part.state == Part::State::kOpen && part.chunks_open > 0);
-  part.router.give_back(*job.chunk);
-  ++part.transfer->stats.retries;
-  issue_from_now_on(part);
-  close_job(tag);
-}
-
-void Pipeline::deliver(unsigned tag) {
-  const Job& job = jobs_[tag];
-  Part& part = *job.part;
-  const Chunk& chunk = *job.chunk;
-  assert(part.chunks_open > 0);
+void Steps::deliver(unsigned tag) {
+  Part& part = *jobs_[tag].part;
+  const Chunk& chunk = *jobs_[tag].chunk;
   part.transfer->done_bytes += part.plan.wanted_bytes(chunk);
-  --part.chunks_open;
   close_job(tag);
-  try {
-    part.transfer->report_landed(part, chunk);
-  } catch (const Error& error) {
-    return give_up(*part.transfer, error);
-  }
-  if (part.chunks_open == 0 && part.state == Part::State::kOpen) on_delivered(part);
+  owner_.on_delivered(part, chunk);
 }
 
-void Pipeline::fail(unsigned tag, std::error_code code) {
+// To be called when a chunk was not cached, against the router's answer. It is read past the page cache instead.
+void Steps::give_back(unsigned tag) {
+  Part& part = *jobs_[tag].part;
+  assert(part.state == Part::State::kOpen && part.chunks_open > 0);
+  part.router.give_back(*jobs_[tag].chunk);
+  ++part.transfer->stats.retries;
+  close_job(tag);
+  owner_.on_given_back(part);
+}
+
+void Steps::fail(unsigned tag, std::error_code code) {
   const Job& job = jobs_[tag];
   TransferState& transfer = job.transfer();
   const Error error =
       range_error(code, transfer.verb(), job.part->path, job.chunk->offset_bytes, job.chunk->size_bytes);
   close_job(tag);
-  give_up(transfer, error);
+  owner_.on_failed(transfer, error);
 }
 
-// Cancels the transfer's operations in flight. Copies are left to end by themselves, and a job that waits for a gate
-// has no operation.
-void Pipeline::abandon_jobs_of(TransferState& transfer) {
+void Steps::abandon_chunks_of(TransferState& transfer) {
   if (transfer.jobs == 0) return;
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
     Job& job = jobs_[tag];
@@ -202,10 +237,10 @@ void Pipeline::abandon_jobs_of(TransferState& transfer) {
   }
 }
 
-void Pipeline::close_job(unsigned tag) {
+void Steps::close_job(unsigned tag) {
   TransferState& transfer = jobs_[tag].transfer();
   jobs_.close(tag);
-  if (transfer.failure) settle(transfer);
+  if (transfer.failure) owner_.on_came_back(transfer);
 }
 
 }  // namespace flashpack::internal

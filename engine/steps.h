@@ -1,0 +1,105 @@
+/// Takes chunks through the steps of their ways.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <system_error>
+#include <vector>
+
+#include "engine/copier.h"
+#include "engine/jobs.h"
+#include "engine/work_queue.h"
+#include "flashpack/error.h"
+
+namespace flashpack::internal {
+
+/// The queues of one pipeline; they outlive it.
+struct Queues {
+  DiskQueue& disk;      ///< Serves files. The driver sleeps in its wait(), and the other queues wake it.
+  DiskQueue& stand_in;  ///< Serves files when `disk` refuses; may be `disk` itself.
+  WorkQueue& workers;
+};
+
+/// The chunks that are under way. Each goes from step to step: the queue of the file does direct I/O, the workers do
+/// all work that touches bytes with a CPU, and the copier copies to and from a device. Whoever starts chunks is told
+/// how they end.
+///
+/// Thread safety: one thread, the driver. Nothing here allocates for a chunk, or blocks in a file system.
+class Steps {
+ public:
+  /// What becomes of chunks. A call may start and abandon chunks.
+  class Owner {
+   public:
+    /// All bytes of the chunk are where they belong, and it is not under way any more.
+    virtual void on_delivered(Part& part, const Chunk& chunk) = 0;
+    /// A chunk that was called cached is not. The part's router has it again.
+    virtual void on_given_back(Part& part) = 0;
+    virtual void on_failed(TransferState& transfer, const Error& error) = 0;
+    /// A chunk of a transfer that has failed has come back.
+    virtual void on_came_back(TransferState& transfer) = 0;
+
+   protected:
+    ~Owner() = default;
+  };
+  using Time = std::chrono::steady_clock::time_point;
+  using Route = ChunkTraits::Route;
+
+  /// Borrows all that it is given references and pointers to, and the slots' memory. `copier` is null for an engine of
+  /// the host. The workers get at most `worker_depth` operations of each kind at a time.
+  Steps(Owner& owner, Queues queues, Copier* copier, std::vector<std::span<std::byte>> slots, Jobs::Limits limits,
+        std::uint32_t worker_depth);
+
+  /// To be called at the start of each turn: the time at which steps begin from now on.
+  void set_time(Time now) { now_ = now; }
+  /// Starts a chunk on its way. False, without any effect, if there is no room for it now.
+  bool set_out(Part& part, const Chunk& chunk, Route route);
+  /// False if the part's file or file system has its share of what is stuck, so that no chunk of it may start.
+  bool may_have_more(const Part& part) const { return jobs_.may_have_more(part); }
+  /// Whether the disk has `queue_depth` chunks, with those whose slots are being filled for it.
+  bool disk_is_busy(std::uint32_t queue_depth) const {
+    return jobs_.in(Step::kRead) + jobs_.in(Step::kWrite) + jobs_.in(Step::kGather) >= queue_depth;
+  }
+  /// Whether the workers have enough chunks that go through the page cache.
+  bool workers_are_busy() const {
+    return jobs_.in(Step::kReadIfCached) + jobs_.in(Step::kReadCached) + jobs_.in(Step::kWriteCached) >= worker_depth_;
+  }
+  /// Whether no chunk is under way.
+  bool idle() const { return jobs_.idle(); }
+
+  /// Waits for operations to end, for at most that long or, without a time, for ever, and lets their chunks go on. Also
+  /// returns when the disk's queue is woken.
+  void reap(std::optional<std::chrono::nanoseconds> patience);
+  /// Lets chunks that wait for a gate go on if it has been opened or their transfer has failed.
+  void look_at_gates();
+  /// Finds the operations that have become late. Returns whether there are any.
+  bool mark_late() { return jobs_.mark_late(now_); }
+  /// Cancels the operations of a transfer that has failed. Copies are left to end by themselves, and a chunk that waits
+  /// for a gate has no operation.
+  void abandon_chunks_of(TransferState& transfer);
+
+ private:
+  void begin(unsigned tag, Step step);
+  void advance(unsigned tag);
+  void move_direct(unsigned tag);
+  void give_to_workers(unsigned tag);
+  void complete(IoCompletion completion);
+  void on_direct(unsigned tag, std::int64_t result);
+  void on_buffered(unsigned tag, std::int64_t result);
+  void on_worked(unsigned tag, std::error_code error);
+  void refuse_direct(unsigned tag);
+  void deliver(unsigned tag);
+  void give_back(unsigned tag);
+  void fail(unsigned tag, std::error_code code);
+  void close_job(unsigned tag);
+
+  Owner& owner_;
+  const Queues queues_;
+  Copier* const copier_;
+  const std::uint32_t worker_depth_;
+  Jobs jobs_;
+  Time now_;
+};
+
+}  // namespace flashpack::internal
