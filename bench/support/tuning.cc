@@ -82,9 +82,15 @@ const Cell& choose(const std::vector<Cell>& cells) {
   return *best;
 }
 
-bool is_better(const std::vector<double>& gains) {
-  const auto [least, most] = std::minmax_element(gains.begin(), gains.end());
-  return least != gains.end() && *least > -kTolerance && *most > kTolerance;
+bool is_better(std::vector<std::vector<double>> ratios) {
+  bool gains = false;
+  for (std::vector<double>& pairs : ratios) {
+    if (pairs.empty()) return false;
+    std::sort(pairs.begin(), pairs.end());
+    if (pairs[pairs.size() / 2] < 1 - kTolerance) return false;
+    gains = gains || pairs[pairs.size() / 4] > 1 + kTolerance;
+  }
+  return gains;
 }
 
 }  // namespace flashpack::bench

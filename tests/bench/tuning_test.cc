@@ -49,10 +49,17 @@ TEST(Tuning, NoTableGivesUpMoreThanTheToleranceOrASettingSlowerThanTheDefault) {
 }
 
 TEST(Tuning, ASettingIsBetterIfItGainsSomewhereAndLosesNowhere) {
-  EXPECT_TRUE(is_better({0.1, -0.02}));
-  EXPECT_FALSE(is_better({0.1, -0.05}));
-  EXPECT_FALSE(is_better({0.02, 0.02}));
+  EXPECT_TRUE(is_better({{1.1, 1.1}, {0.98, 0.98}}));
+  EXPECT_TRUE(is_better({{0.98, 0.98}, {1.1, 1.1}}));
+  EXPECT_FALSE(is_better({{1.1, 1.1}, {0.95, 0.95}}));
+  EXPECT_FALSE(is_better({{1.02, 1.02}, {1.02, 1.02}}));
+  EXPECT_FALSE(is_better({{1.1}, {}}));
   EXPECT_FALSE(is_better({}));
+}
+
+TEST(Tuning, AGainThatAQuarterOfThePairsDoesNotShowIsNoise) {
+  EXPECT_FALSE(is_better({{1.3, 0.9, 1.2, 1.0, 1.1, 1.1, 1.1}}));
+  EXPECT_TRUE(is_better({{1.3, 0.9, 1.2, 1.1, 1.1, 1.1, 1.1}}));
 }
 
 TEST(Tuning, TheFirstRoundBeginsWithTheDefaultAndHasEachSettingOnce) {
