@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 
 import flashpack
 import pytest
@@ -115,6 +116,30 @@ def test_a_file_that_changes_while_it_is_hashed_is_an_error(tmp_path, monkeypatc
     with pytest.raises(OSError, match="changed") as caught:
         flashpack.verify_file(path)
     assert caught.value.filename == str(path)
+
+
+def test_a_chunk_is_read_while_the_one_before_it_is_hashed(tmp_path, monkeypatch):
+    path = sharded(tmp_path) / next(iter(SHARDS))
+    real_read, real_new = os.preadv, hashlib.new
+    second_read = threading.Event()
+
+    def reading(fd, buffers, offset):
+        if offset > 0:
+            second_read.set()
+        return real_read(fd, buffers, offset)
+
+    class Hashing:
+        def __init__(self, *arguments, **options):
+            self.digest = real_new(*arguments, **options)
+            self.hexdigest = self.digest.hexdigest
+
+        def update(self, chunk):
+            assert second_read.wait(60)
+            self.digest.update(chunk)
+
+    monkeypatch.setattr(os, "preadv", reading)
+    monkeypatch.setattr(hashlib, "new", Hashing)
+    assert flashpack.verify_file(path)["corrupt"] == []
 
 
 def test_the_command_names_the_file_that_does_not_match(tmp_path):

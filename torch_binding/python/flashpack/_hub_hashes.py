@@ -47,7 +47,7 @@ def named_for_its_hash(file: File) -> Named | None:
 
 
 def hashes_of(files: list[Named], progress: Progress | None) -> list[str]:
-    """Returns the hashes that the contents have, each computed on a thread of its own.
+    """Returns the hashes that the contents have, each computed by two threads of its own.
 
     Raises OSError for what cannot be read or changes meanwhile.
     """
@@ -81,17 +81,27 @@ def _hash_of(named: Named, tell: Callable[[int], None]) -> str:
     digest = hashlib.new(named.algorithm, usedforsecurity=False)
     if named.algorithm == "sha1":
         digest.update(b"blob %d\0" % size_bytes)
-    chunk = memoryview(bytearray(min(_CHUNK_BYTES, size_bytes)))
     at = 0
-    while at < size_bytes:
-        # The disk reads ahead while this thread hashes.
-        os.posix_fadvise(file.fd, at + len(chunk), _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-        count = os.preadv(file.fd, [chunk[: size_bytes - at]], at)
-        if count == 0:
-            break
-        digest.update(chunk[:count])
-        at += count
-        tell(at)
+    # Both calls release the GIL, so that one chunk is hashed while the next one is read.
+    with ThreadPoolExecutor(1) as reader:
+        chunks = [memoryview(bytearray(min(_CHUNK_BYTES, size_bytes))) for _ in range(2)]
+        ahead = reader.submit(_read, named, chunks[0], 0)
+        while count := ahead.result():
+            ready = chunks[0][:count]
+            chunks.reverse()
+            ahead = reader.submit(_read, named, chunks[0], at + count)
+            digest.update(ready)
+            at += count
+            tell(at)
     if at < size_bytes or not file.is_unchanged():
         raise OSError(errno.ESTALE, "the file has changed since it was opened", os.fspath(file.path))
     return digest.hexdigest()
+
+
+def _read(named: Named, chunk: memoryview, at: int) -> int:
+    """Reads to `chunk` and returns the number of bytes; 0 at the end of the file."""
+    if at >= named.size_bytes:
+        return 0
+    # The disk reads ahead of this thread, too.
+    os.posix_fadvise(named.file.fd, at + len(chunk), _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+    return os.preadv(named.file.fd, [chunk[: named.size_bytes - at]], at)
