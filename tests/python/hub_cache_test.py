@@ -123,7 +123,7 @@ def test_converting_and_reverting_replace_links_to_blobs(cached, tmp_path):
     (source / "config.json").write_text("{}")
     snapshot = cached("file.flashpack", "model.flashpack", "config.json", "back.safetensors")
     convert_to_flashpack(source / "model.safetensors", snapshot / "file.flashpack")
-    convert_to_flashpack(source, snapshot)
+    convert_to_flashpack(source, snapshot, force=True)
     revert_from_flashpack(snapshot / "model.flashpack", snapshot / "back.safetensors")
     assert packed(snapshot / "file.flashpack")
     assert packed(snapshot / "model.flashpack")

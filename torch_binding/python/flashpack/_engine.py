@@ -42,9 +42,9 @@ left_before_exit = _Call()
 
 def engine(cuda_device: int | None = None, file: File | None = None) -> Engine:
     """Returns the engine for the host, or for a CUDA device, with the profile for loads of `file` if there is one."""
+    options = {} if file is None else _options(cuda_device, file)
+    key = (cuda_device, options.get("profile", ""))
     with _lock:
-        options = {} if file is None else _options(cuda_device, file)
-        key = (cuda_device, options.get("profile", ""))
         if key not in _engines:
             _engines[key] = Engine(cuda_device, **options)
         return _engines[key]
@@ -53,12 +53,12 @@ def engine(cuda_device: int | None = None, file: File | None = None) -> Engine:
 def _options(cuda_device: int | None, file: File) -> dict[str, Any]:
     """Returns what flashpack_tune has found for the disk of `file`.
 
-    It is looked up once, because small reads are many.
+    It is looked up once, because small reads are many. It is looked up without the lock, because the file system of the
+    profiles may hang, and loads of other disks must not wait for it.
     """
     key = (cuda_device, file.identity[0])
-    if key not in _tuned:
-        _tuned[key] = tuned_options(file.path, cuda_device)
-    return _tuned[key]
+    found = _tuned.get(key)
+    return _tuned.setdefault(key, tuned_options(file.path, cuda_device)) if found is None else found
 
 
 def release_engines() -> None:
