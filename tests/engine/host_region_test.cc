@@ -34,7 +34,7 @@ TEST(HostRegion, GivesItsMemoryBackOnceWhoeverHasIt) {
   {
     HostRegion region(1024 * kMiB, "this test");
     const HostRegion moved(std::move(region));
-    EXPECT_GE(mapped_pages(), before + 1024 * kMiB / 4096);
+    EXPECT_GT(mapped_pages(), before + 1022 * kMiB / 4096) << "less than 2 MiB may go for other reasons meanwhile";
     EXPECT_EQ(moved.bytes().size(), 1024 * kMiB);
   }
   EXPECT_LT(mapped_pages(), before + 2 * kMiB / 4096) << "nor is anything left of what alignment took";
