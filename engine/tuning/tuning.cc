@@ -187,6 +187,8 @@ void keep_profile(const fs::path& path, const EngineOptions& options, const fs::
   internal::uninterrupted([&] { return ::flock(lock.get(), LOCK_EX); });
   std::string damage;
   json::array all = profiles_in(profiles, damage);
+  if (!damage.empty() && fs::exists(profiles, error))
+    throw argument_error("no profile can be kept: " + damage + "; mend it or remove it");
   all.erase(
       std::remove_if(all.begin(), all.end(), [&](const auto& each) { return difference(each, place) == nullptr; }),
       all.end());

@@ -32,8 +32,9 @@ TunedOptions tuned_options(const std::filesystem::path& path, Device device = {}
 
 /// Keeps chunk_bytes, queue_depth and workers of `options` for loads of `path` to `options.device`, in place of the
 /// profile that there was for it. The file is replaced at once, and processes that do so at the same time do not lose
-/// each other's profiles. Throws: Error (kInvalidArgument if the options are out of range, or loads of `path` have no
-/// place that could be recognised, as on tmpfs; errno when the file cannot be written).
+/// each other's profiles. Throws: Error (kInvalidArgument if the options are out of range, loads of `path` have no
+/// place that could be recognised, as on tmpfs, or the file is there and cannot be read, because its other profiles
+/// would be lost; errno when the file cannot be written).
 void keep_profile(const std::filesystem::path& path, const EngineOptions& options,
                   const std::filesystem::path& profiles = profiles_path());
 

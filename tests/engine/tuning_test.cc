@@ -99,14 +99,17 @@ TEST_F(TuningTest, AProfileOfTheHostIsNotAppliedToAGpu) {
   EXPECT_EQ(tuned({Device::Kind::kCuda, 1}).options.device.index, 1);
 }
 
-TEST_F(TuningTest, DamagedFilesAreIgnoredWithAReasonAndReplacedByTheNextProfile) {
+TEST_F(TuningTest, DamagedFilesAreIgnoredWithAReasonAndNotReplaced) {
   const std::string half = text().substr(0, text().size() / 2);
   for (const std::string& damaged :
        {half, std::string(), std::string("[]"), std::string("{}"), std::string("\0x", 2),
         std::string("{\"profiles\":{}}"), std::string(100, '['), std::string((1 << 20) + 1, ' ')}) {
     rewrite(damaged);
     expect_defaults("is damaged");
+    EXPECT_THROW(keep_profile(dir_.path(), options_of(2 * kMiB, 16, 3), profiles_), Error);
+    EXPECT_EQ(text(), damaged);
   }
+  std::filesystem::remove(profiles_);
   keep_profile(dir_.path(), options_of(2 * kMiB, 16, 3), profiles_);
   EXPECT_TRUE(tuned().applied);
 }
