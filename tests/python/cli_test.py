@@ -205,7 +205,8 @@ def test_options_reach_the_conversion(source):
     result = run(
         "convert", source, "--force", "--ignore-prefixes", "no", "--ignore-suffixes", "as", "--ignore-suffixes", "ht"
     )
-    assert (result.exit_code, result.stderr) == (1, f"Error: {source}: No tensors to pack.\n")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {source}: No tensors to pack.")
     result = run("convert", source, "--force", "--dtype", "float17")
     assert result.exit_code == 1
     assert result.stderr == (
