@@ -8,7 +8,7 @@ namespace flashpack::bench {
 /// Loads of many small tensors, of many files, and of small reads at random places.
 void register_scattered_rows(const Setup& setup, int rounds);
 
-/// What is done before bytes move: opening checkpoints of many tensors, and planning loads of them.
+/// These rows measure the work before bytes move: opening checkpoints of many tensors, and planning loads of them.
 void register_metadata_rows(const Setup& setup, int rounds);
 
 /// The engine's own limit: its pipeline over queues that complete everything at once.

@@ -15,7 +15,7 @@
 
 namespace flashpack::bench {
 
-/// What of the file is in the page cache.
+/// The state says which part of the file is in the page cache before a load.
 enum class Cache { kCold, kHalves, kStripes, kResident };
 
 enum class Memory { kTouched, kFresh };

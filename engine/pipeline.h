@@ -86,7 +86,7 @@ class Pipeline final : private Steps::Owner {
   void settle(TransferState& transfer);
   void end(TransferState& transfer);
 
-  // What becomes of chunks: pipeline_parts.cc, too.
+  // Steps calls these when chunks end; they are in pipeline_parts.cc, too.
   void on_delivered(Part& part, const Chunk& chunk) override;
   void on_given_back(Part& part) override { issue_from_now_on(part); }
   void on_failed(TransferState& transfer, const Error& error) override { give_up(transfer, error); }

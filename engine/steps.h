@@ -29,7 +29,8 @@ struct Queues {
 /// Thread safety: one thread, the driver. Nothing here allocates for a chunk, or blocks in a file system.
 class Steps {
  public:
-  /// What becomes of chunks. A call may start and abandon chunks.
+  /// The owner starts chunks, and Steps tells it how each of them ends, so that the owner can start others. A call may
+  /// start and abandon chunks.
   class Owner {
    public:
     /// All bytes of the chunk are where they belong, and it is not under way any more.

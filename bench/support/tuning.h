@@ -14,7 +14,7 @@ struct Setting {
   bool operator==(const Setting&) const = default;
 };
 
-/// What has been measured of a setting: medians.
+/// A cell holds the medians of the samples of one setting.
 struct Cell {
   Setting setting;
   int samples = 0;

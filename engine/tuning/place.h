@@ -31,7 +31,8 @@ struct Mount {
 /// Finds a mount in the lines of /proc/self/mountinfo; all is empty if it is not there.
 Mount mount_of(std::istream& mountinfo, std::uint64_t id);
 
-/// What a disk is called, on every start of the machine. `block` is its directory in /sys/block.
+/// Returns a name that the disk has on every start of the machine, so that a profile is found again. `block` is the
+/// disk's directory in /sys/block.
 std::string disk_name(const std::filesystem::path& block);
 
 }  // namespace flashpack::internal
