@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import subprocess
@@ -57,17 +56,10 @@ def test_a_file_with_a_write_lease_is_waited_for(tmp_path: Path, name: str, read
             holder.kill()
 
 
-def test_a_failure_after_the_wait_is_an_error_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "config.json").write_text("{}")
-    system_open = os.open
-
-    def failing(path: str | Path, flags: int) -> int:
-        if flags & os.O_PATH:
-            return system_open(path, flags)
-        reason = errno.EAGAIN if flags & os.O_NONBLOCK else errno.EMFILE
-        raise OSError(reason, os.strerror(reason), os.fspath(path))
-
-    monkeypatch.setattr(os, "open", failing)
-    with pytest.raises(OSError, match="Too many open files") as caught:
-        _repository.open_regular(tmp_path / "config.json")
-    assert caught.value.filename == os.fspath(tmp_path / "config.json")
+def test_a_file_that_cannot_be_opened_is_named_whatever_its_name(tmp_path: Path):
+    for name in ("absent.json", os.fsdecode(b"absent \xff.json")):
+        with pytest.raises(FileNotFoundError, match="absent") as caught:
+            _repository.open_regular(tmp_path / name)
+        assert caught.value.filename == os.fspath(tmp_path / name)
+    with pytest.raises(flashpack.FlashPackError, match="NUL"):
+        _repository.open_regular(tmp_path / "a\0b")

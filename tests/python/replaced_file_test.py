@@ -10,6 +10,7 @@ import warnings
 import flashpack
 import pytest
 import torch
+from flashpack._checkpoint import open_checkpoint
 from flashpack.deserialization import read_flashpack_file
 
 
@@ -105,6 +106,20 @@ def test_an_open_file_that_is_dropped_closes_itself_without_a_warning(pack):
         assert len(descriptors_of(path)) == 1
         del file
     assert descriptors_of(path) == []
+
+
+def test_a_change_is_seen_whatever_the_system_remembers_of_the_file(pack, monkeypatch):
+    path = pack({"a": torch.ones(1000)})
+    with open_checkpoint(path) as checkpoint:
+        (file,) = checkpoint.files()
+        remembered = os.fstat(file.fd)
+        # On a network file system, fstat may answer so for minutes.
+        monkeypatch.setattr(os, "fstat", lambda fd: remembered)
+        assert file.is_unchanged()
+        os.utime(path, ns=(0, 0))
+        assert not file.is_unchanged()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        file.is_unchanged()
 
 
 def test_a_program_that_is_started_inherits_no_descriptor(pack):

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -74,6 +75,40 @@ Error system_error_of(const std::string& operation, const fs::path& path) {
   return {std::error_code(errno, std::generic_category()), operation + " " + path.string(), path};
 }
 
+IdentityTuple identity_tuple(const FileIdentity& identity) {
+  const auto& [dev, ino, size_bytes, mtime_ns] = identity;
+  return {dev, ino, size_bytes, mtime_ns};
+}
+
+IdentityTuple identity_now(int fd) {
+  const NativeCall call;
+  std::optional<FileIdentity> identity;
+  int error = 0;
+  {
+    nb::gil_scoped_release released;  // The server of a network file system is asked.
+    identity = identity_of(fd);
+    error = errno;
+  }
+  if (!identity) throw Error({error, std::generic_category()}, "stat");
+  return identity_tuple(*identity);
+}
+
+int open_for_python(const fs::path& path) {
+  const NativeCall call;
+  for (;;) {
+    int fd = -1;
+    int error = 0;
+    {
+      nb::gil_scoped_release released;
+      fd = open_to_read(path);
+      error = errno;
+    }
+    if (fd >= 0) return fd;
+    if (error != EINTR) throw Error({error, std::generic_category()}, "open " + path.string(), path);
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  }
+}
+
 /// Reads the JSON of a file's metadata once more. Throws: Error.
 std::string json_of(const CheckpointFile& file) {
   const Error changed(Errc::kFileChanged, "read " + file.path.string(), file.path);
@@ -121,10 +156,8 @@ WeightMap weight_map_of(const PyCheckpoint& checkpoint) {
 
 std::vector<FileTuple> file_tuples(const PyCheckpoint& checkpoint) {
   std::vector<FileTuple> tuples;
-  for (const auto& [path, metadata, fd] : checkpoint.get()->files()) {
-    const auto& [dev, ino, size_bytes, mtime_ns] = metadata.identity;
-    tuples.emplace_back(path, fd, IdentityTuple{dev, ino, size_bytes, mtime_ns}, format_name(metadata.format));
-  }
+  for (const auto& [path, metadata, fd] : checkpoint.get()->files())
+    tuples.emplace_back(path, fd, identity_tuple(metadata.identity), format_name(metadata.format));
   return tuples;
 }
 
@@ -276,6 +309,10 @@ void bind_checkpoint(nb::module_& module) {
       .def("close", &PyCheckpoint::close, "Closes the files once no transfer needs them.");
   module.def("open_checkpoint", &open<fs::path>, "path"_a, "Opens a file, an index of files, or a directory.");
   module.def("open_files", &open_files, "paths"_a, "Opens several files as one checkpoint.");
+  module.def("open_to_read", &open_for_python, "path"_a,
+             "Opens a file and returns its descriptor. A FIFO is not waited for; the holder of a write lease is.");
+  module.def("identity_of", &identity_now, "fd"_a,
+             "(device, inode, size in bytes, mtime in nanoseconds) of an open file, as the file system has them now.");
   module.def("read_index", &read, "path"_a,
              "The name of the file that has each tensor. The files may be of any format, and are not opened.");
   module.def("checkpoint_of_headers", &of_headers, "path"_a, "headers"_a, "weight_map"_a,

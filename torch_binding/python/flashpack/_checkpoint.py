@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,8 +55,7 @@ class File(NamedTuple):
 
     def is_unchanged(self) -> bool:
         """Whether the file still has the identity that it had when its metadata was read."""
-        now = os.fstat(self.fd)
-        return (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) == self.identity
+        return _native.identity_of(self.fd) == self.identity
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,23 +146,6 @@ def path_of(path: object) -> str:
     elif hasattr(path, "state_dict") or isinstance(path, Mapping):
         cure = ": the arguments may be in the wrong order"
     raise TypeError(f"a path is a str or an os.PathLike, not a {type(path).__name__}{cure}")
-
-
-def open_descriptor(path: StrPath, flags: int) -> int:
-    """Does os.open(), but waits only for the holder of a write lease, never for a FIFO's writer. Raises OSError."""
-    try:
-        return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
-    except BlockingIOError:  # Another process has a write lease. Without O_NONBLOCK, open() waits until it is given up.
-        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        try:
-            if stat.S_ISREG(os.fstat(place).st_mode):
-                return os.open(f"/proc/self/fd/{place}", flags)
-        except OSError as error:
-            error.filename = os.fspath(path)
-            raise
-        finally:
-            os.close(place)
-        raise
 
 
 def get_flashpack_file_metadata(path: StrPath) -> dict[str, Any]:

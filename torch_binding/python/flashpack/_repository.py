@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from . import _native
-from ._checkpoint import StrPath, open_descriptor
+from ._checkpoint import StrPath, path_of
 from ._logging import in_one_line
 from ._native import FlashPackError
 
@@ -40,7 +40,7 @@ _JSON_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a bool
 
 def open_regular(path: StrPath) -> BinaryIO:
     """Opens a file for reading. Raises FlashPackError if it is no regular file, OSError for the system's failures."""
-    descriptor = open_descriptor(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = _native.open_to_read(path_of(path))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FlashPackError(f"{os.fspath(path)} is not a regular file")
