@@ -9,7 +9,6 @@
 #include <functional>
 
 #include "tests/support/temp_dir.h"
-#include "torch_binding/format/index.h"
 
 namespace flashpack {
 namespace {
@@ -136,36 +135,6 @@ TEST_F(OpenCheckpoint, AnIndexCannotLeadOutOfItsDirectory) {
     const auto index = write_index("model.safetensors.index.json", "{\"a\":\"" + name + "\"}");
     EXPECT_SAYS(error_of(index), "which is no file beside it");
   }
-}
-
-TEST_F(OpenCheckpoint, WhatIsNoIndexIsRefused) {
-  const std::string name = "model.safetensors.index.json";
-  for (const std::string text : {"", "[]", "{", "{\"weight_map\":[]}", "{\"weight_map\":{\"a\":1}}", "{}x",
-                                 "{\"weight_map\":{}}", "{\"a\":{}}", "{\"weight_map\":{\"a\":\"b\",\"a\":\"c\"}}"}) {
-    EXPECT_SAYS(error_of(write(name, text)), "it is not the index of a sharded checkpoint");
-  }
-}
-
-TEST_F(OpenCheckpoint, TheErrorOfAnIndexSaysWhichValueIsWrong) {
-  const std::string name = "model.safetensors.index.json";
-  EXPECT_SAYS(error_of(write(name, "[]")), "it must be an object");
-  EXPECT_SAYS(error_of(write(name, R"({"weight_map":[]})")), "weight_map must be an object");
-  EXPECT_SAYS(error_of(write(name, R"({"weight_map":{"a":"b","c":1}})")), "the file of \"c\" must be a string");
-  EXPECT_SAYS(error_of(write(name, R"({"a":1,"a":2})")), "an object has the key \"a\" twice");
-  EXPECT_SAYS(error_of(write(name, R"({"weight_map":)")), "sharded checkpoint: the text ");
-}
-
-TEST_F(OpenCheckpoint, AnIndexIsReadWhateverTheFormatOfItsFilesAndWhetherTheyAreThere) {
-  const auto index = write_index("pytorch_model.bin.index.json", R"({"b":"1.bin","a":"2.bin"})");
-  EXPECT_EQ(read_index(index), (WeightMap{{"a", "2.bin"}, {"b", "1.bin"}}));
-}
-
-TEST_F(OpenCheckpoint, WhatAFileIsInsteadOfAnIndexIsSaid) {
-  const std::string name = "model.safetensors.index.json";
-  EXPECT_SAYS(error_of(write(name, "\xef\xbb\xbf{}")),
-              "it begins with a byte order mark: save it as UTF-8 without one");
-  EXPECT_SAYS(error_of(write(name, "<!DOCTYPE html>")), "it is a web page");
-  EXPECT_SAYS(error_of(write(name, "")), "it is empty");
 }
 
 TEST_F(OpenCheckpoint, ADirectoryAndAnIndexAreNotTakenInAListOfFiles) {

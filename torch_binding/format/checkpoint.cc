@@ -1,6 +1,5 @@
 #include "flashpack/checkpoint.h"
 
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,10 +11,8 @@
 
 #include "engine/ground/error.h"
 #include "engine/ground/unique_fd.h"
-#include "torch_binding/format/foreign_file.h"
 #include "torch_binding/format/format_rules.h"
 #include "torch_binding/format/index.h"
-#include "torch_binding/format/json_reader.h"
 
 namespace flashpack {
 
@@ -26,7 +23,6 @@ using internal::errno_code;
 using internal::file_error;
 
 constexpr std::string_view kIndexSuffix = ".index.json";
-constexpr std::uint64_t kMaxIndexBytes = std::uint64_t{256} << 20;
 constexpr std::array<std::string_view, 2> kSuffixes = {".flashpack", ".safetensors"};
 // The names that this library, transformers and diffusers give to the weights of a model.
 constexpr std::array<std::string_view, 3> kUsualNames = {"model.flashpack", "model.safetensors",
@@ -34,40 +30,6 @@ constexpr std::array<std::string_view, 3> kUsualNames = {"model.flashpack", "mod
 
 [[noreturn]] void refuse(const fs::path& path, const std::string& sentence) {
   throw Error(Errc::kBadFile, "open " + path.string() + ": " + sentence, path);
-}
-
-/// Whether `name` is that of an index: model.safetensors.index.json, or with a variant,
-/// model.safetensors.index.fp16.json.
-bool is_index(std::string_view name) {
-  if (!name.ends_with(".json")) return false;
-  if (name.ends_with(kIndexSuffix)) return true;
-  name.remove_suffix(std::string_view(".json").size());
-  return name.substr(0, std::min(name.size(), name.rfind('.'))).ends_with(".index");
-}
-
-/// Refuses names that would lead out of the directory of the index.
-const std::string& plain_name(const fs::path& index, const std::string& name) {
-  const bool plain = !name.empty() && name != "." && name != ".." && name.find_first_of({"/\0", 2}) == name.npos;
-  if (!plain) refuse(index, "it names " + rules::quoted(name) + ", which is no file beside it");
-  return name;
-}
-
-std::string read_all(const fs::path& path) {
-  const internal::UniqueFd fd = internal::open_file(path);
-  struct stat status{};
-  if (::fstat(fd.get(), &status) != 0) throw file_error(errno_code(errno), "stat", path);
-  if (!S_ISREG(status.st_mode)) refuse(path, "it is not a regular file");
-  const auto size_bytes = static_cast<std::uint64_t>(status.st_size);
-  if (size_bytes > kMaxIndexBytes) refuse(path, "an index of more than " + std::to_string(kMaxIndexBytes) + " bytes");
-  std::string text(size_bytes, '\0');
-  for (std::size_t done = 0; done < text.size();) {
-    const ssize_t got = internal::uninterrupted(
-        [&] { return ::pread(fd.get(), text.data() + done, text.size() - done, static_cast<off_t>(done)); });
-    if (got < 0) throw file_error(errno_code(errno), "read", path);
-    if (got == 0) throw file_error(Errc::kTruncated, "read", path);
-    done += static_cast<std::size_t>(got);
-  }
-  return text;
 }
 
 CheckpointFile open_one(const fs::path& path) {
@@ -160,37 +122,6 @@ fs::path chosen_in(const fs::path& directory) {
 
 }  // namespace
 
-WeightMap read_index(const fs::path& path) { return parse_index(read_all(path), path); }
-
-WeightMap parse_index(std::string_view text, const fs::path& path) {
-  WeightMap map;
-  std::string value = "it";  // The value that is read next, as an error names it.
-  try {
-    JsonReader json(text);
-    json.object([&](std::string_view key) {
-      if (key != "weight_map") return json.skip();
-      value = key;
-      json.object([&](std::string_view tensor) {
-        value = "the file of " + rules::quoted(tensor);
-        map.emplace(tensor, plain_name(path, json.string()));
-      });
-    });
-    json.end();
-  } catch (const JsonError& error) {
-    using Subject = JsonError::Subject;
-    std::string what = text.find_first_of("{[") == 0 ? "" : what_it_is(text);
-    if (what.empty()) {
-      const std::string about = error.subject() == Subject::kValue    ? value
-                                : error.subject() == Subject::kObject ? "an object"
-                                                                      : "the text";
-      what = about + " " + error.what();
-    }
-    refuse(path, "it is not the index of a sharded checkpoint: " + what);
-  }
-  if (map.empty()) refuse(path, "it is not the index of a sharded checkpoint: it has no weight_map, or an empty one");
-  return map;
-}
-
 Checkpoint::Checkpoint(std::filesystem::path path, std::vector<CheckpointFile> files, const WeightMap& weight_map)
     : path_(std::move(path)), files_(std::move(files)) {
   try {
@@ -267,7 +198,7 @@ std::map<std::string, std::string> Checkpoint::user_metadata() const {
 Checkpoint open_checkpoint(const std::filesystem::path& path) {
   std::error_code ignored;  // If there is an error, opening the file has it, too.
   if (fs::is_directory(path, ignored)) return open_checkpoint(chosen_in(path));
-  if (is_index(path.filename().native())) return open_index(path);
+  if (is_index(path)) return open_index(path);
   return open_files(path, std::span(&path, 1));
 }
 
@@ -276,7 +207,7 @@ Checkpoint open_checkpoint(std::span<const std::filesystem::path> files) {
   for (const fs::path& path : files) {
     std::error_code ignored;  // If there is an error, opening the file has it, too.
     const bool is_folder = fs::is_directory(path, ignored);
-    if (!is_folder && !is_index(path.filename().native())) continue;
+    if (!is_folder && !is_index(path)) continue;
     const char* what = is_folder ? "a directory" : "an index";
     throw internal::argument_error("open " + path.string() + ", which is " + what +
                                    " in a list of files: give its path alone, or list the files");

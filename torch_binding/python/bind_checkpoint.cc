@@ -59,6 +59,14 @@ WeightMap read(const fs::path& index) {
   return read_index(index);
 }
 
+/// Text that is not Unicode is no name.
+bool is_plain(const nb::str& name) {
+  Py_ssize_t size = 0;
+  const char* utf8 = PyUnicode_AsUTF8AndSize(name.ptr(), &size);
+  if (utf8 == nullptr) PyErr_Clear();
+  return utf8 != nullptr && is_plain_name({utf8, static_cast<std::size_t>(size)});
+}
+
 PyCheckpoint of_headers(const fs::path& path, const std::vector<HeaderTuple>& headers, const WeightMap& weight_map) {
   const NativeCall call;
   nb::gil_scoped_release released;
@@ -313,6 +321,10 @@ void bind_checkpoint(nb::module_& module) {
              "Opens a file and returns its descriptor. A FIFO is not waited for; the holder of a write lease is.");
   module.def("identity_of", &identity_now, "fd"_a,
              "(device, inode, size in bytes, mtime in nanoseconds) of an open file, as the file system has them now.");
+  module.def("is_index", &is_index, "path"_a, "Whether a file has the name of an index.");
+  module.def("without_index_suffix", &without_index_suffix, "path"_a,
+             "model.safetensors for model.safetensors.index.json and its like; other paths as they are.");
+  module.def("is_plain_name", &is_plain, "name"_a, "Whether a file may name another one so, which is then beside it.");
   module.def("read_index", &read, "path"_a,
              "The name of the file that has each tensor. The files may be of any format, and are not opened.");
   module.def("checkpoint_of_headers", &of_headers, "path"_a, "headers"_a, "weight_map"_a,

@@ -19,7 +19,6 @@ from ._logging import logger
 from ._native import FlashPackError
 from ._repository import blaming, open_regular, plain_name, read_json
 
-_INDEX_SUFFIX = re.compile(r"\.index(\.[^.]+)?\.json$")
 _READ_BYTES = 1 << 20
 # How torch names what it does not unpickle.
 _NOT_ALLOWED = re.compile(r"GLOBAL (\S+) was not an allowed global")
@@ -38,7 +37,7 @@ _ADAPTERS = ("adapter_model", "pytorch_lora_weights")
 
 def stem_of(path: Path) -> str:
     """Returns the file's name without suffixes of a format: `a` for a.safetensors and a.safetensors.index.json."""
-    return Path(_INDEX_SUFFIX.sub("", path.name)).stem
+    return _native.without_index_suffix(path).stem
 
 
 def suffix_of(path: Path) -> str:
@@ -55,10 +54,6 @@ def own_stem_of(path: Path) -> str | None:
 def stem_for(directory: Path) -> str:
     """Returns the name, without a suffix, of the safetensors file that the model's library loads from `directory`."""
     return _STEMS[_library_of(_config_of(directory)) or "transformers"][".safetensors"]
-
-
-def is_index(path: Path) -> bool:
-    return _INDEX_SUFFIX.search(path.name) is not None
 
 
 def weight_patterns(suffix: str, variant: str | None) -> list[str]:
@@ -107,7 +102,7 @@ def map_tensors(path: Path, key: str | None = None) -> dict[str, torch.Tensor]:
 
     Raises FlashPackError for a file that is none of these, OSError for the system's failures.
     """
-    return _open_sharded(path, key) if is_index(path) else _open_file(path, key)
+    return _open_sharded(path, key) if _native.is_index(path) else _open_file(path, key)
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -115,7 +110,7 @@ def metadata_of(path: Path) -> dict[str, str]:
     metadata: dict[str, str] = {}
     disputed = set()
     for file in files_of(path):
-        if not is_index(file) and (suffix_of(file) == ".safetensors" or _refusal_of(file) is None):
+        if not _native.is_index(file) and (suffix_of(file) == ".safetensors" or _refusal_of(file) is None):
             for key, value in _header_of(file).items():
                 if metadata.setdefault(key, value) != value:
                     disputed.add(key)
@@ -128,7 +123,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 def files_of(path: Path) -> list[Path]:
     """Returns `path` and, if it is an index, the files that it lists."""
-    if not is_index(path):
+    if not _native.is_index(path):
         return [path]
     return [path, *(path.parent / name for name in sorted(set(_native.read_index(path).values())))]
 

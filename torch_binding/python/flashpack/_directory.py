@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ._conversion import files_of, find_checkpoint, is_index, weight_patterns
+from . import _native
+from ._conversion import files_of, find_checkpoint, weight_patterns
 from ._durable import make_directories, sync
 from ._hub import Download, is_blob_link, resolve_directory
 from ._native import FlashPackError
@@ -27,12 +28,12 @@ _COMPANIONS = [
 ]
 _CODE = "*.py"
 _REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_TENSOR_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|flashpack|index(\.[^.]+)?\.json)$")
+_TENSOR_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|flashpack)$")
 
 
 def is_repo_id(name: str) -> bool:
     """Whether `name` can be that of a repository on the Hub, and does not look like a file with tensors."""
-    return _REPO_ID.fullmatch(name) is not None and _TENSOR_FILE.search(name) is None
+    return _REPO_ID.fullmatch(name) is not None and not (_TENSOR_FILE.search(name) or _native.is_index(name))
 
 
 def model_folders(directory: Path) -> list[str]:
@@ -124,7 +125,7 @@ def _companions_of(source: Path, with_code: bool) -> list[Path]:
     files = [
         file
         for file in _files_in(source, [*_COMPANIONS, *([_CODE] if with_code else [])])
-        if file.is_file() and not is_index(file)
+        if file.is_file() and not _native.is_index(file)
     ]
     check_inside(source, files)
     return files

@@ -109,7 +109,7 @@ def check_model_config(directory: Path) -> dict[str, Any]:
 
 def plain_name(path: Path, name: object) -> str:
     """Returns `name`, which the file `path` names. Raises FlashPackError if it cannot be a file beside `path`."""
-    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\0\ud800-\udfff]", name):
+    if not isinstance(name, str) or not _native.is_plain_name(name):
         raise FlashPackError(f"{path} names {name!r}, which is no file beside it")
     return name
 

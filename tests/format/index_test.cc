@@ -1,0 +1,80 @@
+#include "torch_binding/format/index.h"
+
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <string>
+
+#include "flashpack/error.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack {
+namespace {
+
+std::string error_of(std::string_view text) {
+  try {
+    parse_index(text, "model.safetensors.index.json");
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), Errc::kBadFile);
+    EXPECT_EQ(error.path(), "model.safetensors.index.json");
+    return error.what();
+  }
+  return "parsed";
+}
+
+#define EXPECT_SAYS(error, text) EXPECT_NE((error).find(text), std::string::npos) << (error)
+
+TEST(IndexName, EndsWithIndexJsonAndMayHaveAVariant) {
+  EXPECT_EQ(without_index_suffix("x/model.safetensors.index.json"), "x/model.safetensors");
+  EXPECT_EQ(without_index_suffix("model.safetensors.index.fp16.json"), "model.safetensors");
+  EXPECT_EQ(without_index_suffix("/x/model.fp16.safetensors.index.json"), "/x/model.fp16.safetensors");
+  EXPECT_TRUE(is_index("model.bin.index.json"));
+}
+
+TEST(IndexName, IsNotThatOfOtherFiles) {
+  for (const std::filesystem::path name :
+       {"", "model.safetensors", "config.json", "model_index.json", "index.json", "a.index", "a.index.b.c.json",
+        "a.index.json/config.json", "a.index.json.bak", "a.index.JSON"}) {
+    EXPECT_EQ(without_index_suffix(name), name);
+    EXPECT_FALSE(is_index(name)) << name;
+  }
+}
+
+TEST(PlainName, LeadsNowhereElse) {
+  for (const std::string_view name : {"a", "model-00001-of-00002.safetensors", "...", ".hidden", "\xc3\xa9", "a b"})
+    EXPECT_TRUE(is_plain_name(name)) << name;
+  using std::string_view_literals::operator""sv;
+  for (const std::string_view name : {""sv, "."sv, ".."sv, "/"sv, "/etc/passwd"sv, "../a"sv, "a/"sv, "a\0b"sv})
+    EXPECT_FALSE(is_plain_name(name)) << name;
+}
+
+TEST(Index, IsReadWhateverTheFormatOfItsFilesAndWhetherTheyAreThere) {
+  const testing::TempDir directory;
+  const std::filesystem::path path = directory / "pytorch_model.bin.index.json";
+  std::ofstream(path) << R"({"metadata":{"total_size":3},"weight_map":{"b":"1.bin","a":"2.bin"}})";
+  EXPECT_EQ(read_index(path), (WeightMap{{"a", "2.bin"}, {"b", "1.bin"}}));
+}
+
+TEST(Index, OfAnotherTypeOrWithoutFilesIsRefused) {
+  for (const std::string_view text : {"", "[]", "{", R"({"weight_map":[]})", R"({"weight_map":{"a":1}})", "{}x",
+                                      R"({"weight_map":{}})", R"({"a":{}})", R"({"weight_map":{"a":"b","a":"c"}})"}) {
+    EXPECT_SAYS(error_of(text), "it is not the index of a sharded checkpoint");
+  }
+}
+
+TEST(Index, SaysWhichOfItsValuesIsWrong) {
+  EXPECT_SAYS(error_of("[]"), "it must be an object");
+  EXPECT_SAYS(error_of(R"({"weight_map":[]})"), "weight_map must be an object");
+  EXPECT_SAYS(error_of(R"({"weight_map":{"a":"b","c":1}})"), "the file of \"c\" must be a string");
+  EXPECT_SAYS(error_of(R"({"a":1,"a":2})"), "an object has the key \"a\" twice");
+  EXPECT_SAYS(error_of(R"({"weight_map":)"), "sharded checkpoint: the text ");
+}
+
+TEST(Index, OfWhichTheTextIsSomethingElseSaysWhat) {
+  EXPECT_SAYS(error_of("\xef\xbb\xbf{}"), "it begins with a byte order mark: save it as UTF-8 without one");
+  EXPECT_SAYS(error_of("<!DOCTYPE html>"), "it is a web page");
+  EXPECT_SAYS(error_of(""), "it is empty");
+}
+
+}  // namespace
+}  // namespace flashpack

@@ -1,0 +1,96 @@
+#include "torch_binding/format/index.h"
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <string>
+
+#include "engine/ground/error.h"
+#include "engine/ground/unique_fd.h"
+#include "torch_binding/format/foreign_file.h"
+#include "torch_binding/format/format_rules.h"
+#include "torch_binding/format/json_reader.h"
+
+namespace flashpack {
+
+namespace {
+
+namespace fs = std::filesystem;
+using internal::errno_code;
+using internal::file_error;
+
+constexpr std::uint64_t kMaxIndexBytes = std::uint64_t{256} << 20;
+
+[[noreturn]] void refuse(const fs::path& path, const std::string& sentence) {
+  throw Error(Errc::kBadFile, "open " + path.string() + ": " + sentence, path);
+}
+
+std::string read_all(const fs::path& path) {
+  const internal::UniqueFd fd = internal::open_file(path);
+  struct stat status{};
+  if (::fstat(fd.get(), &status) != 0) throw file_error(errno_code(errno), "stat", path);
+  if (!S_ISREG(status.st_mode)) refuse(path, "it is not a regular file");
+  const auto size_bytes = static_cast<std::uint64_t>(status.st_size);
+  if (size_bytes > kMaxIndexBytes) refuse(path, "an index of more than " + std::to_string(kMaxIndexBytes) + " bytes");
+  std::string text(size_bytes, '\0');
+  for (std::size_t done = 0; done < text.size();) {
+    const ssize_t got = internal::uninterrupted(
+        [&] { return ::pread(fd.get(), text.data() + done, text.size() - done, static_cast<off_t>(done)); });
+    if (got < 0) throw file_error(errno_code(errno), "read", path);
+    if (got == 0) throw file_error(Errc::kTruncated, "read", path);
+    done += static_cast<std::size_t>(got);
+  }
+  return text;
+}
+
+}  // namespace
+
+fs::path without_index_suffix(const fs::path& path) {
+  // What precedes the last dot: "model.safetensors.index", or with a variant, "model.safetensors.index.fp16".
+  fs::path name = path.filename();
+  if (name.extension() != ".json") return path;
+  name = name.stem();
+  if (name.extension() != ".index") name = name.stem();
+  return name.extension() == ".index" ? path.parent_path() / name.stem() : path;
+}
+
+bool is_index(const fs::path& path) { return without_index_suffix(path) != path; }
+
+bool is_plain_name(std::string_view name) noexcept {
+  return !name.empty() && name != "." && name != ".." && name.find_first_of({"/\0", 2}) == name.npos;
+}
+
+WeightMap read_index(const fs::path& path) { return parse_index(read_all(path), path); }
+
+WeightMap parse_index(std::string_view text, const fs::path& path) {
+  WeightMap map;
+  std::string value = "it";  // The value that is read next, as an error names it.
+  try {
+    JsonReader json(text);
+    json.object([&](std::string_view key) {
+      if (key != "weight_map") return json.skip();
+      value = key;
+      json.object([&](std::string_view tensor) {
+        value = "the file of " + rules::quoted(tensor);
+        std::string& file = map[std::string(tensor)] = json.string();
+        if (!is_plain_name(file)) refuse(path, "it names " + rules::quoted(file) + ", which is no file beside it");
+      });
+    });
+    json.end();
+  } catch (const JsonError& error) {
+    using Subject = JsonError::Subject;
+    std::string what = text.find_first_of("{[") == 0 ? "" : what_it_is(text);
+    if (what.empty()) {
+      const std::string about = error.subject() == Subject::kValue    ? value
+                                : error.subject() == Subject::kObject ? "an object"
+                                                                      : "the text";
+      what = about + " " + error.what();
+    }
+    refuse(path, "it is not the index of a sharded checkpoint: " + what);
+  }
+  if (map.empty()) refuse(path, "it is not the index of a sharded checkpoint: it has no weight_map, or an empty one");
+  return map;
+}
+
+}  // namespace flashpack
