@@ -50,7 +50,6 @@ TESTED_BY = {
     "engine/json/boost_json.cc": "tests/format/footer_test.cc",
     "torch_binding/format/footer_json.cc": "tests/format/footer_test.cc",
     "torch_binding/format/footer_rules.cc": "tests/format/footer_test.cc",
-    "torch_binding/format/format.cc": "tests/format/read_metadata_test.cc",
     "torch_binding/format/format_rules.cc": "tests/format/footer_test.cc",
 }
 

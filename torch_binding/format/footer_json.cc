@@ -4,32 +4,20 @@
 #include <utility>
 
 #include "torch_binding/format/format_rules.h"
-#include "torch_binding/format/json_reader.h"
+#include "torch_binding/format/record_reader.h"
 
 namespace flashpack {
 
 namespace {
 
-/// Reads the keys of a footer, and knows where in the footer it is, for messages. Throws Error at the first broken
-/// rule.
-class FooterReader {
+/// Reads the keys of a footer.
+class FooterReader final : RecordReader {
  public:
-  FooterReader(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path)
-      : json_(json), payload_bytes_(payload_bytes), path_(path) {}
+  FooterReader(std::string_view json, const std::filesystem::path& path) : RecordReader(json, path) {}
 
-  FooterFields read() {
-    try {
-      json_.object([this](std::string_view key) { read_field(key); });
-      json_.end();
-      return std::move(fields_);
-    } catch (const JsonError& error) {
-      using Subject = JsonError::Subject;
-      const std::string about = error.subject() == Subject::kValue    ? subject()
-                                : error.subject() == Subject::kObject ? where()
-                                                                      : "the footer";
-      const bool at = error.subject() == Subject::kText;
-      rules::refuse(path_, about + " " + error.what(), at ? payload_bytes_ + error.offset_bytes() : Error::kNoOffset);
-    }
+  FooterFields read(std::uint64_t payload_bytes) {
+    read_text("the footer", payload_bytes, [this](std::string_view key) { read_field(key); });
+    return std::move(fields_);
   }
 
  private:
@@ -146,18 +134,6 @@ class FooterReader {
     records_.push_back(std::move(record));
   }
 
-  std::vector<std::int64_t> read_shape() {
-    dims_.clear();
-    json_.array([&] {
-      key_ = "a dim of shape";
-      dims_.push_back(static_cast<std::int64_t>(json_.count()));
-      if (dims_.size() > rules::kMaxRank) {
-        fail(subject() + " has more than " + std::to_string(rules::kMaxRank) + " dims");
-      }
-    });
-    return dims_;
-  }
-
   void read_user_metadata(std::string_view name) {
     const auto [user_value, is_first] = fields_.user_metadata.try_emplace(std::string(name));
     if (!is_first) fail("the footer has the metadata " + rules::quoted(name) + " twice");
@@ -184,35 +160,25 @@ class FooterReader {
   }
 
   /// Names the footer, or the macroblock or record that is being read.
-  std::string where() const {
+  std::string where() const override {
     if (part_ == Part::kFooter) return "the footer";
     if (part_ == Part::kMacroblock) return "macroblock " + std::to_string(macroblocks_.size());
     const std::string record = "record " + std::to_string(records_.size());
     return name_ ? record + " " + rules::quoted(*name_) : record;
   }
 
-  /// Names the value that comes next.
-  std::string subject() const { return key_.empty() ? where() : where() + ": " + std::string(key_); }
-
-  [[noreturn]] void fail(const std::string& sentence) const { rules::refuse(path_, sentence); }
-
-  JsonReader json_;
-  const std::uint64_t payload_bytes_;
-  const std::filesystem::path& path_;
   FooterFields fields_;
   std::vector<Macroblock> macroblocks_;
   std::vector<RecordFields> records_;
   Part part_ = Part::kFooter;
-  std::string_view key_;             // Key of the value that comes next, if known.
   std::string user_key_;             // Text that key_ may point to.
-  std::vector<std::int64_t> dims_;   // A member so that its memory is used again.
   std::optional<std::string> name_;  // Name of the record that is being read, once known.
 };
 
 }  // namespace
 
 FooterFields parse_footer_json(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path) {
-  return FooterReader(json, payload_bytes, path).read();
+  return FooterReader(json, path).read(payload_bytes);
 }
 
 }  // namespace flashpack

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "flashpack/format.h"
+#include "torch_binding/format/codec.h"
 #include "torch_binding/format/footer_json.h"
 #include "torch_binding/format/format_rules.h"
 
@@ -199,7 +200,7 @@ class FooterCheck {
 
   Checksums checksums(std::string_view digits) const {
     Checksums sums{.size_bytes = metadata_.payload_bytes};
-    const std::uint64_t stripes = (sums.size_bytes + Checksums::kStripeBytes - 1) / Checksums::kStripeBytes;
+    const std::uint64_t stripes = rules::stripes_of(sums.size_bytes);
     if (digits.size() != stripes * rules::kCrcDigits) {
       fail("crc32c_per_mib has " + std::to_string(digits.size()) + " digits, not " + std::to_string(rules::kCrcDigits) +
            " for each MiB of the payload");
@@ -236,7 +237,24 @@ void check_footer_crc(std::string_view digits, std::string_view json, const std:
   }
 }
 
+std::optional<Codec::Place> locate_footer(OpenedFile& file) {
+  const std::string& tail = file.tail();
+  if (tail.size() < rules::kTrailerBytes || !tail.ends_with(rules::kMagic)) return std::nullopt;
+  const std::uint64_t length_bytes = rules::length_at(tail, tail.size() - rules::kTrailerBytes);
+  const std::uint64_t end = file.size_bytes() - rules::kTrailerBytes;
+  if (length_bytes > end) {
+    rules::refuse(file.path(),
+                  "Corrupt footer length: " + std::to_string(length_bytes) + " bytes in a file of " +
+                      std::to_string(file.size_bytes()),
+                  end);
+  }
+  file.check_limit("footer", length_bytes, kMaxFooterBytes, end);
+  return Codec::Place{end - length_bytes, length_bytes, end - length_bytes};
+}
+
 }  // namespace
+
+const Codec kFlashPackCodec = {FileFormat::kFlashPack, "flashpack", &locate_footer, &parse_footer};
 
 Metadata parse_footer(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path) {
   FooterFields fields = parse_footer_json(json, payload_bytes, path);

@@ -12,6 +12,12 @@
 
 namespace flashpack::rules {
 
+std::uint64_t length_at(std::string_view bytes, std::size_t at) {
+  std::uint64_t length_bytes = 0;
+  bytes.substr(at).copy(reinterpret_cast<char*>(&length_bytes), sizeof length_bytes);
+  return length_bytes;
+}
+
 std::optional<std::uint64_t> element_count(std::span<const std::int64_t> shape) noexcept {
   if (shape.size() > kMaxRank) return std::nullopt;
   std::int64_t product = 1;

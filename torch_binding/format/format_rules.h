@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 
+#include "flashpack/checksums.h"
 #include "flashpack/error.h"
 
 namespace flashpack::rules {
@@ -18,6 +19,12 @@ inline constexpr std::string_view kMagic{"FLASHPK\0", 8};
 inline constexpr std::uint64_t kTrailerBytes = sizeof(std::uint64_t) + kMagic.size();
 /// A safetensors file begins with its header's length as a little-endian u64.
 inline constexpr std::uint64_t kHeaderLengthBytes = sizeof(std::uint64_t);
+/// The length that stands at `at`.
+std::uint64_t length_at(std::string_view bytes, std::size_t at);
+/// Number of stripes in a payload.
+constexpr std::uint64_t stripes_of(std::uint64_t payload_bytes) noexcept {
+  return payload_bytes / Checksums::kStripeBytes + (payload_bytes % Checksums::kStripeBytes != 0);
+}
 inline constexpr std::size_t kMaxRank = 64;
 /// A limit, because a reader needs several times as much memory for a record as the JSON of an empty tensor takes.
 inline constexpr std::size_t kMaxRecords = std::size_t{1} << 20;

@@ -79,15 +79,9 @@ WeightMap parse_index(std::string_view text, const fs::path& path) {
     });
     json.end();
   } catch (const JsonError& error) {
-    using Subject = JsonError::Subject;
-    std::string what = text.find_first_of("{[") == 0 ? "" : what_it_is(text);
-    if (what.empty()) {
-      const std::string about = error.subject() == Subject::kValue    ? value
-                                : error.subject() == Subject::kObject ? "an object"
-                                                                      : "the text";
-      what = about + " " + error.what();
-    }
-    refuse(path, "it is not the index of a sharded checkpoint: " + what);
+    const std::string what = text.find_first_of("{[") == 0 ? "" : what_it_is(text);
+    refuse(path, "it is not the index of a sharded checkpoint: " +
+                     (what.empty() ? error.sentence("the text", "an object", value) : what));
   }
   if (map.empty()) refuse(path, "it is not the index of a sharded checkpoint: it has no weight_map, or an empty one");
   return map;

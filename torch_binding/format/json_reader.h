@@ -23,6 +23,10 @@ class JsonError : public std::runtime_error {
   /// The subject of what(): the whole text, the object that has just been read to its end, or the value that comes
   /// next.
   Subject subject() const noexcept { return subject_; }
+  /// Returns what() after its subject, which is called one of these.
+  std::string sentence(const std::string& text, const std::string& object, const std::string& value) const {
+    return (subject_ == Subject::kText ? text : subject_ == Subject::kObject ? object : value) + " " + what();
+  }
   /// Offset of the mistake in the text, if the subject is the text.
   std::size_t offset_bytes() const noexcept { return offset_bytes_; }
 

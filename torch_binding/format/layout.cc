@@ -84,10 +84,6 @@ std::uint64_t round_up(std::uint64_t a, std::uint64_t b, const TensorSpec& tenso
   return over == 0 ? a : add(a, b - over, tensor);
 }
 
-std::uint64_t stripes_of(std::uint64_t payload_bytes) {
-  return payload_bytes / Checksums::kStripeBytes + (payload_bytes % Checksums::kStripeBytes != 0);
-}
-
 std::vector<DType> dtypes_in_order(std::span<const TensorSpec> tensors) {
   std::vector<DType> dtypes;
   for (const TensorSpec& tensor : tensors) {
@@ -280,7 +276,7 @@ void check_footer(const Metadata& metadata, bool checksums) {
   std::string part;
   JsonWriter json(part);
   write_preamble(json, metadata);
-  std::uint64_t json_bytes = checksums ? stripes_of(metadata.payload_bytes) * rules::kCrcDigits : 0;
+  std::uint64_t json_bytes = checksums ? rules::stripes_of(metadata.payload_bytes) * rules::kCrcDigits : 0;
   for (std::size_t i = 0; i < metadata.records.size(); ++i) {
     write_record(json, metadata, i);
     json_bytes += part.size();

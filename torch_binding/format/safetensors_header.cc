@@ -4,8 +4,9 @@
 #include <utility>
 
 #include "flashpack/format.h"
+#include "torch_binding/format/codec.h"
 #include "torch_binding/format/format_rules.h"
-#include "torch_binding/format/json_reader.h"
+#include "torch_binding/format/record_reader.h"
 
 namespace flashpack {
 
@@ -32,34 +33,26 @@ constexpr std::array<std::pair<std::string_view, DType>, 20> kDTypes = {{{"BOOL"
                                                                          {"F8_E8M0", DType::kFloat8E8M0FNU},
                                                                          {"F4", DType::kFloat4E2M1FNX2}}};
 
-/// Reads one header. Every member throws Error (kBadFile) for the first broken rule.
-class HeaderReader {
+// As a header's length, the first bytes of a text would be larger than this.
+constexpr std::uint64_t kNoHeaderBytes = std::uint64_t{1} << 48;
+
+/// Reads one header.
+class HeaderReader final : RecordReader {
  public:
   HeaderReader(std::string_view json, std::uint64_t file_bytes, const std::filesystem::path& path)
-      : json_(json),
+      : RecordReader(json, path),
         payload_begin_(rules::kHeaderLengthBytes + json.size()),
-        payload_bytes_(file_bytes - payload_begin_),
-        path_(path) {
+        payload_bytes_(file_bytes - payload_begin_) {
     metadata_.format = FileFormat::kSafetensors;
     metadata_.payload_bytes = file_bytes;
   }
 
   Metadata read() {
-    try {
-      json_.object([this](std::string_view name) {
-        name_ = name;
-        name == "__metadata__" ? read_user_metadata() : read_tensor();
-        name_.reset();
-      });
-      json_.end();
-    } catch (const JsonError& error) {
-      const bool is_text = error.subject() == JsonError::Subject::kText;
-      const std::string about = is_text                                         ? "the safetensors header"
-                                : error.subject() == JsonError::Subject::kValue ? subject()
-                                                                                : where();
-      rules::refuse(path_, about + " " + error.what(),
-                    is_text ? rules::kHeaderLengthBytes + error.offset_bytes() : Error::kNoOffset);
-    }
+    read_text("the safetensors header", rules::kHeaderLengthBytes, [this](std::string_view name) {
+      name_ = name;
+      name == "__metadata__" ? read_user_metadata() : read_tensor();
+      name_.reset();
+    });
     check_places();
     return std::move(metadata_);
   }
@@ -107,17 +100,6 @@ class HeaderReader {
       fail(where() + " has no " + (!dtype ? "dtype" : !shape ? "shape" : "data_offsets"));
     }
     add_record(*dtype, *std::move(shape), *offsets);
-  }
-
-  std::vector<std::int64_t> read_shape() {
-    std::vector<std::int64_t> shape;
-    json_.array([&] {
-      key_ = "a dim of shape";
-      shape.push_back(static_cast<std::int64_t>(json_.count()));
-      if (shape.size() > rules::kMaxRank)
-        fail(subject() + " has more than " + std::to_string(rules::kMaxRank) + " dims");
-    });
-    return shape;
   }
 
   Offsets read_offsets() {
@@ -199,26 +181,35 @@ class HeaderReader {
   static std::string tensor(std::string_view name) { return "tensor " + rules::quoted(name); }
 
   /// Names the header, or the tensor that is being read.
-  std::string where() const {
+  std::string where() const override {
     if (!name_) return "the safetensors header";
     return *name_ == "__metadata__" ? std::string(*name_) : tensor(*name_);
   }
-  /// Names the value that comes next.
-  std::string subject() const { return key_.empty() ? where() : where() + ": " + std::string(key_); }
-
-  [[noreturn]] void fail(const std::string& sentence) const { rules::refuse(path_, sentence); }
-
-  JsonReader json_;
   const std::uint64_t payload_begin_;
   const std::uint64_t payload_bytes_;  // From payload_begin_ on.
-  const std::filesystem::path& path_;
   Metadata metadata_;
   std::optional<std::string_view> name_;  // Name of the tensor that is being read.
-  std::string_view key_;                  // Key of the value that comes next, if known.
   std::string user_key_;                  // Text that key_ may point to.
 };
 
+std::optional<Codec::Place> locate_header(OpenedFile& file) {
+  const std::string& head = file.head();
+  // Some writers put spaces before the JSON.
+  const std::size_t first = head.find_first_not_of(" \t\r\n", rules::kHeaderLengthBytes);
+  if (first == head.npos || head[first] != '{') return std::nullopt;
+  const std::uint64_t length_bytes = rules::length_at(head, 0);
+  if (length_bytes >= kNoHeaderBytes) return std::nullopt;
+  file.check_limit("safetensors header", length_bytes, kMaxSafetensorsHeaderBytes, 0);
+  if (length_bytes > file.size_bytes() - rules::kHeaderLengthBytes) {
+    rules::refuse(file.path(), "its safetensors header of " + std::to_string(length_bytes) +
+                                   " bytes goes past the end of the file: " + rules::kCutFile);
+  }
+  return Codec::Place{rules::kHeaderLengthBytes, length_bytes, file.size_bytes()};
+}
+
 }  // namespace
+
+const Codec kSafetensorsCodec = {FileFormat::kSafetensors, "safetensors", &locate_header, &parse_safetensors_header};
 
 Metadata parse_safetensors_header(std::string_view json, std::uint64_t file_bytes, const std::filesystem::path& path) {
   if (json.size() > kMaxSafetensorsHeaderBytes || file_bytes < rules::kHeaderLengthBytes ||

@@ -20,6 +20,7 @@
 
 #include "footer_objects.h"
 #include "native_calls.h"
+#include "torch_binding/format/codec.h"
 #include "torch_binding/format/index.h"
 #include "torch_binding/format/segments.h"
 #include "torch_binding/format/verified.h"
@@ -71,11 +72,8 @@ PyCheckpoint of_headers(const fs::path& path, const std::vector<HeaderTuple>& he
   const NativeCall call;
   nb::gil_scoped_release released;
   std::vector<CheckpointFile> files;
-  for (const auto& [file, format, json, payload_bytes] : headers) {
-    const bool is_flashpack = format == format_name(FileFormat::kFlashPack);
-    const auto parse = is_flashpack ? parse_footer : parse_safetensors_header;
-    files.push_back({.path = file, .metadata = parse(json, payload_bytes, file)});
-  }
+  for (const auto& [file, format, json, payload_bytes] : headers)
+    files.push_back({.path = file, .metadata = codec_called(format).parse(json, payload_bytes, file)});
   return PyCheckpoint(Checkpoint(path, std::move(files), weight_map));
 }
 
@@ -117,36 +115,16 @@ int open_for_python(const fs::path& path) {
   }
 }
 
-/// Reads the JSON of a file's metadata once more. Throws: Error.
-std::string json_of(const CheckpointFile& file) {
-  const Error changed(Errc::kFileChanged, "read " + file.path.string(), file.path);
-  const bool is_flashpack = file.metadata.format == FileFormat::kFlashPack;
-  std::uint64_t begin = file.metadata.payload_bytes;
-  std::uint64_t length_at = file.metadata.identity.size_bytes - 2 * sizeof(std::uint64_t);
-  if (!is_flashpack) {
-    begin = sizeof(std::uint64_t);
-    length_at = 0;
-  }
-  const auto read = [&](void* target, std::uint64_t size_bytes, std::uint64_t offset_bytes) {
-    const ssize_t got = ::pread(file.fd, target, size_bytes, static_cast<off_t>(offset_bytes));
-    if (got < 0) throw system_error_of("read", file.path);
-    if (got != static_cast<ssize_t>(size_bytes)) throw changed;
-  };
-  std::uint64_t json_bytes = 0;
-  read(&json_bytes, sizeof json_bytes, length_at);
-  if (json_bytes > std::min(kMaxFooterBytes, file.metadata.identity.size_bytes)) throw changed;
-  std::string json(json_bytes, '\0');
-  read(json.data(), json_bytes, begin);
-  return json;
-}
-
 std::vector<HeaderTuple> headers_of(const PyCheckpoint& checkpoint) {
   const NativeCall call;
   const auto opened = checkpoint.get();
   nb::gil_scoped_release released;
   std::vector<HeaderTuple> headers;
   for (const CheckpointFile& file : opened->files()) {
-    headers.emplace_back(file.path, format_name(file.metadata.format), json_of(file), file.metadata.payload_bytes);
+    JsonOfFile again = read_json(file.fd, file.path, kMaxFooterBytes);
+    if (again.identity != file.metadata.identity)
+      throw Error(Errc::kFileChanged, "read " + file.path.string(), file.path);
+    headers.emplace_back(file.path, again.codec.name, std::move(again.json), again.payload_bytes);
   }
   return headers;
 }
