@@ -9,6 +9,8 @@ import flashpack
 import pytest
 import safetensors.torch
 import torch
+from flashpack import _native
+from flashpack._checkpoint import open_checkpoint as opened_checkpoint
 from support import assert_bit_equal, bits, random_tensor
 
 NAMES = [f"layers.{i}.weight" for i in range(6)]
@@ -155,3 +157,21 @@ def test_a_directory_of_one_file_is_that_file_and_of_several_without_an_index_is
     save(tensors, tmp_path / "b.safetensors")
     with pytest.raises(flashpack.FlashPackError, match=r"several checkpoints.*a\.safetensors, b\.safetensors"):
         flashpack.load_file(tmp_path)
+
+
+@pytest.mark.parametrize("number", [6, 1 << 40, -1])
+def test_a_number_that_no_tensor_or_file_has_is_an_error_and_no_read(directory, number):
+    with opened_checkpoint(directory) as checkpoint:
+        with pytest.raises((IndexError, TypeError), match=r"no such tensor|incompatible"):
+            checkpoint.native.plan([0, number], False)
+        for of_file in (
+            lambda engine: engine.load(checkpoint.native, [(number, 0, 0, 0)]),
+            lambda engine: engine.verify(checkpoint.native, number),
+        ):
+            with pytest.raises((IndexError, TypeError), match=r"no such file|incompatible"):
+                of_file(_native.Engine())
+
+
+def test_a_tensor_cannot_be_planned_twice(directory):
+    with opened_checkpoint(directory) as checkpoint, pytest.raises(flashpack.FlashPackError, match="wanted twice"):
+        checkpoint.native.plan([1, 2, 1], False)

@@ -193,7 +193,14 @@ bool has_checksums(const PyCheckpoint& checkpoint) {
 SegmentPlan plan(const PyCheckpoint& checkpoint, const std::vector<std::size_t>& wanted, bool on_device,
                  std::string_view verify, std::uint64_t max_segment_bytes) {
   const auto kind = on_device ? Device::Kind::kCuda : Device::Kind::kHost;
-  return plan_segments(*checkpoint.get(), wanted, kind, verify_policy(verify), max_segment_bytes);
+  const auto opened = checkpoint.get();
+  std::vector<bool> taken(opened->size());
+  for (const std::size_t i : wanted) {
+    if (i >= taken.size()) throw nb::index_error("there is no such tensor");
+    if (taken[i]) throw Error(Errc::kInvalidArgument, "a tensor is wanted twice");
+    taken[i] = true;
+  }
+  return plan_segments(*opened, wanted, kind, verify_policy(verify), max_segment_bytes);
 }
 
 std::vector<BlockTuple> blocks_of(const SegmentPlan& plan) {
@@ -254,7 +261,7 @@ std::vector<FileExtents> files_of(const Checkpoint& checkpoint, const std::vecto
   std::vector<FileExtents> files;
   for (auto read = reads.begin(); read != reads.end();) {
     const std::size_t index = std::get<0>(*read);
-    if (index >= checkpoint.files().size()) throw Error(Errc::kInvalidArgument, "there is no such file");
+    if (index >= checkpoint.files().size()) throw nb::index_error("there is no such file");
     std::vector<Extent> extents;
     for (; read != reads.end() && std::get<0>(*read) == index; ++read) {
       const auto [file, offset_bytes, size_bytes, address] = *read;

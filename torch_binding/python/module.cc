@@ -248,6 +248,7 @@ class PyEngine {
   Dict verify(const PyCheckpoint& opened, std::size_t file, const ProgressFunction& progress) {
     const NativeCall call;
     const auto checkpoint = opened.get();
+    if (file >= checkpoint->files().size()) throw nb::index_error("there is no such file");
     const auto& [path, metadata, fd] = checkpoint->files()[file];
     VerifyReport report;
     {
