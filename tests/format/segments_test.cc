@@ -58,12 +58,12 @@ TEST(PlanSegments, NeighboursShareOneSegmentThatEndsWithTheLastOfThem) {
 }
 
 TEST(PlanSegments, AGapOfUpToOneMiBIsReadAlongAndALongerOneIsNot) {
-  const auto gap = static_cast<std::int64_t>(kMaxGapBytes);
+  const auto gap = static_cast<std::int64_t>(kMaxUnwantedBytes);
   EXPECT_EQ(plan_on_host(bytes_file({10, gap, 10}), {0, 2}).segments.size(), 1U);
   const auto split = plan_on_host(bytes_file({10, gap + 1, 10}), {0, 2}).segments;
   ASSERT_EQ(split.size(), 2U);
   EXPECT_EQ(split[0].size_bytes, 10U);
-  EXPECT_EQ(split[1].offset_bytes, 10 + kMaxGapBytes + 1);
+  EXPECT_EQ(split[1].offset_bytes, 10 + kMaxUnwantedBytes + 1);
   EXPECT_EQ(split[1].size_bytes, 10U);
 }
 

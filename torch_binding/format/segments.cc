@@ -72,7 +72,7 @@ class Planner {
     const std::uint64_t gap_bytes = begin - last.size_bytes;
     const std::uint64_t end = begin + next.size_bytes;
     if (!on_device_) {
-      return gap_bytes <= kMaxGapBytes && end <= max_bytes_ &&
+      return gap_bytes <= kMaxUnwantedBytes && end <= max_bytes_ &&
              is_aligned(next, kind.is_shifted ? begin : next.offset_bytes);
     }
     return kind.is_small == is_small(next) && gap_bytes < kMaxDevicePaddingBytes && begin % kDeviceAlignBytes == 0 &&

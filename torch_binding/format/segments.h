@@ -50,7 +50,7 @@ struct SegmentPlan {
 /// Larger segments are cut between tensors, so that memory can be freed part by part.
 inline constexpr std::uint64_t kMaxSegmentBytes = std::uint64_t{1} << 30;
 /// On the host, unwanted bytes between two tensors are read, too, up to this many, because a second extent costs more.
-inline constexpr std::uint64_t kMaxGapBytes = std::uint64_t{1} << 20;
+inline constexpr std::uint64_t kMaxUnwantedBytes = std::uint64_t{1} << 20;
 /// On a device, tensors begin at multiples of this, as CUDA's own memory does; kernels may rely on that.
 inline constexpr std::uint64_t kDeviceAlignBytes = 256;
 
