@@ -7,7 +7,6 @@
 
 #include "engine/ground/unique_fd.h"
 #include "tests/support/temp_dir.h"
-#include "torch_binding/format/verified.h"
 
 namespace flashpack {
 namespace {
@@ -84,45 +83,6 @@ TEST_F(VerifyTest, AFileWithoutChecksumsCannotBeVerified) {
     EXPECT_EQ(error.code(), Errc::kBadFile);
     EXPECT_NE(std::string(error.what()).find("no checksums"), std::string::npos) << error.what();
   }
-}
-
-TEST_F(VerifyTest, WhereAllIsToBeVerifiedALoadOfPartsOfStripesIsAnError) {
-  const Metadata metadata = write(2);
-  const Checkpoint checkpoint = open_checkpoint(path_);
-  std::vector<std::byte> memory(metadata.payload_bytes);
-  const auto load = [&](Verify verify, std::vector<Extent> extents) {
-    LoadRequest request;
-    request.files.push_back(extents_in(checkpoint.files()[0], std::move(extents), verify));
-    return verified(checkpoint, verify, [&] { return engine_.load(std::move(request)); }).verified_bytes;
-  };
-  const Extent whole{.size_bytes = memory.size(), .target = memory.data()};
-  Extent most = whole;
-  most.size_bytes -= 1;
-  EXPECT_EQ(load(Verify::kAlways, {whole}), metadata.payload_bytes);
-  EXPECT_EQ(load(Verify::kAuto, {most}), std::uint64_t{1} << 20);
-  EXPECT_EQ(load(Verify::kNever, {whole}), 0U);
-  std::byte twice{};
-  for (const std::vector<Extent>& extents :
-       {std::vector{most}, std::vector{whole, {.size_bytes = 1, .target = &twice}}}) {
-    try {
-      load(Verify::kAlways, extents);
-      FAIL() << "accepted";
-    } catch (const Error& error) {
-      EXPECT_EQ(error.code(), Errc::kInvalidArgument);
-      EXPECT_EQ(error.path(), path_);
-    }
-  }
-}
-
-TEST_F(VerifyTest, TensorsOfARangeAreCountedPastTheFifth) {
-  std::vector<TensorSpec> specs;
-  for (int i = 0; i < 9; ++i) specs.push_back({"t" + std::to_string(i), DType::kUInt8, {100}});
-  const Metadata metadata = make_layout(specs, 128);
-  const TensorsByOffset tensors(metadata);
-  EXPECT_EQ(tensors.names_in(0, 100), R"("t0")");
-  EXPECT_EQ(tensors.names_in(99, 30), R"("t0", "t1")");
-  EXPECT_EQ(tensors.names_in(100, 28), "no tensor");
-  EXPECT_EQ(tensors.names_in(0, 1000), R"("t0", "t1", "t2", "t3", "t4" and 3 more)");
 }
 
 // What is read from a footer with one bit flipped is the same as without, or an error.

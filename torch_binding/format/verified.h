@@ -35,6 +35,10 @@ const Checksums* checksums_for(const Metadata& metadata, Verify verify, const st
 /// Returns what a load reads from one file of a checkpoint. Throws: as checksums_for().
 FileExtents extents_in(const CheckpointFile& file, std::vector<Extent> extents, Verify verify);
 
+/// Returns the number of bytes that were read. Throws: Error (kInvalidArgument) unless all of them have been verified.
+/// `path` is for messages.
+std::uint64_t all_verified(const TransferStats& stats, const std::filesystem::path& path);
+
 /// Returns the result of `wait`, which waits for a load that is made of extents_in(). With Verify::kAlways, every byte
 /// that was read has then matched its checksum. Throws: the exceptions of `wait`, where an Error of Errc::kCorrupt also
 /// names the tensors in the stripe; Error (kInvalidArgument) if Verify::kAlways was given and some stripes were read
