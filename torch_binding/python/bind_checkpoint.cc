@@ -231,6 +231,17 @@ std::vector<ReadTuple> reads_of(const SegmentPlan& plan, const std::vector<std::
   return reads;
 }
 
+void bind_files(nb::module_& module) {
+  module.def("open_to_read", &open_for_python, "path"_a,
+             "Opens a file and returns its descriptor. A FIFO is not waited for; the holder of a write lease is.");
+  module.def("identity_of", &identity_now, "fd"_a,
+             "(device, inode, size in bytes, mtime in nanoseconds) of an open file, as the file system has them now.");
+  module.def("is_index", &is_index, "path"_a, "Whether a file has the name of an index.");
+  module.def("without_index_suffix", &without_index_suffix, "path"_a,
+             "model.safetensors for model.safetensors.index.json and its like; other paths as they are.");
+  module.def("is_plain_name", &is_plain, "name"_a, "Whether a file may name another one so, which is then beside it.");
+}
+
 void bind_plan(nb::module_& module) {
   nb::class_<SegmentPlan>(module, "SegmentPlan",
                           "The bytes to read for tensors of a checkpoint, and the blocks of memory that they go to.")
@@ -276,6 +287,7 @@ std::vector<FileExtents> files_of(const Checkpoint& checkpoint, const std::vecto
 void bind_checkpoint(nb::module_& module) {
   module.attr("MAX_SEGMENT_BYTES") = kMaxSegmentBytes;
   bind_plan(module);
+  bind_files(module);
   nb::class_<PyCheckpoint>(module, "Checkpoint", "The tensors of one or several files, which are open.")
       .def_prop_ro("files", &file_tuples,
                    "(path, descriptor, (device, inode, size in bytes, mtime in nanoseconds), format) of each file.")
@@ -302,14 +314,6 @@ void bind_checkpoint(nb::module_& module) {
       .def("close", &PyCheckpoint::close, "Closes the files once no transfer needs them.");
   module.def("open_checkpoint", &open<fs::path>, "path"_a, "Opens a file, an index of files, or a directory.");
   module.def("open_files", &open_files, "paths"_a, "Opens several files as one checkpoint.");
-  module.def("open_to_read", &open_for_python, "path"_a,
-             "Opens a file and returns its descriptor. A FIFO is not waited for; the holder of a write lease is.");
-  module.def("identity_of", &identity_now, "fd"_a,
-             "(device, inode, size in bytes, mtime in nanoseconds) of an open file, as the file system has them now.");
-  module.def("is_index", &is_index, "path"_a, "Whether a file has the name of an index.");
-  module.def("without_index_suffix", &without_index_suffix, "path"_a,
-             "model.safetensors for model.safetensors.index.json and its like; other paths as they are.");
-  module.def("is_plain_name", &is_plain, "name"_a, "Whether a file may name another one so, which is then beside it.");
   module.def("read_index", &read, "path"_a,
              "The name of the file that has each tensor. The files may be of any format, and are not opened.");
   module.def("checkpoint_of_headers", &of_headers, "path"_a, "headers"_a, "weight_map"_a,
