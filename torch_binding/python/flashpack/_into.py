@@ -25,7 +25,6 @@ from ._memory import (
     ReadOptions,
     Wanted,
     add_stats,
-    after,
     allocate_block,
     collector_paused,
     describe,
@@ -34,6 +33,7 @@ from ._memory import (
     tensors_of,
 )
 from ._progress import progress_bar
+from ._under_way import UnderWay
 from .utils import string_to_dtype
 
 # A window is being read for each of the transfers that are under way, so that the disk never waits.
@@ -282,31 +282,28 @@ def read_into(
     runs = [
         _Run(checkpoint, here, side_of(device, checkpoint.files()[0]), options) for device, here in by_device.items()
     ]
-    to_start: Iterator[tuple[_Step, ...]] = zip_longest(*(run.steps() for run in runs), fillvalue=_Step())
-    under_way: deque[tuple[int, tuple[_Step, ...], list[_native.Load]]] = deque()
+    to_start: Iterator[tuple[int, tuple[_Step, ...]]] = enumerate(
+        zip_longest(*(run.steps() for run in runs), fillvalue=_Step())
+    )
     stats: dict[str, Any] = {}
-    started, done_bytes, begin = 0, 0, time.monotonic()
-    with progress_bar("Loading", sum(run.total_bytes for run in runs), options.show) as progress:
-        try:
-            while True:
-                for steps in islice(to_start, _WINDOWS - len(under_way)):
-                    number, started = started % _WINDOWS, started + 1
-                    under_way.append((number, steps, []))
-                    for run, step in zip(runs, steps, strict=True):
-                        # A variable would keep this load alive in the traceback of an error of the next one.
-                        under_way[-1][2].append(run.start(step, number))
-                if not under_way:
-                    break
-                tell = None if progress is None else after(done_bytes, progress)
-                for each in _native.finish_loads(under_way[0][2], tell):
-                    add_stats(stats, each)
-                    done_bytes += each["requested_bytes"]
-                number, steps, _ = under_way.popleft()
-                with collector_paused():
-                    for run, step in zip(runs, steps, strict=True):
-                        run.empty_window(step, number, tensors)
-        finally:
-            under_way.clear()  # This ends the transfers that have not been waited for.
+    begin = time.monotonic()
+    total_bytes = sum(run.total_bytes for run in runs)
+    with (
+        progress_bar("Loading", total_bytes, options.show) as progress,
+        UnderWay[tuple[int, tuple[_Step, ...]]]() as under_way,
+    ):
+        while True:
+            for number, steps in islice(to_start, _WINDOWS - len(under_way)):
+                loads = (run.start(step, number % _WINDOWS) for run, step in zip(runs, steps, strict=True))
+                under_way.start((number, steps), loads)
+            if not under_way:
+                break
+            (number, steps), all_stats = under_way.finish(progress)
+            for each in all_stats:
+                add_stats(stats, each)
+            with collector_paused():
+                for run, step in zip(runs, steps, strict=True):
+                    run.empty_window(step, number % _WINDOWS, tensors)
     if stats:
         stats["seconds"] = time.monotonic() - begin
         logger.info("%s: %s", checkpoint, describe(stats))

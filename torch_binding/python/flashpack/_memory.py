@@ -9,7 +9,6 @@ import mmap
 import os
 import sys
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ from ._checkpoint import Checkpoint, Entry, File, Verify
 from ._device import CPU, DeviceLike, Side, side_of
 from ._logging import logger
 from ._native import FlashPackError
-from ._progress import Progress, Show, progress_bar
+from ._progress import Show, progress_bar
+from ._under_way import UnderWay
 from .utils import string_to_dtype
 
 _HUGE_PAGE_BYTES = 2 << 20
@@ -289,26 +289,17 @@ def fill(
     When a step raises, be it OSError or KeyboardInterrupt, or the iterator is closed, nothing is in flight any more.
     """
     rows = list(zip_longest(*(filling.batches(as_stream) for filling in fillings), fillvalue=_Batch([], [])))
-    sizes = [sum(size_bytes for batch in row for _, _, size_bytes, _ in batch.reads) for row in rows]
+    total_bytes = sum(size_bytes for row in rows for batch in row for _, _, size_bytes, _ in batch.reads)
     to_start = iter(rows)
-    under_way: deque[list[_native.Load]] = deque()
-    done_bytes = 0
-    with progress_bar("Loading", sum(sizes), options.show) as progress:
-        try:
-            for row, size_bytes in zip(rows, sizes, strict=True):
-                for next_row in islice(to_start, _AT_ONCE - len(under_way)):
-                    under_way.append([])
-                    for batch, filling in zip(next_row, fillings, strict=True):
-                        # A variable would keep this load alive in the traceback of an error of the next one.
-                        under_way[-1].append(start(checkpoint, batch, filling, options))
-                tell = None if progress is None else after(done_bytes, progress)
-                for filling, stats in zip(fillings, _native.finish_loads(under_way[0], tell), strict=True):
-                    add_stats(filling.stats, stats)
-                under_way.popleft()
-                done_bytes += size_bytes
-                yield [batch.whole for batch in row]
-        finally:
-            under_way.clear()  # This ends the transfers that have not been waited for.
+    with progress_bar("Loading", total_bytes, options.show) as progress, UnderWay[tuple[_Batch, ...]]() as under_way:
+        for _ in rows:
+            for row in islice(to_start, _AT_ONCE - len(under_way)):
+                loads = (start(checkpoint, *each, options) for each in zip(row, fillings, strict=True))
+                under_way.start(row, loads)
+            row, stats = under_way.finish(progress)
+            for filling, each_stats in zip(fillings, stats, strict=True):
+                add_stats(filling.stats, each_stats)
+            yield [batch.whole for batch in row]
     for filling in fillings:
         logger.info("%s: %s", checkpoint, describe(filling.stats))
 
@@ -316,11 +307,6 @@ def fill(
 def start(checkpoint: Checkpoint, batch: _Batch, filling: Filling, options: ReadOptions) -> _native.Load:
     side = filling.side
     return side.engine.start_load(checkpoint.native, batch.reads, filling.blocks, options.verify, stream=side.stream)
-
-
-def after(base_bytes: int, progress: Progress) -> Progress:
-    """Returns a function that tells `progress` the bytes that are done, with `base_bytes` added."""
-    return lambda done_bytes: progress(base_bytes + done_bytes)
 
 
 def add_stats(stats: dict[str, Any], more: dict[str, Any]) -> None:

@@ -35,6 +35,11 @@ def progress_bar(title: str, total_bytes: int, show: Show) -> Iterator[Progress 
             bar.update(total_bytes - bar.n)
 
 
+def after(base_bytes: int, progress: Progress | None) -> Progress | None:
+    """Returns a function that tells `progress` the bytes that are done, with `base_bytes` added."""
+    return None if progress is None else lambda done_bytes: progress(base_bytes + done_bytes)
+
+
 def _in_notebook() -> bool:
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()

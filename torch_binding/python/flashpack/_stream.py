@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from . import _native
 from ._casts import DTypeLike, asked_dtype, dtype_when_asked
 from ._checkpoint import Checkpoint, Entry, StrPath, Verify, open_checkpoint
 from ._device import DeviceLike, DeviceMap, captures_undisturbed
@@ -21,6 +20,7 @@ from ._file import places_of, selected
 from ._logging import logger, printable
 from ._memory import Filling, ReadOptions, Wanted, add_stats, filled_of, make_room, start, tensors_of
 from ._native import FlashPackError
+from ._under_way import UnderWay
 
 Order = Literal["file", "names"]
 
@@ -28,6 +28,8 @@ Order = Literal["file", "names"]
 _GROUP_BYTES = 64 << 20
 # Groups that are being read at a time, so that the disk never waits for the next one.
 _AT_ONCE = 4
+# If the consumer keeps what it gets, the window is exceeded anyway, and the disk still must not wait.
+_AT_LEAST = 2
 _WINDOW_BYTES = 512 << 20
 
 
@@ -36,7 +38,6 @@ class _Group(NamedTuple):
 
     entries: list[Entry]
     filling: Filling
-    load: _native.Load
     size_bytes: int
     """Of its memory."""
 
@@ -146,19 +147,14 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         paths: StrPath | Sequence[StrPath],
         targets: Callable[[Checkpoint], list[tuple[torch.device, list[Entry]]]],
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        under_way: deque[_Group] = deque()
-        with open_checkpoint(paths) as checkpoint:
+        with open_checkpoint(paths) as checkpoint, UnderWay[_Group]() as under_way:
             groups = iter(targets(checkpoint))
-            try:
-                while self._start(checkpoint, groups, under_way):
-                    size_bytes = under_way[0].size_bytes
-                    tensors = self._finish(under_way)
-                    self._start(checkpoint, groups, under_way)
-                    for name in list(tensors):
-                        yield name, tensors.pop(name)
-                    self._unseen_bytes -= size_bytes
-            finally:
-                under_way.clear()  # This ends the transfers that have not been waited for.
+            while self._start(checkpoint, groups, under_way):
+                tensors, size_bytes = self._finish(under_way)
+                self._start(checkpoint, groups, under_way)
+                for name in list(tensors):
+                    yield name, tensors.pop(name)
+                self._unseen_bytes -= size_bytes
 
     @left_before_exit
     @captures_undisturbed()
@@ -166,10 +162,10 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         self,
         checkpoint: Checkpoint,
         groups: Iterator[tuple[torch.device, list[Entry]]],
-        under_way: deque[_Group],
+        under_way: UnderWay[_Group],
     ) -> bool:
-        """Starts to read the next groups, as many as the window has room for, and returns whether any is under way."""
-        while not under_way or (len(under_way) < _AT_ONCE and self._has_room()):
+        """Starts to read the next groups, as many as there is room for, and returns whether any is under way."""
+        while len(under_way) < self._most_at_once(len(under_way)):
             device, entries = next(groups, (None, []))
             if device is None:
                 break
@@ -180,22 +176,20 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 whole: Verify = "always" if verified else "never"
                 filling = make_room(Wanted(checkpoint, entries), device, self._options._replace(verify=whole))
                 [batch] = filling.batches(as_stream=False)
-                load = start(checkpoint, batch, filling, self._options)
-            sizes = [size_bytes for size_bytes, _ in filling.plan.blocks]
+                sizes = [size_bytes for size_bytes, _ in filling.plan.blocks]
+                group = _Group(entries, filling, sum(sizes))
+                under_way.start(group, (start(checkpoint, each, filling, self._options) for each in [batch]))
             for block, size_bytes in zip(filling.blocks, sizes, strict=True):
                 self._alive.add(block.owner, size_bytes)
-            self._unseen_bytes += sum(sizes)
-            under_way.append(_Group(entries, filling, load, sum(sizes)))
+            self._unseen_bytes += group.size_bytes
         return bool(under_way)
 
     @left_before_exit
     @captures_undisturbed()
-    def _finish(self, under_way: deque[_Group]) -> dict[str, torch.Tensor]:
-        """Waits for the oldest group, and returns its tensors."""
-        entries, filling, load, _ = under_way[0]
-        [stats] = _native.finish_loads([load], None)
+    def _finish(self, under_way: UnderWay[_Group]) -> tuple[dict[str, torch.Tensor], int]:
+        """Waits for the oldest group. Returns its tensors, and the size of its memory in bytes."""
+        (entries, filling, size_bytes), [stats] = under_way.finish()
         add_stats(self.stats, stats)
-        under_way.popleft()
         with torch.inference_mode(False), torch.no_grad():
             tensors = tensors_of(entries, filled_of(filling))
             for entry in entries if self._dtype is not None else ():
@@ -204,18 +198,21 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 if cast is not own:
                     self._alive.add(cast.untyped_storage(), cast.nbytes)
                     tensors[entry.name] = cast
-        return tensors
+        return tensors, size_bytes
 
-    def _has_room(self) -> bool:
+    def _most_at_once(self, under_way: int) -> int:
+        """Returns how many groups may be under way, of which there are `under_way` now."""
         alive_bytes = self._alive.count_bytes()
-        if alive_bytes - self._unseen_bytes > self._window_bytes and not self._warned:
+        if alive_bytes - self._unseen_bytes <= self._window_bytes:
+            return _AT_ONCE if alive_bytes + _GROUP_BYTES <= self._window_bytes else max(under_way, 1)
+        if not self._warned:
             self._warned = True
             logger.warning(
                 "more than window_bytes=%d of the tensors of a stream are kept: it reads on with less read ahead, and "
                 "memory grows with what is kept",
                 self._window_bytes,
             )
-        return alive_bytes + _GROUP_BYTES <= self._window_bytes
+        return _AT_LEAST
 
 
 def stream_tensors(

@@ -15,9 +15,9 @@ from ._distributed import ranks_of_group, resolve_shard_strategy
 from ._engine import engine, left_before_exit
 from ._hub_hashes import Named, hashes_of, named_for_its_hash
 from ._loading import assign
-from ._memory import ReadOptions, Wanted, after, read_tensors, supported_device
+from ._memory import ReadOptions, Wanted, read_tensors, supported_device
 from ._options import Casts, Filters, LoadOptions, Sharing, Strictness
-from ._progress import Progress, progress_bar
+from ._progress import Progress, after, progress_bar
 from ._report import AssignReport
 from ._storage import FlashTensorStorage, accepted, iterate_from_flash_tensor, read_storage
 from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
@@ -131,12 +131,11 @@ def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
         total_bytes = sum(blob.size_bytes for blob in named) if all(blobs) else native.payload_bytes
         with progress_bar("Verifying", total_bytes, not silent) as progress:
             for number in (number for number, blob in enumerate(blobs) if blob is None):
-                tell = None if progress is None else after(report["verified_bytes"], progress)
+                tell = after(report["verified_bytes"], progress)
                 for key, value in engine(None, checkpoint.files()[number]).verify(native, number, tell).items():
                     report[key] += value
             if named:
-                tell = None if progress is None else after(report["verified_bytes"], progress)
-                _hold_against_names(named, report, tell)
+                _hold_against_names(named, report, after(report["verified_bytes"], progress))
     return report
 
 
