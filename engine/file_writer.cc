@@ -81,9 +81,8 @@ FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::F
     const bool before_overlaps = after != claimed_.begin() && std::prev(after)->second > begin;
     const bool after_overlaps = after != claimed_.end() && after->first < end;
     const auto last = claims.empty() ? claims.end() : std::prev(claims.end());
-    if (before_overlaps || after_overlaps || (last != claims.end() && last->second > begin)) {
-      throw argument_error("write " + path_.string() + ": the bytes at " + std::to_string(begin) + " twice");
-    }
+    if (before_overlaps || after_overlaps || (last != claims.end() && last->second > begin))
+      throw argument_error("write", path_, "the bytes at " + std::to_string(begin) + " twice");
     if (last != claims.end() && last->second == begin) {
       last->second = end;
     } else {
@@ -105,7 +104,7 @@ void FileWriter::Impl::forget_those_that_ended_well() {
 
 Transfer FileWriter::Impl::start_write(const WriteRequest& request, Completion* completion) {
   engine_.require_owner();
-  if (!open_) throw argument_error("write " + path_.string() + ": after commit");
+  if (!open_) throw argument_error("write", path_, "after commit");
   std::vector<internal::Fragment> extents = internal::extents_of(engine_.facts(), request, path_);
   Claims claims = claims_of(extents);
   const std::uint64_t begin = extents.empty() ? 0 : extents.front().offset_bytes;
@@ -136,7 +135,7 @@ Transfer FileWriter::Impl::start_write(const WriteRequest& request, Completion* 
 void FileWriter::Impl::settle(const char* verb) {
   for (const auto& state : transfers_) {
     const std::lock_guard lock(state->mutex);
-    if (!state->ended) throw argument_error(verb + (" " + path_.string()) + ": a write has not finished");
+    if (!state->ended) throw argument_error(verb, path_, "a write has not finished");
     if (state->outcome) throw state->outcome->error();
   }
   for (const auto& state : transfers_) {
@@ -161,8 +160,8 @@ void FileWriter::Impl::write_tail(std::span<const std::byte> tail) {
 
 Checksums FileWriter::Impl::checksums() {
   engine_.require_owner();
-  if (!open_) throw argument_error("checksums of " + path_.string() + ": after commit");
-  if (!want_checksums_) throw argument_error("checksums of " + path_.string() + ": WriterOptions did not ask for them");
+  if (!open_) throw argument_error("checksums of", path_, "after commit");
+  if (!want_checksums_) throw argument_error("checksums of", path_, "WriterOptions did not ask for them");
   settle("checksums of");
   Checksums checksums{.size_bytes = payload_bytes_};
   for (std::uint64_t begin = 0; begin < payload_bytes_; begin += Checksums::kStripeBytes) {
@@ -174,7 +173,7 @@ Checksums FileWriter::Impl::checksums() {
 
 void FileWriter::Impl::commit(std::span<const std::byte> tail) {
   engine_.require_owner();
-  if (!open_) throw argument_error("commit " + path_.string() + ": committed or aborted before");
+  if (!open_) throw argument_error("commit", path_, "committed or aborted before");
   try {
     settle("commit");
     write_tail(tail);

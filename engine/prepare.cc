@@ -58,7 +58,7 @@ void check_checksums(const FileExtents& file) {
   const std::uint64_t bytes = file.checksums->size_bytes;
   const std::uint64_t stripes = bytes / Checksums::kStripeBytes + (bytes % Checksums::kStripeBytes != 0);
   if (file.checksums->crc32c.size() != stripes)
-    throw argument_error("load " + file.path.string() + ": checksums that are not of its size");
+    throw argument_error("load", file.path, "checksums that are not of its size");
 }
 
 void check_targets(std::span<const FileExtents> files) {
@@ -67,10 +67,9 @@ void check_targets(std::span<const FileExtents> files) {
     for (const Extent& extent : file.extents) {
       if (extent.size_bytes == 0) continue;
       const auto begin = reinterpret_cast<std::uintptr_t>(extent.target);
-      if (!extent.target) throw argument_error("load " + file.path.string() + ": extent without a target");
-      if (extent.size_bytes > ~begin || extent.offset_bytes > ~extent.size_bytes) {
-        throw argument_error("load " + file.path.string() + ": extent past the end of the address space");
-      }
+      if (!extent.target) throw argument_error("load", file.path, "extent without a target");
+      if (extent.size_bytes > ~begin || extent.offset_bytes > ~extent.size_bytes)
+        throw argument_error("load", file.path, "extent past the end of the address space");
       targets.emplace_back(begin, begin + extent.size_bytes);
     }
   }
@@ -148,10 +147,9 @@ std::vector<Fragment> extents_of(const EngineFacts& engine, const WriteRequest& 
   for (std::uint32_t index = 0; index < request.extents.size(); ++index) {
     const SourceExtent& extent = request.extents[index];
     if (extent.size_bytes == 0) continue;
-    if (!extent.source) throw argument_error("write " + path.string() + ": extent without a source");
-    if (extent.size_bytes > kMaxFileBytes || extent.offset_bytes > kMaxFileBytes - extent.size_bytes) {
-      throw argument_error("write " + path.string() + ": extent past 2^63");
-    }
+    if (!extent.source) throw argument_error("write", path, "extent without a source");
+    if (extent.size_bytes > kMaxFileBytes || extent.offset_bytes > kMaxFileBytes - extent.size_bytes)
+      throw argument_error("write", path, "extent past 2^63");
     // A store only reads the bytes, but a fragment has one type of pointer for both directions.
     auto* const source = const_cast<std::byte*>(static_cast<const std::byte*>(extent.source));
     extents.push_back({extent.offset_bytes, extent.size_bytes, source, index, on_device(engine, source)});

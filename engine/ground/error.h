@@ -68,6 +68,12 @@ void catching(std::error_code& error, Body body) noexcept {
   }
 }
 
+/// An Error about an argument that concerns no file.
 inline Error argument_error(const std::string& what) { return Error(Errc::kInvalidArgument, what); }
+
+/// An Error about an argument of an operation on a file: "<operation> <path>: <what>: invalid argument".
+inline Error argument_error(const char* operation, const std::filesystem::path& path, const std::string& what) {
+  return Error(Errc::kInvalidArgument, std::string(operation) + " " + path.string() + ": " + what, path);
+}
 
 }  // namespace flashpack::internal

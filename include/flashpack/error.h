@@ -41,7 +41,7 @@ class Error : public std::system_error {
   Error(std::error_code code, const std::string& context, std::filesystem::path path = {},
         std::uint64_t offset_bytes = kNoOffset);
 
-  /// The file that the operation failed on; empty when no file is involved.
+  /// The file that the operation failed on; empty when the failure concerns no single file.
   const std::filesystem::path& path() const noexcept { return path_; }
   /// File offset of the failed operation in bytes, or kNoOffset.
   std::uint64_t offset_bytes() const noexcept { return offset_bytes_; }

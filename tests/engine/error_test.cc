@@ -21,7 +21,12 @@ TEST(ErrorTest, OfAWholeFileHasNoOffset) {
   EXPECT_EQ(error.offset_bytes(), Error::kNoOffset);
 }
 
-TEST(ErrorTest, OfAnArgumentHasNoPath) { EXPECT_TRUE(internal::argument_error("chunk_bytes").path().empty()); }
+TEST(ErrorTest, OfAnArgumentHasAPathIfTheArgumentConcernsAFile) {
+  EXPECT_TRUE(internal::argument_error("chunk_bytes").path().empty());
+  const Error error = internal::argument_error("load", "model.flashpack", "extent without a target");
+  EXPECT_STREQ(error.what(), "load model.flashpack: extent without a target: invalid argument");
+  EXPECT_EQ(error.path(), "model.flashpack");
+}
 
 TEST(ErrorTest, CodesCompareWithErrcAndWithStdErrc) {
   EXPECT_EQ(internal::argument_error("chunk_bytes").code(), Errc::kInvalidArgument);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -311,11 +312,20 @@ TEST_F(FileWriterTest, NamesUpToTheLimitOfTheFileSystemCanBeWritten) {
   EXPECT_EQ(std::filesystem::file_size(longest), 1u);
 }
 
-TEST_F(FileWriterTest, CommitTwiceIsAnError) {
+TEST_F(FileWriterTest, AfterTheCommitEveryCallIsAnErrorThatNamesTheFile) {
   FileWriter writer = engine_.create(path_);
   writer.commit(bytes_of("x"));
-  EXPECT_THROW(writer.commit(), Error);
-  EXPECT_THROW((void)writer.start_write({}), Error);
+  for (const auto& call :
+       {std::function<void()>([&] { writer.commit(); }), std::function<void()>([&] { (void)writer.start_write({}); }),
+        std::function<void()>([&] { (void)writer.checksums(); })}) {
+    try {
+      call();
+      FAIL();
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), Errc::kInvalidArgument);
+      EXPECT_EQ(error.path(), path_);
+    }
+  }
 }
 
 TEST_F(FileWriterTest, TheSameBytesTwiceAreAnErrorAndNotWritten) {

@@ -171,5 +171,23 @@ TEST_F(PrepareTest, ArgumentsThatCannotBeRightAreRefused) {
             "write the file: extent past 2^63: invalid argument");
 }
 
+TEST_F(PrepareTest, ARefusedArgumentNamesItsFile) {
+  const auto path_of = [](auto call) {
+    try {
+      call();
+    } catch (const Error& error) {
+      return error.path();
+    }
+    return std::filesystem::path("no error");
+  };
+  const auto load = [&](const std::vector<Extent>& extents) {
+    prepare_load(engine_, {.files = {{.path = "a"}, {.path = "b", .extents = extents}}}, nullptr);
+  };
+  EXPECT_EQ(path_of([&] { load({{0, 5, nullptr}}); }), "b");
+  EXPECT_EQ(path_of([&] { load({{0, ~std::uint64_t{0}, at(4096)}}); }), "b");
+  EXPECT_EQ(path_of([&] { load({{0, 5, at(4096)}, {9, 5, at(4100)}}); }), "") << "there may be several files";
+  EXPECT_EQ(path_of([&] { store({.extents = {{0, 5, nullptr}}}); }), "the file");
+}
+
 }  // namespace
 }  // namespace flashpack::internal
