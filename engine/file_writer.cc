@@ -67,16 +67,16 @@ void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_byte
   reserved_bytes_ = end_bytes;
 }
 
-// Returns the ranges that a write of `extents` covers, in ascending order: the extents, and the zeros between extents
-// that are less than a block apart. Throws if a byte is already covered.
+// Returns the ranges that a write of `extents`, which are sorted by offset, covers: the extents, and the zeros between
+// them. Throws if a byte is already covered.
 FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::Fragment> extents) const {
   Claims claims;
-  const std::uint32_t block_bytes = open_->file.alignment().block_bytes;
+  const std::uint64_t max_gap_bytes = internal::Plan::zeros_between(extents, open_->file.alignment());
   for (std::size_t i = 0; i < extents.size(); ++i) {
     const std::uint64_t begin = extents[i].offset_bytes;
     std::uint64_t end = end_of(extents[i]);
     const std::uint64_t next = i + 1 < extents.size() ? extents[i + 1].offset_bytes : end;
-    if (next > end && next - end < block_bytes) end = next;
+    if (next > end && next - end <= max_gap_bytes) end = next;
     const auto after = claimed_.upper_bound(begin);
     const bool before_overlaps = after != claimed_.begin() && std::prev(after)->second > begin;
     const bool after_overlaps = after != claimed_.end() && after->first < end;

@@ -153,8 +153,7 @@ Plan Plan::of_load(std::vector<Fragment> extents, std::uint32_t chunk_bytes, std
 
 Plan Plan::of_store(std::vector<Fragment> extents, std::uint32_t chunk_bytes, Alignment alignment) {
   sort(extents);
-  const bool one_side = extents.empty() || extents.front().on_device == extents.back().on_device;
-  const std::uint64_t max_gap_bytes = one_side ? alignment.block_bytes - 1 : 0;
+  const std::uint64_t max_gap_bytes = zeros_between(extents, alignment);
   Plan plan;
   plan.fragments.reserve(extents.size());
   Cutter cutter(plan, chunk_bytes, alignment, max_gap_bytes);
@@ -164,6 +163,12 @@ Plan Plan::of_store(std::vector<Fragment> extents, std::uint32_t chunk_bytes, Al
     rest = rest.subspan(count);
   }
   return plan;
+}
+
+std::uint64_t Plan::zeros_between(std::span<const Fragment> extents, Alignment alignment) {
+  const auto on_device = [](const Fragment& extent) { return extent.on_device; };
+  const auto count = std::ranges::count_if(extents, on_device);
+  return count == 0 || count == std::ssize(extents) ? alignment.block_bytes - 1 : 0;
 }
 
 }  // namespace flashpack::internal

@@ -52,10 +52,14 @@ struct Plan {
   static Plan of_load(std::vector<Fragment> extents, std::uint32_t chunk_bytes, std::uint32_t block_bytes);
 
   /// Cuts `extents`, which must not overlap, on the same grid into chunks to write. Chunks of whole blocks are written
-  /// directly; less than a block at the ends of contiguous extents is a chunk of its own. Between extents that are less
-  /// than a block apart, zeros are written, but only if all extents are on the host or all on the device: otherwise an
-  /// extent of the device could lie between two of the host, and the zeros would take the place of its bytes.
+  /// directly; less than a block at the ends of contiguous extents is a chunk of its own. Gaps of at most
+  /// zeros_between() are filled with zeros.
   static Plan of_store(std::vector<Fragment> extents, std::uint32_t chunk_bytes, Alignment alignment);
+
+  /// The largest gap between two neighbours of `extents` that of_store() fills with zeros: less than a block. It is 0
+  /// if some of the extents are on the host and some on the device, because then an extent of the device could lie
+  /// between two of the host, and the zeros would take the place of its bytes.
+  static std::uint64_t zeros_between(std::span<const Fragment> extents, Alignment alignment);
 
   std::span<const Fragment> fragments_of(const Chunk& chunk) const {
     return std::span(fragments).subspan(chunk.first_fragment, chunk.fragment_count);

@@ -30,8 +30,9 @@ struct SourceExtent {
 };
 
 struct WriteRequest {
-  /// Extents in any order. Between two extents that are less than a block apart, zeros are written. It is an error to
-  /// write a byte of the file twice.
+  /// Extents in any order. Between two extents that are less than a block apart, zeros are written, unless some extents
+  /// of the request are on the host and some on the device. It is an error to write a byte of the file twice, also one
+  /// of these zeros.
   std::vector<SourceExtent> extents;
   /// A cudaStream_t for sources on a CUDA device; null is as in LoadRequest::stream. Sources are not read before all
   /// work that is on the stream when start_write() is called has ended.

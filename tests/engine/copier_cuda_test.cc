@@ -400,6 +400,20 @@ TEST_P(DeviceTest, WhatLiesBetweenTensorsOfADeviceIsZeros) {
   EXPECT_GT(stats.direct_bytes, 2 * kMiB) << stats.fallback_reason;
 }
 
+TEST_P(DeviceTest, AGapBetweenTensorsOfHostAndDeviceIsLeftToAnotherWrite) {
+  std::byte* device = cuda().allocate(bytes_.size());
+  cuda().write(device, bytes_);
+  FileWriter writer = engine_->create(dir_ / "new", {});
+  writer.write({.extents = {{0, 1000, device}, {1100, 1000, bytes_.data()}}});
+  writer.write({.extents = {{1000, 100, bytes_.data() + 5000}}});
+  writer.commit();
+  std::vector<std::byte> expected(2100);
+  std::copy_n(bytes_.begin(), 1000, expected.begin());
+  std::copy_n(bytes_.begin() + 5000, 100, expected.begin() + 1000);
+  std::copy_n(bytes_.begin(), 1000, expected.begin() + 1100);
+  EXPECT_EQ(testing::read_file(dir_ / "new"), expected);
+}
+
 TEST_P(DeviceTest, ChecksumsHoldFromDeviceToDevice) {
   std::byte* device = cuda().allocate(bytes_.size());
   cuda().write(device, bytes_);

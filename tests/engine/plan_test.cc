@@ -201,7 +201,9 @@ TEST(Plan, SmallGapsOfAStoreAreZerosUnlessAnExtentOfTheOtherSideMayLieInThem) {
   std::vector<Fragment> extents{{0, kPageBytes - 10, at(1ull << 30)}, {kPageBytes + 10, kPageBytes, at(1ull << 31)}};
   const Plan filled = Plan::of_store(extents, kChunk, {});
   EXPECT_EQ(StoreMap(filled, kChunk, kPageBytes).source_of(kPageBytes), StoreMap::kZero);
+  EXPECT_EQ(Plan::zeros_between(extents, {}), kPageBytes - 1);
   extents.push_back({kPageBytes, 5, at(1ull << 32), 2, true});
+  EXPECT_EQ(Plan::zeros_between(extents, {}), 0u);
   const StoreMap both(Plan::of_store(extents, kChunk, {}), kChunk, kPageBytes);
   EXPECT_EQ(both.source_of(kPageBytes), 1ull << 32);
   EXPECT_EQ(both.source_of(kPageBytes + 5), 0u);
