@@ -26,6 +26,8 @@ struct Pool::State {
   explicit State(unsigned count) : wanted(count) {}
 
   static void work(std::shared_ptr<State> state, std::list<Thread>::iterator self);
+  /// Throws: std::system_error when the system has no more threads.
+  void add_thread(const std::shared_ptr<State>& self);
   void replace_late(const std::shared_ptr<State>& self);
   Task* take_runnable();
   bool surplus() const { return threads.size() - late > wanted; }
@@ -41,7 +43,7 @@ struct Pool::State {
   Task* first = nullptr;
   Task** last = &first;
   std::list<Thread> threads;
-  std::list<Thread> left;  // Threads that have ended and are to be joined.
+  std::list<Thread> ended;  // Threads that are to be joined.
   std::size_t late = 0;
   bool stopping = false;
 };
@@ -75,6 +77,16 @@ std::size_t Pool::State::note_late() {
   return found;
 }
 
+void Pool::State::add_thread(const std::shared_ptr<State>& self) {
+  const auto at = threads.emplace(threads.end());
+  try {
+    at->handle = start_thread("flashpack-work", [self, at] { work(self, at); });
+  } catch (...) {
+    threads.erase(at);
+    throw;
+  }
+}
+
 // Starts two threads for each that has just become late, so that many tasks that become late at once are through after
 // a few rounds.
 void Pool::State::replace_late(const std::shared_ptr<State>& self) {
@@ -82,11 +94,9 @@ void Pool::State::replace_late(const std::shared_ptr<State>& self) {
   const std::size_t timely = threads.size() - late;
   if (timely < wanted) missing = std::max<std::size_t>(missing, wanted - timely);
   for (; first && missing > 0 && threads.size() < kMaxThreads; --missing) {
-    const auto at = threads.emplace(threads.end());
     try {
-      at->handle = start_thread("flashpack-work", [self, at] { work(self, at); });
+      add_thread(self);
     } catch (const std::system_error&) {
-      threads.erase(at);
       return;  // The system has no more threads, so the others have to do.
     }
   }
@@ -107,7 +117,7 @@ void Pool::State::work(std::shared_ptr<State> state, std::list<Thread>::iterator
     self->since = Clock::now();
     lock.unlock();
     {
-      const std::unique_ptr<Task> deleted_last(task->owned_ ? task : nullptr);  // This may block, too.
+      const std::unique_ptr<Task> deleted_last(task->owned_ ? task : nullptr);  // Deleting the task may block, too.
       task->run();
     }
     lock.lock();
@@ -119,19 +129,15 @@ void Pool::State::work(std::shared_ptr<State> state, std::list<Thread>::iterator
     }
     state->thread_free.notify_all();
   }
-  state->left.splice(state->left.end(), state->threads, self);
+  state->ended.splice(state->ended.end(), state->threads, self);
   state->thread_free.notify_all();
 }
 
 Pool::Pool(unsigned thread_count) : state_(std::make_shared<State>(thread_count)) {
   std::unique_lock lock(state_->mutex);
   try {
-    for (unsigned i = 0; i < thread_count; ++i) {
-      const auto at = state_->threads.emplace(state_->threads.end());
-      at->handle = start_thread("flashpack-work", [state = state_, at] { State::work(state, at); });
-    }
+    for (unsigned i = 0; i < thread_count; ++i) state_->add_thread(state_);
   } catch (...) {
-    state_->threads.pop_back();
     lock.unlock();
     stop();
     throw;
@@ -145,19 +151,19 @@ void Pool::stop() {
   state_->stopping = true;
   state_->work_wanted.notify_all();
   const auto stays = [](const State::Thread& thread) { return thread.late && thread.may_be_left; };
-  const auto ended = [&] {
+  const auto all_have_ended = [&] {
     return (!state_->first || state_->threads.size() >= kMaxThreads) &&
            std::all_of(state_->threads.begin(), state_->threads.end(), stays);
   };
-  while (!ended()) {
+  while (!all_have_ended()) {
     state_->thread_free.wait_for(lock, kLate);
     state_->replace_late(state_);
   }
   for (State::Thread& thread : state_->threads) thread.handle.detach();
-  std::list<State::Thread> left;
-  left.swap(state_->left);
+  std::list<State::Thread> ended;
+  ended.swap(state_->ended);
   lock.unlock();
-  for (State::Thread& thread : left) thread.handle.join();
+  for (State::Thread& thread : ended) thread.handle.join();
 }
 
 unsigned Pool::thread_count() const noexcept { return state_->wanted; }
@@ -187,8 +193,8 @@ void Pool::set_free(Task& task) {
 
 void Pool::replace_late_threads() {
   const std::lock_guard lock(state_->mutex);
-  for (State::Thread& thread : state_->left) thread.handle.join();
-  state_->left.clear();
+  for (State::Thread& thread : state_->ended) thread.handle.join();
+  state_->ended.clear();
   state_->replace_late(state_);
 }
 

@@ -8,9 +8,11 @@
 #include <list>
 #include <memory>
 #include <optional>
+#include <system_error>
 #include <utility>
 
 #include "tests/support/hang.h"
+#include "tests/support/sandbox.h"
 
 namespace flashpack::internal {
 namespace {
@@ -109,6 +111,26 @@ TEST_F(PoolTest, WhatWasPostedIsRunBeforeThePoolIsGone) {
   for (int i = 0; i < 100; ++i) post([&] { ++ran; });
   pool_.reset();
   EXPECT_EQ(ran, 100);
+}
+
+// Makes a pool where the system has no thread after `allowed` ones. Returns 0 if the constructor says so.
+int make_pool_where_threads_run_out(int allowed) {
+  const auto answer = [left = allowed](const seccomp_data&) mutable { return left-- > 0 ? 0 : EAGAIN; };
+  if (!flashpack::testing::intercept_syscalls({SYS_clone3}, answer)) return flashpack::testing::kSkip;
+  try {
+    const Pool pool(4);
+    return 1;
+  } catch (const std::system_error& error) {
+    return error.code() == std::errc::resource_unavailable_try_again ? 0 : 2;
+  }
+}
+
+TEST(PoolWithoutThreads, TheConstructorEndsTheThreadsThatItHasAndThrows) {
+  for (const int allowed : {0, 2}) {
+    const int status = flashpack::testing::run_in_child([allowed] { return make_pool_where_threads_run_out(allowed); });
+    if (status == flashpack::testing::kSkip) GTEST_SKIP() << "system calls cannot be intercepted here";
+    EXPECT_EQ(status, 0) << allowed;
+  }
 }
 
 TEST_F(PoolTest, AThreadWhoseOwnTaskIsLateIsLeftBehindAndDeletesTheTask) {
