@@ -32,6 +32,9 @@ constexpr std::uint8_t kRegisterAtUse = 2;
 // the refusal is taken for final.
 constexpr std::chrono::seconds kMaxRefusal{1};
 
+// After so many failed wake reads in a row the ring is given up, because without them a wake does not reach it.
+constexpr unsigned kMaxFailedWakes = 32;
+
 // Time from a refusal until the ring tries again.
 constexpr std::chrono::nanoseconds kRefusalPeriod = std::chrono::milliseconds(1);
 
@@ -233,6 +236,8 @@ void Ring::reap() {
     ++seen;
     if (cqe->user_data == kWakeTag) {
       rearm = true;
+      failed_wakes_ = cqe->res < 0 ? failed_wakes_ + 1 : 0;
+      wake_error_ = -cqe->res;
     } else if (cqe->user_data != kCancelTag) {
       complete(static_cast<unsigned>(cqe->user_data), cqe->res);
     }
@@ -248,7 +253,8 @@ void Ring::complete(unsigned tag, std::int64_t result) {
   completions_.push_back({tag, result});
 }
 
-// Whether io_uring_enter will give this error again.
+// Notes that io_uring_enter has refused. Returns whether it will go on to refuse: most errors stay, and those that may
+// pass have then lasted for kMaxRefusal.
 bool Ring::is_final(int error_number) {
   if (error_number != EAGAIN && error_number != EBUSY && error_number != ENOMEM) return true;
   const auto now = std::chrono::steady_clock::now();
@@ -256,11 +262,12 @@ bool Ring::is_final(int error_number) {
   return now - refused_since_ >= kMaxRefusal;
 }
 
-// Closes the ring, which a sandbox has begun to refuse. Operations that the kernel has not taken come back at once. The
-// others end some time after the ring is closed; only the pipe tells when, because the kernel closes it last.
-void Ring::leave(int error_number) {
+// Closes the ring, which the kernel or a sandbox has begun to refuse. Operations that the kernel has not taken come
+// back at once. The others end some time after the ring is closed; only the pipe tells when, because the kernel closes
+// it last.
+void Ring::leave(int error_number, const char* call) {
   fallback_reason_ += (fallback_reason_.empty() ? "" : "; ");
-  fallback_reason_ += refused(error_number, "io_uring_enter").what();
+  fallback_reason_ += refused(error_number, call).what();
   const io_uring_sq& queue = ring_->sq;
   for (unsigned at = *queue.khead; at != queue.sqe_tail; ++at) {
     const std::uint64_t tag = queue.sqes[at & queue.ring_mask].user_data;
@@ -297,10 +304,12 @@ std::span<const IoCompletion> Ring::wait(std::optional<std::chrono::nanoseconds>
   }
   const int result = enter(timeout);
   reap();
-  if (result == 0) {
+  if (failed_wakes_ > kMaxFailedWakes) {
+    leave(wake_error_, "the read of an eventfd");
+  } else if (result == 0) {
     refused_since_ = {};
   } else if (is_final(-result)) {
-    leave(-result);
+    leave(-result, "io_uring_enter");
   } else if (completions_.empty()) {
     std::this_thread::sleep_for(std::min(timeout.value_or(kRefusalPeriod), kRefusalPeriod));
   }

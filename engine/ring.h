@@ -59,7 +59,7 @@ class Ring final : public DiskQueue {
   void reap();
   void complete(unsigned tag, std::int64_t result);
   bool is_final(int error_number);
-  void leave(int error_number);
+  void leave(int error_number, const char* call);
   void wait_without_ring(std::optional<std::chrono::nanoseconds> timeout);
 
   Rung rung_;
@@ -68,6 +68,8 @@ class Ring final : public DiskQueue {
   UniqueFd wake_fd_;
   std::unique_ptr<std::uint64_t> wake_value_;  // The kernel writes here while the wake read is armed.
   std::atomic<bool> wake_pending_ = false;
+  unsigned failed_wakes_ = 0;  // Wake reads in a row that have failed.
+  int wake_error_ = 0;         // The errno of the last one.
   std::vector<std::span<std::byte>> slots_;
   std::vector<std::uint8_t>
       slot_uses_;       // For each slot, how often at least half of it was used; counted until it is registered.

@@ -8,6 +8,7 @@
 #include <array>
 #include <cstring>
 #include <filesystem>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -153,6 +154,46 @@ TEST_F(RingTest, WakeReachesASleepingRingAgainAndAgain) {
   }
   EXPECT_TRUE(ring_->wait(std::chrono::microseconds(10)).empty());
   EXPECT_TRUE(ring_->wait(std::chrono::nanoseconds(0)).empty());
+}
+
+// The descriptor of the only eventfd in this process; -1 if there is none or more than one.
+int only_eventfd() {
+  int found = -1;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+    std::error_code gone;
+    if (std::filesystem::read_symlink(entry, gone).string() != "anon_inode:[eventfd]") continue;
+    if (found >= 0) return -1;
+    found = std::stoi(entry.path().filename().string());
+  }
+  return found;
+}
+
+TEST_F(RingTest, WhenWakeReadsKeepFailingTheRingIsGivenUpAndItsOperationsComeBack) {
+  const int wake_fd = only_eventfd();
+  if (wake_fd < 0) GTEST_SKIP() << "the ring's eventfd cannot be told from others";
+  std::array<int, 2> ends{};
+  ASSERT_EQ(::pipe2(ends.data(), O_CLOEXEC), 0);
+  const UniqueFd never_written(ends[0]);
+  const UniqueFd writer(ends[1]);
+  GuardedMemory memory(4096);
+  ring_->push(5, {.op = DiskRequest::Op::kRead, .fd = never_written.get(), .memory = {memory.data(), memory.size()}});
+  ASSERT_TRUE(ring_->wait(std::chrono::nanoseconds(0)).empty());
+
+  // The read that is armed ends well. Those that follow find a descriptor that cannot be read.
+  const UniqueFd event(::dup(wake_fd));
+  const UniqueFd write_only(::open("/dev/null", O_WRONLY | O_CLOEXEC));
+  ASSERT_EQ(::dup2(write_only.get(), wake_fd), wake_fd);
+  const std::uint64_t one = 1;
+  ASSERT_EQ(::write(event.get(), &one, sizeof one), static_cast<ssize_t>(sizeof one));
+  for (int i = 0; i < 100 && !ring_->refuses(); ++i) ASSERT_TRUE(ring_->wait(std::nullopt).empty());
+  ASSERT_TRUE(ring_->refuses());
+  EXPECT_NE(ring_->fallback_reason().find("eventfd: Bad file descriptor"), std::string::npos)
+      << ring_->fallback_reason();
+  std::span<const IoCompletion> done;
+  while ((done = ring_->wait(std::nullopt)).empty()) {
+  }
+  EXPECT_EQ(done.front().tag, 5u);
+  EXPECT_EQ(done.front().result, -EAGAIN);
 }
 
 // What an engine under a container's seccomp profile does: 0 when it delivered right bytes by the workers and said why.
