@@ -6,7 +6,10 @@
 #include <algorithm>
 #include <cassert>
 #include <exception>
+#include <new>
 #include <span>
+#include <stdexcept>
+#include <string>
 #include <system_error>
 
 #include "engine/byte_work.h"
@@ -104,8 +107,13 @@ Failure Failure::of_exception(const char* operation, const std::filesystem::path
     return Failure(error);
   } catch (const std::system_error& error) {
     return Failure(file_error(error.code(), operation, path));
-  } catch (const std::exception&) {  // Too many bytes for the memory, or too many for a container.
+  } catch (const std::bad_alloc&) {
     return Failure(file_error(errno_code(ENOMEM), operation, path));
+  } catch (const std::length_error&) {  // More than a container may have.
+    return Failure(file_error(errno_code(ENOMEM), operation, path));
+  } catch (const std::exception& error) {  // A fault of this library.
+    const std::string context = std::string(operation) + " " + path.string() + ": " + error.what();
+    return Failure(Error(errno_code(ENOTRECOVERABLE), context, path));
   }
 }
 

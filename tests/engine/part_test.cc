@@ -156,6 +156,9 @@ TEST(FailureTest, EveryExceptionHasACodeAndAPath) {
   EXPECT_EQ(system.path, "the file");
   EXPECT_EQ(failure_of(std::bad_alloc()).code, std::errc::not_enough_memory);
   EXPECT_EQ(failure_of(std::length_error("vector")).code, std::errc::not_enough_memory);
+  const Failure fault = failure_of(std::logic_error("an index"));
+  EXPECT_EQ(fault.code, std::errc::state_not_recoverable);
+  EXPECT_EQ(fault.context, "open the file: an index");
 }
 
 TEST_F(PartTest, ChecksumsOfMoreThanTheFileHasAreItsEnd) {
