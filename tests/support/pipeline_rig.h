@@ -127,8 +127,9 @@ class PipelineRig {
   internal::Staging staging_;
   FaultyQueue<internal::DiskQueue> disk_;
   std::unique_ptr<internal::WorkQueue> workers_;
+  std::optional<internal::Pool>
+      pool_;  // Goes after the pipeline, which borrows it, and before all that its threads use.
   std::unique_ptr<internal::Pipeline> pipeline_;
-  std::optional<internal::Pool> pool_;  // Goes before what its threads use.
   std::thread driver_;
 };
 
