@@ -98,14 +98,14 @@ std::size_t OpenParts::held_up() const {
 }
 
 // The directory of the part's path and the mount point above, found without asking a file system.
-std::array<Place*, 2> OpenParts::places_of(const Part& part) {
+std::array<PlaceCounts*, 2> OpenParts::places_of(const Part& part) {
   std::error_code no_working_directory;
   const auto directory = std::filesystem::absolute(part.path, no_working_directory).lexically_normal().parent_path();
   return {&places_[0][directory.native()], &places_[1][mounts_.above(directory)]};
 }
 
 // Whether the parts at `place` take at most 1 / `shares` of what the parts elsewhere leave of kHeldUpLimit.
-bool OpenParts::has_share(const Place& place, unsigned shares) const {
+bool OpenParts::has_share(const PlaceCounts& place, unsigned shares) const {
   const std::size_t here = place.with_threads + place.held_up_loads();
   const std::size_t held_up_elsewhere = held_up() - (place.late + place.held_up_loads());
   return shares * here + held_up_elsewhere <= kHeldUpLimit;
@@ -118,13 +118,13 @@ bool OpenParts::places_have_shares(const Part& part) const {
 void OpenParts::enter_places(Part& part) {
   if (!part.places[0]) part.places = places_of(part);
   if (std::exchange(part.in_places, true)) return;
-  for (Place* place : part.places) ++place->with_threads;
+  for (PlaceCounts* place : part.places) ++place->with_threads;
 }
 
 void OpenParts::leave_places(Part& part) {
   if (!std::exchange(part.in_places, false)) return;
   look_at_parked_ |= part.late || !places_have_shares(part);
-  for (Place* place : part.places) {
+  for (PlaceCounts* place : part.places) {
     --place->with_threads;
     if (part.late) --place->late;
   }
@@ -138,7 +138,7 @@ void OpenParts::mark_late(Time now) {
     part->late = true;
     ++late_;
     enter_places(*part);
-    for (Place* place : part->places) ++place->late;
+    for (PlaceCounts* place : part->places) ++place->late;
   }
 }
 

@@ -16,7 +16,7 @@ namespace flashpack::internal {
 
 /// The driver's counts for a place, which is a directory or a mount point. Unlike the file system, the place is known
 /// before the file is open, so that threads can be counted that are late in an open.
-struct Place {
+struct PlaceCounts {
   std::uint32_t with_threads = 0;  // Parts whose files are being opened or closed, if begun while a part was held up.
   std::uint32_t late = 0;          // Those of them whose threads are late.
   FileSystem* file_system = nullptr;  // The file system of its files, once known.
@@ -64,18 +64,18 @@ class OpenParts {
   void leave_state(Part& part);
   void enter_state(Part& part, Time now);
   std::size_t held_up() const;
-  std::array<Place*, 2> places_of(const Part& part);
-  bool has_share(const Place& place, unsigned shares) const;
+  std::array<PlaceCounts*, 2> places_of(const Part& part);
+  bool has_share(const PlaceCounts& place, unsigned shares) const;
   bool places_have_shares(const Part& part) const;
   void enter_places(Part& part);
   void leave_places(Part& part);
 
-  std::map<std::uint64_t, Part*> waiting_;              // Parts to be opened, sorted by turn.
-  std::map<std::uint64_t, Part*> parked_;               // Likewise, but their places have used up their share.
-  bool look_at_parked_ = false;                         // Something that was late has come back.
-  std::map<std::uint64_t, FileSystem> file_systems_;    // One for each device number; never removed.
-  std::array<std::map<std::string, Place>, 2> places_;  // Directories and mount points; never removed.
-  Mounts mounts_;                                       // The mount points when something last became late.
+  std::map<std::uint64_t, Part*> waiting_;                    // Parts to be opened, sorted by turn.
+  std::map<std::uint64_t, Part*> parked_;                     // Likewise, but their places have used up their share.
+  bool look_at_parked_ = false;                               // Something that was late has come back.
+  std::map<std::uint64_t, FileSystem> file_systems_;          // One for each device number; never removed.
+  std::array<std::map<std::string, PlaceCounts>, 2> places_;  // Directories and mount points; never removed.
+  Mounts mounts_;                                             // The mount points when something last became late.
   std::vector<Part*> with_threads_;
   std::size_t open_ = 0;  // Parts of loads from kOpening to kClosing.
   std::size_t late_ = 0;  // Those of them whose threads are late.

@@ -64,7 +64,7 @@ struct FileSystem {
   std::size_t held_up_loads() const noexcept { return late > 0 ? loads : 0; }
 };
 
-struct Place;
+struct PlaceCounts;
 
 /// Files that are open for loads, so that loads of the same path share one. Files are not looked up by inode alone,
 /// because some file systems give two files the same number. Thread safety: any thread.
@@ -131,9 +131,9 @@ struct Part {
 
   // Only for the driver.
   TransferState* transfer = nullptr;
-  FileSystem* file_system = nullptr;  // Set when the file is open.
-  std::array<Place*, 2> places{};     // Directory and mount point; set when something is late for the first time.
-  bool in_places = false;             // Whether Place::with_threads counts the part.
+  FileSystem* file_system = nullptr;     // Set when the file is open.
+  std::array<PlaceCounts*, 2> places{};  // Directory and mount point; set when something is late for the first time.
+  bool in_places = false;                // Whether PlaceCounts::with_threads counts the part.
   State state = State::kWaiting;
   std::uint64_t turn = 0;  // Ascends in the order in which transfers start.
   // Whether no other file of a load was open, except those of parts that are held up, when this one was to be opened.
