@@ -1,7 +1,6 @@
 /// Moves the chunks of all transfers on their ways.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <chrono>
 #include <map>

@@ -10,7 +10,6 @@
 
 #include "engine/ground/error.h"
 #include "engine/ground/pages.h"
-#include "engine/plan.h"
 
 namespace flashpack::internal {
 
