@@ -3,8 +3,9 @@
 #include <string>
 #include <string_view>
 
-#include "flashpack/format.h"
 #include "tests/format/change.h"
+#include "torch_binding/format/format_rules.h"
+#include "torch_binding/format/safetensors_header.h"
 
 namespace flashpack {
 namespace {
@@ -264,6 +265,62 @@ TEST(SafetensorsHeader, CannotBeWrittenAsAFooter) {
   const Metadata metadata = parse(kHeader);
   EXPECT_THROW(encode_footer(metadata), Error);
   EXPECT_THROW(check_footer(metadata, true), Error);
+}
+
+#define EXPECT_SAYS(text, ...) EXPECT_NE(error_of_writing(TensorSpec __VA_ARGS__).find(text), std::string::npos)
+
+std::string error_of_writing(const TensorSpec& tensor) {
+  try {
+    make_safetensors_header(std::span(&tensor, 1), {});
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), Errc::kInvalidArgument);
+    return error.what();
+  }
+  return "written";
+}
+
+TEST(SafetensorsHeader, ThatIsWrittenIsReadAsItWasMeantWithLargeElementsFirst) {
+  const std::vector<TensorSpec> tensors = {{"b \"\n\xc3\xa9", DType::kUInt8, {3}},
+                                           {"a", DType::kUInt8, {}},
+                                           {"pairs", DType::kFloat4E2M1FNX2, {2, 5}},
+                                           {"empty", DType::kFloat32, {0, 7}},
+                                           {"large", DType::kComplex64, {2, 1}}};
+  const std::map<std::string, std::string> text = {{"format", "pt"}, {"\\", "\t"}};
+  const SafetensorsHeader header = make_safetensors_header(tensors, text);
+  EXPECT_EQ(header.order, (std::vector<std::size_t>{4, 3, 1, 0, 2}));
+  EXPECT_EQ(header.bytes.size() % 8, 0U);
+  EXPECT_EQ(rules::length_at(header.bytes, 0), header.bytes.size() - 8);
+  EXPECT_NE(header.bytes.find(R"("shape":[2,10])"), std::string::npos) << "a header counts 4-bit floats one by one";
+
+  const Metadata metadata = parse_safetensors_header(header.bytes.substr(8), header.bytes.size() + 16 + 14);
+  EXPECT_EQ(metadata.user_metadata, text);
+  ASSERT_EQ(metadata.records.size(), tensors.size());
+  std::uint64_t at = header.bytes.size();
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const TensorRecord& record = metadata.records[i];
+    const auto& [name, dtype, shape] = tensors[header.order[i]];
+    EXPECT_EQ(record.name, name);
+    EXPECT_EQ(record.dtype, dtype);
+    EXPECT_EQ(record.shape, shape);
+    EXPECT_EQ(record.offset_bytes, at);
+    at += record.size_bytes;
+  }
+}
+
+TEST(SafetensorsHeader, IsNotMadeForWhatNoReaderTakes) {
+  EXPECT_SAYS("a tensor of complex128 called \"a\"", {"a", DType::kComplex128, {1}});
+  EXPECT_SAYS("stands for something else", {"__metadata__", DType::kUInt8, {1}});
+  EXPECT_SAYS("has a NUL character", {std::string("a\0b", 3), DType::kUInt8, {1}});
+  EXPECT_SAYS("passes 2^63", {"a", DType::kUInt8, {1L << 40, 1L << 40}});
+}
+
+TEST(SafetensorsHeader, HasANameForEveryDTypeThatFilesCanHave) {
+  for (int i = 0; i <= static_cast<int>(DType::kFloat4E2M1FNX2); ++i) {
+    const auto dtype = static_cast<DType>(i);
+    const bool cannot = dtype == DType::kComplex32 || dtype == DType::kComplex128;
+    EXPECT_EQ(safetensors_dtype(dtype).empty(), cannot) << dtype_name(dtype);
+  }
+  EXPECT_EQ(safetensors_dtype(DType::kBFloat16), "BF16");
 }
 
 }  // namespace

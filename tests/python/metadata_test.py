@@ -140,7 +140,7 @@ def test_a_file_that_has_no_place_for_metadata_is_made_with_a_warning(path, capl
 def test_a_tensor_with_the_name_of_metadata_is_refused_where_it_could_not_be_read(tmp_path):
     path = tmp_path / "model.flashpack"
     flashpack.pack_to_file({"__metadata__": torch.ones(2)}, path)
-    with pytest.raises(flashpack.FlashPackError, match="'__metadata__'"):
+    with pytest.raises(flashpack.FlashPackError, match='"__metadata__"'):
         revert_from_flashpack(path)
     assert os.listdir(tmp_path) == ["model.flashpack"]
     assert torch.load(revert_from_flashpack(path, tmp_path / "model.pt"))["__metadata__"].tolist() == [1, 1]

@@ -2,13 +2,13 @@
 #include <array>
 #include <bit>
 #include <boost/locale/utf.hpp>
-#include <concepts>
 #include <limits>
 #include <unordered_map>
 #include <utility>
 
 #include "flashpack/format.h"
 #include "torch_binding/format/format_rules.h"
+#include "torch_binding/format/json_writer.h"
 
 namespace flashpack {
 
@@ -120,47 +120,6 @@ void append_macroblock(Metadata& metadata, std::span<const TensorSpec> tensors, 
   container.macroblocks.push_back(macroblock);
 }
 
-/// Appends JSON to a text, with the commas between values.
-class JsonWriter {
- public:
-  explicit JsonWriter(std::string& out) : out_(out) {}
-
-  /// Begins and ends an object or an array.
-  void begin(char bracket) {
-    separate();
-    out_ += bracket;
-    is_first_ = true;
-  }
-  void end(char bracket) {
-    out_ += bracket;
-    is_first_ = false;
-  }
-  /// To be followed by the key's value.
-  JsonWriter& key(std::string_view name) {
-    string(name);
-    out_ += ':';
-    is_first_ = true;
-    return *this;
-  }
-  void string(std::string_view utf8) {
-    separate();
-    rules::append_json_string(out_, utf8);
-  }
-  void number(std::integral auto value) {
-    separate();
-    out_ += std::to_string(value);
-  }
-
- private:
-  void separate() {
-    if (!is_first_) out_ += ',';
-    is_first_ = false;
-  }
-
-  std::string& out_;
-  bool is_first_ = true;
-};
-
 void write_macroblock(JsonWriter& json, const Macroblock& macroblock) {
   json.begin('{');
   json.key("dtype").string(dtype_name(macroblock.dtype));
@@ -177,9 +136,7 @@ void write_record(JsonWriter& json, const Metadata& metadata, std::size_t i) {
   const std::uint64_t width_bytes = element_bytes(record.dtype);
   json.begin('{');
   json.key("name").string(record.name);
-  json.key("shape").begin('[');
-  for (const std::int64_t dim : record.shape) json.number(dim);
-  json.end(']');
+  json.key("shape").numbers(record.shape);
   json.key("offset").number((record.offset_bytes - begin_bytes) / width_bytes);
   json.key("length").number(record.size_bytes / width_bytes);
   if (metadata.container.version == 4) json.key("macroblock").number(macroblock);
@@ -207,11 +164,7 @@ void write_preamble(JsonWriter& json, const Metadata& metadata) {
 /// Writes all that follows the records. `out` is the text that `json` writes to.
 void write_rest(JsonWriter& json, std::string& out, const Metadata& metadata, const Checksums* checksums) {
   json.end(']');
-  if (!metadata.user_metadata.empty()) {
-    json.key("metadata").begin('{');
-    for (const auto& [key, value] : metadata.user_metadata) json.key(key).string(value);
-    json.end('}');
-  }
+  if (!metadata.user_metadata.empty()) json.key("metadata").strings(metadata.user_metadata);
   if (checksums) {
     json.key("crc32c_per_mib");
     out += '"';

@@ -1,11 +1,14 @@
+#include "torch_binding/format/safetensors_header.h"
+
 #include <algorithm>
 #include <array>
-#include <string>
+#include <cstring>
+#include <optional>
 #include <utility>
 
-#include "flashpack/format.h"
 #include "torch_binding/format/codec.h"
 #include "torch_binding/format/format_rules.h"
+#include "torch_binding/format/json_writer.h"
 #include "torch_binding/format/record_reader.h"
 
 namespace flashpack {
@@ -33,8 +36,13 @@ constexpr std::array<std::pair<std::string_view, DType>, 20> kDTypes = {{{"BOOL"
                                                                          {"F8_E8M0", DType::kFloat8E8M0FNU},
                                                                          {"F4", DType::kFloat4E2M1FNX2}}};
 
+constexpr std::string_view kUserMetadata = "__metadata__";
+// Readers map the file, so that its tensors have to be aligned.
+constexpr std::uint64_t kPayloadAlignBytes = 8;
 // As a header's length, the first bytes of a text would be larger than this.
 constexpr std::uint64_t kNoHeaderBytes = std::uint64_t{1} << 48;
+
+bool has_nul(std::string_view text) { return text.find('\0') != text.npos; }
 
 /// Reads one header.
 class HeaderReader final : RecordReader {
@@ -50,7 +58,7 @@ class HeaderReader final : RecordReader {
   Metadata read() {
     read_text("the safetensors header", rules::kHeaderLengthBytes, [this](std::string_view name) {
       name_ = name;
-      name == "__metadata__" ? read_user_metadata() : read_tensor();
+      name == kUserMetadata ? read_user_metadata() : read_tensor();
       name_.reset();
     });
     check_places();
@@ -177,13 +185,12 @@ class HeaderReader final : RecordReader {
     rules::refuse(path_, std::to_string(end - begin) + " bytes " + where + " belong to no tensor", begin);
   }
 
-  static bool has_nul(std::string_view text) { return text.find('\0') != text.npos; }
   static std::string tensor(std::string_view name) { return "tensor " + rules::quoted(name); }
 
   /// Names the header, or the tensor that is being read.
   std::string where() const override {
     if (!name_) return "the safetensors header";
-    return *name_ == "__metadata__" ? std::string(*name_) : tensor(*name_);
+    return *name_ == kUserMetadata ? std::string(*name_) : tensor(*name_);
   }
   const std::uint64_t payload_begin_;
   const std::uint64_t payload_bytes_;  // From payload_begin_ on.
@@ -207,9 +214,67 @@ std::optional<Codec::Place> locate_header(OpenedFile& file) {
   return Codec::Place{rules::kHeaderLengthBytes, length_bytes, file.size_bytes()};
 }
 
+[[noreturn]] void refuse_to_write(const std::string& what) {
+  throw Error(Errc::kInvalidArgument, "a safetensors file cannot have " + what);
+}
+
+/// Returns the size in bytes of a tensor that a file can have.
+std::uint64_t size_to_write(const TensorSpec& tensor) {
+  const auto& [name, dtype, shape] = tensor;
+  const std::string called = " called " + rules::quoted(name);
+  if (name == kUserMetadata)
+    refuse_to_write("a tensor" + called + ", which stands for something else there; a .pt file can");
+  if (has_nul(name)) refuse_to_write("a tensor" + called + ", whose name has a NUL character; a .pt file can");
+  if (safetensors_dtype(dtype).empty())
+    refuse_to_write("a tensor of " + std::string(dtype_name(dtype)) + called + "; a .pt file can");
+  const std::optional<std::uint64_t> count = rules::element_count(shape);
+  if (!count) refuse_to_write("a tensor" + called + ", the size of whose shape passes 2^63");
+  return *count * element_bytes(dtype);
+}
+
 }  // namespace
 
 const Codec kSafetensorsCodec = {FileFormat::kSafetensors, "safetensors", &locate_header, &parse_safetensors_header};
+
+std::string_view safetensors_dtype(DType dtype) noexcept {
+  const auto* const found = std::ranges::find(kDTypes, dtype, &std::pair<std::string_view, DType>::second);
+  return found == kDTypes.end() ? std::string_view() : found->first;
+}
+
+std::vector<std::int64_t> safetensors_shape(DType dtype, std::vector<std::int64_t> shape) {
+  if (dtype == DType::kFloat4E2M1FNX2 && !shape.empty()) shape.back() *= 2;
+  return shape;
+}
+
+SafetensorsHeader make_safetensors_header(std::span<const TensorSpec> tensors,
+                                          const std::map<std::string, std::string>& user_metadata) {
+  SafetensorsHeader header{.bytes = std::string(rules::kHeaderLengthBytes, '\0')};
+  for (std::size_t i = 0; i < tensors.size(); ++i) header.order.push_back(i);
+  std::ranges::sort(header.order, {}, [&](std::size_t i) {
+    return std::pair(-std::int64_t{element_bytes(tensors[i].dtype)}, std::string_view(tensors[i].name));
+  });
+  JsonWriter json(header.bytes);
+  json.begin('{');
+  if (!user_metadata.empty()) json.key(kUserMetadata).strings(user_metadata);
+  std::uint64_t end = 0;
+  for (const std::size_t i : header.order) {
+    const auto& [name, dtype, shape] = tensors[i];
+    const std::uint64_t begin = end;
+    end += size_to_write(tensors[i]);
+    json.key(name).begin('{');
+    json.key("dtype").string(safetensors_dtype(dtype));
+    json.key("shape").numbers(safetensors_shape(dtype, shape));
+    json.key("data_offsets").numbers(std::array{begin, end});
+    json.end('}');
+  }
+  json.end('}');
+  header.bytes.append(-header.bytes.size() % kPayloadAlignBytes, ' ');
+  const std::uint64_t length_bytes = header.bytes.size() - rules::kHeaderLengthBytes;
+  if (length_bytes > kMaxSafetensorsHeaderBytes)
+    refuse_to_write("a header of " + std::to_string(length_bytes) + " bytes, which no reader takes");
+  std::memcpy(header.bytes.data(), &length_bytes, sizeof length_bytes);
+  return header;
+}
 
 Metadata parse_safetensors_header(std::string_view json, std::uint64_t file_bytes, const std::filesystem::path& path) {
   if (json.size() > kMaxSafetensorsHeaderBytes || file_bytes < rules::kHeaderLengthBytes ||

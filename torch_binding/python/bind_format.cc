@@ -15,6 +15,7 @@
 
 #include "flashpack/format.h"
 #include "torch_binding/format/foreign_file.h"
+#include "torch_binding/format/safetensors_header.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -33,13 +34,17 @@ DType require_dtype(std::string_view name) {
   throw Error(Errc::kInvalidArgument, "Unsupported dtype for packing: " + std::string(name));
 }
 
-Metadata layout(const std::vector<SpecTuple>& tensors, std::uint64_t align_bytes,
-                const std::optional<std::vector<std::string>>& name_order,
-                std::map<std::string, std::string> user_metadata, bool checksums) {
+std::vector<TensorSpec> specs_of(const std::vector<SpecTuple>& tensors) {
   std::vector<TensorSpec> specs;
   specs.reserve(tensors.size());
   for (const auto& [name, dtype, shape] : tensors) specs.push_back({name, require_dtype(dtype), shape});
+  return specs;
+}
 
+Metadata layout(const std::vector<SpecTuple>& tensors, std::uint64_t align_bytes,
+                const std::optional<std::vector<std::string>>& name_order,
+                std::map<std::string, std::string> user_metadata, bool checksums) {
+  std::vector<TensorSpec> specs = specs_of(tensors);
   std::vector<TensorSpec> ordered;
   for (const std::size_t i : file_order(specs, name_order)) ordered.push_back(std::move(specs[i]));
   Metadata metadata = make_layout(ordered, align_bytes);
@@ -63,6 +68,17 @@ nb::bytes footer_of(Metadata metadata, std::optional<Checksums> checksums) {
   return nb::bytes(footer.data(), footer.size());
 }
 
+/// The header, and the indices of the tensors in file order.
+std::tuple<nb::bytes, std::vector<std::size_t>> header_of(const std::vector<SpecTuple>& tensors,
+                                                          const std::map<std::string, std::string>& user_metadata) {
+  const auto [bytes, order] = make_safetensors_header(specs_of(tensors), user_metadata);
+  return {nb::bytes(bytes.data(), bytes.size()), order};
+}
+
+std::vector<std::int64_t> safetensors_shape_of(std::string_view dtype, std::vector<std::int64_t> shape) {
+  return safetensors_shape(require_dtype(dtype), std::move(shape));
+}
+
 }  // namespace
 
 void bind_format(nb::module_& module) {
@@ -74,6 +90,12 @@ void bind_format(nb::module_& module) {
   module.def("layout", &layout, "tensors"_a, "align_bytes"_a, "name_order"_a = nb::none(),
              "user_metadata"_a = nb::dict(), "checksums"_a = false,
              "The layout of (name, dtype, shape) tensors, once it is known that its footer can be read.");
+  module.def("safetensors_header", &header_of, "tensors"_a, "user_metadata"_a,
+             "The beginning of a safetensors file with (name, dtype, shape) tensors, and their indices in file order.");
+  module.def(
+      "safetensors_dtype", [](std::string_view dtype) { return safetensors_dtype(require_dtype(dtype)); }, "dtype"_a,
+      "What safetensors calls a dtype; an empty text if its files cannot have it.");
+  module.def("safetensors_shape", &safetensors_shape_of, "dtype"_a, "shape"_a, "A shape as safetensors counts it.");
   module.attr("FOREIGN_HEAD_BYTES") = kForeignHeadBytes;
   module.def(
       "what_it_is", [](const nb::bytes& head) { return what_it_is({head.c_str(), head.size()}); }, "head"_a,

@@ -23,7 +23,7 @@ from ._directory import (
 from ._native import FlashPackError
 from ._progress import Progress, progress_bar
 from ._repository import check_folder
-from ._safetensors import write_safetensors
+from ._safetensors import safetensors_header, write_safetensors
 from .deserialization import revert_from_file
 from .serialization import file_to_replace
 from .utils import logger
@@ -91,18 +91,15 @@ def _write(checkpoint: Checkpoint, file: Path, destination: Path, silent: bool) 
     """Writes all of `checkpoint` to `file`, which becomes `destination`."""
     metadata, entries = checkpoint.native.user_metadata, checkpoint.entries()
     is_safetensors = suffix_of(destination) == ".safetensors"
-    if not is_safetensors and metadata:
+    if is_safetensors:
+        # Without this entry, transformers does not take the file for one of torch's.
+        header, entries = safetensors_header(entries, {"format": "pt", **metadata})
+    elif metadata:
         logger.warning("%s: metadata is left out, for which only safetensors files have a place", destination)
-    if is_safetensors and any(entry.name == "__metadata__" for entry in entries):
-        raise FlashPackError(
-            "a safetensors file cannot hold a tensor called '__metadata__', which stands for something else there; "
-            "a .pt file can"
-        )
     tensors = revert_from_file(checkpoint, silent=silent)
     try:
         if is_safetensors:
-            # Without this entry, transformers does not take the file for one of torch's.
-            write_safetensors(file, entries, tensors, {"format": "pt", **metadata}, not silent)
+            write_safetensors(file, header, (tensors[entry.name] for entry in entries), not silent)
         else:
             _save(tensors, file, sum(entry.size_bytes for entry in entries), silent)
     except OSError as error:

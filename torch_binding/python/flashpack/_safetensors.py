@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,25 +16,9 @@ from ._file import FlashPackFile
 from ._memory import supported_device
 from ._native import FlashPackError
 from ._progress import progress_bar
-from .utils import string_to_dtype
 
-_PACKED = "float4_e2m1fn_x2"
 # These have no name there, because no safetensors file can have them.
 UNNAMED = {"complex32": "C32", "complex128": "C128"}
-_NAMES = {
-    "bool": "BOOL",
-    **{f"{sign}int{bits}": f"{'U' if sign else 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
-    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
-    "bfloat16": "BF16",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "float8_e8m0fnu": "F8_E8M0",
-    _PACKED: "F4",
-    **UNNAMED,
-}
 
 
 class CheckpointError(FlashPackError, SafetensorError):
@@ -54,26 +36,19 @@ def catchable() -> Iterator[None]:
         raise CheckpointError(str(error)) from error
 
 
-def write_safetensors(
-    path: StrPath, entries: Sequence[Entry], tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], show: bool
-) -> None:
-    """Writes `entries`, whose values `tensors` has on the CPU, to a safetensors file, durably.
+def safetensors_header(entries: Sequence[Entry], metadata: dict[str, str]) -> tuple[bytes, list[Entry]]:
+    """Returns the beginning of a safetensors file with these tensors, and the tensors in the order of that file.
 
-    Raises FlashPackError for what no such file can have, OSError for the system's failures.
+    Raises FlashPackError for what no such file can have.
     """
-    # Readers map the file, so that every tensor has to be aligned: large elements come first.
-    ordered = sorted(entries, key=lambda entry: (-string_to_dtype(entry.dtype).itemsize, entry.name))
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for entry in ordered:
-        if entry.dtype in UNNAMED:
-            raise FlashPackError(f"safetensors files cannot hold {entry.dtype}, as of {entry.name!r}; a .pt file can")
-        begin, end = end, end + entry.size_bytes
-        header[entry.name] = {"dtype": dtype_name(entry), "shape": header_shape(entry), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    lead = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
-    sources = [lead, *(tensors[entry.name] for entry in ordered if entry.size_bytes)]
+    header, order = _native.safetensors_header([(name, dtype, shape) for name, dtype, shape, *_ in entries], metadata)
+    return header, [entries[number] for number in order]
+
+
+def write_safetensors(path: StrPath, header: bytes, tensors: Iterable[torch.Tensor], show: bool) -> None:
+    """Writes a header and its tensors, which are on the CPU, to a file, durably. Raises OSError."""
+    lead = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    sources = [lead, *(tensor for tensor in tensors if tensor.nbytes)]
     extents, at = [], 0
     for source in sources:
         extents.append((at, source.nbytes, source.data_ptr()))
@@ -98,10 +73,9 @@ class FileOnDevice(FlashPackFile):
 
 
 def dtype_name(entry: Entry) -> str:
-    return _NAMES[entry.dtype]
+    return _native.safetensors_dtype(entry.dtype) or UNNAMED[entry.dtype]
 
 
 def header_shape(entry: Entry) -> list[int]:
     """Returns the shape in the header, which counts the two elements of a packed byte."""
-    shape = list(entry.shape)
-    return [*shape[:-1], 2 * shape[-1]] if entry.dtype == _PACKED else shape
+    return _native.safetensors_shape(entry.dtype, entry.shape)

@@ -1,0 +1,32 @@
+/// What safetensors calls dtypes and shapes, and the headers of its files.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "flashpack/format.h"
+
+namespace flashpack {
+
+/// "F32" for float32; empty if no safetensors file can have the dtype.
+std::string_view safetensors_dtype(DType dtype) noexcept;
+
+/// The shape as a header has it, which counts 4-bit floats, whereas torch counts pairs of them.
+std::vector<std::int64_t> safetensors_shape(DType dtype, std::vector<std::int64_t> shape);
+
+/// The beginning of a safetensors file, and what follows it.
+struct SafetensorsHeader {
+  std::string bytes;               ///< The length, and the JSON padded so that the payload is aligned.
+  std::vector<std::size_t> order;  ///< The tensors in file order. Large elements come first, so that all are aligned.
+};
+
+/// Returns the header of a file with these tensors. Throws: Error (kInvalidArgument) for what no such file can have.
+SafetensorsHeader make_safetensors_header(std::span<const TensorSpec> tensors,
+                                          const std::map<std::string, std::string>& user_metadata);
+
+}  // namespace flashpack
