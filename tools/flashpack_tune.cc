@@ -142,7 +142,8 @@ void add_sample(Search& search, Subject& subject, const Setting& setting, CacheP
 Search search(Subject& subject, std::vector<Setting> round, CachePolicy cache, Clock::time_point begin, double until_s,
               double budget_s) {
   Search result;
-  std::mt19937 random(std::random_device{}());
+  // std::random_device would need a newer glibc than the wheels.
+  std::mt19937 random(static_cast<std::mt19937::result_type>(begin.time_since_epoch().count()));
   const bool refine = cache == CachePolicy::kDirect;
   const auto spent_s = [&] { return std::chrono::duration<double>(Clock::now() - begin).count(); };
   for (bool first = true; !round.empty(); first = false, round = next_round(result.cells, refine)) {

@@ -24,7 +24,7 @@ bare=$wheels/root
 results=$wheels/log
 platform=manylinux_2_34_$(uname -m)
 # Whole loads and saves, the engine's errors as exceptions, callbacks that raise, threads at the end of the interpreter.
-tests=(tests/python/{package,round_trip,golden,mistakes,interrupt,exit,file,cli}_test.py)
+tests=(tests/python/{package,round_trip,golden,mistakes,interrupt,exit,file,cli,tune_command}_test.py)
 
 find_pythons() {
   local name

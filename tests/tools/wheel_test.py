@@ -31,11 +31,17 @@ def test_libraries_that_are_not_the_systems_are_beside_the_module_once(module):
     assert {path.name for path in PACKAGE.glob("*.so*")} - {module.name} == needed(module) - OF_THE_SYSTEM
 
 
+def test_the_program_needs_no_library_that_the_module_does_not_bring(module):
+    program = PACKAGE / "flashpack_tune"
+    assert needed(program) - OF_THE_SYSTEM <= needed(module) - OF_THE_SYSTEM
+    assert re.search(r"RUNPATH +\$ORIGIN\n|RPATH +\$ORIGIN\n", objdump("-p", program))
+
+
 def test_no_symbol_is_newer_than_the_platform_that_the_wheels_are_for(module):
     platform = re.search(r"manylinux_(\d+)_(\d+)", (ROOT / "tools/wheel.sh").read_text())
     versions = {
         tuple(map(int, version))
-        for path in PACKAGE.glob("*.so*")
+        for path in [*PACKAGE.glob("*.so*"), PACKAGE / "flashpack_tune"]
         for version in re.findall(r"GLIBC_(\d+)\.(\d+)", objdump("-T", path))
     }
     assert versions

@@ -244,6 +244,36 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
             sys.exit(1)
 
 
+@main.command(
+    epilog="Exit status: 0 measured, and kept unless --dry_run; 1 failed; 2 wrong usage; 3 measured, but no profile "
+    "could be kept."
+)
+@click.argument("path", type=click.Path(), default=".")
+@click.option("--budget", metavar="TIME", default="60s", show_default=True, help="Time to measure, as 60, 60s or 1min.")
+@click.option("--size_gib", type=float, default=1, show_default=True, help="Size of the file that is read.")
+@click.option("--dry_run", is_flag=True, help="Keep no profile.")
+@click.option("--json", "-j", "as_json", is_flag=True, help="Print JSON, for programs.")
+def tune(path: str, budget: str, size_gib: float, dry_run: bool, as_json: bool) -> None:
+    """Find the best settings for a disk, and keep them for the loads to come.
+
+    PATH is a directory on the disk, or a file in it; by default, it is the working directory. A file, which is removed
+    in the end, is made there and read with chunks, queue depths and workers of various sizes. If something is faster
+    than the defaults, it is kept in $XDG_CONFIG_HOME/flashpack/tune.json, else ~/.config/flashpack/tune.json, and loads
+    from that disk to host memory use it from then on. FLASHPACK_TUNE=off turns that off.
+
+    \b
+    flashpack tune /models
+    flashpack tune /models --budget 20s --dry_run
+    flashpack tune /models --json | jq .best
+    """
+    with _reporting(verbose=False):
+        from ._tune import tune
+
+        flags = [name for name, given in (("--dry_run", dry_run), ("--json", as_json)) if given]
+        status = tune([f"--budget={budget}", f"--size_gib={size_gib}", *flags, "--", path])
+    sys.exit(status)
+
+
 def _summary(checkpoint: Checkpoint, more: dict[str, str]) -> dict[str, Any]:
     """Returns the keys of the footer and `more`, with one word for the checksums, because they are too many to show.
 
