@@ -64,8 +64,6 @@ class Checkpoint {
   };
 
   void close_all() noexcept;
-  void require_unique_names(const WeightMap& weight_map) const;
-  void require_all_of(const WeightMap& weight_map) const;
 
   std::filesystem::path path_;
   std::vector<CheckpointFile> files_;

@@ -48,6 +48,38 @@ TEST(PlainName, LeadsNowhereElse) {
     EXPECT_FALSE(is_plain_name(name)) << name;
 }
 
+std::vector<std::pair<std::uint32_t, std::uint32_t>> taken_of(const std::vector<Shard>& shards, const WeightMap& map) {
+  std::vector<std::pair<std::uint32_t, std::uint32_t>> taken;
+  for (const auto& [shard, name] : places_in(shards, "m.index.json", map)) taken.emplace_back(shard, name);
+  return taken;
+}
+
+std::string error_of(const std::vector<Shard>& shards, const WeightMap& map) {
+  try {
+    taken_of(shards, map);
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), Errc::kBadFile);
+    return error.what();
+  }
+  return "taken";
+}
+
+using Places = std::vector<std::pair<std::uint32_t, std::uint32_t>>;
+
+TEST(PlacesInShards, AreAllTensorsShardByShardWhereThereIsNoIndex) {
+  EXPECT_EQ(taken_of({{"x/1", {"b", "a"}}, {"x/2", {"c"}}}, {}), (Places{{0, 0}, {0, 1}, {1, 0}}));
+  EXPECT_EQ(taken_of({{"x/1", {}}}, {}), Places{});
+  EXPECT_SAYS(error_of({{"x/1", {"b", "a"}}, {"x/2", {"a"}}}, {}), R"(x/1 and x/2 both have "a": )");
+}
+
+TEST(PlacesInShards, AreThoseOfTheFilesThatTheIndexNamesAndWhatItDoesNotList) {
+  const std::vector<Shard> shards = {{"x/1", {"a", "tied", "rest"}}, {"x/2", {"tied", "b"}}};
+  EXPECT_EQ(taken_of(shards, {{"tied", "2"}, {"b", "2"}}), (Places{{0, 0}, {0, 2}, {1, 0}, {1, 1}}));
+  EXPECT_SAYS(error_of(shards, {{"b", "2"}}), R"(both have "tied", and the index does not list it)");
+  EXPECT_SAYS(error_of(shards, {{"tied", "1"}, {"b", "1"}}), R"("b" is in 1, but it is not)");
+  EXPECT_SAYS(error_of(shards, {{"tied", "1"}, {"z", "2"}}), R"("z" is in 2, but it is not)");
+}
+
 TEST(Index, IsReadWhateverTheFormatOfItsFilesAndWhetherTheyAreThere) {
   const testing::TempDir directory;
   const std::filesystem::path path = directory / "pytorch_model.bin.index.json";

@@ -176,7 +176,7 @@ def test_a_pickle_of_something_else_a_missing_shard_and_a_missing_tensor_are_ref
         commands.convert_to_flashpack(tmp_path / "nested.pt")
     index = save_index(tmp_path / "m.safetensors.index.json", {"m1.safetensors": {"a": torch.ones(1)}})
     index.write_text(json.dumps({"weight_map": {"b": "m1.safetensors"}}))
-    with pytest.raises(FlashPackError, match=r"'b' is in m1\.safetensors"):
+    with pytest.raises(FlashPackError, match=r'"b" is in m1\.safetensors'):
         commands.convert_to_flashpack(index)
     (tmp_path / "m1.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"m1\.safetensors"):
@@ -342,6 +342,16 @@ def test_tensors_that_an_index_does_not_list_are_converted_as_the_libraries_load
     assert "does not list, but its files have: bias, count" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [(1, "tensor name 1 is a int"), ("a\ud800", "cannot be written as UTF-8")]
+)
+def test_a_tensor_whose_name_no_file_can_have_is_refused_and_not_left_out(name, message, tmp_path):
+    index = save_index(tmp_path / "m.bin.index.json", {"m1.bin": {"a": torch.ones(1)}})
+    torch.save({"a": torch.ones(1), name: torch.ones(2)}, tmp_path / "m1.bin")
+    with pytest.raises(FlashPackError, match=message):
+        commands.convert_to_flashpack(index)
+
+
 def test_a_tensor_that_is_in_several_files_and_in_no_list_is_refused(tmp_path):
     first, second = halves()
     files = {"m1.safetensors": first, "m2.safetensors": second | {"bias": first["bias"] + 1}}
@@ -349,7 +359,7 @@ def test_a_tensor_that_is_in_several_files_and_in_no_list_is_refused(tmp_path):
     content = json.loads(index.read_text())
     del content["weight_map"]["bias"]
     index.write_text(json.dumps(content))
-    with pytest.raises(FlashPackError, match="does not list 'bias', and several of its files have it"):
+    with pytest.raises(FlashPackError, match=r'm1.*m2.* both have "bias", and the index does not list it'):
         commands.convert_to_flashpack(index)
 
 

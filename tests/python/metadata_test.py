@@ -131,6 +131,17 @@ def test_what_shards_contradict_each_other_about_is_left_out_with_a_warning(tmp_
     assert "contradict each other in metadata, which is left out: b" in caplog.text
 
 
+@pytest.mark.parametrize("suffix", ["bin", "safetensors.index.json", "bin.index.json"])
+def test_a_checkpoint_without_metadata_has_none_after_its_conversion(suffix, tmp_path):
+    source = tmp_path / f"model.{suffix}"
+    if suffix.endswith("json"):
+        kind = suffix.removesuffix(".index.json")
+        save_index(source, {f"m{number}.{kind}": half for number, half in enumerate(halves())})
+    else:
+        torch.save(STATE, source)
+    assert "metadata" not in flashpack.get_flashpack_file_metadata(convert_to_flashpack(source))
+
+
 def test_a_file_that_has_no_place_for_metadata_is_made_with_a_warning(path, caplog):
     back = revert_from_flashpack(path, path.with_name("back.pt"))
     assert set(torch.load(back)) == set(STATE)

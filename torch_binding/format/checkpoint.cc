@@ -125,16 +125,12 @@ fs::path chosen_in(const fs::path& directory) {
 Checkpoint::Checkpoint(std::filesystem::path path, std::vector<CheckpointFile> files, const WeightMap& weight_map)
     : path_(std::move(path)), files_(std::move(files)) {
   try {
-    for (std::uint32_t f = 0; f < files_.size(); ++f) {
-      const std::string name = files_[f].path.filename().string();
-      const std::vector<TensorRecord>& records = files_[f].metadata.records;
-      for (std::uint32_t r = 0; r < records.size(); ++r) {
-        const auto listed = weight_map.find(records[r].name);
-        if (listed == weight_map.end() || listed->second == name) places_.push_back({f, r});
-      }
+    std::vector<Shard> shards;
+    for (const CheckpointFile& file : files_) {
+      std::vector<std::string_view>& names = shards.emplace_back(file.path).names;
+      for (const TensorRecord& record : file.metadata.records) names.push_back(record.name);
     }
-    require_unique_names(weight_map);
-    require_all_of(weight_map);
+    for (const auto& [file, record] : places_in(shards, path_, weight_map)) places_.push_back({file, record});
   } catch (...) {
     close_all();
     throw;
@@ -158,28 +154,6 @@ Checkpoint::~Checkpoint() { close_all(); }
 void Checkpoint::close_all() noexcept {
   for (const CheckpointFile& file : files_) {
     if (file.fd >= 0) ::close(file.fd);
-  }
-}
-
-void Checkpoint::require_unique_names(const WeightMap& weight_map) const {
-  if (files_.size() < 2) return;  // Each file's own names are unique.
-  std::vector<std::string_view> names;
-  names.reserve(size());
-  for (std::size_t i = 0; i < size(); ++i) names.push_back(record(i).name);
-  const auto same = rules::find_duplicate(names);
-  if (!same) return;
-  const std::string cause = weight_map.empty() ? "" : ", and the index does not list it";
-  refuse(path_, files_[file_of(same->first)].path.string() + " and " + files_[file_of(same->second)].path.string() +
-                    " both have " + rules::quoted(names[same->first]) + cause);
-}
-
-void Checkpoint::require_all_of(const WeightMap& weight_map) const {
-  if (weight_map.empty()) return;
-  std::set<std::string_view> names;
-  for (std::size_t i = 0; i < size(); ++i) names.insert(record(i).name);
-  for (const auto& [name, file] : weight_map) {
-    if (!names.contains(name))
-      refuse(path_, "it says that " + rules::quoted(name) + " is in " + file + ", but it is not");
   }
 }
 

@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <string>
 
@@ -59,6 +60,36 @@ bool is_index(const fs::path& path) { return without_index_suffix(path) != path;
 
 bool is_plain_name(std::string_view name) noexcept {
   return !name.empty() && name != "." && name != ".." && name.find_first_of({"/\0", 2}) == name.npos;
+}
+
+std::vector<PlaceInShards> places_in(std::span<const Shard> shards, const fs::path& path, const WeightMap& weight_map) {
+  std::vector<PlaceInShards> places;
+  std::vector<std::string_view> taken;
+  for (std::uint32_t s = 0; s < shards.size(); ++s) {
+    const std::string file = shards[s].path.filename().string();
+    for (std::uint32_t n = 0; n < shards[s].names.size(); ++n) {
+      const std::string_view name = shards[s].names[n];
+      const auto listed = weight_map.find(name);
+      if (listed != weight_map.end() && listed->second != file) continue;
+      places.push_back({s, n});
+      taken.push_back(name);
+    }
+  }
+  if (shards.size() > 1) {
+    if (const auto same = rules::find_duplicate(taken)) {
+      const auto file_of = [&](std::size_t i) { return shards[places[i].shard].path.string(); };
+      refuse(path, file_of(same->first) + " and " + file_of(same->second) + " both have " +
+                       rules::quoted(taken[same->first]) +
+                       (weight_map.empty() ? "" : ", and the index does not list it"));
+    }
+  }
+  if (weight_map.empty()) return places;
+  std::ranges::sort(taken);
+  for (const auto& [name, file] : weight_map) {
+    if (!std::ranges::binary_search(taken, name))
+      refuse(path, "it says that " + rules::quoted(name) + " is in " + file + ", but it is not");
+  }
+  return places;
 }
 
 WeightMap read_index(const fs::path& path) { return parse_index(read_all(path), path); }

@@ -60,6 +60,21 @@ WeightMap read(const fs::path& index) {
   return read_index(index);
 }
 
+/// File, and the names of its tensors.
+using ShardTuple = std::tuple<fs::path, std::vector<std::string>>;
+/// Index of the file, and of the name.
+using PlaceInShardsTuple = std::tuple<std::uint32_t, std::uint32_t>;
+
+std::vector<PlaceInShardsTuple> places_in_shards(const std::vector<ShardTuple>& files, const fs::path& path,
+                                                 const WeightMap& weight_map) {
+  std::vector<Shard> shards;
+  for (const auto& [file, names] : files)
+    shards.emplace_back(file, std::vector<std::string_view>{names.begin(), names.end()});
+  std::vector<PlaceInShardsTuple> tuples;
+  for (const auto& [shard, name] : places_in(shards, path, weight_map)) tuples.emplace_back(shard, name);
+  return tuples;
+}
+
 /// Text that is not Unicode is no name.
 bool is_plain(const nb::str& name) {
   Py_ssize_t size = 0;
@@ -314,6 +329,10 @@ void bind_checkpoint(nb::module_& module) {
       .def("close", &PyCheckpoint::close, "Closes the files once no transfer needs them.");
   module.def("open_checkpoint", &open<fs::path>, "path"_a, "Opens a file, an index of files, or a directory.");
   module.def("open_files", &open_files, "paths"_a, "Opens several files as one checkpoint.");
+  module.def(
+      "places_in_shards", &places_in_shards, "files"_a, "path"_a, "weight_map"_a,
+      "The tensors of (path, names) files that make up the checkpoint `path`, as (index of the file, index of the "
+      "name).");
   module.def("read_index", &read, "path"_a,
              "The name of the file that has each tensor. The files may be of any format, and are not opened.");
   module.def("checkpoint_of_headers", &of_headers, "path"_a, "headers"_a, "weight_map"_a,

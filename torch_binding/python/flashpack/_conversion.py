@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import zipfile
@@ -18,6 +19,7 @@ from ._checkpoint import open_checkpoint
 from ._logging import logger
 from ._native import FlashPackError
 from ._repository import blaming, open_regular, plain_name, read_json
+from .serialization import check_name
 
 _READ_BYTES = 1 << 20
 # How torch names what it does not unpickle.
@@ -281,23 +283,17 @@ def _check_archive(path: Path) -> None:
 
 
 def _open_sharded(path: Path, key: str | None) -> dict[str, torch.Tensor]:
-    opened: dict[Path, dict[str, torch.Tensor]] = {}
-    tensors = {}
-    for name, file_name in _native.read_index(path).items():
-        file = path.parent / file_name
-        if file not in opened:
-            opened[file] = _open_file(file, key)
-        if name not in opened[file]:
-            raise FlashPackError(f"{path} says that {name!r} is in {file.name}, but it is not")
-        tensors[name] = opened[file][name]
-    # The libraries load also the tensors that the index does not list.
-    unlisted: dict[str, torch.Tensor] = {}
-    for there in opened.values():
-        for name, tensor in there.items():
-            if name in unlisted:
-                raise FlashPackError(f"{path} does not list {name!r}, and several of its files have it")
-            if name not in tensors and isinstance(tensor, torch.Tensor):
-                unlisted[name] = tensor
-    if unlisted:
-        logger.warning("%s does not list, but its files have: %s", path, ", ".join(sorted(unlisted)))
-    return tensors | unlisted
+    weight_map = _native.read_index(path)
+    files = files_of(path)[1:]
+    opened = [_open_file(file, key) for file in files]
+    names = [
+        [name for name, value in there.items() if name in weight_map or isinstance(value, torch.Tensor)]
+        for there in opened
+    ]
+    for name in itertools.chain(*names):
+        check_name(name)
+    places = _native.places_in_shards(list(zip(files, names, strict=True)), path, weight_map)
+    tensors = {names[file][number]: opened[file][names[file][number]] for file, number in places}
+    if unlisted := sorted(tensors.keys() - weight_map.keys()):
+        logger.warning("%s does not list, but its files have: %s", path, ", ".join(unlisted))
+    return tensors

@@ -217,13 +217,18 @@ def _refuse_other(name: object, value: object, state_dict: Mapping[str, Any]) ->
     raise FlashPackError(f"cannot pack {name!r}: it is a {type(value).__name__}, not a tensor{cure}")
 
 
-def _check_writable(name: object, tensor: torch.Tensor) -> None:
+def check_name(name: object) -> None:
+    """Raises FlashPackError for what cannot be the name of a tensor in a file."""
     if not isinstance(name, str):
         raise FlashPackError(f"tensor name {name!r} is a {type(name).__name__}, not a str")
     try:
         name.encode()
     except UnicodeEncodeError as error:
         raise FlashPackError(f"tensor name {name!r} cannot be written as UTF-8") from error
+
+
+def _check_writable(name: object, tensor: torch.Tensor) -> None:
+    check_name(name)
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise FlashPackError(f"cannot pack {name!r}: {type(tensor).__name__} keeps its bytes elsewhere")
     if is_lazy(tensor):
