@@ -28,6 +28,10 @@ constexpr nanoseconds kFairPerHugePage = milliseconds(1);
 constexpr nanoseconds kTooMuch = milliseconds(10);
 constexpr nanoseconds kMostExcess = milliseconds(12);
 
+// Where huge pages were dear, they are tried again once in so many bytes of fresh memory. Each try costs as much as 5
+// to 10 MiB of small pages, which would be much of memory that is taken 64 MiB at a time.
+constexpr std::uint64_t kRetryBytes = std::uint64_t{1} << 30;
+
 // Before Linux 5.18, the kernel may take a page that it was told is free while direct I/O writes to it, and the bytes
 // are lost.
 bool kernel_keeps_direct_reads() {
@@ -76,21 +80,32 @@ std::span<std::byte> TargetPages::take(std::size_t before_bytes, std::size_t siz
   const std::size_t pages_bytes = round_up(end_bytes, kHugePageBytes);
   const std::lock_guard lock(mutex_);
   std::span<std::byte> memory = take_kept(pages_bytes);
-  const bool fresh = memory.empty();
-  if (fresh) {
+  bool may_get_huge_pages = false;
+  if (memory.empty()) {
     memory = map_memory(pages_bytes, kHugePageBytes);
     if (memory.empty()) {
       drop_kept(0);
       memory = map_memory(pages_bytes, kHugePageBytes);
     }
     if (memory.empty()) throw map_error(pages_bytes, "tensors");
-    advise_huge_pages(memory.subspan(before_bytes, size_bytes));
+    may_get_huge_pages = may_try_huge_pages(pages_bytes);
+    if (may_get_huge_pages) {
+      advise_huge_pages(memory.subspan(before_bytes, size_bytes));
+    } else {
+      ::madvise(memory.data(), memory.size(), MADV_NOHUGEPAGE);
+    }
   }
-  used_.emplace(memory.data(), Used{pages_bytes, fresh});
+  used_.emplace(memory.data(), Used{pages_bytes, may_get_huge_pages});
   used_bytes_ += pages_bytes;
   most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
   drop_kept(most_used_bytes_ - used_bytes_);
   return memory;
+}
+
+bool TargetPages::may_try_huge_pages(std::size_t size_bytes) {
+  const bool may = excess_ < kTooMuch || untried_bytes_ >= kRetryBytes;
+  untried_bytes_ = may ? 0 : untried_bytes_ + size_bytes;
+  return may;
 }
 
 // The smallest range that is large enough serves, so that large ones stay whole.

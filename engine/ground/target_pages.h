@@ -40,6 +40,7 @@ class TargetPages {
   };
 
   std::span<std::byte> take_kept(std::size_t size_bytes);
+  bool may_try_huge_pages(std::size_t size_bytes);
   void keep(std::span<std::byte> memory);
   void drop_kept(std::uint64_t limit_bytes) noexcept;
   void begin_as_child() noexcept;
@@ -53,6 +54,7 @@ class TargetPages {
   std::uint64_t kept_bytes_ = 0;
   std::uint64_t most_used_bytes_ = 0;
   std::chrono::nanoseconds excess_{};  // CPU time that huge pages have lately cost beyond what small ones would.
+  std::uint64_t untried_bytes_ = 0;    // Fresh memory that got small pages since huge ones were last tried.
 };
 
 }  // namespace flashpack::internal

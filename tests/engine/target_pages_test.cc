@@ -6,11 +6,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <fstream>
+#include <span>
 #include <sstream>
 #include <string>
 #include <vector>
 
-#include "flashpack/host_memory.h"
+#include "engine/ground/host_region.h"
 
 namespace flashpack::internal {
 namespace {
@@ -19,10 +20,18 @@ using std::chrono::milliseconds;
 
 constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 
-// Kept memory would be on the pages that it was on before.
+// Each test has its own pages, because those of the process remember what huge pages have cost.
 class TargetPagesTest : public testing::Test {
  protected:
-  TargetPagesTest() { HostMemory::release_kept(); }
+  std::span<std::byte> take(std::uint64_t size_bytes) { return taken_.emplace_back(pages.take(0, size_bytes)); }
+  ~TargetPagesTest() override {
+    for (const auto memory : taken_) unmap(memory);
+  }
+
+  TargetPages pages;
+
+ private:
+  std::vector<std::span<std::byte>> taken_;
 };
 
 // The flags that the kernel has for the mapping with `address`.
@@ -45,30 +54,39 @@ std::string flags_at(const std::byte* address) {
 bool is_on_small_pages(const std::byte* address) { return flags_at(address).find(" nh ") != std::string::npos; }
 
 TEST_F(TargetPagesTest, HugePagesThatAreDearGiveWayToSmallOnesFromThereOn) {
-  const HostMemory memory(64 * kMiB);
-  auto& pages = TargetPages::of_process();
-  pages.was_touched(memory.bytes().first(8 * kMiB), milliseconds(40));
+  const std::span memory = take(64 * kMiB);
+  pages.was_touched(memory.first(8 * kMiB), milliseconds(40));
   EXPECT_FALSE(is_on_small_pages(memory.data()));
   EXPECT_FALSE(is_on_small_pages(memory.data() + 8 * kMiB - 1));
   EXPECT_TRUE(is_on_small_pages(memory.data() + 8 * kMiB));
   EXPECT_TRUE(is_on_small_pages(memory.data() + 64 * kMiB - 1));
 }
 
+TEST_F(TargetPagesTest, DearHugePagesAreTriedAgainInAFractionOfFreshMemoryAndUsedWhenTheyAreCheapAgain) {
+  const auto gets_huge_pages = [&] { return !is_on_small_pages(take(64 * kMiB).data()); };
+  pages.was_touched(take(64 * kMiB).first(8 * kMiB), milliseconds(40));
+  for (std::uint64_t bytes = 0; bytes < 1024 * kMiB; bytes += 64 * kMiB) EXPECT_FALSE(gets_huge_pages());
+  const std::span tried = take(64 * kMiB);
+  EXPECT_FALSE(is_on_small_pages(tried.data()));
+  EXPECT_FALSE(gets_huge_pages());
+  pages.was_touched(tried, milliseconds(8));
+  EXPECT_TRUE(gets_huge_pages());
+  EXPECT_TRUE(gets_huge_pages());
+}
+
 TEST_F(TargetPagesTest, AFewDearHugePagesAmongCheapOnesChangeNothing) {
-  const HostMemory memory(256 * kMiB);
-  auto& pages = TargetPages::of_process();
-  pages.was_touched(memory.bytes().first(32 * kMiB), milliseconds(3));
+  const std::span memory = take(256 * kMiB);
+  pages.was_touched(memory.first(32 * kMiB), milliseconds(3));
   for (std::uint64_t at = 32 * kMiB; at < 256 * kMiB; at += 32 * kMiB) {
-    pages.was_touched(memory.bytes().subspan(at, 4 * kMiB), milliseconds(9));
-    pages.was_touched(memory.bytes().subspan(at + 4 * kMiB, 28 * kMiB), milliseconds(3));
+    pages.was_touched(memory.subspan(at, 4 * kMiB), milliseconds(9));
+    pages.was_touched(memory.subspan(at + 4 * kMiB, 28 * kMiB), milliseconds(3));
   }
   EXPECT_FALSE(is_on_small_pages(memory.data() + 256 * kMiB - 1));
 }
 
 TEST_F(TargetPagesTest, MemoryOfOtherOriginIsIgnored) {
-  const HostMemory memory(4 * kMiB);
+  const std::span memory = take(4 * kMiB);
   std::vector<std::byte> other(16 * kMiB);
-  auto& pages = TargetPages::of_process();
   pages.was_touched(other, milliseconds(1000));
   pages.was_touched({memory.data(), 64 * kMiB}, milliseconds(1000));
   pages.was_touched({memory.data() - 64 * kMiB, 64 * kMiB}, milliseconds(1000));
