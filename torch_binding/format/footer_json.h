@@ -1,4 +1,4 @@
-/// Parses the JSON of a footer into typed fields.
+/// The JSON of a footer, parsed into typed fields and written.
 #pragma once
 
 #include <cstdint>
@@ -41,5 +41,10 @@ struct FooterFields {
 /// macroblock, where it is refused because it may say that the bytes are encoded. `payload_bytes` turns an offset in
 /// the text into one in the file, for messages. Throws: Error (kBadFile).
 FooterFields parse_footer_json(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path);
+
+/// Returns the footer of a file that `metadata` describes, with `checksums` if given. All of its text is UTF-8.
+std::string footer_json(const Metadata& metadata, const Checksums* checksums);
+/// Returns how long that is, in bytes, and takes no memory for it.
+std::uint64_t footer_json_bytes(const Metadata& metadata, bool checksums);
 
 }  // namespace flashpack

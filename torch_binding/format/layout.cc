@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "flashpack/format.h"
+#include "torch_binding/format/footer_json.h"
 #include "torch_binding/format/format_rules.h"
-#include "torch_binding/format/json_writer.h"
 
 namespace flashpack {
 
@@ -120,63 +120,6 @@ void append_macroblock(Metadata& metadata, std::span<const TensorSpec> tensors, 
   container.macroblocks.push_back(macroblock);
 }
 
-void write_macroblock(JsonWriter& json, const Macroblock& macroblock) {
-  json.begin('{');
-  json.key("dtype").string(dtype_name(macroblock.dtype));
-  json.key("offset_bytes").number(macroblock.offset_bytes);
-  json.key("length_bytes").number(macroblock.length_bytes);
-  json.key("length_elems").number(macroblock.length_elems);
-  json.end('}');
-}
-
-void write_record(JsonWriter& json, const Metadata& metadata, std::size_t i) {
-  const TensorRecord& record = metadata.records[i];
-  const std::uint32_t macroblock = metadata.container.macroblock_of[i];
-  const std::uint64_t begin_bytes = metadata.container.macroblocks[macroblock].offset_bytes;
-  const std::uint64_t width_bytes = element_bytes(record.dtype);
-  json.begin('{');
-  json.key("name").string(record.name);
-  json.key("shape").numbers(record.shape);
-  json.key("offset").number((record.offset_bytes - begin_bytes) / width_bytes);
-  json.key("length").number(record.size_bytes / width_bytes);
-  if (metadata.container.version == 4) json.key("macroblock").number(macroblock);
-  json.end('}');
-}
-
-/// Writes all that precedes the records.
-void write_preamble(JsonWriter& json, const Metadata& metadata) {
-  const Container& container = metadata.container;
-  const bool several = container.version == 4;
-  json.begin('{');
-  json.key("format").string(several ? "flashpack_v4" : "flashpack_v3");
-  if (!several) json.key("target_dtype").string(dtype_name(container.macroblocks.front().dtype));
-  json.key("align_bytes").number(container.align_bytes);
-  if (several) json.key("total_payload_bytes").number(metadata.payload_bytes);
-  json.key("total_elems").number(container.total_elems);
-  if (several) {
-    json.key("macroblocks").begin('[');
-    for (const Macroblock& macroblock : container.macroblocks) write_macroblock(json, macroblock);
-    json.end(']');
-  }
-  json.key("index").begin('[');
-}
-
-/// Writes all that follows the records. `out` is the text that `json` writes to.
-void write_rest(JsonWriter& json, std::string& out, const Metadata& metadata, const Checksums* checksums) {
-  json.end(']');
-  if (!metadata.user_metadata.empty()) json.key("metadata").strings(metadata.user_metadata);
-  if (checksums) {
-    json.key("crc32c_per_mib");
-    out += '"';
-    for (const std::uint32_t crc : checksums->crc32c) rules::append_crc(out, crc);
-    out += '"';
-    out += rules::kFooterCrcKey;
-    rules::append_crc(out, crc32c(std::as_bytes(std::span(out))));
-    out += '"';
-  }
-  json.end('}');
-}
-
 }  // namespace
 
 std::vector<std::size_t> file_order(std::span<const TensorSpec> tensors,
@@ -225,28 +168,12 @@ Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_by
 
 void check_footer(const Metadata& metadata, bool checksums) {
   check_can_be_written(metadata);
-  // Each record's JSON is measured alone, because the whole may be larger than memory.
-  std::string part;
-  JsonWriter json(part);
-  write_preamble(json, metadata);
-  std::uint64_t json_bytes = checksums ? rules::stripes_of(metadata.payload_bytes) * rules::kCrcDigits : 0;
-  for (std::size_t i = 0; i < metadata.records.size(); ++i) {
-    write_record(json, metadata, i);
-    json_bytes += part.size();
-    part.clear();
-  }
-  const Checksums none;
-  write_rest(json, part, metadata, checksums ? &none : nullptr);
-  check_size(json_bytes + part.size());
+  check_size(footer_json_bytes(metadata, checksums));
 }
 
 std::string encode_footer(const Metadata& metadata) {
   check_can_be_written(metadata);
-  std::string out;
-  JsonWriter json(out);
-  write_preamble(json, metadata);
-  for (std::size_t i = 0; i < metadata.records.size(); ++i) write_record(json, metadata, i);
-  write_rest(json, out, metadata, metadata.checksums ? &*metadata.checksums : nullptr);
+  std::string out = footer_json(metadata, metadata.checksums ? &*metadata.checksums : nullptr);
   check_size(out.size());
   const auto json_bytes = std::bit_cast<std::array<char, sizeof(std::uint64_t)>>(std::uint64_t{out.size()});
   out.append(json_bytes.data(), json_bytes.size());
