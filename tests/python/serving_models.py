@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import flashpack
 import safetensors.torch
@@ -72,3 +73,27 @@ def save_sharded(directory: Path, suffix: str) -> Path:
         weight_map |= dict.fromkeys(dict(part), name)
     (directory / f"model.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return save_whole(directory, suffix, {"of another program": torch.zeros(3)})
+
+
+def vllm_loader(**options: Any) -> Any:
+    """Returns what vLLM makes of `--load-format flashpack`."""
+    from flashpack.integrations.vllm import register
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    register()
+    return get_model_loader(LoadConfig(load_format="flashpack", **options))
+
+
+def sglang_loader(**options: Any) -> Any:
+    """Returns what SGLang makes of the load format, which may be written in any case."""
+    from flashpack.integrations.sglang import register
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_loader.loader import get_model_loader
+
+    register()
+    return get_model_loader(LoadConfig(load_format="FlashPack", **options))
+
+
+def weights_of(directory: Path, loader: Any, **source: Any) -> dict[str, torch.Tensor]:
+    return dict(loader._get_weights_iterator(loader.Source(str(directory), **source)))
