@@ -13,11 +13,12 @@ from typing import Any
 
 import flashpack
 import pytest
-from checkpoints import STATE
+from checkpoints import STATE, halves, save_index
 from flashpack import FlashPackError, commands
 from flashpack._repository import OPTIONS, check_inside, check_model_config, components_of, open_regular
 from hub_cache import COMMIT, make_hub_cache
 from safetensors.torch import save_file
+from support import assert_bit_equal
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -162,6 +163,46 @@ def test_a_conversion_reads_and_copies_nothing_through_a_link_that_leads_out(tmp
     with pytest.raises(FlashPackError, match=f"{name} is a link that leads out"):
         commands.convert_to_flashpack(directory, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["model", "secret"]
+
+
+@pytest.mark.parametrize("of_whom", ["the Hub's cache", "the user"])
+def test_the_files_that_an_index_lists_may_be_links_for_a_load_and_only_those_of_the_cache_for_a_conversion(
+    tmp_path, of_whom
+):
+    (tmp_path / "made").mkdir()
+    shards = dict(zip(("1.safetensors", "2.safetensors"), halves(), strict=True))
+    save_index(tmp_path / "made" / "model.safetensors.index.json", shards)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
+    if of_whom == "the user":
+        directory = tmp_path / "model"
+        directory.mkdir()
+        for name in files:
+            (directory / name).symlink_to(f"../made/{name}")
+    else:
+        directory = make_hub_cache(tmp_path / "cache", files) / "models--x--y" / "snapshots" / COMMIT
+        for link in directory.iterdir():  # The Hub's own are relative.
+            blob = link.readlink()
+            link.unlink()
+            link.symlink_to(f"../../blobs/{blob.name}")
+    for path in (directory, directory / "model.safetensors.index.json"):
+        assert_bit_equal(flashpack.load_file(path), STATE)
+        assert_bit_equal(dict(flashpack.stream_tensors(path)), STATE)
+    if of_whom == "the user":
+        with pytest.raises(FlashPackError, match=r"safetensors(\.index\.json)? is a link that leads out"):
+            commands.convert_to_flashpack(directory, tmp_path / "out")
+    else:
+        commands.convert_to_flashpack(directory, tmp_path / "out")
+        assert_bit_equal(flashpack.load_file(tmp_path / "out"), STATE)
+
+
+def test_a_link_in_an_index_that_leads_to_something_else_is_an_error_that_says_what_it_is(tmp_path):
+    (tmp_path / "secret").write_text("no weights\n" * 10)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "1.safetensors").symlink_to("../secret")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors"}}))
+    with pytest.raises(FlashPackError, match=r"1\.safetensors.*it is a text"):
+        flashpack.load_file(index)
 
 
 @pytest.mark.parametrize("target", ["..", "../model", "loop", "../model2/a", "sub/../.."])
