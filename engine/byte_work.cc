@@ -177,7 +177,7 @@ std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writin
   return ask() == 0 ? 0 : -EFAULT;
 }
 
-// The page faults of a copy from the page cache to fresh memory cost more than to populate that memory first.
+// Page faults during a copy to fresh memory cost more than populating it first.
 void populate_if_fresh(std::span<const Fragment> fragments) {
   for (const Fragment& fragment : fragments) {
     const std::span<std::byte> memory(fragment.memory, fragment.size_bytes);
@@ -209,7 +209,7 @@ void count_view(const ByteWork& work) {
   work.sums->add(begin, work.view.between(begin, end));
 }
 
-// Skips stripes with a gap between two fragments, because a stripe that is not read whole is never compared.
+// Leaves out the part of a stripe that borders on a gap, because a stripe that is not read whole is never compared.
 void count_between_gaps(std::span<const Fragment> fragments, StripeSums& sums) {
   constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
   const auto end_of = [](const Fragment& fragment) { return fragment.offset_bytes + fragment.size_bytes; };

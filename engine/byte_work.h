@@ -1,5 +1,5 @@
 /// The work of a CPU on the bytes of a chunk: reads and writes through the page cache, copies between slots and memory,
-/// checksums, page faults.
+/// checksums, page faults. Any thread may call the functions here, for bytes that no other thread uses.
 #pragma once
 
 #include <cassert>
@@ -54,7 +54,7 @@ struct ByteWork {
   std::span<const Fragment> fragments;
   PageCache page_cache;
   Touch touch = Touch::kNothing;
-  /// Where the bytes of the fragments and, with kScatter and kChecksum, between them are counted. Null if they are not.
+  /// If set, the moved bytes go into these sums; for kScatter and kChecksum those between the fragments, too.
   StripeSums* sums = nullptr;
   const void* transfer = nullptr;  ///< Operations of one transfer may be reported together.
 };

@@ -26,8 +26,8 @@ using cuda::ContextGuard;
 // One copy engine serves each direction; the second stream fills the pauses between copies of the first.
 constexpr std::size_t kLanes = 2;
 
-// A copy costs its thread 5 us, in a batch less. More copies would keep the driver from the disk, so the pool does
-// them.
+// Starting a copy takes 5 us, and less in a batch. More of them than this go to the pool, so that the driver stays free
+// for the disk.
 constexpr std::size_t kMostFragmentsForDriver = 16;
 
 // A context that has failed answers every call with its error, also the question whether its copies have ended. The
@@ -141,7 +141,7 @@ class CudaCopier final : public Copier {
     ByteWork work{};
     cudaStream_t stream = nullptr;
     Copy* next = nullptr;                 // The next copy in its lane.
-    cudaError_t error = cudaSuccess;      // The first error of the copy or of asking for its end.
+    cudaError_t error = cudaSuccess;      // First error of the copy or of its event.
     std::atomic<bool> started = false;    // Only the driver uses the copy from then on.
     std::vector<void*> targets, sources;  // One for every fragment.
     std::vector<std::size_t> sizes;

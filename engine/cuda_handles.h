@@ -1,4 +1,4 @@
-/// RAII for the CUDA runtime, and its errors. Only *_cuda.cc include this.
+/// RAII for the CUDA runtime, and its errors. Only *_cuda.cc and gate_cuda.h include this.
 #pragma once
 
 #include <cuda.h>

@@ -193,8 +193,8 @@ void Engine::Impl::drive(std::promise<void>& ready) {
   run();
 }
 
-// A sandbox that refuses the ring may also refuse to close it. The end of the thread closes it, so another thread goes
-// on.
+// A sandbox that refuses the ring may refuse to close the ring. The kernel closes it when its thread ends, so another
+// thread continues.
 void Engine::Impl::run() {
   while (!machine_->pipeline->run()) {
     try {

@@ -42,11 +42,12 @@ class Engine::Impl {
   void drive(std::promise<void>& ready);
   void run();
 
-  // Constant; the driver thread sets the backend before the constructor returns.
+  // Constant once the constructor has returned. Before that, the driver thread sets fallback_reason_, pipeline_, facts_
+  // and, in options_, the backend and the NUMA node.
   EngineOptions options_;
   std::string fallback_reason_;
   const pid_t owner_;
-  internal::Pipeline* pipeline_ = nullptr;  // A part of machine_, as is what facts_ points to.
+  internal::Pipeline* pipeline_ = nullptr;  // Inside machine_, as is what facts_ points to.
   internal::EngineFacts facts_;
   std::unique_ptr<Machine> machine_;  // Only for the driver thread, which makes and destroys it.
   std::thread driver_;

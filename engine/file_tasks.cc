@@ -10,7 +10,8 @@ namespace flashpack::internal {
 
 namespace {
 
-// The kinds of subjects of these tasks, each in a bit that the others, and those of other tasks, do not have.
+// The highest of these bits that is set in a subject tells its kind. The subjects of other tasks, which are numbers of
+// descriptors, have none of them.
 constexpr Pool::Subject kGiven = Pool::Subject{1} << 61;
 constexpr Pool::Subject kClosing = Pool::Subject{1} << 62;
 constexpr Pool::Subject kOpening = Pool::Subject{1} << 63;

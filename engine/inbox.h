@@ -37,7 +37,7 @@ class Inbox {
 
   /// Any thread, until the transfer has ended: hands it to the driver, and sets its `inbox`.
   void start(std::shared_ptr<TransferState> transfer);
-  /// Any thread, once for each transfer, until it has ended.
+  /// Any thread: asks the driver to cancel a transfer. Once for each transfer, and not after its end.
   void cancel(std::shared_ptr<TransferState> transfer) noexcept;
   /// Any thread: lets end() return true.
   void close() noexcept;

@@ -27,9 +27,8 @@ struct IoCompletion {
   std::int64_t result;  ///< Number of bytes, or -errno.
 };
 
-/// Keeps many operations in flight, each known by its tag. push() starts an operation, at the latest with the next
-/// wait(). It requires that `tag` is below the limit given at construction and not in flight, and that all memory stays
-/// valid until the completion. Thread safety: push(), cancel() and wait() from one thread; wake() from any.
+/// Keeps many operations in flight, each known by its tag. Those who derive from it have a push(), for requests of
+/// their own type. Thread safety: push(), cancel() and wait() from one thread; wake() from any.
 class Queue {
  public:
   virtual ~Queue() = default;
@@ -49,6 +48,8 @@ class Queue {
 class DiskQueue : public Queue {
  public:
   using Request = DiskRequest;
+  /// Starts an operation, at the latest with the next wait(). Requires: `tag` is below the limit given at construction,
+  /// and not in flight; all memory stays valid until the completion.
   virtual void push(unsigned tag, const DiskRequest& request) = 0;
 
   /// Whether the kernel takes no more operations; then none must be pushed. Operations in flight complete with -EAGAIN

@@ -77,9 +77,8 @@ bool Jobs::idle() const {
   return idle;
 }
 
-// Whether the part must leave the rest to others, when stuck jobs have `used` so many tags or slots: if its file has
-// many stuck jobs and more than `of_files` are used, or its file system has many and more than `of_file_systems` are
-// used.
+// True if `part` may take no more of a resource of which stuck jobs have `used` so much: its file has many stuck jobs
+// and more than `of_files` is used, or its file system has many and more than `of_file_systems` is used.
 bool Jobs::has_enough_stuck(const Part& part, std::size_t used, std::size_t of_files,
                             std::size_t of_file_systems) const {
   const std::uint32_t many = std::min(limits_.queue_depth, limits_.slots);
@@ -96,7 +95,7 @@ std::optional<int> Jobs::take_slot(const Part& part) {
   const std::size_t used = slots_.size() - free_slots_.size() - stuck_slots_;
   if (free_slots_.empty() || used + kept >= limits_.slots) return std::nullopt;
   const std::size_t spare = slots_.size() - limits_.slots;
-  // If all operations of the part get stuck now, so many slots are stuck.
+  // How many slots would be stuck if every operation of this part got stuck now.
   const std::size_t soon_stuck = stuck_slots_ + std::min(limits_.queue_depth, limits_.slots);
   if (has_enough_stuck(part, soon_stuck, spare, spare + limits_.slots / 2)) return std::nullopt;
   const int slot = free_slots_.back();

@@ -25,8 +25,8 @@ struct Job {
   Step step = Step::kFree;
   int slot = -1;
   SlotView view;                                // The bytes in the slot or, in place, in the caller's memory.
-  Fragment file_bytes{};                        // The range of the file that they are read from or written to.
-  std::uint64_t done_bytes = 0;                 // Bytes of it that direct I/O has moved, in whole blocks.
+  Fragment file_bytes{};                        // The bytes of `view` as a range of the file.
+  std::uint64_t done_bytes = 0;                 // Bytes of file_bytes that direct I/O has moved, in whole blocks.
   unsigned stalls = 0;                          // Results in a row that moved no further block.
   Queue* queue = nullptr;                       // The queue that has the job's operation.
   std::chrono::steady_clock::time_point since;  // When the step began.

@@ -9,19 +9,20 @@
 
 namespace flashpack::internal {
 
-/// Keeps count of what each extent of a file still waits for, as the chunks of its plan are delivered.
+/// Keeps count of what each extent of a file still waits for, as the chunks of its plan are delivered. Thread safety:
+/// one thread.
 class Landing {
  public:
   /// Extents are numbered from 0 on and below `extents`. If `cell_bytes` is not 0, the chunks of one cell of the grid
   /// land together, so that the stripes in that cell, which may belong to several of its chunks, can be compared first.
   Landing(const Plan& plan, std::uint32_t extents, std::uint64_t cell_bytes);
 
-  /// To be called once for each chunk of the plan, when it has been delivered. Returns the chunks that land with it,
-  /// all as indices in the plan: itself, or all chunks of its cell, in the order of the file, if it is the last of
-  /// them, or none.
+  /// To be called once for each chunk of the plan, when it has been delivered. Returns the plan indices of the chunks
+  /// that land now: this one; or, if it completes its cell, all chunks of the cell in the order of the file; else none.
   std::span<const std::uint32_t> deliver(std::uint32_t chunk);
 
-  /// To be called once for each fragment of the chunks that land. Whether it was the last of its extent.
+  /// To be called once for each fragment of the chunks that land. Returns whether it was the last fragment of its
+  /// extent.
   bool land(const Fragment& fragment) { return --fragments_left_[fragment.extent] == 0; }
 
   /// Whether nothing of the extent is left to land, as from the start for an extent of no bytes.

@@ -17,8 +17,8 @@ namespace flashpack::internal {
 /// The driver's counts for a place, which is a directory or a mount point. Unlike the file system, the place is known
 /// before the file is open, so that threads can be counted that are late in an open.
 struct PlaceCounts {
-  std::uint32_t with_threads = 0;  // Parts whose files are being opened or closed, if begun while a part was held up.
-  std::uint32_t late = 0;          // Those of them whose threads are late.
+  std::uint32_t with_threads = 0;     // Parts here with a thread, counted only from when some part was held up.
+  std::uint32_t late = 0;             // Those of them whose threads are late.
   FileSystem* file_system = nullptr;  // The file system of its files, once known.
 
   std::size_t held_up_loads() const noexcept { return file_system ? file_system->held_up_loads() : 0; }
@@ -72,7 +72,7 @@ class OpenParts {
 
   std::map<std::uint64_t, Part*> waiting_;                    // Parts to be opened, sorted by turn.
   std::map<std::uint64_t, Part*> parked_;                     // Likewise, but their places have used up their share.
-  bool look_at_parked_ = false;                               // Something that was late has come back.
+  bool look_at_parked_ = false;                               // Parked parts may have room now.
   std::map<std::uint64_t, FileSystem> file_systems_;          // One for each device number; never removed.
   std::array<std::map<std::string, PlaceCounts>, 2> places_;  // Directories and mount points; never removed.
   Mounts mounts_;                                             // The mount points when something last became late.

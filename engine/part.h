@@ -28,8 +28,8 @@ namespace flashpack::internal {
 struct TransferState;
 class DiskQueue;
 
-/// The values of an Error, from which each wait() makes an Error of its own. Copies of an exception share their text,
-/// which several threads must not use at a time.
+/// The values of an Error, from which each wait() makes an Error of its own. An exception that several threads rethrow
+/// is one object for all of them, which one thread could change while another reads it.
 struct Failure {
   explicit Failure(const Error& error);
   /// Makes a Failure for the file at `path` from the exception that is being handled.
@@ -43,7 +43,7 @@ struct Failure {
 };
 
 /// An open file, with the driver's notes about it. Loads of one path share it, and a FileWriter shares its file with
-/// its writes. None of them ends last for certain, so that the last one closes it.
+/// its writes, because any of them may be the last to use the file.
 struct OpenFile {
   OpenFile(File opened, DiskQueue* its_queue) : file(std::move(opened)), queue(its_queue) {}
 
@@ -89,7 +89,8 @@ class FileTable {
   std::map<std::filesystem::path, std::weak_ptr<OpenFile>> open_;  // Weak, so that a file is closed after its loads.
 };
 
-/// Only the driver uses it, except while a thread of the pool opens or closes the file.
+/// Only the driver uses it, except while a thread of the pool opens or closes the file. After the end of a store, its
+/// FileWriter reads the sums.
 struct Part {
   enum class State : std::uint8_t {
     kWaiting,   // Until its turn comes.
@@ -104,7 +105,7 @@ struct Part {
   std::filesystem::path path;  // Also for messages.
   UniqueFd given;              // A descriptor of the file; if set, `path` is only for messages.
   std::optional<FileIdentity> expected;
-  std::optional<Checksums> checksums;  // Of the stripes from `first_stripe` on that the extents have bytes of.
+  std::optional<Checksums> checksums;  // From stripe `first_stripe` to the last stripe that an extent touches.
   std::uint64_t first_stripe = 0;      // Index in the file.
   CachePolicy cache = CachePolicy::kAuto;
   std::vector<Fragment> extents;       // Moved into the plan later.
@@ -136,8 +137,7 @@ struct Part {
   bool in_places = false;                // Whether PlaceCounts::with_threads counts the part.
   State state = State::kWaiting;
   std::uint64_t turn = 0;  // Ascends in the order in which transfers start.
-  // Whether no other file of a load was open, except those of parts that are held up, when this one was to be opened.
-  // To wait for the descriptor of another file is then no use, so that a lack of descriptors is an error.
+  // True if no other file was open whose close could free a descriptor; running out is then an error.
   bool alone = false;
   bool awaited = true;                          // The transfer does not end before the part is done.
   bool late = false;                            // The part's thread has taken longer than kLate.

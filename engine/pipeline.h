@@ -29,8 +29,8 @@ namespace flashpack::internal {
 /// A file system that does not answer delays only the transfers of its own files. Jobs limits the operations and slots
 /// that it may have meanwhile, and OpenParts the open files.
 ///
-/// One thread, the driver, calls run(). It does no byte work, never blocks in a file system, and allocates nothing per
-/// chunk.
+/// One thread, the driver, calls run(). It never blocks in a file system, allocates nothing per chunk, and leaves all
+/// work on bytes to others, except that a copier may clear the gaps of a chunk in which few extents lie.
 class Pipeline final : private Steps::Owner {
  public:
   struct Limits {

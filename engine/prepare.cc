@@ -79,8 +79,8 @@ void check_targets(std::span<const FileExtents> files) {
   if (overlap != targets.end()) throw argument_error("load: targets overlap in memory");
 }
 
-// Copies the checksums of the stripes that the extents of the part have bytes of, because a load of a little of a large
-// file should not copy them all.
+// Copies only the checksums of stripes that the extents touch, because a load of a little of a large file should not
+// copy them all.
 void take_checksums(const Checksums& all, Part& part) {
   constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
   std::uint64_t begin = all.size_bytes;

@@ -1,4 +1,5 @@
-/// Turns a request into a transfer that can be started. All errors in the arguments are found here.
+/// Turns a request into a transfer that can be started. All errors in the arguments are found here. Any thread may call
+/// these functions.
 #pragma once
 
 #include <cstdint>

@@ -201,7 +201,6 @@ Finding gpus() {
   return finding;
 }
 
-// Finds the file system of `path`: the one whose mount point is the longest prefix of it.
 Finding file_system(const fs::path& path) {
   std::error_code ignored;
   const std::string full = fs::canonical(path, ignored).string() + "/";

@@ -29,13 +29,13 @@ struct Queues {
 /// Thread safety: one thread, the driver. Nothing here allocates for a chunk, or blocks in a file system.
 class Steps {
  public:
-  /// The owner starts chunks, and Steps tells it how each of them ends, so that the owner can start others. A call may
-  /// start and abandon chunks.
+  /// The owner starts chunks, and Steps tells it how each of them ends, so that the owner can start others. Each
+  /// callback may call set_out() and abandon_chunks_of().
   class Owner {
    public:
     /// All bytes of the chunk are where they belong, and it is not under way any more.
     virtual void on_delivered(Part& part, const Chunk& chunk) = 0;
-    /// A chunk that was called cached is not. The part's router has it again.
+    /// The router called the chunk cached, but it was not; the router has it again.
     virtual void on_given_back(Part& part) = 0;
     virtual void on_failed(TransferState& transfer, const Error& error) = 0;
     /// A chunk of a transfer that has failed has come back.

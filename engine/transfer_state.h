@@ -59,20 +59,22 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
   pid_t owner = 0;
 
-  // Only for the driver, once started.
-  std::deque<Part> parts;                         // A store has one part, already open. Parts never move in memory.
-  std::shared_ptr<TransferState> self;            // Set until the end, so that the state outlives its handle.
-  std::shared_ptr<TransferState> next_cancelled;  // List of cancelled transfers; protected by the inbox.
-  std::unique_ptr<Gate> gate;                     // While set, nothing is copied to or from a device.
-  std::size_t parts_awaited = 0;                  // Parts that the end still waits for.
-  std::uint32_t jobs = 0;                         // Chunks under way.
-  std::optional<Failure> failure;                 // If set at the start, the transfer ends at once.
+  // Only for the driver, once started. After `ended`, a FileWriter reads the sums of its part.
+  std::deque<Part> parts;               // A store has one part, already open. Parts never move in memory.
+  std::shared_ptr<TransferState> self;  // Set until the end, so that the state outlives its handle.
+  std::unique_ptr<Gate> gate;           // While set, nothing is copied to or from a device.
+  std::size_t parts_awaited = 0;        // Parts that the end still waits for.
+  std::uint32_t jobs = 0;               // Chunks under way.
+  std::optional<Failure> failure;       // If set at the start, the transfer ends at once.
 
   // For any thread; only the driver writes the counters.
   std::atomic<bool> cancel_requested = false;
   std::atomic<std::uint64_t> done_bytes = 0;
   std::atomic<std::uint32_t> outstanding = 0;  // Chunks under way, and files that are opened or closed.
   std::uint64_t total_bytes = 0;               // Constant once started.
+
+  // The next in the inbox's list of cancelled transfers; protected by the inbox's mutex, until the driver has the list.
+  std::shared_ptr<TransferState> next_cancelled;
 
   // The driver writes this until the end, then it is constant.
   TransferStats stats;

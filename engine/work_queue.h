@@ -6,9 +6,11 @@
 
 namespace flashpack::internal {
 
+/// Thread safety: as Queue.
 class WorkQueue : public Queue {
  public:
   using Request = ByteWork;
+  /// As DiskQueue::push().
   virtual void push(unsigned tag, const ByteWork& work) = 0;
 };
 

@@ -1,4 +1,5 @@
-/// Anonymous memory of the host. Its pages are zero, and the system provides each when it is first touched.
+/// Anonymous memory of the host. Its pages are zero, and the system provides each when it is first touched. Any thread
+/// may call the functions here.
 #pragma once
 
 #include <cstddef>

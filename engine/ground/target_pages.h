@@ -19,8 +19,8 @@ class TargetPages {
   TargetPages();
   static TargetPages& of_process();
 
-  /// Returns the pages for `size_bytes` that begin `before_bytes` after a multiple of 2 MiB, which is where the pages
-  /// begin. Their contents are unspecified, and fresh ones are untouched. Throws: Error (errno of mmap).
+  /// Returns memory that begins at a multiple of 2 MiB and has `before_bytes` + `size_bytes`, rounded up to whole huge
+  /// pages. Its contents are unspecified, and fresh pages are untouched. Throws: Error (errno of mmap).
   std::span<std::byte> take(std::size_t before_bytes, std::size_t size_bytes);
 
   /// Takes what take() returned.
@@ -48,7 +48,7 @@ class TargetPages {
   const bool keeps_;
   std::mutex mutex_;  // Protects the rest.
   std::map<std::byte*, Used> used_;
-  /// Sizes in bytes. No range ends where the next one begins. A forked child does not have these pages.
+  /// Address to size in bytes; neighbours are merged. A forked child does not have these pages.
   std::map<std::byte*, std::size_t> kept_;
   std::uint64_t used_bytes_ = 0;
   std::uint64_t kept_bytes_ = 0;

@@ -42,7 +42,7 @@ struct Extent {
   /// EFAULT if host memory cannot be written.
   void* target = nullptr;
   /// Extents with a lower value are read before the others of their file, those with the same value in the order of the
-  /// file. What is in the page cache does not wait for what is not.
+  /// file. A cached extent may land before an uncached one of higher priority.
   std::uint16_t priority = 0;
 };
 
@@ -85,7 +85,7 @@ enum class AfterLoad : std::uint8_t {
 };
 
 struct LoadRequest {
-  /// Files are read in this order, but one of which at most one chunk is wanted does not wait for larger ones.
+  /// Files are read in this order, but a file of which at most one chunk is wanted does not wait for larger ones.
   std::vector<FileExtents> files;
   CachePolicy cache = CachePolicy::kAuto;
   AfterLoad after = AfterLoad::kKeep;
@@ -169,8 +169,8 @@ class Engine {
   /// Returns at once. Each file is opened when its turn comes, because few files are open at a time, so the load reads
   /// the file that is at the path then; `expected` and `fd` guard against another one. `completion`, if given, is
   /// borrowed until called. Throws: Error (kInvalidArgument for targets that are null or overlap; kUnusable; an error
-  /// of CUDA about `stream`); `completion` is not called then. The transfer reports errors of the files, and targets on
-  /// another device.
+  /// of CUDA about `stream`); `completion` is not called then. Errors of the files, and targets on another device, end
+  /// the transfer, and wait() throws them.
   Transfer start_load(LoadRequest request, Completion* completion = nullptr);
   /// The transfer is not valid() after an error.
   Transfer start_load(LoadRequest request, Completion* completion, std::error_code& error) noexcept;

@@ -3,6 +3,8 @@
 /// A flashpack file is [payload][JSON footer][u64 LE footer length][8 bytes magic], a safetensors file is
 /// [u64 LE header length][JSON header][payload]; all integers are little-endian. Readers need only the records, which
 /// say where each tensor lies; only the codec of flashpack files needs macroblocks.
+///
+/// Thread safety: any thread may call the functions, at the same time, too.
 #pragma once
 
 #include <cstddef>

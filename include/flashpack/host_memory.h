@@ -23,8 +23,8 @@ namespace flashpack {
 /// Thread safety: any thread may call static members, and use or destroy an object that no other thread uses.
 class HostMemory {
  public:
-  /// The contents are unspecified. The address is `offset_bytes` modulo 4096, and modulo 2 MiB if the memory has that
-  /// size. `offset_bytes` should be the place in the file of what is read there. Throws: Error (errno of mmap).
+  /// The contents are unspecified. The address is `offset_bytes` modulo 4096, and modulo 2 MiB if it has at least 2
+  /// MiB. `offset_bytes` should be the place in the file of what is read there. Throws: Error (errno of mmap).
   explicit HostMemory(std::size_t size_bytes, std::uint64_t offset_bytes = 0);
   HostMemory(HostMemory&& other) noexcept
       : pages_(std::exchange(other.pages_, {})), bytes_(std::exchange(other.bytes_, {})) {}

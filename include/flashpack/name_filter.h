@@ -6,7 +6,8 @@
 
 namespace flashpack {
 
-/// Matches a name that is listed, or that begins or ends as listed. The default matches no name.
+/// Matches a name that is listed, or that begins or ends as listed. The default matches no name. Thread
+/// safety: as a standard container.
 struct NameFilter {
   std::vector<std::string> names;
   std::vector<std::string> prefixes;

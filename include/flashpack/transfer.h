@@ -12,7 +12,7 @@ namespace flashpack {
 
 using Deadline = std::chrono::steady_clock::time_point;
 
-/// How bytes get from files to the engine.
+/// How direct reads and writes are carried out.
 enum class Backend : std::uint8_t {
   kAuto,          ///< io_uring where the kernel and the sandbox allow it, else the workers.
   kIoUring,       ///< io_uring; if it is refused, Engine's constructor throws.
@@ -23,8 +23,8 @@ enum class Backend : std::uint8_t {
 /// "auto", "io_uring", "plain io_uring" or "workers".
 const char* to_string(Backend backend) noexcept;
 
-/// Statistics of a transfer. direct_bytes counts all bytes that the kernel moved, also those that alignment adds;
-/// buffered_bytes counts only bytes that were asked for.
+/// Statistics of a transfer. direct_bytes counts all bytes that the kernel moved, also those that alignment adds.
+/// buffered_bytes counts the bytes that were asked for and, to and from a device, the small gaps between them.
 struct TransferStats {
   std::uint64_t requested_bytes = 0;  ///< Sum of the extents' sizes.
   std::uint64_t direct_bytes = 0;     ///< Bytes moved with O_DIRECT, past the page cache.
@@ -35,7 +35,8 @@ struct TransferStats {
                               ///< direct I/O, or found a page not cached.
   std::uint64_t verified_bytes = 0;  ///< Bytes of a load that matched their checksums.
   double seconds = 0;                ///< Seconds from the start to the end of the transfer.
-  bool pinned = false;               ///< Whether slots are page-locked for a CUDA device; without that copies are slow.
+  bool pinned = false;  ///< Whether slots are page-locked for a CUDA device; without that, copies are slow. Always
+                        ///< false for an engine of the host.
   Backend backend = Backend::kAuto;  ///< The backend of direct I/O; never kAuto once the transfer has started.
   std::string fallback_reason;  ///< Each slower way that was taken, as "<what>: <why>", joined by "; "; else empty.
 };
@@ -44,7 +45,7 @@ struct TransferStats {
 struct Progress {
   std::uint64_t done_bytes = 0;   ///< Bytes that are in their targets, or for a write in the file.
   std::uint64_t total_bytes = 0;  ///< TransferStats::requested_bytes.
-  std::uint32_t outstanding = 0;  ///< Operations in flight, and files that are being opened or closed.
+  std::uint32_t outstanding = 0;  ///< Chunks under way, and files that are being opened or closed.
   bool finished = false;
 };
 

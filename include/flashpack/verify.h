@@ -30,7 +30,7 @@ struct VerifyReport {
 /// Reads the payload of the file that `metadata` was read from, and compares every stripe with its checksum; it goes on
 /// after a stripe that does not match. The call blocks, and takes 128 MiB of memory in addition to the engine's.
 /// `progress`, if given, is called on the calling thread with the number of bytes that are done. Throws: Error
-/// (kBadFile when the file has no checksums; kFileChanged; errno).
+/// (kBadFile when the file has no checksums; kFileChanged; errno). Any thread.
 VerifyReport verify_payload(Engine& engine, const std::filesystem::path& path, const Metadata& metadata,
                             const std::function<void(std::uint64_t done_bytes)>& progress = {});
 
