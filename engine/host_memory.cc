@@ -1,7 +1,7 @@
 #include "flashpack/host_memory.h"
 
 #include "engine/ground/host_region.h"
-#include "engine/ground/pages.h"
+#include "engine/ground/rounding.h"
 #include "engine/ground/target_pages.h"
 
 namespace flashpack {

@@ -6,7 +6,7 @@
 #include <span>
 #include <vector>
 
-#include "engine/ground/pages.h"
+#include "engine/ground/rounding.h"
 
 namespace flashpack::internal {
 

@@ -8,7 +8,7 @@
 #include <cerrno>
 
 #include "engine/ground/error.h"
-#include "engine/ground/pages.h"
+#include "engine/ground/rounding.h"
 
 namespace flashpack::internal {
 

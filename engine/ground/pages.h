@@ -1,27 +1,18 @@
-/// Pages of memory, and rounding to them and to other powers of two.
+/// The kernel's pages of memory.
 #pragma once
 
 #include <unistd.h>
 
 #include <cstdint>
 
-namespace flashpack::internal {
+#include "engine/ground/rounding.h"
 
-/// Reads in place are of whole pages, so that the kernel writes to no page that others use.
-inline constexpr std::uint32_t kPageBytes = 4096;
-inline constexpr std::uint64_t kHugePageBytes = std::uint64_t{2} << 20;
+namespace flashpack::internal {
 
 /// The kernel's page, 4096 to 65,536 bytes. cachestat(2), mincore(2) and madvise(2) count in it, and a fork shares it.
 inline std::uint32_t system_page_bytes() noexcept {
   static const auto bytes = static_cast<std::uint32_t>(::sysconf(_SC_PAGESIZE));
   return bytes;
-}
-
-constexpr std::uint64_t round_down(std::uint64_t value, std::uint64_t power_of_two) {
-  return value & ~(power_of_two - 1);
-}
-constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t power_of_two) {
-  return round_down(value + power_of_two - 1, power_of_two);
 }
 
 }  // namespace flashpack::internal
