@@ -2,7 +2,8 @@
 
 #include <charconv>
 #include <fstream>
-#include <limits>
+#include <sstream>
+#include <utility>
 
 namespace flashpack::internal {
 
@@ -24,22 +25,32 @@ std::string unescaped(const std::string& text) {
 
 }  // namespace
 
-void Mounts::read() {
-  points_.clear();
-  std::ifstream lines("/proc/self/mountinfo");
-  std::string id, parent, device, root, point;
-  while (lines >> id >> parent >> device >> root >> point) {
-    points_.insert(unescaped(point));
-    lines.ignore(std::numeric_limits<std::streamsize>::max(), '\n');
+Mounts::Mounts(std::istream& mountinfo) {
+  for (std::string line; std::getline(mountinfo, line);) {
+    const auto separator = line.find(" - ");  // Optional fields end here.
+    if (separator == std::string::npos) continue;
+    std::string skipped;
+    MountInfo mount;
+    std::istringstream(line) >> skipped >> skipped >> skipped >> skipped >> mount.point;
+    std::istringstream(line.substr(separator + 3)) >> mount.file_system >> mount.source;
+    mount.point = unescaped(mount.point);
+    mount.source = unescaped(mount.source);
+    std::string point = mount.point;
+    by_point_.insert_or_assign(std::move(point), std::move(mount));  // A later mount at the same point hides others.
   }
 }
 
-std::string Mounts::above(std::filesystem::path directory) const {
-  while (!points_.contains(directory.native())) {
-    if (!directory.has_relative_path()) return {};
-    directory = directory.parent_path();
+Mounts Mounts::of_process() {
+  std::ifstream mountinfo("/proc/self/mountinfo");
+  return Mounts(mountinfo);
+}
+
+const MountInfo* Mounts::find(std::filesystem::path path) const {
+  while (true) {
+    if (const auto mount = by_point_.find(path.native()); mount != by_point_.end()) return &mount->second;
+    if (!path.has_relative_path()) return nullptr;
+    path = path.parent_path();
   }
-  return directory.native();
 }
 
 }  // namespace flashpack::internal

@@ -101,7 +101,8 @@ std::size_t OpenParts::held_up() const {
 std::array<PlaceCounts*, 2> OpenParts::places_of(const Part& part) {
   std::error_code no_working_directory;
   const auto directory = std::filesystem::absolute(part.path, no_working_directory).lexically_normal().parent_path();
-  return {&places_[0][directory.native()], &places_[1][mounts_.above(directory)]};
+  const MountInfo* const mount = mounts_.find(directory);
+  return {&places_[0][directory.native()], &places_[1][mount ? mount->point : std::string()]};
 }
 
 // Whether the parts at `place` take at most 1 / `shares` of what the parts elsewhere leave of kHeldUpLimit.

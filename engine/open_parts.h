@@ -5,8 +5,10 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/mounts.h"
@@ -41,6 +43,9 @@ class OpenParts {
  public:
   using Time = std::chrono::steady_clock::time_point;
 
+  /// `read_mounts` returns the mounts at the time of the call, and asks no file system.
+  explicit OpenParts(std::function<Mounts()> read_mounts) : read_mounts_(std::move(read_mounts)) {}
+
   static constexpr std::size_t kMaxOpen = 32;
   static constexpr std::size_t kHeldUpLimit = 256;
 
@@ -57,8 +62,8 @@ class OpenParts {
   const std::vector<Part*>& with_threads() const noexcept { return with_threads_; }
   /// Finds the threads of parts that have become late.
   void mark_late(Time now);
-  /// To be called when an operation has become late: reads the mount points, because places are looked up from then on.
-  void read_mounts() { mounts_.read(); }
+  /// To be called when an operation has become late: reads the mounts, because places are looked up from then on.
+  void read_mounts() { mounts_ = read_mounts_(); }
 
  private:
   void leave_state(Part& part);
@@ -75,7 +80,8 @@ class OpenParts {
   bool look_at_parked_ = false;                               // Parked parts may have room now.
   std::map<std::uint64_t, FileSystem> file_systems_;          // One for each device number; never removed.
   std::array<std::map<std::string, PlaceCounts>, 2> places_;  // Directories and mount points; never removed.
-  Mounts mounts_;                                             // The mount points when something last became late.
+  const std::function<Mounts()> read_mounts_;
+  Mounts mounts_;  // The mounts when something last became late.
   std::vector<Part*> with_threads_;
   std::size_t open_ = 0;  // Parts of loads from kOpening to kClosing.
   std::size_t late_ = 0;  // Those of them whose threads are late.

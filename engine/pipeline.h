@@ -97,7 +97,7 @@ class Pipeline final : private Steps::Owner {
   const Limits limits_;
   FileTasks files_;
   Steps steps_;
-  OpenParts parts_;
+  OpenParts parts_{Mounts::of_process};
   std::chrono::steady_clock::time_point now_;  // Time at the start of this turn of the loop.
   std::chrono::steady_clock::time_point looked_for_late_;
 

@@ -14,6 +14,7 @@
 
 #include "engine/file.h"
 #include "engine/ground/error.h"
+#include "engine/mounts.h"
 #include "engine/residency.h"
 #include "engine/ring.h"
 #include "engine/staging.h"
@@ -203,22 +204,9 @@ Finding gpus() {
 
 Finding file_system(const fs::path& path) {
   std::error_code ignored;
-  const std::string full = fs::canonical(path, ignored).string() + "/";
-  std::ifstream in("/proc/self/mountinfo");
-  std::size_t longest = 0;
-  std::string type = "unknown";
-  for (std::string line; std::getline(in, line);) {
-    std::istringstream fields(line);
-    std::string skipped;
-    std::string mount_point;
-    fields >> skipped >> skipped >> skipped >> skipped >> mount_point;
-    if (mount_point.back() != '/') mount_point += '/';
-    const auto separator = line.find(" - ");
-    if (separator == std::string::npos || mount_point.size() < longest || full.rfind(mount_point, 0) != 0) continue;
-    longest = mount_point.size();
-    std::istringstream(line.substr(separator + 3)) >> type;
-  }
-  return {.key = "file_system", .value = type};
+  const internal::Mounts mounts = internal::Mounts::of_process();
+  const internal::MountInfo* const mount = mounts.find(fs::canonical(path, ignored));
+  return {.key = "file_system", .value = mount ? mount->file_system : "unknown"};
 }
 
 Finding direct_io(const internal::File& file, const internal::Staging& staging) {

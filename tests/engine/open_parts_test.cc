@@ -6,6 +6,7 @@
 #include <deque>
 #include <memory>
 #include <ranges>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -83,7 +84,10 @@ class OpenPartsTest : public ::testing::Test {
   std::shared_ptr<TransferState> transfer_ = std::make_shared<TransferState>();
   std::uint64_t turns_ = 0;
   OpenParts::Time now_ = std::chrono::steady_clock::now();
-  OpenParts parts_;
+  OpenParts parts_{[] {
+    std::istringstream lines("1 0 8:1 / / rw - ext4 /dev/a rw\n2 1 8:2 / /mounted rw - nfs server:/ rw\n");
+    return Mounts(lines);
+  }};
 };
 
 TEST_F(OpenPartsTest, SoManyFilesAreOpenAtATimeInTheOrderOfTheirTurns) {
@@ -202,7 +206,7 @@ TEST_F(OpenPartsTest, AMountPointGetsHalfAndTheRestOfItIsParked) {
   Part& same_mount = wait("/b/file");
   EXPECT_EQ(parts_.next(), nullptr) << "the same mount point";
   enter(same_mount, State::kDone);
-  Part& other_mount = wait("/proc/file");
+  Part& other_mount = wait("/mounted/file");
   EXPECT_EQ(parts_.next(), &other_mount);
 }
 
