@@ -64,7 +64,34 @@ BREAKS = {
     "Boost in the engine": ("engine/plan.h", HEADER + "#include <boost/json.hpp>\n", 2),
     "LibTorch in the engine": ("engine/plan.h", HEADER + "#include <c10/util/Half.h>\n", 2),
     "CUDA outside": ("engine/plan.h", HEADER + "#include <cuda_runtime.h>\n", 2),
-    "LibTorch in the Python module": ("torch_binding/python/a.h", HEADER + "#include <torch/torch.h>\n", 2),
+    "the engine knows nothing of formats": ("engine/plan.cc", '#include "torch_binding/format/layout.h"\n', 1),
+    "nothing of formats and tensors: flashpack/format.h": ("engine/plan.cc", '#include "flashpack/format.h"\n', 1),
+    "only engine.cc and probe.cc choose": ("engine/plan.cc", '#include "engine/ring.h"\n', 1),
+    "tests/ is for tests": ("bench/a.cc", '#include "tests/support/temp_dir.h"\n', 1),
+    "no library includes bench/": ("engine/plan.cc", '#include "bench/support/a.h"\n', 1),
+    "the format knows nothing of LibTorch": (
+        "torch_binding/format/layout.cc",
+        '#include "torch_binding/libtorch/casts.h"\n',
+        1,
+    ),
+    "python/ is above all else": ("torch_binding/format/layout.cc", '#include "torch_binding/python/calls.h"\n', 1),
+    "module: torch_binding/libtorch/casts.h": (
+        "torch_binding/python/a.cc",
+        '#include "torch_binding/libtorch/casts.h"\n',
+        1,
+    ),
+    "a header that is not on a lower floor: engine/file.h": (
+        "engine/plan.h",
+        HEADER + '#include "engine/ground/pages.h"\n#include "engine/file.h"\n',
+        3,
+    ),
+    "not on a lower floor: engine/pool.h": ("engine/plan.h", HEADER + '#include "engine/pool.h"\n', 2),
+    "without a floor": ("engine/new.h", HEADER, 1),
+    "LibTorch in the Python module: torch/torch.h": (
+        "torch_binding/python/a.h",
+        HEADER + "#include <torch/torch.h>\n",
+        2,
+    ),
     "LibTorch in the torch-free format": ("torch_binding/format/layout.cc", "#include <ATen/ATen.h>\n", 1),
     "header without #pragma once": ("engine/plan.h", "int f();\n", 1),
     "using namespace in a header": ("engine/plan.h", HEADER + "using namespace std;\n", 2),
@@ -73,7 +100,6 @@ BREAKS = {
     "does not read the environment": ("engine/plan.h", HEADER + 'auto e = std::getenv("E");\n', 2),
     "function of 41 lines": ("engine/plan.cc", long_function(41), 2),
     "file of 501 lines": ("tools/a.sh", "true\n" * 501, 501),
-    "file of 351 lines": ("engine/pipeline.cc", "\n" * 351, 351),
     "file of 301 lines": ("README.md", "\n" * 301, 301),
     "unfinished": ("engine/plan.h", HEADER + "// TO" + "DO: later\n", 2),
     "banner comment": ("engine/plan.h", HEADER + "// ---" + "--- plan ------\n", 2),
@@ -120,6 +146,18 @@ def test_the_length_of_any_kind_of_function_is_seen(head, tmp_path):
 @pytest.mark.parametrize("head", ["class A {", "struct alignas(64) A : B {", "namespace b {", "enum class E : int {"])
 def test_a_scope_may_be_longer_than_a_function(head, tmp_path):
     assert rules(tmp_path, **{"engine/plan.cc": head + "\n" * 100 + "};\n"}) == []
+
+
+def test_a_type_has_one_definition_in_a_namespace(tmp_path):
+    place = "namespace flashpack::internal {\nclass Place;\nstruct Place final : A<int> {};\n}\n"
+    nested = (
+        "namespace flashpack::internal {\nclass A {\n  struct Place {};\n};\nnamespace {\nenum class Place {};\n}\n}\n"
+    )
+    elsewhere = "namespace flashpack {\nstruct Place {};\n}\n"
+    others = {"engine/plan.cc": nested, "include/flashpack/engine.h": HEADER + elsewhere}
+    assert rules(tmp_path, **{"engine/plan.h": HEADER + place, **others}) == []
+    found = rules(tmp_path, **{"engine/plan.h": HEADER + place, "engine/ground/pages.h": HEADER + place, **others})
+    assert found == ["engine/plan.h:4: flashpack::internal::Place is also defined in engine/ground/pages.h"]
 
 
 def test_a_python_function_has_fifty_lines_beside_its_docstring(tmp_path):
