@@ -165,7 +165,7 @@ bool Jobs::mark_late(Time now) {
     if (!may_be_late(job.step) || job.late || now - job.since < kLate) continue;
     if (!job.stuck) set_stuck(job);
     job.late = true;
-    ++job.part->file_system->late;
+    job.part->file_system->add_late();
     found = true;
   }
   return found;
@@ -190,9 +190,7 @@ void Jobs::clear_stuck(Job& job) {
   --file_system.stuck;
   --stuck_;
   if (job.slot >= 0) --stuck_slots_;
-  if (!std::exchange(job.late, false)) return;
-  assert(file_system.late > 0);
-  if (--file_system.late == 0) file_system.answers_again = true;
+  if (std::exchange(job.late, false)) file_system.remove_late();
 }
 
 void Jobs::close(unsigned tag) {

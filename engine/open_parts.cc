@@ -44,9 +44,8 @@ void OpenParts::leave_state(Part& part) {
       return;
     case Part::State::kOpen:
       if (!part.transfer->is_load()) return;
-      assert(part.file_system->loads > 0);
-      --part.file_system->loads;
-      look_at_parked_ |= part.file_system->late > 0;
+      part.file_system->remove_load();
+      look_at_parked_ |= part.file_system->late() > 0;
       return;
     case Part::State::kAnswered:
     case Part::State::kDone:
@@ -68,9 +67,9 @@ void OpenParts::enter_state(Part& part, Time now) {
       if (held_up() > 0) enter_places(part);
       return;
     case Part::State::kOpen:
-      part.file_system = &file_systems_[part.file().identity().dev];
+      part.file_system = &file_systems_.try_emplace(part.file().identity().dev, totals_).first->second;
       if (part.places[0]) part.places[0]->file_system = part.places[1]->file_system = part.file_system;
-      if (part.transfer->is_load()) ++part.file_system->loads;
+      if (part.transfer->is_load()) part.file_system->add_load();
       return;
     case Part::State::kAnswered:
     case Part::State::kDone:
@@ -79,7 +78,7 @@ void OpenParts::enter_state(Part& part, Time now) {
 }
 
 Part* OpenParts::next() {
-  for (auto& [device, file_system] : file_systems_) look_at_parked_ |= std::exchange(file_system.answers_again, false);
+  look_at_parked_ |= std::exchange(totals_.answers_again, false);
   if (std::exchange(look_at_parked_, false)) waiting_.merge(parked_);
   while (!waiting_.empty() && open_ - held_up() < max_open_ && held_up() < kHeldUpLimit) {
     Part& part = *waiting_.begin()->second;
@@ -89,12 +88,6 @@ Part* OpenParts::next() {
     parked_.insert(waiting_.extract(waiting_.begin()));
   }
   return nullptr;
-}
-
-std::size_t OpenParts::held_up() const {
-  std::size_t parts = late_;
-  for (const auto& [device, file_system] : file_systems_) parts += file_system.held_up_loads();
-  return parts;
 }
 
 // The directory of the part's path and the mount point above, found without asking a file system.

@@ -68,16 +68,17 @@ class OpenParts {
  private:
   void leave_state(Part& part);
   void enter_state(Part& part, Time now);
-  std::size_t held_up() const;
+  std::size_t held_up() const noexcept { return late_ + totals_.held_up_loads; }
   std::array<PlaceCounts*, 2> places_of(const Part& part);
   bool has_share(const PlaceCounts& place, unsigned shares) const;
   bool places_have_shares(const Part& part) const;
   void enter_places(Part& part);
   void leave_places(Part& part);
 
-  std::map<std::uint64_t, Part*> waiting_;                    // Parts to be opened, sorted by turn.
-  std::map<std::uint64_t, Part*> parked_;                     // Likewise, but their places have used up their share.
-  bool look_at_parked_ = false;                               // Parked parts may have room now.
+  std::map<std::uint64_t, Part*> waiting_;  // Parts to be opened, sorted by turn.
+  std::map<std::uint64_t, Part*> parked_;   // Likewise, but their places have used up their share.
+  bool look_at_parked_ = false;             // Parked parts may have room now.
+  FileSystem::Totals totals_;
   std::map<std::uint64_t, FileSystem> file_systems_;          // One for each device number; never removed.
   std::array<std::map<std::string, PlaceCounts>, 2> places_;  // Directories and mount points; never removed.
   const std::function<Mounts()> read_mounts_;

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <atomic>
+#include <cassert>
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
@@ -54,14 +55,50 @@ struct OpenFile {
   std::uint32_t stuck = 0;  // Operations on the file that are late or abandoned.
 };
 
-/// The driver's counts for one file system.
-struct FileSystem {
-  std::uint32_t stuck = 0;     // Operations that are late or abandoned.
-  std::uint32_t late = 0;      // Operations that are late.
-  std::uint32_t loads = 0;     // Parts of loads that are open.
-  bool answers_again = false;  // The last late operation has come back, which OpenParts has not noticed yet.
+/// The driver's counts for one file system. The parts of loads that are open there are held up while one of its
+/// operations is late.
+class FileSystem {
+ public:
+  /// What the driver asks of all file systems in every turn of its loop.
+  struct Totals {
+    std::size_t held_up_loads = 0;  // Parts of loads that are open in a file system in which an operation is late.
+    bool answers_again = false;     // The last late operation of a file system has come back; reset by OpenParts.
+  };
 
-  std::size_t held_up_loads() const noexcept { return late > 0 ? loads : 0; }
+  /// Borrows the totals, which it keeps up to date.
+  explicit FileSystem(Totals& totals) : totals_(totals) {}
+
+  void add_load() noexcept {
+    ++loads_;
+    totals_.held_up_loads += late_ > 0;
+  }
+  void remove_load() noexcept {
+    assert(loads_ > 0);
+    --loads_;
+    totals_.held_up_loads -= late_ > 0;
+  }
+  void add_late() noexcept {
+    if (late_++ == 0) totals_.held_up_loads += loads_;
+  }
+  void remove_late() noexcept {
+    assert(late_ > 0);
+    if (--late_ > 0) return;
+    totals_.held_up_loads -= loads_;
+    totals_.answers_again = true;
+  }
+
+  /// Parts of loads that are open.
+  std::uint32_t loads() const noexcept { return loads_; }
+  /// Operations that are late.
+  std::uint32_t late() const noexcept { return late_; }
+  std::size_t held_up_loads() const noexcept { return late_ > 0 ? loads_ : 0; }
+
+  std::uint32_t stuck = 0;  // Operations that are late or abandoned.
+
+ private:
+  Totals& totals_;
+  std::uint32_t loads_ = 0;
+  std::uint32_t late_ = 0;
 };
 
 struct PlaceCounts;

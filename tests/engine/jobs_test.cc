@@ -64,8 +64,9 @@ class JobsTest : public ::testing::Test {
   const Jobs::Time start_ = std::chrono::steady_clock::now();
   std::vector<std::byte> memory_ = std::vector<std::byte>(4096);
   std::vector<std::byte> slots_ = std::vector<std::byte>((kSlots + kSpare) * kSlotBytes);
-  FileSystem file_system_;
-  FileSystem other_file_system_;
+  FileSystem::Totals totals_;
+  FileSystem file_system_{totals_};
+  FileSystem other_file_system_{totals_};
   Jobs jobs_{{.tags = kDepth + kSlots + Jobs::kStuckLimit, .queue_depth = kDepth, .slots = kSlots}, [this] {
                std::vector<std::span<std::byte>> slots;
                for (std::size_t i = 0; i < kSlots + kSpare; ++i)
@@ -151,17 +152,17 @@ TEST_F(JobsTest, ALateJobMakesRoomInItsStepAndASpareSlotTakesThePlaceOfItsOwn) {
   EXPECT_TRUE(jobs_.mark_late(start_ + kLate));
   EXPECT_FALSE(jobs_.mark_late(start_ + 2 * kLate)) << "they are late already";
   EXPECT_EQ(jobs_.in(Step::kRead), 0u);
-  EXPECT_EQ(file_system_.late, 2u);
+  EXPECT_EQ(file_system_.late(), 2u);
   EXPECT_EQ(file_system_.stuck, 2u);
   EXPECT_EQ(load.part.open->stuck, 2u);
   const Load other = this->load(other_file_system_);
   EXPECT_EQ(open_all(other, tags), kSlots) << "as many as if nothing were late";
 
   jobs_.close(tags[0]);
-  EXPECT_FALSE(file_system_.answers_again);
+  EXPECT_FALSE(totals_.answers_again);
   jobs_.close(tags[1]);
-  EXPECT_TRUE(file_system_.answers_again);
-  EXPECT_EQ(file_system_.late + file_system_.stuck + load.part.open->stuck, 0u);
+  EXPECT_TRUE(totals_.answers_again);
+  EXPECT_EQ(file_system_.late() + file_system_.stuck + load.part.open->stuck, 0u);
   close_all({tags.begin() + 2, tags.end()});
   EXPECT_TRUE(jobs_.idle());
 }
@@ -172,11 +173,11 @@ TEST_F(JobsTest, AnAbandonedJobIsStuckFromTheStartAndLateOnlyWhenItIs) {
   open_all(load, tags, 1);
   jobs_.enter(jobs_[tags[0]], Step::kAbandoned, start_);
   EXPECT_EQ(file_system_.stuck, 1u);
-  EXPECT_EQ(file_system_.late, 0u);
+  EXPECT_EQ(file_system_.late(), 0u);
   EXPECT_EQ(jobs_.in(Step::kRead) + jobs_.in(Step::kAbandoned), 0u);
   EXPECT_TRUE(jobs_.mark_late(start_ + kLate));
   EXPECT_EQ(file_system_.stuck, 1u);
-  EXPECT_EQ(file_system_.late, 1u);
+  EXPECT_EQ(file_system_.late(), 1u);
   jobs_.close(tags[0]);
   EXPECT_TRUE(jobs_.idle());
 }

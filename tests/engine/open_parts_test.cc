@@ -127,10 +127,10 @@ TEST_F(OpenPartsTest, AStoreDoesNotCountAmongTheOpenFiles) {
   Part& load = wait("/a/1");
   open(load);
   EXPECT_TRUE(load.alone);
-  EXPECT_EQ(load.file_system->loads, 1u);
+  EXPECT_EQ(load.file_system->loads(), 1u);
   for (Part& part : parts) enter(part, State::kDone);
   enter(load, State::kClosing);
-  EXPECT_EQ(load.file_system->loads, 0u);
+  EXPECT_EQ(load.file_system->loads(), 0u);
 }
 
 TEST_F(OpenPartsTest, WithoutDescriptorsFewerFilesAreOpenUntilFilesHaveBeenClosed) {
@@ -182,8 +182,30 @@ TEST_F(OpenPartsTest, PartsOfAFileSystemThatDoesNotAnswerMakeRoomForOthers) {
   for (std::size_t i = 0; i < OpenParts::kMaxOpen; ++i) open(*parts.emplace_back(&wait("/a/" + std::to_string(i))));
   Part& other = wait("/b/1");
   EXPECT_EQ(parts_.next(), nullptr);
-  parts[0]->file_system->late = 1;
+  parts[0]->file_system->add_late();
   EXPECT_EQ(parts_.next(), &other);
+}
+
+TEST(FileSystemTest, AllOfItsLoadsAreHeldUpFromTheFirstLateOperationToTheLast) {
+  FileSystem::Totals totals;
+  FileSystem dead(totals);
+  FileSystem other(totals);
+  dead.add_load();
+  dead.add_load();
+  other.add_load();
+  EXPECT_EQ(totals.held_up_loads, 0u);
+  dead.add_late();
+  dead.add_late();
+  EXPECT_EQ(totals.held_up_loads, 2u);
+  dead.add_load();
+  EXPECT_EQ(totals.held_up_loads, 3u) << "one that is opened meanwhile, too";
+  dead.remove_load();
+  dead.remove_late();
+  EXPECT_EQ(totals.held_up_loads, 2u);
+  EXPECT_FALSE(totals.answers_again) << "one operation is still late";
+  dead.remove_late();
+  EXPECT_EQ(totals.held_up_loads, 0u);
+  EXPECT_TRUE(totals.answers_again);
 }
 
 TEST_F(OpenPartsTest, ADirectoryWhoseFilesDoNotOpenGetsAThirdAndTheRestOfItIsParked) {
@@ -222,18 +244,17 @@ TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenTheLastLateOperationComesBack)
   std::vector<Part*> opened;
   for (std::size_t i = 0; i < OpenParts::kMaxOpen; ++i) open(*opened.emplace_back(&wait("/a/" + std::to_string(i))));
   FileSystem& file_system = *opened[0]->file_system;
-  file_system.late = 1;
+  file_system.add_late();
   parts_.read_mounts();
   for (std::size_t i = 0; i < OpenParts::kHeldUpLimit; ++i) wait("/a/more" + std::to_string(i));
   while (Part* const part = parts_.next()) {
     enter(*part, State::kOpening);
     answer(*part);
   }
-  EXPECT_LT(file_system.loads, OpenParts::kHeldUpLimit);
-  file_system.late = 0;
-  file_system.answers_again = true;
+  EXPECT_LT(file_system.loads(), OpenParts::kHeldUpLimit);
+  file_system.remove_late();
   for (Part& part : transfer_->parts) {
-    if (part.state == State::kOpen && file_system.loads >= OpenParts::kMaxOpen) close(part);
+    if (part.state == State::kOpen && file_system.loads() >= OpenParts::kMaxOpen) close(part);
   }
   EXPECT_NE(parts_.next(), nullptr);
 }
