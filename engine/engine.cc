@@ -13,6 +13,7 @@
 
 #include "engine/engine_impl.h"
 #include "engine/ground/error.h"
+#include "engine/ground/target_pages.h"
 #include "engine/ring.h"
 #include "engine/staging.h"
 #include "engine/thread.h"
@@ -188,6 +189,7 @@ void Engine::Impl::drive(std::promise<void>& ready) {
             .backend = options_.backend,
             .disk = &machine_->disk(),
             .copier = machine_->copier.get(),
+            .populated = internal::TargetPages::tell_of_process,
             .fallback_reason = machine_->staging->fallback_reason()};
   ready.set_value();
   run();

@@ -34,8 +34,11 @@ DiskRequest Job::disk_request() const {
 
 ByteWork Job::byte_work() const {
   const bool counts = step == way.counts_in;
-  ByteWork work{
-      .view = view, .fragments = fragments(), .sums = counts ? &*part->sums : nullptr, .transfer = part->transfer};
+  ByteWork work{.view = view,
+                .fragments = fragments(),
+                .sums = counts ? &*part->sums : nullptr,
+                .transfer = part->transfer,
+                .populated = transfer().populated};
   switch (step) {
     case Step::kReadIfCached:
     case Step::kReadCached:

@@ -47,6 +47,7 @@ std::shared_ptr<TransferState> new_transfer(const EngineFacts& engine, Direction
   state->deadline = deadline;
   state->completion = completion;
   state->owner = ::getpid();
+  state->populated = engine.populated;
   state->stats.backend = engine.backend;
   state->stats.pinned = engine.copier && engine.copier->locked();
   state->note_fallback(engine.fallback_reason);

@@ -18,8 +18,9 @@ namespace flashpack::internal {
 struct EngineFacts {
   std::uint32_t chunk_bytes = 0;
   Backend backend = Backend::kAuto;
-  DiskQueue* disk = nullptr;    ///< Serves files that are written.
-  Copier* copier = nullptr;     ///< Null for an engine of the host.
+  DiskQueue* disk = nullptr;  ///< Serves files that are written.
+  Copier* copier = nullptr;   ///< Null for an engine of the host.
+  Populated populated = nullptr;
   std::string fallback_reason;  ///< Why memory is not as asked for, which every transfer reports; empty if it is.
 };
 

@@ -56,6 +56,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   std::optional<Deadline> deadline;
   Completion* completion = nullptr;
   AfterLoad after = AfterLoad::kKeep;
+  Populated populated = nullptr;
   std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
   pid_t owner = 0;
 

@@ -10,9 +10,12 @@
 
 namespace flashpack::internal {
 
-/// Hands out pages and takes them back, and decides which pages are kept and which are huge. One instance serves the
-/// process, and it is never destroyed, because memory may be given back by static objects. Any thread may call it, a
+/// Hands out pages and takes them back, and decides which pages are kept and which are huge. Any thread may call it, a
 /// forked child, too.
+///
+/// One instance serves the process. It is the one exception to the rule that the libraries have no state of their own:
+/// memory has no engine, and kept pages serve whoever needs memory next. It is never destroyed, because memory may be
+/// given back by static objects. HostMemory uses it, and engines only tell it what they have populated.
 class TargetPages {
  public:
   /// Use of_process().
@@ -29,6 +32,11 @@ class TargetPages {
   /// Tells how much time of a CPU it took to write to all of `memory` for the first time. If that is too much for huge
   /// pages, the rest of the memory that take() returned will get small ones. Memory of other origin is ignored.
   void was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept;
+
+  /// Calls was_touched() of the process's instance. An engine is given this, and does not know whose memory it fills.
+  static void tell_of_process(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept {
+    of_process().was_touched(memory, cpu_time);
+  }
 
   std::uint64_t kept_bytes() noexcept;
   void release_kept() noexcept;

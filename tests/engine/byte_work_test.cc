@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
+#include <chrono>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -144,6 +145,30 @@ TEST_F(ByteWorkTest, DroppedPagesAreReadFromTheDiskTheNextTime) {
   dropping.page_cache = {.drop = true};
   EXPECT_TRUE(is_refused_when([&] { EXPECT_EQ(carry_out(dropping), 300'000); }, request, 300'000));
   EXPECT_TRUE(right(memory, 0));
+}
+
+std::vector<std::span<const std::byte>> populated;
+
+void note_populated(std::span<const std::byte> memory, std::chrono::nanoseconds) noexcept {
+  populated.push_back(memory);
+}
+
+TEST(PopulatedTest, WhoeverWantsToKnowIsToldOfMemoryThatIsPopulatedToBeWritten) {
+  GuardedMemory memory(8 * kPageBytes);
+  ByteWork work{.op = ByteWork::Op::kPopulate,
+                .view = {0, {memory.data(), memory.size()}},
+                .touch = ByteWork::Touch::kForReading,
+                .populated = note_populated};
+  ASSERT_EQ(carry_out(work), 0);
+  EXPECT_TRUE(populated.empty()) << "pages that are only read tell nothing about fresh ones";
+  work.touch = ByteWork::Touch::kForWriting;
+  ASSERT_EQ(carry_out(work), 0);
+  ASSERT_EQ(populated.size(), 1u);
+  EXPECT_EQ(populated[0].data(), memory.data());
+  EXPECT_EQ(populated[0].size(), memory.size());
+  work.populated = nullptr;
+  ASSERT_EQ(carry_out(work), 0);
+  EXPECT_EQ(populated.size(), 1u);
 }
 
 TEST(PopulatedTest, FreshMemoryIsNotAndTouchedMemoryIs) {
