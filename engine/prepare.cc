@@ -56,9 +56,7 @@ std::shared_ptr<TransferState> new_transfer(const EngineFacts& engine, Direction
 
 void check_checksums(const FileExtents& file) {
   if (!file.checksums) return;
-  const std::uint64_t bytes = file.checksums->size_bytes;
-  const std::uint64_t stripes = bytes / Checksums::kStripeBytes + (bytes % Checksums::kStripeBytes != 0);
-  if (file.checksums->crc32c.size() != stripes)
+  if (file.checksums->crc32c.size() != Checksums::stripes_in(file.checksums->size_bytes))
     throw argument_error("load", file.path, "checksums that are not of its size");
 }
 

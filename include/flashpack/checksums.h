@@ -12,6 +12,10 @@ namespace flashpack {
 /// begins at byte i * kStripeBytes and has kStripeBytes bytes; the last stripe may be shorter.
 struct Checksums {
   static constexpr std::uint32_t kStripeBytes = std::uint32_t{1} << 20;
+  /// The number of stripes in so many bytes.
+  static constexpr std::uint64_t stripes_in(std::uint64_t size_bytes) noexcept {
+    return size_bytes / kStripeBytes + (size_bytes % kStripeBytes != 0);
+  }
 
   std::uint64_t size_bytes = 0;
   std::vector<std::uint32_t> crc32c;  ///< One per stripe.

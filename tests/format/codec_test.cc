@@ -5,14 +5,17 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
 #include <functional>
 
-#include "flashpack/format.h"
+#include "engine/ground/unique_fd.h"
 #include "tests/format/golden_files.h"
 #include "tests/support/lease_holder.h"
+#include "torch_binding/format/codec.h"
 
 namespace {
 
@@ -332,6 +335,40 @@ TEST_F(ReadMetadata, LeavesNoDescriptorOpen) {
   const int after = ::dup(0);
   ::close(after);
   EXPECT_EQ(after, before);
+}
+
+TEST(Codecs, AreInTheOrderOfTheFormatsAndFoundByTheirNames) {
+  for (std::size_t i = 0; i < kCodecs.size(); ++i) {
+    EXPECT_EQ(kCodecs[i]->format, static_cast<FileFormat>(i));
+    EXPECT_EQ(&codec_called(kCodecs[i]->name), kCodecs[i]);
+    EXPECT_EQ(format_name(kCodecs[i]->format), kCodecs[i]->name);
+  }
+  EXPECT_THROW(codec_called("pickle"), Error);
+}
+
+TEST_F(ReadMetadata, AnyRangeIsReadWhetherOrNotTheEndsHaveItAlready) {
+  constexpr std::uint64_t kEnd = std::uint64_t{64} << 10;
+  for (const std::uint64_t size : {kEnd / 2, kEnd + 100, 3 * kEnd}) {
+    std::string bytes;
+    for (std::uint64_t i = 0; i < size; ++i) bytes += static_cast<char>(i * 2654435761U >> 13);
+    write(bytes);
+    const internal::UniqueFd fd = internal::open_file(path_);
+    OpenedFile file(fd.get(), path_, 0);
+    const auto check = [&] {
+      const std::array places = {std::uint64_t{0}, std::uint64_t{50}, size - kEnd, size / 2, kEnd, size - 1, size};
+      for (const std::uint64_t begin : places) {
+        for (const std::uint64_t end : places) {
+          if (begin > end || end > size) continue;
+          ASSERT_EQ(file.read(begin, end - begin), bytes.substr(begin, end - begin)) << begin << " to " << end;
+        }
+      }
+    };
+    check();
+    EXPECT_EQ(file.tail(), bytes.substr(size - std::min(size, kEnd)));
+    check();
+    EXPECT_EQ(file.head(), bytes.substr(0, kEnd));
+    check();
+  }
 }
 
 }  // namespace

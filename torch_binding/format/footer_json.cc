@@ -250,7 +250,7 @@ std::uint64_t footer_json_bytes(const Metadata& metadata, bool checksums) {
   std::string part;
   JsonWriter json(part);
   write_preamble(json, metadata);
-  std::uint64_t json_bytes = checksums ? rules::stripes_of(metadata.payload_bytes) * rules::kCrcDigits : 0;
+  std::uint64_t json_bytes = checksums ? Checksums::stripes_in(metadata.payload_bytes) * rules::kCrcDigits : 0;
   for (std::size_t i = 0; i < metadata.records.size(); ++i) {
     write_record(json, metadata, i);
     json_bytes += part.size();

@@ -200,7 +200,7 @@ class FooterCheck {
 
   Checksums checksums(std::string_view digits) const {
     Checksums sums{.size_bytes = metadata_.payload_bytes};
-    const std::uint64_t stripes = rules::stripes_of(sums.size_bytes);
+    const std::uint64_t stripes = Checksums::stripes_in(sums.size_bytes);
     if (digits.size() != stripes * rules::kCrcDigits) {
       fail("crc32c_per_mib has " + std::to_string(digits.size()) + " digits, not " + std::to_string(rules::kCrcDigits) +
            " for each MiB of the payload");

@@ -9,7 +9,6 @@
 #include <string>
 #include <string_view>
 
-#include "flashpack/checksums.h"
 #include "flashpack/error.h"
 
 namespace flashpack::rules {
@@ -21,10 +20,6 @@ inline constexpr std::uint64_t kTrailerBytes = sizeof(std::uint64_t) + kMagic.si
 inline constexpr std::uint64_t kHeaderLengthBytes = sizeof(std::uint64_t);
 /// The length that stands at `at`.
 std::uint64_t length_at(std::string_view bytes, std::size_t at);
-/// Number of stripes in a payload.
-constexpr std::uint64_t stripes_of(std::uint64_t payload_bytes) noexcept {
-  return payload_bytes / Checksums::kStripeBytes + (payload_bytes % Checksums::kStripeBytes != 0);
-}
 inline constexpr std::size_t kMaxRank = 64;
 /// A limit, because a reader needs several times as much memory for a record as the JSON of an empty tensor takes.
 inline constexpr std::size_t kMaxRecords = std::size_t{1} << 20;
