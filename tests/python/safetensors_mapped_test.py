@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 import threading
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ def test_reading_ahead_ends_when_the_mapping_is_gone(path, monkeypatch):
     monkeypatch.setattr(_mapped_tensors.os, "preadv", preadv)
     monkeypatch.setattr(_mapped_tensors, "_STREAMS", 1)
     mapping = mmap.mmap(-1, mmap.PAGESIZE)
-    with path.open("rb") as file:
-        ahead = _mapped_tensors._ReadAhead(file.fileno(), mapping)
+    ahead = _mapped_tensors._ReadAhead(FileIO(path), mapping)
     before = set(threading.enumerate())
     ahead.want(0, MIB)
     ahead.want(MIB, MIB)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
+from io import FileIO
 from itertools import groupby
-from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,8 +68,10 @@ class MappedTensors:
             if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
                 return part  # It is a copy.
             if part.numel() == whole.numel():
-                return self.tensor(entry)[index]
-            if _is_cached(part):
+                self._read_ahead(entry, entry.size_bytes)
+                return part
+            begin = entry.offset_bytes + part.data_ptr() - whole.data_ptr()
+            if _is_cached(self._map_of(entry).file, begin, _extent_bytes(part)):
                 return part
         return TensorSlice(self._file, entry)[index]
 
@@ -86,27 +87,29 @@ class MappedTensors:
             with _lock:
                 _mapped_bytes[block._buffer] = block.size_bytes
                 fits = 2 * sum(_mapped_bytes.values()) < _memory_bytes()
+            again = open_again(file.fd)
             # What is read too far ahead would be displaced before it is used.
-            made = _Map(block, _ReadAhead(file.fd, block.owner) if fits else None)
+            made = _Map(block, again, _ReadAhead(again, block.owner) if fits else None)
             self._maps.setdefault(entry.file, made)  # Two threads may each map the file; then one mapping is dropped.
         return self._maps[entry.file]
 
     def _read_ahead(self, first: Entry, size_bytes: int) -> None:
         """Starts to read this much of a file, from the tensor `first` on."""
-        ahead = self._map_of(first).ahead
+        _, file, ahead = self._map_of(first)
         if ahead is None:
             return
-        address = self._view(first).data_ptr()
-        for at in range(0, size_bytes, _PIECE_BYTES):
-            piece_bytes = min(_PIECE_BYTES, size_bytes - at)
-            if not _in_page_cache(address + at, piece_bytes):
-                ahead.want(first.offset_bytes + at, piece_bytes)
+        for at in range(first.offset_bytes, first.offset_bytes + size_bytes, _PIECE_BYTES):
+            piece_bytes = min(_PIECE_BYTES, first.offset_bytes + size_bytes - at)
+            if not _is_cached(file, at, piece_bytes):
+                ahead.want(at, piece_bytes)
 
 
 class _Map(NamedTuple):
     """One file."""
 
     block: MappedFile
+    file: FileIO
+    """It is open for as long as the mapping, which outlives the file of the caller."""
     ahead: _ReadAhead | None
 
 
@@ -119,8 +122,8 @@ class _ReadAhead:
     It has no locks: that a thread too many or too few is started, also in a forked child, costs only speed.
     """
 
-    def __init__(self, fd: int, mapping: object) -> None:
-        self._file = open_again(fd)
+    def __init__(self, file: FileIO, mapping: object) -> None:
+        self._file = file
         self._mapping = weakref.ref(mapping)
         self._ranges: deque[tuple[int, int]] = deque()
         self._threads = 0
@@ -152,30 +155,26 @@ def _is_aligned(entry: Entry) -> bool:
     return entry.size_bytes > 0 and entry.offset_bytes % string_to_dtype(entry.dtype).itemsize == 0
 
 
-def _is_cached(part: torch.Tensor) -> bool:
-    """Whether the bytes from the first element to the last are in the page cache."""
-    if part.numel() == 0:
-        return True
+def _extent_bytes(part: torch.Tensor) -> int:
+    """Returns the size of the memory from the first element to the last."""
     last = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
-    return _in_page_cache(part.data_ptr(), (last + 1) * part.element_size())
+    return (last + 1) * part.element_size() if part.numel() else 0
 
 
-def _in_page_cache(address: int, size_bytes: int) -> bool:
-    """Whether this part of a mapping is, as far as a few pages tell.
-
-    The kernel tells it only of files that are the caller's own or that it may write; all others seem to be there.
-    """
-    mincore, flag = _libc().mincore, ctypes.c_ubyte()
-    for at in {*range(address, address + size_bytes, _LOOK_BYTES), address + size_bytes - 1}:
-        failed = mincore(ctypes.c_void_p(at - at % PAGESIZE), ctypes.c_size_t(1), ctypes.byref(flag))
-        if not failed and not flag.value & 1:
-            return False
+def _is_cached(file: FileIO, offset_bytes: int, size_bytes: int) -> bool:
+    """Whether this part of a file is in the page cache, as far as a few bytes tell."""
+    byte, fd = [bytearray(1)], file.fileno()
+    end = offset_bytes + size_bytes
+    try:
+        for at in range(offset_bytes, end, _LOOK_BYTES):
+            os.preadv(fd, byte, at, os.RWF_NOWAIT)
+        if size_bytes:
+            os.preadv(fd, byte, end - 1, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:  # The file system cannot tell.
+        pass
     return True
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
 
 
 @cache
