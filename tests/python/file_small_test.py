@@ -45,6 +45,14 @@ def test_they_need_no_transfer(path, transfers):
     assert transfers == []
 
 
+@pytest.mark.parametrize("checksums", [True, False])
+def test_they_need_one_in_a_flashpack_file_only_if_it_has_checksums_to_verify(tmp_path, transfers, checksums):
+    flashpack.pack_to_file(TENSORS, tmp_path / "a.flashpack", checksum=checksums)
+    with flashpack.open_file(tmp_path / "a.flashpack") as file:
+        assert bits(file["a"]) == bits(TENSORS["a"])
+    assert transfers == (["a"] if checksums else [])
+
+
 def test_what_is_not_cached_is_read_by_the_engine(path, transfers):
     with flashpack.open_file(path) as file:
         if drop_from_page_cache(path) > 0:

@@ -36,8 +36,8 @@ namespace fs = std::filesystem;
 
 /// dev, ino, size_bytes, mtime_ns.
 using IdentityTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::int64_t>;
-/// Path, descriptor, identity, format.
-using FileTuple = std::tuple<fs::path, int, IdentityTuple, std::string_view>;
+/// Path, descriptor, identity, format, whether it has checksums.
+using FileTuple = std::tuple<fs::path, int, IdentityTuple, std::string_view, bool>;
 /// Path, format, JSON of the footer or header, and where the payload ends.
 using HeaderTuple = std::tuple<fs::path, std::string, std::string, std::uint64_t>;
 /// Size of a block in bytes, and its phase.
@@ -158,7 +158,8 @@ WeightMap weight_map_of(const PyCheckpoint& checkpoint) {
 std::vector<FileTuple> file_tuples(const PyCheckpoint& checkpoint) {
   std::vector<FileTuple> tuples;
   for (const auto& [path, metadata, fd] : checkpoint.get()->files())
-    tuples.emplace_back(path, fd, identity_tuple(metadata.identity), format_name(metadata.format));
+    tuples.emplace_back(path, fd, identity_tuple(metadata.identity), format_name(metadata.format),
+                        metadata.checksums.has_value());
   return tuples;
 }
 
@@ -198,11 +199,6 @@ std::vector<WarningTuple> warnings_of(const PyCheckpoint& checkpoint) {
   for (const CheckpointFile& file : checkpoint.get()->files())
     for (const std::string& warning : file.metadata.warnings) all.emplace_back(file.path, warning);
   return all;
-}
-
-bool has_checksums(const PyCheckpoint& checkpoint) {
-  return std::ranges::all_of(checkpoint.get()->files(),
-                             [](const auto& file) { return file.metadata.checksums.has_value(); });
 }
 
 SegmentPlan plan(const PyCheckpoint& checkpoint, const std::vector<std::size_t>& wanted, bool on_device,
@@ -305,13 +301,13 @@ void bind_checkpoint(nb::module_& module) {
   bind_files(module);
   nb::class_<PyCheckpoint>(module, "Checkpoint", "The tensors of one or several files, which are open.")
       .def_prop_ro("files", &file_tuples,
-                   "(path, descriptor, (device, inode, size in bytes, mtime in nanoseconds), format) of each file.")
+                   "(path, descriptor, (device, inode, size in bytes, mtime in nanoseconds), format, whether it has "
+                   "checksums) of each file.")
       .def_prop_ro("payload_bytes", &payload_bytes_of)
       .def_prop_ro(
           "user_metadata", [](const PyCheckpoint& self) { return self.get()->user_metadata(); },
           "Text that the authors of the files put in, where the files do not contradict each other.")
       .def_prop_ro("warnings", &warnings_of, "(path, sentence) of each harmless oddity.")
-      .def_prop_ro("has_checksums", &has_checksums)
       .def_prop_ro("macroblocks", &macroblocks_of,
                    "The only file of this checkpoint, with each macroblock as if it were one tensor of one dim.")
       .def_prop_ro("headers", &headers_of, "What checkpoint_of_headers() takes.")

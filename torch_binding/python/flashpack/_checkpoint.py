@@ -52,6 +52,7 @@ class File(NamedTuple):
     """Device, inode, size in bytes, mtime in nanoseconds."""
     format: str
     """"flashpack" or "safetensors"."""
+    has_checksums: bool
 
     def is_unchanged(self) -> bool:
         """Whether the file still has the identity that it had when its metadata was read."""

@@ -198,7 +198,7 @@ class FlashPackFile:
         """Returns a small tensor whose bytes are in the page cache, for a tenth of what a transfer costs; else None."""
         file = self._checkpoint.files()[entry.file]
         verify = self._options.verify
-        may_be_unverified = verify == "never" or (verify == "auto" and file.format == "safetensors")
+        may_be_unverified = verify == "never" or (verify == "auto" and not file.has_checksums)
         if self._device != CPU or not 0 < entry.size_bytes <= _SMALL_BYTES or not may_be_unverified:
             return None
         tensor = torch.empty(entry.shape, dtype=string_to_dtype(entry.dtype), device=CPU)

@@ -280,7 +280,7 @@ def _summary(checkpoint: Checkpoint, more: dict[str, str]) -> dict[str, Any]:
     What is no flashpack file gets keys of its own.
     """
     files = checkpoint.files()
-    checksums = {"checksums": "crc32c" if checkpoint.native.has_checksums else "none", **more}
+    checksums = {"checksums": "crc32c" if all(file.has_checksums for file in files) else "none", **more}
     if [file.format for file in files] != ["flashpack"]:
         return _summary_of_files(checkpoint, checksums)
     summary = dict(checkpoint.metadata)

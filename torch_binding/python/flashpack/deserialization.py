@@ -123,10 +123,7 @@ def verify_file(path: StrPath, silent: bool = True) -> dict[str, Any]:
     report: dict[str, Any] = {"verified_bytes": 0, "corrupt": [], "seconds": 0.0}
     with open_checkpoint(path) as checkpoint:
         native = checkpoint.native
-        blobs = [
-            None if native.has_checksums and file.format == "flashpack" else named_for_its_hash(file)
-            for file in checkpoint.files()
-        ]
+        blobs = [None if file.has_checksums else named_for_its_hash(file) for file in checkpoint.files()]
         named = [blob for blob in blobs if blob is not None]
         total_bytes = sum(blob.size_bytes for blob in named) if all(blobs) else native.payload_bytes
         with progress_bar("Verifying", total_bytes, not silent) as progress:
