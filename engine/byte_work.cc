@@ -291,7 +291,7 @@ int read_without_waiting(int fd, std::span<const Fragment> fragments) {
   return 0;
 }
 
-void clear_gaps(const SlotView& view, std::span<const Fragment> fragments) {
+void clear_gaps(const ChunkView& view, std::span<const Fragment> fragments) {
   std::uint64_t at = view.offset_bytes;
   const auto clear_to = [&](std::uint64_t end) { std::ranges::fill(view.between(at, end), std::byte{}); };
   for (const Fragment& fragment : fragments) {

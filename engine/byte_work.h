@@ -18,7 +18,7 @@ class StripeSums;
 using Populated = void (*)(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept;
 
 /// Contiguous bytes of a chunk, in a slot or in the caller's memory. Their offsets are those that the fragments have.
-struct SlotView {
+struct ChunkView {
   std::uint64_t offset_bytes = 0;  ///< Offset of the first byte.
   std::span<std::byte> bytes;
 
@@ -54,7 +54,7 @@ struct ByteWork {
 
   Op op;
   int fd = -1;
-  SlotView view;
+  ChunkView view;
   std::span<const Fragment> fragments;
   PageCache page_cache;
   Touch touch = Touch::kNothing;
@@ -75,7 +75,7 @@ std::int64_t move_once(int fd, std::uint64_t offset_bytes, std::span<std::byte> 
 int read_without_waiting(int fd, std::span<const Fragment> fragments);
 
 /// Writes zeros to the bytes of `view` that belong to no fragment.
-void clear_gaps(const SlotView& view, std::span<const Fragment> fragments);
+void clear_gaps(const ChunkView& view, std::span<const Fragment> fragments);
 
 /// Whether all of `memory` has physical pages, so that Op::kPopulate is not needed. True also if the kernel does not
 /// tell; false if some of the memory is not mapped.

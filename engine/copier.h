@@ -30,7 +30,7 @@ class Gate {
 /// Thread safety: only the driver thread calls the members, except those that say otherwise.
 class Copier {
  public:
-  struct Completion {
+  struct EndedCopy {
     unsigned tag;
     std::error_code error;
   };
@@ -42,7 +42,7 @@ class Copier {
   /// blocks. Requires: nothing is under way with that slot.
   virtual void push(unsigned tag, unsigned slot, const ByteWork& work) = 0;
   /// The copies that have ended since the last call, in any order. The result is valid until the next call.
-  virtual std::span<const Completion> poll() = 0;
+  virtual std::span<const EndedCopy> poll() = 0;
   virtual bool idle() const noexcept = 0;
 
   /// Any thread: marks the end of the work that is on `stream` now; null is the legacy default stream. The stream is

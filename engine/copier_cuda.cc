@@ -55,7 +55,7 @@ class CudaCopier final : public Copier {
       copy.reserve(kMostFragmentsForDriver);
     }
     for (Lane& lane : lanes_) lane.stream = cuda::make_stream();
-    completions_.reserve(slots.size());
+    ended_.reserve(slots.size());
   }
 
   ~CudaCopier() override {
@@ -83,20 +83,20 @@ class CudaCopier final : public Copier {
   }
 
   // Looks at the oldest copy of each lane first, because later ones hardly end before it.
-  std::span<const Completion> poll() override {
-    completions_.clear();
-    if (idle()) return completions_;
+  std::span<const EndedCopy> poll() override {
+    ended_.clear();
+    if (idle()) return ended_;
     const ContextGuard guard(context_);
     for (Lane& lane : lanes_) {
       while (lane.first && has_landed(*lane.first, guard)) {
         const Copy& copy = *lane.first;
-        completions_.push_back({copy.tag, copy.error == cudaSuccess ? std::error_code() : code_of(copy.error)});
+        ended_.push_back({copy.tag, copy.error == cudaSuccess ? std::error_code() : code_of(copy.error)});
         lane.first = copy.next;
         if (!lane.first) lane.last = &lane.first;
       }
     }
-    under_way_ -= completions_.size();
-    return completions_;
+    under_way_ -= ended_.size();
+    return ended_;
   }
 
   bool idle() const noexcept override { return under_way_ == 0; }
@@ -212,7 +212,7 @@ class CudaCopier final : public Copier {
   std::size_t under_way_ = 0;
   std::optional<std::chrono::steady_clock::time_point> silent_since_;
   std::atomic<cudaError_t> batches_refused_ = cudaSuccess;
-  std::vector<Completion> completions_;
+  std::vector<EndedCopy> ended_;
 };
 
 void CudaCopier::Copy::reserve(std::size_t fragments) {

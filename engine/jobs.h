@@ -24,7 +24,7 @@ struct Job {
   std::size_t next = 0;  // Index in the way of the step after `step`.
   Step step = Step::kFree;
   int slot = -1;
-  SlotView view;                                // The bytes in the slot or, in place, in the caller's memory.
+  ChunkView view;                               // The bytes in the slot or, in place, in the caller's memory.
   Fragment file_bytes{};                        // The bytes of `view` as a range of the file.
   std::uint64_t done_bytes = 0;                 // Bytes of file_bytes that direct I/O has moved, in whole blocks.
   unsigned stalls = 0;                          // Results in a row that moved no further block.

@@ -136,17 +136,17 @@ void Pipeline::issue_from(Part& part, unsigned& questions, std::uint32_t queue_d
   if (!steps_.may_have_more(part)) return;
   // The disk comes first, because it is slower and both routes may need the same slots.
   while (!steps_.disk_is_busy(queue_depth)) {
-    const Chunk* chunk = part.router.peek(Router::Route::kDirect, questions);
+    const Chunk* chunk = part.router.peek(Router::List::kPastCache, questions);
     if (!chunk || !steps_.set_out(part, *chunk, part.router.direct() ? Steps::Route::kDirect : Steps::Route::kBuffered))
       break;
-    part.router.take(Router::Route::kDirect);
+    part.router.take(Router::List::kPastCache);
   }
   while (!steps_.workers_are_busy()) {
-    const Chunk* chunk = part.router.peek(Router::Route::kBuffered, questions);
+    const Chunk* chunk = part.router.peek(Router::List::kThroughCache, questions);
     if (!chunk || !steps_.set_out(part, *chunk,
                                   part.router.on_suspicion() ? Steps::Route::kSeemsCached : Steps::Route::kBuffered))
       break;
-    part.router.take(Router::Route::kBuffered);
+    part.router.take(Router::List::kThroughCache);
   }
 }
 

@@ -66,35 +66,35 @@ class Cutter {
   void add_in_cells(Fragment fragment, bool in_place) {
     while (fragment.size_bytes > 0) {
       const std::uint64_t cell_end = round_down(fragment.offset_bytes, chunk_bytes_) + chunk_bytes_;
-      const Fragment part = take_front(fragment, std::min(fragment.size_bytes, cell_end - fragment.offset_bytes));
-      if (in_place || !joins(part)) append(part, in_place);
-      extend(part);
+      const Fragment piece = take_front(fragment, std::min(fragment.size_bytes, cell_end - fragment.offset_bytes));
+      if (in_place || !joins(piece)) append(piece, in_place);
+      extend(piece);
     }
   }
 
-  // Whether `part` goes into the last chunk.
-  bool joins(const Fragment& part) const {
+  // Whether `piece` goes into the last chunk.
+  bool joins(const Fragment& piece) const {
     if (!joinable_) return false;
     const Chunk& last = plan_.chunks.back();
-    return !last.in_place && last.on_device == part.on_device &&
-           round_down(last.offset_bytes, chunk_bytes_) == round_down(part.offset_bytes, chunk_bytes_) &&
-           part.offset_bytes >= last.offset_bytes && part.offset_bytes <= end_of(last) + max_gap_bytes_;
+    return !last.in_place && last.on_device == piece.on_device &&
+           round_down(last.offset_bytes, chunk_bytes_) == round_down(piece.offset_bytes, chunk_bytes_) &&
+           piece.offset_bytes >= last.offset_bytes && piece.offset_bytes <= end_of(last) + max_gap_bytes_;
   }
 
-  void append(const Fragment& part, bool in_place) {
+  void append(const Fragment& piece, bool in_place) {
     plan_.chunks.push_back(
-        {part.offset_bytes, 0, static_cast<std::uint32_t>(plan_.fragments.size()), 0, in_place, part.on_device});
+        {piece.offset_bytes, 0, static_cast<std::uint32_t>(plan_.fragments.size()), 0, in_place, piece.on_device});
     joinable_ = true;
   }
 
-  void extend(const Fragment& part) {
+  void extend(const Fragment& piece) {
     Chunk& chunk = plan_.chunks.back();
-    assert(part.offset_bytes >= chunk.offset_bytes &&
-           end_of(part) - round_down(chunk.offset_bytes, chunk_bytes_) <= chunk_bytes_);
-    chunk.size_bytes = static_cast<std::uint32_t>(std::max(end_of(chunk), end_of(part)) - chunk.offset_bytes);
+    assert(piece.offset_bytes >= chunk.offset_bytes &&
+           end_of(piece) - round_down(chunk.offset_bytes, chunk_bytes_) <= chunk_bytes_);
+    chunk.size_bytes = static_cast<std::uint32_t>(std::max(end_of(chunk), end_of(piece)) - chunk.offset_bytes);
     chunk.fragment_count++;
-    plan_.fragments.push_back(part);
-    plan_.total_bytes += part.size_bytes;
+    plan_.fragments.push_back(piece);
+    plan_.total_bytes += piece.size_bytes;
   }
 
   Plan& plan_;

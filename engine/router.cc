@@ -6,7 +6,7 @@
 namespace flashpack::internal {
 
 Router::Router(const Plan& plan, const File& file, CachePolicy policy)
-    : plan_(&plan), direct_(policy != CachePolicy::kBuffered && file.direct_fd() >= 0), routes_(plan.chunks.size()) {
+    : plan_(&plan), direct_(policy != CachePolicy::kBuffered && file.direct_fd() >= 0), lists_(plan.chunks.size()) {
   if (direct_ && policy == CachePolicy::kAuto) residency_.emplace(file.buffered_fd());
 }
 
@@ -14,51 +14,51 @@ Router::Router(const Plan& plan, const File& file)
     : plan_(&plan),
       block_bytes_(file.alignment().block_bytes),
       direct_(file.direct_fd() >= 0),
-      routes_(plan.chunks.size()) {}
+      lists_(plan.chunks.size()) {}
 
-const Chunk* Router::peek(Route route, unsigned& questions) {
-  assert(route != Route::kTaken);
-  std::uint32_t& at = cursor(route);
+const Chunk* Router::peek(List list, unsigned& questions) {
+  assert(list != List::kTaken);
+  std::uint32_t& at = cursor(list);
   while (true) {
-    while (at < known_ && routes_[at] != route) ++at;
+    while (at < known_ && lists_[at] != list) ++at;
     if (at < known_) return &plan_->chunks[at];
-    if (known_ == routes_.size() || questions == 0) return nullptr;
+    if (known_ == lists_.size() || questions == 0) return nullptr;
     --questions;
-    routes_[known_] = route_of(plan_->chunks[known_]);
+    lists_[known_] = list_of(plan_->chunks[known_]);
     ++known_;
   }
 }
 
-void Router::take(Route route) {
-  std::uint32_t& at = cursor(route);
-  assert(at < known_ && routes_[at] == route);
-  routes_[at++] = Route::kTaken;
+void Router::take(List list) {
+  std::uint32_t& at = cursor(list);
+  assert(at < known_ && lists_[at] == list);
+  lists_[at++] = List::kTaken;
 }
 
 void Router::give_back(const Chunk& chunk) {
   assert(residency_);
   residency_->report_wrong();
   const auto index = static_cast<std::uint32_t>(&chunk - plan_->chunks.data());
-  assert(index < known_ && routes_[index] == Route::kTaken);
-  routes_[index] = Route::kDirect;
+  assert(index < known_ && lists_[index] == List::kTaken);
+  lists_[index] = List::kPastCache;
   next_direct_ = std::min(next_direct_, index);
 }
 
 bool Router::exhausted() const noexcept {
-  const auto left = [this](std::uint32_t from, Route route) {
-    return std::find(routes_.begin() + from, routes_.begin() + known_, route) != routes_.begin() + known_;
+  const auto left = [this](std::uint32_t from, List list) {
+    return std::find(lists_.begin() + from, lists_.begin() + known_, list) != lists_.begin() + known_;
   };
-  return known_ == routes_.size() && !left(next_direct_, Route::kDirect) && !left(next_buffered_, Route::kBuffered);
+  return known_ == lists_.size() && !left(next_direct_, List::kPastCache) && !left(next_buffered_, List::kThroughCache);
 }
 
-Router::Route Router::route_of(const Chunk& chunk) {
-  if (!direct_) return Route::kBuffered;
+Router::List Router::list_of(const Chunk& chunk) {
+  if (!direct_) return List::kThroughCache;
   if (block_bytes_) {
     const bool whole_blocks = (chunk.offset_bytes | chunk.size_bytes) % *block_bytes_ == 0;
-    return whole_blocks ? Route::kDirect : Route::kBuffered;
+    return whole_blocks ? List::kPastCache : List::kThroughCache;
   }
-  if (!residency_) return Route::kDirect;
-  return residency_->cached(chunk.offset_bytes, chunk.size_bytes) ? Route::kBuffered : Route::kDirect;
+  if (!residency_) return List::kPastCache;
+  return residency_->cached(chunk.offset_bytes, chunk.size_bytes) ? List::kThroughCache : List::kPastCache;
 }
 
 }  // namespace flashpack::internal

@@ -13,14 +13,14 @@
 
 namespace flashpack::internal {
 
-/// Hands out the chunks of a plan on two routes. Each route has its own cursor through the file, so that a half-cached
-/// file keeps disk and CPUs busy to the end. The router asks whether a chunk is cached only when a route has run out of
-/// known chunks, because the answer may change.
+/// Hands out the chunks of a plan from two lists: those that go past the page cache, and those that go through it. Each
+/// list has its own cursor through the file, so that a half-cached file keeps disk and CPUs busy to the end. The router
+/// asks whether a chunk is cached only when a list has run out, because the answer may change.
 ///
 /// Move-only. Thread safety: one thread.
 class Router {
  public:
-  enum class Route : std::uint8_t { kDirect, kBuffered, kTaken /* not to be asked for */ };
+  enum class List : std::uint8_t { kPastCache, kThroughCache, kTaken /* not to be asked for */ };
 
   Router() = default;
   /// The router of a load. Borrows the plan; the file must stay open.
@@ -28,11 +28,11 @@ class Router {
   /// The router of a store. Borrows the plan.
   Router(const Plan& plan, const File& file);
 
-  /// The next chunk of `route`, which stays the same until take(). Null if there is none, or if `questions` is 0, which
+  /// The next chunk of `list`, which stays the same until take(). Null if there is none, or if `questions` is 0, which
   /// goes down by one for each chunk that is asked about.
-  const Chunk* peek(Route route, unsigned& questions);
-  /// Requires: peek(route) was not null.
-  void take(Route route);
+  const Chunk* peek(List list, unsigned& questions);
+  /// Requires: peek(list) was not null.
+  void take(List list);
   /// Takes back a chunk that was called cached and is not, so that it goes past the page cache.
   void give_back(const Chunk& chunk);
   /// Whether all chunks have been taken.
@@ -43,23 +43,23 @@ class Router {
   /// To be called when the file system has refused direct I/O.
   void refuse_direct() noexcept { direct_ = false; }
 
-  /// Whether chunks are on kBuffered only because they seem to be cached, so that they can go past the page cache if
-  /// they are not.
+  /// Whether chunks are on kThroughCache only because they seem to be cached, so that they can go past the page cache
+  /// if they are not.
   bool on_suspicion() const noexcept { return residency_ && direct_; }
   /// Why answers about the page cache are less reliable than they could be; empty when they are not.
   std::string fallback_reason() const { return residency_ ? residency_->fallback_reason() : ""; }
 
  private:
-  std::uint32_t& cursor(Route route) { return route == Route::kDirect ? next_direct_ : next_buffered_; }
-  Route route_of(const Chunk& chunk);
+  std::uint32_t& cursor(List list) { return list == List::kPastCache ? next_direct_ : next_buffered_; }
+  List list_of(const Chunk& chunk);
 
   const Plan* plan_ = nullptr;
   std::optional<Residency> residency_;        // Set for a load that chooses chunk by chunk.
   std::optional<std::uint32_t> block_bytes_;  // Set for a store.
   bool direct_ = false;
-  std::vector<Route> routes_;  // Routes of the chunks below known_.
+  std::vector<List> lists_;  // For each chunk below known_, the list that it is on.
   std::uint32_t known_ = 0;
-  std::uint32_t next_direct_ = 0;  // Cursor: all chunks below are taken or on the other route.
+  std::uint32_t next_direct_ = 0;  // Cursor: all chunks below are taken or on the other list.
   std::uint32_t next_buffered_ = 0;
 };
 

@@ -46,7 +46,7 @@ void Steps::reap(std::optional<std::chrono::nanoseconds> patience) {
   if (queues_.disk.refuses()) complete_all(queues_.stand_in.wait(std::chrono::nanoseconds(0)));
   complete_all(queues_.workers.wait(std::chrono::nanoseconds(0)));
   if (!copier_) return;
-  for (const Copier::Completion& landed : copier_->poll()) on_worked(landed.tag, landed.error);
+  for (const Copier::EndedCopy& copy : copier_->poll()) on_worked(copy.tag, copy.error);
 }
 
 void Steps::look_at_gates() {

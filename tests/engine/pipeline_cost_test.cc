@@ -23,7 +23,7 @@ constexpr std::size_t kManyChunks = 128;
 // Lists that are made once for a transfer grow a few times more for many chunks. That is far from one for each chunk.
 constexpr int kGrowth = kManyChunks / 4;
 
-struct Way {
+struct Load {
   const char* name;
   CachePolicy cache;
   std::size_t phase;
@@ -59,14 +59,14 @@ class PipelineCostTest : public ::testing::Test {
     return checksums;
   }
 
-  int allocations_of_load(std::size_t chunks, const Way& way) {
-    GuardedMemory memory(chunks * kChunkBytes, way.phase);
+  int allocations_of_load(std::size_t chunks, const Load& wanted) {
+    GuardedMemory memory(chunks * kChunkBytes, wanted.phase);
     Rig::Load load{.path = path_,
                    .extents = {{0, memory.size(), memory.data()}},
-                   .cache = way.cache,
+                   .cache = wanted.cache,
                    .completion = &completion_,
-                   .report_extents = way.report_extents};
-    if (way.checksums) load.checksums = checksums();
+                   .report_extents = wanted.report_extents};
+    if (wanted.checksums) load.checksums = checksums();
     return allocations_of([&] { return rig_.start(load); });
   }
 
@@ -91,16 +91,16 @@ TEST_F(PipelineCostTest, ALoadAllocatesNothingPerChunk) {
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
   GTEST_SKIP() << "the sanitizers have their own operator new";
 #endif
-  for (const Way& way : {Way{"in place", CachePolicy::kDirect, 0},
-                         {"through slots", CachePolicy::kDirect, 64},
-                         {"through the page cache", CachePolicy::kBuffered, 0},
-                         {"where the router says", CachePolicy::kAuto, 0},
-                         {"with checksums", CachePolicy::kDirect, 0, true},
-                         {"told of extents", CachePolicy::kDirect, 64, true, true}}) {
-    allocations_of_load(kManyChunks, way);
-    const int few = allocations_of_load(kFewChunks, way);
-    EXPECT_GT(few, 0) << way.name;
-    EXPECT_LE(allocations_of_load(kManyChunks, way), few + kGrowth) << way.name;
+  for (const Load& load : {Load{"in place", CachePolicy::kDirect, 0},
+                           {"through slots", CachePolicy::kDirect, 64},
+                           {"through the page cache", CachePolicy::kBuffered, 0},
+                           {"where the router says", CachePolicy::kAuto, 0},
+                           {"with checksums", CachePolicy::kDirect, 0, true},
+                           {"told of extents", CachePolicy::kDirect, 64, true, true}}) {
+    allocations_of_load(kManyChunks, load);
+    const int few = allocations_of_load(kFewChunks, load);
+    EXPECT_GT(few, 0) << load.name;
+    EXPECT_LE(allocations_of_load(kManyChunks, load), few + kGrowth) << load.name;
   }
 }
 

@@ -32,7 +32,7 @@ class HostCopier final : public Copier {
     carry_out(work);
     landed_.push_back({tag, {}});
   }
-  std::span<const Completion> poll() override {
+  std::span<const EndedCopy> poll() override {
     polled_.clear();
     polled_.swap(landed_);
     return polled_;
@@ -44,8 +44,8 @@ class HostCopier final : public Copier {
   std::string fallback_reason() const override { return {}; }
 
  private:
-  std::vector<Completion> landed_;
-  std::vector<Completion> polled_;
+  std::vector<EndedCopy> landed_;
+  std::vector<EndedCopy> polled_;
 };
 
 // What the caller's stream does.

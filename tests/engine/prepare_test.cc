@@ -21,7 +21,7 @@ class HalfCopier final : public Copier {
   static constexpr std::uintptr_t kElsewhere = std::uintptr_t{1} << 41;
 
   void push(unsigned, unsigned, const ByteWork&) override {}
-  std::span<const Completion> poll() override { return {}; }
+  std::span<const EndedCopy> poll() override { return {}; }
   bool idle() const noexcept override { return true; }
   std::unique_ptr<Gate> gate(CUstream_st*) override { throw Error(Errc::kInvalidArgument, "captured"); }
   bool owns(const void* memory) const override {

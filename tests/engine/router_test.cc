@@ -12,7 +12,7 @@
 namespace flashpack::internal {
 namespace {
 
-using Route = Router::Route;
+using List = Router::List;
 
 constexpr std::uint32_t kChunk = 1u << 20;
 constexpr unsigned kPlenty = 1000;
@@ -25,12 +25,12 @@ class RouterTest : public ::testing::Test {
     plan_ = Plan::of_load({{0, 8 * kChunk, reinterpret_cast<std::byte*>(1ull << 30)}}, kChunk, kPageBytes);
   }
 
-  std::vector<std::uint64_t> take_all(Router& router, Route route) {
+  std::vector<std::uint64_t> take_all(Router& router, List list) {
     std::vector<std::uint64_t> offsets;
     unsigned questions = kPlenty;
-    while (const Chunk* chunk = router.peek(route, questions)) {
+    while (const Chunk* chunk = router.peek(list, questions)) {
       offsets.push_back(chunk->offset_bytes / kChunk);
-      router.take(route);
+      router.take(list);
     }
     return offsets;
   }
@@ -43,16 +43,16 @@ class RouterTest : public ::testing::Test {
 
 TEST_F(RouterTest, PoliciesDecideWithoutAsking) {
   Router direct(plan_, *file_, CachePolicy::kDirect);
-  EXPECT_TRUE(take_all(direct, Route::kBuffered).empty());
-  EXPECT_EQ(take_all(direct, Route::kDirect).size(), 8u);
+  EXPECT_TRUE(take_all(direct, List::kThroughCache).empty());
+  EXPECT_EQ(take_all(direct, List::kPastCache).size(), 8u);
   Router buffered(plan_, *file_, CachePolicy::kBuffered);
-  EXPECT_EQ(take_all(buffered, Route::kBuffered).size(), 8u);
+  EXPECT_EQ(take_all(buffered, List::kThroughCache).size(), 8u);
 }
 
 TEST_F(RouterTest, FilesThatRefuseDirectReadsAreBuffered) {
   Router router(plan_, *file_, CachePolicy::kAuto);
   router.refuse_direct();
-  EXPECT_EQ(take_all(router, Route::kBuffered).size(), 8u);
+  EXPECT_EQ(take_all(router, List::kThroughCache).size(), 8u);
 }
 
 TEST_F(RouterTest, CachedChunksAreBufferedAndTheRestDirect) {
@@ -63,46 +63,46 @@ TEST_F(RouterTest, CachedChunksAreBufferedAndTheRestDirect) {
   if (!Residency(file_->buffered_fd()).cached(3 * kChunk, 2 * kChunk))
     GTEST_SKIP() << "cachestat is not to be had here";
   Router router(plan_, *file_, CachePolicy::kAuto);
-  EXPECT_EQ(take_all(router, Route::kBuffered), (std::vector<std::uint64_t>{3, 4}));
-  EXPECT_EQ(take_all(router, Route::kDirect), (std::vector<std::uint64_t>{0, 1, 2, 5, 6, 7}));
+  EXPECT_EQ(take_all(router, List::kThroughCache), (std::vector<std::uint64_t>{3, 4}));
+  EXPECT_EQ(take_all(router, List::kPastCache), (std::vector<std::uint64_t>{0, 1, 2, 5, 6, 7}));
 }
 
-TEST_F(RouterTest, WhatIsGivenBackComesAgainOnTheDirectRouteAndNothingElseDoes) {
+TEST_F(RouterTest, WhatIsGivenBackComesAgainOnTheListPastTheCacheAndNothingElseDoes) {
   Router router(plan_, *file_, CachePolicy::kAuto);
   std::vector<const Chunk*> taken;
   unsigned questions = kPlenty;
-  for (const Route route : {Route::kBuffered, Route::kDirect}) {
-    while (const Chunk* chunk = router.peek(route, questions)) {
+  for (const List list : {List::kThroughCache, List::kPastCache}) {
+    while (const Chunk* chunk = router.peek(list, questions)) {
       taken.push_back(chunk);
-      router.take(route);
+      router.take(list);
     }
   }
   ASSERT_EQ(taken.size(), 8u);
   EXPECT_TRUE(router.on_suspicion());
   router.give_back(plan_.chunks[5]);
   router.give_back(plan_.chunks[2]);
-  EXPECT_TRUE(take_all(router, Route::kBuffered).empty());
-  EXPECT_EQ(take_all(router, Route::kDirect), (std::vector<std::uint64_t>{2, 5}));
+  EXPECT_TRUE(take_all(router, List::kThroughCache).empty());
+  EXPECT_EQ(take_all(router, List::kPastCache), (std::vector<std::uint64_t>{2, 5}));
 }
 
 TEST_F(RouterTest, StopsAskingWhenTheQuestionsRunOutAndGoesOnLater) {
   Router router(plan_, *file_, CachePolicy::kDirect);
   unsigned questions = 3;
-  EXPECT_EQ(router.peek(Route::kBuffered, questions), nullptr);
+  EXPECT_EQ(router.peek(List::kThroughCache, questions), nullptr);
   EXPECT_EQ(questions, 0u);
-  EXPECT_NE(router.peek(Route::kDirect, questions), nullptr) << "what is known can be taken";
-  EXPECT_TRUE(take_all(router, Route::kBuffered).empty());
-  EXPECT_EQ(take_all(router, Route::kDirect).size(), 8u) << "nothing was lost on the way";
+  EXPECT_NE(router.peek(List::kPastCache, questions), nullptr) << "what is known can be taken";
+  EXPECT_TRUE(take_all(router, List::kThroughCache).empty());
+  EXPECT_EQ(take_all(router, List::kPastCache).size(), 8u) << "nothing was lost on the way";
 }
 
 TEST_F(RouterTest, StoresOfWholeBlocksAreDirect) {
   const Plan plan = Plan::of_store({{5, kChunk, reinterpret_cast<std::byte*>(1ull << 30)}}, kChunk, file_->alignment());
   Router router(plan, *file_);
-  EXPECT_EQ(take_all(router, Route::kDirect).size(), 1u);
-  EXPECT_EQ(take_all(router, Route::kBuffered).size(), 2u);
+  EXPECT_EQ(take_all(router, List::kPastCache).size(), 1u);
+  EXPECT_EQ(take_all(router, List::kThroughCache).size(), 2u);
   Router without(plan, File::open(path_, std::nullopt, false));
-  EXPECT_TRUE(take_all(without, Route::kDirect).empty());
-  EXPECT_EQ(take_all(without, Route::kBuffered).size(), 3u);
+  EXPECT_TRUE(take_all(without, List::kPastCache).empty());
+  EXPECT_EQ(take_all(without, List::kThroughCache).size(), 3u);
 }
 
 }  // namespace
