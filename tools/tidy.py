@@ -53,8 +53,6 @@ ENGINE_FLOORS = (
 
 # Sources that are tested under another name, and where.
 TESTED_BY = {
-    "engine/copier_none.cc": "tests/engine/engine_test.cc",
-    "engine/steps.cc": "tests/engine/pipeline_test.cc",
     "engine/transfer.cc": "tests/engine/engine_test.cc",
     "tools/quickstart.py": "tools/quickstart.sh",
     "tools/sglang_load.py": "tools/sglang_load.sh",

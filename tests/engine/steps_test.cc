@@ -1,0 +1,238 @@
+#include "engine/steps.h"
+
+#include <gtest/gtest.h>
+
+#include <cerrno>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/ground/host_region.h"
+#include "engine/transfer_state.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::internal {
+namespace {
+
+using Route = Steps::Route;
+
+constexpr std::uint32_t kChunk = 1u << 20;
+
+// Carries nothing out. The test says how operations end.
+template <class Interface>
+class ScriptedQueue final : public Interface {
+ public:
+  using Request = typename Interface::Request;
+  struct Pushed {
+    unsigned tag;
+    Request request;
+  };
+
+  void push(unsigned tag, const Request& request) override { pushed.push_back({tag, request}); }
+  void cancel(unsigned tag) override { cancelled.push_back(tag); }
+  std::span<const IoCompletion> wait(std::optional<std::chrono::nanoseconds>) override {
+    returned_.clear();
+    returned_.swap(ended);
+    return returned_;
+  }
+  void wake() noexcept override {}
+
+  std::vector<Pushed> pushed;
+  std::vector<unsigned> cancelled;
+  std::vector<IoCompletion> ended;
+
+ private:
+  std::vector<IoCompletion> returned_;
+};
+
+class StepsTest : public ::testing::Test, private Steps::Owner {
+ protected:
+  StepsTest() {
+    testing::write_file(dir_ / "file", std::vector<std::byte>(3 * kChunk));
+    part_.path = "the file";
+    part_.transfer = transfer_.get();
+    part_.open = std::make_shared<OpenFile>(File::open(dir_ / "file", std::nullopt, true), &disk_);
+    part_.file_system = &file_system_;
+    part_.state = Part::State::kOpen;
+  }
+
+  void plan(std::vector<Fragment> extents, CachePolicy policy = CachePolicy::kDirect) {
+    part_.plan = Plan::of_load(std::move(extents), kChunk, kPageBytes);
+    part_.router = Router(part_.plan, part_.file(), policy);
+    part_.chunks_open = static_cast<std::uint32_t>(part_.plan.chunks.size());
+  }
+  // One chunk that goes through a slot, of blocks 1 and 2 of the file.
+  void plan_small() { plan({{5000, 6000, memory_.data() + 1}}); }
+
+  bool set_out(Route route, std::size_t chunk = 0) { return steps_.set_out(part_, part_.plan.chunks.at(chunk), route); }
+
+  // Ends the last operation that was pushed to `queue`, and lets the chunks go on.
+  template <class Interface>
+  void end(ScriptedQueue<Interface>& queue, std::int64_t result) {
+    queue.ended.push_back({queue.pushed.back().tag, result});
+    steps_.reap(std::chrono::nanoseconds(0));
+  }
+
+  void on_delivered(Part&, const Chunk&) override { told_.push_back("delivered"); }
+  void on_given_back(Part&) override { told_.push_back("given back"); }
+  void on_failed(TransferState&, const Error& error) override { told_.push_back(error.what()); }
+  void on_came_back(TransferState&) override { told_.push_back("came back"); }
+
+  testing::TempDir dir_;
+  HostRegion memory_{2 * kChunk, "a test"};
+  HostRegion slots_{2 * kChunk, "a test"};
+  ScriptedQueue<DiskQueue> disk_;
+  ScriptedQueue<WorkQueue> workers_;
+  FileSystem::Totals totals_;
+  FileSystem file_system_{totals_};
+  std::shared_ptr<TransferState> transfer_ = std::make_shared<TransferState>();
+  Part& part_ = transfer_->parts.emplace_back();
+  std::vector<std::string> told_;
+  Steps steps_{*this,
+               Queues{.disk = disk_, .stand_in = disk_, .workers = workers_},
+               nullptr,
+               {slots_.bytes().first(kChunk), slots_.bytes().subspan(kChunk, kChunk)},
+               Jobs::Limits{.tags = 8 + Jobs::kStuckLimit, .queue_depth = 4, .slots = 2},
+               1u};
+};
+
+using Told = std::vector<std::string>;
+
+TEST_F(StepsTest, AChunkInPlaceIsPopulatedIfItsMemoryIsFreshThenReadAndDelivered) {
+  plan({{0, kChunk, memory_.data()}});
+  ASSERT_TRUE(set_out(Route::kDirect));
+  ASSERT_EQ(workers_.pushed.size(), 1u);
+  EXPECT_EQ(workers_.pushed[0].request.op, ByteWork::Op::kPopulate);
+  EXPECT_TRUE(disk_.pushed.empty());
+  end(workers_, 0);
+  ASSERT_EQ(disk_.pushed.size(), 1u);
+  EXPECT_EQ(disk_.pushed[0].request.memory.data(), memory_.data());
+  EXPECT_EQ(disk_.pushed[0].request.memory.size(), kChunk);
+  EXPECT_TRUE(told_.empty());
+  end(disk_, kChunk);
+  EXPECT_EQ(told_, Told{"delivered"});
+  EXPECT_TRUE(steps_.idle());
+  EXPECT_EQ(transfer_->done_bytes, kChunk);
+  EXPECT_EQ(transfer_->stats.direct_bytes, kChunk);
+  EXPECT_EQ(transfer_->stats.staged_bytes, 0u);
+
+  std::fill_n(memory_.data(), kChunk, std::byte{1});
+  ASSERT_TRUE(set_out(Route::kDirect));
+  EXPECT_EQ(workers_.pushed.size(), 1u) << "the memory is there";
+  end(disk_, kChunk);
+}
+
+TEST_F(StepsTest, AShortReadGoesOnAtItsLastWholeBlock) {
+  plan_small();
+  ASSERT_TRUE(set_out(Route::kDirect));
+  EXPECT_EQ(disk_.pushed[0].request.offset_bytes, kPageBytes);
+  EXPECT_EQ(disk_.pushed[0].request.memory.size(), 2 * kPageBytes);
+  end(disk_, 5000);
+  ASSERT_EQ(disk_.pushed.size(), 2u);
+  EXPECT_EQ(disk_.pushed[1].request.offset_bytes, 2 * kPageBytes);
+  EXPECT_EQ(disk_.pushed[1].request.memory.size(), kPageBytes);
+  EXPECT_EQ(transfer_->stats.retries, 1u);
+  end(disk_, kPageBytes);
+  ASSERT_EQ(workers_.pushed.size(), 1u);
+  EXPECT_EQ(workers_.pushed[0].request.op, ByteWork::Op::kScatter);
+  end(workers_, 0);
+  EXPECT_EQ(told_, Told{"delivered"});
+  EXPECT_EQ(transfer_->done_bytes, 6000u);
+}
+
+TEST_F(StepsTest, AReadIsTriedAgainABoundedNumberOfTimes) {
+  for (const auto& [result, cause] : {std::pair{-EAGAIN, "Resource temporarily unavailable"},
+                                      std::pair{100, "short read: the file ends before the requested bytes"}}) {
+    told_.clear();
+    plan_small();
+    ASSERT_TRUE(set_out(Route::kDirect));
+    for (int i = 0; i < 1000 && told_.empty(); ++i) end(disk_, result);
+    EXPECT_EQ(told_, Told{std::string("read the file at 5000+6000: ") + cause});
+    EXPECT_TRUE(steps_.idle());
+  }
+}
+
+TEST_F(StepsTest, AnErrorAndAnEarlyEndFailTheTransfer) {
+  for (const auto& [result, cause] :
+       {std::pair{-EIO, "Input/output error"}, std::pair{0, "short read: the file ends before the requested bytes"}}) {
+    told_.clear();
+    plan_small();
+    ASSERT_TRUE(set_out(Route::kDirect));
+    end(disk_, result);
+    EXPECT_EQ(told_, Told{std::string("read the file at 5000+6000: ") + cause});
+    EXPECT_TRUE(steps_.idle());
+  }
+}
+
+TEST_F(StepsTest, WhereDirectReadsAreRefusedTheChunkGoesThroughThePageCache) {
+  plan_small();
+  ASSERT_TRUE(set_out(Route::kDirect));
+  end(disk_, -EINVAL);
+  ASSERT_EQ(workers_.pushed.size(), 1u);
+  EXPECT_EQ(workers_.pushed[0].request.op, ByteWork::Op::kFromCache);
+  EXPECT_FALSE(workers_.pushed[0].request.page_cache.only);
+  EXPECT_FALSE(part_.router.direct());
+  EXPECT_EQ(transfer_->stats.fallback_reason, "direct I/O: refused by the file system at the first use");
+  end(workers_, 6000);
+  EXPECT_EQ(told_, Told{"delivered"});
+  EXPECT_EQ(transfer_->stats.buffered_bytes, 6000u);
+}
+
+TEST_F(StepsTest, AChunkThatIsNotCachedAfterAllGoesBackToTheRouter) {
+  if (part_.file().direct_fd() < 0) GTEST_SKIP() << "no direct I/O here";
+  plan({{5000, 6000, memory_.data() + 1}}, CachePolicy::kAuto);
+  unsigned questions = 10;
+  const Chunk* chunk = part_.router.peek(Router::List::kThroughCache, questions);
+  const auto list = chunk ? Router::List::kThroughCache : Router::List::kPastCache;
+  ASSERT_TRUE(chunk || part_.router.peek(list, questions));
+  ASSERT_TRUE(set_out(Route::kSeemsCached));
+  part_.router.take(list);
+  EXPECT_TRUE(part_.router.exhausted());
+  end(workers_, -EAGAIN);
+  EXPECT_EQ(told_, Told{"given back"});
+  EXPECT_TRUE(steps_.idle());
+  EXPECT_EQ(part_.router.peek(Router::List::kPastCache, questions), &part_.plan.chunks[0]);
+}
+
+TEST_F(StepsTest, ChunksOfAFailedTransferComeBackWhenTheirOperationsDo) {
+  plan({{5000, 6000, memory_.data() + 1}, {kChunk + 5000, 6000, memory_.data() + 8001}});
+  ASSERT_TRUE(set_out(Route::kDirect, 0));
+  ASSERT_TRUE(set_out(Route::kDirect, 1));
+  transfer_->failure = Failure(Error(Errc::kCancelled, "read"));
+  steps_.abandon_chunks_of(*transfer_);
+  EXPECT_EQ(disk_.cancelled.size(), 2u);
+  EXPECT_TRUE(told_.empty());
+  disk_.ended = {{disk_.pushed[0].tag, -ECANCELED}};
+  steps_.reap(std::chrono::nanoseconds(0));
+  EXPECT_EQ(told_, Told{"came back"});
+  EXPECT_FALSE(steps_.idle());
+  end(disk_, 2 * kPageBytes);
+  EXPECT_EQ(told_, (Told{"came back", "came back"})) << "what was read is of no use";
+  EXPECT_TRUE(steps_.idle());
+  EXPECT_EQ(transfer_->done_bytes, 0u);
+}
+
+TEST_F(StepsTest, AChunkSetsOutOnlyIfThereIsRoomForIt) {
+  plan({{5000, 6000, memory_.data() + 1},
+        {kChunk + 5000, 6000, memory_.data() + 8001},
+        {2 * kChunk + 5000, 6000, memory_.data() + 16001}});
+  ASSERT_TRUE(set_out(Route::kBuffered, 0));
+  EXPECT_TRUE(steps_.workers_are_busy());
+  EXPECT_FALSE(set_out(Route::kBuffered, 1)) << "the workers have enough";
+  end(workers_, 6000);
+  EXPECT_FALSE(steps_.workers_are_busy());
+  ASSERT_TRUE(set_out(Route::kDirect, 0));
+  EXPECT_FALSE(steps_.disk_is_busy(2));
+  ASSERT_TRUE(set_out(Route::kDirect, 1));
+  EXPECT_TRUE(steps_.disk_is_busy(2));
+  EXPECT_FALSE(set_out(Route::kDirect, 2)) << "both slots are in use";
+  EXPECT_EQ(transfer_->jobs, 2u);
+  transfer_->failure = Failure(Error(Errc::kCancelled, "read"));
+  steps_.abandon_chunks_of(*transfer_);
+  disk_.ended = {{disk_.pushed[0].tag, -ECANCELED}, {disk_.pushed[1].tag, -ECANCELED}};
+  steps_.reap(std::chrono::nanoseconds(0));
+  EXPECT_TRUE(steps_.idle());
+}
+
+}  // namespace
+}  // namespace flashpack::internal
