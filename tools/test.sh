@@ -3,7 +3,7 @@
 #
 # usage: tools/test.sh [all|fast]
 #
-#   all   (default) release build with LibTorch and Python, sanitizer and fuzzer builds, quickstart, linters
+#   all   (default) release build with LibTorch and Python, host-only, sanitizer and fuzzer builds, quickstart, linters
 #   fast  the release build's tests, pytest and the linters
 #
 # A step that breaks counts as a failure and the rest still runs. Logs and JUnit files are in .cache/test. The last
@@ -44,6 +44,11 @@ run_pytest() {
   "$python" -m pytest "${mine[@]}" --junitxml="$results/pytest-$1.xml"
 }
 
+# The libraries without CUDA and LibTorch, and the tests of what is different then.
+build_host_only() {
+  configure host-only && cmake --build --preset host-only --target flashpack_format copier_none_test
+}
+
 lint_python() {
   "$python" -m ruff check . && "$python" -m ruff format --check .
 }
@@ -64,6 +69,9 @@ step check shellcheck shellcheck tools/*.sh .ci/run
 step check ruff lint_python
 step check mypy "$python" -m mypy torch_binding/python/flashpack
 if [[ $scope == all ]]; then
+  step build host-only-build build_host_only &&
+    step suite host-only ctest --preset host-only --tests-regex '^WithoutCuda' --no-tests=error \
+      --output-junit "$results/host-only.xml"
   ctest_preset asan
   ctest_preset tsan
   ctest_preset fuzz
