@@ -1,8 +1,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
+#include <vector>
 
 #include "tests/fuzz/checks.h"
+#include "torch_binding/format/safetensors_header.h"
 
 using namespace flashpack;
 
@@ -18,5 +20,23 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       covered += record.size_bytes;
     }
     fuzz::check(covered == metadata.payload_bytes);
+
+    // What was read can be written, and is read again as it was: anything thrown here is a finding.
+    std::vector<TensorSpec> tensors;
+    for (const auto& [name, dtype, shape, begin, bytes] : metadata.records) tensors.push_back({name, dtype, shape});
+    const auto header = [&]() noexcept { return make_safetensors_header(tensors, metadata.user_metadata); }();
+    const std::string_view written = std::string_view(header.bytes).substr(sizeof(std::uint64_t));
+    const std::uint64_t payload_bytes = metadata.payload_bytes - payload_begin;
+    const auto again = [&]() noexcept {
+      return parse_safetensors_header(written, header.bytes.size() + payload_bytes, "again");
+    }();
+    fuzz::check(again.user_metadata == metadata.user_metadata);
+    fuzz::check(again.records.size() == tensors.size());
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const TensorRecord& before = metadata.records[header.order[i]];
+      const TensorRecord& after = again.records[i];
+      fuzz::check(after.name == before.name && after.dtype == before.dtype && after.shape == before.shape);
+      fuzz::check(after.size_bytes == before.size_bytes);
+    }
   });
 }

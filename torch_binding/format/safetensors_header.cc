@@ -242,7 +242,9 @@ std::string_view safetensors_dtype(DType dtype) noexcept {
 }
 
 std::vector<std::int64_t> safetensors_shape(DType dtype, std::vector<std::int64_t> shape) {
-  if (dtype == DType::kFloat4E2M1FNX2 && !shape.empty()) shape.back() *= 2;
+  const bool counts_pairs = dtype == DType::kFloat4E2M1FNX2 && !shape.empty();
+  if (counts_pairs && __builtin_mul_overflow(shape.back(), 2, &shape.back()))
+    refuse_to_write("a tensor with a dim that passes 2^63");
   return shape;
 }
 

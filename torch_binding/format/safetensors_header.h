@@ -16,7 +16,8 @@ namespace flashpack {
 /// "F32" for float32; empty if no safetensors file can have the dtype.
 std::string_view safetensors_dtype(DType dtype) noexcept;
 
-/// The shape as a header has it, which counts 4-bit floats, whereas torch counts pairs of them.
+/// The shape as a header has it, which counts 4-bit floats, whereas torch counts pairs of them. Throws: Error
+/// (kInvalidArgument) if a dim passes 2^63.
 std::vector<std::int64_t> safetensors_shape(DType dtype, std::vector<std::int64_t> shape);
 
 /// The beginning of a safetensors file, and what follows it.
