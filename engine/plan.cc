@@ -9,7 +9,7 @@ namespace flashpack::internal {
 
 namespace {
 
-// For fewer bytes, an operation of their own costs more than a copy through a slot.
+// For fewer bytes beside others, an operation of their own costs more than a copy through a slot.
 constexpr std::uint64_t kMinInPlaceBytes = std::uint64_t{128} << 10;
 
 // Up to this many unwanted bytes are read, because a second read would cost more.
@@ -48,11 +48,12 @@ class Cutter {
     assert(alignment.memory_bytes <= alignment.block_bytes);
   }
 
-  void add(Fragment fragment) {
+  /// Adds a fragment that may be in place if it has at least `min_in_place_bytes` in whole blocks.
+  void add(Fragment fragment, std::uint64_t min_in_place_bytes = kMinInPlaceBytes) {
     const std::uint64_t inner_begin = round_up(fragment.offset_bytes, alignment_.block_bytes);
     const std::uint64_t inner_end = round_down(end_of(fragment), alignment_.block_bytes);
     const bool in_place = !fragment.on_device && same_phase(fragment, alignment_.memory_bytes);
-    if (in_place && inner_end >= inner_begin + kMinInPlaceBytes) {
+    if (in_place && inner_end >= inner_begin + min_in_place_bytes) {
       add_in_cells(take_front(fragment, inner_begin - fragment.offset_bytes), false);
       add_in_cells(take_front(fragment, inner_end - inner_begin), true);
     }
@@ -104,6 +105,17 @@ class Cutter {
   bool joinable_ = false;  // Whether the last chunk may grow.
 };
 
+// Whether one read gets extent `i` and nothing else. In place it needs no slot, however small it is.
+bool is_alone(std::span<const Fragment> extents, std::size_t i, std::uint32_t block_bytes) {
+  const auto are_apart = [](const Fragment& before, const Fragment& after) {
+    return before.priority != after.priority || before.on_device != after.on_device ||
+           end_of(before) + kMaxGapBytes < after.offset_bytes;
+  };
+  return (extents[i].offset_bytes | extents[i].size_bytes) % block_bytes == 0 &&
+         (i == 0 || are_apart(extents[i - 1], extents[i])) &&
+         (i + 1 == extents.size() || are_apart(extents[i], extents[i + 1]));
+}
+
 // Number of extents at the front that follow on each other, with only gaps that are filled with zeros.
 std::size_t contiguous(std::span<const Fragment> extents, std::uint64_t max_gap_bytes) {
   std::size_t count = 1;
@@ -146,7 +158,7 @@ Plan Plan::of_load(std::vector<Fragment> extents, std::uint32_t chunk_bytes, std
   Cutter cutter(plan, chunk_bytes, {block_bytes, block_bytes}, kMaxGapBytes);
   for (std::size_t i = 0; i < extents.size(); ++i) {
     if (i > 0 && extents[i].priority != extents[i - 1].priority) cutter.cut();
-    cutter.add(extents[i]);
+    cutter.add(extents[i], is_alone(extents, i, block_bytes) ? block_bytes : kMinInPlaceBytes);
   }
   return plan;
 }

@@ -34,7 +34,8 @@ struct Device {
 /// alignment.
 ///
 /// A load is fastest if `target` and `offset_bytes` are equal modulo 4096 (or modulo the file's direct I/O alignment,
-/// if that is larger), because whole pages of extents from 128 KiB on are then read straight into the target.
+/// if that is larger), because whole pages of extents from 128 KiB on are then read straight into the target, and so
+/// are smaller extents of whole pages if nothing else is wanted within 64 KiB of them.
 struct Extent {
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;

@@ -43,6 +43,22 @@ TEST(Plan, MemoryOutOfPhaseGoesThroughSlots) {
   for (const Chunk& chunk : plan_of({{0, 3 * kChunk, at((1ull << 30) + 512)}}).chunks) EXPECT_FALSE(chunk.in_place);
 }
 
+TEST(Plan, ASmallExtentOfWholePagesIsReadInPlaceIfNothingNearItIsWanted) {
+  const Fragment first = {kPageBytes, kPageBytes, at((1ull << 30) + kPageBytes)};
+  const Fragment near = {8 * kPageBytes, kPageBytes, at(1ull << 31)};
+  const Fragment far = {100 * kPageBytes, 2 * kPageBytes, at(1ull << 32)};
+  const auto in_place = [](const std::vector<Fragment>& extents) {
+    std::vector<bool> chunks;
+    for (const Chunk& chunk : plan_of(extents).chunks) chunks.push_back(chunk.in_place);
+    return chunks;
+  };
+  EXPECT_EQ(in_place({first, far}), (std::vector<bool>{true, true}));
+  EXPECT_EQ(in_place({first, near, far}), (std::vector<bool>{false, true})) << "two neighbours share a read";
+  EXPECT_EQ(in_place({{kPageBytes, kPageBytes - 1, at((1ull << 30) + kPageBytes)}, far}),
+            (std::vector<bool>{false, true}));
+  EXPECT_EQ(in_place({{kPageBytes, kPageBytes, at((1ull << 30) + 512)}, far}), (std::vector<bool>{false, true}));
+}
+
 TEST(Plan, ThousandSmallTensorsShareOneRead) {
   std::vector<Fragment> extents;
   for (std::uint64_t i = 0; i < 1000; ++i) extents.push_back({i * 1000, 900, at((1ull << 30) + i * 5000)});
