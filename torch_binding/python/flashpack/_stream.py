@@ -171,14 +171,14 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 break
             with torch.inference_mode(False), torch.no_grad():
                 # A stripe that two groups share is read by both, so that both can verify it.
-                may_have_checksums = any(file.format == "flashpack" for file in checkpoint.files())
-                verified = may_have_checksums and self._options.verify != "never"
+                has_checksums = any(file.has_checksums for file in checkpoint.files())
+                verified = has_checksums and self._options.verify != "never"
                 whole: Verify = "always" if verified else "never"
                 filling = make_room(Wanted(checkpoint, entries), device, self._options._replace(verify=whole))
-                [batch] = filling.batches(as_stream=False)
                 sizes = [size_bytes for size_bytes, _ in filling.plan.blocks]
                 group = _Group(entries, filling, sum(sizes))
-                under_way.start(group, (start(checkpoint, each, filling, self._options) for each in [batch]))
+                batches = filling.batches(as_stream=False)
+                under_way.start(group, (start(checkpoint, batch, filling, self._options) for batch in batches))
             for block, size_bytes in zip(filling.blocks, sizes, strict=True):
                 self._alive.add(block.owner, size_bytes)
             self._unseen_bytes += group.size_bytes
