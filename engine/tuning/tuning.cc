@@ -13,7 +13,6 @@
 #include <boost/json/serialize.hpp>
 #include <cstdint>
 #include <cstdlib>
-#include <fstream>
 #include <string_view>
 
 #include "engine/ground/error.h"
@@ -31,11 +30,12 @@ using internal::errno_code;
 using internal::file_error;
 using internal::Place;
 
+constexpr std::string_view kDefaults = "defaults";
 constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 // Far more than a person's profiles take. A larger file is not one of ours.
 constexpr std::uint64_t kMaxFileBytes = kMiB;
-// A file that somebody has edited may not make the engine take more memory.
-constexpr std::uint64_t kMaxInFlightBytes = 1024 * kMiB;
+// A file that somebody has edited may not make the engine take more memory for its slots.
+constexpr std::uint64_t kMaxStagingBytes = 1024 * kMiB;
 
 // The four values that a profile is found by.
 std::array<std::pair<const char*, std::string>, 4> key_of(const Place& place) {
@@ -57,9 +57,27 @@ const char* difference(const json::value& profile, const Place& place) {
   return nullptr;
 }
 
+// An engine has at least two slots, and room for all reads in flight.
+std::uint64_t least_staging_bytes(std::uint64_t chunk_bytes, std::uint64_t queue_depth) {
+  return chunk_bytes * std::max<std::uint64_t>(queue_depth, 2);
+}
+
 bool in_range(std::uint64_t chunk_bytes, std::uint64_t queue_depth, std::uint64_t workers) {
-  return std::has_single_bit(chunk_bytes) && chunk_bytes >= kMiB && chunk_bytes <= 1024 * kMiB && queue_depth >= 1 &&
-         queue_depth <= 1024 && chunk_bytes * queue_depth <= kMaxInFlightBytes && workers <= 64;
+  return std::has_single_bit(chunk_bytes) && chunk_bytes >= kMiB && chunk_bytes <= kMaxStagingBytes &&
+         queue_depth >= 1 && queue_depth <= 1024 && least_staging_bytes(chunk_bytes, queue_depth) <= kMaxStagingBytes &&
+         workers <= 64;
+}
+
+bool are_usual(const EngineOptions& options) {
+  const EngineOptions usual;
+  return options.chunk_bytes == usual.chunk_bytes && options.queue_depth == usual.queue_depth &&
+         options.workers == usual.workers;
+}
+
+// Whether the profile says that nothing was better than the defaults, whatever they are.
+bool has_defaults(const json::object& profile) {
+  const json::value* const value = profile.if_contains(kDefaults);
+  return value != nullptr && value->is_bool() && value->get_bool();
 }
 
 // Puts the values of the profile in place of those of `options`. False if one is missing or out of range.
@@ -77,9 +95,8 @@ bool take_values(const json::object& profile, EngineOptions& options) {
   options.chunk_bytes = static_cast<std::uint32_t>(chunk_bytes);
   options.queue_depth = static_cast<std::uint32_t>(queue_depth);
   options.workers = static_cast<std::uint32_t>(workers);
-  // Room for all reads in flight, where that is more than an engine has by itself.
   const std::uint64_t usual_bytes = (options.device.kind == Device::Kind::kCuda ? 96 : 64) * kMiB;
-  const std::uint64_t wanted_bytes = std::max(chunk_bytes * queue_depth, 2 * chunk_bytes);
+  const std::uint64_t wanted_bytes = least_staging_bytes(chunk_bytes, queue_depth);
   if (wanted_bytes > usual_bytes) options.staging_bytes = wanted_bytes;
   return true;
 }
@@ -89,26 +106,41 @@ std::string text_of(const EngineOptions& options) {
   return std::to_string(options.chunk_bytes / kMiB) + " MiB x " + std::to_string(options.queue_depth) + workers;
 }
 
-// The profiles in `file`, none with a `reason` if there are none to read.
-json::array profiles_in(const fs::path& file, std::string& reason) {
-  std::error_code error;
-  const fs::file_status status = fs::status(file, error);
-  reason = "there is no " + file.string();
-  if (!fs::exists(status)) return {};
-  reason = file.string() + " cannot be read";
-  if (!fs::is_regular_file(status)) return {};
-  std::ifstream in(file, std::ios::binary);
+struct Profiles {
+  json::array all;
+  std::string reason;     // Why there are none to read; empty if there are.
+  std::error_code error;  // Of the system; none if the file is missing or damaged.
+};
+
+// The text of a file, cut after kMaxFileBytes + 1.
+std::string text_in(const fs::path& file, std::error_code& error) {
+  // A FIFO would make a plain open wait for a writer.
+  const internal::UniqueFd fd(::open(file.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
   std::string text(kMaxFileBytes + 1, '\0');
-  if (!in || (in.read(text.data(), static_cast<std::streamsize>(text.size())), in.bad())) return {};
-  text.resize(static_cast<std::size_t>(in.gcount()));
+  std::size_t size = 0;
+  ssize_t got = fd ? 1 : -1;
+  while (got > 0 && size < text.size()) {
+    got = internal::uninterrupted([&] { return ::read(fd.get(), text.data() + size, text.size() - size); });
+    if (got > 0) size += static_cast<std::size_t>(got);
+  }
+  if (got < 0) error = errno_code(errno);
+  text.resize(size);
+  return text;
+}
+
+Profiles profiles_in(const fs::path& file) {
+  Profiles profiles;
+  const std::string text = text_in(file, profiles.error);
+  if (profiles.error == std::errc::no_such_file_or_directory) return {{}, "there is no " + file.string(), {}};
+  profiles.reason = file.string() + " cannot be read: " + profiles.error.message();
+  if (profiles.error) return profiles;
   json::error_code damage;
   json::value document;
   if (text.size() <= kMaxFileBytes) document = json::parse(text, damage);
-  json::value* const profiles = document.is_object() ? document.get_object().if_contains("profiles") : nullptr;
-  reason = file.string() + " is damaged" + (damage ? ": " + damage.message() : "");
-  if (profiles == nullptr || !profiles->is_array()) return {};
-  reason.clear();
-  return std::move(profiles->get_array());
+  json::value* const found = document.is_object() ? document.get_object().if_contains("profiles") : nullptr;
+  profiles.reason = file.string() + " is damaged" + (damage ? ": " + damage.message() : "");
+  if (found == nullptr || !found->is_array()) return profiles;
+  return {std::move(found->get_array()), {}, {}};
 }
 
 // Why none of `profiles` is for `place`.
@@ -123,6 +155,20 @@ std::string why_none(const json::array& profiles, const Place& place) {
     }
   }
   return "no profile is for " + place.storage;
+}
+
+// The defaults are not written down, because those of a later version may be better ones.
+json::object profile_of(const Place& place, const EngineOptions& options) {
+  json::object profile;
+  for (const auto& [name, value] : key_of(place)) profile[name] = value;
+  if (are_usual(options)) {
+    profile[kDefaults] = true;
+    return profile;
+  }
+  profile["chunk_bytes"] = options.chunk_bytes;
+  profile["queue_depth"] = options.queue_depth;
+  profile["workers"] = options.workers;
+  return profile;
 }
 
 // Replaces `file`, or what it links to, at once.
@@ -159,13 +205,15 @@ TunedOptions tuned_options(const fs::path& path, Device device, const fs::path& 
   const char* const wish = ::secure_getenv("FLASHPACK_TUNE");
   if (wish != nullptr && std::string_view(wish) == "off") return tuned.reason = "FLASHPACK_TUNE=off", tuned;
   if (profiles.empty()) return tuned.reason = "neither XDG_CONFIG_HOME nor HOME says where profiles are", tuned;
-  const json::array all = profiles_in(profiles, tuned.reason);
-  if (!tuned.reason.empty()) return tuned;
+  const auto [all, reason, ignored] = profiles_in(profiles);
+  if (!reason.empty()) return tuned.reason = reason, tuned;
   const Place place = internal::place_of(path, device);
   if (!place.unknown.empty()) return tuned.reason = place.unknown, tuned;
-  const auto found =
+  const json::value* const found =
       std::find_if(all.begin(), all.end(), [&](const auto& each) { return difference(each, place) == nullptr; });
   if (found == all.end()) return tuned.reason = why_none(all, place), tuned;
+  if (has_defaults(found->get_object()))
+    return tuned.reason = "nothing was better than the defaults, says " + profiles.string(), tuned;
   tuned.applied = take_values(found->get_object(), tuned.options);
   tuned.reason = tuned.applied ? text_of(tuned.options) + " of " + profiles.string()
                                : "values of the profile in " + profiles.string() + " are missing or out of range";
@@ -185,19 +233,14 @@ void keep_profile(const fs::path& path, const EngineOptions& options, const fs::
   const internal::UniqueFd lock(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   // Without a lock, as some network file systems have none, another profile may be lost, but no file is damaged.
   internal::uninterrupted([&] { return ::flock(lock.get(), LOCK_EX); });
-  std::string damage;
-  json::array all = profiles_in(profiles, damage);
+  auto [all, damage, read_error] = profiles_in(profiles);
+  if (read_error) throw file_error(read_error, "read", profiles);
   if (!damage.empty() && fs::exists(profiles, error))
     throw argument_error("no profile can be kept: " + damage + "; mend it or remove it");
   all.erase(
       std::remove_if(all.begin(), all.end(), [&](const auto& each) { return difference(each, place) == nullptr; }),
       all.end());
-  json::object profile;
-  for (const auto& [name, value] : key_of(place)) profile[name] = value;
-  profile["chunk_bytes"] = options.chunk_bytes;
-  profile["queue_depth"] = options.queue_depth;
-  profile["workers"] = options.workers;
-  all.push_back(std::move(profile));
+  all.push_back(profile_of(place, options));
   replace(profiles, json::serialize(json::object{{"profiles", std::move(all)}}) + "\n");
 }
 

@@ -1,16 +1,22 @@
 #include "flashpack/tuning.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
+#include <fstream>
 #include <regex>
 #include <string>
 #include <string_view>
 
 #include "flashpack/error.h"
+#include "tests/support/hang.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -150,20 +156,55 @@ TEST_F(TuningTest, TheEngineTakesWhatCanBeKeptAndTheLargestReadsFindRoom) {
 
 TEST_F(TuningTest, OptionsOutOfRangeAreNotKept) {
   for (const EngineOptions& options :
-       {options_of(3 * kMiB, 8, 1), options_of(kMiB, 0, 1), options_of(kMiB, 8, 65), options_of(1024 * kMiB, 2, 1)}) {
+       {options_of(3 * kMiB, 8, 1), options_of(kMiB, 0, 1), options_of(kMiB, 8, 65), options_of(1024 * kMiB, 1, 1),
+        options_of(512 * kMiB, 3, 1), options_of(2 * kMiB, 1024, 1)}) {
     EXPECT_THROW(keep_profile(dir_.path(), options, profiles_), Error);
   }
   EXPECT_TRUE(tuned().applied);
 }
 
-TEST_F(TuningTest, AFileThatIsMissingOrNoFileIsAReason) {
+TEST_F(TuningTest, TheSlotsOfAProfileTakeAGigabyteAtMost) {
+  for (const auto& [chunk_mib, depth] : {std::pair{1024U, 1U}, {512U, 1U}, {512U, 2U}, {512U, 3U}, {1U, 1024U}}) {
+    edit("\"chunk_bytes\":[0-9]+,\"queue_depth\":[0-9]+",
+         "\"chunk_bytes\":" + std::to_string(chunk_mib * kMiB) + ",\"queue_depth\":" + std::to_string(depth));
+    const TunedOptions got = tuned();
+    EXPECT_EQ(got.applied, std::max(depth, 2U) * chunk_mib <= 1024) << chunk_mib << " x " << depth;
+    EXPECT_LE(got.options.staging_bytes, std::uint64_t{1024} * kMiB);
+  }
+}
+
+TEST_F(TuningTest, TheDefaultsAreKeptWithoutNumbersSoThatLaterOnesAreTaken) {
+  keep_profile(dir_.path(), EngineOptions(), profiles_);
+  expect_defaults("nothing was better than the defaults, says " + profiles_.string());
+  EXPECT_FALSE(has(text(), "chunk_bytes") || has(text(), "queue_depth") || has(text(), "workers")) << text();
+  for (const char* damaged : {"false", "1", "null"}) {
+    edit("\"defaults\":[a-z0-9]+", std::string("\"defaults\":") + damaged);
+    expect_defaults("missing or out of range");
+  }
+}
+
+TEST_F(TuningTest, AFileThatIsMissingOrCannotBeReadIsAReason) {
   std::filesystem::remove(profiles_);
   expect_defaults("there is no ");
   std::filesystem::create_directory(profiles_);
-  expect_defaults("cannot be read");
+  expect_defaults("cannot be read: Is a directory");
   std::filesystem::remove(profiles_);
   ASSERT_EQ(::mkfifo(profiles_.c_str(), 0600), 0);
-  expect_defaults("cannot be read");
+  expect_defaults("is damaged");
+}
+
+TEST_F(TuningTest, AFileThatCannotBeReadIsNotReplacedAndTheErrorIsTheSystems) {
+  std::filesystem::remove(profiles_);
+  std::filesystem::create_symlink("tune.json", profiles_);  // Refused to root, too.
+  expect_defaults("cannot be read: Too many levels of symbolic links");
+  try {
+    keep_profile(dir_.path(), options_of(2 * kMiB, 16, 3), profiles_);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), std::errc::too_many_symbolic_link_levels) << error.what();
+    EXPECT_EQ(error.path(), profiles_);
+  }
+  EXPECT_TRUE(std::filesystem::is_symlink(profiles_));
 }
 
 TEST_F(TuningTest, MemoryHasNoProfile) {
@@ -239,6 +280,38 @@ TEST_F(TuningTest, ProcessesThatWriteAtOnceNeverShowAHalfWrittenFileAndLeaveNoOt
   for (int i = 0; i < kOthers; ++i) EXPECT_TRUE(has(text(), "\"other " + std::to_string(i) + "\"")) << i;
   using Entries = std::filesystem::directory_iterator;
   EXPECT_EQ(std::distance(Entries(profiles_.parent_path()), Entries()), 1);
+}
+
+// Whether `pid` waits for a lock, as /proc/locks tells.
+bool waits_for_a_lock(pid_t pid) {
+  std::ifstream locks("/proc/locks");
+  for (std::string line; std::getline(locks, line);) {
+    if (std::regex_search(line, std::regex("-> FLOCK .* " + std::to_string(pid) + " "))) return true;
+  }
+  return false;
+}
+
+TEST_F(TuningTest, AWriterWaitsForTheOneBeforeItAndKeepsWhatThatHasAdded) {
+  const int lock = ::open(profiles_.parent_path().c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  ASSERT_EQ(::flock(lock, LOCK_EX), 0);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    keep_profile(dir_.path(), options_of(8 * kMiB, 4, 2), profiles_);
+    ::_exit(0);
+  }
+  int status = -1;
+  const auto give_up = std::chrono::steady_clock::now() + testing::kHang;
+  pid_t ended = 0;
+  while (ended == 0 && !waits_for_a_lock(child) && std::chrono::steady_clock::now() < give_up)
+    ended = ::waitpid(child, &status, WNOHANG);
+  EXPECT_EQ(ended, 0) << "it did not wait";
+  edit("\\[", "[{\"storage\":\"of the first writer\"},");
+  ::flock(lock, LOCK_UN);  // The child has the descriptor, too.
+  ::close(lock);
+  if (ended == 0) ::waitpid(child, &status, 0);
+  EXPECT_EQ(status, 0);
+  EXPECT_TRUE(has(text(), "of the first writer")) << text();
+  EXPECT_EQ(tuned().options.chunk_bytes, 8 * kMiB);
 }
 
 }  // namespace

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from ._checkpoint import File
-from ._native import Engine, enter_call, leave_call, tuned_options
+from ._logging import logger
+from ._native import Engine, FlashPackError, enter_call, leave_call, tuned_options
 
 _engines: dict[tuple[int | None, str], Engine] = {}
 _tuned: dict[tuple[int | None, int], dict[str, Any]] = {}
@@ -43,6 +44,18 @@ left_before_exit = _Call()
 def engine(cuda_device: int | None = None, file: File | None = None) -> Engine:
     """Returns the engine for the host, or for a CUDA device, with the profile for loads of `file` if there is one."""
     options = {} if file is None else _options(cuda_device, file)
+    if file is None or not options:
+        return _made(cuda_device, {})
+    try:
+        return _made(cuda_device, options)
+    except (FlashPackError, OSError, MemoryError) as error:  # As under a limit on memory or threads.
+        usual = _made(cuda_device, {})
+        logger.warning("loads go on with the defaults, without the profile %s: %s", options["profile"], error)
+        _tuned[cuda_device, file.identity[0]] = {}
+        return usual
+
+
+def _made(cuda_device: int | None, options: dict[str, Any]) -> Engine:
     key = (cuda_device, options.get("profile", ""))
     with _lock:
         if key not in _engines:
