@@ -1,10 +1,12 @@
+import errno
 import logging
+import os
 
 import flashpack
 import pytest
 import torch
 from flashpack import _engine
-from flashpack._native import FlashPackError, keep_profile, tuned_options
+from flashpack._native import Engine, FlashPackError, keep_profile, tuned_options
 from support import random_tensor
 
 MIB = 1 << 20
@@ -91,3 +93,25 @@ def test_a_profile_is_looked_up_once_per_disk(packed, profile):
 def test_a_profile_of_the_host_is_not_for_a_gpu(packed, profile):
     assert tuned_options(packed)["queue_depth"] == 2
     assert tuned_options(packed, 0) == {}
+
+
+def test_where_no_engine_can_be_made_with_the_profile_loads_go_on_without_and_say_so_once(
+    packed, profile, monkeypatch, caplog
+):
+    def limited(cuda_device, **options):
+        if options:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), "start engine")
+        return Engine(cuda_device)
+
+    monkeypatch.setattr(_engine, "Engine", limited)
+    assert stats_of_load(packed)["profile"] == ""
+    assert stats_of_load(packed)["profile"] == ""
+    (warning,) = caplog.records
+    assert f"without the profile 1 MiB x 2, 1 workers of {profile}" in warning.getMessage()
+    assert os.strerror(errno.EAGAIN) in warning.getMessage()
+
+
+def test_the_defaults_are_kept_as_such(packed, profile):
+    keep_profile(packed, 4 * MIB, 8, 0)
+    assert tuned_options(packed) == {}
+    assert stats_of_load(packed)["profile"] == ""
