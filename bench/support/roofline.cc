@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <exception>
 #include <functional>
@@ -90,14 +91,17 @@ void for_each_chunk(std::size_t total_bytes, const std::function<void(std::size_
   if (failure) std::rethrow_exception(failure);
 }
 
-// Moves the pieces in whole blocks, `depth` in flight.
-void move_direct(Ring::Op op, std::span<const Piece> pieces, unsigned depth) {
+// Moves the pieces in whole blocks, `depth` in flight. `seconds`, if given, gets the time that each of them took.
+void move_direct(Ring::Op op, std::span<const Piece> pieces, unsigned depth, std::vector<double>* seconds = nullptr) {
+  using Clock = std::chrono::steady_clock;
   Ring ring(depth);
+  std::vector<Clock::time_point> begins(seconds != nullptr ? pieces.size() : 0);
   std::size_t next = 0;
   unsigned in_flight = 0;
   const auto push = [&] {
     const Piece& piece = pieces[next];
     const std::size_t size = round_up_to_block(piece.memory.size());
+    if (seconds != nullptr) begins[next] = Clock::now();
     ring.push(op, next, piece.file->fd(), {piece.memory.data(), size}, piece.offset_bytes);
     ++next;
     ++in_flight;
@@ -106,6 +110,8 @@ void move_direct(Ring::Op op, std::span<const Piece> pieces, unsigned depth) {
   while (in_flight > 0) {
     const Ring::Done done = ring.wait();
     --in_flight;
+    if (seconds != nullptr)
+      seconds->push_back(std::chrono::duration<double>(Clock::now() - begins[done.index]).count());
     const Piece& piece = pieces[done.index];
     // A local disk never moves less than it was asked for, and a roofline that retries would be too slow.
     if (done.result < 0 || static_cast<std::size_t>(done.result) < piece.memory.size()) {
@@ -117,15 +123,21 @@ void move_direct(Ring::Op op, std::span<const Piece> pieces, unsigned depth) {
 
 }  // namespace
 
-std::vector<Piece> pieces_of(const OpenFile& file, std::span<std::byte> memory) {
+std::vector<Piece> pieces_of(const OpenFile& file, std::span<std::byte> memory, std::size_t piece_bytes) {
   std::vector<Piece> pieces;
-  for (std::size_t at = 0; at < memory.size(); at += kChunkBytes) {
-    pieces.push_back({&file, at, memory.subspan(at, std::min(kChunkBytes, memory.size() - at))});
+  for (std::size_t at = 0; at < memory.size(); at += piece_bytes) {
+    pieces.push_back({&file, at, memory.subspan(at, std::min(piece_bytes, memory.size() - at))});
   }
   return pieces;
 }
 
 void read_pieces(std::span<const Piece> pieces, unsigned depth) { move_direct(Ring::Op::kRead, pieces, depth); }
+
+std::vector<double> time_reads(std::span<const Piece> pieces, unsigned depth) {
+  std::vector<double> seconds;
+  move_direct(Ring::Op::kRead, pieces, depth, &seconds);
+  return seconds;
+}
 
 void read_direct(const std::filesystem::path& path, std::span<std::byte> target) {
   const OpenFile file(path, O_RDONLY | O_DIRECT);

@@ -22,11 +22,15 @@ struct Piece {
   std::span<std::byte> memory;
 };
 
-/// Cuts the file into pieces of 4 MiB, from its beginning to the size of `memory`.
-std::vector<Piece> pieces_of(const OpenFile& file, std::span<std::byte> memory);
+/// Cuts the file into pieces, a multiple of 4 KiB, from its beginning to the size of `memory`.
+std::vector<Piece> pieces_of(const OpenFile& file, std::span<std::byte> memory,
+                             std::size_t piece_bytes = std::size_t{4} << 20);
 
 /// Reads the pieces with io_uring, `depth` of them in flight. Throws: std::system_error.
 void read_pieces(std::span<const Piece> pieces, unsigned depth);
+
+/// The same, and returns how many seconds each read took, in no order.
+std::vector<double> time_reads(std::span<const Piece> pieces, unsigned depth);
 
 /// Reads the first `target.size()` bytes past the page cache: io_uring, O_DIRECT, 4 MiB reads, 8 in flight, straight
 /// into `target`, which must be 4 KiB aligned. Whole blocks are read, so the memory must reach up to one block past

@@ -35,6 +35,12 @@ bool measured(const std::vector<Cell>& cells, const Setting& setting) {
 
 }  // namespace
 
+Latency latency_of(std::vector<double> seconds) {
+  std::sort(seconds.begin(), seconds.end());
+  const auto at = [&](std::size_t percent) { return seconds[(seconds.size() * percent + 99) / 100 - 1]; };
+  return {.p50_s = at(50), .p95_s = at(95), .p99_s = at(99)};
+}
+
 std::vector<Setting> coarse_settings(const Setting& usual) {
   std::vector<Setting> all{usual};
   for (const std::uint32_t chunk_mib : {1u, 4u, 16u}) {

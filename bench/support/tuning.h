@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace flashpack::bench {
@@ -14,13 +15,24 @@ struct Setting {
   bool operator==(const Setting&) const = default;
 };
 
+/// The seconds in which half of the requests, 95 and 99 of a hundred were answered.
+struct Latency {
+  double p50_s = 0;
+  double p95_s = 0;
+  double p99_s = 0;
+};
+
 /// A cell holds the medians of the samples of one setting.
 struct Cell {
   Setting setting;
   int samples = 0;
   double gb_per_s = 0;
   double cpu_s_per_gb = 0;
+  std::optional<Latency> latency = std::nullopt;  ///< None if it has not been measured.
 };
+
+/// Takes the nearest rank. Requires: not empty.
+Latency latency_of(std::vector<double> seconds);
 
 /// At most this part of the speed is given up for less CPU or memory, and a gain below it is noise.
 inline constexpr double kTolerance = 0.03;

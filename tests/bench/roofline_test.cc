@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <vector>
 
@@ -46,6 +47,17 @@ TEST_F(RooflineTest, PiecesOfSeveralFilesGoWhereTheyBelong) {
   }
   read_pieces(pieces, 32);
   EXPECT_TRUE(std::ranges::equal(memory_.bytes().first(expected.size()), expected));
+}
+
+TEST_F(RooflineTest, EveryReadHasATimeThatIsNoLongerThanAllOfThem) {
+  const OpenFile file(path_, O_RDONLY | O_DIRECT);
+  const auto target = memory_.bytes().first(kFileBytes);
+  const auto begin = std::chrono::steady_clock::now();
+  const std::vector<double> seconds = time_reads(pieces_of(file, target, 1 << 20), 4);
+  const std::chrono::duration<double> all = std::chrono::steady_clock::now() - begin;
+  EXPECT_EQ(seconds.size(), 10U);
+  for (const double each : seconds) EXPECT_TRUE(each > 0 && each <= all.count()) << each;
+  EXPECT_TRUE(std::ranges::equal(target, bytes_));
 }
 
 TEST_F(RooflineTest, AReadPastTheEndIsAnError) {

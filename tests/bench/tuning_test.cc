@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <random>
 #include <set>
 
@@ -16,6 +17,18 @@ constexpr Setting kUsual{4 * kMiB, 8, 0};
 Cell cell(std::uint32_t chunk_mib, std::uint32_t depth, double gb_per_s, double cpu_s_per_gb,
           std::uint32_t workers = 0) {
   return {{chunk_mib * kMiB, depth, workers}, kEnoughSamples, gb_per_s, cpu_s_per_gb};
+}
+
+TEST(Tuning, LatenciesAreThoseOfTheRequestsWhateverTheirOrderAndNumber) {
+  std::vector<double> seconds(200);
+  std::iota(seconds.rbegin(), seconds.rend(), 1.0);
+  const Latency many = latency_of(seconds);
+  EXPECT_EQ(many.p50_s, 100.0);
+  EXPECT_EQ(many.p95_s, 190.0);
+  EXPECT_EQ(many.p99_s, 198.0);
+  const Latency one = latency_of({3.0});
+  EXPECT_EQ(one.p50_s, 3.0);
+  EXPECT_EQ(one.p99_s, 3.0);
 }
 
 TEST(Tuning, AFasterSettingTakesThePlaceOfTheDefault) {
