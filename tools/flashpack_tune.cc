@@ -3,33 +3,35 @@
 // The disk is searched first, from settings that lie far apart to what lies beside the fastest; then, from the page
 // cache, the number of workers. In the end the setting that was found and the default are measured in turns, because
 // the fastest of many noisy measurements is often so by chance.
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <array>
-#include <boost/json/array.hpp>
-#include <boost/json/object.hpp>
-#include <boost/json/serialize.hpp>
 #include <chrono>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <random>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "bench/support/checkpoint.h"
 #include "bench/support/measure.h"
+#include "bench/support/open_file.h"
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
 #include "bench/support/tuning.h"
 #include "engine/ground/host_region.h"
 #include "flashpack/engine.h"
 #include "flashpack/tuning.h"
+#include "tools/tune_report.h"
 
 namespace flashpack::bench {
 namespace {
@@ -37,7 +39,6 @@ namespace {
 constexpr int kExitFailed = 1;
 constexpr int kExitUsage = 2;
 constexpr int kExitNotKept = 3;
-constexpr Setting kUsual{EngineOptions().chunk_bytes, EngineOptions().queue_depth, EngineOptions().workers};
 
 using Clock = std::chrono::steady_clock;
 
@@ -45,8 +46,10 @@ struct Flags {
   std::filesystem::path path = ".";
   double budget_s = 60;
   double size_gib = 1;
+  bool writes = false;
   bool dry_run = false;
   bool json = false;
+  std::filesystem::path json_file;
 };
 
 EngineOptions options_of(const Setting& setting) {
@@ -60,11 +63,19 @@ EngineOptions options_of(const Setting& setting) {
   return options;
 }
 
-std::string text_of(const Setting& setting) {
-  const std::string workers = setting.workers == 0 ? "default" : std::to_string(setting.workers);
-  return std::to_string(setting.chunk_bytes >> 20) + " MiB x " + std::to_string(setting.queue_depth) + ", " + workers +
-         " workers";
-}
+enum class Work { kDisk, kPageCache, kWrites };
+
+/// Removes the file in the end.
+struct WrittenFile {
+  explicit WrittenFile(std::filesystem::path file) : path(std::move(file)) {}
+  WrittenFile(const WrittenFile&) = delete;
+  WrittenFile& operator=(const WrittenFile&) = delete;
+  ~WrittenFile() {
+    std::error_code ignored;
+    std::filesystem::remove(path, ignored);
+  }
+  std::filesystem::path path;
+};
 
 /// The file that is read, and memory for all of it, which is touched.
 struct Subject {
@@ -85,10 +96,28 @@ std::uint64_t size_of(const LoadRequest& request) {
   return bytes;
 }
 
-Sample sample(Subject& subject, const Setting& setting, CachePolicy cache) {
+Sample sample_write(Subject& subject, const Setting& setting) {
+  Engine engine(options_of(setting));
+  WriteRequest request;
+  for (const Extent& extent : subject.whole.files.front().extents)
+    request.extents.push_back({extent.offset_bytes, extent.size_bytes, extent.target});
+  const std::filesystem::path path = subject.checkpoint.path().string() + ".written";
+  // To replace a file would free its blocks, too.
+  const WrittenFile written(path);
+  // The engine takes its staging memory at its first write, which is not to be measured.
+  engine.create(path).write({.extents = {{0, 4097, subject.memory.data()}}});
+  return measure([&] {
+    FileWriter writer = engine.create(path, {.payload_bytes = size_of(subject.whole)});
+    subject.fallback_reason = writer.write(request).fallback_reason;
+    writer.commit();
+  });
+}
+
+Sample sample(Subject& subject, const Setting& setting, Work work) {
+  if (work == Work::kWrites) return sample_write(subject, setting);
   Engine engine(options_of(setting));
   LoadRequest request = subject.whole;
-  request.cache = cache;
+  request.cache = work == Work::kDisk ? CachePolicy::kDirect : CachePolicy::kBuffered;
   // The engine takes its staging memory at its first load, which is not to be measured.
   LoadRequest first_tensor = request;
   first_tensor.files.front().extents.resize(1);
@@ -97,9 +126,9 @@ Sample sample(Subject& subject, const Setting& setting, CachePolicy cache) {
 }
 
 // Leaves so much of the file to read that one read takes `seconds` on a slow disk.
-void fit(Subject& subject, CachePolicy cache, double seconds) {
+void fit(Subject& subject, Work work, double seconds) {
   auto& extents = subject.whole.files.front().extents;
-  while (extents.size() > 1 && sample(subject, kUsual, cache).seconds > seconds) {
+  while (extents.size() > 1 && sample(subject, kUsual, work).seconds > seconds) {
     const std::uint64_t wanted = size_of(subject.whole) / 2;
     while (extents.size() > 1 && size_of(subject.whole) > wanted) extents.pop_back();
   }
@@ -111,22 +140,22 @@ struct Search {
 };
 
 // On a terminal the table is drawn anew after each round, else there is a line.
-void show(const char* what, const Search& search, double spent_s, double budget_s, bool first) {
+void show(const char* what, const std::vector<Cell>& cells, double spent_s, double budget_s, bool first) {
   static std::size_t lines = 0;
-  const Cell& best = choose(search.cells);
+  const Cell& best = choose(cells);
   if (::isatty(STDERR_FILENO) != 0) {
     if (!first && lines > 0) std::fprintf(stderr, "\033[%zuF\033[J", lines);
-    for (const Cell& cell : search.cells) {
+    for (const Cell& cell : cells) {
       std::fprintf(stderr, "%c %-34s %7.2f GB/s %5.0f ms CPU/GB %3d samples\n", &cell == &best ? '*' : ' ',
                    text_of(cell.setting).c_str(), cell.gb_per_s, cell.cpu_s_per_gb * 1e3, cell.samples);
     }
-    lines = search.cells.size() + 1;
+    lines = cells.size() + 1;
   }
   std::fprintf(stderr, "%s: %.0f s of %.0f s, best %s %.2f GB/s, default %.2f GB/s\n", what, spent_s, budget_s,
-               text_of(best.setting).c_str(), best.gb_per_s, search.cells.front().gb_per_s);
+               text_of(best.setting).c_str(), best.gb_per_s, cells.front().gb_per_s);
 }
 
-void add_sample(Search& search, Subject& subject, const Setting& setting, CachePolicy cache) {
+void add_sample(Search& search, Subject& subject, const Setting& setting, Work work) {
   auto found =
       std::find_if(search.cells.begin(), search.cells.end(), [&](const Cell& cell) { return cell.setting == setting; });
   if (found == search.cells.end()) {
@@ -134,40 +163,43 @@ void add_sample(Search& search, Subject& subject, const Setting& setting, CacheP
     search.series.emplace_back(size_of(subject.whole));
   }
   Series& series = search.series[static_cast<std::size_t>(found - search.cells.begin())];
-  series.add(sample(subject, setting, cache));
-  *found = {setting, found->samples + 1, series.gb_per_s(), series.cpu_s_per_gb()};
+  series.add(sample(subject, setting, work));
+  ++found->samples;
+  found->gb_per_s = series.gb_per_s();
+  found->cpu_s_per_gb = series.cpu_s_per_gb();
 }
 
 // Measures rounds, the first one of `round`, until another would not change the choice or the time is over.
-Search search(Subject& subject, std::vector<Setting> round, CachePolicy cache, Clock::time_point begin, double until_s,
-              double budget_s) {
+std::vector<Cell> search(Subject& subject, std::vector<Setting> round, Work work, Clock::time_point begin,
+                         double until_s, double budget_s) {
   Search result;
   // std::random_device would need a newer glibc than the wheels.
   std::mt19937 random(static_cast<std::mt19937::result_type>(begin.time_since_epoch().count()));
-  const bool refine = cache == CachePolicy::kDirect;
+  const bool refine = work != Work::kPageCache;
+  const std::array<const char*, 3> names{"disk", "page cache", "writes"};
   const auto spent_s = [&] { return std::chrono::duration<double>(Clock::now() - begin).count(); };
   for (bool first = true; !round.empty(); first = false, round = next_round(result.cells, refine)) {
     // The default stays in front, because it is what others are compared with.
     std::shuffle(round.begin() + 1, round.end(), random);
     for (const Setting& setting : round) {
       if (!result.cells.empty() && spent_s() > until_s) break;
-      add_sample(result, subject, setting, cache);
+      add_sample(result, subject, setting, work);
     }
-    show(refine ? "disk" : "page cache", result, spent_s(), budget_s, first);
+    show(names[static_cast<std::size_t>(work)], result.cells, spent_s(), budget_s, first);
     if (spent_s() > until_s) break;
   }
-  return result;
+  return std::move(result.cells);
 }
 
 // The speeds of the pick relative to the default, from pairs of samples in turns.
-std::vector<double> ratios_of(Subject& subject, const Setting& pick, CachePolicy cache, Clock::time_point end) {
+std::vector<double> ratios_of(Subject& subject, const Setting& pick, Work work, Clock::time_point end) {
   constexpr int kLeast = 7;
   constexpr int kMost = 15;
   std::vector<double> ratios;
   for (int pair = 0; pair < kMost && (pair < kLeast || Clock::now() < end); ++pair) {
     std::array<double, 2> seconds{};
     for (const int turn : {pair % 2, 1 - pair % 2}) {
-      seconds[static_cast<std::size_t>(turn)] = sample(subject, turn == 0 ? kUsual : pick, cache).seconds;
+      seconds[static_cast<std::size_t>(turn)] = sample(subject, turn == 0 ? kUsual : pick, work).seconds;
     }
     ratios.push_back(seconds[0] / seconds[1]);
   }
@@ -175,8 +207,8 @@ std::vector<double> ratios_of(Subject& subject, const Setting& pick, CachePolicy
 }
 
 // Says what kept a search from being faster.
-std::string limit_of(const Search& search, bool from_disk, double copies_gb_per_s) {
-  const Cell& best = choose(search.cells);
+std::string limit_of(const std::vector<Cell>& cells, bool from_disk, double copies_gb_per_s) {
+  const Cell& best = choose(cells);
   const double cores = std::thread::hardware_concurrency();
   char text[160];
   const double busy = best.cpu_s_per_gb * best.gb_per_s;
@@ -191,19 +223,6 @@ std::string limit_of(const Search& search, bool from_disk, double copies_gb_per_
   return text;
 }
 
-struct Report {
-  bool disk = false;  // Whether it could be measured.
-  Search from_disk;
-  Search from_cache;
-  std::string disk_limit;
-  std::string cache_limit;
-  Setting pick = kUsual;
-  std::vector<double> gains;  // Medians, relative: from disk if that could be measured, and from the page cache.
-  bool kept_default = true;
-  std::string kept;      // The file of the profile.
-  std::string not_kept;  // Why there is none.
-};
-
 double copies(Subject& subject) {
   const auto memory = subject.memory.bytes().first(subject.checkpoint.metadata().payload_bytes);
   const auto rate = [&](auto read) {
@@ -213,30 +232,69 @@ double copies(Subject& subject) {
   return std::max({rate(read_buffered), rate(copy_mapped), rate(read_buffered), rate(copy_mapped)});
 }
 
-Report tune(Subject& subject, double budget_s) {
-  Report report;
-  report.disk = try_drop_from_page_cache(subject.checkpoint.path());
-  const auto begin = Clock::now();
-  fit(subject, report.disk ? CachePolicy::kDirect : CachePolicy::kBuffered, budget_s / 100);
-  if (report.disk) {
-    report.from_disk = search(subject, coarse_settings(kUsual), CachePolicy::kDirect, begin, budget_s * 0.6, budget_s);
-    report.pick = choose(report.from_disk.cells).setting;
-    report.disk_limit = limit_of(report.from_disk, true, 0);
+// Times the requests of the settings, the pick and the default first, until the time is over. They are timed without
+// the engine, by the least code that has as many of the same size in flight, because clocks would cost the engine's
+// driver.
+std::string add_latencies(std::vector<Cell>& cells, Subject& subject, Clock::time_point end) {
+  const Setting pick = choose(cells).setting;
+  std::vector<Cell*> order;
+  for (Cell& cell : cells) order.push_back(&cell);
+  std::stable_sort(order.begin(), order.end(), [](const Cell* a, const Cell* b) { return a->gb_per_s > b->gb_per_s; });
+  std::stable_partition(order.begin(), order.end(),
+                        [&](const Cell* cell) { return cell == &cells.front() || cell->setting == pick; });
+  try {
+    const OpenFile file(subject.checkpoint.path(), O_RDONLY | O_DIRECT);
+    const auto memory = subject.memory.bytes().first(size_of(subject.whole));
+    for (Cell* const cell : order) {
+      const Setting& setting = cell->setting;
+      cell->latency = latency_of(time_reads(pieces_of(file, memory, setting.chunk_bytes), setting.queue_depth));
+      if (Clock::now() > end) break;
+    }
+  } catch (const std::system_error& error) {
+    return error.what();  // As where io_uring is refused.
   }
-  warm_page_cache(subject.checkpoint.path());
-  report.from_cache = search(subject, worker_settings(report.pick, std::thread::hardware_concurrency()),
-                             CachePolicy::kBuffered, begin, budget_s * 0.8, budget_s);
-  report.pick = choose(report.from_cache.cells).setting;
-  report.cache_limit = limit_of(report.from_cache, false, copies(subject));
-  if (report.pick == kUsual) return report;
+  return {};
+}
+
+// Measures the pick in turns with the default, and decides between them.
+void decide(Report& report, Subject& subject, Clock::time_point disk_end, Clock::time_point end) {
+  if (report.pick == kUsual) return;
+  std::vector<std::vector<double>> ratios;
+  if (!report.disk.cells.empty()) ratios.push_back(ratios_of(subject, report.pick, Work::kDisk, disk_end));
+  ratios.push_back(ratios_of(subject, report.pick, Work::kPageCache, end));
+  for (const std::vector<double>& pairs : ratios) report.gains.push_back(median(pairs) - 1);
+  report.kept_default = !is_better(std::move(ratios));
+}
+
+Report tune(Subject& subject, const Flags& flags) {
+  Report report;
+  const bool disk = try_drop_from_page_cache(subject.checkpoint.path());
+  const auto begin = Clock::now();
+  // Writes take what is left of the budget.
+  const double budget_s = flags.budget_s * (disk && flags.writes ? 0.7 : 1);
   const auto share = [&](double part) {
     return begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(budget_s * part));
   };
-  std::vector<std::vector<double>> ratios;
-  if (report.disk) ratios.push_back(ratios_of(subject, report.pick, CachePolicy::kDirect, share(0.9)));
-  ratios.push_back(ratios_of(subject, report.pick, CachePolicy::kBuffered, share(1)));
-  for (const std::vector<double>& pairs : ratios) report.gains.push_back(median(pairs) - 1);
-  report.kept_default = !is_better(std::move(ratios));
+  fit(subject, disk ? Work::kDisk : Work::kPageCache, budget_s / 100);
+  report.read_bytes = size_of(subject.whole);
+  if (disk) {
+    report.disk.cells = search(subject, coarse_settings(kUsual), Work::kDisk, begin, budget_s * 0.55, flags.budget_s);
+    report.pick = choose(report.disk.cells).setting;
+    report.disk.limit = limit_of(report.disk.cells, true, 0);
+    report.no_latency = add_latencies(report.disk.cells, subject, share(0.63));
+  }
+  warm_page_cache(subject.checkpoint.path());
+  report.page_cache.cells = search(subject, worker_settings(report.pick, std::thread::hardware_concurrency()),
+                                   Work::kPageCache, begin, budget_s * 0.8, flags.budget_s);
+  report.pick = choose(report.page_cache.cells).setting;
+  report.page_cache.limit = limit_of(report.page_cache.cells, false, copies(subject));
+  decide(report, subject, share(0.9), share(1));
+  if (disk && flags.writes) {
+    report.writes.cells =
+        search(subject, coarse_settings(kUsual), Work::kWrites, begin, flags.budget_s, flags.budget_s);
+    report.writes.limit = limit_of(report.writes.cells, true, 0);
+  }
+  report.fallback_reason = subject.fallback_reason;
   return report;
 }
 
@@ -252,77 +310,9 @@ void keep(Report& report, const Flags& flags) {
   }
 }
 
-void print_table(const char* title, const Search& search, const std::string& limit) {
-  std::printf("\n%-36s %8s %10s %8s\n", title, "GB/s", "ms CPU/GB", "samples");
-  std::vector<Cell> cells = search.cells;
-  std::stable_sort(cells.begin(), cells.end(), [](const Cell& a, const Cell& b) { return a.gb_per_s > b.gb_per_s; });
-  const Setting chosen = choose(search.cells).setting;
-  for (const Cell& cell : cells) {
-    std::printf("%c %-34s %8.2f %10.0f %8d%s\n", cell.setting == chosen ? '*' : ' ', text_of(cell.setting).c_str(),
-                cell.gb_per_s, cell.cpu_s_per_gb * 1e3, cell.samples,
-                cell.setting == search.cells.front().setting ? "  compared with" : "");
-  }
-  std::printf("limit: %s\n", limit.c_str());
-}
-
-void print_text(const Report& report, const Subject& subject) {
-  if (report.disk) {
-    print_table("disk", report.from_disk, report.disk_limit);
-  } else {
-    std::printf(
-        "%s stays in the page cache, as on tmpfs: reads from a disk cannot be measured here, and so no queue depth.\n",
-        subject.checkpoint.path().c_str());
-  }
-  print_table("page cache", report.from_cache, report.cache_limit);
-  std::printf(
-      "\nrule: the default stays unless another setting is more than %.0f %% faster. Of those within %.0f %% of the "
-      "fastest,\nand no slower than the default, * costs the least CPU in steps of %.0f ms per GB, then has the fewest "
-      "bytes in flight.\nIn the end it is measured in turns with the default: it has to be %.0f %% faster in three of "
-      "four pairs\nfrom disk or from the page cache, and slower in neither.\n",
-      kTolerance * 100, kTolerance * 100, kCpuStepSPerGb * 1e3, kTolerance * 100);
-  for (std::size_t i = 0; i < report.gains.size(); ++i) {
-    std::printf("in turns, %s: %s has %+.1f %% of speed against the default\n",
-                i == 0 && report.disk ? "disk" : "page cache", text_of(report.pick).c_str(), report.gains[i] * 100);
-  }
-  if (!subject.fallback_reason.empty()) std::printf("It did without: %s\n", subject.fallback_reason.c_str());
-  const Setting best = report.kept_default ? kUsual : report.pick;
-  std::printf("\nbest: EngineOptions{.chunk_bytes = %u << 20, .queue_depth = %u, .workers = %u}%s\n",
-              best.chunk_bytes >> 20, best.queue_depth, best.workers, report.kept_default ? "   the default" : "");
-  std::printf(report.kept.empty() ? "not kept: %s\n" : "kept in %s\n",
-              report.kept.empty() ? report.not_kept.c_str() : report.kept.c_str());
-}
-
-namespace json = boost::json;
-
-json::object object_of(const Setting& setting) {
-  return {{"chunk_bytes", setting.chunk_bytes}, {"queue_depth", setting.queue_depth}, {"workers", setting.workers}};
-}
-
-json::array array_of(const Search& search) {
-  json::array all;
-  for (const Cell& cell : search.cells) {
-    json::object object = object_of(cell.setting);
-    object["gb_per_s"] = cell.gb_per_s;
-    object["cpu_s_per_gb"] = cell.cpu_s_per_gb;
-    object["samples"] = cell.samples;
-    all.push_back(std::move(object));
-  }
-  return all;
-}
-
-void print_json(const Report& report) {
-  json::array gains;
-  for (const double each : report.gains) gains.push_back(each);
-  const json::object all{{"best", object_of(report.kept_default ? kUsual : report.pick)},
-                         {"is_default", report.kept_default},
-                         {"gains", std::move(gains)},
-                         {"disk", array_of(report.from_disk)},
-                         {"disk_limit", report.disk_limit},
-                         {"page_cache", array_of(report.from_cache)},
-                         {"page_cache_limit", report.cache_limit},
-                         {"kept", report.kept},
-                         {"not_kept", report.not_kept}};
-  std::printf("%s\n", json::serialize(all).c_str());
+void write_file(const std::filesystem::path& path, const std::string& text) {
+  std::ofstream out(path);
+  if (!(out << text << "\n").flush()) throw std::system_error(errno, std::generic_category(), "write " + path.string());
 }
 
 int run(Flags flags) {
@@ -334,9 +324,11 @@ int run(Flags flags) {
   const auto size_bytes = static_cast<std::uint64_t>(flags.size_gib * (1 << 30));
   const std::string name = "flashpack_tune." + std::to_string(::getpid()) + ".flashpack";
   Subject subject(flags.path / name, size_bytes);
-  Report report = tune(subject, flags.budget_s);
+  Report report = tune(subject, flags);
+  report.directory = flags.path;
   keep(report, flags);
-  flags.json ? print_json(report) : print_text(report, subject);
+  if (!flags.json_file.empty()) write_file(flags.json_file, json_of(report));
+  flags.json ? static_cast<void>(std::printf("%s\n", json_of(report).c_str())) : print_text(report);
   return flags.dry_run || !report.kept.empty() ? 0 : kExitNotKept;
 }
 
@@ -363,8 +355,10 @@ int main(int argc, char** argv) try {
   app.add_option("--size_gib", flags.size_gib, "Size of the generated file, which is removed in the end")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  app.add_flag("--writes", flags.writes, "Measure durable writes, too, in a third of the time; they are only shown");
   app.add_flag("--dry_run", flags.dry_run, "Keep no profile");
   app.add_flag("--json", flags.json, "Print one object");
+  app.add_option("--json_file", flags.json_file, "Write the same object to a file, too");
   try {
     app.parse(argc, argv);
     if (!(flags.budget_s > 0)) throw CLI::ValidationError("--budget", "must be more than 0");

@@ -58,8 +58,43 @@ TEST(TuneTool, ADryRunKeepsNothingAndJsonTellsAllThatWasMeasured) {
   EXPECT_FALSE(std::filesystem::exists(dir / "config"));
   const auto report = boost::json::parse(outcome.output);
   EXPECT_EQ(report.at("not_kept").as_string(), "--dry_run");
+  EXPECT_EQ(report.at("directory").as_string(), dir.path().string());
   EXPECT_TRUE(report.at("best").at("chunk_bytes").is_int64());
   EXPECT_GT(report.at("page_cache").at(0).at("gb_per_s").to_number<double>(), 0);
+}
+
+TEST(TuneTool, ChunksAndDepthsAreAMapAndRequestsHaveLatencies) {
+  const testing::TempDir dir;
+  if (stays_in_page_cache(dir)) GTEST_SKIP() << "this file system keeps its pages";
+  const testing::Outcome outcome = tune(dir.path(), dir / "config", "--dry_run 2>/dev/null");
+  for (const char* part : {"disk, GB/s\n  chunk, depth ", "\n         4 MiB ", "% of the fastest", "*"})
+    EXPECT_TRUE(has(outcome.output, part)) << outcome.output;
+  EXPECT_FALSE(has(outcome.output, "\033")) << "this is no terminal";
+  if (has(outcome.output, "requests could not be timed")) GTEST_SKIP() << outcome.output;
+  EXPECT_TRUE(has(outcome.output, "ms p50 / p95 / p99")) << outcome.output;
+}
+
+TEST(TuneTool, WritesAreMeasuredIfAskedForAndTheJsonGoesToAFileToo) {
+  const testing::TempDir dir;
+  if (stays_in_page_cache(dir)) GTEST_SKIP() << "this file system keeps its pages";
+  const auto file = dir / "report.json";
+  const testing::Outcome outcome =
+      tune(dir.path(), dir / "config", "--writes --dry_run --json_file '" + file.string() + "' 2>/dev/null");
+  EXPECT_EQ(outcome.status, 0) << outcome.output;
+  for (const char* part : {"durable writes, GB/s", "Writes are only shown"})
+    EXPECT_TRUE(has(outcome.output, part)) << outcome.output;
+  const auto bytes = testing::read_file(file);
+  const auto report = boost::json::parse({reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+  for (const char* table : {"disk", "page_cache", "writes"})
+    EXPECT_GT(report.at(table).at(0).at("gb_per_s").to_number<double>(), 0) << table;
+  EXPECT_EQ(report.at("writes").at(0).at("queue_depth"), report.at("default").at("queue_depth"));
+  if (report.at("no_latency").as_string().empty()) {
+    const auto& latency = report.at("disk").at(0).at("latency_s");
+    EXPECT_GT(latency.at("p50").to_number<double>(), 0);
+    EXPECT_GE(latency.at("p99").to_number<double>(), latency.at("p50").to_number<double>());
+  }
+  using Entries = std::filesystem::directory_iterator;
+  EXPECT_EQ(std::distance(Entries(dir.path()), Entries()), 2) << "a file that was read or written is still there";
 }
 
 TEST(TuneTool, WhereAllIsPageCacheWhatCannotBeMeasuredIsSaidAndNothingIsKept) {

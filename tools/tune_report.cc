@@ -1,0 +1,133 @@
+#include "tools/tune_report.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <boost/json/array.hpp>
+#include <boost/json/object.hpp>
+#include <boost/json/serialize.hpp>
+#include <cstdio>
+#include <cstdlib>
+#include <string_view>
+#include <utility>
+
+#include "bench/support/heat_map.h"
+
+namespace flashpack::bench {
+
+namespace {
+
+namespace json = boost::json;
+
+bool shows_colours() {
+  const char* const refused = std::getenv("NO_COLOR");
+  const char* const terminal = std::getenv("TERM");
+  return ::isatty(STDOUT_FILENO) != 0 && (refused == nullptr || *refused == '\0') && terminal != nullptr &&
+         std::string_view(terminal) != "dumb";
+}
+
+void print_table(const char* title, const Table& table, bool map) {
+  if (table.cells.empty()) return;
+  std::printf("\n%-36s %8s %10s %8s %20s\n", title, "GB/s", "ms CPU/GB", "samples", map ? "ms p50 / p95 / p99" : "");
+  std::vector<Cell> cells = table.cells;
+  std::stable_sort(cells.begin(), cells.end(), [](const Cell& a, const Cell& b) { return a.gb_per_s > b.gb_per_s; });
+  const Setting chosen = choose(table.cells).setting;
+  for (const Cell& cell : cells) {
+    char latency[32] = "";
+    if (const auto& at = cell.latency)
+      std::snprintf(latency, sizeof latency, "%.2f / %.2f / %.2f", at->p50_s * 1e3, at->p95_s * 1e3, at->p99_s * 1e3);
+    std::printf("%c %-34s %8.2f %10.0f %8d %20s%s\n", cell.setting == chosen ? '*' : ' ', text_of(cell.setting).c_str(),
+                cell.gb_per_s, cell.cpu_s_per_gb * 1e3, cell.samples, latency,
+                cell.setting == table.cells.front().setting ? "  compared with" : "");
+  }
+  std::printf("limit: %s\n", table.limit.c_str());
+  if (map) std::printf("\n%s, GB/s\n%s", title, heat_map(table.cells, chosen, shows_colours()).c_str());
+}
+
+void print_rule() {
+  std::printf(
+      "\nrule: the default stays unless another setting is more than %.0f %% faster. Of those within %.0f %% of the "
+      "fastest,\nand no slower than the default, * costs the least CPU in steps of %.0f ms per GB, then has the fewest "
+      "bytes in flight.\nIn the end it is measured in turns with the default: it has to be %.0f %% faster in three of "
+      "four pairs\nfrom disk or from the page cache, and slower in neither.\n",
+      kTolerance * 100, kTolerance * 100, kCpuStepSPerGb * 1e3, kTolerance * 100);
+}
+
+json::object object_of(const Setting& setting) {
+  return {{"chunk_bytes", setting.chunk_bytes}, {"queue_depth", setting.queue_depth}, {"workers", setting.workers}};
+}
+
+json::array array_of(const std::vector<Cell>& cells) {
+  json::array all;
+  for (const Cell& cell : cells) {
+    json::object object = object_of(cell.setting);
+    object["gb_per_s"] = cell.gb_per_s;
+    object["cpu_s_per_gb"] = cell.cpu_s_per_gb;
+    object["samples"] = cell.samples;
+    if (const auto& at = cell.latency)
+      object["latency_s"] = json::object{{"p50", at->p50_s}, {"p95", at->p95_s}, {"p99", at->p99_s}};
+    all.push_back(std::move(object));
+  }
+  return all;
+}
+
+}  // namespace
+
+std::string text_of(const Setting& setting) {
+  const std::string workers = setting.workers == 0 ? "default" : std::to_string(setting.workers);
+  return std::to_string(setting.chunk_bytes >> 20) + " MiB x " + std::to_string(setting.queue_depth) + ", " + workers +
+         " workers";
+}
+
+void print_text(const Report& report) {
+  if (report.disk.cells.empty()) {
+    std::printf(
+        "Files in %s stay in the page cache, as on tmpfs: reads from a disk cannot be measured here, nor writes to it, "
+        "and so no queue depth.\n",
+        report.directory.c_str());
+  }
+  print_table("disk", report.disk, true);
+  if (!report.no_latency.empty()) std::printf("requests could not be timed: %s\n", report.no_latency.c_str());
+  print_table("page cache", report.page_cache, false);
+  print_table("durable writes", report.writes, true);
+  if (!report.writes.cells.empty()) {
+    std::printf(
+        "Writes are only shown, and no profile has a setting for them: an engine has one for both ways, the best one "
+        "for\nloads. Saves from Python use the defaults.\n");
+  }
+  print_rule();
+  for (std::size_t i = 0; i < report.gains.size(); ++i) {
+    std::printf("in turns, %s: %s has %+.1f %% of speed against the default\n",
+                i == 0 && !report.disk.cells.empty() ? "disk" : "page cache", text_of(report.pick).c_str(),
+                report.gains[i] * 100);
+  }
+  if (!report.fallback_reason.empty()) std::printf("It did without: %s\n", report.fallback_reason.c_str());
+  const Setting best = report.kept_default ? kUsual : report.pick;
+  std::printf("\nbest: EngineOptions{.chunk_bytes = %u << 20, .queue_depth = %u, .workers = %u}%s\n",
+              best.chunk_bytes >> 20, best.queue_depth, best.workers, report.kept_default ? "   the default" : "");
+  std::printf(report.kept.empty() ? "not kept: %s\n" : "kept in %s\n",
+              report.kept.empty() ? report.not_kept.c_str() : report.kept.c_str());
+}
+
+std::string json_of(const Report& report) {
+  json::array gains;
+  for (const double each : report.gains) gains.push_back(each);
+  return json::serialize(json::object{{"directory", report.directory.string()},
+                                      {"read_bytes", report.read_bytes},
+                                      {"best", object_of(report.kept_default ? kUsual : report.pick)},
+                                      {"default", object_of(kUsual)},
+                                      {"is_default", report.kept_default},
+                                      {"pick", object_of(report.pick)},
+                                      {"gains", std::move(gains)},
+                                      {"disk", array_of(report.disk.cells)},
+                                      {"disk_limit", report.disk.limit},
+                                      {"no_latency", report.no_latency},
+                                      {"page_cache", array_of(report.page_cache.cells)},
+                                      {"page_cache_limit", report.page_cache.limit},
+                                      {"writes", array_of(report.writes.cells)},
+                                      {"writes_limit", report.writes.limit},
+                                      {"kept", report.kept},
+                                      {"not_kept", report.not_kept}});
+}
+
+}  // namespace flashpack::bench

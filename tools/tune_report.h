@@ -1,0 +1,45 @@
+/// Prints what flashpack_tune has measured.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "bench/support/tuning.h"
+#include "flashpack/engine.h"
+
+namespace flashpack::bench {
+
+inline constexpr Setting kUsual{EngineOptions().chunk_bytes, EngineOptions().queue_depth, EngineOptions().workers};
+
+/// What was measured of one kind of work. Without cells it was not.
+struct Table {
+  std::vector<Cell> cells;  ///< The one that others are compared with is first.
+  std::string limit;        ///< What kept it from being faster.
+};
+
+struct Report {
+  std::filesystem::path directory;
+  std::uint64_t read_bytes = 0;  ///< Size of one sample.
+  Table disk;
+  Table page_cache;
+  Table writes;
+  std::string no_latency;  ///< Why requests were not timed; empty if they were.
+  Setting pick = kUsual;
+  std::vector<double> gains;  ///< Medians, relative: from disk if that could be measured, and from the page cache.
+  bool kept_default = true;
+  std::string kept;             ///< The file of the profile.
+  std::string not_kept;         ///< Why there is none.
+  std::string fallback_reason;  ///< What the engine did without.
+};
+
+/// "4 MiB x 8, default workers".
+std::string text_of(const Setting& setting);
+
+/// For people, on standard output.
+void print_text(const Report& report);
+
+/// One JSON object in one line.
+std::string json_of(const Report& report);
+
+}  // namespace flashpack::bench
