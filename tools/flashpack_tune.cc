@@ -256,14 +256,23 @@ std::string add_latencies(std::vector<Cell>& cells, Subject& subject, Clock::tim
   return {};
 }
 
-// Measures the pick in turns with the default, and decides between them.
-void decide(Report& report, Subject& subject, Clock::time_point disk_end, Clock::time_point end) {
-  if (report.pick == kUsual) return;
-  std::vector<std::vector<double>> ratios;
-  if (!report.disk.cells.empty()) ratios.push_back(ratios_of(subject, report.pick, Work::kDisk, disk_end));
-  ratios.push_back(ratios_of(subject, report.pick, Work::kPageCache, end));
-  for (const std::vector<double>& pairs : ratios) report.gains.push_back(median(pairs) - 1);
-  report.kept_default = !is_better(std::move(ratios));
+// Measures the pick in turns with the default. If it is no better, its workers may be to blame, and what the disk alone
+// asked for gets its turns, too.
+void decide(Report& report, Subject& subject, Clock::time_point end) {
+  std::vector<Setting> candidates{report.pick};
+  const Setting of_the_disk{report.pick.chunk_bytes, report.pick.queue_depth, kUsual.workers};
+  if (of_the_disk != report.pick) candidates.push_back(of_the_disk);
+  for (std::size_t i = 0; i < candidates.size() && report.kept_default && candidates[i] != kUsual; ++i) {
+    const auto share = (end - Clock::now()) / static_cast<int>(2 * (candidates.size() - i));
+    report.pick = candidates[i];
+    std::vector<std::vector<double>> ratios;
+    if (!report.disk.cells.empty())
+      ratios.push_back(ratios_of(subject, report.pick, Work::kDisk, Clock::now() + share));
+    ratios.push_back(ratios_of(subject, report.pick, Work::kPageCache, Clock::now() + share));
+    report.gains.clear();
+    for (const std::vector<double>& pairs : ratios) report.gains.push_back(median(pairs) - 1);
+    report.kept_default = !is_better(std::move(ratios));
+  }
 }
 
 Report tune(Subject& subject, const Flags& flags) {
@@ -288,7 +297,7 @@ Report tune(Subject& subject, const Flags& flags) {
                                    Work::kPageCache, begin, budget_s * 0.8, flags.budget_s);
   report.pick = choose(report.page_cache.cells).setting;
   report.page_cache.limit = limit_of(report.page_cache.cells, false, copies(subject));
-  decide(report, subject, share(0.9), share(1));
+  decide(report, subject, share(1));
   if (disk && flags.writes) {
     report.writes.cells =
         search(subject, coarse_settings(kUsual), Work::kWrites, begin, flags.budget_s, flags.budget_s);

@@ -93,8 +93,9 @@ bool is_better(std::vector<std::vector<double>> ratios) {
   for (std::vector<double>& pairs : ratios) {
     if (pairs.empty()) return false;
     std::sort(pairs.begin(), pairs.end());
-    if (pairs[pairs.size() / 2] < 1 - kTolerance) return false;
-    gains = gains || pairs[pairs.size() / 4] > 1 + kTolerance;
+    const std::size_t quarter = pairs.size() / 4;
+    if (pairs[pairs.size() / 2] < 1 - kTolerance && pairs[pairs.size() - 1 - quarter] < 1) return false;
+    gains = gains || pairs[quarter] > 1 + kTolerance;
   }
   return gains;
 }

@@ -57,7 +57,8 @@ std::vector<Setting> next_round(const std::vector<Cell>& cells, bool refine);
 const Cell& choose(const std::vector<Cell>& cells);
 
 /// Whether a setting takes the place of the default: somewhere three quarters of the pairs gained more than kTolerance,
-/// because a median alone may gain so much by chance, and nowhere did the median lose as much. `ratios` has, for each
+/// because a median alone may gain so much by chance, and nowhere did the median lose as much and three quarters of the
+/// pairs lose anything. `ratios` has, for each
 /// way to read, the speeds relative to the default of pairs that were measured in turns: 1.1 for a tenth faster.
 bool is_better(std::vector<std::vector<double>> ratios);
 

@@ -75,6 +75,13 @@ TEST(Tuning, AGainThatAQuarterOfThePairsDoesNotShowIsNoise) {
   EXPECT_TRUE(is_better({{1.3, 0.9, 1.2, 1.1, 1.1, 1.1, 1.1}}));
 }
 
+TEST(Tuning, ALossThatAQuarterOfThePairsDoesNotShowIsNoise) {
+  const std::vector<double> gain(7, 1.2);
+  EXPECT_TRUE(is_better({gain, {0.7, 0.8, 0.9, 0.9, 0.95, 1.01, 1.3}}));
+  EXPECT_FALSE(is_better({gain, {0.7, 0.8, 0.9, 0.9, 0.95, 0.99, 1.3}}));
+  EXPECT_TRUE(is_better({gain, {0.95, 0.95, 0.96, 0.98, 0.98, 0.99, 0.99}}));
+}
+
 TEST(Tuning, TheFirstRoundBeginsWithTheDefaultAndHasEachSettingOnce) {
   for (const auto& settings : {coarse_settings(kUsual), worker_settings(kUsual, 4)}) {
     EXPECT_EQ(settings.front(), kUsual);
