@@ -1,7 +1,9 @@
 """`flashpack tune`, which runs the program of the package."""
 
+import contextlib
 import json
 import os
+import pty
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from flashpack import _tune
 from flashpack.__main__ import main
+from flashpack._native import FlashPackError
 
 
 def run(*arguments, **environment):
@@ -50,10 +53,10 @@ def test_the_exit_status_of_the_program_is_that_of_the_command(tmp_path):
 
 def test_without_the_program_of_the_package_the_one_on_path_is_run_with_all_options(on_path):
     stand_in(on_path, 'printf "%s\\n" "$@" > "${0%/*}/arguments"; exit 3')
-    options = ["--budget", "20s", "--size_gib", "0.5", "--dry_run", "--json"]
+    options = ["--budget", "20s", "--size_gib", "0.5", "--writes", "--dry_run", "--json"]
     assert CliRunner().invoke(main, ["tune", *options, "--", "-a b"]).exit_code == 3
     passed = (on_path / "arguments").read_text().splitlines()
-    assert passed == ["--budget=20s", "--size_gib=0.5", "--dry_run", "--json", "--", "-a b"]
+    assert passed == ["--budget=20s", "--size_gib=0.5", "--writes", "--dry_run", "--json", "--", "-a b"]
 
 
 def test_a_program_that_is_not_there_is_told_with_what_would_bring_it(on_path):
@@ -66,3 +69,91 @@ def test_a_program_that_is_not_there_is_told_with_what_would_bring_it(on_path):
 def test_a_signal_that_ends_the_program_is_no_success(on_path):
     stand_in(on_path, "kill -TERM $$")
     assert CliRunner().invoke(main, ["tune"]).exit_code == 128 + 15
+
+
+CELLS = [
+    {"chunk_bytes": chunk << 20, "queue_depth": depth, "workers": 0, "gb_per_s": speed}
+    for chunk, depth, speed in ((4, 8, 2.25), (1, 2, 0.91), (16, 32, 2.5))
+]
+REPORT = {
+    "directory": "/models",
+    "read_bytes": 10**9,
+    "default": CELLS[0],
+    "best": CELLS[2],
+    "disk": CELLS,
+    "writes": [],
+}
+
+
+@pytest.mark.parametrize("writes", [[], CELLS], ids=["reads", "writes"])
+def test_a_picture_has_the_speeds_the_axes_and_the_settings_that_matter(tmp_path, writes):
+    pytest.importorskip("matplotlib")
+    _tune.draw({**REPORT, "writes": writes}, tmp_path / "map.svg")
+    drawn = (tmp_path / "map.svg").read_text()
+    for text in ("2.25", "0.91", "2.50", "queue depth", "chunk size, MiB", "GB/s", "default", "best", "/models"):
+        assert text in drawn, text
+    assert ("durable writes" in drawn) == bool(writes)
+    _tune.draw(REPORT, tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_figures_give_the_same_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("a.svg", "b.svg"):
+        _tune.draw(REPORT, tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_the_picture_is_drawn_of_what_the_program_has_measured_whatever_it_could_keep(on_path, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "report").write_text(json.dumps(REPORT))
+    stand_in(
+        on_path,
+        f'for each; do case $each in --json_file=*) /bin/cp {tmp_path}/report "${{each#*=}}";; esac; done; exit 3',
+    )
+    assert CliRunner().invoke(main, ["tune", "--picture", str(tmp_path / "map.svg")]).exit_code == 3
+    assert "2.25" in (tmp_path / "map.svg").read_text()
+
+
+def test_a_picture_that_cannot_be_made_is_told_before_anything_is_measured(on_path, tmp_path, monkeypatch):
+    stand_in(on_path, 'echo > "${0%/*}/ran"')
+    result = CliRunner().invoke(main, ["tune", "--picture", str(tmp_path / "map.jpg")])
+    assert result.exit_code == 1
+    assert "a picture is a file of .svg or .png" in result.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = CliRunner().invoke(main, ["tune", "--picture", str(tmp_path / "map.svg")])
+    assert result.exit_code == 1
+    assert "pip install matplotlib" in result.stderr
+    assert not (on_path / "ran").exists()
+
+
+def test_where_no_disk_was_measured_there_is_no_picture_and_that_is_said(tmp_path):
+    with pytest.raises(FlashPackError, match="nothing to draw: in /models all is page cache"):
+        _tune.draw({**REPORT, "disk": []}, tmp_path / "map.svg")
+
+
+def test_on_a_terminal_the_map_has_colours_unless_they_are_not_wanted(tmp_path):
+    def shown(**environment):
+        terminal, child = pty.openpty()
+        options = ["--size_gib", "0.02", "--budget", "1s", "--dry_run"]
+        process = subprocess.Popen(
+            [_tune.program(), *options, tmp_path],
+            stdout=child,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "TERM": "xterm", "NO_COLOR": "", **environment},
+        )
+        os.close(child)
+        output = b""
+        with contextlib.suppress(OSError):  # EIO: the other end is closed, and all has been read.
+            while chunk := os.read(terminal, 65536):
+                output += chunk
+        assert process.wait() == 0
+        os.close(terminal)
+        return output
+
+    coloured = shown()
+    if b"chunk, depth" not in coloured:
+        pytest.skip("this file system keeps its pages")
+    assert b"\x1b[48;5;" in coloured
+    assert b"\x1b" not in shown(NO_COLOR="1")
+    assert b"\x1b" not in shown(TERM="dumb")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from ._tune_picture import check_picture, draw
 
 _NAME = "flashpack_tune"
 _HERE = Path(__file__).parent
@@ -23,7 +27,22 @@ def program() -> str:
     return found
 
 
-def tune(arguments: Sequence[str]) -> int:
-    """Runs the program with `arguments` and returns its exit status, 128 and more if a signal has ended it."""
+def tune(options: Sequence[str], path: str, picture: str | None = None) -> int:
+    """Runs the program, draws what it has measured, and returns its exit status, 128 and more if a signal has ended it.
+
+    Raises FlashPackError if the picture cannot be made, and that as early as it is known.
+    """
+    if picture is None:
+        return _run([*options, "--", path])
+    check_picture(picture)
+    with tempfile.TemporaryDirectory(prefix="flashpack_tune.") as folder:
+        report = Path(folder, "report.json")
+        status = _run([*options, f"--json_file={report}", "--", path])
+        if report.exists():
+            draw(json.loads(report.read_text()), picture)
+    return status
+
+
+def _run(arguments: Sequence[str]) -> int:
     status = subprocess.run([program(), *arguments], check=False).returncode
     return 128 - status if status < 0 else status

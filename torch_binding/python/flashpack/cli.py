@@ -250,10 +250,12 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
 )
 @click.argument("path", type=click.Path(), default=".")
 @click.option("--budget", metavar="TIME", default="60s", show_default=True, help="Time to measure, as 60, 60s or 1min.")
+@click.option("--picture", type=click.Path(), metavar="FILE", help="Draw a map as .svg or .png, with matplotlib.")
+@click.option("--writes", is_flag=True, help="Measure durable writes, too. They are only shown.")
 @click.option("--size_gib", type=float, default=1, show_default=True, help="Size of the file that is read.")
 @click.option("--dry_run", is_flag=True, help="Keep no profile.")
-@click.option("--json", "-j", "as_json", is_flag=True, help="Print JSON, for programs.")
-def tune(path: str, budget: str, size_gib: float, dry_run: bool, as_json: bool) -> None:
+@click.option("--json", "-j", is_flag=True, help="Print JSON, for programs.")
+def tune(path: str, picture: str | None, **options: Any) -> None:
     """Find the best settings for a disk, and keep them for the loads to come.
 
     PATH is a directory on the disk, or a file in it; by default, it is the working directory. A file, which is removed
@@ -264,13 +266,14 @@ def tune(path: str, budget: str, size_gib: float, dry_run: bool, as_json: bool) 
     \b
     flashpack tune /models
     flashpack tune /models --budget 20s --dry_run
+    flashpack tune /models --picture models.svg
     flashpack tune /models --json | jq .best
     """
     with _reporting(verbose=False):
         from ._tune import tune
 
-        flags = [name for name, given in (("--dry_run", dry_run), ("--json", as_json)) if given]
-        status = tune([f"--budget={budget}", f"--size_gib={size_gib}", *flags, "--", path])
+        flags = [f"--{name}" for name in ("writes", "dry_run", "json") if options[name]]
+        status = tune([*(f"--{name}={options[name]}" for name in ("budget", "size_gib")), *flags], path, picture)
     sys.exit(status)
 
 
