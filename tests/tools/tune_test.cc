@@ -45,7 +45,7 @@ TEST(TuneTool, WhatIsBestForADiskIsKeptAndAppliedFromThenOn) {
   const auto profiles = dir / "config/flashpack/tune.json";
   EXPECT_TRUE(has(outcome.output, "kept in " + profiles.string())) << outcome.output;
   const TunedOptions tuned = tuned_options(dir.path(), {}, profiles);
-  EXPECT_EQ(tuned.applied, !has(outcome.output, "the default\n")) << tuned.reason;
+  EXPECT_EQ(tuned.applied, !has(outcome.output, "}   the default\n")) << tuned.reason;
   EXPECT_TRUE(tuned.applied || has(tuned.reason, "nothing was better than the defaults")) << tuned.reason;
   using Entries = std::filesystem::directory_iterator;
   EXPECT_EQ(std::distance(Entries(dir.path()), Entries()), 2) << "the generated file is still there";
