@@ -2,7 +2,8 @@
 
 Every sample is a process of its own, which loads twice: the first load takes fresh memory, and the second comes after
 the first one's tensors are gone. All tensors own their memory in the end. Contenders take turns, the file is dropped
-from the page cache before each cold load, and that is verified. Every load's bytes are checked.
+from the page cache before each cold load, and that is verified. Before a load of half of it, the first half of each
+file is read, and that is verified, too. Every load's bytes are checked. tools/save_bench.py compares durable saves.
 
 Peers are taken from PyPI into .cache/peers when they are not there. One that cannot be had, or fails, is named with its
 reason. The roofline of the page cache is plain reads, by the better of one thread and all, into memory that has been
@@ -30,14 +31,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 from contenders import Contender, Tensors, checksum, decoder_tensors, publish, serve  # noqa: E402
-from page_cache import drop_from_page_cache, warm  # noqa: E402
+from page_cache import drop_from_page_cache, resident_fraction, warm, warm_first_half  # noqa: E402
 
 PEERS = ROOT / ".cache" / "peers"
 MIB = 1 << 20
 PART_BYTES = 4 * MIB
 SHARDS = 4
 INDEX = "model.safetensors.index.json"
-STATES = ("cold", "page cache")
+STATES = ("cold", "half cached", "page cache")
+WIDTH = 4 * len(STATES)
 LIMIT_S = 300.0
 
 
@@ -199,9 +201,16 @@ def status_mib(key: str) -> float:
 
 
 def prepare(folder: Path, state: str) -> None:
+    if state == "page cache":
+        return
     for path in folder.iterdir():
-        if state == "cold" and (left := drop_from_page_cache(path)) > 0.01:
+        if (left := drop_from_page_cache(path)) > 0.01:
             raise RuntimeError(f"{left:.0%} of {path} stayed in the page cache")
+        if state == "half cached":
+            warm_first_half(path)
+            # The index is a page or two, which are whole or not at all.
+            if path.stat().st_size > MIB and abs((got := resident_fraction(path)) - 0.5) > 0.02:
+                raise RuntimeError(f"{got:.0%} of {path} is in the page cache, and half was wanted")
 
 
 def timed_load(loader: Loader, folder: Path, state: str) -> tuple[dict[str, Any], Tensors]:
@@ -348,8 +357,8 @@ def as_markdown(result: dict[str, Any], command: str) -> str:
         f"Linux {result['kernel']}, {result['cpus']} cores. Medians of processes in turns, by `{command}`. First and "
         "second load of a process, GB/s; CPU s/GB and peak memory over the size of the tensors, first load.",
         "",
-        "| into memory of their own | cold, first | second | CPU | peak | page cache, first | second | CPU | peak |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| into memory of their own |" + "".join(f" {state}, first | second | CPU | peak |" for state in STATES),
+        "|---|" + "---|" * WIDTH,
     ]
     for name, states in result["rows"].items():
         cells = []
@@ -359,7 +368,7 @@ def as_markdown(result: dict[str, Any], command: str) -> str:
                 value = row.get(key)
                 cells.append("" if value is None or (name == ROOFLINE and key[0] in "cp") else f"{value:.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [f"| {name} | {reason} | | | | | | | |" for name, reason in result["missing"].items()]
+    lines += [f"| {name} | {reason} |{' |' * (WIDTH - 1)}" for name, reason in result["missing"].items()]
     return "\n".join(lines) + "\n"
 
 

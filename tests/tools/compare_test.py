@@ -1,4 +1,5 @@
 import json
+import os
 
 import compare
 import pytest
@@ -58,3 +59,24 @@ def test_a_cold_load_from_a_file_that_stays_cached_is_an_error(monkeypatch, file
     monkeypatch.setattr(compare, "drop_from_page_cache", lambda path: 0.5)
     with pytest.raises(RuntimeError, match="stayed in the page cache"):
         compare.timed_load(compare.LOADERS["flashpack"], files, "cold")
+
+
+def test_before_a_load_of_half_the_first_half_of_each_file_is_cached_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(8 << 20))
+    if compare.drop_from_page_cache(path) > 0:
+        pytest.skip("this file system keeps its pages")
+    compare.prepare(tmp_path, "half cached")
+    assert compare.resident_fraction(path) == pytest.approx(0.5, abs=0.02)
+    with open(path, "rb") as file:
+        assert os.preadv(file.fileno(), [bytearray(4096)], 1 << 20, os.RWF_NOWAIT) == 4096
+        with pytest.raises(BlockingIOError):
+            os.preadv(file.fileno(), [bytearray(4096)], 7 << 20, os.RWF_NOWAIT)
+
+
+def test_half_a_file_that_is_not_so_cached_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "file").write_bytes(bytes(2 << 20))
+    monkeypatch.setattr(compare, "drop_from_page_cache", lambda path: 0.0)
+    monkeypatch.setattr(compare, "resident_fraction", lambda path: 0.9)
+    with pytest.raises(RuntimeError, match=r"90% of .* is in the page cache, and half was wanted"):
+        compare.prepare(tmp_path, "half cached")
