@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cassert>
 #include <cerrno>
-#include <mutex>
 #include <utility>
 
 #include "engine/engine_impl.h"
@@ -95,8 +94,7 @@ FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::F
 // Adds up their checksums, so that a writer with many calls keeps few transfers.
 void FileWriter::Impl::forget_those_that_ended_well() {
   std::erase_if(transfers_, [this](const auto& earlier) {
-    const std::lock_guard lock(earlier->mutex);
-    if (!earlier->ended || earlier->outcome) return false;
+    if (!earlier->end.reached() || earlier->end.failure()) return false;
     if (const auto& sums = earlier->parts.front().sums) sums_.add(*sums);
     return true;
   });
@@ -134,9 +132,8 @@ Transfer FileWriter::Impl::start_write(const WriteRequest& request, Completion* 
 // ended, because that completion may have led to this call on another thread.
 void FileWriter::Impl::settle(const char* verb) {
   for (const auto& state : transfers_) {
-    const std::lock_guard lock(state->mutex);
-    if (!state->ended) throw argument_error(verb, path_, "a write has not finished");
-    if (state->outcome) throw state->outcome->error();
+    if (!state->end.reached()) throw argument_error(verb, path_, "a write has not finished");
+    if (const internal::Failure* const failure = state->end.failure()) throw failure->error();
   }
   for (const auto& state : transfers_) {
     if (const auto& sums = state->parts.front().sums) sums_.add(*sums);

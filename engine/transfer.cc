@@ -29,28 +29,67 @@ Failure::Failure(const Error& error)
   context.resize(context.size() - code.message().size() - 2);  // what() is the context, ": " and the message.
 }
 
+void TransferEnd::reach(std::optional<Failure> failure) {
+  const std::lock_guard lock(mutex_);
+  failure_ = std::move(failure);
+  reached_ = true;
+  reached_by_ = std::this_thread::get_id();
+}
+
+void TransferEnd::publish() {
+  {
+    const std::lock_guard lock(mutex_);
+    published_ = true;
+  }
+  published_changed_.notify_all();
+}
+
+bool TransferEnd::reached() const {
+  const std::lock_guard lock(mutex_);
+  return reached_;
+}
+
+// Requires: the mutex is held.
+bool TransferEnd::is_visible() const { return published_ || (reached_ && std::this_thread::get_id() == reached_by_); }
+
+bool TransferEnd::visible() const {
+  const std::lock_guard lock(mutex_);
+  return is_visible();
+}
+
+void TransferEnd::wait() const {
+  std::unique_lock lock(mutex_);
+  published_changed_.wait(lock, [this] { return is_visible(); });
+}
+
+bool TransferEnd::wait_for(std::chrono::nanoseconds duration) const {
+  std::unique_lock lock(mutex_);
+  // The sum of now and a very long duration would overflow.
+  const auto bounded = std::min<std::chrono::nanoseconds>(duration, std::chrono::hours(24 * 365));
+  return published_changed_.wait_for(lock, bounded, [this] { return is_visible(); });
+}
+
+const Failure* TransferEnd::failure() const {
+  const std::lock_guard lock(mutex_);
+  return failure_ ? &*failure_ : nullptr;
+}
+
 void TransferState::finish(std::optional<Failure> result) {
   {
-    const std::lock_guard lock(mutex);
-    outcome = std::move(result);
-    ended = true;
-    ended_by = std::this_thread::get_id();
+    const std::lock_guard lock(inbox_mutex);
     inbox = nullptr;
   }
+  end.reach(std::move(result));
   if (completion) {
     Transfer transfer = handle(shared_from_this());
     completion->done(transfer);
   }
-  {
-    const std::lock_guard lock(mutex);
-    published = true;
-  }
-  published_changed.notify_all();
+  end.publish();
 }
 
 void TransferState::cancel(const std::shared_ptr<TransferState>& state) noexcept {
   if (state->cancel_requested.exchange(true)) return;
-  const std::lock_guard lock(state->mutex);
+  const std::lock_guard lock(state->inbox_mutex);
   if (state->inbox) state->inbox->cancel(state);
 }
 
@@ -96,24 +135,19 @@ Transfer& Transfer::operator=(Transfer&& other) noexcept {
 Transfer::~Transfer() {
   if (!state_ || ::getpid() != state_->owner) return;
   internal::TransferState::cancel(state_);
-  std::unique_lock lock(state_->mutex);
-  state_->published_changed.wait(lock, [this] { return state_->visible(); });
+  state_->end.wait();
 }
 
 TransferStats Transfer::wait() {
   state_->require_owner();
-  std::unique_lock lock(state_->mutex);
-  state_->published_changed.wait(lock, [this] { return state_->visible(); });
-  if (state_->outcome) throw state_->outcome->error();
+  state_->end.wait();
+  if (const internal::Failure* const failure = state_->end.failure()) throw failure->error();
   return state_->stats;
 }
 
 bool Transfer::wait_for(std::chrono::nanoseconds duration) {
   state_->require_owner();
-  std::unique_lock lock(state_->mutex);
-  // The sum of now and a very long duration would overflow.
-  const auto bounded = std::min<std::chrono::nanoseconds>(duration, std::chrono::hours(24 * 365));
-  return state_->published_changed.wait_for(lock, bounded, [this] { return state_->visible(); });
+  return state_->end.wait_for(duration);
 }
 
 void Transfer::cancel() noexcept {
@@ -122,29 +156,29 @@ void Transfer::cancel() noexcept {
 
 Progress Transfer::progress() const {
   state_->require_owner();
-  const std::lock_guard lock(state_->mutex);
+  const bool finished = state_->end.visible();  // First, so that the counts of a finished transfer are final.
   return {.done_bytes = state_->done_bytes.load(),
           .total_bytes = state_->total_bytes,
           .outstanding = state_->outstanding.load(),
-          .finished = state_->visible()};
+          .finished = finished};
 }
 
 std::error_code Transfer::error() const noexcept {
   if (::getpid() != state_->owner) return Errc::kUnusable;
-  const std::lock_guard lock(state_->mutex);
-  return state_->outcome ? state_->outcome->code : std::error_code();
+  const internal::Failure* const failure = state_->end.failure();
+  return failure ? failure->code : std::error_code();
 }
 
 std::string Transfer::error_text() const {
   state_->require_owner();
-  const std::lock_guard lock(state_->mutex);
-  return state_->outcome ? state_->outcome->error().what() : std::string();
+  const internal::Failure* const failure = state_->end.failure();
+  return failure ? failure->error().what() : std::string();
 }
 
 TransferStats Transfer::stats() const {
   state_->require_owner();
-  const std::lock_guard lock(state_->mutex);
-  return state_->stats;
+  // The lock that reached() takes makes all that the driver has written visible.
+  return state_->end.reached() ? state_->stats : TransferStats{};
 }
 
 void Transfer::detach() noexcept { state_.reset(); }

@@ -23,16 +23,45 @@
 
 namespace flashpack::internal {
 
+/// How a transfer ended. The driver's own thread sees it first, so that a completion can be called, and the others when
+/// the completion has returned. In this order a Completion may be destroyed as soon as wait() has returned.
+///
+/// Thread safety: any thread; only the driver calls reach() and publish(), each once.
+class TransferEnd {
+ public:
+  /// The transfer has ended: nothing of it is under way any more.
+  void reach(std::optional<Failure> failure);
+  /// Wakes the threads that wait.
+  void publish();
+
+  /// Whether reach() has been called.
+  bool reached() const;
+  /// Whether the calling thread may see the result.
+  bool visible() const;
+  void wait() const;
+  /// Waits for at most `duration`. Returns visible().
+  bool wait_for(std::chrono::nanoseconds duration) const;
+  /// Null if the transfer has not ended, or has ended without a failure. Stays valid.
+  const Failure* failure() const;
+
+ private:
+  bool is_visible() const;
+
+  mutable std::mutex mutex_;  // Protects the rest.
+  mutable std::condition_variable published_changed_;
+  bool reached_ = false;
+  bool published_ = false;
+  std::thread::id reached_by_;
+  std::optional<Failure> failure_;  // Constant once `reached_`.
+};
+
 /// Shared by the caller's handle, the driver, threads that open or close a file of the transfer, and the FileWriter
 /// that started it, because any of them may be the last to need it.
 struct TransferState : std::enable_shared_from_this<TransferState> {
   static Transfer handle(std::shared_ptr<TransferState> state) { return Transfer(std::move(state)); }
 
-  /// Called by the driver at the end. It makes the result visible to the driver thread, calls the completion, and then
-  /// wakes the threads that wait. In this order a Completion may be destroyed as soon as wait() has returned.
+  /// Called by the driver at the end, which calls the completion.
   void finish(std::optional<Failure> result);
-  /// Whether the calling thread may see the result. Requires: `mutex` is held.
-  bool visible() const { return published || (ended && std::this_thread::get_id() == ended_by); }
   static void cancel(const std::shared_ptr<TransferState>& state) noexcept;
   /// Adds `reason` to stats.fallback_reason unless it is there. Called by the thread that prepares the transfer, later
   /// by the driver.
@@ -60,7 +89,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
   pid_t owner = 0;
 
-  // Only for the driver, once started. After `ended`, a FileWriter reads the sums of its part.
+  // Only for the driver, once started. After the end, a FileWriter reads the sums of its part.
   std::deque<Part> parts;               // A store has one part, already open. Parts never move in memory.
   std::shared_ptr<TransferState> self;  // Set until the end, so that the state outlives its handle.
   std::unique_ptr<Gate> gate;           // While set, nothing is copied to or from a device.
@@ -79,14 +108,9 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
 
   // The driver writes this until the end, then it is constant.
   TransferStats stats;
+  TransferEnd end;
 
-  // Protected by mutex.
-  mutable std::mutex mutex;
-  std::condition_variable published_changed;
-  bool ended = false;      // `outcome` and `stats` are final.
-  bool published = false;  // `ended`, and the completion has returned.
-  std::thread::id ended_by;
-  std::optional<Failure> outcome;
+  std::mutex inbox_mutex;  // Protects `inbox`, and keeps it alive for a call.
   Inbox* inbox = nullptr;  // The driver's; null before the start and after the end.
 };
 

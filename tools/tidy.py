@@ -53,7 +53,6 @@ ENGINE_FLOORS = (
 
 # Sources that are tested under another name, and where.
 TESTED_BY = {
-    "engine/transfer.cc": "tests/engine/engine_test.cc",
     "tools/quickstart.py": "tools/quickstart.sh",
     "tools/sglang_load.py": "tools/sglang_load.sh",
     "tools/vllm_generate.py": "tools/vllm_generate.sh",

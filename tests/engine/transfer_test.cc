@@ -1,0 +1,64 @@
+#include "flashpack/transfer.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <future>
+#include <memory>
+
+#include "engine/transfer_state.h"
+#include "tests/support/hang.h"
+
+namespace flashpack::internal {
+namespace {
+
+using flashpack::testing::kHang;
+
+bool visible_elsewhere(const TransferEnd& end) {
+  return std::async(std::launch::async, [&end] { return end.visible(); }).get();
+}
+
+TEST(TransferEndTest, TheThreadThatReachedItSeesItBeforeTheOthers) {
+  TransferEnd end;
+  EXPECT_FALSE(end.reached());
+  EXPECT_FALSE(end.visible());
+  EXPECT_FALSE(end.wait_for(std::chrono::nanoseconds(0)));
+  end.reach(std::nullopt);
+  EXPECT_TRUE(end.reached());
+  EXPECT_TRUE(end.visible());
+  EXPECT_TRUE(end.wait_for(std::chrono::nanoseconds::max()));
+  EXPECT_FALSE(visible_elsewhere(end)) << "the completion may still run";
+  end.publish();
+  EXPECT_TRUE(visible_elsewhere(end));
+  EXPECT_EQ(end.failure(), nullptr);
+}
+
+TEST(TransferEndTest, ThreadsThatWaitAreWokenAndSeeTheFailure) {
+  TransferEnd end;
+  EXPECT_EQ(end.failure(), nullptr);
+  auto waits = std::async(std::launch::async, [&end] {
+    end.wait();
+    return end.failure()->code;
+  });
+  end.reach(Failure(Error(Errc::kTruncated, "read")));
+  end.publish();
+  ASSERT_EQ(waits.wait_for(kHang), std::future_status::ready);
+  EXPECT_EQ(waits.get(), Errc::kTruncated);
+}
+
+TEST(TransferTest, StatisticsAreEmptyUntilTheEnd) {
+  const auto state = std::make_shared<TransferState>();
+  state->owner = ::getpid();
+  state->stats.requested_bytes = 5;
+  Transfer transfer = TransferState::handle(state);
+  EXPECT_EQ(transfer.stats().requested_bytes, 0u) << "the driver may be writing them";
+  EXPECT_FALSE(transfer.progress().finished);
+  state->finish(std::nullopt);
+  EXPECT_EQ(transfer.stats().requested_bytes, 5u);
+  EXPECT_TRUE(transfer.progress().finished);
+  EXPECT_EQ(transfer.wait().requested_bytes, 5u);
+}
+
+}  // namespace
+}  // namespace flashpack::internal
