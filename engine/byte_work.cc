@@ -62,7 +62,7 @@ int read_together(int fd, std::span<const Fragment> run, int flags) {
     if (fragment.offset_bytes > end)
       vectors[static_cast<std::size_t>(count++)] = {sink.data(), fragment.offset_bytes - end};
     vectors[static_cast<std::size_t>(count++)] = {fragment.memory, fragment.size_bytes};
-    end = fragment.offset_bytes + fragment.size_bytes;
+    end = end_of(fragment);
   }
   const std::uint64_t begin = run.front().offset_bytes;
   const auto n = ::preadv2(fd, vectors.data(), count, static_cast<off_t>(begin), flags);
@@ -73,7 +73,7 @@ int read_together(int fd, std::span<const Fragment> run, int flags) {
 std::size_t count_together(std::span<const Fragment> fragments) {
   std::size_t length = 1;
   while (length < fragments.size() && length < kMaxVectors / 2) {
-    const std::uint64_t end = fragments[length - 1].offset_bytes + fragments[length - 1].size_bytes;
+    const std::uint64_t end = end_of(fragments[length - 1]);
     if (fragments[length].offset_bytes < end || fragments[length].offset_bytes - end > kSinkBytes) break;
     ++length;
   }
@@ -116,7 +116,7 @@ std::int64_t read_through_cache(const ByteWork& work) {
       work.page_cache.only ? read_cached(work.fd, fragments) : read_fragments(work.fd, fragments);
   if (work.page_cache.drop && moved > 0) {
     const std::uint64_t begin = fragments.front().offset_bytes;
-    const std::uint64_t end = fragments.back().offset_bytes + fragments.back().size_bytes;
+    const std::uint64_t end = end_of(fragments.back());
     ::posix_fadvise(work.fd, static_cast<off_t>(begin), static_cast<off_t>(end - begin), POSIX_FADV_DONTNEED);
   }
   return moved;
@@ -204,14 +204,13 @@ std::int64_t gather(const ByteWork& work) {
 // Counts the view's bytes from the first fragment to the last.
 void count_view(const ByteWork& work) {
   const std::uint64_t begin = work.fragments.front().offset_bytes;
-  const std::uint64_t end = work.fragments.back().offset_bytes + work.fragments.back().size_bytes;
+  const std::uint64_t end = end_of(work.fragments.back());
   work.sums->add(begin, work.view.between(begin, end));
 }
 
 // Leaves out the part of a stripe that borders on a gap, because a stripe that is not read whole is never compared.
 void count_between_gaps(std::span<const Fragment> fragments, StripeSums& sums) {
   constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
-  const auto end_of = [](const Fragment& fragment) { return fragment.offset_bytes + fragment.size_bytes; };
   for (std::size_t i = 0; i < fragments.size(); ++i) {
     const bool gap_before = i > 0 && end_of(fragments[i - 1]) < fragments[i].offset_bytes;
     const bool gap_after = i + 1 < fragments.size() && end_of(fragments[i]) < fragments[i + 1].offset_bytes;
@@ -296,7 +295,7 @@ void clear_gaps(const ChunkView& view, std::span<const Fragment> fragments) {
   const auto clear_to = [&](std::uint64_t end) { std::ranges::fill(view.between(at, end), std::byte{}); };
   for (const Fragment& fragment : fragments) {
     clear_to(fragment.offset_bytes);
-    at = fragment.offset_bytes + fragment.size_bytes;
+    at = end_of(fragment);
   }
   clear_to(view.end_bytes());
 }
