@@ -24,6 +24,14 @@ AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 """What device maps of accelerate are called that leave the choice of devices open."""
 
 
+def torch_device(device: DeviceLike, refusal: str) -> torch.device:
+    """Returns torch's device. Raises FlashPackError with the text `refusal` for what is none."""
+    try:
+        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise FlashPackError(refusal) from error
+
+
 def devices_by_module(device_map: DeviceMap | None) -> dict[str, DeviceLike]:
     """Returns a device map by module, where "" stands for all. An open choice is the GPU, if there is one.
 

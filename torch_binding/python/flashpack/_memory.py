@@ -19,7 +19,7 @@ import torch
 
 from . import _native
 from ._checkpoint import Checkpoint, Entry, File, Verify
-from ._device import CPU, DeviceLike, Side, side_of
+from ._device import CPU, DeviceLike, Side, side_of, torch_device
 from ._logging import logger
 from ._native import FlashPackError
 from ._progress import Show, progress_bar
@@ -188,10 +188,7 @@ def supported_device(device: DeviceLike, options: ReadOptions) -> torch.device:
     """Returns torch's device. Raises FlashPackError if `options` are not valid or cannot read to that device."""
     if options.verify not in get_args(Verify):
         raise FlashPackError(f"verify must be auto, always or never, got {options.verify!r}")
-    try:
-        target = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise FlashPackError(f"Unsupported device: {device!r}") from error
+    target = torch_device(device, f"Unsupported device: {device!r}")
     if options.mmap and options.verify == "always":
         raise FlashPackError("with mmap=True nothing is read, so there is nothing to verify")
     if target.type not in (("cpu",) if options.mmap else ("cpu", "cuda")):

@@ -12,7 +12,7 @@ import torch
 
 from .._casts import PLAIN_FLOATS
 from .._checkpoint import Checkpoint
-from .._device import CPU, DeviceLike, devices_by_module
+from .._device import CPU, DeviceLike, devices_by_module, torch_device
 from .._native import FlashPackError
 from ..constants import WEIGHTS_NAME
 from ..utils import logger, string_to_dtype
@@ -67,10 +67,7 @@ def placement_of(device_map: Any) -> Placement:
 
 def _numbered(device: DeviceLike, device_map: Any) -> torch.device:
     """Returns torch's device, with its number if it is a GPU, so that one device has one name."""
-    try:
-        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise FlashPackError(f"device_map={device_map!r}: {device!r} is not a device") from error
+    found = torch_device(device, f"device_map={device_map!r}: {device!r} is not a device")
     if found.type == "cuda" and found.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return found
