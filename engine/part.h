@@ -59,7 +59,7 @@ struct OpenFile {
 /// operations is late.
 class FileSystem {
  public:
-  /// What the driver asks of all file systems in every turn of its loop.
+  /// The sums over all file systems that the driver needs in every turn of its loop.
   struct Totals {
     std::size_t held_up_loads = 0;  // Parts of loads that are open in a file system in which an operation is late.
     bool answers_again = false;     // The last late operation of a file system has come back; reset by OpenParts.

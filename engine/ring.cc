@@ -277,19 +277,30 @@ void Ring::leave(int error_number, const char* call) {
 }
 
 void Ring::wait_without_ring(std::optional<std::chrono::nanoseconds> timeout) {
-  // The kernel's wake read may still take a wake from this thread, so the wait is short.
-  if (let_go_) timeout = std::min<std::chrono::nanoseconds>(timeout.value_or(kLeavingPeriod), kLeavingPeriod);
+  // The kernel's wake read may still take a wake from this thread, or nobody can be woken, so the wait is short.
+  const bool is_deaf = wake_is_lost_;
+  if (let_go_ || is_deaf)
+    timeout = std::min<std::chrono::nanoseconds>(timeout.value_or(kLeavingPeriod), kLeavingPeriod);
   const int wait = timeout ? static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>(*timeout).count()) : -1;
-  std::array<pollfd, 2> ready{{{wake_fd_.get(), POLLIN, 0}, {let_go_.get(), POLLIN, 0}}};
-  if (::poll(ready.data(), ready.size(), wait) <= 0) return;
+  std::array<pollfd, 2> ready{{{is_deaf ? -1 : wake_fd_.get(), POLLIN, 0}, {let_go_.get(), POLLIN, 0}}};
+  const bool is_timeout = ::poll(ready.data(), ready.size(), wait) <= 0;
+  if (is_deaf) wake_pending_.store(false);
+  if (is_timeout) return;
   if (ready[0].revents != 0) {
     std::uint64_t value = 0;
     const iovec vector{&value, sizeof value};
-    static_cast<void>(::preadv2(wake_fd_.get(), &vector, 1, -1, RWF_NOWAIT));
+    const ssize_t read_bytes = ::preadv2(wake_fd_.get(), &vector, 1, -1, RWF_NOWAIT);
+    wake_is_lost_ = read_bytes < 0 && errno != EAGAIN && errno != EINTR;
     wake_pending_.store(false);  // Reset after the event is read and before the owner looks why it was woken, so that
                                  // no later wake is lost.
   }
   if (ready[1].revents == 0) return;
+  if ((ready[1].revents & POLLHUP) == 0) {
+    // The program has closed the pipe, and its number may be another file's by now. Without it nobody can tell when
+    // the kernel has ended the operations, so they stay under way, because it may still write to their memory.
+    static_cast<void>(let_go_.release());
+    return;
+  }
   let_go_.reset();
   for (unsigned tag = 0; tag < in_flight_.size(); ++tag) {
     if (in_flight_[tag]) complete(tag, -EAGAIN);  // Operations may be repeated, done or not.

@@ -70,6 +70,7 @@ class Ring final : public DiskQueue {
   std::atomic<bool> wake_pending_ = false;
   unsigned failed_wakes_ = 0;  // Wake reads in a row that have failed.
   int wake_error_ = 0;         // The errno of the last one.
+  bool wake_is_lost_ = false;  // Without a ring: wake() reaches nobody, so that wait() looks now and then.
   std::vector<std::span<std::byte>> slots_;
   std::vector<std::uint8_t>
       slot_uses_;       // For each slot, how often at least half of it was used; counted until it is registered.

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
@@ -324,6 +325,20 @@ void write_file(const std::filesystem::path& path, const std::string& text) {
   if (!(out << text << "\n").flush()) throw std::system_error(errno, std::generic_category(), "write " + path.string());
 }
 
+std::array<std::string, 2> files_to_remove;
+
+// Removes the files that the program makes beside PATH also when a signal ends it, which runs no destructor.
+void remove_when_ended(const std::filesystem::path& generated) {
+  files_to_remove = {generated.native(), generated.native() + ".written"};
+  struct sigaction action{};
+  action.sa_handler = [](int signal) {
+    for (const std::string& file : files_to_remove) ::unlink(file.c_str());
+    ::raise(signal);  // It ends the program once this returns.
+  };
+  action.sa_flags = static_cast<int>(SA_RESETHAND);
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP}) ::sigaction(signal, &action, nullptr);
+}
+
 int run(Flags flags) {
   if (!std::filesystem::is_directory(flags.path)) {
     if (!std::filesystem::exists(flags.path))
@@ -332,6 +347,7 @@ int run(Flags flags) {
   }
   const auto size_bytes = static_cast<std::uint64_t>(flags.size_gib * (1 << 30));
   const std::string name = "flashpack_tune." + std::to_string(::getpid()) + ".flashpack";
+  remove_when_ended(flags.path / name);
   Subject subject(flags.path / name, size_bytes);
   Report report = tune(subject, flags);
   report.directory = flags.path;

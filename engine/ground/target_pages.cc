@@ -33,6 +33,8 @@ constexpr nanoseconds kMostExcess = milliseconds(12);
 // Where huge pages were dear, they are tried again once in so many bytes of fresh memory. Each try costs as much as 5
 // to 10 MiB of small pages, which would be much of memory that is taken 64 MiB at a time.
 constexpr std::uint64_t kRetryBytes = std::uint64_t{1} << 30;
+// In less memory, chunks may touch no whole huge page, which would tell nothing.
+constexpr std::uint64_t kLeastTryBytes = 4 * kHugePageBytes;
 
 // Before Linux 5.18, the kernel may take a page that it was told is free while direct I/O writes to it, and the bytes
 // are lost.
@@ -105,8 +107,9 @@ std::span<std::byte> TargetPages::take(std::size_t before_bytes, std::size_t siz
 }
 
 bool TargetPages::may_try_huge_pages(std::size_t size_bytes) {
-  const bool may = excess_ < kTooMuch || untried_bytes_ >= kRetryBytes;
-  untried_bytes_ = may ? 0 : untried_bytes_ + size_bytes;
+  untried_bytes_ += size_bytes;
+  const bool may = excess_ < kTooMuch || (untried_bytes_ >= kRetryBytes && size_bytes >= kLeastTryBytes);
+  if (may) untried_bytes_ = 0;
   return may;
 }
 

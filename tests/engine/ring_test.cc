@@ -192,8 +192,13 @@ TEST_F(RingTest, WhenWakeReadsKeepFailingTheRingIsGivenUpAndItsOperationsComeBac
   std::span<const IoCompletion> done;
   while ((done = ring_->wait(std::nullopt)).empty()) {
   }
+  ASSERT_EQ(done.size(), 1u);
   EXPECT_EQ(done.front().tag, 5u);
   EXPECT_EQ(done.front().result, -EAGAIN);
+
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < 20; ++i) EXPECT_TRUE(ring_->wait(std::nullopt).empty());
+  EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::milliseconds(50)) << "it turns without a pause";
 }
 
 // What an engine under a container's seccomp profile does: 0 when it delivered right bytes by the workers and said why.

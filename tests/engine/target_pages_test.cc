@@ -65,13 +65,19 @@ TEST_F(TargetPagesTest, HugePagesThatAreDearGiveWayToSmallOnesFromThereOn) {
 TEST_F(TargetPagesTest, DearHugePagesAreTriedAgainInAFractionOfFreshMemoryAndUsedWhenTheyAreCheapAgain) {
   const auto gets_huge_pages = [&] { return !is_on_small_pages(take(64 * kMiB).data()); };
   pages.was_touched(take(64 * kMiB).first(8 * kMiB), milliseconds(40));
-  for (std::uint64_t bytes = 0; bytes < 1024 * kMiB; bytes += 64 * kMiB) EXPECT_FALSE(gets_huge_pages());
+  for (std::uint64_t bytes = 64 * kMiB; bytes < 1024 * kMiB; bytes += 64 * kMiB) EXPECT_FALSE(gets_huge_pages());
+  EXPECT_TRUE(is_on_small_pages(take(4 * kMiB).data())) << "a try of so little could tell nothing";
   const std::span tried = take(64 * kMiB);
   EXPECT_FALSE(is_on_small_pages(tried.data()));
   EXPECT_FALSE(gets_huge_pages());
   pages.was_touched(tried, milliseconds(8));
   EXPECT_TRUE(gets_huge_pages());
   EXPECT_TRUE(gets_huge_pages());
+}
+
+TEST_F(TargetPagesTest, AlsoALargeMappingTriesDearHugePagesAgain) {
+  pages.was_touched(take(64 * kMiB).first(8 * kMiB), milliseconds(40));
+  EXPECT_FALSE(is_on_small_pages(take(2048 * kMiB).data()));
 }
 
 TEST_F(TargetPagesTest, AFewDearHugePagesAmongCheapOnesChangeNothing) {

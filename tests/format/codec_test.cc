@@ -155,6 +155,15 @@ TEST_F(ReadMetadata, RefusesAFooterOverTheLimitBeforeReadingIt) {
   EXPECT_EQ(reads, 1);
 }
 
+TEST_F(ReadMetadata, AProgramMayRaiseTheLimitForFooters) {
+  write("");
+  std::filesystem::resize_file(path_, kMaxFooterBytes + 1);  // A sparse file, which takes no room on the disk.
+  std::ofstream(path_, std::ios::app | std::ios::binary) << trailer(kMaxFooterBytes + 1);
+  EXPECT_NE(error_of(path_, Errc::kBadFile, {}).find("over the limit of 268435456"), std::string::npos);
+  EXPECT_EQ(error_of(path_, Errc::kBadFile, {.max_footer_bytes = kMaxFooterBytes + 1}).find("over the limit"),
+            std::string::npos);
+}
+
 TEST_F(ReadMetadata, FooterAtTheLimitIsRead) {
   write_golden();
   const std::uint64_t json_bytes = std::filesystem::file_size(path_) - read_metadata(path_).payload_bytes - 16;

@@ -313,6 +313,7 @@ TEST(SafetensorsHeader, IsNotMadeForWhatNoReaderTakes) {
   EXPECT_SAYS("has a NUL character", {std::string("a\0b", 3), DType::kUInt8, {1}});
   EXPECT_SAYS("passes 2^63", {"a", DType::kUInt8, {1L << 40, 1L << 40}});
   EXPECT_SAYS("passes 2^63", {"a", DType::kFloat4E2M1FNX2, {0, 1L << 62}});
+  EXPECT_SAYS("passes 2^63", {"a", DType::kInt64, {(1L << 61) + 1}});
 }
 
 TEST(SafetensorsHeader, HasANameForEveryDTypeThatFilesCanHave) {

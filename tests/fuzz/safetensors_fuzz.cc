@@ -21,7 +21,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     }
     fuzz::check(covered == metadata.payload_bytes);
 
-    // What was read can be written, and is read again as it was: anything thrown here is a finding.
+    // A header that was read can be written, and is read again as it was. Anything thrown here is a finding.
     std::vector<TensorSpec> tensors;
     for (const auto& [name, dtype, shape, begin, bytes] : metadata.records) tensors.push_back({name, dtype, shape});
     const auto header = [&]() noexcept { return make_safetensors_header(tensors, metadata.user_metadata); }();

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import struct
 import threading
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,8 @@ def test_reading_ahead_ends_when_the_mapping_is_gone(path, monkeypatch):
     monkeypatch.setattr(_mapped_tensors.os, "preadv", preadv)
     monkeypatch.setattr(_mapped_tensors, "_STREAMS", 1)
     mapping = mmap.mmap(-1, mmap.PAGESIZE)
-    ahead = _mapped_tensors._ReadAhead(FileIO(path), mapping)
+    with path.open("rb") as file:
+        ahead = _mapped_tensors._ReadAhead(file.fileno(), mapping)
     before = set(threading.enumerate())
     ahead.want(0, MIB)
     ahead.want(MIB, MIB)
@@ -122,8 +122,9 @@ def test_a_part_that_is_not_cached_is_read_alone(path, engine_reads, wanted):
     expected = load_file(path)["b"]
     evict(path)
     with safe_open(path, "pt", backend="mmap") as file:
-        assert bits(file.get_slice("b")[512:1024]) == bits(expected[512:1024])
-    assert engine_reads == ["b"]
+        for _ in range(3):  # That somebody looked whether it is cached has not brought it there.
+            assert bits(file.get_slice("b")[512:1024]) == bits(expected[512:1024])
+    assert engine_reads == ["b"] * 3
     assert wanted == []
     assert resident_fraction(path) < 0.1
 

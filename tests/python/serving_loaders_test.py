@@ -1,4 +1,4 @@
-"""What the loaders for vLLM and SGLang do alike."""
+"""Behaviour that the loaders for vLLM and SGLang share."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <boost/json/parse.hpp>
+#include <csignal>
 #include <filesystem>
 #include <string>
 #include <string_view>
@@ -61,6 +62,17 @@ TEST(TuneTool, ADryRunKeepsNothingAndJsonTellsAllThatWasMeasured) {
   EXPECT_EQ(report.at("directory").as_string(), dir.path().string());
   EXPECT_TRUE(report.at("best").at("chunk_bytes").is_int64());
   EXPECT_GT(report.at("page_cache").at(0).at("gb_per_s").to_number<double>(), 0);
+}
+
+TEST(TuneTool, ASignalThatEndsItRemovesItsFiles) {
+  const testing::TempDir dir;
+  const std::string here = "'" + dir.path().string() + "'";
+  const testing::Outcome outcome = testing::run(
+      "'" FLASHPACK_TUNE "' --size_gib 0.02 --budget 600s " + here + " >" + here + "/log 2>&1 & until ls " + here +
+      "/flashpack_tune.* 2>&1; do kill -0 $! || exit 9; done; kill -TERM $!; wait $!");
+  EXPECT_EQ(outcome.status, 128 + SIGTERM) << outcome.output;
+  EXPECT_TRUE(std::filesystem::remove(dir / "log"));
+  EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
 }
 
 TEST(TuneTool, ChunksAndDepthsAreAMapAndRequestsHaveLatencies) {

@@ -76,7 +76,7 @@ std::string OpenedFile::read(std::uint64_t offset_bytes, std::uint64_t size_byte
                         std::uint64_t end) {
     from.substr(begin - from_offset_bytes, end - begin).copy(&bytes[begin - offset_bytes], end - begin);
   };
-  // What is still to be read.
+  // The range that is still to be read.
   std::uint64_t begin = offset_bytes;
   std::uint64_t end = offset_bytes + size_bytes;
   if (begin < head_.size()) {

@@ -20,7 +20,7 @@ class OpenedFile {
   OpenedFile(int fd, const std::filesystem::path& path, std::uint64_t max_json_bytes);
 
   const std::filesystem::path& path() const noexcept { return path_; }
-  /// What the file was when this was made.
+  /// The identity that the file had when this was made.
   const FileIdentity& identity() const noexcept { return identity_; }
   std::uint64_t size_bytes() const noexcept { return identity_.size_bytes; }
 
@@ -49,7 +49,7 @@ class OpenedFile {
   std::string tail_;
 };
 
-/// What one format does.
+/// The functions of one format.
 struct Codec {
   /// Where a file has its JSON, and where its payload ends.
   struct Place {

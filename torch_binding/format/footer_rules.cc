@@ -248,7 +248,7 @@ std::optional<Codec::Place> locate_footer(OpenedFile& file) {
                       std::to_string(file.size_bytes()),
                   end);
   }
-  file.check_limit("footer", length_bytes, kMaxFooterBytes, end);
+  file.check_limit("footer", length_bytes, std::numeric_limits<std::uint64_t>::max(), end);
   return Codec::Place{end - length_bytes, length_bytes, end - length_bytes};
 }
 

@@ -48,7 +48,7 @@ std::string read_all(const fs::path& path) {
 }  // namespace
 
 fs::path without_index_suffix(const fs::path& path) {
-  // What precedes the last dot: "model.safetensors.index", or with a variant, "model.safetensors.index.fp16".
+  // The name up to the last dot: "model.safetensors.index", or with a variant, "model.safetensors.index.fp16".
   fs::path name = path.filename();
   if (name.extension() != ".json") return path;
   name = name.stem();

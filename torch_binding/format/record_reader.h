@@ -1,4 +1,4 @@
-/// What the readers of footers and headers have in common.
+/// The parts that the readers of footers and headers share.
 #pragma once
 
 #include <cstddef>

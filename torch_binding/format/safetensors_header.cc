@@ -228,8 +228,10 @@ std::uint64_t size_to_write(const TensorSpec& tensor) {
   if (safetensors_dtype(dtype).empty())
     refuse_to_write("a tensor of " + std::string(dtype_name(dtype)) + called + "; a .pt file can");
   const std::optional<std::uint64_t> count = rules::element_count(shape);
-  if (!count) refuse_to_write("a tensor" + called + ", the size of whose shape passes 2^63");
-  return *count * element_bytes(dtype);
+  std::uint64_t size_bytes = 0;
+  if (!count || __builtin_mul_overflow(*count, std::uint64_t{element_bytes(dtype)}, &size_bytes))
+    refuse_to_write("a tensor" + called + ", the size of whose shape passes 2^63");
+  return size_bytes;
 }
 
 }  // namespace
@@ -262,7 +264,8 @@ SafetensorsHeader make_safetensors_header(std::span<const TensorSpec> tensors,
   for (const std::size_t i : header.order) {
     const auto& [name, dtype, shape] = tensors[i];
     const std::uint64_t begin = end;
-    end += size_to_write(tensors[i]);
+    if (__builtin_add_overflow(end, size_to_write(tensors[i]), &end))
+      refuse_to_write("tensors whose sizes add up to more than 2^64");
     json.key(name).begin('{');
     json.key("dtype").string(safetensors_dtype(dtype));
     json.key("shape").numbers(safetensors_shape(dtype, shape));

@@ -1,4 +1,4 @@
-/// What safetensors calls dtypes and shapes, and the headers of its files.
+/// The headers of safetensors files, and the names that dtypes and shapes have there.
 #pragma once
 
 #include <cstddef>

@@ -94,7 +94,7 @@ void bind_format(nb::module_& module) {
              "The beginning of a safetensors file with (name, dtype, shape) tensors, and their indices in file order.");
   module.def(
       "safetensors_dtype", [](std::string_view dtype) { return safetensors_dtype(require_dtype(dtype)); }, "dtype"_a,
-      "What safetensors calls a dtype; an empty text if its files cannot have it.");
+      "The name of a dtype in safetensors; an empty text if its files cannot have it.");
   module.def("safetensors_shape", &safetensors_shape_of, "dtype"_a, "shape"_a, "A shape as safetensors counts it.");
   module.attr("FOREIGN_HEAD_BYTES") = kForeignHeadBytes;
   module.def(

@@ -284,7 +284,7 @@ def _check_archive(path: Path) -> None:
 
 def _open_sharded(path: Path, key: str | None) -> dict[str, torch.Tensor]:
     weight_map = _native.read_index(path)
-    files = files_of(path)[1:]
+    files = [path.parent / name for name in sorted(set(weight_map.values()))]
     opened = [_open_file(file, key) for file in files]
     names = [
         [name for name, value in there.items() if name in weight_map or isinstance(value, torch.Tensor)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from io import FileIO
 from itertools import groupby
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,8 +71,7 @@ class MappedTensors:
             if part.numel() == whole.numel():
                 self._read_ahead(entry, entry.size_bytes)
                 return part
-            begin = entry.offset_bytes + part.data_ptr() - whole.data_ptr()
-            if _is_cached(self._map_of(entry).file, begin, _extent_bytes(part)):
+            if _is_cached(part.data_ptr(), _extent_bytes(part)):
                 return part
         return TensorSlice(self._file, entry)[index]
 
@@ -87,20 +87,19 @@ class MappedTensors:
             with _lock:
                 _mapped_bytes[block._buffer] = block.size_bytes
                 fits = 2 * sum(_mapped_bytes.values()) < _memory_bytes()
-            again = open_again(file.fd)
             # What is read too far ahead would be displaced before it is used.
-            made = _Map(block, again, _ReadAhead(again, block.owner) if fits else None)
+            made = _Map(block, _ReadAhead(file.fd, block.owner) if fits else None)
             self._maps.setdefault(entry.file, made)  # Two threads may each map the file; then one mapping is dropped.
         return self._maps[entry.file]
 
     def _read_ahead(self, first: Entry, size_bytes: int) -> None:
         """Starts to read this much of a file, from the tensor `first` on."""
-        _, file, ahead = self._map_of(first)
+        block, ahead = self._map_of(first)
         if ahead is None:
             return
         for at in range(first.offset_bytes, first.offset_bytes + size_bytes, _PIECE_BYTES):
             piece_bytes = min(_PIECE_BYTES, first.offset_bytes + size_bytes - at)
-            if not _is_cached(file, at, piece_bytes):
+            if not _is_cached(block.address + at, piece_bytes):
                 ahead.want(at, piece_bytes)
 
 
@@ -108,8 +107,6 @@ class _Map(NamedTuple):
     """One file."""
 
     block: MappedFile
-    file: FileIO
-    """It is open for as long as the mapping, which outlives the file of the caller."""
     ahead: _ReadAhead | None
 
 
@@ -122,8 +119,8 @@ class _ReadAhead:
     It has no locks: that a thread too many or too few is started, also in a forked child, costs only speed.
     """
 
-    def __init__(self, file: FileIO, mapping: object) -> None:
-        self._file = file
+    def __init__(self, fd: int, mapping: object) -> None:
+        self._file = open_again(fd)
         self._mapping = weakref.ref(mapping)
         self._ranges: deque[tuple[int, int]] = deque()
         self._threads = 0
@@ -161,20 +158,26 @@ def _extent_bytes(part: torch.Tensor) -> int:
     return (last + 1) * part.element_size() if part.numel() else 0
 
 
-def _is_cached(file: FileIO, offset_bytes: int, size_bytes: int) -> bool:
-    """Whether this part of a file is in the page cache, as far as a few bytes tell."""
-    byte, fd = [bytearray(1)], file.fileno()
-    end = offset_bytes + size_bytes
-    try:
-        for at in range(offset_bytes, end, _LOOK_BYTES):
-            os.preadv(fd, byte, at, os.RWF_NOWAIT)
-        if size_bytes:
-            os.preadv(fd, byte, end - 1, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:  # The file system cannot tell.
-        pass
+def _is_cached(address: int, size_bytes: int) -> bool:
+    """Whether this part of a mapping is in the page cache, as far as a few pages tell.
+
+    The kernel tells it only of files that are the caller's own or that it may write; all others seem to be there. A
+    read that does not wait would tell it, too, but brings pages in, so that the next look would find them.
+    """
+    flag, mincore = ctypes.c_ubyte(), _mincore()
+    answer = ctypes.addressof(flag)
+    begin = address - address % PAGESIZE
+    for page in (*range(begin, address + size_bytes, _LOOK_BYTES), (address + size_bytes - 1) & -PAGESIZE):
+        if mincore(page, 1, answer) == 0 and not flag.value & 1:
+            return False
     return True
+
+
+@cache
+def _mincore() -> Callable[[int, int, int], int]:
+    function = ctypes.CDLL(None).mincore
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    return function
 
 
 @cache
