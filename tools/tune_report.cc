@@ -46,7 +46,7 @@ void print_table(const char* title, const Table& table, bool map) {
 
 void print_rule() {
   std::printf(
-      "\nrule: the default stays unless another setting is more than %.0f %% faster. Of those within %.0f %% of the "
+      "\nrule: the default stays unless another setting is more than %.0f %% faster. Among those within %.0f %% of the "
       "fastest,\nand no slower than the default, * costs the least CPU in steps of %.0f ms per GB, then has the fewest "
       "bytes in flight.\nIn the end it is measured in turns with the default: it has to be %.0f %% faster in three of "
       "four pairs\nfrom disk or from the page cache, and in neither of them %.0f %% slower in the median and slower in "

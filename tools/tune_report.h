@@ -12,7 +12,7 @@ namespace flashpack::bench {
 
 inline constexpr Setting kUsual{EngineOptions().chunk_bytes, EngineOptions().queue_depth, EngineOptions().workers};
 
-/// What was measured of one kind of work. Without cells it was not.
+/// The settings that were measured with one kind of work; none if it was not measured.
 struct Table {
   std::vector<Cell> cells;  ///< The one that others are compared with is first.
   std::string limit;        ///< What kept it from being faster.
