@@ -278,14 +278,11 @@ void Ring::leave(int error_number, const char* call) {
 
 void Ring::wait_without_ring(std::optional<std::chrono::nanoseconds> timeout) {
   // The kernel's wake read may still take a wake from this thread, or nobody can be woken, so the wait is short.
-  const bool is_deaf = wake_is_lost_;
-  if (let_go_ || is_deaf)
+  if (let_go_ || wake_is_lost_)
     timeout = std::min<std::chrono::nanoseconds>(timeout.value_or(kLeavingPeriod), kLeavingPeriod);
   const int wait = timeout ? static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>(*timeout).count()) : -1;
-  std::array<pollfd, 2> ready{{{is_deaf ? -1 : wake_fd_.get(), POLLIN, 0}, {let_go_.get(), POLLIN, 0}}};
-  const bool is_timeout = ::poll(ready.data(), ready.size(), wait) <= 0;
-  if (is_deaf) wake_pending_.store(false);
-  if (is_timeout) return;
+  std::array<pollfd, 2> ready{{{wake_is_lost_ ? -1 : wake_fd_.get(), POLLIN, 0}, {let_go_.get(), POLLIN, 0}}};
+  if (::poll(ready.data(), ready.size(), wait) <= 0) return;
   if (ready[0].revents != 0) {
     std::uint64_t value = 0;
     const iovec vector{&value, sizeof value};

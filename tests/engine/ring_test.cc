@@ -127,13 +127,26 @@ TEST_F(RingTest, EveryRungReadsTheSameBytesAndSaysWhichItIs) {
   }
 }
 
+/// A read, pushed to `ring`, of a pipe that nobody writes to.
+class PipeRead {
+ public:
+  PipeRead(Ring& ring, unsigned tag) {
+    std::array<int, 2> ends{};
+    EXPECT_EQ(::pipe2(ends.data(), O_CLOEXEC), 0);
+    never_written_.reset(ends[0]);
+    writer_.reset(ends[1]);
+    ring.push(tag,
+              {.op = DiskRequest::Op::kRead, .fd = never_written_.get(), .memory = {memory_.data(), memory_.size()}});
+  }
+
+ private:
+  UniqueFd never_written_;
+  UniqueFd writer_;
+  GuardedMemory memory_{4096};
+};
+
 TEST_F(RingTest, ACancelledReadEndsThoughNothingEverComes) {
-  std::array<int, 2> ends{};
-  ASSERT_EQ(::pipe2(ends.data(), O_CLOEXEC), 0);
-  const UniqueFd never_written(ends[0]);
-  const UniqueFd writer(ends[1]);
-  GuardedMemory memory(4096);
-  ring_->push(5, {.op = DiskRequest::Op::kRead, .fd = never_written.get(), .memory = {memory.data(), memory.size()}});
+  const PipeRead read_of_nothing(*ring_, 5);
   ASSERT_TRUE(ring_->wait(std::chrono::nanoseconds(0)).empty());
   ring_->cancel(5);
   std::span<const IoCompletion> done;
@@ -171,12 +184,7 @@ int only_eventfd() {
 TEST_F(RingTest, WhenWakeReadsKeepFailingTheRingIsGivenUpAndItsOperationsComeBack) {
   const int wake_fd = only_eventfd();
   if (wake_fd < 0) GTEST_SKIP() << "the ring's eventfd cannot be told from others";
-  std::array<int, 2> ends{};
-  ASSERT_EQ(::pipe2(ends.data(), O_CLOEXEC), 0);
-  const UniqueFd never_written(ends[0]);
-  const UniqueFd writer(ends[1]);
-  GuardedMemory memory(4096);
-  ring_->push(5, {.op = DiskRequest::Op::kRead, .fd = never_written.get(), .memory = {memory.data(), memory.size()}});
+  const PipeRead read_of_nothing(*ring_, 5);
   ASSERT_TRUE(ring_->wait(std::chrono::nanoseconds(0)).empty());
 
   // The read that is armed ends well. Those that follow find a descriptor that cannot be read.
