@@ -29,7 +29,7 @@ MAX_FILE_LINES = {"README.md": 300}
 MAX_CODE_FILE_LINES = 500
 CLANG_FORMAT_MAJOR = 19
 
-CPP = {".h", ".cc"}
+CPP = {".h", ".cc", ".c"}
 SCRIPTS = {".py", ".pyi", ".sh", ".cmake"}
 TEXT = CPP | SCRIPTS | {".md", ".txt", ".toml", ".in", ".json", ".yml", ".yaml", ""}
 # Bytes that are compared, never edited.
@@ -170,7 +170,7 @@ def room_rules() -> list[IncludeRule]:
     """The arrows between the rooms: who knows nothing of whom."""
     machines = _header("engine/ring.h", "engine/workers.h", "engine/staging.h")
     machinists = _only("engine/engine.cc", "engine/probe.cc", "engine/ring", "engine/workers", "engine/staging")
-    names_of_formats = ("checkpoint", "format", "mixin", "name_filter", "torch", "verify")
+    names_of_formats = ("checkpoint", "flashpack", "format", "mixin", "name_filter", "torch", "verify")
     formats = _header("torch_binding/", *(f"flashpack/{name}.h" for name in names_of_formats))
     return [
         ("engine/", formats, _nobody, "the engine knows nothing of formats and tensors"),
@@ -178,6 +178,14 @@ def room_rules() -> list[IncludeRule]:
         ("", _header("tests/"), _only("tests/"), "tests/ is for tests"),
         ("", _header("bench/"), _only("bench/", "tests/", "tools/"), "no library includes bench/"),
         ("torch_binding/format/", _header("torch_binding/libtorch/"), _nobody, "the format knows nothing of LibTorch"),
+        ("", _header("torch_binding/c/"), _only("torch_binding/c/"), "torch_binding/c/ is private to the C API"),
+        ("torch_binding/c/", _header("torch_binding/libtorch/"), _nobody, "the C API knows nothing of LibTorch"),
+        (
+            "torch_binding/",
+            _header("flashpack/flashpack.h"),
+            _only("torch_binding/c/"),
+            "the C API is above the libraries",
+        ),
         (
             "torch_binding/",
             _header("torch_binding/python/"),
@@ -197,7 +205,8 @@ def include_rules() -> list[IncludeRule]:
 
     torch_headers = _only("include/flashpack/torch.h", "include/flashpack/mixin.h")
     engine_rooms = _only("engine/", "tests/engine/", "tests/support/", "bench/support/instant_pipeline.cc")
-    ground_users = _only("engine/", "torch_binding/format/", "torch_binding/libtorch/", "bench/", "tools/", "tests/")
+    libraries = ("engine/", "torch_binding/c/", "torch_binding/format/", "torch_binding/libtorch/")
+    ground_users = _only(*libraries, "bench/", "tools/", "tests/")
 
     def is_above_ground(included: str) -> bool:
         return included.startswith("engine/") and not included.startswith("engine/ground/")
@@ -216,6 +225,7 @@ def include_rules() -> list[IncludeRule]:
         ("engine/", is_torch, _nobody, "LibTorch in the engine"),
         ("engine/", _is_cuda, speaks_cuda, "CUDA outside *_cuda and cuda_handles"),
         ("torch_binding/python/", is_torch, _nobody, "LibTorch in the Python module"),
+        ("torch_binding/c/", is_torch, _nobody, "LibTorch in the C API"),
         ("torch_binding/format/", is_torch, _nobody, "LibTorch in the torch-free format"),
     ]
 

@@ -75,6 +75,11 @@ BREAKS = {
         1,
     ),
     "python/ is above all else": ("torch_binding/format/layout.cc", '#include "torch_binding/python/calls.h"\n', 1),
+    "torch_binding/c/ is private": ("torch_binding/format/layout.cc", '#include "torch_binding/c/errors.h"\n', 1),
+    "the C API knows nothing of LibTorch": ("torch_binding/c/a.cc", '#include "torch_binding/libtorch/casts.h"\n', 1),
+    "LibTorch in the C API": ("torch_binding/c/a.cc", "#include <c10/util/Half.h>\n", 1),
+    "the C API is above the libraries": ("torch_binding/libtorch/a.cc", '#include "flashpack/flashpack.h"\n', 1),
+    "formats and tensors: flashpack/flashpack.h": ("engine/plan.cc", '#include "flashpack/flashpack.h"\n', 1),
     "module: torch_binding/libtorch/casts.h": (
         "torch_binding/python/a.cc",
         '#include "torch_binding/libtorch/casts.h"\n',

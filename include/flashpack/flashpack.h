@@ -1,0 +1,476 @@
+/// The C API, for C and for every language that calls C. It is in libflashpack.so; this header is C99 and C++11.
+///
+///   flashpack_engine* engine = NULL;
+///   flashpack_checkpoint* checkpoint = NULL;
+///   flashpack_tensors* tensors = NULL;
+///   flashpack_error* error = NULL;
+///   flashpack_load_request request = {.struct_size = sizeof request};
+///   if (flashpack_engine_create(NULL, &engine, &error) == FLASHPACK_OK &&
+///       flashpack_checkpoint_open("llama/", &checkpoint, &error) == FLASHPACK_OK &&
+///       (request.checkpoint = checkpoint, flashpack_load_all(engine, &request, &tensors, &error)) == FLASHPACK_OK) {
+///     void* weights = NULL;
+///     flashpack_tensors_data(tensors, 0, &weights, &error);
+///   }
+///   if (error) fprintf(stderr, "%s\n", flashpack_error_message(error));
+///
+/// What holds for all functions:
+///
+/// * Status. FLASHPACK_OK is 0, a positive status is an errno of the system, and a negative one is a constant below. If
+///   memory runs out, it is ENOMEM. No C++ exception leaves a function.
+/// * Errors. The last argument may be NULL. Otherwise it is set by every call: to NULL after FLASHPACK_OK and
+///   FLASHPACK_RUNNING, else to a new object, which the caller destroys. What was there before is not destroyed.
+/// * Handles. flashpack_X_create() and its like give a handle to the caller, who destroys it with
+///   flashpack_X_destroy(), once. NULL may be destroyed. Another NULL where a handle, a string or a place for the
+///   result is needed is FLASHPACK_INVALID_ARGUMENT. After a failure the place for a result holds NULL.
+/// * Structs. Each begins with struct_size, which the caller sets to the sizeof() that he was compiled with, so that
+///   structs can grow. A field of 0 or NULL means its default. A struct that is smaller than the first one that had its
+///   name, or that sets a field which this library does not know, is FLASHPACK_INVALID_ARGUMENT. Elements of arrays do
+///   not grow; their reserved fields have to be 0.
+/// * Strings end with 0. Those that may hold a 0 themselves have a length beside them, which does not count the last 0.
+/// * Threads. Any thread may call any function, several at the same time for one handle, too, unless a function says
+///   otherwise. A handle must not be destroyed while another call uses it. The library calls nobody back. A thread must
+///   not be cancelled (pthread_cancel) inside of a call.
+/// * Fork. In a forked child, engines of the parent, and transfers and writers made with them, are
+///   FLASHPACK_UNUSABLE; to destroy them releases nothing. A child makes an engine of its own.
+///
+/// The library cannot be unloaded, because its threads may live to the end of the process.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "flashpack/version.h"
+
+#ifdef __cplusplus
+#define FLASHPACK_NOEXCEPT noexcept
+extern "C" {
+#else
+#define FLASHPACK_NOEXCEPT
+#endif
+
+#define FLASHPACK_API __attribute__((visibility("default")))
+
+/// FLASHPACK_OK, an errno of the system (positive), or one of the constants below (negative).
+typedef int32_t flashpack_status;
+enum {
+  FLASHPACK_OK = 0,
+  FLASHPACK_INVALID_ARGUMENT = -1,   ///< The call is wrong, whatever the files hold.
+  FLASHPACK_BAD_FILE = -2,           ///< The file has no format that is known, or breaks a rule of its format.
+  FLASHPACK_TRUNCATED = -3,          ///< The file ends before the requested bytes do.
+  FLASHPACK_FILE_CHANGED = -4,       ///< The file is not the one that was opened, or changed while it was read.
+  FLASHPACK_CANCELLED = -5,          ///< The transfer was cancelled.
+  FLASHPACK_DEADLINE_EXCEEDED = -6,  ///< The timeout of the request passed first.
+  FLASHPACK_UNUSABLE = -7,           ///< The engine belongs to the parent of this forked process.
+  FLASHPACK_CORRUPT = -9,            ///< Bytes of the file do not match their checksum.
+  FLASHPACK_CUDA_ERROR = -10,        ///< CUDA failed; the message begins its cause with the name of a cudaError_t.
+  FLASHPACK_INTERNAL_ERROR = -11,    ///< Something that this list does not foresee.
+  FLASHPACK_RUNNING = -12,           ///< The transfer has not finished yet. This is no failure.
+  FLASHPACK_NOT_FOUND = -13          ///< There is no tensor of that name.
+};
+
+/// Describes a failed call. Constant, and owned by the caller.
+typedef struct flashpack_error flashpack_error;
+
+/// The status that the call has returned; FLASHPACK_OK for NULL.
+FLASHPACK_API flashpack_status flashpack_error_status(const flashpack_error* error) FLASHPACK_NOEXCEPT;
+/// What failed, where, and why: "read model.flashpack at 12288+4194304: Input/output error". Lives as long as the
+/// error. Empty for NULL.
+FLASHPACK_API const char* flashpack_error_message(const flashpack_error* error) FLASHPACK_NOEXCEPT;
+/// The file that the call has failed on, or an empty string. Lives as long as the error.
+FLASHPACK_API const char* flashpack_error_path(const flashpack_error* error) FLASHPACK_NOEXCEPT;
+/// The offset in bytes in that file, or FLASHPACK_NO_OFFSET.
+FLASHPACK_API uint64_t flashpack_error_offset(const flashpack_error* error) FLASHPACK_NOEXCEPT;
+FLASHPACK_API void flashpack_error_destroy(flashpack_error* error) FLASHPACK_NOEXCEPT;
+#define FLASHPACK_NO_OFFSET UINT64_MAX
+
+/// The version of the library that is running, such as "1.0.0". FLASHPACK_VERSION_STRING is that of this header.
+FLASHPACK_API const char* flashpack_version(void) FLASHPACK_NOEXCEPT;
+
+/// An engine serves one device (the host or a GPU) with threads and staging memory of its own. A process makes one for
+/// each device.
+typedef struct flashpack_engine flashpack_engine;
+
+enum { FLASHPACK_DEVICE_HOST = 0, FLASHPACK_DEVICE_CUDA = 1 };
+
+/// How direct reads and writes are carried out.
+enum {
+  FLASHPACK_BACKEND_AUTO = 0,            ///< io_uring where it is allowed, else the workers.
+  FLASHPACK_BACKEND_IO_URING = 1,        ///< io_uring; if it is refused, the engine cannot be created.
+  FLASHPACK_BACKEND_PLAIN_IO_URING = 2,  ///< io_uring without setup flags and registered buffers.
+  FLASHPACK_BACKEND_WORKERS = 3          ///< pread and pwrite on the worker threads.
+};
+
+typedef struct flashpack_engine_options {
+  size_t struct_size;
+  int32_t device_kind;          ///< FLASHPACK_DEVICE_*. An engine of a GPU takes memory of the host, too.
+  int32_t device_index;         ///< Number of the GPU, as for cudaSetDevice.
+  uint32_t chunk_bytes;         ///< Size of a read: a power of two from 1 MiB to 1 GiB. 0 is 4 MiB.
+  uint32_t queue_depth;         ///< Direct reads in flight, 1 to 1024. 0 is 8; striped arrays need 16 to 32.
+  uint64_t staging_bytes;       ///< Most staging memory, at least two chunks. 0 is 64 MiB, or 96 MiB for a GPU.
+  uint32_t workers;             ///< Threads for byte work, at most 64. 0 is one per core within bounds.
+  int32_t backend;              ///< FLASHPACK_BACKEND_*.
+  const int32_t* cpu_affinity;  ///< `cpu_count` CPUs for the engine's threads, read before the call returns.
+  size_t cpu_count;             ///< 0 leaves the threads to the scheduler.
+  int32_t use_numa_node;        ///< If not 0, staging memory is on `numa_node`; else the library chooses.
+  int32_t numa_node;
+} flashpack_engine_options;
+
+/// What an engine has become; strings live as long as the engine.
+typedef struct flashpack_engine_info {
+  size_t struct_size;
+  uint64_t staging_bytes;
+  uint32_t chunk_bytes;
+  uint32_t queue_depth;
+  uint32_t workers;
+  int32_t backend;              ///< The chosen one, never FLASHPACK_BACKEND_AUTO.
+  const char* fallback_reason;  ///< Why the engine is slower than it was asked to be, or an empty string.
+} flashpack_engine_info;
+
+/// Starts an engine. `options` may be NULL. Errors: options out of range; errno when threads, memory or a forced
+/// backend cannot be had; FLASHPACK_CUDA_ERROR, or ENOTSUP in a build without CUDA.
+FLASHPACK_API flashpack_status flashpack_engine_create(const flashpack_engine_options* options,
+                                                       flashpack_engine** engine,
+                                                       flashpack_error** error) FLASHPACK_NOEXCEPT;
+FLASHPACK_API flashpack_status flashpack_engine_get_info(const flashpack_engine* engine, flashpack_engine_info* info,
+                                                         flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Waits until all transfers of the engine have finished, then stops its threads; cancel transfers before it to end
+/// early. If a writer of the engine is left, the engine itself ends with the last of them.
+FLASHPACK_API void flashpack_engine_destroy(flashpack_engine* engine) FLASHPACK_NOEXCEPT;
+
+/// The tensors of one or several files, in flashpack or safetensors format. Constant. The files stay open, so that
+/// loads read from the files whose metadata was read, whatever is at their paths by then; a load fails with
+/// FLASHPACK_FILE_CHANGED if they were changed in place.
+typedef struct flashpack_checkpoint flashpack_checkpoint;
+
+/// Types of elements. Values stay as they are in later versions, which may have more.
+enum {
+  FLASHPACK_DTYPE_BOOL = 0,
+  FLASHPACK_DTYPE_INT8 = 1,
+  FLASHPACK_DTYPE_UINT8 = 2,
+  FLASHPACK_DTYPE_INT16 = 3,
+  FLASHPACK_DTYPE_UINT16 = 4,
+  FLASHPACK_DTYPE_INT32 = 5,
+  FLASHPACK_DTYPE_UINT32 = 6,
+  FLASHPACK_DTYPE_INT64 = 7,
+  FLASHPACK_DTYPE_UINT64 = 8,
+  FLASHPACK_DTYPE_FLOAT16 = 9,
+  FLASHPACK_DTYPE_BFLOAT16 = 10,
+  FLASHPACK_DTYPE_FLOAT32 = 11,
+  FLASHPACK_DTYPE_FLOAT64 = 12,
+  FLASHPACK_DTYPE_COMPLEX32 = 13,
+  FLASHPACK_DTYPE_COMPLEX64 = 14,
+  FLASHPACK_DTYPE_COMPLEX128 = 15,
+  FLASHPACK_DTYPE_FLOAT8_E4M3FN = 16,
+  FLASHPACK_DTYPE_FLOAT8_E4M3FNUZ = 17,
+  FLASHPACK_DTYPE_FLOAT8_E5M2 = 18,
+  FLASHPACK_DTYPE_FLOAT8_E5M2FNUZ = 19,
+  FLASHPACK_DTYPE_FLOAT8_E8M0FNU = 20,
+  FLASHPACK_DTYPE_FLOAT4_E2M1FN_X2 = 21  ///< Two 4-bit floats in a byte; a dim counts bytes.
+};
+
+typedef struct flashpack_checkpoint_info {
+  size_t struct_size;
+  size_t file_count;
+  size_t tensor_count;
+  size_t metadata_count;  ///< Entries of text that the authors of the files have put in.
+} flashpack_checkpoint_info;
+
+/// One file of a checkpoint. Pointers live as long as the checkpoint.
+typedef struct flashpack_file {
+  size_t struct_size;
+  const char* path;
+  const char* format;      ///< "flashpack" or "safetensors".
+  uint64_t size_bytes;     ///< Of the whole file.
+  uint64_t payload_bytes;  ///< Where the payload ends.
+  int32_t fd;              ///< Open for reading, and owned by the checkpoint.
+  int32_t has_checksums;   ///< 1 or 0.
+} flashpack_file;
+
+/// One tensor of a checkpoint. Pointers live as long as the checkpoint.
+typedef struct flashpack_tensor {
+  size_t struct_size;
+  const char* name;  ///< UTF-8, unique in the checkpoint; may hold zero bytes.
+  size_t name_bytes;
+  const char* dtype_name;  ///< As torch has it, without "torch.": "bfloat16".
+  int32_t dtype;           ///< FLASHPACK_DTYPE_*.
+  uint32_t element_bytes;
+  const int64_t* shape;   ///< `dims` numbers of elements; never NULL.
+  size_t dims;            ///< 0 for a tensor of one element.
+  size_t file;            ///< Index of its file.
+  uint64_t offset_bytes;  ///< In that file.
+  uint64_t size_bytes;
+} flashpack_tensor;
+
+/// An entry of text. Pointers live as long as the checkpoint; both texts may hold zero bytes.
+typedef struct flashpack_metadata {
+  size_t struct_size;
+  const char* key;
+  size_t key_bytes;
+  const char* value;
+  size_t value_bytes;
+} flashpack_metadata;
+
+/// Opens a flashpack file, a safetensors file, an index of several of either (`*.index.json`), or a directory, of which
+/// the usual name of a model's weights is taken (model.flashpack, model.safetensors, ...) or else the only such file.
+/// Any bytes are taken for possibly hostile. Errors: FLASHPACK_BAD_FILE, whose message names the broken rule;
+/// FLASHPACK_FILE_CHANGED; errno.
+FLASHPACK_API flashpack_status flashpack_checkpoint_open(const char* path, flashpack_checkpoint** checkpoint,
+                                                         flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Opens several files as one checkpoint. Errors: as above, and FLASHPACK_BAD_FILE if two of them have one tensor.
+FLASHPACK_API flashpack_status flashpack_checkpoint_open_files(const char* const* paths, size_t path_count,
+                                                               flashpack_checkpoint** checkpoint,
+                                                               flashpack_error** error) FLASHPACK_NOEXCEPT;
+FLASHPACK_API flashpack_status flashpack_checkpoint_get_info(const flashpack_checkpoint* checkpoint,
+                                                             flashpack_checkpoint_info* info,
+                                                             flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// File `index` of the checkpoint. An index that is too large is FLASHPACK_INVALID_ARGUMENT, here and below.
+FLASHPACK_API flashpack_status flashpack_checkpoint_get_file(const flashpack_checkpoint* checkpoint, size_t index,
+                                                             flashpack_file* file,
+                                                             flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Tensor `index` of the checkpoint. Tensors are counted file by file, and in file order in each.
+FLASHPACK_API flashpack_status flashpack_checkpoint_get_tensor(const flashpack_checkpoint* checkpoint, size_t index,
+                                                               flashpack_tensor* tensor,
+                                                               flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Entry `index` of the text, sorted by key.
+FLASHPACK_API flashpack_status flashpack_checkpoint_get_metadata(const flashpack_checkpoint* checkpoint, size_t index,
+                                                                 flashpack_metadata* metadata,
+                                                                 flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Finds a tensor by its name of `name_bytes` bytes. Errors: FLASHPACK_NOT_FOUND.
+FLASHPACK_API flashpack_status flashpack_checkpoint_find(const flashpack_checkpoint* checkpoint, const char* name,
+                                                         size_t name_bytes, size_t* index,
+                                                         flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Loads that are under way keep what they need.
+FLASHPACK_API void flashpack_checkpoint_destroy(flashpack_checkpoint* checkpoint) FLASHPACK_NOEXCEPT;
+
+/// Memory of the host that loads are fastest to: on huge pages where they are cheap, at the place in a page that the
+/// bytes have in the file, and kept for the next one when it is destroyed, because fresh pages cost more than a read.
+typedef struct flashpack_memory flashpack_memory;
+
+/// Allocates `size_bytes` bytes with unspecified contents. `offset_bytes` is the place in the file of what will be read
+/// there. Errors: ENOMEM.
+FLASHPACK_API flashpack_status flashpack_memory_create(size_t size_bytes, uint64_t offset_bytes,
+                                                       flashpack_memory** memory,
+                                                       flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// The address of its first byte; NULL for NULL.
+FLASHPACK_API void* flashpack_memory_data(const flashpack_memory* memory) FLASHPACK_NOEXCEPT;
+/// Must not be called while a transfer uses the memory.
+FLASHPACK_API void flashpack_memory_destroy(flashpack_memory* memory) FLASHPACK_NOEXCEPT;
+/// Gives all memory that is kept for the next flashpack_memory back to the system.
+FLASHPACK_API void flashpack_memory_release_kept(void) FLASHPACK_NOEXCEPT;
+
+/// A load or a write that has been started.
+///
+/// The memory of the request (targets or sources) belongs to the caller and must stay valid until the transfer has
+/// finished: flashpack_transfer_wait() or _wait_for() have returned another status than FLASHPACK_RUNNING, or
+/// flashpack_transfer_destroy() has returned. All else that is in a request is needed only until the start returns.
+typedef struct flashpack_transfer flashpack_transfer;
+
+enum {
+  FLASHPACK_CACHE_AUTO = 0,     ///< What is in the page cache is read from it, all else past it.
+  FLASHPACK_CACHE_DIRECT = 1,   ///< O_DIRECT wherever the file allows it.
+  FLASHPACK_CACHE_BUFFERED = 2  ///< All reads go through the page cache.
+};
+
+/// Whether the bytes of a checkpoint are compared with its checksums. Bytes of other files are not compared.
+enum {
+  FLASHPACK_VERIFY_AUTO = 0,    ///< If the file has checksums, each stripe of 1 MiB that is read whole is compared.
+  FLASHPACK_VERIFY_ALWAYS = 1,  ///< All bytes are; it is an error if the file has no checksums, or if extents of the
+                                ///< request have a part of a stripe. flashpack_load_all() reads what is needed for it.
+  FLASHPACK_VERIFY_NEVER = 2
+};
+
+/// A range of bytes of a file, and the memory that they go to. Any offset and size are valid. A load is fastest if
+/// `target` and `offset_bytes` are equal modulo 4096, as in flashpack_memory.
+typedef struct flashpack_extent {
+  uint32_t file;      ///< Index of a file of the checkpoint, or of a path of the request.
+  uint16_t priority;  ///< Extents with a lower value are read before the others of their file.
+  uint16_t reserved;
+  uint64_t offset_bytes;
+  uint64_t size_bytes;
+  void* target;  ///< `size_bytes` writable bytes of the host or of the engine's device.
+} flashpack_extent;
+
+/// What to load: extents of the files of a checkpoint, or of files by path.
+typedef struct flashpack_load_request {
+  size_t struct_size;
+  const flashpack_checkpoint* checkpoint;  ///< If it is NULL, `paths` are the files.
+  const char* const* paths;
+  size_t path_count;
+  const int32_t* fds;  ///< If not NULL, a readable descriptor for each path, which is borrowed until the start returns;
+                       ///< the path is for messages then. A negative one means that the path is opened.
+  const flashpack_extent* extents;  ///< They may overlap in a file, but not in memory.
+  size_t extent_count;
+  int32_t cache;        ///< FLASHPACK_CACHE_*.
+  int32_t verify;       ///< FLASHPACK_VERIFY_*.
+  int32_t drop_cached;  ///< If not 0, a file that was read through the page cache is dropped from it at the end.
+  int32_t reserved;
+  void* stream;        ///< A cudaStream_t: nothing is written to a GPU before all work that is on it has ended. NULL is
+                       ///< the legacy default stream.
+  int64_t timeout_ns;  ///< When it has passed, the transfer ends with FLASHPACK_DEADLINE_EXCEEDED. 0 is no limit.
+} flashpack_load_request;
+
+/// A snapshot of a transfer.
+typedef struct flashpack_progress {
+  size_t struct_size;
+  uint64_t done_bytes;  ///< Bytes that are in their targets, or for a write in the file.
+  uint64_t total_bytes;
+  uint32_t outstanding;  ///< Operations that are under way.
+  int32_t finished;      ///< 1 or 0.
+} flashpack_progress;
+
+/// What a transfer has done.
+typedef struct flashpack_stats {
+  size_t struct_size;
+  uint64_t requested_bytes;
+  uint64_t direct_bytes;    ///< Bytes moved past the page cache, with those that alignment adds.
+  uint64_t buffered_bytes;  ///< Bytes moved through the page cache.
+  uint64_t staged_bytes;    ///< Bytes of these two that were copied once more.
+  uint64_t operations;
+  uint64_t retries;
+  uint64_t verified_bytes;  ///< Bytes that matched their checksums.
+  double seconds;
+  int32_t backend;              ///< FLASHPACK_BACKEND_*, never FLASHPACK_BACKEND_AUTO.
+  int32_t pinned;               ///< 1 if staging for a GPU is page-locked; without that, copies are slow.
+  const char* fallback_reason;  ///< Each slower way that was taken, or an empty string. Lives as long as the transfer.
+} flashpack_stats;
+
+/// Starts a load and returns. Errors: targets that are NULL or overlap; FLASHPACK_UNUSABLE. Errors of the files are the
+/// transfer's, except that they cannot be read with FLASHPACK_VERIFY_ALWAYS because they have no checksums.
+FLASHPACK_API flashpack_status flashpack_start_load(flashpack_engine* engine, const flashpack_load_request* request,
+                                                    flashpack_transfer** transfer,
+                                                    flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Loads and returns when all bytes are in their targets. After an error the targets hold unspecified bytes, and
+/// nothing is under way any more.
+FLASHPACK_API flashpack_status flashpack_load(flashpack_engine* engine, const flashpack_load_request* request,
+                                              flashpack_error** error) FLASHPACK_NOEXCEPT;
+
+/// Waits until the transfer has finished, and returns how it ended. May be called again, with the same result. A read
+/// that the kernel does not give back is waited for, however long that takes.
+FLASHPACK_API flashpack_status flashpack_transfer_wait(flashpack_transfer* transfer,
+                                                       flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// The same, but returns FLASHPACK_RUNNING when `timeout_ns` nanoseconds have passed. 0 only asks.
+FLASHPACK_API flashpack_status flashpack_transfer_wait_for(flashpack_transfer* transfer, int64_t timeout_ns,
+                                                           flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Makes the transfer end soon, with FLASHPACK_CANCELLED; returns at once. A transfer that has finished stays as it is.
+FLASHPACK_API flashpack_status flashpack_transfer_cancel(flashpack_transfer* transfer,
+                                                         flashpack_error** error) FLASHPACK_NOEXCEPT;
+FLASHPACK_API flashpack_status flashpack_transfer_get_progress(flashpack_transfer* transfer,
+                                                               flashpack_progress* progress,
+                                                               flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Statistics of a transfer that has finished, successfully or not; FLASHPACK_RUNNING if it has not.
+FLASHPACK_API flashpack_status flashpack_transfer_get_stats(flashpack_transfer* transfer, flashpack_stats* stats,
+                                                            flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Cancels the transfer unless it has finished, and waits until nothing is under way.
+FLASHPACK_API void flashpack_transfer_destroy(flashpack_transfer* transfer) FLASHPACK_NOEXCEPT;
+
+/// All tensors of a checkpoint, in memory of the host.
+typedef struct flashpack_tensors flashpack_tensors;
+
+/// Allocates memory for all tensors of `request->checkpoint` and loads them. The request has no paths, fds and extents.
+/// Errors: as of flashpack_load(), and ENOMEM.
+FLASHPACK_API flashpack_status flashpack_load_all(flashpack_engine* engine, const flashpack_load_request* request,
+                                                  flashpack_tensors** tensors,
+                                                  flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// The same without waiting. The tensors hold unspecified bytes until the transfer has finished. Either handle may be
+/// destroyed first.
+FLASHPACK_API flashpack_status flashpack_start_load_all(flashpack_engine* engine, const flashpack_load_request* request,
+                                                        flashpack_tensors** tensors, flashpack_transfer** transfer,
+                                                        flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Sets `data` to the address of the elements of tensor `index` of the checkpoint, which is aligned for its type; to
+/// NULL if the tensor is empty. The memory may be written, and lives as long as `tensors`.
+FLASHPACK_API flashpack_status flashpack_tensors_data(const flashpack_tensors* tensors, size_t index, void** data,
+                                                      flashpack_error** error) FLASHPACK_NOEXCEPT;
+FLASHPACK_API void flashpack_tensors_destroy(flashpack_tensors* tensors) FLASHPACK_NOEXCEPT;
+
+typedef struct flashpack_verify_report {
+  size_t struct_size;
+  uint64_t verified_bytes;        ///< Bytes that match their checksums.
+  uint64_t corrupt_stripes;       ///< Stripes of 1 MiB that do not.
+  uint64_t corrupt_offset_bytes;  ///< Where the first of these begins.
+  double seconds;
+} flashpack_verify_report;
+
+/// Reads file `index` of the checkpoint and compares every stripe with its checksum, also after one that does not
+/// match. Blocks, and takes 128 MiB of memory. `report` may be NULL. Errors: FLASHPACK_CORRUPT, whose message names the
+/// tensors in the first such stripe, and for which `report` is filled, too; FLASHPACK_BAD_FILE if the file has no
+/// checksums; FLASHPACK_FILE_CHANGED; errno.
+FLASHPACK_API flashpack_status flashpack_verify(flashpack_engine* engine, const flashpack_checkpoint* checkpoint,
+                                                size_t index, flashpack_verify_report* report,
+                                                flashpack_error** error) FLASHPACK_NOEXCEPT;
+
+/// A new file that will replace the one at its path when it is complete. One thread at a time may use a writer.
+typedef struct flashpack_writer flashpack_writer;
+
+typedef struct flashpack_writer_options {
+  size_t struct_size;
+  uint64_t payload_bytes;  ///< Least size, which is reserved at once, so that a full disk is an error in time; or 0.
+  int32_t replace_link;    ///< If not 0, a symbolic link at the path is replaced; else the file that it points to.
+  int32_t reserved;
+} flashpack_writer_options;
+
+/// Bytes in memory, and the place in the file that they go to.
+typedef struct flashpack_source {
+  uint64_t offset_bytes;
+  uint64_t size_bytes;
+  const void* source;  ///< Memory of the host or of the engine's device.
+} flashpack_source;
+
+typedef struct flashpack_write_request {
+  size_t struct_size;
+  const flashpack_source* sources;  ///< No byte of a file may be written twice.
+  size_t source_count;
+  void* stream;        ///< A cudaStream_t: sources on a GPU are not read before all work that is on it has ended.
+  int64_t timeout_ns;  ///< As in flashpack_load_request.
+} flashpack_write_request;
+
+/// Begins a file beside `path`, whose directory must exist. `options` may be NULL. Errors: errno; FLASHPACK_UNUSABLE.
+FLASHPACK_API flashpack_status flashpack_writer_create(flashpack_engine* engine, const char* path,
+                                                       const flashpack_writer_options* options,
+                                                       flashpack_writer** writer,
+                                                       flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Starts a write and returns; may be called any number of times. Bytes that are never written read as zeros. Errors:
+/// a byte twice; ENOSPC; others are the transfer's.
+FLASHPACK_API flashpack_status flashpack_start_write(flashpack_writer* writer, const flashpack_write_request* request,
+                                                     flashpack_transfer** transfer,
+                                                     flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Writes and returns when all bytes are in the new file.
+FLASHPACK_API flashpack_status flashpack_write(flashpack_writer* writer, const flashpack_write_request* request,
+                                               flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Appends `tail_bytes` bytes, makes the file durable and puts it in place. All writes must have finished. After this
+/// the writer can only be destroyed. Errors: that of a write that failed, FLASHPACK_INVALID_ARGUMENT if one is under
+/// way or the writer was committed before, errno; the file at the path is as before, unless the message says that the
+/// new file is in place but perhaps not durable.
+FLASHPACK_API flashpack_status flashpack_writer_commit(flashpack_writer* writer, const void* tail, size_t tail_bytes,
+                                                       flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Unless committed, cancels writes that are under way, removes the new file, and leaves what is at the path.
+FLASHPACK_API void flashpack_writer_destroy(flashpack_writer* writer) FLASHPACK_NOEXCEPT;
+
+/// A tensor to be saved.
+typedef struct flashpack_save_tensor {
+  const char* name;  ///< UTF-8.
+  size_t name_bytes;
+  const int64_t* shape;
+  size_t dims;
+  const void* data;  ///< Its elements in C order, in memory of the host or of the engine's device.
+  int32_t dtype;     ///< FLASHPACK_DTYPE_*.
+  int32_t reserved;
+} flashpack_save_tensor;
+
+typedef struct flashpack_save_options {
+  size_t struct_size;
+  uint64_t align_bytes;  ///< Tensors begin at multiples of it. 0 is 128; 1 packs them densely.
+  int32_t no_checksums;  ///< If not 0, the file gets no checksums.
+  int32_t reserved;
+  void* stream;  ///< As in flashpack_write_request.
+} flashpack_save_options;
+
+/// Writes a flashpack file with these tensors, all or nothing, and durable. Blocks. `options` may be NULL. Errors: no
+/// tensors, names that are equal or not UTF-8, shapes and dtypes that cannot be; errno.
+FLASHPACK_API flashpack_status flashpack_save(flashpack_engine* engine, const char* path,
+                                              const flashpack_save_tensor* tensors, size_t tensor_count,
+                                              const flashpack_save_options* options,
+                                              flashpack_error** error) FLASHPACK_NOEXCEPT;
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,1 @@
+#include "flashpack/flashpack.h"

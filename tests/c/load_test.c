@@ -1,0 +1,272 @@
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/stat.h>
+
+#include "tests/c/check.h"
+
+enum { SIZE = 3 << 20 };
+static const int64_t hang_ns = INT64_C(120000000000);
+
+static int right(const unsigned char* memory, size_t offset, size_t size) {
+  for (size_t i = 0; i < size; ++i) {
+    if (memory[i] != byte_at(offset + i)) return 0;
+  }
+  return 1;
+}
+
+// A load of all of a file of SIZE bytes.
+typedef struct whole_file {
+  const char* path;
+  unsigned char* memory;
+  flashpack_extent extent;
+  flashpack_load_request request;
+} whole_file;
+
+static void make_whole_file(whole_file* load) {
+  memset(load, 0, sizeof *load);
+  load->path = make_file("whole", SIZE);
+  load->memory = malloc(SIZE);
+  CHECK(load->memory);
+  load->extent.size_bytes = SIZE;
+  load->extent.target = load->memory;
+  load->request.struct_size = sizeof load->request;
+  load->request.paths = &load->path;
+  load->request.path_count = 1;
+  load->request.extents = &load->extent;
+  load->request.extent_count = 1;
+}
+
+TEST(extents_of_several_paths_arrive_in_their_places) {
+  flashpack_engine* engine = new_engine();
+  const char* const paths[] = {make_file("a", SIZE), make_file("b", 5000)};
+  unsigned char a[1000], b[17], c[4096];
+  const flashpack_extent extents[] = {
+      {.file = 1, .offset_bytes = 4000, .size_bytes = sizeof a, .target = a},
+      {.file = 0, .priority = 3, .offset_bytes = 77, .size_bytes = sizeof b, .target = b},
+      {.file = 0, .offset_bytes = 1 << 20, .size_bytes = sizeof c, .target = c},
+  };
+  flashpack_load_request request = {sizeof request};
+  request.paths = paths;
+  request.path_count = 2;
+  request.extents = extents;
+  request.extent_count = 3;
+  OK(flashpack_load(engine, &request, &error));
+  CHECK(right(a, 4000, sizeof a) && right(b, 77, sizeof b) && right(c, 1 << 20, sizeof c));
+  flashpack_engine_destroy(engine);
+}
+
+TEST(a_descriptor_takes_the_place_of_a_path) {
+  flashpack_engine* engine = new_engine();
+  whole_file load;
+  make_whole_file(&load);
+  const int32_t fd = open(load.path, O_RDONLY);
+  CHECK(fd >= 0 && unlink(load.path) == 0);
+  load.request.fds = &fd;
+  OK(flashpack_load(engine, &load.request, &error));
+  CHECK(right(load.memory, 0, SIZE) && close(fd) == 0);
+  const int32_t none = -1;
+  load.request.fds = &none;
+  FAILS(ENOENT, load.path, flashpack_load(engine, &load.request, &error));
+  free(load.memory);
+  flashpack_engine_destroy(engine);
+}
+
+TEST(a_transfer_tells_how_it_went) {
+  flashpack_engine* engine = new_engine();
+  whole_file load;
+  make_whole_file(&load);
+  flashpack_transfer* transfer = NULL;
+  OK(flashpack_start_load(engine, &load.request, &transfer, &error));
+  OK(flashpack_transfer_wait_for(transfer, hang_ns, &error));
+  OK(flashpack_transfer_wait(transfer, &error));
+  OK(flashpack_transfer_wait_for(transfer, 0, &error));
+  flashpack_progress progress = {sizeof progress};
+  OK(flashpack_transfer_get_progress(transfer, &progress, &error));
+  CHECK(progress.finished && progress.done_bytes == SIZE && progress.total_bytes == SIZE);
+  flashpack_stats stats = {sizeof stats};
+  OK(flashpack_transfer_get_stats(transfer, &stats, &error));
+  CHECK(stats.requested_bytes == SIZE && stats.direct_bytes + stats.buffered_bytes >= SIZE && stats.seconds > 0);
+  CHECK(stats.backend != FLASHPACK_BACKEND_AUTO && stats.fallback_reason && stats.operations > 0);
+  OK(flashpack_transfer_cancel(transfer, &error));
+  OK(flashpack_transfer_wait(transfer, &error));
+  flashpack_engine_destroy(engine);
+  OK(flashpack_transfer_wait(transfer, &error));
+  flashpack_transfer_destroy(transfer);
+  CHECK(right(load.memory, 0, SIZE));
+  free(load.memory);
+}
+
+// Whoever opens the file waits until the lease is given back. The descriptor that holds it, or -1 where files have
+// none.
+static int take_lease(const char* path) {
+  const int fd = open(path, O_RDWR);
+  CHECK(fd >= 0 && signal(SIGIO, SIG_IGN) != SIG_ERR);
+  if (fcntl(fd, F_SETLEASE, F_WRLCK) == 0) return fd;
+  close(fd);
+  return -1;
+}
+
+TEST(a_transfer_that_is_cancelled_under_way_ends_cancelled) {
+  flashpack_engine* engine = new_engine();
+  whole_file load;
+  make_whole_file(&load);
+  const int lease = take_lease(load.path);
+  if (lease < 0) exit(SKIPPED);
+  flashpack_transfer* transfer = NULL;
+  OK(flashpack_start_load(engine, &load.request, &transfer, &error));
+  flashpack_error* error = (flashpack_error*)&error;
+  CHECK(flashpack_transfer_wait_for(transfer, 0, &error) == FLASHPACK_RUNNING && !error);
+  flashpack_stats stats = {sizeof stats};
+  CHECK(flashpack_transfer_get_stats(transfer, &stats, &error) == FLASHPACK_RUNNING && !error);
+  OK(flashpack_transfer_cancel(transfer, &error));
+  CHECK(fcntl(lease, F_SETLEASE, F_UNLCK) == 0 && close(lease) == 0);
+  FAILS(FLASHPACK_CANCELLED, "cancelled", flashpack_transfer_wait(transfer, &error));
+  FAILS(FLASHPACK_CANCELLED, load.path, flashpack_transfer_wait_for(transfer, 0, &error));
+  OK(flashpack_transfer_get_stats(transfer, &stats, &error));
+  flashpack_transfer_destroy(transfer);
+  flashpack_engine_destroy(engine);
+  free(load.memory);
+}
+
+TEST(a_transfer_that_is_destroyed_under_way_lets_its_memory_go) {
+  flashpack_engine* engine = new_engine();
+  whole_file load;
+  make_whole_file(&load);
+  for (int i = 0; i < 50; ++i) {
+    flashpack_transfer* transfer = NULL;
+    OK(flashpack_start_load(engine, &load.request, &transfer, &error));
+    flashpack_transfer_destroy(transfer);
+    memset(load.memory, i, SIZE);
+    CHECK(load.memory[0] == i && load.memory[SIZE - 1] == i);
+  }
+  free(load.memory);
+  flashpack_engine_destroy(engine);
+}
+
+TEST(an_engine_that_is_destroyed_under_way_finishes_its_transfers) {
+  whole_file load;
+  make_whole_file(&load);
+  for (int i = 0; i < 20; ++i) {
+    flashpack_engine* engine = new_engine();
+    flashpack_transfer* transfer = NULL;
+    memset(load.memory, 0, SIZE);
+    OK(flashpack_start_load(engine, &load.request, &transfer, &error));
+    flashpack_engine_destroy(engine);
+    CHECK(right(load.memory, 0, SIZE));
+    OK(flashpack_transfer_wait_for(transfer, 0, &error));
+    flashpack_transfer_destroy(transfer);
+  }
+  free(load.memory);
+}
+
+static void* wait_for_it(void* transfer) {
+  OK(flashpack_transfer_wait_for(transfer, hang_ns, &error));
+  flashpack_stats stats = {sizeof stats};
+  OK(flashpack_transfer_get_stats(transfer, &stats, &error));
+  return strlen(stats.fallback_reason) < 10000 ? transfer : NULL;
+}
+
+TEST(any_thread_may_wait) {
+  flashpack_engine* engine = new_engine();
+  whole_file load;
+  make_whole_file(&load);
+  flashpack_transfer* transfer = NULL;
+  OK(flashpack_start_load(engine, &load.request, &transfer, &error));
+  pthread_t threads[4];
+  for (int i = 0; i < 4; ++i) CHECK(pthread_create(&threads[i], NULL, wait_for_it, transfer) == 0);
+  OK(flashpack_transfer_wait(transfer, &error));
+  for (int i = 0; i < 4; ++i) {
+    void* result = NULL;
+    CHECK(pthread_join(threads[i], &result) == 0 && result == transfer);
+  }
+  flashpack_transfer_destroy(transfer);
+  flashpack_engine_destroy(engine);
+  free(load.memory);
+}
+
+TEST(a_timeout_that_has_passed_ends_a_load) {
+  flashpack_engine* engine = new_engine();
+  whole_file load;
+  make_whole_file(&load);
+  const int lease = take_lease(load.path);
+  if (lease < 0) exit(SKIPPED);
+  load.request.timeout_ns = 1;
+  flashpack_transfer* transfer = NULL;
+  OK(flashpack_start_load(engine, &load.request, &transfer, &error));
+  CHECK(flashpack_transfer_wait_for(transfer, 1, NULL) != FLASHPACK_OK);
+  CHECK(fcntl(lease, F_SETLEASE, F_UNLCK) == 0 && close(lease) == 0);
+  FAILS(FLASHPACK_DEADLINE_EXCEEDED, load.path, flashpack_transfer_wait(transfer, &error));
+  flashpack_transfer_destroy(transfer);
+  load.request.timeout_ns = INT64_MAX;
+  OK(flashpack_load(engine, &load.request, &error));
+  load.request.timeout_ns = -1;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "timeout_ns", flashpack_load(engine, &load.request, &error));
+  free(load.memory);
+  flashpack_engine_destroy(engine);
+}
+
+TEST(errors_of_a_load_say_what_where_and_why) {
+  flashpack_engine* engine = new_engine();
+  whole_file load;
+  make_whole_file(&load);
+  load.extent.offset_bytes = 1;
+  flashpack_error* error = NULL;
+  CHECK(flashpack_load(engine, &load.request, &error) == FLASHPACK_TRUNCATED);
+  CHECK(strstr(flashpack_error_message(error), "short read") && strcmp(flashpack_error_path(error), load.path) == 0);
+  flashpack_error_destroy(error);
+  const char* missing = in_folder("missing");
+  load.request.paths = &missing;
+  FAILS(ENOENT, missing, flashpack_load(engine, &load.request, &error));
+  CHECK(flashpack_load(engine, &load.request, NULL) == ENOENT);
+  free(load.memory);
+  flashpack_engine_destroy(engine);
+}
+
+TEST(wrong_requests_are_refused_before_anything_is_read) {
+  flashpack_engine* engine = new_engine();
+  whole_file load;
+  make_whole_file(&load);
+  flashpack_load_request request = load.request;
+  request.cache = 3;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "request->cache has no value 3", flashpack_load(engine, &request, &error));
+  request = load.request;
+  request.verify = FLASHPACK_VERIFY_ALWAYS;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "cannot be verified", flashpack_load(engine, &request, &error));
+  request = load.request;
+  request.reserved = 1;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "reserved", flashpack_load(engine, &request, &error));
+  request = load.request;
+  request.paths = NULL;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "request->paths is NULL", flashpack_load(engine, &request, &error));
+  const char* none = NULL;
+  request.paths = &none;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "request->paths is NULL", flashpack_load(engine, &request, &error));
+  load.extent.file = 1;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "file 1, of 1", flashpack_load(engine, &load.request, &error));
+  load.extent.file = 0;
+  load.extent.reserved = 1;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "reserved", flashpack_load(engine, &load.request, &error));
+  load.extent.reserved = 0;
+  load.extent.target = NULL;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, load.path, flashpack_load(engine, &load.request, &error));
+  request = load.request;
+  request.extent_count = 0;
+  OK(flashpack_load(engine, &request, &error));
+  free(load.memory);
+  flashpack_engine_destroy(engine);
+}
+
+TEST(memory_has_the_place_in_a_page_that_the_bytes_have_in_the_file) {
+  flashpack_memory* memory = NULL;
+  OK(flashpack_memory_create(SIZE, 100000, &memory, &error));
+  unsigned char* data = flashpack_memory_data(memory);
+  CHECK(data && (size_t)data % 4096 == 100000 % 4096);
+  data[0] = data[SIZE - 1] = 1;
+  flashpack_memory_destroy(memory);
+  flashpack_memory_release_kept();
+  FAILS(ENOMEM, "memory", flashpack_memory_create((size_t)1 << 60, 0, &memory, &error));
+  CHECK(!memory && !flashpack_memory_data(memory));
+}

@@ -1,0 +1,66 @@
+#include "flashpack/engine.h"
+
+#include <optional>
+#include <utility>
+
+#include "torch_binding/c/arguments.h"
+#include "torch_binding/c/errors.h"
+#include "torch_binding/c/handles.h"
+
+namespace flashpack::c {
+
+namespace {
+
+static_assert(FLASHPACK_DEVICE_CUDA == static_cast<int>(Device::Kind::kCuda));
+static_assert(FLASHPACK_BACKEND_AUTO == static_cast<int>(Backend::kAuto));
+static_assert(FLASHPACK_BACKEND_IO_URING == static_cast<int>(Backend::kIoUring));
+static_assert(FLASHPACK_BACKEND_PLAIN_IO_URING == static_cast<int>(Backend::kPlainIoUring));
+static_assert(FLASHPACK_BACKEND_WORKERS == static_cast<int>(Backend::kWorkers));
+
+EngineOptions options_of(const flashpack_engine_options& given) {
+  const auto cpus = array(given.cpu_affinity, given.cpu_count, "options->cpu_affinity");
+  EngineOptions options{
+      .device = {one_of(given.device_kind, Device::Kind::kCuda, "options->device_kind"), given.device_index},
+      .staging_bytes = given.staging_bytes,
+      .workers = given.workers,
+      .backend = one_of(given.backend, Backend::kWorkers, "options->backend"),
+      .cpu_affinity = {cpus.begin(), cpus.end()}};
+  if (given.chunk_bytes != 0) options.chunk_bytes = given.chunk_bytes;
+  if (given.queue_depth != 0) options.queue_depth = given.queue_depth;
+  if (given.use_numa_node != 0) options.numa_node = given.numa_node;
+  return options;
+}
+
+}  // namespace
+
+}  // namespace flashpack::c
+
+using namespace flashpack::c;
+
+const char* flashpack_version() noexcept { return flashpack::version(); }
+
+flashpack_status flashpack_engine_create(const flashpack_engine_options* options, flashpack_engine** engine,
+                                         flashpack_error** error) noexcept {
+  return guarded(error, [&] {
+    auto*& place = place_of(engine, "engine");
+    auto made = std::make_shared<flashpack::Engine>(options_of(given_or_default(options, "options")));
+    place = new flashpack_engine{std::move(made)};
+  });
+}
+
+flashpack_status flashpack_engine_get_info(const flashpack_engine* engine, flashpack_engine_info* info,
+                                           flashpack_error** error) noexcept {
+  return guarded(error, [&] {
+    const flashpack::Engine& asked = *require(engine, "engine").engine;
+    const flashpack::EngineOptions& options = asked.options();
+    give(flashpack_engine_info{.staging_bytes = options.staging_bytes,
+                               .chunk_bytes = options.chunk_bytes,
+                               .queue_depth = options.queue_depth,
+                               .workers = options.workers,
+                               .backend = static_cast<int32_t>(options.backend),
+                               .fallback_reason = asked.fallback_reason().c_str()},
+         info, "info");
+  });
+}
+
+void flashpack_engine_destroy(flashpack_engine* engine) noexcept { delete engine; }

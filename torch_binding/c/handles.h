@@ -1,0 +1,68 @@
+/// What the handles of the C API own.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "flashpack/checkpoint.h"
+#include "flashpack/engine.h"
+#include "flashpack/flashpack.h"
+#include "flashpack/host_memory.h"
+
+namespace flashpack::c {
+
+/// A checkpoint that is open, and what is asked about it.
+struct OpenCheckpoint {
+  explicit OpenCheckpoint(Checkpoint opened);
+
+  Checkpoint checkpoint;
+  std::map<std::string, std::string> metadata;
+  std::vector<const std::pair<const std::string, std::string>*> metadata_by_index;
+  std::unordered_map<std::string_view, std::size_t> index_of;  // By name.
+};
+
+using Memory = std::vector<HostMemory>;
+
+}  // namespace flashpack::c
+
+// Shared with the writers, because these need the engine until they end.
+struct flashpack_engine {
+  std::shared_ptr<flashpack::Engine> engine;
+};
+
+// Shared with the loads, so that the caller may destroy the handle earlier.
+struct flashpack_checkpoint {
+  std::shared_ptr<const flashpack::c::OpenCheckpoint> opened;
+};
+
+struct flashpack_memory {
+  flashpack::HostMemory memory;
+};
+
+struct flashpack_tensors {
+  std::shared_ptr<const flashpack::c::Memory> memory;
+  std::vector<void*> data;  // For each tensor of the checkpoint.
+};
+
+struct flashpack_transfer {
+  std::shared_ptr<const flashpack::c::OpenCheckpoint> opened;  // Null unless extents are of a checkpoint.
+  flashpack::Verify verify = flashpack::Verify::kNever;
+  std::shared_ptr<const flashpack::c::Memory> memory;  // The targets, unless they are the caller's.
+  flashpack::Transfer transfer;                        // After `memory`, because it ends before that goes.
+
+  std::mutex mutex;                               // Protects the rest, and calls that are for one thread at a time.
+  std::optional<flashpack::TransferStats> stats;  // Set when they are first asked for after the end.
+};
+
+struct flashpack_writer {
+  std::shared_ptr<flashpack::Engine> engine;
+  flashpack::FileWriter writer;  // After `engine`, because it ends before.
+};

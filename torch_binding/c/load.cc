@@ -1,0 +1,208 @@
+#include <algorithm>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "flashpack/verify.h"
+#include "torch_binding/c/arguments.h"
+#include "torch_binding/c/errors.h"
+#include "torch_binding/c/handles.h"
+#include "torch_binding/c/transfer.h"
+#include "torch_binding/format/segments.h"
+#include "torch_binding/format/verified.h"
+
+namespace flashpack::c {
+
+namespace {
+
+static_assert(FLASHPACK_CACHE_DIRECT == static_cast<int>(CachePolicy::kDirect));
+static_assert(FLASHPACK_CACHE_BUFFERED == static_cast<int>(CachePolicy::kBuffered));
+static_assert(FLASHPACK_VERIFY_ALWAYS == static_cast<int>(Verify::kAlways));
+static_assert(FLASHPACK_VERIFY_NEVER == static_cast<int>(Verify::kNever));
+
+using Extents = std::vector<std::vector<Extent>>;  // Those of each file.
+
+Extents extents_of(const flashpack_load_request& given, std::size_t file_count) {
+  Extents extents(file_count);
+  for (const flashpack_extent& extent : array(given.extents, given.extent_count, "request->extents")) {
+    if (extent.file >= file_count)
+      throw argument_error("an extent of file " + std::to_string(extent.file) + ", of " + std::to_string(file_count));
+    if (extent.reserved != 0) throw argument_error("a reserved field of an extent is not 0");
+    extents[extent.file].push_back({extent.offset_bytes, extent.size_bytes, extent.target, extent.priority});
+  }
+  return extents;
+}
+
+std::vector<FileExtents> files_by_path(const flashpack_load_request& given) {
+  const auto paths = array(given.paths, given.path_count, "request->paths");
+  Extents extents = extents_of(given, paths.size());
+  std::vector<FileExtents> files;
+  for (std::size_t i = 0; i < paths.size(); ++i) {
+    const char* path = &require(paths[i], "an element of request->paths");
+    if (extents[i].empty()) continue;
+    files.push_back({.path = path, .extents = std::move(extents[i])});
+    if (given.fds) files.back().fd = given.fds[i];
+  }
+  return files;
+}
+
+std::vector<FileExtents> files_of(const Checkpoint& checkpoint, Extents extents, Verify verify) {
+  std::vector<FileExtents> files;
+  for (std::size_t i = 0; i < extents.size(); ++i) {
+    if (!extents[i].empty()) files.push_back(extents_in(checkpoint.files()[i], std::move(extents[i]), verify));
+  }
+  return files;
+}
+
+LoadRequest request_of(const flashpack_load_request& given, std::vector<FileExtents> files) {
+  if (given.reserved != 0) throw argument_error("request->reserved is not 0");
+  return {.files = std::move(files),
+          .cache = one_of(given.cache, CachePolicy::kBuffered, "request->cache"),
+          .after = given.drop_cached ? AfterLoad::kDrop : AfterLoad::kKeep,
+          .stream = static_cast<CUstream_st*>(given.stream),
+          .deadline = deadline_in(given.timeout_ns)};
+}
+
+std::unique_ptr<flashpack_transfer> start_load(flashpack_engine* engine, const flashpack_load_request* request) {
+  Engine& used = *require(engine, "engine").engine;
+  const flashpack_load_request given = c::given(require(request, "request"), "request");
+  auto transfer = std::make_unique<flashpack_transfer>();
+  transfer->verify = one_of(given.verify, Verify::kNever, "request->verify");
+  std::vector<FileExtents> files;
+  if (given.checkpoint) {
+    if (given.path_count > 0 || given.fds) throw argument_error("request has a checkpoint, and paths or fds");
+    transfer->opened = given.checkpoint->opened;
+    const Checkpoint& checkpoint = transfer->opened->checkpoint;
+    files = files_of(checkpoint, extents_of(given, checkpoint.files().size()), transfer->verify);
+  } else {
+    if (transfer->verify == Verify::kAlways) throw argument_error("files that are given by path cannot be verified");
+    files = files_by_path(given);
+  }
+  transfer->transfer = used.start_load(request_of(given, std::move(files)));
+  return transfer;
+}
+
+// What a load of all tensors needs.
+struct WholeLoad {
+  std::unique_ptr<flashpack_tensors> tensors = std::make_unique<flashpack_tensors>();
+  std::unique_ptr<flashpack_transfer> transfer = std::make_unique<flashpack_transfer>();
+};
+
+Extents allocate(const Checkpoint& checkpoint, const SegmentPlan& plan, WholeLoad& load) {
+  auto memory = std::make_shared<Memory>();
+  memory->reserve(plan.blocks.size());
+  for (const auto& [size_bytes, phase_bytes] : plan.blocks) memory->emplace_back(size_bytes, phase_bytes);
+  Extents extents(checkpoint.files().size());
+  for (const Segment& segment : plan.segments) {
+    std::byte* const target = (*memory)[segment.block].data() + segment.block_offset;
+    extents[segment.file].push_back({segment.offset_bytes, segment.size_bytes, target});
+  }
+  for (const SegmentPlan::Place& place : plan.places) {
+    const bool empty = place.segment == SegmentPlan::Place::kNowhere;
+    load.tensors->data.push_back(
+        empty ? nullptr : (*memory)[plan.segments[place.segment].block].data() + plan.block_offset(place));
+  }
+  load.transfer->memory = load.tensors->memory = std::move(memory);
+  return extents;
+}
+
+WholeLoad start_load_all(flashpack_engine* engine, const flashpack_load_request* request) {
+  Engine& used = *require(engine, "engine").engine;
+  const flashpack_load_request given = c::given(require(request, "request"), "request");
+  if (given.path_count > 0 || given.fds || given.extent_count > 0)
+    throw argument_error("request has paths, fds or extents");
+  WholeLoad load;
+  load.transfer->verify = one_of(given.verify, Verify::kNever, "request->verify");
+  load.transfer->opened = require(given.checkpoint, "request->checkpoint").opened;
+  const Checkpoint& checkpoint = load.transfer->opened->checkpoint;
+  std::vector<std::size_t> all(checkpoint.size());
+  for (std::size_t i = 0; i < all.size(); ++i) all[i] = i;
+  const SegmentPlan plan = plan_segments(checkpoint, all, Device::Kind::kHost, load.transfer->verify);
+  Extents extents = allocate(checkpoint, plan, load);
+  load.transfer->transfer =
+      used.start_load(request_of(given, files_of(checkpoint, std::move(extents), load.transfer->verify)));
+  return load;
+}
+
+void give_report(const VerifyReport& found, flashpack_verify_report* report) {
+  if (!report) return;
+  give(flashpack_verify_report{.verified_bytes = found.verified_bytes,
+                               .corrupt_stripes = found.corrupt.size(),
+                               .corrupt_offset_bytes =
+                                   found.corrupt.empty() ? FLASHPACK_NO_OFFSET : found.corrupt.front().offset_bytes,
+                               .seconds = found.seconds},
+       report, "report");
+}
+
+}  // namespace
+
+}  // namespace flashpack::c
+
+using namespace flashpack::c;
+
+flashpack_status flashpack_start_load(flashpack_engine* engine, const flashpack_load_request* request,
+                                      flashpack_transfer** transfer, flashpack_error** error) noexcept {
+  return guarded(error, [&] {
+    auto*& place = place_of(transfer, "transfer");
+    place = start_load(engine, request).release();
+  });
+}
+
+flashpack_status flashpack_load(flashpack_engine* engine, const flashpack_load_request* request,
+                                flashpack_error** error) noexcept {
+  return guarded(error, [&] { wait(*start_load(engine, request)); });
+}
+
+flashpack_status flashpack_start_load_all(flashpack_engine* engine, const flashpack_load_request* request,
+                                          flashpack_tensors** tensors, flashpack_transfer** transfer,
+                                          flashpack_error** error) noexcept {
+  return guarded(error, [&] {
+    auto*& place = place_of(tensors, "tensors");
+    auto*& place_of_transfer = place_of(transfer, "transfer");
+    WholeLoad load = start_load_all(engine, request);
+    place = load.tensors.release();
+    place_of_transfer = load.transfer.release();
+  });
+}
+
+flashpack_status flashpack_load_all(flashpack_engine* engine, const flashpack_load_request* request,
+                                    flashpack_tensors** tensors, flashpack_error** error) noexcept {
+  return guarded(error, [&] {
+    auto*& place = place_of(tensors, "tensors");
+    WholeLoad load = start_load_all(engine, request);
+    wait(*load.transfer);
+    place = load.tensors.release();
+  });
+}
+
+flashpack_status flashpack_tensors_data(const flashpack_tensors* tensors, size_t index, void** data,
+                                        flashpack_error** error) noexcept {
+  return guarded(error, [&] {
+    void*& place = place_of(data, "data");
+    const std::vector<void*>& all = require(tensors, "tensors").data;
+    if (index >= all.size())
+      throw argument_error("there is no tensor " + std::to_string(index) + " of " + std::to_string(all.size()));
+    place = all[index];
+  });
+}
+
+void flashpack_tensors_destroy(flashpack_tensors* tensors) noexcept { delete tensors; }
+
+flashpack_status flashpack_verify(flashpack_engine* engine, const flashpack_checkpoint* checkpoint, size_t index,
+                                  flashpack_verify_report* report, flashpack_error** error) noexcept {
+  return guarded(error, [&] {
+    flashpack::Engine& used = *require(engine, "engine").engine;
+    const auto files = require(checkpoint, "checkpoint").opened->checkpoint.files();
+    if (index >= files.size())
+      throw argument_error("there is no file " + std::to_string(index) + " of " + std::to_string(files.size()));
+    const flashpack::CheckpointFile& file = files[index];
+    const auto found = flashpack::verify_payload(used, file.fd, file.path, file.metadata);
+    give_report(found, report);
+    if (found.corrupt.empty()) return;
+    const auto& first = found.corrupt.front();
+    throw flashpack::Error(flashpack::Errc::kCorrupt,
+                           "verify " + file.path.string() + " at " + std::to_string(first.offset_bytes) + "+" +
+                               std::to_string(first.size_bytes) + ", where " + first.tensors + " lies",
+                           file.path, first.offset_bytes);
+  });
+}

@@ -1,0 +1,18 @@
+/// What starts and waits for transfers has in common.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "torch_binding/c/handles.h"
+
+namespace flashpack::c {
+
+/// The deadline of a request that has so many nanoseconds from now on; empty for 0. Throws: Error (kInvalidArgument) if
+/// the number is negative.
+std::optional<Deadline> deadline_in(std::int64_t timeout_ns);
+
+/// Waits until the transfer has finished. Throws: the Error that it ended with. Any thread.
+void wait(flashpack_transfer& transfer);
+
+}  // namespace flashpack::c
