@@ -126,8 +126,8 @@ class Transfer {
 ///   load.wait();
 struct Completion {
   /// Called once, on the engine's driver thread, when nothing is in flight any more. `transfer` is the engine's own
-  /// handle of the finished transfer, valid during the call; wait() on it returns or throws at once. The call must not
-  /// block and must not destroy the engine.
+  /// handle of the finished transfer, valid during the call; wait() on it returns or throws at once. It may be moved
+  /// from, to be kept. The call must not block and must not destroy the engine.
   virtual void done(Transfer& transfer) noexcept = 0;
 
   /// Called for loads with LoadRequest::report_extents, on the engine's driver thread, when extent `extent` of file

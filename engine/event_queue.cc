@@ -1,0 +1,173 @@
+#include "flashpack/event_queue.h"
+
+#include <sys/eventfd.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <mutex>
+#include <new>
+#include <utility>
+
+#include "engine/ground/error.h"
+#include "engine/ground/unique_fd.h"
+
+namespace flashpack {
+
+/// The events that wait. The descriptor is readable if and only if there are some.
+class EventQueue::Shared {
+ public:
+  Shared() : fd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+    if (!fd_) throw Error(internal::errno_code(errno), "eventfd");
+  }
+
+  // A child may not take the mutex, which another thread may have held during the fork.
+  bool is_owner() const noexcept { return ::getpid() == owner_; }
+  int fd() const noexcept { return fd_.get(); }
+
+  /// `ended` is a handle of the transfer if it has ended, else it is not valid.
+  void add(const Event& event, Transfer ended) {
+    const std::lock_guard lock(mutex_);
+    if (!fd_) return;
+    waiting_.push_back({event, std::move(ended)});
+    if (waiting_.size() == 1) tell();
+  }
+
+  std::size_t take(std::span<Event> events) {
+    const std::lock_guard lock(mutex_);
+    const std::size_t count = std::min(events.size(), waiting_.size());
+    for (Event& event : events.first(count)) {
+      event = waiting_.front().event;
+      settle(waiting_.front().ended);
+      waiting_.pop_front();
+    }
+    if (count > 0 && waiting_.empty()) untell();
+    return count;
+  }
+
+  void close() {
+    const std::lock_guard lock(mutex_);
+    fd_.reset();
+    for (Waiting& each : waiting_) each.ended.detach();
+    waiting_.clear();
+  }
+
+ private:
+  struct Waiting {
+    Event event;
+    Transfer ended;
+  };
+
+  // The transfer has ended for its driver. For others it has when the driver returns from Listener::done(), which it
+  // may be about to do.
+  static void settle(Transfer& ended) {
+    if (!ended.valid()) return;
+    ended.wait_for(std::chrono::nanoseconds::max());
+    ended.detach();
+  }
+
+  // Neither call can block or fail: the counter is 0 or 1.
+  void tell() {
+    const std::uint64_t one = 1;
+    static_cast<void>(!::write(fd_.get(), &one, sizeof one));
+  }
+  void untell() {
+    std::uint64_t count = 0;
+    static_cast<void>(!::read(fd_.get(), &count, sizeof count));
+  }
+
+  const pid_t owner_ = ::getpid();
+  std::mutex mutex_;       // Protects the rest.
+  internal::UniqueFd fd_;  // Constant until close().
+  std::deque<Waiting> waiting_;
+};
+
+/// Listens to one transfer, and deletes itself at the transfer's end.
+class EventQueue::Listener final : public Completion {
+ public:
+  Listener(std::shared_ptr<Shared> shared, std::uint64_t tag) : shared_(std::move(shared)), tag_(tag) {}
+
+  void landed(std::size_t file, std::size_t extent) noexcept override {
+    shared_->add({.kind = Event::Kind::kLanded, .tag = tag_, .file = file, .extent = extent}, {});
+  }
+
+  void done(Transfer& transfer) noexcept override {
+    const std::error_code error = transfer.error();
+    shared_->add({.kind = Event::Kind::kDone, .tag = tag_, .error = error}, std::move(transfer));
+    delete this;
+  }
+
+ private:
+  const std::shared_ptr<Shared> shared_;
+  const std::uint64_t tag_;
+};
+
+EventQueue::EventQueue() : shared_(std::make_shared<Shared>()) {}
+
+std::optional<EventQueue> EventQueue::make(std::error_code& error) noexcept {
+  std::optional<EventQueue> queue;
+  internal::catching(error, [&] { queue.emplace(); });
+  return queue;
+}
+
+EventQueue& EventQueue::operator=(EventQueue&& other) noexcept {
+  if (this != &other) {
+    EventQueue old(std::move(*this));
+    shared_ = std::move(other.shared_);
+  }
+  return *this;
+}
+
+EventQueue::~EventQueue() {
+  if (!shared_) return;
+  if (shared_->is_owner()) {
+    shared_->close();
+  } else {
+    // What is here is never destroyed, because other threads may have been at work on it during the fork.
+    alignas(std::shared_ptr<Shared>) std::byte memory[sizeof(std::shared_ptr<Shared>)];
+    new (memory) std::shared_ptr<Shared>(std::move(shared_));
+  }
+}
+
+int EventQueue::fd() const noexcept { return shared_->fd(); }
+
+std::size_t EventQueue::take(std::span<Event> events) noexcept {
+  return shared_->is_owner() ? shared_->take(events) : 0;
+}
+
+template <class Start>
+Transfer EventQueue::start(std::uint64_t tag, Start start_transfer) {
+  if (!shared_->is_owner()) throw Error(Errc::kUnusable, "event queue of the parent process, used after fork");
+  auto listener = std::make_unique<Listener>(shared_, tag);
+  Transfer transfer = start_transfer(listener.get());
+  static_cast<void>(listener.release());  // It belongs to the transfer, or is gone already.
+  return transfer;
+}
+
+Transfer EventQueue::start_load(Engine& engine, LoadRequest request, std::uint64_t tag) {
+  return start(tag, [&](Completion* listener) { return engine.start_load(std::move(request), listener); });
+}
+
+Transfer EventQueue::start_load(Engine& engine, LoadRequest request, std::uint64_t tag,
+                                std::error_code& error) noexcept {
+  Transfer transfer;
+  internal::catching(error, [&] { transfer = start_load(engine, std::move(request), tag); });
+  return transfer;
+}
+
+Transfer EventQueue::start_write(FileWriter& writer, WriteRequest request, std::uint64_t tag) {
+  return start(tag, [&](Completion* listener) { return writer.start_write(std::move(request), listener); });
+}
+
+Transfer EventQueue::start_write(FileWriter& writer, WriteRequest request, std::uint64_t tag,
+                                 std::error_code& error) noexcept {
+  Transfer transfer;
+  internal::catching(error, [&] { transfer = start_write(writer, std::move(request), tag); });
+  return transfer;
+}
+
+}  // namespace flashpack
