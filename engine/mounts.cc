@@ -1,5 +1,6 @@
 #include "engine/mounts.h"
 
+#include <algorithm>
 #include <charconv>
 #include <fstream>
 #include <sstream>
@@ -31,12 +32,12 @@ Mounts::Mounts(std::istream& mountinfo) {
     if (separator == std::string::npos) continue;
     std::string skipped;
     MountInfo mount;
-    std::istringstream(line) >> skipped >> skipped >> skipped >> skipped >> mount.point;
+    std::istringstream(line) >> mount.id >> skipped >> mount.device >> skipped >> mount.point;
     std::istringstream(line.substr(separator + 3)) >> mount.file_system >> mount.source;
     mount.point = unescaped(mount.point);
     mount.source = unescaped(mount.source);
-    std::string point = mount.point;
-    by_point_.insert_or_assign(std::move(point), std::move(mount));  // A later mount at the same point hides others.
+    by_point_[mount.point] = all_.size();  // A later mount at the same point hides others.
+    all_.push_back(std::move(mount));
   }
 }
 
@@ -47,10 +48,15 @@ Mounts Mounts::of_process() {
 
 const MountInfo* Mounts::find(std::filesystem::path path) const {
   while (true) {
-    if (const auto mount = by_point_.find(path.native()); mount != by_point_.end()) return &mount->second;
+    if (const auto mount = by_point_.find(path.native()); mount != by_point_.end()) return &all_[mount->second];
     if (!path.has_relative_path()) return nullptr;
     path = path.parent_path();
   }
+}
+
+const MountInfo* Mounts::find(std::uint64_t id) const {
+  const auto mount = std::ranges::find(all_, id, &MountInfo::id);
+  return mount == all_.end() ? nullptr : &*mount;
 }
 
 }  // namespace flashpack::internal

@@ -1,15 +1,21 @@
-/// Finds the mount of a path without asking any file system, because one that does not answer would block.
+/// The mounts of this process, which the kernel tells without asking any file system, because one that does not answer
+/// would block.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <istream>
 #include <map>
 #include <string>
+#include <vector>
 
 namespace flashpack::internal {
 
 /// A line of /proc/self/mountinfo, without the escapes.
 struct MountInfo {
+  std::uint64_t id = 0;  ///< As statx gives it for STATX_MNT_ID.
+  std::string device;    ///< "MAJOR:MINOR".
   std::string point;
   std::string file_system;
   std::string source;
@@ -28,9 +34,12 @@ class Mounts {
 
   /// The mount that `path` is in, without following links; null when none is known. Requires: an absolute path.
   const MountInfo* find(std::filesystem::path path) const;
+  /// The mount with that number; null if it is not there.
+  const MountInfo* find(std::uint64_t id) const;
 
  private:
-  std::map<std::string, MountInfo> by_point_;
+  std::vector<MountInfo> all_;
+  std::map<std::string, std::size_t> by_point_;  // Indices into all_.
 };
 
 }  // namespace flashpack::internal

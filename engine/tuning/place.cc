@@ -7,8 +7,9 @@
 
 #include <fstream>
 #include <set>
-#include <sstream>
 #include <string_view>
+
+#include "engine/mounts.h"
 
 namespace flashpack::internal {
 
@@ -63,7 +64,7 @@ fs::path block_directory(const std::string& device) {
   return fs::exists(block / "partition", error) ? block.parent_path() : block;
 }
 
-fs::path block_directory(const Mount& mount) {
+fs::path block_directory(const MountInfo& mount) {
   if (fs::path block = block_directory(mount.device); !block.empty()) return block;
   // Btrfs has device numbers of its own, and names its disk.
   struct stat info{};
@@ -72,7 +73,7 @@ fs::path block_directory(const Mount& mount) {
   return block_directory(std::to_string(major(info.st_rdev)) + ":" + std::to_string(minor(info.st_rdev)));
 }
 
-bool is_on_network(const Mount& mount) {
+bool is_on_network(const MountInfo& mount) {
   return mount.source.find(':') != std::string::npos || mount.source.starts_with("//");
 }
 
@@ -85,21 +86,6 @@ bool ask_mount(const fs::path& path, std::uint64_t& id) {
 }
 
 }  // namespace
-
-Mount mount_of(std::istream& mountinfo, std::uint64_t id) {
-  const std::string wanted = std::to_string(id);
-  for (std::string line; std::getline(mountinfo, line);) {
-    std::istringstream fields(line);
-    std::string number, parent;
-    Mount mount;
-    fields >> number >> parent >> mount.device;
-    const auto separator = line.find(" - ");
-    if (number != wanted || separator == std::string::npos) continue;
-    std::istringstream(line.substr(separator + 3)) >> mount.file_system >> mount.source;
-    return mount;
-  }
-  return {};
-}
 
 std::string disk_name(const fs::path& block) {
   std::string name;
@@ -127,8 +113,9 @@ Place place_of(fs::path path, Device device) {
     }
     path = above;
   }
-  std::ifstream mountinfo("/proc/self/mountinfo");
-  const Mount mount = mount_of(mountinfo, id);
+  const Mounts mounts = Mounts::of_process();
+  const MountInfo* const found = mounts.find(id);
+  const MountInfo mount = found ? *found : MountInfo{};
   place.file_system = printable(mount.file_system);
   if (const fs::path block = block_directory(mount); !block.empty()) {
     place.storage = disk_name(block);

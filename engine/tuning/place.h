@@ -1,9 +1,7 @@
 /// Finds out what a profile is kept for.
 #pragma once
 
-#include <cstdint>
 #include <filesystem>
-#include <istream>
 #include <string>
 
 #include "flashpack/engine.h"
@@ -21,15 +19,6 @@ struct Place {
 
 /// The place that `path` is in, or would be in if it does not exist.
 Place place_of(std::filesystem::path path, Device device);
-
-struct Mount {
-  std::string device;  ///< "MAJOR:MINOR".
-  std::string file_system;
-  std::string source;
-};
-
-/// Finds a mount in the lines of /proc/self/mountinfo; all is empty if it is not there.
-Mount mount_of(std::istream& mountinfo, std::uint64_t id);
 
 /// Returns a name that the disk has on every start of the machine, so that a profile is found again. `block` is the
 /// disk's directory in /sys/block.

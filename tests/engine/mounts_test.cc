@@ -40,5 +40,21 @@ TEST(MountsTest, AMountHasItsNameWithoutEscapesAndALaterOneHidesItFromOthers) {
   EXPECT_EQ(mounts.find("/mnt3"), nullptr);
 }
 
+TEST(MountsTest, AMountIsFoundByItsNumberWhateverOptionalFieldsItHas) {
+  std::istringstream lines(
+      "7 1 0:5 / /proc rw - proc proc rw\n"
+      "27 1 254:0 / / rw,relatime shared:1 master:2 - ext4 /dev/vda rw,discard\n"
+      "277 27 0:50 / /models rw - nfs4 server:/export rw\n"
+      "28 1 254:1 / / rw\n");
+  const Mounts mounts(lines);
+  const MountInfo* const mount = mounts.find(27);
+  ASSERT_NE(mount, nullptr);
+  EXPECT_EQ(mount->device, "254:0");
+  EXPECT_EQ(mount->file_system, "ext4");
+  EXPECT_EQ(mount->source, "/dev/vda");
+  EXPECT_EQ(mounts.find(8), nullptr);
+  EXPECT_EQ(mounts.find(28), nullptr) << "its line is cut off";
+}
+
 }  // namespace
 }  // namespace flashpack::internal

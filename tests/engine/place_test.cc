@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include <sstream>
+#include <span>
 #include <string_view>
 
 #include "tests/support/temp_dir.h"
@@ -13,24 +13,6 @@ namespace {
 void write_text(const std::filesystem::path& path, std::string_view text) {
   std::filesystem::create_directories(path.parent_path());
   testing::write_file(path, std::as_bytes(std::span(text)));
-}
-
-TEST(PlaceTest, AMountIsFoundByItsNumberWhateverOptionalFieldsItHas) {
-  std::istringstream lines(
-      "7 1 0:5 / /proc rw - proc proc rw\n"
-      "27 1 254:0 / / rw,relatime shared:1 master:2 - ext4 /dev/vda rw,discard\n"
-      "277 27 0:50 / /models rw - nfs4 server:/export rw\n");
-  const Mount mount = mount_of(lines, 27);
-  EXPECT_EQ(mount.device, "254:0");
-  EXPECT_EQ(mount.file_system, "ext4");
-  EXPECT_EQ(mount.source, "/dev/vda");
-}
-
-TEST(PlaceTest, AMountThatIsNotThereOrALineThatIsCutOffGivesNothing) {
-  std::istringstream lines("27 1 254:0 / / rw\n");
-  EXPECT_EQ(mount_of(lines, 27).file_system, "");
-  std::istringstream none;
-  EXPECT_EQ(mount_of(none, 27).file_system, "");
 }
 
 TEST(PlaceTest, ADiskIsCalledByItsWorldWideNameElseItsSerialElseWhatTheKernelCallsIt) {
