@@ -13,6 +13,7 @@
 
 #include "engine/engine_impl.h"
 #include "engine/ground/error.h"
+#include "engine/ground/reasons.h"
 #include "engine/ground/target_pages.h"
 #include "engine/ring.h"
 #include "engine/staging.h"
@@ -165,8 +166,7 @@ void Engine::Impl::build(Machine& machine) {
   if (options_.backend == Backend::kAuto) options_.backend = ring ? Backend::kIoUring : Backend::kWorkers;
   internal::DiskThreads& threads = machine.disk_threads.emplace(*machine.pool, tags, ring, fallback_reason_);
   machine.workers.emplace(*machine.pool, tags, &machine.disk());
-  const std::string& memory_reason = staging.fallback_reason();
-  if (!memory_reason.empty()) fallback_reason_.append(fallback_reason_.empty() ? "" : "; ").append(memory_reason);
+  internal::add_reason(fallback_reason_, staging.fallback_reason());
   const internal::Queues queues{.disk = machine.disk(), .stand_in = threads, .workers = *machine.workers};
   machine.pipeline.emplace(queues, *machine.pool, machine.copier.get(), staging.slots(), limits);
 }

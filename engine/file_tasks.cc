@@ -1,5 +1,6 @@
 #include "engine/file_tasks.h"
 
+#include <cassert>
 #include <functional>
 #include <string>
 #include <utility>
@@ -25,49 +26,68 @@ struct FileTasks::Shared {
   Inbox inbox;
 };
 
-// Opens or closes the file of a part.
-class FileTasks::FileTask final : public Pool::Task {
+class FileTasks::OpenTask final : public Pool::Task {
  public:
-  FileTask(Part& part, const FileTasks& tasks)
+  OpenTask(Part& part, OpenRules rules, std::shared_ptr<Shared> shared)
       : transfer_(part.transfer->shared_from_this()),
         part_(part),
-        closing_(part.state == Part::State::kClosing),
-        check_(closing_ && !transfer_->failure),
-        drop_(closing_ && transfer_->after == AfterLoad::kDrop && transfer_->stats.buffered_bytes > 0),
-        chunk_bytes_(tasks.chunk_bytes_),
-        at_once_bytes_(transfer_->after == AfterLoad::kDrop ? 0 : tasks.at_once_bytes_),
-        shared_(tasks.shared_) {
-    // The descriptor cannot be the subject, because another file gets its number while the close still hangs.
-    subject = closing_ ? reinterpret_cast<std::uintptr_t>(part.open.get()) | kClosing
-                       : std::hash<std::string>()(part.path.native()) | kOpening;
+        rules_(rules),
+        may_wait_for_descriptors_(!part.given && !part.alone),
+        given_(std::move(part.given)),
+        shared_(std::move(shared)) {
+    if (transfer_->after == AfterLoad::kDrop) rules_.at_once_bytes = 0;
+    subject = std::hash<std::string>()(part.request.path.native()) | kOpening;
   }
 
   void run() noexcept override {
-    closing_ ? close() : open_part(part_, shared_->table, chunk_bytes_, at_once_bytes_);
-    if (!shared_->inbox.answer(transfer_, part_)) part_.open.reset();  // The driver has ended, so it cannot close it.
+    Opened opened =
+        open_part(part_.request, std::move(given_), part_.handover, shared_->table, rules_, may_wait_for_descriptors_);
+    shared_->inbox.answer({std::move(transfer_), &part_, std::move(opened)});
   }
 
  private:
-  void close() noexcept {
-    if (check_) check_part(part_);
-    if (drop_) part_.file().drop_from_cache();
-    const std::shared_ptr<OpenFile> file = std::move(part_.open);
-    part_.checked = true;
-  }
-
   std::shared_ptr<TransferState> transfer_;
   Part& part_;
-  const bool closing_;
-  const bool check_;
-  const bool drop_;
-  const std::uint32_t chunk_bytes_;
-  const std::uint32_t at_once_bytes_;
+  OpenRules rules_;
+  const bool may_wait_for_descriptors_;
+  UniqueFd given_;
   const std::shared_ptr<Shared> shared_;
 };
 
 class FileTasks::CloseTask final : public Pool::Task {
  public:
-  explicit CloseTask(UniqueFd fd) : fd_(std::move(fd)) {
+  CloseTask(Part& part, std::shared_ptr<Shared> shared)
+      : transfer_(part.transfer->shared_from_this()),
+        part_(part),
+        planned_(std::move(part.planned)),
+        check_(!transfer_->failure),
+        drop_(transfer_->after == AfterLoad::kDrop && transfer_->stats.buffered_bytes > 0),
+        shared_(std::move(shared)) {
+    // The descriptor cannot be the subject, because another file gets its number while the close still hangs.
+    subject = reinterpret_cast<std::uintptr_t>(planned_->open.get()) | kClosing;
+  }
+
+  void run() noexcept override {
+    PartResult result;
+    if (check_) result = check_part(part_.request, *planned_);
+    if (drop_) planned_->file().drop_from_cache();
+    part_.handover.end(std::move(result));
+    planned_.reset();
+    shared_->inbox.answer({std::move(transfer_), &part_});
+  }
+
+ private:
+  std::shared_ptr<TransferState> transfer_;
+  Part& part_;
+  std::unique_ptr<PlannedFile> planned_;
+  const bool check_;
+  const bool drop_;
+  const std::shared_ptr<Shared> shared_;
+};
+
+class FileTasks::CloseUnusedTask final : public Pool::Task {
+ public:
+  explicit CloseUnusedTask(UniqueFd fd) : fd_(std::move(fd)) {
     subject = kGiven;  // All have one subject, so that a dead file system does not take many threads.
   }
   void run() noexcept override { fd_.reset(); }
@@ -76,13 +96,21 @@ class FileTasks::CloseTask final : public Pool::Task {
   UniqueFd fd_;
 };
 
-FileTasks::FileTasks(Pool& pool, DiskQueue& disk, std::uint32_t chunk_bytes, std::uint32_t at_once_bytes)
-    : pool_(pool), chunk_bytes_(chunk_bytes), at_once_bytes_(at_once_bytes), shared_(std::make_shared<Shared>(disk)) {}
+FileTasks::FileTasks(Pool& pool, DiskQueue& disk, OpenRules rules)
+    : pool_(pool), rules_(rules), shared_(std::make_shared<Shared>(disk)) {}
 
 Inbox& FileTasks::inbox() const noexcept { return shared_->inbox; }
 
-void FileTasks::post(Part& part) { pool_.post(std::make_unique<FileTask>(part, *this)); }
+void FileTasks::open(Part& part) {
+  assert(part.state == Part::State::kOpening && !part.planned);
+  pool_.post(std::make_unique<OpenTask>(part, rules_, shared_));
+}
 
-void FileTasks::close(UniqueFd given) { pool_.post(std::make_unique<CloseTask>(std::move(given))); }
+void FileTasks::close(Part& part) {
+  assert(part.state == Part::State::kClosing && part.planned);
+  pool_.post(std::make_unique<CloseTask>(part, shared_));
+}
+
+void FileTasks::close(UniqueFd given) { pool_.post(std::make_unique<CloseUnusedTask>(std::move(given))); }
 
 }  // namespace flashpack::internal

@@ -18,27 +18,27 @@ namespace flashpack::internal {
 /// Thread safety: one thread, the driver, which finds the answers in inbox().
 class FileTasks {
  public:
-  /// Borrows the pool, and the queue, which serves the files and in which the driver sleeps. A part of at most
-  /// `at_once_bytes` is read by the thread that opens its file, if it is cached.
-  FileTasks(Pool& pool, DiskQueue& disk, std::uint32_t chunk_bytes, std::uint32_t at_once_bytes);
+  /// Borrows the pool, and the queue, which serves the files and in which the driver sleeps.
+  FileTasks(Pool& pool, DiskQueue& disk, OpenRules rules);
 
   /// The driver's inbox. It lives as long as this.
   Inbox& inbox() const noexcept;
 
-  /// Has the file of a part in kOpening opened, or that of a part in kClosing checked and closed. Until the answer, the
-  /// part belongs to the thread.
-  void post(Part& part);
-  /// Closes a descriptor that a load was given but did not use.
+  /// Has the file of a part in kOpening opened. The thread takes the part's descriptor, and answers with the file.
+  void open(Part& part);
+  /// Has the file of a part in kClosing checked and closed. The thread takes the file.
+  void close(Part& part);
+  /// Has a descriptor closed that a load was given but did not use.
   void close(UniqueFd given);
 
  private:
   struct Shared;
-  class FileTask;
+  class OpenTask;
   class CloseTask;
+  class CloseUnusedTask;
 
   Pool& pool_;
-  const std::uint32_t chunk_bytes_;
-  const std::uint32_t at_once_bytes_;
+  const OpenRules rules_;
   const std::shared_ptr<Shared> shared_;  // Shared, because threads that are left behind outlive the pipeline.
 };
 

@@ -32,12 +32,11 @@ void Inbox::close() noexcept {
   wake();
 }
 
-bool Inbox::answer(std::shared_ptr<TransferState>& transfer, Part& part) noexcept {
+void Inbox::answer(Answer answer) noexcept {
   const std::lock_guard lock(mutex_);
-  if (!sleeper_) return false;
-  messages_.answers.push_back({std::move(transfer), &part});
+  if (!sleeper_) return;  // The answer is destroyed when the lock is gone, because to close a file may block.
+  messages_.answers.push_back(std::move(answer));
   wake();
-  return true;
 }
 
 void Inbox::take(Messages& messages) {

@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "engine/io_queue.h"
+#include "engine/part.h"
 
 namespace flashpack::internal {
 
-struct Part;
 struct TransferState;
 
 /// Where other threads tell the driver of transfers that start or are cancelled, and of files that have been opened or
@@ -24,7 +24,8 @@ class Inbox {
   /// A thread of the pool has opened or closed the file of this part, which belongs to `transfer`.
   struct Answer {
     std::shared_ptr<TransferState> transfer;
-    Part* part;
+    Part* part = nullptr;
+    Opened opened = {};  ///< Empty after a close.
   };
   struct Messages {
     std::vector<Answer> answers;
@@ -41,9 +42,8 @@ class Inbox {
   void cancel(std::shared_ptr<TransferState> transfer) noexcept;
   /// Any thread: lets end() return true.
   void close() noexcept;
-  /// Any thread: the file of `part` has been opened or closed. Returns false, and leaves `transfer` as it is, if the
-  /// driver has ended.
-  bool answer(std::shared_ptr<TransferState>& transfer, Part& part) noexcept;
+  /// Any thread: a file has been opened or closed. If the driver has ended, this closes the file.
+  void answer(Answer answer) noexcept;
 
   /// The driver: moves the messages that have come since the last call to `messages`, which must be empty.
   void take(Messages& messages);

@@ -17,7 +17,7 @@ Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route) {
   return way_of({.direction = part.transfer->direction,
                  .route = route,
                  .memory = chunk.on_device ? Memory::kDevice : on_host,
-                 .counted = part.sums.has_value()});
+                 .counted = part.planned->sums.has_value()});
 }
 
 DiskRequest Job::disk_request() const {
@@ -36,7 +36,7 @@ ByteWork Job::byte_work() const {
   const bool counts = step == way.counts_in;
   ByteWork work{.view = view,
                 .fragments = fragments(),
-                .sums = counts ? &*part->sums : nullptr,
+                .sums = counts ? &*part->planned->sums : nullptr,
                 .transfer = part->transfer,
                 .populated = transfer().populated};
   switch (step) {
@@ -85,7 +85,8 @@ bool Jobs::idle() const {
 bool Jobs::has_enough_stuck(const Part& part, std::size_t used, std::size_t of_files,
                             std::size_t of_file_systems) const {
   const std::uint32_t many = std::min(limits_.queue_depth, limits_.slots);
-  return (part.open->stuck >= many && used > of_files) || (part.file_system->stuck >= many && used > of_file_systems);
+  return (part.planned->open->stuck >= many && used > of_files) ||
+         (part.file_system->stuck >= many && used > of_file_systems);
 }
 
 bool Jobs::may_have_more(const Part& part) const {
@@ -178,7 +179,7 @@ void Jobs::set_stuck(Job& job) {
   assert(!job.stuck && may_be_late(job.step) && in(job.step) > 0);
   job.stuck = true;
   --in_[static_cast<std::size_t>(job.step)];
-  ++job.part->open->stuck;
+  ++job.part->planned->open->stuck;
   ++job.part->file_system->stuck;
   ++stuck_;
   if (job.slot >= 0) ++stuck_slots_;
@@ -186,10 +187,10 @@ void Jobs::set_stuck(Job& job) {
 
 void Jobs::clear_stuck(Job& job) {
   FileSystem& file_system = *job.part->file_system;
-  assert(job.stuck && stuck_ > 0 && job.part->open->stuck > 0 && file_system.stuck > 0);
+  assert(job.stuck && stuck_ > 0 && job.part->planned->open->stuck > 0 && file_system.stuck > 0);
   job.stuck = false;
   ++in_[static_cast<std::size_t>(job.step)];
-  --job.part->open->stuck;
+  --job.part->planned->open->stuck;
   --file_system.stuck;
   --stuck_;
   if (job.slot >= 0) --stuck_slots_;

@@ -34,7 +34,7 @@ struct Job {
   bool late = false;                            // The operation has taken longer than kLate.
 
   TransferState& transfer() const { return *part->transfer; }
-  std::span<const Fragment> fragments() const { return part->plan.fragments_of(*chunk); }
+  std::span<const Fragment> fragments() const { return part->plan().fragments_of(*chunk); }
   /// The operation of kRead or kWrite, from the last whole block on that has been moved.
   DiskRequest disk_request() const;
   /// The operation of a step in which a CPU or the copier touches the bytes. Valid as long as the job stays in its

@@ -26,7 +26,7 @@ void OpenParts::enter(Part& part, Part::State state, Time now) {
   open_ += is_open(part);
   open_ -= was_open;
   if (ended && state == Part::State::kWaiting) max_open_ = std::max<std::size_t>(1, open_ - held_up());
-  if (ended && part.checked) max_open_ = std::min(max_open_ + 1, kMaxOpen);
+  if (ended && part.handover.result()) max_open_ = std::min(max_open_ + 1, kMaxOpen);
   enter_state(part, now);
 }
 
@@ -93,7 +93,8 @@ Part* OpenParts::next() {
 // The directory of the part's path and the mount point above, found without asking a file system.
 std::array<PlaceCounts*, 2> OpenParts::places_of(const Part& part) {
   std::error_code no_working_directory;
-  const auto directory = std::filesystem::absolute(part.path, no_working_directory).lexically_normal().parent_path();
+  const auto directory =
+      std::filesystem::absolute(part.request.path, no_working_directory).lexically_normal().parent_path();
   const MountInfo* const mount = mounts_.find(directory);
   return {&places_[0][directory.native()], &places_[1][mount ? mount->point : std::string()]};
 }

@@ -1,19 +1,14 @@
 #include "engine/part.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cassert>
-#include <exception>
-#include <new>
 #include <span>
-#include <stdexcept>
-#include <string>
 #include <system_error>
+#include <utility>
 
 #include "engine/byte_work.h"
 #include "engine/ground/error.h"
+#include "engine/ground/reasons.h"
 #include "engine/residency.h"
 
 namespace flashpack::internal {
@@ -25,157 +20,121 @@ bool overlap(std::span<const Fragment> in_order) {
   return std::adjacent_find(in_order.begin(), in_order.end(), overlap) != in_order.end();
 }
 
-// Has the bytes of the load counted for `checksums`. The counts of a stripe's bytes are added by exclusive or, so that
-// bytes that are counted twice drop out of the sum, and right bytes would look corrupt. Therefore nothing is counted if
-// any byte is read twice: if extents overlap, or if a chunk reaches over a gap that another chunk reads.
-void count_for(const Checksums& checksums, Part& part) {
-  if (checksums.size_bytes > part.file().identity().size_bytes)
-    throw range_error(Errc::kTruncated, "verify", part.path, 0, checksums.size_bytes);
+// Has the bytes of the load counted, so that they can be compared with the checksums. The counts of a stripe's bytes
+// are added by exclusive or, so that bytes that are counted twice drop out of the sum, and right bytes would look
+// corrupt. Therefore nothing is counted if any byte is read twice: if extents overlap, or if a chunk reaches over a gap
+// that another chunk reads.
+void count_for_checksums(const PartRequest& request, PlannedFile& planned) {
+  const std::uint64_t payload_bytes = request.checksums->payload_bytes;
+  if (payload_bytes > planned.file().identity().size_bytes)
+    throw range_error(Errc::kTruncated, "verify", request.path, 0, payload_bytes);
   std::vector<std::pair<std::uint64_t, std::uint64_t>> ranges;
   bool twice = false;
-  for (const Chunk& chunk : part.plan.chunks) {
+  for (const Chunk& chunk : planned.plan.chunks) {
     ranges.emplace_back(chunk.offset_bytes, end_of(chunk));
-    twice |= overlap(part.plan.fragments_of(chunk));
+    twice |= overlap(planned.plan.fragments_of(chunk));
   }
   if (ranges.empty()) return;
   std::sort(ranges.begin(), ranges.end());
   twice |= std::adjacent_find(ranges.begin(), ranges.end(),
                               [](const auto& a, const auto& b) { return b.first < a.second; }) != ranges.end();
   if (twice) {
-    part.fallback_reason = "checksums: not verified, extents overlap in the file";
+    add_reason(planned.fallback_reason, "checksums: not verified, extents overlap in the file");
   } else {
-    part.sums.emplace(ranges.front().first, std::min(ranges.back().second, checksums.size_bytes));
+    planned.sums.emplace(ranges.front().first, std::min(ranges.back().second, payload_bytes));
   }
 }
 
 // Reads a small load from the page cache, without waiting for the disk. This costs less than to hand chunks from thread
-// to thread.
-bool read_at_once(Part& part, const File& file, std::uint32_t at_once_bytes) {
-  if (part.extents.empty() || part.checksums || part.cache == CachePolicy::kDirect) return false;
+// to thread. Returns what it has read; nothing if the load is to go the other way.
+std::optional<PartResult> read_at_once(const PartRequest& request, const File& file, Handover& handover,
+                                       std::uint32_t at_once_bytes) {
+  if (request.extents.empty() || request.checksums || request.cache == CachePolicy::kDirect) return std::nullopt;
   std::uint64_t begin = file.identity().size_bytes;
   std::uint64_t end = 0;
-  std::uint64_t bytes = 0;
-  for (const Fragment& extent : part.extents) {
-    if (extent.on_device) return false;
+  PartResult result;
+  for (const Fragment& extent : request.extents) {
+    if (extent.on_device) return std::nullopt;
     begin = std::min(begin, extent.offset_bytes);
     end = std::max(end, end_of(extent));
-    bytes += extent.size_bytes;
+    result.read_bytes += extent.size_bytes;
   }
-  if (end > file.identity().size_bytes || end - begin > at_once_bytes || bytes > at_once_bytes) return false;
-  if (part.cache == CachePolicy::kAuto) {
+  if (end > file.identity().size_bytes || end - begin > at_once_bytes || result.read_bytes > at_once_bytes)
+    return std::nullopt;
+  if (request.cache == CachePolicy::kAuto) {
     Residency residency(file.buffered_fd());
     // Without cachestat, the question itself reads a page, which the router would then find cached.
-    if (residency.method() != Residency::Method::kCachestat || !residency.cached(begin, end - begin)) return false;
-    part.fallback_reason = residency.fallback_reason();
+    if (residency.method() != Residency::Method::kCachestat || !residency.cached(begin, end - begin))
+      return std::nullopt;
+    result.fallback_reason = residency.fallback_reason();
   }
-  if (!part.claim_memory()) return false;
-  const bool read = read_without_waiting(file.buffered_fd(), part.extents) == 0;
-  if (read) part.read_bytes = bytes;
-  part.memory_claimed = false;
-  return read;
+  if (!handover.claim_memory()) return std::nullopt;
+  const bool read = read_without_waiting(file.buffered_fd(), request.extents) == 0;
+  handover.release_memory();
+  if (!read) return std::nullopt;
+  return result;
 }
 
-void open_and_plan(Part& part, FileTable& files, std::uint32_t chunk_bytes, std::uint32_t at_once_bytes) {
-  const bool want_direct = part.cache != CachePolicy::kBuffered;
-  const bool may_be_opened_again = !part.given && !part.alone;
-  part.open = files.open(part.path, part.expected, want_direct, std::move(part.given),
-                         [&](const File& file) { return read_at_once(part, file, at_once_bytes); });
-  if (part.read_bytes > 0) return;
-  const File& file = part.file();
-  const std::error_code direct_error = errno_code(want_direct && file.direct_fd() < 0 ? file.direct_error() : 0);
-  if (may_be_opened_again && no_descriptors(direct_error)) {
-    part.open.reset();
-    throw file_error(direct_error, "open", part.path);
-  }
-  for (const Fragment& extent : part.extents) {
+void plan_chunks(const PartRequest& request, std::uint32_t chunk_bytes, PlannedFile& planned) {
+  const File& file = planned.file();
+  for (const Fragment& extent : request.extents) {
     if (end_of(extent) <= file.identity().size_bytes) continue;
-    throw range_error(Errc::kTruncated, "read", part.path, extent.offset_bytes, extent.size_bytes);
+    throw range_error(Errc::kTruncated, "read", request.path, extent.offset_bytes, extent.size_bytes);
   }
-  part.plan = Plan::of_load(std::exchange(part.extents, {}), chunk_bytes, file.alignment().block_bytes);
-  if (direct_error) part.fallback_reason = "direct I/O: " + direct_error.message();
-  if (part.checksums) count_for(*part.checksums, part);
-  if (part.reported_extents > 0) part.landing.emplace(part.plan, part.reported_extents, part.sums ? chunk_bytes : 0);
-  part.router = Router(part.plan, file, part.cache);
+  planned.plan = Plan::of_load(request.extents, chunk_bytes, file.alignment().block_bytes);
+  if (request.checksums) count_for_checksums(request, planned);
+  if (request.reported_extents > 0)
+    planned.landing.emplace(planned.plan, request.reported_extents, planned.sums ? chunk_bytes : 0);
+  planned.router = Router(planned.plan, file, request.cache);
 }
 
 }  // namespace
 
-Failure Failure::of_exception(const char* operation, const std::filesystem::path& path) {
+Opened open_part(const PartRequest& request, UniqueFd given, Handover& handover, FileTable& files, OpenRules rules,
+                 bool may_wait_for_descriptors) noexcept {
+  Opened opened;
   try {
-    throw;
-  } catch (const Error& error) {
-    return Failure(error);
-  } catch (const std::system_error& error) {
-    return Failure(file_error(error.code(), operation, path));
-  } catch (const std::bad_alloc&) {
-    return Failure(file_error(errno_code(ENOMEM), operation, path));
-  } catch (const std::length_error&) {  // More than a container may have.
-    return Failure(file_error(errno_code(ENOMEM), operation, path));
-  } catch (const std::exception& error) {  // A fault of this library.
-    const std::string context = std::string(operation) + " " + path.string() + ": " + error.what();
-    return Failure(Error(errno_code(ENOTRECOVERABLE), context, path));
+    const bool want_direct = request.cache != CachePolicy::kBuffered;
+    std::optional<PartResult> read;
+    const auto serve = [&](const File& file) {
+      read = read_at_once(request, file, handover, rules.at_once_bytes);
+      return read.has_value();
+    };
+    std::shared_ptr<OpenFile> open = files.open(request.path, request.expected, want_direct, std::move(given), serve);
+    auto planned = std::make_unique<PlannedFile>(PlannedFile{.open = std::move(open)});
+    if (read) {
+      PartResult checked = check_part(request, *planned);
+      checked.read_bytes = read->read_bytes;
+      checked.fallback_reason = std::move(read->fallback_reason);
+      handover.end(std::move(checked));
+      return opened;  // Closes the file.
+    }
+    const File& file = planned->file();
+    const std::error_code direct_error = errno_code(want_direct && file.direct_fd() < 0 ? file.direct_error() : 0);
+    if (may_wait_for_descriptors && no_descriptors(direct_error)) throw file_error(direct_error, "open", request.path);
+    if (direct_error) add_reason(planned->fallback_reason, "direct I/O: " + direct_error.message());
+    opened.planned = std::move(planned);  // From here on, also after a failure, the driver has the file closed.
+    plan_chunks(request, rules.chunk_bytes, *opened.planned);
+  } catch (...) {
+    opened.failure = Failure::of_exception("open", request.path);
   }
-}
-
-std::shared_ptr<OpenFile> FileTable::find(const std::filesystem::path& path,
-                                          const std::optional<FileIdentity>& expected, bool want_direct) {
-  std::shared_ptr<OpenFile> found;
-  {
-    const std::lock_guard lock(mutex_);
-    std::erase_if(open_, [](const auto& entry) { return entry.second.expired(); });
-    const auto at = open_.find(path);
-    if (at != open_.end()) found = at->second.lock();
-  }
-  if (!found) return nullptr;
-  const FileIdentity& identity = found->file.identity();
-  const bool fits = (!expected || *expected == identity) && (found->file.wanted_direct() || !want_direct);
-  // The engine has the file open, but the caller may not be allowed to open it any more.
-  const bool readable = fits && ::faccessat(AT_FDCWD, path.c_str(), R_OK, AT_EACCESS) == 0;
-  return readable && File::identity_at(path) == identity ? found : nullptr;
-}
-
-std::shared_ptr<OpenFile> FileTable::open(const std::filesystem::path& path,
-                                          const std::optional<FileIdentity>& expected, bool want_direct, UniqueFd given,
-                                          const std::function<bool(const File&)>& serve) {
-  const bool own = !given;
-  if (auto shared = own ? find(path, expected, want_direct) : nullptr) {
-    if (serve) serve(shared->file);
-    return shared;
-  }
-  File file = File::open(path, expected, false, std::move(given));
-  const bool served = serve && serve(file);
-  if (want_direct && !served) file.open_direct();
-  auto opened = std::make_shared<OpenFile>(std::move(file), queue_);
-  if (served || !own) return opened;
-  const std::lock_guard lock(mutex_);
-  open_[path] = opened;
   return opened;
 }
 
-void open_part(Part& part, FileTable& files, std::uint32_t chunk_bytes, std::uint32_t at_once_bytes) noexcept {
-  assert(!part.open && !part.failure && part.plan.chunks.empty());
-  try {
-    open_and_plan(part, files, chunk_bytes, at_once_bytes);
-  } catch (...) {
-    part.failure = Failure::of_exception("open", part.path);
-  }
-  if (part.failure || part.read_bytes == 0) return;
-  check_part(part);
-  const std::shared_ptr<OpenFile> closed_last = std::move(part.open);
-  part.checked = true;
-}
-
-std::uint64_t compare_stripes(const Part& part, std::uint64_t begin_bytes, std::uint64_t end_bytes) {
+std::uint64_t compare_stripes(const PartRequest& request, const PlannedFile& planned, std::uint64_t begin_bytes,
+                              std::uint64_t end_bytes) {
   constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
-  end_bytes = std::min({end_bytes, part.checksums->size_bytes, part.sums->end() * kStripeBytes});
+  const WantedChecksums& wanted = *request.checksums;
+  const StripeSums& sums = *planned.sums;
+  end_bytes = std::min({end_bytes, wanted.payload_bytes, sums.end() * kStripeBytes});
   std::uint64_t compared_bytes = 0;
-  for (std::uint64_t index = std::max(begin_bytes / kStripeBytes, part.sums->first()); index * kStripeBytes < end_bytes;
+  for (std::uint64_t index = std::max(begin_bytes / kStripeBytes, sums.first()); index * kStripeBytes < end_bytes;
        ++index) {
     const std::uint64_t begin = index * kStripeBytes;
-    const auto size = static_cast<std::uint32_t>(std::min(kStripeBytes, part.checksums->size_bytes - begin));
-    if (part.sums->counted_bytes(index) != size) continue;
-    if (part.sums->crc32c(index, size) != part.checksums->crc32c[index - part.first_stripe])
-      throw range_error(Errc::kCorrupt, "verify", part.path, begin, size);
+    const auto size = static_cast<std::uint32_t>(std::min(kStripeBytes, wanted.payload_bytes - begin));
+    if (sums.counted_bytes(index) != size) continue;
+    if (sums.crc32c(index, size) != wanted.crc32c[index - wanted.first_stripe])
+      throw range_error(Errc::kCorrupt, "verify", request.path, begin, size);
     compared_bytes += size;
   }
   return compared_bytes;
@@ -185,14 +144,15 @@ bool no_descriptors(std::error_code error) {
   return error == std::errc::too_many_files_open || error == std::errc::too_many_files_open_in_system;
 }
 
-void check_part(Part& part) noexcept {
-  assert(part.open);
+PartResult check_part(const PartRequest& request, const PlannedFile& planned) noexcept {
+  PartResult result;
   try {
-    if (!part.file().unchanged()) throw file_error(Errc::kFileChanged, "read", part.path);
-    if (part.sums) part.verified_bytes = compare_stripes(part, 0, part.checksums->size_bytes);
+    if (!planned.file().unchanged()) throw file_error(Errc::kFileChanged, "read", request.path);
+    if (planned.sums) result.verified_bytes = compare_stripes(request, planned, 0, request.checksums->payload_bytes);
   } catch (...) {
-    part.failure = Failure::of_exception("verify", part.path);
+    result.failure = Failure::of_exception("verify", request.path);
   }
+  return result;
 }
 
 }  // namespace flashpack::internal

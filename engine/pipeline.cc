@@ -37,7 +37,7 @@ Pipeline::Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::s
       pool_(pool),
       copier_(copier),
       limits_(limits),
-      files_(pool, queues.disk, limits.chunk_bytes, limits.at_once_bytes),
+      files_(pool, queues.disk, {.chunk_bytes = limits.chunk_bytes, .at_once_bytes = limits.at_once_bytes}),
       steps_(*this, queues, copier, std::move(slots),
              {.tags = tag_limit(limits), .queue_depth = limits.queue_depth, .slots = limits.slots},
              limits.worker_depth) {}
@@ -52,7 +52,7 @@ bool Pipeline::run() {
     attend_to_gates();
     look_for_late();
     if (finished()) return true;  // Checked after all calls that may end a transfer.
-    while (Part* const part = parts_.next()) ask(*part, Part::State::kOpening);
+    while (Part* const part = parts_.next()) open(*part);
     const bool look_again = issue();
     steps_.reap(patience(look_again));
     if (queues_.disk.refuses() && !refused) return false;
@@ -121,7 +121,7 @@ bool Pipeline::issue() {
     for (std::size_t i = 0; i < parts.size();) {
       issue_from(*parts[i], questions, limits_.queue_depth - left_to_others);
       if (questions == 0) return true;
-      if (parts[i]->router.exhausted()) {
+      if (parts[i]->planned->router.exhausted()) {
         parts.erase(parts.begin() + static_cast<std::ptrdiff_t>(i));
       } else {
         ++i;
@@ -134,19 +134,20 @@ bool Pipeline::issue() {
 
 void Pipeline::issue_from(Part& part, unsigned& questions, std::uint32_t queue_depth) {
   if (!steps_.may_have_more(part)) return;
+  Router& router = part.planned->router;
   // The disk comes first, because it is slower and both routes may need the same slots.
   while (!steps_.disk_is_busy(queue_depth)) {
-    const Chunk* chunk = part.router.peek(Router::List::kPastCache, questions);
-    if (!chunk || !steps_.set_out(part, *chunk, part.router.direct() ? Steps::Route::kDirect : Steps::Route::kBuffered))
+    const Chunk* chunk = router.peek(Router::List::kPastCache, questions);
+    if (!chunk || !steps_.set_out(part, *chunk, router.direct() ? Steps::Route::kDirect : Steps::Route::kBuffered))
       break;
-    part.router.take(Router::List::kPastCache);
+    router.take(Router::List::kPastCache);
   }
   while (!steps_.workers_are_busy()) {
-    const Chunk* chunk = part.router.peek(Router::List::kThroughCache, questions);
-    if (!chunk || !steps_.set_out(part, *chunk,
-                                  part.router.on_suspicion() ? Steps::Route::kSeemsCached : Steps::Route::kBuffered))
+    const Chunk* chunk = router.peek(Router::List::kThroughCache, questions);
+    if (!chunk ||
+        !steps_.set_out(part, *chunk, router.on_suspicion() ? Steps::Route::kSeemsCached : Steps::Route::kBuffered))
       break;
-    part.router.take(Router::List::kThroughCache);
+    router.take(Router::List::kThroughCache);
   }
 }
 

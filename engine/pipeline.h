@@ -72,9 +72,11 @@ class Pipeline final : private Steps::Owner {
   void admit();
   void admit(const std::shared_ptr<TransferState>& started);
   void expire();
-  void ask(Part& part, Part::State state);
-  void on_answer(Part& part);
-  void on_opened(Part& part);
+  void open(Part& part);
+  void close(Part& part);
+  void on_answer(Inbox::Answer& answer);
+  void on_opened(Part& part, Opened opened);
+  void note_fallbacks(Part& part);
   void begin_issuing(Part& part);
   void issue_from_now_on(Part& part);
   std::vector<Part*>& issuing_like(const Part& part);

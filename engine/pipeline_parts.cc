@@ -10,7 +10,7 @@ namespace flashpack::internal {
 
 void Pipeline::admit() {
   inbox().take(messages_);
-  for (const Inbox::Answer& answer : messages_.answers) on_answer(*answer.part);
+  for (Inbox::Answer& answer : messages_.answers) on_answer(answer);
   messages_.answers.clear();
   for (const auto& transfer : messages_.started) admit(transfer);
   messages_.started.clear();
@@ -39,7 +39,8 @@ void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
   if (transfer.failure) return give_up(transfer, transfer.failure->error());
   if (transfer.cancel_requested)  // The transfer was cancelled before the driver had it.
     return give_up(transfer, file_error(Errc::kCancelled, transfer.verb(), transfer.path()));
-  for (Part& part : transfer.parts) part.open ? begin_issuing(part) : parts_.enter(part, Part::State::kWaiting, now_);
+  for (Part& part : transfer.parts)
+    part.planned ? begin_issuing(part) : parts_.enter(part, Part::State::kWaiting, now_);
   settle(transfer);
 }
 
@@ -51,32 +52,40 @@ void Pipeline::expire() {
   }
 }
 
-void Pipeline::ask(Part& part, Part::State state) {
-  parts_.enter(part, state, now_);
+void Pipeline::open(Part& part) {
+  parts_.enter(part, Part::State::kOpening, now_);
   if (part.awaited) ++part.transfer->outstanding;
-  files_.post(part);
+  files_.open(part);
 }
 
-void Pipeline::on_answer(Part& part) {
+void Pipeline::close(Part& part) {
+  parts_.enter(part, Part::State::kClosing, now_);
+  if (part.awaited) ++part.transfer->outstanding;
+  files_.close(part);
+}
+
+void Pipeline::on_answer(Inbox::Answer& answer) {
+  Part& part = *answer.part;
   assert(part.state == Part::State::kOpening || part.state == Part::State::kClosing);
   if (part.awaited) --part.transfer->outstanding;
-  const bool opened = part.state == Part::State::kOpening && !part.checked;
-  parts_.enter(part, opened ? Part::State::kAnswered : Part::State::kDone, now_);
-  opened ? on_opened(part) : stop_waiting_for(part);
+  const bool ended = part.handover.result() != nullptr;
+  parts_.enter(part, ended ? Part::State::kDone : Part::State::kAnswered, now_);
+  ended ? stop_waiting_for(part) : on_opened(part, std::move(answer.opened));
 }
 
-void Pipeline::on_opened(Part& part) {
+void Pipeline::on_opened(Part& part, Opened opened) {
   TransferState& transfer = *part.transfer;
-  if (part.open && !part.failure && !transfer.failure) return begin_issuing(part);
-  if (part.open) {
-    if (!transfer.failure) give_up(transfer, part.failure->error());
-    return ask(part, Part::State::kClosing);
+  part.planned = std::move(opened.planned);
+  if (part.planned && !opened.failure && !transfer.failure) return begin_issuing(part);
+  if (part.planned) {
+    if (!transfer.failure) give_up(transfer, opened.failure->error());
+    return close(part);
   }
-  if (no_descriptors(part.failure->code) && !transfer.failure && !part.alone) {
+  if (no_descriptors(opened.failure->code) && !transfer.failure && !part.alone) {
     // Out of descriptors: the part waits until a file of this engine has been closed.
-    part.failure.reset();
     return parts_.enter(part, Part::State::kWaiting, now_);
   }
+  part.handover.end({.failure = std::move(opened.failure)});
   parts_.enter(part, Part::State::kDone, now_);
   stop_waiting_for(part);
 }
@@ -84,12 +93,12 @@ void Pipeline::on_opened(Part& part) {
 void Pipeline::begin_issuing(Part& part) {
   parts_.enter(part, Part::State::kOpen, now_);
   part.transfer->report_at_once(part);
-  part.chunks_open = static_cast<std::uint32_t>(part.plan.chunks.size());
+  part.chunks_open = static_cast<std::uint32_t>(part.plan().chunks.size());
   part.chunks_open == 0 ? on_all_delivered(part) : issue_from_now_on(part);
 }
 
 std::vector<Part*>& Pipeline::issuing_like(const Part& part) {
-  return issuing_[part.plan.total_bytes <= limits_.chunk_bytes ? kSmall : kLarge];
+  return issuing_[part.plan().total_bytes <= limits_.chunk_bytes ? kSmall : kLarge];
 }
 
 void Pipeline::issue_from_now_on(Part& part) {
@@ -112,27 +121,33 @@ void Pipeline::on_delivered(Part& part, const Chunk& chunk) {
 
 // To be called when all chunks of the part have been delivered.
 void Pipeline::on_all_delivered(Part& part) {
-  if (part.transfer->is_load()) return ask(part, Part::State::kClosing);
+  note_fallbacks(part);
+  if (part.transfer->is_load()) return close(part);
   parts_.enter(part, Part::State::kDone, now_);
   stop_waiting_for(part);
 }
 
-// The transfer takes over the results of the part, unless a thread still works on them, and does not wait for the part
-// any more.
+void Pipeline::note_fallbacks(Part& part) {
+  part.transfer->note_fallback(part.planned->fallback_reason);
+  part.transfer->note_fallback(part.planned->router.fallback_reason());
+}
+
+// The transfer takes over the result of the part, unless a thread still works on it, and does not wait for the part any
+// more.
 void Pipeline::stop_waiting_for(Part& part) {
   if (!std::exchange(part.awaited, false)) return;
   TransferState& transfer = *part.transfer;
   assert(transfer.parts_awaited > 0);
   --transfer.parts_awaited;
-  const bool found_out = part.state == Part::State::kDone || part.checked;
-  if (found_out) {
-    transfer.stats.verified_bytes += part.verified_bytes;
-    transfer.stats.buffered_bytes += part.read_bytes;
-    transfer.stats.operations += part.read_bytes > 0;
-    transfer.done_bytes += part.read_bytes;
+  if (const PartResult* const result = part.handover.result()) {
+    transfer.stats.verified_bytes += result->verified_bytes;
+    transfer.stats.buffered_bytes += result->read_bytes;
+    transfer.stats.operations += result->read_bytes > 0;
+    transfer.done_bytes += result->read_bytes;
+    transfer.note_fallback(result->fallback_reason);
+    if (result->failure && !transfer.failure) return give_up(transfer, result->failure->error());
+    if (result->read_bytes > 0 && !transfer.failure) transfer.report_at_once(part);
   }
-  if (found_out && part.failure && !transfer.failure) return give_up(transfer, part.failure->error());
-  if (found_out && part.read_bytes > 0 && !transfer.failure) transfer.report_at_once(part);
   settle(transfer);
 }
 
@@ -145,8 +160,8 @@ void Pipeline::look_for_late_parts() {
     Part& part = *with_threads[i];
     if (!part.late || !part.awaited) continue;
     const bool failed = part.transfer->failure.has_value();
-    const bool opens = part.state == Part::State::kOpening && failed && part.claim_memory();
-    const bool closes = part.checked || (part.state == Part::State::kClosing && failed);
+    const bool opens = part.state == Part::State::kOpening && failed && part.handover.claim_memory();
+    const bool closes = part.handover.result() || (part.state == Part::State::kClosing && failed);
     if (!opens && !closes) continue;
     --part.transfer->outstanding;
     stop_waiting_for(part);
@@ -163,7 +178,7 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
     if (part.state == Part::State::kWaiting) parts_.enter(part, Part::State::kDone, now_);
     if (part.state == Part::State::kDone && part.given) files_.close(std::move(part.given));
     // A thread that has claimed the memory may write to it, so the transfer waits for the thread.
-    const bool opens = part.state == Part::State::kOpening && (part.checked || part.claim_memory());
+    const bool opens = part.state == Part::State::kOpening && (part.handover.result() || part.handover.claim_memory());
     const bool left_to_its_thread = opens || (part.state == Part::State::kClosing && part.late);
     const bool nobody_has_it = part.state == Part::State::kDone || part.state == Part::State::kAnswered;
     if (!left_to_its_thread && !nobody_has_it) continue;
@@ -192,12 +207,7 @@ void Pipeline::end(TransferState& transfer) {
   if (transfer.deadline) deadlines_.erase({*transfer.deadline, &transfer});
   if (transfer.gate) std::erase(gated_, &transfer);
   transfer.gate.reset();  // The gate belongs to the device, which the caller's handle may outlive.
-  for (Part& part : transfer.parts) {
-    if (part.state == Part::State::kOpening) continue;  // A thread still uses the part.
-    if (!transfer.is_load()) part.open.reset();         // The FileWriter shares the file and closes it.
-    transfer.note_fallback(part.fallback_reason);
-    transfer.note_fallback(part.router.fallback_reason());
-  }
+  if (!transfer.is_load()) transfer.parts.front().planned->open.reset();  // The FileWriter closes the file.
   transfer.note_fallback(queues_.disk.fallback_reason());
   if (copier_) transfer.note_fallback(copier_->fallback_reason());
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - transfer.started;

@@ -80,42 +80,44 @@ void check_targets(std::span<const FileExtents> files) {
 
 // Copies only the checksums of stripes that the extents touch, because a load of a little of a large file should not
 // copy them all.
-void take_checksums(const Checksums& all, Part& part) {
+WantedChecksums wanted_of(const Checksums& all, std::span<const Fragment> extents) {
   constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
   std::uint64_t begin = all.size_bytes;
   std::uint64_t end = 0;
-  for (const Fragment& extent : part.extents) {
+  for (const Fragment& extent : extents) {
     begin = std::min(begin, extent.offset_bytes);
     end = std::max(end, std::min(end_of(extent), all.size_bytes));
   }
-  part.checksums = Checksums{.size_bytes = all.size_bytes};
-  if (begin >= end) return;
-  part.first_stripe = begin / kStripeBytes;
+  WantedChecksums wanted{.payload_bytes = all.size_bytes};
+  if (begin >= end) return wanted;
+  wanted.first_stripe = begin / kStripeBytes;
   const auto stripes =
-      std::span(all.crc32c).subspan(part.first_stripe, (end - 1) / kStripeBytes + 1 - part.first_stripe);
-  part.checksums->crc32c.assign(stripes.begin(), stripes.end());
+      std::span(all.crc32c).subspan(wanted.first_stripe, (end - 1) / kStripeBytes + 1 - wanted.first_stripe);
+  wanted.crc32c.assign(stripes.begin(), stripes.end());
+  return wanted;
 }
 
 // Adds one file of a load. If `reported`, the completion is told of each of its extents.
-void add_part(const EngineFacts& engine, TransferState& state, FileExtents wanted, CachePolicy cache, bool reported) {
-  Part& part = state.parts.emplace_back();
-  part.index = static_cast<std::uint32_t>(state.parts.size() - 1);
-  if (reported) part.reported_extents = static_cast<std::uint32_t>(wanted.extents.size());
-  part.path = std::move(wanted.path);
-  part.expected = wanted.expected;
-  part.cache = cache;
-  if (wanted.fd >= 0) {
-    part.given.reset(::fcntl(wanted.fd, F_DUPFD_CLOEXEC, 0));
-    if (!part.given) throw file_error(errno_code(errno), "duplicate descriptor", part.path);
+void add_part(const EngineFacts& engine, TransferState& state, FileExtents file, CachePolicy cache, bool reported) {
+  PartRequest wanted{.path = std::move(file.path),
+                     .index = static_cast<std::uint32_t>(state.parts.size()),
+                     .cache = cache,
+                     .expected = file.expected};
+  UniqueFd given;
+  if (file.fd >= 0) {
+    given.reset(::fcntl(file.fd, F_DUPFD_CLOEXEC, 0));
+    if (!given) throw file_error(errno_code(errno), "duplicate descriptor", wanted.path);
   }
-  for (std::uint32_t index = 0; index < wanted.extents.size(); ++index) {
-    const Extent& extent = wanted.extents[index];
+  for (std::uint32_t index = 0; index < file.extents.size(); ++index) {
+    const Extent& extent = file.extents[index];
     if (extent.size_bytes == 0) continue;
-    part.extents.push_back({extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target), index,
-                            on_device(engine, extent.target), extent.priority});
+    wanted.extents.push_back({extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target), index,
+                              on_device(engine, extent.target), extent.priority});
     state.total_bytes += extent.size_bytes;
   }
-  if (wanted.checksums) take_checksums(*wanted.checksums, part);
+  if (reported) wanted.reported_extents = static_cast<std::uint32_t>(file.extents.size());
+  if (file.checksums) wanted.checksums = wanted_of(*file.checksums, wanted.extents);
+  state.parts.emplace_back(std::move(wanted)).given = std::move(given);
 }
 
 }  // namespace
@@ -132,7 +134,7 @@ std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadReque
     state->failure = Failure(error);
   }
   for (const Part& part : state->parts) {
-    if (!state->gate) state->gate = gate_for(engine, part.extents, request.stream);
+    if (!state->gate) state->gate = gate_for(engine, part.request.extents, request.stream);
   }
   state->stats.requested_bytes = state->total_bytes;
   return state;
@@ -163,15 +165,14 @@ std::shared_ptr<TransferState> prepare_store(const EngineFacts& engine, const St
                                              Completion* completion) {
   auto state = new_transfer(engine, Direction::kStore, request.deadline, completion);
   state->gate = gate_for(engine, extents, request.stream);
-  Part& part = state->parts.emplace_back();
-  part.path = target.path;
-  part.open = target.open;
-  const File& file = part.file();
-  if (file.direct_fd() < 0) part.fallback_reason = "direct I/O: " + errno_code(file.direct_error()).message();
-  if (target.checksums && !extents.empty()) part.sums.emplace(extents.front().offset_bytes, end_of(extents.back()));
-  part.plan = Plan::of_store(std::move(extents), engine.chunk_bytes, file.alignment());
-  part.router = Router(part.plan, file);
-  state->stats.requested_bytes = state->total_bytes = part.plan.total_bytes;
+  auto planned = std::make_unique<PlannedFile>(PlannedFile{.open = target.open});
+  const File& file = planned->file();
+  if (file.direct_fd() < 0) planned->fallback_reason = "direct I/O: " + errno_code(file.direct_error()).message();
+  if (target.checksums && !extents.empty()) planned->sums.emplace(extents.front().offset_bytes, end_of(extents.back()));
+  planned->plan = Plan::of_store(std::move(extents), engine.chunk_bytes, file.alignment());
+  planned->router = Router(planned->plan, file);
+  state->stats.requested_bytes = state->total_bytes = planned->plan.total_bytes;
+  state->parts.emplace_back(PartRequest{.path = target.path}).planned = std::move(planned);
   return state;
 }
 

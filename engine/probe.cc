@@ -14,6 +14,7 @@
 
 #include "engine/file.h"
 #include "engine/ground/error.h"
+#include "engine/ground/reasons.h"
 #include "engine/mounts.h"
 #include "engine/residency.h"
 #include "engine/ring.h"
@@ -194,9 +195,10 @@ Finding gpus() {
   for (const auto& entry : fs::directory_iterator("/sys/bus/pci/devices", ignored)) {
     const bool nvidia = first_line(entry.path() / "vendor") == "0x10de";
     if (!nvidia || first_line(entry.path() / "class").rfind("0x03", 0) != 0) continue;
-    finding.value += (finding.value.empty() ? "" : "; ") + entry.path().filename().string() + " on node " +
-                     first_line(entry.path() / "numa_node") + ", " + first_line(entry.path() / "current_link_speed") +
-                     " x" + first_line(entry.path() / "current_link_width");
+    internal::add_reason(finding.value, entry.path().filename().string() + " on node " +
+                                            first_line(entry.path() / "numa_node") + ", " +
+                                            first_line(entry.path() / "current_link_speed") + " x" +
+                                            first_line(entry.path() / "current_link_width"));
   }
   if (finding.value.empty()) finding.value = "none";
   return finding;

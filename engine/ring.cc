@@ -16,6 +16,8 @@
 #include <thread>
 #include <utility>
 
+#include "engine/ground/reasons.h"
+
 namespace flashpack::internal {
 
 namespace {
@@ -211,9 +213,8 @@ bool Ring::registered(int slot, std::size_t used_bytes) {
   slot_uses_[index] = kRegisterAtUse + 1;
   if (result >= 0) return true;
   table_refused_ = true;
-  fallback_reason_ += (fallback_reason_.empty() ? "" : "; ");
-  fallback_reason_ += "registered buffers: " + std::generic_category().message(-result);
-  if (result == -ENOMEM) fallback_reason_ += " (raise ulimit -l)";
+  const char* const cure = result == -ENOMEM ? " (raise ulimit -l)" : "";
+  add_reason(fallback_reason_, "registered buffers: " + std::generic_category().message(-result) + cure);
   return false;
 }
 
@@ -266,8 +267,7 @@ bool Ring::is_final(int error_number) {
 // back at once. The others end some time after the ring is closed; only the pipe tells when, because the kernel closes
 // it last.
 void Ring::leave(int error_number, const char* call) {
-  fallback_reason_ += (fallback_reason_.empty() ? "" : "; ");
-  fallback_reason_ += refused(error_number, call).what();
+  add_reason(fallback_reason_, refused(error_number, call).what());
   const io_uring_sq& queue = ring_->sq;
   for (unsigned at = *queue.khead; at != queue.sqe_tail; ++at) {
     const std::uint64_t tag = queue.sqes[at & queue.ring_mask].user_data;

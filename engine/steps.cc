@@ -27,7 +27,7 @@ bool Steps::set_out(Part& part, const Chunk& chunk, Route route) {
   // worker takes them before the read.
   bool populated = false;
   if (way.steps.front() == Step::kPopulate) {
-    const std::span memory(part.plan.fragments_of(chunk).front().memory, chunk.size_bytes);
+    const std::span memory(part.plan().fragments_of(chunk).front().memory, chunk.size_bytes);
     populated = way.counts_in != Step::kPopulate && is_populated(memory);
     if (!populated && jobs_.in(Step::kPopulate) >= worker_depth_) return false;
   }
@@ -99,7 +99,7 @@ void Steps::begin(unsigned tag, Step step) {
 
 void Steps::move_direct(unsigned tag) {
   Job& job = jobs_[tag];
-  DiskQueue*& queue = job.part->open->queue;
+  DiskQueue*& queue = job.part->planned->open->queue;
   if (queue->refuses()) queue = &queues_.stand_in;
   job.queue = queue;
   ++job.transfer().stats.operations;
@@ -173,7 +173,7 @@ void Steps::on_buffered(unsigned tag, std::int64_t result) {
   const auto moved = static_cast<std::uint64_t>(result);
   transfer.stats.buffered_bytes += moved;
   const bool in_slot = has_slot(job.way.view);
-  if (moved != (in_slot ? job.file_bytes.size_bytes : job.part->plan.wanted_bytes(*job.chunk)))
+  if (moved != (in_slot ? job.file_bytes.size_bytes : job.part->plan().wanted_bytes(*job.chunk)))
     return fail(tag, job.step == Step::kWriteCached ? errno_code(EIO) : make_error_code(Errc::kTruncated));
   if (in_slot) transfer.stats.staged_bytes += moved;
   advance(tag);
@@ -191,7 +191,7 @@ void Steps::refuse_direct(unsigned tag) {
   Job& job = jobs_[tag];
   TransferState& transfer = job.transfer();
   assert(job.step == Step::kRead || job.step == Step::kWrite);
-  job.part->router.refuse_direct();
+  job.part->planned->router.refuse_direct();
   ++transfer.stats.retries;
   transfer.note_fallback("direct I/O: refused by the file system at the first use");
   jobs_.reroute(job, way_of(*job.part, *job.chunk, Route::kRefused));
@@ -201,7 +201,7 @@ void Steps::refuse_direct(unsigned tag) {
 void Steps::deliver(unsigned tag) {
   Part& part = *jobs_[tag].part;
   const Chunk& chunk = *jobs_[tag].chunk;
-  part.transfer->done_bytes += part.plan.wanted_bytes(chunk);
+  part.transfer->done_bytes += part.plan().wanted_bytes(chunk);
   close_job(tag);
   owner_.on_delivered(part, chunk);
 }
@@ -210,7 +210,7 @@ void Steps::deliver(unsigned tag) {
 void Steps::give_back(unsigned tag) {
   Part& part = *jobs_[tag].part;
   assert(part.state == Part::State::kOpen && part.chunks_open > 0);
-  part.router.give_back(*jobs_[tag].chunk);
+  part.planned->router.give_back(*jobs_[tag].chunk);
   ++part.transfer->stats.retries;
   close_job(tag);
   owner_.on_given_back(part);
@@ -220,7 +220,7 @@ void Steps::fail(unsigned tag, std::error_code code) {
   const Job& job = jobs_[tag];
   TransferState& transfer = job.transfer();
   const Error error =
-      range_error(code, transfer.verb(), job.part->path, job.chunk->offset_bytes, job.chunk->size_bytes);
+      range_error(code, transfer.verb(), job.part->request.path, job.chunk->offset_bytes, job.chunk->size_bytes);
   close_job(tag);
   owner_.on_failed(transfer, error);
 }

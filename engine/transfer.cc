@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "engine/ground/reasons.h"
 #include "engine/transfer_state.h"
 
 namespace flashpack {
@@ -23,11 +24,6 @@ const char* to_string(Backend backend) noexcept {
 }
 
 namespace internal {
-
-Failure::Failure(const Error& error)
-    : code(error.code()), context(error.what()), path(error.path()), offset_bytes(error.offset_bytes()) {
-  context.resize(context.size() - code.message().size() - 2);  // what() is the context, ": " and the message.
-}
 
 void TransferEnd::reach(std::optional<Failure> failure) {
   const std::lock_guard lock(mutex_);
@@ -93,27 +89,26 @@ void TransferState::cancel(const std::shared_ptr<TransferState>& state) noexcept
   if (state->inbox) state->inbox->cancel(state);
 }
 
-void TransferState::note_fallback(const std::string& reason) {
-  std::string& all = stats.fallback_reason;
-  if (reason.empty() || all.find(reason) != std::string::npos) return;
-  all.append(all.empty() ? "" : "; ").append(reason);
-}
+void TransferState::note_fallback(const std::string& reason) { add_reason(stats.fallback_reason, reason); }
 
 void TransferState::report_at_once(const Part& part) const {
-  for (std::uint32_t extent = 0; extent < part.reported_extents; ++extent) {
-    if (!part.landing || part.landing->has_landed(extent)) completion->landed(part.index, extent);
+  for (std::uint32_t extent = 0; extent < part.request.reported_extents; ++extent) {
+    if (!part.planned || part.planned->landing->has_landed(extent)) completion->landed(part.request.index, extent);
   }
 }
 
 void TransferState::report_landed(Part& part, const Chunk& chunk) const {
-  if (!part.landing) return;
-  const auto index = static_cast<std::uint32_t>(&chunk - part.plan.chunks.data());
-  const std::span<const std::uint32_t> landed = part.landing->deliver(index);
-  if (!landed.empty() && part.sums)
-    compare_stripes(part, part.plan.chunks[landed.front()].offset_bytes, end_of(part.plan.chunks[landed.back()]));
+  PlannedFile& planned = *part.planned;
+  if (!planned.landing) return;
+  const auto index = static_cast<std::uint32_t>(&chunk - planned.plan.chunks.data());
+  const std::span<const std::uint32_t> landed = planned.landing->deliver(index);
+  if (!landed.empty() && planned.sums) {
+    const std::uint64_t begin_bytes = planned.plan.chunks[landed.front()].offset_bytes;
+    compare_stripes(part.request, planned, begin_bytes, end_of(planned.plan.chunks[landed.back()]));
+  }
   for (const std::uint32_t each : landed) {
-    for (const Fragment& fragment : part.plan.fragments_of(part.plan.chunks[each])) {
-      if (part.landing->land(fragment)) completion->landed(part.index, fragment.extent);
+    for (const Fragment& fragment : planned.plan.fragments_of(planned.plan.chunks[each])) {
+      if (planned.landing->land(fragment)) completion->landed(part.request.index, fragment.extent);
     }
   }
 }

@@ -16,6 +16,7 @@
 #include <thread>
 
 #include "engine/copier.h"
+#include "engine/failure.h"
 #include "engine/inbox.h"
 #include "engine/part.h"
 #include "engine/way.h"
@@ -78,7 +79,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   bool is_load() const noexcept { return direction == Direction::kLoad; }
   const char* verb() const noexcept { return is_load() ? "read" : "write"; }
   /// The path for messages that concern no single file.
-  std::filesystem::path path() const { return parts.empty() ? std::filesystem::path() : parts.front().path; }
+  std::filesystem::path path() const { return parts.empty() ? std::filesystem::path() : parts.front().request.path; }
 
   // Constant once started.
   Direction direction = Direction::kLoad;

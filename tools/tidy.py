@@ -41,10 +41,11 @@ ROOMS = ("include/", "engine/", "torch_binding/", "tests/", "bench/", "tools/", 
 
 # The floors of the engine, from the ground up. A header includes only headers of the engine that are on lower floors.
 ENGINE_FLOORS = (
-    "cuda_handles io_queue mounts plan pool residency staging stripe_sums temp_file thread way",
-    "byte_work file inbox landing ring",
-    "copier router work_queue",
+    "cuda_handles failure file_system io_queue mounts plan pool residency staging stripe_sums temp_file thread way",
+    "byte_work file landing ring",
+    "copier file_table router work_queue",
     "gate_cuda part workers",
+    "inbox",
     "file_tasks jobs open_parts transfer_state",
     "prepare steps",
     "pipeline",

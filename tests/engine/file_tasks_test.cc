@@ -1,11 +1,16 @@
 #include "engine/file_tasks.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
 #include <array>
+#include <filesystem>
+#include <iterator>
 #include <memory>
 #include <optional>
+#include <span>
+#include <utility>
 #include <vector>
 
 #include "engine/transfer_state.h"
@@ -17,19 +22,22 @@ namespace {
 
 class FileTasksTest : public ::testing::Test {
  protected:
-  FileTasksTest() {
-    flashpack::testing::write_file(dir_ / "file", bytes_);
-    Part& part = this->part();
-    part.path = dir_ / "file";
+  FileTasksTest() { flashpack::testing::write_file(dir_ / "file", bytes_); }
+
+  Part& add_part() {
+    Part& part = transfer_->parts.emplace_back(
+        PartRequest{.path = dir_ / "file", .extents = {{0, bytes_.size(), read_.data()}}});
     part.transfer = transfer_.get();
-    part.extents = {{0, bytes_.size(), read_.data()}};
+    return part;
   }
 
-  Part& part() { return transfer_->parts.empty() ? transfer_->parts.emplace_back() : transfer_->parts.front(); }
-
-  void ask(Part::State state) {
-    part().state = state;
-    tasks_.post(part());
+  void open(Part& part) {
+    part.state = Part::State::kOpening;
+    tasks_.open(part);
+  }
+  void close(Part& part) {
+    part.state = Part::State::kClosing;
+    tasks_.close(part);
   }
 
   // Waits for one answer, as the driver does.
@@ -40,7 +48,7 @@ class FileTasksTest : public ::testing::Test {
       tasks_.inbox().take(messages);
     }
     EXPECT_EQ(messages.answers.size(), 1u);
-    return messages.answers.front();
+    return std::move(messages.answers.front());
   }
 
   flashpack::testing::TempDir dir_;
@@ -49,40 +57,41 @@ class FileTasksTest : public ::testing::Test {
   const std::shared_ptr<TransferState> transfer_ = std::make_shared<TransferState>();
   std::optional<Pool> pool_{2};
   DiskThreads disk_{*pool_, 4, nullptr};
-  FileTasks tasks_{*pool_, disk_, 1u << 20, 0};
+  FileTasks tasks_{*pool_, disk_, {.chunk_bytes = 1u << 20}};
 };
 
 TEST_F(FileTasksTest, AFileIsOpenedAndClosedAndTheDriverIsToldOfBoth) {
-  ask(Part::State::kOpening);
-  const Inbox::Answer opened = answer();
+  Part& part = add_part();
+  open(part);
+  Inbox::Answer opened = answer();
   EXPECT_EQ(opened.transfer, transfer_);
-  EXPECT_EQ(opened.part, &part());
-  ASSERT_TRUE(part().open);
-  EXPECT_EQ(part().open->queue, &disk_);
-  EXPECT_EQ(part().plan.total_bytes, bytes_.size());
-  EXPECT_FALSE(part().checked);
+  EXPECT_EQ(opened.part, &part);
+  EXPECT_FALSE(opened.opened.failure);
+  ASSERT_TRUE(opened.opened.planned);
+  EXPECT_EQ(opened.opened.planned->open->queue, &disk_);
+  EXPECT_EQ(opened.opened.planned->plan.total_bytes, bytes_.size());
+  EXPECT_FALSE(part.handover.result());
 
-  ask(Part::State::kClosing);
-  EXPECT_EQ(answer().part, &part());
-  EXPECT_FALSE(part().open);
-  EXPECT_TRUE(part().checked);
-  EXPECT_FALSE(part().failure);
+  part.planned = std::move(opened.opened.planned);
+  close(part);
+  EXPECT_FALSE(part.planned) << "the thread has it";
+  EXPECT_EQ(answer().part, &part);
+  ASSERT_TRUE(part.handover.result());
+  EXPECT_FALSE(part.handover.result()->failure);
 }
 
 TEST_F(FileTasksTest, AFileThatHasChangedMeanwhileIsReportedUnlessTheTransferHasFailedAnyway) {
   for (const bool failed : {false, true}) {
     flashpack::testing::write_file(dir_ / "file", bytes_);
-    ask(Part::State::kOpening);
-    answer();
+    Part& part = add_part();
+    open(part);
+    part.planned = std::move(answer().opened.planned);
     flashpack::testing::write_file(dir_ / "file", std::span(bytes_).first(4000));
     if (failed) transfer_->failure = Failure(Error(Errc::kCancelled, "read"));
-    ask(Part::State::kClosing);
+    close(part);
     answer();
-    EXPECT_EQ(part().failure.has_value(), !failed);
-    part().failure.reset();
-    part().plan = {};
-    part().checked = false;
-    part().extents = {{0, bytes_.size(), read_.data()}};
+    ASSERT_TRUE(part.handover.result());
+    EXPECT_EQ(part.handover.result()->failure.has_value(), !failed);
   }
 }
 
@@ -91,10 +100,16 @@ TEST_F(FileTasksTest, AThreadThatComesBackAfterTheDriverHasEndedClosesItsFile) {
   tasks_.inbox().close();
   tasks_.inbox().take(messages);
   ASSERT_TRUE(tasks_.inbox().end());
-  ask(Part::State::kOpening);
+  Part& part = add_part();
+  const auto descriptors = [] {
+    return std::distance(std::filesystem::directory_iterator("/proc/self/fd"), std::filesystem::directory_iterator());
+  };
+  const auto before = descriptors();
+  part.given.reset(::open((dir_ / "file").c_str(), O_RDONLY | O_CLOEXEC));
+  ASSERT_EQ(descriptors(), before + 1);
+  open(part);
   pool_.reset();  // The thread has ended.
-  EXPECT_FALSE(part().open);
-  EXPECT_EQ(part().plan.total_bytes, bytes_.size()) << "it was open";
+  EXPECT_EQ(descriptors(), before);
   tasks_.inbox().take(messages);
   EXPECT_TRUE(messages.answers.empty());
 }

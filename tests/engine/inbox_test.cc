@@ -35,9 +35,7 @@ TEST(InboxTest, TheDriverIsWokenForEachMessageAndTakesItOnce) {
   inbox.start(first);
   inbox.start(second);
   inbox.cancel(first);
-  auto owner = second;
-  EXPECT_TRUE(inbox.answer(owner, part));
-  EXPECT_EQ(owner, nullptr) << "the thread keeps no transfer alive that the driver may end";
+  inbox.answer({second, &part});
   EXPECT_EQ(sleeper.wakes, 4);
   EXPECT_EQ(first->inbox, &inbox);
 
@@ -79,17 +77,21 @@ TEST(InboxTest, TheDriverMayEndWhenTheInboxIsClosedAndNothingIsLeftInIt) {
   EXPECT_TRUE(inbox.end());
 }
 
-TEST(InboxTest, AfterTheEndAnAnswerIsRefusedAndNobodyIsWoken) {
+TEST(InboxTest, AfterTheEndTheFileOfAnAnswerIsClosedAndNobodyIsWoken) {
   Sleeper sleeper;
   Inbox inbox(sleeper);
   Inbox::Messages messages;
   inbox.close();
   inbox.take(messages);
   ASSERT_TRUE(inbox.end());
-  auto owner = transfer();
+  const auto owner = transfer();
+  auto planned = std::make_unique<PlannedFile>();
+  planned->open = std::make_shared<OpenFile>(File::open("/proc/self/exe", std::nullopt, false), nullptr);
+  const std::weak_ptr<OpenFile> open = planned->open;
   Part part;
-  EXPECT_FALSE(inbox.answer(owner, part));
-  EXPECT_NE(owner, nullptr) << "the thread has to close the file before it lets the transfer go";
+  inbox.answer({owner, &part, {.planned = std::move(planned)}});
+  EXPECT_TRUE(open.expired());
+  EXPECT_EQ(owner.use_count(), 1);
   inbox.close();
   EXPECT_EQ(sleeper.wakes, 1);
 }

@@ -31,15 +31,16 @@ class JobsTest : public ::testing::Test {
     testing::write_file(path, std::vector<std::byte>(3 * 4096));
     Load load;
     load.part.transfer = load.transfer.get();
-    load.part.open = std::make_shared<OpenFile>(File::open(path, std::nullopt, false), nullptr);
+    load.part.planned = std::make_unique<PlannedFile>(
+        PlannedFile{.open = std::make_shared<OpenFile>(File::open(path, std::nullopt, false), nullptr)});
     load.part.file_system = &file_system;
     std::vector<Fragment> extents{{.offset_bytes = 5000, .size_bytes = 100, .memory = memory_.data()}};
-    load.part.plan = Plan::of_load(std::move(extents), 1 << 20, 4096);
+    load.part.planned->plan = Plan::of_load(std::move(extents), 1 << 20, 4096);
     return load;
   }
 
   std::optional<unsigned> open(const Load& load, ChunkTraits::Route route = ChunkTraits::Route::kDirect) {
-    const Chunk& chunk = load.part.plan.chunks.front();
+    const Chunk& chunk = load.part.plan().chunks.front();
     return jobs_.open(load.part, chunk, way_of(load.part, chunk, route));
   }
 
@@ -154,7 +155,7 @@ TEST_F(JobsTest, ALateJobMakesRoomInItsStepAndASpareSlotTakesThePlaceOfItsOwn) {
   EXPECT_EQ(jobs_.in(Step::kRead), 0u);
   EXPECT_EQ(file_system_.late(), 2u);
   EXPECT_EQ(file_system_.stuck, 2u);
-  EXPECT_EQ(load.part.open->stuck, 2u);
+  EXPECT_EQ(load.part.planned->open->stuck, 2u);
   const Load other = this->load(other_file_system_);
   EXPECT_EQ(open_all(other, tags), kSlots) << "as many as if nothing were late";
 
@@ -162,7 +163,7 @@ TEST_F(JobsTest, ALateJobMakesRoomInItsStepAndASpareSlotTakesThePlaceOfItsOwn) {
   EXPECT_FALSE(totals_.answers_again);
   jobs_.close(tags[1]);
   EXPECT_TRUE(totals_.answers_again);
-  EXPECT_EQ(file_system_.late() + file_system_.stuck + load.part.open->stuck, 0u);
+  EXPECT_EQ(file_system_.late() + file_system_.stuck + load.part.planned->open->stuck, 0u);
   close_all({tags.begin() + 2, tags.end()});
   EXPECT_TRUE(jobs_.idle());
 }

@@ -27,9 +27,8 @@ class OpenPartsTest : public ::testing::Test {
 
   // A waiting part of a load. Nothing needs to be at the path.
   Part& wait(const std::filesystem::path& path) {
-    Part& part = transfer_->parts.emplace_back();
+    Part& part = transfer_->parts.emplace_back(PartRequest{.path = path});
     part.transfer = transfer_.get();
-    part.path = path;
     part.turn = turns_++;
     enter(part, State::kWaiting);
     return part;
@@ -44,12 +43,13 @@ class OpenPartsTest : public ::testing::Test {
   }
   void answer(Part& part) {
     enter(part, State::kAnswered);
-    part.open = file_;
+    part.planned = planned();
     enter(part, State::kOpen);
   }
+  std::unique_ptr<PlannedFile> planned() const { return std::make_unique<PlannedFile>(PlannedFile{.open = file_}); }
   void close(Part& part) {
     enter(part, State::kClosing);
-    part.checked = true;
+    part.handover.end({});
     enter(part, State::kDone);
   }
 
@@ -102,7 +102,7 @@ TEST_F(OpenPartsTest, SoManyFilesAreOpenAtATimeInTheOrderOfTheirTurns) {
   EXPECT_EQ(parts_.next(), nullptr) << "it is still open";
   enter(*opened[0], State::kClosing);
   EXPECT_EQ(parts_.next(), nullptr) << "it is being closed";
-  opened[0]->checked = true;
+  opened[0]->handover.end({});
   enter(*opened[0], State::kDone);
   EXPECT_EQ(parts_.next(), all[OpenParts::kMaxOpen]);
 }
@@ -121,7 +121,7 @@ TEST_F(OpenPartsTest, AStoreDoesNotCountAmongTheOpenFiles) {
   for (std::size_t i = 0; i < OpenParts::kMaxOpen; ++i) {
     Part& part = parts.emplace_back();
     part.transfer = store.get();
-    part.open = file_;
+    part.planned = planned();
     enter(part, State::kOpen);
   }
   Part& load = wait("/a/1");

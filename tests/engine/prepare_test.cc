@@ -73,14 +73,14 @@ TEST_F(PrepareTest, ExtentsAreNumberedAsInTheRequest) {
                               {.path = "c", .extents = {{7, 3, at(100)}}}}},
                    nullptr);
   ASSERT_EQ(load->parts.size(), 3u);
-  ASSERT_EQ(load->parts[0].extents.size(), 2u) << "one of no bytes is nothing to read";
-  EXPECT_EQ(load->parts[0].extents[0].extent, 0u);
-  EXPECT_EQ(load->parts[0].extents[1].extent, 2u);
-  EXPECT_EQ(load->parts[0].extents[1].priority, 6u);
-  EXPECT_EQ(load->parts[0].reported_extents, 0u) << "nobody wants to know";
-  ASSERT_EQ(load->parts[2].extents.size(), 1u);
-  EXPECT_EQ(load->parts[2].extents[0].extent, 0u);
-  EXPECT_EQ(load->parts[2].index, 2u);
+  ASSERT_EQ(load->parts[0].request.extents.size(), 2u) << "one of no bytes is nothing to read";
+  EXPECT_EQ(load->parts[0].request.extents[0].extent, 0u);
+  EXPECT_EQ(load->parts[0].request.extents[1].extent, 2u);
+  EXPECT_EQ(load->parts[0].request.extents[1].priority, 6u);
+  EXPECT_EQ(load->parts[0].request.reported_extents, 0u) << "nobody wants to know";
+  ASSERT_EQ(load->parts[2].request.extents.size(), 1u);
+  EXPECT_EQ(load->parts[2].request.extents[0].extent, 0u);
+  EXPECT_EQ(load->parts[2].request.index, 2u);
   EXPECT_EQ(load->total_bytes, 13u);
 }
 
@@ -122,18 +122,18 @@ TEST_F(PrepareTest, AStoreIsPlannedInFileOrderOnBothSides) {
        .deadline = Deadline()});
   EXPECT_EQ(transfer->deadline, Deadline());
   const Part& part = transfer->parts.front();
-  EXPECT_EQ(part.path, "the file");
-  ASSERT_TRUE(part.sums);
-  EXPECT_FALSE(part.router.exhausted());
+  EXPECT_EQ(part.request.path, "the file");
+  ASSERT_TRUE(part.planned->sums);
+  EXPECT_FALSE(part.planned->router.exhausted());
   std::vector<std::uint32_t> extents;
-  for (const Fragment& fragment : part.plan.fragments) extents.push_back(fragment.extent);
+  for (const Fragment& fragment : part.plan().fragments) extents.push_back(fragment.extent);
   EXPECT_EQ(extents, (std::vector<std::uint32_t>{1, 3, 0}));
 }
 
 TEST_F(PrepareTest, AStoreOfNothingHasNothingToDo) {
   const auto transfer = store({});
-  EXPECT_TRUE(transfer->parts.front().router.exhausted());
-  EXPECT_FALSE(transfer->parts.front().sums);
+  EXPECT_TRUE(transfer->parts.front().planned->router.exhausted());
+  EXPECT_FALSE(transfer->parts.front().planned->sums);
 }
 
 TEST_F(PrepareTest, OnlyChecksumsOfStripesThatAreWantedAreCopied) {
@@ -141,9 +141,9 @@ TEST_F(PrepareTest, OnlyChecksumsOfStripesThatAreWantedAreCopied) {
   const Checksums all{.size_bytes = 5 * kStripe - 1, .crc32c = {10, 11, 12, 13, 14}};
   const auto kept = [&](std::vector<Extent> extents) {
     const auto load = prepare_load(engine_, {.files = {{.path = "a", .extents = extents, .checksums = &all}}}, nullptr);
-    const Part& part = load->parts.front();
-    EXPECT_EQ(part.checksums->size_bytes, all.size_bytes);
-    return std::pair(part.first_stripe, part.checksums->crc32c);
+    const WantedChecksums& wanted = *load->parts.front().request.checksums;
+    EXPECT_EQ(wanted.payload_bytes, all.size_bytes);
+    return std::pair(wanted.first_stripe, wanted.crc32c);
   };
   using Kept = std::pair<std::uint64_t, std::vector<std::uint32_t>>;
   EXPECT_EQ(kept({{2 * kStripe - 1, 2, at(4096)}, {3 * kStripe - 1, 1, at(8192)}}), Kept(1, {11, 12}));

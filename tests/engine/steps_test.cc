@@ -49,22 +49,24 @@ class StepsTest : public ::testing::Test, private Steps::Owner {
  protected:
   StepsTest() {
     testing::write_file(dir_ / "file", std::vector<std::byte>(3 * kChunk));
-    part_.path = "the file";
     part_.transfer = transfer_.get();
-    part_.open = std::make_shared<OpenFile>(File::open(dir_ / "file", std::nullopt, true), &disk_);
+    part_.planned = std::make_unique<PlannedFile>(
+        PlannedFile{.open = std::make_shared<OpenFile>(File::open(dir_ / "file", std::nullopt, true), &disk_)});
     part_.file_system = &file_system_;
     part_.state = Part::State::kOpen;
   }
 
   void plan(std::vector<Fragment> extents, CachePolicy policy = CachePolicy::kDirect) {
-    part_.plan = Plan::of_load(std::move(extents), kChunk, kPageBytes);
-    part_.router = Router(part_.plan, part_.file(), policy);
-    part_.chunks_open = static_cast<std::uint32_t>(part_.plan.chunks.size());
+    part_.planned->plan = Plan::of_load(std::move(extents), kChunk, kPageBytes);
+    part_.planned->router = Router(part_.plan(), part_.file(), policy);
+    part_.chunks_open = static_cast<std::uint32_t>(part_.plan().chunks.size());
   }
   // One chunk that goes through a slot, of blocks 1 and 2 of the file.
   void plan_small() { plan({{5000, 6000, memory_.data() + 1}}); }
 
-  bool set_out(Route route, std::size_t chunk = 0) { return steps_.set_out(part_, part_.plan.chunks.at(chunk), route); }
+  bool set_out(Route route, std::size_t chunk = 0) {
+    return steps_.set_out(part_, part_.plan().chunks.at(chunk), route);
+  }
 
   // Ends the last operation that was pushed to `queue`, and lets the chunks go on.
   template <class Interface>
@@ -86,7 +88,7 @@ class StepsTest : public ::testing::Test, private Steps::Owner {
   FileSystem::Totals totals_;
   FileSystem file_system_{totals_};
   std::shared_ptr<TransferState> transfer_ = std::make_shared<TransferState>();
-  Part& part_ = transfer_->parts.emplace_back();
+  Part& part_ = transfer_->parts.emplace_back(PartRequest{.path = "the file"});
   std::vector<std::string> told_;
   Steps steps_{*this,
                Queues{.disk = disk_, .stand_in = disk_, .workers = workers_},
@@ -171,7 +173,7 @@ TEST_F(StepsTest, WhereDirectReadsAreRefusedTheChunkGoesThroughThePageCache) {
   ASSERT_EQ(workers_.pushed.size(), 1u);
   EXPECT_EQ(workers_.pushed[0].request.op, ByteWork::Op::kFromCache);
   EXPECT_FALSE(workers_.pushed[0].request.page_cache.only);
-  EXPECT_FALSE(part_.router.direct());
+  EXPECT_FALSE(part_.planned->router.direct());
   EXPECT_EQ(transfer_->stats.fallback_reason, "direct I/O: refused by the file system at the first use");
   end(workers_, 6000);
   EXPECT_EQ(told_, Told{"delivered"});
@@ -182,16 +184,16 @@ TEST_F(StepsTest, AChunkThatIsNotCachedAfterAllGoesBackToTheRouter) {
   if (part_.file().direct_fd() < 0) GTEST_SKIP() << "no direct I/O here";
   plan({{5000, 6000, memory_.data() + 1}}, CachePolicy::kAuto);
   unsigned questions = 10;
-  const Chunk* chunk = part_.router.peek(Router::List::kThroughCache, questions);
+  const Chunk* chunk = part_.planned->router.peek(Router::List::kThroughCache, questions);
   const auto list = chunk ? Router::List::kThroughCache : Router::List::kPastCache;
-  ASSERT_TRUE(chunk || part_.router.peek(list, questions));
+  ASSERT_TRUE(chunk || part_.planned->router.peek(list, questions));
   ASSERT_TRUE(set_out(Route::kSeemsCached));
-  part_.router.take(list);
-  EXPECT_TRUE(part_.router.exhausted());
+  part_.planned->router.take(list);
+  EXPECT_TRUE(part_.planned->router.exhausted());
   end(workers_, -EAGAIN);
   EXPECT_EQ(told_, Told{"given back"});
   EXPECT_TRUE(steps_.idle());
-  EXPECT_EQ(part_.router.peek(Router::List::kPastCache, questions), &part_.plan.chunks[0]);
+  EXPECT_EQ(part_.planned->router.peek(Router::List::kPastCache, questions), &part_.plan().chunks[0]);
 }
 
 TEST_F(StepsTest, ChunksOfAFailedTransferComeBackWhenTheirOperationsDo) {

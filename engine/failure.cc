@@ -1,0 +1,34 @@
+#include "engine/failure.h"
+
+#include <cerrno>
+#include <exception>
+#include <new>
+#include <stdexcept>
+
+#include "engine/ground/error.h"
+
+namespace flashpack::internal {
+
+Failure::Failure(const Error& error)
+    : code(error.code()), context(error.what()), path(error.path()), offset_bytes(error.offset_bytes()) {
+  context.resize(context.size() - code.message().size() - 2);  // what() is the context, ": " and the message.
+}
+
+Failure Failure::of_exception(const char* operation, const std::filesystem::path& path) {
+  try {
+    throw;
+  } catch (const Error& error) {
+    return Failure(error);
+  } catch (const std::system_error& error) {
+    return Failure(file_error(error.code(), operation, path));
+  } catch (const std::bad_alloc&) {
+    return Failure(file_error(errno_code(ENOMEM), operation, path));
+  } catch (const std::length_error&) {  // More than a container may have.
+    return Failure(file_error(errno_code(ENOMEM), operation, path));
+  } catch (const std::exception& error) {  // A fault of this library.
+    const std::string context = std::string(operation) + " " + path.string() + ": " + error.what();
+    return Failure(Error(errno_code(ENOTRECOVERABLE), context, path));
+  }
+}
+
+}  // namespace flashpack::internal

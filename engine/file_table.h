@@ -1,0 +1,54 @@
+/// Open files that several transfers share.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <utility>
+
+#include "engine/file.h"
+#include "engine/ground/unique_fd.h"
+#include "engine/io_queue.h"
+
+namespace flashpack::internal {
+
+/// An open file, with the driver's notes about it. Loads of one path share it, and a FileWriter shares its file with
+/// its writes, because any of them may be the last to use the file.
+struct OpenFile {
+  OpenFile(File opened, DiskQueue* its_queue) : file(std::move(opened)), queue(its_queue) {}
+
+  const File file;
+
+  // Only for the driver.
+  DiskQueue* queue;         // The queue that serves the file.
+  std::uint32_t stuck = 0;  // Operations on the file that are late or abandoned.
+};
+
+/// Files that are open for loads, so that loads of the same path share one. Files are not looked up by inode alone,
+/// because some file systems give two files the same number. Thread safety: any thread.
+class FileTable {
+ public:
+  /// `queue` serves the files.
+  explicit FileTable(DiskQueue* queue) : queue_(queue) {}
+
+  /// Opens the file of `given` or, without it, the file that is at `path` now. May block. Throws: Error, as
+  /// File::open(). `serve`, if given, is called as soon as the file can be read through the page cache. If it returns
+  /// true, it has read all that was wanted, and the file is neither opened for direct reads nor shared.
+  std::shared_ptr<OpenFile> open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected,
+                                 bool want_direct, UniqueFd given = {},
+                                 const std::function<bool(const File&)>& serve = {});
+
+ private:
+  std::shared_ptr<OpenFile> find(const std::filesystem::path& path, const std::optional<FileIdentity>& expected,
+                                 bool want_direct);
+
+  DiskQueue* const queue_;
+  std::mutex mutex_;                                               // Protects the rest.
+  std::map<std::filesystem::path, std::weak_ptr<OpenFile>> open_;  // Weak, so that a file is closed after its loads.
+};
+
+}  // namespace flashpack::internal

@@ -1,0 +1,70 @@
+#include "engine/file_table.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <system_error>
+#include <vector>
+
+#include "tests/support/sandbox.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::internal {
+namespace {
+
+class FileTableTest : public ::testing::Test {
+ protected:
+  FileTableTest() { flashpack::testing::write_file(path_, bytes_); }
+
+  flashpack::testing::TempDir dir_;
+  const std::filesystem::path path_ = dir_ / "file";
+  const std::vector<std::byte> bytes_ = flashpack::testing::random_bytes(5000);
+  FileTable files_{nullptr};
+};
+
+TEST_F(FileTableTest, LoadsOfOneFileShareItWhileItIsOpenAndTheSame) {
+  auto first = files_.open(path_, std::nullopt, true);
+  EXPECT_EQ(files_.open(path_, std::nullopt, true), first);
+  EXPECT_EQ(files_.open(path_, std::nullopt, false), first) << "what can do more serves as well";
+  EXPECT_NE(files_.open(path_, std::nullopt, true, UniqueFd(::open(path_.c_str(), O_RDONLY | O_CLOEXEC))), first)
+      << "the caller knows best which file it is";
+  flashpack::testing::write_file(dir_ / "new", bytes_);
+  std::filesystem::rename(dir_ / "new", path_);
+  EXPECT_NE(files_.open(path_, std::nullopt, true), first);
+}
+
+TEST_F(FileTableTest, AFileThatMayNotBeReadAnyMoreIsRefusedThoughItIsOpen) {
+  const int status = flashpack::testing::run_in_child([] {
+    if (::geteuid() == 0 && ::setresuid(65534, 65534, 65534) != 0) return flashpack::testing::kSkip;
+    const flashpack::testing::TempDir own;
+    flashpack::testing::write_file(own / "file", {});
+    FileTable files(nullptr);
+    const auto open = files.open(own / "file", std::nullopt, true);
+    ::chmod((own / "file").c_str(), 0);
+    try {
+      files.open(own / "file", std::nullopt, true);
+      return 1;
+    } catch (const Error& error) {
+      return error.code() == std::errc::permission_denied ? 0 : 2;
+    }
+  });
+  if (status == flashpack::testing::kSkip) GTEST_SKIP() << "root cannot become somebody else here";
+  EXPECT_EQ(status, 0);
+}
+
+TEST_F(FileTableTest, AFileThatWasOpenedForBufferedReadsDoesNotServeDirectOnes) {
+  auto buffered = files_.open(path_, std::nullopt, false);
+  EXPECT_NE(files_.open(path_, std::nullopt, true), buffered);
+}
+
+TEST_F(FileTableTest, AnotherFileThanExpectedIsRefusedThoughItIsOpen) {
+  const auto open = files_.open(path_, std::nullopt, true);
+  FileIdentity other = open->file.identity();
+  ++other.mtime_ns;
+  EXPECT_THROW(files_.open(path_, other, true), Error);
+}
+
+}  // namespace
+}  // namespace flashpack::internal
