@@ -258,6 +258,41 @@ FLASHPACK_API void flashpack_memory_destroy(flashpack_memory* memory) FLASHPACK_
 /// Gives all memory that is kept for the next flashpack_memory back to the system.
 FLASHPACK_API void flashpack_memory_release_kept(void) FLASHPACK_NOEXCEPT;
 
+/// Collects what happens to transfers, for event loops of any kind: those that are started with a request that names
+/// it, of any number of engines.
+///
+/// In a forked child it is FLASHPACK_UNUSABLE, and to destroy it releases nothing; the parent loses no event.
+typedef struct flashpack_events flashpack_events;
+
+enum {
+  FLASHPACK_EVENT_LANDED = 0,  ///< All bytes of an extent are in their memory for everybody to use, verified where the
+                               ///< file has checksums. Only of loads with report_extents.
+  FLASHPACK_EVENT_DONE = 1     ///< The transfer has finished, successfully or not. Its last event.
+};
+
+typedef struct flashpack_event {
+  uint64_t tag;             ///< The number that the request had.
+  uint64_t extent;          ///< Index in the extents of the request. Only of FLASHPACK_EVENT_LANDED.
+  int32_t kind;             ///< FLASHPACK_EVENT_*.
+  flashpack_status status;  ///< How the transfer has ended. flashpack_transfer_wait() returns at once then, and says
+                            ///< why; it also fails if FLASHPACK_VERIFY_ALWAYS could not be kept. Only of
+                            ///< FLASHPACK_EVENT_DONE.
+  uint64_t reserved;
+} flashpack_event;
+
+/// Takes one descriptor. Errors: errno of eventfd(2).
+FLASHPACK_API flashpack_status flashpack_events_create(flashpack_events** events,
+                                                       flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// A descriptor that is readable as long as an event waits; loops that are told of edges alone are told when an event
+/// comes and none was waiting. It belongs to `events` and is only to be polled, neither read nor closed. -1 for NULL.
+FLASHPACK_API int32_t flashpack_events_fd(const flashpack_events* events) FLASHPACK_NOEXCEPT;
+/// Moves the oldest events, at most `capacity`, to `taken`, and sets `count` to their number, 0 if none waits. It never
+/// waits for an event. A loop that is told of edges alone calls it until `count` is less than `capacity`.
+FLASHPACK_API flashpack_status flashpack_events_take(flashpack_events* events, flashpack_event* taken, size_t capacity,
+                                                     size_t* count, flashpack_error** error) FLASHPACK_NOEXCEPT;
+/// Transfers that are under way go on, and their events are lost.
+FLASHPACK_API void flashpack_events_destroy(flashpack_events* events) FLASHPACK_NOEXCEPT;
+
 /// A load or a write that has been started.
 ///
 /// The memory of the request (targets or sources) belongs to the caller and must stay valid until the transfer has
@@ -303,10 +338,14 @@ typedef struct flashpack_load_request {
   int32_t cache;        ///< FLASHPACK_CACHE_*.
   int32_t verify;       ///< FLASHPACK_VERIFY_*.
   int32_t drop_cached;  ///< If not 0, a file that was read through the page cache is dropped from it at the end.
-  int32_t reserved;
+  int32_t
+      report_extents;  ///< If not 0, `events` are told of each extent that has landed, so that the first can be used
+                       ///< while the rest is read. flashpack_load_all() and its like have no extents to report.
   void* stream;        ///< A cudaStream_t: nothing is written to a GPU before all work that is on it has ended. NULL is
                        ///< the legacy default stream.
   int64_t timeout_ns;  ///< When it has passed, the transfer ends with FLASHPACK_DEADLINE_EXCEEDED. 0 is no limit.
+  flashpack_events* events;  ///< If not NULL, it is told when the transfer has finished.
+  uint64_t tag;              ///< Any number, which comes with these events.
 } flashpack_load_request;
 
 /// A snapshot of a transfer.
@@ -357,7 +396,7 @@ FLASHPACK_API flashpack_status flashpack_transfer_cancel(flashpack_transfer* tra
 FLASHPACK_API flashpack_status flashpack_transfer_get_progress(flashpack_transfer* transfer,
                                                                flashpack_progress* progress,
                                                                flashpack_error** error) FLASHPACK_NOEXCEPT;
-/// Statistics of a transfer that has finished, successfully or not; FLASHPACK_RUNNING if it has not.
+/// Statistics of a transfer that has finished, successfully or not, and was waited for; else FLASHPACK_RUNNING.
 FLASHPACK_API flashpack_status flashpack_transfer_get_stats(flashpack_transfer* transfer, flashpack_stats* stats,
                                                             flashpack_error** error) FLASHPACK_NOEXCEPT;
 /// Cancels the transfer unless it has finished, and waits until nothing is under way.
@@ -420,7 +459,9 @@ typedef struct flashpack_write_request {
   const flashpack_source* sources;  ///< No byte of a file may be written twice.
   size_t source_count;
   void* stream;        ///< A cudaStream_t: sources on a GPU are not read before all work that is on it has ended.
-  int64_t timeout_ns;  ///< As in flashpack_load_request.
+  int64_t timeout_ns;  ///< As in flashpack_load_request, like the rest.
+  flashpack_events* events;
+  uint64_t tag;
 } flashpack_write_request;
 
 /// Begins a file beside `path`, whose directory must exist. `options` may be NULL. Errors: errno; FLASHPACK_UNUSABLE.

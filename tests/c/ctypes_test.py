@@ -74,9 +74,11 @@ class LoadRequest(Structure):
         ("cache", c_int32),
         ("verify", c_int32),
         ("drop_cached", c_int32),
-        ("reserved", c_int32),
+        ("report_extents", c_int32),
         ("stream", c_void_p),
         ("timeout_ns", c_int64),
+        ("events", c_void_p),
+        ("tag", c_uint64),
     )
 
 

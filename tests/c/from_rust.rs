@@ -29,9 +29,11 @@ struct LoadRequest {
     cache: i32,
     verify: i32,
     drop_cached: i32,
-    reserved: i32,
+    report_extents: i32,
     stream: *mut c_void,
     timeout_ns: i64,
+    events: *mut c_void,
+    tag: u64,
 }
 
 type Handle = *mut c_void;

@@ -236,8 +236,8 @@ TEST(wrong_requests_are_refused_before_anything_is_read) {
   request.verify = FLASHPACK_VERIFY_ALWAYS;
   FAILS(FLASHPACK_INVALID_ARGUMENT, "cannot be verified", flashpack_load(engine, &request, &error));
   request = load.request;
-  request.reserved = 1;
-  FAILS(FLASHPACK_INVALID_ARGUMENT, "reserved", flashpack_load(engine, &request, &error));
+  request.report_extents = 1;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "has no events", flashpack_load(engine, &request, &error));
   request = load.request;
   request.paths = NULL;
   FAILS(FLASHPACK_INVALID_ARGUMENT, "request->paths is NULL", flashpack_load(engine, &request, &error));

@@ -11,6 +11,8 @@ TEST(null_is_destroyed_without_harm) {
   flashpack_tensors_destroy(NULL);
   flashpack_transfer_destroy(NULL);
   flashpack_writer_destroy(NULL);
+  flashpack_events_destroy(NULL);
+  CHECK(flashpack_events_fd(NULL) == -1);
   CHECK(flashpack_error_status(NULL) == FLASHPACK_OK && flashpack_error_offset(NULL) == FLASHPACK_NO_OFFSET);
   CHECK(*flashpack_error_message(NULL) == 0 && *flashpack_error_path(NULL) == 0);
 }
@@ -58,6 +60,9 @@ TEST(null_handles_and_places_are_refused) {
   NULL_IS_REFUSED("writer", flashpack_start_write(NULL, &write, &transfer, &error));
   NULL_IS_REFUSED("writer", flashpack_write(NULL, &write, &error));
   NULL_IS_REFUSED("writer", flashpack_writer_commit(NULL, NULL, 0, &error));
+  NULL_IS_REFUSED("events", flashpack_events_create(NULL, &error));
+  NULL_IS_REFUSED("events", flashpack_events_take(NULL, NULL, 0, &index, &error));
+  NULL_IS_REFUSED("count", flashpack_events_take(NULL, NULL, 0, NULL, &error));
   NULL_IS_REFUSED("path", flashpack_save(engine, NULL, NULL, 0, NULL, &error));
   CHECK(flashpack_transfer_wait(NULL, NULL) == FLASHPACK_INVALID_ARGUMENT);
   flashpack_engine_destroy(engine);

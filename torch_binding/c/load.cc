@@ -6,6 +6,7 @@
 #include "flashpack/verify.h"
 #include "torch_binding/c/arguments.h"
 #include "torch_binding/c/errors.h"
+#include "torch_binding/c/events.h"
 #include "torch_binding/c/handles.h"
 #include "torch_binding/c/transfer.h"
 #include "torch_binding/format/segments.h"
@@ -55,12 +56,29 @@ std::vector<FileExtents> files_of(const Checkpoint& checkpoint, Extents extents,
 }
 
 LoadRequest request_of(const flashpack_load_request& given, std::vector<FileExtents> files) {
-  if (given.reserved != 0) throw argument_error("request->reserved is not 0");
   return {.files = std::move(files),
           .cache = one_of(given.cache, CachePolicy::kBuffered, "request->cache"),
           .after = given.drop_cached ? AfterLoad::kDrop : AfterLoad::kKeep,
           .stream = static_cast<CUstream_st*>(given.stream),
           .deadline = deadline_in(given.timeout_ns)};
+}
+
+// Which extent of the caller each one is that extents_of() has found, in files that have any.
+Places places_of(const flashpack_load_request& given, std::size_t file_count) {
+  Places places(file_count);
+  for (std::size_t i = 0; i < given.extent_count; ++i) places[given.extents[i].file].push_back(i);
+  std::erase_if(places, [](const auto& of_file) { return of_file.empty(); });
+  return places;
+}
+
+Transfer start(Engine& engine, const flashpack_load_request& given, std::vector<FileExtents> files, Places places) {
+  LoadRequest request = request_of(given, std::move(files));
+  request.report_extents = given.report_extents != 0;
+  if (request.report_extents && !given.events) throw argument_error("request reports extents, and has no events");
+  if (!given.events) return engine.start_load(std::move(request));
+  return given.events->start(given.tag, std::move(places), [&](EventQueue& queue, std::uint64_t number) {
+    return queue.start_load(engine, std::move(request), number);
+  });
 }
 
 std::unique_ptr<flashpack_transfer> start_load(flashpack_engine* engine, const flashpack_load_request* request) {
@@ -69,16 +87,19 @@ std::unique_ptr<flashpack_transfer> start_load(flashpack_engine* engine, const f
   auto transfer = std::make_unique<flashpack_transfer>();
   transfer->verify = one_of(given.verify, Verify::kNever, "request->verify");
   std::vector<FileExtents> files;
+  const std::size_t file_count =
+      given.checkpoint ? given.checkpoint->opened->checkpoint.files().size() : given.path_count;
   if (given.checkpoint) {
     if (given.path_count > 0 || given.fds) throw argument_error("request has a checkpoint, and paths or fds");
     transfer->opened = given.checkpoint->opened;
     const Checkpoint& checkpoint = transfer->opened->checkpoint;
-    files = files_of(checkpoint, extents_of(given, checkpoint.files().size()), transfer->verify);
+    files = files_of(checkpoint, extents_of(given, file_count), transfer->verify);
   } else {
     if (transfer->verify == Verify::kAlways) throw argument_error("files that are given by path cannot be verified");
     files = files_by_path(given);
   }
-  transfer->transfer = used.start_load(request_of(given, std::move(files)));
+  Places places = given.report_extents ? places_of(given, file_count) : Places{};
+  transfer->transfer = start(used, given, std::move(files), std::move(places));
   return transfer;
 }
 
@@ -111,6 +132,7 @@ WholeLoad start_load_all(flashpack_engine* engine, const flashpack_load_request*
   const flashpack_load_request given = c::given(require(request, "request"), "request");
   if (given.path_count > 0 || given.fds || given.extent_count > 0)
     throw argument_error("request has paths, fds or extents");
+  if (given.report_extents) throw argument_error("request reports extents, and has none of its own");
   WholeLoad load;
   load.transfer->verify = one_of(given.verify, Verify::kNever, "request->verify");
   load.transfer->opened = require(given.checkpoint, "request->checkpoint").opened;
@@ -120,7 +142,7 @@ WholeLoad start_load_all(flashpack_engine* engine, const flashpack_load_request*
   const SegmentPlan plan = plan_segments(checkpoint, all, Device::Kind::kHost, load.transfer->verify);
   Extents extents = allocate(checkpoint, plan, load);
   load.transfer->transfer =
-      used.start_load(request_of(given, files_of(checkpoint, std::move(extents), load.transfer->verify)));
+      start(used, given, files_of(checkpoint, std::move(extents), load.transfer->verify), Places{});
   return load;
 }
 

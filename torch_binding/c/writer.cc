@@ -8,6 +8,7 @@
 #include "flashpack/format.h"
 #include "torch_binding/c/arguments.h"
 #include "torch_binding/c/errors.h"
+#include "torch_binding/c/events.h"
 #include "torch_binding/c/handles.h"
 #include "torch_binding/c/transfer.h"
 
@@ -22,7 +23,11 @@ std::unique_ptr<flashpack_transfer> start_write(flashpack_writer* writer, const 
   for (const flashpack_source& source : array(given.sources, given.source_count, "request->sources"))
     write.extents.push_back({source.offset_bytes, source.size_bytes, source.source});
   auto transfer = std::make_unique<flashpack_transfer>();
-  transfer->transfer = used.start_write(std::move(write));
+  const auto by_events = [&](EventQueue& queue, std::uint64_t number) {
+    return queue.start_write(used, std::move(write), number);
+  };
+  transfer->transfer =
+      given.events ? given.events->start(given.tag, Places{}, by_events) : used.start_write(std::move(write));
   return transfer;
 }
 

@@ -1,0 +1,61 @@
+/// The events of the C API: an EventQueue that knows how the caller counts his extents.
+#pragma once
+
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "flashpack/event_queue.h"
+#include "flashpack/flashpack.h"
+
+namespace flashpack::c {
+
+/// For each extent of each file of a LoadRequest, its index in the request of the caller.
+using Places = std::vector<std::vector<std::size_t>>;
+
+}  // namespace flashpack::c
+
+struct flashpack_events {
+ public:
+  /// Throws: Error (kUnusable) in a forked child.
+  void require_owner() const;
+
+  /// Starts a transfer with `start_transfer(queue, number)`, which gets a number of this object's own for the caller's
+  /// `tag`. Throws: what that throws.
+  template <typename Start>
+  flashpack::Transfer start(std::uint64_t tag, flashpack::c::Places places, Start start_transfer) {
+    require_owner();
+    const std::uint64_t number = add({tag, std::move(places)});
+    try {
+      return start_transfer(queue_, number);
+    } catch (...) {
+      remove(number);
+      throw;
+    }
+  }
+
+  int fd() const noexcept { return queue_.fd(); }
+  /// Fills `taken` with the oldest events, and returns their number.
+  std::size_t take(flashpack_event* taken, std::size_t capacity);
+
+ private:
+  struct Started {
+    std::uint64_t tag;
+    flashpack::c::Places places;
+  };
+
+  std::uint64_t add(Started started);
+  void remove(std::uint64_t number);
+
+  const pid_t owner_ = ::getpid();
+  flashpack::EventQueue queue_;
+  std::mutex mutex_;  // Protects the rest, and keeps the events of a transfer in order while they are taken.
+  std::unordered_map<std::uint64_t, Started> started_;  // By number; until its last event is taken.
+  std::uint64_t next_ = 0;
+};
