@@ -42,13 +42,9 @@
 #include "flashpack/version.h"
 
 #ifdef __cplusplus
-#define FLASHPACK_NOEXCEPT noexcept
 extern "C" {
-#else
-#define FLASHPACK_NOEXCEPT
 #endif
-
-#define FLASHPACK_API __attribute__((visibility("default")))
+#pragma GCC visibility push(default)
 
 /// FLASHPACK_OK, an errno of the system (positive), or one of the constants below (negative).
 typedef int32_t flashpack_status;
@@ -72,19 +68,19 @@ enum {
 typedef struct flashpack_error flashpack_error;
 
 /// The status that the call has returned; FLASHPACK_OK for NULL.
-FLASHPACK_API flashpack_status flashpack_error_status(const flashpack_error* error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_error_status(const flashpack_error* error);
 /// What failed, where, and why: "read model.flashpack at 12288+4194304: Input/output error". Lives as long as the
 /// error. Empty for NULL.
-FLASHPACK_API const char* flashpack_error_message(const flashpack_error* error) FLASHPACK_NOEXCEPT;
+const char* flashpack_error_message(const flashpack_error* error);
 /// The file that the call has failed on, or an empty string. Lives as long as the error.
-FLASHPACK_API const char* flashpack_error_path(const flashpack_error* error) FLASHPACK_NOEXCEPT;
+const char* flashpack_error_path(const flashpack_error* error);
 /// The offset in bytes in that file, or FLASHPACK_NO_OFFSET.
-FLASHPACK_API uint64_t flashpack_error_offset(const flashpack_error* error) FLASHPACK_NOEXCEPT;
-FLASHPACK_API void flashpack_error_destroy(flashpack_error* error) FLASHPACK_NOEXCEPT;
+uint64_t flashpack_error_offset(const flashpack_error* error);
+void flashpack_error_destroy(flashpack_error* error);
 #define FLASHPACK_NO_OFFSET UINT64_MAX
 
 /// The version of the library that is running, such as "1.0.0". FLASHPACK_VERSION_STRING is that of this header.
-FLASHPACK_API const char* flashpack_version(void) FLASHPACK_NOEXCEPT;
+const char* flashpack_version(void);
 
 /// An engine serves one device (the host or a GPU) with threads and staging memory of its own. A process makes one for
 /// each device.
@@ -128,14 +124,13 @@ typedef struct flashpack_engine_info {
 
 /// Starts an engine. `options` may be NULL. Errors: options out of range; errno when threads, memory or a forced
 /// backend cannot be had; FLASHPACK_CUDA_ERROR, or ENOTSUP in a build without CUDA.
-FLASHPACK_API flashpack_status flashpack_engine_create(const flashpack_engine_options* options,
-                                                       flashpack_engine** engine,
-                                                       flashpack_error** error) FLASHPACK_NOEXCEPT;
-FLASHPACK_API flashpack_status flashpack_engine_get_info(const flashpack_engine* engine, flashpack_engine_info* info,
-                                                         flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_engine_create(const flashpack_engine_options* options, flashpack_engine** engine,
+                                         flashpack_error** error);
+flashpack_status flashpack_engine_get_info(const flashpack_engine* engine, flashpack_engine_info* info,
+                                           flashpack_error** error);
 /// Waits until all transfers of the engine have finished, then stops its threads; cancel transfers before it to end
 /// early. If a writer of the engine is left, the engine itself ends with the last of them.
-FLASHPACK_API void flashpack_engine_destroy(flashpack_engine* engine) FLASHPACK_NOEXCEPT;
+void flashpack_engine_destroy(flashpack_engine* engine);
 
 /// The tensors of one or several files, in flashpack or safetensors format. Constant. The files stay open, so that
 /// loads read from the files whose metadata was read, whatever is at their paths by then; a load fails with
@@ -214,33 +209,27 @@ typedef struct flashpack_metadata {
 /// the usual name of a model's weights is taken (model.flashpack, model.safetensors, ...) or else the only such file.
 /// Any bytes are taken for possibly hostile. Errors: FLASHPACK_BAD_FILE, whose message names the broken rule;
 /// FLASHPACK_FILE_CHANGED; errno.
-FLASHPACK_API flashpack_status flashpack_checkpoint_open(const char* path, flashpack_checkpoint** checkpoint,
-                                                         flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_checkpoint_open(const char* path, flashpack_checkpoint** checkpoint,
+                                           flashpack_error** error);
 /// Opens several files as one checkpoint. Errors: as above, and FLASHPACK_BAD_FILE if two of them have one tensor.
-FLASHPACK_API flashpack_status flashpack_checkpoint_open_files(const char* const* paths, size_t path_count,
-                                                               flashpack_checkpoint** checkpoint,
-                                                               flashpack_error** error) FLASHPACK_NOEXCEPT;
-FLASHPACK_API flashpack_status flashpack_checkpoint_get_info(const flashpack_checkpoint* checkpoint,
-                                                             flashpack_checkpoint_info* info,
-                                                             flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_checkpoint_open_files(const char* const* paths, size_t path_count,
+                                                 flashpack_checkpoint** checkpoint, flashpack_error** error);
+flashpack_status flashpack_checkpoint_get_info(const flashpack_checkpoint* checkpoint, flashpack_checkpoint_info* info,
+                                               flashpack_error** error);
 /// File `index` of the checkpoint. An index that is too large is FLASHPACK_INVALID_ARGUMENT, here and below.
-FLASHPACK_API flashpack_status flashpack_checkpoint_get_file(const flashpack_checkpoint* checkpoint, size_t index,
-                                                             flashpack_file* file,
-                                                             flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_checkpoint_get_file(const flashpack_checkpoint* checkpoint, size_t index,
+                                               flashpack_file* file, flashpack_error** error);
 /// Tensor `index` of the checkpoint. Tensors are counted file by file, and in file order in each.
-FLASHPACK_API flashpack_status flashpack_checkpoint_get_tensor(const flashpack_checkpoint* checkpoint, size_t index,
-                                                               flashpack_tensor* tensor,
-                                                               flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_checkpoint_get_tensor(const flashpack_checkpoint* checkpoint, size_t index,
+                                                 flashpack_tensor* tensor, flashpack_error** error);
 /// Entry `index` of the text, sorted by key.
-FLASHPACK_API flashpack_status flashpack_checkpoint_get_metadata(const flashpack_checkpoint* checkpoint, size_t index,
-                                                                 flashpack_metadata* metadata,
-                                                                 flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_checkpoint_get_metadata(const flashpack_checkpoint* checkpoint, size_t index,
+                                                   flashpack_metadata* metadata, flashpack_error** error);
 /// Finds a tensor by its name of `name_bytes` bytes. Errors: FLASHPACK_NOT_FOUND.
-FLASHPACK_API flashpack_status flashpack_checkpoint_find(const flashpack_checkpoint* checkpoint, const char* name,
-                                                         size_t name_bytes, size_t* index,
-                                                         flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_checkpoint_find(const flashpack_checkpoint* checkpoint, const char* name, size_t name_bytes,
+                                           size_t* index, flashpack_error** error);
 /// Loads that are under way keep what they need.
-FLASHPACK_API void flashpack_checkpoint_destroy(flashpack_checkpoint* checkpoint) FLASHPACK_NOEXCEPT;
+void flashpack_checkpoint_destroy(flashpack_checkpoint* checkpoint);
 
 /// Memory of the host that loads are fastest to: on huge pages where they are cheap, at the place in a page that the
 /// bytes have in the file, and kept for the next one when it is destroyed, because fresh pages cost more than a read.
@@ -248,15 +237,14 @@ typedef struct flashpack_memory flashpack_memory;
 
 /// Allocates `size_bytes` bytes with unspecified contents. `offset_bytes` is the place in the file of what will be read
 /// there. Errors: ENOMEM.
-FLASHPACK_API flashpack_status flashpack_memory_create(size_t size_bytes, uint64_t offset_bytes,
-                                                       flashpack_memory** memory,
-                                                       flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_memory_create(size_t size_bytes, uint64_t offset_bytes, flashpack_memory** memory,
+                                         flashpack_error** error);
 /// The address of its first byte; NULL for NULL.
-FLASHPACK_API void* flashpack_memory_data(const flashpack_memory* memory) FLASHPACK_NOEXCEPT;
+void* flashpack_memory_data(const flashpack_memory* memory);
 /// Must not be called while a transfer uses the memory.
-FLASHPACK_API void flashpack_memory_destroy(flashpack_memory* memory) FLASHPACK_NOEXCEPT;
+void flashpack_memory_destroy(flashpack_memory* memory);
 /// Gives all memory that is kept for the next flashpack_memory back to the system.
-FLASHPACK_API void flashpack_memory_release_kept(void) FLASHPACK_NOEXCEPT;
+void flashpack_memory_release_kept(void);
 
 /// Collects what happens to transfers, for event loops of any kind: those that are started with a request that names
 /// it, of any number of engines.
@@ -281,17 +269,16 @@ typedef struct flashpack_event {
 } flashpack_event;
 
 /// Takes one descriptor. Errors: errno of eventfd(2).
-FLASHPACK_API flashpack_status flashpack_events_create(flashpack_events** events,
-                                                       flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_events_create(flashpack_events** events, flashpack_error** error);
 /// A descriptor that is readable as long as an event waits; loops that are told of edges alone are told when an event
 /// comes and none was waiting. It belongs to `events` and is only to be polled, neither read nor closed. -1 for NULL.
-FLASHPACK_API int32_t flashpack_events_fd(const flashpack_events* events) FLASHPACK_NOEXCEPT;
+int32_t flashpack_events_fd(const flashpack_events* events);
 /// Moves the oldest events, at most `capacity`, to `taken`, and sets `count` to their number, 0 if none waits. It never
 /// waits for an event. A loop that is told of edges alone calls it until `count` is less than `capacity`.
-FLASHPACK_API flashpack_status flashpack_events_take(flashpack_events* events, flashpack_event* taken, size_t capacity,
-                                                     size_t* count, flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_events_take(flashpack_events* events, flashpack_event* taken, size_t capacity, size_t* count,
+                                       flashpack_error** error);
 /// Transfers that are under way go on, and their events are lost.
-FLASHPACK_API void flashpack_events_destroy(flashpack_events* events) FLASHPACK_NOEXCEPT;
+void flashpack_events_destroy(flashpack_events* events);
 
 /// A load or a write that has been started.
 ///
@@ -375,51 +362,45 @@ typedef struct flashpack_stats {
 
 /// Starts a load and returns. Errors: targets that are NULL or overlap; FLASHPACK_UNUSABLE. Errors of the files are the
 /// transfer's, except that they cannot be read with FLASHPACK_VERIFY_ALWAYS because they have no checksums.
-FLASHPACK_API flashpack_status flashpack_start_load(flashpack_engine* engine, const flashpack_load_request* request,
-                                                    flashpack_transfer** transfer,
-                                                    flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_start_load(flashpack_engine* engine, const flashpack_load_request* request,
+                                      flashpack_transfer** transfer, flashpack_error** error);
 /// Loads and returns when all bytes are in their targets. After an error the targets hold unspecified bytes, and
 /// nothing is under way any more.
-FLASHPACK_API flashpack_status flashpack_load(flashpack_engine* engine, const flashpack_load_request* request,
-                                              flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_load(flashpack_engine* engine, const flashpack_load_request* request,
+                                flashpack_error** error);
 
 /// Waits until the transfer has finished, and returns how it ended. May be called again, with the same result. A read
 /// that the kernel does not give back is waited for, however long that takes.
-FLASHPACK_API flashpack_status flashpack_transfer_wait(flashpack_transfer* transfer,
-                                                       flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_transfer_wait(flashpack_transfer* transfer, flashpack_error** error);
 /// The same, but returns FLASHPACK_RUNNING when `timeout_ns` nanoseconds have passed. 0 only asks.
-FLASHPACK_API flashpack_status flashpack_transfer_wait_for(flashpack_transfer* transfer, int64_t timeout_ns,
-                                                           flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_transfer_wait_for(flashpack_transfer* transfer, int64_t timeout_ns, flashpack_error** error);
 /// Makes the transfer end soon, with FLASHPACK_CANCELLED; returns at once. A transfer that has finished stays as it is.
-FLASHPACK_API flashpack_status flashpack_transfer_cancel(flashpack_transfer* transfer,
-                                                         flashpack_error** error) FLASHPACK_NOEXCEPT;
-FLASHPACK_API flashpack_status flashpack_transfer_get_progress(flashpack_transfer* transfer,
-                                                               flashpack_progress* progress,
-                                                               flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_transfer_cancel(flashpack_transfer* transfer, flashpack_error** error);
+flashpack_status flashpack_transfer_get_progress(flashpack_transfer* transfer, flashpack_progress* progress,
+                                                 flashpack_error** error);
 /// Statistics of a transfer that has finished, successfully or not, and was waited for; else FLASHPACK_RUNNING.
-FLASHPACK_API flashpack_status flashpack_transfer_get_stats(flashpack_transfer* transfer, flashpack_stats* stats,
-                                                            flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_transfer_get_stats(flashpack_transfer* transfer, flashpack_stats* stats,
+                                              flashpack_error** error);
 /// Cancels the transfer unless it has finished, and waits until nothing is under way.
-FLASHPACK_API void flashpack_transfer_destroy(flashpack_transfer* transfer) FLASHPACK_NOEXCEPT;
+void flashpack_transfer_destroy(flashpack_transfer* transfer);
 
 /// All tensors of a checkpoint, in memory of the host.
 typedef struct flashpack_tensors flashpack_tensors;
 
 /// Allocates memory for all tensors of `request->checkpoint` and loads them. The request has no paths, fds and extents.
 /// Errors: as of flashpack_load(), and ENOMEM.
-FLASHPACK_API flashpack_status flashpack_load_all(flashpack_engine* engine, const flashpack_load_request* request,
-                                                  flashpack_tensors** tensors,
-                                                  flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_load_all(flashpack_engine* engine, const flashpack_load_request* request,
+                                    flashpack_tensors** tensors, flashpack_error** error);
 /// The same without waiting. The tensors hold unspecified bytes until the transfer has finished. Either handle may be
 /// destroyed first.
-FLASHPACK_API flashpack_status flashpack_start_load_all(flashpack_engine* engine, const flashpack_load_request* request,
-                                                        flashpack_tensors** tensors, flashpack_transfer** transfer,
-                                                        flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_start_load_all(flashpack_engine* engine, const flashpack_load_request* request,
+                                          flashpack_tensors** tensors, flashpack_transfer** transfer,
+                                          flashpack_error** error);
 /// Sets `data` to the address of the elements of tensor `index` of the checkpoint, which is aligned for its type; to
 /// NULL if the tensor is empty. The memory may be written, and lives as long as `tensors`.
-FLASHPACK_API flashpack_status flashpack_tensors_data(const flashpack_tensors* tensors, size_t index, void** data,
-                                                      flashpack_error** error) FLASHPACK_NOEXCEPT;
-FLASHPACK_API void flashpack_tensors_destroy(flashpack_tensors* tensors) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_tensors_data(const flashpack_tensors* tensors, size_t index, void** data,
+                                        flashpack_error** error);
+void flashpack_tensors_destroy(flashpack_tensors* tensors);
 
 typedef struct flashpack_verify_report {
   size_t struct_size;
@@ -433,9 +414,8 @@ typedef struct flashpack_verify_report {
 /// match. Blocks, and takes 128 MiB of memory. `report` may be NULL. Errors: FLASHPACK_CORRUPT, whose message names the
 /// tensors in the first such stripe, and for which `report` is filled, too; FLASHPACK_BAD_FILE if the file has no
 /// checksums; FLASHPACK_FILE_CHANGED; errno.
-FLASHPACK_API flashpack_status flashpack_verify(flashpack_engine* engine, const flashpack_checkpoint* checkpoint,
-                                                size_t index, flashpack_verify_report* report,
-                                                flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_verify(flashpack_engine* engine, const flashpack_checkpoint* checkpoint, size_t index,
+                                  flashpack_verify_report* report, flashpack_error** error);
 
 /// A new file that will replace the one at its path when it is complete. One thread at a time may use a writer.
 typedef struct flashpack_writer flashpack_writer;
@@ -465,26 +445,24 @@ typedef struct flashpack_write_request {
 } flashpack_write_request;
 
 /// Begins a file beside `path`, whose directory must exist. `options` may be NULL. Errors: errno; FLASHPACK_UNUSABLE.
-FLASHPACK_API flashpack_status flashpack_writer_create(flashpack_engine* engine, const char* path,
-                                                       const flashpack_writer_options* options,
-                                                       flashpack_writer** writer,
-                                                       flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_writer_create(flashpack_engine* engine, const char* path,
+                                         const flashpack_writer_options* options, flashpack_writer** writer,
+                                         flashpack_error** error);
 /// Starts a write and returns; may be called any number of times. Bytes that are never written read as zeros. Errors:
 /// a byte twice; ENOSPC; others are the transfer's.
-FLASHPACK_API flashpack_status flashpack_start_write(flashpack_writer* writer, const flashpack_write_request* request,
-                                                     flashpack_transfer** transfer,
-                                                     flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_start_write(flashpack_writer* writer, const flashpack_write_request* request,
+                                       flashpack_transfer** transfer, flashpack_error** error);
 /// Writes and returns when all bytes are in the new file.
-FLASHPACK_API flashpack_status flashpack_write(flashpack_writer* writer, const flashpack_write_request* request,
-                                               flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_write(flashpack_writer* writer, const flashpack_write_request* request,
+                                 flashpack_error** error);
 /// Appends `tail_bytes` bytes, makes the file durable and puts it in place. All writes must have finished. After this
 /// the writer can only be destroyed. Errors: that of a write that failed, FLASHPACK_INVALID_ARGUMENT if one is under
 /// way or the writer was committed before, errno; the file at the path is as before, unless the message says that the
 /// new file is in place but perhaps not durable.
-FLASHPACK_API flashpack_status flashpack_writer_commit(flashpack_writer* writer, const void* tail, size_t tail_bytes,
-                                                       flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_writer_commit(flashpack_writer* writer, const void* tail, size_t tail_bytes,
+                                         flashpack_error** error);
 /// Unless committed, cancels writes that are under way, removes the new file, and leaves what is at the path.
-FLASHPACK_API void flashpack_writer_destroy(flashpack_writer* writer) FLASHPACK_NOEXCEPT;
+void flashpack_writer_destroy(flashpack_writer* writer);
 
 /// A tensor to be saved.
 typedef struct flashpack_save_tensor {
@@ -507,11 +485,10 @@ typedef struct flashpack_save_options {
 
 /// Writes a flashpack file with these tensors, all or nothing, and durable. Blocks. `options` may be NULL. Errors: no
 /// tensors, names that are equal or not UTF-8, shapes and dtypes that cannot be; errno.
-FLASHPACK_API flashpack_status flashpack_save(flashpack_engine* engine, const char* path,
-                                              const flashpack_save_tensor* tensors, size_t tensor_count,
-                                              const flashpack_save_options* options,
-                                              flashpack_error** error) FLASHPACK_NOEXCEPT;
+flashpack_status flashpack_save(flashpack_engine* engine, const char* path, const flashpack_save_tensor* tensors,
+                                size_t tensor_count, const flashpack_save_options* options, flashpack_error** error);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

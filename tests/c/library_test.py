@@ -21,7 +21,7 @@ def exported() -> list[str]:
 
 
 def declared() -> list[str]:
-    return sorted(re.findall(r"^FLASHPACK_API [^(]*?(flashpack_\w+)\(", HEADER.read_text(), re.MULTILINE))
+    return sorted(re.findall(r"^\w[\w* ]*[ *](flashpack_\w+)\(", HEADER.read_text(), re.MULTILINE))
 
 
 class LibraryTest(unittest.TestCase):

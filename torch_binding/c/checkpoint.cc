@@ -62,7 +62,7 @@ OpenCheckpoint::OpenCheckpoint(Checkpoint made) : checkpoint(std::move(made)), m
 using namespace flashpack::c;
 
 flashpack_status flashpack_checkpoint_open(const char* path, flashpack_checkpoint** checkpoint,
-                                           flashpack_error** error) noexcept {
+                                           flashpack_error** error) {
   return guarded(error, [&] {
     auto*& place = place_of(checkpoint, "checkpoint");
     auto opened = flashpack::open_checkpoint(std::filesystem::path(&require(path, "path")));
@@ -71,7 +71,7 @@ flashpack_status flashpack_checkpoint_open(const char* path, flashpack_checkpoin
 }
 
 flashpack_status flashpack_checkpoint_open_files(const char* const* paths, size_t path_count,
-                                                 flashpack_checkpoint** checkpoint, flashpack_error** error) noexcept {
+                                                 flashpack_checkpoint** checkpoint, flashpack_error** error) {
   return guarded(error, [&] {
     auto*& place = place_of(checkpoint, "checkpoint");
     std::vector<std::filesystem::path> files;
@@ -84,7 +84,7 @@ flashpack_status flashpack_checkpoint_open_files(const char* const* paths, size_
 }
 
 flashpack_status flashpack_checkpoint_get_info(const flashpack_checkpoint* checkpoint, flashpack_checkpoint_info* info,
-                                               flashpack_error** error) noexcept {
+                                               flashpack_error** error) {
   return guarded(error, [&] {
     const OpenCheckpoint& asked = opened(checkpoint);
     give(flashpack_checkpoint_info{.file_count = asked.checkpoint.files().size(),
@@ -95,7 +95,7 @@ flashpack_status flashpack_checkpoint_get_info(const flashpack_checkpoint* check
 }
 
 flashpack_status flashpack_checkpoint_get_file(const flashpack_checkpoint* checkpoint, size_t index,
-                                               flashpack_file* file, flashpack_error** error) noexcept {
+                                               flashpack_file* file, flashpack_error** error) {
   return guarded(error, [&] {
     const auto files = opened(checkpoint).checkpoint.files();
     const flashpack::CheckpointFile& asked = at(files, index, "file");
@@ -110,7 +110,7 @@ flashpack_status flashpack_checkpoint_get_file(const flashpack_checkpoint* check
 }
 
 flashpack_status flashpack_checkpoint_get_tensor(const flashpack_checkpoint* checkpoint, size_t index,
-                                                 flashpack_tensor* tensor, flashpack_error** error) noexcept {
+                                                 flashpack_tensor* tensor, flashpack_error** error) {
   return guarded(error, [&] {
     const flashpack::Checkpoint& asked = opened(checkpoint).checkpoint;
     if (index >= asked.size())
@@ -132,7 +132,7 @@ flashpack_status flashpack_checkpoint_get_tensor(const flashpack_checkpoint* che
 }
 
 flashpack_status flashpack_checkpoint_get_metadata(const flashpack_checkpoint* checkpoint, size_t index,
-                                                   flashpack_metadata* metadata, flashpack_error** error) noexcept {
+                                                   flashpack_metadata* metadata, flashpack_error** error) {
   return guarded(error, [&] {
     const auto& [key, value] = *at(opened(checkpoint).metadata_by_index, index, "entry of metadata");
     give(
@@ -143,7 +143,7 @@ flashpack_status flashpack_checkpoint_get_metadata(const flashpack_checkpoint* c
 }
 
 flashpack_status flashpack_checkpoint_find(const flashpack_checkpoint* checkpoint, const char* name, size_t name_bytes,
-                                           size_t* index, flashpack_error** error) noexcept {
+                                           size_t* index, flashpack_error** error) {
   return guarded(error, [&] {
     const OpenCheckpoint& asked = opened(checkpoint);
     size_t& place = require(index, "index");
@@ -156,4 +156,4 @@ flashpack_status flashpack_checkpoint_find(const flashpack_checkpoint* checkpoin
   });
 }
 
-void flashpack_checkpoint_destroy(flashpack_checkpoint* checkpoint) noexcept { delete checkpoint; }
+void flashpack_checkpoint_destroy(flashpack_checkpoint* checkpoint) { delete checkpoint; }

@@ -37,10 +37,10 @@ EngineOptions options_of(const flashpack_engine_options& given) {
 
 using namespace flashpack::c;
 
-const char* flashpack_version() noexcept { return flashpack::version(); }
+const char* flashpack_version() { return flashpack::version(); }
 
 flashpack_status flashpack_engine_create(const flashpack_engine_options* options, flashpack_engine** engine,
-                                         flashpack_error** error) noexcept {
+                                         flashpack_error** error) {
   return guarded(error, [&] {
     auto*& place = place_of(engine, "engine");
     auto made = std::make_shared<flashpack::Engine>(options_of(given_or_default(options, "options")));
@@ -49,7 +49,7 @@ flashpack_status flashpack_engine_create(const flashpack_engine_options* options
 }
 
 flashpack_status flashpack_engine_get_info(const flashpack_engine* engine, flashpack_engine_info* info,
-                                           flashpack_error** error) noexcept {
+                                           flashpack_error** error) {
   return guarded(error, [&] {
     const flashpack::Engine& asked = *require(engine, "engine").engine;
     const flashpack::EngineOptions& options = asked.options();
@@ -63,4 +63,4 @@ flashpack_status flashpack_engine_get_info(const flashpack_engine* engine, flash
   });
 }
 
-void flashpack_engine_destroy(flashpack_engine* engine) noexcept { delete engine; }
+void flashpack_engine_destroy(flashpack_engine* engine) { delete engine; }

@@ -82,20 +82,16 @@ flashpack_status failed(flashpack_error** error) noexcept {
 
 }  // namespace flashpack::c
 
-flashpack_status flashpack_error_status(const flashpack_error* error) noexcept {
-  return error ? error->status : FLASHPACK_OK;
-}
+flashpack_status flashpack_error_status(const flashpack_error* error) { return error ? error->status : FLASHPACK_OK; }
 
-const char* flashpack_error_message(const flashpack_error* error) noexcept {
-  return error ? error->message.c_str() : "";
-}
+const char* flashpack_error_message(const flashpack_error* error) { return error ? error->message.c_str() : ""; }
 
-const char* flashpack_error_path(const flashpack_error* error) noexcept { return error ? error->path.c_str() : ""; }
+const char* flashpack_error_path(const flashpack_error* error) { return error ? error->path.c_str() : ""; }
 
-uint64_t flashpack_error_offset(const flashpack_error* error) noexcept {
+uint64_t flashpack_error_offset(const flashpack_error* error) {
   return error ? error->offset_bytes : FLASHPACK_NO_OFFSET;
 }
 
-void flashpack_error_destroy(flashpack_error* error) noexcept {
+void flashpack_error_destroy(flashpack_error* error) {
   if (error != &flashpack::c::out_of_memory()) delete error;
 }

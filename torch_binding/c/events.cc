@@ -45,17 +45,17 @@ std::size_t flashpack_events::take(flashpack_event* taken, std::size_t capacity)
 
 using namespace flashpack::c;
 
-flashpack_status flashpack_events_create(flashpack_events** events, flashpack_error** error) noexcept {
+flashpack_status flashpack_events_create(flashpack_events** events, flashpack_error** error) {
   return guarded(error, [&] {
     auto*& place = place_of(events, "events");
     place = new flashpack_events;
   });
 }
 
-int32_t flashpack_events_fd(const flashpack_events* events) noexcept { return events ? events->fd() : -1; }
+int32_t flashpack_events_fd(const flashpack_events* events) { return events ? events->fd() : -1; }
 
 flashpack_status flashpack_events_take(flashpack_events* events, flashpack_event* taken, size_t capacity, size_t* count,
-                                       flashpack_error** error) noexcept {
+                                       flashpack_error** error) {
   return guarded(error, [&] {
     size_t& place = require(count, "count");
     place = 0;
@@ -64,4 +64,4 @@ flashpack_status flashpack_events_take(flashpack_events* events, flashpack_event
   });
 }
 
-void flashpack_events_destroy(flashpack_events* events) noexcept { delete events; }
+void flashpack_events_destroy(flashpack_events* events) { delete events; }

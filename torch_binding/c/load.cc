@@ -163,7 +163,7 @@ void give_report(const VerifyReport& found, flashpack_verify_report* report) {
 using namespace flashpack::c;
 
 flashpack_status flashpack_start_load(flashpack_engine* engine, const flashpack_load_request* request,
-                                      flashpack_transfer** transfer, flashpack_error** error) noexcept {
+                                      flashpack_transfer** transfer, flashpack_error** error) {
   return guarded(error, [&] {
     auto*& place = place_of(transfer, "transfer");
     place = start_load(engine, request).release();
@@ -171,13 +171,13 @@ flashpack_status flashpack_start_load(flashpack_engine* engine, const flashpack_
 }
 
 flashpack_status flashpack_load(flashpack_engine* engine, const flashpack_load_request* request,
-                                flashpack_error** error) noexcept {
+                                flashpack_error** error) {
   return guarded(error, [&] { wait(*start_load(engine, request)); });
 }
 
 flashpack_status flashpack_start_load_all(flashpack_engine* engine, const flashpack_load_request* request,
                                           flashpack_tensors** tensors, flashpack_transfer** transfer,
-                                          flashpack_error** error) noexcept {
+                                          flashpack_error** error) {
   return guarded(error, [&] {
     auto*& place = place_of(tensors, "tensors");
     auto*& place_of_transfer = place_of(transfer, "transfer");
@@ -188,7 +188,7 @@ flashpack_status flashpack_start_load_all(flashpack_engine* engine, const flashp
 }
 
 flashpack_status flashpack_load_all(flashpack_engine* engine, const flashpack_load_request* request,
-                                    flashpack_tensors** tensors, flashpack_error** error) noexcept {
+                                    flashpack_tensors** tensors, flashpack_error** error) {
   return guarded(error, [&] {
     auto*& place = place_of(tensors, "tensors");
     WholeLoad load = start_load_all(engine, request);
@@ -198,7 +198,7 @@ flashpack_status flashpack_load_all(flashpack_engine* engine, const flashpack_lo
 }
 
 flashpack_status flashpack_tensors_data(const flashpack_tensors* tensors, size_t index, void** data,
-                                        flashpack_error** error) noexcept {
+                                        flashpack_error** error) {
   return guarded(error, [&] {
     void*& place = place_of(data, "data");
     const std::vector<void*>& all = require(tensors, "tensors").data;
@@ -208,10 +208,10 @@ flashpack_status flashpack_tensors_data(const flashpack_tensors* tensors, size_t
   });
 }
 
-void flashpack_tensors_destroy(flashpack_tensors* tensors) noexcept { delete tensors; }
+void flashpack_tensors_destroy(flashpack_tensors* tensors) { delete tensors; }
 
 flashpack_status flashpack_verify(flashpack_engine* engine, const flashpack_checkpoint* checkpoint, size_t index,
-                                  flashpack_verify_report* report, flashpack_error** error) noexcept {
+                                  flashpack_verify_report* report, flashpack_error** error) {
   return guarded(error, [&] {
     flashpack::Engine& used = *require(engine, "engine").engine;
     const auto files = require(checkpoint, "checkpoint").opened->checkpoint.files();

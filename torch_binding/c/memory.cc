@@ -5,17 +5,15 @@
 using namespace flashpack::c;
 
 flashpack_status flashpack_memory_create(size_t size_bytes, uint64_t offset_bytes, flashpack_memory** memory,
-                                         flashpack_error** error) noexcept {
+                                         flashpack_error** error) {
   return guarded(error, [&] {
     auto*& place = place_of(memory, "memory");
     place = new flashpack_memory{flashpack::HostMemory(size_bytes, offset_bytes)};
   });
 }
 
-void* flashpack_memory_data(const flashpack_memory* memory) noexcept {
-  return memory ? memory->memory.data() : nullptr;
-}
+void* flashpack_memory_data(const flashpack_memory* memory) { return memory ? memory->memory.data() : nullptr; }
 
-void flashpack_memory_destroy(flashpack_memory* memory) noexcept { delete memory; }
+void flashpack_memory_destroy(flashpack_memory* memory) { delete memory; }
 
-void flashpack_memory_release_kept() noexcept { flashpack::HostMemory::release_kept(); }
+void flashpack_memory_release_kept() { flashpack::HostMemory::release_kept(); }

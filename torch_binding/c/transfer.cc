@@ -47,12 +47,12 @@ void wait(flashpack_transfer& transfer) {
 
 using namespace flashpack::c;
 
-flashpack_status flashpack_transfer_wait(flashpack_transfer* transfer, flashpack_error** error) noexcept {
+flashpack_status flashpack_transfer_wait(flashpack_transfer* transfer, flashpack_error** error) {
   return guarded(error, [&] { wait(require(transfer, "transfer")); });
 }
 
 flashpack_status flashpack_transfer_wait_for(flashpack_transfer* transfer, int64_t timeout_ns,
-                                             flashpack_error** error) noexcept {
+                                             flashpack_error** error) {
   return guarded(error, [&]() -> flashpack_status {
     flashpack_transfer& asked = require(transfer, "transfer");
     if (!asked.transfer.wait_for(duration_of(timeout_ns))) return FLASHPACK_RUNNING;
@@ -61,7 +61,7 @@ flashpack_status flashpack_transfer_wait_for(flashpack_transfer* transfer, int64
   });
 }
 
-flashpack_status flashpack_transfer_cancel(flashpack_transfer* transfer, flashpack_error** error) noexcept {
+flashpack_status flashpack_transfer_cancel(flashpack_transfer* transfer, flashpack_error** error) {
   return guarded(error, [&] {
     flashpack_transfer& asked = require(transfer, "transfer");
     asked.transfer.progress();  // It tells, unlike cancel(), whether the transfer is the parent's.
@@ -70,7 +70,7 @@ flashpack_status flashpack_transfer_cancel(flashpack_transfer* transfer, flashpa
 }
 
 flashpack_status flashpack_transfer_get_progress(flashpack_transfer* transfer, flashpack_progress* progress,
-                                                 flashpack_error** error) noexcept {
+                                                 flashpack_error** error) {
   return guarded(error, [&] {
     const flashpack::Progress now = require(transfer, "transfer").transfer.progress();
     give(flashpack_progress{.done_bytes = now.done_bytes,
@@ -82,7 +82,7 @@ flashpack_status flashpack_transfer_get_progress(flashpack_transfer* transfer, f
 }
 
 flashpack_status flashpack_transfer_get_stats(flashpack_transfer* transfer, flashpack_stats* stats,
-                                              flashpack_error** error) noexcept {
+                                              flashpack_error** error) {
   return guarded(error, [&]() -> flashpack_status {
     flashpack_transfer& asked = require(transfer, "transfer");
     if (!asked.transfer.progress().finished) return FLASHPACK_RUNNING;
@@ -104,4 +104,4 @@ flashpack_status flashpack_transfer_get_stats(flashpack_transfer* transfer, flas
   });
 }
 
-void flashpack_transfer_destroy(flashpack_transfer* transfer) noexcept { delete transfer; }
+void flashpack_transfer_destroy(flashpack_transfer* transfer) { delete transfer; }

@@ -78,7 +78,7 @@ using namespace flashpack::c;
 
 flashpack_status flashpack_writer_create(flashpack_engine* engine, const char* path,
                                          const flashpack_writer_options* options, flashpack_writer** writer,
-                                         flashpack_error** error) noexcept {
+                                         flashpack_error** error) {
   return guarded(error, [&] {
     auto*& place = place_of(writer, "writer");
     const std::shared_ptr<flashpack::Engine>& used = require(engine, "engine").engine;
@@ -90,7 +90,7 @@ flashpack_status flashpack_writer_create(flashpack_engine* engine, const char* p
 }
 
 flashpack_status flashpack_start_write(flashpack_writer* writer, const flashpack_write_request* request,
-                                       flashpack_transfer** transfer, flashpack_error** error) noexcept {
+                                       flashpack_transfer** transfer, flashpack_error** error) {
   return guarded(error, [&] {
     auto*& place = place_of(transfer, "transfer");
     place = start_write(writer, request).release();
@@ -98,23 +98,22 @@ flashpack_status flashpack_start_write(flashpack_writer* writer, const flashpack
 }
 
 flashpack_status flashpack_write(flashpack_writer* writer, const flashpack_write_request* request,
-                                 flashpack_error** error) noexcept {
+                                 flashpack_error** error) {
   return guarded(error, [&] { wait(*start_write(writer, request)); });
 }
 
 flashpack_status flashpack_writer_commit(flashpack_writer* writer, const void* tail, size_t tail_bytes,
-                                         flashpack_error** error) noexcept {
+                                         flashpack_error** error) {
   return guarded(error, [&] {
     flashpack::FileWriter& used = require(writer, "writer").writer;
     used.commit(array(static_cast<const std::byte*>(tail), tail_bytes, "tail"));
   });
 }
 
-void flashpack_writer_destroy(flashpack_writer* writer) noexcept { delete writer; }
+void flashpack_writer_destroy(flashpack_writer* writer) { delete writer; }
 
 flashpack_status flashpack_save(flashpack_engine* engine, const char* path, const flashpack_save_tensor* tensors,
-                                size_t tensor_count, const flashpack_save_options* options,
-                                flashpack_error** error) noexcept {
+                                size_t tensor_count, const flashpack_save_options* options, flashpack_error** error) {
   return guarded(error, [&] {
     flashpack::Engine& used = *require(engine, "engine").engine;
     save(used, &require(path, "path"), array(tensors, tensor_count, "tensors"), given_or_default(options, "options"));
