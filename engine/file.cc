@@ -1,6 +1,8 @@
 #include "engine/file.h"
 
 #include <fcntl.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
@@ -11,6 +13,7 @@
 #include <string>
 
 #include "engine/ground/error.h"
+#include "engine/ground/file_kind.h"
 #include "engine/ground/pages.h"
 #include "engine/plan.h"
 
@@ -18,33 +21,67 @@ namespace flashpack::internal {
 
 namespace {
 
+// A path of the inode that is open as `fd`, wherever that is by now, or if it has no name.
+std::string path_of(int fd) { return "/proc/self/fd/" + std::to_string(fd); }
+
 // No file system is known to demand more; with larger blocks, buffered reads are better.
 constexpr std::uint32_t kMaxBlockBytes = std::uint32_t{1} << 20;
 
-FileIdentity identity_of(const struct stat& status) {
-  return {.dev = status.st_dev,
-          .ino = status.st_ino,
-          .size_bytes = static_cast<std::uint64_t>(status.st_size),
-          .mtime_ns = std::int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec};
-}
+struct Status {
+  mode_t mode = 0;
+  FileIdentity identity;
+};
 
-// Gets the fields of an identity as the file system has them now. fstat may return old values for FUSE or a network,
-// and would hide a change. Returns false with errno set.
-bool ask(int fd, struct stat& status, const char* path = "") {
-  struct statx now{};
-  constexpr unsigned kWanted = STATX_TYPE | STATX_INO | STATX_SIZE | STATX_MTIME;
-  if (::statx(fd, path, AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, kWanted, &now) != 0)
-    return ::fstatat(fd, path, &status, AT_EMPTY_PATH) == 0;
-  status.st_mode = now.stx_mode;
-  status.st_dev = ::gnu_dev_makedev(now.stx_dev_major, now.stx_dev_minor);
-  status.st_ino = now.stx_ino;
-  status.st_size = static_cast<off_t>(now.stx_size);
-  status.st_mtim = {.tv_sec = now.stx_mtime.tv_sec, .tv_nsec = now.stx_mtime.tv_nsec};
+// Fills in the identity of the block device that is open as `fd`. Its node has no size, and its mtime does not show
+// writes to the device. Returns false with errno set.
+bool ask_device(int fd, FileIdentity& identity) {
+  std::uint64_t size_bytes = 0;
+  if (::ioctl(fd, BLKGETSIZE64, &size_bytes) != 0) return false;
+  identity.size_bytes = size_bytes;
+  identity.mtime_ns = 0;
+  identity.ino = 0;
+#ifdef BLKGETDISKSEQ
+  std::uint64_t sequence = 0;
+  if (::ioctl(fd, BLKGETDISKSEQ, &sequence) == 0) identity.ino = sequence;
+#endif
   return true;
 }
 
+// Gets the fields of an identity as the file system has them now. fstat may return old values for FUSE or a network,
+// and would hide a change. Empty with errno set if that fails.
+std::optional<Status> ask(int fd, const char* path = "") {
+  struct statx now{};
+  constexpr unsigned kWanted = STATX_TYPE | STATX_INO | STATX_SIZE | STATX_MTIME;
+  Status found;
+  FileIdentity& identity = found.identity;
+  dev_t device = 0;
+  if (::statx(fd, path, AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, kWanted, &now) == 0) {
+    found.mode = now.stx_mode;
+    device = ::gnu_dev_makedev(now.stx_rdev_major, now.stx_rdev_minor);
+    identity = {.dev = ::gnu_dev_makedev(now.stx_dev_major, now.stx_dev_minor),
+                .ino = now.stx_ino,
+                .size_bytes = now.stx_size,
+                .mtime_ns = std::int64_t{now.stx_mtime.tv_sec} * 1'000'000'000 + now.stx_mtime.tv_nsec};
+  } else {
+    struct stat status{};
+    if (::fstatat(fd, path, &status, AT_EMPTY_PATH) != 0) return std::nullopt;
+    found.mode = status.st_mode;
+    device = status.st_rdev;
+    identity = {.dev = status.st_dev,
+                .ino = status.st_ino,
+                .size_bytes = static_cast<std::uint64_t>(status.st_size),
+                .mtime_ns = std::int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec};
+  }
+  if (!S_ISBLK(found.mode)) return found;
+  identity.dev = device;
+  const UniqueFd own(*path != '\0' ? open_to_read(path) : -1);
+  if (*path != '\0' && !own) return std::nullopt;
+  if (!ask_device(own ? own.get() : fd, identity)) return std::nullopt;
+  return found;
+}
+
 // Empty if the file system says that it has no direct I/O.
-std::optional<Alignment> direct_io_alignment(int fd) {
+std::optional<Alignment> direct_io_alignment(int fd, bool device) {
 #ifdef STATX_DIOALIGN
   struct statx status{};
   if (::statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) == 0 && (status.stx_mask & STATX_DIOALIGN)) {
@@ -54,20 +91,37 @@ std::optional<Alignment> direct_io_alignment(int fd) {
     return Alignment{std::bit_ceil(block_bytes), std::bit_ceil(status.stx_dio_mem_align)};
   }
 #endif
+  // Before Linux 6.1 a device tells only the size of its sectors.
+  int sector_bytes = 0;
+  if (device && ::ioctl(fd, BLKSSZGET, &sector_bytes) == 0 && sector_bytes > 0) {
+    const auto block_bytes = std::bit_ceil(std::max(static_cast<std::uint32_t>(sector_bytes), kPageBytes));
+    return Alignment{block_bytes, block_bytes};
+  }
   return Alignment{};
+}
+
+// A descriptor that reads through the page cache in place of `given`, which the caller may have opened for direct I/O.
+// Throws: Error.
+UniqueFd buffered(UniqueFd given, const std::filesystem::path& path) {
+  const int flags = ::fcntl(given.get(), F_GETFL);
+  if (flags < 0 || (flags & O_DIRECT) == 0) return given;
+  UniqueFd again(::open(path_of(given.get()).c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+  if (!again) throw file_error(errno_code(errno), "open again without O_DIRECT", path);
+  return again;
 }
 
 }  // namespace
 
 File File::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
                 UniqueFd opened) {
-  if (!opened) opened = open_file(path);
-  File file(path, std::move(opened));
-  struct stat status{};
-  if (!ask(file.buffered_fd(), status)) throw file_error(errno_code(errno), "stat", path);
-  if (S_ISDIR(status.st_mode)) throw file_error(errno_code(EISDIR), "open", path);
-  if (!S_ISREG(status.st_mode)) throw file_error(Errc::kInvalidArgument, "open (not a regular file)", path);
-  file.identity_ = identity_of(status);
+  File file(path, opened ? buffered(std::move(opened), path) : open_file(path));
+  const std::optional<Status> status = ask(file.buffered_fd());
+  if (!status) throw file_error(errno_code(errno), "stat", path);
+  if (S_ISDIR(status->mode)) throw file_error(errno_code(EISDIR), "open", path);
+  file.is_device_ = S_ISBLK(status->mode);
+  if (!S_ISREG(status->mode) && !file.is_device_)
+    throw file_error(Errc::kInvalidArgument, refusal_of("open", status->mode).c_str(), path);
+  file.identity_ = status->identity;
   if (expected && *expected != file.identity_) throw file_error(Errc::kFileChanged, "open", path);
   if (want_direct) file.open_direct();
   return file;
@@ -75,9 +129,8 @@ File File::open(const std::filesystem::path& path, const std::optional<FileIdent
 
 File File::created(std::filesystem::path path, UniqueFd fd) {
   File file(std::move(path), std::move(fd));
-  struct stat status{};
-  if (ask(file.buffered_fd(), status)) {
-    file.identity_ = identity_of(status);
+  if (const std::optional<Status> status = ask(file.buffered_fd())) {
+    file.identity_ = status->identity;
     file.open_direct_for(O_WRONLY);
   } else {
     file.direct_error_ = errno;
@@ -86,25 +139,24 @@ File File::created(std::filesystem::path path, UniqueFd fd) {
 }
 
 std::optional<FileIdentity> File::identity_at(const std::filesystem::path& path) noexcept {
-  struct stat status{};
-  if (!ask(AT_FDCWD, status, path.c_str())) return std::nullopt;
-  return identity_of(status);
+  const std::optional<Status> status = ask(AT_FDCWD, path.c_str());
+  return status ? std::optional(status->identity) : std::nullopt;
 }
 
 void File::open_direct() { open_direct_for(O_RDONLY); }
 
 void File::open_direct_for(int access) {
   wanted_direct_ = true;
-  const std::optional<Alignment> alignment = direct_io_alignment(buffered_fd());
+  const std::optional<Alignment> alignment = direct_io_alignment(buffered_fd(), is_device_);
   direct_error_ = EOPNOTSUPP;
   if (!alignment) return;
   // /proc leads to the same inode even if another file is at the path by now.
-  const std::string self = "/proc/self/fd/" + std::to_string(buffered_fd());
+  const std::string self = path_of(buffered_fd());
   direct_.reset(::open(self.c_str(), access | O_CLOEXEC | O_DIRECT));
   if (!direct_) direct_.reset(::open(path_.c_str(), access | O_CLOEXEC | O_DIRECT));
   if (!direct_) direct_error_ = errno;
-  struct stat status{};
-  if (direct_ && (!ask(direct_fd(), status) || identity_of(status) != identity_)) direct_.reset();
+  const std::optional<Status> status = direct_ ? ask(direct_fd()) : std::nullopt;
+  if (!status || status->identity != identity_) direct_.reset();
   if (!direct_) return;
   alignment_ = *alignment;
   // Blocks are whole pages. In memory, the kernel then never writes to a page that others use. In a file that is
@@ -121,8 +173,8 @@ void File::open_direct_for(int access) {
 void File::drop_from_cache() const noexcept { ::posix_fadvise(buffered_fd(), 0, 0, POSIX_FADV_DONTNEED); }
 
 bool File::unchanged() const noexcept {
-  struct stat status{};
-  return ask(buffered_fd(), status) && identity_of(status) == identity_;
+  const std::optional<Status> status = ask(buffered_fd());
+  return status && status->identity == identity_;
 }
 
 }  // namespace flashpack::internal
@@ -139,12 +191,11 @@ int flashpack::open_to_read(const std::filesystem::path& path) {
     errno = EWOULDBLOCK;
     return -1;
   }
-  const std::string self = "/proc/self/fd/" + std::to_string(place.get());
+  const std::string self = internal::path_of(place.get());
   return internal::uninterrupted([&] { return ::open(self.c_str(), O_RDONLY | O_CLOEXEC); });
 }
 
 std::optional<flashpack::FileIdentity> flashpack::identity_of(int fd) noexcept {
-  struct stat status{};
-  if (!internal::ask(fd, status)) return std::nullopt;
-  return internal::identity_of(status);
+  const auto status = internal::ask(fd);
+  return status ? std::optional(status->identity) : std::nullopt;
 }

@@ -14,9 +14,10 @@ namespace flashpack::internal {
 /// Move-only. Thread safety: const members from any thread.
 class File {
  public:
-  /// Opens a regular file for buffered reads and, if the file system allows it, for direct ones. Both descriptors are
-  /// of the same inode. If `opened` is given, it is that descriptor's inode, even if `path` leads to another one by
-  /// now. Throws: Error; kFileChanged if `expected` is given and differs.
+  /// Opens a regular file or block device for buffered reads and, if the file system allows it, for direct ones. Both
+  /// descriptors are of the same inode. If `opened` is given, it is that descriptor's inode, even if `path` leads to
+  /// another one by now. Throws: Error; kInvalidArgument for files of other kinds, and kFileChanged if `expected` is
+  /// given and differs.
   static File open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
                    UniqueFd opened = {});
 
@@ -63,6 +64,7 @@ class File {
   int direct_error_ = 0;
   bool wanted_direct_ = false;
   bool may_block_ = false;
+  bool is_device_ = false;
 };
 
 }  // namespace flashpack::internal

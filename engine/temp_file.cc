@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "engine/ground/error.h"
+#include "engine/ground/file_kind.h"
 
 namespace flashpack::internal {
 
@@ -91,7 +92,8 @@ void TempFile::look_at_target() {
   const int flags = links_ == Links::kAreReplaced ? 0 : AT_SYMLINK_NOFOLLOW;
   if (::fstatat(directory_.get(), target_.filename().c_str(), &status, flags) == 0) {
     if (S_ISDIR(status.st_mode)) throw file_error(errno_code(EISDIR), "create", target_);
-    if (!S_ISREG(status.st_mode)) throw file_error(Errc::kInvalidArgument, "create (not a regular file)", target_);
+    if (!S_ISREG(status.st_mode))
+      throw file_error(Errc::kInvalidArgument, refusal_of("create", status.st_mode).c_str(), target_);
     replaced_ = status;
   } else if (errno != ENOENT) {
     throw file_error(errno_code(errno), "create", target_);

@@ -37,6 +37,7 @@ struct Device {
 /// if that is larger), because whole pages of extents from 128 KiB on are then read straight into the target, and so
 /// are smaller extents of whole pages if nothing else is wanted within 64 KiB of them.
 struct Extent {
+  /// From the beginning of the file or device. For a file inside a container, add the offset where it begins there.
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
   /// `size_bytes` writable bytes of host memory or of the engine's device, borrowed until the transfer has finished.
@@ -49,7 +50,8 @@ struct Extent {
 
 /// The wanted extents of one file. They may overlap in the file, but not in memory.
 struct FileExtents {
-  std::filesystem::path path;  ///< Only for messages when `fd` is given.
+  /// A regular file or a block device. Only for messages when `fd` is given.
+  std::filesystem::path path;
   std::vector<Extent> extents;
   std::optional<FileIdentity> expected;  ///< If set and the file differs, the load fails with Errc::kFileChanged.
   /// The checksums of the file, borrowed until start_load() has returned; null if nothing is to be verified.
@@ -68,6 +70,10 @@ struct FileExtents {
   /// The engine uses a duplicate and does not change the descriptor's position, so that one descriptor serves any
   /// number of loads, also at the same time, and none of them looks at the path again. Loads of a path share the
   /// engine's own descriptor as long as one of them is under way.
+  ///
+  /// The file may have no name, as those of memfd_create(2) and O_TMPFILE, or none any more, and another process may
+  /// have opened it. With the flag O_DIRECT, the file is opened again for what has to go through the page cache. For
+  /// direct reads it is always opened again, by its descriptor; if this process may not, all reads are buffered.
   int fd = -1;
 };
 

@@ -17,6 +17,10 @@ namespace flashpack {
 ///   * A store through a shared mapping changes st_mtim only if it is the first to its page since the page was last
 ///     written back.
 ///   * The owner of the file can set st_mtim to any value (utimensat(2)).
+///
+/// For a block device, it says only which device it is, with which medium: `dev` is st_rdev, `ino` is the number that
+/// the kernel gives to each medium and to each file behind a loop device (Linux 5.15, else 0), `size_bytes` is the
+/// size of the device, and `mtime_ns` is 0. It shows no write to the device; only Checksums do.
 struct FileIdentity {
   std::uint64_t dev = 0;
   std::uint64_t ino = 0;

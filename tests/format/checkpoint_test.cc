@@ -8,6 +8,7 @@
 #include <fstream>
 #include <functional>
 
+#include "flashpack/engine.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -233,6 +234,25 @@ TEST_F(OpenCheckpoint, FilesAreClosedWithTheCheckpointAndAfterAnError) {
   EXPECT_THROW(open_checkpoint(both), Error);
   EXPECT_THROW(open_checkpoint(std::vector<std::filesystem::path>{both[0], path("absent")}), Error);
   EXPECT_EQ(free_descriptor(), before);
+}
+
+TEST_F(OpenCheckpoint, IsReadOutOfALargerFileWithTheOffsetOfItsBeginningAdded) {
+  const std::vector<TensorSpec> specs = {{"a", DType::kUInt8, {5}}, {"b", DType::kFloat32, {3000}}};
+  const Metadata metadata = make_layout(specs, 0);
+  std::string checkpoint(metadata.payload_bytes, '\0');
+  for (std::size_t i = 0; i < checkpoint.size(); ++i) checkpoint[i] = static_cast<char>(i * i >> 3);
+  checkpoint += encode_footer(metadata);
+  const Metadata found = read_metadata(write("model.flashpack", checkpoint));
+  const std::string before(12'345, 'x');
+  const auto container = write("container", before + checkpoint + "after");
+  std::vector<std::string> tensors;
+  FileExtents file{.path = container};
+  for (const TensorRecord& record : found.records) tensors.emplace_back(record.size_bytes, '\0');
+  for (std::size_t i = 0; i < tensors.size(); ++i)
+    file.extents.push_back({before.size() + found.records[i].offset_bytes, tensors[i].size(), tensors[i].data()});
+  Engine({.chunk_bytes = 1 << 20, .staging_bytes = 2 << 20, .workers = 2}).load({.files = {file}});
+  for (std::size_t i = 0; i < tensors.size(); ++i)
+    EXPECT_EQ(tensors[i], checkpoint.substr(found.records[i].offset_bytes, tensors[i].size()));
 }
 
 }  // namespace
