@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <bit>
 #include <cerrno>
 #include <future>
 #include <string>
@@ -13,6 +12,7 @@
 
 #include "engine/engine_impl.h"
 #include "engine/ground/error.h"
+#include "engine/ground/option_limits.h"
 #include "engine/ground/reasons.h"
 #include "engine/ground/target_pages.h"
 #include "engine/ring.h"
@@ -29,28 +29,19 @@ using internal::argument_error;
 // To read this much from the page cache takes about as long as to wake another thread for it.
 constexpr std::uint32_t kAtOnceBytes = 256 << 10;
 
-constexpr std::uint64_t kStagingBytes = std::uint64_t{64} << 20;
-constexpr std::uint64_t kStagingOfDeviceBytes = std::uint64_t{96} << 20;
-
 EngineOptions checked(EngineOptions options) {
-  constexpr std::uint32_t kMaxChunkBytes = std::uint32_t{1} << 30;
-  if (!std::has_single_bit(options.chunk_bytes) || options.chunk_bytes < (1u << 20) ||
-      options.chunk_bytes > kMaxChunkBytes) {
+  if (!internal::is_chunk_size(options.chunk_bytes))
     throw argument_error("EngineOptions::chunk_bytes must be a power of two from 1 MiB to 1 GiB");
-  }
-  if (options.queue_depth < 1 || options.queue_depth > 1024) {
+  if (!internal::is_queue_depth(options.queue_depth))
     throw argument_error("EngineOptions::queue_depth must be from 1 to 1024");
-  }
-  const bool cuda = options.device.kind == Device::Kind::kCuda;
-  if (options.staging_bytes == 0) options.staging_bytes = cuda ? kStagingOfDeviceBytes : kStagingBytes;
-  constexpr std::uint64_t kMaxSlots = 16384;  // io_uring can register no more.
-  const std::uint64_t slots = options.staging_bytes / options.chunk_bytes;
-  if (slots < 2 || slots > kMaxSlots) {
+  if (options.staging_bytes == 0) options.staging_bytes = internal::usual_staging_bytes(options.device.kind);
+  if (!internal::is_number_of_slots(options.staging_bytes / options.chunk_bytes))
     throw argument_error("EngineOptions::staging_bytes must be from 2 to 16384 chunks");
-  }
-  if (options.workers > 64) throw argument_error("EngineOptions::workers must be at most 64");
+  if (!internal::is_number_of_workers(options.workers))
+    throw argument_error("EngineOptions::workers must be at most 64");
   if (options.numa_node && *options.numa_node < 0)
     throw argument_error("EngineOptions::numa_node must not be negative");
+  const bool cuda = options.device.kind == Device::Kind::kCuda;
   if (options.workers == 0) options.workers = std::clamp(std::thread::hardware_concurrency(), 2u, cuda ? 12u : 8u);
   return options;
 }

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <boost/json/array.hpp>
 #include <boost/json/object.hpp>
 #include <boost/json/parse.hpp>
@@ -16,6 +15,7 @@
 #include <string_view>
 
 #include "engine/ground/error.h"
+#include "engine/ground/option_limits.h"
 #include "engine/ground/unique_fd.h"
 #include "engine/tuning/place.h"
 
@@ -59,13 +59,12 @@ const char* difference(const json::value& profile, const Place& place) {
 
 // An engine has at least two slots, and room for all reads in flight.
 std::uint64_t least_staging_bytes(std::uint64_t chunk_bytes, std::uint64_t queue_depth) {
-  return chunk_bytes * std::max<std::uint64_t>(queue_depth, 2);
+  return chunk_bytes * std::max<std::uint64_t>(queue_depth, internal::kMinSlots);
 }
 
 bool in_range(std::uint64_t chunk_bytes, std::uint64_t queue_depth, std::uint64_t workers) {
-  return std::has_single_bit(chunk_bytes) && chunk_bytes >= kMiB && chunk_bytes <= kMaxStagingBytes &&
-         queue_depth >= 1 && queue_depth <= 1024 && least_staging_bytes(chunk_bytes, queue_depth) <= kMaxStagingBytes &&
-         workers <= 64;
+  return internal::is_chunk_size(chunk_bytes) && internal::is_queue_depth(queue_depth) &&
+         internal::is_number_of_workers(workers) && least_staging_bytes(chunk_bytes, queue_depth) <= kMaxStagingBytes;
 }
 
 bool are_usual(const EngineOptions& options) {
@@ -95,9 +94,8 @@ bool take_values(const json::object& profile, EngineOptions& options) {
   options.chunk_bytes = static_cast<std::uint32_t>(chunk_bytes);
   options.queue_depth = static_cast<std::uint32_t>(queue_depth);
   options.workers = static_cast<std::uint32_t>(workers);
-  const std::uint64_t usual_bytes = (options.device.kind == Device::Kind::kCuda ? 96 : 64) * kMiB;
   const std::uint64_t wanted_bytes = least_staging_bytes(chunk_bytes, queue_depth);
-  if (wanted_bytes > usual_bytes) options.staging_bytes = wanted_bytes;
+  if (wanted_bytes > internal::usual_staging_bytes(options.device.kind)) options.staging_bytes = wanted_bytes;
   return true;
 }
 
