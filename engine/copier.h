@@ -58,9 +58,11 @@ class Copier {
 };
 
 /// On the driver thread: makes the copier of a CUDA device. `slots` are contiguous, and are page-locked as long as the
-/// copier lives. `pool`, which may end first, does the copies that would hold up the driver. Throws: std::system_error
-/// when there is no such device, no driver, or no CUDA in this build.
-std::unique_ptr<Copier> make_cuda_copier(int device, std::span<const std::span<std::byte>> slots, Pool& pool);
+/// copier lives. If they are the caller's and page-locked already, they are left as they are. `pool`, which may end
+/// first, does the copies that would hold up the driver. Throws: std::system_error when there is no such device, no
+/// driver, or no CUDA in this build.
+std::unique_ptr<Copier> make_cuda_copier(int device, std::span<const std::span<std::byte>> slots, Pool& pool,
+                                         bool callers_memory = false);
 
 /// The NUMA node that a CUDA device is attached to; -1 if there is only one node or the node is unknown.
 int numa_node_of_cuda_device(int device) noexcept;

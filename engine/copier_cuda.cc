@@ -40,14 +40,29 @@ bool is_end_of_context(cudaError_t error) {
          error == cudaErrorDeviceUninitialized;
 }
 
+bool is_locked(const std::byte& byte) {
+  cudaPointerAttributes attributes{};
+  const cudaError_t error = cudaPointerGetAttributes(&attributes, &byte);
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error == cudaSuccess && attributes.type == cudaMemoryTypeHost;
+}
+
+// Whether CUDA has page-locked all of the slots, by cudaHostAlloc or cudaHostRegister.
+bool are_locked(std::span<const std::span<std::byte>> slots) {
+  return std::all_of(slots.begin(), slots.end(),
+                     [](const auto& slot) { return is_locked(slot.front()) && is_locked(slot.back()); });
+}
+
 class CudaCopier final : public Copier {
  public:
   /// Requires: the context is current.
-  CudaCopier(int device, const Context& context, std::span<const std::span<std::byte>> slots, Pool& pool)
+  CudaCopier(int device, const Context& context, std::span<const std::span<std::byte>> slots, Pool& pool,
+             bool callers_memory)
       : device_(device),
         context_(context),
         pool_(pool),
-        lock_(std::span(slots.front().data(), slots.back().data() + slots.back().size())),
+        lock_(std::in_place, std::span(slots.front().data(), slots.back().data() + slots.back().size()),
+              callers_memory && are_locked(slots)),
         copies_(slots.size()) {
     for (Copy& copy : copies_) {
       copy.copier = this;
@@ -264,13 +279,14 @@ class CudaCategory final : public std::error_category {
 
 }  // namespace
 
-std::unique_ptr<Copier> make_cuda_copier(int device, std::span<const std::span<std::byte>> slots, Pool& pool) {
+std::unique_ptr<Copier> make_cuda_copier(int device, std::span<const std::span<std::byte>> slots, Pool& pool,
+                                         bool callers_memory) {
   int count = 0;
   check(cudaGetDeviceCount(&count), "CUDA: no usable device");
   const Context context(device);
   const ContextGuard guard(context);
   check(guard.error(), "the device's context");
-  return std::make_unique<CudaCopier>(device, context, slots, pool);
+  return std::make_unique<CudaCopier>(device, context, slots, pool, callers_memory);
 }
 
 int numa_node_of_cuda_device(int device) noexcept {

@@ -19,7 +19,7 @@ const std::error_category& cuda_category() noexcept { return internal::immortal<
 
 namespace internal {
 
-std::unique_ptr<Copier> make_cuda_copier(int, std::span<const std::span<std::byte>>, Pool&) {
+std::unique_ptr<Copier> make_cuda_copier(int, std::span<const std::span<std::byte>>, Pool&, bool) {
   throw std::system_error(errno_code(ENOTSUP), "CUDA: this library was built without it");
 }
 

@@ -122,8 +122,10 @@ inline Event make_event() {
 /// allocated by it, because it can then have huge pages, io_uring can register it, too, and it is several times faster.
 class PageLock {
  public:
-  explicit PageLock(std::span<std::byte> memory)
-      : memory_(memory), error_(cudaHostRegister(memory.data(), memory.size(), cudaHostRegisterPortable)) {
+  /// If `is_locked`, the memory's owner has locked it, and it is left as it is.
+  explicit PageLock(std::span<std::byte> memory, bool is_locked = false)
+      : memory_(is_locked ? std::span<std::byte>() : memory),
+        error_(is_locked ? cudaSuccess : cudaHostRegister(memory.data(), memory.size(), cudaHostRegisterPortable)) {
     if (error_ != cudaSuccess) static_cast<void>(cudaGetLastError());
   }
   ~PageLock() {

@@ -13,6 +13,7 @@
 #include "engine/engine_impl.h"
 #include "engine/ground/error.h"
 #include "engine/ground/option_limits.h"
+#include "engine/ground/pages.h"
 #include "engine/ground/reasons.h"
 #include "engine/ground/target_pages.h"
 #include "engine/ring.h"
@@ -29,14 +30,33 @@ using internal::argument_error;
 // To read this much from the page cache takes about as long as to wake another thread for it.
 constexpr std::uint32_t kAtOnceBytes = 256 << 10;
 
+// The number of slots in the staging memory.
+std::uint64_t slots_in(const EngineOptions& options) {
+  const std::uint64_t bytes = options.staging.empty() ? options.staging_bytes : options.staging.size();
+  return bytes / options.chunk_bytes;
+}
+
+void check_staging_of_caller(const EngineOptions& options) {
+  if (options.staging.empty()) return;
+  if (reinterpret_cast<std::uintptr_t>(options.staging.data()) % internal::system_page_bytes() != 0)
+    throw argument_error("EngineOptions::staging must begin at a page");
+  if (options.staging_bytes != 0) throw argument_error("EngineOptions::staging and staging_bytes exclude each other");
+  if (options.numa_node) throw argument_error("EngineOptions::staging and numa_node exclude each other");
+  if (!internal::is_number_of_slots(slots_in(options)))
+    throw argument_error("EngineOptions::staging must have from 2 to 16384 chunks");
+}
+
 EngineOptions checked(EngineOptions options) {
   if (!internal::is_chunk_size(options.chunk_bytes))
     throw argument_error("EngineOptions::chunk_bytes must be a power of two from 1 MiB to 1 GiB");
   if (!internal::is_queue_depth(options.queue_depth))
     throw argument_error("EngineOptions::queue_depth must be from 1 to 1024");
-  if (options.staging_bytes == 0) options.staging_bytes = internal::usual_staging_bytes(options.device.kind);
-  if (!internal::is_number_of_slots(options.staging_bytes / options.chunk_bytes))
-    throw argument_error("EngineOptions::staging_bytes must be from 2 to 16384 chunks");
+  check_staging_of_caller(options);
+  if (options.staging.empty()) {
+    if (options.staging_bytes == 0) options.staging_bytes = internal::usual_staging_bytes(options.device.kind);
+    if (!internal::is_number_of_slots(slots_in(options)))
+      throw argument_error("EngineOptions::staging_bytes must be from 2 to 16384 chunks");
+  }
   if (!internal::is_number_of_workers(options.workers))
     throw argument_error("EngineOptions::workers must be at most 64");
   if (options.numa_node && *options.numa_node < 0)
@@ -126,20 +146,30 @@ void Engine::Impl::require_owner() const {
   if (!is_owner()) throw Error(Errc::kUnusable, "engine of the parent process, used after fork");
 }
 
+const internal::Staging& Engine::Impl::make_staging(Machine& machine, std::uint32_t slots, std::uint32_t spare_slots) {
+  const std::uint32_t chunk_bytes = options_.chunk_bytes;
+  if (!options_.staging.empty())
+    return machine.staging.emplace(options_.staging, chunk_bytes, std::uint64_t{spare_slots} * chunk_bytes);
+  int node = options_.numa_node.value_or(-1);
+  if (options_.device.kind == Device::Kind::kCuda && !options_.numa_node)
+    node = internal::numa_node_of_cuda_device(options_.device.index);
+  if (node >= 0) options_.numa_node = node;
+  return machine.staging.emplace(std::uint64_t{slots + spare_slots} * chunk_bytes, chunk_bytes, node);
+}
+
 void Engine::Impl::build(Machine& machine) {
   bind_this_thread(options_.cpu_affinity);
   const bool cuda = options_.device.kind == Device::Kind::kCuda;
-  int node = options_.numa_node.value_or(-1);
-  if (cuda && !options_.numa_node) node = internal::numa_node_of_cuda_device(options_.device.index);
-  if (node >= 0) options_.numa_node = node;
-  const auto slots = static_cast<std::uint32_t>(options_.staging_bytes / options_.chunk_bytes);
+  const auto slots = static_cast<std::uint32_t>(slots_in(options_));
   // On the host, as many spare slots take the place of stuck ones; they take no memory until they are used. Slots for a
   // device are page-locked and would take memory at once, so there are no spare ones.
   const std::uint32_t spare_slots = cuda ? 0 : slots;
-  const internal::Staging& staging =
-      machine.staging.emplace(std::uint64_t{slots + spare_slots} * options_.chunk_bytes, options_.chunk_bytes, node);
+  const internal::Staging& staging = make_staging(machine, slots, spare_slots);
   machine.pool.emplace(options_.workers);
-  if (cuda) machine.copier = internal::make_cuda_copier(options_.device.index, staging.slots(), *machine.pool);
+  if (cuda) {
+    machine.copier =
+        internal::make_cuda_copier(options_.device.index, staging.slots(), *machine.pool, !options_.staging.empty());
+  }
   const internal::Pipeline::Limits limits{.queue_depth = options_.queue_depth,
                                           .worker_depth = 4 * options_.workers,
                                           .chunk_bytes = options_.chunk_bytes,

@@ -21,6 +21,10 @@
 
 namespace flashpack {
 
+namespace internal {
+class Staging;
+}
+
 class Engine::Impl {
  public:
   explicit Impl(EngineOptions options);
@@ -39,6 +43,7 @@ class Engine::Impl {
   struct Machine;
 
   void build(Machine& machine);
+  const internal::Staging& make_staging(Machine& machine, std::uint32_t slots, std::uint32_t spare_slots);
   void drive(std::promise<void>& ready);
   void run();
 

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cerrno>
+#include <utility>
 
 #include "engine/ground/error.h"
 #include "engine/ground/rounding.h"
@@ -28,17 +29,35 @@ int prefer_node(void* memory, std::size_t size_bytes, int node) {
 }  // namespace
 
 Staging::Staging(std::uint64_t total_bytes, std::uint32_t slot_bytes, int numa_node)
-    : region_(round_up(total_bytes, kHugePageBytes), "staging") {
-  const std::span<std::byte> memory = region_.bytes();
+    : own_(std::in_place, round_up(total_bytes, kHugePageBytes), "staging") {
+  const std::span<std::byte> memory = own_->bytes();
   // If the system refuses, a fork during a load costs copies of pages.
   ::madvise(memory.data(), memory.size(), MADV_DONTFORK);
   if (const int error = numa_node < 0 ? 0 : prefer_node(memory.data(), memory.size(), numa_node)) {
     fallback_reason_ = "staging on NUMA node " + std::to_string(numa_node) + ": " + errno_code(error).message();
   }
-  slots_.reserve(total_bytes / slot_bytes);
-  for (std::uint64_t at = 0; at + slot_bytes <= total_bytes; at += slot_bytes) {
-    slots_.push_back(memory.subspan(at, slot_bytes));
+  cut(memory.first(total_bytes), slot_bytes);
+}
+
+Staging::Staging(std::span<std::byte> memory, std::uint32_t slot_bytes, std::uint64_t own_bytes)
+    : borrowed_(memory.first(round_down(memory.size(), slot_bytes))) {
+  if (own_bytes > 0) {
+    own_.emplace(round_up(own_bytes, kHugePageBytes), "staging");
+    ::madvise(own_->data(), own_->bytes().size(), MADV_DONTFORK);
   }
+  ::madvise(borrowed_.data(), borrowed_.size(), MADV_DONTFORK);
+  cut(borrowed_, slot_bytes);
+  if (own_) cut(own_->bytes().first(own_bytes), slot_bytes);
+}
+
+Staging::~Staging() {
+  if (!borrowed_.empty()) ::madvise(borrowed_.data(), borrowed_.size(), MADV_DOFORK);
+}
+
+void Staging::cut(std::span<std::byte> memory, std::uint32_t slot_bytes) {
+  slots_.reserve(slots_.size() + memory.size() / slot_bytes);
+  for (std::size_t at = 0; at + slot_bytes <= memory.size(); at += slot_bytes)
+    slots_.push_back(memory.subspan(at, slot_bytes));
 }
 
 }  // namespace flashpack::internal

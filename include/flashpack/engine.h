@@ -6,10 +6,12 @@
 #pragma once
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <span>
 #include <system_error>
 #include <vector>
 
@@ -122,6 +124,14 @@ struct EngineOptions {
   /// device. For a CUDA device the memory is allocated and page-locked at the start. Otherwise it is allocated when
   /// first needed, and as much again may replace slots whose operations the kernel does not give back.
   std::uint64_t staging_bytes = 0;
+  /// Memory of the caller's in place of it, such as huge pages or page-locked memory, borrowed until the engine is
+  /// destroyed. It begins at a page and has 2 to 16,384 chunks; a rest is not used. `staging_bytes` is then 0, and
+  /// `numa_node` is empty. No other engine may have it at the same time. A forked child does not inherit it.
+  ///
+  /// If CUDA has page-locked all of it, it is left as it is; otherwise it is page-locked as long as the engine lives.
+  /// For the host, the engine has spare slots in memory of its own. They take no memory until the kernel does not give
+  /// operations back, and without them one such file system could hold up the loads of all others.
+  std::span<std::byte> staging;
   /// Threads for reads through the page cache, copies and checksums, at most 64. 0 is one per core, but at least 2 and
   /// at most 8, or 12 for a CUDA device, whose link is faster than 8 cores.
   std::uint32_t workers = 0;

@@ -210,6 +210,63 @@ TEST_P(CudaWorldTest, WhereMemoryCannotBeLockedLoadsAndStoresAreRightAndTheReaso
   }
 }
 
+class CallersStagingTest : public CudaWorldTest {
+ protected:
+  void start_engine_there() {
+    engine_.reset();
+    EngineOptions there = options();
+    there.staging_bytes = 0;
+    there.staging = {staging_.data(), staging_.size()};
+    engine_.emplace(there);
+  }
+  TransferStats load_and_check() {
+    std::byte* const target = cuda().allocate(bytes_.size());
+    TransferStats stats;
+    for (const CachePolicy cache : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
+      cuda().poison(target, bytes_.size());
+      stats = engine_->load(request(target, cache));
+      EXPECT_TRUE(right(target));
+    }
+    return stats;
+  }
+
+  testing::GuardedMemory staging_{8 * kMiB};
+};
+
+INSTANTIATE_TEST_SUITE_P(Backends, CallersStagingTest, testing::kBackends, testing::backend_name);
+
+TEST_P(CallersStagingTest, IsPageLockedByTheEngineAsLongAsItLives) {
+  start_engine_there();
+  EXPECT_EQ(cuda().registrations(), 1);
+  EXPECT_TRUE(load_and_check().pinned);
+  EXPECT_EQ(cuda().pageable_copies(), 0);
+  engine_.reset();
+  EXPECT_EQ(cuda().registrations(), 0);
+  EXPECT_TRUE(staging_.intact());
+}
+
+TEST_P(CallersStagingTest, StaysAsItIsIfItsOwnerHasPageLockedIt) {
+  ASSERT_EQ(cudaHostRegister(staging_.data(), staging_.size(), cudaHostRegisterPortable), cudaSuccess);
+  start_engine_there();
+  const TransferStats stats = load_and_check();
+  EXPECT_TRUE(stats.pinned);
+  EXPECT_EQ(stats.fallback_reason, "");
+  EXPECT_EQ(cuda().pageable_copies(), 0);
+  engine_.reset();
+  EXPECT_EQ(cuda().registrations(), 1) << "it is the caller's";
+  ASSERT_EQ(cudaHostUnregister(staging_.data()), cudaSuccess);
+}
+
+TEST_P(CallersStagingTest, OfWhichOnlyAPartIsPageLockedIsToldAndCopiedFromAllTheSame) {
+  ASSERT_EQ(cudaHostRegister(staging_.data(), 4 * kMiB, cudaHostRegisterPortable), cudaSuccess);
+  start_engine_there();
+  const TransferStats stats = load_and_check();
+  EXPECT_FALSE(stats.pinned);
+  EXPECT_NE(stats.fallback_reason.find("cudaErrorHostMemoryAlreadyRegistered"), std::string::npos);
+  engine_.reset();
+  ASSERT_EQ(cudaHostUnregister(staging_.data()), cudaSuccess);
+}
+
 TEST_P(CudaWorldTest, AContextThatIsGoneIsAnErrorAndANewEngineWorks) {
   std::byte* const target = cuda().allocate(bytes_.size());
   engine_->load(request(target));

@@ -52,5 +52,26 @@ TEST(StagingTest, ForkedChildrenDoNotInheritIt) {
   EXPECT_NE(flags.find(" dc"), std::string::npos) << flags;
 }
 
+TEST(StagingTest, TheCallersMemoryComesFirstAndTheEnginesOwnBehindIt) {
+  const HostRegion callers(5 * kMiB, "a test");
+  const Staging staging(callers.bytes(), 2 * kMiB, 4 * kMiB);
+  ASSERT_EQ(staging.slots().size(), 4u);
+  EXPECT_EQ(staging.slots()[0].data(), callers.data());
+  EXPECT_EQ(staging.slots()[1].data(), callers.data() + 2 * kMiB);
+  EXPECT_EQ(staging.slots()[3].data(), staging.slots()[2].data() + 2 * kMiB);
+  for (const auto slot : staging.slots()) std::memset(slot.data(), 1, slot.size());
+  EXPECT_EQ(callers.bytes()[4 * kMiB], std::byte{0}) << "a rest that is no whole slot";
+}
+
+TEST(StagingTest, ForkedChildrenInheritTheCallersMemoryAgainAfterItsEnd) {
+  const HostRegion callers(4 * kMiB, "a test");
+  {
+    const Staging staging(callers.bytes(), kMiB, 0);
+    EXPECT_EQ(staging.slots().size(), 4u);
+    EXPECT_NE(mapping_flags(callers.data()).find(" dc"), std::string::npos);
+  }
+  EXPECT_EQ(mapping_flags(callers.data()).find(" dc"), std::string::npos);
+}
+
 }  // namespace
 }  // namespace flashpack::internal
