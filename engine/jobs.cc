@@ -108,7 +108,7 @@ std::optional<int> Jobs::take_slot(const Part& part) {
 }
 
 std::optional<unsigned> Jobs::open(Part& part, const Chunk& chunk, const Way& way) {
-  assert(part.open && part.file_system);
+  assert(part.planned && part.file_system);
   if (none_free()) return std::nullopt;
   int slot = -1;
   if (has_slot(way.view)) {
