@@ -5,13 +5,9 @@
 ///   flashpack_tensors* tensors = NULL;
 ///   flashpack_error* error = NULL;
 ///   flashpack_load_request request = {.struct_size = sizeof request};
-///   if (flashpack_engine_create(NULL, &engine, &error) == FLASHPACK_OK &&
-///       flashpack_checkpoint_open("llama/", &checkpoint, &error) == FLASHPACK_OK &&
-///       (request.checkpoint = checkpoint, flashpack_load_all(engine, &request, &tensors, &error)) == FLASHPACK_OK) {
-///     void* weights = NULL;
-///     flashpack_tensors_data(tensors, 0, &weights, &error);
-///   }
-///   if (error) fprintf(stderr, "%s\n", flashpack_error_message(error));
+///   if (flashpack_engine_create(NULL, &engine, &error) || flashpack_checkpoint_open("llama/", &checkpoint, &error) ||
+///       (request.checkpoint = checkpoint, flashpack_load_all(engine, &request, &tensors, &error)))
+///     fprintf(stderr, "%s\n", flashpack_error_message(error));
 ///
 /// What holds for all functions:
 ///
@@ -76,8 +72,9 @@ const char* flashpack_error_message(const flashpack_error* error);
 const char* flashpack_error_path(const flashpack_error* error);
 /// The offset in bytes in that file, or FLASHPACK_NO_OFFSET.
 uint64_t flashpack_error_offset(const flashpack_error* error);
-void flashpack_error_destroy(flashpack_error* error);
 #define FLASHPACK_NO_OFFSET UINT64_MAX
+/// Takes the texts with it.
+void flashpack_error_destroy(flashpack_error* error);
 
 /// The version of the library that is running, such as "1.0.0". FLASHPACK_VERSION_STRING is that of this header.
 const char* flashpack_version(void);
@@ -103,6 +100,8 @@ typedef struct flashpack_engine_options {
   uint32_t chunk_bytes;         ///< Size of a read: a power of two from 1 MiB to 1 GiB. 0 is 4 MiB.
   uint32_t queue_depth;         ///< Direct reads in flight, 1 to 1024. 0 is 8; striped arrays need 16 to 32.
   uint64_t staging_bytes;       ///< Most staging memory, at least two chunks. 0 is 64 MiB, or 96 MiB for a GPU.
+  void* staging;                ///< If not NULL, memory of the caller's, of `staging_bytes` bytes from a page on, that
+                                ///< this engine alone uses for it until it ends, as huge or page-locked pages.
   uint32_t workers;             ///< Threads for byte work, at most 64. 0 is one per core within bounds.
   int32_t backend;              ///< FLASHPACK_BACKEND_*.
   const int32_t* cpu_affinity;  ///< `cpu_count` CPUs for the engine's threads, read before the call returns.
@@ -126,6 +125,7 @@ typedef struct flashpack_engine_info {
 /// backend cannot be had; FLASHPACK_CUDA_ERROR, or ENOTSUP in a build without CUDA.
 flashpack_status flashpack_engine_create(const flashpack_engine_options* options, flashpack_engine** engine,
                                          flashpack_error** error);
+/// Works in a forked child, too.
 flashpack_status flashpack_engine_get_info(const flashpack_engine* engine, flashpack_engine_info* info,
                                            flashpack_error** error);
 /// Waits until all transfers of the engine have finished, then stops its threads; cancel transfers before it to end
@@ -214,6 +214,7 @@ flashpack_status flashpack_checkpoint_open(const char* path, flashpack_checkpoin
 /// Opens several files as one checkpoint. Errors: as above, and FLASHPACK_BAD_FILE if two of them have one tensor.
 flashpack_status flashpack_checkpoint_open_files(const char* const* paths, size_t path_count,
                                                  flashpack_checkpoint** checkpoint, flashpack_error** error);
+/// How much there is to ask for with the functions that follow.
 flashpack_status flashpack_checkpoint_get_info(const flashpack_checkpoint* checkpoint, flashpack_checkpoint_info* info,
                                                flashpack_error** error);
 /// File `index` of the checkpoint. An index that is too large is FLASHPACK_INVALID_ARGUMENT, here and below.
@@ -376,6 +377,7 @@ flashpack_status flashpack_transfer_wait(flashpack_transfer* transfer, flashpack
 flashpack_status flashpack_transfer_wait_for(flashpack_transfer* transfer, int64_t timeout_ns, flashpack_error** error);
 /// Makes the transfer end soon, with FLASHPACK_CANCELLED; returns at once. A transfer that has finished stays as it is.
 flashpack_status flashpack_transfer_cancel(flashpack_transfer* transfer, flashpack_error** error);
+/// How far the transfer is, whether it has finished or not.
 flashpack_status flashpack_transfer_get_progress(flashpack_transfer* transfer, flashpack_progress* progress,
                                                  flashpack_error** error);
 /// Statistics of a transfer that has finished, successfully or not, and was waited for; else FLASHPACK_RUNNING.
@@ -400,6 +402,7 @@ flashpack_status flashpack_start_load_all(flashpack_engine* engine, const flashp
 /// NULL if the tensor is empty. The memory may be written, and lives as long as `tensors`.
 flashpack_status flashpack_tensors_data(const flashpack_tensors* tensors, size_t index, void** data,
                                         flashpack_error** error);
+/// The memory is kept for the next load, as that of flashpack_memory.
 void flashpack_tensors_destroy(flashpack_tensors* tensors);
 
 typedef struct flashpack_verify_report {

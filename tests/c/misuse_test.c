@@ -1,4 +1,5 @@
 #define _GNU_SOURCE
+#include <errno.h>
 #include <sys/wait.h>
 
 #include "tests/c/check.h"
@@ -122,6 +123,41 @@ TEST(options_of_an_engine_are_checked_and_kept) {
   OK(flashpack_engine_get_info(engine, &info, &error));
   CHECK(info.chunk_bytes == 1 << 20 && info.staging_bytes == 8 << 20 && info.queue_depth == 3 && info.workers == 3);
   CHECK(info.backend == FLASHPACK_BACKEND_WORKERS && info.fallback_reason);
+  flashpack_engine_destroy(engine);
+}
+
+TEST(an_engine_uses_staging_memory_of_the_caller) {
+  flashpack_engine_options options = {sizeof options};
+  flashpack_engine* engine = NULL;
+  options.chunk_bytes = 1 << 20;
+  options.staging = aligned_alloc(4096, (4 << 20) + 4096);
+  CHECK(options.staging);
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "staging_bytes", flashpack_engine_create(&options, &engine, &error));
+  options.staging_bytes = 4 << 20;
+  memset(options.staging, 0, options.staging_bytes + 4096);
+  OK(flashpack_engine_create(&options, &engine, &error));
+  const char* path = make_file("file", 2 << 20);
+  unsigned char* memory = malloc((2 << 20) + 1);
+  const flashpack_extent extent = {.size_bytes = 2 << 20, .target = memory + 1};
+  flashpack_load_request request = {sizeof request};
+  request.paths = &path;
+  request.path_count = 1;
+  request.extents = &extent;
+  request.extent_count = 1;
+  request.cache = FLASHPACK_CACHE_DIRECT;
+  OK(flashpack_load(engine, &request, &error));
+  flashpack_engine_destroy(engine);
+  for (size_t i = 0; i < 2 << 20; ++i) CHECK(memory[1 + i] == byte_at(i));
+  options.staging = (char*)options.staging + 1;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "staging", flashpack_engine_create(&options, &engine, &error));
+  free((char*)options.staging - 1);
+  free(memory);
+}
+
+TEST(what_no_memory_can_hold_is_an_error_of_the_system) {
+  flashpack_engine* engine = new_engine();
+  const flashpack_save_tensor tensor = {.name = "x", .name_bytes = SIZE_MAX / 2, .data = "x"};
+  FAILS(ENOMEM, "memory", flashpack_save(engine, in_folder("file"), &tensor, 1, NULL, &error));
   flashpack_engine_destroy(engine);
 }
 

@@ -9,7 +9,7 @@
 
 #include "engine/ground/error.h"
 #include "flashpack/error.h"
-#include "flashpack/version.h"
+#include "flashpack/flashpack.h"
 
 namespace flashpack::c {
 
@@ -35,12 +35,31 @@ std::span<const T> array(const T* elements, std::size_t count, const char* name)
   return {elements, count};
 }
 
-/// The size that the struct had when it was first released: what every caller has at least.
+/// The size that each struct had when it was first released: what every caller has at least. A field that is added
+/// later does not change it.
 template <typename T>
-inline constexpr std::size_t kFirstSize = sizeof(T);
+inline constexpr std::size_t kFirstSize = 0;
+#define FIRST_ENDS_WITH(type, field) \
+  template <>                        \
+  inline constexpr std::size_t kFirstSize<type> = offsetof(type, field) + sizeof(type::field)
+FIRST_ENDS_WITH(flashpack_engine_options, numa_node);
+FIRST_ENDS_WITH(flashpack_engine_info, fallback_reason);
+FIRST_ENDS_WITH(flashpack_checkpoint_info, metadata_count);
+FIRST_ENDS_WITH(flashpack_file, has_checksums);
+FIRST_ENDS_WITH(flashpack_tensor, size_bytes);
+FIRST_ENDS_WITH(flashpack_metadata, value_bytes);
+FIRST_ENDS_WITH(flashpack_load_request, tag);
+FIRST_ENDS_WITH(flashpack_progress, finished);
+FIRST_ENDS_WITH(flashpack_stats, fallback_reason);
+FIRST_ENDS_WITH(flashpack_verify_report, seconds);
+FIRST_ENDS_WITH(flashpack_writer_options, reserved);
+FIRST_ENDS_WITH(flashpack_write_request, tag);
+FIRST_ENDS_WITH(flashpack_save_options, stream);
+#undef FIRST_ENDS_WITH
 
 template <typename T>
 std::size_t size_of(const T& of_caller, const char* name) {
+  static_assert(kFirstSize<T> > 0, "every struct of the C API is listed above");
   if (of_caller.struct_size >= kFirstSize<T>) return of_caller.struct_size;
   throw argument_error(std::string(name) + "->struct_size is " + std::to_string(of_caller.struct_size) +
                        " and should be " + std::to_string(sizeof(T)));

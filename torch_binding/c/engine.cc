@@ -21,10 +21,12 @@ EngineOptions options_of(const flashpack_engine_options& given) {
   const auto cpus = array(given.cpu_affinity, given.cpu_count, "options->cpu_affinity");
   EngineOptions options{
       .device = {one_of(given.device_kind, Device::Kind::kCuda, "options->device_kind"), given.device_index},
-      .staging_bytes = given.staging_bytes,
+      .staging_bytes = given.staging ? 0 : given.staging_bytes,
       .workers = given.workers,
       .backend = one_of(given.backend, Backend::kWorkers, "options->backend"),
       .cpu_affinity = {cpus.begin(), cpus.end()}};
+  if (given.staging && given.staging_bytes == 0) throw argument_error("options->staging without staging_bytes");
+  if (given.staging) options.staging = {static_cast<std::byte*>(given.staging), given.staging_bytes};
   if (given.chunk_bytes != 0) options.chunk_bytes = given.chunk_bytes;
   if (given.queue_depth != 0) options.queue_depth = given.queue_depth;
   if (given.use_numa_node != 0) options.numa_node = given.numa_node;
