@@ -243,6 +243,7 @@ void register_all(const Setup& setup, int rounds) {
   add_store("store/durable/replaced_file", Place::kTaken, 0);
   add_store("store/durable/through_slots", Place::kNew, kOddBytes);
   register_scattered_rows(setup, rounds);
+  register_completion_rows(setup, rounds);
   register_metadata_rows(setup, rounds);
   register_pipeline_rows(setup, rounds);
   benchmark::RegisterBenchmark("engine/start", bench_start)->UseRealTime()->Unit(benchmark::kMillisecond);

@@ -8,6 +8,9 @@ namespace flashpack::bench {
 /// Loads of many small tensors, of many files, and of small reads at random places.
 void register_scattered_rows(const Setup& setup, int rounds);
 
+/// Many loads at once through each way to wait for them: Transfer, Completion, EventQueue, Asio and co_await.
+void register_completion_rows(const Setup& setup, int rounds);
+
 /// These rows measure the work before bytes move: opening checkpoints of many tensors, and planning loads of them.
 void register_metadata_rows(const Setup& setup, int rounds);
 
