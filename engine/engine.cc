@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <future>
 #include <string>
@@ -78,6 +79,11 @@ void bind_this_thread(const std::vector<int>& cpus) {
   if (::sched_setaffinity(0, sizeof set, &set) != 0) {
     throw Error(internal::errno_code(errno), "EngineOptions::cpu_affinity");
   }
+}
+
+// Whether all of the load has been read while it was prepared.
+bool is_read(const internal::TransferState& state) {
+  return state.parts.size() == 1 && state.parts.front().handover.result() && !state.failure;
 }
 
 // Null if the workers are asked for.
@@ -206,7 +212,10 @@ void Engine::Impl::drive(std::promise<void>& ready) {
   }
   machine_ = std::move(machine);
   pipeline_ = &*machine_->pipeline;
-  facts_ = {.chunk_bytes = options_.chunk_bytes,
+  static std::atomic<std::uint64_t> engines = 0;
+  facts_ = {.number = ++engines,
+            .chunk_bytes = options_.chunk_bytes,
+            .at_once_bytes = kAtOnceBytes,
             .backend = options_.backend,
             .disk = &machine_->disk(),
             .copier = machine_->copier.get(),
@@ -253,8 +262,28 @@ TransferStats Engine::load(LoadRequest request) { return start_load(std::move(re
 Transfer Engine::start_load(LoadRequest request, Completion* completion) {
   impl_->require_owner();
   auto state = internal::prepare_load(impl_->facts(), std::move(request), completion);
-  impl_->start(state);
+  if (!completion && is_read(*state)) {
+    state->add(*state->parts.front().handover.result());
+    state->finish(std::nullopt);  // Nobody is to be told on the driver thread, so it need not be woken.
+  } else {
+    impl_->start(state);
+  }
   return internal::TransferState::handle(std::move(state));
+}
+
+FileHandle Engine::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, int fd) {
+  impl_->require_owner();
+  internal::File file =
+      internal::File::open(path, expected, true, fd < 0 ? internal::UniqueFd() : internal::duplicate(fd, path));
+  return internal::OpenFile::handle(
+      std::make_shared<internal::OpenFile>(std::move(file), impl_->facts().disk, impl_->facts().number));
+}
+
+FileHandle Engine::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, int fd,
+                        std::error_code& error) noexcept {
+  FileHandle handle;
+  internal::catching(error, [&] { handle = open(path, expected, fd); });
+  return handle;
 }
 
 std::optional<Engine> Engine::make(EngineOptions options, std::error_code& error) noexcept {

@@ -170,6 +170,12 @@ void File::open_direct_for(int access) {
   may_block_ = ::preadv2(direct_fd(), &vector, 1, 1, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP;
 }
 
+UniqueFd duplicate(int fd, const std::filesystem::path& path) {
+  UniqueFd copy(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+  if (!copy) throw file_error(errno_code(errno), "duplicate descriptor", path);
+  return copy;
+}
+
 void File::drop_from_cache() const noexcept { ::posix_fadvise(buffered_fd(), 0, 0, POSIX_FADV_DONTNEED); }
 
 bool File::unchanged() const noexcept {

@@ -67,4 +67,7 @@ class File {
   bool is_device_ = false;
 };
 
+/// A duplicate of `fd`, which is open on the file at `path`. Throws: Error.
+UniqueFd duplicate(int fd, const std::filesystem::path& path);
+
 }  // namespace flashpack::internal

@@ -41,3 +41,8 @@ std::shared_ptr<OpenFile> FileTable::open(const std::filesystem::path& path,
 }
 
 }  // namespace flashpack::internal
+
+const std::filesystem::path& flashpack::FileHandle::path() const noexcept { return open_->file.path(); }
+const flashpack::FileIdentity& flashpack::FileHandle::identity() const noexcept { return open_->file.identity(); }
+std::uint32_t flashpack::FileHandle::alignment_bytes() const noexcept { return open_->file.alignment().block_bytes; }
+bool flashpack::FileHandle::unchanged() const noexcept { return open_->file.unchanged(); }

@@ -13,15 +13,22 @@
 #include "engine/file.h"
 #include "engine/ground/unique_fd.h"
 #include "engine/io_queue.h"
+#include "flashpack/file_handle.h"
 
 namespace flashpack::internal {
 
-/// An open file, with the driver's notes about it. Loads of one path share it, and a FileWriter shares its file with
-/// its writes, because any of them may be the last to use the file.
+/// An open file, with the driver's notes about it. Loads of one path share it, and a FileWriter and a FileHandle share
+/// their file with its transfers, because any of them may be the last to use the file.
 struct OpenFile {
-  OpenFile(File opened, DiskQueue* its_queue) : file(std::move(opened)), queue(its_queue) {}
+  OpenFile(File opened, DiskQueue* its_queue, std::uint64_t its_engine = 0)
+      : file(std::move(opened)), engine(its_engine), queue(its_queue) {}
+
+  static FileHandle handle(std::shared_ptr<OpenFile> open) { return FileHandle(std::move(open)); }
+  /// Null if the handle has no file.
+  static const std::shared_ptr<OpenFile>& of(const FileHandle& handle) noexcept { return handle.open_; }
 
   const File file;
+  const std::uint64_t engine;  // EngineFacts::number of the engine that has opened it for a FileHandle, else 0.
 
   // Only for the driver.
   DiskQueue* queue;         // The queue that serves the file.

@@ -13,7 +13,7 @@ namespace {
 
 // The highest of these bits that is set in a subject tells its kind. The subjects of other tasks, which are numbers of
 // descriptors, have none of them.
-constexpr Pool::Subject kGiven = Pool::Subject{1} << 61;
+constexpr Pool::Subject kReleased = Pool::Subject{1} << 61;
 constexpr Pool::Subject kClosing = Pool::Subject{1} << 62;
 constexpr Pool::Subject kOpening = Pool::Subject{1} << 63;
 
@@ -85,15 +85,16 @@ class FileTasks::CloseTask final : public Pool::Task {
   const std::shared_ptr<Shared> shared_;
 };
 
-class FileTasks::CloseUnusedTask final : public Pool::Task {
+template <class Resource>
+class FileTasks::ReleaseTask final : public Pool::Task {
  public:
-  explicit CloseUnusedTask(UniqueFd fd) : fd_(std::move(fd)) {
-    subject = kGiven;  // All have one subject, so that a dead file system does not take many threads.
+  explicit ReleaseTask(Resource resource) : resource_(std::move(resource)) {
+    subject = kReleased;  // All have one subject, so that a dead file system does not take many threads.
   }
-  void run() noexcept override { fd_.reset(); }
+  void run() noexcept override { resource_.reset(); }
 
  private:
-  UniqueFd fd_;
+  Resource resource_;
 };
 
 FileTasks::FileTasks(Pool& pool, DiskQueue& disk, OpenRules rules)
@@ -111,6 +112,10 @@ void FileTasks::close(Part& part) {
   pool_.post(std::make_unique<CloseTask>(part, shared_));
 }
 
-void FileTasks::close(UniqueFd given) { pool_.post(std::make_unique<CloseUnusedTask>(std::move(given))); }
+void FileTasks::close(UniqueFd given) { pool_.post(std::make_unique<ReleaseTask<UniqueFd>>(std::move(given))); }
+
+void FileTasks::close(std::shared_ptr<OpenFile> file) {
+  if (file.use_count() == 1) pool_.post(std::make_unique<ReleaseTask<std::shared_ptr<OpenFile>>>(std::move(file)));
+}
 
 }  // namespace flashpack::internal

@@ -30,12 +30,15 @@ class FileTasks {
   void close(Part& part);
   /// Has a descriptor closed that a load was given but did not use.
   void close(UniqueFd given);
+  /// Has a file closed, unless somebody else has it, too.
+  void close(std::shared_ptr<OpenFile> file);
 
  private:
   struct Shared;
   class OpenTask;
   class CloseTask;
-  class CloseUnusedTask;
+  template <class Resource>
+  class ReleaseTask;
 
   Pool& pool_;
   const OpenRules rules_;

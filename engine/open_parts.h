@@ -54,8 +54,8 @@ class OpenParts {
   /// closed.
   void enter(Part& part, Part::State state, Time now);
 
-  /// The waiting part whose file may be opened now, which has to enter kOpening before the next call. Null if there is
-  /// none.
+  /// The waiting part whose file may be opened now, which has to enter kOpening before the next call, or kOpen if its
+  /// file is open. Null if there is none.
   Part* next();
 
   /// The parts in kOpening and kClosing.

@@ -45,8 +45,14 @@ void count_for_checksums(const PartRequest& request, PlannedFile& planned) {
   }
 }
 
-// Reads a small load from the page cache, without waiting for the disk. This costs less than to hand chunks from thread
-// to thread. Returns what it has read; nothing if the load is to go the other way.
+// Why the file has no direct I/O although the load wants it; empty if neither is so.
+std::error_code direct_error(const PartRequest& request, const File& file) {
+  const bool lacks_it = request.cache != CachePolicy::kBuffered && file.direct_fd() < 0;
+  return errno_code(lacks_it ? file.direct_error() : 0);
+}
+
+}  // namespace
+
 std::optional<PartResult> read_at_once(const PartRequest& request, const File& file, Handover& handover,
                                        std::uint32_t at_once_bytes) {
   if (request.extents.empty() || request.checksums || request.cache == CachePolicy::kDirect) return std::nullopt;
@@ -75,20 +81,20 @@ std::optional<PartResult> read_at_once(const PartRequest& request, const File& f
   return result;
 }
 
-void plan_chunks(const PartRequest& request, std::uint32_t chunk_bytes, PlannedFile& planned) {
+void plan_load(const PartRequest& request, std::uint32_t chunk_bytes, PlannedFile& planned) {
   const File& file = planned.file();
   for (const Fragment& extent : request.extents) {
     if (end_of(extent) <= file.identity().size_bytes) continue;
     throw range_error(Errc::kTruncated, "read", request.path, extent.offset_bytes, extent.size_bytes);
   }
+  if (const std::error_code error = direct_error(request, file))
+    add_reason(planned.fallback_reason, "direct I/O: " + error.message());
   planned.plan = Plan::of_load(request.extents, chunk_bytes, file.alignment().block_bytes);
   if (request.checksums) count_for_checksums(request, planned);
   if (request.reported_extents > 0)
     planned.landing.emplace(planned.plan, request.reported_extents, planned.sums ? chunk_bytes : 0);
   planned.router = Router(planned.plan, file, request.cache);
 }
-
-}  // namespace
 
 Opened open_part(const PartRequest& request, UniqueFd given, Handover& handover, FileTable& files, OpenRules rules,
                  bool may_wait_for_descriptors) noexcept {
@@ -109,12 +115,10 @@ Opened open_part(const PartRequest& request, UniqueFd given, Handover& handover,
       handover.end(std::move(checked));
       return opened;  // Closes the file.
     }
-    const File& file = planned->file();
-    const std::error_code direct_error = errno_code(want_direct && file.direct_fd() < 0 ? file.direct_error() : 0);
-    if (may_wait_for_descriptors && no_descriptors(direct_error)) throw file_error(direct_error, "open", request.path);
-    if (direct_error) add_reason(planned->fallback_reason, "direct I/O: " + direct_error.message());
+    const std::error_code error = direct_error(request, planned->file());
+    if (may_wait_for_descriptors && no_descriptors(error)) throw file_error(error, "open", request.path);
     opened.planned = std::move(planned);  // From here on, also after a failure, the driver has the file closed.
-    plan_chunks(request, rules.chunk_bytes, *opened.planned);
+    plan_load(request, rules.chunk_bytes, *opened.planned);
   } catch (...) {
     opened.failure = Failure::of_exception("open", request.path);
   }

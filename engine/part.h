@@ -46,6 +46,7 @@ struct PartRequest {
   std::optional<WantedChecksums> checksums;
   std::vector<Fragment> extents;       // What a load wants. A store is planned from its start on.
   std::uint32_t reported_extents = 0;  // All extents of the file if the completion wants to know of them, else 0.
+  bool stays_open = false;             // A FileHandle has the file.
 };
 
 /// An open file, and the plan of the chunks that are moved from or to it. It stays in its place, because the router
@@ -135,9 +136,17 @@ struct Part {
 /// How the files of a pipeline are opened.
 struct OpenRules {
   std::uint32_t chunk_bytes = 0;
-  /// If at most that many bytes of a file are wanted and all of them are in the page cache, open_part() reads them.
-  std::uint32_t at_once_bytes = 0;
+  std::uint32_t at_once_bytes = 0;  // See read_at_once().
 };
+
+/// Reads a load of at most `at_once_bytes` from the page cache, without waiting for the disk, if all of it is there.
+/// This costs less than to hand chunks from thread to thread. Returns nothing, and may have changed the targets, if the
+/// load is to go the other way, also because the driver has claimed the memory. May block.
+std::optional<PartResult> read_at_once(const PartRequest& request, const File& file, Handover& handover,
+                                       std::uint32_t at_once_bytes);
+
+/// Plans the chunks of a load from `planned.open`, and sets the other members of `planned`. Throws: Error, kTruncated.
+void plan_load(const PartRequest& request, std::uint32_t chunk_bytes, PlannedFile& planned);
 
 /// What open_part() has done. If both are set, the file has only to be closed. If neither is set, the handover has the
 /// result, and the file has been closed.

@@ -52,7 +52,7 @@ bool Pipeline::run() {
     attend_to_gates();
     look_for_late();
     if (finished()) return true;  // Checked after all calls that may end a transfer.
-    while (Part* const part = parts_.next()) open(*part);
+    while (Part* const part = parts_.next()) part->planned ? begin_issuing(*part) : open(*part);
     const bool look_again = issue();
     steps_.reap(patience(look_again));
     if (queues_.disk.refuses() && !refused) return false;

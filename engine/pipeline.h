@@ -71,12 +71,14 @@ class Pipeline final : private Steps::Owner {
   // Transfers and their parts: pipeline_parts.cc.
   void admit();
   void admit(const std::shared_ptr<TransferState>& started);
+  void admit(Part& part);
   void expire();
   void open(Part& part);
   void close(Part& part);
   void on_answer(Inbox::Answer& answer);
   void on_opened(Part& part, Opened opened);
   void note_fallbacks(Part& part);
+  bool may_leave_open(const Part& part) const;
   void begin_issuing(Part& part);
   void issue_from_now_on(Part& part);
   std::vector<Part*>& issuing_like(const Part& part);

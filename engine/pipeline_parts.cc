@@ -39,9 +39,15 @@ void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
   if (transfer.failure) return give_up(transfer, transfer.failure->error());
   if (transfer.cancel_requested)  // The transfer was cancelled before the driver had it.
     return give_up(transfer, file_error(Errc::kCancelled, transfer.verb(), transfer.path()));
-  for (Part& part : transfer.parts)
-    part.planned ? begin_issuing(part) : parts_.enter(part, Part::State::kWaiting, now_);
+  for (Part& part : transfer.parts) admit(part);
   settle(transfer);
+}
+
+void Pipeline::admit(Part& part) {
+  if (!part.transfer->is_load()) return begin_issuing(part);
+  if (!part.handover.result()) return parts_.enter(part, Part::State::kWaiting, now_);
+  parts_.enter(part, Part::State::kDone, now_);
+  stop_waiting_for(part);
 }
 
 void Pipeline::expire() {
@@ -119,10 +125,18 @@ void Pipeline::on_delivered(Part& part, const Chunk& chunk) {
   if (part.chunks_open == 0 && part.state == Part::State::kOpen) on_all_delivered(part);
 }
 
+// Whether the end of the part needs no thread, because somebody else has the file, and nothing is left to be done with
+// it. A small load does not ask whether the file has changed; FileHandle says so.
+bool Pipeline::may_leave_open(const Part& part) const {
+  const PlannedFile& planned = *part.planned;
+  return part.request.stays_open && planned.open.use_count() > 1 && planned.plan.total_bytes <= limits_.chunk_bytes &&
+         !planned.sums && part.transfer->after == AfterLoad::kKeep;
+}
+
 // To be called when all chunks of the part have been delivered.
 void Pipeline::on_all_delivered(Part& part) {
   note_fallbacks(part);
-  if (part.transfer->is_load()) return close(part);
+  if (part.transfer->is_load() && !may_leave_open(part)) return close(part);
   parts_.enter(part, Part::State::kDone, now_);
   stop_waiting_for(part);
 }
@@ -140,11 +154,7 @@ void Pipeline::stop_waiting_for(Part& part) {
   assert(transfer.parts_awaited > 0);
   --transfer.parts_awaited;
   if (const PartResult* const result = part.handover.result()) {
-    transfer.stats.verified_bytes += result->verified_bytes;
-    transfer.stats.buffered_bytes += result->read_bytes;
-    transfer.stats.operations += result->read_bytes > 0;
-    transfer.done_bytes += result->read_bytes;
-    transfer.note_fallback(result->fallback_reason);
+    transfer.add(*result);
     if (result->failure && !transfer.failure) return give_up(transfer, result->failure->error());
     if (result->read_bytes > 0 && !transfer.failure) transfer.report_at_once(part);
   }
@@ -207,11 +217,11 @@ void Pipeline::end(TransferState& transfer) {
   if (transfer.deadline) deadlines_.erase({*transfer.deadline, &transfer});
   if (transfer.gate) std::erase(gated_, &transfer);
   transfer.gate.reset();  // The gate belongs to the device, which the caller's handle may outlive.
-  if (!transfer.is_load()) transfer.parts.front().planned->open.reset();  // The FileWriter closes the file.
+  for (Part& part : transfer.parts) {
+    if (part.planned) files_.close(std::move(part.planned->open));
+  }
   transfer.note_fallback(queues_.disk.fallback_reason());
   if (copier_) transfer.note_fallback(copier_->fallback_reason());
-  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - transfer.started;
-  transfer.stats.seconds = elapsed.count();
   --unfinished_;
   transfer.finish(transfer.failure);
 }

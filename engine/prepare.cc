@@ -97,17 +97,20 @@ WantedChecksums wanted_of(const Checksums& all, std::span<const Fragment> extent
   return wanted;
 }
 
+void check_handle(const EngineFacts& engine, const FileExtents& file) {
+  const auto& open = OpenFile::of(file.handle);
+  if (open && open->engine != engine.number)
+    throw argument_error("load", open->file.path(), "a handle of another engine");
+}
+
 // Adds one file of a load. If `reported`, the completion is told of each of its extents.
-void add_part(const EngineFacts& engine, TransferState& state, FileExtents file, CachePolicy cache, bool reported) {
-  PartRequest wanted{.path = std::move(file.path),
+Part& add_part(const EngineFacts& engine, TransferState& state, FileExtents file, CachePolicy cache, bool reported) {
+  const auto& open = OpenFile::of(file.handle);
+  PartRequest wanted{.path = open ? open->file.path() : std::move(file.path),
                      .index = static_cast<std::uint32_t>(state.parts.size()),
                      .cache = cache,
-                     .expected = file.expected};
-  UniqueFd given;
-  if (file.fd >= 0) {
-    given.reset(::fcntl(file.fd, F_DUPFD_CLOEXEC, 0));
-    if (!given) throw file_error(errno_code(errno), "duplicate descriptor", wanted.path);
-  }
+                     .expected = file.expected,
+                     .stays_open = open != nullptr};
   for (std::uint32_t index = 0; index < file.extents.size(); ++index) {
     const Extent& extent = file.extents[index];
     if (extent.size_bytes == 0) continue;
@@ -117,19 +120,38 @@ void add_part(const EngineFacts& engine, TransferState& state, FileExtents file,
   }
   if (reported) wanted.reported_extents = static_cast<std::uint32_t>(file.extents.size());
   if (file.checksums) wanted.checksums = wanted_of(*file.checksums, wanted.extents);
-  state.parts.emplace_back(std::move(wanted)).given = std::move(given);
+  Part& part = state.parts.emplace_back(std::move(wanted));
+  if (file.fd >= 0 && !open) part.given = duplicate(file.fd, part.request.path);
+  return part;
+}
+
+// Plans the part of a file that is open already or, if nothing else is to be loaded, reads it at once.
+void begin(const EngineFacts& engine, TransferState& state, Part& part, const std::shared_ptr<OpenFile>& open,
+           bool is_only) {
+  if (is_only && state.after == AfterLoad::kKeep && !state.deadline) {
+    if (auto result = read_at_once(part.request, open->file, part.handover, engine.at_once_bytes))
+      return part.handover.end(std::move(*result));
+  }
+  part.planned = std::make_unique<PlannedFile>(PlannedFile{.open = open});
+  plan_load(part.request, engine.chunk_bytes, *part.planned);
 }
 
 }  // namespace
 
 std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadRequest request, Completion* completion) {
-  for (const FileExtents& file : request.files) check_checksums(file);
+  for (const FileExtents& file : request.files) {
+    check_checksums(file);
+    check_handle(engine, file);
+  }
   check_targets(request.files);
   auto state = new_transfer(engine, Direction::kLoad, request.deadline, completion);
   state->after = request.after;
   try {
-    for (FileExtents& file : request.files)
-      add_part(engine, *state, std::move(file), request.cache, request.report_extents && completion);
+    for (FileExtents& file : request.files) {
+      const std::shared_ptr<OpenFile> open = OpenFile::of(file.handle);
+      Part& part = add_part(engine, *state, std::move(file), request.cache, request.report_extents && completion);
+      if (open) begin(engine, *state, part, open, request.files.size() == 1);
+    }
   } catch (const Error& error) {
     state->failure = Failure(error);
   }

@@ -16,7 +16,9 @@ namespace flashpack::internal {
 
 /// Facts about an engine that all of its transfers need.
 struct EngineFacts {
+  std::uint64_t number = 0;  ///< Of the engine in this process, from 1 on.
   std::uint32_t chunk_bytes = 0;
+  std::uint32_t at_once_bytes = 0;  ///< See read_at_once().
   Backend backend = Backend::kAuto;
   DiskQueue* disk = nullptr;  ///< Serves files that are written.
   Copier* copier = nullptr;   ///< Null for an engine of the host.
@@ -24,8 +26,9 @@ struct EngineFacts {
   std::string fallback_reason;  ///< Why memory is not as asked for, which every transfer reports; empty if it is.
 };
 
-/// Prepares a load. Its files are opened and planned later, when their turn comes. Throws: Error. Errors that the
-/// transfer is to report are in its `failure`.
+/// Prepares a load. Its files are opened and planned later, when their turn comes, except those that are open already.
+/// Throws: Error. Errors that the transfer is to report are in its `failure`. If all is read already, the part's
+/// handover has the result.
 std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadRequest request, Completion* completion);
 
 /// Returns the extents of a write in ascending order of offset. `path` is for messages. Throws: Error.

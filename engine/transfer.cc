@@ -70,7 +70,16 @@ const Failure* TransferEnd::failure() const {
   return failure_ ? &*failure_ : nullptr;
 }
 
+void TransferState::add(const PartResult& result) {
+  stats.verified_bytes += result.verified_bytes;
+  stats.buffered_bytes += result.read_bytes;
+  stats.operations += result.read_bytes > 0;
+  done_bytes += result.read_bytes;
+  note_fallback(result.fallback_reason);
+}
+
 void TransferState::finish(std::optional<Failure> result) {
+  stats.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
   {
     const std::lock_guard lock(inbox_mutex);
     inbox = nullptr;

@@ -61,7 +61,10 @@ class TransferEnd {
 struct TransferState : std::enable_shared_from_this<TransferState> {
   static Transfer handle(std::shared_ptr<TransferState> state) { return Transfer(std::move(state)); }
 
-  /// Called by the driver at the end, which calls the completion.
+  /// Takes over the result of a part.
+  void add(const PartResult& result);
+  /// Called at the end, by the driver or, if all has been read before the start, by the thread that starts the
+  /// transfer. Calls the completion.
   void finish(std::optional<Failure> result);
   static void cancel(const std::shared_ptr<TransferState>& state) noexcept;
   /// Adds `reason` to stats.fallback_reason unless it is there. Called by the thread that prepares the transfer, later

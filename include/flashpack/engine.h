@@ -17,6 +17,7 @@
 
 #include "flashpack/checksums.h"
 #include "flashpack/error.h"
+#include "flashpack/file_handle.h"
 #include "flashpack/file_identity.h"
 #include "flashpack/file_writer.h"
 #include "flashpack/transfer.h"
@@ -77,6 +78,9 @@ struct FileExtents {
   /// have opened it. With the flag O_DIRECT, the file is opened again for what has to go through the page cache. For
   /// direct reads it is always opened again, by its descriptor; if this process may not, all reads are buffered.
   int fd = -1;
+  /// A file that Engine::open() of the same engine has opened. If it is valid(), `path`, `expected` and `fd` have no
+  /// meaning. If no other file is in the request, a load of little that is cached reads it in the calling thread.
+  FileHandle handle = {};
 };
 
 /// Whether reads go through the page cache.
@@ -191,6 +195,14 @@ class Engine {
   Transfer start_load(LoadRequest request, Completion* completion = nullptr);
   /// The transfer is not valid() after an error.
   Transfer start_load(LoadRequest request, Completion* completion, std::error_code& error) noexcept;
+
+  /// Opens a regular file for many loads. If `fd` is not negative, it is a readable descriptor of the file, of which
+  /// the engine makes a duplicate, and `path` is only for messages. May block in the file system. Throws: Error
+  /// (kFileChanged if `expected` is set and differs; kUnusable; errno).
+  FileHandle open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected = {}, int fd = -1);
+  /// The handle is not valid() after an error.
+  FileHandle open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, int fd,
+                  std::error_code& error) noexcept;
 
   /// Begins a new file that will replace `path`. Its directory must exist. Throws: Error.
   FileWriter create(const std::filesystem::path& path, WriterOptions options = {});

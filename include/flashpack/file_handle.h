@@ -1,0 +1,51 @@
+/// A file that stays open for many loads.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <utility>
+
+#include "flashpack/file_identity.h"
+
+namespace flashpack {
+
+namespace internal {
+struct OpenFile;
+}
+
+/// A file that Engine::open() has opened, for any number of loads of that engine, also at the same time. It is for
+/// programs that read a little again and again, such as indices or blocks of a cache, because to open and close a file
+/// costs more than to read a few pages of it. Pass it as FileExtents::handle.
+///
+/// The handle keeps the file, whatever is at its path by now. A load through it that reads more than one chunk, or has
+/// checksums, notices a change of the file during the load, as other loads do. A smaller one does not look, because
+/// that would cost as much as the read: where a file may be written in place, ask unchanged(), or use checksums.
+///
+/// Copies share the file, which is closed after the last copy and the last load. Thread safety: as a shared_ptr. It may
+/// outlive its engine.
+class FileHandle {
+ public:
+  /// No file.
+  FileHandle() noexcept = default;
+
+  bool valid() const noexcept { return open_ != nullptr; }
+
+  // The functions below require: valid().
+
+  /// The path that was opened, for messages.
+  const std::filesystem::path& path() const noexcept;
+  /// The identity that the file had when it was opened. Its size bounds the extents.
+  const FileIdentity& identity() const noexcept;
+  /// Reads whose offset, size and address are multiples of this many bytes are read past the page cache without a copy.
+  std::uint32_t alignment_bytes() const noexcept;
+  /// Whether the file still has that identity. May block in the file system.
+  bool unchanged() const noexcept;
+
+ private:
+  friend struct internal::OpenFile;
+  explicit FileHandle(std::shared_ptr<internal::OpenFile> open) noexcept : open_(std::move(open)) {}
+  std::shared_ptr<internal::OpenFile> open_;
+};
+
+}  // namespace flashpack
