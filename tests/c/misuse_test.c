@@ -154,6 +154,20 @@ TEST(an_engine_uses_staging_memory_of_the_caller) {
   free(memory);
 }
 
+TEST(a_gpu_that_is_not_there_is_an_error) {
+  flashpack_engine_options options = {sizeof options};
+  options.device_kind = FLASHPACK_DEVICE_CUDA;
+  options.device_index = 1000;
+  flashpack_engine* engine = NULL;
+  flashpack_error* error = NULL;
+  const flashpack_status status = flashpack_engine_create(&options, &engine, &error);
+  CHECK(!engine && (status == FLASHPACK_CUDA_ERROR || status == ENOTSUP));
+  CHECK(status == ENOTSUP || strstr(flashpack_error_message(error), "cudaError"));
+  flashpack_error_destroy(error);
+  options.device_kind = 2;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "device_kind", flashpack_engine_create(&options, &engine, &error));
+}
+
 TEST(what_no_memory_can_hold_is_an_error_of_the_system) {
   flashpack_engine* engine = new_engine();
   const flashpack_save_tensor tensor = {.name = "x", .name_bytes = SIZE_MAX / 2, .data = "x"};
