@@ -139,6 +139,21 @@ def test_a_stream_is_gone_when_it_is_dropped_whatever_is_kept(path):
     assert tensor.numel()
 
 
+def test_groups_have_memory_of_one_size_so_that_what_one_gives_back_serves_the_next(tmp_path, monkeypatch):
+    largest = _stream._GROUP_BYTES
+    sizes = [largest, largest - 4096, largest // 2 + 4096, largest - 1, largest // 2 + 1, 5000]
+    tensors = {f"{i}": torch.full((size,), i, dtype=torch.uint8) for i, size in enumerate(sizes)}
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    huge, taken, memory = 2 * MIB, [], _native.HostMemory
+    monkeypatch.setattr(
+        _native, "HostMemory", lambda size, phase: taken.append(size + phase % huge) or memory(size, phase)
+    )
+    assert_bit_equal(dict(flashpack.stream_tensors(tmp_path / "a.safetensors")), tensors)
+    assert taken == [largest + huge] * 5, "the last group has two tensors"
+    assert_bit_equal(dict(flashpack.stream_tensors(tmp_path / "a.safetensors", names=["5"])), {"5": tensors["5"]})
+    assert taken[-1] < huge, "a little group does not take so much"
+
+
 def test_what_is_dropped_makes_room(path, loads, caplog):
     for _, tensor in flashpack.stream_tensors(path, window_bytes=16 * MIB):
         del tensor

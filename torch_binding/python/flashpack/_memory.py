@@ -132,19 +132,25 @@ def allocate_block(phase_bytes: int, size_bytes: int, device: torch.device = CPU
     return DeviceBlock(torch.empty(size_bytes, dtype=torch.uint8, device=device))
 
 
-def allocate(plan: _native.SegmentPlan, device: torch.device, home: torch.device) -> list[Block]:
-    """Allocates the blocks of a plan for `device` on `home`, which is the CPU if the engine cannot use the device."""
+def allocate(plan: _native.SegmentPlan, device: torch.device, home: torch.device, usual_bytes: int = 0) -> list[Block]:
+    """Allocates the blocks of a plan for `device` on `home`, which is the CPU if the engine cannot use the device.
+
+    On the host, blocks of more than half of `usual_bytes`, up to that, get memory of one size.
+    """
     if device.type == "cpu":
-        return [_allocate_host(phase_bytes, size_bytes) for size_bytes, phase_bytes in plan.blocks]
+        return [_allocate_host(phase_bytes, size_bytes, usual_bytes) for size_bytes, phase_bytes in plan.blocks]
     return [DeviceBlock(torch.empty(size_bytes, dtype=torch.uint8, device=home)) for size_bytes, _ in plan.blocks]
 
 
-def _allocate_host(phase_bytes: int, size_bytes: int) -> HostBlock:
+def _allocate_host(phase_bytes: int, size_bytes: int, usual_bytes: int = 0) -> HostBlock:
     """Allocates memory whose address is `phase_bytes` modulo a page, or a huge page if it has the size of one.
 
     The engine can read whole pages in place if that is the offset in the file.
     """
-    return HostBlock(_native.HostMemory(size_bytes, phase_bytes), size_bytes)
+    room_bytes = size_bytes
+    if usual_bytes // 2 < size_bytes <= usual_bytes:  # What is not used of it is never touched, and takes no pages.
+        room_bytes = usual_bytes + _HUGE_PAGE_BYTES - phase_bytes % _HUGE_PAGE_BYTES
+    return HostBlock(_native.HostMemory(room_bytes, phase_bytes), size_bytes)
 
 
 def aligned_phase(offset_bytes: int, dtype: torch.dtype) -> int:
@@ -344,10 +350,10 @@ def filled_of(filling: Filling) -> Filled:
     return Filled(filling.blocks, filling.plan.places, filling.side.device, filling.stats)
 
 
-def make_room(wanted: Wanted, device: torch.device, options: ReadOptions) -> Filling:
+def make_room(wanted: Wanted, device: torch.device, options: ReadOptions, usual_bytes: int = 0) -> Filling:
     side = side_of(device, wanted.checkpoint.files()[0])
     plan = wanted.plan(device, options.verify)
-    return Filling(plan, allocate(plan, device, side.device), side)
+    return Filling(plan, allocate(plan, device, side.device, usual_bytes), side)
 
 
 ReadBlocks = Callable[[Wanted, torch.device, ReadOptions], Filled]

@@ -174,7 +174,9 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 has_checksums = any(file.has_checksums for file in checkpoint.files())
                 verified = has_checksums and self._options.verify != "never"
                 whole: Verify = "always" if verified else "never"
-                filling = make_room(Wanted(checkpoint, entries), device, self._options._replace(verify=whole))
+                # Memory that a group gives back serves the next one, which must not be larger.
+                options = self._options._replace(verify=whole)
+                filling = make_room(Wanted(checkpoint, entries), device, options, _GROUP_BYTES)
                 sizes = [size_bytes for size_bytes, _ in filling.plan.blocks]
                 group = _Group(entries, filling, sum(sizes))
                 batches = filling.batches(as_stream=False)
