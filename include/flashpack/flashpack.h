@@ -137,31 +137,19 @@ void flashpack_engine_destroy(flashpack_engine* engine);
 /// FLASHPACK_FILE_CHANGED if they were changed in place.
 typedef struct flashpack_checkpoint flashpack_checkpoint;
 
-/// Types of elements. Values stay as they are in later versions, which may have more.
+/// Types of elements. Values stay as they are in later versions, which may have more. FLOAT4_E2M1FN_X2 has two 4-bit
+/// floats in a byte, and a dim counts bytes.
+// clang-format off
 enum {
-  FLASHPACK_DTYPE_BOOL = 0,
-  FLASHPACK_DTYPE_INT8 = 1,
-  FLASHPACK_DTYPE_UINT8 = 2,
-  FLASHPACK_DTYPE_INT16 = 3,
-  FLASHPACK_DTYPE_UINT16 = 4,
-  FLASHPACK_DTYPE_INT32 = 5,
-  FLASHPACK_DTYPE_UINT32 = 6,
-  FLASHPACK_DTYPE_INT64 = 7,
-  FLASHPACK_DTYPE_UINT64 = 8,
-  FLASHPACK_DTYPE_FLOAT16 = 9,
-  FLASHPACK_DTYPE_BFLOAT16 = 10,
-  FLASHPACK_DTYPE_FLOAT32 = 11,
-  FLASHPACK_DTYPE_FLOAT64 = 12,
-  FLASHPACK_DTYPE_COMPLEX32 = 13,
-  FLASHPACK_DTYPE_COMPLEX64 = 14,
-  FLASHPACK_DTYPE_COMPLEX128 = 15,
-  FLASHPACK_DTYPE_FLOAT8_E4M3FN = 16,
-  FLASHPACK_DTYPE_FLOAT8_E4M3FNUZ = 17,
-  FLASHPACK_DTYPE_FLOAT8_E5M2 = 18,
-  FLASHPACK_DTYPE_FLOAT8_E5M2FNUZ = 19,
-  FLASHPACK_DTYPE_FLOAT8_E8M0FNU = 20,
-  FLASHPACK_DTYPE_FLOAT4_E2M1FN_X2 = 21  ///< Two 4-bit floats in a byte; a dim counts bytes.
+  FLASHPACK_DTYPE_BOOL = 0, FLASHPACK_DTYPE_INT8 = 1, FLASHPACK_DTYPE_UINT8 = 2, FLASHPACK_DTYPE_INT16 = 3,
+  FLASHPACK_DTYPE_UINT16 = 4, FLASHPACK_DTYPE_INT32 = 5, FLASHPACK_DTYPE_UINT32 = 6, FLASHPACK_DTYPE_INT64 = 7,
+  FLASHPACK_DTYPE_UINT64 = 8, FLASHPACK_DTYPE_FLOAT16 = 9, FLASHPACK_DTYPE_BFLOAT16 = 10,
+  FLASHPACK_DTYPE_FLOAT32 = 11, FLASHPACK_DTYPE_FLOAT64 = 12, FLASHPACK_DTYPE_COMPLEX32 = 13,
+  FLASHPACK_DTYPE_COMPLEX64 = 14, FLASHPACK_DTYPE_COMPLEX128 = 15, FLASHPACK_DTYPE_FLOAT8_E4M3FN = 16,
+  FLASHPACK_DTYPE_FLOAT8_E4M3FNUZ = 17, FLASHPACK_DTYPE_FLOAT8_E5M2 = 18, FLASHPACK_DTYPE_FLOAT8_E5M2FNUZ = 19,
+  FLASHPACK_DTYPE_FLOAT8_E8M0FNU = 20, FLASHPACK_DTYPE_FLOAT4_E2M1FN_X2 = 21
 };
+// clang-format on
 
 typedef struct flashpack_checkpoint_info {
   size_t struct_size;
@@ -247,6 +235,18 @@ void flashpack_memory_destroy(flashpack_memory* memory);
 /// Gives all memory that is kept for the next flashpack_memory back to the system.
 void flashpack_memory_release_kept(void);
 
+/// A file that an engine keeps open for many small loads, because to open and close it costs more than to read a
+/// little. It keeps the file, whatever is at its path by now. A load of at most a chunk does not notice that the file
+/// changes.
+typedef struct flashpack_handle flashpack_handle;
+
+/// Opens a regular file for loads of `engine`. If `fd` is not negative, it is a readable descriptor of the file, which
+/// is borrowed for the call, and `path` is for messages. Errors: errno; FLASHPACK_UNUSABLE.
+flashpack_status flashpack_handle_open(flashpack_engine* engine, const char* path, int32_t fd,
+                                       flashpack_handle** handle, flashpack_error** error);
+/// The file is closed after the last load through it.
+void flashpack_handle_destroy(flashpack_handle* handle);
+
 /// Collects what happens to transfers, for event loops of any kind: those that are started with a request that names
 /// it, of any number of engines.
 ///
@@ -321,6 +321,8 @@ typedef struct flashpack_load_request {
   size_t path_count;
   const int32_t* fds;  ///< If not NULL, a readable descriptor for each path, which is borrowed until the start returns;
                        ///< the path is for messages then. A negative one means that the path is opened.
+  const flashpack_handle* const*
+      handles;                      ///< If not NULL, an open file of this engine for each path, or NULL for none.
   const flashpack_extent* extents;  ///< They may overlap in a file, but not in memory.
   size_t extent_count;
   int32_t cache;        ///< FLASHPACK_CACHE_*.

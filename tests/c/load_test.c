@@ -74,6 +74,44 @@ TEST(a_descriptor_takes_the_place_of_a_path) {
   flashpack_engine_destroy(engine);
 }
 
+TEST(a_file_that_is_kept_open_is_read_whatever_is_at_its_path) {
+  flashpack_engine* engine = new_engine();
+  whole_file load;
+  make_whole_file(&load);
+  flashpack_handle* handle = NULL;
+  OK(flashpack_handle_open(engine, load.path, -1, &handle, &error));
+  const int fd = open(load.path, O_RDONLY);
+  CHECK(fd >= 0 && unlink(load.path) == 0);
+  const flashpack_handle* const handles[] = {handle};
+  load.request.handles = handles;
+  OK(flashpack_load(engine, &load.request, &error));
+  CHECK(right(load.memory, 0, SIZE));
+  load.extent.size_bytes = 100;
+  for (uint64_t i = 0; i < 1000; ++i) {
+    load.extent.offset_bytes = i * 4093 % (SIZE - 100);
+    OK(flashpack_load(engine, &load.request, &error));
+    CHECK(right(load.memory, load.extent.offset_bytes, 100));
+  }
+  flashpack_transfer* transfer = NULL;
+  OK(flashpack_start_load(engine, &load.request, &transfer, &error));
+  flashpack_handle_destroy(handle);
+  OK(flashpack_transfer_wait(transfer, &error));
+  flashpack_transfer_destroy(transfer);
+  FAILS(ENOENT, load.path, flashpack_handle_open(engine, load.path, -1, &handle, &error));
+  CHECK(!handle);
+  OK(flashpack_handle_open(engine, load.path, fd, &handle, &error));
+  CHECK(close(fd) == 0);
+  const flashpack_handle* const others[] = {handle};
+  load.request.handles = others;
+  OK(flashpack_load(engine, &load.request, &error));
+  flashpack_handle_destroy(handle);
+  const flashpack_handle* const none[] = {NULL};
+  load.request.handles = none;
+  FAILS(ENOENT, load.path, flashpack_load(engine, &load.request, &error));
+  flashpack_engine_destroy(engine);
+  free(load.memory);
+}
+
 TEST(a_transfer_tells_how_it_went) {
   flashpack_engine* engine = new_engine();
   whole_file load;

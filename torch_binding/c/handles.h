@@ -14,6 +14,7 @@
 
 #include "flashpack/checkpoint.h"
 #include "flashpack/engine.h"
+#include "flashpack/file_handle.h"
 #include "flashpack/flashpack.h"
 #include "flashpack/host_memory.h"
 
@@ -41,6 +42,10 @@ struct flashpack_engine {
 // Shared with the loads, so that the caller may destroy the handle earlier.
 struct flashpack_checkpoint {
   std::shared_ptr<const flashpack::c::OpenCheckpoint> opened;
+};
+
+struct flashpack_handle {
+  flashpack::FileHandle file;
 };
 
 struct flashpack_memory {

@@ -43,6 +43,7 @@ std::vector<FileExtents> files_by_path(const flashpack_load_request& given) {
     if (extents[i].empty()) continue;
     files.push_back({.path = path, .extents = std::move(extents[i])});
     if (given.fds) files.back().fd = given.fds[i];
+    if (given.handles && given.handles[i]) files.back().handle = given.handles[i]->file;
   }
   return files;
 }
@@ -90,7 +91,7 @@ std::unique_ptr<flashpack_transfer> start_load(flashpack_engine* engine, const f
   const std::size_t file_count =
       given.checkpoint ? given.checkpoint->opened->checkpoint.files().size() : given.path_count;
   if (given.checkpoint) {
-    if (given.path_count > 0 || given.fds) throw argument_error("request has a checkpoint, and paths or fds");
+    if (given.path_count > 0) throw argument_error("request has a checkpoint, and paths");
     transfer->opened = given.checkpoint->opened;
     const Checkpoint& checkpoint = transfer->opened->checkpoint;
     files = files_of(checkpoint, extents_of(given, file_count), transfer->verify);
@@ -130,8 +131,7 @@ Extents allocate(const Checkpoint& checkpoint, const SegmentPlan& plan, WholeLoa
 WholeLoad start_load_all(flashpack_engine* engine, const flashpack_load_request* request) {
   Engine& used = *require(engine, "engine").engine;
   const flashpack_load_request given = c::given(require(request, "request"), "request");
-  if (given.path_count > 0 || given.fds || given.extent_count > 0)
-    throw argument_error("request has paths, fds or extents");
+  if (given.path_count > 0 || given.extent_count > 0) throw argument_error("request has paths or extents");
   if (given.report_extents) throw argument_error("request reports extents, and has none of its own");
   WholeLoad load;
   load.transfer->verify = one_of(given.verify, Verify::kNever, "request->verify");
@@ -161,6 +161,17 @@ void give_report(const VerifyReport& found, flashpack_verify_report* report) {
 }  // namespace flashpack::c
 
 using namespace flashpack::c;
+
+flashpack_status flashpack_handle_open(flashpack_engine* engine, const char* path, int32_t fd,
+                                       flashpack_handle** handle, flashpack_error** error) {
+  return guarded(error, [&] {
+    auto*& place = place_of(handle, "handle");
+    flashpack::Engine& used = *require(engine, "engine").engine;
+    place = new flashpack_handle{used.open(&require(path, "path"), {}, fd)};
+  });
+}
+
+void flashpack_handle_destroy(flashpack_handle* handle) { delete handle; }
 
 flashpack_status flashpack_start_load(flashpack_engine* engine, const flashpack_load_request* request,
                                       flashpack_transfer** transfer, flashpack_error** error) {
