@@ -31,6 +31,9 @@ using internal::argument_error;
 // To read this much from the page cache takes about as long as to wake another thread for it.
 constexpr std::uint32_t kAtOnceBytes = 256 << 10;
 
+// The number of the next engine of this process.
+std::atomic<std::uint32_t> next_engine = 1;
+
 // The number of slots in the staging memory.
 std::uint64_t slots_in(const EngineOptions& options) {
   const std::uint64_t bytes = options.staging.empty() ? options.staging_bytes : options.staging.size();
@@ -124,7 +127,8 @@ struct Engine::Impl::Machine {
   std::optional<internal::Pipeline> pipeline;
 };
 
-Engine::Impl::Impl(EngineOptions options) : options_(checked(std::move(options))), owner_(::getpid()) {
+Engine::Impl::Impl(EngineOptions options)
+    : options_(checked(std::move(options))), number_(next_engine.fetch_add(1)), owner_(::getpid()) {
   std::promise<void> promise;
   auto ready = promise.get_future();
   try {
@@ -195,7 +199,8 @@ void Engine::Impl::build(Machine& machine) {
   machine.workers.emplace(*machine.pool, tags, &machine.disk());
   internal::add_reason(fallback_reason_, staging.fallback_reason());
   const internal::Queues queues{.disk = machine.disk(), .stand_in = threads, .workers = *machine.workers};
-  machine.pipeline.emplace(queues, *machine.pool, machine.copier.get(), staging.slots(), limits);
+  const internal::Tracer tracer{.sink = options_.trace, .engine = number_};
+  machine.pipeline.emplace(queues, *machine.pool, machine.copier.get(), staging.slots(), limits, tracer);
 }
 
 // A ring can only be used by the thread that made it, so the driver thread makes everything.
@@ -212,8 +217,7 @@ void Engine::Impl::drive(std::promise<void>& ready) {
   }
   machine_ = std::move(machine);
   pipeline_ = &*machine_->pipeline;
-  static std::atomic<std::uint64_t> engines = 0;
-  facts_ = {.number = ++engines,
+  facts_ = {.number = number_,
             .chunk_bytes = options_.chunk_bytes,
             .at_once_bytes = kAtOnceBytes,
             .backend = options_.backend,
@@ -262,7 +266,7 @@ TransferStats Engine::load(LoadRequest request) { return start_load(std::move(re
 Transfer Engine::start_load(LoadRequest request, Completion* completion) {
   impl_->require_owner();
   auto state = internal::prepare_load(impl_->facts(), std::move(request), completion);
-  if (!completion && is_read(*state)) {
+  if (!completion && !options().trace && is_read(*state)) {
     state->add(*state->parts.front().handover.result());
     state->finish(std::nullopt);  // Nobody is to be told on the driver thread, so it need not be woken.
   } else {

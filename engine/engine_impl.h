@@ -51,6 +51,7 @@ class Engine::Impl {
   // and, in options_, the backend and the NUMA node.
   EngineOptions options_;
   std::string fallback_reason_;
+  const std::uint32_t number_;
   const pid_t owner_;
   internal::Pipeline* pipeline_ = nullptr;  // Inside machine_, as is what facts_ points to.
   internal::EngineFacts facts_;

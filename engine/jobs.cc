@@ -8,6 +8,39 @@
 
 namespace flashpack::internal {
 
+namespace {
+
+// As what the job's step is traced; empty if it is not.
+std::optional<TraceStage> stage_of(const Job& job) {
+  switch (job.step) {
+    case Step::kRead:
+      return TraceStage::kRead;
+    case Step::kWrite:
+      return TraceStage::kWrite;
+    case Step::kReadIfCached:
+    case Step::kReadCached:
+      return TraceStage::kReadCached;
+    case Step::kWriteCached:
+      return TraceStage::kWriteCached;
+    case Step::kPopulate:
+      return job.step == job.way.counts_in ? TraceStage::kChecksum : TraceStage::kPopulate;
+    case Step::kScatter:
+    case Step::kGather:
+      return TraceStage::kCopy;
+    case Step::kCount:
+      return TraceStage::kChecksum;
+    case Step::kWait:
+      return TraceStage::kWait;
+    case Step::kFree:
+    case Step::kDeliver:
+    case Step::kAbandoned:
+      break;
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
 Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route) {
   using Memory = ChunkTraits::Memory;
   using Route = ChunkTraits::Route;
@@ -66,8 +99,8 @@ ByteWork Job::byte_work() const {
   }
 }
 
-Jobs::Jobs(Limits limits, std::vector<std::span<std::byte>> slots)
-    : limits_(limits), slots_(std::move(slots)), jobs_(limits.tags) {
+Jobs::Jobs(Limits limits, std::vector<std::span<std::byte>> slots, Tracer tracer)
+    : limits_(limits), tracer_(tracer), slots_(std::move(slots)), jobs_(limits.tags) {
   assert(limits.slots > 0 && limits.slots <= slots_.size());
   in_[static_cast<std::size_t>(Step::kFree)] = limits.tags;
   for (unsigned tag = limits.tags; tag-- > 0;) free_.push_back(tag);
@@ -155,11 +188,13 @@ void Jobs::set_view(Job& job) const {
 }
 
 void Jobs::enter(Job& job, Step step, Time now) {
+  if (tracer_) tell_of_end(job, step, now);
   if (job.stuck) clear_stuck(job);
   assert(in(job.step) > 0);
   --in_[static_cast<std::size_t>(job.step)];
   ++in_[static_cast<std::size_t>(job.step = step)];
   job.since = now;
+  job.begun_bytes = job.done_bytes;
   if (step == Step::kAbandoned) set_stuck(job);
 }
 
@@ -197,11 +232,31 @@ void Jobs::clear_stuck(Job& job) {
   if (std::exchange(job.late, false)) file_system.remove_late();
 }
 
-void Jobs::close(unsigned tag) {
+// To be called before `job` begins `next`.
+void Jobs::tell_of_end(const Job& job, Step next, Time now) const {
+  const std::optional<TraceStage> stage = stage_of(job);
+  if (!stage || (*stage == TraceStage::kWait && job.since == now)) return;
+  const bool direct = job.step == Step::kRead || job.step == Step::kWrite;
+  const bool failed = next == Step::kFree || next == Step::kAbandoned;
+  const std::uint64_t of_worker = failed ? 0 : job.part->plan().wanted_bytes(*job.chunk);
+  tracer_.sink->event({.stage = *stage,
+                       .engine = tracer_.engine,
+                       .transfer = job.transfer().number,
+                       .file = job.part->request.index,
+                       .path = job.part->request.path.native(),
+                       .lane = static_cast<std::uint32_t>(&job - jobs_.data()),
+                       .offset_bytes = direct ? job.file_bytes.offset_bytes + job.begun_bytes : job.chunk->offset_bytes,
+                       .size_bytes = direct ? job.done_bytes - job.begun_bytes : of_worker,
+                       .begin = job.since,
+                       .end = now,
+                       .depth = in(job.step) + (job.stuck ? 1 : 0)});
+}
+
+void Jobs::close(unsigned tag, Time now) {
   Job& job = jobs_[tag];
   TransferState& transfer = job.transfer();
   assert(transfer.jobs > 0 && transfer.outstanding > 0);
-  enter(job, Step::kFree, {});
+  enter(job, Step::kFree, now);
   if (job.slot >= 0) free_slots_.push_back(job.slot);
   job = Job{};
   free_.push_back(tag);

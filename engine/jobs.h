@@ -12,6 +12,7 @@
 #include "engine/byte_work.h"
 #include "engine/io_queue.h"
 #include "engine/part.h"
+#include "engine/tracer.h"
 #include "engine/way.h"
 
 namespace flashpack::internal {
@@ -26,10 +27,12 @@ struct Job {
   int slot = -1;
   ChunkView view;                               // The bytes in the slot or, in place, in the caller's memory.
   Fragment file_bytes{};                        // The bytes of `view` as a range of the file.
-  std::uint64_t done_bytes = 0;                 // Bytes of file_bytes that direct I/O has moved, in whole blocks.
+  std::uint64_t done_bytes = 0;                 // Bytes of file_bytes that direct I/O has moved; while it is not at
+                                                // the end, in whole blocks.
   unsigned stalls = 0;                          // Results in a row that moved no further block.
   Queue* queue = nullptr;                       // The queue that has the job's operation.
   std::chrono::steady_clock::time_point since;  // When the step began.
+  std::uint64_t begun_bytes = 0;                // `done_bytes` at that time.
   bool stuck = false;                           // The operation is late or abandoned.
   bool late = false;                            // The operation has taken longer than kLate.
 
@@ -72,8 +75,8 @@ class Jobs {
     std::uint32_t slots;  ///< Slots in use at a time; the other ones are spare.
   };
 
-  /// Borrows the memory of the slots.
-  Jobs(Limits limits, std::vector<std::span<std::byte>> slots);
+  /// Borrows the memory of the slots, and who is told of the steps.
+  Jobs(Limits limits, std::vector<std::span<std::byte>> slots, Tracer tracer = {});
 
   Job& operator[](std::size_t tag) { return jobs_[tag]; }
   /// Each tag is below it.
@@ -97,9 +100,10 @@ class Jobs {
   /// Finds the operations that have become late. Returns whether there are any.
   bool mark_late(Time now);
   /// Frees the job and its slot.
-  void close(unsigned tag);
+  void close(unsigned tag, Time now);
 
  private:
+  void tell_of_end(const Job& job, Step next, Time now) const;
   std::optional<int> take_slot(const Part& part);
   void set_view(Job& job) const;
   void set_stuck(Job& job);
@@ -107,6 +111,7 @@ class Jobs {
   bool has_enough_stuck(const Part& part, std::size_t used, std::size_t of_files, std::size_t of_file_systems) const;
 
   const Limits limits_;
+  const Tracer tracer_;
   const std::vector<std::span<std::byte>> slots_;
   std::vector<Job> jobs_;
   std::vector<unsigned> free_;

@@ -20,6 +20,7 @@ bool is_open(const Part& part) {
 
 void OpenParts::enter(Part& part, Part::State state, Time now) {
   const bool was_open = is_open(part);
+  if (tracer_) tell_of_end(part, now);
   leave_state(part);
   part.state = state;
   const bool ended = was_open && !is_open(part);
@@ -28,6 +29,22 @@ void OpenParts::enter(Part& part, Part::State state, Time now) {
   if (ended && state == Part::State::kWaiting) max_open_ = std::max<std::size_t>(1, open_ - held_up());
   if (ended && part.handover.result()) max_open_ = std::min(max_open_ + 1, kMaxOpen);
   enter_state(part, now);
+}
+
+// To be called before the part leaves its state.
+void OpenParts::tell_of_end(const Part& part, Time now) const {
+  const bool opens = part.state == Part::State::kOpening;
+  if (!opens && part.state != Part::State::kClosing) return;
+  const PartResult* const result = part.handover.result();
+  tracer_.sink->event({.stage = opens ? TraceStage::kOpen : TraceStage::kClose,
+                       .engine = tracer_.engine,
+                       .transfer = part.transfer->number,
+                       .file = part.request.index,
+                       .path = part.request.path.native(),
+                       .size_bytes = opens && result ? result->read_bytes : 0,
+                       .begin = part.since,
+                       .end = now,
+                       .depth = static_cast<std::uint32_t>(with_threads_.size())});
 }
 
 void OpenParts::leave_state(Part& part) {

@@ -13,6 +13,7 @@
 
 #include "engine/mounts.h"
 #include "engine/part.h"
+#include "engine/tracer.h"
 
 namespace flashpack::internal {
 
@@ -43,8 +44,10 @@ class OpenParts {
  public:
   using Time = std::chrono::steady_clock::time_point;
 
-  /// `read_mounts` returns the mounts at the time of the call, and asks no file system.
-  explicit OpenParts(std::function<Mounts()> read_mounts) : read_mounts_(std::move(read_mounts)) {}
+  /// `read_mounts` returns the mounts at the time of the call, and asks no file system. `tracer` is told of each file
+  /// that has been opened or closed.
+  explicit OpenParts(std::function<Mounts()> read_mounts, Tracer tracer = {})
+      : read_mounts_(std::move(read_mounts)), tracer_(tracer) {}
 
   static constexpr std::size_t kMaxOpen = 32;
   static constexpr std::size_t kHeldUpLimit = 256;
@@ -66,6 +69,7 @@ class OpenParts {
   void read_mounts() { mounts_ = read_mounts_(); }
 
  private:
+  void tell_of_end(const Part& part, Time now) const;
   void leave_state(Part& part);
   void enter_state(Part& part, Time now);
   std::size_t held_up() const noexcept { return late_ + totals_.held_up_loads; }
@@ -82,6 +86,7 @@ class OpenParts {
   std::map<std::uint64_t, FileSystem> file_systems_;          // One for each device number; never removed.
   std::array<std::map<std::string, PlaceCounts>, 2> places_;  // Directories and mount points; never removed.
   const std::function<Mounts()> read_mounts_;
+  const Tracer tracer_;
   Mounts mounts_;  // The mounts when something last became late.
   std::vector<Part*> with_threads_;
   std::size_t open_ = 0;  // Parts of loads from kOpening to kClosing.

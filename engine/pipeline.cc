@@ -32,15 +32,18 @@ unsigned Pipeline::tag_limit(Limits limits) {
   return limits.queue_depth + 3 * limits.worker_depth + limits.slots + Jobs::kStuckLimit;
 }
 
-Pipeline::Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits)
+Pipeline::Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits,
+                   Tracer tracer)
     : queues_(queues),
       pool_(pool),
       copier_(copier),
       limits_(limits),
+      tracer_(tracer),
       files_(pool, queues.disk, {.chunk_bytes = limits.chunk_bytes, .at_once_bytes = limits.at_once_bytes}),
       steps_(*this, queues, copier, std::move(slots),
-             {.tags = tag_limit(limits), .queue_depth = limits.queue_depth, .slots = limits.slots},
-             limits.worker_depth) {}
+             {.tags = tag_limit(limits), .queue_depth = limits.queue_depth, .slots = limits.slots}, limits.worker_depth,
+             tracer),
+      parts_(Mounts::of_process, tracer) {}
 
 bool Pipeline::run() {
   const bool refused = queues_.disk.refuses();

@@ -48,8 +48,9 @@ class Pipeline final : private Steps::Owner {
 
   /// Borrows the queues, the pool, the copier and the slots' memory, which must outlive it. Threads of the pool may use
   /// queues, copier and slots even later, so the pool must be destroyed before these. `copier` is null for an engine of
-  /// the host.
-  Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits);
+  /// the host. `tracer` is told of each step.
+  Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits,
+           Tracer tracer = {});
 
   /// Where any thread hands prepared transfers to the driver, and lets run() return when all of them have ended.
   Inbox& inbox() const noexcept { return files_.inbox(); }
@@ -87,6 +88,7 @@ class Pipeline final : private Steps::Owner {
   void look_for_late_parts();
   void give_up(TransferState& transfer, const Error& error);
   void settle(TransferState& transfer);
+  void tell_of_end(const TransferState& transfer) const;
   void end(TransferState& transfer);
 
   // Steps calls these when chunks end; they are in pipeline_parts.cc, too.
@@ -99,14 +101,16 @@ class Pipeline final : private Steps::Owner {
   Pool& pool_;
   Copier* const copier_;
   const Limits limits_;
+  const Tracer tracer_;
   FileTasks files_;
   Steps steps_;
-  OpenParts parts_{Mounts::of_process};
+  OpenParts parts_;
   std::chrono::steady_clock::time_point now_;  // Time at the start of this turn of the loop.
   std::chrono::steady_clock::time_point looked_for_late_;
 
   std::size_t unfinished_ = 0;  // Transfers that have not ended.
   std::uint64_t next_turn_ = 0;
+  std::uint64_t next_number_ = 1;  // Of a transfer.
   static constexpr std::size_t kSmall = 0;
   static constexpr std::size_t kLarge = 1;
   std::array<std::vector<Part*>, 2> issuing_;  // Parts with chunks to issue, sorted by turn.

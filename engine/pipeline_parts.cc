@@ -25,6 +25,7 @@ void Pipeline::admit() {
 void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
   TransferState& transfer = *started;
   transfer.self = started;
+  transfer.number = next_number_++;
   transfer.parts_awaited = transfer.parts.size();
   ++unfinished_;
   if (transfer.deadline) deadlines_.emplace(*transfer.deadline, &transfer);
@@ -211,6 +212,20 @@ void Pipeline::settle(TransferState& transfer) {
   if (transfer.self && transfer.parts_awaited == 0) end(transfer);
 }
 
+void Pipeline::tell_of_end(const TransferState& transfer) const {
+  const std::string path = transfer.path().native();
+  tracer_.sink->event({.stage = TraceStage::kTransfer,
+                       .engine = tracer_.engine,
+                       .transfer = transfer.number,
+                       .path = path,
+                       .size_bytes = transfer.done_bytes,
+                       .begin = transfer.started,
+                       .end = std::chrono::steady_clock::now(),
+                       .depth = static_cast<std::uint32_t>(unfinished_),
+                       .error = transfer.failure ? transfer.failure->code : std::error_code(),
+                       .note = transfer.stats.fallback_reason});
+}
+
 void Pipeline::end(TransferState& transfer) {
   assert(transfer.jobs == 0 && transfer.parts_awaited == 0);
   const std::shared_ptr<TransferState> keep = std::exchange(transfer.self, nullptr);
@@ -222,6 +237,7 @@ void Pipeline::end(TransferState& transfer) {
   }
   transfer.note_fallback(queues_.disk.fallback_reason());
   if (copier_) transfer.note_fallback(copier_->fallback_reason());
+  if (tracer_) tell_of_end(transfer);
   --unfinished_;
   transfer.finish(transfer.failure);
 }

@@ -17,8 +17,13 @@ constexpr unsigned kMaxStalls = 32;
 }  // namespace
 
 Steps::Steps(Owner& owner, Queues queues, Copier* copier, std::vector<std::span<std::byte>> slots, Jobs::Limits limits,
-             std::uint32_t worker_depth)
-    : owner_(owner), queues_(queues), copier_(copier), worker_depth_(worker_depth), jobs_(limits, std::move(slots)) {}
+             std::uint32_t worker_depth, Tracer tracer)
+    : owner_(owner),
+      queues_(queues),
+      copier_(copier),
+      worker_depth_(worker_depth),
+      traced_(tracer),
+      jobs_(limits, std::move(slots), tracer) {}
 
 bool Steps::set_out(Part& part, const Chunk& chunk, Route route) {
   if (jobs_.none_free() || (route != Route::kDirect && workers_are_busy())) return false;
@@ -42,7 +47,9 @@ void Steps::reap(std::optional<std::chrono::nanoseconds> patience) {
   const auto complete_all = [this](std::span<const IoCompletion> completions) {
     for (const IoCompletion& completion : completions) complete(completion);
   };
-  complete_all(queues_.disk.wait(patience));
+  const std::span<const IoCompletion> ended = queues_.disk.wait(patience);
+  if (traced_) now_ = std::chrono::steady_clock::now();  // Steps end and begin after the wait.
+  complete_all(ended);
   if (queues_.disk.refuses()) complete_all(queues_.stand_in.wait(std::chrono::nanoseconds(0)));
   complete_all(queues_.workers.wait(std::chrono::nanoseconds(0)));
   if (!copier_) return;
@@ -148,6 +155,7 @@ void Steps::on_direct(unsigned tag, std::int64_t result) {
   const std::uint64_t got = job.done_bytes + (interrupted ? 0 : static_cast<std::uint64_t>(result));
   stats.direct_bytes += got - job.done_bytes;
   if (job.file_bytes.offset_bytes + got >= end_of(*job.chunk)) {
+    job.done_bytes = got;
     if (has_slot(job.way.view)) stats.staged_bytes += got;
     return advance(tag);
   }
@@ -239,7 +247,7 @@ void Steps::abandon_chunks_of(TransferState& transfer) {
 
 void Steps::close_job(unsigned tag) {
   TransferState& transfer = jobs_[tag].transfer();
-  jobs_.close(tag);
+  jobs_.close(tag, now_);
   if (transfer.failure) owner_.on_came_back(transfer);
 }
 

@@ -48,9 +48,9 @@ class Steps {
   using Route = ChunkTraits::Route;
 
   /// Borrows all that it is given references and pointers to, and the slots' memory. `copier` is null for an engine of
-  /// the host. The workers get at most `worker_depth` operations of each kind at a time.
+  /// the host. The workers get at most `worker_depth` operations of each kind at a time. `tracer` is told of each step.
   Steps(Owner& owner, Queues queues, Copier* copier, std::vector<std::span<std::byte>> slots, Jobs::Limits limits,
-        std::uint32_t worker_depth);
+        std::uint32_t worker_depth, Tracer tracer = {});
 
   /// To be called at the start of each turn: the time at which steps begin from now on.
   void set_time(Time now) { now_ = now; }
@@ -99,6 +99,7 @@ class Steps {
   const Queues queues_;
   Copier* const copier_;
   const std::uint32_t worker_depth_;
+  const bool traced_;
   Jobs jobs_;
   Time now_;
 };

@@ -95,6 +95,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
 
   // Only for the driver, once started. After the end, a FileWriter reads the sums of its part.
   std::deque<Part> parts;               // A store has one part, already open. Parts never move in memory.
+  std::uint64_t number = 0;             // Counted from 1 in the order in which the driver got them.
   std::shared_ptr<TransferState> self;  // Set until the end, so that the state outlives its handle.
   std::unique_ptr<Gate> gate;           // While set, nothing is copied to or from a device.
   std::size_t parts_awaited = 0;        // Parts that the end still waits for.

@@ -26,6 +26,8 @@ struct CUstream_st;  // CUDA's tag of cudaStream_t, so that this header needs no
 
 namespace flashpack {
 
+class TraceSink;
+
 /// The device that loads write to and stores read from.
 struct Device {
   enum class Kind : std::uint8_t { kHost, kCuda };
@@ -145,6 +147,9 @@ struct EngineOptions {
   /// NUMA node of the staging memory. If empty, it is the node of the CUDA device, or for the host the node that the
   /// driver thread runs on. If the system refuses the node, fallback_reason() says so.
   std::optional<int> numa_node;
+  /// Is told of each step of the engine's work (flashpack/trace.h); borrowed until the engine is destroyed. Null costs
+  /// nothing.
+  TraceSink* trace = nullptr;
 };
 
 /// Serves one device with one driver thread, one ring and one memory budget.

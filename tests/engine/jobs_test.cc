@@ -9,6 +9,7 @@
 
 #include "engine/transfer_state.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/trace_recorder.h"
 
 namespace flashpack::internal {
 namespace {
@@ -57,7 +58,7 @@ class JobsTest : public ::testing::Test {
   }
 
   void close_all(const std::vector<unsigned>& tags) {
-    for (const unsigned tag : tags) jobs_.close(tag);
+    for (const unsigned tag : tags) jobs_.close(tag, start_);
   }
 
   testing::TempDir dir_;
@@ -91,7 +92,7 @@ TEST_F(JobsTest, AJobThroughASlotCoversWholeBlocksAndGivesBackAllThatItTook) {
   EXPECT_EQ(request.offset_bytes, 4096u);
   EXPECT_EQ(request.memory.size(), 4096u);
   EXPECT_EQ(request.memory.data(), slots_.data() + static_cast<std::size_t>(job.slot) * kSlotBytes);
-  jobs_.close(*tag);
+  jobs_.close(*tag, start_);
   EXPECT_EQ(jobs_.in(Step::kRead), 0u);
   EXPECT_EQ(load.transfer->jobs, 0u);
   EXPECT_EQ(load.transfer->outstanding, 0u);
@@ -107,7 +108,7 @@ TEST_F(JobsTest, AnOperationThatGoesOnBeginsWhereTheLastOneEnded) {
   EXPECT_EQ(request.offset_bytes, 4096u + 512);
   EXPECT_EQ(request.memory.size(), 4096u - 512);
   EXPECT_EQ(request.memory.data(), job.view.bytes.data() + 512);
-  jobs_.close(0);
+  jobs_.close(0, start_);
 }
 
 TEST_F(JobsTest, EachStepOfABufferedWayHasItsWork) {
@@ -125,7 +126,7 @@ TEST_F(JobsTest, EachStepOfABufferedWayHasItsWork) {
   EXPECT_EQ(work.transfer, load.transfer.get());
   jobs_.enter(job, Step::kScatter, start_);
   EXPECT_EQ(job.way.view, View::kFragments);
-  jobs_.close(0);
+  jobs_.close(0, start_);
 }
 
 TEST_F(JobsTest, NoMoreSlotsAreUsedThanAtATimeAndHalfOfThemBehindAGate) {
@@ -159,9 +160,9 @@ TEST_F(JobsTest, ALateJobMakesRoomInItsStepAndASpareSlotTakesThePlaceOfItsOwn) {
   const Load other = this->load(other_file_system_);
   EXPECT_EQ(open_all(other, tags), kSlots) << "as many as if nothing were late";
 
-  jobs_.close(tags[0]);
+  jobs_.close(tags[0], start_);
   EXPECT_FALSE(totals_.answers_again);
-  jobs_.close(tags[1]);
+  jobs_.close(tags[1], start_);
   EXPECT_TRUE(totals_.answers_again);
   EXPECT_EQ(file_system_.late() + file_system_.stuck + load.part.planned->open->stuck, 0u);
   close_all({tags.begin() + 2, tags.end()});
@@ -179,7 +180,7 @@ TEST_F(JobsTest, AnAbandonedJobIsStuckFromTheStartAndLateOnlyWhenItIs) {
   EXPECT_TRUE(jobs_.mark_late(start_ + kLate));
   EXPECT_EQ(file_system_.stuck, 1u);
   EXPECT_EQ(file_system_.late(), 1u);
-  jobs_.close(tags[0]);
+  jobs_.close(tags[0], start_);
   EXPECT_TRUE(jobs_.idle());
 }
 
@@ -189,7 +190,7 @@ TEST_F(JobsTest, AStepThatTheKernelCannotKeepIsNeverLate) {
   open_all(load, tags, 1);
   jobs_.enter(jobs_[tags[0]], Step::kWait, start_);
   EXPECT_FALSE(jobs_.mark_late(start_ + 10 * kLate));
-  jobs_.close(tags[0]);
+  jobs_.close(tags[0], start_);
 }
 
 TEST_F(JobsTest, AJobThatIsReroutedWithoutASlotFreesItThoughItWasStuck) {
@@ -260,6 +261,96 @@ TEST_F(JobsTest, AFileGetsHalfOfTheStuckJobsAndAFileSystemThreeQuarters) {
   EXPECT_EQ(take(other), kDepth) << "as many as a healthy file has under way";
   close_all(tags);
   EXPECT_TRUE(jobs_.idle());
+}
+
+class TracedJobsTest : public JobsTest {
+ protected:
+  Jobs::Time after(int milliseconds) const { return start_ + std::chrono::milliseconds(milliseconds); }
+  unsigned open_traced(const Load& load, ChunkTraits::Route route = ChunkTraits::Route::kDirect) {
+    const Chunk& chunk = load.part.plan().chunks.front();
+    return jobs_.open(load.part, chunk, way_of(load.part, chunk, route)).value();
+  }
+
+  testing::TraceRecorder recorder_;
+  Jobs jobs_{{.tags = 4, .queue_depth = kDepth, .slots = 2},
+             {std::span(slots_).first(kSlotBytes), std::span(slots_).subspan(kSlotBytes, kSlotBytes)},
+             {.sink = &recorder_, .engine = 7}};
+};
+
+TEST_F(TracedJobsTest, AStepIsToldWhenItEndsWithItsTimesAndBytes) {
+  const Load load = this->load(file_system_);
+  load.transfer->number = 3;
+  const unsigned tag = open_traced(load);
+  jobs_.enter(jobs_[tag], Step::kRead, after(1));
+  EXPECT_TRUE(recorder_.events().empty());
+  jobs_[tag].done_bytes = 4096;
+  jobs_.enter(jobs_[tag], Step::kScatter, after(2));
+  jobs_.enter(jobs_[tag], Step::kDeliver, after(4));
+  jobs_.close(tag, after(4));
+  const auto events = recorder_.events();
+  ASSERT_EQ(events.size(), 2u);
+  const TraceEvent& read = events[0];
+  EXPECT_EQ(read.stage, TraceStage::kRead);
+  EXPECT_EQ(read.engine, 7u);
+  EXPECT_EQ(read.transfer, 3u);
+  EXPECT_EQ(read.lane, tag);
+  EXPECT_EQ(read.offset_bytes, 4096u) << "whole blocks";
+  EXPECT_EQ(read.size_bytes, 4096u);
+  EXPECT_EQ(read.begin, after(1));
+  EXPECT_EQ(read.end, after(2));
+  EXPECT_EQ(read.depth, 1u);
+  EXPECT_EQ(events[1].stage, TraceStage::kCopy);
+  EXPECT_EQ(events[1].offset_bytes, 5000u);
+  EXPECT_EQ(events[1].size_bytes, 100u);
+  EXPECT_EQ(events[1].end, after(4));
+}
+
+TEST_F(TracedJobsTest, AReadThatGoesOnIsToldInPieces) {
+  const Load load = this->load(file_system_);
+  const unsigned tag = open_traced(load);
+  jobs_.enter(jobs_[tag], Step::kRead, after(1));
+  jobs_[tag].done_bytes = 512;
+  jobs_.enter(jobs_[tag], Step::kRead, after(2));
+  jobs_[tag].done_bytes = 4096;
+  jobs_.enter(jobs_[tag], Step::kScatter, after(3));
+  const auto events = recorder_.events();
+  ASSERT_EQ(events.size(), 2u);
+  EXPECT_EQ(events[0].size_bytes, 512u);
+  EXPECT_EQ(events[1].offset_bytes, 4096u + 512);
+  EXPECT_EQ(events[1].size_bytes, 4096u - 512);
+  jobs_.close(tag, after(3));
+}
+
+TEST_F(TracedJobsTest, AStepThatFailsIsGivenBackOrAbandonedIsToldWithoutBytes) {
+  const Load load = this->load(file_system_);
+  for (const Step next : {Step::kFree, Step::kAbandoned}) {
+    const unsigned read = open_traced(load);
+    jobs_.enter(jobs_[read], Step::kRead, after(1));
+    const unsigned cached = open_traced(load, ChunkTraits::Route::kSeemsCached);
+    jobs_.enter(jobs_[cached], Step::kReadIfCached, after(1));
+    for (const unsigned tag : {read, cached}) {
+      if (next == Step::kAbandoned) jobs_.enter(jobs_[tag], next, after(2));
+      jobs_.close(tag, after(2));
+    }
+  }
+  const auto events = recorder_.events();
+  ASSERT_EQ(events.size(), 4u);
+  for (const TraceEvent& event : events) {
+    EXPECT_EQ(event.size_bytes, 0u);
+    EXPECT_EQ(event.end, after(2));
+  }
+}
+
+TEST_F(TracedJobsTest, AWaitThatNobodyHadToWaitForIsNotTold) {
+  const Load load = this->load(file_system_);
+  const unsigned tag = open_traced(load);
+  jobs_.enter(jobs_[tag], Step::kWait, after(1));
+  jobs_.enter(jobs_[tag], Step::kWait, after(1));
+  EXPECT_TRUE(recorder_.events().empty());
+  jobs_.enter(jobs_[tag], Step::kScatter, after(2));
+  ASSERT_EQ(recorder_.events().size(), 1u);
+  EXPECT_EQ(recorder_.events().front().stage, TraceStage::kWait);
+  jobs_.close(tag, after(3));
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 
 #include "engine/transfer_state.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/trace_recorder.h"
 
 namespace flashpack::internal {
 namespace {
@@ -257,6 +258,42 @@ TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenTheLastLateOperationComesBack)
     if (part.state == State::kOpen && file_system.loads() >= OpenParts::kMaxOpen) close(part);
   }
   EXPECT_NE(parts_.next(), nullptr);
+}
+
+TEST_F(OpenPartsTest, OpeningAndClosingAreToldWithTheirTimesAndWhatWasReadAtOnce) {
+  testing::TraceRecorder recorder;
+  OpenParts traced([] { return Mounts(); }, {.sink = &recorder, .engine = 2});
+  Part& part = transfer_->parts.emplace_back(PartRequest{.path = "/a/file", .index = 5});
+  part.transfer = transfer_.get();
+  const auto after = [this](int milliseconds) { return now_ + std::chrono::milliseconds(milliseconds); };
+  traced.enter(part, State::kWaiting, after(0));
+  traced.enter(part, State::kOpening, after(1));
+  traced.enter(part, State::kAnswered, after(3));
+  part.planned = planned();
+  traced.enter(part, State::kOpen, after(3));
+  traced.enter(part, State::kClosing, after(6));
+  part.handover.end({.read_bytes = 9});
+  traced.enter(part, State::kDone, after(7));
+  const auto events = recorder.events();
+  ASSERT_EQ(events.size(), 2u);
+  EXPECT_EQ(events[0].stage, TraceStage::kOpen);
+  EXPECT_EQ(events[0].engine, 2u);
+  EXPECT_EQ(events[0].file, 5u);
+  EXPECT_EQ(recorder.paths()[0], "/a/file");
+  EXPECT_EQ(events[0].begin, after(1));
+  EXPECT_EQ(events[0].end, after(3));
+  EXPECT_EQ(events[0].depth, 1u);
+  EXPECT_EQ(events[1].stage, TraceStage::kClose);
+  EXPECT_EQ(events[1].begin, after(6));
+  EXPECT_EQ(events[1].end, after(7));
+
+  Part& small = transfer_->parts.emplace_back(PartRequest{.path = "/a/small"});
+  small.transfer = transfer_.get();
+  traced.enter(small, State::kOpening, after(8));
+  small.handover.end({.read_bytes = 100});
+  traced.enter(small, State::kDone, after(9));
+  ASSERT_EQ(recorder.events().size(), 3u);
+  EXPECT_EQ(recorder.events().back().size_bytes, 100u);
 }
 
 }  // namespace
