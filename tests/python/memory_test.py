@@ -188,8 +188,8 @@ def test_only_a_few_transfers_of_a_stream_are_under_way_at_a_time(pack, in_small
         filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
         steps = 0
         for steps, _ in enumerate(_memory.fill(checkpoint, [filling], options, as_stream=True), 1):
-            assert len(started) <= steps + _memory._AT_ONCE - 1
-    assert steps == len(started) > _memory._AT_ONCE
+            assert len(started) <= steps + _memory.AT_ONCE - 1
+    assert steps == len(started) > _memory.AT_ONCE
 
 
 def test_a_load_that_is_no_stream_is_one_transfer(pack, in_small_parts, monkeypatch):

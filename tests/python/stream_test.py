@@ -69,7 +69,7 @@ def test_the_first_tensor_comes_before_the_last_is_asked_for(path, loads):
     assert loads == []
     next(stream)
     assert loads.count("finish") == 1
-    assert loads.count("start") <= 1 + _stream._AT_ONCE
+    assert loads.count("start") <= 1 + _stream.AT_ONCE
 
 
 def test_a_tensor_of_a_stream_is_never_written_again(path, tensors):

@@ -23,7 +23,7 @@ from ._device import CPU, DeviceLike, Side, side_of, torch_device
 from ._logging import logger
 from ._native import FlashPackError
 from ._progress import Show, progress_bar
-from ._under_way import UnderWay
+from ._under_way import AT_ONCE, UnderWay
 from .utils import string_to_dtype
 
 _HUGE_PAGE_BYTES = 2 << 20
@@ -32,8 +32,6 @@ _SEGMENT_BYTES = _native.MAX_SEGMENT_BYTES
 _BATCH_BYTES = 64 << 20
 # A multiple of a stripe and of a chunk, so that both end at each multiple of this size.
 _BORDER_BYTES = 16 << 20
-# Transfers of a stream that are under way at a time: enough that the disk never waits for the next one.
-_AT_ONCE = 4
 # Smaller tensors are moved out of larger blocks.
 _SMALL_BYTES = 64 << 10
 _LARGE_BLOCK_BYTES = 4 << 20
@@ -296,7 +294,7 @@ def fill(
     to_start = iter(rows)
     with progress_bar("Loading", total_bytes, options.show) as progress, UnderWay[tuple[_Batch, ...]]() as under_way:
         for _ in rows:
-            for row in islice(to_start, _AT_ONCE - len(under_way)):
+            for row in islice(to_start, AT_ONCE - len(under_way)):
                 loads = (start(checkpoint, *each, options) for each in zip(row, fillings, strict=True))
                 under_way.start(row, loads)
             row, stats = under_way.finish(progress)

@@ -20,14 +20,12 @@ from ._file import places_of, selected
 from ._logging import logger, printable
 from ._memory import Filling, ReadOptions, Wanted, add_stats, filled_of, make_room, start, tensors_of
 from ._native import FlashPackError
-from ._under_way import UnderWay
+from ._under_way import AT_ONCE, UnderWay
 
 Order = Literal["file", "names"]
 
 # Tensors that are neighbours in a file are read together up to this size. The first tensor waits for so many bytes.
 _GROUP_BYTES = 64 << 20
-# Groups that are being read at a time, so that the disk never waits for the next one.
-_AT_ONCE = 4
 # If the consumer keeps what it gets, the window is exceeded anyway, and the disk still must not wait.
 _AT_LEAST = 2
 _WINDOW_BYTES = 512 << 20
@@ -206,7 +204,7 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         """Returns how many groups may be under way, of which there are `under_way` now."""
         alive_bytes = self._alive.count_bytes()
         if alive_bytes - self._unseen_bytes <= self._window_bytes:
-            return _AT_ONCE if alive_bytes + _GROUP_BYTES <= self._window_bytes else max(under_way, 1)
+            return AT_ONCE if alive_bytes + _GROUP_BYTES <= self._window_bytes else max(under_way, 1)
         if not self._warned:
             self._warned = True
             logger.warning(

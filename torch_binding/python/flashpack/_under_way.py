@@ -12,6 +12,9 @@ from ._progress import Progress, after
 
 What = TypeVar("What")
 
+AT_ONCE = 4
+"""Loads of a stream that are under way at a time: enough that the disk never waits for the next one."""
+
 
 class UnderWay(Generic[What]):
     """Loads that have been started and not been waited for, in their order. Leaving a block with them ends them.
