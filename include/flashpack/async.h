@@ -16,7 +16,14 @@
 /// Engine, writer and the request's memory must outlive the operation. An execution context (boost::asio::io_context)
 /// may be destroyed while the operation is under way. Its destructor then cancels the operation, waits until nothing is
 /// in flight, and destroys the handler, with all that the handler owns, without calling it.
+///
+/// In a forked child, operations of the parent are left alone: their handlers are neither called nor destroyed, and the
+/// context's destructor does not wait for them. To start others on the copy of a context, call its notify_fork(), as
+/// Asio demands, and make an engine.
 #pragma once
+
+#include <sys/types.h>
+#include <unistd.h>
 
 #include <boost/asio/associated_cancellation_slot.hpp>
 #include <boost/asio/associated_executor.hpp>
@@ -66,7 +73,7 @@ class AsyncOperations final : public boost::asio::execution_context::service {
   /// Keeps `operation` until take_out(). False if the context is being destroyed; do not start it then.
   bool add(const std::shared_ptr<Operation>& operation) {
     const std::lock_guard lock(mutex_);
-    if (!ending_) running_.emplace(operation.get(), operation);
+    if (!ending_) running_->emplace(operation.get(), operation);
     return !ending_;
   }
 
@@ -74,7 +81,7 @@ class AsyncOperations final : public boost::asio::execution_context::service {
   /// the context and then calls posted(). Null if the context is being destroyed and keeps the operation.
   std::shared_ptr<Operation> take_out(Operation* operation) {
     const std::lock_guard lock(mutex_);
-    auto taken = std::move(running_.extract(operation).mapped());
+    auto taken = std::move(running_->extract(operation).mapped());
     if (ending_) {
       dropped_.push_back(std::move(taken));
     } else {
@@ -92,21 +99,40 @@ class AsyncOperations final : public boost::asio::execution_context::service {
   }
 
  private:
+  using Running = std::unordered_map<Operation*, std::shared_ptr<Operation>>;
+
+  // A child that has not been told by notify_fork() may only destroy the context.
+  void notify_fork(boost::asio::execution_context::fork_event event) override {
+    if (event == boost::asio::execution_context::fork_prepare) return mutex_.lock();
+    if (event == boost::asio::execution_context::fork_child) {
+      leave_to_the_parent();
+      process_ = ::getpid();
+      running_ = std::make_unique<Running>();
+      posting_ = 0;
+    }
+    mutex_.unlock();
+  }
+
+  // Nobody ends the parent's operations in the child.
+  void leave_to_the_parent() { static_cast<void>(running_.release()); }
+
   void shutdown() override {
+    if (::getpid() != process_) return leave_to_the_parent();
     std::unique_lock lock(mutex_);
     ending_ = true;
-    const auto running = running_;
+    const Running running = *running_;
     lock.unlock();
     for (const auto& [operation, owner] : running) operation->cancel();
     lock.lock();
-    changed_.wait(lock, [this] { return running_.empty() && posting_ == 0; });
+    changed_.wait(lock, [this] { return running_->empty() && posting_ == 0; });
     const auto dropped = std::move(dropped_);
     lock.unlock();
   }
 
+  pid_t process_ = ::getpid();
   std::mutex mutex_;  // Protects the rest.
   std::condition_variable changed_;
-  std::unordered_map<Operation*, std::shared_ptr<Operation>> running_;
+  std::unique_ptr<Running> running_ = std::make_unique<Running>();
   std::vector<std::shared_ptr<Operation>> dropped_;
   std::size_t posting_ = 0;  // Handlers that are being posted to the context.
   bool ending_ = false;

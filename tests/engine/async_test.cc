@@ -1,6 +1,7 @@
 #include "flashpack/async.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/bind_cancellation_slot.hpp>
@@ -19,6 +20,8 @@
 #include <thread>
 
 #include "tests/support/guarded_memory.h"
+#include "tests/support/plug.h"
+#include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -145,6 +148,35 @@ TEST_F(AsyncTest, AContextThatEndsFirstEndsTheCoroutineThatAwaits) {
     EXPECT_EQ(witness.use_count(), 1);
   }
 }
+
+#if !defined(__SANITIZE_THREAD__)  // It allows the child of threads no threads.
+TEST_F(AsyncTest, AForkedChildUsesTheContextOfItsParentWithAnEngineOfItsOwn) {
+  auto context = std::make_unique<asio::io_context>();
+  const auto start = [&](Engine& engine) {
+    const auto owned = std::make_shared<GuardedMemory>(bytes_.size());
+    LoadRequest wanted = request();
+    wanted.files[0].extents[0].target = owned->data();
+    async_load(engine, wanted, asio::bind_executor(*context, [owned](std::exception_ptr, TransferStats) { FAIL(); }));
+    return std::weak_ptr(owned);
+  };
+  testing::Plug plug(engine_);
+  const auto of_parent = start(engine_);
+  context->notify_fork(asio::execution_context::fork_prepare);
+  const int status = testing::run_in_child([&] {
+    ::alarm(60);  // It ends a child that waits for the threads of its parent.
+    context->notify_fork(asio::execution_context::fork_child);
+    Engine own({.chunk_bytes = 1 << 20, .staging_bytes = 4 << 20});
+    const auto of_child = start(own);
+    context.reset();
+    return of_child.expired() && !of_parent.expired() ? 0 : 1;
+  });
+  context->notify_fork(asio::execution_context::fork_parent);
+  EXPECT_EQ(status, 0);
+  plug.pull();
+  context.reset();
+  EXPECT_TRUE(of_parent.expired());
+}
+#endif
 
 TEST_F(AsyncTest, CancellationEndsTheOperationOnce) {
   for (int round = 0; round < 50; ++round) {
