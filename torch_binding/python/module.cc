@@ -30,6 +30,7 @@
 #include "bind_pack.h"
 #include "flashpack/engine.h"
 #include "flashpack/host_memory.h"
+#include "flashpack/trace.h"
 #include "flashpack/tuning.h"
 #include "flashpack/verify.h"
 #include "footer_objects.h"
@@ -204,7 +205,7 @@ class PyEngine {
  public:
   PyEngine(std::optional<int> cuda_device, std::optional<std::uint32_t> chunk_bytes,
            std::optional<std::uint32_t> queue_depth, std::optional<std::uint64_t> staging_bytes,
-           std::optional<std::uint32_t> workers, std::string profile)
+           std::optional<std::uint32_t> workers, std::string profile, ChromeTrace* trace)
       : profile_(std::move(profile)) {
     const NativeCall call;
     nb::gil_scoped_release released;
@@ -214,6 +215,7 @@ class PyEngine {
     options.queue_depth = queue_depth.value_or(options.queue_depth);
     options.staging_bytes = staging_bytes.value_or(options.staging_bytes);
     options.workers = workers.value_or(options.workers);
+    options.trace = trace;
     engine_ = std::make_unique<Engine>(std::move(options));
   }
   ~PyEngine() {
@@ -360,21 +362,28 @@ void refuse_pickling(nb::class_<Class>& type) {
   });
 }
 
+void bind_trace(nb::module_& module) {
+  auto trace = nb::class_<ChromeTrace>(module, "Trace", "A file of what engines do, in Chrome's trace format.")
+                   .def(nb::init<const std::filesystem::path&>(), "path"_a,
+                        "Empties the file. Raises BlockingIOError if another Trace has it, also of another process.");
+  refuse_pickling(trace);
+}
+
 void bind_handles(nb::module_& module) {
   auto load = nb::class_<PyLoad>(module, "Load", "A load that is under way. Its last reference ends it.");
   auto engine =
       nb::class_<PyEngine>(module, "Engine", "Threads, ring and staging memory of this process; thread-safe.")
           .def(nb::init<std::optional<int>, std::optional<std::uint32_t>, std::optional<std::uint32_t>,
-                        std::optional<std::uint64_t>, std::optional<std::uint32_t>, std::string>(),
+                        std::optional<std::uint64_t>, std::optional<std::uint32_t>, std::string, ChromeTrace*>(),
                "cuda_device"_a = nb::none(), "chunk_bytes"_a = nb::none(), "queue_depth"_a = nb::none(),
                "staging_bytes"_a = nb::none(), "workers"_a = nb::none(), "profile"_a = "",
+               "trace"_a.none() = nb::none(), nb::keep_alive<1, 8>(),
                "Makes an engine, which chooses each option that is None. Its loads name `profile` in their statistics.")
           .def("load", &PyEngine::load, "checkpoint"_a, "reads"_a, "verify"_a = "auto", "cache"_a = "auto",
                "progress"_a = nb::none(), "stream"_a = 0, "repeats"_a = std::vector<RepeatTuple>(),
                "Reads (index of the file, file offset, size, address), which are sorted by file, and returns the "
-               "transfer's statistics. "
-               "`repeats`: (count, bytes in the file from one to the next), outermost first, of all reads; their "
-               "memory lies one after the other. "
+               "transfer's statistics. `repeats`: (count, bytes in the file from one to the next), outermost first, of "
+               "all reads; their memory lies one after the other. "
                "Device memory is not written before what is on `stream` (a cudaStream_t) has ended.")
           .def("start_load", &PyEngine::start_load, "checkpoint"_a, "reads"_a, "memory"_a, "verify"_a = "auto",
                "cache"_a = "auto", "stream"_a = 0, "The same for finish_loads(); `memory` is kept alive until the end.")
@@ -466,6 +475,7 @@ NB_MODULE(_native_of_main, module) {
   flashpack::bind_checkpoint(module);
   flashpack::bind_pack(module);
   flashpack::bind_memory(module);
+  flashpack::bind_trace(module);
   flashpack::bind_handles(module);
   flashpack::bind_profiles(module);
 }

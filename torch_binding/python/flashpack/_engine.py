@@ -14,11 +14,12 @@ from typing import Any
 
 from ._checkpoint import File
 from ._logging import logger
-from ._native import Engine, FlashPackError, enter_call, leave_call, tuned_options
+from ._native import Engine, FlashPackError, Trace, enter_call, leave_call, tuned_options
 
 _engines: dict[tuple[int | None, str], Engine] = {}
 _tuned: dict[tuple[int | None, int], dict[str, Any]] = {}
 _lock = threading.Lock()
+_traces: list[Trace | None] = []  # None if there is to be no trace; empty before the first engine.
 
 
 class _Call(ContextDecorator):
@@ -59,8 +60,28 @@ def _made(cuda_device: int | None, options: dict[str, Any]) -> Engine:
     key = (cuda_device, options.get("profile", ""))
     with _lock:
         if key not in _engines:
-            _engines[key] = Engine(cuda_device, **options)
+            _engines[key] = Engine(cuda_device, trace=_trace(), **options)
         return _engines[key]
+
+
+def _trace() -> Trace | None:
+    """Returns the trace that FLASHPACK_TRACE asks for, which all engines of the process share, with engines to come."""
+    if not _traces:
+        path = os.environ.get("FLASHPACK_TRACE")
+        _traces.append(_new_trace(path) if path else None)
+    return _traces[0]
+
+
+def _new_trace(path: str) -> Trace | None:
+    try:
+        try:
+            return Trace(path)
+        except BlockingIOError:  # Of another process.
+            stem, extension = os.path.splitext(path)
+            return Trace(f"{stem}.{os.getpid()}{extension}")
+    except OSError as error:
+        logger.warning("there is no trace of loads and saves: %s", error)
+        return None
 
 
 def _options(cuda_device: int | None, file: File) -> dict[str, Any]:
@@ -86,6 +107,7 @@ def _drop_in_child() -> None:
     global _lock
     _lock = threading.Lock()
     _engines.clear()
+    _traces.clear()
 
 
 atexit.register(release_engines)
