@@ -58,10 +58,13 @@ class Reads {
   std::size_t count() const { return all_.size(); }
   std::uint64_t size_bytes() const { return size_bytes_; }
 
-  LoadRequest request(std::size_t index, std::byte* target) const {
+  // The file is opened by the load if `file` is not valid.
+  LoadRequest request(std::size_t index, std::byte* target, const FileHandle& file) const {
     const Read& read = all_[index];
     LoadRequest request;
-    request.files.push_back({.path = path_, .extents = {{read.offset_bytes, read.size_bytes, target + read.at_bytes}}});
+    request.files.push_back(
+        {.extents = {{read.offset_bytes, read.size_bytes, target + read.at_bytes}}, .handle = file});
+    if (!file.valid()) request.files.front().path = path_;
     return request;
   }
 
@@ -126,8 +129,9 @@ struct Work {
   Countdown& countdown;
   const Reads& reads;
   std::byte* target;
+  const FileHandle& file;
 
-  LoadRequest request(std::size_t index) const { return reads.request(index, target); }
+  LoadRequest request(std::size_t index) const { return reads.request(index, target, file); }
 };
 
 /// Starts all loads, so that they are outstanding at once, waits for them in its own way, and returns the statistics of
@@ -200,14 +204,18 @@ TransferStats await_all(const Work& work) {
   return work.countdown.wait();
 }
 
+/// Whether each load opens the file, or all are given one that is open.
+enum class Open { kByLoad, kBefore };
+
 // Measures loads that are outstanding all at once, one start_load() for each, beside plain io_uring at the depth of the
 // engine, which goes through the page cache if the file is in it.
-void bench_form(benchmark::State& state, const Setup& setup, const Reads& reads, Form form, Cache cache) {
+void bench_form(benchmark::State& state, const Setup& setup, const Reads& reads, Form form, Cache cache, Open open) {
   const OpenFile file(setup.checkpoint.path(), cache == Cache::kCold ? O_RDONLY | O_DIRECT : O_RDONLY);
   Countdown countdown;
   Engine engine({.queue_depth = kDepth, .staging_bytes = std::uint64_t{256} << 20});
+  const FileHandle handle = open == Open::kBefore ? engine.open(setup.checkpoint.path()) : FileHandle();
   TransferStats stats;
-  const auto ours = [&](std::byte* target) { stats = form({engine, countdown, reads, target}); };
+  const auto ours = [&](std::byte* target) { stats = form({engine, countdown, reads, target, handle}); };
   const auto raw = [&](std::byte* target) { reads.read_raw(file, target); };
   const Series none(reads.size_bytes());
   std::vector<Contender> all{{ours, none}, {raw, none}};
@@ -239,9 +247,10 @@ void register_completion_rows(const Setup& setup, int rounds) {
     std::size_t loads;
     std::uint64_t least_bytes;
     std::uint64_t most_bytes;
+    Open open = Open::kByLoad;
   };
-  constexpr std::array kSizes{Size{"1_mib", 1000, 1024 * kKiB, 1024 * kKiB},
-                              Size{"small", 10'000, 4 * kKiB, 64 * kKiB}};
+  constexpr std::array kSizes{Size{"1_mib", 1000, 1024 * kKiB, 1024 * kKiB}, Size{"small", 10'000, 4 * kKiB, 64 * kKiB},
+                              Size{"small_open", 10'000, 4 * kKiB, 64 * kKiB, Open::kBefore}};
   constexpr std::array<std::pair<const char*, Form>, 5> kForms{{{"transfer", wait_for_transfers},
                                                                 {"completion", be_called},
                                                                 {"event_queue", poll_a_queue},
@@ -254,7 +263,7 @@ void register_completion_rows(const Setup& setup, int rounds) {
             std::string(cache == Cache::kCold ? "load/cold" : "load/page_cache") + "/forms/" + size.name + "/" + name;
         add_rounds(row, rounds, [&setup, size, form, cache](benchmark::State& state) {
           const Reads reads(setup.checkpoint, size.loads, size.least_bytes, size.most_bytes);
-          bench_form(state, setup, reads, form, cache);
+          bench_form(state, setup, reads, form, cache, size.open);
         });
       }
     }
