@@ -1,4 +1,4 @@
-// What callers do by mistake or in a hurry, through each way to wait for a load.
+// What callers do by mistake or in a hurry, and what is easily forgotten, through each way to wait for a load.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <poll.h>
@@ -11,6 +11,7 @@
 #include <boost/asio/io_context.hpp>
 #include <chrono>
 #include <coroutine>
+#include <cstring>
 #include <exception>
 #include <functional>
 #include <future>
@@ -246,6 +247,15 @@ TEST_P(MisuseTest, ADescriptorMayBeClosedAndItsNumberUsedAgainBeforeTheFileIsRea
   EXPECT_EQ(load_->wait(), std::error_code());
   EXPECT_TRUE(right());
   ::close(fd);
+}
+
+TEST_P(MisuseTest, ALoadThatTheCallingThreadReadsEndsInTheSameWay) {
+  const testing::HeldInCache cached(path_);
+  LoadRequest request;
+  request.files.push_back({.extents = {{4096, 4096, memory_->data()}}, .handle = engine_->open(path_)});
+  load_->start(*engine_, request);
+  EXPECT_EQ(load_->wait(), std::error_code());
+  EXPECT_EQ(std::memcmp(memory_->data(), bytes_.data() + 4096, 4096), 0);
 }
 
 TEST_P(MisuseTest, AForkedChildCanGiveUpItsCopyAndTheParentsLoadGoesOn) {
