@@ -279,8 +279,9 @@ FileHandle Engine::open(const std::filesystem::path& path, const std::optional<F
   impl_->require_owner();
   internal::File file =
       internal::File::open(path, expected, true, fd < 0 ? internal::UniqueFd() : internal::duplicate(fd, path));
-  return internal::OpenFile::handle(
-      std::make_shared<internal::OpenFile>(std::move(file), impl_->facts().disk, impl_->facts().number));
+  auto open = std::make_shared<internal::OpenFile>(std::move(file), impl_->facts().disk, impl_->facts().number);
+  open->residency.emplace(open->file.buffered_fd());
+  return internal::OpenFile::handle(std::move(open));
 }
 
 FileHandle Engine::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, int fd,

@@ -114,7 +114,9 @@ UniqueFd buffered(UniqueFd given, const std::filesystem::path& path) {
 
 File File::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
                 UniqueFd opened) {
+  const bool by_descriptor = static_cast<bool>(opened);
   File file(path, opened ? buffered(std::move(opened), path) : open_file(path));
+  file.by_descriptor_ = by_descriptor;
   const std::optional<Status> status = ask(file.buffered_fd());
   if (!status) throw file_error(errno_code(errno), "stat", path);
   if (S_ISDIR(status->mode)) throw file_error(errno_code(EISDIR), "open", path);
@@ -153,7 +155,8 @@ void File::open_direct_for(int access) {
   // /proc leads to the same inode even if another file is at the path by now.
   const std::string self = path_of(buffered_fd());
   direct_.reset(::open(self.c_str(), access | O_CLOEXEC | O_DIRECT));
-  if (!direct_) direct_.reset(::open(path_.c_str(), access | O_CLOEXEC | O_DIRECT));
+  if (!direct_ && !by_descriptor_)
+    direct_.reset(::open(path_.c_str(), access | O_CLOEXEC | O_DIRECT | O_NONBLOCK | O_NOCTTY));
   if (!direct_) direct_error_ = errno;
   const std::optional<Status> status = direct_ ? ask(direct_fd()) : std::nullopt;
   if (!status || status->identity != identity_) direct_.reset();
@@ -174,6 +177,11 @@ UniqueFd duplicate(int fd, const std::filesystem::path& path) {
   UniqueFd copy(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
   if (!copy) throw file_error(errno_code(errno), "duplicate descriptor", path);
   return copy;
+}
+
+void File::close() noexcept {
+  buffered_.reset();
+  direct_.reset();
 }
 
 void File::drop_from_cache() const noexcept { ::posix_fadvise(buffered_fd(), 0, 0, POSIX_FADV_DONTNEED); }

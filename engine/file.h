@@ -49,12 +49,17 @@ class File {
   /// the old file.
   bool unchanged() const noexcept;
 
+  /// Closes the descriptors, after which nothing may be asked of them. May block.
+  void close() noexcept;
+
   /// Drops the file's clean pages from the page cache. Quick if most are gone already.
   void drop_from_cache() const noexcept;
 
  private:
   File(std::filesystem::path path, UniqueFd buffered) : path_(std::move(path)), buffered_(std::move(buffered)) {}
   void open_direct_for(int access);
+
+  bool by_descriptor_ = false;  // The caller has given a descriptor, so that the path may lead elsewhere.
 
   std::filesystem::path path_;
   UniqueFd buffered_;

@@ -5,6 +5,20 @@
 
 namespace flashpack::internal {
 
+FileHandle OpenFile::handle(std::shared_ptr<OpenFile> open) {
+  OpenFile* const file = open.get();
+  file->add_user();
+  const auto last_copy_is_gone = [owner = std::move(open)](OpenFile*) {
+    if (owner->remove_user()) owner->close();
+  };
+  return FileHandle(std::shared_ptr<OpenFile>(file, last_copy_is_gone));
+}
+
+void OpenFile::close() noexcept {
+  residency.reset();
+  file.close();
+}
+
 std::shared_ptr<OpenFile> FileTable::find(const std::filesystem::path& path,
                                           const std::optional<FileIdentity>& expected, bool want_direct) {
   std::shared_ptr<OpenFile> found;

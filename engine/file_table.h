@@ -1,6 +1,7 @@
 /// Open files that several transfers share.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -13,26 +14,42 @@
 #include "engine/file.h"
 #include "engine/ground/unique_fd.h"
 #include "engine/io_queue.h"
+#include "engine/residency.h"
 #include "flashpack/file_handle.h"
 
 namespace flashpack::internal {
 
 /// An open file, with the driver's notes about it. Loads of one path share it, and a FileWriter and a FileHandle share
 /// their file with its transfers, because any of them may be the last to use the file.
-struct OpenFile {
+struct OpenFile : std::enable_shared_from_this<OpenFile> {
   OpenFile(File opened, DiskQueue* its_queue, std::uint64_t its_engine = 0)
       : file(std::move(opened)), engine(its_engine), queue(its_queue) {}
 
-  static FileHandle handle(std::shared_ptr<OpenFile> open) { return FileHandle(std::move(open)); }
+  /// Makes a handle of a file that has no users yet. The handle and its copies are one user.
+  static FileHandle handle(std::shared_ptr<OpenFile> open);
   /// Null if the handle has no file.
-  static const std::shared_ptr<OpenFile>& of(const FileHandle& handle) noexcept { return handle.open_; }
+  static std::shared_ptr<OpenFile> of(const FileHandle& handle) noexcept {
+    return handle.open_ ? handle.open_->shared_from_this() : nullptr;
+  }
 
-  const File file;
-  const std::uint64_t engine;  // EngineFacts::number of the engine that has opened it for a FileHandle, else 0.
+  // Of a file with a handle: any thread. The last user has to call close(), which may block, so that the driver leaves
+  // it to a thread of the pool. A shared_ptr cannot tell who is the last, and other files are closed by the last of
+  // those.
+  void add_user() noexcept { ++users_; }
+  /// Returns true for the last user.
+  bool remove_user() noexcept { return --users_ == 0; }
+  void close() noexcept;
+
+  File file;                           // Constant until close().
+  std::optional<Residency> residency;  // Of a file with a handle, so that its loads need not find out how to ask.
+  const std::uint64_t engine;          // EngineFacts::number of the engine that has opened it for a FileHandle, else 0.
 
   // Only for the driver.
   DiskQueue* queue;         // The queue that serves the file.
   std::uint32_t stuck = 0;  // Operations on the file that are late or abandoned.
+
+ private:
+  std::atomic<std::uint32_t> users_ = 0;
 };
 
 /// Files that are open for loads, so that loads of the same path share one. Files are not looked up by inode alone,

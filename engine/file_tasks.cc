@@ -72,6 +72,7 @@ class FileTasks::CloseTask final : public Pool::Task {
     if (check_) result = check_part(part_.request, *planned_);
     if (drop_) planned_->file().drop_from_cache();
     part_.handover.end(std::move(result));
+    if (part_.request.stays_open && planned_->open->remove_user()) planned_->open->close();
     planned_.reset();
     shared_->inbox.answer({std::move(transfer_), &part_});
   }
@@ -85,16 +86,16 @@ class FileTasks::CloseTask final : public Pool::Task {
   const std::shared_ptr<Shared> shared_;
 };
 
-template <class Resource>
+template <class Close>
 class FileTasks::ReleaseTask final : public Pool::Task {
  public:
-  explicit ReleaseTask(Resource resource) : resource_(std::move(resource)) {
+  explicit ReleaseTask(Close close) : close_(std::move(close)) {
     subject = kReleased;  // All have one subject, so that a dead file system does not take many threads.
   }
-  void run() noexcept override { resource_.reset(); }
+  void run() noexcept override { close_(); }
 
  private:
-  Resource resource_;
+  Close close_;
 };
 
 FileTasks::FileTasks(Pool& pool, DiskQueue& disk, OpenRules rules)
@@ -112,10 +113,14 @@ void FileTasks::close(Part& part) {
   pool_.post(std::make_unique<CloseTask>(part, shared_));
 }
 
-void FileTasks::close(UniqueFd given) { pool_.post(std::make_unique<ReleaseTask<UniqueFd>>(std::move(given))); }
+void FileTasks::close(UniqueFd given) {
+  auto close = [unused = std::move(given)]() mutable { unused.reset(); };
+  pool_.post(std::make_unique<ReleaseTask<decltype(close)>>(std::move(close)));
+}
 
 void FileTasks::close(std::shared_ptr<OpenFile> file) {
-  if (file.use_count() == 1) pool_.post(std::make_unique<ReleaseTask<std::shared_ptr<OpenFile>>>(std::move(file)));
+  auto close = [last = std::move(file)] { last->close(); };
+  pool_.post(std::make_unique<ReleaseTask<decltype(close)>>(std::move(close)));
 }
 
 }  // namespace flashpack::internal

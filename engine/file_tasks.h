@@ -30,14 +30,14 @@ class FileTasks {
   void close(Part& part);
   /// Has a descriptor closed that a load was given but did not use.
   void close(UniqueFd given);
-  /// Has a file closed, unless somebody else has it, too.
+  /// Has a file with a handle closed, of which the driver was the last user.
   void close(std::shared_ptr<OpenFile> file);
 
  private:
   struct Shared;
   class OpenTask;
   class CloseTask;
-  template <class Resource>
+  template <class Close>
   class ReleaseTask;
 
   Pool& pool_;

@@ -53,8 +53,8 @@ std::error_code direct_error(const PartRequest& request, const File& file) {
 
 }  // namespace
 
-std::optional<PartResult> read_at_once(const PartRequest& request, const File& file, Handover& handover,
-                                       std::uint32_t at_once_bytes) {
+std::optional<PartResult> read_at_once(const PartRequest& request, const File& file, const Residency* known,
+                                       Handover& handover, std::uint32_t at_once_bytes) {
   if (request.extents.empty() || request.checksums || request.cache == CachePolicy::kDirect) return std::nullopt;
   std::uint64_t begin = file.identity().size_bytes;
   std::uint64_t end = 0;
@@ -68,7 +68,7 @@ std::optional<PartResult> read_at_once(const PartRequest& request, const File& f
   if (end > file.identity().size_bytes || end - begin > at_once_bytes || result.read_bytes > at_once_bytes)
     return std::nullopt;
   if (request.cache == CachePolicy::kAuto) {
-    Residency residency(file.buffered_fd());
+    Residency residency = known ? known->borrow() : Residency(file.buffered_fd());
     // Without cachestat, the question itself reads a page, which the router would then find cached.
     if (residency.method() != Residency::Method::kCachestat || !residency.cached(begin, end - begin))
       return std::nullopt;
@@ -93,7 +93,8 @@ void plan_load(const PartRequest& request, std::uint32_t chunk_bytes, PlannedFil
   if (request.checksums) count_for_checksums(request, planned);
   if (request.reported_extents > 0)
     planned.landing.emplace(planned.plan, request.reported_extents, planned.sums ? chunk_bytes : 0);
-  planned.router = Router(planned.plan, file, request.cache);
+  const auto& known = planned.open->residency;
+  planned.router = Router(planned.plan, file, request.cache, known ? &*known : nullptr);
 }
 
 Opened open_part(const PartRequest& request, UniqueFd given, Handover& handover, FileTable& files, OpenRules rules,
@@ -103,7 +104,7 @@ Opened open_part(const PartRequest& request, UniqueFd given, Handover& handover,
     const bool want_direct = request.cache != CachePolicy::kBuffered;
     std::optional<PartResult> read;
     const auto serve = [&](const File& file) {
-      read = read_at_once(request, file, handover, rules.at_once_bytes);
+      read = read_at_once(request, file, nullptr, handover, rules.at_once_bytes);
       return read.has_value();
     };
     std::shared_ptr<OpenFile> open = files.open(request.path, request.expected, want_direct, std::move(given), serve);

@@ -46,6 +46,7 @@ struct PartRequest {
   std::optional<WantedChecksums> checksums;
   std::vector<Fragment> extents;       // What a load wants. A store is planned from its start on.
   std::uint32_t reported_extents = 0;  // All extents of the file if the completion wants to know of them, else 0.
+  bool by_descriptor = false;          // The caller has given a descriptor.
   bool stays_open = false;             // A FileHandle has the file.
 };
 
@@ -141,9 +142,10 @@ struct OpenRules {
 
 /// Reads a load of at most `at_once_bytes` from the page cache, without waiting for the disk, if all of it is there.
 /// This costs less than to hand chunks from thread to thread. Returns nothing, and may have changed the targets, if the
-/// load is to go the other way, also because the driver has claimed the memory. May block.
-std::optional<PartResult> read_at_once(const PartRequest& request, const File& file, Handover& handover,
-                                       std::uint32_t at_once_bytes);
+/// load is to go the other way, also because the driver has claimed the memory. May block in an open if how to ask
+/// about the page cache is not `known`.
+std::optional<PartResult> read_at_once(const PartRequest& request, const File& file, const Residency* known,
+                                       Handover& handover, std::uint32_t at_once_bytes);
 
 /// Plans the chunks of a load from `planned.open`, and sets the other members of `planned`. Throws: Error, kTruncated.
 void plan_load(const PartRequest& request, std::uint32_t chunk_bytes, PlannedFile& planned);

@@ -82,14 +82,18 @@ void Pipeline::on_answer(Inbox::Answer& answer) {
 
 void Pipeline::on_opened(Part& part, Opened opened) {
   TransferState& transfer = *part.transfer;
-  part.planned = std::move(opened.planned);
-  if (part.planned && !opened.failure && !transfer.failure) return begin_issuing(part);
-  if (part.planned) {
+  if (opened.planned && !opened.failure && !transfer.failure) {
+    part.planned = std::move(opened.planned);
+    return begin_issuing(part);
+  }
+  if (opened.planned) {
     if (!transfer.failure) give_up(transfer, opened.failure->error());
+    part.planned = std::move(opened.planned);  // Only now, because the transfer may have ended, which does not wait.
     return close(part);
   }
-  if (no_descriptors(opened.failure->code) && !transfer.failure && !part.alone) {
-    // Out of descriptors: the part waits until a file of this engine has been closed.
+  if (no_descriptors(opened.failure->code) && !transfer.failure && !part.alone && !part.request.by_descriptor) {
+    // Out of descriptors: the part waits until a file of this engine has been closed. The caller's descriptor is gone,
+    // and the path may lead to another file.
     return parts_.enter(part, Part::State::kWaiting, now_);
   }
   part.handover.end({.failure = std::move(opened.failure)});
@@ -130,8 +134,8 @@ void Pipeline::on_delivered(Part& part, const Chunk& chunk) {
 // it. A small load does not ask whether the file has changed; FileHandle says so.
 bool Pipeline::may_leave_open(const Part& part) const {
   const PlannedFile& planned = *part.planned;
-  return part.request.stays_open && planned.open.use_count() > 1 && planned.plan.total_bytes <= limits_.chunk_bytes &&
-         !planned.sums && part.transfer->after == AfterLoad::kKeep;
+  return part.request.stays_open && planned.plan.total_bytes <= limits_.chunk_bytes && !planned.sums &&
+         part.transfer->after == AfterLoad::kKeep;
 }
 
 // To be called when all chunks of the part have been delivered.
@@ -233,7 +237,10 @@ void Pipeline::end(TransferState& transfer) {
   if (transfer.gate) std::erase(gated_, &transfer);
   transfer.gate.reset();  // The gate belongs to the device, which the caller's handle may outlive.
   for (Part& part : transfer.parts) {
-    if (part.planned) files_.close(std::move(part.planned->open));
+    if (part.planned && part.request.stays_open && part.planned->open->remove_user())
+      files_.close(std::move(part.planned->open));
+    if (part.planned && transfer.is_load()) part.planned.reset();
+    if (part.planned) part.planned->open.reset();  // Its FileWriter reads the sums, and closes the file.
   }
   transfer.note_fallback(queues_.disk.fallback_reason());
   if (copier_) transfer.note_fallback(copier_->fallback_reason());

@@ -98,18 +98,19 @@ WantedChecksums wanted_of(const Checksums& all, std::span<const Fragment> extent
 }
 
 void check_handle(const EngineFacts& engine, const FileExtents& file) {
-  const auto& open = OpenFile::of(file.handle);
+  const auto open = OpenFile::of(file.handle);
   if (open && open->engine != engine.number)
     throw argument_error("load", open->file.path(), "a handle of another engine");
 }
 
 // Adds one file of a load. If `reported`, the completion is told of each of its extents.
 Part& add_part(const EngineFacts& engine, TransferState& state, FileExtents file, CachePolicy cache, bool reported) {
-  const auto& open = OpenFile::of(file.handle);
+  const auto open = OpenFile::of(file.handle);
   PartRequest wanted{.path = open ? open->file.path() : std::move(file.path),
                      .index = static_cast<std::uint32_t>(state.parts.size()),
                      .cache = cache,
                      .expected = file.expected,
+                     .by_descriptor = file.fd >= 0,
                      .stays_open = open != nullptr};
   for (std::uint32_t index = 0; index < file.extents.size(); ++index) {
     const Extent& extent = file.extents[index];
@@ -129,9 +130,11 @@ Part& add_part(const EngineFacts& engine, TransferState& state, FileExtents file
 void begin(const EngineFacts& engine, TransferState& state, Part& part, const std::shared_ptr<OpenFile>& open,
            bool is_only) {
   if (is_only && state.after == AfterLoad::kKeep && !state.deadline) {
-    if (auto result = read_at_once(part.request, open->file, part.handover, engine.at_once_bytes))
+    const Residency* const known = open->residency ? &*open->residency : nullptr;
+    if (auto result = read_at_once(part.request, open->file, known, part.handover, engine.at_once_bytes))
       return part.handover.end(std::move(*result));
   }
+  open->add_user();
   part.planned = std::make_unique<PlannedFile>(PlannedFile{.open = open});
   plan_load(part.request, engine.chunk_bytes, *part.planned);
 }

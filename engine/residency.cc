@@ -32,15 +32,33 @@ struct Cachestat {
 // Each wrong answer costs a refused read, and a file that is being evicted or truncated gives many.
 constexpr unsigned kMaxWrongAnswers = 4;
 
+std::minstd_rand random_by_time() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch().count();
+  return std::minstd_rand(static_cast<std::minstd_rand::result_type>(now));
+}
+
 }  // namespace
 
 Residency::Residency(int buffered_fd) : fd_(buffered_fd) {
   counted(0, 1);
   if (method_ == Method::kCachestat) return;
-  random_.seed(static_cast<std::minstd_rand::result_type>(std::chrono::steady_clock::now().time_since_epoch().count()));
-  probe_fd_.reset(::open(("/proc/self/fd/" + std::to_string(fd_)).c_str(), O_RDONLY | O_CLOEXEC));
-  if (!probe_fd_) probe_fd_.reset(::fcntl(fd_, F_DUPFD_CLOEXEC, 0));
-  ::posix_fadvise(probe_fd_.get(), 0, 0, POSIX_FADV_RANDOM);
+  random_ = random_by_time();
+  own_probe_fd_.reset(::open(("/proc/self/fd/" + std::to_string(fd_)).c_str(), O_RDONLY | O_CLOEXEC));
+  if (!own_probe_fd_) own_probe_fd_.reset(::fcntl(fd_, F_DUPFD_CLOEXEC, 0));
+  probe_fd_ = own_probe_fd_.get();
+  ::posix_fadvise(probe_fd_, 0, 0, POSIX_FADV_RANDOM);
+}
+
+Residency::Residency(const Residency& lender, std::minstd_rand random)
+    : fd_(lender.fd_),
+      method_(lender.method_),
+      cachestat_error_(lender.cachestat_error_),
+      probe_error_(lender.probe_error_),
+      probe_fd_(lender.probe_fd_),
+      random_(random) {}
+
+Residency Residency::borrow() const {
+  return Residency(*this, method_ == Method::kCachestat ? std::minstd_rand() : random_by_time());
 }
 
 bool Residency::cached(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
@@ -67,7 +85,7 @@ bool Residency::probed(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
   const std::uint64_t offset = offset_bytes + std::uniform_int_distribution<std::uint64_t>(0, size_bytes - 1)(random_);
   std::byte byte{};
   const iovec vector{&byte, 1};
-  const auto got = ::preadv2(probe_fd_.get(), &vector, 1, static_cast<off_t>(offset), RWF_NOWAIT);
+  const auto got = ::preadv2(probe_fd_, &vector, 1, static_cast<off_t>(offset), RWF_NOWAIT);
   if (got < 0 && errno != EAGAIN && errno != EINTR) {
     probe_error_ = errno;
     method_ = Method::kNone;

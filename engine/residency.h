@@ -25,6 +25,9 @@ class Residency {
   /// Borrows the descriptor of a regular file, open for reading through the page cache. May block, because without
   /// cachestat(2) the file is opened once more.
   explicit Residency(int buffered_fd);
+  /// Returns one that knows how to ask about the same file and borrows the descriptors, which must stay open. Opens
+  /// nothing.
+  Residency borrow() const;
 
   /// Whether the range seems to be in the page cache. False if the kernel does not tell.
   bool cached(std::uint64_t offset_bytes, std::uint64_t size_bytes);
@@ -38,6 +41,7 @@ class Residency {
   std::string fallback_reason() const;
 
  private:
+  Residency(const Residency& lender, std::minstd_rand random);
   bool counted(std::uint64_t offset_bytes, std::uint64_t size_bytes);
   bool probed(std::uint64_t offset_bytes, std::uint64_t size_bytes);
 
@@ -46,7 +50,8 @@ class Residency {
   int cachestat_error_ = 0;
   int probe_error_ = 0;
   unsigned wrong_answers_ = 0;
-  UniqueFd probe_fd_;  // A separate descriptor, because advice against readahead is for all reads through one.
+  int probe_fd_ = -1;  // A separate descriptor, because advice against readahead is for all reads through one.
+  UniqueFd own_probe_fd_;
   std::minstd_rand random_;
 };
 

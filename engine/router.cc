@@ -5,9 +5,10 @@
 
 namespace flashpack::internal {
 
-Router::Router(const Plan& plan, const File& file, CachePolicy policy)
+Router::Router(const Plan& plan, const File& file, CachePolicy policy, const Residency* known)
     : plan_(&plan), direct_(policy != CachePolicy::kBuffered && file.direct_fd() >= 0), lists_(plan.chunks.size()) {
-  if (direct_ && policy == CachePolicy::kAuto) residency_.emplace(file.buffered_fd());
+  if (direct_ && policy == CachePolicy::kAuto)
+    residency_.emplace(known ? known->borrow() : Residency(file.buffered_fd()));
 }
 
 Router::Router(const Plan& plan, const File& file)

@@ -23,8 +23,9 @@ class Router {
   enum class List : std::uint8_t { kPastCache, kThroughCache, kTaken /* not to be asked for */ };
 
   Router() = default;
-  /// The router of a load. Borrows the plan; the file must stay open.
-  Router(const Plan& plan, const File& file, CachePolicy policy);
+  /// The router of a load. Borrows the plan; the file must stay open. May block, because it may open the file once more
+  /// to ask about the page cache, unless `known` can be borrowed.
+  Router(const Plan& plan, const File& file, CachePolicy policy, const Residency* known = nullptr);
   /// The router of a store. Borrows the plan.
   Router(const Plan& plan, const File& file);
 

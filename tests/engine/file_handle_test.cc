@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <list>
@@ -18,6 +19,7 @@
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang.h"
+#include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -27,6 +29,7 @@ using testing::GuardedMemory;
 using testing::kHang;
 
 constexpr std::uint32_t kMiB = 1u << 20;
+constexpr unsigned kSysCachestat = 451;  // Older headers lack it.
 
 std::ptrdiff_t open_descriptors_of(const std::filesystem::path& path) {
   std::ptrdiff_t found = 0;
@@ -238,6 +241,25 @@ TEST_P(FileHandleTest, ADescriptorIsOpenedAsTheFileThatItIs) {
   GuardedMemory memory(5000);
   engine_->load(request(file, 9, memory));
   EXPECT_TRUE(right(memory, 9));
+}
+
+TEST_P(FileHandleTest, LoadsOpenNothingThoughTheKernelDoesNotSayWhatIsCached) {
+  const int status = testing::run_in_child([&] {
+    if (!testing::deny_syscall(kSysCachestat, ENOSYS)) return testing::kSkip;
+    Engine engine({.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .workers = 2, .backend = GetParam()});
+    const FileHandle file = engine.open(path_);
+    const std::ptrdiff_t before = open_descriptors_of(path_);
+    std::list<GuardedMemory> memory;
+    std::vector<Transfer> loads;
+    for (int i = 0; i < 50; ++i) {
+      loads.push_back(engine.start_load(request(file, 100, memory.emplace_back(5000))));
+      if (!loads.back().wait_for(kHang) || loads.back().error()) return 1;
+      if (!right(memory.back(), 100)) return 2;
+    }
+    return open_descriptors_of(path_) == before ? 0 : 3;
+  });
+  if (status == testing::kSkip) GTEST_SKIP() << "no seccomp here";
+  EXPECT_EQ(status, 0) << "1: a load failed, 2: wrong bytes, 3: the loads hold descriptors";
 }
 
 TEST_P(FileHandleTest, TheFileIsClosedAfterTheLastCopyAndTheLastLoad) {

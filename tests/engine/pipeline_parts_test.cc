@@ -1,14 +1,18 @@
 // Many files and many transfers at a time.
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <functional>
 #include <string>
 #include <vector>
 
+#include "engine/ground/unique_fd.h"
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/hang.h"
 #include "tests/support/pipeline_rig.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
@@ -66,6 +70,44 @@ TEST_P(PartsTest, AThousandLoadsAtATimeNeedFewDescriptors) {
     EXPECT_EQ(with_few_descriptors(load_all, descriptors), 0)
         << descriptors << "; 1: wrong bytes, 2: a file was not opened for direct reads";
   }
+}
+
+// A descriptor for direct reads has to be opened again for others, which takes one more.
+TEST_P(PartsTest, ALoadByDescriptorThatFindsNoOtherFailsAndNeverReadsWhatIsAtThePath) {
+  write_files(2);
+  const int status = with_few_descriptors([&](Engine& engine) {
+    std::vector<std::byte> memory(kSmallBytes);
+    int outcome = 0;
+    for (int round = 0; round < 20 && outcome == 0; ++round) {
+      const int given = ::open(file(0).c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+      if (given < 0) return testing::kSkip;
+      std::vector<std::vector<std::byte>> others(40, std::vector<std::byte>(kSmallBytes));
+      std::vector<Transfer> transfers;  // Some of them are open, so that to wait for descriptors looks useful.
+      for (auto& other : others) {
+        transfers.push_back(
+            engine.start_load({.files = {{.path = file(0), .extents = {{0, kSmallBytes, other.data()}}}},
+                               .cache = CachePolicy::kDirect}));
+      }
+      std::vector<internal::UniqueFd> taken;
+      while (taken.emplace_back(::dup(given))) continue;
+      taken.pop_back();
+      if (!taken.empty()) taken.pop_back();  // One for the engine's duplicate.
+      std::error_code error;
+      Transfer load = engine.start_load(
+          {.files = {{.path = "not there", .extents = {{0, kSmallBytes, memory.data()}}, .fd = given}}}, nullptr,
+          error);
+      if (load.valid() && !load.wait_for(testing::kHang)) return 2;
+      taken.clear();
+      ::close(given);
+      if (!load.valid()) continue;
+      const std::error_code how = load.error();
+      if (how && how != std::errc::too_many_files_open) outcome = 3;
+      if (!how && !right(memory)) outcome = 4;
+    }
+    return outcome;
+  });
+  if (status == testing::kSkip) GTEST_SKIP() << "no direct I/O here";
+  EXPECT_EQ(status, 0) << "2: it hangs, 3: another file was looked for, 4: wrong bytes";
 }
 
 TEST_P(PartsTest, ALoadOfManyFilesNeedsFewDescriptors) {
