@@ -244,6 +244,7 @@ TEST_P(FileHandleTest, ADescriptorIsOpenedAsTheFileThatItIs) {
 }
 
 TEST_P(FileHandleTest, LoadsOpenNothingThoughTheKernelDoesNotSayWhatIsCached) {
+  engine_.reset();  // The thread sanitizer allows the child of threads no threads.
   const int status = testing::run_in_child([&] {
     if (!testing::deny_syscall(kSysCachestat, ENOSYS)) return testing::kSkip;
     Engine engine({.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .workers = 2, .backend = GetParam()});
