@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
+#include <malloc.h>
 #include <poll.h>
 #include <sys/wait.h>
 
@@ -230,4 +231,32 @@ TEST(a_forked_child_takes_no_events_of_its_parent) {
   flashpack_events_destroy(events);
   flashpack_engine_destroy(engine);
   free(load.memory);
+}
+
+// Other threads of the parent may have been at work on what it would release.
+TEST(a_forked_child_that_destroys_events_of_its_parent_releases_nothing) {
+  enum { LOADS = 500 };
+  flashpack_engine* engine = new_engine();
+  flashpack_events* events = new_events();
+  const char* path = make_file("file", 1);
+  char byte = 0;
+  const flashpack_extent extent = {.size_bytes = 1, .target = &byte};
+  flashpack_load_request request = {sizeof request};
+  request.paths = &path;
+  request.path_count = 1;
+  request.extents = &extent;
+  request.extent_count = 1;
+  request.events = events;
+  for (int i = 0; i < LOADS; ++i) OK(flashpack_load(engine, &request, &error));
+  const pid_t child = fork();
+  if (child == 0) {
+    const size_t before = mallinfo2().uordblks;
+    flashpack_events_destroy(events);
+    _exit(mallinfo2().uordblks == before ? 0 : 1);
+  }
+  int status = 1;
+  CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  for (int i = 0; i < LOADS; ++i) CHECK(next(events).status == FLASHPACK_OK);
+  flashpack_events_destroy(events);
+  flashpack_engine_destroy(engine);
 }

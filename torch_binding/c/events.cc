@@ -8,8 +8,7 @@
 #include "torch_binding/c/errors.h"
 
 void flashpack_events::require_owner() const {
-  if (::getpid() != owner_)
-    throw flashpack::Error(flashpack::Errc::kUnusable, "events of the parent process, used after fork");
+  if (!is_owner()) throw flashpack::Error(flashpack::Errc::kUnusable, "events of the parent process, used after fork");
 }
 
 std::uint64_t flashpack_events::add(Started started) {
@@ -64,4 +63,6 @@ flashpack_status flashpack_events_take(flashpack_events* events, flashpack_event
   });
 }
 
-void flashpack_events_destroy(flashpack_events* events) { delete events; }
+void flashpack_events_destroy(flashpack_events* events) {
+  if (events && events->is_owner()) delete events;
+}

@@ -23,6 +23,9 @@ using Places = std::vector<std::vector<std::size_t>>;
 
 struct flashpack_events {
  public:
+  /// Whether this process has made the object. If not, nothing in it may be used or destroyed, because other threads of
+  /// the parent may have been at work on it during the fork.
+  bool is_owner() const noexcept { return ::getpid() == owner_; }
   /// Throws: Error (kUnusable) in a forked child.
   void require_owner() const;
 
