@@ -138,9 +138,12 @@ TEST(an_engine_uses_staging_memory_of_the_caller) {
   options.staging = aligned_alloc(4096, (4 << 20) + 4096);
   CHECK(options.staging);
   FAILS(FLASHPACK_INVALID_ARGUMENT, "staging_bytes", flashpack_engine_create(&options, &engine, &error));
-  options.staging_bytes = 4 << 20;
-  memset(options.staging, 0, options.staging_bytes + 4096);
+  options.staging_bytes = (4 << 20) + 4096;
+  memset(options.staging, 0, options.staging_bytes);
   OK(flashpack_engine_create(&options, &engine, &error));
+  flashpack_engine_info info = {sizeof info};
+  OK(flashpack_engine_get_info(engine, &info, &error));
+  CHECK(info.staging_bytes == 4 << 20);
   const char* path = make_file("file", 2 << 20);
   unsigned char* memory = malloc((2 << 20) + 1);
   const flashpack_extent extent = {.size_bytes = 2 << 20, .target = memory + 1};

@@ -1,5 +1,6 @@
 #include "flashpack/engine.h"
 
+#include <cstdint>
 #include <optional>
 #include <utility>
 
@@ -55,7 +56,8 @@ flashpack_status flashpack_engine_get_info(const flashpack_engine* engine, flash
   return guarded(error, [&] {
     const flashpack::Engine& asked = *require(engine, "engine").engine;
     const flashpack::EngineOptions& options = asked.options();
-    give(flashpack_engine_info{.staging_bytes = options.staging_bytes,
+    const std::uint64_t staging_bytes = options.staging.empty() ? options.staging_bytes : options.staging.size();
+    give(flashpack_engine_info{.staging_bytes = staging_bytes - staging_bytes % options.chunk_bytes,
                                .chunk_bytes = options.chunk_bytes,
                                .queue_depth = options.queue_depth,
                                .workers = options.workers,
