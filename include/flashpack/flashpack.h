@@ -25,11 +25,9 @@
 /// * Strings end with 0. Those that may hold a 0 themselves have a length beside them, which does not count the last 0.
 /// * Threads. Any thread may call any function, several at the same time for one handle, too, unless a function says
 ///   otherwise. A handle must not be destroyed while another call uses it. The library calls nobody back. A thread must
-///   not be cancelled (pthread_cancel) inside of a call.
-/// * Fork. In a forked child, engines of the parent, and transfers and writers made with them, are
-///   FLASHPACK_UNUSABLE; to destroy them releases nothing. A child makes an engine of its own.
-///
-/// The library cannot be unloaded, because its threads may live to the end of the process.
+///   not be cancelled (pthread_cancel) inside of a call. The library cannot be unloaded: its threads may live on.
+/// * Fork. In a forked child, engines, transfers, writers and events of the parent are FLASHPACK_UNUSABLE. To destroy
+///   them releases nothing, and the parent loses no event. A child makes an engine of its own.
 #pragma once
 
 #include <stddef.h>
@@ -52,7 +50,7 @@ enum {
   FLASHPACK_FILE_CHANGED = -4,       ///< The file is not the one that was opened, or changed while it was read.
   FLASHPACK_CANCELLED = -5,          ///< The transfer was cancelled.
   FLASHPACK_DEADLINE_EXCEEDED = -6,  ///< The timeout of the request passed first.
-  FLASHPACK_UNUSABLE = -7,           ///< The engine belongs to the parent of this forked process.
+  FLASHPACK_UNUSABLE = -7,           ///< The engine, transfer, writer or events belong to this forked process's parent.
   FLASHPACK_CORRUPT = -9,            ///< Bytes of the file do not match their checksum.
   FLASHPACK_CUDA_ERROR = -10,        ///< CUDA failed; the message begins its cause with the name of a cudaError_t.
   FLASHPACK_INTERNAL_ERROR = -11,    ///< Something that this list does not foresee.
@@ -79,8 +77,7 @@ void flashpack_error_destroy(flashpack_error* error);
 /// The version of the library that is running, such as "1.0.0". FLASHPACK_VERSION_STRING is that of this header.
 const char* flashpack_version(void);
 
-/// An engine serves one device (the host or a GPU) with threads and staging memory of its own. A process makes one for
-/// each device.
+/// Serves one device (the host or a GPU) with threads and staging memory of its own. A process makes one for each.
 typedef struct flashpack_engine flashpack_engine;
 
 enum { FLASHPACK_DEVICE_HOST = 0, FLASHPACK_DEVICE_CUDA = 1 };
@@ -95,13 +92,14 @@ enum {
 
 typedef struct flashpack_engine_options {
   size_t struct_size;
-  int32_t device_kind;          ///< FLASHPACK_DEVICE_*. An engine of a GPU takes memory of the host, too.
+  int32_t device_kind;          ///< FLASHPACK_DEVICE_*. Targets and sources may also be in memory of the host.
   int32_t device_index;         ///< Number of the GPU, as for cudaSetDevice.
   uint32_t chunk_bytes;         ///< Size of a read: a power of two from 1 MiB to 1 GiB. 0 is 4 MiB.
   uint32_t queue_depth;         ///< Direct reads in flight, 1 to 1024. 0 is 8; striped arrays need 16 to 32.
   uint64_t staging_bytes;       ///< Most staging memory, at least two chunks. 0 is 64 MiB, or 96 MiB for a GPU.
   void* staging;                ///< If not NULL, memory of the caller's, of `staging_bytes` bytes from a page on, that
-                                ///< this engine alone uses for it until it ends, as huge or page-locked pages.
+                                ///< this engine alone uses for it until it ends, such as huge pages or page-locked
+                                ///< memory. `use_numa_node` is then 0.
   uint32_t workers;             ///< Threads for byte work, at most 64. 0 is one per core within bounds.
   int32_t backend;              ///< FLASHPACK_BACKEND_*.
   const int32_t* cpu_affinity;  ///< `cpu_count` CPUs for the engine's threads, read before the call returns.
@@ -113,7 +111,7 @@ typedef struct flashpack_engine_options {
 /// What an engine has become; strings live as long as the engine.
 typedef struct flashpack_engine_info {
   size_t struct_size;
-  uint64_t staging_bytes;
+  uint64_t staging_bytes;  ///< Whole chunks, of the engine's own memory or the caller's.
   uint32_t chunk_bytes;
   uint32_t queue_depth;
   uint32_t workers;
@@ -132,9 +130,8 @@ flashpack_status flashpack_engine_get_info(const flashpack_engine* engine, flash
 /// early. If a writer of the engine is left, the engine itself ends with the last of them.
 void flashpack_engine_destroy(flashpack_engine* engine);
 
-/// The tensors of one or several files, in flashpack or safetensors format. Constant. The files stay open, so that
-/// loads read from the files whose metadata was read, whatever is at their paths by then; a load fails with
-/// FLASHPACK_FILE_CHANGED if they were changed in place.
+/// The tensors of one or several files, in flashpack or safetensors format. Constant. The files stay open, and loads
+/// read from them, whatever is at their paths by then; FLASHPACK_FILE_CHANGED if they were changed in place.
 typedef struct flashpack_checkpoint flashpack_checkpoint;
 
 /// Types of elements. Values stay as they are in later versions, which may have more. FLOAT4_E2M1FN_X2 has two 4-bit
@@ -224,8 +221,7 @@ void flashpack_checkpoint_destroy(flashpack_checkpoint* checkpoint);
 /// bytes have in the file, and kept for the next one when it is destroyed, because fresh pages cost more than a read.
 typedef struct flashpack_memory flashpack_memory;
 
-/// Allocates `size_bytes` bytes with unspecified contents. `offset_bytes` is the place in the file of what will be read
-/// there. Errors: ENOMEM.
+/// The contents are unspecified. `offset_bytes` is the place in the file of what will be read there. Errors: ENOMEM.
 flashpack_status flashpack_memory_create(size_t size_bytes, uint64_t offset_bytes, flashpack_memory** memory,
                                          flashpack_error** error);
 /// The address of its first byte; NULL for NULL.
@@ -236,26 +232,36 @@ void flashpack_memory_destroy(flashpack_memory* memory);
 void flashpack_memory_release_kept(void);
 
 /// A file that an engine keeps open for many small loads, because to open and close it costs more than to read a
-/// little. It keeps the file, whatever is at its path by now. A load of at most a chunk does not notice that the file
-/// changes.
-typedef struct flashpack_handle flashpack_handle;
+/// little. It keeps the file, whatever is at its path by now. A load through it of more than `chunk_bytes` in all
+/// notices a change of the file. A smaller one does not look, but flashpack_open_file_check() does.
+typedef struct flashpack_open_file flashpack_open_file;
 
-/// Opens a regular file for loads of `engine`. If `fd` is not negative, it is a readable descriptor of the file, which
-/// is borrowed for the call, and `path` is for messages. Errors: errno; FLASHPACK_UNUSABLE.
-flashpack_status flashpack_handle_open(flashpack_engine* engine, const char* path, int32_t fd,
-                                       flashpack_handle** handle, flashpack_error** error);
+typedef struct flashpack_open_file_info {
+  size_t struct_size;
+  uint64_t size_bytes;       ///< When it was opened. No extent may go past it.
+  uint64_t alignment_bytes;  ///< If offset, size and address are multiples of this, a read that goes past the page
+                             ///< cache needs no copy; for less than 128 KiB only if nothing else is wanted within 64
+                             ///< KiB. 4096 if the file has no direct I/O.
+} flashpack_open_file_info;
+
+/// Opens a regular file or a block device for loads of `engine`. If `fd` is not negative, it is a readable descriptor
+/// of the file, which is borrowed for the call; `path` is then for messages, and needed all the same. Errors:
+/// FLASHPACK_INVALID_ARGUMENT for files of other kinds; errno; FLASHPACK_UNUSABLE.
+flashpack_status flashpack_open_file_open(flashpack_engine* engine, const char* path, int32_t fd,
+                                          flashpack_open_file** file, flashpack_error** error);
+/// What is known since the file was opened.
+flashpack_status flashpack_open_file_get_info(const flashpack_open_file* file, flashpack_open_file_info* info,
+                                              flashpack_error** error);
+/// FLASHPACK_FILE_CHANGED if the file is not as it was when it was opened. May block in the file system.
+flashpack_status flashpack_open_file_check(const flashpack_open_file* file, flashpack_error** error);
 /// The file is closed after the last load through it.
-void flashpack_handle_destroy(flashpack_handle* handle);
+void flashpack_open_file_destroy(flashpack_open_file* file);
 
-/// Collects what happens to transfers, for event loops of any kind: those that are started with a request that names
-/// it, of any number of engines.
-///
-/// In a forked child it is FLASHPACK_UNUSABLE, and to destroy it releases nothing; the parent loses no event.
+/// Collects what happens to the transfers whose requests name it, of any engines, for event loops of any kind.
 typedef struct flashpack_events flashpack_events;
 
 enum {
-  FLASHPACK_EVENT_LANDED = 0,  ///< All bytes of an extent are in their memory for everybody to use, verified where the
-                               ///< file has checksums. Only of loads with report_extents.
+  FLASHPACK_EVENT_LANDED = 0,  ///< An extent is in its memory, verified where it can be. Only with report_extents.
   FLASHPACK_EVENT_DONE = 1     ///< The transfer has finished, successfully or not. Its last event.
 };
 
@@ -263,29 +269,28 @@ typedef struct flashpack_event {
   uint64_t tag;             ///< The number that the request had.
   uint64_t extent;          ///< Index in the extents of the request. Only of FLASHPACK_EVENT_LANDED.
   int32_t kind;             ///< FLASHPACK_EVENT_*.
-  flashpack_status status;  ///< How the transfer has ended. flashpack_transfer_wait() returns at once then, and says
-                            ///< why; it also fails if FLASHPACK_VERIFY_ALWAYS could not be kept. Only of
-                            ///< FLASHPACK_EVENT_DONE.
+  flashpack_status status;  ///< How the transfer has ended. flashpack_transfer_wait() now says why at once; it also
+                            ///< fails if FLASHPACK_VERIFY_ALWAYS could not be kept. Only of FLASHPACK_EVENT_DONE.
   uint64_t reserved;
 } flashpack_event;
 
 /// Takes one descriptor. Errors: errno of eventfd(2).
 flashpack_status flashpack_events_create(flashpack_events** events, flashpack_error** error);
-/// A descriptor that is readable as long as an event waits; loops that are told of edges alone are told when an event
-/// comes and none was waiting. It belongs to `events` and is only to be polled, neither read nor closed. -1 for NULL.
+/// A descriptor that is readable as long as an event waits. It also gives a new edge whenever an event comes and none
+/// was waiting. It belongs to `events` and is only to be polled, neither read nor closed. -1 for NULL.
 int32_t flashpack_events_fd(const flashpack_events* events);
 /// Moves the oldest events, at most `capacity`, to `taken`, and sets `count` to their number, 0 if none waits. It never
-/// waits for an event. A loop that is told of edges alone calls it until `count` is less than `capacity`.
+/// waits for an event, but may wait until the driver has returned from telling of a transfer's end. A loop that is told
+/// of edges alone calls it until `count` is less than `capacity`.
 flashpack_status flashpack_events_take(flashpack_events* events, flashpack_event* taken, size_t capacity, size_t* count,
                                        flashpack_error** error);
 /// Transfers that are under way go on, and their events are lost.
 void flashpack_events_destroy(flashpack_events* events);
 
-/// A load or a write that has been started.
-///
-/// The memory of the request (targets or sources) belongs to the caller and must stay valid until the transfer has
-/// finished: flashpack_transfer_wait() or _wait_for() have returned another status than FLASHPACK_RUNNING, or
-/// flashpack_transfer_destroy() has returned. All else that is in a request is needed only until the start returns.
+/// A load or a write that has been started. The memory of the request (targets or sources) belongs to the caller and
+/// must stay valid until the transfer has finished: flashpack_transfer_wait() or _wait_for() have returned another
+/// status than FLASHPACK_RUNNING, or flashpack_transfer_destroy() has returned. All else that is in a request is needed
+/// only until the start returns.
 typedef struct flashpack_transfer flashpack_transfer;
 
 enum {
@@ -320,17 +325,15 @@ typedef struct flashpack_load_request {
   const char* const* paths;
   size_t path_count;
   const int32_t* fds;  ///< If not NULL, a readable descriptor for each path, which is borrowed until the start returns;
-                       ///< the path is for messages then. A negative one means that the path is opened.
-  const flashpack_handle* const*
-      handles;                      ///< If not NULL, an open file of this engine for each path, or NULL for none.
-  const flashpack_extent* extents;  ///< They may overlap in a file, but not in memory.
+                       ///< the path is only for messages then. A negative one means that the path is opened.
+  const flashpack_open_file* const* open_files;  ///< If not NULL, one of this engine for each path, or NULL for none.
+  const flashpack_extent* extents;               ///< They may overlap in a file, but not in memory.
   size_t extent_count;
-  int32_t cache;        ///< FLASHPACK_CACHE_*.
-  int32_t verify;       ///< FLASHPACK_VERIFY_*.
-  int32_t drop_cached;  ///< If not 0, a file that was read through the page cache is dropped from it at the end.
-  int32_t
-      report_extents;  ///< If not 0, `events` are told of each extent that has landed, so that the first can be used
-                       ///< while the rest is read. flashpack_load_all() and its like have no extents to report.
+  int32_t cache;           ///< FLASHPACK_CACHE_*.
+  int32_t verify;          ///< FLASHPACK_VERIFY_*.
+  int32_t drop_cached;     ///< If not 0, a file that was read through the page cache is dropped from it at the end.
+  int32_t report_extents;  ///< If not 0, `events` tell of each extent that has landed, so that the first can be used
+                           ///< while the rest is read. flashpack_load_all() and its like have no extents to report.
   void* stream;        ///< A cudaStream_t: nothing is written to a GPU before all work that is on it has ended. NULL is
                        ///< the legacy default stream.
   int64_t timeout_ns;  ///< When it has passed, the transfer ends with FLASHPACK_DEADLINE_EXCEEDED. 0 is no limit.
@@ -367,13 +370,11 @@ typedef struct flashpack_stats {
 /// transfer's, except that they cannot be read with FLASHPACK_VERIFY_ALWAYS because they have no checksums.
 flashpack_status flashpack_start_load(flashpack_engine* engine, const flashpack_load_request* request,
                                       flashpack_transfer** transfer, flashpack_error** error);
-/// Loads and returns when all bytes are in their targets. After an error the targets hold unspecified bytes, and
-/// nothing is under way any more.
+/// Returns when all bytes are in their targets. After an error these are unspecified, and nothing is under way.
 flashpack_status flashpack_load(flashpack_engine* engine, const flashpack_load_request* request,
                                 flashpack_error** error);
 
-/// Waits until the transfer has finished, and returns how it ended. May be called again, with the same result. A read
-/// that the kernel does not give back is waited for, however long that takes.
+/// Waits until the transfer has finished, however long a read takes, and returns how it ended, now and in later calls.
 flashpack_status flashpack_transfer_wait(flashpack_transfer* transfer, flashpack_error** error);
 /// The same, but returns FLASHPACK_RUNNING when `timeout_ns` nanoseconds have passed. 0 only asks.
 flashpack_status flashpack_transfer_wait_for(flashpack_transfer* transfer, int64_t timeout_ns, flashpack_error** error);
@@ -382,7 +383,7 @@ flashpack_status flashpack_transfer_cancel(flashpack_transfer* transfer, flashpa
 /// How far the transfer is, whether it has finished or not.
 flashpack_status flashpack_transfer_get_progress(flashpack_transfer* transfer, flashpack_progress* progress,
                                                  flashpack_error** error);
-/// Statistics of a transfer that has finished, successfully or not, and was waited for; else FLASHPACK_RUNNING.
+/// Statistics of a transfer that has finished, successfully or not; else FLASHPACK_RUNNING.
 flashpack_status flashpack_transfer_get_stats(flashpack_transfer* transfer, flashpack_stats* stats,
                                               flashpack_error** error);
 /// Cancels the transfer unless it has finished, and waits until nothing is under way.
@@ -395,8 +396,7 @@ typedef struct flashpack_tensors flashpack_tensors;
 /// Errors: as of flashpack_load(), and ENOMEM.
 flashpack_status flashpack_load_all(flashpack_engine* engine, const flashpack_load_request* request,
                                     flashpack_tensors** tensors, flashpack_error** error);
-/// The same without waiting. The tensors hold unspecified bytes until the transfer has finished. Either handle may be
-/// destroyed first.
+/// The same without waiting: the bytes are unspecified until the transfer has finished. Either may be destroyed first.
 flashpack_status flashpack_start_load_all(flashpack_engine* engine, const flashpack_load_request* request,
                                           flashpack_tensors** tensors, flashpack_transfer** transfer,
                                           flashpack_error** error);

@@ -69,7 +69,7 @@ class LoadRequest(Structure):
         ("paths", c_void_p),
         ("path_count", c_size_t),
         ("fds", c_void_p),
-        ("handles", c_void_p),
+        ("open_files", c_void_p),
         ("extents", POINTER(Extent)),
         ("extent_count", c_size_t),
         ("cache", c_int32),

@@ -24,7 +24,7 @@ struct LoadRequest {
     paths: *const *const c_char,
     path_count: usize,
     fds: *const i32,
-    handles: *const *const c_void,
+    open_files: *const *const c_void,
     extents: *const c_void,
     extent_count: usize,
     cache: i32,

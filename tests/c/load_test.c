@@ -78,12 +78,12 @@ TEST(a_file_that_is_kept_open_is_read_whatever_is_at_its_path) {
   flashpack_engine* engine = new_engine();
   whole_file load;
   make_whole_file(&load);
-  flashpack_handle* handle = NULL;
-  OK(flashpack_handle_open(engine, load.path, -1, &handle, &error));
+  flashpack_open_file* file = NULL;
+  OK(flashpack_open_file_open(engine, load.path, -1, &file, &error));
   const int fd = open(load.path, O_RDONLY);
   CHECK(fd >= 0 && unlink(load.path) == 0);
-  const flashpack_handle* const handles[] = {handle};
-  load.request.handles = handles;
+  const flashpack_open_file* const files[] = {file};
+  load.request.open_files = files;
   OK(flashpack_load(engine, &load.request, &error));
   CHECK(right(load.memory, 0, SIZE));
   load.extent.size_bytes = 100;
@@ -94,22 +94,41 @@ TEST(a_file_that_is_kept_open_is_read_whatever_is_at_its_path) {
   }
   flashpack_transfer* transfer = NULL;
   OK(flashpack_start_load(engine, &load.request, &transfer, &error));
-  flashpack_handle_destroy(handle);
+  flashpack_open_file_destroy(file);
   OK(flashpack_transfer_wait(transfer, &error));
   flashpack_transfer_destroy(transfer);
-  FAILS(ENOENT, load.path, flashpack_handle_open(engine, load.path, -1, &handle, &error));
-  CHECK(!handle);
-  OK(flashpack_handle_open(engine, load.path, fd, &handle, &error));
+  FAILS(ENOENT, load.path, flashpack_open_file_open(engine, load.path, -1, &file, &error));
+  CHECK(!file);
+  OK(flashpack_open_file_open(engine, load.path, fd, &file, &error));
   CHECK(close(fd) == 0);
-  const flashpack_handle* const others[] = {handle};
-  load.request.handles = others;
+  const flashpack_open_file* const others[] = {file};
+  load.request.open_files = others;
   OK(flashpack_load(engine, &load.request, &error));
-  flashpack_handle_destroy(handle);
-  const flashpack_handle* const none[] = {NULL};
-  load.request.handles = none;
+  flashpack_open_file_destroy(file);
+  const flashpack_open_file* const none[] = {NULL};
+  load.request.open_files = none;
   FAILS(ENOENT, load.path, flashpack_load(engine, &load.request, &error));
   flashpack_engine_destroy(engine);
   free(load.memory);
+}
+
+TEST(an_open_file_tells_its_size_and_whether_it_has_changed) {
+  flashpack_engine* engine = new_engine();
+  const char* path = make_file("file", 5000);
+  flashpack_open_file* file = NULL;
+  OK(flashpack_open_file_open(engine, path, -1, &file, &error));
+  flashpack_open_file_info info = {sizeof info};
+  OK(flashpack_open_file_get_info(file, &info, &error));
+  CHECK(info.size_bytes == 5000 && info.alignment_bytes >= 4096 && info.alignment_bytes % 4096 == 0);
+  OK(flashpack_open_file_check(file, &error));
+  CHECK(truncate(path, 4999) == 0);
+  FAILS(FLASHPACK_FILE_CHANGED, path, flashpack_open_file_check(file, &error));
+  OK(flashpack_open_file_get_info(file, &info, &error));
+  CHECK(info.size_bytes == 5000);
+  flashpack_open_file_destroy(file);
+  CHECK(mkfifo(in_folder("pipe"), 0600) == 0);
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "pipe", flashpack_open_file_open(engine, in_folder("pipe"), -1, &file, &error));
+  flashpack_engine_destroy(engine);
 }
 
 TEST(a_transfer_tells_how_it_went) {

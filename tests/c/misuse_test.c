@@ -13,7 +13,7 @@ TEST(null_is_destroyed_without_harm) {
   flashpack_transfer_destroy(NULL);
   flashpack_writer_destroy(NULL);
   flashpack_events_destroy(NULL);
-  flashpack_handle_destroy(NULL);
+  flashpack_open_file_destroy(NULL);
   CHECK(flashpack_events_fd(NULL) == -1);
   CHECK(flashpack_error_status(NULL) == FLASHPACK_OK && flashpack_error_offset(NULL) == FLASHPACK_NO_OFFSET);
   CHECK(*flashpack_error_message(NULL) == 0 && *flashpack_error_path(NULL) == 0);
@@ -24,7 +24,7 @@ TEST(null_is_destroyed_without_harm) {
 TEST(null_handles_and_places_are_refused) {
   flashpack_engine* engine = new_engine();
   flashpack_checkpoint* checkpoint = NULL;
-  flashpack_handle* handle = NULL;
+  flashpack_open_file* file = NULL;
   flashpack_transfer* transfer = NULL;
   flashpack_tensors* tensors = NULL;
   flashpack_writer* writer = NULL;
@@ -43,9 +43,11 @@ TEST(null_handles_and_places_are_refused) {
   NULL_IS_REFUSED("checkpoint", flashpack_checkpoint_get_tensor(NULL, 0, NULL, &error));
   NULL_IS_REFUSED("checkpoint", flashpack_checkpoint_get_metadata(NULL, 0, NULL, &error));
   NULL_IS_REFUSED("checkpoint", flashpack_checkpoint_find(NULL, "x", 1, &index, &error));
-  NULL_IS_REFUSED("handle", flashpack_handle_open(engine, "x", -1, NULL, &error));
-  NULL_IS_REFUSED("path", flashpack_handle_open(engine, NULL, -1, &handle, &error));
-  NULL_IS_REFUSED("engine", flashpack_handle_open(NULL, "x", -1, &handle, &error));
+  NULL_IS_REFUSED("file", flashpack_open_file_open(engine, "x", -1, NULL, &error));
+  NULL_IS_REFUSED("path", flashpack_open_file_open(engine, NULL, -1, &file, &error));
+  NULL_IS_REFUSED("engine", flashpack_open_file_open(NULL, "x", -1, &file, &error));
+  NULL_IS_REFUSED("file", flashpack_open_file_get_info(NULL, NULL, &error));
+  NULL_IS_REFUSED("file", flashpack_open_file_check(NULL, &error));
   NULL_IS_REFUSED("memory", flashpack_memory_create(1, 0, NULL, &error));
   NULL_IS_REFUSED("engine", flashpack_start_load(NULL, &load, &transfer, &error));
   NULL_IS_REFUSED("request", flashpack_start_load(engine, NULL, &transfer, &error));

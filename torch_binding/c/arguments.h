@@ -48,6 +48,7 @@ FIRST_ENDS_WITH(flashpack_checkpoint_info, metadata_count);
 FIRST_ENDS_WITH(flashpack_file, has_checksums);
 FIRST_ENDS_WITH(flashpack_tensor, size_bytes);
 FIRST_ENDS_WITH(flashpack_metadata, value_bytes);
+FIRST_ENDS_WITH(flashpack_open_file_info, alignment_bytes);
 FIRST_ENDS_WITH(flashpack_load_request, tag);
 FIRST_ENDS_WITH(flashpack_progress, finished);
 FIRST_ENDS_WITH(flashpack_stats, fallback_reason);

@@ -44,7 +44,7 @@ struct flashpack_checkpoint {
   std::shared_ptr<const flashpack::c::OpenCheckpoint> opened;
 };
 
-struct flashpack_handle {
+struct flashpack_open_file {
   flashpack::FileHandle file;
 };
 

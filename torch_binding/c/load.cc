@@ -43,7 +43,7 @@ std::vector<FileExtents> files_by_path(const flashpack_load_request& given) {
     if (extents[i].empty()) continue;
     files.push_back({.path = path, .extents = std::move(extents[i])});
     if (given.fds) files.back().fd = given.fds[i];
-    if (given.handles && given.handles[i]) files.back().handle = given.handles[i]->file;
+    if (given.open_files && given.open_files[i]) files.back().handle = given.open_files[i]->file;
   }
   return files;
 }
@@ -162,16 +162,33 @@ void give_report(const VerifyReport& found, flashpack_verify_report* report) {
 
 using namespace flashpack::c;
 
-flashpack_status flashpack_handle_open(flashpack_engine* engine, const char* path, int32_t fd,
-                                       flashpack_handle** handle, flashpack_error** error) {
+flashpack_status flashpack_open_file_open(flashpack_engine* engine, const char* path, int32_t fd,
+                                          flashpack_open_file** file, flashpack_error** error) {
   return guarded(error, [&] {
-    auto*& place = place_of(handle, "handle");
+    auto*& place = place_of(file, "file");
     flashpack::Engine& used = *require(engine, "engine").engine;
-    place = new flashpack_handle{used.open(&require(path, "path"), {}, fd)};
+    place = new flashpack_open_file{used.open(&require(path, "path"), {}, fd)};
   });
 }
 
-void flashpack_handle_destroy(flashpack_handle* handle) { delete handle; }
+flashpack_status flashpack_open_file_get_info(const flashpack_open_file* file, flashpack_open_file_info* info,
+                                              flashpack_error** error) {
+  return guarded(error, [&] {
+    const flashpack::FileHandle& asked = require(file, "file").file;
+    give(
+        flashpack_open_file_info{.size_bytes = asked.identity().size_bytes, .alignment_bytes = asked.alignment_bytes()},
+        info, "info");
+  });
+}
+
+flashpack_status flashpack_open_file_check(const flashpack_open_file* file, flashpack_error** error) {
+  return guarded(error, [&] {
+    const flashpack::FileHandle& asked = require(file, "file").file;
+    if (!asked.unchanged()) throw flashpack::internal::file_error(flashpack::Errc::kFileChanged, "check", asked.path());
+  });
+}
+
+void flashpack_open_file_destroy(flashpack_open_file* file) { delete file; }
 
 flashpack_status flashpack_start_load(flashpack_engine* engine, const flashpack_load_request* request,
                                       flashpack_transfer** transfer, flashpack_error** error) {
