@@ -19,7 +19,8 @@
 ///
 /// In a forked child, operations of the parent are left alone: their handlers are neither called nor destroyed, and the
 /// context's destructor does not wait for them. To start others on the copy of a context, call its notify_fork(), as
-/// Asio demands, and make an engine.
+/// Asio demands, and make an engine. Then io_context::run() returns without the parent's operations, too, unless their
+/// handlers keep it at work themselves, as coroutines of co_spawn() do.
 #pragma once
 
 #include <sys/types.h>
@@ -63,6 +64,8 @@ class AsyncOperations final : public boost::asio::execution_context::service {
    public:
     virtual ~Operation() = default;
     virtual void cancel() noexcept = 0;
+    /// Lets the context run out of work without the operation, which will not end in this process.
+    virtual void release_work() = 0;
   };
 
   using key_type = AsyncOperations;
@@ -103,14 +106,18 @@ class AsyncOperations final : public boost::asio::execution_context::service {
 
   // A child that has not been told by notify_fork() may only destroy the context.
   void notify_fork(boost::asio::execution_context::fork_event event) override {
-    if (event == boost::asio::execution_context::fork_prepare) return mutex_.lock();
-    if (event == boost::asio::execution_context::fork_child) {
-      leave_to_the_parent();
-      process_ = ::getpid();
-      running_ = std::make_unique<Running>();
-      posting_ = 0;
+    if (event == boost::asio::execution_context::fork_prepare) {
+      std::unique_lock lock(mutex_);
+      // Who posts holds mutexes of the context, which would stay locked in the child.
+      changed_.wait(lock, [this] { return posting_ == 0; });
+      return static_cast<void>(lock.release());
     }
-    mutex_.unlock();
+    const std::lock_guard lock(mutex_, std::adopt_lock);
+    if (event == boost::asio::execution_context::fork_parent) return;
+    process_ = ::getpid();
+    for (const auto& [operation, owner] : *running_) operation->release_work();
+    leave_to_the_parent();
+    running_ = std::make_unique<Running>();
   }
 
   // Nobody ends the parent's operations in the child.
@@ -194,6 +201,11 @@ class AsyncOperation final : public Completion,
     const std::lock_guard lock(mutex_);
     cancelled_ = true;
     if (transfer_.valid()) transfer_.cancel();
+  }
+
+  // A handler does it, because a context that runs out of work at once would be stopped before it has other work.
+  void release_work() override {
+    boost::asio::post(work_.get_executor(), [this] { work_.reset(); });
   }
 
  private:

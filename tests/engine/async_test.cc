@@ -166,9 +166,12 @@ TEST_F(AsyncTest, AForkedChildUsesTheContextOfItsParentWithAnEngineOfItsOwn) {
     ::alarm(60);  // It ends a child that waits for the threads of its parent.
     context->notify_fork(asio::execution_context::fork_child);
     Engine own({.chunk_bytes = 1 << 20, .staging_bytes = 4 << 20});
+    bool ended = false;
+    async_load(own, request(), asio::bind_executor(*context, [&](std::exception_ptr, TransferStats) { ended = true; }));
+    context->run();  // It returns although the parent's operation does not end here.
     const auto of_child = start(own);
     context.reset();
-    return of_child.expired() && !of_parent.expired() ? 0 : 1;
+    return ended && of_child.expired() && !of_parent.expired() ? 0 : 1;
   });
   context->notify_fork(asio::execution_context::fork_parent);
   EXPECT_EQ(status, 0);
