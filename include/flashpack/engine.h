@@ -77,8 +77,9 @@ struct FileExtents {
   /// engine's own descriptor as long as one of them is under way.
   ///
   /// The file may have no name, as those of memfd_create(2) and O_TMPFILE, or none any more, and another process may
-  /// have opened it. With the flag O_DIRECT, the file is opened again for what has to go through the page cache. For
-  /// direct reads it is always opened again, by its descriptor; if this process may not, all reads are buffered.
+  /// have opened it. With the flag O_DIRECT, the file is opened again for what has to go through the page cache; if
+  /// this process may not, the load fails. For direct reads it is always opened again, by its descriptor; if this
+  /// process may not, all reads are buffered.
   int fd = -1;
   /// A file that Engine::open() of the same engine has opened. If it is valid(), `path`, `expected` and `fd` have no
   /// meaning. If no other file is in the request, a load of little that is cached reads it in the calling thread.
@@ -132,7 +133,8 @@ struct EngineOptions {
   std::uint64_t staging_bytes = 0;
   /// Memory of the caller's in place of it, such as huge pages or page-locked memory, borrowed until the engine is
   /// destroyed. It begins at a page and has 2 to 16,384 chunks; a rest is not used. `staging_bytes` is then 0, and
-  /// `numa_node` is empty. No other engine may have it at the same time. A forked child does not inherit it.
+  /// `numa_node` is empty. No other engine may have it at the same time. A forked child does not inherit it. When
+  /// the engine has ended, children of a fork inherit the memory again (MADV_DOFORK).
   ///
   /// If CUDA has page-locked all of it, it is left as it is; otherwise it is page-locked as long as the engine lives.
   /// For the host, the engine has spare slots in memory of its own. They take no memory until the kernel does not give
@@ -147,8 +149,8 @@ struct EngineOptions {
   /// NUMA node of the staging memory. If empty, it is the node of the CUDA device, or for the host the node that the
   /// driver thread runs on. If the system refuses the node, fallback_reason() says so.
   std::optional<int> numa_node;
-  /// Is told of each step of the engine's work (flashpack/trace.h); borrowed until the engine is destroyed. Null costs
-  /// nothing.
+  /// Is told of each step of the engine's work (flashpack/trace.h); borrowed until the engine is destroyed. Small loads
+  /// through a FileHandle then always go over the driver thread. Null costs nothing.
   TraceSink* trace = nullptr;
 };
 
@@ -168,7 +170,8 @@ struct EngineOptions {
 ///
 /// A file system that does not answer delays only the transfers of its own files, as long as at most 256 operations
 /// wait for an answer. The destructor waits, however long, for operations for which the kernel may still write to
-/// memory. A thread that opens or closes a file is left behind after half a second.
+/// memory. When all transfers have finished, it does not wait for a thread that has been opening or closing a file for
+/// more than half a second.
 ///
 /// The threads are called flashpack-*. They block the process's signals, so that the application can block a signal and
 /// wait for it. The application's handlers still see the threads' own faults (SIGSEGV and the like).
@@ -201,9 +204,10 @@ class Engine {
   /// The transfer is not valid() after an error.
   Transfer start_load(LoadRequest request, Completion* completion, std::error_code& error) noexcept;
 
-  /// Opens a regular file for many loads. If `fd` is not negative, it is a readable descriptor of the file, of which
-  /// the engine makes a duplicate, and `path` is only for messages. May block in the file system. Throws: Error
-  /// (kFileChanged if `expected` is set and differs; kUnusable; errno).
+  /// Opens a regular file or a block device for many loads. If `fd` is not negative, it is a readable descriptor of the
+  /// file, of which the engine makes a duplicate, and `path` is only for messages. May block in the file system.
+  /// Throws: Error (kInvalidArgument for files of other kinds; kFileChanged if `expected` is set and differs;
+  /// kUnusable; errno).
   FileHandle open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected = {}, int fd = -1);
   /// The handle is not valid() after an error.
   FileHandle open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, int fd,

@@ -19,7 +19,7 @@ enum class Errc {
   kFileChanged,          ///< The file is not the one the caller's metadata came from, or changed while it was read.
   kCancelled,  ///< Transfer::cancel() was called, or the handle was destroyed. Equal to std::errc::operation_canceled.
   kDeadlineExceeded,  ///< The request's deadline passed first. Equal to std::errc::timed_out.
-  kUnusable,          ///< The engine or the transfer belongs to the parent of this forked process.
+  kUnusable,          ///< The engine, transfer, writer or event queue belongs to the parent of this forked process.
   kMismatch,          ///< The file is valid, but its names, shapes or dtypes do not fit the module.
   kCorrupt,           ///< Bytes of the file do not match their checksum.
 };

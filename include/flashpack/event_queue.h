@@ -52,13 +52,14 @@ class EventQueue {
   EventQueue& operator=(EventQueue&&) noexcept;
   ~EventQueue();
 
-  /// Readable as long as an event waits, and then for loops with and without edges: it becomes readable anew when an
-  /// event comes to an empty queue. It belongs to the queue and is only to be polled, neither read nor closed. However
-  /// many events wait, the engines have written to it once.
+  /// Readable as long as an event waits. It also gives a new edge whenever an event comes to an empty queue. It belongs
+  /// to the queue and is only to be polled, neither read nor closed. However many events wait, the engines have written
+  /// to it once.
   int fd() const noexcept;
 
   /// Moves the oldest events to the beginning of `events` and returns their number, 0 if none waits. A loop that is
-  /// told of edges alone calls it until it returns less than `events.size()`. It never waits for an event.
+  /// told of edges alone calls it until it returns less than `events.size()`. It never waits for an event, but may wait
+  /// until the driver has returned from telling of a transfer's end.
   std::size_t take(std::span<Event> events) noexcept;
 
   /// Engine::start_load(), whose events come with `tag`, which need not be unique. The transfer may be detached; the

@@ -18,9 +18,10 @@ struct OpenFile;
 /// programs that read a little again and again, such as indices or blocks of a cache, because to open and close a file
 /// costs more than to read a few pages of it. Pass it as FileExtents::handle.
 ///
-/// The handle keeps the file, whatever is at its path by now. A load through it that reads more than one chunk, or has
-/// checksums, notices a change of the file during the load, as other loads do. A smaller one does not look, because
-/// that would cost as much as the read: where a file may be written in place, ask unchanged(), or use checksums.
+/// The handle keeps the file, whatever is at its path by now. A load through it of more than EngineOptions::chunk_bytes
+/// in all, or whose checksums are compared, notices a change of the file, as other loads do. A smaller one does not
+/// look, because that would cost as much as the read: where a file may be written in place, ask unchanged(), or use
+/// checksums.
 ///
 /// Copies share the file, which is closed after the last copy and the last load. Thread safety: as a shared_ptr. It may
 /// outlive its engine.
@@ -37,7 +38,8 @@ class FileHandle {
   const std::filesystem::path& path() const noexcept;
   /// The identity that the file had when it was opened. Its size bounds the extents.
   const FileIdentity& identity() const noexcept;
-  /// Reads whose offset, size and address are multiples of this many bytes are read past the page cache without a copy.
+  /// If offset, size and address are multiples of this, a read that goes past the page cache needs no copy; for less
+  /// than 128 KiB only if nothing else is wanted within 64 KiB. 4096 if the file has no direct I/O.
   std::uint32_t alignment_bytes() const noexcept;
   /// Whether the file still has that identity. May block in the file system.
   bool unchanged() const noexcept;
