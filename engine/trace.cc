@@ -140,13 +140,15 @@ class ChromeTrace::Impl {
   }
 
   ~Impl() {
-    if (!is_owner()) return;
     json_ += "\n]\n";
     flush();
   }
 
+  // Asked before the mutex is taken, because a thread of the parent may have had it at the fork.
+  bool is_owner() const { return ::getpid() == owner_; }
+
   void add(const TraceEvent& event) {
-    if (!is_owner()) return;  // Asked first, because a thread of the parent may have had the mutex at the fork.
+    if (!is_owner()) return;
     const std::lock_guard lock(mutex_);
     if (error_) return;
     if (json_.capacity() < kBufferBytes) json_.reserve(kBufferBytes + 4096);
@@ -182,13 +184,15 @@ class ChromeTrace::Impl {
   }
 
   std::error_code error() const {
+    if (!is_owner()) return {};
     const std::lock_guard lock(mutex_);
     return error_;
   }
 
- private:
-  bool is_owner() const { return ::getpid() == owner_; }
+  // For a forked child, which would keep the file locked after its parent was killed.
+  void close_file() { fd_.reset(); }
 
+ private:
   // The ends of what is in the rows of one kind.
   using Rows = std::vector<std::chrono::steady_clock::time_point>;
   struct EngineRows {
@@ -254,7 +258,7 @@ class ChromeTrace::Impl {
   }
 
   const pid_t owner_;
-  const internal::UniqueFd fd_;
+  internal::UniqueFd fd_;     // Constant in the process that made it.
   mutable std::mutex mutex_;  // Protects the rest.
   std::string json_;          // What has not been written yet.
   bool is_first_ = true;
@@ -263,7 +267,13 @@ class ChromeTrace::Impl {
 };
 
 ChromeTrace::ChromeTrace(const std::filesystem::path& path) : impl_(std::make_unique<Impl>(path)) {}
-ChromeTrace::~ChromeTrace() = default;
+
+ChromeTrace::~ChromeTrace() {
+  if (impl_->is_owner()) return;
+  impl_->close_file();
+  // The rest is never destroyed, because a thread of the parent may have been at work on it during the fork.
+  static_cast<void>(impl_.release());
+}
 
 void ChromeTrace::event(const TraceEvent& event) noexcept {
   try {

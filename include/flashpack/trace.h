@@ -100,7 +100,7 @@ class TraceTotals final : public TraceSink {
 ///
 /// Events reach the file when a transfer ends, and when there are 64 KiB of them. The JSON is complete after the
 /// destructor, and Perfetto opens it as well if the process was killed before. Any thread may call any member. In a
-/// forked child it writes nothing.
+/// forked child it writes nothing, and error() is empty.
 class ChromeTrace final : public TraceSink {
  public:
   /// Replaces what is in the file at `path`, unless another ChromeTrace has it, in this process or another one. Throws:
@@ -118,7 +118,7 @@ class ChromeTrace final : public TraceSink {
 
  private:
   class Impl;
-  const std::unique_ptr<Impl> impl_;
+  std::unique_ptr<Impl> impl_;
 };
 
 }  // namespace flashpack

@@ -2,19 +2,28 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <malloc.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <boost/json/parse.hpp>
+#include <chrono>
 #include <cstring>
 #include <map>
 #include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
+#include "engine/ground/unique_fd.h"
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/hang.h"
+#include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/trace_recorder.h"
 
@@ -31,6 +40,11 @@ std::uint64_t bytes_of(const std::vector<TraceEvent>& events) {
   std::uint64_t sum = 0;
   for (const TraceEvent& event : events) sum += event.size_bytes;
   return sum;
+}
+
+std::size_t allocated_bytes_now() {
+  const struct mallinfo2 info = ::mallinfo2();
+  return info.uordblks + info.hblkhd;
 }
 
 class TraceTest : public ::testing::Test {
@@ -273,6 +287,33 @@ TEST_F(TraceTest, AForkedChildWritesNothingToTheTraceOfItsParent) {
   }
   EXPECT_EQ(in_parent, "[");
   EXPECT_EQ(events_in(text_of(dir_ / "trace.json")).size(), 3u) << "two names and one event";
+}
+
+TEST_F(TraceTest, AForkedChildLeavesAloneWhatAThreadOfItsParentWasWriting) {
+  constexpr std::size_t kPathBytes = 200'000;  // More than a pipe takes, and than malloc keeps for later.
+  ASSERT_EQ(::mkfifo((dir_ / "trace.json").c_str(), 0600), 0);
+  const internal::UniqueFd reader(::open((dir_ / "trace.json").c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
+  ChromeTrace trace(dir_ / "trace.json");
+  std::thread writer([&] { trace.event({.stage = TraceStage::kTransfer, .path = std::string(kPathBytes, 'x')}); });
+  // Once the pipe has more than the first bracket, the thread is in the midst of writing.
+  for (int waiting_bytes = 0; waiting_bytes <= 1; std::this_thread::yield())
+    ASSERT_EQ(::ioctl(reader.get(), FIONREAD, &waiting_bytes), 0);
+  const int status = testing::run_in_child([&] {
+    ::alarm(static_cast<unsigned>(std::chrono::seconds(testing::kHang).count()));
+    if (trace.error()) return 1;
+    trace.flush();
+    const std::size_t allocated_bytes = allocated_bytes_now();
+    trace.~ChromeTrace();
+    return allocated_bytes_now() == allocated_bytes ? 0 : 2;
+  });
+  EXPECT_EQ(status, 0);
+  std::array<char, 4096> text{};
+  std::size_t read_bytes = 0;
+  while (read_bytes < kPathBytes) {
+    const ssize_t result = ::read(reader.get(), text.data(), text.size());
+    if (result > 0) read_bytes += static_cast<std::size_t>(result);
+  }
+  writer.join();
 }
 
 TEST_F(TraceTest, AFileThatAnotherTraceHasIsRefusedAndLeftAsItIs) {
