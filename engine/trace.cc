@@ -142,6 +142,7 @@ class ChromeTrace::Impl {
   ~Impl() {
     json_ += "\n]\n";
     flush();
+    ::flock(fd_.get(), LOCK_UN);  // A child that has inherited the descriptor would keep the lock.
   }
 
   // Asked before the mutex is taken, because a thread of the parent may have had it at the fork.

@@ -13,6 +13,7 @@
 #include <chrono>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <set>
 #include <string>
 #include <thread>
@@ -326,6 +327,24 @@ TEST_F(TraceTest, AFileThatAnotherTraceHasIsRefusedAndLeftAsItIs) {
     EXPECT_EQ(error.path(), dir_ / "trace.json");
   }
   EXPECT_EQ(text_of(dir_ / "trace.json"), "[");
+}
+
+TEST_F(TraceTest, TheFileIsFreeAfterTheTraceEvenWhileAForkedChildLives) {
+  auto first = std::make_unique<ChromeTrace>(dir_ / "trace.json");
+  std::array<int, 2> life{};
+  ASSERT_EQ(::pipe2(life.data(), O_CLOEXEC), 0);
+  const pid_t child = ::fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    ::close(life[1]);
+    char byte = 0;
+    ::_exit(static_cast<int>(::read(life[0], &byte, 1)));
+  }
+  first.reset();
+  EXPECT_NO_THROW(ChromeTrace(dir_ / "trace.json"));
+  ::close(life[0]);
+  ::close(life[1]);
+  ASSERT_EQ(::waitpid(child, nullptr, 0), child);
 }
 
 TEST_F(TraceTest, AFullDiskEndsTheTraceAndNotTheLoad) {
