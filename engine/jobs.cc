@@ -239,6 +239,7 @@ void Jobs::tell_of_end(const Job& job, Step next, Time now) const {
   const bool direct = job.step == Step::kRead || job.step == Step::kWrite;
   const bool failed = next == Step::kFree || next == Step::kAbandoned;
   const std::uint64_t of_worker = failed ? 0 : job.part->plan().wanted_bytes(*job.chunk);
+  const auto depth = std::ranges::count_if(jobs_, [&](const Job& other) { return stage_of(other) == stage; });
   tracer_.sink->event({.stage = *stage,
                        .engine = tracer_.engine,
                        .transfer = job.transfer().number,
@@ -249,7 +250,7 @@ void Jobs::tell_of_end(const Job& job, Step next, Time now) const {
                        .size_bytes = direct ? job.done_bytes - job.begun_bytes : of_worker,
                        .begin = job.since,
                        .end = now,
-                       .depth = in(job.step) + (job.stuck ? 1 : 0)});
+                       .depth = static_cast<std::uint32_t>(depth)});
 }
 
 void Jobs::close(unsigned tag, Time now) {

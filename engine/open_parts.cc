@@ -36,6 +36,7 @@ void OpenParts::tell_of_end(const Part& part, Time now) const {
   const bool opens = part.state == Part::State::kOpening;
   if (!opens && part.state != Part::State::kClosing) return;
   const PartResult* const result = part.handover.result();
+  const auto depth = std::ranges::count(with_threads_, part.state, &Part::state);
   tracer_.sink->event({.stage = opens ? TraceStage::kOpen : TraceStage::kClose,
                        .engine = tracer_.engine,
                        .transfer = part.transfer->number,
@@ -44,7 +45,7 @@ void OpenParts::tell_of_end(const Part& part, Time now) const {
                        .size_bytes = opens && result ? result->read_bytes : 0,
                        .begin = part.since,
                        .end = now,
-                       .depth = static_cast<std::uint32_t>(with_threads_.size())});
+                       .depth = static_cast<std::uint32_t>(depth)});
 }
 
 void OpenParts::leave_state(Part& part) {

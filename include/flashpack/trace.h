@@ -30,8 +30,8 @@ enum class TraceStage : std::uint8_t {
   kWait,         ///< A chunk waits for the caller's stream.
   kOpen,         ///< A thread opens a file and plans what is read of it. It reads what is small and cached at once.
   kClose,        ///< A thread closes a file, after a look whether it has changed and its checksums match.
-  kTransfer,  ///< A transfer, from its start to its end. Without other events if it has an open file (FileHandle), is
-              ///< small, and was read from the page cache at once.
+  kTransfer,     ///< A transfer, from its start to its end. For a small load through a FileHandle that was read from
+                 ///< the page cache at once, this is the only event.
 };
 inline constexpr std::size_t kTraceStages = static_cast<std::size_t>(TraceStage::kTransfer) + 1;
 
@@ -56,7 +56,7 @@ struct TraceEvent {
   using Time = std::chrono::steady_clock::time_point;
   /// When the driver thread gave the step away, and when it saw the end, so that a step includes the time in queues.
   Time begin, end;
-  std::uint32_t depth = 0;  ///< Steps of this kind that were under way in the engine at the end, with this one.
+  std::uint32_t depth = 0;  ///< Steps of this stage that were under way in the engine at the end, with this one.
   std::error_code error;    ///< For a transfer: how it has ended. Empty after success.
   std::string_view note;    ///< For a transfer: TransferStats::fallback_reason. Valid during the call.
 };

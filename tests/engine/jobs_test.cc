@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "engine/transfer_state.h"
@@ -338,6 +339,26 @@ TEST_F(TracedJobsTest, AStepThatFailsIsGivenBackOrAbandonedIsToldWithoutBytes) {
   for (const TraceEvent& event : events) {
     EXPECT_EQ(event.size_bytes, 0u);
     EXPECT_EQ(event.end, after(2));
+  }
+}
+
+TEST_F(TracedJobsTest, StepsOfOneStageAreUnderWayTogetherWhateverTheyAre) {
+  const Load load = this->load(file_system_);
+  for (const auto& [first, second] :
+       {std::pair{Step::kReadIfCached, Step::kReadCached}, {Step::kScatter, Step::kGather}}) {
+    const unsigned one = open_traced(load);
+    const unsigned other = open_traced(load);
+    jobs_.enter(jobs_[one], first, after(1));
+    jobs_.enter(jobs_[other], second, after(1));
+    jobs_.close(one, after(2));
+    jobs_.close(other, after(3));
+  }
+  const auto events = recorder_.events();
+  ASSERT_EQ(events.size(), 4u);
+  for (const std::size_t pair : {0u, 2u}) {
+    EXPECT_EQ(events[pair].stage, events[pair + 1].stage);
+    EXPECT_EQ(events[pair].depth, 2u);
+    EXPECT_EQ(events[pair + 1].depth, 1u);
   }
 }
 

@@ -3,11 +3,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <deque>
 #include <memory>
 #include <ranges>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/transfer_state.h"
@@ -294,6 +296,22 @@ TEST_F(OpenPartsTest, OpeningAndClosingAreToldWithTheirTimesAndWhatWasReadAtOnce
   traced.enter(small, State::kDone, after(9));
   ASSERT_EQ(recorder.events().size(), 3u);
   EXPECT_EQ(recorder.events().back().size_bytes, 100u);
+}
+
+TEST_F(OpenPartsTest, AFileThatIsOpenedIsNotCountedWithThoseThatAreClosed) {
+  testing::TraceRecorder recorder;
+  OpenParts traced([] { return Mounts(); }, {.sink = &recorder, .engine = 2});
+  const std::array states{State::kOpening, State::kClosing, State::kClosing};
+  std::vector<Part*> parts;
+  for (const State state : states) {
+    parts.push_back(&transfer_->parts.emplace_back(PartRequest{.path = "/a/file"}));
+    parts.back()->transfer = transfer_.get();
+    traced.enter(*parts.back(), state, now_);
+  }
+  for (Part* part : parts) traced.enter(*part, State::kDone, now_);
+  ASSERT_EQ(recorder.events().size(), 3u);
+  for (const auto& [event, depth] : {std::pair{0u, 1u}, {1u, 2u}, {2u, 1u}})
+    EXPECT_EQ(recorder.events()[event].depth, depth);
 }
 
 }  // namespace
