@@ -29,7 +29,8 @@ constexpr std::chrono::nanoseconds kLookForLatePeriod = kLate / 5;
 
 unsigned Pipeline::tag_limit(Limits limits) {
   // A populated chunk goes to the disk even if the queue depth is reached, so more jobs may be in flight.
-  return limits.queue_depth + 3 * limits.worker_depth + limits.slots + Jobs::kStuckLimit;
+  const unsigned wanted = limits.queue_depth + 3 * limits.worker_depth + limits.slots + Jobs::kStuckLimit;
+  return std::min(wanted, DiskQueue::kMostTags);  // Beside so many chunks, a further one may wait.
 }
 
 Pipeline::Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits,

@@ -29,7 +29,8 @@ class Ring final : public DiskQueue {
     kBare,         ///< No flags.
   };
 
-  /// Takes the best rung, from `best` on, that the kernel knows. At most `in_flight_limit` operations may be in flight.
+  /// Takes the best rung, from `best` on, that the kernel knows. At most `in_flight_limit` operations may be in flight,
+  /// which is at most kMostTags.
   /// `slots` are the staging slots to register; if empty, none are. Throws: std::system_error, with the cause in its
   /// text, if io_uring is refused.
   Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Rung best = Rung::kDeferred);

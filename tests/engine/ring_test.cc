@@ -12,6 +12,8 @@
 #include <thread>
 #include <vector>
 
+#include "engine/ground/option_limits.h"
+#include "engine/pipeline.h"
 #include "engine/staging.h"
 #include "engine/workers.h"
 #include "flashpack/engine.h"
@@ -56,6 +58,15 @@ class RingTest : public ::testing::Test {
   std::unique_ptr<Ring> ring_;
   UniqueFd fd_;
 };
+
+TEST_F(RingTest, HasEntriesForAsManyOperationsAsTheLargestEngineHas) {
+  const unsigned tags = Pipeline::tag_limit({.queue_depth = kMaxQueueDepth,
+                                             .worker_depth = 4 * kMaxWorkers,
+                                             .chunk_bytes = kMinChunkBytes,
+                                             .slots = kMaxSlots});
+  EXPECT_EQ(tags, DiskQueue::kMostTags);
+  EXPECT_NO_THROW(Ring(tags, {}));
+}
 
 // A thread has 16 places for rings without a descriptor.
 TEST_F(RingTest, ARingHasNoDescriptorAndGivesItsPlaceBack) {
