@@ -47,7 +47,7 @@ bool is_locked(const std::byte& byte) {
   return error == cudaSuccess && attributes.type == cudaMemoryTypeHost;
 }
 
-// Whether CUDA has page-locked all of the slots, by cudaHostAlloc or cudaHostRegister.
+// Whether CUDA has page-locked the first and the last byte of each slot, by cudaHostAlloc or cudaHostRegister.
 bool are_locked(std::span<const std::span<std::byte>> slots) {
   return std::all_of(slots.begin(), slots.end(),
                      [](const auto& slot) { return is_locked(slot.front()) && is_locked(slot.back()); });

@@ -136,7 +136,8 @@ struct EngineOptions {
   /// `numa_node` is empty. No other engine may have it at the same time. A forked child does not inherit it. When
   /// the engine has ended, children of a fork inherit the memory again (MADV_DOFORK).
   ///
-  /// If CUDA has page-locked all of it, it is left as it is; otherwise it is page-locked as long as the engine lives.
+  /// If CUDA has page-locked it, which is asked for the first and the last byte of each chunk, it is left as it is;
+  /// otherwise it is page-locked as long as the engine lives.
   /// For the host, the engine has spare slots in memory of its own. They take no memory until the kernel does not give
   /// operations back, and without them one such file system could hold up the loads of all others.
   std::span<std::byte> staging;
