@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <mutex>
 #include <new>
 #include <set>
 #include <utility>
@@ -102,29 +103,59 @@ const char* to_string(TraceStage stage) noexcept {
   return "unknown";
 }
 
-void TraceTotals::event(const TraceEvent& event) noexcept {
-  const auto add = [&event](Totals& totals) {
-    Total& total = totals[static_cast<std::size_t>(event.stage)];
-    ++total.steps;
-    total.bytes += event.size_bytes;
-    total.seconds += std::chrono::duration<double>(event.end - event.begin).count();
-    total.depth = std::max(total.depth, event.depth);
-  };
-  const std::lock_guard lock(mutex_);
-  add(totals_);
-  auto file = of_files_.find(event.path);
-  if (file == of_files_.end()) file = of_files_.emplace(event.path, Totals()).first;
-  add(file->second);
+class TraceTotals::Impl {
+ public:
+  // Asked before the mutex is taken, because a thread of the parent may have had it at the fork.
+  bool is_owner() const { return ::getpid() == owner_; }
+
+  void add(const TraceEvent& event) {
+    const auto add = [&event](Totals& totals) {
+      Total& total = totals[static_cast<std::size_t>(event.stage)];
+      ++total.steps;
+      total.bytes += event.size_bytes;
+      total.seconds += std::chrono::duration<double>(event.end - event.begin).count();
+      total.depth = std::max(total.depth, event.depth);
+    };
+    const std::lock_guard lock(mutex_);
+    add(totals_);
+    auto file = of_files_.find(event.path);
+    if (file == of_files_.end()) file = of_files_.emplace(event.path, Totals()).first;
+    add(file->second);
+  }
+
+  Totals totals() const {
+    const std::lock_guard lock(mutex_);
+    return totals_;
+  }
+
+  std::map<std::string, Totals, std::less<>> totals_of_files() const {
+    const std::lock_guard lock(mutex_);
+    return of_files_;
+  }
+
+ private:
+  const pid_t owner_ = ::getpid();
+  mutable std::mutex mutex_;  // Protects the rest.
+  Totals totals_;
+  std::map<std::string, Totals, std::less<>> of_files_;
+};
+
+TraceTotals::TraceTotals() : impl_(std::make_unique<Impl>()) {}
+
+TraceTotals::~TraceTotals() {
+  // A thread of the parent may have been at work on it during the fork, so a child never destroys it.
+  if (!impl_->is_owner()) static_cast<void>(impl_.release());
 }
 
-TraceTotals::Totals TraceTotals::totals() const {
-  const std::lock_guard lock(mutex_);
-  return totals_;
+void TraceTotals::event(const TraceEvent& event) noexcept {
+  if (impl_->is_owner()) impl_->add(event);
 }
+
+TraceTotals::Totals TraceTotals::totals() const { return impl_->is_owner() ? impl_->totals() : Totals(); }
 
 std::map<std::string, TraceTotals::Totals, std::less<>> TraceTotals::totals_of_files() const {
-  const std::lock_guard lock(mutex_);
-  return of_files_;
+  if (!impl_->is_owner()) return {};
+  return impl_->totals_of_files();
 }
 
 class ChromeTrace::Impl {

@@ -12,7 +12,6 @@
 #include <filesystem>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -73,7 +72,8 @@ class TraceSink {
   ~TraceSink() = default;
 };
 
-/// Adds events up: time per stage, depth reached, and bytes per stage and per file. Any thread may call any member.
+/// Adds events up: time per stage, depth reached, and bytes per stage and per file. Any thread may call any member. In
+/// a forked child it is empty, and adds nothing.
 class TraceTotals final : public TraceSink {
  public:
   struct Total {
@@ -84,15 +84,19 @@ class TraceTotals final : public TraceSink {
   };
   using Totals = std::array<Total, kTraceStages>;  // Index: TraceStage.
 
+  TraceTotals();
+  ~TraceTotals();
+  TraceTotals(const TraceTotals&) = delete;
+  TraceTotals& operator=(const TraceTotals&) = delete;
+
   void event(const TraceEvent& event) noexcept override;
   Totals totals() const;
   /// Paths as in the requests.
   std::map<std::string, Totals, std::less<>> totals_of_files() const;
 
  private:
-  mutable std::mutex mutex_;  // Protects the rest.
-  Totals totals_;
-  std::map<std::string, Totals, std::less<>> of_files_;
+  class Impl;
+  std::unique_ptr<Impl> impl_;
 };
 
 /// Writes events to a file in Chrome's trace format (JSON): a process for each engine, with rows

@@ -188,6 +188,17 @@ TEST(TraceTotalsTest, TimesBytesAndDepthAreAddedUpForEachStageAndEachFile) {
   EXPECT_EQ(totals.totals()[static_cast<std::size_t>(TraceStage::kWrite)].steps, 0u);
 }
 
+TEST(TraceTotalsTest, AForkedChildHasNoTotals) {
+  TraceTotals totals;
+  totals.event({.path = "a", .size_bytes = 1});
+  const int status = testing::run_in_child([&] {
+    totals.event({.path = "b"});
+    return totals.totals()[0].steps == 0 && totals.totals_of_files().empty() ? 0 : 1;
+  });
+  EXPECT_EQ(status, 0);
+  EXPECT_EQ(totals.totals()[0].steps, 1u);
+}
+
 TEST_F(TraceTest, AChromeTraceIsJsonWhoseRowsHaveNamesAndNoOverlaps) {
   {
     ChromeTrace trace(dir_ / "trace.json");
