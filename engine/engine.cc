@@ -1,6 +1,7 @@
 #include "flashpack/engine.h"
 
 #include <sched.h>
+#include <sys/random.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -48,6 +49,11 @@ void check_staging_of_caller(const EngineOptions& options) {
   if (options.numa_node) throw argument_error("EngineOptions::staging and numa_node exclude each other");
   if (!internal::is_number_of_slots(slots_in(options)))
     throw argument_error("EngineOptions::staging must have from 2 to 16384 chunks");
+  // The workers write to slots, where memory that cannot be written would end the process; the kernel only says so.
+  for (std::size_t at = 0; at + options.chunk_bytes <= options.staging.size(); at += options.chunk_bytes) {
+    if (::getrandom(options.staging.data() + at, 1, GRND_NONBLOCK) < 0 && errno == EFAULT)
+      throw Error(internal::errno_code(EFAULT), "EngineOptions::staging, which cannot be written");
+  }
 }
 
 EngineOptions checked(EngineOptions options) {

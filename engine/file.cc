@@ -104,6 +104,8 @@ std::optional<Alignment> direct_io_alignment(int fd, bool device) {
 // Throws: Error.
 UniqueFd buffered(UniqueFd given, const std::filesystem::path& path) {
   const int flags = ::fcntl(given.get(), F_GETFL);
+  const bool unreadable = flags >= 0 && ((flags & O_PATH) != 0 || (flags & O_ACCMODE) == O_WRONLY);
+  if (unreadable) throw file_error(errno_code(EBADF), "read (from a descriptor that is not open for reading)", path);
   if (flags < 0 || (flags & O_DIRECT) == 0) return given;
   UniqueFd again(::open(path_of(given.get()).c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
   if (!again) throw file_error(errno_code(errno), "open again without O_DIRECT", path);

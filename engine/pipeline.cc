@@ -124,12 +124,13 @@ bool Pipeline::issue() {
     std::vector<Part*>& parts = issuing_[size];
     for (std::size_t i = 0; i < parts.size();) {
       issue_from(*parts[i], questions, limits_.queue_depth - left_to_others);
-      if (questions == 0) return true;
+      // First of all, because a part whose last chunk is under way may end before the next turn.
       if (parts[i]->planned->router.exhausted()) {
         parts.erase(parts.begin() + static_cast<std::ptrdiff_t>(i));
       } else {
         ++i;
       }
+      if (questions == 0) return true;
       if (steps_.workers_are_busy() && steps_.disk_is_busy(limits_.queue_depth - left_to_others)) break;
     }
   }

@@ -140,6 +140,7 @@ bool Pipeline::may_leave_open(const Part& part) const {
 
 // To be called when all chunks of the part have been delivered.
 void Pipeline::on_all_delivered(Part& part) {
+  assert(std::ranges::count(issuing_like(part), &part) == 0);
   note_fallbacks(part);
   if (part.transfer->is_load() && !may_leave_open(part)) return close(part);
   parts_.enter(part, Part::State::kDone, now_);

@@ -174,6 +174,9 @@ struct EngineOptions {
 /// memory. When all transfers have finished, it does not wait for a thread that has been opening or closing a file for
 /// more than half a second.
 ///
+/// An engine has descriptors of its own. A program that closes descriptors which it does not know (closefrom) has to
+/// destroy its engines first, because a thread whose descriptors are gone is not woken any more.
+///
 /// The threads are called flashpack-*. They block the process's signals, so that the application can block a signal and
 /// wait for it. The application's handlers still see the threads' own faults (SIGSEGV and the like).
 ///

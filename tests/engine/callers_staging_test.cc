@@ -1,10 +1,12 @@
 /// Engines whose staging memory is the caller's.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstring>
 #include <span>
 #include <string>
+#include <system_error>
 
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
@@ -44,6 +46,14 @@ class CallersStagingOfBackendsTest : public ::testing::TestWithParam<Backend> {}
 
 INSTANTIATE_TEST_SUITE_P(Backends, CallersStagingOfBackendsTest, ::testing::Values(Backend::kAuto, Backend::kWorkers),
                          [](const auto& backend) { return backend.param == Backend::kAuto ? "Auto" : "Workers"; });
+
+TEST(CallersStagingTest, MemoryThatCannotBeWrittenIsRefused) {
+  GuardedMemory memory(2 * kMiB);
+  ASSERT_EQ(::mprotect(memory.data() + kMiB, kMiB, PROT_READ), 0);
+  std::error_code error;
+  EXPECT_FALSE(Engine::make({.chunk_bytes = kMiB, .staging = {memory.data(), memory.size()}}, error));
+  EXPECT_EQ(error, std::errc::bad_address);
+}
 
 TEST_P(CallersStagingOfBackendsTest, LoadsAndStoresGoThroughItAndNothingBesideItIsTouched) {
   const testing::TempDir dir;

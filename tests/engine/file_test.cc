@@ -34,6 +34,17 @@ TEST_F(FileTest, BlocksAreAtLeastAPageAndAPowerOfTwo) {
 
 TEST_F(FileTest, DirectIsOpenedOnlyWhenWanted) { EXPECT_EQ(File::open(path_, std::nullopt, false).direct_fd(), -1); }
 
+TEST_F(FileTest, ADescriptorThatCannotBeReadIsRefused) {
+  for (const int flags : {O_WRONLY, O_PATH}) {
+    try {
+      File::open(path_, std::nullopt, false, UniqueFd(::open(path_.c_str(), flags | O_CLOEXEC)));
+      ADD_FAILURE() << flags;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), std::errc::bad_file_descriptor);
+    }
+  }
+}
+
 TEST_F(FileTest, AFileWithoutDirectIoIsStillOpened) {
   const File file = File::open("/proc/self/status", std::nullopt, true);
   EXPECT_EQ(file.direct_fd(), -1);

@@ -59,6 +59,19 @@ TEST_F(HostMemoryTest, MemoryThatCannotBeHadIsAnErrorOfTheSystem) {
   }
 }
 
+TEST_F(HostMemoryTest, MoreThanThereCanBeIsRefusedAndNothingIsMemory) {
+  constexpr std::size_t kMost = ~std::size_t{0};
+  for (const auto& [size, offset] : {std::pair{kMost, std::uint64_t{100}}, {kMost - 10, 4095}, {kMost - kMiB, 0}}) {
+    try {
+      const HostMemory memory(size, offset);
+      ADD_FAILURE() << size;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), std::errc::not_enough_memory);
+    }
+  }
+  EXPECT_EQ(HostMemory(0).bytes().size(), 0u);
+}
+
 TEST_F(HostMemoryTest, PagesOfMemoryThatIsGoneServeTheNext) {
   if (!keeps()) GTEST_SKIP() << "the kernel is too old, or the address space is limited";
   std::optional<HostMemory> first(std::in_place, 64 * kMiB);

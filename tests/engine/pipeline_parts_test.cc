@@ -110,6 +110,27 @@ TEST_P(PartsTest, ALoadByDescriptorThatFindsNoOtherFailsAndNeverReadsWhatIsAtThe
   EXPECT_EQ(status, 0) << "2: it hangs, 3: another file was looked for, 4: wrong bytes";
 }
 
+// In each turn of its loop the driver looks at a bounded number of chunks, here of reads that go both ways in turns.
+TEST_P(PartsTest, LoadsWhoseLastChunksAreTheLastOfATurnEndOnce) {
+  constexpr std::size_t kLoads = 48;
+  constexpr std::size_t kBytes = 300'000;  // More than is read where the file is opened.
+  testing::write_file(dir_ / "file", std::vector<std::byte>((kLoads + 1) * kMiB));
+  Engine engine({.backend = GetParam()});
+  const FileHandle file = engine.open(dir_ / "file");
+  std::vector<std::byte> memory(kLoads * kBytes);
+  for (std::size_t round = 0; round < 200; ++round) {
+    std::vector<Transfer> transfers;
+    for (std::size_t i = 0; i < kLoads; ++i) {
+      FileExtents wanted{.path = dir_ / "file", .extents = {{kMiB * i + 1296, kBytes, memory.data() + kBytes * i}}};
+      if (round % 4 < 2) wanted.handle = file;
+      const bool direct = (7 * i + round) % 2 == 0;
+      transfers.push_back(
+          engine.start_load({.files = {wanted}, .cache = direct ? CachePolicy::kDirect : CachePolicy::kBuffered}));
+    }
+    for (Transfer& transfer : transfers) transfer.wait();
+  }
+}
+
 TEST_P(PartsTest, ALoadOfManyFilesNeedsFewDescriptors) {
   write_files(600);
   const int status = with_few_descriptors([&](Engine& engine) {
