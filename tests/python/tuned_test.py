@@ -98,10 +98,10 @@ def test_a_profile_of_the_host_is_not_for_a_gpu(packed, profile):
 def test_where_no_engine_can_be_made_with_the_profile_loads_go_on_without_and_say_so_once(
     packed, profile, monkeypatch, caplog
 ):
-    def limited(cuda_device, **options):
-        if options:
+    def limited(cuda_device, trace=None, **profile):
+        if profile:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), "start engine")
-        return Engine(cuda_device)
+        return Engine(cuda_device, trace=trace)
 
     monkeypatch.setattr(_engine, "Engine", limited)
     assert stats_of_load(packed)["profile"] == ""
