@@ -127,7 +127,7 @@ EventQueue::~EventQueue() {
   if (shared_->is_owner()) {
     shared_->close();
   } else {
-    // What is here is never destroyed, because other threads may have been at work on it during the fork.
+    // A child never destroys its copy, because a thread of the parent may have been at work on it during the fork.
     alignas(std::shared_ptr<Shared>) std::byte memory[sizeof(std::shared_ptr<Shared>)];
     new (memory) std::shared_ptr<Shared>(std::move(shared_));
   }

@@ -32,16 +32,16 @@ struct OpenFile : std::enable_shared_from_this<OpenFile> {
     return handle.open_ ? handle.open_->shared_from_this() : nullptr;
   }
 
-  // Of a file with a handle: any thread. The last user has to call close(), which may block, so that the driver leaves
-  // it to a thread of the pool. A shared_ptr cannot tell who is the last, and other files are closed by the last of
-  // those.
+  // Any thread counts itself as a user of a file with a handle. The last user has to call close(), which may block, so
+  // that the driver leaves it to a thread of the pool. The users are counted here, because a shared_ptr cannot tell who
+  // is the last. Files without a handle are closed by their last shared_ptr.
   void add_user() noexcept { ++users_; }
   /// Returns true for the last user.
   bool remove_user() noexcept { return --users_ == 0; }
   void close() noexcept;
 
   File file;                           // Constant until close().
-  std::optional<Residency> residency;  // Of a file with a handle, so that its loads need not find out how to ask.
+  std::optional<Residency> residency;  // Set for a FileHandle, whose loads need not find out how to ask.
   const std::uint64_t engine;          // EngineFacts::number of the engine that has opened it for a FileHandle, else 0.
 
   // Only for the driver.

@@ -37,7 +37,7 @@ struct WantedChecksums {
   std::vector<std::uint32_t> crc32c;
 };
 
-/// What a transfer wants of one file.
+/// The wishes of a transfer for one file. Constant once the transfer has been started, so that any thread may read it.
 struct PartRequest {
   std::filesystem::path path;  // Only for messages if the caller has given a descriptor, or for a store.
   std::uint32_t index = 0;     // Index of the file in the request.
@@ -71,8 +71,8 @@ struct PartResult {
   std::string fallback_reason = {};
 };
 
-/// What the driver and the thread that opens or closes the file of a part share while the thread works. Thread safety:
-/// as each function says.
+/// The driver and the thread that opens or closes the file of a part share this while the thread works, and nothing
+/// else that changes. Thread safety: as each function says.
 class Handover {
  public:
   /// Decides who uses the caller's memory; returns true for the first who claims it. The thread claims it while it
@@ -150,8 +150,8 @@ std::optional<PartResult> read_at_once(const PartRequest& request, const File& f
 /// Plans the chunks of a load from `planned.open`, and sets the other members of `planned`. Throws: Error, kTruncated.
 void plan_load(const PartRequest& request, std::uint32_t chunk_bytes, PlannedFile& planned);
 
-/// What open_part() has done. If both are set, the file has only to be closed. If neither is set, the handover has the
-/// result, and the file has been closed.
+/// open_part() returns this to the driver. If both are set, the driver has only to have the file closed. If neither is
+/// set, the thread has read all and closed the file, and the handover has the result.
 struct Opened {
   std::unique_ptr<PlannedFile> planned;
   std::optional<Failure> failure;

@@ -1,4 +1,4 @@
-/// Who is told of the steps of an engine.
+/// Names the sink that an engine tells of its steps.
 #pragma once
 
 #include <cstdint>

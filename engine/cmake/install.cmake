@@ -1,4 +1,4 @@
-# What `cmake --install` lays down: the libraries, public headers, and packages for find_package(flashpack) and pkg-config.
+# `cmake --install` lays down the libraries, public headers, and packages for find_package(flashpack) and pkg-config.
 include(CMakePackageConfigHelpers)
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/flashpack)

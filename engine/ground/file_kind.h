@@ -1,4 +1,4 @@
-/// What a path or a descriptor leads to, in words.
+/// Names the kind of a file in messages.
 #pragma once
 
 #include <sys/stat.h>

@@ -108,7 +108,7 @@ class AsyncOperations final : public boost::asio::execution_context::service {
   void notify_fork(boost::asio::execution_context::fork_event event) override {
     if (event == boost::asio::execution_context::fork_prepare) {
       std::unique_lock lock(mutex_);
-      // Who posts holds mutexes of the context, which would stay locked in the child.
+      // A thread that posts holds mutexes of the context, which would stay locked in the child.
       changed_.wait(lock, [this] { return posting_ == 0; });
       return static_cast<void>(lock.release());
     }

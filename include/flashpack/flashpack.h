@@ -9,7 +9,7 @@
 ///       (request.checkpoint = checkpoint, flashpack_load_all(engine, &request, &tensors, &error)))
 ///     fprintf(stderr, "%s\n", flashpack_error_message(error));
 ///
-/// What holds for all functions:
+/// These rules hold for all functions:
 ///
 /// * Status. FLASHPACK_OK is 0, a positive status is an errno of the system, and a negative one is a constant below. If
 ///   memory runs out, it is ENOMEM. No C++ exception leaves a function.
@@ -63,7 +63,7 @@ typedef struct flashpack_error flashpack_error;
 
 /// The status that the call has returned; FLASHPACK_OK for NULL.
 flashpack_status flashpack_error_status(const flashpack_error* error);
-/// What failed, where, and why: "read model.flashpack at 12288+4194304: Input/output error". Lives as long as the
+/// Says what failed, where, and why: "read model.flashpack at 12288+4194304: Input/output error". Lives as long as the
 /// error. Empty for NULL.
 const char* flashpack_error_message(const flashpack_error* error);
 /// The file that the call has failed on, or an empty string. Lives as long as the error.
@@ -108,7 +108,7 @@ typedef struct flashpack_engine_options {
   int32_t numa_node;
 } flashpack_engine_options;
 
-/// What an engine has become; strings live as long as the engine.
+/// The choices that an engine has made; strings live as long as the engine.
 typedef struct flashpack_engine_info {
   size_t struct_size;
   uint64_t staging_bytes;  ///< Whole chunks, of the engine's own memory or the caller's.
@@ -249,7 +249,7 @@ typedef struct flashpack_open_file_info {
 /// FLASHPACK_INVALID_ARGUMENT for files of other kinds; errno; FLASHPACK_UNUSABLE.
 flashpack_status flashpack_open_file_open(flashpack_engine* engine, const char* path, int32_t fd,
                                           flashpack_open_file** file, flashpack_error** error);
-/// What is known since the file was opened.
+/// Returns facts that are known since the file was opened.
 flashpack_status flashpack_open_file_get_info(const flashpack_open_file* file, flashpack_open_file_info* info,
                                               flashpack_error** error);
 /// FLASHPACK_FILE_CHANGED if the file is not as it was when it was opened. May block in the file system.
@@ -318,7 +318,7 @@ typedef struct flashpack_extent {
   void* target;  ///< `size_bytes` writable bytes of the host or of the engine's device.
 } flashpack_extent;
 
-/// What to load: extents of the files of a checkpoint, or of files by path.
+/// Names what to load: extents of the files of a checkpoint, or of files by path.
 typedef struct flashpack_load_request {
   size_t struct_size;
   const flashpack_checkpoint* checkpoint;  ///< If it is NULL, `paths` are the files.
@@ -350,7 +350,7 @@ typedef struct flashpack_progress {
   int32_t finished;      ///< 1 or 0.
 } flashpack_progress;
 
-/// What a transfer has done.
+/// Counts what a transfer has done.
 typedef struct flashpack_stats {
   size_t struct_size;
   uint64_t requested_bytes;

@@ -1,4 +1,4 @@
-/// What an engine does, step by step, for those who want to see it.
+/// Engines tell what they do, step by step, to those who want to see it.
 ///
 ///   flashpack::ChromeTrace trace("load.json");  // Opens in Perfetto (ui.perfetto.dev) and in chrome://tracing.
 ///   flashpack::Engine engine({.trace = &trace});

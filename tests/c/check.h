@@ -22,7 +22,7 @@ void add_test(test_case* added);
   __attribute__((constructor)) static void add_##name(void) { add_test(&case_##name); } \
   static void test_##name(void)
 
-/// What a test that cannot run here exits with.
+/// The exit status of a test that cannot run here.
 enum { SKIPPED = 77 };
 
 #define CHECK(condition)                                                      \

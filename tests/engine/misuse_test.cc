@@ -1,4 +1,4 @@
-// What callers do by mistake or in a hurry, and what is easily forgotten, through each way to wait for a load.
+// Callers make mistakes, hurry and forget; each way to wait for a load is tried with that.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <poll.h>

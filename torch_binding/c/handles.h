@@ -1,4 +1,4 @@
-/// What the handles of the C API own.
+/// The types behind the handles of the C API, and what each owns.
 #pragma once
 
 #include <cstddef>

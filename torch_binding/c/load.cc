@@ -104,7 +104,7 @@ std::unique_ptr<flashpack_transfer> start_load(flashpack_engine* engine, const f
   return transfer;
 }
 
-// What a load of all tensors needs.
+// A load of all tensors owns these until the caller gets them.
 struct WholeLoad {
   std::unique_ptr<flashpack_tensors> tensors = std::make_unique<flashpack_tensors>();
   std::unique_ptr<flashpack_transfer> transfer = std::make_unique<flashpack_transfer>();

@@ -1,4 +1,4 @@
-/// What starts and waits for transfers has in common.
+/// Functions that all ways to start and wait for a transfer share.
 #pragma once
 
 #include <cstdint>
