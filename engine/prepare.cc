@@ -103,9 +103,10 @@ void check_handle(const EngineFacts& engine, const FileExtents& file) {
     throw argument_error("load", open->file.path(), "a handle of another engine");
 }
 
-// Adds one file of a load. If `reported`, the completion is told of each of its extents.
-Part& add_part(const EngineFacts& engine, TransferState& state, FileExtents file, CachePolicy cache, bool reported) {
-  const auto open = OpenFile::of(file.handle);
+// Adds one file of a load, which is `open` if it has a handle. If `reported`, the completion is told of each of its
+// extents.
+Part& add_part(const EngineFacts& engine, TransferState& state, FileExtents file, const OpenFile* open,
+               CachePolicy cache, bool reported) {
   PartRequest wanted{.path = open ? open->file.path() : std::move(file.path),
                      .index = static_cast<std::uint32_t>(state.parts.size()),
                      .cache = cache,
@@ -152,7 +153,8 @@ std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadReque
   try {
     for (FileExtents& file : request.files) {
       const std::shared_ptr<OpenFile> open = OpenFile::of(file.handle);
-      Part& part = add_part(engine, *state, std::move(file), request.cache, request.report_extents && completion);
+      const bool reported = request.report_extents && completion;
+      Part& part = add_part(engine, *state, std::move(file), open.get(), request.cache, reported);
       if (open) begin(engine, *state, part, open, request.files.size() == 1);
     }
   } catch (const Error& error) {
