@@ -72,7 +72,8 @@ fetch() {
     # shellcheck disable=SC2086  # A list of words.
     fetch_wheels "$version" "$carried/peers/$name" $wheels || { echo "no wheels of $name for Python $version" && status=1; }
   done <<<"$peers"
-  find "$carried" -type f -printf '%P\n' | sort >"$made.manifest" && mv "$made.manifest" "$carried/manifest"
+  local files
+  files=$(find "$carried" -type f -printf '%P\n' | sort) && printf '%s\n' "$files" >"$carried/manifest" || return
   check_size && return "$status"
 }
 
