@@ -27,6 +27,9 @@ constexpr std::size_t kSinkBytes = 4096;
 
 constexpr std::size_t kMaxVectors = 64;
 
+// So much of a large fragment is read before it is counted, so that counting finds the bytes in the CPU's cache.
+constexpr std::uint64_t kCountedAtOnceBytes = std::uint64_t{256} << 10;
+
 // Moves one whole fragment, or less at the end of the file.
 std::int64_t move_fragment(int fd, const Fragment& fragment, bool write) {
   std::uint64_t done = 0;
@@ -110,10 +113,53 @@ std::int64_t read_cached(int fd, std::span<const Fragment> fragments) {
   return error != 0 ? -EAGAIN : sum_of(fragments);
 }
 
+std::int64_t read_as_asked(const ByteWork& work, std::span<const Fragment> fragments) {
+  return work.page_cache.only ? read_cached(work.fd, fragments) : read_fragments(work.fd, fragments);
+}
+
+// Reads one fragment and counts it piece by piece. If not all of it comes, nothing stays counted.
+std::int64_t read_and_count_large(const ByteWork& work, const Fragment& whole) {
+  std::uint64_t done = 0;
+  while (done < whole.size_bytes) {
+    const Fragment piece{.offset_bytes = whole.offset_bytes + done,
+                         .size_bytes = std::min(kCountedAtOnceBytes, whole.size_bytes - done),
+                         .memory = whole.memory + done};
+    const std::int64_t n = read_as_asked(work, {&piece, 1});
+    if (n != static_cast<std::int64_t>(piece.size_bytes)) {
+      work.sums->take_back(whole.offset_bytes, {whole.memory, done});
+      return n < 0 ? n : static_cast<std::int64_t>(done) + n;
+    }
+    work.sums->add(piece.offset_bytes, {piece.memory, piece.size_bytes});
+    done += piece.size_bytes;
+  }
+  return static_cast<std::int64_t>(done);
+}
+
+// Leaves out the part of a stripe that borders on a gap, because a stripe that is not read whole is never compared.
+void count_between_gaps(std::span<const Fragment> fragments, StripeSums& sums) {
+  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
+  for (std::size_t i = 0; i < fragments.size(); ++i) {
+    const bool gap_before = i > 0 && end_of(fragments[i - 1]) < fragments[i].offset_bytes;
+    const bool gap_after = i + 1 < fragments.size() && end_of(fragments[i]) < fragments[i + 1].offset_bytes;
+    const std::uint64_t begin = fragments[i].offset_bytes;
+    const std::uint64_t from = gap_before ? round_up(begin, kStripeBytes) : begin;
+    const std::uint64_t to = gap_after ? round_down(end_of(fragments[i]), kStripeBytes) : end_of(fragments[i]);
+    if (from < to) sums.add(from, {fragments[i].memory + (from - begin), to - from});
+  }
+}
+
+std::int64_t read_and_count(const ByteWork& work) {
+  const std::span<const Fragment> fragments = work.fragments;
+  if (fragments.size() == 1 && fragments.front().size_bytes > kCountedAtOnceBytes)
+    return read_and_count_large(work, fragments.front());
+  const std::int64_t moved = read_as_asked(work, fragments);
+  if (moved == sum_of(fragments)) count_between_gaps(fragments, *work.sums);
+  return moved;
+}
+
 std::int64_t read_through_cache(const ByteWork& work) {
   const std::span<const Fragment> fragments = work.fragments;
-  const std::int64_t moved =
-      work.page_cache.only ? read_cached(work.fd, fragments) : read_fragments(work.fd, fragments);
+  const std::int64_t moved = work.sums ? read_and_count(work) : read_as_asked(work, fragments);
   if (work.page_cache.drop && moved > 0) {
     const std::uint64_t begin = fragments.front().offset_bytes;
     const std::uint64_t end = end_of(fragments.back());
@@ -208,25 +254,9 @@ void count_view(const ByteWork& work) {
   work.sums->add(begin, work.view.between(begin, end));
 }
 
-// Leaves out the part of a stripe that borders on a gap, because a stripe that is not read whole is never compared.
-void count_between_gaps(std::span<const Fragment> fragments, StripeSums& sums) {
-  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
-  for (std::size_t i = 0; i < fragments.size(); ++i) {
-    const bool gap_before = i > 0 && end_of(fragments[i - 1]) < fragments[i].offset_bytes;
-    const bool gap_after = i + 1 < fragments.size() && end_of(fragments[i]) < fragments[i + 1].offset_bytes;
-    const std::uint64_t begin = fragments[i].offset_bytes;
-    const std::uint64_t from = gap_before ? round_up(begin, kStripeBytes) : begin;
-    const std::uint64_t to = gap_after ? round_down(end_of(fragments[i]), kStripeBytes) : end_of(fragments[i]);
-    if (from < to) sums.add(from, {fragments[i].memory + (from - begin), to - from});
-  }
-}
-
 void count(const ByteWork& work, std::int64_t result) {
   if (result < 0) return;
   switch (work.op) {
-    case ByteWork::Op::kFromCache:
-      if (result == sum_of(work.fragments)) count_between_gaps(work.fragments, *work.sums);
-      return;
     case ByteWork::Op::kToCache:
       if (result != sum_of(work.fragments)) return;
       [[fallthrough]];
@@ -237,6 +267,7 @@ void count(const ByteWork& work, std::int64_t result) {
     case ByteWork::Op::kScatter:
     case ByteWork::Op::kChecksum:
       return count_view(work);
+    case ByteWork::Op::kFromCache:  // It has counted what it has read.
     case ByteWork::Op::kPopulate:
       return;
   }

@@ -65,7 +65,7 @@ StripeSums::StripeSums(std::uint64_t begin_bytes, std::uint64_t end_bytes) : end
   if (begin_bytes < end_bytes) grow(begin_bytes / kStripeBytes, (end_bytes - 1) / kStripeBytes + 1);
 }
 
-void StripeSums::add(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept {
+void StripeSums::change(std::uint64_t offset_bytes, std::span<const std::byte> bytes, Change change) noexcept {
   if (offset_bytes >= end_bytes_) return;
   bytes = bytes.first(std::min<std::uint64_t>(bytes.size(), end_bytes_ - offset_bytes));
   while (!bytes.empty()) {
@@ -74,9 +74,14 @@ void StripeSums::add(std::uint64_t offset_bytes, std::span<const std::byte> byte
     const auto size = static_cast<std::uint32_t>(std::min<std::uint64_t>(kStripeBytes - begin, bytes.size()));
     if (find(index)) {
       Stripe& stripe = stripes_[index - first_];
+      // The sum of a value with itself is zero, so that the second time takes back the first.
       stripe.sum.fetch_xor(append_zeros(remainder(bytes.first(size)), kStripeBytes - begin - size),
                            std::memory_order_relaxed);
-      stripe.counted_bytes.fetch_add(size, std::memory_order_relaxed);
+      if (change == Change::kAdd) {
+        stripe.counted_bytes.fetch_add(size, std::memory_order_relaxed);
+      } else {
+        stripe.counted_bytes.fetch_sub(size, std::memory_order_relaxed);
+      }
     }
     offset_bytes += size;
     bytes = bytes.subspan(size);

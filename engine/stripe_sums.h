@@ -20,9 +20,15 @@ class StripeSums {
   StripeSums(std::uint64_t begin_bytes, std::uint64_t end_bytes);
 
   /// Counts `bytes`, which lie at `offset_bytes` in the file. Bytes outside the range's stripes or past its end are
-  /// skipped. Thread safety: any number of threads may call this at a time. Other members need the object to
-  /// themselves.
-  void add(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept;
+  /// skipped. Thread safety: any number of threads may call this and take_back() at a time. Other members need the
+  /// object to themselves.
+  void add(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept {
+    change(offset_bytes, bytes, Change::kAdd);
+  }
+  /// Undoes add() for the same bytes, which may have been added in other parts.
+  void take_back(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept {
+    change(offset_bytes, bytes, Change::kTakeBack);
+  }
   /// Adds all that `other` has counted. If `other` has another range, this one's range grows.
   void add(const StripeSums& other);
 
@@ -41,6 +47,8 @@ class StripeSums {
     std::atomic<std::uint32_t> counted_bytes = 0;
   };
 
+  enum class Change : std::uint8_t { kAdd, kTakeBack };
+  void change(std::uint64_t offset_bytes, std::span<const std::byte> bytes, Change change) noexcept;
   const Stripe* find(std::uint64_t index) const noexcept;
   void grow(std::uint64_t first, std::uint64_t end);
 

@@ -97,6 +97,26 @@ TEST_F(ByteWorkTest, OfReadsOnlyFragmentsOfTheFileWithoutAGapAreCounted) {
   EXPECT_EQ(counted, (std::vector<std::uint32_t>{kStripeBytes, 0, kStripeBytes, 0}));
 }
 
+TEST_F(ByteWorkTest, ALargeFragmentIsCountedWhenAllOfItHasComeAndElseNotAtAll) {
+  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
+  const auto bytes = flashpack::testing::random_bytes(kStripeBytes + 300'001);
+  flashpack::testing::write_file(dir_ / "large", bytes);
+  const UniqueFd large(::open((dir_ / "large").c_str(), O_RDONLY));
+  std::vector<std::byte> memory(2 * kStripeBytes);
+  StripeSums sums(0, memory.size());
+  const auto read = [&](std::uint64_t offset, std::uint64_t size) {
+    const Fragment fragment{offset, size, memory.data() + offset};
+    return carry_out({.op = ByteWork::Op::kFromCache, .fd = large.get(), .fragments = {&fragment, 1}, .sums = &sums});
+  };
+  EXPECT_EQ(read(1, memory.size() - 1), static_cast<std::int64_t>(bytes.size() - 1));
+  EXPECT_EQ(sums.counted_bytes(0), 0u);
+  EXPECT_EQ(sums.counted_bytes(1), 0u);
+  EXPECT_EQ(read(0, bytes.size()), static_cast<std::int64_t>(bytes.size()));
+  EXPECT_EQ(sums.crc32c(0, kStripeBytes), crc32c(std::span(bytes).first(kStripeBytes)));
+  EXPECT_EQ(sums.crc32c(1, 300'001), crc32c(std::span(bytes).subspan(kStripeBytes)));
+  EXPECT_EQ(sums.counted_bytes(1), 300'001u);
+}
+
 TEST_F(ByteWorkTest, WritesArriveAndScatterTakesOnlyItsFragments) {
   GuardedMemory memory(5000);
   std::vector<Fragment> fragments = {{1000, 5000, memory.data()}};
