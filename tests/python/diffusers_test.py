@@ -258,6 +258,7 @@ def test_a_model_that_is_split_over_gpus_is_loaded_and_left_to_accelerate(tmp_pa
         FlashPackSD.from_pretrained_flashpack(tmp_path, device_map={"unet": 0, "vae": 1})
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_everything_of_a_model_is_on_the_gpu(tmp_path):
     saved = save_pipeline(tmp_path / "saved")

@@ -10,6 +10,8 @@ from flashpack import _memory, _native
 from gpu_support import DEVICE, MIB, SIZES, load, on_host, state_dict
 from support import DTYPES, assert_bit_equal, random_tensor
 
+pytestmark = pytest.mark.gpu
+
 
 def drop_from_page_cache(path):
     with open(path, "rb") as file:
