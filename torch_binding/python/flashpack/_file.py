@@ -91,14 +91,14 @@ def load_file(
             entries = [entry for entry in entries if not is_ignored_tensor_name(entry.name, *filters)]
         options = ReadOptions(mmap, verify, False if progress is None else _told_of(entries, progress))
         places = places_of(entries, device, device_map, options)
-        own_dtypes = {entry.dtype: string_to_dtype(entry.dtype) for entry in entries}
+        own_dtypes = {name: string_to_dtype(name) for name in {entry.dtype for entry in entries}}
         dtypes = {name: dtype_when_asked(own, dtype) for name, own in own_dtypes.items()}
         if dtypes != own_dtypes and not mmap:
             tensors, figures = read_and_cast(checkpoint, places, lambda entry: dtypes[entry.dtype], options)
         else:
             tensors, figures = read_to_devices(checkpoint, places, options)
             for place, here in places.items():
-                if dtype is not None or place != CPU:
+                if (mmap and dtype is not None) or tensors[here[0].name].device.type != place.type:
                     _move(tensors, here, place, dtype)
         if metadata is not None:
             metadata.update(checkpoint.native.user_metadata)

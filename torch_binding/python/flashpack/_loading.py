@@ -16,7 +16,7 @@ from ._engine import left_before_exit
 from ._in_place import check_in_place, load_in_place, targets_in_place
 from ._into import read_and_cast
 from ._logging import in_one_line
-from ._memory import Wanted, supported_device, tensors_of
+from ._memory import Wanted, read_to_devices, supported_device, tensors_of
 from ._native import FlashPackError
 from ._options import LoadOptions
 from ._own_code import run_own_code
@@ -130,6 +130,9 @@ def _load(source: _Source, entries: Sequence[Entry], options: LoadOptions, dtype
     if ranks.count == 1 and not options.reading.mmap and any(dtype_of(each) != own_dtype(each) for each in wanted):
         cast, stats = read_and_cast(checkpoint, {device: wanted}, dtype_of, options.reading)
         return Loaded(cast, None, stats)
+    if ranks.count == 1:
+        tensors, stats = read_to_devices(checkpoint, {device: wanted}, options.reading)
+        return Loaded(tensors, None, stats or None)
     filled = ranks.read_blocks(Wanted(checkpoint, wanted), device, options.reading)
     return Loaded(tensors_of(wanted, filled), None, filled.stats)
 

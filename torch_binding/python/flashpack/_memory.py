@@ -12,8 +12,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice, zip_longest
-from typing import Any, NamedTuple, Protocol, cast, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 
@@ -116,11 +117,12 @@ class DeviceBlock:
         return self._storage
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> torch.Tensor:
-        if dtype not in self._without_elements:
-            self._without_elements[dtype] = torch.empty(0, dtype=dtype, device=self.memory.device)
+        empty: Any = self._without_elements.get(dtype)  # torch's stubs know set_ with strides alone.
+        if empty is None:
+            empty = self._without_elements[dtype] = torch.empty(0, dtype=dtype, device=self.memory.device)
         # `data` has a version counter of its own, which a view lacks, and takes half the time of torch.empty.
-        tensor: Any = self._without_elements[dtype].data  # torch's stubs know set_ with strides alone.
-        return cast(torch.Tensor, tensor.set_(self._storage, offset_bytes // dtype.itemsize, shape))
+        tensor: torch.Tensor = empty.data.set_(self._storage, offset_bytes // dtype.itemsize, shape)
+        return tensor
 
 
 def allocate_block(phase_bytes: int, size_bytes: int, device: torch.device = CPU) -> Block:
@@ -279,13 +281,21 @@ Arrivals = Generator[list[list[int]], None, None]
 """Yields, for each side, the numbers of the blocks that are whole now."""
 
 
+def _nothing() -> None: ...
+
+
 def fill(
-    checkpoint: Checkpoint, fillings: Sequence[Filling], options: ReadOptions, as_stream: bool = False
+    checkpoint: Checkpoint,
+    fillings: Sequence[Filling],
+    options: ReadOptions,
+    as_stream: bool = False,
+    meanwhile: Callable[[], None] = _nothing,
 ) -> Arrivals:
     """Reads the blocks of all sides at the same time, and yields their numbers as they arrive.
 
     By default they arrive together, because one transfer for each side costs least. `as_stream` reads in batches. Only
-    a few of them are under way at a time, because each takes descriptors and a copy of the checksums.
+    a few of them are under way at a time, because each takes descriptors and a copy of the checksums. `meanwhile` is
+    called once, while the first of them are under way.
 
     When a step raises, be it OSError or KeyboardInterrupt, or the iterator is closed, nothing is in flight any more.
     """
@@ -297,6 +307,8 @@ def fill(
             for row in islice(to_start, AT_ONCE - len(under_way)):
                 loads = (start(checkpoint, *each, options) for each in zip(row, fillings, strict=True))
                 under_way.start(row, loads)
+            meanwhile()
+            meanwhile = _nothing
             row, stats = under_way.finish(progress)
             for filling, each_stats in zip(fillings, stats, strict=True):
                 add_stats(filling.stats, each_stats)
@@ -360,7 +372,7 @@ ReadBlocks = Callable[[Wanted, torch.device, ReadOptions], Filled]
 
 def read_tensors(wanted: Wanted, device: torch.device, options: ReadOptions) -> dict[str, torch.Tensor]:
     """Reads `wanted` to `device`, or to the CPU if the engine cannot use the device."""
-    return tensors_of(wanted.entries, read_blocks(wanted, device, options))
+    return read_to_devices(wanted.checkpoint, {device: wanted.entries}, options)[0]
 
 
 def read_to_devices(
@@ -370,16 +382,23 @@ def read_to_devices(
 
     Returns the tensors by name and figures of the reads, which are empty if files are mapped.
     """
-    if options.mmap:
-        everything = [entry for entries in wanted.values() for entry in entries]
-        return read_tensors(Wanted(checkpoint, everything), CPU, options), {}
-    fillings = [make_room(Wanted(checkpoint, entries), device, options) for device, entries in wanted.items()]
-    for _ in fill(checkpoint, fillings, options):
-        pass
     tensors: dict[str, torch.Tensor] = {}
     stats: dict[str, Any] = {}
-    for entries, filling in zip(wanted.values(), fillings, strict=True):
-        tensors |= tensors_of(entries, filled_of(filling))
+    if options.mmap:
+        everything = Wanted(checkpoint, [entry for entries in wanted.values() for entry in entries])
+        return tensors_of(everything.entries, read_blocks(everything, CPU, options)), stats
+    fillings = [make_room(Wanted(checkpoint, entries), device, options) for device, entries in wanted.items()]
+
+    def make_tensors(on_host: bool) -> None:
+        for entries, filling in zip(wanted.values(), fillings, strict=True):
+            if (filling.side.device == CPU) == on_host:
+                tensors.update(tensors_of(entries, filled_of(filling)))
+
+    # To make many tensors takes as long as to read them. On the host, small ones are copied, and so have to be there.
+    for _ in fill(checkpoint, fillings, options, meanwhile=partial(make_tensors, on_host=False)):
+        pass
+    make_tensors(on_host=True)
+    for filling in fillings:
         add_stats(stats, filling.stats)
     return tensors, stats
 
@@ -391,7 +410,7 @@ def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tens
     make = [block.tensor for block in filled.blocks]
     dtypes = {name: string_to_dtype(name) for name in {entry.dtype for entry in entries}}
     with collector_paused():
-        for (name, dtype, shape, _, size_bytes, *_), block, at in zip(entries, *filled.places, strict=True):
+        for (name, dtype, shape, _, size_bytes, _, _), block, at in zip(entries, *filled.places, strict=True):
             if size_bytes:
                 tensors[name] = make[block](dtypes[dtype], shape, at)
             else:
