@@ -31,6 +31,7 @@ using internal::file_error;
 using internal::Place;
 
 constexpr std::string_view kDefaults = "defaults";
+constexpr std::string_view kStaging = "staging_bytes";
 constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 // Far more than a person's profiles take. A larger file is not one of ours.
 constexpr std::uint64_t kMaxFileBytes = kMiB;
@@ -57,20 +58,49 @@ const char* difference(const json::value& profile, const Place& place) {
   return nullptr;
 }
 
-// An engine has at least two slots, and room for all reads in flight.
-std::uint64_t least_staging_bytes(std::uint64_t chunk_bytes, std::uint64_t queue_depth) {
-  return chunk_bytes * std::max<std::uint64_t>(queue_depth, internal::kMinSlots);
+// The values of a profile as a file may have them. No staging_bytes are those that need no number.
+struct Values {
+  std::uint64_t chunk_bytes;
+  std::uint64_t queue_depth;
+  std::uint64_t workers;
+  std::uint64_t staging_bytes;
+};
+
+Values values_of(const EngineOptions& options) {
+  return {options.chunk_bytes, options.queue_depth, options.workers, options.staging_bytes};
 }
 
-bool in_range(std::uint64_t chunk_bytes, std::uint64_t queue_depth, std::uint64_t workers) {
-  return internal::is_chunk_size(chunk_bytes) && internal::is_queue_depth(queue_depth) &&
-         internal::is_number_of_workers(workers) && least_staging_bytes(chunk_bytes, queue_depth) <= kMaxStagingBytes;
+// An engine has at least two slots, and room for all reads in flight unless its staging memory is given.
+std::uint64_t least_staging_bytes(const Values& values) {
+  return values.chunk_bytes * std::max<std::uint64_t>(values.queue_depth, internal::kMinSlots);
+}
+
+bool in_range(const Values& values) {
+  if (!internal::is_chunk_size(values.chunk_bytes) || !internal::is_queue_depth(values.queue_depth) ||
+      !internal::is_number_of_workers(values.workers))
+    return false;
+  if (values.staging_bytes == 0) return least_staging_bytes(values) <= kMaxStagingBytes;
+  return values.staging_bytes <= kMaxStagingBytes &&
+         internal::is_number_of_slots(values.staging_bytes / values.chunk_bytes);
+}
+
+// The staging memory of a profile that has no number for it; 0 is the engine's own.
+std::uint64_t staging_bytes_without(const Values& values, Device::Kind kind) {
+  const std::uint64_t wanted_bytes = least_staging_bytes(values);
+  return wanted_bytes > internal::usual_staging_bytes(kind) ? wanted_bytes : 0;
+}
+
+// Whether the profile needs a number for the staging memory.
+bool has_own_staging(const EngineOptions& options) {
+  const std::uint64_t usual_bytes = internal::usual_staging_bytes(options.device.kind);
+  const std::uint64_t without = staging_bytes_without(values_of(options), options.device.kind);
+  return options.staging_bytes != 0 && options.staging_bytes != (without == 0 ? usual_bytes : without);
 }
 
 bool are_usual(const EngineOptions& options) {
   const EngineOptions usual;
   return options.chunk_bytes == usual.chunk_bytes && options.queue_depth == usual.queue_depth &&
-         options.workers == usual.workers;
+         options.workers == usual.workers && !has_own_staging(options);
 }
 
 // Whether the profile says that nothing was better than the defaults, whatever they are.
@@ -87,21 +117,22 @@ bool take_values(const json::object& profile, EngineOptions& options) {
     const std::uint64_t found = value == nullptr ? ~std::uint64_t{0} : value->to_number<std::uint64_t>(error);
     return error ? ~std::uint64_t{0} : found;
   };
-  const std::uint64_t chunk_bytes = number("chunk_bytes");
-  const std::uint64_t queue_depth = number("queue_depth");
-  const std::uint64_t workers = number("workers");
-  if (!in_range(chunk_bytes, queue_depth, workers)) return false;
-  options.chunk_bytes = static_cast<std::uint32_t>(chunk_bytes);
-  options.queue_depth = static_cast<std::uint32_t>(queue_depth);
-  options.workers = static_cast<std::uint32_t>(workers);
-  const std::uint64_t wanted_bytes = least_staging_bytes(chunk_bytes, queue_depth);
-  if (wanted_bytes > internal::usual_staging_bytes(options.device.kind)) options.staging_bytes = wanted_bytes;
+  const std::uint64_t staging_bytes = profile.contains(kStaging) ? number(kStaging) : 0;
+  const Values values{number("chunk_bytes"), number("queue_depth"), number("workers"), staging_bytes};
+  if (!in_range(values)) return false;
+  options.chunk_bytes = static_cast<std::uint32_t>(values.chunk_bytes);
+  options.queue_depth = static_cast<std::uint32_t>(values.queue_depth);
+  options.workers = static_cast<std::uint32_t>(values.workers);
+  options.staging_bytes = staging_bytes == 0 ? staging_bytes_without(values, options.device.kind) : staging_bytes;
   return true;
 }
 
 std::string text_of(const EngineOptions& options) {
   const std::string workers = options.workers == 0 ? "" : ", " + std::to_string(options.workers) + " workers";
-  return std::to_string(options.chunk_bytes / kMiB) + " MiB x " + std::to_string(options.queue_depth) + workers;
+  const std::string staging =
+      has_own_staging(options) ? ", " + std::to_string(options.staging_bytes / kMiB) + " MiB of staging" : "";
+  return std::to_string(options.chunk_bytes / kMiB) + " MiB x " + std::to_string(options.queue_depth) + workers +
+         staging;
 }
 
 struct Profiles {
@@ -166,6 +197,7 @@ json::object profile_of(const Place& place, const EngineOptions& options) {
   profile["chunk_bytes"] = options.chunk_bytes;
   profile["queue_depth"] = options.queue_depth;
   profile["workers"] = options.workers;
+  if (has_own_staging(options)) profile[kStaging] = options.staging_bytes;
   return profile;
 }
 
@@ -219,8 +251,7 @@ TunedOptions tuned_options(const fs::path& path, Device device, const fs::path& 
 }
 
 void keep_profile(const fs::path& path, const EngineOptions& options, const fs::path& profiles) {
-  if (!in_range(options.chunk_bytes, options.queue_depth, options.workers))
-    throw argument_error("options of a profile are out of range: " + text_of(options));
+  if (!in_range(values_of(options))) throw argument_error("options of a profile are out of range: " + text_of(options));
   if (profiles.empty()) throw argument_error("neither XDG_CONFIG_HOME nor HOME says where profiles are");
   const Place place = internal::place_of(path, options.device);
   if (!place.unknown.empty()) throw argument_error("no profile can be kept: " + place.unknown);

@@ -3,9 +3,11 @@
 ///   flashpack::Engine engine(flashpack::tuned_options("/models/model.flashpack").options);
 ///
 /// A profile is the chunk_bytes, queue_depth and workers of EngineOptions, for one place: a disk or network file
-/// system, the type of the file system, the version of the kernel and the GPU. It is applied only where all of them are
-/// the same. A place for which nothing was better than the defaults has a profile without numbers, and so gets the
-/// defaults of later versions, too. The file of profiles is the user's, JSON, and may be edited.
+/// system, the type of the file system, the version of the kernel and the GPU. It also has staging_bytes where other
+/// memory than the usual was better, as for a GPU; without them, all reads in flight find room. A profile is applied
+/// only where all values of its place are the same. A place for which nothing was better than the defaults has a
+/// profile without numbers, and so gets the defaults of later versions, too. The file of profiles is the user's, JSON,
+/// and may be edited.
 ///
 /// A profile takes at most 1 GiB of staging memory. Where an engine cannot be made with it, as under a limit on memory
 /// or threads, one with the defaults still may be.
@@ -34,12 +36,12 @@ std::filesystem::path profiles_path();
 TunedOptions tuned_options(const std::filesystem::path& path, Device device = {},
                            const std::filesystem::path& profiles = profiles_path());
 
-/// Keeps chunk_bytes, queue_depth and workers of `options` for loads of `path` to `options.device`, in place of the
-/// profile that there was for it. The file is replaced at once, and processes that do so at the same time do not lose
-/// each other's profiles. Options with the default values are kept as "the defaults", not as numbers. Throws: Error
-/// (kInvalidArgument if the options are out of range, loads of `path` have no place that could be recognised, as on
-/// tmpfs, or the file is damaged, because its other profiles would be lost; errno when the file cannot be read or
-/// written).
+/// Keeps chunk_bytes, queue_depth, workers and, unless they are 0, staging_bytes of `options` for loads of `path` to
+/// `options.device`, in place of the profile that there was for it. The file is replaced at once, and processes that do
+/// so at the same time do not lose each other's profiles. Options with the default values are kept as "the defaults",
+/// not as numbers. Throws: Error (kInvalidArgument if the options are out of range, loads of `path` have no place that
+/// could be recognised, as on tmpfs, or the file is damaged, because its other profiles would be lost; errno when the
+/// file cannot be read or written).
 void keep_profile(const std::filesystem::path& path, const EngineOptions& options,
                   const std::filesystem::path& profiles = profiles_path());
 

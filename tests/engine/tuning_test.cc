@@ -16,7 +16,9 @@
 #include <string_view>
 
 #include "flashpack/error.h"
+#include "tests/support/gpu_shown.h"
 #include "tests/support/hang.h"
+#include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -171,6 +173,84 @@ TEST_F(TuningTest, TheSlotsOfAProfileTakeAGigabyteAtMost) {
     EXPECT_EQ(got.applied, std::max(depth, 2U) * chunk_mib <= 1024) << chunk_mib << " x " << depth;
     EXPECT_LE(got.options.staging_bytes, std::uint64_t{1024} * kMiB);
   }
+}
+
+TEST_F(TuningTest, StagingMemoryIsKeptIfItIsAnotherThanTheProfileWouldHaveWithout) {
+  EngineOptions options = options_of(2 * kMiB, 16, 3);
+  for (const std::uint64_t staging_mib : {64u, 24u, 96u, 17u, 4u, 1024u}) {
+    options.staging_bytes = staging_mib * std::uint64_t{kMiB};
+    keep_profile(dir_.path(), options, profiles_);
+    EXPECT_EQ(has(text(), "staging_bytes"), staging_mib != 64) << text();
+    const TunedOptions got = tuned();
+    ASSERT_TRUE(got.applied) << got.reason;
+    EXPECT_EQ(got.options.staging_bytes, staging_mib == 64 ? 0 : options.staging_bytes);
+    EXPECT_EQ(has(got.reason, "2 MiB x 16, 3 workers, " + std::to_string(staging_mib) + " MiB of staging of "),
+              staging_mib != 64)
+        << got.reason;
+    const Engine engine(got.options);
+    EXPECT_EQ(engine.options().staging_bytes, options.staging_bytes);
+  }
+}
+
+TEST_F(TuningTest, StagingMemoryThatTheReadsInFlightNeedIsNoNumberOfItsOwn) {
+  EngineOptions options = options_of(16 * kMiB, 8, 0);
+  options.staging_bytes = 128 * kMiB;
+  keep_profile(dir_.path(), options, profiles_);
+  EXPECT_FALSE(has(text(), "staging_bytes")) << text();
+  EXPECT_EQ(tuned().options.staging_bytes, 128 * kMiB);
+}
+
+TEST_F(TuningTest, LessStagingMemoryThanTheReadsInFlightIsKept) {
+  EngineOptions options = options_of(512 * kMiB, 3, 1);
+  options.staging_bytes = 1024 * std::uint64_t{kMiB};
+  keep_profile(dir_.path(), options, profiles_);
+  EXPECT_EQ(tuned().options.staging_bytes, options.staging_bytes);
+}
+
+TEST_F(TuningTest, UsualChunksWithOtherStagingMemoryAreNotTheDefaults) {
+  EngineOptions options;
+  options.staging_bytes = 32 * kMiB;
+  keep_profile(dir_.path(), options, profiles_);
+  EXPECT_EQ(tuned().options.staging_bytes, options.staging_bytes);
+  options.staging_bytes = 64 * kMiB;
+  keep_profile(dir_.path(), options, profiles_);
+  expect_defaults("nothing was better than the defaults");
+}
+
+TEST_F(TuningTest, StagingMemoryThatTheEngineRefusesOrThatIsTooMuchIsNeitherKeptNorApplied) {
+  EngineOptions options = options_of(4 * kMiB, 8, 3);
+  for (const std::uint64_t staging_bytes : {7u * kMiB, 1025u * kMiB, 1u}) {
+    options.staging_bytes = staging_bytes;
+    EXPECT_THROW(keep_profile(dir_.path(), options, profiles_), Error) << staging_bytes;
+  }
+  options.staging_bytes = 32 * kMiB;
+  keep_profile(dir_.path(), options, profiles_);
+  const std::string ours = text();
+  for (const char* value : {"1", "4194304", "1074790400", "-1", "null", "\"33554432\"", "1.5"}) {
+    edit("\"staging_bytes\":[0-9]+", std::string("\"staging_bytes\":") + value);
+    expect_defaults("missing or out of range");
+    rewrite(ours);
+  }
+}
+
+TEST_F(TuningTest, AGpuHasAProfileOfItsOwnWithItsOwnUsualStagingMemory) {
+  const int status = testing::run_in_child([this] {
+    if (!testing::show_gpu("NVIDIA Of The Tests")) return testing::kSkip;
+    const Device gpu{Device::Kind::kCuda, 1};
+    EngineOptions options = options_of(1 * kMiB, 32, 8);
+    options.device = gpu;
+    options.staging_bytes = 24 * kMiB;
+    keep_profile(dir_.path(), options, profiles_);
+    const bool found =
+        tuned(gpu).options.staging_bytes == options.staging_bytes && tuned(gpu).options.device.index == 1;
+    const bool host_is_left = tuned().options.queue_depth == 16;
+    options.staging_bytes = 96 * kMiB;
+    keep_profile(dir_.path(), options, profiles_);
+    const bool usual = tuned(gpu).applied && tuned(gpu).options.staging_bytes == 0;
+    return (found ? 0 : 1) + (host_is_left ? 0 : 2) + (usual ? 0 : 4) + (has(text(), "Of The Tests") ? 0 : 8);
+  });
+  if (status == testing::kSkip) GTEST_SKIP() << "no mount namespace";
+  EXPECT_EQ(status, 0);
 }
 
 TEST_F(TuningTest, TheDefaultsAreKeptWithoutNumbersSoThatLaterOnesAreTaken) {

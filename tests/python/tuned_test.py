@@ -111,6 +111,12 @@ def test_where_no_engine_can_be_made_with_the_profile_loads_go_on_without_and_sa
     assert os.strerror(errno.EAGAIN) in warning.getMessage()
 
 
+def test_a_profile_can_have_other_staging_memory(packed, profile):
+    keep_profile(packed, MIB, 2, 1, staging_bytes=24 * MIB)
+    assert tuned_options(packed)["staging_bytes"] == 24 * MIB
+    assert stats_of_load(packed)["profile"] == f"1 MiB x 2, 1 workers, 24 MiB of staging of {profile}"
+
+
 def test_the_defaults_are_kept_as_such(packed, profile):
     keep_profile(packed, 4 * MIB, 8, 0)
     assert tuned_options(packed) == {}
