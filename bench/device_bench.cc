@@ -17,6 +17,7 @@
 
 #include "bench/program.h"
 #include "bench/support/checkpoint.h"
+#include "bench/support/device_memory.h"
 #include "bench/support/measure.h"
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
@@ -47,26 +48,6 @@ constexpr std::uint64_t kMiB = 1u << 20;
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
-
-/// Owns memory of device 0.
-class DeviceMemory {
- public:
-  explicit DeviceMemory(std::size_t size_bytes) : size_bytes_(size_bytes) { check(cudaMalloc(&memory_, size_bytes)); }
-  DeviceMemory(const DeviceMemory&) = delete;
-  DeviceMemory& operator=(const DeviceMemory&) = delete;
-  ~DeviceMemory() { cudaFree(memory_); }
-
-  std::byte* data() const { return static_cast<std::byte*>(memory_); }
-  // Clears the memory, so that bytes of an earlier load are not taken for those of this one.
-  void clear() const {
-    check(cudaMemset(memory_, 0xAB, size_bytes_));
-    check(cudaDeviceSynchronize());
-  }
-
- private:
-  std::size_t size_bytes_;
-  void* memory_ = nullptr;
-};
 
 struct Setup {
   const Checkpoint& checkpoint;
@@ -257,7 +238,7 @@ int run(const Flags& flags) {
   // Direct reads move whole blocks, so the last one ends past the payload.
   internal::HostRegion host(checkpoint.metadata().payload_bytes + 4096, "tensors");
   touch(host.bytes());
-  const DeviceMemory target(checkpoint.metadata().payload_bytes);
+  const DeviceMemory target(0, checkpoint.metadata().payload_bytes);
   const Setup setup{checkpoint, target, host};
   register_all(setup, flags.rounds);
   benchmark::RunSpecifiedBenchmarks();

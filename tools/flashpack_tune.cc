@@ -9,6 +9,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
@@ -18,21 +19,22 @@
 #include <map>
 #include <random>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
 
-#include "bench/support/checkpoint.h"
+#include "bench/support/device_memory.h"
 #include "bench/support/measure.h"
 #include "bench/support/open_file.h"
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
 #include "bench/support/tuning.h"
-#include "engine/ground/host_region.h"
 #include "flashpack/engine.h"
 #include "flashpack/tuning.h"
 #include "tools/tune_report.h"
+#include "tools/tune_subject.h"
 
 namespace flashpack::bench {
 namespace {
@@ -45,6 +47,7 @@ using Clock = std::chrono::steady_clock;
 
 struct Flags {
   std::filesystem::path path = ".";
+  Device device;
   double budget_s = 60;
   double size_gib = 1;
   bool writes = false;
@@ -52,88 +55,6 @@ struct Flags {
   bool json = false;
   std::filesystem::path json_file;
 };
-
-EngineOptions options_of(const Setting& setting) {
-  EngineOptions options;
-  options.chunk_bytes = setting.chunk_bytes;
-  options.queue_depth = setting.queue_depth;
-  options.workers = setting.workers;
-  // Staging is large enough never to limit the reads in flight.
-  const std::uint64_t in_flight_bytes = std::uint64_t{setting.chunk_bytes} * setting.queue_depth;
-  options.staging_bytes = std::max({std::uint64_t{64} << 20, in_flight_bytes, std::uint64_t{2} * options.chunk_bytes});
-  return options;
-}
-
-enum class Work { kDisk, kPageCache, kWrites };
-
-/// Removes the file in the end.
-struct WrittenFile {
-  explicit WrittenFile(std::filesystem::path file) : path(std::move(file)) {}
-  WrittenFile(const WrittenFile&) = delete;
-  WrittenFile& operator=(const WrittenFile&) = delete;
-  ~WrittenFile() {
-    std::error_code ignored;
-    std::filesystem::remove(path, ignored);
-  }
-  std::filesystem::path path;
-};
-
-/// The file that is read, and memory for all of it, which is touched.
-struct Subject {
-  Subject(const std::filesystem::path& file, std::uint64_t size_bytes)
-      : checkpoint(file, size_bytes, false), memory(checkpoint.metadata().payload_bytes + 4096, "tensors") {
-    touch(memory.bytes());
-    whole = checkpoint.request(memory.data());
-  }
-  Checkpoint checkpoint;
-  internal::HostRegion memory;
-  LoadRequest whole;
-  std::string fallback_reason;
-};
-
-std::uint64_t size_of(const LoadRequest& request) {
-  std::uint64_t bytes = 0;
-  for (const Extent& extent : request.files.front().extents) bytes += extent.size_bytes;
-  return bytes;
-}
-
-Sample sample_write(Subject& subject, const Setting& setting) {
-  Engine engine(options_of(setting));
-  WriteRequest request;
-  for (const Extent& extent : subject.whole.files.front().extents)
-    request.extents.push_back({extent.offset_bytes, extent.size_bytes, extent.target});
-  const std::filesystem::path path = subject.checkpoint.path().string() + ".written";
-  // To replace a file would free its blocks, too.
-  const WrittenFile written(path);
-  // The engine takes its staging memory at its first write, which is not to be measured.
-  engine.create(path).write({.extents = {{0, 4097, subject.memory.data()}}});
-  return measure([&] {
-    FileWriter writer = engine.create(path, {.payload_bytes = size_of(subject.whole)});
-    subject.fallback_reason = writer.write(request).fallback_reason;
-    writer.commit();
-  });
-}
-
-Sample sample(Subject& subject, const Setting& setting, Work work) {
-  if (work == Work::kWrites) return sample_write(subject, setting);
-  Engine engine(options_of(setting));
-  LoadRequest request = subject.whole;
-  request.cache = work == Work::kDisk ? CachePolicy::kDirect : CachePolicy::kBuffered;
-  // The engine takes its staging memory at its first load, which is not to be measured.
-  LoadRequest first_tensor = request;
-  first_tensor.files.front().extents.resize(1);
-  engine.load(first_tensor);
-  return measure([&] { subject.fallback_reason = engine.load(request).fallback_reason; });
-}
-
-// Leaves so much of the file to read that one read takes `seconds` on a slow disk.
-void fit(Subject& subject, Work work, double seconds) {
-  auto& extents = subject.whole.files.front().extents;
-  while (extents.size() > 1 && sample(subject, kUsual, work).seconds > seconds) {
-    const std::uint64_t wanted = size_of(subject.whole) / 2;
-    while (extents.size() > 1 && size_of(subject.whole) > wanted) extents.pop_back();
-  }
-}
 
 struct Search {
   std::vector<Cell> cells;
@@ -147,7 +68,7 @@ void show(const char* what, const std::vector<Cell>& cells, double spent_s, doub
   if (::isatty(STDERR_FILENO) != 0) {
     if (!first && lines > 0) std::fprintf(stderr, "\033[%zuF\033[J", lines);
     for (const Cell& cell : cells) {
-      std::fprintf(stderr, "%c %-34s %7.2f GB/s %5.0f ms CPU/GB %3d samples\n", &cell == &best ? '*' : ' ',
+      std::fprintf(stderr, "%c %-44s %7.2f GB/s %5.0f ms CPU/GB %3d samples\n", &cell == &best ? '*' : ' ',
                    text_of(cell.setting).c_str(), cell.gb_per_s, cell.cpu_s_per_gb * 1e3, cell.samples);
     }
     lines = cells.size() + 1;
@@ -161,7 +82,7 @@ void add_sample(Search& search, Subject& subject, const Setting& setting, Work w
       std::find_if(search.cells.begin(), search.cells.end(), [&](const Cell& cell) { return cell.setting == setting; });
   if (found == search.cells.end()) {
     found = search.cells.insert(search.cells.end(), {.setting = setting});
-    search.series.emplace_back(size_of(subject.whole));
+    search.series.emplace_back(subject.sample_bytes(work));
   }
   Series& series = search.series[static_cast<std::size_t>(found - search.cells.begin())];
   series.add(sample(subject, setting, work));
@@ -171,15 +92,14 @@ void add_sample(Search& search, Subject& subject, const Setting& setting, Work w
 }
 
 // Measures rounds, the first one of `round`, until another would not change the choice or the time is over.
-std::vector<Cell> search(Subject& subject, std::vector<Setting> round, Work work, Clock::time_point begin,
-                         double until_s, double budget_s) {
+std::vector<Cell> search(Subject& subject, std::vector<Setting> round, const Neighbours& neighbours, Work work,
+                         Clock::time_point begin, double until_s, double budget_s) {
   Search result;
   // std::random_device would need a newer glibc than the wheels.
   std::mt19937 random(static_cast<std::mt19937::result_type>(begin.time_since_epoch().count()));
-  const bool refine = work != Work::kPageCache;
   const std::array<const char*, 3> names{"disk", "page cache", "writes"};
   const auto spent_s = [&] { return std::chrono::duration<double>(Clock::now() - begin).count(); };
-  for (bool first = true; !round.empty(); first = false, round = next_round(result.cells, refine)) {
+  for (bool first = true; !round.empty(); first = false, round = next_round(result.cells, neighbours)) {
     // The default stays in front, because it is what others are compared with.
     std::shuffle(round.begin() + 1, round.end(), random);
     for (const Setting& setting : round) {
@@ -207,30 +127,30 @@ std::vector<double> ratios_of(Subject& subject, const Setting& pick, Work work, 
   return ratios;
 }
 
+// Speeds in GB/s that no load can exceed; 0 where it is not measured, or does not matter.
+struct Ceilings {
+  double link = 0;
+  double copies = 0;
+};
+
 // Says what kept a search from being faster.
-std::string limit_of(const std::vector<Cell>& cells, bool from_disk, double copies_gb_per_s) {
+std::string limit_of(const std::vector<Cell>& cells, Work work, const Ceilings& ceilings) {
+  constexpr double kNear = 0.85;
   const Cell& best = choose(cells);
   const double cores = std::thread::hardware_concurrency();
   char text[160];
   const double busy = best.cpu_s_per_gb * best.gb_per_s;
-  if (!from_disk && best.gb_per_s > 0.85 * copies_gb_per_s) {
-    std::snprintf(text, sizeof text, "memory: plain copies by all cores reach %.1f GB/s", copies_gb_per_s);
+  if (ceilings.link > 0 && best.gb_per_s > kNear * ceilings.link) {
+    std::snprintf(text, sizeof text, "link: copies of page-locked memory to the GPU reach %.1f GB/s", ceilings.link);
+  } else if (ceilings.copies > 0 && best.gb_per_s > kNear * ceilings.copies) {
+    std::snprintf(text, sizeof text, "memory: plain copies by all cores reach %.1f GB/s", ceilings.copies);
   } else if (busy > 0.8 * cores) {
     std::snprintf(text, sizeof text, "CPU: %.1f of %.0f cores were busy", busy, cores);
   } else {
-    std::snprintf(text, sizeof text, "%s: %.1f of %.0f cores were busy", from_disk ? "disk" : "workers and memory",
-                  busy, cores);
+    std::snprintf(text, sizeof text, "%s: %.1f of %.0f cores were busy",
+                  work == Work::kPageCache ? "workers and memory" : "disk", busy, cores);
   }
   return text;
-}
-
-double copies(Subject& subject) {
-  const auto memory = subject.memory.bytes().first(subject.checkpoint.metadata().payload_bytes);
-  const auto rate = [&](auto read) {
-    const double seconds = measure([&] { read(subject.checkpoint.path(), memory); }).seconds;
-    return static_cast<double>(memory.size()) / seconds / 1e9;
-  };
-  return std::max({rate(read_buffered), rate(copy_mapped), rate(read_buffered), rate(copy_mapped)});
 }
 
 // Times the requests of the settings, the pick and the default first, until the time is over. They are timed without
@@ -245,7 +165,7 @@ std::string add_latencies(std::vector<Cell>& cells, Subject& subject, Clock::tim
                         [&](const Cell* cell) { return cell == &cells.front() || cell->setting == pick; });
   try {
     const OpenFile file(subject.checkpoint.path(), O_RDONLY | O_DIRECT);
-    const auto memory = subject.memory.bytes().first(size_of(subject.whole));
+    const auto memory = subject.memory.bytes().first(subject.sample_bytes(Work::kDisk));
     for (Cell* const cell : order) {
       const Setting& setting = cell->setting;
       cell->latency = latency_of(time_reads(pieces_of(file, memory, setting.chunk_bytes), setting.queue_depth));
@@ -257,13 +177,26 @@ std::string add_latencies(std::vector<Cell>& cells, Subject& subject, Clock::tim
   return {};
 }
 
-// Measures the pick in turns with the default. If it is no better, its workers may be to blame, and what the disk alone
-// asked for gets its turns, too.
-void decide(Report& report, Subject& subject, Clock::time_point end) {
-  std::vector<Setting> candidates{report.pick};
-  const Setting of_the_disk{report.pick.chunk_bytes, report.pick.queue_depth, kUsual.workers};
-  if (of_the_disk != report.pick) candidates.push_back(of_the_disk);
-  for (std::size_t i = 0; i < candidates.size() && report.kept_default && candidates[i] != kUsual; ++i) {
+// The settings to measure in turns with the default: the pick; the best one that keeps chunk and depth of the disk's;
+// what the disk alone asked for, because workers or slots may be to blame if those before are no better.
+std::vector<Setting> candidates_of(const Report& report, const Setting& of_the_disk) {
+  std::vector<Cell> cells = report.page_cache.cells;
+  const auto other = [&](const Cell& cell) {
+    return cell.setting.chunk_bytes != of_the_disk.chunk_bytes || cell.setting.queue_depth != of_the_disk.queue_depth;
+  };
+  cells.erase(std::remove_if(cells.begin() + 1, cells.end(), other), cells.end());
+  std::vector<Setting> candidates;
+  for (const Setting& each : {report.pick, choose(cells).setting, of_the_disk}) {
+    if (each != kUsual && std::find(candidates.begin(), candidates.end(), each) == candidates.end())
+      candidates.push_back(each);
+  }
+  return candidates;
+}
+
+// Measures candidates in turns with the default, until one of them is better.
+void decide(Report& report, Subject& subject, const Setting& of_the_disk, Clock::time_point end) {
+  const std::vector<Setting> candidates = candidates_of(report, of_the_disk);
+  for (std::size_t i = 0; i < candidates.size() && report.kept_default; ++i) {
     const auto share = (end - Clock::now()) / static_cast<int>(2 * (candidates.size() - i));
     report.pick = candidates[i];
     std::vector<std::vector<double>> ratios;
@@ -276,33 +209,63 @@ void decide(Report& report, Subject& subject, Clock::time_point end) {
   }
 }
 
+// The shares of the budget at whose ends the parts of the work end.
+struct Shares {
+  double disk;
+  double latencies;
+  double page_cache;
+};
+
+void measure_disk(Report& report, Subject& subject, Clock::time_point begin, const Shares& ends, double budget_s) {
+  fit(subject, Work::kDisk, budget_s / 100);
+  report.read_bytes = subject.sample_bytes(Work::kDisk);
+  report.disk.cells =
+      search(subject, coarse_settings(kUsual), beside_on_disk, Work::kDisk, begin, budget_s * ends.disk, budget_s);
+  report.pick = choose(report.disk.cells).setting;
+  report.disk.limit = limit_of(report.disk.cells, Work::kDisk, {.link = report.link_gb_per_s});
+  const auto end =
+      begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(budget_s * ends.latencies));
+  report.no_latency = add_latencies(report.disk.cells, subject, end);
+}
+
+void measure_page_cache(Report& report, Subject& subject, Clock::time_point begin, double until_s, double budget_s) {
+  const unsigned cores = std::thread::hardware_concurrency();
+  const Setting usual = report.pick;
+  warm_page_cache(subject.checkpoint.path());
+  fit(subject, Work::kPageCache, budget_s / 100);
+  if (report.disk.cells.empty()) report.read_bytes = subject.sample_bytes(Work::kPageCache);
+  if (subject.device_memory) {
+    const SlotGrid grid(usual, options_of(usual, subject.device).staging_bytes, subject.usual_workers, cores);
+    report.page_cache.cells = search(
+        subject, grid.coarse(), [&](const Setting& of) { return grid.beside(of); }, Work::kPageCache, begin, until_s,
+        budget_s);
+  } else {
+    report.page_cache.cells =
+        search(subject, worker_settings(usual, cores), nullptr, Work::kPageCache, begin, until_s, budget_s);
+  }
+  report.pick = choose(report.page_cache.cells).setting;
+  report.page_cache.limit = limit_of(report.page_cache.cells, Work::kPageCache,
+                                     {.link = report.link_gb_per_s, .copies = copies_gb_per_s(subject)});
+}
+
 Report tune(Subject& subject, const Flags& flags) {
-  Report report;
+  // A GPU has more to measure from the page cache.
+  const Shares ends = subject.device_memory ? Shares{0.4, 0.45, 0.8} : Shares{0.55, 0.63, 0.8};
+  Report report{.directory = flags.path, .device = flags.device};
   const bool disk = try_drop_from_page_cache(subject.checkpoint.path());
   const auto begin = Clock::now();
   // Writes take what is left of the budget.
   const double budget_s = flags.budget_s * (disk && flags.writes ? 0.7 : 1);
-  const auto share = [&](double part) {
-    return begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(budget_s * part));
-  };
-  fit(subject, disk ? Work::kDisk : Work::kPageCache, budget_s / 100);
-  report.read_bytes = size_of(subject.whole);
-  if (disk) {
-    report.disk.cells = search(subject, coarse_settings(kUsual), Work::kDisk, begin, budget_s * 0.55, flags.budget_s);
-    report.pick = choose(report.disk.cells).setting;
-    report.disk.limit = limit_of(report.disk.cells, true, 0);
-    report.no_latency = add_latencies(report.disk.cells, subject, share(0.63));
-  }
-  warm_page_cache(subject.checkpoint.path());
-  report.page_cache.cells = search(subject, worker_settings(report.pick, std::thread::hardware_concurrency()),
-                                   Work::kPageCache, begin, budget_s * 0.8, flags.budget_s);
-  report.pick = choose(report.page_cache.cells).setting;
-  report.page_cache.limit = limit_of(report.page_cache.cells, false, copies(subject));
-  decide(report, subject, share(1));
+  if (subject.device_memory) report.link_gb_per_s = link_gb_per_s(*subject.device_memory, subject.memory.bytes());
+  if (disk) measure_disk(report, subject, begin, ends, budget_s);
+  const Setting of_the_disk = report.pick;
+  measure_page_cache(report, subject, begin, budget_s * ends.page_cache, budget_s);
+  decide(report, subject, of_the_disk,
+         begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(budget_s)));
   if (disk && flags.writes) {
     report.writes.cells =
-        search(subject, coarse_settings(kUsual), Work::kWrites, begin, flags.budget_s, flags.budget_s);
-    report.writes.limit = limit_of(report.writes.cells, true, 0);
+        search(subject, coarse_settings(kUsual), beside_on_disk, Work::kWrites, begin, flags.budget_s, flags.budget_s);
+    report.writes.limit = limit_of(report.writes.cells, Work::kWrites, {});
   }
   report.fallback_reason = subject.fallback_reason;
   return report;
@@ -312,7 +275,7 @@ void keep(Report& report, const Flags& flags) {
   report.not_kept = "--dry_run";
   if (flags.dry_run) return;
   try {
-    keep_profile(flags.path, options_of(report.kept_default ? kUsual : report.pick));
+    keep_profile(flags.path, options_of(report.kept_default ? kUsual : report.pick, flags.device));
     report.kept = profiles_path();
     report.not_kept.clear();
   } catch (const Error& error) {
@@ -347,19 +310,36 @@ int run(Flags flags) {
   }
   const auto size_bytes = static_cast<std::uint64_t>(flags.size_gib * (1 << 30));
   const std::string name = "flashpack_tune." + std::to_string(::getpid()) + ".flashpack";
+  if (flags.device.kind == Device::Kind::kCuda) require_cuda_device(flags.device.index);
   remove_when_ended(flags.path / name);
-  Subject subject(flags.path / name, size_bytes);
+  Subject subject(flags.path / name, size_bytes, flags.device);
   Report report = tune(subject, flags);
-  report.directory = flags.path;
   keep(report, flags);
   if (!flags.json_file.empty()) write_file(flags.json_file, json_of(report));
   flags.json ? static_cast<void>(std::printf("%s\n", json_of(report).c_str())) : print_text(report);
   return flags.dry_run || !report.kept.empty() ? 0 : kExitNotKept;
 }
 
+// Throws: CLI::ValidationError.
+Device device_of(const std::string& name) {
+  if (name == "cpu") return {};
+  constexpr std::string_view kCuda = "cuda";
+  const std::string_view number = std::string_view(name).substr(std::min(name.size(), kCuda.size()));
+  int index = 0;
+  if (name.starts_with(kCuda) && number.empty()) return {Device::Kind::kCuda, 0};
+  const auto [end, error] =
+      std::from_chars(number.data() + std::min<std::size_t>(1, number.size()), number.data() + number.size(), index);
+  const bool whole = error == std::errc() && end == number.data() + number.size();
+  if (!name.starts_with(kCuda) || !number.starts_with(':') || !whole || index < 0)
+    throw CLI::ValidationError("--device", "\"" + name + "\" is no device like cpu, cuda or cuda:1");
+  return {Device::Kind::kCuda, index};
+}
+
 constexpr const char* kDescription =
-    "Measures how this machine reads a disk with chunks, queue depths and workers of various sizes, and keeps what is\n"
-    "best in $XDG_CONFIG_HOME/flashpack/tune.json, else ~/.config/flashpack/tune.json, where tuned_options() finds it.";
+    "Measures how this machine reads a disk with chunks, queue depths, workers and, for a GPU, staging memory of "
+    "various\n"
+    "sizes, and keeps what is best in $XDG_CONFIG_HOME/flashpack/tune.json, else ~/.config/flashpack/tune.json, where\n"
+    "tuned_options() finds it.";
 
 constexpr const char* kFooter =
     "Exit status: 0 it was measured, and kept unless --dry_run; 1 it failed; 2 wrong usage; 3 it was measured, but no\n"
@@ -371,9 +351,12 @@ constexpr const char* kFooter =
 int main(int argc, char** argv) try {
   using namespace flashpack::bench;
   Flags flags;
+  std::string device = "cpu";
   CLI::App app(kDescription, "flashpack_tune");
   app.footer(kFooter);
   app.add_option("PATH", flags.path, "A directory on the disk to tune for, or a file in it")->capture_default_str();
+  app.add_option("--device", device, "Where loads go: cpu, cuda or cuda:1; each GPU model has a profile of its own")
+      ->capture_default_str();
   app.add_option("--budget", flags.budget_s, "Time to measure, as 60 or 60s; to write the file comes on top")
       ->transform(CLI::AsNumberWithUnit(std::map<std::string, double>{{"s", 1}, {"min", 60}}))
       ->capture_default_str();
@@ -387,6 +370,7 @@ int main(int argc, char** argv) try {
   try {
     app.parse(argc, argv);
     if (!(flags.budget_s > 0)) throw CLI::ValidationError("--budget", "must be more than 0");
+    flags.device = device_of(device);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : kExitUsage;
   }

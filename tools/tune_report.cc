@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "bench/support/heat_map.h"
+#include "engine/ground/option_limits.h"
 
 namespace flashpack::bench {
 
@@ -28,7 +29,11 @@ bool shows_colours() {
 
 void print_table(const char* title, const Table& table, bool map) {
   if (table.cells.empty()) return;
-  std::printf("\n%-36s %8s %10s %8s %20s\n", title, "GB/s", "ms CPU/GB", "samples", map ? "ms p50 / p95 / p99" : "");
+  std::size_t width = 34;
+  for (const Cell& cell : table.cells) width = std::max(width, text_of(cell.setting).size());
+  const auto field = static_cast<int>(width);
+  std::printf("\n%-*s %8s %10s %8s %20s\n", field + 2, title, "GB/s", "ms CPU/GB", "samples",
+              map ? "ms p50 / p95 / p99" : "");
   std::vector<Cell> cells = table.cells;
   std::stable_sort(cells.begin(), cells.end(), [](const Cell& a, const Cell& b) { return a.gb_per_s > b.gb_per_s; });
   const Setting chosen = choose(table.cells).setting;
@@ -36,8 +41,8 @@ void print_table(const char* title, const Table& table, bool map) {
     char latency[32] = "";
     if (const auto& at = cell.latency)
       std::snprintf(latency, sizeof latency, "%.2f / %.2f / %.2f", at->p50_s * 1e3, at->p95_s * 1e3, at->p99_s * 1e3);
-    std::printf("%c %-34s %8.2f %10.0f %8d %20s%s\n", cell.setting == chosen ? '*' : ' ', text_of(cell.setting).c_str(),
-                cell.gb_per_s, cell.cpu_s_per_gb * 1e3, cell.samples, latency,
+    std::printf("%c %-*s %8.2f %10.0f %8d %20s%s\n", cell.setting == chosen ? '*' : ' ', field,
+                text_of(cell.setting).c_str(), cell.gb_per_s, cell.cpu_s_per_gb * 1e3, cell.samples, latency,
                 cell.setting == table.cells.front().setting ? "  compared with" : "");
   }
   std::printf("limit: %s\n", table.limit.c_str());
@@ -47,15 +52,33 @@ void print_table(const char* title, const Table& table, bool map) {
 void print_rule() {
   std::printf(
       "\nrule: the default stays unless another setting is more than %.0f %% faster. Among those within %.0f %% of the "
-      "fastest,\nand no slower than the default, * costs the least CPU in steps of %.0f ms per GB, then has the fewest "
-      "bytes in flight.\nIn the end it is measured in turns with the default: it has to be %.0f %% faster in three of "
-      "four pairs\nfrom disk or from the page cache, and in neither of them %.0f %% slower in the median and slower in "
-      "three of four pairs.\n",
+      "fastest,\nand no slower than the default, * costs the least CPU in steps of %.0f ms per GB, then has the least "
+      "staging memory,\nor the fewest bytes in flight where that is not given. In the end it is measured in turns with "
+      "the default: it has to\nbe %.0f %% faster in three of four pairs from disk or from the page cache, and in "
+      "neither "
+      "of them %.0f %% slower in the\nmedian and slower in three of four pairs.\n",
       kTolerance * 100, kTolerance * 100, kCpuStepSPerGb * 1e3, kTolerance * 100, kTolerance * 100);
 }
 
+// As C++ that makes the engine.
+void print_best(const Report& report) {
+  const Setting best = report.kept_default ? kUsual : report.pick;
+  std::string device, staging;
+  if (report.device.kind == Device::Kind::kCuda)
+    device = ".device = {Device::Kind::kCuda, " + std::to_string(report.device.index) + "}, ";
+  const std::uint64_t staging_bytes = options_of(best, report.device).staging_bytes;
+  if (staging_bytes != internal::usual_staging_bytes(report.device.kind))
+    staging = ".staging_bytes = " + std::to_string(staging_bytes >> 20) + " << 20, ";
+  std::printf("\nbest: EngineOptions{%s.chunk_bytes = %u << 20, .queue_depth = %u, %s.workers = %u}%s\n",
+              device.c_str(), best.chunk_bytes >> 20, best.queue_depth, staging.c_str(), best.workers,
+              report.kept_default ? "   the default" : "");
+}
+
 json::object object_of(const Setting& setting) {
-  return {{"chunk_bytes", setting.chunk_bytes}, {"queue_depth", setting.queue_depth}, {"workers", setting.workers}};
+  return {{"chunk_bytes", setting.chunk_bytes},
+          {"queue_depth", setting.queue_depth},
+          {"workers", setting.workers},
+          {"staging_bytes", setting.staging_bytes}};
 }
 
 json::array array_of(const std::vector<Cell>& cells) {
@@ -74,13 +97,22 @@ json::array array_of(const std::vector<Cell>& cells) {
 
 }  // namespace
 
+std::string text_of(const Device& device) {
+  return device.kind == Device::Kind::kHost ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
 std::string text_of(const Setting& setting) {
   const std::string workers = setting.workers == 0 ? "default" : std::to_string(setting.workers);
+  const std::string staging =
+      setting.staging_bytes == 0 ? "" : ", " + std::to_string(setting.staging_bytes >> 20) + " MiB staging";
   return std::to_string(setting.chunk_bytes >> 20) + " MiB x " + std::to_string(setting.queue_depth) + ", " + workers +
-         " workers";
+         " workers" + staging;
 }
 
 void print_text(const Report& report) {
+  if (report.link_gb_per_s > 0)
+    std::printf("\nlink to %s: %.1f GB/s, by copies of page-locked memory\n", text_of(report.device).c_str(),
+                report.link_gb_per_s);
   if (report.disk.cells.empty()) {
     std::printf(
         "Files in %s stay in the page cache, as on tmpfs: reads from a disk cannot be measured here, nor writes to it, "
@@ -103,9 +135,7 @@ void print_text(const Report& report) {
                 report.gains[i] * 100);
   }
   if (!report.fallback_reason.empty()) std::printf("It did without: %s\n", report.fallback_reason.c_str());
-  const Setting best = report.kept_default ? kUsual : report.pick;
-  std::printf("\nbest: EngineOptions{.chunk_bytes = %u << 20, .queue_depth = %u, .workers = %u}%s\n",
-              best.chunk_bytes >> 20, best.queue_depth, best.workers, report.kept_default ? "   the default" : "");
+  print_best(report);
   std::printf(report.kept.empty() ? "not kept: %s\n" : "kept in %s\n",
               report.kept.empty() ? report.not_kept.c_str() : report.kept.c_str());
 }
@@ -114,6 +144,8 @@ std::string json_of(const Report& report) {
   json::array gains;
   for (const double each : report.gains) gains.push_back(each);
   return json::serialize(json::object{{"directory", report.directory.string()},
+                                      {"device", text_of(report.device)},
+                                      {"link_gb_per_s", report.link_gb_per_s},
                                       {"read_bytes", report.read_bytes},
                                       {"best", object_of(report.kept_default ? kUsual : report.pick)},
                                       {"default", object_of(kUsual)},

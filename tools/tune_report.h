@@ -7,10 +7,9 @@
 
 #include "bench/support/tuning.h"
 #include "flashpack/engine.h"
+#include "tools/tune_subject.h"
 
 namespace flashpack::bench {
-
-inline constexpr Setting kUsual{EngineOptions().chunk_bytes, EngineOptions().queue_depth, EngineOptions().workers};
 
 /// The settings that were measured with one kind of work; none if it was not measured.
 struct Table {
@@ -20,7 +19,9 @@ struct Table {
 
 struct Report {
   std::filesystem::path directory;
-  std::uint64_t read_bytes = 0;  ///< Size of one sample.
+  Device device;                 ///< Where loads went.
+  std::uint64_t read_bytes = 0;  ///< Size of one sample from the disk if there is one, else from the page cache.
+  double link_gb_per_s = 0;      ///< Speed of copies to a GPU; 0 for the host.
   Table disk;
   Table page_cache;
   Table writes;
@@ -33,7 +34,10 @@ struct Report {
   std::string fallback_reason;  ///< What the engine did without.
 };
 
-/// "4 MiB x 8, default workers".
+/// "cpu" or "cuda:0".
+std::string text_of(const Device& device);
+
+/// "4 MiB x 8, default workers", and ", 32 MiB staging" if that is given.
 std::string text_of(const Setting& setting);
 
 /// For people, on standard output.

@@ -2,16 +2,19 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <vector>
 
 namespace flashpack::bench {
 
-/// The options that are tuned; no workers means as many as the engine chooses.
+/// The options that are tuned. No workers and no staging_bytes mean what the engine chooses, or as much staging memory
+/// as the reads in flight need, if that is more.
 struct Setting {
   std::uint32_t chunk_bytes = 0;
   std::uint32_t queue_depth = 0;
   std::uint32_t workers = 0;
+  std::uint64_t staging_bytes = 0;
   bool operator==(const Setting&) const = default;
 };
 
@@ -46,14 +49,44 @@ std::vector<Setting> coarse_settings(const Setting& usual);
 /// `usual`, then the same with 1, 2, 4, ... workers, up to twice as many as there are cores.
 std::vector<Setting> worker_settings(const Setting& usual, unsigned cores);
 
+/// The settings that lie beside another one.
+using Neighbours = std::function<std::vector<Setting>(const Setting&)>;
+/// Those with twice or half of its chunk size or queue depth.
+std::vector<Setting> beside_on_disk(const Setting& of);
+
+/// Settings for loads from the page cache to a GPU: chunk sizes, staging memory and numbers of workers.
+///
+/// Each keeps as many bytes in flight from a disk as `usual`, as far as its slots are enough, so that loads from the
+/// disk suffer as little as they can.
+class SlotGrid {
+ public:
+  /// An engine with `usual` has `staging_bytes` and `workers`, whether `usual` gives them or the engine chooses.
+  SlotGrid(const Setting& usual, std::uint64_t staging_bytes, unsigned workers, unsigned cores)
+      : usual_(usual), staging_bytes_(staging_bytes), workers_(workers), cores_(cores) {}
+
+  /// `usual`, then chunks and staging memory that lie far apart.
+  std::vector<Setting> coarse() const;
+  /// The settings with the next chunk size, staging memory or number of workers. Requires: `of` is one of the grid.
+  std::vector<Setting> beside(const Setting& of) const;
+
+ private:
+  Setting at(std::uint64_t chunk_bytes, std::uint64_t staging_bytes, std::uint32_t workers) const;
+
+  Setting usual_;
+  std::uint64_t staging_bytes_;
+  unsigned workers_;
+  unsigned cores_;
+};
+
 /// The settings to measure in the next round: the default, the fastest three, and what lies beside the fastest and has
-/// not been measured; empty when another round would not change the choice. Settings that lie beside another have twice
-/// or half of its chunk size or queue depth, if `refine` is true, else there are none. Requires: the default is first.
-std::vector<Setting> next_round(const std::vector<Cell>& cells, bool refine);
+/// not been measured; empty when another round would not change the choice. Without `neighbours` nothing lies beside.
+/// Requires: the default is first.
+std::vector<Setting> next_round(const std::vector<Cell>& cells, const Neighbours& neighbours);
 
 /// Chooses the default, if the fastest is not more than kTolerance faster. Else, of those that are within kTolerance of
-/// the fastest and no slower than the default, it chooses the one with the least CPU, in steps, then with the fewest
-/// bytes in flight, then with the fewest workers. Requires: the default is first.
+/// the fastest and no slower than the default, it chooses the one with the least CPU, in steps, then with the least
+/// staging memory, or the fewest bytes in flight where that is not given, then with the fewest workers. Requires: the
+/// default is first.
 const Cell& choose(const std::vector<Cell>& cells);
 
 /// Whether a setting takes the place of the default: somewhere three quarters of the pairs gained more than kTolerance,

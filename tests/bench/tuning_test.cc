@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 #include <random>
@@ -46,6 +47,10 @@ TEST(Tuning, OfEquallyFastSettingsTheCheapestWins) {
   EXPECT_EQ(choose({cell(4, 8, 1.0, 0.01), cell(4, 64, 2.02, 0.010), cell(4, 16, 2.0, 0.012)}).setting.queue_depth,
             16U);
   EXPECT_EQ(choose({cell(4, 8, 1.0, 0.01), cell(4, 8, 2.02, 0.01, 8), cell(4, 8, 2.0, 0.01, 4)}).setting.workers, 4U);
+  std::vector<Cell> cells{cell(4, 8, 1.0, 0.01), cell(4, 8, 2.02, 0.01), cell(1, 32, 2.0, 0.01)};
+  cells[1].setting.staging_bytes = 96 * kMiB;
+  cells[2].setting.staging_bytes = 48 * kMiB;
+  EXPECT_EQ(choose(cells).setting.staging_bytes, 48 * kMiB);
 }
 
 TEST(Tuning, NoTableGivesUpMoreThanTheToleranceOrASettingSlowerThanTheDefault) {
@@ -94,7 +99,7 @@ TEST(Tuning, TheFirstRoundBeginsWithTheDefaultAndHasEachSettingOnce) {
 // Searches a disk whose speed is a smooth function of chunk size and depth, and says how many samples that took.
 Setting search(double (*gb_per_s)(const Setting&), int& samples) {
   std::vector<Cell> cells;
-  for (auto round = coarse_settings(kUsual); !round.empty(); round = next_round(cells, true)) {
+  for (auto round = coarse_settings(kUsual); !round.empty(); round = next_round(cells, beside_on_disk)) {
     EXPECT_TRUE(std::find(round.begin(), round.end(), kUsual) != round.end());
     for (const Setting& setting : round) {
       auto found = std::find_if(cells.begin(), cells.end(), [&](const Cell& each) { return each.setting == setting; });
@@ -134,14 +139,77 @@ TEST(Tuning, TheSearchStaysInRange) {
   EXPECT_EQ(least, (Setting{kMiB, 1, 0}));
 }
 
+// An engine for a GPU with 12 cores.
+SlotGrid grid_of(const Setting& usual) { return {usual, 96 * kMiB, 12, 12}; }
+
+TEST(Tuning, TheGridOfSlotsBeginsWithTheUsualSettingAndReachesAllStagingMemoryAndChunksOnce) {
+  const SlotGrid grid = grid_of(kUsual);
+  std::vector<Setting> all = grid.coarse();
+  EXPECT_EQ(all.front(), kUsual);
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    for (const Setting& beside : grid.beside(all[i])) {
+      if (std::find(all.begin(), all.end(), beside) == all.end()) all.push_back(beside);
+    }
+  }
+  std::set<std::array<std::uint64_t, 3>> made;
+  std::set<std::uint64_t> chunks, stagings, workers;
+  for (const Setting& each : all) {
+    const std::uint64_t staging_bytes = each.staging_bytes == 0 ? 96 * kMiB : each.staging_bytes;
+    EXPECT_TRUE(made.insert({each.chunk_bytes, staging_bytes, each.workers == 12 ? 0 : each.workers}).second);
+    EXPECT_LE(std::uint64_t{each.chunk_bytes} * each.queue_depth, staging_bytes);
+    chunks.insert(each.chunk_bytes / kMiB);
+    stagings.insert(staging_bytes / kMiB);
+    workers.insert(each.workers);
+  }
+  EXPECT_EQ(chunks, (std::set<std::uint64_t>{1, 2, 4}));
+  EXPECT_EQ(stagings, (std::set<std::uint64_t>{16, 24, 32, 48, 64, 96}));
+  EXPECT_EQ(workers, (std::set<std::uint64_t>{0, 1, 2, 4, 8, 16}));
+}
+
+TEST(Tuning, SlotsKeepTheBytesInFlightOfTheDisk) {
+  for (const Setting& each : grid_of({4 * kMiB, 8, 0}).coarse()) {
+    const std::uint64_t in_flight_bytes = std::uint64_t{each.chunk_bytes} * each.queue_depth;
+    EXPECT_EQ(in_flight_bytes, each.staging_bytes == 16 * kMiB ? 16 * kMiB : 32 * kMiB);
+  }
+}
+
+TEST(Tuning, BesideChunksOfADiskThatAreNotInTheGridOfSlotsLiesTheLargestOfIt) {
+  const Setting usual{16 * kMiB, 8, 0};
+  const SlotGrid grid(usual, 128 * kMiB, 12, 12);
+  const auto beside = grid.beside(usual);
+  EXPECT_EQ(std::count(beside.begin(), beside.end(), Setting{16 * kMiB, 6, 0, 96 * kMiB}), 1);
+  EXPECT_EQ(std::count(beside.begin(), beside.end(), Setting{4 * kMiB, 32, 0, 128 * kMiB}), 1);
+}
+
+TEST(Tuning, TheSearchOfSlotsFindsAPeakBetweenTheFirstOnes) {
+  const SlotGrid grid = grid_of(kUsual);
+  std::vector<Cell> cells;
+  const auto gb_per_s = [](const Setting& at) {
+    const double staging = std::log2(static_cast<double>(at.staging_bytes == 0 ? 96 * kMiB : at.staging_bytes) / kMiB);
+    return 44 - 2 * std::abs(staging - std::log2(24)) - (at.chunk_bytes == 2 * kMiB ? 0 : 1) -
+           (at.workers == 8 ? 0 : 1.5);
+  };
+  for (auto round = grid.coarse(); !round.empty();
+       round = next_round(cells, [&](const Setting& of) { return grid.beside(of); })) {
+    for (const Setting& setting : round) {
+      auto found = std::find_if(cells.begin(), cells.end(), [&](const Cell& each) { return each.setting == setting; });
+      if (found == cells.end()) found = cells.insert(cells.end(), {setting, 0, gb_per_s(setting), 0.01});
+      ++found->samples;
+    }
+  }
+  const auto best = std::max_element(cells.begin(), cells.end(),
+                                     [](const Cell& a, const Cell& b) { return a.gb_per_s < b.gb_per_s; });
+  EXPECT_EQ(best->setting, (Setting{2 * kMiB, 12, 8, 24 * kMiB}));
+}
+
 TEST(Tuning, WithoutRefinementOnlyWhatWasMeasuredIsMeasuredAgain) {
   std::vector<Cell> cells;
   for (const Setting& setting : worker_settings(kUsual, 16)) cells.push_back({setting, 1, 2.0 + setting.workers, 0.1});
-  const auto round = next_round(cells, false);
+  const auto round = next_round(cells, nullptr);
   EXPECT_EQ(round.size(), 4U);
   EXPECT_EQ(round.front(), kUsual);
   for (Cell& each : cells) each.samples = kEnoughSamples;
-  EXPECT_TRUE(next_round(cells, false).empty());
+  EXPECT_TRUE(next_round(cells, nullptr).empty());
 }
 
 }  // namespace

@@ -49,14 +49,31 @@ def test_the_exit_status_of_the_program_is_that_of_the_command(tmp_path):
     assert missing.returncode == 1
     assert "missing" in missing.stderr
     assert run("--budget", "0").returncode == 2
+    assert run("--device", "gpu").returncode == 2
+
+
+def test_a_gpu_that_is_not_there_is_told(tmp_path):
+    missing = run(tmp_path, "--device", "cuda:99")
+    assert missing.returncode == 1
+    assert "cuda:99: " in missing.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_program_of_the_package_the_one_on_path_is_run_with_all_options(on_path):
     stand_in(on_path, 'printf "%s\\n" "$@" > "${0%/*}/arguments"; exit 3')
-    options = ["--budget", "20s", "--size_gib", "0.5", "--writes", "--dry_run", "--json"]
+    options = ["--device", "cuda:1", "--budget", "20s", "--size_gib", "0.5", "--writes", "--dry_run", "--json"]
     assert CliRunner().invoke(main, ["tune", *options, "--", "-a b"]).exit_code == 3
     passed = (on_path / "arguments").read_text().splitlines()
-    assert passed == ["--budget=20s", "--size_gib=0.5", "--writes", "--dry_run", "--json", "--", "-a b"]
+    assert passed == [
+        "--device=cuda:1",
+        "--budget=20s",
+        "--size_gib=0.5",
+        "--writes",
+        "--dry_run",
+        "--json",
+        "--",
+        "-a b",
+    ]
 
 
 def test_a_program_that_is_not_there_is_told_with_what_would_bring_it(on_path):

@@ -3,9 +3,13 @@
 
 #include <boost/json/parse.hpp>
 #include <csignal>
+#include <cstdint>
 #include <filesystem>
+#include <set>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <utility>
 
 #include "bench/support/page_cache.h"
 #include "flashpack/tuning.h"
@@ -30,9 +34,15 @@ bool stays_in_page_cache(const testing::TempDir& dir) {
   return !bench::try_drop_from_page_cache(dir / "file");
 }
 
-void expect_the_rule_the_limits_and_one_choice(const std::string& output) {
-  for (const char* part : {"within 3 % of the fastest", "limit: ", "best: EngineOptions{.chunk_bytes = "})
+void expect_the_rule_the_limits_and_one_choice(const std::string& output, const std::string& device = "{") {
+  for (const std::string& part : {std::string("within 3 % of the fastest"), std::string("limit: "),
+                                  "best: EngineOptions" + device + ".chunk_bytes = "})
     EXPECT_TRUE(has(output, part)) << output;
+}
+
+boost::json::value report_in(const std::filesystem::path& file) {
+  const auto bytes = testing::read_file(file);
+  return boost::json::parse({reinterpret_cast<const char*>(bytes.data()), bytes.size()});
 }
 
 TEST(TuneTool, WhatIsBestForADiskIsKeptAndAppliedFromThenOn) {
@@ -95,8 +105,7 @@ TEST(TuneTool, WritesAreMeasuredIfAskedForAndTheJsonGoesToAFileToo) {
   EXPECT_EQ(outcome.status, 0) << outcome.output;
   for (const char* part : {"durable writes, GB/s", "Writes are only shown"})
     EXPECT_TRUE(has(outcome.output, part)) << outcome.output;
-  const auto bytes = testing::read_file(file);
-  const auto report = boost::json::parse({reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+  const auto report = report_in(file);
   for (const char* table : {"disk", "page_cache", "writes"})
     EXPECT_GT(report.at(table).at(0).at("gb_per_s").to_number<double>(), 0) << table;
   EXPECT_EQ(report.at("writes").at(0).at("queue_depth"), report.at("default").at("queue_depth"));
@@ -132,6 +141,76 @@ TEST(TuneTool, WithoutAPlaceToWriteTheResultIsPrintedWithAStatusOfItsOwn) {
   expect_the_rule_the_limits_and_one_choice(outcome.output);
   EXPECT_TRUE(has(outcome.output, "not kept: ")) << outcome.output;
 }
+
+TEST(TuneTool, AGpuThatIsNotThereIsToldBeforeAnythingIsMade) {
+  const testing::TempDir dir;
+  for (const char* device : {"cuda:99", "cuda:12345"}) {
+    const testing::Outcome outcome = tune(dir.path(), dir / "config", "--device " + std::string(device) + " 2>&1");
+    EXPECT_EQ(outcome.status, 1) << outcome.output;
+    EXPECT_TRUE(has(outcome.output, std::string(device) + ": ") && has(outcome.output, "CUDA")) << outcome.output;
+    EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
+  }
+}
+
+#ifdef FLASHPACK_TUNE_REHEARSAL
+
+// Where loads go to the memory of the tests' own CUDA runtime, and the driver in /proc tells of a GPU.
+testing::Outcome tune_gpu(const std::filesystem::path& path, const std::filesystem::path& config,
+                          const std::string& more) {
+  const std::string tool =
+      "'" FLASHPACK_TUNE_REHEARSAL "' --size_gib 0.02 --device cuda:1 '" + path.string() + "' " + more;
+  return testing::run("XDG_CONFIG_HOME='" + config.string() + "' unshare --mount sh -c '" +
+                      R"(mount -t tmpfs none /proc/driver || exit 77
+                      mkdir -p /proc/driver/nvidia/gpus/0
+                      echo Model: GPU of the tests >/proc/driver/nvidia/gpus/0/information
+                      exec "$@")" +
+                      "' sh " + tool);
+}
+
+TEST(TuneTool, WhatIsBestForAGpuIsKeptForThatGpuAlone) {
+  const testing::TempDir dir;
+  const testing::Outcome outcome =
+      tune_gpu(dir.path(), dir / "config", "--budget 1s --json_file '" + (dir / "report").string() + "' 2>&1");
+  if (outcome.status == 77) GTEST_SKIP() << "no mount namespace: " << outcome.output;
+  expect_the_rule_the_limits_and_one_choice(outcome.output, "{.device = {Device::Kind::kCuda, 1}, ");
+  if (outcome.status == kExitNotKept) GTEST_SKIP() << outcome.output;
+  ASSERT_EQ(outcome.status, 0) << outcome.output;
+  const auto profiles = dir / "config/flashpack/tune.json";
+  const auto profile = report_in(profiles).at("profiles").at(0).as_object();
+  EXPECT_EQ(profile.at("gpu").as_string(), "GPU of the tests");
+  const auto report = report_in(dir / "report");
+  ASSERT_EQ(profile.contains("defaults"), report.at("is_default").as_bool());
+  for (const auto& [name, value] : report.at("best").as_object()) {
+    const auto* const kept = profile.if_contains(name);
+    EXPECT_TRUE(kept == nullptr || *kept == value) << outcome.output;
+  }
+  EXPECT_FALSE(tuned_options(dir.path(), {}, profiles).applied);
+}
+
+// Where there is no disk, all of the time is for the page cache, and it is far more than the first round takes.
+TEST(TuneTool, LoadsToAGpuAreMeasuredWithChunksAndStagingMemoryBesideTheLink) {
+  const std::filesystem::path dir = "/dev/shm/tune_test." + std::to_string(::getpid());
+  std::error_code error;
+  if (!std::filesystem::create_directory(dir, error)) GTEST_SKIP() << "no " << dir << ": " << error.message();
+  const testing::Outcome outcome = tune_gpu(dir, dir, "--dry_run --budget 20s --json 2>/dev/null");
+  std::filesystem::remove_all(dir);
+  if (outcome.status == 77) GTEST_SKIP() << "no mount namespace: " << outcome.output;
+  ASSERT_EQ(outcome.status, 0) << outcome.output;
+  const auto report = boost::json::parse(outcome.output);
+  EXPECT_EQ(report.at("device").as_string(), "cuda:1");
+  EXPECT_GT(report.at("link_gb_per_s").to_number<double>(), 0);
+  std::set<std::pair<std::int64_t, std::int64_t>> slots;
+  for (const auto& cell : report.at("page_cache").as_array())
+    slots.emplace(cell.at("chunk_bytes").as_int64() >> 20, cell.at("staging_bytes").as_int64() >> 20);
+  for (const std::int64_t chunk_mib : {1, 2, 4}) {
+    for (const std::int64_t staging_mib : {16, 32, 96}) {
+      const bool is_usual = chunk_mib == 4 && staging_mib == 96;
+      EXPECT_EQ(slots.count({chunk_mib, is_usual ? 0 : staging_mib}), 1U) << chunk_mib << " " << staging_mib;
+    }
+  }
+}
+
+#endif
 
 TEST(TuneTool, ADirectoryThatIsNotThereAndWrongUsageHaveStatusesOfTheirOwn) {
   const testing::TempDir config;

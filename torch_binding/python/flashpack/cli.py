@@ -249,6 +249,7 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
     "could be kept."
 )
 @click.argument("path", type=click.Path(), default=".")
+@click.option("--device", default="cpu", show_default=True, help="Where loads go: cpu, cuda or cuda:1.")
 @click.option("--budget", metavar="TIME", default="60s", show_default=True, help="Time to measure, as 60, 60s or 1min.")
 @click.option("--picture", type=click.Path(), metavar="FILE", help="Draw a map as .svg or .png, with matplotlib.")
 @click.option("--writes", is_flag=True, help="Measure durable writes, too. They are only shown.")
@@ -263,8 +264,12 @@ def tune(path: str, picture: str | None, **options: Any) -> None:
     than the defaults, it is kept in $XDG_CONFIG_HOME/flashpack/tune.json, else ~/.config/flashpack/tune.json, and loads
     from that disk to host memory use it from then on. FLASHPACK_TUNE=off turns that off.
 
+    With a GPU as --device, the file is read to its memory, with various staging memory, too, and loads to GPUs use what
+    is kept. A model of GPU has a profile of its own.
+
     \b
     flashpack tune /models
+    flashpack tune /models --device cuda
     flashpack tune /models --budget 20s --dry_run
     flashpack tune /models --picture models.svg
     flashpack tune /models --json | jq .best
@@ -273,7 +278,8 @@ def tune(path: str, picture: str | None, **options: Any) -> None:
         from ._tune import tune
 
         flags = [f"--{name}" for name in ("writes", "dry_run", "json") if options[name]]
-        status = tune([*(f"--{name}={options[name]}" for name in ("budget", "size_gib")), *flags], path, picture)
+        values = [f"--{name}={options[name]}" for name in ("device", "budget", "size_gib")]
+        status = tune([*values, *flags], path, picture)
     sys.exit(status)
 
 

@@ -1,0 +1,123 @@
+#include "tools/tune_subject.h"
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "bench/support/roofline.h"
+#include "engine/ground/option_limits.h"
+
+namespace flashpack::bench {
+
+namespace {
+
+/// Removes the file in the end.
+struct WrittenFile {
+  explicit WrittenFile(std::filesystem::path file) : path(std::move(file)) {}
+  WrittenFile(const WrittenFile&) = delete;
+  WrittenFile& operator=(const WrittenFile&) = delete;
+  ~WrittenFile() {
+    std::error_code ignored;
+    std::filesystem::remove(path, ignored);
+  }
+  std::filesystem::path path;
+};
+
+std::uint64_t size_of(const LoadRequest& request) {
+  std::uint64_t bytes = 0;
+  for (const Extent& extent : request.files.front().extents) bytes += extent.size_bytes;
+  return bytes;
+}
+
+Sample sample_write(Subject& subject, const Setting& setting) {
+  Engine engine(options_of(setting, subject.device));
+  WriteRequest request;
+  for (const Extent& extent : subject.from_disk.files.front().extents)
+    request.extents.push_back({extent.offset_bytes, extent.size_bytes, extent.target});
+  const std::filesystem::path path = subject.checkpoint.path().string() + ".written";
+  // To replace a file would free its blocks, too.
+  const WrittenFile written(path);
+  // The engine takes its staging memory at its first write, which is not to be measured.
+  const void* const source = subject.device_memory ? subject.device_memory->data() : subject.memory.data();
+  engine.create(path).write({.extents = {{0, 4097, source}}});
+  return measure([&] {
+    FileWriter writer = engine.create(path, {.payload_bytes = size_of(subject.from_disk)});
+    subject.fallback_reason = writer.write(request).fallback_reason;
+    writer.commit();
+  });
+}
+
+}  // namespace
+
+EngineOptions options_of(const Setting& setting, Device device) {
+  EngineOptions options;
+  options.device = device;
+  options.chunk_bytes = setting.chunk_bytes;
+  options.queue_depth = setting.queue_depth;
+  options.workers = setting.workers;
+  options.staging_bytes = setting.staging_bytes;
+  if (setting.staging_bytes == 0) {
+    // Staging is large enough never to limit the reads in flight.
+    const std::uint64_t chunk_bytes = setting.chunk_bytes;
+    options.staging_bytes = std::max(internal::usual_staging_bytes(device.kind),
+                                     chunk_bytes * std::max(setting.queue_depth, internal::kMinSlots));
+  }
+  return options;
+}
+
+Subject::Subject(const std::filesystem::path& file, std::uint64_t size_bytes, Device to)
+    : device(to), checkpoint(file, size_bytes, false), memory(checkpoint.metadata().payload_bytes + 4096, "tensors") {
+  touch(memory.bytes());
+  std::byte* target = memory.data();
+  if (device.kind == Device::Kind::kCuda)
+    target = device_memory.emplace(device.index, checkpoint.metadata().payload_bytes).data();
+  from_disk = checkpoint.request(target, CachePolicy::kDirect);
+  from_page_cache = checkpoint.request(target, CachePolicy::kBuffered);
+}
+
+std::uint64_t Subject::sample_bytes(Work work) const {
+  const auto loads = static_cast<std::uint64_t>(work == Work::kPageCache ? loads_from_page_cache : 1);
+  return size_of(request(work)) * loads;
+}
+
+Sample sample(Subject& subject, const Setting& setting, Work work) {
+  if (work == Work::kWrites) return sample_write(subject, setting);
+  Engine engine(options_of(setting, subject.device));
+  if (setting.workers == 0) subject.usual_workers = engine.options().workers;
+  const LoadRequest& request = subject.request(work);
+  // The engine takes its staging memory at its first load, which is not to be measured.
+  LoadRequest first_tensor = request;
+  first_tensor.files.front().extents.resize(1);
+  engine.load(first_tensor);
+  const int loads = work == Work::kPageCache ? subject.loads_from_page_cache : 1;
+  return measure([&] {
+    for (int load = 0; load < loads; ++load) subject.fallback_reason = engine.load(request).fallback_reason;
+  });
+}
+
+void fit(Subject& subject, Work work, double seconds) {
+  LoadRequest& request = work == Work::kPageCache ? subject.from_page_cache : subject.from_disk;
+  auto& extents = request.files.front().extents;
+  double took_s = sample(subject, kUsual, work).seconds;
+  while (extents.size() > 1 && took_s > seconds) {
+    const std::uint64_t wanted = size_of(request) / 2;
+    while (extents.size() > 1 && size_of(request) > wanted) extents.pop_back();
+    took_s = sample(subject, kUsual, work).seconds;
+  }
+  if (work == Work::kPageCache)
+    subject.loads_from_page_cache = static_cast<int>(std::clamp(std::ceil(seconds / 10 / took_s), 1.0, 1000.0));
+}
+
+double copies_gb_per_s(const Subject& subject) {
+  const auto memory = subject.memory.bytes().first(subject.checkpoint.metadata().payload_bytes);
+  const auto rate = [&](auto read) {
+    const double seconds = measure([&] { read(subject.checkpoint.path(), memory); }).seconds;
+    return static_cast<double>(memory.size()) / seconds / 1e9;
+  };
+  return std::max({rate(read_buffered), rate(copy_mapped), rate(read_buffered), rate(copy_mapped)});
+}
+
+}  // namespace flashpack::bench

@@ -1,0 +1,55 @@
+/// Loads and writes of flashpack_tune with given settings, and what it measures them on.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+
+#include "bench/support/checkpoint.h"
+#include "bench/support/device_memory.h"
+#include "bench/support/measure.h"
+#include "bench/support/tuning.h"
+#include "engine/ground/host_region.h"
+#include "flashpack/engine.h"
+
+namespace flashpack::bench {
+
+inline constexpr Setting kUsual{EngineOptions().chunk_bytes, EngineOptions().queue_depth, EngineOptions().workers,
+                                EngineOptions().staging_bytes};
+
+EngineOptions options_of(const Setting& setting, Device device);
+
+enum class Work { kDisk, kPageCache, kWrites };
+
+/// The file that is read, memory for all of it, which is touched, and the same on a GPU if loads go there.
+struct Subject {
+  /// Makes the file, of about `size_bytes`. Throws: Error; std::exception without such a device or memory on it.
+  Subject(const std::filesystem::path& file, std::uint64_t size_bytes, Device to);
+
+  const LoadRequest& request(Work work) const { return work == Work::kPageCache ? from_page_cache : from_disk; }
+  /// What one sample moves.
+  std::uint64_t sample_bytes(Work work) const;
+
+  Device device;
+  Checkpoint checkpoint;
+  internal::HostRegion memory;
+  std::optional<DeviceMemory> device_memory;
+  LoadRequest from_disk;
+  LoadRequest from_page_cache;
+  int loads_from_page_cache = 1;    ///< So many are one sample.
+  std::uint32_t usual_workers = 0;  ///< The engine's own choice, known after a sample with it.
+  std::string fallback_reason;
+};
+
+/// Measures `work` once. Throws: Error.
+Sample sample(Subject& subject, const Setting& setting, Work work);
+
+/// Leaves so much to read that one sample takes about `seconds` at most on a slow disk, and a tenth of them at least
+/// from the page cache.
+void fit(Subject& subject, Work work, double seconds);
+
+/// GB/s of plain copies of the file from the page cache to host memory by all cores.
+double copies_gb_per_s(const Subject& subject);
+
+}  // namespace flashpack::bench
