@@ -2,7 +2,6 @@
 
 #include <sched.h>
 #include <sys/random.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -133,8 +132,7 @@ struct Engine::Impl::Machine {
   std::optional<internal::Pipeline> pipeline;
 };
 
-Engine::Impl::Impl(EngineOptions options)
-    : options_(checked(std::move(options))), number_(next_engine.fetch_add(1)), owner_(::getpid()) {
+Engine::Impl::Impl(EngineOptions options) : options_(checked(std::move(options))), number_(next_engine.fetch_add(1)) {
   std::promise<void> promise;
   auto ready = promise.get_future();
   try {
@@ -154,12 +152,6 @@ Engine::Impl::~Impl() {
   pipeline_->inbox().close();
   driver_.join();
   if (successor_.joinable()) successor_.join();
-}
-
-bool Engine::Impl::is_owner() const noexcept { return ::getpid() == owner_; }
-
-void Engine::Impl::require_owner() const {
-  if (!is_owner()) throw Error(Errc::kUnusable, "engine of the parent process, used after fork");
 }
 
 const internal::Staging& Engine::Impl::make_staging(Machine& machine, std::uint32_t slots, std::uint32_t spare_slots) {
@@ -264,13 +256,13 @@ Engine& Engine::operator=(Engine&& other) noexcept {
 
 Engine::~Engine() {
   // A forked child has no driver thread to stop, and releases nothing, as Engine promises.
-  if (impl_ && !impl_->is_owner()) static_cast<void>(impl_.release());
+  if (impl_ && !impl_->owner().is_current()) detail::leave_to_parent(impl_);
 }
 
 TransferStats Engine::load(LoadRequest request) { return start_load(std::move(request)).wait(); }
 
 Transfer Engine::start_load(LoadRequest request, Completion* completion) {
-  impl_->require_owner();
+  impl_->owner().require_current("engine");
   auto state = internal::prepare_load(impl_->facts(), std::move(request), completion);
   if (!completion && !options().trace && is_read(*state)) {
     state->add(*state->parts.front().handover.result());
@@ -282,7 +274,7 @@ Transfer Engine::start_load(LoadRequest request, Completion* completion) {
 }
 
 FileHandle Engine::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, int fd) {
-  impl_->require_owner();
+  impl_->owner().require_current("engine");
   internal::File file =
       internal::File::open(path, expected, true, fd < 0 ? internal::UniqueFd() : internal::duplicate(fd, path));
   auto open = std::make_shared<internal::OpenFile>(std::move(file), impl_->facts().disk, impl_->facts().number);
@@ -317,7 +309,7 @@ std::optional<FileWriter> Engine::create(const std::filesystem::path& path, Writ
 }
 
 FileWriter Engine::create(const std::filesystem::path& path, WriterOptions options) {
-  impl_->require_owner();
+  impl_->owner().require_current("engine");
   return FileWriter(std::make_unique<FileWriter::Impl>(*impl_, path, options));
 }
 

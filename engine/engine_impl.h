@@ -1,8 +1,6 @@
 /// The implementations of Engine and FileWriter.
 #pragma once
 
-#include <sys/types.h>
-
 #include <filesystem>
 #include <future>
 #include <map>
@@ -18,6 +16,7 @@
 #include "engine/temp_file.h"
 #include "engine/transfer_state.h"
 #include "flashpack/engine.h"
+#include "flashpack/owner_process.h"
 
 namespace flashpack {
 
@@ -28,11 +27,10 @@ class Staging;
 class Engine::Impl {
  public:
   explicit Impl(EngineOptions options);
-  /// Requires: is_owner().
+  /// Requires: owner().is_current().
   ~Impl();
 
-  bool is_owner() const noexcept;
-  void require_owner() const;
+  const detail::OwnerProcess& owner() const noexcept { return owner_; }
   const EngineOptions& options() const noexcept { return options_; }
   const std::string& fallback_reason() const noexcept { return fallback_reason_; }
   const internal::EngineFacts& facts() const noexcept { return facts_; }
@@ -52,7 +50,7 @@ class Engine::Impl {
   EngineOptions options_;
   std::string fallback_reason_;
   const std::uint32_t number_;
-  const pid_t owner_;
+  const detail::OwnerProcess owner_;
   internal::Pipeline* pipeline_ = nullptr;  // Inside machine_, as is what facts_ points to.
   internal::EngineFacts facts_;
   std::unique_ptr<Machine> machine_;  // Only for the driver thread, which makes and destroys it.

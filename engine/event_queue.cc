@@ -1,7 +1,6 @@
 #include "flashpack/event_queue.h"
 
 #include <sys/eventfd.h>
-#include <sys/types.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,11 +9,11 @@
 #include <cstdint>
 #include <deque>
 #include <mutex>
-#include <new>
 #include <utility>
 
 #include "engine/ground/error.h"
 #include "engine/ground/unique_fd.h"
+#include "flashpack/owner_process.h"
 
 namespace flashpack {
 
@@ -26,7 +25,7 @@ class EventQueue::Shared {
   }
 
   // A child may not take the mutex, which another thread may have held during the fork.
-  bool is_owner() const noexcept { return ::getpid() == owner_; }
+  const detail::OwnerProcess& owner() const noexcept { return owner_; }
   int fd() const noexcept { return fd_.get(); }
 
   /// `ended` is a handle of the transfer if it has ended, else it is not valid.
@@ -80,7 +79,7 @@ class EventQueue::Shared {
     static_cast<void>(!::read(fd_.get(), &count, sizeof count));
   }
 
-  const pid_t owner_ = ::getpid();
+  const detail::OwnerProcess owner_;
   std::mutex mutex_;       // Protects the rest.
   internal::UniqueFd fd_;  // Constant until close().
   std::deque<Waiting> waiting_;
@@ -124,24 +123,22 @@ EventQueue& EventQueue::operator=(EventQueue&& other) noexcept {
 
 EventQueue::~EventQueue() {
   if (!shared_) return;
-  if (shared_->is_owner()) {
+  if (shared_->owner().is_current()) {
     shared_->close();
   } else {
-    // A child never destroys its copy, because a thread of the parent may have been at work on it during the fork.
-    alignas(std::shared_ptr<Shared>) std::byte memory[sizeof(std::shared_ptr<Shared>)];
-    new (memory) std::shared_ptr<Shared>(std::move(shared_));
+    detail::leave_to_parent(shared_);
   }
 }
 
 int EventQueue::fd() const noexcept { return shared_->fd(); }
 
 std::size_t EventQueue::take(std::span<Event> events) noexcept {
-  return shared_->is_owner() ? shared_->take(events) : 0;
+  return shared_->owner().is_current() ? shared_->take(events) : 0;
 }
 
 template <class Start>
 Transfer EventQueue::start(std::uint64_t tag, Start start_transfer) {
-  if (!shared_->is_owner()) throw Error(Errc::kUnusable, "event queue of the parent process, used after fork");
+  shared_->owner().require_current("event queue");
   auto listener = std::make_unique<Listener>(shared_, tag);
   Transfer transfer = start_transfer(listener.get());
   static_cast<void>(listener.release());  // It belongs to the transfer, or is gone already.

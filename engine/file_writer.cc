@@ -39,7 +39,7 @@ FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, 
 FileWriter::Impl::~Impl() { abort(); }
 
 void FileWriter::Impl::abort() noexcept {
-  if (!engine_.is_owner()) return;
+  if (!engine_.owner().is_current()) return;
   for (const auto& transfer : transfers_) Transfer cancelled_and_waited_for = internal::TransferState::handle(transfer);
   transfers_.clear();
   temp_.remove();
@@ -101,7 +101,7 @@ void FileWriter::Impl::forget_those_that_ended_well() {
 }
 
 Transfer FileWriter::Impl::start_write(const WriteRequest& request, Completion* completion) {
-  engine_.require_owner();
+  engine_.owner().require_current("engine");
   if (!open_) throw argument_error("write", path_, "after commit");
   std::vector<internal::Fragment> extents = internal::extents_of(engine_.facts(), request, path_);
   Claims claims = claims_of(extents);
@@ -156,7 +156,7 @@ void FileWriter::Impl::write_tail(std::span<const std::byte> tail) {
 }
 
 Checksums FileWriter::Impl::checksums() {
-  engine_.require_owner();
+  engine_.owner().require_current("engine");
   if (!open_) throw argument_error("checksums of", path_, "after commit");
   if (!want_checksums_) throw argument_error("checksums of", path_, "WriterOptions did not ask for them");
   settle("checksums of");
@@ -169,7 +169,7 @@ Checksums FileWriter::Impl::checksums() {
 }
 
 void FileWriter::Impl::commit(std::span<const std::byte> tail) {
-  engine_.require_owner();
+  engine_.owner().require_current("engine");
   if (!open_) throw argument_error("commit", path_, "committed or aborted before");
   try {
     settle("commit");

@@ -1,7 +1,6 @@
 #include "engine/prepare.h"
 
 #include <fcntl.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -46,7 +45,6 @@ std::shared_ptr<TransferState> new_transfer(const EngineFacts& engine, Direction
   state->direction = direction;
   state->deadline = deadline;
   state->completion = completion;
-  state->owner = ::getpid();
   state->populated = engine.populated;
   state->stats.backend = engine.backend;
   state->stats.pinned = engine.copier && engine.copier->locked();

@@ -14,6 +14,7 @@
 
 #include "engine/ground/error.h"
 #include "engine/ground/unique_fd.h"
+#include "flashpack/owner_process.h"
 
 namespace flashpack {
 
@@ -106,7 +107,7 @@ const char* to_string(TraceStage stage) noexcept {
 class TraceTotals::Impl {
  public:
   // Asked before the mutex is taken, because a thread of the parent may have had it at the fork.
-  bool is_owner() const { return ::getpid() == owner_; }
+  bool is_owner() const { return owner_.is_current(); }
 
   void add(const TraceEvent& event) {
     const auto add = [&event](Totals& totals) {
@@ -134,7 +135,7 @@ class TraceTotals::Impl {
   }
 
  private:
-  const pid_t owner_ = ::getpid();
+  const detail::OwnerProcess owner_;
   mutable std::mutex mutex_;  // Protects the rest.
   Totals totals_;
   std::map<std::string, Totals, std::less<>> of_files_;
@@ -143,8 +144,7 @@ class TraceTotals::Impl {
 TraceTotals::TraceTotals() : impl_(std::make_unique<Impl>()) {}
 
 TraceTotals::~TraceTotals() {
-  // A thread of the parent may have been at work on it during the fork, so a child never destroys it.
-  if (!impl_->is_owner()) static_cast<void>(impl_.release());
+  if (!impl_->is_owner()) detail::leave_to_parent(impl_);
 }
 
 void TraceTotals::event(const TraceEvent& event) noexcept {
@@ -160,8 +160,7 @@ std::map<std::string, TraceTotals::Totals, std::less<>> TraceTotals::totals_of_f
 
 class ChromeTrace::Impl {
  public:
-  explicit Impl(const std::filesystem::path& path)
-      : owner_(::getpid()), fd_(::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666)) {
+  explicit Impl(const std::filesystem::path& path) : fd_(::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666)) {
     if (!fd_) throw file_error(errno_code(errno), "open", path);
     // Emptied only now, because another one may be writing it.
     if (::flock(fd_.get(), LOCK_EX | LOCK_NB) != 0) throw file_error(errno_code(errno), "lock", path);
@@ -177,7 +176,7 @@ class ChromeTrace::Impl {
   }
 
   // Asked before the mutex is taken, because a thread of the parent may have had it at the fork.
-  bool is_owner() const { return ::getpid() == owner_; }
+  bool is_owner() const { return owner_.is_current(); }
 
   void add(const TraceEvent& event) {
     if (!is_owner()) return;
@@ -289,7 +288,7 @@ class ChromeTrace::Impl {
     json_.clear();
   }
 
-  const pid_t owner_;
+  const detail::OwnerProcess owner_;
   internal::UniqueFd fd_;     // Constant in the process that made it.
   mutable std::mutex mutex_;  // Protects the rest.
   std::string json_;          // What has not been written yet.
@@ -303,8 +302,7 @@ ChromeTrace::ChromeTrace(const std::filesystem::path& path) : impl_(std::make_un
 ChromeTrace::~ChromeTrace() {
   if (impl_->is_owner()) return;
   impl_->close_file();
-  // The rest is never destroyed, because a thread of the parent may have been at work on it during the fork.
-  static_cast<void>(impl_.release());
+  detail::leave_to_parent(impl_);
 }
 
 void ChromeTrace::event(const TraceEvent& event) noexcept {

@@ -1,7 +1,5 @@
 #include "flashpack/transfer.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 
 #include "engine/ground/reasons.h"
@@ -122,10 +120,6 @@ void TransferState::report_landed(Part& part, const Chunk& chunk) const {
   }
 }
 
-void TransferState::require_owner() const {
-  if (::getpid() != owner) throw Error(Errc::kUnusable, "transfer of the parent process, used after fork");
-}
-
 }  // namespace internal
 
 Transfer& Transfer::operator=(Transfer&& other) noexcept {
@@ -137,29 +131,29 @@ Transfer& Transfer::operator=(Transfer&& other) noexcept {
 }
 
 Transfer::~Transfer() {
-  if (!state_ || ::getpid() != state_->owner) return;
+  if (!state_ || !state_->owner.is_current()) return;
   internal::TransferState::cancel(state_);
   state_->end.wait();
 }
 
 TransferStats Transfer::wait() {
-  state_->require_owner();
+  state_->owner.require_current("transfer");
   state_->end.wait();
   if (const internal::Failure* const failure = state_->end.failure()) throw failure->error();
   return state_->stats;
 }
 
 bool Transfer::wait_for(std::chrono::nanoseconds duration) {
-  state_->require_owner();
+  state_->owner.require_current("transfer");
   return state_->end.wait_for(duration);
 }
 
 void Transfer::cancel() noexcept {
-  if (state_ && ::getpid() == state_->owner) internal::TransferState::cancel(state_);
+  if (state_ && state_->owner.is_current()) internal::TransferState::cancel(state_);
 }
 
 Progress Transfer::progress() const {
-  state_->require_owner();
+  state_->owner.require_current("transfer");
   const bool finished = state_->end.visible();  // First, so that the counts of a finished transfer are final.
   return {.done_bytes = state_->done_bytes.load(),
           .total_bytes = state_->total_bytes,
@@ -168,19 +162,19 @@ Progress Transfer::progress() const {
 }
 
 std::error_code Transfer::error() const noexcept {
-  if (::getpid() != state_->owner) return Errc::kUnusable;
+  if (!state_->owner.is_current()) return Errc::kUnusable;
   const internal::Failure* const failure = state_->end.failure();
   return failure ? failure->code : std::error_code();
 }
 
 std::string Transfer::error_text() const {
-  state_->require_owner();
+  state_->owner.require_current("transfer");
   const internal::Failure* const failure = state_->end.failure();
   return failure ? failure->error().what() : std::string();
 }
 
 TransferStats Transfer::stats() const {
-  state_->require_owner();
+  state_->owner.require_current("transfer");
   // The lock that reached() takes makes all that the driver has written visible.
   return state_->end.reached() ? state_->stats : TransferStats{};
 }

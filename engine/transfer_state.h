@@ -1,8 +1,6 @@
 /// The state that a Transfer handle and the driver thread share.
 #pragma once
 
-#include <sys/types.h>
-
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -21,6 +19,7 @@
 #include "engine/part.h"
 #include "engine/way.h"
 #include "flashpack/engine.h"
+#include "flashpack/owner_process.h"
 
 namespace flashpack::internal {
 
@@ -76,8 +75,6 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   /// Tells the completion, if it wants to know, of the part's extents that have landed with `chunk`, which has been
   /// delivered. Throws: Error, kCorrupt, if a stripe of them does not match.
   void report_landed(Part& part, const Chunk& chunk) const;
-  /// Throws Errc::kUnusable in a forked child, where the driver thread does not exist.
-  void require_owner() const;
 
   bool is_load() const noexcept { return direction == Direction::kLoad; }
   const char* verb() const noexcept { return is_load() ? "read" : "write"; }
@@ -91,7 +88,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   AfterLoad after = AfterLoad::kKeep;
   Populated populated = nullptr;
   std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
-  pid_t owner = 0;
+  const detail::OwnerProcess owner;
 
   // Only for the driver, once started. After the end, a FileWriter reads the sums of its part.
   std::deque<Part> parts;               // A store has one part, already open. Parts never move in memory.

@@ -13,7 +13,7 @@ namespace flashpack::internal {
 /// Hands out pages and takes them back, and decides which pages are kept and which are huge. Any thread may call it, a
 /// forked child, too.
 ///
-/// One instance serves the process. It is the one exception to the rule that the libraries have no state of their own:
+/// One instance serves the process. It is an exception to the rule that the libraries have no state of their own:
 /// memory has no engine, and kept pages serve whoever needs memory next. It is never destroyed, because memory may be
 /// given back by static objects. HostMemory uses it, and engines only tell it what they have populated.
 class TargetPages {

@@ -23,9 +23,6 @@
 /// handlers keep it at work themselves, as coroutines of co_spawn() do.
 #pragma once
 
-#include <sys/types.h>
-#include <unistd.h>
-
 #include <boost/asio/associated_cancellation_slot.hpp>
 #include <boost/asio/associated_executor.hpp>
 #include <boost/asio/async_result.hpp>
@@ -45,6 +42,7 @@
 #include <vector>
 
 #include "flashpack/engine.h"
+#include "flashpack/owner_process.h"
 
 #if BOOST_VERSION < 108200
 #include <boost/asio/awaitable.hpp>
@@ -114,17 +112,14 @@ class AsyncOperations final : public boost::asio::execution_context::service {
     }
     const std::lock_guard lock(mutex_, std::adopt_lock);
     if (event == boost::asio::execution_context::fork_parent) return;
-    process_ = ::getpid();
+    owner_ = OwnerProcess();
     for (const auto& [operation, owner] : *running_) operation->release_work();
-    leave_to_the_parent();
+    leave_to_parent(running_);
     running_ = std::make_unique<Running>();
   }
 
-  // Nobody ends the parent's operations in the child.
-  void leave_to_the_parent() { static_cast<void>(running_.release()); }
-
   void shutdown() override {
-    if (::getpid() != process_) return leave_to_the_parent();
+    if (!owner_.is_current()) return leave_to_parent(running_);  // Nobody ends its operations in the child.
     std::unique_lock lock(mutex_);
     ending_ = true;
     const Running running = *running_;
@@ -136,7 +131,7 @@ class AsyncOperations final : public boost::asio::execution_context::service {
     lock.unlock();
   }
 
-  pid_t process_ = ::getpid();
+  OwnerProcess owner_;
   std::mutex mutex_;  // Protects the rest.
   std::condition_variable changed_;
   std::unique_ptr<Running> running_ = std::make_unique<Running>();

@@ -7,10 +7,6 @@
 #include "torch_binding/c/arguments.h"
 #include "torch_binding/c/errors.h"
 
-void flashpack_events::require_owner() const {
-  if (!is_owner()) throw flashpack::Error(flashpack::Errc::kUnusable, "events of the parent process, used after fork");
-}
-
 std::uint64_t flashpack_events::add(Started started) {
   const std::lock_guard lock(mutex_);
   started_.emplace(next_, std::move(started));
@@ -23,7 +19,7 @@ void flashpack_events::remove(std::uint64_t number) {
 }
 
 std::size_t flashpack_events::take(flashpack_event* taken, std::size_t capacity) {
-  require_owner();
+  owner_.require_current("events");
   std::array<flashpack::Event, 64> events;
   const std::lock_guard lock(mutex_);
   for (std::size_t count = 0;;) {
@@ -64,5 +60,5 @@ flashpack_status flashpack_events_take(flashpack_events* events, flashpack_event
 }
 
 void flashpack_events_destroy(flashpack_events* events) {
-  if (events && events->is_owner()) delete events;
+  if (events && events->owner().is_current()) delete events;
 }

@@ -1,9 +1,6 @@
 /// The events of the C API: an EventQueue that knows how the caller counts his extents.
 #pragma once
 
-#include <sys/types.h>
-#include <unistd.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -13,6 +10,7 @@
 
 #include "flashpack/event_queue.h"
 #include "flashpack/flashpack.h"
+#include "flashpack/owner_process.h"
 
 namespace flashpack::c {
 
@@ -23,17 +21,14 @@ using Places = std::vector<std::vector<std::size_t>>;
 
 struct flashpack_events {
  public:
-  /// Whether this process has made the object. If not, nothing in it may be used or destroyed, because other threads of
-  /// the parent may have been at work on it during the fork.
-  bool is_owner() const noexcept { return ::getpid() == owner_; }
-  /// Throws: Error (kUnusable) in a forked child.
-  void require_owner() const;
+  /// In a forked child of this process, nothing of the object may be used or destroyed.
+  const flashpack::detail::OwnerProcess& owner() const noexcept { return owner_; }
 
   /// Starts a transfer with `start_transfer(queue, number)`, which gets a number of this object's own for the caller's
   /// `tag`. Throws: what that throws.
   template <typename Start>
   flashpack::Transfer start(std::uint64_t tag, flashpack::c::Places places, Start start_transfer) {
-    require_owner();
+    owner_.require_current("events");
     const std::uint64_t number = add({tag, std::move(places)});
     try {
       return start_transfer(queue_, number);
@@ -56,7 +51,7 @@ struct flashpack_events {
   std::uint64_t add(Started started);
   void remove(std::uint64_t number);
 
-  const pid_t owner_ = ::getpid();
+  const flashpack::detail::OwnerProcess owner_;
   flashpack::EventQueue queue_;
   std::mutex mutex_;  // Protects the rest, and keeps the events of a transfer in order while they are taken.
   std::unordered_map<std::uint64_t, Started> started_;  // By number; until its last event is taken.

@@ -1,0 +1,34 @@
+/// For this library's own objects that a forked child must leave to its parent. Users of the library do not need it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+#include <utility>
+
+namespace flashpack::detail {
+
+/// Returns the number of the calling process, which none of the processes that it was forked from has. Costs a read of
+/// memory. Thread safety: any thread.
+std::uint64_t process_number() noexcept;
+
+/// The process that has made the object. A forked child has a copy of the object, but none of the threads that work on
+/// it, and other threads may have held its mutexes at the fork. Thread safety: any thread.
+class OwnerProcess {
+ public:
+  bool is_current() const noexcept { return number_ == process_number(); }
+  /// Throws: Error (kUnusable) in a forked child, with `object` in the message.
+  void require_current(const char* object) const;
+
+ private:
+  std::uint64_t number_ = process_number();
+};
+
+/// Empties a smart pointer, and does not destroy its object, which belongs to the parent of this process.
+template <class Pointer>
+void leave_to_parent(Pointer& pointer) noexcept {
+  alignas(Pointer) std::byte memory[sizeof(Pointer)];
+  new (memory) Pointer(std::move(pointer));
+}
+
+}  // namespace flashpack::detail
