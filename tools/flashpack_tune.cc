@@ -193,10 +193,12 @@ std::vector<Setting> candidates_of(const Report& report, const Setting& of_the_d
   return candidates;
 }
 
-// Measures candidates in turns with the default, until one of them is better.
+// Measures candidates in turns with the default, until one of them is better. The first two get their turns however
+// little time is left.
 void decide(Report& report, Subject& subject, const Setting& of_the_disk, Clock::time_point end) {
   const std::vector<Setting> candidates = candidates_of(report, of_the_disk);
   for (std::size_t i = 0; i < candidates.size() && report.kept_default; ++i) {
+    if (i > 1 && Clock::now() > end) break;
     const auto share = (end - Clock::now()) / static_cast<int>(2 * (candidates.size() - i));
     report.pick = candidates[i];
     std::vector<std::vector<double>> ratios;
@@ -342,6 +344,8 @@ constexpr const char* kDescription =
     "tuned_options() finds it.";
 
 constexpr const char* kFooter =
+    "The number of streams that copy to a GPU is no option of the engine, which has two, and so is not searched.\n"
+    "\n"
     "Exit status: 0 it was measured, and kept unless --dry_run; 1 it failed; 2 wrong usage; 3 it was measured, but no\n"
     "profile could be kept: on tmpfs, where nothing can be recognised another time, or without a place to write.";
 
@@ -355,7 +359,8 @@ int main(int argc, char** argv) try {
   CLI::App app(kDescription, "flashpack_tune");
   app.footer(kFooter);
   app.add_option("PATH", flags.path, "A directory on the disk to tune for, or a file in it")->capture_default_str();
-  app.add_option("--device", device, "Where loads go: cpu, cuda or cuda:1; each GPU model has a profile of its own")
+  app.add_option("--device", device,
+                 "Where loads go: cpu, cuda or cuda:1; the GPU models of a machine have a profile of their own")
       ->capture_default_str();
   app.add_option("--budget", flags.budget_s, "Time to measure, as 60 or 60s; to write the file comes on top")
       ->transform(CLI::AsNumberWithUnit(std::map<std::string, double>{{"s", 1}, {"min", 60}}))

@@ -27,6 +27,20 @@ bool shows_colours() {
          std::string_view(terminal) != "dumb";
 }
 
+// With the staging memory that an engine has, whether the setting gives it or not.
+Setting with_staging(Setting setting, Device device) {
+  setting.staging_bytes = options_of(setting, device).staging_bytes;
+  return setting;
+}
+
+void print_staging_map(const Report& report) {
+  std::vector<Cell> cells = report.page_cache.cells;
+  const Setting chosen = choose(cells).setting;
+  for (Cell& cell : cells) cell.setting = with_staging(cell.setting, report.device);
+  std::printf("\npage cache, GB/s\n%s",
+              heat_map(cells, with_staging(chosen, report.device), shows_colours(), Columns::kStaging).c_str());
+}
+
 void print_table(const char* title, const Table& table, bool map) {
   if (table.cells.empty()) return;
   std::size_t width = 34;
@@ -66,7 +80,7 @@ void print_best(const Report& report) {
   std::string device, staging;
   if (report.device.kind == Device::Kind::kCuda)
     device = ".device = {Device::Kind::kCuda, " + std::to_string(report.device.index) + "}, ";
-  const std::uint64_t staging_bytes = options_of(best, report.device).staging_bytes;
+  const std::uint64_t staging_bytes = with_staging(best, report.device).staging_bytes;
   if (staging_bytes != internal::usual_staging_bytes(report.device.kind))
     staging = ".staging_bytes = " + std::to_string(staging_bytes >> 20) + " << 20, ";
   std::printf("\nbest: EngineOptions{%s.chunk_bytes = %u << 20, .queue_depth = %u, %s.workers = %u}%s\n",
@@ -74,17 +88,17 @@ void print_best(const Report& report) {
               report.kept_default ? "   the default" : "");
 }
 
-json::object object_of(const Setting& setting) {
+json::object object_of(const Setting& setting, Device device) {
   return {{"chunk_bytes", setting.chunk_bytes},
           {"queue_depth", setting.queue_depth},
           {"workers", setting.workers},
-          {"staging_bytes", setting.staging_bytes}};
+          {"staging_bytes", with_staging(setting, device).staging_bytes}};
 }
 
-json::array array_of(const std::vector<Cell>& cells) {
+json::array array_of(const std::vector<Cell>& cells, Device device) {
   json::array all;
   for (const Cell& cell : cells) {
-    json::object object = object_of(cell.setting);
+    json::object object = object_of(cell.setting, device);
     object["gb_per_s"] = cell.gb_per_s;
     object["cpu_s_per_gb"] = cell.cpu_s_per_gb;
     object["samples"] = cell.samples;
@@ -122,6 +136,7 @@ void print_text(const Report& report) {
   print_table("disk", report.disk, true);
   if (!report.no_latency.empty()) std::printf("requests could not be timed: %s\n", report.no_latency.c_str());
   print_table("page cache", report.page_cache, false);
+  if (report.device.kind == Device::Kind::kCuda) print_staging_map(report);
   print_table("durable writes", report.writes, true);
   if (!report.writes.cells.empty()) {
     std::printf(
@@ -147,17 +162,17 @@ std::string json_of(const Report& report) {
                                       {"device", text_of(report.device)},
                                       {"link_gb_per_s", report.link_gb_per_s},
                                       {"read_bytes", report.read_bytes},
-                                      {"best", object_of(report.kept_default ? kUsual : report.pick)},
-                                      {"default", object_of(kUsual)},
+                                      {"best", object_of(report.kept_default ? kUsual : report.pick, report.device)},
+                                      {"default", object_of(kUsual, report.device)},
                                       {"is_default", report.kept_default},
-                                      {"pick", object_of(report.pick)},
+                                      {"pick", object_of(report.pick, report.device)},
                                       {"gains", std::move(gains)},
-                                      {"disk", array_of(report.disk.cells)},
+                                      {"disk", array_of(report.disk.cells, report.device)},
                                       {"disk_limit", report.disk.limit},
                                       {"no_latency", report.no_latency},
-                                      {"page_cache", array_of(report.page_cache.cells)},
+                                      {"page_cache", array_of(report.page_cache.cells, report.device)},
                                       {"page_cache_limit", report.page_cache.limit},
-                                      {"writes", array_of(report.writes.cells)},
+                                      {"writes", array_of(report.writes.cells, report.device)},
                                       {"writes_limit", report.writes.limit},
                                       {"kept", report.kept},
                                       {"not_kept", report.not_kept}});

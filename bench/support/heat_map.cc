@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdio>
 #include <set>
+#include <tuple>
 
 namespace flashpack::bench {
 
@@ -36,39 +37,55 @@ std::string text_of(const Cell& cell, double fastest, char mark, bool colours) {
   return text.data();
 }
 
+std::uint64_t column_of(const Cell& cell, Columns columns) {
+  return columns == Columns::kStaging ? cell.setting.staging_bytes >> 20 : cell.setting.queue_depth;
+}
+
+// The cell to show in a place; null if there is none.
+const Cell* shown(const std::vector<Cell>& cells, const Setting& pick, Columns columns, std::uint32_t chunk_bytes,
+                  std::uint64_t column) {
+  const auto rank = [&](const Cell& cell) {
+    return std::tuple(cell.setting == pick, &cell == &cells.front(), cell.gb_per_s);
+  };
+  const Cell* best = nullptr;
+  for (const Cell& cell : cells) {
+    const bool is_here = cell.setting.chunk_bytes == chunk_bytes && column_of(cell, columns) == column;
+    if (is_here && (best == nullptr || rank(cell) > rank(*best))) best = &cell;
+  }
+  return best;
+}
+
 }  // namespace
 
-std::string heat_map(const std::vector<Cell>& cells, const Setting& pick, bool colours) {
-  std::set<std::uint32_t> chunks, depths;
+std::string heat_map(const std::vector<Cell>& cells, const Setting& pick, bool colours, Columns columns) {
+  const bool by_depth = columns == Columns::kQueueDepth;
+  std::set<std::uint32_t> chunks;
+  std::set<std::uint64_t> numbers;
   double fastest = 0;
   for (const Cell& cell : cells) {
     chunks.insert(cell.setting.chunk_bytes);
-    depths.insert(cell.setting.queue_depth);
+    numbers.insert(column_of(cell, columns));
     fastest = std::max(fastest, cell.gb_per_s);
   }
   std::array<char, 64> field{};
-  std::string map = "  chunk, depth";
-  for (const std::uint32_t depth : depths) {
-    std::snprintf(field.data(), field.size(), "%7u ", depth);
+  std::string map = by_depth ? "  chunk, depth" : "chunk, staging";
+  for (const std::uint64_t number : numbers) {
+    std::snprintf(field.data(), field.size(), "%7llu ", static_cast<unsigned long long>(number));
     map += field.data();
   }
   map += "\n";
   for (const std::uint32_t chunk : chunks) {
     std::snprintf(field.data(), field.size(), "%10u MiB", chunk >> 20);
     map += field.data();
-    for (const std::uint32_t depth : depths) {
-      const auto found = std::find_if(cells.begin(), cells.end(), [&](const Cell& cell) {
-        return cell.setting.chunk_bytes == chunk && cell.setting.queue_depth == depth;
-      });
-      const bool chosen = found != cells.end() && found->setting == pick;
-      const char mark = chosen ? '*' : found == cells.begin() ? 'd' : ' ';
-      map += found == cells.end() ? "        " : text_of(*found, fastest, mark, colours);
+    for (const std::uint64_t number : numbers) {
+      const Cell* const cell = shown(cells, pick, columns, chunk, number);
+      const char mark = cell != nullptr && cell->setting == pick ? '*' : cell == &cells.front() ? 'd' : ' ';
+      map += cell == nullptr ? "        " : text_of(*cell, fastest, mark, colours);
     }
     map += "\n";
   }
-  std::snprintf(field.data(), field.size(), "  * the fastest for its cost%s\n",
-                pick == cells.front().setting ? ", which is the default" : ", d the default");
-  map += field.data();
+  map += std::string("  * the fastest for its cost") + (pick == cells.front().setting ? ", which is " : ", d ") +
+         (by_depth ? "the default\n" : "what the disk asked for\n");
   if (!colours) map += "  # within 3 % of the fastest, + 10 %, : 25 %, . 50 %\n";
   return map;
 }

@@ -33,6 +33,24 @@ TEST(HeatMap, ADefaultThatIsThePickIsMarkedOnceAndSaid) {
   EXPECT_NE(map.find("which is the default"), std::string::npos) << map;
 }
 
+TEST(HeatMap, ColumnsOfStagingMemoryShowThePickTheFirstElseTheFastestOfSeveralInAPlace) {
+  const auto staged = [](std::uint32_t chunk_mib, std::uint64_t staging_mib, std::uint32_t workers, double gb_per_s) {
+    Cell made = cell(chunk_mib, 8, gb_per_s);
+    made.setting.workers = workers;
+    made.setting.staging_bytes = staging_mib * kMiB;
+    return made;
+  };
+  const std::vector<Cell> cells{staged(4, 96, 0, 35), staged(4, 96, 8, 36), staged(1, 24, 0, 40), staged(1, 24, 4, 43),
+                                staged(1, 24, 8, 44), staged(2, 24, 0, 20), staged(2, 24, 1, 30)};
+  EXPECT_EQ(heat_map(cells, cells[3].setting, false, Columns::kStaging),
+            "chunk, staging     24      96 \n"
+            "         1 MiB #43.00*        \n"
+            "         2 MiB .30.00         \n"
+            "         4 MiB         :35.00d\n"
+            "  * the fastest for its cost, d what the disk asked for\n"
+            "  # within 3 % of the fastest, + 10 %, : 25 %, . 50 %\n");
+}
+
 TEST(HeatMap, ColoursEndWithTheirCellAndPlainTextHasNone) {
   const std::string map = heat_map(kCells, kCells[1].setting, true);
   EXPECT_NE(map.find("\033[48;5;120m\033[38;5;16m   2.00*\033[0m"), std::string::npos) << map;

@@ -94,10 +94,26 @@ CELLS = [
 ]
 REPORT = {
     "directory": "/models",
+    "device": "cpu",
     "read_bytes": 10**9,
     "default": CELLS[0],
     "best": CELLS[2],
     "disk": CELLS,
+    "page_cache": [{**CELLS[0], "gb_per_s": 77.77}],
+    "writes": [],
+}
+SLOTS = [
+    {**CELLS[0], "chunk_bytes": chunk << 20, "workers": workers, "staging_bytes": staging << 20, "gb_per_s": speed}
+    for chunk, workers, staging, speed in ((4, 0, 96, 35.25), (1, 0, 24, 40.75), (1, 4, 24, 43.25), (2, 0, 48, 36.5))
+]
+GPU_REPORT = {
+    "directory": "/models",
+    "device": "cuda:0",
+    "read_bytes": 10**9,
+    "default": SLOTS[0],
+    "best": SLOTS[2],
+    "disk": [SLOTS[0]],
+    "page_cache": SLOTS,
     "writes": [],
 }
 
@@ -112,6 +128,17 @@ def test_a_picture_has_the_speeds_the_axes_and_the_settings_that_matter(tmp_path
     assert ("durable writes" in drawn) == bool(writes)
     _tune.draw(REPORT, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_of_loads_to_a_gpu_has_the_staging_memory_and_the_fastest_number_of_workers(tmp_path):
+    pytest.importorskip("matplotlib")
+    _tune.draw(GPU_REPORT, tmp_path / "map.svg")
+    drawn = (tmp_path / "map.svg").read_text()
+    for text in ("35.25", "43.25", "36.50", "staging memory, MiB", ">96<", ">24<", "loads from the page cache", "best"):
+        assert text in drawn, text
+    assert "40.75" not in drawn
+    _tune.draw(REPORT, tmp_path / "host.svg")
+    assert "77.77" not in (tmp_path / "host.svg").read_text()
 
 
 def test_the_same_figures_give_the_same_picture(tmp_path):

@@ -265,7 +265,7 @@ def tune(path: str, picture: str | None, **options: Any) -> None:
     from that disk to host memory use it from then on. FLASHPACK_TUNE=off turns that off.
 
     With a GPU as --device, the file is read to its memory, with various staging memory, too, and loads to GPUs use what
-    is kept. A model of GPU has a profile of its own.
+    is kept for as long as the machine has the same models of GPU.
 
     \b
     flashpack tune /models
