@@ -5,7 +5,8 @@
 
 namespace flashpack::bench {
 
-/// The fraction of a range that is in the page cache, 0 to 1, from cachestat(2). Throws: std::system_error.
+/// The fraction of a range that is in the page cache, 0 to 1, from cachestat(2), else from mincore(2), which is true of
+/// files that this process may write. Throws: std::system_error.
 double resident_fraction(const std::filesystem::path& path, std::uint64_t offset_bytes = 0,
                          std::uint64_t size_bytes = ~std::uint64_t{0});
 

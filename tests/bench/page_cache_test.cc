@@ -3,7 +3,11 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <fstream>
+#include <string>
+
+#include "tests/support/sandbox.h"
 
 namespace flashpack::bench {
 namespace {
@@ -30,6 +34,19 @@ TEST_F(PageCache, ADroppedFileIsOutAndAWarmedOneIsIn) {
   EXPECT_EQ(resident_fraction(path_), 0);
   warm_page_cache(path_);
   EXPECT_EQ(resident_fraction(path_), 1);
+}
+
+TEST_F(PageCache, WithoutCachestatTheSameIsTold) {
+  constexpr unsigned kSysCachestat = 451;
+  constexpr std::uint64_t kHalfBytes = 4u << 20;
+  warm_every_other(path_, kHalfBytes);
+  const int status = testing::run_in_child([&] {
+    if (!testing::deny_syscall(kSysCachestat, ENOSYS)) return testing::kSkip;
+    const bool halves = resident_fraction(path_, 0, kHalfBytes) == 1 && resident_fraction(path_, kHalfBytes) == 0;
+    return halves && resident_fraction(path_) == 0.5 && try_drop_from_page_cache(path_) ? 0 : 1;
+  });
+  if (status == testing::kSkip) GTEST_SKIP() << "no seccomp";
+  EXPECT_EQ(status, 0);
 }
 
 TEST_F(PageCache, EveryOtherStripeIsInAndTheRestIsOut) {
