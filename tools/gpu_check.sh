@@ -120,7 +120,7 @@ build_wheel() {
 
 # What was carried serves where the machine itself has nothing.
 run_carried() {
-  local file deb status=0
+  local file deb status=0 installs=()
   [[ -e $carried/manifest ]] || { echo "nothing is carried: the machine has to have it all" && return; }
   while read -r file; do
     [[ -e $carried/$file ]] || { echo "not carried: $(basename "$file")" && status=1; }
@@ -137,8 +137,10 @@ run_carried() {
   pip_install_from "$carried"/cuda/*.whl --target "$made/cuda" || status=1
   for file in "$carried"/peers/*; do
     pip_install_from "$file"/*.whl --target "$made/peers/$(basename "$file")" &
+    installs+=($!)
   done
-  wait
+  # A plain wait would wait for a caller's output filter, too, which ends after this.
+  wait "${installs[@]}"
   ((status)) || cp "$carried/manifest" "$made/manifest"
   return "$status"
 }
