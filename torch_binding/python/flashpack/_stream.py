@@ -26,8 +26,6 @@ Order = Literal["file", "names"]
 
 # Tensors that are neighbours in a file are read together up to this size. The first tensor waits for so many bytes.
 _GROUP_BYTES = 64 << 20
-# If the consumer keeps what it gets, the window is exceeded anyway, and the disk still must not wait.
-_AT_LEAST = 2
 _WINDOW_BYTES = 512 << 20
 
 
@@ -208,11 +206,10 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         if not self._warned:
             self._warned = True
             logger.warning(
-                "more than window_bytes=%d of the tensors of a stream are kept: it reads on with less read ahead, and "
-                "memory grows with what is kept",
+                "more than window_bytes=%d of the tensors of a stream are kept: memory grows with what is kept",
                 self._window_bytes,
             )
-        return _AT_LEAST
+        return AT_ONCE  # The window is exceeded anyway, and the disk must not wait.
 
 
 def stream_tensors(
@@ -245,7 +242,7 @@ def stream_tensors(
     `order`: "file" yields them file by file, in the order of their bytes; "names" in the order of `names`, a list.
     `window_bytes`: about so many bytes are alive at a time: those being read ahead, and those that what was yielded
     keeps alive, also by a slice, or by a small tensor for its neighbours. A consumer that keeps more gets a warning in
-    the log and fewer bytes read ahead, but all of its tensors.
+    the log, and all of its tensors.
     `dtype`, `device_map`, `verify`: see load_file and assign_from_file.
 
     Raises FlashPackError (a ValueError) for an argument that is not valid; from the iterator, what load_file raises.
