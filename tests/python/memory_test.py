@@ -10,6 +10,7 @@ import torch
 from flashpack import _memory
 from flashpack._checkpoint import open_checkpoint
 from flashpack._device import CPU
+from flashpack._under_way import UnderWay
 from support import assert_bit_equal, bits, random_tensor, write_file
 
 MIB = 1 << 20
@@ -197,6 +198,21 @@ def test_a_load_that_is_no_stream_is_one_transfer(pack, in_small_parts, monkeypa
     monkeypatch.setattr(_memory, "start", lambda *arguments: started.append(arguments) or start(*arguments))
     flashpack.load_file(several_mib(pack))
     assert len(started) == 1
+
+
+def test_what_is_to_be_done_meanwhile_is_done_once_while_the_first_transfers_are_under_way(
+    pack, in_small_parts, monkeypatch
+):
+    happened, start, finish = [], _memory.start, UnderWay.finish
+    monkeypatch.setattr(_memory, "start", lambda *arguments: happened.append("start") or start(*arguments))
+    monkeypatch.setattr(UnderWay, "finish", lambda *arguments: happened.append("finish") or finish(*arguments))
+    options = _memory.ReadOptions()
+    with open_checkpoint(several_mib(pack)) as checkpoint:
+        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
+        for _ in _memory.fill(checkpoint, [filling], options, True, meanwhile=lambda: happened.append("meanwhile")):
+            pass
+    assert happened[: _memory.AT_ONCE + 2] == ["start"] * _memory.AT_ONCE + ["meanwhile", "finish"]
+    assert happened.count("meanwhile") == 1
 
 
 def read_by_a_stream(path):

@@ -136,7 +136,7 @@ def test_a_run_on_a_stand_in_for_the_device(tmp_path):
     assert list((tmp_path / "disk").iterdir()) == []
     rows = {(m["state"], m["row"]) for m in result["measurements"]}
     for state in ("cold", "page cache"):
-        for row in ("flashpack", "flashpack, not verified", "flashpack, one block", "safetensors", "h2d"):
+        for row in ("flashpack", "flashpack, not verified", "flashpack, safetensors file", "safetensors", "h2d"):
             assert (state, row) in rows
     load = next(m for m in result["measurements"] if m["row"] == "flashpack")
     assert load["first_tensor_seconds"] <= load["seconds"]

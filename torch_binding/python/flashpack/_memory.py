@@ -103,10 +103,11 @@ class MappedFile(HostBlock):
 class DeviceBlock:
     """Memory of torch's allocator. All tensors share its storage."""
 
-    def __init__(self, memory: torch.Tensor) -> None:
+    def __init__(self, memory: torch.Tensor, without_elements: dict[torch.dtype, torch.Tensor]) -> None:
+        """`without_elements`: where tensors of the device by dtype are kept, which blocks made together share."""
         self.memory = memory
         self._storage = memory.untyped_storage()
-        self._without_elements: dict[torch.dtype, torch.Tensor] = {}
+        self._without_elements = without_elements
 
     @property
     def address(self) -> int:
@@ -129,7 +130,7 @@ def allocate_block(phase_bytes: int, size_bytes: int, device: torch.device = CPU
     """Allocates memory; on the host its address is `phase_bytes` modulo the page. Its contents are unspecified."""
     if device.type == "cpu":
         return _allocate_host(phase_bytes, size_bytes)
-    return DeviceBlock(torch.empty(size_bytes, dtype=torch.uint8, device=device))
+    return DeviceBlock(torch.empty(size_bytes, dtype=torch.uint8, device=device), {})
 
 
 def allocate(plan: _native.SegmentPlan, device: torch.device, home: torch.device, usual_bytes: int = 0) -> list[Block]:
@@ -139,7 +140,9 @@ def allocate(plan: _native.SegmentPlan, device: torch.device, home: torch.device
     """
     if device.type == "cpu":
         return [_allocate_host(phase_bytes, size_bytes, usual_bytes) for size_bytes, phase_bytes in plan.blocks]
-    return [DeviceBlock(torch.empty(size_bytes, dtype=torch.uint8, device=home)) for size_bytes, _ in plan.blocks]
+    shared: dict[torch.dtype, torch.Tensor] = {}
+    sizes = (size_bytes for size_bytes, _ in plan.blocks)
+    return [DeviceBlock(torch.empty(size_bytes, dtype=torch.uint8, device=home), shared) for size_bytes in sizes]
 
 
 def _allocate_host(phase_bytes: int, size_bytes: int, usual_bytes: int = 0) -> HostBlock:
