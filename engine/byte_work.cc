@@ -27,8 +27,6 @@ constexpr std::size_t kSinkBytes = 4096;
 
 constexpr std::size_t kMaxVectors = 64;
 
-// So much of a large fragment is read before it is counted, so that counting finds the bytes in the CPU's cache.
-constexpr std::uint64_t kCountedAtOnceBytes = std::uint64_t{256} << 10;
 
 // Moves one whole fragment, or less at the end of the file.
 std::int64_t move_fragment(int fd, const Fragment& fragment, bool write) {
@@ -117,13 +115,14 @@ std::int64_t read_as_asked(const ByteWork& work, std::span<const Fragment> fragm
   return work.page_cache.only ? read_cached(work.fd, fragments) : read_fragments(work.fd, fragments);
 }
 
-// Reads one fragment and counts it piece by piece. If not all of it comes, nothing stays counted.
-std::int64_t read_and_count_large(const ByteWork& work, const Fragment& whole) {
+// Reads one fragment and counts each of its stripes at once, while the CPU's cache has it. If not all of the fragment
+// comes, nothing stays counted.
+std::int64_t read_and_count_stripes(const ByteWork& work, const Fragment& whole) {
   std::uint64_t done = 0;
   while (done < whole.size_bytes) {
-    const Fragment piece{.offset_bytes = whole.offset_bytes + done,
-                         .size_bytes = std::min(kCountedAtOnceBytes, whole.size_bytes - done),
-                         .memory = whole.memory + done};
+    const std::uint64_t offset = whole.offset_bytes + done;
+    const std::uint64_t end = std::min(round_up(offset + 1, Checksums::kStripeBytes), end_of(whole));
+    const Fragment piece{.offset_bytes = offset, .size_bytes = end - offset, .memory = whole.memory + done};
     const std::int64_t n = read_as_asked(work, {&piece, 1});
     if (n != static_cast<std::int64_t>(piece.size_bytes)) {
       work.sums->take_back(whole.offset_bytes, {whole.memory, done});
@@ -150,8 +149,7 @@ void count_between_gaps(std::span<const Fragment> fragments, StripeSums& sums) {
 
 std::int64_t read_and_count(const ByteWork& work) {
   const std::span<const Fragment> fragments = work.fragments;
-  if (fragments.size() == 1 && fragments.front().size_bytes > kCountedAtOnceBytes)
-    return read_and_count_large(work, fragments.front());
+  if (fragments.size() == 1) return read_and_count_stripes(work, fragments.front());
   const std::int64_t moved = read_as_asked(work, fragments);
   if (moved == sum_of(fragments)) count_between_gaps(fragments, *work.sums);
   return moved;
