@@ -24,10 +24,10 @@ Pairs = Iterator[tuple[str, torch.Tensor]]
 
 
 @contextmanager
-def by_load_file(folder: Path, **options: Any) -> Iterator[Pairs]:
+def by_load_file(folder: Path, file: str = "model.flashpack", **options: Any) -> Iterator[Pairs]:
     import flashpack
 
-    yield iter(flashpack.load_file(folder / "model.flashpack", DEVICE, **options).items())
+    yield iter(flashpack.load_file(folder / file, DEVICE, **options).items())
 
 
 @contextmanager
@@ -88,7 +88,7 @@ class Loader(NamedTuple):
 LOADERS = {
     "flashpack": Loader("flashpack", by_load_file, "model.flashpack"),
     "flashpack, not verified": Loader("flashpack", partial(by_load_file, verify="never"), "model.flashpack"),
-    "flashpack, one block": Loader("flashpack", by_block, "model.flashpack"),
+    "flashpack, safetensors file": Loader("flashpack", partial(by_load_file, file="model.safetensors")),
     "safetensors": Loader("safetensors", by_safetensors),
     "safetensors-0.9.0rc1 prefetch": Loader("safetensors-0.9.0rc1", by_prefetch),
     "instanttensor": Loader("instanttensor", by_instanttensor),
