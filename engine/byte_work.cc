@@ -27,7 +27,6 @@ constexpr std::size_t kSinkBytes = 4096;
 
 constexpr std::size_t kMaxVectors = 64;
 
-
 // Moves one whole fragment, or less at the end of the file.
 std::int64_t move_fragment(int fd, const Fragment& fragment, bool write) {
   std::uint64_t done = 0;
