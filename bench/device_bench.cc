@@ -137,7 +137,7 @@ LoadRequest request_for(const Setup& setup, Shape shape) {
 void check_on_device(const Setup& setup, Shape shape) {
   const std::uint64_t size = setup.checkpoint.metadata().payload_bytes;
   std::byte* const host = setup.host.data();
-  check(cudaMemcpy(host, setup.target.data(), size, cudaMemcpyDeviceToHost));
+  setup.target.copy_to(host);
   if (shape == Shape::kSmallPieces) {
     for (std::uint64_t at = 0; at + 2 * kSmallPieceBytes <= size; at += 2 * kSmallPieceBytes)
       std::swap_ranges(host + at, host + at + kSmallPieceBytes, host + at + kSmallPieceBytes);

@@ -127,31 +127,7 @@ std::vector<double> ratios_of(Subject& subject, const Setting& pick, Work work, 
   return ratios;
 }
 
-// Speeds in GB/s that no load can exceed; 0 where it is not measured, or does not matter.
-struct Ceilings {
-  double link = 0;
-  double copies = 0;
-};
-
-// Says what kept a search from being faster.
-std::string limit_of(const std::vector<Cell>& cells, Work work, const Ceilings& ceilings) {
-  constexpr double kNear = 0.85;
-  const Cell& best = choose(cells);
-  const double cores = std::thread::hardware_concurrency();
-  char text[160];
-  const double busy = best.cpu_s_per_gb * best.gb_per_s;
-  if (ceilings.link > 0 && best.gb_per_s > kNear * ceilings.link) {
-    std::snprintf(text, sizeof text, "link: copies of page-locked memory to the GPU reach %.1f GB/s", ceilings.link);
-  } else if (ceilings.copies > 0 && best.gb_per_s > kNear * ceilings.copies) {
-    std::snprintf(text, sizeof text, "memory: plain copies by all cores reach %.1f GB/s", ceilings.copies);
-  } else if (busy > 0.8 * cores) {
-    std::snprintf(text, sizeof text, "CPU: %.1f of %.0f cores were busy", busy, cores);
-  } else {
-    std::snprintf(text, sizeof text, "%s: %.1f of %.0f cores were busy",
-                  work == Work::kPageCache ? "workers and memory" : "disk", busy, cores);
-  }
-  return text;
-}
+unsigned cores() { return std::thread::hardware_concurrency(); }
 
 // Times the requests of the settings, the pick and the default first, until the time is over. They are timed without
 // the engine, by the least code that has as many of the same size in flight, because clocks would cost the engine's
@@ -224,30 +200,31 @@ void measure_disk(Report& report, Subject& subject, Clock::time_point begin, con
   report.disk.cells =
       search(subject, coarse_settings(kUsual), beside_on_disk, Work::kDisk, begin, budget_s * ends.disk, budget_s);
   report.pick = choose(report.disk.cells).setting;
-  report.disk.limit = limit_of(report.disk.cells, Work::kDisk, {.link = report.link_gb_per_s});
+  report.disk.limit = limit_of(choose(report.disk.cells), "disk", {.link = report.link_gb_per_s, .cores = cores()});
   const auto end =
       begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(budget_s * ends.latencies));
   report.no_latency = add_latencies(report.disk.cells, subject, end);
 }
 
 void measure_page_cache(Report& report, Subject& subject, Clock::time_point begin, double until_s, double budget_s) {
-  const unsigned cores = std::thread::hardware_concurrency();
   const Setting usual = report.pick;
   warm_page_cache(subject.checkpoint.path());
   fit(subject, Work::kPageCache, budget_s / 100);
   if (report.disk.cells.empty()) report.read_bytes = subject.sample_bytes(Work::kPageCache);
   if (subject.device_memory) {
-    const SlotGrid grid(usual, options_of(usual, subject.device).staging_bytes, subject.usual_workers, cores);
+    const SlotGrid grid(usual, options_of(usual, subject.device).staging_bytes, subject.usual_workers, cores());
     report.page_cache.cells = search(
         subject, grid.coarse(), [&](const Setting& of) { return grid.beside(of); }, Work::kPageCache, begin, until_s,
         budget_s);
   } else {
     report.page_cache.cells =
-        search(subject, worker_settings(usual, cores), nullptr, Work::kPageCache, begin, until_s, budget_s);
+        search(subject, worker_settings(usual, cores()), nullptr, Work::kPageCache, begin, until_s, budget_s);
   }
   report.pick = choose(report.page_cache.cells).setting;
-  report.page_cache.limit = limit_of(report.page_cache.cells, Work::kPageCache,
-                                     {.link = report.link_gb_per_s, .copies = copies_gb_per_s(subject)});
+  // Bytes for a GPU do not leave the CPU's cache on their way to slots, so that copies to memory are no limit for them.
+  const double copies = subject.device_memory ? 0 : copies_gb_per_s(subject);
+  report.page_cache.limit = limit_of(choose(report.page_cache.cells), "workers and memory",
+                                     {.link = report.link_gb_per_s, .copies = copies, .cores = cores()});
 }
 
 Report tune(Subject& subject, const Flags& flags) {
@@ -267,9 +244,10 @@ Report tune(Subject& subject, const Flags& flags) {
   if (disk && flags.writes) {
     report.writes.cells =
         search(subject, coarse_settings(kUsual), beside_on_disk, Work::kWrites, begin, flags.budget_s, flags.budget_s);
-    report.writes.limit = limit_of(report.writes.cells, Work::kWrites, {});
+    report.writes.limit = limit_of(choose(report.writes.cells), "disk", {.cores = cores()});
   }
   report.fallback_reason = subject.fallback_reason;
+  check_bytes(subject, report.kept_default ? kUsual : report.pick);
   return report;
 }
 

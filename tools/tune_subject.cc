@@ -41,8 +41,7 @@ Sample sample_write(Subject& subject, const Setting& setting) {
   // To replace a file would free its blocks, too.
   const WrittenFile written(path);
   // The engine takes its staging memory at its first write, which is not to be measured.
-  const void* const source = subject.device_memory ? subject.device_memory->data() : subject.memory.data();
-  engine.create(path).write({.extents = {{0, 4097, source}}});
+  engine.create(path).write({.extents = {{0, 4097, subject.target}}});
   return measure([&] {
     FileWriter writer = engine.create(path, {.payload_bytes = size_of(subject.from_disk)});
     subject.fallback_reason = writer.write(request).fallback_reason;
@@ -71,7 +70,7 @@ EngineOptions options_of(const Setting& setting, Device device) {
 Subject::Subject(const std::filesystem::path& file, std::uint64_t size_bytes, Device to)
     : device(to), checkpoint(file, size_bytes, false), memory(checkpoint.metadata().payload_bytes + 4096, "tensors") {
   touch(memory.bytes());
-  std::byte* target = memory.data();
+  target = memory.data();
   if (device.kind == Device::Kind::kCuda)
     target = device_memory.emplace(device.index, checkpoint.metadata().payload_bytes).data();
   from_disk = checkpoint.request(target, CachePolicy::kDirect);
@@ -109,6 +108,14 @@ void fit(Subject& subject, Work work, double seconds) {
   }
   if (work == Work::kPageCache)
     subject.loads_from_page_cache = static_cast<int>(std::clamp(std::ceil(seconds / 10 / took_s), 1.0, 1000.0));
+}
+
+void check_bytes(Subject& subject, const Setting& setting) {
+  touch(subject.memory.bytes());
+  if (subject.device_memory) subject.device_memory->clear();
+  Engine(options_of(setting, subject.device)).load(subject.checkpoint.request(subject.target));
+  if (subject.device_memory) subject.device_memory->copy_to(subject.memory.data());
+  subject.checkpoint.check(subject.memory.data());
 }
 
 double copies_gb_per_s(const Subject& subject) {

@@ -35,6 +35,7 @@ struct Subject {
   Checkpoint checkpoint;
   internal::HostRegion memory;
   std::optional<DeviceMemory> device_memory;
+  std::byte* target = nullptr;  ///< One of these two.
   LoadRequest from_disk;
   LoadRequest from_page_cache;
   int loads_from_page_cache = 1;    ///< So many are one sample.
@@ -48,6 +49,10 @@ Sample sample(Subject& subject, const Setting& setting, Work work);
 /// Leaves so much to read that one sample takes about `seconds` at most on a slow disk, and a tenth of them at least
 /// from the page cache.
 void fit(Subject& subject, Work work, double seconds);
+
+/// Loads the whole file with a setting. Throws: std::runtime_error unless the memory that loads go to has its bytes
+/// then; Error.
+void check_bytes(Subject& subject, const Setting& setting);
 
 /// GB/s of plain copies of the file from the page cache to host memory by all cores.
 double copies_gb_per_s(const Subject& subject);

@@ -24,6 +24,8 @@ class DeviceMemory {
   /// Overwrites the memory, so that bytes of an earlier load are not taken for those of a later one. Throws:
   /// std::system_error.
   void clear() const;
+  /// Copies all of it to `host`. Throws: std::system_error.
+  void copy_to(std::byte* host) const;
 
  private:
   std::span<std::byte> memory_;

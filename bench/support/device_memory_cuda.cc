@@ -61,6 +61,10 @@ void DeviceMemory::clear() const {
   check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }
 
+void DeviceMemory::copy_to(std::byte* host) const {
+  check(cudaMemcpy(host, memory_.data(), memory_.size(), cudaMemcpyDeviceToHost), "cudaMemcpy");
+}
+
 double link_gb_per_s(const DeviceMemory& target, std::span<std::byte> source) {
   const std::size_t size_bytes = std::min({source.size(), target.size_bytes(), kMostLockedBytes});
   check(cudaHostRegister(source.data(), size_bytes, cudaHostRegisterDefault), "cudaHostRegister");

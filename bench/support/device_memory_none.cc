@@ -12,6 +12,7 @@ void require_cuda_device(int device) {
 DeviceMemory::DeviceMemory(int device, std::size_t) { require_cuda_device(device); }
 DeviceMemory::~DeviceMemory() = default;
 void DeviceMemory::clear() const {}
+void DeviceMemory::copy_to(std::byte*) const {}
 
 double link_gb_per_s(const DeviceMemory&, std::span<std::byte>) { return 0; }
 

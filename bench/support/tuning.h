@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace flashpack::bench {
@@ -88,6 +89,15 @@ std::vector<Setting> next_round(const std::vector<Cell>& cells, const Neighbours
 /// staging memory, or the fewest bytes in flight where that is not given, then with the fewest workers. Requires: the
 /// default is first.
 const Cell& choose(const std::vector<Cell>& cells);
+
+/// Speeds in GB/s that no load can exceed, 0 where that is not known or does not matter.
+struct Ceilings {
+  double link = 0;    ///< Copies to a GPU.
+  double copies = 0;  ///< Plain copies from memory to memory by all cores.
+  unsigned cores = 1;
+};
+/// Says what kept the best setting from being faster. That is `otherwise` where the cell is near to no ceiling.
+std::string limit_of(const Cell& best, const char* otherwise, const Ceilings& ceilings);
 
 /// Whether a setting takes the place of the default: somewhere three quarters of the pairs gained more than kTolerance,
 /// because a median alone may gain so much by chance, and nowhere did the median lose as much and three quarters of the

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <random>
 #include <set>
+#include <string>
 
 namespace flashpack::bench {
 namespace {
@@ -64,6 +65,18 @@ TEST(Tuning, NoTableGivesUpMoreThanTheToleranceOrASettingSlowerThanTheDefault) {
     EXPECT_GE(best.gb_per_s, cells.front().gb_per_s);
     for (const Cell& each : cells) EXPECT_GE(best.gb_per_s, each.gb_per_s * (1 - kTolerance) - 1e-12);
   }
+}
+
+TEST(Tuning, TheLimitIsTheCeilingThatTheBestIsNearTo) {
+  const auto begin_of = [](double gb_per_s, double cpu_s_per_gb, const Ceilings& ceilings) {
+    const std::string text = limit_of(cell(4, 8, gb_per_s, cpu_s_per_gb), "disk", ceilings);
+    return text.substr(0, text.find(':'));
+  };
+  EXPECT_EQ(begin_of(50, 0.1, {.link = 55, .copies = 50, .cores = 16}), "link");
+  EXPECT_EQ(begin_of(44, 0.1, {.link = 55, .copies = 50, .cores = 16}), "memory");
+  EXPECT_EQ(begin_of(44, 0.3, {.link = 55, .copies = 0, .cores = 16}), "CPU");
+  EXPECT_EQ(begin_of(44, 0.2, {.link = 55, .copies = 0, .cores = 16}), "disk");
+  EXPECT_EQ(begin_of(3, 0.02, {.cores = 2}), "disk");
 }
 
 TEST(Tuning, ASettingIsBetterIfItGainsSomewhereAndLosesNowhere) {
@@ -164,6 +177,15 @@ TEST(Tuning, TheGridOfSlotsBeginsWithTheUsualSettingAndReachesAllStagingMemoryAn
   EXPECT_EQ(chunks, (std::set<std::uint64_t>{1, 2, 4}));
   EXPECT_EQ(stagings, (std::set<std::uint64_t>{16, 24, 32, 48, 64, 96}));
   EXPECT_EQ(workers, (std::set<std::uint64_t>{0, 1, 2, 4, 8, 16}));
+}
+
+TEST(Tuning, TheNumberOfWorkersThatTheEngineChoosesIsNotMeasuredAgain) {
+  const SlotGrid grid(kUsual, 96 * kMiB, 8, 8);
+  for (const std::uint32_t workers : {4u, 16u}) {
+    const auto beside = grid.beside({4 * kMiB, 8, workers});
+    EXPECT_EQ(std::count(beside.begin(), beside.end(), kUsual), 1) << workers;
+    EXPECT_EQ(std::count(beside.begin(), beside.end(), Setting{4 * kMiB, 8, 8}), 0) << workers;
+  }
 }
 
 TEST(Tuning, SlotsKeepTheBytesInFlightOfTheDisk) {
