@@ -120,7 +120,7 @@ build_wheel() {
 
 # What was carried serves where the machine itself has nothing.
 run_carried() {
-  local file deb status=0 installs=()
+  local file deb install status=0 installs=()
   [[ -e $carried/manifest ]] || { echo "nothing is carried: the machine has to have it all" && return; }
   while read -r file; do
     [[ -e $carried/$file ]] || { echo "not carried: $(basename "$file")" && status=1; }
@@ -140,7 +140,9 @@ run_carried() {
     installs+=($!)
   done
   # A plain wait would wait for a caller's output filter, too, which ends after this.
-  wait "${installs[@]}"
+  for install in "${installs[@]}"; do
+    wait "$install" || status=1
+  done
   ((status)) || cp "$carried/manifest" "$made/manifest"
   return "$status"
 }

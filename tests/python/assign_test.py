@@ -396,7 +396,6 @@ def test_a_parameter_that_is_moved_stays_the_same_object_with_its_values_and_its
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no second device")
 def test_parameters_that_the_file_lacks_end_where_the_others_do(pack):
     model = Model()
     scale = model.logit_scale

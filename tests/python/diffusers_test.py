@@ -259,7 +259,6 @@ def test_a_model_that_is_split_over_gpus_is_loaded_and_left_to_accelerate(tmp_pa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_everything_of_a_model_is_on_the_gpu(tmp_path):
     saved = save_pipeline(tmp_path / "saved")
     FlashPackCounting().save_pretrained_flashpack(tmp_path / "model")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from flashpack import _memory
 from flashpack._checkpoint import open_checkpoint
-from flashpack._device import CPU
+from flashpack._device import CPU, Side
+from flashpack._engine import engine
 from flashpack._under_way import UnderWay
 from support import assert_bit_equal, bits, random_tensor, write_file
 
@@ -200,19 +201,51 @@ def test_a_load_that_is_no_stream_is_one_transfer(pack, in_small_parts, monkeypa
     assert len(started) == 1
 
 
-def test_what_is_to_be_done_meanwhile_is_done_once_while_the_first_transfers_are_under_way(
-    pack, in_small_parts, monkeypatch
-):
-    happened, start, finish = [], _memory.start, UnderWay.finish
-    monkeypatch.setattr(_memory, "start", lambda *arguments: happened.append("start") or start(*arguments))
-    monkeypatch.setattr(UnderWay, "finish", lambda *arguments: happened.append("finish") or finish(*arguments))
-    options = _memory.ReadOptions()
-    with open_checkpoint(several_mib(pack)) as checkpoint:
-        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
-        for _ in _memory.fill(checkpoint, [filling], options, True, meanwhile=lambda: happened.append("meanwhile")):
-            pass
-    assert happened[: _memory.AT_ONCE + 2] == ["start"] * _memory.AT_ONCE + ["meanwhile", "finish"]
-    assert happened.count("meanwhile") == 1
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A device whose memory is the host's, and the list of what happens to loads there."""
+    happened, start, finish, tensors_of = [], _memory.start, UnderWay.finish, _memory.tensors_of
+
+    def told(what, function):
+        return lambda *arguments: happened.append(what) or function(*arguments)
+
+    def allocate(plan, *_):
+        shared = {}
+        return [_memory.DeviceBlock(torch.empty(size, dtype=torch.uint8), shared) for size, _ in plan.blocks]
+
+    monkeypatch.setattr(_memory, "side_of", lambda *_: Side(torch.device("cpu", 0), engine(), 0))
+    monkeypatch.setattr(_memory, "allocate", allocate)
+    monkeypatch.setattr(_memory, "start", told("start", start))
+    monkeypatch.setattr(UnderWay, "finish", told("finish", finish))
+    monkeypatch.setattr(_memory, "tensors_of", told("tensors", tensors_of))
+    return torch.device("cuda"), happened
+
+
+def test_tensors_of_a_device_are_made_while_their_bytes_are_read(pack, stand_in):
+    device, happened = stand_in
+    tensors = {"a": random_tensor((3 * MIB,)), "empty": torch.empty(0, 3), "b": random_tensor((7,), torch.bfloat16)}
+    with open_checkpoint(pack(tensors, target_dtype=None)) as checkpoint:
+        loaded = _memory.read_tensors(_memory.Wanted(checkpoint, checkpoint.entries()), device, _memory.ReadOptions())
+    assert happened == ["start", "tensors", "finish"]
+    assert_bit_equal(loaded, tensors)
+
+
+def test_tensors_of_a_device_that_were_made_of_a_wrong_file_are_given_to_nobody(pack, stand_in):
+    device, happened = stand_in
+    path = several_mib(pack)
+    raw = bytearray(path.read_bytes())
+    raw[MIB] ^= 1
+    path.write_bytes(raw)
+    with open_checkpoint(path) as checkpoint, pytest.raises(flashpack.FlashPackError, match="do not match"):
+        _memory.read_tensors(_memory.Wanted(checkpoint, checkpoint.entries()), device, _memory.ReadOptions())
+    assert happened == ["start", "tensors", "finish"]
+
+
+def test_tensors_of_a_device_are_no_inference_tensors_though_others_were():
+    block = _memory.DeviceBlock(torch.empty(64, dtype=torch.uint8), {})
+    with torch.inference_mode():
+        block.tensor(torch.float32, (4,), 0)
+    assert not block.tensor(torch.float32, (4,), 16).is_inference()
 
 
 def read_by_a_stream(path):

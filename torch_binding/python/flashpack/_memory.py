@@ -120,7 +120,8 @@ class DeviceBlock:
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> torch.Tensor:
         empty: Any = self._without_elements.get(dtype)  # torch's stubs know set_ with strides alone.
         if empty is None:
-            empty = self._without_elements[dtype] = torch.empty(0, dtype=dtype, device=self.memory.device)
+            with torch.inference_mode(False):  # Others share it, and what is made of it.
+                empty = self._without_elements[dtype] = torch.empty(0, dtype=dtype, device=self.memory.device)
         # `data` has a version counter of its own, which a view lacks, and takes half the time of torch.empty.
         tensor: torch.Tensor = empty.data.set_(self._storage, offset_bytes // dtype.itemsize, shape)
         return tensor
@@ -306,12 +307,12 @@ def fill(
     total_bytes = sum(size_bytes for row in rows for batch in row for _, _, size_bytes, _ in batch.reads)
     to_start = iter(rows)
     with progress_bar("Loading", total_bytes, options.show) as progress, UnderWay[tuple[_Batch, ...]]() as under_way:
-        for _ in rows:
+        for row_number in range(len(rows)):
             for row in islice(to_start, AT_ONCE - len(under_way)):
                 loads = (start(checkpoint, *each, options) for each in zip(row, fillings, strict=True))
                 under_way.start(row, loads)
-            meanwhile()
-            meanwhile = _nothing
+            if row_number == 0:
+                meanwhile()
             row, stats = under_way.finish(progress)
             for filling, each_stats in zip(fillings, stats, strict=True):
                 add_stats(filling.stats, each_stats)

@@ -26,6 +26,8 @@ Order = Literal["file", "names"]
 
 # Tensors that are neighbours in a file are read together up to this size. The first tensor waits for so many bytes.
 _GROUP_BYTES = 64 << 20
+# With fewer groups under way the disk would wait for the consumer of each.
+_AT_LEAST = 2
 _WINDOW_BYTES = 512 << 20
 
 
@@ -209,7 +211,8 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 "more than window_bytes=%d of the tensors of a stream are kept: memory grows with what is kept",
                 self._window_bytes,
             )
-        return AT_ONCE  # The window is exceeded anyway, and the disk must not wait.
+        # The consumer has exceeded the window, and the disk must not wait. At most a window more is read ahead.
+        return min(AT_ONCE, max(self._window_bytes // _GROUP_BYTES, _AT_LEAST))
 
 
 def stream_tensors(
