@@ -50,6 +50,7 @@ struct Flags {
   Device device;
   double budget_s = 60;
   double size_gib = 1;
+  bool verify = false;
   bool writes = false;
   bool dry_run = false;
   bool json = false;
@@ -241,6 +242,7 @@ Report tune(Subject& subject, const Flags& flags) {
   measure_page_cache(report, subject, begin, budget_s * ends.page_cache, budget_s);
   decide(report, subject, of_the_disk,
          begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(budget_s)));
+  report.verified_bytes = subject.verified_bytes;
   if (disk && flags.writes) {
     report.writes.cells =
         search(subject, coarse_settings(kUsual), beside_on_disk, Work::kWrites, begin, flags.budget_s, flags.budget_s);
@@ -292,7 +294,7 @@ int run(Flags flags) {
   const std::string name = "flashpack_tune." + std::to_string(::getpid()) + ".flashpack";
   if (flags.device.kind == Device::Kind::kCuda) require_cuda_device(flags.device.index);
   remove_when_ended(flags.path / name);
-  Subject subject(flags.path / name, size_bytes, flags.device);
+  Subject subject(flags.path / name, size_bytes, flags.device, flags.verify);
   Report report = tune(subject, flags);
   keep(report, flags);
   if (!flags.json_file.empty()) write_file(flags.json_file, json_of(report));
@@ -346,6 +348,7 @@ int main(int argc, char** argv) try {
   app.add_option("--size_gib", flags.size_gib, "Size of the generated file, which is removed in the end")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  app.add_flag("--verify", flags.verify, "Loads compare checksums, as those from Python do by default");
   app.add_flag("--writes", flags.writes, "Measure durable writes, too, in a third of the time; they are only shown");
   app.add_flag("--dry_run", flags.dry_run, "Keep no profile");
   app.add_flag("--json", flags.json, "Print one object");

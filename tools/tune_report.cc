@@ -127,6 +127,7 @@ void print_text(const Report& report) {
   if (report.link_gb_per_s > 0)
     std::printf("\nlink to %s: %.1f GB/s, by copies of page-locked memory\n", text_of(report.device).c_str(),
                 report.link_gb_per_s);
+  if (report.verified_bytes > 0) std::printf("\nLoads compare checksums.\n");
   if (report.disk.cells.empty()) {
     std::printf(
         "Files in %s stay in the page cache, as on tmpfs: reads from a disk cannot be measured here, nor writes to it, "
@@ -162,6 +163,7 @@ std::string json_of(const Report& report) {
                                       {"device", text_of(report.device)},
                                       {"link_gb_per_s", report.link_gb_per_s},
                                       {"read_bytes", report.read_bytes},
+                                      {"verified_bytes", report.verified_bytes},
                                       {"best", object_of(report.kept_default ? kUsual : report.pick, report.device)},
                                       {"default", object_of(kUsual, report.device)},
                                       {"is_default", report.kept_default},

@@ -67,7 +67,7 @@ EngineOptions options_of(const Setting& setting, Device device) {
   return options;
 }
 
-Subject::Subject(const std::filesystem::path& file, std::uint64_t size_bytes, Device to)
+Subject::Subject(const std::filesystem::path& file, std::uint64_t size_bytes, Device to, bool verify)
     : device(to), checkpoint(file, size_bytes, false), memory(checkpoint.metadata().payload_bytes + 4096, "tensors") {
   touch(memory.bytes());
   target = memory.data();
@@ -75,6 +75,10 @@ Subject::Subject(const std::filesystem::path& file, std::uint64_t size_bytes, De
     target = device_memory.emplace(device.index, checkpoint.metadata().payload_bytes).data();
   from_disk = checkpoint.request(target, CachePolicy::kDirect);
   from_page_cache = checkpoint.request(target, CachePolicy::kBuffered);
+  if (verify) {
+    const Checksums* const checksums = &checkpoint.metadata().checksums.value();
+    from_disk.files.front().checksums = from_page_cache.files.front().checksums = checksums;
+  }
 }
 
 std::uint64_t Subject::sample_bytes(Work work) const {
@@ -93,7 +97,11 @@ Sample sample(Subject& subject, const Setting& setting, Work work) {
   engine.load(first_tensor);
   const int loads = work == Work::kPageCache ? subject.loads_from_page_cache : 1;
   return measure([&] {
-    for (int load = 0; load < loads; ++load) subject.fallback_reason = engine.load(request).fallback_reason;
+    for (int load = 0; load < loads; ++load) {
+      const TransferStats stats = engine.load(request);
+      subject.fallback_reason = stats.fallback_reason;
+      subject.verified_bytes = stats.verified_bytes;
+    }
   });
 }
 

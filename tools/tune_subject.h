@@ -24,8 +24,9 @@ enum class Work { kDisk, kPageCache, kWrites };
 
 /// The file that is read, memory for all of it, which is touched, and the same on a GPU if loads go there.
 struct Subject {
-  /// Makes the file, of about `size_bytes`. Throws: Error; std::exception without such a device or memory on it.
-  Subject(const std::filesystem::path& file, std::uint64_t size_bytes, Device to);
+  /// Makes the file, of about `size_bytes`. With `verify`, loads compare its checksums. Throws: Error; std::exception
+  /// without such a device or memory on it.
+  Subject(const std::filesystem::path& file, std::uint64_t size_bytes, Device to, bool verify);
 
   const LoadRequest& request(Work work) const { return work == Work::kPageCache ? from_page_cache : from_disk; }
   /// What one sample moves.
@@ -38,8 +39,9 @@ struct Subject {
   std::byte* target = nullptr;  ///< One of these two.
   LoadRequest from_disk;
   LoadRequest from_page_cache;
-  int loads_from_page_cache = 1;    ///< So many are one sample.
-  std::uint32_t usual_workers = 0;  ///< The engine's own choice, known after a sample with it.
+  int loads_from_page_cache = 1;     ///< So many are one sample.
+  std::uint32_t usual_workers = 0;   ///< The engine's own choice, known after a sample with it.
+  std::uint64_t verified_bytes = 0;  ///< In the last load.
   std::string fallback_reason;
 };
 

@@ -74,6 +74,17 @@ TEST(TuneTool, ADryRunKeepsNothingAndJsonTellsAllThatWasMeasured) {
   EXPECT_GT(report.at("page_cache").at(0).at("gb_per_s").to_number<double>(), 0);
 }
 
+TEST(TuneTool, LoadsCompareChecksumsIfAskedFor) {
+  const testing::TempDir dir;
+  for (const bool verify : {false, true}) {
+    const testing::Outcome outcome = tune(
+        dir.path(), dir / "config", std::string("--dry_run --json ") + (verify ? "--verify" : "") + " 2>/dev/null");
+    EXPECT_EQ(outcome.status, 0) << outcome.output;
+    EXPECT_EQ(boost::json::parse(outcome.output).at("verified_bytes").to_number<double>() > 0, verify)
+        << outcome.output;
+  }
+}
+
 TEST(TuneTool, ASignalThatEndsItRemovesItsFiles) {
   const testing::TempDir dir;
   const std::string here = "'" + dir.path().string() + "'";

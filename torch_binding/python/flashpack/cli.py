@@ -252,6 +252,7 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
 @click.option("--device", default="cpu", show_default=True, help="Where loads go: cpu, cuda or cuda:1.")
 @click.option("--budget", metavar="TIME", default="60s", show_default=True, help="Time to measure, as 60, 60s or 1min.")
 @click.option("--picture", type=click.Path(), metavar="FILE", help="Draw a map as .svg or .png, with matplotlib.")
+@click.option("--verify", is_flag=True, help="Loads compare checksums, as load_file() does by default.")
 @click.option("--writes", is_flag=True, help="Measure durable writes, too. They are only shown.")
 @click.option("--size_gib", type=float, default=1, show_default=True, help="Size of the file that is read.")
 @click.option("--dry_run", is_flag=True, help="Keep no profile.")
@@ -277,7 +278,7 @@ def tune(path: str, picture: str | None, **options: Any) -> None:
     with _reporting(verbose=False):
         from ._tune import tune
 
-        flags = [f"--{name}" for name in ("writes", "dry_run", "json") if options[name]]
+        flags = [f"--{name}" for name in ("verify", "writes", "dry_run", "json") if options[name]]
         values = [f"--{name}={options[name]}" for name in ("device", "budget", "size_gib")]
         status = tune([*values, *flags], path, picture)
     sys.exit(status)
