@@ -146,6 +146,8 @@ void count_between_gaps(std::span<const Fragment> fragments, StripeSums& sums) {
   }
 }
 
+// Chunks of several fragments, which are those of many small tensors on the host, are counted when all of them has
+// come.
 std::int64_t read_and_count(const ByteWork& work) {
   const std::span<const Fragment> fragments = work.fragments;
   if (fragments.size() == 1) return read_and_count_stripes(work, fragments.front());

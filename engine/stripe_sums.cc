@@ -65,7 +65,7 @@ StripeSums::StripeSums(std::uint64_t begin_bytes, std::uint64_t end_bytes) : end
   if (begin_bytes < end_bytes) grow(begin_bytes / kStripeBytes, (end_bytes - 1) / kStripeBytes + 1);
 }
 
-void StripeSums::change(std::uint64_t offset_bytes, std::span<const std::byte> bytes, Change change) noexcept {
+void StripeSums::count(std::uint64_t offset_bytes, std::span<const std::byte> bytes, Change change) noexcept {
   if (offset_bytes >= end_bytes_) return;
   bytes = bytes.first(std::min<std::uint64_t>(bytes.size(), end_bytes_ - offset_bytes));
   while (!bytes.empty()) {

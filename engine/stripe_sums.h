@@ -23,11 +23,11 @@ class StripeSums {
   /// skipped. Thread safety: any number of threads may call this and take_back() at a time. Other members need the
   /// object to themselves.
   void add(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept {
-    change(offset_bytes, bytes, Change::kAdd);
+    count(offset_bytes, bytes, Change::kAdd);
   }
   /// Undoes add() for the same bytes, which may have been added in other parts.
   void take_back(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept {
-    change(offset_bytes, bytes, Change::kTakeBack);
+    count(offset_bytes, bytes, Change::kTakeBack);
   }
   /// Adds all that `other` has counted. If `other` has another range, this one's range grows.
   void add(const StripeSums& other);
@@ -48,7 +48,7 @@ class StripeSums {
   };
 
   enum class Change : std::uint8_t { kAdd, kTakeBack };
-  void change(std::uint64_t offset_bytes, std::span<const std::byte> bytes, Change change) noexcept;
+  void count(std::uint64_t offset_bytes, std::span<const std::byte> bytes, Change change) noexcept;
   const Stripe* find(std::uint64_t index) const noexcept;
   void grow(std::uint64_t first, std::uint64_t end);
 

@@ -117,6 +117,29 @@ TEST_F(ByteWorkTest, ALargeFragmentIsCountedWhenAllOfItHasComeAndElseNotAtAll) {
   EXPECT_EQ(sums.counted_bytes(1), 300'001u);
 }
 
+TEST_F(ByteWorkTest, ALargeFragmentThatIsCachedInPartIsRefusedAndNothingStaysCounted) {
+  constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
+  const auto bytes = flashpack::testing::random_bytes(3 * kStripeBytes);
+  flashpack::testing::write_file(dir_ / "large", bytes);
+  const UniqueFd large(::open((dir_ / "large").c_str(), O_RDONLY));
+  std::vector<std::byte> memory(bytes.size());
+  StripeSums sums(0, memory.size());
+  const Fragment fragment{0, memory.size(), memory.data()};
+  const ByteWork cached{.op = ByteWork::Op::kFromCache,
+                        .fd = large.get(),
+                        .fragments = {&fragment, 1},
+                        .page_cache = {.only = true},
+                        .sums = &sums};
+  const auto drop_the_end = [&] {
+    flashpack::testing::read_file(dir_ / "large");
+    sums = StripeSums(0, memory.size());
+    ::fdatasync(large.get());
+    ::posix_fadvise(large.get(), 2 * kStripeBytes, kStripeBytes, POSIX_FADV_DONTNEED);
+  };
+  ASSERT_TRUE(is_refused_when(drop_the_end, cached, static_cast<std::int64_t>(memory.size())));
+  for (std::uint64_t index = 0; index < 3; ++index) EXPECT_EQ(sums.counted_bytes(index), 0u) << index;
+}
+
 TEST_F(ByteWorkTest, WritesArriveAndScatterTakesOnlyItsFragments) {
   GuardedMemory memory(5000);
   std::vector<Fragment> fragments = {{1000, 5000, memory.data()}};

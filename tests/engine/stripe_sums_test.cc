@@ -63,6 +63,28 @@ TEST(StripeSums, PartsInAnyOrderFromManyThreadsMakeTheSame) {
   }
 }
 
+TEST(StripeSums, WhatIsTakenBackWasNeverCountedWhateverTheParts) {
+  const auto bytes = flashpack::testing::random_bytes(3 * kStripe);
+  StripeSums sums(0, bytes.size());
+  const auto part = [&](std::uint64_t begin, std::uint64_t end) {
+    return std::span(bytes).subspan(begin, end - begin);
+  };
+  sums.add(0, part(0, kStripe));
+  for (const std::uint64_t begin : {kStripe + 5ull, kStripe + 900ull, kStripe + 70'000ull})
+    sums.add(begin, part(begin, begin + 100));
+  sums.add(kStripe + 1000, part(kStripe + 1000, 2 * kStripe + 33));
+  sums.take_back(kStripe + 5, part(kStripe + 5, kStripe + 105));
+  sums.take_back(kStripe + 900, part(kStripe + 900, kStripe + 1500));
+  sums.take_back(kStripe + 1500, part(kStripe + 1500, 2 * kStripe + 33));
+  sums.take_back(kStripe + 70'000, part(kStripe + 70'000, kStripe + 70'100));
+  EXPECT_EQ(sums.counted_bytes(0), kStripe);
+  EXPECT_EQ(sums.counted_bytes(1), 0u);
+  EXPECT_EQ(sums.counted_bytes(2), 0u);
+  sums.add(kStripe, part(kStripe, 3 * kStripe));
+  for (std::uint64_t index = 0; index < 3; ++index)
+    EXPECT_EQ(sums.crc32c(index, kStripe), crc32c(part(index * kStripe, (index + 1) * kStripe))) << index;
+}
+
 TEST(StripeSums, RangesAreJoinedAndWhatLiesOutsideIsPassedOver) {
   const auto bytes = flashpack::testing::random_bytes(4 * kStripe);
   StripeSums first(0, 2 * kStripe);
