@@ -91,7 +91,7 @@ void bind_this_thread(const std::vector<int>& cpus) {
 
 // Whether all of the load has been read while it was prepared.
 bool is_read(const internal::TransferState& state) {
-  return state.parts.size() == 1 && state.parts.front().handover.result() && !state.failure;
+  return state.driver.parts.size() == 1 && state.driver.parts.front().handover.result() && !state.driver.failure;
 }
 
 // Null if the workers are asked for.
@@ -265,7 +265,7 @@ Transfer Engine::start_load(LoadRequest request, Completion* completion) {
   impl_->owner().require_current("engine");
   auto state = internal::prepare_load(impl_->facts(), std::move(request), completion);
   if (!completion && !options().trace && is_read(*state)) {
-    state->add(*state->parts.front().handover.result());
+    state->add(*state->driver.parts.front().handover.result());
     state->finish(std::nullopt);  // Nobody is to be told on the driver thread, so it need not be woken.
   } else {
     impl_->start(state);

@@ -34,7 +34,7 @@ class Engine::Impl {
   const EngineOptions& options() const noexcept { return options_; }
   const std::string& fallback_reason() const noexcept { return fallback_reason_; }
   const internal::EngineFacts& facts() const noexcept { return facts_; }
-  /// Hands a prepared transfer to the driver. From then on, only the driver may use the transfer's driver members.
+  /// Hands a prepared transfer to the driver. From then on, only the driver may use TransferState::driver.
   void start(const std::shared_ptr<internal::TransferState>& state);
 
  private:

@@ -29,25 +29,27 @@ struct FileTasks::Shared {
 class FileTasks::OpenTask final : public Pool::Task {
  public:
   OpenTask(Part& part, OpenRules rules, std::shared_ptr<Shared> shared)
-      : transfer_(part.transfer->shared_from_this()),
-        part_(part),
+      : answer_{part.transfer->shared_from_this(), &part},
+        request_(part.request),
+        handover_(part.handover),
         rules_(rules),
         may_wait_for_descriptors_(!part.given && !part.alone),
         given_(std::move(part.given)),
         shared_(std::move(shared)) {
-    if (transfer_->after == AfterLoad::kDrop) rules_.at_once_bytes = 0;
+    if (part.transfer->request.after == AfterLoad::kDrop) rules_.at_once_bytes = 0;
     subject = std::hash<std::string>()(part.request.path.native()) | kOpening;
   }
 
   void run() noexcept override {
-    Opened opened =
-        open_part(part_.request, std::move(given_), part_.handover, shared_->table, rules_, may_wait_for_descriptors_);
-    shared_->inbox.answer({std::move(transfer_), &part_, std::move(opened)});
+    answer_.opened =
+        open_part(request_, std::move(given_), handover_, shared_->table, rules_, may_wait_for_descriptors_);
+    shared_->inbox.answer(std::move(answer_));
   }
 
  private:
-  std::shared_ptr<TransferState> transfer_;
-  Part& part_;
+  Inbox::Answer answer_;  // Keeps the transfer, and with it the part.
+  const PartRequest& request_;
+  Handover& handover_;
   OpenRules rules_;
   const bool may_wait_for_descriptors_;
   UniqueFd given_;
@@ -57,11 +59,12 @@ class FileTasks::OpenTask final : public Pool::Task {
 class FileTasks::CloseTask final : public Pool::Task {
  public:
   CloseTask(Part& part, std::shared_ptr<Shared> shared)
-      : transfer_(part.transfer->shared_from_this()),
-        part_(part),
+      : answer_{part.transfer->shared_from_this(), &part},
+        request_(part.request),
+        handover_(part.handover),
         planned_(std::move(part.planned)),
-        check_(!transfer_->failure),
-        drop_(transfer_->after == AfterLoad::kDrop && transfer_->stats.buffered_bytes > 0),
+        check_(!part.transfer->driver.failure),
+        drop_(part.transfer->request.after == AfterLoad::kDrop && part.transfer->driver.stats.buffered_bytes > 0),
         shared_(std::move(shared)) {
     // The descriptor cannot be the subject, because another file gets its number while the close still hangs.
     subject = reinterpret_cast<std::uintptr_t>(planned_->open.get()) | kClosing;
@@ -69,17 +72,18 @@ class FileTasks::CloseTask final : public Pool::Task {
 
   void run() noexcept override {
     PartResult result;
-    if (check_) result = check_part(part_.request, *planned_);
+    if (check_) result = check_part(request_, *planned_);
     if (drop_) planned_->file().drop_from_cache();
-    part_.handover.end(std::move(result));
-    if (part_.request.stays_open && planned_->open->remove_user()) planned_->open->close();
+    handover_.end(std::move(result));
+    if (request_.stays_open && planned_->open->remove_user()) planned_->open->close();
     planned_.reset();
-    shared_->inbox.answer({std::move(transfer_), &part_});
+    shared_->inbox.answer(std::move(answer_));
   }
 
  private:
-  std::shared_ptr<TransferState> transfer_;
-  Part& part_;
+  Inbox::Answer answer_;  // Keeps the transfer, and with it the part.
+  const PartRequest& request_;
+  Handover& handover_;
   std::unique_ptr<PlannedFile> planned_;
   const bool check_;
   const bool drop_;

@@ -95,7 +95,7 @@ FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::F
 void FileWriter::Impl::forget_those_that_ended_well() {
   std::erase_if(transfers_, [this](const auto& earlier) {
     if (!earlier->end.reached() || earlier->end.failure()) return false;
-    if (const auto& sums = earlier->parts.front().planned->sums) sums_.add(*sums);
+    if (const auto& sums = earlier->driver.parts.front().planned->sums) sums_.add(*sums);
     return true;
   });
 }
@@ -136,7 +136,7 @@ void FileWriter::Impl::settle(const char* verb) {
     if (const internal::Failure* const failure = state->end.failure()) throw failure->error();
   }
   for (const auto& state : transfers_) {
-    if (const auto& sums = state->parts.front().planned->sums) sums_.add(*sums);
+    if (const auto& sums = state->driver.parts.front().planned->sums) sums_.add(*sums);
   }
   transfers_.clear();
 }

@@ -47,7 +47,7 @@ Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route) {
   assert(!chunk.on_device || !chunk.in_place);
   const bool past_cache = route == Route::kDirect || route == Route::kRefused;
   const Memory on_host = past_cache && !chunk.in_place ? Memory::kSlot : Memory::kInPlace;
-  return way_of({.direction = part.transfer->direction,
+  return way_of({.direction = part.transfer->request.direction,
                  .route = route,
                  .memory = chunk.on_device ? Memory::kDevice : on_host,
                  .counted = part.planned->sums.has_value()});
@@ -71,7 +71,7 @@ ByteWork Job::byte_work() const {
                 .fragments = fragments(),
                 .sums = counts ? &*part->planned->sums : nullptr,
                 .transfer = part->transfer,
-                .populated = transfer().populated};
+                .populated = transfer().request.populated};
   switch (step) {
     case Step::kReadIfCached:
     case Step::kReadCached:
@@ -79,7 +79,7 @@ ByteWork Job::byte_work() const {
       work.op = step == Step::kWriteCached ? ByteWork::Op::kToCache : ByteWork::Op::kFromCache;
       work.fd = part->file().buffered_fd();
       if (way.view != View::kFragments) work.fragments = {&file_bytes, 1};
-      work.page_cache = {.only = step == Step::kReadIfCached, .drop = transfer().after == AfterLoad::kDrop};
+      work.page_cache = {.only = step == Step::kReadIfCached, .drop = transfer().request.after == AfterLoad::kDrop};
       return work;
     case Step::kPopulate:  // Counting reads the bytes, and so takes their page faults, too.
       work.op = counts ? ByteWork::Op::kChecksum : ByteWork::Op::kPopulate;
@@ -128,7 +128,7 @@ bool Jobs::may_have_more(const Part& part) const {
 
 std::optional<int> Jobs::take_slot(const Part& part) {
   // A chunk behind a gate may wait long, so such chunks leave half of the slots to others.
-  const std::size_t kept = part.transfer->gate ? limits_.slots / 2 : 0;
+  const std::size_t kept = part.transfer->driver.gate ? limits_.slots / 2 : 0;
   const std::size_t used = slots_.size() - free_slots_.size() - stuck_slots_;
   if (free_slots_.empty() || used + kept >= limits_.slots) return std::nullopt;
   const std::size_t spare = slots_.size() - limits_.slots;
@@ -155,7 +155,7 @@ std::optional<unsigned> Jobs::open(Part& part, const Chunk& chunk, const Way& wa
   assert(job.step == Step::kFree);
   job = Job{.part = &part, .chunk = &chunk, .way = way, .slot = slot};
   set_view(job);
-  ++part.transfer->jobs;
+  ++part.transfer->driver.jobs;
   ++part.transfer->outstanding;
   return tag;
 }
@@ -242,7 +242,7 @@ void Jobs::tell_of_end(const Job& job, Step next, Time now) const {
   const auto depth = std::ranges::count_if(jobs_, [&](const Job& other) { return stage_of(other) == stage; });
   tracer_.sink->event({.stage = *stage,
                        .engine = tracer_.engine,
-                       .transfer = job.transfer().number,
+                       .transfer = job.transfer().driver.number,
                        .file = job.part->request.index,
                        .path = job.part->request.path.native(),
                        .lane = static_cast<std::uint32_t>(&job - jobs_.data()),
@@ -256,13 +256,13 @@ void Jobs::tell_of_end(const Job& job, Step next, Time now) const {
 void Jobs::close(unsigned tag, Time now) {
   Job& job = jobs_[tag];
   TransferState& transfer = job.transfer();
-  assert(transfer.jobs > 0 && transfer.outstanding > 0);
+  assert(transfer.driver.jobs > 0 && transfer.outstanding > 0);
   enter(job, Step::kFree, now);
   if (job.slot >= 0) free_slots_.push_back(job.slot);
   job = Job{};
   free_.push_back(tag);
   --transfer.outstanding;
-  --transfer.jobs;
+  --transfer.driver.jobs;
 }
 
 }  // namespace flashpack::internal

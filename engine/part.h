@@ -98,8 +98,8 @@ class Handover {
   PartResult result_;
 };
 
-/// Only the driver uses it, but the thread that opens or closes the file uses the request and the handover. After the
-/// end of a store, its FileWriter reads the sums.
+/// Belongs to TransferState::Driver, so that the driver alone uses it. A thread that opens or closes the file gets
+/// references to the request and the handover.
 struct Part {
   enum class State : std::uint8_t {
     kWaiting,   // Until its turn comes.

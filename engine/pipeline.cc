@@ -78,11 +78,11 @@ void Pipeline::attend_to_gates() {
   for (std::size_t i = gated_.size(); i-- > 0;) {
     TransferState& transfer = *gated_[i];
     std::error_code error;
-    if (!transfer.failure && transfer.gate->open(error)) transfer.gate.reset();
-    if (transfer.gate && !transfer.failure && !error) continue;
+    if (!transfer.driver.failure && transfer.driver.gate->open(error)) transfer.driver.gate.reset();
+    if (transfer.driver.gate && !transfer.driver.failure && !error) continue;
     gates_changed_ = now_;
     gated_.erase(gated_.begin() + static_cast<std::ptrdiff_t>(i));
-    if (error) give_up(transfer, file_error(error, transfer.verb(), transfer.path()));
+    if (error) give_up(transfer, file_error(error, transfer.verb(), transfer.driver.path()));
   }
   steps_.look_at_gates();
 }

@@ -17,30 +17,30 @@ void Pipeline::admit() {
   std::shared_ptr<TransferState>& cancelled = messages_.cancelled;
   while (cancelled) {
     const std::shared_ptr<TransferState> transfer = std::exchange(cancelled, std::move(cancelled->next_cancelled));
-    if (transfer->self && !transfer->failure)
-      give_up(*transfer, file_error(Errc::kCancelled, transfer->verb(), transfer->path()));
+    if (transfer->driver.self && !transfer->driver.failure)
+      give_up(*transfer, file_error(Errc::kCancelled, transfer->verb(), transfer->driver.path()));
   }
 }
 
 void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
   TransferState& transfer = *started;
-  transfer.self = started;
-  transfer.number = next_number_++;
-  transfer.parts_awaited = transfer.parts.size();
+  transfer.driver.self = started;
+  transfer.driver.number = next_number_++;
+  transfer.driver.parts_awaited = transfer.driver.parts.size();
   ++unfinished_;
-  if (transfer.deadline) deadlines_.emplace(*transfer.deadline, &transfer);
-  if (transfer.gate) {
+  if (transfer.request.deadline) deadlines_.emplace(*transfer.request.deadline, &transfer);
+  if (transfer.driver.gate) {
     gated_.push_back(&transfer);
     gates_changed_ = now_;
   }
-  for (Part& part : transfer.parts) {
+  for (Part& part : transfer.driver.parts) {
     part.transfer = &transfer;
     part.turn = next_turn_++;
   }
-  if (transfer.failure) return give_up(transfer, transfer.failure->error());
+  if (transfer.driver.failure) return give_up(transfer, transfer.driver.failure->error());
   if (transfer.cancel_requested)  // The transfer was cancelled before the driver had it.
-    return give_up(transfer, file_error(Errc::kCancelled, transfer.verb(), transfer.path()));
-  for (Part& part : transfer.parts) admit(part);
+    return give_up(transfer, file_error(Errc::kCancelled, transfer.verb(), transfer.driver.path()));
+  for (Part& part : transfer.driver.parts) admit(part);
   settle(transfer);
 }
 
@@ -55,7 +55,8 @@ void Pipeline::expire() {
   while (!deadlines_.empty() && deadlines_.begin()->first <= now_) {
     TransferState& transfer = *deadlines_.begin()->second;
     deadlines_.erase(deadlines_.begin());
-    if (!transfer.failure) give_up(transfer, file_error(Errc::kDeadlineExceeded, transfer.verb(), transfer.path()));
+    if (!transfer.driver.failure)
+      give_up(transfer, file_error(Errc::kDeadlineExceeded, transfer.verb(), transfer.driver.path()));
   }
 }
 
@@ -82,16 +83,16 @@ void Pipeline::on_answer(Inbox::Answer& answer) {
 
 void Pipeline::on_opened(Part& part, Opened opened) {
   TransferState& transfer = *part.transfer;
-  if (opened.planned && !opened.failure && !transfer.failure) {
+  if (opened.planned && !opened.failure && !transfer.driver.failure) {
     part.planned = std::move(opened.planned);
     return begin_issuing(part);
   }
   if (opened.planned) {
-    if (!transfer.failure) give_up(transfer, opened.failure->error());
+    if (!transfer.driver.failure) give_up(transfer, opened.failure->error());
     part.planned = std::move(opened.planned);  // Only now, because the transfer may have ended, which does not wait.
     return close(part);
   }
-  if (no_descriptors(opened.failure->code) && !transfer.failure && !part.alone && !part.request.by_descriptor) {
+  if (no_descriptors(opened.failure->code) && !transfer.driver.failure && !part.alone && !part.request.by_descriptor) {
     // Out of descriptors: the part waits until a file of this engine has been closed. The caller's descriptor is gone,
     // and the path may lead to another file.
     return parts_.enter(part, Part::State::kWaiting, now_);
@@ -135,7 +136,7 @@ void Pipeline::on_delivered(Part& part, const Chunk& chunk) {
 bool Pipeline::may_leave_open(const Part& part) const {
   const PlannedFile& planned = *part.planned;
   return part.request.stays_open && planned.plan.total_bytes <= limits_.chunk_bytes && !planned.sums &&
-         part.transfer->after == AfterLoad::kKeep;
+         part.transfer->request.after == AfterLoad::kKeep;
 }
 
 // To be called when all chunks of the part have been delivered.
@@ -148,8 +149,8 @@ void Pipeline::on_all_delivered(Part& part) {
 }
 
 void Pipeline::note_fallbacks(Part& part) {
-  part.transfer->note_fallback(part.planned->fallback_reason);
-  part.transfer->note_fallback(part.planned->router.fallback_reason());
+  part.transfer->driver.note_fallback(part.planned->fallback_reason);
+  part.transfer->driver.note_fallback(part.planned->router.fallback_reason());
 }
 
 // The transfer takes over the result of the part, unless a thread still works on it, and does not wait for the part any
@@ -157,12 +158,12 @@ void Pipeline::note_fallbacks(Part& part) {
 void Pipeline::stop_waiting_for(Part& part) {
   if (!std::exchange(part.awaited, false)) return;
   TransferState& transfer = *part.transfer;
-  assert(transfer.parts_awaited > 0);
-  --transfer.parts_awaited;
+  assert(transfer.driver.parts_awaited > 0);
+  --transfer.driver.parts_awaited;
   if (const PartResult* const result = part.handover.result()) {
     transfer.add(*result);
-    if (result->failure && !transfer.failure) return give_up(transfer, result->failure->error());
-    if (result->read_bytes > 0 && !transfer.failure) transfer.report_at_once(part);
+    if (result->failure && !transfer.driver.failure) return give_up(transfer, result->failure->error());
+    if (result->read_bytes > 0 && !transfer.driver.failure) transfer.report_at_once(part);
   }
   settle(transfer);
 }
@@ -175,7 +176,7 @@ void Pipeline::look_for_late_parts() {
   for (std::size_t i = with_threads.size(); i-- > 0;) {
     Part& part = *with_threads[i];
     if (!part.late || !part.awaited) continue;
-    const bool failed = part.transfer->failure.has_value();
+    const bool failed = part.transfer->driver.failure.has_value();
     const bool opens = part.state == Part::State::kOpening && failed && part.handover.claim_memory();
     const bool closes = part.handover.result() || (part.state == Part::State::kClosing && failed);
     if (!opens && !closes) continue;
@@ -187,9 +188,9 @@ void Pipeline::look_for_late_parts() {
 // Ends a transfer that has failed: no chunk of it is issued any more, and operations in flight are cancelled and waited
 // for.
 void Pipeline::give_up(TransferState& transfer, const Error& error) {
-  transfer.failure = Failure(error);
+  transfer.driver.failure = Failure(error);
   steps_.abandon_chunks_of(transfer);
-  for (Part& part : transfer.parts) {
+  for (Part& part : transfer.driver.parts) {
     if (part.state == Part::State::kOpen) std::erase(issuing_like(part), &part);
     if (part.state == Part::State::kWaiting) parts_.enter(part, Part::State::kDone, now_);
     if (part.state == Part::State::kDone && part.given) files_.close(std::move(part.given));
@@ -199,7 +200,7 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
     const bool nobody_has_it = part.state == Part::State::kDone || part.state == Part::State::kAnswered;
     if (!left_to_its_thread && !nobody_has_it) continue;
     if (!std::exchange(part.awaited, false)) continue;
-    --transfer.parts_awaited;
+    --transfer.driver.parts_awaited;
     if (left_to_its_thread) --transfer.outstanding;
   }
   settle(transfer);
@@ -207,47 +208,47 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
 
 // Ends the transfer if there is nothing left to wait for.
 void Pipeline::settle(TransferState& transfer) {
-  const std::shared_ptr<TransferState> keep = transfer.self;
-  if (!keep || transfer.jobs > 0) return;
-  if (transfer.failure) {
-    for (Part& part : transfer.parts) {
+  const std::shared_ptr<TransferState> keep = transfer.driver.self;
+  if (!keep || transfer.driver.jobs > 0) return;
+  if (transfer.driver.failure) {
+    for (Part& part : transfer.driver.parts) {
       if (part.state == Part::State::kOpen) on_all_delivered(part);
     }
   }
-  if (transfer.self && transfer.parts_awaited == 0) end(transfer);
+  if (transfer.driver.self && transfer.driver.parts_awaited == 0) end(transfer);
 }
 
 void Pipeline::tell_of_end(const TransferState& transfer) const {
-  const std::string path = transfer.path().native();
+  const std::string path = transfer.driver.path().native();
   tracer_.sink->event({.stage = TraceStage::kTransfer,
                        .engine = tracer_.engine,
-                       .transfer = transfer.number,
+                       .transfer = transfer.driver.number,
                        .path = path,
                        .size_bytes = transfer.done_bytes,
                        .begin = transfer.started,
                        .end = std::chrono::steady_clock::now(),
                        .depth = static_cast<std::uint32_t>(unfinished_),
-                       .error = transfer.failure ? transfer.failure->code : std::error_code(),
-                       .note = transfer.stats.fallback_reason});
+                       .error = transfer.driver.failure ? transfer.driver.failure->code : std::error_code(),
+                       .note = transfer.driver.stats.fallback_reason});
 }
 
 void Pipeline::end(TransferState& transfer) {
-  assert(transfer.jobs == 0 && transfer.parts_awaited == 0);
-  const std::shared_ptr<TransferState> keep = std::exchange(transfer.self, nullptr);
-  if (transfer.deadline) deadlines_.erase({*transfer.deadline, &transfer});
-  if (transfer.gate) std::erase(gated_, &transfer);
-  transfer.gate.reset();  // The gate belongs to the device, which the caller's handle may outlive.
-  for (Part& part : transfer.parts) {
+  assert(transfer.driver.jobs == 0 && transfer.driver.parts_awaited == 0);
+  const std::shared_ptr<TransferState> keep = std::exchange(transfer.driver.self, nullptr);
+  if (transfer.request.deadline) deadlines_.erase({*transfer.request.deadline, &transfer});
+  if (transfer.driver.gate) std::erase(gated_, &transfer);
+  transfer.driver.gate.reset();  // The gate belongs to the device, which the caller's handle may outlive.
+  for (Part& part : transfer.driver.parts) {
     if (part.planned && part.request.stays_open && part.planned->open->remove_user())
       files_.close(std::move(part.planned->open));
     if (part.planned && transfer.is_load()) part.planned.reset();
     if (part.planned) part.planned->open.reset();  // Its FileWriter reads the sums, and closes the file.
   }
-  transfer.note_fallback(queues_.disk.fallback_reason());
-  if (copier_) transfer.note_fallback(copier_->fallback_reason());
+  transfer.driver.note_fallback(queues_.disk.fallback_reason());
+  if (copier_) transfer.driver.note_fallback(copier_->fallback_reason());
   if (tracer_) tell_of_end(transfer);
   --unfinished_;
-  transfer.finish(transfer.failure);
+  transfer.finish(transfer.driver.failure);
 }
 
 }  // namespace flashpack::internal

@@ -39,17 +39,21 @@ std::unique_ptr<Gate> gate_for(const EngineFacts& engine, std::span<const Fragme
   return ask_copier([&] { return engine.copier->gate(stream); });
 }
 
-std::shared_ptr<TransferState> new_transfer(const EngineFacts& engine, Direction direction,
-                                            std::optional<Deadline> deadline, Completion* completion) {
-  auto state = std::make_shared<TransferState>();
-  state->direction = direction;
-  state->deadline = deadline;
-  state->completion = completion;
-  state->populated = engine.populated;
-  state->stats.backend = engine.backend;
-  state->stats.pinned = engine.copier && engine.copier->locked();
-  state->note_fallback(engine.fallback_reason);
+std::shared_ptr<TransferState> new_transfer(const EngineFacts& engine, TransferRequest request) {
+  request.populated = engine.populated;
+  auto state = std::make_shared<TransferState>(request);
+  state->driver.stats.backend = engine.backend;
+  state->driver.stats.requested_bytes = request.total_bytes;
+  state->driver.stats.pinned = engine.copier && engine.copier->locked();
+  state->driver.note_fallback(engine.fallback_reason);
   return state;
+}
+
+template <class Extents>
+std::uint64_t total_bytes(const Extents& extents) {
+  std::uint64_t total = 0;
+  for (const auto& extent : extents) total += extent.size_bytes;
+  return total;
 }
 
 void check_checksums(const FileExtents& file) {
@@ -106,7 +110,7 @@ void check_handle(const EngineFacts& engine, const FileExtents& file) {
 Part& add_part(const EngineFacts& engine, TransferState& state, FileExtents file, const OpenFile* open,
                CachePolicy cache, bool reported) {
   PartRequest wanted{.path = open ? open->file.path() : std::move(file.path),
-                     .index = static_cast<std::uint32_t>(state.parts.size()),
+                     .index = static_cast<std::uint32_t>(state.driver.parts.size()),
                      .cache = cache,
                      .expected = file.expected,
                      .by_descriptor = file.fd >= 0,
@@ -116,11 +120,10 @@ Part& add_part(const EngineFacts& engine, TransferState& state, FileExtents file
     if (extent.size_bytes == 0) continue;
     wanted.extents.push_back({extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target), index,
                               on_device(engine, extent.target), extent.priority});
-    state.total_bytes += extent.size_bytes;
   }
   if (reported) wanted.reported_extents = static_cast<std::uint32_t>(file.extents.size());
   if (file.checksums) wanted.checksums = wanted_of(*file.checksums, wanted.extents);
-  Part& part = state.parts.emplace_back(std::move(wanted));
+  Part& part = state.driver.parts.emplace_back(std::move(wanted));
   if (file.fd >= 0 && !open) part.given = duplicate(file.fd, part.request.path);
   return part;
 }
@@ -128,7 +131,7 @@ Part& add_part(const EngineFacts& engine, TransferState& state, FileExtents file
 // Plans the part of a file that is open already or, if nothing else is to be loaded, reads it at once.
 void begin(const EngineFacts& engine, TransferState& state, Part& part, const std::shared_ptr<OpenFile>& open,
            bool is_only) {
-  if (is_only && state.after == AfterLoad::kKeep && !state.deadline) {
+  if (is_only && state.request.after == AfterLoad::kKeep && !state.request.deadline) {
     const Residency* const known = open->residency ? &*open->residency : nullptr;
     if (auto result = read_at_once(part.request, open->file, known, part.handover, engine.at_once_bytes))
       return part.handover.end(std::move(*result));
@@ -146,8 +149,13 @@ std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadReque
     check_handle(engine, file);
   }
   check_targets(request.files);
-  auto state = new_transfer(engine, Direction::kLoad, request.deadline, completion);
-  state->after = request.after;
+  std::uint64_t all_bytes = 0;
+  for (const FileExtents& file : request.files) all_bytes += total_bytes(file.extents);
+  auto state = new_transfer(engine, {.direction = Direction::kLoad,
+                                     .deadline = request.deadline,
+                                     .completion = completion,
+                                     .after = request.after,
+                                     .total_bytes = all_bytes});
   try {
     for (FileExtents& file : request.files) {
       const std::shared_ptr<OpenFile> open = OpenFile::of(file.handle);
@@ -156,12 +164,11 @@ std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadReque
       if (open) begin(engine, *state, part, open, request.files.size() == 1);
     }
   } catch (const Error& error) {
-    state->failure = Failure(error);
+    state->driver.failure = Failure(error);
   }
-  for (const Part& part : state->parts) {
-    if (!state->gate) state->gate = gate_for(engine, part.request.extents, request.stream);
+  for (const Part& part : state->driver.parts) {
+    if (!state->driver.gate) state->driver.gate = gate_for(engine, part.request.extents, request.stream);
   }
-  state->stats.requested_bytes = state->total_bytes;
   return state;
 }
 
@@ -188,16 +195,18 @@ std::vector<Fragment> extents_of(const EngineFacts& engine, const WriteRequest& 
 std::shared_ptr<TransferState> prepare_store(const EngineFacts& engine, const StoreTarget& target,
                                              const WriteRequest& request, std::vector<Fragment> extents,
                                              Completion* completion) {
-  auto state = new_transfer(engine, Direction::kStore, request.deadline, completion);
-  state->gate = gate_for(engine, extents, request.stream);
+  auto state = new_transfer(engine, {.direction = Direction::kStore,
+                                     .deadline = request.deadline,
+                                     .completion = completion,
+                                     .total_bytes = total_bytes(extents)});
+  state->driver.gate = gate_for(engine, extents, request.stream);
   auto planned = std::make_unique<PlannedFile>(PlannedFile{.open = target.open});
   const File& file = planned->file();
   if (file.direct_fd() < 0) planned->fallback_reason = "direct I/O: " + errno_code(file.direct_error()).message();
   if (target.checksums && !extents.empty()) planned->sums.emplace(extents.front().offset_bytes, end_of(extents.back()));
   planned->plan = Plan::of_store(std::move(extents), engine.chunk_bytes, file.alignment());
   planned->router = Router(planned->plan, file);
-  state->stats.requested_bytes = state->total_bytes = planned->plan.total_bytes;
-  state->parts.emplace_back(PartRequest{.path = target.path}).planned = std::move(planned);
+  state->driver.parts.emplace_back(PartRequest{.path = target.path}).planned = std::move(planned);
   return state;
 }
 

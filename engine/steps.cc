@@ -60,9 +60,9 @@ void Steps::look_at_gates() {
   if (jobs_.in(Step::kWait) == 0) return;
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
     if (jobs_[tag].step != Step::kWait) continue;
-    if (jobs_[tag].transfer().failure) {
+    if (jobs_[tag].transfer().driver.failure) {
       close_job(tag);
-    } else if (!jobs_[tag].transfer().gate) {
+    } else if (!jobs_[tag].transfer().driver.gate) {
       advance(tag);
     }
   }
@@ -84,13 +84,13 @@ void Steps::begin(unsigned tag, Step step) {
     case Step::kReadIfCached:
     case Step::kReadCached:
     case Step::kWriteCached:
-      ++job.transfer().stats.operations;
+      ++job.transfer().driver.stats.operations;
       [[fallthrough]];
     case Step::kPopulate:
     case Step::kCount:
       return give_to_workers(tag);
     case Step::kWait:
-      return job.transfer().gate ? void() : advance(tag);
+      return job.transfer().driver.gate ? void() : advance(tag);
     case Step::kScatter:
     case Step::kGather:
       if (!job.way.to_device) return give_to_workers(tag);
@@ -109,7 +109,7 @@ void Steps::move_direct(unsigned tag) {
   DiskQueue*& queue = job.part->planned->open->queue;
   if (queue->refuses()) queue = &queues_.stand_in;
   job.queue = queue;
-  ++job.transfer().stats.operations;
+  ++job.transfer().driver.stats.operations;
   queue->push(tag, job.disk_request());
 }
 
@@ -146,7 +146,7 @@ void Steps::complete(IoCompletion completion) {
 
 void Steps::on_direct(unsigned tag, std::int64_t result) {
   Job& job = jobs_[tag];
-  TransferStats& stats = job.transfer().stats;
+  TransferStats& stats = job.transfer().driver.stats;
   const bool reads = job.step == Step::kRead;
   if (result == -EINVAL || result == -EOPNOTSUPP) return refuse_direct(tag);
   const bool interrupted = result == -EINTR || result == -EAGAIN;
@@ -179,17 +179,17 @@ void Steps::on_buffered(unsigned tag, std::int64_t result) {
   if (result < 0) return fail(tag, errno_code(static_cast<int>(-result)));
   TransferState& transfer = job.transfer();
   const auto moved = static_cast<std::uint64_t>(result);
-  transfer.stats.buffered_bytes += moved;
+  transfer.driver.stats.buffered_bytes += moved;
   const bool in_slot = has_slot(job.way.view);
   if (moved != (in_slot ? job.file_bytes.size_bytes : job.part->plan().wanted_bytes(*job.chunk)))
     return fail(tag, job.step == Step::kWriteCached ? errno_code(EIO) : make_error_code(Errc::kTruncated));
-  if (in_slot) transfer.stats.staged_bytes += moved;
+  if (in_slot) transfer.driver.stats.staged_bytes += moved;
   advance(tag);
 }
 
 // To be called when a copy or a count has ended.
 void Steps::on_worked(unsigned tag, std::error_code error) {
-  if (jobs_[tag].transfer().failure) return close_job(tag);
+  if (jobs_[tag].transfer().driver.failure) return close_job(tag);
   error ? fail(tag, error) : advance(tag);
 }
 
@@ -200,8 +200,8 @@ void Steps::refuse_direct(unsigned tag) {
   TransferState& transfer = job.transfer();
   assert(job.step == Step::kRead || job.step == Step::kWrite);
   job.part->planned->router.refuse_direct();
-  ++transfer.stats.retries;
-  transfer.note_fallback("direct I/O: refused by the file system at the first use");
+  ++transfer.driver.stats.retries;
+  transfer.driver.note_fallback("direct I/O: refused by the file system at the first use");
   jobs_.reroute(job, way_of(*job.part, *job.chunk, Route::kRefused));
   advance(tag);
 }
@@ -219,7 +219,7 @@ void Steps::give_back(unsigned tag) {
   Part& part = *jobs_[tag].part;
   assert(part.state == Part::State::kOpen && part.chunks_open > 0);
   part.planned->router.give_back(*jobs_[tag].chunk);
-  ++part.transfer->stats.retries;
+  ++part.transfer->driver.stats.retries;
   close_job(tag);
   owner_.on_given_back(part);
 }
@@ -234,7 +234,7 @@ void Steps::fail(unsigned tag, std::error_code code) {
 }
 
 void Steps::abandon_chunks_of(TransferState& transfer) {
-  if (transfer.jobs == 0) return;
+  if (transfer.driver.jobs == 0) return;
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
     Job& job = jobs_[tag];
     const bool copies = job.step == Step::kScatter || job.step == Step::kGather;
@@ -248,7 +248,7 @@ void Steps::abandon_chunks_of(TransferState& transfer) {
 void Steps::close_job(unsigned tag) {
   TransferState& transfer = jobs_[tag].transfer();
   jobs_.close(tag, now_);
-  if (transfer.failure) owner_.on_came_back(transfer);
+  if (transfer.driver.failure) owner_.on_came_back(transfer);
 }
 
 }  // namespace flashpack::internal

@@ -23,9 +23,10 @@ const char* to_string(Backend backend) noexcept {
 
 namespace internal {
 
-void TransferEnd::reach(std::optional<Failure> failure) {
+void TransferEnd::reach(std::optional<Failure> failure, TransferStats stats) {
   const std::lock_guard lock(mutex_);
   failure_ = std::move(failure);
+  stats_ = std::move(stats);
   reached_ = true;
   reached_by_ = std::this_thread::get_id();
 }
@@ -68,24 +69,29 @@ const Failure* TransferEnd::failure() const {
   return failure_ ? &*failure_ : nullptr;
 }
 
+TransferStats TransferEnd::stats() const {
+  const std::lock_guard lock(mutex_);
+  return stats_;
+}
+
 void TransferState::add(const PartResult& result) {
-  stats.verified_bytes += result.verified_bytes;
-  stats.buffered_bytes += result.read_bytes;
-  stats.operations += result.read_bytes > 0;
+  driver.stats.verified_bytes += result.verified_bytes;
+  driver.stats.buffered_bytes += result.read_bytes;
+  driver.stats.operations += result.read_bytes > 0;
+  driver.note_fallback(result.fallback_reason);
   done_bytes += result.read_bytes;
-  note_fallback(result.fallback_reason);
 }
 
 void TransferState::finish(std::optional<Failure> result) {
-  stats.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  driver.stats.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
   {
     const std::lock_guard lock(inbox_mutex);
     inbox = nullptr;
   }
-  end.reach(std::move(result));
-  if (completion) {
+  end.reach(std::move(result), driver.stats);
+  if (request.completion) {
     Transfer transfer = handle(shared_from_this());
-    completion->done(transfer);
+    request.completion->done(transfer);
   }
   end.publish();
 }
@@ -96,11 +102,12 @@ void TransferState::cancel(const std::shared_ptr<TransferState>& state) noexcept
   if (state->inbox) state->inbox->cancel(state);
 }
 
-void TransferState::note_fallback(const std::string& reason) { add_reason(stats.fallback_reason, reason); }
+void TransferState::Driver::note_fallback(const std::string& reason) { add_reason(stats.fallback_reason, reason); }
 
 void TransferState::report_at_once(const Part& part) const {
   for (std::uint32_t extent = 0; extent < part.request.reported_extents; ++extent) {
-    if (!part.planned || part.planned->landing->has_landed(extent)) completion->landed(part.request.index, extent);
+    if (!part.planned || part.planned->landing->has_landed(extent))
+      request.completion->landed(part.request.index, extent);
   }
 }
 
@@ -115,7 +122,7 @@ void TransferState::report_landed(Part& part, const Chunk& chunk) const {
   }
   for (const std::uint32_t each : landed) {
     for (const Fragment& fragment : planned.plan.fragments_of(planned.plan.chunks[each])) {
-      if (planned.landing->land(fragment)) completion->landed(part.request.index, fragment.extent);
+      if (planned.landing->land(fragment)) request.completion->landed(part.request.index, fragment.extent);
     }
   }
 }
@@ -140,7 +147,7 @@ TransferStats Transfer::wait() {
   state_->owner.require_current("transfer");
   state_->end.wait();
   if (const internal::Failure* const failure = state_->end.failure()) throw failure->error();
-  return state_->stats;
+  return state_->end.stats();
 }
 
 bool Transfer::wait_for(std::chrono::nanoseconds duration) {
@@ -156,7 +163,7 @@ Progress Transfer::progress() const {
   state_->owner.require_current("transfer");
   const bool finished = state_->end.visible();  // First, so that the counts of a finished transfer are final.
   return {.done_bytes = state_->done_bytes.load(),
-          .total_bytes = state_->total_bytes,
+          .total_bytes = state_->request.total_bytes,
           .outstanding = state_->outstanding.load(),
           .finished = finished};
 }
@@ -175,8 +182,7 @@ std::string Transfer::error_text() const {
 
 TransferStats Transfer::stats() const {
   state_->owner.require_current("transfer");
-  // The lock that reached() takes makes all that the driver has written visible.
-  return state_->end.reached() ? state_->stats : TransferStats{};
+  return state_->end.stats();
 }
 
 void Transfer::detach() noexcept { state_.reset(); }

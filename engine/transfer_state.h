@@ -30,7 +30,7 @@ namespace flashpack::internal {
 class TransferEnd {
  public:
   /// The transfer has ended: nothing of it is under way any more.
-  void reach(std::optional<Failure> failure);
+  void reach(std::optional<Failure> failure, TransferStats stats);
   /// Wakes the threads that wait.
   void publish();
 
@@ -43,6 +43,8 @@ class TransferEnd {
   bool wait_for(std::chrono::nanoseconds duration) const;
   /// Null if the transfer has not ended, or has ended without a failure. Stays valid.
   const Failure* failure() const;
+  /// Empty if the transfer has not ended.
+  TransferStats stats() const;
 
  private:
   bool is_visible() const;
@@ -53,22 +55,52 @@ class TransferEnd {
   bool published_ = false;
   std::thread::id reached_by_;
   std::optional<Failure> failure_;  // Constant once `reached_`.
+  TransferStats stats_;
+};
+
+/// The wishes of the caller for all files of a transfer.
+struct TransferRequest {
+  Direction direction = Direction::kLoad;
+  std::optional<Deadline> deadline;
+  Completion* completion = nullptr;
+  AfterLoad after = AfterLoad::kKeep;
+  std::uint64_t total_bytes = 0;  // Size of all extents.
+  Populated populated = nullptr;  // The engine's.
 };
 
 /// Shared by the caller's handle, the driver, threads that open or close a file of the transfer, and the FileWriter
 /// that started it, because any of them may be the last to need it.
 struct TransferState : std::enable_shared_from_this<TransferState> {
+  /// The thread that prepares the transfer has it until the start. From then on only the driver uses it, until the end.
+  /// The FileWriter of a store reads the sums of its part after the end.
+  struct Driver {
+    std::deque<Part> parts;               // A store has one part, already open. Parts never move in memory.
+    std::uint64_t number = 0;             // Counted from 1 in the order in which the driver got them.
+    std::shared_ptr<TransferState> self;  // Set until the end, so that the state outlives its handle.
+    std::unique_ptr<Gate> gate;           // While set, nothing is copied to or from a device.
+    std::size_t parts_awaited = 0;        // Parts that the end still waits for.
+    std::uint32_t jobs = 0;               // Chunks under way.
+    std::optional<Failure> failure;       // If set at the start, the transfer ends at once.
+    TransferStats stats;
+
+    /// Adds `reason` to stats.fallback_reason unless it is there.
+    void note_fallback(const std::string& reason);
+    /// The path for messages that concern no single file.
+    std::filesystem::path path() const { return parts.empty() ? std::filesystem::path() : parts.front().request.path; }
+  };
+
+  explicit TransferState(TransferRequest wanted = {}) : request(wanted) {}
+
   static Transfer handle(std::shared_ptr<TransferState> state) { return Transfer(std::move(state)); }
+  /// Any thread.
+  static void cancel(const std::shared_ptr<TransferState>& state) noexcept;
+
+  // The next four are for the thread that has `driver`.
 
   /// Takes over the result of a part.
   void add(const PartResult& result);
-  /// Called at the end, by the driver or, if all has been read before the start, by the thread that starts the
-  /// transfer. Calls the completion.
+  /// Ends the transfer, and calls the completion.
   void finish(std::optional<Failure> result);
-  static void cancel(const std::shared_ptr<TransferState>& state) noexcept;
-  /// Adds `reason` to stats.fallback_reason unless it is there. Called by the thread that prepares the transfer, later
-  /// by the driver.
-  void note_fallback(const std::string& reason);
   /// Tells the completion of the part's extents that wait for no chunk: those of no bytes or, if the thread that opened
   /// the file has read it, all.
   void report_at_once(const Part& part) const;
@@ -76,41 +108,23 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   /// delivered. Throws: Error, kCorrupt, if a stripe of them does not match.
   void report_landed(Part& part, const Chunk& chunk) const;
 
-  bool is_load() const noexcept { return direction == Direction::kLoad; }
+  bool is_load() const noexcept { return request.direction == Direction::kLoad; }
   const char* verb() const noexcept { return is_load() ? "read" : "write"; }
-  /// The path for messages that concern no single file.
-  std::filesystem::path path() const { return parts.empty() ? std::filesystem::path() : parts.front().request.path; }
 
-  // Constant once started.
-  Direction direction = Direction::kLoad;
-  std::optional<Deadline> deadline;
-  Completion* completion = nullptr;
-  AfterLoad after = AfterLoad::kKeep;
-  Populated populated = nullptr;
-  std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
+  const TransferRequest request;
+  const std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
   const detail::OwnerProcess owner;
 
-  // Only for the driver, once started. After the end, a FileWriter reads the sums of its part.
-  std::deque<Part> parts;               // A store has one part, already open. Parts never move in memory.
-  std::uint64_t number = 0;             // Counted from 1 in the order in which the driver got them.
-  std::shared_ptr<TransferState> self;  // Set until the end, so that the state outlives its handle.
-  std::unique_ptr<Gate> gate;           // While set, nothing is copied to or from a device.
-  std::size_t parts_awaited = 0;        // Parts that the end still waits for.
-  std::uint32_t jobs = 0;               // Chunks under way.
-  std::optional<Failure> failure;       // If set at the start, the transfer ends at once.
+  Driver driver;
 
-  // For any thread; only the driver writes the counters.
+  // Any thread; only the driver writes the counters.
   std::atomic<bool> cancel_requested = false;
   std::atomic<std::uint64_t> done_bytes = 0;
   std::atomic<std::uint32_t> outstanding = 0;  // Chunks under way, and files that are opened or closed.
-  std::uint64_t total_bytes = 0;               // Constant once started.
+  TransferEnd end;
 
   // The next in the inbox's list of cancelled transfers; protected by the inbox's mutex, until the driver has the list.
   std::shared_ptr<TransferState> next_cancelled;
-
-  // The driver writes this until the end, then it is constant.
-  TransferStats stats;
-  TransferEnd end;
 
   std::mutex inbox_mutex;  // Protects `inbox`, and keeps it alive for a call.
   Inbox* inbox = nullptr;  // The driver's; null before the start and after the end.

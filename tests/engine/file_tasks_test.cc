@@ -25,7 +25,7 @@ class FileTasksTest : public ::testing::Test {
   FileTasksTest() { flashpack::testing::write_file(dir_ / "file", bytes_); }
 
   Part& add_part() {
-    Part& part = transfer_->parts.emplace_back(
+    Part& part = transfer_->driver.parts.emplace_back(
         PartRequest{.path = dir_ / "file", .extents = {{0, bytes_.size(), read_.data()}}});
     part.transfer = transfer_.get();
     return part;
@@ -87,7 +87,7 @@ TEST_F(FileTasksTest, AFileThatHasChangedMeanwhileIsReportedUnlessTheTransferHas
     open(part);
     part.planned = std::move(answer().opened.planned);
     flashpack::testing::write_file(dir_ / "file", std::span(bytes_).first(4000));
-    if (failed) transfer_->failure = Failure(Error(Errc::kCancelled, "read"));
+    if (failed) transfer_->driver.failure = Failure(Error(Errc::kCancelled, "read"));
     close(part);
     answer();
     ASSERT_TRUE(part.handover.result());

@@ -24,14 +24,14 @@ class JobsTest : public ::testing::Test {
  protected:
   // A load of one chunk, from a file of its own.
   struct Load {
-    std::shared_ptr<TransferState> transfer = std::make_shared<TransferState>();
-    Part& part = transfer->parts.emplace_back();
+    std::shared_ptr<TransferState> transfer;
+    Part& part = transfer->driver.parts.emplace_back();
   };
 
-  Load load(FileSystem& file_system) {
+  Load load(FileSystem& file_system, AfterLoad after = AfterLoad::kKeep) {
     const std::filesystem::path path = dir_ / std::to_string(files_++);
     testing::write_file(path, std::vector<std::byte>(3 * 4096));
-    Load load;
+    Load load{.transfer = std::make_shared<TransferState>(TransferRequest{.after = after})};
     load.part.transfer = load.transfer.get();
     load.part.planned = std::make_unique<PlannedFile>(
         PlannedFile{.open = std::make_shared<OpenFile>(File::open(path, std::nullopt, false), nullptr)});
@@ -83,7 +83,7 @@ TEST_F(JobsTest, AJobThroughASlotCoversWholeBlocksAndGivesBackAllThatItTook) {
   const std::optional<unsigned> tag = open(load);
   ASSERT_TRUE(tag);
   Job& job = jobs_[*tag];
-  EXPECT_EQ(load.transfer->jobs, 1u);
+  EXPECT_EQ(load.transfer->driver.jobs, 1u);
   EXPECT_EQ(load.transfer->outstanding, 1u);
   EXPECT_FALSE(jobs_.idle());
   jobs_.enter(job, Step::kRead, start_);
@@ -95,7 +95,7 @@ TEST_F(JobsTest, AJobThroughASlotCoversWholeBlocksAndGivesBackAllThatItTook) {
   EXPECT_EQ(request.memory.data(), slots_.data() + static_cast<std::size_t>(job.slot) * kSlotBytes);
   jobs_.close(*tag, start_);
   EXPECT_EQ(jobs_.in(Step::kRead), 0u);
-  EXPECT_EQ(load.transfer->jobs, 0u);
+  EXPECT_EQ(load.transfer->driver.jobs, 0u);
   EXPECT_EQ(load.transfer->outstanding, 0u);
   EXPECT_TRUE(jobs_.idle());
 }
@@ -113,8 +113,7 @@ TEST_F(JobsTest, AnOperationThatGoesOnBeginsWhereTheLastOneEnded) {
 }
 
 TEST_F(JobsTest, EachStepOfABufferedWayHasItsWork) {
-  const Load load = this->load(file_system_);
-  load.transfer->after = AfterLoad::kDrop;
+  const Load load = this->load(file_system_, AfterLoad::kDrop);
   Job& job = jobs_[*open(load, ChunkTraits::Route::kSeemsCached)];
   EXPECT_EQ(job.slot, -1);
   jobs_.enter(job, Step::kReadIfCached, start_);
@@ -135,7 +134,7 @@ TEST_F(JobsTest, NoMoreSlotsAreUsedThanAtATimeAndHalfOfThemBehindAGate) {
     bool open(std::error_code&) noexcept override { return false; }
   };
   const Load gated = this->load(file_system_);
-  gated.transfer->gate = std::make_unique<Shut>();
+  gated.transfer->driver.gate = std::make_unique<Shut>();
   const Load other = this->load(file_system_);
   std::vector<unsigned> tags;
   EXPECT_EQ(open_all(gated, tags), kSlots / 2);
@@ -280,7 +279,7 @@ class TracedJobsTest : public JobsTest {
 
 TEST_F(TracedJobsTest, AStepIsToldWhenItEndsWithItsTimesAndBytes) {
   const Load load = this->load(file_system_);
-  load.transfer->number = 3;
+  load.transfer->driver.number = 3;
   const unsigned tag = open_traced(load);
   jobs_.enter(jobs_[tag], Step::kRead, after(1));
   EXPECT_TRUE(recorder_.events().empty());

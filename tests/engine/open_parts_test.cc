@@ -30,7 +30,7 @@ class OpenPartsTest : public ::testing::Test {
 
   // A waiting part of a load. Nothing needs to be at the path.
   Part& wait(const std::filesystem::path& path) {
-    Part& part = transfer_->parts.emplace_back(PartRequest{.path = path});
+    Part& part = transfer_->driver.parts.emplace_back(PartRequest{.path = path});
     part.transfer = transfer_.get();
     part.turn = turns_++;
     enter(part, State::kWaiting);
@@ -118,9 +118,8 @@ TEST_F(OpenPartsTest, AWaitingPartThatIsGivenUpIsNotOpened) {
 }
 
 TEST_F(OpenPartsTest, AStoreDoesNotCountAmongTheOpenFiles) {
-  auto store = std::make_shared<TransferState>();
-  store->direction = Direction::kStore;
-  std::deque<Part>& parts = store->parts;
+  const auto store = std::make_shared<TransferState>(TransferRequest{.direction = Direction::kStore});
+  std::deque<Part>& parts = store->driver.parts;
   for (std::size_t i = 0; i < OpenParts::kMaxOpen; ++i) {
     Part& part = parts.emplace_back();
     part.transfer = store.get();
@@ -256,7 +255,7 @@ TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenTheLastLateOperationComesBack)
   }
   EXPECT_LT(file_system.loads(), OpenParts::kHeldUpLimit);
   file_system.remove_late();
-  for (Part& part : transfer_->parts) {
+  for (Part& part : transfer_->driver.parts) {
     if (part.state == State::kOpen && file_system.loads() >= OpenParts::kMaxOpen) close(part);
   }
   EXPECT_NE(parts_.next(), nullptr);
@@ -265,7 +264,7 @@ TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenTheLastLateOperationComesBack)
 TEST_F(OpenPartsTest, OpeningAndClosingAreToldWithTheirTimesAndWhatWasReadAtOnce) {
   testing::TraceRecorder recorder;
   OpenParts traced([] { return Mounts(); }, {.sink = &recorder, .engine = 2});
-  Part& part = transfer_->parts.emplace_back(PartRequest{.path = "/a/file", .index = 5});
+  Part& part = transfer_->driver.parts.emplace_back(PartRequest{.path = "/a/file", .index = 5});
   part.transfer = transfer_.get();
   const auto after = [this](int milliseconds) { return now_ + std::chrono::milliseconds(milliseconds); };
   traced.enter(part, State::kWaiting, after(0));
@@ -289,7 +288,7 @@ TEST_F(OpenPartsTest, OpeningAndClosingAreToldWithTheirTimesAndWhatWasReadAtOnce
   EXPECT_EQ(events[1].begin, after(6));
   EXPECT_EQ(events[1].end, after(7));
 
-  Part& small = transfer_->parts.emplace_back(PartRequest{.path = "/a/small"});
+  Part& small = transfer_->driver.parts.emplace_back(PartRequest{.path = "/a/small"});
   small.transfer = transfer_.get();
   traced.enter(small, State::kOpening, after(8));
   small.handover.end({.read_bytes = 100});
@@ -304,7 +303,7 @@ TEST_F(OpenPartsTest, AFileThatIsOpenedIsNotCountedWithThoseThatAreClosed) {
   const std::array states{State::kOpening, State::kClosing, State::kClosing};
   std::vector<Part*> parts;
   for (const State state : states) {
-    parts.push_back(&transfer_->parts.emplace_back(PartRequest{.path = "/a/file"}));
+    parts.push_back(&transfer_->driver.parts.emplace_back(PartRequest{.path = "/a/file"}));
     parts.back()->transfer = transfer_.get();
     traced.enter(*parts.back(), state, now_);
   }

@@ -93,7 +93,8 @@ TEST_P(PipelineStoreTest, EveryStoreLeavesTheRightBytesOrACleanError) {
       sums.add(0, expected);
       for (std::uint64_t stripe = 0; stripe * Checksums::kStripeBytes < kFileBytes; ++stripe) {
         constexpr std::uint32_t kStripeBytes = Checksums::kStripeBytes;
-        EXPECT_EQ(state->parts.front().planned->sums->crc32c(stripe, kStripeBytes), sums.crc32c(stripe, kStripeBytes));
+        EXPECT_EQ(state->driver.parts.front().planned->sums->crc32c(stripe, kStripeBytes),
+                  sums.crc32c(stripe, kStripeBytes));
       }
     } catch (const Error& error) {
       ++failed;

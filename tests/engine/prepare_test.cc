@@ -72,27 +72,27 @@ TEST_F(PrepareTest, ExtentsAreNumberedAsInTheRequest) {
                               {.path = "b", .extents = {}},
                               {.path = "c", .extents = {{7, 3, at(100)}}}}},
                    nullptr);
-  ASSERT_EQ(load->parts.size(), 3u);
-  ASSERT_EQ(load->parts[0].request.extents.size(), 2u) << "one of no bytes is nothing to read";
-  EXPECT_EQ(load->parts[0].request.extents[0].extent, 0u);
-  EXPECT_EQ(load->parts[0].request.extents[1].extent, 2u);
-  EXPECT_EQ(load->parts[0].request.extents[1].priority, 6u);
-  EXPECT_EQ(load->parts[0].request.reported_extents, 0u) << "nobody wants to know";
-  ASSERT_EQ(load->parts[2].request.extents.size(), 1u);
-  EXPECT_EQ(load->parts[2].request.extents[0].extent, 0u);
-  EXPECT_EQ(load->parts[2].request.index, 2u);
-  EXPECT_EQ(load->total_bytes, 13u);
+  ASSERT_EQ(load->driver.parts.size(), 3u);
+  ASSERT_EQ(load->driver.parts[0].request.extents.size(), 2u) << "one of no bytes is nothing to read";
+  EXPECT_EQ(load->driver.parts[0].request.extents[0].extent, 0u);
+  EXPECT_EQ(load->driver.parts[0].request.extents[1].extent, 2u);
+  EXPECT_EQ(load->driver.parts[0].request.extents[1].priority, 6u);
+  EXPECT_EQ(load->driver.parts[0].request.reported_extents, 0u) << "nobody wants to know";
+  ASSERT_EQ(load->driver.parts[2].request.extents.size(), 1u);
+  EXPECT_EQ(load->driver.parts[2].request.extents[0].extent, 0u);
+  EXPECT_EQ(load->driver.parts[2].request.index, 2u);
+  EXPECT_EQ(load->request.total_bytes, 13u);
 }
 
 TEST_F(PrepareTest, BothDirectionsAreToldAboutTheirEngine) {
   for (const auto& transfer :
        {prepare_load(engine_, {.files = {{.path = "a", .extents = {{0, 5, at(4096)}}}}}, nullptr),
         store({.extents = {{0, 5, at(4096)}}})}) {
-    EXPECT_EQ(transfer->stats.requested_bytes, 5u);
-    EXPECT_EQ(transfer->stats.backend, Backend::kWorkers);
-    EXPECT_EQ(transfer->stats.fallback_reason, "memory: small pages");
-    EXPECT_TRUE(transfer->stats.pinned);
-    EXPECT_EQ(transfer->gate, nullptr) << "nothing of it is on the device";
+    EXPECT_EQ(transfer->driver.stats.requested_bytes, 5u);
+    EXPECT_EQ(transfer->driver.stats.backend, Backend::kWorkers);
+    EXPECT_EQ(transfer->driver.stats.fallback_reason, "memory: small pages");
+    EXPECT_TRUE(transfer->driver.stats.pinned);
+    EXPECT_EQ(transfer->driver.gate, nullptr) << "nothing of it is on the device";
   }
 }
 
@@ -111,8 +111,8 @@ TEST_F(PrepareTest, WhatCudaSaysOfMemoryIsTheFailureOfALoadAndRefusesAStore) {
   const std::uintptr_t elsewhere = HalfCopier::kElsewhere;
   const std::string message = "start transfer: device: Input/output error";
   const auto load = prepare_load(engine_, {.files = {{.path = "a", .extents = {{0, 5, at(elsewhere)}}}}}, nullptr);
-  ASSERT_TRUE(load->failure);
-  EXPECT_EQ(load->failure->error().what(), message);
+  ASSERT_TRUE(load->driver.failure);
+  EXPECT_EQ(load->driver.failure->error().what(), message);
   EXPECT_EQ(message_of([&] { store({.extents = {{0, 5, at(elsewhere)}}}); }), message);
 }
 
@@ -120,8 +120,8 @@ TEST_F(PrepareTest, AStoreIsPlannedInFileOrderOnBothSides) {
   const auto transfer = store(
       {.extents = {{2 * kChunk, 10, at(4096)}, {0, kChunk, at(kChunk)}, {kChunk, 0, nullptr}, {kChunk, 20, at(64)}},
        .deadline = Deadline()});
-  EXPECT_EQ(transfer->deadline, Deadline());
-  const Part& part = transfer->parts.front();
+  EXPECT_EQ(transfer->request.deadline, Deadline());
+  const Part& part = transfer->driver.parts.front();
   EXPECT_EQ(part.request.path, "the file");
   ASSERT_TRUE(part.planned->sums);
   EXPECT_FALSE(part.planned->router.exhausted());
@@ -132,8 +132,8 @@ TEST_F(PrepareTest, AStoreIsPlannedInFileOrderOnBothSides) {
 
 TEST_F(PrepareTest, AStoreOfNothingHasNothingToDo) {
   const auto transfer = store({});
-  EXPECT_TRUE(transfer->parts.front().planned->router.exhausted());
-  EXPECT_FALSE(transfer->parts.front().planned->sums);
+  EXPECT_TRUE(transfer->driver.parts.front().planned->router.exhausted());
+  EXPECT_FALSE(transfer->driver.parts.front().planned->sums);
 }
 
 TEST_F(PrepareTest, OnlyChecksumsOfStripesThatAreWantedAreCopied) {
@@ -141,7 +141,7 @@ TEST_F(PrepareTest, OnlyChecksumsOfStripesThatAreWantedAreCopied) {
   const Checksums all{.size_bytes = 5 * kStripe - 1, .crc32c = {10, 11, 12, 13, 14}};
   const auto kept = [&](std::vector<Extent> extents) {
     const auto load = prepare_load(engine_, {.files = {{.path = "a", .extents = extents, .checksums = &all}}}, nullptr);
-    const WantedChecksums& wanted = *load->parts.front().request.checksums;
+    const WantedChecksums& wanted = *load->driver.parts.front().request.checksums;
     EXPECT_EQ(wanted.payload_bytes, all.size_bytes);
     return std::pair(wanted.first_stripe, wanted.crc32c);
   };

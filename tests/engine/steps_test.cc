@@ -88,7 +88,7 @@ class StepsTest : public ::testing::Test, private Steps::Owner {
   FileSystem::Totals totals_;
   FileSystem file_system_{totals_};
   std::shared_ptr<TransferState> transfer_ = std::make_shared<TransferState>();
-  Part& part_ = transfer_->parts.emplace_back(PartRequest{.path = "the file"});
+  Part& part_ = transfer_->driver.parts.emplace_back(PartRequest{.path = "the file"});
   std::vector<std::string> told_;
   Steps steps_{*this,
                Queues{.disk = disk_, .stand_in = disk_, .workers = workers_},
@@ -115,8 +115,8 @@ TEST_F(StepsTest, AChunkInPlaceIsPopulatedIfItsMemoryIsFreshThenReadAndDelivered
   EXPECT_EQ(told_, Told{"delivered"});
   EXPECT_TRUE(steps_.idle());
   EXPECT_EQ(transfer_->done_bytes, kChunk);
-  EXPECT_EQ(transfer_->stats.direct_bytes, kChunk);
-  EXPECT_EQ(transfer_->stats.staged_bytes, 0u);
+  EXPECT_EQ(transfer_->driver.stats.direct_bytes, kChunk);
+  EXPECT_EQ(transfer_->driver.stats.staged_bytes, 0u);
 
   std::fill_n(memory_.data(), kChunk, std::byte{1});
   ASSERT_TRUE(set_out(Route::kDirect));
@@ -133,7 +133,7 @@ TEST_F(StepsTest, AShortReadGoesOnAtItsLastWholeBlock) {
   ASSERT_EQ(disk_.pushed.size(), 2u);
   EXPECT_EQ(disk_.pushed[1].request.offset_bytes, 2 * kPageBytes);
   EXPECT_EQ(disk_.pushed[1].request.memory.size(), kPageBytes);
-  EXPECT_EQ(transfer_->stats.retries, 1u);
+  EXPECT_EQ(transfer_->driver.stats.retries, 1u);
   end(disk_, kPageBytes);
   ASSERT_EQ(workers_.pushed.size(), 1u);
   EXPECT_EQ(workers_.pushed[0].request.op, ByteWork::Op::kScatter);
@@ -174,10 +174,10 @@ TEST_F(StepsTest, WhereDirectReadsAreRefusedTheChunkGoesThroughThePageCache) {
   EXPECT_EQ(workers_.pushed[0].request.op, ByteWork::Op::kFromCache);
   EXPECT_FALSE(workers_.pushed[0].request.page_cache.only);
   EXPECT_FALSE(part_.planned->router.direct());
-  EXPECT_EQ(transfer_->stats.fallback_reason, "direct I/O: refused by the file system at the first use");
+  EXPECT_EQ(transfer_->driver.stats.fallback_reason, "direct I/O: refused by the file system at the first use");
   end(workers_, 6000);
   EXPECT_EQ(told_, Told{"delivered"});
-  EXPECT_EQ(transfer_->stats.buffered_bytes, 6000u);
+  EXPECT_EQ(transfer_->driver.stats.buffered_bytes, 6000u);
 }
 
 TEST_F(StepsTest, AChunkThatIsNotCachedAfterAllGoesBackToTheRouter) {
@@ -200,7 +200,7 @@ TEST_F(StepsTest, ChunksOfAFailedTransferComeBackWhenTheirOperationsDo) {
   plan({{5000, 6000, memory_.data() + 1}, {kChunk + 5000, 6000, memory_.data() + 8001}});
   ASSERT_TRUE(set_out(Route::kDirect, 0));
   ASSERT_TRUE(set_out(Route::kDirect, 1));
-  transfer_->failure = Failure(Error(Errc::kCancelled, "read"));
+  transfer_->driver.failure = Failure(Error(Errc::kCancelled, "read"));
   steps_.abandon_chunks_of(*transfer_);
   EXPECT_EQ(disk_.cancelled.size(), 2u);
   EXPECT_TRUE(told_.empty());
@@ -228,8 +228,8 @@ TEST_F(StepsTest, AChunkSetsOutOnlyIfThereIsRoomForIt) {
   ASSERT_TRUE(set_out(Route::kDirect, 1));
   EXPECT_TRUE(steps_.disk_is_busy(2));
   EXPECT_FALSE(set_out(Route::kDirect, 2)) << "both slots are in use";
-  EXPECT_EQ(transfer_->jobs, 2u);
-  transfer_->failure = Failure(Error(Errc::kCancelled, "read"));
+  EXPECT_EQ(transfer_->driver.jobs, 2u);
+  transfer_->driver.failure = Failure(Error(Errc::kCancelled, "read"));
   steps_.abandon_chunks_of(*transfer_);
   disk_.ended = {{disk_.pushed[0].tag, -ECANCELED}, {disk_.pushed[1].tag, -ECANCELED}};
   steps_.reap(std::chrono::nanoseconds(0));

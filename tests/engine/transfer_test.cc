@@ -22,8 +22,9 @@ TEST(TransferEndTest, TheThreadThatReachedItSeesItBeforeTheOthers) {
   TransferEnd end;
   EXPECT_FALSE(end.reached());
   EXPECT_FALSE(end.visible());
+  EXPECT_EQ(end.stats().requested_bytes, 0u);
   EXPECT_FALSE(end.wait_for(std::chrono::nanoseconds(0)));
-  end.reach(std::nullopt);
+  end.reach(std::nullopt, {.requested_bytes = 5});
   EXPECT_TRUE(end.reached());
   EXPECT_TRUE(end.visible());
   EXPECT_TRUE(end.wait_for(std::chrono::nanoseconds::max()));
@@ -31,6 +32,7 @@ TEST(TransferEndTest, TheThreadThatReachedItSeesItBeforeTheOthers) {
   end.publish();
   EXPECT_TRUE(visible_elsewhere(end));
   EXPECT_EQ(end.failure(), nullptr);
+  EXPECT_EQ(end.stats().requested_bytes, 5u);
 }
 
 TEST(TransferEndTest, ThreadsThatWaitAreWokenAndSeeTheFailure) {
@@ -40,7 +42,7 @@ TEST(TransferEndTest, ThreadsThatWaitAreWokenAndSeeTheFailure) {
     end.wait();
     return end.failure()->code;
   });
-  end.reach(Failure(Error(Errc::kTruncated, "read")));
+  end.reach(Failure(Error(Errc::kTruncated, "read")), {});
   end.publish();
   ASSERT_EQ(waits.wait_for(kHang), std::future_status::ready);
   EXPECT_EQ(waits.get(), Errc::kTruncated);
@@ -48,7 +50,7 @@ TEST(TransferEndTest, ThreadsThatWaitAreWokenAndSeeTheFailure) {
 
 TEST(TransferTest, StatisticsAreEmptyUntilTheEnd) {
   const auto state = std::make_shared<TransferState>();
-  state->stats.requested_bytes = 5;
+  state->driver.stats.requested_bytes = 5;
   Transfer transfer = TransferState::handle(state);
   EXPECT_EQ(transfer.stats().requested_bytes, 0u) << "the driver may be writing them";
   EXPECT_FALSE(transfer.progress().finished);
