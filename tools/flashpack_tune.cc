@@ -1,8 +1,8 @@
 // Finds the chunk size, queue depth and number of workers with which this machine reads a disk fastest, and keeps them.
 //
 // The disk is searched first, from settings that lie far apart to what lies beside the fastest; then, from the page
-// cache, the number of workers. In the end the setting that was found and the default are measured in turns, because
-// the fastest of many noisy measurements is often so by chance.
+// cache, the number of workers, and for a GPU the chunk size and staging memory, too. In the end the setting that was
+// found and the default are measured in turns, because the fastest of many noisy measurements is often so by chance.
 #include <fcntl.h>
 #include <unistd.h>
 

@@ -119,11 +119,14 @@ void fit(Subject& subject, Work work, double seconds) {
 }
 
 void check_bytes(Subject& subject, const Setting& setting) {
-  touch(subject.memory.bytes());
-  if (subject.device_memory) subject.device_memory->clear();
-  Engine(options_of(setting, subject.device)).load(subject.checkpoint.request(subject.target));
-  if (subject.device_memory) subject.device_memory->copy_to(subject.memory.data());
-  subject.checkpoint.check(subject.memory.data());
+  Engine engine(options_of(setting, subject.device));
+  for (const CachePolicy route : {CachePolicy::kDirect, CachePolicy::kBuffered}) {
+    std::ranges::fill(subject.memory.bytes(), std::byte{0xAB});  // Bytes of a load before must not count.
+    if (subject.device_memory) subject.device_memory->clear();
+    engine.load(subject.checkpoint.request(subject.target, route));
+    if (subject.device_memory) subject.device_memory->copy_to(subject.memory.data());
+    subject.checkpoint.check(subject.memory.data());
+  }
 }
 
 double copies_gb_per_s(const Subject& subject) {

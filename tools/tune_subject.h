@@ -52,8 +52,8 @@ Sample sample(Subject& subject, const Setting& setting, Work work);
 /// from the page cache.
 void fit(Subject& subject, Work work, double seconds);
 
-/// Loads the whole file with a setting. Throws: std::runtime_error unless the memory that loads go to has its bytes
-/// then; Error.
+/// Loads the whole file with a setting, past the page cache and through it. Throws: std::runtime_error unless the
+/// memory that loads go to has its bytes each time; Error.
 void check_bytes(Subject& subject, const Setting& setting);
 
 /// GB/s of plain copies of the file from the page cache to host memory by all cores.

@@ -32,8 +32,8 @@ class DeviceMemory {
 };
 
 /// The speed of the link to the device in GB/s: copies of page-locked memory on two streams, the fastest of some
-/// rounds. At most 256 MiB of `source` are page-locked meanwhile. The device of `target` is current on this thread.
-/// Throws: std::system_error.
+/// rounds. At most 256 MiB of `source` are page-locked meanwhile; the result is 0 if they cannot be. The device of
+/// `target` is current on this thread. Throws: std::system_error.
 double link_gb_per_s(const DeviceMemory& target, std::span<std::byte> source);
 
 }  // namespace flashpack::bench
