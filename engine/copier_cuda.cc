@@ -24,7 +24,7 @@ using cuda::Context;
 using cuda::ContextGuard;
 
 // One copy engine serves each direction; the second stream fills the pauses between copies of the first.
-constexpr std::size_t kLanes = 2;
+constexpr std::size_t kStreams = 2;
 
 // Starting a copy takes 5 us, and less in a batch. More of them than this go to the pool, so that the driver stays free
 // for the disk.
@@ -69,45 +69,45 @@ class CudaCopier final : public Copier {
       copy.landed = cuda::make_event();
       copy.reserve(kMostFragmentsForDriver);
     }
-    for (Lane& lane : lanes_) lane.stream = cuda::make_stream();
+    for (CopyStream& copies : streams_) copies.stream = cuda::make_stream();
     ended_.reserve(slots.size());
   }
 
   ~CudaCopier() override {
     const ContextGuard guard(context_);
     if (guard.error() != cudaSuccess) lock_->forget();
-    for (Lane& lane : lanes_) give_back(lane.stream, guard);
+    for (CopyStream& copies : streams_) give_back(copies.stream, guard);
     for (Copy& copy : copies_) give_back(copy.landed, guard);
     lock_.reset();  // Unlocked after the streams, which may still copy.
   }
 
   void push(unsigned tag, unsigned slot, const ByteWork& work) override {
     assert(slot < copies_.size() && (work.op == ByteWork::Op::kScatter || work.op == ByteWork::Op::kGather));
-    Lane& lane = lanes_[next_lane_++ % kLanes];
+    CopyStream& copies = streams_[next_stream_++ % kStreams];
     Copy& copy = copies_[slot];
     copy.tag = tag;
     copy.work = work;
-    copy.stream = lane.stream.get();
+    copy.stream = copies.stream.get();
     copy.next = nullptr;
     copy.started = false;
-    *std::exchange(lane.last, &copy.next) = &copy;
+    *std::exchange(copies.last, &copy.next) = &copy;
     ++under_way_;
     // A copy to or from memory that is not locked blocks until it has ended.
     const bool may_take_long = !locked() || work.fragments.size() > kMostFragmentsForDriver;
     may_take_long ? pool_.post(copy) : copy.run();
   }
 
-  // Looks at the oldest copy of each lane first, because later ones hardly end before it.
+  // Looks at the oldest copy of each stream first, because later ones hardly end before it.
   std::span<const EndedCopy> poll() override {
     ended_.clear();
     if (idle()) return ended_;
     const ContextGuard guard(context_);
-    for (Lane& lane : lanes_) {
-      while (lane.first && has_landed(*lane.first, guard)) {
-        const Copy& copy = *lane.first;
+    for (CopyStream& copies : streams_) {
+      while (copies.first && has_landed(*copies.first, guard)) {
+        const Copy& copy = *copies.first;
         ended_.push_back({copy.tag, copy.error == cudaSuccess ? std::error_code() : code_of(copy.error)});
-        lane.first = copy.next;
-        if (!lane.first) lane.last = &lane.first;
+        copies.first = copy.next;
+        if (!copies.first) copies.last = &copies.first;
       }
     }
     under_way_ -= ended_.size();
@@ -155,13 +155,13 @@ class CudaCopier final : public Copier {
     unsigned tag = 0;
     ByteWork work{};
     cudaStream_t stream = nullptr;
-    Copy* next = nullptr;                 // The next copy in its lane.
+    Copy* next = nullptr;                 // The next copy in its stream.
     cudaError_t error = cudaSuccess;      // First error of the copy or of its event.
     std::atomic<bool> started = false;    // Only the driver uses the copy from then on.
     std::vector<void*> targets, sources;  // One for every fragment.
     std::vector<std::size_t> sizes;
   };
-  struct Lane {
+  struct CopyStream {
     cuda::Stream stream;
     Copy* first = nullptr;
     Copy** last = &first;
@@ -222,8 +222,8 @@ class CudaCopier final : public Copier {
   Pool& pool_;
   std::optional<cuda::PageLock> lock_;
   std::vector<Copy> copies_;  // One for each slot.
-  std::array<Lane, kLanes> lanes_;
-  std::size_t next_lane_ = 0;
+  std::array<CopyStream, kStreams> streams_;
+  std::size_t next_stream_ = 0;
   std::size_t under_way_ = 0;
   std::optional<std::chrono::steady_clock::time_point> silent_since_;
   std::atomic<cudaError_t> batches_refused_ = cudaSuccess;

@@ -138,7 +138,7 @@ Engine::Impl::Impl(EngineOptions options) : options_(checked(std::move(options))
   try {
     driver_ = internal::start_thread("flashpack-drive", [this, moved = std::move(promise)]() mutable { drive(moved); });
   } catch (const std::system_error& error) {
-    throw internal::failed("start engine", error);
+    throw internal::operation_error("start engine", error);
   }
   try {
     ready.get();
@@ -209,7 +209,7 @@ void Engine::Impl::drive(std::promise<void>& ready) {
   } catch (const Error&) {
     return ready.set_exception(std::current_exception());
   } catch (const std::system_error& error) {
-    return ready.set_exception(std::make_exception_ptr(internal::failed("start engine", error)));
+    return ready.set_exception(std::make_exception_ptr(internal::operation_error("start engine", error)));
   } catch (...) {
     return ready.set_exception(std::current_exception());
   }

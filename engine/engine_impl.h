@@ -74,7 +74,7 @@ class FileWriter::Impl {
   void reserve(std::uint64_t begin_bytes, std::uint64_t end_bytes);
   Claims claims_of(std::span<const internal::Fragment> extents) const;
   void forget_those_that_ended_well();
-  void settle(const char* verb);
+  void take_results(const char* verb);
   void write_tail(std::span<const std::byte> tail);
   void abort() noexcept;
 

@@ -41,7 +41,7 @@ class EventQueue::Shared {
     const std::size_t count = std::min(events.size(), waiting_.size());
     for (Event& event : events.first(count)) {
       event = waiting_.front().event;
-      settle(waiting_.front().ended);
+      await_end(waiting_.front().ended);
       waiting_.pop_front();
     }
     if (count > 0 && waiting_.empty()) untell();
@@ -63,7 +63,7 @@ class EventQueue::Shared {
 
   // The transfer has ended for its driver. For others it has when the driver returns from Listener::done(), which it
   // may be about to do.
-  static void settle(Transfer& ended) {
+  static void await_end(Transfer& ended) {
     if (!ended.valid()) return;
     ended.wait_for(std::chrono::nanoseconds::max());
     ended.detach();

@@ -201,13 +201,13 @@ bool File::unchanged() const noexcept {
 int flashpack::open_to_read(const std::filesystem::path& path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
   if (fd >= 0 || errno != EWOULDBLOCK) return fd;
-  const internal::UniqueFd place(::open(path.c_str(), O_PATH | O_CLOEXEC));
+  const internal::UniqueFd found(::open(path.c_str(), O_PATH | O_CLOEXEC));
   struct stat status{};
-  if (!place || ::fstat(place.get(), &status) != 0 || !S_ISREG(status.st_mode)) {
+  if (!found || ::fstat(found.get(), &status) != 0 || !S_ISREG(status.st_mode)) {
     errno = EWOULDBLOCK;
     return -1;
   }
-  const std::string self = internal::path_of(place.get());
+  const std::string self = internal::path_of(found.get());
   return internal::uninterrupted([&] { return ::open(self.c_str(), O_RDONLY | O_CLOEXEC); });
 }
 

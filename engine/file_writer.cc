@@ -130,7 +130,7 @@ Transfer FileWriter::Impl::start_write(const WriteRequest& request, Completion* 
 
 // Throws unless every transfer has ended without an error. A transfer whose completion is still running counts as
 // ended, because that completion may have led to this call on another thread.
-void FileWriter::Impl::settle(const char* verb) {
+void FileWriter::Impl::take_results(const char* verb) {
   for (const auto& state : transfers_) {
     if (!state->end.reached()) throw argument_error(verb, path_, "a write has not finished");
     if (const internal::Failure* const failure = state->end.failure()) throw failure->error();
@@ -159,7 +159,7 @@ Checksums FileWriter::Impl::checksums() {
   engine_.owner().require_current("engine");
   if (!open_) throw argument_error("checksums of", path_, "after commit");
   if (!want_checksums_) throw argument_error("checksums of", path_, "WriterOptions did not ask for them");
-  settle("checksums of");
+  take_results("checksums of");
   Checksums checksums{.size_bytes = payload_bytes_};
   for (std::uint64_t begin = 0; begin < payload_bytes_; begin += Checksums::kStripeBytes) {
     const std::uint64_t size = std::min<std::uint64_t>(Checksums::kStripeBytes, payload_bytes_ - begin);
@@ -172,7 +172,7 @@ void FileWriter::Impl::commit(std::span<const std::byte> tail) {
   engine_.owner().require_current("engine");
   if (!open_) throw argument_error("commit", path_, "committed or aborted before");
   try {
-    settle("commit");
+    take_results("commit");
     write_tail(tail);
     temp_.keep_access(open_->file.buffered_fd());
     if (uninterrupted([this] { return ::fdatasync(open_->file.buffered_fd()); }) != 0)

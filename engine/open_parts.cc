@@ -57,7 +57,7 @@ void OpenParts::leave_state(Part& part) {
     case Part::State::kOpening:
     case Part::State::kClosing:
       std::erase(with_threads_, &part);
-      leave_places(part);
+      leave_prefixes(part);
       if (std::exchange(part.late, false)) --late_;
       return;
     case Part::State::kOpen:
@@ -82,11 +82,11 @@ void OpenParts::enter_state(Part& part, Time now) {
     case Part::State::kClosing:
       part.since = now;
       with_threads_.push_back(&part);
-      if (held_up() > 0) enter_places(part);
+      if (held_up() > 0) enter_prefixes(part);
       return;
     case Part::State::kOpen:
       part.file_system = &file_systems_.try_emplace(part.file().identity().dev, totals_).first->second;
-      if (part.places[0]) part.places[0]->file_system = part.places[1]->file_system = part.file_system;
+      if (part.prefixes[0]) part.prefixes[0]->file_system = part.prefixes[1]->file_system = part.file_system;
       if (part.transfer->is_load()) part.file_system->add_load();
       return;
     case Part::State::kAnswered:
@@ -101,45 +101,45 @@ Part* OpenParts::next() {
   while (!waiting_.empty() && open_ - held_up() < max_open_ && held_up() < kHeldUpLimit) {
     Part& part = *waiting_.begin()->second;
     if (held_up() == 0) return &part;
-    if (!part.places[0]) part.places = places_of(part);
-    if (places_have_shares(part)) return &part;
+    if (!part.prefixes[0]) part.prefixes = prefixes_of(part);
+    if (prefixes_have_shares(part)) return &part;
     parked_.insert(waiting_.extract(waiting_.begin()));
   }
   return nullptr;
 }
 
 // The directory of the part's path and the mount point above, found without asking a file system.
-std::array<PlaceCounts*, 2> OpenParts::places_of(const Part& part) {
+std::array<PrefixCounts*, 2> OpenParts::prefixes_of(const Part& part) {
   std::error_code no_working_directory;
   const auto directory =
       std::filesystem::absolute(part.request.path, no_working_directory).lexically_normal().parent_path();
   const MountInfo* const mount = mounts_.find(directory);
-  return {&places_[0][directory.native()], &places_[1][mount ? mount->point : std::string()]};
+  return {&prefixes_[0][directory.native()], &prefixes_[1][mount ? mount->point : std::string()]};
 }
 
-// Whether the parts at `place` take at most 1 / `shares` of what the parts elsewhere leave of kHeldUpLimit.
-bool OpenParts::has_share(const PlaceCounts& place, unsigned shares) const {
-  const std::size_t here = place.with_threads + place.held_up_loads();
-  const std::size_t held_up_elsewhere = held_up() - (place.late + place.held_up_loads());
+// Whether the parts at `prefix` take at most 1 / `shares` of what the parts elsewhere leave of kHeldUpLimit.
+bool OpenParts::has_share(const PrefixCounts& prefix, unsigned shares) const {
+  const std::size_t here = prefix.with_threads + prefix.held_up_loads();
+  const std::size_t held_up_elsewhere = held_up() - (prefix.late + prefix.held_up_loads());
   return shares * here + held_up_elsewhere <= kHeldUpLimit;
 }
 
-bool OpenParts::places_have_shares(const Part& part) const {
-  return has_share(*part.places[0], 3) && has_share(*part.places[1], 2);
+bool OpenParts::prefixes_have_shares(const Part& part) const {
+  return has_share(*part.prefixes[0], 3) && has_share(*part.prefixes[1], 2);
 }
 
-void OpenParts::enter_places(Part& part) {
-  if (!part.places[0]) part.places = places_of(part);
-  if (std::exchange(part.in_places, true)) return;
-  for (PlaceCounts* place : part.places) ++place->with_threads;
+void OpenParts::enter_prefixes(Part& part) {
+  if (!part.prefixes[0]) part.prefixes = prefixes_of(part);
+  if (std::exchange(part.in_prefixes, true)) return;
+  for (PrefixCounts* prefix : part.prefixes) ++prefix->with_threads;
 }
 
-void OpenParts::leave_places(Part& part) {
-  if (!std::exchange(part.in_places, false)) return;
-  look_at_parked_ |= part.late || !places_have_shares(part);
-  for (PlaceCounts* place : part.places) {
-    --place->with_threads;
-    if (part.late) --place->late;
+void OpenParts::leave_prefixes(Part& part) {
+  if (!std::exchange(part.in_prefixes, false)) return;
+  look_at_parked_ |= part.late || !prefixes_have_shares(part);
+  for (PrefixCounts* prefix : part.prefixes) {
+    --prefix->with_threads;
+    if (part.late) --prefix->late;
   }
 }
 
@@ -150,8 +150,8 @@ void OpenParts::mark_late(Time now) {
     if (!std::exchange(found, true)) read_mounts();
     part->late = true;
     ++late_;
-    enter_places(*part);
-    for (PlaceCounts* place : part->places) ++place->late;
+    enter_prefixes(*part);
+    for (PrefixCounts* prefix : part->prefixes) ++prefix->late;
   }
 }
 

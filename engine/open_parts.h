@@ -17,10 +17,10 @@
 
 namespace flashpack::internal {
 
-/// The driver's counts for a place, which is a directory or a mount point. Unlike the file system, the place is known
-/// before the file is open, so that threads can be counted that are late in an open.
-struct PlaceCounts {
-  std::uint32_t with_threads = 0;     // Parts here with a thread, counted only from when some part was held up.
+/// The driver's counts for a prefix of paths: a directory, or a mount point. Unlike the file system, it is known before
+/// the file is open, so that threads can be counted that are late in an open.
+struct PrefixCounts {
+  std::uint32_t with_threads = 0;     // Parts below it with a thread, counted only from when some part was held up.
   std::uint32_t late = 0;             // Those of them whose threads are late.
   FileSystem* file_system = nullptr;  // The file system of its files, once known.
 
@@ -65,7 +65,7 @@ class OpenParts {
   const std::vector<Part*>& with_threads() const noexcept { return with_threads_; }
   /// Finds the threads of parts that have become late.
   void mark_late(Time now);
-  /// To be called when an operation has become late: reads the mounts, because places are looked up from then on.
+  /// To be called when an operation has become late: reads the mounts, because prefixes are looked up from then on.
   void read_mounts() { mounts_ = read_mounts_(); }
 
  private:
@@ -73,18 +73,18 @@ class OpenParts {
   void leave_state(Part& part);
   void enter_state(Part& part, Time now);
   std::size_t held_up() const noexcept { return late_ + totals_.held_up_loads; }
-  std::array<PlaceCounts*, 2> places_of(const Part& part);
-  bool has_share(const PlaceCounts& place, unsigned shares) const;
-  bool places_have_shares(const Part& part) const;
-  void enter_places(Part& part);
-  void leave_places(Part& part);
+  std::array<PrefixCounts*, 2> prefixes_of(const Part& part);
+  bool has_share(const PrefixCounts& prefix, unsigned shares) const;
+  bool prefixes_have_shares(const Part& part) const;
+  void enter_prefixes(Part& part);
+  void leave_prefixes(Part& part);
 
   std::map<std::uint64_t, Part*> waiting_;  // Parts to be opened, sorted by turn.
-  std::map<std::uint64_t, Part*> parked_;   // Likewise, but their places have used up their share.
+  std::map<std::uint64_t, Part*> parked_;   // Likewise, but their prefixes have used up their share.
   bool look_at_parked_ = false;             // Parked parts may have room now.
   FileSystem::Totals totals_;
-  std::map<std::uint64_t, FileSystem> file_systems_;          // One for each device number; never removed.
-  std::array<std::map<std::string, PlaceCounts>, 2> places_;  // Directories and mount points; never removed.
+  std::map<std::uint64_t, FileSystem> file_systems_;             // One for each device number; never removed.
+  std::array<std::map<std::string, PrefixCounts>, 2> prefixes_;  // Directories and mount points; never removed.
   const std::function<Mounts()> read_mounts_;
   const Tracer tracer_;
   Mounts mounts_;  // The mounts when something last became late.

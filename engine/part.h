@@ -27,7 +27,7 @@
 namespace flashpack::internal {
 
 struct TransferState;
-struct PlaceCounts;
+struct PrefixCounts;
 
 /// The checksums that a load compares its bytes with: those of the stripes from the first to the last that an extent
 /// touches.
@@ -118,9 +118,9 @@ struct Part {
   UniqueFd given;                        // The caller's descriptor of the file, until a thread takes it.
   std::unique_ptr<PlannedFile> planned;  // While the file is open and no thread has the part.
   TransferState* transfer = nullptr;
-  FileSystem* file_system = nullptr;     // Set when the file is open.
-  std::array<PlaceCounts*, 2> places{};  // Directory and mount point; set when something is late for the first time.
-  bool in_places = false;                // Whether PlaceCounts::with_threads counts the part.
+  FileSystem* file_system = nullptr;        // Set when the file is open.
+  std::array<PrefixCounts*, 2> prefixes{};  // Directory and mount point; set when something is late for the first time.
+  bool in_prefixes = false;                 // Whether PrefixCounts::with_threads counts the part.
   State state = State::kWaiting;
   std::uint64_t turn = 0;  // Ascends in the order in which transfers start.
   // True if no other file was open whose close could free a descriptor; running out is then an error.

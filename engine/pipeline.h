@@ -87,7 +87,7 @@ class Pipeline final : private Steps::Owner {
   void stop_waiting_for(Part& part);
   void look_for_late_parts();
   void give_up(TransferState& transfer, const Error& error);
-  void settle(TransferState& transfer);
+  void end_if_idle(TransferState& transfer);
   void tell_of_end(const TransferState& transfer) const;
   void end(TransferState& transfer);
 
@@ -95,7 +95,7 @@ class Pipeline final : private Steps::Owner {
   void on_delivered(Part& part, const Chunk& chunk) override;
   void on_given_back(Part& part) override { issue_from_now_on(part); }
   void on_failed(TransferState& transfer, const Error& error) override { give_up(transfer, error); }
-  void on_came_back(TransferState& transfer) override { settle(transfer); }
+  void on_came_back(TransferState& transfer) override { end_if_idle(transfer); }
 
   const Queues queues_;
   Pool& pool_;

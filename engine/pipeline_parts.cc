@@ -41,7 +41,7 @@ void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
   if (transfer.cancel_requested)  // The transfer was cancelled before the driver had it.
     return give_up(transfer, file_error(Errc::kCancelled, transfer.verb(), transfer.driver.path()));
   for (Part& part : transfer.driver.parts) admit(part);
-  settle(transfer);
+  end_if_idle(transfer);
 }
 
 void Pipeline::admit(Part& part) {
@@ -165,7 +165,7 @@ void Pipeline::stop_waiting_for(Part& part) {
     if (result->failure && !transfer.driver.failure) return give_up(transfer, result->failure->error());
     if (result->read_bytes > 0 && !transfer.driver.failure) transfer.report_at_once(part);
   }
-  settle(transfer);
+  end_if_idle(transfer);
 }
 
 // A transfer does not wait for a late thread that has only to close a file. A transfer that has failed waits for no
@@ -203,11 +203,11 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
     --transfer.driver.parts_awaited;
     if (left_to_its_thread) --transfer.outstanding;
   }
-  settle(transfer);
+  end_if_idle(transfer);
 }
 
 // Ends the transfer if there is nothing left to wait for.
-void Pipeline::settle(TransferState& transfer) {
+void Pipeline::end_if_idle(TransferState& transfer) {
   const std::shared_ptr<TransferState> keep = transfer.driver.self;
   if (!keep || transfer.driver.jobs > 0) return;
   if (transfer.driver.failure) {

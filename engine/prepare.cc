@@ -23,7 +23,7 @@ auto ask_copier(Question question) {
   } catch (const Error&) {
     throw;
   } catch (const std::system_error& error) {
-    throw failed("start transfer", error);
+    throw operation_error("start transfer", error);
   }
 }
 

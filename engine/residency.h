@@ -11,8 +11,8 @@ namespace flashpack::internal {
 
 /// Asks cachestat(2) where the kernel allows it: since Linux 6.5, for files that the caller owns or may write.
 /// Otherwise it reads one page of the range without waiting for the disk. If that page is not cached, the kernel starts
-/// to read it and keeps it. Therefore only one page is read, without readahead, and at a random place; at a fixed
-/// place, the second load of a cold file would find the page cached and take the whole file for cached.
+/// to read it and keeps it. Therefore only one page is read, without readahead, and at a random offset; at a fixed
+/// one, the second load of a cold file would find the page cached and take the whole file for cached.
 ///
 /// Any answer may be out of date at once, and one page says nothing about its neighbours. Therefore the caller must
 /// read a range that is called cached without waiting, and call report_wrong() if the range was not cached.

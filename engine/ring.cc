@@ -70,9 +70,9 @@ std::system_error refused(int error_number, const char* call) {
 
 void Ring::RingDeleter::operator()(io_uring* ring) const noexcept {
   if (hidden(*ring)) {
-    io_uring_rsrc_update place{};
-    place.offset = static_cast<unsigned>(ring->enter_ring_fd);
-    register_with(*ring, IORING_UNREGISTER_RING_FDS, &place, 1);
+    io_uring_rsrc_update update{};
+    update.offset = static_cast<unsigned>(ring->enter_ring_fd);
+    register_with(*ring, IORING_UNREGISTER_RING_FDS, &update, 1);
   }
   ::io_uring_queue_exit(ring);
 }

@@ -47,7 +47,7 @@ inline Error range_error(std::error_code code, const char* operation, const std:
 }
 
 /// Makes an Error of `operation` from `error`; what() names the cause only once.
-inline Error failed(const char* operation, const std::system_error& error) {
+inline Error operation_error(const char* operation, const std::system_error& error) {
   const std::string cause = error.code().message();
   std::string what = error.what();
   if (what.ends_with(cause)) what.resize(what.size() - cause.size());

@@ -17,7 +17,7 @@
 #include "engine/ground/error.h"
 #include "engine/ground/option_limits.h"
 #include "engine/ground/unique_fd.h"
-#include "engine/tuning/place.h"
+#include "engine/tuning/profile_key.h"
 
 namespace flashpack {
 
@@ -28,7 +28,7 @@ namespace json = boost::json;
 using internal::argument_error;
 using internal::errno_code;
 using internal::file_error;
-using internal::Place;
+using internal::ProfileKey;
 
 constexpr std::string_view kDefaults = "defaults";
 constexpr std::string_view kStaging = "staging_bytes";
@@ -39,9 +39,8 @@ constexpr std::uint64_t kMaxFileBytes = kMiB;
 constexpr std::uint64_t kMaxStagingBytes = 1024 * kMiB;
 
 // The four values that a profile is found by.
-std::array<std::pair<const char*, std::string>, 4> key_of(const Place& place) {
-  return {
-      {{"storage", place.storage}, {"file_system", place.file_system}, {"kernel", place.kernel}, {"gpu", place.gpu}}};
+std::array<std::pair<const char*, std::string>, 4> values_of(const ProfileKey& key) {
+  return {{{"storage", key.storage}, {"file_system", key.file_system}, {"kernel", key.kernel}, {"gpu", key.gpu}}};
 }
 
 std::string text_at(const json::object& profile, std::string_view name) {
@@ -49,10 +48,10 @@ std::string text_at(const json::object& profile, std::string_view name) {
   return value != nullptr && value->is_string() ? std::string(value->get_string()) : std::string();
 }
 
-// The first name in the key of which the profile has another value; null if it is for this place.
-const char* difference(const json::value& profile, const Place& place) {
+// The first name in the key of which the profile has another value; null if they are the same.
+const char* difference(const json::value& profile, const ProfileKey& key) {
   if (!profile.is_object()) return "storage";
-  for (const auto& [name, value] : key_of(place)) {
+  for (const auto& [name, value] : values_of(key)) {
     if (text_at(profile.get_object(), name) != value) return name;
   }
   return nullptr;
@@ -172,24 +171,24 @@ Profiles profiles_in(const fs::path& file) {
   return {std::move(found->get_array()), {}, {}};
 }
 
-// Why none of `profiles` is for `place`.
-std::string why_none(const json::array& profiles, const Place& place) {
+// Why none of `profiles` is for `key`.
+std::string why_none(const json::array& profiles, const ProfileKey& key) {
   for (const json::value& profile : profiles) {
-    const std::string name = difference(profile, place);
+    const std::string name = difference(profile, key);
     if (name == "storage") continue;
-    for (const auto& [key, here] : key_of(place)) {
-      if (key != name) continue;
+    for (const auto& [each, here] : values_of(key)) {
+      if (each != name) continue;
       return "the profile is for " + name + " \"" + text_at(profile.get_object(), name) + "\", and here it is \"" +
              here + "\"";
     }
   }
-  return "no profile is for " + place.storage;
+  return "no profile is for " + key.storage;
 }
 
 // The defaults are not written down, because those of a later version may be better ones.
-json::object profile_of(const Place& place, const EngineOptions& options) {
+json::object profile_of(const ProfileKey& key, const EngineOptions& options) {
   json::object profile;
-  for (const auto& [name, value] : key_of(place)) profile[name] = value;
+  for (const auto& [name, value] : values_of(key)) profile[name] = value;
   if (are_usual(options)) {
     profile[kDefaults] = true;
     return profile;
@@ -237,11 +236,11 @@ TunedOptions tuned_options(const fs::path& path, Device device, const fs::path& 
   if (profiles.empty()) return tuned.reason = "neither XDG_CONFIG_HOME nor HOME says where profiles are", tuned;
   const auto [all, reason, ignored] = profiles_in(profiles);
   if (!reason.empty()) return tuned.reason = reason, tuned;
-  const Place place = internal::place_of(path, device);
-  if (!place.unknown.empty()) return tuned.reason = place.unknown, tuned;
+  const ProfileKey key = internal::profile_key(path, device);
+  if (!key.unknown.empty()) return tuned.reason = key.unknown, tuned;
   const json::value* const found =
-      std::find_if(all.begin(), all.end(), [&](const auto& each) { return difference(each, place) == nullptr; });
-  if (found == all.end()) return tuned.reason = why_none(all, place), tuned;
+      std::find_if(all.begin(), all.end(), [&](const auto& each) { return difference(each, key) == nullptr; });
+  if (found == all.end()) return tuned.reason = why_none(all, key), tuned;
   if (has_defaults(found->get_object()))
     return tuned.reason = "nothing was better than the defaults, says " + profiles.string(), tuned;
   tuned.applied = take_values(found->get_object(), tuned.options);
@@ -253,8 +252,8 @@ TunedOptions tuned_options(const fs::path& path, Device device, const fs::path& 
 void keep_profile(const fs::path& path, const EngineOptions& options, const fs::path& profiles) {
   if (!in_range(values_of(options))) throw argument_error("options of a profile are out of range: " + text_of(options));
   if (profiles.empty()) throw argument_error("neither XDG_CONFIG_HOME nor HOME says where profiles are");
-  const Place place = internal::place_of(path, options.device);
-  if (!place.unknown.empty()) throw argument_error("no profile can be kept: " + place.unknown);
+  const ProfileKey key = internal::profile_key(path, options.device);
+  if (!key.unknown.empty()) throw argument_error("no profile can be kept: " + key.unknown);
   const fs::path directory = profiles.parent_path();
   std::error_code error;
   fs::create_directories(directory, error);
@@ -266,10 +265,9 @@ void keep_profile(const fs::path& path, const EngineOptions& options, const fs::
   if (read_error) throw file_error(read_error, "read", profiles);
   if (!damage.empty() && fs::exists(profiles, error))
     throw argument_error("no profile can be kept: " + damage + "; mend it or remove it");
-  all.erase(
-      std::remove_if(all.begin(), all.end(), [&](const auto& each) { return difference(each, place) == nullptr; }),
-      all.end());
-  all.push_back(profile_of(place, options));
+  all.erase(std::remove_if(all.begin(), all.end(), [&](const auto& each) { return difference(each, key) == nullptr; }),
+            all.end());
+  all.push_back(profile_of(key, options));
   replace(profiles, json::serialize(json::object{{"profiles", std::move(all)}}) + "\n");
 }
 

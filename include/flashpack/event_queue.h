@@ -31,8 +31,8 @@ struct Event {
   };
   Kind kind = Kind::kDone;
   std::uint64_t tag = 0;   ///< The number that the transfer was started with.
-  std::size_t file = 0;    ///< Place in LoadRequest::files. Only of kLanded.
-  std::size_t extent = 0;  ///< Place in FileExtents::extents. Only of kLanded.
+  std::size_t file = 0;    ///< Index in LoadRequest::files. Only of kLanded.
+  std::size_t extent = 0;  ///< Index in FileExtents::extents. Only of kLanded.
   std::error_code error;   ///< As Transfer::error(), empty after success. Only of kDone.
 };
 

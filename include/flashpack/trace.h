@@ -45,8 +45,8 @@ struct TraceEvent {
   std::uint64_t transfer = 0;  ///< Number of the transfer in its engine, from 1 on.
   std::uint32_t file = 0;      ///< Index of the file in the request; 0 for a transfer.
   std::string_view path;       ///< Path of that file; for a transfer, of its first one. Valid during the call.
-  /// The chunk's place in the engine. The steps of a chunk have the same one, and no two steps of one lane overlap. 0
-  /// for files and transfers, which may overlap.
+  /// The row in which a chart shows the step. The steps of a chunk have the same lane, and no two steps of one lane
+  /// overlap. 0 for files and transfers, which may overlap.
   std::uint32_t lane = 0;
   std::uint64_t offset_bytes = 0;  ///< Where the step began in the file; 0 for files and transfers.
   /// The bytes that the step has moved or touched; with O_DIRECT also those that alignment adds. 0 if it has failed, if

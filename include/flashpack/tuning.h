@@ -2,10 +2,10 @@
 ///
 ///   flashpack::Engine engine(flashpack::tuned_options("/models/model.flashpack").options);
 ///
-/// A profile is the chunk_bytes, queue_depth and workers of EngineOptions, for one place: a disk or network file
+/// A profile is the chunk_bytes, queue_depth and workers of EngineOptions, for one key: a disk or network file
 /// system, the type of the file system, the version of the kernel and the GPU. It also has staging_bytes where other
 /// memory than the usual was better, as for a GPU; without them, all reads in flight find room. A profile is applied
-/// only where all values of its place are the same. A place for which nothing was better than the defaults has a
+/// only where all values of its key are the same. A key for which nothing was better than the defaults has a
 /// profile without numbers, and so gets the defaults of later versions, too. The file of profiles is the user's, JSON,
 /// and may be edited.
 ///
@@ -31,7 +31,7 @@ struct TunedOptions {
 std::filesystem::path profiles_path();
 
 /// Returns the options for loads of `path`, which is a file or a directory, to `device`. A profile that is missing,
-/// made for another place or damaged is no error: the options are the defaults then, as they are if nothing was better
+/// made for another key or damaged is no error: the options are the defaults then, as they are if nothing was better
 /// or FLASHPACK_TUNE=off is in the environment. Any thread, unless another one changes the environment.
 TunedOptions tuned_options(const std::filesystem::path& path, Device device = {},
                            const std::filesystem::path& profiles = profiles_path());
@@ -39,7 +39,7 @@ TunedOptions tuned_options(const std::filesystem::path& path, Device device = {}
 /// Keeps chunk_bytes, queue_depth, workers and, unless they are 0, staging_bytes of `options` for loads of `path` to
 /// `options.device`, in place of the profile that there was for it. The file is replaced at once, and processes that do
 /// so at the same time do not lose each other's profiles. Options with the default values are kept as "the defaults",
-/// not as numbers. Throws: Error (kInvalidArgument if the options are out of range, loads of `path` have no place that
+/// not as numbers. Throws: Error (kInvalidArgument if the options are out of range, loads of `path` have no key that
 /// could be recognised, as on tmpfs, or the file is damaged, because its other profiles would be lost; errno when the
 /// file cannot be read or written).
 void keep_profile(const std::filesystem::path& path, const EngineOptions& options,

@@ -44,9 +44,11 @@ TEST(ErrorTest, OurCodesEqualTheirLikeInStdErrc) {
 
 TEST(ErrorTest, ACauseThatIsPassedOnIsNamedOnce) {
   const std::system_error with_a_call(ENODEV, std::generic_category(), "cudaSetDevice");
-  EXPECT_STREQ(internal::failed("start engine", with_a_call).what(), "start engine: cudaSetDevice: No such device");
+  EXPECT_STREQ(internal::operation_error("start engine", with_a_call).what(),
+               "start engine: cudaSetDevice: No such device");
   const std::system_error bare(std::error_code(EAGAIN, std::generic_category()));
-  EXPECT_STREQ(internal::failed("start engine", bare).what(), "start engine: Resource temporarily unavailable");
+  EXPECT_STREQ(internal::operation_error("start engine", bare).what(),
+               "start engine: Resource temporarily unavailable");
 }
 
 TEST(ErrorTest, EveryErrcHasAMessageOfItsOwn) {

@@ -24,7 +24,7 @@ T& require(T* pointer, const char* name) {
 
 /// Like require(), for the place of a result, which is null until there is one.
 template <typename T>
-T*& place_of(T** pointer, const char* name) {
+T*& result_of(T** pointer, const char* name) {
   return require(pointer, name) = nullptr;
 }
 

@@ -64,22 +64,22 @@ using namespace flashpack::c;
 flashpack_status flashpack_checkpoint_open(const char* path, flashpack_checkpoint** checkpoint,
                                            flashpack_error** error) {
   return guarded(error, [&] {
-    auto*& place = place_of(checkpoint, "checkpoint");
+    auto*& result = result_of(checkpoint, "checkpoint");
     auto opened = flashpack::open_checkpoint(std::filesystem::path(&require(path, "path")));
-    place = new flashpack_checkpoint{std::make_shared<const OpenCheckpoint>(std::move(opened))};
+    result = new flashpack_checkpoint{std::make_shared<const OpenCheckpoint>(std::move(opened))};
   });
 }
 
 flashpack_status flashpack_checkpoint_open_files(const char* const* paths, size_t path_count,
                                                  flashpack_checkpoint** checkpoint, flashpack_error** error) {
   return guarded(error, [&] {
-    auto*& place = place_of(checkpoint, "checkpoint");
+    auto*& result = result_of(checkpoint, "checkpoint");
     std::vector<std::filesystem::path> files;
     for (const char* path : array(paths, path_count, "paths"))
       files.emplace_back(&require(path, "an element of paths"));
     if (files.empty()) throw argument_error("path_count is 0");
     auto opened = flashpack::open_checkpoint(files);
-    place = new flashpack_checkpoint{std::make_shared<const OpenCheckpoint>(std::move(opened))};
+    result = new flashpack_checkpoint{std::make_shared<const OpenCheckpoint>(std::move(opened))};
   });
 }
 
@@ -146,13 +146,13 @@ flashpack_status flashpack_checkpoint_find(const flashpack_checkpoint* checkpoin
                                            size_t* index, flashpack_error** error) {
   return guarded(error, [&] {
     const OpenCheckpoint& asked = opened(checkpoint);
-    size_t& place = require(index, "index");
+    size_t& result = require(index, "index");
     const auto chars = array(name, name_bytes, "name");
     const std::string wanted(chars.begin(), chars.end());
     const auto found = asked.index_of.find(wanted);
     if (found == asked.index_of.end())
       throw NotFound(asked.checkpoint.path().string() + " has no tensor \"" + wanted + "\"");
-    place = found->second;
+    result = found->second;
   });
 }
 

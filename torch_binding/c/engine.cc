@@ -45,9 +45,9 @@ const char* flashpack_version() { return flashpack::version(); }
 flashpack_status flashpack_engine_create(const flashpack_engine_options* options, flashpack_engine** engine,
                                          flashpack_error** error) {
   return guarded(error, [&] {
-    auto*& place = place_of(engine, "engine");
+    auto*& result = result_of(engine, "engine");
     auto made = std::make_shared<flashpack::Engine>(options_of(given_or_default(options, "options")));
-    place = new flashpack_engine{std::move(made)};
+    result = new flashpack_engine{std::move(made)};
   });
 }
 

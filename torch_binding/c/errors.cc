@@ -71,7 +71,7 @@ flashpack_status status_of(const std::error_code& code) noexcept {
   return of_system && code.value() > 0 ? code.value() : FLASHPACK_INTERNAL_ERROR;
 }
 
-flashpack_status failed(flashpack_error** error) noexcept {
+flashpack_status status_of_exception(flashpack_error** error) noexcept {
   try {
     return describe_exception(error);
   } catch (...) {

@@ -19,7 +19,7 @@ flashpack_status status_of(const std::error_code& code) noexcept;
 
 /// Returns the status of the exception that is being handled, and sets `*error`, unless `error` is null, to an object
 /// that describes it.
-flashpack_status failed(flashpack_error** error) noexcept;
+flashpack_status status_of_exception(flashpack_error** error) noexcept;
 
 /// Runs `body`, which returns a status or nothing, for FLASHPACK_OK. No exception comes out of it.
 template <typename Body>
@@ -33,7 +33,7 @@ flashpack_status guarded(flashpack_error** error, Body body) noexcept {
       return body();
     }
   } catch (...) {
-    return failed(error);
+    return status_of_exception(error);
   }
 }
 

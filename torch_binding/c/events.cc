@@ -29,7 +29,7 @@ std::size_t flashpack_events::take(flashpack_event* taken, std::size_t capacity)
       const auto started = started_.find(event.tag);
       const bool done = event.kind == flashpack::Event::Kind::kDone;
       taken[count++] = {.tag = started->second.tag,
-                        .extent = done ? 0 : started->second.places[event.file][event.extent],
+                        .extent = done ? 0 : started->second.indices[event.file][event.extent],
                         .kind = done ? FLASHPACK_EVENT_DONE : FLASHPACK_EVENT_LANDED,
                         .status = flashpack::c::status_of(event.error)};
       if (done) started_.erase(started);
@@ -42,8 +42,8 @@ using namespace flashpack::c;
 
 flashpack_status flashpack_events_create(flashpack_events** events, flashpack_error** error) {
   return guarded(error, [&] {
-    auto*& place = place_of(events, "events");
-    place = new flashpack_events;
+    auto*& result = result_of(events, "events");
+    result = new flashpack_events;
   });
 }
 
@@ -52,10 +52,10 @@ int32_t flashpack_events_fd(const flashpack_events* events) { return events ? ev
 flashpack_status flashpack_events_take(flashpack_events* events, flashpack_event* taken, size_t capacity, size_t* count,
                                        flashpack_error** error) {
   return guarded(error, [&] {
-    size_t& place = require(count, "count");
-    place = 0;
+    size_t& result = require(count, "count");
+    result = 0;
     if (capacity > 0) require(taken, "taken");
-    place = require(events, "events").take(taken, capacity);
+    result = require(events, "events").take(taken, capacity);
   });
 }
 

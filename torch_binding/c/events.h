@@ -15,7 +15,7 @@
 namespace flashpack::c {
 
 /// For each extent of each file of a LoadRequest, its index in the request of the caller.
-using Places = std::vector<std::vector<std::size_t>>;
+using ExtentIndices = std::vector<std::vector<std::size_t>>;
 
 }  // namespace flashpack::c
 
@@ -27,9 +27,9 @@ struct flashpack_events {
   /// Starts a transfer with `start_transfer(queue, number)`, which gets a number of this object's own for the caller's
   /// `tag`. Throws: what that throws.
   template <typename Start>
-  flashpack::Transfer start(std::uint64_t tag, flashpack::c::Places places, Start start_transfer) {
+  flashpack::Transfer start(std::uint64_t tag, flashpack::c::ExtentIndices indices, Start start_transfer) {
     owner_.require_current("events");
-    const std::uint64_t number = add({tag, std::move(places)});
+    const std::uint64_t number = add({tag, std::move(indices)});
     try {
       return start_transfer(queue_, number);
     } catch (...) {
@@ -45,7 +45,7 @@ struct flashpack_events {
  private:
   struct Started {
     std::uint64_t tag;
-    flashpack::c::Places places;
+    flashpack::c::ExtentIndices indices;
   };
 
   std::uint64_t add(Started started);

@@ -65,19 +65,20 @@ LoadRequest request_of(const flashpack_load_request& given, std::vector<FileExte
 }
 
 // Which extent of the caller each one is that extents_of() has found, in files that have any.
-Places places_of(const flashpack_load_request& given, std::size_t file_count) {
-  Places places(file_count);
-  for (std::size_t i = 0; i < given.extent_count; ++i) places[given.extents[i].file].push_back(i);
-  std::erase_if(places, [](const auto& of_file) { return of_file.empty(); });
-  return places;
+ExtentIndices indices_of(const flashpack_load_request& given, std::size_t file_count) {
+  ExtentIndices indices(file_count);
+  for (std::size_t i = 0; i < given.extent_count; ++i) indices[given.extents[i].file].push_back(i);
+  std::erase_if(indices, [](const auto& of_file) { return of_file.empty(); });
+  return indices;
 }
 
-Transfer start(Engine& engine, const flashpack_load_request& given, std::vector<FileExtents> files, Places places) {
+Transfer start(Engine& engine, const flashpack_load_request& given, std::vector<FileExtents> files,
+               ExtentIndices indices) {
   LoadRequest request = request_of(given, std::move(files));
   request.report_extents = given.report_extents != 0;
   if (request.report_extents && !given.events) throw argument_error("request reports extents, and has no events");
   if (!given.events) return engine.start_load(std::move(request));
-  return given.events->start(given.tag, std::move(places), [&](EventQueue& queue, std::uint64_t number) {
+  return given.events->start(given.tag, std::move(indices), [&](EventQueue& queue, std::uint64_t number) {
     return queue.start_load(engine, std::move(request), number);
   });
 }
@@ -99,8 +100,8 @@ std::unique_ptr<flashpack_transfer> start_load(flashpack_engine* engine, const f
     if (transfer->verify == Verify::kAlways) throw argument_error("files that are given by path cannot be verified");
     files = files_by_path(given);
   }
-  Places places = given.report_extents ? places_of(given, file_count) : Places{};
-  transfer->transfer = start(used, given, std::move(files), std::move(places));
+  ExtentIndices indices = given.report_extents ? indices_of(given, file_count) : ExtentIndices{};
+  transfer->transfer = start(used, given, std::move(files), std::move(indices));
   return transfer;
 }
 
@@ -142,7 +143,7 @@ WholeLoad start_load_all(flashpack_engine* engine, const flashpack_load_request*
   const SegmentPlan plan = plan_segments(checkpoint, all, Device::Kind::kHost, load.transfer->verify);
   Extents extents = allocate(checkpoint, plan, load);
   load.transfer->transfer =
-      start(used, given, files_of(checkpoint, std::move(extents), load.transfer->verify), Places{});
+      start(used, given, files_of(checkpoint, std::move(extents), load.transfer->verify), ExtentIndices{});
   return load;
 }
 
@@ -165,9 +166,9 @@ using namespace flashpack::c;
 flashpack_status flashpack_open_file_open(flashpack_engine* engine, const char* path, int32_t fd,
                                           flashpack_open_file** file, flashpack_error** error) {
   return guarded(error, [&] {
-    auto*& place = place_of(file, "file");
+    auto*& result = result_of(file, "file");
     flashpack::Engine& used = *require(engine, "engine").engine;
-    place = new flashpack_open_file{used.open(&require(path, "path"), {}, fd)};
+    result = new flashpack_open_file{used.open(&require(path, "path"), {}, fd)};
   });
 }
 
@@ -193,8 +194,8 @@ void flashpack_open_file_destroy(flashpack_open_file* file) { delete file; }
 flashpack_status flashpack_start_load(flashpack_engine* engine, const flashpack_load_request* request,
                                       flashpack_transfer** transfer, flashpack_error** error) {
   return guarded(error, [&] {
-    auto*& place = place_of(transfer, "transfer");
-    place = start_load(engine, request).release();
+    auto*& result = result_of(transfer, "transfer");
+    result = start_load(engine, request).release();
   });
 }
 
@@ -207,32 +208,32 @@ flashpack_status flashpack_start_load_all(flashpack_engine* engine, const flashp
                                           flashpack_tensors** tensors, flashpack_transfer** transfer,
                                           flashpack_error** error) {
   return guarded(error, [&] {
-    auto*& place = place_of(tensors, "tensors");
-    auto*& place_of_transfer = place_of(transfer, "transfer");
+    auto*& result = result_of(tensors, "tensors");
+    auto*& transfer_result = result_of(transfer, "transfer");
     WholeLoad load = start_load_all(engine, request);
-    place = load.tensors.release();
-    place_of_transfer = load.transfer.release();
+    result = load.tensors.release();
+    transfer_result = load.transfer.release();
   });
 }
 
 flashpack_status flashpack_load_all(flashpack_engine* engine, const flashpack_load_request* request,
                                     flashpack_tensors** tensors, flashpack_error** error) {
   return guarded(error, [&] {
-    auto*& place = place_of(tensors, "tensors");
+    auto*& result = result_of(tensors, "tensors");
     WholeLoad load = start_load_all(engine, request);
     wait(*load.transfer);
-    place = load.tensors.release();
+    result = load.tensors.release();
   });
 }
 
 flashpack_status flashpack_tensors_data(const flashpack_tensors* tensors, size_t index, void** data,
                                         flashpack_error** error) {
   return guarded(error, [&] {
-    void*& place = place_of(data, "data");
+    void*& result = result_of(data, "data");
     const std::vector<void*>& all = require(tensors, "tensors").data;
     if (index >= all.size())
       throw argument_error("there is no tensor " + std::to_string(index) + " of " + std::to_string(all.size()));
-    place = all[index];
+    result = all[index];
   });
 }
 

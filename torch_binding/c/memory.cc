@@ -7,8 +7,8 @@ using namespace flashpack::c;
 flashpack_status flashpack_memory_create(size_t size_bytes, uint64_t offset_bytes, flashpack_memory** memory,
                                          flashpack_error** error) {
   return guarded(error, [&] {
-    auto*& place = place_of(memory, "memory");
-    place = new flashpack_memory{flashpack::HostMemory(size_bytes, offset_bytes)};
+    auto*& result = result_of(memory, "memory");
+    result = new flashpack_memory{flashpack::HostMemory(size_bytes, offset_bytes)};
   });
 }
 

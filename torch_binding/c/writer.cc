@@ -27,7 +27,7 @@ std::unique_ptr<flashpack_transfer> start_write(flashpack_writer* writer, const 
     return queue.start_write(used, std::move(write), number);
   };
   transfer->transfer =
-      given.events ? given.events->start(given.tag, Places{}, by_events) : used.start_write(std::move(write));
+      given.events ? given.events->start(given.tag, ExtentIndices{}, by_events) : used.start_write(std::move(write));
   return transfer;
 }
 
@@ -80,20 +80,21 @@ flashpack_status flashpack_writer_create(flashpack_engine* engine, const char* p
                                          const flashpack_writer_options* options, flashpack_writer** writer,
                                          flashpack_error** error) {
   return guarded(error, [&] {
-    auto*& place = place_of(writer, "writer");
+    auto*& result = result_of(writer, "writer");
     const std::shared_ptr<flashpack::Engine>& used = require(engine, "engine").engine;
     const auto given = given_or_default(options, "options");
     if (given.reserved != 0) throw argument_error("options->reserved is not 0");
-    place = new flashpack_writer{used, used->create(&require(path, "path"), {.payload_bytes = given.payload_bytes,
-                                                                             .follow_links = given.replace_link == 0})};
+    result = new flashpack_writer{
+        used, used->create(&require(path, "path"),
+                           {.payload_bytes = given.payload_bytes, .follow_links = given.replace_link == 0})};
   });
 }
 
 flashpack_status flashpack_start_write(flashpack_writer* writer, const flashpack_write_request* request,
                                        flashpack_transfer** transfer, flashpack_error** error) {
   return guarded(error, [&] {
-    auto*& place = place_of(transfer, "transfer");
-    place = start_write(writer, request).release();
+    auto*& result = result_of(transfer, "transfer");
+    result = start_write(writer, request).release();
   });
 }
 

@@ -8,17 +8,17 @@
 
 namespace flashpack::internal {
 
-/// Two places with the same values are the same. All text is printable ASCII.
-struct Place {
+/// Two loads with the same values can have the same profile. All text is printable ASCII.
+struct ProfileKey {
   std::string storage;  ///< The disk, or the source of a network file system.
   std::string file_system;
   std::string kernel;   ///< Major and minor version.
   std::string gpu;      ///< Empty for loads to the host.
-  std::string unknown;  ///< Why the place could not be recognised another time; empty if it can be.
+  std::string unknown;  ///< Why the key could not be found another time; empty if it can be.
 };
 
-/// The place that `path` is in, or would be in if it does not exist.
-Place place_of(std::filesystem::path path, Device device);
+/// The key of loads of `path`, which need not exist yet, to `device`.
+ProfileKey profile_key(std::filesystem::path path, Device device);
 
 /// Returns a name that the disk has on every start of the machine, so that a profile is found again. `block` is the
 /// disk's directory in /sys/block.

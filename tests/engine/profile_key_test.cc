@@ -1,4 +1,4 @@
-#include "engine/tuning/place.h"
+#include "engine/tuning/profile_key.h"
 
 #include <gtest/gtest.h>
 
@@ -15,7 +15,7 @@ void write_text(const std::filesystem::path& path, std::string_view text) {
   testing::write_file(path, std::as_bytes(std::span(text)));
 }
 
-TEST(PlaceTest, ADiskIsCalledByItsWorldWideNameElseItsSerialElseWhatTheKernelCallsIt) {
+TEST(ProfileKeyTest, ADiskIsCalledByItsWorldWideNameElseItsSerialElseWhatTheKernelCallsIt) {
   const testing::TempDir dir;
   const auto block = dir / "vda";
   write_text(block / "size", "2048\n");
@@ -27,10 +27,10 @@ TEST(PlaceTest, ADiskIsCalledByItsWorldWideNameElseItsSerialElseWhatTheKernelCal
   EXPECT_EQ(disk_name(block), "naa.5000, Fast Disk, 2048 sectors");
 }
 
-TEST(PlaceTest, WhatWillBeMadeIsWhereItsDirectoryIs) {
+TEST(ProfileKeyTest, WhatWillBeMadeIsWhereItsDirectoryIs) {
   const testing::TempDir dir;
-  const Place here = place_of(dir.path(), {});
-  const Place later = place_of(dir / "a" / "b", {});
+  const ProfileKey here = profile_key(dir.path(), {});
+  const ProfileKey later = profile_key(dir / "a" / "b", {});
   EXPECT_EQ(later.storage, here.storage);
   EXPECT_EQ(later.file_system, here.file_system);
   EXPECT_EQ(later.unknown, here.unknown);
@@ -38,11 +38,12 @@ TEST(PlaceTest, WhatWillBeMadeIsWhereItsDirectoryIs) {
   EXPECT_NE(here.kernel.find('.'), std::string::npos) << here.kernel;
 }
 
-TEST(PlaceTest, MemoryCannotBeRecognisedAnotherTimeAndSaysSo) {
-  EXPECT_NE(place_of("/proc/self/status", {}).unknown.find("proc has no disk"), std::string::npos);
-  testing::write_file("/dev/shm/flashpack_place_test", {});
-  EXPECT_NE(place_of("/dev/shm/flashpack_place_test", {}).unknown.find("tmpfs has no disk"), std::string::npos);
-  std::filesystem::remove("/dev/shm/flashpack_place_test");
+TEST(ProfileKeyTest, MemoryCannotBeRecognisedAnotherTimeAndSaysSo) {
+  EXPECT_NE(profile_key("/proc/self/status", {}).unknown.find("proc has no disk"), std::string::npos);
+  testing::write_file("/dev/shm/flashpack_profile_key_test", {});
+  EXPECT_NE(profile_key("/dev/shm/flashpack_profile_key_test", {}).unknown.find("tmpfs has no disk"),
+            std::string::npos);
+  std::filesystem::remove("/dev/shm/flashpack_profile_key_test");
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-#include "engine/tuning/place.h"
+#include "engine/tuning/profile_key.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -100,36 +100,36 @@ std::string disk_name(const fs::path& block) {
   return name + (model.empty() ? "" : ", " + model) + ", " + sectors + " sectors";
 }
 
-Place place_of(fs::path path, Device device) {
-  Place place{.storage = "", .file_system = "", .kernel = kernel(), .gpu = "", .unknown = ""};
+ProfileKey profile_key(fs::path path, Device device) {
+  ProfileKey key{.storage = "", .file_system = "", .kernel = kernel(), .gpu = "", .unknown = ""};
   if (path.empty()) path = ".";
   std::uint64_t id = 0;
   while (!ask_mount(path, id)) {
     const int error_number = errno;
     const fs::path above = path.has_parent_path() ? path.parent_path() : ".";
     if (error_number != ENOENT || above == path) {
-      place.unknown = path.string() + ": " + std::generic_category().message(error_number);
-      return place;
+      key.unknown = path.string() + ": " + std::generic_category().message(error_number);
+      return key;
     }
     path = above;
   }
   const Mounts mounts = Mounts::of_process();
   const MountInfo* const found = mounts.find(id);
   const MountInfo mount = found ? *found : MountInfo{};
-  place.file_system = printable(mount.file_system);
+  key.file_system = printable(mount.file_system);
   if (const fs::path block = block_directory(mount); !block.empty()) {
-    place.storage = disk_name(block);
+    key.storage = disk_name(block);
   } else if (is_on_network(mount)) {
-    place.storage = printable(mount.source);
+    key.storage = printable(mount.source);
   } else {
-    place.unknown = (place.file_system.empty() ? "this file system" : place.file_system) +
-                    " has no disk or server that could be recognised";
+    key.unknown = (key.file_system.empty() ? "this file system" : key.file_system) +
+                  " has no disk or server that could be recognised";
   }
   if (device.kind == Device::Kind::kCuda) {
-    place.gpu = gpu_models();
-    if (place.gpu.empty()) place.unknown = "the driver names no GPU that could be recognised";
+    key.gpu = gpu_models();
+    if (key.gpu.empty()) key.unknown = "the driver names no GPU that could be recognised";
   }
-  return place;
+  return key;
 }
 
 }  // namespace flashpack::internal
