@@ -103,6 +103,14 @@ def test_what_is_kept_is_counted_and_told_once_and_the_rest_is_read_two_at_a_tim
     assert "".join("s" if each == "start" else "f" for each in loads).endswith("fsfsff")
 
 
+def test_a_loop_over_tensors_larger_than_the_window_keeps_nothing_and_has_two_alive(tmp_path, loads, caplog):
+    safetensors.torch.save_file({f"{i}": random_tensor((MIB,), seed=i) for i in range(6)}, tmp_path / "a.safetensors")
+    for _, tensor in flashpack.stream_tensors(tmp_path / "a.safetensors", window_bytes=MIB):
+        assert tensor.numel() == MIB
+    assert caplog.records == []
+    assert loads == ["start", "finish"] * 6
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize(
     "keep", [lambda tensor: tensor[:1], lambda tensor: tensor.data, lambda tensor: tensor.view(-1)]

@@ -77,6 +77,9 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         self._window_bytes = window_bytes
         self._alive = _Alive()
         self._unseen_bytes = 0  # Memory of groups that have not been yielded to their end.
+        # Memory of the last group that has. A loop's variable has its last tensor until the next one comes, which is
+        # not to keep it, though the tensor may be larger than the window.
+        self._newest_bytes = 0
         self._warned = False
         self._paths = paths
         self._tensors = self._run(paths, targets)
@@ -153,6 +156,7 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 for name in list(tensors):
                     yield name, tensors.pop(name)
                 self._unseen_bytes -= size_bytes
+                self._newest_bytes = size_bytes
 
     @left_before_exit
     @captures_undisturbed()
@@ -203,7 +207,7 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
     def _most_at_once(self, under_way: int) -> int:
         """Returns how many groups may be under way, of which there are `under_way` now."""
         alive_bytes = self._alive.count_bytes()
-        if alive_bytes - self._unseen_bytes <= self._window_bytes:
+        if alive_bytes - self._unseen_bytes <= max(self._window_bytes, self._newest_bytes):
             return AT_ONCE if alive_bytes + _GROUP_BYTES <= self._window_bytes else max(under_way, 1)
         if not self._warned:
             self._warned = True
@@ -211,8 +215,8 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 "more than window_bytes=%d of the tensors of a stream are kept: memory grows with what is kept",
                 self._window_bytes,
             )
-        # The consumer has exceeded the window, and the disk must not wait. At most a window more is read ahead.
-        return min(AT_ONCE, max(self._window_bytes // _GROUP_BYTES, _AT_LEAST))
+        # The consumer has exceeded the window, and the disk must not wait. About a window more is read ahead.
+        return AT_ONCE if self._unseen_bytes + _GROUP_BYTES <= self._window_bytes else max(under_way, _AT_LEAST)
 
 
 def stream_tensors(
