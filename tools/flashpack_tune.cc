@@ -128,6 +128,8 @@ std::vector<double> ratios_of(Subject& subject, const Setting& pick, Work work, 
   return ratios;
 }
 
+constexpr int kMostGib = 1 << 20;
+
 unsigned cores() { return std::thread::hardware_concurrency(); }
 
 // Times the requests of the settings, the pick and the default first, until the time is over. They are timed without
@@ -346,7 +348,6 @@ int main(int argc, char** argv) try {
       ->transform(CLI::AsNumberWithUnit(std::map<std::string, double>{{"s", 1}, {"min", 60}}))
       ->capture_default_str();
   app.add_option("--size_gib", flags.size_gib, "Size of the generated file, which is removed in the end")
-      ->check(CLI::PositiveNumber)
       ->capture_default_str();
   app.add_flag("--verify", flags.verify, "Loads compare checksums, as those from Python do by default");
   app.add_flag("--writes", flags.writes, "Measure durable writes, too, in a third of the time; they are only shown");
@@ -355,7 +356,10 @@ int main(int argc, char** argv) try {
   app.add_option("--json_file", flags.json_file, "Write the same object to a file, too");
   try {
     app.parse(argc, argv);
+    // Neither comparison holds for a NaN.
     if (!(flags.budget_s > 0)) throw CLI::ValidationError("--budget", "must be more than 0");
+    if (!(flags.size_gib > 0 && flags.size_gib <= kMostGib))
+      throw CLI::ValidationError("--size_gib", "must be more than 0 and at most " + std::to_string(kMostGib));
     flags.device = device_of(device);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : kExitUsage;

@@ -47,7 +47,7 @@ slower=${GPU_CHECK_SLOWER:-1}
 scale=${GPU_CHECK_SCALE:-1}
 steps=(load table pytest ctest memcheck sweep)
 # Seconds. Without the suite they are less than what all have together, so that no step takes the time of another.
-declare -A limits=([carried]=30 [load]=85 [table]=220 [pytest]=90 [ctest]=75 [memcheck]=20 [sweep]=45 [suite]=500)
+declare -A limits=([carried]=20 [load]=85 [table]=215 [pytest]=90 [ctest]=60 [memcheck]=20 [sweep]=45 [suite]=500)
 
 packages=(
   liburing2 liburing-dev libisal2 libisal-dev libboost1.81-dev libgtest-dev libgmock-dev libcli11-dev

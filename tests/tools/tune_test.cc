@@ -45,6 +45,17 @@ boost::json::value report_in(const std::filesystem::path& file) {
   return boost::json::parse({reinterpret_cast<const char*>(bytes.data()), bytes.size()});
 }
 
+TEST(TuneTool, SizesThatNoFileHasAreRefused) {
+  const testing::TempDir dir;
+  for (const std::string size : {"nan", "inf", "1e30", "0", "-1"}) {
+    const testing::Outcome outcome =
+        testing::run("'" FLASHPACK_TUNE "' --size_gib=" + size + " '" + dir.path().string() + "' 2>&1");
+    EXPECT_NE(outcome.status, 0) << size;
+    EXPECT_TRUE(has(outcome.output, "--size_gib: must be more than 0 and at most")) << size << ": " << outcome.output;
+  }
+  EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
+}
+
 TEST(TuneTool, WhatIsBestForADiskIsKeptAndAppliedFromThenOn) {
   const testing::TempDir dir;
   if (stays_in_page_cache(dir)) GTEST_SKIP() << "this file system keeps its pages";
