@@ -29,7 +29,7 @@ struct Subject {
   Subject(const std::filesystem::path& file, std::uint64_t size_bytes, Device to, bool verify);
 
   const LoadRequest& request(Work work) const { return work == Work::kPageCache ? from_page_cache : from_disk; }
-  /// What one sample moves.
+  /// A sample of this work moves so many bytes, by which its time becomes a speed.
   std::uint64_t sample_bytes(Work work) const;
 
   Device device;

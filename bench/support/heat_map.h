@@ -7,7 +7,7 @@
 
 namespace flashpack::bench {
 
-/// What the columns are of.
+/// The columns of a map stand for values of this option of an engine.
 enum class Columns { kQueueDepth, kStaging };
 
 /// Draws speeds as a table: a line for each chunk size, a column for each queue depth or staging memory in MiB, GB/s in
