@@ -130,6 +130,10 @@ std::vector<double> ratios_of(Subject& subject, const Setting& pick, Work work, 
 
 constexpr int kMostGib = 1 << 20;
 
+Clock::time_point later(Clock::time_point time, double seconds) {
+  return time + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+}
+
 unsigned cores() { return std::thread::hardware_concurrency(); }
 
 // Times the requests of the settings, the pick and the default first, until the time is over. They are timed without
@@ -204,9 +208,7 @@ void measure_disk(Report& report, Subject& subject, Clock::time_point begin, con
       search(subject, coarse_settings(kUsual), beside_on_disk, Work::kDisk, begin, budget_s * ends.disk, budget_s);
   report.pick = choose(report.disk.cells).setting;
   report.disk.limit = limit_of(choose(report.disk.cells), "disk", {.link = report.link_gb_per_s, .cores = cores()});
-  const auto end =
-      begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(budget_s * ends.latencies));
-  report.no_latency = add_latencies(report.disk.cells, subject, end);
+  report.no_latency = add_latencies(report.disk.cells, subject, later(begin, budget_s * ends.latencies));
 }
 
 void measure_page_cache(Report& report, Subject& subject, Clock::time_point begin, double until_s, double budget_s) {
@@ -242,8 +244,7 @@ Report tune(Subject& subject, const Flags& flags) {
   if (disk) measure_disk(report, subject, begin, ends, budget_s);
   const Setting of_the_disk = report.pick;
   measure_page_cache(report, subject, begin, budget_s * ends.page_cache, budget_s);
-  decide(report, subject, of_the_disk,
-         begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(budget_s)));
+  decide(report, subject, of_the_disk, later(begin, budget_s));
   report.verified_bytes = subject.verified_bytes;
   if (disk && flags.writes) {
     report.writes.cells =
