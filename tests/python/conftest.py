@@ -1,23 +1,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import flashpack
 import pytest
-import torch
 from flashpack import _memory, _native
+from support import require_gpu
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips a test that needs a GPU where there is none, or fails it where FLASHPACK_REQUIRE_GPU=1 says there is."""
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        if os.environ.get("FLASHPACK_REQUIRE_GPU") == "1":
-            pytest.fail("FLASHPACK_REQUIRE_GPU=1, but torch sees no CUDA device")
-        pytest.skip("no CUDA device")
+    if item.get_closest_marker("gpu"):
+        require_gpu()
 
 
 @pytest.fixture

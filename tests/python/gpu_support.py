@@ -4,19 +4,14 @@ with a GPU says FLASHPACK_REQUIRE_GPU=1.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import pytest
 import torch
 from flashpack.deserialization import FlashTensorStorage, iterate_from_flash_tensor, read_flashpack_file
-from support import random_tensor
+from support import random_tensor, require_gpu
 
-if not torch.cuda.is_available():
-    if os.environ.get("FLASHPACK_REQUIRE_GPU") == "1":
-        raise RuntimeError("FLASHPACK_REQUIRE_GPU=1, but torch sees no CUDA device")
-    pytest.skip("no CUDA device", allow_module_level=True)
+require_gpu()
 
 Tensors = dict[str, torch.Tensor]
 MIB = 1 << 20

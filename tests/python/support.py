@@ -26,6 +26,15 @@ DTYPE_NAMES = ["bool", *INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE]
 DTYPES = [getattr(torch, name) for name in DTYPE_NAMES if hasattr(torch, name)]
 
 
+def require_gpu() -> None:
+    """Skips the calling test or file without a GPU, or fails it where FLASHPACK_REQUIRE_GPU=1 says there is one."""
+    if torch.cuda.is_available():
+        return
+    if os.environ.get("FLASHPACK_REQUIRE_GPU") == "1":
+        pytest.fail("FLASHPACK_REQUIRE_GPU=1, but torch sees no CUDA device")
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     """Random bits, NaNs and all."""
     size_bytes = math.prod(shape) * dtype.itemsize
