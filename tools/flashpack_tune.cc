@@ -10,14 +10,12 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
-#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
 #include <fstream>
 #include <map>
-#include <random>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -26,15 +24,20 @@
 #include <vector>
 
 #include "bench/support/device_memory.h"
-#include "bench/support/measure.h"
 #include "bench/support/open_file.h"
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
-#include "bench/support/tuning.h"
+#include "engine/tuning/keep_profile.h"
 #include "flashpack/engine.h"
 #include "flashpack/tuning.h"
-#include "tools/tune_report.h"
-#include "tools/tune_subject.h"
+#include "tools/tune/budget.h"
+#include "tools/tune/choice.h"
+#include "tools/tune/decide.h"
+#include "tools/tune/grid.h"
+#include "tools/tune/limit.h"
+#include "tools/tune/report.h"
+#include "tools/tune/search.h"
+#include "tools/tune/subject.h"
 
 namespace flashpack::bench {
 namespace {
@@ -43,7 +46,7 @@ constexpr int kExitFailed = 1;
 constexpr int kExitUsage = 2;
 constexpr int kExitNotKept = 3;
 
-using Clock = std::chrono::steady_clock;
+using Clock = Budget::Clock;
 
 struct Flags {
   std::filesystem::path path = ".";
@@ -57,82 +60,7 @@ struct Flags {
   std::filesystem::path json_file;
 };
 
-struct Search {
-  std::vector<Cell> cells;
-  std::vector<Series> series;
-};
-
-// On a terminal the table is drawn anew after each round, else there is a line.
-void show(const char* what, const std::vector<Cell>& cells, double spent_s, double budget_s, bool first) {
-  static std::size_t lines = 0;
-  const Cell& best = choose(cells);
-  if (::isatty(STDERR_FILENO) != 0) {
-    if (!first && lines > 0) std::fprintf(stderr, "\033[%zuF\033[J", lines);
-    for (const Cell& cell : cells) {
-      std::fprintf(stderr, "%c %-44s %7.2f GB/s %5.0f ms CPU/GB %3d samples\n", &cell == &best ? '*' : ' ',
-                   text_of(cell.setting).c_str(), cell.gb_per_s, cell.cpu_s_per_gb * 1e3, cell.samples);
-    }
-    lines = cells.size() + 1;
-  }
-  std::fprintf(stderr, "%s: %.0f s of %.0f s, best %s %.2f GB/s, default %.2f GB/s\n", what, spent_s, budget_s,
-               text_of(best.setting).c_str(), best.gb_per_s, cells.front().gb_per_s);
-}
-
-void add_sample(Search& search, Subject& subject, const Setting& setting, Work work) {
-  auto found =
-      std::find_if(search.cells.begin(), search.cells.end(), [&](const Cell& cell) { return cell.setting == setting; });
-  if (found == search.cells.end()) {
-    found = search.cells.insert(search.cells.end(), {.setting = setting});
-    search.series.emplace_back(subject.sample_bytes(work));
-  }
-  Series& series = search.series[static_cast<std::size_t>(found - search.cells.begin())];
-  series.add(sample(subject, setting, work));
-  ++found->samples;
-  found->gb_per_s = series.gb_per_s();
-  found->cpu_s_per_gb = series.cpu_s_per_gb();
-}
-
-// Measures rounds, the first one of `round`, until another would not change the choice or the time is over.
-std::vector<Cell> search(Subject& subject, std::vector<Setting> round, const Neighbours& neighbours, Work work,
-                         Clock::time_point begin, double until_s, double budget_s) {
-  Search result;
-  // std::random_device would need a newer glibc than the wheels.
-  std::mt19937 random(static_cast<std::mt19937::result_type>(begin.time_since_epoch().count()));
-  const std::array<const char*, 3> names{"disk", "page cache", "writes"};
-  const auto spent_s = [&] { return std::chrono::duration<double>(Clock::now() - begin).count(); };
-  for (bool first = true; !round.empty(); first = false, round = next_round(result.cells, neighbours)) {
-    // The default stays in front, because it is what others are compared with.
-    std::shuffle(round.begin() + 1, round.end(), random);
-    for (const Setting& setting : round) {
-      if (!result.cells.empty() && spent_s() > until_s) break;
-      add_sample(result, subject, setting, work);
-    }
-    show(names[static_cast<std::size_t>(work)], result.cells, spent_s(), budget_s, first);
-    if (spent_s() > until_s) break;
-  }
-  return std::move(result.cells);
-}
-
-// The speeds of the pick relative to the default, from pairs of samples in turns.
-std::vector<double> ratios_of(Subject& subject, const Setting& pick, Work work, Clock::time_point end) {
-  constexpr int kLeast = 7;
-  constexpr int kMost = 15;
-  std::vector<double> ratios;
-  for (int pair = 0; pair < kMost && (pair < kLeast || Clock::now() < end); ++pair) {
-    std::array<double, 2> seconds{};
-    for (const int turn : {pair % 2, 1 - pair % 2}) {
-      seconds[static_cast<std::size_t>(turn)] = sample(subject, turn == 0 ? kUsual : pick, work).seconds;
-    }
-    ratios.push_back(seconds[0] / seconds[1]);
-  }
-  return ratios;
-}
-
 constexpr int kMostGib = 1 << 20;
-
-Clock::time_point later(Clock::time_point time, double seconds) {
-  return time + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-}
 
 unsigned cores() { return std::thread::hardware_concurrency(); }
 
@@ -160,40 +88,6 @@ std::string add_latencies(std::vector<Cell>& cells, Subject& subject, Clock::tim
   return {};
 }
 
-// The settings to measure in turns with the default: the pick; the best one that keeps chunk and depth of the disk's;
-// what the disk alone asked for, because workers or slots may be to blame if those before are no better.
-std::vector<Setting> candidates_of(const Report& report, const Setting& of_the_disk) {
-  std::vector<Cell> cells = report.page_cache.cells;
-  const auto other = [&](const Cell& cell) {
-    return cell.setting.chunk_bytes != of_the_disk.chunk_bytes || cell.setting.queue_depth != of_the_disk.queue_depth;
-  };
-  cells.erase(std::remove_if(cells.begin() + 1, cells.end(), other), cells.end());
-  std::vector<Setting> candidates;
-  for (const Setting& each : {report.pick, choose(cells).setting, of_the_disk}) {
-    if (each != kUsual && std::find(candidates.begin(), candidates.end(), each) == candidates.end())
-      candidates.push_back(each);
-  }
-  return candidates;
-}
-
-// Measures candidates in turns with the default, until one of them is better. The first two get their turns however
-// little time is left.
-void decide(Report& report, Subject& subject, const Setting& of_the_disk, Clock::time_point end) {
-  const std::vector<Setting> candidates = candidates_of(report, of_the_disk);
-  for (std::size_t i = 0; i < candidates.size() && report.kept_default; ++i) {
-    if (i > 1 && Clock::now() > end) break;
-    const auto share = (end - Clock::now()) / static_cast<int>(2 * (candidates.size() - i));
-    report.pick = candidates[i];
-    std::vector<std::vector<double>> ratios;
-    if (!report.disk.cells.empty())
-      ratios.push_back(ratios_of(subject, report.pick, Work::kDisk, Clock::now() + share));
-    ratios.push_back(ratios_of(subject, report.pick, Work::kPageCache, Clock::now() + share));
-    report.gains.clear();
-    for (const std::vector<double>& pairs : ratios) report.gains.push_back(median(pairs) - 1);
-    report.kept_default = !is_better(std::move(ratios));
-  }
-}
-
 // The shares of the budget at whose ends the parts of the work end.
 struct Shares {
   double disk;
@@ -201,29 +95,27 @@ struct Shares {
   double page_cache;
 };
 
-void measure_disk(Report& report, Subject& subject, Clock::time_point begin, const Shares& ends, double budget_s) {
-  fit(subject, Work::kDisk, budget_s / 100);
+void measure_disk(Report& report, Subject& subject, const Budget& budget, const Shares& ends) {
+  fit(subject, Work::kDisk, budget.seconds / 100);
   report.read_bytes = subject.sample_bytes(Work::kDisk);
-  report.disk.cells =
-      search(subject, coarse_settings(kUsual), beside_on_disk, Work::kDisk, begin, budget_s * ends.disk, budget_s);
+  report.disk.cells = search(subject, coarse_settings(kUsual), beside_on_disk, Work::kDisk, budget, ends.disk);
   report.pick = choose(report.disk.cells).setting;
   report.disk.limit = limit_of(choose(report.disk.cells), "disk", {.link = report.link_gb_per_s, .cores = cores()});
-  report.no_latency = add_latencies(report.disk.cells, subject, later(begin, budget_s * ends.latencies));
+  report.no_latency = add_latencies(report.disk.cells, subject, budget.end_of(ends.latencies));
 }
 
-void measure_page_cache(Report& report, Subject& subject, Clock::time_point begin, double until_s, double budget_s) {
+void measure_page_cache(Report& report, Subject& subject, const Budget& budget, double share) {
   const Setting usual = report.pick;
   warm_page_cache(subject.checkpoint.path());
-  fit(subject, Work::kPageCache, budget_s / 100);
+  fit(subject, Work::kPageCache, budget.seconds / 100);
   if (report.disk.cells.empty()) report.read_bytes = subject.sample_bytes(Work::kPageCache);
   if (subject.device_memory) {
     const SlotGrid grid(usual, options_of(usual, subject.device).staging_bytes, subject.usual_workers, cores());
     report.page_cache.cells = search(
-        subject, grid.coarse(), [&](const Setting& of) { return grid.beside(of); }, Work::kPageCache, begin, until_s,
-        budget_s);
+        subject, grid.coarse(), [&](const Setting& of) { return grid.beside(of); }, Work::kPageCache, budget, share);
   } else {
     report.page_cache.cells =
-        search(subject, worker_settings(usual, cores()), nullptr, Work::kPageCache, begin, until_s, budget_s);
+        search(subject, worker_settings(usual, cores()), nullptr, Work::kPageCache, budget, share);
   }
   report.pick = choose(report.page_cache.cells).setting;
   // Bytes for a GPU do not leave the CPU's cache on their way to slots, so that copies to memory are no limit for them.
@@ -237,18 +129,17 @@ Report tune(Subject& subject, const Flags& flags) {
   const Shares ends = subject.device_memory ? Shares{0.4, 0.45, 0.8} : Shares{0.55, 0.63, 0.8};
   Report report{.directory = flags.path, .device = flags.device};
   const bool disk = try_drop_from_page_cache(subject.checkpoint.path());
-  const auto begin = Clock::now();
+  const Budget all{Clock::now(), flags.budget_s};
   // Writes take what is left of the budget.
-  const double budget_s = flags.budget_s * (disk && flags.writes ? 0.7 : 1);
+  const Budget budget{all.begin, all.seconds * (disk && flags.writes ? 0.7 : 1)};
   if (subject.device_memory) report.link_gb_per_s = link_gb_per_s(*subject.device_memory, subject.memory.bytes());
-  if (disk) measure_disk(report, subject, begin, ends, budget_s);
+  if (disk) measure_disk(report, subject, budget, ends);
   const Setting of_the_disk = report.pick;
-  measure_page_cache(report, subject, begin, budget_s * ends.page_cache, budget_s);
-  decide(report, subject, of_the_disk, later(begin, budget_s));
+  measure_page_cache(report, subject, budget, ends.page_cache);
+  decide(report, subject, of_the_disk, budget.end_of());
   report.verified_bytes = subject.verified_bytes;
   if (disk && flags.writes) {
-    report.writes.cells =
-        search(subject, coarse_settings(kUsual), beside_on_disk, Work::kWrites, begin, flags.budget_s, flags.budget_s);
+    report.writes.cells = search(subject, coarse_settings(kUsual), beside_on_disk, Work::kWrites, all, 1);
     report.writes.limit = limit_of(choose(report.writes.cells), "disk", {.cores = cores()});
   }
   report.fallback_reason = subject.fallback_reason;
@@ -260,7 +151,7 @@ void keep(Report& report, const Flags& flags) {
   report.not_kept = "--dry_run";
   if (flags.dry_run) return;
   try {
-    keep_profile(flags.path, options_of(report.kept_default ? kUsual : report.pick, flags.device));
+    internal::keep_profile(flags.path, options_of(report.kept_default ? kUsual : report.pick, flags.device));
     report.kept = profiles_path();
     report.not_kept.clear();
   } catch (const Error& error) {

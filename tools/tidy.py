@@ -208,9 +208,10 @@ def include_rules() -> list[IncludeRule]:
     engine_rooms = _only("engine/", "tests/engine/", "tests/support/", "bench/support/instant_pipeline.cc")
     libraries = ("engine/", "torch_binding/c/", "torch_binding/format/", "torch_binding/libtorch/")
     ground_users = _only(*libraries, "bench/", "tools/", "tests/")
+    profile_users = _only("engine/tuning/", "tools/", "tests/engine/", "tests/tools/")
 
     def is_above_ground(included: str) -> bool:
-        return included.startswith("engine/") and not included.startswith("engine/ground/")
+        return included.startswith("engine/") and not included.startswith(("engine/ground/", "engine/tuning/"))
 
     return [
         ("include/", _header("liburing"), _nobody, "liburing in a public header"),
@@ -222,6 +223,7 @@ def include_rules() -> list[IncludeRule]:
         ("", is_above_ground, engine_rooms, "engine/ is private to the engine"),
         ("", _header("engine/ground/"), ground_users, "engine/ground/ is private to the libraries, bench and tools"),
         ("", _header("liburing"), _only("engine/", "tests/engine/", "bench/"), "liburing outside the engine"),
+        ("", _header("engine/tuning/"), profile_users, "engine/tuning/ is private to profiles and the tools"),
         ("engine/", _header("boost/"), _only("engine/json/", "engine/tuning/"), "Boost in the engine"),
         ("engine/", is_torch, _nobody, "LibTorch in the engine"),
         ("engine/", _is_cuda, speaks_cuda, "CUDA outside *_cuda and cuda_handles"),

@@ -1,12 +1,14 @@
 import errno
+import json
 import logging
 import os
+import subprocess
 
 import flashpack
 import pytest
 import torch
-from flashpack import _engine
-from flashpack._native import Engine, FlashPackError, keep_profile, tuned_options
+from flashpack import _engine, _tune
+from flashpack._native import Engine, tuned_options
 from support import random_tensor
 
 MIB = 1 << 20
@@ -23,14 +25,32 @@ def packed(tmp_path, monkeypatch):
     _engine.release_engines()
 
 
+@pytest.fixture(scope="module")
+def key(tmp_path_factory):
+    """Returns what profiles for the disk of the tests are found by, as flashpack_tune has kept it."""
+    folder = tmp_path_factory.mktemp("key")
+    command = [_tune.program(), "--size_gib", "0.02", "--budget", "0.1s", folder]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, "XDG_CONFIG_HOME": str(folder)}
+    )
+    if done.returncode == 3:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, done.stderr
+    (profile,) = json.loads((folder / "flashpack" / "tune.json").read_text())["profiles"]
+    return {name: profile[name] for name in ("storage", "file_system", "kernel", "gpu")}
+
+
 @pytest.fixture
-def profile(packed):
+def profile(packed, key):
     """Keeps a profile for the disk of `packed`, and returns its file."""
-    try:
-        keep_profile(packed, MIB, 2, 1)
-    except FlashPackError as error:
-        pytest.skip(str(error))
-    return packed.parent / "config" / "flashpack" / "tune.json"
+    return keep(packed, key, chunk_bytes=MIB, queue_depth=2, workers=1)
+
+
+def keep(packed, key, **values):
+    file = packed.parent / "config" / "flashpack" / "tune.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"profiles": [{**key, **values}]}))
+    return file
 
 
 def stats_of_load(path):
@@ -75,10 +95,8 @@ def test_a_file_of_profiles_that_is_damaged_or_for_another_disk_is_ignored(packe
     assert stats_of_load(packed)["profile"] == ""
 
 
-def test_values_out_of_range_are_ignored_and_not_kept(packed, profile):
-    with pytest.raises(FlashPackError, match="out of range"):
-        keep_profile(packed, 3 * MIB, 2, 1)
-    profile.write_text(profile.read_text().replace('"queue_depth":2', '"queue_depth":0'))
+def test_values_out_of_range_are_ignored(packed, key):
+    keep(packed, key, chunk_bytes=MIB, queue_depth=0, workers=1)
     assert stats_of_load(packed)["profile"] == ""
 
 
@@ -111,13 +129,13 @@ def test_where_no_engine_can_be_made_with_the_profile_loads_go_on_without_and_sa
     assert os.strerror(errno.EAGAIN) in warning.getMessage()
 
 
-def test_a_profile_can_have_other_staging_memory(packed, profile):
-    keep_profile(packed, MIB, 2, 1, staging_bytes=24 * MIB)
+def test_a_profile_can_have_other_staging_memory(packed, key):
+    profile = keep(packed, key, chunk_bytes=MIB, queue_depth=2, workers=1, staging_bytes=24 * MIB)
     assert tuned_options(packed)["staging_bytes"] == 24 * MIB
     assert stats_of_load(packed)["profile"] == f"1 MiB x 2, 1 workers, 24 MiB of staging of {profile}"
 
 
-def test_the_defaults_are_kept_as_such(packed, profile):
-    keep_profile(packed, 4 * MIB, 8, 0)
+def test_a_profile_may_say_that_nothing_was_better_than_the_defaults(packed, key):
+    keep(packed, key, defaults=True)
     assert tuned_options(packed) == {}
     assert stats_of_load(packed)["profile"] == ""

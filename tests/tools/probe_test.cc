@@ -3,7 +3,7 @@
 #include <boost/json/parse.hpp>
 #include <filesystem>
 
-#include "flashpack/tuning.h"
+#include "engine/tuning/keep_profile.h"
 #include "tests/support/run.h"
 #include "tests/support/temp_dir.h"
 
@@ -40,7 +40,7 @@ TEST(ProbeTool, AProfileIsToldAndWhyThereIsNone) {
   EngineOptions options;
   options.queue_depth = 31;
   try {
-    keep_profile(dir.path(), options, dir / "flashpack/tune.json");
+    internal::keep_profile(dir.path(), options, dir / "flashpack/tune.json");
   } catch (const Error& error) {
     GTEST_SKIP() << error.what();
   }

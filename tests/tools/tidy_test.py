@@ -59,6 +59,7 @@ BREAKS = {
     "LibTorch outside flashpack/torch.h": ("include/flashpack/engine.h", HEADER + "#include <torch/torch.h>\n", 2),
     "engine/ is private": ("bench/a.cc", '#include "engine/plan.h"\n', 1),
     "engine/ground/ is private": ("torch_binding/python/a.h", HEADER + '#include "engine/ground/pages.h"\n', 2),
+    "engine/tuning/ is private": ("torch_binding/python/a.cc", '#include "engine/tuning/profile.h"\n', 1),
     "the ground floor knows nothing": ("engine/ground/pages.h", HEADER + '#include "engine/plan.h"\n', 2),
     "liburing outside the engine": ("tools/a.cc", "#include <liburing.h>\n", 1),
     "Boost in the engine": ("engine/plan.h", HEADER + "#include <boost/json.hpp>\n", 2),

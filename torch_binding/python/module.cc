@@ -116,19 +116,6 @@ Device device_of(std::optional<int> cuda_device) {
   return cuda_device ? Device{Device::Kind::kCuda, *cuda_device} : Device{};
 }
 
-void keep_options(const std::filesystem::path& path, std::uint32_t chunk_bytes, std::uint32_t queue_depth,
-                  std::uint32_t workers, std::optional<int> cuda_device, std::uint64_t staging_bytes) {
-  const NativeCall call;
-  nb::gil_scoped_release released;
-  EngineOptions options;
-  options.device = device_of(cuda_device);
-  options.chunk_bytes = chunk_bytes;
-  options.queue_depth = queue_depth;
-  options.workers = workers;
-  options.staging_bytes = staging_bytes;
-  keep_profile(path, options);
-}
-
 /// Arguments of Engine; none if there is no profile.
 Dict tuned_arguments(const std::filesystem::path& path, std::optional<int> cuda_device) {
   const NativeCall call;
@@ -412,9 +399,6 @@ void bind_handles(nb::module_& module) {
 }
 
 void bind_profiles(nb::module_& module) {
-  module.def("keep_profile", &keep_options, "path"_a, "chunk_bytes"_a, "queue_depth"_a, "workers"_a,
-             "cuda_device"_a = nb::none(), "staging_bytes"_a = 0,
-             "Keeps the profile for loads of `path`, in place of the one that there was.");
   module.def("tuned_options", &tuned_arguments, "path"_a, "cuda_device"_a = nb::none(),
              "Returns the arguments of Engine from the profile for loads of `path`; none if no profile applies.");
 }

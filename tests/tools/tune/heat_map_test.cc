@@ -1,4 +1,4 @@
-#include "bench/support/heat_map.h"
+#include "tools/tune/heat_map.h"
 
 #include <gtest/gtest.h>
 

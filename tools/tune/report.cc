@@ -1,4 +1,4 @@
-#include "tools/tune_report.h"
+#include "tools/tune/report.h"
 
 #include <unistd.h>
 
@@ -11,8 +11,9 @@
 #include <string_view>
 #include <utility>
 
-#include "bench/support/heat_map.h"
 #include "engine/ground/option_limits.h"
+#include "tools/tune/choice.h"
+#include "tools/tune/heat_map.h"
 
 namespace flashpack::bench {
 

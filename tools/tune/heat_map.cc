@@ -1,10 +1,12 @@
-#include "bench/support/heat_map.h"
+#include "tools/tune/heat_map.h"
 
 #include <algorithm>
 #include <array>
 #include <cstdio>
 #include <set>
 #include <tuple>
+
+#include "tools/tune/choice.h"
 
 namespace flashpack::bench {
 

@@ -5,9 +5,9 @@
 #include <string>
 #include <vector>
 
-#include "bench/support/tuning.h"
 #include "flashpack/engine.h"
-#include "tools/tune_subject.h"
+#include "tools/tune/cell.h"
+#include "tools/tune/subject.h"
 
 namespace flashpack::bench {
 

@@ -1,4 +1,4 @@
-#include "tools/tune_subject.h"
+#include "tools/tune/subject.h"
 
 #include <algorithm>
 #include <cmath>

@@ -9,9 +9,9 @@
 #include "bench/support/checkpoint.h"
 #include "bench/support/device_memory.h"
 #include "bench/support/measure.h"
-#include "bench/support/tuning.h"
 #include "engine/ground/host_region.h"
 #include "flashpack/engine.h"
+#include "tools/tune/cell.h"
 
 namespace flashpack::bench {
 

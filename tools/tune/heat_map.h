@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "bench/support/tuning.h"
+#include "tools/tune/cell.h"
 
 namespace flashpack::bench {
 

@@ -1,0 +1,23 @@
+/// The file that profiles are kept in.
+#pragma once
+
+#include <boost/json/array.hpp>
+#include <filesystem>
+#include <string>
+#include <system_error>
+
+namespace flashpack::internal {
+
+struct Profiles {
+  boost::json::array all;  ///< Of any type: a person may have edited the file.
+  std::string reason;      ///< Why there are none to read; empty if there are.
+  std::error_code error;   ///< Of the system; none if the file is missing or damaged.
+};
+
+/// Reads the file. Never waits for another process, as a FIFO would.
+Profiles profiles_in(const std::filesystem::path& file);
+
+/// Replaces `file`, or what it links to, at once by one with these profiles. Throws: Error.
+void replace_profiles(const std::filesystem::path& file, boost::json::array profiles);
+
+}  // namespace flashpack::internal

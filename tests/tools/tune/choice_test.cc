@@ -1,0 +1,78 @@
+#include "tools/tune/choice.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "tools/tune/rounds.h"
+
+namespace flashpack::bench {
+namespace {
+
+constexpr std::uint32_t kMiB = 1 << 20;
+constexpr Setting kUsual{4 * kMiB, 8, 0};
+
+Cell cell(std::uint32_t chunk_mib, std::uint32_t depth, double gb_per_s, double cpu_s_per_gb,
+          std::uint32_t workers = 0) {
+  return {{chunk_mib * kMiB, depth, workers}, kEnoughSamples, gb_per_s, cpu_s_per_gb};
+}
+
+TEST(Choice, AFasterSettingTakesThePlaceOfTheDefault) {
+  EXPECT_EQ(choose({cell(4, 8, 1.0, 0.01), cell(4, 32, 2.0, 0.03)}).setting.queue_depth, 32U);
+}
+
+TEST(Choice, TheDefaultIsKeptWhenTheFastestIsWithinTheTolerance) {
+  EXPECT_EQ(choose({cell(4, 8, 2.0, 0.5), cell(1, 1, 2.05, 0.0)}).setting, kUsual);
+  EXPECT_EQ(choose({cell(4, 8, 2.0, 0.5), cell(1, 1, 2.07, 0.0)}).setting.queue_depth, 1U);
+}
+
+TEST(Choice, OfEquallyFastSettingsTheCheapestWins) {
+  EXPECT_EQ(choose({cell(4, 8, 1.0, 0.01), cell(1, 32, 2.02, 0.05), cell(4, 32, 2.0, 0.01)}).setting.chunk_bytes,
+            4 * kMiB);
+  EXPECT_EQ(choose({cell(4, 8, 1.0, 0.01), cell(4, 64, 2.02, 0.010), cell(4, 16, 2.0, 0.012)}).setting.queue_depth,
+            16U);
+  EXPECT_EQ(choose({cell(4, 8, 1.0, 0.01), cell(4, 8, 2.02, 0.01, 8), cell(4, 8, 2.0, 0.01, 4)}).setting.workers, 4U);
+  std::vector<Cell> cells{cell(4, 8, 1.0, 0.01), cell(4, 8, 2.02, 0.01), cell(1, 32, 2.0, 0.01)};
+  cells[1].setting.staging_bytes = 96 * kMiB;
+  cells[2].setting.staging_bytes = 48 * kMiB;
+  EXPECT_EQ(choose(cells).setting.staging_bytes, 48 * kMiB);
+}
+
+TEST(Choice, NoTableGivesUpMoreThanTheToleranceOrASettingSlowerThanTheDefault) {
+  std::mt19937 random(1);
+  std::uniform_real_distribution<double> speed(0.9, 1.0);
+  std::uniform_real_distribution<double> cpu(0.0, 0.2);
+  for (int table = 0; table < 1000; ++table) {
+    std::vector<Cell> cells{cell(4, 8, speed(random), cpu(random))};
+    for (std::uint32_t i = 1; i <= 30; ++i) cells.push_back(cell(i, i, speed(random), cpu(random)));
+    const Cell& best = choose(cells);
+    EXPECT_GE(best.gb_per_s, cells.front().gb_per_s);
+    for (const Cell& each : cells) EXPECT_GE(best.gb_per_s, each.gb_per_s * (1 - kTolerance) - 1e-12);
+  }
+}
+
+TEST(Choice, ASettingIsBetterIfItGainsSomewhereAndLosesNowhere) {
+  EXPECT_TRUE(is_better({{1.1, 1.1}, {0.98, 0.98}}));
+  EXPECT_TRUE(is_better({{0.98, 0.98}, {1.1, 1.1}}));
+  EXPECT_FALSE(is_better({{1.1, 1.1}, {0.95, 0.95}}));
+  EXPECT_FALSE(is_better({{1.02, 1.02}, {1.02, 1.02}}));
+  EXPECT_FALSE(is_better({{1.1}, {}}));
+  EXPECT_FALSE(is_better({}));
+}
+
+TEST(Choice, AGainThatAQuarterOfThePairsDoesNotShowIsNoise) {
+  EXPECT_FALSE(is_better({{1.3, 0.9, 1.2, 1.0, 1.1, 1.1, 1.1}}));
+  EXPECT_TRUE(is_better({{1.3, 0.9, 1.2, 1.1, 1.1, 1.1, 1.1}}));
+}
+
+TEST(Choice, ALossThatAQuarterOfThePairsDoesNotShowIsNoise) {
+  const std::vector<double> gain(7, 1.2);
+  EXPECT_TRUE(is_better({gain, {0.7, 0.8, 0.9, 0.9, 0.95, 1.01, 1.3}}));
+  EXPECT_FALSE(is_better({gain, {0.7, 0.8, 0.9, 0.9, 0.95, 0.99, 1.3}}));
+  EXPECT_TRUE(is_better({gain, {0.95, 0.95, 0.96, 0.98, 0.98, 0.99, 0.99}}));
+}
+
+}  // namespace
+}  // namespace flashpack::bench

@@ -1,0 +1,78 @@
+#include "tools/tune/grid.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <set>
+#include <vector>
+
+namespace flashpack::bench {
+namespace {
+
+constexpr std::uint32_t kMiB = 1 << 20;
+constexpr Setting kUsual{4 * kMiB, 8, 0};
+
+TEST(Grid, TheFirstRoundBeginsWithTheDefaultAndHasEachSettingOnce) {
+  for (const auto& settings : {coarse_settings(kUsual), worker_settings(kUsual, 4)}) {
+    EXPECT_EQ(settings.front(), kUsual);
+    for (const Setting& each : settings) EXPECT_EQ(std::count(settings.begin(), settings.end(), each), 1);
+  }
+  EXPECT_EQ(worker_settings(kUsual, 4).back().workers, 8U);
+  EXPECT_EQ(worker_settings(kUsual, 1000).back().workers, 64U);
+}
+
+// An engine for a GPU with 12 cores.
+SlotGrid grid_of(const Setting& usual) { return {usual, 96 * kMiB, 12, 12}; }
+
+TEST(Grid, TheGridOfSlotsBeginsWithTheUsualSettingAndReachesAllStagingMemoryAndChunksOnce) {
+  const SlotGrid grid = grid_of(kUsual);
+  std::vector<Setting> all = grid.coarse();
+  EXPECT_EQ(all.front(), kUsual);
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    for (const Setting& beside : grid.beside(all[i])) {
+      if (std::find(all.begin(), all.end(), beside) == all.end()) all.push_back(beside);
+    }
+  }
+  std::set<std::array<std::uint64_t, 3>> made;
+  std::set<std::uint64_t> chunks, stagings, workers;
+  for (const Setting& each : all) {
+    const std::uint64_t staging_bytes = each.staging_bytes == 0 ? 96 * kMiB : each.staging_bytes;
+    EXPECT_TRUE(made.insert({each.chunk_bytes, staging_bytes, each.workers == 12 ? 0 : each.workers}).second);
+    EXPECT_LE(std::uint64_t{each.chunk_bytes} * each.queue_depth, staging_bytes);
+    chunks.insert(each.chunk_bytes / kMiB);
+    stagings.insert(staging_bytes / kMiB);
+    workers.insert(each.workers);
+  }
+  EXPECT_EQ(chunks, (std::set<std::uint64_t>{1, 2, 4}));
+  EXPECT_EQ(stagings, (std::set<std::uint64_t>{16, 24, 32, 48, 64, 96}));
+  EXPECT_EQ(workers, (std::set<std::uint64_t>{0, 1, 2, 4, 8, 16}));
+}
+
+TEST(Grid, TheNumberOfWorkersThatTheEngineChoosesIsNotMeasuredAgain) {
+  const SlotGrid grid(kUsual, 96 * kMiB, 8, 8);
+  for (const std::uint32_t workers : {4u, 16u}) {
+    const auto beside = grid.beside({4 * kMiB, 8, workers});
+    EXPECT_EQ(std::count(beside.begin(), beside.end(), kUsual), 1) << workers;
+    EXPECT_EQ(std::count(beside.begin(), beside.end(), Setting{4 * kMiB, 8, 8}), 0) << workers;
+  }
+}
+
+TEST(Grid, SlotsKeepTheBytesInFlightOfTheDisk) {
+  for (const Setting& each : grid_of({4 * kMiB, 8, 0}).coarse()) {
+    const std::uint64_t in_flight_bytes = std::uint64_t{each.chunk_bytes} * each.queue_depth;
+    EXPECT_EQ(in_flight_bytes, each.staging_bytes == 16 * kMiB ? 16 * kMiB : 32 * kMiB);
+  }
+}
+
+TEST(Grid, BesideChunksOfADiskThatAreNotInTheGridOfSlotsLiesTheLargestOfIt) {
+  const Setting usual{16 * kMiB, 8, 0};
+  const SlotGrid grid(usual, 128 * kMiB, 12, 12);
+  const auto beside = grid.beside(usual);
+  EXPECT_EQ(std::count(beside.begin(), beside.end(), Setting{16 * kMiB, 6, 0, 96 * kMiB}), 1);
+  EXPECT_EQ(std::count(beside.begin(), beside.end(), Setting{4 * kMiB, 32, 0, 128 * kMiB}), 1);
+}
+
+}  // namespace
+}  // namespace flashpack::bench

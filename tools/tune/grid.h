@@ -1,0 +1,42 @@
+/// The settings that can be measured: where a search begins, and what lies beside a setting. It is pure.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "tools/tune/cell.h"
+
+namespace flashpack::bench {
+
+/// The settings of the first round: `usual`, then chunks and depths that lie far apart.
+std::vector<Setting> coarse_settings(const Setting& usual);
+/// `usual`, then the same with 1, 2, 4, ... workers, up to twice as many as there are cores.
+std::vector<Setting> worker_settings(const Setting& usual, unsigned cores);
+/// Those with twice or half of the chunk size or queue depth of `of`.
+std::vector<Setting> beside_on_disk(const Setting& of);
+
+/// Settings for loads from the page cache to a GPU: chunk sizes, staging memory and numbers of workers.
+///
+/// Each keeps as many bytes in flight from a disk as `usual`, as far as its slots are enough, so that loads from the
+/// disk suffer as little as they can.
+class SlotGrid {
+ public:
+  /// An engine with `usual` has `staging_bytes` and `workers`, whether `usual` gives them or the engine chooses.
+  SlotGrid(const Setting& usual, std::uint64_t staging_bytes, unsigned workers, unsigned cores)
+      : usual_(usual), staging_bytes_(staging_bytes), workers_(workers), cores_(cores) {}
+
+  /// `usual`, then chunks and staging memory that lie far apart.
+  std::vector<Setting> coarse() const;
+  /// The settings with the next chunk size, staging memory or number of workers. Requires: `of` is one of the grid.
+  std::vector<Setting> beside(const Setting& of) const;
+
+ private:
+  Setting at(std::uint64_t chunk_bytes, std::uint64_t staging_bytes, std::uint32_t workers) const;
+
+  Setting usual_;
+  std::uint64_t staging_bytes_;
+  unsigned workers_;
+  unsigned cores_;
+};
+
+}  // namespace flashpack::bench

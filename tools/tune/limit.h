@@ -1,0 +1,20 @@
+/// What kept loads from being faster. It is pure.
+#pragma once
+
+#include <string>
+
+#include "tools/tune/cell.h"
+
+namespace flashpack::bench {
+
+/// Speeds in GB/s that no load can exceed, 0 where that is not known or does not matter.
+struct Ceilings {
+  double link = 0;    ///< Copies to a GPU.
+  double copies = 0;  ///< Plain copies from memory to memory by all cores.
+  unsigned cores = 1;
+};
+
+/// Says what kept the best setting from being faster. That is `otherwise` where the cell is near to no ceiling.
+std::string limit_of(const Cell& best, const char* otherwise, const Ceilings& ceilings);
+
+}  // namespace flashpack::bench
