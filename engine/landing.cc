@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cassert>
 #include <numeric>
+#include <utility>
 
 namespace flashpack::internal {
 
@@ -13,7 +14,10 @@ Landing::Landing(const Plan& plan, std::uint32_t extents, std::uint64_t cell_byt
   const auto cell_of = [&](std::uint32_t chunk) {
     return cell_bytes > 0 ? plan.chunks[chunk].offset_bytes / cell_bytes : std::uint64_t{chunk};
   };
-  std::ranges::stable_sort(chunks_, {}, cell_of);
+  // The plan has chunks of a high priority first, wherever they are in the file.
+  std::ranges::stable_sort(chunks_, {}, [&](std::uint32_t chunk) {
+    return std::pair(cell_of(chunk), cell_bytes > 0 ? plan.chunks[chunk].offset_bytes : 0);
+  });
   for (std::uint32_t i = 0; i < chunks_.size(); ++i) {
     if (i == 0 || cell_of(chunks_[i]) != cell_of(chunks_[i - 1])) groups_.push_back({.first = i});
     ++groups_.back().size;

@@ -62,6 +62,22 @@ TEST(Landing, ChunksOfOneCellLandTogetherIfAsked) {
   EXPECT_EQ(deliver(by_cell, plan, {0}), (std::vector<std::uint32_t>{0, 1}));
 }
 
+// Those who compare a cell's stripes read from its first chunk to its last.
+TEST(Landing, ChunksOfOneCellLandInTheOrderOfTheFileWhateverTheirPriorities) {
+  const std::vector<Fragment> extents = {
+      {0, kMiB, at(0), 0, false, 1}, {kMiB, kMiB, at(kMiB), 1, true, 0}, {2 * kMiB, kMiB, at(2 * kMiB), 2, false, 0}};
+  const Plan plan = plan_of(extents);
+  ASSERT_EQ(plan.chunks.size(), 3u);
+  ASSERT_FALSE(std::ranges::is_sorted(plan.chunks, {}, &Chunk::offset_bytes))
+      << "the plan begins with what is wanted first";
+  Landing by_cell(plan, 3, kChunk);
+  EXPECT_TRUE(by_cell.deliver(0).empty());
+  EXPECT_TRUE(by_cell.deliver(1).empty());
+  const auto landed = by_cell.deliver(2);
+  ASSERT_EQ(landed.size(), 3u);
+  EXPECT_TRUE(std::ranges::is_sorted(landed, {}, [&](std::uint32_t chunk) { return plan.chunks[chunk].offset_bytes; }));
+}
+
 TEST(Landing, ExtentsLandOnceAndNotBeforeAllThatTheyWaitFor) {
   std::mt19937_64 random(11);
   for (int round = 0; round < 1000; ++round) {

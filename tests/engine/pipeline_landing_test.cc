@@ -233,14 +233,22 @@ TEST_F(PipelineLandingTest, NoExtentOfACorruptStripeIsTold) {
   constexpr std::size_t kCorrupt = 2;
   Checksums sums = checksums();
   sums.crc32c[kCorrupt] ^= 1;
-  Engine engine(testing::small_engine());
+  Engine engine_of_stripes(testing::small_engine());
+  EngineOptions options = testing::small_engine();
+  options.chunk_bytes = 4 * kMiB;  // Several stripes land together.
+  options.staging_bytes = 4 * options.chunk_bytes;
+  Engine engine_of_many(options);
   std::size_t told = 0;
-  for (int round = 0; round < 30; ++round) {
+  for (int round = 0; round < 60; ++round) {
+    Engine& engine = round < 30 ? engine_of_stripes : engine_of_many;
     const std::size_t phase = round % 2 ? 0 : 7;
     GuardedMemory memory(bytes_.size(), phase);
     FileExtents file{.path = path_, .checksums = &sums};
-    for (std::uint64_t at = 0; at < bytes_.size(); at += 300'000)
-      file.extents.push_back({at, std::min<std::uint64_t>(300'000, bytes_.size() - at), memory.data() + at});
+    for (std::uint64_t at = 0; at < bytes_.size(); at += 300'000) {
+      // Every other round, what is last in the file is wanted first.
+      const auto priority = static_cast<std::uint16_t>(round % 2 ? (bytes_.size() - at) / 300'000 : 0);
+      file.extents.push_back({at, std::min<std::uint64_t>(300'000, bytes_.size() - at), memory.data() + at, priority});
+    }
     Recorder recorder;
     recorder.look = [&](std::size_t, std::size_t index) {
       const Extent& extent = file.extents.at(index);
