@@ -277,9 +277,9 @@ FileHandle Engine::open(const std::filesystem::path& path, const std::optional<F
   impl_->owner().require_current("engine");
   internal::File file =
       internal::File::open(path, expected, true, fd < 0 ? internal::UniqueFd() : internal::duplicate(fd, path));
-  auto open = std::make_shared<internal::OpenFile>(std::move(file), impl_->facts().disk, impl_->facts().number);
-  open->residency.emplace(open->file.buffered_fd());
-  return internal::OpenFile::handle(std::move(open));
+  internal::FileUse use(std::move(file), impl_->facts().disk, impl_->facts().number);
+  use->residency.emplace(use->file.buffered_fd());
+  return internal::FileUse::handle(std::move(use));
 }
 
 FileHandle Engine::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, int fd,

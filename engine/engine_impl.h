@@ -81,9 +81,9 @@ class FileWriter::Impl {
   Engine::Impl& engine_;
   std::filesystem::path path_;  // Path of the file that is replaced.
   internal::TempFile temp_;
-  std::shared_ptr<internal::OpenFile> open_;  // The file at temp_.path(), shared with the writes that are under way;
-                                              // null after commit or abort.
-  std::uint64_t payload_bytes_;               // WriterOptions::payload_bytes, or the end of the last extent if later.
+  internal::FileUse open_;       // The file at temp_.path(), which the writes that are under way use, too; none after
+                                 // commit or abort.
+  std::uint64_t payload_bytes_;  // WriterOptions::payload_bytes, or the end of the last extent if later.
   std::uint64_t reserved_bytes_ = 0;
   const bool want_checksums_;
   internal::StripeSums sums_;  // Sums of transfers that have been removed from transfers_.

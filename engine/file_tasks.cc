@@ -75,7 +75,6 @@ class FileTasks::CloseTask final : public Pool::Task {
     if (check_) result = check_part(request_, *planned_);
     if (drop_) planned_->file().drop_from_cache();
     handover_.end(std::move(result));
-    if (request_.stays_open && planned_->open->remove_user()) planned_->open->close();
     planned_.reset();
     shared_->inbox.answer(std::move(answer_));
   }

@@ -27,8 +27,7 @@ FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, 
       want_checksums_(options.checksums) {
   try {
     internal::UniqueFd fd = temp_.create();
-    open_ = std::make_shared<internal::OpenFile>(internal::File::created(temp_.path(), std::move(fd)),
-                                                 engine_.facts().disk);
+    open_ = internal::FileUse(internal::File::created(temp_.path(), std::move(fd)), engine_.facts().disk);
     reserve(0, payload_bytes_);
   } catch (...) {
     abort();
@@ -43,7 +42,7 @@ void FileWriter::Impl::abort() noexcept {
   for (const auto& transfer : transfers_) Transfer cancelled_and_waited_for = internal::TransferState::handle(transfer);
   transfers_.clear();
   temp_.remove();
-  open_.reset();
+  open_ = {};
 }
 
 // Reserves space, so that a full disk is an error at the start, and writes need not grow the file, which the kernel
@@ -182,7 +181,7 @@ void FileWriter::Impl::commit(std::span<const std::byte> tail) {
     abort();
     throw;
   }
-  open_.reset();
+  open_ = {};
   temp_.sync_directory();
 }
 

@@ -107,7 +107,7 @@ Opened open_part(const PartRequest& request, UniqueFd given, Handover& handover,
       read = read_at_once(request, file, nullptr, handover, rules.at_once_bytes);
       return read.has_value();
     };
-    std::shared_ptr<OpenFile> open = files.open(request.path, request.expected, want_direct, std::move(given), serve);
+    FileUse open = files.open(request.path, request.expected, want_direct, std::move(given), serve);
     auto planned = std::make_unique<PlannedFile>(PlannedFile{.open = std::move(open)});
     if (read) {
       PartResult checked = check_part(request, *planned);

@@ -53,7 +53,7 @@ struct PartRequest {
 /// An open file, and the plan of the chunks that are moved from or to it. It stays in its place, because the router
 /// borrows the plan.
 struct PlannedFile {
-  std::shared_ptr<OpenFile> open;
+  FileUse open;
   Plan plan;
   Router router;
   std::optional<StripeSums> sums;    // Sums of the bytes that are moved; empty if they are not counted.

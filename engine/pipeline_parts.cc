@@ -239,10 +239,9 @@ void Pipeline::end(TransferState& transfer) {
   if (transfer.driver.gate) std::erase(gated_, &transfer);
   transfer.driver.gate.reset();  // The gate belongs to the device, which the caller's handle may outlive.
   for (Part& part : transfer.driver.parts) {
-    if (part.planned && part.request.stays_open && part.planned->open->remove_user())
-      files_.close(std::move(part.planned->open));
-    if (part.planned && transfer.is_load()) part.planned.reset();
-    if (part.planned) part.planned->open.reset();  // Its FileWriter reads the sums, and closes the file.
+    if (!part.planned) continue;
+    if (auto last = part.planned->open.leave()) files_.close(std::move(last));
+    if (transfer.is_load()) part.planned.reset();  // The FileWriter of a store reads the sums.
   }
   transfer.driver.note_fallback(queues_.disk.fallback_reason());
   if (copier_) transfer.driver.note_fallback(copier_->fallback_reason());

@@ -100,7 +100,7 @@ WantedChecksums wanted_of(const Checksums& all, std::span<const Fragment> extent
 }
 
 void check_handle(const EngineFacts& engine, const FileExtents& file) {
-  const auto open = OpenFile::of(file.handle);
+  const FileUse open = FileUse::of(file.handle);
   if (open && open->engine != engine.number)
     throw argument_error("load", open->file.path(), "a handle of another engine");
 }
@@ -129,14 +129,12 @@ Part& add_part(const EngineFacts& engine, TransferState& state, FileExtents file
 }
 
 // Plans the part of a file that is open already or, if nothing else is to be loaded, reads it at once.
-void begin(const EngineFacts& engine, TransferState& state, Part& part, const std::shared_ptr<OpenFile>& open,
-           bool is_only) {
+void begin(const EngineFacts& engine, TransferState& state, Part& part, const FileUse& open, bool is_only) {
   if (is_only && state.request.after == AfterLoad::kKeep && !state.request.deadline) {
     const Residency* const known = open->residency ? &*open->residency : nullptr;
     if (auto result = read_at_once(part.request, open->file, known, part.handover, engine.at_once_bytes))
       return part.handover.end(std::move(*result));
   }
-  open->add_user();
   part.planned = std::make_unique<PlannedFile>(PlannedFile{.open = open});
   plan_load(part.request, engine.chunk_bytes, *part.planned);
 }
@@ -158,7 +156,7 @@ std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadReque
                                      .total_bytes = all_bytes});
   try {
     for (FileExtents& file : request.files) {
-      const std::shared_ptr<OpenFile> open = OpenFile::of(file.handle);
+      const FileUse open = FileUse::of(file.handle);
       const bool reported = request.report_extents && completion;
       Part& part = add_part(engine, *state, std::move(file), open.get(), request.cache, reported);
       if (open) begin(engine, *state, part, open, request.files.size() == 1);

@@ -38,7 +38,7 @@ std::vector<Fragment> extents_of(const EngineFacts& engine, const WriteRequest& 
 /// The file that a store writes to.
 struct StoreTarget {
   std::filesystem::path path;  ///< For messages.
-  std::shared_ptr<OpenFile> open;
+  FileUse open;
   bool checksums = false;  ///< Whether the bytes are counted.
 };
 

@@ -11,7 +11,7 @@
 namespace flashpack {
 
 namespace internal {
-struct OpenFile;
+class FileUse;
 }
 
 /// A file that Engine::open() has opened, for any number of loads of that engine, also at the same time. It is for
@@ -24,13 +24,14 @@ struct OpenFile;
 /// checksums.
 ///
 /// Copies share the file, which is closed after the last copy and the last load. Thread safety: as a shared_ptr. It may
-/// outlive its engine.
+/// outlive its engine. Its last copy, and the last load, may block in the file system when they close the file. In a
+/// forked child a handle only says what it knows; its end there closes the child's own descriptor.
 class FileHandle {
  public:
   /// No file.
   FileHandle() noexcept = default;
 
-  bool valid() const noexcept { return open_ != nullptr; }
+  bool valid() const noexcept { return use_ != nullptr; }
 
   // The functions below require: valid().
 
@@ -45,9 +46,9 @@ class FileHandle {
   bool unchanged() const noexcept;
 
  private:
-  friend struct internal::OpenFile;
-  explicit FileHandle(std::shared_ptr<internal::OpenFile> open) noexcept : open_(std::move(open)) {}
-  std::shared_ptr<internal::OpenFile> open_;
+  friend class internal::FileUse;
+  explicit FileHandle(std::shared_ptr<internal::FileUse> use) noexcept : use_(std::move(use)) {}
+  std::shared_ptr<internal::FileUse> use_;
 };
 
 }  // namespace flashpack

@@ -54,6 +54,31 @@ TEST_F(FileTableTest, AFileThatMayNotBeReadAnyMoreIsRefusedThoughItIsOpen) {
   EXPECT_EQ(status, 0);
 }
 
+TEST_F(FileTableTest, TheLastUserOfAFileIsTheOneWhoHasItClosed) {
+  FileUse first = files_.open(path_, std::nullopt, false);
+  FileUse second = first;
+  const int fd = first->file.buffered_fd();
+  FileUse moved = std::move(first);
+  EXPECT_EQ(first.leave(), nullptr) << "what was moved away is no use";
+  EXPECT_EQ(moved.leave(), nullptr);
+  const std::shared_ptr<OpenFile> last = second.leave();
+  ASSERT_NE(last, nullptr);
+  EXPECT_GE(::fcntl(fd, F_GETFD), 0) << "leaving closes nothing, because that may block";
+  last->close();
+  EXPECT_LT(::fcntl(fd, F_GETFD), 0);
+}
+
+TEST_F(FileTableTest, AFileThatIsAboutToBeClosedIsNotShared) {
+  FileUse first = files_.open(path_, std::nullopt, false);
+  const std::shared_ptr<OpenFile> last = first.leave();
+  const FileUse again = files_.open(path_, std::nullopt, false);
+  ASSERT_TRUE(again);
+  EXPECT_NE(again.get(), last.get());
+  last->close();
+  std::byte byte{};
+  EXPECT_EQ(::pread(again->file.buffered_fd(), &byte, 1, 0), 1);
+}
+
 TEST_F(FileTableTest, AFileThatWasOpenedForBufferedReadsDoesNotServeDirectOnes) {
   auto buffered = files_.open(path_, std::nullopt, false);
   EXPECT_NE(files_.open(path_, std::nullopt, true), buffered);

@@ -86,8 +86,8 @@ TEST(InboxTest, AfterTheEndTheFileOfAnAnswerIsClosedAndNobodyIsWoken) {
   ASSERT_TRUE(inbox.end());
   const auto owner = transfer();
   auto planned = std::make_unique<PlannedFile>();
-  planned->open = std::make_shared<OpenFile>(File::open("/proc/self/exe", std::nullopt, false), nullptr);
-  const std::weak_ptr<OpenFile> open = planned->open;
+  planned->open = FileUse(File::open("/proc/self/exe", std::nullopt, false), nullptr);
+  const std::weak_ptr<OpenFile> open = planned->open.remember();
   Part part;
   inbox.answer({owner, &part, {.planned = std::move(planned)}});
   EXPECT_TRUE(open.expired());

@@ -33,8 +33,8 @@ class JobsTest : public ::testing::Test {
     testing::write_file(path, std::vector<std::byte>(3 * 4096));
     Load load{.transfer = std::make_shared<TransferState>(TransferRequest{.after = after})};
     load.part.transfer = load.transfer.get();
-    load.part.planned = std::make_unique<PlannedFile>(
-        PlannedFile{.open = std::make_shared<OpenFile>(File::open(path, std::nullopt, false), nullptr)});
+    load.part.planned =
+        std::make_unique<PlannedFile>(PlannedFile{.open = FileUse(File::open(path, std::nullopt, false), nullptr)});
     load.part.file_system = &file_system;
     std::vector<Fragment> extents{{.offset_bytes = 5000, .size_bytes = 100, .memory = memory_.data()}};
     load.part.planned->plan = Plan::of_load(std::move(extents), 1 << 20, 4096);

@@ -25,7 +25,7 @@ class OpenPartsTest : public ::testing::Test {
  protected:
   OpenPartsTest() {
     testing::write_file(dir_ / "file", {});
-    file_ = std::make_shared<OpenFile>(File::open(dir_ / "file", std::nullopt, false), nullptr);
+    file_ = FileUse(File::open(dir_ / "file", std::nullopt, false), nullptr);
   }
 
   // A waiting part of a load. Nothing needs to be at the path.
@@ -83,7 +83,7 @@ class OpenPartsTest : public ::testing::Test {
   }
 
   testing::TempDir dir_;
-  std::shared_ptr<OpenFile> file_;
+  FileUse file_;
   std::shared_ptr<TransferState> transfer_ = std::make_shared<TransferState>();
   std::uint64_t turns_ = 0;
   OpenParts::Time now_ = std::chrono::steady_clock::now();

@@ -73,7 +73,7 @@ class PipelineCostTest : public ::testing::Test {
   int allocations_of_store(std::size_t chunks, std::size_t phase) {
     const auto path = dir_ / std::to_string(files_++);
     UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-    const auto open = std::make_shared<OpenFile>(File::created(path, std::move(fd)), &rig_.disk());
+    const FileUse open(File::created(path, std::move(fd)), &rig_.disk());
     GuardedMemory memory(chunks * kChunkBytes, phase);
     return allocations_of(
         [&] { return std::move(rig_.start_store(open, {{0, memory.size(), memory.data()}}).transfer); });

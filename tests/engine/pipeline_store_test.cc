@@ -28,10 +28,10 @@ constexpr int kStores = 80;
 
 class PipelineStoreTest : public ::testing::TestWithParam<Rig::Shape> {
  protected:
-  std::shared_ptr<OpenFile> create(Rig& rig) {
+  FileUse create(Rig& rig) {
     const auto path = dir_ / std::to_string(files_++);
     UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-    return std::make_shared<OpenFile>(File::created(path, std::move(fd)), &rig.disk());
+    return FileUse(File::created(path, std::move(fd)), &rig.disk());
   }
 
   // Extents that cover the file but for small gaps; their bytes are in `expected`.
@@ -76,7 +76,7 @@ TEST_P(PipelineStoreTest, EveryStoreLeavesTheRightBytesOrACleanError) {
                                             .nothing_percent = static_cast<int>(random_() % 5)};
     Rig rig(static_cast<unsigned>(random_()), faults, GetParam(), kChunkBytes,
             2 + static_cast<std::uint32_t>(random_() % 3));
-    const std::shared_ptr<OpenFile> open = create(rig);
+    const FileUse open = create(rig);
     const std::filesystem::path& path = open->file.path();
     std::vector<std::byte> expected(kFileBytes);
     auto [state, transfer] = rig.start_store(open, extents(expected), random_() % 50 == 0);

@@ -50,7 +50,7 @@ class PrepareTest : public ::testing::Test {
  protected:
   StoreTarget target(bool checksums = true) {
     UniqueFd fd(::open((dir_ / "new").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
-    return {"the file", std::make_shared<OpenFile>(File::created(dir_ / "new", std::move(fd)), nullptr), checksums};
+    return {"the file", FileUse(File::created(dir_ / "new", std::move(fd)), nullptr), checksums};
   }
 
   std::shared_ptr<TransferState> store(const WriteRequest& request) {

@@ -51,7 +51,7 @@ class StepsTest : public ::testing::Test, private Steps::Owner {
     testing::write_file(dir_ / "file", std::vector<std::byte>(3 * kChunk));
     part_.transfer = transfer_.get();
     part_.planned = std::make_unique<PlannedFile>(
-        PlannedFile{.open = std::make_shared<OpenFile>(File::open(dir_ / "file", std::nullopt, true), &disk_)});
+        PlannedFile{.open = FileUse(File::open(dir_ / "file", std::nullopt, true), &disk_)});
     part_.file_system = &file_system_;
     part_.state = Part::State::kOpen;
   }

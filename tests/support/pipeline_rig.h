@@ -85,8 +85,7 @@ class PipelineRig {
   };
 
   /// With checksums.
-  Store start_store(std::shared_ptr<internal::OpenFile> open, std::vector<SourceExtent> extents,
-                    bool cancelled = false) {
+  Store start_store(internal::FileUse open, std::vector<SourceExtent> extents, bool cancelled = false) {
     const internal::StoreTarget target{.path = open->file.path(), .open = std::move(open), .checksums = true};
     const WriteRequest request{.extents = std::move(extents)};
     auto state =
