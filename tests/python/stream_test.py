@@ -162,6 +162,49 @@ def test_groups_have_memory_of_one_size_so_that_what_one_gives_back_serves_the_n
     assert taken[-1] < huge, "a little group does not take so much"
 
 
+@pytest.fixture
+def narrow_path(tmp_path) -> Path:
+    """A file of six tensors of bfloat16, each of 3 MiB, which make a group each."""
+    tensors = {f"{i}": random_tensor((MIB + MIB // 2,), torch.bfloat16, seed=i) for i in range(6)}
+    safetensors.torch.save_file(tensors, tmp_path / "narrow.safetensors")
+    return tmp_path / "narrow.safetensors"
+
+
+def test_a_loop_that_keeps_no_wider_cast_gets_no_warning_and_reads_one_at_a_time(narrow_path, loads, caplog):
+    for _, tensor in flashpack.stream_tensors(narrow_path, dtype=torch.float32, window_bytes=4 * MIB):
+        assert tensor.nbytes == 6 * MIB
+    assert caplog.records == []
+    assert loads == ["start", "finish"] * 6
+
+
+def test_whoever_keeps_wider_casts_gets_a_warning(narrow_path, caplog):
+    kept = list(flashpack.stream_tensors(narrow_path, dtype=torch.float32, window_bytes=13 * MIB))
+    assert len(kept) == 6
+    assert len(caplog.records) == 1
+
+
+def test_what_is_read_ahead_leaves_room_in_the_window_for_a_cast(narrow_path, loads):
+    for _, tensor in flashpack.stream_tensors(narrow_path, dtype=torch.float32, window_bytes=12 * MIB):
+        del tensor
+    under_way, most = 0, 0
+    for each in loads:
+        under_way += 1 if each == "start" else -1
+        most = max(most, under_way)
+    assert most == 2, "two groups of 3 MiB and a cast of 6 MiB"
+
+
+def test_a_loop_has_one_cast_of_a_group_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(_stream, "_GROUP_BYTES", 64 * MIB)
+    tensors = {f"{i}": torch.ones(MIB, dtype=torch.bfloat16) for i in range(8)}
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    alive = []
+    stream = flashpack.stream_tensors(tmp_path / "a.safetensors", dtype=torch.float32)
+    for _, tensor in stream:
+        del tensor
+        alive.append(stream._alive.count_bytes())
+    assert alive == [16 * MIB] * 7 + [0]
+
+
 def test_what_is_dropped_makes_room(path, loads, caplog):
     for _, tensor in flashpack.stream_tensors(path, window_bytes=16 * MIB):
         del tensor

@@ -21,6 +21,7 @@ from ._logging import logger, printable
 from ._memory import Filling, ReadOptions, Wanted, add_stats, filled_of, make_room, start, tensors_of
 from ._native import FlashPackError
 from ._under_way import AT_ONCE, UnderWay
+from .utils import string_to_dtype
 
 Order = Literal["file", "names"]
 
@@ -31,13 +32,20 @@ _AT_LEAST = 2
 _WINDOW_BYTES = 512 << 20
 
 
+class _Sizes(NamedTuple):
+    """The memory that a group needs until its tensors have been yielded."""
+
+    read_bytes: int
+    """For the bytes of the file, all of them together."""
+    largest_cast_bytes: int
+    """For the largest of the tensors that are cast, which are cast one after the other."""
+
+
 class _Group(NamedTuple):
     """Tensors of one device that are read by one transfer."""
 
     entries: list[Entry]
     filling: Filling
-    size_bytes: int
-    """Of its memory."""
 
 
 class _Alive:
@@ -76,10 +84,11 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         self._dtype = dtype
         self._window_bytes = window_bytes
         self._alive = _Alive()
-        self._unseen_bytes = 0  # Memory of groups that have not been yielded to their end.
-        # Memory of the last group that has. A loop's variable has its last tensor until the next one comes, which is
-        # not to keep it, though the tensor may be larger than the window.
-        self._newest_bytes = 0
+        self._unseen: deque[_Sizes] = deque()  # Groups that have not been yielded to their end.
+        # The last tensor that was yielded keeps this alive: its cast, or else all that was read with it. A loop's
+        # variable has that tensor until the next one comes, which is not to keep it, though the tensor may be larger
+        # than the window.
+        self._newest_memory_bytes = 0
         self._warned = False
         self._paths = paths
         self._tensors = self._run(paths, targets)
@@ -151,12 +160,11 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         with open_checkpoint(paths) as checkpoint, UnderWay[_Group]() as under_way:
             groups = iter(targets(checkpoint))
             while self._start(checkpoint, groups, under_way):
-                tensors, size_bytes = self._finish(under_way)
+                tensors = self._finish(under_way)
                 self._start(checkpoint, groups, under_way)
                 for name in list(tensors):
-                    yield name, tensors.pop(name)
-                self._unseen_bytes -= size_bytes
-                self._newest_bytes = size_bytes
+                    yield name, self._as_asked(tensors.pop(name))
+                self._unseen.popleft()
 
     @left_before_exit
     @captures_undisturbed()
@@ -179,36 +187,49 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 # Memory that a group gives back serves the next one, which must not be larger.
                 options = self._options._replace(verify=whole)
                 filling = make_room(Wanted(checkpoint, entries), device, options, _GROUP_BYTES)
-                sizes = [size_bytes for size_bytes, _ in filling.plan.blocks]
-                group = _Group(entries, filling, sum(sizes))
                 batches = filling.batches(as_stream=False)
-                under_way.start(group, (start(checkpoint, batch, filling, self._options) for batch in batches))
+                loads = (start(checkpoint, batch, filling, self._options) for batch in batches)
+                under_way.start(_Group(entries, filling), loads)
+            sizes = [size_bytes for size_bytes, _ in filling.plan.blocks]
             for block, size_bytes in zip(filling.blocks, sizes, strict=True):
                 self._alive.add(block.owner, size_bytes)
-            self._unseen_bytes += group.size_bytes
+            self._unseen.append(_Sizes(sum(sizes), max(map(self._cast_bytes, entries), default=0)))
         return bool(under_way)
 
     @left_before_exit
     @captures_undisturbed()
-    def _finish(self, under_way: UnderWay[_Group]) -> tuple[dict[str, torch.Tensor], int]:
-        """Waits for the oldest group. Returns its tensors, and the size of its memory in bytes."""
-        (entries, filling, size_bytes), [stats] = under_way.finish()
+    def _finish(self, under_way: UnderWay[_Group]) -> dict[str, torch.Tensor]:
+        """Waits for the oldest group, and returns its tensors as they are in the file."""
+        (entries, filling), [stats] = under_way.finish()
         add_stats(self.stats, stats)
         with torch.inference_mode(False), torch.no_grad():
-            tensors = tensors_of(entries, filled_of(filling))
-            for entry in entries if self._dtype is not None else ():
-                own = tensors[entry.name]
-                cast = own.to(dtype_when_asked(own.dtype, self._dtype))
-                if cast is not own:
-                    self._alive.add(cast.untyped_storage(), cast.nbytes)
-                    tensors[entry.name] = cast
-        return tensors, size_bytes
+            return tensors_of(entries, filled_of(filling))
+
+    def _cast_bytes(self, entry: Entry) -> int:
+        """Returns the size of what an entry is cast to, 0 if it is not cast."""
+        own = string_to_dtype(entry.dtype)
+        dtype = dtype_when_asked(own, self._dtype)
+        return 0 if dtype == own else entry.elems * dtype.itemsize
+
+    def _as_asked(self, own: torch.Tensor) -> torch.Tensor:
+        """Returns the next tensor as the caller wants it, who has one cast at a time if he drops the one before."""
+        dtype = dtype_when_asked(own.dtype, self._dtype)
+        if dtype == own.dtype:
+            self._newest_memory_bytes = self._unseen[0].read_bytes
+            return own
+        cast = _cast(own, dtype)
+        self._alive.add(cast.untyped_storage(), cast.nbytes)
+        self._newest_memory_bytes = cast.nbytes
+        return cast
 
     def _most_at_once(self, under_way: int) -> int:
         """Returns how many groups may be under way, of which there are `under_way` now."""
         alive_bytes = self._alive.count_bytes()
-        if alive_bytes - self._unseen_bytes <= max(self._window_bytes, self._newest_bytes):
-            return AT_ONCE if alive_bytes + _GROUP_BYTES <= self._window_bytes else max(under_way, 1)
+        unseen_bytes = sum(sizes.read_bytes for sizes in self._unseen)
+        # A group more needs this room, and so do the casts to come, of which there is one at a time.
+        room_bytes = _GROUP_BYTES + max((sizes.largest_cast_bytes for sizes in self._unseen), default=0)
+        if alive_bytes - unseen_bytes <= max(self._window_bytes, self._newest_memory_bytes):
+            return AT_ONCE if alive_bytes + room_bytes <= self._window_bytes else max(under_way, 1)
         if not self._warned:
             self._warned = True
             logger.warning(
@@ -216,7 +237,14 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 self._window_bytes,
             )
         # The consumer has exceeded the window, and the disk must not wait. About a window more is read ahead.
-        return AT_ONCE if self._unseen_bytes + _GROUP_BYTES <= self._window_bytes else max(under_way, _AT_LEAST)
+        return AT_ONCE if unseen_bytes + room_bytes <= self._window_bytes else max(under_way, _AT_LEAST)
+
+
+@left_before_exit
+@captures_undisturbed()
+def _cast(own: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return own.to(dtype)
 
 
 def stream_tensors(
@@ -248,8 +276,9 @@ def stream_tensors(
     `names`: the tensors to read, by default all, or a function that says for each name whether it is wanted.
     `order`: "file" yields them file by file, in the order of their bytes; "names" in the order of `names`, a list.
     `window_bytes`: about so many bytes are alive at a time: those being read ahead, and those that what was yielded
-    keeps alive, also by a slice, or by a small tensor for its neighbours. A consumer that keeps more gets a warning in
-    the log, and all of its tensors.
+    keeps alive, also by a slice, or by a small tensor for its neighbours. What was cast counts with its new size. A
+    consumer that keeps more gets a warning in the log, and all of its tensors. A tensor larger than the window is read
+    all the same, and cast besides.
     `dtype`, `device_map`, `verify`: see load_file and assign_from_file.
 
     Raises FlashPackError (a ValueError) for an argument that is not valid; from the iterator, what load_file raises.
