@@ -262,3 +262,9 @@ except OSError as error:
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
     assert 'Too many open files: this process may have 64; "ulimit -n"' in done.stdout, done
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] != 64
+
+
+@pytest.mark.parametrize("names", [5, b"ab", ["weight", 5]])
+def test_names_that_are_none_are_told(path, names):
+    with pytest.raises(FlashPackError, match=r"names must be names of tensors, .*, got"):
+        flashpack.load_file(path, names=names)

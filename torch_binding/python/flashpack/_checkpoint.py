@@ -127,6 +127,17 @@ def name_of(path: StrPath | Sequence[StrPath]) -> str:
     return path_of(path) if paths is None else ", ".join(paths)
 
 
+def checked_path(path: StrPath | Sequence[StrPath]) -> StrPath | list[str]:
+    """Returns a path, or a copy of a list of them, without a look at the files. Raises as path_of does."""
+    paths = _listed(path)
+    if paths is None:
+        path_of(path)
+        return path  # type: ignore[return-value]  # path_of refuses lists.
+    if not paths:
+        raise FlashPackError("a checkpoint has at least one file, but the list of paths is empty")
+    return paths
+
+
 def _listed(path: object) -> list[str] | None:
     """Returns the paths of a list of files, None for a path."""
     if isinstance(path, (str, bytes)) or hasattr(path, "read") or not isinstance(path, (Sequence, Set, Iterator)):

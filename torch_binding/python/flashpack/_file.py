@@ -408,15 +408,33 @@ def _told_of(entries: Collection[Entry], progress: Callable[[int, int], object])
 
 def selected(checkpoint: Checkpoint, names: Collection[str] | Callable[[str], bool] | None) -> list[Entry]:
     """Returns the tensors that `names` has or accepts. Raises FlashPackError for a name that is not there."""
+    names = checked_names(names)
     entries = checkpoint.entries()
     if names is None:
         return entries
     if callable(names):
         return [entry for entry in entries if names(entry.name)]
-    wanted = {names} if isinstance(names, str) else set(names)
+    wanted = set(names)
     if unknown := wanted - {entry.name for entry in entries}:
         raise FlashPackError(f"{checkpoint} has no tensors {sorted(unknown)}")
     return [entry for entry in entries if entry.name in wanted]
+
+
+def checked_names(
+    names: Collection[str] | Callable[[str], bool] | None,
+) -> list[str] | Callable[[str], bool] | None:
+    """Returns a list of the names that a caller chooses, or his function. Raises FlashPackError for what is neither."""
+    if names is None or callable(names):
+        return names
+    refusal = f"names must be names of tensors, or a function that says of a name whether it is wanted, got {names!r}"
+    try:
+        copied = [names] if isinstance(names, str) else list(names)
+    except TypeError:
+        raise FlashPackError(refusal) from None
+    for name in copied:
+        if not isinstance(name, str):
+            raise FlashPackError(f"{refusal}, which has {name!r}")
+    return copied
 
 
 def places_of(

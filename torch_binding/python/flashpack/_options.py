@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
@@ -10,9 +11,21 @@ import torch
 from ._casts import dtype_when_asked
 from ._checkpoint import Entry
 from ._memory import ReadOptions
+from ._native import FlashPackError
 from .utils import is_ignored_tensor_name, listed, string_to_dtype
 
 Names = Collection[str] | None
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """Returns the value of the argument `name`, which may be an integer of numpy. Raises FlashPackError for others."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise FlashPackError(f"{name} must be a positive integer, got {value!r}")
+    return number
 
 
 class Filters(NamedTuple):

@@ -13,13 +13,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from ._casts import DTypeLike, asked_dtype, dtype_when_asked
-from ._checkpoint import Checkpoint, Entry, StrPath, Verify, open_checkpoint
+from ._checkpoint import Checkpoint, Entry, StrPath, Verify, checked_path, open_checkpoint
 from ._device import DeviceLike, DeviceMap, captures_undisturbed
 from ._engine import left_before_exit
-from ._file import places_of, selected
+from ._file import checked_names, places_of, selected
 from ._logging import logger, printable
 from ._memory import Filling, ReadOptions, Wanted, add_stats, filled_of, make_room, start, tensors_of
 from ._native import FlashPackError
+from ._options import positive_integer
 from ._under_way import AT_ONCE, UnderWay
 from .utils import string_to_dtype
 
@@ -281,20 +282,23 @@ def stream_tensors(
     all the same, and cast besides.
     `dtype`, `device_map`, `verify`: see load_file and assign_from_file.
 
-    Raises FlashPackError (a ValueError) for an argument that is not valid; from the iterator, what load_file raises.
+    Raises FlashPackError (a ValueError) for an argument that is not valid, TypeError for a path that is none; from the
+    iterator, what load_file raises.
     """
     dtype = asked_dtype(dtype)
     if order not in get_args(Order):
         raise FlashPackError(f"order must be file or names, got {order!r}")
     if order == "names" and not isinstance(names, Sequence):
-        raise FlashPackError('order="names" needs a list of names')
+        raise FlashPackError(f'order="names" needs a list of names, got names={names!r}')
+    window_bytes = positive_integer("window_bytes", window_bytes)
+    paths, wanted = checked_path(paths), checked_names(names)
     options = ReadOptions(verify=verify)
 
     def targets(checkpoint: Checkpoint) -> list[tuple[torch.device, list[Entry]]]:
-        entries = selected(checkpoint, names)
+        entries = selected(checkpoint, wanted)
         if order == "names":
             by_name = {entry.name: entry for entry in entries}
-            entries = [by_name[name] for name in dict.fromkeys(names)]  # type: ignore[arg-type]
+            entries = [by_name[name] for name in dict.fromkeys(wanted)]  # type: ignore[arg-type]
         return _groups(entries, places_of(entries, device, device_map, options))
 
     places_of([], device, device_map, options)  # This refuses arguments that are not valid.

@@ -20,6 +20,7 @@ from .._device import CPU
 from .._file import open_file
 from .._memory import ReadOptions, supported_device
 from .._native import FlashPackError
+from .._options import positive_integer
 from .._stream import stream_tensors
 from ._lazy import LazyTensor
 
@@ -61,11 +62,7 @@ class Options:
         supported_device(self.device or "cpu", ReadOptions(verify=self.verify))
         if not isinstance(self.lazy, bool):
             raise FlashPackError(f"lazy of model_loader_extra_config must be true or false, got {self.lazy!r}")
-        window = self.window_bytes
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-            raise FlashPackError(
-                f"window_bytes of model_loader_extra_config must be a positive integer, got {window!r}"
-            )
+        positive_integer("window_bytes of model_loader_extra_config", self.window_bytes)
 
 
 @contextmanager
