@@ -55,6 +55,8 @@ struct Flags {
   double size_gib = 1;
   bool verify = false;
   bool writes = false;
+  bool backend = false;
+  bool policy = false;
   bool dry_run = false;
   bool json = false;
   std::filesystem::path json_file;
@@ -64,13 +66,15 @@ constexpr int kMostGib = 1 << 20;
 
 unsigned cores() { return std::thread::hardware_concurrency(); }
 
-// Times the requests of the settings, the pick and the default first, until the time is over. They are timed without
-// the engine, by the least code that has as many of the same size in flight, because clocks would cost the engine's
-// driver.
+// Times the requests of the settings, those of the pick and the default in any case, until the time is over. They are
+// timed without the engine, by the least code that has as many of the same size in flight in io_uring, because clocks
+// would cost the engine's driver.
 std::string add_latencies(std::vector<Cell>& cells, Subject& subject, Clock::time_point end) {
   const Setting pick = choose(cells).setting;
   std::vector<Cell*> order;
-  for (Cell& cell : cells) order.push_back(&cell);
+  for (Cell& cell : cells) {
+    if (cell.setting.backend == kUsual.backend) order.push_back(&cell);
+  }
   std::stable_sort(order.begin(), order.end(), [](const Cell* a, const Cell* b) { return a->gb_per_s > b->gb_per_s; });
   std::stable_partition(order.begin(), order.end(),
                         [&](const Cell* cell) { return cell == &cells.front() || cell->setting == pick; });
@@ -80,7 +84,7 @@ std::string add_latencies(std::vector<Cell>& cells, Subject& subject, Clock::tim
     for (Cell* const cell : order) {
       const Setting& setting = cell->setting;
       cell->latency = latency_of(time_reads(pieces_of(file, memory, setting.chunk_bytes), setting.queue_depth));
-      if (Clock::now() > end) break;
+      if (cell != order.front() && Clock::now() > end) break;
     }
   } catch (const std::system_error& error) {
     return error.what();  // As where io_uring is refused.
@@ -95,10 +99,23 @@ struct Shares {
   double page_cache;
 };
 
-void measure_disk(Report& report, Subject& subject, const Budget& budget, const Shares& ends) {
+// Why there is nothing to compare io_uring with; empty if there is.
+std::string why_one_backend(const Device& device) {
+  const Engine engine(options_of(kUsual, device));
+  if (engine.options().backend != Backend::kWorkers) return {};
+  return "only the workers are there: " + engine.fallback_reason();
+}
+
+void measure_disk(Report& report, Subject& subject, const Budget& budget, const Shares& ends, bool backends) {
   fit(subject, Work::kDisk, budget.seconds / 100);
   report.read_bytes = subject.sample_bytes(Work::kDisk);
-  report.disk.cells = search(subject, coarse_settings(kUsual), beside_on_disk, Work::kDisk, budget, ends.disk);
+  if (backends) report.no_backend = why_one_backend(subject.device);
+  if (backends && report.no_backend.empty()) {
+    const auto beside = [&](const Setting& of) { return beside_with_backends(of, kUsual, subject.usual_workers); };
+    report.disk.cells = search(subject, coarse_settings_of_backends(kUsual), beside, Work::kDisk, budget, ends.disk);
+  } else {
+    report.disk.cells = search(subject, coarse_settings(kUsual), beside_on_disk, Work::kDisk, budget, ends.disk);
+  }
   report.pick = choose(report.disk.cells).setting;
   report.disk.limit = limit_of(choose(report.disk.cells), "disk", {.link = report.link_gb_per_s, .cores = cores()});
   report.no_latency = add_latencies(report.disk.cells, subject, budget.end_of(ends.latencies));
@@ -124,26 +141,36 @@ void measure_page_cache(Report& report, Subject& subject, const Budget& budget, 
                                      {.link = report.link_gb_per_s, .copies = copies, .cores = cores()});
 }
 
+// In what the searches before have left of the time.
+void measure_policies(Report& report, Subject& subject, const Budget& budget) {
+  const Setting& setting = setting_of(report);
+  const Clock::time_point now = Clock::now();
+  report.cached = bench::measure_policies(subject, setting, Cached::kWhole, now + (budget.end_of() - now) / 2);
+  report.cold = bench::measure_policies(subject, setting, Cached::kNothing, budget.end_of());
+}
+
 Report tune(Subject& subject, const Flags& flags) {
   // A GPU has more to measure from the page cache.
   const Shares ends = subject.device_memory ? Shares{0.4, 0.45, 0.8} : Shares{0.55, 0.63, 0.8};
   Report report{.directory = flags.path, .device = flags.device};
   const bool disk = try_drop_from_page_cache(subject.checkpoint.path());
   const Budget all{Clock::now(), flags.budget_s};
-  // Writes take what is left of the budget.
-  const Budget budget{all.begin, all.seconds * (disk && flags.writes ? 0.7 : 1)};
+  // Policies and then writes take what is left of the budget.
+  const double for_policies = disk && flags.policy ? 0.15 : 0;
+  const Budget budget{all.begin, all.seconds * ((disk && flags.writes ? 0.7 : 1) - for_policies)};
   if (subject.device_memory) report.link_gb_per_s = link_gb_per_s(*subject.device_memory, subject.memory.bytes());
-  if (disk) measure_disk(report, subject, budget, ends);
+  if (disk) measure_disk(report, subject, budget, ends, flags.backend);
   const Setting of_the_disk = report.pick;
   measure_page_cache(report, subject, budget, ends.page_cache);
   decide(report, subject, of_the_disk, budget.end_of());
   report.verified_bytes = subject.verified_bytes;
+  if (disk && flags.policy) measure_policies(report, subject, {all.begin, budget.seconds + for_policies * all.seconds});
   if (disk && flags.writes) {
     report.writes.cells = search(subject, coarse_settings(kUsual), beside_on_disk, Work::kWrites, all, 1);
     report.writes.limit = limit_of(choose(report.writes.cells), "disk", {.cores = cores()});
   }
   report.fallback_reason = subject.fallback_reason;
-  check_bytes(subject, report.kept_default ? kUsual : report.pick);
+  check_bytes(subject, setting_of(report));
   return report;
 }
 
@@ -151,7 +178,7 @@ void keep(Report& report, const Flags& flags) {
   report.not_kept = "--dry_run";
   if (flags.dry_run) return;
   try {
-    internal::keep_profile(flags.path, options_of(report.kept_default ? kUsual : report.pick, flags.device));
+    internal::keep_profile(flags.path, options_of(setting_of(report), flags.device));
     report.kept = profiles_path();
     report.not_kept.clear();
   } catch (const Error& error) {
@@ -218,6 +245,8 @@ constexpr const char* kDescription =
     "tuned_options() finds it.";
 
 constexpr const char* kFooter =
+    "A backend that was faster is kept. A cache policy is not, because each load has its own.\n"
+    "\n"
     "The number of streams that copy to a GPU is no option of the engine, which has two, and so is not searched.\n"
     "\n"
     "Exit status: 0 it was measured, and kept unless --dry_run; 1 it failed; 2 wrong usage; 3 it was measured, but no\n"
@@ -243,6 +272,9 @@ int main(int argc, char** argv) try {
       ->capture_default_str();
   app.add_flag("--verify", flags.verify, "Loads compare checksums, as those from Python do by default");
   app.add_flag("--writes", flags.writes, "Measure durable writes, too, in a third of the time; they are only shown");
+  app.add_flag("--backend", flags.backend,
+               "Search reads by the workers beside those by io_uring, too, and keep the faster");
+  app.add_flag("--policy", flags.policy, "Compare past and through the page cache, too; policies are only shown");
   app.add_flag("--dry_run", flags.dry_run, "Keep no profile");
   app.add_flag("--json", flags.json, "Print one object");
   app.add_option("--json_file", flags.json_file, "Write the same object to a file, too");

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string_view>
 
 #include "engine/ground/option_limits.h"
@@ -14,6 +15,7 @@ namespace json = boost::json;
 
 constexpr std::string_view kDefaults = "defaults";
 constexpr std::string_view kStaging = "staging_bytes";
+constexpr std::string_view kBackend = "backend";
 constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 // A file that somebody has edited may not make the engine take more memory for its slots.
 constexpr std::uint64_t kMaxStagingBytes = 1024 * kMiB;
@@ -49,6 +51,14 @@ std::uint64_t staging_bytes_without(const Values& values, Device::Kind kind) {
   return wanted_bytes > usual_staging_bytes(kind) ? wanted_bytes : 0;
 }
 
+// The backend of a profile; nothing if no profile may have it.
+std::optional<Backend> backend_of(const json::object& profile) {
+  const json::value* const value = profile.if_contains(kBackend);
+  if (value == nullptr) return Backend::kAuto;
+  if (value->is_string() && value->get_string() == to_string(Backend::kWorkers)) return Backend::kWorkers;
+  return {};
+}
+
 // Whether the profile needs a number for the staging memory.
 bool has_own_staging(const EngineOptions& options) {
   const std::uint64_t usual_bytes = usual_staging_bytes(options.device.kind);
@@ -58,8 +68,8 @@ bool has_own_staging(const EngineOptions& options) {
 
 bool are_usual(const EngineOptions& options) {
   const EngineOptions usual;
-  return options.chunk_bytes == usual.chunk_bytes && options.queue_depth == usual.queue_depth &&
-         options.workers == usual.workers && !has_own_staging(options);
+  return options.backend == usual.backend && options.chunk_bytes == usual.chunk_bytes &&
+         options.queue_depth == usual.queue_depth && options.workers == usual.workers && !has_own_staging(options);
 }
 
 }  // namespace
@@ -82,7 +92,9 @@ const char* difference(const json::value& profile, const ProfileKey& key) {
   return nullptr;
 }
 
-bool is_in_range(const EngineOptions& options) { return in_range(values_of(options)); }
+bool is_in_range(const EngineOptions& options) {
+  return in_range(values_of(options)) && (options.backend == Backend::kAuto || options.backend == Backend::kWorkers);
+}
 
 bool has_defaults(const json::object& profile) {
   const json::value* const value = profile.if_contains(kDefaults);
@@ -98,7 +110,9 @@ bool take_values(const json::object& profile, EngineOptions& options) {
   };
   const std::uint64_t staging_bytes = profile.contains(kStaging) ? number(kStaging) : 0;
   const Values values{number("chunk_bytes"), number("queue_depth"), number("workers"), staging_bytes};
-  if (!in_range(values)) return false;
+  const std::optional<Backend> backend = backend_of(profile);
+  if (!in_range(values) || !backend) return false;
+  options.backend = *backend;
   options.chunk_bytes = static_cast<std::uint32_t>(values.chunk_bytes);
   options.queue_depth = static_cast<std::uint32_t>(values.queue_depth);
   options.workers = static_cast<std::uint32_t>(values.workers);
@@ -111,7 +125,7 @@ std::string text_of(const EngineOptions& options) {
   const std::string staging =
       has_own_staging(options) ? ", " + std::to_string(options.staging_bytes / kMiB) + " MiB of staging" : "";
   return std::to_string(options.chunk_bytes / kMiB) + " MiB x " + std::to_string(options.queue_depth) + workers +
-         staging;
+         staging + (options.backend == Backend::kWorkers ? ", reads by the workers" : "");
 }
 
 json::object profile_of(const ProfileKey& key, const EngineOptions& options) {
@@ -125,6 +139,7 @@ json::object profile_of(const ProfileKey& key, const EngineOptions& options) {
   profile["queue_depth"] = options.queue_depth;
   profile["workers"] = options.workers;
   if (has_own_staging(options)) profile[kStaging] = options.staging_bytes;
+  if (options.backend != Backend::kAuto) profile[kBackend] = to_string(options.backend);
   return profile;
 }
 

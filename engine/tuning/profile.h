@@ -21,7 +21,8 @@ std::string text_at(const boost::json::value& profile, std::string_view name);
 /// has another storage.
 const char* difference(const boost::json::value& profile, const ProfileKey& key);
 
-/// Whether a profile may have these options.
+/// Whether a profile may have these options. Its backend is the engine's choice or the workers, which any system
+/// allows. Where io_uring is refused, an engine that is told to use it throws, so that no profile forces it.
 bool is_in_range(const EngineOptions& options);
 
 /// Whether the profile says that nothing was better than the defaults, whatever they are.

@@ -114,5 +114,34 @@ TEST_F(ProfileTest, TheDefaultsAreKeptWithoutNumbersSoThatLaterOnesAreTaken) {
   }
 }
 
+TEST_F(ProfileTest, TheWorkersAreKeptAsTheBackendAndAppliedEvenWithOtherwiseUsualOptions) {
+  EngineOptions options;
+  options.backend = Backend::kWorkers;
+  keep_profile(dir_.path(), options, profiles_);
+  EXPECT_TRUE(has(text(), "\"backend\":\"workers\"")) << text();
+  const TunedOptions got = tuned();
+  ASSERT_TRUE(got.applied) << got.reason;
+  EXPECT_EQ(got.options.backend, Backend::kWorkers);
+  EXPECT_TRUE(has(got.reason, "4 MiB x 8, reads by the workers of ")) << got.reason;
+  const Engine engine(got.options);
+  EXPECT_EQ(engine.options().backend, Backend::kWorkers);
+}
+
+TEST_F(ProfileTest, ABackendThatASystemMayRefuseIsNeitherKeptNorApplied) {
+  EXPECT_FALSE(has(text(), "backend")) << text();
+  EXPECT_EQ(tuned().options.backend, Backend::kAuto);
+  for (const Backend backend : {Backend::kIoUring, Backend::kPlainIoUring}) {
+    EngineOptions options = options_of(2 * kMiB, 16, 3);
+    options.backend = backend;
+    EXPECT_THROW(keep_profile(dir_.path(), options, profiles_), Error);
+  }
+  const std::string ours = text();
+  for (const char* value : {"\"io_uring\"", "\"plain io_uring\"", "\"\"", "3", "null"}) {
+    edit("\"workers\":", std::string("\"backend\":") + value + ",\"workers\":");
+    expect_defaults("missing or out of range");
+    rewrite(ours);
+  }
+}
+
 }  // namespace
 }  // namespace flashpack

@@ -59,6 +59,7 @@ class Profiles : public ::testing::Test {
     EXPECT_EQ(got.options.queue_depth, EngineOptions().queue_depth);
     EXPECT_EQ(got.options.workers, EngineOptions().workers);
     EXPECT_EQ(got.options.staging_bytes, 0U);
+    EXPECT_EQ(got.options.backend, EngineOptions().backend);
   }
 
   TempDir dir_;

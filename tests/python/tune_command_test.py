@@ -61,7 +61,7 @@ def test_a_gpu_that_is_not_there_is_told(tmp_path):
 
 def test_without_the_program_of_the_package_the_one_on_path_is_run_with_all_options(on_path):
     stand_in(on_path, 'printf "%s\\n" "$@" > "${0%/*}/arguments"; exit 3')
-    flags = ["--verify", "--writes", "--dry_run", "--json"]
+    flags = ["--verify", "--writes", "--backend", "--policy", "--dry_run", "--json"]
     options = ["--device", "cuda:1", "--budget", "20s", "--size_gib", "0.5", *flags]
     assert CliRunner().invoke(main, ["tune", *options, "--", "-a b"]).exit_code == 3
     passed = (on_path / "arguments").read_text().splitlines()

@@ -8,7 +8,7 @@ import flashpack
 import pytest
 import torch
 from flashpack import _engine, _tune
-from flashpack._native import Engine, tuned_options
+from flashpack._native import Engine, FlashPackError, tuned_options
 from support import random_tensor
 
 MIB = 1 << 20
@@ -139,3 +139,19 @@ def test_a_profile_may_say_that_nothing_was_better_than_the_defaults(packed, key
     keep(packed, key, defaults=True)
     assert tuned_options(packed) == {}
     assert stats_of_load(packed)["profile"] == ""
+
+
+@pytest.mark.parametrize("backend", ["workers", "io_uring"])
+def test_a_profile_may_have_the_workers_as_its_backend_and_no_other(packed, key, backend):
+    profile = keep(packed, key, chunk_bytes=MIB, queue_depth=2, workers=3, backend=backend)
+    stats = stats_of_load(packed)
+    if backend == "workers":
+        assert stats["backend"] == "workers"
+        assert stats["profile"] == f"1 MiB x 2, 3 workers, reads by the workers of {profile}"
+    else:
+        assert stats["profile"] == ""
+
+
+def test_an_engine_has_no_backend_that_a_system_may_refuse():
+    with pytest.raises(FlashPackError, match="backend must be auto or workers, got io_uring"):
+        Engine(backend="io_uring")

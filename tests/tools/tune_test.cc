@@ -1,7 +1,9 @@
 #include <gtest/gtest.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <boost/json/parse.hpp>
+#include <cerrno>
 #include <csignal>
 #include <cstdint>
 #include <filesystem>
@@ -14,6 +16,7 @@
 #include "bench/support/page_cache.h"
 #include "flashpack/tuning.h"
 #include "tests/support/run.h"
+#include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -24,9 +27,9 @@ constexpr int kExitNotKept = 3;
 bool has(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
 
 testing::Outcome tune(const std::filesystem::path& path, const std::filesystem::path& config,
-                      const std::string& more = "2>&1") {
-  return testing::run("XDG_CONFIG_HOME='" + config.string() + "' '" FLASHPACK_TUNE "' --size_gib 0.02 --budget 1s '" +
-                      path.string() + "' " + more);
+                      const std::string& more = "2>&1", const std::string& budget = "1s") {
+  return testing::run("XDG_CONFIG_HOME='" + config.string() + "' '" FLASHPACK_TUNE "' --size_gib 0.02 --budget " +
+                      budget + " '" + path.string() + "' " + more);
 }
 
 bool stays_in_page_cache(const testing::TempDir& dir) {
@@ -140,6 +143,65 @@ TEST(TuneTool, WritesAreMeasuredIfAskedForAndTheJsonGoesToAFileToo) {
   EXPECT_EQ(std::distance(Entries(dir.path()), Entries()), 2) << "a file that was read or written is still there";
 }
 
+// The backends of the settings in a table.
+std::set<std::string> backends_in(const boost::json::value& report, const char* table) {
+  std::set<std::string> all;
+  for (const auto& cell : report.at(table).as_array()) all.emplace(cell.at("backend").as_string());
+  return all;
+}
+
+TEST(TuneTool, BackendsAndPoliciesAreComparedIfAskedFor) {
+  const testing::TempDir dir;
+  if (stays_in_page_cache(dir)) GTEST_SKIP() << "this file system keeps its pages";
+  // The first round has to find its time on a busy machine, too.
+  const auto report_of = [&](const std::string& flags) {
+    const testing::Outcome outcome = tune(dir.path(), dir / "config", "--dry_run --json 2>/dev/null " + flags, "5s");
+    EXPECT_EQ(outcome.status, 0) << outcome.output;
+    return boost::json::parse(outcome.output);
+  };
+  const auto plain = report_of("");
+  EXPECT_EQ(backends_in(plain, "disk"), std::set<std::string>{"auto"});
+  EXPECT_TRUE(plain.at("policies_cold").as_array().empty());
+  const auto asked = report_of("--backend --policy");
+  if (asked.at("no_backend").as_string().empty()) {
+    EXPECT_EQ(backends_in(asked, "disk"), (std::set<std::string>{"auto", "workers"}));
+  }
+  for (const char* table : {"policies_cold", "policies_cached"}) {
+    std::set<std::string> policies;
+    for (const auto& cell : asked.at(table).as_array()) {
+      EXPECT_GT(cell.at("gb_per_s").to_number<double>(), 0);
+      policies.emplace(cell.at("policy").as_string());
+    }
+    EXPECT_EQ(policies, (std::set<std::string>{"auto", "direct", "buffered"})) << table;
+  }
+}
+
+TEST(TuneTool, WhereOnlyTheWorkersAreAllowedThatIsSaidAndTheyAreNotComparedWithThemselves) {
+  const testing::TempDir dir;
+  if (stays_in_page_cache(dir)) GTEST_SKIP() << "this file system keeps its pages";
+  const int status = testing::run_in_child([&] {
+    if (!testing::deny_syscall(SYS_io_uring_setup, EPERM)) return testing::kSkip;
+    const testing::Outcome outcome = tune(dir.path(), dir / "config", "--dry_run --json --backend 2>/dev/null");
+    const auto report = boost::json::parse(outcome.output);
+    const bool said = has(std::string(report.at("no_backend").as_string()), "only the workers are there: ");
+    return said && backends_in(report, "disk") == std::set<std::string>{"auto"} ? 0 : 1;
+  });
+  if (status == testing::kSkip) GTEST_SKIP() << "io_uring cannot be refused here";
+  EXPECT_EQ(status, 0);
+}
+
+TEST(TuneTool, PoliciesAreShownForBothStatesOfThePageCacheAndNotKept) {
+  const testing::TempDir dir;
+  if (stays_in_page_cache(dir)) GTEST_SKIP() << "this file system keeps its pages";
+  const testing::Outcome outcome = tune(dir.path(), dir / "config", "--policy 2>/dev/null");
+  for (const char* part : {"nothing cached  auto ", "nothing cached  direct ", "all cached      buffered ",
+                           "Policies are only shown", "policy of loads with "})
+    EXPECT_TRUE(has(outcome.output, part)) << part << outcome.output;
+  if (outcome.status == kExitNotKept) GTEST_SKIP() << outcome.output;
+  const auto profile = report_in(dir / "config/flashpack/tune.json").at("profiles").at(0).as_object();
+  for (const auto& [name, value] : profile) EXPECT_FALSE(has(name, "polic") || has(name, "cache")) << name;
+}
+
 TEST(TuneTool, WhereAllIsPageCacheWhatCannotBeMeasuredIsSaidAndNothingIsKept) {
   const testing::TempDir config;
   const std::filesystem::path dir = "/dev/shm/tune_test." + std::to_string(::getpid());
@@ -209,6 +271,20 @@ TEST(TuneTool, WhatIsBestForAGpuIsKeptForThatGpuAlone) {
     EXPECT_TRUE(kept == nullptr || *kept == value) << outcome.output;
   }
   EXPECT_FALSE(tuned_options(dir.path(), {}, profiles).applied);
+}
+
+TEST(TuneTool, BackendsAndPoliciesOfLoadsToAGpuAreComparedToo) {
+  const testing::TempDir dir;
+  if (stays_in_page_cache(dir)) GTEST_SKIP() << "this file system keeps its pages";
+  const testing::Outcome outcome =
+      tune_gpu(dir.path(), dir / "config", "--backend --policy --budget 15s --dry_run --json 2>/dev/null");
+  if (outcome.status == 77) GTEST_SKIP() << "no mount namespace: " << outcome.output;
+  ASSERT_EQ(outcome.status, 0) << outcome.output;
+  const auto report = boost::json::parse(outcome.output);
+  if (report.at("no_backend").as_string().empty()) {
+    EXPECT_EQ(backends_in(report, "disk"), (std::set<std::string>{"auto", "workers"}));
+  }
+  for (const char* table : {"policies_cold", "policies_cached"}) EXPECT_EQ(report.at(table).as_array().size(), 3U);
 }
 
 // Where there is no disk, all of the time is for the page cache, and it is far more than the first round takes.

@@ -5,6 +5,8 @@
 #include <optional>
 #include <vector>
 
+#include "flashpack/transfer.h"
+
 namespace flashpack::bench {
 
 /// The options that are tuned. No workers and no staging_bytes mean what the engine chooses, or as much staging memory
@@ -14,6 +16,7 @@ struct Setting {
   std::uint32_t queue_depth = 0;
   std::uint32_t workers = 0;
   std::uint64_t staging_bytes = 0;
+  Backend backend = Backend::kAuto;
   bool operator==(const Setting&) const = default;
 };
 

@@ -17,7 +17,8 @@ const Cell& choose(const std::vector<Cell>& cells) {
     const Setting& setting = cell.setting;
     const std::uint64_t in_flight_bytes = std::uint64_t{setting.chunk_bytes} * setting.queue_depth;
     return std::tuple(std::lround(cell.cpu_s_per_gb / kCpuStepSPerGb),
-                      setting.staging_bytes != 0 ? setting.staging_bytes : in_flight_bytes, setting.workers);
+                      setting.staging_bytes != 0 ? setting.staging_bytes : in_flight_bytes, setting.workers,
+                      setting.backend != Backend::kAuto);
   };
   for (const Cell& cell : cells) {
     if (cell.gb_per_s >= floor && cost(cell) < cost(*best)) best = &cell;

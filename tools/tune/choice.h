@@ -14,8 +14,8 @@ inline constexpr double kCpuStepSPerGb = 0.01;
 
 /// Chooses the default, if the fastest is not more than kTolerance faster. Else, of those that are within kTolerance of
 /// the fastest and no slower than the default, it chooses the one with the least CPU, in steps, then with the least
-/// staging memory, or the fewest bytes in flight where that is not given, then with the fewest workers. Requires: the
-/// default is first.
+/// staging memory, or the fewest bytes in flight where that is not given, then with the fewest workers, then with the
+/// engine's own backend. Requires: the default is first.
 const Cell& choose(const std::vector<Cell>& cells);
 
 /// Whether a setting takes the place of the default: somewhere three quarters of the pairs gained more than kTolerance,

@@ -29,8 +29,15 @@ std::vector<double> ratios_of(Subject& subject, const Setting& pick, Work work, 
   return ratios;
 }
 
-// The settings to measure in turns with the default: the pick; the best one that keeps chunk and depth of the disk's;
-// what the disk alone asked for, because workers or slots may be to blame if those before are no better.
+// The best one for the disk with the engine's own backend.
+Setting best_of_usual_backend(std::vector<Cell> cells) {
+  const auto other = [](const Cell& cell) { return cell.setting.backend != kUsual.backend; };
+  cells.erase(std::remove_if(cells.begin() + 1, cells.end(), other), cells.end());
+  return choose(cells).setting;
+}
+
+}  // namespace
+
 std::vector<Setting> candidates_of(const Report& report, const Setting& of_the_disk) {
   std::vector<Cell> cells = report.page_cache.cells;
   const auto other = [&](const Cell& cell) {
@@ -38,14 +45,14 @@ std::vector<Setting> candidates_of(const Report& report, const Setting& of_the_d
   };
   cells.erase(std::remove_if(cells.begin() + 1, cells.end(), other), cells.end());
   std::vector<Setting> candidates;
-  for (const Setting& each : {report.pick, choose(cells).setting, of_the_disk}) {
+  std::vector<Setting> wanted{report.pick, choose(cells).setting, of_the_disk};
+  if (of_the_disk.backend != kUsual.backend) wanted.push_back(best_of_usual_backend(report.disk.cells));
+  for (const Setting& each : wanted) {
     if (each != kUsual && std::find(candidates.begin(), candidates.end(), each) == candidates.end())
       candidates.push_back(each);
   }
   return candidates;
 }
-
-}  // namespace
 
 void decide(Report& report, Subject& subject, const Setting& of_the_disk, Budget::Clock::time_point end) {
   const std::vector<Setting> candidates = candidates_of(report, of_the_disk);

@@ -1,12 +1,19 @@
 /// Decides in the end between what was found and the default.
 #pragma once
 
+#include <vector>
+
 #include "tools/tune/budget.h"
 #include "tools/tune/cell.h"
 #include "tools/tune/report.h"
 #include "tools/tune/subject.h"
 
 namespace flashpack::bench {
+
+/// The settings to measure in turns with the default: the pick; the best one that keeps chunk and depth of the disk's;
+/// what the disk alone asked for, because workers or slots may be to blame if those before are no better; and where it
+/// asked for another backend, the best one without. The default is none of them. It is pure.
+std::vector<Setting> candidates_of(const Report& report, const Setting& of_the_disk);
 
 /// Measures candidates in turns with the default, until one of them is better. The first two get their turns however
 /// little time is left. Needs the tables and the pick of `report`, and puts there what came out. Throws: Error.

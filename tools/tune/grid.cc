@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <utility>
 
 namespace flashpack::bench {
 
@@ -29,6 +30,11 @@ std::vector<std::uint64_t> next_in(const std::array<std::uint32_t, N>& grid, std
   return both;
 }
 
+Setting with_workers(Setting setting, std::uint32_t workers) {
+  setting.workers = workers;
+  return setting;
+}
+
 }  // namespace
 
 std::vector<Setting> coarse_settings(const Setting& usual) {
@@ -42,20 +48,46 @@ std::vector<Setting> coarse_settings(const Setting& usual) {
 std::vector<Setting> worker_settings(const Setting& usual, unsigned cores) {
   std::vector<Setting> all{usual};
   for (std::uint32_t workers = 1; workers <= std::min(2 * cores, kMaxWorkers); workers *= 2)
-    add_new(all, {usual.chunk_bytes, usual.queue_depth, workers});
+    add_new(all, with_workers(usual, workers));
   return all;
 }
 
 std::vector<Setting> beside_on_disk(const Setting& of) {
   std::vector<Setting> all;
   const auto add_beside = [&](std::uint32_t chunk_bytes, std::uint32_t depth) {
-    all.push_back({chunk_bytes, depth, of.workers, of.staging_bytes});
+    all.push_back(of);
+    all.back().chunk_bytes = chunk_bytes;
+    all.back().queue_depth = depth;
   };
   const bool room = std::uint64_t{of.chunk_bytes} * of.queue_depth * 2 <= kMaxInFlightBytes;
   if (of.queue_depth > 1) add_beside(of.chunk_bytes, of.queue_depth / 2);
   if (room && of.queue_depth < kMaxDepth) add_beside(of.chunk_bytes, of.queue_depth * 2);
   if (of.chunk_bytes > kMiB) add_beside(of.chunk_bytes / 2, of.queue_depth);
   if (room && of.chunk_bytes < kMaxChunkBytes) add_beside(of.chunk_bytes * 2, of.queue_depth);
+  return all;
+}
+
+std::vector<Setting> coarse_settings_of_backends(const Setting& usual) {
+  std::vector<Setting> all = coarse_settings(usual);
+  // Each worker has one read in flight, so that a disk that wants many needs as many workers.
+  for (const auto& [depth, workers] : {std::pair{usual.queue_depth, usual.workers}, {32u, 32u}}) {
+    all.push_back(usual);
+    all.back().queue_depth = depth;
+    all.back().workers = workers;
+    all.back().backend = Backend::kWorkers;
+  }
+  return all;
+}
+
+std::vector<Setting> beside_with_backends(const Setting& of, const Setting& usual, unsigned usual_workers) {
+  std::vector<Setting> all = beside_on_disk(of);
+  const bool by_workers = of.backend == Backend::kWorkers;
+  Setting other = with_workers(of, usual.workers);
+  other.backend = by_workers ? usual.backend : Backend::kWorkers;
+  all.push_back(other);
+  const std::uint32_t workers = of.workers == 0 ? usual_workers : of.workers;
+  if (by_workers && workers > 1) all.push_back(with_workers(of, workers / 2));
+  if (by_workers && workers * 2 <= kMaxWorkers) all.push_back(with_workers(of, workers * 2));
   return all;
 }
 
@@ -66,7 +98,7 @@ Setting SlotGrid::at(std::uint64_t chunk_bytes, std::uint64_t staging_bytes, std
   const std::uint64_t depth = std::clamp<std::uint64_t>(in_flight_bytes / chunk_bytes, 1, most);
   const bool is_usual = chunk_bytes == usual_.chunk_bytes && depth == usual_.queue_depth;
   return {static_cast<std::uint32_t>(chunk_bytes), static_cast<std::uint32_t>(depth), workers,
-          is_usual && staging_bytes == staging_bytes_ ? usual_.staging_bytes : staging_bytes};
+          is_usual && staging_bytes == staging_bytes_ ? usual_.staging_bytes : staging_bytes, usual_.backend};
 }
 
 std::vector<Setting> SlotGrid::coarse() const {
@@ -82,12 +114,11 @@ std::vector<Setting> SlotGrid::beside(const Setting& of) const {
   std::vector<Setting> all;
   const std::uint64_t staging_bytes = of.staging_bytes == 0 ? staging_bytes_ : of.staging_bytes;
   const std::uint32_t workers = of.workers == 0 ? workers_ : of.workers;
-  const auto with_workers = [&](std::uint32_t number) {
-    all.push_back(of);
-    all.back().workers = number == workers_ ? usual_.workers : number;
+  const auto add_with_workers = [&](std::uint32_t number) {
+    all.push_back(with_workers(of, number == workers_ ? usual_.workers : number));
   };
-  if (workers > 1) with_workers(std::bit_floor(workers - 1));
-  if (std::bit_ceil(workers + 1) <= std::min(2 * cores_, kMaxWorkers)) with_workers(std::bit_ceil(workers + 1));
+  if (workers > 1) add_with_workers(std::bit_floor(workers - 1));
+  if (std::bit_ceil(workers + 1) <= std::min(2 * cores_, kMaxWorkers)) add_with_workers(std::bit_ceil(workers + 1));
   for (const std::uint64_t bytes : next_in(kStagingMib, staging_bytes))
     all.push_back(at(of.chunk_bytes, std::max(bytes, std::uint64_t{2} * of.chunk_bytes), of.workers));
   for (const std::uint64_t bytes : next_in(kSlotMib, of.chunk_bytes))

@@ -15,6 +15,12 @@ std::vector<Setting> worker_settings(const Setting& usual, unsigned cores);
 /// Those with twice or half of the chunk size or queue depth of `of`.
 std::vector<Setting> beside_on_disk(const Setting& of);
 
+/// The same as coarse_settings(), and settings whose reads the workers carry out instead of io_uring.
+std::vector<Setting> coarse_settings_of_backends(const Setting& usual);
+/// The same as beside_on_disk(), and `of` with the other backend. The number of workers is searched, too, where they
+/// carry out the reads, because it bounds the reads in flight; an engine with `usual` has `usual_workers`.
+std::vector<Setting> beside_with_backends(const Setting& of, const Setting& usual, unsigned usual_workers);
+
 /// Settings for loads from the page cache to a GPU: chunk sizes, staging memory and numbers of workers.
 ///
 /// Each keeps as many bytes in flight from a disk as `usual`, as far as its slots are enough, so that loads from the

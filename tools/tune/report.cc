@@ -64,6 +64,22 @@ void print_table(const char* title, const Table& table, bool map) {
   if (map) std::printf("\n%s, GB/s\n%s", title, heat_map(table.cells, chosen, shows_colours()).c_str());
 }
 
+void print_policies(const Report& report) {
+  if (report.cold.empty()) return;
+  std::printf("\npolicy of loads with %s\n%-28s %8s %10s %8s\n", text_of(setting_of(report)).c_str(), "", "GB/s",
+              "ms CPU/GB", "samples");
+  for (const auto& [state, cells] : {std::pair{"nothing cached", &report.cold}, {"all cached", &report.cached}}) {
+    const CachePolicy chosen = choose(*cells).policy;
+    for (const PolicyCell& cell : *cells) {
+      std::printf("%c %-16s%-10s %8.2f %10.0f %8d\n", cell.policy == chosen ? '*' : ' ', state, to_string(cell.policy),
+                  cell.gb_per_s, cell.cpu_s_per_gb * 1e3, cell.samples);
+    }
+  }
+  std::printf(
+      "Policies are only shown: each load has its own, LoadRequest::cache, which is auto unless the caller says "
+      "otherwise.\n");
+}
+
 void print_rule() {
   std::printf(
       "\nrule: the default stays unless another setting is more than %.0f %% faster. Among those within %.0f %% of the "
@@ -77,15 +93,16 @@ void print_rule() {
 
 // As C++ that makes the engine.
 void print_best(const Report& report) {
-  const Setting best = report.kept_default ? kUsual : report.pick;
+  const Setting best = setting_of(report);
   std::string device, staging;
   if (report.device.kind == Device::Kind::kCuda)
     device = ".device = {Device::Kind::kCuda, " + std::to_string(report.device.index) + "}, ";
   const std::uint64_t staging_bytes = with_staging(best, report.device).staging_bytes;
   if (staging_bytes != internal::usual_staging_bytes(report.device.kind))
     staging = ".staging_bytes = " + std::to_string(staging_bytes >> 20) + " << 20, ";
-  std::printf("\nbest: EngineOptions{%s.chunk_bytes = %u << 20, .queue_depth = %u, %s.workers = %u}%s\n",
+  std::printf("\nbest: EngineOptions{%s.chunk_bytes = %u << 20, .queue_depth = %u, %s.workers = %u%s}%s\n",
               device.c_str(), best.chunk_bytes >> 20, best.queue_depth, staging.c_str(), best.workers,
+              best.backend == Backend::kWorkers ? ", .backend = Backend::kWorkers" : "",
               report.kept_default ? "   the default" : "");
 }
 
@@ -93,7 +110,19 @@ json::object object_of(const Setting& setting, Device device) {
   return {{"chunk_bytes", setting.chunk_bytes},
           {"queue_depth", setting.queue_depth},
           {"workers", setting.workers},
-          {"staging_bytes", with_staging(setting, device).staging_bytes}};
+          {"staging_bytes", with_staging(setting, device).staging_bytes},
+          {"backend", to_string(setting.backend)}};
+}
+
+json::array array_of(const std::vector<PolicyCell>& cells) {
+  json::array all;
+  for (const PolicyCell& cell : cells) {
+    all.push_back(json::object{{"policy", to_string(cell.policy)},
+                               {"gb_per_s", cell.gb_per_s},
+                               {"cpu_s_per_gb", cell.cpu_s_per_gb},
+                               {"samples", cell.samples}});
+  }
+  return all;
 }
 
 json::array array_of(const std::vector<Cell>& cells, Device device) {
@@ -121,7 +150,7 @@ std::string text_of(const Setting& setting) {
   const std::string staging =
       setting.staging_bytes == 0 ? "" : ", " + std::to_string(setting.staging_bytes >> 20) + " MiB staging";
   return std::to_string(setting.chunk_bytes >> 20) + " MiB x " + std::to_string(setting.queue_depth) + ", " + workers +
-         " workers" + staging;
+         " workers" + staging + (setting.backend == Backend::kWorkers ? ", reads by them" : "");
 }
 
 void print_text(const Report& report) {
@@ -132,7 +161,7 @@ void print_text(const Report& report) {
   if (report.disk.cells.empty()) {
     std::printf(
         "Files in %s stay in the page cache, as on tmpfs: reads from a disk cannot be measured here, nor writes to it, "
-        "and so no queue depth.\n",
+        "and so no queue depth, backend or policy.\n",
         report.directory.c_str());
   }
   print_table("disk", report.disk, true);
@@ -145,7 +174,9 @@ void print_text(const Report& report) {
         "Writes are only shown, and no profile has a setting for them: an engine has one for both ways, the best one "
         "for\nloads. Saves from Python use the defaults.\n");
   }
+  print_policies(report);
   print_rule();
+  if (!report.no_backend.empty()) std::printf("backends were not compared: %s\n", report.no_backend.c_str());
   for (std::size_t i = 0; i < report.gains.size(); ++i) {
     std::printf("in turns, %s: %s has %+.1f %% of speed against the default\n",
                 i == 0 && !report.disk.cells.empty() ? "disk" : "page cache", text_of(report.pick).c_str(),
@@ -165,7 +196,7 @@ std::string json_of(const Report& report) {
                                       {"link_gb_per_s", report.link_gb_per_s},
                                       {"read_bytes", report.read_bytes},
                                       {"verified_bytes", report.verified_bytes},
-                                      {"best", object_of(report.kept_default ? kUsual : report.pick, report.device)},
+                                      {"best", object_of(setting_of(report), report.device)},
                                       {"default", object_of(kUsual, report.device)},
                                       {"is_default", report.kept_default},
                                       {"pick", object_of(report.pick, report.device)},
@@ -177,6 +208,9 @@ std::string json_of(const Report& report) {
                                       {"page_cache_limit", report.page_cache.limit},
                                       {"writes", array_of(report.writes.cells, report.device)},
                                       {"writes_limit", report.writes.limit},
+                                      {"no_backend", report.no_backend},
+                                      {"policies_cold", array_of(report.cold)},
+                                      {"policies_cached", array_of(report.cached)},
                                       {"kept", report.kept},
                                       {"not_kept", report.not_kept}});
 }

@@ -7,6 +7,7 @@
 
 #include "flashpack/engine.h"
 #include "tools/tune/cell.h"
+#include "tools/tune/policies.h"
 #include "tools/tune/subject.h"
 
 namespace flashpack::bench {
@@ -26,7 +27,10 @@ struct Report {
   Table disk;
   Table page_cache;
   Table writes;
-  std::string no_latency;  ///< Why requests were not timed; empty if they were.
+  std::string no_backend;          ///< Why backends were not compared although it was asked for; else empty.
+  std::vector<PolicyCell> cold;    ///< Policies with nothing in the page cache; none if they were not measured.
+  std::vector<PolicyCell> cached;  ///< The same with the whole file in it.
+  std::string no_latency;          ///< Why requests were not timed; empty if they were.
   Setting pick = kUsual;
   std::vector<double> gains;  ///< Medians, relative: from disk if that could be measured, and from the page cache.
   bool kept_default = true;
@@ -35,10 +39,13 @@ struct Report {
   std::string fallback_reason;  ///< What the engine did without.
 };
 
+/// The setting that was decided for.
+inline const Setting& setting_of(const Report& report) { return report.kept_default ? kUsual : report.pick; }
+
 /// "cpu" or "cuda:0".
 std::string text_of(const Device& device);
 
-/// "4 MiB x 8, default workers", and ", 32 MiB staging" if that is given.
+/// "4 MiB x 8, default workers", ", 32 MiB staging" if that is given, and ", reads by them" if that is the backend.
 std::string text_of(const Setting& setting);
 
 /// For people, on standard output.

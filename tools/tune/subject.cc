@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
 #include "engine/ground/option_limits.h"
 
@@ -49,6 +50,12 @@ Sample sample_write(Subject& subject, const Setting& setting) {
   });
 }
 
+// An engine takes its staging memory at its first load, which is not to be measured.
+void load_first_tensor(Engine& engine, LoadRequest request) {
+  request.files.front().extents.resize(1);
+  engine.load(request);
+}
+
 }  // namespace
 
 EngineOptions options_of(const Setting& setting, Device device) {
@@ -58,6 +65,7 @@ EngineOptions options_of(const Setting& setting, Device device) {
   options.queue_depth = setting.queue_depth;
   options.workers = setting.workers;
   options.staging_bytes = setting.staging_bytes;
+  options.backend = setting.backend;
   if (setting.staging_bytes == 0) {
     // Staging is large enough never to limit the reads in flight.
     const std::uint64_t chunk_bytes = setting.chunk_bytes;
@@ -91,10 +99,7 @@ Sample sample(Subject& subject, const Setting& setting, Work work) {
   Engine engine(options_of(setting, subject.device));
   if (setting.workers == 0) subject.usual_workers = engine.options().workers;
   const LoadRequest& request = subject.request(work);
-  // The engine takes its staging memory at its first load, which is not to be measured.
-  LoadRequest first_tensor = request;
-  first_tensor.files.front().extents.resize(1);
-  engine.load(first_tensor);
+  load_first_tensor(engine, request);
   const int loads = work == Work::kPageCache ? subject.loads_from_page_cache : 1;
   return measure([&] {
     for (int load = 0; load < loads; ++load) {
@@ -103,6 +108,15 @@ Sample sample(Subject& subject, const Setting& setting, Work work) {
       subject.verified_bytes = stats.verified_bytes;
     }
   });
+}
+
+Sample sample_policy(Subject& subject, const Setting& setting, CachePolicy policy, Cached cached) {
+  Engine engine(options_of(setting, subject.device));
+  LoadRequest request = subject.from_disk;
+  request.cache = policy;
+  load_first_tensor(engine, request);
+  if (cached == Cached::kNothing) drop_from_page_cache(subject.checkpoint.path());
+  return measure([&] { engine.load(request); });
 }
 
 void fit(Subject& subject, Work work, double seconds) {

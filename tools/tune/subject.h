@@ -48,6 +48,13 @@ struct Subject {
 /// Measures `work` once. Throws: Error.
 Sample sample(Subject& subject, const Setting& setting, Work work);
 
+/// How much of the file the page cache has when a load begins.
+enum class Cached { kNothing, kWhole };
+
+/// Measures one load of what fit() has left for the disk, with a cache policy. With kWhole, the caller has warmed the
+/// page cache. Throws: Error; std::exception.
+Sample sample_policy(Subject& subject, const Setting& setting, CachePolicy policy, Cached cached);
+
 /// Leaves so much to read that one sample takes about `seconds` at most on a slow disk, and a tenth of them at least
 /// from the page cache.
 void fit(Subject& subject, Work work, double seconds);

@@ -116,6 +116,12 @@ Device device_of(std::optional<int> cuda_device) {
   return cuda_device ? Device{Device::Kind::kCuda, *cuda_device} : Device{};
 }
 
+Backend backend_of(std::string_view name) {
+  if (name == "auto") return Backend::kAuto;
+  if (name == "workers") return Backend::kWorkers;
+  throw Error(Errc::kInvalidArgument, "backend must be auto or workers, got " + std::string(name));
+}
+
 /// Arguments of Engine; none if there is no profile.
 Dict tuned_arguments(const std::filesystem::path& path, std::optional<int> cuda_device) {
   const NativeCall call;
@@ -130,6 +136,7 @@ Dict tuned_arguments(const std::filesystem::path& path, std::optional<int> cuda_
   dict["queue_depth"] = tuned.options.queue_depth;
   dict["staging_bytes"] = tuned.options.staging_bytes;
   dict["workers"] = tuned.options.workers;
+  dict["backend"] = to_string(tuned.options.backend);
   dict["profile"] = text(tuned.reason);
   return dict;
 }
@@ -193,7 +200,7 @@ class PyEngine {
  public:
   PyEngine(std::optional<int> cuda_device, std::optional<std::uint32_t> chunk_bytes,
            std::optional<std::uint32_t> queue_depth, std::optional<std::uint64_t> staging_bytes,
-           std::optional<std::uint32_t> workers, std::string profile, ChromeTrace* trace)
+           std::optional<std::uint32_t> workers, std::string profile, ChromeTrace* trace, std::string_view backend)
       : profile_(std::move(profile)) {
     const NativeCall call;
     nb::gil_scoped_release released;
@@ -204,6 +211,7 @@ class PyEngine {
     options.staging_bytes = staging_bytes.value_or(options.staging_bytes);
     options.workers = workers.value_or(options.workers);
     options.trace = trace;
+    options.backend = backend_of(backend);
     engine_ = std::make_unique<Engine>(std::move(options));
   }
   ~PyEngine() {
@@ -362,10 +370,11 @@ void bind_handles(nb::module_& module) {
   auto engine =
       nb::class_<PyEngine>(module, "Engine", "Threads, ring and staging memory of this process; thread-safe.")
           .def(nb::init<std::optional<int>, std::optional<std::uint32_t>, std::optional<std::uint32_t>,
-                        std::optional<std::uint64_t>, std::optional<std::uint32_t>, std::string, ChromeTrace*>(),
+                        std::optional<std::uint64_t>, std::optional<std::uint32_t>, std::string, ChromeTrace*,
+                        std::string_view>(),
                "cuda_device"_a = nb::none(), "chunk_bytes"_a = nb::none(), "queue_depth"_a = nb::none(),
                "staging_bytes"_a = nb::none(), "workers"_a = nb::none(), "profile"_a = "",
-               "trace"_a.none() = nb::none(), nb::keep_alive<1, 8>(),
+               "trace"_a.none() = nb::none(), "backend"_a = "auto", nb::keep_alive<1, 8>(),
                "Makes an engine, which chooses each option that is None. Its loads name `profile` in their statistics.")
           .def("load", &PyEngine::load, "checkpoint"_a, "reads"_a, "verify"_a = "auto", "cache"_a = "auto",
                "progress"_a = nb::none(), "stream"_a = 0, "repeats"_a = std::vector<RepeatTuple>(),
@@ -378,6 +387,13 @@ void bind_handles(nb::module_& module) {
           .def("verify", &PyEngine::verify, "checkpoint"_a, "file"_a = 0, "progress"_a = nb::none(),
                "Reads the payload of one file and returns verified_bytes, corrupt (file offset, size, names) and "
                "seconds.");
+  module.def("finish_loads", &finish_loads, "loads"_a, "progress"_a = nb::none(),
+             "Waits for loads and returns the statistics of each. If one fails, or `progress`, all end.");
+  refuse_pickling(load);
+  refuse_pickling(engine);
+}
+
+void bind_writer(nb::module_& module) {
   auto writer =
       nb::class_<PyWriter>(module, "Writer", "A file that appears whole on commit(), or not at all.")
           .def(nb::init<PyEngine&, const std::filesystem::path&, std::uint64_t, bool, bool>(), "engine"_a, "path"_a,
@@ -391,10 +407,6 @@ void bind_handles(nb::module_& module) {
                "The checksums of all bytes that have been written, if the writer was made with `checksums`.")
           .def("commit", &PyWriter::commit, "tail"_a, "Appends `tail` and puts the durable file in place.")
           .def("abort", &PyWriter::abort, "Removes what was written, unless committed.");
-  module.def("finish_loads", &finish_loads, "loads"_a, "progress"_a = nb::none(),
-             "Waits for loads and returns the statistics of each. If one fails, or `progress`, all end.");
-  refuse_pickling(load);
-  refuse_pickling(engine);
   refuse_pickling(writer);
 }
 
@@ -462,6 +474,7 @@ NB_MODULE(_native_of_main, module) {
   flashpack::bind_memory(module);
   flashpack::bind_trace(module);
   flashpack::bind_handles(module);
+  flashpack::bind_writer(module);
   flashpack::bind_profiles(module);
 }
 

@@ -40,6 +40,12 @@ TEST(Choice, OfEquallyFastSettingsTheCheapestWins) {
   EXPECT_EQ(choose(cells).setting.staging_bytes, 48 * kMiB);
 }
 
+TEST(Choice, OfSettingsThatCostTheSameTheEnginesOwnBackendWins) {
+  std::vector<Cell> cells{cell(4, 8, 1.0, 0.01), cell(4, 32, 2.02, 0.01), cell(4, 32, 2.0, 0.01)};
+  cells[1].setting.backend = Backend::kWorkers;
+  EXPECT_EQ(choose(cells).setting.backend, Backend::kAuto);
+}
+
 TEST(Choice, NoTableGivesUpMoreThanTheToleranceOrASettingSlowerThanTheDefault) {
   std::mt19937 random(1);
   std::uniform_real_distribution<double> speed(0.9, 1.0);

@@ -23,6 +23,38 @@ TEST(Grid, TheFirstRoundBeginsWithTheDefaultAndHasEachSettingOnce) {
   EXPECT_EQ(worker_settings(kUsual, 1000).back().workers, 64U);
 }
 
+TEST(Grid, ASearchOfBackendsBeginsWithTheOtherSettingsAndAFewThatTheWorkersRead) {
+  const auto without = coarse_settings(kUsual);
+  const auto all = coarse_settings_of_backends(kUsual);
+  EXPECT_TRUE(std::equal(without.begin(), without.end(), all.begin()));
+  ASSERT_GT(all.size(), without.size());
+  for (std::size_t i = without.size(); i < all.size(); ++i) EXPECT_EQ(all[i].backend, Backend::kWorkers);
+}
+
+TEST(Grid, BesideASettingLiesTheOtherBackendAndWhereTheWorkersReadAlsoOtherNumbersOfThem) {
+  const Setting by_workers{2 * kMiB, 16, 0, 0, Backend::kWorkers};
+  const auto beside_usual = beside_with_backends(kUsual, kUsual, 8);
+  EXPECT_EQ(std::count(beside_usual.begin(), beside_usual.end(), Setting{4 * kMiB, 8, 0, 0, Backend::kWorkers}), 1);
+  for (const Setting& each : beside_usual) EXPECT_EQ(each.workers, 0U);
+  const auto beside = beside_with_backends(by_workers, kUsual, 8);
+  for (const std::uint32_t workers : {4u, 16u})
+    EXPECT_EQ(std::count(beside.begin(), beside.end(), Setting{2 * kMiB, 16, workers, 0, Backend::kWorkers}), 1);
+  EXPECT_EQ(std::count(beside.begin(), beside.end(), Setting{2 * kMiB, 16}), 1);
+  EXPECT_EQ(std::count(beside.begin(), beside.end(), Setting{1 * kMiB, 16, 0, 0, Backend::kWorkers}), 1);
+  for (const Setting& each : beside_with_backends({2 * kMiB, 16, 64, 0, Backend::kWorkers}, kUsual, 8))
+    EXPECT_LE(each.workers, 64U);
+}
+
+TEST(Grid, SettingsForThePageCacheKeepTheBackendOfTheDisk) {
+  const Setting by_workers{2 * kMiB, 16, 0, 0, Backend::kWorkers};
+  for (const Setting& each : worker_settings(by_workers, 4)) EXPECT_EQ(each.backend, Backend::kWorkers);
+  const SlotGrid slots(by_workers, 96 * kMiB, 12, 12);
+  for (const Setting& each : slots.coarse()) {
+    EXPECT_EQ(each.backend, Backend::kWorkers);
+    for (const Setting& beside : slots.beside(each)) EXPECT_EQ(beside.backend, Backend::kWorkers);
+  }
+}
+
 // An engine for a GPU with 12 cores.
 SlotGrid grid_of(const Setting& usual) { return {usual, 96 * kMiB, 12, 12}; }
 

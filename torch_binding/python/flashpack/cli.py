@@ -254,6 +254,8 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
 @click.option("--picture", type=click.Path(), metavar="FILE", help="Draw a map as .svg or .png, with matplotlib.")
 @click.option("--verify", is_flag=True, help="Loads compare checksums, as load_file() does by default.")
 @click.option("--writes", is_flag=True, help="Measure durable writes, too. They are only shown.")
+@click.option("--backend", is_flag=True, help="Search reads by the workers beside those by io_uring, too.")
+@click.option("--policy", is_flag=True, help="Compare loads past and through the page cache, too. They are only shown.")
 @click.option("--size_gib", type=float, default=1, show_default=True, help="Size of the file that is read.")
 @click.option("--dry_run", is_flag=True, help="Keep no profile.")
 @click.option("--json", "-j", is_flag=True, help="Print JSON, for programs.")
@@ -268,6 +270,8 @@ def tune(path: str, picture: str | None, **options: Any) -> None:
     With a GPU as --device, the file is read to its memory, with various staging memory, too, and loads to GPUs use what
     is kept for as long as the machine has the same models of GPU.
 
+    A backend that was faster is kept, too. A cache policy is not, because each load has its own.
+
     \b
     flashpack tune /models
     flashpack tune /models --device cuda
@@ -278,7 +282,7 @@ def tune(path: str, picture: str | None, **options: Any) -> None:
     with _reporting(verbose=False):
         from ._tune import tune
 
-        flags = [f"--{name}" for name in ("verify", "writes", "dry_run", "json") if options[name]]
+        flags = [f"--{name}" for name in ("verify", "writes", "backend", "policy", "dry_run", "json") if options[name]]
         values = [f"--{name}={options[name]}" for name in ("device", "budget", "size_gib")]
         status = tune([*values, *flags], path, picture)
     sys.exit(status)

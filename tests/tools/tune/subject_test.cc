@@ -1,0 +1,42 @@
+#include "tools/tune/subject.h"
+
+#include <gtest/gtest.h>
+
+#include <utility>
+
+#include "bench/support/page_cache.h"
+#include "tests/support/temp_dir.h"
+
+namespace flashpack::bench {
+namespace {
+
+constexpr std::uint32_t kMiB = 1 << 20;
+
+TEST(Subject, AnEngineGetsAllOptionsOfASettingAndRoomForItsReads) {
+  const EngineOptions options =
+      options_of({16 * kMiB, 32, 3, 0, Backend::kWorkers}, {.kind = Device::Kind::kCuda, .index = 1});
+  EXPECT_EQ(options.chunk_bytes, 16 * kMiB);
+  EXPECT_EQ(options.queue_depth, 32U);
+  EXPECT_EQ(options.workers, 3U);
+  EXPECT_EQ(options.staging_bytes, 512 * kMiB);
+  EXPECT_EQ(options.backend, Backend::kWorkers);
+  EXPECT_EQ(options.device.index, 1);
+  EXPECT_EQ(options_of({kMiB, 8, 0, 24 * kMiB}, {}).staging_bytes, 24 * kMiB);
+}
+
+TEST(Subject, ALoadWithAPolicyBeginsWithNothingCachedAndGoesTheWayOfThePolicy) {
+  const testing::TempDir dir;
+  Subject subject(dir / "file", 8 * kMiB, {}, false);
+  const auto& path = subject.checkpoint.path();
+  if (!try_drop_from_page_cache(path)) GTEST_SKIP() << "this file system keeps its pages";
+  for (const auto& [policy, resident] : {std::pair{CachePolicy::kBuffered, true}, {CachePolicy::kDirect, false}}) {
+    sample_policy(subject, kUsual, policy, Cached::kNothing);
+    EXPECT_EQ(resident_fraction(path) > 0.5, resident);
+  }
+  warm_page_cache(path);
+  sample_policy(subject, kUsual, CachePolicy::kDirect, Cached::kWhole);
+  EXPECT_EQ(resident_fraction(path), 1);
+}
+
+}  // namespace
+}  // namespace flashpack::bench
