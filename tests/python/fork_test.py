@@ -1,16 +1,20 @@
 """Processes that come to be while flashpack is in use."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 
 import flashpack
+import flashpack.safetensors
 import pytest
 import torch
-from support import random_tensor
+from flashpack import _accelerate, _mapped_tensors
+from support import bits, in_a_fork, random_tensor
 
 MIB = 1 << 20
+IN_THREADS = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 
 def same(a, b):
@@ -110,3 +114,91 @@ def test_forks_while_another_thread_loads_leave_both_sides_whole(files, tmp_path
         stop.set()
         thread.join()
     assert wrong == []
+
+
+@contextlib.contextmanager
+def held_elsewhere(lock):
+    """Within it, another thread has the lock, as it might at a fork."""
+    taken, release = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            taken.set()
+            release.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+    try:
+        yield
+    finally:
+        release.set()
+        thread.join()
+
+
+def refuses(call, what):
+    with pytest.raises(RuntimeError, match=f"{what} belongs to the process that started it"):
+        call()
+
+
+@IN_THREADS
+def test_a_child_cannot_use_a_stream_of_its_parent_but_may_leave_it(files):
+    _, paths = files
+    stream = flashpack.stream_tensors(paths[0])
+    next(stream)
+
+    def use():
+        refuses(lambda: next(stream), "a stream of tensors")
+        with stream:
+            pass
+        return True
+
+    with held_elsewhere(stream._turn):
+        assert in_a_fork(use) is True
+    assert list(stream) == []
+
+
+@IN_THREADS
+def test_a_stream_that_has_not_begun_can_be_used_in_a_child(files):
+    sources, paths = files
+    stream = flashpack.stream_tensors(paths[0])
+    # torch's own threads do not exist in a child, so that numpy compares.
+    assert in_a_fork(lambda: bits(dict(stream)["a"]) == bits(sources[0])) is True
+    assert same(dict(stream)["a"], sources[0])
+
+
+@IN_THREADS
+def test_a_child_cannot_use_a_prefetch_loader_of_its_parent_but_may_leave_it(files):
+    _, paths = files
+    with flashpack.safetensors.safe_open(paths[0]) as file:
+        loaders = [file.prefetch()]
+
+    def use():
+        for call in (lambda: loaders[0].take("a"), lambda: list(loaders[0])):
+            refuses(call, "a prefetch loader")
+        with loaders[0]:
+            pass
+        loaders.clear()
+        return True
+
+    with held_elsewhere(loaders[0]._landing._changed):
+        assert in_a_fork(use) is True
+    assert [name for name, _ in loaders[0]] == ["a"]
+
+
+@IN_THREADS
+@pytest.mark.parametrize("module", [_accelerate, _mapped_tensors])
+def test_a_child_does_not_inherit_a_lock_that_another_thread_has(module):
+    taken, forking = threading.Event(), threading.Event()
+    os.register_at_fork(before=forking.set)  # The last that was registered is called first.
+
+    def hold():
+        with module._lock:
+            taken.set()
+            forking.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+    assert in_a_fork(lambda: module._lock.acquire(timeout=0)) is True
+    thread.join()

@@ -16,7 +16,7 @@ import page_cache
 import pytest
 import torch
 from flashpack import _prefetch
-from support import random_tensor
+from support import in_a_fork, random_tensor
 
 MIB = 1 << 20
 
@@ -237,6 +237,21 @@ def test_a_forked_child_cannot_use_it_and_makes_its_own(cold_file, gate, monkeyp
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     gate.opened.set()
+    handle.wait(60)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_child_with_the_process_id_of_its_parent_cannot_use_it(cold_file, monkeypatch):
+    parent = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: parent)  # As in a PID namespace of the child's own.
+    handle = flashpack.prefetch_flashpack_file(cold_file)
+
+    def use() -> bool:
+        with pytest.raises(RuntimeError, match="a prefetch belongs to the process that started it"):
+            handle.progress()
+        return True
+
+    assert in_a_fork(use) is True
     handle.wait(60)
 
 

@@ -6,9 +6,11 @@ import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,22 @@ def footer_bytes(path: Path) -> bytes:
 def run_python(code: str) -> str:
     """What a new interpreter prints that runs `code`; CalledProcessError if it does not end well."""
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def in_a_fork(call: Callable[[], object]) -> bool | int:
+    """Whether `call` returns True in a forked child; else the status of the child, which dies after a minute."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        status = 1
+        try:
+            status = 0 if call() is True else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    status = os.waitpid(child, 0)[1]
+    return status == 0 or status
 
 
 # An interpreter that has the PyPI package flashpack 0.4.5.

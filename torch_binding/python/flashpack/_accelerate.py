@@ -16,11 +16,13 @@ import safetensors
 
 from ._logging import logger
 from ._native import FlashPackError
+from ._owner_process import held_by_forks
 
 _original_open: Any = safetensors.safe_open
 # From these the original is called.
 _LEFT_ALONE = ("safetensors._safetensors_rust", "flashpack.safetensors", __name__)
 _lock = threading.RLock()
+held_by_forks(_lock)
 _active: set[Acceleration] = set()
 _undo: list[tuple[Any, str, Any]] = []
 """The functions of transformers that are wrapped: their owner, their name, and the original."""

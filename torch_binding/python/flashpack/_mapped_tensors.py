@@ -19,6 +19,7 @@ import torch
 from ._checkpoint import Entry
 from ._file import FlashPackFile, TensorSlice
 from ._memory import MappedFile, map_file
+from ._owner_process import held_by_forks
 from ._prefetch import open_again
 from .utils import string_to_dtype
 
@@ -29,6 +30,7 @@ _SCRATCH_BYTES = 1 << 20
 _LOOK_BYTES = 512 << 10
 
 _lock = threading.Lock()
+held_by_forks(_lock)
 _mapped_bytes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """The sizes of the files that are mapped now."""
 

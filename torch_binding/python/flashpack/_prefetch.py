@@ -13,6 +13,7 @@ from ._checkpoint import StrPath, open_checkpoint
 from ._listing import human_bytes
 from ._logging import printable
 from ._native import FlashPackError
+from ._owner_process import OwnerProcess
 
 # sendfile() to /dev/null waits for the pages without copying them: 2.2 GB/s from a disk that gives 2.6, for 0.02
 # core-seconds per GB, where preadv takes 0.09. POSIX_FADV_WILLNEED and MADV_POPULATE_READ were slower (1.1 to 1.7),
@@ -31,7 +32,7 @@ class Prefetch:
 
     def __init__(self, fd: int, path: StrPath, size_bytes: int) -> None:
         """Use prefetch_flashpack_file. Borrows `fd` until it returns."""
-        self._pid = os.getpid()
+        self._owner = OwnerProcess()
         self._path = os.fsdecode(path)
         self._size_bytes = size_bytes
         self._stop = threading.Event()
@@ -59,7 +60,7 @@ class Prefetch:
 
     def progress(self) -> tuple[int, int]:
         """Returns the bytes that are in the page cache by now, and the bytes in all."""
-        self._check_process()
+        self._owner.require_current("a prefetch")
         return sum(self._done_bytes), self._size_bytes
 
     def wait(self, timeout: float | None = None) -> None:
@@ -68,7 +69,7 @@ class Prefetch:
         Raises TimeoutError after `timeout` seconds, and OSError if reading fails; its errno is ECANCELED if a cancel()
         came before the end.
         """
-        self._check_process()
+        self._owner.require_current("a prefetch")
         deadline = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -81,7 +82,7 @@ class Prefetch:
 
     def cancel(self) -> None:
         """Stops every thread after the read that it is in. Returns at once; wait() returns when all have stopped."""
-        self._check_process()
+        self._owner.require_current("a prefetch")
         self._stop.set()
 
     def __enter__(self) -> Prefetch:
@@ -94,10 +95,6 @@ class Prefetch:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("cannot pickle or copy: it owns threads; make one in each process")
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise RuntimeError("a prefetch belongs to the process that started it; make another one in a forked child")
 
     def _read(self, part: int, file: FileIO, begin: int, end: int) -> None:
         try:

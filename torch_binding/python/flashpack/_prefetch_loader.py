@@ -14,6 +14,7 @@ from ._checkpoint import Entry
 from ._device import DeviceLike
 from ._engine import left_before_exit
 from ._file import FlashPackFile
+from ._owner_process import OwnerProcess
 from ._safetensors import CheckpointError, FileOnDevice, catchable
 from ._stream import TensorStream, stream_tensors
 
@@ -25,7 +26,7 @@ class PrefetchLoader:
     """Tensors that are loaded in the background. Made by safe_open.prefetch().
 
     Each is handed out once. A tensor that is handed out can be used on any stream. Loading ends early when this is
-    closed or dropped.
+    closed or dropped. It cannot be used in a forked child, where RuntimeError says so.
     """
 
     def __init__(self, file: FlashPackFile, device: DeviceLike, rows: Mapping[str, slice | None] | None) -> None:
@@ -76,6 +77,7 @@ class _Landing:
     """Where tensors wait between the thread that loads them and those that take them."""
 
     def __init__(self, names: list[str]) -> None:
+        self._owner = OwnerProcess()
         self._changed = threading.Condition()
         self._expected = set(names)
         self._known = frozenset(names)
@@ -102,12 +104,15 @@ class _Landing:
                 self._changed.notify_all()
 
     def close(self) -> None:
+        if not self._owner.is_current():
+            return  # The thread that loads is in the parent, and may have held the lock at the fork.
         with self._changed:
             self._closed = True
             self._landed.clear()
             self._changed.notify_all()
 
     def take(self, name: str) -> torch.Tensor:
+        self._owner.require_current("a prefetch loader")
         if name not in self._known:
             raise CheckpointError(f"tensor {name} is not in the prefetch plan")
         with self._changed:
@@ -118,6 +123,7 @@ class _Landing:
 
     def take_any(self) -> tuple[str, torch.Tensor] | None:
         """Returns the one that has been there longest, None when all have been handed out."""
+        self._owner.require_current("a prefetch loader")
         with self._changed:
             self._wait(lambda: bool(self._landed) or not self._expected)
             if not self._expected:

@@ -21,6 +21,7 @@ from ._logging import logger, printable
 from ._memory import Filling, ReadOptions, Wanted, add_stats, filled_of, make_room, start, tensors_of
 from ._native import FlashPackError
 from ._options import positive_integer
+from ._owner_process import OwnerProcess
 from ._under_way import AT_ONCE, UnderWay
 from .utils import string_to_dtype
 
@@ -69,7 +70,10 @@ class _Alive:
 
 
 class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, torch.Tensor]]):
-    """Yields (name, tensor) as tensors land. Made by stream_tensors(). One thread or task at a time may use it."""
+    """Yields (name, tensor) as tensors land. Made by stream_tensors(). One thread or task at a time may use it.
+
+    A forked child cannot use a stream of its parent that has begun: RuntimeError says so.
+    """
 
     def __init__(
         self,
@@ -91,6 +95,8 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         # than the window.
         self._newest_memory_bytes = 0
         self._warned = False
+        self._owner: OwnerProcess | None = None
+        """The process that has begun to read."""
         self._paths = paths
         self._tensors = self._run(paths, targets)
         # It is held while a tensor is being waited for, perhaps on the thread of a task that has been cancelled.
@@ -128,6 +134,8 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
 
     def _find(self) -> None:
         """Waits until something is found that nobody has taken."""
+        self._owner = self._owner or OwnerProcess()
+        self._owner.require_current("a stream of tensors")
         with self._turn:
             if not self._found:
                 try:
@@ -137,6 +145,8 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
 
     def close(self) -> None:
         """Ends the reads that are under way, and closes the files. Tensors that were yielded stay valid."""
+        if self._owner is not None and not self._owner.is_current():
+            return  # The reads are the parent's, of which another thread may have had its turn at the fork.
         with self._turn:
             self._tensors.close()
             self._found.clear()

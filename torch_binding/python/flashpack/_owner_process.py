@@ -1,0 +1,37 @@
+"""What a forked child must not use of its parent's: it has copies of the objects, but none of the threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+# A process id does not tell a child from its parent: in a PID namespace of its own, the child may have the same.
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+class OwnerProcess:
+    """The process that has made the object. It is thread-safe."""
+
+    def __init__(self) -> None:
+        self._forks = _forks
+
+    def is_current(self) -> bool:
+        return self._forks == _forks
+
+    def require_current(self, what: str) -> None:
+        """Raises RuntimeError in a forked child, with `what` in the message."""
+        if not self.is_current():
+            raise RuntimeError(f"{what} belongs to the process that started it; make another one in a forked child")
+
+
+def held_by_forks(lock: threading.Lock | threading.RLock) -> None:
+    """Lets every fork hold `lock`, which no thread may have for long, so that a child does not inherit it locked."""
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+
+
+os.register_at_fork(after_in_child=_count_fork)
