@@ -117,7 +117,7 @@ def replaced(owner, name, value):
 
 def read_windowed(rank, paths, options):
     """Passes blocks on in small windows, while others are still being read."""
-    names = ("_SEGMENT_BYTES", "_BATCH_BYTES", "_BORDER_BYTES")
+    names = ("_SEGMENT_BYTES", "_BATCH_BYTES", "_BATCH_BORDER_BYTES")
     with contextlib.ExitStack() as small:
         small.enter_context(replaced(_distributed, "_WINDOW_BYTES", 4096))
         for name in names:

@@ -115,7 +115,7 @@ def test_a_load_holds_little_more_than_what_it_reads_or_what_it_gives(pack, monk
     assert len(loaded) == len(tensors)
     assert requested_bytes() - before <= result_bytes + MIB
     # A load that casts reads through three windows of at most 16 MiB, so that it holds no second copy of the file.
-    windows_bytes = _into._WINDOWS * (_into._FULL_BYTES + _into._BORDER_BYTES)
+    windows_bytes = _into._WINDOWS * (_into._FULL_BYTES + _into._STEP_BORDER_BYTES)
     assert peak() <= max(nbytes(tensors), result_bytes) + MIB + (0 if dtype is None else windows_bytes)
 
 

@@ -37,7 +37,7 @@ def source():
 
 @pytest.fixture
 def in_small_steps(monkeypatch):
-    for name in ("_FULL_BYTES", "_BORDER_BYTES"):
+    for name in ("_FULL_BYTES", "_STEP_BORDER_BYTES"):
         monkeypatch.setattr(_into, name, MIB)
 
 

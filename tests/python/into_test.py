@@ -21,7 +21,7 @@ MIB = 1 << 20
 @pytest.fixture
 def in_small_steps(monkeypatch):
     """Makes each transfer read a few MiB."""
-    for name in ("_FULL_BYTES", "_BORDER_BYTES"):
+    for name in ("_FULL_BYTES", "_STEP_BORDER_BYTES"):
         monkeypatch.setattr(_into, name, MIB)
     for name in ("_LARGE_BYTES", "_BLOCK_BYTES"):
         monkeypatch.setattr(_into, name, MIB // 2)
@@ -152,7 +152,7 @@ def test_every_stripe_is_verified_in_one_transfer_also_if_most_bytes_go_straight
     pack, monkeypatch, step_bytes
 ):
     monkeypatch.setattr(_into, "_FULL_BYTES", step_bytes)
-    monkeypatch.setattr(_into, "_BORDER_BYTES", MIB)
+    monkeypatch.setattr(_into, "_STEP_BORDER_BYTES", MIB)
     files = [{f"{part}.{i}": random_values((400_000 + i,), seed=i) for i in range(4)} for part in range(2)]
     files[0] |= {f"small.{i}": random_values((i % 300 + 1,), seed=i) for i in range(4000)}
     source = files[0] | files[1]

@@ -136,7 +136,7 @@ def test_bytes_that_nobody_wants_are_not_read(pack):
 
 def test_a_stream_is_cut_where_no_stripe_goes_on_and_leaves_nothing_out(monkeypatch):
     monkeypatch.setattr(_memory, "_BATCH_BYTES", 3 * MIB)
-    monkeypatch.setattr(_memory, "_BORDER_BYTES", 2 * MIB)
+    monkeypatch.setattr(_memory, "_BATCH_BORDER_BYTES", 2 * MIB)
     reads = [(0, 5, 3 * MIB, 100), (0, 3 * MIB + 5, 6 * MIB, 1 << 40), (0, 20 * MIB, 1, 0), (0, 21 * MIB, MIB, 1)]
     first = [(0, 5, 3 * MIB, 100), (0, 3 * MIB + 5, MIB - 5, 1 << 40)]
     second = [(0, 4 * MIB, 5 * MIB + 5, (1 << 40) + MIB - 5)]
@@ -155,7 +155,7 @@ def test_a_stream_may_go_on_in_the_next_file_wherever_the_last_one_ends(monkeypa
 def in_small_parts(monkeypatch):
     """Makes loads read a few MiB with each transfer."""
     monkeypatch.setattr(_memory, "_SEGMENT_BYTES", 3 * MIB)
-    for name in ("_BATCH_BYTES", "_BORDER_BYTES"):
+    for name in ("_BATCH_BYTES", "_BATCH_BORDER_BYTES"):
         monkeypatch.setattr(_memory, name, MIB)
 
 

@@ -20,6 +20,7 @@ from ._checkpoint import Checkpoint, Entry
 from ._device import CPU, Side, side_of
 from ._logging import logger
 from ._memory import (
+    STRIPE_BYTES,
     Block,
     Read,
     ReadOptions,
@@ -36,12 +37,14 @@ from ._progress import progress_bar
 from ._under_way import UnderWay
 from .utils import string_to_dtype
 
-# A window is being read for each of the transfers that are under way, so that the disk never waits.
+# Two windows are read while the third is emptied. There are fewer than a stream has loads, because a window is emptied
+# at once, while those of a stream wait for their consumer.
 _WINDOWS = 3
 # A transfer ends at the first border behind so many bytes of its window and of the engine's staging.
 _FULL_BYTES = 12 << 20
-# Borders are multiples of this in the file. It is a multiple of a stripe, which one transfer has to read as a whole.
-_BORDER_BYTES = 4 << 20
+# Borders are multiples of this in the file. They are closer than those of batches, because each window has room for all
+# that may come before the next one.
+_STEP_BORDER_BYTES = 4 * STRIPE_BYTES
 # Larger parts of a window are read in place, and so have to lie in memory as they do in pages of the file.
 _PAGES_BYTES = 64 << 10
 _PAGE_BYTES = 4096
@@ -102,7 +105,7 @@ class _Step:
         """Adds the bytes from `begin` to `end` of a piece."""
         file, offset, size_bytes = piece.file, piece.offset_bytes + begin, end - begin
         self.staged_bytes += size_bytes if piece.is_staged else 0
-        self.cell = (file, (offset + size_bytes - 1) // _BORDER_BYTES)
+        self.cell = (file, (offset + size_bytes - 1) // _STEP_BORDER_BYTES)
         if piece.address is not None:
             self.straight.append((file, offset, size_bytes, piece.address + begin))
             return
@@ -123,12 +126,12 @@ def _steps_of(pieces: Iterable[_Piece]) -> Iterator[_Step]:
         while begin < piece.size_bytes:
             offset = piece.offset_bytes + begin
             is_full = step.staged_bytes >= _FULL_BYTES
-            if is_full and step.cell != (piece.file, offset // _BORDER_BYTES):
+            if is_full and step.cell != (piece.file, offset // _STEP_BORDER_BYTES):
                 yield step
                 step, is_full = _Step(), False
             end = piece.size_bytes
             if piece.is_staged or is_full:
-                end = min(end, begin + _BORDER_BYTES - offset % _BORDER_BYTES)
+                end = min(end, begin + _STEP_BORDER_BYTES - offset % _STEP_BORDER_BYTES)
             step.add(piece, begin, end)
             begin = end
     if step.straight or step.windowed:
@@ -179,7 +182,7 @@ class _Run:
         """Starts a transfer that uses the window of that number."""
         window = self._windows[number]
         if step.windowed and (window is None or window.memory.numel() < step.window_bytes):
-            size_bytes = max(step.window_bytes, min(self.total_bytes, _FULL_BYTES + _BORDER_BYTES))
+            size_bytes = max(step.window_bytes, min(self.total_bytes, _FULL_BYTES + _STEP_BORDER_BYTES))
             window = self._windows[number] = allocate_block(0, size_bytes, self.side.device)
         reads = step.reads(0 if window is None else window.address)
         engine, stream = self.side.engine, self.side.stream

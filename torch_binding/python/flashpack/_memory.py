@@ -31,8 +31,10 @@ _HUGE_PAGE_BYTES = 2 << 20
 _SEGMENT_BYTES = _native.MAX_SEGMENT_BYTES
 # Reads are cut into transfers of at least this size, so that blocks can be used as they arrive; each costs a little.
 _BATCH_BYTES = 64 << 20
-# A multiple of a stripe and of a chunk, so that both end at each multiple of this size.
-_BORDER_BYTES = 16 << 20
+# Checksums are those of stripes of this size. Only a transfer that reads a whole stripe can verify it.
+STRIPE_BYTES = 1 << 20
+# Batches end at multiples of this in the file, where chunks of the engine end as well.
+_BATCH_BORDER_BYTES = 16 * STRIPE_BYTES
 # Smaller tensors are moved out of larger blocks.
 _SMALL_BYTES = 64 << 10
 _LARGE_BLOCK_BYTES = 4 << 20
@@ -276,7 +278,7 @@ def batches_of(reads: Sequence[Read]) -> list[list[Read]]:
             batches.append([(file, offset + head, size - head, address + head)])
             size_bytes, border = size - head, sys.maxsize
         if size_bytes >= _BATCH_BYTES and border == sys.maxsize:
-            border = offset + size + -(offset + size) % _BORDER_BYTES
+            border = offset + size + -(offset + size) % _BATCH_BORDER_BYTES
         last_file = file
     return batches
 

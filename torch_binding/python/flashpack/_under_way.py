@@ -13,7 +13,7 @@ from ._progress import Progress, after
 What = TypeVar("What")
 
 AT_ONCE = 4
-"""Loads of a stream that are under way at a time: enough that the disk never waits for the next one."""
+"""Loads of a stream that are under way at a time: enough that the disk has work while the consumer is at the oldest."""
 
 
 class UnderWay(Generic[What]):
