@@ -194,6 +194,21 @@ def test_only_a_few_transfers_of_a_stream_are_under_way_at_a_time(pack, in_small
     assert steps == len(started) > _memory.AT_ONCE
 
 
+def test_the_seconds_of_a_stream_are_those_of_its_transfers_one_after_the_other(pack, in_small_parts, monkeypatch):
+    seconds, add_stats = [], _memory.add_stats
+    monkeypatch.setattr(_memory, "AT_ONCE", 1)
+    monkeypatch.setattr(
+        _memory, "add_stats", lambda stats, more: seconds.append(more["seconds"]) or add_stats(stats, more)
+    )
+    options = _memory.ReadOptions()
+    with open_checkpoint(several_mib(pack)) as checkpoint:
+        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
+        for _ in _memory.fill(checkpoint, [filling], options, as_stream=True):
+            pass
+    assert len(seconds) > 2
+    assert filling.stats["seconds"] >= sum(seconds)
+
+
 def test_a_load_that_is_no_stream_is_one_transfer(pack, in_small_parts, monkeypatch):
     started, start = [], _memory.start
     monkeypatch.setattr(_memory, "start", lambda *arguments: started.append(arguments) or start(*arguments))

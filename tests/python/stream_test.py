@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import gc
 import logging
-import re
 import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import flashpack
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -100,7 +99,7 @@ def test_what_is_kept_is_counted_and_told_once_and_the_rest_is_read_two_at_a_tim
         kept = list(flashpack.stream_tensors(path, window_bytes=4 * MIB))
     assert len(kept) == COUNT
     assert [record.message.split(" of the tensors")[0] for record in caplog.records] == [
-        f"more than window_bytes={4 * MIB}"
+        f"TensorStream({path}): more than window_bytes={4 * MIB}"
     ]
     assert "".join("s" if each == "start" else "f" for each in loads).endswith("fsfsff")
 
@@ -367,63 +366,6 @@ def test_the_modes_of_the_caller_change_nothing(path):
     assert not tensor.is_inference()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"order": "size"}, "order must be"),
-        ({"order": "names"}, "needs a list"),
-        ({"dtype": torch.int8}, "dtype=torch.int8"),
-        ({"verify": "perhaps"}, "verify must be"),
-        ({"device": "nowhere"}, "nowhere"),
-        ({"device": True}, "True"),
-        ({"device_map": {"": "nowhere"}}, "nowhere"),
-        ({"names": 5}, "names must be .*, got 5"),
-        ({"names": b"ab"}, "names must be .*, got b'ab'"),
-        ({"names": ["00", 5]}, "names must be .*, got .*which has 5"),
-        *(
-            ({"window_bytes": value}, f"window_bytes must be a positive integer, got {re.escape(repr(value))}")
-            for value in ("4", True, np.True_, 0, -1, np.int64(-1), 1.5, None)
-        ),
-    ],
-)
-def test_wrong_arguments_are_refused_at_the_call(path, options, message):
-    with pytest.raises(flashpack.FlashPackError, match=message):
-        flashpack.stream_tensors(path, **options)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "error", "message"),
-    [
-        (5, TypeError, "not a int"),
-        (["a", None], TypeError, "not a NoneType"),
-        ("a\0b", flashpack.FlashPackError, "NUL character"),
-        ([], flashpack.FlashPackError, "list of paths is empty"),
-    ],
-)
-def test_paths_that_are_none_are_refused_at_the_call(wrong, error, message):
-    with pytest.raises(error, match=message):
-        flashpack.stream_tensors(wrong)
-
-
-@pytest.mark.parametrize("window_bytes", [np.int64(4 * MIB), np.uint32(4 * MIB), np.array(4 * MIB)])
-def test_a_window_may_be_an_integer_of_numpy(path, tensors, window_bytes):
-    assert_bit_equal(dict(flashpack.stream_tensors(path, window_bytes=window_bytes)), tensors)
-
-
-def test_one_name_is_a_list_of_one_and_iterators_are_lists(path, tensors):
-    assert [name for name, _ in flashpack.stream_tensors(path, names="07", order="names")] == ["07"]
-    assert {name for name, _ in flashpack.stream_tensors(path, names=iter(["07", "03"]))} == {"03", "07"}
-    assert_bit_equal(dict(flashpack.stream_tensors(iter([path]))), tensors)
-
-
-def test_what_the_caller_does_with_his_lists_after_the_call_changes_nothing(path):
-    names, paths = ["07", "03"], [path]
-    stream = flashpack.stream_tensors(paths, names=names, order="names")
-    names.reverse()
-    paths.clear()
-    assert [name for name, _ in stream] == ["07", "03"]
-
-
 def test_an_error_is_raised_once_also_by_async_for(tensors, tmp_path):
     path = tmp_path / "a.flashpack"
     flashpack.pack_to_file(tensors, path)
@@ -443,3 +385,55 @@ def test_an_error_is_raised_once_also_by_async_for(tensors, tmp_path):
         next(stream)
     with pytest.raises(StopIteration):
         next(stream)
+
+
+def test_an_interrupt_between_two_tensors_ends_the_stream_so_that_none_is_passed_over(path):
+    class Interrupted(collections.deque):
+        """Where a tensor is put when it has been found."""
+
+        def append(self, found: object) -> None:
+            if not isinstance(found, BaseException):
+                raise KeyboardInterrupt
+            super().append(found)
+
+    stream = flashpack.stream_tensors(path)
+    next(stream)
+    stream._found = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    stream._found = collections.deque()
+    assert list(stream) == []
+
+
+def test_the_seconds_of_a_stream_are_those_of_its_reads_one_after_the_other(path, monkeypatch):
+    seconds = []
+    finish = _native.finish_loads
+
+    def finished(*args: object) -> list[dict[str, object]]:
+        stats = finish(*args)
+        seconds.extend(each["seconds"] for each in stats)
+        return stats
+
+    monkeypatch.setattr(_native, "finish_loads", finished)
+    stream = flashpack.stream_tensors(path, window_bytes=1)
+    for _, tensor in stream:
+        del tensor
+    assert len(seconds) > 2
+    assert stream.stats["seconds"] >= sum(seconds)
+
+
+def test_the_warning_names_the_files(path, caplog):
+    kept = list(flashpack.stream_tensors([path], window_bytes=1))
+    assert len(kept) == COUNT
+    assert str(path) in caplog.text
+
+
+def test_small_tensors_that_were_moved_out_of_their_block_count(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(_stream, "_GROUP_BYTES", 64 * MIB)
+    tensors = {f"{i:03}": torch.zeros(15 << 10, dtype=torch.uint8) for i in range(64)}
+    tensors["large"] = torch.zeros(9 * MIB, dtype=torch.uint8)
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    stream = flashpack.stream_tensors(tmp_path / "a.safetensors")
+    kept = {name: tensor for name, tensor in stream if name != "large"}
+    assert len(kept) == 64
+    assert stream._alive.count_bytes() == sum(tensor.nbytes for tensor in kept.values())

@@ -8,6 +8,7 @@ import math
 import mmap
 import os
 import sys
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -308,6 +309,7 @@ def fill(
     rows = list(zip_longest(*(filling.batches(as_stream) for filling in fillings), fillvalue=_Batch([], [])))
     total_bytes = sum(size_bytes for row in rows for batch in row for _, _, size_bytes, _ in batch.reads)
     to_start = iter(rows)
+    begin = time.monotonic()
     with progress_bar("Loading", total_bytes, options.show) as progress, UnderWay[tuple[_Batch, ...]]() as under_way:
         for row_number in range(len(rows)):
             for row in islice(to_start, AT_ONCE - len(under_way)):
@@ -318,6 +320,8 @@ def fill(
             row, stats = under_way.finish(progress)
             for filling, each_stats in zip(fillings, stats, strict=True):
                 add_stats(filling.stats, each_stats)
+                if as_stream:
+                    filling.stats["seconds"] = time.monotonic() - begin
             yield [batch.whole for batch in row]
     for filling in fillings:
         logger.info("%s: %s", checkpoint, describe(filling.stats))
@@ -412,7 +416,7 @@ def read_to_devices(
 def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tensor]:
     """Returns the tensors of `entries`, which are those that were wanted, each with memory of its own."""
     tensors: dict[str, torch.Tensor] = {}
-    filled = _small_ones_apart(entries, filled)
+    filled = small_ones_apart(entries, filled)
     make = [block.tensor for block in filled.blocks]
     dtypes = {name: string_to_dtype(name) for name in {entry.dtype for entry in entries}}
     with collector_paused():
@@ -424,10 +428,11 @@ def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tens
     return tensors
 
 
-def _small_ones_apart(entries: Sequence[Entry], filled: Filled) -> Filled:
+def small_ones_apart(entries: Sequence[Entry], filled: Filled) -> Filled:
     """Moves small tensors out of the large blocks of the host, so that one that outlives the rest keeps little memory.
 
-    Where more than a few bytes of a block belong to small tensors, they stay, because the copy would take its time.
+    Their blocks come after those that there were. Where more than a few bytes of a block belong to small tensors, they
+    stay, because the copy would take its time.
     """
     small_bytes = {
         number: 0

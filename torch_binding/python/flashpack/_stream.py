@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -18,7 +19,18 @@ from ._device import DeviceLike, DeviceMap, captures_undisturbed
 from ._engine import left_before_exit
 from ._file import checked_names, places_of, selected
 from ._logging import logger, printable
-from ._memory import Filling, ReadOptions, Wanted, add_stats, filled_of, make_room, start, tensors_of
+from ._memory import (
+    Block,
+    Filling,
+    ReadOptions,
+    Wanted,
+    add_stats,
+    filled_of,
+    make_room,
+    small_ones_apart,
+    start,
+    tensors_of,
+)
 from ._native import FlashPackError
 from ._options import positive_integer
 from ._owner_process import OwnerProcess
@@ -38,7 +50,7 @@ class _Sizes(NamedTuple):
     """The memory that a group needs until its tensors have been yielded."""
 
     read_bytes: int
-    """For the bytes of the file, all of them together."""
+    """For the bytes of the file, all of them together, and for those that were moved out of their block."""
     largest_cast_bytes: int
     """For the largest of the tensors that are cast, which are cast one after the other."""
 
@@ -84,7 +96,10 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         window_bytes: int,
     ) -> None:
         self.stats: dict[str, Any] = {}
-        """Figures of the reads so far, as read_flashpack_file's storage has them."""
+        """Figures of the reads so far, as read_flashpack_file's storage has them.
+
+        Seconds are counted from the start of the first read to the end of the last one.
+        """
         self._options = options
         self._dtype = dtype
         self._window_bytes = window_bytes
@@ -94,6 +109,7 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         # variable has that tensor until the next one comes, which is not to keep it, though the tensor may be larger
         # than the window.
         self._newest_memory_bytes = 0
+        self._begin = 0.0
         self._warned = False
         self._owner: OwnerProcess | None = None
         """The process that has begun to read."""
@@ -141,6 +157,8 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 try:
                     self._found.append(next(self._tensors))
                 except BaseException as error:
+                    # An interrupt may come when a tensor has been taken out. It must not be passed over in silence.
+                    self._tensors.close()
                     self._found.append(error)
 
     def close(self) -> None:
@@ -170,6 +188,7 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
         with open_checkpoint(paths) as checkpoint, UnderWay[_Group]() as under_way:
             groups = iter(targets(checkpoint))
+            self._begin = time.monotonic()
             while self._start(checkpoint, groups, under_way):
                 tensors = self._finish(under_way)
                 self._start(checkpoint, groups, under_way)
@@ -201,10 +220,8 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 batches = filling.batches(as_stream=False)
                 loads = (start(checkpoint, batch, filling, self._options) for batch in batches)
                 under_way.start(_Group(entries, filling), loads)
-            sizes = [size_bytes for size_bytes, _ in filling.plan.blocks]
-            for block, size_bytes in zip(filling.blocks, sizes, strict=True):
-                self._alive.add(block.owner, size_bytes)
-            self._unseen.append(_Sizes(sum(sizes), max(map(self._cast_bytes, entries), default=0)))
+                read_bytes = self._count(filling.blocks)
+            self._unseen.append(_Sizes(read_bytes, max(map(self._cast_bytes, entries), default=0)))
         return bool(under_way)
 
     @left_before_exit
@@ -213,8 +230,20 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         """Waits for the oldest group, and returns its tensors as they are in the file."""
         (entries, filling), [stats] = under_way.finish()
         add_stats(self.stats, stats)
+        self.stats["seconds"] = time.monotonic() - self._begin
         with torch.inference_mode(False), torch.no_grad():
-            return tensors_of(entries, filled_of(filling))
+            filled = small_ones_apart(entries, filled_of(filling))
+            sizes = self._unseen[0]
+            read_bytes = sizes.read_bytes + self._count(filled.blocks[len(filling.blocks) :])
+            self._unseen[0] = sizes._replace(read_bytes=read_bytes)
+            return tensors_of(entries, filled)
+
+    def _count(self, blocks: Sequence[Block]) -> int:
+        """Counts blocks until they are freed. Returns their size in bytes."""
+        sizes = [block.memory.numel() for block in blocks]
+        for block, size_bytes in zip(blocks, sizes, strict=True):
+            self._alive.add(block.owner, size_bytes)
+        return sum(sizes)
 
     def _cast_bytes(self, entry: Entry) -> int:
         """Returns the size of what an entry is cast to, 0 if it is not cast."""
@@ -244,7 +273,8 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         if not self._warned:
             self._warned = True
             logger.warning(
-                "more than window_bytes=%d of the tensors of a stream are kept: memory grows with what is kept",
+                "%r: more than window_bytes=%d of the tensors are kept: memory grows with what is kept",
+                self,
                 self._window_bytes,
             )
         # The consumer has exceeded the window, and the disk must not wait. About a window more is read ahead.
