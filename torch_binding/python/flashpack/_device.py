@@ -6,7 +6,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -81,6 +81,25 @@ def side_of(device: torch.device, file: File | None = None) -> Side:
         return Side(CPU, engine(None, file), 0)
     device = torch.device("cuda", index)
     return Side(device, device_engine, torch.cuda.current_stream(device).cuda_stream)
+
+
+Result = TypeVar("Result")
+
+
+def as_on_this_thread(function: Callable[[], Result]) -> Callable[[], Result]:
+    """Returns `function` for another thread, where it has the current CUDA device and stream of this one.
+
+    Otherwise "cuda" would be another device there, and kernels on this thread's stream would not be waited for.
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return function
+    stream = torch.cuda.current_stream()
+
+    def call() -> Result:
+        with torch.cuda.stream(stream):
+            return function()
+
+    return call
 
 
 # CU_STREAM_CAPTURE_MODE_RELAXED

@@ -6,12 +6,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import NoReturn
 
 import torch
 
 from ._checkpoint import Entry
-from ._device import DeviceLike
+from ._device import DeviceLike, as_on_this_thread
 from ._engine import left_before_exit
 from ._file import FlashPackFile
 from ._owner_process import OwnerProcess
@@ -33,8 +34,8 @@ class PrefetchLoader:
         order = file.keys()
         self._names = order if rows is None else [name for name in order if name in rows]
         self._landing = _Landing(self._names)
-        arguments = (self._landing, file, device, self._names, rows or {})
-        threading.Thread(target=_land, args=arguments, name="flashpack-prefetch-loader", daemon=True).start()
+        load = as_on_this_thread(partial(_land, self._landing, file, device, self._names, rows or {}))
+        threading.Thread(target=load, name="flashpack-prefetch-loader", daemon=True).start()
 
     def __repr__(self) -> str:
         return f"PrefetchLoader({len(self._names)} tensors)"

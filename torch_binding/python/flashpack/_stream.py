@@ -15,7 +15,7 @@ import torch
 
 from ._casts import DTypeLike, asked_dtype, dtype_when_asked
 from ._checkpoint import Checkpoint, Entry, StrPath, Verify, checked_path, open_checkpoint
-from ._device import DeviceLike, DeviceMap, captures_undisturbed
+from ._device import DeviceLike, DeviceMap, as_on_this_thread, captures_undisturbed
 from ._engine import left_before_exit
 from ._file import checked_names, places_of, selected
 from ._logging import logger, printable
@@ -142,7 +142,7 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
 
     async def __anext__(self) -> tuple[str, torch.Tensor]:
         # A task that is cancelled leaves its tensor to whoever asks next, so that none is lost.
-        await asyncio.to_thread(self._find)
+        await asyncio.to_thread(as_on_this_thread(self._find))
         try:
             return next(self)
         except StopIteration:
@@ -171,7 +171,7 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
 
     async def aclose(self) -> None:
         """Does the same, and lets other tasks run while a read ends. contextlib.aclosing() calls it."""
-        await asyncio.to_thread(self.close)
+        await asyncio.to_thread(as_on_this_thread(self.close))
 
     def __enter__(self) -> TensorStream:
         return self
@@ -310,8 +310,8 @@ def stream_tensors(
 
     A tensor is never changed once it has been yielded. Small neighbours share memory of at most 64 MiB, which lives as
     long as the last of them; a copy (clone()) of a small tensor frees the rest. On a GPU a tensor may be used on any
-    stream. After an error the stream has ended. A task that is cancelled while it waits leaves its tensor to whoever
-    asks next.
+    stream, but one that was cast is a result of the stream that was current where it was asked for. After an error the
+    stream has ended. A task that is cancelled while it waits leaves its tensor to whoever asks next.
 
     `paths`: a flashpack or safetensors file, the index of several, a directory, or a list of files.
     `names`: the tensors to read, by default all, or a function that says for each name whether it is wanted.
