@@ -18,6 +18,7 @@
 #include "bench/program.h"
 #include "bench/support/checkpoint.h"
 #include "bench/support/device_memory.h"
+#include "bench/support/link_copies_cuda.h"
 #include "bench/support/measure.h"
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
@@ -44,10 +45,6 @@ namespace flashpack::bench {
 namespace {
 
 constexpr std::uint64_t kMiB = 1u << 20;
-
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-}
 
 struct Setup {
   const Checkpoint& checkpoint;
@@ -81,22 +78,11 @@ void run_rounds(benchmark::State& state, std::uint64_t size_bytes, const std::fu
 void bench_link(benchmark::State& state, const Setup& setup, std::uint64_t copy_bytes, unsigned streams) {
   constexpr std::uint64_t kSourceBytes = 256 * kMiB;
   constexpr int kPasses = 8;
-  check(cudaHostRegister(setup.host.data(), kSourceBytes, cudaHostRegisterDefault));
-  std::vector<cudaStream_t> all(streams);
-  for (cudaStream_t& stream : all) check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  run_rounds(
-      state, kSourceBytes * kPasses, [] {},
-      [&] {
-        for (int pass = 0; pass < kPasses; ++pass) {
-          for (std::uint64_t at = 0; at < kSourceBytes; at += copy_bytes) {
-            check(cudaMemcpyAsync(setup.target.data() + at, setup.host.data() + at, copy_bytes, cudaMemcpyHostToDevice,
-                                  all[at / copy_bytes % streams]));
-          }
-        }
-        check(cudaDeviceSynchronize());
-      });
-  for (const cudaStream_t stream : all) check(cudaStreamDestroy(stream));
-  check(cudaHostUnregister(setup.host.data()));
+  const std::span<std::byte> source(setup.host.data(), kSourceBytes);
+  const LockedPages locked(source);
+  if (!locked) throw std::runtime_error("the source of the copies cannot be page-locked");
+  const LinkCopies copies(setup.target, source, copy_bytes, streams);
+  run_rounds(state, kSourceBytes * kPasses, [] {}, [&] { copies.run(kPasses); });
 }
 
 void bench_file(benchmark::State& state, const Setup& setup, CachePolicy cache) {

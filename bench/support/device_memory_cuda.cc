@@ -1,14 +1,13 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 
 #include "bench/support/device_memory.h"
+#include "bench/support/link_copies_cuda.h"
 #include "bench/support/measure.h"
 #include "flashpack/error.h"
 
@@ -26,13 +25,6 @@ constexpr std::size_t kBytesOfRound = kMostLockedBytes;
 void check(cudaError_t error, const char* call) {
   if (error != cudaSuccess) throw std::system_error(static_cast<int>(error), cuda_category(), call);
 }
-
-struct Unlock {
-  void operator()(std::byte* memory) const { cudaHostUnregister(memory); }
-};
-struct DestroyStream {
-  void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
-};
 
 }  // namespace
 
@@ -67,28 +59,11 @@ void DeviceMemory::copy_to(std::byte* host) const {
 
 double link_gb_per_s(const DeviceMemory& target, std::span<std::byte> source) {
   const std::size_t size_bytes = std::min({source.size(), target.size_bytes(), kMostLockedBytes});
-  if (cudaHostRegister(source.data(), size_bytes, cudaHostRegisterDefault) != cudaSuccess) {
-    cudaGetLastError();  // It is no error of the calls after this.
-    return 0;
-  }
-  const std::unique_ptr<std::byte, Unlock> lock(source.data());
-  std::array<std::unique_ptr<CUstream_st, DestroyStream>, kStreams> streams;
-  for (auto& stream : streams) {
-    cudaStream_t made = nullptr;
-    check(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
-    stream.reset(made);
-  }
+  const LockedPages locked(source.first(size_bytes));
+  if (!locked) return 0;
+  const LinkCopies copies(target, source.first(size_bytes), kCopyBytes, kStreams);
   const std::size_t passes = 1 + (kBytesOfRound - 1) / size_bytes;
-  const auto copy = [&] {
-    for (std::size_t pass = 0; pass < passes; ++pass) {
-      for (std::size_t at = 0; at < size_bytes; at += kCopyBytes) {
-        check(cudaMemcpyAsync(target.data() + at, source.data() + at, std::min(kCopyBytes, size_bytes - at),
-                              cudaMemcpyHostToDevice, streams[at / kCopyBytes % kStreams].get()),
-              "cudaMemcpyAsync");
-      }
-    }
-    for (const auto& stream : streams) check(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
-  };
+  const auto copy = [&] { copies.run(passes); };
   copy();  // The first copies are slower.
   double least_s = measure(copy).seconds;
   for (int round = 1; round < kRounds; ++round) least_s = std::min(least_s, measure(copy).seconds);
