@@ -15,6 +15,8 @@
 #            memcheck  compute-sanitizer over one load and a kernel on another stream right after it
 #            sweep     the options of an engine: device_sweep.json and .md
 #            suite     (only when it is named) all other tests, C++ and Python
+#            tune      (only when it is named) flashpack_tune, loads to the first GPU: tune.txt and .json; and what
+#                      flashpack_probe tells of the profile
 #   fetch  on a machine with network: puts what `check` may lack into .gpu, to be carried along with the source, 60 MiB
 #          at most in all: Debian packages and pip to build with, the headers of a Python like 3.12, and peers.
 #   wheel  after `fetch`: builds the Python package by PYTHON, like python3.12, into .gpu, so that `check` need not, as
@@ -46,8 +48,8 @@ cuda_of_wheels=("-DCudaRuntime_INCLUDE_DIR=$made/cuda/nvidia/cu13/include" "-DCu
 slower=${GPU_CHECK_SLOWER:-1}
 scale=${GPU_CHECK_SCALE:-1}
 steps=(load table pytest ctest memcheck sweep)
-# Seconds. Without the suite they are less than what all have together, so that no step takes the time of another.
-declare -A limits=([carried]=20 [load]=85 [table]=215 [pytest]=90 [ctest]=60 [memcheck]=20 [sweep]=45 [suite]=500)
+# Seconds. Those of the steps above are less than what all have together, so that no step takes the time of another.
+declare -A limits=([carried]=20 [load]=85 [table]=215 [pytest]=90 [ctest]=60 [memcheck]=20 [sweep]=45 [suite]=500 [tune]=240)
 
 packages=(
   liburing2 liburing-dev libisal2 libisal-dev libboost1.81-dev libgtest-dev libgmock-dev libcli11-dev
@@ -223,6 +225,19 @@ run_suite() {
   need_package && "$python" -m pytest tests/python --junitxml="$out/pytest_all.xml"
 }
 
+# The profile goes away with the disk's folder. Status 3 is for a disk that cannot be recognised another time.
+run_tune() {
+  local tools=$root/build/gpu/tune/tools status
+  configure_here -B build/gpu/tune -DFLASHPACK_BUILD_{TORCH,TESTS,BENCH,C,PYTHON}=OFF &&
+    cmake --build build/gpu/tune --target flashpack_tune flashpack_probe || return
+  export XDG_CONFIG_HOME=$disk/config
+  "$tools/flashpack_tune" "$disk" --device cuda:0 --size_gib "$scale" --json_file "$out/tune.json" >"$out/tune.txt"
+  status=$?
+  cat "$out/tune.txt"
+  "$tools/flashpack_probe" "$disk" | tee -a "$out/tune.txt"
+  return $((status == 3 ? 0 : status))
+}
+
 # Everything a step needs, so that it runs alone.
 run_step() {
   out=$2
@@ -253,6 +268,7 @@ limited() {
     load) tail -n 3 "$results/$name.log" ;;
     table) cat "$results/device_bench.md" ;;
     sweep) cat "$results/device_sweep.md" ;;
+    tune) cat "$results/tune.txt" ;;
   esac 2>/dev/null
 }
 
@@ -268,7 +284,7 @@ check() {
   [[ $results == /* ]] || results=$called_in/$results
   mkdir -p "$results" "$made"
   # Those of an earlier check would be taken for its own.
-  rm -f "$results"/{steps.tsv,device_bench.*,device_sweep.*,pytest.xml,ctest.xml,suite.xml,pytest_all.xml}
+  rm -f "$results"/{steps.tsv,device_bench.*,device_sweep.*,tune.txt,tune.json,pytest.xml,ctest.xml,suite.xml,pytest_all.xml}
   for name in carried "$@"; do
     limited "$name"
   done
