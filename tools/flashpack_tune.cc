@@ -16,6 +16,7 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <span>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -238,6 +239,15 @@ Device device_of(const std::string& name) {
   return {Device::Kind::kCuda, index};
 }
 
+// CLI11 would take what follows an empty value for the value. Throws: CLI::ValidationError.
+void check_values(std::span<char* const> arguments) {
+  for (const std::string_view argument : arguments) {
+    if (argument == "--") return;
+    if (argument.starts_with("--") && argument.ends_with("="))
+      throw CLI::ValidationError(std::string(argument.substr(0, argument.size() - 1)), "has an empty value");
+  }
+}
+
 constexpr const char* kDescription =
     "Measures how this machine reads a disk with chunks, queue depths, workers and, for a GPU, staging memory of "
     "various\n"
@@ -279,6 +289,7 @@ int main(int argc, char** argv) try {
   app.add_flag("--json", flags.json, "Print one object");
   app.add_option("--json_file", flags.json_file, "Write the same object to a file, too");
   try {
+    check_values({argv + 1, argv + argc});
     app.parse(argc, argv);
     // Neither comparison holds for a NaN.
     if (!(flags.budget_s > 0)) throw CLI::ValidationError("--budget", "must be more than 0");

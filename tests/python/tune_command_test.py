@@ -50,6 +50,9 @@ def test_the_exit_status_of_the_program_is_that_of_the_command(tmp_path):
     assert "missing" in missing.stderr
     assert run("--budget", "0").returncode == 2
     assert run("--device", "gpu").returncode == 2
+    empty = run("--device", "", tmp_path)
+    assert empty.returncode == 2
+    assert "--device: has an empty value" in empty.stderr
 
 
 def test_a_gpu_that_is_not_there_is_told(tmp_path):

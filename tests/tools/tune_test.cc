@@ -59,6 +59,20 @@ TEST(TuneTool, SizesThatNoFileHasAreRefused) {
   EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
 }
 
+TEST(TuneTool, AnEmptyValueIsAnErrorAndDoesNotTakeWhatFollows) {
+  const testing::TempDir dir;
+  for (const std::string option : {"--device", "--budget", "--size_gib", "--json_file"}) {
+    const testing::Outcome outcome =
+        testing::run("cd '" + dir.path().string() + "' && '" FLASHPACK_TUNE "' " + option + "= cpu 2>&1");
+    EXPECT_EQ(outcome.status, 2) << outcome.output;
+    EXPECT_TRUE(has(outcome.output, option + ": has an empty value")) << outcome.output;
+  }
+  const testing::Outcome apart = testing::run("'" FLASHPACK_TUNE "' --device '' '" + dir.path().string() + "' 2>&1");
+  EXPECT_EQ(apart.status, 2) << apart.output;
+  EXPECT_TRUE(has(apart.output, "\"\" is no device")) << apart.output;
+  EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
+}
+
 TEST(TuneTool, WhatIsBestForADiskIsKeptAndAppliedFromThenOn) {
   const testing::TempDir dir;
   if (stays_in_page_cache(dir)) GTEST_SKIP() << "this file system keeps its pages";
