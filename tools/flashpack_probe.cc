@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "engine/tuning/ignored_profiles.h"
+#include "engine/tuning/profile_key.h"
 #include "flashpack/probe.h"
 #include "flashpack/tuning.h"
 
@@ -23,8 +25,9 @@ constexpr int kExitUsage = 2;
 constexpr const char* kDescription =
     "Tries what flashpack would use here and shows what it got: io_uring, registered buffers, huge pages, and with a "
     "PATH\n"
-    "direct reads, how to ask the page cache, and the profile of flashpack_tune that loads to the host can have. Each\n"
-    "limit comes with its cure.";
+    "direct reads, how to ask the page cache, the profiles of flashpack_tune that loads to the host and to the GPUs "
+    "can\n"
+    "have, and why others for the same disk are ignored. Each limit comes with its cure.";
 
 constexpr const char* kFooter =
     "Examples:\n"
@@ -33,9 +36,28 @@ constexpr const char* kFooter =
     "\n"
     "Exit status: 0 it was tried (limits or not), 1 there is nothing at PATH, 2 wrong usage.";
 
-Finding profile(const std::filesystem::path& path) {
-  const auto [options, applied, reason] = flashpack::tuned_options(path);
-  return {.key = "profile", .value = applied ? reason : "none applies: " + reason};
+using flashpack::Device;
+
+Finding profile(const char* key, const std::filesystem::path& path, Device device) {
+  const auto [options, applied, reason] = flashpack::tuned_options(path, device);
+  return {.key = key, .value = applied ? reason : "none applies: " + reason};
+}
+
+// The profiles of loads to the host and, where there are GPUs, to these, and those that no load has.
+void add_profiles(std::vector<Finding>& findings, const std::filesystem::path& path) {
+  constexpr Device kGpu{.kind = Device::Kind::kCuda};
+  const std::string gpus = flashpack::internal::profile_key(path, kGpu).gpu;
+  findings.push_back(profile("profile", path, {}));
+  if (!gpus.empty()) {
+    findings.push_back(profile("profile_gpu", path, kGpu));
+    findings.back().value = gpus + ": " + findings.back().value;
+  }
+  std::string ignored;
+  for (const std::string& each : flashpack::internal::ignored_profiles(path))
+    ignored += (ignored.empty() ? "" : "; ") + each;
+  if (!ignored.empty())
+    findings.push_back(
+        {.key = "profiles_ignored", .value = "in " + flashpack::profiles_path().string() + ": " + ignored});
 }
 
 void print_text(const std::vector<Finding>& findings) {
@@ -74,7 +96,7 @@ int main(int argc, char** argv) try {
     return app.exit(error) == 0 ? 0 : kExitUsage;
   }
   std::vector<Finding> findings = flashpack::probe(path);
-  if (!path.empty()) findings.push_back(profile(path));
+  if (!path.empty()) add_profiles(findings, path);
   json ? print_json(findings) : print_text(findings);
   return 0;
 } catch (const std::exception& error) {

@@ -1,9 +1,11 @@
 #include "engine/tuning/profile.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string_view>
+#include <utility>
 
 #include "engine/ground/option_limits.h"
 
@@ -72,11 +74,20 @@ bool are_usual(const EngineOptions& options) {
          options.queue_depth == usual.queue_depth && options.workers == usual.workers && !has_own_staging(options);
 }
 
-}  // namespace
-
+// The names and the values that a profile is found by.
 std::array<std::pair<const char*, std::string>, 4> values_of(const ProfileKey& key) {
   return {{{"storage", key.storage}, {"file_system", key.file_system}, {"kernel", key.kernel}, {"gpu", key.gpu}}};
 }
+
+// The name, and the value here, of the first difference; no name if there is none.
+std::pair<const char*, std::string> first_difference(const json::value& profile, const ProfileKey& key) {
+  for (const auto& [name, value] : values_of(key)) {
+    if (!profile.is_object() || text_at(profile, name) != value) return {name, value};
+  }
+  return {};
+}
+
+}  // namespace
 
 std::string text_at(const json::value& profile, std::string_view name) {
   const json::object* const object = profile.if_object();
@@ -85,11 +96,14 @@ std::string text_at(const json::value& profile, std::string_view name) {
 }
 
 const char* difference(const json::value& profile, const ProfileKey& key) {
-  if (!profile.is_object()) return "storage";
-  for (const auto& [name, value] : values_of(key)) {
-    if (text_at(profile, name) != value) return name;
-  }
-  return nullptr;
+  return first_difference(profile, key).first;
+}
+
+std::string text_of_difference(const json::value& profile, const ProfileKey& key) {
+  const auto [name, here] = first_difference(profile, key);
+  if (name == nullptr) return {};
+  return std::string("for ") + name + " \"" + text_at(profile, name) + "\", and here it is " +
+         (here.empty() ? "none" : "\"" + here + "\"");
 }
 
 bool is_in_range(const EngineOptions& options) {

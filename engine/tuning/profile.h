@@ -1,18 +1,15 @@
 /// One profile of the file: which loads it is for, and the options that it has for them.
 #pragma once
 
-#include <array>
 #include <boost/json/object.hpp>
+#include <boost/json/value.hpp>
 #include <string>
-#include <utility>
+#include <string_view>
 
 #include "engine/tuning/profile_key.h"
 #include "flashpack/engine.h"
 
 namespace flashpack::internal {
-
-/// The names and the values that a profile is found by.
-std::array<std::pair<const char*, std::string>, 4> values_of(const ProfileKey& key);
 
 /// The text of this name in the profile; empty if there is none.
 std::string text_at(const boost::json::value& profile, std::string_view name);
@@ -20,6 +17,9 @@ std::string text_at(const boost::json::value& profile, std::string_view name);
 /// The first name in the key of which the profile has another value; null if they are the same. What is no profile
 /// has another storage.
 const char* difference(const boost::json::value& profile, const ProfileKey& key);
+
+/// The same as text: `for kernel "6.1", and here it is "6.18"`. Empty if they are the same.
+std::string text_of_difference(const boost::json::value& profile, const ProfileKey& key);
 
 /// Whether a profile may have these options. Its backend is the engine's choice or the workers, which any system
 /// allows. Where io_uring is refused, an engine that is told to use it throws, so that no profile forces it.

@@ -17,18 +17,13 @@ namespace fs = std::filesystem;
 namespace json = boost::json;
 using internal::ProfileKey;
 
-// Why none of `profiles` is for `key`.
-std::string why_none(const json::array& profiles, const ProfileKey& key) {
+// Why none of `profiles`, which are those of `file`, is for `key`.
+std::string why_none(const json::array& profiles, const ProfileKey& key, const fs::path& file) {
   for (const json::value& profile : profiles) {
-    const std::string name = internal::difference(profile, key);
-    if (name == "storage") continue;
-    for (const auto& [each, here] : internal::values_of(key)) {
-      if (each != name) continue;
-      return "the profile is for " + name + " \"" + internal::text_at(profile, name) + "\", and here it is \"" + here +
-             "\"";
-    }
+    if (std::string_view(internal::difference(profile, key)) != "storage")
+      return "the profile in " + file.string() + " is " + internal::text_of_difference(profile, key);
   }
-  return "no profile is for " + key.storage;
+  return "no profile in " + file.string() + " is for " + key.storage;
 }
 
 }  // namespace
@@ -55,7 +50,7 @@ TunedOptions tuned_options(const fs::path& path, Device device, const fs::path& 
   if (!key.unknown.empty()) return tuned.reason = key.unknown, tuned;
   const json::value* const found = std::find_if(
       all.begin(), all.end(), [&](const auto& each) { return internal::difference(each, key) == nullptr; });
-  if (found == all.end()) return tuned.reason = why_none(all, key), tuned;
+  if (found == all.end()) return tuned.reason = why_none(all, key, profiles), tuned;
   if (internal::has_defaults(found->get_object()))
     return tuned.reason = "nothing was better than the defaults, says " + profiles.string(), tuned;
   tuned.applied = internal::take_values(found->get_object(), tuned.options);

@@ -29,7 +29,7 @@ class KeepProfileTest : public testing::Profiles {};
 
 TEST_F(KeepProfileTest, ALaterProfileTakesThePlaceOfTheEarlierAndLeavesThoseOfOtherDisks) {
   edit("\"storage\":\"[^\"]*\"", "\"storage\":\"another disk\",\"note\":\"by hand\"");
-  expect_defaults("no profile is for ");
+  expect_defaults("no profile in " + profiles_.string() + " is for ");
   keep_profile(dir_.path(), options_of(8 * kMiB, 4, 0), profiles_);
   keep_profile(dir_.path(), options_of(1 * kMiB, 4, 0), profiles_);
   EXPECT_EQ(tuned().options.chunk_bytes, 1 * kMiB);

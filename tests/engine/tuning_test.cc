@@ -35,7 +35,7 @@ TEST_F(TuningTest, AProfileOfAnotherKernelFileSystemOrGpuIsNotApplied) {
   const std::string ours = text();
   for (const std::string name : {"kernel", "file_system", "gpu"}) {
     edit(("\"" + name + "\":\"[^\"]*\"").c_str(), "\"" + name + "\":\"other\"");
-    expect_defaults("the profile is for " + name + " \"other\"");
+    expect_defaults("the profile in " + profiles_.string() + " is for " + name + " \"other\"");
     rewrite(ours);
   }
 }

@@ -4,7 +4,9 @@
 #include <filesystem>
 
 #include "engine/tuning/keep_profile.h"
+#include "tests/support/gpu_shown.h"
 #include "tests/support/run.h"
+#include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -45,6 +47,36 @@ TEST(ProbeTool, AProfileIsToldAndWhyThereIsNone) {
     GTEST_SKIP() << error.what();
   }
   EXPECT_TRUE(profile().starts_with("4 MiB x 31 of ")) << profile();
+}
+
+TEST(ProbeTool, TheProfileOfTheGpusIsToldBesideThatOfTheHostAndAStaleOneWithTheReasonAndTheFile) {
+  const testing::TempDir dir;
+  const std::filesystem::path file = dir / "flashpack/tune.json";
+  const int status = testing::run_in_child([&] {
+    if (!testing::show_gpu("NVIDIA Of The Tests")) return testing::kSkip;
+    EngineOptions options;
+    options.device.kind = Device::Kind::kCuda;
+    options.queue_depth = 31;
+    try {
+      internal::keep_profile(dir.path(), options, file);
+    } catch (const Error&) {
+      return testing::kSkip;
+    }
+    const auto outcome = testing::run("XDG_CONFIG_HOME='" + dir.path().string() + "' '" FLASHPACK_PROBE "' --json '" +
+                                      dir.path().string() + "'");
+    const auto report = boost::json::parse(outcome.output).as_object();
+    const bool told =
+        report.at("profile_gpu").at("value").as_string() == "NVIDIA Of The Tests: 4 MiB x 31 of " + file.string();
+    return told && !report.contains("profiles_ignored") ? 0 : 1;
+  });
+  if (status == testing::kSkip) GTEST_SKIP() << "no mount namespace, or no disk that could be recognised";
+  EXPECT_EQ(status, 0);
+  // Out here there is no such GPU.
+  const auto outcome =
+      testing::run("XDG_CONFIG_HOME='" + dir.path().string() + "' '" FLASHPACK_PROBE "' '" + dir.path().string() + "'");
+  EXPECT_NE(outcome.output.find("in " + file.string() + ": 4 MiB x 31 for gpu \"NVIDIA Of The Tests\", and here"),
+            std::string::npos)
+      << outcome.output;
 }
 
 TEST(ProbeTool, APathThatIsNotThereAndAWrongFlagHaveStatusesOfTheirOwn) {
