@@ -126,6 +126,23 @@ def numpy_file(beside: Path) -> Path:
     return beside.with_name("n.safetensors")
 
 
+@pytest.mark.parametrize("device", ["meta", "mps", "nonsense"])
+def test_devices_are_left_to_safetensors_also_when_it_is_in_force_before_the_first_file_is_opened(path, device):
+    code = f"""
+import flashpack, safetensors
+def result():
+    try:
+        with safetensors.safe_open({str(path)!r}, "pt", {device!r}) as file:
+            return str(type(file))
+    except Exception as error:
+        return repr(error)
+expected = result()
+flashpack.accelerate()
+print(result() == expected)
+"""
+    assert run_python(code) == "True\n"
+
+
 def test_a_file_that_only_safetensors_can_read_is_left_to_it(tmp_path):
     header = json.dumps(
         {

@@ -18,7 +18,8 @@ from ._logging import logger
 from ._native import FlashPackError
 from ._owner_process import held_by_forks
 
-_original_open: Any = safetensors.safe_open
+original_open: Any = safetensors.safe_open
+"""What opens files without flashpack. `safetensors.safe_open` may stand for this package by now."""
 # From these the original is called.
 _LEFT_ALONE = ("safetensors._safetensors_rust", "flashpack.safetensors", __name__)
 _lock = threading.RLock()
@@ -36,7 +37,7 @@ class Acceleration:
         with _lock:
             _active.discard(self)
             if not _active:
-                _replace(safe_open, _original_open)
+                _replace(safe_open, original_open)
                 while _undo:
                     setattr(*_undo.pop())
 
@@ -75,7 +76,7 @@ def accelerate() -> Acceleration:
     with _lock:
         handle = Acceleration()
         _active.add(handle)
-        _replace(_original_open, safe_open)
+        _replace(original_open, safe_open)
         return handle
 
 
@@ -84,7 +85,7 @@ class _TellsHandles(type):
 
     def __instancecheck__(cls, handle: object) -> bool:
         ours = sys.modules.get("flashpack.safetensors")  # Only what has loaded it can have made one of its handles.
-        return isinstance(handle, _original_open) or (ours is not None and isinstance(handle, ours.safe_open))
+        return isinstance(handle, original_open) or (ours is not None and isinstance(handle, ours.safe_open))
 
 
 class safe_open(metaclass=_TellsHandles):  # noqa: N801  It has the name of what it stands for.
@@ -97,7 +98,7 @@ class safe_open(metaclass=_TellsHandles):  # noqa: N801  It has the name of what
     def __new__(cls, filename: Any, framework: str, device: Any = "cpu", *, backend: Any = "mmap") -> Any:
         options = {} if backend == "mmap" else {"backend": backend}  # Older versions do not know the argument.
         if framework not in ("pt", "torch", "pytorch"):
-            return _original_open(filename, framework, device, **options)
+            return original_open(filename, framework, device, **options)
         from . import safetensors as ours
 
         _wrap_transformers()
@@ -106,7 +107,7 @@ class safe_open(metaclass=_TellsHandles):  # noqa: N801  It has the name of what
         except (FlashPackError, OSError) as error:
             if Path(os.fsdecode(filename)).is_fifo():
                 raise  # The original would wait for somebody to write to it.
-            handle = _original_open(filename, framework, device, **options)  # Its error is the one that callers know.
+            handle = original_open(filename, framework, device, **options)  # Its error is the one that callers know.
             logger.warning("left to safetensors: %s", error)
             return handle
 

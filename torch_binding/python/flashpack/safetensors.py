@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from ._accelerate import original_open as _original_open
 from ._checkpoint import Entry, StrPath, Verify, is_flashpack_file
 from ._device import DeviceLike
 from ._file import FlashPackFile, TensorSlice, UnknownIndexError, open_file
@@ -52,8 +53,6 @@ __all__ = [
 Backend = Literal["mmap", "pread"] | None
 
 _FRAMEWORKS = frozenset({"pt", "torch", "pytorch"})
-# flashpack.accelerate() puts safe_open in the place of this one.
-_original_open: Any = safetensors.safe_open
 _original_load: Any = safetensors.torch.load_file
 
 
