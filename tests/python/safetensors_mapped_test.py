@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import struct
 import threading
@@ -175,3 +176,29 @@ def test_a_file_that_is_gone_from_its_path_can_still_be_mapped(path):
     with safe_open(path, "pt", backend="mmap") as file:
         path.unlink()
         assert bits(file.get_tensor("a")) == bits(expected)
+
+
+def test_tensors_are_there_where_nothing_can_be_read_ahead(path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread at interpreter shutdown")
+
+    expected = load_file(path)
+    drop_from_page_cache(path)
+    monkeypatch.setattr(_mapped_tensors, "_is_cached", lambda *_: False)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with safe_open(path, backend="mmap") as file:
+        mapped = file.get_tensors()
+        assert file._map._maps[0].ahead._threads == 0
+    assert {name: bits(tensor) for name, tensor in mapped.items()} == {
+        name: bits(tensor) for name, tensor in expected.items()
+    }
+
+
+def test_tensors_are_there_where_the_file_cannot_be_opened_again(path, monkeypatch):
+    def refuse(_: int) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    expected = load_file(path)
+    monkeypatch.setattr(_mapped_tensors, "open_again", refuse)
+    with safe_open(path, backend="mmap") as file:
+        assert bits(file.get_tensor("a")) == bits(expected["a"])

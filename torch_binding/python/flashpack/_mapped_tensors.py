@@ -18,6 +18,7 @@ import torch
 
 from ._checkpoint import Entry
 from ._file import FlashPackFile, TensorSlice
+from ._logging import logger
 from ._memory import MappedFile, map_file
 from ._owner_process import held_by_forks
 from ._prefetch import open_again
@@ -90,7 +91,7 @@ class MappedTensors:
                 _mapped_bytes[block._buffer] = block.size_bytes
                 fits = 2 * sum(_mapped_bytes.values()) < _memory_bytes()
             # What is read too far ahead would be displaced before it is used.
-            made = _Map(block, _ReadAhead(file.fd, block.owner) if fits else None)
+            made = _Map(block, _read_ahead_of(file.fd, block.owner) if fits else None)
             self._maps.setdefault(entry.file, made)  # Two threads may each map the file; then one mapping is dropped.
         return self._maps[entry.file]
 
@@ -131,7 +132,10 @@ class _ReadAhead:
         self._ranges.append((offset_bytes, offset_bytes + size_bytes))
         if self._threads < _STREAMS:
             self._threads += 1
-            threading.Thread(target=self._read, name="flashpack-read-ahead", daemon=True).start()
+            try:
+                threading.Thread(target=self._read, name="flashpack-read-ahead", daemon=True).start()
+            except RuntimeError:  # There are too many threads, or the interpreter ends.
+                self._threads -= 1
 
     def _read(self) -> None:
         try:
@@ -148,6 +152,15 @@ class _ReadAhead:
             pass
         finally:
             self._threads -= 1
+
+
+def _read_ahead_of(fd: int, mapping: object) -> _ReadAhead | None:
+    """Returns none where the file cannot be opened again: its tensors can be used all the same."""
+    try:
+        return _ReadAhead(fd, mapping)
+    except OSError as error:
+        logger.debug("nothing is read ahead: %s", error)
+        return None
 
 
 def _is_aligned(entry: Entry) -> bool:
