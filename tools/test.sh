@@ -3,7 +3,7 @@
 #
 # usage: tools/test.sh [all|fast]
 #
-#   all   (default) release build with LibTorch and Python, host-only, sanitizer and fuzzer builds, quickstart, linters
+#   all   (default) release build with LibTorch and Python, host-only and sanitizer builds, fuzzers, quickstart, linters
 #   fast  the release build's tests, pytest and the linters
 #
 # A step that breaks counts as a failure and the rest still runs. Logs and JUnit files are in .cache/test. The last
@@ -74,7 +74,6 @@ if [[ $scope == all ]]; then
       --output-junit "$results/host-only.xml"
   ctest_preset asan
   ctest_preset tsan
-  ctest_preset fuzz
   step check quickstart tools/quickstart.sh
 fi
 

@@ -18,6 +18,7 @@
 #include "tests/support/device_test.h"
 #include "tests/support/fake_cuda.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/sanitizers.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -336,9 +337,7 @@ struct Count final : Completion {
 };
 
 TEST_P(DeviceTest, TheLoopAllocatesNothingPerChunk) {
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-  GTEST_SKIP() << "the sanitizers have their own operator new";
-#endif
+  if (testing::kSanitizer) GTEST_SKIP() << "the sanitizers have their own operator new";
   std::byte* target = cuda().allocate(bytes_.size());
   const auto allocations_of = [&](std::uint64_t size) {
     Count on(true);

@@ -18,6 +18,7 @@
 
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sandbox.h"
+#include "tests/support/sanitizers.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -346,9 +347,8 @@ TEST_P(EngineTest, ProgressEndsAtTheTotal) {
 }
 
 TEST_P(EngineTest, AForkedChildGetsAClearErrorAndCanMakeItsOwnEngine) {
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-  GTEST_SKIP() << "the sanitizers' locks may be held by a thread that the forked child does not have";
-#endif
+  if (testing::kSanitizer)
+    GTEST_SKIP() << "the sanitizers' locks may be held by a thread that the forked child does not have";
   GuardedMemory memory(1000);
   Transfer transfer = engine_.start_load(request(memory, 0));
   transfer.wait();
@@ -469,9 +469,7 @@ std::size_t resident_bytes() {
 }
 
 TEST_P(EngineTest, ManyQueuedLoadsStayWithinTheStagingMemory) {
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-  GTEST_SKIP() << "the sanitizers' own memory is in the way";
-#endif
+  if (testing::kSanitizer) GTEST_SKIP() << "the sanitizers' own memory is in the way";
   std::vector<std::unique_ptr<GuardedMemory>> memory;
   for (int i = 0; i < 30; ++i) memory.push_back(std::make_unique<GuardedMemory>(bytes_.size(), 64));  // None in place.
   const std::size_t before = resident_bytes();

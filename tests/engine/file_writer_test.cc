@@ -18,6 +18,7 @@
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sandbox.h"
+#include "tests/support/sanitizers.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -292,9 +293,8 @@ TEST_F(FileWriterTest, ACompletionMayLeadToTheCommitOnAnotherThread) {
 }
 
 TEST_F(FileWriterTest, AForkedChildThatDestroysItsCopyLeavesTheFileToItsParent) {
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-  GTEST_SKIP() << "the sanitizers' locks may be held by a thread that the forked child does not have";
-#endif
+  if (testing::kSanitizer)
+    GTEST_SKIP() << "the sanitizers' locks may be held by a thread that the forked child does not have";
   FileWriter writer = engine_.create(path_);
   writer.write({.extents = {{.offset_bytes = 0, .size_bytes = bytes_.size(), .source = bytes_.data()}}});
   const int status = testing::run_in_child([&] {

@@ -9,6 +9,7 @@
 #include "tests/support/counted_new.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/pipeline_rig.h"
+#include "tests/support/sanitizers.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack::internal {
@@ -88,9 +89,7 @@ class PipelineCostTest : public ::testing::Test {
 };
 
 TEST_F(PipelineCostTest, ALoadAllocatesNothingPerChunk) {
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-  GTEST_SKIP() << "the sanitizers have their own operator new";
-#endif
+  if (testing::kSanitizer) GTEST_SKIP() << "the sanitizers have their own operator new";
   for (const Load& load : {Load{"in place", CachePolicy::kDirect, 0},
                            {"through slots", CachePolicy::kDirect, 64},
                            {"through the page cache", CachePolicy::kBuffered, 0},
@@ -105,9 +104,7 @@ TEST_F(PipelineCostTest, ALoadAllocatesNothingPerChunk) {
 }
 
 TEST_F(PipelineCostTest, AStoreAllocatesNothingPerChunk) {
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-  GTEST_SKIP() << "the sanitizers have their own operator new";
-#endif
+  if (testing::kSanitizer) GTEST_SKIP() << "the sanitizers have their own operator new";
   for (const std::size_t phase : {0u, 64u}) {
     allocations_of_store(kManyChunks, phase);
     const int few = allocations_of_store(kFewChunks, phase);

@@ -15,6 +15,7 @@
 #include "tests/support/hang.h"
 #include "tests/support/pipeline_rig.h"
 #include "tests/support/sandbox.h"
+#include "tests/support/sanitizers.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -74,10 +75,8 @@ TEST_P(PartsTest, AThousandLoadsAtATimeNeedFewDescriptors) {
 
 // A descriptor for direct reads has to be opened again for others, which takes one more.
 TEST_P(PartsTest, ALoadByDescriptorThatFindsNoOtherFailsAndNeverReadsWhatIsAtThePath) {
-#if defined(__SANITIZE_ADDRESS__)  // With it goes the sanitizer of undefined behaviour, which needs descriptors to
-                                   // look.
-  GTEST_SKIP() << "a sanitizer needs descriptors of its own";
-#endif
+  // With it goes the sanitizer of undefined behaviour, which needs descriptors to look.
+  if (testing::kAddressSanitizer) GTEST_SKIP() << "a sanitizer needs descriptors of its own";
   write_files(2);
   const int status = with_few_descriptors([&](Engine& engine) {
     std::vector<std::byte> memory(kSmallBytes);

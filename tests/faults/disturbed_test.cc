@@ -17,6 +17,7 @@
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sandbox.h"
+#include "tests/support/sanitizers.h"
 #include "tests/support/small_loads.h"
 #include "tests/support/temp_dir.h"
 
@@ -98,9 +99,8 @@ TEST_P(DisturbedTest, AFileThatIsReplacedByRenameIsTheOldOneOrTheNewOne) {
 }
 
 TEST_P(DisturbedTest, ForksDuringALoadLeaveTheParentItsBytes) {
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-  GTEST_SKIP() << "the sanitizers' locks may be held by a thread that the forked child does not have";
-#endif
+  if (testing::kSanitizer)
+    GTEST_SKIP() << "the sanitizers' locks may be held by a thread that the forked child does not have";
   int forks = 0;
   for (int load = 0; load < 10; ++load) {
     testing::drop_from_cache(path_);
