@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 
 #include "tests/c/check.h"
+#include "tests/support/sanitizers.h"
 
 TEST(null_is_destroyed_without_harm) {
   flashpack_error_destroy(NULL);
@@ -199,7 +200,7 @@ static void check_child(flashpack_engine* engine, flashpack_transfer* transfer, 
   flashpack_transfer_destroy(transfer);
   flashpack_writer_destroy(writer);
   flashpack_engine_destroy(engine);
-#if !defined(__SANITIZE_THREAD__)  // It lets no child start threads.
+#if !FLASHPACK_TSAN  // It lets no child start threads.
   engine = new_engine();
   OK(flashpack_load(engine, request, &error));
   flashpack_engine_destroy(engine);

@@ -22,6 +22,7 @@
 #include "tests/support/guarded_memory.h"
 #include "tests/support/plug.h"
 #include "tests/support/sandbox.h"
+#include "tests/support/sanitizers.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -149,7 +150,7 @@ TEST_F(AsyncTest, AContextThatEndsFirstEndsTheCoroutineThatAwaits) {
   }
 }
 
-#if !defined(__SANITIZE_THREAD__)  // It allows the child of threads no threads.
+#if !FLASHPACK_TSAN  // It allows the child of threads no threads.
 TEST_F(AsyncTest, AForkedChildUsesTheContextOfItsParentWithAnEngineOfItsOwn) {
   auto context = std::make_unique<asio::io_context>();
   const auto start = [&](Engine& engine) {

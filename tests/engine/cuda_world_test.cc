@@ -10,6 +10,7 @@
 
 #include "tests/support/device_test.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/sanitizers.h"
 
 namespace flashpack {
 namespace {
@@ -369,7 +370,7 @@ TEST_P(CudaWorldTest, TheCallersOwnErrorIsLeftToTheCaller) {
 
 // A child has the parent's memory and none of its contexts.
 TEST_P(CudaWorldTest, AForkedChildGetsAClearErrorAndTheParentGoesOn) {
-#if defined(__SANITIZE_THREAD__)
+#if FLASHPACK_TSAN
   GTEST_SKIP() << "the thread sanitizer wants no threads in forked children";
 #endif
   std::byte* const target = cuda().allocate(bytes_.size());

@@ -27,6 +27,7 @@
 #include "tests/support/hang.h"
 #include "tests/support/plug.h"
 #include "tests/support/sandbox.h"
+#include "tests/support/sanitizers.h"
 #include "tests/support/small_loads.h"
 #include "tests/support/temp_dir.h"
 
@@ -346,7 +347,7 @@ TEST_F(EventQueueTest, AForkedChildTakesNothingFromItsParent) {
     if (mine.take(some_) != 0 || !is_readable(mine.fd())) return 1;
     std::error_code error;
     if (mine.start_load(other, piece(0), 3, error).valid() || error != Errc::kUnusable) return 2;
-#if !defined(__SANITIZE_THREAD__)  // It allows the child of threads no threads.
+#if !FLASHPACK_TSAN  // It allows the child of threads no threads.
     Engine own(testing::small_engine());
     if (mine.start_load(own, piece(0), 3, error).valid() || error != Errc::kUnusable) return 4;
 #endif

@@ -1,5 +1,6 @@
 // The global operator new of a test program, which counts.
 #include "tests/support/counted_new.h"
+#include "tests/support/sanitizers.h"
 
 #include <atomic>
 #include <cstddef>
@@ -23,7 +24,7 @@ int counted_allocations() { return allocations; }
 }  // namespace flashpack::testing
 
 // The sanitizers bring operators of their own, which must not be mixed with these.
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if !FLASHPACK_ASAN && !FLASHPACK_TSAN
 void* operator new(std::size_t size) {
   if ((counting || counting_all) && flashpack::testing::NotCounted::depth == 0) ++allocations;
   if (void* memory = std::malloc(size)) return memory;

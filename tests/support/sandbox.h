@@ -19,6 +19,8 @@
 #include <utility>
 #include <vector>
 
+#include "tests/support/sanitizers.h"
+
 namespace flashpack::testing {
 
 /// What `body` of run_in_child() gives back where this machine does not let it try.
@@ -62,9 +64,7 @@ inline bool deny_syscall(unsigned number, unsigned error_number, unsigned flags 
 /// kernel sees it: 0 lets it through, anything else is the errno that it fails with. `answer` runs on a thread of its
 /// own. There is no way back: for a child of run_in_child(). False where that is not allowed.
 inline bool intercept_syscalls(const std::vector<long>& numbers, std::function<int(const seccomp_data&)> answer) {
-#if defined(__SANITIZE_THREAD__)
-  return false;  // The kernel orders the threads, which the sanitizer cannot see.
-#endif
+  if (kThreadSanitizer) return false;  // The kernel orders the threads, which the sanitizer cannot see.
   std::vector<sock_filter> program = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr))};
   for (const long number : numbers) {
     program.push_back(BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<unsigned>(number), 0, 1));
@@ -74,8 +74,11 @@ inline bool intercept_syscalls(const std::vector<long>& numbers, std::function<i
   const sock_fprog filter{static_cast<unsigned short>(program.size()), program.data()};
 
   // Started before the filter is there, so that it is not one of those that wait for it.
+  std::promise<void> started;
+  std::future<void> start = started.get_future();
   std::promise<int> listener;
-  std::thread([fd = listener.get_future(), answer = std::move(answer)]() mutable {
+  std::thread([started = std::move(started), fd = listener.get_future(), answer = std::move(answer)]() mutable {
+    started.set_value();
     const int listener_fd = fd.get();
     while (listener_fd >= 0) {
       seccomp_notif call{};
@@ -86,6 +89,7 @@ inline bool intercept_syscalls(const std::vector<long>& numbers, std::function<i
       ::ioctl(listener_fd, SECCOMP_IOCTL_NOTIF_SEND, &response);
     }
   }).detach();
+  start.wait();  // A sanitizer starts one thread at a time, so the next one would wait for this one, and it for that.
   const bool allowed = ::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0;
   const long fd =
       allowed ? ::syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER, &filter) : -1;
