@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import copy
 import importlib
 import inspect
@@ -51,6 +52,18 @@ def test_every_public_name_resolves_and_unknown_ones_raise():
         assert name in dir(flashpack)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = flashpack.nonsense
+
+
+def test_type_checkers_see_every_public_name_from_where_it_comes():
+    """They do not run __getattr__, and would take a name that only that knows for Any."""
+    homes = {}
+    for node in ast.walk(ast.parse(Path(flashpack.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom):
+            homes.update((each.asname or each.name, node.module) for each in node.names)
+    for name, home in flashpack._HOME_OF.items():
+        assert homes.get(name) == home, name
+    assert flashpack._SUBMODULES <= homes.keys()
+    assert set(flashpack.__all__) <= homes.keys() | {"__implementation__"}
 
 
 def test_the_install_leaves_one_distribution_and_no_file_of_an_older_one():

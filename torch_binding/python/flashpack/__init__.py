@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ._checkpoint import get_flashpack_file_metadata, is_flashpack_file
     from ._file import load_file, open_file
     from ._prefetch import Prefetch, prefetch_flashpack_file
+    from ._stream import stream_tensors
     from .deserialization import (
         AssignReport,
         assign_from_file,
