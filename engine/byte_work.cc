@@ -189,7 +189,8 @@ int populate(std::span<std::byte> memory, bool for_writing, [[maybe_unused]] Pop
 #endif
 }
 
-// An emulation of Linux may lack MADV_POPULATE.
+// Some sandboxes that imitate Linux (gVisor) lack MADV_POPULATE. This is asked at once, because a fork during a first
+// call by another thread would leave the child waiting for the end of that call.
 bool can_populate() {
   static const bool can = [] {
     std::byte here{};
@@ -197,6 +198,7 @@ bool can_populate() {
   }();
   return can;
 }
+[[maybe_unused]] const bool asked_at_once = can_populate();
 
 // Populates the caller's memory before it is copied to or from. A copy to memory that is not mapped, not writable or
 // has no page left would end the process, whereas a failed populate is only an error, as EFAULT is for a read. On small

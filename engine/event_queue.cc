@@ -61,8 +61,8 @@ class EventQueue::Shared {
     Transfer ended;
   };
 
-  // The transfer has ended for its driver. For others it has when the driver returns from Listener::done(), which it
-  // may be about to do.
+  // The transfer has ended for its driver. Other threads see the end only after the driver has returned from
+  // Listener::done(), so this may have to wait a moment.
   static void await_end(Transfer& ended) {
     if (!ended.valid()) return;
     ended.wait_for(std::chrono::nanoseconds::max());

@@ -11,7 +11,7 @@ namespace flashpack::internal {
 
 namespace {
 
-// The highest of these bits that is set in a subject tells its kind. The subjects of other tasks, which are numbers of
+// A subject's kind is the highest of these bits that it has. The subjects of other tasks, which are numbers of
 // descriptors, have none of them.
 constexpr Pool::Subject kReleased = Pool::Subject{1} << 61;
 constexpr Pool::Subject kClosing = Pool::Subject{1} << 62;

@@ -38,7 +38,10 @@ FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, 
 FileWriter::Impl::~Impl() { abort(); }
 
 void FileWriter::Impl::abort() noexcept {
-  if (!engine_.owner().is_current()) return;
+  if (!engine_.owner().is_current()) {
+    for (auto& transfer : transfers_) detail::leave_to_parent(transfer);
+    return;
+  }
   for (const auto& transfer : transfers_) Transfer cancelled_and_waited_for = internal::TransferState::handle(transfer);
   transfers_.clear();
   temp_.remove();

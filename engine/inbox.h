@@ -33,7 +33,7 @@ class Inbox {
     std::shared_ptr<TransferState> cancelled;             ///< The first of a list; see TransferState::next_cancelled.
   };
 
-  /// Borrows the queue that the driver sleeps in, which must outlive the call of end() that returns true.
+  /// Borrows the queue that the driver sleeps in, which must live until end() has returned true.
   explicit Inbox(Queue& sleeper) : sleeper_(&sleeper) {}
 
   /// Any thread, until the transfer has ended: hands it to the driver, and sets its `inbox`.

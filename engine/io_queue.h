@@ -27,8 +27,8 @@ struct IoCompletion {
   std::int64_t result;  ///< Number of bytes, or -errno.
 };
 
-/// Keeps many operations in flight, each known by its tag. Those who derive from it have a push(), for requests of
-/// their own type. Thread safety: push(), cancel() and wait() from one thread; wake() from any.
+/// Keeps many operations in flight, each known by its tag. Each derived interface adds a push(), for requests of its
+/// own type. Thread safety: push(), cancel() and wait() from one thread; wake() from any.
 class Queue {
  public:
   virtual ~Queue() = default;

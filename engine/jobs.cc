@@ -10,7 +10,7 @@ namespace flashpack::internal {
 
 namespace {
 
-// As what the job's step is traced; empty if it is not.
+// The trace stage of the job's step; empty if it is not traced.
 std::optional<TraceStage> stage_of(const Job& job) {
   switch (job.step) {
     case Step::kRead:

@@ -76,8 +76,8 @@ struct PartResult {
 class Handover {
  public:
   /// Decides who uses the caller's memory; returns true for the first who claims it. The thread claims it while it
-  /// reads into it, and a transfer that fails meanwhile waits for the thread. Else the driver claims it when the
-  /// transfer fails. Then the thread reads nothing, so that the transfer can end although the thread is late.
+  /// reads into it. If the transfer fails in that time, it waits for the thread. If it fails before, the driver claims
+  /// the memory. Then the thread reads nothing, so that the transfer can end although the thread is late.
   bool claim_memory() noexcept { return !memory_claimed_.exchange(true); }
   /// The thread, when it has read.
   void release_memory() noexcept { memory_claimed_ = false; }
@@ -141,9 +141,9 @@ struct OpenRules {
 };
 
 /// Reads a load of at most `at_once_bytes` from the page cache, without waiting for the disk, if all of it is there.
-/// This costs less than to hand chunks from thread to thread. Returns nothing, and may have changed the targets, if the
-/// load is to go the other way, also because the driver has claimed the memory. May block in an open if how to ask
-/// about the page cache is not `known`.
+/// This costs less than to hand chunks from thread to thread. Returns nothing if the load must be done by chunks, or if
+/// the driver has claimed the memory; the targets may have been changed. Without `known` it may open the file once
+/// more, which may block.
 std::optional<PartResult> read_at_once(const PartRequest& request, const File& file, const Residency* known,
                                        Handover& handover, std::uint32_t at_once_bytes);
 

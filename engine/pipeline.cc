@@ -30,7 +30,7 @@ constexpr std::chrono::nanoseconds kLookForLatePeriod = kLate / 5;
 unsigned Pipeline::tag_limit(Limits limits) {
   // A populated chunk goes to the disk even if the queue depth is reached, so more jobs may be in flight.
   const unsigned wanted = limits.queue_depth + 3 * limits.worker_depth + limits.slots + Jobs::kStuckLimit;
-  return std::min(wanted, DiskQueue::kMostTags);  // Beside so many chunks, a further one may wait.
+  return std::min(wanted, DiskQueue::kMostTags);  // With so many chunks under way, one more can wait.
 }
 
 Pipeline::Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits,
@@ -124,7 +124,7 @@ bool Pipeline::issue() {
     std::vector<Part*>& parts = issuing_[size];
     for (std::size_t i = 0; i < parts.size();) {
       issue_from(*parts[i], questions, limits_.queue_depth - left_to_others);
-      // First of all, because a part whose last chunk is under way may end before the next turn.
+      // This is done before anything else, because a part whose last chunk is under way may end before the next turn.
       if (parts[i]->planned->router.exhausted()) {
         parts.erase(parts.begin() + static_cast<std::ptrdiff_t>(i));
       } else {

@@ -25,8 +25,8 @@ class Residency {
   /// Borrows the descriptor of a regular file, open for reading through the page cache. May block, because without
   /// cachestat(2) the file is opened once more.
   explicit Residency(int buffered_fd);
-  /// Returns one that knows how to ask about the same file and borrows the descriptors, which must stay open. Opens
-  /// nothing.
+  /// Returns a Residency for the same file that need not find out how to ask, and borrows the descriptors, which must
+  /// stay open. Opens nothing.
   Residency borrow() const;
 
   /// Whether the range seems to be in the page cache. False if the kernel does not tell.

@@ -116,19 +116,10 @@ const StripeSums::Stripe* StripeSums::find(std::uint64_t index) const noexcept {
 }
 
 void StripeSums::grow(std::uint64_t first, std::uint64_t end) {
-  if (first == end || (first >= first_ && end <= end_)) return;
-  if (first_ < end_) {
-    first = std::min(first, first_);
-    end = std::max(end, end_);
-  }
-  auto stripes = std::make_unique<Stripe[]>(end - first);
-  for (std::uint64_t index = first_; index < end_; ++index) {
-    stripes[index - first].sum = stripes_[index - first_].sum.load();
-    stripes[index - first].counted_bytes = stripes_[index - first_].counted_bytes.load();
-  }
-  stripes_ = std::move(stripes);
-  first_ = first;
-  end_ = end;
+  if (first == end) return;
+  if (stripes_.empty()) first_ = end_ = first;
+  for (; first_ > first; --first_) stripes_.emplace_front();
+  for (; end_ < end; ++end_) stripes_.emplace_back();
 }
 
 }  // namespace flashpack::internal

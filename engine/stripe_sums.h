@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <deque>
 #include <span>
 
 #include "flashpack/checksums.h"
@@ -42,8 +42,8 @@ class StripeSums {
 
  private:
   struct Stripe {
-    std::atomic<std::uint32_t> sum =
-        0;  // Without the inversions of a CRC-32C, and with zeros for bytes that are not counted.
+    // Without the inversions of a CRC-32C, and with zeros for bytes that are not counted.
+    std::atomic<std::uint32_t> sum = 0;
     std::atomic<std::uint32_t> counted_bytes = 0;
   };
 
@@ -55,7 +55,7 @@ class StripeSums {
   std::uint64_t first_ = 0;  // Index in the file of stripes_[0].
   std::uint64_t end_ = 0;
   std::uint64_t end_bytes_ = 0;
-  std::unique_ptr<Stripe[]> stripes_;
+  std::deque<Stripe> stripes_;  // It grows at both ends without moving what is there.
 };
 
 }  // namespace flashpack::internal

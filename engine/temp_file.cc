@@ -22,10 +22,11 @@ constexpr std::string_view kAlphabet = "0123456789abcdefghijklmnopqrstuv";
 constexpr std::size_t kRandomSize = 16;
 constexpr std::string_view kSuffix = ".tmp";
 
-std::string random_text() {
+// Makes a part of a name for a file beside `target`.
+std::string random_text(const std::filesystem::path& target) {
   std::string text(kRandomSize, '\0');
   if (::getentropy(text.data(), text.size()) != 0)
-    throw std::system_error(errno, std::generic_category(), "getentropy");
+    throw file_error(errno_code(errno), "get random bytes to name a file beside", target);
   std::transform(text.begin(), text.end(), text.begin(),
                  [](char byte) { return kAlphabet[static_cast<unsigned char>(byte) % kAlphabet.size()]; });
   return text;
@@ -129,7 +130,7 @@ UniqueFd TempFile::create() {
   const mode_t mode = replaced_ ? 0600 : 0666;
   constexpr int kMaxAttempts = 100;
   for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
-    name_ = prefix_ + random_text() + std::string(kSuffix);
+    name_ = prefix_ + random_text(target_) + std::string(kSuffix);
     UniqueFd fd(::openat(directory_.get(), name_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode));
     if (!fd) {
       const int reason = errno;

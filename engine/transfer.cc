@@ -138,9 +138,13 @@ Transfer& Transfer::operator=(Transfer&& other) noexcept {
 }
 
 Transfer::~Transfer() {
-  if (!state_ || !state_->owner.is_current()) return;
-  internal::TransferState::cancel(state_);
-  state_->end.wait();
+  if (!state_) return;
+  if (!state_->owner.is_current()) {
+    detail::leave_to_parent(state_);
+  } else {
+    internal::TransferState::cancel(state_);
+    state_->end.wait();
+  }
 }
 
 TransferStats Transfer::wait() {

@@ -23,8 +23,8 @@
 
 namespace flashpack::internal {
 
-/// How a transfer ended. The driver's own thread sees it first, so that a completion can be called, and the others when
-/// the completion has returned. In this order a Completion may be destroyed as soon as wait() has returned.
+/// How a transfer ended. The driver sees the end first and calls the completion. Other threads see it after the
+/// completion has returned, so that a Completion may be destroyed as soon as wait() has returned.
 ///
 /// Thread safety: any thread; only the driver calls reach() and publish(), each once.
 class TransferEnd {

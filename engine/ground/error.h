@@ -12,8 +12,8 @@
 
 namespace flashpack::internal {
 
-/// Returns the one T, which is made at the first call and never destroyed, because a static engine may end after all
-/// other static objects, and make errors and free memory even then.
+/// Returns the only T of this process, which is made at the first call and never destroyed, because a static engine may
+/// end after all other static objects, and make errors and free memory even then.
 template <typename T>
 T& immortal() {
   alignas(T) static std::byte memory[sizeof(T)];

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <exception>
 #include <new>
 #include <span>
 #include <string>
@@ -28,7 +29,8 @@ Word& new_word() noexcept {
   if (!page.empty() && ::madvise(page.data(), page.size(), MADV_WIPEONFORK) == 0) return *new (page.data()) Word(0);
   internal::unmap(page);
   static Word word = 0;
-  ::pthread_atfork(nullptr, nullptr, [] { word = 0; });
+  // This fails only if there is no memory left, and then while the program is loaded.
+  if (::pthread_atfork(nullptr, nullptr, [] { word = 0; }) != 0) std::terminate();
   return word;
 }
 

@@ -6,7 +6,7 @@
 
 namespace flashpack::internal {
 
-/// Adds `reason`, joined by "; ", to all the others, unless it is empty or stands there.
+/// Adds `reason`, joined by "; ", to all the others, unless it is empty or already in `all`.
 inline void add_reason(std::string& all, std::string_view reason) {
   if (reason.empty() || all.find(reason) != std::string::npos) return;
   all.append(all.empty() ? "" : "; ").append(reason);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <exception>
 #include <fstream>
 #include <iterator>
 #include <string>
@@ -60,14 +61,19 @@ bool promises_are_free() {
   return overcommit != '2';
 }
 
+// It is made while the program is loaded. A fork during a first call by another thread would leave the child waiting
+// for the end of that call.
+[[maybe_unused]] const TargetPages& made_at_once = TargetPages::of_process();
+
 }  // namespace
 
 TargetPages& TargetPages::of_process() {
   auto& one = immortal<TargetPages>();
-  // A child must not inherit a mutex that a thread of its parent holds.
-  static const int registered = ::pthread_atfork(
-      [] { of_process().mutex_.lock(); }, [] { of_process().mutex_.unlock(); }, [] { of_process().begin_as_child(); });
-  static_cast<void>(registered);
+  // A child must not inherit a mutex that a thread of its parent holds. This fails only if there is no memory left, and
+  // then while the program is loaded.
+  static const int error = ::pthread_atfork([] { of_process().mutex_.lock(); }, [] { of_process().mutex_.unlock(); },
+                                            [] { of_process().begin_as_child(); });
+  if (error != 0) std::terminate();
   return one;
 }
 

@@ -13,9 +13,10 @@ namespace flashpack::internal {
 /// Hands out pages and takes them back, and decides which pages are kept and which are huge. Any thread may call it, a
 /// forked child, too.
 ///
-/// One instance serves the process. It is an exception to the rule that the libraries have no state of their own:
-/// memory has no engine, and kept pages serve whoever needs memory next. It is never destroyed, because memory may be
-/// given back by static objects. HostMemory uses it, and engines only tell it what they have populated.
+/// One instance serves the process, though libraries should have no state of their own, because memory has no engine,
+/// and kept pages serve whoever needs memory next. (The others are numbers alone: that of the process, and the
+/// engines'.) It is never destroyed, because memory may be given back by static objects. HostMemory uses it, and
+/// engines only tell it what they have populated.
 class TargetPages {
  public:
   /// Use of_process().
@@ -33,7 +34,8 @@ class TargetPages {
   /// pages, the rest of the memory that take() returned will get small ones. Memory of other origin is ignored.
   void was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept;
 
-  /// Calls was_touched() of the process's instance. An engine is given this, and does not know whose memory it fills.
+  /// Calls was_touched() of the process's instance. An engine gets this function, so that it need not know who owns the
+  /// memory that it fills.
   static void tell_of_process(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept {
     of_process().was_touched(memory, cpu_time);
   }

@@ -22,7 +22,7 @@ constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 // A file that somebody has edited may not make the engine take more memory for its slots.
 constexpr std::uint64_t kMaxStagingBytes = 1024 * kMiB;
 
-// The values of a profile as a file may have them. No staging_bytes are those that need no number.
+// The values of a profile as a file may have them. staging_bytes is 0 if the profile has no number for it.
 struct Values {
   std::uint64_t chunk_bytes;
   std::uint64_t queue_depth;

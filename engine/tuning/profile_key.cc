@@ -44,9 +44,9 @@ std::string kernel() {
 // context.
 std::string gpu_models() {
   std::set<std::string> models;
-  std::error_code ignored;
-  for (const auto& gpu : fs::directory_iterator("/proc/driver/nvidia/gpus", ignored)) {
-    std::ifstream information(gpu.path() / "information");
+  std::error_code error;
+  for (fs::directory_iterator gpu("/proc/driver/nvidia/gpus", error), end; !error && gpu != end; gpu.increment(error)) {
+    std::ifstream information(gpu->path() / "information");
     for (std::string line; std::getline(information, line);) {
       if (line.starts_with("Model:")) models.insert(printable(line.substr(6)));
     }

@@ -14,7 +14,7 @@ struct ProfileKey {
   std::string file_system;
   std::string kernel;   ///< Major and minor version.
   std::string gpu;      ///< Empty for loads to the host.
-  std::string unknown;  ///< Why the key could not be found another time; empty if it can be.
+  std::string unknown;  ///< Why this place could not be recognised later; empty if it could.
 };
 
 /// The key of loads of `path`, which need not exist yet, to `device`.

@@ -57,8 +57,10 @@ Profiles profiles_in(const fs::path& file) {
 
 void replace_profiles(const fs::path& file, json::array profiles) {
   const std::string text = json::serialize(json::object{{"profiles", std::move(profiles)}}) + "\n";
-  std::error_code ignored;
-  const fs::path target = fs::exists(file, ignored) ? fs::canonical(file, ignored) : file;
+  std::error_code error;
+  const bool exists = fs::exists(file, error);
+  const fs::path target = exists ? fs::canonical(file, error) : file;
+  if (exists && error) throw file_error(error, "resolve the links of", file);
   std::string name = target.string() + ".XXXXXX";
   UniqueFd fd(::mkostemp(name.data(), O_CLOEXEC));
   if (!fd) throw file_error(errno_code(errno), "create", name);

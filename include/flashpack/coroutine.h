@@ -21,9 +21,9 @@
 ///
 /// A coroutine that is destroyed while it waits cancels the transfer, and its destruction waits until nothing is in
 /// flight; so it must not be destroyed on the driver thread. Destroy it only while nobody can resume it. With
-/// AwaitOptions::resume, its handle may still come to your queue during the destruction: drop it from there afterwards,
-/// too. Without it, the driver thread may be about to resume the coroutine: request a stop instead. From the call of
-/// AwaitOptions::resume on it is the callee's, who resumes or destroys it.
+/// AwaitOptions::resume, its handle may still come to your queue during the destruction: remove it from your queue
+/// afterwards. Without it, the driver thread may be about to resume the coroutine: request a stop instead. From the
+/// call of AwaitOptions::resume on it is the callee's, who resumes or destroys it.
 #pragma once
 
 #include <atomic>

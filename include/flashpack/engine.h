@@ -129,17 +129,18 @@ struct EngineOptions {
   std::uint32_t queue_depth = 8;
   /// Upper bound of the engine's staging memory in bytes, at least two chunks. 0 is 64 MiB, or 96 MiB for a CUDA
   /// device. For a CUDA device the memory is allocated and page-locked at the start. Otherwise it is allocated when
-  /// first needed, and as much again may replace slots whose operations the kernel does not give back.
+  /// first needed. If the kernel keeps operations, up to the same size again is allocated, to replace their slots.
   std::uint64_t staging_bytes = 0;
-  /// Memory of the caller's in place of it, such as huge pages or page-locked memory, borrowed until the engine is
-  /// destroyed. It begins at a page and has 2 to 16,384 chunks; a rest is not used. `staging_bytes` is then 0, and
-  /// `numa_node` is empty. No other engine may have it at the same time. A forked child does not inherit it. When
-  /// the engine has ended, children of a fork inherit the memory again (MADV_DOFORK).
+  /// The caller's own memory to be used as staging memory, such as huge pages or page-locked memory, borrowed until the
+  /// engine is destroyed. It begins at a page and has 2 to 16,384 chunks; what is left after the last whole chunk is
+  /// not used. `staging_bytes` is then 0, and `numa_node` is empty. No other engine may have it at the same time. A
+  /// forked child does not inherit it. When the engine has ended, children of a fork inherit the memory again
+  /// (MADV_DOFORK).
   ///
   /// If CUDA has page-locked it, which is asked for the first and the last byte of each chunk, it is left as it is;
   /// otherwise it is page-locked as long as the engine lives.
-  /// For the host, the engine has spare slots in memory of its own. They take no memory until the kernel does not give
-  /// operations back, and without them one such file system could hold up the loads of all others.
+  /// For the host, the engine has spare slots in memory of its own. They take memory only once the kernel keeps
+  /// operations for long. Without them, one file system that does not answer could stop all loads.
   std::span<std::byte> staging;
   /// Threads for reads through the page cache, copies and checksums, at most 64. 0 is one per core, but at least 2 and
   /// at most 8, or 12 for a CUDA device, whose link is faster than 8 cores.
@@ -150,8 +151,8 @@ struct EngineOptions {
   /// NUMA node of the staging memory. If empty, it is the node of the CUDA device, or for the host the node that the
   /// driver thread runs on. If the system refuses the node, fallback_reason() says so.
   std::optional<int> numa_node;
-  /// Is told of each step of the engine's work (flashpack/trace.h); borrowed until the engine is destroyed. Small loads
-  /// through a FileHandle then always go over the driver thread. Null costs nothing.
+  /// This sink is told of each step of the engine's work (flashpack/trace.h); borrowed until the engine is destroyed.
+  /// Small loads through a FileHandle then always go over the driver thread. Null costs nothing.
   TraceSink* trace = nullptr;
 };
 

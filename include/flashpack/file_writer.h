@@ -64,7 +64,8 @@ struct WriterOptions {
 ///
 /// As in Engine, functions that throw an Error have a form that returns its code instead.
 ///
-/// Thread safety: distinct writers are independent; one writer is used by one thread at a time.
+/// Thread safety: distinct writers are independent; one writer is used by one thread at a time. In a forked child every
+/// function that can fail says Errc::kUnusable, and the destructor removes nothing.
 class FileWriter {
  public:
   FileWriter(FileWriter&&) noexcept;

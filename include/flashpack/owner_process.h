@@ -8,8 +8,8 @@
 
 namespace flashpack::detail {
 
-/// Returns the number of the calling process, which none of the processes that it was forked from has. Costs a read of
-/// memory. Thread safety: any thread.
+/// Returns a number for the calling process. The processes that it was forked from have other numbers. A call only
+/// reads memory. Thread safety: any thread.
 std::uint64_t process_number() noexcept;
 
 /// The process that has made the object. A forked child has a copy of the object, but none of the threads that work on

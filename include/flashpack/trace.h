@@ -62,7 +62,8 @@ struct TraceEvent {
 
 /// Gets the events of engines: EngineOptions::trace.
 ///
-/// Thread safety: an engine calls it from its driver thread, one call at a time, and waits meanwhile. A sink of several
+/// Thread safety: an engine calls it from its driver thread, one call at a time, and waits meanwhile: a sink that
+/// blocks, as in a write to a remote file system, stops all loads. A sink of several
 /// engines is called from several threads at the same time.
 class TraceSink {
  public:

@@ -4,7 +4,8 @@
 ///
 /// A profile is the chunk_bytes, queue_depth and workers of EngineOptions, for one key: a disk or network file
 /// system, the type of the file system, the version of the kernel and the GPU. It also has staging_bytes where other
-/// memory than the usual was better, as for a GPU; without them, all reads in flight find room. Its backend is
+/// memory than the usual was better, as for a GPU; if it is absent, staging is large enough for
+/// all reads in flight. Its backend is
 /// Backend::kWorkers where `flashpack_tune --backend` found that faster, and else the engine's choice: no profile
 /// forces io_uring, which a container may refuse. How a load uses the page cache is LoadRequest::cache, which is no
 /// option of an engine, and no profile has it. A profile is applied only where all values of its key are the same. A
