@@ -8,14 +8,13 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <array>
 #include <charconv>
 #include <csignal>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
-#include <fstream>
 #include <map>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -187,23 +186,42 @@ void keep(Report& report, const Flags& flags) {
   }
 }
 
-void write_file(const std::filesystem::path& path, const std::string& text) {
-  std::ofstream out(path);
-  if (!(out << text << "\n").flush()) throw std::system_error(errno, std::generic_category(), "write " + path.string());
+using Output = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
+
+[[noreturn]] void fail_to_write(const std::string& path) {
+  throw std::system_error(errno, std::generic_category(), "write " + path);
 }
 
-std::array<std::string, 2> files_to_remove;
+// Opened before anything is measured, so that a wrong path costs no minute.
+Output open_to_write(const std::string& path) {
+  Output file(path.empty() ? nullptr : std::fopen(path.c_str(), "we"), std::fclose);
+  if (!file && !path.empty()) fail_to_write(path);
+  return file;
+}
 
-// Removes the files that the program makes beside PATH also when a signal ends it, which runs no destructor.
+// Removes the files that the program makes beside PATH also when a signal ends it, which runs no destructor. While they
+// are written, they have names with a dot before and random text behind.
 void remove_when_ended(const std::filesystem::path& generated) {
-  files_to_remove = {generated.native(), generated.native() + ".written"};
-  struct sigaction action{};
-  action.sa_handler = [](int signal) {
-    for (const std::string& file : files_to_remove) ::unlink(file.c_str());
-    ::raise(signal);  // It ends the program once this returns.
-  };
-  action.sa_flags = static_cast<int>(SA_RESETHAND);
-  for (const int signal : {SIGINT, SIGTERM, SIGHUP}) ::sigaction(signal, &action, nullptr);
+  sigset_t ends;
+  ::sigemptyset(&ends);
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
+    struct sigaction action{};
+    const bool ignored = ::sigaction(signal, nullptr, &action) == 0 && action.sa_handler == SIG_IGN;
+    if (!ignored) ::sigaddset(&ends, signal);
+  }
+  ::pthread_sigmask(SIG_BLOCK, &ends, nullptr);  // Threads that are started later inherit it.
+  std::thread([ends, generated] {
+    int signal = 0;
+    while (::sigwait(&ends, &signal) != 0) continue;
+    std::error_code error;
+    std::filesystem::directory_iterator entry(generated.parent_path(), error);
+    for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
+      const std::string name = entry->path().filename();
+      if (name.find(generated.filename()) != std::string::npos) ::unlink(entry->path().c_str());
+    }
+    ::pthread_sigmask(SIG_UNBLOCK, &ends, nullptr);
+    ::raise(signal);
+  }).detach();
 }
 
 int run(Flags flags) {
@@ -215,11 +233,14 @@ int run(Flags flags) {
   const auto size_bytes = static_cast<std::uint64_t>(flags.size_gib * (1 << 30));
   const std::string name = "flashpack_tune." + std::to_string(::getpid()) + ".flashpack";
   if (flags.device.kind == Device::Kind::kCuda) require_cuda_device(flags.device.index);
+  const Output json_file = open_to_write(flags.json_file);
   remove_when_ended(flags.path / name);
   Subject subject(flags.path / name, size_bytes, flags.device, flags.verify);
   Report report = tune(subject, flags);
   keep(report, flags);
-  if (!flags.json_file.empty()) write_file(flags.json_file, json_of(report));
+  if (json_file &&
+      (std::fprintf(json_file.get(), "%s\n", json_of(report).c_str()) < 0 || std::fflush(json_file.get()) != 0))
+    fail_to_write(flags.json_file);
   flags.json ? static_cast<void>(std::printf("%s\n", json_of(report).c_str())) : print_text(report);
   return flags.dry_run || !report.kept.empty() ? 0 : kExitNotKept;
 }
