@@ -303,3 +303,8 @@ def test_several_files_are_read_as_one(tmp_path, backend):
             assert bits(file.get_slice("b")[1:3]) == bits(expected["b"][1:3])
             assert_bit_equal(dict(file.prefetch()), expected)
         assert_bit_equal(load_file(source, backend=backend), expected)
+
+
+def test_what_is_mapped_cannot_be_verified(path):
+    with pytest.raises(SafetensorError, match='backend="mmap".*verify="always"'):
+        safe_open(path, backend="mmap", verify="always")

@@ -72,7 +72,7 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
     `filename`: also a flashpack file, the index of several files, a directory, or a list of files, whose tensors are
     taken for those of one. `device`: tensors are read to it.
     `backend`: None and "pread" read tensors into memory of their own. "mmap" maps the file, for tensors on the CPU.
-    `verify`: see assign_from_file; safetensors files have no checksums.
+    `verify`: see assign_from_file; safetensors files have no checksums, and what is mapped is not verified.
 
     Several threads and forked processes may use one. At the end of a with block it is closed; slices that it gave can
     still be read.
@@ -102,7 +102,9 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
         handle._device = "cpu" if device is None else device
         with catchable():
             handle._file = open_file(filename, handle._device, verify=verify)
-        is_mapped = backend == "mmap" and torch.device(handle._device).type == "cpu"
+        is_mapped = backend == "mmap" and handle._file._device.type == "cpu"
+        if is_mapped and verify == "always":
+            raise CheckpointError(f'{handle._file.path}: backend="mmap" reads nothing that verify="always" could verify')
         handle._map = MappedTensors(handle._file) if is_mapped else None
         return handle
 
