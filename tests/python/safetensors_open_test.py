@@ -306,5 +306,5 @@ def test_several_files_are_read_as_one(tmp_path, backend):
 
 
 def test_what_is_mapped_cannot_be_verified(path):
-    with pytest.raises(SafetensorError, match='backend="mmap".*verify="always"'):
+    with pytest.raises(SafetensorError, match=r'backend="mmap".*verify="always"'):
         safe_open(path, backend="mmap", verify="always")

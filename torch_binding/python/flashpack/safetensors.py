@@ -104,7 +104,9 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
             handle._file = open_file(filename, handle._device, verify=verify)
         is_mapped = backend == "mmap" and handle._file._device.type == "cpu"
         if is_mapped and verify == "always":
-            raise CheckpointError(f'{handle._file.path}: backend="mmap" reads nothing that verify="always" could verify')
+            raise CheckpointError(
+                f'{handle._file.path}: backend="mmap" reads nothing, so verify="always" cannot verify'
+            )
         handle._map = MappedTensors(handle._file) if is_mapped else None
         return handle
 
