@@ -53,6 +53,12 @@ def by_flashpack(folder: Path, file: str, **options: Any) -> Tensors:
     return flashpack.load_file(folder / file, **options)
 
 
+def by_stream(folder: Path) -> Tensors:
+    import flashpack
+
+    return dict(flashpack.stream_tensors(folder / INDEX))
+
+
 def by_reference(folder: Path) -> Tensors:
     from flashpack.deserialization import iterate_from_flash_tensor, read_flashpack_file
 
@@ -122,6 +128,7 @@ class Loader(NamedTuple):
 TENSORIZER = "tensorizer 2.12.1"
 LOADERS = {
     "flashpack": Loader(partial(by_flashpack, file=INDEX), ours=True),
+    "flashpack, stream": Loader(by_stream, ours=True),
     "flashpack, file of its own": Loader(partial(by_flashpack, file="model.flashpack", verify="never"), ours=True),
     "flashpack, file of its own, verified": Loader(partial(by_flashpack, file="model.flashpack"), ours=True),
     "safetensors 0.8.0 + clone": Loader(by_safetensors, ("safetensors==0.8.0",)),
