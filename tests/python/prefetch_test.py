@@ -209,6 +209,23 @@ def test_an_error_in_one_stream_stops_the_others(tmp_path, monkeypatch, gate):
     assert len(steps) < _prefetch._STREAMS
 
 
+def test_the_threads_that_were_started_stop_where_others_cannot_be_started(cold_file, monkeypatch):
+    before, start, handles = set(threading.enumerate()), threading.Thread.start, []
+
+    def start_one(thread):
+        if handles:
+            raise RuntimeError("can't start new thread")
+        handles.append(thread._target.__self__)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        flashpack.prefetch_flashpack_file(cold_file)
+    assert handles[0]._stop.is_set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+
+
 def test_a_file_that_became_shorter_is_an_error(tmp_path):
     (tmp_path / "a").write_bytes(bytes(1000))
     with pytest.raises(OSError, match="ends before its payload"):

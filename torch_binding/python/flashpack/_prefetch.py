@@ -51,8 +51,12 @@ class Prefetch:
             )
             for part, (file, begin) in enumerate(zip(files, begins, strict=True))
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # There are too many threads, or an interrupt: nobody could cancel those that run.
+            self._stop.set()
+            raise
 
     def __repr__(self) -> str:
         done, total = human_bytes(sum(self._done_bytes)), human_bytes(self._size_bytes)
