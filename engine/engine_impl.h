@@ -15,8 +15,8 @@
 #include "engine/prepare.h"
 #include "engine/temp_file.h"
 #include "engine/transfer_state.h"
+#include "flashpack/detail/owner_process.h"
 #include "flashpack/engine.h"
-#include "flashpack/owner_process.h"
 
 namespace flashpack {
 

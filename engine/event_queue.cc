@@ -13,7 +13,7 @@
 
 #include "engine/ground/error.h"
 #include "engine/ground/unique_fd.h"
-#include "flashpack/owner_process.h"
+#include "flashpack/detail/owner_process.h"
 
 namespace flashpack {
 

@@ -16,7 +16,7 @@ using Clock = std::chrono::steady_clock;
 struct Pool::State {
   struct Thread {
     std::thread handle;
-    const Task* running = nullptr;  // Only compared with null, because the task may be gone.
+    bool running = false;  // A task.
     Subject subject = 0;
     bool may_be_left = false;  // The pool owns the task.
     bool late = false;
@@ -111,7 +111,7 @@ void Pool::State::work(std::shared_ptr<State> state, std::list<Thread>::iterator
       state->work_wanted.wait(lock);
       continue;
     }
-    self->running = task;
+    self->running = true;
     self->subject = task->subject;
     self->may_be_left = task->owned_;
     self->since = Clock::now();
@@ -121,7 +121,7 @@ void Pool::State::work(std::shared_ptr<State> state, std::list<Thread>::iterator
       task->run();
     }
     lock.lock();
-    self->running = nullptr;
+    self->running = false;
     if (self->late) {
       self->late = false;
       --state->late;

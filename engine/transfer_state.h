@@ -18,8 +18,8 @@
 #include "engine/inbox.h"
 #include "engine/part.h"
 #include "engine/way.h"
+#include "flashpack/detail/owner_process.h"
 #include "flashpack/engine.h"
-#include "flashpack/owner_process.h"
 
 namespace flashpack::internal {
 

@@ -1,4 +1,4 @@
-#include "flashpack/owner_process.h"
+#include "flashpack/detail/owner_process.h"
 
 #include <pthread.h>
 #include <sys/mman.h>

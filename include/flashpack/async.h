@@ -41,8 +41,8 @@
 #include <utility>
 #include <vector>
 
+#include "flashpack/detail/owner_process.h"
 #include "flashpack/engine.h"
-#include "flashpack/owner_process.h"
 
 #if BOOST_VERSION < 108200
 #include <boost/asio/awaitable.hpp>

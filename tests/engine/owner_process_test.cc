@@ -1,4 +1,4 @@
-#include "flashpack/owner_process.h"
+#include "flashpack/detail/owner_process.h"
 
 #include <gtest/gtest.h>
 #include <linux/filter.h>

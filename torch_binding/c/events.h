@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "flashpack/detail/owner_process.h"
 #include "flashpack/event_queue.h"
 #include "flashpack/flashpack.h"
-#include "flashpack/owner_process.h"
 
 namespace flashpack::c {
 
