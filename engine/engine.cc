@@ -91,7 +91,9 @@ void bind_this_thread(const std::vector<int>& cpus) {
 
 // Whether all of the load has been read while it was prepared.
 bool is_read(const internal::TransferState& state) {
-  return state.driver.parts.size() == 1 && state.driver.parts.front().handover.result() && !state.driver.failure;
+  if (state.driver.parts.size() != 1) return false;
+  const internal::PartResult* const result = state.driver.parts.front().handover.result();
+  return result && !result->failure;
 }
 
 // Null if the workers are asked for.

@@ -63,7 +63,7 @@ class FileTasks::CloseTask final : public Pool::Task {
         request_(part.request),
         handover_(part.handover),
         planned_(std::move(part.planned)),
-        check_(!part.transfer->driver.failure),
+        check_(!part.failure),
         drop_(part.transfer->request.after == AfterLoad::kDrop && part.transfer->driver.stats.buffered_bytes > 0),
         shared_(std::move(shared)) {
     // The descriptor cannot be the subject, because another file gets its number while the close still hangs.

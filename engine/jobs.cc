@@ -155,7 +155,7 @@ std::optional<unsigned> Jobs::open(Part& part, const Chunk& chunk, const Way& wa
   assert(job.step == Step::kFree);
   job = Job{.part = &part, .chunk = &chunk, .way = way, .slot = slot};
   set_view(job);
-  ++part.transfer->driver.jobs;
+  ++part.jobs;
   ++part.transfer->outstanding;
   return tag;
 }
@@ -255,14 +255,14 @@ void Jobs::tell_of_end(const Job& job, Step next, Time now) const {
 
 void Jobs::close(unsigned tag, Time now) {
   Job& job = jobs_[tag];
-  TransferState& transfer = job.transfer();
-  assert(transfer.driver.jobs > 0 && transfer.outstanding > 0);
+  Part& part = *job.part;
+  assert(part.jobs > 0 && part.transfer->outstanding > 0);
   enter(job, Step::kFree, now);
   if (job.slot >= 0) free_slots_.push_back(job.slot);
   job = Job{};
   free_.push_back(tag);
-  --transfer.outstanding;
-  --transfer.driver.jobs;
+  --part.transfer->outstanding;
+  --part.jobs;
 }
 
 }  // namespace flashpack::internal

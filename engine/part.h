@@ -129,6 +129,8 @@ struct Part {
   bool late = false;                            // The part's thread has taken longer than kLate.
   std::chrono::steady_clock::time_point since;  // When the part's thread was asked.
   std::uint32_t chunks_open = 0;                // Chunks that have not been delivered yet.
+  std::uint32_t jobs = 0;                       // Chunks under way.
+  std::optional<Failure> failure;               // Set if the part or its transfer fails before the part has ended.
 
   const Plan& plan() const noexcept { return planned->plan; }
   const File& file() const noexcept { return planned->file(); }

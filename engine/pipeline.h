@@ -83,10 +83,12 @@ class Pipeline final : private Steps::Owner {
   void begin_issuing(Part& part);
   void issue_from_now_on(Part& part);
   std::vector<Part*>& issuing_like(const Part& part);
-  void on_all_delivered(Part& part);
+  void on_all_back(Part& part);
   void stop_waiting_for(Part& part);
   void look_for_late_parts();
+  void fail(Part& part, const Error& error);
   void give_up(TransferState& transfer, const Error& error);
+  void give_up(Part& part, const Failure& failure);
   void end_if_idle(TransferState& transfer);
   void tell_of_end(const TransferState& transfer) const;
   void end(TransferState& transfer);
@@ -94,8 +96,8 @@ class Pipeline final : private Steps::Owner {
   // Steps calls these when chunks end; they are in pipeline_parts.cc, too.
   void on_delivered(Part& part, const Chunk& chunk) override;
   void on_given_back(Part& part) override { issue_from_now_on(part); }
-  void on_failed(TransferState& transfer, const Error& error) override { give_up(transfer, error); }
-  void on_came_back(TransferState& transfer) override { end_if_idle(transfer); }
+  void on_failed(Part& part, const Error& error) override { fail(part, error); }
+  void on_came_back(Part& part) override;
 
   const Queues queues_;
   Pool& pool_;

@@ -37,10 +37,11 @@ void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
     part.transfer = &transfer;
     part.turn = next_turn_++;
   }
-  if (transfer.driver.failure) return give_up(transfer, transfer.driver.failure->error());
   if (transfer.cancel_requested)  // The transfer was cancelled before the driver had it.
     return give_up(transfer, file_error(Errc::kCancelled, transfer.verb(), transfer.driver.path()));
-  for (Part& part : transfer.driver.parts) admit(part);
+  for (Part& part : transfer.driver.parts) {
+    if (part.awaited) admit(part);  // Otherwise a part before it has ended the transfer.
+  }
   end_if_idle(transfer);
 }
 
@@ -82,17 +83,16 @@ void Pipeline::on_answer(Inbox::Answer& answer) {
 }
 
 void Pipeline::on_opened(Part& part, Opened opened) {
-  TransferState& transfer = *part.transfer;
-  if (opened.planned && !opened.failure && !transfer.driver.failure) {
+  if (opened.planned && !opened.failure && !part.failure) {
     part.planned = std::move(opened.planned);
     return begin_issuing(part);
   }
   if (opened.planned) {
-    if (!transfer.driver.failure) give_up(transfer, opened.failure->error());
+    if (!part.failure) fail(part, opened.failure->error());
     part.planned = std::move(opened.planned);  // Only now, because the transfer may have ended, which does not wait.
     return close(part);
   }
-  if (no_descriptors(opened.failure->code) && !transfer.driver.failure && !part.alone && !part.request.by_descriptor) {
+  if (no_descriptors(opened.failure->code) && !part.failure && !part.alone && !part.request.by_descriptor) {
     // Out of descriptors: the part waits until a file of this engine has been closed. The caller's descriptor is gone,
     // and the path may lead to another file.
     return parts_.enter(part, Part::State::kWaiting, now_);
@@ -106,7 +106,7 @@ void Pipeline::begin_issuing(Part& part) {
   parts_.enter(part, Part::State::kOpen, now_);
   part.transfer->report_at_once(part);
   part.chunks_open = static_cast<std::uint32_t>(part.plan().chunks.size());
-  part.chunks_open == 0 ? on_all_delivered(part) : issue_from_now_on(part);
+  part.chunks_open == 0 ? on_all_back(part) : issue_from_now_on(part);
 }
 
 std::vector<Part*>& Pipeline::issuing_like(const Part& part) {
@@ -126,9 +126,9 @@ void Pipeline::on_delivered(Part& part, const Chunk& chunk) {
   try {
     part.transfer->report_landed(part, chunk);
   } catch (const Error& error) {
-    return give_up(*part.transfer, error);
+    return fail(part, error);
   }
-  if (part.chunks_open == 0 && part.state == Part::State::kOpen) on_all_delivered(part);
+  if (part.chunks_open == 0 && part.state == Part::State::kOpen) on_all_back(part);
 }
 
 // Whether the end of the part needs no thread, because somebody else has the file, and nothing is left to be done with
@@ -139,8 +139,12 @@ bool Pipeline::may_leave_open(const Part& part) const {
          part.transfer->request.after == AfterLoad::kKeep;
 }
 
-// To be called when all chunks of the part have been delivered.
-void Pipeline::on_all_delivered(Part& part) {
+void Pipeline::on_came_back(Part& part) {
+  if (part.jobs == 0) on_all_back(part);
+}
+
+// To be called when all chunks of the part have been delivered or, if it has failed, none is under way.
+void Pipeline::on_all_back(Part& part) {
   assert(std::ranges::count(issuing_like(part), &part) == 0);
   note_fallbacks(part);
   if (part.transfer->is_load() && !may_leave_open(part)) return close(part);
@@ -162,21 +166,21 @@ void Pipeline::stop_waiting_for(Part& part) {
   --transfer.driver.parts_awaited;
   if (const PartResult* const result = part.handover.result()) {
     transfer.add(*result);
-    if (result->failure && !transfer.driver.failure) return give_up(transfer, result->failure->error());
-    if (result->read_bytes > 0 && !transfer.driver.failure) transfer.report_at_once(part);
+    if (result->failure && !part.failure) return fail(part, result->failure->error());
+    if (result->read_bytes > 0 && !part.failure) transfer.report_at_once(part);
   }
   end_if_idle(transfer);
 }
 
-// A transfer does not wait for a late thread that has only to close a file. A transfer that has failed waits for no
-// late thread, except one that may write to the caller's memory.
+// A transfer does not wait for a late thread that has only to close a file. It waits for no late thread of a part that
+// has failed, except one that may write to the caller's memory.
 void Pipeline::look_for_late_parts() {
   parts_.mark_late(now_);
   const std::vector<Part*>& with_threads = parts_.with_threads();
   for (std::size_t i = with_threads.size(); i-- > 0;) {
     Part& part = *with_threads[i];
     if (!part.late || !part.awaited) continue;
-    const bool failed = part.transfer->driver.failure.has_value();
+    const bool failed = part.failure.has_value();
     const bool opens = part.state == Part::State::kOpening && failed && part.handover.claim_memory();
     const bool closes = part.handover.result() || (part.state == Part::State::kClosing && failed);
     if (!opens && !closes) continue;
@@ -185,36 +189,40 @@ void Pipeline::look_for_late_parts() {
   }
 }
 
-// Ends a transfer that has failed: no chunk of it is issued any more, and operations in flight are cancelled and waited
-// for.
+// Ends the transfer, because a part of it has failed.
+void Pipeline::fail(Part& part, const Error& error) { give_up(*part.transfer, error); }
+
+// Ends a transfer that has failed, with all of its parts that have not ended.
 void Pipeline::give_up(TransferState& transfer, const Error& error) {
-  transfer.driver.failure = Failure(error);
-  steps_.abandon_chunks_of(transfer);
+  const std::shared_ptr<TransferState> keep = transfer.driver.self;
+  const Failure& failure = transfer.driver.failure.emplace(error);
   for (Part& part : transfer.driver.parts) {
-    if (part.state == Part::State::kOpen) std::erase(issuing_like(part), &part);
-    if (part.state == Part::State::kWaiting) parts_.enter(part, Part::State::kDone, now_);
-    if (part.state == Part::State::kDone && part.given) files_.close(std::move(part.given));
-    // A thread that has claimed the memory may write to it, so the transfer waits for the thread.
-    const bool opens = part.state == Part::State::kOpening && (part.handover.result() || part.handover.claim_memory());
-    const bool left_to_its_thread = opens || (part.state == Part::State::kClosing && part.late);
-    const bool nobody_has_it = part.state == Part::State::kDone || part.state == Part::State::kAnswered;
-    if (!left_to_its_thread && !nobody_has_it) continue;
-    if (!std::exchange(part.awaited, false)) continue;
-    --transfer.driver.parts_awaited;
-    if (left_to_its_thread) --transfer.outstanding;
+    if (part.awaited) give_up(part, failure);
   }
   end_if_idle(transfer);
 }
 
+// Ends a part that has failed: no chunk of it is issued any more, and operations in flight are cancelled and waited
+// for.
+void Pipeline::give_up(Part& part, const Failure& failure) {
+  part.failure = failure;
+  steps_.abandon_chunks_of(part);
+  if (part.state == Part::State::kOpen) std::erase(issuing_like(part), &part);
+  if (part.state == Part::State::kOpen && part.jobs == 0) return on_all_back(part);
+  if (part.state == Part::State::kWaiting) parts_.enter(part, Part::State::kDone, now_);
+  if (part.state == Part::State::kDone && part.given) files_.close(std::move(part.given));
+  // A thread that has claimed the memory may write to it, so the transfer waits for the thread.
+  const bool opens = part.state == Part::State::kOpening && (part.handover.result() || part.handover.claim_memory());
+  const bool left_to_its_thread = opens || (part.state == Part::State::kClosing && part.late);
+  const bool nobody_has_it = part.state == Part::State::kDone || part.state == Part::State::kAnswered;
+  if (!left_to_its_thread && !nobody_has_it) return;
+  if (!std::exchange(part.awaited, false)) return;
+  --part.transfer->driver.parts_awaited;
+  if (left_to_its_thread) --part.transfer->outstanding;
+}
+
 // Ends the transfer if there is nothing left to wait for.
 void Pipeline::end_if_idle(TransferState& transfer) {
-  const std::shared_ptr<TransferState> keep = transfer.driver.self;
-  if (!keep || transfer.driver.jobs > 0) return;
-  if (transfer.driver.failure) {
-    for (Part& part : transfer.driver.parts) {
-      if (part.state == Part::State::kOpen) on_all_delivered(part);
-    }
-  }
   if (transfer.driver.self && transfer.driver.parts_awaited == 0) end(transfer);
 }
 
@@ -233,7 +241,7 @@ void Pipeline::tell_of_end(const TransferState& transfer) const {
 }
 
 void Pipeline::end(TransferState& transfer) {
-  assert(transfer.driver.jobs == 0 && transfer.driver.parts_awaited == 0);
+  assert(transfer.driver.parts_awaited == 0);
   const std::shared_ptr<TransferState> keep = std::exchange(transfer.driver.self, nullptr);
   if (transfer.request.deadline) deadlines_.erase({*transfer.request.deadline, &transfer});
   if (transfer.driver.gate) std::erase(gated_, &transfer);

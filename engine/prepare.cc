@@ -105,16 +105,8 @@ void check_handle(const EngineFacts& engine, const FileExtents& file) {
     throw argument_error("load", open->file.path(), "a handle of another engine");
 }
 
-// Adds one file of a load, which is `open` if it has a handle. If `reported`, the completion is told of each of its
-// extents.
-Part& add_part(const EngineFacts& engine, TransferState& state, FileExtents file, const OpenFile* open,
-               CachePolicy cache, bool reported) {
-  PartRequest wanted{.path = open ? open->file.path() : std::move(file.path),
-                     .index = static_cast<std::uint32_t>(state.driver.parts.size()),
-                     .cache = cache,
-                     .expected = file.expected,
-                     .by_descriptor = file.fd >= 0,
-                     .stays_open = open != nullptr};
+// Adds the extents of the file to `wanted`. If `reported`, the completion is told of each of them.
+void add_extents(const EngineFacts& engine, const FileExtents& file, bool reported, PartRequest& wanted) {
   for (std::uint32_t index = 0; index < file.extents.size(); ++index) {
     const Extent& extent = file.extents[index];
     if (extent.size_bytes == 0) continue;
@@ -123,9 +115,6 @@ Part& add_part(const EngineFacts& engine, TransferState& state, FileExtents file
   }
   if (reported) wanted.reported_extents = static_cast<std::uint32_t>(file.extents.size());
   if (file.checksums) wanted.checksums = wanted_of(*file.checksums, wanted.extents);
-  Part& part = state.driver.parts.emplace_back(std::move(wanted));
-  if (file.fd >= 0 && !open) part.given = duplicate(file.fd, part.request.path);
-  return part;
 }
 
 // Plans the part of a file that is open already or, if nothing else is to be loaded, reads it at once.
@@ -137,6 +126,37 @@ void begin(const EngineFacts& engine, TransferState& state, Part& part, const Fi
   }
   part.planned = std::make_unique<PlannedFile>(PlannedFile{.open = open});
   plan_load(part.request, engine.chunk_bytes, *part.planned);
+}
+
+template <class Body>
+std::optional<Failure> failure_of(Body body) {
+  try {
+    body();
+    return std::nullopt;
+  } catch (const Error& error) {
+    return Failure(error);
+  }
+}
+
+// Adds the part of one file of a load. If something fails, the part's handover has the result.
+void add_part(const EngineFacts& engine, TransferState& state, FileExtents file, const LoadRequest& load) {
+  const FileUse open = FileUse::of(file.handle);
+  PartRequest wanted{.path = open ? open->file.path() : std::move(file.path),
+                     .index = static_cast<std::uint32_t>(state.driver.parts.size()),
+                     .cache = load.cache,
+                     .expected = file.expected,
+                     .by_descriptor = file.fd >= 0,
+                     .stays_open = static_cast<bool>(open)};
+  const bool reported = load.report_extents && state.request.completion;
+  std::optional<Failure> failure = failure_of([&] { add_extents(engine, file, reported, wanted); });
+  Part& part = state.driver.parts.emplace_back(std::move(wanted));
+  if (!failure) {
+    failure = failure_of([&] {
+      if (open) return begin(engine, state, part, open, load.files.size() == 1);
+      if (file.fd >= 0) part.given = duplicate(file.fd, part.request.path);
+    });
+  }
+  if (failure) part.handover.end({.failure = std::move(failure)});
 }
 
 }  // namespace
@@ -154,16 +174,7 @@ std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadReque
                                      .completion = completion,
                                      .after = request.after,
                                      .total_bytes = all_bytes});
-  try {
-    for (FileExtents& file : request.files) {
-      const FileUse open = FileUse::of(file.handle);
-      const bool reported = request.report_extents && completion;
-      Part& part = add_part(engine, *state, std::move(file), open.get(), request.cache, reported);
-      if (open) begin(engine, *state, part, open, request.files.size() == 1);
-    }
-  } catch (const Error& error) {
-    state->driver.failure = Failure(error);
-  }
+  for (FileExtents& file : request.files) add_part(engine, *state, std::move(file), request);
   for (const Part& part : state->driver.parts) {
     if (!state->driver.gate) state->driver.gate = gate_for(engine, part.request.extents, request.stream);
   }

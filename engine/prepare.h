@@ -27,8 +27,7 @@ struct EngineFacts {
 };
 
 /// Prepares a load. Its files are opened and planned later, when their turn comes, except those that are open already.
-/// Throws: Error. Errors that the transfer is to report are in its `failure`. If all is read already, the part's
-/// handover has the result.
+/// Throws: Error. If a part has failed already, or all of it has been read, its handover has the result.
 std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadRequest request, Completion* completion);
 
 /// Returns the extents of a write in ascending order of offset. `path` is for messages. Throws: Error.

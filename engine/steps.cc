@@ -60,7 +60,7 @@ void Steps::look_at_gates() {
   if (jobs_.in(Step::kWait) == 0) return;
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
     if (jobs_[tag].step != Step::kWait) continue;
-    if (jobs_[tag].transfer().driver.failure) {
+    if (jobs_[tag].part->failure) {
       close_job(tag);
     } else if (!jobs_[tag].transfer().driver.gate) {
       advance(tag);
@@ -189,7 +189,7 @@ void Steps::on_buffered(unsigned tag, std::int64_t result) {
 
 // To be called when a copy or a count has ended.
 void Steps::on_worked(unsigned tag, std::error_code error) {
-  if (jobs_[tag].transfer().driver.failure) return close_job(tag);
+  if (jobs_[tag].part->failure) return close_job(tag);
   error ? fail(tag, error) : advance(tag);
 }
 
@@ -225,20 +225,19 @@ void Steps::give_back(unsigned tag) {
 }
 
 void Steps::fail(unsigned tag, std::error_code code) {
-  const Job& job = jobs_[tag];
-  TransferState& transfer = job.transfer();
-  const Error error =
-      range_error(code, transfer.verb(), job.part->request.path, job.chunk->offset_bytes, job.chunk->size_bytes);
+  Part& part = *jobs_[tag].part;
+  const Chunk& chunk = *jobs_[tag].chunk;
+  const Error error = range_error(code, part.transfer->verb(), part.request.path, chunk.offset_bytes, chunk.size_bytes);
   close_job(tag);
-  owner_.on_failed(transfer, error);
+  owner_.on_failed(part, error);
 }
 
-void Steps::abandon_chunks_of(TransferState& transfer) {
-  if (transfer.driver.jobs == 0) return;
+void Steps::abandon_chunks_of(const Part& part) {
+  if (part.jobs == 0) return;
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
     Job& job = jobs_[tag];
     const bool copies = job.step == Step::kScatter || job.step == Step::kGather;
-    if (!job.part || job.part->transfer != &transfer || copies || job.step == Step::kWait) continue;
+    if (job.part != &part || copies || job.step == Step::kWait) continue;
     assert(job.queue && job.step != Step::kDeliver);
     job.queue->cancel(tag);
     jobs_.enter(job, Step::kAbandoned, now_);
@@ -246,9 +245,9 @@ void Steps::abandon_chunks_of(TransferState& transfer) {
 }
 
 void Steps::close_job(unsigned tag) {
-  TransferState& transfer = jobs_[tag].transfer();
+  Part& part = *jobs_[tag].part;
   jobs_.close(tag, now_);
-  if (transfer.driver.failure) owner_.on_came_back(transfer);
+  if (part.failure) owner_.on_came_back(part);
 }
 
 }  // namespace flashpack::internal

@@ -37,9 +37,9 @@ class Steps {
     virtual void on_delivered(Part& part, const Chunk& chunk) = 0;
     /// The router called the chunk cached, but it was not; the router has it again.
     virtual void on_given_back(Part& part) = 0;
-    virtual void on_failed(TransferState& transfer, const Error& error) = 0;
-    /// A chunk of a transfer that has failed has come back.
-    virtual void on_came_back(TransferState& transfer) = 0;
+    virtual void on_failed(Part& part, const Error& error) = 0;
+    /// A chunk of a part that has failed has come back.
+    virtual void on_came_back(Part& part) = 0;
 
    protected:
     ~Owner() = default;
@@ -72,13 +72,13 @@ class Steps {
   /// Waits for operations to end, for at most that long or, without a time, for ever, and lets their chunks go on. Also
   /// returns when the disk's queue is woken.
   void reap(std::optional<std::chrono::nanoseconds> patience);
-  /// Lets chunks that wait for a gate go on if it has been opened or their transfer has failed.
+  /// Lets chunks that wait for a gate go on if it has been opened or their part has failed.
   void look_at_gates();
   /// Finds the operations that have become late. Returns whether there are any.
   bool mark_late() { return jobs_.mark_late(now_); }
-  /// Cancels the operations of a transfer that has failed. Copies are left to end by themselves, and a chunk that waits
-  /// for a gate has no operation.
-  void abandon_chunks_of(TransferState& transfer);
+  /// Cancels the operations of a part that has failed. Copies are left to end by themselves, and a chunk that waits for
+  /// a gate has no operation.
+  void abandon_chunks_of(const Part& part);
 
  private:
   void begin(unsigned tag, Step step);

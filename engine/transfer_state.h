@@ -79,8 +79,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
     std::shared_ptr<TransferState> self;  // Set until the end, so that the state outlives its handle.
     std::unique_ptr<Gate> gate;           // While set, nothing is copied to or from a device.
     std::size_t parts_awaited = 0;        // Parts that the end still waits for.
-    std::uint32_t jobs = 0;               // Chunks under way.
-    std::optional<Failure> failure;       // If set at the start, the transfer ends at once.
+    std::optional<Failure> failure;
     TransferStats stats;
 
     /// Adds `reason` to stats.fallback_reason unless it is there.

@@ -80,14 +80,14 @@ TEST_F(FileTasksTest, AFileIsOpenedAndClosedAndTheDriverIsToldOfBoth) {
   EXPECT_FALSE(part.handover.result()->failure);
 }
 
-TEST_F(FileTasksTest, AFileThatHasChangedMeanwhileIsReportedUnlessTheTransferHasFailedAnyway) {
+TEST_F(FileTasksTest, AFileThatHasChangedMeanwhileIsReportedUnlessThePartHasFailedAnyway) {
   for (const bool failed : {false, true}) {
     flashpack::testing::write_file(dir_ / "file", bytes_);
     Part& part = add_part();
     open(part);
     part.planned = std::move(answer().opened.planned);
     flashpack::testing::write_file(dir_ / "file", std::span(bytes_).first(4000));
-    if (failed) transfer_->driver.failure = Failure(Error(Errc::kCancelled, "read"));
+    if (failed) part.failure = Failure(Error(Errc::kCancelled, "read"));
     close(part);
     answer();
     ASSERT_TRUE(part.handover.result());

@@ -83,7 +83,7 @@ TEST_F(JobsTest, AJobThroughASlotCoversWholeBlocksAndGivesBackAllThatItTook) {
   const std::optional<unsigned> tag = open(load);
   ASSERT_TRUE(tag);
   Job& job = jobs_[*tag];
-  EXPECT_EQ(load.transfer->driver.jobs, 1u);
+  EXPECT_EQ(load.part.jobs, 1u);
   EXPECT_EQ(load.transfer->outstanding, 1u);
   EXPECT_FALSE(jobs_.idle());
   jobs_.enter(job, Step::kRead, start_);
@@ -95,7 +95,7 @@ TEST_F(JobsTest, AJobThroughASlotCoversWholeBlocksAndGivesBackAllThatItTook) {
   EXPECT_EQ(request.memory.data(), slots_.data() + static_cast<std::size_t>(job.slot) * kSlotBytes);
   jobs_.close(*tag, start_);
   EXPECT_EQ(jobs_.in(Step::kRead), 0u);
-  EXPECT_EQ(load.transfer->driver.jobs, 0u);
+  EXPECT_EQ(load.part.jobs, 0u);
   EXPECT_EQ(load.transfer->outstanding, 0u);
   EXPECT_TRUE(jobs_.idle());
 }

@@ -111,8 +111,9 @@ TEST_F(PrepareTest, WhatCudaSaysOfMemoryIsTheFailureOfALoadAndRefusesAStore) {
   const std::uintptr_t elsewhere = HalfCopier::kElsewhere;
   const std::string message = "start transfer: device: Input/output error";
   const auto load = prepare_load(engine_, {.files = {{.path = "a", .extents = {{0, 5, at(elsewhere)}}}}}, nullptr);
-  ASSERT_TRUE(load->driver.failure);
-  EXPECT_EQ(load->driver.failure->error().what(), message);
+  const PartResult* const result = load->driver.parts.front().handover.result();
+  ASSERT_TRUE(result && result->failure);
+  EXPECT_EQ(result->failure->error().what(), message);
   EXPECT_EQ(message_of([&] { store({.extents = {{0, 5, at(elsewhere)}}}); }), message);
 }
 

@@ -77,8 +77,8 @@ class StepsTest : public ::testing::Test, private Steps::Owner {
 
   void on_delivered(Part&, const Chunk&) override { told_.push_back("delivered"); }
   void on_given_back(Part&) override { told_.push_back("given back"); }
-  void on_failed(TransferState&, const Error& error) override { told_.push_back(error.what()); }
-  void on_came_back(TransferState&) override { told_.push_back("came back"); }
+  void on_failed(Part&, const Error& error) override { told_.push_back(error.what()); }
+  void on_came_back(Part&) override { told_.push_back("came back"); }
 
   testing::TempDir dir_;
   HostRegion memory_{2 * kChunk, "a test"};
@@ -154,7 +154,7 @@ TEST_F(StepsTest, AReadIsTriedAgainABoundedNumberOfTimes) {
   }
 }
 
-TEST_F(StepsTest, AnErrorAndAnEarlyEndFailTheTransfer) {
+TEST_F(StepsTest, AnErrorAndAnEarlyEndFailThePart) {
   for (const auto& [result, cause] :
        {std::pair{-EIO, "Input/output error"}, std::pair{0, "short read: the file ends before the requested bytes"}}) {
     told_.clear();
@@ -196,12 +196,12 @@ TEST_F(StepsTest, AChunkThatIsNotCachedAfterAllGoesBackToTheRouter) {
   EXPECT_EQ(part_.planned->router.peek(Router::List::kPastCache, questions), &part_.plan().chunks[0]);
 }
 
-TEST_F(StepsTest, ChunksOfAFailedTransferComeBackWhenTheirOperationsDo) {
+TEST_F(StepsTest, ChunksOfAFailedPartComeBackWhenTheirOperationsDo) {
   plan({{5000, 6000, memory_.data() + 1}, {kChunk + 5000, 6000, memory_.data() + 8001}});
   ASSERT_TRUE(set_out(Route::kDirect, 0));
   ASSERT_TRUE(set_out(Route::kDirect, 1));
-  transfer_->driver.failure = Failure(Error(Errc::kCancelled, "read"));
-  steps_.abandon_chunks_of(*transfer_);
+  part_.failure = Failure(Error(Errc::kCancelled, "read"));
+  steps_.abandon_chunks_of(part_);
   EXPECT_EQ(disk_.cancelled.size(), 2u);
   EXPECT_TRUE(told_.empty());
   disk_.ended = {{disk_.pushed[0].tag, -ECANCELED}};
@@ -228,9 +228,9 @@ TEST_F(StepsTest, AChunkSetsOutOnlyIfThereIsRoomForIt) {
   ASSERT_TRUE(set_out(Route::kDirect, 1));
   EXPECT_TRUE(steps_.disk_is_busy(2));
   EXPECT_FALSE(set_out(Route::kDirect, 2)) << "both slots are in use";
-  EXPECT_EQ(transfer_->driver.jobs, 2u);
-  transfer_->driver.failure = Failure(Error(Errc::kCancelled, "read"));
-  steps_.abandon_chunks_of(*transfer_);
+  EXPECT_EQ(part_.jobs, 2u);
+  part_.failure = Failure(Error(Errc::kCancelled, "read"));
+  steps_.abandon_chunks_of(part_);
   disk_.ended = {{disk_.pushed[0].tag, -ECANCELED}, {disk_.pushed[1].tag, -ECANCELED}};
   steps_.reap(std::chrono::nanoseconds(0));
   EXPECT_TRUE(steps_.idle());
