@@ -171,8 +171,9 @@ def room_rules() -> list[IncludeRule]:
     """The arrows between the rooms: who knows nothing of whom."""
     machines = _header("engine/ring.h", "engine/workers.h", "engine/staging.h")
     machinists = _only("engine/engine.cc", "engine/probe.cc", "engine/ring", "engine/workers", "engine/staging")
-    names_of_formats = ("checkpoint", "flashpack", "format", "mixin", "name_filter", "torch", "verify")
-    formats = _header("torch_binding/", *(f"flashpack/{name}.h" for name in names_of_formats))
+    c_api = "flashpack/flashpack"  # Each of its headers begins so.
+    names_of_formats = ("checkpoint", "format", "mixin", "name_filter", "torch", "verify")
+    formats = _header("torch_binding/", c_api, *(f"flashpack/{name}.h" for name in names_of_formats))
     return [
         ("engine/", formats, _nobody, "the engine knows nothing of formats and tensors"),
         ("engine/", machines, machinists, "only engine.cc and probe.cc choose queues and memory"),
@@ -183,7 +184,7 @@ def room_rules() -> list[IncludeRule]:
         ("torch_binding/c/", _header("torch_binding/libtorch/"), _nobody, "the C API knows nothing of LibTorch"),
         (
             "torch_binding/",
-            _header("flashpack/flashpack.h"),
+            _header(c_api),
             _only("torch_binding/c/"),
             "the C API is above the libraries",
         ),

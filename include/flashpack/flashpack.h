@@ -11,8 +11,8 @@
 ///
 /// These rules hold for all functions:
 ///
-/// * Status. FLASHPACK_OK is 0, a positive status is an errno of the system, and a negative one is a constant below. If
-///   memory runs out, it is ENOMEM. No C++ exception leaves a function.
+/// * Status. FLASHPACK_OK is 0, a positive status is an errno of the system, and a negative one is a constant of
+///   flashpack_status.h. If memory runs out, it is ENOMEM. No C++ exception leaves a function.
 /// * Errors. The last argument may be NULL. Otherwise it is set by every call: to NULL after FLASHPACK_OK and
 ///   FLASHPACK_RUNNING, else to a new object, which the caller destroys. What was there before is not destroyed.
 /// * Handles. flashpack_X_create() and its like give a handle to the caller, who destroys it with
@@ -33,46 +33,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "flashpack/flashpack_checkpoint.h"
+#include "flashpack/flashpack_status.h"
 #include "flashpack/version.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 #pragma GCC visibility push(default)
-
-/// FLASHPACK_OK, an errno of the system (positive), or one of the constants below (negative).
-typedef int32_t flashpack_status;
-enum {
-  FLASHPACK_OK = 0,
-  FLASHPACK_INVALID_ARGUMENT = -1,   ///< The call is wrong, whatever the files hold.
-  FLASHPACK_BAD_FILE = -2,           ///< The file has no format that is known, or breaks a rule of its format.
-  FLASHPACK_TRUNCATED = -3,          ///< The file ends before the requested bytes do.
-  FLASHPACK_FILE_CHANGED = -4,       ///< The file is not the one that was opened, or changed while it was read.
-  FLASHPACK_CANCELLED = -5,          ///< The transfer was cancelled.
-  FLASHPACK_DEADLINE_EXCEEDED = -6,  ///< The timeout of the request passed first.
-  FLASHPACK_UNUSABLE = -7,           ///< The engine, transfer, writer or events belong to this forked process's parent.
-  FLASHPACK_CORRUPT = -9,            ///< Bytes of the file do not match their checksum.
-  FLASHPACK_CUDA_ERROR = -10,        ///< CUDA failed; the message begins its cause with the name of a cudaError_t.
-  FLASHPACK_INTERNAL_ERROR = -11,    ///< Something that this list does not foresee.
-  FLASHPACK_RUNNING = -12,           ///< The transfer has not finished yet. This is no failure.
-  FLASHPACK_NOT_FOUND = -13          ///< There is no tensor of that name.
-};
-
-/// Describes a failed call. Constant, and owned by the caller.
-typedef struct flashpack_error flashpack_error;
-
-/// The status that the call has returned; FLASHPACK_OK for NULL.
-flashpack_status flashpack_error_status(const flashpack_error* error);
-/// Says what failed, where, and why: "read model.flashpack at 12288+4194304: Input/output error". Lives as long as the
-/// error. Empty for NULL.
-const char* flashpack_error_message(const flashpack_error* error);
-/// The file that the call has failed on, or an empty string. Lives as long as the error.
-const char* flashpack_error_path(const flashpack_error* error);
-/// The offset in bytes in that file, or FLASHPACK_NO_OFFSET.
-uint64_t flashpack_error_offset(const flashpack_error* error);
-#define FLASHPACK_NO_OFFSET UINT64_MAX
-/// Takes the texts with it.
-void flashpack_error_destroy(flashpack_error* error);
 
 /// The version of the library that is running, such as "1.0.0". FLASHPACK_VERSION_STRING is that of this header.
 const char* flashpack_version(void);
@@ -129,93 +97,6 @@ flashpack_status flashpack_engine_get_info(const flashpack_engine* engine, flash
 /// Waits until all transfers of the engine have finished, then stops its threads; cancel transfers before it to end
 /// early. If a writer of the engine is left, the engine itself ends with the last of them.
 void flashpack_engine_destroy(flashpack_engine* engine);
-
-/// The tensors of one or several files, in flashpack or safetensors format. Constant. The files stay open, and loads
-/// read from them, whatever is at their paths by then; FLASHPACK_FILE_CHANGED if they were changed in place.
-typedef struct flashpack_checkpoint flashpack_checkpoint;
-
-/// Types of elements. Values stay as they are in later versions, which may have more. FLOAT4_E2M1FN_X2 has two 4-bit
-/// floats in a byte, and a dim counts bytes.
-// clang-format off
-enum {
-  FLASHPACK_DTYPE_BOOL = 0, FLASHPACK_DTYPE_INT8 = 1, FLASHPACK_DTYPE_UINT8 = 2, FLASHPACK_DTYPE_INT16 = 3,
-  FLASHPACK_DTYPE_UINT16 = 4, FLASHPACK_DTYPE_INT32 = 5, FLASHPACK_DTYPE_UINT32 = 6, FLASHPACK_DTYPE_INT64 = 7,
-  FLASHPACK_DTYPE_UINT64 = 8, FLASHPACK_DTYPE_FLOAT16 = 9, FLASHPACK_DTYPE_BFLOAT16 = 10,
-  FLASHPACK_DTYPE_FLOAT32 = 11, FLASHPACK_DTYPE_FLOAT64 = 12, FLASHPACK_DTYPE_COMPLEX32 = 13,
-  FLASHPACK_DTYPE_COMPLEX64 = 14, FLASHPACK_DTYPE_COMPLEX128 = 15, FLASHPACK_DTYPE_FLOAT8_E4M3FN = 16,
-  FLASHPACK_DTYPE_FLOAT8_E4M3FNUZ = 17, FLASHPACK_DTYPE_FLOAT8_E5M2 = 18, FLASHPACK_DTYPE_FLOAT8_E5M2FNUZ = 19,
-  FLASHPACK_DTYPE_FLOAT8_E8M0FNU = 20, FLASHPACK_DTYPE_FLOAT4_E2M1FN_X2 = 21
-};
-// clang-format on
-
-typedef struct flashpack_checkpoint_info {
-  size_t struct_size;
-  size_t file_count;
-  size_t tensor_count;
-  size_t metadata_count;  ///< Entries of text that the authors of the files have put in.
-} flashpack_checkpoint_info;
-
-/// One file of a checkpoint. Pointers live as long as the checkpoint.
-typedef struct flashpack_file {
-  size_t struct_size;
-  const char* path;
-  const char* format;      ///< "flashpack" or "safetensors".
-  uint64_t size_bytes;     ///< Of the whole file.
-  uint64_t payload_bytes;  ///< Where the payload ends.
-  int32_t fd;              ///< Open for reading, and owned by the checkpoint.
-  int32_t has_checksums;   ///< 1 or 0.
-} flashpack_file;
-
-/// One tensor of a checkpoint. Pointers live as long as the checkpoint.
-typedef struct flashpack_tensor {
-  size_t struct_size;
-  const char* name;  ///< UTF-8, unique in the checkpoint; may hold zero bytes.
-  size_t name_bytes;
-  const char* dtype_name;  ///< As torch has it, without "torch.": "bfloat16".
-  int32_t dtype;           ///< FLASHPACK_DTYPE_*.
-  uint32_t element_bytes;
-  const int64_t* shape;   ///< `dims` numbers of elements; never NULL.
-  size_t dims;            ///< 0 for a tensor of one element.
-  size_t file;            ///< Index of its file.
-  uint64_t offset_bytes;  ///< In that file.
-  uint64_t size_bytes;
-} flashpack_tensor;
-
-/// An entry of text. Pointers live as long as the checkpoint; both texts may hold zero bytes.
-typedef struct flashpack_metadata {
-  size_t struct_size;
-  const char* key;
-  size_t key_bytes;
-  const char* value;
-  size_t value_bytes;
-} flashpack_metadata;
-
-/// Opens a flashpack file, a safetensors file, an index of several of either (`*.index.json`), or a directory, of which
-/// the usual name of a model's weights is taken (model.flashpack, model.safetensors, ...) or else the only such file.
-/// Any bytes are taken for possibly hostile. Errors: FLASHPACK_BAD_FILE, whose message names the broken rule;
-/// FLASHPACK_FILE_CHANGED; errno.
-flashpack_status flashpack_checkpoint_open(const char* path, flashpack_checkpoint** checkpoint,
-                                           flashpack_error** error);
-/// Opens several files as one checkpoint. Errors: as above, and FLASHPACK_BAD_FILE if two of them have one tensor.
-flashpack_status flashpack_checkpoint_open_files(const char* const* paths, size_t path_count,
-                                                 flashpack_checkpoint** checkpoint, flashpack_error** error);
-/// How much there is to ask for with the functions that follow.
-flashpack_status flashpack_checkpoint_get_info(const flashpack_checkpoint* checkpoint, flashpack_checkpoint_info* info,
-                                               flashpack_error** error);
-/// File `index` of the checkpoint. An index that is too large is FLASHPACK_INVALID_ARGUMENT, here and below.
-flashpack_status flashpack_checkpoint_get_file(const flashpack_checkpoint* checkpoint, size_t index,
-                                               flashpack_file* file, flashpack_error** error);
-/// Tensor `index` of the checkpoint. Tensors are counted file by file, and in file order in each.
-flashpack_status flashpack_checkpoint_get_tensor(const flashpack_checkpoint* checkpoint, size_t index,
-                                                 flashpack_tensor* tensor, flashpack_error** error);
-/// Entry `index` of the text, sorted by key.
-flashpack_status flashpack_checkpoint_get_metadata(const flashpack_checkpoint* checkpoint, size_t index,
-                                                   flashpack_metadata* metadata, flashpack_error** error);
-/// Finds a tensor by its name of `name_bytes` bytes. Errors: FLASHPACK_NOT_FOUND.
-flashpack_status flashpack_checkpoint_find(const flashpack_checkpoint* checkpoint, const char* name, size_t name_bytes,
-                                           size_t* index, flashpack_error** error);
-/// Loads that are under way keep what they need.
-void flashpack_checkpoint_destroy(flashpack_checkpoint* checkpoint);
 
 /// Memory of the host that loads are fastest to: on huge pages where they are cheap, at the place in a page that the
 /// bytes have in the file, and kept for the next one when it is destroyed, because fresh pages cost more than a read.

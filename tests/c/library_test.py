@@ -7,7 +7,7 @@ import unittest
 from pathlib import Path
 
 LIBRARY = os.environ["FLASHPACK_LIBRARY"]
-HEADER = Path(__file__).resolve().parents[2] / "include/flashpack/flashpack.h"
+HEADERS = sorted((Path(__file__).resolve().parents[2] / "include/flashpack").glob("flashpack*.h"))
 SYMBOLS = Path(__file__).with_name("symbols.txt")
 
 
@@ -21,7 +21,8 @@ def exported() -> list[str]:
 
 
 def declared() -> list[str]:
-    return sorted(re.findall(r"^\w[\w* ]*[ *](flashpack_\w+)\(", HEADER.read_text(), re.MULTILINE))
+    text = "".join(header.read_text() for header in HEADERS)
+    return sorted(re.findall(r"^\w[\w* ]*[ *](flashpack_\w+)\(", text, re.MULTILINE))
 
 
 class LibraryTest(unittest.TestCase):
@@ -30,7 +31,7 @@ class LibraryTest(unittest.TestCase):
     def test_it_exports_what_the_list_says(self) -> None:
         self.assertEqual(exported(), SYMBOLS.read_text().split())
 
-    def test_it_exports_what_the_header_declares(self) -> None:
+    def test_it_exports_what_the_headers_declare(self) -> None:
         self.assertEqual(exported(), declared())
 
     def test_every_symbol_has_the_version_of_the_api(self) -> None:

@@ -81,6 +81,11 @@ BREAKS = {
     "LibTorch in the C API": ("torch_binding/c/a.cc", "#include <c10/util/Half.h>\n", 1),
     "the C API is above the libraries": ("torch_binding/libtorch/a.cc", '#include "flashpack/flashpack.h"\n', 1),
     "formats and tensors: flashpack/flashpack.h": ("engine/plan.cc", '#include "flashpack/flashpack.h"\n', 1),
+    "formats and tensors: flashpack/flashpack_status.h": (
+        "engine/plan.cc",
+        '#include "flashpack/flashpack_status.h"\n',
+        1,
+    ),
     "module: torch_binding/libtorch/casts.h": (
         "torch_binding/python/a.cc",
         '#include "torch_binding/libtorch/casts.h"\n',
