@@ -55,4 +55,10 @@ const std::error_category& flashpack_category() noexcept { return internal::immo
 Error::Error(std::error_code code, const std::string& context, std::filesystem::path path, std::uint64_t offset_bytes)
     : std::system_error(code, context), path_(std::move(path)), offset_bytes_(offset_bytes) {}
 
+Error::Error(std::error_code code, const std::string& context, std::filesystem::path path, std::uint64_t offset_bytes,
+             std::vector<FileError> files)
+    : Error(code, context, std::move(path), offset_bytes) {
+  files_ = std::make_shared<const std::vector<FileError>>(std::move(files));
+}
+
 }  // namespace flashpack

@@ -14,6 +14,18 @@ Failure::Failure(const Error& error)
   context.resize(context.size() - code.message().size() - 2);  // what() is the context, ": " and the message.
 }
 
+Error Failure::error() const {
+  if (files.empty()) return Error(code, context, path, offset_bytes);
+  return Error(code, context, path, offset_bytes, file_errors());
+}
+
+std::vector<FileError> Failure::file_errors() const {
+  std::vector<FileError> errors;
+  errors.reserve(files.size());
+  for (const FileFailure& each : files) errors.push_back({each.file, each.failure.error()});
+  return errors;
+}
+
 Failure Failure::of_exception(const char* operation, const std::filesystem::path& path) {
   try {
     throw;

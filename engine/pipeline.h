@@ -4,6 +4,7 @@
 #include <array>
 #include <chrono>
 #include <map>
+#include <optional>
 #include <set>
 #include <span>
 #include <utility>
@@ -88,9 +89,9 @@ class Pipeline final : private Steps::Owner {
   void look_for_late_parts();
   void fail(Part& part, const Error& error);
   void give_up(TransferState& transfer, const Error& error);
-  void give_up(Part& part, const Failure& failure);
+  void give_up(Part& part);
   void end_if_idle(TransferState& transfer);
-  void tell_of_end(const TransferState& transfer) const;
+  void tell_of_end(const TransferState& transfer, const std::optional<Failure>& failure) const;
   void end(TransferState& transfer);
 
   // Steps calls these when chunks end; they are in pipeline_parts.cc, too.

@@ -189,23 +189,32 @@ void Pipeline::look_for_late_parts() {
   }
 }
 
-// Ends the transfer, because a part of it has failed.
-void Pipeline::fail(Part& part, const Error& error) { give_up(*part.transfer, error); }
+// Ends a part that has failed and, unless the load continues, its transfer. After an error of CUDA no load continues,
+// because every later copy would fail, too.
+void Pipeline::fail(Part& part, const Error& error) {
+  const std::shared_ptr<TransferState> transfer = part.transfer->driver.self;
+  part.failure.emplace(error);
+  if (!transfer->request.continue_on_error || error.code().category() == cuda_category())
+    return give_up(*transfer, error);
+  give_up(part);
+  end_if_idle(*transfer);
+}
 
 // Ends a transfer that has failed, with all of its parts that have not ended.
 void Pipeline::give_up(TransferState& transfer, const Error& error) {
   const std::shared_ptr<TransferState> keep = transfer.driver.self;
-  const Failure& failure = transfer.driver.failure.emplace(error);
+  transfer.driver.failure.emplace(error);
   for (Part& part : transfer.driver.parts) {
-    if (part.awaited) give_up(part, failure);
+    if (!part.awaited) continue;
+    if (!part.failure) part.failure = transfer.driver.failure;
+    give_up(part);
   }
   end_if_idle(transfer);
 }
 
 // Ends a part that has failed: no chunk of it is issued any more, and operations in flight are cancelled and waited
-// for.
-void Pipeline::give_up(Part& part, const Failure& failure) {
-  part.failure = failure;
+// for. May be called again.
+void Pipeline::give_up(Part& part) {
   steps_.abandon_chunks_of(part);
   if (part.state == Part::State::kOpen) std::erase(issuing_like(part), &part);
   if (part.state == Part::State::kOpen && part.jobs == 0) return on_all_back(part);
@@ -226,7 +235,7 @@ void Pipeline::end_if_idle(TransferState& transfer) {
   if (transfer.driver.self && transfer.driver.parts_awaited == 0) end(transfer);
 }
 
-void Pipeline::tell_of_end(const TransferState& transfer) const {
+void Pipeline::tell_of_end(const TransferState& transfer, const std::optional<Failure>& failure) const {
   const std::string path = transfer.driver.path().native();
   tracer_.sink->event({.stage = TraceStage::kTransfer,
                        .engine = tracer_.engine,
@@ -236,7 +245,7 @@ void Pipeline::tell_of_end(const TransferState& transfer) const {
                        .begin = transfer.started,
                        .end = std::chrono::steady_clock::now(),
                        .depth = static_cast<std::uint32_t>(unfinished_),
-                       .error = transfer.driver.failure ? transfer.driver.failure->code : std::error_code(),
+                       .error = failure ? failure->code : std::error_code(),
                        .note = transfer.driver.stats.fallback_reason});
 }
 
@@ -253,9 +262,10 @@ void Pipeline::end(TransferState& transfer) {
   }
   transfer.driver.note_fallback(queues_.disk.fallback_reason());
   if (copier_) transfer.driver.note_fallback(copier_->fallback_reason());
-  if (tracer_) tell_of_end(transfer);
+  std::optional<Failure> failure = transfer.failure();
+  if (tracer_) tell_of_end(transfer, failure);
   --unfinished_;
-  transfer.finish(transfer.driver.failure);
+  transfer.finish(std::move(failure));
 }
 
 }  // namespace flashpack::internal

@@ -173,6 +173,7 @@ std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadReque
                                      .deadline = request.deadline,
                                      .completion = completion,
                                      .after = request.after,
+                                     .continue_on_error = request.continue_on_error,
                                      .total_bytes = all_bytes});
   for (FileExtents& file : request.files) add_part(engine, *state, std::move(file), request);
   for (const Part& part : state->driver.parts) {

@@ -237,7 +237,7 @@ void Steps::abandon_chunks_of(const Part& part) {
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
     Job& job = jobs_[tag];
     const bool copies = job.step == Step::kScatter || job.step == Step::kGather;
-    if (job.part != &part || copies || job.step == Step::kWait) continue;
+    if (job.part != &part || copies || job.step == Step::kWait || job.step == Step::kAbandoned) continue;
     assert(job.queue && job.step != Step::kDeliver);
     job.queue->cancel(tag);
     jobs_.enter(job, Step::kAbandoned, now_);

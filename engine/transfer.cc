@@ -82,6 +82,23 @@ void TransferState::add(const PartResult& result) {
   done_bytes += result.read_bytes;
 }
 
+std::optional<Failure> TransferState::failure() const {
+  std::optional<Failure> failure = driver.failure;
+  if (!request.continue_on_error) return failure;
+  std::vector<FileFailure> files;
+  for (const Part& part : driver.parts) {
+    if (part.failure) files.push_back({part.request.index, *part.failure});
+  }
+  if (!failure && !files.empty()) {
+    failure = files.front().failure;
+    if (driver.parts.size() > 1)
+      failure->context = std::to_string(files.size()) + " of " + std::to_string(driver.parts.size()) +
+                         " files failed: " + failure->context;
+  }
+  if (failure) failure->files = std::move(files);
+  return failure;
+}
+
 void TransferState::finish(std::optional<Failure> result) {
   driver.stats.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
   {
@@ -176,6 +193,12 @@ std::error_code Transfer::error() const noexcept {
   if (!state_->owner.is_current()) return Errc::kUnusable;
   const internal::Failure* const failure = state_->end.failure();
   return failure ? failure->code : std::error_code();
+}
+
+std::vector<FileError> Transfer::file_errors() const {
+  state_->owner.require_current("transfer");
+  const internal::Failure* const failure = state_->end.failure();
+  return failure ? failure->file_errors() : std::vector<FileError>();
 }
 
 std::string Transfer::error_text() const {

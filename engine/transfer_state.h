@@ -64,6 +64,7 @@ struct TransferRequest {
   std::optional<Deadline> deadline;
   Completion* completion = nullptr;
   AfterLoad after = AfterLoad::kKeep;
+  bool continue_on_error = false;
   std::uint64_t total_bytes = 0;  // Size of all extents.
   Populated populated = nullptr;  // The engine's.
 };
@@ -79,7 +80,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
     std::shared_ptr<TransferState> self;  // Set until the end, so that the state outlives its handle.
     std::unique_ptr<Gate> gate;           // While set, nothing is copied to or from a device.
     std::size_t parts_awaited = 0;        // Parts that the end still waits for.
-    std::optional<Failure> failure;
+    std::optional<Failure> failure;       // Of all parts that have not ended before.
     TransferStats stats;
 
     /// Adds `reason` to stats.fallback_reason unless it is there.
@@ -94,10 +95,12 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   /// Any thread.
   static void cancel(const std::shared_ptr<TransferState>& state) noexcept;
 
-  // The next four are for the thread that has `driver`.
+  // The next five are for the thread that has `driver`.
 
   /// Takes over the result of a part.
   void add(const PartResult& result);
+  /// How the transfer has failed, also if only some of its parts have. Requires: all parts have ended.
+  std::optional<Failure> failure() const;
   /// Ends the transfer, and calls the completion.
   void finish(std::optional<Failure> result);
   /// Tells the completion of the part's extents that wait for no chunk: those of no bytes or, if the thread that opened

@@ -116,6 +116,18 @@ struct LoadRequest {
   std::optional<Deadline> deadline;
   /// Whether Completion::landed() is called for each extent, so that the first can be used while the rest is read.
   bool report_extents = false;
+  /// Whether a file that fails leaves the others alone: a file that cannot be opened, is not the expected one, ends too
+  /// early, or has bytes that cannot be read or do not match their checksums. No more of it is read, and the others
+  /// land. Then the transfer has failed all the same, so that nobody takes it for a success: wait() throws the error of
+  /// the first such file of the request, Error::files() and Transfer::file_errors() have one for each, and a file that
+  /// they do not name has landed whole.
+  ///
+  /// The targets of a file that has failed hold unspecified bytes, except extents that Completion::landed() has been
+  /// called for, as it says. It is not called for any extent of the file after the failure.
+  ///
+  /// Everything fails if the transfer is cancelled or its deadline passes, and after an error of CUDA, which every
+  /// later copy would have, too. Error::files() then also names the files that had not landed whole by that time.
+  bool continue_on_error = false;
 };
 
 /// Options for the whole life of an engine. The defaults suit one local disk; flashpack_tune finds better ones for
@@ -197,14 +209,15 @@ class Engine {
   ~Engine();
 
   /// Reads every extent and returns when all bytes are in their targets. After an error the targets hold unspecified
-  /// bytes, no other memory has been written and nothing is in flight. Throws: Error.
+  /// bytes (those of files that failed, with LoadRequest::continue_on_error), no other memory has been written and
+  /// nothing is in flight. Throws: Error.
   TransferStats load(LoadRequest request);
 
   /// Returns at once. Each file is opened when its turn comes, because few files are open at a time, so the load reads
   /// the file that is at the path then; `expected` and `fd` guard against another one. `completion`, if given, is
   /// borrowed until called. Throws: Error (kInvalidArgument for targets that are null or overlap; kUnusable; an error
-  /// of CUDA about `stream`); `completion` is not called then. Errors of the files, and targets on another device, end
-  /// the transfer, and wait() throws them.
+  /// of CUDA about `stream`); `completion` is not called then. Errors of the files, and targets on another device, are
+  /// the transfer's, and wait() throws them.
   Transfer start_load(LoadRequest request, Completion* completion = nullptr);
   /// The transfer is not valid() after an error.
   Transfer start_load(LoadRequest request, Completion* completion, std::error_code& error) noexcept;

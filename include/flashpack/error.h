@@ -1,10 +1,14 @@
 /// The one exception type of the C++ API and the failures that are not an errno.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <memory>
+#include <span>
 #include <string>
 #include <system_error>
+#include <vector>
 
 namespace flashpack {
 
@@ -29,6 +33,8 @@ const std::error_category& flashpack_category() noexcept;
 const std::error_category& cuda_category() noexcept;
 inline std::error_code make_error_code(Errc e) noexcept { return {static_cast<int>(e), flashpack_category()}; }
 
+struct FileError;
+
 /// Thrown by every function of the library that says "Throws: Error".
 ///
 /// what() reads "<operation> <path> at <offset>+<length>: <cause>", for example
@@ -40,16 +46,33 @@ class Error : public std::system_error {
   /// `context` is the text of what() before the cause; the text of the cause comes from `code`.
   Error(std::error_code code, const std::string& context, std::filesystem::path path = {},
         std::uint64_t offset_bytes = kNoOffset);
+  /// The same, with the errors of single files.
+  Error(std::error_code code, const std::string& context, std::filesystem::path path, std::uint64_t offset_bytes,
+        std::vector<FileError> files);
 
   /// The file that the operation failed on; empty when the failure concerns no single file.
   const std::filesystem::path& path() const noexcept { return path_; }
   /// File offset of the failed operation in bytes, or kNoOffset.
   std::uint64_t offset_bytes() const noexcept { return offset_bytes_; }
+  /// After a load with LoadRequest::continue_on_error: each file that has not landed whole, in the order of the
+  /// request. Empty for other errors. Lives as long as any copy of the error.
+  std::span<const FileError> files() const noexcept;
 
  private:
   std::filesystem::path path_;
   std::uint64_t offset_bytes_;
+  std::shared_ptr<const std::vector<FileError>> files_;  // Shared by the copies. Null if there are none.
 };
+
+/// The error of one file of a load.
+struct FileError {
+  std::size_t file = 0;  ///< Index in LoadRequest::files.
+  Error error;
+};
+
+inline std::span<const FileError> Error::files() const noexcept {
+  return files_ ? std::span<const FileError>(*files_) : std::span<const FileError>();
+}
 
 }  // namespace flashpack
 

@@ -7,6 +7,9 @@
 #include <memory>
 #include <string>
 #include <system_error>
+#include <vector>
+
+#include "flashpack/error.h"
 
 namespace flashpack {
 
@@ -91,6 +94,8 @@ class Transfer {
   /// Requires: the transfer has finished. In a forked child the error is kUnusable.
   std::error_code error() const noexcept;
   std::string error_text() const;
+  /// The errors of single files, as Error::files() has them. Requires: the transfer has finished.
+  std::vector<FileError> file_errors() const;
 
   /// The statistics. Requires: the transfer has finished, successfully or not.
   TransferStats stats() const;

@@ -80,6 +80,22 @@ TEST_F(AsyncTest, FuturesCarryTheError) {
   }
 }
 
+TEST_F(AsyncTest, TheErrorSaysWhichFilesHaveFailed) {
+  LoadRequest wanted = request();
+  wanted.files.insert(wanted.files.begin(), {.path = dir_ / "none"});
+  wanted.continue_on_error = true;
+  auto load = async_load(engine_, wanted, asio::use_future);
+  try {
+    load.get();
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), std::errc::no_such_file_or_directory);
+    ASSERT_EQ(error.files().size(), 1u);
+    EXPECT_EQ(error.files().front().file, 0u);
+  }
+  EXPECT_TRUE(right());
+}
+
 TEST_F(AsyncTest, ARequestThatIsWrongInItselfIsReportedThroughTheHandlerToo) {
   bool inside = true;
   std::exception_ptr seen;

@@ -181,6 +181,25 @@ TEST_F(CoroutineTest, ARequestThatIsRefusedThrowsWhereItIsAwaited) {
   EXPECT_EQ(ended_on_, std::this_thread::get_id());
 }
 
+TEST_F(CoroutineTest, TheErrorSaysWhichFilesHaveFailed) {
+  std::promise<std::size_t> end;
+  [](CoroutineTest& test, std::promise<std::size_t>& ended) -> Detached {
+    LoadRequest request = test.whole();
+    request.files.insert(request.files.begin(), test.missing().files.front());
+    request.continue_on_error = true;
+    std::size_t failed = 100;
+    try {
+      co_await co_load(test.engine_, request, test.loop_.options());
+    } catch (const Error& error) {
+      if (error.files().size() == 1) failed = error.files().front().file;
+    }
+    ended.set_value(failed);
+  }(*this, end);
+  loop_.run_one();
+  EXPECT_EQ(end.get_future().get(), 0u);
+  EXPECT_TRUE(right());
+}
+
 TEST_F(CoroutineTest, ALoadMayEndBeforeTheCoroutineIsSuspended) {
   const auto start = [this](Completion* completion) {
     Transfer load = engine_.start_load(whole(), completion);

@@ -2,9 +2,11 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <span>
 #include <thread>
+#include <vector>
 
 #include "tests/support/device_test.h"
 #include "tests/support/guarded_memory.h"
@@ -71,6 +73,50 @@ TEST_P(CudaLandingTest, AfterAnErrorOfTheDeviceNothingIsToldThatItHasNot) {
   ASSERT_TRUE(transfer.wait_for(kHang));
   EXPECT_TRUE(transfer.error());
   EXPECT_LT(looks.count, file.extents.size());
+}
+
+TEST_P(CudaLandingTest, AFileThatFailsLeavesTheCopiesOfTheOthersAlone) {
+  std::byte* const target = cuda().allocate(bytes_.size());
+  std::byte* const of_failed = cuda().allocate(bytes_.size());
+  LoadRequest wanted{.cache = CachePolicy::kDirect, .continue_on_error = true};
+  wanted.files.push_back(request(of_failed).files.front());
+  wanted.files.push_back(request(target).files.front());
+  Checksums wrong{.size_bytes = bytes_.size()};
+  wrong.crc32c.resize(Checksums::stripes_in(bytes_.size()));
+  wanted.files[0].checksums = &wrong;
+  for (const bool reported : {false, true}) {  // If reported, it fails while copies of it are under way.
+    cuda().poison(target, bytes_.size());
+    wanted.report_extents = reported;
+    Looks looks([](std::size_t) { return true; });
+    Transfer transfer = engine_->start_load(wanted, &looks);
+    ASSERT_TRUE(transfer.wait_for(kHang));
+    ASSERT_EQ(transfer.file_errors().size(), 1u) << transfer.error_text();
+    EXPECT_EQ(transfer.file_errors().front().file, 0u);
+    EXPECT_EQ(transfer.error(), Errc::kCorrupt);
+    EXPECT_TRUE(right(target));
+    EXPECT_EQ(looks.count, reported ? 1u : 0u);
+  }
+}
+
+TEST_P(CudaLandingTest, AnErrorOfTheDeviceFailsAllFilesThatHaveNotLanded) {
+  std::byte* const first = cuda().allocate(bytes_.size());
+  std::byte* const second = cuda().allocate(bytes_.size());
+  LoadRequest wanted{.cache = CachePolicy::kDirect, .continue_on_error = true};
+  wanted.files.push_back({.path = dir_ / "none", .extents = {{0, 0, nullptr}}, .fd = std::numeric_limits<int>::max()});
+  wanted.files.push_back(request(first).files.front());
+  wanted.files.push_back(request(second).files.front());
+  cuda().hold(true);
+  cuda().fail("cudaMemcpyAsync", 6, cudaErrorInvalidValue);
+  Transfer transfer = engine_->start_load(wanted);
+  while (cuda().failure_pending()) std::this_thread::yield();
+  cuda().hold(false);
+  ASSERT_TRUE(transfer.wait_for(kHang));
+  EXPECT_EQ(transfer.error().category(), cuda_category());
+  const std::vector<FileError> errors = transfer.file_errors();
+  ASSERT_EQ(errors.size(), 3u);
+  EXPECT_EQ(errors[0].error.code(), std::errc::bad_file_descriptor);
+  EXPECT_EQ(errors[1].error.code(), transfer.error());
+  EXPECT_EQ(errors[2].error.code(), transfer.error());
 }
 
 }  // namespace

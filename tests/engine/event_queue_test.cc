@@ -189,6 +189,21 @@ TEST_F(EventQueueTest, AFailedLoadSaysWhy) {
   EXPECT_THROW(load.wait(), Error);
 }
 
+TEST_F(EventQueueTest, ALoadOfWhichOneFileHasFailedSaysWhy) {
+  LoadRequest request = whole();
+  request.files.insert(request.files.begin(), missing().files.front());
+  request.report_extents = request.continue_on_error = true;
+  const Transfer load = queue_.start_load(engine_, request, 3);
+  const std::vector<Event> events = take_until_done(queue_, 1);
+  ASSERT_EQ(events.size(), 2u);
+  EXPECT_EQ(events[0].kind, Event::Kind::kLanded);
+  EXPECT_EQ(events[0].file, 1u);
+  EXPECT_EQ(events[1].error, std::errc::no_such_file_or_directory);
+  ASSERT_EQ(load.file_errors().size(), 1u);
+  EXPECT_EQ(load.file_errors().front().file, 0u);
+  EXPECT_TRUE(right());
+}
+
 TEST_F(EventQueueTest, ACancelledLoadSaysSo) {
   Plug plug(engine_);
   Transfer load = queue_.start_load(engine_, whole(), 3);

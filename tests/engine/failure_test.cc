@@ -4,6 +4,7 @@
 
 #include <cerrno>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -31,6 +32,25 @@ TEST(FailureTest, EveryExceptionHasACodeAndAPath) {
   const Failure fault = failure_of(std::logic_error("an index"));
   EXPECT_EQ(fault.code, std::errc::state_not_recoverable);
   EXPECT_EQ(fault.context, "open the file: an index");
+}
+
+TEST(FailureTest, ItsErrorHasThoseOfTheFiles) {
+  Failure failure(Error(Errc::kTruncated, "read a", "a"));
+  EXPECT_TRUE(failure.error().files().empty());
+  failure.files = {{3, Failure(Error(Errc::kCorrupt, "verify b", "b", 7))}, {5, failure}};
+  std::optional<Error> copy;
+  {
+    const Error error = failure.error();
+    ASSERT_EQ(error.files().size(), 2u);
+    copy = error;
+  }
+  ASSERT_EQ(copy->files().size(), 2u);
+  EXPECT_EQ(copy->files()[0].file, 3u);
+  EXPECT_EQ(copy->files()[0].error.code(), Errc::kCorrupt);
+  EXPECT_EQ(copy->files()[0].error.path(), "b");
+  EXPECT_EQ(copy->files()[0].error.offset_bytes(), 7u);
+  EXPECT_EQ(copy->files()[1].file, 5u);
+  EXPECT_EQ(copy->files()[1].error.what(), "read a: " + make_error_code(Errc::kTruncated).message());
 }
 
 }  // namespace

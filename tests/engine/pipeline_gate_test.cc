@@ -129,6 +129,29 @@ TEST_F(PipelineGateTest, AGateOpensAlsoForTheTransferThatStuckReadsLeaveNoSlot) 
   ASSERT_TRUE(stuck.wait_for(kHang));
 }
 
+TEST_F(PipelineGateTest, AFileThatFailsGivesItsSlotsBackThoughItsGateIsShut) {
+  rig_.get_stuck_from(4 * kChunk);
+  Stream stream;
+  GuardedMemory target(2 * kChunk);
+  LoadRequest request{
+      .files = {{.path = path_, .extents = {{0, kChunk, target.data()}, {4 * kChunk, kChunk, target.data() + kChunk}}}},
+      .cache = CachePolicy::kDirect,
+      .stream = reinterpret_cast<CUstream_st*>(&stream),
+      .continue_on_error = true};
+  Transfer transfer = rig_.start_request(request);
+  while (transfer.progress().outstanding < 2) std::this_thread::yield();
+  wait_for_looks(stream);  // The first chunk waits for the gate, the second one for the disk.
+  rig_.fail_at(4 * kChunk);
+  rig_.get_stuck_from(bytes_.size());
+  ASSERT_TRUE(transfer.wait_for(kHang)) << "it hangs";
+  EXPECT_EQ(transfer.error(), std::errc::io_error);
+  rig_.fail_at(bytes_.size());
+  request.stream = nullptr;
+  Transfer again = rig_.start_request(request);
+  ASSERT_TRUE(again.wait_for(kHang));
+  EXPECT_FALSE(again.error()) << again.error_text();
+}
+
 // Each look costs the driver a turn; what is between them is sleep, and the sum of it a lower bound of what passes.
 TEST_F(PipelineGateTest, AGateThatStaysShutIsLookedAtLessAndLess) {
   constexpr int kLooks = 200;

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "flashpack/engine.h"
 #include "tests/support/faulty_fs.h"
@@ -94,6 +95,26 @@ TEST_P(FuseTest, AnErrorNamesPathAndOffset) {
   EXPECT_GE(error_->offset_bytes() + kMiB, kBadOffset) << "the chunk that holds the bad block";
   EXPECT_NE(std::string(error_->what()).find(path("eio").string() + " at "), std::string::npos) << error_->what();
   EXPECT_EQ(load("plain"), std::error_code()) << "the engine goes on";
+}
+
+TEST_P(FuseTest, FilesThatFailLeaveTheOthersAloneIfTheRequestSaysSo) {
+  constexpr std::array kFiles = {"eio", "plain", "early", "short"};
+  for (const std::size_t phase : {0u, 64u}) {
+    std::vector<std::unique_ptr<GuardedMemory>> memory;
+    LoadRequest wanted{.cache = std::get<CachePolicy>(GetParam()), .continue_on_error = true};
+    for (const char* name : kFiles) {
+      memory.push_back(std::make_unique<GuardedMemory>(kFileBytes, phase));
+      wanted.files.push_back(request(name, *memory.back()).files.front());
+    }
+    Transfer transfer = engine_.start_load(wanted);
+    ASSERT_TRUE(transfer.wait_for(kHang));
+    const std::vector<FileError> errors = transfer.file_errors();
+    ASSERT_EQ(errors.size(), 2u) << transfer.error_text();
+    EXPECT_TRUE(errors[0].file == 0 && errors[0].error.code() == std::errc::io_error) << errors[0].error.what();
+    EXPECT_TRUE(errors[1].file == 2 && errors[1].error.code() == Errc::kTruncated) << errors[1].error.what();
+    EXPECT_TRUE(right(*memory[1]) && right(*memory[3]));
+    for (const auto& each : memory) EXPECT_TRUE(each->intact());
+  }
 }
 
 TEST_P(FuseTest, AFileThatEndsBeforeItsSizeIsAShortRead) { EXPECT_EQ(load("early"), Errc::kTruncated); }

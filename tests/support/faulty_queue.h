@@ -87,6 +87,9 @@ class FaultyQueue final : public Interface {
     if (listener_) listener_->wake();
   }
 
+  /// Any thread: operations on the byte at that offset of a file give EIO.
+  void fail_at(std::uint64_t offset_bytes) { fails_at_bytes_ = offset_bytes; }
+
   bool idle() const { return pending_.empty(); }
   std::size_t max_in_flight() const { return max_in_flight_; }
   /// How often something was waited for while an operation hung.
@@ -123,6 +126,14 @@ class FaultyQueue final : public Interface {
   static bool touches_file(const internal::ByteWork& work) { return work.fd >= 0; }
   static std::uint64_t offset_of(const internal::DiskRequest& request) { return request.offset_bytes; }
   static std::uint64_t offset_of(const internal::ByteWork& work) { return work.fragments.front().offset_bytes; }
+  static bool holds(const internal::DiskRequest& request, std::uint64_t offset_bytes) {
+    return offset_bytes >= request.offset_bytes && offset_bytes - request.offset_bytes < request.memory.size();
+  }
+  static bool holds(const internal::ByteWork& work, std::uint64_t offset_bytes) {
+    return touches_file(work) && std::ranges::any_of(work.fragments, [&](const internal::Fragment& fragment) {
+             return offset_bytes >= fragment.offset_bytes && offset_bytes < internal::end_of(fragment);
+           });
+  }
   bool is_stuck(const Pending& pending) const {
     return touches_file(pending.request) && offset_of(pending.request) >= stuck_from_bytes_;
   }
@@ -137,7 +148,9 @@ class FaultyQueue final : public Interface {
     while (is_stuck(at->second)) at = std::next(at) == pending_.end() ? pending_.begin() : std::next(at);
     const auto [tag, chosen] = *at;
     pending_.erase(at);
-    done_.push_back({tag, chosen.cancelled && chance(50) ? -ECANCELED : result_of(chosen.request)});
+    const bool cancelled = chosen.cancelled && chance(50);
+    const std::int64_t failed = cancelled ? -ECANCELED : holds(chosen.request, fails_at_bytes_) ? -EIO : 0;
+    done_.push_back({tag, failed != 0 ? failed : result_of(chosen.request)});
   }
 
   std::int64_t result_of(internal::DiskRequest request) {
@@ -163,6 +176,7 @@ class FaultyQueue final : public Interface {
   internal::Queue* const listener_;
   std::map<unsigned, Pending> pending_;
   std::atomic<std::uint64_t> stuck_from_bytes_ = std::numeric_limits<std::uint64_t>::max();
+  std::atomic<std::uint64_t> fails_at_bytes_ = std::numeric_limits<std::uint64_t>::max();
   std::vector<internal::IoCompletion> done_;
   std::size_t max_in_flight_ = 0;
   std::size_t hangs_ = 0;

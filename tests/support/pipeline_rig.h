@@ -78,6 +78,9 @@ class PipelineRig {
                         .report_extents = load.report_extents};
     return start(internal::prepare_load(facts_, std::move(request), load.completion), load.cancelled);
   }
+  Transfer start_request(LoadRequest request, Completion* completion = nullptr) {
+    return start(internal::prepare_load(facts_, std::move(request), completion), false);
+  }
 
   struct Store {
     std::shared_ptr<const internal::TransferState> state;
@@ -107,6 +110,11 @@ class PipelineRig {
   void get_stuck_from(std::uint64_t offset_bytes) {
     disk_.get_stuck_from(offset_bytes);
     if (auto* workers = faulty_workers()) workers->get_stuck_from(offset_bytes);
+  }
+  /// Any thread: what reads the byte at that offset fails.
+  void fail_at(std::uint64_t offset_bytes) {
+    disk_.fail_at(offset_bytes);
+    if (auto* workers = faulty_workers()) workers->fail_at(offset_bytes);
   }
   const FaultyQueue<internal::DiskQueue>& disk() const { return disk_; }
   FaultyQueue<internal::DiskQueue>& disk() { return disk_; }
