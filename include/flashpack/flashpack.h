@@ -218,8 +218,14 @@ typedef struct flashpack_load_request {
   void* stream;        ///< A cudaStream_t: nothing is written to a GPU before all work that is on it has ended. NULL is
                        ///< the legacy default stream.
   int64_t timeout_ns;  ///< When it has passed, the transfer ends with FLASHPACK_DEADLINE_EXCEEDED. 0 is no limit.
-  flashpack_events* events;  ///< If not NULL, it is told when the transfer has finished.
-  uint64_t tag;              ///< Any number, which comes with these events.
+  flashpack_events* events;   ///< If not NULL, it is told when the transfer has finished.
+  uint64_t tag;               ///< Any number, which comes with these events.
+  int32_t continue_on_error;  ///< If not 0, a file that fails leaves the others alone: they land, the transfer ends
+                              ///< with the status of the first file that has failed, and
+                              ///< flashpack_transfer_file_status() tells which have. A timeout, a cancel and an error
+                              ///< of CUDA fail all files that have not landed by then. Neither for functions that give
+                              ///< no transfer nor with FLASHPACK_VERIFY_ALWAYS, whose promise is about all files.
+  int32_t reserved;
 } flashpack_load_request;
 
 /// A snapshot of a transfer.
@@ -259,6 +265,10 @@ flashpack_status flashpack_load(flashpack_engine* engine, const flashpack_load_r
 flashpack_status flashpack_transfer_wait(flashpack_transfer* transfer, flashpack_error** error);
 /// The same, but returns FLASHPACK_RUNNING when `timeout_ns` nanoseconds have passed. 0 only asks.
 flashpack_status flashpack_transfer_wait_for(flashpack_transfer* transfer, int64_t timeout_ns, flashpack_error** error);
+/// How file `file` of a load with continue_on_error has ended, an index as in flashpack_extent. FLASHPACK_OK means that
+/// all of its extents are in their targets. Otherwise these are unspecified, except those that FLASHPACK_EVENT_LANDED
+/// has told of. FLASHPACK_RUNNING until the transfer has finished.
+flashpack_status flashpack_transfer_file_status(flashpack_transfer* transfer, size_t file, flashpack_error** error);
 /// Makes the transfer end soon, with FLASHPACK_CANCELLED; returns at once. A transfer that has finished stays as it is.
 flashpack_status flashpack_transfer_cancel(flashpack_transfer* transfer, flashpack_error** error);
 /// How far the transfer is, whether it has finished or not.

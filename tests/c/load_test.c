@@ -316,6 +316,102 @@ TEST(wrong_requests_are_refused_before_anything_is_read) {
   flashpack_engine_destroy(engine);
 }
 
+TEST(a_file_that_fails_leaves_the_others_alone_if_the_request_says_so) {
+  flashpack_engine* engine = new_engine();
+  // The second path has no extents, so that files of the engine are numbered in another way than the caller's.
+  const char* const paths[] = {make_file("a", SIZE), "/no/such/file", "/none/either", make_file("b", SIZE)};
+  unsigned char* a = malloc(SIZE);
+  unsigned char* b = malloc(SIZE);
+  unsigned char none[10];
+  CHECK(a && b);
+  const flashpack_extent extents[] = {{.file = 0, .size_bytes = SIZE, .target = a},
+                                      {.file = 2, .size_bytes = sizeof none, .target = none},
+                                      {.file = 3, .size_bytes = SIZE, .target = b}};
+  flashpack_load_request request = {sizeof request};
+  request.paths = paths;
+  request.path_count = 4;
+  request.extents = extents;
+  request.extent_count = 3;
+  request.continue_on_error = 1;
+  flashpack_transfer* transfer = NULL;
+  OK(flashpack_start_load(engine, &request, &transfer, &error));
+  FAILS(ENOENT, "1 of 3 files failed: open /none/either: ", flashpack_transfer_wait(transfer, &error));
+  OK(flashpack_transfer_file_status(transfer, 0, &error));
+  OK(flashpack_transfer_file_status(transfer, 1, &error));
+  OK(flashpack_transfer_file_status(transfer, 3, &error));
+  flashpack_error* error = NULL;
+  CHECK(flashpack_transfer_file_status(transfer, 2, &error) == ENOENT);
+  CHECK(strcmp(flashpack_error_path(error), "/none/either") == 0);
+  CHECK(strstr(flashpack_error_message(error), "open /none/either: ") == flashpack_error_message(error));
+  flashpack_error_destroy(error);
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "no file 4 of 4", flashpack_transfer_file_status(transfer, 4, &error));
+  CHECK(right(a, 0, SIZE) && right(b, 0, SIZE));
+  flashpack_transfer_destroy(transfer);
+
+  request.continue_on_error = 0;
+  OK(flashpack_start_load(engine, &request, &transfer, &error));
+  FAILS(ENOENT, "open /none/either: ", flashpack_transfer_wait(transfer, &error));
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "continues", flashpack_transfer_file_status(transfer, 0, &error));
+  flashpack_transfer_destroy(transfer);
+  free(a);
+  free(b);
+  flashpack_engine_destroy(engine);
+}
+
+TEST(a_load_that_continues_needs_a_transfer_that_can_be_asked) {
+  flashpack_engine* engine = new_engine();
+  whole_file load;
+  make_whole_file(&load);
+  flashpack_transfer* transfer = NULL;
+  flashpack_tensors* tensors = NULL;
+  load.request.continue_on_error = 1;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "no transfer", flashpack_load(engine, &load.request, &error));
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "no transfer", flashpack_load_all(engine, &load.request, &tensors, &error));
+  load.request.reserved = 1;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "reserved", flashpack_start_load(engine, &load.request, &transfer, &error));
+  free(load.memory);
+  flashpack_engine_destroy(engine);
+}
+
+static void save_one_tensor(flashpack_engine* engine, const char* path, const char* name) {
+  static float values[1000];
+  const int64_t shape = 1000;
+  const flashpack_save_tensor tensor = {.name = name,
+                                        .name_bytes = strlen(name),
+                                        .shape = &shape,
+                                        .dims = 1,
+                                        .data = values,
+                                        .dtype = FLASHPACK_DTYPE_FLOAT32};
+  OK(flashpack_save(engine, path, &tensor, 1, NULL, &error));
+}
+
+TEST(a_file_of_a_checkpoint_that_is_corrupt_names_its_tensors_and_leaves_the_others_alone) {
+  flashpack_engine* engine = new_engine();
+  const char* const paths[] = {in_folder("one.flashpack"), in_folder("two.flashpack")};
+  save_one_tensor(engine, paths[0], "one.weight");
+  save_one_tensor(engine, paths[1], "two.weight");
+  FILE* file = fopen(paths[0], "r+b");
+  CHECK(file && fputc(1, file) == 1 && fclose(file) == 0);
+  flashpack_load_request request = {sizeof request};
+  flashpack_checkpoint* checkpoint = NULL;
+  OK(flashpack_checkpoint_open_files(paths, 2, &checkpoint, &error));
+  request.checkpoint = checkpoint;
+  request.continue_on_error = 1;
+  flashpack_tensors* tensors = NULL;
+  flashpack_transfer* transfer = NULL;
+  OK(flashpack_start_load_all(engine, &request, &tensors, &transfer, &error));
+  FAILS(FLASHPACK_CORRUPT, "1 of 2 files failed: verify ", flashpack_transfer_wait(transfer, &error));
+  FAILS(FLASHPACK_CORRUPT, "one.weight", flashpack_transfer_file_status(transfer, 0, &error));
+  OK(flashpack_transfer_file_status(transfer, 1, &error));
+  flashpack_transfer_destroy(transfer);
+  flashpack_tensors_destroy(tensors);
+  request.verify = FLASHPACK_VERIFY_ALWAYS;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "verifies always",
+        flashpack_start_load_all(engine, &request, &tensors, &transfer, &error));
+  flashpack_checkpoint_destroy(checkpoint);
+  flashpack_engine_destroy(engine);
+}
+
 TEST(memory_has_the_place_in_a_page_that_the_bytes_have_in_the_file) {
   flashpack_memory* memory = NULL;
   OK(flashpack_memory_create(SIZE, 100000, &memory, &error));

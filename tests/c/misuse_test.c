@@ -56,6 +56,7 @@ TEST(null_handles_and_places_are_refused) {
   NULL_IS_REFUSED("request", flashpack_load(engine, NULL, &error));
   NULL_IS_REFUSED("transfer", flashpack_transfer_wait(NULL, &error));
   NULL_IS_REFUSED("transfer", flashpack_transfer_wait_for(NULL, 0, &error));
+  NULL_IS_REFUSED("transfer", flashpack_transfer_file_status(NULL, 0, &error));
   NULL_IS_REFUSED("transfer", flashpack_transfer_cancel(NULL, &error));
   NULL_IS_REFUSED("transfer", flashpack_transfer_get_progress(NULL, NULL, &error));
   NULL_IS_REFUSED("transfer", flashpack_transfer_get_stats(NULL, NULL, &error));

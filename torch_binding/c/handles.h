@@ -61,6 +61,8 @@ struct flashpack_transfer {
   std::shared_ptr<const flashpack::c::OpenCheckpoint> opened;  // Null unless extents are of a checkpoint.
   flashpack::Verify verify = flashpack::Verify::kNever;
   std::shared_ptr<const flashpack::c::Memory> memory;  // The targets, unless they are the caller's.
+  std::size_t file_count = 0;                          // Of a load that continues on errors, else 0.
+  std::vector<std::size_t> files;                      // For each file of its LoadRequest, the index among those.
   flashpack::Transfer transfer;                        // After `memory`, because it ends before that goes.
 
   std::mutex mutex;                               // Protects the rest, and calls that are for one thread at a time.

@@ -34,9 +34,8 @@ Extents extents_of(const flashpack_load_request& given, std::size_t file_count) 
   return extents;
 }
 
-std::vector<FileExtents> files_by_path(const flashpack_load_request& given) {
+std::vector<FileExtents> files_by_path(const flashpack_load_request& given, Extents extents) {
   const auto paths = array(given.paths, given.path_count, "request->paths");
-  Extents extents = extents_of(given, paths.size());
   std::vector<FileExtents> files;
   for (std::size_t i = 0; i < paths.size(); ++i) {
     const char* path = &require(paths[i], "an element of request->paths");
@@ -61,7 +60,25 @@ LoadRequest request_of(const flashpack_load_request& given, std::vector<FileExte
           .cache = one_of(given.cache, CachePolicy::kBuffered, "request->cache"),
           .after = given.drop_cached ? AfterLoad::kDrop : AfterLoad::kKeep,
           .stream = static_cast<CUstream_st*>(given.stream),
-          .deadline = deadline_in(given.timeout_ns)};
+          .deadline = deadline_in(given.timeout_ns),
+          .continue_on_error = given.continue_on_error != 0};
+}
+
+// Lets the transfer know which file of the caller each one of the LoadRequest is.
+void remember_files(const flashpack_load_request& given, const Extents& extents, flashpack_transfer& transfer) {
+  if (given.reserved != 0) throw argument_error("request->reserved is not 0");
+  if (!given.continue_on_error) return;
+  if (transfer.verify == Verify::kAlways) throw argument_error("request continues on errors, and verifies always");
+  transfer.file_count = extents.size();
+  for (std::size_t i = 0; i < extents.size(); ++i) {
+    if (!extents[i].empty()) transfer.files.push_back(i);
+  }
+}
+
+// A caller who gets no transfer could not ask which files have failed.
+void refuse_to_continue(const flashpack_load_request* request) {
+  if (given(require(request, "request"), "request").continue_on_error)
+    throw argument_error("request continues on errors, and there is no transfer to ask about them");
 }
 
 // Which extent of the caller each one is that extents_of() has found, in files that have any.
@@ -91,14 +108,16 @@ std::unique_ptr<flashpack_transfer> start_load(flashpack_engine* engine, const f
   std::vector<FileExtents> files;
   const std::size_t file_count =
       given.checkpoint ? given.checkpoint->opened->checkpoint.files().size() : given.path_count;
+  Extents extents = extents_of(given, file_count);
+  remember_files(given, extents, *transfer);
   if (given.checkpoint) {
     if (given.path_count > 0) throw argument_error("request has a checkpoint, and paths");
     transfer->opened = given.checkpoint->opened;
     const Checkpoint& checkpoint = transfer->opened->checkpoint;
-    files = files_of(checkpoint, extents_of(given, file_count), transfer->verify);
+    files = files_of(checkpoint, std::move(extents), transfer->verify);
   } else {
     if (transfer->verify == Verify::kAlways) throw argument_error("files that are given by path cannot be verified");
-    files = files_by_path(given);
+    files = files_by_path(given, std::move(extents));
   }
   ExtentIndices indices = given.report_extents ? indices_of(given, file_count) : ExtentIndices{};
   transfer->transfer = start(used, given, std::move(files), std::move(indices));
@@ -142,6 +161,7 @@ WholeLoad start_load_all(flashpack_engine* engine, const flashpack_load_request*
   for (std::size_t i = 0; i < all.size(); ++i) all[i] = i;
   const SegmentPlan plan = plan_segments(checkpoint, all, Device::Kind::kHost, load.transfer->verify);
   Extents extents = allocate(checkpoint, plan, load);
+  remember_files(given, extents, *load.transfer);
   load.transfer->transfer =
       start(used, given, files_of(checkpoint, std::move(extents), load.transfer->verify), ExtentIndices{});
   return load;
@@ -201,7 +221,10 @@ flashpack_status flashpack_start_load(flashpack_engine* engine, const flashpack_
 
 flashpack_status flashpack_load(flashpack_engine* engine, const flashpack_load_request* request,
                                 flashpack_error** error) {
-  return guarded(error, [&] { wait(*start_load(engine, request)); });
+  return guarded(error, [&] {
+    refuse_to_continue(request);
+    wait(*start_load(engine, request));
+  });
 }
 
 flashpack_status flashpack_start_load_all(flashpack_engine* engine, const flashpack_load_request* request,
@@ -220,6 +243,7 @@ flashpack_status flashpack_load_all(flashpack_engine* engine, const flashpack_lo
                                     flashpack_tensors** tensors, flashpack_error** error) {
   return guarded(error, [&] {
     auto*& result = result_of(tensors, "tensors");
+    refuse_to_continue(request);
     WholeLoad load = start_load_all(engine, request);
     wait(*load.transfer);
     result = load.tensors.release();

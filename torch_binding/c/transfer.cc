@@ -19,14 +19,27 @@ std::chrono::nanoseconds duration_of(std::int64_t timeout_ns) {
   return std::min(std::chrono::nanoseconds(timeout_ns), kLongest);
 }
 
-// Throws the Error that the transfer ended with. Requires: it has finished.
-void throw_failure(flashpack_transfer& transfer) {
-  const std::lock_guard lock(transfer.mutex);
-  const auto result = [&] { return transfer.transfer.wait(); };
+// Calls `result`, which returns how a load ended or throws its Error, which then names the tensors that it concerns.
+template <typename Result>
+void look_at(flashpack_transfer& transfer, Result result) {
   if (transfer.opened) {
     verified(transfer.opened->checkpoint, transfer.verify, result);
   } else {
     result();
+  }
+}
+
+// Throws the Error that the transfer ended with. Requires: it has finished.
+void throw_failure(flashpack_transfer& transfer) {
+  const std::lock_guard lock(transfer.mutex);
+  look_at(transfer, [&] { return transfer.transfer.wait(); });
+}
+
+// Throws the Error that one file of the caller's ended with. Requires: the transfer has finished.
+void throw_failure(flashpack_transfer& transfer, std::size_t file) {
+  const std::lock_guard lock(transfer.mutex);
+  for (const FileError& failed : transfer.transfer.file_errors()) {
+    if (transfer.files[failed.file] == file) look_at(transfer, [&]() -> TransferStats { throw failed.error; });
   }
 }
 
@@ -57,6 +70,19 @@ flashpack_status flashpack_transfer_wait_for(flashpack_transfer* transfer, int64
     flashpack_transfer& asked = require(transfer, "transfer");
     if (!asked.transfer.wait_for(duration_of(timeout_ns))) return FLASHPACK_RUNNING;
     throw_failure(asked);
+    return FLASHPACK_OK;
+  });
+}
+
+flashpack_status flashpack_transfer_file_status(flashpack_transfer* transfer, size_t file, flashpack_error** error) {
+  return guarded(error, [&]() -> flashpack_status {
+    flashpack_transfer& asked = require(transfer, "transfer");
+    if (file >= asked.file_count) {
+      throw argument_error("there is no file " + std::to_string(file) + " of " + std::to_string(asked.file_count) +
+                           " in a load that continues on errors");
+    }
+    if (!asked.transfer.progress().finished) return FLASHPACK_RUNNING;
+    throw_failure(asked, file);
     return FLASHPACK_OK;
   });
 }

@@ -9,9 +9,9 @@ namespace flashpack {
 
 namespace {
 
-/// Returns `error`; if it is of Errc::kCorrupt, with the tensors in the stripe named, too.
+/// Returns `error`; if it is of Errc::kCorrupt and of one file alone, with the tensors in the stripe named, too.
 Error with_tensors(const Error& error, const Metadata& metadata) {
-  if (error.code() != Errc::kCorrupt) return error;
+  if (error.code() != Errc::kCorrupt || !error.files().empty()) return error;
   const std::uint64_t begin = error.offset_bytes();
   const std::uint64_t size = std::min<std::uint64_t>(Checksums::kStripeBytes, metadata.payload_bytes - begin);
   return {error.code(),

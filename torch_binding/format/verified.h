@@ -40,9 +40,9 @@ FileExtents extents_in(const CheckpointFile& file, std::vector<Extent> extents, 
 std::uint64_t all_verified(const TransferStats& stats, const std::filesystem::path& path);
 
 /// Returns the result of `wait`, which waits for a load that is made of extents_in(). With Verify::kAlways, every byte
-/// that was read has then matched its checksum. Throws: the exceptions of `wait`, where an Error of Errc::kCorrupt also
-/// names the tensors in the stripe; Error (kInvalidArgument) if Verify::kAlways was given and some stripes were read
-/// only in part.
+/// that was read has then matched its checksum. Throws: the exceptions of `wait`, where an Error of Errc::kCorrupt
+/// without Error::files() also names the tensors in the stripe; Error (kInvalidArgument) if Verify::kAlways was given
+/// and some stripes were read only in part.
 TransferStats verified(const Checkpoint& checkpoint, Verify verify, const std::function<TransferStats()>& wait);
 
 }  // namespace flashpack
