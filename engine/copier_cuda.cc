@@ -306,3 +306,7 @@ int numa_node_of_cuda_device(int device) noexcept {
 }  // namespace flashpack::internal
 
 const std::error_category& flashpack::cuda_category() noexcept { return internal::immortal<internal::CudaCategory>(); }
+
+namespace {
+[[maybe_unused]] const std::error_category& made_at_once = flashpack::cuda_category();  // As in error.cc.
+}  // namespace

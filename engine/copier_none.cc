@@ -17,6 +17,10 @@ class CudaCategory final : public std::error_category {
 
 const std::error_category& cuda_category() noexcept { return internal::immortal<CudaCategory>(); }
 
+namespace {
+[[maybe_unused]] const std::error_category& made_at_once = cuda_category();  // As in error.cc.
+}  // namespace
+
 namespace internal {
 
 std::unique_ptr<Copier> make_cuda_copier(int, std::span<const std::span<std::byte>>, Pool&, bool) {

@@ -52,6 +52,12 @@ class Category final : public std::error_category {
 
 const std::error_category& flashpack_category() noexcept { return internal::immortal<Category>(); }
 
+namespace {
+// It is made while the program is loaded. A fork during a first call by another thread would leave the child waiting
+// for the end of that call.
+[[maybe_unused]] const std::error_category& made_at_once = flashpack_category();
+}  // namespace
+
 Error::Error(std::error_code code, const std::string& context, std::filesystem::path path, std::uint64_t offset_bytes)
     : std::system_error(code, context), path_(std::move(path)), offset_bytes_(offset_bytes) {}
 

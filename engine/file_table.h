@@ -19,7 +19,7 @@
 
 namespace flashpack::internal {
 
-/// An open file, with the driver's notes about it. It is open as long as it has users: see FileUse.
+/// An open file, and what the driver remembers about it. It is open as long as it has users: see FileUse.
 struct OpenFile {
   OpenFile(File opened, DiskQueue* its_queue, std::uint64_t its_engine)
       : file(std::move(opened)), engine(its_engine), queue(its_queue) {}
@@ -40,8 +40,9 @@ struct OpenFile {
 };
 
 /// A user of an open file. Loads of one path share a file, and a FileWriter and a FileHandle share theirs with its
-/// transfers. Whoever is the last user closes the file, which may block in the file system, so that the driver ends its
-/// uses with leave(). Thread safety: as a shared_ptr; users of one file may be in any threads.
+/// transfers. The last user closes the file. Closing may block, so the driver calls leave() instead of destroying a
+/// FileUse, and has a thread of the pool close the file. Thread safety: as a shared_ptr; users of one file may be in
+/// any threads.
 class FileUse {
  public:
   /// Uses no file.

@@ -11,8 +11,8 @@ namespace flashpack::internal {
 
 namespace {
 
-// A subject's kind is the highest of these bits that it has. The subjects of other tasks, which are numbers of
-// descriptors, have none of them.
+// The top bits of a subject say what the task does. Other tasks use a descriptor's number as their subject, and have
+// none of these bits.
 constexpr Pool::Subject kReleased = Pool::Subject{1} << 61;
 constexpr Pool::Subject kClosing = Pool::Subject{1} << 62;
 constexpr Pool::Subject kOpening = Pool::Subject{1} << 63;

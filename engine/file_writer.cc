@@ -63,7 +63,7 @@ void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_byte
     if (!reserved && errno != EINTR) break;
   }
   if (!reserved && errno != EINTR && errno != EOPNOTSUPP && errno != ENOSYS) {
-    throw file_error(errno_code(errno), "reserve space for", path_);
+    throw range_error(errno_code(errno), "reserve space for", path_, begin_bytes, end_bytes - begin_bytes);
   }
   reserved_bytes_ = end_bytes;
 }
@@ -148,7 +148,8 @@ void FileWriter::Impl::write_tail(std::span<const std::byte> tail) {
     const auto offset = static_cast<off_t>(payload_bytes_ + done);
     const auto n = uninterrupted(
         [&] { return ::pwrite(open_->file.buffered_fd(), tail.data() + done, tail.size() - done, offset); });
-    if (n <= 0) throw file_error(errno_code(n < 0 ? errno : EIO), "write", path_);
+    if (n <= 0)
+      throw range_error(errno_code(n < 0 ? errno : EIO), "write", path_, payload_bytes_ + done, tail.size() - done);
     done += static_cast<std::uint64_t>(n);
   }
   // Cuts off reserved space that was not used, or extends the file with zeros that were never written.

@@ -76,8 +76,8 @@ struct PartResult {
 class Handover {
  public:
   /// Decides who uses the caller's memory; returns true for the first who claims it. The thread claims it while it
-  /// reads into it. If the transfer fails in that time, it waits for the thread. If it fails before, the driver claims
-  /// the memory. Then the thread reads nothing, so that the transfer can end although the thread is late.
+  /// reads into it. If the part fails in that time, its transfer waits for the thread. If it fails before, the driver
+  /// claims the memory. Then the thread reads nothing, so that the transfer can end although the thread is late.
   bool claim_memory() noexcept { return !memory_claimed_.exchange(true); }
   /// The thread, when it has read.
   void release_memory() noexcept { memory_claimed_ = false; }

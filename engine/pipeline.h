@@ -85,7 +85,8 @@ class Pipeline final : private Steps::Owner {
   void issue_from_now_on(Part& part);
   std::vector<Part*>& issuing_like(const Part& part);
   void on_all_back(Part& part);
-  void stop_waiting_for(Part& part);
+  bool let_go(Part& part, bool late);
+  void stop_waiting_for(Part& part, bool late = false);
   void look_for_late_parts();
   void fail(Part& part, const Error& error);
   void give_up(TransferState& transfer, const Error& error);

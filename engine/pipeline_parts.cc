@@ -143,7 +143,7 @@ void Pipeline::on_came_back(Part& part) {
   if (part.jobs == 0) on_all_back(part);
 }
 
-// To be called when all chunks of the part have been delivered or, if it has failed, none is under way.
+// To be called when no chunk of the part is left: all have been delivered, or it has failed and none is under way.
 void Pipeline::on_all_back(Part& part) {
   assert(std::ranges::count(issuing_like(part), &part) == 0);
   note_fallbacks(part);
@@ -157,13 +157,21 @@ void Pipeline::note_fallbacks(Part& part) {
   part.transfer->driver.note_fallback(part.planned->router.fallback_reason());
 }
 
-// The transfer takes over the result of the part, unless a thread still works on it, and does not wait for the part any
-// more.
-void Pipeline::stop_waiting_for(Part& part) {
-  if (!std::exchange(part.awaited, false)) return;
+// The transfer does not wait for the part any more. `late` says that a thread still has it. Returns false if the
+// transfer did not wait.
+bool Pipeline::let_go(Part& part, bool late) {
+  if (!std::exchange(part.awaited, false)) return false;
   TransferState& transfer = *part.transfer;
   assert(transfer.driver.parts_awaited > 0);
   --transfer.driver.parts_awaited;
+  if (late) --transfer.outstanding;
+  return true;
+}
+
+// The transfer takes over the result of the part, unless a thread still works on it, and lets the part go.
+void Pipeline::stop_waiting_for(Part& part, bool late) {
+  if (!let_go(part, late)) return;
+  TransferState& transfer = *part.transfer;
   if (const PartResult* const result = part.handover.result()) {
     transfer.add(*result);
     if (result->failure && !part.failure) return fail(part, result->failure->error());
@@ -183,9 +191,7 @@ void Pipeline::look_for_late_parts() {
     const bool failed = part.failure.has_value();
     const bool opens = part.state == Part::State::kOpening && failed && part.handover.claim_memory();
     const bool closes = part.handover.result() || (part.state == Part::State::kClosing && failed);
-    if (!opens && !closes) continue;
-    --part.transfer->outstanding;
-    stop_waiting_for(part);
+    if (opens || closes) stop_waiting_for(part, true);
   }
 }
 
@@ -220,14 +226,11 @@ void Pipeline::give_up(Part& part) {
   if (part.state == Part::State::kOpen && part.jobs == 0) return on_all_back(part);
   if (part.state == Part::State::kWaiting) parts_.enter(part, Part::State::kDone, now_);
   if (part.state == Part::State::kDone && part.given) files_.close(std::move(part.given));
-  // A thread that has claimed the memory may write to it, so the transfer waits for the thread.
+  // If claim_memory() is false, the thread may be writing to the caller's memory, so the transfer waits for it.
   const bool opens = part.state == Part::State::kOpening && (part.handover.result() || part.handover.claim_memory());
   const bool left_to_its_thread = opens || (part.state == Part::State::kClosing && part.late);
   const bool nobody_has_it = part.state == Part::State::kDone || part.state == Part::State::kAnswered;
-  if (!left_to_its_thread && !nobody_has_it) return;
-  if (!std::exchange(part.awaited, false)) return;
-  --part.transfer->driver.parts_awaited;
-  if (left_to_its_thread) --part.transfer->outstanding;
+  if (left_to_its_thread || nobody_has_it) let_go(part, left_to_its_thread);
 }
 
 // Ends the transfer if there is nothing left to wait for.

@@ -16,7 +16,7 @@ using Clock = std::chrono::steady_clock;
 struct Pool::State {
   struct Thread {
     std::thread handle;
-    bool running = false;  // A task.
+    bool running = false;  // Whether it runs a task.
     Subject subject = 0;
     bool may_be_left = false;  // The pool owns the task.
     bool late = false;

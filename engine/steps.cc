@@ -11,7 +11,7 @@ namespace flashpack::internal {
 
 namespace {
 
-// After this many results in a row without progress (EINTR, EAGAIN, less than a block) the transfer fails.
+// After this many results in a row without progress (EINTR, EAGAIN, less than a block) the part fails.
 constexpr unsigned kMaxStalls = 32;
 
 }  // namespace

@@ -80,7 +80,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
     std::shared_ptr<TransferState> self;  // Set until the end, so that the state outlives its handle.
     std::unique_ptr<Gate> gate;           // While set, nothing is copied to or from a device.
     std::size_t parts_awaited = 0;        // Parts that the end still waits for.
-    std::optional<Failure> failure;       // Of all parts that have not ended before.
+    std::optional<Failure> failure;       // The error that ended the whole transfer, if one did.
     TransferStats stats;
 
     /// Adds `reason` to stats.fallback_reason unless it is there.
@@ -95,7 +95,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   /// Any thread.
   static void cancel(const std::shared_ptr<TransferState>& state) noexcept;
 
-  // The next five are for the thread that has `driver`.
+  // Only the thread that may use `driver` calls the next five.
 
   /// Takes over the result of a part.
   void add(const PartResult& result);

@@ -67,8 +67,8 @@ constexpr int kMostGib = 1 << 20;
 unsigned cores() { return std::thread::hardware_concurrency(); }
 
 // Times the requests of the settings, those of the pick and the default in any case, until the time is over. They are
-// timed without the engine, by the least code that has as many of the same size in flight in io_uring, because clocks
-// would cost the engine's driver.
+// timed without the engine, by the least code that has as many of the same size in flight in io_uring, because to
+// take the time of each request would slow the engine's driver.
 std::string add_latencies(std::vector<Cell>& cells, Subject& subject, Clock::time_point end) {
   const Setting pick = choose(cells).setting;
   std::vector<Cell*> order;
@@ -141,7 +141,7 @@ void measure_page_cache(Report& report, Subject& subject, const Budget& budget, 
                                      {.link = report.link_gb_per_s, .copies = copies, .cores = cores()});
 }
 
-// In what the searches before have left of the time.
+// Uses the time that the earlier searches have left.
 void measure_policies(Report& report, Subject& subject, const Budget& budget) {
   const Setting& setting = setting_of(report);
   const Clock::time_point now = Clock::now();
@@ -199,12 +199,26 @@ Output open_to_write(const std::string& path) {
   return file;
 }
 
-// Removes the files that the program makes beside PATH also when a signal ends it, which runs no destructor. While they
-// are written, they have names with a dot before and random text behind.
+// Removes all files in the directory of `generated` that have its name in theirs. While a file is written, its name has
+// a dot before and random text behind.
+void remove_all(const std::filesystem::path& generated) {
+  for (bool found = true; found;) {  // The program may make one more meanwhile.
+    found = false;
+    std::error_code error;
+    std::filesystem::directory_iterator entry(generated.parent_path(), error);
+    for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
+      const std::string name = entry->path().filename();
+      if (name.find(generated.filename()) != std::string::npos) found |= ::unlink(entry->path().c_str()) == 0;
+    }
+  }
+}
+
+// Removes the generated files also when a signal ends the program, which runs no destructor.
 void remove_when_ended(const std::filesystem::path& generated) {
+  ::signal(SIGPIPE, SIG_IGN);  // A reader of the output that ends early is no reason to end.
   sigset_t ends;
   ::sigemptyset(&ends);
-  for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT}) {
     struct sigaction action{};
     const bool ignored = ::sigaction(signal, nullptr, &action) == 0 && action.sa_handler == SIG_IGN;
     if (!ignored) ::sigaddset(&ends, signal);
@@ -213,14 +227,10 @@ void remove_when_ended(const std::filesystem::path& generated) {
   std::thread([ends, generated] {
     int signal = 0;
     while (::sigwait(&ends, &signal) != 0) continue;
-    std::error_code error;
-    std::filesystem::directory_iterator entry(generated.parent_path(), error);
-    for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
-      const std::string name = entry->path().filename();
-      if (name.find(generated.filename()) != std::string::npos) ::unlink(entry->path().c_str());
-    }
+    remove_all(generated);
     ::pthread_sigmask(SIG_UNBLOCK, &ends, nullptr);
     ::raise(signal);
+    ::_exit(128 + signal);  // The first process of a container is not ended by the signal.
   }).detach();
 }
 
@@ -232,9 +242,9 @@ int run(Flags flags) {
   }
   const auto size_bytes = static_cast<std::uint64_t>(flags.size_gib * (1 << 30));
   const std::string name = "flashpack_tune." + std::to_string(::getpid()) + ".flashpack";
+  remove_when_ended(flags.path / name);  // Before anything that may start a thread.
   if (flags.device.kind == Device::Kind::kCuda) require_cuda_device(flags.device.index);
   const Output json_file = open_to_write(flags.json_file);
-  remove_when_ended(flags.path / name);
   Subject subject(flags.path / name, size_bytes, flags.device, flags.verify);
   Report report = tune(subject, flags);
   keep(report, flags);

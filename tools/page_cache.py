@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 
 
-def resident_fraction(path: Path) -> float:
-    """The part of the file that is in the page cache, by mincore(2)."""
+def resident_pages(path: Path) -> bytes:
+    """For each page of the file, 1 if it is in the page cache, by mincore(2), else 0."""
     libc = ctypes.CDLL(None, use_errno=True)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
         pages = (ctypes.c_ubyte * math.ceil(len(mapping) / mmap.PAGESIZE))()
@@ -19,8 +19,13 @@ def resident_fraction(path: Path) -> float:
         del start
     if status != 0:
         raise OSError(ctypes.get_errno(), "mincore", str(path))
-    # The kernel sets the lowest bit of each, and no other.
-    return sum(bytes(pages)) / len(pages)
+    return bytes(pages)  # The kernel sets the lowest bit of each, and no other.
+
+
+def resident_fraction(path: Path) -> float:
+    """The part of the file that is in the page cache."""
+    pages = resident_pages(path)
+    return sum(pages) / len(pages)
 
 
 def drop_from_page_cache(path: Path) -> float:

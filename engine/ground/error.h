@@ -63,7 +63,7 @@ void catching(std::error_code& error, Body body) noexcept {
     body();
   } catch (const std::system_error& thrown) {
     error = thrown.code();
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {  // std::bad_alloc, or the std::length_error of a size that no memory has.
     error = std::make_error_code(std::errc::not_enough_memory);
   }
 }

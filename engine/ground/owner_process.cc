@@ -29,7 +29,7 @@ Word& new_word() noexcept {
   if (!page.empty() && ::madvise(page.data(), page.size(), MADV_WIPEONFORK) == 0) return *new (page.data()) Word(0);
   internal::unmap(page);
   static Word word = 0;
-  // This fails only if there is no memory left, and then while the program is loaded.
+  // Only a lack of memory makes this fail. It runs while the program is loaded, so nothing is lost if the process ends.
   if (::pthread_atfork(nullptr, nullptr, [] { word = 0; }) != 0) std::terminate();
   return word;
 }

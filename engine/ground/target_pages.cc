@@ -69,8 +69,8 @@ bool promises_are_free() {
 
 TargetPages& TargetPages::of_process() {
   auto& one = immortal<TargetPages>();
-  // A child must not inherit a mutex that a thread of its parent holds. This fails only if there is no memory left, and
-  // then while the program is loaded.
+  // A child must not inherit a mutex that a thread of its parent holds. Only a lack of memory makes this
+  // fail. It runs while the program is loaded, so nothing is lost if the process ends.
   static const int error = ::pthread_atfork([] { of_process().mutex_.lock(); }, [] { of_process().mutex_.unlock(); },
                                             [] { of_process().begin_as_child(); });
   if (error != 0) std::terminate();

@@ -14,9 +14,9 @@ namespace flashpack::internal {
 /// forked child, too.
 ///
 /// One instance serves the process, though libraries should have no state of their own, because memory has no engine,
-/// and kept pages serve whoever needs memory next. (The others are numbers alone: that of the process, and the
-/// engines'.) It is never destroyed, because memory may be given back by static objects. HostMemory uses it, and
-/// engines only tell it what they have populated.
+/// and kept pages serve whoever needs memory next. (engine/README.md lists what else the process has.) It is never
+/// destroyed, because memory may be given back by static objects. HostMemory uses it, and engines only tell it what
+/// they have populated.
 class TargetPages {
  public:
   /// Use of_process().

@@ -1,4 +1,4 @@
-/// Tells of profiles that were made here, and that no load has.
+/// Lists the profiles in the user's file that no load on this machine uses.
 #pragma once
 
 #include <filesystem>

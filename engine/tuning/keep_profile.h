@@ -8,12 +8,12 @@
 
 namespace flashpack::internal {
 
-/// Keeps chunk_bytes, queue_depth, workers, staging_bytes unless they are 0, and a backend kWorkers of `options` for
-/// loads of `path` to `options.device`, in place of the profile that there was for it. The file is replaced at once,
-/// and processes that do so at the same time do not lose each other's profiles. Options with the default values are
-/// kept as "the defaults", not as numbers. Throws: Error (kInvalidArgument if the options are out of range, loads of
-/// `path` have no key that could be recognised, as on tmpfs, or the file is damaged, because its other profiles would
-/// be lost; errno when the file cannot be read or written).
+/// Keeps chunk_bytes, queue_depth, workers, staging_bytes if it is not 0, and the backend if it is kWorkers, of
+/// `options` for loads of `path` to `options.device`, in place of the profile that there was for it. The file is
+/// replaced at once, and processes that do so at the same time do not lose each other's profiles. Options with the
+/// default values are kept as "the defaults", not as numbers. Throws: Error (kInvalidArgument if the options are out of
+/// range, loads of `path` have no key that could be recognised, as on tmpfs, or the file is damaged, because its other
+/// profiles would be lost; errno when the file cannot be read or written).
 void keep_profile(const std::filesystem::path& path, const EngineOptions& options,
                   const std::filesystem::path& profiles = profiles_path());
 

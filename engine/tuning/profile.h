@@ -14,8 +14,8 @@ namespace flashpack::internal {
 /// The text of this name in the profile; empty if there is none.
 std::string text_at(const boost::json::value& profile, std::string_view name);
 
-/// The first name in the key of which the profile has another value; null if they are the same. What is no profile
-/// has another storage.
+/// The first name in the key of which the profile has another value; null if they are the same. A value that is
+/// not a JSON object counts as different in its storage.
 const char* difference(const boost::json::value& profile, const ProfileKey& key);
 
 /// The same as text: `for kernel "6.1", and here it is "6.18"`. Empty if they are the same.

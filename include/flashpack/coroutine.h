@@ -22,8 +22,8 @@
 /// A coroutine that is destroyed while it waits cancels the transfer, and its destruction waits until nothing is in
 /// flight; so it must not be destroyed on the driver thread. Destroy it only while nobody can resume it. With
 /// AwaitOptions::resume, its handle may still come to your queue during the destruction: remove it from your queue
-/// afterwards. Without it, the driver thread may be about to resume the coroutine: request a stop instead. From the
-/// call of AwaitOptions::resume on it is the callee's, who resumes or destroys it.
+/// afterwards. Without it, the driver thread may be about to resume the coroutine: request a stop instead. Once
+/// AwaitOptions::resume has been called, the handle belongs to that function, which must resume or destroy it.
 #pragma once
 
 #include <atomic>

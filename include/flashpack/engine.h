@@ -122,11 +122,13 @@ struct LoadRequest {
   /// the first such file of the request, Error::files() and Transfer::file_errors() have one for each, and a file that
   /// they do not name has landed whole.
   ///
-  /// The targets of a file that has failed hold unspecified bytes, except extents that Completion::landed() has been
-  /// called for, as it says. It is not called for any extent of the file after the failure.
+  /// The targets of a file that has failed hold unspecified bytes, except those extents for which Completion::landed()
+  /// has been called, which stay valid as described there. It is not called for any extent of the file after the
+  /// failure.
   ///
-  /// Everything fails if the transfer is cancelled or its deadline passes, and after an error of CUDA, which every
-  /// later copy would have, too. Error::files() then also names the files that had not landed whole by that time.
+  /// Everything fails if the transfer is cancelled or its deadline passes, and after an error of CUDA, because
+  /// all later copies would fail as well. Error::files() then also names the files that had not landed whole by that
+  /// time.
   bool continue_on_error = false;
 };
 

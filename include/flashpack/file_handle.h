@@ -24,8 +24,9 @@ class FileUse;
 /// checksums.
 ///
 /// Copies share the file, which is closed after the last copy and the last load. Thread safety: as a shared_ptr. It may
-/// outlive its engine. Its last copy, and the last load, may block in the file system when they close the file. In a
-/// forked child a handle only says what it knows; its end there closes the child's own descriptor.
+/// outlive its engine. The end of the last copy may block in the file system, because it may close the file. In a
+/// forked child a handle only says what it knows. Its end there closes the child's own descriptor, unless a load was
+/// under way at the fork.
 class FileHandle {
  public:
   /// No file.

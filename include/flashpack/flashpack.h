@@ -223,8 +223,9 @@ typedef struct flashpack_load_request {
   int32_t continue_on_error;  ///< If not 0, a file that fails leaves the others alone: they land, the transfer ends
                               ///< with the status of the first file that has failed, and
                               ///< flashpack_transfer_file_status() tells which have. A timeout, a cancel and an error
-                              ///< of CUDA fail all files that have not landed by then. Neither for functions that give
-                              ///< no transfer nor with FLASHPACK_VERIFY_ALWAYS, whose promise is about all files.
+                              ///< of CUDA fail all files that have not landed by then. It is refused by functions that
+                              ///< return no transfer, and together with FLASHPACK_VERIFY_ALWAYS, which promises that
+                              ///< all files are verified.
   int32_t reserved;
 } flashpack_load_request;
 
@@ -267,7 +268,7 @@ flashpack_status flashpack_transfer_wait(flashpack_transfer* transfer, flashpack
 flashpack_status flashpack_transfer_wait_for(flashpack_transfer* transfer, int64_t timeout_ns, flashpack_error** error);
 /// How file `file` of a load with continue_on_error has ended, an index as in flashpack_extent. FLASHPACK_OK means that
 /// all of its extents are in their targets. Otherwise these are unspecified, except those that FLASHPACK_EVENT_LANDED
-/// has told of. FLASHPACK_RUNNING until the transfer has finished.
+/// has told of. FLASHPACK_RUNNING until the transfer has finished, and FLASHPACK_INVALID_ARGUMENT for other loads.
 flashpack_status flashpack_transfer_file_status(flashpack_transfer* transfer, size_t file, flashpack_error** error);
 /// Makes the transfer end soon, with FLASHPACK_CANCELLED; returns at once. A transfer that has finished stays as it is.
 flashpack_status flashpack_transfer_cancel(flashpack_transfer* transfer, flashpack_error** error);

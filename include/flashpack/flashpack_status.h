@@ -39,7 +39,7 @@ const char* flashpack_error_path(const flashpack_error* error);
 /// The offset in bytes in that file, or FLASHPACK_NO_OFFSET.
 uint64_t flashpack_error_offset(const flashpack_error* error);
 #define FLASHPACK_NO_OFFSET UINT64_MAX
-/// Takes the texts with it.
+/// Destroys the error. Its message and path are then invalid.
 void flashpack_error_destroy(flashpack_error* error);
 
 #pragma GCC visibility pop

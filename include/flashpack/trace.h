@@ -62,9 +62,9 @@ struct TraceEvent {
 
 /// Gets the events of engines: EngineOptions::trace.
 ///
-/// Thread safety: an engine calls it from its driver thread, one call at a time, and waits meanwhile: a sink that
-/// blocks, as in a write to a remote file system, stops all loads. A sink of several
-/// engines is called from several threads at the same time.
+/// Thread safety: an engine calls it from its driver thread, one call at a time, and waits for each. A sink that
+/// blocks, as in a write to a remote file system, therefore stops all loads of the engine. A sink of several engines is
+/// called from several threads at the same time.
 class TraceSink {
  public:
   virtual void event(const TraceEvent& event) noexcept = 0;

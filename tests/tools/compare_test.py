@@ -2,6 +2,7 @@ import json
 import os
 
 import compare
+import page_cache
 import pytest
 import torch
 from compare import ROOFLINE, Results
@@ -67,11 +68,11 @@ def test_before_a_load_of_half_the_first_half_of_each_file_is_cached_and_nothing
     if compare.drop_from_page_cache(path) > 0:
         pytest.skip("this file system keeps its pages")
     compare.prepare(tmp_path, "half cached")
-    assert compare.resident_fraction(path) == pytest.approx(0.5, abs=0.02)
-    with open(path, "rb") as file:
-        assert os.preadv(file.fileno(), [bytearray(4096)], 1 << 20, os.RWF_NOWAIT) == 4096
-        with pytest.raises(BlockingIOError):
-            os.preadv(file.fileno(), [bytearray(4096)], 7 << 20, os.RWF_NOWAIT)
+    # To read without waiting would say less: the kernel begins to read then, and a fast disk is done at once.
+    pages = page_cache.resident_pages(path)
+    half = len(pages) // 2
+    assert sum(pages[:half]) == half
+    assert sum(pages[half:]) <= 0.04 * half
 
 
 def test_half_a_file_that_is_not_so_cached_is_an_error(monkeypatch, tmp_path):

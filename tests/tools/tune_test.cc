@@ -131,6 +131,14 @@ TEST_P(TuneToolEnded, ASignalThatEndsItRemovesItsFiles) {
 INSTANTIATE_TEST_SUITE_P(Sizes, TuneToolEnded, ::testing::Values("0.02", "0.5"),
                          [](const auto& size) { return size.index == 0 ? "Small" : "Large"; });
 
+TEST(TuneTool, AReaderOfItsOutputThatEndsEarlyLeavesNoFiles) {
+  const testing::TempDir dir;
+  const testing::Outcome outcome = testing::run("'" FLASHPACK_TUNE "' --size_gib 0.02 --budget 1s --dry_run '" +
+                                                dir.path().string() + "' 2>&1 | head -n 1");
+  EXPECT_EQ(outcome.status, 0) << outcome.output;
+  EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
+}
+
 TEST(TuneTool, ChunksAndDepthsAreAMapAndRequestsHaveLatencies) {
   const testing::TempDir dir;
   if (stays_in_page_cache(dir)) GTEST_SKIP() << "this file system keeps its pages";

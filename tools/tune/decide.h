@@ -10,9 +10,12 @@
 
 namespace flashpack::bench {
 
-/// The settings to measure in turns with the default: the pick; the best one that keeps chunk and depth of the disk's;
-/// what the disk alone asked for, because workers or slots may be to blame if those before are no better; and where it
-/// asked for another backend, the best one without. The default is none of them. It is pure.
+/// The settings to measure in turns with the default, which is none of them. In this order:
+///   - the pick;
+///   - the best setting with the chunk size and queue depth that the disk asked for;
+///   - that which the disk alone asked for, because workers or slots may be why the others are no better;
+///   - the best setting with the usual backend, if the disk asked for another.
+/// It is pure.
 std::vector<Setting> candidates_of(const Report& report, const Setting& of_the_disk);
 
 /// Measures candidates in turns with the default, until one of them is better. The first two get their turns however

@@ -22,7 +22,8 @@ EngineOptions options_of(const Setting& setting, Device device);
 
 enum class Work { kDisk, kPageCache, kWrites };
 
-/// The file that is read, memory for all of it, which is touched, and the same on a GPU if loads go there.
+/// The file that is read, host memory of its size whose pages are there already, and GPU memory of its size if loads go
+/// to a GPU.
 struct Subject {
   /// Makes the file, of about `size_bytes`. With `verify`, loads compare its checksums. Throws: Error; std::exception
   /// without such a device or memory on it.

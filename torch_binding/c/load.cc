@@ -81,7 +81,7 @@ void refuse_to_continue(const flashpack_load_request* request) {
     throw argument_error("request continues on errors, and there is no transfer to ask about them");
 }
 
-// Which extent of the caller each one is that extents_of() has found, in files that have any.
+// For each file with extents: the caller's indices of its extents, in the order of extents_of().
 ExtentIndices indices_of(const flashpack_load_request& given, std::size_t file_count) {
   ExtentIndices indices(file_count);
   for (std::size_t i = 0; i < given.extent_count; ++i) indices[given.extents[i].file].push_back(i);

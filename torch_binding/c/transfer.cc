@@ -77,9 +77,9 @@ flashpack_status flashpack_transfer_wait_for(flashpack_transfer* transfer, int64
 flashpack_status flashpack_transfer_file_status(flashpack_transfer* transfer, size_t file, flashpack_error** error) {
   return guarded(error, [&]() -> flashpack_status {
     flashpack_transfer& asked = require(transfer, "transfer");
+    if (asked.file_count == 0) throw argument_error("the load was not started with continue_on_error");
     if (file >= asked.file_count) {
-      throw argument_error("there is no file " + std::to_string(file) + " of " + std::to_string(asked.file_count) +
-                           " in a load that continues on errors");
+      throw argument_error("there is no file " + std::to_string(file) + " of " + std::to_string(asked.file_count));
     }
     if (!asked.transfer.progress().finished) return FLASHPACK_RUNNING;
     throw_failure(asked, file);

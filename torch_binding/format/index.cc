@@ -38,8 +38,10 @@ std::string read_all(const fs::path& path) {
   for (std::size_t done = 0; done < text.size();) {
     const ssize_t got = internal::uninterrupted(
         [&] { return ::pread(fd.get(), text.data() + done, text.size() - done, static_cast<off_t>(done)); });
-    if (got < 0) throw file_error(errno_code(errno), "read", path);
-    if (got == 0) throw file_error(Errc::kTruncated, "read", path);
+    if (got <= 0) {
+      const std::error_code error = got < 0 ? errno_code(errno) : make_error_code(Errc::kTruncated);
+      throw internal::range_error(error, "read", path, done, text.size() - done);
+    }
     done += static_cast<std::size_t>(got);
   }
   return text;

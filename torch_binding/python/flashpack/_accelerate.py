@@ -20,7 +20,7 @@ from ._owner_process import held_by_forks
 
 original_open: Any = safetensors.safe_open
 """What opens files without flashpack. `safetensors.safe_open` may stand for this package by now."""
-# From these the original is called.
+# These modules keep the original, because they call it.
 _LEFT_ALONE = ("safetensors._safetensors_rust", "flashpack.safetensors", __name__)
 _lock = threading.RLock()
 held_by_forks(_lock)

@@ -30,7 +30,7 @@ _SCRATCH_BYTES = 1 << 20
 # Looking at every page would cost more than mapping them.
 _LOOK_BYTES = 512 << 10
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # A signal handler may fork while this thread holds it.
 held_by_forks(_lock)
 _mapped_bytes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """The sizes of the files that are mapped now."""

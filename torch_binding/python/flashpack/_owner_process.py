@@ -1,4 +1,4 @@
-"""What a forked child must not use of its parent's: it has copies of the objects, but none of the threads."""
+"""Tells a forked child from its parent. The child has copies of the parent's objects, but none of its threads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class OwnerProcess:
 
 
 def held_by_forks(lock: threading.Lock | threading.RLock) -> None:
-    """Lets every fork hold `lock`, which no thread may have for long, so that a child does not inherit it locked."""
+    """Takes `lock` before each fork and releases it afterwards, so that a child never inherits it locked.
+
+    A thread must not hold it for long.
+    """
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
 

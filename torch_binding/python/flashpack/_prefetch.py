@@ -15,10 +15,9 @@ from ._logging import printable
 from ._native import FlashPackError
 from ._owner_process import OwnerProcess
 
-# sendfile() to /dev/null waits for the pages without copying them: 2.2 GB/s from a disk that gives 2.6, for 0.02
-# core-seconds per GB, where preadv takes 0.09. POSIX_FADV_WILLNEED and MADV_POPULATE_READ were slower (1.1 to 1.7),
-# and stop early where the kernel reads ahead by only 128 KiB. There, one stream gives 0.7 to 1.6 GB/s and four give
-# 2.0; with 8 MiB of readahead, one gives 2.2 and four give 2.6.
+# sendfile() to /dev/null waits for the pages without copying them, which preadv would. POSIX_FADV_WILLNEED and
+# MADV_POPULATE_READ are slower, and stop early where the kernel reads ahead by only 128 KiB. There, one stream is too
+# slow for a fast disk, too.
 _STREAMS = 4
 _STEP_BYTES = 8 << 20
 

@@ -50,9 +50,9 @@ class _Sizes(NamedTuple):
     """The memory that a group needs until its tensors have been yielded."""
 
     read_bytes: int
-    """For the bytes of the file, all of them together, and for those that were moved out of their block."""
+    """Bytes of the group's blocks, and of the blocks that small tensors were moved to."""
     largest_cast_bytes: int
-    """For the largest of the tensors that are cast, which are cast one after the other."""
+    """Size of the largest cast; only one cast is alive at a time."""
 
 
 class _Group(NamedTuple):
@@ -105,9 +105,8 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         self._window_bytes = window_bytes
         self._alive = _Alive()
         self._unseen: deque[_Sizes] = deque()  # Groups that have not been yielded to their end.
-        # The last tensor that was yielded keeps this alive: its cast, or else all that was read with it. A loop's
-        # variable has that tensor until the next one comes, which is not to keep it, though the tensor may be larger
-        # than the window.
+        # Bytes that the newest tensor keeps alive: its cast, or its whole group. A loop's variable still holds that
+        # tensor when the next one is asked for. That does not count as keeping it, even if it is larger than the window.
         self._newest_memory_bytes = 0
         self._begin = 0.0
         self._warned = False
@@ -159,12 +158,14 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 except BaseException as error:
                     # An interrupt may come when a tensor has been taken out. It must not be passed over in silence.
                     self._tensors.close()
+                    self._found.clear()
                     self._found.append(error)
 
     def close(self) -> None:
         """Ends the reads that are under way, and closes the files. Tensors that were yielded stay valid."""
         if self._owner is not None and not self._owner.is_current():
-            return  # The reads are the parent's, of which another thread may have had its turn at the fork.
+            # The reads are the parent's. Another thread may have held _turn at the fork, so it is not taken here.
+            return
         with self._turn:
             self._tensors.close()
             self._found.clear()
@@ -252,7 +253,10 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         return 0 if dtype == own else entry.elems * dtype.itemsize
 
     def _as_asked(self, own: torch.Tensor) -> torch.Tensor:
-        """Returns the next tensor as the caller wants it, who has one cast at a time if he drops the one before."""
+        """Returns the tensor, cast if the caller asked for a dtype.
+
+        Only one cast is alive at a time if the caller drops the one before.
+        """
         dtype = dtype_when_asked(own.dtype, self._dtype)
         if dtype == own.dtype:
             self._newest_memory_bytes = self._unseen[0].read_bytes
