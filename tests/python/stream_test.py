@@ -387,14 +387,16 @@ def test_an_error_is_raised_once_also_by_async_for(tensors, tmp_path):
         next(stream)
 
 
-def test_an_interrupt_between_two_tensors_ends_the_stream_so_that_none_is_passed_over(path):
+@pytest.mark.parametrize("is_there", [False, True])
+def test_an_interrupt_between_two_tensors_ends_the_stream_so_that_none_is_passed_over(path, is_there):
     class Interrupted(collections.deque):
         """Where a tensor is put when it has been found."""
 
         def append(self, found: object) -> None:
+            if is_there or isinstance(found, BaseException):
+                super().append(found)
             if not isinstance(found, BaseException):
                 raise KeyboardInterrupt
-            super().append(found)
 
     stream = flashpack.stream_tensors(path)
     next(stream)
