@@ -105,8 +105,8 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         self._window_bytes = window_bytes
         self._alive = _Alive()
         self._unseen: deque[_Sizes] = deque()  # Groups that have not been yielded to their end.
-        # Bytes that the newest tensor keeps alive: its cast, or its whole group. The variable of a loop still holds that
-        # tensor when the next one is asked for. That does not count as keeping it, even if it is larger than the
+        # Bytes that the newest tensor keeps alive: its cast, or its whole group. The variable of a loop still holds
+        # that tensor when the next one is asked for. That does not count as keeping it, even if it is larger than the
         # window.
         self._newest_memory_bytes = 0
         self._begin = 0.0
