@@ -16,6 +16,7 @@ namespace flashpack {
 using internal::argument_error;
 using internal::errno_code;
 using internal::file_error;
+using internal::range_error;
 using internal::uninterrupted;
 
 FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, const WriterOptions& options)

@@ -201,7 +201,7 @@ Output open_to_write(const std::string& path) {
 
 // Removes all files in the directory of `generated` that have its name in theirs. While a file is written, its name has
 // a dot before and random text behind.
-void remove_all(const std::filesystem::path& generated) {
+void remove_files(const std::filesystem::path& generated) {
   for (bool found = true; found;) {  // The program may make one more meanwhile.
     found = false;
     std::error_code error;
@@ -227,7 +227,7 @@ void remove_when_ended(const std::filesystem::path& generated) {
   std::thread([ends, generated] {
     int signal = 0;
     while (::sigwait(&ends, &signal) != 0) continue;
-    remove_all(generated);
+    remove_files(generated);
     ::pthread_sigmask(SIG_UNBLOCK, &ends, nullptr);
     ::raise(signal);
     ::_exit(128 + signal);  // The first process of a container is not ended by the signal.

@@ -50,6 +50,10 @@ void add_sample(Search& search, Subject& subject, const Setting& setting, Work w
   found->cpu_s_per_gb = series.cpu_s_per_gb();
 }
 
+bool has_backend(const std::vector<Cell>& cells, Backend backend) {
+  return std::ranges::any_of(cells, [&](const Cell& cell) { return cell.setting.backend == backend; });
+}
+
 }  // namespace
 
 std::vector<Cell> search(Subject& subject, std::vector<Setting> round, const Neighbours& neighbours, Work work,
@@ -63,7 +67,7 @@ std::vector<Cell> search(Subject& subject, std::vector<Setting> round, const Nei
     // The default stays in front, because it is what others are compared with.
     std::shuffle(round.begin() + 1, round.end(), random);
     for (const Setting& setting : round) {
-      if (!result.cells.empty() && budget.spent_s() > until_s) break;
+      if (has_backend(result.cells, setting.backend) && budget.spent_s() > until_s) continue;
       add_sample(result, subject, setting, work);
     }
     show(names[static_cast<std::size_t>(work)], result.cells, budget, first);
