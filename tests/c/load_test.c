@@ -351,7 +351,8 @@ TEST(a_file_that_fails_leaves_the_others_alone_if_the_request_says_so) {
   request.continue_on_error = 0;
   OK(flashpack_start_load(engine, &request, &transfer, &error));
   FAILS(ENOENT, "open /none/either: ", flashpack_transfer_wait(transfer, &error));
-  FAILS(FLASHPACK_INVALID_ARGUMENT, "not started with continue_on_error", flashpack_transfer_file_status(transfer, 0, &error));
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "not started with continue_on_error",
+        flashpack_transfer_file_status(transfer, 0, &error));
   flashpack_transfer_destroy(transfer);
   free(a);
   free(b);
