@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import flashpack
 import pytest
+import torch
 from flashpack import _memory, _native
 from support import require_gpu
 
@@ -55,3 +57,20 @@ def after_the_footer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], 
         monkeypatch.setattr(_native, "open_checkpoint", then)
 
     return install
+
+
+@pytest.fixture
+def streams_of_threads(monkeypatch: pytest.MonkeyPatch) -> threading.local:
+    """Stands in for CUDA, which has a current device and stream for each thread."""
+    current = threading.local()
+
+    @contextlib.contextmanager
+    def stream(which: object) -> Iterator[None]:
+        before, current.stream = getattr(current, "stream", None), which
+        yield
+        current.stream = before
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: getattr(current, "stream", None))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    return current

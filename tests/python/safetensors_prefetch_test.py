@@ -149,21 +149,13 @@ def test_a_loader_refuses_to_be_pickled(path):
             pickle.dumps(loader)
 
 
-def test_tensors_are_loaded_on_the_cuda_stream_of_the_caller(path, monkeypatch):
-    current, seen = threading.local(), []
+def test_tensors_are_loaded_on_the_cuda_stream_of_the_caller(path, streams_of_threads, monkeypatch):
+    seen = []
     stream = _prefetch_loader._stream
-
-    @contextmanager
-    def change(which: object):
-        before, current.stream = getattr(current, "stream", None), which
-        yield
-        current.stream = before
-
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: getattr(current, "stream", None))
-    monkeypatch.setattr(torch.cuda, "stream", change)
-    monkeypatch.setattr(_prefetch_loader, "_stream", lambda *args: seen.append(current.stream) or stream(*args))
-    current.stream = "mine"
+    monkeypatch.setattr(
+        _prefetch_loader, "_stream", lambda *args: seen.append(streams_of_threads.stream) or stream(*args)
+    )
+    streams_of_threads.stream = "mine"
     with safe_open(path, "pt") as file, file.prefetch() as loader:
         assert_bit_equal(dict(loader), TENSORS)
     assert seen == ["mine"]

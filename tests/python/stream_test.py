@@ -441,23 +441,6 @@ def test_small_tensors_that_were_moved_out_of_their_block_count(tmp_path, caplog
     assert stream._alive.count_bytes() == sum(tensor.nbytes for tensor in kept.values())
 
 
-@pytest.fixture
-def streams_of_threads(monkeypatch) -> threading.local:
-    """Stands in for CUDA, which has a current device and stream for each thread."""
-    current = threading.local()
-
-    @contextlib.contextmanager
-    def stream(which: object):
-        before, current.stream = getattr(current, "stream", None), which
-        yield
-        current.stream = before
-
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: getattr(current, "stream", None))
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    return current
-
-
 def test_async_for_reads_on_the_cuda_stream_of_the_task(path, tensors, streams_of_threads, monkeypatch):
     seen = set()
     start = _stream.start
