@@ -11,7 +11,7 @@ namespace flashpack::internal {
 
 namespace {
 
-// What the profile has for loads to such a device.
+// Returns the options that the profile gives to loads to such a device, as text.
 std::string values_of(const boost::json::object& profile, Device device) {
   EngineOptions options;
   options.device = device;

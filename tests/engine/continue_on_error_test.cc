@@ -295,7 +295,7 @@ TEST_P(ContinueOnErrorTest, OnlyExtentsWithTheirBytesAreToldThoughTheirFileFails
   EXPECT_GT(of_failed, 0u) << "of the stripes before";
 }
 
-// Of the files here, /0 ends at kFarBytes and the others begin there, so that an offset says which file is meant.
+// File /0 ends at kFarBytes and the other files begin there, so that an offset says which file is meant.
 class ContinueInPipelineTest : public ::testing::TestWithParam<Rig::Shape> {
  protected:
   static constexpr std::uint64_t kFarBytes = 4 * kMiB;

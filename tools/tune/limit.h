@@ -1,4 +1,4 @@
-/// What kept loads from being faster. It is pure.
+/// Says which part of the machine kept loads from being faster. It is pure.
 #pragma once
 
 #include <string>
