@@ -48,8 +48,7 @@ std::vector<Setting> candidates_of(const Report& report, const Setting& of_the_d
   std::vector<Setting> wanted{report.pick, choose(cells).setting, of_the_disk};
   if (of_the_disk.backend != kUsual.backend) wanted.push_back(best_of_usual_backend(report.disk.cells));
   for (const Setting& each : wanted) {
-    if (each != kUsual && std::find(candidates.begin(), candidates.end(), each) == candidates.end())
-      candidates.push_back(each);
+    if (each != kUsual) add_new(candidates, each);
   }
   return candidates;
 }

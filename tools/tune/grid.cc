@@ -5,16 +5,19 @@
 #include <bit>
 #include <utility>
 
+#include "engine/ground/option_limits.h"
+
 namespace flashpack::bench {
 
 namespace {
+
+using internal::kMaxWorkers;
 
 constexpr std::uint32_t kMiB = 1u << 20;
 constexpr std::uint32_t kMaxChunkBytes = 64 * kMiB;
 constexpr std::uint32_t kMaxDepth = 128;
 // More costs memory that no disk is known to need.
 constexpr std::uint64_t kMaxInFlightBytes = std::uint64_t{512} * kMiB;
-constexpr std::uint32_t kMaxWorkers = 64;
 // Slots that fit in the last level of a CPU's cache are copied to a GPU faster than those that do not.
 constexpr std::array<std::uint32_t, 3> kSlotMib{1, 2, 4};
 constexpr std::array<std::uint32_t, 6> kStagingMib{16, 24, 32, 48, 64, 96};

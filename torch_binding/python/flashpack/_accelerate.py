@@ -19,7 +19,7 @@ from ._native import FlashPackError
 from ._owner_process import held_by_forks
 
 original_open: Any = safetensors.safe_open
-"""What opens files without flashpack. `safetensors.safe_open` may stand for this package by now."""
+"""This opens files without flashpack. `safetensors.safe_open` may stand for this package by now."""
 # These modules keep the original, because they call it.
 _LEFT_ALONE = ("safetensors._safetensors_rust", "flashpack.safetensors", __name__)
 _lock = threading.RLock()
