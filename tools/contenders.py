@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import traceback
@@ -80,6 +81,8 @@ class Contender:
 
 def serve(answer: Callable[[str], dict[str, Any]]) -> None:
     """The other end of a Contender: until the end of standard input. All other prints go to standard error."""
+    # An interrupt of the terminal or of a limit reaches every process. A traceback of each would hide what was measured.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -1,4 +1,5 @@
 import json
+import signal
 import sys
 
 import contenders
@@ -43,6 +44,14 @@ def test_a_contender_answers_job_after_job(started):
     assert contender.attempt("4", accept) == {"job": "4", "twice": 8}
     assert contender.attempt("5", accept) == {"job": "5", "twice": 10}
     assert contender.failure is None
+
+
+def test_a_contender_that_is_interrupted_ends_without_a_word(started, capfd):
+    contender = started(DOUBLES)
+    contender.attempt("4", accept)
+    contender.process.send_signal(signal.SIGINT)
+    assert contender.process.wait() == -signal.SIGINT
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
