@@ -61,11 +61,15 @@ def cast_exactly(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
 
     Only casts between floating-point dtypes, or between complex ones, may round.
     """
-    # torch warns when it drops an imaginary part, whether that is zero or not.
-    new = (tensor.real if tensor.is_complex() and not dtype.is_complex else tensor).to(dtype)
+    new = _cast(tensor, dtype)
     if tensor.dtype != dtype and not is_same_kind(tensor.dtype, dtype) and not _is_equal(tensor, new):
         raise FlashPackError(f"{name!r} would lose values if it were cast from {tensor.dtype} to {dtype}")
     return new
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # torch warns when it drops an imaginary part, whether that is zero or not.
+    return (tensor.real if tensor.is_complex() and not dtype.is_complex else tensor).to(dtype)
 
 
 def is_same_kind(a: torch.dtype, b: torch.dtype) -> bool:
@@ -78,13 +82,27 @@ def _is_integral(dtype: torch.dtype) -> bool:
 
 
 def _comparable(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns 8-bit floats as float32, because torch does not compare them."""
+    """Returns 8-bit floats as float32 and complex32 as complex64, because torch does not compare them."""
+    if tensor.dtype == torch.complex32:
+        return tensor.to(torch.complex64)
     return tensor.float() if tensor.is_floating_point() and tensor.dtype not in PLAIN_FLOATS else tensor
+
+
+def _is_in_range(numbers: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether all are finite and less than the greatest value of `dtype` plus 1, which no cast rounds down."""
+    end = 2.0 if dtype == torch.bool else float(torch.iinfo(dtype).max + 1)
+    real = _comparable(numbers.real if numbers.is_complex() else numbers)
+    return bool((real.isfinite() & (real < end)).all())
 
 
 def _is_equal(tensor: torch.Tensor, new: torch.Tensor) -> bool:
     if not (_is_integral(tensor.dtype) and _is_integral(new.dtype)):
-        return torch.equal(_comparable(new.to(tensor.dtype)), _comparable(tensor))
+        # GPUs and Arm CPUs cast what is past the end of an integral dtype to its greatest value, and others cast
+        # infinity to its least one. A cast back would give the old value, though it is another number.
+        for numbers, dtype in ((tensor, new.dtype), (new, tensor.dtype)):
+            if _is_integral(dtype) and not _is_in_range(numbers, dtype):
+                return False
+        return torch.equal(_comparable(_cast(new, tensor.dtype)), _comparable(tensor))
     # int64 is wider: in the dtype of `tensor`, a value that had wrapped around would wrap back.
     wide, wide_new = tensor.to(torch.int64), new.to(torch.int64)
     may_pass_int64 = torch.uint64 in (tensor.dtype, new.dtype) and bool((wide < 0).any())
