@@ -107,6 +107,12 @@ def test_what_is_no_flashpack_file_is_said_to_be_none(raw, message, tmp_path):
     assert not flashpack.is_flashpack_file(path)
 
 
+def test_a_path_of_bytes_is_a_path_for_all(pack):
+    path = os.fsencode(pack({"a": torch.ones(2)}))
+    assert flashpack.is_flashpack_file(path)
+    assert flashpack.load_file(path).keys() == {"a"}
+
+
 @pytest.mark.parametrize("cut", [1, 8, 16, 200])
 def test_a_file_that_lost_its_end_is_refused(cut, pack):
     path = pack({"a": torch.ones(100)})

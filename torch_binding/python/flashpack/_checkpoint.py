@@ -177,6 +177,6 @@ def is_flashpack_file(path: StrPath) -> bool:
     """Whether `path` can be read and has a valid flashpack footer. The payload is not read."""
     try:
         with open_checkpoint(path) as checkpoint:
-            return [(file.path, file.format) for file in checkpoint.files()] == [(Path(path), "flashpack")]
+            return [(file.path, file.format) for file in checkpoint.files()] == [(Path(path_of(path)), "flashpack")]
     except (ValueError, OSError):
         return False

@@ -34,7 +34,7 @@ _SEGMENT_BYTES = _native.MAX_SEGMENT_BYTES
 _BATCH_BYTES = 64 << 20
 # Checksums are those of stripes of this size. Only a transfer that reads a whole stripe can verify it.
 STRIPE_BYTES = 1 << 20
-# Batches end at multiples of this in the file, where chunks of the engine end as well.
+# Batches end at multiples of this in the file, where chunks of the engine up to that size end as well.
 _BATCH_BORDER_BYTES = 16 * STRIPE_BYTES
 # Smaller tensors are moved out of larger blocks.
 _SMALL_BYTES = 64 << 10
