@@ -81,7 +81,7 @@ class Contender:
 
 def serve(answer: Callable[[str], dict[str, Any]]) -> None:
     """The other end of a Contender: until the end of standard input. All other prints go to standard error."""
-    # An interrupt of the terminal or of a limit reaches every process. A traceback of each would hide what was measured.
+    # An interrupt of the terminal or of a limit reaches every process, and tracebacks would hide what was measured.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
