@@ -15,6 +15,7 @@
 #include "engine/inbox.h"
 #include "engine/open_parts.h"
 #include "engine/pool.h"
+#include "engine/profiler_ranges.h"
 #include "engine/steps.h"
 #include "engine/transfer_state.h"
 
@@ -106,6 +107,7 @@ class Pipeline final : private Steps::Owner {
   Copier* const copier_;
   const Limits limits_;
   const Tracer tracer_;
+  const ProfilerRanges ranges_;
   FileTasks files_;
   Steps steps_;
   OpenParts parts_;

@@ -26,6 +26,7 @@ void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
   TransferState& transfer = *started;
   transfer.driver.self = started;
   transfer.driver.number = next_number_++;
+  transfer.driver.range = ranges_.begin(transfer);
   transfer.driver.parts_awaited = transfer.driver.parts.size();
   ++unfinished_;
   if (transfer.request.deadline) deadlines_.emplace(*transfer.request.deadline, &transfer);
@@ -267,6 +268,7 @@ void Pipeline::end(TransferState& transfer) {
   if (copier_) transfer.driver.note_fallback(copier_->fallback_reason());
   std::optional<Failure> failure = transfer.failure();
   if (tracer_) tell_of_end(transfer, failure);
+  ranges_.end(transfer.driver.range);
   --unfinished_;
   transfer.finish(std::move(failure));
 }

@@ -77,6 +77,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   struct Driver {
     std::deque<Part> parts;               // A store has one part, already open. Parts never move in memory.
     std::uint64_t number = 0;             // Counted from 1 in the order in which the driver got them.
+    std::uint64_t range = 0;              // As ProfilerRanges has numbered it.
     std::shared_ptr<TransferState> self;  // Set until the end, so that the state outlives its handle.
     std::unique_ptr<Gate> gate;           // While set, nothing is copied to or from a device.
     std::size_t parts_awaited = 0;        // Parts that the end still waits for.

@@ -42,7 +42,7 @@ ROOMS = ("include/", "engine/", "torch_binding/", "tests/", "bench/", "tools/", 
 # The floors of the engine, from the ground up. A header includes only headers of the engine that are on lower floors.
 ENGINE_FLOORS = (
     "cuda_handles failure file_system io_queue mounts plan pool residency staging stripe_sums temp_file thread way",
-    "byte_work file landing ring tracer",
+    "byte_work file landing profiler_ranges ring tracer",
     "copier file_table router work_queue",
     "gate_cuda part workers",
     "inbox",
