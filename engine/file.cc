@@ -55,7 +55,11 @@ std::optional<Status> ask(int fd, const char* path = "") {
   Status found;
   FileIdentity& identity = found.identity;
   dev_t device = 0;
-  if (::statx(fd, path, AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, kWanted, &now) == 0) {
+  const bool answered = ::statx(fd, path, AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, kWanted, &now) == 0;
+  // Any other error is the file system's, and old values would hide it.
+  const bool sandbox_refuses = !answered && (errno == ENOSYS || errno == EPERM);
+  if (!answered && !sandbox_refuses) return std::nullopt;
+  if (answered) {
     found.mode = now.stx_mode;
     device = ::gnu_dev_makedev(now.stx_rdev_major, now.stx_rdev_minor);
     identity = {.dev = ::gnu_dev_makedev(now.stx_dev_major, now.stx_dev_minor),
@@ -188,9 +192,10 @@ void File::close() noexcept {
 
 void File::drop_from_cache() const noexcept { ::posix_fadvise(buffered_fd(), 0, 0, POSIX_FADV_DONTNEED); }
 
-bool File::unchanged() const noexcept {
+std::error_code File::check_unchanged() const noexcept {
   const std::optional<Status> status = ask(buffered_fd());
-  return status && status->identity == identity_;
+  if (!status) return errno_code(errno);
+  return status->identity == identity_ ? std::error_code() : Errc::kFileChanged;
 }
 
 }  // namespace flashpack::internal

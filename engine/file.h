@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <optional>
+#include <system_error>
 
 #include "engine/ground/unique_fd.h"
 #include "engine/plan.h"
@@ -45,9 +46,9 @@ class File {
   /// The alignment that direct I/O demands.
   Alignment alignment() const noexcept { return alignment_; }
 
-  /// Whether the file is still as it was at open(). A rename over its path is no change, because the descriptor keeps
-  /// the old file.
-  bool unchanged() const noexcept;
+  /// No error if the file is still as it was at open(), kFileChanged if it is not, and the system's error if the file
+  /// system does not tell. A rename over its path is no change, because the descriptor keeps the old file.
+  std::error_code check_unchanged() const noexcept;
 
   /// Closes the descriptors, after which nothing may be asked of them. May block.
   void close() noexcept;

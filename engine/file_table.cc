@@ -62,4 +62,4 @@ FileUse FileTable::open(const std::filesystem::path& path, const std::optional<F
 const std::filesystem::path& flashpack::FileHandle::path() const noexcept { return (*use_)->file.path(); }
 const flashpack::FileIdentity& flashpack::FileHandle::identity() const noexcept { return (*use_)->file.identity(); }
 std::uint32_t flashpack::FileHandle::alignment_bytes() const noexcept { return (*use_)->file.alignment().block_bytes; }
-bool flashpack::FileHandle::unchanged() const noexcept { return (*use_)->file.unchanged(); }
+std::error_code flashpack::FileHandle::check() const noexcept { return (*use_)->file.check_unchanged(); }

@@ -152,7 +152,8 @@ bool no_descriptors(std::error_code error) {
 PartResult check_part(const PartRequest& request, const PlannedFile& planned) noexcept {
   PartResult result;
   try {
-    if (!planned.file().unchanged()) throw file_error(Errc::kFileChanged, "read", request.path);
+    if (const std::error_code error = planned.file().check_unchanged())
+      throw file_error(error, error == Errc::kFileChanged ? "read" : "stat", request.path);
     if (planned.sums) result.verified_bytes = compare_stripes(request, planned, 0, request.checksums->payload_bytes);
   } catch (...) {
     result.failure = Failure::of_exception("verify", request.path);

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <system_error>
 #include <utility>
 
 #include "flashpack/file_identity.h"
@@ -43,8 +44,11 @@ class FileHandle {
   /// If offset, size and address are multiples of this, a read that goes past the page cache needs no copy; for less
   /// than 128 KiB only if nothing else is wanted within 64 KiB. 4096 if the file has no direct I/O.
   std::uint32_t alignment_bytes() const noexcept;
-  /// Whether the file still has that identity. May block in the file system.
-  bool unchanged() const noexcept;
+  /// No error if the file still has that identity, Errc::kFileChanged if it has not, and an errno if the file system
+  /// does not tell. May block in the file system.
+  std::error_code check() const noexcept;
+  /// Whether check() gives no error.
+  bool unchanged() const noexcept { return !check(); }
 
  private:
   friend class internal::FileUse;

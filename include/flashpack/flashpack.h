@@ -133,7 +133,7 @@ flashpack_status flashpack_open_file_open(flashpack_engine* engine, const char* 
 /// Returns facts that are known since the file was opened.
 flashpack_status flashpack_open_file_get_info(const flashpack_open_file* file, flashpack_open_file_info* info,
                                               flashpack_error** error);
-/// FLASHPACK_FILE_CHANGED if the file is not as it was when it was opened. May block in the file system.
+/// FLASHPACK_FILE_CHANGED if the file is not as it was when it was opened. May block in the file system. Errors: errno.
 flashpack_status flashpack_open_file_check(const flashpack_open_file* file, flashpack_error** error);
 /// The file is closed after the last load through it.
 void flashpack_open_file_destroy(flashpack_open_file* file);

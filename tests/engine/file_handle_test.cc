@@ -217,6 +217,7 @@ TEST_P(FileHandleTest, AFileThatHasChangedSinceItWasOpenedIsNoticedByALargeLoadA
   const FileHandle file = engine_->open(path_);
   testing::write_file(path_, bytes_);  // In place, with another mtime.
   std::filesystem::last_write_time(path_, std::filesystem::file_time_type::clock::now() - std::chrono::hours(1));
+  EXPECT_EQ(file.check(), Errc::kFileChanged);
   EXPECT_FALSE(file.unchanged());
   GuardedMemory large(2 * kMiB);
   EXPECT_EQ(code_of([&] { engine_->load(request(file, 0, large)); }), Errc::kFileChanged);

@@ -53,14 +53,14 @@ TEST_F(FileTest, AFileWithoutDirectIoIsStillOpened) {
 
 TEST_F(FileTest, WritingInPlaceIsAChangeAndARenameOverItIsNot) {
   const File file = File::open(path_, std::nullopt, true);
-  EXPECT_TRUE(file.unchanged());
+  EXPECT_EQ(file.check_unchanged(), std::error_code());
   flashpack::testing::write_file(dir_ / "new", bytes_);
   std::filesystem::rename(dir_ / "new", path_);
-  EXPECT_TRUE(file.unchanged());
+  EXPECT_EQ(file.check_unchanged(), std::error_code());
 
   const File again = File::open(path_, std::nullopt, true);
   flashpack::testing::write_file(path_, std::span(bytes_).first(100));
-  EXPECT_FALSE(again.unchanged());
+  EXPECT_EQ(again.check_unchanged(), Errc::kFileChanged);
 }
 
 TEST_F(FileTest, AFileWithAWriteLeaseIsWaitedForAsOpenDoes) {

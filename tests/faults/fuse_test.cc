@@ -121,6 +121,11 @@ TEST_P(FuseTest, AFileThatEndsBeforeItsSizeIsAShortRead) { EXPECT_EQ(load("early
 
 TEST_P(FuseTest, AFileThatChangesWhileItIsReadIsAnError) { EXPECT_EQ(load("changing"), Errc::kFileChanged); }
 
+TEST_P(FuseTest, AFileThatDoesNotTellAfterItsReadsWhetherItHasChangedIsAnErrorOfTheSystem) {
+  ASSERT_EQ(load("lost"), std::errc::io_error);
+  EXPECT_EQ(error_->what(), "stat " + path("lost").string() + ": Input/output error");
+}
+
 // What "on time" means is shown by order: the deadline comes and goes while the read is stuck.
 TEST_P(FuseTest, AStuckReadHoldsUpNeitherWaitForNorOtherFiles) {
   GuardedMemory stuck_memory(kFileBytes);

@@ -13,8 +13,8 @@ inline constexpr std::uint64_t kFileBytes = (6u << 20) + 777;
 inline constexpr std::uint64_t kBadOffset = (4u << 20) + 8192;
 /// From here on /stuck gets stuck.
 inline constexpr std::uint64_t kStuckOffset = 2u << 20;
-inline constexpr std::array<std::string_view, 8> kNames = {"plain",  "eio",   "short", "eintr",
-                                                           "eagain", "early", "stuck", "changing"};
+inline constexpr std::array<std::string_view, 9> kNames = {"plain", "eio",   "short",    "eintr", "eagain",
+                                                           "early", "stuck", "changing", "lost"};
 
 inline std::byte byte_at(std::uint64_t offset) { return static_cast<std::byte>((offset * 0x9E3779B97F4A7C15u) >> 56); }
 

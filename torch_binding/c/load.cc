@@ -205,7 +205,7 @@ flashpack_status flashpack_open_file_get_info(const flashpack_open_file* file, f
 flashpack_status flashpack_open_file_check(const flashpack_open_file* file, flashpack_error** error) {
   return guarded(error, [&] {
     const flashpack::FileHandle& asked = require(file, "file").file;
-    if (!asked.unchanged()) throw flashpack::internal::file_error(flashpack::Errc::kFileChanged, "check", asked.path());
+    if (const std::error_code code = asked.check()) throw flashpack::internal::file_error(code, "check", asked.path());
   });
 }
 
