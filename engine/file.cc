@@ -47,6 +47,11 @@ bool ask_device(int fd, FileIdentity& identity) {
   return true;
 }
 
+// Times too far away for 64 bits wrap around, so that different ones still look different.
+std::int64_t nanoseconds(std::int64_t seconds, std::uint64_t rest) {
+  return static_cast<std::int64_t>(static_cast<std::uint64_t>(seconds) * 1'000'000'000 + rest);
+}
+
 // Gets the fields of an identity as the file system has them now. fstat may return old values for FUSE or a network,
 // and would hide a change. Empty with errno set if that fails.
 std::optional<Status> ask(int fd, const char* path = "") {
@@ -65,7 +70,7 @@ std::optional<Status> ask(int fd, const char* path = "") {
     identity = {.dev = ::gnu_dev_makedev(now.stx_dev_major, now.stx_dev_minor),
                 .ino = now.stx_ino,
                 .size_bytes = now.stx_size,
-                .mtime_ns = std::int64_t{now.stx_mtime.tv_sec} * 1'000'000'000 + now.stx_mtime.tv_nsec};
+                .mtime_ns = nanoseconds(now.stx_mtime.tv_sec, now.stx_mtime.tv_nsec)};
   } else {
     struct stat status{};
     if (::fstatat(fd, path, &status, AT_EMPTY_PATH) != 0) return std::nullopt;
@@ -74,7 +79,7 @@ std::optional<Status> ask(int fd, const char* path = "") {
     identity = {.dev = status.st_dev,
                 .ino = status.st_ino,
                 .size_bytes = static_cast<std::uint64_t>(status.st_size),
-                .mtime_ns = std::int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec};
+                .mtime_ns = nanoseconds(status.st_mtim.tv_sec, static_cast<std::uint64_t>(status.st_mtim.tv_nsec))};
   }
   if (!S_ISBLK(found.mode)) return found;
   identity.dev = device;

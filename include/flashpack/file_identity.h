@@ -25,7 +25,7 @@ struct FileIdentity {
   std::uint64_t dev = 0;
   std::uint64_t ino = 0;
   std::uint64_t size_bytes = 0;
-  std::int64_t mtime_ns = 0;
+  std::int64_t mtime_ns = 0;  ///< Nanoseconds since 1970, which wrap around in 2262.
 
   friend bool operator==(const FileIdentity&, const FileIdentity&) = default;
 };

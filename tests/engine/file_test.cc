@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
+#include <array>
 #include <vector>
 
 #include "engine/plan.h"
@@ -61,6 +62,23 @@ TEST_F(FileTest, WritingInPlaceIsAChangeAndARenameOverItIsNot) {
   const File again = File::open(path_, std::nullopt, true);
   flashpack::testing::write_file(path_, std::span(bytes_).first(100));
   EXPECT_EQ(again.check_unchanged(), Errc::kFileChanged);
+}
+
+TEST_F(FileTest, ATimeTooFarAwayForNanosecondsIsStillAnIdentity) {
+  const auto set_time = [this](time_t seconds) {
+    const std::array<timespec, 2> times{{{.tv_sec = seconds}, {.tv_sec = seconds, .tv_nsec = 5}}};
+    ASSERT_EQ(::utimensat(AT_FDCWD, path_.c_str(), times.data(), 0), 0);
+  };
+  constexpr time_t kYear2286 = 10'000'000'000;
+  set_time(kYear2286);
+  struct stat status{};
+  ASSERT_EQ(::stat(path_.c_str(), &status), 0);
+  if (status.st_mtim.tv_sec != kYear2286) GTEST_SKIP() << "this file system has no such time";
+  const File file = File::open(path_, std::nullopt, false);
+  EXPECT_EQ(file.check_unchanged(), std::error_code());
+  EXPECT_EQ(static_cast<std::uint64_t>(file.identity().mtime_ns), std::uint64_t{kYear2286} * 1'000'000'000 + 5);
+  set_time(kYear2286 + 1);
+  EXPECT_EQ(file.check_unchanged(), Errc::kFileChanged);
 }
 
 TEST_F(FileTest, AFileWithAWriteLeaseIsWaitedForAsOpenDoes) {
