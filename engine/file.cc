@@ -146,7 +146,7 @@ File File::created(std::filesystem::path path, UniqueFd fd) {
     file.identity_ = status->identity;
     file.open_direct_for(O_WRONLY);
   } else {
-    file.direct_error_ = errno;
+    file.direct_error_ = errno_code(errno);
   }
   return file;
 }
@@ -158,20 +158,25 @@ std::optional<FileIdentity> File::identity_at(const std::filesystem::path& path)
 
 void File::open_direct() { open_direct_for(O_RDONLY); }
 
+// Sets direct_, or gives the reason why it cannot.
+std::error_code File::open_same(int access) {
+  // /proc leads to the same inode even if another file is at the path by now.
+  const std::string self = path_of(buffered_fd());
+  UniqueFd fd(::open(self.c_str(), access | O_CLOEXEC | O_DIRECT));
+  if (!fd && !by_descriptor_) fd.reset(::open(path_.c_str(), access | O_CLOEXEC | O_DIRECT | O_NONBLOCK | O_NOCTTY));
+  if (!fd) return errno_code(errno);
+  const std::optional<Status> status = ask(fd.get());
+  if (!status) return errno_code(errno);
+  if (status->identity != identity_) return Errc::kFileChanged;
+  direct_ = std::move(fd);
+  return {};
+}
+
 void File::open_direct_for(int access) {
   wanted_direct_ = true;
   const std::optional<Alignment> alignment = direct_io_alignment(buffered_fd(), is_device_);
-  direct_error_ = EOPNOTSUPP;
-  if (!alignment) return;
-  // /proc leads to the same inode even if another file is at the path by now.
-  const std::string self = path_of(buffered_fd());
-  direct_.reset(::open(self.c_str(), access | O_CLOEXEC | O_DIRECT));
-  if (!direct_ && !by_descriptor_)
-    direct_.reset(::open(path_.c_str(), access | O_CLOEXEC | O_DIRECT | O_NONBLOCK | O_NOCTTY));
-  if (!direct_) direct_error_ = errno;
-  const std::optional<Status> status = direct_ ? ask(direct_fd()) : std::nullopt;
-  if (!status || status->identity != identity_) direct_.reset();
-  if (!direct_) return;
+  direct_error_ = alignment ? open_same(access) : errno_code(EOPNOTSUPP);
+  if (direct_error_) return;
   alignment_ = *alignment;
   // Blocks are whole pages. In memory, the kernel then never writes to a page that others use. In a file that is
   // written, less than a block goes through the page cache; if a direct write shared a page with it, the page cache

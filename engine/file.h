@@ -41,8 +41,8 @@ class File {
   /// Whether a direct read may block the thread that submits it, because the file system on this old kernel cannot
   /// refuse to wait. False without direct_fd().
   bool may_block() const noexcept { return may_block_; }
-  /// The errno of the refusal if direct_fd() is -1 although it was wanted.
-  int direct_error() const noexcept { return direct_error_; }
+  /// The reason if direct_fd() is -1 although it was wanted: the system's error, or kFileChanged.
+  std::error_code direct_error() const noexcept { return direct_error_; }
   /// The alignment that direct I/O demands.
   Alignment alignment() const noexcept { return alignment_; }
 
@@ -59,6 +59,7 @@ class File {
  private:
   File(std::filesystem::path path, UniqueFd buffered) : path_(std::move(path)), buffered_(std::move(buffered)) {}
   void open_direct_for(int access);
+  std::error_code open_same(int access);
 
   bool by_descriptor_ = false;  // The caller has given a descriptor, so that the path may lead elsewhere.
 
@@ -67,7 +68,7 @@ class File {
   UniqueFd direct_;
   FileIdentity identity_;
   Alignment alignment_;
-  int direct_error_ = 0;
+  std::error_code direct_error_;
   bool wanted_direct_ = false;
   bool may_block_ = false;
   bool is_device_ = false;

@@ -48,7 +48,7 @@ void count_for_checksums(const PartRequest& request, PlannedFile& planned) {
 // Why the file has no direct I/O although the load wants it; empty if neither is so.
 std::error_code direct_error(const PartRequest& request, const File& file) {
   const bool lacks_it = request.cache != CachePolicy::kBuffered && file.direct_fd() < 0;
-  return errno_code(lacks_it ? file.direct_error() : 0);
+  return lacks_it ? file.direct_error() : std::error_code();
 }
 
 }  // namespace

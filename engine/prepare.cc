@@ -212,7 +212,7 @@ std::shared_ptr<TransferState> prepare_store(const EngineFacts& engine, const St
   state->driver.gate = gate_for(engine, extents, request.stream);
   auto planned = std::make_unique<PlannedFile>(PlannedFile{.open = target.open});
   const File& file = planned->file();
-  if (file.direct_fd() < 0) planned->fallback_reason = "direct I/O: " + errno_code(file.direct_error()).message();
+  if (file.direct_fd() < 0) planned->fallback_reason = "direct I/O: " + file.direct_error().message();
   if (target.checksums && !extents.empty()) planned->sums.emplace(extents.front().offset_bytes, end_of(extents.back()));
   planned->plan = Plan::of_store(std::move(extents), engine.chunk_bytes, file.alignment());
   planned->router = Router(planned->plan, file);

@@ -214,14 +214,14 @@ Finding file_system(const fs::path& path) {
 Finding direct_io(const internal::File& file, const internal::Staging& staging) {
   constexpr const char* kCure = "keep checkpoints on a local ext4 or XFS, in a container on a volume";
   Finding finding{.key = "direct_io"};
-  int error_number = file.direct_error();
+  std::error_code error = file.direct_error();
   if (file.direct_fd() >= 0) {
     const auto memory = staging.slots()[0].first(file.alignment().block_bytes);
-    error_number = ::pread(file.direct_fd(), memory.data(), memory.size(), 0) < 0 ? errno : 0;
+    error = errno_code(::pread(file.direct_fd(), memory.data(), memory.size(), 0) < 0 ? errno : 0);
   }
-  if (error_number != 0) {
+  if (error) {
     finding.value = "no";
-    finding.limit = errno_code(error_number).message() + ": every read goes through the page cache";
+    finding.limit = error.message() + ": every read goes through the page cache";
     finding.cure = kCure;
     return finding;
   }

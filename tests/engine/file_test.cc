@@ -35,6 +35,15 @@ TEST_F(FileTest, BlocksAreAtLeastAPageAndAPowerOfTwo) {
 
 TEST_F(FileTest, DirectIsOpenedOnlyWhenWanted) { EXPECT_EQ(File::open(path_, std::nullopt, false).direct_fd(), -1); }
 
+TEST_F(FileTest, TheReasonForNoDirectIoIsTheChangeOfTheFileAndNotTheFileSystem) {
+  if (File::open(path_, std::nullopt, true).direct_fd() < 0) GTEST_SKIP() << "no direct I/O here";
+  File changed = File::open(path_, std::nullopt, false);
+  flashpack::testing::write_file(path_, std::span(bytes_).first(100));
+  changed.open_direct();
+  EXPECT_EQ(changed.direct_fd(), -1);
+  EXPECT_EQ(changed.direct_error(), Errc::kFileChanged);
+}
+
 TEST_F(FileTest, ADescriptorThatCannotBeReadIsRefused) {
   for (const int flags : {O_WRONLY, O_PATH}) {
     try {
