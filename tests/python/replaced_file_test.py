@@ -118,8 +118,9 @@ def test_a_change_is_seen_whatever_the_system_remembers_of_the_file(pack, monkey
         assert file.is_unchanged()
         os.utime(path, ns=(0, 0))
         assert not file.is_unchanged()
-    with pytest.raises(OSError, match="Bad file descriptor"):
+    with pytest.raises(OSError, match="Bad file descriptor") as raised:
         file.is_unchanged()
+    assert raised.value.filename == str(path)
 
 
 def test_a_program_that_is_started_inherits_no_descriptor(pack):

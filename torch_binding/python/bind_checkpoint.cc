@@ -101,7 +101,7 @@ IdentityTuple identity_tuple(const FileIdentity& identity) {
   return {dev, ino, size_bytes, mtime_ns};
 }
 
-IdentityTuple identity_now(int fd) {
+IdentityTuple identity_now(int fd, const fs::path& path) {
   const NativeCall call;
   std::optional<FileIdentity> identity;
   int error = 0;
@@ -110,7 +110,7 @@ IdentityTuple identity_now(int fd) {
     identity = identity_of(fd);
     error = errno;
   }
-  if (!identity) throw Error({error, std::generic_category()}, "stat");
+  if (!identity) throw Error({error, std::generic_category()}, "stat " + path.string(), path);
   return identity_tuple(*identity);
 }
 
@@ -245,8 +245,9 @@ std::vector<ReadTuple> reads_of(const SegmentPlan& plan, const std::vector<std::
 void bind_files(nb::module_& module) {
   module.def("open_to_read", &open_for_python, "path"_a,
              "Opens a file and returns its descriptor. A FIFO is not waited for; the holder of a write lease is.");
-  module.def("identity_of", &identity_now, "fd"_a,
-             "(device, inode, size in bytes, mtime in nanoseconds) of an open file, as the file system has them now.");
+  module.def("identity_of", &identity_now, "fd"_a, "path"_a,
+             "(device, inode, size in bytes, mtime in nanoseconds) of an open file, as the file system has them now. "
+             "The path is for messages.");
   module.def("is_index", &is_index, "path"_a, "Whether a file has the name of an index.");
   module.def("without_index_suffix", &without_index_suffix, "path"_a,
              "model.safetensors for model.safetensors.index.json and its like; other paths as they are.");

@@ -56,7 +56,7 @@ class File(NamedTuple):
 
     def is_unchanged(self) -> bool:
         """Whether the file still has the identity that it had when its metadata was read."""
-        return _native.identity_of(self.fd) == self.identity
+        return _native.identity_of(self.fd, self.path) == self.identity
 
 
 @dataclass(frozen=True, eq=False)
