@@ -200,13 +200,21 @@ bool can_populate() {
 }
 [[maybe_unused]] const bool asked_at_once = can_populate();
 
+// The errno of a read into `memory`, after populating it has failed with `error`. To populate fails with ENOMEM also
+// where nothing is mapped, and with EINVAL where the mapping does not allow it; a read says EFAULT for both. A lack of
+// memory and a page that is broken (EHWPOISON) are no fault of the address.
+int as_read_fails(int error, std::span<std::byte> memory) {
+  const auto is_mapped = [memory] { return ::msync(memory.data(), memory.size(), MS_ASYNC) == 0 || errno != ENOMEM; };
+  return error == EINVAL || (error == ENOMEM && !is_mapped()) ? EFAULT : error;
+}
+
 // Populates the caller's memory before it is copied to or from. A copy to memory that is not mapped, not writable or
 // has no page left would end the process, whereas a failed populate is only an error, as EFAULT is for a read. On small
 // pages that are present, this costs half as much as the copy, on huge pages nothing; fresh pages it populates faster
 // than the copy would. process_vm_writev(2) costs more, and some containers forbid it.
 std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writing, Populated populated) {
   std::span<std::byte> run;  // Whole pages that follow on each other.
-  const auto ask = [&] { return run.empty() ? 0 : populate(run, for_writing, populated); };
+  const auto ask = [&] { return run.empty() ? 0 : as_read_fails(populate(run, for_writing, populated), run); };
   if (!can_populate()) return 0;
   for (const Fragment& fragment : fragments) {
     std::byte* const begin = fragment.memory - reinterpret_cast<std::uintptr_t>(fragment.memory) % system_page_bytes();
@@ -217,10 +225,10 @@ std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writin
       run = {run.data(), std::max(end, run.data() + run.size())};
       continue;
     }
-    if (ask() != 0) return -EFAULT;
+    if (const int error = ask()) return -error;
     run = {begin, end};
   }
-  return ask() == 0 ? 0 : -EFAULT;
+  return -ask();
 }
 
 // Page faults during a copy to fresh memory cost more than populating it first.

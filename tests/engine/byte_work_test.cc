@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
+#include <array>
+#include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <functional>
@@ -13,6 +15,7 @@
 #include "engine/ground/unique_fd.h"
 #include "engine/stripe_sums.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/sandbox.h"
 #include "tests/support/small_file_test.h"
 
 namespace flashpack::internal {
@@ -212,6 +215,23 @@ TEST(PopulatedTest, WhoeverWantsToKnowIsToldOfMemoryThatIsPopulatedToBeWritten) 
   work.populated = nullptr;
   ASSERT_EQ(carry_out(work), 0);
   EXPECT_EQ(populated.size(), 1u);
+}
+
+TEST(PopulatedTest, ACopyFailsAsItsPageFaultsDoAndABadAddressIsEfault) {
+  // Memory that is not mapped, which is ENOMEM as well, is in FlawedMemoryTest.
+  for (const int refusal : {ENOMEM, EHWPOISON, EFAULT, EINVAL}) {
+    const int error = flashpack::testing::run_in_child([refusal] {
+      std::array<std::byte, 8> slot{};
+      std::array<std::byte, 8> memory{};
+      const Fragment fragment{0, memory.size(), memory.data()};
+      if (!flashpack::testing::deny_syscall(SYS_madvise, static_cast<unsigned>(refusal)))
+        return flashpack::testing::kSkip;
+      return static_cast<int>(
+          -carry_out({.op = ByteWork::Op::kScatter, .view = {0, slot}, .fragments = {&fragment, 1}}));
+    });
+    if (error == flashpack::testing::kSkip) GTEST_SKIP() << "no seccomp here";
+    EXPECT_EQ(error, refusal == EINVAL ? EFAULT : refusal);
+  }
 }
 
 TEST(PopulatedTest, FreshMemoryIsNotAndTouchedMemoryIs) {
