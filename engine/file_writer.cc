@@ -178,10 +178,7 @@ void FileWriter::Impl::commit(std::span<const std::byte> tail) {
   try {
     take_results("commit");
     write_tail(tail);
-    temp_.keep_access(open_->file.buffered_fd());
-    if (uninterrupted([this] { return ::fdatasync(open_->file.buffered_fd()); }) != 0)
-      throw file_error(errno_code(errno), "sync", path_);
-    temp_.put_in_place();
+    temp_.commit(open_->file.buffered_fd());
   } catch (...) {
     abort();
     throw;

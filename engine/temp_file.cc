@@ -167,6 +167,12 @@ void TempFile::put_in_place() {
   name_.clear();
 }
 
+void TempFile::commit(int fd) {
+  keep_access(fd);
+  if (uninterrupted([fd] { return ::fdatasync(fd); }) != 0) throw file_error(errno_code(errno), "sync", target_);
+  put_in_place();
+}
+
 void TempFile::sync_directory() const {
   // EINVAL means that this file system cannot sync directories.
   if (uninterrupted([this] { return ::fsync(directory_.get()); }) == 0 || errno == EINVAL) return;
@@ -177,6 +183,24 @@ void TempFile::sync_directory() const {
 void TempFile::remove() noexcept {
   if (!name_.empty()) ::unlinkat(directory_.get(), name_.c_str(), 0);
   name_.clear();
+}
+
+void replace_file(const std::filesystem::path& path, std::string_view bytes) {
+  const std::filesystem::path target = resolve_links(path);
+  TempFile temp(target);
+  const UniqueFd fd = temp.create();
+  try {
+    while (!bytes.empty()) {
+      const ssize_t n = uninterrupted([&] { return ::write(fd.get(), bytes.data(), bytes.size()); });
+      if (n <= 0) throw file_error(errno_code(n < 0 ? errno : EIO), "write", target);
+      bytes.remove_prefix(static_cast<std::size_t>(n));
+    }
+    temp.commit(fd.get());
+  } catch (...) {
+    temp.remove();
+    throw;
+  }
+  temp.sync_directory();
 }
 
 }  // namespace flashpack::internal

@@ -54,7 +54,9 @@ class TempFile {
   /// umask left. Throws: Error, also if something else than a file has taken the target's place.
   void keep_access(int fd);
 
-  void put_in_place();          ///< Throws: Error.
+  void put_in_place();  ///< Throws: Error.
+  /// keep_access(), makes the bytes of the file durable, and put_in_place(). `fd` is the file's. Throws: Error.
+  void commit(int fd);
   void sync_directory() const;  ///< Makes put_in_place() durable. Throws: Error.
 
   /// Does nothing if the file is in place, or gone.
@@ -72,5 +74,9 @@ class TempFile {
   std::string prefix_;                   // All names of temporary files for this target begin with it.
   std::string name_;                     // Name of the file in the directory; empty if there is none.
 };
+
+/// Replaces the file at `path`, or what it links to, at once by one of these bytes, as a FileWriter does: after a
+/// failure the old file is whole. Any thread. Throws: Error.
+void replace_file(const std::filesystem::path& path, std::string_view bytes);
 
 }  // namespace flashpack::internal

@@ -11,6 +11,7 @@
 
 #include "engine/ground/error.h"
 #include "engine/ground/unique_fd.h"
+#include "engine/temp_file.h"
 
 namespace flashpack::internal {
 
@@ -56,21 +57,7 @@ Profiles profiles_in(const fs::path& file) {
 }
 
 void replace_profiles(const fs::path& file, json::array profiles) {
-  const std::string text = json::serialize(json::object{{"profiles", std::move(profiles)}}) + "\n";
-  std::error_code error;
-  const bool exists = fs::exists(file, error);
-  const fs::path target = exists ? fs::canonical(file, error) : file;
-  if (exists && error) throw file_error(error, "resolve the links of", file);
-  std::string name = target.string() + ".XXXXXX";
-  UniqueFd fd(::mkostemp(name.data(), O_CLOEXEC));
-  if (!fd) throw file_error(errno_code(errno), "create", name);
-  const ssize_t written = ::write(fd.get(), text.data(), text.size());
-  const bool whole = written == static_cast<ssize_t>(text.size());
-  if (!whole || ::fsync(fd.get()) != 0 || ::rename(name.c_str(), target.c_str()) != 0) {
-    const int error_number = whole || written < 0 ? errno : ENOSPC;
-    ::unlink(name.c_str());
-    throw file_error(errno_code(error_number), "write", target);
-  }
+  replace_file(file, json::serialize(json::object{{"profiles", std::move(profiles)}}) + "\n");
 }
 
 }  // namespace flashpack::internal

@@ -70,5 +70,16 @@ TEST_F(ProfilesFileTest, ALinkToTheFileStaysALink) {
   EXPECT_EQ(tuned().options.queue_depth, 1U);
 }
 
+TEST_F(ProfilesFileTest, TheFileKeepsItsModeAndWhatAKilledWriterLeftIsRemoved) {
+  ASSERT_EQ(::chmod(profiles_.c_str(), 0644), 0);
+  const auto left = profiles_.parent_path() / ("." + profiles_.filename().string() + ".0123456789abcdef.tmp");
+  testing::write_file(left, {});
+  keep_profile(dir_.path(), options_of(kMiB, 1, 1), profiles_);
+  struct stat status{};
+  ASSERT_EQ(::stat(profiles_.c_str(), &status), 0);
+  EXPECT_EQ(status.st_mode & 07777, 0644u);
+  EXPECT_FALSE(std::filesystem::exists(left));
+}
+
 }  // namespace
 }  // namespace flashpack

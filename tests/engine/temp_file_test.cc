@@ -4,16 +4,20 @@
 #include <gtest/gtest.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <csignal>
 #include <set>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "flashpack/error.h"
+#include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack::internal {
@@ -234,6 +238,33 @@ TEST_F(TempFileTest, WhatTakesTheTargetsPlaceMeanwhileIsNotReplacedUnlessItIsAFi
   std::filesystem::remove(target_);
   ASSERT_EQ(::mkfifo(target_.c_str(), 0600), 0);
   EXPECT_THROW(file.keep_access(fd.get()), Error);
+}
+
+TEST_F(TempFileTest, AReplacedFileIsWholeAndALinkToItStays) {
+  std::filesystem::create_symlink("model", dir_ / "link");
+  for (const std::string bytes : {"first", "second, which is longer", ""}) {
+    replace_file(dir_ / "link", bytes);
+    const auto written = testing::read_file(target_);
+    EXPECT_EQ(std::string(reinterpret_cast<const char*>(written.data()), written.size()), bytes);
+  }
+  EXPECT_EQ(entries(), (std::set<std::string>{"link", "model"}));
+}
+
+TEST_F(TempFileTest, AFileWhoseReplacementIsCutShortStaysAsItWas) {
+  replace_file(target_, "before");
+  const int error = testing::run_in_child([this] {
+    const rlimit few_bytes{3, 3};
+    if (::signal(SIGXFSZ, SIG_IGN) == SIG_ERR || ::setrlimit(RLIMIT_FSIZE, &few_bytes) != 0) return testing::kSkip;
+    try {
+      replace_file(target_, "after");
+    } catch (const Error& refused) {
+      return refused.path() == target_ ? refused.code().value() : -1;
+    }
+    return 0;
+  });
+  EXPECT_EQ(error, EFBIG) << "the first write is short, and the next one says why";
+  EXPECT_EQ(testing::read_file(target_).size(), 6u);
+  EXPECT_EQ(entries(), std::set<std::string>{"model"});
 }
 
 class ReplacedAccessTest : public TempFileTest {
