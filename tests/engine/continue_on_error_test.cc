@@ -12,7 +12,6 @@
 #include <random>
 #include <set>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "flashpack/engine.h"
@@ -21,6 +20,7 @@
 #include "tests/support/pipeline_rig.h"
 #include "tests/support/small_loads.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/wait_until.h"
 
 namespace flashpack {
 namespace {
@@ -414,7 +414,7 @@ TEST_P(ContinueInPipelineTest, ACancelAfterAFailureLeavesEachFileItsOwnEnd) {
   request_.files[1].fd = std::numeric_limits<int>::max();
   Told told;
   Transfer transfer = rig.start_request(request_, &told);
-  while (told.count < 2) std::this_thread::yield();
+  testing::wait_until([&] { return told.count >= 2; });
   transfer.cancel();
   rig.start({.path = dir_ / "1", .extents = {}}).wait();  // Since then the driver knows of the cancel.
   rig.get_stuck_from(bytes_.size());

@@ -20,6 +20,7 @@
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sanitizers.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/wait_until.h"
 
 namespace flashpack {
 namespace {
@@ -95,7 +96,7 @@ TEST_P(DeviceTest, ASlotIsNotUsedAgainBeforeItsCopyHasLandedAndDoneMeansLanded) 
   std::byte* target = cuda().allocate(bytes_.size());
   cuda().hold(true);
   Transfer transfer = engine_->start_load(request(target));
-  while (cuda().most_copies_under_way() < 8) std::this_thread::yield();  // As many as there are slots.
+  testing::wait_until([&] { return cuda().most_copies_under_way() >= 8; });  // As many as there are slots.
   EXPECT_FALSE(transfer.wait_for(std::chrono::milliseconds(20)));
   EXPECT_EQ(cuda().most_copies_under_way(), 8);
   EXPECT_TRUE(untouched(target));
@@ -187,7 +188,7 @@ TEST_P(DeviceTest, AFailureWithCopiesUnderWayIsToldWhenTheyHaveLanded) {
   LoadRequest one_chunk = request(target);
   one_chunk.files[0].extents[0].size_bytes = 1000;
   Transfer transfer = engine_->start_load(one_chunk);
-  while (cuda().most_copies_under_way() == 0) std::this_thread::yield();
+  testing::wait_until([&] { return cuda().most_copies_under_way() > 0; });
   EXPECT_FALSE(transfer.wait_for(std::chrono::milliseconds(20)));
   cuda().hold(false);
   ASSERT_TRUE(transfer.wait_for(kHang));
@@ -197,7 +198,7 @@ TEST_P(DeviceTest, AFailureWithCopiesUnderWayIsToldWhenTheyHaveLanded) {
 // Whether the end of copies is asked for again and again, and not made up.
 void expect_more_questions(Transfer& transfer) {
   const int questions = cuda().calls("cudaStreamQuery");
-  while (cuda().calls("cudaStreamQuery") < questions + 20 && !transfer.wait_for({})) std::this_thread::yield();
+  testing::wait_until([&] { return cuda().calls("cudaStreamQuery") >= questions + 20 || transfer.wait_for({}); });
   EXPECT_FALSE(transfer.wait_for({}));
 }
 
@@ -205,10 +206,10 @@ TEST_P(DeviceTest, AnErrorOfAQuestionIsNotTakenForTheEndOfACopy) {
   std::byte* target = cuda().allocate(bytes_.size());
   cuda().hold(true);
   Transfer transfer = engine_->start_load(request(target));
-  while (cuda().most_copies_under_way() < 8) std::this_thread::yield();  // As many as there are slots.
+  testing::wait_until([&] { return cuda().most_copies_under_way() >= 8; });  // As many as there are slots.
   for (const char* question : {"cudaEventQuery", "cudaStreamQuery"}) {
     cuda().fail(question, 1, cudaErrorMemoryAllocation);
-    while (cuda().failure_pending() && !transfer.wait_for({})) std::this_thread::yield();
+    testing::wait_until([&] { return !cuda().failure_pending() || transfer.wait_for({}); });
   }
   expect_more_questions(transfer);
   EXPECT_EQ(cuda().most_copies_under_way(), 8) << "a slot was used again";

@@ -20,6 +20,7 @@
 #include "tests/support/plug.h"
 #include "tests/support/small_loads.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/wait_until.h"
 
 namespace flashpack {
 namespace {
@@ -239,7 +240,7 @@ TEST_F(CoroutineTest, AStopAfterTheEndChangesNothing) {
     Plug plug(engine_);
     load(whole(), loop_.options(stop.get_token()), end);
   }
-  while (loop_.empty()) std::this_thread::yield();
+  testing::wait_until([&] { return !loop_.empty(); });
   stop.request_stop();
   loop_.run_one();
   EXPECT_EQ(end.get_future().get(), std::error_code());

@@ -4,13 +4,13 @@
 #include <chrono>
 #include <string>
 #include <system_error>
-#include <thread>
 #include <vector>
 
 #include "flashpack/engine.h"
 #include "tests/support/fake_cuda.h"
 #include "tests/support/hang.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/wait_until.h"
 
 namespace flashpack {
 namespace {
@@ -42,7 +42,7 @@ TEST(CudaExitTest, ALoadWithCopiesUnderWayEndsWithTheErrorThatSaysSo) {
     Engine engine(options());
     cuda.hold(true);
     Transfer transfer = engine.start_load({.files = {{.path = dir / "file", .extents = {{0, 9 * kMiB, target}}}}});
-    while (cuda.most_copies_under_way() == 0) std::this_thread::yield();
+    testing::wait_until([&] { return cuda.most_copies_under_way() > 0; });
     cuda.unload();
     ASSERT_TRUE(transfer.wait_for(testing::kHang));
     EXPECT_EQ(transfer.error(), std::error_code(cudaErrorCudartUnloading, cuda_category()));

@@ -5,11 +5,11 @@
 #include <limits>
 #include <memory>
 #include <span>
-#include <thread>
 #include <vector>
 
 #include "tests/support/device_test.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/wait_until.h"
 
 namespace flashpack {
 namespace {
@@ -51,7 +51,7 @@ TEST_P(CudaLandingTest, AnExtentIsToldWhenTheDeviceHasItsBytes) {
     });
     cuda().hold(true);
     Transfer transfer = engine_->start_load({.files = {file}, .cache = cache, .report_extents = true}, &looks);
-    while (cuda().copies_under_way(1) < 8) std::this_thread::yield();
+    testing::wait_until([&] { return cuda().copies_under_way(1) >= 8; });
     EXPECT_LE(looks.count, 1u) << "only the one on the host";
     cuda().hold(false);
     ASSERT_TRUE(transfer.wait_for(kHang));
@@ -108,7 +108,7 @@ TEST_P(CudaLandingTest, AnErrorOfTheDeviceFailsAllFilesThatHaveNotLanded) {
   cuda().hold(true);
   cuda().fail("cudaMemcpyAsync", 6, cudaErrorInvalidValue);
   Transfer transfer = engine_->start_load(wanted);
-  while (cuda().failure_pending()) std::this_thread::yield();
+  testing::wait_until([&] { return !cuda().failure_pending(); });
   cuda().hold(false);
   ASSERT_TRUE(transfer.wait_for(kHang));
   EXPECT_EQ(transfer.error().category(), cuda_category());

@@ -11,6 +11,7 @@
 #include "tests/support/device_test.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sanitizers.h"
+#include "tests/support/wait_until.h"
 
 namespace flashpack {
 namespace {
@@ -129,7 +130,7 @@ TEST_P(CudaWorldTest, EnginesOfTwoDevicesLoadAtOnce) {
     cuda().hold(true);
     Transfer to_0 = engine_of_0.start_load(request(on_0, cache));
     Transfer to_1 = engine_->start_load(request(on_1, cache));
-    while (cuda().copies_under_way(0) < 8 || cuda().copies_under_way(1) < 8) std::this_thread::yield();
+    testing::wait_until([&] { return cuda().copies_under_way(0) >= 8 && cuda().copies_under_way(1) >= 8; });
     cuda().hold(false);
     to_0.wait();
     to_1.wait();
@@ -153,7 +154,7 @@ TEST_P(CudaWorldTest, AnEngineOfOneDeviceEndsWhileAnotherCopies) {
   engine_of_0->load(request(on_0));
   cuda().hold(true);
   Transfer to_1 = engine_->start_load(request(on_1));
-  while (cuda().copies_under_way(1) < 8) std::this_thread::yield();
+  testing::wait_until([&] { return cuda().copies_under_way(1) >= 8; });
   engine_of_0.reset();
   EXPECT_EQ(cuda().copies_under_way(1), 8);
   EXPECT_EQ(cuda().registrations(), 1);
@@ -283,7 +284,7 @@ TEST_P(CudaWorldTest, AContextThatIsGoneIsAnErrorAndANewEngineWorks) {
 TEST_P(CudaWorldTest, AContextThatGoesInTheMiddleOfALoadEndsItWithAnError) {
   cuda().hold(true);
   Transfer transfer = engine_->start_load(request(cuda().allocate(bytes_.size())));
-  while (cuda().most_copies_under_way() < 8) std::this_thread::yield();
+  testing::wait_until([&] { return cuda().most_copies_under_way() >= 8; });
   const int calls = cuda().calls("cuCtxPushCurrent");
   cuda().lose_context(1);
   ASSERT_TRUE(transfer.wait_for(kHang));
@@ -315,7 +316,7 @@ TEST_P(CudaWorldTest, CompletionsFindNoErrorOfTheEngines) {
   cuda().start_kernel(stream.stream);
   Transfer waits = engine_->start_load(request(target, CachePolicy::kDirect, stream.stream));
   const int questions = cuda().calls("cudaEventQuery");
-  while (cuda().calls("cudaEventQuery") == questions) std::this_thread::yield();
+  testing::wait_until([&] { return cuda().calls("cudaEventQuery") != questions; });
   LooksForErrors passes;
   engine_->start_load({}, &passes).wait();
   EXPECT_EQ(passes.found, cudaSuccess) << "that a stream was not there yet";
@@ -326,10 +327,10 @@ TEST_P(CudaWorldTest, CompletionsFindNoErrorOfTheEngines) {
 TEST_P(CudaWorldTest, ErrorsWithAnAnswerBetweenThemAreNoLongSilence) {
   cuda().hold(true);
   Transfer transfer = engine_->start_load(request(cuda().allocate(bytes_.size())));
-  while (cuda().most_copies_under_way() < 8) std::this_thread::yield();
+  testing::wait_until([&] { return cuda().most_copies_under_way() >= 8; });
   const auto ask = [](const char* question, int times) {
     const int before = cuda().calls(question);
-    while (cuda().calls(question) < before + times) std::this_thread::yield();
+    testing::wait_until([&] { return cuda().calls(question) >= before + times; });
   };
   cuda().fail("cudaEventQuery", 1, cudaErrorMemoryAllocation);
   ask("cudaEventQuery", 1);

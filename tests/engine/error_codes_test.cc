@@ -1,12 +1,12 @@
 // The API for programs without exceptions.
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <optional>
 #include <system_error>
 #include <vector>
 
 #include "flashpack/engine.h"
+#include "tests/support/hang.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -27,7 +27,7 @@ TEST_F(ErrorCodesTest, AFileIsWrittenAndReadWithoutAnException) {
   ASSERT_TRUE(writer && !error_);
   Transfer write = writer->start_write({.extents = {{0, bytes_.size(), bytes_.data()}}}, nullptr, error_);
   ASSERT_TRUE(write.valid() && !error_);
-  ASSERT_TRUE(write.wait_for(std::chrono::hours(1)));
+  ASSERT_TRUE(write.wait_for(testing::kHang));
   EXPECT_FALSE(write.error());
   EXPECT_EQ(write.error_text(), "");
   EXPECT_EQ(writer->checksums(error_).size_bytes, bytes_.size());
@@ -36,7 +36,7 @@ TEST_F(ErrorCodesTest, AFileIsWrittenAndReadWithoutAnException) {
   EXPECT_FALSE(error_);
   LoadRequest request{.files = {{.path = dir_ / "file", .extents = {{0, memory_.size(), memory_.data()}}}}};
   Transfer load = engine_->start_load(request, nullptr, error_);
-  ASSERT_TRUE(load.valid() && load.wait_for(std::chrono::hours(1)));
+  ASSERT_TRUE(load.valid() && load.wait_for(testing::kHang));
   EXPECT_FALSE(load.error());
   EXPECT_EQ(memory_, bytes_);
 }
@@ -45,7 +45,7 @@ TEST_F(ErrorCodesTest, EachFailureHasACode) {
   EXPECT_FALSE(Engine::make({.queue_depth = 0}, error_));
   EXPECT_EQ(error_, Errc::kInvalidArgument);
   Transfer missing = engine_->start_load({.files = {{.path = dir_ / "none"}}}, nullptr, error_);
-  ASSERT_TRUE(missing.valid() && missing.wait_for(std::chrono::hours(1)));
+  ASSERT_TRUE(missing.valid() && missing.wait_for(testing::kHang));
   EXPECT_FALSE(error_);
   EXPECT_EQ(missing.error(), std::errc::no_such_file_or_directory);
   EXPECT_EQ(missing.error_text(), "open " + (dir_ / "none").string() + ": No such file or directory");

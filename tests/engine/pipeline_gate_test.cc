@@ -14,6 +14,7 @@
 #include "tests/support/hang.h"
 #include "tests/support/pipeline_rig.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/wait_until.h"
 
 namespace flashpack::internal {
 namespace {
@@ -83,7 +84,8 @@ class PipelineGateTest : public ::testing::Test {
   }
 
   static void wait_for_looks(const Stream& stream) {
-    for (const int first = stream.looks; stream.looks < first + 3;) std::this_thread::yield();
+    const int first = stream.looks;
+    flashpack::testing::wait_until([&] { return stream.looks >= first + 3; });
   }
 
   flashpack::testing::TempDir dir_;
@@ -112,7 +114,7 @@ TEST_F(PipelineGateTest, AGateOpensAlsoForTheTransferThatStuckReadsLeaveNoSlot) 
   rig_.disk().get_stuck_from(4 * kChunk);
   GuardedMemory stuck_target(2 * kChunk, 1);  // Out of phase: through slots.
   Transfer stuck = rig_.start({.path = path_, .extents = {{4 * kChunk, stuck_target.size(), stuck_target.data()}}});
-  while (stuck.progress().outstanding < 2) std::this_thread::yield();
+  flashpack::testing::wait_until([&] { return stuck.progress().outstanding >= 2; });
   stuck.cancel();
 
   Stream stream;
@@ -139,7 +141,7 @@ TEST_F(PipelineGateTest, AFileThatFailsGivesItsSlotsBackThoughItsGateIsShut) {
       .stream = reinterpret_cast<CUstream_st*>(&stream),
       .continue_on_error = true};
   Transfer transfer = rig_.start_request(request);
-  while (transfer.progress().outstanding < 2) std::this_thread::yield();
+  flashpack::testing::wait_until([&] { return transfer.progress().outstanding >= 2; });
   wait_for_looks(stream);  // The first chunk waits for the gate, the second one for the disk.
   rig_.fail_at(4 * kChunk);
   rig_.get_stuck_from(bytes_.size());

@@ -8,14 +8,15 @@
 #include <memory>
 #include <random>
 #include <set>
-#include <thread>
 #include <vector>
 
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/hang.h"
 #include "tests/support/pipeline_rig.h"
 #include "tests/support/small_loads.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/wait_until.h"
 
 namespace flashpack {
 namespace {
@@ -204,7 +205,7 @@ TEST_F(PipelineLandingTest, AnExtentIsToldWhileAnotherOneIsRead) {
   const std::vector<Extent> halves = {{0, kMiB / 2, memory.data()}, {kMiB / 2, kMiB / 2, memory.data() + kMiB / 2}};
   Recorder recorder;
   Transfer transfer = rig.start({.path = path_, .extents = halves, .completion = &recorder, .report_extents = true});
-  while (recorder.count == 0) std::this_thread::yield();
+  testing::wait_until([&] { return recorder.count > 0; });
   EXPECT_EQ(std::memcmp(memory.data(), bytes_.data(), kMiB / 2), 0);
   EXPECT_FALSE(transfer.wait_for(kNothing));
   EXPECT_EQ(recorder.count, 1u);
@@ -221,7 +222,7 @@ TEST_F(PipelineLandingTest, WithChecksumsAnExtentWaitsForTheRestOfItsStripes) {
   Recorder recorder;
   Transfer transfer = rig.start(
       {.path = path_, .extents = halves, .completion = &recorder, .checksums = checksums(), .report_extents = true});
-  while (transfer.progress().done_bytes < kMiB / 2) std::this_thread::yield();
+  testing::wait_until([&] { return transfer.progress().done_bytes >= kMiB / 2; });
   wait_for_driver(rig);
   EXPECT_EQ(recorder.count, 0u);
   rig.get_stuck_from(bytes_.size());
@@ -290,7 +291,7 @@ TEST_F(PipelineLandingTest, TheCallMayCancelItsLoadAndStartAnother) {
                         .report_extents = true});
   started = true;
   started.notify_one();
-  while (recorder.count == 0) std::this_thread::yield();
+  testing::wait_until([&] { return recorder.count > 0; });
   rig.get_stuck_from(bytes_.size());
   EXPECT_THROW(transfer.wait(), Error);
   EXPECT_EQ(transfer.error(), Errc::kCancelled);
@@ -332,7 +333,7 @@ TEST_F(PipelineLandingTest, LayersAreUsedInTheirOrderWhileTheRestIsRead) {
       ++used;
     }
     EXPECT_EQ(used, fails ? 0u : 6u);
-    EXPECT_TRUE(load.wait_for(std::chrono::hours(1)));
+    EXPECT_TRUE(load.wait_for(testing::kHang));
     EXPECT_EQ(static_cast<bool>(load.error()), fails);
   }
 }
