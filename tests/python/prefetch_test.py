@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import flashpack
@@ -16,7 +17,7 @@ import page_cache
 import pytest
 import torch
 from flashpack import _prefetch
-from support import in_a_fork, random_tensor
+from support import held_in_page_cache, in_a_fork, random_tensor
 
 MIB = 1 << 20
 
@@ -31,6 +32,17 @@ def cold_file():
         if page_cache.drop_from_page_cache(path) != 0:
             pytest.skip("this file system does not let go of cached pages")
         yield path
+
+
+def is_cached_after(prefetch: Callable[[], object], path: Path) -> bool:
+    """Whether all of the file is in the page cache after a prefetch. The kernel may take pages back at once, so that
+    one time of several counts."""
+
+    def is_cached() -> bool:
+        prefetch()
+        return page_cache.resident_fraction(path) == 1
+
+    return any(is_cached() for _ in range(20))
 
 
 def prefetch(path: Path, size_bytes: int) -> _prefetch.Prefetch:
@@ -60,12 +72,16 @@ def gate(monkeypatch):
 
 
 def test_the_payload_is_in_the_page_cache_after_the_wait_and_the_load_finds_it_there(cold_file):
-    handle = flashpack.prefetch_flashpack_file(cold_file)
-    handle.wait()
-    assert page_cache.resident_fraction(cold_file) == 1
     payload_bytes = 20 * MIB + 20
-    assert handle.progress() == (payload_bytes, payload_bytes)
-    assert flashpack.read_flashpack_file(cold_file)[0].stats["direct_bytes"] == 0
+
+    def prefetch_and_wait() -> None:
+        handle = flashpack.prefetch_flashpack_file(cold_file)
+        handle.wait()
+        assert handle.progress() == (payload_bytes, payload_bytes)
+
+    assert is_cached_after(prefetch_and_wait, cold_file)
+    with held_in_page_cache(cold_file):
+        assert flashpack.read_flashpack_file(cold_file)[0].stats["direct_bytes"] == 0
 
 
 @pytest.mark.parametrize("size_bytes", [1, 8 * MIB, 8 * MIB + 1, 33 * MIB, 100 * MIB])
@@ -101,11 +117,13 @@ def test_an_empty_payload_is_done_at_once(tmp_path):
 
 
 def test_it_goes_on_when_nobody_holds_the_handle(cold_file):
-    before = set(threading.enumerate())
-    flashpack.prefetch_flashpack_file(cold_file)
-    for thread in set(threading.enumerate()) - before:
-        thread.join(60)
-    assert page_cache.resident_fraction(cold_file) == 1
+    def prefetch_and_join() -> None:
+        before = set(threading.enumerate())
+        flashpack.prefetch_flashpack_file(cold_file)
+        for thread in set(threading.enumerate()) - before:
+            thread.join(60)
+
+    assert is_cached_after(prefetch_and_join, cold_file)
 
 
 def test_what_is_no_flashpack_file_is_an_error_before_anything_is_read(tmp_path, gate):

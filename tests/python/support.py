@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
+import mmap
 import os
 import signal
 import subprocess
@@ -146,3 +148,17 @@ def unprivileged() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
+
+
+@contextlib.contextmanager
+def held_in_page_cache(path: Path) -> Iterator[None]:
+    """Keeps the file's pages in the cache, also when the machine wants its memory back; where so much may not be locked
+    (ulimit -l), they are read into it and may leave."""
+    libc = ctypes.CDLL(None)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
+        start = ctypes.c_char.from_buffer(mapping)
+        size = ctypes.c_size_t(len(mapping))
+        if libc.mlock(ctypes.c_void_p(ctypes.addressof(start)), size) != 0:
+            path.read_bytes()
+        del start
+        yield
