@@ -64,10 +64,12 @@ class Ring final : public DiskQueue {
   void wait_without_ring(std::optional<std::chrono::nanoseconds> timeout);
 
   Rung rung_;
+  // The kernel writes here while the wake read is armed, also when the constructor throws after that: the ring, which
+  // is declared after it, is closed before it is freed.
+  std::unique_ptr<std::uint64_t> wake_value_;
   std::unique_ptr<io_uring> storage_;
   std::unique_ptr<io_uring, RingDeleter> ring_;  // Points to storage_ while the ring is set up, else null.
   UniqueFd wake_fd_;
-  std::unique_ptr<std::uint64_t> wake_value_;  // The kernel writes here while the wake read is armed.
   std::atomic<bool> wake_pending_ = false;
   unsigned failed_wakes_ = 0;  // Wake reads in a row that have failed.
   int wake_error_ = 0;         // The errno of the last one.
