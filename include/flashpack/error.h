@@ -1,4 +1,5 @@
-/// The one exception type of the C++ API and the failures that are not an errno.
+/// The one exception type of the C++ API and the failures that are not an errno. Thread safety: any thread may call the
+/// functions, and read an Error; copies of one may be used by several threads at the same time.
 #pragma once
 
 #include <cstddef>

@@ -1,3 +1,4 @@
+/// Files that are recognised, and seen to have changed.
 #pragma once
 
 #include <cstdint>

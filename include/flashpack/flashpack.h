@@ -63,7 +63,7 @@ typedef struct flashpack_engine_options {
   int32_t device_kind;          ///< FLASHPACK_DEVICE_*. Targets and sources may also be in memory of the host.
   int32_t device_index;         ///< Number of the GPU, as for cudaSetDevice.
   uint32_t chunk_bytes;         ///< Size of a read: a power of two from 1 MiB to 1 GiB. 0 is 4 MiB.
-  uint32_t queue_depth;         ///< Direct reads in flight, 1 to 1024. 0 is 8; striped arrays need 16 to 32.
+  uint32_t queue_depth;         ///< Direct reads and writes in flight, 1 to 1024. 0 is 8; striped arrays need 16 to 32.
   uint64_t staging_bytes;       ///< Most staging memory, at least two chunks. 0 is 64 MiB, or 96 MiB for a GPU.
   void* staging;                ///< If not NULL, memory of the caller's, of `staging_bytes` bytes from a page on, that
                                 ///< this engine alone uses for it until it ends, such as huge pages or page-locked

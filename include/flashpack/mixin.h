@@ -4,6 +4,8 @@
 ///
 ///   flashpack::Engine engine;
 ///   auto net = NetImpl::from_flashpack(engine, "net.flashpack", {}, /*width=*/384);
+///
+/// Thread safety: any thread may call, with one engine or several; a module belongs to one call at a time.
 #pragma once
 
 #include <filesystem>

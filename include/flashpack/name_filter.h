@@ -1,3 +1,4 @@
+/// A choice of tensors by their names.
 #pragma once
 
 #include <string>
