@@ -75,9 +75,9 @@ struct PartResult {
 /// else that changes. Thread safety: as each function says.
 class Handover {
  public:
-  /// Decides who uses the caller's memory; returns true for the first who claims it. The thread claims it while it
-  /// reads into it. If the part fails in that time, its transfer waits for the thread. If it fails before, the driver
-  /// claims the memory. Then the thread reads nothing, so that the transfer can end although the thread is late.
+  /// Claims the caller's memory for the calling side, the thread or the driver. False if the other side has it. The
+  /// thread claims it for as long as it reads into it, and the driver claims it when the part fails. Whichever comes
+  /// first decides: the transfer waits until the thread has read, or ends at once and the thread reads nothing.
   bool claim_memory() noexcept { return !memory_claimed_.exchange(true); }
   /// The thread, when it has read.
   void release_memory() noexcept { memory_claimed_ = false; }
@@ -152,8 +152,9 @@ std::optional<PartResult> read_at_once(const PartRequest& request, const File& f
 /// Plans the chunks of a load from `planned.open`, and sets the other members of `planned`. Throws: Error, kTruncated.
 void plan_load(const PartRequest& request, std::uint32_t chunk_bytes, PlannedFile& planned);
 
-/// open_part() returns this to the driver. If both are set, the driver has only to have the file closed. If neither is
-/// set, the thread has read all and closed the file, and the handover has the result.
+/// The result of open_part(). With `planned` alone, the driver moves the chunks. With both, the file is open but cannot
+/// be read, and the driver has it closed. With `failure` alone, the file is not open. With neither, the thread has read
+/// all of it and closed it, and the handover has the result.
 struct Opened {
   std::unique_ptr<PlannedFile> planned;
   std::optional<Failure> failure;

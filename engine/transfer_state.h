@@ -70,7 +70,8 @@ struct TransferRequest {
 };
 
 /// Shared by the caller's handle, the driver, threads that open or close a file of the transfer, and the FileWriter
-/// that started it, because any of them may be the last to need it.
+/// that started it, because any of them may be the last to need it. Functions are for the thread that may use `driver`,
+/// except those that name another.
 struct TransferState : std::enable_shared_from_this<TransferState> {
   /// The thread that prepares the transfer has it until the start. From then on only the driver uses it, until the end.
   /// The FileWriter of a store reads the sums of its part after the end.
@@ -92,11 +93,10 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
 
   explicit TransferState(TransferRequest wanted = {}) : request(wanted) {}
 
+  /// Any thread.
   static Transfer handle(std::shared_ptr<TransferState> state) { return Transfer(std::move(state)); }
   /// Any thread.
   static void cancel(const std::shared_ptr<TransferState>& state) noexcept;
-
-  // Only the thread that may use `driver` calls the next five.
 
   /// Takes over the result of a part.
   void add(const PartResult& result);
@@ -111,7 +111,9 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   /// delivered. Throws: Error, kCorrupt, if a stripe of them does not match.
   void report_landed(Part& part, const Chunk& chunk) const;
 
+  /// Any thread.
   bool is_load() const noexcept { return request.direction == Direction::kLoad; }
+  /// Any thread.
   const char* verb() const noexcept { return is_load() ? "read" : "write"; }
 
   const TransferRequest request;

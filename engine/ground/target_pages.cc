@@ -23,7 +23,8 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::nanoseconds;
 
-// Small pages of 2 MiB take 0.8 to 1.3 ms. A huge page takes 0.2 ms, or 2 to 9 ms if the host has to provide it.
+// To populate 2 MiB takes 0.8 to 1.3 ms in small pages. In one huge page it takes 0.2 ms, or 2 to 9 ms if the host has
+// to provide it.
 constexpr nanoseconds kFairPerHugePage = milliseconds(1);
 // The time above the fair one is added up, and cheap pages take it off again. At kTooMuch huge pages are given up, so
 // that a few dear ones among many cheap ones do no harm. The sum is bounded shortly above, so that a few cheap pages
