@@ -120,7 +120,10 @@ class TraceTotals::Impl {
     const std::lock_guard lock(mutex_);
     add(totals_);
     auto file = of_files_.find(event.path);
-    if (file == of_files_.end()) file = of_files_.emplace(event.path, Totals()).first;
+    if (file == of_files_.end()) {
+      const std::string_view path = of_files_.size() < kMostFiles ? event.path : std::string_view();
+      file = of_files_.try_emplace(std::string(path)).first;
+    }
     add(file->second);
   }
 

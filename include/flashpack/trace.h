@@ -84,6 +84,7 @@ class TraceTotals final : public TraceSink {
     std::uint32_t depth = 0;  ///< The most steps that an engine had under way at a time.
   };
   using Totals = std::array<Total, kTraceStages>;  // Index: TraceStage.
+  static constexpr std::size_t kMostFiles = 10'000;
 
   TraceTotals();
   ~TraceTotals();
@@ -92,7 +93,7 @@ class TraceTotals final : public TraceSink {
 
   void event(const TraceEvent& event) noexcept override;
   Totals totals() const;
-  /// Paths as in the requests.
+  /// Paths as in the requests. After kMostFiles paths, those of all further ones are added up for an empty path.
   std::map<std::string, Totals, std::less<>> totals_of_files() const;
 
  private:

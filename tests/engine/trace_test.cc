@@ -188,6 +188,18 @@ TEST(TraceTotalsTest, TimesBytesAndDepthAreAddedUpForEachStageAndEachFile) {
   EXPECT_EQ(totals.totals()[static_cast<std::size_t>(TraceStage::kWrite)].steps, 0u);
 }
 
+TEST(TraceTotalsTest, AfterThousandsOfFilesTheRestIsAddedUp) {
+  TraceTotals totals;
+  for (std::size_t i = 0; i < TraceTotals::kMostFiles + 5; ++i)
+    totals.event({.stage = TraceStage::kRead, .path = "/" + std::to_string(i), .size_bytes = 1});
+  totals.event({.stage = TraceStage::kRead, .path = "/0", .size_bytes = 1});
+  const auto files = totals.totals_of_files();
+  constexpr auto kRead = static_cast<std::size_t>(TraceStage::kRead);
+  EXPECT_EQ(files.size(), TraceTotals::kMostFiles + 1);
+  EXPECT_EQ(files.at("")[kRead].bytes, 5u);
+  EXPECT_EQ(files.at("/0")[kRead].bytes, 2u);
+}
+
 TEST(TraceTotalsTest, AForkedChildHasNoTotals) {
   TraceTotals totals;
   totals.event({.path = "a", .size_bytes = 1});
