@@ -85,12 +85,15 @@ void OpenParts::enter_state(Part& part, Time now) {
       if (held_up() > 0) enter_prefixes(part);
       return;
     case Part::State::kOpen:
-      part.file_system = &file_systems_.try_emplace(part.file().identity().dev, totals_).first->second;
-      if (part.prefixes[0]) part.prefixes[0]->file_system = part.prefixes[1]->file_system = part.file_system;
+      point(part.file_system, &file_systems_.try_emplace(part.file().identity().dev, totals_).first->second);
+      for (PrefixCounts* const prefix : part.prefixes) {
+        if (prefix) point(prefix->file_system, part.file_system);
+      }
       if (part.transfer->is_load()) part.file_system->add_load();
       return;
-    case Part::State::kAnswered:
     case Part::State::kDone:
+      return forget_places_of(part);
+    case Part::State::kAnswered:
       return;
   }
 }
@@ -101,20 +104,46 @@ Part* OpenParts::next() {
   while (!waiting_.empty() && open_ - held_up() < max_open_ && held_up() < kHeldUpLimit) {
     Part& part = *waiting_.begin()->second;
     if (held_up() == 0) return &part;
-    if (!part.prefixes[0]) part.prefixes = prefixes_of(part);
+    find_prefixes(part);
     if (prefixes_have_shares(part)) return &part;
     parked_.insert(waiting_.extract(waiting_.begin()));
   }
   return nullptr;
 }
 
-// The directory of the part's path and the mount point above, found without asking a file system.
-std::array<PrefixCounts*, 2> OpenParts::prefixes_of(const Part& part) {
+// Finds the directory of the part's path and the mount point above, without asking a file system.
+void OpenParts::find_prefixes(Part& part) {
+  if (part.prefixes[0]) return;
   std::error_code no_working_directory;
   const auto directory =
       std::filesystem::absolute(part.request.path, no_working_directory).lexically_normal().parent_path();
   const MountInfo* const mount = mounts_.find(directory);
-  return {&prefixes_[0][directory.native()], &prefixes_[1][mount ? mount->point : std::string()]};
+  const std::array paths{directory.native(), mount ? mount->point : std::string()};
+  for (std::size_t i = 0; i < paths.size(); ++i) {
+    const auto found = prefixes_[i].try_emplace(paths[i]).first;
+    found->second.path = &found->first;
+    ++found->second.parts;
+    part.prefixes[i] = &found->second;
+  }
+}
+
+// Sets a pointer of a part or a prefix. A file system to which none is left is forgotten.
+void OpenParts::point(FileSystem*& pointer, FileSystem* file_system) {
+  if (file_system) ++file_system->users;
+  FileSystem* const before = std::exchange(pointer, file_system);
+  if (!before || --before->users > 0) return;
+  assert(before->loads() == 0 && before->late() == 0 && before->stuck == 0);
+  std::erase_if(file_systems_, [before](const auto& each) { return &each.second == before; });
+}
+
+void OpenParts::forget_places_of(Part& part) {
+  for (std::size_t i = 0; i < prefixes_.size(); ++i) {
+    PrefixCounts* const prefix = std::exchange(part.prefixes[i], nullptr);
+    if (!prefix || --prefix->parts > 0) continue;
+    point(prefix->file_system, nullptr);
+    prefixes_[i].erase(prefixes_[i].find(*prefix->path));
+  }
+  point(part.file_system, nullptr);
 }
 
 // Whether the parts at `prefix` take at most 1 / `shares` of what the parts elsewhere leave of kHeldUpLimit.
@@ -129,7 +158,7 @@ bool OpenParts::prefixes_have_shares(const Part& part) const {
 }
 
 void OpenParts::enter_prefixes(Part& part) {
-  if (!part.prefixes[0]) part.prefixes = prefixes_of(part);
+  find_prefixes(part);
   if (std::exchange(part.in_prefixes, true)) return;
   for (PrefixCounts* prefix : part.prefixes) ++prefix->with_threads;
 }

@@ -24,6 +24,8 @@ struct PrefixCounts {
       0;                   // Parts below it with a thread. Counting begins when a part is held up for the first time.
   std::uint32_t late = 0;  // Those of them whose threads are late.
   FileSystem* file_system = nullptr;  // The file system of its files, once known.
+  std::uint32_t parts = 0;            // Parts that point to it.
+  const std::string* path = nullptr;
 
   std::size_t held_up_loads() const noexcept { return file_system ? file_system->held_up_loads() : 0; }
 };
@@ -66,6 +68,9 @@ class OpenParts {
   const std::vector<Part*>& with_threads() const noexcept { return with_threads_; }
   /// Finds the threads of parts that have become late.
   void mark_late(Time now);
+  /// Number of file systems, directories and mount points that are kept. Each is forgotten when the last part there is
+  /// done: until then nothing of it can be open, late or stuck without being counted.
+  std::size_t places() const noexcept { return file_systems_.size() + prefixes_[0].size() + prefixes_[1].size(); }
   /// To be called when an operation has become late: reads the mounts, because prefixes are looked up from then on.
   void read_mounts() { mounts_ = read_mounts_(); }
 
@@ -74,7 +79,9 @@ class OpenParts {
   void leave_state(Part& part);
   void enter_state(Part& part, Time now);
   std::size_t held_up() const noexcept { return late_ + totals_.held_up_loads; }
-  std::array<PrefixCounts*, 2> prefixes_of(const Part& part);
+  void find_prefixes(Part& part);
+  void point(FileSystem*& pointer, FileSystem* file_system);
+  void forget_places_of(Part& part);
   bool has_share(const PrefixCounts& prefix, unsigned shares) const;
   bool prefixes_have_shares(const Part& part) const;
   void enter_prefixes(Part& part);
@@ -84,8 +91,8 @@ class OpenParts {
   std::map<std::uint64_t, Part*> parked_;   // Likewise, but their prefixes have used up their share.
   bool look_at_parked_ = false;             // Parked parts may have room now.
   FileSystem::Totals totals_;
-  std::map<std::uint64_t, FileSystem> file_systems_;             // One for each device number; never removed.
-  std::array<std::map<std::string, PrefixCounts>, 2> prefixes_;  // Directories and mount points; never removed.
+  std::map<std::uint64_t, FileSystem> file_systems_;             // One for each device number.
+  std::array<std::map<std::string, PrefixCounts>, 2> prefixes_;  // Directories and mount points.
   const std::function<Mounts()> read_mounts_;
   const Tracer tracer_;
   Mounts mounts_;  // The mounts when something last became late.

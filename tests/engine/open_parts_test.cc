@@ -261,6 +261,45 @@ TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenTheLastLateOperationComesBack)
   EXPECT_NE(parts_.next(), nullptr);
 }
 
+TEST_F(OpenPartsTest, PlacesWhereEveryPartIsDoneAreForgotten) {
+  Part& late = wait("/late/file");
+  ASSERT_EQ(parts_.next(), &late);
+  enter(late, State::kOpening);
+  parts_.mark_late(now_ += 2 * kLate);  // From here on, directories and mount points are looked up.
+  EXPECT_EQ(parts_.places(), 2u) << "/late and /";
+  for (int i = 0; i < 100; ++i) {
+    Part& part = wait("/mounted/" + std::to_string(i) + "/file");
+    open(part);
+    ASSERT_EQ(parts_.places(), 5u) << "its directory, its mount point and its file system";
+    close(part);
+    Part& given_up = wait("/" + std::to_string(i) + "/file");
+    EXPECT_EQ(parts_.next(), &given_up);
+    enter(given_up, State::kDone);
+  }
+  EXPECT_EQ(parts_.places(), 2u);
+  end(late);
+  EXPECT_EQ(parts_.places(), 0u);
+}
+
+TEST_F(OpenPartsTest, AFileSystemWithALateOperationIsKeptForAllThatPointToIt) {
+  Part& stuck = wait("/a/1");
+  open(stuck);
+  stuck.file_system->add_late();
+  parts_.read_mounts();
+  Part& second = wait("/a/2");
+  open(second);
+  Part& third = wait("/a/3");
+  EXPECT_EQ(parts_.next(), &third);
+  close(second);
+  EXPECT_EQ(third.prefixes[0]->held_up_loads(), 1u) << "it counts what is still held up there";
+  stuck.file_system->remove_late();
+  close(stuck);
+  EXPECT_EQ(third.prefixes[0]->held_up_loads(), 0u);
+  EXPECT_EQ(third.prefixes[0]->file_system->loads(), 0u) << "the prefix keeps it";
+  enter(third, State::kDone);
+  EXPECT_EQ(parts_.places(), 0u);
+}
+
 TEST_F(OpenPartsTest, OpeningAndClosingAreToldWithTheirTimesAndWhatWasReadAtOnce) {
   testing::TraceRecorder recorder;
   OpenParts traced([] { return Mounts(); }, {.sink = &recorder, .engine = 2});
