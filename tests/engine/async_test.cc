@@ -13,16 +13,17 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/use_awaitable.hpp>
 #include <boost/asio/use_future.hpp>
+#include <chrono>
 #include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
-#include <thread>
 
 #include "tests/support/guarded_memory.h"
 #include "tests/support/plug.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/sanitizers.h"
+#include "tests/support/spin.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -137,7 +138,7 @@ TEST_F(AsyncTest, AContextThatEndsFirstWaitsForTheLoadAndDropsTheHandler) {
     LoadRequest wanted = request();
     wanted.files[0].extents[0].target = owned->data();
     async_load(engine_, wanted, asio::bind_executor(*context, [owned](std::exception_ptr, TransferStats) { FAIL(); }));
-    for (int n = round * 20; n > 0; --n) std::this_thread::yield();
+    testing::spin(round * std::chrono::microseconds(10));
     context.reset();
     ASSERT_EQ(owned.use_count(), 1) << "the handler lives on, and with it the load into its memory";
     EXPECT_TRUE(owned->intact());

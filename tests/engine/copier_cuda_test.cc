@@ -19,6 +19,7 @@
 #include "tests/support/fake_cuda.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sanitizers.h"
+#include "tests/support/spin.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/wait_until.h"
 
@@ -477,7 +478,7 @@ TEST_P(DeviceTest, HundredsOfRandomLoadsEndInTheRightBytesOrACleanError) {
     constexpr std::array kPolicies = {CachePolicy::kAuto, CachePolicy::kDirect, CachePolicy::kBuffered};
     const auto error = error_of([&] {
       Transfer transfer = engine_->start_load(request(target, kPolicies[random() % 3], stream.stream));
-      for (auto n = random() % 300; n > 0; --n) std::this_thread::yield();
+      testing::spin(std::chrono::microseconds(random() % 150));
       if (kernel) cuda().end_kernel(stream.stream);
       if (random() % 4 == 0) transfer.cancel();
       if (!transfer.wait_for(kHang)) std::abort();

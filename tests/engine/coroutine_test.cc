@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <fstream>
@@ -19,6 +20,7 @@
 #include "tests/support/hang.h"
 #include "tests/support/plug.h"
 #include "tests/support/small_loads.h"
+#include "tests/support/spin.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/wait_until.h"
 
@@ -251,7 +253,7 @@ TEST_F(CoroutineTest, AStopMayComeAtAnyMoment) {
   for (int round = 0; round < 200; ++round) {
     std::stop_source stop;
     std::jthread stopper([&stop, round] {
-      for (int n = round * 20; n > 0; --n) std::this_thread::yield();
+      testing::spin(round * std::chrono::microseconds(10));
       stop.request_stop();
     });
     const std::error_code error = load_on_loop(whole(), stop.get_token());
@@ -282,7 +284,7 @@ TEST_F(CoroutineTest, ACoroutineMayBeDestroyedAtAnyMomentIfNobodyResumesIt) {
   for (int round = 0; round < 100; ++round) {
     const auto memory = std::make_unique<GuardedMemory>(bytes_.size());
     const auto waiting = wait_in_vain(*memory, AwaitOptions([witness](std::coroutine_handle<>) {})).handle;
-    for (int n = round * 20; n > 0; --n) std::this_thread::yield();
+    testing::spin(round * std::chrono::microseconds(10));
     waiting.destroy();
     ASSERT_EQ(witness.use_count(), 1);
   }

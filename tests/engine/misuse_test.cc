@@ -21,7 +21,6 @@
 #include <stop_token>
 #include <string>
 #include <system_error>
-#include <thread>
 #include <vector>
 
 #include "flashpack/async.h"
@@ -32,6 +31,7 @@
 #include "tests/support/plug.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/small_loads.h"
+#include "tests/support/spin.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -209,7 +209,7 @@ TEST_P(MisuseTest, ALoadMayBeGivenUpAtAnyMomentAndThenNobodyWritesToItsMemory) {
   for (int round = 0; round < 50; ++round) {
     load_ = GetParam()();
     load_->start(*engine_, whole());
-    for (int n = round * 20; n > 0; --n) std::this_thread::yield();
+    testing::spin(round * std::chrono::microseconds(10));
     load_.reset();
     ASSERT_TRUE(memory_->intact());
     memory_ = std::make_unique<GuardedMemory>(bytes_.size());

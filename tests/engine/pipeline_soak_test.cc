@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -20,6 +21,7 @@
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang.h"
 #include "tests/support/pipeline_rig.h"
+#include "tests/support/spin.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack::internal {
@@ -172,7 +174,7 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
 
   // What the caller does to a transfer while it runs.
   void disturb(Rig& rig, std::size_t file, Started& started) {
-    for (auto n = below(200); n > 0; --n) std::this_thread::yield();
+    flashpack::testing::spin(std::chrono::microseconds(below(100)));
     if (chance(20)) std::thread([&] { started.transfer.cancel(); }).join();
     if (!chance(5)) return;
     let_go(rig, file);

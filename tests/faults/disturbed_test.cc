@@ -19,6 +19,7 @@
 #include "tests/support/sandbox.h"
 #include "tests/support/sanitizers.h"
 #include "tests/support/small_loads.h"
+#include "tests/support/spin.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -57,7 +58,7 @@ TEST_P(DisturbedTest, AFileThatIsChangedInPlaceIsOneVersionOrAnError) {
     if (round % 2) testing::drop_from_cache(path_);
     GuardedMemory memory(size, round % 3 ? 0 : 64);
     Transfer transfer = engine_.start_load(request(path_, memory));
-    for (auto n = random_() % 300; n > 0; --n) std::this_thread::yield();
+    testing::spin(std::chrono::microseconds(random_() % 150));
     const bool cut = round % 2 == 0;
     if (cut) {
       std::filesystem::resize_file(path_, random_() % size);
@@ -91,7 +92,7 @@ TEST_P(DisturbedTest, AFileThatIsReplacedByRenameIsTheOldOneOrTheNewOne) {
     testing::write_file(dir_ / "new", round % 2 ? bytes_ : other);
     GuardedMemory memory(bytes_.size());
     Transfer transfer = engine_.start_load(request(path_, memory, CachePolicy::kDirect));
-    for (auto n = random_() % 100; n > 0; --n) std::this_thread::yield();
+    testing::spin(std::chrono::microseconds(random_() % 50));
     std::filesystem::rename(dir_ / "new", path_);
     transfer.wait();
     EXPECT_TRUE(right(memory, bytes_) || right(memory, other));
@@ -129,7 +130,7 @@ TEST_P(DisturbedTest, TwoHundredInterruptionsLeaveNothingInFlightAndAnEngineThat
     if (round % 5 == 0)
       wanted.deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(random_() % 8000);
     Transfer transfer = engine_.start_load(wanted);
-    for (auto n = random_() % 400; n > 0; --n) std::this_thread::yield();
+    testing::spin(std::chrono::microseconds(random_() % 200));
     if (round % 5 == 1) {
       std::thread([&] { transfer.cancel(); }).join();
     } else if (round % 5 == 2) {
