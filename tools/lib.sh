@@ -97,9 +97,10 @@ fetch_cuda_headers() {
   done
 }
 
-# The Python package, built from this tree into the virtual environment.
+# The Python package, built from this tree into the virtual environment, with the compiler's name and flags of the preset
+# "release", so that a compiler cache has what that preset has built.
 install_flashpack() {
-  pip_install --no-deps --force-reinstall "$root"
+  CXX=c++ pip_install --no-deps --force-reinstall --config-settings=cmake.define.FLASHPACK_WERROR=ON "$root"
 }
 
 # add_packages FOLDER NAME REQUIREMENT...: packages into FOLDER/NAME, for PYTHONPATH. torch and what is built for one
