@@ -53,35 +53,31 @@ bool are_locked(std::span<const std::span<std::byte>> slots) {
                      [](const auto& slot) { return is_locked(slot.front()) && is_locked(slot.back()); });
 }
 
-class CudaCopier final : public Copier {
+// The copies of one device. Its members are called as those of Copier that have the same names.
+class DeviceCopies {
  public:
-  /// Requires: the context is current.
-  CudaCopier(int device, const Context& context, std::span<const std::span<std::byte>> slots, Pool& pool,
-             bool callers_memory)
-      : device_(device),
-        context_(context),
-        pool_(pool),
-        lock_(std::in_place, std::span(slots.front().data(), slots.back().data() + slots.back().size()),
-              callers_memory && are_locked(slots)),
-        copies_(slots.size()) {
+  using EndedCopy = Copier::EndedCopy;
+
+  /// `slots_lock` outlives it. Requires: the context is current.
+  DeviceCopies(int device, const Context& context, std::size_t slots, const cuda::PageLock& slots_lock, Pool& pool)
+      : device_(device), context_(context), pool_(pool), slots_lock_(slots_lock), copies_(slots) {
     for (Copy& copy : copies_) {
-      copy.copier = this;
+      copy.device = this;
       copy.landed = cuda::make_event();
       copy.reserve(kMostFragmentsForDriver);
     }
     for (CopyStream& copies : streams_) copies.stream = cuda::make_stream();
-    ended_.reserve(slots.size());
   }
 
-  ~CudaCopier() override {
+  ~DeviceCopies() {
     const ContextGuard guard(context_);
-    if (guard.error() != cudaSuccess) lock_->forget();
     for (CopyStream& copies : streams_) give_back(copies.stream, guard);
     for (Copy& copy : copies_) give_back(copy.landed, guard);
-    lock_.reset();  // Unlocked after the streams, which may still copy.
   }
+  DeviceCopies(const DeviceCopies&) = delete;
+  DeviceCopies& operator=(const DeviceCopies&) = delete;
 
-  void push(unsigned tag, unsigned slot, const ByteWork& work) override {
+  void push(unsigned tag, unsigned slot, const ByteWork& work) {
     assert(slot < copies_.size() && (work.op == ByteWork::Op::kScatter || work.op == ByteWork::Op::kGather));
     CopyStream& copies = streams_[next_stream_++ % kStreams];
     Copy& copy = copies_[slot];
@@ -97,47 +93,38 @@ class CudaCopier final : public Copier {
     may_take_long ? pool_.post(copy) : copy.run();
   }
 
-  // Looks at the oldest copy of each stream first, because later ones hardly end before it.
-  std::span<const EndedCopy> poll() override {
-    ended_.clear();
-    if (idle()) return ended_;
+  /// Adds the copies that have ended to `ended`. Looks at the oldest copy of each stream first, because later ones
+  /// hardly end before it.
+  void poll(std::vector<EndedCopy>& ended) {
+    if (idle()) return;
     const ContextGuard guard(context_);
     for (CopyStream& copies : streams_) {
       while (copies.first && has_landed(*copies.first, guard)) {
         const Copy& copy = *copies.first;
-        ended_.push_back({copy.tag, copy.error == cudaSuccess ? std::error_code() : code_of(copy.error)});
+        ended.push_back({copy.tag, copy.error == cudaSuccess ? std::error_code() : code_of(copy.error)});
+        --under_way_;
         copies.first = copy.next;
         if (!copies.first) copies.last = &copies.first;
       }
     }
-    under_way_ -= ended_.size();
-    return ended_;
   }
 
-  bool idle() const noexcept override { return under_way_ == 0; }
-
-  std::unique_ptr<Gate> gate(CUstream_st* stream) override {
+  bool idle() const noexcept { return under_way_ == 0; }
+  std::unique_ptr<Gate> gate(CUstream_st* stream) const {
     return cuda::make_gate(context_, stream ? stream : cudaStreamLegacy);
   }
 
-  bool owns(const void* memory) const override {
+  /// Any thread: number of the device, as for cudaSetDevice.
+  int device() const noexcept { return device_; }
+  /// Any thread: why copies in batches are refused; cudaSuccess as long as they are not.
+  cudaError_t batches_refused() const noexcept { return batches_refused_; }
+  /// Any thread: asks about any memory, also of other devices.
+  cudaError_t find_attributes(const void* memory, cudaPointerAttributes& attributes) const {
     const ContextGuard guard(context_);
-    check(guard.error(), "the device's context");
-    cudaPointerAttributes attributes{};
-    check(cudaPointerGetAttributes(&attributes, memory), "cudaPointerGetAttributes");
-    if (attributes.type == cudaMemoryTypeDevice && attributes.device != device_) {
-      throw Error(Errc::kInvalidArgument, "memory of CUDA device " + std::to_string(attributes.device) +
-                                              " for an engine of device " + std::to_string(device_));
-    }
-    return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
-  }
-
-  bool locked() const noexcept override { return lock_->error() == cudaSuccess; }
-
-  std::string fallback_reason() const override {
-    if (!locked()) return "page-locked memory: cudaHostRegister: " + code_of(lock_->error()).message();
-    const cudaError_t refused = batches_refused_;
-    return refused == cudaSuccess ? "" : "copies in batches: cudaMemcpyBatchAsync: " + code_of(refused).message();
+    if (guard.error() != cudaSuccess) return guard.error();
+    const cudaError_t error = cudaPointerGetAttributes(&attributes, memory);
+    if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+    return error;
   }
 
  private:
@@ -146,11 +133,11 @@ class CudaCopier final : public Copier {
     void reserve(std::size_t fragments);
     void list_fragments();
     void run() noexcept override {
-      error = copier->start(*this);
+      error = device->start(*this);
       started = true;
     }
 
-    CudaCopier* copier = nullptr;
+    DeviceCopies* device = nullptr;
     cuda::Event landed;
     unsigned tag = 0;
     ByteWork work{};
@@ -217,26 +204,27 @@ class CudaCopier final : public Copier {
     return is_end_of_context(answer) || now - *silent_since_ >= kSilence;
   }
 
+  bool locked() const noexcept { return slots_lock_.error() == cudaSuccess; }
+
   const int device_;
   const Context context_;
   Pool& pool_;
-  std::optional<cuda::PageLock> lock_;
+  const cuda::PageLock& slots_lock_;
   std::vector<Copy> copies_;  // One for each slot.
   std::array<CopyStream, kStreams> streams_;
   std::size_t next_stream_ = 0;
   std::size_t under_way_ = 0;
   std::optional<std::chrono::steady_clock::time_point> silent_since_;
   std::atomic<cudaError_t> batches_refused_ = cudaSuccess;
-  std::vector<EndedCopy> ended_;
 };
 
-void CudaCopier::Copy::reserve(std::size_t fragments) {
+void DeviceCopies::Copy::reserve(std::size_t fragments) {
   targets.reserve(fragments);
   sources.reserve(fragments);
   sizes.reserve(fragments);
 }
 
-void CudaCopier::Copy::list_fragments() {
+void DeviceCopies::Copy::list_fragments() {
   targets.clear();
   sources.clear();
   sizes.clear();
@@ -249,7 +237,7 @@ void CudaCopier::Copy::list_fragments() {
   }
 }
 
-cudaError_t CudaCopier::copy_batch([[maybe_unused]] const Copy& copy) {
+cudaError_t DeviceCopies::copy_batch([[maybe_unused]] const Copy& copy) {
 #if CUDART_VERSION >= 12080
   cudaMemcpyAttributes attributes{};
   attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
@@ -268,6 +256,88 @@ cudaError_t CudaCopier::copy_batch([[maybe_unused]] const Copy& copy) {
 #endif
 }
 
+// The devices' numbers, for messages.
+std::string text_of(const std::vector<std::unique_ptr<DeviceCopies>>& devices) {
+  std::string text = devices.size() == 1 ? "device " : "devices ";
+  for (const auto& device : devices) text += (device == devices.front() ? "" : ", ") + std::to_string(device->device());
+  return text;
+}
+
+class CudaCopier final : public Copier {
+ public:
+  /// Requires: the first context is current.
+  CudaCopier(std::span<const int> devices, std::span<const Context> contexts,
+             std::span<const std::span<std::byte>> slots, Pool& pool, bool callers_memory)
+      : lock_(contexts.front(), std::span(slots.front().data(), slots.back().data() + slots.back().size()),
+              callers_memory && are_locked(slots)) {
+    for (std::size_t i = 0; i < devices.size(); ++i) {
+      const ContextGuard guard(contexts[i]);
+      check(guard.error(), "the device's context");
+      devices_.push_back(std::make_unique<DeviceCopies>(devices[i], contexts[i], slots.size(), lock_, pool));
+    }
+    ended_.reserve(slots.size());
+  }
+
+  void push(unsigned tag, unsigned slot, const ByteWork& work) override {
+    of(work.fragments.front().device).push(tag, slot, work);
+  }
+
+  std::span<const EndedCopy> poll() override {
+    ended_.clear();
+    for (const auto& device : devices_) device->poll(ended_);
+    return ended_;
+  }
+
+  bool idle() const noexcept override {
+    return std::ranges::all_of(devices_, [](const auto& device) { return device->idle(); });
+  }
+
+  std::unique_ptr<Gate> gate(DeviceNumber device, CUstream_st* stream) override { return of(device).gate(stream); }
+
+  DeviceNumber device_of(const void* memory) const override {
+    const cudaPointerAttributes attributes = attributes_of(memory);
+    const bool managed = attributes.type == cudaMemoryTypeManaged;
+    if (attributes.type != cudaMemoryTypeDevice && !managed) return kHost;
+    const auto is_there = [&](const auto& device) { return device->device() == attributes.device; };
+    const auto found = std::ranges::find_if(devices_, is_there);
+    if (found != devices_.end()) return static_cast<DeviceNumber>(found - devices_.begin() + 1);
+    if (managed) return 1;  // A copy on any device moves it.
+    throw Error(Errc::kInvalidArgument, "memory of CUDA device " + std::to_string(attributes.device) +
+                                            " for an engine of " + text_of(devices_));
+  }
+
+  DeviceNumber devices() const noexcept override { return static_cast<DeviceNumber>(devices_.size()); }
+  bool locked() const noexcept override { return lock_.error() == cudaSuccess; }
+
+  std::string fallback_reason() const override {
+    if (!locked()) return "page-locked memory: cudaHostRegister: " + code_of(lock_.error()).message();
+    for (const auto& device : devices_) {
+      const cudaError_t refused = device->batches_refused();
+      if (refused != cudaSuccess) return "copies in batches: cudaMemcpyBatchAsync: " + code_of(refused).message();
+    }
+    return "";
+  }
+
+ private:
+  DeviceCopies& of(DeviceNumber device) const { return *devices_[device - 1u]; }
+
+  // Any device knows the memory of all, but one that has failed gives no answer.
+  cudaPointerAttributes attributes_of(const void* memory) const {
+    cudaPointerAttributes attributes{};
+    cudaError_t error = cudaSuccess;
+    for (const auto& device : devices_) {
+      error = device->find_attributes(memory, attributes);
+      if (error == cudaSuccess) break;
+    }
+    check(error, "cudaPointerGetAttributes");
+    return attributes;
+  }
+
+  const cuda::PageLock lock_;                           // Unlocks after the streams, which may still copy, have gone.
+  std::vector<std::unique_ptr<DeviceCopies>> devices_;  // In the order of their DeviceNumbers.
+  std::vector<EndedCopy> ended_;
+};
+
 class CudaCategory final : public std::error_category {
  public:
   const char* name() const noexcept override { return "cuda"; }
@@ -279,14 +349,15 @@ class CudaCategory final : public std::error_category {
 
 }  // namespace
 
-std::unique_ptr<Copier> make_cuda_copier(int device, std::span<const std::span<std::byte>> slots, Pool& pool,
-                                         bool callers_memory) {
+std::unique_ptr<Copier> make_cuda_copier(std::span<const int> devices, std::span<const std::span<std::byte>> slots,
+                                         Pool& pool, bool callers_memory) {
   int count = 0;
   check(cudaGetDeviceCount(&count), "CUDA: no usable device");
-  const Context context(device);
-  const ContextGuard guard(context);
+  std::vector<Context> contexts(devices.rbegin(), devices.rend());  // Last the first, which stays current here.
+  std::ranges::reverse(contexts);
+  const ContextGuard guard(contexts.front());
   check(guard.error(), "the device's context");
-  return std::make_unique<CudaCopier>(device, context, slots, pool, callers_memory);
+  return std::make_unique<CudaCopier>(devices, contexts, slots, pool, callers_memory);
 }
 
 int numa_node_of_cuda_device(int device) noexcept {

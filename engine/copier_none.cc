@@ -23,7 +23,7 @@ namespace {
 
 namespace internal {
 
-std::unique_ptr<Copier> make_cuda_copier(int, std::span<const std::span<std::byte>>, Pool&, bool) {
+std::unique_ptr<Copier> make_cuda_copier(std::span<const int>, std::span<const std::span<std::byte>>, Pool&, bool) {
   throw std::system_error(errno_code(ENOTSUP), "CUDA: this library was built without it");
 }
 

@@ -118,28 +118,32 @@ inline Event make_event() {
   return Event(event);
 }
 
-/// Page-locks memory for the copy engines, as long as this lives. The memory is registered with CUDA rather than
-/// allocated by it, because it can then have huge pages, io_uring can register it, too, and it is several times faster.
+/// Page-locks memory for the copy engines of all devices, as long as this lives. The memory is registered with CUDA
+/// rather than allocated by it, because it can then have huge pages, io_uring can register it, too, and it is several
+/// times faster.
 class PageLock {
  public:
-  /// If `is_locked`, the memory's owner has locked it, and it is left as it is.
-  explicit PageLock(std::span<std::byte> memory, bool is_locked = false)
-      : memory_(is_locked ? std::span<std::byte>() : memory),
+  /// If `is_locked`, the memory's owner has locked it, and it is left as it is. Requires: `context`, which the lock
+  /// belongs to, is current.
+  PageLock(const Context& context, std::span<std::byte> memory, bool is_locked)
+      : context_(context),
+        memory_(is_locked ? std::span<std::byte>() : memory),
         error_(is_locked ? cudaSuccess : cudaHostRegister(memory.data(), memory.size(), cudaHostRegisterPortable)) {
     if (error_ != cudaSuccess) static_cast<void>(cudaGetLastError());
   }
   ~PageLock() {
-    if (error_ == cudaSuccess && !memory_.empty()) cudaHostUnregister(memory_.data());
+    if (error_ != cudaSuccess || memory_.empty()) return;
+    const ContextGuard guard(context_);
+    if (guard.error() == cudaSuccess) cudaHostUnregister(memory_.data());  // Else the lock is gone with its context.
   }
   PageLock(const PageLock&) = delete;
   PageLock& operator=(const PageLock&) = delete;
 
   cudaError_t error() const noexcept { return error_; }
-  /// To be called if the context, and the lock with it, is gone.
-  void forget() noexcept { memory_ = {}; }
 
  private:
-  std::span<std::byte> memory_;
+  const Context context_;
+  const std::span<std::byte> memory_;
   const cudaError_t error_;
 };
 

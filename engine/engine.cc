@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cerrno>
 #include <future>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -55,7 +56,28 @@ void check_staging_of_caller(const EngineOptions& options) {
   }
 }
 
+void check_devices(const EngineOptions& options) {
+  if (options.more_devices.empty()) return;
+  if (!internal::is_number_of_more_devices(options.more_devices.size()))
+    throw argument_error("EngineOptions::more_devices must be at most 63");
+  std::set<int> seen{options.device.index};
+  for (const Device& device : options.more_devices) {
+    if (options.device.kind != Device::Kind::kCuda || device.kind != Device::Kind::kCuda)
+      throw argument_error("EngineOptions::more_devices is for CUDA devices alone");
+    if (!seen.insert(device.index).second)
+      throw argument_error("EngineOptions: CUDA device " + std::to_string(device.index) + " twice");
+  }
+}
+
+// The numbers of the CUDA devices, in the order of their DeviceNumbers.
+std::vector<int> cuda_devices(const EngineOptions& options) {
+  std::vector<int> devices{options.device.index};
+  for (const Device& device : options.more_devices) devices.push_back(device.index);
+  return devices;
+}
+
 EngineOptions checked(EngineOptions options) {
+  check_devices(options);
   if (!internal::is_chunk_size(options.chunk_bytes))
     throw argument_error("EngineOptions::chunk_bytes must be a power of two from 1 MiB to 1 GiB");
   if (!internal::is_queue_depth(options.queue_depth))
@@ -119,7 +141,7 @@ struct Engine::Impl::Machine {
     workers.reset();       // Wakes the disk's queue.
     disk_threads.reset();  // Wakes the ring.
     ring.reset();          // Has registered the slots with the kernel.
-    copier.reset();        // Has page-locked the slots.
+    copier.reset();        // Has page-locked the slots for all devices.
     staging.reset();
   }
 
@@ -178,7 +200,7 @@ void Engine::Impl::build(Machine& machine) {
   machine.pool.emplace(options_.workers);
   if (cuda) {
     machine.copier =
-        internal::make_cuda_copier(options_.device.index, staging.slots(), *machine.pool, !options_.staging.empty());
+        internal::make_cuda_copier(cuda_devices(options_), staging.slots(), *machine.pool, !options_.staging.empty());
   }
   const internal::Pipeline::Limits limits{.queue_depth = options_.queue_depth,
                                           .worker_depth = 4 * options_.workers,

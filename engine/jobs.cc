@@ -44,12 +44,12 @@ std::optional<TraceStage> stage_of(const Job& job) {
 Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route) {
   using Memory = ChunkTraits::Memory;
   using Route = ChunkTraits::Route;
-  assert(!chunk.on_device || !chunk.in_place);
+  assert(chunk.device == kHost || !chunk.in_place);
   const bool past_cache = route == Route::kDirect || route == Route::kRefused;
   const Memory on_host = past_cache && !chunk.in_place ? Memory::kSlot : Memory::kInPlace;
   return way_of({.direction = part.transfer->request.direction,
                  .route = route,
-                 .memory = chunk.on_device ? Memory::kDevice : on_host,
+                 .memory = chunk.device == kHost ? on_host : Memory::kDevice,
                  .counted = part.planned->sums.has_value()});
 }
 
@@ -128,7 +128,7 @@ bool Jobs::may_have_more(const Part& part) const {
 
 std::optional<int> Jobs::take_slot(const Part& part) {
   // A chunk behind a gate may wait long, so such chunks leave half of the slots to others.
-  const std::size_t kept = part.transfer->driver.gate ? limits_.slots / 2 : 0;
+  const std::size_t kept = part.transfer->driver.gates.empty() ? 0 : limits_.slots / 2;
   const std::size_t used = slots_.size() - free_slots_.size() - stuck_slots_;
   if (free_slots_.empty() || used + kept >= limits_.slots) return std::nullopt;
   const std::size_t spare = slots_.size() - limits_.slots;

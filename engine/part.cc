@@ -60,7 +60,7 @@ std::optional<PartResult> read_at_once(const PartRequest& request, const File& f
   std::uint64_t end = 0;
   PartResult result;
   for (const Fragment& extent : request.extents) {
-    if (extent.on_device) return std::nullopt;
+    if (extent.device != kHost) return std::nullopt;
     begin = std::min(begin, extent.offset_bytes);
     end = std::max(end, end_of(extent));
     result.read_bytes += extent.size_bytes;

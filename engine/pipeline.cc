@@ -72,14 +72,15 @@ bool Pipeline::finished() {
   return nothing_left;
 }
 
-// Lets the waiting chunks of a transfer go on if its gate has opened or the transfer has failed. Transfers without a
-// chunk under way are looked at, too, because they may find no slot while their gate is shut.
+// Lets the waiting chunks of a transfer go on if its gates have opened or the transfer has failed. Transfers without a
+// chunk under way are looked at, too, because they may find no slot while a gate is shut.
 void Pipeline::attend_to_gates() {
   for (std::size_t i = gated_.size(); i-- > 0;) {
     TransferState& transfer = *gated_[i];
+    auto& gates = transfer.driver.gates;
     std::error_code error;
-    if (!transfer.driver.failure && transfer.driver.gate->open(error)) transfer.driver.gate.reset();
-    if (transfer.driver.gate && !transfer.driver.failure && !error) continue;
+    if (!transfer.driver.failure) std::erase_if(gates, [&](const auto& gate) { return gate->open(error); });
+    if (!gates.empty() && !transfer.driver.failure && !error) continue;
     gates_changed_ = now_;
     gated_.erase(gated_.begin() + static_cast<std::ptrdiff_t>(i));
     if (error) give_up(transfer, file_error(error, transfer.verb(), transfer.driver.path()));

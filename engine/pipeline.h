@@ -121,7 +121,7 @@ class Pipeline final : private Steps::Owner {
   static constexpr std::size_t kLarge = 1;
   std::array<std::vector<Part*>, 2> issuing_;  // Parts with chunks to issue, sorted by turn.
   std::set<std::pair<Deadline, TransferState*>> deadlines_;
-  std::vector<TransferState*> gated_;                    // Transfers with a gate.
+  std::vector<TransferState*> gated_;                    // Transfers with a shut gate.
   std::chrono::steady_clock::time_point gates_changed_;  // When a transfer was last added or removed.
   Inbox::Messages messages_;                             // Used in admit() only.
 };

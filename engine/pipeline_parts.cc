@@ -30,7 +30,7 @@ void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
   transfer.driver.parts_awaited = transfer.driver.parts.size();
   ++unfinished_;
   if (transfer.request.deadline) deadlines_.emplace(*transfer.request.deadline, &transfer);
-  if (transfer.driver.gate) {
+  if (!transfer.driver.gates.empty()) {
     gated_.push_back(&transfer);
     gates_changed_ = now_;
   }
@@ -257,8 +257,8 @@ void Pipeline::end(TransferState& transfer) {
   assert(transfer.driver.parts_awaited == 0);
   const std::shared_ptr<TransferState> keep = std::exchange(transfer.driver.self, nullptr);
   if (transfer.request.deadline) deadlines_.erase({*transfer.request.deadline, &transfer});
-  if (transfer.driver.gate) std::erase(gated_, &transfer);
-  transfer.driver.gate.reset();  // The gate belongs to the device, which the caller's handle may outlive.
+  if (!transfer.driver.gates.empty()) std::erase(gated_, &transfer);
+  transfer.driver.gates.clear();  // A gate belongs to its device, which the caller's handle may outlive.
   for (Part& part : transfer.driver.parts) {
     if (!part.planned) continue;
     if (auto last = part.planned->open.leave()) files_.close(std::move(last));

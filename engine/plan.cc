@@ -29,17 +29,17 @@ Fragment take_front(Fragment& fragment, std::uint64_t size_bytes) {
   return front;
 }
 
-// Sorts by priority, the extents of the host before those of the device, and by file offset. Most callers give extents
+// Sorts by priority, the extents of the host before those of each device, and by file offset. Most callers give extents
 // in this order.
 void sort(std::vector<Fragment>& extents) {
   const auto key = [](const Fragment& extent) {
-    return std::pair(extent.priority << 1 | int{extent.on_device}, extent.offset_bytes);
+    return std::pair(extent.priority << 8 | extent.device, extent.offset_bytes);
   };
   const auto before = [key](const Fragment& a, const Fragment& b) { return key(a) < key(b); };
   if (!std::is_sorted(extents.begin(), extents.end(), before)) std::stable_sort(extents.begin(), extents.end(), before);
 }
 
-// Adds fragments to a plan, in ascending order of each priority and side.
+// Adds fragments to a plan, in ascending order of each priority and device.
 class Cutter {
  public:
   Cutter(Plan& plan, std::uint32_t chunk_bytes, Alignment alignment, std::uint64_t max_gap_bytes)
@@ -52,7 +52,7 @@ class Cutter {
   void add(Fragment fragment, std::uint64_t min_in_place_bytes = kMinInPlaceBytes) {
     const std::uint64_t inner_begin = round_up(fragment.offset_bytes, alignment_.block_bytes);
     const std::uint64_t inner_end = round_down(end_of(fragment), alignment_.block_bytes);
-    const bool in_place = !fragment.on_device && same_phase(fragment, alignment_.memory_bytes);
+    const bool in_place = fragment.device == kHost && same_phase(fragment, alignment_.memory_bytes);
     if (in_place && inner_end >= inner_begin + min_in_place_bytes) {
       add_in_cells(take_front(fragment, inner_begin - fragment.offset_bytes), false);
       add_in_cells(take_front(fragment, inner_end - inner_begin), true);
@@ -77,14 +77,14 @@ class Cutter {
   bool joins(const Fragment& piece) const {
     if (!joinable_) return false;
     const Chunk& last = plan_.chunks.back();
-    return !last.in_place && last.on_device == piece.on_device &&
+    return !last.in_place && last.device == piece.device &&
            round_down(last.offset_bytes, chunk_bytes_) == round_down(piece.offset_bytes, chunk_bytes_) &&
            piece.offset_bytes >= last.offset_bytes && piece.offset_bytes <= end_of(last) + max_gap_bytes_;
   }
 
   void append(const Fragment& piece, bool in_place) {
     plan_.chunks.push_back(
-        {piece.offset_bytes, 0, static_cast<std::uint32_t>(plan_.fragments.size()), 0, in_place, piece.on_device});
+        {piece.offset_bytes, 0, static_cast<std::uint32_t>(plan_.fragments.size()), 0, in_place, piece.device});
     joinable_ = true;
   }
 
@@ -108,7 +108,7 @@ class Cutter {
 // Whether one read gets extent `i` and nothing else. In place it needs no slot, however small it is.
 bool is_alone(std::span<const Fragment> extents, std::size_t i, std::uint32_t block_bytes) {
   const auto are_apart = [](const Fragment& before, const Fragment& after) {
-    return before.priority != after.priority || before.on_device != after.on_device ||
+    return before.priority != after.priority || before.device != after.device ||
            end_of(before) + kMaxGapBytes < after.offset_bytes;
   };
   return (extents[i].offset_bytes | extents[i].size_bytes) % block_bytes == 0 &&
@@ -119,7 +119,7 @@ bool is_alone(std::span<const Fragment> extents, std::size_t i, std::uint32_t bl
 // Number of extents at the front that follow on each other, with only gaps that are filled with zeros.
 std::size_t contiguous(std::span<const Fragment> extents, std::uint64_t max_gap_bytes) {
   std::size_t count = 1;
-  while (count < extents.size() && extents[count].on_device == extents[count - 1].on_device &&
+  while (count < extents.size() && extents[count].device == extents[count - 1].device &&
          extents[count].offset_bytes <= end_of(extents[count - 1]) + max_gap_bytes)
     ++count;
   return count;
@@ -178,9 +178,8 @@ Plan Plan::of_store(std::vector<Fragment> extents, std::uint32_t chunk_bytes, Al
 }
 
 std::uint64_t Plan::zeros_between(std::span<const Fragment> extents, Alignment alignment) {
-  const auto on_device = [](const Fragment& extent) { return extent.on_device; };
-  const auto count = std::ranges::count_if(extents, on_device);
-  return count == 0 || count == std::ssize(extents) ? alignment.block_bytes - 1 : 0;
+  const auto is_elsewhere = [&](const Fragment& extent) { return extent.device != extents.front().device; };
+  return std::ranges::any_of(extents, is_elsewhere) ? 0 : alignment.block_bytes - 1;
 }
 
 }  // namespace flashpack::internal

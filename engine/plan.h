@@ -10,14 +10,18 @@
 
 namespace flashpack::internal {
 
+/// The place of memory: the host, or from 1 on the number of a device among those of the engine.
+using DeviceNumber = std::uint8_t;
+inline constexpr DeviceNumber kHost = 0;
+
 /// Contiguous file bytes of one extent, and their memory: the whole extent, or its part in one chunk.
 struct Fragment {
   std::uint64_t offset_bytes;
   std::uint64_t size_bytes;
   std::byte* memory;
-  std::uint32_t extent = 0;    ///< Index of the extent in its file's request, which has fewer than 2^32 extents.
-  bool on_device = false;      ///< Whether `memory` is on the device, so that the CPU cannot reach it.
-  std::uint16_t priority = 0;  ///< Extent::priority.
+  std::uint32_t extent = 0;     ///< Index of the extent in its file's request, which has fewer than 2^32 extents.
+  DeviceNumber device = kHost;  ///< Where `memory` is. The CPU cannot reach that of a device.
+  std::uint16_t priority = 0;   ///< Extent::priority.
 };
 static_assert(sizeof(Fragment) <= 32, "A request may have 100,000 of them.");
 
@@ -30,7 +34,7 @@ struct Chunk {
   std::uint32_t fragment_count;
   /// Whether the chunk needs no slot: it is one fragment of whole blocks whose memory is aligned for direct I/O.
   bool in_place;
-  bool on_device;  ///< Whether the fragments are on the device; the chunk then needs a slot.
+  DeviceNumber device;  ///< Where the memory of all fragments is. For a device the chunk needs a slot.
 };
 
 /// Alignment that direct I/O on a file demands, in powers of two.
@@ -40,7 +44,7 @@ struct Alignment {
 };
 
 /// The chunks of one file, in the order in which they are to be moved: by priority, those of the host before those of
-/// the device, and in ascending order.
+/// each device, and in ascending order.
 struct Plan {
   std::vector<Chunk> chunks;
   std::vector<Fragment> fragments;
@@ -57,8 +61,8 @@ struct Plan {
   static Plan of_store(std::vector<Fragment> extents, std::uint32_t chunk_bytes, Alignment alignment);
 
   /// The largest gap between two neighbours of `extents` that of_store() fills with zeros: less than a block. It is 0
-  /// if some of the extents are on the host and some on the device, because then an extent of the device could lie
-  /// between two of the host, and the zeros would take the place of its bytes.
+  /// unless all extents are on the host or all on one device, because otherwise an extent of another place could lie
+  /// between two of them, and the zeros would take the place of its bytes.
   static std::uint64_t zeros_between(std::span<const Fragment> extents, Alignment alignment);
 
   std::span<const Fragment> fragments_of(const Chunk& chunk) const {

@@ -27,16 +27,39 @@ auto ask_copier(Question question) {
   }
 }
 
-bool on_device(const EngineFacts& engine, const void* memory) {
-  return engine.copier && ask_copier([&] { return engine.copier->owns(memory); });
+DeviceNumber device_of(const EngineFacts& engine, const void* memory) {
+  return engine.copier ? ask_copier([&] { return engine.copier->device_of(memory); }) : kHost;
 }
 
-// Makes the gate that lets copies to and from the device wait for the work on `stream`. Null if no extent is on the
-// device.
-std::unique_ptr<Gate> gate_for(const EngineFacts& engine, std::span<const Fragment> extents, CUstream_st* stream) {
-  if (std::none_of(extents.begin(), extents.end(), [](const Fragment& extent) { return extent.on_device; }))
-    return nullptr;
-  return ask_copier([&] { return engine.copier->gate(stream); });
+DeviceNumber devices_of(const EngineFacts& engine) { return engine.copier ? engine.copier->devices() : kHost; }
+
+// Whether the caller has streams for more devices than there are.
+template <class Request>
+bool has_too_many_streams(const EngineFacts& engine, const Request& request) {
+  return !request.more_streams.empty() && request.more_streams.size() >= devices_of(engine);
+}
+
+// The caller's stream for a device of the engine; null is the legacy default stream.
+template <class Request>
+CUstream_st* stream_of(const Request& request, DeviceNumber device) {
+  if (device == 1) return request.stream;
+  return device - 2u < request.more_streams.size() ? request.more_streams[device - 2u] : nullptr;
+}
+
+// Makes the gates that let copies wait for the work on the caller's streams: one for each device that `has_extents_on`.
+template <class Request, class HasExtentsOn>
+std::vector<std::unique_ptr<Gate>> gates_for(const EngineFacts& engine, const Request& request,
+                                             HasExtentsOn has_extents_on) {
+  std::vector<std::unique_ptr<Gate>> gates;
+  for (DeviceNumber device = 1; device <= devices_of(engine); ++device) {
+    if (has_extents_on(device))
+      gates.push_back(ask_copier([&] { return engine.copier->gate(device, stream_of(request, device)); }));
+  }
+  return gates;
+}
+
+bool has_any_on(DeviceNumber device, std::span<const Fragment> extents) {
+  return std::ranges::any_of(extents, [device](const Fragment& extent) { return extent.device == device; });
 }
 
 std::shared_ptr<TransferState> new_transfer(const EngineFacts& engine, TransferRequest request) {
@@ -111,7 +134,7 @@ void add_extents(const EngineFacts& engine, const FileExtents& file, bool report
     const Extent& extent = file.extents[index];
     if (extent.size_bytes == 0) continue;
     wanted.extents.push_back({extent.offset_bytes, extent.size_bytes, static_cast<std::byte*>(extent.target), index,
-                              on_device(engine, extent.target), extent.priority});
+                              device_of(engine, extent.target), extent.priority});
   }
   if (reported) wanted.reported_extents = static_cast<std::uint32_t>(file.extents.size());
   if (file.checksums) wanted.checksums = wanted_of(*file.checksums, wanted.extents);
@@ -167,6 +190,7 @@ std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadReque
     check_handle(engine, file);
   }
   check_targets(request.files);
+  if (has_too_many_streams(engine, request)) throw argument_error("load: more_streams than more_devices");
   std::uint64_t all_bytes = 0;
   for (const FileExtents& file : request.files) all_bytes += total_bytes(file.extents);
   auto state = new_transfer(engine, {.direction = Direction::kLoad,
@@ -176,15 +200,17 @@ std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadReque
                                      .continue_on_error = request.continue_on_error,
                                      .total_bytes = all_bytes});
   for (FileExtents& file : request.files) add_part(engine, *state, std::move(file), request);
-  for (const Part& part : state->driver.parts) {
-    if (!state->driver.gate) state->driver.gate = gate_for(engine, part.request.extents, request.stream);
-  }
+  state->driver.gates = gates_for(engine, request, [&](DeviceNumber device) {
+    return std::ranges::any_of(state->driver.parts,
+                               [device](const Part& part) { return has_any_on(device, part.request.extents); });
+  });
   return state;
 }
 
 std::vector<Fragment> extents_of(const EngineFacts& engine, const WriteRequest& request,
                                  const std::filesystem::path& path) {
   constexpr std::uint64_t kMaxFileBytes = std::numeric_limits<std::int64_t>::max();
+  if (has_too_many_streams(engine, request)) throw argument_error("write", path, "more_streams than more_devices");
   std::vector<Fragment> extents;
   extents.reserve(request.extents.size());
   for (std::uint32_t index = 0; index < request.extents.size(); ++index) {
@@ -195,7 +221,7 @@ std::vector<Fragment> extents_of(const EngineFacts& engine, const WriteRequest& 
       throw argument_error("write", path, "extent past 2^63");
     // A store only reads the bytes, but a fragment has one type of pointer for both directions.
     auto* const source = const_cast<std::byte*>(static_cast<const std::byte*>(extent.source));
-    extents.push_back({extent.offset_bytes, extent.size_bytes, source, index, on_device(engine, source)});
+    extents.push_back({extent.offset_bytes, extent.size_bytes, source, index, device_of(engine, source)});
   }
   std::sort(extents.begin(), extents.end(),
             [](const Fragment& a, const Fragment& b) { return a.offset_bytes < b.offset_bytes; });
@@ -209,7 +235,7 @@ std::shared_ptr<TransferState> prepare_store(const EngineFacts& engine, const St
                                      .deadline = request.deadline,
                                      .completion = completion,
                                      .total_bytes = total_bytes(extents)});
-  state->driver.gate = gate_for(engine, extents, request.stream);
+  state->driver.gates = gates_for(engine, request, [&](DeviceNumber device) { return has_any_on(device, extents); });
   auto planned = std::make_unique<PlannedFile>(PlannedFile{.open = target.open});
   const File& file = planned->file();
   if (file.direct_fd() < 0) planned->fallback_reason = "direct I/O: " + file.direct_error().message();

@@ -62,7 +62,7 @@ void Steps::look_at_gates() {
     if (jobs_[tag].step != Step::kWait) continue;
     if (jobs_[tag].part->failure) {
       close_job(tag);
-    } else if (!jobs_[tag].transfer().driver.gate) {
+    } else if (jobs_[tag].transfer().driver.gates.empty()) {
       advance(tag);
     }
   }
@@ -90,7 +90,7 @@ void Steps::begin(unsigned tag, Step step) {
     case Step::kCount:
       return give_to_workers(tag);
     case Step::kWait:
-      return job.transfer().driver.gate ? void() : advance(tag);
+      return job.transfer().driver.gates.empty() ? advance(tag) : void();
     case Step::kScatter:
     case Step::kGather:
       if (!job.way.to_device) return give_to_workers(tag);

@@ -23,7 +23,7 @@ struct Queues {
 };
 
 /// The chunks that are under way. Each goes from step to step: the queue of the file does direct I/O, the workers do
-/// all work that touches bytes with a CPU, and the copier copies to and from a device. Whoever starts chunks is told
+/// all work that touches bytes with a CPU, and the copier copies to and from devices. Whoever starts chunks is told
 /// how they end.
 ///
 /// Thread safety: one thread, the driver. Nothing here allocates for a chunk, or blocks in a file system.
@@ -72,7 +72,7 @@ class Steps {
   /// Waits for operations to end, for at most that long or, without a time, for ever, and lets their chunks go on. Also
   /// returns when the disk's queue is woken.
   void reap(std::optional<std::chrono::nanoseconds> patience);
-  /// Lets chunks that wait for a gate go on if it has been opened or their part has failed.
+  /// Lets chunks that wait for gates go on if all have been opened or their part has failed.
   void look_at_gates();
   /// Finds the operations that have become late. Returns whether there are any.
   bool mark_late() { return jobs_.mark_late(now_); }

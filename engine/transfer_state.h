@@ -12,6 +12,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 #include "engine/copier.h"
 #include "engine/failure.h"
@@ -76,13 +77,13 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   /// The thread that prepares the transfer has it until the start. From then on only the driver uses it, until the end.
   /// The FileWriter of a store reads the sums of its part after the end.
   struct Driver {
-    std::deque<Part> parts;               // A store has one part, already open. Parts never move in memory.
-    std::uint64_t number = 0;             // Counted from 1 in the order in which the driver got them.
-    std::uint64_t range = 0;              // As ProfilerRanges has numbered it.
-    std::shared_ptr<TransferState> self;  // Set until the end, so that the state outlives its handle.
-    std::unique_ptr<Gate> gate;           // While set, nothing is copied to or from a device.
-    std::size_t parts_awaited = 0;        // Parts that the end still waits for.
-    std::optional<Failure> failure;       // The error that ended the whole transfer, if one did.
+    std::deque<Part> parts;                    // A store has one part, already open. Parts never move in memory.
+    std::uint64_t number = 0;                  // Counted from 1 in the order in which the driver got them.
+    std::uint64_t range = 0;                   // As ProfilerRanges has numbered it.
+    std::shared_ptr<TransferState> self;       // Set until the end, so that the state outlives its handle.
+    std::vector<std::unique_ptr<Gate>> gates;  // While any is shut, no device is copied to or from; open ones go.
+    std::size_t parts_awaited = 0;             // Parts that the end still waits for.
+    std::optional<Failure> failure;            // The error that ended the whole transfer, if one did.
     TransferStats stats;
 
     /// Adds `reason` to stats.fallback_reason unless it is there.

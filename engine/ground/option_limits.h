@@ -14,6 +14,7 @@ constexpr std::uint32_t kMaxQueueDepth = 1024;
 constexpr std::uint32_t kMinSlots = 2;
 constexpr std::uint32_t kMaxSlots = 16384;  // io_uring can register no more.
 constexpr std::uint32_t kMaxWorkers = 64;
+constexpr std::uint32_t kMaxMoreDevices = 63;
 
 // They take 64 bits, so that a number from a file is judged before it is narrowed.
 constexpr bool is_chunk_size(std::uint64_t bytes) {
@@ -22,6 +23,7 @@ constexpr bool is_chunk_size(std::uint64_t bytes) {
 constexpr bool is_queue_depth(std::uint64_t depth) { return depth >= 1 && depth <= kMaxQueueDepth; }
 /// 0 leaves the number to the engine.
 constexpr bool is_number_of_workers(std::uint64_t workers) { return workers <= kMaxWorkers; }
+constexpr bool is_number_of_more_devices(std::uint64_t devices) { return devices <= kMaxMoreDevices; }
 constexpr bool is_number_of_slots(std::uint64_t slots) { return slots >= kMinSlots && slots <= kMaxSlots; }
 
 /// The staging memory of an engine whose options leave it open.

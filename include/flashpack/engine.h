@@ -28,7 +28,7 @@ namespace flashpack {
 
 class TraceSink;
 
-/// The device that loads write to and stores read from.
+/// A device that loads write to and stores read from.
 struct Device {
   enum class Kind : std::uint8_t { kHost, kCuda };
   Kind kind = Kind::kHost;
@@ -45,7 +45,7 @@ struct Extent {
   /// From the beginning of the file or device. For a file inside a container, add the offset where it begins there.
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
-  /// `size_bytes` writable bytes of host memory or of the engine's device, borrowed until the transfer has finished.
+  /// `size_bytes` writable bytes of host memory or of a device of the engine, borrowed until the transfer has finished.
   /// EFAULT if host memory cannot be written.
   void* target = nullptr;
   /// Extents with a lower value are read before the others of their file, those with the same value in the order of the
@@ -67,8 +67,8 @@ struct FileExtents {
   ///
   /// Nothing is compared if the engine has to read some bytes twice, and TransferStats::fallback_reason says so. This
   /// is the case if extents overlap in the file. It may also be the case if extents of two kinds alternate in the file
-  /// less than 64 KiB apart, because one read covers such gaps. The kinds are: extents for the host, extents for the
-  /// device, and extents of different priorities.
+  /// less than 64 KiB apart, because one read covers such gaps. The kinds are: extents for the host, extents for
+  /// each device, and extents of different priorities.
   const Checksums* checksums = nullptr;
   /// A readable descriptor of the file, borrowed until start_load() has returned; if negative, `path` is opened. With
   /// it the load reads the same file as the footer that the caller has read, even if another file is at `path` by now.
@@ -105,10 +105,10 @@ struct LoadRequest {
   std::vector<FileExtents> files;
   CachePolicy cache = CachePolicy::kAuto;
   AfterLoad after = AfterLoad::kKeep;
-  /// A cudaStream_t for targets on a CUDA device; targets on the host ignore it. Nothing is written before all work
-  /// that is on the stream when start_load() is called has ended. Therefore a target may be memory that a
+  /// A cudaStream_t for targets on EngineOptions::device; targets on the host ignore it. Nothing is written before all
+  /// work that is on the stream when start_load() is called has ended. Therefore a target may be memory that a
   /// stream-ordered allocator has just given, or that kernels still read. The stream is not touched afterwards. Null is
-  /// the legacy default stream of the engine's device, which waits for every stream that was not made with
+  /// the legacy default stream of that device, which waits for every stream that was not made with
   /// cudaStreamNonBlocking; cudaStreamPerThread is the calling thread's. A stream that is being captured into a graph
   /// is Errc::kInvalidArgument. When the transfer has finished, kernels that are launched on any stream see the bytes.
   CUstream_st* stream = nullptr;
@@ -127,9 +127,14 @@ struct LoadRequest {
   /// failure.
   ///
   /// Everything fails if the transfer is cancelled or its deadline passes, and after an error of CUDA, because
-  /// all later copies would fail as well. Error::files() then also names the files that had not landed whole by that
-  /// time.
+  /// all later copies to that device would fail as well. Error::files() then also names the files that had not landed
+  /// whole by that time.
   bool continue_on_error = false;
+  /// The streams for targets on EngineOptions::more_devices, in the same order. A stream that is missing or null is the
+  /// legacy default stream of its device. A load waits for the streams of all devices on which it has targets before it
+  /// writes to any of them. Managed memory (cudaMallocManaged) belongs to the device that it was allocated for if the
+  /// engine serves that, else to EngineOptions::device. More streams than devices are Errc::kInvalidArgument.
+  std::vector<CUstream_st*> more_streams = {};
 };
 
 /// Options for the whole life of an engine. The defaults suit one local disk; flashpack_tune finds better ones for
@@ -163,15 +168,22 @@ struct EngineOptions {
   Backend backend = Backend::kAuto;
   /// CPUs for the engine's threads; empty leaves them to the scheduler.
   std::vector<int> cpu_affinity;
-  /// NUMA node of the staging memory. If empty, it is the node of the CUDA device, or for the host the node that the
-  /// driver thread runs on. If the system refuses the node, fallback_reason() says so.
+  /// NUMA node of the staging memory. If empty, it is the node of `device` if that is a CUDA device, or for the host
+  /// the node that the driver thread runs on. If the system refuses the node, fallback_reason() says so.
   std::optional<int> numa_node;
   /// This sink is told of each step of the engine's work (flashpack/trace.h); borrowed until the engine is destroyed.
   /// Small loads through a FileHandle then always go over the driver thread. Null costs nothing.
   TraceSink* trace = nullptr;
+  /// Further CUDA devices, at most 63, for an engine whose `device` is one. A request may then have targets or sources
+  /// on any of them and on the host, and all devices share the threads, the queue depth and the staging memory, which
+  /// is page-locked once for all of them. An engine for each device would multiply these, but loads to them would not
+  /// wait for each other. Staging memory of the caller's that is page-locked already has to be so for all devices
+  /// (cudaHostRegisterPortable). A device that fails fails the transfers that use it, and no others.
+  /// Errc::kInvalidArgument if there is a device twice, or one that is no CUDA device.
+  std::vector<Device> more_devices = {};
 };
 
-/// Serves one device with one driver thread, one ring and one memory budget.
+/// Serves the host and, if wanted, one or more CUDA devices with one driver thread, one ring and one memory budget.
 ///
 /// Functions that throw an Error have a form for programs without exceptions. It puts the error's code into its last
 /// argument, which is empty after success. Transfer::wait_for() and Transfer::error() tell how a transfer ended.
@@ -181,8 +193,8 @@ struct EngineOptions {
 /// in the order in which they were started, without a pause between them, but loads of at most one chunk do not wait
 /// for larger ones.
 ///
-/// With CUDA, an engine uses the primary context of its device; after each call the caller's thread has its own current
-/// context again. Destroy the engine before a cudaDeviceReset(), because driver 580 was seen to crash a process
+/// With CUDA, an engine uses the primary contexts of its devices; after each call the caller's thread has its own
+/// current context again. Destroy the engine before a cudaDeviceReset(), because driver 580 was seen to crash a process
 /// (SIGSEGV) that later used objects from before the reset.
 ///
 /// A file system that does not answer delays only the transfers of its own files, as long as at most 256 operations
@@ -219,8 +231,8 @@ class Engine {
   /// Returns at once. Each file is opened when its turn comes, because few files are open at a time, so the load reads
   /// the file that is at the path then; `expected` and `fd` guard against another one. `completion`, if given, is
   /// borrowed until called. Throws: Error (kInvalidArgument for targets that are null or overlap; kUnusable; an error
-  /// of CUDA about `stream`); `completion` is not called then. Errors of the files, and targets on another device, are
-  /// the transfer's, and wait() throws them.
+  /// of CUDA about a stream); `completion` is not called then. Errors of the files, and targets on other devices than
+  /// the engine's, are the transfer's, and wait() throws them.
   Transfer start_load(LoadRequest request, Completion* completion = nullptr);
   /// The transfer is not valid() after an error.
   Transfer start_load(LoadRequest request, Completion* completion, std::error_code& error) noexcept;

@@ -25,20 +25,22 @@ namespace flashpack {
 struct SourceExtent {
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
-  const void* source = nullptr;  ///< Memory of the host or of the engine's device, borrowed until the transfer has
+  const void* source = nullptr;  ///< Memory of the host or of a device of the engine, borrowed until the transfer has
                                  ///< finished. EFAULT if host memory cannot be read.
 };
 
 struct WriteRequest {
   /// Extents in any order. Between two extents that are less than a block apart, zeros are written, unless some extents
-  /// of the request are on the host and some on the device. It is an error to write a byte of the file twice, also one
-  /// of these zeros.
+  /// of the request are on the host and some on a device, or on several devices. It is an error to write a byte of the
+  /// file twice, also one of these zeros.
   std::vector<SourceExtent> extents;
-  /// A cudaStream_t for sources on a CUDA device; null is as in LoadRequest::stream. Sources are not read before all
-  /// work that is on the stream when start_write() is called has ended.
+  /// A cudaStream_t for sources on EngineOptions::device; null is as in LoadRequest::stream. Sources are not read
+  /// before all work that is on the stream when start_write() is called has ended.
   CUstream_st* stream = nullptr;
   /// When it passes, the transfer ends as by Transfer::cancel(), but with kDeadlineExceeded.
   std::optional<Deadline> deadline;
+  /// The streams for sources on EngineOptions::more_devices, as in LoadRequest::more_streams.
+  std::vector<CUstream_st*> more_streams = {};
 };
 
 struct WriterOptions {
@@ -77,7 +79,7 @@ class FileWriter {
   /// Starts a write; may be called any number of times. Bytes that are never written read as zeros. A write that goes
   /// past WriterOptions::payload_bytes reserves its space before this returns, and no deadline bounds how long the file
   /// system takes for that. `completion`, if given, is borrowed until called. Throws: Error (kInvalidArgument;
-  /// kUnusable; ENOSPC if the disk is full; an error of CUDA about `stream` or the sources); `completion` is not called
+  /// kUnusable; ENOSPC if the disk is full; an error of CUDA about a stream or the sources); `completion` is not called
   /// then. Other I/O errors come from the transfer.
   Transfer start_write(WriteRequest request, Completion* completion = nullptr);
   /// The transfer is not valid() after an error.

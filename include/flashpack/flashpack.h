@@ -45,7 +45,7 @@ extern "C" {
 /// The version of the library that is running, such as "1.0.0". FLASHPACK_VERSION_STRING is that of this header.
 const char* flashpack_version(void);
 
-/// Serves one device (the host or a GPU) with threads and staging memory of its own. A process makes one for each.
+/// Serves the host and, if wanted, one or more GPUs with threads and staging memory of its own.
 typedef struct flashpack_engine flashpack_engine;
 
 enum { FLASHPACK_DEVICE_HOST = 0, FLASHPACK_DEVICE_CUDA = 1 };
@@ -60,7 +60,7 @@ enum {
 
 typedef struct flashpack_engine_options {
   size_t struct_size;
-  int32_t device_kind;          ///< FLASHPACK_DEVICE_*. Targets and sources may also be in memory of the host.
+  int32_t device_kind;          ///< FLASHPACK_DEVICE_*. Targets and sources may always be in memory of the host.
   int32_t device_index;         ///< Number of the GPU, as for cudaSetDevice.
   uint32_t chunk_bytes;         ///< Size of a read: a power of two from 1 MiB to 1 GiB. 0 is 4 MiB.
   uint32_t queue_depth;         ///< Direct reads and writes in flight, 1 to 1024. 0 is 8; striped arrays need 16 to 32.
@@ -74,6 +74,10 @@ typedef struct flashpack_engine_options {
   size_t cpu_count;             ///< 0 leaves the threads to the scheduler.
   int32_t use_numa_node;        ///< If not 0, staging memory is on `numa_node`; else the library chooses.
   int32_t numa_node;
+  const int32_t* more_devices;  ///< Numbers of `more_device_count` further GPUs, read before the call returns, for an
+                                ///< engine of a GPU: it serves them with the same threads and staging memory. A request
+                                ///< may then have targets or sources on any of them.
+  size_t more_device_count;     ///< At most 63.
 } flashpack_engine_options;
 
 /// The choices that an engine has made; strings live as long as the engine.
@@ -196,7 +200,7 @@ typedef struct flashpack_extent {
   uint16_t reserved;
   uint64_t offset_bytes;
   uint64_t size_bytes;
-  void* target;  ///< `size_bytes` writable bytes of the host or of the engine's device.
+  void* target;  ///< `size_bytes` writable bytes of the host or of a GPU of the engine.
 } flashpack_extent;
 
 /// Names what to load: extents of the files of a checkpoint, or of files by path.
@@ -215,11 +219,11 @@ typedef struct flashpack_load_request {
   int32_t drop_cached;     ///< If not 0, a file that was read through the page cache is dropped from it at the end.
   int32_t report_extents;  ///< If not 0, `events` tell of each extent that has landed, so that the first can be used
                            ///< while the rest is read. flashpack_load_all() and its like have no extents to report.
-  void* stream;        ///< A cudaStream_t: nothing is written to a GPU before all work that is on it has ended. NULL is
-                       ///< the legacy default stream.
-  int64_t timeout_ns;  ///< When it has passed, the transfer ends with FLASHPACK_DEADLINE_EXCEEDED. 0 is no limit.
-  flashpack_events* events;   ///< If not NULL, it is told when the transfer has finished.
-  uint64_t tag;               ///< Any number, which comes with these events.
+  void* stream;  ///< A cudaStream_t of GPU `device_index`: nothing is written to a GPU before all work that is on it
+                 ///< has ended, if there are targets on that GPU. NULL is its legacy default stream.
+  int64_t timeout_ns;        ///< When it has passed, the transfer ends with FLASHPACK_DEADLINE_EXCEEDED. 0 is no limit.
+  flashpack_events* events;  ///< If not NULL, it is told when the transfer has finished.
+  uint64_t tag;              ///< Any number, which comes with these events.
   int32_t continue_on_error;  ///< If not 0, a file that fails leaves the others alone: they land, the transfer ends
                               ///< with the status of the first file that has failed, and
                               ///< flashpack_transfer_file_status() tells which have. A timeout, a cancel and an error
@@ -227,6 +231,9 @@ typedef struct flashpack_load_request {
                               ///< return no transfer, and together with FLASHPACK_VERIFY_ALWAYS, which promises that
                               ///< all files are verified.
   int32_t reserved;
+  void* const* more_streams;  ///< Like `stream`, for each of the first `more_stream_count` of the engine's
+                              ///< `more_devices`; NULL, or none, is the legacy default stream of that GPU.
+  size_t more_stream_count;
 } flashpack_load_request;
 
 /// A snapshot of a transfer.
@@ -328,7 +335,7 @@ typedef struct flashpack_writer_options {
 typedef struct flashpack_source {
   uint64_t offset_bytes;
   uint64_t size_bytes;
-  const void* source;  ///< Memory of the host or of the engine's device.
+  const void* source;  ///< Memory of the host or of a GPU of the engine.
 } flashpack_source;
 
 typedef struct flashpack_write_request {
@@ -339,6 +346,8 @@ typedef struct flashpack_write_request {
   int64_t timeout_ns;  ///< As in flashpack_load_request, like the rest.
   flashpack_events* events;
   uint64_t tag;
+  void* const* more_streams;  ///< As in flashpack_load_request.
+  size_t more_stream_count;
 } flashpack_write_request;
 
 /// Begins a file beside `path`, whose directory must exist. `options` may be NULL. Errors: errno; FLASHPACK_UNUSABLE.
@@ -367,7 +376,7 @@ typedef struct flashpack_save_tensor {
   size_t name_bytes;
   const int64_t* shape;
   size_t dims;
-  const void* data;  ///< Its elements in C order, in memory of the host or of the engine's device.
+  const void* data;  ///< Its elements in C order, in memory of the host or of a GPU of the engine.
   int32_t dtype;     ///< FLASHPACK_DTYPE_*.
   int32_t reserved;
 } flashpack_save_tensor;
@@ -377,7 +386,9 @@ typedef struct flashpack_save_options {
   uint64_t align_bytes;  ///< Tensors begin at multiples of it. 0 is 128; 1 packs them densely.
   int32_t no_checksums;  ///< If not 0, the file gets no checksums.
   int32_t reserved;
-  void* stream;  ///< As in flashpack_write_request.
+  void* stream;  ///< As in flashpack_write_request, like the rest.
+  void* const* more_streams;
+  size_t more_stream_count;
 } flashpack_save_options;
 
 /// Writes a flashpack file with these tensors, all or nothing, and durable. Blocks. `options` may be NULL. Errors: no

@@ -180,6 +180,48 @@ TEST(a_gpu_that_is_not_there_is_an_error) {
   FAILS(FLASHPACK_INVALID_ARGUMENT, "device_kind", flashpack_engine_create(&options, &engine, &error));
 }
 
+TEST(further_gpus_are_checked_and_unknown_to_older_callers) {
+  flashpack_engine_options options = {sizeof options};
+  const int32_t more_devices[] = {4, 7};
+  flashpack_engine* engine = NULL;
+  options.more_device_count = 2;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "more_devices is NULL", flashpack_engine_create(&options, &engine, &error));
+  options.more_devices = more_devices;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "more_devices is for CUDA devices alone",
+        flashpack_engine_create(&options, &engine, &error));
+  options.device_kind = FLASHPACK_DEVICE_CUDA;
+  options.device_index = 7;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "CUDA device 7 twice", flashpack_engine_create(&options, &engine, &error));
+  options.device_kind = FLASHPACK_DEVICE_HOST;
+  options.struct_size = offsetof(flashpack_engine_options, more_devices);
+  OK(flashpack_engine_create(&options, &engine, &error));
+  flashpack_engine_destroy(engine);
+}
+
+TEST(streams_of_further_gpus_are_no_more_than_these) {
+  flashpack_engine* engine = new_engine();
+  flashpack_writer* writer = NULL;
+  flashpack_load_request load = {sizeof load};
+  flashpack_write_request write = {sizeof write};
+  flashpack_save_options save = {sizeof save};
+  const flashpack_save_tensor tensor = {.name = "x", .name_bytes = 1, .data = "x", .dtype = FLASHPACK_DTYPE_UINT8};
+  OK(flashpack_writer_create(engine, in_folder("new"), NULL, &writer, &error));
+  load.more_stream_count = write.more_stream_count = save.more_stream_count = 1;
+  NULL_IS_REFUSED("more_streams", flashpack_load(engine, &load, &error));
+  NULL_IS_REFUSED("more_streams", flashpack_write(writer, &write, &error));
+  NULL_IS_REFUSED("more_streams", flashpack_save(engine, in_folder("file"), &tensor, 1, &save, &error));
+  void* const stream = NULL;
+  load.more_streams = write.more_streams = save.more_streams = &stream;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "more_devices", flashpack_load(engine, &load, &error));
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "more_devices", flashpack_write(writer, &write, &error));
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "more_devices",
+        flashpack_save(engine, in_folder("file"), &tensor, 1, &save, &error));
+  load.struct_size = offsetof(flashpack_load_request, continue_on_error);
+  OK(flashpack_load(engine, &load, &error));
+  flashpack_writer_destroy(writer);
+  flashpack_engine_destroy(engine);
+}
+
 TEST(what_no_memory_can_hold_is_an_error_of_the_system) {
   flashpack_engine* engine = new_engine();
   const flashpack_save_tensor tensor = {.name = "x", .name_bytes = SIZE_MAX / 2, .data = "x"};

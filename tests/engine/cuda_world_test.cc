@@ -276,6 +276,7 @@ TEST_P(CudaWorldTest, AContextThatIsGoneIsAnErrorAndANewEngineWorks) {
   const auto error = error_of([&] { engine_->load(request(target)); });
   ASSERT_TRUE(error);
   EXPECT_EQ(error->code().category(), cuda_category()) << error->what();
+  EXPECT_FALSE(cuda().has_context(0)) << "the caller's device was asked in its place";
   start_engine();
   engine_->load(request(target));
   EXPECT_TRUE(right(target));

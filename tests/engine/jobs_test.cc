@@ -134,7 +134,7 @@ TEST_F(JobsTest, NoMoreSlotsAreUsedThanAtATimeAndHalfOfThemBehindAGate) {
     bool open(std::error_code&) noexcept override { return false; }
   };
   const Load gated = this->load(file_system_);
-  gated.transfer->driver.gate = std::make_unique<Shut>();
+  gated.transfer->driver.gates.push_back(std::make_unique<Shut>());
   const Load other = this->load(file_system_);
   std::vector<unsigned> tags;
   EXPECT_EQ(open_all(gated, tags), kSlots / 2);

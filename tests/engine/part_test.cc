@@ -63,7 +63,7 @@ TEST_F(PartTest, WhatTheDriverHasClaimedOrIsToBeReadInAnotherWayIsNotReadWhereTh
       [](PartRequest&, Handover& handover) { handover.claim_memory(); },
       [](PartRequest& wanted, Handover&) { wanted.cache = CachePolicy::kDirect; },
       [](PartRequest& wanted, Handover&) { wanted.extents[0].offset_bytes = kMiB; },  // Too far from the other.
-      [](PartRequest& wanted, Handover&) { wanted.extents[1].on_device = true; },
+      [](PartRequest& wanted, Handover&) { wanted.extents[1].device = 1; },
       [](PartRequest& wanted, Handover&) { wanted.checksums = {.payload_bytes = 10, .crc32c = {1}}; },
   };
   for (const auto& way : ways) {

@@ -1,6 +1,7 @@
 // Transfers to a device wait behind the gate of their caller's stream, with a slot or without one.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
@@ -39,10 +40,14 @@ class HostCopier final : public Copier {
     return polled_;
   }
   bool idle() const noexcept override { return landed_.empty(); }
-  std::unique_ptr<Gate> gate(CUstream_st* stream) override;
-  bool owns(const void*) const override { return true; }
+  std::unique_ptr<Gate> gate(DeviceNumber device, CUstream_st* stream) override;
+  DeviceNumber device_of(const void* memory) const override { return memory >= second_device ? 2 : 1; }
+  DeviceNumber devices() const noexcept override { return 2; }
   bool locked() const noexcept override { return true; }
   std::string fallback_reason() const override { return {}; }
+
+  // Memory from here on is on a device of its own.
+  const void* second_device = reinterpret_cast<const void*>(~std::uintptr_t{0});
 
  private:
   std::vector<EndedCopy> landed_;
@@ -54,6 +59,10 @@ struct Stream {
   std::atomic<int> error = 0;
   std::atomic<bool> at_end = false;
   std::atomic<int> looks = 0;
+};
+
+struct OpenGate final : Gate {
+  bool open(std::error_code&) noexcept override { return true; }
 };
 
 class StreamGate final : public Gate {
@@ -69,8 +78,9 @@ class StreamGate final : public Gate {
   Stream& stream_;
 };
 
-std::unique_ptr<Gate> HostCopier::gate(CUstream_st* stream) {
-  return stream ? std::make_unique<StreamGate>(*reinterpret_cast<Stream*>(stream)) : nullptr;
+std::unique_ptr<Gate> HostCopier::gate(DeviceNumber, CUstream_st* stream) {
+  if (!stream) return std::make_unique<OpenGate>();
+  return std::make_unique<StreamGate>(*reinterpret_cast<Stream*>(stream));
 }
 
 class PipelineGateTest : public ::testing::Test {
@@ -152,6 +162,51 @@ TEST_F(PipelineGateTest, AFileThatFailsGivesItsSlotsBackThoughItsGateIsShut) {
   Transfer again = rig_.start_request(request);
   ASSERT_TRUE(again.wait_for(kHang));
   EXPECT_FALSE(again.error()) << again.error_text();
+}
+
+TEST_F(PipelineGateTest, NothingIsCopiedBeforeTheGatesOfAllDevicesAreOpen) {
+  GuardedMemory target(2 * kChunk);
+  copier_.second_device = target.data() + kChunk;
+  for (const bool first_opens_first : {true, false}) {
+    SCOPED_TRACE(first_opens_first);
+    std::fill_n(target.data(), target.size(), std::byte{});
+    Stream one;
+    Stream two;
+    Transfer transfer = rig_.start_request(
+        {.files = {{.path = path_, .extents = {{0, kChunk, target.data()}, {kChunk, kChunk, target.data() + kChunk}}}},
+         .stream = reinterpret_cast<CUstream_st*>(&one),
+         .more_streams = {reinterpret_cast<CUstream_st*>(&two)}});
+    Stream& earlier = first_opens_first ? one : two;
+    Stream& later = first_opens_first ? two : one;
+    earlier.at_end = true;
+    while (earlier.looks == 0) std::this_thread::yield();
+    wait_for_looks(later);
+    EXPECT_LE(earlier.looks, later.looks) << "a gate that has opened is looked at no more";
+    EXPECT_TRUE(
+        std::all_of(target.data(), target.data() + target.size(), [](auto byte) { return byte == std::byte{}; }));
+    later.at_end = true;
+    ASSERT_TRUE(transfer.wait_for(kHang)) << "it hangs";
+    transfer.wait();
+    EXPECT_EQ(std::memcmp(target.data(), bytes_.data(), target.size()), 0);
+  }
+}
+
+TEST_F(PipelineGateTest, OneGateThatFailsEndsTheTransferThoughTheOtherIsShut) {
+  GuardedMemory target(2 * kChunk);
+  copier_.second_device = target.data() + kChunk;
+  for (const bool first_fails : {true, false}) {
+    Stream one;
+    Stream two;
+    Transfer transfer = rig_.start_request(
+        {.files = {{.path = path_, .extents = {{0, kChunk, target.data()}, {kChunk, kChunk, target.data() + kChunk}}}},
+         .stream = reinterpret_cast<CUstream_st*>(&one),
+         .more_streams = {reinterpret_cast<CUstream_st*>(&two)}});
+    wait_for_looks(one);
+    wait_for_looks(two);
+    (first_fails ? one : two).error = EIO;
+    ASSERT_TRUE(transfer.wait_for(kHang)) << "it hangs";
+    EXPECT_EQ(transfer.error(), std::errc::io_error);
+  }
 }
 
 // Each look costs the driver a turn; what is between them is sleep, and the sum of it a lower bound of what passes.

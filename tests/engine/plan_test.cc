@@ -57,6 +57,9 @@ TEST(Plan, ASmallExtentOfWholePagesIsReadInPlaceIfNothingNearItIsWanted) {
   EXPECT_EQ(in_place({{kPageBytes, kPageBytes - 1, at((1ull << 30) + kPageBytes)}, far}),
             (std::vector<bool>{false, true}));
   EXPECT_EQ(in_place({{kPageBytes, kPageBytes, at((1ull << 30) + 512)}, far}), (std::vector<bool>{false, true}));
+  EXPECT_EQ(in_place({{kPageBytes, kPageBytes, at((1ull << 30) + kPageBytes), 0, 2}, far}),
+            (std::vector<bool>{true, false}))
+      << "what goes to a device comes behind, and through a slot";
 }
 
 TEST(Plan, ThousandSmallTensorsShareOneRead) {
@@ -69,11 +72,11 @@ TEST(Plan, ThousandSmallTensorsShareOneRead) {
 }
 
 TEST(Plan, ChunksAreInTheOrderOfPriorityAndThenOfTheFile) {
-  const std::vector<Fragment> extents = {{0, 1000, at(1ull << 30), 0, false, 1},
-                                         {1000, 1000, at(1ull << 31), 1, false, 0},
-                                         {2000, 1000, at(1ull << 32), 2, false, 1},
-                                         {kChunk, 1000, at(1ull << 33), 3, true, 0},
-                                         {3 * kChunk, 1000, at(1ull << 34), 4, false, 0}};
+  const std::vector<Fragment> extents = {{0, 1000, at(1ull << 30), 0, kHost, 1},
+                                         {1000, 1000, at(1ull << 31), 1, kHost, 0},
+                                         {2000, 1000, at(1ull << 32), 2, kHost, 1},
+                                         {kChunk, 1000, at(1ull << 33), 3, 1, 0},
+                                         {3 * kChunk, 1000, at(1ull << 34), 4, kHost, 0}};
   const Plan plan = plan_of(extents);
   std::vector<std::uint32_t> order;
   for (const Fragment& fragment : plan.fragments) order.push_back(fragment.extent);
@@ -83,12 +86,26 @@ TEST(Plan, ChunksAreInTheOrderOfPriorityAndThenOfTheFile) {
 }
 
 TEST(Plan, ExtentsOfTwoPrioritiesShareNoChunk) {
-  const Plan plan = plan_of({{0, 10, at(1ull << 30), 0, false, 0},
-                             {20, 10, at(1ull << 31), 1, false, 0},
-                             {10, 10, at(1ull << 32), 2, false, 1}});
+  const Plan plan = plan_of({{0, 10, at(1ull << 30), 0, kHost, 0},
+                             {20, 10, at(1ull << 31), 1, kHost, 0},
+                             {10, 10, at(1ull << 32), 2, kHost, 1}});
   ASSERT_EQ(plan.chunks.size(), 2u);
   EXPECT_EQ(plan.chunks[0].fragment_count, 2u);
   EXPECT_EQ(plan.fragments_of(plan.chunks[1]).front().extent, 2u);
+}
+
+// An extent that lies in the gap between two of another device does not end their read.
+TEST(Plan, ExtentsOfTwoDevicesThatAlternateAreOneReadForEach) {
+  std::vector<Fragment> extents;
+  for (std::uint32_t i = 0; i < 20; ++i)
+    extents.push_back({i * 1000, 900, at((1ull << 30) + i * 5000), i, static_cast<DeviceNumber>(2 - i % 2)});
+  const Plan plan = plan_of(extents);
+  ASSERT_EQ(plan.chunks.size(), 2u);
+  EXPECT_EQ(plan.chunks[0].device, 1u);
+  EXPECT_EQ(plan.chunks[1].device, 2u);
+  EXPECT_EQ(plan.chunks[0].fragment_count, 10u);
+  EXPECT_EQ(plan.chunks[0].offset_bytes, 1000u);
+  EXPECT_EQ(plan_of({{0, 10, at(1ull << 30), 0, 1}, {20, 10, at(1ull << 31), 1, 2}}).chunks.size(), 2u);
 }
 
 TEST(Plan, AGapWorthSkippingSplitsTheRead) {
@@ -213,39 +230,43 @@ TEST(Plan, AStoreNeedsItsMemoryAlignedOnlyForTheDevice) {
   EXPECT_TRUE(Plan::of_store(extents, kChunk, {kPageBytes, 512}).chunks.at(0).in_place);
 }
 
-TEST(Plan, SmallGapsOfAStoreAreZerosUnlessAnExtentOfTheOtherSideMayLieInThem) {
+TEST(Plan, SmallGapsOfAStoreAreZerosUnlessAnExtentOfAnotherPlaceMayLieInThem) {
   std::vector<Fragment> extents{{0, kPageBytes - 10, at(1ull << 30)}, {kPageBytes + 10, kPageBytes, at(1ull << 31)}};
   const Plan filled = Plan::of_store(extents, kChunk, {});
   EXPECT_EQ(StoreMap(filled, kChunk, kPageBytes).source_of(kPageBytes), StoreMap::kZero);
   EXPECT_EQ(Plan::zeros_between(extents, {}), kPageBytes - 1);
-  extents.push_back({kPageBytes, 5, at(1ull << 32), 2, true});
+  extents.push_back({kPageBytes, 5, at(1ull << 32), 2, 1});
   EXPECT_EQ(Plan::zeros_between(extents, {}), 0u);
   const StoreMap both(Plan::of_store(extents, kChunk, {}), kChunk, kPageBytes);
   EXPECT_EQ(both.source_of(kPageBytes), 1ull << 32);
   EXPECT_EQ(both.source_of(kPageBytes + 5), 0u);
   EXPECT_FALSE(both.any_twice());
+  for (const DeviceNumber second : {DeviceNumber{1}, DeviceNumber{2}}) {
+    const std::vector<Fragment> on_devices{{0, 10, at(1ull << 30), 0, 1}, {20, 10, at(1ull << 31), 1, second}};
+    EXPECT_EQ(Plan::zeros_between(on_devices, {}), second == 1 ? kPageBytes - 1 : 0);
+  }
 }
 
-TEST(Plan, AFragmentKnowsItsExtentAndItsSide) {
-  const std::vector<Fragment> extents{{3 * kChunk, 100, at(1ull << 30), 0, true},
-                                      {5, 2 * kChunk, at((1ull << 31) + 5), 1, false},
-                                      {0, 5, at(1ull << 32), 2, false},
-                                      {10, 20, at(1ull << 33), 3, true}};
+TEST(Plan, AFragmentKnowsItsExtentAndItsDevice) {
+  const std::vector<Fragment> extents{
+      {3 * kChunk, 100, at(1ull << 30), 0, 1}, {5, 2 * kChunk, at((1ull << 31) + 5), 1, kHost},
+      {0, 5, at(1ull << 32), 2, kHost},        {3 * kChunk + 100, 50, at(1ull << 34), 3, 2},
+      {10, 20, at(1ull << 33), 4, 1},          {40, 20, at(1ull << 35), 5, 2}};
   for (const Plan& plan : {Plan::of_load(extents, kChunk, kPageBytes),
-                           Plan::of_store({extents.begin(), extents.begin() + 3}, kChunk, {})}) {
+                           Plan::of_store({extents.begin(), extents.begin() + 4}, kChunk, {})}) {
     std::map<std::uint32_t, std::uint64_t> bytes_of;
     for (const Chunk& chunk : plan.chunks) {
       for (const Fragment& fragment : plan.fragments_of(chunk)) {
         const Fragment& extent = extents.at(fragment.extent);
         EXPECT_EQ(fragment.offset_bytes - extent.offset_bytes,
                   static_cast<std::uint64_t>(fragment.memory - extent.memory));
-        EXPECT_EQ(fragment.on_device, extent.on_device);
-        EXPECT_EQ(chunk.on_device, extent.on_device) << "sides share no chunk";
+        EXPECT_EQ(fragment.device, extent.device);
+        EXPECT_EQ(chunk.device, extent.device) << "devices share no chunk";
         bytes_of[fragment.extent] += fragment.size_bytes;
       }
     }
     for (const auto& [extent, bytes] : bytes_of) EXPECT_EQ(bytes, extents[extent].size_bytes);
-    EXPECT_GE(bytes_of.size(), 3u);
+    EXPECT_GE(bytes_of.size(), 4u);
   }
 }
 
@@ -266,7 +287,7 @@ TEST(Plan, AStoreWritesEveryByteOnceAndNothingElse) {
       end += size + (random() % 3 ? random() % 3 : random() % 20'000);
     }
     end = round_up(end, block_bytes);
-    if (!fill_gaps) extents.push_back({end, block_bytes, at(1ull << 50), 0, !extents.empty()});
+    if (!fill_gaps) extents.push_back({end, block_bytes, at(1ull << 50), 0, extents.empty() ? kHost : DeviceNumber{1}});
     const std::uint64_t file_end = end + block_bytes;
     const Plan plan = Plan::of_store(extents, kChunk, {block_bytes, memory_bytes});
     const StoreMap map(plan, file_end, block_bytes);

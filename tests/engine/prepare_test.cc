@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/support/temp_dir.h"
@@ -14,23 +15,37 @@ namespace {
 
 constexpr std::uint32_t kChunk = 1u << 20;
 
-// A device whose memory is everything from kDevice on.
+// Two devices, whose memory is everything from kDevice on.
 class HalfCopier final : public Copier {
  public:
   static constexpr std::uintptr_t kDevice = std::uintptr_t{1} << 40;
+  static constexpr std::uintptr_t kSecond = kDevice + (std::uintptr_t{1} << 39);
   static constexpr std::uintptr_t kElsewhere = std::uintptr_t{1} << 41;
 
   void push(unsigned, unsigned, const ByteWork&) override {}
   std::span<const EndedCopy> poll() override { return {}; }
   bool idle() const noexcept override { return true; }
-  std::unique_ptr<Gate> gate(CUstream_st*) override { throw Error(Errc::kInvalidArgument, "captured"); }
-  bool owns(const void* memory) const override {
+  std::unique_ptr<Gate> gate(DeviceNumber device, CUstream_st* stream) override {
+    if (!stream) throw Error(Errc::kInvalidArgument, "captured");
+    gates.emplace_back(device, stream);
+    return std::make_unique<OpenGate>();
+  }
+  DeviceNumber device_of(const void* memory) const override {
     const auto address = reinterpret_cast<std::uintptr_t>(memory);
     if (address >= kElsewhere) throw std::system_error(EIO, std::generic_category(), "device");
-    return address >= kDevice;
+    if (address >= kSecond) return 2;
+    return address >= kDevice ? 1 : kHost;
   }
+  DeviceNumber devices() const noexcept override { return 2; }
   bool locked() const noexcept override { return true; }
   std::string fallback_reason() const override { return {}; }
+
+  std::vector<std::pair<DeviceNumber, CUstream_st*>> gates;  // All that have been made.
+
+ private:
+  struct OpenGate final : Gate {
+    bool open(std::error_code&) noexcept override { return true; }
+  };
 };
 
 std::byte* at(std::uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
@@ -92,7 +107,7 @@ TEST_F(PrepareTest, BothDirectionsAreToldAboutTheirEngine) {
     EXPECT_EQ(transfer->driver.stats.backend, Backend::kWorkers);
     EXPECT_EQ(transfer->driver.stats.fallback_reason, "memory: small pages");
     EXPECT_TRUE(transfer->driver.stats.pinned);
-    EXPECT_EQ(transfer->driver.gate, nullptr) << "nothing of it is on the device";
+    EXPECT_TRUE(transfer->driver.gates.empty()) << "nothing of it is on a device";
   }
 }
 
@@ -105,6 +120,47 @@ TEST_F(PrepareTest, WhatCudaSaysOfTheStreamIsThrownInBothDirections) {
             "captured: invalid argument");
   EXPECT_EQ(message_of([&] { store({.extents = {{0, 5, at(4096)}, {5, 5, at(device)}}}); }),
             "captured: invalid argument");
+}
+
+TEST_F(PrepareTest, EachDeviceWithMemoryOfTheRequestHasAGateOfItsOwnStream) {
+  using Gates = std::vector<std::pair<DeviceNumber, CUstream_st*>>;
+  const std::uintptr_t first = HalfCopier::kDevice;
+  const std::uintptr_t second = HalfCopier::kSecond;
+  auto* const one = reinterpret_cast<CUstream_st*>(1);
+  auto* const two = reinterpret_cast<CUstream_st*>(2);
+  const auto gates_of = [&](std::vector<std::uintptr_t> places) {
+    LoadRequest load{.stream = one, .more_streams = {two}};
+    WriteRequest write{.stream = one, .more_streams = {two}};
+    for (std::uint64_t i = 0; i < places.size(); ++i) {
+      load.files.push_back({.path = "a", .extents = {{10 * i, 5, at(places[i] + 10 * i)}}});
+      write.extents.push_back({10 * i, 5, at(places[i] + 10 * i)});
+    }
+    copier_.gates.clear();
+    const auto stored = store(write);
+    EXPECT_EQ(stored->driver.gates.size(), copier_.gates.size());
+    const Gates of_store = std::exchange(copier_.gates, {});
+    const auto loaded = prepare_load(engine_, load, nullptr);
+    EXPECT_EQ(loaded->driver.gates.size(), copier_.gates.size());
+    EXPECT_EQ(copier_.gates, of_store);
+    return copier_.gates;
+  };
+  EXPECT_EQ(gates_of({first, 4096, first}), (Gates{{1, one}}));
+  EXPECT_EQ(gates_of({second, 4096}), (Gates{{2, two}}));
+  EXPECT_EQ(gates_of({4096, second, first, second}), (Gates{{1, one}, {2, two}}));
+}
+
+TEST_F(PrepareTest, AStreamThatIsMissingIsTheDefaultStreamAndOneTooManyAnError) {
+  const std::uintptr_t second = HalfCopier::kSecond;
+  auto* const stream = reinterpret_cast<CUstream_st*>(1);
+  EXPECT_EQ(message_of([&] { store({.extents = {{0, 5, at(second)}}, .stream = stream}); }),
+            "captured: invalid argument")
+      << "it is asked for the default stream of the second device";
+  EXPECT_EQ(message_of([&] { store({.more_streams = {stream, stream}}); }),
+            "write the file: more_streams than more_devices: invalid argument");
+  EXPECT_EQ(message_of([&] { prepare_load(engine_, {.more_streams = {stream, stream}}, nullptr); }),
+            "load: more_streams than more_devices: invalid argument");
+  EXPECT_EQ(message_of([&] { prepare_load({.chunk_bytes = kChunk}, {.more_streams = {stream}}, nullptr); }),
+            "load: more_streams than more_devices: invalid argument");
 }
 
 TEST_F(PrepareTest, WhatCudaSaysOfMemoryIsTheFailureOfALoadAndRefusesAStore) {

@@ -21,10 +21,10 @@ inline constexpr std::uint32_t kMiB = 1u << 20;
 
 inline FakeCuda& cuda() { return FakeCuda::get(); }
 
-// A stream as a caller has them, on the engine's device.
+// A stream as a caller has them, by default on the engine's device.
 struct CallersStream {
-  CallersStream() {
-    cudaSetDevice(1);
+  explicit CallersStream(int device = 1) {
+    cudaSetDevice(device);
     cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
     cudaSetDevice(0);
   }

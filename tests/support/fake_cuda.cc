@@ -34,7 +34,7 @@ std::string name_of_this_thread() {
 Inside::Inside() : impl_((FakeCuda::get(), the_impl)), lock_(impl_->mutex) {}
 
 FakeCuda::Impl::Impl() : owner(::getpid()) {
-  for (int device = 0; device < kDevices; ++device) {
+  for (int device = 0; device < kMostDevices; ++device) {
     CUctx_st& context = contexts[static_cast<std::size_t>(device)];
     context.device = device;
     context.legacy.context = &context;
@@ -188,10 +188,11 @@ std::byte* FakeCuda::Impl::reachable(const void* memory, std::size_t size_bytes)
   return static_cast<std::byte*>(const_cast<void*>(memory));
 }
 
-bool FakeCuda::Impl::registered(const void* memory, std::size_t size_bytes) const {
+bool FakeCuda::Impl::registered(const void* memory, std::size_t size_bytes, const CUctx_st& context) const {
   const auto* at = static_cast<const std::byte*>(memory);
   return std::any_of(registrations.begin(), registrations.end(), [&](const auto& registration) {
-    return at >= registration.first && at + size_bytes <= registration.first + registration.second.size_bytes;
+    return (registration.second.portable || registration.second.context == &context) && at >= registration.first &&
+           at + size_bytes <= registration.first + registration.second.size_bytes;
   });
 }
 
@@ -223,7 +224,7 @@ cudaError_t FakeCuda::Impl::copy(CUstream_st& stream, void* target, const void* 
   require(region_of(device_end) != nullptr && region_of(host_end) == nullptr, "a copy from host to host");
   const Region& region = *region_of(device_end);
   require(region.managed || region.device == stream.context->device, "a copy on a stream of another device");
-  const bool locked = registered(host_end, size_bytes);
+  const bool locked = registered(host_end, size_bytes, *stream.context);
   // The runtime takes the bytes of other memory with it.
   const auto* bytes = static_cast<const std::byte*>(source);
   const auto taken = std::make_shared<std::vector<std::byte>>();
@@ -364,14 +365,15 @@ void FakeCuda::finish_all() {
   }
 }
 
-void FakeCuda::start_kernel(cudaStream_t stream) {
+void FakeCuda::start_kernel(cudaStream_t stream, int device) {
   Inside impl;
-  impl->queue(*impl->stream_of(stream, impl->contexts[1]), {.kind = Work::Kind::kKernel});
+  impl->queue(*impl->stream_of(stream, impl->contexts[static_cast<std::size_t>(device)]),
+              {.kind = Work::Kind::kKernel});
 }
 
-void FakeCuda::end_kernel(cudaStream_t stream) {
+void FakeCuda::end_kernel(cudaStream_t stream, int device) {
   Inside impl;
-  auto& queue = impl->stream_of(stream, impl->contexts[1])->queue;
+  auto& queue = impl->stream_of(stream, impl->contexts[static_cast<std::size_t>(device)])->queue;
   const auto at = std::find_if(queue.begin(), queue.end(), [](const Work& w) { return w.kind == Work::Kind::kKernel; });
   require(at != queue.end(), "no kernel to end");
   queue.erase(at);
@@ -401,11 +403,23 @@ void FakeCuda::unload() {
   impl->copies_under_way = 0;
   impl->unloading = true;
 }
+void FakeCuda::fail_context(int device, cudaError_t error) {
+  Inside impl;
+  CUctx_st& context = impl->contexts[static_cast<std::size_t>(device)];
+  context.sticky = error;
+  const auto is_copy = [](const Work& work) { return work.kind == Work::Kind::kCopy; };
+  for (CUstream_st* stream : impl->all_streams()) {
+    if (stream->context == &context) impl->copies_under_way -= static_cast<int>(std::erase_if(stream->queue, is_copy));
+  }
+}
 void FakeCuda::lose_context(int device) {
   Inside impl;
   impl->destroy(impl->contexts[static_cast<std::size_t>(device)]);
 }
-void FakeCuda::show_devices(int count) { Inside()->devices = count; }
+void FakeCuda::show_devices(int count) {
+  require(count <= Impl::kMostDevices, "more devices than the fake has");
+  Inside()->devices = count;
+}
 bool FakeCuda::failure_pending() { return !Inside()->failures.empty(); }
 int FakeCuda::calls(const std::string& function) { return Inside()->calls[function]; }
 int FakeCuda::all_calls() { return Inside()->all_calls; }

@@ -45,9 +45,10 @@ class FakeCuda {
   /// Does all that is queued and not behind a kernel.
   void finish_all();
 
-  /// Work of the caller's on a stream (null: the legacy default stream of device 1), which goes on until it is ended.
-  void start_kernel(cudaStream_t stream);
-  void end_kernel(cudaStream_t stream);
+  /// Work of the caller's on a stream (null: the legacy default stream of that device), which goes on until it is
+  /// ended.
+  void start_kernel(cudaStream_t stream, int device = 1);
+  void end_kernel(cudaStream_t stream, int device = 1);
   /// Things that have been queued on a stream, by anybody.
   int touches(cudaStream_t stream);
   /// Things that have become part of the graph that a stream is captured into.
@@ -58,10 +59,12 @@ class FakeCuda {
   void fail(const std::string& function, int nth, cudaError_t error, bool sticky = false, int times = 1);
   /// As at the end of a process, until reset(): handles are gone, and every call gives cudaErrorCudartUnloading.
   void unload();
+  /// From now on each call in the context of a device gives `error`. The hardware stops its copies.
+  void fail_context(int device, cudaError_t error);
   /// The context of a device goes with all that is in it, and those who ask for it are told. A driver may also crash,
   /// as this fake does when somebody asks after a cudaDeviceReset().
   void lose_context(int device);
-  /// Sees so many devices until reset(). A slice of a device (MIG) is a single one.
+  /// Sees so many devices until reset(): at most three, at first two. A slice of a device (MIG) is a single one.
   void show_devices(int count);
   /// Whether a failure that was asked for has not come yet.
   bool failure_pending();

@@ -85,7 +85,8 @@ namespace flashpack::testing {
 
 class FakeCuda::Impl {
  public:
-  static constexpr int kDevices = 2;
+  static constexpr int kDevices = 2;  // Seen, unless show_devices() says otherwise.
+  static constexpr int kMostDevices = 3;
 
   // One physical allocation: mapped twice, once where nobody may touch it (unless it is managed) and once for us.
   struct Region {
@@ -100,6 +101,7 @@ class FakeCuda::Impl {
   struct Registration {
     std::size_t size_bytes;
     CUctx_st* context;
+    bool portable;
   };
 
   struct Failure {
@@ -145,7 +147,8 @@ class FakeCuda::Impl {
                  std::byte* shadow_at = nullptr);
   Region* region_of(const void* memory);
   std::byte* shadow_of(const void* memory, std::size_t size_bytes);
-  bool registered(const void* memory, std::size_t size_bytes) const;
+  /// For copies in `context`.
+  bool registered(const void* memory, std::size_t size_bytes, const CUctx_st& context) const;
   const Registration* registration_near(const void* memory, std::size_t size_bytes) const;
   bool is_being_copied(std::span<const std::byte> memory);
   /// To be read or written at once, on the host or a device.
@@ -166,7 +169,7 @@ class FakeCuda::Impl {
   int devices = kDevices;
   std::uint64_t works = 0;
   std::uint64_t records = 0;
-  std::array<CUctx_st, kDevices> contexts;
+  std::array<CUctx_st, kMostDevices> contexts;
   std::set<CUstream_st*> streams;
   std::map<std::pair<CUctx_st*, std::thread::id>, CUstream_st> per_thread;
   std::set<CUevent_st*> events;

@@ -117,7 +117,7 @@ cudaError_t copy_batch(void* const* targets, const void* const* sources, const s
   for (const std::size_t i : order) {
     require(sizes[i] > 0, "an empty copy in a batch");
     require(written.insert(targets[i]).second, "a batch that writes twice to one place");
-    require(impl->registered(impl->region_of(targets[i]) ? sources[i] : targets[i], sizes[i]),
+    require(impl->registered(impl->region_of(targets[i]) ? sources[i] : targets[i], sizes[i], impl->context()),
             "a batch with memory that is not locked");
     if (const auto error = impl->copy(stream, targets[i], sources[i], sizes[i])) return error;
   }
@@ -316,7 +316,7 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t size_b
     if (const auto error = impl->copy(*impl->stream_of(stream, impl->context()), target, source, size_bytes)) {
       return error;
     }
-    if (impl->registered(impl->region_of(target) ? source : target, size_bytes)) return cudaSuccess;
+    if (impl->registered(impl->region_of(target) ? source : target, size_bytes, impl->context())) return cudaSuccess;
     if (impl->region_of(target) && impl->random() % 2 == 0) return cudaSuccess;
   }
   return wait_for(stream);
@@ -373,7 +373,8 @@ cudaError_t cudaHostRegister(void* memory, std::size_t size_bytes, unsigned flag
   const std::size_t pages_bytes = reinterpret_cast<std::uintptr_t>(memory) + size_bytes - begin;
   const int access = flags & cudaHostRegisterReadOnly ? MADV_POPULATE_READ : MADV_POPULATE_WRITE;
   if (::madvise(reinterpret_cast<void*>(begin), pages_bytes, access) != 0) return impl->note(cudaErrorInvalidValue);
-  impl->registrations[static_cast<std::byte*>(memory)] = {size_bytes, &impl->context()};
+  impl->registrations[static_cast<std::byte*>(memory)] = {size_bytes, &impl->context(),
+                                                          (flags & cudaHostRegisterPortable) != 0};
   return cudaSuccess;
 }
 

@@ -20,6 +20,7 @@ static_assert(FLASHPACK_BACKEND_WORKERS == static_cast<int>(Backend::kWorkers));
 
 EngineOptions options_of(const flashpack_engine_options& given) {
   const auto cpus = array(given.cpu_affinity, given.cpu_count, "options->cpu_affinity");
+  const auto more_devices = array(given.more_devices, given.more_device_count, "options->more_devices");
   EngineOptions options{
       .device = {one_of(given.device_kind, Device::Kind::kCuda, "options->device_kind"), given.device_index},
       .staging_bytes = given.staging ? 0 : given.staging_bytes,
@@ -31,6 +32,7 @@ EngineOptions options_of(const flashpack_engine_options& given) {
   if (given.chunk_bytes != 0) options.chunk_bytes = given.chunk_bytes;
   if (given.queue_depth != 0) options.queue_depth = given.queue_depth;
   if (given.use_numa_node != 0) options.numa_node = given.numa_node;
+  for (const int32_t index : more_devices) options.more_devices.push_back({Device::Kind::kCuda, index});
   return options;
 }
 

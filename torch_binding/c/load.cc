@@ -61,7 +61,8 @@ LoadRequest request_of(const flashpack_load_request& given, std::vector<FileExte
           .after = given.drop_cached ? AfterLoad::kDrop : AfterLoad::kKeep,
           .stream = static_cast<CUstream_st*>(given.stream),
           .deadline = deadline_in(given.timeout_ns),
-          .continue_on_error = given.continue_on_error != 0};
+          .continue_on_error = given.continue_on_error != 0,
+          .more_streams = streams_in(given.more_streams, given.more_stream_count)};
 }
 
 // Lets the transfer know which file of the caller each one of the LoadRequest is.

@@ -45,6 +45,13 @@ void throw_failure(flashpack_transfer& transfer, std::size_t file) {
 
 }  // namespace
 
+std::vector<CUstream_st*> streams_in(void* const* more_streams, std::size_t count) {
+  std::vector<CUstream_st*> streams;
+  for (void* const stream : array(more_streams, count, "more_streams"))
+    streams.push_back(static_cast<CUstream_st*>(stream));
+  return streams;
+}
+
 std::optional<Deadline> deadline_in(std::int64_t timeout_ns) {
   if (timeout_ns == 0) return std::nullopt;
   return Deadline::clock::now() + duration_of(timeout_ns);

@@ -19,7 +19,9 @@ namespace {
 std::unique_ptr<flashpack_transfer> start_write(flashpack_writer* writer, const flashpack_write_request* request) {
   FileWriter& used = require(writer, "writer").writer;
   const flashpack_write_request given = c::given(require(request, "request"), "request");
-  WriteRequest write{.stream = static_cast<CUstream_st*>(given.stream), .deadline = deadline_in(given.timeout_ns)};
+  WriteRequest write{.stream = static_cast<CUstream_st*>(given.stream),
+                     .deadline = deadline_in(given.timeout_ns),
+                     .more_streams = streams_in(given.more_streams, given.more_stream_count)};
   for (const flashpack_source& source : array(given.sources, given.source_count, "request->sources"))
     write.extents.push_back({source.offset_bytes, source.size_bytes, source.source});
   auto transfer = std::make_unique<flashpack_transfer>();
@@ -58,7 +60,8 @@ void save(Engine& engine, const char* path, std::span<const flashpack_save_tenso
   constexpr std::uint64_t kAlignBytes = 128;
   Metadata metadata = make_layout(ordered, options.align_bytes != 0 ? options.align_bytes : kAlignBytes);
   check_footer(metadata, checksums);
-  WriteRequest write{.stream = static_cast<CUstream_st*>(options.stream)};
+  WriteRequest write{.stream = static_cast<CUstream_st*>(options.stream),
+                     .more_streams = streams_in(options.more_streams, options.more_stream_count)};
   for (const TensorRecord& record : metadata.records) {
     if (record.size_bytes > 0)
       write.extents.push_back({record.offset_bytes, record.size_bytes, data_of.at(record.name)});
