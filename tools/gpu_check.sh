@@ -14,6 +14,8 @@
 #            ctest     the C++ tests of the device path, none of the GPU's skipped
 #            memcheck  compute-sanitizer over one load and a kernel on another stream right after it
 #            sweep     the options of an engine: device_sweep.json and .md
+#            process   (only when it is named) the C++ tests of the GPU in one process, where a failure of the context that
+#                      one of them leaves behind fails those that follow
 #            suite     (only when it is named) all other tests, C++ and Python
 #            tune      (only when it is named) flashpack_tune, loads to the first GPU: tune.txt and .json; and what
 #                      flashpack_probe tells of the profile
@@ -49,7 +51,7 @@ slower=${GPU_CHECK_SLOWER:-1}
 scale=${GPU_CHECK_SCALE:-1}
 steps=(load table pytest ctest memcheck sweep)
 # Seconds. Those of the steps above are less than what all have together, so that no step takes the time of another.
-declare -A limits=([carried]=20 [load]=85 [table]=215 [pytest]=90 [ctest]=60 [memcheck]=20 [sweep]=45 [suite]=500 [tune]=240)
+declare -A limits=([carried]=20 [load]=85 [table]=215 [pytest]=90 [ctest]=60 [memcheck]=20 [sweep]=45 [process]=90 [suite]=500 [tune]=240)
 
 packages=(
   liburing2 liburing-dev libisal2 libisal-dev libboost1.81-dev libgtest-dev libgmock-dev libcli11-dev
@@ -206,9 +208,15 @@ run_pytest() {
 # Another compiler has other warnings.
 configure_here() { configure release -DFLASHPACK_WERROR=OFF "${cuda_of_wheels[@]}" "$@"; }
 
-run_ctest() {
+build_tests_of_the_device() {
   configure_here -B build/gpu/cpp -DFLASHPACK_BUILD_{TORCH,TOOLS,BENCH}=OFF &&
-    cmake --build build/gpu/cpp --target gpu_test cuda_test &&
+    cmake --build build/gpu/cpp --target "$@"
+}
+
+run_process() { build_tests_of_the_device gpu_test && build/gpu/cpp/tests/engine/gpu_test --gtest_brief=1; }
+
+run_ctest() {
+  build_tests_of_the_device gpu_test cuda_test &&
     ctest --test-dir build/gpu/cpp/tests/engine -R 'Gpu|Cuda|Device' --output-on-failure --parallel 4 \
       --no-tests=error --output-junit "$out/ctest.xml"
 }

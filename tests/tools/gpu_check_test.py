@@ -78,7 +78,7 @@ def test_the_limits_of_the_default_steps_fit_into_nine_minutes():
     limits = re.search(r"limits=\((.*)\)", script).group(1)
     seconds = {name: int(value) for name, value in re.findall(r"\[(\w+)\]=(\d+)", limits)}
     assert sum(seconds[name] for name in steps) <= 540
-    assert seconds.keys() - steps == {"suite", "tune"}
+    assert seconds.keys() - steps == {"process", "suite", "tune"}
 
 
 def test_steps_that_are_not_named_are_the_default_ones(check):
