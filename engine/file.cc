@@ -61,8 +61,8 @@ std::optional<Status> ask(int fd, const char* path = "") {
   FileIdentity& identity = found.identity;
   dev_t device = 0;
   const bool answered = ::statx(fd, path, AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, kWanted, &now) == 0;
-  // Any other error is the file system's, and old values would hide it. glibc turns ENOSYS into EINVAL, because it cannot
-  // make up for AT_STATX_FORCE_SYNC.
+  // Any other error is the file system's, and old values would hide it. glibc turns ENOSYS into EINVAL, because it
+  // cannot make up for AT_STATX_FORCE_SYNC.
   const bool sandbox_refuses = !answered && (errno == ENOSYS || errno == EINVAL || errno == EPERM);
   if (!answered && !sandbox_refuses) return std::nullopt;
   if (answered) {
