@@ -9,11 +9,12 @@
 #include <random>
 #include <span>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "tests/support/device_test.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/spin.h"
+#include "tests/support/wait_until.h"
 
 namespace flashpack {
 namespace {
@@ -219,7 +220,7 @@ TEST_P(CudaDevicesTest, ManagedMemoryBelongsToItsDeviceOrElseToTheFirst) {
     cudaSetDevice(0);
     cuda().hold(true);
     Transfer transfer = engine_->start_load(request(static_cast<std::byte*>(managed)));
-    while (cuda().copies_under_way(0) + cuda().copies_under_way(1) < 8) std::this_thread::yield();
+    testing::wait_until([] { return cuda().copies_under_way(0) + cuda().copies_under_way(1) >= 8; });
     EXPECT_EQ(cuda().copies_under_way(copies), 8) << "allocated on device " << allocated;
     cuda().hold(false);
     transfer.wait();
@@ -232,7 +233,7 @@ TEST_P(CudaDevicesTest, AllDevicesShareTheSlotsWhichAreLockedOnce) {
   cuda().hold(true);
   Transfer to_first = engine_->start_load(request(on_first_));
   Transfer to_second = engine_->start_load(request(on_second_));
-  while (cuda().most_copies_under_way() < 8) std::this_thread::yield();
+  testing::wait_until([] { return cuda().most_copies_under_way() >= 8; });
   EXPECT_FALSE(to_second.wait_for(std::chrono::milliseconds(10)));
   EXPECT_EQ(cuda().most_copies_under_way(), 8) << "as many as there are slots";
   cuda().hold(false);
@@ -282,7 +283,7 @@ TEST_P(CudaDevicesTest, ADeviceThatFailsFailsTransfersThatUseItAndNoOthers) {
     std::byte* const elsewhere = cuda().allocate(bytes_.size(), kServed[1 - failed]);
     cuda().hold(true);
     Transfer to_failed = engine_->start_load(request(there));
-    while (cuda().copies_under_way(kServed[failed]) < 8) std::this_thread::yield();  // It has all slots.
+    testing::wait_until([&] { return cuda().copies_under_way(kServed[failed]) >= 8; });  // It has all slots.
     Transfer to_other = engine_->start_load(request(elsewhere));
     cuda().fail_context(kServed[failed], cudaErrorIllegalAddress);
     ASSERT_TRUE(to_failed.wait_for(kHang));
@@ -391,7 +392,7 @@ TEST_P(CudaDevicesTest, HundredsOfRandomLoadsToBothDevicesEndInTheRightBytesOrAC
     const auto error = error_of([&] {
       Transfer transfer = engine_->start_load(
           {.files = {{.path = path_, .extents = alternating.extents}}, .cache = kPolicies[random() % 3]});
-      for (auto n = random() % 300; n > 0; --n) std::this_thread::yield();
+      testing::spin(std::chrono::microseconds(random() % 150));
       if (random() % 4 == 0) transfer.cancel();
       if (!transfer.wait_for(kHang)) std::abort();
       transfer.wait();

@@ -93,6 +93,15 @@ class PipelineGateTest : public ::testing::Test {
                        .stream = reinterpret_cast<CUstream_st*>(&stream)});
   }
 
+  /// The second chunk of `target`, which has two, is on a second device.
+  Transfer start_behind_both(Stream& one, Stream& two, GuardedMemory& target) {
+    copier_.second_device = target.data() + kChunk;
+    return rig_.start_request(
+        {.files = {{.path = path_, .extents = {{0, kChunk, target.data()}, {kChunk, kChunk, target.data() + kChunk}}}},
+         .stream = reinterpret_cast<CUstream_st*>(&one),
+         .more_streams = {reinterpret_cast<CUstream_st*>(&two)}});
+  }
+
   static void wait_for_looks(const Stream& stream) {
     const int first = stream.looks;
     flashpack::testing::wait_until([&] { return stream.looks >= first + 3; });
@@ -166,20 +175,16 @@ TEST_F(PipelineGateTest, AFileThatFailsGivesItsSlotsBackThoughItsGateIsShut) {
 
 TEST_F(PipelineGateTest, NothingIsCopiedBeforeTheGatesOfAllDevicesAreOpen) {
   GuardedMemory target(2 * kChunk);
-  copier_.second_device = target.data() + kChunk;
   for (const bool first_opens_first : {true, false}) {
     SCOPED_TRACE(first_opens_first);
     std::fill_n(target.data(), target.size(), std::byte{});
     Stream one;
     Stream two;
-    Transfer transfer = rig_.start_request(
-        {.files = {{.path = path_, .extents = {{0, kChunk, target.data()}, {kChunk, kChunk, target.data() + kChunk}}}},
-         .stream = reinterpret_cast<CUstream_st*>(&one),
-         .more_streams = {reinterpret_cast<CUstream_st*>(&two)}});
+    Transfer transfer = start_behind_both(one, two, target);
     Stream& earlier = first_opens_first ? one : two;
     Stream& later = first_opens_first ? two : one;
     earlier.at_end = true;
-    while (earlier.looks == 0) std::this_thread::yield();
+    flashpack::testing::wait_until([&] { return earlier.looks > 0; });
     wait_for_looks(later);
     EXPECT_LE(earlier.looks, later.looks) << "a gate that has opened is looked at no more";
     EXPECT_TRUE(
@@ -193,14 +198,10 @@ TEST_F(PipelineGateTest, NothingIsCopiedBeforeTheGatesOfAllDevicesAreOpen) {
 
 TEST_F(PipelineGateTest, OneGateThatFailsEndsTheTransferThoughTheOtherIsShut) {
   GuardedMemory target(2 * kChunk);
-  copier_.second_device = target.data() + kChunk;
   for (const bool first_fails : {true, false}) {
     Stream one;
     Stream two;
-    Transfer transfer = rig_.start_request(
-        {.files = {{.path = path_, .extents = {{0, kChunk, target.data()}, {kChunk, kChunk, target.data() + kChunk}}}},
-         .stream = reinterpret_cast<CUstream_st*>(&one),
-         .more_streams = {reinterpret_cast<CUstream_st*>(&two)}});
+    Transfer transfer = start_behind_both(one, two, target);
     wait_for_looks(one);
     wait_for_looks(two);
     (first_fails ? one : two).error = EIO;
