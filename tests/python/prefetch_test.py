@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,10 +201,13 @@ def test_an_error_of_the_system_is_raised_by_every_wait(cold_file, monkeypatch):
 
     monkeypatch.setattr(os, "sendfile", fail)
     handle = flashpack.prefetch_flashpack_file(cold_file)
-    for _ in range(2):
+    frames = []
+    for _ in range(3):
         with pytest.raises(OSError, match="Input/output error") as caught:
             handle.wait()
         assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(cold_file))
+        frames.append(len(list(traceback.walk_tb(caught.value.__traceback__))))
+    assert len(set(frames)) == 1
 
 
 def test_an_error_in_one_stream_stops_the_others(tmp_path, monkeypatch, gate):

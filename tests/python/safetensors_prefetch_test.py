@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,6 +141,20 @@ def test_an_error_reaches_who_waits(path, held_back):
     for wait in (lambda: loader.take("matrix"), lambda: next(iter(loader))):
         with pytest.raises(OSError, match=r"a\.safetensors"):
             wait()
+
+
+def test_each_take_raises_the_error_with_where_it_came_from_and_no_frames_of_the_takes_before(path, held_back):
+    with safe_open(path, "pt") as file:
+        loader = file.prefetch()
+    path.write_bytes(b"")
+    held_back()
+    frames = []
+    for _ in range(3):
+        with pytest.raises(OSError, match=r"a\.safetensors") as caught:
+            loader.take("matrix")
+        frames.append([frame.f_code.co_name for frame, _ in traceback.walk_tb(caught.value.__traceback__)])
+    assert frames[0] == frames[1] == frames[2]
+    assert "_land" in frames[0]
 
 
 def test_a_loader_refuses_to_be_pickled(path):

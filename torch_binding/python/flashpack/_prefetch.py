@@ -35,7 +35,8 @@ class Prefetch:
         self._path = os.fsdecode(path)
         self._size_bytes = size_bytes
         self._stop = threading.Event()
-        self._error: OSError | None = None
+        # Not the error itself: each wait() raises one of its own, or the traceback of one would grow with every wait.
+        self._failure: tuple[int, str] | None = None
         steps = -(-size_bytes // _STEP_BYTES)
         part_bytes = -(-steps // _STREAMS) * _STEP_BYTES
         begins = range(0, size_bytes, part_bytes or 1)
@@ -78,8 +79,8 @@ class Prefetch:
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
             raise TimeoutError(errno.ETIMEDOUT, "the file is not in the page cache yet", self._path)
-        if self._error is not None:
-            raise self._error
+        if self._failure is not None:
+            raise OSError(*self._failure, self._path)
         if sum(self._done_bytes) < self._size_bytes:
             raise OSError(errno.ECANCELED, "the prefetch was cancelled", self._path)
 
@@ -110,7 +111,7 @@ class Prefetch:
                     begin += sent_bytes
                     self._done_bytes[part] += sent_bytes
         except OSError as error:
-            self._error = OSError(error.errno, error.strerror, self._path)
+            self._failure = (error.errno or errno.EIO, error.strerror or str(error))
             self._stop.set()
 
 

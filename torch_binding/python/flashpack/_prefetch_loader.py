@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import TracebackType
 from typing import NoReturn
 
 import torch
@@ -84,6 +85,8 @@ class _Landing:
         self._known = frozenset(names)
         self._landed: dict[str, torch.Tensor] = {}
         self._error: BaseException | None = None
+        self._traceback: TracebackType | None = None
+        """Of the thread that loads. Raising the error adds the frames of whoever waits, time and again."""
         self._closed = False
 
     def put(self, name: str, tensor: torch.Tensor) -> bool:
@@ -101,7 +104,7 @@ class _Landing:
             yield
         except BaseException as error:
             with self._changed:
-                self._error = error
+                self._error, self._traceback = error, error.__traceback__
                 self._changed.notify_all()
 
     def close(self) -> None:
@@ -143,7 +146,7 @@ class _Landing:
             raise CheckpointError("the prefetch loader is closed")
         if not ready() and self._error is not None:
             with catchable():
-                raise self._error
+                raise self._error.with_traceback(self._traceback)
 
 
 def _land(
