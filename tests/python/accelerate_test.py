@@ -239,7 +239,7 @@ def test_modules_of_transformers_that_are_imported_after_the_first_file_was_open
         def shard_tensor(self, source: Any, device: Any) -> Any:
             return source
 
-    def copy(tensor: Any, device: Any) -> Any:
+    def copy(tensor: Any, device: Any = None, *, dtype: Any = None) -> Any:
         return tensor
 
     monkeypatch.setattr(_accelerate, "_on_device", lambda tensor, device: (tensor, device))
@@ -248,6 +248,10 @@ def test_modules_of_transformers_that_are_imported_after_the_first_file_was_open
     with flashpack.accelerate() as acceleration:
         safetensors.safe_open(path, "pt")
         assert loading._materialize_copy(1, device=2) == (1, 2)
+        assert loading._materialize_copy(1, 2, dtype=3) == (1, 2)
+        assert loading._materialize_copy(tensor=1) == (1, None)
+        with pytest.raises(TypeError, match="tensor"):
+            loading._materialize_copy(device=2)
         stand_in("distributed.sharding_utils", DtensorShardOperation=DtensorShardOperation)
         safetensors.safe_open(path, "pt")
         assert DtensorShardOperation().shard_tensor(1, 2) == (1, 2)

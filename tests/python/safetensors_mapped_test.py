@@ -15,7 +15,7 @@ from flashpack import _mapped_tensors
 from flashpack.safetensors import load_file, safe_open
 from page_cache import drop_from_page_cache, resident_fraction
 from safetensors.torch import save_file
-from support import bits, random_tensor
+from support import bits, random_tensor, run_python
 
 MIB = 1 << 20
 
@@ -53,6 +53,29 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(_mapped_tensors._ReadAhead, "want", noted)
     return ranges
+
+
+def test_what_is_mapped_needs_no_module_that_reads_in_other_ways_or_writes(path):
+    code = f"""
+import sys
+from flashpack.safetensors import safe_open
+with safe_open({str(path)!r}, "pt", backend="mmap") as file:
+    assert file.get_slice("a")[...].shape == (2048, 1024)
+    file.get_tensors()
+others = ("serialization", "_into", "_stream", "_prefetch_loader")
+print([name for name in others if f"flashpack.{{name}}" in sys.modules])
+from flashpack.safetensors import PrefetchLoader
+print(PrefetchLoader.__module__)
+"""
+    assert run_python(code) == "[]\nflashpack._prefetch_loader\n"
+
+
+def test_a_whole_slice_of_a_mapped_file_is_the_mapping_and_no_view_of_a_tensor(path):
+    with safe_open(path, "pt", backend="mmap") as file:
+        whole, again = file.get_slice("a")[...], file.get_slice("a")[...]
+        assert whole.data_ptr() == again.data_ptr() == file.get_slice("a")[:].data_ptr()
+    whole.add_(1)
+    assert (whole._base, whole._version, again._version) == (None, 1, 0)
 
 
 def test_reading_ahead_ends_when_the_mapping_is_gone(path, monkeypatch):

@@ -28,6 +28,7 @@
 #include "bind_checkpoint.h"
 #include "bind_format.h"
 #include "bind_pack.h"
+#include "bind_scans.h"
 #include "flashpack/engine.h"
 #include "flashpack/host_memory.h"
 #include "flashpack/trace.h"
@@ -471,6 +472,7 @@ NB_MODULE(_native_of_main, module) {
   flashpack::bind_format(module);
   flashpack::bind_checkpoint(module);
   flashpack::bind_pack(module);
+  flashpack::bind_scans(module);
   flashpack::bind_memory(module);
   flashpack::bind_trace(module);
   flashpack::bind_handles(module);

@@ -9,13 +9,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import safetensors
 
 from ._logging import logger
-from ._native import FlashPackError
+from ._native import FlashPackError, bindings_of
 from ._owner_process import held_by_forks
 
 original_open: Any = safetensors.safe_open
@@ -117,18 +116,12 @@ def _replace(old: object, new: object) -> None:
         setattr(module, name, new)
 
 
-def _bindings_of(wanted: object) -> Iterator[tuple[ModuleType, str]]:
+def _bindings_of(wanted: object) -> Iterator[tuple[Any, str]]:
     """Yields each global name of an imported module that stands for `wanted`."""
-    for module in list(sys.modules.values()):
-        if not issubclass(type(module), ModuleType):
-            continue
+    for module, name in bindings_of(wanted, list(sys.modules.values())):
         # vars() would load a module of importlib's LazyLoader, which may fail.
-        names = object.__getattribute__(module, "__dict__")
-        if names.get("__name__", __name__) not in _LEFT_ALONE:
-            # Other threads may import meanwhile. A list of pairs would wake the garbage collector time and again.
-            for name, value in names.copy().items():
-                if value is wanted:
-                    yield module, name
+        if object.__getattribute__(module, "__dict__").get("__name__", __name__) not in _LEFT_ALONE:
+            yield module, name
 
 
 def _wrap_transformers() -> None:
@@ -148,15 +141,20 @@ def _wrap(owner: Any, name: str, argument: str) -> None:
     original = getattr(owner, name, None)
     if original is None or any(each is owner and known == name for each, known, _ in _undo):
         return
-    signature = inspect.signature(original)
-    if not {argument, "device"} <= signature.parameters.keys():
+    # To bind the arguments to a signature would take as long as to load a tensor that is mapped.
+    parameters = list(inspect.signature(original).parameters)
+    if not {argument, "device"} <= set(parameters):
         return
+    at, device_at = parameters.index(argument), parameters.index("device")
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
-        given.arguments[argument] = _on_device(given.arguments[argument], given.arguments.get("device"))
-        return original(*given.args, **given.kwargs)
+        device = kwargs["device"] if "device" in kwargs else args[device_at] if len(args) > device_at else None
+        if argument in kwargs:
+            kwargs[argument] = _on_device(kwargs[argument], device)
+        elif len(args) > at:
+            args = (*args[:at], _on_device(args[at], device), *args[at + 1 :])
+        return original(*args, **kwargs)
 
     setattr(owner, name, wrapped)
     _undo.append((owner, name, original))

@@ -17,7 +17,6 @@ from ._casts import DTypeLike, asked_dtype, dtype_when_asked
 from ._checkpoint import Checkpoint, Entry, StrPath, Verify, open_checkpoint, opened_checkpoint
 from ._device import CPU, DeviceLike, DeviceMap, Side, captures_undisturbed, devices_by_module, side_of
 from ._engine import left_before_exit
-from ._into import read_and_cast
 from ._listing import as_html, by_name, summary_of
 from ._logging import printable
 from ._memory import (
@@ -94,6 +93,8 @@ def load_file(
         own_dtypes = {name: string_to_dtype(name) for name in {entry.dtype for entry in entries}}
         dtypes = {name: dtype_when_asked(own, dtype) for name, own in own_dtypes.items()}
         if dtypes != own_dtypes and not mmap:
+            from ._into import read_and_cast
+
             tensors, figures = read_and_cast(checkpoint, places, lambda entry: dtypes[entry.dtype], options)
         else:
             tensors, figures = read_to_devices(checkpoint, places, options)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
-from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from . import _native
 from ._checkpoint import Entry
 from ._file import FlashPackFile, TensorSlice
 from ._logging import logger
@@ -52,7 +51,11 @@ class MappedTensors:
         self._maps: dict[int, _Map] = {}
 
     def tensor(self, entry: Entry) -> torch.Tensor:
-        return self.tensors([entry])[entry.name]
+        if not _is_aligned(entry):
+            return self._file.get(entry.name)
+        tensor = self._view(entry)
+        self._read_ahead(entry, entry.size_bytes)
+        return tensor
 
     def tensors(self, entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
         """Returns them, which are in file order. What lies between the first and the last of a file is read ahead."""
@@ -66,6 +69,8 @@ class MappedTensors:
 
     def part(self, entry: Entry, index: Any) -> torch.Tensor:
         """Returns what torch gives for `index`."""
+        if index is ...:
+            return self.tensor(entry)
         if _is_aligned(entry):
             whole = self._view(entry)
             part = whole[index]
@@ -91,25 +96,26 @@ class MappedTensors:
                 _mapped_bytes[block._buffer] = block.size_bytes
                 fits = 2 * sum(_mapped_bytes.values()) < _memory_bytes()
             # What is read too far ahead would be displaced before it is used.
-            made = _Map(block, _read_ahead_of(file.fd, block.owner) if fits else None)
+            made = _Map(block, block.address, _read_ahead_of(file.fd, block.owner) if fits else None)
             self._maps.setdefault(entry.file, made)  # Two threads may each map the file; then one mapping is dropped.
         return self._maps[entry.file]
 
     def _read_ahead(self, first: Entry, size_bytes: int) -> None:
         """Starts to read this much of a file, from the tensor `first` on."""
-        block, ahead = self._map_of(first)
-        if ahead is None:
+        of_file = self._map_of(first)
+        if of_file.ahead is None:
             return
         for at in range(first.offset_bytes, first.offset_bytes + size_bytes, _PIECE_BYTES):
             piece_bytes = min(_PIECE_BYTES, first.offset_bytes + size_bytes - at)
-            if not _is_cached(block.address + at, piece_bytes):
-                ahead.want(at, piece_bytes)
+            if not _is_cached(of_file.address + at, piece_bytes):
+                of_file.ahead.want(at, piece_bytes)
 
 
 class _Map(NamedTuple):
     """One file."""
 
     block: MappedFile
+    address: int
     ahead: _ReadAhead | None
 
 
@@ -174,25 +180,11 @@ def _extent_bytes(part: torch.Tensor) -> int:
 
 
 def _is_cached(address: int, size_bytes: int) -> bool:
-    """Whether this part of a mapping is in the page cache, as far as a few pages tell.
+    """Whether this part of a mapping is in the page cache, as far as a few pages tell. See the native function.
 
-    The kernel tells it only of files that are the caller's own or that it may write; all others seem to be there. A
-    read that does not wait would tell it, too, but brings pages in, so that the next look would find them.
+    A read that does not wait would tell it of any file, but brings pages in, so that the next look would find them.
     """
-    flag, mincore = ctypes.c_ubyte(), _mincore()
-    answer = ctypes.addressof(flag)
-    begin = address - address % PAGESIZE
-    for page in (*range(begin, address + size_bytes, _LOOK_BYTES), (address + size_bytes - 1) & -PAGESIZE):
-        if mincore(page, 1, answer) == 0 and not flag.value & 1:
-            return False
-    return True
-
-
-@cache
-def _mincore() -> Callable[[int, int, int], int]:
-    function = ctypes.CDLL(None).mincore
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-    return function
+    return _native.is_cached(address, size_bytes, _LOOK_BYTES)
 
 
 @cache

@@ -17,7 +17,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType, SimpleNamespace, TracebackType
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 import safetensors
 import safetensors.torch
@@ -31,10 +31,11 @@ from ._device import DeviceLike
 from ._file import FlashPackFile, TensorSlice, UnknownIndexError, open_file
 from ._file import load_file as load_any_file
 from ._mapped_tensors import MappedTensors
-from ._prefetch_loader import PrefetchLoader, PrefetchPlan, checked_rows
 from ._safetensors import UNNAMED, CheckpointError, FileOnDevice, catchable, dtype_name, header_shape
-from .serialization import pack_to_file
 from .utils import dtype_to_string
+
+if TYPE_CHECKING:
+    from ._prefetch_loader import PrefetchLoader, PrefetchPlan
 
 __all__ = [
     "CheckpointError",
@@ -154,6 +155,8 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
         `plan`: the names to load, each with None or a slice of step 1 along its first dim; by default all tensors,
         whole. `device`: by default that of the file; also the CPU. `threads` has no effect: the engine chooses.
         """
+        from ._prefetch_loader import PrefetchLoader, checked_rows
+
         file = self._opened()
         where = self._device if device is None else device
         with catchable():
@@ -298,8 +301,7 @@ def save_file(tensors: dict[str, torch.Tensor], filename: StrPath, metadata: Map
     no complex32 or complex128; it may be empty, which a flashpack file may not.
     """
     if _is_for_flashpack(filename):
-        with catchable():
-            pack_to_file(tensors, filename, metadata=metadata)
+        _pack(tensors, filename, metadata)
         return
     with _naming_dtypes(tensors := _resolved(tensors)):
         safetensors.torch.save_file(tensors, filename, None if metadata is None else dict(metadata))
@@ -313,13 +315,19 @@ def save_model(
     Of tied tensors, a safetensors file has one, and its metadata the other names; a flashpack file has all.
     """
     if _is_for_flashpack(filename):
-        with catchable():
-            pack_to_file(model, filename, metadata=metadata)
+        _pack(model, filename, metadata)
         return
     with _naming_dtypes(tensors := _resolved(model.state_dict())):
         # It asks the model for nothing but its state dict.
         resolved: Any = SimpleNamespace(state_dict=lambda: tensors)
         safetensors.torch.save_model(resolved, filename, metadata, force_contiguous)
+
+
+def _pack(tensors: Mapping[str, torch.Tensor] | torch.nn.Module, filename: StrPath, metadata: Any) -> None:
+    from .serialization import pack_to_file
+
+    with catchable():
+        pack_to_file(tensors, filename, metadata=metadata)
 
 
 def _is_for_flashpack(filename: StrPath) -> bool:
@@ -370,6 +378,10 @@ def _given(backend: Backend) -> dict[str, str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "PrefetchLoader":
+        from ._prefetch_loader import PrefetchLoader
+
+        return PrefetchLoader
     for theirs in (safetensors.torch, safetensors):
         if hasattr(theirs, name):
             return getattr(theirs, name)
