@@ -33,7 +33,7 @@ class FileTasks::OpenTask final : public Pool::Task {
         request_(part.request),
         handover_(part.handover),
         rules_(rules),
-        may_wait_for_descriptors_(!part.given && !part.alone),
+        may_wait_for_descriptors_(!part.given && !part.place.alone),
         given_(std::move(part.given)),
         shared_(std::move(shared)) {
     if (part.transfer->request.after == AfterLoad::kDrop) rules_.at_once_bytes = 0;
@@ -107,12 +107,12 @@ FileTasks::FileTasks(Pool& pool, DiskQueue& disk, OpenRules rules)
 Inbox& FileTasks::inbox() const noexcept { return shared_->inbox; }
 
 void FileTasks::open(Part& part) {
-  assert(part.state == Part::State::kOpening && !part.planned);
+  assert(part.state() == Part::State::kOpening && !part.planned);
   pool_.post(std::make_unique<OpenTask>(part, rules_, shared_));
 }
 
 void FileTasks::close(Part& part) {
-  assert(part.state == Part::State::kClosing && part.planned);
+  assert(part.state() == Part::State::kClosing && part.planned);
   pool_.post(std::make_unique<CloseTask>(part, shared_));
 }
 

@@ -119,7 +119,7 @@ bool Jobs::has_enough_stuck(const Part& part, std::size_t used, std::size_t of_f
                             std::size_t of_file_systems) const {
   const std::uint32_t many = std::min(limits_.queue_depth, limits_.slots);
   return (part.planned->open->stuck >= many && used > of_files) ||
-         (part.file_system->stuck >= many && used > of_file_systems);
+         (part.place.file_system->stuck >= many && used > of_file_systems);
 }
 
 bool Jobs::may_have_more(const Part& part) const {
@@ -141,7 +141,7 @@ std::optional<int> Jobs::take_slot(const Part& part) {
 }
 
 std::optional<unsigned> Jobs::open(Part& part, const Chunk& chunk, const Way& way) {
-  assert(part.planned && part.file_system);
+  assert(part.planned && part.place.file_system);
   if (none_free()) return std::nullopt;
   int slot = -1;
   if (has_slot(way.view)) {
@@ -204,7 +204,7 @@ bool Jobs::mark_late(Time now) {
     if (!may_be_late(job.step) || job.late || now - job.since < kLate) continue;
     if (!job.stuck) set_stuck(job);
     job.late = true;
-    job.part->file_system->add_late();
+    job.part->place.file_system->add_late();
     found = true;
   }
   return found;
@@ -215,13 +215,13 @@ void Jobs::set_stuck(Job& job) {
   job.stuck = true;
   --in_[static_cast<std::size_t>(job.step)];
   ++job.part->planned->open->stuck;
-  ++job.part->file_system->stuck;
+  ++job.part->place.file_system->stuck;
   ++stuck_;
   if (job.slot >= 0) ++stuck_slots_;
 }
 
 void Jobs::clear_stuck(Job& job) {
-  FileSystem& file_system = *job.part->file_system;
+  FileSystem& file_system = *job.part->place.file_system;
   assert(job.stuck && stuck_ > 0 && job.part->planned->open->stuck > 0 && file_system.stuck > 0);
   job.stuck = false;
   ++in_[static_cast<std::size_t>(job.step)];

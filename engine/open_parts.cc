@@ -12,7 +12,7 @@ namespace {
 
 // A store's file is open from before its start until after its end, so it does not count.
 bool is_open(const Part& part) {
-  const bool has_file = part.state != Part::State::kWaiting && part.state != Part::State::kDone;
+  const bool has_file = part.state() != Part::State::kWaiting && part.state() != Part::State::kDone;
   return has_file && part.transfer->is_load();
 }
 
@@ -22,7 +22,7 @@ void OpenParts::enter(Part& part, Part::State state, Time now) {
   const bool was_open = is_open(part);
   if (tracer_) tell_of_end(part, now);
   leave_state(part);
-  part.state = state;
+  part.place.state = state;
   const bool ended = was_open && !is_open(part);
   open_ += is_open(part);
   open_ -= was_open;
@@ -33,23 +33,23 @@ void OpenParts::enter(Part& part, Part::State state, Time now) {
 
 // To be called before the part leaves its state.
 void OpenParts::tell_of_end(const Part& part, Time now) const {
-  const bool opens = part.state == Part::State::kOpening;
-  if (!opens && part.state != Part::State::kClosing) return;
+  const bool opens = part.state() == Part::State::kOpening;
+  if (!opens && part.state() != Part::State::kClosing) return;
   const PartResult* const result = part.handover.result();
-  const auto depth = std::ranges::count(with_threads_, part.state, &Part::state);
+  const auto depth = std::ranges::count(with_threads_, part.state(), &Part::state);
   tracer_.sink->event({.stage = opens ? TraceStage::kOpen : TraceStage::kClose,
                        .engine = tracer_.engine,
                        .transfer = part.transfer->driver.number,
                        .file = part.request.index,
                        .path = part.request.path.native(),
                        .size_bytes = opens && result ? result->read_bytes : 0,
-                       .begin = part.since,
+                       .begin = part.place.since,
                        .end = now,
                        .depth = static_cast<std::uint32_t>(depth)});
 }
 
 void OpenParts::leave_state(Part& part) {
-  switch (part.state) {
+  switch (part.state()) {
     case Part::State::kWaiting:
       waiting_.erase(part.turn);
       parked_.erase(part.turn);
@@ -58,12 +58,12 @@ void OpenParts::leave_state(Part& part) {
     case Part::State::kClosing:
       std::erase(with_threads_, &part);
       leave_prefixes(part);
-      if (std::exchange(part.late, false)) --late_;
+      if (std::exchange(part.place.late, false)) --late_;
       return;
     case Part::State::kOpen:
       if (!part.transfer->is_load()) return;
-      part.file_system->remove_load();
-      look_at_parked_ |= part.file_system->late() > 0;
+      part.place.file_system->remove_load();
+      look_at_parked_ |= part.place.file_system->late() > 0;
       return;
     case Part::State::kAnswered:
     case Part::State::kDone:
@@ -72,24 +72,24 @@ void OpenParts::leave_state(Part& part) {
 }
 
 void OpenParts::enter_state(Part& part, Time now) {
-  switch (part.state) {
+  switch (part.state()) {
     case Part::State::kWaiting:
       waiting_.emplace(part.turn, &part);
       return;
     case Part::State::kOpening:
-      part.alone = open_ - 1 == held_up();
+      part.place.alone = open_ - 1 == held_up();
       [[fallthrough]];
     case Part::State::kClosing:
-      part.since = now;
+      part.place.since = now;
       with_threads_.push_back(&part);
       if (held_up() > 0) enter_prefixes(part);
       return;
     case Part::State::kOpen:
-      point(part.file_system, &file_systems_.try_emplace(part.file().identity().dev, totals_).first->second);
-      for (PrefixCounts* const prefix : part.prefixes) {
-        if (prefix) point(prefix->file_system, part.file_system);
+      point(part.place.file_system, &file_systems_.try_emplace(part.file().identity().dev, totals_).first->second);
+      for (PrefixCounts* const prefix : part.place.prefixes) {
+        if (prefix) point(prefix->file_system, part.place.file_system);
       }
-      if (part.transfer->is_load()) part.file_system->add_load();
+      if (part.transfer->is_load()) part.place.file_system->add_load();
       return;
     case Part::State::kDone:
       return forget_places_of(part);
@@ -113,7 +113,7 @@ Part* OpenParts::next() {
 
 // Finds the directory of the part's path and the mount point above, without asking a file system.
 void OpenParts::find_prefixes(Part& part) {
-  if (part.prefixes[0]) return;
+  if (part.place.prefixes[0]) return;
   std::error_code no_working_directory;
   const auto directory =
       std::filesystem::absolute(part.request.path, no_working_directory).lexically_normal().parent_path();
@@ -123,7 +123,7 @@ void OpenParts::find_prefixes(Part& part) {
     const auto found = prefixes_[i].try_emplace(paths[i]).first;
     found->second.path = &found->first;
     ++found->second.parts;
-    part.prefixes[i] = &found->second;
+    part.place.prefixes[i] = &found->second;
   }
 }
 
@@ -138,12 +138,12 @@ void OpenParts::point(FileSystem*& pointer, FileSystem* file_system) {
 
 void OpenParts::forget_places_of(Part& part) {
   for (std::size_t i = 0; i < prefixes_.size(); ++i) {
-    PrefixCounts* const prefix = std::exchange(part.prefixes[i], nullptr);
+    PrefixCounts* const prefix = std::exchange(part.place.prefixes[i], nullptr);
     if (!prefix || --prefix->parts > 0) continue;
     point(prefix->file_system, nullptr);
     prefixes_[i].erase(prefixes_[i].find(*prefix->path));
   }
-  point(part.file_system, nullptr);
+  point(part.place.file_system, nullptr);
 }
 
 // Whether the parts at `prefix` take at most 1 / `shares` of what the parts elsewhere leave of kHeldUpLimit.
@@ -154,33 +154,33 @@ bool OpenParts::has_share(const PrefixCounts& prefix, unsigned shares) const {
 }
 
 bool OpenParts::prefixes_have_shares(const Part& part) const {
-  return has_share(*part.prefixes[0], 3) && has_share(*part.prefixes[1], 2);
+  return has_share(*part.place.prefixes[0], 3) && has_share(*part.place.prefixes[1], 2);
 }
 
 void OpenParts::enter_prefixes(Part& part) {
   find_prefixes(part);
-  if (std::exchange(part.in_prefixes, true)) return;
-  for (PrefixCounts* prefix : part.prefixes) ++prefix->with_threads;
+  if (std::exchange(part.place.in_prefixes, true)) return;
+  for (PrefixCounts* prefix : part.place.prefixes) ++prefix->with_threads;
 }
 
 void OpenParts::leave_prefixes(Part& part) {
-  if (!std::exchange(part.in_prefixes, false)) return;
-  look_at_parked_ |= part.late || !prefixes_have_shares(part);
-  for (PrefixCounts* prefix : part.prefixes) {
+  if (!std::exchange(part.place.in_prefixes, false)) return;
+  look_at_parked_ |= part.place.late || !prefixes_have_shares(part);
+  for (PrefixCounts* prefix : part.place.prefixes) {
     --prefix->with_threads;
-    if (part.late) --prefix->late;
+    if (part.place.late) --prefix->late;
   }
 }
 
 void OpenParts::mark_late(Time now) {
   bool found = false;
   for (Part* part : with_threads_) {
-    if (part->late || now - part->since < kLate) continue;
+    if (part->place.late || now - part->place.since < kLate) continue;
     if (!std::exchange(found, true)) read_mounts();
-    part->late = true;
+    part->place.late = true;
     ++late_;
     enter_prefixes(*part);
-    for (PrefixCounts* prefix : part->prefixes) ++prefix->late;
+    for (PrefixCounts* prefix : part->place.prefixes) ++prefix->late;
   }
 }
 

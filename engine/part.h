@@ -98,9 +98,8 @@ class Handover {
   PartResult result_;
 };
 
-/// Belongs to TransferState::Driver, so that the driver alone uses it. A thread that opens or closes the file gets
-/// references to the request and the handover.
-struct Part {
+/// Where a part is on its way, and what OpenParts counts it among. Only OpenParts changes it.
+struct PartPlace {
   enum class State : std::uint8_t {
     kWaiting,   // Until its turn comes.
     kOpening,   // A thread opens the file.
@@ -110,28 +109,38 @@ struct Part {
     kDone,
   };
 
+  State state = State::kWaiting;
+  // True if no other file was open whose close could free a descriptor; running out is then an error.
+  bool alone = false;
+  bool late = false;                            // The part's thread has taken longer than kLate.
+  std::chrono::steady_clock::time_point since;  // When the part's thread was asked.
+  FileSystem* file_system = nullptr;            // Set when the file is open.
+  std::array<PrefixCounts*, 2> prefixes{};  // Directory and mount point; set when something is late for the first time.
+  bool in_prefixes = false;                 // Whether PrefixCounts::with_threads counts the part.
+};
+
+/// Belongs to TransferState::Driver, so that the driver alone uses it, and of its members Transfers alone changes those
+/// that name nobody else. A thread that opens or closes the file gets references to the request and the handover.
+struct Part {
+  using State = PartPlace::State;
+
   explicit Part(PartRequest wanted = {}) : request(std::move(wanted)) {}
 
   const PartRequest request;
   Handover handover;
 
+  PartPlace place;
+  std::uint32_t jobs = 0;  // Chunks under way. Only Jobs changes it.
+
+  TransferState* transfer = nullptr;
+  std::uint64_t turn = 0;                // Ascends in the order in which transfers start.
   UniqueFd given;                        // The caller's descriptor of the file, until a thread takes it.
   std::unique_ptr<PlannedFile> planned;  // While the file is open and no thread has the part.
-  TransferState* transfer = nullptr;
-  FileSystem* file_system = nullptr;        // Set when the file is open.
-  std::array<PrefixCounts*, 2> prefixes{};  // Directory and mount point; set when something is late for the first time.
-  bool in_prefixes = false;                 // Whether PrefixCounts::with_threads counts the part.
-  State state = State::kWaiting;
-  std::uint64_t turn = 0;  // Ascends in the order in which transfers start.
-  // True if no other file was open whose close could free a descriptor; running out is then an error.
-  bool alone = false;
-  bool awaited = true;                          // The transfer does not end before the part is done.
-  bool late = false;                            // The part's thread has taken longer than kLate.
-  std::chrono::steady_clock::time_point since;  // When the part's thread was asked.
-  std::uint32_t chunks_open = 0;                // Chunks that have not been delivered yet.
-  std::uint32_t jobs = 0;                       // Chunks under way.
-  std::optional<Failure> failure;               // Set if the part or its transfer fails before the part has ended.
+  std::uint32_t chunks_open = 0;         // Chunks that have not been delivered yet.
+  bool awaited = true;                   // The transfer does not end before the part is done.
+  std::optional<Failure> failure;        // Set if the part or its transfer fails before the part has ended.
 
+  State state() const noexcept { return place.state; }
   const Plan& plan() const noexcept { return planned->plan; }
   const File& file() const noexcept { return planned->file(); }
 };

@@ -217,7 +217,7 @@ void Steps::deliver(unsigned tag) {
 // To be called when a chunk was not cached, against the router's answer. It is read past the page cache instead.
 void Steps::give_back(unsigned tag) {
   Part& part = *jobs_[tag].part;
-  assert(part.state == Part::State::kOpen && part.chunks_open > 0);
+  assert(part.state() == Part::State::kOpen && part.chunks_open > 0);
   part.planned->router.give_back(*jobs_[tag].chunk);
   ++part.transfer->driver.stats.retries;
   close_job(tag);

@@ -16,13 +16,14 @@
 
 #include "engine/copier.h"
 #include "engine/failure.h"
-#include "engine/inbox.h"
 #include "engine/part.h"
 #include "engine/way.h"
 #include "flashpack/detail/owner_process.h"
 #include "flashpack/engine.h"
 
 namespace flashpack::internal {
+
+class Inbox;
 
 /// How a transfer ended. The driver sees the end first and calls the completion. Other threads see it after the
 /// completion has returned, so that a Completion may be destroyed as soon as wait() has returned.
@@ -96,8 +97,6 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
 
   /// Any thread.
   static Transfer handle(std::shared_ptr<TransferState> state) { return Transfer(std::move(state)); }
-  /// Any thread.
-  static void cancel(const std::shared_ptr<TransferState>& state) noexcept;
 
   /// Takes over the result of a part.
   void add(const PartResult& result);

@@ -32,11 +32,11 @@ class FileTasksTest : public ::testing::Test {
   }
 
   void open(Part& part) {
-    part.state = Part::State::kOpening;
+    part.place.state = Part::State::kOpening;
     tasks_.open(part);
   }
   void close(Part& part) {
-    part.state = Part::State::kClosing;
+    part.place.state = Part::State::kClosing;
     tasks_.close(part);
   }
 

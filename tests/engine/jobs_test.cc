@@ -35,7 +35,7 @@ class JobsTest : public ::testing::Test {
     load.part.transfer = load.transfer.get();
     load.part.planned =
         std::make_unique<PlannedFile>(PlannedFile{.open = FileUse(File::open(path, std::nullopt, false), nullptr)});
-    load.part.file_system = &file_system;
+    load.part.place.file_system = &file_system;
     std::vector<Fragment> extents{{.offset_bytes = 5000, .size_bytes = 100, .memory = memory_.data()}};
     load.part.planned->plan = Plan::of_load(std::move(extents), 1 << 20, 4096);
     return load;

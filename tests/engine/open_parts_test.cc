@@ -99,8 +99,8 @@ TEST_F(OpenPartsTest, SoManyFilesAreOpenAtATimeInTheOrderOfTheirTurns) {
   const std::vector<Part*> opened = open_as_many_as_possible();
   EXPECT_TRUE(std::ranges::equal(opened, all | std::views::take(OpenParts::kMaxOpen)));
   EXPECT_EQ(parts_.with_threads(), opened);
-  EXPECT_TRUE(opened[0]->alone);
-  EXPECT_FALSE(opened[1]->alone);
+  EXPECT_TRUE(opened[0]->place.alone);
+  EXPECT_FALSE(opened[1]->place.alone);
   answer(*opened[0]);
   EXPECT_EQ(parts_.next(), nullptr) << "it is still open";
   enter(*opened[0], State::kClosing);
@@ -128,11 +128,11 @@ TEST_F(OpenPartsTest, AStoreDoesNotCountAmongTheOpenFiles) {
   }
   Part& load = wait("/a/1");
   open(load);
-  EXPECT_TRUE(load.alone);
-  EXPECT_EQ(load.file_system->loads(), 1u);
+  EXPECT_TRUE(load.place.alone);
+  EXPECT_EQ(load.place.file_system->loads(), 1u);
   for (Part& part : parts) enter(part, State::kDone);
   enter(load, State::kClosing);
-  EXPECT_EQ(load.file_system->loads(), 0u);
+  EXPECT_EQ(load.place.file_system->loads(), 0u);
 }
 
 TEST_F(OpenPartsTest, WithoutDescriptorsFewerFilesAreOpenUntilFilesHaveBeenClosed) {
@@ -170,13 +170,13 @@ TEST_F(OpenPartsTest, PartsWhoseThreadsAreLateMakeRoomForOthers) {
   parts_.mark_late(now_ + kLate - std::chrono::nanoseconds(1));
   EXPECT_EQ(parts_.next(), nullptr);
   parts_.mark_late(now_ + kLate);
-  EXPECT_TRUE(late.front()->late);
+  EXPECT_TRUE(late.front()->place.late);
   Part* const next = parts_.next();
   ASSERT_NE(next, nullptr);
   enter(*next, State::kOpening);
-  EXPECT_TRUE(next->alone) << "nothing that answers is open beside it";
+  EXPECT_TRUE(next->place.alone) << "nothing that answers is open beside it";
   answer(*late.front());
-  EXPECT_FALSE(late.front()->late);
+  EXPECT_FALSE(late.front()->place.late);
 }
 
 TEST_F(OpenPartsTest, PartsOfAFileSystemThatDoesNotAnswerMakeRoomForOthers) {
@@ -184,7 +184,7 @@ TEST_F(OpenPartsTest, PartsOfAFileSystemThatDoesNotAnswerMakeRoomForOthers) {
   for (std::size_t i = 0; i < OpenParts::kMaxOpen; ++i) open(*parts.emplace_back(&wait("/a/" + std::to_string(i))));
   Part& other = wait("/b/1");
   EXPECT_EQ(parts_.next(), nullptr);
-  parts[0]->file_system->add_late();
+  parts[0]->place.file_system->add_late();
   EXPECT_EQ(parts_.next(), &other);
 }
 
@@ -219,7 +219,7 @@ TEST_F(OpenPartsTest, ADirectoryWhoseFilesDoNotOpenGetsAThirdAndTheRestOfItIsPar
     Part& other = wait("/b/1");
     EXPECT_EQ(parts_.next(), &other);
     enter(other, State::kDone);
-    for (Part* const part : all) part->state == State::kOpening ? end(*part) : enter(*part, State::kDone);
+    for (Part* const part : all) part->state() == State::kOpening ? end(*part) : enter(*part, State::kDone);
     EXPECT_EQ(parts_.next(), nullptr) << "those that were parked are given up, too";
   }
 }
@@ -245,7 +245,7 @@ TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenALateThreadComesBack) {
 TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenTheLastLateOperationComesBack) {
   std::vector<Part*> opened;
   for (std::size_t i = 0; i < OpenParts::kMaxOpen; ++i) open(*opened.emplace_back(&wait("/a/" + std::to_string(i))));
-  FileSystem& file_system = *opened[0]->file_system;
+  FileSystem& file_system = *opened[0]->place.file_system;
   file_system.add_late();
   parts_.read_mounts();
   for (std::size_t i = 0; i < OpenParts::kHeldUpLimit; ++i) wait("/a/more" + std::to_string(i));
@@ -256,7 +256,7 @@ TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenTheLastLateOperationComesBack)
   EXPECT_LT(file_system.loads(), OpenParts::kHeldUpLimit);
   file_system.remove_late();
   for (Part& part : transfer_->driver.parts) {
-    if (part.state == State::kOpen && file_system.loads() >= OpenParts::kMaxOpen) close(part);
+    if (part.state() == State::kOpen && file_system.loads() >= OpenParts::kMaxOpen) close(part);
   }
   EXPECT_NE(parts_.next(), nullptr);
 }
@@ -284,18 +284,18 @@ TEST_F(OpenPartsTest, PlacesWhereEveryPartIsDoneAreForgotten) {
 TEST_F(OpenPartsTest, AFileSystemWithALateOperationIsKeptForAllThatPointToIt) {
   Part& stuck = wait("/a/1");
   open(stuck);
-  stuck.file_system->add_late();
+  stuck.place.file_system->add_late();
   parts_.read_mounts();
   Part& second = wait("/a/2");
   open(second);
   Part& third = wait("/a/3");
   EXPECT_EQ(parts_.next(), &third);
   close(second);
-  EXPECT_EQ(third.prefixes[0]->held_up_loads(), 1u) << "it counts what is still held up there";
-  stuck.file_system->remove_late();
+  EXPECT_EQ(third.place.prefixes[0]->held_up_loads(), 1u) << "it counts what is still held up there";
+  stuck.place.file_system->remove_late();
   close(stuck);
-  EXPECT_EQ(third.prefixes[0]->held_up_loads(), 0u);
-  EXPECT_EQ(third.prefixes[0]->file_system->loads(), 0u) << "the prefix keeps it";
+  EXPECT_EQ(third.place.prefixes[0]->held_up_loads(), 0u);
+  EXPECT_EQ(third.place.prefixes[0]->file_system->loads(), 0u) << "the prefix keeps it";
   enter(third, State::kDone);
   EXPECT_EQ(parts_.places(), 0u);
 }

@@ -9,41 +9,16 @@
 
 #include "engine/ground/host_region.h"
 #include "engine/transfer_state.h"
+#include "tests/support/scripted_queue.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack::internal {
 namespace {
 
 using Route = Steps::Route;
+using flashpack::testing::ScriptedQueue;
 
 constexpr std::uint32_t kChunk = 1u << 20;
-
-// Carries nothing out. The test says how operations end.
-template <class Interface>
-class ScriptedQueue final : public Interface {
- public:
-  using Request = typename Interface::Request;
-  struct Pushed {
-    unsigned tag;
-    Request request;
-  };
-
-  void push(unsigned tag, const Request& request) override { pushed.push_back({tag, request}); }
-  void cancel(unsigned tag) override { cancelled.push_back(tag); }
-  std::span<const IoCompletion> wait(std::optional<std::chrono::nanoseconds>) override {
-    returned_.clear();
-    returned_.swap(ended);
-    return returned_;
-  }
-  void wake() noexcept override {}
-
-  std::vector<Pushed> pushed;
-  std::vector<unsigned> cancelled;
-  std::vector<IoCompletion> ended;
-
- private:
-  std::vector<IoCompletion> returned_;
-};
 
 class StepsTest : public ::testing::Test, private Steps::Owner {
  protected:
@@ -52,8 +27,8 @@ class StepsTest : public ::testing::Test, private Steps::Owner {
     part_.transfer = transfer_.get();
     part_.planned = std::make_unique<PlannedFile>(
         PlannedFile{.open = FileUse(File::open(dir_ / "file", std::nullopt, true), &disk_)});
-    part_.file_system = &file_system_;
-    part_.state = Part::State::kOpen;
+    part_.place.file_system = &file_system_;
+    part_.place.state = Part::State::kOpen;
   }
 
   void plan(std::vector<Fragment> extents, CachePolicy policy = CachePolicy::kDirect) {

@@ -97,6 +97,7 @@ BREAKS = {
         3,
     ),
     "not on a lower floor: engine/pool.h": ("engine/plan.h", HEADER + '#include "engine/pool.h"\n', 2),
+    "not on a lower floor: engine/steps.h": ("engine/inbox.cc", '#include "engine/steps.h"\n', 1),
     "without a floor": ("engine/new.h", HEADER, 1),
     "LibTorch in the Python module: torch/torch.h": (
         "torch_binding/python/a.h",

@@ -1,14 +1,66 @@
-// Starts and ends transfers, and has their files opened and closed.
+#include "engine/transfers.h"
+
 #include <algorithm>
 #include <cassert>
 #include <utility>
 
 #include "engine/ground/error.h"
-#include "engine/pipeline.h"
 
 namespace flashpack::internal {
 
-void Pipeline::admit() {
+namespace {
+
+// The longest time until the driver notices that something is late.
+constexpr std::chrono::nanoseconds kLookForLatePeriod = kLate / 5;
+
+void note_fallbacks(const Part& part) {
+  part.transfer->driver.note_fallback(part.planned->fallback_reason);
+  part.transfer->driver.note_fallback(part.planned->router.fallback_reason());
+}
+
+}  // namespace
+
+Transfers::Transfers(Steps& steps, Schedule& schedule, DiskQueue& disk, Pool& pool, Copier* copier, OpenRules rules,
+                     Tracer tracer)
+    : steps_(steps),
+      schedule_(schedule),
+      disk_(disk),
+      pool_(pool),
+      copier_(copier),
+      rules_(rules),
+      tracer_(tracer),
+      files_(pool, disk, rules),
+      parts_(Mounts::of_process, tracer) {}
+
+void Transfers::take_turn(Time now) {
+  now_ = now;
+  take_messages();
+  expire();
+  look_at_gates();
+  look_for_late();
+  while (Part* const part = parts_.next()) part->planned ? begin_issuing(*part) : open(*part);
+}
+
+bool Transfers::finished() {
+  const bool nothing_left =
+      unfinished_ == 0 &&
+      std::ranges::all_of(parts_.with_threads(), [](const Part* part) { return part->place.late; }) && inbox().end();
+  assert(!nothing_left || steps_.idle());
+  return nothing_left;
+}
+
+std::optional<std::chrono::nanoseconds> Transfers::patience() const {
+  const bool something_may_be_late = !steps_.idle() || !parts_.with_threads().empty();
+  const std::optional<std::chrono::nanoseconds> gates = gated_.patience(now_);
+  if (!something_may_be_late && deadlines_.empty() && !gates) return std::nullopt;
+  // A sleep of an hour at most, because now plus a far deadline would overflow in the wait.
+  const auto longest = gates.value_or(something_may_be_late ? kLookForLatePeriod : std::chrono::hours(1));
+  if (deadlines_.empty()) return longest;
+  return std::clamp<std::chrono::nanoseconds>(deadlines_.begin()->first - std::chrono::steady_clock::now(), {},
+                                              longest);
+}
+
+void Transfers::take_messages() {
   inbox().take(messages_);
   for (Inbox::Answer& answer : messages_.answers) on_answer(answer);
   messages_.answers.clear();
@@ -17,12 +69,11 @@ void Pipeline::admit() {
   std::shared_ptr<TransferState>& cancelled = messages_.cancelled;
   while (cancelled) {
     const std::shared_ptr<TransferState> transfer = std::exchange(cancelled, std::move(cancelled->next_cancelled));
-    if (transfer->driver.self && !transfer->driver.failure)
-      give_up(*transfer, file_error(Errc::kCancelled, transfer->verb(), transfer->driver.path()));
+    if (transfer->driver.self && !transfer->driver.failure) give_up(*transfer, Errc::kCancelled);
   }
 }
 
-void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
+void Transfers::admit(const std::shared_ptr<TransferState>& started) {
   TransferState& transfer = *started;
   transfer.driver.self = started;
   transfer.driver.number = next_number_++;
@@ -30,60 +81,63 @@ void Pipeline::admit(const std::shared_ptr<TransferState>& started) {
   transfer.driver.parts_awaited = transfer.driver.parts.size();
   ++unfinished_;
   if (transfer.request.deadline) deadlines_.emplace(*transfer.request.deadline, &transfer);
-  if (!transfer.driver.gates.empty()) {
-    gated_.push_back(&transfer);
-    gates_changed_ = now_;
-  }
+  gated_.add(transfer, now_);
   for (Part& part : transfer.driver.parts) {
     part.transfer = &transfer;
     part.turn = next_turn_++;
   }
   if (transfer.cancel_requested)  // The transfer was cancelled before the driver had it.
-    return give_up(transfer, file_error(Errc::kCancelled, transfer.verb(), transfer.driver.path()));
+    return give_up(transfer, Errc::kCancelled);
   for (Part& part : transfer.driver.parts) {
     if (part.awaited) admit(part);  // Otherwise a part before it has ended the transfer.
   }
   end_if_idle(transfer);
 }
 
-void Pipeline::admit(Part& part) {
+void Transfers::admit(Part& part) {
   if (!part.transfer->is_load()) return begin_issuing(part);
   if (!part.handover.result()) return parts_.enter(part, Part::State::kWaiting, now_);
   parts_.enter(part, Part::State::kDone, now_);
   stop_waiting_for(part);
 }
 
-void Pipeline::expire() {
+void Transfers::expire() {
   while (!deadlines_.empty() && deadlines_.begin()->first <= now_) {
     TransferState& transfer = *deadlines_.begin()->second;
     deadlines_.erase(deadlines_.begin());
-    if (!transfer.driver.failure)
-      give_up(transfer, file_error(Errc::kDeadlineExceeded, transfer.verb(), transfer.driver.path()));
+    if (!transfer.driver.failure) give_up(transfer, Errc::kDeadlineExceeded);
   }
 }
 
-void Pipeline::open(Part& part) {
+// Lets the waiting chunks of a transfer go on if its gates have opened or the transfer has failed. Transfers without a
+// chunk under way are looked at, too, because they may find no slot while a gate is shut.
+void Transfers::look_at_gates() {
+  gated_.look(now_, [this](TransferState& transfer, std::error_code error) { give_up(transfer, error); });
+  steps_.look_at_gates();
+}
+
+void Transfers::open(Part& part) {
   parts_.enter(part, Part::State::kOpening, now_);
   if (part.awaited) ++part.transfer->outstanding;
   files_.open(part);
 }
 
-void Pipeline::close(Part& part) {
+void Transfers::close(Part& part) {
   parts_.enter(part, Part::State::kClosing, now_);
   if (part.awaited) ++part.transfer->outstanding;
   files_.close(part);
 }
 
-void Pipeline::on_answer(Inbox::Answer& answer) {
+void Transfers::on_answer(Inbox::Answer& answer) {
   Part& part = *answer.part;
-  assert(part.state == Part::State::kOpening || part.state == Part::State::kClosing);
+  assert(part.state() == Part::State::kOpening || part.state() == Part::State::kClosing);
   if (part.awaited) --part.transfer->outstanding;
   const bool ended = part.handover.result() != nullptr;
   parts_.enter(part, ended ? Part::State::kDone : Part::State::kAnswered, now_);
   ended ? stop_waiting_for(part) : on_opened(part, std::move(answer.opened));
 }
 
-void Pipeline::on_opened(Part& part, Opened opened) {
+void Transfers::on_opened(Part& part, Opened opened) {
   if (opened.planned && !opened.failure && !part.failure) {
     part.planned = std::move(opened.planned);
     return begin_issuing(part);
@@ -93,7 +147,7 @@ void Pipeline::on_opened(Part& part, Opened opened) {
     part.planned = std::move(opened.planned);  // Only now, because the transfer may have ended, which does not wait.
     return close(part);
   }
-  if (no_descriptors(opened.failure->code) && !part.failure && !part.alone && !part.request.by_descriptor) {
+  if (no_descriptors(opened.failure->code) && !part.failure && !part.place.alone && !part.request.by_descriptor) {
     // Out of descriptors: the part waits until a file of this engine has been closed. The caller's descriptor is gone,
     // and the path may lead to another file.
     return parts_.enter(part, Part::State::kWaiting, now_);
@@ -103,25 +157,14 @@ void Pipeline::on_opened(Part& part, Opened opened) {
   stop_waiting_for(part);
 }
 
-void Pipeline::begin_issuing(Part& part) {
+void Transfers::begin_issuing(Part& part) {
   parts_.enter(part, Part::State::kOpen, now_);
   part.transfer->report_at_once(part);
   part.chunks_open = static_cast<std::uint32_t>(part.plan().chunks.size());
-  part.chunks_open == 0 ? on_all_back(part) : issue_from_now_on(part);
+  part.chunks_open == 0 ? on_all_back(part) : schedule_.add(part);
 }
 
-std::vector<Part*>& Pipeline::issuing_like(const Part& part) {
-  return issuing_[part.plan().total_bytes <= limits_.chunk_bytes ? kSmall : kLarge];
-}
-
-void Pipeline::issue_from_now_on(Part& part) {
-  std::vector<Part*>& parts = issuing_like(part);
-  const auto before = [](const Part* a, const Part* b) { return a->turn < b->turn; };
-  const auto at = std::lower_bound(parts.begin(), parts.end(), &part, before);
-  if (at == parts.end() || *at != &part) parts.insert(at, &part);
-}
-
-void Pipeline::on_delivered(Part& part, const Chunk& chunk) {
+void Transfers::on_delivered(Part& part, const Chunk& chunk) {
   assert(part.chunks_open > 0);
   --part.chunks_open;
   try {
@@ -129,38 +172,33 @@ void Pipeline::on_delivered(Part& part, const Chunk& chunk) {
   } catch (const Error& error) {
     return fail(part, error);
   }
-  if (part.chunks_open == 0 && part.state == Part::State::kOpen) on_all_back(part);
+  if (part.chunks_open == 0 && part.state() == Part::State::kOpen) on_all_back(part);
 }
 
 // Whether the end of the part needs no thread, because somebody else has the file, and nothing is left to be done with
 // it. A small load does not ask whether the file has changed; FileHandle says so.
-bool Pipeline::may_leave_open(const Part& part) const {
+bool Transfers::may_leave_open(const Part& part) const {
   const PlannedFile& planned = *part.planned;
-  return part.request.stays_open && planned.plan.total_bytes <= limits_.chunk_bytes && !planned.sums &&
+  return part.request.stays_open && planned.plan.total_bytes <= rules_.chunk_bytes && !planned.sums &&
          part.transfer->request.after == AfterLoad::kKeep;
 }
 
-void Pipeline::on_came_back(Part& part) {
+void Transfers::on_came_back(Part& part) {
   if (part.jobs == 0) on_all_back(part);
 }
 
 // To be called when no chunk of the part is left: all have been delivered, or it has failed and none is under way.
-void Pipeline::on_all_back(Part& part) {
-  assert(std::ranges::count(issuing_like(part), &part) == 0);
+void Transfers::on_all_back(Part& part) {
+  assert(!schedule_.has(part));
   note_fallbacks(part);
   if (part.transfer->is_load() && !may_leave_open(part)) return close(part);
   parts_.enter(part, Part::State::kDone, now_);
   stop_waiting_for(part);
 }
 
-void Pipeline::note_fallbacks(Part& part) {
-  part.transfer->driver.note_fallback(part.planned->fallback_reason);
-  part.transfer->driver.note_fallback(part.planned->router.fallback_reason());
-}
-
 // The transfer does not wait for the part any more. `late` says that a thread still has it. Returns false if the
 // transfer did not wait.
-bool Pipeline::let_go(Part& part, bool late) {
+bool Transfers::let_go(Part& part, bool late) {
   if (!std::exchange(part.awaited, false)) return false;
   TransferState& transfer = *part.transfer;
   assert(transfer.driver.parts_awaited > 0);
@@ -170,7 +208,7 @@ bool Pipeline::let_go(Part& part, bool late) {
 }
 
 // The transfer takes over the result of the part, unless a thread still works on it, and lets the part go.
-void Pipeline::stop_waiting_for(Part& part, bool late) {
+void Transfers::stop_waiting_for(Part& part, bool late) {
   if (!let_go(part, late)) return;
   TransferState& transfer = *part.transfer;
   if (const PartResult* const result = part.handover.result()) {
@@ -181,24 +219,32 @@ void Pipeline::stop_waiting_for(Part& part, bool late) {
   end_if_idle(transfer);
 }
 
+void Transfers::look_for_late() {
+  if (now_ - looked_for_late_ < kLookForLatePeriod) return;
+  looked_for_late_ = now_;
+  parts_.mark_late(now_);
+  stop_waiting_for_late_threads();
+  pool_.replace_late_threads();
+  if (steps_.mark_late()) parts_.read_mounts();
+}
+
 // A transfer does not wait for a late thread that has only to close a file. It waits for no late thread of a part that
 // has failed, except one that may write to the caller's memory.
-void Pipeline::look_for_late_parts() {
-  parts_.mark_late(now_);
+void Transfers::stop_waiting_for_late_threads() {
   const std::vector<Part*>& with_threads = parts_.with_threads();
   for (std::size_t i = with_threads.size(); i-- > 0;) {
     Part& part = *with_threads[i];
-    if (!part.late || !part.awaited) continue;
+    if (!part.place.late || !part.awaited) continue;
     const bool failed = part.failure.has_value();
-    const bool opens = part.state == Part::State::kOpening && failed && part.handover.claim_memory();
-    const bool closes = part.handover.result() || (part.state == Part::State::kClosing && failed);
+    const bool opens = part.state() == Part::State::kOpening && failed && part.handover.claim_memory();
+    const bool closes = part.handover.result() || (part.state() == Part::State::kClosing && failed);
     if (opens || closes) stop_waiting_for(part, true);
   }
 }
 
 // Ends a part that has failed and, unless the load continues, its transfer. After an error of CUDA no load continues,
 // because every later copy would fail, too.
-void Pipeline::fail(Part& part, const Error& error) {
+void Transfers::fail(Part& part, const Error& error) {
   const std::shared_ptr<TransferState> transfer = part.transfer->driver.self;
   part.failure.emplace(error);
   if (!transfer->request.continue_on_error || error.code().category() == cuda_category())
@@ -207,8 +253,12 @@ void Pipeline::fail(Part& part, const Error& error) {
   end_if_idle(*transfer);
 }
 
+void Transfers::give_up(TransferState& transfer, std::error_code code) {
+  give_up(transfer, file_error(code, transfer.verb(), transfer.driver.path()));
+}
+
 // Ends a transfer that has failed, with all of its parts that have not ended.
-void Pipeline::give_up(TransferState& transfer, const Error& error) {
+void Transfers::give_up(TransferState& transfer, const Error& error) {
   const std::shared_ptr<TransferState> keep = transfer.driver.self;
   transfer.driver.failure.emplace(error);
   for (Part& part : transfer.driver.parts) {
@@ -221,25 +271,25 @@ void Pipeline::give_up(TransferState& transfer, const Error& error) {
 
 // Ends a part that has failed: no chunk of it is issued any more, and operations in flight are cancelled and waited
 // for. May be called again.
-void Pipeline::give_up(Part& part) {
+void Transfers::give_up(Part& part) {
   steps_.abandon_chunks_of(part);
-  if (part.state == Part::State::kOpen) std::erase(issuing_like(part), &part);
-  if (part.state == Part::State::kOpen && part.jobs == 0) return on_all_back(part);
-  if (part.state == Part::State::kWaiting) parts_.enter(part, Part::State::kDone, now_);
-  if (part.state == Part::State::kDone && part.given) files_.close(std::move(part.given));
+  if (part.state() == Part::State::kOpen) schedule_.remove(part);
+  if (part.state() == Part::State::kOpen && part.jobs == 0) return on_all_back(part);
+  if (part.state() == Part::State::kWaiting) parts_.enter(part, Part::State::kDone, now_);
+  if (part.state() == Part::State::kDone && part.given) files_.close(std::move(part.given));
   // If claim_memory() is false, the thread may be writing to the caller's memory, so the transfer waits for it.
-  const bool opens = part.state == Part::State::kOpening && (part.handover.result() || part.handover.claim_memory());
-  const bool left_to_its_thread = opens || (part.state == Part::State::kClosing && part.late);
-  const bool nobody_has_it = part.state == Part::State::kDone || part.state == Part::State::kAnswered;
+  const bool opens = part.state() == Part::State::kOpening && (part.handover.result() || part.handover.claim_memory());
+  const bool left_to_its_thread = opens || (part.state() == Part::State::kClosing && part.place.late);
+  const bool nobody_has_it = part.state() == Part::State::kDone || part.state() == Part::State::kAnswered;
   if (left_to_its_thread || nobody_has_it) let_go(part, left_to_its_thread);
 }
 
 // Ends the transfer if there is nothing left to wait for.
-void Pipeline::end_if_idle(TransferState& transfer) {
+void Transfers::end_if_idle(TransferState& transfer) {
   if (transfer.driver.self && transfer.driver.parts_awaited == 0) end(transfer);
 }
 
-void Pipeline::tell_of_end(const TransferState& transfer, const std::optional<Failure>& failure) const {
+void Transfers::tell_of_end(const TransferState& transfer, const std::optional<Failure>& failure) const {
   const std::string path = transfer.driver.path().native();
   tracer_.sink->event({.stage = TraceStage::kTransfer,
                        .engine = tracer_.engine,
@@ -253,18 +303,18 @@ void Pipeline::tell_of_end(const TransferState& transfer, const std::optional<Fa
                        .note = transfer.driver.stats.fallback_reason});
 }
 
-void Pipeline::end(TransferState& transfer) {
+void Transfers::end(TransferState& transfer) {
   assert(transfer.driver.parts_awaited == 0);
   const std::shared_ptr<TransferState> keep = std::exchange(transfer.driver.self, nullptr);
   if (transfer.request.deadline) deadlines_.erase({*transfer.request.deadline, &transfer});
-  if (!transfer.driver.gates.empty()) std::erase(gated_, &transfer);
+  gated_.remove(transfer);
   transfer.driver.gates.clear();  // A gate belongs to its device, which the caller's handle may outlive.
   for (Part& part : transfer.driver.parts) {
     if (!part.planned) continue;
     if (auto last = part.planned->open.leave()) files_.close(std::move(last));
     if (transfer.is_load()) part.planned.reset();  // The FileWriter of a store reads the sums.
   }
-  transfer.driver.note_fallback(queues_.disk.fallback_reason());
+  transfer.driver.note_fallback(disk_.fallback_reason());
   if (copier_) transfer.driver.note_fallback(copier_->fallback_reason());
   std::optional<Failure> failure = transfer.failure();
   if (tracer_) tell_of_end(transfer, failure);

@@ -1,0 +1,43 @@
+#include "engine/gates.h"
+
+#include <algorithm>
+
+namespace flashpack::internal {
+
+namespace {
+
+// A gate waits for the caller's own work, which may take long. The time between two looks at the gate grows with the
+// wait, but is never more than an eighth of it, nor outside of these limits.
+constexpr int kLooksPerWait = 8;
+constexpr std::chrono::microseconds kShortestPeriod{100};
+constexpr std::chrono::milliseconds kLongestPeriod{4};
+
+}  // namespace
+
+void GatedTransfers::add(TransferState& transfer, Time now) {
+  if (transfer.driver.gates.empty()) return;
+  transfers_.push_back(&transfer);
+  changed_ = now;
+}
+
+void GatedTransfers::remove(TransferState& transfer) { std::erase(transfers_, &transfer); }
+
+void GatedTransfers::look(Time now, const std::function<void(TransferState&, std::error_code)>& failed) {
+  for (std::size_t i = transfers_.size(); i-- > 0;) {
+    TransferState& transfer = *transfers_[i];
+    auto& gates = transfer.driver.gates;
+    std::error_code error;
+    if (!transfer.driver.failure) std::erase_if(gates, [&](const auto& gate) { return gate->open(error); });
+    if (!gates.empty() && !transfer.driver.failure && !error) continue;
+    changed_ = now;
+    transfers_.erase(transfers_.begin() + static_cast<std::ptrdiff_t>(i));
+    if (error) failed(transfer, error);
+  }
+}
+
+std::optional<std::chrono::nanoseconds> GatedTransfers::patience(Time now) const {
+  if (transfers_.empty()) return std::nullopt;
+  return std::clamp<std::chrono::nanoseconds>((now - changed_) / kLooksPerWait, kShortestPeriod, kLongestPeriod);
+}
+
+}  // namespace flashpack::internal
