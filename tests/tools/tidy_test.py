@@ -67,7 +67,7 @@ BREAKS = {
     "CUDA outside": ("engine/plan.h", HEADER + "#include <cuda_runtime.h>\n", 2),
     "the engine knows nothing of formats": ("engine/plan.cc", '#include "torch_binding/format/layout.h"\n', 1),
     "nothing of formats and tensors: flashpack/format.h": ("engine/plan.cc", '#include "flashpack/format.h"\n', 1),
-    "only engine.cc and probe.cc choose": ("engine/plan.cc", '#include "engine/ring.h"\n', 1),
+    "only engine.cc and probe.cc choose": ("engine/copier_none.cc", '#include "engine/ring.h"\n', 1),
     "tests/ is for tests": ("bench/a.cc", '#include "tests/support/temp_dir.h"\n', 1),
     "no library includes bench/": ("engine/plan.cc", '#include "bench/support/a.h"\n', 1),
     "the format knows nothing of LibTorch": (
@@ -75,7 +75,7 @@ BREAKS = {
         '#include "torch_binding/libtorch/casts.h"\n',
         1,
     ),
-    "python/ is above all else": ("torch_binding/format/layout.cc", '#include "torch_binding/python/calls.h"\n', 1),
+    "python/ is above all": ("torch_binding/format/layout.cc", '#include "torch_binding/python/calls.h"\n', 1),
     "torch_binding/c/ is private": ("torch_binding/format/layout.cc", '#include "torch_binding/c/errors.h"\n', 1),
     "the C API knows nothing of LibTorch": ("torch_binding/c/a.cc", '#include "torch_binding/libtorch/casts.h"\n', 1),
     "LibTorch in the C API": ("torch_binding/c/a.cc", "#include <c10/util/Half.h>\n", 1),
