@@ -37,7 +37,10 @@ class FileTasks::OpenTask final : public Pool::Task {
         given_(std::move(part.given)),
         shared_(std::move(shared)) {
     if (part.transfer->request.after == AfterLoad::kDrop) rules_.at_once_bytes = 0;
-    subject = std::hash<std::string>()(part.request.path.native()) | kOpening;
+    // The path of a descriptor is only a name for messages, which files that have nothing to do with each other may
+    // share.
+    subject = kOpening |
+              (given_ ? reinterpret_cast<std::uintptr_t>(&part) : std::hash<std::string>()(part.request.path.native()));
   }
 
   void run() noexcept override {

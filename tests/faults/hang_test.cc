@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "engine/ground/unique_fd.h"
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang_fixture.h"
@@ -377,6 +378,29 @@ TEST_P(HangTest, ADescriptorThatALoadDoesNotComeToUseHoldsUpNoOtherLoadWhenItDoe
   expect_that_others_go_on();
   fs_->release();
   ::close(fd);
+}
+
+TEST_P(HangTest, ADescriptorThatHangsHoldsUpNoLoadOfAnotherDescriptorThatIsCalledTheSame) {
+  const internal::UniqueFd stuck(::open((*fs_ / "stuck").c_str(), O_RDONLY | O_CLOEXEC));
+  const internal::UniqueFd other(::open((dir_ / "other").c_str(), O_RDONLY | O_CLOEXEC));
+  const auto start_load_of = [&](const internal::UniqueFd& fd) -> Load& {
+    Load& load = loads_.emplace_back();
+    load.memory = std::make_unique<GuardedMemory>(bytes_.size());
+    LoadRequest wanted = request("a name for messages", *load.memory);
+    wanted.files.front().fd = fd.get();
+    load.transfer = engine_->start_load(wanted);
+    return load;
+  };
+  fs_->hold("getattr", "stuck");
+  start_load_of(stuck);
+  ASSERT_TRUE(fs_->wait_until_held("getattr", "stuck"));
+  // Until the engine knows that the thread of the first load is late, and longer.
+  const Deadline enough = std::chrono::steady_clock::now() + std::chrono::seconds(2);
+  while (std::chrono::steady_clock::now() < enough) {
+    ASSERT_EQ(outcome(start_load_of(other)), std::error_code());
+    loads_.pop_back();
+  }
+  fs_->release();
 }
 
 }  // namespace
