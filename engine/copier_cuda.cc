@@ -22,6 +22,7 @@ using cuda::check;
 using cuda::code_of;
 using cuda::Context;
 using cuda::ContextGuard;
+using cuda::taken;
 
 // One copy engine serves each direction; the second stream fills the pauses between copies of the first.
 constexpr std::size_t kStreams = 2;
@@ -42,9 +43,7 @@ bool is_end_of_context(cudaError_t error) {
 
 bool is_locked(const std::byte& byte) {
   cudaPointerAttributes attributes{};
-  const cudaError_t error = cudaPointerGetAttributes(&attributes, &byte);
-  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
-  return error == cudaSuccess && attributes.type == cudaMemoryTypeHost;
+  return taken(cudaPointerGetAttributes(&attributes, &byte)) == cudaSuccess && attributes.type == cudaMemoryTypeHost;
 }
 
 // Whether CUDA has page-locked the first and the last byte of each slot, by cudaHostAlloc or cudaHostRegister.
@@ -122,9 +121,7 @@ class DeviceCopies {
   cudaError_t find_attributes(const void* memory, cudaPointerAttributes& attributes) const {
     const ContextGuard guard(context_);
     if (guard.error() != cudaSuccess) return guard.error();
-    const cudaError_t error = cudaPointerGetAttributes(&attributes, memory);
-    if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
-    return error;
+    return taken(cudaPointerGetAttributes(&attributes, memory));
   }
 
  private:
@@ -160,13 +157,13 @@ class DeviceCopies {
     if (copy.work.op == ByteWork::Op::kGather) clear_gaps(copy.work.view, copy.work.fragments);
     copy.list_fragments();
     const cudaError_t error = copy_fragments(copy);
-    return error == cudaSuccess ? cudaEventRecord(copy.landed.get(), copy.stream) : error;
+    return error == cudaSuccess ? taken(cudaEventRecord(copy.landed.get(), copy.stream)) : error;
   }
 
   // Copies many small fragments in one call, if memory is locked, and driver and runtime have CUDA 12.8.
   cudaError_t copy_fragments(const Copy& copy) {
     const bool try_batch = copy.sizes.size() > 1 && locked() && batches_refused_ == cudaSuccess;
-    const cudaError_t refused = try_batch ? copy_batch(copy) : cudaSuccess;
+    const cudaError_t refused = try_batch ? taken(copy_batch(copy)) : cudaSuccess;
     if (try_batch && refused == cudaSuccess) return cudaSuccess;
     const cudaError_t error = copy_each(copy);
     if (error == cudaSuccess && refused != cudaSuccess) batches_refused_ = refused;
@@ -179,7 +176,8 @@ class DeviceCopies {
     const bool load = copy.work.op == ByteWork::Op::kScatter;
     const cudaMemcpyKind kind = load ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost;
     for (std::size_t i = 0; i < copy.sizes.size(); ++i) {
-      const cudaError_t error = cudaMemcpyAsync(copy.targets[i], copy.sources[i], copy.sizes[i], kind, copy.stream);
+      const cudaError_t error =
+          taken(cudaMemcpyAsync(copy.targets[i], copy.sources[i], copy.sizes[i], kind, copy.stream));
       if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
@@ -190,12 +188,10 @@ class DeviceCopies {
   bool has_landed(Copy& copy, const ContextGuard& guard) {
     if (!copy.started) return false;
     const cudaError_t answer = guard.error() != cudaSuccess ? guard.error()
-                               : copy.error == cudaSuccess  ? cudaEventQuery(copy.landed.get())
-                                                            : cudaStreamQuery(copy.stream);
+                               : copy.error == cudaSuccess  ? taken(cudaEventQuery(copy.landed.get()))
+                                                            : taken(cudaStreamQuery(copy.stream));
     if (answer == cudaSuccess || answer == cudaErrorNotReady) {
       silent_since_.reset();
-      // Completions run on this thread, too, and would find this error.
-      if (answer == cudaErrorNotReady) static_cast<void>(cudaGetLastError());
       return answer == cudaSuccess;
     }
     if (copy.error == cudaSuccess) copy.error = answer;
@@ -362,10 +358,7 @@ std::unique_ptr<Copier> make_cuda_copier(std::span<const int> devices, std::span
 
 int numa_node_of_cuda_device(int device) noexcept {
   std::array<char, 32> bus_id{};
-  if (cudaDeviceGetPCIBusId(bus_id.data(), static_cast<int>(bus_id.size()), device) != cudaSuccess) {
-    static_cast<void>(cudaGetLastError());
-    return -1;
-  }
+  if (taken(cudaDeviceGetPCIBusId(bus_id.data(), static_cast<int>(bus_id.size()), device)) != cudaSuccess) return -1;
   std::string name = bus_id.data();
   std::transform(name.begin(), name.end(), name.begin(),
                  [](char c) { return c >= 'A' && c <= 'F' ? char(c + 32) : c; });

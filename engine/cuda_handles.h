@@ -18,12 +18,17 @@ inline std::error_code code_of(cudaError_t error) noexcept { return {static_cast
 /// Both enumerations have the same values.
 inline cudaError_t error_of(CUresult result) noexcept { return static_cast<cudaError_t>(result); }
 
+/// Returns the result of a call, and takes it out of the calling thread's last error. The caller's code runs on the
+/// same threads, the driver's completions among it, and would take an error of ours for its own. An error that has
+/// ended the context stays.
+inline cudaError_t taken(cudaError_t result) noexcept {
+  if (result != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return result;
+}
+
 /// Throws: std::system_error.
-inline void check(cudaError_t error, const char* call) {
-  if (error == cudaSuccess) return;
-  static_cast<void>(
-      cudaGetLastError());  // Clears an error that is not sticky, so that the caller does not find it later.
-  throw std::system_error(code_of(error), call);
+inline void check(cudaError_t result, const char* call) {
+  if (taken(result) != cudaSuccess) throw std::system_error(code_of(result), call);
 }
 
 /// Finds a function of the driver library, which is not linked. Without a current device this makes a context. Throws:
@@ -89,10 +94,10 @@ class ContextGuard {
 };
 
 struct StreamDeleter {
-  void operator()(cudaStream_t stream) const noexcept { cudaStreamDestroy(stream); }
+  void operator()(cudaStream_t stream) const noexcept { taken(cudaStreamDestroy(stream)); }
 };
 struct EventDeleter {
-  void operator()(cudaEvent_t event) const noexcept { cudaEventDestroy(event); }
+  void operator()(cudaEvent_t event) const noexcept { taken(cudaEventDestroy(event)); }
 };
 using Stream = std::unique_ptr<CUstream_st, StreamDeleter>;
 using Event = std::unique_ptr<CUevent_st, EventDeleter>;
@@ -128,13 +133,13 @@ class PageLock {
   PageLock(const Context& context, std::span<std::byte> memory, bool is_locked)
       : context_(context),
         memory_(is_locked ? std::span<std::byte>() : memory),
-        error_(is_locked ? cudaSuccess : cudaHostRegister(memory.data(), memory.size(), cudaHostRegisterPortable)) {
-    if (error_ != cudaSuccess) static_cast<void>(cudaGetLastError());
-  }
+        error_(is_locked ? cudaSuccess
+                         : taken(cudaHostRegister(memory.data(), memory.size(), cudaHostRegisterPortable))) {}
   ~PageLock() {
     if (error_ != cudaSuccess || memory_.empty()) return;
     const ContextGuard guard(context_);
-    if (guard.error() == cudaSuccess) cudaHostUnregister(memory_.data());  // Else the lock is gone with its context.
+    if (guard.error() == cudaSuccess)
+      taken(cudaHostUnregister(memory_.data()));  // Else the lock is gone with its context.
   }
   PageLock(const PageLock&) = delete;
   PageLock& operator=(const PageLock&) = delete;

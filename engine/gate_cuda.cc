@@ -11,9 +11,8 @@ namespace {
 // An event that is recorded during a capture breaks the capture, or becomes part of the graph and never completes.
 void require_no_capture(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  const cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  const cudaError_t error = taken(cudaStreamIsCapturing(stream, &status));
   if (error == cudaErrorStreamCaptureImplicit) {
-    static_cast<void>(cudaGetLastError());
     throw argument_error(
         "transfer behind the legacy default stream while a stream that it waits for is captured into a CUDA graph");
   }
@@ -40,11 +39,8 @@ class CudaGate final : public Gate {
 
   bool open(std::error_code& error) noexcept override {
     const ContextGuard guard(context_);
-    const cudaError_t result = guard.error() != cudaSuccess ? guard.error() : cudaEventQuery(event_.get());
-    if (result == cudaErrorNotReady) {
-      static_cast<void>(cudaGetLastError());  // Cleared, so that a completion of another transfer does not find it.
-      return false;
-    }
+    const cudaError_t result = guard.error() != cudaSuccess ? guard.error() : taken(cudaEventQuery(event_.get()));
+    if (result == cudaErrorNotReady) return false;
     if (result != cudaSuccess) error = code_of(result);
     return true;
   }

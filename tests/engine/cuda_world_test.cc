@@ -308,6 +308,17 @@ TEST_P(CudaWorldTest, CompletionsFindNoErrorOfTheEngines) {
   EXPECT_EQ(of_nothing.found, cudaSuccess) << "that memory could not be locked";
   start_engine();
   std::byte* const target = cuda().allocate(bytes_.size());
+  cuda().fail("cudaMemcpyBatchAsync", 1, cudaErrorCallRequiresNewerDriver);
+  const std::vector<Extent> two = {{5, 100, target}, {500, 100, target + 200}};
+  LooksForErrors of_batch;
+  engine_->start_load({.files = {{.path = path_, .extents = two}}}, &of_batch).wait();
+  EXPECT_EQ(of_batch.found, cudaSuccess) << "that the driver knows no batches";
+  for (const char* call : {"cudaMemcpyAsync", "cudaEventQuery"}) {
+    cuda().fail(call, 1, cudaErrorMemoryAllocation);
+    LooksForErrors of_failure;
+    EXPECT_THROW(engine_->start_load(request(target), &of_failure).wait(), Error) << call;
+    EXPECT_EQ(of_failure.found, cudaSuccess) << call << ": the transfer has that error";
+  }
   for (int load = 0; load < 5; ++load) {
     LooksForErrors looks;
     engine_->start_load(request(target), &looks).wait();
