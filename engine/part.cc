@@ -15,15 +15,20 @@ namespace flashpack::internal {
 
 namespace {
 
-bool overlap(std::span<const Fragment> in_order) {
+bool overlap_in_order(std::span<const Fragment> in_order) {
   const auto overlap = [](const Fragment& a, const Fragment& b) { return b.offset_bytes < end_of(a); };
   return std::adjacent_find(in_order.begin(), in_order.end(), overlap) != in_order.end();
+}
+
+bool overlap(std::vector<Fragment> extents) {
+  std::ranges::sort(extents, {}, &Fragment::offset_bytes);
+  return overlap_in_order(extents);
 }
 
 // Has the bytes of the load counted, so that they can be compared with the checksums. The counts of a stripe's bytes
 // are added by exclusive or, so that bytes that are counted twice drop out of the sum, and right bytes would look
 // corrupt. Therefore nothing is counted if any byte is read twice: if extents overlap, or if a chunk reaches over a gap
-// that another chunk reads.
+// in which another chunk reads.
 void count_for_checksums(const PartRequest& request, PlannedFile& planned) {
   const std::uint64_t payload_bytes = request.checksums->payload_bytes;
   if (payload_bytes > planned.file().identity().size_bytes)
@@ -32,14 +37,16 @@ void count_for_checksums(const PartRequest& request, PlannedFile& planned) {
   bool twice = false;
   for (const Chunk& chunk : planned.plan.chunks) {
     ranges.emplace_back(chunk.offset_bytes, end_of(chunk));
-    twice |= overlap(planned.plan.fragments_of(chunk));
+    twice |= overlap_in_order(planned.plan.fragments_of(chunk));
   }
   if (ranges.empty()) return;
   std::sort(ranges.begin(), ranges.end());
   twice |= std::adjacent_find(ranges.begin(), ranges.end(),
                               [](const auto& a, const auto& b) { return b.first < a.second; }) != ranges.end();
   if (twice) {
-    add_reason(planned.fallback_reason, "checksums: not verified, extents overlap in the file");
+    add_reason(planned.fallback_reason,
+               overlap(request.extents) ? "checksums: not verified, extents overlap in the file"
+                                        : "checksums: not verified, one read covers a gap in which another one reads");
   } else {
     planned.sums.emplace(ranges.front().first, std::min(ranges.back().second, payload_bytes));
   }
