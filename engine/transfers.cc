@@ -314,6 +314,7 @@ void Transfers::end(TransferState& transfer) {
     if (auto last = part.planned->open.leave()) files_.close(std::move(last));
     if (transfer.is_load()) part.planned.reset();  // The FileWriter of a store reads the sums.
   }
+  if (disk_.refuses()) transfer.driver.stats.backend = Backend::kWorkers;
   transfer.driver.note_fallback(disk_.fallback_reason());
   if (copier_) transfer.driver.note_fallback(copier_->fallback_reason());
   std::optional<Failure> failure = transfer.failure();
