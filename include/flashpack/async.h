@@ -164,13 +164,13 @@ class AsyncOperation final : public Completion,
   template <class Start>
   void start(Start start_transfer) {
     if (!operations_.add(this->shared_from_this())) return;
-    // The slot is connected before the start, because afterwards the handler may already run on another thread.
-    if (auto slot = boost::asio::get_associated_cancellation_slot(handler_); slot.is_connected()) {
-      slot.assign([operation = this->weak_from_this()](boost::asio::cancellation_type type) {
-        if (const auto self = operation.lock(); self && type != boost::asio::cancellation_type::none) self->cancel();
-      });
-    }
     try {
+      // The slot is connected before the start, because afterwards the handler may already run on another thread.
+      if (auto slot = boost::asio::get_associated_cancellation_slot(handler_); slot.is_connected()) {
+        slot.assign([operation = this->weak_from_this()](boost::asio::cancellation_type type) {
+          if (const auto self = operation.lock(); self && type != boost::asio::cancellation_type::none) self->cancel();
+        });
+      }
       Transfer transfer = start_transfer(this);
       const std::lock_guard lock(mutex_);
       if (ended_) return transfer.detach();
