@@ -2,6 +2,7 @@
 
 #include <mutex>
 
+#include "engine/ground/reasons.h"
 #include "engine/inbox.h"
 #include "engine/transfer_state.h"
 
@@ -19,6 +20,20 @@ const char* to_string(Backend backend) noexcept {
       return "workers";
   }
   return "";
+}
+
+TransferStats& TransferStats::operator+=(const TransferStats& other) {
+  requested_bytes += other.requested_bytes;
+  direct_bytes += other.direct_bytes;
+  buffered_bytes += other.buffered_bytes;
+  staged_bytes += other.staged_bytes;
+  operations += other.operations;
+  retries += other.retries;
+  verified_bytes += other.verified_bytes;
+  pinned = other.pinned;
+  backend = other.backend;
+  internal::add_reason(fallback_reason, other.fallback_reason);
+  return *this;
 }
 
 namespace {

@@ -42,6 +42,10 @@ struct TransferStats {
                         ///< false for an engine of the host.
   Backend backend = Backend::kAuto;  ///< The backend of direct I/O; never kAuto once the transfer has started.
   std::string fallback_reason;  ///< Each slower way that was taken, as "<what>: <why>", joined by "; "; else empty.
+
+  /// Adds the figures of another transfer of the same engine, and its reasons. `seconds` stays, because transfers may
+  /// run at the same time.
+  TransferStats& operator+=(const TransferStats& other);
 };
 
 /// A snapshot of a running transfer.

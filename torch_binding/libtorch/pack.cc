@@ -182,17 +182,8 @@ class GroupWriter {
   Group wait() {
     Group group = std::move(writing_.front());
     writing_.pop_front();
-    const TransferStats part = std::exchange(group.transfer, {}).wait();
+    stats_ += std::exchange(group.transfer, {}).wait();
     group.owners.clear();
-    stats_.requested_bytes += part.requested_bytes;
-    stats_.direct_bytes += part.direct_bytes;
-    stats_.buffered_bytes += part.buffered_bytes;
-    stats_.staged_bytes += part.staged_bytes;
-    stats_.operations += part.operations;
-    stats_.retries += part.retries;
-    stats_.pinned = part.pinned;
-    stats_.backend = part.backend;
-    if (stats_.fallback_reason.empty()) stats_.fallback_reason = part.fallback_reason;
     return group;
   }
 
