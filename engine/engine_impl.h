@@ -81,8 +81,8 @@ class FileWriter::Impl {
   Engine::Impl& engine_;
   std::filesystem::path path_;  // Path of the file that is replaced.
   internal::TempFile temp_;
-  internal::FileUse open_;       // The file at temp_.path(), which the writes that are under way use, too; none after
-                                 // commit or abort.
+  internal::FileUse open_;       // The file at temp_.path(). Empty after commit or abort, while writes that are under
+                                 // way may still use the file.
   std::uint64_t payload_bytes_;  // WriterOptions::payload_bytes, or the end of the last extent if later.
   std::uint64_t reserved_bytes_ = 0;
   const bool want_checksums_;

@@ -39,10 +39,10 @@ struct OpenFile {
   std::atomic<std::uint32_t> users_ = 1;
 };
 
-/// A user of an open file. Loads of one path share a file, and a FileWriter and a FileHandle share theirs with its
-/// transfers. The last user closes the file. Closing may block, so the driver calls leave() instead of destroying a
-/// FileUse, and has a thread of the pool close the file. Thread safety: as a shared_ptr; users of one file may be in
-/// any threads.
+/// A user of an open file. All loads of one path use the same file at a time. The transfers of a FileWriter use the
+/// writer's file, and the loads through a FileHandle use the handle's. The last user closes the file. Closing may
+/// block, so the driver calls leave() instead of destroying a FileUse, and has a thread of the pool close the file.
+/// Thread safety: as a shared_ptr; users of one file may be in any threads.
 class FileUse {
  public:
   /// Uses no file.

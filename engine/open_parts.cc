@@ -146,7 +146,8 @@ void OpenParts::forget_places_of(Part& part) {
   point(part.place.file_system, nullptr);
 }
 
-// Whether the parts at `prefix` take at most 1 / `shares` of what the parts elsewhere leave of kHeldUpLimit.
+// Whether the parts at `prefix` have at most their share: one of `shares` equal shares of kHeldUpLimit less those that
+// are held up elsewhere. With 2 shares, a limit of 256 and 56 held up elsewhere, that is 100.
 bool OpenParts::has_share(const PrefixCounts& prefix, unsigned shares) const {
   const std::size_t here = prefix.with_threads + prefix.held_up_loads();
   const std::size_t held_up_elsewhere = held_up() - (prefix.late + prefix.held_up_loads());

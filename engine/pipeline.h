@@ -37,9 +37,9 @@ class Pipeline final {
   /// The tag limit that the queues of such a pipeline need.
   static unsigned tag_limit(Limits limits);
 
-  /// Borrows the queues, the pool, the copier and the slots' memory, which must outlive it. Threads of the pool may use
-  /// queues, copier and slots even later, so the pool must be destroyed before these. `copier` is null for an engine of
-  /// the host. `tracer` is told of each step.
+  /// Borrows the queues, the pool, the copier and the slots' memory, which must outlive it. The pool must be destroyed
+  /// before the queues, the copier and the slots, because its threads may use these when the pipeline is gone. `copier`
+  /// is null for an engine of the host. `tracer` is told of each step.
   Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits,
            Tracer tracer = {});
 

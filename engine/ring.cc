@@ -277,7 +277,8 @@ void Ring::leave(int error_number, const char* call) {
 }
 
 void Ring::wait_without_ring(std::optional<std::chrono::nanoseconds> timeout) {
-  // The kernel's wake read may still take a wake from this thread, or nobody can be woken, so the wait is short.
+  // The wait is short if it may miss a wake: a read of the wake descriptor that the kernel still has may take the wake
+  // first, or the descriptor has failed.
   if (let_go_ || wake_is_lost_)
     timeout = std::min<std::chrono::nanoseconds>(timeout.value_or(kLeavingPeriod), kLeavingPeriod);
   const int wait = timeout ? static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>(*timeout).count()) : -1;

@@ -10,8 +10,9 @@
 
 namespace flashpack::internal {
 
-/// The parts that have chunks to start. Chunks start in the order in which their transfers were started, but parts of
-/// at most one chunk go before larger ones, to which they leave one place of the queue depth.
+/// The parts that have chunks to start. Chunks start in the order in which their transfers were started, except that
+/// parts of at most one chunk are served before larger ones. If both wait, the small ones leave one place of the queue
+/// depth to the large ones.
 ///
 /// Thread safety: one thread, the driver. Nothing here allocates for a chunk, or blocks in a file system, except that
 /// the kernel is asked whether a chunk is cached.

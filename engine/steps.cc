@@ -101,7 +101,7 @@ void Steps::begin(unsigned tag, Step step) {
     case Step::kAbandoned:
       break;
   }
-  assert(false && "a step of no way");
+  assert(false && "a step that no Way holds");
 }
 
 void Steps::move_direct(unsigned tag) {

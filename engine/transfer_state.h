@@ -82,7 +82,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
     std::uint64_t number = 0;                  // Counted from 1 in the order in which the driver got them.
     std::uint64_t range = 0;                   // As ProfilerRanges has numbered it.
     std::shared_ptr<TransferState> self;       // Set until the end, so that the state outlives its handle.
-    std::vector<std::unique_ptr<Gate>> gates;  // While any is shut, no device is copied to or from; open ones go.
+    std::vector<std::unique_ptr<Gate>> gates;  // While any is shut, nothing is copied to or from a device.
     std::size_t parts_awaited = 0;             // Parts that the end still waits for.
     std::optional<Failure> failure;            // The error that ended the whole transfer, if one did.
     TransferStats stats;

@@ -7,8 +7,8 @@
 
 namespace flashpack::internal {
 
-/// kFree and kAbandoned are in no way: kFree is a job without a chunk, kAbandoned a job whose part has failed and whose
-/// operation has not come back yet.
+/// A Way holds every step but two: kFree is a job without a chunk, and kAbandoned is a job whose part has failed and
+/// whose operation has not come back yet.
 enum class Step : std::uint8_t {
   kFree,
   kPopulate,      ///< A worker takes the page faults of memory in place, before the disk's read.

@@ -26,9 +26,10 @@ using std::chrono::nanoseconds;
 // To populate 2 MiB takes 0.8 to 1.3 ms in small pages. In one huge page it takes 0.2 ms, or 2 to 9 ms if the host has
 // to provide it.
 constexpr nanoseconds kFairPerHugePage = milliseconds(1);
-// The time above the fair one is added up, and cheap pages take it off again. At kTooMuch huge pages are given up, so
-// that a few dear ones among many cheap ones do no harm. The sum is bounded shortly above, so that a few cheap pages
-// are enough to go back to huge ones, however dear the earlier ones were.
+// Each huge page adds the time that it took above the fair time to a sum, or takes the time below it off. Huge pages
+// are given up when the sum reaches kTooMuch, so that a few dear pages among many cheap ones change nothing. The sum
+// stays below kMostExcess, so that a few cheap pages are enough to go back to huge ones, however dear the earlier ones
+// were.
 constexpr nanoseconds kTooMuch = milliseconds(10);
 constexpr nanoseconds kMostExcess = milliseconds(12);
 

@@ -65,7 +65,9 @@ class [[nodiscard]] TransferAwaiter final : public Completion {
       : start_transfer_(std::move(start_transfer)), options_(std::move(options)) {}
   TransferAwaiter(const TransferAwaiter&) = delete;
   TransferAwaiter& operator=(const TransferAwaiter&) = delete;
-  ~TransferAwaiter() { phase_ = Phase::kGone; }  // Then transfer_ cancels and waits, unless the coroutine has gone on.
+  /// If the coroutine is destroyed while it waits, the destructor of transfer_ cancels the transfer and waits for its
+  /// end.
+  ~TransferAwaiter() { phase_ = Phase::kGone; }
 
   bool await_ready() const noexcept { return false; }
 

@@ -52,9 +52,9 @@ class EventQueue {
   EventQueue& operator=(EventQueue&&) noexcept;
   ~EventQueue();
 
-  /// Readable as long as an event waits. It also gives a new edge whenever an event comes to an empty queue. It belongs
-  /// to the queue and is only to be polled, neither read nor closed. However many events wait, the engines have written
-  /// to it once.
+  /// A descriptor that is readable as long as an event waits. A loop that polls by edges gets one whenever the first
+  /// event comes to an empty queue, and none for the events after it. The descriptor belongs to the queue. Callers only
+  /// poll it, and neither read nor close it.
   int fd() const noexcept;
 
   /// Moves the oldest events to the beginning of `events` and returns their number, 0 if none waits. A loop that is
