@@ -11,13 +11,13 @@
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack {
 namespace {
 
 using testing::GuardedMemory;
-
-constexpr std::uint32_t kMiB = 1u << 20;
+using testing::kMiB;
 
 std::string refusal_of(const EngineOptions& options) {
   try {

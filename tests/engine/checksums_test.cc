@@ -13,13 +13,13 @@
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack {
 namespace {
 
 using testing::GuardedMemory;
-
-constexpr std::uint64_t kMiB = 1u << 20;
+using testing::kMiB;
 
 void flip_bit(const std::filesystem::path& path, std::uint64_t bit) {
   const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);

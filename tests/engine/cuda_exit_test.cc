@@ -10,14 +10,14 @@
 #include "tests/support/fake_cuda.h"
 #include "tests/support/hang.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 #include "tests/support/wait_until.h"
 
 namespace flashpack {
 namespace {
 
 using testing::FakeCuda;
-
-constexpr std::uint32_t kMiB = 1u << 20;
+using testing::kMiB;
 
 EngineOptions options() {
   return {.device = {Device::Kind::kCuda, 1}, .chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .workers = 2};

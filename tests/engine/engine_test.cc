@@ -20,14 +20,14 @@
 #include "tests/support/sandbox.h"
 #include "tests/support/sanitizers.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack {
 namespace {
 
 using testing::GuardedMemory;
+using testing::kMiB;
 using testing::TempDir;
-
-constexpr std::uint32_t kMiB = 1u << 20;
 
 EngineOptions small_engine(Backend backend = Backend::kAuto) {
   return {.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .workers = 2, .backend = backend};

@@ -21,14 +21,15 @@
 #include "tests/support/hang.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack {
 namespace {
 
 using testing::GuardedMemory;
 using testing::kHang;
+using testing::kMiB;
 
-constexpr std::uint32_t kMiB = 1u << 20;
 constexpr unsigned kSysCachestat = 451;  // Older headers lack it.
 
 std::ptrdiff_t open_descriptors_of(const std::filesystem::path& path) {

@@ -20,13 +20,13 @@
 #include "tests/support/sandbox.h"
 #include "tests/support/sanitizers.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack {
 namespace {
 
+using testing::kMiB;
 using testing::TempDir;
-
-constexpr std::uint32_t kMiB = 1u << 20;
 
 std::span<const std::byte> bytes_of(const char* text) { return std::as_bytes(std::span(text, std::strlen(text))); }
 

@@ -24,13 +24,15 @@
 #include "flashpack/engine.h"
 #include "tests/support/gpu.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack {
 namespace {
 
+using testing::kMiB;
+
 using internal::cuda::driver_function;
 
-constexpr std::uint32_t kMiB = 1u << 20;
 constexpr std::array kCaptureModes = {cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal,
                                       cudaStreamCaptureModeRelaxed};
 

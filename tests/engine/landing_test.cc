@@ -8,11 +8,14 @@
 #include <set>
 #include <vector>
 
+#include "tests/support/units.h"
+
 namespace flashpack::internal {
 namespace {
 
+using testing::kMiB;
+
 constexpr std::uint32_t kChunk = 4u << 20;
-constexpr std::uint32_t kMiB = 1u << 20;
 
 // Memory is never touched by a plan: any number does for an address.
 std::byte* at(std::uint64_t address) { return reinterpret_cast<std::byte*>((std::uint64_t{1} << 40) + address); }

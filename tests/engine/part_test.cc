@@ -14,11 +14,13 @@
 
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack::internal {
 namespace {
 
-constexpr std::uint32_t kMiB = 1u << 20;
+using testing::kMiB;
+
 constexpr OpenRules kRules{.chunk_bytes = kMiB};
 constexpr OpenRules kAtOnce{.chunk_bytes = kMiB, .at_once_bytes = 4096};
 

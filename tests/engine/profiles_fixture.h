@@ -14,10 +14,11 @@
 #include "flashpack/error.h"
 #include "flashpack/tuning.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack::testing {
 
-constexpr std::uint32_t kMiB = 1 << 20;
+using testing::kMiB;
 
 inline EngineOptions options_of(std::uint32_t chunk_bytes, std::uint32_t queue_depth, std::uint32_t workers) {
   EngineOptions options;

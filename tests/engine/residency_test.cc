@@ -12,13 +12,15 @@
 #include "engine/ground/unique_fd.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack::internal {
 namespace {
 
+using testing::kMiB;
+
 using Method = Residency::Method;
 
-constexpr std::uint64_t kMiB = 1u << 20;
 constexpr unsigned kSysCachestat = 451;
 
 class ResidencyTest : public ::testing::Test {

@@ -20,13 +20,13 @@
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack::internal {
 namespace {
 
 using flashpack::testing::GuardedMemory;
-
-constexpr std::uint32_t kMiB = 1u << 20;
+using flashpack::testing::kMiB;
 
 class RingTest : public ::testing::Test {
  protected:

@@ -16,14 +16,15 @@
 #include "tests/support/guarded_memory.h"
 #include "tests/support/loop_device.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack {
 namespace {
 
 using internal::UniqueFd;
 using testing::GuardedMemory;
+using testing::kMiB;
 
-constexpr std::uint32_t kMiB = 1u << 20;
 constexpr std::array kPolicies{CachePolicy::kAuto, CachePolicy::kDirect, CachePolicy::kBuffered};
 
 class SourcesTest : public ::testing::Test {

@@ -7,10 +7,12 @@
 #include <fstream>
 #include <string>
 
+#include "tests/support/units.h"
+
 namespace flashpack::internal {
 namespace {
 
-constexpr std::uint32_t kMiB = 1u << 20;
+using testing::kMiB;
 
 TEST(StagingTest, SlotsFollowEachOtherFromAHugePageOn) {
   const Staging staging(5 * kMiB, kMiB);

@@ -12,16 +12,17 @@
 #include <vector>
 
 #include "engine/ground/host_region.h"
+#include "tests/support/units.h"
 
 namespace flashpack::internal {
 namespace {
 
+using testing::kMiB;
+
 using std::chrono::milliseconds;
 
-constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
-
 // Each test has its own pages, because those of the process remember what huge pages have cost.
-class TargetPagesTest : public testing::Test {
+class TargetPagesTest : public ::testing::Test {
  protected:
   std::span<std::byte> take(std::uint64_t size_bytes) { return taken_.emplace_back(pages.take(0, size_bytes)); }
   ~TargetPagesTest() override {

@@ -27,14 +27,15 @@
 #include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/trace_recorder.h"
+#include "tests/support/units.h"
 
 namespace flashpack {
 namespace {
 
 namespace json = boost::json;
 using testing::GuardedMemory;
+using testing::kMiB;
 
-constexpr std::uint32_t kMiB = 1u << 20;
 constexpr std::size_t kSlotPhase = 77;  // Memory that is not read in place.
 
 std::uint64_t bytes_of(const std::vector<TraceEvent>& events) {

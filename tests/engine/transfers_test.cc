@@ -17,11 +17,13 @@
 #include "tests/support/sandbox.h"
 #include "tests/support/sanitizers.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack {
 namespace {
 
-constexpr std::uint32_t kMiB = 1u << 20;
+using testing::kMiB;
+
 constexpr std::size_t kSmallBytes = 5000;
 
 class PartsTest : public ::testing::TestWithParam<Backend> {

@@ -10,13 +10,13 @@
 #include "tests/support/mounts.h"
 #include "tests/support/run.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack {
 namespace {
 
 using testing::GuardedMemory;
-
-constexpr std::uint32_t kMiB = 1u << 20;
+using testing::kMiB;
 
 class FileSystemTest : public ::testing::TestWithParam<Backend> {
  protected:

@@ -14,16 +14,16 @@
 #include "tests/support/hang.h"
 #include "tests/support/mounts.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack {
 namespace {
 
 using testing::GuardedMemory;
 using testing::kHang;
+using testing::kMiB;
 using testing::faulty_fs::kBadOffset;
 using testing::faulty_fs::kFileBytes;
-
-constexpr std::uint32_t kMiB = 1u << 20;
 
 class FuseTest : public ::testing::TestWithParam<std::tuple<Backend, CachePolicy>> {
  protected:

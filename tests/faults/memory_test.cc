@@ -10,11 +10,12 @@
 
 #include "flashpack/engine.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack {
 namespace {
 
-constexpr std::uint32_t kMiB = 1u << 20;
+using testing::kMiB;
 
 enum class Flaw { kNoAccess, kReadOnly, kUnmapped, kHole, kPastTheEndOfItsFile };
 

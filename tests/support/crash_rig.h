@@ -14,11 +14,11 @@
 
 #include "flashpack/engine.h"
 #include "tests/support/sandbox.h"
+#include "tests/support/small_loads.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack::testing {
-
-constexpr std::uint32_t kMiB = 1u << 20;
 
 /// What a child ends with, beside 0: it has saved.
 constexpr int kNotReached = 76;  ///< There are fewer calls than that.
@@ -65,10 +65,6 @@ inline int outcome_of_save(Engine& engine, const std::filesystem::path& path, un
     }
     return what.find("in place, but perhaps not durable") == std::string::npos ? kOldKept : kInPlace;
   }
-}
-
-inline EngineOptions small_engine(Backend backend = Backend::kAuto) {
-  return {.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .workers = 2, .backend = backend};
 }
 
 /// A file in version 1, and children that save others over it.

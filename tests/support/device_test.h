@@ -14,10 +14,9 @@
 #include "tests/support/fake_cuda.h"
 #include "tests/support/hang.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack::testing {
-
-inline constexpr std::uint32_t kMiB = 1u << 20;
 
 inline FakeCuda& cuda() { return FakeCuda::get(); }
 

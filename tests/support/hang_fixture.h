@@ -19,13 +19,14 @@
 #include "tests/support/hang.h"
 #include "tests/support/hanging_fs.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack {
 
 using testing::GuardedMemory;
 using testing::kHang;
+using testing::kMiB;
 
-inline constexpr std::uint32_t kMiB = 1u << 20;
 inline constexpr std::uint32_t kDepth = 8;
 inline constexpr std::uint32_t kWorkers = 2;
 inline constexpr int kCrowd = 400;

@@ -7,10 +7,9 @@
 
 #include "flashpack/engine.h"
 #include "tests/support/guarded_memory.h"
+#include "tests/support/units.h"
 
 namespace flashpack::testing {
-
-inline constexpr std::uint32_t kMiB = 1u << 20;
 
 inline EngineOptions small_engine(Backend backend = Backend::kAuto) {
   return {.chunk_bytes = kMiB, .staging_bytes = 4 * kMiB, .workers = 2, .backend = backend};

@@ -6,12 +6,14 @@
 #include <random>
 #include <vector>
 
+#include "tests/support/units.h"
 #include "tools/tune/rounds.h"
 
 namespace flashpack::bench {
 namespace {
 
-constexpr std::uint32_t kMiB = 1 << 20;
+using testing::kMiB;
+
 constexpr Setting kUsual{4 * kMiB, 8, 0};
 
 Cell cell(std::uint32_t chunk_mib, std::uint32_t depth, double gb_per_s, double cpu_s_per_gb,

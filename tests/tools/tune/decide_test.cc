@@ -4,10 +4,13 @@
 
 #include <vector>
 
+#include "tests/support/units.h"
+
 namespace flashpack::bench {
 namespace {
 
-constexpr std::uint32_t kMiB = 1 << 20;
+using testing::kMiB;
+
 constexpr Setting kByWorkers{1 * kMiB, 32, 32, 0, Backend::kWorkers};
 constexpr Setting kByRing{16 * kMiB, 32};
 

@@ -8,10 +8,13 @@
 #include <set>
 #include <vector>
 
+#include "tests/support/units.h"
+
 namespace flashpack::bench {
 namespace {
 
-constexpr std::uint32_t kMiB = 1 << 20;
+using testing::kMiB;
+
 constexpr Setting kUsual{4 * kMiB, 8, 0};
 
 TEST(Grid, TheFirstRoundBeginsWithTheDefaultAndHasEachSettingOnce) {

@@ -4,10 +4,12 @@
 
 #include <string>
 
+#include "tests/support/units.h"
+
 namespace flashpack::bench {
 namespace {
 
-constexpr std::uint32_t kMiB = 1 << 20;
+using testing::kMiB;
 
 Cell cell(std::uint32_t chunk_mib, std::uint32_t depth, double gb_per_s) {
   return {.setting = {chunk_mib * kMiB, depth, 0}, .samples = 1, .gb_per_s = gb_per_s};

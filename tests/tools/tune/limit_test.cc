@@ -5,12 +5,13 @@
 #include <cstdint>
 #include <string>
 
+#include "tests/support/units.h"
 #include "tools/tune/rounds.h"
 
 namespace flashpack::bench {
 namespace {
 
-constexpr std::uint32_t kMiB = 1 << 20;
+using testing::kMiB;
 
 Cell cell(std::uint32_t chunk_mib, std::uint32_t depth, double gb_per_s, double cpu_s_per_gb,
           std::uint32_t workers = 0) {

@@ -7,13 +7,15 @@
 #include <cstdint>
 #include <vector>
 
+#include "tests/support/units.h"
 #include "tools/tune/choice.h"
 #include "tools/tune/grid.h"
 
 namespace flashpack::bench {
 namespace {
 
-constexpr std::uint32_t kMiB = 1 << 20;
+using testing::kMiB;
+
 constexpr Setting kUsual{4 * kMiB, 8, 0};
 
 // An engine for a GPU with 12 cores.

@@ -6,11 +6,12 @@
 
 #include "bench/support/page_cache.h"
 #include "tests/support/temp_dir.h"
+#include "tests/support/units.h"
 
 namespace flashpack::bench {
 namespace {
 
-constexpr std::uint32_t kMiB = 1 << 20;
+using testing::kMiB;
 
 TEST(Subject, AnEngineGetsAllOptionsOfASettingAndRoomForItsReads) {
   const EngineOptions options =

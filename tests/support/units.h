@@ -1,0 +1,7 @@
+#pragma once
+
+#include <cstdint>
+
+namespace flashpack::testing {
+inline constexpr std::uint32_t kMiB = 1u << 20;
+}
