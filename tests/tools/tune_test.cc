@@ -321,7 +321,7 @@ TEST(TuneTool, LoadsToAGpuAreMeasuredWithChunksAndStagingMemoryBesideTheLink) {
   const std::filesystem::path dir = "/dev/shm/tune_test." + std::to_string(::getpid());
   std::error_code error;
   if (!std::filesystem::create_directory(dir, error)) GTEST_SKIP() << "no " << dir << ": " << error.message();
-  const testing::Outcome outcome = tune_gpu(dir, dir, "--dry_run --budget 20s --json 2>/dev/null");
+  const testing::Outcome outcome = tune_gpu(dir, dir, "--dry_run --budget 60s --json 2>/dev/null");
   std::filesystem::remove_all(dir);
   if (outcome.status == 77) GTEST_SKIP() << "no mount namespace: " << outcome.output;
   ASSERT_EQ(outcome.status, 0) << outcome.output;
