@@ -142,15 +142,43 @@ build_preset() {
   configure "$@" && cmake --build --preset "$1"
 }
 
-# ctest_preset PRESET [COMMAND]: configures, builds and tests it, all under COMMAND when one is given. Many tests wait for
-# a file system that hangs, so that more of them run at a time than there are cores. Programs with the label "whole" are
-# left out: ctest would count each as one test.
+# beside COMMAND...: in the background, as $!. It gets a process group of its own, because only so all that it starts can
+# be ended.
+beside() {
+  set -m
+  "$@" &
+  set +m
+}
+
+# For the exit of a script that starts something beside it.
+end_what_is_beside() {
+  local group
+  for group in $(jobs -pr); do kill -- "-$group" 2>/dev/null; done
+}
+
+at_leisure() {
+  renice -n 19 "$BASHPID" >/dev/null
+  "$@"
+}
+
+# The build of each preset that start_build has started.
+declare -A builds=()
+
+# start_build PRESET: builds it with the time that the steps beside it leave, after the build that was started before.
+start_build() {
+  ((${#builds[@]})) && wait "${builds[@]}"
+  beside step build "$1-build" at_leisure build_preset "$1"
+  builds[$1]=$!
+}
+
+# ctest_preset PRESET: tests it, once the build that was started has succeeded. Many tests wait for a file system that
+# hangs, so that more of them run at a time than there are cores. Programs with the label "whole" are left out: ctest
+# would count each as one test.
 ctest_preset() {
-  local preset=$1
-  shift
-  step build "$preset-build" "$@" build_preset "$preset" || return
-  step suite "$preset" "$@" ctest --preset "$preset" --parallel "$(($(nproc) + 2))" --label-exclude '^whole$' --no-tests=error \
-    --output-junit "$results/$preset.xml"
+  wait "${builds[$1]}"
+  grep -q "^build.$1-build.0$" "$results/steps.tsv" || return
+  step suite "$1" ctest --preset "$1" --parallel "$(($(nproc) + 2))" --label-exclude '^whole$' --no-tests=error \
+    --output-junit "$results/$1.xml"
 }
 
 # require_tests FOLDER FILE::TEST...: fails unless each test is there, because a test that was renamed would no longer be

@@ -22,6 +22,9 @@ case $scope in
   *) usage >&2 && exit 2 ;;
 esac
 
+trap end_what_is_beside EXIT
+trap 'exit 130' INT
+
 rm -rf "$results"
 mkdir -p "$results"
 
@@ -53,16 +56,21 @@ lint_python() {
   "$python" -m ruff check . && "$python" -m ruff format --check .
 }
 
+# Tests leave cores idle: the next preset is built beside those of the last one.
 step build install install_everything
+start_build release
+wait "${builds[release]}"
+[[ $scope == fast ]] || start_build asan
 ctest_preset release
 step suite torch_test build/release/tests/libtorch/torch_test --gtest_output="xml:$results/torch_test.xml"
 step check headers cmake --build --preset release --target all_verify_interface_header_sets
 # Without it, the tests that need it are counted as skipped.
 step build reference make_reference_venv && export FLASHPACK_REFERENCE_PYTHON=$reference_python
 if step build package install_over_the_reference; then
-  step suite pytest-1 run_pytest 1 &
-  step suite pytest-2 run_pytest 2 &
-  wait
+  beside step suite pytest-1 run_pytest 1
+  first=$!
+  step suite pytest-2 run_pytest 2
+  wait "$first"
 fi
 step check tidy "$python" tools/tidy.py
 step check shellcheck shellcheck tools/*.sh .ci/run
@@ -72,6 +80,7 @@ if [[ $scope == all ]]; then
   step build host-only-build build_host_only &&
     step suite host-only ctest --preset host-only --tests-regex '^WithoutCuda' --no-tests=error \
       --output-junit "$results/host-only.xml"
+  start_build tsan
   ctest_preset asan
   ctest_preset tsan
   step check quickstart tools/quickstart.sh
