@@ -86,7 +86,12 @@ void check_checksums(const FileExtents& file) {
 }
 
 void check_targets(std::span<const FileExtents> files) {
-  std::vector<std::pair<std::uintptr_t, std::uintptr_t>> targets;
+  struct Target {
+    std::uintptr_t begin;
+    std::uintptr_t end;
+    const FileExtents* file;
+  };
+  std::vector<Target> targets;
   for (const FileExtents& file : files) {
     for (const Extent& extent : file.extents) {
       if (extent.size_bytes == 0) continue;
@@ -94,13 +99,16 @@ void check_targets(std::span<const FileExtents> files) {
       if (!extent.target) throw argument_error("load", file.path, "extent without a target");
       if (extent.size_bytes > ~begin || extent.offset_bytes > ~extent.size_bytes)
         throw argument_error("load", file.path, "extent past the end of the address space");
-      targets.emplace_back(begin, begin + extent.size_bytes);
+      targets.push_back({begin, begin + extent.size_bytes, &file});
     }
   }
-  std::sort(targets.begin(), targets.end());
-  const auto overlap = std::adjacent_find(targets.begin(), targets.end(),
-                                          [](const auto& a, const auto& b) { return b.first < a.second; });
-  if (overlap != targets.end()) throw argument_error("load: targets overlap in memory");
+  std::ranges::sort(targets, {}, &Target::begin);
+  const auto overlap =
+      std::ranges::adjacent_find(targets, [](const Target& a, const Target& b) { return b.begin < a.end; });
+  if (overlap == targets.end()) return;
+  const std::string other =
+      overlap->file == (overlap + 1)->file ? "" : " with those of " + (overlap + 1)->file->path.string();
+  throw argument_error("load", overlap->file->path, "targets overlap in memory" + other);
 }
 
 // Copies only the checksums of stripes that the extents touch, because a load of a little of a large file should not
