@@ -62,6 +62,7 @@ class ScheduleTest : public ::testing::Test, private Steps::Owner {
 
   testing::TempDir dir_;
   HostRegion memory_{8 * kChunk, "a test"};
+  HostRegion slot_{kChunk, "a test"};
   ScriptedQueue<DiskQueue> disk_;
   ScriptedQueue<WorkQueue> workers_;
   FileSystem::Totals totals_;
@@ -70,8 +71,8 @@ class ScheduleTest : public ::testing::Test, private Steps::Owner {
   Steps steps_{*this,
                Queues{.disk = disk_, .stand_in = disk_, .workers = workers_},
                nullptr,
-               {},
-               Jobs::Limits{.tags = 8 + Jobs::kStuckLimit, .queue_depth = kQueueDepth, .slots = 0},
+               {slot_.bytes()},
+               Jobs::Limits{.tags = 8 + Jobs::kStuckLimit, .queue_depth = kQueueDepth, .slots = 1},
                1u};
   Schedule schedule_{kQueueDepth, kChunk};
 };
