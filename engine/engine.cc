@@ -44,28 +44,28 @@ std::uint64_t slots_in(const EngineOptions& options) {
 void check_staging_of_caller(const EngineOptions& options) {
   if (options.staging.empty()) return;
   if (reinterpret_cast<std::uintptr_t>(options.staging.data()) % internal::system_page_bytes() != 0)
-    throw argument_error("EngineOptions::staging must begin at a page");
-  if (options.staging_bytes != 0) throw argument_error("EngineOptions::staging and staging_bytes exclude each other");
-  if (options.numa_node) throw argument_error("EngineOptions::staging and numa_node exclude each other");
+    throw argument_error("engine options: staging must begin at a page");
+  if (options.staging_bytes != 0) throw argument_error("engine options: staging and staging_bytes exclude each other");
+  if (options.numa_node) throw argument_error("engine options: staging and numa_node exclude each other");
   if (!internal::is_number_of_slots(slots_in(options)))
-    throw argument_error("EngineOptions::staging must have from 2 to 16384 chunks");
+    throw argument_error("engine options: staging must have from 2 to 16384 chunks");
   // The workers write to slots, where memory that cannot be written would end the process; the kernel only says so.
   for (std::size_t at = 0; at + options.chunk_bytes <= options.staging.size(); at += options.chunk_bytes) {
     if (::getrandom(options.staging.data() + at, 1, GRND_NONBLOCK) < 0 && errno == EFAULT)
-      throw Error(internal::errno_code(EFAULT), "EngineOptions::staging, which cannot be written");
+      throw Error(internal::errno_code(EFAULT), "engine options: staging cannot be written");
   }
 }
 
 void check_devices(const EngineOptions& options) {
   if (options.more_devices.empty()) return;
   if (!internal::is_number_of_more_devices(options.more_devices.size()))
-    throw argument_error("EngineOptions::more_devices must be at most 63");
+    throw argument_error("engine options: more_devices must be at most 63");
   std::set<int> seen{options.device.index};
   for (const Device& device : options.more_devices) {
     if (options.device.kind != Device::Kind::kCuda || device.kind != Device::Kind::kCuda)
-      throw argument_error("EngineOptions::more_devices is for CUDA devices alone");
+      throw argument_error("engine options: more_devices is for CUDA devices alone");
     if (!seen.insert(device.index).second)
-      throw argument_error("EngineOptions: CUDA device " + std::to_string(device.index) + " twice");
+      throw argument_error("engine options: CUDA device " + std::to_string(device.index) + " twice");
   }
 }
 
@@ -79,19 +79,19 @@ std::vector<int> cuda_devices(const EngineOptions& options) {
 EngineOptions checked(EngineOptions options) {
   check_devices(options);
   if (!internal::is_chunk_size(options.chunk_bytes))
-    throw argument_error("EngineOptions::chunk_bytes must be a power of two from 1 MiB to 1 GiB");
+    throw argument_error("engine options: chunk_bytes must be a power of two from 1 MiB to 1 GiB");
   if (!internal::is_queue_depth(options.queue_depth))
-    throw argument_error("EngineOptions::queue_depth must be from 1 to 1024");
+    throw argument_error("engine options: queue_depth must be from 1 to 1024");
   check_staging_of_caller(options);
   if (options.staging.empty()) {
     if (options.staging_bytes == 0) options.staging_bytes = internal::usual_staging_bytes(options.device.kind);
     if (!internal::is_number_of_slots(slots_in(options)))
-      throw argument_error("EngineOptions::staging_bytes must be from 2 to 16384 chunks");
+      throw argument_error("engine options: staging_bytes must be from 2 to 16384 chunks");
   }
   if (!internal::is_number_of_workers(options.workers))
-    throw argument_error("EngineOptions::workers must be at most 64");
+    throw argument_error("engine options: workers must be at most 64");
   if (options.numa_node && *options.numa_node < 0)
-    throw argument_error("EngineOptions::numa_node must not be negative");
+    throw argument_error("engine options: numa_node must not be negative");
   const bool cuda = options.device.kind == Device::Kind::kCuda;
   if (options.workers == 0) options.workers = std::clamp(std::thread::hardware_concurrency(), 2u, cuda ? 12u : 8u);
   return options;
@@ -103,11 +103,11 @@ void bind_this_thread(const std::vector<int>& cpus) {
   CPU_ZERO(&set);
   for (const int cpu : cpus) {
     if (cpu < 0 || cpu >= CPU_SETSIZE)
-      throw argument_error("EngineOptions::cpu_affinity: no CPU " + std::to_string(cpu));
+      throw argument_error("engine options: cpu_affinity: no CPU " + std::to_string(cpu));
     CPU_SET(static_cast<unsigned>(cpu), &set);
   }
   if (::sched_setaffinity(0, sizeof set, &set) != 0) {
-    throw Error(internal::errno_code(errno), "EngineOptions::cpu_affinity");
+    throw Error(internal::errno_code(errno), "engine options: cpu_affinity");
   }
 }
 

@@ -162,7 +162,7 @@ void FileWriter::Impl::write_tail(std::span<const std::byte> tail) {
 Checksums FileWriter::Impl::checksums() {
   engine_.owner().require_current("engine");
   if (!open_) throw argument_error("checksums of", path_, "after commit");
-  if (!want_checksums_) throw argument_error("checksums of", path_, "WriterOptions did not ask for them");
+  if (!want_checksums_) throw argument_error("checksums of", path_, "the options of the writer did not ask for them");
   take_results("checksums of");
   Checksums checksums{.size_bytes = payload_bytes_};
   for (std::uint64_t begin = 0; begin < payload_bytes_; begin += Checksums::kStripeBytes) {

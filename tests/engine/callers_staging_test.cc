@@ -33,13 +33,13 @@ TEST(CallersStagingTest, IsRefusedIfItDoesNotFit) {
   GuardedMemory memory(4 * kMiB);
   std::byte* const begin = memory.data();
   EXPECT_EQ(refusal_of({.chunk_bytes = kMiB, .staging = {begin + 512, 2 * kMiB}}),
-            "EngineOptions::staging must begin at a page: invalid argument");
+            "engine options: staging must begin at a page: invalid argument");
   EXPECT_EQ(refusal_of({.chunk_bytes = kMiB, .staging = {begin, 2 * kMiB - 1}}),
-            "EngineOptions::staging must have from 2 to 16384 chunks: invalid argument");
+            "engine options: staging must have from 2 to 16384 chunks: invalid argument");
   EXPECT_EQ(refusal_of({.chunk_bytes = kMiB, .staging_bytes = 2 * kMiB, .staging = {begin, 2 * kMiB}}),
-            "EngineOptions::staging and staging_bytes exclude each other: invalid argument");
+            "engine options: staging and staging_bytes exclude each other: invalid argument");
   EXPECT_EQ(refusal_of({.chunk_bytes = kMiB, .staging = {begin, 2 * kMiB}, .numa_node = 0}),
-            "EngineOptions::staging and numa_node exclude each other: invalid argument");
+            "engine options: staging and numa_node exclude each other: invalid argument");
 }
 
 class CallersStagingOfBackendsTest : public ::testing::TestWithParam<Backend> {};

@@ -352,14 +352,14 @@ TEST_P(CudaDevicesTest, DevicesThatAreNoneOrTwiceOrNotOfCudaAreRefused) {
   const auto invalid = [](const std::string& message) {
     return std::pair(make_error_code(Errc::kInvalidArgument), message + ": invalid argument");
   };
-  EXPECT_EQ(refusal_of({}, {{kCuda, 1}}), invalid("EngineOptions::more_devices is for CUDA devices alone"));
-  EXPECT_EQ(refusal_of({kCuda, 1}, {{kCuda, 0}, {}}), invalid("EngineOptions::more_devices is for CUDA devices alone"));
-  EXPECT_EQ(refusal_of({kCuda, 1}, {{kCuda, 1}}), invalid("EngineOptions: CUDA device 1 twice"));
+  EXPECT_EQ(refusal_of({}, {{kCuda, 1}}), invalid("engine options: more_devices is for CUDA devices alone"));
+  EXPECT_EQ(refusal_of({kCuda, 1}, {{kCuda, 0}, {}}), invalid("engine options: more_devices is for CUDA devices alone"));
+  EXPECT_EQ(refusal_of({kCuda, 1}, {{kCuda, 1}}), invalid("engine options: CUDA device 1 twice"));
   EXPECT_EQ(refusal_of({kCuda, 1}, {{kCuda, 0}, {kCuda, 2}, {kCuda, 0}}),
-            invalid("EngineOptions: CUDA device 0 twice"));
+            invalid("engine options: CUDA device 0 twice"));
   std::vector<Device> many;
   for (int index = 1; index <= 64; ++index) many.push_back({kCuda, index});
-  EXPECT_EQ(refusal_of({kCuda, 0}, many), invalid("EngineOptions::more_devices must be at most 63"));
+  EXPECT_EQ(refusal_of({kCuda, 0}, many), invalid("engine options: more_devices must be at most 63"));
   EXPECT_EQ(refusal_of({kCuda, 1}, {{kCuda, 3}}).first, std::error_code(cudaErrorInvalidDevice, cuda_category()));
 }
 
