@@ -6,7 +6,8 @@ import json
 import flashpack
 import pytest
 import torch
-from support import bits
+from safetensors.torch import load_file, save_file
+from support import bits, random_tensor
 
 transformers = pytest.importorskip("transformers")
 
@@ -315,6 +316,28 @@ def test_quantised_models_are_for_the_loader_of_transformers(given, tmp_path, mo
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", from_pretrained)
     with pytest.raises(InterruptedError):
         load(type(model), tmp_path, **(quantised if given else {}))
+
+
+@pytest.mark.skipif(_load._OLD, reason="transformers 4 has no such quantiser")
+def test_a_quantised_model_is_the_same_as_from_safetensors(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tensors = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        quantised = ".layers." in name and tensor.dim() == 2
+        tensors[name] = tensor.to(torch.float8_e4m3fn) if quantised else tensor
+        if quantised:
+            blocks = [size // 128 for size in tensor.shape]
+            tensors[f"{name}_scale_inv"] = random_tensor(tuple(blocks), torch.float32)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "dequantize": True}
+    edit_config(tmp_path, quantization_config=fp8)
+    expected = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    flashpack.save_file(tensors, tmp_path / "model.flashpack")
+    got = load(transformers.LlamaForCausalLM, tmp_path, dtype=torch.float32).state_dict()
+    assert {name: bits(tensor) for name, tensor in got.items()} == {n: bits(t) for n, t in expected.items()}
 
 
 def test_a_configuration_that_is_given_is_used_and_left_alone(tmp_path):

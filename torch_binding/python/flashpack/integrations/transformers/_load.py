@@ -30,6 +30,7 @@ from ..._native import FlashPackError
 from ..._options import Casts, LoadOptions
 from ..._own_code import own_code_of
 from ..._repository import blaming, check_model_config
+from ..._safetensors import dtype_name, header_shape
 from ...utils import string_to_dtype
 from .._arguments import main_dtype
 from ._arguments import FOR_TRANSFORMERS, accepted, dtype_of, placement, read_config
@@ -231,10 +232,16 @@ class _Values:
 
 @dataclass(frozen=True)
 class _Value:
-    """One tensor of `values` that is not read yet, in the form that transformers handles."""
+    """One tensor of `values` that is not read yet, in the form that transformers handles: a slice of safetensors."""
 
     values: _Values
     name: str
+
+    def get_dtype(self) -> str:
+        return dtype_name(self.values.entries[self.name])
+
+    def get_shape(self) -> list[int]:
+        return header_shape(self.values.entries[self.name])
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.values.take(self.name)[index]
