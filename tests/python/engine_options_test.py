@@ -1,6 +1,7 @@
 import flashpack
 import pytest
 import torch
+from flashpack import _engine
 from flashpack._native import Engine, open_checkpoint
 from support import random_tensor
 
@@ -31,3 +32,20 @@ def test_an_engine_takes_the_options_it_is_given(tmp_path):
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError):
         Engine(**options)
+
+
+def test_a_signal_handler_may_load_while_its_thread_makes_an_engine(monkeypatch):
+    made = []
+
+    class Interrupted:
+        def __init__(self, *args, **options):
+            made.append(self)
+            if len(made) == 1:
+                assert _engine._lock.acquire(timeout=30), "the handler would wait for its own thread"
+                _engine._lock.release()
+                assert _engine.engine() is made[1]
+
+    monkeypatch.setattr(_engine, "Engine", Interrupted)
+    monkeypatch.setattr(_engine, "_engines", {})
+    assert _engine.engine() is made[1]
+    assert len(made) == 2

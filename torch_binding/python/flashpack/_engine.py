@@ -18,7 +18,7 @@ from ._native import Engine, FlashPackError, Trace, enter_call, leave_call, tune
 
 _engines: dict[tuple[int | None, str], Engine] = {}
 _tuned: dict[tuple[int | None, int], dict[str, Any]] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # A signal handler may load or save while this thread makes an engine.
 _traces: list[Trace | None] = []  # None if there is to be no trace; empty before the first engine.
 
 
@@ -60,7 +60,8 @@ def _made(cuda_device: int | None, options: dict[str, Any]) -> Engine:
     key = (cuda_device, options.get("profile", ""))
     with _lock:
         if key not in _engines:
-            _engines[key] = Engine(cuda_device, trace=_trace(), **options)
+            made = Engine(cuda_device, trace=_trace(), **options)
+            _engines.setdefault(key, made)  # A signal handler may have made it meanwhile.
         return _engines[key]
 
 
@@ -105,7 +106,7 @@ def release_engines() -> None:
 def _drop_in_child() -> None:
     # A thread that does not exist in the child may have held the lock.
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _engines.clear()
     _traces.clear()
 
