@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
+import os
 import struct
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from flashpack import _mapped_tensors
 from flashpack.safetensors import load_file, safe_open
 from page_cache import drop_from_page_cache, resident_fraction
 from safetensors.torch import save_file
-from support import bits, random_tensor, run_python
+from support import bits, random_tensor, run_python, unprivileged
 
 MIB = 1 << 20
 
@@ -151,6 +154,52 @@ def test_a_part_that_is_not_cached_is_read_alone(path, engine_reads, wanted):
     assert engine_reads == ["b"] * 3
     assert wanted == []
     assert resident_fraction(path) < 0.1
+
+
+def test_a_part_with_a_dim_more_is_the_same_whether_it_is_cached_or_not(path):
+    expected = load_file(path)["b"][None, 512:1024]
+    evict(path)
+    with safe_open(path, "pt", backend="mmap") as file:
+        assert bits(file.get_slice("b")[None, 512:1024]) == bits(expected)
+        finish_reading_ahead()
+        assert bits(file.get_slice("b")[None, 512:1024]) == bits(expected)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have a file that others may not write")
+def test_the_kernel_tells_what_is_cached_of_files_that_are_own_or_may_be_written(path):
+    with path.open("rb") as file:
+        assert _mapped_tensors._is_told_what_is_cached(file.fileno())
+        with unprivileged():
+            assert not _mapped_tensors._is_told_what_is_cached(file.fileno())
+        os.fchown(file.fileno(), 65534, -1)
+        with unprivileged():
+            assert _mapped_tensors._is_told_what_is_cached(file.fileno())
+
+
+def test_of_a_file_of_others_what_is_not_cached_is_read_ahead_and_what_is_cached_is_not(path, wanted, monkeypatch):
+    monkeypatch.setattr(_mapped_tensors, "_is_told_what_is_cached", lambda fd: False)
+    monkeypatch.setattr(_mapped_tensors._native, "is_cached", lambda *_: True)
+    expected = load_file(path)["b"]
+    evict(path)
+    with safe_open(path, "pt", backend="mmap") as file:
+        tensor = file.get_tensor("b")
+        assert wanted
+        assert wanted[0][1] == 8 * MIB
+        finish_reading_ahead()
+        path.read_bytes()
+        wanted.clear()
+        assert bits(file.get_tensor("b")) == bits(tensor) == bits(expected)
+        assert wanted == []
+
+
+def test_nothing_of_a_mapped_file_is_left_to_be_closed_by_the_garbage_collector(path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tensors = load_file(path, backend="mmap")
+        finish_reading_ahead()
+        del tensors
+        gc.collect()
+    assert [str(each.message) for each in caught if each.category is ResourceWarning] == []
 
 
 def test_all_tensors_are_read_ahead_together(path, wanted):

@@ -47,6 +47,8 @@ INDICES: list[Any] = [
     [],
     [0, 2],
     None,
+    (None, slice(1, 3)),
+    (None, 1, slice(1, 3), 1),
     torch.tensor([1, 1]),
     torch.tensor([True, False, True, False]),
     slice(3, 3),

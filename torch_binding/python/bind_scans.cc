@@ -36,7 +36,7 @@ nb::typed<nb::list, Binding> bindings_of(nb::handle value, const nb::list& modul
   return list;
 }
 
-/// Keeps the GIL: a call takes less time than it would take to get it back from another thread.
+/// Keeps the GIL, because the call is short, and a thread that gives up the GIL may wait for it for milliseconds.
 bool is_cached(std::uintptr_t address, std::size_t size_bytes, std::size_t step_bytes) {
   const auto page_bytes = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
   // The kernel answers for a page, and fails for memory that is not mapped.

@@ -357,6 +357,9 @@ def _repeated_extent(
 def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], list[int]]:
     """Returns what `index` means in each dim, and the dims that it keeps, which are those without a single integer."""
     items = list(index) if isinstance(index, tuple) else [index]
+    for item in items:
+        if not isinstance(item, slice) and item is not ... and _as_integer(item) is None:
+            raise UnknownIndexError(f"parts of a tensor are read by integers, slices and '...', not by {item!r}")
     ellipses = [at for at, item in enumerate(items) if item is ...]  # Arrays compare element by element.
     if len(ellipses) > 1:
         raise IndexError("an index can have only one ellipsis ('...')")
@@ -374,12 +377,11 @@ def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], list[int]]
                 raise ValueError("the step of a slice must be greater than zero")
             ranges.append(range(begin, end, step))
             kept.append(dim)
-        elif (number := _as_integer(item)) is not None:
+        else:
+            number = operator.index(item)
             if not -size <= number < size:
                 raise IndexError(f"index {number} is out of bounds for a dim of size {size}")
             ranges.append(range(number % size, number % size + 1))
-        else:
-            raise UnknownIndexError(f"parts of a tensor are read by integers, slices and '...', not by {item!r}")
     return ranges, kept
 
 

@@ -16,7 +16,7 @@ import torch
 
 from . import _native
 from ._checkpoint import Entry
-from ._file import FlashPackFile, TensorSlice
+from ._file import FlashPackFile, TensorSlice, UnknownIndexError
 from ._logging import logger
 from ._memory import MappedFile, map_file
 from ._owner_process import held_by_forks
@@ -79,9 +79,12 @@ class MappedTensors:
             if part.numel() == whole.numel():
                 self._read_ahead(entry, entry.size_bytes)
                 return part
-            if _is_cached(part.data_ptr(), _extent_bytes(part)):
+            if self._is_there(entry, part.data_ptr(), _extent_bytes(part)):
                 return part
-        return TensorSlice(self._file, entry)[index]
+        try:
+            return TensorSlice(self._file, entry)[index]
+        except UnknownIndexError:  # None, which adds a dim.
+            return self.tensor(entry)[index]
 
     def _view(self, entry: Entry) -> torch.Tensor:
         block = self._map_of(entry).block
@@ -96,7 +99,8 @@ class MappedTensors:
                 _mapped_bytes[block._buffer] = block.size_bytes
                 fits = 2 * sum(_mapped_bytes.values()) < _memory_bytes()
             # What is read too far ahead would be displaced before it is used.
-            made = _Map(block, block.address, _read_ahead_of(file.fd, block.owner) if fits else None)
+            ahead = _read_ahead_of(file.fd, block.owner) if fits else None
+            made = _Map(block, block.address, _is_told_what_is_cached(file.fd), ahead)
             self._maps.setdefault(entry.file, made)  # Two threads may each map the file; then one mapping is dropped.
         return self._maps[entry.file]
 
@@ -107,8 +111,16 @@ class MappedTensors:
             return
         for at in range(first.offset_bytes, first.offset_bytes + size_bytes, _PIECE_BYTES):
             piece_bytes = min(_PIECE_BYTES, first.offset_bytes + size_bytes - at)
-            if not _is_cached(of_file.address + at, piece_bytes):
+            if not self._is_there(first, of_file.address + at, piece_bytes):
                 of_file.ahead.want(at, piece_bytes)
+
+    def _is_there(self, entry: Entry, address: int, size_bytes: int) -> bool:
+        """Returns whether this part of the mapping of the tensor's file is in the page cache."""
+        of_file = self._map_of(entry)
+        if of_file.is_told:
+            return _is_cached(address, size_bytes)
+        fd = self._file._checkpoint.files()[entry.file].fd
+        return _is_read_at_once(fd, address - of_file.address, size_bytes)
 
 
 class _Map(NamedTuple):
@@ -116,6 +128,8 @@ class _Map(NamedTuple):
 
     block: MappedFile
     address: int
+    is_told: bool
+    """Whether the kernel tells which of its pages are cached."""
     ahead: _ReadAhead | None
 
 
@@ -130,6 +144,7 @@ class _ReadAhead:
 
     def __init__(self, fd: int, mapping: object) -> None:
         self._file = open_again(fd)
+        weakref.finalize(self, self._file.close).atexit = False
         self._mapping = weakref.ref(mapping)
         self._ranges: deque[tuple[int, int]] = deque()
         self._threads = 0
@@ -179,12 +194,35 @@ def _extent_bytes(part: torch.Tensor) -> int:
     return (last + 1) * part.element_size() if part.numel() else 0
 
 
-def _is_cached(address: int, size_bytes: int) -> bool:
-    """Whether this part of a mapping is in the page cache, as far as a few pages tell. See the native function.
+def _is_told_what_is_cached(fd: int) -> bool:
+    """Returns whether the kernel tells this process which pages of a mapped file are cached.
 
-    A read that does not wait would tell it of any file, but brings pages in, so that the next look would find them.
+    It tells so of files that are the user's own, or that the user may write. All pages of other files seem to be there.
     """
+    own = os.fstat(fd).st_uid == os.geteuid()
+    return own or os.access(f"/proc/self/fd/{fd}", os.W_OK, effective_ids=True)
+
+
+def _is_cached(address: int, size_bytes: int) -> bool:
+    """Returns whether this part of a mapping is in the page cache, as far as a few pages tell."""
     return _native.is_cached(address, size_bytes, _LOOK_BYTES)
+
+
+def _is_read_at_once(fd: int, offset_bytes: int, size_bytes: int) -> bool:
+    """Returns the same for a file of which the kernel does not tell.
+
+    Each look makes the kernel read around it, so that a second look at the same place would find what the first has
+    brought in.
+    """
+    byte = bytearray(1)
+    try:
+        for at in (*range(offset_bytes, offset_bytes + size_bytes, _LOOK_BYTES), offset_bytes + size_bytes - 1):
+            os.preadv(fd, [byte], at, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:  # The file system cannot read so, or fails: whoever touches the page will see.
+        pass
+    return True
 
 
 @cache
