@@ -353,7 +353,8 @@ TEST_P(CudaDevicesTest, DevicesThatAreNoneOrTwiceOrNotOfCudaAreRefused) {
     return std::pair(make_error_code(Errc::kInvalidArgument), message + ": invalid argument");
   };
   EXPECT_EQ(refusal_of({}, {{kCuda, 1}}), invalid("engine options: more_devices is for CUDA devices alone"));
-  EXPECT_EQ(refusal_of({kCuda, 1}, {{kCuda, 0}, {}}), invalid("engine options: more_devices is for CUDA devices alone"));
+  EXPECT_EQ(refusal_of({kCuda, 1}, {{kCuda, 0}, {}}),
+            invalid("engine options: more_devices is for CUDA devices alone"));
   EXPECT_EQ(refusal_of({kCuda, 1}, {{kCuda, 1}}), invalid("engine options: CUDA device 1 twice"));
   EXPECT_EQ(refusal_of({kCuda, 1}, {{kCuda, 0}, {kCuda, 2}, {kCuda, 0}}),
             invalid("engine options: CUDA device 0 twice"));
