@@ -356,11 +356,8 @@ def _repeated_extent(
 
 def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], list[int]]:
     """Returns what `index` means in each dim, and the dims that it keeps, which are those without a single integer."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    for item in items:
-        if not isinstance(item, slice) and item is not ... and _as_integer(item) is None:
-            raise UnknownIndexError(f"parts of a tensor are read by integers, slices and '...', not by {item!r}")
-    ellipses = [at for at, item in enumerate(items) if item is ...]  # Arrays compare element by element.
+    items = [_known(item) for item in (index if isinstance(index, tuple) else (index,))]
+    ellipses = [at for at, item in enumerate(items) if item is ...]
     if len(ellipses) > 1:
         raise IndexError("an index can have only one ellipsis ('...')")
     given = len(items) - len(ellipses)
@@ -378,11 +375,19 @@ def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], list[int]]
             ranges.append(range(begin, end, step))
             kept.append(dim)
         else:
-            number = operator.index(item)
-            if not -size <= number < size:
-                raise IndexError(f"index {number} is out of bounds for a dim of size {size}")
-            ranges.append(range(number % size, number % size + 1))
+            if not -size <= item < size:
+                raise IndexError(f"index {item} is out of bounds for a dim of size {size}")
+            ranges.append(range(item % size, item % size + 1))
     return ranges, kept
+
+
+def _known(item: Any) -> Any:
+    """Returns a slice, `...` or an integer. Raises UnknownIndexError for any other item of an index."""
+    if isinstance(item, slice) or item is ...:
+        return item
+    if (number := _as_integer(item)) is None:
+        raise UnknownIndexError(f"parts of a tensor are read by integers, slices and '...', not by {item!r}")
+    return number
 
 
 def _as_integer(item: Any) -> int | None:

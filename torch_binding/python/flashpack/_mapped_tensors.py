@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _native
-from ._checkpoint import Entry
+from ._checkpoint import Entry, File
 from ._file import FlashPackFile, TensorSlice, UnknownIndexError
 from ._logging import logger
 from ._memory import MappedFile, map_file
@@ -79,7 +79,8 @@ class MappedTensors:
             if part.numel() == whole.numel():
                 self._read_ahead(entry, entry.size_bytes)
                 return part
-            if self._is_there(entry, part.data_ptr(), _extent_bytes(part)):
+            of_file = self._map_of(entry)
+            if of_file.is_cached(part.data_ptr() - of_file.address, _extent_bytes(part)):
                 return part
         try:
             return TensorSlice(self._file, entry)[index]
@@ -100,7 +101,7 @@ class MappedTensors:
                 fits = 2 * sum(_mapped_bytes.values()) < _memory_bytes()
             # What is read too far ahead would be displaced before it is used.
             ahead = _read_ahead_of(file.fd, block.owner) if fits else None
-            made = _Map(block, block.address, _is_told_what_is_cached(file.fd), ahead)
+            made = _Map(file, block, block.address, _is_told_what_is_cached(file.fd), ahead)
             self._maps.setdefault(entry.file, made)  # Two threads may each map the file; then one mapping is dropped.
         return self._maps[entry.file]
 
@@ -111,26 +112,25 @@ class MappedTensors:
             return
         for at in range(first.offset_bytes, first.offset_bytes + size_bytes, _PIECE_BYTES):
             piece_bytes = min(_PIECE_BYTES, first.offset_bytes + size_bytes - at)
-            if not self._is_there(first, of_file.address + at, piece_bytes):
+            if not of_file.is_cached(at, piece_bytes):
                 of_file.ahead.want(at, piece_bytes)
-
-    def _is_there(self, entry: Entry, address: int, size_bytes: int) -> bool:
-        """Returns whether this part of the mapping of the tensor's file is in the page cache."""
-        of_file = self._map_of(entry)
-        if of_file.is_told:
-            return _is_cached(address, size_bytes)
-        fd = self._file._checkpoint.files()[entry.file].fd
-        return _is_read_at_once(fd, address - of_file.address, size_bytes)
 
 
 class _Map(NamedTuple):
     """One file."""
 
+    file: File
     block: MappedFile
     address: int
     is_told: bool
     """Whether the kernel tells which of its pages are cached."""
     ahead: _ReadAhead | None
+
+    def is_cached(self, offset_bytes: int, size_bytes: int) -> bool:
+        """Returns whether this part of the open file is in the page cache, as far as a few pages tell."""
+        if self.is_told:
+            return _is_cached(self.address + offset_bytes, size_bytes)
+        return _is_read_at_once(self.file.fd, offset_bytes, size_bytes)
 
 
 class _ReadAhead:
