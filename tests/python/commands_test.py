@@ -294,13 +294,14 @@ def test_a_reversal_that_fails_leaves_the_old_file_and_no_other(tmp_path, pack):
     assert (tmp_path / "a.safetensors").read_bytes() == b"old"
 
 
-def test_bytes_that_are_not_what_was_written_are_not_reverted(tmp_path, pack):
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_bytes_that_are_not_what_was_written_are_not_reverted(tmp_path, pack, name):
     source = pack(STATE)
     raw = bytearray(source.read_bytes())
     raw[100] ^= 1
     source.write_bytes(raw)
     with pytest.raises(FlashPackError, match="checksum"):
-        commands.revert_from_flashpack(source)
+        commands.revert_from_flashpack(source, tmp_path / name)
     assert names_in(tmp_path) == [source.name]
 
 

@@ -20,15 +20,17 @@ from ._directory import (
     refuse_source,
     staged,
 )
+from ._file import load_file
 from ._native import FlashPackError
 from ._progress import Progress, progress_bar
 from ._repository import check_folder
 from ._safetensors import safetensors_header, write_safetensors
-from .deserialization import revert_from_file
+from ._stream import stream_tensors
 from .serialization import file_to_replace
 from .utils import logger
 
 _FILE_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
+_WINDOW_BYTES = 128 << 20
 
 
 def revert(path: StrPath, destination_path: StrPath | None, silent: bool, force: bool = False) -> str:
@@ -96,19 +98,42 @@ def _write(checkpoint: Checkpoint, file: Path, destination: Path, silent: bool) 
         header, entries = safetensors_header(entries, {"format": "pt", **metadata})
     elif metadata:
         logger.warning("%s: metadata is left out, for which only safetensors files have a place", destination)
-    tensors = revert_from_file(checkpoint, silent=silent)
+    stage = os.path.realpath(file.parent)
     try:
         if is_safetensors:
-            write_safetensors(file, header, (tensors[entry.name] for entry in entries), not silent)
+            with stream_tensors(checkpoint, window_bytes=_WINDOW_BYTES) as tensors:
+                write_safetensors(file, header, entries, tensors, not silent)
         else:
-            _save(tensors, file, sum(entry.size_bytes for entry in entries), silent)
+            _save(_verified_and_mapped(checkpoint, silent), file, silent)
     except OSError as error:
+        if error.filename is not None and not Path(os.path.realpath(error.filename)).is_relative_to(stage):
+            raise  # It is the source that cannot be read.
         number = error.errno or errno.EIO
         # Nobody has heard of the temporary file that the error names.
         raise OSError(number, os.strerror(number), os.fspath(destination)) from error
 
 
-def _save(tensors: dict[str, torch.Tensor], file: Path, size_bytes: int, silent: bool) -> None:
+def _verified_and_mapped(checkpoint: Checkpoint, silent: bool) -> dict[str, torch.Tensor]:
+    """Returns all tensors, which torch.save wants at once, mapped, because they may be larger than memory.
+
+    What is mapped is not verified, so that all of it is read before. That also finds what the disk cannot read, where
+    a mapping would kill the process.
+    """
+    total_bytes = sum(entry.size_bytes for entry in checkpoint.entries())
+    with (
+        stream_tensors(checkpoint, window_bytes=_WINDOW_BYTES) as tensors,
+        progress_bar("Verifying", total_bytes, not silent) as progress,
+    ):
+        done_bytes = 0
+        for _, tensor in tensors:
+            done_bytes += tensor.nbytes
+            if progress is not None:
+                progress(done_bytes)
+    return load_file(checkpoint, mmap=True)
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path, silent: bool) -> None:
+    size_bytes = sum(tensor.nbytes for tensor in tensors.values())
     with progress_bar("Writing", size_bytes, not silent) as progress, _Written(file, progress) as written:
         try:
             torch.save(tensors, written)

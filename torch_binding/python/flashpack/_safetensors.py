@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +21,10 @@ from ._progress import progress_bar
 
 # These have no name there, because no safetensors file can have them.
 UNNAMED = {"complex32": "C32", "complex128": "C128"}
+_BATCH_BYTES = 32 << 20
+
+_Part = tuple[int, torch.Tensor]
+"""Bytes of a file: their offset and the tensor that has them."""
 
 
 class CheckpointError(FlashPackError, SafetensorError):
@@ -45,23 +51,61 @@ def safetensors_header(entries: Sequence[Entry], metadata: dict[str, str]) -> tu
     return header, [entries[number] for number in order]
 
 
-def write_safetensors(path: StrPath, header: bytes, tensors: Iterable[torch.Tensor], show: bool) -> None:
-    """Writes a header and its tensors, which are on the CPU, to a file, durably. Raises OSError."""
-    lead = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-    sources = [lead, *(tensor for tensor in tensors if tensor.nbytes)]
-    extents, at = [], 0
-    for source in sources:
-        extents.append((at, source.nbytes, source.data_ptr()))
-        at += source.nbytes
+def write_safetensors(
+    path: StrPath,
+    header: bytes,
+    entries: Sequence[Entry],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    show: bool,
+) -> None:
+    """Writes a header and its tensors to a file, durably. `entries`: all tensors, in the order of the file.
+
+    `tensors`: their names and values, which are on the CPU, in any order. No more of them is held than a batch of
+    32 MiB, or one larger tensor. Raises OSError, and what `tensors` raises.
+    """
+    ends = [*itertools.accumulate((entry.size_bytes for entry in entries), initial=len(header))]
+    places = {entry.name: begin for entry, begin in zip(entries, ends, strict=False)}
     side = side_of(CPU)
-    writer = _native.Writer(side.engine, os.path.abspath(path), at)
+    writer = _native.Writer(side.engine, os.path.abspath(path), ends[-1])
     try:
-        with progress_bar("Writing", at, show) as progress:
-            writer.start_write(extents, sources, side.stream)
-            writer.finish(0, progress)
+        with progress_bar("Writing", ends[-1], show) as progress:
+            for batch in _batches(header, places, tensors):
+                for run in _runs(batch):
+                    extents = [(begin, source.nbytes, source.data_ptr()) for begin, source in run]
+                    writer.start_write(extents, [source for _, source in run], side.stream)
+                writer.finish(0, progress)
             writer.commit(b"")
     finally:
         writer.abort()
+
+
+def _batches(
+    header: bytes, places: Mapping[str, int], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[list[_Part]]:
+    """Yields all bytes of the file. A batch is emptied before the next tensor is asked for."""
+    batch: list[_Part] = [(0, torch.frombuffer(bytearray(header), dtype=torch.uint8))]
+    size_bytes = len(header)
+    for name, tensor in tensors:
+        if tensor.nbytes:
+            batch.append((places[name], tensor))
+            size_bytes += tensor.nbytes
+        if size_bytes >= _BATCH_BYTES:
+            yield batch
+            batch.clear()
+            size_bytes = 0
+    yield batch
+
+
+def _runs(batch: list[_Part]) -> Iterator[list[_Part]]:
+    """Cuts a batch into parts without gaps, because a write with a short gap would fill it with zeros."""
+    run: list[_Part] = []
+    for begin, source in sorted(batch, key=itemgetter(0)):
+        if run and run[-1][0] + run[-1][1].nbytes != begin:
+            yield run
+            run = []
+        run.append((begin, source))
+    if run:
+        yield run
 
 
 class FileOnDevice(FlashPackFile):
