@@ -76,8 +76,9 @@ std::vector<Contender> rooflines(const Setup& setup, Cache cache) {
 Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Memory memory) {
   prepare(setup.checkpoint, cache);
   if (memory == Memory::kTouched) return measure([&] { contender.run(setup.touched.data()); });
-  HostMemory::release_kept();
-  const HostMemory fresh(setup.touched.bytes().size());
+  const HostMemoryPool& pool = setup.engine.options().memory_pool;
+  pool.release_kept();
+  const HostMemory fresh(pool, setup.touched.bytes().size());
   return measure([&] { contender.run(fresh.data()); });
 }
 

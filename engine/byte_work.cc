@@ -13,6 +13,7 @@
 #include <ctime>
 
 #include "engine/ground/pages.h"
+#include "engine/ground/target_pages.h"
 #include "engine/stripe_sums.h"
 
 namespace flashpack::internal {
@@ -174,7 +175,7 @@ std::chrono::nanoseconds cpu_time_of_thread() {
 }
 
 // Takes the page faults of `memory`. Returns 0, or an errno, after which a read into that memory may still succeed.
-int populate(std::span<std::byte> memory, bool for_writing, [[maybe_unused]] Populated populated) {
+int populate(std::span<std::byte> memory, bool for_writing, [[maybe_unused]] TouchListener* listener) {
 #ifdef MADV_POPULATE_WRITE
   // Pages that `memory` covers only in part are included.
   const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(memory.data());
@@ -182,7 +183,7 @@ int populate(std::span<std::byte> memory, bool for_writing, [[maybe_unused]] Pop
   const int advice = for_writing ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
   const auto begin = cpu_time_of_thread();
   const int error = ::madvise(memory.data() - before, before + memory.size(), advice) == 0 ? 0 : errno;
-  if (for_writing && populated) populated(memory, cpu_time_of_thread() - begin);
+  if (for_writing && listener) listener->was_touched(memory, cpu_time_of_thread() - begin);
   return error;
 #else
   return ENOSYS;
@@ -212,9 +213,9 @@ int as_read_fails(int error, std::span<std::byte> memory) {
 // has no page left would end the process, whereas a failed populate is only an error, as EFAULT is for a read. On small
 // pages that are present, this costs half as much as the copy, on huge pages nothing; fresh pages it populates faster
 // than the copy would. process_vm_writev(2) costs more, and some containers forbid it.
-std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writing, Populated populated) {
+std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writing, TouchListener* listener) {
   std::span<std::byte> run;  // Whole pages that follow on each other.
-  const auto ask = [&] { return run.empty() ? 0 : as_read_fails(populate(run, for_writing, populated), run); };
+  const auto ask = [&] { return run.empty() ? 0 : as_read_fails(populate(run, for_writing, listener), run); };
   if (!can_populate()) return 0;
   for (const Fragment& fragment : fragments) {
     std::byte* const begin = fragment.memory - reinterpret_cast<std::uintptr_t>(fragment.memory) % system_page_bytes();
@@ -232,24 +233,24 @@ std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writin
 }
 
 // Page faults during a copy to fresh memory cost more than populating it first.
-void populate_if_fresh(std::span<const Fragment> fragments, Populated populated) {
+void populate_if_fresh(std::span<const Fragment> fragments, TouchListener* listener) {
   for (const Fragment& fragment : fragments) {
     const std::span<std::byte> memory(fragment.memory, fragment.size_bytes);
     if (memory.size() < kHugePageBytes) continue;
     // The first page and the last may have bytes of other chunks.
-    if (!is_populated(memory.subspan(memory.size() / 2, 1))) populate(memory, true, populated);
+    if (!is_populated(memory.subspan(memory.size() / 2, 1))) populate(memory, true, listener);
   }
 }
 
 std::int64_t scatter(const ByteWork& work) {
-  if (const auto error = make_touchable(work.fragments, true, work.populated)) return error;
+  if (const auto error = make_touchable(work.fragments, true, work.touch_listener)) return error;
   for (const Fragment& fragment : work.fragments)
     std::memcpy(fragment.memory, work.view.of(fragment), fragment.size_bytes);
   return 0;
 }
 
 std::int64_t gather(const ByteWork& work) {
-  if (const auto error = make_touchable(work.fragments, false, work.populated)) return error;
+  if (const auto error = make_touchable(work.fragments, false, work.touch_listener)) return error;
   clear_gaps(work.view, work.fragments);
   for (const Fragment& fragment : work.fragments)
     std::memcpy(work.view.of(fragment), fragment.memory, fragment.size_bytes);
@@ -286,7 +287,7 @@ std::int64_t move_bytes(const ByteWork& work) {
   const bool for_writing = work.touch == ByteWork::Touch::kForWriting;
   switch (work.op) {
     case ByteWork::Op::kFromCache:
-      populate_if_fresh(work.fragments, work.populated);
+      populate_if_fresh(work.fragments, work.touch_listener);
       return read_through_cache(work);
     case ByteWork::Op::kToCache:
       return move_fragments(work.fd, work.fragments, true);
@@ -295,9 +296,10 @@ std::int64_t move_bytes(const ByteWork& work) {
     case ByteWork::Op::kGather:
       return gather(work);
     case ByteWork::Op::kChecksum:
-      return work.touch == ByteWork::Touch::kNothing ? 0 : make_touchable(work.fragments, for_writing, work.populated);
+      return work.touch == ByteWork::Touch::kNothing ? 0
+                                                     : make_touchable(work.fragments, for_writing, work.touch_listener);
     case ByteWork::Op::kPopulate:
-      populate(work.view.bytes, for_writing, work.populated);
+      populate(work.view.bytes, for_writing, work.touch_listener);
       return 0;
   }
   return -EINVAL;

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cassert>
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -13,9 +12,7 @@
 namespace flashpack::internal {
 
 class StripeSums;
-
-/// Called when a worker has taken the page faults of writing to all of `memory`, with the time of a CPU that this took.
-using Populated = void (*)(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept;
+class TouchListener;
 
 /// Contiguous bytes of a chunk, in a slot or in the caller's memory. Their offsets are those that the fragments have.
 struct ChunkView {
@@ -60,8 +57,8 @@ struct ByteWork {
   Touch touch = Touch::kNothing;
   /// If set, the moved bytes go into these sums; for kScatter and kChecksum those between the fragments, too.
   StripeSums* sums = nullptr;
-  const void* transfer = nullptr;  ///< Operations of one transfer may be reported together.
-  Populated populated = nullptr;   ///< Null if nobody wants to know.
+  const void* transfer = nullptr;           ///< Operations of one transfer may be reported together.
+  TouchListener* touch_listener = nullptr;  ///< Null if nobody wants to know.
 };
 
 /// Carries out `work` in the calling thread. Returns an IoCompletion::result.

@@ -30,13 +30,17 @@ std::span<std::byte> map_small(std::size_t size_bytes) {
 
 }  // namespace
 
-HostMemory::HostMemory(std::size_t size_bytes, std::uint64_t offset_bytes) {
+HostMemoryPool::HostMemoryPool() : pages_(std::make_shared<TargetPages>()) {}
+std::uint64_t HostMemoryPool::kept_bytes() const noexcept { return pages_->kept_bytes(); }
+void HostMemoryPool::release_kept() const noexcept { pages_->release_kept(); }
+
+HostMemory::HostMemory(const HostMemoryPool& pool, std::size_t size_bytes, std::uint64_t offset_bytes) : pool_(pool) {
   // Sums of sizes must not wrap, and no system has so much.
   if (size_bytes > kMostBytes)
     throw Error(internal::errno_code(ENOMEM), "map " + std::to_string(size_bytes) + " bytes of memory for tensors");
   const bool small = is_small(size_bytes);
   const std::size_t before_bytes = offset_bytes % (small ? kPageBytes : kHugePageBytes);
-  pages_ = small ? map_small(before_bytes + size_bytes) : TargetPages::of_process().take(before_bytes, size_bytes);
+  pages_ = small ? map_small(before_bytes + size_bytes) : pool_.pages_->take(before_bytes, size_bytes);
   bytes_ = pages_.subspan(before_bytes, size_bytes);
 }
 
@@ -45,12 +49,8 @@ HostMemory::~HostMemory() {
   if (is_small(bytes_.size())) {
     internal::unmap(pages_);
   } else {
-    TargetPages::of_process().give_back(pages_);
+    pool_.pages_->give_back(pages_);
   }
 }
-
-std::uint64_t HostMemory::kept_bytes() noexcept { return TargetPages::of_process().kept_bytes(); }
-
-void HostMemory::release_kept() noexcept { TargetPages::of_process().release_kept(); }
 
 }  // namespace flashpack

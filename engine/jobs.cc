@@ -71,7 +71,7 @@ ByteWork Job::byte_work() const {
                 .fragments = fragments(),
                 .sums = counts ? &*part->planned->sums : nullptr,
                 .transfer = part->transfer,
-                .populated = transfer().request.populated};
+                .touch_listener = transfer().request.touch_listener};
   switch (step) {
     case Step::kReadIfCached:
     case Step::kReadCached:

@@ -22,7 +22,7 @@ struct EngineFacts {
   Backend backend = Backend::kAuto;
   DiskQueue* disk = nullptr;  ///< Serves files that are written.
   Copier* copier = nullptr;   ///< Null for an engine of the host.
-  Populated populated = nullptr;
+  TouchListener* touch_listener = nullptr;
   std::string fallback_reason;  ///< Why memory is not as asked for, which every transfer reports; empty if it is.
 };
 

@@ -67,8 +67,8 @@ struct TransferRequest {
   Completion* completion = nullptr;
   AfterLoad after = AfterLoad::kKeep;
   bool continue_on_error = false;
-  std::uint64_t total_bytes = 0;  // Size of all extents.
-  Populated populated = nullptr;  // The engine's.
+  std::uint64_t total_bytes = 0;            // Size of all extents.
+  TouchListener* touch_listener = nullptr;  // The engine's.
 };
 
 /// Shared by the caller's handle, the driver, threads that open or close a file of the transfer, and the FileWriter

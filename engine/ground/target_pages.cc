@@ -1,13 +1,11 @@
 #include "engine/ground/target_pages.h"
 
-#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/utsname.h>
 
 #include <algorithm>
 #include <cstdio>
-#include <exception>
 #include <fstream>
 #include <iterator>
 #include <string>
@@ -63,51 +61,44 @@ bool promises_are_free() {
   return overcommit != '2';
 }
 
-// It is made while the program is loaded. A fork during a first call by another thread would leave the child waiting
+// This is asked while the program is loaded. A fork during a first call by another thread would leave the child waiting
 // for the end of that call.
-[[maybe_unused]] const TargetPages& made_at_once = TargetPages::of_process();
+const bool may_keep = kernel_keeps_direct_reads() && promises_are_free();
+
+std::span<std::byte> map(std::size_t size_bytes) {
+  const std::span memory = map_memory(size_bytes, kHugePageBytes);
+  if (memory.empty()) throw map_error(size_bytes, "tensors");
+  return memory;
+}
 
 }  // namespace
 
-TargetPages& TargetPages::of_process() {
-  auto& one = immortal<TargetPages>();
-  // A child must not inherit a mutex that a thread of its parent holds. Only a lack of memory makes this
-  // fail. It runs while the program is loaded, so nothing is lost if the process ends.
-  static const int error = ::pthread_atfork([] { of_process().mutex_.lock(); }, [] { of_process().mutex_.unlock(); },
-                                            [] { of_process().begin_as_child(); });
-  if (error != 0) std::terminate();
-  return one;
-}
-
-TargetPages::TargetPages() : keeps_(kernel_keeps_direct_reads() && promises_are_free()) {}
-
-void TargetPages::begin_as_child() noexcept {
-  kept_.clear();
-  kept_bytes_ = 0;
-  mutex_.unlock();
-}
-
 std::span<std::byte> TargetPages::take(std::size_t before_bytes, std::size_t size_bytes) {
-  const std::size_t end_bytes = before_bytes + size_bytes;
-  const std::size_t pages_bytes = round_up(end_bytes, kHugePageBytes);
+  const std::size_t pages_bytes = round_up(before_bytes + size_bytes, kHugePageBytes);
+  if (!owner_.is_current()) {
+    const std::span memory = map(pages_bytes);
+    advise_huge_pages(memory.subspan(before_bytes, size_bytes));
+    return memory;
+  }
   const std::lock_guard lock(mutex_);
+  // It is made first, because there may be no memory for it later.
+  auto entry = std::map<std::byte*, Used>{{nullptr, {pages_bytes, false}}}.extract(nullptr);
   std::span<std::byte> memory = take_kept(pages_bytes);
-  bool may_get_huge_pages = false;
   if (memory.empty()) {
     memory = map_memory(pages_bytes, kHugePageBytes);
     if (memory.empty()) {
       drop_kept(0);
-      memory = map_memory(pages_bytes, kHugePageBytes);
+      memory = map(pages_bytes);
     }
-    if (memory.empty()) throw map_error(pages_bytes, "tensors");
-    may_get_huge_pages = may_try_huge_pages(pages_bytes);
-    if (may_get_huge_pages) {
+    entry.mapped().may_get_huge_pages = may_try_huge_pages(pages_bytes);
+    if (entry.mapped().may_get_huge_pages) {
       advise_huge_pages(memory.subspan(before_bytes, size_bytes));
     } else {
       ::madvise(memory.data(), memory.size(), MADV_NOHUGEPAGE);
     }
   }
-  used_.emplace(memory.data(), Used{pages_bytes, may_get_huge_pages});
+  entry.key() = memory.data();
+  used_.insert(std::move(entry));
   used_bytes_ += pages_bytes;
   most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
   drop_kept(most_used_bytes_ - used_bytes_);
@@ -139,8 +130,9 @@ std::span<std::byte> TargetPages::take_kept(std::size_t size_bytes) {
 }
 
 void TargetPages::give_back(std::span<std::byte> memory) noexcept {
+  if (!owner_.is_current()) return unmap(memory);
   // From now on the kernel may take these pages until they are written again. It refuses if they are locked.
-  const bool is_free = keeps_ && address_space_is_free() && ::madvise(memory.data(), memory.size(), MADV_FREE) == 0;
+  const bool is_free = may_keep && address_space_is_free() && ::madvise(memory.data(), memory.size(), MADV_FREE) == 0;
   const std::lock_guard lock(mutex_);
   used_.erase(memory.data());
   used_bytes_ -= memory.size();
@@ -178,7 +170,7 @@ void TargetPages::drop_kept(std::uint64_t limit_bytes) noexcept {
 
 void TargetPages::was_touched(std::span<const std::byte> memory, nanoseconds cpu_time) noexcept {
   const auto huge_pages = static_cast<std::int64_t>(memory.size() / kHugePageBytes);
-  if (huge_pages == 0) return;
+  if (huge_pages == 0 || !owner_.is_current()) return;
   const std::lock_guard lock(mutex_);
   auto* const end = const_cast<std::byte*>(memory.data()) + memory.size();
   auto range = used_.lower_bound(end);
@@ -195,11 +187,13 @@ void TargetPages::was_touched(std::span<const std::byte> memory, nanoseconds cpu
 }
 
 std::uint64_t TargetPages::kept_bytes() noexcept {
+  if (!owner_.is_current()) return 0;
   const std::lock_guard lock(mutex_);
   return kept_bytes_;
 }
 
 void TargetPages::release_kept() noexcept {
+  if (!owner_.is_current()) return;
   const std::lock_guard lock(mutex_);
   drop_kept(0);
 }

@@ -1,4 +1,4 @@
-/// The pages of HostMemory.
+/// The pages of a HostMemoryPool.
 #pragma once
 
 #include <chrono>
@@ -8,20 +8,31 @@
 #include <mutex>
 #include <span>
 
+#include "flashpack/detail/owner_process.h"
+
 namespace flashpack::internal {
 
-/// Hands out pages and takes them back, and decides which pages are kept and which are huge. Any thread may call it, a
-/// forked child, too.
-///
-/// One instance serves the process, though libraries should have no state of their own, because memory has no engine,
-/// and kept pages serve whoever needs memory next. (engine/README.md lists what else the process has.) It is never
-/// destroyed, because memory may be given back by static objects. HostMemory uses it, and engines only tell it what
-/// they have populated.
-class TargetPages {
+/// Learns what the page faults of writing cost.
+class TouchListener {
  public:
-  /// Use of_process().
-  TargetPages();
-  static TargetPages& of_process();
+  /// Tells how much time of a CPU it took to write to all of `memory` for the first time.
+  virtual void was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept = 0;
+
+ protected:
+  ~TouchListener() = default;
+};
+
+/// Hands out pages and takes them back, and decides which pages are kept and which are huge. HostMemory uses it, and
+/// engines only tell it what they have populated.
+///
+/// Thread safety: any thread. In a forked child of the process that made it, which does not have the kept pages, and
+/// where the mutex may be locked for ever, it hands out fresh pages and keeps none.
+class TargetPages final : public TouchListener {
+ public:
+  TargetPages() = default;
+  ~TargetPages() { release_kept(); }
+  TargetPages(const TargetPages&) = delete;
+  TargetPages& operator=(const TargetPages&) = delete;
 
   /// Returns memory that begins at a multiple of 2 MiB and has `before_bytes` + `size_bytes`, rounded up to whole huge
   /// pages. Its contents are unspecified, and fresh pages are untouched. Throws: Error (errno of mmap).
@@ -30,15 +41,9 @@ class TargetPages {
   /// Takes what take() returned.
   void give_back(std::span<std::byte> memory) noexcept;
 
-  /// Tells how much time of a CPU it took to write to all of `memory` for the first time. If that is too much for huge
-  /// pages, the rest of the memory that take() returned will get small ones. Memory of other origin is ignored.
-  void was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept;
-
-  /// Calls was_touched() of the process's instance. An engine gets this function, so that it need not know who owns the
-  /// memory that it fills.
-  static void tell_of_process(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept {
-    of_process().was_touched(memory, cpu_time);
-  }
+  /// If that is too much for huge pages, the rest of the memory that take() returned will get small ones. Memory of
+  /// other origin is ignored.
+  void was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept override;
 
   std::uint64_t kept_bytes() noexcept;
   void release_kept() noexcept;
@@ -53,12 +58,11 @@ class TargetPages {
   bool may_try_huge_pages(std::size_t size_bytes);
   void keep(std::span<std::byte> memory);
   void drop_kept(std::uint64_t limit_bytes) noexcept;
-  void begin_as_child() noexcept;
 
-  const bool keeps_;
+  const detail::OwnerProcess owner_;
   std::mutex mutex_;  // Protects the rest.
   std::map<std::byte*, Used> used_;
-  /// Address to size in bytes; neighbours are merged. A forked child does not have these pages.
+  /// Address to size in bytes; neighbours are merged.
   std::map<std::byte*, std::size_t> kept_;
   std::uint64_t used_bytes_ = 0;
   std::uint64_t kept_bytes_ = 0;

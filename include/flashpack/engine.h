@@ -20,6 +20,7 @@
 #include "flashpack/file_handle.h"
 #include "flashpack/file_identity.h"
 #include "flashpack/file_writer.h"
+#include "flashpack/host_memory.h"
 #include "flashpack/transfer.h"
 
 struct CUstream_st;  // CUDA's tag of cudaStream_t, so that this header needs no CUDA.
@@ -181,6 +182,8 @@ struct EngineOptions {
   /// (cudaHostRegisterPortable). A device that fails fails the transfers that use it, and no others.
   /// Errc::kInvalidArgument if there is a device twice, or one that is no CUDA device.
   std::vector<Device> more_devices = {};
+  /// The pool of the HostMemory that loads read to. Engines that are to share what is kept get a copy of the same one.
+  HostMemoryPool memory_pool = {};
 };
 
 /// Serves the host and, if wanted, one or more CUDA devices with one driver thread, one ring and one memory budget.

@@ -103,18 +103,20 @@ flashpack_status flashpack_engine_get_info(const flashpack_engine* engine, flash
 void flashpack_engine_destroy(flashpack_engine* engine);
 
 /// Memory of the host that loads are fastest to: on huge pages where they are cheap, at the place in a page that the
-/// bytes have in the file, and kept for the next one when it is destroyed, because fresh pages cost more than a read.
+/// bytes have in the file, and kept for the engine's next one when it is destroyed, because fresh pages cost more than
+/// a read. It may outlive its engine.
 typedef struct flashpack_memory flashpack_memory;
 
-/// The contents are unspecified. `offset_bytes` is the place in the file of what will be read there. Errors: ENOMEM.
-flashpack_status flashpack_memory_create(size_t size_bytes, uint64_t offset_bytes, flashpack_memory** memory,
-                                         flashpack_error** error);
+/// The contents are unspecified. `offset_bytes` is the place in the file of what `engine` will read there. Errors:
+/// ENOMEM.
+flashpack_status flashpack_memory_create(flashpack_engine* engine, size_t size_bytes, uint64_t offset_bytes,
+                                         flashpack_memory** memory, flashpack_error** error);
 /// The address of its first byte; NULL for NULL.
 void* flashpack_memory_data(const flashpack_memory* memory);
 /// Must not be called while a transfer uses the memory.
 void flashpack_memory_destroy(flashpack_memory* memory);
-/// Gives all memory that is kept for the next flashpack_memory back to the system.
-void flashpack_memory_release_kept(void);
+/// Gives all memory that is kept for the engine's next flashpack_memory back to the system. NULL is ignored.
+void flashpack_memory_release_kept(flashpack_engine* engine);
 
 /// A file that an engine keeps open for many small loads, because to open and close it costs more than to read a
 /// little. It keeps the file, whatever is at its path by now. A load through it of more than `chunk_bytes` in all

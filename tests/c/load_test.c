@@ -414,13 +414,17 @@ TEST(a_file_of_a_checkpoint_that_is_corrupt_names_its_tensors_and_leaves_the_oth
 }
 
 TEST(memory_has_the_place_in_a_page_that_the_bytes_have_in_the_file) {
+  flashpack_engine* engine = NULL;
   flashpack_memory* memory = NULL;
-  OK(flashpack_memory_create(SIZE, 100000, &memory, &error));
+  flashpack_memory* none = NULL;
+  OK(flashpack_engine_create(NULL, &engine, &error));
+  OK(flashpack_memory_create(engine, SIZE, 100000, &memory, &error));
   unsigned char* data = flashpack_memory_data(memory);
   CHECK(data && (size_t)data % 4096 == 100000 % 4096);
+  FAILS(ENOMEM, "memory", flashpack_memory_create(engine, (size_t)1 << 60, 0, &none, &error));
+  CHECK(!none && !flashpack_memory_data(none));
+  flashpack_memory_release_kept(engine);
+  flashpack_engine_destroy(engine);
   data[0] = data[SIZE - 1] = 1;
   flashpack_memory_destroy(memory);
-  flashpack_memory_release_kept();
-  FAILS(ENOMEM, "memory", flashpack_memory_create((size_t)1 << 60, 0, &memory, &error));
-  CHECK(!memory && !flashpack_memory_data(memory));
 }

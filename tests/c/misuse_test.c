@@ -26,6 +26,7 @@ TEST(null_handles_and_places_are_refused) {
   flashpack_engine* engine = new_engine();
   flashpack_checkpoint* checkpoint = NULL;
   flashpack_open_file* file = NULL;
+  flashpack_memory* memory = NULL;
   flashpack_transfer* transfer = NULL;
   flashpack_tensors* tensors = NULL;
   flashpack_writer* writer = NULL;
@@ -49,7 +50,8 @@ TEST(null_handles_and_places_are_refused) {
   NULL_IS_REFUSED("engine", flashpack_open_file_open(NULL, "x", -1, &file, &error));
   NULL_IS_REFUSED("file", flashpack_open_file_get_info(NULL, NULL, &error));
   NULL_IS_REFUSED("file", flashpack_open_file_check(NULL, &error));
-  NULL_IS_REFUSED("memory", flashpack_memory_create(1, 0, NULL, &error));
+  NULL_IS_REFUSED("memory", flashpack_memory_create(engine, 1, 0, NULL, &error));
+  NULL_IS_REFUSED("engine", flashpack_memory_create(NULL, 1, 0, &memory, &error));
   NULL_IS_REFUSED("engine", flashpack_start_load(NULL, &load, &transfer, &error));
   NULL_IS_REFUSED("request", flashpack_start_load(engine, NULL, &transfer, &error));
   NULL_IS_REFUSED("transfer", flashpack_start_load(engine, &load, NULL, &error));

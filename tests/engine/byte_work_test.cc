@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+#include "engine/ground/target_pages.h"
 #include "engine/ground/unique_fd.h"
 #include "engine/stripe_sums.h"
 #include "tests/support/guarded_memory.h"
@@ -193,28 +194,28 @@ TEST_F(ByteWorkTest, DroppedPagesAreReadFromTheDiskTheNextTime) {
   EXPECT_TRUE(right(memory, 0));
 }
 
-std::vector<std::span<const std::byte>> populated;
-
-void note_populated(std::span<const std::byte> memory, std::chrono::nanoseconds) noexcept {
-  populated.push_back(memory);
-}
-
 TEST(PopulatedTest, WhoeverWantsToKnowIsToldOfMemoryThatIsPopulatedToBeWritten) {
+  struct : TouchListener {
+    void was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds) noexcept override {
+      touched.push_back(memory);
+    }
+    std::vector<std::span<const std::byte>> touched;
+  } listener;
   GuardedMemory memory(8 * kPageBytes);
   ByteWork work{.op = ByteWork::Op::kPopulate,
                 .view = {0, {memory.data(), memory.size()}},
                 .touch = ByteWork::Touch::kForReading,
-                .populated = note_populated};
+                .touch_listener = &listener};
   ASSERT_EQ(carry_out(work), 0);
-  EXPECT_TRUE(populated.empty()) << "pages that are only read tell nothing about fresh ones";
+  EXPECT_TRUE(listener.touched.empty()) << "pages that are only read tell nothing about fresh ones";
   work.touch = ByteWork::Touch::kForWriting;
   ASSERT_EQ(carry_out(work), 0);
-  ASSERT_EQ(populated.size(), 1u);
-  EXPECT_EQ(populated[0].data(), memory.data());
-  EXPECT_EQ(populated[0].size(), memory.size());
-  work.populated = nullptr;
+  ASSERT_EQ(listener.touched.size(), 1u);
+  EXPECT_EQ(listener.touched[0].data(), memory.data());
+  EXPECT_EQ(listener.touched[0].size(), memory.size());
+  work.touch_listener = nullptr;
   ASSERT_EQ(carry_out(work), 0);
-  EXPECT_EQ(populated.size(), 1u);
+  EXPECT_EQ(listener.touched.size(), 1u);
 }
 
 TEST(PopulatedTest, ACopyFailsAsItsPageFaultsDoAndABadAddressIsEfault) {

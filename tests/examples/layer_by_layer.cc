@@ -51,7 +51,8 @@ std::vector<std::uint32_t> make_model() {
 /// The model while it is loaded and run.
 class Run {
  public:
-  explicit Run(const std::filesystem::path& path) : memory_(kSteps * kBytes) {
+  Run(flashpack::Engine& engine, const std::filesystem::path& path)
+      : engine_(engine), memory_(engine.options().memory_pool, kSteps * kBytes) {
     request_.report_extents = true;
     request_.files.push_back({.path = path});
     for (std::size_t step = 0; step < kSteps; ++step) {
@@ -64,9 +65,9 @@ class Run {
   }
 
   // Returns the result.
-  std::uint64_t operator()(flashpack::Engine& engine) {
+  std::uint64_t operator()() {
     flashpack::EventQueue queue;
-    const flashpack::Transfer load = queue.start_load(engine, request_, 0);
+    const flashpack::Transfer load = queue.start_load(engine_, request_, 0);
     while (!finished_) {
       pollfd readable{.fd = queue.fd(), .events = POLLIN, .revents = 0};
       if (::poll(&readable, 1, -1) < 0) throw std::system_error(errno, std::generic_category(), "poll");
@@ -97,6 +98,7 @@ class Run {
     }
   }
 
+  flashpack::Engine& engine_;
   flashpack::HostMemory memory_;
   flashpack::LoadRequest request_;
   std::array<bool, kSteps> landed_{};
@@ -117,8 +119,8 @@ int main() try {
   const TempFolder folder;
   const auto path = folder.write<std::uint32_t>("model", model);
   flashpack::Engine engine;
-  Run run(path);
-  const std::uint64_t result = run(engine);
+  Run run(engine, path);
+  const std::uint64_t result = run();
   std::printf("%zu of %zu steps were through before the last byte was there\n", run.steps_before_the_end(), kSteps);
   return result == expected ? 0 : 1;
 } catch (const std::exception& error) {

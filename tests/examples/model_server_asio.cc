@@ -43,8 +43,9 @@ constexpr std::uint64_t kNextModel = ~std::uint64_t{0};  // Asks for it.
 /// Weights in memory whose pages serve the next model, too.
 struct Model {
   static constexpr std::size_t kBytes = kWeights * sizeof(std::uint64_t);
+  explicit Model(const flashpack::Engine& engine) : memory(engine.options().memory_pool, kBytes) {}
   const std::uint64_t* weights() const { return reinterpret_cast<const std::uint64_t*>(memory.data()); }
-  flashpack::HostMemory memory{kBytes};
+  flashpack::HostMemory memory;
 };
 
 void rethrow(const std::exception_ptr& error) {
@@ -52,7 +53,7 @@ void rethrow(const std::exception_ptr& error) {
 }
 
 asio::awaitable<std::shared_ptr<const Model>> load(flashpack::Engine& engine, std::filesystem::path path) {
-  auto model = std::make_shared<Model>();
+  auto model = std::make_shared<Model>(engine);
   flashpack::LoadRequest request;
   request.files.push_back({.path = std::move(path)});
   request.files[0].extents = {{.size_bytes = Model::kBytes, .target = model->memory.data()}};

@@ -15,8 +15,8 @@
 
 namespace flashpack::bench {
 
-inline constexpr Setting kUsual{EngineOptions().chunk_bytes, EngineOptions().queue_depth, EngineOptions().workers,
-                                EngineOptions().staging_bytes};
+inline const Setting kUsual{EngineOptions().chunk_bytes, EngineOptions().queue_depth, EngineOptions().workers,
+                            EngineOptions().staging_bytes};
 
 EngineOptions options_of(const Setting& setting, Device device);
 

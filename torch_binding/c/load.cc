@@ -131,10 +131,10 @@ struct WholeLoad {
   std::unique_ptr<flashpack_transfer> transfer = std::make_unique<flashpack_transfer>();
 };
 
-Extents allocate(const Checkpoint& checkpoint, const SegmentPlan& plan, WholeLoad& load) {
+Extents allocate(const HostMemoryPool& pool, const Checkpoint& checkpoint, const SegmentPlan& plan, WholeLoad& load) {
   auto memory = std::make_shared<Memory>();
   memory->reserve(plan.blocks.size());
-  for (const auto& [size_bytes, phase_bytes] : plan.blocks) memory->emplace_back(size_bytes, phase_bytes);
+  for (const auto& [size_bytes, phase_bytes] : plan.blocks) memory->emplace_back(pool, size_bytes, phase_bytes);
   Extents extents(checkpoint.files().size());
   for (const Segment& segment : plan.segments) {
     std::byte* const target = (*memory)[segment.block].data() + segment.block_offset;
@@ -161,7 +161,7 @@ WholeLoad start_load_all(flashpack_engine* engine, const flashpack_load_request*
   std::vector<std::size_t> all(checkpoint.size());
   for (std::size_t i = 0; i < all.size(); ++i) all[i] = i;
   const SegmentPlan plan = plan_segments(checkpoint, all, Device::Kind::kHost, load.transfer->verify);
-  Extents extents = allocate(checkpoint, plan, load);
+  Extents extents = allocate(used.options().memory_pool, checkpoint, plan, load);
   remember_files(given, extents, *load.transfer);
   load.transfer->transfer =
       start(used, given, files_of(checkpoint, std::move(extents), load.transfer->verify), ExtentIndices{});

@@ -4,11 +4,12 @@
 
 using namespace flashpack::c;
 
-flashpack_status flashpack_memory_create(size_t size_bytes, uint64_t offset_bytes, flashpack_memory** memory,
-                                         flashpack_error** error) {
+flashpack_status flashpack_memory_create(flashpack_engine* engine, size_t size_bytes, uint64_t offset_bytes,
+                                         flashpack_memory** memory, flashpack_error** error) {
   return guarded(error, [&] {
     auto*& result = result_of(memory, "memory");
-    result = new flashpack_memory{flashpack::HostMemory(size_bytes, offset_bytes)};
+    const flashpack::HostMemoryPool& pool = require(engine, "engine").engine->options().memory_pool;
+    result = new flashpack_memory{flashpack::HostMemory(pool, size_bytes, offset_bytes)};
   });
 }
 
@@ -16,4 +17,6 @@ void* flashpack_memory_data(const flashpack_memory* memory) { return memory ? me
 
 void flashpack_memory_destroy(flashpack_memory* memory) { delete memory; }
 
-void flashpack_memory_release_kept() { flashpack::HostMemory::release_kept(); }
+void flashpack_memory_release_kept(flashpack_engine* engine) {
+  if (engine) engine->engine->options().memory_pool.release_kept();
+}

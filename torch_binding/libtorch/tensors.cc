@@ -88,7 +88,7 @@ LoadedRecords::LoadedRecords(Engine& engine, const Checkpoint& checkpoint, std::
       wanted_(wanted),
       device_(device_of(engine)),
       plan_(plan_segments(checkpoint, wanted, engine.options().device.kind, verify)) {
-  const std::vector<std::byte*> blocks = allocate();
+  const std::vector<std::byte*> blocks = allocate(engine.options().memory_pool);
   std::vector<std::vector<Extent>> extents(checkpoint.files().size());
   for (const Segment& segment : plan_.segments) {
     extents[segment.file].push_back(
@@ -101,12 +101,12 @@ LoadedRecords::LoadedRecords(Engine& engine, const Checkpoint& checkpoint, std::
   stats_ = verified(checkpoint, verify, [&] { return engine.load(std::move(request)); });
 }
 
-std::vector<std::byte*> LoadedRecords::allocate() {
+std::vector<std::byte*> LoadedRecords::allocate(const HostMemoryPool& pool) {
   std::vector<std::byte*> addresses;
   const c10::InferenceMode ordinary_tensors(false);
   for (const auto& [size_bytes, phase_bytes] : plan_.blocks) {
     if (device_.is_cpu()) {
-      host_blocks_.push_back(std::make_shared<HostMemory>(size_bytes, phase_bytes));
+      host_blocks_.push_back(std::make_shared<HostMemory>(pool, size_bytes, phase_bytes));
       addresses.push_back(host_blocks_.back()->data());
     } else {
       device_blocks_.push_back(

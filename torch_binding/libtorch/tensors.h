@@ -42,7 +42,7 @@ class LoadedRecords {
 
  private:
   /// Allocates the blocks, and returns their addresses.
-  std::vector<std::byte*> allocate();
+  std::vector<std::byte*> allocate(const HostMemoryPool& pool);
   at::Tensor host_tensor(const SegmentPlan::Place& place, at::IntArrayRef shape, at::ScalarType type) const;
   at::Tensor device_tensor(const SegmentPlan::Place& place, at::IntArrayRef shape, at::ScalarType type) const;
 

@@ -27,10 +27,10 @@
 
 #include "bind_checkpoint.h"
 #include "bind_format.h"
+#include "bind_memory.h"
 #include "bind_pack.h"
 #include "bind_scans.h"
 #include "flashpack/engine.h"
-#include "flashpack/host_memory.h"
 #include "flashpack/trace.h"
 #include "flashpack/tuning.h"
 #include "flashpack/verify.h"
@@ -204,8 +204,9 @@ class PyEngine {
            std::optional<std::uint32_t> workers, std::string profile, ChromeTrace* trace, std::string_view backend)
       : profile_(std::move(profile)) {
     const NativeCall call;
-    nb::gil_scoped_release released;
     EngineOptions options;
+    options.memory_pool = pool_of_process();
+    nb::gil_scoped_release released;
     options.device = device_of(cuda_device);
     options.chunk_bytes = chunk_bytes.value_or(options.chunk_bytes);
     options.queue_depth = queue_depth.value_or(options.queue_depth);
@@ -414,25 +415,6 @@ void bind_writer(nb::module_& module) {
 void bind_profiles(nb::module_& module) {
   module.def("tuned_options", &tuned_arguments, "path"_a, "cuda_device"_a = nb::none(),
              "Returns the arguments of Engine from the profile for loads of `path`; none if no profile applies.");
-}
-
-int fill_buffer(PyObject* self, Py_buffer* view, int flags) {
-  const std::span<std::byte> bytes = nb::inst_ptr<HostMemory>(self)->bytes();
-  return PyBuffer_FillInfo(view, self, bytes.data(), static_cast<Py_ssize_t>(bytes.size()), 0, flags);
-}
-
-void bind_memory(nb::module_& module) {
-  static std::array<PyType_Slot, 2> slots = {{{Py_bf_getbuffer, reinterpret_cast<void*>(&fill_buffer)}, {0, nullptr}}};
-  nb::class_<HostMemory>(module, "HostMemory", nb::type_slots(slots.data()), nb::is_weak_referenceable(),
-                         "Memory to read to: a writable buffer.")
-      .def(nb::init<std::size_t, std::uint64_t>(), "size_bytes"_a, "offset_bytes"_a = 0,
-           "Its contents are unspecified; its address is `offset_bytes` modulo a page.");
-  module.def(
-      "kept_memory_bytes", &HostMemory::kept_bytes,
-      "The size of the memory on the host that is kept for the next load, in bytes. The kernel may have taken some "
-      "of it.");
-  module.def("release_kept_memory", &HostMemory::release_kept,
-             "Gives the memory that is kept for the next load back to the system.");
 }
 
 void bind_errors(nb::module_& module) {
