@@ -134,7 +134,8 @@ std::int64_t read_and_count_stripes(const ByteWork& work, const Fragment& whole)
   return static_cast<std::int64_t>(done);
 }
 
-// Leaves out the part of a stripe that borders on a gap, because a stripe that is not read whole is never compared.
+// The bytes of a gap are not counted, so that no stripe beside it can be complete. The part of such a stripe is left
+// out.
 void count_between_gaps(std::span<const Fragment> fragments, StripeSums& sums) {
   constexpr std::uint64_t kStripeBytes = Checksums::kStripeBytes;
   for (std::size_t i = 0; i < fragments.size(); ++i) {

@@ -349,7 +349,7 @@ std::unique_ptr<Copier> make_cuda_copier(std::span<const int> devices, std::span
                                          Pool& pool, bool callers_memory) {
   int count = 0;
   check(cudaGetDeviceCount(&count), "CUDA: no usable device");
-  std::vector<Context> contexts(devices.rbegin(), devices.rend());  // Last the first, which stays current here.
+  std::vector<Context> contexts(devices.rbegin(), devices.rend());  // Backwards: the one made last is current here.
   std::ranges::reverse(contexts);
   const ContextGuard guard(contexts.front());
   check(guard.error(), "the device's context");

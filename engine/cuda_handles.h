@@ -124,8 +124,7 @@ inline Event make_event() {
 }
 
 /// Page-locks memory for the copy engines of all devices, as long as this lives. The memory is registered with CUDA
-/// rather than allocated by it, because it can then have huge pages, io_uring can register it, too, and it is several
-/// times faster.
+/// rather than allocated by it, because it can then have huge pages, and io_uring can register it, too.
 class PageLock {
  public:
   /// If `is_locked`, the memory's owner has locked it, and it is left as it is. Requires: `context`, which the lock

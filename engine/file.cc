@@ -184,7 +184,8 @@ void File::open_direct_for(int access) {
   // would later overwrite the direct write with old bytes.
   alignment_.block_bytes = std::max(alignment_.block_bytes, system_page_bytes());
   if (access != O_RDONLY) return;
-  // The address is misaligned, so that the kernel refuses before it reads.
+  // The address is misaligned, so that the kernel reads nothing: it answers EINVAL if it can refuse to wait, else
+  // EOPNOTSUPP.
   std::byte byte{};
   const iovec vector{&byte, 1};
   may_block_ = ::preadv2(direct_fd(), &vector, 1, 1, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP;

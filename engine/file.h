@@ -12,6 +12,9 @@
 
 namespace flashpack::internal {
 
+/// An open file: its descriptors for both routes, and the facts about it that do not change. open(), created(),
+/// open_direct() and close() are its life, and the other functions ask for a fact.
+///
 /// Move-only. Thread safety: const members from any thread.
 class File {
  public:

@@ -20,9 +20,8 @@ namespace flashpack::internal {
 /// The driver's counts for a prefix of paths: a directory, or a mount point. Unlike the file system, it is known before
 /// the file is open, so that threads can be counted that are late in an open.
 struct PrefixCounts {
-  std::uint32_t with_threads =
-      0;                   // Parts below it with a thread. Counting begins when a part is held up for the first time.
-  std::uint32_t late = 0;  // Those of them whose threads are late.
+  std::uint32_t with_threads = 0;     // Parts below it with a thread. Only counted while a part is held up.
+  std::uint32_t late = 0;             // Those of them whose threads are late.
   FileSystem* file_system = nullptr;  // The file system of its files, once known.
   std::uint32_t parts = 0;            // Parts that point to it.
   const std::string* path = nullptr;

@@ -119,8 +119,8 @@ struct PartPlace {
   bool in_prefixes = false;                 // Whether PrefixCounts::with_threads counts the part.
 };
 
-/// Belongs to TransferState::Driver, so that the driver alone uses it, and of its members Transfers alone changes those
-/// that name nobody else. A thread that opens or closes the file gets references to the request and the handover.
+/// Only the driver uses it. Members without a note are changed by Transfers alone. A thread that opens or closes the
+/// file gets references to the request and the handover.
 struct Part {
   using State = PartPlace::State;
 

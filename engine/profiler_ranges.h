@@ -22,7 +22,7 @@ class ProfilerRanges {
   void end(std::uint64_t range) const noexcept;
 
  private:
-  nvtxDomainRegistration_st* domain_ = nullptr;  // Null if nobody looks. NVTX has one of a name, and keeps it.
+  nvtxDomainRegistration_st* domain_ = nullptr;  // Null if nobody looks. NVTX keeps it for the process.
 };
 
 }  // namespace flashpack::internal

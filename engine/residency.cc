@@ -61,8 +61,10 @@ Residency Residency::borrow() const {
   return Residency(*this, method_ == Method::kCachestat ? std::minstd_rand() : random_by_time());
 }
 
+bool Residency::is_trusted() const noexcept { return wrong_answers_ < kMaxWrongAnswers; }
+
 bool Residency::cached(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
-  if (wrong_answers_ >= kMaxWrongAnswers || size_bytes == 0) return false;
+  if (!is_trusted() || size_bytes == 0) return false;
   if (method_ == Method::kCachestat) return counted(offset_bytes, size_bytes);
   return method_ == Method::kProbe && probed(offset_bytes, size_bytes);
 }
@@ -94,7 +96,7 @@ bool Residency::probed(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
 }
 
 std::string Residency::fallback_reason() const {
-  if (wrong_answers_ >= kMaxWrongAnswers) return "page cache: chunks called cached were not, the rest was read past it";
+  if (!is_trusted()) return "page cache: chunks called cached were not, the rest was read past it";
   if (method_ == Method::kCachestat) return "";
   std::string reason = "page cache: cachestat: " + errno_code(cachestat_error_).message();
   if (method_ == Method::kProbe) return reason + ", asked by reading single pages";

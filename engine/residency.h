@@ -35,6 +35,8 @@ class Residency {
   /// To be called when a range that was called cached was not. After a few such calls nothing is called cached any
   /// more.
   void report_wrong() { ++wrong_answers_; }
+  /// Whether the answers so far have been right often enough.
+  bool is_trusted() const noexcept;
 
   Method method() const noexcept { return method_; }
   /// Why the answers are less reliable than those of cachestat(2); empty when they are not.

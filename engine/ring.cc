@@ -185,7 +185,7 @@ void Ring::prepare(io_uring_sqe* sqe, const DiskRequest& request, bool fixed) {
 }
 
 void Ring::cancel(unsigned tag) {
-  if (!ring_) return;
+  if (!ring_ || !in_flight_[tag]) return;  // It may have ended in the batch that is being looked at.
   io_uring_sqe* sqe = next_sqe();
   ::io_uring_prep_cancel64(sqe, tag, 0);
   ::io_uring_sqe_set_data64(sqe, kCancelTag);

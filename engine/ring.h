@@ -64,8 +64,8 @@ class Ring final : public DiskQueue {
   void wait_without_ring(std::optional<std::chrono::nanoseconds> timeout);
 
   Rung rung_;
-  // The kernel writes here while the wake read is armed, also when the constructor throws after that: the ring, which
-  // is declared after it, is closed before it is freed.
+  // The kernel writes here while the wake read is armed. ring_ is declared later, so that it is closed before this is
+  // freed, also when the constructor throws.
   std::unique_ptr<std::uint64_t> wake_value_;
   std::unique_ptr<io_uring> storage_;
   std::unique_ptr<io_uring, RingDeleter> ring_;  // Points to storage_ while the ring is set up, else null.

@@ -43,6 +43,10 @@ void Router::give_back(const Chunk& chunk) {
   assert(index < known_ && lists_[index] == List::kTaken);
   lists_[index] = List::kPastCache;
   next_direct_ = std::min(next_direct_, index);
+  if (residency_->is_trusted()) return;
+  // Answers that were given long before their chunk is read are no better than those to come.
+  std::replace(lists_.begin(), lists_.begin() + known_, List::kThroughCache, List::kPastCache);
+  next_direct_ = 0;
 }
 
 bool Router::exhausted() const noexcept {

@@ -17,6 +17,8 @@ namespace flashpack::internal {
 /// list has its own cursor through the file, so that a half-cached file keeps disk and CPUs busy to the end. The router
 /// asks whether a chunk is cached only when a list has run out, because the answer may change.
 ///
+/// peek(), take() and give_back() are a chunk's life, and the other functions ask about the file.
+///
 /// Move-only. Thread safety: one thread.
 class Router {
  public:
@@ -34,7 +36,8 @@ class Router {
   const Chunk* peek(List list, unsigned& questions);
   /// Requires: peek(list) was not null.
   void take(List list);
-  /// Takes back a chunk that was called cached and is not, so that it goes past the page cache.
+  /// Takes back a chunk that was called cached and is not, so that it goes past the page cache. After a few of them, so
+  /// do all the others.
   void give_back(const Chunk& chunk);
   /// Whether all chunks have been taken.
   bool exhausted() const noexcept;

@@ -9,6 +9,11 @@ namespace {
 // cachestat takes 10 us for a cached chunk. Asking about more chunks at a time would leave the disk idle.
 constexpr unsigned kResidencyQuestionsPerTurn = 16;
 
+Steps::Route route_of(const Router& router, Router::List list) {
+  if (list == Router::List::kPastCache) return router.direct() ? Steps::Route::kDirect : Steps::Route::kBuffered;
+  return router.on_suspicion() ? Steps::Route::kSeemsCached : Steps::Route::kBuffered;
+}
+
 }  // namespace
 
 void Schedule::add(Part& part) {
@@ -36,14 +41,15 @@ bool Schedule::start_chunks(Steps& steps) {
     Parts& parts = parts_[size];
     for (std::size_t i = 0; i < parts.size();) {
       start_chunks_of(*parts[i], steps, questions, queue_depth_ - left_to_others);
-      // This is done before anything else, because a part whose last chunk is under way may end before the next turn.
+      // The part is taken off at once, because it may end, with its last chunk, before the next turn.
       if (parts[i]->planned->router.exhausted()) {
         parts.erase(parts.begin() + static_cast<std::ptrdiff_t>(i));
       } else {
         ++i;
       }
       if (questions == 0) return true;
-      if (steps.workers_are_busy() && steps.disk_is_busy(queue_depth_ - left_to_others)) break;
+      const auto has_room = [&](Steps::Route route) { return steps.has_room(route, queue_depth_ - left_to_others); };
+      if (!has_room(Steps::Route::kDirect) && !has_room(Steps::Route::kBuffered)) break;
     }
   }
   return false;
@@ -53,18 +59,13 @@ void Schedule::start_chunks_of(Part& part, Steps& steps, unsigned& questions, st
   if (!steps.may_have_more(part)) return;
   Router& router = part.planned->router;
   // The disk comes first, because it is slower and both routes may need the same slots.
-  while (!steps.disk_is_busy(queue_depth)) {
-    const Chunk* chunk = router.peek(Router::List::kPastCache, questions);
-    if (!chunk || !steps.set_out(part, *chunk, router.direct() ? Steps::Route::kDirect : Steps::Route::kBuffered))
-      break;
-    router.take(Router::List::kPastCache);
-  }
-  while (!steps.workers_are_busy()) {
-    const Chunk* chunk = router.peek(Router::List::kThroughCache, questions);
-    if (!chunk ||
-        !steps.set_out(part, *chunk, router.on_suspicion() ? Steps::Route::kSeemsCached : Steps::Route::kBuffered))
-      break;
-    router.take(Router::List::kThroughCache);
+  for (const Router::List list : {Router::List::kPastCache, Router::List::kThroughCache}) {
+    const Steps::Route route = route_of(router, list);
+    while (steps.has_room(route, queue_depth)) {
+      const Chunk* chunk = router.peek(list, questions);
+      if (!chunk || !steps.set_out(part, *chunk, route)) break;
+      router.take(list);
+    }
   }
 }
 

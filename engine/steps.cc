@@ -25,8 +25,14 @@ Steps::Steps(Owner& owner, Queues queues, Copier* copier, std::vector<std::span<
       traced_(tracer),
       jobs_(limits, std::move(slots), tracer) {}
 
+bool Steps::has_room(Route route, std::uint32_t queue_depth) const {
+  const auto in = [this](Step step) { return jobs_.in(step); };
+  if (route == Route::kDirect) return in(Step::kRead) + in(Step::kWrite) + in(Step::kGather) < queue_depth;
+  return in(Step::kReadIfCached) + in(Step::kReadCached) + in(Step::kWriteCached) < worker_depth_;
+}
+
 bool Steps::set_out(Part& part, const Chunk& chunk, Route route) {
-  if (jobs_.none_free() || (route != Route::kDirect && workers_are_busy())) return false;
+  if (jobs_.none_free()) return false;
   const Way way = way_of(part, chunk, route);
   // Page faults of fresh memory cost more than a read into it, and page faults of a mapped file read that file. So a
   // worker takes them before the read.

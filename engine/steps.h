@@ -54,18 +54,15 @@ class Steps {
 
   /// To be called at the start of each turn: the time at which steps begin from now on.
   void set_time(Time now) { now_ = now; }
-  /// Starts a chunk on its way. False, without any effect, if there is no room for it now.
+  /// Starts a chunk on its way. False, without any effect, if there is no tag, no slot or no worker for it now. To be
+  /// asked before: may_have_more() and has_room(), which cost less than to find the next chunk.
   bool set_out(Part& part, const Chunk& chunk, Route route);
   /// False if the part's file or file system has its share of what is stuck, so that no chunk of it may start.
   bool may_have_more(const Part& part) const { return jobs_.may_have_more(part); }
-  /// Whether the disk has `queue_depth` chunks, with those whose slots are being filled for it.
-  bool disk_is_busy(std::uint32_t queue_depth) const {
-    return jobs_.in(Step::kRead) + jobs_.in(Step::kWrite) + jobs_.in(Step::kGather) >= queue_depth;
-  }
-  /// Whether the workers have enough chunks that go through the page cache.
-  bool workers_are_busy() const {
-    return jobs_.in(Step::kReadIfCached) + jobs_.in(Step::kReadCached) + jobs_.in(Step::kWriteCached) >= worker_depth_;
-  }
+  /// Whether a chunk more may start on that route: the disk gets `queue_depth` chunks, counting those whose bytes are
+  /// still being gathered into slots, and the workers as many chunks that go through the page cache as they can be busy
+  /// with.
+  bool has_room(Route route, std::uint32_t queue_depth) const;
   /// Whether no chunk is under way.
   bool idle() const { return jobs_.idle(); }
 

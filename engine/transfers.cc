@@ -144,7 +144,8 @@ void Transfers::on_opened(Part& part, Opened opened) {
   }
   if (opened.planned) {
     if (!part.failure) fail(part, opened.failure->error());
-    part.planned = std::move(opened.planned);  // Only now, because the transfer may have ended, which does not wait.
+    part.planned =
+        std::move(opened.planned);  // After fail(): if that ends the transfer, end() must not take the file from here.
     return close(part);
   }
   if (no_descriptors(opened.failure->code) && !part.failure && !part.place.alone && !part.request.by_descriptor) {

@@ -38,9 +38,9 @@ class Transfers final : public Steps::Owner {
  public:
   using Time = std::chrono::steady_clock::time_point;
 
-  /// Borrows all that it is given references and pointers to; `steps`, whose owner this is, is made later. `copier` is
-  /// null for an engine of the host. `tracer` is told of each file that is opened or closed, and of the end of each
-  /// transfer.
+  /// Borrows all that it is given references and pointers to. `steps` is constructed after this, and has this as its
+  /// owner. `copier` is null for an engine of the host. `tracer` is told of each file that is opened or closed, and of
+  /// the end of each transfer.
   Transfers(Steps& steps, Schedule& schedule, DiskQueue& disk, Pool& pool, Copier* copier, OpenRules rules,
             Tracer tracer);
 

@@ -9,7 +9,8 @@
 
 namespace flashpack::internal {
 
-/// The kernel's page, 4096 to 65,536 bytes. cachestat(2), mincore(2) and madvise(2) count in it, and a fork shares it.
+/// The kernel's page, 4096 to 65,536 bytes. cachestat(2), mincore(2) and madvise(2) count in it, and a fork
+/// shares memory in units of it.
 inline std::uint32_t system_page_bytes() noexcept {
   static const auto bytes = static_cast<std::uint32_t>(::sysconf(_SC_PAGESIZE));
   return bytes;

@@ -198,7 +198,7 @@ class AsyncOperation final : public Completion,
     if (transfer_.valid()) transfer_.cancel();
   }
 
-  // A handler does it, because a context that runs out of work at once would be stopped before it has other work.
+  // Posted, not done here: without the guard, run() in a forked child could return before the child has given it work.
   void release_work() override {
     boost::asio::post(work_.get_executor(), [this] { work_.reset(); });
   }

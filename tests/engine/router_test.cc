@@ -85,6 +85,23 @@ TEST_F(RouterTest, WhatIsGivenBackComesAgainOnTheListPastTheCacheAndNothingElseD
   EXPECT_EQ(take_all(router, List::kPastCache), (std::vector<std::uint64_t>{2, 5}));
 }
 
+TEST_F(RouterTest, AfterAFewWrongAnswersNothingThatWasCalledCachedGoesThroughThePageCache) {
+  if (!Residency(file_->buffered_fd()).cached(0, 8 * kChunk)) GTEST_SKIP() << "cachestat is not to be had here";
+  Router router(plan_, *file_, CachePolicy::kAuto);
+  unsigned questions = kPlenty;
+  for (int i = 0; i < 4; ++i) {
+    const Chunk* chunk = router.peek(List::kThroughCache, questions);
+    ASSERT_TRUE(chunk) << "all are cached";
+    router.take(List::kThroughCache);
+    EXPECT_EQ(router.peek(List::kPastCache, questions), nullptr) << "all have been asked about";
+    if (i == 3) router.give_back(plan_.chunks[0]);
+  }
+  for (int i = 1; i < 4; ++i) router.give_back(plan_.chunks[static_cast<std::size_t>(i)]);
+  EXPECT_TRUE(take_all(router, List::kThroughCache).empty());
+  EXPECT_EQ(take_all(router, List::kPastCache), (std::vector<std::uint64_t>{0, 1, 2, 3, 4, 5, 6, 7}));
+  EXPECT_TRUE(router.exhausted());
+}
+
 TEST_F(RouterTest, StopsAskingWhenTheQuestionsRunOutAndGoesOnLater) {
   Router router(plan_, *file_, CachePolicy::kDirect);
   unsigned questions = 3;

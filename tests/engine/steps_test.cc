@@ -194,14 +194,16 @@ TEST_F(StepsTest, AChunkSetsOutOnlyIfThereIsRoomForIt) {
         {kChunk + 5000, 6000, memory_.data() + 8001},
         {2 * kChunk + 5000, 6000, memory_.data() + 16001}});
   ASSERT_TRUE(set_out(Route::kBuffered, 0));
-  EXPECT_TRUE(steps_.workers_are_busy());
-  EXPECT_FALSE(set_out(Route::kBuffered, 1)) << "the workers have enough";
+  EXPECT_FALSE(steps_.has_room(Route::kBuffered, 2)) << "the workers have enough";
+  EXPECT_FALSE(steps_.has_room(Route::kSeemsCached, 2));
+  EXPECT_TRUE(steps_.has_room(Route::kDirect, 2));
   end(workers_, 6000);
-  EXPECT_FALSE(steps_.workers_are_busy());
+  EXPECT_TRUE(steps_.has_room(Route::kBuffered, 2));
   ASSERT_TRUE(set_out(Route::kDirect, 0));
-  EXPECT_FALSE(steps_.disk_is_busy(2));
+  EXPECT_TRUE(steps_.has_room(Route::kDirect, 2));
   ASSERT_TRUE(set_out(Route::kDirect, 1));
-  EXPECT_TRUE(steps_.disk_is_busy(2));
+  EXPECT_FALSE(steps_.has_room(Route::kDirect, 2));
+  EXPECT_TRUE(steps_.has_room(Route::kBuffered, 2));
   EXPECT_FALSE(set_out(Route::kDirect, 2)) << "both slots are in use";
   EXPECT_EQ(part_.jobs, 2u);
   part_.failure = Failure(Error(Errc::kCancelled, "read"));
