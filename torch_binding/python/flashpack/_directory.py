@@ -8,7 +8,6 @@ import filecmp
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ._durable import make_directories, sync
 from ._hub import Download, is_blob_link, resolve_directory
 from ._native import FlashPackError
 from ._repository import INDEX_NAME, check_inside, components_of
+from ._temporary import temporary_directory
 from .serialization import file_to_replace
 from .utils import logger
 
@@ -184,8 +184,7 @@ def staged(destination: Path, source: Path | None = None) -> Iterator[Path]:
     existing = next(path for path in (destination, *destination.parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(existing))
-    with tempfile.TemporaryDirectory(prefix=".flashpack_", dir=existing) as temporary:
-        stage = Path(temporary)
+    with temporary_directory(existing) as stage:
         yield stage
         files = sorted(path for path in stage.rglob("*") if path.is_file())
         targets = [file_to_replace(destination / file.relative_to(stage)) for file in files]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -33,12 +35,16 @@ class _FlashPackFile(click.Path):
 
 
 _MAX_SHOWN = 1000
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _PATH = _FlashPackFile(exists=True)
 _VERBOSE = click.option("--verbose", "-v", is_flag=True, help="Tell what is done and, if it fails, where.")
 _FORCE = click.option("--force", is_flag=True, help="Replace the default destination, and other files in a directory.")
 
 
-@click.group(name="flashpack", epilog="Exit status: 0 done, 1 not done, corrupt or different, 2 wrong usage.")
+@click.group(
+    name="flashpack",
+    epilog="Exit status: 0 done, 1 not done, corrupt or different, 2 wrong usage, 128 and more ended by a signal.",
+)
 @click.version_option(__version__, prog_name="flashpack")
 def main() -> None:
     """Checkpoints in the flashpack format, which load at the speed of the hardware.
@@ -373,7 +379,8 @@ def _reporting(verbose: bool) -> Iterator[None]:
         handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
         logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
-        yield
+        with _ended_by_signals():
+            yield
     except BrokenPipeError:
         raise  # The reader has closed the pipe, so that click ends without a message.
     except Exception as error:
@@ -381,6 +388,27 @@ def _reporting(verbose: bool) -> Iterator[None]:
             click.echo(printable_lines(traceback.format_exc()), err=True)
         click.secho(f"Error: {printable_lines(str(error)) or type(error).__name__}", fg="red", err=True)
         sys.exit(1)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Within it, a signal that would end the process at once raises SystemExit, so that temporary files are removed."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        for each in handled:
+            signal.signal(each, signal.SIG_IGN)  # The removal is not ended by a second one.
+        sys.exit(128 + number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    # nohup ignores SIGHUP, and that stays so.
+    handled = [each for each in _ENDING if is_main and signal.getsignal(each) is signal.SIG_DFL]
+    for each in handled:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in handled:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def _quieten_libraries() -> None:
