@@ -85,6 +85,13 @@ void bench_link(benchmark::State& state, const Setup& setup, std::uint64_t copy_
   run_rounds(state, kSourceBytes * kPasses, [] {}, [&] { copies.run(kPasses); });
 }
 
+// Measures what it takes to start a copy: copies of so few bytes that the link has time left.
+void bench_copy_start(benchmark::State& state, const Setup& setup) {
+  constexpr std::uint64_t kCopyBytes = 4 << 10;
+  bench_link(state, setup, kCopyBytes, 1);
+  state.counters["cpu_us/copy"] = state.counters["cpu_s/GB"] * 1e6 * kCopyBytes / 1e9;
+}
+
 void bench_file(benchmark::State& state, const Setup& setup, CachePolicy cache) {
   const std::uint64_t size = setup.checkpoint.metadata().payload_bytes;
   auto* const read = cache == CachePolicy::kDirect ? &read_direct : &read_buffered;
@@ -186,6 +193,7 @@ void register_all(const Setup& setup, int rounds) {
           [=, &setup](benchmark::State& state) { bench_link(state, setup, copy_mib * kMiB, streams); });
     }
   }
+  add("link/copy_start", [&](benchmark::State& state) { bench_copy_start(state, setup); });
   const std::vector<std::pair<std::string, CachePolicy>> caches{{"cold", CachePolicy::kDirect},
                                                                 {"page_cache", CachePolicy::kBuffered}};
   for (const auto& [name, cache] : caches) {

@@ -256,6 +256,7 @@ void register_all(const Setup& setup, int rounds) {
   register_completion_rows(setup, rounds);
   register_metadata_rows(setup, rounds);
   register_pipeline_rows(setup, rounds);
+  register_cost_rows(setup, rounds);
   benchmark::RegisterBenchmark("engine/start", bench_start)->UseRealTime()->Unit(benchmark::kMillisecond);
 }
 

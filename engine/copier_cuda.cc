@@ -27,8 +27,8 @@ using cuda::taken;
 // One copy engine serves each direction; the second stream fills the pauses between copies of the first.
 constexpr std::size_t kStreams = 2;
 
-// Starting a copy takes 5 us, and less in a batch. More of them than this go to the pool, so that the driver stays free
-// for the disk.
+// Starting a copy takes some us (device_bench, link/copy_start), and less in a batch. More of them than this go to the
+// pool, so that the driver stays free for the disk.
 constexpr std::size_t kMostFragmentsForDriver = 16;
 
 // A context that has failed answers every call with its error, also the question whether its copies have ended. The

@@ -9,10 +9,11 @@ namespace flashpack::internal {
 
 namespace {
 
-// For fewer bytes beside others, an operation of their own costs more than a copy through a slot.
+// For fewer bytes beside others, operations of their own take longer than a read with the others and a copy from a slot
+// (engine_bench, cost/in_place_*).
 constexpr std::uint64_t kMinInPlaceBytes = std::uint64_t{128} << 10;
 
-// Up to this many unwanted bytes are read, because a second read would cost more.
+// Up to this many unwanted bytes are read, because a second read would cost more (engine_bench, cost/gap_*).
 constexpr std::uint64_t kMaxGapBytes = std::uint64_t{64} << 10;
 
 bool same_phase(const Fragment& fragment, std::uint32_t align_bytes) {

@@ -6,7 +6,8 @@ namespace flashpack::internal {
 
 namespace {
 
-// cachestat takes 10 us for a cached chunk. Asking about more chunks at a time would leave the disk idle.
+// cachestat takes 10 us or more for a chunk that is cached in small pages (engine_bench, cost/residency). Asking about
+// more chunks at a time would leave the disk idle.
 constexpr unsigned kResidencyQuestionsPerTurn = 16;
 
 Steps::Route route_of(const Router& router, Router::List list) {

@@ -199,7 +199,8 @@ def include_rules() -> list[IncludeRule]:
         return "cuda" in Path(source.path).name
 
     torch_headers = _only("include/flashpack/torch.h", "include/flashpack/mixin.h")
-    engine_rooms = _only("engine/", "tests/engine/", "tests/support/", "bench/support/instant_pipeline.cc")
+    timed_alone = ("bench/support/engine_parts.cc", "bench/support/instant_pipeline.cc")
+    engine_rooms = _only("engine/", "tests/engine/", "tests/support/", *timed_alone)
     libraries = ("engine/", "torch_binding/c/", "torch_binding/format/", "torch_binding/libtorch/")
     ground_users = _only(*libraries, "bench/", "tools/", "tests/")
     profile_users = _only("engine/tuning/", "tools/", "tests/engine/", "tests/tools/")

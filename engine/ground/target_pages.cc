@@ -21,8 +21,8 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::nanoseconds;
 
-// To populate 2 MiB takes 0.8 to 1.3 ms in small pages. In one huge page it takes 0.2 ms, or 2 to 9 ms if the host has
-// to provide it.
+// To populate 2 MiB takes 0.8 to 1.3 ms in small pages. In one huge page it takes 0.2 to 0.3 ms, or 2 to 9 ms if the
+// host has to provide it (engine_bench, cost/first_touch).
 constexpr nanoseconds kFairPerHugePage = milliseconds(1);
 // Each huge page adds the time that it took above the fair time to a sum, or takes the time below it off. Huge pages
 // are given up when the sum reaches kTooMuch, so that a few dear pages among many cheap ones change nothing. The sum
