@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,3 +166,78 @@ def test_two_links_in_the_destination_to_one_file_are_refused(tmp_path):
     with pytest.raises(FlashPackError, match="several links to one file"):
         commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out", force=True)
     assert (tmp_path / "one").read_text() == "old"
+
+
+@pytest.fixture
+def other_file_system():
+    """A directory that no rename reaches from the tests' own."""
+    place = tempfile.mkdtemp(dir="/dev/shm")
+    yield Path(place)
+    shutil.rmtree(place)
+
+
+def test_a_directory_with_links_to_another_file_system_gets_all_files(tmp_path, other_file_system):
+    model = write_model(tmp_path)
+    if os.stat(other_file_system).st_dev == os.stat(tmp_path).st_dev:
+        pytest.skip("there is one file system")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.flashpack").symlink_to(other_file_system / "model.flashpack")
+    commands.convert_to_flashpack(model, tmp_path / "out")
+    assert (tmp_path / "out" / "model.flashpack").is_symlink()
+    assert os.listdir(other_file_system) == ["model.flashpack"]
+    assert_bit_equal(flashpack.load_file(tmp_path / "out" / "model.flashpack"), STATE)
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.flashpack"]
+
+
+def test_nothing_is_moved_if_one_file_cannot_get_to_its_file_system(tmp_path, other_file_system, monkeypatch):
+    model = write_model(tmp_path)
+    if os.stat(other_file_system).st_dev == os.stat(tmp_path).st_dev:
+        pytest.skip("there is one file system")
+    (tmp_path / "out").mkdir()
+    link = tmp_path / "out" / "model.flashpack"
+    link.symlink_to(other_file_system / "there.flashpack")
+    copyfile = shutil.copyfile
+
+    def full(source, target):
+        if Path(target).is_relative_to(other_file_system):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+        return copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space") as error:
+        commands.convert_to_flashpack(model, tmp_path / "out")
+    assert error.value.filename == str(other_file_system / "there.flashpack")
+    assert os.listdir(tmp_path / "out") == ["model.flashpack"]
+    assert os.listdir(other_file_system) == []
+
+
+def write_model(directory: Path) -> Path:
+    (directory / "model").mkdir()
+    safetensors.torch.save_file(STATE, directory / "model" / "model.safetensors")
+    (directory / "model" / "config.json").write_text("{}")
+    return directory / "model"
+
+
+def test_a_directory_that_may_not_be_written_is_named_itself(tmp_path, monkeypatch):
+    model = write_model(tmp_path)
+    (tmp_path / "out").mkdir()
+
+    def refused(prefix, dir):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{dir}/{prefix}abcdefgh")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    with pytest.raises(PermissionError) as error:
+        commands.convert_to_flashpack(model, tmp_path / "out")
+    assert error.value.filename == str(tmp_path / "out")
+
+
+def test_an_error_in_a_file_of_a_directory_names_the_file_that_it_becomes(tmp_path, monkeypatch):
+    model = write_model(tmp_path)
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space") as error:
+        commands.convert_to_flashpack(model, tmp_path / "out")
+    assert error.value.filename == str(tmp_path / "out" / "config.json")

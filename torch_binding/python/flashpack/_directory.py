@@ -184,18 +184,80 @@ def staged(destination: Path, source: Path | None = None) -> Iterator[Path]:
     existing = next(path for path in (destination, *destination.parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(existing))
-    with temporary_directory(existing) as stage:
-        yield stage
+    with contextlib.ExitStack() as homes:
+        with _error_of(destination):
+            stage = homes.enter_context(temporary_directory(existing))
+        with _errors_in(stage, destination):
+            yield stage
         files = sorted(path for path in stage.rglob("*") if path.is_file())
         targets = [file_to_replace(destination / file.relative_to(stage)) for file in files]
         _check_targets(targets, destination, source)
-        for file, target in zip(files, targets, strict=True):
+        ready = _beside_targets(files, targets, {Path(os.path.realpath(existing)): stage}, homes)
+        for target in targets:
             make_directories(target.parent)
+        for file, target in zip(ready, targets, strict=True):
+            with _error_of(target):
+                file.replace(target)
+                sync(target.parent)
+
+
+def _beside_targets(
+    files: Sequence[Path], targets: Sequence[Path], known: dict[Path, Path], homes: contextlib.ExitStack
+) -> list[Path]:
+    """Returns the files, complete and durable, where a rename can move each to its target.
+
+    Links, and folders that are mounted, lead to other file systems. `known`: temporary directories by the directory
+    that they are in; others are made, which `homes` removes.
+    """
+    ready: list[Path] = []
+    for file, target in zip(files, targets, strict=True):
+        with _error_of(target):
+            place = Path(os.path.realpath(next(path for path in target.parents if path.exists())))
+            if place not in known:
+                known[place] = homes.enter_context(temporary_directory(place))
+            if not file.is_relative_to(known[place]):
+                file = _moved(file, known[place] / str(len(ready)))
             sync(file)
             if target.exists():
                 shutil.copymode(target, file)
-            file.replace(target)
-            sync(target.parent)
+            ready.append(file)
+    return ready
+
+
+def _moved(file: Path, path: Path) -> Path:
+    try:
+        file.replace(path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copyfile(file, path)
+        file.unlink()
+    return path
+
+
+@contextlib.contextmanager
+def _error_of(path: Path) -> Iterator[None]:
+    """Within it, the system's errors name `path`, because nobody has heard of the temporary files that they are of."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
+
+
+@contextlib.contextmanager
+def _errors_in(stage: Path, destination: Path) -> Iterator[None]:
+    """Within it, the system's errors in writing a file below `stage` name the one that it becomes."""
+    try:
+        yield
+    except OSError as error:
+        place = Path(os.path.realpath(os.fsdecode(error.filename or "/")))
+        real = Path(os.path.realpath(stage))
+        if not place.is_relative_to(real):
+            raise
+        with _error_of(destination / place.relative_to(real)):
+            raise
 
 
 def _check_targets(targets: Sequence[Path], destination: Path, source: Path | None) -> None:
