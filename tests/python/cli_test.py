@@ -358,3 +358,14 @@ def test_what_is_logged_of_hostile_names_cannot_drive_a_terminal(caplog, capsys)
     assert caplog.messages == ["a\\x1b[2J of line\\nforged: line"]
     record = logging.LogRecord("other", logging.WARNING, "", 0, "b\x1b%s", ("\x07",), None)
     assert PrintableFormatter("%(name)s: %(message)s").format(record) == "other: b\\x1b\\x07"
+
+
+@pytest.mark.parametrize("command", ["verify", "revert", "metadata"])
+def test_a_command_does_its_work_if_standard_error_is_closed(pack, command):
+    ran = subprocess.run(
+        ["sh", "-c", '"$0" -m flashpack "$1" "$2" 2>&-', sys.executable, command, os.fspath(pack(STATE))],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert ran.returncode == 0
+    assert ran.stdout

@@ -24,7 +24,7 @@ def progress_bar(title: str, total_bytes: int, show: Show) -> Iterator[Progress 
     """
     if callable(show):
         yield lambda done_bytes: show(done_bytes, total_bytes)
-    elif not show:
+    elif not show or sys.stderr is None:  # A shell can start a program with it closed.
         yield None
     else:
         # By default tqdm shows nothing where standard error is no terminal, which it is not in a notebook.
