@@ -167,12 +167,9 @@ def _open_file(path: Path, key: str | None) -> dict[str, torch.Tensor]:
     if suffix_of(path) == ".safetensors" or refusal is None:
         if key is not None:
             raise FlashPackError(f"{path} has no key {key!r}: only what torch.save wrote can have tensors below a name")
-        try:
-            return _open_safetensors(path)
-        except FlashPackError:
-            if refusal is None:
-                raise
-            raise refusal from None  # It names the cause and the cure, which the library's own does not.
+        if refusal is not None:
+            raise refusal  # The library of safetensors takes headers that contradict themselves.
+        return _open_safetensors(path)
     try:
         # Only the archives that torch has written since version 1.6 can be mapped.
         loaded = _open_pickle(path, mmap=head.startswith(b"PK\x03\x04"))
@@ -226,6 +223,8 @@ def _open_pickle(path: Path, mmap: bool) -> object:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         error.filename = error.filename or os.fspath(path)
+        raise
+    except MemoryError:
         raise
     except Exception as error:  # torch may raise anything here, and its messages advise to turn the check off.
         if found := _NOT_ALLOWED.search(str(error)):

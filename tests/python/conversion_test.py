@@ -1,0 +1,35 @@
+"""What can be converted, and how what cannot is told."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import flashpack
+import pytest
+import torch
+from flashpack import FlashPackError, commands
+
+
+def test_a_header_that_names_a_tensor_twice_is_refused(tmp_path):
+    first, second = (f'"a":{json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})}' for _ in range(2))
+    header = f"{{{first},{second}}}".encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(FlashPackError) as refusal, flashpack.open_file(path):
+        pass
+    with pytest.raises(FlashPackError) as error:
+        commands.convert_to_flashpack(path)
+    assert str(error.value) == str(refusal.value)
+    assert not (tmp_path / "a.flashpack").exists()
+
+
+def test_a_lack_of_memory_is_not_told_as_a_damaged_file(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+
+    def full(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError):
+        commands.convert_to_flashpack(tmp_path / "a.pt")
