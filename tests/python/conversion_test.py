@@ -9,6 +9,7 @@ import flashpack
 import pytest
 import torch
 from flashpack import FlashPackError, commands
+from support import assert_bit_equal
 
 
 def test_a_header_that_names_a_tensor_twice_is_refused(tmp_path):
@@ -33,3 +34,13 @@ def test_a_lack_of_memory_is_not_told_as_a_damaged_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", full)
     with pytest.raises(MemoryError):
         commands.convert_to_flashpack(tmp_path / "a.pt")
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no such dtype")
+def test_transposed_values_of_four_bits_are_packed_whatever_their_size(tmp_path):
+    raw = torch.arange(80 * 100, dtype=torch.int32).to(torch.uint8).view(80, 100)
+    tensor = raw.view(torch.float4_e2m1fn_x2).t()
+    flashpack.pack_to_file({"a": tensor}, tmp_path / "a.flashpack")
+    assert_bit_equal(
+        {"a": flashpack.load_file(tmp_path / "a.flashpack")["a"].view(torch.uint8)}, {"a": raw.t().contiguous()}
+    )

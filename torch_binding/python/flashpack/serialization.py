@@ -333,6 +333,8 @@ class _Buffer:
         self, part: torch.Tensor, dtype: torch.dtype, buffer_bytes: int, scratch_bytes: int | None
     ) -> torch.Tensor:
         """Returns the values of `part` as they go to the file."""
+        if part.dtype == dtype and dtype.itemsize == 1:
+            part, dtype = part.view(torch.uint8), torch.uint8  # Some dtypes of a byte lack copy_().
         place = self._at(buffer_bytes, part.numel(), dtype)
         if scratch_bytes is not None:
             strides = torch.empty_like(part, dtype=dtype, device="meta").stride()
