@@ -95,21 +95,24 @@ std::string dtypes_text(const Metadata& metadata) {
   return out;
 }
 
-/// Lays rows of text out in columns as wide as their widest cell. The first row is the heading.
+/// Lays rows of text out in columns as wide as their widest cell, if that is not very wide. The first row is the
+/// heading.
 class Table {
  public:
   void add(std::vector<std::string> row) { rows_.push_back(std::move(row)); }
 
   /// Columns from `first_right` on are numbers and are right-aligned.
   std::string text(std::size_t first_right) const {
+    constexpr std::size_t kMostPadding = 120;  // One name of a megabyte must not make every row as long.
     std::vector<std::size_t> widths(rows_.front().size());
     for (const auto& row : rows_) {
-      for (std::size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], width(row[i]));
+      for (std::size_t i = 0; i < row.size(); ++i)
+        widths[i] = std::min(kMostPadding, std::max(widths[i], width(row[i])));
     }
     std::string out;
     for (const auto& row : rows_) {
       for (std::size_t i = 0; i < row.size(); ++i) {
-        const std::string pad(widths[i] - width(row[i]), ' ');
+        const std::string pad(widths[i] - std::min(widths[i], width(row[i])), ' ');
         out += "  ";
         out += i < first_right ? row[i] + pad : pad + row[i];
       }

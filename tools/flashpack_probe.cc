@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <boost/json/object.hpp>
 #include <boost/json/serialize.hpp>
+#include <cerrno>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "engine/tuning/ignored_profiles.h"
@@ -98,6 +100,8 @@ int main(int argc, char** argv) try {
   std::vector<Finding> findings = flashpack::probe(path);
   if (!path.empty()) add_profiles(findings, path);
   json ? print_json(findings) : print_text(findings);
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0)
+    throw std::system_error(errno, std::generic_category(), "write to the standard output");
   return 0;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "flashpack_probe: %s\n", error.what());

@@ -63,6 +63,7 @@ struct Flags {
 };
 
 constexpr int kMostGib = 1 << 20;
+constexpr double kMostBudgetS = 24 * 60 * 60;
 
 unsigned cores() { return std::thread::hardware_concurrency(); }
 
@@ -252,6 +253,7 @@ int run(Flags flags) {
       (std::fprintf(json_file.get(), "%s\n", json_of(report).c_str()) < 0 || std::fflush(json_file.get()) != 0))
     fail_to_write(flags.json_file);
   flags.json ? static_cast<void>(std::printf("%s\n", json_of(report).c_str())) : print_text(report);
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) fail_to_write("the standard output");
   return flags.dry_run || !report.kept.empty() ? 0 : kExitNotKept;
 }
 
@@ -323,7 +325,8 @@ int main(int argc, char** argv) try {
     check_values({argv + 1, argv + argc});
     app.parse(argc, argv);
     // Neither comparison holds for a NaN.
-    if (!(flags.budget_s > 0)) throw CLI::ValidationError("--budget", "must be more than 0");
+    if (!(flags.budget_s > 0 && flags.budget_s <= kMostBudgetS))
+      throw CLI::ValidationError("--budget", "must be more than 0 s and at most a day");
     if (!(flags.size_gib > 0 && flags.size_gib <= kMostGib))
       throw CLI::ValidationError("--size_gib", "must be more than 0 and at most " + std::to_string(kMostGib));
     flags.device = device_of(device);

@@ -142,8 +142,8 @@ std::vector<std::size_t> file_order(std::span<const TensorSpec> tensors,
                                     std::optional<std::span<const std::string>> name_order = std::nullopt);
 
 /// Gives every tensor its place in the file. Each dtype has one macroblock, in order of first appearance, and keeps its
-/// tensors in the order given. Throws: Error (kInvalidArgument): "No tensors to pack", "Nothing to pack after
-/// alignment", duplicate names, names that are not UTF-8, negative dims, more than 64 dims, sizes past 2^63.
+/// tensors in the order given. Throws: Error (kInvalidArgument): "No tensors to pack", duplicate names, names that are
+/// not UTF-8, negative dims, more than 64 dims, sizes past 2^63.
 Metadata make_layout(std::span<const TensorSpec> tensors, std::uint64_t align_bytes);
 
 /// To be called before a payload is written, so that a footer that cannot be written is an error in time. `checksums`

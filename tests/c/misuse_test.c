@@ -65,6 +65,9 @@ TEST(null_handles_and_places_are_refused) {
   NULL_IS_REFUSED("request->checkpoint", flashpack_load_all(engine, &load, &tensors, &error));
   NULL_IS_REFUSED("tensors", flashpack_load_all(engine, &load, NULL, &error));
   NULL_IS_REFUSED("transfer", flashpack_start_load_all(engine, &load, &tensors, NULL, &error));
+  transfer = (flashpack_transfer*)&load;
+  NULL_IS_REFUSED("tensors", flashpack_start_load_all(engine, &load, NULL, &transfer, &error));
+  CHECK(!transfer);
   NULL_IS_REFUSED("tensors", flashpack_tensors_data(NULL, 0, &data, &error));
   NULL_IS_REFUSED("checkpoint", flashpack_verify(engine, NULL, 0, NULL, &error));
   NULL_IS_REFUSED("engine", flashpack_writer_create(NULL, "x", NULL, &writer, &error));

@@ -311,9 +311,24 @@ TEST(SafetensorsHeader, IsNotMadeForWhatNoReaderTakes) {
   EXPECT_SAYS("a tensor of complex128 called \"a\"", {"a", DType::kComplex128, {1}});
   EXPECT_SAYS("stands for something else", {"__metadata__", DType::kUInt8, {1}});
   EXPECT_SAYS("has a NUL character", {std::string("a\0b", 3), DType::kUInt8, {1}});
+  EXPECT_SAYS("4-bit floats without a dim", {"a", DType::kFloat4E2M1FNX2, {}});
   EXPECT_SAYS("passes 2^63", {"a", DType::kUInt8, {1L << 40, 1L << 40}});
   EXPECT_SAYS("passes 2^63", {"a", DType::kFloat4E2M1FNX2, {0, 1L << 62}});
   EXPECT_SAYS("passes 2^63", {"a", DType::kInt64, {(1L << 61) + 1}});
+}
+
+TEST(SafetensorsHeader, IsNotMadeWithMetadataThatItsReaderRefuses) {
+  const std::vector<TensorSpec> tensors = {{"a", DType::kUInt8, {1}}};
+  const std::string nul("x\0", 2);
+  for (const std::map<std::string, std::string>& text :
+       {std::map<std::string, std::string>{{nul, "y"}}, {{"y", nul}}}) {
+    try {
+      make_safetensors_header(tensors, text);
+      ADD_FAILURE() << "written";
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find("with a NUL character"), std::string::npos) << error.what();
+    }
+  }
 }
 
 TEST(SafetensorsHeader, HasANameForEveryDTypeThatFilesCanHave) {

@@ -42,6 +42,12 @@ TEST_F(Pack, WritesTheValuesOfConjugatedNegatedExpandedAndGradRequiringTensors) 
   for (const auto& [name, tensor] : tensors) EXPECT_TRUE(same_bytes(read_one(name), tensor)) << name;
 }
 
+TEST_F(Pack, WritesPairsOf4BitFloatsInAnyOrderInMemory) {
+  const at::Tensor bytes = at::randint(256, {60, 70}, at::kByte);
+  pack({{"transposed", bytes.t().view(at::kFloat4_e2m1fn_x2)}});
+  EXPECT_TRUE(at::equal(read_one("transposed").view(at::kByte), bytes.t()));
+}
+
 TEST_F(Pack, PutsTheLargestFirstAndFollowsNameOrderWhenThereIsOne) {
   const StateDict tensors = {{"small", at::ones({1})}, {"large", at::ones({9})}, {"medium", at::ones({4})}};
   pack(tensors);

@@ -112,6 +112,16 @@ TEST(Inspect, NamesCannotDriveTheTerminal) {
   EXPECT_NE(outcome.output.find(R"(\x1b]0;evil\x07\x9b\x7f)"), std::string::npos) << outcome.output;
 }
 
+TEST(Inspect, ALongNameDoesNotMakeEveryRowAsLong) {
+  std::vector<TensorSpec> tensors = {{std::string(100'000, 'x'), DType::kInt8, {1}}};
+  for (int i = 0; i < 100; ++i) tensors.push_back({std::to_string(i), DType::kInt8, {1}});
+  const Scratch file(std::string(101, 'x') + encode_footer(make_layout(tensors, 0)));
+  const Outcome outcome = inspect(quoted(file.path()));
+  EXPECT_EQ(outcome.status, 0);
+  EXPECT_NE(outcome.output.find(tensors[0].name), std::string::npos) << "names are whole";
+  EXPECT_LT(outcome.output.size(), 130'000U);
+}
+
 TEST(Inspect, ShowsTheMetadataOfTheUser) {
   Metadata metadata = make_layout(std::vector<TensorSpec>{{"a", DType::kInt8, {1}}}, 0);
   metadata.user_metadata = {{"format", "pt"}, {"title", "\x1b[2J"}};

@@ -31,6 +31,14 @@ TEST(ProbeTool, TextAndJsonTellOfTheSameThings) {
   EXPECT_TRUE(text.output.ends_with(told + "\n")) << text.output;
 }
 
+TEST(ProbeTool, OutputThatIsLostIsAFailure) {
+  for (const char* form : {"", "--json "}) {
+    const testing::Outcome outcome = probe(std::string(form) + "/var/tmp 2>&1 >/dev/full");
+    EXPECT_EQ(outcome.status, 1);
+    EXPECT_NE(outcome.output.find("No space left on device"), std::string::npos) << outcome.output;
+  }
+}
+
 TEST(ProbeTool, AProfileIsToldAndWhyThereIsNone) {
   const testing::TempDir dir;
   const auto profile = [&] {

@@ -59,6 +59,17 @@ TEST(TuneTool, SizesThatNoFileHasAreRefused) {
   EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
 }
 
+TEST(TuneTool, ABudgetThatNobodyWaitsForIsRefused) {
+  const testing::TempDir dir;
+  for (const std::string budget : {"1e300", "100000", "0", "-1"}) {
+    const testing::Outcome outcome =
+        testing::run("'" FLASHPACK_TUNE "' --budget=" + budget + " '" + dir.path().string() + "' 2>&1");
+    EXPECT_EQ(outcome.status, 2) << budget;
+    EXPECT_TRUE(has(outcome.output, "--budget: must be more than 0 s and at most a day")) << outcome.output;
+  }
+  EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
+}
+
 TEST(TuneTool, AnEmptyValueIsAnErrorAndDoesNotTakeWhatFollows) {
   const testing::TempDir dir;
   for (const std::string option : {"--device", "--budget", "--size_gib", "--json_file"}) {

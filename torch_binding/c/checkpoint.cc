@@ -53,7 +53,6 @@ const OpenCheckpoint& opened(const flashpack_checkpoint* checkpoint) {
 
 OpenCheckpoint::OpenCheckpoint(Checkpoint made) : checkpoint(std::move(made)), metadata(checkpoint.user_metadata()) {
   for (const auto& entry : metadata) metadata_by_index.push_back(&entry);
-  index_of.reserve(checkpoint.size());
   for (std::size_t i = 0; i < checkpoint.size(); ++i) index_of.emplace(checkpoint.record(i).name, i);
 }
 

@@ -9,7 +9,6 @@
 #include <optional>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "flashpack/checkpoint.h"
@@ -27,7 +26,8 @@ struct OpenCheckpoint {
   Checkpoint checkpoint;
   std::map<std::string, std::string> metadata;
   std::vector<const std::pair<const std::string, std::string>*> metadata_by_index;
-  std::unordered_map<std::string_view, std::size_t> index_of;  // By name.
+  // By name. The names are those of a file, whose writer might have chosen them for their hashes.
+  std::map<std::string_view, std::size_t> index_of;
 };
 
 using Memory = std::vector<HostMemory>;

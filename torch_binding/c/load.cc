@@ -232,6 +232,7 @@ flashpack_status flashpack_start_load_all(flashpack_engine* engine, const flashp
                                           flashpack_tensors** tensors, flashpack_transfer** transfer,
                                           flashpack_error** error) {
   return guarded(error, [&] {
+    if (transfer) *transfer = nullptr;
     auto*& result = result_of(tensors, "tensors");
     auto*& transfer_result = result_of(transfer, "transfer");
     WholeLoad load = start_load_all(engine, request);

@@ -227,6 +227,8 @@ std::uint64_t size_to_write(const TensorSpec& tensor) {
   if (has_nul(name)) refuse_to_write("a tensor" + called + ", whose name has a NUL character; a .pt file can");
   if (safetensors_dtype(dtype).empty())
     refuse_to_write("a tensor of " + std::string(dtype_name(dtype)) + called + "; a .pt file can");
+  if (dtype == DType::kFloat4E2M1FNX2 && shape.empty())
+    refuse_to_write("a tensor" + called + " of 4-bit floats without a dim; a .pt file can");
   const std::optional<std::uint64_t> count = rules::element_count(shape);
   std::uint64_t size_bytes = 0;
   if (!count || __builtin_mul_overflow(*count, std::uint64_t{element_bytes(dtype)}, &size_bytes))
@@ -257,6 +259,9 @@ SafetensorsHeader make_safetensors_header(std::span<const TensorSpec> tensors,
   std::ranges::sort(header.order, {}, [&](std::size_t i) {
     return std::pair(-std::int64_t{element_bytes(tensors[i].dtype)}, std::string_view(tensors[i].name));
   });
+  for (const auto& [key, value] : user_metadata) {
+    if (has_nul(key) || has_nul(value)) refuse_to_write("metadata " + rules::quoted(key) + " with a NUL character");
+  }
   JsonWriter json(header.bytes);
   json.begin('{');
   if (!user_metadata.empty()) json.key(kUserMetadata).strings(user_metadata);

@@ -2,6 +2,7 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+#include <map>
 #include <string_view>
 #include <unordered_map>
 #include <utility>
@@ -45,7 +46,8 @@ std::vector<Target> targets_of(const ::torch::nn::Module& module, const NameFilt
 
 Match match_names(const ::torch::nn::Module& module, const Checkpoint& checkpoint, const AssignOptions& options) {
   Match match{.targets = targets_of(module, options.ignore)};
-  std::unordered_map<std::string_view, std::size_t> record_of;
+  // Sorted, because the writer of the file might have chosen the names for their hashes.
+  std::map<std::string_view, std::size_t> record_of;
   for (std::size_t i = 0; i < checkpoint.size(); ++i) record_of.emplace(checkpoint.record(i).name, i);
   for (Target& target : match.targets) {
     for (const std::string& name : target.names) {
