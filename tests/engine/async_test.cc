@@ -19,6 +19,7 @@
 #include <optional>
 #include <string>
 
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/plug.h"
 #include "tests/support/sandbox.h"
@@ -40,7 +41,7 @@ class AsyncTest : public ::testing::Test {
     return {.files = {{.path = path_, .extents = {{0, memory_.size(), memory_.data()}}}},
             .cache = CachePolicy::kDirect};
   }
-  bool right() const { return memory_.intact() && std::memcmp(memory_.data(), bytes_.data(), bytes_.size()) == 0; }
+  bool right() const { return memory_.intact() && testing::same_bytes(memory_.data(), bytes_.data(), bytes_.size()); }
 
   testing::TempDir dir_;
   std::filesystem::path path_ = dir_ / "file";

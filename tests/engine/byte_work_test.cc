@@ -15,6 +15,7 @@
 #include "engine/ground/target_pages.h"
 #include "engine/ground/unique_fd.h"
 #include "engine/stripe_sums.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/small_file_test.h"
@@ -40,7 +41,7 @@ class ByteWorkTest : public flashpack::testing::SmallFileTest {
   }
 
   bool right(const GuardedMemory& memory, std::uint64_t offset) const {
-    return memory.intact() && std::memcmp(memory.data(), bytes_.data() + offset, memory.size()) == 0;
+    return memory.intact() && testing::same_bytes(memory.data(), bytes_.data() + offset, memory.size());
   }
 };
 

@@ -9,6 +9,7 @@
 #include <system_error>
 
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/units.h"
@@ -70,7 +71,7 @@ TEST_P(CallersStagingOfBackendsTest, LoadsAndStoresGoThroughItAndNothingBesideIt
           engine.load({.files = {{.path = dir / "file", .extents = {{0, memory.size(), memory.data()}}}},
                        .cache = CachePolicy::kDirect});
       EXPECT_TRUE(memory.intact());
-      EXPECT_EQ(std::memcmp(memory.data(), bytes.data(), bytes.size()), 0);
+      EXPECT_TRUE(testing::same_bytes(memory.data(), bytes.data(), bytes.size()));
       EXPECT_GE(stats.staged_bytes, bytes.size());
       EXPECT_EQ(stats.fallback_reason, "");
       FileWriter writer = engine.create(dir / "new");

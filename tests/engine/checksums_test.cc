@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/units.h"
@@ -60,7 +61,7 @@ class ChecksumsTest : public ::testing::TestWithParam<Backend> {
     const TransferStats stats =
         engine_.load({.files = {{.path = path_, .extents = {{begin, size, memory.data()}}, .checksums = &checksums}},
                       .cache = cache});
-    EXPECT_EQ(std::memcmp(memory.data(), bytes_.data() + begin, size), 0);
+    EXPECT_TRUE(testing::same_bytes(memory.data(), bytes_.data() + begin, size));
     return stats;
   }
 

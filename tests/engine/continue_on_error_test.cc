@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang.h"
 #include "tests/support/pipeline_rig.h"
@@ -88,7 +89,7 @@ class ContinueOnErrorTest : public ::testing::TestWithParam<std::tuple<Backend, 
   bool right(std::size_t file) const { return testing::right(*memory_.at(file), bytes_.at(file)); }
   bool right(std::size_t file, std::size_t extent) const {
     const Extent& asked = request_.files.at(file).extents.at(extent);
-    return std::memcmp(asked.target, bytes_.at(file).data() + asked.offset_bytes, asked.size_bytes) == 0;
+    return testing::same_bytes(asked.target, bytes_.at(file).data() + asked.offset_bytes, asked.size_bytes);
   }
   // All files that the error does not name have landed, and no other memory was written.
   void expect_others_right(std::span<const FileError> failed) const {
@@ -313,7 +314,7 @@ class ContinueInPipelineTest : public ::testing::TestWithParam<Rig::Shape> {
 
   bool right(std::size_t file, std::size_t extent) const {
     const Extent& asked = request_.files.at(file).extents.at(extent);
-    return std::memcmp(asked.target, bytes_.data() + asked.offset_bytes, asked.size_bytes) == 0;
+    return testing::same_bytes(asked.target, bytes_.data() + asked.offset_bytes, asked.size_bytes);
   }
   bool right(std::size_t file) const {
     for (std::size_t extent = 0; extent < request_.files[file].extents.size(); ++extent) {

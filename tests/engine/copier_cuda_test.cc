@@ -1,12 +1,10 @@
 // The device path of the whole engine, on a runtime that does everything late and can be told to fail.
-#include <fcntl.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <random>
 #include <string>
@@ -14,6 +12,7 @@
 #include <vector>
 
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/counted_new.h"
 #include "tests/support/device_test.h"
 #include "tests/support/fake_cuda.h"
@@ -67,7 +66,7 @@ TEST_P(DeviceTest, ManySmallTensorsArriveInTheirPlacesInBatches) {
     const TransferStats stats = engine_->load({.files = {file}, .cache = cache});
     for (std::size_t i = 0; i < places.size(); ++i) {
       const auto got = cuda().read(memory + places[i].second, file.extents[i].size_bytes);
-      ASSERT_EQ(std::memcmp(got.data(), bytes_.data() + places[i].first, got.size()), 0);
+      ASSERT_TRUE(testing::same_bytes(got.data(), bytes_.data() + places[i].first, got.size()));
     }
 #if CUDART_VERSION >= 12080
     EXPECT_EQ(stats.fallback_reason.find("cudaMemcpyBatchAsync"), std::string::npos) << stats.fallback_reason;
@@ -87,9 +86,9 @@ TEST_P(DeviceTest, OneRequestMayHaveTargetsOnTheHostAndTheDevice) {
                                         {3 * kMiB + 1, odd.size(), odd.data()}}}},
                  .cache = CachePolicy::kDirect});
   const auto got = cuda().read(on_device, 6 * kMiB);
-  EXPECT_EQ(std::memcmp(got.data(), bytes_.data() + 5, got.size()), 0);
-  EXPECT_EQ(std::memcmp(in_place.data(), bytes_.data() + 7 * kMiB, in_place.size()), 0);
-  EXPECT_EQ(std::memcmp(odd.data(), bytes_.data() + 3 * kMiB + 1, odd.size()), 0);
+  EXPECT_TRUE(testing::same_bytes(got.data(), bytes_.data() + 5, got.size()));
+  EXPECT_TRUE(testing::same_bytes(in_place.data(), bytes_.data() + 7 * kMiB, in_place.size()));
+  EXPECT_TRUE(testing::same_bytes(odd.data(), bytes_.data() + 3 * kMiB + 1, odd.size()));
   EXPECT_TRUE(in_place.intact() && odd.intact());
 }
 

@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang.h"
 #include "tests/support/plug.h"
@@ -303,7 +304,7 @@ TEST_F(CoroutineTest, AThousandCoroutinesWaitAtOnce) {
   };
   for (std::size_t index = 0; index < 1000; ++index) load_piece(index);
   ASSERT_EQ(end.get_future().wait_for(kHang), std::future_status::ready);
-  EXPECT_EQ(std::memcmp(memory_.data(), bytes_.data(), 1000 * kPieceBytes), 0);
+  EXPECT_TRUE(testing::same_bytes(memory_.data(), bytes_.data(), 1000 * kPieceBytes));
 }
 
 TEST_F(CoroutineTest, WhatTheOptionsHoldIsFreedAfterTheirCall) {

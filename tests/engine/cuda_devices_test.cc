@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "tests/support/bulk.h"
 #include "tests/support/device_test.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/spin.h"
@@ -73,7 +74,7 @@ struct Alternating {
       const auto wanted = file.subspan(extents[i].offset_bytes, extents[i].size_bytes);
       const auto* const target = static_cast<const std::byte*>(extents[i].target);
       const bool landed =
-          places[i] == 0 ? std::memcmp(wanted.data(), target, wanted.size()) == 0 : cuda().holds(target, wanted);
+          places[i] == 0 ? testing::same_bytes(wanted.data(), target, wanted.size()) : cuda().holds(target, wanted);
       ASSERT_TRUE(landed) << "extent " << i << " at place " << places[i];
     }
     EXPECT_TRUE(host.intact());
@@ -224,7 +225,7 @@ TEST_P(CudaDevicesTest, ManagedMemoryBelongsToItsDeviceOrElseToTheFirst) {
     EXPECT_EQ(cuda().copies_under_way(copies), 8) << "allocated on device " << allocated;
     cuda().hold(false);
     transfer.wait();
-    EXPECT_EQ(std::memcmp(managed, bytes_.data(), bytes_.size()), 0);
+    EXPECT_TRUE(testing::same_bytes(managed, bytes_.data(), bytes_.size()));
   }
 }
 
@@ -300,7 +301,7 @@ TEST_P(CudaDevicesTest, ADeviceThatFailsFailsTransfersThatUseItAndNoOthers) {
     engine_->load(
         {.files = {{.path = path_, .extents = {{0, 6 * kMiB, elsewhere}, {6 * kMiB, 6 * kMiB, host.data()}}}}});
     EXPECT_TRUE(cuda().holds(elsewhere, bytes(0, 6 * kMiB)));
-    EXPECT_EQ(std::memcmp(host.data(), bytes_.data() + 6 * kMiB, 6 * kMiB), 0);
+    EXPECT_TRUE(testing::same_bytes(host.data(), bytes_.data() + 6 * kMiB, 6 * kMiB));
     EXPECT_TRUE(error_of([&] {
       engine_->load({.files = {{.path = path_, .extents = {{0, kMiB, elsewhere}, {kMiB, kMiB, there}}}}});
     })) << "a request of both";

@@ -8,6 +8,7 @@
 #include <span>
 #include <thread>
 
+#include "tests/support/bulk.h"
 #include "tests/support/device_test.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sanitizers.h"
@@ -91,7 +92,7 @@ TEST_P(CudaWorldTest, MemoryOfEveryKindIsATarget) {
   void* managed = nullptr;
   ASSERT_EQ(cudaMallocManaged(&managed, bytes_.size(), cudaMemAttachGlobal), cudaSuccess);
   TransferStats stats = engine_->load(request(static_cast<std::byte*>(managed)));
-  EXPECT_EQ(std::memcmp(managed, bytes_.data(), bytes_.size()), 0);
+  EXPECT_TRUE(testing::same_bytes(managed, bytes_.data(), bytes_.size()));
   EXPECT_GE(stats.staged_bytes, bytes_.size()) << "not by the CPU, which would take it away from the device";
 
   // Managed memory belongs to the device that was current when it was allocated. The engine copies to it on a stream
@@ -99,12 +100,12 @@ TEST_P(CudaWorldTest, MemoryOfEveryKindIsATarget) {
   cudaSetDevice(0);
   ASSERT_EQ(cudaMallocManaged(&managed, bytes_.size(), cudaMemAttachGlobal), cudaSuccess);
   engine_->load(request(static_cast<std::byte*>(managed)));
-  EXPECT_EQ(std::memcmp(managed, bytes_.data(), bytes_.size()), 0);
+  EXPECT_TRUE(testing::same_bytes(managed, bytes_.data(), bytes_.size()));
 
   testing::GuardedMemory registered(bytes_.size());
   ASSERT_EQ(cudaHostRegister(registered.data(), registered.size(), cudaHostRegisterDefault), cudaSuccess);
   stats = engine_->load(request(registered.data()));
-  EXPECT_EQ(std::memcmp(registered.data(), bytes_.data(), bytes_.size()), 0);
+  EXPECT_TRUE(testing::same_bytes(registered.data(), bytes_.data(), bytes_.size()));
   EXPECT_LT(stats.staged_bytes, kMiB) << "in place";
   ASSERT_EQ(cudaHostUnregister(registered.data()), cudaSuccess);
 

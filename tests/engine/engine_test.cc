@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/sanitizers.h"
@@ -51,7 +52,7 @@ class EngineTest : public ::testing::TestWithParam<Backend> {
   }
 
   bool right(const GuardedMemory& memory, std::uint64_t offset) const {
-    return memory.intact() && std::memcmp(memory.data(), bytes_.data() + offset, memory.size()) == 0;
+    return memory.intact() && testing::same_bytes(memory.data(), bytes_.data() + offset, memory.size());
   }
 
   LoadRequest request(GuardedMemory& memory, std::uint64_t offset, CachePolicy cache = CachePolicy::kAuto) const {
@@ -113,7 +114,7 @@ TEST_P(EngineTest, SeveralFilesInOneRequest) {
                           {.path = dir_ / "other", .extents = {{0, b.size(), b.data()}}}}});
   EXPECT_TRUE(right(a, 0));
   EXPECT_TRUE(b.intact());
-  EXPECT_EQ(std::memcmp(b.data(), other_bytes.data(), b.size()), 0);
+  EXPECT_TRUE(testing::same_bytes(b.data(), other_bytes.data(), b.size()));
 }
 
 TEST_P(EngineTest, ExtentsMayOverlapInTheFile) {
@@ -420,7 +421,7 @@ TEST(BackendTest, AForcedOneIsTakenOrRefusedAndNeverReplaced) {
         engine->load({.files = {{.path = dir / "file", .extents = {{0, memory.size(), memory.data()}}}},
                       .cache = CachePolicy::kDirect});
     EXPECT_TRUE(memory.intact());
-    EXPECT_EQ(std::memcmp(memory.data(), bytes.data(), bytes.size()), 0);
+    EXPECT_TRUE(testing::same_bytes(memory.data(), bytes.data(), bytes.size()));
     EXPECT_EQ(stats.backend, backend);
     EXPECT_EQ(to_string(stats.backend), to_string(engine->options().backend));
     if (backend != Backend::kIoUring) {
@@ -448,7 +449,7 @@ int load_with_every_other_page_cached() {
   GuardedMemory memory(bytes.size());
   const TransferStats stats =
       engine.load({.files = {{.path = dir / "file", .extents = {{0, memory.size(), memory.data()}}}}});
-  if (!memory.intact() || std::memcmp(memory.data(), bytes.data(), bytes.size()) != 0) return 1;
+  if (!memory.intact() || !testing::same_bytes(memory.data(), bytes.data(), bytes.size())) return 1;
   if (stats.fallback_reason.find("taken for not cached") != std::string::npos) return 2;
   if (stats.fallback_reason.find("called cached were not") == std::string::npos) return 3;
   // A refused look starts readahead, which may fill a chunk before its turn comes; that one is rightly buffered.

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 #include <filesystem>
 #include <list>
 #include <memory>
@@ -17,6 +16,7 @@
 #include <vector>
 
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang.h"
 #include "tests/support/sandbox.h"
@@ -67,7 +67,7 @@ class FileHandleTest : public ::testing::TestWithParam<Backend> {
     return {.files = {{.extents = {{offset, memory.size(), memory.data()}}, .handle = file}}, .cache = cache};
   }
   bool right(const GuardedMemory& memory, std::uint64_t offset) const {
-    return memory.intact() && std::memcmp(memory.data(), bytes_.data() + offset, memory.size()) == 0;
+    return memory.intact() && testing::same_bytes(memory.data(), bytes_.data() + offset, memory.size());
   }
 
   testing::TempDir dir_;

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/sanitizers.h"
@@ -409,7 +410,7 @@ TEST_P(StoreTest, FilesInAnyOrderFromAnyMemoryAreByteExact) {
     auto written = testing::read_file(path_);
     ASSERT_LE(written.size(), expected.size());
     written.resize(expected.size());
-    ASSERT_EQ(std::memcmp(written.data(), expected.data(), expected.size()), 0) << "round " << round;
+    ASSERT_TRUE(testing::same_bytes(written.data(), expected.data(), expected.size())) << "round " << round;
   }
 }
 

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang.h"
 #include "tests/support/pipeline_rig.h"
@@ -146,7 +147,7 @@ TEST_F(PipelineGateTest, AGateOpensAlsoForTheTransferThatStuckReadsLeaveNoSlot) 
   rig_.disk().get_stuck_from(~std::uint64_t{0});
   ASSERT_TRUE(transfer.wait_for(kHang));
   transfer.wait();
-  EXPECT_EQ(std::memcmp(target.data(), bytes_.data(), target.size()), 0);
+  EXPECT_TRUE(testing::same_bytes(target.data(), bytes_.data(), target.size()));
   ASSERT_TRUE(stuck.wait_for(kHang));
 }
 
@@ -192,7 +193,7 @@ TEST_F(PipelineGateTest, NothingIsCopiedBeforeTheGatesOfAllDevicesAreOpen) {
     later.at_end = true;
     ASSERT_TRUE(transfer.wait_for(kHang)) << "it hangs";
     transfer.wait();
-    EXPECT_EQ(std::memcmp(target.data(), bytes_.data(), target.size()), 0);
+    EXPECT_TRUE(testing::same_bytes(target.data(), bytes_.data(), target.size()));
   }
 }
 
@@ -223,7 +224,7 @@ TEST_F(PipelineGateTest, AGateThatStaysShutIsLookedAtLessAndLess) {
   stream.at_end = true;
   ASSERT_TRUE(transfer.wait_for(kHang)) << "it hangs";
   transfer.wait();
-  EXPECT_EQ(std::memcmp(target.data(), bytes_.data(), target.size()), 0);
+  EXPECT_TRUE(testing::same_bytes(target.data(), bytes_.data(), target.size()));
 }
 
 }  // namespace

@@ -26,6 +26,7 @@
 #include "flashpack/async.h"
 #include "flashpack/coroutine.h"
 #include "flashpack/event_queue.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang.h"
 #include "tests/support/plug.h"
@@ -255,7 +256,7 @@ TEST_P(MisuseTest, ALoadThatTheCallingThreadReadsEndsInTheSameWay) {
   request.files.push_back({.extents = {{4096, 4096, memory_->data()}}, .handle = engine_->open(path_)});
   load_->start(*engine_, request);
   EXPECT_EQ(load_->wait(), std::error_code());
-  EXPECT_EQ(std::memcmp(memory_->data(), bytes_.data() + 4096, 4096), 0);
+  EXPECT_TRUE(testing::same_bytes(memory_->data(), bytes_.data() + 4096, 4096));
 }
 
 TEST_P(MisuseTest, AForkedChildCanGiveUpItsCopyAndTheParentsLoadGoesOn) {

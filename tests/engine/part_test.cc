@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/units.h"
@@ -51,8 +52,8 @@ TEST_F(PartTest, LittleThatIsCachedIsReadWhereTheFileIsOpened) {
     EXPECT_EQ(handover.result()->read_bytes, 1000u);
     EXPECT_TRUE(handover.claim_memory())
         << "its transfer may end while the thread still looks at the file and closes it";
-    EXPECT_EQ(std::memcmp(memory.data(), bytes_.data() + kMiB, 500), 0);
-    EXPECT_EQ(std::memcmp(memory.data() + 500, bytes_.data() + kMiB + 1000, 500), 0);
+    EXPECT_TRUE(testing::same_bytes(memory.data(), bytes_.data() + kMiB, 500));
+    EXPECT_TRUE(testing::same_bytes(memory.data() + 500, bytes_.data() + kMiB + 1000, 500));
     EXPECT_TRUE(memory.intact());
   }
 }

@@ -3,7 +3,6 @@
 
 #include <array>
 #include <atomic>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang.h"
 #include "tests/support/pipeline_rig.h"
@@ -53,7 +53,7 @@ class PipelineLandingTest : public ::testing::Test {
   PipelineLandingTest() { testing::write_file(path_, bytes_); }
 
   bool right(const Wanted& wanted) const {
-    return std::memcmp(wanted.memory->data(), bytes_.data() + wanted.offset, wanted.memory->size()) == 0;
+    return testing::same_bytes(wanted.memory->data(), bytes_.data() + wanted.offset, wanted.memory->size());
   }
 
   // Some of no bytes, some in phase with the file, some with bytes that others want, too.
@@ -158,7 +158,7 @@ TEST_F(PipelineLandingTest, NumbersAreThoseOfTheRequest) {
     Recorder recorder;
     recorder.look = [&](std::size_t file, std::size_t extent) {
       const Extent& told = request.files.at(file).extents.at(extent);
-      EXPECT_EQ(std::memcmp(told.target, bytes_.data() + told.offset_bytes, told.size_bytes), 0);
+      EXPECT_TRUE(testing::same_bytes(told.target, bytes_.data() + told.offset_bytes, told.size_bytes));
     };
     engine.start_load(request, &recorder).wait();
     EXPECT_EQ(recorder.told.size(), 8u);
@@ -172,7 +172,7 @@ TEST_F(PipelineLandingTest, ExtentsThatAreReadWhereTheFileIsOpenedAreTold) {
   std::fill_n(memory.data(), memory.size(), std::byte{});
   Recorder recorder;
   recorder.look = [&](std::size_t, std::size_t extent) {
-    EXPECT_TRUE(extent == 2 || std::memcmp(memory.data() + 500 * extent, bytes_.data() + 100, 500) == 0);
+    EXPECT_TRUE(extent == 2 || testing::same_bytes(memory.data() + 500 * extent, bytes_.data() + 100, 500));
   };
   Transfer transfer =
       rig.start({.path = path_,
@@ -206,7 +206,7 @@ TEST_F(PipelineLandingTest, AnExtentIsToldWhileAnotherOneIsRead) {
   Recorder recorder;
   Transfer transfer = rig.start({.path = path_, .extents = halves, .completion = &recorder, .report_extents = true});
   testing::wait_until([&] { return recorder.count > 0; });
-  EXPECT_EQ(std::memcmp(memory.data(), bytes_.data(), kMiB / 2), 0);
+  EXPECT_TRUE(testing::same_bytes(memory.data(), bytes_.data(), kMiB / 2));
   EXPECT_FALSE(transfer.wait_for(kNothing));
   EXPECT_EQ(recorder.count, 1u);
   rig.get_stuck_from(bytes_.size());
@@ -297,7 +297,7 @@ TEST_F(PipelineLandingTest, TheCallMayCancelItsLoadAndStartAnother) {
   EXPECT_EQ(transfer.error(), Errc::kCancelled);
   EXPECT_EQ(recorder.told.size(), 1u);
   another.wait();
-  EXPECT_EQ(std::memcmp(other.data(), bytes_.data() + 9, other.size()), 0);
+  EXPECT_TRUE(testing::same_bytes(other.data(), bytes_.data() + 9, other.size()));
 }
 
 // The example of transfer.h.
@@ -329,7 +329,7 @@ TEST_F(PipelineLandingTest, LayersAreUsedInTheirOrderWhileTheRestIsRead) {
       layers.ready[layer].wait(false);
       if (layers.failed) break;
       const Extent& extent = file.extents[layer];
-      EXPECT_EQ(std::memcmp(extent.target, bytes_.data() + extent.offset_bytes, kMiB), 0);
+      EXPECT_TRUE(testing::same_bytes(extent.target, bytes_.data() + extent.offset_bytes, kMiB));
       ++used;
     }
     EXPECT_EQ(used, fails ? 0u : 6u);

@@ -18,6 +18,7 @@
 #include <thread>
 #include <vector>
 
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang.h"
 #include "tests/support/pipeline_rig.h"
@@ -65,7 +66,8 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
     void landed(std::size_t, std::size_t index) noexcept override {
       const Extent& extent = extents.at(index);
       ++told;
-      EXPECT_EQ(std::memcmp(extent.target, bytes->data() + extent.offset_bytes, extent.size_bytes), 0) << "told early";
+      EXPECT_TRUE(testing::same_bytes(extent.target, bytes->data() + extent.offset_bytes, extent.size_bytes))
+          << "told early";
     }
     void done(Transfer&) noexcept override {}
 
@@ -150,8 +152,8 @@ class PipelineSoakTest : public ::testing::TestWithParam<std::tuple<Rig::Shape, 
         EXPECT_EQ(started.looks->told, started.looks->extents.size());
       }
       for (const Target& target : started.targets) {
-        ASSERT_EQ(std::memcmp(target.memory->data(), bytes_[file].data() + target.offset_bytes, target.memory->size()),
-                  0)
+        ASSERT_TRUE(testing::same_bytes(target.memory->data(), bytes_[file].data() + target.offset_bytes,
+                                        target.memory->size()))
             << "wrong bytes at " << target.offset_bytes;
       }
       ++count.right;

@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang.h"
 #include "tests/support/pipeline_rig.h"
@@ -88,7 +89,7 @@ TEST_P(PipelineStoreTest, EveryStoreLeavesTheRightBytesOrACleanError) {
       ++right;
       auto written = flashpack::testing::read_file(path);
       written.resize(kFileBytes);
-      ASSERT_EQ(std::memcmp(written.data(), expected.data(), kFileBytes), 0);
+      ASSERT_TRUE(testing::same_bytes(written.data(), expected.data(), kFileBytes));
       StripeSums sums(0, kFileBytes);
       sums.add(0, expected);
       for (std::uint64_t stripe = 0; stripe * Checksums::kStripeBytes < kFileBytes; ++stripe) {

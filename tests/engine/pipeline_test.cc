@@ -4,13 +4,13 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/pipeline_rig.h"
 #include "tests/support/temp_dir.h"
@@ -36,7 +36,7 @@ class PipelineTest : public ::testing::Test {
   static std::filesystem::path path() { return *dir_ / "file"; }
 
   static bool right(const GuardedMemory& memory, std::uint64_t offset) {
-    return memory.intact() && std::memcmp(memory.data(), bytes_.data() + offset, memory.size()) == 0;
+    return memory.intact() && testing::same_bytes(memory.data(), bytes_.data() + offset, memory.size());
   }
 
   static std::unique_ptr<TempDir> dir_;

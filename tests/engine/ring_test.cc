@@ -17,6 +17,7 @@
 #include "engine/staging.h"
 #include "engine/workers.h"
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
@@ -90,7 +91,7 @@ TEST_F(RingTest, ReadsIntoSlotsBeforeAndAfterTheyAreRegistered) {
   for (int use = 0; use < 5; ++use) {
     std::memset(slot.data(), 0, slot.size());
     ASSERT_EQ(read(3, slot, kMiB, 2), kMiB);
-    EXPECT_EQ(std::memcmp(slot.data(), bytes_.data() + kMiB, kMiB), 0);
+    EXPECT_TRUE(testing::same_bytes(slot.data(), bytes_.data() + kMiB, kMiB));
   }
   EXPECT_EQ(ring_->fallback_reason(), "");
 }
@@ -100,20 +101,20 @@ TEST_F(RingTest, SmallReadsDoNotTakeTheRestOfTheirSlotFromTheSystem) {
   ring_ = std::make_unique<Ring>(8, large.slots());
   const auto slot = large.slots()[1];
   for (int use = 0; use < 5; ++use) ASSERT_EQ(read(3, slot.first(4096), kMiB, 1), 4096);
-  EXPECT_EQ(std::memcmp(slot.data(), bytes_.data() + kMiB, 4096), 0);
+  EXPECT_TRUE(testing::same_bytes(slot.data(), bytes_.data() + kMiB, 4096));
   // The first page may be a huge one.
   EXPECT_FALSE(is_populated(slot.last(kMiB)));
   for (int use = 0; use < 5; ++use) ASSERT_EQ(read(3, slot.first(2 * kMiB), 0, 1), 2 * kMiB);
   EXPECT_TRUE(is_populated(slot.last(kMiB))) << "registered, because most of it is used again and again";
   ASSERT_EQ(read(3, slot.first(4096), kMiB, 1), 4096);
-  EXPECT_EQ(std::memcmp(slot.data(), bytes_.data() + kMiB, 4096), 0);
+  EXPECT_TRUE(testing::same_bytes(slot.data(), bytes_.data() + kMiB, 4096));
   EXPECT_EQ(ring_->fallback_reason(), "");
 }
 
 TEST_F(RingTest, TheTailOfAFileComesBackShort) {
   GuardedMemory memory(8192);
   EXPECT_EQ(read(0, {memory.data(), 8192}, 2 * kMiB), 777);
-  EXPECT_EQ(std::memcmp(memory.data(), bytes_.data() + 2 * kMiB, 777), 0);
+  EXPECT_TRUE(testing::same_bytes(memory.data(), bytes_.data() + 2 * kMiB, 777));
   EXPECT_TRUE(memory.intact());
 }
 
@@ -133,7 +134,7 @@ TEST_F(RingTest, EveryRungReadsTheSameBytesAndSaysWhichItIs) {
     for (int use = 0; use < 4; ++use) {
       std::memset(staging_.slots()[0].data(), 0, kMiB);
       ASSERT_EQ(read(3, staging_.slots()[0], kMiB, 0), kMiB);
-      EXPECT_EQ(std::memcmp(staging_.slots()[0].data(), bytes_.data() + kMiB, kMiB), 0);
+      EXPECT_TRUE(testing::same_bytes(staging_.slots()[0].data(), bytes_.data() + kMiB, kMiB));
     }
   }
 }
@@ -232,7 +233,7 @@ int load_with_syscall_denied(long number, int error_number) {
   GuardedMemory memory(bytes.size());
   const TransferStats stats =
       engine.load({.files = {{.path = dir / "file", .extents = {{0, memory.size(), memory.data()}}}}});
-  if (std::memcmp(memory.data(), bytes.data(), bytes.size()) != 0 || !memory.intact()) return 1;
+  if (!testing::same_bytes(memory.data(), bytes.data(), bytes.size()) || !memory.intact()) return 1;
   if (stats.backend != Backend::kWorkers) return 2;
   if (stats.fallback_reason.find("io_uring") == std::string::npos) return 3;
   try {
@@ -278,7 +279,7 @@ TEST(RingRefused, WhereBuffersCannotBeRegisteredReadsGoOnAndSayWhy) {
       std::span<const IoCompletion> done;
       while ((done = ring->wait(std::nullopt)).empty()) {
       }
-      if (done.front().result != kMiB || std::memcmp(staging.slots()[0].data(), bytes.data(), kMiB) != 0) return 1;
+      if (done.front().result != kMiB || !testing::same_bytes(staging.slots()[0].data(), bytes.data(), kMiB)) return 1;
     }
     return ring->fallback_reason().find("registered buffers") == 0 ? 0 : 2;
   });

@@ -13,6 +13,7 @@
 
 #include "engine/ground/unique_fd.h"
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/loop_device.h"
 #include "tests/support/temp_dir.h"
@@ -41,7 +42,7 @@ class SourcesTest : public ::testing::Test {
         Transfer load = engine_.start_load({.files = {wanted}, .cache = cache});
         ASSERT_NO_THROW(load.wait()) << source.path;
         ASSERT_TRUE(memory.intact());
-        ASSERT_EQ(std::memcmp(memory.data(), bytes_.data(), bytes_.size()), 0) << source.path;
+        ASSERT_TRUE(testing::same_bytes(memory.data(), bytes_.data(), bytes_.size())) << source.path;
       }
     }
   }

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/sanitizers.h"
@@ -74,8 +75,8 @@ TEST_P(DisturbedTest, AFileThatIsChangedInPlaceIsOneVersionOrAnError) {
     try {
       transfer.wait();
       // The file is opened when the load's turn comes, which may be after the change.
-      const bool before = std::memcmp(memory.data(), old.data(), size) == 0;
-      const bool after = !cut && std::memcmp(memory.data(), testing::read_file(path_).data(), size) == 0;
+      const bool before = testing::same_bytes(memory.data(), old.data(), size);
+      const bool after = !cut && testing::same_bytes(memory.data(), testing::read_file(path_).data(), size);
       EXPECT_TRUE(before || after) << "a mixture was called a success in round " << round;
     } catch (const Error& error) {
       ++errors;

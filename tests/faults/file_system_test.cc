@@ -6,6 +6,7 @@
 #include <string>
 
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/mounts.h"
 #include "tests/support/run.h"
@@ -31,7 +32,7 @@ class FileSystemTest : public ::testing::TestWithParam<Backend> {
           stats =
               engine_.load({.files = {{.path = path, .extents = {{0, memory.size(), memory.data()}}}}, .cache = cache});
           EXPECT_TRUE(memory.intact());
-          EXPECT_EQ(std::memcmp(memory.data(), bytes_.data(), memory.size()), 0);
+          EXPECT_TRUE(testing::same_bytes(memory.data(), bytes_.data(), memory.size()));
           EXPECT_GE(stats.direct_bytes + stats.buffered_bytes, bytes_.size());
         }
       }

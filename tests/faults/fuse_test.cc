@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/faulty_fs.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang.h"
@@ -155,7 +156,7 @@ TEST_P(FuseTest, AStuckReadHoldsUpNeitherWaitForNorOtherFiles) {
     EXPECT_EQ(error.code(), Errc::kDeadlineExceeded);
   }
   EXPECT_TRUE(stuck_memory.intact());
-  EXPECT_EQ(std::memcmp(other.data(), other_bytes.data(), other.size()), 0);
+  EXPECT_TRUE(testing::same_bytes(other.data(), other_bytes.data(), other.size()));
   EXPECT_EQ(load("plain"), std::error_code());
 }
 

@@ -18,6 +18,7 @@
 
 #include "engine/ground/unique_fd.h"
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang_fixture.h"
 #include "tests/support/temp_dir.h"
@@ -67,7 +68,7 @@ TEST_P(HangTest, AFileThatHangsWhenItIsOpenedHoldsUpNoOtherLoad) {
     expect_that_others_go_on();
     fs_->release();
     EXPECT_NO_THROW(loaded.get());
-    EXPECT_EQ(std::memcmp(memory.data(), bytes_.data(), bytes_.size()), 0);
+    EXPECT_TRUE(testing::same_bytes(memory.data(), bytes_.data(), bytes_.size()));
   }
 }
 
@@ -111,7 +112,7 @@ TEST_P(HangTest, ALoadThatHasItsBytesIsFinishedThoughAllWorkersHang) {
     EXPECT_TRUE(fs_->wait_until_held("read", "stuck"));
     fs_->release("read", "mine");
     EXPECT_EQ(outcome(mine), std::error_code());
-    EXPECT_EQ(std::memcmp(mine.memory->data(), bytes_.data(), 4096), 0);
+    EXPECT_TRUE(testing::same_bytes(mine.memory->data(), bytes_.data(), 4096));
     fs_->release();
     EXPECT_NO_THROW(stuck.wait());
   }
@@ -182,7 +183,7 @@ TEST_P(HangTest, AnEngineIsDestroyedThoughFilesNeitherOpenNorClose) {
 
 TEST_P(HangTest, ACrowdOfFilesThatDoNotOpenHoldsUpNoOtherLoad) {
   fs_->hold("lookup", "*");
-  for (int i = 0; i < 100; ++i) start(*fs_ / ("missing" + std::to_string(i)), 0);
+  start_a_crowd([this](int i) { return *fs_ / ("missing" + std::to_string(i)); }, 100);
   ASSERT_TRUE(fs_->wait_until_held("lookup", "*"));
   Load& other = start(dir_ / "other", 0);
   EXPECT_EQ(outcome(other), std::error_code());
@@ -250,7 +251,7 @@ TEST_P(HangTest, LoadsThroughAHandleThatHangHoldUpNoOtherLoadAndEndWhenTheFileAn
     const std::error_code how = outcome(load);
     if (load.memory->size() == 4096 && how != Errc::kCancelled) {
       ASSERT_EQ(how, std::error_code());
-      ASSERT_EQ(std::memcmp(load.memory->data(), bytes_.data(), 4096), 0);
+      ASSERT_TRUE(testing::same_bytes(load.memory->data(), bytes_.data(), 4096));
     }
   }
 }
@@ -265,7 +266,7 @@ TEST_P(HangTest, FiveThousandLoadsOfOneFileThatHangsHoldUpNoOtherLoadAndEndWhenI
     fs_->release();
     expect_that_the_crowd_ends({});
     EXPECT_TRUE(std::all_of(loads_.begin(), loads_.end(), [this](const Load& load) {
-      return load.memory->size() != 4096 || std::memcmp(load.memory->data(), bytes_.data(), 4096) == 0;
+      return load.memory->size() != 4096 || testing::same_bytes(load.memory->data(), bytes_.data(), 4096);
     }));
     loads_.clear();
   }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 
+#include "tests/support/bulk.h"
 #include "tests/support/fake_cuda_impl.h"
 
 namespace flashpack::testing {
@@ -155,7 +156,7 @@ std::byte* FakeCuda::Impl::map(std::size_t size_bytes, int device, bool managed,
   void* shadow = ::mmap(shadow_at, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | (at ? MAP_FIXED : 0), fd, 0);
   ::close(fd);
   require(address != MAP_FAILED && shadow != MAP_FAILED, "out of address space");
-  std::memset(shadow, static_cast<int>(kPoison), size_bytes);
+  fill_bytes(shadow, kPoison, size_bytes);
   regions.push_back({static_cast<std::byte*>(address), static_cast<std::byte*>(shadow), size_bytes, device, managed});
   return static_cast<std::byte*>(address);
 }
@@ -230,16 +231,15 @@ cudaError_t FakeCuda::Impl::copy(CUstream_st& stream, void* target, const void* 
   const auto taken = std::make_shared<std::vector<std::byte>>();
   if (to_device && !locked) taken->assign(bytes, bytes + size_bytes);
   const auto land = [this, target, source, size_bytes, taken] {
-    std::memcpy(reachable(target, size_bytes), taken->empty() ? reachable(source, size_bytes) : taken->data(),
-                size_bytes);
+    copy_bytes(reachable(target, size_bytes), taken->empty() ? reachable(source, size_bytes) : taken->data(),
+               size_bytes);
     --copies_under_way;
   };
   Work work{.kind = Work::Kind::kCopy, .act = land};
   if (locked) work.locked_memory = {static_cast<const std::byte*>(host_end), size_bytes};
   if (const auto error = queue(stream, std::move(work))) return error;
   pageable_copies += !locked;
-  if (to_device && region_of(target)->there)
-    std::memset(shadow_of(target, size_bytes), static_cast<int>(kPoison), size_bytes);
+  if (to_device && region_of(target)->there) fill_bytes(shadow_of(target, size_bytes), kPoison, size_bytes);
   most_copies_under_way = std::max(most_copies_under_way, ++copies_under_way);
   return cudaSuccess;
 }
@@ -340,17 +340,17 @@ std::vector<std::byte> FakeCuda::read(const std::byte* device_memory, std::size_
 
 bool FakeCuda::holds(const std::byte* device_memory, std::span<const std::byte> bytes) {
   Inside impl;
-  return std::memcmp(impl->shadow_of(device_memory, bytes.size()), bytes.data(), bytes.size()) == 0;
+  return same_bytes(impl->shadow_of(device_memory, bytes.size()), bytes.data(), bytes.size());
 }
 
 void FakeCuda::poison(std::byte* device_memory, std::size_t size_bytes) {
   Inside impl;
-  std::memset(impl->shadow_of(device_memory, size_bytes), static_cast<int>(kPoison), size_bytes);
+  fill_bytes(impl->shadow_of(device_memory, size_bytes), kPoison, size_bytes);
 }
 
 void FakeCuda::write(std::byte* device_memory, std::span<const std::byte> bytes) {
   Inside impl;
-  std::memcpy(impl->shadow_of(device_memory, bytes.size()), bytes.data(), bytes.size());
+  copy_bytes(impl->shadow_of(device_memory, bytes.size()), bytes.data(), bytes.size());
 }
 
 void FakeCuda::hold(bool held) { Inside()->held = held; }

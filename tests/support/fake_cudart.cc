@@ -14,8 +14,10 @@
 #include <utility>
 #include <vector>
 
+#include "tests/support/bulk.h"
 #include "tests/support/fake_cuda_impl.h"
 
+using flashpack::testing::copy_bytes;
 using flashpack::testing::FakeCuda;
 using flashpack::testing::find_more_in_driver;
 using flashpack::testing::Inside;
@@ -307,7 +309,7 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t size_b
     if (const auto error = impl->enter("cudaMemcpyAsync", Kind::kSafe)) return error;
     if (kind == cudaMemcpyDefault || kind == cudaMemcpyDeviceToDevice) {  // The caller's own.
       const auto land = [&impl = *impl, target, source, size_bytes] {
-        std::memcpy(impl.reachable(target, size_bytes), impl.reachable(source, size_bytes), size_bytes);
+        copy_bytes(impl.reachable(target, size_bytes), impl.reachable(source, size_bytes), size_bytes);
       };
       return impl->queue(*impl->stream_of(stream, impl->context()), {.kind = Work::Kind::kQuick, .act = land});
     }

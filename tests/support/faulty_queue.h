@@ -14,6 +14,7 @@
 
 #include "engine/io_queue.h"
 #include "engine/workers.h"
+#include "tests/support/bulk.h"
 #include "tests/support/counted_new.h"
 
 namespace flashpack::testing {
@@ -114,12 +115,12 @@ class FaultyQueue final : public Interface {
     require(request.offset_bytes % kBlockBytes == 0, "offset is aligned");
     require(!request.memory.empty() && request.memory.size() % kBlockBytes == 0, "size is aligned");
     require(reinterpret_cast<std::uintptr_t>(request.memory.data()) % kBlockBytes == 0, "memory is aligned");
-    if (request.op == internal::DiskRequest::Op::kRead) std::ranges::fill(request.memory, kPoison);
+    if (request.op == internal::DiskRequest::Op::kRead)
+      fill_bytes(request.memory.data(), kPoison, request.memory.size());
   }
   static void check_and_poison(const internal::ByteWork& work) {
     if (work.op != internal::ByteWork::Op::kFromCache) return;
-    for (const internal::Fragment& fragment : work.fragments)
-      std::fill_n(fragment.memory, fragment.size_bytes, kPoison);
+    for (const internal::Fragment& fragment : work.fragments) fill_bytes(fragment.memory, kPoison, fragment.size_bytes);
   }
 
   static bool touches_file(const internal::DiskRequest&) { return true; }

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "tests/support/bulk.h"
+
 namespace flashpack::testing {
 
 /// `size` bytes whose address is `phase` modulo 4096, between canaries, between inaccessible pages. The kernel writes
@@ -20,7 +22,7 @@ class GuardedMemory {
     if (at == MAP_FAILED) throw std::runtime_error("mmap");
     base_ = static_cast<std::byte*>(at) + kPage;
     if (::mprotect(base_, body_, PROT_READ | PROT_WRITE) != 0) throw std::runtime_error("mprotect");
-    std::fill(base_, base_ + body_, kCanary);
+    fill_bytes(base_, kCanary, body_);
   }
   ~GuardedMemory() { ::munmap(base_ - kPage, body_ + 2 * kPage); }
   GuardedMemory(const GuardedMemory&) = delete;

@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstring>
 #include <filesystem>
 #include <functional>
 #include <list>
@@ -15,6 +14,7 @@
 #include <vector>
 
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang.h"
 #include "tests/support/hanging_fs.h"
@@ -62,7 +62,7 @@ class HangTest : public ::testing::TestWithParam<Backend> {
   }
 
   bool right(const Load& load) const {
-    return load.memory->intact() && std::memcmp(load.memory->data(), bytes_.data(), bytes_.size()) == 0;
+    return load.memory->intact() && testing::same_bytes(load.memory->data(), bytes_.data(), bytes_.size());
   }
 
   // How it has ended; a test that waits in vain goes on.

@@ -1,11 +1,11 @@
 /// Loads by an engine so small that a few MiB are many chunks to it.
 #pragma once
 
-#include <cstring>
 #include <filesystem>
 #include <vector>
 
 #include "flashpack/engine.h"
+#include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/units.h"
 
@@ -22,7 +22,7 @@ inline LoadRequest request(const std::filesystem::path& path, GuardedMemory& mem
 }
 
 inline bool right(const GuardedMemory& memory, const std::vector<std::byte>& bytes) {
-  return memory.intact() && std::memcmp(memory.data(), bytes.data(), memory.size()) == 0;
+  return memory.intact() && same_bytes(memory.data(), bytes.data(), memory.size());
 }
 
 }  // namespace flashpack::testing

@@ -4,18 +4,17 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <random>
 #include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "tests/support/bulk.h"
 
 namespace flashpack::testing {
 
@@ -42,12 +41,8 @@ class TempDir {
 };
 
 inline std::vector<std::byte> random_bytes(std::size_t size, unsigned seed = 1) {
-  std::mt19937_64 random(seed);
   std::vector<std::byte> bytes(size);
-  for (std::size_t at = 0; at < size; at += sizeof(std::uint64_t)) {
-    const std::uint64_t word = random();
-    std::memcpy(bytes.data() + at, &word, std::min(sizeof word, size - at));
-  }
+  fill_with_random_bytes(bytes.data(), size, seed);
   return bytes;
 }
 
