@@ -12,6 +12,8 @@ import torch
 from click.testing import CliRunner
 from flashpack import _listing
 from flashpack.__main__ import main
+from flashpack._checkpoint import Entry
+from flashpack._listing import lines_of
 from flashpack.deserialization import read_flashpack_file
 from flashpack.safetensors import safe_open
 
@@ -111,3 +113,12 @@ def test_a_long_table_is_cut(pack):
     table = flashpack.open_file(pack({f"t{i}": torch.ones(1) for i in range(520)}))._repr_html_()
     assert table.count("<td>float32</td>") == 500
     assert "and 20 more" in table
+
+
+def test_one_long_name_does_not_widen_the_rows_of_all_others():
+    entries = [_entry("a" * 3000), *(_entry(f"{i}") for i in range(3))]
+    assert [len(line) < 200 for line in lines_of(entries)] == [False, True, True, True]
+
+
+def _entry(name):
+    return Entry(name, "float32", (2,), 0, 8, 0, 0)

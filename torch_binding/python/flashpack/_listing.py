@@ -11,6 +11,8 @@ from ._logging import printable
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 # A notebook keeps what it has shown.
 _MOST_ROWS = 500
+# A name may be as long as a footer, and would widen all rows.
+_WIDEST = 120
 
 
 def human_bytes(size_bytes: int) -> str:
@@ -35,10 +37,11 @@ def by_name(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def lines_of(entries: Sequence[Entry]) -> Iterator[str]:
-    """Yields a line for each tensor, with name, dtype, shape and size in columns."""
-    rows = [_row(entry) for entry in entries]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for *row, size in rows:
+    """Yields a line for each tensor, with name, dtype, shape and size in columns, which are no wider than 120."""
+    widths = [0] * 4
+    for entry in entries:
+        widths = [min(max(width, len(text)), _WIDEST) for width, text in zip(widths, _row(entry), strict=True)]
+    for *row, size in map(_row, entries):
         columns = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=False))
         yield f"{columns}  {size.rjust(widths[-1])}"
 

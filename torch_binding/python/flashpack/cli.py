@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -105,7 +106,7 @@ def ls(path: str, as_json: bool) -> None:
             names = ("name", "dtype", "shape", "size_bytes")
             click.echo(json.dumps([{name: getattr(entry, name) for name in names} for entry in entries]))
         else:
-            for line in (*lines_of(entries), summary_of(entries)):
+            for line in itertools.chain(lines_of(entries), [summary_of(entries)]):
                 click.echo(line)
 
 
