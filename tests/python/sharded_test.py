@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import flashpack
+import flashpack.safetensors
 import pytest
 import safetensors.torch
 import torch
@@ -175,3 +176,14 @@ def test_a_number_that_no_tensor_or_file_has_is_an_error_and_no_read(directory, 
 def test_a_tensor_cannot_be_planned_twice(directory):
     with opened_checkpoint(directory) as checkpoint, pytest.raises(flashpack.FlashPackError, match="wanted twice"):
         checkpoint.native.plan([1, 2, 1], False)
+
+
+def test_offsets_are_counted_from_the_header_where_an_index_leaves_out_the_first_tensor(tmp_path):
+    first = {"a": torch.ones(3), "b": torch.ones(2)}
+    files = {"1.safetensors": first, "2.safetensors": {"a": torch.ones(3)}}
+    for name, tensors in files.items():
+        safetensors.torch.save_file(tensors, tmp_path / name)
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"b": "1.safetensors", "a": "2.safetensors"}}))
+    with flashpack.safetensors.safe_open(path) as file:
+        assert file.get_tensor_meta("b").data_offsets == (12, 20)
