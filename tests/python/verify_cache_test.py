@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
+from flashpack._checkpoint import File
+from flashpack._hub_hashes import Named, hashes_of
 from flashpack.cli import main
 from hub_cache import COMMIT
 
@@ -150,3 +153,15 @@ def test_the_command_names_the_file_that_does_not_match(tmp_path):
     result = CliRunner().invoke(main, ["verify", str(snapshot)])
     assert result.exit_code == 1
     assert name in result.output.splitlines()[0]
+
+
+def test_what_the_disk_cannot_read_is_told_with_its_name(tmp_path, monkeypatch):
+    def failing(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with open(os.devnull, "rb") as opened:
+        file = File(tmp_path / "blob", opened.fileno(), (0, 0, 1, 0), "safetensors", False)
+        monkeypatch.setattr(os, "preadv", failing)
+        with pytest.raises(OSError, match="Input/output") as error:
+            hashes_of([Named(file, "0" * 64)], None)
+    assert error.value.filename == str(tmp_path / "blob")

@@ -104,4 +104,8 @@ def _read(named: Named, chunk: memoryview, at: int) -> int:
         return 0
     # The disk reads ahead of this thread, too.
     os.posix_fadvise(named.file.fd, at + len(chunk), _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-    return os.preadv(named.file.fd, [chunk[: named.size_bytes - at]], at)
+    try:
+        return os.preadv(named.file.fd, [chunk[: named.size_bytes - at]], at)
+    except OSError as error:
+        error.filename = os.fspath(named.file.path)
+        raise
