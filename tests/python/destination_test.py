@@ -241,3 +241,11 @@ def test_an_error_in_a_file_of_a_directory_names_the_file_that_it_becomes(tmp_pa
     with pytest.raises(OSError, match="No space") as error:
         commands.convert_to_flashpack(model, tmp_path / "out")
     assert error.value.filename == str(tmp_path / "out" / "config.json")
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_name_that_only_a_directory_can_have_is_refused(packed, tmp_path, write):
+    destination = f"{tmp_path / named('there', write)}/"
+    with pytest.raises(IsADirectoryError, match="there"):
+        write(packed, destination)
+    assert not os.path.lexists(destination.rstrip("/"))

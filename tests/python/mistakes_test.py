@@ -268,3 +268,22 @@ except OSError as error:
 def test_names_that_are_none_are_told(path, names):
     with pytest.raises(FlashPackError, match=r"names must be names of tensors, .*, got"):
         flashpack.load_file(path, names=names)
+
+
+@pytest.mark.parametrize("align_bytes", [2**70, 128.0, -1])
+def test_an_alignment_that_no_file_can_have_is_refused_by_name(tmp_path, align_bytes):
+    with pytest.raises(FlashPackError, match="align_bytes must be"):
+        flashpack.pack_to_file({"a": torch.ones(2)}, tmp_path / "a.flashpack", align_bytes=align_bytes)
+
+
+def test_an_order_of_what_are_no_names_is_refused_by_name(tmp_path):
+    with pytest.raises(FlashPackError, match="name_order has 1, which is a int"):
+        flashpack.pack_to_file({"a": torch.ones(2)}, tmp_path / "a.flashpack", name_order=[1, "a"])
+
+
+def test_a_tensor_that_ends_behind_its_storage_is_refused_by_name(tmp_path):
+    tensor = torch.ones(3)
+    tensor.untyped_storage().resize_(4)
+    with pytest.raises(FlashPackError, match=r"cannot pack 'a': its storage has 4 bytes.* byte 12"):
+        flashpack.pack_to_file({"a": tensor}, tmp_path / "a.flashpack")
+    flashpack.pack_to_file({"a": torch.ones(9).view(3, 3).t()[1:, 1:]}, tmp_path / "a.flashpack")

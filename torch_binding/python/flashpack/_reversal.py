@@ -26,7 +26,7 @@ from ._progress import Progress, progress_bar
 from ._repository import check_folder
 from ._safetensors import safetensors_header, write_safetensors
 from ._stream import stream_tensors
-from .serialization import file_to_replace
+from .serialization import file_to_replace, refuse_name_of_directory
 from .utils import logger
 
 _FILE_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
@@ -40,6 +40,7 @@ def revert(path: StrPath, destination_path: StrPath | None, silent: bool, force:
     if source.is_dir() and not is_file:
         _revert_directory(source, destination_path, silent, force)
         return os.fspath(source if destination_path is None else destination_path)
+    refuse_name_of_directory(destination_path or "")
     destination = source.with_suffix(".safetensors") if destination_path is None else Path(destination_path)
     if suffix_of(destination) == ".flashpack":
         raise FlashPackError(f"{destination} would not be a flashpack file: call it *.safetensors or *.pt")

@@ -30,7 +30,7 @@ from ._options import Filters
 from ._pretrained import build_model
 from ._reversal import revert
 from .constants import WEIGHTS_NAME
-from .serialization import dicts_of_tensors, pack_to_file
+from .serialization import dicts_of_tensors, pack_to_file, refuse_name_of_directory
 from .utils import filter_state_dict, logger
 
 __all__ = [
@@ -254,6 +254,7 @@ def _default_destination(source: StrPath, subfolder: str | None = None) -> str:
 
 
 def _convert_file(source: Path, destination_path: StrPath | None, packing: _Packing) -> str:
+    refuse_name_of_directory(destination_path or "")
     destination = Path(_default_destination(source) if destination_path is None else destination_path)
     sources = files_of(source)
     is_source = destination.exists() and any(destination.samefile(each) for each in sources)
@@ -295,6 +296,7 @@ def _convert_directory(
     if suffix_of(destination) == ".flashpack" and not destination.is_dir():
         if [*checkpoints] != [""]:
             raise FlashPackError(f"a pipeline converts to a directory, which {destination} does not look like")
+        refuse_name_of_directory(destination_path or "")
         pack("", checkpoints[""], destination)
         return os.fspath(destination)
     if destination_path is None:

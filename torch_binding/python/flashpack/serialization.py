@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,7 +72,9 @@ def pack_to_file(
     Raises FlashPackError (a ValueError) naming the tensor that cannot be written, OSError for the system's failures.
     """
     path = path_of(destination_path)
+    refuse_name_of_directory(path)
     name_order = None if name_order is None else list(listed(name_order) or ())
+    _check_arguments(align_bytes, name_order)
     tensors = _select(state_dict_or_model, name_order, strip_compiled)
     specs = _specs(tensors, align_bytes, target_dtype)
     layout = _native.layout(specs, align_bytes, name_order, _checked_metadata(metadata), checksum)
@@ -91,6 +95,13 @@ def pack_to_file(
             writer.commit(layout.footer(writer.checksums() if checksum else None))
     finally:
         writer.abort()
+
+
+def refuse_name_of_directory(path: StrPath) -> None:
+    """Raises IsADirectoryError for a name that only a directory can have."""
+    text = os.fsdecode(path)
+    if text.endswith(os.sep):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), text)
 
 
 def file_to_replace(path: StrPath) -> Path:
@@ -155,8 +166,6 @@ def _specs(
     """Returns (name, dtype, shape) of each tensor. Raises FlashPackError if one of them cannot be written."""
     if not tensors:
         raise FlashPackError("No tensors to pack. A flashpack file has at least one; a safetensors file can be empty")
-    if align_bytes < 0:
-        raise FlashPackError(f"align_bytes must be >= 0, got {align_bytes}")
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             _refuse_other(name, tensor, tensors)
@@ -167,6 +176,18 @@ def _specs(
         dtype = _storable(dtype_when_asked(tensor.dtype, target_dtype), f"of tensor {name!r}")
         specs.append((name, dtype, list(tensor.shape)))
     return specs
+
+
+def _check_arguments(align_bytes: Any, name_order: Sequence[Any] | None) -> None:
+    try:
+        is_valid = 0 <= operator.index(align_bytes) < 1 << 63
+    except TypeError:
+        is_valid = False
+    if not is_valid:
+        raise FlashPackError(f"align_bytes must be >= 0, and an integer of 64 bits, got {align_bytes!r}")
+    for name in name_order or ():
+        if not isinstance(name, str):
+            raise FlashPackError(f"name_order has {name!r}, which is a {type(name).__name__}, not a str")
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
@@ -243,6 +264,20 @@ def _check_writable(name: object, tensor: torch.Tensor) -> None:
         raise FlashPackError(
             f"cannot pack {name!r}: it has no memory, as inside of torch.func, or if all of it is zero"
         )
+    storage_bytes = tensor.untyped_storage().nbytes()
+    if _end_bytes(tensor) > storage_bytes:
+        raise FlashPackError(
+            f"cannot pack {name!r}: its storage has {storage_bytes} bytes, and its last element ends at byte "
+            f"{_end_bytes(tensor)}"
+        )
+
+
+def _end_bytes(tensor: torch.Tensor) -> int:
+    """Returns where the last element of `tensor` ends in its storage."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
 def _address_of(tensor: torch.Tensor) -> int:
