@@ -197,11 +197,6 @@ UniqueFd duplicate(int fd, const std::filesystem::path& path) {
   return copy;
 }
 
-void File::close() noexcept {
-  buffered_.reset();
-  direct_.reset();
-}
-
 void File::drop_from_cache() const noexcept { ::posix_fadvise(buffered_fd(), 0, 0, POSIX_FADV_DONTNEED); }
 
 std::error_code File::check_unchanged() const noexcept {

@@ -53,9 +53,6 @@ class File {
   /// system does not tell. A rename over its path is no change, because the descriptor keeps the old file.
   std::error_code check_unchanged() const noexcept;
 
-  /// Closes the descriptors, after which nothing may be asked of them. May block.
-  void close() noexcept;
-
   /// Drops the file's clean pages from the page cache. Quick if most are gone already.
   void drop_from_cache() const noexcept;
 

@@ -5,22 +5,20 @@
 
 namespace flashpack::internal {
 
-FileUse FileUse::join(const std::weak_ptr<OpenFile>& remembered) noexcept {
-  std::shared_ptr<OpenFile> file = remembered.lock();
-  if (!file) return {};
-  std::uint32_t users = file->users_;
-  while (users > 0 && !file->users_.compare_exchange_weak(users, users + 1)) continue;
-  return users > 0 ? FileUse(std::move(file)) : FileUse();
+std::unique_ptr<OpenFile> FileUse::leave() noexcept {
+  OpenFile* const file = std::exchange(file_, nullptr);
+  if (!file) return nullptr;
+  const bool was_last = file->table_ ? file->table_->leave(*file) : --file->users_ == 0;
+  return std::unique_ptr<OpenFile>(was_last ? file : nullptr);
 }
 
-std::shared_ptr<OpenFile> FileUse::leave() noexcept {
-  std::shared_ptr<OpenFile> file = std::exchange(file_, nullptr);
-  return file && --file->users_ == 0 ? file : nullptr;
-}
-
-void OpenFile::close() noexcept {
-  residency.reset();
-  file.close();
+// Returns whether the user was the last.
+bool FileTable::leave(OpenFile& file) noexcept {
+  const std::lock_guard lock(mutex_);
+  if (--file.users_ > 0) return false;
+  const auto at = listed_.find(file.file.path());
+  if (at != listed_.end() && at->second == &file) listed_.erase(at);  // Otherwise a newer file has taken its place.
+  return true;
 }
 
 FileUse FileTable::find(const std::filesystem::path& path, const std::optional<FileIdentity>& expected,
@@ -28,9 +26,8 @@ FileUse FileTable::find(const std::filesystem::path& path, const std::optional<F
   FileUse found;
   {
     const std::lock_guard lock(mutex_);
-    std::erase_if(open_, [](const auto& entry) { return entry.second.expired(); });
-    const auto at = open_.find(path);
-    if (at != open_.end()) found = FileUse::join(at->second);
+    const auto at = listed_.find(path);
+    if (at != listed_.end()) found = FileUse(at->second);
   }
   if (!found) return {};
   const FileIdentity& identity = found->file.identity();
@@ -50,16 +47,25 @@ FileUse FileTable::open(const std::filesystem::path& path, const std::optional<F
   File file = File::open(path, expected, false, std::move(given));
   const bool served = serve && serve(file);
   if (want_direct && !served) file.open_direct();
-  FileUse opened(std::move(file), queue_);
-  if (served || !own) return opened;
+  if (served || !own) return FileUse(std::move(file), queue_);
+  FileUse opened(std::make_unique<OpenFile>(std::move(file), queue_, 0, this));
   const std::lock_guard lock(mutex_);
-  open_[path] = opened.remember();
+  listed_[path] = opened.get();
   return opened;
 }
 
 }  // namespace flashpack::internal
 
-const std::filesystem::path& flashpack::FileHandle::path() const noexcept { return (*use_)->file.path(); }
-const flashpack::FileIdentity& flashpack::FileHandle::identity() const noexcept { return (*use_)->file.identity(); }
-std::uint32_t flashpack::FileHandle::alignment_bytes() const noexcept { return (*use_)->file.alignment().block_bytes; }
-std::error_code flashpack::FileHandle::check() const noexcept { return (*use_)->file.check_unchanged(); }
+namespace flashpack {
+
+using internal::FileUse;
+
+FileHandle::FileHandle(const FileHandle& other) noexcept : FileHandle(FileUse::handle(FileUse::of(other))) {}
+FileHandle::~FileHandle() { const FileUse ended = FileUse::of(std::move(*this)); }
+
+const std::filesystem::path& FileHandle::path() const noexcept { return file_->file.path(); }
+const FileIdentity& FileHandle::identity() const noexcept { return file_->file.identity(); }
+std::uint32_t FileHandle::alignment_bytes() const noexcept { return file_->file.alignment().block_bytes; }
+std::error_code FileHandle::check() const noexcept { return file_->file.check_unchanged(); }
+
+}  // namespace flashpack

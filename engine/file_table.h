@@ -19,16 +19,18 @@
 
 namespace flashpack::internal {
 
-/// An open file, and what the driver remembers about it. It is open as long as it has users: see FileUse.
-struct OpenFile {
-  OpenFile(File opened, DiskQueue* its_queue, std::uint64_t its_engine)
-      : file(std::move(opened)), engine(its_engine), queue(its_queue) {}
+class FileTable;
 
-  File file;                           // Constant while the file has users.
+/// An open file, and what the driver remembers about it. Its users own it together: see FileUse. Its destructor closes
+/// the file, which may block.
+struct OpenFile {
+  /// With one user. `table`, if given, lists the file.
+  OpenFile(File opened, DiskQueue* its_queue, std::uint64_t its_engine, FileTable* table = nullptr)
+      : file(std::move(opened)), engine(its_engine), queue(its_queue), table_(table) {}
+
+  const File file;
   std::optional<Residency> residency;  // Set for a FileHandle, whose loads need not find out how to ask.
   const std::uint64_t engine;          // EngineFacts::number of the engine that has opened it for a FileHandle, else 0.
-
-  void close() noexcept;
 
   // Only for the driver.
   DiskQueue* queue;         // The queue that serves the file.
@@ -36,57 +38,63 @@ struct OpenFile {
 
  private:
   friend class FileUse;
-  std::atomic<std::uint32_t> users_ = 1;
+  friend class FileTable;
+  FileTable* const table_;
+  std::atomic<std::uint32_t> users_ = 1;  // The only count of a file's users.
 };
 
 /// A user of an open file. All loads of one path use the same file at a time. The transfers of a FileWriter use the
-/// writer's file, and the loads through a FileHandle use the handle's. The last user closes the file. Closing may
-/// block, so the driver calls leave() instead of destroying a FileUse, and has a thread of the pool close the file.
-/// Thread safety: as a shared_ptr; users of one file may be in any threads.
+/// writer's file, and the loads through a FileHandle use the handle's. The last user destroys the file. That may block,
+/// so the driver calls leave() instead of destroying a FileUse, and has a thread of the pool destroy the file. Thread
+/// safety: as a shared_ptr; users of one file may be in any threads.
 class FileUse {
  public:
   /// Uses no file.
   FileUse() noexcept = default;
   /// The first user of a file that has just been opened. `queue` serves it, and `engine` is OpenFile::engine.
   FileUse(File opened, DiskQueue* queue, std::uint64_t engine = 0)
-      : file_(std::make_shared<OpenFile>(std::move(opened), queue, engine)) {}
+      : FileUse(std::make_unique<OpenFile>(std::move(opened), queue, engine)) {}
   /// A further user.
-  FileUse(const FileUse& other) noexcept : file_(other.file_) {
-    if (file_) ++file_->users_;
-  }
-  FileUse(FileUse&&) noexcept = default;
+  FileUse(const FileUse& other) noexcept : FileUse(other.file_) {}
+  FileUse(FileUse&& other) noexcept : file_(std::exchange(other.file_, nullptr)) {}
   FileUse& operator=(FileUse other) noexcept {
     std::swap(file_, other.file_);
     return *this;
   }
-  ~FileUse() {
-    if (const std::shared_ptr<OpenFile> last = leave()) last->close();
+  ~FileUse() { leave(); }
+
+  /// Makes the use that of a handle.
+  static FileHandle handle(FileUse use) noexcept { return FileHandle(std::exchange(use.file_, nullptr)); }
+  /// A further user of a handle's file, or no user if the handle has none.
+  static FileUse of(const FileHandle& handle) noexcept { return FileUse(handle.file_); }
+  /// The handle's own use, which leaves it without a file.
+  static FileUse of(FileHandle&& handle) noexcept {
+    FileUse use;
+    std::swap(use.file_, handle.file_);
+    return use;
   }
 
-  /// A further user of a file that some table remembers, or no user if nobody has the file open any more.
-  static FileUse join(const std::weak_ptr<OpenFile>& remembered) noexcept;
-  std::weak_ptr<OpenFile> remember() const noexcept { return file_; }
-
-  /// The handle and its copies are one user.
-  static FileHandle handle(FileUse use) { return FileHandle(std::make_shared<FileUse>(std::move(use))); }
-  /// No user if the handle has no file.
-  static FileUse of(const FileHandle& handle) noexcept { return handle.use_ ? *handle.use_ : FileUse(); }
-
   explicit operator bool() const noexcept { return file_ != nullptr; }
-  OpenFile* get() const noexcept { return file_.get(); }
-  OpenFile* operator->() const noexcept { return file_.get(); }
+  OpenFile* get() const noexcept { return file_; }
+  OpenFile* operator->() const noexcept { return file_; }
   friend bool operator==(const FileUse& a, const FileUse& b) noexcept { return a.file_ == b.file_; }
 
-  /// Ends the use. Returns the file if this was its last user: it has to be closed then, in a thread that may block.
-  std::shared_ptr<OpenFile> leave() noexcept;
+  /// Ends the use. Returns the file if this was its last user.
+  std::unique_ptr<OpenFile> leave() noexcept;
 
  private:
-  explicit FileUse(std::shared_ptr<OpenFile> file) noexcept : file_(std::move(file)) {}
-  std::shared_ptr<OpenFile> file_;  // Shared with the tables that remember it, which do not keep it open.
+  friend class FileTable;
+  explicit FileUse(std::unique_ptr<OpenFile> opened) noexcept : file_(opened.release()) {}
+  explicit FileUse(OpenFile* used) noexcept : file_(used) {
+    if (file_) ++file_->users_;
+  }
+
+  OpenFile* file_ = nullptr;  // Has been counted as a user.
 };
 
 /// Files that are open for loads, so that loads of the same path share one. Files are not looked up by inode alone,
-/// because some file systems give two files the same number. Thread safety: any thread.
+/// because some file systems give two files the same number. It must outlive the users of the files that it lists.
+/// Thread safety: any thread.
 class FileTable {
  public:
   /// `queue` serves the files.
@@ -99,11 +107,13 @@ class FileTable {
                UniqueFd given = {}, const std::function<bool(const File&)>& serve = {});
 
  private:
+  friend class FileUse;
   FileUse find(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct);
+  bool leave(OpenFile& file) noexcept;
 
   DiskQueue* const queue_;
-  std::mutex mutex_;                                               // Protects the rest.
-  std::map<std::filesystem::path, std::weak_ptr<OpenFile>> open_;  // Weak, so that a file is closed after its loads.
+  std::mutex mutex_;  // Protects the rest. Files that are listed are joined and left under it, so that each has a user.
+  std::map<std::filesystem::path, OpenFile*> listed_;  // Borrowed from the users.
 };
 
 }  // namespace flashpack::internal

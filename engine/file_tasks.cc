@@ -29,13 +29,13 @@ struct FileTasks::Shared {
 class FileTasks::OpenTask final : public Pool::Task {
  public:
   OpenTask(Part& part, OpenRules rules, std::shared_ptr<Shared> shared)
-      : answer_{part.transfer->shared_from_this(), &part},
+      : shared_(std::move(shared)),
+        answer_{part.transfer->shared_from_this(), &part},
         request_(part.request),
         handover_(part.handover),
         rules_(rules),
         may_wait_for_descriptors_(!part.given && !part.place.alone),
-        given_(std::move(part.given)),
-        shared_(std::move(shared)) {
+        given_(std::move(part.given)) {
     if (part.transfer->request.after == AfterLoad::kDrop) rules_.at_once_bytes = 0;
     // The path of a descriptor is only a name for messages, which files that have nothing to do with each other may
     // share.
@@ -50,25 +50,25 @@ class FileTasks::OpenTask final : public Pool::Task {
   }
 
  private:
-  Inbox::Answer answer_;  // Keeps the transfer, and with it the part.
+  const std::shared_ptr<Shared> shared_;  // The table outlives the use of a file that it lists.
+  Inbox::Answer answer_;                  // Keeps the transfer, and with it the part.
   const PartRequest& request_;
   Handover& handover_;
   OpenRules rules_;
   const bool may_wait_for_descriptors_;
   UniqueFd given_;
-  const std::shared_ptr<Shared> shared_;
 };
 
 class FileTasks::CloseTask final : public Pool::Task {
  public:
   CloseTask(Part& part, std::shared_ptr<Shared> shared)
-      : answer_{part.transfer->shared_from_this(), &part},
+      : shared_(std::move(shared)),
+        answer_{part.transfer->shared_from_this(), &part},
         request_(part.request),
         handover_(part.handover),
         planned_(std::move(part.planned)),
         check_(!part.failure),
-        drop_(part.transfer->request.after == AfterLoad::kDrop && part.transfer->driver.stats.buffered_bytes > 0),
-        shared_(std::move(shared)) {
+        drop_(part.transfer->request.after == AfterLoad::kDrop && part.transfer->driver.stats.buffered_bytes > 0) {
     // The descriptor cannot be the subject, because another file gets its number while the close still hangs.
     subject = reinterpret_cast<std::uintptr_t>(planned_->open.get()) | kClosing;
   }
@@ -83,13 +83,13 @@ class FileTasks::CloseTask final : public Pool::Task {
   }
 
  private:
-  Inbox::Answer answer_;  // Keeps the transfer, and with it the part.
+  const std::shared_ptr<Shared> shared_;  // The table outlives the use of a file that it lists.
+  Inbox::Answer answer_;                  // Keeps the transfer, and with it the part.
   const PartRequest& request_;
   Handover& handover_;
   std::unique_ptr<PlannedFile> planned_;
   const bool check_;
   const bool drop_;
-  const std::shared_ptr<Shared> shared_;
 };
 
 template <class Close>
@@ -124,8 +124,8 @@ void FileTasks::close(UniqueFd given) {
   pool_.post(std::make_unique<ReleaseTask<decltype(close)>>(std::move(close)));
 }
 
-void FileTasks::close(std::shared_ptr<OpenFile> file) {
-  auto close = [last = std::move(file)] { last->close(); };
+void FileTasks::close(std::unique_ptr<OpenFile> file) {
+  auto close = [last = std::move(file)]() mutable { last.reset(); };
   pool_.post(std::make_unique<ReleaseTask<decltype(close)>>(std::move(close)));
 }
 

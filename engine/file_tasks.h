@@ -31,7 +31,7 @@ class FileTasks {
   /// Has a descriptor closed that a load was given but did not use.
   void close(UniqueFd given);
   /// Has a file with a handle closed, of which the driver was the last user.
-  void close(std::shared_ptr<OpenFile> file);
+  void close(std::unique_ptr<OpenFile> file);
 
  private:
   struct Shared;

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <memory>
 #include <system_error>
 #include <utility>
 
@@ -13,7 +12,8 @@ namespace flashpack {
 
 namespace internal {
 class FileUse;
-}
+struct OpenFile;
+}  // namespace internal
 
 /// A file that Engine::open() has opened, for any number of loads of that engine, also at the same time. It is for
 /// programs that read a little again and again, such as indices or blocks of a cache, because to open and close a file
@@ -32,8 +32,15 @@ class FileHandle {
  public:
   /// No file.
   FileHandle() noexcept = default;
+  FileHandle(const FileHandle& other) noexcept;
+  FileHandle(FileHandle&& other) noexcept : file_(std::exchange(other.file_, nullptr)) {}
+  FileHandle& operator=(FileHandle other) noexcept {
+    std::swap(file_, other.file_);
+    return *this;
+  }
+  ~FileHandle();
 
-  bool valid() const noexcept { return use_ != nullptr; }
+  bool valid() const noexcept { return file_ != nullptr; }
 
   // The functions below require: valid().
 
@@ -52,8 +59,8 @@ class FileHandle {
 
  private:
   friend class internal::FileUse;
-  explicit FileHandle(std::shared_ptr<internal::FileUse> use) noexcept : use_(std::move(use)) {}
-  std::shared_ptr<internal::FileUse> use_;
+  explicit FileHandle(internal::OpenFile* used) noexcept : file_(used) {}
+  internal::OpenFile* file_ = nullptr;  // Counts each handle as a user.
 };
 
 }  // namespace flashpack

@@ -1,5 +1,6 @@
 #include "engine/inbox.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 
 #include <memory>
@@ -87,10 +88,10 @@ TEST(InboxTest, AfterTheEndTheFileOfAnAnswerIsClosedAndNobodyIsWoken) {
   const auto owner = transfer();
   auto planned = std::make_unique<PlannedFile>();
   planned->open = FileUse(File::open("/proc/self/exe", std::nullopt, false), nullptr);
-  const std::weak_ptr<OpenFile> open = planned->open.remember();
+  const int fd = planned->open->file.buffered_fd();
   Part part;
   inbox.answer({owner, &part, {.planned = std::move(planned)}});
-  EXPECT_TRUE(open.expired());
+  EXPECT_LT(::fcntl(fd, F_GETFD), 0);
   EXPECT_EQ(owner.use_count(), 1);
   inbox.close();
   EXPECT_EQ(sleeper.wakes, 1);
