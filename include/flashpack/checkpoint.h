@@ -15,6 +15,7 @@
 
 #include "flashpack/error.h"
 #include "flashpack/format.h"
+#include "flashpack/unique_fd.h"
 
 namespace flashpack {
 
@@ -22,23 +23,19 @@ namespace flashpack {
 struct CheckpointFile {
   std::filesystem::path path;
   Metadata metadata;
-  int fd = -1;  ///< Open for reading as long as the checkpoint, which owns it. To be passed as FileExtents::fd.
+  UniqueFd fd;  ///< Open for reading. To be passed as FileExtents::fd.
 };
 
 /// Which file has a tensor, as an index has it: the name of the file for the name of the tensor.
 using WeightMap = std::map<std::string, std::string, std::less<>>;
 
 /// The tensors of one or several files. Each file stays open, so that payloads are read from the files whose metadata
-/// was read, whatever is at their paths by then. Thread safety: as a standard container.
+/// was read, whatever is at their paths by then. Move-only. Thread safety: as a standard container.
 class Checkpoint {
  public:
-  /// Takes over the descriptors of `files`, and closes them at the end, even if this throws. If several files have a
-  /// tensor, `weight_map` decides which one is meant. Throws: Error (kBadFile) if it does not, or if a file lacks a
-  /// tensor that the map says it has.
+  /// If several files have a tensor, `weight_map` decides which one is meant. Throws: Error (kBadFile) if it does not,
+  /// or if a file lacks a tensor that the map says it has.
   Checkpoint(std::filesystem::path path, std::vector<CheckpointFile> files, const WeightMap& weight_map = {});
-  Checkpoint(Checkpoint&&) noexcept;
-  Checkpoint& operator=(Checkpoint&&) noexcept;
-  ~Checkpoint();
 
   /// The path that was opened, for messages.
   const std::filesystem::path& path() const noexcept { return path_; }
@@ -62,8 +59,6 @@ class Checkpoint {
     std::uint32_t file;
     std::uint32_t record;
   };
-
-  void close_all() noexcept;
 
   std::filesystem::path path_;
   std::vector<CheckpointFile> files_;

@@ -210,7 +210,7 @@ TEST_F(OpenCheckpoint, FilesThatAreReplacedLaterAreReadAsTheyWere) {
   const Checkpoint checkpoint = open_checkpoint(file);
   write_shard("new", {"a", "b"});
   std::filesystem::rename(path("new"), file);
-  EXPECT_EQ(identity_of(checkpoint.files()[0].fd), checkpoint.files()[0].metadata.identity);
+  EXPECT_EQ(identity_of(checkpoint.files()[0].fd.get()), checkpoint.files()[0].metadata.identity);
 }
 
 TEST_F(OpenCheckpoint, FilesAreClosedWithTheCheckpointAndAfterAnError) {

@@ -334,8 +334,11 @@ TEST(PlanSegments, FilesOfACheckpointShareNeitherSegmentsNorBlocks) {
     for (TensorRecord& record : metadata.records) record.name = prefix + record.name;
     return metadata;
   };
-  std::vector<CheckpointFile> files = {{.path = "1", .metadata = named(bytes_file({10, 20, 5}), "a")},
-                                       {.path = "2", .metadata = named(bytes_file({7, 30}), "b")}};
+  std::vector<CheckpointFile> files(2);
+  files[0].path = "1";
+  files[0].metadata = named(bytes_file({10, 20, 5}), "a");
+  files[1].path = "2";
+  files[1].metadata = named(bytes_file({7, 30}), "b");
   const Checkpoint checkpoint("all", std::move(files));
   // Tensors are counted file by file.
   const Indices wanted = {4, 0, 3, 2};

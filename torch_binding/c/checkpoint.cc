@@ -102,7 +102,7 @@ flashpack_status flashpack_checkpoint_get_file(const flashpack_checkpoint* check
                         .format = flashpack::format_name(asked.metadata.format).data(),
                         .size_bytes = asked.metadata.identity.size_bytes,
                         .payload_bytes = asked.metadata.payload_bytes,
-                        .fd = asked.fd,
+                        .fd = asked.fd.get(),
                         .has_checksums = asked.metadata.checksums.has_value()},
          file, "file");
   });

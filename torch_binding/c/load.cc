@@ -273,7 +273,7 @@ flashpack_status flashpack_verify(flashpack_engine* engine, const flashpack_chec
     if (index >= files.size())
       throw argument_error("there is no file " + std::to_string(index) + " of " + std::to_string(files.size()));
     const flashpack::CheckpointFile& file = files[index];
-    const auto found = flashpack::verify_payload(used, file.fd, file.path, file.metadata);
+    const auto found = flashpack::verify_payload(used, file.fd.get(), file.path, file.metadata);
     give_report(found, report);
     if (found.corrupt.empty()) return;
     const auto& first = found.corrupt.front();

@@ -1,7 +1,5 @@
 #include "flashpack/checkpoint.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -33,21 +31,15 @@ constexpr std::array<std::string_view, 3> kUsualNames = {"model.flashpack", "mod
 }
 
 CheckpointFile open_one(const fs::path& path) {
-  internal::UniqueFd fd = internal::open_file(path);
-  CheckpointFile file{.path = path, .metadata = read_metadata(fd.get(), path)};
-  file.fd = fd.release();
-  return file;
+  UniqueFd fd = internal::open_file(path);
+  Metadata metadata = read_metadata(fd.get(), path);
+  return {path, std::move(metadata), std::move(fd)};
 }
 
 Checkpoint open_files(const fs::path& path, std::span<const fs::path> paths, const WeightMap& weight_map = {}) {
   std::vector<CheckpointFile> files;
   files.reserve(paths.size());
-  try {
-    for (const fs::path& each : paths) files.push_back(open_one(each));
-  } catch (...) {
-    for (const CheckpointFile& file : files) ::close(file.fd);
-    throw;
-  }
+  for (const fs::path& each : paths) files.push_back(open_one(each));
   return {path, std::move(files), weight_map};
 }
 
@@ -124,37 +116,12 @@ fs::path chosen_in(const fs::path& directory) {
 
 Checkpoint::Checkpoint(std::filesystem::path path, std::vector<CheckpointFile> files, const WeightMap& weight_map)
     : path_(std::move(path)), files_(std::move(files)) {
-  try {
-    std::vector<Shard> shards;
-    for (const CheckpointFile& file : files_) {
-      std::vector<std::string_view>& names = shards.emplace_back(file.path).names;
-      for (const TensorRecord& record : file.metadata.records) names.push_back(record.name);
-    }
-    for (const auto& [file, record] : places_in(shards, path_, weight_map)) places_.push_back({file, record});
-  } catch (...) {
-    close_all();
-    throw;
-  }
-}
-
-Checkpoint::Checkpoint(Checkpoint&& other) noexcept
-    : path_(std::move(other.path_)),
-      files_(std::exchange(other.files_, {})),
-      places_(std::exchange(other.places_, {})) {}
-
-Checkpoint& Checkpoint::operator=(Checkpoint&& other) noexcept {
-  std::swap(path_, other.path_);
-  std::swap(files_, other.files_);
-  std::swap(places_, other.places_);
-  return *this;
-}
-
-Checkpoint::~Checkpoint() { close_all(); }
-
-void Checkpoint::close_all() noexcept {
+  std::vector<Shard> shards;
   for (const CheckpointFile& file : files_) {
-    if (file.fd >= 0) ::close(file.fd);
+    std::vector<std::string_view>& names = shards.emplace_back(file.path).names;
+    for (const TensorRecord& record : file.metadata.records) names.push_back(record.name);
   }
+  for (const auto& [file, record] : places_in(shards, path_, weight_map)) places_.push_back({file, record});
 }
 
 std::map<std::string, std::string> Checkpoint::user_metadata() const {

@@ -62,7 +62,7 @@ FileExtents extents_in(const CheckpointFile& file, std::vector<Extent> extents, 
           .extents = std::move(extents),
           .expected = file.metadata.identity,
           .checksums = checksums_for(file.metadata, verify, file.path),
-          .fd = file.fd};
+          .fd = file.fd.get()};
 }
 
 TransferStats verified(const Checkpoint& checkpoint, Verify verify, const std::function<TransferStats()>& wait) {

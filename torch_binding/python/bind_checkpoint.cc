@@ -8,7 +8,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <fcntl.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -136,7 +135,7 @@ std::vector<HeaderTuple> headers_of(const PyCheckpoint& checkpoint) {
   nb::gil_scoped_release released;
   std::vector<HeaderTuple> headers;
   for (const CheckpointFile& file : opened->files()) {
-    JsonOfFile again = read_json(file.fd, file.path, kMaxFooterBytes);
+    JsonOfFile again = read_json(file.fd.get(), file.path, kMaxFooterBytes);
     if (again.identity != file.metadata.identity)
       throw Error(Errc::kFileChanged, "read " + file.path.string(), file.path);
     headers.emplace_back(file.path, again.codec.name, std::move(again.json), again.payload_bytes);
@@ -158,7 +157,7 @@ WeightMap weight_map_of(const PyCheckpoint& checkpoint) {
 std::vector<FileTuple> file_tuples(const PyCheckpoint& checkpoint) {
   std::vector<FileTuple> tuples;
   for (const auto& [path, metadata, fd] : checkpoint.get()->files())
-    tuples.emplace_back(path, fd, identity_tuple(metadata.identity), format_name(metadata.format),
+    tuples.emplace_back(path, fd.get(), identity_tuple(metadata.identity), format_name(metadata.format),
                         metadata.checksums.has_value());
   return tuples;
 }
@@ -180,9 +179,11 @@ PyCheckpoint macroblocks_of(const PyCheckpoint& checkpoint) {
   Metadata blocks = macroblocks_as_records(only_file(*opened));
   blocks.identity = file.metadata.identity;
   blocks.checksums = file.metadata.checksums;
-  const int fd = file.fd < 0 ? -1 : ::fcntl(file.fd, F_DUPFD_CLOEXEC, 0);
-  if (fd < 0 && file.fd >= 0) throw system_error_of("open", file.path);
-  return PyCheckpoint(Checkpoint(file.path, {{file.path, std::move(blocks), fd}}));
+  UniqueFd fd(file.fd ? ::fcntl(file.fd.get(), F_DUPFD_CLOEXEC, 0) : -1);
+  if (file.fd && !fd) throw system_error_of("open", file.path);
+  std::vector<CheckpointFile> files;
+  files.push_back({file.path, std::move(blocks), std::move(fd)});
+  return PyCheckpoint(Checkpoint(file.path, std::move(files)));
 }
 
 /// Path, and a sentence about its file.

@@ -253,7 +253,7 @@ class PyEngine {
     VerifyReport report;
     {
       nb::gil_scoped_release released;
-      report = verify_payload(*engine_, fd, path, metadata, [&](std::uint64_t done_bytes) {
+      report = verify_payload(*engine_, fd.get(), path, metadata, [&](std::uint64_t done_bytes) {
         nb::gil_scoped_acquire acquired;
         if (progress) (*progress)(done_bytes);
         if (PyErr_CheckSignals() != 0) throw nb::python_error();
