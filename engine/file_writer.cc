@@ -26,14 +26,9 @@ FileWriter::Impl::Impl(Engine::Impl& engine, const std::filesystem::path& path, 
             options.follow_links ? internal::TempFile::Links::kAreRefused : internal::TempFile::Links::kAreReplaced),
       payload_bytes_(options.payload_bytes),
       want_checksums_(options.checksums) {
-  try {
-    internal::UniqueFd fd = temp_.create();
-    open_ = internal::FileUse(internal::File::created(temp_.path(), std::move(fd)), engine_.facts().disk);
-    reserve(0, payload_bytes_);
-  } catch (...) {
-    abort();
-    throw;
-  }
+  UniqueFd fd = temp_.create();
+  open_ = internal::FileUse(internal::File::created(temp_.path(), std::move(fd)), engine_.facts().disk);
+  reserve(0, payload_bytes_);
 }
 
 FileWriter::Impl::~Impl() { abort(); }

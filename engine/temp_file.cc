@@ -88,6 +88,10 @@ TempFile::TempFile(std::filesystem::path target, Links links) : target_(std::mov
   prefix_.append(".").append(name, 0, kept).append(".");
 }
 
+TempFile::~TempFile() {
+  if (owner_.is_current()) remove();
+}
+
 void TempFile::look_at_target() {
   struct stat status{};
   const int flags = links_ == Links::kAreReplaced ? 0 : AT_SYMLINK_NOFOLLOW;
@@ -189,17 +193,12 @@ void replace_file(const std::filesystem::path& path, std::string_view bytes) {
   const std::filesystem::path target = resolve_links(path);
   TempFile temp(target);
   const UniqueFd fd = temp.create();
-  try {
-    while (!bytes.empty()) {
-      const ssize_t n = uninterrupted([&] { return ::write(fd.get(), bytes.data(), bytes.size()); });
-      if (n <= 0) throw file_error(errno_code(n < 0 ? errno : EIO), "write", target);
-      bytes.remove_prefix(static_cast<std::size_t>(n));
-    }
-    temp.commit(fd.get());
-  } catch (...) {
-    temp.remove();
-    throw;
+  while (!bytes.empty()) {
+    const ssize_t n = uninterrupted([&] { return ::write(fd.get(), bytes.data(), bytes.size()); });
+    if (n <= 0) throw file_error(errno_code(n < 0 ? errno : EIO), "write", target);
+    bytes.remove_prefix(static_cast<std::size_t>(n));
   }
+  temp.commit(fd.get());
   temp.sync_directory();
 }
 

@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "engine/ground/unique_fd.h"
+#include "flashpack/detail/owner_process.h"
 
 namespace flashpack::internal {
 
@@ -20,7 +21,8 @@ std::filesystem::path absolute_path(const std::filesystem::path& path);
 /// no name.
 std::filesystem::path resolve_links(const std::filesystem::path& path);
 
-/// A new file beside the one that it is to replace, `.NAME.<random>.tmp`, and the steps that put it in place.
+/// A new file beside the one that it is to replace, `.NAME.<random>.tmp`, and the steps that put it in place. Unless
+/// it is in place, it goes with this object, but not with the copy of this object that a forked child has.
 ///
 /// A process that is killed leaves its file behind. Therefore the file is locked while it is written, and the next
 /// writer of the same target removes all files that nobody has locked. The lock is one of flock(2), which belongs to
@@ -41,6 +43,9 @@ class TempFile {
   /// `target` is absolute, and as resolve_links() gives it unless links are replaced. Throws: Error if there is
   /// something else than a regular file.
   explicit TempFile(std::filesystem::path target, Links links = Links::kAreRefused);
+  ~TempFile();
+  TempFile(const TempFile&) = delete;
+  TempFile& operator=(const TempFile&) = delete;
 
   /// Removes files that others have left, and creates this one, empty. The descriptor holds the lock: keep it open
   /// until remove() or put_in_place(). Throws: Error.
@@ -67,6 +72,7 @@ class TempFile {
   bool is_name_of_one(std::string_view name) const;
   void remove_if_left(const char* name) const noexcept;
 
+  const detail::OwnerProcess owner_;
   std::filesystem::path target_;
   Links links_;
   UniqueFd directory_;                   // Kept open, so that all steps are in the same one even if it is renamed.

@@ -52,6 +52,26 @@ TEST_F(TempFileTest, WhatADeadWriterLeftIsRemovedByTheNextOneForTheSamePath) {
   EXPECT_TRUE(entries().empty());
 }
 
+TEST_F(TempFileTest, TheFileGoesWithItsObjectUnlessItIsInPlaceOrTheObjectIsAForkedChildsCopy) {
+  {
+    TempFile file(target_);
+    const UniqueFd fd = file.create();
+    const int status = testing::run_in_child([&] {
+      file.~TempFile();
+      return 0;
+    });
+    EXPECT_EQ(status, 0);
+    EXPECT_EQ(entries().size(), 1u);
+  }
+  EXPECT_TRUE(entries().empty());
+  {
+    TempFile file(target_);
+    const UniqueFd fd = file.create();
+    file.put_in_place();
+  }
+  EXPECT_EQ(entries(), std::set<std::string>{"model"});
+}
+
 TEST_F(TempFileTest, WhatMayNotBeWrittenToIsRemovedAllTheSame) {
   touch(left_name());
   ::chmod((dir_ / left_name()).c_str(), 0444);
