@@ -1,5 +1,11 @@
 #include "engine/file_tasks.h"
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
 #include <cassert>
 #include <functional>
 #include <string>
@@ -16,6 +22,14 @@ namespace {
 constexpr Pool::Subject kReleased = Pool::Subject{1} << 61;
 constexpr Pool::Subject kClosing = Pool::Subject{1} << 62;
 constexpr Pool::Subject kOpening = Pool::Subject{1} << 63;
+
+// The file system of a descriptor; 0 if the kernel does not tell. The kernel alone is asked, and not by glibc, which
+// makes up for a statx(2) that is refused by a call that may wait for the file system.
+std::uint64_t file_system_of(const UniqueFd& fd) noexcept {
+  struct statx known{};
+  if (::syscall(SYS_statx, fd.get(), "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, &known) != 0) return 0;
+  return ::gnu_dev_makedev(known.stx_dev_major, known.stx_dev_minor);
+}
 
 }  // namespace
 
@@ -92,16 +106,17 @@ class FileTasks::CloseTask final : public Pool::Task {
   const bool drop_;
 };
 
-template <class Close>
+template <class Owner>
 class FileTasks::ReleaseTask final : public Pool::Task {
  public:
-  explicit ReleaseTask(Close close) : close_(std::move(close)) {
-    subject = kReleased;  // All have one subject, so that a dead file system does not take many threads.
+  ReleaseTask(Owner owner, std::uint64_t file_system) : owner_(std::move(owner)) {
+    // Those of one file system have one subject, so that a dead one neither takes many threads nor holds up others.
+    subject = kReleased | file_system;
   }
-  void run() noexcept override { close_(); }
+  void run() noexcept override { owner_.reset(); }
 
  private:
-  Close close_;
+  Owner owner_;
 };
 
 FileTasks::FileTasks(Pool& pool, DiskQueue& disk, OpenRules rules)
@@ -120,13 +135,13 @@ void FileTasks::close(Part& part) {
 }
 
 void FileTasks::close(UniqueFd given) {
-  auto close = [unused = std::move(given)]() mutable { unused.reset(); };
-  pool_.post(std::make_unique<ReleaseTask<decltype(close)>>(std::move(close)));
+  const std::uint64_t file_system = file_system_of(given);
+  pool_.post(std::make_unique<ReleaseTask<UniqueFd>>(std::move(given), file_system));
 }
 
 void FileTasks::close(std::unique_ptr<OpenFile> file) {
-  auto close = [last = std::move(file)]() mutable { last.reset(); };
-  pool_.post(std::make_unique<ReleaseTask<decltype(close)>>(std::move(close)));
+  const std::uint64_t file_system = file->file.identity().dev;
+  pool_.post(std::make_unique<ReleaseTask<std::unique_ptr<OpenFile>>>(std::move(file), file_system));
 }
 
 }  // namespace flashpack::internal

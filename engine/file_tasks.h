@@ -37,7 +37,7 @@ class FileTasks {
   struct Shared;
   class OpenTask;
   class CloseTask;
-  template <class Close>
+  template <class Owner>
   class ReleaseTask;
 
   Pool& pool_;

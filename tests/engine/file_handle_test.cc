@@ -19,6 +19,7 @@
 #include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang.h"
+#include "tests/support/open_descriptors.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/units.h"
@@ -29,16 +30,9 @@ namespace {
 using testing::GuardedMemory;
 using testing::kHang;
 using testing::kMiB;
+using testing::open_descriptors_of;
 
 constexpr unsigned kSysCachestat = 451;  // Older headers lack it.
-
-std::ptrdiff_t open_descriptors_of(const std::filesystem::path& path) {
-  std::ptrdiff_t found = 0;
-  std::error_code gone;
-  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd"))
-    found += std::filesystem::read_symlink(entry.path(), gone).native().starts_with(path.native());
-  return found;
-}
 
 template <class Call>
 std::error_code code_of(Call call) {

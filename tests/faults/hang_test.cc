@@ -21,6 +21,7 @@
 #include "tests/support/bulk.h"
 #include "tests/support/guarded_memory.h"
 #include "tests/support/hang_fixture.h"
+#include "tests/support/open_descriptors.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
@@ -379,6 +380,31 @@ TEST_P(HangTest, ADescriptorThatALoadDoesNotComeToUseHoldsUpNoOtherLoadWhenItDoe
   expect_that_others_go_on();
   fs_->release();
   ::close(fd);
+}
+
+TEST_P(HangTest, ADescriptorThatDoesNotCloseHoldsUpNoUnusedOneOfAnotherFileSystem) {
+  const UniqueFd stuck(::open((*fs_ / "stuck").c_str(), O_RDONLY | O_CLOEXEC));
+  const UniqueFd other(::open((dir_ / "other").c_str(), O_RDONLY | O_CLOEXEC));
+  GuardedMemory memory(bytes_.size());
+  const auto expect_that_no_load_uses = [&](const UniqueFd& fd) {
+    LoadRequest expired = request("a name for messages", memory);
+    expired.files.front().fd = fd.get();
+    expired.deadline = std::chrono::steady_clock::now() - std::chrono::seconds(1);
+    Transfer transfer = engine_->start_load(expired);
+    ASSERT_TRUE(transfer.wait_for(kHang));
+    EXPECT_EQ(transfer.error(), Errc::kDeadlineExceeded);
+  };
+  fs_->hold("getattr", "stuck");
+  fs_->hold("flush", "stuck");
+  expect_that_no_load_uses(stuck);
+  ASSERT_TRUE(fs_->wait_until_held("flush", "stuck"));
+  expect_that_others_keep_going_on();  // Until the engine knows that the thread is late, and longer.
+  expect_that_no_load_uses(other);
+  const Deadline deadline = std::chrono::steady_clock::now() + kHang;
+  while (testing::open_descriptors_of(dir_ / "other") > 1 && std::chrono::steady_clock::now() < deadline)
+    std::this_thread::yield();
+  EXPECT_EQ(testing::open_descriptors_of(dir_ / "other"), 1) << "that of this test";
+  fs_->release();
 }
 
 TEST_P(HangTest, ADescriptorThatHangsHoldsUpNoLoadOfAnotherDescriptorThatIsCalledTheSame) {
