@@ -2,8 +2,6 @@
 
 #include <cerrno>
 #include <exception>
-#include <new>
-#include <stdexcept>
 
 #include "engine/ground/error.h"
 
@@ -33,11 +31,9 @@ Failure Failure::of_exception(const char* operation, const std::filesystem::path
     return Failure(error);
   } catch (const std::system_error& error) {
     return Failure(file_error(error.code(), operation, path));
-  } catch (const std::bad_alloc&) {
-    return Failure(file_error(errno_code(ENOMEM), operation, path));
-  } catch (const std::length_error&) {  // More than a container may have.
-    return Failure(file_error(errno_code(ENOMEM), operation, path));
-  } catch (const std::exception& error) {  // A fault of this library.
+  } catch (const std::exception& error) {
+    if (is_lack_of_memory(error)) return Failure(file_error(errno_code(ENOMEM), operation, path));
+    // A fault of this library.
     const std::string context = std::string(operation) + " " + path.string() + ": " + error.what();
     return Failure(Error(errno_code(ENOTRECOVERABLE), context, path));
   }

@@ -14,6 +14,7 @@
 
 #include "engine/file.h"
 #include "engine/ground/error.h"
+#include "engine/ground/first_line.h"
 #include "engine/ground/reasons.h"
 #include "engine/mounts.h"
 #include "engine/residency.h"
@@ -26,14 +27,9 @@ namespace {
 
 namespace fs = std::filesystem;
 using internal::errno_code;
+using internal::first_line;
 
 constexpr std::uint32_t kSlotBytes = std::uint32_t{2} << 20;
-
-std::string first_line(const fs::path& path) {
-  std::string line;
-  std::getline(std::ifstream(path), line);
-  return line;
-}
 
 // The rest of the first line that begins with `name`, in a file like /proc/self/status.
 std::string field(const fs::path& path, std::string_view name) {

@@ -3,8 +3,10 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <exception>
 #include <filesystem>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <system_error>
 
@@ -55,6 +57,12 @@ inline Error operation_error(const char* operation, const std::system_error& err
   return Error(error.code(), what.empty() ? operation : std::string(operation) + ": " + what);
 }
 
+/// Whether the exception says that there is not enough memory: std::bad_alloc, or the std::length_error of a size that
+/// no memory has.
+inline bool is_lack_of_memory(const std::exception& error) noexcept {
+  return dynamic_cast<const std::bad_alloc*>(&error) || dynamic_cast<const std::length_error*>(&error);
+}
+
 /// Runs `body`, which may throw an Error or run out of memory. `error` gets the code of either, or is empty.
 template <typename Body>
 void catching(std::error_code& error, Body body) noexcept {
@@ -63,7 +71,7 @@ void catching(std::error_code& error, Body body) noexcept {
     body();
   } catch (const std::system_error& thrown) {
     error = thrown.code();
-  } catch (const std::exception&) {  // std::bad_alloc, or the std::length_error of a size that no memory has.
+  } catch (const std::exception&) {  // A lack of memory: see above.
     error = std::make_error_code(std::errc::not_enough_memory);
   }
 }

@@ -9,6 +9,7 @@
 #include <set>
 #include <string_view>
 
+#include "engine/ground/first_line.h"
 #include "engine/mounts.h"
 
 namespace flashpack::internal {
@@ -24,12 +25,6 @@ std::string printable(const std::string& text) {
   std::string clean = text.substr(begin, text.find_last_not_of(" \t\r\n") + 1 - begin);
   for (char& c : clean) c = c < ' ' || c > '~' ? '?' : c;
   return clean;
-}
-
-std::string first_line(const fs::path& path) {
-  std::string line;
-  std::getline(std::ifstream(path), line);
-  return printable(line);
 }
 
 std::string kernel() {
@@ -91,12 +86,12 @@ std::string disk_name(const fs::path& block) {
   std::string name;
   for (const char* file :
        {"wwid", "device/wwid", "serial", "device/serial", "dm/uuid", "md/uuid", "loop/backing_file"}) {
-    name = first_line(block / file);
+    name = printable(first_line(block / file));
     if (!name.empty()) break;
   }
   if (name.empty()) name = printable(block.filename().string());
-  const std::string model = first_line(block / "device/model");
-  const std::string sectors = first_line(block / "size");
+  const std::string model = printable(first_line(block / "device/model"));
+  const std::string sectors = printable(first_line(block / "size"));
   return name + (model.empty() ? "" : ", " + model) + ", " + sectors + " sectors";
 }
 

@@ -87,6 +87,27 @@ TEST(Index, IsReadWhateverTheFormatOfItsFilesAndWhetherTheyAreThere) {
   EXPECT_EQ(read_index(path), (WeightMap{{"a", "2.bin"}, {"b", "1.bin"}}));
 }
 
+TEST(Index, ThatIsNoFileOrTooLargeOrAbsentIsRefusedByItsPath) {
+  const testing::TempDir directory;
+  const std::filesystem::path path = directory / "model.safetensors.index.json";
+  const auto error = [&] {
+    try {
+      read_index(path);
+    } catch (const Error& refused) {
+      EXPECT_EQ(refused.path(), path);
+      return std::string(refused.what());
+    }
+    return std::string("read");
+  };
+  EXPECT_SAYS(error(), "open " + path.string() + ": No such file or directory");
+  std::filesystem::create_directory(path);
+  EXPECT_SAYS(error(), "read " + path.string() + ": Is a directory");
+  std::filesystem::remove(path);
+  std::ofstream(path) << "{}";
+  std::filesystem::resize_file(path, (std::uint64_t{256} << 20) + 1);
+  EXPECT_SAYS(error(), "read " + path.string() + ": its text of 268435457 bytes is over the limit of 268435456");
+}
+
 TEST(Index, OfAnotherTypeOrWithoutFilesIsRefused) {
   for (const std::string_view text : {"", "[]", "{", R"({"weight_map":[]})", R"({"weight_map":{"a":1}})", "{}x",
                                       R"({"weight_map":{}})", R"({"a":{}})", R"({"weight_map":{"a":"b","a":"c"}})"}) {

@@ -2,8 +2,6 @@
 
 #include <cerrno>
 #include <exception>
-#include <new>
-#include <stdexcept>
 #include <string>
 #include <system_error>
 
@@ -48,13 +46,10 @@ flashpack_status describe_exception(flashpack_error** error) {
     return describe(error, {status_of(thrown.code()), thrown.what(), thrown.path(), thrown.offset_bytes()});
   } catch (const std::system_error& thrown) {
     return describe(error, {.status = status_of(thrown.code()), .message = thrown.what()});
-  } catch (const std::bad_alloc&) {
-    return describe(error, {});
-  } catch (const std::length_error&) {
-    return describe(error, {});
   } catch (const NotFound& thrown) {
     return describe(error, {.status = FLASHPACK_NOT_FOUND, .message = thrown.what()});
   } catch (const std::exception& thrown) {
+    if (internal::is_lack_of_memory(thrown)) return describe(error, {});
     return describe(error, {.status = FLASHPACK_INTERNAL_ERROR, .message = thrown.what()});
   } catch (...) {
     return describe(error, {.status = FLASHPACK_INTERNAL_ERROR, .message = "unknown error"});

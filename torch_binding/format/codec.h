@@ -31,9 +31,9 @@ class OpenedFile {
   std::string read(std::uint64_t offset_bytes, std::uint64_t size_bytes) const;
 
   /// Throws Error (kBadFile) if the JSON, called `what`, is longer than `limit_bytes` or than this file's own limit.
-  /// `offset_bytes`: where the file has the length.
+  /// `offset_bytes`: where the file has the length, if it has it.
   void check_limit(const char* what, std::uint64_t length_bytes, std::uint64_t limit_bytes,
-                   std::uint64_t offset_bytes) const;
+                   std::uint64_t offset_bytes = Error::kNoOffset) const;
   /// Throws Error (kFileChanged) if the identity is another one by now.
   void check_unchanged() const;
 

@@ -1,14 +1,10 @@
 #include "torch_binding/format/index.h"
 
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <string>
 
-#include "engine/ground/error.h"
 #include "engine/ground/unique_fd.h"
+#include "torch_binding/format/codec.h"
 #include "torch_binding/format/foreign_file.h"
 #include "torch_binding/format/format_rules.h"
 #include "torch_binding/format/json_reader.h"
@@ -18,33 +14,11 @@ namespace flashpack {
 namespace {
 
 namespace fs = std::filesystem;
-using internal::errno_code;
-using internal::file_error;
 
 constexpr std::uint64_t kMaxIndexBytes = std::uint64_t{256} << 20;
 
 [[noreturn]] void refuse(const fs::path& path, const std::string& sentence) {
   throw Error(Errc::kBadFile, "open " + path.string() + ": " + sentence, path);
-}
-
-std::string read_all(const fs::path& path) {
-  const internal::UniqueFd fd = internal::open_file(path);
-  struct stat status{};
-  if (::fstat(fd.get(), &status) != 0) throw file_error(errno_code(errno), "stat", path);
-  if (!S_ISREG(status.st_mode)) refuse(path, "it is not a regular file");
-  const auto size_bytes = static_cast<std::uint64_t>(status.st_size);
-  if (size_bytes > kMaxIndexBytes) refuse(path, "an index of more than " + std::to_string(kMaxIndexBytes) + " bytes");
-  std::string text(size_bytes, '\0');
-  for (std::size_t done = 0; done < text.size();) {
-    const ssize_t got = internal::uninterrupted(
-        [&] { return ::pread(fd.get(), text.data() + done, text.size() - done, static_cast<off_t>(done)); });
-    if (got <= 0) {
-      const std::error_code error = got < 0 ? errno_code(errno) : make_error_code(Errc::kTruncated);
-      throw internal::range_error(error, "read", path, done, text.size() - done);
-    }
-    done += static_cast<std::size_t>(got);
-  }
-  return text;
 }
 
 }  // namespace
@@ -94,7 +68,12 @@ std::vector<PlaceInShards> places_in(std::span<const Shard> shards, const fs::pa
   return places;
 }
 
-WeightMap read_index(const fs::path& path) { return parse_index(read_all(path), path); }
+WeightMap read_index(const fs::path& path) {
+  const UniqueFd fd = internal::open_file(path);
+  const OpenedFile file(fd.get(), path, kMaxIndexBytes);
+  file.check_limit("text", file.size_bytes(), kMaxIndexBytes);
+  return parse_index(file.read(0, file.size_bytes()), path);
+}
 
 WeightMap parse_index(std::string_view text, const fs::path& path) {
   WeightMap map;
