@@ -267,11 +267,11 @@ TEST(SafetensorsHeader, CannotBeWrittenAsAFooter) {
   EXPECT_THROW(check_footer(metadata, true), Error);
 }
 
-#define EXPECT_SAYS(text, ...) EXPECT_NE(error_of_writing(TensorSpec __VA_ARGS__).find(text), std::string::npos)
+#define EXPECT_SAYS(text, ...) EXPECT_NE(error_of_writing({TensorSpec __VA_ARGS__}).find(text), std::string::npos)
 
-std::string error_of_writing(const TensorSpec& tensor) {
+std::string error_of_writing(const std::vector<TensorSpec>& tensors) {
   try {
-    make_safetensors_header(std::span(&tensor, 1), {});
+    make_safetensors_header(tensors, {});
   } catch (const Error& error) {
     EXPECT_EQ(error.code(), Errc::kInvalidArgument);
     return error.what();
@@ -315,6 +315,9 @@ TEST(SafetensorsHeader, IsNotMadeForWhatNoReaderTakes) {
   EXPECT_SAYS("passes 2^63", {"a", DType::kUInt8, {1L << 40, 1L << 40}});
   EXPECT_SAYS("passes 2^63", {"a", DType::kFloat4E2M1FNX2, {0, 1L << 62}});
   EXPECT_SAYS("passes 2^63", {"a", DType::kInt64, {(1L << 61) + 1}});
+  const std::vector<TensorSpec> twice = {
+      {"a", DType::kUInt8, {1}}, {"b", DType::kUInt8, {1}}, {"a", DType::kInt64, {}}};
+  EXPECT_NE(error_of_writing(twice).find("two tensors called \"a\""), std::string::npos);
 }
 
 TEST(SafetensorsHeader, IsNotMadeWithMetadataThatItsReaderRefuses) {

@@ -218,6 +218,13 @@ std::optional<Codec::Place> locate_header(OpenedFile& file) {
   throw Error(Errc::kInvalidArgument, "a safetensors file cannot have " + what);
 }
 
+void check_names_to_write(std::span<const TensorSpec> tensors) {
+  std::vector<std::string_view> names;
+  for (const TensorSpec& tensor : tensors) names.push_back(tensor.name);
+  if (const auto same = rules::find_duplicate(names))
+    refuse_to_write("two tensors called " + rules::quoted(names[same->first]));
+}
+
 /// Returns the size in bytes of a tensor that a file can have.
 std::uint64_t size_to_write(const TensorSpec& tensor) {
   const auto& [name, dtype, shape] = tensor;
@@ -254,6 +261,7 @@ std::vector<std::int64_t> safetensors_shape(DType dtype, std::vector<std::int64_
 
 SafetensorsHeader make_safetensors_header(std::span<const TensorSpec> tensors,
                                           const std::map<std::string, std::string>& user_metadata) {
+  check_names_to_write(tensors);
   SafetensorsHeader header{.bytes = std::string(rules::kHeaderLengthBytes, '\0')};
   for (std::size_t i = 0; i < tensors.size(); ++i) header.order.push_back(i);
   std::ranges::sort(header.order, {}, [&](std::size_t i) {
