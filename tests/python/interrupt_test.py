@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import flashpack
 import pytest
@@ -91,6 +92,26 @@ def test_ctrl_c_during_a_write_leaves_no_file(tmp_path):
     assert finished == []
     writer.abort()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_takes_one_call_at_a_time(tmp_path):
+    tensor = random_tensor((SIZE_BYTES // 4,))
+    writer = _native.Writer(_engine.engine(), tmp_path / "a", SIZE_BYTES)
+    extents = [(0, SIZE_BYTES, tensor.data_ptr())]
+    writer.start_write(extents, tensor)
+    calls = [lambda: writer.start_write(extents, tensor), writer.finish, writer.checksums, writer.abort]
+    calls.append(lambda: writer.commit(b""))
+    refused = []
+
+    def use_it_meanwhile(done_bytes):
+        with ThreadPoolExecutor() as others:
+            refused.extend(others.submit(call).exception() for call in calls)
+
+    writer.finish(0, use_it_meanwhile)
+    assert len(refused) >= len(calls)
+    assert all("one at a time" in str(error) for error in refused)
+    writer.commit(b"footer")
+    assert (tmp_path / "a").read_bytes() == tensor.numpy().tobytes() + b"footer"
 
 
 def test_a_writer_dropped_while_writing_leaves_no_file_and_keeps_its_sources_until_then(tmp_path):

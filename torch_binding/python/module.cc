@@ -290,6 +290,8 @@ class PyEngine {
 
 class PyWriter {
  public:
+  bool in_use = false;  ///< See one_at_a_time().
+
   PyWriter(PyEngine& engine, const std::filesystem::path& path, std::uint64_t payload_bytes, bool checksums,
            bool follow_links)
       : writer_(engine.create(
@@ -400,15 +402,16 @@ void bind_writer(nb::module_& module) {
       nb::class_<PyWriter>(module, "Writer", "A file that appears whole on commit(), or not at all.")
           .def(nb::init<PyEngine&, const std::filesystem::path&, std::uint64_t, bool, bool>(), "engine"_a, "path"_a,
                "payload_bytes"_a, "checksums"_a = false, "follow_links"_a = true, nb::keep_alive<1, 2>())
-          .def("start_write", &PyWriter::start_write, "extents"_a, "sources"_a, "stream"_a = 0,
+          .def("start_write", one_at_a_time(&PyWriter::start_write), "extents"_a, "sources"_a, "stream"_a = 0,
                "Starts writing extents of (file offset, size, address); `sources` is kept alive until the end. "
                "Device memory is not read before what is on `stream` (a cudaStream_t) has ended.")
-          .def("finish", &PyWriter::finish, "but"_a = 0, "progress"_a = nb::none(),
+          .def("finish", one_at_a_time(&PyWriter::finish), "but"_a = 0, "progress"_a = nb::none(),
                "Waits for the writes that were started, oldest first, until no more than `but` are under way.")
-          .def("checksums", &PyWriter::checksums,
+          .def("checksums", one_at_a_time(&PyWriter::checksums),
                "The checksums of all bytes that have been written, if the writer was made with `checksums`.")
-          .def("commit", &PyWriter::commit, "tail"_a, "Appends `tail` and puts the durable file in place.")
-          .def("abort", &PyWriter::abort, "Removes what was written, unless committed.");
+          .def("commit", one_at_a_time(&PyWriter::commit), "tail"_a,
+               "Appends `tail` and puts the durable file in place.")
+          .def("abort", one_at_a_time(&PyWriter::abort), "Removes what was written, unless committed.");
   refuse_pickling(writer);
 }
 

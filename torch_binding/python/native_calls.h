@@ -12,6 +12,9 @@
 #include <chrono>
 #include <optional>
 #include <thread>
+#include <utility>
+
+#include "flashpack/error.h"
 
 namespace flashpack {
 
@@ -43,6 +46,27 @@ class NativeCall {
   NativeCall(const NativeCall&) = delete;
   NativeCall& operator=(const NativeCall&) = delete;
 };
+
+/// Returns `function` for a binding: it is refused while another call of this kind uses the same object, from another
+/// thread or from the handler of a signal, which could find the object half changed because the GIL is released. The
+/// class has a member `bool in_use`.
+template <typename Class, typename Result, typename... Args>
+auto one_at_a_time(Result (Class::*function)(Args...)) {
+  struct Use {
+    explicit Use(bool& flag) : in_use(flag) {
+      if (in_use) throw Error(Errc::kInvalidArgument, "another call is using this object, which takes one at a time");
+      in_use = true;
+    }
+    ~Use() { in_use = false; }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+    bool& in_use;
+  };
+  return [function](Class& self, Args... args) -> Result {
+    const Use use(self.in_use);
+    return (self.*function)(std::forward<Args>(args)...);
+  };
+}
 
 /// Releases the GIL, for calls that must not fail, such as destructors. It keeps the GIL if the interpreter has ended,
 /// because a thread cannot take it again then.
