@@ -196,3 +196,47 @@ def test_on_a_terminal_the_map_has_colours_unless_they_are_not_wanted(tmp_path):
     assert b"\x1b[48;5;" in coloured
     assert b"\x1b" not in shown(NO_COLOR="1")
     assert b"\x1b" not in shown(TERM="dumb")
+
+
+def test_a_picture_that_has_no_place_is_refused_before_anything_is_measured(on_path, tmp_path):
+    stand_in(on_path, 'touch "${0%/*}/measured"')
+    result = CliRunner().invoke(main, ["tune", "--picture", str(tmp_path / "missing" / "x.svg")])
+    assert result.exit_code == 1
+    assert "missing is no directory" in result.stderr
+    assert os.listdir(on_path) == ["flashpack_tune"]
+
+
+def test_a_measurement_that_has_failed_is_not_drawn(on_path, tmp_path):
+    pytest.importorskip("matplotlib")
+    stand_in(on_path, 'for each; do case $each in --json_file=*) : > "${each#*=}";; esac; done; exit 1')
+    result = CliRunner().invoke(main, ["tune", "--picture", str(tmp_path / "x.svg")])
+    assert result.exit_code == 1
+    assert result.stderr == ""
+
+
+def test_a_command_that_is_ended_ends_the_program(on_path, monkeypatch):
+    told = 'trap \'echo > "${0%/*}/ended"; exit 1\' TERM; : > "${0%/*}/ready"'
+    stand_in(on_path, f"ulimit -t 30; {told}; while :; do :; done")
+    monkeypatch.setenv("PATH", f"{on_path}:/bin:/usr/bin")
+    code = f"""
+import os, pathlib, signal, subprocess
+from flashpack import _tune
+from flashpack.__main__ import main
+
+home = pathlib.Path({str(on_path)!r})
+_tune._HERE = home / "package"
+wait = subprocess.Popen.wait
+
+def signalled(process, *arguments, **options):
+    if process.poll() is None and not (home / "sent").exists():
+        while not (home / "ready").exists():
+            pass
+        (home / "sent").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return wait(process, *arguments, **options)
+
+subprocess.Popen.wait = signalled
+main(["tune"])
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 128 + 15
+    assert (on_path / "ended").exists()

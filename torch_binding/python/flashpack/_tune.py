@@ -38,11 +38,16 @@ def tune(options: Sequence[str], path: str, picture: str | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="flashpack_tune.") as folder:
         report = Path(folder, "report.json")
         status = _run([*options, f"--json_file={report}", "--", path])
-        if report.exists():
+        if report.exists() and report.stat().st_size:  # A measurement that fails may leave it empty.
             draw(json.loads(report.read_text()), picture)
     return status
 
 
 def _run(arguments: Sequence[str]) -> int:
-    status = subprocess.run([program(), *arguments], check=False).returncode
+    with subprocess.Popen([program(), *arguments]) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()  # It removes the file that it measures with.
+            raise
     return 128 - status if status < 0 else status

@@ -23,6 +23,9 @@ def check_picture(target: str) -> None:
     """Raises FlashPackError for another kind of file, or where matplotlib is missing, before time is spent."""
     if Path(target).suffix not in _SUFFIXES:
         raise FlashPackError(f"{target}: a picture is a file of {' or '.join(_SUFFIXES)}")
+    folder = Path(target).absolute().parent
+    if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
+        raise FlashPackError(f"{target}: {folder} is no directory that can be written to")
     if importlib.util.find_spec("matplotlib") is None:
         raise FlashPackError("a picture needs matplotlib, which is not installed: pip install matplotlib")
 
