@@ -43,6 +43,10 @@ class Filters(NamedTuple):
     def ignore(self, name: str) -> bool:
         return is_ignored_tensor_name(name, *self)
 
+    def also(self, names: Iterable[str]) -> Filters:
+        """Returns filters that ignore these names, too."""
+        return self._replace(ignore_names=[*(self.ignore_names or ()), *names])
+
 
 class Strictness(NamedTuple):
     """Which differences between the names of a file and those of a model are errors."""

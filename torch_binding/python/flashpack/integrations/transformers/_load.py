@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,10 @@ def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, requ
         model = model_class._from_config(config, dtype=dtype, **request.arguments)
     if not _OLD:
         _compute_buffers(model)
+    # transformers does not take these from a file either: it has computed them from the configuration.
+    computed = [name for name, slot in slots_of(model).items() if not slot.is_persistent]
+    options = request.options._replace(filters=request.options.filters.also(computed))
+    request = replace(request, options=options)
     entries = request.entries()
     if not _fits(model, entries):
         return None
@@ -168,17 +172,28 @@ def _set_dtypes(model: PreTrainedModel, entries: list[Entry], request: Request) 
 
 def _untie(model: PreTrainedModel, request: Request) -> None:
     """Unties weights that differ in the file, as transformers does from version 5 on."""
-    values = _Values(request)
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    for tie in list(ties.items()):
-        names = [name for name in values.entries if name in tie]
-        if len(names) < 2:
-            continue
-        slot = slots_of(model)[names[1]]  # The first was assigned.
-        value = values.read([names[1]])[names[1]].to(slot.value.dtype)
-        if not torch.equal(value, slot.value):
-            slot.put(make_parameter(slot.value, value))
-            del ties[tie[0]]
+    tied = {*ties, *ties.values()}
+    slots, values = slots_of(model), _Values(request)
+    together: dict[int, list[str]] = {}
+    for name in values.entries:
+        if name in tied:
+            together.setdefault(id(slots[name].value), []).append(name)
+    # The first in the file was assigned, unless code of the model's own has loaded another one over it.
+    is_first = not own_code_of(model)
+    differing = []
+    for first, *others in together.values():
+        if others:
+            held = slots[first].value
+            expected = held if is_first else values.read([first])[first].to(held.dtype)
+            if any(not torch.equal(values.read([name])[name].to(held.dtype), expected) for name in others):
+                differing.append([first, *others])
+    for names in differing:
+        for name, value in values.read(names).items():
+            slots[name].put(make_parameter(slots[name].value, value.to(slots[name].value.dtype)))
+    if differing:
+        # It ties the names that the file lacks, and those whose values are equal.
+        model.tie_weights(missing_keys=tied - values.entries.keys(), recompute_mapping=False)
 
 
 def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> re.Pattern[str] | None:
