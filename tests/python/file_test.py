@@ -201,7 +201,9 @@ def test_slices_are_what_torch_gives_in_memory_of_their_own(pack):
     assert part.dtype is source.dtype
     for index in itertools.chain(SLICES, itertools.product(SLICES, repeat=2), itertools.product(SLICES, repeat=3)):
         assert part[index].equal(source[index]), index
-    for index in (..., (), (..., 2), (1, ...), (1, ..., slice(2)), (slice(2), ..., slice(3), 1), (0, 0, 0, ...)):
+    with_dots = [(..., 2), (1, ...), (1, ..., slice(2)), (slice(2), ..., slice(3), 1), (0, 0, 0, ...)]
+    with_dots_twice = [(..., ...), (..., 0, ...), (1, ..., ...), (..., 0, 1, ...), (..., ..., slice(None))]
+    for index in (..., (), *with_dots, *with_dots_twice):
         assert part[index].equal(source[index]), index
         assert part[index].untyped_storage().nbytes() == part[index].nbytes
 
@@ -221,7 +223,7 @@ def test_slices_of_every_dtype_and_of_scalars_and_empty_tensors(pack, dtype):
         (6, IndexError),
         ((0, -6), IndexError),
         ((0, 0, 0), IndexError),
-        ((..., ...), IndexError),
+        ((..., ..., 0), IndexError),
         (slice(None, None, -1), ValueError),
         (True, TypeError),
         (None, TypeError),
@@ -265,7 +267,13 @@ def test_whatever_is_an_integer_is_an_index(pack, integer):
         assert torch.equal(part[index], tensor[index])
 
 
-@pytest.mark.parametrize("index", [None, True, np.bool_(True), torch.tensor(True), 1.0, [0, 1], np.arange(2)])
+@pytest.mark.parametrize(
+    "index",
+    [
+        *(None, True, np.bool_(True), torch.tensor(True), 1.0),
+        *([0, 1], np.arange(2), torch.tensor([1]), torch.tensor([[1]]), np.array([1]), (0, torch.tensor([1]))),
+    ],
+)
 def test_what_no_slice_of_safetensors_takes_is_a_clear_error(pack, index):
     part = flashpack.open_file(pack({"t": torch.ones(5, 6)})).get_slice("t")
     with pytest.raises(TypeError, match="parts of a tensor are read by"):

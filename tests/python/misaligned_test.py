@@ -8,6 +8,7 @@ import struct
 import flashpack
 import pytest
 import torch
+from flashpack.safetensors import safe_open
 from support import assert_bit_equal, bits, random_tensor
 
 # Another odd length before each tensor, and two that are large enough for memory of their own.
@@ -61,3 +62,24 @@ def test_so_are_parts_of_them(path, index):
             part = file.get_slice(name)[index]
             assert bits(part) == bits(TENSORS[name][index].contiguous())
             assert is_aligned(part)
+
+
+INDICES = [torch.tensor([1]), torch.tensor([[1]]), (slice(None), torch.tensor([2])), (..., ...), (1, ..., ...)]
+
+
+@pytest.mark.parametrize("index", INDICES, ids=repr)
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+def test_parts_of_them_by_tensors_and_dots_are_what_torch_gives(path, index, backend):
+    expected = TENSORS["shifted"][index]
+    part = safe_open(path, backend=backend).get_slice("shifted")[index]
+    assert part.shape == expected.shape
+    assert bits(part) == bits(expected)
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+def test_so_are_those_of_empty_tensors(path, backend):
+    part = safe_open(path, backend=backend).get_slice("empty")
+    assert part[:, torch.tensor([1])].shape == (0, 1)
+    assert part[..., ...].shape == (0, 3)
+    with pytest.raises(IndexError):
+        part[torch.tensor([0])]

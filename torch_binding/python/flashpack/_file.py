@@ -356,15 +356,7 @@ def _repeated_extent(
 
 def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], list[int]]:
     """Returns what `index` means in each dim, and the dims that it keeps, which are those without a single integer."""
-    items = [_known(item) for item in (index if isinstance(index, tuple) else (index,))]
-    ellipses = [at for at, item in enumerate(items) if item is ...]
-    if len(ellipses) > 1:
-        raise IndexError("an index can have only one ellipsis ('...')")
-    given = len(items) - len(ellipses)
-    if given > len(shape):
-        raise IndexError(f"too many indices for a tensor of {len(shape)} dims: {given}")
-    at = ellipses[0] if ellipses else len(items)
-    items[at : at + 1] = [slice(None)] * (len(shape) - given)
+    items = _one_for_each_dim([_known(item) for item in (index if isinstance(index, tuple) else (index,))], len(shape))
     ranges: list[range] = []
     kept: list[int] = []
     for dim, (item, size) in enumerate(zip(items, shape, strict=True)):
@@ -381,6 +373,22 @@ def _ranges(index: Any, shape: tuple[int, ...]) -> tuple[list[range], list[int]]
     return ranges, kept
 
 
+def _one_for_each_dim(items: list[Any], dims: int) -> list[Any]:
+    """Returns an integer or a slice for each dim. Raises IndexError for an item that is beyond the last dim."""
+    given = sum(item is not ... for item in items)
+    if given > dims:
+        raise IndexError(f"too many indices for a tensor of {dims} dims: {given}")
+    placed: list[Any] = []
+    for item in items:
+        if item is ...:  # torch lets each of several stand for as many dims as the only one would.
+            placed += [slice(None)] * (dims - given)
+        elif len(placed) < dims:
+            placed.append(item)
+        elif item != slice(None):
+            raise IndexError(f"index {item} is for a dim after the last of {dims}, because '...' is there twice")
+    return (placed + [slice(None)] * dims)[:dims]
+
+
 def _known(item: Any) -> Any:
     """Returns a slice, `...` or an integer. Raises UnknownIndexError for any other item of an index."""
     if isinstance(item, slice) or item is ...:
@@ -391,10 +399,14 @@ def _known(item: Any) -> Any:
 
 
 def _as_integer(item: Any) -> int | None:
-    """Returns an integer for `item` (also numpy's, or a tensor of one integer), but None for booleans and others."""
+    """Returns an integer for `item` (also numpy's, or a tensor without dims), but None for booleans and others.
+
+    A tensor that has dims is a list of indices, which gives its dims to the result, also if it has only one element.
+    """
     is_bool = isinstance(item, (bool, np.bool_)) or getattr(item, "dtype", None) is torch.bool
+    has_dims = getattr(item, "ndim", 0) > 0
     try:
-        return None if is_bool else operator.index(item)
+        return None if is_bool or has_dims else operator.index(item)
     except TypeError:
         return None
 
