@@ -64,6 +64,7 @@ class Places {
     const std::uint64_t payload_bytes = setup.checkpoint.metadata().payload_bytes;
     for (std::uint64_t at = 0; at + kDistanceBytes <= payload_bytes && offsets_.size() < kPlaces; at += kDistanceBytes)
       offsets_.insert(offsets_.begin(), at);
+    if (offsets_.empty()) throw std::runtime_error("the file is too small");
     touch(setup.touched.bytes());
   }
 
@@ -108,7 +109,8 @@ void bench_gap(benchmark::State& state, const Setup& setup, std::uint64_t gap_by
 }
 
 // Compares two ways to read bytes that have small neighbours on both sides: with them, through a slot, and in place, by
-// a read of their own between two others.
+// a read of their own between two others. Copies come after all reads here, where the engine's go beside them, so that
+// the CPU time says more than the time.
 void bench_in_place(benchmark::State& state, const Setup& setup, std::uint64_t bytes) {
   const std::uint64_t size = bytes + 2 * kPageBytes;
   const Places places(setup, size);
@@ -135,6 +137,7 @@ void bench_residency(benchmark::State& state, const Setup& setup) {
   const OpenFile file(setup.checkpoint.path(), O_RDONLY);
   const auto cached = cache_question(file.fd());
   const std::uint64_t chunks = setup.checkpoint.metadata().payload_bytes / kChunkBytes;
+  if (chunks == 0) throw std::runtime_error("the file is too small");
   // Others may drop a page of the file meanwhile.
   double wrong = 0;
   const auto ask = [&](bool expected) {
@@ -160,6 +163,7 @@ void bench_wake(benchmark::State& state, const Setup& setup) {
   touch(setup.touched.bytes());
   const OpenFile file(setup.checkpoint.path(), O_RDONLY);
   const std::uint64_t places = setup.checkpoint.metadata().payload_bytes / kBytes;
+  if (places == 0) throw std::runtime_error("the file is too small");
   PoolThread thread;
   const auto wake = [&] {
     for (int i = 0; i < kCount; ++i) thread.wake();
@@ -195,16 +199,18 @@ void bench_touchable(benchmark::State& state) {
   constexpr int kCount = 100;
   HostRegion source(kSize, "tensors");
   HostRegion target(kSize, "tensors");
+  HostRegion huge(kSize, "tensors");
   ::madvise(target.data(), kSize, MADV_NOHUGEPAGE);
-  touch(source.bytes());
-  touch(target.bytes());
+  for (const HostRegion* region : {&source, &target, &huge}) touch(region->bytes());
   const auto times = [](auto work) {
     return [work] {
       for (int i = 0; i < kCount; ++i) work();
     };
   };
-  const auto populate = [&] {
-    if (::madvise(target.data(), kSize, MADV_POPULATE_WRITE) != 0) throw std::runtime_error("populating is refused");
+  const auto populate = [](const HostRegion& region) {
+    return [&region] {
+      if (::madvise(region.data(), kSize, MADV_POPULATE_WRITE) != 0) throw std::runtime_error("populating is refused");
+    };
   };
   const auto by_kernel = [&] {
     const iovec from{source.data(), kSize};
@@ -212,9 +218,34 @@ void bench_touchable(benchmark::State& state) {
     if (::process_vm_writev(::getpid(), &from, 1, &to, 1, 0) != ssize_t{kSize})
       throw std::runtime_error("a copy by the kernel is refused");
   };
-  time_in_turns(state, {{"populate", kCount, {}, times(populate)},
+  time_in_turns(state, {{"populate", kCount, {}, times(populate(target))},
+                        {"populate_huge", kCount, {}, times(populate(huge))},
                         {"copy", kCount, {}, times([&] { std::memcpy(target.data(), source.data(), kSize); })},
                         {"copy_by_kernel", kCount, {}, times(by_kernel)}});
+}
+
+// Compares a copy of 4 MiB to fresh memory with small pages, with and without populating the memory first.
+void bench_fresh_copy(benchmark::State& state) {
+  constexpr std::uint64_t kCopyBytes = 4 * kMiB;
+  constexpr std::uint64_t kCopies = 16;
+  HostRegion source(kCopyBytes, "tensors");
+  touch(source.bytes());
+  std::optional<HostRegion> fresh;
+  const auto prepare = [&] {
+    fresh.emplace(kCopies * kCopyBytes, "tensors");
+    ::madvise(fresh->data(), kCopies * kCopyBytes, MADV_NOHUGEPAGE);
+  };
+  const auto copy = [&](bool populates) {
+    return [&, populates] {
+      for (std::uint64_t at = 0; at < kCopies * kCopyBytes; at += kCopyBytes) {
+        std::byte* const target = fresh->data() + at;
+        if (populates && ::madvise(target, kCopyBytes, MADV_POPULATE_WRITE) != 0)
+          throw std::runtime_error("populating is refused");
+        std::memcpy(target, source.data(), kCopyBytes);
+      }
+    };
+  };
+  time_in_turns(state, {{"populated", kCopies, prepare, copy(true)}, {"not", kCopies, prepare, copy(false)}});
 }
 
 // Compares direct reads of 4 MiB, 8 in flight, into small pages and into huge ones.
@@ -247,6 +278,7 @@ void register_cost_rows(const Setup& setup, int rounds) {
   add_rounds("cost/wake", rounds, [&](benchmark::State& state) { bench_wake(state, setup); });
   add_rounds("cost/first_touch", rounds, bench_first_touch);
   add_rounds("cost/touchable", rounds, bench_touchable);
+  add_rounds("cost/fresh_copy", rounds, bench_fresh_copy);
   add_rounds("cost/read_into", rounds, [&](benchmark::State& state) { bench_read_into(state, setup); });
 }
 

@@ -212,8 +212,9 @@ int as_read_fails(int error, std::span<std::byte> memory) {
 
 // Populates the caller's memory before it is copied to or from. A copy to memory that is not mapped, not writable or
 // has no page left would end the process, whereas a failed populate is only an error, as EFAULT is for a read. On small
-// pages that are present, this costs a fraction of the copy (engine_bench, cost/touchable), on huge pages nothing;
-// fresh pages it populates faster than the copy would. process_vm_writev(2) costs more, and some containers forbid it.
+// pages that are present, this costs a fraction of the copy, on huge ones nothing, and fresh pages it populates faster
+// than the copy would. process_vm_writev(2) costs more (engine_bench, cost/touchable and cost/fresh_copy), and some
+// containers forbid it.
 std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writing, TouchListener* listener) {
   std::span<std::byte> run;  // Whole pages that follow on each other.
   const auto ask = [&] { return run.empty() ? 0 : as_read_fails(populate(run, for_writing, listener), run); };
@@ -233,7 +234,7 @@ std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writin
   return -ask();
 }
 
-// Page faults during a copy to fresh memory cost more than populating it first.
+// Page faults during a copy to fresh memory cost more than populating it first (engine_bench, cost/fresh_copy).
 void populate_if_fresh(std::span<const Fragment> fragments, TouchListener* listener) {
   for (const Fragment& fragment : fragments) {
     const std::span<std::byte> memory(fragment.memory, fragment.size_bytes);

@@ -26,7 +26,8 @@ class Gate {
 
 /// Copies between slots and the memory of one or more devices. Many copies may be under way; each is known by its tag.
 /// When a copy's completion has been polled, its slot may be used again and any stream may read its device memory. A
-/// device that fails fails its own copies only.
+/// device that fails fails its own copies only. push() and poll() are a copy's life, and the other functions are about
+/// the devices.
 ///
 /// Thread safety: only the driver thread calls the members, except those that say otherwise.
 class Copier {

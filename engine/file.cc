@@ -24,7 +24,7 @@ namespace {
 // A path of the inode that is open as `fd`, wherever that is by now, or if it has no name.
 std::string path_of(int fd) { return "/proc/self/fd/" + std::to_string(fd); }
 
-// No file system is known to demand more; with larger blocks, buffered reads are better.
+// No file system is known to demand more.
 constexpr std::uint32_t kMaxBlockBytes = std::uint32_t{1} << 20;
 
 struct Status {

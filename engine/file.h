@@ -12,8 +12,8 @@
 
 namespace flashpack::internal {
 
-/// An open file: its descriptors for both routes, and the facts about it that do not change. open(), created(),
-/// open_direct() and close() are its life, and the other functions ask for a fact.
+/// An open file: its descriptors for both routes, and the facts about it that do not change. open(), created()
+/// and open_direct() make one, drop_from_cache() acts on the page cache, and the other functions ask for a fact.
 ///
 /// Move-only. Thread safety: const members from any thread.
 class File {

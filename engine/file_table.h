@@ -44,8 +44,8 @@ struct OpenFile {
 };
 
 /// A user of an open file. All loads of one path use the same file at a time. The transfers of a FileWriter use the
-/// writer's file, and the loads through a FileHandle use the handle's. The last user destroys the file. That may block,
-/// so the driver calls leave() instead of destroying a FileUse, and has a thread of the pool destroy the file. Thread
+/// writer's file, and the loads through a FileHandle use the handle's. The last user closes the file. That may block,
+/// so the driver calls leave() instead of destroying a FileUse, and has a thread of the pool close the file. Thread
 /// safety: as a shared_ptr; users of one file may be in any threads.
 class FileUse {
  public:

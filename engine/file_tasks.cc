@@ -23,8 +23,8 @@ constexpr Pool::Subject kReleased = Pool::Subject{1} << 61;
 constexpr Pool::Subject kClosing = Pool::Subject{1} << 62;
 constexpr Pool::Subject kOpening = Pool::Subject{1} << 63;
 
-// The file system of a descriptor; 0 if the kernel does not tell. The kernel alone is asked, and not by glibc, which
-// makes up for a statx(2) that is refused by a call that may wait for the file system.
+// The file system of a descriptor; 0 if the kernel does not tell. The system call is made
+// directly, because where the kernel refuses it, glibc's statx() calls fstatat(2), which may wait for the file system.
 std::uint64_t file_system_of(const UniqueFd& fd) noexcept {
   struct statx known{};
   if (::syscall(SYS_statx, fd.get(), "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, &known) != 0) return 0;
@@ -64,7 +64,7 @@ class FileTasks::OpenTask final : public Pool::Task {
   }
 
  private:
-  const std::shared_ptr<Shared> shared_;  // The table outlives the use of a file that it lists.
+  const std::shared_ptr<Shared> shared_;  // Declared first: the table in it outlives each FileUse below.
   Inbox::Answer answer_;                  // Keeps the transfer, and with it the part.
   const PartRequest& request_;
   Handover& handover_;
@@ -97,7 +97,7 @@ class FileTasks::CloseTask final : public Pool::Task {
   }
 
  private:
-  const std::shared_ptr<Shared> shared_;  // The table outlives the use of a file that it lists.
+  const std::shared_ptr<Shared> shared_;  // Declared first: the table in it outlives each FileUse below.
   Inbox::Answer answer_;                  // Keeps the transfer, and with it the part.
   const PartRequest& request_;
   Handover& handover_;

@@ -61,7 +61,8 @@ Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route);
 /// quarters are used. "Many" are as many as could be under way if nothing were stuck: the queue depth or the number of
 /// slots, whichever is smaller. Spare slots are shared out in the same way.
 ///
-/// open(), enter(), reroute() and close() are a job's life, and the other functions ask about jobs.
+/// open(), enter(), reroute() and close() are a job's life, mark_late() looks after all jobs, and the other functions
+/// ask.
 ///
 /// Thread safety: one thread. Only the constructor allocates.
 class Jobs {

@@ -17,7 +17,8 @@ namespace flashpack::internal {
 /// list has its own cursor through the file, so that a half-cached file keeps disk and CPUs busy to the end. The router
 /// asks whether a chunk is cached only when a list has run out, because the answer may change.
 ///
-/// peek(), take() and give_back() are a chunk's life, and the other functions ask about the file.
+/// peek(), take() and give_back() are a chunk's life, refuse_direct() changes the routes of the rest, and the other
+/// functions ask.
 ///
 /// Move-only. Thread safety: one thread.
 class Router {

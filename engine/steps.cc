@@ -34,8 +34,8 @@ bool Steps::has_room(Route route, std::uint32_t queue_depth) const {
 bool Steps::set_out(Part& part, const Chunk& chunk, Route route) {
   if (jobs_.none_free()) return false;
   const Way way = way_of(part, chunk, route);
-  // Page faults of fresh memory cost more than a read into it, and page faults of a mapped file read that file. So a
-  // worker takes them before the read.
+  // Page faults of fresh memory cost more CPU time than a read into it (engine_bench, cost/first_touch), and page
+  // faults of a mapped file read that file. So a worker takes them before the read.
   bool populated = false;
   if (way.steps.front() == Step::kPopulate) {
     const std::span memory(part.plan().fragments_of(chunk).front().memory, chunk.size_bytes);

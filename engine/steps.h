@@ -26,6 +26,9 @@ struct Queues {
 /// all work that touches bytes with a CPU, and the copier copies to and from devices. Whoever starts chunks is told
 /// how they end.
 ///
+/// set_out() starts a chunk, reap() and look_at_gates() let chunks go on, and mark_late() and abandon_chunks_of() are
+/// for those that do not. The other functions ask.
+///
 /// Thread safety: one thread, the driver. Nothing here allocates for a chunk, or blocks in a file system.
 class Steps {
  public:
@@ -54,8 +57,8 @@ class Steps {
 
   /// To be called at the start of each turn: the time at which steps begin from now on.
   void set_time(Time now) { now_ = now; }
-  /// Starts a chunk on its way. False, without any effect, if there is no tag, no slot or no worker for it now. To be
-  /// asked before: may_have_more() and has_room(), which cost less than to find the next chunk.
+  /// Starts a chunk on its way. False, without any effect, if there is no tag, no slot or no worker for it now.
+  /// Requires: may_have_more() and has_room(), which cost less than to find the next chunk.
   bool set_out(Part& part, const Chunk& chunk, Route route);
   /// False if the part's file or file system has its share of what is stuck, so that no chunk of it may start.
   bool may_have_more(const Part& part) const { return jobs_.may_have_more(part); }

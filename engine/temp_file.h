@@ -48,7 +48,7 @@ class TempFile {
   TempFile& operator=(const TempFile&) = delete;
 
   /// Removes files that others have left, and creates this one, empty. The descriptor holds the lock: keep it open
-  /// until remove() or put_in_place(). Throws: Error.
+  /// as long as the file is written, and until put_in_place(). Throws: Error.
   UniqueFd create();
 
   /// Where the file is now.

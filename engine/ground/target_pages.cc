@@ -73,6 +73,15 @@ std::span<std::byte> map(std::size_t size_bytes) {
 
 }  // namespace
 
+TargetPages::~TargetPages() {
+  if (owner_.is_current()) {
+    release_kept();
+  } else {  // Another thread of the parent may have been changing them at the fork.
+    detail::leave_to_parent(used_);
+    detail::leave_to_parent(kept_);
+  }
+}
+
 std::span<std::byte> TargetPages::take(std::size_t before_bytes, std::size_t size_bytes) {
   const std::size_t pages_bytes = round_up(before_bytes + size_bytes, kHugePageBytes);
   if (!owner_.is_current()) {

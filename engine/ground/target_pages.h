@@ -12,7 +12,7 @@
 
 namespace flashpack::internal {
 
-/// Learns what the page faults of writing cost.
+/// Learns what the page faults of writing cost. Thread safety: any thread. It outlives the engine that has it.
 class TouchListener {
  public:
   /// Tells how much time of a CPU it took to write to all of `memory` for the first time.
@@ -30,7 +30,7 @@ class TouchListener {
 class TargetPages final : public TouchListener {
  public:
   TargetPages() = default;
-  ~TargetPages() { release_kept(); }
+  ~TargetPages();
   TargetPages(const TargetPages&) = delete;
   TargetPages& operator=(const TargetPages&) = delete;
 
@@ -41,7 +41,7 @@ class TargetPages final : public TouchListener {
   /// Takes what take() returned.
   void give_back(std::span<std::byte> memory) noexcept;
 
-  /// If that is too much for huge pages, the rest of the memory that take() returned will get small ones. Memory of
+  /// If huge pages have taken too much time, the rest of the memory that take() returned will get small ones. Memory of
   /// other origin is ignored.
   void was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept override;
 

@@ -33,6 +33,8 @@ using WeightMap = std::map<std::string, std::string, std::less<>>;
 /// was read, whatever is at their paths by then. Move-only. Thread safety: as a standard container.
 class Checkpoint {
  public:
+  Checkpoint(Checkpoint&&) = default;
+  Checkpoint& operator=(Checkpoint&&) = default;
   /// If several files have a tensor, `weight_map` decides which one is meant. Throws: Error (kBadFile) if it does not,
   /// or if a file lacks a tensor that the map says it has.
   Checkpoint(std::filesystem::path path, std::vector<CheckpointFile> files, const WeightMap& weight_map = {});

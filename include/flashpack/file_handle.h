@@ -60,7 +60,7 @@ class FileHandle {
  private:
   friend class internal::FileUse;
   explicit FileHandle(internal::OpenFile* used) noexcept : file_(used) {}
-  internal::OpenFile* file_ = nullptr;  // Counts each handle as a user.
+  internal::OpenFile* file_ = nullptr;  // This handle is one of its counted users.
 };
 
 }  // namespace flashpack

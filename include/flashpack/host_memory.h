@@ -14,7 +14,7 @@ class TargetPages;
 }
 
 /// Keeps the pages of HostMemory that is gone for the next one, because fresh pages cost more than to read a cached
-/// file to them. A copy is the same pool, and so is that of an engine that was made with it
+/// file to them. Copies are the same pool, and an engine that was made with one has that pool
 /// (EngineOptions::memory_pool). The pages go back to the system with the last copy and the last memory of the pool.
 ///
 /// A pool never holds more than was once used of it at a time. Pages of less than 2 MiB are not kept. The kernel may
@@ -27,6 +27,9 @@ class TargetPages;
 class HostMemoryPool {
  public:
   HostMemoryPool();
+  // A pool that has been moved from is still one.
+  HostMemoryPool(const HostMemoryPool&) = default;
+  HostMemoryPool& operator=(const HostMemoryPool&) = default;
 
   /// The size of the memory that is kept for the next HostMemory, of which the kernel may have taken some.
   std::uint64_t kept_bytes() const noexcept;
@@ -55,9 +58,7 @@ class HostMemory {
   /// that reads. Throws: Error (errno of mmap).
   explicit HostMemory(const HostMemoryPool& pool, std::size_t size_bytes, std::uint64_t offset_bytes = 0);
   HostMemory(HostMemory&& other) noexcept
-      : pool_(std::move(other.pool_)),
-        pages_(std::exchange(other.pages_, {})),
-        bytes_(std::exchange(other.bytes_, {})) {}
+      : pool_(other.pool_), pages_(std::exchange(other.pages_, {})), bytes_(std::exchange(other.bytes_, {})) {}
   HostMemory& operator=(HostMemory&&) = delete;
   ~HostMemory();
 

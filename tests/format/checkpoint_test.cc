@@ -7,12 +7,15 @@
 #include <cstring>
 #include <fstream>
 #include <functional>
+#include <type_traits>
 
 #include "flashpack/engine.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
 namespace {
+
+static_assert(std::is_nothrow_move_constructible_v<Checkpoint> && !std::is_copy_constructible_v<Checkpoint>);
 
 using Names = std::vector<std::string>;
 

@@ -27,6 +27,14 @@ def test_a_file_in_any_order_becomes_the_one_that_safetensors_writes(tmp_path, p
     assert (tmp_path / "expected.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes(), result
 
 
+def test_large_tensors_that_neither_begin_nor_end_at_a_block_are_whole(tmp_path, pack):
+    state = {f"{i}": torch.arange(3_000_000 + i, dtype=torch.int32) for i in range(3)} | {"small": torch.ones(5)}
+    commands.revert_from_flashpack(pack(state, name_order=["2", "small", "0", "1"]), tmp_path / "a.safetensors")
+    reverted = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert reverted.keys() == state.keys()
+    assert all(torch.equal(reverted[name], tensor) for name, tensor in state.items())
+
+
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
 def test_an_error_in_reading_names_the_source(tmp_path, pack, monkeypatch, name):
     source = pack(STATE)

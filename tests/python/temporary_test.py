@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 from checkpoints import STATE
-from flashpack import _temporary, commands
+from flashpack import _temporary, cli, commands
 from flashpack._temporary import temporary_directory
 
 
@@ -42,13 +43,13 @@ def test_what_a_killed_process_has_left_is_removed_and_what_another_one_uses_sta
 
 
 def test_what_has_another_name_or_is_no_directory_stays(tmp_path):
-    (tmp_path / ".flashpack_mine").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / ".flashpack_abcdefgh").symlink_to("elsewhere")
-    (tmp_path / ".flashpack_ijklmnop").write_bytes(b"a file")
+    for name in (".flashpack_mine", ".flashpack_settings", ".flashpack_conversion_settings", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".flashpack_conversion_abcdefgh.tmp").symlink_to("elsewhere")
+    (tmp_path / ".flashpack_conversion_ijklmnop.tmp").write_bytes(b"a file")
     with temporary_directory(tmp_path):
         pass
-    assert len(names_in(tmp_path)) == 4
+    assert len(names_in(tmp_path)) == 6
 
 
 @pytest.mark.parametrize("step", ["_opened", "_lock"])
@@ -67,6 +68,20 @@ def test_a_directory_that_is_removed_before_it_is_locked_is_made_again(tmp_path,
     with temporary_directory(tmp_path) as path:
         assert removed
         assert path.is_dir()
+
+
+def test_a_second_signal_does_not_end_the_removal_but_a_later_one_ends_a_command_that_lost_the_first(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(cli, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    with cli._ended_by_signals():
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        now[0] = 6.0
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 # A signal comes in the middle of the command's work.
@@ -110,7 +125,8 @@ def test_a_signal_that_is_ignored_does_not_end_a_command(tmp_path, pack):
 
 
 def test_a_conversion_removes_what_an_earlier_one_has_left(tmp_path, pack):
-    (tmp_path / ".flashpack_abcd_012").mkdir()
-    (tmp_path / ".flashpack_abcd_012" / "part").write_bytes(b"a part")
+    left = tmp_path / ".flashpack_conversion_abcd_012.tmp"
+    left.mkdir()
+    (left / "part").write_bytes(b"a part")
     commands.revert_from_flashpack(pack(STATE))
     assert names_in(tmp_path) == ["0.flashpack", "0.safetensors"]

@@ -77,9 +77,7 @@ class HeaderReader final : RecordReader {
     json_.object([this](std::string_view key) {
       user_key_ = rules::quoted(key);
       key_ = user_key_;
-      std::string value = json_.string();
-      if (has_nul(key) || has_nul(value)) fail(subject() + " has a NUL character");
-      metadata_.user_metadata.insert_or_assign(std::string(key), std::move(value));
+      metadata_.user_metadata.insert_or_assign(std::string(key), json_.string());
     });
   }
 
@@ -267,9 +265,6 @@ SafetensorsHeader make_safetensors_header(std::span<const TensorSpec> tensors,
   std::ranges::sort(header.order, {}, [&](std::size_t i) {
     return std::pair(-std::int64_t{element_bytes(tensors[i].dtype)}, std::string_view(tensors[i].name));
   });
-  for (const auto& [key, value] : user_metadata) {
-    if (has_nul(key) || has_nul(value)) refuse_to_write("metadata " + rules::quoted(key) + " with a NUL character");
-  }
   JsonWriter json(header.bytes);
   json.begin('{');
   if (!user_metadata.empty()) json.key(kUserMetadata).strings(user_metadata);

@@ -1,4 +1,4 @@
-/// Binds memory to read to to Python.
+/// Binds HostMemory to Python.
 #pragma once
 
 #include <nanobind/nanobind.h>

@@ -24,11 +24,12 @@ class OwnerProcess {
   std::uint64_t number_ = process_number();
 };
 
-/// Empties a smart pointer, and does not destroy its object, which belongs to the parent of this process.
-template <class Pointer>
-void leave_to_parent(Pointer& pointer) noexcept {
-  alignas(Pointer) std::byte memory[sizeof(Pointer)];
-  new (memory) Pointer(std::move(pointer));
+/// Empties a smart pointer or a container, and does not destroy what was in it, which belongs to the parent of this
+/// process.
+template <class Owner>
+void leave_to_parent(Owner& owner) noexcept {
+  alignas(Owner) std::byte memory[sizeof(Owner)];
+  new (memory) Owner(std::move(owner));
 }
 
 }  // namespace flashpack::detail

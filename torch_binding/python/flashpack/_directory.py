@@ -252,7 +252,8 @@ def _errors_in(stage: Path, destination: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = Path(os.path.realpath(os.fsdecode(error.filename or "/")))
+        named = error.filename if isinstance(error.filename, (str, bytes)) else "/"  # It may be a descriptor.
+        place = Path(os.path.realpath(os.fsdecode(named)))
         real = Path(os.path.realpath(stage))
         if not place.is_relative_to(real):
             raise

@@ -107,7 +107,8 @@ def _write(checkpoint: Checkpoint, file: Path, destination: Path, silent: bool) 
         else:
             _save(_verified_and_mapped(checkpoint, silent), file, silent)
     except OSError as error:
-        if error.filename is not None and not Path(os.path.realpath(error.filename)).is_relative_to(stage):
+        named = error.filename if isinstance(error.filename, (str, bytes)) else file  # It may be a descriptor.
+        if not Path(os.path.realpath(os.fsdecode(named))).is_relative_to(stage):
             raise  # It is the source that cannot be read.
         number = error.errno or errno.EIO
         # Nobody has heard of the temporary file that the error names.

@@ -67,12 +67,16 @@ def write_safetensors(
     places = {entry.name: begin for entry, begin in zip(entries, ends, strict=False)}
     side = side_of(CPU)
     writer = _native.Writer(side.engine, os.path.abspath(path), ends[-1])
+
+    def start(batch: list[_Part]) -> None:
+        for run in _runs(batch):
+            extents = [(begin, source.nbytes, source.data_ptr()) for begin, source in run]
+            writer.start_write(extents, [source for _, source in run], side.stream)
+
     try:
         with progress_bar("Writing", ends[-1], show) as progress:
             for batch in _batches(header, places, tensors):
-                for run in _runs(batch):
-                    extents = [(begin, source.nbytes, source.data_ptr()) for begin, source in run]
-                    writer.start_write(extents, [source for _, source in run], side.stream)
+                start(batch)  # A function of its own, after which no variable holds the batch's last tensors.
                 writer.finish(0, progress)
             writer.commit(b"")
     finally:

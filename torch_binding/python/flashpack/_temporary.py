@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-_PREFIX = ".flashpack_"
-_NAME = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")
+# A name that nobody gives to a directory of his own, because what has such a name may be removed.
+_PREFIX, _SUFFIX = ".flashpack_conversion_", ".tmp"
+_NAME = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}" + re.escape(_SUFFIX))
 
 
 @contextlib.contextmanager
@@ -34,7 +35,7 @@ def temporary_directory(place: Path) -> Iterator[Path]:
 def _made(place: Path) -> tuple[Path, int]:
     """Returns a new directory and the descriptor that holds its lock."""
     while True:
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+        path = Path(tempfile.mkdtemp(_SUFFIX, _PREFIX, place))
         # Another process may take it for a leftover until it is locked.
         with contextlib.suppress(FileNotFoundError, BlockingIOError):
             descriptor = _opened(path)

@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -396,11 +397,15 @@ def _reporting(verbose: bool) -> Iterator[None]:
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """Within it, a signal that would end the process at once raises SystemExit, so that temporary files are removed."""
+    removing_until = 0.0
 
-    def end(number: int, frame: object) -> NoReturn:
-        for each in handled:
-            signal.signal(each, signal.SIG_IGN)  # The removal is not ended by a second one.
-        sys.exit(128 + number)
+    def end(number: int, frame: object) -> None:
+        # A second signal comes at once from a terminal that is closed. It must not end the removal. A later one shows
+        # that SystemExit was lost, as it is in a destructor.
+        nonlocal removing_until
+        if time.monotonic() >= removing_until:
+            removing_until = time.monotonic() + 5
+            sys.exit(128 + number)
 
     is_main = threading.current_thread() is threading.main_thread()
     # nohup ignores SIGHUP, and that stays so.
