@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -197,6 +198,32 @@ def test_the_environment_decides_when_flashpack_is_imported(value, replaced):
     command = [sys.executable, "-S", "-c", code]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     assert ("flashpack" in printed) is replaced
+
+
+FEW_DESCRIPTORS = """
+import os, resource, sys
+import flashpack, safetensors, torch
+path, spare = sys.argv[1], int(sys.argv[2])
+with flashpack.accelerate():
+    safetensors.safe_open(path, "pt").get_tensor("a")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    held = []
+    try:
+        while True:
+            held.append(os.dup(0))
+    except OSError:
+        for descriptor in held[:spare]:
+            os.close(descriptor)
+    try:
+        safetensors.safe_open(path, "pt").get_tensor("a")
+    except OSError as error:
+        print(error.errno, error.filename)
+"""
+
+
+@pytest.mark.parametrize("spare", [0, 1], ids=["to open the file", "to map it"])
+def test_a_lack_of_descriptors_is_told_as_such_and_names_the_file(path, spare):
+    assert run_python(FEW_DESCRIPTORS, path, spare) == f"{errno.EMFILE} {path}\n"
 
 
 def test_an_installed_package_is_in_force_when_python_starts_and_brings_in_no_torch():

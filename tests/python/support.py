@@ -103,9 +103,10 @@ def footer_bytes(path: Path) -> bytes:
     return raw[-16 - length : -16]
 
 
-def run_python(code: str) -> str:
+def run_python(code: str, *arguments: object) -> str:
     """What a new interpreter prints that runs `code`; CalledProcessError if it does not end well."""
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def in_a_fork(call: Callable[[], object]) -> bool | int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import os
@@ -21,6 +22,7 @@ original_open: Any = safetensors.safe_open
 """This opens files without flashpack. `safetensors.safe_open` may stand for this package by now."""
 # These modules keep the original, because they call it.
 _LEFT_ALONE = ("safetensors._safetensors_rust", "flashpack.safetensors", __name__)
+_LACKS_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _lock = threading.RLock()
 held_by_forks(_lock)
 _active: set[Acceleration] = set()
@@ -106,7 +108,12 @@ class safe_open(metaclass=_TellsHandles):  # noqa: N801  It has the name of what
         except (FlashPackError, OSError) as error:
             if Path(os.fsdecode(filename)).is_fifo():
                 raise  # The original would wait for somebody to write to it.
-            handle = original_open(filename, framework, device, **options)  # Its error is the one that callers know.
+            try:
+                handle = original_open(filename, framework, device, **options)
+            except Exception:  # Its error is the one that callers know.
+                if isinstance(error, OSError) and error.errno in _LACKS_DESCRIPTORS:
+                    raise error from None  # That of safetensors would be that the file is not there.
+                raise
             logger.warning("left to safetensors: %s", error)
             return handle
 

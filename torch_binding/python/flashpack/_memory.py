@@ -178,14 +178,19 @@ def allocate_tensor(dtype: str, shape: Sequence[int], offset_bytes: int, device:
 def map_file(file: File) -> MappedFile:
     """Maps a whole file, privately and writable. If others truncate the file, touching the mapping is SIGBUS.
 
-    The file may be larger than memory, because only pages that are written to take any of their own.
+    The file may be larger than memory, because only pages that are written to take any of their own. Raises OSError
+    with the file's name, also where the process has no descriptor left for the one that the mapping keeps.
     """
     if not file.is_unchanged():
         raise OSError(errno.ESTALE, "the file was changed", os.fspath(file.path))
     size_bytes = file.identity[2]
     # Otherwise the kernel would ask for room for a copy of every page.
     flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
-    buffer = mmap.mmap(file.fd, size_bytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+    try:
+        buffer = mmap.mmap(file.fd, size_bytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError as error:
+        error.filename = os.fspath(file.path)
+        raise
     return MappedFile(buffer, size_bytes)
 
 
