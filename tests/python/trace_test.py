@@ -99,3 +99,16 @@ def test_a_trace_that_cannot_be_written_is_a_warning(path, tmp_path):
     result = run(LOADS, path, tmp_path / "absent" / "trace.json")
     assert result.returncode == 0
     assert "there is no trace of loads and saves" in result.stderr
+
+
+def test_a_fifo_that_nobody_reads_holds_up_no_load(path, tmp_path):
+    os.mkfifo(tmp_path / "trace.json")
+    result = run(LOADS, path, tmp_path / "trace.json")
+    assert result.returncode == 0
+    assert "there is no trace of loads and saves" in result.stderr
+    assert "trace.json" in result.stderr
+
+
+def test_a_trace_may_go_to_a_character_device(path):
+    result = run(LOADS, path, "/dev/null")
+    assert (result.returncode, result.stderr) == (0, "")

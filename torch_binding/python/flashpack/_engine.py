@@ -5,10 +5,12 @@ a fork.
 from __future__ import annotations
 
 import atexit
+import errno
 import os
+import stat
 import threading
 import traceback
-from contextlib import ContextDecorator
+from contextlib import ContextDecorator, suppress
 from types import TracebackType
 from typing import Any
 
@@ -76,13 +78,23 @@ def _trace() -> Trace | None:
 def _new_trace(path: str) -> Trace | None:
     try:
         try:
-            return Trace(path)
+            return _opened_trace(path)
         except BlockingIOError:  # Of another process.
             stem, extension = os.path.splitext(path)
-            return Trace(f"{stem}.{os.getpid()}{extension}")
+            return _opened_trace(f"{stem}.{os.getpid()}{extension}")
     except OSError as error:
         logger.warning("there is no trace of loads and saves: %s", error)
         return None
+
+
+def _opened_trace(path: str) -> Trace:
+    """Refuses a FIFO, which would hold up the load until somebody reads it, and a disk, whose data it would replace."""
+    mode = stat.S_IFREG
+    with suppress(OSError):  # It does not exist yet, or opening it will tell why not.
+        mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
+        raise OSError(errno.EINVAL, "a trace is written to a regular file, which this is not", path)
+    return Trace(path)
 
 
 def _options(cuda_device: int | None, file: File) -> dict[str, Any]:
