@@ -163,3 +163,16 @@ def test_an_inherited_engine_refuses_use_in_the_child(pack):
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_text_files_are_opened_with_an_encoding_so_that_no_locale_decides_and_python_does_not_warn():
+    openers = ("open", "fdopen", "read_text", "write_text")
+    without = []
+    for source in Path(flashpack.__file__).parent.rglob("*.py"):
+        for call in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and "encoding" not in {keyword.arg for keyword in call.keywords}:
+                function = ast.unparse(call.func)
+                is_binary = any(isinstance(each, ast.Constant) and each.value in ("rb", "wb") for each in call.args)
+                if function.split(".")[-1] in openers and function not in ("os.open", "archive.open") and not is_binary:
+                    without.append(f"{source.name}:{call.lineno}: {function}")
+    assert without == []

@@ -230,6 +230,6 @@ def _memory_bytes() -> int:
     """Returns the size of the memory, or of that part of it that this container may use."""
     total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        return min(total_bytes, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return min(total_bytes, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     except (OSError, ValueError):  # There is no limit, or it is elsewhere.
         return total_bytes

@@ -39,7 +39,7 @@ def tune(options: Sequence[str], path: str, picture: str | None = None) -> int:
         report = Path(folder, "report.json")
         status = _run([*options, f"--json_file={report}", "--", path])
         if report.exists() and report.stat().st_size:  # A measurement that fails may leave it empty.
-            draw(json.loads(report.read_text()), picture)
+            draw(json.loads(report.read_text(encoding="utf-8")), picture)
     return status
 
 

@@ -59,7 +59,7 @@ def main() -> None:
     Long commands show their progress on a terminal. In pipes, and with --json, they print nothing but the result.
     """
     if sys.stderr is None:  # A shell can start a program with it closed.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  It is for the rest of the process.
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  It is for the rest of the process.
     if not sys.stderr.isatty():
         # Without a handler, Python itself would print the warnings of the package.
         logger.addHandler(logging.NullHandler())

@@ -362,5 +362,5 @@ def _understood_by_diffusers(directory: Path, components: Mapping[str, Any]) -> 
         for path in directory.resolve().iterdir():
             if path.name != INDEX_NAME:
                 Path(stand_in, path.name).symlink_to(path)
-        Path(stand_in, INDEX_NAME).write_text(json.dumps({**index, **names}))
+        Path(stand_in, INDEX_NAME).write_text(json.dumps({**index, **names}), encoding="utf-8")
         yield Path(stand_in)
