@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import flashpack
 import pytest
@@ -34,6 +38,26 @@ def test_a_lack_of_memory_is_not_told_as_a_damaged_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", full)
     with pytest.raises(MemoryError):
         commands.convert_to_flashpack(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("is_mapped", [True, False], ids=["archive", "before 1.6"])
+def test_a_name_that_is_no_text_is_that_of_a_file_like_others(tmp_path, is_mapped):
+    path = tmp_path / os.fsdecode(b"m\xff.pt")
+    with open(path, "wb") as file:
+        torch.save({"a": torch.arange(4.0)}, file, _use_new_zipfile_serialization=is_mapped)
+    written = commands.convert_to_flashpack(path)
+    assert Path(written) == path.with_suffix(".flashpack")
+    assert_bit_equal(flashpack.load_file(written), {"a": torch.arange(4.0)})
+
+
+def test_a_name_is_that_of_the_file_in_a_locale_without_its_letters_too(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "mé.pt")
+    code = "import sys; from flashpack import commands; commands.convert_to_flashpack(sys.argv[1])"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, tmp_path / "mé.pt"]
+    ran = subprocess.run(command, env=environment, stderr=subprocess.PIPE, check=False)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert_bit_equal(flashpack.load_file(tmp_path / "mé.flashpack"), {"a": torch.ones(2)})
 
 
 @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no such dtype")

@@ -220,9 +220,13 @@ def _open_pickle(path: Path, mmap: bool) -> object:
     try:
         if mmap:
             _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with open_regular(path) as file:
+            # torch maps a file by its name in UTF-8, which need not be the bytes of the name.
+            is_utf8 = os.fspath(path).encode(errors="replace") == os.fsencode(path)
+            name = f"/proc/self/fd/{file.fileno()}" if mmap and not is_utf8 else path
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
-        error.filename = error.filename or os.fspath(path)
+        error.filename = os.fspath(path)
         raise
     except MemoryError:
         raise
