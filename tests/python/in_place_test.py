@@ -7,7 +7,7 @@ import errno
 import flashpack
 import pytest
 import torch
-from flashpack import _into
+from flashpack import _engine, _into
 from support import assert_bit_equal, state_of
 
 MIB = 1 << 20
@@ -246,6 +246,26 @@ def test_so_does_the_log_if_the_caller_interrupts(pack, source, monkeypatch, cap
     with pytest.raises(KeyboardInterrupt):
         flashpack.assign_from_file(Model(), pack(source), in_place=True)
     assert "was loaded in place, and may have" in caplog.text
+
+
+def test_an_error_before_anything_is_read_leaves_the_module_and_says_nothing_of_mixed_values(
+    pack, source, monkeypatch, caplog
+):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files", "a.flashpack")
+
+    path, model = pack(source), Model()
+    before = {name: (value.clone(), value._version) for name, value in values_of(model).items()}
+    _engine.release_engines()
+    monkeypatch.setattr(_engine, "Engine", fail)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        flashpack.assign_from_file(model, path, in_place=True)
+    assert "in place" not in str(caught.value)
+    assert "in place" not in caplog.text
+    assert_bit_equal(values_of(model), {name: value for name, (value, _) in before.items()})
+    assert {name: value._version for name, value in values_of(model).items()} == {
+        name: version for name, (_, version) in before.items()
+    }
 
 
 def test_a_module_without_memory_is_all_or_nothing(pack, source):

@@ -114,12 +114,17 @@ def load_in_place(
 
     If it raises, the new ones are not in the module, but the others may have got some of their values.
     """
-    with _told_to_be_mixed(any(target.memory is not None for target in targets)):
-        for target in targets:
-            if target.memory is not None:
+    old_memory = [target.memory for target in targets if target.memory is not None]
+    with ExitStack() as reading:
+
+        def begin() -> None:
+            if old_memory:
+                reading.enter_context(_told_to_be_mixed())
+            for memory in old_memory:
                 # Autograd must not use what it has saved of this memory, and does not know who else writes to it.
-                torch.autograd.graph.increment_version(target.memory)
-        tensors, stats = read_into(checkpoint, targets, options.reading)
+                torch.autograd.graph.increment_version(memory)
+
+        tensors, stats = read_into(checkpoint, targets, options.reading, begin)
         new_values: dict[int, torch.Tensor] = {}
         for target in targets:
             if target.memory is None:
@@ -132,13 +137,11 @@ def load_in_place(
 
 
 @contextmanager
-def _told_to_be_mixed(any_written: bool) -> Iterator[None]:
+def _told_to_be_mixed() -> Iterator[None]:
     """Within it, an error says that tensors may have values of the file and older ones."""
     try:
         yield
     except BaseException as error:
-        if not any_written:
-            raise
         if type(error) is FlashPackError:
             raise FlashPackError(f"{error}; {_MIXED}") from error
         if isinstance(error, OSError) and error.errno is not None:

@@ -268,12 +268,19 @@ def _parts_of(tensor: torch.Tensor, begin: int, end: int) -> Iterator[torch.Tens
         yield from _parts_of(tensor[last], 0, end - last * row)
 
 
+def _nothing() -> None: ...
+
+
 def read_into(
-    checkpoint: Checkpoint, targets: Sequence[Target], options: ReadOptions
+    checkpoint: Checkpoint,
+    targets: Sequence[Target],
+    options: ReadOptions,
+    before_first: Callable[[], None] = _nothing,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Reads to all targets, on all devices at the same time. Returns the new tensors, and figures of the reads.
 
-    When it raises, nothing is in flight any more, but targets may have got some of their values.
+    `before_first` is called before the first read, when all engines are there. When this raises, nothing is in flight
+    any more, but targets may have got some of their values if `before_first` was called.
     """
     by_device: dict[torch.device, list[Target]] = defaultdict(list)
     tensors: dict[str, torch.Tensor] = {}
@@ -295,6 +302,7 @@ def read_into(
         progress_bar("Loading", total_bytes, options.show) as progress,
         UnderWay[tuple[int, tuple[_Step, ...]]]() as under_way,
     ):
+        before_first()
         while True:
             for number, steps in islice(to_start, _WINDOWS - len(under_way)):
                 loads = (run.start(step, number % _WINDOWS) for run, step in zip(runs, steps, strict=True))
