@@ -222,8 +222,8 @@ def test_a_directory_that_may_not_be_written_is_named_itself(tmp_path, monkeypat
     model = write_model(tmp_path)
     (tmp_path / "out").mkdir()
 
-    def refused(prefix, dir):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{dir}/{prefix}abcdefgh")
+    def refused(suffix, prefix, dir):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{dir}/{prefix}abcdefgh{suffix}")
 
     monkeypatch.setattr(tempfile, "mkdtemp", refused)
     with pytest.raises(PermissionError) as error:

@@ -252,7 +252,7 @@ def _errors_in(stage: Path, destination: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = error.filename if isinstance(error.filename, (str, bytes)) else "/"  # It may be a descriptor.
+        named = "/" if error.filename is None or isinstance(error.filename, int) else error.filename
         place = Path(os.path.realpath(os.fsdecode(named)))
         real = Path(os.path.realpath(stage))
         if not place.is_relative_to(real):

@@ -107,7 +107,7 @@ def _write(checkpoint: Checkpoint, file: Path, destination: Path, silent: bool) 
         else:
             _save(_verified_and_mapped(checkpoint, silent), file, silent)
     except OSError as error:
-        named = error.filename if isinstance(error.filename, (str, bytes)) else file  # It may be a descriptor.
+        named = file if error.filename is None or isinstance(error.filename, int) else error.filename
         if not Path(os.path.realpath(os.fsdecode(named))).is_relative_to(stage):
             raise  # It is the source that cannot be read.
         number = error.errno or errno.EIO

@@ -35,7 +35,7 @@ def temporary_directory(place: Path) -> Iterator[Path]:
 def _made(place: Path) -> tuple[Path, int]:
     """Returns a new directory and the descriptor that holds its lock."""
     while True:
-        path = Path(tempfile.mkdtemp(_SUFFIX, _PREFIX, place))
+        path = Path(tempfile.mkdtemp(suffix=_SUFFIX, prefix=_PREFIX, dir=place))
         # Another process may take it for a leftover until it is locked.
         with contextlib.suppress(FileNotFoundError, BlockingIOError):
             descriptor = _opened(path)
