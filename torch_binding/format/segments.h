@@ -49,7 +49,8 @@ struct SegmentPlan {
 
 /// Larger segments are cut between tensors, so that memory can be freed part by part.
 inline constexpr std::uint64_t kMaxSegmentBytes = std::uint64_t{1} << 30;
-/// On the host, unwanted bytes between two tensors are read, too, up to this many, because a second extent costs more.
+/// On the host, unwanted bytes between two tensors are read, too, up to this many, so that a file needs few extents and
+/// few blocks of memory.
 inline constexpr std::uint64_t kMaxUnwantedBytes = std::uint64_t{1} << 20;
 /// On a device, tensors begin at multiples of this, as CUDA's own memory does; kernels may rely on that.
 inline constexpr std::uint64_t kDeviceAlignBytes = 256;
