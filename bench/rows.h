@@ -17,7 +17,8 @@ void register_metadata_rows(const Setup& setup, int rounds);
 /// The engine's own limit: its pipeline over queues that complete everything at once.
 void register_pipeline_rows(const Setup& setup, int rounds);
 
-/// What the machine takes for the things that the engine weighs against each other. Its constants rest on these rows.
+/// These rows measure what this machine takes for single things, such as a wake or a read over a gap. The engine weighs
+/// them against each other, and its constants rest on them.
 void register_cost_rows(const Setup& setup, int rounds);
 
 }  // namespace flashpack::bench

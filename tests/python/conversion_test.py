@@ -1,4 +1,4 @@
-"""What can be converted, and how what cannot is told."""
+"""Which files `flashpack convert` takes, and how it refuses the others."""
 
 from __future__ import annotations
 

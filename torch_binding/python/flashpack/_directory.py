@@ -17,7 +17,7 @@ from ._durable import make_directories, sync
 from ._hub import Download, is_blob_link, resolve_directory
 from ._native import FlashPackError
 from ._repository import INDEX_NAME, check_inside, components_of
-from ._temporary import temporary_directory
+from ._temporary import place_of, temporary_directory
 from .serialization import file_to_replace
 from .utils import logger
 
@@ -252,8 +252,7 @@ def _errors_in(stage: Path, destination: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = "/" if error.filename is None or isinstance(error.filename, int) else error.filename
-        place = Path(os.path.realpath(os.fsdecode(named)))
+        place = place_of(error, Path("/"))
         real = Path(os.path.realpath(stage))
         if not place.is_relative_to(real):
             raise

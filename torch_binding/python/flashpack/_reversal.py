@@ -26,6 +26,7 @@ from ._progress import Progress, progress_bar
 from ._repository import check_folder
 from ._safetensors import safetensors_header, write_safetensors
 from ._stream import stream_tensors
+from ._temporary import place_of
 from .serialization import file_to_replace, refuse_name_of_directory
 from .utils import logger
 
@@ -107,8 +108,7 @@ def _write(checkpoint: Checkpoint, file: Path, destination: Path, silent: bool) 
         else:
             _save(_verified_and_mapped(checkpoint, silent), file, silent)
     except OSError as error:
-        named = file if error.filename is None or isinstance(error.filename, int) else error.filename
-        if not Path(os.path.realpath(os.fsdecode(named))).is_relative_to(stage):
+        if not place_of(error, file).is_relative_to(stage):
             raise  # It is the source that cannot be read.
         number = error.errno or errno.EIO
         # Nobody has heard of the temporary file that the error names.

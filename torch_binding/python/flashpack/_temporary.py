@@ -32,6 +32,12 @@ def temporary_directory(place: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def place_of(error: OSError, default: Path) -> Path:
+    """Returns the real path of the file that the error is of; `default` if it names none, or only a descriptor."""
+    named = default if error.filename is None or isinstance(error.filename, int) else error.filename
+    return Path(os.path.realpath(os.fsdecode(named)))
+
+
 def _made(place: Path) -> tuple[Path, int]:
     """Returns a new directory and the descriptor that holds its lock."""
     while True:
