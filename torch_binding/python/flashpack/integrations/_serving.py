@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
+import re
 import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -18,6 +20,7 @@ from .._checkpoint import Checkpoint, Verify, opened_checkpoint
 from .._conversion import files_of
 from .._device import CPU
 from .._file import open_file
+from .._logging import logger
 from .._memory import ReadOptions, supported_device
 from .._native import FlashPackError
 from .._options import positive_integer
@@ -25,6 +28,7 @@ from .._stream import stream_tensors
 from ._lazy import LazyTensor
 
 LOAD_FORMAT = "flashpack"
+WHOLE_NAME = "model.flashpack"
 INDEX_NAME = "model.flashpack.index.json"
 PATTERNS = ["*.flashpack", "*.safetensors"]
 """The files that are loaded. A directory with both has converted weights beside the original ones."""
@@ -32,6 +36,7 @@ PATTERNS = ["*.flashpack", "*.safetensors"]
 Keep = Callable[[str], bool]
 Weights = Generator[tuple[str, torch.Tensor], None, None]
 
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.flashpack")
 _replacing = threading.RLock()  # A replacement may be called within, and replace others.
 
 
@@ -89,14 +94,53 @@ def are_flashpack(files: Iterable[str]) -> bool:
     return any(file.endswith(".flashpack") for file in files)
 
 
-def listed_files(folder: str, files: list[str]) -> list[str]:
-    """Returns those flashpack files of `folder` that its index lists, or all of them if it has no index.
+def files_to_load(folder: str, files: list[str], is_local: bool, safetensors: Callable[[], list[str]]) -> list[str]:
+    """Returns those of the flashpack files of `folder` that are its checkpoint, or safetensors files in their place.
 
-    Raises FlashPackError for an index that is not valid, FileNotFoundError for a file that it lists and is not there.
+    Without an index, files may be there that are no checkpoint, or a part of one, as an interrupted conversion leaves
+    them. They are loaded only if there is nothing else, because a host leaves weights that no file has as they were.
+
+    `is_local`: whether times of files say which is older; those of a download do not. `safetensors`: returns the
+    safetensors files of the model.
+
+    Raises FlashPackError for an index that is not valid, and for shards that are not all there; FileNotFoundError for
+    a file that the index lists and that is not there.
     """
+    if Path(folder, INDEX_NAME).is_file():
+        chosen = _listed_files(folder, files)
+    else:
+        chosen = _whole_checkpoint(files) or safetensors() or _without_shards(files)
+        if others := sorted({*files} - {*chosen}):
+            _warn_once(f"{', '.join(others)}: not loaded, because no {INDEX_NAME} lists this; loading {min(chosen)}")
+    if is_local and are_flashpack(chosen):
+        _warn_of_newer_weights(folder, chosen)
+    return chosen
+
+
+def _whole_checkpoint(files: list[str]) -> list[str]:
+    """Returns model.flashpack, or the only set of shards that is whole by its names; nothing if there is neither."""
+    sets: dict[tuple[str, int], list[str]] = {}
+    for file in files:
+        if Path(file).name == WHOLE_NAME:
+            return [file]
+        if (shard := _SHARD.fullmatch(Path(file).name)) and 0 < int(shard[2]) <= int(shard[3]):
+            sets.setdefault((shard[1], int(shard[3])), []).append(file)
+    whole = [shards for (_, count), shards in sets.items() if len(shards) == count]
+    return whole[0] if len(whole) == 1 else []
+
+
+def _without_shards(files: list[str]) -> list[str]:
+    if shards := sorted(file for file in files if _SHARD.fullmatch(Path(file).name)):
+        raise FlashPackError(
+            f"{', '.join(shards)}: these are not all shards of one checkpoint, and there is neither {INDEX_NAME} nor a "
+            f"safetensors file; was the conversion or the download interrupted?"
+        )
+    return files
+
+
+def _listed_files(folder: str, files: list[str]) -> list[str]:
+    """Returns those flashpack files of `folder` that its index lists."""
     index = Path(folder, INDEX_NAME)
-    if not index.is_file():
-        return files
     listed = files_of(index)[1:]
     for file in listed:
         if not file.is_file():
@@ -104,6 +148,25 @@ def listed_files(folder: str, files: list[str]) -> list[str]:
             raise FileNotFoundError(errno.ENOENT, message, str(file))
     names = {file.name for file in listed}
     return [file for file in files if Path(file).name in names]
+
+
+def _warn_of_newer_weights(folder: str, files: list[str]) -> None:
+    """Warns if the model was saved as safetensors files after it was converted."""
+    others = [*Path(folder).glob("model.safetensors"), *Path(folder).glob("model-*.safetensors")]
+    newest = max(others, key=_mtime, default=None)
+    oldest = min(map(Path, files), key=_mtime)
+    if newest is not None and _mtime(newest) > _mtime(oldest):
+        _warn_once(f"{oldest} is loaded, but {newest} is newer: if its weights are others, convert it again")
+
+
+def _mtime(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Warns once in this process, because hosts choose the files several times."""
+    logger.warning("%s", message)
 
 
 def names_in(file: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from typing import Any
@@ -22,7 +23,7 @@ from .._serving import (
     Options,
     Weights,
     are_flashpack,
-    listed_files,
+    files_to_load,
     replaced,
     weights_of,
 )
@@ -49,20 +50,31 @@ class FlashPackModelLoader(loader.DefaultModelLoader):
         fall_back_to_pt: bool,
         allow_patterns_overrides: list[str] | None = None,
     ) -> tuple[str, list[str], bool]:
+        prepare = super()._prepare_weights
+
         def without_duplicates(
             files: list[str], folder: str, index: str, allow_patterns: list[str] | None = None
         ) -> list[str]:
-            if not are_flashpack(files):
-                return filter_duplicate_safetensors_files(files, folder, index, allow_patterns_overrides)
-            if len(files) > 1 and not os.path.isdir(model_name_or_path):
-                cache = self.load_config.download_dir
-                download_safetensors_index_file_from_hf(model_name_or_path, INDEX_NAME, cache, revision)
-            return listed_files(folder, files)
+            if are_flashpack(files):
+                return files
+            return filter_duplicate_safetensors_files(files, folder, index, allow_patterns_overrides)
+
+        def safetensors() -> list[str]:
+            with contextlib.suppress(RuntimeError):  # There are none.
+                return prepare(model_name_or_path, revision, False, None)[1]
+            return []
 
         with replaced(loader, {"filter_duplicate_safetensors_files": without_duplicates}):
-            return super()._prepare_weights(
+            folder, files, use_safetensors = prepare(
                 model_name_or_path, revision, fall_back_to_pt, allow_patterns_overrides or PATTERNS
             )
+            if allow_patterns_overrides is None and are_flashpack(files):
+                is_local = os.path.isdir(model_name_or_path)
+                if len(files) > 1 and not is_local:
+                    cache = self.load_config.download_dir
+                    download_safetensors_index_file_from_hf(model_name_or_path, INDEX_NAME, cache, revision)
+                files = files_to_load(folder, files, is_local, safetensors)
+        return folder, files, use_safetensors
 
     def _get_weights_iterator(self, source: loader.DefaultModelLoader.Source, **already_done: Any) -> Weights:
         self._is_asked = False

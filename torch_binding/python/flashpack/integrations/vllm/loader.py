@@ -30,7 +30,7 @@ from .._serving import (
     Options,
     Weights,
     are_flashpack,
-    listed_files,
+    files_to_load,
     names_in,
     replaced,
     weights_of,
@@ -73,14 +73,23 @@ class FlashPackModelLoader(default_loader.DefaultModelLoader):
         fall_back_to_pt: bool,
         allow_patterns_overrides: list[str] | None,
     ) -> tuple[str, list[str], bool, str]:
-        folder, files, use_safetensors, index = super()._prepare_weights(
+        prepare = super()._prepare_weights
+        folder, files, use_safetensors, index = prepare(
             model_name_or_path, subfolder, revision, fall_back_to_pt, allow_patterns_overrides or PATTERNS
         )
+
+        def safetensors() -> list[str]:
+            with contextlib.suppress(RuntimeError):  # There are none.
+                return prepare(model_name_or_path, subfolder, revision, False, None)[1]
+            return []
+
         if allow_patterns_overrides is None and are_flashpack(files):
-            if len(files) > 1 and not os.path.isdir(model_name_or_path):
+            is_local = os.path.isdir(model_name_or_path)
+            if len(files) > 1 and not is_local:
                 cache = self.load_config.download_dir
                 download_safetensors_index_file_from_hf(model_name_or_path, INDEX_NAME, cache, subfolder, revision)
-            files, index = listed_files(folder, files), INDEX_NAME
+            files = files_to_load(folder, files, is_local, safetensors)
+            index = INDEX_NAME if are_flashpack(files) else index
         elif allow_patterns_overrides is None:  # The parent applies the index only if it is given no patterns.
             files = filter_duplicate_safetensors_files(files, folder, index)
         return folder, files, use_safetensors, index
