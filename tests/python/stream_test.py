@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import gc
+import itertools
 import logging
 import threading
 import weakref
@@ -16,7 +17,8 @@ import flashpack
 import pytest
 import safetensors.torch
 import torch
-from flashpack import _native, _stream
+from flashpack import _file, _native, _stream
+from flashpack.safetensors import safe_open
 from support import assert_bit_equal, bits, random_tensor
 
 MIB = 1 << 20
@@ -184,14 +186,41 @@ def test_whoever_keeps_wider_casts_gets_a_warning(narrow_path, caplog):
     assert len(caplog.records) == 1
 
 
+def most_under_way(loads: list[str]) -> int:
+    return max(itertools.accumulate(1 if each == "start" else -1 for each in loads))
+
+
 def test_what_is_read_ahead_leaves_room_in_the_window_for_a_cast(narrow_path, loads):
     for _, tensor in flashpack.stream_tensors(narrow_path, dtype=torch.float32, window_bytes=12 * MIB):
         del tensor
-    under_way, most = 0, 0
-    for each in loads:
-        under_way += 1 if each == "start" else -1
-        most = max(most, under_way)
-    assert most == 2, "two groups of 3 MiB and a cast of 6 MiB"
+    assert most_under_way(loads) == 2, "two groups of 3 MiB and a cast of 6 MiB"
+
+
+@pytest.fixture
+def unusable_device(monkeypatch) -> torch.device:
+    """A device that torch can use and the engine cannot, which any other device stands for."""
+    device = torch.device("meta")
+    monkeypatch.setattr(_file, "supported_device", lambda *_: device)
+    return device
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_tensors_go_to_the_device_also_where_the_engine_cannot_use_it(path, tensors, unusable_device, dtype):
+    for name, tensor in flashpack.stream_tensors(path, "cuda", dtype=dtype):
+        expected = tensors.pop(name)
+        assert tensor.device == unusable_device
+        assert (tensor.shape, tensor.dtype) == (expected.shape, dtype or expected.dtype)
+    assert not tensors
+    with safe_open(path).prefetch(device="cuda") as loader:
+        assert {tensor.device for _, tensor in loader} == {unusable_device}
+
+
+def test_what_is_read_ahead_leaves_room_for_a_copy_on_a_device_that_the_engine_cannot_use(
+    narrow_path, loads, unusable_device
+):
+    for _, tensor in flashpack.stream_tensors(narrow_path, "cuda", window_bytes=12 * MIB):
+        del tensor
+    assert most_under_way(loads) == 3, "three groups of 3 MiB and a copy of 3 MiB"
 
 
 def test_a_loop_has_one_cast_of_a_group_at_a_time(tmp_path, monkeypatch):

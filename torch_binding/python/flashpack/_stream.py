@@ -51,8 +51,8 @@ class _Sizes(NamedTuple):
 
     read_bytes: int
     """Bytes of the group's blocks, and of the blocks that small tensors were moved to."""
-    largest_cast_bytes: int
-    """Size of the largest cast; only one cast is alive at a time."""
+    largest_copy_bytes: int
+    """Size of the largest copy, in another dtype or on another device; only one copy is alive at a time."""
 
 
 class _Group(NamedTuple):
@@ -60,6 +60,13 @@ class _Group(NamedTuple):
 
     entries: list[Entry]
     filling: Filling
+    device: torch.device
+    """The device that was asked for. The blocks are on the CPU if the engine cannot use it."""
+
+    @property
+    def is_home(self) -> bool:
+        """Whether the tensors are read to the device that was asked for."""
+        return self.filling.side.device.type == self.device.type
 
 
 class _Alive:
@@ -105,7 +112,7 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         self._window_bytes = window_bytes
         self._alive = _Alive()
         self._unseen: deque[_Sizes] = deque()  # Groups that have not been yielded to their end.
-        # Bytes that the newest tensor keeps alive: its cast, or its whole group. The variable of a loop still holds
+        # Bytes that the newest tensor keeps alive: its copy, or its whole group. The variable of a loop still holds
         # that tensor when the next one is asked for. That does not count as keeping it, even if it is larger than the
         # window.
         self._newest_memory_bytes = 0
@@ -192,10 +199,10 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
             groups = iter(targets(checkpoint))
             self._begin = time.monotonic()
             while self._start(checkpoint, groups, under_way):
-                tensors = self._finish(under_way)
+                device, tensors = self._finish(under_way)
                 self._start(checkpoint, groups, under_way)
                 for name in list(tensors):
-                    yield name, self._as_asked(tensors.pop(name))
+                    yield name, self._as_asked(tensors.pop(name), device)
                 self._unseen.popleft()
 
     @left_before_exit
@@ -221,16 +228,17 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
                 filling = make_room(Wanted(checkpoint, entries), device, options, _GROUP_BYTES)
                 batches = filling.batches(as_stream=False)
                 loads = (start(checkpoint, batch, filling, self._options) for batch in batches)
-                under_way.start(_Group(entries, filling), loads)
+                group = _Group(entries, filling, device)
+                under_way.start(group, loads)
                 read_bytes = self._count(filling.blocks)
-            self._unseen.append(_Sizes(read_bytes, max(map(self._cast_bytes, entries), default=0)))
+            self._unseen.append(_Sizes(read_bytes, self._largest_copy_bytes(group)))
         return bool(under_way)
 
     @left_before_exit
     @captures_undisturbed()
-    def _finish(self, under_way: UnderWay[_Group]) -> dict[str, torch.Tensor]:
-        """Waits for the oldest group, and returns its tensors as they are in the file."""
-        (entries, filling), [stats] = under_way.finish()
+    def _finish(self, under_way: UnderWay[_Group]) -> tuple[torch.device, dict[str, torch.Tensor]]:
+        """Waits for the oldest group, and returns its device, and its tensors as they were read."""
+        (entries, filling, device), [stats] = under_way.finish()
         add_stats(self.stats, stats)
         self.stats["seconds"] = time.monotonic() - self._begin
         with torch.inference_mode(False), torch.no_grad():
@@ -238,7 +246,7 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
             sizes = self._unseen[0]
             read_bytes = sizes.read_bytes + self._count(filled.blocks[len(filling.blocks) :])
             self._unseen[0] = sizes._replace(read_bytes=read_bytes)
-            return tensors_of(entries, filled)
+            return device, tensors_of(entries, filled)
 
     def _count(self, blocks: Sequence[Block]) -> int:
         """Counts blocks until they are freed. Returns their size in bytes."""
@@ -247,32 +255,37 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
             self._alive.add(block.owner, size_bytes)
         return sum(sizes)
 
-    def _cast_bytes(self, entry: Entry) -> int:
-        """Returns the size of what an entry is cast to, 0 if it is not cast."""
-        own = string_to_dtype(entry.dtype)
-        dtype = dtype_when_asked(own, self._dtype)
-        return 0 if dtype == own else entry.elems * dtype.itemsize
+    def _largest_copy_bytes(self, group: _Group) -> int:
+        """Returns the size of the largest tensor that _as_asked copies, 0 if there is none."""
+        largest = 0
+        for entry in group.entries:
+            own = string_to_dtype(entry.dtype)
+            dtype = dtype_when_asked(own, self._dtype)
+            if dtype != own or not group.is_home:
+                largest = max(largest, entry.elems * dtype.itemsize)
+        return largest
 
-    def _as_asked(self, own: torch.Tensor) -> torch.Tensor:
-        """Returns the tensor, cast if the caller asked for a dtype.
+    def _as_asked(self, own: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Returns the tensor, cast if the caller asked for a dtype, on `device` if the engine could not use it.
 
-        Only one cast is alive at a time if the caller drops the one before.
+        Only one copy is alive at a time if the caller drops the one before.
         """
         dtype = dtype_when_asked(own.dtype, self._dtype)
-        if dtype == own.dtype:
+        home = own.device if own.device.type == device.type else device
+        if (dtype, home) == (own.dtype, own.device):
             self._newest_memory_bytes = self._unseen[0].read_bytes
             return own
-        cast = _cast(own, dtype)
-        self._alive.add(cast.untyped_storage(), cast.nbytes)
-        self._newest_memory_bytes = cast.nbytes
-        return cast
+        copy = _copy(own, home, dtype)
+        self._alive.add(copy.untyped_storage(), copy.nbytes)
+        self._newest_memory_bytes = copy.nbytes
+        return copy
 
     def _most_at_once(self, under_way: int) -> int:
         """Returns how many groups may be under way, of which there are `under_way` now."""
         alive_bytes = self._alive.count_bytes()
         unseen_bytes = sum(sizes.read_bytes for sizes in self._unseen)
-        # A group more needs this room, and so do the casts to come, of which there is one at a time.
-        room_bytes = _GROUP_BYTES + max((sizes.largest_cast_bytes for sizes in self._unseen), default=0)
+        # A group more needs this room, and so do the copies to come, of which there is one at a time.
+        room_bytes = _GROUP_BYTES + max((sizes.largest_copy_bytes for sizes in self._unseen), default=0)
         if alive_bytes - unseen_bytes <= max(self._window_bytes, self._newest_memory_bytes):
             return AT_ONCE if alive_bytes + room_bytes <= self._window_bytes else max(under_way, 1)
         if not self._warned:
@@ -288,9 +301,9 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
 
 @left_before_exit
 @captures_undisturbed()
-def _cast(own: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _copy(own: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return own.to(dtype)
+        return own.to(device, dtype)
 
 
 def stream_tensors(
