@@ -132,3 +132,28 @@ def test_each_rank_of_a_tensor_parallel_load_reads_its_part(lazy, reads, ranks, 
     shape = list(STATE["matrix"].shape)
     shape[dim] = size
     assert reads == [tuple(shape)] * ranks
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda tensor: tensor.mul_(2),
+        lambda tensor: tensor.copy_(torch.zeros_like(STATE["matrix"])),
+        lambda tensor: tensor[3:5].zero_(),
+        lambda tensor: tensor.__setitem__(0, 1.0),
+        lambda tensor: tensor.__setitem__(torch.tensor([0, 2]), 1.0),
+        lambda tensor: tensor.__iadd__(1),
+        lambda tensor: torch.neg(STATE["matrix"], out=tensor),
+        lambda tensor: torch._foreach_mul_([torch.ones(2), tensor], 2),
+    ],
+)
+def test_an_operation_that_would_write_to_a_lazy_tensor_is_an_error_and_not_lost(lazy, reads, write):
+    with pytest.raises(RuntimeError, match=r"no memory to write to: clone\(\)"):
+        write(lazy("matrix"))
+    assert reads == []
+
+
+def test_what_a_lazy_tensor_is_copied_to_can_be_written_to(lazy):
+    target = torch.ones(4, 6, 10)
+    target.add_(lazy("experts"))
+    assert torch.equal(target, STATE["experts"] + 1)

@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_any, tree_map_only
 
 from .._file import FlashPackFile, TensorSlice
 
@@ -21,8 +21,8 @@ class LazyTensor(torch.Tensor):
     """A tensor of a file, or a part of one, without memory.
 
     Slices, single indices and pieces of a dim are lazy tensors, too. Any other operation reads its arguments, into
-    memory that only its result may keep, so that another operation reads again. The file stays open while there are
-    lazy tensors of it.
+    memory that only its result may keep, so that another operation reads again. One that would write to a lazy tensor
+    is a RuntimeError, because the values would be lost. The file stays open while there are lazy tensors of it.
     """
 
     _source: TensorSlice
@@ -65,6 +65,8 @@ class LazyTensor(torch.Tensor):
     ) -> Any:
         if func in _PARTS:
             return _PARTS[func](*args, **(kwargs or {}))
+        if tree_any(lambda each: isinstance(each, cls), _written(func, args, kwargs or {})):
+            raise RuntimeError(f"{func}: a lazy tensor has no memory to write to: clone() makes a tensor with memory")
         arguments, options = tree_map_only(cls, cls.read, (args, kwargs or {}))
         return func(*arguments, **options)
 
@@ -74,6 +76,13 @@ class LazyTensor(torch.Tensor):
         whole = self._ranges[at]
         assert isinstance(whole, range)
         return LazyTensor(self._source, [*self._ranges[:at], take(whole), *self._ranges[at + 1 :]], self.device)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Returns the arguments that an operation writes to."""
+    known = func._schema.arguments
+    given = {argument.name: value for argument, value in zip(known, args, strict=False)} | kwargs
+    return [given.get(each.name) for each in known if each.alias_info is not None and each.alias_info.is_write]
 
 
 def _alias(tensor: LazyTensor) -> LazyTensor:
