@@ -271,6 +271,25 @@ def test_load_model_fills_a_model_with_tied_weights_as_safetensors_does(tmp_path
     assert_bit_equal(again.state_dict(), model.state_dict())
 
 
+def test_load_model_takes_tied_weights_from_a_directory_or_an_index_of_flashpack_files(tmp_path, backend):
+    model = Tied()
+    for name in ("one", "shards"):
+        (tmp_path / name).mkdir()
+    save_model(model, str(tmp_path / "one" / "model.flashpack"))
+    state = model.state_dict()
+    files = {name: f"{number:02}.flashpack" for number, name in enumerate(state)}
+    for name, file in files.items():
+        flashpack.pack_to_file({name: state[name]}, tmp_path / "shards" / file)
+    index = tmp_path / "shards" / "model.flashpack.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    for source in (tmp_path / "one", tmp_path / "shards", index):
+        again = Tied()
+        missing, unexpected = load_model(again, source, backend=backend)
+        assert not missing
+        assert not unexpected
+        assert_bit_equal(again.state_dict(), state)
+
+
 def test_load_model_names_what_is_missing_and_unexpected(tmp_path):
     tensors = {"a.weight": torch.ones(3, 3), "a.bias": torch.ones(3), "c.weight": torch.ones(2, 3), "d": torch.ones(1)}
     save_file(tensors, tmp_path / "a.safetensors")

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ._accelerate import original_open as _original_open
-from ._checkpoint import Entry, StrPath, Verify, is_flashpack_file
+from ._checkpoint import Entry, StrPath, Verify, open_checkpoint
 from ._device import DeviceLike
 from ._file import FlashPackFile, TensorSlice, UnknownIndexError, open_file
 from ._file import load_file as load_any_file
@@ -282,7 +282,7 @@ def load_model(
     def read(filename: StrPath, device: DeviceLike = "cpu", **_: Any) -> dict[str, torch.Tensor]:
         tensors = load_file(filename, device, backend=backend)
         # A flashpack file has tied tensors under each of their names, which would be unexpected.
-        if is_flashpack_file(filename):
+        if is_ours("pt", device) and _has_flashpack_files(filename):
             tied = safetensors.torch._remove_duplicate_names(model.state_dict(), preferred_names=list(tensors))
             for name in itertools.chain(*tied.values()):
                 tensors.pop(name, None)
@@ -294,6 +294,11 @@ def load_model(
     function.__kwdefaults__ = theirs.__kwdefaults__
     missing, unexpected = function(model, filename, strict, device)
     return missing, unexpected
+
+
+def _has_flashpack_files(filename: StrPath) -> bool:
+    with open_checkpoint(filename) as checkpoint:
+        return any(file.format == "flashpack" for file in checkpoint.files())
 
 
 def save_file(tensors: dict[str, torch.Tensor], filename: StrPath, metadata: Mapping[str, str] | None = None) -> None:
