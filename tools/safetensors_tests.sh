@@ -56,7 +56,7 @@ EOF
 # The tests import by name what they test.
 turn_to_flashpack() {
   cd "$folder/tests" || return
-  sed -i -E 's/^( *)from safetensors(\.torch)? import/\1from flashpack.safetensors import/' "${files[@]}"
+  sed -i -E 's/^( *)from safetensors(\.torch)? import/\1from flashpack.safetensors\2 import/' "${files[@]}"
 }
 
 # Without PYTHONPATH, so that what is installed is what is tested.

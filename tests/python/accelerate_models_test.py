@@ -24,13 +24,13 @@ from support import assert_bit_equal
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that were opened through this package."""
     names: list[str] = []
-    original = flashpack.safetensors.open_file
+    original = flashpack.safetensors.torch.open_file
 
     def noted(path: Any, *args: Any, **options: Any) -> Any:
         names.append(Path(path).name)
         return original(path, *args, **options)
 
-    monkeypatch.setattr(flashpack.safetensors, "open_file", noted)
+    monkeypatch.setattr(flashpack.safetensors.torch, "open_file", noted)
     return names
 
 
@@ -136,7 +136,7 @@ def test_what_goes_to_a_gpu_is_read_straight_to_it_by_transformers(tmp_path, ope
         return original(part, device)
 
     monkeypatch.setattr(flashpack.safetensors.PySafeSlice, "on", noted)
-    monkeypatch.setattr(flashpack.safetensors, "is_gpu", lambda device: True)
+    monkeypatch.setattr(flashpack.safetensors.torch, "is_gpu", lambda device: True)
     loading = transformers.core_model_loading
     before = loading._materialize_copy
     with flashpack.accelerate() as acceleration:

@@ -173,9 +173,9 @@ def test_errors_of_files_are_those_of_safetensors(tmp_path, content):
 
 def note_opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     opened = []
-    original = flashpack.safetensors.open_file
+    original = flashpack.safetensors.torch.open_file
     monkeypatch.setattr(
-        flashpack.safetensors, "open_file", lambda path, *a, **k: opened.append(path) or original(path, *a, **k)
+        flashpack.safetensors.torch, "open_file", lambda path, *a, **k: opened.append(path) or original(path, *a, **k)
     )
     return opened
 

@@ -18,7 +18,7 @@ from flashpack import _file
 from flashpack.safetensors import CheckpointError, SafetensorError, load_file, load_model, safe_open, save_model
 from safetensors.torch import load_file as their_load_file
 from safetensors.torch import save_file
-from support import assert_bit_equal, bits, random_tensor
+from support import assert_bit_equal, bits, random_tensor, run_python
 
 THEIR_DTYPES = [
     dtype for dtype in safetensors.torch._SIZE if isinstance(dtype, torch.dtype) and "float4" not in str(dtype)
@@ -235,22 +235,54 @@ def test_another_framework_gets_what_safetensors_makes(path):
 @pytest.mark.parametrize("device", ["mps", "npu:0", "nonsense"])
 def test_other_devices_are_left_to_safetensors(path, device, monkeypatch):
     asked = []
-    monkeypatch.setattr(flashpack.safetensors, "_original_open", lambda *args, **options: asked.append((args, options)))
-    monkeypatch.setattr(flashpack.safetensors, "_original_load", lambda *args, **options: asked.append((args, options)))
+    monkeypatch.setattr(
+        flashpack.safetensors.torch, "_original_open", lambda *args, **options: asked.append((args, options))
+    )
+    monkeypatch.setattr(
+        flashpack.safetensors.torch, "_original_load", lambda *args, **options: asked.append((args, options))
+    )
     safe_open(path, "pt", device, backend="pread")
     load_file(path, device)
     assert asked == [((path, "pt", device), {"backend": "pread"}), ((path, device), {})]
 
 
 def test_every_other_name_is_that_of_safetensors():
-    import flashpack.safetensors as ours
+    import flashpack.safetensors.torch
 
-    for name in ("save", "load", "storage_ptr", "_remove_duplicate_names"):
-        assert getattr(ours, name) is getattr(safetensors.torch, name)
-    for name in ("SafetensorError", "deserialize", "serialize", "serialize_file"):
-        assert getattr(ours, name) is getattr(safetensors, name)
-    with pytest.raises(AttributeError, match="nonsense"):
-        _ = ours.nonsense
+    for ours in (flashpack.safetensors, flashpack.safetensors.torch):
+        for name in ("save", "load", "storage_ptr", "_remove_duplicate_names"):
+            assert getattr(ours, name) is getattr(safetensors.torch, name)
+        for name in ("SafetensorError", "deserialize", "serialize", "serialize_file"):
+            assert getattr(ours, name) is getattr(safetensors, name)
+        with pytest.raises(AttributeError, match=f"module '{ours.__name__}' has no attribute 'nonsense'"):
+            _ = ours.nonsense
+
+
+IMPORTS = ["import flashpack.safetensors as safetensors", "from flashpack import safetensors"]
+
+
+@pytest.mark.parametrize("imports", IMPORTS)
+def test_a_program_that_uses_safetensors_torch_changes_its_import_alone(tmp_path, imports):
+    code = f"""
+{imports}
+import torch
+safetensors.torch.save_file({{"a": torch.arange(3)}}, {str(tmp_path / "a.flashpack")!r})
+print(safetensors.torch.load_file({str(tmp_path / "a.flashpack")!r})["a"].tolist())
+linear = torch.nn.Linear(2, 2)
+safetensors.torch.save_model(linear, {str(tmp_path / "b.flashpack")!r})
+print(safetensors.torch.load_model(linear, {str(tmp_path / "b.flashpack")!r}))
+from flashpack.safetensors.torch import load_file
+assert load_file is safetensors.load_file is safetensors.torch.load_file
+"""
+    assert run_python(code) == "[0, 1, 2]\n(set(), [])\n"
+
+
+def test_modules_for_other_frameworks_are_those_of_safetensors(path):
+    import flashpack.safetensors.numpy
+    import safetensors.numpy
+
+    assert Path(flashpack.safetensors.numpy.__file__) == Path(safetensors.numpy.__file__)
+    assert isinstance(flashpack.safetensors.numpy.load_file(path)["odd"], np.ndarray)
 
 
 class Tied(torch.nn.Module):

@@ -21,7 +21,7 @@ from ._owner_process import held_by_forks
 original_open: Any = safetensors.safe_open
 """This opens files without flashpack. `safetensors.safe_open` may stand for this package by now."""
 # These modules keep the original, because they call it.
-_LEFT_ALONE = ("safetensors._safetensors_rust", "flashpack.safetensors", __name__)
+_LEFT_ALONE = ("safetensors._safetensors_rust", "flashpack.safetensors.torch", __name__)
 _LACKS_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _lock = threading.RLock()
 held_by_forks(_lock)
@@ -100,7 +100,7 @@ class safe_open(metaclass=_TellsHandles):  # noqa: N801  It has the name of what
         options = {} if backend == "mmap" else {"backend": backend}  # Older versions do not know the argument.
         if framework not in ("pt", "torch", "pytorch"):
             return original_open(filename, framework, device, **options)
-        from . import safetensors as ours
+        from .safetensors import torch as ours
 
         _wrap_transformers()
         try:
@@ -168,6 +168,6 @@ def _wrap(owner: Any, name: str, argument: str) -> None:
 
 
 def _on_device(tensor: Any, device: Any) -> Any:
-    from . import safetensors as ours
+    from .safetensors import torch as ours
 
     return tensor.on(device) if isinstance(tensor, ours.PySafeSlice) and ours.is_gpu(device) else tensor

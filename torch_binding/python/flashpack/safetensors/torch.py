@@ -1,13 +1,12 @@
-"""safetensors' reading API, under its own names, for safetensors and flashpack files alike.
+"""The API of safetensors.torch, and safe_open, for safetensors and flashpack files alike.
 
-`from flashpack.safetensors import safe_open, load_file` takes the place of `from safetensors import safe_open` and of
-`from safetensors.torch import load_file`. What is asked for another framework than torch, or for a device that is
-neither the CPU nor CUDA, is left to safetensors itself. A file that is saved under a name *.flashpack becomes a
-flashpack file. All other names are those of safetensors.torch and safetensors.
+What is asked for another framework than torch, or for a device that is neither the CPU nor CUDA, is left to safetensors
+itself. A file that is saved under a name *.flashpack becomes a flashpack file. All other names are those of
+safetensors.torch and safetensors.
 
-What differs: a tensor is read when it is asked for, and has memory of its own. safetensors by default maps the file, so
-that tensors on the CPU share the page cache with it, bytes are read when they are first used, and a file that somebody
-truncates kills the process. `backend="mmap"` asks for just that.
+What differs: a tensor is read when it is asked for, and shares bytes with no other. safetensors by default maps the
+file, so that tensors on the CPU share the page cache with it, bytes are read when they are first used, and a file that
+somebody truncates kills the process. `backend="mmap"` asks for just that.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from ._accelerate import original_open as _original_open
-from ._checkpoint import Entry, StrPath, Verify, open_checkpoint
-from ._device import DeviceLike
-from ._file import FlashPackFile, TensorSlice, UnknownIndexError, open_file
-from ._file import load_file as load_any_file
-from ._mapped_tensors import MappedTensors
-from ._safetensors import UNNAMED, CheckpointError, FileOnDevice, catchable, dtype_name, header_shape
-from .utils import dtype_to_string
+from .._accelerate import original_open as _original_open
+from .._checkpoint import Entry, StrPath, Verify, open_checkpoint
+from .._device import DeviceLike
+from .._file import FlashPackFile, TensorSlice, UnknownIndexError, open_file
+from .._file import load_file as load_any_file
+from .._mapped_tensors import MappedTensors
+from .._safetensors import UNNAMED, CheckpointError, FileOnDevice, catchable, dtype_name, header_shape
+from ..utils import dtype_to_string
 
 if TYPE_CHECKING:
-    from ._prefetch_loader import PrefetchLoader, PrefetchPlan
+    from .._prefetch_loader import PrefetchLoader, PrefetchPlan
 
 __all__ = [
     "CheckpointError",
@@ -157,7 +156,7 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
         `plan`: the names to load, each with None or a slice of step 1 along its first dim; by default all tensors,
         whole. `device`: by default that of the file; also the CPU. `threads` has no effect: the engine chooses.
         """
-        from ._prefetch_loader import PrefetchLoader, checked_rows
+        from .._prefetch_loader import PrefetchLoader, checked_rows
 
         file = self._opened()
         where = self._device if device is None else device
@@ -331,7 +330,7 @@ def save_model(
 
 
 def _pack(tensors: Mapping[str, torch.Tensor] | torch.nn.Module, filename: StrPath, metadata: Any) -> None:
-    from .serialization import pack_to_file
+    from ..serialization import pack_to_file
 
     with catchable():
         pack_to_file(tensors, filename, metadata=metadata)
@@ -386,7 +385,7 @@ def _given(backend: Backend) -> dict[str, str]:
 
 def __getattr__(name: str) -> Any:
     if name == "PrefetchLoader":
-        from ._prefetch_loader import PrefetchLoader
+        from .._prefetch_loader import PrefetchLoader
 
         return PrefetchLoader
     for theirs in (safetensors.torch, safetensors):
