@@ -143,3 +143,41 @@ def test_coercing_between_kinds_is_fine_where_no_value_changes(value, into, tmp_
 def test_coercing_between_kinds_is_an_error_where_a_value_would_change(value, into, tmp_path):
     with pytest.raises(flashpack.FlashPackError, match=r"'x' would lose values if it were cast from torch\.\w+ to"):
         coerced(value, into, tmp_path / "a")
+
+
+def scaled_model(*names):
+    model = torch.nn.Module()
+    for name in names:
+        model.register_parameter(name, torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("option", "dtype"),
+    [("coerce_dtype", torch.float8_e4m3fn), ("coerce_dtype", torch.int8), ("in_place", torch.float8_e5m2)],
+)
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
+def test_quantised_weights_that_are_cast_without_their_scales_are_told_once(tmp_path, caplog, option, dtype, suffix):
+    quantised = torch.tensor([1.0, 16.0]).to(dtype)
+    tensors = {"a": quantised, f"a{suffix}": torch.ones(2), "b": quantised, f"b{suffix}": torch.ones(2)}
+    path = tmp_path / "a.flashpack"
+    flashpack.pack_to_file(tensors, path)
+    model = scaled_model("a", "b")
+    flashpack.assign_from_file(model, path, strict=False, **{option: True})
+    assert model.a.tolist() == model.b.tolist() == [1.0, 16.0]
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert f"{path}: 'a' is cast from {dtype} to torch.bfloat16 without its scale 'a{suffix}'" in warning
+    assert warning.endswith("tensors of this kind: 2")
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [(["a", "b"], {}), (["a", "a_scale_inv"], {"coerce_dtype": True}), (["a"], {"dtype": "bfloat16"})],
+    ids=["as they are", "with their scales", "not cast"],
+)
+def test_quantised_weights_are_not_told_of_without_a_cast_or_with_their_scales(tmp_path, caplog, names, options):
+    quantised = torch.tensor([1.0, 16.0]).to(torch.float8_e4m3fn)
+    path = tmp_path / "a.flashpack"
+    flashpack.pack_to_file({"a": quantised, "a_scale_inv": torch.ones(2)}, path)
+    flashpack.assign_from_file(scaled_model(*names), path, strict=False, **options)
+    assert caplog.records == []

@@ -7,21 +7,26 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from ._assign import DTypeOf, Plan, check_strictness, commit, dtypes_when_read, make_plan, own_dtype
+from ._casts import PLAIN_FLOATS
 from ._checkpoint import Checkpoint, Entry, StrPath
 from ._device import captures_undisturbed
 from ._distributed import Ranks, join_ranks
 from ._engine import left_before_exit
 from ._in_place import check_in_place, load_in_place, targets_in_place
 from ._into import read_and_cast
-from ._logging import in_one_line
+from ._logging import in_one_line, logger
 from ._memory import Wanted, read_to_devices, supported_device, tensors_of
 from ._native import FlashPackError
 from ._options import LoadOptions
 from ._own_code import run_own_code
 from ._report import AssignReport, report_of
 from ._storage import FlashTensorStorage, read_storage, view
+
+# Quantisers add one of these to the name of a tensor for its scale.
+_SCALES = ("_scale_inv", "_scale")
 
 
 class Loaded(NamedTuple):
@@ -87,6 +92,7 @@ def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tu
         plan = make_plan(model, checkpoint.entries(), options.filters, options.casts)
     if not plan.own_code:
         check_strictness(plan, checkpoint.path, options.strictness)
+    _warn_of_lost_scales(plan, checkpoint, options)
     if options.in_place:
         return plan, _assign_in_place(model, source, plan, options)
     with_gradients = torch.is_grad_enabled()
@@ -104,6 +110,37 @@ def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tu
         model._flash_shared_storage = storage  # type: ignore[assignment]
         model._flash_shared_storage_meta = checkpoint.metadata  # type: ignore[assignment]
     return plan, stats
+
+
+def _warn_of_lost_scales(plan: Plan, checkpoint: Checkpoint, options: LoadOptions) -> None:
+    """Warns if quantised weights are cast to plain floats, and the module does not take the scales of the file."""
+    cast = [
+        entry
+        for entry in plan.wanted
+        if own_dtype(entry) not in PLAIN_FLOATS and _new_dtype(entry, plan, options) in PLAIN_FLOATS
+    ]
+    if not cast:
+        return
+    lost = {entry.name for entry in checkpoint.entries()} - {entry.name for entry in plan.wanted + plan.passed_on}
+    scaled = [(entry, entry.name + suffix) for entry in cast for suffix in _SCALES if entry.name + suffix in lost]
+    for entry, scale in scaled[:1]:
+        logger.warning(
+            "%s: %r is cast from %s to %s without its scale %r, which the model does not take, so that its values are "
+            "those of the model only when they are scaled; tensors of this kind: %d",
+            checkpoint,
+            entry.name,
+            own_dtype(entry),
+            _new_dtype(entry, plan, options),
+            scale,
+            len(scaled),
+        )
+
+
+def _new_dtype(entry: Entry, plan: Plan, options: LoadOptions) -> torch.dtype:
+    """Returns the dtype that a tensor of the file has in the module."""
+    old = plan.slots[entry.name].value
+    keeps_memory = options.in_place and not (old.is_meta or is_lazy(old))
+    return old.dtype if keeps_memory else options.casts.dtype_of(entry, old)
 
 
 def _assign_in_place(
