@@ -54,8 +54,9 @@ class Placement(NamedTuple):
 def placement_of(device_map: Any) -> Placement:
     """Returns where a device map puts a model. Raises FlashPackError if that is not on devices of one kind."""
     asked = devices_by_module(device_map)
-    devices = {_numbered(device, device_map) for device in asked.values()}
-    if len(devices) < 2:
+    is_offloaded = "disk" in asked.values()  # That is what accelerate calls files in a folder.
+    devices = set() if is_offloaded else {_numbered(device, device_map) for device in asked.values()}
+    if len(devices) < 2 and not is_offloaded:
         return Placement(next(iter(devices), None))
     if {device.type for device in devices} != {"cuda"}:
         raise FlashPackError(
