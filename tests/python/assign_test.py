@@ -196,7 +196,11 @@ def test_a_module_used_twice_is_loaded_once_under_both_names(pack):
         ),
         ({"logit_scale": torch.ones(1)}, {}, "shape mismatch for 'logit_scale'"),
         ({"scale": torch.ones(2, 4)}, {}, "shape mismatch for 'scale'"),
-        ({"scale": torch.ones(8, dtype=torch.float64)}, {}, "Error while assigning.*dtype mismatch for buffer 'scale'"),
+        (
+            {"scale": torch.ones(8, dtype=torch.float64)},
+            {},
+            "Error while assigning.*dtype mismatch for buffer 'scale': .*; coerce_dtype=True casts",
+        ),
         ({"extra": torch.ones(1)}, {}, r"Could not assign 1 names: \['extra'\]"),
         ({"extra": torch.ones(1)}, {"strict_params": False, "strict_buffers": True}, "Could not assign 1 names"),
         ({"linear.bias": None}, {}, r"Missing 1 parameters: \['linear.bias'\]"),

@@ -209,7 +209,8 @@ def misfit_of(entry: Entry, slot: Slot, casts: Casts) -> TypeError | ValueError 
     dtype = string_to_dtype(entry.dtype)
     chosen = casts.asked is not None and dtype_when_asked(value.dtype, casts.asked) == casts.dtype_of(entry, value)
     if not slot.is_parameter and not chosen and value.dtype != casts.dtype_of(entry, value):
-        return TypeError(f"dtype mismatch for buffer {name!r}: model={value.dtype} vs flash={dtype}.")
+        cure = "coerce_dtype=True casts to the dtypes of the model, dtype= floats to one dtype"
+        return TypeError(f"dtype mismatch for buffer {name!r}: model={value.dtype} vs flash={dtype}; {cure}")
     return None
 
 
