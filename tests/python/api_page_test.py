@@ -22,6 +22,29 @@ def arguments_in(section: str) -> set[str]:
     return {name for line in lines for name in re.findall(r"\w+", line)}
 
 
+def inherited_by(section: str) -> tuple[set[str], set[str]]:
+    """Returns the arguments that a call has from another one, and those that it does not have from there."""
+    found = re.search(r"The other arguments are those of\s`(\w+)`(?:, but\sfor\s([^.]*))?\.", section)
+    if found is None:
+        return set(), set()
+    left_out = set(re.findall(r"`(\w+)`", found[2] or ""))
+    # Arguments without a default, the model and the path, belong to the other call alone.
+    parameters = inspect.signature(named(found[1])).parameters.values()
+    optional = {each.name for each in parameters if each.default is not each.empty}
+    inherited = arguments_in(SECTIONS[found[1]]) & optional
+    assert left_out <= inherited, "arguments that the other call does not have"
+    return inherited - left_out, left_out
+
+
+def taken_by_kwargs(section: str) -> set[str]:
+    """Returns the names that the line of `**kwargs` has."""
+    return {
+        name
+        for line in re.findall(r"^\* `\*\*kwargs`:(.*(?:\n  .*)*)", section, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", line)
+    }
+
+
 def named(name: str) -> Any:
     place, _, rest = name.removeprefix("flashpack.").partition(".")
     if not rest:
@@ -48,10 +71,11 @@ def test_all_arguments_of_a_call_are_there_and_no_others(name):
     except ValueError:  # Written in C++.
         parameters = set()
     own = arguments_in(section)
-    others = re.search(r"The other arguments are those of `(\w+)`", section)
-    known = own | (arguments_in(SECTIONS[others[1]]) if others else set())
+    inherited, left_out = inherited_by(section)
     assert own <= parameters, "arguments that it does not have"
-    assert parameters - {"self", "cls", "args", "kwargs"} <= known, "arguments that the page lacks"
+    assert parameters - {"self", "cls", "args", "kwargs"} <= own | inherited, "arguments that the page lacks"
+    assert inherited - own <= parameters | taken_by_kwargs(section), "inherited arguments that it does not have"
+    assert not left_out & parameters, "arguments that it has all the same"
 
 
 def test_every_public_call_is_there():

@@ -66,7 +66,9 @@ def load_file(
     metadata: dict[str, str] | None = None,
     stats: dict[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Reads tensors of a file, in file order, each with memory of its own. Other tensors are not read.
+    """Reads tensors of a file, in file order. Other tensors are not read.
+
+    No two tensors share bytes, but one that is kept may keep the memory of its neighbours in the file alive.
 
     `names`: the tensors to read, by default all; `ignore_*`: names, and beginnings and ends of names, not to read.
     `dtype`: floating-point tensors, or complex ones, are cast to it: torch.bfloat16, or its name, "bfloat16". Integers

@@ -327,7 +327,7 @@ def read_and_cast(
     dtype_of: Callable[[Entry], torch.dtype],
     options: ReadOptions,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Reads to all devices at the same time what is wanted there, as tensors of these dtypes with memory of their own.
+    """Reads to all devices at the same time what is wanted there, as tensors of these dtypes. No two share bytes.
 
     Returns them by name, in the given order, and figures of the reads. It takes their memory and that of the windows.
     """

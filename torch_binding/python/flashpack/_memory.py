@@ -419,7 +419,7 @@ def read_to_devices(
 
 
 def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tensor]:
-    """Returns the tensors of `entries`, which are those that were wanted, each with memory of its own."""
+    """Returns the tensors of `entries`, which are those that were wanted. No two share bytes."""
     tensors: dict[str, torch.Tensor] = {}
     filled = small_ones_apart(entries, filled)
     make = [block.tensor for block in filled.blocks]

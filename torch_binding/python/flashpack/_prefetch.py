@@ -124,11 +124,11 @@ def open_again(fd: int) -> FileIO:
 
 
 def prefetch_flashpack_file(path: StrPath) -> Prefetch:
-    """Starts to read the payload of a file into the page cache, so that a later load finds it there.
+    """Starts to read the payload of a flashpack or safetensors file into the page cache, where a later load finds it.
 
     Returns at once. This saves time only while something else is being prepared: a load alone is not faster for it.
 
-    Raises FlashPackError (a ValueError) for what is not a flashpack file, OSError for the system's failures.
+    Raises FlashPackError (a ValueError) for what is neither, and for several files; OSError for the system's failures.
 
         with flashpack.prefetch_flashpack_file("model.flashpack"):
             model = build_model()

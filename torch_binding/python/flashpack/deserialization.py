@@ -102,7 +102,7 @@ def read_flashpack_file_distributed(
 
 @left_before_exit
 def revert_from_file(path: StrPath, silent: bool = True) -> dict[str, torch.Tensor]:
-    """Returns the state dict that was packed, in file order, on the CPU. Each tensor owns its memory."""
+    """Returns the state dict that was packed, in file order, on the CPU. No two tensors share bytes."""
     with open_checkpoint(path) as checkpoint, torch.inference_mode(False), torch.no_grad():
         return read_tensors(Wanted(checkpoint, checkpoint.entries()), CPU, ReadOptions(show=not silent))
 

@@ -71,7 +71,7 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
 
     `filename`: also a flashpack file, the index of several files, a directory, or a list of files, whose tensors are
     taken for those of one. `device`: tensors are read to it.
-    `backend`: None and "pread" read tensors into memory of their own. "mmap" maps the file, for tensors on the CPU.
+    `backend`: None and "pread" read tensors into memory. "mmap" maps the file, for tensors on the CPU.
     `verify`: see assign_from_file; safetensors files have no checksums, and what is mapped is not verified.
 
     Several threads and forked processes may use one. At the end of a with block it is closed; slices that it gave can
@@ -151,7 +151,7 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
     def prefetch(
         self, plan: PrefetchPlan | None = None, *, device: DeviceLike | None = None, threads: int = 8
     ) -> PrefetchLoader:
-        """Starts to load tensors in the background, each into memory of its own, and returns where to take them from.
+        """Starts to load tensors in the background, and returns where to take them from.
 
         `plan`: the names to load, each with None or a slice of step 1 along its first dim; by default all tensors,
         whole. `device`: by default that of the file; also the CPU. `threads` has no effect: the engine chooses.
