@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import flashpack
 import pytest
@@ -70,6 +71,39 @@ def test_a_vae_returns_with_bit_equal_outputs(tmp_path):
     vae.save_pretrained_flashpack(tmp_path)
     loaded = FlashPackAutoencoderKL.from_pretrained_flashpack(tmp_path)
     assert torch.equal(loaded(torch.ones(1, 3, 16, 16)).sample, vae(torch.ones(1, 3, 16, 16)).sample)
+
+
+@pytest.mark.parametrize("ignored", [[], ["encoder.mid_block.attentions.0.key.bias"]], ids=["all of it", "a part"])
+def test_older_names_of_attention_are_those_that_the_model_has_today(ignored, tmp_path):
+    vae = make_vae()
+    vae.save_pretrained_flashpack(tmp_path)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = vae.state_dict()
+    for name in [name for name in state if ".attentions.0.to_" in name]:
+        *lead, now, kind = re.split(r"\.(to_q|to_k|to_v|to_out\.0)\.", name)
+        state[f"{lead[0]}.{old[now]}.{kind}"] = state.pop(name).to(torch.float64)
+    assert len(state.keys() - vae.state_dict().keys()) == 16
+    flashpack.pack_to_file(state, tmp_path / MODEL)
+    loaded = FlashPackAutoencoderKL.from_pretrained_flashpack(tmp_path, ignore_names=ignored, strict=not ignored)
+    left_out = {name.replace(".key.", ".to_k.") for name in ignored}
+    for name, tensor in vae.state_dict().items():
+        assert loaded.state_dict()[name].is_meta == (name in left_out)
+        if name not in left_out:
+            assert loaded.state_dict()[name].dtype is (torch.float64 if ".attentions.0.to_" in name else torch.float32)
+            assert loaded.state_dict()[name].equal(tensor), name
+
+
+def test_tensors_that_a_class_passes_over_are_no_error_in_its_files(tmp_path):
+    class FlashPackForgiving(FlashPackAutoencoderKL):
+        _keys_to_ignore_on_load_unexpected: ClassVar = ["norm_added", "conv_in"]
+
+    vae = make_vae()
+    vae.save_pretrained_flashpack(tmp_path)
+    flashpack.pack_to_file(vae.state_dict() | {"encoder.norm_added_q": torch.ones(2)}, tmp_path / MODEL)
+    loaded = FlashPackForgiving.from_pretrained_flashpack(tmp_path, strict=True)
+    assert_bit_equal(loaded.state_dict(), vae.state_dict())
+    with pytest.raises(flashpack.FlashPackError, match="norm_added_q"):
+        FlashPackAutoencoderKL.from_pretrained_flashpack(tmp_path)
 
 
 def test_a_model_that_was_cast_returns_in_its_dtype_buffers_and_all(tmp_path):

@@ -147,6 +147,38 @@ def test_files_of_another_head_are_loaded_and_reported_as_from_safetensors(auto,
         auto.from_pretrained(tmp_path, use_flashpack=True, strict_params=True)
 
 
+def make_qwen2_vl():
+    """transformers takes names of its vision tower for those of an old checkpoint of its language model."""
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1]}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
+    text = TEXT | {"num_key_value_heads": 1, "rope_scaling": rope}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
+    return transformers.Qwen2VLForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("ignored", [[], ["model.visual.merger.ln_q.bias"]], ids=["all of it", "a part"])
+def test_a_file_of_a_model_with_a_head_fills_the_model_without_one(ignored, tmp_path):
+    whole = make_qwen2_vl()
+    whole.save_pretrained_flashpack(tmp_path)
+    names = {"use_flashpack": True, "output_loading_info": True, "ignore_names": ignored}
+    loaded, info = AutoModel.from_pretrained(tmp_path, **names)
+    assert info["unexpected_keys"] == {"lm_head.weight"}
+    assert info["missing_keys"] == {name.removeprefix("model.") for name in ignored}
+    for name, tensor in whole.model.state_dict().items():
+        if name not in info["missing_keys"]:
+            assert loaded.state_dict()[name].equal(tensor), name
+
+
+def test_a_file_of_a_model_without_a_head_fills_the_model_with_one(tmp_path):
+    base = make_qwen2_vl().model
+    base.save_pretrained_flashpack(tmp_path)
+    heads = transformers.Qwen2VLForConditionalGeneration
+    loaded, info = heads.from_pretrained(tmp_path, use_flashpack=True, output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight"}
+    assert not info["unexpected_keys"]
+    assert_same_model(loaded.model, base)
+
+
 def test_a_head_of_another_size_is_an_error_unless_it_may_be_made_anew(tmp_path):
     config = make("bert").config
     config.num_labels = 5

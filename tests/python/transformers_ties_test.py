@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
-from transformers_models import TEXT, assert_same_model, load, ties_of  # noqa: E402
+from transformers_models import TEXT, assert_same_model, load, repack, save, ties_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) < 5, reason="transformers compares what is tied from version 5 on"
@@ -79,6 +79,34 @@ def test_a_weight_that_differs_from_its_partners_leaves_these_as_transformers_do
     assert_same_model(loaded, expected)
     assert ties_of(loaded) == ties_of(expected)
     assert loaded.all_tied_weights_keys == expected.all_tied_weights_keys
+
+
+def test_a_weight_that_has_another_dtype_than_its_partner_keeps_it(tmp_path):
+    model = make_bart().eval()
+    save(model, tmp_path)
+    repack(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].double() + 1}))
+    loaded = load(type(model), tmp_path)
+    assert loaded.lm_head.weight.dtype is torch.float64
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.double() + 1)
+    assert torch.equal(loaded.model.shared.weight, model.model.shared.weight)
+    assert loaded.model.shared.weight is loaded.model.encoder.embed_tokens.weight
+
+
+@pytest.mark.parametrize("make", [make_bart, make_mt5])
+def test_tied_weights_of_another_shape_are_an_error_or_made_anew(make, tmp_path):
+    model = make().eval()
+    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
+    with pytest.raises(flashpack.FlashPackError, match=r"shape mismatch for .*shared"):
+        load(type(model), tmp_path, vocab_size=70)
+    options = {"vocab_size": 70, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    loaded, ours = load(type(model), tmp_path, **options)
+    expected, theirs = type(model).from_pretrained(tmp_path, **options)
+    assert {name: set(ours[name]) for name in ours} == {name: set(theirs[name]) for name in ours}
+    assert ties_of(loaded) == ties_of(expected)
+    assert loaded.lm_head.weight.shape[0] == 70
+    again = load(type(model), tmp_path, ignore_mismatched_sizes=True)
+    assert_same_model(again, model)
 
 
 def test_a_buffer_that_is_computed_is_not_taken_from_the_file(tmp_path):

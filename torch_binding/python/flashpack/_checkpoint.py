@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -69,6 +69,8 @@ class Checkpoint:
     path: str
     native: _native.Checkpoint
     """Has the open files, unless another process has opened them."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Names that tensors get in place of those in the files, by the latter."""
 
     def __fspath__(self) -> str:
         return self.path
@@ -86,7 +88,14 @@ class Checkpoint:
 
     def entries(self) -> list[Entry]:
         """Returns the tensors, file by file, and in file order."""
-        return self.native.entries(Entry)
+        entries = self.native.entries(Entry)
+        if not self.names:
+            return entries
+        return [entry._replace(name=self.names.get(entry.name, entry.name)) for entry in entries]
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """Returns this checkpoint, with other names for its tensors. It is closed with this one."""
+        return replace(self, names=names)
 
     def macroblocks(self) -> Checkpoint:
         """Returns this checkpoint, which is one flashpack file, with a tensor of one dim for each macroblock."""

@@ -73,7 +73,8 @@ class Ranks:
                 self._send_headers(checkpoint)
                 yield checkpoint
         else:
-            yield self._receive_headers(name_of(path))
+            received = self._receive_headers(name_of(path))
+            yield received.renamed(path.names) if isinstance(path, Checkpoint) else received
 
     def _send_headers(self, checkpoint: Checkpoint) -> None:
         if self.count > 1:

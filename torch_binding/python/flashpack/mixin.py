@@ -102,7 +102,7 @@ class FlashPackMixin:
             sharing,
             keep_flash_ref_on_model,
         )
-        assign(model, path, options)
+        assign(model, *cls._flashpack_fitted(model, path, options))
         model.eval()
         return model
 
@@ -128,6 +128,11 @@ class FlashPackMixin:
     def _flashpack_builder(cls: type[Self]) -> Callable[..., Self]:
         method = cls.flashpack_init_method
         return cls if method is None else getattr(cls, method, cls)
+
+    @classmethod
+    def _flashpack_fitted(cls, model: Any, path: StrPath, options: LoadOptions) -> tuple[StrPath, LoadOptions]:
+        """Returns `path` and `options`, fitted to `model` by classes that know older names of its tensors."""
+        return path, options
 
     @classmethod
     def _flashpack_filters(cls, names: Names, prefixes: Names, suffixes: Names) -> Filters:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -162,6 +164,17 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         )
         return placed.dispatch(_load(cls, pretrained_model_name_or_path, download, options, kwargs))
 
+    @classmethod
+    def _flashpack_fitted(cls, model: Any, path: StrPath, options: LoadOptions) -> tuple[StrPath, LoadOptions]:
+        if not isinstance(path, Checkpoint):
+            return path, options
+        names = _names_in(model, path)
+        slots, patterns = slots_of(model), getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        ignored = [name for name in names if name not in slots and any(re.search(each, name) for each in patterns)]
+        ignored += [name for name, old in names.items() if options.filters.ignore(old)]
+        renamed = {old: name for name, old in names.items() if old != name}
+        return path.renamed(renamed), options._replace(filters=options.filters.also(ignored))
+
     def to_json_string(self) -> str:
         """Returns the config as ConfigMixin does, but names the class that is loadable without flashpack."""
         original = original_class(type(self), FlashPackDiffusersModelMixin)
@@ -208,11 +221,12 @@ def _build(
     dtype: torch.dtype | None,
 ) -> Any:
     """Returns a new model whose floating-point tensors have the dtypes that the load is to end with."""
-    stored = {entry.name: string_to_dtype(entry.dtype) for entry in checkpoint.entries()}
     with blaming(directory / "config.json"), _default_dtype(main_dtype(checkpoint) if dtype is None else dtype):
         _, unused, _ = cls.extract_init_dict(dict(config), **kwargs)
         overrides = without_unknown(cls.__name__, kwargs, kwargs.keys() - unused.keys())
         model = cls._flashpack_builder()(config, **overrides)
+    dtypes = {entry.name: string_to_dtype(entry.dtype) for entry in checkpoint.entries()}
+    stored = {name: dtypes[old] for name, old in _names_in(model, checkpoint).items()}
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, slot in slots_of(model).items():
         wanted = stored.get(name)
@@ -222,6 +236,14 @@ def _build(
             data = slot.value.data
             slot.value.data = data.to(wanted) if data.is_floating_point() else data
     return model
+
+
+def _names_in(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Returns the names in the file by those that the model has for them, where diffusers knows older names."""
+    names = OrderedDict((entry.name, entry.name) for entry in checkpoint.entries())
+    if isinstance(model, ModelMixin):
+        model._fix_state_dict_keys_on_load(names)  # It moves the values of a state dict to other keys.
+    return names
 
 
 @contextmanager

@@ -52,7 +52,6 @@ FOR_TRANSFORMERS = frozenset(
     {
         "allow_all_kernels",
         "fusion_config",
-        "ignore_mismatched_sizes",
         "kernel_config",
         "key_mapping",
         "quantization_config",

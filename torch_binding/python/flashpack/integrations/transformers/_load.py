@@ -11,7 +11,7 @@ import copy
 import logging
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +56,8 @@ class Request:
     options: LoadOptions
     arguments: dict[str, Any]
     """Arguments for transformers to build the model with."""
+    may_mismatch: bool = False
+    """Whether a tensor of the file with another shape is passed over."""
 
     def entries(self) -> list[Entry]:
         """The tensors that are wanted."""
@@ -86,18 +88,23 @@ def load(
     placed = placement(options.device, arguments.pop("device_map", None))
     device = placed.device or CPU
     dtype = dtype_of(arguments)
+    may_mismatch = arguments.pop("ignore_mismatched_sizes", False)
     info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     with open_checkpoint(path) as checkpoint:
-        request = Request(path.parent, name, checkpoint, device, dtype, options, arguments)
-        model = _assigned(model_class, config, request)
+        request = Request(path.parent, name, checkpoint, device, dtype, options, arguments, may_mismatch)
+        empty = _empty(model_class, config, request)
+        if empty is not None:
+            request = _with_names_of(empty, request)
+        model = None if empty is None else _assigned(empty, request)
         if model is None:
-            model, info = _loaded_by_transformers(model_class, config, request)
+            misfits = set() if empty is None else _tied_misfits(empty, request)
+            model, info = _loaded_by_transformers(model_class, config, request, misfits)
     _finish(model, request, generation_config)
     return placed.dispatch(model), info
 
 
-def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, request: Request) -> PreTrainedModel | None:
-    """Returns the model, filled as by assign_from_file; None if the file does not fit it one to one."""
+def _empty(model_class: type[PreTrainedModel], config: PretrainedConfig, request: Request) -> PreTrainedModel | None:
+    """Returns the model without memory for its parameters; None if only transformers can build it."""
     if getattr(config, "quantization_config", None) is not None or FOR_TRANSFORMERS & set(request.arguments):
         return None
     dtype = request.dtype or main_dtype(request.checkpoint) or torch.float32
@@ -108,6 +115,33 @@ def _assigned(model_class: type[PreTrainedModel], config: PretrainedConfig, requ
         model = model_class._from_config(config, dtype=dtype, **request.arguments)
     if not _OLD:
         _compute_buffers(model)
+    return model
+
+
+def _with_names_of(model: PreTrainedModel, request: Request) -> Request:
+    """Returns `request` with the names of `model` for a file of the same model with a head, or without the one it has.
+
+    transformers does that, too, but only after it has converted the names of the file as if a checkpoint had them, and
+    some conversions take the name of one module for that of another.
+    """
+    prefix, slots = f"{model.base_model_prefix}.", slots_of(model)
+    names = [entry.name for entry in request.checkpoint.entries()]
+    parameters = {id(slot.value) for slot in slots.values() if slot.is_parameter}
+    for renamed in (
+        {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)},
+        {name: prefix + name for name in names},
+    ):
+        found = {old: name for old, name in renamed.items() if name in slots}
+        is_whole = parameters <= {id(slots[name].value) for name in found.values()} or len(found) == len(names)
+        if found and is_whole and slots.keys().isdisjoint(found) and found.keys().isdisjoint(found.values()):
+            ignored = [name for old, name in found.items() if request.options.filters.ignore(old)]
+            options = request.options._replace(filters=request.options.filters.also(ignored))
+            return replace(request, checkpoint=request.checkpoint.renamed(found), options=options)
+    return request
+
+
+def _assigned(model: PreTrainedModel, request: Request) -> PreTrainedModel | None:
+    """Returns `model`, filled as by assign_from_file; None if the file does not fit it one to one."""
     # transformers does not take these from a file either: it has computed them from the configuration.
     computed = [name for name, slot in slots_of(model).items() if not slot.is_persistent]
     options = request.options._replace(filters=request.options.filters.also(computed))
@@ -133,11 +167,12 @@ def _compute_buffers(model: PreTrainedModel) -> None:
 def _fits(model: PreTrainedModel, entries: list[Entry]) -> bool:
     """Whether names and shapes are those of the module or left to its own code, and no parameter is missing."""
     slots, own_code = slots_of(model), own_code_of(model, _WITHOUT_LOAD_STATE_DICT)
-    there = set()
+    there: dict[int, str] = {}
     for entry in entries:
         slot = slots.get(entry.name)
         if slot is not None and tuple(slot.value.shape) == entry.shape:
-            there.add(id(slot.value))
+            if there.setdefault(id(slot.value), entry.dtype) != entry.dtype:
+                return False  # Names of a tied weight cannot have several dtypes as long as it is tied.
         elif not own_code.takes(entry.name):
             return False
     parameters = {name: slot for name, slot in slots.items() if slot.is_parameter}
@@ -262,27 +297,34 @@ class _Value:
         return self.values.take(self.name)[index]
 
 
+def _tied_misfits(model: PreTrainedModel, request: Request) -> set[str]:
+    """Returns further names of a tied weight whose shape in the file is another; transformers cannot compare these."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    shapes = {name: tuple(slot.value.shape) for name, slot in slots_of(model).items()}
+    misfits = {entry.name for entry in request.entries() if shapes.get(entry.name, entry.shape) != entry.shape}
+    return {name for name, first in ties.items() if name in misfits and first in misfits}
+
+
 def _loaded_by_transformers(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, request: Request
+    model_class: type[PreTrainedModel], config: PretrainedConfig, request: Request, left_out: Collection[str]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     values = _Values(request)
     main = request.dtype or main_dtype(request.checkpoint) or torch.float32
     arguments = dict(request.arguments)
-    may_mismatch = arguments.pop("ignore_mismatched_sizes", False)
     if request.device != CPU:  # transformers wants accelerate as soon as there is a device map.
         arguments["device_map"] = {"": request.device}
     with blaming(request.directory, passed=(RuntimeError,)), _named_in_report(request.name):
         model, info = model_class.from_pretrained(
             None,
             config=config,
-            state_dict=values.state_dict(),
+            state_dict={name: value for name, value in values.state_dict().items() if name not in left_out},
             dtype=main,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **arguments,
         )
     _refuse_own_code(model, request)
-    if not may_mismatch:
+    if not request.may_mismatch:
         _check_shapes(model, info, request)
     _check_names(model, info, request)
     if request.keeps_dtypes and getattr(model, "hf_quantizer", None) is None:
