@@ -42,6 +42,17 @@ def edit(path: Path, /, **fields: Any) -> None:
     path.write_text(json.dumps(read_json(path) | fields))
 
 
+@pytest.mark.parametrize("name", ["../outside", "/etc", "..", ".", "a/b", "a\0", 7, ["1_Pooling"]])
+def test_a_module_of_sentence_transformers_is_a_folder_of_the_directory(name, tmp_path):
+    for folder in ("model", "outside"):
+        (tmp_path / folder).mkdir()
+        save_file(STATE, tmp_path / folder / "model.safetensors")
+    (tmp_path / "model" / "modules.json").write_text(json.dumps([{"path": ""}, {"path": name}]))
+    with pytest.raises(FlashPackError, match=r"modules\.json names .*, which is no file beside it"):
+        commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["trust_remote_code", "custom_pipeline", "use_flashpack", "device_map", "variant"])
 def test_a_component_that_is_called_like_an_option_is_an_error(saved, name):
     shutil.copytree(saved / "unet", saved / name)

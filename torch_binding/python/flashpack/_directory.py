@@ -16,7 +16,7 @@ from ._conversion import files_of, find_checkpoint, weight_patterns
 from ._durable import make_directories, sync
 from ._hub import Download, is_blob_link, resolve_directory
 from ._native import FlashPackError
-from ._repository import INDEX_NAME, check_inside, components_of
+from ._repository import INDEX_NAME, check_inside, components_of, modules_of
 from ._temporary import place_of, temporary_directory
 from .serialization import file_to_replace
 from .utils import logger
@@ -27,6 +27,8 @@ _COMPANIONS = [
     *("*.md", "LICENSE*"),
 ]
 _CODE = "*.py"
+# sentence-transformers reads the weights of the modules after the model itself, and only in these formats.
+_MODULE_WEIGHTS = ["*.safetensors", "*.bin", "*.index.json"]
 _REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TENSOR_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|flashpack)$")
 
@@ -64,7 +66,7 @@ def find_checkpoints(directory: Path, variant: str | None) -> dict[str, Path]:
 
 
 def download(repo_id: str, hub: Download, variant: str | None, with_code: bool) -> Path:
-    """Downloads a model from the Hub, with one set of weights, and returns its directory."""
+    """Downloads a model from the Hub, with one set of weights for each of its parts, and returns its directory."""
     companions = [*_COMPANIONS, _CODE] if with_code else _COMPANIONS
     directory = resolve_directory(repo_id, hub, companions)
     folders = model_folders(directory)
@@ -83,6 +85,7 @@ def download(repo_id: str, hub: Download, variant: str | None, with_code: bool) 
     # Components may lack the variant, but not all of them.
     if variant and folders != [""] and lacking != folders:
         fetch(lacking, None)
+    fetch(_modules_in(directory), None)
     return directory
 
 
@@ -107,14 +110,18 @@ def refuse_replacing(source: Path, destination: Path, with_code: bool) -> None:
 def copy_companions(source: Path, destination: Path, with_code: bool) -> None:
     """Copies what the model in `source` needs beside its weights; its Python files only `with_code`.
 
-    Indices of weights stay behind.
+    Indices of weights stay behind. Modules of sentence-transformers after the model itself keep their weights as they
+    are. Folders with files that are not copied are logged.
     """
+    companions = _companions_of(source, with_code)
     code = [] if with_code else _files_in(source, [_CODE])
     if code:
         logger.warning(
             "code is not copied, unless copy_code of a conversion asks for it: %s", ", ".join(map(os.fspath, code))
         )
-    for file in _companions_of(source, with_code):
+    if left := _folders_left(source, {*companions, *code}):
+        logger.warning("%s has folders with files that are not copied: %s", source, ", ".join(left))
+    for file in companions:
         target = destination / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
@@ -122,19 +129,40 @@ def copy_companions(source: Path, destination: Path, with_code: bool) -> None:
 
 def _companions_of(source: Path, with_code: bool) -> list[Path]:
     """Returns what copy_companions() copies. Raises FlashPackError for a link that leads out of `source`."""
-    files = [
+    named = _files_in(source, [*_COMPANIONS, *([_CODE] if with_code else [])])
+    weights = [
         file
-        for file in _files_in(source, [*_COMPANIONS, *([_CODE] if with_code else [])])
-        if file.is_file() and not _native.is_index(file)
+        for folder in _modules_in(source)
+        for pattern in _MODULE_WEIGHTS
+        for file in (source / folder).glob(pattern)
     ]
+    files = [file for file in [*(file for file in named if not _native.is_index(file)), *weights] if file.is_file()]
     check_inside(source, files)
     return files
 
 
 def _files_in(source: Path, patterns: Sequence[str]) -> list[Path]:
-    """Returns what has names of these patterns in a directory, and in the folders of its components."""
-    folders = [source / folder for folder in ("", *components_of(source))]
+    """Returns what has names of these patterns in a directory, and in the folders of its components and modules."""
+    folders = [source / folder for folder in ("", *components_of(source), *_modules_in(source))]
     return [file for folder in folders for pattern in patterns for file in folder.glob(pattern)]
+
+
+def _modules_in(directory: Path) -> list[str]:
+    """Returns the folders of modules of sentence-transformers, which are not converted, as components are."""
+    return [folder for folder in modules_of(directory) if folder not in components_of(directory)]
+
+
+def _folders_left(source: Path, taken: set[Path]) -> list[str]:
+    """Returns the folders of `source` with other files than `taken`, but for components, where others are expected."""
+    components = components_of(source)
+    folders = sorted(
+        path.name for path in source.iterdir() if path.is_dir() and path.name not in components and path.name[0] != "."
+    )
+    return [
+        folder
+        for folder in folders
+        if any(Path(home, name) not in taken for home, _, names in os.walk(source / folder) for name in names)
+    ]
 
 
 def own_files(directory: Path, pattern: str) -> None:

@@ -21,6 +21,7 @@ from ._logging import in_one_line
 from ._native import FlashPackError
 
 INDEX_NAME = "model_index.json"
+_MODULES_NAME = "modules.json"
 # These arguments of from_pretrained() of diffusers' pipelines cannot be names of components, which are arguments, too.
 OPTIONS = frozenset(
     {
@@ -49,13 +50,7 @@ def open_regular(path: StrPath) -> BinaryIO:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object of a JSON file. Raises FlashPackError if it has none, OSError for the system's failures."""
-    with open_regular(path) as file:
-        content = file.read()
-    try:
-        value = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        what = "" if content[:1] in (b"{", b"[") else _native.what_it_is(content[: _native.FOREIGN_HEAD_BYTES])
-        raise FlashPackError(f"{path} is not a JSON file: {what or error}") from error
+    value = _read_any_json(path)
     if not isinstance(value, dict):
         raise FlashPackError(f"{path} is not a JSON object")
     return value
@@ -147,6 +142,17 @@ def components_in(path: Path, index: dict[str, Any]) -> dict[str, tuple[str, str
     return found
 
 
+def modules_of(directory: Path) -> list[str]:
+    """Returns the folders that modules.json of sentence-transformers names, but for `directory` itself.
+
+    Raises FlashPackError if one of them cannot be a folder in `directory`.
+    """
+    path = directory / _MODULES_NAME
+    modules = _read_any_json(path) if path.is_file() else None
+    named = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    return [plain_name(path, name) for name in named if name not in (None, "")]
+
+
 def check_inside(root: Path, paths: Iterable[Path]) -> None:
     """Raises FlashPackError if one of `paths` is a link that leads out of the directory `root`.
 
@@ -183,6 +189,16 @@ def blaming(path: StrPath, passed: tuple[type[BaseException], ...] = ()) -> Iter
         raise FlashPackError(
             f"{os.fspath(path)} cannot be used: {type(error).__name__}: {in_one_line(error)}"
         ) from error
+
+
+def _read_any_json(path: Path) -> Any:
+    with open_regular(path) as file:
+        content = file.read()
+    try:
+        return json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        what = "" if content[:1] in (b"{", b"[") else _native.what_it_is(content[: _native.FOREIGN_HEAD_BYTES])
+        raise FlashPackError(f"{path} is not a JSON file: {what or error}") from error
 
 
 def _checked_config(path: Path) -> dict[str, Any]:

@@ -170,10 +170,12 @@ def convert(
 
     A file becomes a file: by default, SOURCE with the suffix .flashpack. A directory becomes a directory:
     DESTINATION/model.flashpack with the configuration, tokenizer and generation files beside it, for a pipeline one
-    model.flashpack in the folder of each component, and adapter_model.flashpack for an adapter; code stays behind
-    unless --copy-code asks for it. By default DESTINATION is the directory itself; a repository has no default. If
-    DESTINATION is called *.flashpack, it becomes a file with the weights alone. SOURCE is never changed. A DESTINATION
-    that is named is replaced; but in a directory, files beside the weights that differ are an error without --force.
+    model.flashpack in the folder of each component, and adapter_model.flashpack for an adapter; modules of
+    sentence-transformers after the model itself keep their weights as they are; code stays behind unless --copy-code
+    asks for it, and so do other folders, which a warning names. By default DESTINATION is the directory itself; a
+    repository has no default. If DESTINATION is called *.flashpack, it becomes a file with the weights alone. SOURCE is
+    never changed. A DESTINATION that is named is replaced; but in a directory, files beside the weights that differ are
+    an error without --force.
 
     Tensors keep the names they have in the checkpoint, and no model is built. --use-transformers and --use-diffusers
     build it and take the names of its modules, which load_state_dict() of that model wants.

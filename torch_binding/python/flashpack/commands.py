@@ -111,8 +111,10 @@ def convert_to_flashpack(
     A model, a state dict or a file (safetensors, written by torch.save, or the index of a sharded checkpoint) becomes
     a file; for a file, the default is beside it. A directory becomes a directory with model.flashpack (an adapter keeps
     its name: adapter_model.flashpack), for a pipeline in the folder of each component, and the other files that the
-    model needs; the default is the source itself. A repository of the Hub becomes a directory, too, and has no default.
-    If the destination of either is called *.flashpack, it becomes a file with the weights alone.
+    model needs; the default is the source itself. Modules of sentence-transformers after the model itself keep their
+    weights as they are. Folders with other files stay behind, and are logged. A repository of the Hub becomes a
+    directory, too, and has no default. If the destination of either is called *.flashpack, it becomes a file with the
+    weights alone.
 
     Tensors keep the names of the checkpoint and no model is built, unless `use_transformers` or `use_diffusers` asks
     for the names of the model that the library builds.
@@ -238,8 +240,8 @@ def revert_from_flashpack(path: StrPath, destination_path: StrPath | None = None
     Metadata of the file becomes that of the safetensors file.
 
     A directory becomes a directory, as convert_to_flashpack makes one of the other: safetensors files of the names that
-    its library looks for, for a pipeline in the folder of each component, and the other files that the model needs. By
-    default this is the source itself. If the destination is called like a file with tensors (*.safetensors, *.bin,
+    its library looks for, for a pipeline in the folder of each component, and the same other files. By default this is
+    the source itself. If the destination is called like a file with tensors (*.safetensors, *.bin,
     *.pt, *.pth, *.ckpt), it becomes a file with the weights alone.
 
     Raises FlashPackError (a ValueError) for what the destination cannot hold, OSError for the system's failures.
