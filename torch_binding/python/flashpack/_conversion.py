@@ -19,6 +19,7 @@ from ._checkpoint import open_checkpoint
 from ._logging import logger
 from ._native import FlashPackError
 from ._repository import blaming, open_regular, plain_name, read_json
+from .constants import WEIGHTS_NAME
 from .serialization import check_name
 
 _READ_BYTES = 1 << 20
@@ -53,9 +54,40 @@ def own_stem_of(path: Path) -> str | None:
     return stem if stem in _ADAPTERS else None
 
 
+def flashpack_name_of(checkpoint: Path) -> str:
+    """Returns the name of the flashpack file for a directory's checkpoint. Libraries know adapters by their names."""
+    stem = own_stem_of(checkpoint)
+    return WEIGHTS_NAME if stem is None else f"{stem}.flashpack"
+
+
 def stem_for(directory: Path) -> str:
     """Returns the name, without a suffix, of the safetensors file that the model's library loads from `directory`."""
+    named = named_weights(directory)
+    if named is not None and suffix_of(named) == ".safetensors":
+        return named.stem
     return _STEMS[_library_of(_config_of(directory)) or "transformers"][".safetensors"]
+
+
+def named_weights(directory: Path) -> Path | None:
+    """Returns the weights that a configuration of transformers names. Raises FlashPackError if they are elsewhere."""
+    config = _config_of(directory)
+    named = config.get("transformers_weights") if _library_of(config) == "transformers" else None
+    return None if named is None else directory / plain_name(directory / "config.json", named)
+
+
+def rivals_of(file: Path, flashpack_name: str | None) -> dict[Path, str]:
+    """Returns what is beside a new file and is loaded in its place, each with who does that.
+
+    Only safetensors files have such neighbours. `flashpack_name`: the flashpack file that would have older weights of
+    the model; None if there cannot be one.
+    """
+    if suffix_of(file) != ".safetensors":
+        return {}
+    others = {f"{file.name}.index.json": "programs that look for an index first, as diffusers and vLLM, load"}
+    if flashpack_name is not None:
+        others |= dict.fromkeys((flashpack_name, f"{flashpack_name}.index.json"), "flashpack loads")
+    paths = {file.with_name(name): who for name, who in others.items()}
+    return {path: who for path, who in paths.items() if os.path.lexists(path) and not path.is_dir()}
 
 
 def weight_patterns(suffix: str, variant: str | None) -> list[str]:
@@ -75,13 +107,11 @@ def find_checkpoint(directory: Path, variant: str | None = None) -> Path | None:
     Safetensors are preferred. A lone safetensors file may have any name. Adapters are found where no model is. The file
     that a configuration of transformers names as `transformers_weights` comes first.
     """
-    config = _config_of(directory)
-    named = config.get("transformers_weights") if _library_of(config) == "transformers" else None
+    named = named_weights(directory)
     if named is not None:
-        path = directory / plain_name(directory / "config.json", named)
-        return path if path.is_file() else None
+        return named if named.is_file() else None
     sets = [(library, suffix) for suffix in _SUFFIXES for library in _STEMS]
-    if home := _library_of(config):
+    if home := _library_of(_config_of(directory)):
         sets.sort(key=lambda each: each[0] != home)
     for name in (name for library, suffix in sets for name in _names(library, suffix, variant)):
         if (directory / name).is_file():

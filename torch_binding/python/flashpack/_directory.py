@@ -194,6 +194,13 @@ def refuse_existing(destination: Path) -> None:
         raise FlashPackError(f"{destination} exists already; name it as the destination, or use --force, to replace it")
 
 
+def warn_of_older(file: Path) -> None:
+    """Logs the weights beside a new flashpack file that are loaded without flashpack."""
+    older = find_checkpoint(file.parent)
+    if older is not None:
+        logger.warning("flashpack loads %s, but programs without flashpack load %s, which is older", file, older)
+
+
 def refuse_source(sources: Iterable[Path], destination: Path) -> None:
     """Raises FlashPackError if `destination` is one of `sources`, whatever its path."""
     if destination.exists() and any(destination.samefile(source) for source in sources):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ._checkpoint import Checkpoint, StrPath, open_checkpoint
-from ._conversion import own_stem_of, stem_for, suffix_of
+from ._conversion import flashpack_name_of, own_stem_of, rivals_of, stem_for, stem_of, suffix_of
 from ._directory import (
     copy_companions,
     model_folders,
@@ -20,6 +20,7 @@ from ._directory import (
     refuse_source,
     staged,
 )
+from ._durable import sync
 from ._file import load_file
 from ._native import FlashPackError
 from ._progress import Progress, progress_bar
@@ -34,8 +35,8 @@ _FILE_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 _WINDOW_BYTES = 128 << 20
 
 
-def revert(path: StrPath, destination_path: StrPath | None, silent: bool, force: bool = False) -> str:
-    """Does what revert_from_flashpack promises. `force`: the default destination is replaced, too, and other files."""
+def revert(path: StrPath, destination_path: StrPath | None, silent: bool, force: bool) -> str:
+    """Does what revert_from_flashpack promises."""
     source = Path(path)
     is_file = destination_path is not None and _is_called_a_file(Path(destination_path))
     if source.is_dir() and not is_file:
@@ -47,11 +48,15 @@ def revert(path: StrPath, destination_path: StrPath | None, silent: bool, force:
         raise FlashPackError(f"{destination} would not be a flashpack file: call it *.safetensors or *.pt")
     with open_checkpoint(source) as checkpoint:
         refuse_source([file.path for file in checkpoint.files()], destination)
+        rivals = _rivals(checkpoint, destination, f"{stem_of(destination)}.flashpack")
         if destination_path is None and not force:
             refuse_existing(destination)
+            _refuse_rivals(rivals, destination, "remove it, or name the destination")
         replaced = file_to_replace(destination)
         with staged(replaced.parent) as stage:
             _write(checkpoint, stage / replaced.name, destination, silent)
+    for rival, who in rivals.items():
+        logger.warning("%s is there, which %s in place of %s", rival, who, destination)
     return os.fspath(destination if destination_path is None else destination_path)
 
 
@@ -64,7 +69,7 @@ def _revert_directory(source: Path, destination_path: StrPath | None, silent: bo
     in_place = destination.exists() and destination.samefile(source)
     if not in_place and not force:
         refuse_replacing(source, destination, with_code=False)
-    reverted = 0
+    reverted, rivals = 0, dict[Path, str]()
     with staged(destination, source) as stage:
         for folder in model_folders(source):
             check_folder(source, folder)
@@ -78,12 +83,34 @@ def _revert_directory(source: Path, destination_path: StrPath | None, silent: bo
                 refuse_source([each.path for each in checkpoint.files()], destination / file)
                 if destination_path is None and not force:
                     refuse_existing(destination / file)
+                older = None if in_place else flashpack_name_of(checkpoint.files()[0].path)
+                there = _rivals(checkpoint, destination / file, older)
+                if not force:
+                    _refuse_rivals(there, destination / file, "remove it, or use --force (in Python: force=True)")
+                rivals |= there
                 (stage / folder).mkdir(parents=True, exist_ok=True)
                 _write(checkpoint, stage / file, destination / file, silent)
         if not reverted:
             raise FlashPackError(f"there is no flashpack file in {source} to revert")
         if not in_place:
             copy_companions(source, stage, with_code=False)
+    for rival, who in rivals.items():
+        rival.unlink()
+        sync(rival.parent)
+        logger.warning("%s, which %s in place of the new weights, is removed", rival, who)
+
+
+def _rivals(checkpoint: Checkpoint, file: Path, flashpack_name: str | None) -> dict[Path, str]:
+    """Does the same as rivals_of(), but for what is reverted itself."""
+    sources = {os.path.realpath(path) for path in (Path(checkpoint.path), *(each.path for each in checkpoint.files()))}
+    found = rivals_of(file, flashpack_name)
+    return {path: who for path, who in found.items() if os.path.realpath(path) not in sources}
+
+
+def _refuse_rivals(rivals: dict[Path, str], file: Path, cure: str) -> None:
+    if rivals:
+        path, who = next(iter(rivals.items()))
+        raise FlashPackError(f"{path} is there, which {who} in place of {file}: {cure}")
 
 
 def _stem_of(directory: Path, checkpoint: Checkpoint) -> str:

@@ -213,6 +213,10 @@ def revert(path: str, destination_path: str | None, force: bool, verbose: bool) 
     the folder of each component, and the configuration, tokenizer and generation files. By default DESTINATION is the
     directory itself. If it is called *.safetensors, *.bin, *.pt, *.pth or *.ckpt, it becomes a file.
 
+    Older weights that programs would load in place of the result, which are an index or a flashpack file, are an error,
+    unless DESTINATION is a file that is named. --force removes them from a directory, once the result is durable, but
+    not the files that an index lists.
+
     \b
     flashpack revert model.flashpack
     flashpack revert model.flashpack pytorch_model.bin

@@ -13,7 +13,7 @@ import torch
 
 from ._casts import dtype_of
 from ._checkpoint import StrPath
-from ._conversion import files_of, map_tensors, metadata_of, own_stem_of, stem_of, suffix_of
+from ._conversion import files_of, flashpack_name_of, map_tensors, metadata_of, stem_of, suffix_of
 from ._directory import (
     copy_companions,
     download,
@@ -23,13 +23,13 @@ from ._directory import (
     refuse_replacing,
     refuse_source,
     staged,
+    warn_of_older,
 )
 from ._hub import Download
 from ._native import FlashPackError
 from ._options import Filters
 from ._pretrained import build_model
 from ._reversal import revert
-from .constants import WEIGHTS_NAME
 from .serialization import dicts_of_tensors, pack_to_file, refuse_name_of_directory
 from .utils import filter_state_dict, logger
 
@@ -121,7 +121,8 @@ def convert_to_flashpack(
 
     A default destination that exists is an error; a `destination_path` is replaced, but only by a whole result, and
     never if it is the source. If it is a directory, its weights are replaced, and other files that differ from those of
-    the source are an error. `force=True` replaces a default destination and such files, too.
+    the source are an error. `force=True` replaces a default destination and such files, too. Older weights in other
+    formats stay in a destination, and are logged, because programs without flashpack load them.
 
     `dtype`: floating-point tensors are cast to it, as in pack_to_file. `ignore_*`: names not to write.
     `kwargs`: `strip_compiled`, see pack_to_file; `key`, the name under which a file of torch.save has the state dict,
@@ -233,7 +234,9 @@ def convert_to_flashpack_from_transformers_repo_id_or_dir(
     )
 
 
-def revert_from_flashpack(path: StrPath, destination_path: StrPath | None = None, silent: bool = True) -> str:
+def revert_from_flashpack(
+    path: StrPath, destination_path: StrPath | None = None, silent: bool = True, force: bool = False
+) -> str:
     """Converts a flashpack file to a safetensors file or, if the destination has another suffix, with torch.save.
 
     By default the destination is beside the source, a safetensors file, and must not exist. Returns the destination.
@@ -244,9 +247,14 @@ def revert_from_flashpack(path: StrPath, destination_path: StrPath | None = None
     the source itself. If the destination is called like a file with tensors (*.safetensors, *.bin,
     *.pt, *.pth, *.ckpt), it becomes a file with the weights alone.
 
+    Older weights that programs would load in place of the result, which are an index or a flashpack file, are an error
+    in a directory, and beside a default destination; beside a file that is named, they are logged. `force=True`
+    replaces a default destination and, in a directory, files that differ from those of the source. From a directory it
+    removes such an index or flashpack file, once the result is durable, but not the files that the index lists.
+
     Raises FlashPackError (a ValueError) for what the destination cannot hold, OSError for the system's failures.
     """
-    return revert(path, destination_path, silent)
+    return revert(path, destination_path, silent, force)
 
 
 def _default_destination(source: StrPath, subfolder: str | None = None) -> str:
@@ -303,15 +311,18 @@ def _convert_directory(
         return os.fspath(destination)
     if destination_path is None:
         for folder, checkpoint in checkpoints.items():
-            refuse_existing(destination / folder / _weights_name(checkpoint))
+            refuse_existing(destination / folder / flashpack_name_of(checkpoint))
     in_place = destination.exists() and destination.samefile(directory)
     if not in_place and not kwargs["force"]:
         refuse_replacing(directory, destination, copy_code)
     with staged(destination, directory) as stage:
         for folder, checkpoint in checkpoints.items():
-            pack(folder, checkpoint, stage / folder / _weights_name(checkpoint))
+            pack(folder, checkpoint, stage / folder / flashpack_name_of(checkpoint))
         if not in_place:
             copy_companions(directory, stage, copy_code)
+    if not in_place:
+        for folder, checkpoint in checkpoints.items():
+            warn_of_older(destination / folder / flashpack_name_of(checkpoint))
     return os.fspath(destination if destination_path is None else destination_path)
 
 
@@ -327,12 +338,6 @@ def _directory_of(
     is_swapped = destination_path is not None and os.path.isfile(destination_path)
     hint = ", but there is the destination: the source comes first" if is_swapped else ""
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT) + hint, os.fspath(source))
-
-
-def _weights_name(checkpoint: Path) -> str:
-    """Returns the name of the file that a checkpoint in a directory becomes. Libraries know adapters by their names."""
-    stem = own_stem_of(checkpoint)
-    return WEIGHTS_NAME if stem is None else f"{stem}.flashpack"
 
 
 def _required(destination_path: StrPath | None, source: str) -> StrPath:

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..._checkpoint import StrPath, Verify
-from ..._directory import own_files
+from ..._directory import own_files, warn_of_older
 from ..._durable import make_directories
 from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._logging import in_one_line
@@ -85,7 +85,8 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
 
         Models with a flashpack mixin, or after patch_integrations() all, become `<component>/model.flashpack` and
         config.json. Everything else is saved by its own save_pretrained(), which gets `safe_serialization`, `variant`
-        and `max_shard_size` where it takes them.
+        and `max_shard_size` where it takes them. Older weights of another format stay beside a model.flashpack, and are
+        logged, because programs without flashpack load them.
 
         `target_dtype`: one for all models with the mixin, or {component: dtype}.
         The other arguments are those of FlashPackDiffusersModelMixin.save_pretrained_flashpack.
@@ -107,6 +108,7 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
                     checksum=checksum,
                     **kwargs,
                 )
+                warn_of_older(directory / name / WEIGHTS_NAME)
             elif hasattr(component, "save_pretrained"):
                 _save(component, directory / name, safe_serialization, variant, max_shard_size)
             else:
