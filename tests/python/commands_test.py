@@ -222,8 +222,18 @@ def test_a_default_destination_is_not_replaced_and_a_named_one_is(safetensors_fi
     assert_bit_equal(flashpack.revert_from_file(destination), STATE)
     with pytest.raises(FlashPackError, match="exists already"):
         commands.revert_from_flashpack(destination)
-    commands.revert_from_flashpack(destination, safetensors_file)
-    assert_bit_equal(safetensors.torch.load_file(safetensors_file), STATE)
+    for arguments in ({"destination_path": safetensors_file}, {"force": True}):
+        safetensors_file.write_bytes(b"old")
+        commands.revert_from_flashpack(destination, **arguments)
+        assert_bit_equal(safetensors.torch.load_file(safetensors_file), STATE)
+
+
+def test_an_index_reverts_by_default_to_a_file_of_the_name_without_suffixes(tmp_path):
+    flashpack.pack_to_file(STATE, tmp_path / "model-1.flashpack")
+    index = tmp_path / "model.flashpack.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(STATE, "model-1.flashpack")}))
+    assert commands.revert_from_flashpack(index) == os.fspath(tmp_path / "model.safetensors")
+    assert_bit_equal(safetensors.torch.load_file(tmp_path / "model.safetensors"), STATE)
 
 
 def test_capital_letters_in_a_suffix_make_no_difference(tmp_path, safetensors_file):

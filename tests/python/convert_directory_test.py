@@ -51,7 +51,7 @@ def test_a_directory_is_its_own_default_destination(tmp_path):
     before = names_in(tmp_path / "model")
     assert commands.convert_to_flashpack(os.fspath(tmp_path / "model")) == os.fspath(tmp_path / "model")
     assert names_in(tmp_path / "model") == sorted([*before, "model.flashpack"])
-    with pytest.raises(FlashPackError, match=r"model\.flashpack exists already"):
+    with pytest.raises(FlashPackError, match=r"model\.flashpack exists already.*--force \(in Python: force=True\)"):
         commands.convert_to_flashpack(tmp_path / "model")
     commands.convert_to_flashpack(tmp_path / "model", tmp_path / "model")
 
@@ -83,7 +83,9 @@ def test_other_files_of_the_destination_are_replaced_by_force_alone(tmp_path):
     for path, text in others.items():
         path.write_text(text)
     (out / "diary.txt").write_text("stays in any case")
-    with pytest.raises(FlashPackError, match=r"out has other files .*: README\.md, config\.json; .*--force"):
+    with pytest.raises(
+        FlashPackError, match=r"out has other files .*: README\.md, config\.json; .*--force.*force=True"
+    ):
         commands.convert_to_flashpack(tmp_path / "model", out)
     assert {path: path.read_text() for path in others} == others
     assert names_in(out) == sorted([*expected, "diary.txt"])
@@ -162,6 +164,25 @@ def test_a_directory_without_weights_or_a_destination_that_is_a_file_is_an_error
         commands.convert_to_flashpack(tmp_path / "model", tmp_path / "file")
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "model"]
     commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["a.safetensors", "b.safetensors"], "a.safetensors, b.safetensors,"),
+        (["lone.pth"], "lone.pth,"),
+        (["0_Transformer/model.safetensors"], "0_Transformer/model.safetensors,"),
+        (["1.pt", "2.pt", "3.pt", "4.pt"], "1.pt, 2.pt, 3.pt, ...,"),
+    ],
+)
+def test_weights_of_a_directory_that_are_not_taken_are_named_with_those_that_would_be(names, shown, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FlashPackError) as error:
+        commands.convert_to_flashpack(tmp_path, tmp_path / "out")
+    assert f"no safetensors or torch weights in {tmp_path} are called" in str(error.value)
+    assert f"there are {shown} but model.safetensors," in str(error.value)
 
 
 def test_a_directory_converts_to_a_single_file_if_the_destination_is_called_like_one(tmp_path):
@@ -422,6 +443,6 @@ def test_the_weights_that_a_configuration_of_transformers_names_are_converted(tm
     for name in ("../named.safetensors", ["named.safetensors"], "/etc/passwd", ""):
         with pytest.raises(FlashPackError, match=r"config\.json names .*, which is no file beside it"):
             commands.convert_to_flashpack(naming(name), tmp_path / "out")
-    with pytest.raises(FlashPackError, match="no safetensors"):
+    with pytest.raises(FlashPackError, match=r"no safetensors .* are called missing\.safetensors, as its config\.json"):
         commands.convert_to_flashpack(naming("missing.safetensors"), tmp_path / "out")
     assert names_in(tmp_path) == sorted([*names, "named.safetensors", "model.flashpack"])

@@ -29,6 +29,8 @@ _NOT_ALLOWED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _MOST_TIMES = 100
 _ALWAYS_ALLOWED_BYTES = 1 << 30
 _SUFFIXES = (".safetensors", ".bin")
+# Files of these names have tensors for other programs than flashpack.
+FOREIGN_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 # These are the names that transformers and diffusers give to their files.
 _STEMS = {
     "transformers": {".safetensors": "model", ".bin": "pytorch_model"},

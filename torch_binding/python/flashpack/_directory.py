@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from . import _native
-from ._conversion import files_of, find_checkpoint, weight_patterns
+from ._conversion import FOREIGN_SUFFIXES, files_of, find_checkpoint, named_weights, suffix_of, weight_patterns
 from ._durable import make_directories, sync
 from ._hub import Download, is_blob_link, resolve_directory
 from ._native import FlashPackError
@@ -59,10 +59,26 @@ def find_checkpoints(directory: Path, variant: str | None) -> dict[str, Path]:
     lacking = [os.fspath(directory / folder) for folder, path in found.items() if path is None]
     if lacking or not found:
         what = f"no weights of variant {variant!r}" if variant else "no safetensors or torch weights"
-        raise FlashPackError(f"{what} in {', '.join(lacking) or directory}")
+        why = "" if variant or not lacking else _why_not_taken(Path(lacking[0]))
+        raise FlashPackError(f"{what} in {', '.join(lacking) or directory}{why}")
     checkpoints = {folder: path for folder, path in found.items() if path is not None}
     check_inside(directory, [file for path in checkpoints.values() for file in files_of(path)])
     return checkpoints
+
+
+def _why_not_taken(folder: Path) -> str:
+    """Returns the end of an error about weights in `folder`, which says which files there are not taken, and why."""
+    if named := named_weights(folder):
+        return f" are called {named.name}, as its config.json says"
+    found = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.is_file()]
+    names = [os.fspath(path.relative_to(folder)) for path in found if suffix_of(path) in FOREIGN_SUFFIXES]
+    if not names:
+        return ""
+    return (
+        f" are called as a library calls them: there are {', '.join(names[:3])}{', ...' if names[3:] else ''}, but "
+        f"model.safetensors, pytorch_model.bin, diffusion_pytorch_model.* or a lone safetensors file is taken; others "
+        f"can be converted by their own path"
+    )
 
 
 def download(repo_id: str, hub: Download, variant: str | None, with_code: bool) -> Path:
@@ -103,7 +119,7 @@ def refuse_replacing(source: Path, destination: Path, with_code: bool) -> None:
     if others:
         raise FlashPackError(
             f"{destination} has other files of the names that would be copied there: {', '.join(sorted(others))}; "
-            f"remove them, or use --force, to replace them"
+            f"remove them, or use --force (in Python: force=True), to replace them"
         )
 
 
@@ -191,7 +207,10 @@ def own_files(directory: Path, pattern: str) -> None:
 def refuse_existing(destination: Path) -> None:
     """Raises FlashPackError if there is something at a destination that nobody has named."""
     if os.path.lexists(destination):
-        raise FlashPackError(f"{destination} exists already; name it as the destination, or use --force, to replace it")
+        raise FlashPackError(
+            f"{destination} exists already; name it as the destination, or use --force (in Python: force=True), to "
+            f"replace it"
+        )
 
 
 def warn_of_older(file: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ._checkpoint import Checkpoint, StrPath, open_checkpoint
-from ._conversion import flashpack_name_of, own_stem_of, rivals_of, stem_for, stem_of, suffix_of
+from ._conversion import FOREIGN_SUFFIXES, flashpack_name_of, own_stem_of, rivals_of, stem_for, stem_of, suffix_of
 from ._directory import (
     copy_companions,
     model_folders,
@@ -31,7 +31,6 @@ from ._temporary import place_of
 from .serialization import file_to_replace, refuse_name_of_directory
 from .utils import logger
 
-_FILE_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 _WINDOW_BYTES = 128 << 20
 
 
@@ -43,7 +42,10 @@ def revert(path: StrPath, destination_path: StrPath | None, silent: bool, force:
         _revert_directory(source, destination_path, silent, force)
         return os.fspath(source if destination_path is None else destination_path)
     refuse_name_of_directory(destination_path or "")
-    destination = source.with_suffix(".safetensors") if destination_path is None else Path(destination_path)
+    if destination_path is None:
+        destination = source.with_name(f"{stem_of(source)}.safetensors")
+    else:
+        destination = Path(destination_path)
     if suffix_of(destination) == ".flashpack":
         raise FlashPackError(f"{destination} would not be a flashpack file: call it *.safetensors or *.pt")
     with open_checkpoint(source) as checkpoint:
@@ -61,7 +63,7 @@ def revert(path: StrPath, destination_path: StrPath | None, silent: bool, force:
 
 
 def _is_called_a_file(destination: Path) -> bool:
-    return suffix_of(destination) in _FILE_SUFFIXES and not destination.is_dir()
+    return suffix_of(destination) in FOREIGN_SUFFIXES and not destination.is_dir()
 
 
 def _revert_directory(source: Path, destination_path: StrPath | None, silent: bool, force: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from ._casts import dtype_of
 from ._checkpoint import StrPath
-from ._conversion import files_of, flashpack_name_of, map_tensors, metadata_of, stem_of, suffix_of
+from ._conversion import FOREIGN_SUFFIXES, files_of, flashpack_name_of, map_tensors, metadata_of, stem_of, suffix_of
 from ._directory import (
     copy_companions,
     download,
@@ -47,7 +47,7 @@ __all__ = [
 StateDict = Mapping[str, torch.Tensor]
 Names = list[str] | None
 
-_FOREIGN_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".json"})
+_FOREIGN_SUFFIXES = FOREIGN_SUFFIXES | {".gguf", ".onnx", ".json"}
 
 
 class NoDestinationError(FlashPackError, AssertionError):
