@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -119,6 +121,19 @@ def test_a_conversion_whose_source_is_missing_and_whose_destination_is_there_tel
         commands.convert_to_flashpack(tmp_path / "new.flashpack", path)
     with pytest.raises(FileNotFoundError, match="No such file or directory: "):
         commands.convert_to_flashpack(tmp_path / "new.flashpack", tmp_path / "other.flashpack")
+
+
+@pytest.mark.parametrize("name", ["loop.safetensors", "loop"])  # The second could be a repository's, too.
+@pytest.mark.parametrize(("target", "number"), [(None, errno.ELOOP), ("nowhere", errno.ENOENT)])
+def test_a_link_that_leads_to_no_source_is_the_error_that_the_system_has_for_it(
+    name, target, number, tmp_path, monkeypatch
+):
+    link = tmp_path / name
+    link.symlink_to(target or name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=os.strerror(number)) as error:
+        commands.convert_to_flashpack(name, tmp_path / "out")
+    assert (error.value.errno, error.value.filename) == (number, name)
 
 
 def test_a_pickled_module_is_named_with_the_cure(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import inspect
 import os
@@ -332,9 +333,11 @@ def _directory_of(
     """Returns the directory to convert, downloaded if `source` is a repository, which has no default destination."""
     if os.path.isdir(source):
         return Path(source, hub.subfolder or "")
-    if is_repo_id(os.fspath(source)):
+    if is_repo_id(os.fspath(source)) and not os.path.lexists(source):
         _required(destination_path, f"{source}, which is no file or directory here but perhaps a repository,")
         return download(os.fspath(source), hub, variant, with_code)
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        os.stat(source)  # A link to itself, or a directory that nobody may search, has an error of its own.
     is_swapped = destination_path is not None and os.path.isfile(destination_path)
     hint = ", but there is the destination: the source comes first" if is_swapped else ""
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT) + hint, os.fspath(source))
