@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -20,6 +21,7 @@ namespace flashpack {
 
 namespace {
 
+using internal::argument_error;
 using internal::errno_code;
 using internal::file_error;
 
@@ -163,8 +165,14 @@ std::map<std::string, TraceTotals::Totals, std::less<>> TraceTotals::totals_of_f
 
 class ChromeTrace::Impl {
  public:
-  explicit Impl(const std::filesystem::path& path) : fd_(::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666)) {
+  // Without O_NONBLOCK, open() of a FIFO waits for a reader, and with it, a FIFO without a reader is an error.
+  explicit Impl(const std::filesystem::path& path)
+      : fd_(::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0666)) {
     if (!fd_) throw file_error(errno_code(errno), "open", path);
+    struct stat status{};
+    if (::fstat(fd_.get(), &status) != 0) throw file_error(errno_code(errno), "stat", path);
+    if (S_ISBLK(status.st_mode)) throw argument_error("trace", path, "a disk, whose contents it would replace");
+    if (::fcntl(fd_.get(), F_SETFL, 0) != 0) throw file_error(errno_code(errno), "open", path);
     // Emptied only now, because another one may be writing it.
     if (::flock(fd_.get(), LOCK_EX | LOCK_NB) != 0) throw file_error(errno_code(errno), "lock", path);
     if (::ftruncate(fd_.get(), 0) != 0 && errno != EINVAL) throw file_error(errno_code(errno), "truncate", path);

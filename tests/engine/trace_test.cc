@@ -371,6 +371,16 @@ TEST_F(TraceTest, TheFileIsFreeAfterTheTraceEvenWhileAForkedChildLives) {
   ASSERT_EQ(::waitpid(child, nullptr, 0), child);
 }
 
+TEST_F(TraceTest, AFifoWithoutAReaderIsAnErrorAndNoHang) {
+  ASSERT_EQ(::mkfifo((dir_ / "trace.json").c_str(), 0600), 0);
+  try {
+    ChromeTrace trace(dir_ / "trace.json");
+    FAIL() << "nobody reads it";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), std::errc::no_such_device_or_address);
+  }
+}
+
 TEST_F(TraceTest, AFullDiskEndsTheTraceAndNotTheLoad) {
   ChromeTrace trace("/dev/full");
   load_with(trace);
