@@ -255,7 +255,13 @@ void Transfers::fail(Part& part, const Error& error) {
 }
 
 void Transfers::give_up(TransferState& transfer, std::error_code code) {
-  give_up(transfer, file_error(code, transfer.verb(), transfer.driver.path()));
+  std::deque<Part>& parts = transfer.driver.parts;
+  for (Part& part : parts) {
+    if (part.awaited && !part.failure) part.failure.emplace(file_error(code, transfer.verb(), part.request.path));
+  }
+  if (parts.size() < 2) return give_up(transfer, file_error(code, transfer.verb(), transfer.driver.path()));
+  give_up(transfer, Error(code, std::string(transfer.verb()) + " " + transfer.driver.path().string() + " and " +
+                                    std::to_string(parts.size() - 1) + " more"));
 }
 
 // Ends a transfer that has failed, with all of its parts that have not ended.

@@ -422,8 +422,10 @@ TEST_P(ContinueInPipelineTest, ACancelAfterAFailureLeavesEachFileItsOwnEnd) {
   const std::optional<Error> error = error_of(transfer);
   ASSERT_TRUE(error);
   EXPECT_EQ(error->code(), Errc::kCancelled);
-  EXPECT_EQ(error->what(), "read " + (dir_ / "0").string() + ": cancelled");
+  EXPECT_EQ(error->what(), "read " + (dir_ / "0").string() + " and 2 more: cancelled");
+  EXPECT_TRUE(error->path().empty()) << "it concerns no single file";
   EXPECT_EQ(causes(error->files()), "1: Bad file descriptor\n2: cancelled\n");
+  EXPECT_EQ(error->files()[1].error.path(), dir_ / "2");
   EXPECT_TRUE(right(0));
   EXPECT_EQ(told.extents.size(), 2u) << "nothing is told after the cancel";
 }
