@@ -46,6 +46,7 @@ class FileSystem {
   std::size_t held_up_loads() const noexcept { return late_ > 0 ? loads_ : 0; }
 
   std::uint32_t stuck = 0;  // Operations that are late or abandoned.
+  std::uint32_t slots = 0;  // Slots of operations that it has not answered.
   std::uint32_t users = 0;  // Parts and prefixes that point to it.
 
  private:

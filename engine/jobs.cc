@@ -127,6 +127,15 @@ bool Jobs::may_have_more(const Part& part) const {
   return !has_enough_stuck(part, stuck_, kStuckLimit / 2, kStuckLimit * 3 / 4);
 }
 
+// Where there are no spare slots: whether so many wait for `file_system` that too few would be left to others if it did
+// not answer. Each file system leaves a quarter of those that it finds, so that several of them leave one to the next.
+// Where there are very few, that would leave the disk idle while a slot is copied.
+bool Jobs::has_its_share_of_slots(const FileSystem& file_system) const {
+  constexpr std::size_t kFew = 4;
+  return slots_.size() == limits_.slots && slots_.size() >= kFew && file_system.slots > 0 &&
+         file_system.slots + 1 > 3 * (free_slots_.size() - 1);
+}
+
 std::optional<int> Jobs::take_slot(const Part& part) {
   // A chunk behind a gate may wait long, so such chunks leave half of the slots to others.
   const std::size_t kept = part.transfer->driver.gates.empty() ? 0 : limits_.slots / 2;
@@ -136,6 +145,7 @@ std::optional<int> Jobs::take_slot(const Part& part) {
   // How many slots would be stuck if every operation of this part got stuck now.
   const std::size_t soon_stuck = stuck_slots_ + std::min(limits_.queue_depth, limits_.slots);
   if (has_enough_stuck(part, soon_stuck, spare, spare + limits_.slots / 2)) return std::nullopt;
+  if (has_its_share_of_slots(*part.place.file_system)) return std::nullopt;
   const int slot = free_slots_.back();
   free_slots_.pop_back();
   return slot;
@@ -166,9 +176,14 @@ void Jobs::reroute(Job& job, const Way& way) {
   job.next = 0;
   if (job.slot >= 0 && !has_slot(way.view)) {
     if (job.stuck) clear_stuck(job);
-    free_slots_.push_back(std::exchange(job.slot, -1));
+    give_back_slot(job);
   }
   set_view(job);
+}
+
+void Jobs::give_back_slot(Job& job) {
+  if (may_be_late(job.step)) --job.part->place.file_system->slots;
+  free_slots_.push_back(std::exchange(job.slot, -1));
 }
 
 void Jobs::set_view(Job& job) const {
@@ -192,6 +207,12 @@ void Jobs::enter(Job& job, Step step, Time now) {
   if (tracer_) tell_of_end(job, step, now);
   if (job.stuck) clear_stuck(job);
   assert(in(job.step) > 0);
+  if (job.slot >= 0) {
+    std::uint32_t& slots = job.part->place.file_system->slots;
+    assert(slots > 0 || !may_be_late(job.step));
+    if (may_be_late(job.step)) --slots;
+    if (may_be_late(step)) ++slots;
+  }
   --in_[static_cast<std::size_t>(job.step)];
   ++in_[static_cast<std::size_t>(job.step = step)];
   job.since = now;
@@ -259,7 +280,7 @@ void Jobs::close(unsigned tag, Time now) {
   Part& part = *job.part;
   assert(part.jobs > 0 && part.transfer->outstanding > 0);
   enter(job, Step::kFree, now);
-  if (job.slot >= 0) free_slots_.push_back(job.slot);
+  if (job.slot >= 0) give_back_slot(job);
   job = Job{};
   free_.push_back(tag);
   --part.transfer->outstanding;

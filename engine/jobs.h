@@ -59,7 +59,8 @@ Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route);
 /// be loaded. Therefore a file that has many stuck jobs gets no further job when more than half of kStuckLimit is used,
 /// which leaves the other half to other files. A file system that has many gets no further job when more than three
 /// quarters are used. "Many" are as many as could be under way if nothing were stuck: the queue depth or the number of
-/// slots, whichever is smaller. Spare slots are shared out in the same way.
+/// slots, whichever is smaller. Spare slots are shared out in the same way. Where there are none, because slots for a
+/// device are page-locked, no more of them wait for one file system than leave some to others.
 ///
 /// open(), enter(), reroute() and close() are a job's life, mark_late() looks after all jobs, and the other functions
 /// ask.
@@ -107,7 +108,9 @@ class Jobs {
 
  private:
   void tell_of_end(const Job& job, Step next, Time now) const;
+  bool has_its_share_of_slots(const FileSystem& file_system) const;
   std::optional<int> take_slot(const Part& part);
+  void give_back_slot(Job& job);
   void set_view(Job& job) const;
   void set_stuck(Job& job);
   void clear_stuck(Job& job);

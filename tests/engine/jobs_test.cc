@@ -22,6 +22,17 @@ constexpr std::size_t kSlotBytes = 3 * 4096;
 
 class JobsTest : public ::testing::Test {
  protected:
+  /// The slots beyond `slots` are spare.
+  explicit JobsTest(std::uint32_t slots = kSlots)
+      : jobs_({.tags = kDepth + slots + Jobs::kStuckLimit, .queue_depth = kDepth, .slots = slots}, all_slots()) {}
+
+  std::vector<std::span<std::byte>> all_slots() {
+    std::vector<std::span<std::byte>> slots;
+    for (std::size_t i = 0; i < kSlots + kSpare; ++i)
+      slots.push_back(std::span(slots_).subspan(i * kSlotBytes, kSlotBytes));
+    return slots;
+  }
+
   // A load of one chunk, from a file of its own.
   struct Load {
     std::shared_ptr<TransferState> transfer;
@@ -70,12 +81,12 @@ class JobsTest : public ::testing::Test {
   FileSystem::Totals totals_;
   FileSystem file_system_{totals_};
   FileSystem other_file_system_{totals_};
-  Jobs jobs_{{.tags = kDepth + kSlots + Jobs::kStuckLimit, .queue_depth = kDepth, .slots = kSlots}, [this] {
-               std::vector<std::span<std::byte>> slots;
-               for (std::size_t i = 0; i < kSlots + kSpare; ++i)
-                 slots.push_back(std::span(slots_).subspan(i * kSlotBytes, kSlotBytes));
-               return slots;
-             }()};
+  Jobs jobs_;
+};
+
+class DeviceJobsTest : public JobsTest {
+ protected:
+  DeviceJobsTest() : JobsTest(kSlots + kSpare) {}
 };
 
 TEST_F(JobsTest, AJobThroughASlotCoversWholeBlocksAndGivesBackAllThatItTook) {
@@ -261,6 +272,25 @@ TEST_F(JobsTest, AFileGetsHalfOfTheStuckJobsAndAFileSystemThreeQuarters) {
   EXPECT_EQ(take(other), kDepth) << "as many as a healthy file has under way";
   close_all(tags);
   EXPECT_TRUE(jobs_.idle());
+}
+
+TEST_F(DeviceJobsTest, FileSystemsThatDoNotAnswerLeaveSlotsToOthersWhereNoneAreSpare) {
+  FileSystem third_file_system{totals_};
+  const Load first = load(file_system_);
+  const Load more = load(file_system_);
+  const Load second = load(other_file_system_);
+  const Load third = load(third_file_system);
+  std::vector<unsigned> tags;
+  EXPECT_EQ(open_all(first, tags), 10u) << "of 14";
+  jobs_.mark_late(start_ + std::chrono::seconds(1));
+  EXPECT_EQ(open_all(more, tags), 0u);
+  EXPECT_EQ(open_all(second, tags), 3u);
+  jobs_.mark_late(start_ + std::chrono::seconds(1));
+  EXPECT_EQ(open_all(third, tags), 1u);
+  close_all(tags);
+  tags.clear();
+  EXPECT_EQ(open_all(third, tags), 10u);
+  close_all(tags);
 }
 
 class TracedJobsTest : public JobsTest {
