@@ -176,7 +176,7 @@ std::chrono::nanoseconds cpu_time_of_thread() {
 }
 
 // Takes the page faults of `memory`. Returns 0, or an errno, after which a read into that memory may still succeed.
-int populate(std::span<std::byte> memory, bool for_writing, [[maybe_unused]] TouchListener* listener) {
+int populate(std::span<std::byte> memory, bool for_writing, [[maybe_unused]] PagePolicy* policy) {
 #ifdef MADV_POPULATE_WRITE
   // Pages that `memory` covers only in part are included.
   const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(memory.data());
@@ -184,7 +184,7 @@ int populate(std::span<std::byte> memory, bool for_writing, [[maybe_unused]] Tou
   const int advice = for_writing ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
   const auto begin = cpu_time_of_thread();
   const int error = ::madvise(memory.data() - before, before + memory.size(), advice) == 0 ? 0 : errno;
-  if (for_writing && listener) listener->was_touched(memory, cpu_time_of_thread() - begin);
+  if (for_writing && policy) policy->was_touched(memory, cpu_time_of_thread() - begin);
   return error;
 #else
   return ENOSYS;
@@ -215,9 +215,14 @@ int as_read_fails(int error, std::span<std::byte> memory) {
 // pages that are present, this costs a fraction of the copy, on huge ones nothing, and fresh pages it populates faster
 // than the copy would. process_vm_writev(2) costs more (engine_bench, cost/touchable and cost/fresh_copy), and some
 // containers forbid it.
-std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writing, TouchListener* listener) {
+std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writing, PagePolicy* policy) {
   std::span<std::byte> run;  // Whole pages that follow on each other.
-  const auto ask = [&] { return run.empty() ? 0 : as_read_fails(populate(run, for_writing, listener), run); };
+  const auto ask = [&] {
+    if (run.empty()) return 0;
+    // Pages that are there already tell nothing about fresh ones.
+    const bool fresh = policy && !is_populated(run.subspan(run.size() / 2, 1));
+    return as_read_fails(populate(run, for_writing, fresh ? policy : nullptr), run);
+  };
   if (!can_populate()) return 0;
   for (const Fragment& fragment : fragments) {
     std::byte* const begin = fragment.memory - reinterpret_cast<std::uintptr_t>(fragment.memory) % system_page_bytes();
@@ -235,24 +240,24 @@ std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writin
 }
 
 // Page faults during a copy to fresh memory cost more than populating it first (engine_bench, cost/fresh_copy).
-void populate_if_fresh(std::span<const Fragment> fragments, TouchListener* listener) {
+void populate_if_fresh(std::span<const Fragment> fragments, PagePolicy* policy) {
   for (const Fragment& fragment : fragments) {
     const std::span<std::byte> memory(fragment.memory, fragment.size_bytes);
     if (memory.size() < kHugePageBytes) continue;
     // The first page and the last may have bytes of other chunks.
-    if (!is_populated(memory.subspan(memory.size() / 2, 1))) populate(memory, true, listener);
+    if (!is_populated(memory.subspan(memory.size() / 2, 1))) populate(memory, true, policy);
   }
 }
 
 std::int64_t scatter(const ByteWork& work) {
-  if (const auto error = make_touchable(work.fragments, true, work.touch_listener)) return error;
+  if (const auto error = make_touchable(work.fragments, true, work.page_policy)) return error;
   for (const Fragment& fragment : work.fragments)
     std::memcpy(fragment.memory, work.view.of(fragment), fragment.size_bytes);
   return 0;
 }
 
 std::int64_t gather(const ByteWork& work) {
-  if (const auto error = make_touchable(work.fragments, false, work.touch_listener)) return error;
+  if (const auto error = make_touchable(work.fragments, false, work.page_policy)) return error;
   clear_gaps(work.view, work.fragments);
   for (const Fragment& fragment : work.fragments)
     std::memcpy(work.view.of(fragment), fragment.memory, fragment.size_bytes);
@@ -289,7 +294,7 @@ std::int64_t move_bytes(const ByteWork& work) {
   const bool for_writing = work.touch == ByteWork::Touch::kForWriting;
   switch (work.op) {
     case ByteWork::Op::kFromCache:
-      populate_if_fresh(work.fragments, work.touch_listener);
+      populate_if_fresh(work.fragments, work.page_policy);
       return read_through_cache(work);
     case ByteWork::Op::kToCache:
       return move_fragments(work.fd, work.fragments, true);
@@ -299,9 +304,9 @@ std::int64_t move_bytes(const ByteWork& work) {
       return gather(work);
     case ByteWork::Op::kChecksum:
       return work.touch == ByteWork::Touch::kNothing ? 0
-                                                     : make_touchable(work.fragments, for_writing, work.touch_listener);
+                                                     : make_touchable(work.fragments, for_writing, work.page_policy);
     case ByteWork::Op::kPopulate:
-      populate(work.view.bytes, for_writing, work.touch_listener);
+      populate(work.view.bytes, for_writing, work.page_policy);
       return 0;
   }
   return -EINVAL;

@@ -12,7 +12,7 @@
 namespace flashpack::internal {
 
 class StripeSums;
-class TouchListener;
+class PagePolicy;
 
 /// Contiguous bytes of a chunk, in a slot or in the caller's memory. Their offsets are those that the fragments have.
 struct ChunkView {
@@ -57,8 +57,8 @@ struct ByteWork {
   Touch touch = Touch::kNothing;
   /// If set, the moved bytes go into these sums; for kScatter and kChecksum those between the fragments, too.
   StripeSums* sums = nullptr;
-  const void* transfer = nullptr;           ///< Operations of one transfer may be reported together.
-  TouchListener* touch_listener = nullptr;  ///< Null if nobody wants to know.
+  const void* transfer = nullptr;     ///< Operations of one transfer may be reported together.
+  PagePolicy* page_policy = nullptr;  ///< Null if nobody wants to know.
 };
 
 /// Carries out `work` in the calling thread. Returns an IoCompletion::result.

@@ -246,7 +246,7 @@ void Engine::Impl::drive(std::promise<void>& ready) {
             .backend = options_.backend,
             .disk = &machine_->disk(),
             .copier = machine_->copier.get(),
-            .touch_listener = options_.memory_pool.pages_.get(),
+            .page_policy = options_.memory_pool.pages_.get(),
             .fallback_reason = machine_->staging->fallback_reason()};
   ready.set_value();
   run();

@@ -4,6 +4,7 @@
 #include <cassert>
 #include <utility>
 
+#include "engine/ground/target_pages.h"
 #include "engine/transfer_state.h"
 
 namespace flashpack::internal {
@@ -39,6 +40,18 @@ std::optional<TraceStage> stage_of(const Job& job) {
   return std::nullopt;
 }
 
+// Whether bytes that could move straight to or from the caller's memory do. The disks of virtual machines read so much
+// slower to small pages that a read to a slot, which has huge ones, and a copy take less time (engine_bench,
+// cost/read_into). Such machines are those where huge pages cost too much. Fresh pages have to be populated in either
+// case, which takes so long that the copy would be added to it.
+bool stays_in_place(const Part& part, const Chunk& chunk) {
+  PagePolicy* const policy = part.transfer->request.page_policy;
+  if (!part.transfer->is_load() || !policy) return true;
+  const Fragment& target = part.plan().fragments_of(chunk).front();
+  const std::span memory(target.memory, target.size_bytes);
+  return !(policy->has_small_pages(memory.data()) && is_populated(memory.subspan(memory.size() / 2, 1)));
+}
+
 }  // namespace
 
 Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route) {
@@ -46,7 +59,8 @@ Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route) {
   using Route = ChunkTraits::Route;
   assert(chunk.device == kHost || !chunk.in_place);
   const bool past_cache = route == Route::kDirect || route == Route::kRefused;
-  const Memory on_host = past_cache && !chunk.in_place ? Memory::kSlot : Memory::kInPlace;
+  const Memory on_host =
+      past_cache && !(chunk.in_place && stays_in_place(part, chunk)) ? Memory::kSlot : Memory::kInPlace;
   return way_of({.direction = part.transfer->request.direction,
                  .route = route,
                  .memory = chunk.device == kHost ? on_host : Memory::kDevice,
@@ -71,7 +85,7 @@ ByteWork Job::byte_work() const {
                 .fragments = fragments(),
                 .sums = counts ? &*part->planned->sums : nullptr,
                 .transfer = part->transfer,
-                .touch_listener = transfer().request.touch_listener};
+                .page_policy = transfer().request.page_policy};
   switch (step) {
     case Step::kReadIfCached:
     case Step::kReadCached:

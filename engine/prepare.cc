@@ -63,7 +63,7 @@ bool has_any_on(DeviceNumber device, std::span<const Fragment> extents) {
 }
 
 std::shared_ptr<TransferState> new_transfer(const EngineFacts& engine, TransferRequest request) {
-  request.touch_listener = engine.touch_listener;
+  request.page_policy = engine.page_policy;
   auto state = std::make_shared<TransferState>(request);
   state->driver.stats.backend = engine.backend;
   state->driver.stats.requested_bytes = request.total_bytes;

@@ -20,10 +20,10 @@ struct EngineFacts {
   std::uint32_t chunk_bytes = 0;
   std::uint32_t at_once_bytes = 0;  ///< See read_at_once().
   Backend backend = Backend::kAuto;
-  DiskQueue* disk = nullptr;                ///< Serves files that are written.
-  Copier* copier = nullptr;                 ///< Null for an engine of the host.
-  TouchListener* touch_listener = nullptr;  ///< Belongs to the engine's memory pool.
-  std::string fallback_reason;  ///< Why memory is not as asked for, which every transfer reports; empty if it is.
+  DiskQueue* disk = nullptr;          ///< Serves files that are written.
+  Copier* copier = nullptr;           ///< Null for an engine of the host.
+  PagePolicy* page_policy = nullptr;  ///< Belongs to the engine's memory pool.
+  std::string fallback_reason;        ///< Why memory is not as asked for, which every transfer reports; empty if it is.
 };
 
 /// Prepares a load. Its files are opened and planned later, when their turn comes, except those that are open already.

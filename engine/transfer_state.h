@@ -68,8 +68,8 @@ struct TransferRequest {
   Completion* completion = nullptr;
   AfterLoad after = AfterLoad::kKeep;
   bool continue_on_error = false;
-  std::uint64_t total_bytes = 0;            // Size of all extents.
-  TouchListener* touch_listener = nullptr;  // The engine's.
+  std::uint64_t total_bytes = 0;      // Size of all extents.
+  PagePolicy* page_policy = nullptr;  // The engine's.
 };
 
 /// Shared by the caller's handle, the driver, threads that open or close a file of the transfer, and the FileWriter

@@ -91,26 +91,30 @@ std::span<std::byte> TargetPages::take(std::size_t before_bytes, std::size_t siz
   }
   const std::lock_guard lock(mutex_);
   // It is made first, because there may be no memory for it later.
-  auto entry = std::map<std::byte*, Used>{{nullptr, {pages_bytes, false}}}.extract(nullptr);
-  std::span<std::byte> memory = take_kept(pages_bytes);
-  if (memory.empty()) {
-    memory = map_memory(pages_bytes, kHugePageBytes);
-    if (memory.empty()) {
-      drop_kept(0);
-      memory = map(pages_bytes);
-    }
-    entry.mapped().may_get_huge_pages = may_try_huge_pages(pages_bytes);
-    if (entry.mapped().may_get_huge_pages) {
-      advise_huge_pages(memory.subspan(before_bytes, size_bytes));
-    } else {
-      ::madvise(memory.data(), memory.size(), MADV_NOHUGEPAGE);
-    }
-  }
+  auto entry = std::map<std::byte*, Used>{{nullptr, {{pages_bytes, false}, false}}}.extract(nullptr);
+  std::span<std::byte> memory = take_kept(entry.mapped());
+  if (memory.empty()) memory = take_fresh(before_bytes, size_bytes, entry.mapped());
   entry.key() = memory.data();
   used_.insert(std::move(entry));
   used_bytes_ += pages_bytes;
   most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
   drop_kept(most_used_bytes_ - used_bytes_);
+  return memory;
+}
+
+std::span<std::byte> TargetPages::take_fresh(std::size_t before_bytes, std::size_t size_bytes, Used& used) {
+  std::span<std::byte> memory = map_memory(used.size_bytes, kHugePageBytes);
+  if (memory.empty()) {
+    drop_kept(0);
+    memory = map(used.size_bytes);
+  }
+  used.may_get_huge_pages = may_try_huge_pages(used.size_bytes);
+  used.has_small_pages = !used.may_get_huge_pages;
+  if (used.may_get_huge_pages) {
+    advise_huge_pages(memory.subspan(before_bytes, size_bytes));
+  } else {
+    ::madvise(memory.data(), memory.size(), MADV_NOHUGEPAGE);
+  }
   return memory;
 }
 
@@ -122,17 +126,20 @@ bool TargetPages::may_try_huge_pages(std::size_t size_bytes) {
 }
 
 // The smallest range that is large enough serves, so that large ones stay whole.
-std::span<std::byte> TargetPages::take_kept(std::size_t size_bytes) {
+std::span<std::byte> TargetPages::take_kept(Used& used) {
+  const std::size_t size_bytes = used.size_bytes;
   auto best = kept_.end();
   for (auto range = kept_.begin(); range != kept_.end(); ++range) {
-    if (range->second >= size_bytes && (best == kept_.end() || range->second < best->second)) best = range;
+    const std::size_t range_bytes = range->second.size_bytes;
+    if (range_bytes >= size_bytes && (best == kept_.end() || range_bytes < best->second.size_bytes)) best = range;
   }
   if (best == kept_.end()) return {};
-  const auto [begin, kept_size_bytes] = *best;
-  if (kept_size_bytes > size_bytes)
-    kept_.emplace_hint(std::next(best), begin + size_bytes, kept_size_bytes - size_bytes);
+  const auto [begin, kept] = *best;
+  if (kept.size_bytes > size_bytes)
+    kept_.emplace_hint(std::next(best), begin + size_bytes, Kept{kept.size_bytes - size_bytes, kept.has_small_pages});
   kept_.erase(best);
   kept_bytes_ -= size_bytes;
+  used.has_small_pages = kept.has_small_pages;
   if (::madvise(begin, size_bytes, MADV_DOFORK) == 0) return {begin, size_bytes};
   unmap({begin, size_bytes});  // A process with as many mappings as it may have cannot get them back for its children.
   return {};
@@ -143,25 +150,29 @@ void TargetPages::give_back(std::span<std::byte> memory) noexcept {
   // From now on the kernel may take these pages until they are written again. It refuses if they are locked.
   const bool is_free = may_keep && address_space_is_free() && ::madvise(memory.data(), memory.size(), MADV_FREE) == 0;
   const std::lock_guard lock(mutex_);
-  used_.erase(memory.data());
+  const bool has_small_pages = used_.extract(memory.data()).mapped().has_small_pages;
   used_bytes_ -= memory.size();
   std::error_code out_of_memory;
-  if (is_free) catching(out_of_memory, [&] { keep(memory); });
+  if (is_free) catching(out_of_memory, [&] { keep(memory, has_small_pages); });
   if (!is_free || out_of_memory) unmap(memory);
 }
 
-void TargetPages::keep(std::span<std::byte> memory) {
+void TargetPages::keep(std::span<std::byte> memory, bool has_small_pages) {
   // A child would share the pages, and then to write to them would cost more than fresh ones do.
   if (::madvise(memory.data(), memory.size(), MADV_DONTFORK) != 0) return unmap(memory);
-  auto range = kept_.emplace(memory.data(), memory.size()).first;
+  auto range = kept_.emplace(memory.data(), Kept{memory.size(), has_small_pages}).first;
   kept_bytes_ += memory.size();
-  if (const auto next = std::next(range); next != kept_.end() && range->first + range->second == next->first) {
-    range->second += next->second;
+  const auto is_one_with = [](const auto& before, const auto& next) {
+    return before.first + before.second.size_bytes == next.first &&
+           before.second.has_small_pages == next.second.has_small_pages;
+  };
+  if (const auto next = std::next(range); next != kept_.end() && is_one_with(*range, *next)) {
+    range->second.size_bytes += next->second.size_bytes;
     kept_.erase(next);
   }
   if (range == kept_.begin()) return;
-  if (const auto before = std::prev(range); before->first + before->second == range->first) {
-    before->second += range->second;
+  if (const auto before = std::prev(range); is_one_with(*before, *range)) {
+    before->second.size_bytes += range->second.size_bytes;
     kept_.erase(range);
   }
 }
@@ -169,11 +180,12 @@ void TargetPages::keep(std::span<std::byte> memory) {
 void TargetPages::drop_kept(std::uint64_t limit_bytes) noexcept {
   while (kept_bytes_ > limit_bytes) {
     const auto last = std::prev(kept_.end());
-    const std::uint64_t excess = std::min<std::uint64_t>(last->second, kept_bytes_ - limit_bytes);
-    last->second -= excess;
+    std::size_t& size_bytes = last->second.size_bytes;
+    const std::uint64_t excess = std::min<std::uint64_t>(size_bytes, kept_bytes_ - limit_bytes);
+    size_bytes -= excess;
     kept_bytes_ -= excess;
-    unmap({last->first + last->second, excess});
-    if (last->second == 0) kept_.erase(last);
+    unmap({last->first + size_bytes, excess});
+    if (size_bytes == 0) kept_.erase(last);
   }
 }
 
@@ -181,18 +193,32 @@ void TargetPages::was_touched(std::span<const std::byte> memory, nanoseconds cpu
   const auto huge_pages = static_cast<std::int64_t>(memory.size() / kHugePageBytes);
   if (huge_pages == 0 || !owner_.is_current()) return;
   const std::lock_guard lock(mutex_);
-  auto* const end = const_cast<std::byte*>(memory.data()) + memory.size();
-  auto range = used_.lower_bound(end);
-  if (range == used_.begin()) return;
-  auto& [begin, used] = *--range;
-  if (end > begin + used.size_bytes || !used.may_get_huge_pages) return;
+  const std::byte* const end = memory.data() + memory.size();
+  auto* const found = find(end - 1);
+  if (!found || !found->second.may_get_huge_pages) return;
+  auto& [begin, used] = *found;
   const nanoseconds unfair = cpu_time - huge_pages * kFairPerHugePage;
   excess_ = std::clamp(excess_ + unfair, nanoseconds::zero(), kMostExcess);
   if (unfair <= nanoseconds::zero() || excess_ < kTooMuch) return;
   used.may_get_huge_pages = false;
+  used.has_small_pages = true;
   const std::uint64_t touched_bytes = round_up(static_cast<std::uint64_t>(end - begin), kHugePageBytes);
   if (touched_bytes < used.size_bytes)
     ::madvise(begin + touched_bytes, used.size_bytes - touched_bytes, MADV_NOHUGEPAGE);
+}
+
+bool TargetPages::has_small_pages(const std::byte* address) noexcept {
+  if (!owner_.is_current()) return false;
+  const std::lock_guard lock(mutex_);
+  const auto* const found = find(address);
+  return found && found->second.has_small_pages;
+}
+
+std::pair<std::byte* const, TargetPages::Used>* TargetPages::find(const std::byte* address) {
+  auto range = used_.upper_bound(const_cast<std::byte*>(address));
+  if (range == used_.begin()) return nullptr;
+  --range;
+  return address < range->first + range->second.size_bytes ? &*range : nullptr;
 }
 
 std::uint64_t TargetPages::kept_bytes() noexcept {

@@ -7,27 +7,31 @@
 #include <map>
 #include <mutex>
 #include <span>
+#include <utility>
 
 #include "flashpack/detail/owner_process.h"
 
 namespace flashpack::internal {
 
-/// Learns what the page faults of writing cost. Thread safety: any thread. It outlives the engine that has it.
-class TouchListener {
+/// Learns what the page faults of writing cost, and knows where that has led to small pages. Thread safety: any thread.
+/// It outlives the engine that has it.
+class PagePolicy {
  public:
   /// Tells how much time of a CPU it took to write to all of `memory` for the first time.
   virtual void was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept = 0;
+  /// Whether the memory at `address` has small pages because huge ones cost too much.
+  virtual bool has_small_pages(const std::byte* address) noexcept = 0;
 
  protected:
-  ~TouchListener() = default;
+  ~PagePolicy() = default;
 };
 
 /// Hands out pages and takes them back, and decides which pages are kept and which are huge. HostMemory uses it, and
-/// engines only tell it what they have populated.
+/// engines only tell it what they have populated, and ask what they have been given.
 ///
 /// Thread safety: any thread. In a forked child of the process that made it, which does not have the kept pages, and
 /// where the mutex may be locked for ever, it hands out fresh pages and keeps none.
-class TargetPages final : public TouchListener {
+class TargetPages final : public PagePolicy {
  public:
   TargetPages() = default;
   ~TargetPages();
@@ -45,25 +49,33 @@ class TargetPages final : public TouchListener {
   /// other origin is ignored.
   void was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept override;
 
+  bool has_small_pages(const std::byte* address) noexcept override;
+
   std::uint64_t kept_bytes() noexcept;
   void release_kept() noexcept;
 
  private:
-  struct Used {
+  struct Kept {
     std::size_t size_bytes;
+    bool has_small_pages;  ///< Because huge ones cost too much.
+  };
+  struct Used : Kept {
     bool may_get_huge_pages;  ///< Whether untouched pages will be huge.
   };
 
-  std::span<std::byte> take_kept(std::size_t size_bytes);
+  /// The range that has `address`, or null.
+  std::pair<std::byte* const, Used>* find(const std::byte* address);
+  std::span<std::byte> take_fresh(std::size_t before_bytes, std::size_t size_bytes, Used& used);
+  std::span<std::byte> take_kept(Used& used);
   bool may_try_huge_pages(std::size_t size_bytes);
-  void keep(std::span<std::byte> memory);
+  void keep(std::span<std::byte> memory, bool has_small_pages);
   void drop_kept(std::uint64_t limit_bytes) noexcept;
 
   const detail::OwnerProcess owner_;
   std::mutex mutex_;  // Protects the rest.
   std::map<std::byte*, Used> used_;
-  /// Address to size in bytes; neighbours are merged.
-  std::map<std::byte*, std::size_t> kept_;
+  /// Neighbours with the same kind of pages are merged.
+  std::map<std::byte*, Kept> kept_;
   std::uint64_t used_bytes_ = 0;
   std::uint64_t kept_bytes_ = 0;
   std::uint64_t most_used_bytes_ = 0;

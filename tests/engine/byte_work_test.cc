@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+#include "engine/ground/host_region.h"
 #include "engine/ground/target_pages.h"
 #include "engine/ground/unique_fd.h"
 #include "engine/stripe_sums.h"
@@ -195,18 +196,36 @@ TEST_F(ByteWorkTest, DroppedPagesAreReadFromTheDiskTheNextTime) {
   EXPECT_TRUE(right(memory, 0));
 }
 
+struct TouchedMemory final : PagePolicy {
+  void was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds) noexcept override {
+    touched.push_back(memory);
+  }
+  bool has_small_pages(const std::byte*) noexcept override { return false; }
+  std::vector<std::span<const std::byte>> touched;
+};
+
+TEST(PopulatedTest, ACopyToMemoryThatHasItsPagesTellsNothingOfFreshOnes) {
+  TouchedMemory policy;
+  const HostRegion target(8 * kPageBytes, "a test");
+  std::vector<std::byte> slot(8 * kPageBytes);
+  const Fragment fragment{.offset_bytes = 0, .size_bytes = slot.size(), .memory = target.bytes().data()};
+  const ByteWork work{.op = ByteWork::Op::kScatter,
+                      .view = {0, {slot.data(), slot.size()}},
+                      .fragments = {&fragment, 1},
+                      .page_policy = &policy};
+  ASSERT_EQ(carry_out(work), 0);
+  EXPECT_EQ(policy.touched.size(), 1u);
+  ASSERT_EQ(carry_out(work), 0);
+  EXPECT_EQ(policy.touched.size(), 1u);
+}
+
 TEST(PopulatedTest, WhoeverWantsToKnowIsToldOfMemoryThatIsPopulatedToBeWritten) {
-  struct : TouchListener {
-    void was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds) noexcept override {
-      touched.push_back(memory);
-    }
-    std::vector<std::span<const std::byte>> touched;
-  } listener;
+  TouchedMemory listener;
   GuardedMemory memory(8 * kPageBytes);
   ByteWork work{.op = ByteWork::Op::kPopulate,
                 .view = {0, {memory.data(), memory.size()}},
                 .touch = ByteWork::Touch::kForReading,
-                .touch_listener = &listener};
+                .page_policy = &listener};
   ASSERT_EQ(carry_out(work), 0);
   EXPECT_TRUE(listener.touched.empty()) << "pages that are only read tell nothing about fresh ones";
   work.touch = ByteWork::Touch::kForWriting;
@@ -214,7 +233,7 @@ TEST(PopulatedTest, WhoeverWantsToKnowIsToldOfMemoryThatIsPopulatedToBeWritten) 
   ASSERT_EQ(listener.touched.size(), 1u);
   EXPECT_EQ(listener.touched[0].data(), memory.data());
   EXPECT_EQ(listener.touched[0].size(), memory.size());
-  work.touch_listener = nullptr;
+  work.page_policy = nullptr;
   ASSERT_EQ(carry_out(work), 0);
   EXPECT_EQ(listener.touched.size(), 1u);
 }

@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "engine/ground/host_region.h"
+#include "engine/ground/target_pages.h"
 #include "engine/transfer_state.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/trace_recorder.h"
@@ -39,10 +41,10 @@ class JobsTest : public ::testing::Test {
     Part& part = transfer->driver.parts.emplace_back();
   };
 
-  Load load(FileSystem& file_system, AfterLoad after = AfterLoad::kKeep) {
+  Load load(FileSystem& file_system, AfterLoad after = AfterLoad::kKeep, PagePolicy* page_policy = nullptr) {
     const std::filesystem::path path = dir_ / std::to_string(files_++);
     testing::write_file(path, std::vector<std::byte>(3 * 4096));
-    Load load{.transfer = std::make_shared<TransferState>(TransferRequest{.after = after})};
+    Load load{.transfer = std::make_shared<TransferState>(TransferRequest{.after = after, .page_policy = page_policy})};
     load.part.transfer = load.transfer.get();
     load.part.planned =
         std::make_unique<PlannedFile>(PlannedFile{.open = FileUse(File::open(path, std::nullopt, false), nullptr)});
@@ -291,6 +293,32 @@ TEST_F(DeviceJobsTest, FileSystemsThatDoNotAnswerLeaveSlotsToOthersWhereNoneAreS
   tags.clear();
   EXPECT_EQ(open_all(third, tags), 10u);
   close_all(tags);
+}
+
+struct SmallPages final : PagePolicy {
+  void was_touched(std::span<const std::byte>, std::chrono::nanoseconds) noexcept override {}
+  bool has_small_pages(const std::byte* address) noexcept override { return address == memory; }
+  const std::byte* memory = nullptr;
+};
+
+TEST_F(JobsTest, ALoadPastTheCacheToSmallPagesThatAreThereGoesThroughASlot) {
+  constexpr std::size_t kBytes = 1 << 20;
+  const std::span<std::byte> memory = map_memory(kBytes, kPageBytes);
+  SmallPages policy;
+  const Load to_memory = load(file_system_, AfterLoad::kKeep, &policy);
+  to_memory.part.planned->plan =
+      Plan::of_load({{.offset_bytes = 0, .size_bytes = kBytes, .memory = memory.data()}}, kBytes, 4096);
+  const auto has_slot = [&](ChunkTraits::Route route) {
+    return internal::has_slot(way_of(to_memory.part, to_memory.part.plan().chunks.front(), route).view);
+  };
+  policy.memory = memory.data();
+  EXPECT_FALSE(has_slot(ChunkTraits::Route::kDirect)) << "fresh pages";
+  std::ranges::fill(memory, std::byte{1});
+  EXPECT_TRUE(has_slot(ChunkTraits::Route::kDirect));
+  EXPECT_FALSE(has_slot(ChunkTraits::Route::kSeemsCached));
+  policy.memory = nullptr;
+  EXPECT_FALSE(has_slot(ChunkTraits::Route::kDirect)) << "huge pages";
+  unmap(memory);
 }
 
 class TracedJobsTest : public JobsTest {

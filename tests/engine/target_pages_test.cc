@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -89,6 +90,37 @@ TEST_F(TargetPagesTest, AFewDearHugePagesAmongCheapOnesChangeNothing) {
     pages.was_touched(memory.subspan(at + 4 * kMiB, 28 * kMiB), milliseconds(3));
   }
   EXPECT_FALSE(is_on_small_pages(memory.data() + 256 * kMiB - 1));
+}
+
+TEST_F(TargetPagesTest, MemoryIsKnownToHaveSmallPagesIfItGotThemBecauseHugeOnesWereDear) {
+  const std::span first = take(64 * kMiB);
+  EXPECT_FALSE(pages.has_small_pages(first.data()));
+  pages.was_touched(first.first(8 * kMiB), milliseconds(40));
+  const std::span second = take(64 * kMiB);
+  for (const std::span memory : {first, second}) {
+    EXPECT_TRUE(pages.has_small_pages(memory.data()));
+    EXPECT_TRUE(pages.has_small_pages(memory.data() + 64 * kMiB - 1));
+  }
+  const std::byte other{};
+  EXPECT_FALSE(pages.has_small_pages(&other));
+  EXPECT_FALSE(pages.has_small_pages(nullptr));
+}
+
+TEST_F(TargetPagesTest, MemoryThatIsKeptHasTheSamePagesWhenItIsUsedAgain) {
+  const std::span huge = pages.take(0, 64 * kMiB);
+  const std::span small = pages.take(0, 32 * kMiB);
+  pages.was_touched(small.first(8 * kMiB), milliseconds(40));
+  pages.give_back(huge);
+  pages.give_back(small);
+  if (pages.kept_bytes() == 0) GTEST_SKIP() << "this machine keeps no pages";
+  const std::span again = take(32 * kMiB);
+  ASSERT_EQ(again.data(), small.data());
+  EXPECT_TRUE(pages.has_small_pages(again.data()));
+  const std::array<std::span<std::byte>, 2> halves{take(32 * kMiB), take(32 * kMiB)};
+  for (const std::span half : halves) {
+    ASSERT_TRUE(half.data() >= huge.data() && half.data() < huge.data() + huge.size());
+    EXPECT_FALSE(pages.has_small_pages(half.data()));
+  }
 }
 
 TEST_F(TargetPagesTest, MemoryOfOtherOriginIsIgnored) {
