@@ -1,9 +1,10 @@
 """Loads of one checkpoint into memory of the host, by this library and its peers, as their users meet them.
 
 Every sample is a process of its own, which loads twice: the first load takes fresh memory, and the second comes after
-the first one's tensors are gone. All tensors own their memory in the end. Contenders take turns, the file is dropped
-from the page cache before each cold load, and that is verified. Before a load of half of it, the first half of each
-file is read, and that is verified, too. Every load's bytes are checked. tools/save_bench.py compares durable saves.
+the first one's tensors are gone. All tensors own their memory in the end, but for those of a map. Contenders take
+turns, the file is dropped from the page cache before each cold load, and that is verified. Before a load of half of it,
+the first half of each file is read, and that is verified, too. Every load's bytes are checked. tools/save_bench.py
+compares durable saves.
 
 Peers are taken from PyPI into .cache/peers when they are not there. One that cannot be had, or fails, is named with its
 reason. The roofline of the page cache is plain reads, by the better of one thread and all, into memory that has been
@@ -79,6 +80,19 @@ def by_safetensors(folder: Path) -> Tensors:
     return tensors
 
 
+def by_map(folder: Path) -> Tensors:
+    """As most people call it. A page of a mapped file is read when it is touched, so all of them are touched here."""
+    import torch
+    from safetensors.torch import load_file
+
+    tensors: Tensors = {}
+    for path in shards_of(folder):
+        tensors |= load_file(path)
+    for tensor in tensors.values():
+        tensor.flatten().view(torch.uint8)[::4096].sum()
+    return tensors
+
+
 def by_pread(folder: Path) -> Tensors:
     from safetensors.torch import load_file
 
@@ -131,6 +145,7 @@ LOADERS = {
     "flashpack, stream": Loader(by_stream, ours=True),
     "flashpack, file of its own": Loader(partial(by_flashpack, file="model.flashpack", verify="never"), ours=True),
     "flashpack, file of its own, verified": Loader(partial(by_flashpack, file="model.flashpack"), ours=True),
+    "safetensors 0.8.0, mapped, all pages touched": Loader(by_map, ("safetensors==0.8.0",)),
     "safetensors 0.8.0 + clone": Loader(by_safetensors, ("safetensors==0.8.0",)),
     "safetensors 0.9.0rc1, pread": Loader(by_pread, ("safetensors==0.9.0rc1",)),
     "flashpack 0.4.5 + clone": Loader(by_reference, ("flashpack==0.4.5",)),
