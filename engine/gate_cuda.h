@@ -8,7 +8,7 @@
 
 namespace flashpack::internal::cuda {
 
-/// Implements Copier::gate().
+/// Implements Copier::gate(). Any thread.
 std::unique_ptr<Gate> make_gate(const Context& context, cudaStream_t stream);
 
 }  // namespace flashpack::internal::cuda

@@ -1,4 +1,6 @@
 /// Cuts extents into chunks: what to read or write, and the fragments of memory that the bytes belong to. Does no I/O.
+///
+/// Thread safety: as a standard container.
 #pragma once
 
 #include <cstddef>

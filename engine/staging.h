@@ -15,6 +15,8 @@ namespace flashpack::internal {
 /// Memory that is cut into slots. Forked children do not inherit it, so that a fork cannot copy a page away from under
 /// a read. The engine's own memory is on huge pages where the system has them, because a 4 MiB read into scattered 4
 /// KiB pages overflows the segment list of most devices and takes longer (engine_bench, cost/read_into).
+///
+/// Thread safety: any thread may use the slots. One thread makes and destroys the object.
 class Staging {
  public:
   /// `slot_bytes` is a power of two >= 1 MiB. The memory is on NUMA node `numa_node` as far as there is room; -1 leaves

@@ -26,8 +26,8 @@ struct Queues {
 /// all work that touches bytes with a CPU, and the copier copies to and from devices. Whoever starts chunks is told
 /// how they end.
 ///
-/// set_out() starts a chunk, reap() and look_at_gates() let chunks go on, and mark_late() and abandon_chunks_of() are
-/// for those that do not. The other functions ask.
+/// set_time() begins a turn, set_out() starts a chunk, reap() and look_at_gates() let chunks go on, and mark_late() and
+/// abandon_chunks_of() are for those that do not. The other functions ask.
 ///
 /// Thread safety: one thread, the driver. Nothing here allocates for a chunk, or blocks in a file system.
 class Steps {

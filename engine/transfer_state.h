@@ -132,7 +132,9 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   // The next in the inbox's list of cancelled transfers; protected by the inbox's mutex, until the driver has the list.
   std::shared_ptr<TransferState> next_cancelled;
 
-  std::mutex inbox_mutex;  // Protects `inbox`, and keeps it alive for a call.
+  // Protects `inbox` from the start on, and keeps it alive for a call. Inbox::start() sets `inbox` without it, because
+  // no thread has a handle of the transfer yet.
+  std::mutex inbox_mutex;
   Inbox* inbox = nullptr;  // The driver's; null before the start and after the end.
 };
 

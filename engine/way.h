@@ -1,4 +1,6 @@
 /// The way of a chunk: the steps that it goes through, as a table.
+///
+/// Thread safety: any thread, because the result depends on the arguments alone.
 #pragma once
 
 #include <array>

@@ -1,4 +1,6 @@
 /// How the libraries make their Errors: "<operation> <path> at <offset>+<length>: <cause>".
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <cerrno>

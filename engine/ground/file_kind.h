@@ -1,4 +1,6 @@
 /// Names the kind of a file in messages.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <sys/stat.h>

@@ -1,4 +1,6 @@
 /// Facts that the kernel gives as text.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <filesystem>

@@ -1,4 +1,6 @@
 /// The values that EngineOptions may have, for all who check them.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <bit>

@@ -1,4 +1,6 @@
 /// The kernel's pages of memory.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <unistd.h>

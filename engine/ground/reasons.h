@@ -1,4 +1,6 @@
 /// Text that says why something is slower than asked for.
+///
+/// Thread safety: the text belongs to one thread at a time.
 #pragma once
 
 #include <string>

@@ -1,4 +1,6 @@
 /// The sizes of pages that plans count in, and rounding to them and to other powers of two.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <cstdint>

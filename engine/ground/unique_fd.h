@@ -1,4 +1,6 @@
 /// Ownership of file descriptors in the engine.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <cerrno>

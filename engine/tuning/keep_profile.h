@@ -13,7 +13,8 @@ namespace flashpack::internal {
 /// replaced at once, and processes that do so at the same time do not lose each other's profiles. Options with the
 /// default values are kept as "the defaults", not as numbers. Throws: Error (kInvalidArgument if the options are out of
 /// range, loads of `path` have no key that could be recognised, as on tmpfs, or the file is damaged, because its other
-/// profiles would be lost; errno when the file cannot be read or written).
+/// profiles would be lost; errno when the file cannot be read or written). Any thread, unless another one changes the
+/// environment.
 void keep_profile(const std::filesystem::path& path, const EngineOptions& options,
                   const std::filesystem::path& profiles = profiles_path());
 

@@ -1,4 +1,6 @@
 /// One profile of the file: which loads it is for, and the options that it has for them.
+///
+/// Thread safety: any thread may call any function; the objects are standard containers.
 #pragma once
 
 #include <boost/json/object.hpp>

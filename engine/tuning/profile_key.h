@@ -1,4 +1,6 @@
 /// Finds out what a profile is kept for.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <filesystem>

@@ -1,4 +1,7 @@
 /// The file that profiles are kept in.
+///
+/// Thread safety: any thread. A reader finds the profiles of before or after a change. Of two that change the file at
+/// the same time one may be lost, unless they hold the lock of keep_profile().
 #pragma once
 
 #include <boost/json/array.hpp>

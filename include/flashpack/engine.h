@@ -150,7 +150,8 @@ struct EngineOptions {
   std::uint32_t queue_depth = 8;
   /// Upper bound of the engine's staging memory in bytes, at least two chunks. 0 is 64 MiB, or 96 MiB for a CUDA
   /// device. For a CUDA device the memory is allocated and page-locked at the start. Otherwise it is allocated when
-  /// first needed. If the kernel keeps operations, up to the same size again is allocated, to replace their slots.
+  /// first needed. If a file system does not answer, its reads keep their slots. An engine of the host then allocates
+  /// up to as much memory again for other reads; one of a CUDA device does not.
   std::uint64_t staging_bytes = 0;
   /// The caller's own memory to be used as staging memory, such as huge pages or page-locked memory, borrowed until the
   /// engine is destroyed. It begins at a page and has 2 to 16,384 chunks; what is left after the last whole chunk is
@@ -160,8 +161,8 @@ struct EngineOptions {
   ///
   /// If CUDA has page-locked it, which is asked for the first and the last byte of each chunk, it is left as it is;
   /// otherwise it is page-locked as long as the engine lives.
-  /// For the host, the engine has spare slots in memory of its own. They take memory only once the kernel keeps
-  /// operations for long. Without them, one file system that does not answer could stop all loads.
+  /// An engine of the host also has spare slots in memory of its own, which take memory only when reads hang. Without
+  /// spare slots, file systems that do not answer can stop all loads that need a slot.
   std::span<std::byte> staging;
   /// Threads for reads through the page cache, copies and checksums, at most 64. 0 is one per core, but at least 2 and
   /// at most 8, or 12 for a CUDA device, whose link is faster than 8 cores.
@@ -201,9 +202,11 @@ struct EngineOptions {
 /// (SIGSEGV) that later used objects from before the reset.
 ///
 /// A file system that does not answer delays only the transfers of its own files, as long as at most 256 operations
-/// wait for an answer. The destructor waits, however long, for operations for which the kernel may still write to
-/// memory. When all transfers have finished, it does not wait for a thread that has been opening or closing a file for
-/// more than half a second.
+/// wait for an answer. An engine of a CUDA device cannot replace the slots that such operations keep. Each file
+/// system leaves a quarter of the slots that it finds to others, so that loads to the device become slower with each
+/// one that does not answer, and wait, too, when no slot is left. The destructor waits, however long, for operations
+/// for which the kernel may still write to memory. When all transfers have finished, it does not wait for a thread that
+/// has been opening or closing a file for more than half a second.
 ///
 /// An engine has descriptors of its own. A program that closes descriptors which it does not know (closefrom) has to
 /// destroy its engines first, because a thread whose descriptors are gone is not woken any more.

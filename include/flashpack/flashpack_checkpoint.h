@@ -1,4 +1,5 @@
-/// Checkpoints in the C API: which tensors files have, and where. flashpack.h includes this header, and has the rules.
+/// Checkpoints in the C API: which tensors files have, and where. flashpack.h includes this header, and has the rules,
+/// also for threads.
 #pragma once
 
 #include <stddef.h>

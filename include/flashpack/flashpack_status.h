@@ -1,4 +1,5 @@
-/// Statuses and errors of the C API. flashpack.h includes this header, and has the rules.
+/// Statuses and errors of the C API. flashpack.h includes this header, and has the rules, also for
+/// threads.
 #pragma once
 
 #include <stdint.h>

@@ -13,6 +13,7 @@
 namespace flashpack {
 
 /// FLASHPACK_VERSION_STRING as it was when flashpack::engine was compiled. C programs call flashpack_version().
+/// Any thread.
 const char* version() noexcept;
 
 }  // namespace flashpack

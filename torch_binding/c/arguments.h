@@ -1,4 +1,6 @@
 /// Takes the arguments of the C API from its callers, who may have made mistakes or have another version of a struct.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <algorithm>

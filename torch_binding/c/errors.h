@@ -1,4 +1,6 @@
 /// Turns exceptions into the statuses and error objects of the C API.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <stdexcept>

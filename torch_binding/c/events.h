@@ -1,4 +1,6 @@
 /// The events of the C API: an EventQueue that knows how the caller counts his extents.
+///
+/// Thread safety: any thread may call any member, but destruction needs the object to itself.
 #pragma once
 
 #include <cstddef>

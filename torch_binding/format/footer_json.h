@@ -1,4 +1,6 @@
 /// The JSON of a footer, parsed into typed fields and written.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,6 @@
 /// Recognises files that are no checkpoints, so that errors can say what they are and what to do about it.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <cstddef>

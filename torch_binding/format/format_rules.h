@@ -1,4 +1,6 @@
 /// Rules of the formats that reading and writing share.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,6 @@
 /// The index of a checkpoint of several files.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,7 @@
 
 namespace flashpack {
 
-/// Appends JSON to a text, with the commas between values.
+/// Appends JSON to a text, with the commas between values. Thread safety: one thread.
 class JsonWriter {
  public:
   /// Borrows `out`.

@@ -14,7 +14,7 @@
 namespace flashpack {
 
 /// Reads the JSON of one file, and knows where in it the reader is, for messages. Throws Error (kBadFile) at the first
-/// broken rule.
+/// broken rule. Thread safety: one thread.
 class RecordReader {
  protected:
   RecordReader(std::string_view json, const std::filesystem::path& path) : json_(json), path_(path) {}

@@ -1,4 +1,6 @@
 /// The headers of safetensors files, and the names that dtypes and shapes have there.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <cstddef>

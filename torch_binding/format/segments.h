@@ -1,4 +1,6 @@
 /// Plans the memory for a file's tensors so that the engine can read in place. All bindings use this planner.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <cstddef>

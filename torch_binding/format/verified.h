@@ -1,4 +1,6 @@
 /// Keeps the promise of a verified load, for verify_payload() and the bindings.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <cstdint>

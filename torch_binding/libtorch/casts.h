@@ -1,4 +1,6 @@
 /// Chooses the dtype of tensors when one is asked for, and casts without loss.
+///
+/// Thread safety: any thread may call any function.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,3 +1,6 @@
+/// Finds the tensors of a module, and the names that they have in files.
+///
+/// Thread safety: any thread, as long as no other one changes the module.
 #pragma once
 
 #include <ATen/core/Tensor.h>

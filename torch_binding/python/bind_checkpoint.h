@@ -1,4 +1,6 @@
 /// Binds checkpoints, and plans of what to read from them, to Python.
+///
+/// Thread safety: the calling thread has the GIL.
 #pragma once
 
 #include <nanobind/nanobind.h>

@@ -1,4 +1,6 @@
 /// Binds the layout of new files to Python.
+///
+/// Thread safety: the calling thread has the GIL.
 #pragma once
 
 #include <nanobind/nanobind.h>

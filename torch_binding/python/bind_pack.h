@@ -1,3 +1,4 @@
+/// Binds the plan of a file's bytes to Python. Thread safety: the calling thread has the GIL.
 #pragma once
 
 #include <nanobind/nanobind.h>

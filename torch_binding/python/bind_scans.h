@@ -1,3 +1,4 @@
+/// Binds loops that are too long for Python. Thread safety: the calling thread has the GIL.
 #pragma once
 
 #include <nanobind/nanobind.h>

@@ -1,4 +1,4 @@
-/// Makes Python objects from metadata. The caller holds the GIL.
+/// Makes Python objects from metadata. Thread safety: the calling thread has the GIL.
 #pragma once
 
 #include <nanobind/nanobind.h>
