@@ -8,6 +8,8 @@
 #include <chrono>
 #include <cstdint>
 #include <deque>
+#include <iterator>
+#include <list>
 #include <mutex>
 #include <utility>
 
@@ -17,7 +19,22 @@
 
 namespace flashpack {
 
-/// The events that wait. The descriptor is readable if and only if there are some.
+/// Listens to one transfer. Shared owns it until the transfer's end.
+class EventQueue::Listener final : public Completion {
+ public:
+  Listener(std::shared_ptr<Shared> shared, std::uint64_t tag) : shared_(std::move(shared)), tag_(tag) {}
+
+  void landed(std::size_t file, std::size_t extent) noexcept override;
+  void done(Transfer& transfer) noexcept override;
+
+ private:
+  friend class EventQueue::Shared;
+  const std::shared_ptr<Shared> shared_;  // Shared with the queue, because either may end first.
+  const std::uint64_t tag_;
+  std::list<Listener>::iterator place_;  // Its place in the list of Shared.
+};
+
+/// The events that wait, and the listeners. The descriptor is readable if and only if events wait.
 class EventQueue::Shared {
  public:
   Shared() : fd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
@@ -27,6 +44,23 @@ class EventQueue::Shared {
   // A child may not take the mutex, which another thread may have held during the fork.
   const detail::OwnerProcess& owner() const noexcept { return owner_; }
   int fd() const noexcept { return fd_.get(); }
+
+  /// Makes a listener to a transfer that is about to start, which is taken out when the transfer has ended or could not
+  /// be started. It keeps `self`, which is this object, until then.
+  Listener& add_listener(std::shared_ptr<Shared> self, std::uint64_t tag) {
+    const std::lock_guard lock(mutex_);
+    Listener& listener = listeners_.emplace_back(std::move(self), tag);
+    listener.place_ = std::prev(listeners_.end());
+    return listener;
+  }
+
+  /// Returns the list that the listener, and perhaps the last use of this object, ends with.
+  std::list<Listener> take_out(const Listener& listener) {
+    std::list<Listener> taken;
+    const std::lock_guard lock(mutex_);
+    taken.splice(taken.end(), listeners_, listener.place_);
+    return taken;
+  }
 
   /// `ended` is a handle of the transfer if it has ended, else it is not valid.
   void add(const Event& event, Transfer ended) {
@@ -83,27 +117,19 @@ class EventQueue::Shared {
   std::mutex mutex_;       // Protects the rest.
   internal::UniqueFd fd_;  // Constant until close().
   std::deque<Waiting> waiting_;
+  std::list<Listener> listeners_;
 };
 
-/// Listens to one transfer, and deletes itself at the transfer's end.
-class EventQueue::Listener final : public Completion {
- public:
-  Listener(std::shared_ptr<Shared> shared, std::uint64_t tag) : shared_(std::move(shared)), tag_(tag) {}
+void EventQueue::Listener::landed(std::size_t file, std::size_t extent) noexcept {
+  shared_->add({.kind = Event::Kind::kLanded, .tag = tag_, .file = file, .extent = extent}, {});
+}
 
-  void landed(std::size_t file, std::size_t extent) noexcept override {
-    shared_->add({.kind = Event::Kind::kLanded, .tag = tag_, .file = file, .extent = extent}, {});
-  }
-
-  void done(Transfer& transfer) noexcept override {
-    const std::error_code error = transfer.error();
-    shared_->add({.kind = Event::Kind::kDone, .tag = tag_, .error = error}, std::move(transfer));
-    delete this;
-  }
-
- private:
-  const std::shared_ptr<Shared> shared_;
-  const std::uint64_t tag_;
-};
+void EventQueue::Listener::done(Transfer& transfer) noexcept {
+  // Taken out before the event is added, because take() may hold the mutex from then on until this call has returned.
+  const std::list<Listener> ends_with_this_call = shared_->take_out(*this);
+  const std::error_code error = transfer.error();
+  shared_->add({.kind = Event::Kind::kDone, .tag = tag_, .error = error}, std::move(transfer));
+}
 
 EventQueue::EventQueue() : shared_(std::make_shared<Shared>()) {}
 
@@ -139,10 +165,13 @@ std::size_t EventQueue::take(std::span<Event> events) noexcept {
 template <class Start>
 Transfer EventQueue::start(std::uint64_t tag, Start start_transfer) {
   shared_->owner().require_current("event queue");
-  auto listener = std::make_unique<Listener>(shared_, tag);
-  Transfer transfer = start_transfer(listener.get());
-  static_cast<void>(listener.release());  // It belongs to the transfer, or is gone already.
-  return transfer;
+  Listener& listener = shared_->add_listener(shared_, tag);
+  try {
+    return start_transfer(&listener);
+  } catch (...) {
+    shared_->take_out(listener);
+    throw;
+  }
 }
 
 Transfer EventQueue::start_load(Engine& engine, LoadRequest request, std::uint64_t tag) {
