@@ -6,6 +6,7 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 #include "engine/thread.h"
 
@@ -113,11 +114,11 @@ void Pool::State::work(std::shared_ptr<State> state, std::list<Thread>::iterator
     }
     self->running = true;
     self->subject = task->subject;
-    self->may_be_left = task->owned_;
+    self->may_be_left = task->owned_ != nullptr;
     self->since = Clock::now();
     lock.unlock();
     {
-      const std::unique_ptr<Task> deleted_last(task->owned_ ? task : nullptr);  // Deleting the task may block, too.
+      const std::unique_ptr<Task> deleted_last = std::move(task->owned_);  // Deleting the task may block, too.
       task->run();
     }
     lock.lock();
@@ -177,10 +178,10 @@ void Pool::post(Task& task) {
   state_->work_wanted.notify_one();
 }
 
-// The queue is a list of plain pointers, because most tasks are borrowed.
 void Pool::post(std::unique_ptr<Task> task) {
-  task->owned_ = true;
-  post(*task.release());
+  Task& posted = *task;
+  posted.owned_ = std::move(task);
+  post(posted);
 }
 
 void Pool::set_free(Task& task) {

@@ -38,7 +38,9 @@ class Pool {
    private:
     friend class Pool;
     Task* next_ = nullptr;
-    bool owned_ = false;  // The pool deletes the task.
+    // The task itself if the pool owns it, else null. The queue is a list of plain pointers, which borrowed tasks, of
+    // which there is one for each chunk, join without an allocation.
+    std::unique_ptr<Task> owned_;
   };
 
   /// Throws: std::system_error when threads cannot be had.
