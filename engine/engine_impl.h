@@ -88,7 +88,8 @@ class FileWriter::Impl {
   const bool want_checksums_;
   internal::StripeSums sums_;  // Sums of transfers that have been removed from transfers_.
   Claims claimed_;
-  std::vector<std::shared_ptr<internal::TransferState>> transfers_;  // Until their results have been looked at.
+  // Shared with the driver and the handles. Each stays here until its result has been looked at.
+  std::vector<std::shared_ptr<internal::TransferState>> transfers_;
 };
 
 }  // namespace flashpack

@@ -64,8 +64,9 @@ class FileTasks::OpenTask final : public Pool::Task {
   }
 
  private:
-  const std::shared_ptr<Shared> shared_;  // Declared first: the table in it outlives each FileUse below.
-  Inbox::Answer answer_;                  // Keeps the transfer, and with it the part.
+  // Shared with FileTasks, which may end first. Declared first: the table in it outlives each FileUse below.
+  const std::shared_ptr<Shared> shared_;
+  Inbox::Answer answer_;  // Keeps the transfer, and with it the part.
   const PartRequest& request_;
   Handover& handover_;
   OpenRules rules_;
@@ -97,8 +98,9 @@ class FileTasks::CloseTask final : public Pool::Task {
   }
 
  private:
-  const std::shared_ptr<Shared> shared_;  // Declared first: the table in it outlives each FileUse below.
-  Inbox::Answer answer_;                  // Keeps the transfer, and with it the part.
+  // Shared with FileTasks, which may end first. Declared first: the table in it outlives each FileUse below.
+  const std::shared_ptr<Shared> shared_;
+  Inbox::Answer answer_;  // Keeps the transfer, and with it the part.
   const PartRequest& request_;
   Handover& handover_;
   std::unique_ptr<PlannedFile> planned_;

@@ -23,14 +23,16 @@ class Inbox {
  public:
   /// A thread of the pool has opened or closed the file of this part, which belongs to `transfer`.
   struct Answer {
-    std::shared_ptr<TransferState> transfer;
+    std::shared_ptr<TransferState> transfer;  ///< Shared with the driver, because either may be the last to need it.
     Part* part = nullptr;
     Opened opened = {};  ///< Empty after a close.
   };
   struct Messages {
     std::vector<Answer> answers;
+    // Shared with the callers' handles, which may be gone when the driver reads the message.
     std::vector<std::shared_ptr<TransferState>> started;  ///< In the order of start().
-    std::shared_ptr<TransferState> cancelled;             ///< The first of a list; see TransferState::next_cancelled.
+    /// The first of a list; see TransferState::next_cancelled. Shared for the same reason.
+    std::shared_ptr<TransferState> cancelled;
   };
 
   /// Borrows the queue that the driver sleeps in, which must live until end() has returned true.

@@ -82,7 +82,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
     std::deque<Part> parts;                    // A store has one part, already open. Parts never move in memory.
     std::uint64_t number = 0;                  // Counted from 1 in the order in which the driver got them.
     std::uint64_t range = 0;                   // As ProfilerRanges has numbered it.
-    std::shared_ptr<TransferState> self;       // Set until the end, so that the state outlives its handle.
+    std::shared_ptr<TransferState> self;       // Shared with the handle until the end, because it may be gone earlier.
     std::vector<std::unique_ptr<Gate>> gates;  // While any is shut, nothing is copied to or from a device.
     std::size_t parts_awaited = 0;             // Parts that the end still waits for.
     std::optional<Failure> failure;            // The error that ended the whole transfer, if one did.
@@ -129,7 +129,8 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   std::atomic<std::uint32_t> outstanding = 0;  // Chunks under way, and files that are opened or closed.
   TransferEnd end;
 
-  // The next in the inbox's list of cancelled transfers; protected by the inbox's mutex, until the driver has the list.
+  // The next in the inbox's list of cancelled transfers, shared as Inbox::Messages::cancelled. Protected by the inbox's
+  // mutex, until the driver has the list.
   std::shared_ptr<TransferState> next_cancelled;
 
   // Protects `inbox` from the start on, and keeps it alive for a call. Inbox::start() sets `inbox` without it, because

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from cpp_text import cpp_functions, types_in_namespaces, without_comments_and_strings
+
 MAX_FUNCTION_LINES = 40
 MAX_TEST_FUNCTION_LINES = 60
 # Docstrings do not count.
@@ -57,6 +59,7 @@ ENGINE_FLOORS = (
 
 # Sources that are tested under another name, and where.
 TESTED_BY = {
+    "tools/cpp_text.py": "tests/tools/tidy_test.py",
     "tools/quickstart.py": "tools/quickstart.sh",
     "tools/sglang_load.py": "tools/sglang_load.sh",
     "tools/vllm_generate.py": "tools/vllm_generate.sh",
@@ -65,6 +68,21 @@ TESTED_BY = {
     "torch_binding/format/footer_rules.cc": "tests/format/footer_test.cc",
     "torch_binding/format/format_rules.cc": "tests/format/footer_test.cc",
 }
+
+# The libraries, and where they may own something by hand, each because of somebody who knows no smart pointer.
+LIBRARIES = ("engine/", "include/", "torch_binding/")
+OWN_BY_HAND = (
+    "engine/cuda_handles.h",  # A handle is forgotten with its context.
+    "engine/file_table.h",  # A file counts its users.
+    "engine/ground/immortal.h",  # Never destroyed.
+    "engine/ground/owner_process.cc",  # In a page that a fork empties.
+    "engine/ring.cc",  # The kernel may still write there.
+    "include/flashpack/async.h",  # A mutex stays locked over a fork.
+    "include/flashpack/detail/owner_process.h",  # A forked child destroys nothing of its parent's.
+    "torch_binding/c/",  # C has plain pointers.
+    "torch_binding/libtorch/tensors.cc",  # torch has plain pointers with deleters.
+    "torch_binding/python/bind_memory.cc",  # In the memory of a Python object.
+)
 
 
 @dataclass(frozen=True)
@@ -75,18 +93,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.rule}"
-
-
-_CPP_NOISE = re.compile(
-    r'//[^\n]*|/\*.*?\*/|R"(?P<tag>[^()\s\\]*)\(.*?\)(?P=tag)"|"(?:\\.|[^"\\\n])*"'
-    r"|(?<![0-9A-Za-z_])'(?:\\.|[^'\\\n])*'",
-    re.DOTALL,
-)
-
-
-def without_comments_and_strings(cpp: str) -> str:
-    """The code alone, every line where it was."""
-    return _CPP_NOISE.sub(lambda m: "\n" * m.group().count("\n") or " ", cpp)
 
 
 @dataclass(frozen=True)
@@ -254,28 +260,6 @@ def check_engine_floors(tree: Tree) -> Iterator[Finding]:
                 yield Finding(source.path, line, f"includes a header that is not on a lower floor: {included}")
 
 
-def types_in_namespaces(code: str) -> Iterator[tuple[int, str]]:
-    """(line, qualified name) of every type that is defined in a namespace with a name."""
-    code = _NOT_CODE.sub(lambda m: "\n" * m.group().count("\n"), code)
-    scopes: list[str | None] = []  # None is a scope in which a type may have the name of another one.
-    header_start = 0
-    for match in re.finditer(r"[{};]", code):
-        header = code[header_start : match.start()]
-        header_start = match.end()
-        if match.group() == "}" and scopes:
-            scopes.pop()
-        if match.group() != "{":
-            continue
-        namespace = re.search(r"\bnamespace\s+([\w:]+)\s*$", header)
-        defined = re.search(
-            r"\b(?:class|struct|union|enum(?:\s+class)?)\s+(\w+(?:::\w+)*)\s*(?:final\b|:(?!:)|$)", header.rstrip()
-        )
-        if defined and "(" not in header and None not in scopes:
-            at = code.rfind(defined[1], 0, match.start() - len(header) + defined.end(1))
-            yield code.count("\n", 0, at) + 1, "::".join([*filter(None, scopes), defined[1]])
-        scopes.append(namespace[1] if namespace else None)
-
-
 def check_one_definition(tree: Tree) -> Iterator[Finding]:
     first: dict[str, str] = {}
     for source in sorted(tree.values(), key=lambda s: s.path):
@@ -295,6 +279,33 @@ def check_headers(tree: Tree) -> Iterator[Finding]:
                 yield Finding(source.path, line, "using namespace in a header")
 
 
+def check_threads(tree: Tree) -> Iterator[Finding]:
+    for source in tree.values():
+        code = re.sub(r"^\s*#.*", "", source.code, flags=re.MULTILINE)
+        declares = source.suffix == ".h" and re.search(r"(?<!enum )\b(?:class|struct)\s+\w|\w\(", code)
+        if declares and source.under(*LIBRARIES) and not re.search(r"(?i)thread|\bGIL\b", source.text):
+            yield Finding(source.path, 1, "header that does not say which threads may call")
+
+
+def check_owners(tree: Tree) -> Iterator[Finding]:
+    by_hand = r"\bnew\b(?!>)|(?<!= )\bdelete\b|\.release\(\)"
+    for source in tree.values():
+        if source.is_cpp and source.under(*LIBRARIES) and not source.under(*OWN_BY_HAND):
+            for line, what in source.search(by_hand, source.code):
+                yield Finding(source.path, line, f"owns by hand, and is not listed in tools/tidy.py: {what}")
+
+
+def check_sharing(tree: Tree) -> Iterator[Finding]:
+    for source in tree.values():
+        comments = ""  # On the line, and on those before it that are nothing but comments.
+        for number, line in enumerate(source.lines if source.is_cpp and source.under(*LIBRARIES) else [], 1):
+            code, _, comment = line.partition("//")
+            comments += comment
+            if re.match(r"[^=()]*\bshared_ptr<[^=()]*;", code) and not re.search(r"\b[Ss]hared\b", comments):
+                yield Finding(source.path, number, "shared_ptr without a comment that says why it is shared")
+            comments = comments if not code.strip() and comment else ""
+
+
 def check_library_manners(tree: Tree) -> Iterator[Finding]:
     printing = r"\b(?:v?f?printf|f?puts|putchar|perror)\s*\(|\bstd::(?:cout|cerr|clog)\b"
     for source in tree.values():
@@ -306,31 +317,6 @@ def check_library_manners(tree: Tree) -> Iterator[Finding]:
             environment = "" if source.path == "engine/tuning/tuning.cc" else source.code
             for line, _ in source.search(r"\b(?:secure_)?getenv\b", environment):
                 yield Finding(source.path, line, "a library does not read the environment")
-
-
-# A brace after one of these, with no parameter list in between, opens a scope and not a body.
-_SCOPE = re.compile(r"\b(?:namespace|class|struct|union|enum|extern)\b[^()]*$")
-_NOT_CODE = re.compile(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*|\balignas\([^()]*\)|\[\[.*?\]\]", re.MULTILINE)
-
-
-def cpp_functions(code: str) -> Iterator[tuple[int, int]]:
-    """(first line, number of lines) of every outermost function body, lambdas counted with what holds them."""
-    code = _NOT_CODE.sub(lambda m: "\n" * m.group().count("\n"), code)
-    header_start, depth, body_start = 0, 0, None
-    for match in re.finditer(r"[{};]", code):
-        at, mark = match.start(), match.group()
-        if body_start is None:
-            header = code[header_start:at]
-            if mark == "{" and "(" in header and not _SCOPE.search(header):
-                body_start, depth = header_start + len(header) - len(header.lstrip()), 1
-            header_start = at + 1
-        elif mark != ";":
-            depth += 1 if mark == "{" else -1
-            continues = re.match(r"\s*(?:,|\{|catch\b)", code[at + 1 :])
-            if depth == 0 and not continues:
-                first = code.count("\n", 0, body_start) + 1
-                yield first, code.count("\n", body_start, at) + 1
-                body_start, header_start = None, at + 1
 
 
 def python_functions(text: str) -> Iterator[tuple[int, int]]:
@@ -459,6 +445,9 @@ CHECKS = (
     check_engine_floors,
     check_one_definition,
     check_headers,
+    check_threads,
+    check_owners,
+    check_sharing,
     check_library_manners,
     check_lengths,
     check_leftovers,

@@ -135,8 +135,8 @@ class AsyncOperations final : public boost::asio::execution_context::service {
   std::mutex mutex_;  // Protects the rest.
   std::condition_variable changed_;
   std::unique_ptr<Running> running_ = std::make_unique<Running>();
-  std::vector<std::shared_ptr<Operation>> dropped_;
-  std::size_t posting_ = 0;  // Handlers that are being posted to the context.
+  std::vector<std::shared_ptr<Operation>> dropped_;  // Shared with what cancels them.
+  std::size_t posting_ = 0;                          // Handlers that are being posted to the context.
   bool ending_ = false;
 };
 

@@ -39,7 +39,7 @@ class HostMemoryPool {
  private:
   friend class Engine;
   friend class HostMemory;
-  std::shared_ptr<internal::TargetPages> pages_;
+  std::shared_ptr<internal::TargetPages> pages_;  // Shared by copies and memory, of which any may be the last.
 };
 
 /// Owns memory for the target of a load. The engine can read to any memory, but a load to this is faster:

@@ -105,11 +105,16 @@ BREAKS = {
         2,
     ),
     "LibTorch in the torch-free format": ("torch_binding/format/layout.cc", "#include <ATen/ATen.h>\n", 1),
-    "header without #pragma once": ("engine/plan.h", "int f();\n", 1),
+    "header without #pragma once": ("engine/plan.h", "int a;\n", 1),
     "using namespace in a header": ("engine/plan.h", HEADER + "using namespace std;\n", 2),
-    "does not print: printf": ("engine/plan.h", HEADER + 'inline void f() { printf("x"); }\n', 2),
+    "does not say which threads": ("engine/plan.h", HEADER + "int f();\n", 1),
+    "owns by hand, and is not listed in tools/tidy.py: new": ("engine/plan.cc", "int* a = new int;\n", 1),
+    "owns by hand, and is not listed in tools/tidy.py: delete": ("engine/plan.cc", "void f(int* a) { delete a; }\n", 1),
+    "in tools/tidy.py: .release()": ("engine/plan.cc", "std::unique_ptr<int> a;\nint* b = a.release();\n", 2),
+    "why it is shared": ("engine/plan.cc", "struct A {\n  // A number.\n  std::shared_ptr<int> a;\n};\n", 3),
+    "does not print: printf": ("engine/plan.h", HEADER + 'inline void f() { printf("x"); }  // Any thread.\n', 2),
     "does not print: std::cerr": ("torch_binding/format/layout.cc", "void f() { std::cerr << 1; }\n", 1),
-    "does not read the environment": ("engine/plan.h", HEADER + 'auto e = std::getenv("E");\n', 2),
+    "does not read the environment": ("engine/plan.h", HEADER + 'auto e = std::getenv("E");  // Any thread.\n', 2),
     "function of 41 lines": ("engine/plan.cc", long_function(41), 2),
     "file of 501 lines": ("tools/a.sh", "true\n" * 501, 501),
     "file of 301 lines": ("README.md", "\n" * 301, 301),
@@ -161,15 +166,47 @@ def test_a_scope_may_be_longer_than_a_function(head, tmp_path):
 
 
 def test_a_type_has_one_definition_in_a_namespace(tmp_path):
-    place = "namespace flashpack::internal {\nclass Place;\nstruct Place final : A<int> {};\n}\n"
+    place = "// Any thread.\nnamespace flashpack::internal {\nclass Place;\nstruct Place final : A<int> {};\n}\n"
     nested = (
         "namespace flashpack::internal {\nclass A {\n  struct Place {};\n};\nnamespace {\nenum class Place {};\n}\n}\n"
     )
-    elsewhere = "namespace flashpack {\nstruct Place {};\n}\n"
+    elsewhere = "// Any thread.\nnamespace flashpack {\nstruct Place {};\n}\n"
     others = {"engine/plan.cc": nested, "include/flashpack/engine.h": HEADER + elsewhere}
     assert rules(tmp_path, **{"engine/plan.h": HEADER + place, **others}) == []
     found = rules(tmp_path, **{"engine/plan.h": HEADER + place, "engine/ground/pages.h": HEADER + place, **others})
-    assert found == ["engine/plan.h:4: flashpack::internal::Place is also defined in engine/ground/pages.h"]
+    assert found == ["engine/plan.h:5: flashpack::internal::Place is also defined in engine/ground/pages.h"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "// Any thread.\n#pragma once\nint f();\nstruct A {};\n",
+        "#pragma once\n/// Requires: the GIL.\nint f();\n",
+        "#pragma once\n#define A(x) x\nenum class B { kC };\nconstexpr int kD = 1;\n",
+    ],
+)
+def test_a_header_of_a_library_says_which_threads_may_call_unless_there_is_nothing_to_call(said, tmp_path):
+    assert rules(tmp_path, **{"include/flashpack/engine.h": said}) == []
+    assert rules(tmp_path, **{"bench/a.h": HEADER + "int f();\n", "include/flashpack/engine.h": said}) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("engine/plan.cc", "struct A {\n  std::shared_ptr<int> a;  // Shared, because either may end first.\n};\n"),
+        (
+            "engine/plan.cc",
+            "struct A {\n  // Shared with B,\n  // which may end later.\n  std::vector<shared_ptr<int>> a;\n};\n",
+        ),
+        ("engine/plan.cc", "void f(const std::shared_ptr<int>& a) { std::shared_ptr<int> b = a; }\n"),
+        ("engine/plan.cc", "// A new one; delete the old.\nstruct A {\n  A(const A&) = delete;\n};\n#include <new>\n"),
+        ("engine/ring.cc", "int* a = new int;\n"),
+        ("tools/a.cc", "struct A {\n  std::shared_ptr<int> a;\n  int* b = new int;\n};\n"),
+    ],
+)
+def test_libraries_own_by_hand_or_share_only_where_they_say_why(path, code, tmp_path):
+    found = rules(tmp_path, **{path: code})
+    assert [f for f in found if "no test" not in f] == []
 
 
 def test_a_python_function_has_fifty_lines_beside_its_docstring(tmp_path):

@@ -34,13 +34,12 @@ using Memory = std::vector<HostMemory>;
 
 }  // namespace flashpack::c
 
-// Shared with the writers, because these need the engine until they end.
 struct flashpack_engine {
-  std::shared_ptr<flashpack::Engine> engine;
+  std::shared_ptr<flashpack::Engine> engine;  // Shared with the writers, because these need it until they end.
 };
 
-// Shared with the loads, so that the caller may destroy the handle earlier.
 struct flashpack_checkpoint {
+  // Shared with the loads, so that the caller may destroy the handle earlier.
   std::shared_ptr<const flashpack::c::OpenCheckpoint> opened;
 };
 
@@ -53,23 +52,25 @@ struct flashpack_memory {
 };
 
 struct flashpack_tensors {
-  std::shared_ptr<const flashpack::c::Memory> memory;
-  std::vector<void*> data;  // For each tensor of the checkpoint.
+  std::shared_ptr<const flashpack::c::Memory> memory;  // Shared with the transfer, because either may go first.
+  std::vector<void*> data;                             // For each tensor of the checkpoint.
 };
 
 struct flashpack_transfer {
-  std::shared_ptr<const flashpack::c::OpenCheckpoint> opened;  // Null unless extents are of a checkpoint.
+  // Shared with the checkpoint's handle, which may go first. Null unless extents are of a checkpoint.
+  std::shared_ptr<const flashpack::c::OpenCheckpoint> opened;
   flashpack::Verify verify = flashpack::Verify::kNever;
-  std::shared_ptr<const flashpack::c::Memory> memory;  // The targets, unless they are the caller's.
-  std::size_t file_count = 0;                          // Of a load that continues on errors, else 0.
-  std::vector<std::size_t> files;                      // For each file of its LoadRequest, the index among those.
-  flashpack::Transfer transfer;                        // After `memory`, because it ends before that goes.
+  // The targets, unless they are the caller's. Shared with the tensors.
+  std::shared_ptr<const flashpack::c::Memory> memory;
+  std::size_t file_count = 0;      // Of a load that continues on errors, else 0.
+  std::vector<std::size_t> files;  // For each file of its LoadRequest, the index among those.
+  flashpack::Transfer transfer;    // After `memory`, because it ends before that goes.
 
   std::mutex mutex;                               // Protects the rest, and calls that are for one thread at a time.
   std::optional<flashpack::TransferStats> stats;  // Set when they are first asked for after the end.
 };
 
 struct flashpack_writer {
-  std::shared_ptr<flashpack::Engine> engine;
-  flashpack::FileWriter writer;  // After `engine`, because it ends before.
+  std::shared_ptr<flashpack::Engine> engine;  // Shared with the engine's handle, which may go first.
+  flashpack::FileWriter writer;               // After `engine`, because it ends before.
 };

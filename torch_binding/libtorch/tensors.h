@@ -50,7 +50,7 @@ class LoadedRecords {
   const std::span<const std::size_t> wanted_;
   const at::Device device_;
   const SegmentPlan plan_;
-  std::vector<std::shared_ptr<HostMemory>> host_blocks_;  // The blocks of the plan on the CPU.
+  std::vector<std::shared_ptr<HostMemory>> host_blocks_;  // The plan's on the CPU; shared with the tensors in them.
   std::vector<at::Tensor> device_blocks_;                 // The blocks of the plan on a device.
   TransferStats stats_;
 };

@@ -30,7 +30,7 @@ class PyCheckpoint {
   void close() { opened_.reset(); }
 
  private:
-  std::shared_ptr<const Checkpoint> opened_;
+  std::shared_ptr<const Checkpoint> opened_;  // Shared with the loads, which may end after close().
 };
 
 /// Throws: Error (kInvalidArgument) for an unknown name.

@@ -171,7 +171,7 @@ CUstream_st* stream_of(std::uintptr_t handle) {
 }
 
 struct PyLoad {
-  std::shared_ptr<const Checkpoint> checkpoint;
+  std::shared_ptr<const Checkpoint> checkpoint;  // Shared with Python, which may close it earlier.
   Verify policy;
   std::string profile;
   UnderWay load;
