@@ -21,7 +21,7 @@ class Gate {
   virtual ~Gate() = default;
   /// Looks once, without waiting. True if the work has ended. `error` is set if the device failed, which ends the
   /// transfer. Thread safety: one thread.
-  virtual bool open(std::error_code& error) noexcept = 0;
+  virtual bool is_open(std::error_code& error) noexcept = 0;
 };
 
 /// Copies between slots and the memory of one or more devices. Many copies may be under way; each is known by its tag.

@@ -8,7 +8,7 @@
 namespace flashpack::internal {
 
 /// The driver's counts for one file system. The parts of loads that are open there are held up while one of its
-/// operations is late. Thread safety: one thread.
+/// operations is late. Each add function has its remove function; the other functions ask. Thread safety: one thread.
 class FileSystem {
  public:
   /// The sums over all file systems that the driver needs in every turn of its loop.
@@ -39,20 +39,41 @@ class FileSystem {
     totals_.answers_again = true;
   }
 
+  void add_stuck() noexcept { ++stuck_; }
+  void remove_stuck() noexcept {
+    assert(stuck_ > 0);
+    --stuck_;
+  }
+  void add_slot() noexcept { ++slots_; }
+  void remove_slot() noexcept {
+    assert(slots_ > 0);
+    --slots_;
+  }
+  void add_user() noexcept { ++users_; }
+  /// Returns whether it was the last one.
+  bool remove_user() noexcept {
+    assert(users_ > 0);
+    return --users_ == 0;
+  }
+
   /// Parts of loads that are open.
   std::uint32_t loads() const noexcept { return loads_; }
   /// Operations that are late.
   std::uint32_t late() const noexcept { return late_; }
+  /// Operations that are late or abandoned.
+  std::uint32_t stuck() const noexcept { return stuck_; }
+  /// Slots of operations that it has not answered.
+  std::uint32_t slots() const noexcept { return slots_; }
+  /// Parts of loads that are held up.
   std::size_t held_up_loads() const noexcept { return late_ > 0 ? loads_ : 0; }
-
-  std::uint32_t stuck = 0;  // Operations that are late or abandoned.
-  std::uint32_t slots = 0;  // Slots of operations that it has not answered.
-  std::uint32_t users = 0;  // Parts and prefixes that point to it.
 
  private:
   Totals& totals_;
   std::uint32_t loads_ = 0;
   std::uint32_t late_ = 0;
+  std::uint32_t stuck_ = 0;
+  std::uint32_t slots_ = 0;
+  std::uint32_t users_ = 0;  // Parts and prefixes that point to it.
 };
 
 }  // namespace flashpack::internal

@@ -37,7 +37,7 @@ class CudaGate final : public Gate {
     give_back(event_, guard);
   }
 
-  bool open(std::error_code& error) noexcept override {
+  bool is_open(std::error_code& error) noexcept override {
     const ContextGuard guard(context_);
     const cudaError_t result = guard.error() != cudaSuccess ? guard.error() : taken(cudaEventQuery(event_.get()));
     if (result == cudaErrorNotReady) return false;

@@ -27,7 +27,7 @@ void GatedTransfers::look(Time now, const std::function<void(TransferState&, std
     TransferState& transfer = *transfers_[i];
     auto& gates = transfer.driver.gates;
     std::error_code error;
-    if (!transfer.driver.failure) std::erase_if(gates, [&](const auto& gate) { return gate->open(error); });
+    if (!transfer.driver.failure) std::erase_if(gates, [&](const auto& gate) { return gate->is_open(error); });
     if (!gates.empty() && !transfer.driver.failure && !error) continue;
     changed_ = now;
     transfers_.erase(transfers_.begin() + static_cast<std::ptrdiff_t>(i));

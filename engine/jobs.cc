@@ -134,7 +134,7 @@ bool Jobs::has_enough_stuck(const Part& part, std::size_t used, std::size_t of_f
                             std::size_t of_file_systems) const {
   const std::uint32_t many = std::min(limits_.queue_depth, limits_.slots);
   return (part.planned->open->stuck >= many && used > of_files) ||
-         (part.place.file_system->stuck >= many && used > of_file_systems);
+         (part.place.file_system->stuck() >= many && used > of_file_systems);
 }
 
 bool Jobs::may_have_more(const Part& part) const {
@@ -146,8 +146,8 @@ bool Jobs::may_have_more(const Part& part) const {
 // Where there are very few, that would leave the disk idle while a slot is copied.
 bool Jobs::has_its_share_of_slots(const FileSystem& file_system) const {
   constexpr std::size_t kFew = 4;
-  return slots_.size() == limits_.slots && slots_.size() >= kFew && file_system.slots > 0 &&
-         file_system.slots + 1 > 3 * (free_slots_.size() - 1);
+  return slots_.size() == limits_.slots && slots_.size() >= kFew && file_system.slots() > 0 &&
+         file_system.slots() + 1 > 3 * (free_slots_.size() - 1);
 }
 
 std::optional<int> Jobs::take_slot(const Part& part) {
@@ -196,7 +196,7 @@ void Jobs::reroute(Job& job, const Way& way) {
 }
 
 void Jobs::give_back_slot(Job& job) {
-  if (may_be_late(job.step)) --job.part->place.file_system->slots;
+  if (may_be_late(job.step)) job.part->place.file_system->remove_slot();
   free_slots_.push_back(std::exchange(job.slot, -1));
 }
 
@@ -222,10 +222,9 @@ void Jobs::enter(Job& job, Step step, Time now) {
   if (job.stuck) clear_stuck(job);
   assert(in(job.step) > 0);
   if (job.slot >= 0) {
-    std::uint32_t& slots = job.part->place.file_system->slots;
-    assert(slots > 0 || !may_be_late(job.step));
-    if (may_be_late(job.step)) --slots;
-    if (may_be_late(step)) ++slots;
+    FileSystem& file_system = *job.part->place.file_system;
+    if (may_be_late(job.step)) file_system.remove_slot();
+    if (may_be_late(step)) file_system.add_slot();
   }
   --in_[static_cast<std::size_t>(job.step)];
   ++in_[static_cast<std::size_t>(job.step = step)];
@@ -251,18 +250,18 @@ void Jobs::set_stuck(Job& job) {
   job.stuck = true;
   --in_[static_cast<std::size_t>(job.step)];
   ++job.part->planned->open->stuck;
-  ++job.part->place.file_system->stuck;
+  job.part->place.file_system->add_stuck();
   ++stuck_;
   if (job.slot >= 0) ++stuck_slots_;
 }
 
 void Jobs::clear_stuck(Job& job) {
   FileSystem& file_system = *job.part->place.file_system;
-  assert(job.stuck && stuck_ > 0 && job.part->planned->open->stuck > 0 && file_system.stuck > 0);
+  assert(job.stuck && stuck_ > 0 && job.part->planned->open->stuck > 0);
   job.stuck = false;
   ++in_[static_cast<std::size_t>(job.step)];
   --job.part->planned->open->stuck;
-  --file_system.stuck;
+  file_system.remove_stuck();
   --stuck_;
   if (job.slot >= 0) --stuck_slots_;
   if (std::exchange(job.late, false)) file_system.remove_late();

@@ -129,10 +129,10 @@ void OpenParts::find_prefixes(Part& part) {
 
 // Sets a pointer of a part or a prefix. A file system to which none is left is forgotten.
 void OpenParts::point(FileSystem*& pointer, FileSystem* file_system) {
-  if (file_system) ++file_system->users;
+  if (file_system) file_system->add_user();
   FileSystem* const before = std::exchange(pointer, file_system);
-  if (!before || --before->users > 0) return;
-  assert(before->loads() == 0 && before->late() == 0 && before->stuck == 0);
+  if (!before || !before->remove_user()) return;
+  assert(before->loads() == 0 && before->late() == 0 && before->stuck() == 0);
   std::erase_if(file_systems_, [before](const auto& each) { return &each.second == before; });
 }
 

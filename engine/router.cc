@@ -17,7 +17,7 @@ Router::Router(const Plan& plan, const File& file)
       direct_(file.direct_fd() >= 0),
       lists_(plan.chunks.size()) {}
 
-const Chunk* Router::peek(List list, unsigned& questions) {
+const Chunk* Router::find_next(List list, unsigned& questions) {
   assert(list != List::kTaken);
   std::uint32_t& at = cursor(list);
   while (true) {

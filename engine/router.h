@@ -17,8 +17,8 @@ namespace flashpack::internal {
 /// list has its own cursor through the file, so that a half-cached file keeps disk and CPUs busy to the end. The router
 /// asks whether a chunk is cached only when a list has run out, because the answer may change.
 ///
-/// peek(), take() and give_back() are a chunk's life, refuse_direct() changes the routes of the rest, and the other
-/// functions ask.
+/// find_next(), take() and give_back() are a chunk's life, refuse_direct() changes the routes of the rest, and the
+/// other functions ask.
 ///
 /// Move-only. Thread safety: one thread.
 class Router {
@@ -32,10 +32,10 @@ class Router {
   /// The router of a store. Borrows the plan.
   Router(const Plan& plan, const File& file);
 
-  /// The next chunk of `list`, which stays the same until take(). Null if there is none, or if `questions` is 0, which
-  /// goes down by one for each chunk that is asked about.
-  const Chunk* peek(List list, unsigned& questions);
-  /// Requires: peek(list) was not null.
+  /// Finds the next chunk of `list`, which stays the same until take(). Asks the page cache about chunks, each once,
+  /// until it has one, and lowers `questions` by one for each. Null if no chunk is left, or when `questions` is 0.
+  const Chunk* find_next(List list, unsigned& questions);
+  /// Requires: find_next(list) was not null.
   void take(List list);
   /// Takes back a chunk that was called cached and is not, so that it goes past the page cache. After a few of them, so
   /// do all the others.

@@ -63,7 +63,7 @@ void Schedule::start_chunks_of(Part& part, Steps& steps, unsigned& questions, st
   for (const Router::List list : {Router::List::kPastCache, Router::List::kThroughCache}) {
     const Steps::Route route = route_of(router, list);
     while (steps.has_room(route, queue_depth)) {
-      const Chunk* chunk = router.peek(list, questions);
+      const Chunk* chunk = router.find_next(list, questions);
       if (!chunk || !steps.set_out(part, *chunk, route)) break;
       router.take(list);
     }

@@ -108,7 +108,7 @@ std::span<std::byte> TargetPages::take_fresh(std::size_t before_bytes, std::size
     drop_kept(0);
     memory = map(used.size_bytes);
   }
-  used.may_get_huge_pages = may_try_huge_pages(used.size_bytes);
+  used.may_get_huge_pages = choose_huge_pages(used.size_bytes);
   used.has_small_pages = !used.may_get_huge_pages;
   if (used.may_get_huge_pages) {
     advise_huge_pages(memory.subspan(before_bytes, size_bytes));
@@ -118,7 +118,8 @@ std::span<std::byte> TargetPages::take_fresh(std::size_t before_bytes, std::size
   return memory;
 }
 
-bool TargetPages::may_try_huge_pages(std::size_t size_bytes) {
+// Counts fresh memory, and decides whether it gets huge pages.
+bool TargetPages::choose_huge_pages(std::size_t size_bytes) {
   untried_bytes_ += size_bytes;
   const bool may = excess_ < kTooMuch || (untried_bytes_ >= kRetryBytes && size_bytes >= kLeastTryBytes);
   if (may) untried_bytes_ = 0;

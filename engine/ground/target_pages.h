@@ -67,7 +67,7 @@ class TargetPages final : public PagePolicy {
   std::pair<std::byte* const, Used>* find(const std::byte* address);
   std::span<std::byte> take_fresh(std::size_t before_bytes, std::size_t size_bytes, Used& used);
   std::span<std::byte> take_kept(Used& used);
-  bool may_try_huge_pages(std::size_t size_bytes);
+  bool choose_huge_pages(std::size_t size_bytes);
   void keep(std::span<std::byte> memory, bool has_small_pages);
   void drop_kept(std::uint64_t limit_bytes) noexcept;
 

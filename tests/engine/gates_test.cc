@@ -63,13 +63,13 @@ struct Stream {
 };
 
 struct OpenGate final : Gate {
-  bool open(std::error_code&) noexcept override { return true; }
+  bool is_open(std::error_code&) noexcept override { return true; }
 };
 
 class StreamGate final : public Gate {
  public:
   explicit StreamGate(Stream& stream) : stream_(stream) {}
-  bool open(std::error_code& error) noexcept override {
+  bool is_open(std::error_code& error) noexcept override {
     ++stream_.looks;
     if (stream_.error != 0) error = {stream_.error, std::generic_category()};
     return stream_.error != 0 || stream_.at_end;

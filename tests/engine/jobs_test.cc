@@ -144,7 +144,7 @@ TEST_F(JobsTest, EachStepOfABufferedWayHasItsWork) {
 
 TEST_F(JobsTest, NoMoreSlotsAreUsedThanAtATimeAndHalfOfThemBehindAGate) {
   struct Shut final : Gate {
-    bool open(std::error_code&) noexcept override { return false; }
+    bool is_open(std::error_code&) noexcept override { return false; }
   };
   const Load gated = this->load(file_system_);
   gated.transfer->driver.gates.push_back(std::make_unique<Shut>());
@@ -168,7 +168,7 @@ TEST_F(JobsTest, ALateJobMakesRoomInItsStepAndASpareSlotTakesThePlaceOfItsOwn) {
   EXPECT_FALSE(jobs_.mark_late(start_ + 2 * kLate)) << "they are late already";
   EXPECT_EQ(jobs_.in(Step::kRead), 0u);
   EXPECT_EQ(file_system_.late(), 2u);
-  EXPECT_EQ(file_system_.stuck, 2u);
+  EXPECT_EQ(file_system_.stuck(), 2u);
   EXPECT_EQ(load.part.planned->open->stuck, 2u);
   const Load other = this->load(other_file_system_);
   EXPECT_EQ(open_all(other, tags), kSlots) << "as many as if nothing were late";
@@ -177,7 +177,7 @@ TEST_F(JobsTest, ALateJobMakesRoomInItsStepAndASpareSlotTakesThePlaceOfItsOwn) {
   EXPECT_FALSE(totals_.answers_again);
   jobs_.close(tags[1], start_);
   EXPECT_TRUE(totals_.answers_again);
-  EXPECT_EQ(file_system_.late() + file_system_.stuck + load.part.planned->open->stuck, 0u);
+  EXPECT_EQ(file_system_.late() + file_system_.stuck() + load.part.planned->open->stuck, 0u);
   close_all({tags.begin() + 2, tags.end()});
   EXPECT_TRUE(jobs_.idle());
 }
@@ -187,11 +187,11 @@ TEST_F(JobsTest, AnAbandonedJobIsStuckFromTheStartAndLateOnlyWhenItIs) {
   std::vector<unsigned> tags;
   open_all(load, tags, 1);
   jobs_.enter(jobs_[tags[0]], Step::kAbandoned, start_);
-  EXPECT_EQ(file_system_.stuck, 1u);
+  EXPECT_EQ(file_system_.stuck(), 1u);
   EXPECT_EQ(file_system_.late(), 0u);
   EXPECT_EQ(jobs_.in(Step::kRead) + jobs_.in(Step::kAbandoned), 0u);
   EXPECT_TRUE(jobs_.mark_late(start_ + kLate));
-  EXPECT_EQ(file_system_.stuck, 1u);
+  EXPECT_EQ(file_system_.stuck(), 1u);
   EXPECT_EQ(file_system_.late(), 1u);
   jobs_.close(tags[0], start_);
   EXPECT_TRUE(jobs_.idle());
@@ -216,7 +216,7 @@ TEST_F(JobsTest, AJobThatIsReroutedWithoutASlotFreesItThoughItWasStuck) {
   jobs_.reroute(job, way_of(load.part, *job.chunk, ChunkTraits::Route::kRefused));
   EXPECT_EQ(job.slot, -1);
   EXPECT_EQ(job.next, 0u);
-  EXPECT_EQ(file_system_.stuck, 0u);
+  EXPECT_EQ(file_system_.stuck(), 0u);
   EXPECT_TRUE(job.view.bytes.empty());
   EXPECT_EQ(open_all(load, tags), kSlots) << "its slot is free";
   close_all(tags);

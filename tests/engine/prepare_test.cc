@@ -44,7 +44,7 @@ class HalfCopier final : public Copier {
 
  private:
   struct OpenGate final : Gate {
-    bool open(std::error_code&) noexcept override { return true; }
+    bool is_open(std::error_code&) noexcept override { return true; }
   };
 };
 

@@ -28,7 +28,7 @@ class RouterTest : public ::testing::Test {
   std::vector<std::uint64_t> take_all(Router& router, List list) {
     std::vector<std::uint64_t> offsets;
     unsigned questions = kPlenty;
-    while (const Chunk* chunk = router.peek(list, questions)) {
+    while (const Chunk* chunk = router.find_next(list, questions)) {
       offsets.push_back(chunk->offset_bytes / kChunk);
       router.take(list);
     }
@@ -72,7 +72,7 @@ TEST_F(RouterTest, WhatIsGivenBackComesAgainOnTheListPastTheCacheAndNothingElseD
   std::vector<const Chunk*> taken;
   unsigned questions = kPlenty;
   for (const List list : {List::kThroughCache, List::kPastCache}) {
-    while (const Chunk* chunk = router.peek(list, questions)) {
+    while (const Chunk* chunk = router.find_next(list, questions)) {
       taken.push_back(chunk);
       router.take(list);
     }
@@ -90,10 +90,10 @@ TEST_F(RouterTest, AfterAFewWrongAnswersNothingThatWasCalledCachedGoesThroughThe
   Router router(plan_, *file_, CachePolicy::kAuto);
   unsigned questions = kPlenty;
   for (int i = 0; i < 4; ++i) {
-    const Chunk* chunk = router.peek(List::kThroughCache, questions);
+    const Chunk* chunk = router.find_next(List::kThroughCache, questions);
     ASSERT_TRUE(chunk) << "all are cached";
     router.take(List::kThroughCache);
-    EXPECT_EQ(router.peek(List::kPastCache, questions), nullptr) << "all have been asked about";
+    EXPECT_EQ(router.find_next(List::kPastCache, questions), nullptr) << "all have been asked about";
     if (i == 3) router.give_back(plan_.chunks[0]);
   }
   for (int i = 1; i < 4; ++i) router.give_back(plan_.chunks[static_cast<std::size_t>(i)]);
@@ -105,9 +105,9 @@ TEST_F(RouterTest, AfterAFewWrongAnswersNothingThatWasCalledCachedGoesThroughThe
 TEST_F(RouterTest, StopsAskingWhenTheQuestionsRunOutAndGoesOnLater) {
   Router router(plan_, *file_, CachePolicy::kDirect);
   unsigned questions = 3;
-  EXPECT_EQ(router.peek(List::kThroughCache, questions), nullptr);
+  EXPECT_EQ(router.find_next(List::kThroughCache, questions), nullptr);
   EXPECT_EQ(questions, 0u);
-  EXPECT_NE(router.peek(List::kPastCache, questions), nullptr) << "what is known can be taken";
+  EXPECT_NE(router.find_next(List::kPastCache, questions), nullptr) << "what is known can be taken";
   EXPECT_TRUE(take_all(router, List::kThroughCache).empty());
   EXPECT_EQ(take_all(router, List::kPastCache).size(), 8u) << "nothing was lost on the way";
 }

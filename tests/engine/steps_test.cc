@@ -159,16 +159,16 @@ TEST_F(StepsTest, AChunkThatIsNotCachedAfterAllGoesBackToTheRouter) {
   if (part_.file().direct_fd() < 0) GTEST_SKIP() << "no direct I/O here";
   plan({{5000, 6000, memory_.data() + 1}}, CachePolicy::kAuto);
   unsigned questions = 10;
-  const Chunk* chunk = part_.planned->router.peek(Router::List::kThroughCache, questions);
+  const Chunk* chunk = part_.planned->router.find_next(Router::List::kThroughCache, questions);
   const auto list = chunk ? Router::List::kThroughCache : Router::List::kPastCache;
-  ASSERT_TRUE(chunk || part_.planned->router.peek(list, questions));
+  ASSERT_TRUE(chunk || part_.planned->router.find_next(list, questions));
   ASSERT_TRUE(set_out(Route::kSeemsCached));
   part_.planned->router.take(list);
   EXPECT_TRUE(part_.planned->router.exhausted());
   end(workers_, -EAGAIN);
   EXPECT_EQ(told_, Told{"given back"});
   EXPECT_TRUE(steps_.idle());
-  EXPECT_EQ(part_.planned->router.peek(Router::List::kPastCache, questions), &part_.plan().chunks[0]);
+  EXPECT_EQ(part_.planned->router.find_next(Router::List::kPastCache, questions), &part_.plan().chunks[0]);
 }
 
 TEST_F(StepsTest, ChunksOfAFailedPartComeBackWhenTheirOperationsDo) {
