@@ -13,6 +13,7 @@
 #include "engine/cuda_handles.h"
 #include "engine/gate_cuda.h"
 #include "engine/ground/error.h"
+#include "engine/ground/immortal.h"
 
 namespace flashpack::internal {
 

@@ -2,6 +2,7 @@
 
 #include "engine/copier.h"
 #include "engine/ground/error.h"
+#include "engine/ground/immortal.h"
 
 namespace flashpack {
 

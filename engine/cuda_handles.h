@@ -1,4 +1,10 @@
 /// RAII for the CUDA runtime, and its errors. Only *_cuda.cc and gate_cuda.h include this.
+///
+/// make_stream(), make_event() and give_back() are the life of a handle, and a ContextGuard is what each call of the
+/// runtime needs. taken() and check() wrap such a call; the other functions translate and look up.
+///
+/// Thread safety: any thread may call any function; the objects are for one thread at a time, except Context, which is
+/// constant.
 #pragma once
 
 #include <cuda.h>
@@ -18,9 +24,8 @@ inline std::error_code code_of(cudaError_t error) noexcept { return {static_cast
 /// Both enumerations have the same values.
 inline cudaError_t error_of(CUresult result) noexcept { return static_cast<cudaError_t>(result); }
 
-/// Returns the result of a call, and takes it out of the calling thread's last error. The caller's code runs on the
-/// same threads, the driver's completions among it, and would take an error of ours for its own. An error that has
-/// ended the context stays.
+/// Returns the result of a call, and clears CUDA's last error of this thread, so that the caller's code, such as a
+/// completion, does not take our error for its own. CUDA keeps an error that has ended the context.
 inline cudaError_t taken(cudaError_t result) noexcept {
   if (result != cudaSuccess) static_cast<void>(cudaGetLastError());
   return result;

@@ -112,13 +112,6 @@ void bind_this_thread(const std::vector<int>& cpus) {
   }
 }
 
-// Whether all of the load has been read while it was prepared.
-bool is_read(const internal::TransferState& state) {
-  if (state.driver.parts.size() != 1) return false;
-  const internal::PartResult* const result = state.driver.parts.front().handover.result();
-  return result && !result->failure;
-}
-
 // Null if the workers are asked for.
 std::unique_ptr<internal::Ring> make_ring(Backend backend, unsigned tags,
                                           const std::vector<std::span<std::byte>>& slots) {
@@ -289,8 +282,9 @@ TransferStats Engine::load(LoadRequest request) { return start_load(std::move(re
 Transfer Engine::start_load(LoadRequest request, Completion* completion) {
   impl_->owner().require_current("engine");
   auto state = internal::prepare_load(impl_->facts(), std::move(request), completion);
-  if (!completion && !options().trace && is_read(*state)) {
-    state->add(*state->driver.parts.front().handover.result());
+  const internal::PartResult* const result = state->result_if_read();
+  if (result && !completion && !options().trace) {
+    state->add(*result);
     state->finish(std::nullopt);  // Nobody is to be told on the driver thread, so it need not be woken.
   } else {
     impl_->start(state);

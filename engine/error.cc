@@ -1,4 +1,5 @@
 #include "engine/ground/error.h"
+#include "engine/ground/immortal.h"
 
 #include <utility>
 

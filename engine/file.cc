@@ -15,6 +15,7 @@
 #include "engine/ground/error.h"
 #include "engine/ground/file_kind.h"
 #include "engine/ground/pages.h"
+#include "engine/ground/system_call.h"
 #include "engine/plan.h"
 
 namespace flashpack::internal {

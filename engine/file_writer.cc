@@ -10,6 +10,7 @@
 
 #include "engine/engine_impl.h"
 #include "engine/ground/error.h"
+#include "engine/ground/system_call.h"
 
 namespace flashpack {
 
@@ -93,7 +94,7 @@ FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::F
 void FileWriter::Impl::forget_those_that_ended_well() {
   std::erase_if(transfers_, [this](const auto& earlier) {
     if (!earlier->end.reached() || earlier->end.failure()) return false;
-    if (const auto& sums = earlier->driver.parts.front().planned->sums) sums_.add(*sums);
+    if (const internal::StripeSums* const sums = earlier->sums()) sums_.add(*sums);
     return true;
   });
 }
@@ -134,7 +135,7 @@ void FileWriter::Impl::take_results(const char* verb) {
     if (const internal::Failure* const failure = state->end.failure()) throw failure->error();
   }
   for (const auto& state : transfers_) {
-    if (const auto& sums = state->driver.parts.front().planned->sums) sums_.add(*sums);
+    if (const internal::StripeSums* const sums = state->sums()) sums_.add(*sums);
   }
   transfers_.clear();
 }

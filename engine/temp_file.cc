@@ -13,6 +13,7 @@
 
 #include "engine/ground/error.h"
 #include "engine/ground/file_kind.h"
+#include "engine/ground/system_call.h"
 
 namespace flashpack::internal {
 

@@ -48,27 +48,28 @@ class TempFile {
   TempFile& operator=(const TempFile&) = delete;
 
   /// Removes files that others have left, and creates this one, empty. The descriptor holds the lock: keep it open
-  /// as long as the file is written, and until put_in_place(). Throws: Error.
+  /// as long as the file is written, and until commit() has returned. Throws: Error.
   UniqueFd create();
 
   /// Where the file is now.
   std::filesystem::path path() const { return target_.parent_path() / name_; }
 
-  /// Gives the file the permissions of the one that it replaces, as they are now, and its group and owner as far as
-  /// this process may. The target of a link counts as the file that is replaced. A file that replaces none keeps what
-  /// umask left. Throws: Error, also if something else than a file has taken the target's place.
-  void keep_access(int fd);
-
-  void put_in_place();  ///< Throws: Error.
-  /// keep_access(), makes the bytes of the file durable, and put_in_place(). `fd` is the file's. Throws: Error.
+  /// Makes the bytes of the file durable and puts it in place. `fd` is the file's. Throws: Error, also if something
+  /// else than a file has taken the target's place.
+  ///
+  /// The file gets the permissions of the one that it replaces, as they are now, and its group and owner as far as this
+  /// process may. The target of a link counts as the file that is replaced. A file that replaces none keeps what umask
+  /// left.
   void commit(int fd);
-  void sync_directory() const;  ///< Makes put_in_place() durable. Throws: Error.
+  void sync_directory() const;  ///< Makes commit() itself durable. Throws: Error.
 
   /// Does nothing if the file is in place, or gone.
   void remove() noexcept;
 
  private:
   void look_at_target();
+  void keep_access(int fd);
+  void put_in_place();
   bool is_name_of_one(std::string_view name) const;
   void remove_if_left(const char* name) const noexcept;
 

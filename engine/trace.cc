@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "engine/ground/error.h"
+#include "engine/ground/system_call.h"
 #include "engine/ground/unique_fd.h"
 #include "flashpack/detail/owner_process.h"
 

@@ -67,6 +67,17 @@ void TransferState::add(const PartResult& result) {
   done_bytes += result.read_bytes;
 }
 
+const PartResult* TransferState::result_if_read() const {
+  if (driver.parts.size() != 1) return nullptr;
+  const PartResult* const result = driver.parts.front().handover.result();
+  return result && !result->failure ? result : nullptr;
+}
+
+const StripeSums* TransferState::sums() const {
+  const std::optional<StripeSums>& sums = driver.parts.front().planned->sums;
+  return sums ? &*sums : nullptr;
+}
+
 std::optional<Failure> TransferState::failure() const {
   std::optional<Failure> failure = driver.failure;
   if (!request.continue_on_error) return failure;

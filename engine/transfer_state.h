@@ -73,11 +73,13 @@ struct TransferRequest {
 };
 
 /// Shared by the caller's handle, the driver, threads that open or close a file of the transfer, and the FileWriter
-/// that started it, because any of them may be the last to need it. Functions are for the thread that may use `driver`,
-/// except those that name another.
+/// that started it, because any of them may be the last to need it.
+///
+/// add(), the report functions and finish() act, in this order; the other functions ask. They are for the thread that
+/// may use `driver`, except those that say "any thread".
 struct TransferState : std::enable_shared_from_this<TransferState> {
   /// The thread that prepares the transfer has it until the start. From then on only the driver uses it, until the end.
-  /// The FileWriter of a store reads the sums of its part after the end.
+  /// After it, a FileWriter asks for sums().
   struct Driver {
     std::deque<Part> parts;                    // A store has one part, already open. Parts never move in memory.
     std::uint64_t number = 0;                  // Counted from 1 in the order in which the driver got them.
@@ -103,15 +105,19 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   void add(const PartResult& result);
   /// How the transfer has failed, also if only some of its parts have. Requires: all parts have ended.
   std::optional<Failure> failure() const;
-  /// Ends the transfer, and calls the completion.
-  void finish(std::optional<Failure> result);
   /// Tells the completion of the part's extents that wait for no chunk: those of no bytes or, if the thread that opened
   /// the file has read it, all.
   void report_at_once(const Part& part) const;
   /// Tells the completion, if it wants to know, of the part's extents that have landed with `chunk`, which has been
   /// delivered. Throws: Error, kCorrupt, if a stripe of them does not match.
   void report_landed(Part& part, const Chunk& chunk) const;
+  /// Ends the transfer, and calls the completion.
+  void finish(std::optional<Failure> result);
 
+  /// The result of a load of one file whose bytes have been read while it was prepared; null for all others.
+  const PartResult* result_if_read() const;
+  /// The sums of what a store has written; null if nothing is counted. The FileWriter asks, after the end.
+  const StripeSums* sums() const;
   /// Any thread.
   bool is_load() const noexcept { return request.direction == Direction::kLoad; }
   /// Any thread.

@@ -3,8 +3,7 @@
 /// Thread safety: any thread may call any function.
 #pragma once
 
-#include <cerrno>
-#include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <filesystem>
 #include <new>
@@ -16,25 +15,7 @@
 
 namespace flashpack::internal {
 
-/// Returns the only T of this process, which is made at the first call and never destroyed, because a static engine may
-/// end after all other static objects, and make errors and free memory even then.
-template <typename T>
-T& immortal() {
-  alignas(T) static std::byte memory[sizeof(T)];
-  static T* const one = new (memory) T;
-  return *one;
-}
-
 inline std::error_code errno_code(int error_number) noexcept { return {error_number, std::generic_category()}; }
-
-/// Makes a system call, which returns a negative number for an error, again as often as a signal interrupts it.
-template <typename Call>
-auto uninterrupted(Call call) {
-  for (;;) {
-    const auto result = call();
-    if (result >= 0 || errno != EINTR) return result;
-  }
-}
 
 /// An Error about a whole file.
 inline Error file_error(std::error_code code, const char* operation, const std::filesystem::path& path) {

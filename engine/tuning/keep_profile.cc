@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "engine/ground/error.h"
+#include "engine/ground/system_call.h"
 #include "engine/ground/unique_fd.h"
 #include "engine/tuning/profile.h"
 #include "engine/tuning/profile_key.h"

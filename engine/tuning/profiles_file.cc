@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "engine/ground/error.h"
+#include "engine/ground/system_call.h"
 #include "engine/ground/unique_fd.h"
 #include "engine/temp_file.h"
 

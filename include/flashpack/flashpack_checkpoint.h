@@ -1,5 +1,8 @@
 /// Checkpoints in the C API: which tensors files have, and where. flashpack.h includes this header, and has the rules,
 /// also for threads.
+///
+/// flashpack_checkpoint_open() and flashpack_checkpoint_open_files() open a checkpoint, and
+/// flashpack_checkpoint_destroy() ends it; the other functions ask.
 #pragma once
 
 #include <stddef.h>

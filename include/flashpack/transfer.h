@@ -60,7 +60,8 @@ namespace internal {
 struct TransferState;
 }
 
-/// One transfer in progress. Move-only; it may outlive its engine.
+/// One transfer in progress. Move-only; it may outlive its engine. wait(), wait_for(), cancel() and detach() act; the
+/// other functions ask.
 ///
 /// The memory of the request (targets or sources) belongs to the caller and must stay valid until the transfer has
 /// finished: wait() returned or threw, wait_for() returned true, or the destructor returned.

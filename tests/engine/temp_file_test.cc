@@ -67,7 +67,7 @@ TEST_F(TempFileTest, TheFileGoesWithItsObjectUnlessItIsInPlaceOrTheObjectIsAFork
   {
     TempFile file(target_);
     const UniqueFd fd = file.create();
-    file.put_in_place();
+    file.commit(fd.get());
   }
   EXPECT_EQ(entries(), std::set<std::string>{"model"});
 }
@@ -111,8 +111,8 @@ TEST_F(TempFileTest, WhatSomebodyWritesIsLeftAlone) {
   const UniqueFd second_fd = second.create();
   EXPECT_NE(first.path(), second.path());
   EXPECT_EQ(entries().size(), 2u);
-  first.put_in_place();
-  second.put_in_place();
+  first.commit(first_fd.get());
+  second.commit(second_fd.get());
   EXPECT_EQ(entries(), std::set<std::string>{"model"});
 }
 
@@ -144,7 +144,7 @@ TEST_F(TempFileTest, ManyAtATimeNeverLoseTheirFiles) {
         TempFile file(target_);
         const UniqueFd fd = file.create();
         if (round % 2) std::this_thread::yield();
-        EXPECT_NO_THROW(file.put_in_place());
+        EXPECT_NO_THROW(file.commit(fd.get()));
       }
     });
   }
@@ -157,7 +157,7 @@ TEST_F(TempFileTest, FollowsTheDirectoryThatIsRenamed) {
   TempFile file(dir_ / "before" / "model");
   const UniqueFd fd = file.create();
   std::filesystem::rename(dir_ / "before", dir_ / "after");
-  file.put_in_place();
+  file.commit(fd.get());
   EXPECT_TRUE(std::filesystem::exists(dir_ / "after" / "model"));
 }
 
@@ -254,10 +254,10 @@ TEST_F(TempFileTest, WhatTakesTheTargetsPlaceMeanwhileIsNotReplacedUnlessItIsAFi
   TempFile file(target_);
   const UniqueFd fd = file.create();
   std::filesystem::create_symlink("elsewhere", target_);
-  EXPECT_THROW(file.keep_access(fd.get()), Error);
+  EXPECT_THROW(file.commit(fd.get()), Error);
   std::filesystem::remove(target_);
   ASSERT_EQ(::mkfifo(target_.c_str(), 0600), 0);
-  EXPECT_THROW(file.keep_access(fd.get()), Error);
+  EXPECT_THROW(file.commit(fd.get()), Error);
 }
 
 TEST_F(TempFileTest, AReplacedFileIsWholeAndALinkToItStays) {
@@ -298,8 +298,7 @@ class ReplacedAccessTest : public TempFileTest {
     struct stat status{};
     EXPECT_EQ(::fstat(fd.get(), &status), 0);
     EXPECT_EQ(status.st_mode & 0777, 0600u) << "until it is whole it is nobody else's business";
-    file.keep_access(fd.get());
-    file.put_in_place();
+    file.commit(fd.get());
     EXPECT_EQ(::stat(target_.c_str(), &status), 0);
     return status;
   }
@@ -316,8 +315,7 @@ TEST_F(ReplacedAccessTest, WhatIsMadePrivateWhileItsReplacementIsWrittenStaysPri
     const UniqueFd fd = file.create();
     testing::write_file(target_, {});
     EXPECT_EQ(::chmod(target_.c_str(), 0600), 0);
-    file.keep_access(fd.get());
-    file.put_in_place();
+    file.commit(fd.get());
     struct stat status{};
     EXPECT_EQ(::stat(target_.c_str(), &status), 0);
     return status.st_mode & 07777;
@@ -335,7 +333,7 @@ TEST_F(ReplacedAccessTest, TheModeOutlivesTheFileThatHadIt) {
   TempFile file(target_);
   const UniqueFd fd = file.create();
   std::filesystem::remove(target_);
-  file.keep_access(fd.get());
+  file.commit(fd.get());
   struct stat status{};
   ASSERT_EQ(::fstat(fd.get(), &status), 0);
   EXPECT_EQ(status.st_mode & 07777, 0640u);

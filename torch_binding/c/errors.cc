@@ -6,6 +6,7 @@
 #include <system_error>
 
 #include "engine/ground/error.h"
+#include "engine/ground/immortal.h"
 #include "flashpack/error.h"
 
 struct flashpack_error {

@@ -8,6 +8,7 @@
 #include <cerrno>
 
 #include "engine/ground/error.h"
+#include "engine/ground/system_call.h"
 #include "engine/ground/unique_fd.h"
 #include "torch_binding/format/foreign_file.h"
 #include "torch_binding/format/format_rules.h"
