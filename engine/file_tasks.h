@@ -6,7 +6,7 @@
 
 #include "engine/ground/unique_fd.h"
 #include "engine/inbox.h"
-#include "engine/part.h"
+#include "engine/open_part.h"
 #include "engine/pool.h"
 
 namespace flashpack::internal {

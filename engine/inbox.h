@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "engine/io_queue.h"
-#include "engine/part.h"
+#include "engine/open_part.h"
 
 namespace flashpack::internal {
 

@@ -3,8 +3,6 @@
 #pragma once
 
 #include <array>
-#include <atomic>
-#include <cassert>
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
@@ -18,6 +16,7 @@
 #include "engine/file_system.h"
 #include "engine/file_table.h"
 #include "engine/ground/unique_fd.h"
+#include "engine/handover.h"
 #include "engine/landing.h"
 #include "engine/plan.h"
 #include "engine/router.h"
@@ -61,41 +60,6 @@ struct PlannedFile {
   std::string fallback_reason = {};  // Why this is slower, or checks less, than asked for.
 
   const File& file() const noexcept { return open->file; }
-};
-
-/// How the work on a part has ended.
-struct PartResult {
-  std::optional<Failure> failure;
-  std::uint64_t verified_bytes = 0;
-  std::uint64_t read_bytes = 0;  // Bytes that open_part() has read: none or all.
-  std::string fallback_reason = {};
-};
-
-/// The driver and the thread that opens or closes the file of a part share this while the thread works, and nothing
-/// else that changes. Thread safety: as each function says.
-class Handover {
- public:
-  /// Claims the caller's memory for the calling side, the thread or the driver. False if the other side has it. The
-  /// thread claims it for as long as it reads into it, and the driver claims it when the part fails. Whichever comes
-  /// first decides: the transfer waits until the thread has read, or ends at once and the thread reads nothing.
-  bool claim_memory() noexcept { return !memory_claimed_.exchange(true); }
-  /// The thread, when it has read.
-  void release_memory() noexcept { memory_claimed_ = false; }
-
-  /// Gives the result, once: the thread, when it has nothing left to do but to close the file, or the driver, when no
-  /// thread has the part.
-  void end(PartResult result) noexcept {
-    assert(!ended_);
-    result_ = std::move(result);
-    ended_ = true;
-  }
-  /// The driver: null until end().
-  const PartResult* result() const noexcept { return ended_ ? &result_ : nullptr; }
-
- private:
-  std::atomic<bool> memory_claimed_ = false;
-  std::atomic<bool> ended_ = false;  // Set after result_, which is constant from then on.
-  PartResult result_;
 };
 
 /// Where a part is on its way, and what OpenParts counts it among. Only OpenParts changes it.
@@ -145,36 +109,6 @@ struct Part {
   const File& file() const noexcept { return planned->file(); }
 };
 
-/// How the files of a pipeline are opened.
-struct OpenRules {
-  std::uint32_t chunk_bytes = 0;
-  std::uint32_t at_once_bytes = 0;  // See read_at_once().
-};
-
-/// Reads a load of at most `at_once_bytes` from the page cache, without waiting for the disk, if all of it is there.
-/// This costs less than to hand chunks from thread to thread. Returns nothing if the load must be done by chunks, or if
-/// the driver has claimed the memory; the targets may have been changed. Without `known` it may open the file once
-/// more, which may block.
-std::optional<PartResult> read_at_once(const PartRequest& request, const File& file, const Residency* known,
-                                       Handover& handover, std::uint32_t at_once_bytes);
-
-/// Plans the chunks of a load from `planned.open`, and sets the other members of `planned`. Throws: Error, kTruncated.
-void plan_load(const PartRequest& request, std::uint32_t chunk_bytes, PlannedFile& planned);
-
-/// The result of open_part(). With `planned` alone, the driver moves the chunks. With both, the file is open but cannot
-/// be read, and the driver has it closed. With `failure` alone, the file is not open. With neither, the thread has read
-/// all of it and closed it, and the handover has the result.
-struct Opened {
-  std::unique_ptr<PlannedFile> planned;
-  std::optional<Failure> failure;
-};
-
-/// Opens the file of a load, from `given` if that is set, checks whether it is the expected one, and plans its chunks.
-/// If `may_wait_for_descriptors`, a lack of descriptors is a failure also where the file could be read without direct
-/// I/O. May block for ever.
-Opened open_part(const PartRequest& request, UniqueFd given, Handover& handover, FileTable& files, OpenRules rules,
-                 bool may_wait_for_descriptors = false) noexcept;
-
 /// Checks after a load that the file has not changed and that the bytes match their checksums. May block for ever.
 PartResult check_part(const PartRequest& request, const PlannedFile& planned) noexcept;
 
@@ -183,8 +117,5 @@ PartResult check_part(const PartRequest& request, const PlannedFile& planned) no
 /// sums; no thread counts bytes of these stripes now.
 std::uint64_t compare_stripes(const PartRequest& request, const PlannedFile& planned, std::uint64_t begin_bytes,
                               std::uint64_t end_bytes);
-
-/// Whether the process or the system has no descriptors left.
-bool no_descriptors(std::error_code error);
 
 }  // namespace flashpack::internal

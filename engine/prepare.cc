@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "engine/ground/error.h"
+#include "engine/open_part.h"
 
 namespace flashpack::internal {
 

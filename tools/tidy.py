@@ -45,10 +45,10 @@ ROOMS = ("include/", "engine/", "torch_binding/", "tests/", "bench/", "tools/", 
 # lower floors.
 ENGINE_FLOORS = (
     "cuda_handles failure file_system io_queue mounts plan residency staging stripe_sums temp_file thread way",
-    "byte_work file landing pool ring tracer",
+    "byte_work file handover landing pool ring tracer",
     "copier file_table router work_queue",
     "gate_cuda part workers",
-    "transfer_state",
+    "open_part transfer_state",
     "gates inbox jobs open_parts profiler_ranges",
     "file_tasks prepare steps",
     "schedule",
