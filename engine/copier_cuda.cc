@@ -53,7 +53,7 @@ bool are_locked(std::span<const std::span<std::byte>> slots) {
                      [](const auto& slot) { return is_locked(slot.front()) && is_locked(slot.back()); });
 }
 
-// The copies of one device. Its members are called as those of Copier that have the same names.
+// The copies of one device. The thread rules of each member are those of the Copier member of the same name.
 class DeviceCopies {
  public:
   using EndedCopy = Copier::EndedCopy;

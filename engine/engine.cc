@@ -123,8 +123,9 @@ std::unique_ptr<internal::Ring> make_ring(Backend backend, unsigned tags,
 
 }  // namespace
 
-// The objects that the driver thread works with. The pool is made before the queues and the copier, which post to it,
-// but must also end before these, because its threads run their code. So the destructor gives the order.
+// The objects that the driver thread works with. The pool is made first, because queues and copier post to it. It must
+// also end first, because its threads run their code. Members would end in reverse order, so the destructor states the
+// order.
 struct Engine::Impl::Machine {
   Machine() = default;
   Machine(const Machine&) = delete;

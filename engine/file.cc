@@ -180,9 +180,9 @@ void File::open_direct_for(int access) {
   direct_error_ = alignment ? open_same(access) : errno_code(EOPNOTSUPP);
   if (direct_error_) return;
   alignment_ = *alignment;
-  // Blocks are whole pages. In memory, the kernel then never writes to a page that others use. In a file that is
-  // written, less than a block goes through the page cache; if a direct write shared a page with it, the page cache
-  // would later overwrite the direct write with old bytes.
+  // Disk blocks are whole pages. In memory, the kernel then never writes to a page that others use. In a file that is
+  // written, less than a disk block goes through the page cache; if a direct write shared a page with it, the page
+  // cache would later overwrite the direct write with old bytes.
   alignment_.block_bytes = std::max(alignment_.block_bytes, system_page_bytes());
   if (access != O_RDONLY) return;
   // The address is misaligned, so that the kernel reads nothing: it answers EINVAL if it can refuse to wait, else

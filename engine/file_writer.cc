@@ -90,7 +90,8 @@ FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::F
   return claims;
 }
 
-// Adds up their checksums, so that a writer with many calls keeps few transfers.
+// Adds the checksums of writes that have succeeded to `sums_` and forgets those writes, so that a writer with many
+// calls keeps few transfers.
 void FileWriter::Impl::forget_those_that_ended_well() {
   std::erase_if(transfers_, [this](const auto& earlier) {
     if (!earlier->end.reached() || earlier->end.failure()) return false;

@@ -28,8 +28,8 @@ struct Job {
   ChunkView view;                               // The bytes in the slot or, in place, in the caller's memory.
   Fragment file_bytes{};                        // The bytes of `view` as a range of the file.
   std::uint64_t done_bytes = 0;                 // Bytes of file_bytes that direct I/O has moved; while it is not at
-                                                // the end, in whole blocks.
-  unsigned stalls = 0;                          // Results in a row that moved no further block.
+                                                // the end, in whole disk blocks.
+  unsigned stalls = 0;                          // Results in a row that moved no further disk block.
   Queue* queue = nullptr;                       // The queue that has the job's operation.
   std::chrono::steady_clock::time_point since;  // When the step began.
   std::uint64_t begun_bytes = 0;                // `done_bytes` at that time.
@@ -38,7 +38,7 @@ struct Job {
 
   TransferState& transfer() const { return *part->transfer; }
   std::span<const Fragment> fragments() const { return part->plan().fragments_of(*chunk); }
-  /// The operation of kRead or kWrite, from the last whole block on that has been moved.
+  /// The operation of kRead or kWrite, from the last whole disk block on that has been moved.
   DiskRequest disk_request() const;
   /// The operation of a step in which a CPU or the copier touches the bytes. Valid as long as the job stays in its
   /// place.

@@ -67,8 +67,8 @@ class OpenParts {
   const std::vector<Part*>& with_threads() const noexcept { return with_threads_; }
   /// Finds the threads of parts that have become late.
   void mark_late(Time now);
-  /// Number of file systems, directories and mount points that are kept. Each is forgotten when the last part there is
-  /// done: until then nothing of it can be open, late or stuck without being counted.
+  /// Number of file systems, directories and mount points that are kept. They are kept until their last part is done,
+  /// so that no open, late or stuck operation goes uncounted.
   std::size_t places() const noexcept { return file_systems_.size() + prefixes_[0].size() + prefixes_[1].size(); }
   /// To be called when an operation has become late: reads the mounts, because prefixes are looked up from then on.
   void read_mounts() { mounts_ = read_mounts_(); }

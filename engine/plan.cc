@@ -49,7 +49,7 @@ class Cutter {
     assert(alignment.memory_bytes <= alignment.block_bytes);
   }
 
-  /// Adds a fragment that may be in place if it has at least `min_in_place_bytes` in whole blocks.
+  /// Adds a fragment that may be in place if it has at least `min_in_place_bytes` in whole disk blocks.
   void add(Fragment fragment, std::uint64_t min_in_place_bytes = kMinInPlaceBytes) {
     const std::uint64_t inner_begin = round_up(fragment.offset_bytes, alignment_.block_bytes);
     const std::uint64_t inner_end = round_down(end_of(fragment), alignment_.block_bytes);
@@ -126,7 +126,8 @@ std::size_t contiguous(std::span<const Fragment> extents, std::uint64_t max_gap_
   return count;
 }
 
-// Adds contiguous extents of a store. Head, body and tail never share a chunk, because only the body is whole blocks.
+// Adds contiguous extents of a store. Head, body and tail never share a chunk, because only the body is whole disk
+// blocks.
 void add_store(Plan& plan, Cutter& cutter, std::span<const Fragment> extents, std::uint32_t block_bytes) {
   const std::uint64_t begin = extents.front().offset_bytes;
   const std::uint64_t end = end_of(extents.back());

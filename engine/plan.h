@@ -34,14 +34,15 @@ struct Chunk {
   std::uint32_t size_bytes;    ///< Size up to the last byte of the fragments.
   std::uint32_t first_fragment;
   std::uint32_t fragment_count;
-  /// Whether the chunk needs no slot: it is one fragment of whole blocks whose memory is aligned for direct I/O.
+  /// Whether the chunk needs no slot: it is one fragment of whole disk blocks whose memory is aligned for direct I/O.
   bool in_place;
   DeviceNumber device;  ///< Where the memory of all fragments is. For a device the chunk needs a slot.
 };
 
 /// Alignment that direct I/O on a file demands, in powers of two.
 struct Alignment {
-  std::uint32_t block_bytes = kPageBytes;   ///< Offsets and sizes are multiples of it. At least kPageBytes.
+  std::uint32_t block_bytes =
+      kPageBytes;  ///< The disk block. Offsets and sizes are multiples of it. At least kPageBytes.
   std::uint32_t memory_bytes = kPageBytes;  ///< Addresses are multiples of it. At most block_bytes.
 };
 
@@ -53,18 +54,18 @@ struct Plan {
   std::uint64_t total_bytes = 0;  ///< Sum of the fragments' sizes.
 
   /// Cuts `extents` on the grid into chunks to read. No chunk crosses a multiple of `chunk_bytes` in the file, so that
-  /// a chunk that is widened to whole blocks still fits a slot. A read is in place only if memory and file offset are
-  /// equal modulo a block, so that the kernel writes to no page that others use.
+  /// a chunk that is widened to whole disk blocks still fits a slot. A read is in place only if memory and file offset
+  /// are equal modulo a disk block, so that the kernel writes to no page that others use.
   static Plan of_load(std::vector<Fragment> extents, std::uint32_t chunk_bytes, std::uint32_t block_bytes);
 
-  /// Cuts `extents`, which must not overlap, on the same grid into chunks to write. Chunks of whole blocks are written
-  /// directly; less than a block at the ends of contiguous extents is a chunk of its own. Gaps of at most
+  /// Cuts `extents`, which must not overlap, on the same grid into chunks to write. Chunks of whole disk blocks are
+  /// written directly; less than a disk block at the ends of contiguous extents is a chunk of its own. Gaps of at most
   /// zeros_between() are filled with zeros.
   static Plan of_store(std::vector<Fragment> extents, std::uint32_t chunk_bytes, Alignment alignment);
 
-  /// The largest gap between two neighbours of `extents` that of_store() fills with zeros: less than a block. It is 0
-  /// unless all extents are on the host or all on one device, because otherwise an extent of another place could lie
-  /// between two of them, and the zeros would take the place of its bytes.
+  /// The largest gap between two neighbours of `extents` that of_store() fills with zeros: less than a disk block. It
+  /// is 0 unless all extents are on the host or all on one device, because otherwise an extent of another place could
+  /// lie between two of them, and the zeros would take the place of its bytes.
   static std::uint64_t zeros_between(std::span<const Fragment> extents, Alignment alignment);
 
   std::span<const Fragment> fragments_of(const Chunk& chunk) const {

@@ -11,7 +11,7 @@ namespace flashpack::internal {
 
 namespace {
 
-// After this many results in a row without progress (EINTR, EAGAIN, less than a block) the part fails.
+// After this many results in a row without progress (EINTR, EAGAIN, less than a disk block) the part fails.
 constexpr unsigned kMaxStalls = 32;
 
 }  // namespace
@@ -166,8 +166,8 @@ void Steps::on_direct(unsigned tag, std::int64_t result) {
     return advance(tag);
   }
   if (result == 0 && reads) return fail(tag, Errc::kTruncated);
-  // Direct I/O can go on only at a whole block. Less than a block is no progress and is tried again a bounded number of
-  // times.
+  // Direct I/O can go on only at a whole disk block. Less than one is no progress and is tried again a bounded number
+  // of times.
   const std::uint64_t resume = round_down(got, job.part->file().alignment().block_bytes);
   job.stalls = resume > job.done_bytes ? 0 : job.stalls + 1;
   if (job.stalls > kMaxStalls) {

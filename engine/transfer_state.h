@@ -26,8 +26,8 @@ namespace flashpack::internal {
 class Inbox;
 
 /// How a transfer ended. The driver sees the end first and calls the completion. Other threads see it after the
-/// completion has returned, so that a Completion may be destroyed as soon as wait() has returned. What is not reach(),
-/// publish() or a wait asks.
+/// completion has returned, so that a Completion may be destroyed as soon as wait() has returned. reach(),
+/// publish() and the waits act; the other functions ask.
 ///
 /// Thread safety: any thread; only the driver calls reach() and publish(), each once.
 class TransferEnd {

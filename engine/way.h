@@ -59,7 +59,7 @@ enum class View : std::uint8_t {
   kFragments,  ///< The memory of each fragment; a worker moves one after the other.
   kInPlace,    ///< The memory of the one fragment.
   kSlot,       ///< A slot with the chunk's bytes.
-  kBlocks,     ///< A slot with the chunk's bytes and, at its ends, the rest of the file's blocks.
+  kBlocks,     ///< A slot with the chunk's bytes and, at its ends, the rest of the file's disk blocks.
 };
 constexpr bool has_slot(View view) { return view >= View::kSlot; }
 

@@ -26,7 +26,7 @@ struct CheckpointFile {
   UniqueFd fd;  ///< Open for reading. To be passed as FileExtents::fd.
 };
 
-/// Which file has a tensor, as an index has it: the name of the file for the name of the tensor.
+/// Maps the name of each tensor to the name of its file, as an index file does.
 using WeightMap = std::map<std::string, std::string, std::less<>>;
 
 /// The tensors of one or several files. Each file stays open, so that payloads are read from the files whose metadata

@@ -20,8 +20,8 @@ namespace flashpack {
 /// engine hides alignment.
 ///
 /// Writes are fastest when each call covers whole multiples of EngineOptions::chunk_bytes of the file, because parts of
-/// a block (mostly 4 KiB) at the ends go through the page cache. Memory is written without a copy if it has the
-/// alignment that direct I/O demands for whole blocks of the file: 512 bytes on most disks, 4 on most NVMe.
+/// a disk block (mostly 4 KiB) at the ends go through the page cache. Memory is written without a copy if it has the
+/// alignment that direct I/O demands for whole disk blocks: 512 bytes on most disks, 4 on most NVMe.
 struct SourceExtent {
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
@@ -30,9 +30,9 @@ struct SourceExtent {
 };
 
 struct WriteRequest {
-  /// Extents in any order. Between two extents that are less than a block apart, zeros are written, unless some extents
-  /// of the request are on the host and some on a device, or on several devices. It is an error to write a byte of the
-  /// file twice, also one of these zeros.
+  /// Extents in any order. Between two extents that are less than a disk block apart, zeros are written, unless some
+  /// extents of the request are on the host and some on a device, or on several devices. It is an error to write a byte
+  /// of the file twice, also one of these zeros.
   std::vector<SourceExtent> extents;
   /// A cudaStream_t for sources on EngineOptions::device; null is as in LoadRequest::stream. Sources are not read
   /// before all work that is on the stream when start_write() is called has ended.

@@ -127,8 +127,8 @@ typedef struct flashpack_open_file_info {
   size_t struct_size;
   uint64_t size_bytes;       ///< When it was opened. No extent may go past it.
   uint64_t alignment_bytes;  ///< If offset, size and address are multiples of this, a read that goes past the page
-                             ///< cache needs no copy; for less than 128 KiB only if nothing else is wanted within 64
-                             ///< KiB. 4096 if the file has no direct I/O.
+                             ///< cache needs no copy. A read of less than 128 KiB is without a copy only if no
+                             ///< other extent lies within 64 KiB of it. 4096 if the file has no direct I/O.
 } flashpack_open_file_info;
 
 /// Opens a regular file or a block device for loads of `engine`. If `fd` is not negative, it is a readable descriptor

@@ -13,14 +13,14 @@ namespace internal {
 class TargetPages;
 }
 
-/// Keeps the pages of HostMemory that is gone for the next one, because fresh pages cost more than to read a cached
-/// file to them. Copies are the same pool, and an engine that was made with one has that pool
+/// When a HostMemory is destroyed, its pool keeps the pages for the next one, because fresh pages cost more than to
+/// read a cached file to them. All copies of a pool share one store, also the copy that an engine has
 /// (EngineOptions::memory_pool). The pages go back to the system with the last copy and the last memory of the pool.
 ///
-/// A pool never holds more than was once used of it at a time. Pages of less than 2 MiB are not kept. The kernel may
-/// take kept pages at any time, so that they count as available memory. Nothing is kept before Linux 5.18, nor where
-/// the address space or the memory that may be promised is limited (RLIMIT_AS, vm.overcommit_memory=2), nor by a pool
-/// that a forked child has of its parent.
+/// Used and kept memory together are never more than the most that was in use at one time. Pages of less than 2 MiB are
+/// not kept. The kernel may take kept pages at any time, so that they count as available memory. Nothing is kept before
+/// Linux 5.18, nor where the address space or the memory that may be promised is limited (RLIMIT_AS,
+/// vm.overcommit_memory=2), nor by a pool that a forked child has of its parent.
 ///
 /// Thread safety: any thread may call any member at any time, but assign to, or destroy, only what no other thread
 /// uses.

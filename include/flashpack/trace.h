@@ -23,7 +23,7 @@ enum class TraceStage : std::uint8_t {
   kReadCached,   ///< A chunk is read through the page cache.
   kPopulate,     ///< A worker takes the page faults of memory, before the disk uses it.
   kCopy,         ///< A chunk is copied between staging memory and its place, on the host or a device.
-  kChecksum,     ///< A worker counts a chunk for its checksums. Where bytes are touched anyway, that step counts them.
+  kChecksum,     ///< A worker adds a chunk to its checksums. A step that touches the bytes anyway does that itself.
   kWrite,        ///< A chunk is written past the page cache.
   kWriteCached,  ///< A chunk is written through the page cache.
   kWait,         ///< A chunk waits for the caller's stream.

@@ -6,10 +6,10 @@
 /// system, the type of the file system, the version of the kernel and the GPU. It also has staging_bytes where other
 /// memory than the usual was better, as for a GPU; if it is absent, staging is large enough for all reads in flight.
 /// Its backend is Backend::kWorkers where `flashpack_tune --backend` found that faster, and else the engine's choice:
-/// no profile forces io_uring, which a container may refuse. How a load uses the page cache is LoadRequest::cache,
-/// which is no option of an engine, and no profile has it. A profile is applied only where all values of its key are
-/// the same. A key for which nothing was better than the defaults has a profile without numbers, and so gets the
-/// defaults of later versions, too. The file of profiles is the user's, JSON, and may be edited.
+/// no profile forces io_uring, which a container may refuse. A profile does not say how a load uses the page cache,
+/// because LoadRequest::cache belongs to a load, not to an engine. A profile is applied only where all values of its
+/// key are the same. A key for which nothing was better than the defaults has a profile without numbers, and so gets
+/// the defaults of later versions, too. The file of profiles is the user's, JSON, and may be edited.
 ///
 /// A profile takes at most 1 GiB of staging memory. Where an engine cannot be made with it, as under a limit on memory
 /// or threads, one with the defaults still may be.

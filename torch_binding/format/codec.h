@@ -27,7 +27,7 @@ class OpenedFile {
   /// The first and the last bytes, 64 KiB or, if the file is smaller, all. They are read when they are first wanted.
   const std::string& head();
   const std::string& tail();
-  /// Reads a range, except for what has been read of it. Requires: it is in the file.
+  /// Returns the bytes of a range; what head() and tail() have is not read again. Requires: the range is in the file.
   std::string read(std::uint64_t offset_bytes, std::uint64_t size_bytes) const;
 
   /// Throws Error (kBadFile) if the JSON, called `what`, is longer than `limit_bytes` or than this file's own limit.

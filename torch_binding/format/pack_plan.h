@@ -6,9 +6,9 @@
 ///   * Converted values lie in a buffer as in the file, modulo a page, so that they are written without another copy.
 ///   * A tensor that is larger than a buffer is converted in parts, so that the copy of a large tensor is never whole.
 ///     Parts end at multiples of kPackPartBytes in the file where rows allow it, so that whole chunks are written.
-///   * Elements on the host that are neighbours in the file and far apart in memory are first put in a dense copy of
-///     their order in memory, because torch transposes quickly what is dense, and slowly what is cut out of something
-///     larger. Such a part takes its room in the buffer twice.
+///   * Elements on the host that are neighbours in the file and far apart in memory have to be transposed. torch
+///     transposes a dense tensor fast and a slice of a larger one slowly. So such a part is first copied densely, in
+///     its memory order, and takes twice its size in the buffer.
 ///   * A group is what is written by one transfer. It ends when a buffer is full. While one group is being filled, the
 ///     others of kPackGroups are being written, which keeps the disk's queue full.
 #pragma once

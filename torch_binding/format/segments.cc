@@ -113,16 +113,17 @@ class Planner {
     }
   }
 
-  // On the host, segments that are not shifted have blocks of their own, for these can be read in place. In a file
-  // with shifted ones, whose tensors may be shifted differently in turn, only the larger segments have, because the
-  // number of a process's mappings is limited.
+  // On the host, segments that are not shifted get blocks of their own, which can be read in place. If a file has
+  // shifted segments, only the larger unshifted ones get a block of their own, because a process may have only so many
+  // mappings.
   void place() {
     const bool any_shifted = std::ranges::any_of(kinds_, &Kind::is_shifted);
     for (std::size_t i = 0; i < plan_.segments.size(); ++i) {
       Segment& segment = plan_.segments[i];
       const bool by_first = on_device_ || kinds_[i].is_shifted;
       if (by_first || (any_shifted && segment.size_bytes <= kSmallBlockBytes)) {
-        // The first tensor is aligned, or all are as they are in the file.
+        // A shifted or device segment is placed so that its first tensor is aligned; others keep their offset in the
+        // file.
         place_in_shared_block(segment, by_first ? -kinds_[i].lead_bytes : segment.offset_bytes);
       } else {
         segment.block = plan_.blocks.size();
