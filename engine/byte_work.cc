@@ -24,8 +24,11 @@ namespace {
 constexpr int kMaxInterrupts = 100;
 
 // Gaps of up to this size are read into a buffer that is ignored, so that one system call reads several small tensors.
+// A page is a bound for what is on the stack and is copied for nothing, and is not tuned.
 constexpr std::size_t kSinkBytes = 4096;
 
+// Also a bound for what is on the stack: 1 KiB of vectors. With so many fragments in a call, its cost counts for
+// little.
 constexpr std::size_t kMaxVectors = 64;
 
 // Moves one whole fragment, or less at the end of the file.

@@ -25,7 +25,8 @@ using cuda::Context;
 using cuda::ContextGuard;
 using cuda::taken;
 
-// One copy engine serves each direction; the second stream fills the pauses between copies of the first.
+// One copy engine serves each direction; the second stream fills the pauses between copies of the first. Other numbers
+// were not measured.
 constexpr std::size_t kStreams = 2;
 
 // Starting a copy takes some us (device_bench, link/copy_start), and less in a batch. More of them than this go to the

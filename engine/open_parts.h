@@ -51,7 +51,10 @@ class OpenParts {
   explicit OpenParts(std::function<Mounts()> read_mounts, Tracer tracer = {})
       : read_mounts_(std::move(read_mounts)), tracer_(tracer) {}
 
+  /// A bound on descriptors and threads, and not tuned: loads of 64 files keep the disk as busy as one file does
+  /// (bench/README.md, "cold, 64 files in one request").
   static constexpr std::size_t kMaxOpen = 32;
+  /// A bound on the threads that may hang: Pool::kMaxThreads has room for as many, and for Jobs::kStuckLimit.
   static constexpr std::size_t kHeldUpLimit = 256;
 
   /// The part goes from its state to `state`. It goes back to kWaiting when its file could not be opened because the

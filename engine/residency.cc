@@ -29,7 +29,8 @@ struct Cachestat {
   std::uint64_t recently_evicted_pages;
 };
 
-// Each wrong answer costs a refused read, and a file that is being evicted or truncated gives many.
+// Each wrong answer costs a refused read, and a file that is being evicted or truncated gives many. This bounds what a
+// file can lose that way, and is not tuned.
 constexpr unsigned kMaxWrongAnswers = 4;
 
 std::minstd_rand random_by_time() {

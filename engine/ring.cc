@@ -26,8 +26,9 @@ namespace {
 constexpr std::uint64_t kWakeTag = std::uint64_t{1} << 63;
 constexpr std::uint64_t kCancelTag = std::uint64_t{1} << 62;
 
-// A slot is registered at this use; only uses that fill at least half of it count. Registering pins the whole
-// slot, so that memory that nobody touches would be taken for a slot that only edges of tensors go through.
+// A slot is registered at this use; only uses that fill at least half of it count. Registering takes memory for the
+// whole slot. A slot that only carries edges of tensors touches little of it, so it is not registered. The second use
+// is the first that shows that a slot is used again; later ones were not compared.
 constexpr std::uint8_t kRegisterAtUse = 2;
 
 // A kernel that lacks memory or room for completions answers EAGAIN or EBUSY for a moment. If it does so for this long,

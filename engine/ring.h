@@ -22,7 +22,7 @@ namespace flashpack::internal {
 /// slots, but a process that is killed before its child cannot.
 class Ring final : public DiskQueue {
  public:
-  /// Setups of a ring, best first. Later ones cost more CPU but are not slower.
+  /// Setups of a ring, best first: later ones interrupt the driver more often. How much that costs is not measured.
   enum class Rung : std::uint8_t {
     kDeferred,     ///< SINGLE_ISSUER and DEFER_TASKRUN: completions never interrupt the driver. Linux 6.1.
     kCooperative,  ///< COOP_TASKRUN. Linux 5.19.

@@ -21,18 +21,18 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::nanoseconds;
 
-// To populate 2 MiB takes 0.8 to 1.3 ms in small pages. In one huge page it takes 0.2 to 0.3 ms, or 2 to 9 ms if the
-// host has to provide it (engine_bench, cost/first_touch).
+// To populate 2 MiB takes 1.1 ms in small pages and 0.4 ms in one huge page (engine_bench, cost/first_touch). If the
+// host has to provide the huge page, 2 to 9 ms were seen.
 constexpr nanoseconds kFairPerHugePage = milliseconds(1);
 // Each huge page adds the time that it took above the fair time to a sum, or takes the time below it off. Huge pages
 // are given up when the sum reaches kTooMuch, so that a few dear pages among many cheap ones change nothing. The sum
 // stays below kMostExcess, so that a few cheap pages are enough to go back to huge ones, however dear the earlier ones
-// were.
+// were: four of 0.4 ms bring the sum from there to below kTooMuch. Both are bounds and not tuned.
 constexpr nanoseconds kTooMuch = milliseconds(10);
 constexpr nanoseconds kMostExcess = milliseconds(12);
 
 // Where huge pages were dear, they are tried again once in so many bytes of fresh memory. Each try costs as much as 5
-// to 10 MiB of small pages, which would be much of memory that is taken 64 MiB at a time.
+// to 10 MiB of small pages, which would be much of memory that is taken 64 MiB at a time, and is a hundredth of this.
 constexpr std::uint64_t kRetryBytes = std::uint64_t{1} << 30;
 // In less memory, chunks may touch no whole huge page, which would tell nothing.
 constexpr std::uint64_t kLeastTryBytes = 4 * kHugePageBytes;

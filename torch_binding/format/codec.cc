@@ -22,7 +22,8 @@ using internal::file_error;
 
 static_assert(std::endian::native == std::endian::little, "payload and lengths are little-endian");
 
-// One read of this size at the end of a file holds the whole footer of most models, one at the beginning the header.
+// One read of this size at the end of a file holds the whole footer of a model of some 500 tensors, of which each takes
+// a hundred bytes or a little more; one at the beginning holds the header. Longer ones cost a second read.
 constexpr std::uint64_t kFirstReadBytes = std::uint64_t{64} << 10;
 
 /// Says what a file is that no codec knows.

@@ -14,7 +14,8 @@ namespace flashpack {
 
 namespace {
 
-// While one window is checked, the next is being read.
+// While one window is checked, the next is being read. The size bounds the memory, and is not tuned: it is twice what a
+// disk has in flight by default.
 constexpr std::uint64_t kWindowBytes = std::uint64_t{64} << 20;
 
 class Verifier {
