@@ -3,15 +3,68 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import flashpack
 import pytest
 import torch
 from flashpack import _checkpoint
 from flashpack.deserialization import assign_from_file, revert_from_file, verify_file
+from support import run_python
 
 COUNT = 20_000
+MANY = 100_000
+
+# Each way to open a file has a fork of a process that has imported everything, so that imports do not count. The fork
+# opens a file of few tensors first. A small tensor that is cached is read by os.preadv, and others by the engine.
+OPENS = r"""
+import json, os, sys
+import flashpack, flashpack.safetensors
+
+few, many, trace = sys.argv[1:]
+preads = []
+preadv = os.preadv
+os.preadv = lambda *args: preads.append(args) or preadv(*args)
+
+
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def reads_by_engine():
+    with open(os.environ["FLASHPACK_TRACE"]) as file:
+        events = json.loads(file.read().rstrip().removesuffix("]") + "]")
+    return sum(event["name"].startswith("read") for event in events)
+
+
+def reads_of(get, name):
+    before = len(preads), reads_by_engine()
+    value = get(name)[0].item()
+    return [value, len(preads) - before[0], reads_by_engine() - before[1]]
+
+
+def measure(open_file, method):
+    os.environ["FLASHPACK_TRACE"] = trace + open_file.__name__
+    with open_file(few) as file:
+        getattr(file, method)("large")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    begin = status("VmRSS")
+    with open_file(many) as file:
+        reads = [reads_of(getattr(file, method), name) for name in ("small", "large")]
+    return {"grown": status("VmHWM") - begin, "reads": reads}
+
+
+for arguments in ((flashpack.open_file, "get"), (flashpack.safetensors.safe_open, "get_tensor")):
+    child = os.fork()
+    if child == 0:
+        print(json.dumps(measure(*arguments)), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
 
 
 @pytest.fixture
@@ -74,3 +127,23 @@ def test_no_dict_for_each_tensor_is_made_unless_the_metadata_is_asked_for(pack, 
         assert set(tensors) == set(expected)
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     assert verify_file(path)["corrupt"] == []
+
+
+def save_by_hand(path: Path, count: int) -> Path:
+    """Writes a safetensors file of `count` tensors of 4 bytes, then "small" of one 1.0, then "large" of many 2.0."""
+    part = '"dtype":"F32","shape":[{}],"data_offsets":[{},{}]'
+    entries = {f"model.layers.{i}.mlp.weight": part.format(1, 4 * i, 4 * i + 4) for i in range(count)}
+    end, large = 4 * count + 4, 1 << 17
+    entries |= {"small": part.format(1, end - 4, end), "large": part.format(large, end, end + 4 * large)}
+    header = "{" + ",".join(f'"{name}":{{{entry}}}' for name, entry in entries.items()) + "}"
+    payload = torch.cat([torch.zeros(count), torch.ones(1), torch.full((large,), 2.0)]).numpy().tobytes()
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + payload)
+    return path
+
+
+def test_a_file_of_very_many_tensors_opens_in_little_memory_and_a_tensor_of_it_is_one_read(tmp_path):
+    few, many = (save_by_hand(tmp_path / f"{count}.safetensors", count) for count in (0, MANY))
+    opened = [json.loads(line) for line in run_python(OPENS, few, many, tmp_path / "trace.").splitlines()]
+    assert [each["reads"] for each in opened] == [[[1.0, 1, 0], [2.0, 0, 1]]] * 2
+    for each in opened:
+        assert each["grown"] < 200_000_000
