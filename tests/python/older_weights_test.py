@@ -179,7 +179,29 @@ def save_pipeline(out: Path) -> None:
     save_pipeline(out.parent)
 
 
-@pytest.mark.parametrize(("write", "name"), [(convert, "out"), (save_pipeline, "unet")])
+def save_model_of_diffusers(out: Path) -> None:
+    pytest.importorskip("diffusers")
+    from diffusers_models import make_unet
+
+    make_unet().save_pretrained_flashpack(out)
+
+
+def save_model_of_transformers(out: Path) -> None:
+    pytest.importorskip("transformers")
+    from transformers_models import make, save
+
+    save(make("bert"), out)
+
+
+WRITES = [
+    (convert, "out"),
+    (save_pipeline, "unet"),
+    (save_model_of_diffusers, "out"),
+    (save_model_of_transformers, "out"),
+]
+
+
+@pytest.mark.parametrize(("write", "name"), WRITES)
 def test_older_weights_beside_a_new_flashpack_file_stay_and_are_named_with_it(
     write: Callable[[Path], None], name, tmp_path, caplog
 ):

@@ -18,7 +18,7 @@ from diffusers import ModelMixin
 from ..._assign import slots_of
 from ..._casts import PLAIN_FLOATS, asked_dtype
 from ..._checkpoint import Checkpoint, StrPath, Verify, open_checkpoint
-from ..._directory import own_files
+from ..._directory import own_files, warn_of_older
 from ..._durable import make_directories
 from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._memory import ReadOptions
@@ -69,6 +69,8 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
     ) -> None:
         """Writes `model.flashpack` and `config.json` into a directory, which is made if need be.
 
+        Older weights of another format stay there, and are logged, because programs without flashpack load them.
+
         `is_main_process`: ranks that pass False write and upload nothing.
         `push_to_hub`: uploads the directory, to `repo_id` or, without one, to a repository of the directory's name.
         The other arguments are those of pack_to_file. `kwargs` that save_flashpack does not take are logged.
@@ -94,6 +96,7 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         )
         own_files(directory, "*.json")
         self.save_config(directory)
+        warn_of_older(path)
         if push_to_hub:
             upload_directory(directory, Upload(repo_id, token, private, create_pr, commit_message))
 

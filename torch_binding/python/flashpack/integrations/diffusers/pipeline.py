@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..._checkpoint import StrPath, Verify
-from ..._directory import own_files, warn_of_older
+from ..._directory import own_files
 from ..._durable import make_directories
 from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._logging import in_one_line
@@ -108,7 +108,6 @@ class FlashPackDiffusionPipeline(DiffusionPipeline):
                     checksum=checksum,
                     **kwargs,
                 )
-                warn_of_older(directory / name / WEIGHTS_NAME)
             elif hasattr(component, "save_pretrained"):
                 _save(component, directory / name, safe_serialization, variant, max_shard_size)
             else:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..._checkpoint import StrPath, Verify
-from ..._directory import own_files
+from ..._directory import own_files, warn_of_older
 from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._memory import ReadOptions
 from ..._native import FlashPackError
@@ -66,7 +66,8 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
         """Writes `model.flashpack` and the configurations of model and generation into a directory, which must exist.
 
         `is_main_process`: ranks that pass False write nothing. `target_dtype`, `align_bytes`, `checksum`, `metadata`:
-        as in pack_to_file.
+        as in pack_to_file. Older weights of another format stay beside it, and are logged, because programs without
+        flashpack load them.
         `push_to_hub`: uploads these files to `repo_id`, by default the name of the directory, under the user's name.
 
         Raises FlashPackError (a ValueError) naming what cannot be written, OSError for the system's failures.
@@ -78,8 +79,9 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
         if not is_main_process:
             return
         directory = Path(save_directory)
+        path = directory / WEIGHTS_NAME
         self.save_flashpack(
-            directory / WEIGHTS_NAME,
+            path,
             target_dtype=target_dtype,
             align_bytes=align_bytes,
             silent=silent,
@@ -88,6 +90,7 @@ class FlashPackTransformersModelMixin(PreTrainedModel, FlashPackMixin):
             metadata=metadata,
         )
         _save_config(self, directory, target_dtype)
+        warn_of_older(path)
         if push_to_hub:
             upload = Upload(repo_id, token, private, create_pr, commit_message)
             upload_directory(directory, upload, [*FILES, "*.py"])
