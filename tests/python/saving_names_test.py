@@ -1,4 +1,4 @@
-"""save_file, save_model, load_model: safetensors' names, for both formats."""
+"""save_file, save_model, load_model and safe_open: safetensors' names, for both formats."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Tied(torch.nn.Module):
 
 
 def test_each_name_has_one_meaning():
-    for name in ("save_file", "save_model", "load_model"):
+    for name in ("safe_open", "save_file", "save_model", "load_model"):
         assert getattr(flashpack, name) is getattr(flashpack.safetensors, name)
 
 

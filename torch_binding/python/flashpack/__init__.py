@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     )
     from .integrations import patch_integrations
     from .mixin import FlashPackMixin
-    from .safetensors import load_model, save_file, save_model
+    from .safetensors import load_model, safe_open, save_file, save_model
     from .serialization import pack_to_file
 
 __all__ = [
@@ -79,6 +79,7 @@ __all__ = [
     "read_flashpack_file_distributed",
     "release_kept_memory",
     "revert_from_file",
+    "safe_open",
     "safetensors",
     "save_file",
     "save_model",
@@ -136,6 +137,7 @@ _HOME_OF = {
     "read_flashpack_file": "deserialization",
     "read_flashpack_file_distributed": "deserialization",
     "revert_from_file": "deserialization",
+    "safe_open": "safetensors",
     "save_file": "safetensors",
     "save_model": "safetensors",
     "verify_file": "deserialization",
