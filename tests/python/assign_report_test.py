@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import flashpack
 import pytest
@@ -61,3 +62,23 @@ def test_the_report_is_shown_in_one_line_however_long_its_names(pack):
     assert "'extra.4', and 45 more" in shown
     assert "\n" not in shown
     assert len(shown) < 300
+
+
+class Spread(Model):
+    """Says of its parameters that they are on several devices, of which a machine for tests may have only one."""
+
+    def parameters(self, recurse=True):
+        head = types.SimpleNamespace(is_meta=False, device=torch.device("cuda", 1))
+        return iter([*super().parameters(recurse), head, torch.nn.Parameter(torch.ones(1, device="meta"))])
+
+
+def test_a_warning_says_that_a_model_on_several_devices_is_taken_to_one(pack, caplog):
+    path = pack(Model())
+    for options in ({"device": "cpu"}, {"in_place": True}):
+        flashpack.assign_from_file(Spread(), path, **options)
+        flashpack.assign_from_file(Model(), path)
+        assert caplog.text == ""  # The caller has said where they go, or they stay where they are.
+    flashpack.assign_from_file(Spread(), path)
+    (record,) = caplog.records
+    said = "the parameters of Spread are on cpu and cuda:1, and the load takes them all to cpu; device="
+    assert said in record.message

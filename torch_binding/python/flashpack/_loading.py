@@ -49,6 +49,8 @@ def assign(model: torch.nn.Module, path: StrPath, options: LoadOptions) -> Assig
     if options.in_place:
         check_in_place(options)
     device = _device_of(model) if options.device is None else options.device
+    if options.device is None and not options.in_place:
+        _warn_of_gathering(model, device)
     with _opened(path, device, options) as source:
         plan, stats = _assign(model, source, options)
     return report_of(model, plan, path, stats)
@@ -110,6 +112,19 @@ def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tu
         model._flash_shared_storage = storage  # type: ignore[assignment]
         model._flash_shared_storage_meta = checkpoint.metadata  # type: ignore[assignment]
     return plan, stats
+
+
+def _warn_of_gathering(model: torch.nn.Module, device: str | torch.device) -> None:
+    """Warns if parameters are on several devices, because the load takes them all to one."""
+    devices = list(dict.fromkeys(str(parameter.device) for parameter in model.parameters() if not parameter.is_meta))
+    if len(devices) > 1:
+        logger.warning(
+            "the parameters of %s are on %s, and the load takes them all to %s; device= decides where they go, and a "
+            "model that is to be on several devices is spread over them after its load",
+            type(model).__name__,
+            " and ".join(devices),
+            device,
+        )
 
 
 def _warn_of_lost_scales(plan: Plan, checkpoint: Checkpoint, options: LoadOptions) -> None:

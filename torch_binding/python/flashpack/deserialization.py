@@ -185,7 +185,8 @@ def assign_from_file(
     as in load_state_dict() once everything is read, and missing or unexpected names are checked after it. If it fails,
     parameters, buffers and the attributes of modules are as before.
 
-    `device`: for all tensors; default: `model.device`, else that of the first parameter; the CPU if that is meta.
+    `device`: for all tensors; default: `model.device`, else that of the first parameter; the CPU if that is meta. A
+    warning tells if parameters are on several devices, which the default takes to one.
     `strict_params`, `strict_buffers`: whether those that the file lacks are an error (non-persistent buffers never
     are); with either, so are names that the model lacks. `strict` stands for both.
     `ignore_*`: names neither read nor required.
