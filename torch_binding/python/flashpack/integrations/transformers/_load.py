@@ -353,12 +353,14 @@ def _named_in_report(name: str) -> Iterator[None]:
 
 def _check_shapes(model: PreTrainedModel, info: Mapping[str, Any], request: Request) -> None:
     shapes = {entry.name: list(entry.shape) for entry in request.entries()}
-    for mismatched in info["mismatched_keys"]:
-        # From version 5 on, both shapes come with the name, that of the file first.
-        name, *found = (mismatched,) if isinstance(mismatched, str) else mismatched
+    places = {name: place for place, name in enumerate(shapes)}
+    # From version 5 on, both shapes come with the name, that of the file first.
+    mismatched = [(each,) if isinstance(each, str) else each for each in info["mismatched_keys"]]
+    # They are a set, whose order is another in each process. The error names the first in the file.
+    for name, *found in sorted(mismatched, key=lambda each: (places.get(each[0], len(places)), each[0])):
         expected = list(slots_of(model)[name].value.shape)
-        found = list(found[0]) if found else shapes.get(name)
-        raise FlashPackError(f"{request.checkpoint}: shape mismatch for {name!r}: model={expected} vs flash={found}")
+        shape = list(found[0]) if found else shapes.get(name)
+        raise FlashPackError(f"{request.checkpoint}: shape mismatch for {name!r}: model={expected} vs flash={shape}")
 
 
 def _check_names(model: PreTrainedModel, info: Mapping[str, Any], request: Request) -> None:
