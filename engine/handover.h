@@ -1,4 +1,4 @@
-/// What the driver and the thread that opens or closes a file tell each other.
+/// The results that the driver and the thread that opens or closes a file hand to each other.
 #pragma once
 
 #include <atomic>

@@ -43,10 +43,12 @@ std::optional<TraceStage> stage_of(const Job& job) {
 // Whether bytes that could move straight to or from the caller's memory do. The disks of virtual machines read so much
 // slower to small pages that a read to a slot, which has huge ones, and a copy take less time (engine_bench,
 // cost/read_into). Such machines are those where huge pages cost too much. Fresh pages have to be populated in either
-// case, which takes so long that the copy would be added to it.
+// case, which takes so long that the copy would be added to it. Small loads stay in place, because a program that makes
+// many of them, to take little memory, would have that of the slots as well.
 bool stays_in_place(const Part& part, const Chunk& chunk) {
+  constexpr std::uint64_t kLeastBytes = std::uint64_t{256} << 20;
   PagePolicy* const policy = part.transfer->request.page_policy;
-  if (!part.transfer->is_load() || !policy) return true;
+  if (!part.transfer->is_load() || !policy || part.transfer->request.total_bytes < kLeastBytes) return true;
   const Fragment& target = part.plan().fragments_of(chunk).front();
   const std::span memory(target.memory, target.size_bytes);
   return !(policy->has_small_pages(memory.data()) && is_populated(memory.subspan(memory.size() / 2, 1)));

@@ -60,7 +60,7 @@ Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route);
 /// which leaves the other half to other files. A file system that has many gets no further job when more than three
 /// quarters are used. "Many" are as many as could be under way if nothing were stuck: the queue depth or the number of
 /// slots, whichever is smaller. Spare slots are shared out in the same way. Where there are none, because slots for a
-/// device are page-locked, no more of them wait for one file system than leave some to others.
+/// device are page-locked, some are always left to other file systems than the one that most of them wait for.
 ///
 /// open(), enter(), reroute() and close() are a job's life, mark_late() looks after all jobs, and the other functions
 /// ask.

@@ -210,7 +210,9 @@ void TargetPages::was_touched(std::span<const std::byte> memory, nanoseconds cpu
 
 bool TargetPages::has_small_pages(const std::byte* address) noexcept {
   if (!owner_.is_current()) return false;
-  const std::lock_guard lock(mutex_);
+  // The driver asks, and must not wait for a thread that gives back memory meanwhile.
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock) return false;
   const auto* const found = find(address);
   return found && found->second.has_small_pages;
 }

@@ -13,13 +13,14 @@
 
 namespace flashpack::internal {
 
-/// Learns what the page faults of writing cost, and knows where that has led to small pages. Thread safety: any thread.
-/// It outlives the engine that has it.
+/// Learns what the page faults of writing cost, and knows which memory has small pages for that reason. Thread safety:
+/// any thread. It outlives the engine that has it.
 class PagePolicy {
  public:
   /// Tells how much time of a CPU it took to write to all of `memory` for the first time.
   virtual void was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept = 0;
-  /// Whether the memory at `address` has small pages because huge ones cost too much.
+  /// Whether the memory at `address` has small pages because huge ones cost too much. It does not wait, and is false
+  /// while another thread changes what there is to know.
   virtual bool has_small_pages(const std::byte* address) noexcept = 0;
 
  protected:

@@ -110,7 +110,8 @@ class TraceTotals final : public TraceSink {
 class ChromeTrace final : public TraceSink {
  public:
   /// Replaces what is in the file at `path`, unless another ChromeTrace has it, in this process or another one. Throws:
-  /// Error (EWOULDBLOCK if one has it; ENXIO for a FIFO without a reader; kInvalidArgument for a disk; errno of open).
+  /// Error (EWOULDBLOCK if one has it, or another program has a lease of it; ENXIO for a FIFO without a reader;
+  /// kInvalidArgument for a disk; errno of open).
   explicit ChromeTrace(const std::filesystem::path& path);
   ~ChromeTrace();
   ChromeTrace(const ChromeTrace&) = delete;

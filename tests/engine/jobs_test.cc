@@ -41,10 +41,12 @@ class JobsTest : public ::testing::Test {
     Part& part = transfer->driver.parts.emplace_back();
   };
 
-  Load load(FileSystem& file_system, AfterLoad after = AfterLoad::kKeep, PagePolicy* page_policy = nullptr) {
+  Load load(FileSystem& file_system, AfterLoad after = AfterLoad::kKeep, std::uint64_t total_bytes = 100,
+            PagePolicy* page_policy = nullptr) {
     const std::filesystem::path path = dir_ / std::to_string(files_++);
     testing::write_file(path, std::vector<std::byte>(3 * 4096));
-    Load load{.transfer = std::make_shared<TransferState>(TransferRequest{.after = after, .page_policy = page_policy})};
+    Load load{.transfer = std::make_shared<TransferState>(
+                  TransferRequest{.after = after, .total_bytes = total_bytes, .page_policy = page_policy})};
     load.part.transfer = load.transfer.get();
     load.part.planned =
         std::make_unique<PlannedFile>(PlannedFile{.open = FileUse(File::open(path, std::nullopt, false), nullptr)});
@@ -301,24 +303,24 @@ struct SmallPages final : PagePolicy {
   const std::byte* memory = nullptr;
 };
 
-TEST_F(JobsTest, ALoadPastTheCacheToSmallPagesThatAreThereGoesThroughASlot) {
+TEST_F(JobsTest, ALargeLoadPastTheCacheToSmallPagesThatAreThereGoesThroughSlots) {
   constexpr std::size_t kBytes = 1 << 20;
-  const std::span<std::byte> memory = map_memory(kBytes, kPageBytes);
+  const HostRegion memory(kBytes, "a test");
   SmallPages policy;
-  const Load to_memory = load(file_system_, AfterLoad::kKeep, &policy);
-  to_memory.part.planned->plan =
-      Plan::of_load({{.offset_bytes = 0, .size_bytes = kBytes, .memory = memory.data()}}, kBytes, 4096);
-  const auto has_slot = [&](ChunkTraits::Route route) {
-    return internal::has_slot(way_of(to_memory.part, to_memory.part.plan().chunks.front(), route).view);
+  const auto has_slot = [&](ChunkTraits::Route route, std::uint64_t total_bytes = std::uint64_t{1} << 30) {
+    const Load large = load(file_system_, AfterLoad::kKeep, total_bytes, &policy);
+    large.part.planned->plan =
+        Plan::of_load({{.offset_bytes = 0, .size_bytes = kBytes, .memory = memory.data()}}, kBytes, 4096);
+    return internal::has_slot(way_of(large.part, large.part.plan().chunks.front(), route).view);
   };
   policy.memory = memory.data();
   EXPECT_FALSE(has_slot(ChunkTraits::Route::kDirect)) << "fresh pages";
-  std::ranges::fill(memory, std::byte{1});
+  std::ranges::fill(memory.bytes(), std::byte{1});
   EXPECT_TRUE(has_slot(ChunkTraits::Route::kDirect));
+  EXPECT_FALSE(has_slot(ChunkTraits::Route::kDirect, kBytes)) << "slots take memory";
   EXPECT_FALSE(has_slot(ChunkTraits::Route::kSeemsCached));
   policy.memory = nullptr;
   EXPECT_FALSE(has_slot(ChunkTraits::Route::kDirect)) << "huge pages";
-  unmap(memory);
 }
 
 class TracedJobsTest : public JobsTest {
