@@ -171,7 +171,6 @@ def test_a_directory_without_weights_or_a_destination_that_is_a_file_is_an_error
     [
         (["a.safetensors", "b.safetensors"], "a.safetensors, b.safetensors,"),
         (["lone.pth"], "lone.pth,"),
-        (["0_Transformer/model.safetensors"], "0_Transformer/model.safetensors,"),
         (["1.pt", "2.pt", "3.pt", "4.pt"], "1.pt, 2.pt, 3.pt, ...,"),
     ],
 )
@@ -183,6 +182,22 @@ def test_weights_of_a_directory_that_are_not_taken_are_named_with_those_that_wou
         commands.convert_to_flashpack(tmp_path, tmp_path / "out")
     assert f"no safetensors or torch weights in {tmp_path} are called" in str(error.value)
     assert f"there are {shown} but model.safetensors," in str(error.value)
+
+
+def test_weights_in_a_folder_of_their_own_are_named_with_what_converts_them(tmp_path):
+    (tmp_path / "0_Transformer").mkdir()
+    (tmp_path / "0_Transformer" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(FlashPackError, match=r"itself: there are 0_Transformer/model\.safetensors, which can be conv"):
+        commands.convert_to_flashpack(tmp_path, tmp_path / "out")
+
+
+def test_an_adapter_beside_a_model_takes_no_models_place(tmp_path, caplog):
+    (tmp_path / "lora").mkdir()
+    safetensors.torch.save_file(STATE, tmp_path / "lora" / "adapter_model.safetensors")
+    (tmp_path / "out").mkdir()
+    safetensors.torch.save_file(STATE, tmp_path / "out" / "model.safetensors")
+    commands.convert_to_flashpack(tmp_path / "lora", tmp_path / "out")
+    assert not [record for record in caplog.records if "older" in record.getMessage()]
 
 
 def test_a_directory_converts_to_a_single_file_if_the_destination_is_called_like_one(tmp_path):

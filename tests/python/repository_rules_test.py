@@ -42,15 +42,27 @@ def edit(path: Path, /, **fields: Any) -> None:
     path.write_text(json.dumps(read_json(path) | fields))
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc", "..", ".", "a/b", "a\0", 7, ["1_Pooling"]])
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc", "..", "a\0", 7, ["1_Pooling"]])
 def test_a_module_of_sentence_transformers_is_a_folder_of_the_directory(name, tmp_path):
     for folder in ("model", "outside"):
         (tmp_path / folder).mkdir()
         save_file(STATE, tmp_path / folder / "model.safetensors")
     (tmp_path / "model" / "modules.json").write_text(json.dumps([{"path": ""}, {"path": name}]))
-    with pytest.raises(FlashPackError, match=r"modules\.json names .*, which is no file beside it"):
+    with pytest.raises(FlashPackError, match=r"modules\.json names .*, which is no folder beside it"):
         commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_modules_may_be_written_as_paths_are(tmp_path):
+    names = {"./1_Pooling": "1_Pooling", "2_Dense/": "2_Dense", "more/3_Dense": "more/3_Dense", ".": ".", "": "."}
+    for folder in names.values():
+        (tmp_path / "model" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / folder / "config.json").write_text("{}")
+    save_file(STATE, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "modules.json").write_text(json.dumps([{"path": name} for name in names]))
+    commands.convert_to_flashpack(tmp_path / "model", tmp_path / "out")
+    for folder in names.values():
+        assert (tmp_path / "out" / folder / "config.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "custom_pipeline", "use_flashpack", "device_map", "variant"])

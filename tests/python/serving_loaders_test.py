@@ -104,7 +104,7 @@ def test_shards_are_loaded_without_an_index_if_their_names_say_that_all_are_ther
 def test_shards_that_are_no_whole_checkpoint_are_an_error_where_there_is_nothing_else(tmp_path, loader, names):
     for name in names:
         save_as(tmp_path, name, STATE)
-    with pytest.raises(flashpack.FlashPackError, match=rf"{names[0]}\.flashpack.*not all shards.*index\.json"):
+    with pytest.raises(flashpack.FlashPackError, match=rf"{names[0]}\.flashpack.*not just all shards.*index\.json"):
         weights_of(tmp_path, loader)
 
 
@@ -127,3 +127,9 @@ def test_safetensors_files_that_are_newer_than_what_is_loaded_are_told_once(tmp_
         assert_bit_equal(weights_of(tmp_path, loader), STATE)
     (warning,) = warnings_of(caplog)
     assert f"{old} is loaded, but {new} is newer" in warning
+
+
+def test_a_link_to_a_file_that_is_gone_stops_no_load(tmp_path, loader):
+    save_whole(tmp_path, "flashpack")
+    (tmp_path / "model-00001-of-00002.safetensors").symlink_to("gone")
+    assert_bit_equal(weights_of(tmp_path, loader), STATE)

@@ -23,6 +23,9 @@ from flashpack.integrations.transformers import patch_transformers_auto_model  #
 from transformers.models.auto.auto_factory import _BaseAutoModelClass  # noqa: E402
 from transformers_models import IMAGE, TEXT, assert_same_model, assert_same_outputs, checkpoint, load, make  # noqa: E402
 
+since_5 = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 has other names for modules of Qwen2-VL"
+)
 LENT = ("save_flashpack", "save_pretrained_flashpack", "from_pretrained_flashpack")
 
 
@@ -156,12 +159,14 @@ def make_qwen2_vl():
     return transformers.Qwen2VLForConditionalGeneration(config).eval()
 
 
+@since_5
 @pytest.mark.parametrize("ignored", [[], ["model.visual.merger.ln_q.bias"]], ids=["all of it", "a part"])
 def test_a_file_of_a_model_with_a_head_fills_the_model_without_one(ignored, tmp_path):
     whole = make_qwen2_vl()
     whole.save_pretrained_flashpack(tmp_path)
-    names = {"use_flashpack": True, "output_loading_info": True, "ignore_names": ignored}
-    loaded, info = AutoModel.from_pretrained(tmp_path, **names)
+    loaded, info = AutoModel.from_pretrained(
+        tmp_path, use_flashpack=True, output_loading_info=True, ignore_names=ignored
+    )
     assert info["unexpected_keys"] == {"lm_head.weight"}
     assert info["missing_keys"] == {name.removeprefix("model.") for name in ignored}
     for name, tensor in whole.model.state_dict().items():
@@ -169,6 +174,7 @@ def test_a_file_of_a_model_with_a_head_fills_the_model_without_one(ignored, tmp_
             assert loaded.state_dict()[name].equal(tensor), name
 
 
+@since_5
 def test_a_file_of_a_model_without_a_head_fills_the_model_with_one(tmp_path):
     base = make_qwen2_vl().model
     base.save_pretrained_flashpack(tmp_path)
@@ -177,6 +183,29 @@ def test_a_file_of_a_model_without_a_head_fills_the_model_with_one(tmp_path):
     assert info["missing_keys"] == {"lm_head.weight"}
     assert not info["unexpected_keys"]
     assert_same_model(loaded.model, base)
+
+
+def test_a_file_with_more_layers_fills_the_model_that_has_fewer(tmp_path):
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=1, **TEXT)).eval()
+    llama.save_pretrained_flashpack(tmp_path)
+    loaded, info = AutoModel.from_pretrained(
+        tmp_path, use_flashpack=True, num_hidden_layers=1, output_loading_info=True
+    )
+    assert {"lm_head.weight", "1"} == {re.sub(r".*layers\.(\d).*", r"\1", name) for name in info["unexpected_keys"]}
+    state = llama.model.state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.equal(state[name]), name
+
+
+def test_names_to_ignore_are_those_in_the_file(tmp_path):
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=1, **TEXT)).eval()
+    for part, ignored in ((llama.model, "model."), (llama, "layers.")):
+        part.save_pretrained_flashpack(tmp_path)
+        heads = transformers.LlamaForCausalLM if part is llama.model else AutoModel
+        loaded = heads.from_pretrained(tmp_path, use_flashpack=True, ignore_prefixes=[ignored])
+        state = (loaded.model if part is llama.model else loaded).state_dict()
+        for name, tensor in llama.model.state_dict().items():
+            assert state[name].equal(tensor), name
 
 
 def test_a_head_of_another_size_is_an_error_unless_it_may_be_made_anew(tmp_path):

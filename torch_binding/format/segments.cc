@@ -149,7 +149,7 @@ class Planner {
 
   static constexpr std::size_t kNone = ~std::size_t{0};
 
-  // What is known of a segment while it is planned.
+  // The facts about a segment while it is planned.
   struct Kind {
     bool is_small = false;         // Its tensors are small.
     bool is_shifted = false;       // Its tensors are at no multiples of their element size in the file.

@@ -78,10 +78,10 @@ def named_weights(directory: Path) -> Path | None:
 
 
 def rivals_of(file: Path, flashpack_name: str | None) -> dict[Path, str]:
-    """Returns what is beside a new file and is loaded in its place, each with who does that.
+    """Returns the files beside a new one that programs load in its place; for each, a phrase that says which programs.
 
-    Only safetensors files have such neighbours. `flashpack_name`: the flashpack file that would have older weights of
-    the model; None if there cannot be one.
+    Only safetensors files have such neighbours. `flashpack_name`: the name of a flashpack file with weights of the same
+    model, which would be older; None if no such file can be there.
     """
     if suffix_of(file) != ".safetensors":
         return {}

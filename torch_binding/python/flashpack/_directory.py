@@ -12,7 +12,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from . import _native
-from ._conversion import FOREIGN_SUFFIXES, files_of, find_checkpoint, named_weights, suffix_of, weight_patterns
+from ._conversion import (
+    FOREIGN_SUFFIXES,
+    files_of,
+    find_checkpoint,
+    flashpack_name_of,
+    named_weights,
+    suffix_of,
+    weight_patterns,
+)
 from ._durable import make_directories, sync
 from ._hub import Download, is_blob_link, resolve_directory
 from ._native import FlashPackError
@@ -70,15 +78,21 @@ def _why_not_taken(folder: Path) -> str:
     """Returns the end of an error about weights in `folder`, which says which files there are not taken, and why."""
     if named := named_weights(folder):
         return f" are called {named.name}, as its config.json says"
-    found = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.is_file()]
-    names = [os.fspath(path.relative_to(folder)) for path in found if suffix_of(path) in FOREIGN_SUFFIXES]
-    if not names:
-        return ""
-    return (
-        f" are called as a library calls them: there are {', '.join(names[:3])}{', ...' if names[3:] else ''}, but "
-        f"model.safetensors, pytorch_model.bin, diffusion_pytorch_model.* or a lone safetensors file is taken; others "
-        f"can be converted by their own path"
-    )
+
+    def weights(pattern: str) -> str:
+        files = [
+            path for path in sorted(folder.glob(pattern)) if path.is_file() and suffix_of(path) in FOREIGN_SUFFIXES
+        ]
+        names = [os.fspath(path.relative_to(folder)) for path in files]
+        return ", ".join(names[:3]) + (", ..." if names[3:] else "")
+
+    if here := weights("*"):
+        return (
+            f" are called as a library calls them: there are {here}, but model.safetensors, pytorch_model.bin, "
+            f"diffusion_pytorch_model.* or a lone safetensors file is taken; others can be converted by their own path"
+        )
+    below = weights("*/*")
+    return f" itself: there are {below}, which can be converted by the path of their folder" if below else ""
 
 
 def download(repo_id: str, hub: Download, variant: str | None, with_code: bool) -> Path:
@@ -169,7 +183,7 @@ def _modules_in(directory: Path) -> list[str]:
 
 
 def _folders_left(source: Path, taken: set[Path]) -> list[str]:
-    """Returns the folders of `source` with other files than `taken`, but for components, where others are expected."""
+    """Returns the folders of `source` with other files than `taken`. Components are left out: they have other files."""
     components = components_of(source)
     folders = sorted(
         path.name for path in source.iterdir() if path.is_dir() and path.name not in components and path.name[0] != "."
@@ -216,7 +230,7 @@ def refuse_existing(destination: Path) -> None:
 def warn_of_older(file: Path) -> None:
     """Logs the weights beside a new flashpack file that are loaded without flashpack."""
     older = find_checkpoint(file.parent)
-    if older is not None:
+    if older is not None and flashpack_name_of(older) == file.name:  # An adapter takes no model's place.
         logger.warning("flashpack loads %s, but programs without flashpack load %s, which is older", file, older)
 
 

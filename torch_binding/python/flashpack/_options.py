@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,15 @@ class Filters(NamedTuple):
 
     def ignore(self, name: str) -> bool:
         return is_ignored_tensor_name(name, *self)
+
+    def after_renaming(self, names: Iterable[str], renamed: Mapping[str, str], of_model: Iterable[str]) -> Filters:
+        """Returns filters for a file whose `names` are `renamed`, to those of a model that has the names `of_model`.
+
+        They ignore the same tensors of the file, and the same names of the model that the file lacks.
+        """
+        new_names = {renamed.get(name, name): name for name in names}
+        ignored = [new for new, name in new_names.items() if self.ignore(name)]
+        return Filters([*ignored, *(name for name in of_model if name not in new_names and self.ignore(name))])
 
     def also(self, names: Iterable[str]) -> Filters:
         """Returns filters that ignore these names, too."""

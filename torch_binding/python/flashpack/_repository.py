@@ -150,7 +150,16 @@ def modules_of(directory: Path) -> list[str]:
     path = directory / _MODULES_NAME
     modules = _read_any_json(path) if path.is_file() else None
     named = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
-    return [plain_name(path, name) for name in named if name not in (None, "")]
+    return [folder for name in named if name is not None and (folder := _folder_in(path, name)) != "."]
+
+
+def _folder_in(path: Path, name: object) -> str:
+    """Returns a folder that the file `path` names, "." for its own. Raises FlashPackError if it is not inside that."""
+    folder = os.path.normpath(name) if isinstance(name, str) else ""
+    parts = folder.split(os.sep)
+    if "\0" in folder or not folder or os.path.isabs(folder) or os.pardir in parts:
+        raise FlashPackError(f"{path} names {name!r}, which is no folder beside it")
+    return folder
 
 
 def check_inside(root: Path, paths: Iterable[Path]) -> None:

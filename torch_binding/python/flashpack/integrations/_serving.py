@@ -7,7 +7,7 @@ import functools
 import re
 import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -98,9 +98,9 @@ def files_to_load(folder: str, files: list[str], is_local: bool, safetensors: Ca
     """Returns those of the flashpack files of `folder` that are its checkpoint, or safetensors files in their place.
 
     Without an index, files may be there that are no checkpoint, or a part of one, as an interrupted conversion leaves
-    them. They are loaded only if there is nothing else, because a host leaves weights that no file has as they were.
+    them. They are loaded only if there is nothing else, because a host does not notice that weights are missing.
 
-    `is_local`: whether times of files say which is older; those of a download do not. `safetensors`: returns the
+    `is_local`: whether the times of files tell which is older. Those of a download do not. `safetensors`: returns the
     safetensors files of the model.
 
     Raises FlashPackError for an index that is not valid, and for shards that are not all there; FileNotFoundError for
@@ -132,8 +132,8 @@ def _whole_checkpoint(files: list[str]) -> list[str]:
 def _without_shards(files: list[str]) -> list[str]:
     if shards := sorted(file for file in files if _SHARD.fullmatch(Path(file).name)):
         raise FlashPackError(
-            f"{', '.join(shards)}: these are not all shards of one checkpoint, and there is neither {INDEX_NAME} nor a "
-            f"safetensors file; was the conversion or the download interrupted?"
+            f"{', '.join(shards)}: these are not just all shards of one checkpoint, and there is neither {INDEX_NAME} "
+            f"nor a safetensors file; was the conversion or the download interrupted, or are there several checkpoints?"
         )
     return files
 
@@ -153,10 +153,11 @@ def _listed_files(folder: str, files: list[str]) -> list[str]:
 def _warn_of_newer_weights(folder: str, files: list[str]) -> None:
     """Warns if the model was saved as safetensors files after it was converted."""
     others = [*Path(folder).glob("model.safetensors"), *Path(folder).glob("model-*.safetensors")]
-    newest = max(others, key=_mtime, default=None)
-    oldest = min(map(Path, files), key=_mtime)
-    if newest is not None and _mtime(newest) > _mtime(oldest):
-        _warn_once(f"{oldest} is loaded, but {newest} is newer: if its weights are others, convert it again")
+    with suppress(OSError):  # A link leads nowhere, or a file is gone: there is nothing to warn of.
+        newest = max(others, key=_mtime, default=None)
+        oldest = min(map(Path, files), key=_mtime)
+        if newest is not None and _mtime(newest) > _mtime(oldest):
+            _warn_once(f"{oldest} is loaded, but {newest} is newer: if its weights are others, convert it again")
 
 
 def _mtime(path: Path) -> int:

@@ -2,7 +2,8 @@
 
 `from flashpack.safetensors import safe_open` takes the place of `from safetensors import safe_open`, and
 `from flashpack.safetensors.torch import load_file` that of `from safetensors.torch import load_file`. Both modules have
-all names of both. Modules for other frameworks, such as `flashpack.safetensors.numpy`, are those of safetensors.
+all names of both. Modules for other frameworks, such as `flashpack.safetensors.numpy`, are copies of those of
+safetensors.
 """
 
 from __future__ import annotations

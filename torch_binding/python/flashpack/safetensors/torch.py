@@ -1,12 +1,12 @@
 """The API of safetensors.torch, and safe_open, for safetensors and flashpack files alike.
 
-What is asked for another framework than torch, or for a device that is neither the CPU nor CUDA, is left to safetensors
+A call for another framework than torch, or for a device that is neither the CPU nor CUDA, is left to safetensors
 itself. A file that is saved under a name *.flashpack becomes a flashpack file. All other names are those of
 safetensors.torch and safetensors.
 
-What differs: a tensor is read when it is asked for, and shares bytes with no other. safetensors by default maps the
-file, so that tensors on the CPU share the page cache with it, bytes are read when they are first used, and a file that
-somebody truncates kills the process. `backend="mmap"` asks for just that.
+There is one difference: a tensor is read when it is asked for, and shares bytes with no other. safetensors by default
+maps the file, so that tensors on the CPU share the page cache with it, bytes are read when they are first used, and a
+file that somebody truncates kills the process. `backend="mmap"` asks for just that.
 """
 
 from __future__ import annotations

@@ -174,9 +174,9 @@ class FlashPackDiffusersModelMixin(ModelMixin, FlashPackMixin):
         names = _names_in(model, path)
         slots, patterns = slots_of(model), getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         ignored = [name for name in names if name not in slots and any(re.search(each, name) for each in patterns)]
-        ignored += [name for name, old in names.items() if options.filters.ignore(old)]
         renamed = {old: name for name, old in names.items() if old != name}
-        return path.renamed(renamed), options._replace(filters=options.filters.also(ignored))
+        filters = options.filters.after_renaming(names.values(), renamed, slots).also(ignored)
+        return path.renamed(renamed), options._replace(filters=filters)
 
     def to_json_string(self) -> str:
         """Returns the config as ConfigMixin does, but names the class that is loadable without flashpack."""

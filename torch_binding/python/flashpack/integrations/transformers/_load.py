@@ -119,10 +119,10 @@ def _empty(model_class: type[PreTrainedModel], config: PretrainedConfig, request
 
 
 def _with_names_of(model: PreTrainedModel, request: Request) -> Request:
-    """Returns `request` with the names of `model` for a file of the same model with a head, or without the one it has.
+    """Returns `request` with the names of `model`, for a file of a model that has a head where this one has none.
 
-    transformers does that, too, but only after it has converted the names of the file as if a checkpoint had them, and
-    some conversions take the name of one module for that of another.
+    It does the same for the opposite case. transformers does so, too, but only after it has converted the names of the
+    file as if a checkpoint had them, and some conversions take the name of one module for that of another.
     """
     prefix, slots = f"{model.base_model_prefix}.", slots_of(model)
     names = [entry.name for entry in request.checkpoint.entries()]
@@ -133,10 +133,12 @@ def _with_names_of(model: PreTrainedModel, request: Request) -> Request:
     ):
         found = {old: name for old, name in renamed.items() if name in slots}
         is_whole = parameters <= {id(slots[name].value) for name in found.values()} or len(found) == len(names)
-        if found and is_whole and slots.keys().isdisjoint(found) and found.keys().isdisjoint(found.values()):
-            ignored = [name for old, name in found.items() if request.options.filters.ignore(old)]
-            options = request.options._replace(filters=request.options.filters.also(ignored))
-            return replace(request, checkpoint=request.checkpoint.renamed(found), options=options)
+        if found and is_whole and slots.keys().isdisjoint(found) and renamed.keys().isdisjoint(renamed.values()):
+            # Version 4 takes a file with any name of that prefix for one in which all names have it.
+            new_names = renamed if _OLD else found
+            filters = request.options.filters.after_renaming(names, new_names, slots)
+            options = request.options._replace(filters=filters)
+            return replace(request, checkpoint=request.checkpoint.renamed(new_names), options=options)
     return request
 
 
