@@ -246,7 +246,7 @@ std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writin
 void populate_if_fresh(std::span<const Fragment> fragments, PagePolicy* policy) {
   for (const Fragment& fragment : fragments) {
     const std::span<std::byte> memory(fragment.memory, fragment.size_bytes);
-    if (memory.size() < kHugePageBytes) continue;
+    if (memory.size() < kHugePageBytes) continue;  // It tells nothing about huge pages, and populates few small ones.
     // The first page and the last may have bytes of other chunks.
     if (!is_populated(memory.subspan(memory.size() / 2, 1))) populate(memory, true, policy);
   }

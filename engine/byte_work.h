@@ -57,14 +57,14 @@ struct ByteWork {
   Touch touch = Touch::kNothing;
   /// If set, the moved bytes go into these sums; for kScatter and kChecksum those between the fragments, too.
   StripeSums* sums = nullptr;
-  const void* transfer = nullptr;     ///< Operations of one transfer may be reported together.
+  const void* transfer = nullptr;     ///< Names the transfer, whose operations may be reported together.
   PagePolicy* page_policy = nullptr;  ///< Null if nobody wants to know.
 };
 
 /// Carries out `work` in the calling thread. Returns an IoCompletion::result.
 std::int64_t carry_out(const ByteWork& work);
 
-/// Reads or writes once, and again after EINTR. Returns the number of bytes, or -errno.
+/// Reads or writes once, and up to 100 times again after EINTR and EAGAIN. Returns the number of bytes, or -errno.
 std::int64_t move_once(int fd, std::uint64_t offset_bytes, std::span<std::byte> memory, bool write);
 
 /// Reads `fragments` from the page cache only. Returns 0, or an errno, after which some may have been read. EOPNOTSUPP

@@ -26,8 +26,8 @@ class Gate {
 
 /// Copies between slots and the memory of one or more devices. Many copies may be under way; each is known by its tag.
 /// When a copy's completion has been polled, its slot may be used again and any stream may read its device memory. A
-/// device that fails fails its own copies only. push() and poll() are a copy's life, and the other functions are about
-/// the devices.
+/// device that fails fails its own copies only. push(), poll() and idle() are about copies, and the other functions
+/// about the devices.
 ///
 /// Thread safety: only the driver thread calls the members, except those that say otherwise.
 class Copier {
@@ -45,14 +45,15 @@ class Copier {
   virtual void push(unsigned tag, unsigned slot, const ByteWork& work) = 0;
   /// The copies that have ended since the last call, in any order. The result is valid until the next call.
   virtual std::span<const EndedCopy> poll() = 0;
+  /// Whether no copy is under way.
   virtual bool idle() const noexcept = 0;
 
   /// Any thread: marks the end of the work that is now on `stream`, a stream of that device; null is its legacy default
   /// stream. The stream is not touched afterwards. Throws: Error when the stream is being captured into a graph;
   /// std::system_error.
   virtual std::unique_ptr<Gate> gate(DeviceNumber device, CUstream_st* stream) = 0;
-  /// Any thread: the device that copies to and from `memory`; kHost if the CPU reaches it. Throws: Error for memory of
-  /// a device that this does not serve; std::system_error when no device answers any more.
+  /// Any thread: the device that copies to and from `memory`; kHost if that is memory of the host. Throws: Error for
+  /// memory of a device that this does not serve; std::system_error when no device answers any more.
   virtual DeviceNumber device_of(const void* memory) const = 0;
   /// Any thread: the number of devices, which is the highest DeviceNumber.
   virtual DeviceNumber devices() const noexcept = 0;
@@ -69,7 +70,7 @@ class Copier {
 std::unique_ptr<Copier> make_cuda_copier(std::span<const int> devices, std::span<const std::span<std::byte>> slots,
                                          Pool& pool, bool callers_memory = false);
 
-/// The NUMA node that a CUDA device is attached to; -1 if there is only one node or the node is unknown.
+/// Any thread: the NUMA node that a CUDA device is attached to; -1 if there is only one node or the node is unknown.
 int numa_node_of_cuda_device(int device) noexcept;
 
 }  // namespace flashpack::internal

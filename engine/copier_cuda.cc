@@ -29,8 +29,8 @@ using cuda::taken;
 // were not measured.
 constexpr std::size_t kStreams = 2;
 
-// Starting a copy takes some us (device_bench, link/copy_start), and less in a batch. More of them than this go to the
-// pool, so that the driver stays free for the disk.
+// To start a copy takes the driver's time. More of them than this go to the pool, so that the driver stays free for the
+// disk. A bound, and not tuned: device_bench, link/copy_start, is to measure it.
 constexpr std::size_t kMostFragmentsForDriver = 16;
 
 // A context that has failed answers every call with its error, also the question whether its copies have ended. The

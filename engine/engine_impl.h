@@ -24,6 +24,7 @@ namespace internal {
 class Staging;
 }
 
+/// Thread safety: the const members and start() from any thread, as those of Engine.
 class Engine::Impl {
  public:
   explicit Impl(EngineOptions options);
@@ -58,6 +59,7 @@ class Engine::Impl {
   std::thread successor_;  // Set by driver_ before it ends.
 };
 
+/// Thread safety: one thread at a time, as FileWriter.
 class FileWriter::Impl {
  public:
   Impl(Engine::Impl& engine, const std::filesystem::path& path, const WriterOptions& options);

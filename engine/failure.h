@@ -15,7 +15,8 @@ namespace flashpack::internal {
 struct FileFailure;
 
 /// The values of an Error, from which each wait() makes an Error of its own. An exception that several threads rethrow
-/// is one object for all of them, which one thread could change while another reads it.
+/// is one object for all of them, which one thread could change while another reads it. Thread safety: const members
+/// from any thread.
 struct Failure {
   explicit Failure(const Error& error);
   /// Makes a Failure for the file at `path` from the exception that is being handled.

@@ -12,8 +12,9 @@
 
 namespace flashpack::internal {
 
-/// An open file: its descriptors for both routes, and the facts about it that do not change. open(), created()
-/// and open_direct() make one, drop_from_cache() acts on the page cache, and the other functions ask for a fact.
+/// An open file: its descriptors for both routes, and the facts about it that do not change. open() and
+/// created() make one, open_direct() adds a descriptor, drop_from_cache() acts on the page cache, and the other
+/// functions ask for a fact.
 ///
 /// Move-only. Thread safety: const members from any thread.
 class File {

@@ -6,8 +6,8 @@ namespace flashpack::internal {
 
 namespace {
 
-// A gate waits for the caller's own work, which may take long. The time between two looks at the gate grows with the
-// wait, but is never more than an eighth of it, nor outside of these limits.
+// A gate waits for the caller's own work, which may take long. The next look at the gate comes after an eighth of the
+// wait so far, but after at least kShortestPeriod and at most kLongestPeriod. These are bounds and not tuned.
 constexpr int kLooksPerWait = 8;
 constexpr std::chrono::microseconds kShortestPeriod{100};
 constexpr std::chrono::milliseconds kLongestPeriod{4};

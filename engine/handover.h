@@ -32,7 +32,7 @@ class Handover {
   void release_memory() noexcept { memory_claimed_ = false; }
 
   /// Gives the result, once: the thread, when it has nothing left to do but to close the file, or the driver, when no
-  /// thread has the part.
+  /// thread has the part, or whoever prepares the transfer, before the driver has it.
   void end(PartResult result) noexcept {
     assert(!ended_);
     result_ = std::move(result);

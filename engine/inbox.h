@@ -38,7 +38,7 @@ class Inbox {
   /// Borrows the queue that the driver sleeps in, which must live until end() has returned true.
   explicit Inbox(Queue& sleeper) : sleeper_(&sleeper) {}
 
-  /// Any thread, until the transfer has ended: hands it to the driver, and sets its `inbox`.
+  /// Any thread: hands the transfer to the driver. Until its end, the transfer's `inbox` points here.
   void start(std::shared_ptr<TransferState> transfer);
   /// Any thread: asks the driver to cancel a transfer. Once for each transfer, and not after its end.
   void cancel(std::shared_ptr<TransferState> transfer) noexcept;
@@ -49,8 +49,8 @@ class Inbox {
 
   /// The driver: moves the messages that have come since the last call to `messages`, which must be empty.
   void take(Messages& messages);
-  /// The driver, when no transfer is left: whether it may end, because the inbox has been closed and no message is
-  /// left.
+  /// The driver, when no transfer is left: ends the inbox, after which no thread wakes the driver, if it has been
+  /// closed and no message is left. Returns whether it has.
   bool end() noexcept;
 
  private:

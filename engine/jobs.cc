@@ -40,11 +40,11 @@ std::optional<TraceStage> stage_of(const Job& job) {
   return std::nullopt;
 }
 
-// Whether bytes that could move straight to or from the caller's memory do. The disks of virtual machines read so much
+// Whether a chunk that needs no slot is moved without one. The disks of virtual machines read so much
 // slower to small pages that a read to a slot, which has huge ones, and a copy take less time (engine_bench,
 // cost/read_into). Such machines are those where huge pages cost too much. Fresh pages have to be populated in either
 // case, which takes so long that the copy would be added to it. Small loads stay in place, because a program that makes
-// many of them, to take little memory, would have that of the slots as well.
+// many of them, to take little memory, would have that of the slots as well; the limit is not tuned.
 bool stays_in_place(const Part& part, const Chunk& chunk) {
   constexpr std::uint64_t kLeastBytes = std::uint64_t{256} << 20;
   PagePolicy* const policy = part.transfer->request.page_policy;
@@ -143,9 +143,9 @@ bool Jobs::may_have_more(const Part& part) const {
   return !has_enough_stuck(part, stuck_, kStuckLimit / 2, kStuckLimit * 3 / 4);
 }
 
-// Where there are no spare slots: whether so many wait for `file_system` that too few would be left to others if it did
-// not answer. Each file system leaves a quarter of those that it finds, so that several of them leave one to the next.
-// Where there are very few, that would leave the disk idle while a slot is copied.
+// Whether `file_system` has its share of slots where there are no spare ones: it leaves a quarter of those that it
+// finds to others, which then go on if it does not answer. With fewer than four slots there is no such rule, because
+// the disk would idle during each copy.
 bool Jobs::has_its_share_of_slots(const FileSystem& file_system) const {
   constexpr std::size_t kFew = 4;
   return slots_.size() == limits_.slots && slots_.size() >= kFew && file_system.slots() > 0 &&

@@ -59,8 +59,8 @@ Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route);
 /// be loaded. Therefore a file that has many stuck jobs gets no further job when more than half of kStuckLimit is used,
 /// which leaves the other half to other files. A file system that has many gets no further job when more than three
 /// quarters are used. "Many" are as many as could be under way if nothing were stuck: the queue depth or the number of
-/// slots, whichever is smaller. Spare slots are shared out in the same way. Where there are none, because slots for a
-/// device are page-locked, some are always left to other file systems than the one that most of them wait for.
+/// slots, whichever is smaller. Spare slots are shared out in the same way. An engine of a device has none. With four
+/// slots or more, each file system there leaves a quarter of those that it finds to others.
 ///
 /// open(), enter(), reroute() and close() are a job's life, mark_late() looks after all jobs, and the other functions
 /// ask.

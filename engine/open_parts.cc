@@ -98,7 +98,7 @@ void OpenParts::enter_state(Part& part, Time now) {
   }
 }
 
-Part* OpenParts::next() {
+Part* OpenParts::find_next() {
   look_at_parked_ |= std::exchange(totals_.answers_again, false);
   if (std::exchange(look_at_parked_, false)) waiting_.merge(parked_);
   while (!waiting_.empty() && open_ - held_up() < max_open_ && held_up() < kHeldUpLimit) {

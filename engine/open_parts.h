@@ -64,7 +64,7 @@ class OpenParts {
 
   /// The waiting part whose file may be opened now, which has to enter kOpening before the next call, or kOpen if its
   /// file is open. Null if there is none.
-  Part* next();
+  Part* find_next();
 
   /// The parts in kOpening and kClosing.
   const std::vector<Part*>& with_threads() const noexcept { return with_threads_; }

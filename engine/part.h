@@ -83,8 +83,9 @@ struct PartPlace {
   bool in_prefixes = false;                 // Whether PrefixCounts::with_threads counts the part.
 };
 
-/// Only the driver uses it. Members without a note are changed by Transfers alone. A thread that opens or closes the
-/// file gets references to the request and the handover.
+/// Thread safety: the thread that prepares a transfer makes its parts, and then hands them to the driver, the only one
+/// that uses them until the end. Members without a note are changed by Transfers alone. A thread that opens or closes
+/// the file gets references to the request and the handover.
 struct Part {
   using State = PartPlace::State;
 

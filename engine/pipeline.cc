@@ -37,7 +37,7 @@ bool Pipeline::run() {
     const auto now = std::chrono::steady_clock::now();
     steps_.set_time(now);
     transfers_.take_turn(now);
-    if (transfers_.finished()) return true;
+    if (transfers_.end_if_finished()) return true;
     const bool look_again = schedule_.start_chunks(steps_);
     steps_.reap(patience(look_again));
     if (queues_.disk.refuses() && !refused) return false;

@@ -15,8 +15,8 @@ namespace {
 constexpr std::uint64_t kMinInPlaceBytes = std::uint64_t{128} << 10;
 
 // Up to this many unwanted bytes are read, because that costs less CPU time than a second read, and one operation, of
-// which some disks allow few in a second. A disk of 2 GB/s pays for it with 24 us at this size, and with nothing at 16
-// KiB (engine_bench, cost/gap_*).
+// which some disks allow few in a second. A disk of 2 GB/s pays for it with 24 us at this size, and at 16 KiB both take
+// the same time (engine_bench, cost/gap_*).
 constexpr std::uint64_t kMaxGapBytes = std::uint64_t{64} << 10;
 
 bool same_phase(const Fragment& fragment, std::uint32_t align_bytes) {

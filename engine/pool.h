@@ -16,7 +16,7 @@ inline constexpr std::chrono::milliseconds kLate{500};
 /// of the same subject wait until the late task has returned, so that a file that does not answer does not take all
 /// threads.
 ///
-/// Thread safety: post(), set_free() and replace_late_threads() from any thread.
+/// Thread safety: post(), set_free(), replace_late_threads() and thread_count() from any thread.
 class Pool {
  public:
   /// Enough for all operations that can be stuck in a pipeline, for all parts that can be held up, and for others.

@@ -114,13 +114,13 @@ void add_ring(std::vector<Finding>& findings, const internal::Staging& staging) 
     internal::Ring ring(4, staging.slots());
     ring_finding.value = text_of(ring.rung());
     ring_finding.limit = ring.fallback_reason();
-    if (!ring_finding.limit.empty()) ring_finding.cure = "a newer kernel; it costs a little CPU, no speed";
+    if (!ring_finding.limit.empty()) ring_finding.cure = "a newer kernel; how much CPU time that saves is not measured";
     const auto before = ring.fallback_reason().size();
     const internal::UniqueFd self(::open("/proc/self/exe", O_RDONLY | O_CLOEXEC));
     use_slot(ring, staging, self.get());
     const std::string reason = ring.fallback_reason().substr(before);
     buffers.value = reason.empty() ? "yes" : "no";
-    buffers.limit = reason.empty() ? "" : reason + ": a little more CPU";
+    buffers.limit = reason.empty() ? "" : reason + ": the kernel looks up the pages of each read";
     if (!reason.empty()) {
       buffers.cure =
           "ulimit -l unlimited, docker run --ulimit memlock=-1, systemd LimitMEMLOCK=infinity, or CAP_IPC_LOCK";

@@ -17,7 +17,7 @@ namespace flashpack::internal {
 /// Any answer may be out of date at once, and one page says nothing about its neighbours. Therefore the caller must
 /// read a range that is called cached without waiting, and call report_wrong() if the range was not cached.
 ///
-/// Move-only. Thread safety: one thread.
+/// Move-only. Thread safety: one thread. borrow() is for any thread if nobody asks for ranges meanwhile.
 class Residency {
  public:
   enum class Method : std::uint8_t { kCachestat, kProbe, kNone };

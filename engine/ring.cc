@@ -166,7 +166,7 @@ void Ring::arm_wake() {
 
 void Ring::push(unsigned tag, const DiskRequest& request) {
   assert(ring_ && !in_flight_[tag]);
-  const bool fixed = registered(request.slot, request.memory.size());
+  const bool fixed = register_if_used_again(request.slot, request.memory.size());
   in_flight_[tag] = true;
   io_uring_sqe* sqe = next_sqe();
   prepare(sqe, request, fixed);
@@ -192,7 +192,7 @@ void Ring::cancel(unsigned tag) {
   ::io_uring_sqe_set_data64(sqe, kCancelTag);
 }
 
-bool Ring::registered(int slot, std::size_t used_bytes) {
+bool Ring::register_if_used_again(int slot, std::size_t used_bytes) {
   if (slot < 0 || slots_.empty() || table_refused_) return false;
   const auto index = static_cast<std::size_t>(slot);
   if (index >= slots_.size()) return false;
@@ -257,7 +257,7 @@ void Ring::complete(unsigned tag, std::int64_t result) {
 
 // Notes that io_uring_enter has refused. Returns whether it will go on to refuse: most errors stay, and those that may
 // pass have then lasted for kMaxRefusal.
-bool Ring::is_final(int error_number) {
+bool Ring::note_if_refused(int error_number) {
   if (error_number != EAGAIN && error_number != EBUSY && error_number != ENOMEM) return true;
   const auto now = std::chrono::steady_clock::now();
   if (refused_since_ == std::chrono::steady_clock::time_point{}) refused_since_ = now;
@@ -318,7 +318,7 @@ std::span<const IoCompletion> Ring::wait(std::optional<std::chrono::nanoseconds>
     leave(wake_error_, "the read of an eventfd");
   } else if (result == 0) {
     refused_since_ = {};
-  } else if (is_final(-result)) {
+  } else if (note_if_refused(-result)) {
     leave(-result, "io_uring_enter");
   } else if (completions_.empty()) {
     std::this_thread::sleep_for(std::min(timeout.value_or(kRefusalPeriod), kRefusalPeriod));

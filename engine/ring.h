@@ -15,7 +15,8 @@
 
 namespace flashpack::internal {
 
-/// Thread safety: one thread makes, uses and destroys it; any thread may call wake().
+/// Thread safety: one thread makes and uses it. When it refuses(), one other thread goes on with it, and destroys it.
+/// Any thread may call wake().
 ///
 /// Since Linux 6.3 the ring has no descriptor, so that a forked child does not inherit it. A child that inherits the
 /// ring keeps the registered slots in memory as long as it lives. On older kernels the destructor unregisters the
@@ -55,11 +56,11 @@ class Ring final : public DiskQueue {
   io_uring_sqe* next_sqe();
   void arm_wake();
   void prepare(io_uring_sqe* sqe, const DiskRequest& request, bool fixed);
-  bool registered(int slot, std::size_t used_bytes);
+  bool register_if_used_again(int slot, std::size_t used_bytes);
   int enter(std::optional<std::chrono::nanoseconds> timeout);
   void reap();
   void complete(unsigned tag, std::int64_t result);
-  bool is_final(int error_number);
+  bool note_if_refused(int error_number);
   void leave(int error_number, const char* call);
   void wait_without_ring(std::optional<std::chrono::nanoseconds> timeout);
 

@@ -40,6 +40,7 @@ class Steps {
     virtual void on_delivered(Part& part, const Chunk& chunk) = 0;
     /// The router called the chunk cached, but it was not; the router has it again.
     virtual void on_given_back(Part& part) = 0;
+    /// A chunk has failed, which fails its part.
     virtual void on_failed(Part& part, const Error& error) = 0;
     /// A chunk of a part that has failed has come back.
     virtual void on_came_back(Part& part) = 0;
@@ -62,9 +63,8 @@ class Steps {
   bool set_out(Part& part, const Chunk& chunk, Route route);
   /// False if the part's file or file system has its share of what is stuck, so that no chunk of it may start.
   bool may_have_more(const Part& part) const { return jobs_.may_have_more(part); }
-  /// Whether a chunk more may start on that route: the disk gets `queue_depth` chunks, counting those whose bytes are
-  /// still being gathered into slots, and the workers as many chunks that go through the page cache as they can be busy
-  /// with.
+  /// Whether one more chunk may start on that route. The disk has at most `queue_depth` chunks, including those that
+  /// are still being gathered; the workers have at most `worker_depth` that go through the page cache.
   bool has_room(Route route, std::uint32_t queue_depth) const;
   /// Whether no chunk is under way.
   bool idle() const { return jobs_.idle(); }

@@ -20,8 +20,9 @@ class StripeSums {
   StripeSums(std::uint64_t begin_bytes, std::uint64_t end_bytes);
 
   /// Counts `bytes`, which lie at `offset_bytes` in the file. Bytes outside the range's stripes or past its end are
-  /// skipped. Thread safety: any number of threads may call this and take_back() at a time. Other members need the
-  /// object to themselves.
+  /// skipped. Thread safety: any number of threads may call this and take_back() at a time. crc32c() and
+  /// counted_bytes() may be called while no thread counts in the stripes that they are asked about, first() and end()
+  /// at any time; other members need the object to themselves.
   void add(std::uint64_t offset_bytes, std::span<const std::byte> bytes) noexcept {
     count(offset_bytes, bytes, Change::kAdd);
   }

@@ -1,6 +1,7 @@
 #include "flashpack/trace.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -164,6 +165,36 @@ std::map<std::string, TraceTotals::Totals, std::less<>> TraceTotals::totals_of_f
   return impl_->totals_of_files();
 }
 
+namespace {
+
+// While it lives, the calling thread gets no SIGPIPE. A FIFO whose reader has gone is an error of the trace, which must
+// not end the program.
+class WithoutSigpipe {
+ public:
+  WithoutSigpipe() {
+    ::sigemptyset(&sigpipe_);
+    ::sigaddset(&sigpipe_, SIGPIPE);
+    sigset_t pending;
+    ::sigpending(&pending);
+    was_pending_ = ::sigismember(&pending, SIGPIPE) == 1;
+    ::pthread_sigmask(SIG_BLOCK, &sigpipe_, &before_);
+  }
+  ~WithoutSigpipe() {
+    const timespec now{};
+    if (!was_pending_) ::sigtimedwait(&sigpipe_, nullptr, &now);
+    ::pthread_sigmask(SIG_SETMASK, &before_, nullptr);
+  }
+  WithoutSigpipe(const WithoutSigpipe&) = delete;
+  WithoutSigpipe& operator=(const WithoutSigpipe&) = delete;
+
+ private:
+  sigset_t sigpipe_{};
+  sigset_t before_{};
+  bool was_pending_ = false;
+};
+
+}  // namespace
+
 class ChromeTrace::Impl {
  public:
   // Without O_NONBLOCK, open() of a FIFO waits for a reader, and with it, a FIFO without a reader is an error.
@@ -175,7 +206,8 @@ class ChromeTrace::Impl {
     if (S_ISBLK(status.st_mode)) throw argument_error("trace", path, "a disk, whose contents it would replace");
     if (::fcntl(fd_.get(), F_SETFL, 0) != 0) throw file_error(errno_code(errno), "open", path);
     // Emptied only now, because another one may be writing it.
-    if (::flock(fd_.get(), LOCK_EX | LOCK_NB) != 0) throw file_error(errno_code(errno), "lock", path);
+    if (::flock(fd_.get(), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)  // Some file systems have no locks.
+      throw file_error(errno_code(errno), "lock", path);
     if (::ftruncate(fd_.get(), 0) != 0 && errno != EINVAL) throw file_error(errno_code(errno), "truncate", path);
     json_ = "[";
     flush();
@@ -291,6 +323,7 @@ class ChromeTrace::Impl {
   }
 
   void flush() {
+    const WithoutSigpipe no_signal;
     std::string_view left = json_;
     while (!error_ && !left.empty()) {
       const ssize_t written = internal::uninterrupted([&] { return ::write(fd_.get(), left.data(), left.size()); });

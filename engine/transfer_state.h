@@ -105,8 +105,8 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   void add(const PartResult& result);
   /// How the transfer has failed, also if only some of its parts have. Requires: all parts have ended.
   std::optional<Failure> failure() const;
-  /// Tells the completion of the part's extents that wait for no chunk: those of no bytes or, if the thread that opened
-  /// the file has read it, all.
+  /// Tells the completion of the extents that wait for no chunk: those of no bytes, or all, if the thread that opened
+  /// the file has read it.
   void report_at_once(const Part& part) const;
   /// Tells the completion, if it wants to know, of the part's extents that have landed with `chunk`, which has been
   /// delivered. Throws: Error, kCorrupt, if a stripe of them does not match.

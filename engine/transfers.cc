@@ -38,10 +38,10 @@ void Transfers::take_turn(Time now) {
   expire();
   look_at_gates();
   look_for_late();
-  while (Part* const part = parts_.next()) part->planned ? begin_issuing(*part) : open(*part);
+  while (Part* const part = parts_.find_next()) part->planned ? begin_issuing(*part) : open(*part);
 }
 
-bool Transfers::finished() {
+bool Transfers::end_if_finished() {
   const bool nothing_left =
       unfinished_ == 0 &&
       std::ranges::all_of(parts_.with_threads(), [](const Part* part) { return part->place.late; }) && inbox().end();

@@ -50,8 +50,9 @@ class Transfers final : public Steps::Owner {
   /// Does all that has come up since the last turn: begins transfers, ends those that are through, cancelled or late,
   /// and has the next files opened.
   void take_turn(Time now);
-  /// Whether all have ended and no other will come. Threads that are late in opening or closing files are left behind.
-  bool finished();
+  /// If all have ended and no other will come, ends the inbox. Returns whether it has. Threads that are late in opening
+  /// or closing files are left behind.
+  bool end_if_finished();
   /// How long the next turn may wait if nobody wakes the driver; empty is for ever.
   std::optional<std::chrono::nanoseconds> patience() const;
 

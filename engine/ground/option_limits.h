@@ -28,7 +28,9 @@ constexpr bool is_number_of_workers(std::uint64_t workers) { return workers <= k
 constexpr bool is_number_of_more_devices(std::uint64_t devices) { return devices <= kMaxMoreDevices; }
 constexpr bool is_number_of_slots(std::uint64_t slots) { return slots >= kMinSlots && slots <= kMaxSlots; }
 
-/// The staging memory of an engine whose options leave it open.
+/// The staging memory of an engine whose options leave it open: 16 chunks of 4 MiB, twice the queue depth, so that
+/// slots can be copied while the disk fills others. For a device it is what the sweep in bench/README.md has found;
+/// that of the host is not tuned.
 constexpr std::uint64_t usual_staging_bytes(Device::Kind kind) {
   return std::uint64_t{kind == Device::Kind::kCuda ? 96u : 64u} << 20;
 }

@@ -31,8 +31,9 @@ constexpr nanoseconds kFairPerHugePage = milliseconds(1);
 constexpr nanoseconds kTooMuch = milliseconds(10);
 constexpr nanoseconds kMostExcess = milliseconds(12);
 
-// Where huge pages were dear, they are tried again once in so many bytes of fresh memory. Each try costs as much as 5
-// to 10 MiB of small pages, which would be much of memory that is taken 64 MiB at a time, and is a hundredth of this.
+// Where huge pages were dear, they are tried again once in so many bytes of fresh memory. A try ends after kTooMuch,
+// for which 19 MiB of small pages can be populated: that would be much of memory that is taken 64 MiB at a time, and is
+// a fiftieth of this. A bound, and not tuned.
 constexpr std::uint64_t kRetryBytes = std::uint64_t{1} << 30;
 // In less memory, chunks may touch no whole huge page, which would tell nothing.
 constexpr std::uint64_t kLeastTryBytes = 4 * kHugePageBytes;

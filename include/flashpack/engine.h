@@ -41,7 +41,8 @@ struct Device {
 ///
 /// A load is fastest if `target` and `offset_bytes` are equal modulo 4096 (or modulo the file's direct I/O alignment,
 /// if that is larger), because whole pages of extents from 128 KiB on are then read straight into the target, and so
-/// are smaller extents of whole pages if nothing else is wanted within 64 KiB of them.
+/// are smaller extents of whole pages if nothing else is wanted within 64 KiB of them. HostMemory says where a copy is
+/// faster.
 struct Extent {
   /// From the beginning of the file or device. For a file inside a container, add the offset where it begins there.
   std::uint64_t offset_bytes = 0;
@@ -94,7 +95,7 @@ enum class CachePolicy : std::uint8_t {
   kBuffered,  ///< All reads go through the page cache.
 };
 
-/// How a load leaves the page cache of a file that it has read through it. Direct reads do not change it.
+/// The page cache of files that a load has read through it, after the load. Direct reads do not change it.
 enum class AfterLoad : std::uint8_t {
   kKeep,  ///< Pages stay for the next load or process, as long as the kernel keeps them.
   kDrop,  ///< Pages of the file are dropped, even those that were cached before, for files that will not be read again.
@@ -146,7 +147,7 @@ struct EngineOptions {
   /// CPU.
   std::uint32_t chunk_bytes = std::uint32_t{4} << 20;
   /// Direct reads and writes in flight, and chunks whose bytes are being gathered for a write, 1 to 1024 in all; a few
-  /// more while fresh memory is filled. Striped arrays need 16 to 32.
+  /// more while fresh memory is filled. Striped arrays may need more: flashpack_tune finds out.
   std::uint32_t queue_depth = 8;
   /// Upper bound of the engine's staging memory in bytes, at least two chunks. 0 is 64 MiB, or 96 MiB for a CUDA
   /// device. For a CUDA device the memory is allocated and page-locked at the start. Otherwise it is allocated when
@@ -159,8 +160,8 @@ struct EngineOptions {
   /// forked child does not inherit it. When the engine has ended, children of a fork inherit the memory again
   /// (MADV_DOFORK).
   ///
-  /// If CUDA has page-locked it, which is asked for the first and the last byte of each chunk, it is left as it is;
-  /// otherwise it is page-locked as long as the engine lives.
+  /// The engine asks CUDA whether the first and the last byte of each chunk are page-locked. If all are, it leaves the
+  /// memory as it is; otherwise it page-locks it as long as the engine lives.
   /// An engine of the host also has spare slots in memory of its own, which take memory only when reads hang. Without
   /// spare slots, file systems that do not answer can stop all loads that need a slot.
   std::span<std::byte> staging;
@@ -171,17 +172,18 @@ struct EngineOptions {
   /// CPUs for the engine's threads; empty leaves them to the scheduler.
   std::vector<int> cpu_affinity;
   /// NUMA node of the staging memory. If empty, it is the node of `device` if that is a CUDA device, or for the host
-  /// the node that the driver thread runs on. If the system refuses the node, fallback_reason() says so.
+  /// the node of the thread that uses a slot first. If the system refuses the node, fallback_reason() says so.
   std::optional<int> numa_node;
   /// This sink is told of each step of the engine's work (flashpack/trace.h); borrowed until the engine is destroyed.
   /// Small loads through a FileHandle then always go over the driver thread. Null costs nothing.
   TraceSink* trace = nullptr;
   /// Further CUDA devices, at most 63, for an engine whose `device` is one. A request may then have targets or sources
   /// on any of them and on the host, and all devices share the threads, the queue depth and the staging memory, which
-  /// is page-locked once for all of them. An engine for each device would multiply these, but loads to them would not
-  /// wait for each other. Staging memory of the caller's that is page-locked already has to be so for all devices
-  /// (cudaHostRegisterPortable). A device that fails fails the transfers that use it, and no others.
-  /// Errc::kInvalidArgument if there is a device twice, or one that is no CUDA device.
+  /// is page-locked once for all of them. With an engine for each device, each has its own
+  /// threads and memory, and a load to one does not wait for a load to another. Staging memory of the caller's that is
+  /// page-locked already has to be so for all devices (cudaHostRegisterPortable). A device that fails fails the
+  /// transfers that use it, and no others. Errc::kInvalidArgument if there is a device twice, or one that is no CUDA
+  /// device.
   std::vector<Device> more_devices = {};
   /// The pool of the HostMemory that loads read to. Engines that are to share what is kept get a copy of the same one.
   HostMemoryPool memory_pool = {};
@@ -202,11 +204,11 @@ struct EngineOptions {
 /// (SIGSEGV) that later used objects from before the reset.
 ///
 /// A file system that does not answer delays only the transfers of its own files, as long as at most 256 operations
-/// wait for an answer. An engine of a CUDA device cannot replace the slots that such operations keep. Each file
-/// system leaves a quarter of the slots that it finds to others, so that loads to the device become slower with each
-/// one that does not answer, and wait, too, when no slot is left. The destructor waits, however long, for operations
-/// for which the kernel may still write to memory. When all transfers have finished, it does not wait for a thread that
-/// has been opening or closing a file for more than half a second.
+/// wait for an answer. An engine of a CUDA device cannot replace the slots that such operations keep. If it has
+/// four or more, each file system leaves a quarter of those that it finds to others, so that loads to the device become
+/// slower with each one that does not answer, and wait, too, when no slot is left. The destructor waits, however long,
+/// for operations for which the kernel may still write to memory. When all transfers have finished, it does not wait
+/// for a thread that has been opening or closing a file for more than half a second.
 ///
 /// An engine has descriptors of its own. A program that closes descriptors which it does not know (closefrom) has to
 /// destroy its engines first, because a thread whose descriptors are gone is not woken any more.
@@ -257,7 +259,7 @@ class Engine {
   std::optional<FileWriter> create(const std::filesystem::path& path, WriterOptions options,
                                    std::error_code& error) noexcept;
 
-  /// The options as given, with the chosen values in place of 0 and kAuto.
+  /// The options as given, with the chosen values in place of 0 and kAuto; `staging_bytes` stays 0 beside `staging`.
   const EngineOptions& options() const;
   /// Why the backend is slower, or the memory another, than asked for; empty if neither is. Each transfer has its own
   /// reasons in its statistics.

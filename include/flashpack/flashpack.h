@@ -13,6 +13,8 @@
 ///
 /// * Status. FLASHPACK_OK is 0, a positive status is an errno of the system, and a negative one is a constant of
 ///   flashpack_status.h. If memory runs out, it is ENOMEM. No C++ exception leaves a function.
+/// * Names. A function whose name has a verb (create, open, load, write, save, take, wait, cancel, commit, release,
+///   destroy) acts. One whose name ends with a noun (info, data, status, stats, fd) only asks.
 /// * Errors. The last argument may be NULL. Otherwise it is set by every call: to NULL after FLASHPACK_OK and
 ///   FLASHPACK_RUNNING, else to a new object, which the caller destroys. What was there before is not destroyed.
 /// * Handles. flashpack_X_create() and its like give a handle to the caller, who destroys it with

@@ -16,10 +16,10 @@ struct Finding {
 };
 
 /// Returns what the machine allows, under the keys kernel, cpus, seccomp, io_uring, registered_buffers, locked_memory,
-/// huge_pages, numa and gpus. If `path` is given, file_system, direct_io and residency follow. A `path` that is a
-/// directory gets an unnamed file for the trial. Each key appears once. The call takes some milliseconds and reads at
-/// most one block of the file. Throws: Error when `path` is neither a file nor a directory nor a block device. Any
-/// thread.
+/// huge_pages, numa and gpus. If `path` is given, file_system, direct_io and residency follow; residency only if there
+/// is a file to ask about. A `path` that is a directory gets an unnamed file for the trial, if it can. Each key appears
+/// once. The call takes some milliseconds and reads at most one block of the file. Throws: Error when `path` is neither
+/// a file nor a directory nor a block device. Any thread.
 std::vector<Finding> probe(const std::filesystem::path& path = {});
 
 }  // namespace flashpack

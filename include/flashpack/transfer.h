@@ -67,8 +67,8 @@ struct TransferState;
 /// finished: wait() returned or threw, wait_for() returned true, or the destructor returned.
 ///
 /// Thread safety: any thread may call cancel(), progress() and wait_for(); other members, and moves, are for one thread
-/// at a time. In a forked child, members throw Errc::kUnusable, except that error() returns it, cancel()
-/// does nothing and the destructor releases nothing.
+/// at a time. In a forked child, members that may throw do so, with Errc::kUnusable; error() returns it, cancel() does
+/// nothing, and neither the destructor nor detach() releases anything.
 class Transfer {
  public:
   Transfer() noexcept = default;
@@ -77,8 +77,8 @@ class Transfer {
   /// Cancels and waits until nothing is in flight, unless the transfer has finished or was detached.
   ~Transfer();
 
-  /// False for a default-constructed, moved-from or detached handle, on which only assignment and destruction are
-  /// allowed.
+  /// False for a default-constructed, moved-from or detached handle, on which only assignment, destruction,
+  /// cancel() and detach() are allowed.
   bool valid() const noexcept { return state_ != nullptr; }
 
   /// Blocks until the transfer has finished. May be called again, with the same result. A read that the kernel

@@ -40,7 +40,7 @@ class OpenPartsTest : public ::testing::Test {
 
   // Has the file of the part opened.
   void open(Part& part) {
-    ASSERT_EQ(parts_.next(), &part);
+    ASSERT_EQ(parts_.find_next(), &part);
     enter(part, State::kOpening);
     answer(part);
   }
@@ -59,7 +59,7 @@ class OpenPartsTest : public ::testing::Test {
   // The parts that are being opened when no further one may be.
   std::vector<Part*> open_as_many_as_possible() {
     std::vector<Part*> opened;
-    while (Part* const part = parts_.next()) {
+    while (Part* const part = parts_.find_next()) {
       enter(*part, State::kOpening);
       opened.push_back(part);
     }
@@ -102,19 +102,19 @@ TEST_F(OpenPartsTest, SoManyFilesAreOpenAtATimeInTheOrderOfTheirTurns) {
   EXPECT_TRUE(opened[0]->place.alone);
   EXPECT_FALSE(opened[1]->place.alone);
   answer(*opened[0]);
-  EXPECT_EQ(parts_.next(), nullptr) << "it is still open";
+  EXPECT_EQ(parts_.find_next(), nullptr) << "it is still open";
   enter(*opened[0], State::kClosing);
-  EXPECT_EQ(parts_.next(), nullptr) << "it is being closed";
+  EXPECT_EQ(parts_.find_next(), nullptr) << "it is being closed";
   opened[0]->handover.end({});
   enter(*opened[0], State::kDone);
-  EXPECT_EQ(parts_.next(), all[OpenParts::kMaxOpen]);
+  EXPECT_EQ(parts_.find_next(), all[OpenParts::kMaxOpen]);
 }
 
 TEST_F(OpenPartsTest, AWaitingPartThatIsGivenUpIsNotOpened) {
   Part& first = wait("/a/1");
   Part& second = wait("/a/2");
   enter(first, State::kDone);
-  EXPECT_EQ(parts_.next(), &second);
+  EXPECT_EQ(parts_.find_next(), &second);
 }
 
 TEST_F(OpenPartsTest, AStoreDoesNotCountAmongTheOpenFiles) {
@@ -139,12 +139,12 @@ TEST_F(OpenPartsTest, WithoutDescriptorsFewerFilesAreOpenUntilFilesHaveBeenClose
   for (int i = 0; i < 10; ++i) wait("/a/" + std::to_string(i));
   std::vector<Part*> opened;
   for (int i = 0; i < 4; ++i) {
-    opened.push_back(parts_.next());
+    opened.push_back(parts_.find_next());
     enter(*opened.back(), State::kOpening);
   }
   enter(*opened[3], State::kAnswered);
   enter(*opened[3], State::kWaiting);
-  EXPECT_EQ(parts_.next(), nullptr) << "three are open, which was all that the process could have";
+  EXPECT_EQ(parts_.find_next(), nullptr) << "three are open, which was all that the process could have";
   answer(*opened[0]);
   close(*opened[0]);
   EXPECT_EQ(open_as_many_as_possible().size(), 2u) << "in place of the closed one, and one more as a trial";
@@ -152,9 +152,9 @@ TEST_F(OpenPartsTest, WithoutDescriptorsFewerFilesAreOpenUntilFilesHaveBeenClose
 
 TEST_F(OpenPartsTest, AFileThatCannotBeOpenedMakesRoomButNoTrialOfMore) {
   for (int i = 0; i < 10; ++i) wait("/a/" + std::to_string(i));
-  Part& first = *parts_.next();
+  Part& first = *parts_.find_next();
   enter(first, State::kOpening);
-  Part& second = *parts_.next();
+  Part& second = *parts_.find_next();
   enter(second, State::kOpening);
   enter(second, State::kAnswered);
   enter(second, State::kWaiting);
@@ -168,10 +168,10 @@ TEST_F(OpenPartsTest, PartsWhoseThreadsAreLateMakeRoomForOthers) {
   const std::vector<Part*> late = open_as_many_as_possible();
   EXPECT_EQ(late.size(), OpenParts::kMaxOpen);
   parts_.mark_late(now_ + kLate - std::chrono::nanoseconds(1));
-  EXPECT_EQ(parts_.next(), nullptr);
+  EXPECT_EQ(parts_.find_next(), nullptr);
   parts_.mark_late(now_ + kLate);
   EXPECT_TRUE(late.front()->place.late);
-  Part* const next = parts_.next();
+  Part* const next = parts_.find_next();
   ASSERT_NE(next, nullptr);
   enter(*next, State::kOpening);
   EXPECT_TRUE(next->place.alone) << "nothing that answers is open beside it";
@@ -183,9 +183,9 @@ TEST_F(OpenPartsTest, PartsOfAFileSystemThatDoesNotAnswerMakeRoomForOthers) {
   std::vector<Part*> parts;
   for (std::size_t i = 0; i < OpenParts::kMaxOpen; ++i) open(*parts.emplace_back(&wait("/a/" + std::to_string(i))));
   Part& other = wait("/b/1");
-  EXPECT_EQ(parts_.next(), nullptr);
+  EXPECT_EQ(parts_.find_next(), nullptr);
   parts[0]->place.file_system->add_late();
-  EXPECT_EQ(parts_.next(), &other);
+  EXPECT_EQ(parts_.find_next(), &other);
 }
 
 TEST(FileSystemTest, AllOfItsLoadsAreHeldUpFromTheFirstLateOperationToTheLast) {
@@ -217,10 +217,10 @@ TEST_F(OpenPartsTest, ADirectoryWhoseFilesDoNotOpenGetsAThirdAndTheRestOfItIsPar
     const std::vector<Part*> late = open_late_ones();
     EXPECT_EQ(late.size(), OpenParts::kHeldUpLimit / 3 + 1) << round;
     Part& other = wait("/b/1");
-    EXPECT_EQ(parts_.next(), &other);
+    EXPECT_EQ(parts_.find_next(), &other);
     enter(other, State::kDone);
     for (Part* const part : all) part->state() == State::kOpening ? end(*part) : enter(*part, State::kDone);
-    EXPECT_EQ(parts_.next(), nullptr) << "those that were parked are given up, too";
+    EXPECT_EQ(parts_.find_next(), nullptr) << "those that were parked are given up, too";
   }
 }
 
@@ -228,18 +228,18 @@ TEST_F(OpenPartsTest, AMountPointGetsHalfAndTheRestOfItIsParked) {
   for (std::size_t i = 0; i < 2 * OpenParts::kHeldUpLimit; ++i) wait("/a/" + std::to_string(i) + "/file");
   EXPECT_EQ(open_late_ones().size(), OpenParts::kHeldUpLimit / 2 + 1);
   Part& same_mount = wait("/b/file");
-  EXPECT_EQ(parts_.next(), nullptr) << "the same mount point";
+  EXPECT_EQ(parts_.find_next(), nullptr) << "the same mount point";
   enter(same_mount, State::kDone);
   Part& other_mount = wait("/mounted/file");
-  EXPECT_EQ(parts_.next(), &other_mount);
+  EXPECT_EQ(parts_.find_next(), &other_mount);
 }
 
 TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenALateThreadComesBack) {
   for (std::size_t i = 0; i < OpenParts::kHeldUpLimit; ++i) wait("/a/" + std::to_string(i));
   const std::vector<Part*> late = open_late_ones();
-  EXPECT_EQ(parts_.next(), nullptr);
+  EXPECT_EQ(parts_.find_next(), nullptr);
   end(*late[0]);
-  EXPECT_NE(parts_.next(), nullptr);
+  EXPECT_NE(parts_.find_next(), nullptr);
 }
 
 TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenTheLastLateOperationComesBack) {
@@ -249,7 +249,7 @@ TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenTheLastLateOperationComesBack)
   file_system.add_late();
   parts_.read_mounts();
   for (std::size_t i = 0; i < OpenParts::kHeldUpLimit; ++i) wait("/a/more" + std::to_string(i));
-  while (Part* const part = parts_.next()) {
+  while (Part* const part = parts_.find_next()) {
     enter(*part, State::kOpening);
     answer(*part);
   }
@@ -258,12 +258,12 @@ TEST_F(OpenPartsTest, ParkedPartsHaveTheirTurnWhenTheLastLateOperationComesBack)
   for (Part& part : transfer_->driver.parts) {
     if (part.state() == State::kOpen && file_system.loads() >= OpenParts::kMaxOpen) close(part);
   }
-  EXPECT_NE(parts_.next(), nullptr);
+  EXPECT_NE(parts_.find_next(), nullptr);
 }
 
 TEST_F(OpenPartsTest, PlacesWhereEveryPartIsDoneAreForgotten) {
   Part& late = wait("/late/file");
-  ASSERT_EQ(parts_.next(), &late);
+  ASSERT_EQ(parts_.find_next(), &late);
   enter(late, State::kOpening);
   parts_.mark_late(now_ += 2 * kLate);  // From here on, directories and mount points are looked up.
   EXPECT_EQ(parts_.places(), 2u) << "/late and /";
@@ -273,7 +273,7 @@ TEST_F(OpenPartsTest, PlacesWhereEveryPartIsDoneAreForgotten) {
     ASSERT_EQ(parts_.places(), 5u) << "its directory, its mount point and its file system";
     close(part);
     Part& given_up = wait("/" + std::to_string(i) + "/file");
-    EXPECT_EQ(parts_.next(), &given_up);
+    EXPECT_EQ(parts_.find_next(), &given_up);
     enter(given_up, State::kDone);
   }
   EXPECT_EQ(parts_.places(), 2u);
@@ -289,7 +289,7 @@ TEST_F(OpenPartsTest, AFileSystemWithALateOperationIsKeptForAllThatPointToIt) {
   Part& second = wait("/a/2");
   open(second);
   Part& third = wait("/a/3");
-  EXPECT_EQ(parts_.next(), &third);
+  EXPECT_EQ(parts_.find_next(), &third);
   close(second);
   EXPECT_EQ(third.place.prefixes[0]->held_up_loads(), 1u) << "it counts what is still held up there";
   stuck.place.file_system->remove_late();

@@ -381,6 +381,21 @@ TEST_F(TraceTest, AFifoWithoutAReaderIsAnErrorAndNoHang) {
   }
 }
 
+TEST_F(TraceTest, AFifoWhoseReaderHasGoneEndsTheTraceAndNotTheProgram) {
+  ASSERT_EQ(::mkfifo((dir_ / "trace.json").c_str(), 0600), 0);
+  const int status = testing::run_in_child([&] {
+    ::signal(SIGPIPE, SIG_DFL);
+    internal::UniqueFd reader(::open((dir_ / "trace.json").c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
+    ChromeTrace trace(dir_ / "trace.json");
+    reader.reset();
+    trace.event({.stage = TraceStage::kTransfer});
+    sigset_t pending;
+    ::sigpending(&pending);
+    return trace.error() == std::errc::broken_pipe && ::sigismember(&pending, SIGPIPE) == 0 ? 0 : 1;
+  });
+  EXPECT_EQ(status, 0);
+}
+
 TEST_F(TraceTest, AFullDiskEndsTheTraceAndNotTheLoad) {
   ChromeTrace trace("/dev/full");
   load_with(trace);
