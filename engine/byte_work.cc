@@ -223,7 +223,7 @@ std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writin
   const auto ask = [&] {
     if (run.empty()) return 0;
     // Pages that are there already tell nothing about fresh ones.
-    const bool fresh = policy && !is_populated(run.subspan(run.size() / 2, 1));
+    const bool fresh = policy && !is_middle_populated(run);
     return as_read_fails(populate(run, for_writing, fresh ? policy : nullptr), run);
   };
   if (!can_populate()) return 0;
@@ -247,8 +247,7 @@ void populate_if_fresh(std::span<const Fragment> fragments, PagePolicy* policy) 
   for (const Fragment& fragment : fragments) {
     const std::span<std::byte> memory(fragment.memory, fragment.size_bytes);
     if (memory.size() < kHugePageBytes) continue;  // It tells nothing about huge pages, and populates few small ones.
-    // The first page and the last may have bytes of other chunks.
-    if (!is_populated(memory.subspan(memory.size() / 2, 1))) populate(memory, true, policy);
+    if (!is_middle_populated(memory)) populate(memory, true, policy);
   }
 }
 
@@ -366,5 +365,7 @@ bool is_populated(std::span<std::byte> memory) {
   }
   return true;
 }
+
+bool is_middle_populated(std::span<std::byte> memory) { return is_populated(memory.subspan(memory.size() / 2, 1)); }
 
 }  // namespace flashpack::internal

@@ -51,7 +51,7 @@ bool stays_in_place(const Part& part, const Chunk& chunk) {
   if (!part.transfer->is_load() || !policy || part.transfer->request.total_bytes < kLeastBytes) return true;
   const Fragment& target = part.plan().fragments_of(chunk).front();
   const std::span memory(target.memory, target.size_bytes);
-  return !(policy->has_small_pages(memory.data()) && is_populated(memory.subspan(memory.size() / 2, 1)));
+  return !(policy->has_small_pages(memory.data()) && is_middle_populated(memory));
 }
 
 }  // namespace
