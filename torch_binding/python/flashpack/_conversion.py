@@ -64,15 +64,19 @@ def flashpack_name_of(checkpoint: Path) -> str:
 
 def stem_for(directory: Path) -> str:
     """Returns the name, without a suffix, of the safetensors file that the model's library loads from `directory`."""
-    named = named_weights(directory)
+    config = _config_of(directory)
+    named = _named_in(config, directory)
     if named is not None and suffix_of(named) == ".safetensors":
         return named.stem
-    return _STEMS[_library_of(_config_of(directory)) or "transformers"][".safetensors"]
+    return _STEMS[_library_of(config) or "transformers"][".safetensors"]
 
 
 def named_weights(directory: Path) -> Path | None:
     """Returns the weights that a configuration of transformers names. Raises FlashPackError if they are elsewhere."""
-    config = _config_of(directory)
+    return _named_in(_config_of(directory), directory)
+
+
+def _named_in(config: dict[str, Any], directory: Path) -> Path | None:
     named = config.get("transformers_weights") if _library_of(config) == "transformers" else None
     return None if named is None else directory / plain_name(directory / "config.json", named)
 
@@ -109,11 +113,12 @@ def find_checkpoint(directory: Path, variant: str | None = None) -> Path | None:
     Safetensors are preferred. A lone safetensors file may have any name. Adapters are found where no model is. The file
     that a configuration of transformers names as `transformers_weights` comes first.
     """
-    named = named_weights(directory)
+    config = _config_of(directory)
+    named = _named_in(config, directory)
     if named is not None:
         return named if named.is_file() else None
     sets = [(library, suffix) for suffix in _SUFFIXES for library in _STEMS]
-    if home := _library_of(_config_of(directory)):
+    if home := _library_of(config):
         sets.sort(key=lambda each: each[0] != home)
     for name in (name for library, suffix in sets for name in _names(library, suffix, variant)):
         if (directory / name).is_file():

@@ -179,7 +179,8 @@ def _files_in(source: Path, patterns: Sequence[str]) -> list[Path]:
 
 def _modules_in(directory: Path) -> list[str]:
     """Returns the folders of modules of sentence-transformers, which are not converted, as components are."""
-    return [folder for folder in modules_of(directory) if folder not in components_of(directory)]
+    components = components_of(directory)
+    return [folder for folder in modules_of(directory) if folder not in components]
 
 
 def _folders_left(source: Path, taken: set[Path]) -> list[str]:

@@ -25,10 +25,10 @@ from .._memory import ReadOptions, supported_device
 from .._native import FlashPackError
 from .._options import positive_integer
 from .._stream import stream_tensors
+from ..constants import WEIGHTS_NAME
 from ._lazy import LazyTensor
 
 LOAD_FORMAT = "flashpack"
-WHOLE_NAME = "model.flashpack"
 INDEX_NAME = "model.flashpack.index.json"
 PATTERNS = ["*.flashpack", "*.safetensors"]
 """The files that are loaded. A directory with both has converted weights beside the original ones."""
@@ -121,7 +121,7 @@ def _whole_checkpoint(files: list[str]) -> list[str]:
     """Returns model.flashpack, or the only set of shards that is whole by its names; nothing if there is neither."""
     sets: dict[tuple[str, int], list[str]] = {}
     for file in files:
-        if Path(file).name == WHOLE_NAME:
+        if Path(file).name == WEIGHTS_NAME:
             return [file]
         if (shard := _SHARD.fullmatch(Path(file).name)) and 0 < int(shard[2]) <= int(shard[3]):
             sets.setdefault((shard[1], int(shard[3])), []).append(file)

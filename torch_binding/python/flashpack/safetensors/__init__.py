@@ -43,7 +43,7 @@ __all__ = [
     "save_model",
 ]
 
-# The modules for other frameworks are those of safetensors.
+# Imports of the modules for other frameworks find the files of safetensors.
 __path__.extend(safetensors.__path__)
 
 
