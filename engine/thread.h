@@ -1,4 +1,4 @@
-/// Starts the engine's threads.
+/// Starts the engine's threads. Thread safety: any thread may call; a SignalsBlocked ends in the thread that made it.
 #pragma once
 
 #include <pthread.h>

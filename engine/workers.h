@@ -13,10 +13,11 @@
 
 namespace flashpack::internal {
 
-/// Carries out `request` in the calling thread. Returns an IoCompletion::result.
+/// Carries out `request` in the calling thread, which may be any thread. Returns an IoCompletion::result: the bytes of
+/// one call, which may be fewer than wanted, or -errno. May block.
 std::int64_t carry_out(const DiskRequest& request);
 
-/// A queue whose requests the threads of a pool carry out.
+/// A queue whose requests the threads of a pool carry out. Thread safety: as Queue.
 template <class Interface>
 class ThreadQueue : public Interface {
  public:

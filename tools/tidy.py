@@ -280,10 +280,12 @@ def check_headers(tree: Tree) -> Iterator[Finding]:
 
 
 def check_threads(tree: Tree) -> Iterator[Finding]:
+    rule = r"(?i)\bthread[- ]safe|\b(?:any|one|driver) thread\b(?!')|\bGIL\b"
     for source in tree.values():
         code = re.sub(r"^\s*#.*", "", source.code, flags=re.MULTILINE)
         declares = source.suffix == ".h" and re.search(r"(?<!enum )\b(?:class|struct)\s+\w|\w\(", code)
-        if declares and source.under(*LIBRARIES) and not re.search(r"(?i)thread|\bGIL\b", source.text):
+        comments = " ".join(re.findall(r"//[/<]* ?(.*)", source.text))
+        if declares and source.under(*LIBRARIES) and not re.search(rule, comments):
             yield Finding(source.path, 1, "header that does not say which threads may call")
 
 
@@ -296,12 +298,13 @@ def check_owners(tree: Tree) -> Iterator[Finding]:
 
 
 def check_sharing(tree: Tree) -> Iterator[Finding]:
+    member_or_alias = r"(?:\s*using\s+\w+\s*=)?[^=()]*\bshared_ptr<[^=()]*;"
     for source in tree.values():
         comments = ""  # On the line, and on those before it that are nothing but comments.
         for number, line in enumerate(source.lines if source.is_cpp and source.under(*LIBRARIES) else [], 1):
             code, _, comment = line.partition("//")
             comments += comment
-            if re.match(r"[^=()]*\bshared_ptr<[^=()]*;", code) and not re.search(r"\b[Ss]hared\b", comments):
+            if re.match(member_or_alias, code) and not re.search(r"\b[Ss]hared\b", comments):
                 yield Finding(source.path, number, "shared_ptr without a comment that says why it is shared")
             comments = comments if not code.strip() and comment else ""
 

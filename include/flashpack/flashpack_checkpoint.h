@@ -1,5 +1,5 @@
-/// Checkpoints in the C API: which tensors files have, and where. flashpack.h includes this header, and has the rules,
-/// also for threads.
+/// Checkpoints in the C API: which tensors files have, and where. flashpack.h includes this header, and has the rules:
+/// any thread may call.
 ///
 /// flashpack_checkpoint_open() and flashpack_checkpoint_open_files() open a checkpoint, and
 /// flashpack_checkpoint_destroy() ends it; the other functions ask.

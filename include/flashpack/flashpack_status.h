@@ -1,5 +1,4 @@
-/// Statuses and errors of the C API. flashpack.h includes this header, and has the rules, also for
-/// threads.
+/// Statuses and errors of the C API. flashpack.h includes this header, and has the rules: any thread may call.
 #pragma once
 
 #include <stdint.h>

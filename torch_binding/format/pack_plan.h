@@ -11,6 +11,8 @@
 ///     its memory order, and takes twice its size in the buffer.
 ///   * A group is what is written by one transfer. It ends when a buffer is full. While one group is being filled, the
 ///     others of kPackGroups are being written, which keeps the disk's queue full.
+///
+/// Thread safety: any thread may call the functions; the objects are as standard containers.
 #pragma once
 
 #include <cstddef>

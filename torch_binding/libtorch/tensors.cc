@@ -38,7 +38,7 @@ constexpr std::array kScalarTypes = {at::ScalarType::Bool,           at::ScalarT
                                      at::ScalarType::Float8_e8m0fnu, float4<at::ScalarType>()};
 static_assert(kScalarTypes.size() == static_cast<std::size_t>(DType::kFloat4E2M1FNX2) + 1);
 
-using MemoryOwner = std::shared_ptr<HostMemory>;
+using MemoryOwner = std::shared_ptr<HostMemory>;  // Shared by the tensors in the memory.
 
 std::vector<std::size_t> selected(const Checkpoint& checkpoint, const ReadOptions& options) {
   std::vector<std::size_t> wanted;

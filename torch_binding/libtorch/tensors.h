@@ -1,4 +1,6 @@
 /// Turns bytes of a file into tensors that behave as if torch had made them.
+///
+/// Thread safety: any thread may call the functions; a LoadedRecords is for one thread at a time.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,13 +25,15 @@ std::optional<DType> format_dtype(at::ScalarType type) noexcept;
 
 /// The device that an engine loads to.
 at::Device device_of(const Engine& engine);
-/// The calling thread's current stream on `device`, to be passed to the engine; null for the CPU.
+/// The calling thread's current stream on `device`, to be passed to the engine; null for the CPU. Before LibTorch 2.8
+/// it cannot be had: then this waits until its work has ended, and returns null, the legacy default stream.
 CUstream_st* current_stream(at::Device device);
 
 /// Loads chosen tensors of a checkpoint into new memory of the engine's device. Checkpoint and `wanted` are borrowed.
 class LoadedRecords {
  public:
-  /// Reads the tensors with the indices in `wanted`. Throws: Error.
+  /// Reads the tensors with the indices in `wanted`, and waits for them. Throws: Error; c10::Error when torch has no
+  /// memory on the device.
   LoadedRecords(Engine& engine, const Checkpoint& checkpoint, std::span<const std::size_t> wanted, CachePolicy cache,
                 Verify verify);
 
