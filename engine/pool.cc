@@ -30,7 +30,8 @@ struct Pool::State {
   /// Throws: std::system_error when the system has no more threads.
   void add_thread(const std::shared_ptr<State>& self);
   void replace_late(const std::shared_ptr<State>& self);
-  Task* take_runnable();
+  /// Null if there is none.
+  Posted take_runnable();
   bool surplus() const { return threads.size() - late > wanted; }
   /// Marks threads that have become late, and returns their number.
   std::size_t note_late();
@@ -41,8 +42,8 @@ struct Pool::State {
   std::mutex mutex;  // Protects the rest.
   std::condition_variable work_wanted;
   std::condition_variable thread_free;
-  Task* first = nullptr;
-  Task** last = &first;
+  Posted first;  // The queue.
+  Posted* end_of_queue = &first;
   std::list<Thread> threads;
   std::list<Thread> ended;  // Threads that are to be joined.
   std::size_t late = 0;
@@ -54,13 +55,16 @@ bool Pool::State::is_held_up(Subject subject) const {
          std::any_of(threads.begin(), threads.end(), [&](const Thread& t) { return t.late && t.subject == subject; });
 }
 
-Pool::Task* Pool::State::take_runnable() {
-  for (Task** at = &first; *at; at = &(*at)->next_) {
-    Task* const task = *at;
-    if (is_held_up(task->subject)) continue;
-    *at = task->next_;
-    if (last == &task->next_) last = at;
-    task->next_ = nullptr;
+void Pool::Release::operator()(Task* task) const noexcept {
+  if (owns) std::default_delete<Task>()(task);
+}
+
+Pool::Posted Pool::State::take_runnable() {
+  for (Posted* at = &first; *at; at = &(*at)->next_) {
+    if (is_held_up((*at)->subject)) continue;
+    Posted task = std::move(*at);
+    *at = std::move(task->next_);
+    if (end_of_queue == &task->next_) end_of_queue = at;
     return task;
   }
   return nullptr;
@@ -106,7 +110,7 @@ void Pool::State::replace_late(const std::shared_ptr<State>& self) {
 void Pool::State::work(std::shared_ptr<State> state, std::list<Thread>::iterator self) {
   std::unique_lock lock(state->mutex);
   while (true) {
-    Task* const task = state->take_runnable();
+    Posted task = state->take_runnable();
     if (!task) {
       if (state->stopping ? !state->first : state->surplus()) break;
       state->work_wanted.wait(lock);
@@ -114,13 +118,11 @@ void Pool::State::work(std::shared_ptr<State> state, std::list<Thread>::iterator
     }
     self->running = true;
     self->subject = task->subject;
-    self->may_be_left = task->owned_ != nullptr;
+    self->may_be_left = task.get_deleter().owns;
     self->since = Clock::now();
     lock.unlock();
-    {
-      const std::unique_ptr<Task> deleted_last = std::move(task->owned_);  // Deleting the task may block, too.
-      task->run();
-    }
+    task->run();
+    task.reset();  // Here, because to delete it may block, too. A borrowed one may be gone, or be posted again.
     lock.lock();
     self->running = false;
     if (self->late) {
@@ -169,19 +171,18 @@ void Pool::stop() {
 
 unsigned Pool::thread_count() const noexcept { return state_->wanted; }
 
-void Pool::post(Task& task) {
+void Pool::post(Task& task) { add(Posted(&task)); }
+
+void Pool::post(std::unique_ptr<Task> task) { add(std::move(task)); }
+
+void Pool::add(Posted task) {
   {
     const std::lock_guard lock(state_->mutex);
-    *state_->last = &task;
-    state_->last = &task.next_;
+    Posted* const end = state_->end_of_queue;
+    state_->end_of_queue = &task->next_;
+    *end = std::move(task);
   }
   state_->work_wanted.notify_one();
-}
-
-void Pool::post(std::unique_ptr<Task> task) {
-  Task& posted = *task;
-  posted.owned_ = std::move(task);
-  post(posted);
 }
 
 void Pool::set_free(Task& task) {

@@ -27,20 +27,33 @@ class Pool {
   /// it.
   using Subject = std::uint64_t;
 
+  class Task;
+
+ private:
+  // Deletes a task that the pool owns, and leaves a borrowed one alone.
+  struct Release {
+    Release() noexcept : owns(false) {}
+    Release(std::default_delete<Task>) noexcept : owns(true) {}
+    void operator()(Task* task) const noexcept;
+    bool owns;
+  };
+  // A task that has been posted. The queue is a list in which each task holds the next one, so that borrowed tasks, of
+  // which there is one for each chunk, join it without an allocation.
+  using Posted = std::unique_ptr<Task, Release>;
+
+ public:
   class Task {
    public:
     virtual ~Task() = default;
     /// Called in a thread of the pool, once for each time that the task is posted.
     virtual void run() noexcept = 0;
 
+    /// To be set before the task is posted.
     Subject subject = 0;
 
    private:
     friend class Pool;
-    Task* next_ = nullptr;
-    // The task itself if the pool owns it, else null. The queue is a list of plain pointers, which borrowed tasks, of
-    // which there is one for each chunk, join without an allocation.
-    std::unique_ptr<Task> owned_;
+    Posted next_;  // The next one in the queue.
   };
 
   /// Throws: std::system_error when threads cannot be had.
@@ -52,7 +65,7 @@ class Pool {
 
   unsigned thread_count() const noexcept;
 
-  /// Borrows the task until its run() has returned.
+  /// Borrows the task until its run() has returned. Requires: it is not queued.
   void post(Task& task);
   /// Takes over the task, and deletes it in the thread that has run it. The pool may be destroyed before the task
   /// has ended, so the task must own, or share, all that it uses.
@@ -66,6 +79,7 @@ class Pool {
 
  private:
   struct State;
+  void add(Posted task);
   void stop();
   std::shared_ptr<State> state_;  // Shared, because threads that are left behind outlive the pool.
 };

@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <system_error>
+#include <thread>
 #include <utility>
 
 #include "tests/support/hang.h"
@@ -100,6 +101,9 @@ TEST_F(PoolTest, TasksOfASubjectWaitWhileOneOfThemIsLateUnlessTheyAreSetFree) {
   std::promise<void> free;
   pool_->set_free(post([&] { free.set_value(); }, 1));
   EXPECT_TRUE(happens(free.get_future())) << "it was posted later";
+  std::promise<void> last;
+  post([&] { last.set_value(); });
+  EXPECT_TRUE(happens(last.get_future())) << "it was posted when the end of the queue had been taken out";
   EXPECT_NE(followed.wait_for(std::chrono::seconds(0)), std::future_status::ready);
   released = true;
   release();
@@ -131,6 +135,29 @@ TEST(PoolWithoutThreads, TheConstructorEndsTheThreadsThatItHasAndThrows) {
     if (status == flashpack::testing::kSkip) GTEST_SKIP() << "system calls cannot be intercepted here";
     EXPECT_EQ(status, 0) << allowed;
   }
+}
+
+TEST_F(PoolTest, ATaskThatThePoolOwnsIsDeletedByTheThreadThatHasRunItAndABorrowedOneMayBePostedAgain) {
+  struct Owned final : Pool::Task {
+    explicit Owned(std::promise<std::thread::id> end) : over(std::move(end)) {}
+    ~Owned() override { over.set_value(ran_by); }
+    void run() noexcept override { ran_by = std::this_thread::get_id(); }
+    std::thread::id ran_by;
+    std::promise<std::thread::id> over;
+  };
+  std::promise<std::thread::id> over;
+  auto ended = over.get_future();
+  Work again;
+  std::atomic<int> runs = 0;
+  std::promise<void> last;
+  again.work = [&] { ++runs < 3 ? pool_->post(again) : last.set_value(); };
+  pool_->post(again);
+  pool_->post(std::make_unique<Owned>(std::move(over)));
+  ASSERT_EQ(ended.wait_for(kHang), std::future_status::ready);
+  EXPECT_NE(ended.get(), std::thread::id());
+  EXPECT_TRUE(happens(last.get_future()));
+  pool_.reset();  // Before what its task borrows.
+  EXPECT_EQ(runs, 3);
 }
 
 TEST_F(PoolTest, AThreadWhoseOwnTaskIsLateIsLeftBehindAndDeletesTheTask) {
