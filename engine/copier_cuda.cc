@@ -64,7 +64,7 @@ class DeviceCopies {
       : device_(device), context_(context), pool_(pool), slots_lock_(slots_lock), copies_(slots) {
     for (Copy& copy : copies_) {
       copy.device = this;
-      copy.landed = cuda::make_event();
+      copy.ended = cuda::make_event();
       copy.reserve(kMostFragmentsForDriver);
     }
     for (CopyStream& copies : streams_) copies.stream = cuda::make_stream();
@@ -73,7 +73,7 @@ class DeviceCopies {
   ~DeviceCopies() {
     const ContextGuard guard(context_);
     for (CopyStream& copies : streams_) give_back(copies.stream, guard);
-    for (Copy& copy : copies_) give_back(copy.landed, guard);
+    for (Copy& copy : copies_) give_back(copy.ended, guard);
   }
   DeviceCopies(const DeviceCopies&) = delete;
   DeviceCopies& operator=(const DeviceCopies&) = delete;
@@ -100,7 +100,7 @@ class DeviceCopies {
     if (idle()) return;
     const ContextGuard guard(context_);
     for (CopyStream& copies : streams_) {
-      while (copies.first && has_landed(*copies.first, guard)) {
+      while (copies.first && look_for_end(*copies.first, guard)) {
         const Copy& copy = *copies.first;
         ended.push_back({copy.tag, copy.error == cudaSuccess ? std::error_code() : code_of(copy.error)});
         --under_way_;
@@ -137,7 +137,7 @@ class DeviceCopies {
     }
 
     DeviceCopies* device = nullptr;
-    cuda::Event landed;
+    cuda::Event ended;  // Recorded behind the copy.
     unsigned tag = 0;
     ByteWork work{};
     cudaStream_t stream = nullptr;
@@ -159,7 +159,7 @@ class DeviceCopies {
     if (copy.work.op == ByteWork::Op::kGather) clear_gaps(copy.work.view, copy.work.fragments);
     copy.list_fragments();
     const cudaError_t error = copy_fragments(copy);
-    return error == cudaSuccess ? taken(cudaEventRecord(copy.landed.get(), copy.stream)) : error;
+    return error == cudaSuccess ? taken(cudaEventRecord(copy.ended.get(), copy.stream)) : error;
   }
 
   // Copies many small fragments in one call, if memory is locked, and driver and runtime have CUDA 12.8.
@@ -185,12 +185,13 @@ class DeviceCopies {
     return cudaSuccess;
   }
 
-  // Whether the device does not touch slot and fragments any more. After an error the event may not have been recorded,
-  // and an error as answer does not say that the copy has ended. In both cases the stream must be empty.
-  bool has_landed(Copy& copy, const ContextGuard& guard) {
+  // Asks once whether the copy has ended, well or not: the device does not touch slot and fragments any more. Notes the
+  // copy's error. After an error the event may not have been recorded, and an error as answer does not say that the
+  // copy has ended. In both cases the stream must be empty.
+  bool look_for_end(Copy& copy, const ContextGuard& guard) {
     if (!copy.started) return false;
     const cudaError_t answer = guard.error() != cudaSuccess ? guard.error()
-                               : copy.error == cudaSuccess  ? taken(cudaEventQuery(copy.landed.get()))
+                               : copy.error == cudaSuccess  ? taken(cudaEventQuery(copy.ended.get()))
                                                             : taken(cudaStreamQuery(copy.stream));
     if (answer == cudaSuccess || answer == cudaErrorNotReady) {
       silent_since_.reset();

@@ -77,7 +77,7 @@ std::optional<PartResult> read_at_once(const PartRequest& request, const File& f
   if (request.cache == CachePolicy::kAuto) {
     Residency residency = known ? known->borrow() : Residency(file.buffered_fd());
     // Without cachestat, the question itself reads a page, which the router would then find cached.
-    if (residency.method() != Residency::Method::kCachestat || !residency.cached(begin, end - begin))
+    if (residency.method() != Residency::Method::kCachestat || !residency.seems_cached(begin, end - begin))
       return std::nullopt;
     result.fallback_reason = residency.fallback_reason();
   }

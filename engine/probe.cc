@@ -231,7 +231,7 @@ Finding direct_io(const internal::File& file, const internal::Staging& staging) 
 
 Finding residency(const internal::File& file) {
   internal::Residency residency(file.buffered_fd());
-  residency.cached(0, std::max<std::uint64_t>(file.identity().size_bytes, 1));
+  residency.seems_cached(0, std::max<std::uint64_t>(file.identity().size_bytes, 1));
   Finding finding{.key = "residency", .limit = residency.fallback_reason()};
   switch (residency.method()) {
     case internal::Residency::Method::kCachestat:

@@ -41,7 +41,7 @@ std::minstd_rand random_by_time() {
 }  // namespace
 
 Residency::Residency(int buffered_fd) : fd_(buffered_fd) {
-  counted(0, 1);
+  ask_cachestat(0, 1);
   if (method_ == Method::kCachestat) return;
   random_ = random_by_time();
   own_probe_fd_.reset(::open(("/proc/self/fd/" + std::to_string(fd_)).c_str(), O_RDONLY | O_CLOEXEC));
@@ -64,13 +64,13 @@ Residency Residency::borrow() const {
 
 bool Residency::is_trusted() const noexcept { return wrong_answers_ < kMaxWrongAnswers; }
 
-bool Residency::cached(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+bool Residency::seems_cached(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
   if (!is_trusted() || size_bytes == 0) return false;
-  if (method_ == Method::kCachestat) return counted(offset_bytes, size_bytes);
-  return method_ == Method::kProbe && probed(offset_bytes, size_bytes);
+  if (method_ == Method::kCachestat) return ask_cachestat(offset_bytes, size_bytes);
+  return method_ == Method::kProbe && probe_one_page(offset_bytes, size_bytes);
 }
 
-bool Residency::counted(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+bool Residency::ask_cachestat(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
   CachestatRange range{offset_bytes, size_bytes};
   Cachestat result{};
   if (::syscall(kSysCachestat, fd_, &range, &result, 0) != 0) {
@@ -84,7 +84,7 @@ bool Residency::counted(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
   return result.cached_pages >= pages;
 }
 
-bool Residency::probed(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+bool Residency::probe_one_page(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
   const std::uint64_t offset = offset_bytes + std::uniform_int_distribution<std::uint64_t>(0, size_bytes - 1)(random_);
   std::byte byte{};
   const iovec vector{&byte, 1};

@@ -30,7 +30,7 @@ class Residency {
   Residency borrow() const;
 
   /// Whether the range seems to be in the page cache. False if the kernel does not tell.
-  bool cached(std::uint64_t offset_bytes, std::uint64_t size_bytes);
+  bool seems_cached(std::uint64_t offset_bytes, std::uint64_t size_bytes);
 
   /// To be called when a range that was called cached was not. After a few such calls nothing is called cached any
   /// more.
@@ -44,8 +44,8 @@ class Residency {
 
  private:
   Residency(const Residency& lender, std::minstd_rand random);
-  bool counted(std::uint64_t offset_bytes, std::uint64_t size_bytes);
-  bool probed(std::uint64_t offset_bytes, std::uint64_t size_bytes);
+  bool ask_cachestat(std::uint64_t offset_bytes, std::uint64_t size_bytes);
+  bool probe_one_page(std::uint64_t offset_bytes, std::uint64_t size_bytes);
 
   int fd_;
   Method method_ = Method::kCachestat;

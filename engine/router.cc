@@ -63,7 +63,7 @@ Router::List Router::list_of(const Chunk& chunk) {
     return whole_blocks ? List::kPastCache : List::kThroughCache;
   }
   if (!residency_) return List::kPastCache;
-  return residency_->cached(chunk.offset_bytes, chunk.size_bytes) ? List::kThroughCache : List::kPastCache;
+  return residency_->seems_cached(chunk.offset_bytes, chunk.size_bytes) ? List::kThroughCache : List::kPastCache;
 }
 
 }  // namespace flashpack::internal

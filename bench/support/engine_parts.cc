@@ -11,7 +11,7 @@ namespace flashpack::bench {
 std::function<bool(std::uint64_t, std::uint64_t)> cache_question(int buffered_fd) {
   const auto residency = std::make_shared<internal::Residency>(buffered_fd);
   return [residency](std::uint64_t offset_bytes, std::uint64_t size_bytes) {
-    return residency->cached(offset_bytes, size_bytes);
+    return residency->seems_cached(offset_bytes, size_bytes);
   };
 }
 

@@ -53,12 +53,12 @@ class ResidencyTest : public ::testing::Test {
 TEST_F(ResidencyTest, FollowsThePageCache) {
   Residency residency(fd_.get());
   warm();
-  const bool hot = residency.cached(0, 8 * kMiB);
+  const bool hot = residency.seems_cached(0, 8 * kMiB);
   if (residency.method() != Method::kCachestat) GTEST_SKIP() << residency.fallback_reason();
   EXPECT_TRUE(hot);
   EXPECT_EQ(residency.fallback_reason(), "");
   cool();
-  EXPECT_FALSE(residency.cached(0, kMiB));
+  EXPECT_FALSE(residency.seems_cached(0, kMiB));
 }
 
 // 0 is right, 1 wrong, 2 that it cannot be tried here.
@@ -73,7 +73,7 @@ TEST_F(ResidencyTest, WithoutCachestatSinglePagesAnswer) {
   warm();
   const int status = ask_without_cachestat([&] {
     Residency residency(fd_.get());
-    const bool hot = residency.cached(0, 8 * kMiB);
+    const bool hot = residency.seems_cached(0, 8 * kMiB);
     if (residency.method() != Method::kProbe) return 2;
     return hot && residency.fallback_reason().find("Operation not permitted") != std::string::npos ? 0 : 1;
   });
@@ -91,7 +91,7 @@ TEST_F(ResidencyTest, AskingAboutAColdFileBringsInASinglePageEachTimeInAnotherPl
   const int status = ask_without_cachestat([&] {
     for (unsigned load = 0; load < kLoads; ++load) {
       Residency residency(fd_.get());
-      for (std::uint64_t at = 0; at < 8 * kMiB; at += kMiB) residency.cached(at, kMiB);
+      for (std::uint64_t at = 0; at < 8 * kMiB; at += kMiB) residency.seems_cached(at, kMiB);
     }
     return 0;
   });
@@ -105,11 +105,11 @@ TEST_F(ResidencyTest, AskingAboutAColdFileBringsInASinglePageEachTimeInAnotherPl
 TEST_F(ResidencyTest, WhatWasWrongTooOftenIsNotBelievedAnyMore) {
   warm();
   Residency residency(fd_.get());
-  if (!residency.cached(0, kMiB)) GTEST_SKIP() << residency.fallback_reason();
+  if (!residency.seems_cached(0, kMiB)) GTEST_SKIP() << residency.fallback_reason();
   residency.report_wrong();
-  EXPECT_TRUE(residency.cached(0, kMiB)) << "once may be chance";
+  EXPECT_TRUE(residency.seems_cached(0, kMiB)) << "once may be chance";
   for (int i = 0; i < 3; ++i) residency.report_wrong();
-  EXPECT_FALSE(residency.cached(0, kMiB));
+  EXPECT_FALSE(residency.seems_cached(0, kMiB));
   EXPECT_NE(residency.fallback_reason(), "");
 }
 

@@ -60,7 +60,7 @@ TEST_F(RouterTest, CachedChunksAreBufferedAndTheRestDirect) {
   ASSERT_EQ(::posix_fadvise(file_->buffered_fd(), 0, 0, POSIX_FADV_RANDOM), 0);  // No readahead.
   std::vector<std::byte> buffer(2 * kChunk);
   ASSERT_EQ(::pread(file_->buffered_fd(), buffer.data(), buffer.size(), 3 * kChunk), 2 * kChunk);
-  if (!Residency(file_->buffered_fd()).cached(3 * kChunk, 2 * kChunk))
+  if (!Residency(file_->buffered_fd()).seems_cached(3 * kChunk, 2 * kChunk))
     GTEST_SKIP() << "cachestat is not to be had here";
   Router router(plan_, *file_, CachePolicy::kAuto);
   EXPECT_EQ(take_all(router, List::kThroughCache), (std::vector<std::uint64_t>{3, 4}));
@@ -86,7 +86,7 @@ TEST_F(RouterTest, WhatIsGivenBackComesAgainOnTheListPastTheCacheAndNothingElseD
 }
 
 TEST_F(RouterTest, AfterAFewWrongAnswersNothingThatWasCalledCachedGoesThroughThePageCache) {
-  if (!Residency(file_->buffered_fd()).cached(0, 8 * kChunk)) GTEST_SKIP() << "cachestat is not to be had here";
+  if (!Residency(file_->buffered_fd()).seems_cached(0, 8 * kChunk)) GTEST_SKIP() << "cachestat is not to be had here";
   Router router(plan_, *file_, CachePolicy::kAuto);
   unsigned questions = kPlenty;
   for (int i = 0; i < 4; ++i) {
