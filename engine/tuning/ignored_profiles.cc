@@ -1,7 +1,6 @@
 #include "engine/tuning/ignored_profiles.h"
 
 #include <array>
-#include <string_view>
 
 #include "engine/tuning/profile.h"
 #include "engine/tuning/profile_key.h"
@@ -28,11 +27,10 @@ std::vector<std::string> ignored_profiles(const std::filesystem::path& path, con
   std::vector<std::string> ignored;
   if (!keys.front().unknown.empty()) return ignored;
   for (const boost::json::value& profile : profiles_in(profiles).all) {
-    if (difference(profile, keys[0]) == nullptr || difference(profile, keys[1]) == nullptr) continue;
-    const bool is_for_gpu = !text_at(profile, "gpu").empty();
-    const ProfileKey& key = keys[is_for_gpu ? 1 : 0];
-    if (std::string_view(difference(profile, key)) == "storage") continue;
-    ignored.push_back(values_of(profile.get_object(), is_for_gpu ? kGpu : kHost) + " " +
+    if (is_for(profile, keys[0]) || is_for(profile, keys[1])) continue;
+    const ProfileKey& key = keys[is_for_gpu(profile) ? 1 : 0];
+    if (!is_for_storage_of(profile, key)) continue;
+    ignored.push_back(values_of(profile.get_object(), is_for_gpu(profile) ? kGpu : kHost) + " " +
                       text_of_difference(profile, key));
   }
   return ignored;

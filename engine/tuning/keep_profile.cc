@@ -32,8 +32,7 @@ void keep_profile(const std::filesystem::path& path, const EngineOptions& option
   if (read_error) throw file_error(read_error, "read", profiles);
   if (!damage.empty() && std::filesystem::exists(profiles, error))
     throw argument_error("no profile can be kept: " + damage + "; mend it or remove it");
-  all.erase(std::remove_if(all.begin(), all.end(), [&](const auto& each) { return difference(each, key) == nullptr; }),
-            all.end());
+  all.erase(std::remove_if(all.begin(), all.end(), [&](const auto& each) { return is_for(each, key); }), all.end());
   all.push_back(profile_of(key, options));
   replace_profiles(profiles, std::move(all));
 }

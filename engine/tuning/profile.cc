@@ -15,8 +15,10 @@ namespace {
 
 namespace json = boost::json;
 
+constexpr const char* kStorage = "storage";
+constexpr const char* kGpu = "gpu";
 constexpr std::string_view kDefaults = "defaults";
-constexpr std::string_view kStaging = "staging_bytes";
+constexpr std::string_view kStagingBytes = "staging_bytes";
 constexpr std::string_view kBackend = "backend";
 constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 // A file that somebody has edited may not make the engine take more memory for its slots.
@@ -76,7 +78,14 @@ bool are_usual(const EngineOptions& options) {
 
 // The names and the values that a profile is found by.
 std::array<std::pair<const char*, std::string>, 4> values_of(const ProfileKey& key) {
-  return {{{"storage", key.storage}, {"file_system", key.file_system}, {"kernel", key.kernel}, {"gpu", key.gpu}}};
+  return {{{kStorage, key.storage}, {"file_system", key.file_system}, {"kernel", key.kernel}, {kGpu, key.gpu}}};
+}
+
+// The text of this name in the profile; empty if there is none.
+std::string text_at(const json::value& profile, std::string_view name) {
+  const json::object* const object = profile.if_object();
+  const json::value* const value = object == nullptr ? nullptr : object->if_contains(name);
+  return value != nullptr && value->is_string() ? std::string(value->get_string()) : std::string();
 }
 
 // The name, and the value here, of the first difference; no name if there is none.
@@ -89,15 +98,15 @@ std::pair<const char*, std::string> first_difference(const json::value& profile,
 
 }  // namespace
 
-std::string text_at(const json::value& profile, std::string_view name) {
-  const json::object* const object = profile.if_object();
-  const json::value* const value = object == nullptr ? nullptr : object->if_contains(name);
-  return value != nullptr && value->is_string() ? std::string(value->get_string()) : std::string();
+bool is_for(const json::value& profile, const ProfileKey& key) {
+  return first_difference(profile, key).first == nullptr;
 }
 
-const char* difference(const json::value& profile, const ProfileKey& key) {
-  return first_difference(profile, key).first;
+bool is_for_storage_of(const json::value& profile, const ProfileKey& key) {
+  return profile.is_object() && text_at(profile, kStorage) == key.storage;
 }
+
+bool is_for_gpu(const json::value& profile) { return !text_at(profile, kGpu).empty(); }
 
 std::string text_of_difference(const json::value& profile, const ProfileKey& key) {
   const auto [name, here] = first_difference(profile, key);
@@ -122,7 +131,7 @@ bool take_values(const json::object& profile, EngineOptions& options) {
     const std::uint64_t found = value == nullptr ? ~std::uint64_t{0} : value->to_number<std::uint64_t>(error);
     return error ? ~std::uint64_t{0} : found;
   };
-  const std::uint64_t staging_bytes = profile.contains(kStaging) ? number(kStaging) : 0;
+  const std::uint64_t staging_bytes = profile.contains(kStagingBytes) ? number(kStagingBytes) : 0;
   const Values values{number("chunk_bytes"), number("queue_depth"), number("workers"), staging_bytes};
   const std::optional<Backend> backend = backend_of(profile);
   if (!in_range(values) || !backend) return false;
@@ -152,7 +161,7 @@ json::object profile_of(const ProfileKey& key, const EngineOptions& options) {
   profile["chunk_bytes"] = options.chunk_bytes;
   profile["queue_depth"] = options.queue_depth;
   profile["workers"] = options.workers;
-  if (has_own_staging(options)) profile[kStaging] = options.staging_bytes;
+  if (has_own_staging(options)) profile[kStagingBytes] = options.staging_bytes;
   if (options.backend != Backend::kAuto) profile[kBackend] = to_string(options.backend);
   return profile;
 }

@@ -20,7 +20,7 @@ using internal::ProfileKey;
 // Why none of `profiles`, which are those of `file`, is for `key`.
 std::string why_none(const json::array& profiles, const ProfileKey& key, const fs::path& file) {
   for (const json::value& profile : profiles) {
-    if (std::string_view(internal::difference(profile, key)) != "storage")
+    if (internal::is_for_storage_of(profile, key))
       return "the profile in " + file.string() + " is " + internal::text_of_difference(profile, key);
   }
   return "no profile in " + file.string() + " is for " + key.storage;
@@ -48,8 +48,8 @@ TunedOptions tuned_options(const fs::path& path, Device device, const fs::path& 
   if (!reason.empty()) return tuned.reason = reason, tuned;
   const ProfileKey key = internal::profile_key(path, device);
   if (!key.unknown.empty()) return tuned.reason = key.unknown, tuned;
-  const json::value* const found = std::find_if(
-      all.begin(), all.end(), [&](const auto& each) { return internal::difference(each, key) == nullptr; });
+  const json::value* const found =
+      std::find_if(all.begin(), all.end(), [&](const auto& each) { return internal::is_for(each, key); });
   if (found == all.end()) return tuned.reason = why_none(all, key, profiles), tuned;
   if (internal::has_defaults(found->get_object()))
     return tuned.reason = "nothing was better than the defaults, says " + profiles.string(), tuned;
