@@ -38,18 +38,13 @@ struct Way {
 void time_in_turns(benchmark::State& state, const std::vector<Way>& ways) {
   std::vector<std::vector<double>> wall_us(ways.size());
   std::vector<std::vector<double>> cpu_us(ways.size());
-  std::size_t round = 0;
-  for (auto _ : state) {
-    for (std::size_t i = 0; i < ways.size(); ++i) {
-      const std::size_t at = (round + i) % ways.size();
-      if (ways[at].prepare) ways[at].prepare();
-      const Sample sample = measure(ways[at].run);
-      wall_us[at].push_back(sample.seconds * 1e6 / ways[at].count);
-      cpu_us[at].push_back(sample.cpu_seconds * 1e6 / ways[at].count);
-      if (at == 0) state.SetIterationTime(sample.seconds);
-    }
-    ++round;
-  }
+  take_turns(state, ways.size(), [&](std::size_t i) {
+    if (ways[i].prepare) ways[i].prepare();
+    const Sample sample = measure(ways[i].run);
+    wall_us[i].push_back(sample.seconds * 1e6 / ways[i].count);
+    cpu_us[i].push_back(sample.cpu_seconds * 1e6 / ways[i].count);
+    return sample;
+  });
   for (std::size_t i = 0; i < ways.size(); ++i) {
     state.counters[ways[i].name + "_us"] = median(wall_us[i]);
     state.counters[ways[i].name + "_cpu_us"] = median(cpu_us[i]);

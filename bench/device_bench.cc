@@ -62,8 +62,8 @@ void report(benchmark::State& state, const Series& series) {
   state.counters["spread"] = series.spread();
 }
 
-void run_rounds(benchmark::State& state, std::uint64_t size_bytes, const std::function<void()>& before,
-                const std::function<void()>& work) {
+void measure_rounds(benchmark::State& state, std::uint64_t size_bytes, const std::function<void()>& before,
+                    const std::function<void()>& work) {
   Series series(size_bytes);
   for (auto _ : state) {
     before();
@@ -82,7 +82,7 @@ void bench_link(benchmark::State& state, const Setup& setup, std::uint64_t copy_
   const LockedPages locked(source);
   if (!locked) throw std::runtime_error("the source of the copies cannot be page-locked");
   const LinkCopies copies(setup.target, source, copy_bytes, streams);
-  run_rounds(state, kSourceBytes * kPasses, [] {}, [&] { copies.run(kPasses); });
+  measure_rounds(state, kSourceBytes * kPasses, [] {}, [&] { copies.run(kPasses); });
 }
 
 // Measures what it takes to start a copy: copies of so few bytes that the link has time left.
@@ -95,7 +95,7 @@ void bench_copy_start(benchmark::State& state, const Setup& setup) {
 void bench_file(benchmark::State& state, const Setup& setup, CachePolicy cache) {
   const std::uint64_t size = setup.checkpoint.metadata().payload_bytes;
   auto* const read = cache == CachePolicy::kDirect ? &read_direct : &read_buffered;
-  run_rounds(
+  measure_rounds(
       state, size, [&] { prepare(setup.checkpoint, cache); },
       [&] { read(setup.checkpoint.path(), std::span(setup.host.data(), size)); });
 }
@@ -142,7 +142,7 @@ void bench_load(benchmark::State& state, const Setup& setup, CachePolicy cache, 
                 Shape shape = Shape::kTensors) {
   Engine engine(options);
   TransferStats stats;
-  run_rounds(
+  measure_rounds(
       state, setup.checkpoint.metadata().payload_bytes,
       [&] {
         setup.target.clear();

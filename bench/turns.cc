@@ -82,17 +82,24 @@ Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Mem
   return measure([&] { contender.run(fresh.data()); });
 }
 
-void run_rounds(benchmark::State& state, std::vector<Contender>& all, const Turn& turn) {
+void take_turns(benchmark::State& state, std::size_t count, const std::function<Sample(std::size_t)>& take_turn) {
   std::size_t round = 0;
   for (auto _ : state) {
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      Contender& contender = all[(round + i) % all.size()];
-      const Sample sample = turn(contender);
-      contender.series.add(sample);
-      if (&contender == &all.front()) state.SetIterationTime(sample.seconds);
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::size_t contender = (round + i) % count;
+      const Sample sample = take_turn(contender);
+      if (contender == 0) state.SetIterationTime(sample.seconds);
     }
     ++round;
   }
+}
+
+void run_rounds(benchmark::State& state, std::vector<Contender>& all, const Turn& turn) {
+  take_turns(state, all.size(), [&](std::size_t i) {
+    const Sample sample = turn(all[i]);
+    all[i].series.add(sample);
+    return sample;
+  });
 }
 
 void report(benchmark::State& state, const std::vector<Contender>& all, const TransferStats& stats) {

@@ -46,8 +46,12 @@ std::vector<Contender> rooflines(const Setup& setup, Cache cache);
 
 Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Memory memory);
 
-/// Takes one turn of each contender per iteration. Each round begins with another one, so that none always profits from
-/// its place.
+/// Takes one turn of each of `count` contenders per iteration: `take_turn` prepares and measures that of the contender
+/// with its index. Each round begins with another one, so that none always profits from its place. The iteration's time
+/// is that of the first contender.
+void take_turns(benchmark::State& state, std::size_t count, const std::function<Sample(std::size_t)>& take_turn);
+
+/// The same for `all`, whose series get the samples.
 void run_rounds(benchmark::State& state, std::vector<Contender>& all, const Turn& turn);
 
 void report(benchmark::State& state, const std::vector<Contender>& all, const TransferStats& stats);
