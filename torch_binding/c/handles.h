@@ -63,11 +63,13 @@ struct flashpack_transfer {
   // The targets, unless they are the caller's. Shared with the tensors.
   std::shared_ptr<const flashpack::c::Memory> memory;
   std::size_t file_count = 0;      // Of a load that continues on errors, else 0.
-  std::vector<std::size_t> files;  // For each file of its LoadRequest, the index among those.
+  std::vector<std::size_t> files;  // For each file of its LoadRequest, the index among those, which ascends.
   flashpack::Transfer transfer;    // After `memory`, because it ends before that goes.
 
-  std::mutex mutex;                               // Protects the rest, and calls that are for one thread at a time.
-  std::optional<flashpack::TransferStats> stats;  // Set when they are first asked for after the end.
+  std::mutex mutex;  // Protects the rest, and calls that are for one thread at a time.
+  // Both are set when they are first asked for after the end.
+  std::optional<flashpack::TransferStats> stats;
+  std::optional<std::vector<flashpack::FileError>> file_errors;  // Sorted by file.
 };
 
 struct flashpack_writer {

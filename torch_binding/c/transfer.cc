@@ -38,9 +38,11 @@ void throw_failure(flashpack_transfer& transfer) {
 // Throws the Error that one file of the caller's ended with. Requires: the transfer has finished.
 void throw_failure(flashpack_transfer& transfer, std::size_t file) {
   const std::lock_guard lock(transfer.mutex);
-  for (const FileError& failed : transfer.transfer.file_errors()) {
-    if (transfer.files[failed.file] == file) look_at(transfer, [&]() -> TransferStats { throw failed.error; });
-  }
+  if (!transfer.file_errors) transfer.file_errors = transfer.transfer.file_errors();
+  const auto callers_index = [&](const FileError& failed) { return transfer.files[failed.file]; };
+  const auto found = std::ranges::lower_bound(*transfer.file_errors, file, {}, callers_index);
+  if (found == transfer.file_errors->end() || callers_index(*found) != file) return;
+  look_at(transfer, [&]() -> TransferStats { throw found->error; });
 }
 
 }  // namespace
