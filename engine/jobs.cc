@@ -4,6 +4,7 @@
 #include <cassert>
 #include <utility>
 
+#include "engine/ground/rounding.h"
 #include "engine/ground/target_pages.h"
 #include "engine/transfer_state.h"
 
@@ -116,7 +117,7 @@ ByteWork Job::byte_work() const {
 }
 
 Jobs::Jobs(Limits limits, std::vector<std::span<std::byte>> slots, Tracer tracer)
-    : limits_(limits), tracer_(tracer), slots_(std::move(slots)), jobs_(limits.tags) {
+    : limits_(limits), tracer_(tracer), slots_(std::move(slots)), jobs_(limits.tags), used_bytes_(slots_.size()) {
   assert(limits.slots > 0 && limits.slots <= slots_.size());
   in_[static_cast<std::size_t>(Step::kFree)] = limits.tags;
   for (unsigned tag = limits.tags; tag-- > 0;) free_.push_back(tag);
@@ -167,6 +168,11 @@ std::optional<int> Jobs::take_slot(const Part& part) {
   return slot;
 }
 
+bool Jobs::next_slot_is_fresh(const Chunk& chunk) const {
+  return chunk.size_bytes >= kHugePageBytes && !free_slots_.empty() &&
+         used_bytes_[static_cast<std::size_t>(free_slots_.back())] < chunk.size_bytes;
+}
+
 std::optional<unsigned> Jobs::open(Part& part, const Chunk& chunk, const Way& way) {
   assert(part.planned && part.place.file_system);
   if (none_free()) return std::nullopt;
@@ -202,7 +208,7 @@ void Jobs::give_back_slot(Job& job) {
   free_slots_.push_back(std::exchange(job.slot, -1));
 }
 
-void Jobs::set_view(Job& job) const {
+void Jobs::set_view(Job& job) {
   const Chunk& chunk = *job.chunk;
   const std::uint32_t block_bytes = job.way.view == View::kBlocks ? job.part->file().alignment().block_bytes : 1;
   const std::uint64_t begin = round_down(chunk.offset_bytes, block_bytes);
@@ -213,6 +219,8 @@ void Jobs::set_view(Job& job) const {
     const std::span<std::byte> slot = slots_[static_cast<std::size_t>(job.slot)];
     assert(end - begin <= slot.size());
     job.view = {begin, slot.first(end - begin)};
+    std::uint64_t& used_bytes = used_bytes_[static_cast<std::size_t>(job.slot)];
+    used_bytes = std::max(used_bytes, end - begin);
   } else if (job.way.view == View::kInPlace) {
     job.view = {begin, {job.fragments().front().memory, end - begin}};
   }

@@ -14,6 +14,10 @@ namespace {
 // After this many results in a row without progress (EINTR, EAGAIN, less than a disk block) the part fails.
 constexpr unsigned kMaxStalls = 32;
 
+std::span<std::byte> memory_in_place(const Part& part, const Chunk& chunk) {
+  return {part.plan().fragments_of(chunk).front().memory, chunk.size_bytes};
+}
+
 }  // namespace
 
 Steps::Steps(Owner& owner, Queues queues, Copier* copier, std::vector<std::span<std::byte>> slots, Jobs::Limits limits,
@@ -38,8 +42,8 @@ bool Steps::set_out(Part& part, const Chunk& chunk, Route route) {
   // faults of a mapped file read that file. So a worker takes them before the read.
   bool populated = false;
   if (way.steps.front() == Step::kPopulate) {
-    const std::span memory(part.plan().fragments_of(chunk).front().memory, chunk.size_bytes);
-    populated = way.counts_in != Step::kPopulate && is_populated(memory);
+    populated = has_slot(way.view) ? !jobs_.next_slot_is_fresh(chunk)
+                                   : way.counts_in != Step::kPopulate && is_populated(memory_in_place(part, chunk));
     if (!populated && jobs_.in(Step::kPopulate) >= worker_depth_) return false;
   }
   const std::optional<unsigned> tag = jobs_.open(part, chunk, way);

@@ -18,7 +18,7 @@ namespace {
 using Route = Steps::Route;
 using flashpack::testing::ScriptedQueue;
 
-constexpr std::uint32_t kChunk = 1u << 20;
+constexpr std::uint32_t kChunk = 4u << 20;
 
 class StepsTest : public ::testing::Test, private Steps::Owner {
  protected:
@@ -97,6 +97,28 @@ TEST_F(StepsTest, AChunkInPlaceIsPopulatedIfItsMemoryIsFreshThenReadAndDelivered
   ASSERT_TRUE(set_out(Route::kDirect));
   EXPECT_EQ(workers_.pushed.size(), 1u) << "the memory is there";
   end(disk_, kChunk);
+}
+
+TEST_F(StepsTest, AFreshSlotIsPopulatedByAWorkerBeforeItsFirstLargeRead) {
+  for (const std::uint32_t size_bytes : {kChunk / 2, kChunk}) {
+    plan({{0, size_bytes, memory_.data() + 1}});
+    ASSERT_TRUE(set_out(Route::kDirect));
+    ASSERT_EQ(workers_.pushed.size(), 1u);
+    EXPECT_EQ(workers_.pushed[0].request.op, ByteWork::Op::kPopulate);
+    EXPECT_EQ(workers_.pushed[0].request.touch, ByteWork::Touch::kForWriting);
+    EXPECT_EQ(workers_.pushed[0].request.view.bytes.data(), slots_.data());
+    EXPECT_EQ(workers_.pushed[0].request.view.bytes.size(), size_bytes);
+    EXPECT_FALSE(set_out(Route::kDirect)) << "the other slot is fresh, too, and the one worker is busy";
+    end(workers_, 0);
+    end(disk_, size_bytes);
+    EXPECT_EQ(workers_.pushed.back().request.op, ByteWork::Op::kScatter);
+    end(workers_, 0);
+    workers_.pushed.clear();
+  }
+  ASSERT_TRUE(set_out(Route::kDirect));
+  EXPECT_TRUE(workers_.pushed.empty()) << "the slot has had as many bytes";
+  end(disk_, kChunk);
+  end(workers_, 0);
 }
 
 TEST_F(StepsTest, AShortReadGoesOnAtItsLastWholeBlock) {

@@ -65,7 +65,7 @@ struct Row {
 
 const std::vector<Row> kRows = {
     {kLoad, kDirect, kInPlace, "populate -> read -> delivered", "populate -> read -> count* -> delivered"},
-    {kLoad, kDirect, kSlot, "read -> scatter -> delivered", "read -> scatter* -> delivered"},
+    {kLoad, kDirect, kSlot, "populate -> read -> scatter -> delivered", "populate -> read -> scatter* -> delivered"},
     {kLoad, kDirect, kDevice, "read -> wait -> scatter -> delivered", "read -> count* -> wait -> scatter -> delivered"},
     {kLoad, kSeemsCached, kInPlace, "read if cached -> delivered", "read if cached* -> delivered"},
     {kLoad, kSeemsCached, kDevice, "read if cached -> wait -> scatter -> delivered",
