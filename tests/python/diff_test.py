@@ -86,7 +86,9 @@ INF, NAN = float("inf"), float("nan")
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_the_distance_is_that_of_the_elements_that_differ(a, b, how, dtype, pack):
+@pytest.mark.parametrize("piece", [1, 2, 1 << 20])
+def test_the_distance_is_that_of_the_elements_that_differ(a, b, how, dtype, piece, pack, monkeypatch):
+    monkeypatch.setattr("flashpack._diff._PIECE", piece)
     found, _ = diff(pack({"w": torch.tensor(a, dtype=dtype)}), pack({"w": torch.tensor(b, dtype=dtype)}))
     assert found.endswith(f" [3]: {how}")
 
