@@ -22,18 +22,19 @@ class File {
   /// Opens a regular file or block device for buffered reads and, if the file system allows it, for direct ones. Both
   /// descriptors are of the same inode. If `opened` is given, it is that descriptor's inode, even if `path` leads to
   /// another one by now. Throws: Error; kInvalidArgument for files of other kinds, and kFileChanged if `expected` is
-  /// given and differs.
+  /// given and differs. May block.
   static File open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
                    UniqueFd opened = {});
 
-  /// Opens the file for direct reads, too, if the file system allows it.
+  /// Opens the file for direct reads, too, if the file system allows it; else direct_error() says why not. May block.
   void open_direct();
 
-  /// The identity of the file that is at `path` now; empty if the file system does not tell.
+  /// The identity of the file that is at `path` now; empty if the file system does not tell. May block, as may
+  /// check_unchanged().
   static std::optional<FileIdentity> identity_at(const std::filesystem::path& path) noexcept;
 
-  /// Takes a new, empty file at `path` that is open for reading and writing as `fd`. Opens it for direct I/O, too, if
-  /// the file system allows it.
+  /// Takes a new, empty file at `path` that is open for reading and writing as `fd`. Opens it for direct writes, too,
+  /// if the file system allows it; else direct_error() says why not. May block.
   static File created(std::filesystem::path path, UniqueFd fd);
 
   const std::filesystem::path& path() const noexcept { return path_; }

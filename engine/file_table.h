@@ -51,7 +51,8 @@ class FileUse {
  public:
   /// Uses no file.
   FileUse() noexcept = default;
-  /// The first user of a file that has just been opened. `queue` serves it, and `engine` is OpenFile::engine.
+  /// The first user of a file that has just been opened. `queue`, which is borrowed, serves it, and `engine` is
+  /// OpenFile::engine.
   FileUse(File opened, DiskQueue* queue, std::uint64_t engine = 0)
       : FileUse(std::make_unique<OpenFile>(std::move(opened), queue, engine)) {}
   /// A further user.
@@ -97,7 +98,7 @@ class FileUse {
 /// Thread safety: any thread.
 class FileTable {
  public:
-  /// `queue` serves the files.
+  /// Borrows the queue that serves the files, which must outlive their users.
   explicit FileTable(DiskQueue* queue) : queue_(queue) {}
 
   /// Opens the file of `given` or, without it, the file that is at `path` now. May block. Throws: Error, as

@@ -23,8 +23,9 @@ class GatedTransfers {
   void add(TransferState& transfer, Time now);
   /// Has no effect if the transfer is not here.
   void remove(TransferState& transfer);
-  /// Looks at all gates, and takes away those that have opened. Calls `failed` for each transfer whose device has
-  /// failed, which is not here any more then.
+  /// Looks at all gates, and takes away those that have opened. A transfer that has none left, or that has failed, is
+  /// not here any more then. Nor is one whose device has failed, for which this calls `failed`, which may call
+  /// remove().
   void look(Time now, const std::function<void(TransferState&, std::error_code)>& failed);
   /// How long the next look may wait; empty if there is nothing to look at.
   std::optional<std::chrono::nanoseconds> patience(Time now) const;

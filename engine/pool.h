@@ -9,7 +9,8 @@
 namespace flashpack::internal {
 
 /// An operation that takes longer than this is late. It keeps its memory, but the engine replaces its thread, its place
-/// in the queue and its slot, so that others do not wait for it.
+/// in the queue and its slot, so that others do not wait for it. A bound, and not tuned: disks answer in milliseconds,
+/// and a replacement too many only costs a thread.
 inline constexpr std::chrono::milliseconds kLate{500};
 
 /// Runs tasks on a number of threads. A thread whose task is late is replaced, up to kMaxThreads in all. Queued tasks
@@ -63,6 +64,7 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
+  /// The number that was asked for, whatever threads are late or have been added.
   unsigned thread_count() const noexcept;
 
   /// Borrows the task until its run() has returned. Requires: it is not queued.

@@ -32,7 +32,7 @@ constexpr std::uint64_t kCancelTag = std::uint64_t{1} << 62;
 constexpr std::uint8_t kRegisterAtUse = 2;
 
 // A kernel that lacks memory or room for completions answers EAGAIN or EBUSY for a moment. If it does so for this long,
-// the refusal is taken for final.
+// the refusal is taken for final. This and the periods below are bounds, and not tuned.
 constexpr std::chrono::seconds kMaxRefusal{1};
 
 // After so many failed wake reads in a row the ring is given up, because without them a wake does not reach it.

@@ -10,10 +10,11 @@
 
 namespace flashpack::internal {
 
+// Where no reason is given, these are bounds on what a slip of a digit can cost, and not tuned.
 constexpr std::uint32_t kMinChunkBytes = std::uint32_t{1} << 20;  // A stripe never reaches over a chunk.
 constexpr std::uint32_t kMaxChunkBytes = std::uint32_t{1} << 30;
 constexpr std::uint32_t kMaxQueueDepth = 1024;
-constexpr std::uint32_t kMinSlots = 2;
+constexpr std::uint32_t kMinSlots = 2;      // One is read to while the other is copied.
 constexpr std::uint32_t kMaxSlots = 16384;  // io_uring can register no more.
 constexpr std::uint32_t kMaxWorkers = 64;
 constexpr std::uint32_t kMaxMoreDevices = 63;

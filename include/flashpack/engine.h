@@ -238,9 +238,10 @@ class Engine {
 
   /// Returns at once. Each file is opened when its turn comes, because few files are open at a time, so the load reads
   /// the file that is at the path then; `expected` and `fd` guard against another one. `completion`, if given, is
-  /// borrowed until called. Throws: Error (kInvalidArgument for targets that are null or overlap; kUnusable; an error
-  /// of CUDA about a stream); `completion` is not called then. Errors of the files, and targets on other devices than
-  /// the engine's, are the transfer's, and wait() throws them.
+  /// borrowed until called. Throws: Error (kInvalidArgument for what is wrong whatever the files hold: targets that are
+  /// null or overlap, checksums that are not of their size, a handle of another engine, streams that are too many or
+  /// captured; kUnusable; an error of CUDA about a stream); `completion` is not called then. Errors of the files, and
+  /// targets on other devices than the engine's, are the transfer's, and wait() throws them.
   Transfer start_load(LoadRequest request, Completion* completion = nullptr);
   /// The transfer is not valid() after an error.
   Transfer start_load(LoadRequest request, Completion* completion, std::error_code& error) noexcept;
@@ -254,7 +255,8 @@ class Engine {
   FileHandle open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, int fd,
                   std::error_code& error) noexcept;
 
-  /// Begins a new file that will replace `path`. Its directory must exist. Throws: Error.
+  /// Begins a new file that will replace `path`. Its directory must exist. May block in the file system. Throws: Error
+  /// (kInvalidArgument if something else than a regular file is there; kUnusable; errno, such as ENOSPC).
   FileWriter create(const std::filesystem::path& path, WriterOptions options = {});
   std::optional<FileWriter> create(const std::filesystem::path& path, WriterOptions options,
                                    std::error_code& error) noexcept;

@@ -65,7 +65,7 @@ typedef struct flashpack_engine_options {
   int32_t device_kind;          ///< FLASHPACK_DEVICE_*. Targets and sources may always be in memory of the host.
   int32_t device_index;         ///< Number of the GPU, as for cudaSetDevice.
   uint32_t chunk_bytes;         ///< Size of a read: a power of two from 1 MiB to 1 GiB. 0 is 4 MiB.
-  uint32_t queue_depth;         ///< Direct reads and writes in flight, 1 to 1024. 0 is 8; striped arrays need 16 to 32.
+  uint32_t queue_depth;         ///< Direct reads and writes in flight, 1 to 1024. 0 is 8. Striped arrays may need more.
   uint64_t staging_bytes;       ///< Most staging memory, at least two chunks. 0 is 64 MiB, or 96 MiB for a GPU.
   void* staging;                ///< If not NULL, memory of the caller's, of `staging_bytes` bytes from a page on, that
                                 ///< this engine alone uses for it until it ends, such as huge pages or page-locked
@@ -130,7 +130,9 @@ typedef struct flashpack_open_file_info {
   uint64_t size_bytes;       ///< When it was opened. No extent may go past it.
   uint64_t alignment_bytes;  ///< If offset, size and address are multiples of this, a read that goes past the page
                              ///< cache needs no copy. A read of less than 128 KiB is without a copy only if no
-                             ///< other extent lies within 64 KiB of it. 4096 if the file has no direct I/O.
+                             ///< other extent lies within 64 KiB of it. A load of 256 MiB or more to small pages
+                             ///< of a flashpack_memory is copied all the same, because that is faster. 4096 if the
+                             ///< file has no direct I/O.
 } flashpack_open_file_info;
 
 /// Opens a regular file or a block device for loads of `engine`. If `fd` is not negative, it is a readable descriptor
@@ -252,21 +254,23 @@ typedef struct flashpack_progress {
 /// Counts what a transfer has done.
 typedef struct flashpack_stats {
   size_t struct_size;
-  uint64_t requested_bytes;
-  uint64_t direct_bytes;    ///< Bytes moved past the page cache, with those that alignment adds.
-  uint64_t buffered_bytes;  ///< Bytes moved through the page cache.
-  uint64_t staged_bytes;    ///< Bytes of these two that were copied once more.
-  uint64_t operations;
-  uint64_t retries;
-  uint64_t verified_bytes;  ///< Bytes that matched their checksums.
-  double seconds;
+  uint64_t requested_bytes;     ///< Sum of the extents' sizes.
+  uint64_t direct_bytes;        ///< Bytes moved past the page cache, with those that alignment adds.
+  uint64_t buffered_bytes;      ///< Bytes moved through the page cache.
+  uint64_t staged_bytes;        ///< Bytes of these two that were copied once more.
+  uint64_t operations;          ///< Reads and writes, retries included.
+  uint64_t retries;             ///< Operations that repeat one that was short, interrupted or refused.
+  uint64_t verified_bytes;      ///< Bytes that matched their checksums.
+  double seconds;               ///< From the start to the end.
   int32_t backend;              ///< FLASHPACK_BACKEND_*, never FLASHPACK_BACKEND_AUTO.
   int32_t pinned;               ///< 1 if staging for a GPU is page-locked; without that, copies are slow.
   const char* fallback_reason;  ///< Each slower way that was taken, or an empty string. Lives as long as the transfer.
 } flashpack_stats;
 
-/// Starts a load and returns. Errors: targets that are NULL or overlap; FLASHPACK_UNUSABLE. Errors of the files are the
-/// transfer's, except that they cannot be read with FLASHPACK_VERIFY_ALWAYS because they have no checksums.
+/// Starts a load and returns. Errors: FLASHPACK_INVALID_ARGUMENT for a request that is wrong whatever the files hold,
+/// such as targets that are NULL or overlap; FLASHPACK_UNUSABLE; FLASHPACK_CUDA_ERROR about a stream. Errors of the
+/// files, and targets on GPUs that the engine does not serve, are the transfer's, except that they cannot be read with
+/// FLASHPACK_VERIFY_ALWAYS because they have no checksums.
 flashpack_status flashpack_start_load(flashpack_engine* engine, const flashpack_load_request* request,
                                       flashpack_transfer** transfer, flashpack_error** error);
 /// Returns when all bytes are in their targets. After an error these are unspecified, and nothing is under way.

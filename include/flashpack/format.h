@@ -103,6 +103,7 @@ struct Metadata {
   Container container;                ///< Without meaning for safetensors files.
 };
 
+/// A bound on the memory that a hostile file can ask for, and not tuned: 100,000 tensors have a footer of some 15 MB.
 inline constexpr std::uint64_t kMaxFooterBytes = std::uint64_t{256} << 20;
 /// The limit that safetensors itself has.
 inline constexpr std::uint64_t kMaxSafetensorsHeaderBytes = 100'000'000;

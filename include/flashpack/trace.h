@@ -83,8 +83,8 @@ class TraceTotals final : public TraceSink {
     double seconds = 0;       ///< Sum of the steps' times; more than the time that has passed if they overlap.
     std::uint32_t depth = 0;  ///< The most steps that an engine had under way at a time.
   };
-  using Totals = std::array<Total, kTraceStages>;  // Index: TraceStage.
-  static constexpr std::size_t kMostFiles = 10'000;
+  using Totals = std::array<Total, kTraceStages>;    // Index: TraceStage.
+  static constexpr std::size_t kMostFiles = 10'000;  ///< A bound on memory, and not tuned.
 
   TraceTotals();
   ~TraceTotals();

@@ -33,7 +33,8 @@ struct TransferStats {
   std::uint64_t direct_bytes = 0;     ///< Bytes moved with O_DIRECT, past the page cache.
   std::uint64_t buffered_bytes = 0;   ///< Bytes moved through the page cache.
   std::uint64_t staged_bytes = 0;     ///< Bytes of these two that went through a staging slot and a copy.
-  std::uint64_t operations = 0;       ///< Chunks handed to the kernel or a worker, retries included.
+  std::uint64_t operations = 0;       ///< Reads and writes of chunks, retries included, and 1 for each file that was
+                                      ///< read at once from the page cache.
   std::uint64_t retries = 0;  ///< Operations that repeat one which gave a short result, EINTR or EAGAIN, was refused as
                               ///< direct I/O, or found a page not cached.
   std::uint64_t verified_bytes = 0;  ///< Bytes of a load that matched their checksums.
