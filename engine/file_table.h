@@ -24,22 +24,27 @@ class FileTable;
 /// An open file, and what the driver remembers about it. Its users own it together: see FileUse. Its destructor closes
 /// the file, which may block.
 struct OpenFile {
-  /// With one user. `table`, if given, lists the file.
+  /// With one user. Borrows the queue, and `table`, which lists the file, if it is given.
   OpenFile(File opened, DiskQueue* its_queue, std::uint64_t its_engine, FileTable* table = nullptr)
-      : file(std::move(opened)), engine(its_engine), queue(its_queue), table_(table) {}
+      : file(std::move(opened)), engine(its_engine), table_(table), queue_(its_queue) {}
 
   const File file;
   std::optional<Residency> residency;  // Set for a FileHandle, whose loads need not find out how to ask.
   const std::uint64_t engine;          // EngineFacts::number of the engine that has opened it for a FileHandle, else 0.
 
-  // Only for the driver.
-  DiskQueue* queue;         // The queue that serves the file.
-  std::uint32_t stuck = 0;  // Operations on the file that are late or abandoned.
+  std::uint32_t stuck = 0;  // Operations on the file that are late or abandoned. Only for the driver.
+
+  /// The driver: the queue that serves the file, which is `stand_in` once the one that it was opened for has refused.
+  DiskQueue& serving_queue(DiskQueue& stand_in) noexcept {
+    if (queue_->refuses()) queue_ = &stand_in;
+    return *queue_;
+  }
 
  private:
   friend class FileUse;
   friend class FileTable;
   FileTable* const table_;
+  DiskQueue* queue_;                      // Only for the driver.
   std::atomic<std::uint32_t> users_ = 1;  // The only count of a file's users.
 };
 

@@ -15,7 +15,7 @@ constexpr std::chrono::milliseconds kLongestPeriod{4};
 }  // namespace
 
 void GatedTransfers::add(TransferState& transfer, Time now) {
-  if (transfer.driver.gates.empty()) return;
+  if (!transfer.has_shut_gate()) return;
   transfers_.push_back(&transfer);
   changed_ = now;
 }
@@ -25,10 +25,9 @@ void GatedTransfers::remove(TransferState& transfer) { std::erase(transfers_, &t
 void GatedTransfers::look(Time now, const std::function<void(TransferState&, std::error_code)>& failed) {
   for (std::size_t i = transfers_.size(); i-- > 0;) {
     TransferState& transfer = *transfers_[i];
-    auto& gates = transfer.driver.gates;
     std::error_code error;
-    if (!transfer.driver.failure) std::erase_if(gates, [&](const auto& gate) { return gate->is_open(error); });
-    if (!gates.empty() && !transfer.driver.failure && !error) continue;
+    if (!transfer.has_failed()) transfer.look_at_gates(error);
+    if (transfer.has_shut_gate() && !transfer.has_failed() && !error) continue;
     changed_ = now;
     transfers_.erase(transfers_.begin() + static_cast<std::ptrdiff_t>(i));
     if (error) failed(transfer, error);

@@ -15,8 +15,7 @@ void Inbox::wake() noexcept {
 
 void Inbox::start(std::shared_ptr<TransferState> transfer) {
   const std::lock_guard lock(mutex_);
-  TransferState& started = *messages_.started.emplace_back(std::move(transfer));
-  started.inbox = this;
+  messages_.started.emplace_back(std::move(transfer))->set_inbox(*this);
   wake();
 }
 

@@ -38,7 +38,7 @@ class Inbox {
   /// Borrows the queue that the driver sleeps in, which must live until end() has returned true.
   explicit Inbox(Queue& sleeper) : sleeper_(&sleeper) {}
 
-  /// Any thread: hands the transfer to the driver. Until its end, the transfer's `inbox` points here.
+  /// Any thread: hands the transfer to the driver, and lets it borrow this inbox until its end.
   void start(std::shared_ptr<TransferState> transfer);
   /// Any thread: asks the driver to cancel a transfer. Once for each transfer, and not after its end.
   void cancel(std::shared_ptr<TransferState> transfer) noexcept;

@@ -72,7 +72,7 @@ void Steps::look_at_gates() {
     if (jobs_[tag].step != Step::kWait) continue;
     if (jobs_[tag].part->failure) {
       close_job(tag);
-    } else if (jobs_[tag].transfer().driver.gates.empty()) {
+    } else if (!jobs_[tag].transfer().has_shut_gate()) {
       advance(tag);
     }
   }
@@ -94,13 +94,13 @@ void Steps::begin(unsigned tag, Step step) {
     case Step::kReadIfCached:
     case Step::kReadCached:
     case Step::kWriteCached:
-      ++job.transfer().driver.stats.operations;
+      job.transfer().count_operation();
       [[fallthrough]];
     case Step::kPopulate:
     case Step::kCount:
       return give_to_workers(tag);
     case Step::kWait:
-      return job.transfer().driver.gates.empty() ? advance(tag) : void();
+      return job.transfer().has_shut_gate() ? void() : advance(tag);
     case Step::kScatter:
     case Step::kGather:
       if (!job.way.to_device) return give_to_workers(tag);
@@ -116,11 +116,10 @@ void Steps::begin(unsigned tag, Step step) {
 
 void Steps::move_direct(unsigned tag) {
   Job& job = jobs_[tag];
-  DiskQueue*& queue = job.part->planned->open->queue;
-  if (queue->refuses()) queue = &queues_.stand_in;
-  job.queue = queue;
-  ++job.transfer().driver.stats.operations;
-  queue->push(tag, job.disk_request());
+  DiskQueue& queue = job.part->planned->open->serving_queue(queues_.stand_in);
+  job.queue = &queue;
+  job.transfer().count_operation();
+  queue.push(tag, job.disk_request());
 }
 
 void Steps::give_to_workers(unsigned tag) {
@@ -156,17 +155,17 @@ void Steps::complete(IoCompletion completion) {
 
 void Steps::on_direct(unsigned tag, std::int64_t result) {
   Job& job = jobs_[tag];
-  TransferStats& stats = job.transfer().driver.stats;
+  TransferState& transfer = job.transfer();
   const bool reads = job.step == Step::kRead;
   if (result == -EINVAL || result == -EOPNOTSUPP) return refuse_direct(tag);
   const bool interrupted = result == -EINTR || result == -EAGAIN;
   if (result < 0 && !interrupted) return fail(tag, errno_code(static_cast<int>(-result)));
 
   const std::uint64_t got = job.done_bytes + (interrupted ? 0 : static_cast<std::uint64_t>(result));
-  stats.direct_bytes += got - job.done_bytes;
+  transfer.count_direct(got - job.done_bytes);
   if (job.file_bytes.offset_bytes + got >= end_of(*job.chunk)) {
     job.done_bytes = got;
-    if (has_slot(job.way.view)) stats.staged_bytes += got;
+    if (has_slot(job.way.view)) transfer.count_staged(got);
     return advance(tag);
   }
   if (result == 0 && reads) return fail(tag, Errc::kTruncated);
@@ -179,7 +178,7 @@ void Steps::on_direct(unsigned tag, std::int64_t result) {
     return fail(tag, interrupted ? errno_code(static_cast<int>(-result)) : no_progress);
   }
   job.done_bytes = resume;
-  ++stats.retries;
+  transfer.count_retry();
   begin(tag, job.step);
 }
 
@@ -189,11 +188,11 @@ void Steps::on_buffered(unsigned tag, std::int64_t result) {
   if (result < 0) return fail(tag, errno_code(static_cast<int>(-result)));
   TransferState& transfer = job.transfer();
   const auto moved = static_cast<std::uint64_t>(result);
-  transfer.driver.stats.buffered_bytes += moved;
+  transfer.count_buffered(moved);
   const bool in_slot = has_slot(job.way.view);
   if (moved != (in_slot ? job.file_bytes.size_bytes : job.part->plan().wanted_bytes(*job.chunk)))
     return fail(tag, job.step == Step::kWriteCached ? errno_code(EIO) : make_error_code(Errc::kTruncated));
-  if (in_slot) transfer.driver.stats.staged_bytes += moved;
+  if (in_slot) transfer.count_staged(moved);
   advance(tag);
 }
 
@@ -210,8 +209,8 @@ void Steps::refuse_direct(unsigned tag) {
   TransferState& transfer = job.transfer();
   assert(job.step == Step::kRead || job.step == Step::kWrite);
   job.part->planned->router.refuse_direct();
-  ++transfer.driver.stats.retries;
-  transfer.driver.note_fallback("direct I/O: refused by the file system at the first use");
+  transfer.count_retry();
+  transfer.note_fallback("direct I/O: refused by the file system at the first use");
   jobs_.reroute(job, way_of(*job.part, *job.chunk, Route::kRefused));
   advance(tag);
 }
@@ -229,7 +228,7 @@ void Steps::give_back(unsigned tag) {
   Part& part = *jobs_[tag].part;
   assert(part.state() == Part::State::kOpen && part.chunks_open > 0);
   part.planned->router.give_back(*jobs_[tag].chunk);
-  ++part.transfer->driver.stats.retries;
+  part.transfer->count_retry();
   close_job(tag);
   owner_.on_given_back(part);
 }

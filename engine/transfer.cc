@@ -1,7 +1,5 @@
 #include "flashpack/transfer.h"
 
-#include <mutex>
-
 #include "engine/ground/reasons.h"
 #include "engine/inbox.h"
 #include "engine/transfer_state.h"
@@ -40,8 +38,7 @@ namespace {
 
 void request_cancel(const std::shared_ptr<internal::TransferState>& state) noexcept {
   if (state->cancel_requested.exchange(true)) return;
-  const std::lock_guard lock(state->inbox_mutex);
-  if (state->inbox) state->inbox->cancel(state);
+  state->with_inbox([&](internal::Inbox& inbox) { inbox.cancel(state); });
 }
 
 }  // namespace
@@ -82,7 +79,7 @@ void Transfer::cancel() noexcept {
 
 Progress Transfer::progress() const {
   state_->owner.require_current("transfer");
-  const bool finished = state_->end.visible();  // First, so that the counts of a finished transfer are final.
+  const bool finished = state_->end.is_visible();  // First, so that the counts of a finished transfer are final.
   return {.done_bytes = state_->done_bytes.load(),
           .total_bytes = state_->request.total_bytes,
           .outstanding = state_->outstanding.load(),

@@ -1,6 +1,7 @@
 #include "engine/transfer_state.h"
 
 #include <algorithm>
+#include <cassert>
 #include <span>
 #include <utility>
 
@@ -29,24 +30,23 @@ bool TransferEnd::reached() const {
   return reached_;
 }
 
-// Requires: the mutex is held.
-bool TransferEnd::is_visible() const { return published_ || (reached_ && std::this_thread::get_id() == reached_by_); }
-
-bool TransferEnd::visible() const {
-  const std::lock_guard lock(mutex_);
-  return is_visible();
+bool TransferEnd::is_visible([[maybe_unused]] const Lock& lock) const {
+  assert(lock.owns_lock());
+  return published_ || (reached_ && std::this_thread::get_id() == reached_by_);
 }
 
+bool TransferEnd::is_visible() const { return is_visible(Lock(mutex_)); }
+
 void TransferEnd::wait() const {
-  std::unique_lock lock(mutex_);
-  published_changed_.wait(lock, [this] { return is_visible(); });
+  Lock lock(mutex_);
+  published_changed_.wait(lock, [&] { return is_visible(lock); });
 }
 
 bool TransferEnd::wait_for(std::chrono::nanoseconds duration) const {
-  std::unique_lock lock(mutex_);
+  Lock lock(mutex_);
   // The sum of now and a very long duration would overflow.
   const auto bounded = std::min<std::chrono::nanoseconds>(duration, std::chrono::hours(24 * 365));
-  return published_changed_.wait_for(lock, bounded, [this] { return is_visible(); });
+  return published_changed_.wait_for(lock, bounded, [&] { return is_visible(lock); });
 }
 
 const Failure* TransferEnd::failure() const {
@@ -59,11 +59,15 @@ TransferStats TransferEnd::stats() const {
   return stats_;
 }
 
+std::filesystem::path TransferState::path() const {
+  return driver.parts.empty() ? std::filesystem::path() : driver.parts.front().request.path;
+}
+
 void TransferState::add(const PartResult& result) {
   driver.stats.verified_bytes += result.verified_bytes;
   driver.stats.buffered_bytes += result.read_bytes;
   driver.stats.operations += result.read_bytes > 0;
-  driver.note_fallback(result.fallback_reason);
+  note_fallback(result.fallback_reason);
   done_bytes += result.read_bytes;
 }
 
@@ -98,8 +102,8 @@ std::optional<Failure> TransferState::failure() const {
 void TransferState::finish(std::optional<Failure> result) {
   driver.stats.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
   {
-    const std::lock_guard lock(inbox_mutex);
-    inbox = nullptr;
+    const std::lock_guard lock(inbox_mutex_);
+    inbox_ = nullptr;
   }
   end.reach(std::move(result), driver.stats);
   if (request.completion) {
@@ -109,7 +113,11 @@ void TransferState::finish(std::optional<Failure> result) {
   end.publish();
 }
 
-void TransferState::Driver::note_fallback(const std::string& reason) { add_reason(stats.fallback_reason, reason); }
+void TransferState::look_at_gates(std::error_code& error) {
+  std::erase_if(driver.gates, [&](const auto& gate) { return gate->is_open(error); });
+}
+
+void TransferState::note_fallback(const std::string& reason) { add_reason(driver.stats.fallback_reason, reason); }
 
 void TransferState::report_at_once(const Part& part) const {
   for (std::uint32_t extent = 0; extent < part.request.reported_extents; ++extent) {

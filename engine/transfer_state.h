@@ -40,9 +40,9 @@ class TransferEnd {
   /// Whether reach() has been called.
   bool reached() const;
   /// Whether the calling thread may see the result.
-  bool visible() const;
+  bool is_visible() const;
   void wait() const;
-  /// Waits for at most `duration`. Returns visible().
+  /// Waits for at most `duration`. Returns is_visible().
   bool wait_for(std::chrono::nanoseconds duration) const;
   /// Null if the transfer has not ended, or has ended without a failure. Stays valid.
   const Failure* failure() const;
@@ -50,7 +50,8 @@ class TransferEnd {
   TransferStats stats() const;
 
  private:
-  bool is_visible() const;
+  using Lock = std::unique_lock<std::mutex>;
+  bool is_visible(const Lock& lock) const;
 
   mutable std::mutex mutex_;  // Protects the rest.
   mutable std::condition_variable published_changed_;
@@ -75,25 +76,21 @@ struct TransferRequest {
 /// Shared by the caller's handle, the driver, threads that open or close a file of the transfer, and the FileWriter
 /// that started it, because any of them may be the last to need it.
 ///
-/// add(), the report functions and finish() act, in this order; the other functions ask. They are for the thread that
-/// may use `driver`, except those that say "any thread".
+/// look_at_gates(), the count and note functions, add(), the report functions and finish() act, in this order; the
+/// other functions ask. They are for the thread that may use `driver`, except those that say "any thread". Only those
+/// who make transfers, begin them and end them use `driver` itself; all others use these functions.
 struct TransferState : std::enable_shared_from_this<TransferState> {
   /// The thread that prepares the transfer has it until the start. From then on only the driver uses it, until the end.
   /// After it, a FileWriter asks for sums().
   struct Driver {
     std::deque<Part> parts;                    // A store has one part, already open. Parts never move in memory.
-    std::uint64_t number = 0;                  // Counted from 1 in the order in which the driver got them.
+    std::uint64_t number = 0;                  // See number().
     std::uint64_t range = 0;                   // As ProfilerRanges has numbered it.
     std::shared_ptr<TransferState> self;       // Shared with the handle until the end, because it may be gone earlier.
-    std::vector<std::unique_ptr<Gate>> gates;  // While any is shut, nothing is copied to or from a device.
+    std::vector<std::unique_ptr<Gate>> gates;  // Those that were shut when last looked at. See has_shut_gate().
     std::size_t parts_awaited = 0;             // Parts that the end still waits for.
     std::optional<Failure> failure;            // The error that ended the whole transfer, if one did.
     TransferStats stats;
-
-    /// Adds `reason` to stats.fallback_reason unless it is there.
-    void note_fallback(const std::string& reason);
-    /// The path for messages that concern no single file.
-    std::filesystem::path path() const { return parts.empty() ? std::filesystem::path() : parts.front().request.path; }
   };
 
   explicit TransferState(TransferRequest wanted = {}) : request(wanted) {}
@@ -101,8 +98,33 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   /// Any thread.
   static Transfer handle(std::shared_ptr<TransferState> state) { return Transfer(std::move(state)); }
 
+  /// Looks once, without waiting, whether the caller's work on each device has ended. Sets `error` if a device has
+  /// failed.
+  void look_at_gates(std::error_code& error);
+  /// Whether that work has not ended, as far as look_at_gates() knows. Until it has, nothing is copied to or from a
+  /// device.
+  bool has_shut_gate() const noexcept { return !driver.gates.empty(); }
+
+  /// These count in TransferStats what has been done for the transfer.
+  void count_operation() noexcept { ++driver.stats.operations; }
+  void count_retry() noexcept { ++driver.stats.retries; }
+  void count_direct(std::uint64_t bytes) noexcept { driver.stats.direct_bytes += bytes; }
+  void count_buffered(std::uint64_t bytes) noexcept { driver.stats.buffered_bytes += bytes; }
+  void count_staged(std::uint64_t bytes) noexcept { driver.stats.staged_bytes += bytes; }
+  /// Adds `reason` to TransferStats::fallback_reason unless it is there.
+  void note_fallback(const std::string& reason);
+  /// Whether bytes have gone through the page cache.
+  bool has_used_page_cache() const noexcept { return driver.stats.buffered_bytes > 0; }
+  /// Counted from 1 in the order in which the driver got the transfers; 0 before it has this one.
+  std::uint64_t number() const noexcept { return driver.number; }
+
+  /// The path for messages that concern no single file: that of the first file; empty if there is none.
+  std::filesystem::path path() const;
+
   /// Takes over the result of a part.
   void add(const PartResult& result);
+  /// Whether an error has ended the whole transfer.
+  bool has_failed() const noexcept { return driver.failure.has_value(); }
   /// How the transfer has failed, also if only some of its parts have. Requires: all parts have ended.
   std::optional<Failure> failure() const;
   /// Tells the completion of the extents that wait for no chunk: those of no bytes, or all, if the thread that opened
@@ -139,10 +161,19 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   // mutex, until the driver has the list.
   std::shared_ptr<TransferState> next_cancelled;
 
-  // Protects `inbox` from the start on, and keeps it alive for a call. Inbox::start() sets `inbox` without it, because
-  // no thread has a handle of the transfer yet.
-  std::mutex inbox_mutex;
-  Inbox* inbox = nullptr;  // The driver's; null before the start and after the end.
+  /// Borrows the driver's inbox until finish(). Requires: no other thread has the transfer yet.
+  void set_inbox(Inbox& inbox) noexcept { inbox_ = &inbox; }
+  /// Any thread: calls `use` with the driver's inbox, which lives that long, or not at all before the start and after
+  /// the end.
+  template <class Use>
+  void with_inbox(Use use) {
+    const std::lock_guard lock(inbox_mutex_);
+    if (inbox_) use(*inbox_);
+  }
+
+ private:
+  std::mutex inbox_mutex_;
+  Inbox* inbox_ = nullptr;  // Protected by the mutex from the start of the transfer on.
 };
 
 }  // namespace flashpack::internal

@@ -14,8 +14,8 @@ namespace {
 constexpr std::chrono::nanoseconds kLookForLatePeriod = kLate / 5;
 
 void note_fallbacks(const Part& part) {
-  part.transfer->driver.note_fallback(part.planned->fallback_reason);
-  part.transfer->driver.note_fallback(part.planned->router.fallback_reason());
+  part.transfer->note_fallback(part.planned->fallback_reason);
+  part.transfer->note_fallback(part.planned->router.fallback_reason());
 }
 
 }  // namespace
@@ -69,7 +69,7 @@ void Transfers::take_messages() {
   std::shared_ptr<TransferState>& cancelled = messages_.cancelled;
   while (cancelled) {
     const std::shared_ptr<TransferState> transfer = std::exchange(cancelled, std::move(cancelled->next_cancelled));
-    if (transfer->driver.self && !transfer->driver.failure) give_up(*transfer, Errc::kCancelled);
+    if (transfer->driver.self && !transfer->has_failed()) give_up(*transfer, Errc::kCancelled);
   }
 }
 
@@ -105,7 +105,7 @@ void Transfers::expire() {
   while (!deadlines_.empty() && deadlines_.begin()->first <= now_) {
     TransferState& transfer = *deadlines_.begin()->second;
     deadlines_.erase(deadlines_.begin());
-    if (!transfer.driver.failure) give_up(transfer, Errc::kDeadlineExceeded);
+    if (!transfer.has_failed()) give_up(transfer, Errc::kDeadlineExceeded);
   }
 }
 
@@ -259,8 +259,8 @@ void Transfers::give_up(TransferState& transfer, std::error_code code) {
   for (Part& part : parts) {
     if (part.awaited && !part.failure) part.failure.emplace(file_error(code, transfer.verb(), part.request.path));
   }
-  if (parts.size() < 2) return give_up(transfer, file_error(code, transfer.verb(), transfer.driver.path()));
-  give_up(transfer, Error(code, std::string(transfer.verb()) + " " + transfer.driver.path().string() + " and " +
+  if (parts.size() < 2) return give_up(transfer, file_error(code, transfer.verb(), transfer.path()));
+  give_up(transfer, Error(code, std::string(transfer.verb()) + " " + transfer.path().string() + " and " +
                                     std::to_string(parts.size() - 1) + " more"));
 }
 
@@ -297,10 +297,10 @@ void Transfers::end_if_idle(TransferState& transfer) {
 }
 
 void Transfers::tell_of_end(const TransferState& transfer, const std::optional<Failure>& failure) const {
-  const std::string path = transfer.driver.path().native();
+  const std::string path = transfer.path().native();
   tracer_.sink->event({.stage = TraceStage::kTransfer,
                        .engine = tracer_.engine,
-                       .transfer = transfer.driver.number,
+                       .transfer = transfer.number(),
                        .path = path,
                        .size_bytes = transfer.done_bytes,
                        .begin = transfer.started,
@@ -322,8 +322,8 @@ void Transfers::end(TransferState& transfer) {
     if (transfer.is_load()) part.planned.reset();  // The FileWriter of a store reads the sums.
   }
   if (disk_.refuses()) transfer.driver.stats.backend = Backend::kWorkers;
-  transfer.driver.note_fallback(disk_.fallback_reason());
-  if (copier_) transfer.driver.note_fallback(copier_->fallback_reason());
+  transfer.note_fallback(disk_.fallback_reason());
+  if (copier_) transfer.note_fallback(copier_->fallback_reason());
   std::optional<Failure> failure = transfer.failure();
   if (tracer_) tell_of_end(transfer, failure);
   ranges_.end(transfer.driver.range);

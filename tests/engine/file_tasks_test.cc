@@ -68,7 +68,8 @@ TEST_F(FileTasksTest, AFileIsOpenedAndClosedAndTheDriverIsToldOfBoth) {
   EXPECT_EQ(opened.part, &part);
   EXPECT_FALSE(opened.opened.failure);
   ASSERT_TRUE(opened.opened.planned);
-  EXPECT_EQ(opened.opened.planned->open->queue, &disk_);
+  DiskThreads stand_in(*pool_, 1, nullptr);
+  EXPECT_EQ(&opened.opened.planned->open->serving_queue(stand_in), &disk_);
   EXPECT_EQ(opened.opened.planned->plan.total_bytes, bytes_.size());
   EXPECT_FALSE(part.handover.result());
 

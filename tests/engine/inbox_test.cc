@@ -38,7 +38,9 @@ TEST(InboxTest, TheDriverIsWokenForEachMessageAndTakesItOnce) {
   inbox.cancel(first);
   inbox.answer({second, &part});
   EXPECT_EQ(sleeper.wakes, 4);
-  EXPECT_EQ(first->inbox, &inbox);
+  Inbox* borrowed = nullptr;
+  first->with_inbox([&](Inbox& started_by) { borrowed = &started_by; });
+  EXPECT_EQ(borrowed, &inbox);
 
   Inbox::Messages messages;
   inbox.take(messages);

@@ -13,18 +13,18 @@ namespace {
 using flashpack::testing::kHang;
 
 bool visible_elsewhere(const TransferEnd& end) {
-  return std::async(std::launch::async, [&end] { return end.visible(); }).get();
+  return std::async(std::launch::async, [&end] { return end.is_visible(); }).get();
 }
 
 TEST(TransferEndTest, TheThreadThatReachedItSeesItBeforeTheOthers) {
   TransferEnd end;
   EXPECT_FALSE(end.reached());
-  EXPECT_FALSE(end.visible());
+  EXPECT_FALSE(end.is_visible());
   EXPECT_EQ(end.stats().requested_bytes, 0u);
   EXPECT_FALSE(end.wait_for(std::chrono::nanoseconds(0)));
   end.reach(std::nullopt, {.requested_bytes = 5});
   EXPECT_TRUE(end.reached());
-  EXPECT_TRUE(end.visible());
+  EXPECT_TRUE(end.is_visible());
   EXPECT_TRUE(end.wait_for(std::chrono::nanoseconds::max()));
   EXPECT_FALSE(visible_elsewhere(end)) << "the completion may still run";
   end.publish();
