@@ -3,6 +3,7 @@
 #include <fcntl.h>
 
 #include <algorithm>
+#include <bitset>
 #include <cerrno>
 #include <limits>
 #include <span>
@@ -47,20 +48,28 @@ CUstream_st* stream_of(const Request& request, DeviceNumber device) {
   return device - 2u < request.more_streams.size() ? request.more_streams[device - 2u] : nullptr;
 }
 
-// Makes the gates that let copies wait for the work on the caller's streams: one for each device that `has_extents_on`.
-template <class Request, class HasExtentsOn>
+// The devices that have extents.
+class DevicesInUse {
+ public:
+  void add(std::span<const Fragment> extents) {
+    for (const Fragment& extent : extents) used_.set(extent.device);
+  }
+  bool has(DeviceNumber device) const { return used_[device]; }
+
+ private:
+  std::bitset<std::numeric_limits<DeviceNumber>::max() + 1> used_;
+};
+
+// Makes the gates that let copies wait for the work on the caller's streams: one for each device in use.
+template <class Request>
 std::vector<std::unique_ptr<Gate>> gates_for(const EngineFacts& engine, const Request& request,
-                                             HasExtentsOn has_extents_on) {
+                                             const DevicesInUse& used) {
   std::vector<std::unique_ptr<Gate>> gates;
   for (DeviceNumber device = 1; device <= devices_of(engine); ++device) {
-    if (has_extents_on(device))
+    if (used.has(device))
       gates.push_back(ask_copier([&] { return engine.copier->gate(device, stream_of(request, device)); }));
   }
   return gates;
-}
-
-bool has_any_on(DeviceNumber device, std::span<const Fragment> extents) {
-  return std::ranges::any_of(extents, [device](const Fragment& extent) { return extent.device == device; });
 }
 
 std::shared_ptr<TransferState> new_transfer(const EngineFacts& engine, TransferRequest request) {
@@ -209,10 +218,11 @@ std::shared_ptr<TransferState> prepare_load(const EngineFacts& engine, LoadReque
                                      .continue_on_error = request.continue_on_error,
                                      .total_bytes = all_bytes});
   for (FileExtents& file : request.files) add_part(engine, *state, std::move(file), request);
-  state->driver.gates = gates_for(engine, request, [&](DeviceNumber device) {
-    return std::ranges::any_of(state->driver.parts,
-                               [device](const Part& part) { return has_any_on(device, part.request.extents); });
-  });
+  DevicesInUse used;
+  for (const Part& part : state->driver.parts) {
+    if (engine.copier) used.add(part.request.extents);
+  }
+  state->driver.gates = gates_for(engine, request, used);
   return state;
 }
 
@@ -244,7 +254,9 @@ std::shared_ptr<TransferState> prepare_store(const EngineFacts& engine, const St
                                      .deadline = request.deadline,
                                      .completion = completion,
                                      .total_bytes = total_bytes(extents)});
-  state->driver.gates = gates_for(engine, request, [&](DeviceNumber device) { return has_any_on(device, extents); });
+  DevicesInUse used;
+  if (engine.copier) used.add(extents);
+  state->driver.gates = gates_for(engine, request, used);
   auto planned = std::make_unique<PlannedFile>(PlannedFile{.open = target.open});
   const File& file = planned->file();
   if (file.direct_fd() < 0) planned->fallback_reason = "direct I/O: " + file.direct_error().message();
