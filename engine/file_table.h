@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cassert>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -32,7 +33,13 @@ struct OpenFile {
   std::optional<Residency> residency;  // Set for a FileHandle, whose loads need not find out how to ask.
   const std::uint64_t engine;          // EngineFacts::number of the engine that has opened it for a FileHandle, else 0.
 
-  std::uint32_t stuck = 0;  // Operations on the file that are late or abandoned. Only for the driver.
+  /// The driver: operations on the file that are late or abandoned.
+  std::uint32_t stuck() const noexcept { return stuck_; }
+  void add_stuck() noexcept { ++stuck_; }
+  void remove_stuck() noexcept {
+    assert(stuck_ > 0);
+    --stuck_;
+  }
 
   /// The driver: the queue that serves the file, which is `stand_in` once the one that it was opened for has refused.
   DiskQueue& serving_queue(DiskQueue& stand_in) noexcept {
@@ -44,8 +51,11 @@ struct OpenFile {
   friend class FileUse;
   friend class FileTable;
   FileTable* const table_;
-  DiskQueue* queue_;                      // Only for the driver.
   std::atomic<std::uint32_t> users_ = 1;  // The only count of a file's users.
+
+  // Only for the driver.
+  DiskQueue* queue_;
+  std::uint32_t stuck_ = 0;
 };
 
 /// A user of an open file. All loads of one path use the same file at a time. The transfers of a FileWriter use the

@@ -136,7 +136,7 @@ bool Jobs::idle() const {
 bool Jobs::has_enough_stuck(const Part& part, std::size_t used, std::size_t of_files,
                             std::size_t of_file_systems) const {
   const std::uint32_t many = std::min(limits_.queue_depth, limits_.slots);
-  return (part.planned->open->stuck >= many && used > of_files) ||
+  return (part.open_file().stuck() >= many && used > of_files) ||
          (part.place.file_system->stuck() >= many && used > of_file_systems);
 }
 
@@ -155,7 +155,7 @@ bool Jobs::has_its_share_of_slots(const FileSystem& file_system) const {
 
 std::optional<int> Jobs::take_slot(const Part& part) {
   // A chunk behind a gate may wait long, so such chunks leave half of the slots to others.
-  const std::size_t kept = part.transfer->driver.gates.empty() ? 0 : limits_.slots / 2;
+  const std::size_t kept = part.transfer->has_shut_gate() ? limits_.slots / 2 : 0;
   const std::size_t used = slots_.size() - free_slots_.size() - stuck_slots_;
   if (free_slots_.empty() || used + kept >= limits_.slots) return std::nullopt;
   const std::size_t spare = slots_.size() - limits_.slots;
@@ -259,7 +259,7 @@ void Jobs::set_stuck(Job& job) {
   assert(!job.stuck && may_be_late(job.step) && in(job.step) > 0);
   job.stuck = true;
   --in_[static_cast<std::size_t>(job.step)];
-  ++job.part->planned->open->stuck;
+  job.part->open_file().add_stuck();
   job.part->place.file_system->add_stuck();
   ++stuck_;
   if (job.slot >= 0) ++stuck_slots_;
@@ -267,10 +267,10 @@ void Jobs::set_stuck(Job& job) {
 
 void Jobs::clear_stuck(Job& job) {
   FileSystem& file_system = *job.part->place.file_system;
-  assert(job.stuck && stuck_ > 0 && job.part->planned->open->stuck > 0);
+  assert(job.stuck && stuck_ > 0);
   job.stuck = false;
   ++in_[static_cast<std::size_t>(job.step)];
-  --job.part->planned->open->stuck;
+  job.part->open_file().remove_stuck();
   file_system.remove_stuck();
   --stuck_;
   if (job.slot >= 0) --stuck_slots_;
@@ -287,7 +287,7 @@ void Jobs::tell_of_end(const Job& job, Step next, Time now) const {
   const auto depth = std::ranges::count_if(jobs_, [&](const Job& other) { return stage_of(other) == stage; });
   tracer_.sink->event({.stage = *stage,
                        .engine = tracer_.engine,
-                       .transfer = job.transfer().driver.number,
+                       .transfer = job.transfer().number(),
                        .file = job.part->request.index,
                        .path = job.part->request.path.native(),
                        .lane = static_cast<std::uint32_t>(&job - jobs_.data()),

@@ -106,8 +106,10 @@ struct Part {
   std::optional<Failure> failure;        // Set if the part or its transfer fails before the part has ended.
 
   State state() const noexcept { return place.state; }
+  // These require `planned`.
   const Plan& plan() const noexcept { return planned->plan; }
   const File& file() const noexcept { return planned->file(); }
+  OpenFile& open_file() const noexcept { return *planned->open.get(); }
 };
 
 /// Checks after a load that the file has not changed and that the bytes match their checksums. May block for ever.

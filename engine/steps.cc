@@ -116,7 +116,7 @@ void Steps::begin(unsigned tag, Step step) {
 
 void Steps::move_direct(unsigned tag) {
   Job& job = jobs_[tag];
-  DiskQueue& queue = job.part->planned->open->serving_queue(queues_.stand_in);
+  DiskQueue& queue = job.part->open_file().serving_queue(queues_.stand_in);
   job.queue = &queue;
   job.transfer().count_operation();
   queue.push(tag, job.disk_request());

@@ -171,7 +171,7 @@ TEST_F(JobsTest, ALateJobMakesRoomInItsStepAndASpareSlotTakesThePlaceOfItsOwn) {
   EXPECT_EQ(jobs_.in(Step::kRead), 0u);
   EXPECT_EQ(file_system_.late(), 2u);
   EXPECT_EQ(file_system_.stuck(), 2u);
-  EXPECT_EQ(load.part.planned->open->stuck, 2u);
+  EXPECT_EQ(load.part.open_file().stuck(), 2u);
   const Load other = this->load(other_file_system_);
   EXPECT_EQ(open_all(other, tags), kSlots) << "as many as if nothing were late";
 
@@ -179,7 +179,7 @@ TEST_F(JobsTest, ALateJobMakesRoomInItsStepAndASpareSlotTakesThePlaceOfItsOwn) {
   EXPECT_FALSE(totals_.answers_again);
   jobs_.close(tags[1], start_);
   EXPECT_TRUE(totals_.answers_again);
-  EXPECT_EQ(file_system_.late() + file_system_.stuck() + load.part.planned->open->stuck, 0u);
+  EXPECT_EQ(file_system_.late() + file_system_.stuck() + load.part.open_file().stuck(), 0u);
   close_all({tags.begin() + 2, tags.end()});
   EXPECT_TRUE(jobs_.idle());
 }
