@@ -376,5 +376,5 @@ int numa_node_of_cuda_device(int device) noexcept {
 const std::error_category& flashpack::cuda_category() noexcept { return internal::immortal<internal::CudaCategory>(); }
 
 namespace {
-[[maybe_unused]] const std::error_category& made_at_once = flashpack::cuda_category();  // As in error.cc.
+[[maybe_unused]] const std::error_category& cuda_category_made_at_once = flashpack::cuda_category();  // As in error.cc.
 }  // namespace

@@ -19,7 +19,7 @@ class CudaCategory final : public std::error_category {
 const std::error_category& cuda_category() noexcept { return internal::immortal<CudaCategory>(); }
 
 namespace {
-[[maybe_unused]] const std::error_category& made_at_once = cuda_category();  // As in error.cc.
+[[maybe_unused]] const std::error_category& cuda_category_made_at_once = cuda_category();  // As in error.cc.
 }  // namespace
 
 namespace internal {

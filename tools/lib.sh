@@ -13,6 +13,8 @@ reference_python=$reference_venv/bin/python
 # For every CMake below this shell, the one that builds the Python package included.
 export CMAKE_GENERATOR=Ninja
 export CMAKE_CXX_COMPILER_LAUNCHER=ccache
+# ctest leaves LC_ALL set to nothing for the projects that it configures and builds: the cache would miss.
+export CCACHE_SLOPPINESS=locale
 CMAKE_BUILD_PARALLEL_LEVEL=$(nproc)
 export CMAKE_BUILD_PARALLEL_LEVEL
 

@@ -19,17 +19,16 @@ namespace flashpack::internal {
 namespace {
 
 using std::chrono::milliseconds;
-using std::chrono::nanoseconds;
 
 // To populate 2 MiB takes 1.1 ms in small pages and 0.4 ms in one huge page (engine_bench, cost/first_touch). If the
 // host has to provide the huge page, 2 to 9 ms were seen.
-constexpr nanoseconds kFairPerHugePage = milliseconds(1);
+constexpr std::chrono::nanoseconds kFairPerHugePage = milliseconds(1);
 // Each huge page adds the time that it took above the fair time to a sum, or takes the time below it off. Huge pages
 // are given up when the sum reaches kTooMuch, so that a few dear pages among many cheap ones change nothing. The sum
 // stays below kMostExcess, so that a few cheap pages are enough to go back to huge ones, however dear the earlier ones
 // were: four of 0.4 ms bring the sum from there to below kTooMuch. Both are bounds and not tuned.
-constexpr nanoseconds kTooMuch = milliseconds(10);
-constexpr nanoseconds kMostExcess = milliseconds(12);
+constexpr std::chrono::nanoseconds kTooMuch = milliseconds(10);
+constexpr std::chrono::nanoseconds kMostExcess = milliseconds(12);
 
 // Where huge pages were dear, they are tried again once in so many bytes of fresh memory. A try ends after kTooMuch,
 // for which 19 MiB of small pages can be populated: that would be much of memory that is taken 64 MiB at a time, and is
@@ -191,7 +190,7 @@ void TargetPages::drop_kept(std::uint64_t limit_bytes) noexcept {
   }
 }
 
-void TargetPages::was_touched(std::span<const std::byte> memory, nanoseconds cpu_time) noexcept {
+void TargetPages::was_touched(std::span<const std::byte> memory, std::chrono::nanoseconds cpu_time) noexcept {
   const auto huge_pages = static_cast<std::int64_t>(memory.size() / kHugePageBytes);
   if (huge_pages == 0 || !owner_.is_current()) return;
   const std::lock_guard lock(mutex_);
@@ -199,9 +198,9 @@ void TargetPages::was_touched(std::span<const std::byte> memory, nanoseconds cpu
   auto* const found = find(end - 1);
   if (!found || !found->second.may_get_huge_pages) return;
   auto& [begin, used] = *found;
-  const nanoseconds unfair = cpu_time - huge_pages * kFairPerHugePage;
-  excess_ = std::clamp(excess_ + unfair, nanoseconds::zero(), kMostExcess);
-  if (unfair <= nanoseconds::zero() || excess_ < kTooMuch) return;
+  const std::chrono::nanoseconds unfair = cpu_time - huge_pages * kFairPerHugePage;
+  excess_ = std::clamp(excess_ + unfair, std::chrono::nanoseconds::zero(), kMostExcess);
+  if (unfair <= std::chrono::nanoseconds::zero() || excess_ < kTooMuch) return;
   used.may_get_huge_pages = false;
   used.has_small_pages = true;
   const std::uint64_t touched_bytes = round_up(static_cast<std::uint64_t>(end - begin), kHugePageBytes);
