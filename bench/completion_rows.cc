@@ -29,10 +29,6 @@
 namespace flashpack::bench {
 namespace {
 
-constexpr unsigned kDepth = 32;
-constexpr std::uint64_t kPageBytes = 4096;
-constexpr std::uint64_t kKiB = 1024;
-
 /// Reads at random places of a file, one load each, to memory without gaps.
 class Reads {
  public:

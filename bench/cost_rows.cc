@@ -21,9 +21,7 @@ namespace {
 
 using internal::HostRegion;
 using internal::kHugePageBytes;
-using internal::kPageBytes;
 
-constexpr std::uint64_t kKiB = 1 << 10;
 constexpr std::uint64_t kMiB = 1 << 20;
 
 /// One way to do the same work, `count` times in a turn.
@@ -67,7 +65,6 @@ class Places {
   /// Then copies `copied_bytes` of each place.
   Way way(std::string name, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& parts,
           std::uint64_t copied_bytes) const {
-    constexpr unsigned kDepth = 32;
     const auto prepare = [this] { drop_from_page_cache(setup_.checkpoint.path()); };
     const auto run = [=, this] {
       const OpenFile file(setup_.checkpoint.path(), O_RDONLY | O_DIRECT);

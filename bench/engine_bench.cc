@@ -87,7 +87,6 @@ void bench_reported(benchmark::State& state, const Setup& setup, Cache cache) {
     Clock::time_point first;
   };
   constexpr std::uint64_t kExtents = 1000;
-  constexpr std::uint64_t kPageBytes = 4096;
   const std::uint64_t size = setup.checkpoint.metadata().payload_bytes;
   const auto begin_of = [size](std::uint64_t i) {
     return i == kExtents ? size : size / kExtents * i / kPageBytes * kPageBytes;

@@ -16,18 +16,16 @@
 namespace flashpack::bench {
 namespace {
 
-constexpr std::uint64_t kPageBytes = 4096;
-
 // Measures a load of the whole file with one extent for every 20,000 bytes, the size of a small tensor.
 void bench_small_tensors(benchmark::State& state, const Setup& setup, Cache cache) {
-  constexpr std::uint64_t kTensorBytes = 20'000;
+  constexpr std::uint64_t kSmallTensorBytes = 20'000;
   const std::uint64_t size = setup.checkpoint.metadata().payload_bytes;
   TransferStats stats;
   const auto ours = [&](std::byte* target) {
     FileExtents file{.path = setup.checkpoint.path()};
-    file.extents.reserve(size / kTensorBytes + 1);
-    for (std::uint64_t at = 0; at < size; at += kTensorBytes)
-      file.extents.push_back({at, std::min(kTensorBytes, size - at), target + at});
+    file.extents.reserve(size / kSmallTensorBytes + 1);
+    for (std::uint64_t at = 0; at < size; at += kSmallTensorBytes)
+      file.extents.push_back({at, std::min(kSmallTensorBytes, size - at), target + at});
     stats = setup.engine.load({.files = {std::move(file)}});
   };
   std::vector<Contender> all = rooflines(setup, cache);
@@ -137,7 +135,6 @@ void check_reads(const Checkpoint& checkpoint, const std::vector<std::uint64_t>&
 
 // Measures one request of small reads beside plain io_uring at depth 32. The engine has 32 reads in flight, too.
 void bench_random(benchmark::State& state, const Setup& setup) {
-  constexpr unsigned kDepth = 32;
   const std::vector<std::uint64_t> offsets = random_offsets(setup.checkpoint.metadata().payload_bytes);
   const OpenFile direct(setup.checkpoint.path(), O_RDONLY | O_DIRECT);
   Engine engine({.queue_depth = kDepth, .staging_bytes = std::uint64_t{256} << 20});

@@ -16,7 +16,6 @@ namespace {
 
 void prepare(const Checkpoint& checkpoint, Cache cache) {
   constexpr std::uint64_t kStripeBytes = std::uint64_t{64} << 20;
-  constexpr std::uint64_t kPageBytes = 4096;
   // The half is rounded up, so that there is no third stripe at the end.
   const std::uint64_t half_bytes = (std::filesystem::file_size(checkpoint.path()) / 2 / kPageBytes + 1) * kPageBytes;
   switch (cache) {

@@ -4,6 +4,7 @@
 #include <benchmark/benchmark.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <string>
 #include <vector>
@@ -22,6 +23,12 @@ enum class Memory { kTouched, kFresh };
 
 /// A target that is moved by this many bytes cannot be read in place.
 inline constexpr std::size_t kOddBytes = 64;
+
+inline constexpr std::uint64_t kKiB = 1 << 10;
+inline constexpr std::uint64_t kPageBytes = 4096;
+
+/// Reads in flight where single reads are measured, of the engine and of what stands beside it.
+inline constexpr unsigned kDepth = 32;
 
 struct Setup {
   const Checkpoint& checkpoint;

@@ -166,10 +166,11 @@ at_leisure() {
 # The build of each preset that start_build has started.
 declare -A builds=()
 
-# start_build PRESET: builds it with the time that the steps beside it leave, after the build that was started before.
+# start_build PRESET OPTIONS...: builds it with the time that the steps beside it leave, after the build that was started
+# before.
 start_build() {
   ((${#builds[@]})) && wait "${builds[@]}"
-  beside step build "$1-build" at_leisure build_preset "$1"
+  beside step build "$1-build" at_leisure build_preset "$@"
   builds[$1]=$!
 }
 

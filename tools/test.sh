@@ -58,7 +58,7 @@ lint_python() {
 
 # Tests leave cores idle: the next preset is built beside those of the last one.
 step build install install_everything
-start_build release
+if [[ $scope == all ]]; then start_build release -DFLASHPACK_UNITY=ON; else start_build release; fi
 wait "${builds[release]}"
 [[ $scope == fast ]] || start_build asan
 ctest_preset release

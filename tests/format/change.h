@@ -28,6 +28,6 @@ struct Change {
 
 inline void PrintTo(const Change& change, std::ostream* out) { *out << change.test; }
 
-inline std::string test_name(const testing::TestParamInfo<Change>& change) { return std::string(change.param.test); }
+inline std::string test_name(const ::testing::TestParamInfo<Change>& change) { return std::string(change.param.test); }
 
 }  // namespace flashpack::test

@@ -36,7 +36,7 @@ std::string error_of(std::string_view json, std::uint64_t payload_bytes = kPaylo
   return "accepted";
 }
 
-class Refused : public testing::TestWithParam<Change> {};
+class Refused : public ::testing::TestWithParam<Change> {};
 
 TEST_P(Refused, WithAClearError) {
   const std::string error = error_of(GetParam().text());
@@ -48,7 +48,7 @@ const std::string kDeep = R"("x":)" + std::string(100'000, '[') + R"(,"align_byt
 
 INSTANTIATE_TEST_SUITE_P(
     Json, Refused,
-    testing::ValuesIn(std::vector<Change>{
+    ::testing::ValuesIn(std::vector<Change>{
         {"Empty", kV3, "", "", "the footer is not valid JSON"},
         {"OnlySpace", kV3, "", "  ", "the footer is not valid JSON"},
         {"RootIsArray", kV3, "", "[]", "the footer must be an object"},
@@ -85,7 +85,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 INSTANTIATE_TEST_SUITE_P(
     Types, Refused,
-    testing::ValuesIn(std::vector<Change>{
+    ::testing::ValuesIn(std::vector<Change>{
         {"OffsetIsFloat", kV3, R"("offset":8)", R"("offset":8.0)", R"(record 1 "b": offset must be an integer)"},
         {"OffsetIsExponent", kV3, R"("offset":8)", R"("offset":8e0)", R"(record 1 "b": offset must be an integer)"},
         {"OffsetIsHugeExponent", kV3, R"("offset":8)", R"("offset":1e999)", "record 1 \"b\": offset"},
@@ -123,7 +123,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 INSTANTIATE_TEST_SUITE_P(
     Footer, Refused,
-    testing::ValuesIn(std::vector<Change>{
+    ::testing::ValuesIn(std::vector<Change>{
         {"UnknownFormat", kV3, "flashpack_v3", "flashpack_v9", R"(Unexpected format: "flashpack_v9")"},
         {"NoFormat", kV3, R"("format":"flashpack_v3",)", "", "Unexpected format: none is given"},
         {"NoTargetDType", kV3, R"("target_dtype":"float32",)", "", "the footer has no target_dtype"},
@@ -144,7 +144,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 INSTANTIATE_TEST_SUITE_P(
     Macroblock, Refused,
-    testing::ValuesIn(std::vector<Change>{
+    ::testing::ValuesIn(std::vector<Change>{
         {"CompressedByFpz", kV4, R"("length_elems":3)", R"("length_elems":3,"fpz":{"codec":"zstd-splitplane-v1"})",
          R"(macroblock 1 has the key "fpz", which this version does not know)"},
         {"EncodedByUnknownKey", kV4, R"("length_elems":3)", R"("length_elems":3,"codec":null)",
@@ -183,7 +183,7 @@ const std::string k65Dims = "[1" + [] {
 
 INSTANTIATE_TEST_SUITE_P(
     Record, Refused,
-    testing::ValuesIn(std::vector<Change>{
+    ::testing::ValuesIn(std::vector<Change>{
         {"NoName", kV3, R"("name":"w",)", "", "record 0 has no name"},
         {"NoShape", kV3, R"("shape":[2,2],)", "", R"(record 0 "w" has no shape)"},
         {"NoOffset", kV3, R"("offset":8,)", "", R"(record 1 "b" has no offset)"},
@@ -226,7 +226,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 INSTANTIATE_TEST_SUITE_P(
     Checksums, Refused,
-    testing::ValuesIn(std::vector<Change>{
+    ::testing::ValuesIn(std::vector<Change>{
         {"TooFew", kV3, "{", R"({"crc32c_per_mib":"",)", "crc32c_per_mib has 0 digits"},
         {"TooMany", kV3, "{", R"({"crc32c_per_mib":"0123456789abcdef",)", "crc32c_per_mib has 16 digits"},
         {"NotHexadecimal", kV3, "{", R"({"crc32c_per_mib":"0x345678",)", "crc32c_per_mib is not hexadecimal"},
@@ -237,7 +237,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 INSTANTIATE_TEST_SUITE_P(
     UserMetadata, Refused,
-    testing::ValuesIn(std::vector<Change>{
+    ::testing::ValuesIn(std::vector<Change>{
         {"IsAString", kV3, "{", R"({"metadata":"pt",)", "the footer: metadata must be an object"},
         {"IsNull", kV3, "{", R"({"metadata":null,)", "the footer: metadata must be an object"},
         {"Twice", kV3, "{", R"({"metadata":{},"metadata":{},)", R"(the key "metadata" twice)"},
@@ -294,7 +294,7 @@ TEST(FooterChecksums, AreReadAsTheyWereWritten) {
   }
 }
 
-class Accepted : public testing::TestWithParam<Change> {};
+class Accepted : public ::testing::TestWithParam<Change> {};
 
 TEST_P(Accepted, WithTheSameTensors) {
   const Metadata original = parse_footer(GetParam().good, kPayloadBytes);
@@ -305,7 +305,7 @@ TEST_P(Accepted, WithTheSameTensors) {
 
 INSTANTIATE_TEST_SUITE_P(
     Footer, Accepted,
-    testing::ValuesIn(std::vector<Change>{
+    ::testing::ValuesIn(std::vector<Change>{
         {"SpaceAroundIt", kV3, "{", " \n{ ", ""},
         {"UnknownKeyInFooter", kV3, "{", R"({"checksums":{"algorithm":"crc32c","pieces":[1,2.5,null,true]},)", ""},
         {"UnknownKeyInRecord", kV3, R"("length":4)", R"("length":4,"crc32c":[4294967295])", ""},
@@ -327,7 +327,7 @@ INSTANTIATE_TEST_SUITE_P(
     }),
     test_name);
 
-class Warned : public testing::TestWithParam<Change> {};
+class Warned : public ::testing::TestWithParam<Change> {};
 
 TEST_P(Warned, InOneSentence) {
   const Metadata metadata = parse_footer(GetParam().text(), kPayloadBytes);
@@ -336,7 +336,7 @@ TEST_P(Warned, InOneSentence) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Footer, Warned,
-                         testing::ValuesIn(std::vector<Change>{
+                         ::testing::ValuesIn(std::vector<Change>{
                              {"TotalElemsDisagrees", kV4, R"("total_elems":7)", R"("total_elems":8)",
                               "total_elems is 8, but the macroblocks have 7 elements."},
                              {"TotalPayloadBytesDisagrees", kV4, R"("total_payload_bytes":40)",

@@ -12,9 +12,9 @@ using test::file_bytes;
 using test::golden_files;
 using test::GoldenFile;
 
-class Golden : public testing::TestWithParam<GoldenFile> {};
+class Golden : public ::testing::TestWithParam<GoldenFile> {};
 
-INSTANTIATE_TEST_SUITE_P(Files, Golden, testing::ValuesIn(golden_files()),
+INSTANTIATE_TEST_SUITE_P(Files, Golden, ::testing::ValuesIn(golden_files()),
                          [](const auto& file) { return file.param.name; });
 
 TEST_P(Golden, ReadsAsItsWriterMeantIt) {
@@ -51,7 +51,7 @@ TEST_P(Golden, IsWrittenAgainByteForByte) {
 }
 
 TEST_P(Golden, CutAnywhereIsRefused) {
-  const auto path = std::filesystem::path(testing::TempDir()) / (GetParam().name + ".cut");
+  const auto path = std::filesystem::path(::testing::TempDir()) / (GetParam().name + ".cut");
   std::filesystem::copy_file(GetParam().path(), path, std::filesystem::copy_options::overwrite_existing);
   for (std::uintmax_t size = std::filesystem::file_size(path); size-- > 0;) {
     std::filesystem::resize_file(path, size);

@@ -40,7 +40,7 @@ std::string one(const std::string& dtype, const std::string& shape, std::uint64_
          std::to_string(size_bytes) + "]}}";
 }
 
-class SafetensorsRefused : public testing::TestWithParam<Change> {};
+class SafetensorsRefused : public ::testing::TestWithParam<Change> {};
 
 TEST_P(SafetensorsRefused, WithAClearError) {
   const std::string error = error_of(GetParam().text());
@@ -50,7 +50,7 @@ TEST_P(SafetensorsRefused, WithAClearError) {
 
 INSTANTIATE_TEST_SUITE_P(
     Json, SafetensorsRefused,
-    testing::ValuesIn(std::vector<Change>{
+    ::testing::ValuesIn(std::vector<Change>{
         {"Empty", kHeader, "", "", "the safetensors header is not valid JSON"},
         {"RootIsArray", kHeader, "", "[]", "the safetensors header must be an object"},
         {"RootIsNull", kHeader, "", "null", "the safetensors header must be an object"},
@@ -75,7 +75,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 INSTANTIATE_TEST_SUITE_P(
     Types, SafetensorsRefused,
-    testing::ValuesIn(std::vector<Change>{
+    ::testing::ValuesIn(std::vector<Change>{
         {"TensorIsNumber", kHeader, R"({"dtype":"BF16","shape":[4],"data_offsets":[16,24]})", "3",
          R"(tensor "b" must be an object)"},
         {"TensorIsNull", kHeader, R"({"dtype":"BF16","shape":[4],"data_offsets":[16,24]})", "null",
@@ -107,7 +107,7 @@ const std::string k65Dims = [] {
 
 INSTANTIATE_TEST_SUITE_P(
     Tensor, SafetensorsRefused,
-    testing::ValuesIn(std::vector<Change>{
+    ::testing::ValuesIn(std::vector<Change>{
         {"NoDType", kHeader, R"("dtype":"BF16",)", "", R"(tensor "b" has no dtype)"},
         {"NoShape", kHeader, R"("shape":[4],)", "", R"(tensor "b" has no shape)"},
         {"NoOffsets", kHeader, R"(,"data_offsets":[16,24])", "", R"(tensor "b" has no data_offsets)"},
@@ -135,7 +135,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 INSTANTIATE_TEST_SUITE_P(
     Places, SafetensorsRefused,
-    testing::ValuesIn(std::vector<Change>{
+    ::testing::ValuesIn(std::vector<Change>{
         {"EndBeforeTheirBegin", kHeader, "[16,24]", "[24,16]",
          R"(tensor "b" has data_offsets that end before they begin)"},
         {"PastTheEnd", kHeader, "[16,24]", "[17,25]", "but the file has only 24 of them: it was cut"},
