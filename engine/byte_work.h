@@ -46,7 +46,7 @@ struct ByteWork {
     bool only = false;  ///< Never waits for the disk. The result is -EAGAIN if a byte is not cached or past the end.
     bool drop = false;  ///< Drops what was read from the page cache, but no large folio with other bytes.
   };
-  /// The page faults that kPopulate and kChecksum take in the caller's memory.
+  /// The page faults that kPopulate and kChecksum take, in the caller's memory or in a fresh slot.
   enum class Touch : std::uint8_t { kNothing, kForReading, kForWriting };
 
   Op op;

@@ -25,6 +25,7 @@ std::optional<TraceStage> stage_of(const Job& job) {
     case Step::kWriteCached:
       return TraceStage::kWriteCached;
     case Step::kPopulate:
+    case Step::kPopulateSlot:
       return job.step == job.way.counts_in ? TraceStage::kChecksum : TraceStage::kPopulate;
     case Step::kScatter:
     case Step::kGather:
@@ -98,6 +99,7 @@ ByteWork Job::byte_work() const {
       if (way.view != View::kFragments) work.fragments = {&file_bytes, 1};
       work.page_cache = {.only = step == Step::kReadIfCached, .drop = transfer().request.after == AfterLoad::kDrop};
       return work;
+    case Step::kPopulateSlot:
     case Step::kPopulate:  // Counting reads the bytes, and so takes their page faults, too.
       work.op = counts ? ByteWork::Op::kChecksum : ByteWork::Op::kPopulate;
       work.touch = transfer().is_load() ? ByteWork::Touch::kForWriting : ByteWork::Touch::kForReading;
@@ -208,7 +210,7 @@ void Jobs::give_back_slot(Job& job) {
   free_slots_.push_back(std::exchange(job.slot, -1));
 }
 
-void Jobs::set_view(Job& job) {
+void Jobs::set_view(Job& job) const {
   const Chunk& chunk = *job.chunk;
   const std::uint32_t block_bytes = job.way.view == View::kBlocks ? job.part->file().alignment().block_bytes : 1;
   const std::uint64_t begin = round_down(chunk.offset_bytes, block_bytes);
@@ -219,8 +221,6 @@ void Jobs::set_view(Job& job) {
     const std::span<std::byte> slot = slots_[static_cast<std::size_t>(job.slot)];
     assert(end - begin <= slot.size());
     job.view = {begin, slot.first(end - begin)};
-    std::uint64_t& used_bytes = used_bytes_[static_cast<std::size_t>(job.slot)];
-    used_bytes = std::max(used_bytes, end - begin);
   } else if (job.way.view == View::kInPlace) {
     job.view = {begin, {job.fragments().front().memory, end - begin}};
   }
@@ -232,6 +232,10 @@ void Jobs::enter(Job& job, Step step, Time now) {
   if (job.stuck) clear_stuck(job);
   assert(in(job.step) > 0);
   if (job.slot >= 0) {
+    if (step == Step::kRead) {
+      std::uint64_t& used_bytes = used_bytes_[static_cast<std::size_t>(job.slot)];
+      used_bytes = std::max<std::uint64_t>(used_bytes, job.view.bytes.size());
+    }
     FileSystem& file_system = *job.part->place.file_system;
     if (may_be_late(job.step)) file_system.remove_slot();
     if (may_be_late(step)) file_system.add_slot();

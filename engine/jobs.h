@@ -93,8 +93,9 @@ class Jobs {
 
   /// False if the part's file or file system has its share of the stuck jobs, so that no further chunk of it may start.
   bool may_have_more(const Part& part) const;
-  /// Whether the next slot that open() takes has not had as many bytes as the chunk before, so that it may have fresh
-  /// pages. False for chunks of less than a huge page, which take no more than two page faults.
+  /// Whether the next slot that open() takes was never read to with as many bytes as the chunk has, so that it may have
+  /// fresh pages. False for chunks of less than a huge page, because the way to a worker and back takes longer than
+  /// most of their page faults.
   bool next_slot_is_fresh(const Chunk& chunk) const;
   /// Starts a job, with a slot if its way needs one. Returns its tag, or nothing if there is no tag, or no slot for
   /// this part, now.
@@ -114,7 +115,7 @@ class Jobs {
   bool has_its_share_of_slots(const FileSystem& file_system) const;
   std::optional<int> take_slot(const Part& part);
   void give_back_slot(Job& job);
-  void set_view(Job& job);
+  void set_view(Job& job) const;
   void set_stuck(Job& job);
   void clear_stuck(Job& job);
   bool has_enough_stuck(const Part& part, std::size_t used, std::size_t of_files, std::size_t of_file_systems) const;
@@ -124,7 +125,7 @@ class Jobs {
   const std::vector<std::span<std::byte>> slots_;
   std::vector<Job> jobs_;
   std::vector<unsigned> free_;
-  std::vector<std::uint64_t> used_bytes_;  // The most bytes that each slot has had.
+  std::vector<std::uint64_t> used_bytes_;  // The most bytes that each slot has been read to.
   std::vector<int> free_slots_;            // Last in, first out, so that no more slots are touched than are needed.
   std::array<std::uint32_t, kSteps> in_{};
   std::uint32_t stuck_ = 0;

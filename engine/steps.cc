@@ -14,10 +14,6 @@ namespace {
 // After this many results in a row without progress (EINTR, EAGAIN, less than a disk block) the part fails.
 constexpr unsigned kMaxStalls = 32;
 
-std::span<std::byte> memory_in_place(const Part& part, const Chunk& chunk) {
-  return {part.plan().fragments_of(chunk).front().memory, chunk.size_bytes};
-}
-
 }  // namespace
 
 Steps::Steps(Owner& owner, Queues queues, Copier* copier, std::vector<std::span<std::byte>> slots, Jobs::Limits limits,
@@ -31,7 +27,8 @@ Steps::Steps(Owner& owner, Queues queues, Copier* copier, std::vector<std::span<
 
 bool Steps::has_room(Route route, std::uint32_t queue_depth) const {
   const auto in = [this](Step step) { return jobs_.in(step); };
-  if (route == Route::kDirect) return in(Step::kRead) + in(Step::kWrite) + in(Step::kGather) < queue_depth;
+  if (route == Route::kDirect)
+    return in(Step::kRead) + in(Step::kWrite) + in(Step::kGather) + in(Step::kPopulateSlot) < queue_depth;
   return in(Step::kReadIfCached) + in(Step::kReadCached) + in(Step::kWriteCached) < worker_depth_;
 }
 
@@ -40,10 +37,10 @@ bool Steps::set_out(Part& part, const Chunk& chunk, Route route) {
   const Way way = way_of(part, chunk, route);
   // Page faults of fresh memory cost more CPU time than a read into it (engine_bench, cost/first_touch), and page
   // faults of a mapped file read that file. So a worker takes them before the read.
-  bool populated = false;
+  bool populated = way.steps.front() == Step::kPopulateSlot && !jobs_.next_slot_is_fresh(chunk);
   if (way.steps.front() == Step::kPopulate) {
-    populated = has_slot(way.view) ? !jobs_.next_slot_is_fresh(chunk)
-                                   : way.counts_in != Step::kPopulate && is_populated(memory_in_place(part, chunk));
+    const std::span memory(part.plan().fragments_of(chunk).front().memory, chunk.size_bytes);
+    populated = way.counts_in != Step::kPopulate && is_populated(memory);
     if (!populated && jobs_.in(Step::kPopulate) >= worker_depth_) return false;
   }
   const std::optional<unsigned> tag = jobs_.open(part, chunk, way);
@@ -97,6 +94,7 @@ void Steps::begin(unsigned tag, Step step) {
       job.transfer().count_operation();
       [[fallthrough]];
     case Step::kPopulate:
+    case Step::kPopulateSlot:
     case Step::kCount:
       return give_to_workers(tag);
     case Step::kWait:
@@ -138,6 +136,7 @@ void Steps::complete(IoCompletion completion) {
     case Step::kReadCached:
     case Step::kWriteCached:
       return on_buffered(tag, result);
+    case Step::kPopulateSlot:
     case Step::kPopulate:  // It may count, too, and bytes that have not been counted are an error.
     case Step::kScatter:
     case Step::kGather:

@@ -64,7 +64,8 @@ class Steps {
   /// False if the part's file or file system has its share of what is stuck, so that no chunk of it may start.
   bool may_have_more(const Part& part) const { return jobs_.may_have_more(part); }
   /// Whether one more chunk may start on that route. The disk has at most `queue_depth` chunks, including those that
-  /// are still being gathered; the workers have at most `worker_depth` that go through the page cache.
+  /// are still being gathered, or whose slots are still being populated; the workers have at most `worker_depth` that
+  /// go through the page cache.
   bool has_room(Route route, std::uint32_t queue_depth) const;
   /// Whether no chunk is under way.
   bool idle() const { return jobs_.idle(); }

@@ -33,7 +33,7 @@ struct Row {
 // Direct I/O moves whole blocks, so that its slots have kBlocks. All other I/O moves exactly the chunk's bytes.
 constexpr std::array<Row, 18> kTable{{
     {kLoad, kDirect, kInPlace, {kPopulate, kRead, kCount, kDeliver}, kCount, View::kInPlace},
-    {kLoad, kDirect, kSlot, {kPopulate, kRead, kScatter, kDeliver}, kScatter, View::kBlocks},
+    {kLoad, kDirect, kSlot, {kPopulateSlot, kRead, kScatter, kDeliver}, kScatter, View::kBlocks},
     {kLoad, kDirect, kDevice, {kRead, kCount, kWait, kScatter, kDeliver}, kCount, View::kBlocks},
     {kLoad, kSeemsCached, kInPlace, {kReadIfCached, kDeliver}, kReadIfCached, View::kFragments},
     {kLoad, kSeemsCached, kDevice, {kReadIfCached, kWait, kScatter, kDeliver}, kReadIfCached, View::kSlot},

@@ -13,7 +13,8 @@ namespace flashpack::internal {
 /// whose operation has not come back yet.
 enum class Step : std::uint8_t {
   kFree,
-  kPopulate,      ///< A worker takes the page faults of the view, before the disk uses it.
+  kPopulate,      ///< A worker takes the page faults of memory in place, before the disk uses it.
+  kPopulateSlot,  ///< The same for a slot that is fresh.
   kRead,          ///< Reads the file to the view, past the page cache.
   kWrite,         ///< Writes the view to the file, past the page cache.
   kReadIfCached,  ///< Like kReadCached, but gives the chunk back if the disk is needed.

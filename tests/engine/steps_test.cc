@@ -108,8 +108,9 @@ TEST_F(StepsTest, AFreshSlotIsPopulatedByAWorkerBeforeItsFirstLargeRead) {
     EXPECT_EQ(workers_.pushed[0].request.touch, ByteWork::Touch::kForWriting);
     EXPECT_EQ(workers_.pushed[0].request.view.bytes.data(), slots_.data());
     EXPECT_EQ(workers_.pushed[0].request.view.bytes.size(), size_bytes);
-    EXPECT_FALSE(set_out(Route::kDirect)) << "the other slot is fresh, too, and the one worker is busy";
+    EXPECT_FALSE(steps_.has_room(Route::kDirect, 1)) << "the disk will have it";
     end(workers_, 0);
+    EXPECT_FALSE(steps_.has_room(Route::kDirect, 1));
     end(disk_, size_bytes);
     EXPECT_EQ(workers_.pushed.back().request.op, ByteWork::Op::kScatter);
     end(workers_, 0);
@@ -119,6 +120,20 @@ TEST_F(StepsTest, AFreshSlotIsPopulatedByAWorkerBeforeItsFirstLargeRead) {
   EXPECT_TRUE(workers_.pushed.empty()) << "the slot has had as many bytes";
   end(disk_, kChunk);
   end(workers_, 0);
+}
+
+TEST_F(StepsTest, ASlotWhosePopulatingWasCancelledIsStillFresh) {
+  plan({{0, kChunk, memory_.data() + 1}});
+  for (int i = 0; i < 2; ++i) {
+    ASSERT_TRUE(set_out(Route::kDirect));
+    ASSERT_EQ(workers_.pushed.size(), 1u);
+    part_.failure = Failure(Error(Errc::kCancelled, "read"));
+    steps_.abandon_chunks_of(part_);
+    end(workers_, -ECANCELED);
+    EXPECT_TRUE(steps_.idle());
+    part_.failure = {};
+    workers_.pushed.clear();
+  }
 }
 
 TEST_F(StepsTest, AShortReadGoesOnAtItsLastWholeBlock) {

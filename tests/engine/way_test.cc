@@ -17,6 +17,8 @@ const char* name_of(Step step) {
   switch (step) {
     case Step::kPopulate:
       return "populate";
+    case Step::kPopulateSlot:
+      return "populate slot";
     case Step::kRead:
       return "read";
     case Step::kWrite:
@@ -65,7 +67,8 @@ struct Row {
 
 const std::vector<Row> kRows = {
     {kLoad, kDirect, kInPlace, "populate -> read -> delivered", "populate -> read -> count* -> delivered"},
-    {kLoad, kDirect, kSlot, "populate -> read -> scatter -> delivered", "populate -> read -> scatter* -> delivered"},
+    {kLoad, kDirect, kSlot, "populate slot -> read -> scatter -> delivered",
+     "populate slot -> read -> scatter* -> delivered"},
     {kLoad, kDirect, kDevice, "read -> wait -> scatter -> delivered", "read -> count* -> wait -> scatter -> delivered"},
     {kLoad, kSeemsCached, kInPlace, "read if cached -> delivered", "read if cached* -> delivered"},
     {kLoad, kSeemsCached, kDevice, "read if cached -> wait -> scatter -> delivered",
