@@ -22,15 +22,25 @@ class Residency {
  public:
   enum class Method : std::uint8_t { kCachestat, kProbe, kNone };
 
-  /// Borrows the descriptor of a regular file, open for reading through the page cache. May block, because without
-  /// cachestat(2) the file is opened once more.
+  /// Borrows the descriptor of a regular file or block device, open for reading through the page cache. May block,
+  /// because without cachestat(2) the file is opened once more.
   explicit Residency(int buffered_fd);
   /// Returns a Residency for the same file that need not find out how to ask, and borrows the descriptors, which must
   /// stay open. Opens nothing.
   Residency borrow() const;
 
-  /// Whether the range seems to be in the page cache. False if the kernel does not tell.
-  bool seems_cached(std::uint64_t offset_bytes, std::uint64_t size_bytes);
+  /// How much of a range seems to be in the page cache.
+  enum class Cached : std::uint8_t {
+    kNo,
+    kMostly,  ///< All but a 64th. Only cachestat(2) finds that.
+    kAll,
+  };
+  /// kNo if the kernel does not tell.
+  Cached look_for(std::uint64_t offset_bytes, std::uint64_t size_bytes);
+  /// Whether all of the range seems to be there.
+  bool seems_cached(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+    return look_for(offset_bytes, size_bytes) == Cached::kAll;
+  }
 
   /// To be called when a range that was called cached was not. After a few such calls nothing is called cached any
   /// more.
@@ -44,7 +54,7 @@ class Residency {
 
  private:
   Residency(const Residency& lender, std::minstd_rand random);
-  bool ask_cachestat(std::uint64_t offset_bytes, std::uint64_t size_bytes);
+  Cached ask_cachestat(std::uint64_t offset_bytes, std::uint64_t size_bytes);
   bool probe_one_page(std::uint64_t offset_bytes, std::uint64_t size_bytes);
 
   int fd_;

@@ -42,18 +42,21 @@ void Router::give_back(const Chunk& chunk) {
   const auto index = static_cast<std::uint32_t>(&chunk - plan_->chunks.data());
   assert(index < known_ && lists_[index] == List::kTaken);
   lists_[index] = List::kPastCache;
-  next_direct_ = std::min(next_direct_, index);
+  cursor(List::kPastCache) = std::min(cursor(List::kPastCache), index);
   if (residency_->is_trusted()) return;
   // Answers that were given long before their chunk is read are no better than those to come.
-  std::replace(lists_.begin(), lists_.begin() + known_, List::kThroughCache, List::kPastCache);
-  next_direct_ = 0;
+  const auto is_suspected = [](List list) { return list == List::kThroughCache || list == List::kMostlyCached; };
+  std::replace_if(lists_.begin(), lists_.begin() + known_, is_suspected, List::kPastCache);
+  cursor(List::kPastCache) = 0;
 }
 
 bool Router::exhausted() const noexcept {
-  const auto left = [this](std::uint32_t from, List list) {
-    return std::find(lists_.begin() + from, lists_.begin() + known_, list) != lists_.begin() + known_;
+  const auto is_left = [this](List list) {
+    const auto end = lists_.begin() + known_;
+    return std::find(lists_.begin() + next_[static_cast<std::size_t>(list)], end, list) != end;
   };
-  return known_ == lists_.size() && !left(next_direct_, List::kPastCache) && !left(next_buffered_, List::kThroughCache);
+  return known_ == lists_.size() && !is_left(List::kPastCache) && !is_left(List::kThroughCache) &&
+         !is_left(List::kMostlyCached);
 }
 
 Router::List Router::list_of(const Chunk& chunk) {
@@ -63,7 +66,15 @@ Router::List Router::list_of(const Chunk& chunk) {
     return whole_blocks ? List::kPastCache : List::kThroughCache;
   }
   if (!residency_) return List::kPastCache;
-  return residency_->seems_cached(chunk.offset_bytes, chunk.size_bytes) ? List::kThroughCache : List::kPastCache;
+  switch (residency_->look_for(chunk.offset_bytes, chunk.size_bytes)) {
+    case Residency::Cached::kAll:
+      return List::kThroughCache;
+    case Residency::Cached::kMostly:
+      return List::kMostlyCached;
+    case Residency::Cached::kNo:
+      break;
+  }
+  return List::kPastCache;
 }
 
 }  // namespace flashpack::internal

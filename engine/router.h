@@ -1,6 +1,8 @@
 /// Chooses for each chunk of a file whether it goes past the page cache or through it.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -13,9 +15,10 @@
 
 namespace flashpack::internal {
 
-/// Hands out the chunks of a plan from two lists: those that go past the page cache, and those that go through it. Each
-/// list has its own cursor through the file, so that a half-cached file keeps disk and CPUs busy to the end. The router
-/// asks whether a chunk is cached only when a list has run out, because the answer may change.
+/// Hands out the chunks of a plan from three lists: those that go past the page cache, those that go through it, and
+/// those that go through it though the disk is needed for a few of their pages. Each list has its own cursor through
+/// the file, so that a half-cached file keeps disk and CPUs busy to the end. The router asks whether a chunk is cached
+/// only when a list has run out, because the answer may change.
 ///
 /// find_next(), take() and give_back() are a chunk's life, refuse_direct() changes the routes of the rest, and the
 /// other functions ask.
@@ -23,7 +26,7 @@ namespace flashpack::internal {
 /// Move-only. Thread safety: one thread.
 class Router {
  public:
-  enum class List : std::uint8_t { kPastCache, kThroughCache, kTaken /* not to be asked for */ };
+  enum class List : std::uint8_t { kPastCache, kThroughCache, kMostlyCached, kTaken /* not to be asked for */ };
 
   Router() = default;
   /// The router of a load. Borrows the plan; the file must stay open. May block, because it may open the file once more
@@ -55,7 +58,7 @@ class Router {
   std::string fallback_reason() const { return residency_ ? residency_->fallback_reason() : ""; }
 
  private:
-  std::uint32_t& cursor(List list) { return list == List::kPastCache ? next_direct_ : next_buffered_; }
+  std::uint32_t& cursor(List list) { return next_[static_cast<std::size_t>(list)]; }
   List list_of(const Chunk& chunk);
 
   const Plan* plan_ = nullptr;
@@ -64,8 +67,7 @@ class Router {
   bool direct_ = false;
   std::vector<List> lists_;  // For each chunk below known_, the list that it is on.
   std::uint32_t known_ = 0;
-  std::uint32_t next_direct_ = 0;  // Cursor: all chunks below are taken or on the other list.
-  std::uint32_t next_buffered_ = 0;
+  std::array<std::uint32_t, 3> next_{};  // Cursor of each list: all chunks below are taken or on another list.
 };
 
 }  // namespace flashpack::internal

@@ -13,7 +13,8 @@ constexpr unsigned kResidencyQuestionsPerTurn = 16;
 
 Steps::Route route_of(const Router& router, Router::List list) {
   if (list == Router::List::kPastCache) return router.direct() ? Steps::Route::kDirect : Steps::Route::kBuffered;
-  return router.on_suspicion() ? Steps::Route::kSeemsCached : Steps::Route::kBuffered;
+  return list == Router::List::kThroughCache && router.on_suspicion() ? Steps::Route::kSeemsCached
+                                                                      : Steps::Route::kBuffered;
 }
 
 }  // namespace
@@ -61,7 +62,7 @@ void Schedule::start_chunks_of(Part& part, Steps& steps, unsigned& questions, st
   if (!steps.may_have_more(part)) return;
   Router& router = part.planned->router;
   // The disk comes first, because it is slower and both routes may need the same slots.
-  for (const Router::List list : {Router::List::kPastCache, Router::List::kThroughCache}) {
+  for (const Router::List list : {Router::List::kPastCache, Router::List::kThroughCache, Router::List::kMostlyCached}) {
     const Steps::Route route = route_of(router, list);
     while (steps.has_room(route, queue_depth)) {
       const Chunk* chunk = router.find_next(list, questions);

@@ -67,6 +67,26 @@ TEST_F(RouterTest, CachedChunksAreBufferedAndTheRestDirect) {
   EXPECT_EQ(take_all(router, List::kPastCache), (std::vector<std::uint64_t>{0, 1, 2, 5, 6, 7}));
 }
 
+TEST_F(RouterTest, AChunkThatLacksFewPagesGoesThroughThePageCacheThoughTheDiskIsNeeded) {
+  flashpack::testing::drop_from_cache(path_);
+  ASSERT_EQ(::posix_fadvise(file_->buffered_fd(), 0, 0, POSIX_FADV_RANDOM), 0);  // No readahead.
+  std::vector<std::byte> memory(kChunk);
+  const auto read = [&](std::uint64_t chunk, std::size_t missing_pages) {
+    const std::size_t size = kChunk - missing_pages * kPageBytes;
+    ASSERT_EQ(::pread(file_->buffered_fd(), memory.data(), size, static_cast<off_t>(chunk * kChunk)),
+              static_cast<ssize_t>(size));
+  };
+  read(2, 4);
+  read(5, 5);
+  Router router(plan_, *file_, CachePolicy::kAuto);
+  if (!router.fallback_reason().empty()) GTEST_SKIP() << router.fallback_reason();
+  EXPECT_TRUE(take_all(router, List::kThroughCache).empty());
+  EXPECT_EQ(take_all(router, List::kMostlyCached), (std::vector<std::uint64_t>{2}));
+  EXPECT_FALSE(router.exhausted());
+  EXPECT_EQ(take_all(router, List::kPastCache), (std::vector<std::uint64_t>{0, 1, 3, 4, 5, 6, 7}));
+  EXPECT_TRUE(router.exhausted());
+}
+
 TEST_F(RouterTest, WhatIsGivenBackComesAgainOnTheListPastTheCacheAndNothingElseDoes) {
   Router router(plan_, *file_, CachePolicy::kAuto);
   std::vector<const Chunk*> taken;
