@@ -83,7 +83,7 @@ class FileTasks::CloseTask final : public Pool::Task {
         handover_(part.handover),
         planned_(std::move(part.planned)),
         check_(!part.failure),
-        drop_(part.transfer->request.after == AfterLoad::kDrop && part.transfer->has_used_page_cache()) {
+        drop_(part.transfer->request.after == AfterLoad::kDrop && part.has_used_page_cache) {
     // The descriptor cannot be the subject, because another file gets its number while the close still hangs.
     subject = reinterpret_cast<std::uintptr_t>(planned_->open.get()) | kClosing;
   }

@@ -103,6 +103,7 @@ struct Part {
   std::unique_ptr<PlannedFile> planned;  // While the file is open and no thread has the part.
   std::uint32_t chunks_open = 0;         // Chunks that have not been delivered yet.
   bool awaited = true;                   // The transfer does not end before the part is done.
+  bool has_used_page_cache = false;      // Whether bytes have gone through the page cache. Only Steps changes it.
   std::optional<Failure> failure;        // Set if the part or its transfer fails before the part has ended.
 
   State state() const noexcept { return place.state; }

@@ -11,7 +11,8 @@ namespace flashpack::internal {
 
 namespace {
 
-// After this many results in a row without progress (EINTR, EAGAIN, less than a disk block) the part fails.
+// After this many results in a row without progress (EINTR, EAGAIN, less than a disk block) the part fails. A bound,
+// and not tuned.
 constexpr unsigned kMaxStalls = 32;
 
 }  // namespace
@@ -188,6 +189,7 @@ void Steps::on_buffered(unsigned tag, std::int64_t result) {
   TransferState& transfer = job.transfer();
   const auto moved = static_cast<std::uint64_t>(result);
   transfer.count_buffered(moved);
+  job.part->has_used_page_cache |= moved > 0;
   const bool in_slot = has_slot(job.way.view);
   if (moved != (in_slot ? job.file_bytes.size_bytes : job.part->plan().wanted_bytes(*job.chunk)))
     return fail(tag, job.step == Step::kWriteCached ? errno_code(EIO) : make_error_code(Errc::kTruncated));

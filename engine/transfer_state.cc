@@ -117,7 +117,7 @@ void TransferState::look_at_gates(std::error_code& error) {
   std::erase_if(driver.gates, [&](const auto& gate) { return gate->is_open(error); });
 }
 
-void TransferState::note_fallback(const std::string& reason) { add_reason(driver.stats.fallback_reason, reason); }
+void TransferState::note_fallback(std::string_view reason) { add_reason(driver.stats.fallback_reason, reason); }
 
 void TransferState::report_at_once(const Part& part) const {
   for (std::uint32_t extent = 0; extent < part.request.reported_extents; ++extent) {

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -76,9 +77,9 @@ struct TransferRequest {
 /// Shared by the caller's handle, the driver, threads that open or close a file of the transfer, and the FileWriter
 /// that started it, because any of them may be the last to need it.
 ///
-/// look_at_gates(), the count and note functions, add(), the report functions and finish() act, in this order; the
-/// other functions ask. They are for the thread that may use `driver`, except those that say "any thread". Only those
-/// who make transfers, begin them and end them use `driver` itself; all others use these functions.
+/// look_at_gates(), the count and note functions, add(), the report functions, finish(), set_inbox() and with_inbox()
+/// act; the other functions ask. They are for the thread that may use `driver`, except those that say "any thread".
+/// Only those who make transfers, begin them and end them use `driver` itself; all others use these functions.
 struct TransferState : std::enable_shared_from_this<TransferState> {
   /// The thread that prepares the transfer has it until the start. From then on only the driver uses it, until the end.
   /// After it, a FileWriter asks for sums().
@@ -112,9 +113,7 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   void count_buffered(std::uint64_t bytes) noexcept { driver.stats.buffered_bytes += bytes; }
   void count_staged(std::uint64_t bytes) noexcept { driver.stats.staged_bytes += bytes; }
   /// Adds `reason` to TransferStats::fallback_reason unless it is there.
-  void note_fallback(const std::string& reason);
-  /// Whether bytes have gone through the page cache.
-  bool has_used_page_cache() const noexcept { return driver.stats.buffered_bytes > 0; }
+  void note_fallback(std::string_view reason);
   /// Counted from 1 in the order in which the driver got the transfers; 0 before it has this one.
   std::uint64_t number() const noexcept { return driver.number; }
 

@@ -190,5 +190,26 @@ TEST_P(DisturbedTest, AfterALoadThePageCacheIsKeptOrDroppedAsAskedFor) {
   }
 }
 
+TEST_P(DisturbedTest, AFileThatTheLoadHasNotReadThroughThePageCacheStaysThere) {
+  const std::filesystem::path direct = dir_ / "direct";
+  testing::write_file(direct, bytes_);
+  for (const std::filesystem::path& path : {path_, direct}) testing::drop_from_cache(path);
+  GuardedMemory first(kMiB);
+  GuardedMemory last(kMiB);
+  LoadRequest cached{.files = {{.path = direct, .extents = {{0, kMiB, first.data()}}}},
+                     .cache = CachePolicy::kBuffered};
+  engine_.load(cached);
+  if (cached_fraction(direct, kMiB) < 0) GTEST_SKIP() << "cachestat is not to be had here";
+  GuardedMemory memory(bytes_.size());
+  testing::read_file(path_);
+  LoadRequest both = request(path_, memory);
+  both.files.push_back({.path = direct, .extents = {{bytes_.size() - kMiB, kMiB, last.data()}}});
+  both.after = AfterLoad::kDrop;
+  const TransferStats stats = engine_.load(both);
+  if (stats.direct_bytes == 0) GTEST_SKIP() << "no direct I/O here";
+  EXPECT_LT(cached_fraction(path_, bytes_.size()), 0.1);
+  EXPECT_GT(cached_fraction(direct, kMiB), 0.9);
+}
+
 }  // namespace
 }  // namespace flashpack
