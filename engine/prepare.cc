@@ -89,10 +89,15 @@ std::uint64_t total_bytes(const Extents& extents) {
   return total;
 }
 
+// The path of the file, for messages.
+const std::filesystem::path& path_of(const FileExtents& file) {
+  return file.handle.valid() ? file.handle.path() : file.path;
+}
+
 void check_checksums(const FileExtents& file) {
   if (!file.checksums) return;
   if (file.checksums->crc32c.size() != Checksums::stripes_in(file.checksums->size_bytes))
-    throw argument_error("load", file.path, "checksums that are not of its size");
+    throw argument_error("load", path_of(file), "checksums that are not of its size");
 }
 
 void check_targets(std::span<const FileExtents> files) {
@@ -106,9 +111,9 @@ void check_targets(std::span<const FileExtents> files) {
     for (const Extent& extent : file.extents) {
       if (extent.size_bytes == 0) continue;
       const auto begin = reinterpret_cast<std::uintptr_t>(extent.target);
-      if (!extent.target) throw argument_error("load", file.path, "extent without a target");
+      if (!extent.target) throw argument_error("load", path_of(file), "extent without a target");
       if (extent.size_bytes > ~begin || extent.offset_bytes > ~extent.size_bytes)
-        throw argument_error("load", file.path, "extent past the end of the address space");
+        throw argument_error("load", path_of(file), "extent past the end of the address space");
       targets.push_back({begin, begin + extent.size_bytes, &file});
     }
   }
@@ -117,8 +122,8 @@ void check_targets(std::span<const FileExtents> files) {
       std::ranges::adjacent_find(targets, [](const Target& a, const Target& b) { return b.begin < a.end; });
   if (overlap == targets.end()) return;
   const std::string other =
-      overlap->file == (overlap + 1)->file ? "" : " with those of " + (overlap + 1)->file->path.string();
-  throw argument_error("load", overlap->file->path, "targets overlap in memory" + other);
+      overlap->file == (overlap + 1)->file ? "" : " with those of " + path_of(*(overlap + 1)->file).string();
+  throw argument_error("load", path_of(*overlap->file), "targets overlap in memory" + other);
 }
 
 // Copies only the checksums of stripes that the extents touch, because a load of a little of a large file should not
@@ -182,7 +187,7 @@ std::optional<Failure> failure_of(Body body) {
 // Adds the part of one file of a load. If something fails, the part's handover has the result.
 void add_part(const EngineFacts& engine, TransferState& state, FileExtents file, const LoadRequest& load) {
   const FileUse open = FileUse::of(file.handle);
-  PartRequest wanted{.path = open ? open->file.path() : std::move(file.path),
+  PartRequest wanted{.path = path_of(file),
                      .index = static_cast<std::uint32_t>(state.driver.parts.size()),
                      .cache = load.cache,
                      .expected = file.expected,

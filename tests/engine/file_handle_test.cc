@@ -178,6 +178,17 @@ TEST_P(FileHandleTest, AHandleOfAnotherEngineIsRefused) {
   EXPECT_EQ(code_of([&] { static_cast<void>(engine_->start_load(request(file, 0, memory))); }), Errc::kInvalidArgument);
 }
 
+TEST_P(FileHandleTest, ARefusedArgumentNamesTheFileOfTheHandleWhateverThePathSays) {
+  const FileHandle file = engine_->open(path_);
+  try {
+    engine_->load({.files = {{.path = "another", .extents = {{0, 1, nullptr}}, .handle = file}}});
+    ADD_FAILURE() << "it has no target";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), Errc::kInvalidArgument);
+    EXPECT_EQ(error.path(), path_);
+  }
+}
+
 TEST_P(FileHandleTest, AnExtentPastTheEndIsTheTransfersErrorAndNamesTheFile) {
   const FileHandle file = engine_->open(path_);
   GuardedMemory memory(100);
