@@ -37,9 +37,9 @@ struct PrefixCounts {
 /// kHeldUpLimit parts may be held up.
 ///
 /// One server that does not answer must not use up this limit either. Before a file is open, only its path tells where
-/// it is, so the limit is shared out by paths. A mount point gets half of what the parts elsewhere leave, and a
-/// directory gets a third, because a link in the path may lead to another mount point. Further parts from there are
-/// parked: they wait, although it is their turn, until something that was late has come back.
+/// it is, so the limit is shared out by paths. A mount point may have half as many parts held up as parts elsewhere
+/// leave of the limit, and a directory a third, because a link in the path may lead to another mount point. Further
+/// parts from there are parked: they wait, although it is their turn, until something that was late has come back.
 ///
 /// Thread safety: one thread.
 class OpenParts {
@@ -72,7 +72,7 @@ class OpenParts {
   void mark_late(Time now);
   /// Number of file systems, directories and mount points that are kept. They are kept until their last part is done,
   /// so that no open, late or stuck operation goes uncounted.
-  std::size_t places() const noexcept { return file_systems_.size() + prefixes_[0].size() + prefixes_[1].size(); }
+  std::size_t tracked() const noexcept { return file_systems_.size() + prefixes_[0].size() + prefixes_[1].size(); }
   /// To be called when an operation has become late: reads the mounts, because prefixes are looked up from then on.
   void read_mounts() { mounts_ = read_mounts_(); }
 

@@ -197,14 +197,13 @@ void Transfers::on_all_back(Part& part) {
   stop_waiting_for(part);
 }
 
-// The transfer does not wait for the part any more. `late` says that a thread still has it. Returns false if the
-// transfer did not wait.
-bool Transfers::let_go(Part& part, bool late) {
+// The transfer does not wait for the part any more. Returns false if it did not wait.
+bool Transfers::let_go(Part& part, bool thread_has_it) {
   if (!std::exchange(part.awaited, false)) return false;
   TransferState& transfer = *part.transfer;
   assert(transfer.driver.parts_awaited > 0);
   --transfer.driver.parts_awaited;
-  if (late) --transfer.outstanding;
+  if (thread_has_it) --transfer.outstanding;
   return true;
 }
 

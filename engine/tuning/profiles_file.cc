@@ -22,13 +22,13 @@ namespace fs = std::filesystem;
 namespace json = boost::json;
 
 // Far more than a person's profiles take. A larger file is not one of ours.
-constexpr std::uint64_t kMaxFileBytes = std::uint64_t{1} << 20;
+constexpr std::uint64_t kMaxProfilesBytes = std::uint64_t{1} << 20;
 
-// The text of a file, cut after kMaxFileBytes + 1.
+// The text of a file, cut after kMaxProfilesBytes + 1.
 std::string text_in(const fs::path& file, std::error_code& error) {
   // A FIFO would make a plain open wait for a writer.
   const UniqueFd fd(::open(file.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
-  std::string text(kMaxFileBytes + 1, '\0');
+  std::string text(kMaxProfilesBytes + 1, '\0');
   std::size_t size = 0;
   ssize_t got = fd ? 1 : -1;
   while (got > 0 && size < text.size()) {
@@ -50,7 +50,7 @@ Profiles profiles_in(const fs::path& file) {
   if (profiles.error) return profiles;
   json::error_code damage;
   json::value document;
-  if (text.size() <= kMaxFileBytes) document = json::parse(text, damage);
+  if (text.size() <= kMaxProfilesBytes) document = json::parse(text, damage);
   json::value* const found = document.is_object() ? document.get_object().if_contains("profiles") : nullptr;
   profiles.reason = file.string() + " is damaged" + (damage ? ": " + damage.message() : "");
   if (found == nullptr || !found->is_array()) return profiles;

@@ -266,19 +266,19 @@ TEST_F(OpenPartsTest, PlacesWhereEveryPartIsDoneAreForgotten) {
   ASSERT_EQ(parts_.find_next(), &late);
   enter(late, State::kOpening);
   parts_.mark_late(now_ += 2 * kLate);  // From here on, directories and mount points are looked up.
-  EXPECT_EQ(parts_.places(), 2u) << "/late and /";
+  EXPECT_EQ(parts_.tracked(), 2u) << "/late and /";
   for (int i = 0; i < 100; ++i) {
     Part& part = wait("/mounted/" + std::to_string(i) + "/file");
     open(part);
-    ASSERT_EQ(parts_.places(), 5u) << "its directory, its mount point and its file system";
+    ASSERT_EQ(parts_.tracked(), 5u) << "its directory, its mount point and its file system";
     close(part);
     Part& given_up = wait("/" + std::to_string(i) + "/file");
     EXPECT_EQ(parts_.find_next(), &given_up);
     enter(given_up, State::kDone);
   }
-  EXPECT_EQ(parts_.places(), 2u);
+  EXPECT_EQ(parts_.tracked(), 2u);
   end(late);
-  EXPECT_EQ(parts_.places(), 0u);
+  EXPECT_EQ(parts_.tracked(), 0u);
 }
 
 TEST_F(OpenPartsTest, AFileSystemWithALateOperationIsKeptForAllThatPointToIt) {
@@ -297,7 +297,7 @@ TEST_F(OpenPartsTest, AFileSystemWithALateOperationIsKeptForAllThatPointToIt) {
   EXPECT_EQ(third.place.prefixes[0]->held_up_loads(), 0u);
   EXPECT_EQ(third.place.prefixes[0]->file_system->loads(), 0u) << "the prefix keeps it";
   enter(third, State::kDone);
-  EXPECT_EQ(parts_.places(), 0u);
+  EXPECT_EQ(parts_.tracked(), 0u);
 }
 
 TEST_F(OpenPartsTest, OpeningAndClosingAreToldWithTheirTimesAndWhatWasReadAtOnce) {

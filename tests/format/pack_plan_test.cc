@@ -39,8 +39,8 @@ bool is_slice(std::span<const std::int64_t> dims, std::uint64_t first, std::uint
 void check_scratch(const PackSource& source, const PackStep& step) {
   const bool may = source.form == Form::kTransposed && !source.on_device && source.shape.size() > 1;
   const bool must = may && step.elems > static_cast<std::uint64_t>(source.shape.back());
-  EXPECT_LE(step.scratch_bytes.has_value(), may);
-  EXPECT_GE(step.scratch_bytes.has_value(), must);
+  EXPECT_LE(step.scratch_offset_bytes.has_value(), may);
+  EXPECT_GE(step.scratch_offset_bytes.has_value(), must);
 }
 
 /// Checks that a group takes its parts of one buffer in order, within the buffer, and in the phase of the file, because
@@ -49,15 +49,16 @@ void check_room(const std::vector<PackSource>& sources, const PackGroup& group, 
   std::uint64_t used = 0;
   for (const PackStep& step : group) {
     const PackSource& source = sources[step.source];
-    if (!step.buffer_bytes || source.on_device != on_device) continue;
+    if (!step.buffer_offset_bytes || source.on_device != on_device) continue;
     const std::uint64_t size = step.elems * source.element_bytes;
-    EXPECT_GE(*step.buffer_bytes, used);
-    EXPECT_EQ(*step.buffer_bytes % kPage, (source.offset_bytes + step.first_elem * source.element_bytes) % kPage);
-    used = *step.buffer_bytes + size;
+    EXPECT_GE(*step.buffer_offset_bytes, used);
+    EXPECT_EQ(*step.buffer_offset_bytes % kPage,
+              (source.offset_bytes + step.first_elem * source.element_bytes) % kPage);
+    used = *step.buffer_offset_bytes + size;
     EXPECT_LE(used, kBuffer);
-    if (!step.scratch_bytes) continue;
-    EXPECT_GE(*step.scratch_bytes, used);
-    EXPECT_LE(*step.scratch_bytes + size, kBuffer);
+    if (!step.scratch_offset_bytes) continue;
+    EXPECT_GE(*step.scratch_offset_bytes, used);
+    EXPECT_LE(*step.scratch_offset_bytes + size, kBuffer);
   }
 }
 
@@ -68,7 +69,7 @@ TEST(PackPlan, WhatIsReadyIsWrittenFromWhereItLiesInOneGroup) {
   ASSERT_EQ(groups.size(), 1U);
   ASSERT_EQ(groups[0].size(), 3U);
   for (const PackStep& step : groups[0]) {
-    EXPECT_FALSE(step.buffer_bytes);
+    EXPECT_FALSE(step.buffer_offset_bytes);
     EXPECT_EQ(step.elems, std::uint64_t{1} << 40);
   }
 }
@@ -101,7 +102,7 @@ TEST(PackPlan, EveryElementIsWrittenOnceInOrderFromRoomOfItsOwn) {
       for (const PackStep& step : group) {
         const PackSource& source = sources[step.source];
         EXPECT_EQ(step.first_elem, std::exchange(written[step.source], step.first_elem + step.elems));
-        EXPECT_EQ(step.buffer_bytes.has_value(), source.form != Form::kReady);
+        EXPECT_EQ(step.buffer_offset_bytes.has_value(), source.form != Form::kReady);
         check_scratch(source, step);
         EXPECT_TRUE(source.form == Form::kContiguous || is_slice(source.shape, step.first_elem, step.elems));
       }

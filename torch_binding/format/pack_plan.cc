@@ -22,7 +22,7 @@ std::uint64_t product(std::span<const std::int64_t> dims) {
 class Planner {
  public:
   explicit Planner(std::uint64_t buffer_bytes)
-      : buffer_bytes_(buffer_bytes), part_bytes_(buffer_bytes * kPackPartBytes / kPackBufferBytes) {}
+      : buffer_bytes_(buffer_bytes), piece_bytes_(buffer_bytes * kPackPieceBytes / kPackBufferBytes) {}
 
   void add(std::size_t index, const PackSource& source) {
     const std::uint64_t elems = product(source.shape);
@@ -56,7 +56,7 @@ class Planner {
     const std::uint64_t row_elems = elems / static_cast<std::uint64_t>(dims.front());
     const std::uint64_t row_bytes = row_elems * source_->element_bytes;
     for (std::uint64_t end = first_elem + elems; first_elem < end;) {
-      const std::uint64_t to_border_bytes = part_bytes_ - offset_bytes(first_elem) % part_bytes_;
+      const std::uint64_t to_border_bytes = piece_bytes_ - offset_bytes(first_elem) % piece_bytes_;
       const std::uint64_t rows = std::min(to_border_bytes / row_bytes, (end - first_elem) / row_elems);
       if (rows > 1) {
         add_part(first_elem, rows * row_elems, twice);
@@ -91,7 +91,7 @@ class Planner {
   std::uint64_t offset_bytes(std::uint64_t elem) const { return source_->offset_bytes + elem * source_->element_bytes; }
 
   const std::uint64_t buffer_bytes_;
-  const std::uint64_t part_bytes_;
+  const std::uint64_t piece_bytes_;
   std::size_t index_ = 0;
   const PackSource* source_ = nullptr;
   std::vector<PackGroup> groups_;

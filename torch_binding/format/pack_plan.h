@@ -1,16 +1,16 @@
 /// Plans how tensors become the bytes of a file. The packers of LibTorch and Python carry out the plan.
 ///
 /// * A tensor that the engine can read, and that is in memory as it will be in the file, is written from there.
-///   * Everything else is converted into buffers and written from those: another dtype, another order of elements,
-///     memory of another device.
-///   * Converted values lie in a buffer as in the file, modulo a page, so that they are written without another copy.
-///   * A tensor that is larger than a buffer is converted in parts, so that the copy of a large tensor is never whole.
-///     Parts end at multiples of kPackPartBytes in the file where rows allow it, so that whole chunks are written.
-///   * Elements on the host that are neighbours in the file and far apart in memory have to be transposed. torch
-///     transposes a dense tensor fast and a slice of a larger one slowly. So such a part is first copied densely, in
-///     its memory order, and takes twice its size in the buffer.
-///   * A group is what is written by one transfer. It ends when a buffer is full. While one group is being filled, the
-///     others of kPackGroups are being written, which keeps the disk's queue full.
+/// * Everything else is converted into buffers and written from those: another dtype, another order of elements, memory
+///   of another device.
+/// * Converted values lie in a buffer as in the file, modulo a page, so that they are written without another copy.
+/// * A tensor that is larger than a buffer is converted in pieces, so that the copy of a large tensor is never whole.
+///   Pieces end at multiples of kPackPieceBytes in the file where rows allow it, so that whole chunks are written.
+/// * Elements on the host that are neighbours in the file and far apart in memory have to be transposed. torch
+///   transposes a dense tensor fast and a slice of a larger one slowly. So such a piece is first copied densely, in its
+///   memory order, and takes twice its size in the buffer.
+/// * A group is what is written by one transfer. It ends when a buffer is full. While one group is being filled, the
+///   others of kPackGroups are being written, which keeps the disk's queue full.
 ///
 /// Thread safety: any thread may call the functions; the objects are as standard containers.
 #pragma once
@@ -27,7 +27,7 @@ namespace flashpack {
 /// tuned.
 inline constexpr std::uint64_t kPackBufferBytes = std::uint64_t{16} << 20;
 /// The usual chunk of an engine.
-inline constexpr std::uint64_t kPackPartBytes = kPackBufferBytes / 4;
+inline constexpr std::uint64_t kPackPieceBytes = kPackBufferBytes / 4;
 /// Number of groups at a time. Each has a buffer on the host and one on the device, if it needs them.
 inline constexpr std::size_t kPackGroups = 4;
 /// torch converts up to this many elements without starting threads. One core is enough for the disk that was measured:
@@ -64,8 +64,9 @@ struct PackStep {
   std::size_t source = 0;
   std::uint64_t first_elem = 0;
   std::uint64_t elems = 0;
-  std::optional<std::uint64_t> buffer_bytes;   ///< Offset of the converted elements in the buffer; empty if ready.
-  std::optional<std::uint64_t> scratch_bytes;  ///< Offset in the buffer of their dense copy, if they need one.
+  std::optional<std::uint64_t>
+      buffer_offset_bytes;  ///< Where the converted elements are in the buffer; empty if ready.
+  std::optional<std::uint64_t> scratch_offset_bytes;  ///< Where their dense copy is in the buffer, if they need one.
 };
 using PackGroup = std::vector<PackStep>;
 

@@ -79,7 +79,7 @@ PackSource source_of(const Item& item, at::Device device) {
           .shape = {tensor.sizes().data(), tensor.sizes().size()}};
 }
 
-at::Tensor part_of(at::Tensor tensor, const PackStep& step) {
+at::Tensor piece_of(at::Tensor tensor, const PackStep& step) {
   auto first = static_cast<std::int64_t>(step.first_elem);
   const auto elems = static_cast<std::int64_t>(step.elems);
   if (tensor.is_contiguous()) return tensor.view(-1).narrow(0, first, elems);
@@ -111,11 +111,11 @@ class Buffer {
     // torch cannot copy pairs of 4-bit floats that are not contiguous, and they are bytes all the same.
     if (type == at::kFloat4_e2m1fn_x2 && part.scalar_type() == type)
       return convert(part.view(at::kByte), at::kByte, step);
-    const at::Tensor place = at_bytes(*step.buffer_bytes, part.numel(), type);
-    if (step.scratch_bytes) {
+    const at::Tensor place = at_bytes(*step.buffer_offset_bytes, part.numel(), type);
+    if (step.scratch_offset_bytes) {
       const at::Tensor order = at::empty_like(part, part.options().dtype(type).device(at::kMeta));
       const at::Tensor dense =
-          at_bytes(*step.scratch_bytes, part.numel(), type).as_strided(part.sizes(), order.strides());
+          at_bytes(*step.scratch_offset_bytes, part.numel(), type).as_strided(part.sizes(), order.strides());
       place.view(part.sizes()).copy_(dense.copy_(part));
     } else if (part.is_cpu() && part.is_contiguous()) {
       const at::Tensor flat = part.view(-1);
@@ -150,7 +150,7 @@ class GroupWriter {
     std::vector<SourceExtent> extents;
     for (const PackStep& step : steps) {
       const Item& item = items[step.source];
-      const at::Tensor values = step.buffer_bytes ? convert(group, item, step) : item.tensor;
+      const at::Tensor values = step.buffer_offset_bytes ? convert(group, item, step) : item.tensor;
       const std::uint64_t offset_bytes = item.offset_bytes + step.first_elem * c10::elementSize(item.type);
       extents.push_back({offset_bytes, values.nbytes(), values.const_data_ptr()});
       group.owners.push_back(values);
@@ -178,7 +178,7 @@ class GroupWriter {
     const bool here = is_here(item.tensor, device_);
     std::optional<Buffer>& buffer = here ? group.on_device : group.on_host;
     if (!buffer) buffer.emplace(here ? device_ : at::Device(at::kCPU));
-    return buffer->convert(part_of(item.tensor, step), item.type, step);
+    return buffer->convert(piece_of(item.tensor, step), item.type, step);
   }
 
   // Waits for the oldest write.

@@ -29,7 +29,7 @@ struct PyPackGroup {
   StepTuple at(std::size_t i) const {
     if (i >= steps.size()) throw nb::index_error();  // Ends the iteration in Python.
     const PackStep& step = steps[i];
-    return {step.source, step.first_elem, step.elems, step.buffer_bytes, step.scratch_bytes};
+    return {step.source, step.first_elem, step.elems, step.buffer_offset_bytes, step.scratch_offset_bytes};
   }
 
   PackGroup steps;

@@ -328,15 +328,15 @@ def _groups(
     rounds = itertools.cycle([dict[torch.device, _Buffer]() for _ in range(_native.PACK_GROUPS)])
     for steps, buffers in zip(plan.groups(_BUFFER_BYTES), rounds, strict=False):
         group = _Group()
-        for index, first_elem, elems, buffer_bytes, scratch_bytes in map(steps.__getitem__, range(len(steps))):
+        for index, first_elem, elems, at_bytes, scratch_at_bytes in map(steps.__getitem__, range(len(steps))):
             name, offset_bytes, _ = places[index]
             tensor, dtype = tensors[name].detach(), dtypes[name]
-            if buffer_bytes is not None:
+            if at_bytes is not None:
                 side = device if tensor.device == device else CPU
                 if side not in buffers:
                     buffers[side] = _Buffer(side)
                 part = _part(tensor, first_elem, elems)
-                tensor = buffers[side].convert(part, dtype, buffer_bytes, scratch_bytes)
+                tensor = buffers[side].convert(part, dtype, at_bytes, scratch_at_bytes)
             group.add(tensor, offset_bytes + first_elem * dtype.itemsize)
         yield group
 
@@ -365,15 +365,15 @@ class _Buffer:
         self._bytes = allocate_block(0, _BUFFER_BYTES, device).memory
 
     def convert(
-        self, part: torch.Tensor, dtype: torch.dtype, buffer_bytes: int, scratch_bytes: int | None
+        self, part: torch.Tensor, dtype: torch.dtype, at_bytes: int, scratch_at_bytes: int | None
     ) -> torch.Tensor:
         """Returns the values of `part` as they go to the file."""
         if part.dtype == dtype and dtype.itemsize == 1:
             part, dtype = part.view(torch.uint8), torch.uint8  # Some dtypes of a byte lack copy_().
-        place = self._at(buffer_bytes, part.numel(), dtype)
-        if scratch_bytes is not None:
+        place = self._at(at_bytes, part.numel(), dtype)
+        if scratch_at_bytes is not None:
             strides = torch.empty_like(part, dtype=dtype, device="meta").stride()
-            dense = self._at(scratch_bytes, part.numel(), dtype).as_strided(part.shape, strides)
+            dense = self._at(scratch_at_bytes, part.numel(), dtype).as_strided(part.shape, strides)
             place.view(part.shape).copy_(dense.copy_(part))
         elif part.device == CPU and part.is_contiguous():
             split = _native.PACK_SERIAL_ELEMS
