@@ -51,14 +51,15 @@ class CudaHangTest : public testing::DeviceTest {
   }
 
   void expect_that_another_load_lands() {
-    std::byte* const target = cuda().allocate(bytes_.size());
-    Transfer other = engine_->start_load(request(target));
+    cuda().poison(other_target_, bytes_.size());
+    Transfer other = engine_->start_load(request(other_target_));
     ASSERT_TRUE(other.wait_for(kHang)) << "it finds no slot";
     EXPECT_EQ(other.error(), std::error_code());
-    EXPECT_TRUE(right(target));
+    EXPECT_TRUE(right(other_target_));
   }
 
   std::byte* const target_ = cuda().allocate(bytes_.size());
+  std::byte* const other_target_ = cuda().allocate(bytes_.size());
   std::list<Transfer> stuck_;
   // Ends before the loads and the engine, and lets go of everything.
   std::unique_ptr<testing::HangingFs> fs_;

@@ -76,6 +76,17 @@ class HangTest : public ::testing::TestWithParam<Backend> {
     }
   }
 
+  // Loads through slots, of as many files as can have slots, and more.
+  void start_files_that_hang() {
+    for (int i = 0; i < 6; ++i) {
+      const std::string name = "shard" + std::to_string(i);
+      testing::write_file(*fs_ / name, bytes_);
+      fs_->hold("read", name);
+      start(*fs_ / name, 64);
+    }
+    ASSERT_TRUE(fs_->wait_until_held("read", "shard0"));
+  }
+
   // Other loads are whole, and deadlines are kept.
   void expect_that_others_go_on() {
     for (const std::size_t phase : {0u, 64u}) {
