@@ -21,8 +21,8 @@ class File {
  public:
   /// Opens a regular file or block device for buffered reads and, if the file system allows it, for direct ones. Both
   /// descriptors are of the same inode. If `opened` is given, it is that descriptor's inode, even if `path` leads to
-  /// another one by now. Throws: Error; kInvalidArgument for files of other kinds, and kFileChanged if `expected` is
-  /// given and differs. May block.
+  /// another one by now. Throws: Error; EISDIR for a directory, kInvalidArgument for files of other kinds, and
+  /// kFileChanged if `expected` is given and differs. May block.
   static File open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
                    UniqueFd opened = {});
 

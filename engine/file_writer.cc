@@ -53,7 +53,7 @@ void FileWriter::Impl::reserve(std::uint64_t begin_bytes, std::uint64_t end_byte
   if (end_bytes <= begin_bytes) return;
   const auto begin = static_cast<off_t>(begin_bytes);
   const auto size = static_cast<off_t>(end_bytes - begin_bytes);
-  constexpr int kMaxAttempts = 20;
+  constexpr int kMaxAttempts = 20;  // A bound for a thread that gets signals all the time, and not tuned.
   bool reserved = false;
   for (int attempt = 0; attempt < kMaxAttempts && !reserved; ++attempt) {
     reserved = ::fallocate(open_->file.buffered_fd(), 0, begin, size) == 0;

@@ -17,6 +17,7 @@ using internal::kHugePageBytes;
 using internal::kPageBytes;
 using internal::TargetPages;
 
+// More than any address space has, and little enough that sums of sizes do not overflow.
 constexpr std::size_t kMostBytes = std::size_t{1} << 62;
 
 // The fresh pages of little memory cost little, and pages that are kept are kept in units of huge ones.

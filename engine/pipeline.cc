@@ -17,7 +17,7 @@ constexpr std::chrono::microseconds kDevicePeriod{100};
 unsigned Pipeline::tag_limit(Limits limits) {
   // A populated chunk goes to the disk even if the queue depth is reached, so more jobs may be in flight.
   const unsigned wanted = limits.queue_depth + 3 * limits.worker_depth + limits.slots + Jobs::kStuckLimit;
-  return std::min(wanted, DiskQueue::kMostTags);  // With so many chunks under way, one more can wait.
+  return std::min(wanted, DiskQueue::kMostTags);  // Further chunks wait until one ends.
 }
 
 Pipeline::Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::span<std::byte>> slots, Limits limits,

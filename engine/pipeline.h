@@ -25,7 +25,8 @@ namespace flashpack::internal {
 class Pipeline final {
  public:
   struct Limits {
-    std::uint32_t queue_depth;   ///< Direct reads and writes, counting chunks whose bytes are still being gathered.
+    std::uint32_t queue_depth;   ///< Direct reads and writes, counting chunks whose bytes are still being gathered
+                                 ///< or whose slots are still being populated.
     std::uint32_t worker_depth;  ///< Operations of each kind that the workers have at a time; enough to keep them busy
                                  ///< while the driver sleeps.
     std::uint32_t chunk_bytes;

@@ -64,8 +64,8 @@ struct Plan {
   static Plan of_store(std::vector<Fragment> extents, std::uint32_t chunk_bytes, Alignment alignment);
 
   /// The largest gap between two neighbours of `extents` that of_store() fills with zeros: less than a disk block. It
-  /// is 0 unless all extents are on the host or all on one device, because otherwise an extent of another place could
-  /// lie between two of them, and the zeros would take the place of its bytes.
+  /// is 0 unless all extents are on the host or all on one device: where two neighbours of one device have a gap
+  /// between them, the file may get bytes of another device there, which zeros would replace.
   static std::uint64_t zeros_between(std::span<const Fragment> extents, Alignment alignment);
 
   std::span<const Fragment> fragments_of(const Chunk& chunk) const {

@@ -29,6 +29,7 @@ namespace fs = std::filesystem;
 using internal::errno_code;
 using internal::first_line;
 
+// A huge page, of which memory that is registered has at least one.
 constexpr std::uint32_t kSlotBytes = std::uint32_t{2} << 20;
 
 // The rest of the first line that begins with `name`, in a file like /proc/self/status.
@@ -100,7 +101,7 @@ const char* text_of(internal::Ring::Rung rung) {
 
 // Reads into a slot until the ring has registered the slot, or has said why it could not.
 void use_slot(internal::Ring& ring, const internal::Staging& staging, int fd) {
-  for (int use = 0; use < 3; ++use) {
+  for (int use = 0; use < 3 && !ring.refuses(); ++use) {
     ring.push(0, {.op = internal::DiskRequest::Op::kRead, .fd = fd, .memory = staging.slots()[0], .slot = 0});
     while (ring.wait(std::nullopt).empty()) {
     }

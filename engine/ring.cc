@@ -35,7 +35,8 @@ constexpr std::uint8_t kRegisterAtUse = 2;
 // the refusal is taken for final. This and the periods below are bounds, and not tuned.
 constexpr std::chrono::seconds kMaxRefusal{1};
 
-// After so many failed wake reads in a row the ring is given up, because without them a wake does not reach it.
+// After so many failed wake reads in a row the ring is given up, because without them a wake does not reach it. A
+// bound, and not tuned.
 constexpr unsigned kMaxFailedWakes = 32;
 
 // Time from a refusal until the ring tries again.

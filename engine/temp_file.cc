@@ -20,7 +20,7 @@ namespace flashpack::internal {
 namespace {
 
 constexpr std::string_view kAlphabet = "0123456789abcdefghijklmnopqrstuv";
-constexpr std::size_t kRandomSize = 16;
+constexpr std::size_t kRandomSize = 16;  // 80 bits: no two writers choose the same name.
 constexpr std::string_view kSuffix = ".tmp";
 
 // Makes a part of a name for a file beside `target`.
@@ -133,7 +133,7 @@ UniqueFd TempFile::create() {
   // The file that is replaced may be readable by few. Until keep_access() has set the same group and mode, only the
   // owner may open this one.
   const mode_t mode = replaced_ ? 0600 : 0666;
-  constexpr int kMaxAttempts = 100;
+  constexpr int kMaxAttempts = 100;  // A bound, and not tuned: one name that is taken is unlikely already.
   for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
     name_ = prefix_ + random_text(target_) + std::string(kSuffix);
     UniqueFd fd(::openat(directory_.get(), name_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode));

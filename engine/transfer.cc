@@ -109,6 +109,9 @@ TransferStats Transfer::stats() const {
   return state_->end.stats();
 }
 
-void Transfer::detach() noexcept { state_.reset(); }
+void Transfer::detach() noexcept {
+  if (state_ && !state_->owner.is_current()) return detail::leave_to_parent(state_);
+  state_.reset();
+}
 
 }  // namespace flashpack

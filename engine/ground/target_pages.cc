@@ -30,9 +30,9 @@ constexpr std::chrono::nanoseconds kFairPerHugePage = milliseconds(1);
 constexpr std::chrono::nanoseconds kTooMuch = milliseconds(10);
 constexpr std::chrono::nanoseconds kMostExcess = milliseconds(12);
 
-// Where huge pages were dear, they are tried again once in so many bytes of fresh memory. A try ends after kTooMuch,
-// for which 19 MiB of small pages can be populated: that would be much of memory that is taken 64 MiB at a time, and is
-// a fiftieth of this. A bound, and not tuned.
+// Where huge pages were dear, they are tried again once in so many bytes of fresh memory. A try that fails costs
+// kTooMuch, in which 19 MiB of small pages can be populated. That is a fiftieth of what these bytes cost. A bound, and
+// not tuned.
 constexpr std::uint64_t kRetryBytes = std::uint64_t{1} << 30;
 // In less memory, chunks may touch no whole huge page, which would tell nothing.
 constexpr std::uint64_t kLeastTryBytes = 4 * kHugePageBytes;

@@ -73,8 +73,8 @@ class Checkpoint {
 /// such file.
 ///
 /// An index decides which file has a tensor; tensors that it does not list are taken, too. Files are beside their
-/// index. Takes any bytes for possibly hostile, as read_metadata() does. Throws: Error (kBadFile; kFileChanged; errno),
-/// which names the file. Any thread.
+/// index. Takes any bytes for possibly hostile, as read_metadata() does. Throws: Error (kBadFile; kFileChanged;
+/// kTruncated; errno), which names the file. Any thread.
 Checkpoint open_checkpoint(const std::filesystem::path& path);
 
 /// Opens several files, in that order, as one checkpoint. Throws as above.

@@ -48,7 +48,8 @@ struct Extent {
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
   /// `size_bytes` writable bytes of host memory or of a device of the engine, borrowed until the transfer has finished.
-  /// EFAULT if host memory cannot be written.
+  /// EFAULT if host memory cannot be written, where the kernel has MADV_POPULATE_WRITE; gVisor has not, and a copy then
+  /// ends the process.
   void* target = nullptr;
   /// Extents with a lower value are read before the others of their file, those with the same value in the order of the
   /// file. A cached extent may land before an uncached one of higher priority.
@@ -146,8 +147,9 @@ struct EngineOptions {
   /// Size of a read and of a staging slot: a power of two from 1 MiB to 1 GiB. Larger chunks cost latency, smaller ones
   /// CPU.
   std::uint32_t chunk_bytes = std::uint32_t{4} << 20;
-  /// Direct reads and writes in flight, and chunks whose bytes are being gathered for a write, 1 to 1024 in all; a few
-  /// more while fresh memory is filled. Striped arrays may need more: flashpack_tune finds out.
+  /// Direct reads and writes in flight, and chunks whose bytes are being gathered for a write or whose slots are being
+  /// populated, 1 to 1024 in all; a few more while fresh memory is filled. Striped arrays may need more: flashpack_tune
+  /// finds out.
   std::uint32_t queue_depth = 8;
   /// Upper bound of the engine's staging memory in bytes, at least two chunks. 0 is 64 MiB, or 96 MiB for a CUDA
   /// device. For a CUDA device the memory is allocated and page-locked at the start. Otherwise it is allocated when
@@ -248,15 +250,16 @@ class Engine {
 
   /// Opens a regular file or a block device for many loads. If `fd` is not negative, it is a readable descriptor of the
   /// file, of which the engine makes a duplicate, and `path` is only for messages. May block in the file system.
-  /// Throws: Error (kInvalidArgument for files of other kinds; kFileChanged if `expected` is set and differs;
-  /// kUnusable; errno).
+  /// Throws: Error (EISDIR for a directory, kInvalidArgument for files of other kinds; kFileChanged if `expected` is
+  /// set and differs; kUnusable; errno).
   FileHandle open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected = {}, int fd = -1);
   /// The handle is not valid() after an error.
   FileHandle open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, int fd,
                   std::error_code& error) noexcept;
 
   /// Begins a new file that will replace `path`. Its directory must exist. May block in the file system. Throws: Error
-  /// (kInvalidArgument if something else than a regular file is there; kUnusable; errno, such as ENOSPC).
+  /// (EISDIR if a directory is there, kInvalidArgument if something else than a regular file is; kUnusable; errno, such
+  /// as ENOSPC).
   FileWriter create(const std::filesystem::path& path, WriterOptions options = {});
   std::optional<FileWriter> create(const std::filesystem::path& path, WriterOptions options,
                                    std::error_code& error) noexcept;

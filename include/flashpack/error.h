@@ -39,8 +39,8 @@ struct FileError;
 /// Thrown by every function of the library that says "Throws: Error".
 ///
 /// what() reads "<operation> <path> at <offset>+<length>: <cause>", for example
-/// "read model.flashpack at 12288+4194304: Input/output error". If files() is not empty and the request had several
-/// files, "N of M files failed: " comes before.
+/// "read model.flashpack at 12288+4194304: Input/output error". If files() is not empty, the request had several files,
+/// and no cancel, deadline or error of CUDA has ended all of them, "N of M files failed: " comes before.
 class Error : public std::system_error {
  public:
   static constexpr std::uint64_t kNoOffset = ~std::uint64_t{0};

@@ -26,7 +26,8 @@ struct SourceExtent {
   std::uint64_t offset_bytes = 0;
   std::uint64_t size_bytes = 0;
   const void* source = nullptr;  ///< Memory of the host or of a device of the engine, borrowed until the transfer has
-                                 ///< finished. EFAULT if host memory cannot be read.
+                                 ///< finished. EFAULT if host memory cannot be read,
+                                 ///< where the kernel has MADV_POPULATE_READ; gVisor has not.
 };
 
 struct WriteRequest {

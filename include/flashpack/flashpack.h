@@ -13,8 +13,8 @@
 ///
 /// * Status. FLASHPACK_OK is 0, a positive status is an errno of the system, and a negative one is a constant of
 ///   flashpack_status.h. If memory runs out, it is ENOMEM. No C++ exception leaves a function.
-/// * Names. A function whose name has a verb (create, open, load, write, save, take, wait, cancel, commit, release,
-///   destroy) acts. One whose name ends with a noun (info, data, status, stats, fd) only asks.
+/// * Names. A function whose name ends with get, find, check or a noun (info, data, status, stats, fd, message, tensor)
+///   only asks. Each other one acts.
 /// * Errors. The last argument may be NULL. Otherwise it is set by every call: to NULL after FLASHPACK_OK and
 ///   FLASHPACK_RUNNING, else to a new object, which the caller destroys. What was there before is not destroyed.
 /// * Handles. flashpack_X_create() and its like give a handle to the caller, who destroys it with
@@ -29,7 +29,7 @@
 ///   otherwise. A handle must not be destroyed while another call uses it. The library calls nobody back. A thread must
 ///   not be cancelled (pthread_cancel) inside of a call. The library cannot be unloaded: its threads may live on.
 /// * Fork. In a forked child, engines, transfers, writers and events of the parent are FLASHPACK_UNUSABLE. To destroy
-///   them releases nothing, and the parent loses no event. A child makes an engine of its own.
+///   them releases nothing of the parent's, and the parent loses no event. A child makes an engine of its own.
 #pragma once
 
 #include <stddef.h>
@@ -137,7 +137,7 @@ typedef struct flashpack_open_file_info {
 
 /// Opens a regular file or a block device for loads of `engine`. If `fd` is not negative, it is a readable descriptor
 /// of the file, which is borrowed for the call; `path` is then for messages, and needed all the same. Errors:
-/// FLASHPACK_INVALID_ARGUMENT for files of other kinds; errno; FLASHPACK_UNUSABLE.
+/// EISDIR for a directory, FLASHPACK_INVALID_ARGUMENT for files of other kinds; other errnos; FLASHPACK_UNUSABLE.
 flashpack_status flashpack_open_file_open(flashpack_engine* engine, const char* path, int32_t fd,
                                           flashpack_open_file** file, flashpack_error** error);
 /// Returns facts that are known since the file was opened.
@@ -358,7 +358,8 @@ typedef struct flashpack_write_request {
   size_t more_stream_count;
 } flashpack_write_request;
 
-/// Begins a file beside `path`, whose directory must exist. `options` may be NULL. Errors: errno; FLASHPACK_UNUSABLE.
+/// Begins a file beside `path`, whose directory must exist. `options` may be NULL. Errors: FLASHPACK_INVALID_ARGUMENT,
+/// also if something else than a regular file is at `path`; errno, EISDIR for a directory; FLASHPACK_UNUSABLE.
 flashpack_status flashpack_writer_create(flashpack_engine* engine, const char* path,
                                          const flashpack_writer_options* options, flashpack_writer** writer,
                                          flashpack_error** error);

@@ -115,7 +115,7 @@ struct ReadMetadataOptions {
 /// Reads and checks a flashpack file's footer or a safetensors file's header. A file that ends with the magic is a
 /// flashpack file, whatever its name. This takes any bytes for possibly hostile, and allocates no more than the file's
 /// size justifies. Throws: Error (kBadFile, whose message names the broken rule and the record, or what else the file
-/// looks like; errno of the system).
+/// looks like; kFileChanged and kTruncated if it changes meanwhile; errno of the system).
 Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options = {});
 
 /// The same for a file that is open for reading as `fd`, which is borrowed; its position is neither used nor changed.

@@ -52,7 +52,7 @@ std::optional<DuplicateName> find_duplicate_of_few(std::span<const std::string_v
 }  // namespace
 
 std::optional<DuplicateName> find_duplicate(std::span<const std::string_view> names) {
-  constexpr std::size_t kFew = 16;
+  constexpr std::size_t kFew = 16;  // A bound for what is compared in pairs, and not tuned.
   if (names.size() <= kFew) return find_duplicate_of_few(names);
   struct Entry {
     std::size_t hash;

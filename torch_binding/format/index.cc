@@ -15,6 +15,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
+// A bound on the memory that a hostile file can ask for, as kMaxFooterBytes, and not tuned.
 constexpr std::uint64_t kMaxIndexBytes = std::uint64_t{256} << 20;
 
 [[noreturn]] void refuse(const fs::path& path, const std::string& sentence) {

@@ -14,12 +14,14 @@ namespace {
 
 using internal::round_up;
 
-// On a device, smaller tensors do not share segments with larger ones.
+// On a device, smaller tensors do not share segments with larger ones. It is the limit below which torch itself takes
+// small blocks of CUDA's memory.
 constexpr std::uint64_t kSmallBytes = std::uint64_t{1} << 20;
 // torch takes CUDA's memory for small tensors in blocks of this size, and keeps a block while any of its tensors is
 // left.
 constexpr std::uint64_t kSmallBlockBytes = std::uint64_t{2} << 20;
 // On a device a segment has less padding than this between two tensors, because padding takes memory that nobody uses.
+// A bound, and not tuned.
 constexpr std::uint64_t kMaxDevicePaddingBytes = 4096;
 
 class Planner {

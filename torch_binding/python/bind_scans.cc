@@ -38,6 +38,7 @@ nb::typed<nb::list, Binding> bindings_of(nb::handle value, const nb::list& modul
 
 /// Keeps the GIL, because the call is short, and a thread that gives up the GIL may wait for it for milliseconds.
 bool is_cached(std::uintptr_t address, std::size_t size_bytes, std::size_t step_bytes) {
+  if (step_bytes == 0) throw nb::value_error("step_bytes is 0");
   const auto page_bytes = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
   // The kernel answers for a page, and fails for memory that is not mapped.
   const auto is_absent = [&](std::uintptr_t within) {
