@@ -63,7 +63,8 @@ def _values(a: torch.Tensor, b: torch.Tensor) -> str:
     if torch.equal(_bytes_of(a), _bytes_of(b)):
         return ""
     count, in_nan, distances = 0, 0, []
-    for ours, theirs in zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True):
+    for at in range(0, a.numel(), _PIECE):
+        ours, theirs = (tensor.reshape(-1)[at : at + _PIECE] for tensor in (a, b))
         differing = (_bytes_of(ours) != _bytes_of(theirs)).any(1)
         count += int(differing.sum())
         if a.dtype in PLAIN_FLOATS and differing.any():
