@@ -12,6 +12,7 @@
 #include "bench/support/checkpoint.h"
 #include "bench/support/measure.h"
 #include "engine/ground/host_region.h"
+#include "engine/ground/rounding.h"
 #include "flashpack/engine.h"
 
 namespace flashpack::bench {
@@ -25,7 +26,7 @@ enum class Memory { kTouched, kFresh };
 inline constexpr std::size_t kOddBytes = 64;
 
 inline constexpr std::uint64_t kKiB = 1 << 10;
-inline constexpr std::uint64_t kPageBytes = 4096;
+using internal::kPageBytes;
 
 /// Reads in flight where single reads are measured, of the engine and of what stands beside it.
 inline constexpr unsigned kDepth = 32;
