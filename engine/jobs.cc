@@ -42,11 +42,11 @@ std::optional<TraceStage> stage_of(const Job& job) {
   return std::nullopt;
 }
 
-// Whether a chunk that needs no slot is moved without one. The disks of virtual machines read so much
-// slower to small pages that a read to a slot, which has huge ones, and a copy take less time (engine_bench,
-// cost/read_into). Such machines are those where huge pages cost too much. Fresh pages have to be populated in either
-// case, and then a copy would only cost more. Small loads stay in place, because a program that makes
-// many of them, to take little memory, would have that of the slots as well; the limit is not tuned.
+// Whether a chunk that needs no slot is moved without one. The disks of virtual machines read so much slower to small
+// pages that a read to a slot, which has huge ones, and a copy take less time (engine_bench, cost/read_into). Such
+// machines are those where huge pages cost too much. Fresh pages have to be populated in either case, and then a copy
+// would only cost more. Small loads stay in place, because a program that makes many of them, to take little memory,
+// would have that of the slots as well; the limit is not tuned.
 bool stays_in_place(const Part& part, const Chunk& chunk) {
   constexpr std::uint64_t kLeastBytes = std::uint64_t{256} << 20;
   PagePolicy* const policy = part.transfer->request.page_policy;
