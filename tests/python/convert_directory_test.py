@@ -94,6 +94,24 @@ def test_other_files_of_the_destination_are_replaced_by_force_alone(tmp_path):
     assert_bit_equal(flashpack.revert_from_file(out / "model.flashpack"), STATE)
 
 
+def test_a_cast_is_told_to_the_configuration_so_that_transformers_loads_what_was_asked_for(tmp_path):
+    quantised = {"quant_method": "x", "dtype": "float32"}
+    config = {"model_type": "llama", "torch_dtype": "float32", "text_config": {"dtype": "torch.float16"}}
+    config |= {"vision_config": {"dtype": "auto"}, "quantization_config": quantised, "dtype_name": "float32"}
+    write_model(tmp_path / "model", {"model.safetensors": STATE}, config)
+    out = tmp_path / "out"
+    for _ in range(2):  # The second conversion finds its own configuration there, which is no other file.
+        commands.convert_to_flashpack(tmp_path / "model", out, dtype="bfloat16")
+        expected = config | {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}}
+        assert json.loads((out / "config.json").read_text()) == expected
+    for dtype in (None, "float8_e4m3fn"):
+        commands.convert_to_flashpack(tmp_path / "model", tmp_path / str(dtype), dtype=dtype)
+        assert (tmp_path / str(dtype) / "config.json").read_bytes() == (tmp_path / "model/config.json").read_bytes()
+    (tmp_path / "model/config.json").write_text("[" * 5000)
+    commands.convert_to_flashpack(tmp_path / "model", tmp_path / "odd", dtype="bfloat16")
+    assert (tmp_path / "odd/config.json").read_text() == "[" * 5000
+
+
 def test_code_in_the_destination_is_looked_at_only_if_code_is_copied(tmp_path):
     write_model(tmp_path / "model", {"model.safetensors": STATE})
     (tmp_path / "out").mkdir()

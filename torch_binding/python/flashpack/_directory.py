@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import filecmp
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import _native
 from ._conversion import (
@@ -24,7 +26,7 @@ from ._conversion import (
 from ._durable import make_directories, sync
 from ._hub import Download, is_blob_link, resolve_directory
 from ._native import FlashPackError
-from ._repository import INDEX_NAME, check_inside, components_of, modules_of
+from ._repository import INDEX_NAME, check_inside, components_of, modules_of, read_json
 from ._temporary import place_of, temporary_directory
 from .serialization import file_to_replace
 from .utils import logger
@@ -38,6 +40,7 @@ _CODE = "*.py"
 # sentence-transformers reads the weights of the modules after the model itself, and only in these formats.
 _MODULE_WEIGHTS = ["*.safetensors", "*.bin", "*.index.json"]
 _REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_WEIGHT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 _TENSOR_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|flashpack)$")
 
 
@@ -119,20 +122,20 @@ def download(repo_id: str, hub: Download, variant: str | None, with_code: bool) 
     return directory
 
 
-def refuse_replacing(source: Path, destination: Path, with_code: bool) -> None:
-    """Raises FlashPackError if copy_companions() would replace files in `destination` that are not the same.
+def refuse_replacing(stage: Path, destination: Path) -> None:
+    """Raises FlashPackError if a file of `stage` would replace one in `destination` that is not the same.
 
     Who names a directory as the destination names the weights that go there, but no other files in it.
     """
-    names = [file.relative_to(source) for file in _companions_of(source, with_code)]
+    names = [file.relative_to(stage) for file in sorted(stage.rglob("*")) if file.is_file()]
     others = [
         os.fspath(name)
-        for name in dict.fromkeys(names)
-        if (destination / name).is_file() and not filecmp.cmp(source / name, destination / name, shallow=False)
+        for name in names
+        if (destination / name).is_file() and not filecmp.cmp(stage / name, destination / name, shallow=False)
     ]
     if others:
         raise FlashPackError(
-            f"{destination} has other files of the names that would be copied there: {', '.join(sorted(others))}; "
+            f"{destination} has other files of the names that would be copied there: {', '.join(others)}; "
             f"remove them, or use --force (in Python: force=True), to replace them"
         )
 
@@ -155,6 +158,27 @@ def copy_companions(source: Path, destination: Path, with_code: bool) -> None:
         target = destination / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
+
+
+def declare_dtype(directory: Path, dtype: str) -> None:
+    """Makes the config.json in `directory` say that the weights are `dtype`, wherever it names a dtype of weights.
+
+    transformers loads weights as what their configuration says. What describes quantised weights stays as it is.
+    """
+    path = directory / "config.json"
+    if dtype not in _WEIGHT_DTYPES or not path.is_file():
+        return
+
+    def declared(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict) and key != "quantization_config":
+            return {name: declared(part, name) for name, part in value.items()}
+        named = key in ("dtype", "torch_dtype") and isinstance(value, str)
+        return dtype if named and value.removeprefix("torch.") in _WEIGHT_DTYPES else value
+
+    with contextlib.suppress(FlashPackError, RecursionError):  # What is no configuration is copied as it is.
+        config = read_json(path)
+        if (changed := declared(config)) != config:
+            path.write_text(json.dumps(changed, indent=2) + "\n")
 
 
 def _companions_of(source: Path, with_code: bool) -> list[Path]:

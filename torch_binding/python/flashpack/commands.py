@@ -17,6 +17,7 @@ from ._checkpoint import StrPath
 from ._conversion import FOREIGN_SUFFIXES, files_of, flashpack_name_of, map_tensors, metadata_of, stem_of, suffix_of
 from ._directory import (
     copy_companions,
+    declare_dtype,
     download,
     find_checkpoints,
     is_repo_id,
@@ -32,7 +33,7 @@ from ._options import Filters
 from ._pretrained import build_model
 from ._reversal import revert
 from .serialization import dicts_of_tensors, pack_to_file, refuse_name_of_directory
-from .utils import filter_state_dict, logger
+from .utils import dtype_to_string, filter_state_dict, logger
 
 __all__ = [
     "convert_to_flashpack",
@@ -125,7 +126,8 @@ def convert_to_flashpack(
     the source are an error. `force=True` replaces a default destination and such files, too. Older weights in other
     formats stay in a destination, and are logged, because programs without flashpack load them.
 
-    `dtype`: floating-point tensors are cast to it, as in pack_to_file. `ignore_*`: names not to write.
+    `dtype`: floating-point tensors are cast to it, as in pack_to_file. A config.json that is copied and names a dtype
+    of weights then names this one. `ignore_*`: names not to write.
     `kwargs`: `strip_compiled`, see pack_to_file; `key`, the name under which a file of torch.save has the state dict,
     as "state_dict" of Lightning; `subfolder` and `variant` of a directory; `copy_code=True`, which copies the Python
     files that come with a model, too, for loads that trust them (none of them is run); arguments of huggingface_hub,
@@ -314,13 +316,15 @@ def _convert_directory(
         for folder, checkpoint in checkpoints.items():
             refuse_existing(destination / folder / flashpack_name_of(checkpoint))
     in_place = destination.exists() and destination.samefile(directory)
-    if not in_place and not kwargs["force"]:
-        refuse_replacing(directory, destination, copy_code)
     with staged(destination, directory) as stage:
-        for folder, checkpoint in checkpoints.items():
-            pack(folder, checkpoint, stage / folder / flashpack_name_of(checkpoint))
         if not in_place:
             copy_companions(directory, stage, copy_code)
+            for folder in checkpoints if packing.dtype is not None else ():
+                declare_dtype(stage / folder, dtype_to_string(packing.dtype))
+            if not kwargs["force"]:
+                refuse_replacing(stage, destination)
+        for folder, checkpoint in checkpoints.items():
+            pack(folder, checkpoint, stage / folder / flashpack_name_of(checkpoint))
     if not in_place:
         for folder, checkpoint in checkpoints.items():
             warn_of_older(destination / folder / flashpack_name_of(checkpoint))
