@@ -319,8 +319,9 @@ def _convert_directory(
     with staged(destination, directory) as stage:
         if not in_place:
             copy_companions(directory, stage, copy_code)
-            for folder in checkpoints if packing.dtype is not None else ():
-                declare_dtype(stage / folder, dtype_to_string(packing.dtype))
+            if packing.dtype is not None:
+                for folder in checkpoints:
+                    declare_dtype(stage / folder, dtype_to_string(packing.dtype))
             if not kwargs["force"]:
                 refuse_replacing(stage, destination)
         for folder, checkpoint in checkpoints.items():
