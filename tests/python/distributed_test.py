@@ -472,15 +472,6 @@ def test_a_shard_strategy_is_known_in_any_case_and_what_is_given_goes_before_the
     assert resolve_shard_strategy() == "contiguous"
 
 
-def test_memory_that_the_engine_could_not_reach_is_moved_on_its_way_to_the_others(monkeypatch):
-    sent = []
-    monkeypatch.setattr(dist, "broadcast", lambda tensor, src: sent.append((tensor.device.type, src)))
-    stand_in = torch.device("meta")  # A device that every machine has.
-    block = flashpack._memory.allocate_block(0, 100)
-    _distributed.Ranks(rank=1, count=2, src=1, device=stand_in)._broadcast(block.memory, stand_in)
-    assert sent == [("meta", 1)]
-
-
 def test_a_session_of_one_says_nothing_to_anybody(monkeypatch):
     monkeypatch.setattr(_distributed, "dist", SimpleNamespace())
     with pytest.raises(KeyError), _distributed.Ranks().together():
