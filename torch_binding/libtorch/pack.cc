@@ -108,8 +108,8 @@ class Buffer {
 
   // Returns the values of `part` as they go to the file.
   at::Tensor convert(const at::Tensor& part, at::ScalarType type, const PackStep& step) {
-    // torch cannot copy pairs of 4-bit floats that are not contiguous, and they are bytes all the same.
-    if (type == at::kFloat4_e2m1fn_x2 && part.scalar_type() == type)
+    // torch cannot copy some types of a byte, such as pairs of 4-bit floats that are not contiguous.
+    if (type != at::kByte && part.scalar_type() == type && part.element_size() == 1)
       return convert(part.view(at::kByte), at::kByte, step);
     const at::Tensor place = at_bytes(*step.buffer_offset_bytes, part.numel(), type);
     if (step.scratch_offset_bytes) {

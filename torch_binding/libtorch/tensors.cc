@@ -17,7 +17,12 @@ namespace flashpack {
 
 namespace {
 
-// LibTorch has 4-bit floats since 2.8. With older versions their type is Undefined.
+// LibTorch has these since 2.7 and 2.8. With older versions the type is Undefined.
+template <typename Type>
+constexpr Type float8_e8m0() {
+  if constexpr (requires { Type::Float8_e8m0fnu; }) return Type::Float8_e8m0fnu;
+  return Type::Undefined;
+}
 template <typename Type>
 constexpr Type float4() {
   if constexpr (requires { Type::Float4_e2m1fn_x2; }) return Type::Float4_e2m1fn_x2;
@@ -25,17 +30,17 @@ constexpr Type float4() {
 }
 
 // Indexed by DType.
-constexpr std::array kScalarTypes = {at::ScalarType::Bool,           at::ScalarType::Char,
-                                     at::ScalarType::Byte,           at::ScalarType::Short,
-                                     at::ScalarType::UInt16,         at::ScalarType::Int,
-                                     at::ScalarType::UInt32,         at::ScalarType::Long,
-                                     at::ScalarType::UInt64,         at::ScalarType::Half,
-                                     at::ScalarType::BFloat16,       at::ScalarType::Float,
-                                     at::ScalarType::Double,         at::ScalarType::ComplexHalf,
-                                     at::ScalarType::ComplexFloat,   at::ScalarType::ComplexDouble,
-                                     at::ScalarType::Float8_e4m3fn,  at::ScalarType::Float8_e4m3fnuz,
-                                     at::ScalarType::Float8_e5m2,    at::ScalarType::Float8_e5m2fnuz,
-                                     at::ScalarType::Float8_e8m0fnu, float4<at::ScalarType>()};
+constexpr std::array kScalarTypes = {at::ScalarType::Bool,          at::ScalarType::Char,
+                                     at::ScalarType::Byte,          at::ScalarType::Short,
+                                     at::ScalarType::UInt16,        at::ScalarType::Int,
+                                     at::ScalarType::UInt32,        at::ScalarType::Long,
+                                     at::ScalarType::UInt64,        at::ScalarType::Half,
+                                     at::ScalarType::BFloat16,      at::ScalarType::Float,
+                                     at::ScalarType::Double,        at::ScalarType::ComplexHalf,
+                                     at::ScalarType::ComplexFloat,  at::ScalarType::ComplexDouble,
+                                     at::ScalarType::Float8_e4m3fn, at::ScalarType::Float8_e4m3fnuz,
+                                     at::ScalarType::Float8_e5m2,   at::ScalarType::Float8_e5m2fnuz,
+                                     float8_e8m0<at::ScalarType>(), float4<at::ScalarType>()};
 static_assert(kScalarTypes.size() == static_cast<std::size_t>(DType::kFloat4E2M1FNX2) + 1);
 
 using MemoryOwner = std::shared_ptr<HostMemory>;  // Shared by the tensors in the memory.
