@@ -36,7 +36,10 @@ inline void enter_call() {
   ++native_calls.under_way;
 }
 
-inline void leave_call() { --native_calls.under_way; }
+inline void leave_call() {
+  // A child that was forked within a call has begun to count anew, and leaves that call, too.
+  if (native_calls.under_way > 0) --native_calls.under_way;
+}
 
 /// Counts a call that may release the GIL, as long as the call lasts.
 class NativeCall {
@@ -80,7 +83,7 @@ class ReleasedUnlessEnded {
   ~ReleasedUnlessEnded() {
     if (!released_) return;
     released_.reset();
-    --native_calls.under_way;
+    leave_call();
   }
   ReleasedUnlessEnded(const ReleasedUnlessEnded&) = delete;
   ReleasedUnlessEnded& operator=(const ReleasedUnlessEnded&) = delete;
