@@ -11,6 +11,9 @@
 /// key are the same. A key for which nothing was better than the defaults has a profile without numbers, and so gets
 /// the defaults of later versions, too. The file of profiles is the user's, JSON, and may be edited.
 ///
+/// An engine does not know where its options come from, and neither do the figures of its transfers: TunedOptions says
+/// it, for the program's own log.
+///
 /// A profile takes at most 1 GiB of staging memory. Where an engine cannot be made with it, as under a limit on memory
 /// or threads, one with the defaults still may be.
 #pragma once

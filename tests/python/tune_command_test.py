@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from flashpack import _tune
+from flashpack import _programs, _tune
 from flashpack.__main__ import main
 from flashpack._native import FlashPackError
 
@@ -30,7 +30,7 @@ def stand_in(directory, text):
 @pytest.fixture
 def on_path(tmp_path, monkeypatch):
     """Makes the package look as if it came without the program, and returns the only directory on PATH."""
-    monkeypatch.setattr(_tune, "_HERE", tmp_path / "package")
+    monkeypatch.setattr(_programs, "_HERE", tmp_path / "package")
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     return tmp_path / "bin"
@@ -42,6 +42,21 @@ def test_the_program_of_the_package_measures_and_tells(tmp_path):
     report = json.loads(done.stdout)
     assert report["page_cache"][0]["gb_per_s"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_probe_shows_what_the_machine_allows_and_why_a_place_has_no_profile(tmp_path):
+    def probe(*arguments):
+        command = [sys.executable, "-m", "flashpack", "probe", *map(str, arguments)]
+        environment = {**os.environ, "XDG_CONFIG_HOME": str(tmp_path)}
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment)
+
+    report = json.loads(probe("--json", tmp_path).stdout)
+    assert report["direct_io"]["value"]
+    assert "none applies: " in report["profile"]["value"]
+    assert "profile" not in json.loads(probe("--json").stdout)
+    missing = probe(tmp_path / "missing")
+    assert missing.returncode == 1
+    assert str(tmp_path / "missing") in missing.stderr
 
 
 def test_the_exit_status_of_the_program_is_that_of_the_command(tmp_path):
@@ -176,7 +191,7 @@ def test_on_a_terminal_the_map_has_colours_unless_they_are_not_wanted(tmp_path):
         terminal, child = pty.openpty()
         options = ["--size_gib", "0.02", "--budget", "1s", "--dry_run"]
         process = subprocess.Popen(
-            [_tune.program(), *options, tmp_path],
+            [_programs.find("flashpack_tune"), *options, tmp_path],
             stdout=child,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "TERM": "xterm", "NO_COLOR": "", **environment},
@@ -220,11 +235,11 @@ def test_a_command_that_is_ended_ends_the_program(on_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{on_path}:/bin:/usr/bin")
     code = f"""
 import os, pathlib, signal, subprocess
-from flashpack import _tune
+from flashpack import _programs
 from flashpack.__main__ import main
 
 home = pathlib.Path({str(on_path)!r})
-_tune._HERE = home / "package"
+_programs._HERE = home / "package"
 wait = subprocess.Popen.wait
 
 def signalled(process, *arguments, **options):

@@ -7,7 +7,7 @@ import subprocess
 import flashpack
 import pytest
 import torch
-from flashpack import _engine, _tune
+from flashpack import _engine, _programs
 from flashpack._native import Engine, FlashPackError, tuned_options
 from support import random_tensor
 
@@ -29,7 +29,7 @@ def packed(tmp_path, monkeypatch):
 def key(tmp_path_factory):
     """Returns what profiles for the disk of the tests are found by, as flashpack_tune has kept it."""
     folder = tmp_path_factory.mktemp("key")
-    command = [_tune.program(), "--size_gib", "0.02", "--budget", "0.1s", folder]
+    command = [_programs.find("flashpack_tune"), "--size_gib", "0.02", "--budget", "0.1s", folder]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env={**os.environ, "XDG_CONFIG_HOME": str(folder)}
     )
@@ -60,8 +60,19 @@ def stats_of_load(path):
     return stats
 
 
-def test_without_a_profile_the_engine_is_the_usual_one(packed):
-    assert stats_of_load(packed)["profile"] == ""
+def stats_and_reason_of_load(path, caplog):
+    """Returns the figures of a load, and why it had no profile, as the log tells once."""
+    with caplog.at_level(logging.INFO, "flashpack"):
+        stats = stats_of_load(path)
+        stats_of_load(path)
+    (reason,) = [text for text in caplog.messages if text.startswith(f"loads like that of {path} have the defaults: ")]
+    return stats, reason.partition("defaults: ")[2]
+
+
+def test_without_a_profile_the_engine_is_the_usual_one(packed, caplog):
+    stats, reason = stats_and_reason_of_load(packed, caplog)
+    assert stats["profile"] == ""
+    assert str(packed.parent / "config/flashpack/tune.json") in reason
     assert list(_engine._engines) == [(None, "")]
 
 
@@ -70,6 +81,7 @@ def test_a_profile_is_applied_to_loads_and_named_in_their_figures_and_the_log(pa
         stats = stats_of_load(packed)
     assert stats["profile"] == f"1 MiB x 2, 1 workers of {profile}"
     assert stats["profile"] in caplog.text
+    assert "have the defaults" not in caplog.text
     with flashpack.stream_tensors(packed) as stream:
         list(stream)
     assert stream.stats["profile"] == stats["profile"]
@@ -84,20 +96,37 @@ def test_a_save_has_the_usual_engine(packed, profile):
     assert list(_engine._engines) == [(None, "")]
 
 
-def test_the_environment_turns_it_off(packed, profile, monkeypatch):
+def test_the_environment_turns_it_off(packed, profile, monkeypatch, caplog):
     monkeypatch.setenv("FLASHPACK_TUNE", "off")
-    assert stats_of_load(packed)["profile"] == ""
+    stats, reason = stats_and_reason_of_load(packed, caplog)
+    assert (stats["profile"], reason) == ("", "FLASHPACK_TUNE=off")
 
 
-@pytest.mark.parametrize("damaged", ["", "{", '{"profiles": [7]}', '{"profiles": [{"storage": "other"}]}'], ids=repr)
-def test_a_file_of_profiles_that_is_damaged_or_for_another_disk_is_ignored(packed, profile, damaged):
+@pytest.mark.parametrize(
+    ("damaged", "why"),
+    [
+        ("", "is damaged"),
+        ("{", "is damaged"),
+        ('{"profiles": [7]}', "no profile"),
+        ('{"profiles": [{"storage": "other"}]}', "no profile"),
+    ],
+    ids=repr,
+)
+def test_a_file_of_profiles_that_is_damaged_or_for_another_disk_is_ignored_with_a_reason(
+    packed, profile, damaged, why, caplog
+):
     profile.write_text(damaged)
-    assert stats_of_load(packed)["profile"] == ""
+    stats, reason = stats_and_reason_of_load(packed, caplog)
+    assert stats["profile"] == ""
+    assert why in reason
+    assert str(profile) in reason
 
 
-def test_values_out_of_range_are_ignored(packed, key):
+def test_values_out_of_range_are_ignored_with_a_reason(packed, key, caplog):
     keep(packed, key, chunk_bytes=MIB, queue_depth=0, workers=1)
-    assert stats_of_load(packed)["profile"] == ""
+    stats, reason = stats_and_reason_of_load(packed, caplog)
+    assert stats["profile"] == ""
+    assert "out of range" in reason
 
 
 def test_a_profile_is_looked_up_once_per_disk(packed, profile):
@@ -109,8 +138,8 @@ def test_a_profile_is_looked_up_once_per_disk(packed, profile):
 
 
 def test_a_profile_of_the_host_is_not_for_a_gpu(packed, profile):
-    assert tuned_options(packed)["queue_depth"] == 2
-    assert tuned_options(packed, 0) == {}
+    assert tuned_options(packed)[0]["queue_depth"] == 2
+    assert tuned_options(packed, 0)[0] == {}
 
 
 def test_where_no_engine_can_be_made_with_the_profile_loads_go_on_without_and_say_so_once(
@@ -131,13 +160,13 @@ def test_where_no_engine_can_be_made_with_the_profile_loads_go_on_without_and_sa
 
 def test_a_profile_can_have_other_staging_memory(packed, key):
     profile = keep(packed, key, chunk_bytes=MIB, queue_depth=2, workers=1, staging_bytes=24 * MIB)
-    assert tuned_options(packed)["staging_bytes"] == 24 * MIB
+    assert tuned_options(packed)[0]["staging_bytes"] == 24 * MIB
     assert stats_of_load(packed)["profile"] == f"1 MiB x 2, 1 workers, 24 MiB of staging of {profile}"
 
 
 def test_a_profile_may_say_that_nothing_was_better_than_the_defaults(packed, key):
     keep(packed, key, defaults=True)
-    assert tuned_options(packed) == {}
+    assert tuned_options(packed)[0] == {}
     assert stats_of_load(packed)["profile"] == ""
 
 

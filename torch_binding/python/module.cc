@@ -123,8 +123,8 @@ Backend backend_of(std::string_view name) {
   throw Error(Errc::kInvalidArgument, "backend must be auto or workers, got " + std::string(name));
 }
 
-/// Arguments of Engine; none if there is no profile.
-Dict tuned_arguments(const std::filesystem::path& path, std::optional<int> cuda_device) {
+/// Arguments of Engine, none if there is no profile, and the reason for either.
+nb::typed<nb::tuple, Dict, nb::str> tuned_arguments(const std::filesystem::path& path, std::optional<int> cuda_device) {
   const NativeCall call;
   TunedOptions tuned;
   {
@@ -132,14 +132,14 @@ Dict tuned_arguments(const std::filesystem::path& path, std::optional<int> cuda_
     tuned = tuned_options(path, device_of(cuda_device));
   }
   Dict dict;
-  if (!tuned.applied) return dict;
+  if (!tuned.applied) return nb::make_tuple(dict, text(tuned.reason));
   dict["chunk_bytes"] = tuned.options.chunk_bytes;
   dict["queue_depth"] = tuned.options.queue_depth;
   dict["staging_bytes"] = tuned.options.staging_bytes;
   dict["workers"] = tuned.options.workers;
   dict["backend"] = to_string(tuned.options.backend);
   dict["profile"] = text(tuned.reason);
-  return dict;
+  return nb::make_tuple(dict, text(tuned.reason));
 }
 
 CachePolicy cache_policy(std::string_view name) {
@@ -416,8 +416,9 @@ void bind_writer(nb::module_& module) {
 }
 
 void bind_profiles(nb::module_& module) {
-  module.def("tuned_options", &tuned_arguments, "path"_a, "cuda_device"_a = nb::none(),
-             "Returns the arguments of Engine from the profile for loads of `path`; none if no profile applies.");
+  module.def(
+      "tuned_options", &tuned_arguments, "path"_a, "cuda_device"_a = nb::none(),
+      "Returns the arguments of Engine from the profile for loads of `path`, none if no profile applies, and why.");
 }
 
 void bind_errors(nb::module_& module) {

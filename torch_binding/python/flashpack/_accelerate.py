@@ -60,10 +60,11 @@ class Acceleration:
 
 
 def accelerate() -> Acceleration:
-    """Lets transformers, diffusers, accelerate, torch.load and all others that use safetensors load through the engine.
+    """Lets transformers, diffusers, accelerate, torch.load and all others that use safetensors load through flashpack.
 
     `safetensors.safe_open` is replaced, also where a module that is imported already has it under any name. All of
-    safetensors.torch goes through it. What transformers loads to a GPU is read straight to it. Frameworks other than
+    safetensors.torch goes through it. What transformers loads to a GPU is read straight to it. On the CPU, tensors
+    share the page cache's memory, as with safetensors, and what is not there is read ahead. Frameworks other than
     torch, devices other than the CPU and CUDA, and files that this package cannot read are left to safetensors, whose
     errors the caller gets.
 

@@ -105,7 +105,11 @@ def _options(cuda_device: int | None, file: File) -> dict[str, Any]:
     """
     key = (cuda_device, file.identity[0])
     found = _tuned.get(key)
-    return _tuned.setdefault(key, tuned_options(file.path, cuda_device)) if found is None else found
+    if found is None:
+        found, reason = tuned_options(file.path, cuda_device)
+        if not found:
+            logger.info("loads like that of %s have the defaults: %s", file.path, reason)
+    return _tuned.setdefault(key, found)
 
 
 def release_engines() -> None:

@@ -304,6 +304,28 @@ def tune(path: str, picture: str | None, **options: Any) -> None:
     sys.exit(status)
 
 
+@main.command(epilog="Exit status: 0 it was tried (limits or not), 1 there is nothing at PATH, 2 wrong usage.")
+@click.argument("path", type=click.Path(), required=False)
+@click.option("--json", is_flag=True, help="Print JSON, for programs.")
+def probe(path: str | None, json: bool) -> None:
+    """Show what this machine allows, and how to remove its limits.
+
+    It tries io_uring, registered buffers and huge pages, and for a PATH, which is a checkpoint or the directory where
+    checkpoints are, direct reads, how to ask the page cache, and which profile of `flashpack tune` loads have, or why
+    they have none.
+
+    \b
+    flashpack probe
+    flashpack probe /models/model.flashpack
+    flashpack probe /models --json | jq .profile.value
+    """
+    with _reporting(verbose=False):
+        from ._programs import run
+
+        status = run("flashpack_probe", [*(["--json"] if json else []), *(["--", path] if path else [])])
+    sys.exit(status)
+
+
 def _summary(checkpoint: Checkpoint, more: dict[str, str]) -> dict[str, Any]:
     """Returns the keys of the footer and `more`, with one word for the checksums, because they are too many to show.
 
