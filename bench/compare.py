@@ -7,8 +7,8 @@ the first half of each file is read, and that is verified, too. Every load's byt
 compares durable saves.
 
 Peers are taken from PyPI into .cache/peers when they are not there. One that cannot be had, or fails, is named with its
-reason. The roofline of the page cache is plain reads, by the better of one thread and all, into memory that has been
-touched. engine_bench and tools/fio_compare.sh measure that of the disk, which threads of Python do not reach.
+reason. The roofline is plain reads into huge pages that have been touched: of the page cache by the better of one
+thread and all, of the disk by eight threads past the page cache.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ INDEX = "model.safetensors.index.json"
 STATES = ("cold", "half cached", "page cache")
 WIDTH = 4 * len(STATES)
 LIMIT_S = 300.0
+DIRECT_THREADS = 8
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -54,10 +55,20 @@ def by_flashpack(folder: Path, file: str, **options: Any) -> Tensors:
     return flashpack.load_file(folder / file, **options)
 
 
+class Streamed(dict[str, Any]):
+    """Tensors, with the time after which the first was there."""
+
+    first_seconds = 0.0
+
+
 def by_stream(folder: Path) -> Tensors:
     import flashpack
 
-    return dict(flashpack.stream_tensors(folder / INDEX))
+    tensors, started = Streamed(), time.perf_counter()
+    for name, tensor in flashpack.stream_tensors(folder / INDEX):
+        tensors.first_seconds = tensors.first_seconds or time.perf_counter() - started
+        tensors[name] = tensor
+    return tensors
 
 
 def by_reference(folder: Path) -> Tensors:
@@ -247,7 +258,10 @@ def timed_load(loader: Loader, folder: Path, state: str) -> tuple[dict[str, Any]
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     size_bytes = sum(tensor.nbytes for tensor in tensors.values())
     peak_mib = max(0.0, status_mib("VmHWM") - before_mib)
-    return {"seconds": seconds, "cpu_seconds": cpu, "bytes": size_bytes, "peak_mib": peak_mib}, tensors
+    answer = {"seconds": seconds, "cpu_seconds": cpu, "bytes": size_bytes, "peak_mib": peak_mib}
+    if isinstance(tensors, Streamed):
+        answer["first_tensor_of_time"] = tensors.first_seconds / seconds
+    return answer, tensors
 
 
 def load_twice(loader: Loader, folder: Path, state: str) -> dict[str, Any]:
@@ -259,9 +273,9 @@ def load_twice(loader: Loader, folder: Path, state: str) -> dict[str, Any]:
     return answers
 
 
-def read_all(paths: Iterable[Path], threads: int, memory: memoryview) -> float:
+def read_all(paths: Iterable[Path], threads: int, memory: memoryview, flags: int) -> float:
     """Returns the seconds for reading the files into memory that is as large as all of them."""
-    descriptors = [os.open(path, os.O_RDONLY) for path in paths]
+    descriptors = [os.open(path, os.O_RDONLY | flags) for path in paths]
     jobs = [
         (descriptor, offset)
         for descriptor in descriptors
@@ -282,21 +296,27 @@ def read_all(paths: Iterable[Path], threads: int, memory: memoryview) -> float:
     return seconds
 
 
-def roofline(folder: Path) -> dict[str, Any]:
-    """Reads the page cache with one thread, and with one for each CPU."""
+def roofline(folder: Path, state: str) -> dict[str, Any]:
+    """Reads the page cache with one thread, and with one for each CPU; the disk with several, past the page cache."""
     paths = shards_of(folder)
     size_bytes = sum(path.stat().st_size for path in paths)
-    memory = memoryview(mmap.mmap(-1, size_bytes + len(paths) * PART_BYTES))
+    mapping = mmap.mmap(-1, size_bytes + len(paths) * PART_BYTES)
+    mapping.madvise(mmap.MADV_HUGEPAGE)
+    memory = memoryview(mapping)
     for at in range(0, len(memory), mmap.PAGESIZE):
         memory[at] = 1
-    seconds = min(read_all(paths, threads, memory) for threads in (1, os.cpu_count() or 1))
+    prepare(folder, state)
+    if state == "cold":
+        seconds = read_all(paths, DIRECT_THREADS, memory, os.O_DIRECT)
+    else:
+        seconds = min(read_all(paths, threads, memory, 0) for threads in (1, os.cpu_count() or 1))
     return {"first": {"seconds": seconds, "cpu_seconds": 0.0, "bytes": size_bytes, "peak_mib": 0.0, "checksum": None}}
 
 
 def work(name: str, folder: Path) -> None:
     """The process of one sample: imports what it needs before the clock runs."""
     if name == ROOFLINE:
-        return serve(lambda state: roofline(folder))
+        return serve(lambda state: roofline(folder, state))
     import torch
 
     torch.zeros(1)
@@ -375,6 +395,9 @@ def report(results: Results) -> dict[str, Any]:
             for state in STATES
             if (name, state) in results.samples
         }
+        for state, row in rows[name].items():
+            first = results.median(name, state, "first", lambda load: load.get("first_tensor_of_time", 0.0))
+            row |= {"first_tensor_of_time": first} if first else {}
     return {"kernel": platform.release(), "cpus": os.cpu_count(), "rows": rows, "missing": results.reasons}
 
 
@@ -395,6 +418,13 @@ def as_markdown(result: dict[str, Any], command: str) -> str:
                 cells.append("" if value is None or (name == ROOFLINE and key[0] in "cp") else f"{value:.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [f"| {name} | {reason} |{' |' * (WIDTH - 1)}" for name, reason in result["missing"].items()]
+    lines.append("")
+    lines += [
+        f"The first tensor of `{name}`, {state}, is there after {row['first_tensor_of_time']:.1%} of its first load."
+        for name, states in result["rows"].items()
+        for state, row in states.items()
+        if "first_tensor_of_time" in row
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -406,6 +436,7 @@ def main() -> int:
     parser.add_argument("--size_gib", type=float, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=list(LOADERS), default=list(LOADERS), metavar="NAME")
+    parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES), metavar="STATE")
     parser.add_argument("--out", type=Path, help="for OUT.json and OUT.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -420,12 +451,12 @@ def main() -> int:
     options.dir.mkdir(parents=True, exist_ok=True)
     make_files(options.dir, options.size_gib)
     results = Results(GAPS | {name: reason for name, reason in reasons.items() if reason is not None})
-    for state in STATES:
+    for state in options.states:
         for path in options.dir.iterdir():
             if state == "page cache":
                 warm(path)
         for turn in range(options.rounds):
-            names = [ROOFLINE, *options.only] if state == "page cache" else options.only
+            names = options.only if state == "half cached" else [ROOFLINE, *options.only]
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 results.take(name, state, options.dir)
             if options.out is not None:  # A run that is cut short still has figures.
