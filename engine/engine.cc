@@ -287,7 +287,7 @@ TransferStats Engine::load(LoadRequest request) { return start_load(std::move(re
 Transfer Engine::start_load(LoadRequest request, Completion* completion) {
   impl_->owner().require_current("engine");
   auto state = internal::prepare_load(impl_->facts(), std::move(request), completion);
-  const internal::PartResult* const result = state->result_if_read();
+  const internal::PartResult* const result = state->driver.result_if_read();
   if (result && !completion && !options().trace) {
     state->add(*result);
     state->finish(std::nullopt);  // Nobody is to be told on the driver thread, so it need not be woken.

@@ -95,7 +95,7 @@ FileWriter::Impl::Claims FileWriter::Impl::claims_of(std::span<const internal::F
 void FileWriter::Impl::forget_those_that_ended_well() {
   std::erase_if(transfers_, [this](const auto& earlier) {
     if (!earlier->end.reached() || earlier->end.failure()) return false;
-    if (const internal::StripeSums* const sums = earlier->sums()) sums_.add(*sums);
+    if (const internal::StripeSums* const sums = earlier->driver.sums()) sums_.add(*sums);
     return true;
   });
 }
@@ -136,7 +136,7 @@ void FileWriter::Impl::take_results(const char* verb) {
     if (const internal::Failure* const failure = state->end.failure()) throw failure->error();
   }
   for (const auto& state : transfers_) {
-    if (const internal::StripeSums* const sums = state->sums()) sums_.add(*sums);
+    if (const internal::StripeSums* const sums = state->driver.sums()) sums_.add(*sums);
   }
   transfers_.clear();
 }

@@ -15,7 +15,7 @@ constexpr std::chrono::milliseconds kLongestPeriod{4};
 }  // namespace
 
 void GatedTransfers::add(TransferState& transfer, Time now) {
-  if (!transfer.has_shut_gate()) return;
+  if (!transfer.driver.has_shut_gate()) return;
   transfers_.push_back(&transfer);
   changed_ = now;
 }
@@ -26,8 +26,9 @@ void GatedTransfers::look(Time now, const std::function<void(TransferState&, std
   for (std::size_t i = transfers_.size(); i-- > 0;) {
     TransferState& transfer = *transfers_[i];
     std::error_code error;
-    if (!transfer.has_failed()) transfer.look_at_gates(error);
-    if (transfer.has_shut_gate() && !transfer.has_failed() && !error) continue;
+    DriverState& driver = transfer.driver;
+    if (!driver.failure) std::erase_if(driver.gates, [&](const auto& gate) { return gate->is_open(error); });
+    if (driver.has_shut_gate() && !driver.failure && !error) continue;
     changed_ = now;
     transfers_.erase(transfers_.begin() + static_cast<std::ptrdiff_t>(i));
     if (error) failed(transfer, error);

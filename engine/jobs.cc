@@ -157,7 +157,7 @@ bool Jobs::has_its_share_of_slots(const FileSystem& file_system) const {
 
 std::optional<int> Jobs::take_slot(const Part& part) {
   // A chunk behind a gate may wait long, so such chunks leave half of the slots to others.
-  const std::size_t kept = part.transfer->has_shut_gate() ? limits_.slots / 2 : 0;
+  const std::size_t kept = part.transfer->driver.has_shut_gate() ? limits_.slots / 2 : 0;
   const std::size_t used = slots_.size() - free_slots_.size() - stuck_slots_;
   if (free_slots_.empty() || used + kept >= limits_.slots) return std::nullopt;
   const std::size_t spare = slots_.size() - limits_.slots;
@@ -291,7 +291,7 @@ void Jobs::tell_of_end(const Job& job, Step next, Time now) const {
   const auto depth = std::ranges::count_if(jobs_, [&](const Job& other) { return stage_of(other) == stage; });
   tracer_.sink->event({.stage = *stage,
                        .engine = tracer_.engine,
-                       .transfer = job.transfer().number(),
+                       .transfer = job.transfer().driver.number,
                        .file = job.part->request.index,
                        .path = job.part->request.path.native(),
                        .lane = static_cast<std::uint32_t>(&job - jobs_.data()),

@@ -39,7 +39,7 @@ void OpenParts::tell_of_end(const Part& part, Time now) const {
   const auto depth = std::ranges::count(with_threads_, part.state(), &Part::state);
   tracer_.sink->event({.stage = opens ? TraceStage::kOpen : TraceStage::kClose,
                        .engine = tracer_.engine,
-                       .transfer = part.transfer->number(),
+                       .transfer = part.transfer->driver.number,
                        .file = part.request.index,
                        .path = part.request.path.native(),
                        .size_bytes = opens && result ? result->read_bytes : 0,

@@ -78,7 +78,7 @@ std::shared_ptr<TransferState> new_transfer(const EngineFacts& engine, TransferR
   state->driver.stats.backend = engine.backend;
   state->driver.stats.requested_bytes = request.total_bytes;
   state->driver.stats.pinned = engine.copier && engine.copier->locked();
-  state->note_fallback(engine.fallback_reason);
+  state->driver.note_fallback(engine.fallback_reason);
   return state;
 }
 

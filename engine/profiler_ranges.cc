@@ -13,7 +13,7 @@ ProfilerRanges::ProfilerRanges() noexcept : domain_(nvtxDomainCreateA("flashpack
 
 std::uint64_t ProfilerRanges::begin(const TransferState& transfer) const {
   if (!domain_) return 0;
-  const std::string text = std::string(transfer.verb()) + " " + transfer.path().string();
+  const std::string text = std::string(transfer.verb()) + " " + transfer.driver.path().string();
   nvtxEventAttributes_t attributes{};
   attributes.version = NVTX_VERSION;
   attributes.size = NVTX_EVENT_ATTRIB_STRUCT_SIZE;

@@ -70,7 +70,7 @@ void Steps::look_at_gates() {
     if (jobs_[tag].step != Step::kWait) continue;
     if (jobs_[tag].part->failure) {
       close_job(tag);
-    } else if (!jobs_[tag].transfer().has_shut_gate()) {
+    } else if (!jobs_[tag].transfer().driver.has_shut_gate()) {
       advance(tag);
     }
   }
@@ -92,14 +92,14 @@ void Steps::begin(unsigned tag, Step step) {
     case Step::kReadIfCached:
     case Step::kReadCached:
     case Step::kWriteCached:
-      job.transfer().count_operation();
+      ++job.transfer().driver.stats.operations;
       [[fallthrough]];
     case Step::kPopulate:
     case Step::kPopulateSlot:
     case Step::kCount:
       return give_to_workers(tag);
     case Step::kWait:
-      return job.transfer().has_shut_gate() ? void() : advance(tag);
+      return job.transfer().driver.has_shut_gate() ? void() : advance(tag);
     case Step::kScatter:
     case Step::kGather:
       if (!job.way.to_device) return give_to_workers(tag);
@@ -117,7 +117,7 @@ void Steps::move_direct(unsigned tag) {
   Job& job = jobs_[tag];
   DiskQueue& queue = job.part->open_file().serving_queue(queues_.stand_in);
   job.queue = &queue;
-  job.transfer().count_operation();
+  ++job.transfer().driver.stats.operations;
   queue.push(tag, job.disk_request());
 }
 
@@ -155,17 +155,17 @@ void Steps::complete(IoCompletion completion) {
 
 void Steps::on_direct(unsigned tag, std::int64_t result) {
   Job& job = jobs_[tag];
-  TransferState& transfer = job.transfer();
+  TransferStats& stats = job.transfer().driver.stats;
   const bool reads = job.step == Step::kRead;
   if (result == -EINVAL || result == -EOPNOTSUPP) return refuse_direct(tag);
   const bool interrupted = result == -EINTR || result == -EAGAIN;
   if (result < 0 && !interrupted) return fail(tag, errno_code(static_cast<int>(-result)));
 
   const std::uint64_t got = job.done_bytes + (interrupted ? 0 : static_cast<std::uint64_t>(result));
-  transfer.count_direct(got - job.done_bytes);
+  stats.direct_bytes += got - job.done_bytes;
   if (job.file_bytes.offset_bytes + got >= end_of(*job.chunk)) {
     job.done_bytes = got;
-    if (has_slot(job.way.view)) transfer.count_staged(got);
+    if (has_slot(job.way.view)) stats.staged_bytes += got;
     return advance(tag);
   }
   if (result == 0 && reads) return fail(tag, Errc::kTruncated);
@@ -178,7 +178,7 @@ void Steps::on_direct(unsigned tag, std::int64_t result) {
     return fail(tag, interrupted ? errno_code(static_cast<int>(-result)) : no_progress);
   }
   job.done_bytes = resume;
-  transfer.count_retry();
+  ++stats.retries;
   begin(tag, job.step);
 }
 
@@ -186,14 +186,14 @@ void Steps::on_buffered(unsigned tag, std::int64_t result) {
   const Job& job = jobs_[tag];
   if (job.step == Step::kReadIfCached && result == -EAGAIN) return give_back(tag);
   if (result < 0) return fail(tag, errno_code(static_cast<int>(-result)));
-  TransferState& transfer = job.transfer();
+  TransferStats& stats = job.transfer().driver.stats;
   const auto moved = static_cast<std::uint64_t>(result);
-  transfer.count_buffered(moved);
+  stats.buffered_bytes += moved;
   job.part->has_used_page_cache |= moved > 0;
   const bool in_slot = has_slot(job.way.view);
   if (moved != (in_slot ? job.file_bytes.size_bytes : job.part->plan().wanted_bytes(*job.chunk)))
     return fail(tag, job.step == Step::kWriteCached ? errno_code(EIO) : make_error_code(Errc::kTruncated));
-  if (in_slot) transfer.count_staged(moved);
+  if (in_slot) stats.staged_bytes += moved;
   advance(tag);
 }
 
@@ -207,11 +207,11 @@ void Steps::on_worked(unsigned tag, std::error_code error) {
 // which may not need its slot.
 void Steps::refuse_direct(unsigned tag) {
   Job& job = jobs_[tag];
-  TransferState& transfer = job.transfer();
+  DriverState& driver = job.transfer().driver;
   assert(job.step == Step::kRead || job.step == Step::kWrite);
   job.part->planned->router.refuse_direct();
-  transfer.count_retry();
-  transfer.note_fallback("direct I/O: refused by the file system at the first use");
+  ++driver.stats.retries;
+  driver.note_fallback("direct I/O: refused by the file system at the first use");
   jobs_.reroute(job, way_of(*job.part, *job.chunk, Route::kRefused));
   advance(tag);
 }
@@ -229,7 +229,7 @@ void Steps::give_back(unsigned tag) {
   Part& part = *jobs_[tag].part;
   assert(part.state() == Part::State::kOpen && part.chunks_open > 0);
   part.planned->router.give_back(*jobs_[tag].chunk);
-  part.transfer->count_retry();
+  ++part.transfer->driver.stats.retries;
   close_job(tag);
   owner_.on_given_back(part);
 }

@@ -74,84 +74,64 @@ struct TransferRequest {
   PagePolicy* page_policy = nullptr;  // The engine's.
 };
 
+/// What the one thread that has a transfer does with it: the thread that prepares it, until the start, and from then on
+/// the driver, until the end. After it, a FileWriter asks for sums().
+struct DriverState {
+  std::deque<Part> parts;                    // A store has one part, already open. Parts never move in memory.
+  std::uint64_t number = 0;                  // From 1 on, in the order in which the driver got the transfers.
+  std::uint64_t range = 0;                   // As ProfilerRanges has numbered it.
+  std::shared_ptr<TransferState> self;       // Shared with the handle until the end, because it may be gone earlier.
+  std::vector<std::unique_ptr<Gate>> gates;  // Those that were shut when last looked at.
+  std::size_t parts_awaited = 0;             // Parts that the end still waits for.
+  std::optional<Failure> failure;            // The error that ended the whole transfer, if one did.
+  TransferStats stats;                       // What has been done so far.
+
+  /// Whether the caller's work on a device has not ended, as far as is known. Until it has, nothing is copied to or
+  /// from a device.
+  bool has_shut_gate() const noexcept { return !gates.empty(); }
+  /// Adds `reason` to TransferStats::fallback_reason unless it is there.
+  void note_fallback(std::string_view reason);
+  /// The path for messages that concern no single file: that of the first file; empty if there is none.
+  std::filesystem::path path() const;
+  /// The result of a load of one file whose bytes have been read while it was prepared; null for all others.
+  const PartResult* result_if_read() const;
+  /// The sums of what a store has written; null if nothing is counted.
+  const StripeSums* sums() const;
+};
+
 /// Shared by the caller's handle, the driver, threads that open or close a file of the transfer, and the FileWriter
 /// that started it, because any of them may be the last to need it.
 ///
-/// look_at_gates(), the count and note functions, add(), the report functions, finish(), set_inbox() and with_inbox()
-/// act; the other functions ask. They are for the thread that may use `driver`, except those that say "any thread".
-/// Only those who make transfers, begin them and end them use `driver` itself; all others use these functions.
+/// Thread safety: any thread, except for `driver` and the functions that say so.
 struct TransferState : std::enable_shared_from_this<TransferState> {
-  /// The thread that prepares the transfer has it until the start. From then on only the driver uses it, until the end.
-  /// After it, a FileWriter asks for sums().
-  struct Driver {
-    std::deque<Part> parts;                    // A store has one part, already open. Parts never move in memory.
-    std::uint64_t number = 0;                  // See number().
-    std::uint64_t range = 0;                   // As ProfilerRanges has numbered it.
-    std::shared_ptr<TransferState> self;       // Shared with the handle until the end, because it may be gone earlier.
-    std::vector<std::unique_ptr<Gate>> gates;  // Those that were shut when last looked at. See has_shut_gate().
-    std::size_t parts_awaited = 0;             // Parts that the end still waits for.
-    std::optional<Failure> failure;            // The error that ended the whole transfer, if one did.
-    TransferStats stats;
-  };
-
   explicit TransferState(TransferRequest wanted = {}) : request(wanted) {}
 
-  /// Any thread.
   static Transfer handle(std::shared_ptr<TransferState> state) { return Transfer(std::move(state)); }
+  bool is_load() const noexcept { return request.direction == Direction::kLoad; }
+  const char* verb() const noexcept { return is_load() ? "read" : "write"; }
 
-  /// Looks once, without waiting, whether the caller's work on each device has ended. Sets `error` if a device has
-  /// failed.
-  void look_at_gates(std::error_code& error);
-  /// Whether that work has not ended, as far as look_at_gates() knows. Until it has, nothing is copied to or from a
-  /// device.
-  bool has_shut_gate() const noexcept { return !driver.gates.empty(); }
-
-  /// These count in TransferStats what has been done for the transfer.
-  void count_operation() noexcept { ++driver.stats.operations; }
-  void count_retry() noexcept { ++driver.stats.retries; }
-  void count_direct(std::uint64_t bytes) noexcept { driver.stats.direct_bytes += bytes; }
-  void count_buffered(std::uint64_t bytes) noexcept { driver.stats.buffered_bytes += bytes; }
-  void count_staged(std::uint64_t bytes) noexcept { driver.stats.staged_bytes += bytes; }
-  /// Adds `reason` to TransferStats::fallback_reason unless it is there.
-  void note_fallback(std::string_view reason);
-  /// Counted from 1 in the order in which the driver got the transfers; 0 before it has this one.
-  std::uint64_t number() const noexcept { return driver.number; }
-
-  /// The path for messages that concern no single file: that of the first file; empty if there is none.
-  std::filesystem::path path() const;
-
-  /// Takes over the result of a part.
+  /// The thread that may use `driver`: takes over the result of a part.
   void add(const PartResult& result);
-  /// Whether an error has ended the whole transfer.
-  bool has_failed() const noexcept { return driver.failure.has_value(); }
-  /// How the transfer has failed, also if only some of its parts have. Requires: all parts have ended.
-  std::optional<Failure> failure() const;
-  /// Tells the completion of the extents that wait for no chunk: those of no bytes, or all, if the thread that opened
-  /// the file has read it.
-  void report_at_once(const Part& part) const;
-  /// Tells the completion, if it wants to know, of the part's extents that have landed with `chunk`, which has been
-  /// delivered. Throws: Error, kCorrupt, if a stripe of them does not match.
-  void report_landed(Part& part, const Chunk& chunk) const;
-  /// Ends the transfer, and calls the completion.
+  /// The same thread: ends the transfer, and calls the completion.
   void finish(std::optional<Failure> result);
 
-  /// The result of a load of one file whose bytes have been read while it was prepared; null for all others.
-  const PartResult* result_if_read() const;
-  /// The sums of what a store has written; null if nothing is counted. The FileWriter asks, after the end.
-  const StripeSums* sums() const;
-  /// Any thread.
-  bool is_load() const noexcept { return request.direction == Direction::kLoad; }
-  /// Any thread.
-  const char* verb() const noexcept { return is_load() ? "read" : "write"; }
+  /// Borrows the driver's inbox until finish(). Requires: no other thread has the transfer yet.
+  void set_inbox(Inbox& inbox) noexcept { inbox_ = &inbox; }
+  /// Calls `use` with the driver's inbox, which lives that long, or not at all before the start and after the end.
+  template <class Use>
+  void with_inbox(Use use) {
+    const std::lock_guard lock(inbox_mutex_);
+    if (inbox_) use(*inbox_);
+  }
 
   const TransferRequest request;
   const std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
   const detail::OwnerProcess owner;
 
-  Driver driver;
+  DriverState driver;
 
-  // Any thread; only the driver writes the counters.
   std::atomic<bool> cancel_requested = false;
+  // Only the driver writes these two.
   std::atomic<std::uint64_t> done_bytes = 0;
   std::atomic<std::uint32_t> outstanding = 0;  // Chunks under way, and files that are opened or closed.
   TransferEnd end;
@@ -159,16 +139,6 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   // The next in the inbox's list of cancelled transfers, shared as Inbox::Messages::cancelled. Protected by the inbox's
   // mutex, until the driver has the list.
   std::shared_ptr<TransferState> next_cancelled;
-
-  /// Borrows the driver's inbox until finish(). Requires: no other thread has the transfer yet.
-  void set_inbox(Inbox& inbox) noexcept { inbox_ = &inbox; }
-  /// Any thread: calls `use` with the driver's inbox, which lives that long, or not at all before the start and after
-  /// the end.
-  template <class Use>
-  void with_inbox(Use use) {
-    const std::lock_guard lock(inbox_mutex_);
-    if (inbox_) use(*inbox_);
-  }
 
  private:
   std::mutex inbox_mutex_;

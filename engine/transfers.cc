@@ -2,7 +2,12 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cstdint>
+#include <deque>
+#include <span>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "engine/ground/error.h"
 
@@ -14,8 +19,58 @@ namespace {
 constexpr std::chrono::nanoseconds kLookForLatePeriod = kLate / 5;
 
 void note_fallbacks(const Part& part) {
-  part.transfer->note_fallback(part.planned->fallback_reason);
-  part.transfer->note_fallback(part.planned->router.fallback_reason());
+  part.transfer->driver.note_fallback(part.planned->fallback_reason);
+  part.transfer->driver.note_fallback(part.planned->router.fallback_reason());
+}
+
+void report(const Part& part, std::uint32_t extent) {
+  part.transfer->request.completion->landed(part.request.index, extent);
+}
+
+// Tells the completion of the extents that wait for no chunk: those of no bytes, or all, if the thread that opened the
+// file has read it.
+void report_at_once(const Part& part) {
+  for (std::uint32_t extent = 0; extent < part.request.reported_extents; ++extent) {
+    if (!part.planned || part.planned->landing->has_landed(extent)) report(part, extent);
+  }
+}
+
+// Tells the completion, if it wants to know, of the extents that have landed with `chunk`, which has been delivered.
+// Throws: Error, kCorrupt, if a stripe of them does not match.
+void report_landed(const Part& part, const Chunk& chunk) {
+  PlannedFile& planned = *part.planned;
+  if (!planned.landing) return;
+  const auto index = static_cast<std::uint32_t>(&chunk - planned.plan.chunks.data());
+  const std::span<const std::uint32_t> landed = planned.landing->deliver(index);
+  if (!landed.empty() && planned.sums) {
+    const std::uint64_t begin_bytes = planned.plan.chunks[landed.front()].offset_bytes;
+    compare_stripes(part.request, planned, begin_bytes, end_of(planned.plan.chunks[landed.back()]));
+  }
+  for (const std::uint32_t each : landed) {
+    for (const Fragment& fragment : planned.plan.fragments_of(planned.plan.chunks[each])) {
+      if (planned.landing->land(fragment)) report(part, fragment.extent);
+    }
+  }
+}
+
+// How the transfer has failed, also if only some of its parts have.
+std::optional<Failure> failure_with_files(const TransferState& transfer) {
+  const std::deque<Part>& parts = transfer.driver.parts;
+  std::optional<Failure> failure = transfer.driver.failure;
+  if (!transfer.request.continue_on_error) return failure;
+  std::vector<FileFailure> files;
+  for (const Part& part : parts) {
+    if (part.failure) files.push_back({part.request.index, *part.failure});
+  }
+  if (!failure && !files.empty()) {
+    failure = files.front().failure;
+    if (parts.size() > 1) {
+      failure->context =
+          std::to_string(files.size()) + " of " + std::to_string(parts.size()) + " files failed: " + failure->context;
+    }
+  }
+  if (failure) failure->files = std::move(files);
+  return failure;
 }
 
 }  // namespace
@@ -69,7 +124,7 @@ void Transfers::take_messages() {
   std::shared_ptr<TransferState>& cancelled = messages_.cancelled;
   while (cancelled) {
     const std::shared_ptr<TransferState> transfer = std::exchange(cancelled, std::move(cancelled->next_cancelled));
-    if (transfer->driver.self && !transfer->has_failed()) give_up(*transfer, Errc::kCancelled);
+    if (transfer->driver.self && !transfer->driver.failure) give_up(*transfer, Errc::kCancelled);
   }
 }
 
@@ -105,7 +160,7 @@ void Transfers::expire() {
   while (!deadlines_.empty() && deadlines_.begin()->first <= now_) {
     TransferState& transfer = *deadlines_.begin()->second;
     deadlines_.erase(deadlines_.begin());
-    if (!transfer.has_failed()) give_up(transfer, Errc::kDeadlineExceeded);
+    if (!transfer.driver.failure) give_up(transfer, Errc::kDeadlineExceeded);
   }
 }
 
@@ -160,7 +215,7 @@ void Transfers::on_opened(Part& part, Opened opened) {
 
 void Transfers::begin_issuing(Part& part) {
   parts_.enter(part, Part::State::kOpen, now_);
-  part.transfer->report_at_once(part);
+  report_at_once(part);
   part.chunks_open = static_cast<std::uint32_t>(part.plan().chunks.size());
   part.chunks_open == 0 ? on_all_back(part) : schedule_.add(part);
 }
@@ -169,7 +224,7 @@ void Transfers::on_delivered(Part& part, const Chunk& chunk) {
   assert(part.chunks_open > 0);
   --part.chunks_open;
   try {
-    part.transfer->report_landed(part, chunk);
+    report_landed(part, chunk);
   } catch (const Error& error) {
     return fail(part, error);
   }
@@ -214,7 +269,7 @@ void Transfers::stop_waiting_for(Part& part, bool late) {
   if (const PartResult* const result = part.handover.result()) {
     transfer.add(*result);
     if (result->failure && !part.failure) return fail(part, result->failure->error());
-    if (result->read_bytes > 0 && !part.failure) transfer.report_at_once(part);
+    if (result->read_bytes > 0 && !part.failure) report_at_once(part);
   }
   end_if_idle(transfer);
 }
@@ -258,8 +313,8 @@ void Transfers::give_up(TransferState& transfer, std::error_code code) {
   for (Part& part : parts) {
     if (part.awaited && !part.failure) part.failure.emplace(file_error(code, transfer.verb(), part.request.path));
   }
-  if (parts.size() < 2) return give_up(transfer, file_error(code, transfer.verb(), transfer.path()));
-  give_up(transfer, Error(code, std::string(transfer.verb()) + " " + transfer.path().string() + " and " +
+  if (parts.size() < 2) return give_up(transfer, file_error(code, transfer.verb(), transfer.driver.path()));
+  give_up(transfer, Error(code, std::string(transfer.verb()) + " " + transfer.driver.path().string() + " and " +
                                     std::to_string(parts.size() - 1) + " more"));
 }
 
@@ -296,10 +351,10 @@ void Transfers::end_if_idle(TransferState& transfer) {
 }
 
 void Transfers::tell_of_end(const TransferState& transfer, const std::optional<Failure>& failure) const {
-  const std::string path = transfer.path().native();
+  const std::string path = transfer.driver.path().native();
   tracer_.sink->event({.stage = TraceStage::kTransfer,
                        .engine = tracer_.engine,
-                       .transfer = transfer.number(),
+                       .transfer = transfer.driver.number,
                        .path = path,
                        .size_bytes = transfer.done_bytes,
                        .begin = transfer.started,
@@ -321,9 +376,9 @@ void Transfers::end(TransferState& transfer) {
     if (transfer.is_load()) part.planned.reset();  // The FileWriter of a store reads the sums.
   }
   if (disk_.refuses()) transfer.driver.stats.backend = Backend::kWorkers;
-  transfer.note_fallback(disk_.fallback_reason());
-  if (copier_) transfer.note_fallback(copier_->fallback_reason());
-  std::optional<Failure> failure = transfer.failure();
+  transfer.driver.note_fallback(disk_.fallback_reason());
+  if (copier_) transfer.driver.note_fallback(copier_->fallback_reason());
+  std::optional<Failure> failure = failure_with_files(transfer);
   if (tracer_) tell_of_end(transfer, failure);
   ranges_.end(transfer.driver.range);
   --unfinished_;
