@@ -60,7 +60,7 @@ namespace {
 }  // namespace
 
 Error::Error(std::error_code code, const std::string& context, std::filesystem::path path, std::uint64_t offset_bytes)
-    : std::system_error(code, context), path_(std::move(path)), offset_bytes_(offset_bytes) {}
+    : std::system_error(code, context), context_(context), path_(std::move(path)), offset_bytes_(offset_bytes) {}
 
 Error::Error(std::error_code code, const std::string& context, std::filesystem::path path, std::uint64_t offset_bytes,
              std::vector<FileError> files)

@@ -8,9 +8,7 @@
 namespace flashpack::internal {
 
 Failure::Failure(const Error& error)
-    : code(error.code()), context(error.what()), path(error.path()), offset_bytes(error.offset_bytes()) {
-  context.resize(context.size() - code.message().size() - 2);  // what() is the context, ": " and the message.
-}
+    : code(error.code()), context(error.context_), path(error.path()), offset_bytes(error.offset_bytes()) {}
 
 Error Failure::error() const {
   if (files.empty()) return Error(code, context, path, offset_bytes);

@@ -35,6 +35,9 @@ const std::error_category& cuda_category() noexcept;
 inline std::error_code make_error_code(Errc e) noexcept { return {static_cast<int>(e), flashpack_category()}; }
 
 struct FileError;
+namespace internal {
+struct Failure;
+}
 
 /// Thrown by every function of the library that says "Throws: Error".
 ///
@@ -61,6 +64,8 @@ class Error : public std::system_error {
   std::span<const FileError> files() const noexcept;
 
  private:
+  friend struct internal::Failure;
+  std::string context_;
   std::filesystem::path path_;
   std::uint64_t offset_bytes_;
   std::shared_ptr<const std::vector<FileError>> files_;  // Shared by the copies. Null if there are none.

@@ -34,6 +34,16 @@ TEST(FailureTest, EveryExceptionHasACodeAndAPath) {
   EXPECT_EQ(fault.context, "open the file: an index");
 }
 
+TEST(FailureTest, ItsErrorSaysTheSameAsTheOneThatItWasMadeOf) {
+  const std::error_code code = Errc::kTruncated;
+  const std::string with_zero = std::string("open a") + '\0' + "b, which no system call sees whole";
+  for (const std::string& context : {std::string(), std::string("read a"), "read " + code.message(), with_zero}) {
+    const Error error(code, context);
+    EXPECT_EQ(Failure(error).context, context);
+    EXPECT_STREQ(Failure(error).error().what(), error.what());
+  }
+}
+
 TEST(FailureTest, ItsErrorHasThoseOfTheFiles) {
   Failure failure(Error(Errc::kTruncated, "read a", "a"));
   EXPECT_TRUE(failure.error().files().empty());
