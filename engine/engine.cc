@@ -238,6 +238,7 @@ void Engine::Impl::drive(std::promise<void>& ready) {
   }
   machine_ = std::move(machine);
   pipeline_ = &*machine_->pipeline;
+  backend_ = options_.backend;
   facts_ = {.number = number_,
             .chunk_bytes = options_.chunk_bytes,
             .at_once_bytes = kAtOnceBytes,
@@ -254,6 +255,7 @@ void Engine::Impl::drive(std::promise<void>& ready) {
 // thread continues.
 void Engine::Impl::run() {
   while (!machine_->pipeline->run()) {
+    backend_ = Backend::kWorkers;
     try {
       successor_ = internal::start_thread("flashpack-drive", [this] { run(); });
       return;
@@ -289,6 +291,7 @@ Transfer Engine::start_load(LoadRequest request, Completion* completion) {
   auto state = internal::prepare_load(impl_->facts(), std::move(request), completion);
   const internal::PartResult* const result = state->driver.result_if_read();
   if (result && !completion && !options().trace) {
+    state->driver.stats.backend = impl_->backend();
     state->add(*result);
     state->finish(std::nullopt);  // Nobody is to be told on the driver thread, so it need not be woken.
   } else {

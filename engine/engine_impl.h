@@ -1,6 +1,7 @@
 /// The implementations of Engine and FileWriter.
 #pragma once
 
+#include <atomic>
 #include <filesystem>
 #include <future>
 #include <map>
@@ -34,6 +35,8 @@ class Engine::Impl {
   const detail::OwnerProcess& owner() const noexcept { return owner_; }
   const EngineOptions& options() const noexcept { return options_; }
   const std::string& fallback_reason() const noexcept { return fallback_reason_; }
+  /// The backend that serves files now: the workers once the kernel has begun to refuse the ring.
+  Backend backend() const noexcept { return backend_; }
   const internal::EngineFacts& facts() const noexcept { return facts_; }
   /// Hands a prepared transfer to the driver. From then on, only the driver may use TransferState::driver.
   void start(const std::shared_ptr<internal::TransferState>& state);
@@ -50,6 +53,7 @@ class Engine::Impl {
   // and, in options_, the backend and the NUMA node.
   EngineOptions options_;
   std::string fallback_reason_;
+  std::atomic<Backend> backend_;  // Set by the driver.
   const std::uint32_t number_;
   const detail::OwnerProcess owner_;
   internal::Pipeline* pipeline_ = nullptr;  // Inside machine_, as is what facts_ points to.
