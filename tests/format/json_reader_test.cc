@@ -115,10 +115,9 @@ TEST(JsonReader, AStringMayBeLongerThanWhatIsParsedAtOnce) {
 
 TEST(JsonReader, ReadsTheSameWhereverTheTextIsCutForParsing) {
   constexpr std::string_view kText = R"({"k\u0065y":["\ud83d\ude00é","plain",-12345,1.5e-3,true,null],"b":{}})";
-  // Any multiple of what is parsed at once.
-  constexpr std::size_t kAheadBytes = std::size_t{64} << 10;
   for (std::size_t cut = 0; cut <= kText.size(); ++cut) {
-    const std::string text = std::string(kAheadBytes - cut, ' ').append(kText).append(kAheadBytes, ' ');
+    const std::string text =
+        std::string(JsonReader::kWindowBytes - cut, ' ').append(kText).append(JsonReader::kWindowBytes, ' ');
     JsonReader json(text);
     json.object([&](std::string_view key) {
       if (key != "key") return json.skip();
@@ -129,7 +128,8 @@ TEST(JsonReader, ReadsTheSameWhereverTheTextIsCutForParsing) {
     });
     json.end();
     const bool is_whole = cut == kText.size();
-    EXPECT_EQ(error_of(text.substr(0, kAheadBytes)).what() == std::string_view("is accepted"), is_whole) << cut;
+    EXPECT_EQ(error_of(text.substr(0, JsonReader::kWindowBytes)).what() == std::string_view("is accepted"), is_whole)
+        << cut;
   }
 }
 

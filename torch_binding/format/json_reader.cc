@@ -93,7 +93,7 @@ boost::json::parse_options options() {
 
 }  // namespace
 
-/// Turns Boost's parser, which pushes events, into one that is asked for the next event, by parsing a few KiB ahead.
+/// Turns Boost's parser, which pushes events, into one that is asked for the next event, by parsing a window ahead.
 class JsonReader::Events {
  public:
   explicit Events(std::string_view text) : rest_(text), parser_(options()) { handler_.text = text; }
@@ -131,11 +131,10 @@ class JsonReader::Events {
 };
 
 void JsonReader::Events::parse_more() {
-  constexpr std::size_t kAheadBytes = std::size_t{16} << 10;
   if (error_) throw *error_;
   handler_.events.clear();
   next_ = 0;
-  const std::size_t size = std::min(rest_.size(), kAheadBytes);
+  const std::size_t size = std::min(rest_.size(), kWindowBytes);
   boost::json::error_code error;
   const std::size_t parsed = parser_.write_some(size < rest_.size(), rest_.data(), size, error);
   rest_.remove_prefix(parsed);

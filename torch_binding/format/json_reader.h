@@ -46,6 +46,9 @@ class JsonError : public std::runtime_error {
 /// Thread safety: one thread.
 class JsonReader {
  public:
+  /// The text is parsed in windows of this size, as values are asked for.
+  static constexpr std::size_t kWindowBytes = std::size_t{16} << 10;
+
   /// Borrows `text`.
   explicit JsonReader(std::string_view text);
   ~JsonReader();
