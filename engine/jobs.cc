@@ -139,7 +139,7 @@ bool Jobs::has_enough_stuck(const Part& part, std::size_t used, std::size_t of_f
                             std::size_t of_file_systems) const {
   const std::uint32_t many = std::min(limits_.queue_depth, limits_.slots);
   return (part.open_file().stuck() >= many && used > of_files) ||
-         (part.place.file_system->stuck() >= many && used > of_file_systems);
+         (part.file_system().stuck() >= many && used > of_file_systems);
 }
 
 bool Jobs::may_have_more(const Part& part) const {
@@ -164,7 +164,7 @@ std::optional<int> Jobs::take_slot(const Part& part) {
   // How many slots would be stuck if every operation of this part got stuck now.
   const std::size_t soon_stuck = stuck_slots_ + std::min(limits_.queue_depth, limits_.slots);
   if (has_enough_stuck(part, soon_stuck, spare, spare + limits_.slots / 2)) return std::nullopt;
-  if (has_its_share_of_slots(*part.place.file_system)) return std::nullopt;
+  if (has_its_share_of_slots(part.file_system())) return std::nullopt;
   const int slot = free_slots_.back();
   free_slots_.pop_back();
   return slot;
@@ -206,7 +206,7 @@ void Jobs::reroute(Job& job, const Way& way) {
 }
 
 void Jobs::give_back_slot(Job& job) {
-  if (may_be_late(job.step)) job.part->place.file_system->remove_slot();
+  if (may_be_late(job.step)) job.part->file_system().remove_slot();
   free_slots_.push_back(std::exchange(job.slot, -1));
 }
 
@@ -236,7 +236,7 @@ void Jobs::enter(Job& job, Step step, Time now) {
       std::uint64_t& used_bytes = used_bytes_[static_cast<std::size_t>(job.slot)];
       used_bytes = std::max<std::uint64_t>(used_bytes, job.view.bytes.size());
     }
-    FileSystem& file_system = *job.part->place.file_system;
+    FileSystem& file_system = job.part->file_system();
     if (may_be_late(job.step)) file_system.remove_slot();
     if (may_be_late(step)) file_system.add_slot();
   }
@@ -253,7 +253,7 @@ bool Jobs::mark_late(Time now) {
     if (!may_be_late(job.step) || job.late || now - job.since < kLate) continue;
     if (!job.stuck) set_stuck(job);
     job.late = true;
-    job.part->place.file_system->add_late();
+    job.part->file_system().add_late();
     found = true;
   }
   return found;
@@ -264,13 +264,13 @@ void Jobs::set_stuck(Job& job) {
   job.stuck = true;
   --in_[static_cast<std::size_t>(job.step)];
   job.part->open_file().add_stuck();
-  job.part->place.file_system->add_stuck();
+  job.part->file_system().add_stuck();
   ++stuck_;
   if (job.slot >= 0) ++stuck_slots_;
 }
 
 void Jobs::clear_stuck(Job& job) {
-  FileSystem& file_system = *job.part->place.file_system;
+  FileSystem& file_system = job.part->file_system();
   assert(job.stuck && stuck_ > 0);
   job.stuck = false;
   ++in_[static_cast<std::size_t>(job.step)];

@@ -62,8 +62,8 @@ void OpenParts::leave_state(Part& part) {
       return;
     case Part::State::kOpen:
       if (!part.transfer->is_load()) return;
-      part.place.file_system->remove_load();
-      look_at_parked_ |= part.place.file_system->late() > 0;
+      part.file_system().remove_load();
+      look_at_parked_ |= part.file_system().late() > 0;
       return;
     case Part::State::kAnswered:
     case Part::State::kDone:
@@ -89,7 +89,7 @@ void OpenParts::enter_state(Part& part, Time now) {
       for (PrefixCounts* const prefix : part.place.prefixes) {
         if (prefix) point(prefix->file_system, part.place.file_system);
       }
-      if (part.transfer->is_load()) part.place.file_system->add_load();
+      if (part.transfer->is_load()) part.file_system().add_load();
       return;
     case Part::State::kDone:
       return forget_places_of(part);

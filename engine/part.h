@@ -111,6 +111,9 @@ struct Part {
   const Plan& plan() const noexcept { return planned->plan; }
   const File& file() const noexcept { return planned->file(); }
   OpenFile& open_file() const noexcept { return *planned->open.get(); }
+  Router& router() const noexcept { return planned->router; }
+  /// Requires: the file is open.
+  FileSystem& file_system() const noexcept { return *place.file_system; }
 };
 
 /// Checks after a load that the file has not changed and that the bytes match their checksums. May block for ever.

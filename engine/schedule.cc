@@ -45,7 +45,7 @@ bool Schedule::start_chunks(Steps& steps) {
     for (std::size_t i = 0; i < parts.size();) {
       start_chunks_of(*parts[i], steps, questions, queue_depth_ - left_to_others);
       // The part is taken off at once, because it may end, with its last chunk, before the next turn.
-      if (parts[i]->planned->router.exhausted()) {
+      if (parts[i]->router().exhausted()) {
         parts.erase(parts.begin() + static_cast<std::ptrdiff_t>(i));
       } else {
         ++i;
@@ -60,7 +60,7 @@ bool Schedule::start_chunks(Steps& steps) {
 
 void Schedule::start_chunks_of(Part& part, Steps& steps, unsigned& questions, std::uint32_t queue_depth) {
   if (!steps.may_have_more(part)) return;
-  Router& router = part.planned->router;
+  Router& router = part.router();
   // The disk comes first, because it is slower and both routes may need the same slots.
   for (const Router::List list : {Router::List::kPastCache, Router::List::kThroughCache, Router::List::kMostlyCached}) {
     const Steps::Route route = route_of(router, list);

@@ -209,7 +209,7 @@ void Steps::refuse_direct(unsigned tag) {
   Job& job = jobs_[tag];
   DriverState& driver = job.transfer().driver;
   assert(job.step == Step::kRead || job.step == Step::kWrite);
-  job.part->planned->router.refuse_direct();
+  job.part->router().refuse_direct();
   ++driver.stats.retries;
   driver.note_fallback("direct I/O: refused by the file system at the first use");
   jobs_.reroute(job, way_of(*job.part, *job.chunk, Route::kRefused));
@@ -228,7 +228,7 @@ void Steps::deliver(unsigned tag) {
 void Steps::give_back(unsigned tag) {
   Part& part = *jobs_[tag].part;
   assert(part.state() == Part::State::kOpen && part.chunks_open > 0);
-  part.planned->router.give_back(*jobs_[tag].chunk);
+  part.router().give_back(*jobs_[tag].chunk);
   ++part.transfer->driver.stats.retries;
   close_job(tag);
   owner_.on_given_back(part);

@@ -20,7 +20,7 @@ constexpr std::chrono::nanoseconds kLookForLatePeriod = kLate / 5;
 
 void note_fallbacks(const Part& part) {
   part.transfer->driver.note_fallback(part.planned->fallback_reason);
-  part.transfer->driver.note_fallback(part.planned->router.fallback_reason());
+  part.transfer->driver.note_fallback(part.router().fallback_reason());
 }
 
 void report(const Part& part, std::uint32_t extent) {
