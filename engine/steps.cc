@@ -36,19 +36,22 @@ bool Steps::has_room(Route route, std::uint32_t queue_depth) const {
 bool Steps::set_out(Part& part, const Chunk& chunk, Route route) {
   if (jobs_.none_free()) return false;
   const Way way = way_of(part, chunk, route);
-  // Page faults of fresh memory cost more CPU time than a read into it (engine_bench, cost/first_touch), and page
-  // faults of a mapped file read that file. So a worker takes them before the read.
-  bool populated = way.steps.front() == Step::kPopulateSlot && !jobs_.next_slot_is_fresh(chunk);
-  if (way.steps.front() == Step::kPopulate) {
-    const std::span memory(part.plan().fragments_of(chunk).front().memory, chunk.size_bytes);
-    populated = way.counts_in != Step::kPopulate && is_populated(memory);
-    if (!populated && jobs_.in(Step::kPopulate) >= worker_depth_) return false;
-  }
+  const Step first = way.steps.front();
+  const bool skipped = way.may_skip(first) && has_pages(part, chunk, first);
+  if (first == Step::kPopulate && !skipped && jobs_.in(first) >= worker_depth_) return false;
   const std::optional<unsigned> tag = jobs_.open(part, chunk, way);
   if (!tag) return false;
-  jobs_[*tag].next = populated ? 1 : 0;
+  jobs_[*tag].next = skipped ? 1 : 0;
   advance(*tag);
   return true;
+}
+
+// Whether the memory that `step` would populate has its pages. Page faults of fresh memory cost more CPU time than a
+// read into it (engine_bench, cost/first_touch), and page faults of a mapped file read that file. So a worker takes
+// them before the read.
+bool Steps::has_pages(const Part& part, const Chunk& chunk, Step step) const {
+  if (step == Step::kPopulateSlot) return !jobs_.next_slot_is_fresh(chunk);
+  return is_populated({part.plan().fragments_of(chunk).front().memory, chunk.size_bytes});
 }
 
 void Steps::reap(std::optional<std::chrono::nanoseconds> patience) {

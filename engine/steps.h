@@ -82,6 +82,7 @@ class Steps {
   void abandon_chunks_of(const Part& part);
 
  private:
+  bool has_pages(const Part& part, const Chunk& chunk, Step step) const;
   void begin(unsigned tag, Step step);
   void advance(unsigned tag);
   void move_direct(unsigned tag);

@@ -70,6 +70,11 @@ struct Way {
   Step counts_in = Step::kFree;
   View view = View::kFragments;
   bool to_device = false;  ///< Whether kScatter and kGather copy to or from a device.
+
+  /// Whether a chunk may leave `step` out if the memory that it populates has its pages already.
+  constexpr bool may_skip(Step step) const {
+    return (step == Step::kPopulate || step == Step::kPopulateSlot) && step != counts_in;
+  }
 };
 
 /// Requires: Memory::kSlot comes with Route::kDirect or kRefused only, and Route::kSeemsCached with a load only.

@@ -46,13 +46,14 @@ const char* name_of(Step step) {
   return "no step of a way";
 }
 
-// The step that counts has a star.
+// The step that counts has a star, and one that may be skipped a question mark.
 std::string text_of(const Way& way) {
   std::string text;
   for (std::size_t i = 0; i < way.steps.size() && way.steps[i] != Step::kFree; ++i) {
     if (i > 0) text += " -> ";
     text += name_of(way.steps[i]);
     if (way.steps[i] == way.counts_in) text += "*";
+    if (way.may_skip(way.steps[i])) text += "?";
   }
   return text;
 }
@@ -66,9 +67,9 @@ struct Row {
 };
 
 const std::vector<Row> kRows = {
-    {kLoad, kDirect, kInPlace, "populate -> read -> delivered", "populate -> read -> count* -> delivered"},
-    {kLoad, kDirect, kSlot, "populate slot -> read -> scatter -> delivered",
-     "populate slot -> read -> scatter* -> delivered"},
+    {kLoad, kDirect, kInPlace, "populate? -> read -> delivered", "populate? -> read -> count* -> delivered"},
+    {kLoad, kDirect, kSlot, "populate slot? -> read -> scatter -> delivered",
+     "populate slot? -> read -> scatter* -> delivered"},
     {kLoad, kDirect, kDevice, "read -> wait -> scatter -> delivered", "read -> count* -> wait -> scatter -> delivered"},
     {kLoad, kSeemsCached, kInPlace, "read if cached -> delivered", "read if cached* -> delivered"},
     {kLoad, kSeemsCached, kDevice, "read if cached -> wait -> scatter -> delivered",
@@ -80,7 +81,7 @@ const std::vector<Row> kRows = {
     {kLoad, kRefused, kSlot, "read through the cache -> delivered", "read through the cache* -> delivered"},
     {kLoad, kRefused, kDevice, "read through the cache -> wait -> scatter -> delivered",
      "read through the cache* -> wait -> scatter -> delivered"},
-    {kStore, kDirect, kInPlace, "populate -> write -> delivered", "populate* -> write -> delivered"},
+    {kStore, kDirect, kInPlace, "populate? -> write -> delivered", "populate* -> write -> delivered"},
     {kStore, kDirect, kSlot, "gather -> write -> delivered", "gather* -> write -> delivered"},
     {kStore, kDirect, kDevice, "wait -> gather -> write -> delivered",
      "wait -> gather -> count* -> write -> delivered"},
