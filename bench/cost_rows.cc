@@ -15,6 +15,7 @@
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
 #include "engine/ground/rounding.h"
+#include "engine/ground/units.h"
 
 namespace flashpack::bench {
 namespace {
@@ -22,7 +23,7 @@ namespace {
 using internal::HostRegion;
 using internal::kHugePageBytes;
 
-constexpr std::uint64_t kMiB = 1 << 20;
+using internal::kMiB;
 
 /// One way to do the same work, `count` times in a turn.
 struct Way {

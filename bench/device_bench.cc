@@ -23,6 +23,7 @@
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
 #include "engine/ground/host_region.h"
+#include "engine/ground/units.h"
 #include "flashpack/engine.h"
 
 #if CUDART_VERSION >= 13000
@@ -44,7 +45,7 @@ extern "C" cudaError_t __wrap_cudaMemcpyBatchAsync(void* const* targets, const v
 namespace flashpack::bench {
 namespace {
 
-constexpr std::uint64_t kMiB = 1u << 20;
+using internal::kMiB;
 
 struct Setup {
   const Checkpoint& checkpoint;

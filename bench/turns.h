@@ -13,6 +13,7 @@
 #include "bench/support/measure.h"
 #include "engine/ground/host_region.h"
 #include "engine/ground/rounding.h"
+#include "engine/ground/units.h"
 #include "flashpack/engine.h"
 
 namespace flashpack::bench {
@@ -25,7 +26,7 @@ enum class Memory { kTouched, kFresh };
 /// A target that is moved by this many bytes cannot be read in place.
 inline constexpr std::size_t kOddBytes = 64;
 
-inline constexpr std::uint64_t kKiB = 1 << 10;
+using internal::kKiB;
 using internal::kPageBytes;
 
 /// Reads in flight where single reads are measured, of the engine and of what stands beside it.

@@ -9,13 +9,14 @@
 #include "bench/support/device_memory.h"
 #include "bench/support/link_copies_cuda.h"
 #include "bench/support/measure.h"
+#include "engine/ground/units.h"
 #include "flashpack/error.h"
 
 namespace flashpack::bench {
 
 namespace {
 
-constexpr std::size_t kMiB = std::size_t{1} << 20;
+using internal::kMiB;
 constexpr std::size_t kMostLockedBytes = 256 * kMiB;
 constexpr std::size_t kCopyBytes = 16 * kMiB;
 constexpr std::size_t kStreams = 2;  // As many as the engine has.

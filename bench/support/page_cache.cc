@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bench/support/open_file.h"
+#include "engine/ground/pages.h"
 
 namespace flashpack::bench {
 
@@ -19,7 +20,6 @@ namespace {
 
 // The kernel skips pages that are busy, and one read can leave pages uncached; a few passes help against both.
 constexpr int kPasses = 10;
-constexpr std::uint64_t kPageBytes = 4096;
 
 std::runtime_error stays(const std::filesystem::path& path, double fraction, const char* wanted) {
   return std::runtime_error(path.string() + ": " + std::to_string(fraction * 100) + " % in the page cache, wanted " +
@@ -42,9 +42,10 @@ struct ByteRange {
 // By mincore(2), for kernels before 6.5 and containers that refuse cachestat(2). It tells the truth of files that the
 // caller may write, as those are that are measured.
 std::uint64_t resident_pages(const OpenFile& file, std::uint64_t first, std::uint64_t count) {
-  const std::size_t size_bytes = count * kPageBytes;
+  const std::uint64_t page_bytes = internal::system_page_bytes();
+  const std::size_t size_bytes = count * page_bytes;
   void* const memory =
-      ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, file.fd(), static_cast<off_t>(first * kPageBytes));
+      ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, file.fd(), static_cast<off_t>(first * page_bytes));
   if (memory == MAP_FAILED) throw file.error("mmap");
   std::vector<unsigned char> pages(count);
   const int error = ::mincore(memory, size_bytes, pages.data()) == 0 ? 0 : errno;
@@ -58,8 +59,9 @@ std::uint64_t resident_pages(const OpenFile& file, std::uint64_t first, std::uin
 double resident_fraction(const std::filesystem::path& path, std::uint64_t offset_bytes, std::uint64_t size_bytes) {
   const OpenFile file(path, O_RDONLY);
   const ByteRange range{offset_bytes, std::min<std::uint64_t>(size_bytes, file.size_bytes() - offset_bytes)};
-  const std::uint64_t first = range.offset_bytes / kPageBytes;
-  const std::uint64_t last = (range.offset_bytes + range.size_bytes + kPageBytes - 1) / kPageBytes;
+  const std::uint64_t page_bytes = internal::system_page_bytes();
+  const std::uint64_t first = range.offset_bytes / page_bytes;
+  const std::uint64_t last = (range.offset_bytes + range.size_bytes + page_bytes - 1) / page_bytes;
   if (last == first) return 0;
   std::array<std::uint64_t, 5> pages{};  // Cached, dirty, in writeback, evicted, recently evicted.
   constexpr long kSysCachestat = 451;

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "engine/ground/option_limits.h"
+#include "engine/ground/units.h"
 
 namespace flashpack::internal {
 
@@ -20,7 +21,6 @@ constexpr const char* kGpu = "gpu";
 constexpr std::string_view kDefaults = "defaults";
 constexpr std::string_view kStagingBytes = "staging_bytes";
 constexpr std::string_view kBackend = "backend";
-constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 // A file that somebody has edited may not make the engine take more memory for its slots.
 constexpr std::uint64_t kMaxStagingBytes = 1024 * kMiB;
 

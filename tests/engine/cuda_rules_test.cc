@@ -11,12 +11,13 @@
 #include <thread>
 #include <vector>
 
+#include "engine/ground/units.h"
 #include "tests/support/gpu.h"
 
 namespace flashpack {
 namespace {
 
-constexpr std::size_t kMiB = std::size_t{1} << 20;
+using internal::kMiB;
 constexpr std::size_t kPage = 4096;
 
 /// Owns pages of the host.
@@ -74,7 +75,7 @@ class CudaRulesTest : public ::testing::Test {
 TEST_F(CudaRulesTest, MemoryIsRegisteredOnce) {
   const Pages pages(4 * kMiB);
   ASSERT_EQ(cudaHostRegister(pages.data() + kMiB, kMiB, cudaHostRegisterPortable), cudaSuccess);
-  for (const std::size_t begin : {std::size_t{0}, kMiB, kMiB + kPage}) {
+  for (const std::size_t begin : {std::size_t{0}, std::size_t{kMiB}, kMiB + kPage}) {
     EXPECT_EQ(cudaHostRegister(pages.data() + begin, kMiB + kPage, cudaHostRegisterPortable),
               cudaErrorHostMemoryAlreadyRegistered)
         << begin;

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <thread>
@@ -16,13 +17,14 @@
 #include <vector>
 
 #include "engine/byte_work.h"
+#include "engine/ground/units.h"
 #include "flashpack/engine.h"
 #include "flashpack/error.h"
 
 namespace flashpack {
 namespace {
 
-constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
+using internal::kMiB;
 
 class HostMemoryTest : public testing::Test {
  protected:
@@ -38,8 +40,8 @@ class HostMemoryTest : public testing::Test {
 };
 
 TEST_F(HostMemoryTest, DataAgreesWithTheFileOffsetModuloAPageOrAHugePage) {
-  for (const std::uint64_t size : {std::uint64_t{1}, std::uint64_t{5000}, 2 * kMiB, 5 * kMiB + 3}) {
-    for (const std::uint64_t offset : {std::uint64_t{0}, std::uint64_t{4097}, 2 * kMiB - 1, 3 * kMiB + 128}) {
+  for (const std::uint64_t size : std::initializer_list<std::uint64_t>{1, 5000, 2 * kMiB, 5 * kMiB + 3}) {
+    for (const std::uint64_t offset : std::initializer_list<std::uint64_t>{0, 4097, 2 * kMiB - 1, 3 * kMiB + 128}) {
       const HostMemory memory(pool_, size, offset);
       const std::uint64_t granule = size < 2 * kMiB ? 4096 : 2 * kMiB;
       EXPECT_EQ(reinterpret_cast<std::uintptr_t>(memory.data()) % granule, offset % granule);

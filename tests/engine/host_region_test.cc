@@ -6,16 +6,16 @@
 
 #include <array>
 #include <cstdlib>
+#include <initializer_list>
 #include <string>
 #include <utility>
 
 #include "engine/ground/unique_fd.h"
+#include "engine/ground/units.h"
 #include "flashpack/error.h"
 
 namespace flashpack::internal {
 namespace {
-
-constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 
 // It allocates nothing, because the heap would grow and shrink by pages that are counted.
 std::uint64_t mapped_pages() {
@@ -25,7 +25,7 @@ std::uint64_t mapped_pages() {
 }
 
 TEST(HostRegion, BeginsAtAPageOrIfItIsLargeAtAHugePage) {
-  for (const std::uint64_t size : {std::uint64_t{1}, std::uint64_t{5000}, 2 * kMiB, 5 * kMiB + 3}) {
+  for (const std::uint64_t size : std::initializer_list<std::uint64_t>{1, 5000, 2 * kMiB, 5 * kMiB + 3}) {
     const HostRegion region(size, "this test");
     EXPECT_EQ(reinterpret_cast<std::uintptr_t>(region.data()) % (size < 2 * kMiB ? 4096 : 2 * kMiB), 0u);
     ASSERT_EQ(region.bytes().size(), size);

@@ -10,12 +10,13 @@
 #include <tuple>
 #include <vector>
 
+#include "engine/ground/units.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack {
 namespace {
 
-constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
+using internal::kMiB;
 
 // A file of uint8 tensors of the given sizes, one after the other.
 Metadata bytes_file(const std::vector<std::int64_t>& sizes) {

@@ -1,7 +1,7 @@
 #pragma once
 
-#include <cstdint>
+#include "engine/ground/units.h"
 
 namespace flashpack::testing {
-inline constexpr std::uint32_t kMiB = 1u << 20;
+using internal::kMiB;
 }

@@ -6,14 +6,15 @@
 #include <utility>
 
 #include "engine/ground/option_limits.h"
+#include "engine/ground/units.h"
 
 namespace flashpack::bench {
 
 namespace {
 
 using internal::kMaxWorkers;
+using internal::kMiB;
 
-constexpr std::uint32_t kMiB = 1u << 20;
 constexpr std::uint32_t kMaxChunkBytes = 64 * kMiB;
 constexpr std::uint32_t kMaxDepth = 128;
 // More costs memory that no disk is known to need.
