@@ -22,10 +22,13 @@ int fill_buffer(PyObject* self, Py_buffer* view, int flags) {
 }  // namespace
 
 const HostMemoryPool& pool_of_process() {
-  static struct {
+  struct Own {
     detail::OwnerProcess owner;
     HostMemoryPool pool;
-  } own;
+  };
+  // It is never destroyed, because tensors and threads of Python may use the pool while the process ends, after static
+  // objects have been destroyed.
+  static Own& own = *new Own;
   if (!own.owner.is_current()) own = {};
   return own.pool;
 }
