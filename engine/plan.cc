@@ -120,6 +120,22 @@ bool is_alone(std::span<const Fragment> extents, std::size_t i, std::uint32_t bl
          (i + 1 == extents.size() || are_apart(extents[i], extents[i + 1]));
 }
 
+// Lets the devices that have chunks of one priority take turns.
+void take_turns(std::vector<Chunk>& chunks, std::span<const Fragment> fragments) {
+  if (std::ranges::all_of(chunks, [](const Chunk& chunk) { return chunk.device <= 1; })) return;
+  using Place = std::pair<std::uint64_t, Chunk>;  // Sorted by priority and turn. Each chunk of the host has turn 0.
+  std::vector<Place> places;
+  places.reserve(chunks.size());
+  for (const Chunk& chunk : chunks) {
+    const bool on_device = chunk.device != kHost;
+    const std::uint64_t first = std::uint64_t{fragments[chunk.first_fragment].priority} << 32 | on_device;
+    const bool goes_on = !places.empty() && places.back().second.device == chunk.device && places.back().first >= first;
+    places.emplace_back(goes_on ? places.back().first + on_device : first, chunk);
+  }
+  std::ranges::stable_sort(places, {}, &Place::first);
+  std::ranges::transform(places, chunks.begin(), &Place::second);
+}
+
 // Number of extents at the front that follow on each other, with only gaps that are filled with zeros.
 std::size_t contiguous(std::span<const Fragment> extents, std::uint64_t max_gap_bytes) {
   std::size_t count = 1;
@@ -165,6 +181,7 @@ Plan Plan::of_load(std::vector<Fragment> extents, std::uint32_t chunk_bytes, std
     if (i > 0 && extents[i].priority != extents[i - 1].priority) cutter.cut();
     cutter.add(extents[i], is_alone(extents, i, block_bytes) ? block_bytes : kMinInPlaceBytes);
   }
+  take_turns(plan.chunks, plan.fragments);
   return plan;
 }
 

@@ -47,7 +47,7 @@ struct Alignment {
 };
 
 /// The chunks of one file, in the order in which they are to be moved: by priority, those of the host before those of
-/// each device, and in ascending order.
+/// devices, and in ascending order. In a load the devices take turns, so that the links of all are busy at once.
 struct Plan {
   std::vector<Chunk> chunks;
   std::vector<Fragment> fragments;

@@ -52,7 +52,8 @@ struct Extent {
   /// ends the process.
   void* target = nullptr;
   /// Extents with a lower value are read before the others of their file, those with the same value in the order of the
-  /// file. A cached extent may land before an uncached one of higher priority.
+  /// file: those of the host first, and then those of devices, which take turns. A cached extent may land before an
+  /// uncached one of higher priority.
   std::uint16_t priority = 0;
 };
 

@@ -1,6 +1,7 @@
 // One engine of several devices: what they share, and what each has for itself.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstring>
@@ -99,6 +100,20 @@ TEST_P(CudaDevicesTest, OneRequestHasTargetsOnTheHostAndOnBothDevices) {
     }
   }
   EXPECT_EQ(cuda().pageable_copies(), 0);
+}
+
+TEST_P(CudaDevicesTest, TheFirstChunksOfBothDevicesAreInFlightTogether) {
+  const std::uint64_t half = 10 * kMiB;
+  cuda().hold(true);
+  Transfer transfer =
+      engine_->start_load({.files = {{.path = path_, .extents = {{0, half, on_second_}, {half, half, on_first_}}}},
+                           .cache = CachePolicy::kDirect});
+  testing::wait_until(
+      [&] { return std::ranges::all_of(kServed, [](int device) { return cuda().copies_under_way(device) > 0; }); });
+  cuda().hold(false);
+  ASSERT_TRUE(transfer.wait_for(kHang));
+  EXPECT_TRUE(cuda().holds(on_second_, bytes(0, half)));
+  EXPECT_TRUE(cuda().holds(on_first_, bytes(half, half)));
 }
 
 TEST_P(CudaDevicesTest, FilesOfOneRequestMayHaveADeviceEach) {

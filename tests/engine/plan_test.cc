@@ -85,6 +85,20 @@ TEST(Plan, ChunksAreInTheOrderOfPriorityAndThenOfTheFile) {
   EXPECT_EQ(plan.chunks[3].size_bytes, 3000u);
 }
 
+TEST(Plan, DevicesTakeTurnsBehindTheHostInEachPriority) {
+  const auto plan = plan_of({{0, 3 * kChunk, at(1ull << 30), 0, 2, 1},
+                             {3 * kChunk, kChunk, at(1ull << 31), 1, 1, 1},
+                             {4 * kChunk, 2 * kChunk, at(1ull << 32), 2, 3, 0},
+                             {6 * kChunk, 2 * kChunk, at(1ull << 33), 3, kHost, 1},
+                             {8 * kChunk, kChunk, at(1ull << 34), 4, 1, 1}});
+  std::vector<std::uint64_t> order;
+  for (const Chunk& chunk : plan.chunks) {
+    EXPECT_EQ(plan.fragments_of(chunk).front().offset_bytes, chunk.offset_bytes);
+    order.push_back(chunk.offset_bytes / kChunk);
+  }
+  EXPECT_EQ(order, (std::vector<std::uint64_t>{4, 5, 6, 7, 3, 0, 8, 1, 2}));
+}
+
 TEST(Plan, ExtentsOfTwoPrioritiesShareNoChunk) {
   const Plan plan = plan_of({{0, 10, at(1ull << 30), 0, kHost, 0},
                              {20, 10, at(1ull << 31), 1, kHost, 0},
