@@ -338,9 +338,10 @@ TEST_F(EventQueueTest, SeveralEnginesAndThreadsUseOneQueue) {
   std::atomic<std::size_t> taken = 0;
   {
     std::vector<std::jthread> threads;
-    for (Engine& engine : engines) {
-      threads.emplace_back([&] {
-        for (std::size_t i = 0; i < kLoads; ++i) queue_.start_load(engine, piece(i % 100), i).detach();
+    for (std::size_t n = 0; n < engines.size(); ++n) {
+      threads.emplace_back([&, n] {
+        // No two loads write to the same memory.
+        for (std::size_t i = 0; i < kLoads; ++i) queue_.start_load(engines[n], piece(n * kLoads + i), i).detach();
       });
       threads.emplace_back([&] {
         std::array<Event, 3> events;
