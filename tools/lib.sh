@@ -14,7 +14,8 @@ reference_python=$reference_venv/bin/python
 export CMAKE_GENERATOR=Ninja
 export CMAKE_CXX_COMPILER_LAUNCHER=ccache
 # ctest leaves LC_ALL set to nothing for the projects that it configures and builds: the cache would miss.
-export CCACHE_SLOPPINESS=locale
+# Without the others it keeps nothing that is compiled with precompiled headers.
+export CCACHE_SLOPPINESS=locale,pch_defines,time_macros
 CMAKE_BUILD_PARALLEL_LEVEL=$(nproc)
 export CMAKE_BUILD_PARALLEL_LEVEL
 
