@@ -15,7 +15,9 @@
 ///
 /// Engine, writer and the request's memory must outlive the operation. An execution context (boost::asio::io_context)
 /// may be destroyed while the operation is under way. Its destructor then cancels the operation, waits until nothing is
-/// in flight, and destroys the handler, with all that the handler owns, without calling it.
+/// in flight, and destroys the handler, with all that the handler owns, without calling it. It can do so only if the
+/// handler's executor tells of its context. The one of an any_completion_handler hides it, and an executor that is not
+/// Asio's may have none: what runs such a handler has to outlive the operation, and forks only after it.
 ///
 /// In a forked child, operations of the parent are left alone: their handlers are neither called nor destroyed, and the
 /// context's destructor does not wait for them. To start others on the copy of a context, call its notify_fork(), as
@@ -26,11 +28,14 @@
 #include <boost/asio/associated_cancellation_slot.hpp>
 #include <boost/asio/associated_executor.hpp>
 #include <boost/asio/async_result.hpp>
+#include <boost/asio/execution/blocking.hpp>
 #include <boost/asio/execution/context.hpp>
+#include <boost/asio/execution/executor.hpp>
 #include <boost/asio/execution_context.hpp>
 #include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/query.hpp>
+#include <boost/asio/require.hpp>
 #include <boost/asio/system_executor.hpp>
 #include <boost/version.hpp>
 #include <condition_variable>
@@ -152,6 +157,20 @@ boost::asio::execution_context& context_of(const Executor& executor) {
   }
 }
 
+/// boost::asio::post(), which an executor that cannot promise to return at once does not have, as that of an
+/// any_completion_handler. Such a one is called on a thread of system_executor, where it holds up nobody.
+template <class Executor, class Work>
+void post_to(const Executor& executor, Work work) {
+  namespace execution = boost::asio::execution;
+  if constexpr (execution::is_executor<Executor>::value &&
+                !boost::asio::can_require_v<const Executor&, execution::blocking_t::never_t>) {
+    boost::asio::post(boost::asio::system_executor(),
+                      [executor, work = std::move(work)]() mutable { executor.execute(std::move(work)); });
+  } else {
+    boost::asio::post(executor, std::move(work));
+  }
+}
+
 template <class Handler>
 class AsyncOperation final : public Completion,
                              public AsyncOperations::Operation,
@@ -202,7 +221,7 @@ class AsyncOperation final : public Completion,
 
   // Posted, not done here: without the guard, run() in a forked child could return before the child has given it work.
   void release_work() override {
-    boost::asio::post(work_.get_executor(), [this] { work_.reset(); });
+    post_to(work_.get_executor(), [this] { work_.reset(); });
   }
 
  private:
@@ -216,7 +235,7 @@ class AsyncOperation final : public Completion,
     auto self = std::static_pointer_cast<AsyncOperation>(operations.take_out(this));
     if (!self) return;
     auto executor = work_.get_executor();
-    boost::asio::post(executor, [self = std::move(self), error = std::move(error), stats = std::move(stats)]() mutable {
+    post_to(executor, [self = std::move(self), error = std::move(error), stats = std::move(stats)]() mutable {
       if (auto slot = boost::asio::get_associated_cancellation_slot(self->handler_); slot.is_connected()) slot.clear();
       Handler handler = std::move(self->handler_);
       self->work_.reset();
