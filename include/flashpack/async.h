@@ -10,8 +10,8 @@
 /// cancellation of any type but cancellation_type::none calls Transfer::cancel(); the operation ends with
 /// Errc::kCancelled as soon as nothing is in flight. Emit the signal on the handler's strand only, as Asio demands.
 ///
-/// LoadRequest::report_extents has no effect. A coroutine that uses extents as they land starts its load with a
-/// Completion whose landed() posts to the coroutine's executor.
+/// LoadRequest::report_extents has no effect, because an operation has one handler, which is called once. To use
+/// extents as they land, start the load with a Completion whose landed() posts to your executor.
 ///
 /// Engine, writer and the request's memory must outlive the operation. An execution context (boost::asio::io_context)
 /// may be destroyed while the operation is under way. Its destructor then cancels the operation, waits until nothing is

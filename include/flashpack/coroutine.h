@@ -16,8 +16,8 @@
 ///
 /// co_await returns the transfer's statistics. Throws: Error, as wait() of the transfer, or as start_load() and
 /// start_write(), which are called when the coroutine has been suspended. Engine, writer and the request's memory must
-/// outlive the transfer. LoadRequest::report_extents has no effect: a coroutine that uses extents as they land starts
-/// its load with a Completion.
+/// outlive the transfer. LoadRequest::report_extents has no effect, because a co_await ends once. A coroutine that uses
+/// extents as they land starts its load with a Completion, whose landed() resumes it.
 ///
 /// A coroutine that is destroyed while it waits cancels the transfer, and its destruction waits until nothing is in
 /// flight; so it must not be destroyed on the driver thread. Destroy it only while nobody can resume it. With

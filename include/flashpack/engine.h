@@ -118,7 +118,8 @@ struct LoadRequest {
   CUstream_st* stream = nullptr;
   /// When it passes, the transfer ends as by Transfer::cancel(), but with kDeadlineExceeded.
   std::optional<Deadline> deadline;
-  /// Whether Completion::landed() is called for each extent, so that the first can be used while the rest is read.
+  /// Whether Completion::landed() or an EventQueue tells of each extent, so that the first can be used while the rest
+  /// is read. Other ways to wait ignore it.
   bool report_extents = false;
   /// Whether a file that fails leaves the others alone: a file that cannot be opened, is not the expected one, ends too
   /// early, or has bytes that cannot be read or do not match their checksums. No more of it is read, and the others

@@ -224,7 +224,9 @@ typedef struct flashpack_load_request {
   int32_t verify;          ///< FLASHPACK_VERIFY_*.
   int32_t drop_cached;     ///< If not 0, a file that was read through the page cache is dropped from it at the end.
   int32_t report_extents;  ///< If not 0, `events` tell of each extent that has landed, so that the first can be used
-                           ///< while the rest is read. flashpack_load_all() and its like have no extents to report.
+                           ///< while the rest is read. flashpack_load_all() and flashpack_start_load_all() refuse it,
+                           ///< because they choose extents that have many tensors each. Give flashpack_start_load()
+                           ///< one for each tensor instead.
   void* stream;  ///< A cudaStream_t of GPU `device_index`: nothing is written to a GPU before all work that is on it
                  ///< has ended, if there are targets on that GPU. NULL is its legacy default stream.
   int64_t timeout_ns;        ///< When it has passed, the transfer ends with FLASHPACK_DEADLINE_EXCEEDED. 0 is no limit.

@@ -143,8 +143,14 @@ struct Completion {
 
   /// Called for loads with LoadRequest::report_extents, on the engine's driver thread, when extent `extent` of file
   /// `file` of the request has landed: all of its bytes are in host memory for any thread, or in device memory for work
-  /// that is launched on any stream from now on. Extents land in any order, each once; those of no bytes do, too. All
-  /// have landed before done() is called, unless the transfer has failed.
+  /// that is launched on any stream from now on. Each extent lands once; those of no bytes do, too. All have landed
+  /// before done() is called, unless the transfer has failed: then those that have landed are whole, and the others
+  /// are unspecified.
+  ///
+  /// Extents land as soon as they can. Their reads begin in the order that Extent::priority has, but several are under
+  /// way at a time, and what is cached does not wait for the disk, so that a later one may land first. It is not kept
+  /// back for those before it, because it may be the one that somebody waits for; a caller who needs an order waits in
+  /// that order, as above.
   ///
   /// If the file has checksums, an extent lands only after its stripes have matched, except those that are not read
   /// whole. The multiples of EngineOptions::chunk_bytes cut the file into cells, and the engine compares the stripes of

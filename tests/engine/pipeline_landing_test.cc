@@ -214,6 +214,23 @@ TEST_F(PipelineLandingTest, AnExtentIsToldWhileAnotherOneIsRead) {
   EXPECT_EQ(recorder.count, 2u);
 }
 
+TEST_F(PipelineLandingTest, ExtentsThatAreReadOneAtATimeLandByPriorityAndThenInTheOrderOfTheFile) {
+  EngineOptions options = testing::small_engine();
+  options.queue_depth = options.workers = 1;
+  Engine engine(options);
+  GuardedMemory memory(6 * kMiB);
+  FileExtents file{.path = path_};
+  for (const auto& [mib, priority] : {std::pair{5, 2}, {1, 7}, {3, 2}, {0, 7}, {4, 0}, {2, 2}}) {
+    const std::uint64_t at = static_cast<std::uint64_t>(mib) * kMiB;
+    file.extents.push_back({at, kMiB, memory.data() + at, static_cast<std::uint16_t>(priority)});
+  }
+  std::vector<std::uint64_t> order;
+  Recorder recorder;
+  recorder.look = [&](std::size_t, std::size_t extent) { order.push_back(file.extents[extent].offset_bytes / kMiB); };
+  engine.start_load({.files = {file}, .cache = CachePolicy::kDirect, .report_extents = true}, &recorder).wait();
+  EXPECT_EQ(order, (std::vector<std::uint64_t>{4, 2, 3, 5, 0, 1}));
+}
+
 TEST_F(PipelineLandingTest, WithChecksumsAnExtentWaitsForTheRestOfItsStripes) {
   Rig rig(1, {});
   rig.get_stuck_from(kMiB / 2);
