@@ -9,8 +9,10 @@
 #include <filesystem>
 #include <functional>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "flashpack/error.h"
@@ -79,5 +81,11 @@ Checkpoint open_checkpoint(const std::filesystem::path& path);
 
 /// Opens several files, in that order, as one checkpoint. Throws as above.
 Checkpoint open_checkpoint(std::span<const std::filesystem::path> files);
+
+/// The same for programs without exceptions: nothing is returned after an error, whose code is put into `error`; it is
+/// empty after success.
+std::optional<Checkpoint> open_checkpoint(const std::filesystem::path& path, std::error_code& error) noexcept;
+std::optional<Checkpoint> open_checkpoint(std::span<const std::filesystem::path> files,
+                                          std::error_code& error) noexcept;
 
 }  // namespace flashpack

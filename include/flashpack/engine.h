@@ -195,8 +195,11 @@ struct EngineOptions {
 
 /// Serves the host and, if wanted, one or more CUDA devices with one driver thread, one ring and one memory budget.
 ///
-/// Functions that throw an Error have a form for programs without exceptions. It puts the error's code into its last
-/// argument, which is empty after success. Transfer::wait_for() and Transfer::error() tell how a transfer ended.
+/// make(), start_load(), open() and create() have a form for programs without exceptions. It puts the error's code into
+/// its last argument, which is empty after success. In place of load(), such programs call start_load() and then
+/// Transfer::wait_for(), which never throws a transfer's error, and Transfer::error(). FileWriter, EventQueue,
+/// read_metadata() and open_checkpoint() have such forms, too. HostMemory has none, but any memory may be a target.
+/// ChromeTrace, verify_payload(), probe(), and all that needs Asio, coroutines or LibTorch, need exceptions.
 ///
 /// Thread safety: any thread may call any member at any time, but moves and destruction need the engine to themselves;
 /// distinct engines are independent. The process ends if the engine's threads run out of memory. Transfers are served

@@ -65,7 +65,8 @@ struct WriterOptions {
 /// at commit() and, if this process may set them, its group and owner. It does not get the ACL, hard links and extended
 /// attributes. Only regular files are replaced.
 ///
-/// As in Engine, functions that throw an Error have a form that returns its code instead.
+/// As in Engine, start_write(), checksums() and commit() have a form for programs without exceptions. In place of
+/// write(), these call start_write(), Transfer::wait_for() and Transfer::error().
 ///
 /// Thread safety: distinct writers are independent; one writer is used by one thread at a time. In a forked child every
 /// function that can fail says Errc::kUnusable, and the destructor removes nothing.

@@ -19,6 +19,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <vector>
 
 #include "flashpack/checksums.h"
@@ -122,6 +123,13 @@ Metadata read_metadata(const std::filesystem::path& path, const ReadMetadataOpti
 /// `path` is for messages only. If the load passes the same descriptor as FileExtents::fd, metadata and payload come
 /// from one file, even if the file at `path` is replaced in between.
 Metadata read_metadata(int fd, const std::filesystem::path& path, const ReadMetadataOptions& options = {});
+
+/// The same for programs without exceptions: nothing is returned after an error, whose code is put into `error`; it is
+/// empty after success.
+std::optional<Metadata> read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options,
+                                      std::error_code& error) noexcept;
+std::optional<Metadata> read_metadata(int fd, const std::filesystem::path& path, const ReadMetadataOptions& options,
+                                      std::error_code& error) noexcept;
 
 /// Checks a footer's JSON against a payload of `payload_bytes`. `path` is for messages only. Throws: Error (kBadFile).
 Metadata parse_footer(std::string_view json, std::uint64_t payload_bytes, const std::filesystem::path& path = {});

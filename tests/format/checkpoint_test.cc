@@ -239,6 +239,28 @@ TEST_F(OpenCheckpoint, FilesAreClosedWithTheCheckpointAndAfterAnError) {
   EXPECT_EQ(free_descriptor(), before);
 }
 
+TEST_F(OpenCheckpoint, ProgramsWithoutExceptionsGetTheCodeOfTheError) {
+  std::error_code error = Errc::kCancelled;
+  const std::vector<std::filesystem::path> files = {write_shard("b.safetensors", {"b"}), write_flashpack("a.x", {"a"})};
+  const std::optional<Checkpoint> one = open_checkpoint(files[0], error);
+  ASSERT_TRUE(one && !error);
+  EXPECT_EQ(names_in(*one), Names{"b"});
+  const std::optional<Checkpoint> both = open_checkpoint(files, error);
+  ASSERT_TRUE(both && !error);
+  EXPECT_EQ(names_in(*both), (Names{"b", "a"}));
+  EXPECT_FALSE(open_checkpoint(path("absent"), error));
+  EXPECT_EQ(error, std::errc::no_such_file_or_directory);
+  EXPECT_FALSE(open_checkpoint(std::span<const std::filesystem::path>(), error));
+  EXPECT_EQ(error, Errc::kInvalidArgument);
+
+  const std::optional<Metadata> read = read_metadata(files[1], {}, error);
+  ASSERT_TRUE(read && !error);
+  EXPECT_EQ(read->records.front().name, "a");
+  EXPECT_EQ(read_metadata(one->files()[0].fd.get(), files[0], {}, error)->records.front().name, "b");
+  EXPECT_FALSE(read_metadata(files[0], {.max_footer_bytes = 1}, error));
+  EXPECT_EQ(error, Errc::kBadFile);
+}
+
 TEST_F(OpenCheckpoint, IsReadOutOfALargerFileWithTheOffsetOfItsBeginningAdded) {
   const std::vector<TensorSpec> specs = {{"a", DType::kUInt8, {5}}, {"b", DType::kFloat32, {3000}}};
   const Metadata metadata = make_layout(specs, 0);

@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <vector>
 
+#include "flashpack/checkpoint.h"
 #include "flashpack/engine.h"
 
 int main(int argc, char** argv) {
@@ -12,6 +13,8 @@ int main(int argc, char** argv) {
     std::printf("%s\n", error.message().c_str());
     return 1;
   }
+  const auto checkpoint = flashpack::open_checkpoint(argv[1], error);
+  if (!checkpoint || checkpoint->size() == 0) return 1;
   std::vector<std::byte> start(8);
   flashpack::LoadRequest request{
       .files = {{.path = argv[1], .extents = {{.size_bytes = start.size(), .target = start.data()}}}}};

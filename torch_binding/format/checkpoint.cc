@@ -156,4 +156,17 @@ Checkpoint open_checkpoint(std::span<const std::filesystem::path> files) {
   return open_files(files.front(), files);
 }
 
+std::optional<Checkpoint> open_checkpoint(const std::filesystem::path& path, std::error_code& error) noexcept {
+  std::optional<Checkpoint> opened;
+  internal::catching(error, [&] { opened = open_checkpoint(path); });
+  return opened;
+}
+
+std::optional<Checkpoint> open_checkpoint(std::span<const std::filesystem::path> files,
+                                          std::error_code& error) noexcept {
+  std::optional<Checkpoint> opened;
+  internal::catching(error, [&] { opened = open_checkpoint(files); });
+  return opened;
+}
+
 }  // namespace flashpack

@@ -154,4 +154,18 @@ Metadata read_metadata(int fd, const std::filesystem::path& path, const ReadMeta
   return metadata;
 }
 
+std::optional<Metadata> read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options,
+                                      std::error_code& error) noexcept {
+  std::optional<Metadata> read;
+  internal::catching(error, [&] { read = read_metadata(path, options); });
+  return read;
+}
+
+std::optional<Metadata> read_metadata(int fd, const std::filesystem::path& path, const ReadMetadataOptions& options,
+                                      std::error_code& error) noexcept {
+  std::optional<Metadata> read;
+  internal::catching(error, [&] { read = read_metadata(fd, path, options); });
+  return read;
+}
+
 }  // namespace flashpack
