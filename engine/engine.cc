@@ -266,6 +266,10 @@ void Engine::Impl::run() {
   machine_.reset();
 }
 
+std::uint64_t Engine::Impl::pinned_bytes() const noexcept {
+  return facts_.copier && facts_.copier->locked() ? slots_in(options_) * options_.chunk_bytes : 0;
+}
+
 void Engine::Impl::start(const std::shared_ptr<internal::TransferState>& state) { pipeline_->inbox().start(state); }
 
 Engine::Engine(EngineOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
@@ -341,6 +345,7 @@ FileWriter Engine::create(const std::filesystem::path& path, WriterOptions optio
 }
 
 const EngineOptions& Engine::options() const { return impl_->options(); }
+std::uint64_t Engine::pinned_bytes() const { return impl_->pinned_bytes(); }
 const std::string& Engine::fallback_reason() const { return impl_->fallback_reason(); }
 
 }  // namespace flashpack

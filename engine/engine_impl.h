@@ -38,6 +38,7 @@ class Engine::Impl {
   /// The backend that serves files now: the workers once the kernel has begun to refuse the ring.
   Backend backend() const noexcept { return backend_; }
   const internal::EngineFacts& facts() const noexcept { return facts_; }
+  std::uint64_t pinned_bytes() const noexcept;
   /// Hands a prepared transfer to the driver. From then on, only the driver may use TransferState::driver.
   void start(const std::shared_ptr<internal::TransferState>& state);
 

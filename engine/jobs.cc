@@ -294,6 +294,7 @@ void Jobs::tell_of_end(const Job& job, Step next, Time now) const {
                        .transfer = job.transfer().driver.number,
                        .file = job.part->request.index,
                        .path = job.part->request.path.native(),
+                       .device = job.chunk->device,
                        .lane = static_cast<std::uint32_t>(&job - jobs_.data()),
                        .offset_bytes = direct ? job.file_bytes.offset_bytes + job.begun_bytes : job.chunk->offset_bytes,
                        .size_bytes = direct ? job.done_bytes - job.begun_bytes : of_worker,

@@ -125,6 +125,7 @@ class TraceTotals::Impl {
     };
     const std::lock_guard lock(mutex_);
     add(totals_);
+    add(of_devices_[event.device]);
     auto file = of_files_.find(event.path);
     if (file == of_files_.end()) {
       const std::string_view path = of_files_.size() < kMostFiles ? event.path : std::string_view();
@@ -143,11 +144,17 @@ class TraceTotals::Impl {
     return of_files_;
   }
 
+  std::map<std::uint32_t, Totals> totals_of_devices() const {
+    const std::lock_guard lock(mutex_);
+    return of_devices_;
+  }
+
  private:
   const detail::OwnerProcess owner_;
   mutable std::mutex mutex_;  // Protects the rest.
   Totals totals_;
   std::map<std::string, Totals, std::less<>> of_files_;
+  std::map<std::uint32_t, Totals> of_devices_;
 };
 
 TraceTotals::TraceTotals() : impl_(std::make_unique<Impl>()) {}
@@ -165,6 +172,11 @@ TraceTotals::Totals TraceTotals::totals() const { return impl_->is_owner() ? imp
 std::map<std::string, TraceTotals::Totals, std::less<>> TraceTotals::totals_of_files() const {
   if (!impl_->is_owner()) return {};
   return impl_->totals_of_files();
+}
+
+std::map<std::uint32_t, TraceTotals::Totals> TraceTotals::totals_of_devices() const {
+  if (!impl_->is_owner()) return {};
+  return impl_->totals_of_devices();
 }
 
 namespace {
@@ -237,7 +249,8 @@ class ChromeTrace::Impl {
     append_time(json_, event.end - event.begin);
     json_ += R"(,"args":{"transfer":)" + std::to_string(event.transfer) + R"(,"file":)" + std::to_string(event.file);
     json_ += R"(,"offset":)" + std::to_string(event.offset_bytes) + R"(,"bytes":)" + std::to_string(event.size_bytes);
-    json_ += R"(,"depth":)" + std::to_string(event.depth) + R"(,"path":)";
+    json_ += R"(,"depth":)" + std::to_string(event.depth) + R"(,"device":)";
+    json_ += std::to_string(event.device) + R"(,"path":)";
     append_string(json_, event.path);
     if (event.stage == TraceStage::kTransfer) {
       json_ += R"(,"error":)";

@@ -271,6 +271,9 @@ class Engine {
 
   /// The options as given, with the chosen values in place of 0 and kAuto; `staging_bytes` stays 0 beside `staging`.
   const EngineOptions& options() const;
+  /// How much staging memory is page-locked for CUDA devices; 0 for an engine of the host, and if it could not be
+  /// locked.
+  std::uint64_t pinned_bytes() const;
   /// Why the backend is slower, or the memory another, than asked for; empty if neither is. Each transfer has its own
   /// reasons in its statistics.
   const std::string& fallback_reason() const;

@@ -91,6 +91,7 @@ typedef struct flashpack_engine_info {
   uint32_t workers;
   int32_t backend;              ///< The chosen one, never FLASHPACK_BACKEND_AUTO.
   const char* fallback_reason;  ///< Why the engine is slower than it was asked to be, or an empty string.
+  uint64_t pinned_bytes;        ///< How much of the staging memory is page-locked for GPUs; 0 without them.
 } flashpack_engine_info;
 
 /// Starts an engine. `options` may be NULL. Errors: options out of range; errno when threads, memory or a forced

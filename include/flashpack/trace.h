@@ -45,6 +45,9 @@ struct TraceEvent {
   std::uint64_t transfer = 0;  ///< Number of the transfer in its engine, from 1 on.
   std::uint32_t file = 0;      ///< Index of the file in the request; 0 for a transfer.
   std::string_view path;       ///< Path of that file; for a transfer, of its first one. Valid during the call.
+  /// Whose memory the bytes of the chunk go to or come from: 0 is the host, 1 EngineOptions::device, and from 2 on
+  /// EngineOptions::more_devices, in their order. 0 for files and transfers, which may have several.
+  std::uint32_t device = 0;
   /// The row in which a chart shows the step. The steps of a chunk have the same lane, and no two steps of one lane
   /// overlap. 0 for files and transfers, which may overlap.
   std::uint32_t lane = 0;
@@ -73,8 +76,8 @@ class TraceSink {
   ~TraceSink() = default;
 };
 
-/// Adds events up: time per stage, depth reached, and bytes per stage and per file. Any thread may call any member. In
-/// a forked child it is empty, and adds nothing.
+/// Adds events up: time per stage, depth reached, and bytes per stage, per file and per device. Any thread may call any
+/// member. In a forked child it is empty, and adds nothing.
 class TraceTotals final : public TraceSink {
  public:
   struct Total {
@@ -95,14 +98,17 @@ class TraceTotals final : public TraceSink {
   Totals totals() const;
   /// Paths as in the requests. After kMostFiles paths, those of all further ones are added up for an empty path.
   std::map<std::string, Totals, std::less<>> totals_of_files() const;
+  /// By TraceEvent::device. If several engines have the sink, equal numbers of theirs are added up.
+  std::map<std::uint32_t, Totals> totals_of_devices() const;
 
  private:
   class Impl;
   std::unique_ptr<Impl> impl_;
 };
 
-/// Writes events to a file in Chrome's trace format (JSON): a process for each engine, with rows
-/// for transfers, for files, and for chunks.
+/// Writes events to a file in Chrome's trace format (JSON): a process for each engine, with rows for transfers, for
+/// files, and for chunks. A chunk is in one row from its read to its copy, and the device is among the arguments of its
+/// steps, by which Perfetto can filter and add up.
 ///
 /// Events reach the file when a transfer ends, and when there are 64 KiB of them. The JSON is complete after the
 /// destructor, and Perfetto opens it as well if the process was killed before. Any thread may call any member. In a

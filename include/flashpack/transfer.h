@@ -39,8 +39,8 @@ struct TransferStats {
                               ///< direct I/O, or found a page not cached.
   std::uint64_t verified_bytes = 0;  ///< Bytes of a load that matched their checksums.
   double seconds = 0;                ///< Seconds from the start to the end of the transfer.
-  bool pinned = false;  ///< Whether slots are page-locked for a CUDA device; without that, copies are slow. Always
-                        ///< false for an engine of the host.
+  bool pinned = false;  ///< Whether slots are page-locked for a CUDA device, as Engine::pinned_bytes() tells; without
+                        ///< that, copies are slow. Always false for an engine of the host.
   Backend backend = Backend::kAuto;  ///< The backend of direct I/O; never kAuto once the transfer has started.
   std::string fallback_reason;  ///< Each slower way that was taken, as "<what>: <why>", joined by "; "; else empty.
 

@@ -88,10 +88,22 @@ TEST(a_struct_without_its_size_is_refused) {
   flashpack_engine* engine = NULL;
   FAILS(FLASHPACK_INVALID_ARGUMENT, "options->struct_size is 0", flashpack_engine_create(&options, &engine, &error));
   engine = new_engine();
-  flashpack_engine_info info = {sizeof info - 8};
+  flashpack_engine_info info = {offsetof(flashpack_engine_info, fallback_reason)};
   FAILS(FLASHPACK_INVALID_ARGUMENT, "info->struct_size is", flashpack_engine_get_info(engine, &info, &error));
   flashpack_load_request request = {sizeof(void*)};
   FAILS(FLASHPACK_INVALID_ARGUMENT, "request->struct_size is", flashpack_load(engine, &request, &error));
+  flashpack_engine_destroy(engine);
+}
+
+TEST(a_struct_of_an_earlier_version_is_filled_and_no_byte_behind_it) {
+  flashpack_engine* engine = new_engine();
+  flashpack_engine_info info = {offsetof(flashpack_engine_info, pinned_bytes)};
+  info.pinned_bytes = 5;
+  OK(flashpack_engine_get_info(engine, &info, &error));
+  CHECK(info.workers == 2 && info.fallback_reason && info.pinned_bytes == 5);
+  info.struct_size = sizeof info;
+  OK(flashpack_engine_get_info(engine, &info, &error));
+  CHECK(info.pinned_bytes == 0);
   flashpack_engine_destroy(engine);
 }
 

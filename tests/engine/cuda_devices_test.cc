@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "flashpack/trace.h"
 #include "tests/support/bulk.h"
 #include "tests/support/device_test.h"
 #include "tests/support/guarded_memory.h"
@@ -96,6 +97,7 @@ TEST_P(CudaDevicesTest, OneRequestHasTargetsOnTheHostAndOnBothDevices) {
           engine_->load({.files = {{.path = path_, .extents = alternating.extents}}, .cache = cache});
       alternating.expect_landed(bytes_);
       EXPECT_TRUE(stats.pinned);
+      EXPECT_EQ(engine_->pinned_bytes(), options().staging_bytes) << "page-locked once for both devices";
       EXPECT_EQ(stats.fallback_reason.find("page-locked"), std::string::npos) << stats.fallback_reason;
     }
   }
@@ -114,6 +116,27 @@ TEST_P(CudaDevicesTest, TheFirstChunksOfBothDevicesAreInFlightTogether) {
   ASSERT_TRUE(transfer.wait_for(kHang));
   EXPECT_TRUE(cuda().holds(on_second_, bytes(0, half)));
   EXPECT_TRUE(cuda().holds(on_first_, bytes(half, half)));
+}
+
+TEST_P(CudaDevicesTest, ATraceTellsTheDeviceOfEachStep) {
+  TraceTotals totals;
+  EngineOptions traced = options_of_two();
+  traced.trace = &totals;
+  engine_.reset();
+  engine_.emplace(traced);
+  GuardedMemory host(3 * kMiB, 77);
+  engine_->load({.files = {{.path = path_,
+                            .extents = {{0, 5 * kMiB + 1, on_first_},
+                                        {6 * kMiB, 8 * kMiB + 2, on_second_},
+                                        {16 * kMiB, host.size(), host.data()}}}},
+                 .cache = CachePolicy::kDirect});
+  engine_.reset();
+  const auto copied = [&](std::uint32_t device) {
+    return totals.totals_of_devices().at(device)[static_cast<std::size_t>(TraceStage::kCopy)].bytes;
+  };
+  EXPECT_EQ(copied(0), host.size());
+  EXPECT_EQ(copied(1), 5 * kMiB + 1);
+  EXPECT_EQ(copied(2), 8 * kMiB + 2);
 }
 
 TEST_P(CudaDevicesTest, FilesOfOneRequestMayHaveADeviceEach) {

@@ -204,6 +204,7 @@ TEST_P(CudaWorldTest, WhereMemoryCannotBeLockedLoadsAndStoresAreRightAndTheReaso
       const TransferStats stats = engine_->load(request(target, cache));
       EXPECT_TRUE(right(target));
       EXPECT_FALSE(stats.pinned);
+      EXPECT_EQ(engine_->pinned_bytes(), 0u);
       EXPECT_NE(stats.fallback_reason.find(name), std::string::npos) << stats.fallback_reason;
     }
     FileWriter writer = engine_->create(dir_ / "new", {.payload_bytes = bytes_.size()});
@@ -242,6 +243,7 @@ TEST_P(CallersStagingTest, IsPageLockedByTheEngineAsLongAsItLives) {
   start_engine_there();
   EXPECT_EQ(cuda().registrations(), 1);
   EXPECT_TRUE(load_and_check().pinned);
+  EXPECT_EQ(engine_->pinned_bytes(), staging_.size());
   EXPECT_EQ(cuda().pageable_copies(), 0);
   engine_.reset();
   EXPECT_EQ(cuda().registrations(), 0);

@@ -166,12 +166,13 @@ TEST_F(TraceTest, EnginesHaveNumbersOfTheirOwn) {
   EXPECT_NE(trace.events().front().engine, trace.events().back().engine);
 }
 
-TEST(TraceTotalsTest, TimesBytesAndDepthAreAddedUpForEachStageAndEachFile) {
+TEST(TraceTotalsTest, TimesBytesAndDepthAreAddedUpForEachStageFileAndDevice) {
   TraceTotals totals;
   const TraceEvent::Time begin{};
   const auto event = [&](const char* path, std::uint64_t bytes, std::uint32_t depth) {
     totals.event({.stage = TraceStage::kRead,
                   .path = path,
+                  .device = depth > 1 ? 2u : 0u,
                   .size_bytes = bytes,
                   .begin = begin,
                   .end = begin + std::chrono::milliseconds(250),
@@ -186,6 +187,8 @@ TEST(TraceTotalsTest, TimesBytesAndDepthAreAddedUpForEachStageAndEachFile) {
   EXPECT_DOUBLE_EQ(all.seconds, 0.75);
   EXPECT_EQ(all.depth, 3u);
   EXPECT_EQ(totals.totals_of_files().at("a")[static_cast<std::size_t>(TraceStage::kRead)].bytes, 15u);
+  EXPECT_EQ(totals.totals_of_devices().at(0)[static_cast<std::size_t>(TraceStage::kRead)].bytes, 10u);
+  EXPECT_EQ(totals.totals_of_devices().at(2)[static_cast<std::size_t>(TraceStage::kRead)].bytes, 25u);
   EXPECT_EQ(totals.totals()[static_cast<std::size_t>(TraceStage::kWrite)].steps, 0u);
 }
 
@@ -206,7 +209,8 @@ TEST(TraceTotalsTest, AForkedChildHasNoTotals) {
   totals.event({.path = "a", .size_bytes = 1});
   const int status = testing::run_in_child([&] {
     totals.event({.path = "b"});
-    return totals.totals()[0].steps == 0 && totals.totals_of_files().empty() ? 0 : 1;
+    const bool none = totals.totals_of_files().empty() && totals.totals_of_devices().empty();
+    return totals.totals()[0].steps == 0 && none ? 0 : 1;
   });
   EXPECT_EQ(status, 0);
   EXPECT_EQ(totals.totals()[0].steps, 1u);
@@ -232,6 +236,7 @@ TEST_F(TraceTest, AChromeTraceIsJsonWhoseRowsHaveNamesAndNoOverlaps) {
     const double begin = event.at("ts").to_number<double>();
     EXPECT_GE(begin, end_of_row[row] - 0.001);
     end_of_row[row] = begin + event.at("dur").to_number<double>();
+    EXPECT_EQ(event.at("args").at("device").as_int64(), 0);
     bytes[std::string(event.at("name").as_string())] += event.at("args").at("bytes").as_int64();
   }
   EXPECT_EQ(bytes["copy"], static_cast<std::int64_t>(bytes_.size()));

@@ -64,7 +64,8 @@ flashpack_status flashpack_engine_get_info(const flashpack_engine* engine, flash
                                .queue_depth = options.queue_depth,
                                .workers = options.workers,
                                .backend = static_cast<int32_t>(options.backend),
-                               .fallback_reason = asked.fallback_reason().c_str()},
+                               .fallback_reason = asked.fallback_reason().c_str(),
+                               .pinned_bytes = asked.pinned_bytes()},
          info, "info");
   });
 }
