@@ -209,7 +209,7 @@ def include_rules() -> list[IncludeRule]:
     engine_rooms = _only("engine/", "tests/engine/", "tests/support/", *timed_alone)
     libraries = ("engine/", "torch_binding/c/", "torch_binding/format/", "torch_binding/libtorch/")
     ground_users = _only(*libraries, "bench/", "tools/", "tests/")
-    profile_users = _only("engine/tuning/", "tools/", "tests/engine/", "tests/tools/")
+    profile_users = _only("engine/tuning/", "tools/", "tests/c/", "tests/engine/", "tests/tools/")
 
     def is_above_ground(included: str) -> bool:
         return included.startswith("engine/") and not included.startswith(("engine/ground/", "engine/tuning/"))

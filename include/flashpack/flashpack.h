@@ -80,6 +80,9 @@ typedef struct flashpack_engine_options {
                                 ///< engine of a GPU: it serves them with the same threads and staging memory. A request
                                 ///< may then have targets or sources on any of them.
   size_t more_device_count;     ///< At most 63.
+  const char* trace_path;       ///< If not NULL, a file that is replaced by a trace of all that the engine does, in
+                                ///< Chrome's format (JSON), for Perfetto. It is complete when the engine has ended. An
+                                ///< error of writing ends the trace and nothing else.
 } flashpack_engine_options;
 
 /// The choices that an engine has made; strings live as long as the engine.
@@ -94,8 +97,15 @@ typedef struct flashpack_engine_info {
   uint64_t pinned_bytes;        ///< How much of the staging memory is page-locked for GPUs; 0 without them.
 } flashpack_engine_info;
 
+/// Sets chunk_bytes, queue_depth, workers, backend and, unless `staging` is set, staging_bytes to what flashpack_tune
+/// has found to be best for the disk of `path`, a file or a directory, and the device that is in `options`. Errors:
+/// FLASHPACK_NOT_FOUND if it has kept nothing that is better than the defaults, for which the message has the reason.
+/// `options` are then as before, so that a caller may ignore it. Must not run while a thread changes the environment,
+/// which says where the user's profiles are.
+flashpack_status flashpack_tuned_options(const char* path, flashpack_engine_options* options, flashpack_error** error);
+
 /// Starts an engine. `options` may be NULL. Errors: options out of range; errno when threads, memory or a forced
-/// backend cannot be had; FLASHPACK_CUDA_ERROR, or ENOTSUP in a build without CUDA.
+/// backend cannot be had, or the trace cannot be written; FLASHPACK_CUDA_ERROR, or ENOTSUP in a build without CUDA.
 flashpack_status flashpack_engine_create(const flashpack_engine_options* options, flashpack_engine** engine,
                                          flashpack_error** error);
 /// Works in a forked child, too.

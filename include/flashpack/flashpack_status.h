@@ -23,7 +23,7 @@ enum {
   FLASHPACK_CUDA_ERROR = -10,        ///< CUDA failed; the message begins its cause with the name of a cudaError_t.
   FLASHPACK_INTERNAL_ERROR = -11,    ///< Something that this list does not foresee.
   FLASHPACK_RUNNING = -12,           ///< The transfer has not finished yet. This is no failure.
-  FLASHPACK_NOT_FOUND = -13          ///< There is no tensor of that name.
+  FLASHPACK_NOT_FOUND = -13          ///< There is no tensor of that name, or no profile for that disk.
 };
 
 /// Describes a failed call. Constant, and owned by the caller.

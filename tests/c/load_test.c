@@ -58,6 +58,26 @@ TEST(extents_of_several_paths_arrive_in_their_places) {
   flashpack_engine_destroy(engine);
 }
 
+TEST(a_trace_of_the_engine_is_complete_when_it_has_ended) {
+  flashpack_engine_options options = {sizeof options};
+  flashpack_engine* engine = NULL;
+  options.trace_path = "/none/trace.json";
+  FAILS(ENOENT, "/none/trace.json", flashpack_engine_create(&options, &engine, &error));
+  options.trace_path = in_folder("trace.json");
+  OK(flashpack_engine_create(&options, &engine, &error));
+  whole_file load;
+  make_whole_file(&load);
+  OK(flashpack_load(engine, &load.request, &error));
+  flashpack_engine_destroy(engine);
+  static char text[1 << 16];
+  FILE* file = fopen(options.trace_path, "r");
+  CHECK(file);
+  const size_t size = fread(text, 1, sizeof text - 1, file);
+  CHECK(fclose(file) == 0 && size > 2);
+  CHECK(strstr(text, "\"name\":\"transfer\"") && strstr(text, load.path) && strcmp(text + size - 2, "]\n") == 0);
+  free(load.memory);
+}
+
 TEST(a_descriptor_takes_the_place_of_a_path) {
   flashpack_engine* engine = new_engine();
   whole_file load;

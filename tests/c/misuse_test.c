@@ -83,6 +83,14 @@ TEST(null_handles_and_places_are_refused) {
   flashpack_engine_destroy(engine);
 }
 
+TEST(tuned_options_need_a_path_and_a_struct) {
+  flashpack_engine_options options = {sizeof options};
+  NULL_IS_REFUSED("path", flashpack_tuned_options(NULL, &options, &error));
+  NULL_IS_REFUSED("options", flashpack_tuned_options("/", NULL, &error));
+  options.device_kind = 2;
+  FAILS(FLASHPACK_INVALID_ARGUMENT, "device_kind", flashpack_tuned_options("/", &options, &error));
+}
+
 TEST(a_struct_without_its_size_is_refused) {
   flashpack_engine_options options = {0};
   flashpack_engine* engine = NULL;
