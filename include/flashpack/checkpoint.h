@@ -72,7 +72,8 @@ class Checkpoint {
 /// Opens a flashpack file, a safetensors file, the index of several of either (`*.index.json`, with a "weight_map"), or
 /// a directory. Of a directory these are taken, the first that is there: model.flashpack, model.safetensors,
 /// diffusion_pytorch_model.safetensors, each alone or by its index; then the only index of such files; then the only
-/// such file.
+/// such file. When the only one is looked for, a safetensors file or index does not count if a flashpack one of the
+/// same name is beside it, because it was converted to that. Several are an error (kBadFile).
 ///
 /// An index decides which file has a tensor; tensors that it does not list are taken, too. Files are beside their
 /// index. Takes any bytes for possibly hostile, as read_metadata() does. Throws: Error (kBadFile; kFileChanged;

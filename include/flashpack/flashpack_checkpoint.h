@@ -76,9 +76,10 @@ typedef struct flashpack_metadata {
 } flashpack_metadata;
 
 /// Opens a flashpack file, a safetensors file, an index of several of either (`*.index.json`), or a directory, of which
-/// the usual name of a model's weights is taken (model.flashpack, model.safetensors, ...) or else the only such file.
-/// Any bytes are taken for possibly hostile. Errors: FLASHPACK_BAD_FILE, whose message names the broken rule;
-/// FLASHPACK_FILE_CHANGED; errno.
+/// the usual name of a model's weights is taken (model.flashpack, model.safetensors, ...) or else the only such index
+/// or file; a safetensors one does not count there if a flashpack one of the same name is beside it. Any bytes are
+/// taken for possibly hostile. Errors: FLASHPACK_BAD_FILE, whose message names the broken rule; FLASHPACK_FILE_CHANGED;
+/// errno.
 flashpack_status flashpack_checkpoint_open(const char* path, flashpack_checkpoint** checkpoint,
                                            flashpack_error** error);
 /// Opens several files as one checkpoint. Errors: as above, and FLASHPACK_BAD_FILE if two of them have one tensor.
