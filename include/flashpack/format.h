@@ -4,9 +4,10 @@
 /// [u64 LE header length][JSON header][payload]; all integers are little-endian. Readers need only the records, which
 /// say where each tensor lies; only the codec of flashpack files needs macroblocks.
 ///
-/// read_metadata() reads a file, and parse_footer() and parse_safetensors_header() text that the caller has. A writer
-/// calls file_order(), make_layout(), check_footer() and, after the payload, encode_footer(). The other functions say
-/// what types and formats are called, and how large elements are.
+/// read_metadata() reads a file, and parse_footer() and parse_safetensors_header() text that the caller has, as from a
+/// checkpoint inside a container, whose place must then be added to the offsets of the records. A writer calls
+/// file_order(), make_layout(), check_footer() and, after the payload, encode_footer(). The other functions say what
+/// types and formats are called, and how large elements are.
 ///
 /// Thread safety: any thread may call the functions, at the same time, too.
 #pragma once

@@ -267,7 +267,9 @@ TEST_F(OpenCheckpoint, IsReadOutOfALargerFileWithTheOffsetOfItsBeginningAdded) {
   std::string checkpoint(metadata.payload_bytes, '\0');
   for (std::size_t i = 0; i < checkpoint.size(); ++i) checkpoint[i] = static_cast<char>(i * i >> 3);
   checkpoint += encode_footer(metadata);
-  const Metadata found = read_metadata(write("model.flashpack", checkpoint));
+  const std::uint64_t footer_bytes = checkpoint.size() - metadata.payload_bytes - 16;  // Length and magic follow it.
+  const Metadata found =
+      parse_footer(checkpoint.substr(metadata.payload_bytes, footer_bytes), metadata.payload_bytes, "container");
   const std::string before(12'345, 'x');
   const auto container = write("container", before + checkpoint + "after");
   std::vector<std::string> tensors;
