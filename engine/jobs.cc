@@ -206,7 +206,7 @@ void Jobs::reroute(Job& job, const Way& way) {
 }
 
 void Jobs::give_back_slot(Job& job) {
-  if (may_be_late(job.step)) job.part->file_system().remove_slot();
+  if (job.way.may_be_late(job.step)) job.part->file_system().remove_slot();
   free_slots_.push_back(std::exchange(job.slot, -1));
 }
 
@@ -237,8 +237,8 @@ void Jobs::enter(Job& job, Step step, Time now) {
       used_bytes = std::max<std::uint64_t>(used_bytes, job.view.bytes.size());
     }
     FileSystem& file_system = job.part->file_system();
-    if (may_be_late(job.step)) file_system.remove_slot();
-    if (may_be_late(step)) file_system.add_slot();
+    if (job.way.may_be_late(job.step)) file_system.remove_slot();
+    if (job.way.may_be_late(step)) file_system.add_slot();
   }
   --in_[static_cast<std::size_t>(job.step)];
   ++in_[static_cast<std::size_t>(job.step = step)];
@@ -250,7 +250,7 @@ void Jobs::enter(Job& job, Step step, Time now) {
 bool Jobs::mark_late(Time now) {
   bool found = false;
   for (Job& job : jobs_) {
-    if (!may_be_late(job.step) || job.late || now - job.since < kLate) continue;
+    if (!job.way.may_be_late(job.step) || job.late || now - job.since < kLate) continue;
     if (!job.stuck) set_stuck(job);
     job.late = true;
     job.part->file_system().add_late();
@@ -260,7 +260,7 @@ bool Jobs::mark_late(Time now) {
 }
 
 void Jobs::set_stuck(Job& job) {
-  assert(!job.stuck && may_be_late(job.step) && in(job.step) > 0);
+  assert(!job.stuck && job.way.may_be_late(job.step) && in(job.step) > 0);
   job.stuck = true;
   --in_[static_cast<std::size_t>(job.step)];
   job.part->open_file().add_stuck();

@@ -9,8 +9,8 @@
 
 namespace flashpack::internal {
 
-/// A Way holds every step but two: kFree is a job without a chunk, and kAbandoned is a job whose part has failed and
-/// whose operation has not come back yet.
+/// Ways consist of these steps. Two are in none: kFree is a job without a chunk, and kAbandoned is a job whose part has
+/// failed and whose operation has not come back yet.
 enum class Step : std::uint8_t {
   kFree,
   kPopulate,      ///< A worker takes the page faults of memory in place, before the disk uses it.
@@ -28,11 +28,6 @@ enum class Step : std::uint8_t {
   kAbandoned,
 };
 inline constexpr std::size_t kSteps = static_cast<std::size_t>(Step::kAbandoned) + 1;
-
-/// Whether the kernel may keep an operation of this step for an unlimited time.
-constexpr bool may_be_late(Step step) {
-  return (step >= Step::kPopulate && step <= Step::kWriteCached) || step == Step::kAbandoned;
-}
 
 enum class Direction : std::uint8_t { kLoad, kStore };
 
@@ -71,6 +66,13 @@ struct Way {
   View view = View::kFragments;
   bool to_device = false;  ///< Whether kScatter and kGather copy to or from a device.
 
+  /// Whether the kernel may keep an operation of `step` for an unlimited time: requests to a file system, and work in
+  /// which a CPU touches the caller's memory, because that may be a map of a file whose file system does not answer.
+  constexpr bool may_be_late(Step step) const {
+    const bool touches_memory = step == Step::kScatter || step == Step::kGather || step == Step::kCount;
+    return (touches_memory && !to_device) || (step >= Step::kPopulate && step <= Step::kWriteCached) ||
+           step == Step::kAbandoned;
+  }
   /// Whether a chunk may leave `step` out if the memory that it populates has its pages already.
   constexpr bool may_skip(Step step) const {
     return (step == Step::kPopulate || step == Step::kPopulateSlot) && step != counts_in;

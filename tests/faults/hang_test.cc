@@ -310,6 +310,41 @@ TEST_P(HangTest, ACancelledSmallLoadEndsWhenNobodyWritesIntoItsMemoryAnyMore) {
   ::munmap(memory, 4096);
 }
 
+// Workers copy from and to memory whose pages come from a file that hangs.
+TEST_P(HangTest, MemoryThatIsAMapOfAFileThatHangsHoldsUpNoLoadOfAnotherFile) {
+  constexpr std::size_t kOdd = 8;  // Neither address fits direct I/O, so that all bytes go through slots.
+  const std::size_t size = bytes_.size() - kOdd;
+  testing::write_file(dir_ / "mapped to", bytes_);
+  const int fd = ::open((*fs_ / "stuck").c_str(), O_RDONLY | O_CLOEXEC);
+  for (const bool is_load : {true, false}) {
+    void* const mapped = ::mmap(nullptr, bytes_.size(), PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+    ASSERT_NE(mapped, MAP_FAILED);
+    ::posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+    std::byte* const memory = static_cast<std::byte*>(mapped) + kOdd;
+    fs_->hold("read", "stuck");
+    auto ended = std::async(std::launch::async, [&] {
+      if (is_load) {
+        FileExtents file{.path = dir_ / "mapped to", .extents = {{0, size, memory}}};
+        return engine_->start_load({.files = {file}, .cache = CachePolicy::kDirect}).wait(), true;
+      }
+      FileWriter writer = engine_->create(dir_ / "new", {.payload_bytes = size});
+      return writer.write({.extents = {{0, size, memory}}}), writer.commit({}), true;
+    });
+    ASSERT_TRUE(fs_->wait_until_held("read", "stuck"));
+    SCOPED_TRACE(is_load);
+    expect_that_others_keep_going_on();
+    fs_->release();
+    EXPECT_TRUE(ended.get());
+    if (is_load) {
+      EXPECT_TRUE(testing::same_bytes(memory, bytes_.data(), size));
+    } else {
+      EXPECT_EQ(testing::read_file(dir_ / "new"), std::vector(bytes_.begin() + kOdd, bytes_.end()));
+    }
+    ::munmap(mapped, bytes_.size());
+  }
+  ::close(fd);
+}
+
 TEST_P(HangTest, ABufferedLoadGoesOnThoughTheFileThatHadItsDescriptorDoesNotClose) {
   fs_->hold("flush", "stuck");
   for (const auto& path : {*fs_ / "stuck", dir_ / "other"}) {
