@@ -44,7 +44,7 @@ struct ByteWork {
   /// Options of kFromCache.
   struct PageCache {
     bool only = false;  ///< Never waits for the disk. The result is -EAGAIN if a byte is not cached or past the end.
-    bool drop = false;  ///< Drops what was read from the page cache, but no large folio with other bytes.
+    bool drop = false;  ///< Drops what was read from the page cache. A large page that has other bytes, too, stays.
   };
   /// The page faults that kPopulate and kChecksum take, in the caller's memory or in a fresh slot.
   enum class Touch : std::uint8_t { kNothing, kForReading, kForWriting };

@@ -30,7 +30,7 @@ using cuda::taken;
 constexpr std::size_t kStreams = 2;
 
 // To start a copy takes the driver's time. More of them than this go to the pool, so that the driver stays free for the
-// disk. A bound, and not tuned: device_bench, link/copy_start, is to measure it.
+// disk. A bound, and not tuned.
 constexpr std::size_t kMostFragmentsForDriver = 16;
 
 // A context that has failed answers every call with its error, also the question whether its copies have ended. The
@@ -188,7 +188,7 @@ class DeviceCopies {
 
   // Asks once whether the copy has ended, well or not: the device does not touch slot and fragments any more. Notes the
   // copy's error. After an error the event may not have been recorded, and an error as answer does not say that the
-  // copy has ended. In both cases the stream must be empty.
+  // copy has ended. In both cases only an empty stream tells that it has.
   bool look_for_end(Copy& copy, const ContextGuard& guard) {
     if (!copy.started) return false;
     const cudaError_t answer = guard.error() != cudaSuccess ? guard.error()

@@ -54,7 +54,7 @@ class EventQueue::Shared {
     return listener;
   }
 
-  /// Returns the list that the listener, and perhaps the last use of this object, ends with.
+  /// Returns the listener. When the result goes, the listener goes, and with it perhaps the last use of this object.
   std::list<Listener> take_out(const Listener& listener) {
     std::list<Listener> taken;
     const std::lock_guard lock(mutex_);

@@ -22,7 +22,7 @@ struct Job {
   Part* part = nullptr;  // Null if the job is free.
   const Chunk* chunk = nullptr;
   Way way;
-  std::size_t next = 0;  // Index in the way of the step after `step`.
+  std::size_t next = 0;  // The step after `step`, as an index in `way.steps`.
   Step step = Step::kFree;
   int slot = -1;
   ChunkView view;                               // The bytes in the slot or, in place, in the caller's memory.
@@ -93,8 +93,8 @@ class Jobs {
 
   /// False if the part's file or file system has its share of the stuck jobs, so that no further chunk of it may start.
   bool may_have_more(const Part& part) const;
-  /// Whether the next slot that open() takes was never read to with as many bytes as the chunk has, so that it may have
-  /// fresh pages. False for chunks of less than a huge page, because the way to a worker and back takes longer than
+  /// Whether some pages of the next slot that open() takes may be fresh, because no read of as many bytes as the chunk
+  /// has went to it. False for chunks of less than a huge page, because the way to a worker and back takes longer than
   /// most of their page faults.
   bool next_slot_is_fresh(const Chunk& chunk) const;
   /// Starts a job, with a slot if its way needs one. Returns its tag, or nothing if there is no tag, or no slot for

@@ -27,8 +27,8 @@ bool overlap(std::vector<Fragment> extents) {
 
 // Has the bytes of the load counted, so that they can be compared with the checksums. The counts of a stripe's bytes
 // are added by exclusive or, so that bytes that are counted twice drop out of the sum, and right bytes would look
-// corrupt. Therefore nothing is counted if any byte is read twice: if extents overlap, or if a chunk reaches over a gap
-// in which another chunk reads.
+// corrupt. Therefore nothing is counted if any byte is read twice: if extents overlap, or if a chunk reads a gap
+// between its extents, such as 0 to 4096 with 8192 to 12288, and another chunk has an extent in that gap.
 void count_for_checksums(const PartRequest& request, PlannedFile& planned) {
   const std::uint64_t payload_bytes = request.checksums->payload_bytes;
   if (payload_bytes > planned.file().identity().size_bytes)

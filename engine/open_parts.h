@@ -36,9 +36,10 @@ struct PrefixCounts {
 /// late. Parts that are held up do not count among the kMaxOpen, because other files must be opened meanwhile. At most
 /// kHeldUpLimit parts may be held up.
 ///
-/// One server that does not answer must not use up this limit either. Before a file is open, only its path tells where
-/// it is, so the limit is shared out by paths. A mount point may have half as many parts held up as parts elsewhere
-/// leave of the limit, and a directory a third, because a link in the path may lead to another mount point. Further
+/// One server that does not answer must not use up this limit. Before a file is open, only its path tells where it is,
+/// so the limit is shared out by paths. A mount point may have half as many parts held up as parts elsewhere leave of
+/// the limit: 128 of 256 if there are no others. A directory may have a third, because a link in the path may lead to
+/// another mount point. Further
 /// parts from there are parked: they wait, although it is their turn, until something that was late has come back.
 ///
 /// Thread safety: one thread.

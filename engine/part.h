@@ -44,7 +44,7 @@ struct PartRequest {
   std::optional<FileIdentity> expected;
   std::optional<WantedChecksums> checksums;
   std::vector<Fragment> extents;       // What a load wants. A store is planned from its start on.
-  std::uint32_t reported_extents = 0;  // All extents of the file if the completion wants to know of them, else 0.
+  std::uint32_t reported_extents = 0;  // How many extents the completion is told of: all of the file, or 0.
   bool by_descriptor = false;          // The caller has given a descriptor.
   bool stays_open = false;             // A FileHandle has the file.
 };
@@ -103,7 +103,7 @@ struct Part {
   std::unique_ptr<PlannedFile> planned;  // While the file is open and no thread has the part.
   std::uint32_t chunks_open = 0;         // Chunks that have not been delivered yet.
   bool awaited = true;                   // The transfer does not end before the part is done.
-  bool has_used_page_cache = false;      // Whether bytes have gone through the page cache. Only Steps changes it.
+  bool has_used_page_cache = false;      // Whether bytes have, or may have, gone through the page cache.
   std::optional<Failure> failure;        // Set if the part or its transfer fails before the part has ended.
 
   State state() const noexcept { return place.state; }

@@ -33,9 +33,10 @@ struct Cachestat {
 // file can lose that way, and is not tuned.
 constexpr unsigned kMaxWrongAnswers = 4;
 
-// A kernel that runs short of memory takes single pages out of the cache. To read the rest of a chunk of 4 MiB from
-// there and at most 16 pages from the disk takes less time than to read all of it from a disk of 2 GB/s. The part is a
-// bound, and not tuned.
+// A kernel that runs short of memory takes single pages out of the cache. A chunk of which few are missing is read
+// from there, and the kernel reads the missing ones. That costs the first load what it saves at best, and the later
+// ones gain, because the cache is whole then (bench/README.md, "page cache with holes"). The part is a bound, and not
+// tuned.
 constexpr std::uint64_t kFewMissing = 64;
 
 std::minstd_rand random_by_time() {

@@ -15,7 +15,9 @@ namespace flashpack::internal {
 /// one, the second load of a cold file would find the page cached and take the whole file for cached.
 ///
 /// Any answer may be out of date at once, and one page says nothing about its neighbours. Therefore the caller must
-/// read a range that is called cached without waiting, and call report_wrong() if the range was not cached.
+/// read a range that is called cached (kAll) without waiting, and call report_wrong() if the range was not cached. A
+/// range that is mostly cached is read with waiting, because it needs the disk anyway; if its pages have gone
+/// meanwhile, all of it comes from the disk through the page cache.
 ///
 /// Move-only. Thread safety: one thread. borrow() is for any thread if nobody asks for ranges meanwhile.
 class Residency {
@@ -32,7 +34,7 @@ class Residency {
   /// How much of a range seems to be in the page cache.
   enum class Cached : std::uint8_t {
     kNo,
-    kMostly,  ///< All but a 64th. Only cachestat(2) finds that.
+    kMostly,  ///< Some is missing, but at most a 64th. Only cachestat(2) finds that.
     kAll,
   };
   /// kNo if the kernel does not tell.

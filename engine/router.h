@@ -18,7 +18,8 @@ namespace flashpack::internal {
 /// Hands out the chunks of a plan from three lists: those that go past the page cache, those that go through it, and
 /// those that go through it though the disk is needed for a few of their pages. Each list has its own cursor through
 /// the file, so that a half-cached file keeps disk and CPUs busy to the end. The router asks whether a chunk is cached
-/// only when a list has run out, because the answer may change.
+/// only when a list has run out, because the answer may change. For a list that stays empty, it asks about the whole
+/// file soon.
 ///
 /// find_next(), take() and give_back() are a chunk's life, refuse_direct() changes the routes of the rest, and the
 /// other functions ask.

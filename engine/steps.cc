@@ -245,13 +245,14 @@ void Steps::fail(unsigned tag, std::error_code code) {
   owner_.on_failed(part, error);
 }
 
-void Steps::abandon_chunks_of(const Part& part) {
+void Steps::abandon_chunks_of(Part& part) {
   if (part.jobs == 0) return;
   for (unsigned tag = 0; tag < jobs_.size(); ++tag) {
     Job& job = jobs_[tag];
     const bool copies = job.step == Step::kScatter || job.step == Step::kGather;
     if (job.part != &part || copies || job.step == Step::kWait || job.step == Step::kAbandoned) continue;
     assert(job.queue && job.step != Step::kDeliver);
+    part.has_used_page_cache |= job.step == Step::kReadIfCached || job.step == Step::kReadCached;  // Nobody will know.
     job.queue->cancel(tag);
     jobs_.enter(job, Step::kAbandoned, now_);
   }

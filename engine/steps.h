@@ -77,9 +77,9 @@ class Steps {
   void look_at_gates();
   /// Finds the operations that have become late. Returns whether there are any.
   bool mark_late() { return jobs_.mark_late(now_); }
-  /// Cancels the operations of a part that has failed. Copies are left to end by themselves, and a chunk that waits for
-  /// a gate has no operation.
-  void abandon_chunks_of(const Part& part);
+  /// Cancels the operations of a part that has failed. Copies are left to end by themselves. A chunk that waits for a
+  /// gate has no operation, and look_at_gates() closes it in the next turn.
+  void abandon_chunks_of(Part& part);
 
  private:
   bool has_pages(const Part& part, const Chunk& chunk, Step step) const;

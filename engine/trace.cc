@@ -30,8 +30,8 @@ using internal::file_error;
 // Some hundreds of events go into each write to the file. A bound, and not tuned.
 constexpr std::size_t kBufferBytes = 64 << 10;
 
-// Where the rows of each kind begin, which are shown in the order of their numbers. There are fewer rows
-// of each kind than the numbers leave room for.
+// Where the rows of each kind begin, which are shown in the order of their numbers. More than 99,999 transfers at a
+// time would share rows with files.
 constexpr std::uint32_t kTransferRows = 1;
 constexpr std::uint32_t kFileRows = 100'000;
 constexpr std::uint32_t kChunkRows = 200'000;

@@ -53,8 +53,9 @@ class ThreadQueue : public Interface {
   Queue* const listener_;
   std::vector<Work> work_;           // One for each tag.
   std::vector<IoCompletion> taken_;  // Only for the owner: the last result of wait().
-  // Whether wait() would return something or has been woken. It is set under the mutex before the owner is woken, and
-  // sequentially consistent, so that an owner that has been woken sees it, and takes no lock when there is nothing.
+  // Whether wait() would return something or has been woken. It is set under the mutex before the owner is woken, so
+  // that an owner that has been woken sees it. It is sequentially consistent, so that an owner need not take the lock
+  // when there is nothing.
   std::atomic<bool> any_ = false;
 
   std::mutex mutex_;  // Protects the rest.

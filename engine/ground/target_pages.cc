@@ -20,8 +20,11 @@ namespace {
 
 using std::chrono::milliseconds;
 
+// Huge pages are used as long as they cost little more than small ones.
+//
 // To populate 2 MiB takes 1.1 ms in small pages and 0.4 ms in one huge page (engine_bench, cost/first_touch). If the
-// host has to provide the huge page, 2 to 9 ms were seen.
+// host of a virtual machine has to provide the huge page, it takes 2 to 9 ms (bench/README.md, "the driver takes the
+// faults").
 constexpr std::chrono::nanoseconds kFairPerHugePage = milliseconds(1);
 // Each huge page adds the time that it took above the fair time to a sum, or takes the time below it off. Huge pages
 // are given up when the sum reaches kTooMuch, so that a few dear pages among many cheap ones change nothing. The sum

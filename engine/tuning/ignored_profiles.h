@@ -9,8 +9,8 @@
 
 namespace flashpack::internal {
 
-/// The profiles for the disk of `path` that neither loads to the host nor those to the GPUs of this machine can have,
-/// as text for people: what each one has, and why it is ignored. None if the file of profiles cannot be read.
+/// The profiles for the disk of `path` that no load on this machine can use, to the host or to a GPU, as text for
+/// people: what each one has, and why it is ignored. None if the file of profiles cannot be read.
 /// Any thread, unless another one changes the environment.
 std::vector<std::string> ignored_profiles(const std::filesystem::path& path,
                                           const std::filesystem::path& profiles = profiles_path());

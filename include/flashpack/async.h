@@ -105,8 +105,8 @@ class AsyncOperations final : public boost::asio::execution_context::service {
   }
 
  private:
-  // Shared with the driver and, while it emits, a cancellation slot, which may still be in an operation that shutdown()
-  // ends.
+  // Shared with the driver, and with a cancellation slot while that slot emits: it may still use an operation that
+  // shutdown() ends.
   using Running = std::unordered_map<Operation*, std::shared_ptr<Operation>>;
 
   // A child that has not been told by notify_fork() may only destroy the context.

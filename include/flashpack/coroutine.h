@@ -79,7 +79,7 @@ class [[nodiscard]] TransferAwaiter final : public Completion {
       error_ = std::current_exception();
       phase_ = Phase::kDone;
     }
-    // As long as this function has not said that it is through, done() leaves the coroutine suspended.
+    // Until this function sets kWaiting, done() leaves the coroutine suspended.
     if (phase_.exchange(Phase::kWaiting) != Phase::kDone) return true;
     if (!options_.resume) return false;
     resume();

@@ -92,7 +92,7 @@ struct FileExtents {
 
 /// Whether reads go through the page cache.
 enum class CachePolicy : std::uint8_t {
-  kAuto,      ///< Chunks of which all but a 64th is in the page cache are read through it, others past it.
+  kAuto,      ///< Chunks of which at most a 64th is missing in the page cache are read through it.
   kDirect,    ///< O_DIRECT wherever the file allows it, even for cached bytes.
   kBuffered,  ///< All reads go through the page cache.
 };

@@ -196,7 +196,7 @@ void flashpack_events_destroy(flashpack_events* events);
 typedef struct flashpack_transfer flashpack_transfer;
 
 enum {
-  FLASHPACK_CACHE_AUTO = 0,     ///< Chunks that are, but for a 64th, in the page cache are read through it.
+  FLASHPACK_CACHE_AUTO = 0,     ///< Chunks of which at most a 64th is missing in the page cache are read through it.
   FLASHPACK_CACHE_DIRECT = 1,   ///< O_DIRECT wherever the file allows it.
   FLASHPACK_CACHE_BUFFERED = 2  ///< All reads go through the page cache.
 };

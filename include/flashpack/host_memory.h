@@ -17,9 +17,9 @@ class TargetPages;
 /// read a cached file to them. All copies of a pool share one store, also the copy that an engine has
 /// (EngineOptions::memory_pool). The pages go back to the system with the last copy and the last memory of the pool.
 ///
-/// Used and kept memory together are never more than the most that was in use at one time. Pages of less than 2 MiB are
-/// not kept. The kernel may take kept pages at any time, so that they count as available memory. Nothing is kept before
-/// Linux 5.18, nor where the address space or the memory that may be promised is limited (RLIMIT_AS,
+/// Used and kept memory together are never more than the most that was in use at one time. Memory of less than 2 MiB
+/// is not kept. The kernel may take kept pages at any time, and therefore they count as available memory. Nothing is
+/// kept before Linux 5.18, nor where the address space or the memory that may be promised is limited (RLIMIT_AS,
 /// vm.overcommit_memory=2), nor by a pool that a forked child has of its parent.
 ///
 /// Thread safety: any thread may call any member at any time, but assign to, or destroy, only what no other thread

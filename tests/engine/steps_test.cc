@@ -226,6 +226,20 @@ TEST_F(StepsTest, ChunksOfAFailedPartComeBackWhenTheirOperationsDo) {
   EXPECT_EQ(transfer_->done_bytes, 0u);
 }
 
+TEST_F(StepsTest, APartThatHasFailedMayHaveReadThroughThePageCache) {
+  plan({{5000, 6000, memory_.data() + 1}, {kChunk + 5000, 6000, memory_.data() + 8001}});
+  part_.failure = Failure(Error(Errc::kCancelled, "read"));
+  ASSERT_TRUE(set_out(Route::kDirect, 0));
+  steps_.abandon_chunks_of(part_);
+  EXPECT_FALSE(part_.has_used_page_cache);
+  end(disk_, -ECANCELED);
+  ASSERT_TRUE(set_out(Route::kBuffered, 1));
+  steps_.abandon_chunks_of(part_);
+  EXPECT_TRUE(part_.has_used_page_cache);
+  end(workers_, -ECANCELED);
+  EXPECT_TRUE(steps_.idle());
+}
+
 TEST_F(StepsTest, AChunkSetsOutOnlyIfThereIsRoomForIt) {
   plan({{5000, 6000, memory_.data() + 1},
         {kChunk + 5000, 6000, memory_.data() + 8001},
