@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The Python tests with the newest versions of torch and of the libraries that are integrated, and with the oldest
-# supported ones; prints a table.
+# The Python tests, and those of the C++ binding of LibTorch, with the newest versions of torch and of the libraries that
+# are integrated, and with the oldest supported ones; prints a table.
 #
 # usage: tools/compat.sh [newest|oldest]...     (default: both)
 #
@@ -42,6 +42,12 @@ set_up() {
   UV_HTTP_TIMEOUT=300 "$python" -m uv pip install --quiet --python "$at/bin/python" "$results"/*.whl pytest "$@"
 }
 
+# test_libtorch PYTHON BUILD: the C++ binding, compiled with the headers of that environment's torch.
+test_libtorch() {
+  cmake -S "$root" -B "$2" -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE="$1" -DFLASHPACK_BUILD_PYTHON=OFF &&
+    cmake --build "$2" --target torch_test && "$2/tests/libtorch/torch_test" --gtest_brief=1
+}
+
 versions='import importlib.metadata as m, sys
 names = ("torch", "transformers", "diffusers", "accelerate", "huggingface_hub")
 print(" | ".join(m.version(name) for name in names), "|", sys.argv[1])'
@@ -53,10 +59,12 @@ for name in "$@"; do
   set_up "$name" ${requirements[$name]} || fail "the environment of $name cannot be made"
   at=$root/.cache/compat-$name/bin/python
   "$at" -m pytest -q tests/python >"$results/$name.log" 2>&1 || failed=1
+  test_libtorch "$at" "$results/build-$name" >"$results/libtorch-$name.log" 2>&1 && libtorch=passed || libtorch=FAILED
+  [[ $libtorch == passed ]] || failed=1
   outcome=$(tail -n 1 "$results/$name.log" | sed 's/ in [0-9].*//; s/=//g')
-  rows+=("| $name | $("$at" -c "$versions" "$outcome") |")
+  rows+=("| $name | $("$at" -c "$versions" "$outcome") | $libtorch |")
   grep -E '^(FAILED|ERROR)' "$results/$name.log"
 done
-printf '| set | torch | transformers | diffusers | accelerate | huggingface_hub | tests |\n|---|---|---|---|---|---|---|\n'
+printf '| set | torch | transformers | diffusers | accelerate | huggingface_hub | tests | torch_test |\n|---|---|---|---|---|---|---|---|\n'
 printf '%s\n' "${rows[@]}"
 exit "$failed"
