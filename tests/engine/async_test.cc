@@ -323,9 +323,10 @@ struct ForeignLoop {
     ForeignLoop* loop;
 
     template <class Work>
-    void execute(Work work) const {
+    void execute(Work given) const {
       const std::lock_guard lock(loop->mutex);
-      loop->work.emplace_back([work = std::make_shared<Work>(std::move(work))] { std::move (*work)(); });
+      const auto shared = std::make_shared<Work>(std::move(given));
+      loop->work.emplace_back([shared] { (*shared)(); });
       loop->came.notify_one();
     }
     static constexpr auto query(asio::execution::blocking_t) noexcept { return asio::execution::blocking.never; }

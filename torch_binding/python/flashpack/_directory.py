@@ -178,7 +178,7 @@ def declare_dtype(directory: Path, dtype: str) -> None:
     with contextlib.suppress(FlashPackError, RecursionError):  # What is no configuration is copied as it is.
         config = read_json(path)
         if (changed := declared(config)) != config:
-            path.write_text(json.dumps(changed, indent=2) + "\n")
+            path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
 
 
 def _companions_of(source: Path, with_code: bool) -> list[Path]:
