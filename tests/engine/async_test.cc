@@ -362,21 +362,23 @@ TEST_F(AsyncTest, AnExecutorOfNoExecutionContextRunsTheHandler) {
 }
 
 TEST_F(AsyncTest, AHandlerWhoseTypeIsErasedIsCalledOnItsExecutor) {
+  // It is left, because nobody is told when the thread that has called execute() has returned from it.
+  static asio::io_context& context = *new asio::io_context;
   using Handler = asio::any_completion_handler<void(std::exception_ptr, TransferStats)>;
   for (const bool possible : {true, false}) {  // One that fails at the start does not call its handler there, either.
-    context_.restart();
+    context.restart();
     bool called = false;
     LoadRequest wanted = request();
     if (!possible) wanted.files[0].extents[0].target = nullptr;
-    asio::post(context_, [&] {
-      async_load(engine_, wanted, Handler(asio::bind_executor(context_, [&](std::exception_ptr error, TransferStats) {
+    asio::post(context, [&] {
+      async_load(engine_, wanted, Handler(asio::bind_executor(context, [&](std::exception_ptr error, TransferStats) {
                    EXPECT_EQ(error == nullptr, possible);
-                   EXPECT_TRUE(context_.get_executor().running_in_this_thread());
+                   EXPECT_TRUE(context.get_executor().running_in_this_thread());
                    called = true;
                  })));
       EXPECT_FALSE(called);
     });
-    context_.run();  // The load keeps it at work.
+    context.run();  // The load keeps it at work.
     EXPECT_TRUE(called);
   }
   EXPECT_TRUE(right());
