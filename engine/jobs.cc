@@ -6,6 +6,7 @@
 
 #include "engine/ground/rounding.h"
 #include "engine/ground/target_pages.h"
+#include "engine/ground/units.h"
 #include "engine/transfer_state.h"
 
 namespace flashpack::internal {
@@ -46,9 +47,10 @@ std::optional<TraceStage> stage_of(const Job& job) {
 // pages that a read to a slot, which has huge ones, and a copy take less time (engine_bench, cost/read_into). Such
 // machines are those where huge pages cost too much. Fresh pages have to be populated in either case, and then a copy
 // would only cost more. Small loads stay in place, because a program that makes many of them, to take little memory,
-// would have that of the slots as well; the limit is not tuned.
+// would have that of the slots as well. The groups of a stream from Python must not (bench/README.md); otherwise the
+// limit is not tuned.
 bool stays_in_place(const Part& part, const Chunk& chunk) {
-  constexpr std::uint64_t kLeastBytes = std::uint64_t{256} << 20;
+  constexpr std::uint64_t kLeastBytes = 32 * kMiB;
   PagePolicy* const policy = part.transfer->request.page_policy;
   if (!part.transfer->is_load() || !policy || part.transfer->request.total_bytes < kLeastBytes) return true;
   const Fragment& target = part.plan().fragments_of(chunk).front();

@@ -49,7 +49,7 @@ class FileHandle {
   /// The identity that the file had when it was opened. Its size bounds the extents.
   const FileIdentity& identity() const noexcept;
   /// If offset, size and address are multiples of this, a read that goes past the page cache needs no copy. A read of
-  /// less than 128 KiB is without a copy only if no other extent lies within 64 KiB of it. A load of 256 MiB
+  /// less than 128 KiB is without a copy only if no other extent lies within 64 KiB of it. A load of 32 MiB
   /// or more to small pages of an engine's pool is copied all the same, see HostMemory. 4096 if the file has no direct
   /// I/O.
   std::uint32_t alignment_bytes() const noexcept;

@@ -141,7 +141,7 @@ typedef struct flashpack_open_file_info {
   uint64_t size_bytes;       ///< When it was opened. No extent may go past it.
   uint64_t alignment_bytes;  ///< If offset, size and address are multiples of this, a read that goes past the page
                              ///< cache needs no copy. A read of less than 128 KiB is without a copy only if no
-                             ///< other extent lies within 64 KiB of it. A load of 256 MiB or more to small pages
+                             ///< other extent lies within 64 KiB of it. A load of 32 MiB or more to small pages
                              ///< of a flashpack_memory is copied all the same, because that is faster. 4096 if the
                              ///< file has no direct I/O.
 } flashpack_open_file_info;

@@ -45,7 +45,7 @@ class HostMemoryPool {
 /// Owns memory for the target of a load. The engine can read to any memory, but a load to this is faster:
 ///
 /// * Its address is that of the bytes in the file, modulo a page, so that the kernel writes whole pages to it, and no
-///   copy is made. In loads of 256 MiB or more, pages that are there already and are small, see below, are the
+///   copy is made. In loads of 32 MiB or more, pages that are there already and are small, see below, are the
 ///   exception: there, to read to huge pages and copy is faster.
 /// * It has pages that its pool has kept, if there are any.
 /// * Fresh pages are huge ones, unless these cost more to get than small ones, as in a virtual machine that has given

@@ -317,6 +317,7 @@ TEST_F(JobsTest, ALargeLoadPastTheCacheToSmallPagesThatAreThereGoesThroughSlots)
   EXPECT_FALSE(has_slot(ChunkTraits::Route::kDirect)) << "fresh pages";
   std::ranges::fill(memory.bytes(), std::byte{1});
   EXPECT_TRUE(has_slot(ChunkTraits::Route::kDirect));
+  EXPECT_TRUE(has_slot(ChunkTraits::Route::kDirect, 64 * kBytes)) << "a group of a stream from Python";
   EXPECT_FALSE(has_slot(ChunkTraits::Route::kDirect, kBytes)) << "slots take memory";
   EXPECT_FALSE(has_slot(ChunkTraits::Route::kSeemsCached));
   policy.memory = nullptr;
