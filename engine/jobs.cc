@@ -140,8 +140,8 @@ bool Jobs::idle() const {
 bool Jobs::has_enough_stuck(const Part& part, std::size_t used, std::size_t of_files,
                             std::size_t of_file_systems) const {
   const std::uint32_t many = std::min(limits_.queue_depth, limits_.slots);
-  return (part.open_file().stuck() >= many && used > of_files) ||
-         (part.file_system().stuck() >= many && used > of_file_systems);
+  const bool has_many = part.open_file().stuck() >= many || part.transfer->driver.stuck_copies >= many;
+  return (has_many && used > of_files) || (part.file_system().stuck() >= many && used > of_file_systems);
 }
 
 bool Jobs::may_have_more(const Part& part) const {
@@ -208,7 +208,7 @@ void Jobs::reroute(Job& job, const Way& way) {
 }
 
 void Jobs::give_back_slot(Job& job) {
-  if (job.way.may_be_late(job.step)) job.part->file_system().remove_slot();
+  if (is_of_file(job.step)) job.part->file_system().remove_slot();
   free_slots_.push_back(std::exchange(job.slot, -1));
 }
 
@@ -239,8 +239,8 @@ void Jobs::enter(Job& job, Step step, Time now) {
       used_bytes = std::max<std::uint64_t>(used_bytes, job.view.bytes.size());
     }
     FileSystem& file_system = job.part->file_system();
-    if (job.way.may_be_late(job.step)) file_system.remove_slot();
-    if (job.way.may_be_late(step)) file_system.add_slot();
+    if (is_of_file(job.step)) file_system.remove_slot();
+    if (is_of_file(step)) file_system.add_slot();
   }
   --in_[static_cast<std::size_t>(job.step)];
   ++in_[static_cast<std::size_t>(job.step = step)];
@@ -255,7 +255,7 @@ bool Jobs::mark_late(Time now) {
     if (!job.way.may_be_late(job.step) || job.late || now - job.since < kLate) continue;
     if (!job.stuck) set_stuck(job);
     job.late = true;
-    job.part->file_system().add_late();
+    if (is_of_file(job.step)) job.part->file_system().add_late();
     found = true;
   }
   return found;
@@ -265,22 +265,31 @@ void Jobs::set_stuck(Job& job) {
   assert(!job.stuck && job.way.may_be_late(job.step) && in(job.step) > 0);
   job.stuck = true;
   --in_[static_cast<std::size_t>(job.step)];
-  job.part->open_file().add_stuck();
-  job.part->file_system().add_stuck();
+  if (is_of_file(job.step)) {
+    job.part->open_file().add_stuck();
+    job.part->file_system().add_stuck();
+  } else {
+    ++job.transfer().driver.stuck_copies;
+  }
   ++stuck_;
   if (job.slot >= 0) ++stuck_slots_;
 }
 
 void Jobs::clear_stuck(Job& job) {
-  FileSystem& file_system = job.part->file_system();
   assert(job.stuck && stuck_ > 0);
   job.stuck = false;
   ++in_[static_cast<std::size_t>(job.step)];
-  job.part->open_file().remove_stuck();
-  file_system.remove_stuck();
+  const bool was_late = std::exchange(job.late, false);
+  if (is_of_file(job.step)) {
+    FileSystem& file_system = job.part->file_system();
+    job.part->open_file().remove_stuck();
+    file_system.remove_stuck();
+    if (was_late) file_system.remove_late();
+  } else {
+    --job.transfer().driver.stuck_copies;
+  }
   --stuck_;
   if (job.slot >= 0) --stuck_slots_;
-  if (std::exchange(job.late, false)) file_system.remove_late();
 }
 
 // To be called before `job` begins `next`.

@@ -83,6 +83,7 @@ struct DriverState {
   std::shared_ptr<TransferState> self;       // Shared with the handle until the end, because it may be gone earlier.
   std::vector<std::unique_ptr<Gate>> gates;  // Those that were shut when last looked at.
   std::size_t parts_awaited = 0;             // Parts that the end still waits for.
+  std::uint32_t stuck_copies = 0;            // Jobs that are stuck in the caller's memory. Only Jobs changes it.
   std::optional<Failure> failure;            // The error that ended the whole transfer, if one did.
   TransferStats stats;                       // What has been done so far.
 

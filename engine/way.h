@@ -29,6 +29,11 @@ enum class Step : std::uint8_t {
 };
 inline constexpr std::size_t kSteps = static_cast<std::size_t>(Step::kAbandoned) + 1;
 
+/// Whether an operation of this step may wait for the file system of the chunk's file.
+constexpr bool is_of_file(Step step) {
+  return (step >= Step::kPopulate && step <= Step::kWriteCached) || step == Step::kAbandoned;
+}
+
 enum class Direction : std::uint8_t { kLoad, kStore };
 
 /// The properties of a chunk that decide its way.
@@ -66,12 +71,11 @@ struct Way {
   View view = View::kFragments;
   bool to_device = false;  ///< Whether kScatter and kGather copy to or from a device.
 
-  /// Whether the kernel may keep an operation of `step` for an unlimited time: requests to a file system, and work in
-  /// which a CPU touches the caller's memory, because that may be a map of a file whose file system does not answer.
+  /// Whether the kernel may keep an operation of `step` for an unlimited time: requests to the file's file system, and
+  /// work in which a CPU touches the caller's memory, because that may be a map of a file of another one.
   constexpr bool may_be_late(Step step) const {
     const bool touches_memory = step == Step::kScatter || step == Step::kGather || step == Step::kCount;
-    return (touches_memory && !to_device) || (step >= Step::kPopulate && step <= Step::kWriteCached) ||
-           step == Step::kAbandoned;
+    return (touches_memory && !to_device) || is_of_file(step);
   }
   /// Whether a chunk may leave `step` out if the memory that it populates has its pages already.
   constexpr bool may_skip(Step step) const {

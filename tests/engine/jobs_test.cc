@@ -62,12 +62,13 @@ class JobsTest : public ::testing::Test {
   }
 
   // How many jobs the load gets, each of which has begun to read when the next one is asked for.
-  std::size_t open_all(const Load& load, std::vector<unsigned>& tags, std::size_t limit = 1000) {
+  std::size_t open_all(const Load& load, std::vector<unsigned>& tags, std::size_t limit = 1000,
+                       Step step = Step::kRead) {
     std::size_t count = 0;
     for (; count < limit && jobs_.may_have_more(load.part); ++count) {
       const std::optional<unsigned> tag = open(load);
       if (!tag) break;
-      jobs_.enter(jobs_[*tag], Step::kRead, start_);
+      jobs_.enter(jobs_[*tag], step, start_);
       tags.push_back(*tag);
     }
     return count;
@@ -251,6 +252,22 @@ TEST_F(JobsTest, AFileAndAFileSystemThatDoNotAnswerLeaveSlotsToOthers) {
   EXPECT_TRUE(jobs_.idle());
 }
 
+TEST_F(JobsTest, CopiesThatAreLateCountAgainstTheirTransferAndNotAgainstTheFileSystemOfItsFile) {
+  std::vector<unsigned> tags;
+  const Load first = load(file_system_);
+  EXPECT_EQ(open_all(first, tags, 1000, Step::kScatter), kSlots);
+  EXPECT_EQ(file_system_.slots(), 0u);
+  jobs_.mark_late(start_ + 2 * kLate);
+  EXPECT_EQ(jobs_.in(Step::kScatter), 0u);
+  EXPECT_EQ(open_all(first, tags, 1000, Step::kScatter), 0u) << "spare slots are for others, too";
+  EXPECT_EQ(file_system_.stuck() + first.part.open_file().stuck(), 0u);
+  const Load second = load(file_system_);
+  EXPECT_EQ(open_all(second, tags), kSlots);
+  close_all(tags);
+  EXPECT_TRUE(jobs_.idle());
+  EXPECT_EQ(first.transfer->driver.stuck_copies, 0u);
+}
+
 // In place, so that only jobs run out.
 TEST_F(JobsTest, AFileGetsHalfOfTheStuckJobsAndAFileSystemThreeQuarters) {
   std::vector<unsigned> tags;
@@ -317,8 +334,8 @@ TEST_F(JobsTest, ALargeLoadPastTheCacheToSmallPagesThatAreThereGoesThroughSlots)
   EXPECT_FALSE(has_slot(ChunkTraits::Route::kDirect)) << "fresh pages";
   std::ranges::fill(memory.bytes(), std::byte{1});
   EXPECT_TRUE(has_slot(ChunkTraits::Route::kDirect));
-  EXPECT_TRUE(has_slot(ChunkTraits::Route::kDirect, 64 * kBytes)) << "a group of a stream from Python";
-  EXPECT_FALSE(has_slot(ChunkTraits::Route::kDirect, kBytes)) << "slots take memory";
+  EXPECT_TRUE(has_slot(ChunkTraits::Route::kDirect, 32 * kBytes));
+  EXPECT_FALSE(has_slot(ChunkTraits::Route::kDirect, 32 * kBytes - 1)) << "slots take memory";
   EXPECT_FALSE(has_slot(ChunkTraits::Route::kSeemsCached));
   policy.memory = nullptr;
   EXPECT_FALSE(has_slot(ChunkTraits::Route::kDirect)) << "huge pages";
