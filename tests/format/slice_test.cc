@@ -69,6 +69,13 @@ TEST_F(SliceTest, AnySliceOfAnyShapeIsReadInTheOrderOfItsElements) {
   }
 }
 
+TEST(SliceExtentsTest, ATensorWithoutElementsHasNoExtentHoweverLargeItsOtherDimsAre) {
+  constexpr std::int64_t kHuge = std::int64_t{1} << 31;
+  const TensorRecord record = record_of({0, kHuge, kHuge});
+  const std::array<IndexRange, 3> half = {{{0, 0}, {0, kHuge}, {0, kHuge / 2}}};
+  EXPECT_TRUE(slice_extents(record, half, nullptr).empty());
+}
+
 TEST(SliceExtentsTest, BytesThatAreNeighboursInTheFileAreOneExtent) {
   std::array<std::uint32_t, 4 * 5 * 6> memory{};
   const auto count = [&](std::array<IndexRange, 3> ranges) {

@@ -1,5 +1,6 @@
 #include "flashpack/slice.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <string>
 #include <utility>
@@ -43,12 +44,13 @@ std::vector<Extent> repeated(const std::vector<Extent>& extents, std::uint64_t c
 
 std::vector<Extent> slice_extents(const TensorRecord& record, std::span<const IndexRange> ranges, void* target) {
   check(record, ranges);
+  // A tensor without elements may have other dims that are huge.
+  if (std::ranges::any_of(ranges, [](const IndexRange& range) { return length_of(range) == 0; })) return {};
   std::uint64_t stride_bytes = element_bytes(record.dtype);  // From one index of the dim to the next.
   std::uint64_t slice_bytes = stride_bytes;                  // Of the dims that have been seen, from the last one on.
   std::vector<Extent> extents = {{record.offset_bytes, slice_bytes, target}};
   for (std::size_t dim = ranges.size(); dim-- > 0;) {
     const std::uint64_t length = length_of(ranges[dim]);
-    if (length == 0) return {};
     if (slice_bytes == stride_bytes) {  // All that is within the dim is one extent.
       extents.front().size_bytes = length * stride_bytes;
     } else {
