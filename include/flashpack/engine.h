@@ -199,7 +199,7 @@ struct EngineOptions {
 /// its last argument, which is empty after success. In place of load(), such programs call start_load() and then
 /// Transfer::wait_for(), which never throws a transfer's error, and Transfer::error(). FileWriter, EventQueue,
 /// read_metadata() and open_checkpoint() have such forms, too. HostMemory has none, but any memory may be a target.
-/// ChromeTrace, verify_payload(), probe(), and all that needs Asio, coroutines or LibTorch, need exceptions.
+/// All else that throws needs exceptions.
 ///
 /// Thread safety: any thread may call any member at any time, but moves and destruction need the engine to themselves;
 /// distinct engines are independent. The process ends if the engine's threads run out of memory. Transfers are served

@@ -82,7 +82,8 @@ typedef struct flashpack_engine_options {
   size_t more_device_count;     ///< At most 63.
   const char* trace_path;       ///< If not NULL, a file that is replaced by a trace of all that the engine does, in
                                 ///< Chrome's format (JSON), for Perfetto. It is complete when the engine has ended. An
-                                ///< error of writing ends the trace and nothing else.
+                                ///< error of writing ends the trace and nothing else. Each engine needs a file of its
+                                ///< own, which is emptied even if the engine cannot be made for another reason.
 } flashpack_engine_options;
 
 /// The choices that an engine has made; strings live as long as the engine.
