@@ -182,7 +182,7 @@ def test_all_ranks_have_the_same_places_in_memory_whatever_they_verify(pack, sta
         return json.loads(messages[-1] if ranks.rank == sender else messages.pop(0))
 
     monkeypatch.setattr(_distributed.Ranks, "_send", send)
-    monkeypatch.setattr(_distributed.Ranks, "_broadcast", lambda ranks, memory: sent.append(memory))
+    monkeypatch.setattr(_distributed.Ranks, "_broadcast", lambda ranks, memory, window: sent.append(memory))
     elsewhere = torch.device("meta", 0)  # A device that every machine has.
     with open_checkpoint(path) as checkpoint:
         wanted = _memory.Wanted(checkpoint, checkpoint.entries()[::3])

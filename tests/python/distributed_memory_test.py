@@ -11,9 +11,9 @@ def test_memory_that_the_engine_could_not_reach_is_moved_on_its_way_to_the_other
     sent = []
     monkeypatch.setattr(dist, "broadcast", lambda tensor, src: sent.append((tensor.device.type, tensor.numel(), src)))
     monkeypatch.setattr(_distributed, "_WINDOW_BYTES", 64)
-    ranks = _distributed.Ranks(rank=1, count=2, src=1)
-    ranks._window = torch.empty(64, dtype=torch.uint8, device="meta")  # A device that every machine has.
-    ranks._broadcast(flashpack._memory.allocate_block(0, 100).memory)
+    window = torch.empty(64, dtype=torch.uint8, device="meta")  # A device that every machine has.
+    memory = flashpack._memory.allocate_block(0, 100).memory
+    _distributed.Ranks(rank=1, count=2, src=1)._broadcast(memory, window)
     assert sent == [("meta", 64, 1), ("meta", 36, 1)]
 
 

@@ -41,8 +41,6 @@ class Ranks:
     """The device that this rank loads to."""
     _parted: bool = field(default=False, init=False)
     """Whether a rank has failed and all ranks know it, so that they exchange nothing any more."""
-    _window: torch.Tensor | None = field(default=None, init=False)
-    """Memory of the device for what was read elsewhere; None if it was read there."""
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -114,39 +112,42 @@ class Ranks:
         # The rank that reads has its blocks on the CPU if its engine cannot use the device.
         is_away = filling is not None and filling.side.device.type != device.type
         # Once the others wait for bytes, this rank must not run out of memory.
-        self._window = torch.empty(_WINDOW_BYTES, dtype=torch.uint8, device=device) if is_away else None
+        largest = max((block.memory.numel() for block in filling.blocks), default=0) if is_away and filling else 0
+        window = torch.empty(min(largest, _WINDOW_BYTES), dtype=torch.uint8, device=device) if is_away else None
         self.agree()
         verify = self._send(options.verify, self.src)  # The places of tensors in blocks depend on it.
         if filling is not None:
             with closing(fill(wanted.checkpoint, [filling], options, as_stream=True)) as arrivals:
                 for [numbers] in arrivals:
                     if numbers:
-                        self._pass_on(filling.blocks, numbers)
-            self._pass_on([], [])
+                        self._pass_on(filling.blocks, numbers, window)
+            self._pass_on([], [], None)
             filled = filled_of(filling)
         else:
             home = CPU if device.type == "cpu" else device
             plan = wanted.plan(device, verify)
             filled = Filled(allocate(plan, home, home), plan.places, home, None)
-            while self._pass_on(filled.blocks, None):
+            while self._pass_on(filled.blocks, None, None):
                 pass
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
-        self._window = None
         return filled
 
-    def _pass_on(self, blocks: Sequence[Block], numbers: list[int] | None) -> bool:
-        """Broadcasts the blocks whose numbers rank `src` gives, and returns whether there were any."""
+    def _pass_on(self, blocks: Sequence[Block], numbers: list[int] | None, window: torch.Tensor | None) -> bool:
+        """Broadcasts the blocks whose numbers rank `src` gives, and returns whether there were any.
+
+        `window`: memory of the device for what was read elsewhere; None if it was read there.
+        """
         self.agree()
         numbers = self._send(numbers, self.src)
         for number in numbers or ():
-            self._broadcast(blocks[number].memory)
+            self._broadcast(blocks[number].memory, window)
         return bool(numbers)
 
-    def _broadcast(self, memory: torch.Tensor) -> None:
+    def _broadcast(self, memory: torch.Tensor, window: torch.Tensor | None) -> None:
         for begin in range(0, memory.numel(), _WINDOW_BYTES):
             part = memory[begin : begin + _WINDOW_BYTES]
-            dist.broadcast(part if self._window is None else self._window[: part.numel()].copy_(part), self.src)
+            dist.broadcast(part if window is None else window[: part.numel()].copy_(part), self.src)
 
     def _agree(self, failure: str | None) -> None:
         """Exchanges with all ranks whether they have failed. Raises RuntimeError if others have, but not this one."""
