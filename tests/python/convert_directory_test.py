@@ -98,12 +98,13 @@ def test_a_cast_is_told_to_the_configuration_so_that_transformers_loads_what_was
     quantised = {"quant_method": "x", "dtype": "float32"}
     config = {"model_type": "llama", "torch_dtype": "float32", "text_config": {"dtype": "torch.float16"}}
     config |= {"vision_config": {"dtype": "auto"}, "quantization_config": quantised, "dtype_name": "float32"}
+    config["parts"] = [{"dtype": "float64"}]
     write_model(tmp_path / "model", {"model.safetensors": STATE}, config)
     out = tmp_path / "out"
-    for _ in range(2):  # The second conversion finds its own configuration there, which is no other file.
-        commands.convert_to_flashpack(tmp_path / "model", out, dtype="bfloat16")
-        expected = config | {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}}
-        assert json.loads((out / "config.json").read_text()) == expected
+    for dtype in ("bfloat16", "bfloat16", "float16", None):  # What an earlier conversion has written is no other file.
+        commands.convert_to_flashpack(tmp_path / "model", out, dtype=dtype)
+        told = {"torch_dtype": dtype, "text_config": {"dtype": dtype}, "parts": [{"dtype": dtype}]}
+        assert json.loads((out / "config.json").read_text()) == config | (told if dtype else {})
     for dtype in (None, "float8_e4m3fn"):
         commands.convert_to_flashpack(tmp_path / "model", tmp_path / str(dtype), dtype=dtype)
         assert (tmp_path / str(dtype) / "config.json").read_bytes() == (tmp_path / "model/config.json").read_bytes()

@@ -131,7 +131,7 @@ def test_nothing_older_is_removed_before_the_result_is_there(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_reversal, "_write", fail)
+        patch.setattr(_reversal, "copy_companions", fail)
         with pytest.raises(OSError, match="No space"):
             commands.revert_from_flashpack(directory, tmp_path / "out", force=True)
     assert names_in(tmp_path / "out") == before

@@ -40,6 +40,7 @@ _CODE = "*.py"
 # sentence-transformers reads the weights of the modules after the model itself, and only in these formats.
 _MODULE_WEIGHTS = ["*.safetensors", "*.bin", "*.index.json"]
 _REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_CONFIG = "config.json"
 _WEIGHT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 _TENSOR_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|flashpack)$")
 
@@ -122,22 +123,32 @@ def download(repo_id: str, hub: Download, variant: str | None, with_code: bool) 
     return directory
 
 
-def refuse_replacing(stage: Path, destination: Path) -> None:
-    """Raises FlashPackError if a file of `stage` would replace one in `destination` that is not the same.
+def refuse_replacing(source: Path, destination: Path, with_code: bool) -> None:
+    """Raises FlashPackError if copy_companions() would replace files in `destination` that are not the same.
 
-    Who names a directory as the destination names the weights that go there, but no other files in it.
+    Who names a directory as the destination names the weights that go there, but no other files in it. A configuration
+    that declare_dtype() has changed is still the same.
     """
-    names = [file.relative_to(stage) for file in sorted(stage.rglob("*")) if file.is_file()]
+    names = [file.relative_to(source) for file in _companions_of(source, with_code)]
     others = [
         os.fspath(name)
-        for name in names
-        if (destination / name).is_file() and not filecmp.cmp(stage / name, destination / name, shallow=False)
+        for name in dict.fromkeys(names)
+        if (destination / name).is_file() and not _is_same(source / name, destination / name)
     ]
     if others:
         raise FlashPackError(
-            f"{destination} has other files of the names that would be copied there: {', '.join(others)}; "
+            f"{destination} has other files of the names that would be copied there: {', '.join(sorted(others))}; "
             f"remove them, or use --force (in Python: force=True), to replace them"
         )
+
+
+def _is_same(file: Path, other: Path) -> bool:
+    if filecmp.cmp(file, other, shallow=False):
+        return True
+    if file.name != _CONFIG:
+        return False
+    first, second = _with_dtype(file, "float32"), _with_dtype(other, "float32")
+    return first is not None and first == second
 
 
 def copy_companions(source: Path, destination: Path, with_code: bool) -> None:
@@ -165,20 +176,27 @@ def declare_dtype(directory: Path, dtype: str) -> None:
 
     transformers loads weights as what their configuration says. What describes quantised weights stays as it is.
     """
-    path = directory / "config.json"
-    if dtype not in _WEIGHT_DTYPES or not path.is_file():
-        return
+    path = directory / _CONFIG
+    changed = _with_dtype(path, dtype) if dtype in _WEIGHT_DTYPES and path.is_file() else None
+    if changed is not None and changed != read_json(path):
+        path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_dtype(path: Path, dtype: str) -> Any:
+    """Returns a configuration with `dtype` wherever it names a dtype of weights; None for a file that is none."""
 
     def declared(value: Any, key: str = "") -> Any:
         if isinstance(value, dict) and key != "quantization_config":
             return {name: declared(part, name) for name, part in value.items()}
+        if isinstance(value, list):
+            return [declared(part) for part in value]
         named = key in ("dtype", "torch_dtype") and isinstance(value, str)
         return dtype if named and value.removeprefix("torch.") in _WEIGHT_DTYPES else value
 
-    with contextlib.suppress(FlashPackError, RecursionError):  # What is no configuration is copied as it is.
-        config = read_json(path)
-        if (changed := declared(config)) != config:
-            path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+    try:
+        return declared(read_json(path))
+    except (FlashPackError, RecursionError):
+        return None
 
 
 def _companions_of(source: Path, with_code: bool) -> list[Path]:

@@ -69,12 +69,10 @@ def _is_called_a_file(destination: Path) -> bool:
 def _revert_directory(source: Path, destination_path: StrPath | None, silent: bool, force: bool) -> None:
     destination = source if destination_path is None else Path(destination_path)
     in_place = destination.exists() and destination.samefile(source)
+    if not in_place and not force:
+        refuse_replacing(source, destination, with_code=False)
     reverted, rivals = 0, dict[Path, str]()
     with staged(destination, source) as stage:
-        if not in_place:
-            copy_companions(source, stage, with_code=False)
-            if not force:
-                refuse_replacing(stage, destination)
         for folder in model_folders(source):
             check_folder(source, folder)
             with open_checkpoint(source / folder) as checkpoint:
@@ -96,6 +94,8 @@ def _revert_directory(source: Path, destination_path: StrPath | None, silent: bo
                 _write(checkpoint, stage / file, destination / file, silent)
         if not reverted:
             raise FlashPackError(f"there is no flashpack file in {source} to revert")
+        if not in_place:
+            copy_companions(source, stage, with_code=False)
     for rival, who in rivals.items():
         rival.unlink()
         sync(rival.parent)

@@ -316,16 +316,16 @@ def _convert_directory(
         for folder, checkpoint in checkpoints.items():
             refuse_existing(destination / folder / flashpack_name_of(checkpoint))
     in_place = destination.exists() and destination.samefile(directory)
+    if not in_place and not kwargs["force"]:
+        refuse_replacing(directory, destination, copy_code)
     with staged(destination, directory) as stage:
+        for folder, checkpoint in checkpoints.items():
+            pack(folder, checkpoint, stage / folder / flashpack_name_of(checkpoint))
         if not in_place:
             copy_companions(directory, stage, copy_code)
             if packing.dtype is not None:
                 for folder in checkpoints:
                     declare_dtype(stage / folder, dtype_to_string(packing.dtype))
-            if not kwargs["force"]:
-                refuse_replacing(stage, destination)
-        for folder, checkpoint in checkpoints.items():
-            pack(folder, checkpoint, stage / folder / flashpack_name_of(checkpoint))
     if not in_place:
         for folder, checkpoint in checkpoints.items():
             warn_of_older(destination / folder / flashpack_name_of(checkpoint))
