@@ -21,7 +21,7 @@ def bars(result: dict[str, Any], state: str) -> list[tuple[str, float, float]]:
     rows = [
         (name, states[state]["first_gb_per_s"], states[state]["second_gb_per_s"])
         for name, states in result["rows"].items()
-        if state in states and name != ROOFLINE
+        if state in states and name != ROOFLINE and "mapped" not in name  # A map copies nothing, and so has no bar.
     ]
     return sorted(rows, key=lambda row: -row[1])
 
