@@ -74,7 +74,7 @@ struct TransferRequest {
   PagePolicy* page_policy = nullptr;  // The engine's.
 };
 
-/// What the one thread that has a transfer does with it: the thread that prepares it, until the start, and from then on
+/// The state for the one thread that has a transfer: the thread that prepares it, until the start, and from then on
 /// the driver, until the end. After it, a FileWriter asks for sums().
 struct DriverState {
   std::deque<Part> parts;                    // A store has one part, already open. Parts never move in memory.
@@ -85,7 +85,7 @@ struct DriverState {
   std::size_t parts_awaited = 0;             // Parts that the end still waits for.
   std::uint32_t stuck_copies = 0;            // Jobs that are stuck in the caller's memory. Only Jobs changes it.
   std::optional<Failure> failure;            // The error that ended the whole transfer, if one did.
-  TransferStats stats;                       // What has been done so far.
+  TransferStats stats;                       // The work so far.
 
   /// Whether the caller's work on a device has not ended, as far as is known. Until it has, nothing is copied to or
   /// from a device.

@@ -17,8 +17,8 @@
 /// may be destroyed while the operation is under way. Its destructor then cancels the operation, waits until nothing is
 /// in flight, and destroys the handler, with all that the handler owns, without calling it. It can do so only if the
 /// handler's executor tells of its context. The one of an any_completion_handler hides it, and an executor that is not
-/// Asio's may have none. What runs such a handler has to outlive the operation, and a little more: nobody is told when
-/// the thread that has called execute() has returned from it. It forks only after the operation.
+/// Asio's may have none. The loop that runs such a handler has to outlive the operation, and a little more: nobody is
+/// told when the thread that has called execute() has returned from it. It forks only after the operation.
 ///
 /// In a forked child, operations of the parent are left alone: their handlers are neither called nor destroyed, and the
 /// context's destructor does not wait for them. To start others on the copy of a context, call its notify_fork(), as

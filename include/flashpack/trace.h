@@ -45,8 +45,8 @@ struct TraceEvent {
   std::uint64_t transfer = 0;  ///< Number of the transfer in its engine, from 1 on.
   std::uint32_t file = 0;      ///< Index of the file in the request; 0 for a transfer.
   std::string_view path;       ///< Path of that file; for a transfer, of its first one. Valid during the call.
-  /// Whose memory the bytes of the chunk go to or come from: 0 is the host, 1 EngineOptions::device, and from 2 on
-  /// EngineOptions::more_devices, in their order. 0 for files and transfers, which may have several.
+  /// The owner of the memory that the bytes of the chunk go to or come from: 0 is the host, 1 EngineOptions::device,
+  /// and from 2 on EngineOptions::more_devices, in their order. 0 for files and transfers, which may have several.
   std::uint32_t device = 0;
   /// The row in which a chart shows the step. The steps of a chunk have the same lane, and no two steps of one lane
   /// overlap. 0 for files and transfers, which may overlap.

@@ -35,7 +35,7 @@ std::vector<std::uint32_t> numbers_of(const TensorRecord& record, std::span<cons
 
 class SliceTest : public ::testing::Test {
  protected:
-  // What a load of the slice gives, from a file of one tensor.
+  // The result of a load of the slice, from a file of one tensor.
   std::vector<std::uint32_t> load(const TensorRecord& record, std::span<const IndexRange> ranges, std::size_t count) {
     std::vector<std::uint32_t> file((record.offset_bytes + record.size_bytes) / sizeof(std::uint32_t));
     std::iota(file.begin() + 10, file.end(), 0u);

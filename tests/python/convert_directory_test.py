@@ -101,7 +101,7 @@ def test_a_cast_is_told_to_the_configuration_so_that_transformers_loads_what_was
     config["parts"] = [{"dtype": "float64"}]
     write_model(tmp_path / "model", {"model.safetensors": STATE}, config)
     out = tmp_path / "out"
-    for dtype in ("bfloat16", "bfloat16", "float16", None):  # What an earlier conversion has written is no other file.
+    for dtype in ("bfloat16", "bfloat16", "float16", None):  # The result of an earlier conversion is no other file.
         commands.convert_to_flashpack(tmp_path / "model", out, dtype=dtype)
         told = {"torch_dtype": dtype, "text_config": {"dtype": dtype}, "parts": [{"dtype": dtype}]}
         assert json.loads((out / "config.json").read_text()) == config | (told if dtype else {})

@@ -1,4 +1,4 @@
-"""What a rank does with bytes that it has read elsewhere than on the device of the process group."""
+"""A rank passes on bytes that it has read elsewhere than on the device of the process group."""
 
 import flashpack
 import pytest

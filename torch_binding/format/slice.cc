@@ -47,7 +47,7 @@ std::vector<Extent> slice_extents(const TensorRecord& record, std::span<const In
   // A tensor without elements may have other dims that are huge.
   if (std::ranges::any_of(ranges, [](const IndexRange& range) { return length_of(range) == 0; })) return {};
   std::uint64_t stride_bytes = element_bytes(record.dtype);  // From one index of the dim to the next.
-  std::uint64_t slice_bytes = stride_bytes;                  // Of the dims that have been seen, from the last one on.
+  std::uint64_t slice_bytes = stride_bytes;                  // The bytes of a slice of the dims seen so far.
   std::vector<Extent> extents = {{record.offset_bytes, slice_bytes, target}};
   for (std::size_t dim = ranges.size(); dim-- > 0;) {
     const std::uint64_t length = length_of(ranges[dim]);

@@ -126,8 +126,8 @@ def download(repo_id: str, hub: Download, variant: str | None, with_code: bool) 
 def refuse_replacing(source: Path, destination: Path, with_code: bool) -> None:
     """Raises FlashPackError if copy_companions() would replace files in `destination` that are not the same.
 
-    Who names a directory as the destination names the weights that go there, but no other files in it. A configuration
-    that declare_dtype() has changed is still the same.
+    The caller who names a directory as the destination names the weights that go there, but no other files in it. A
+    configuration that declare_dtype() has changed is still the same.
     """
     names = [file.relative_to(source) for file in _companions_of(source, with_code)]
     others = [
@@ -174,7 +174,7 @@ def copy_companions(source: Path, destination: Path, with_code: bool) -> None:
 def declare_dtype(directory: Path, dtype: str) -> None:
     """Makes the config.json in `directory` say that the weights are `dtype`, wherever it names a dtype of weights.
 
-    transformers loads weights as what their configuration says. What describes quantised weights stays as it is.
+    transformers loads weights as what their configuration says. The description of quantised weights stays as it is.
     """
     path = directory / _CONFIG
     changed = _with_dtype(path, dtype) if dtype in _WEIGHT_DTYPES and path.is_file() else None
