@@ -394,13 +394,31 @@ def report(results: Results) -> dict[str, Any]:
         for state, row in rows[name].items():
             first = results.median(name, state, "first", lambda load: load.get("first_tensor_of_time", 0.0))
             row |= {"first_tensor_of_time": first} if first else {}
-    return {"kernel": platform.release(), "cpus": os.cpu_count(), "rows": rows, "missing": results.reasons}
+    return {"rows": rows, "missing": results.reasons}
+
+
+def machine(folder: Path) -> dict[str, Any]:
+    """Facts that a figure needs to be compared with another one's."""
+
+    def said_by(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+    models = [line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if "model name" in line]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": said_by("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "cpu": models[0].partition(": ")[2] if models else platform.machine(),
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "file_system": said_by("findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(folder)),
+    }
 
 
 def as_markdown(result: dict[str, Any], command: str) -> str:
     lines = [
-        f"Linux {result['kernel']}, {result['cpus']} cores. Medians of processes in turns, by `{command}`. First and "
-        "second load of a process, GB/s; CPU s/GB and peak memory over the size of the tensors, first load.",
+        f"{result['cpus']} cores of {result['cpu']}, {result['file_system']}, Linux {result['kernel']}, commit "
+        f"{result['commit']}, {result['date']}. Medians of processes in turns, by `{command}`. First and second load "
+        "of a process, GB/s; CPU s/GB and peak memory over the size of the tensors, first load.",
         "",
         "| into memory of their own |" + "".join(f" {state}, first | second | CPU | peak |" for state in STATES),
         "|---|" + "---|" * WIDTH,
@@ -446,6 +464,7 @@ def main() -> int:
     reasons = {name: install(LOADERS[name]) for name in options.only if LOADERS[name].packages}
     options.dir.mkdir(parents=True, exist_ok=True)
     make_files(options.dir, options.size_gib)
+    where = machine(options.dir)
     results = Results(GAPS | {name: reason for name, reason in reasons.items() if reason is not None})
     for state in options.states:
         for path in options.dir.iterdir():
@@ -456,8 +475,8 @@ def main() -> int:
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 results.take(name, state, options.dir)
             if options.out is not None:  # A run that is cut short still has figures.
-                options.out.with_suffix(".json").write_text(json.dumps(report(results), indent=2) + "\n")
-    result = report(results)
+                options.out.with_suffix(".json").write_text(json.dumps(where | report(results), indent=2) + "\n")
+    result = where | report(results)
     command = f"bench/compare.py --size_gib {options.size_gib:g} --rounds {options.rounds}"
     publish(result, as_markdown(result, command), options.out)
     return 0
