@@ -48,8 +48,8 @@ class Queue {
 class DiskQueue : public Queue {
  public:
   /// The most tags that any of them serves. The kernel gives a ring at most 32,768 entries (IORING_MAX_ENTRIES), and a
-  /// ring has two for each tag and one of its own.
-  static constexpr unsigned kMostTags = (32768 - 1) / 2;
+  /// ring has three for each tag and one of its own.
+  static constexpr unsigned kMostTags = (32768 - 1) / 3;
 
   using Request = DiskRequest;
   /// Starts an operation, at the latest with the next wait(). Requires: `tag` is below the limit given at construction,

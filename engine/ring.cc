@@ -22,7 +22,7 @@ namespace flashpack::internal {
 
 namespace {
 
-// A value above all tags; liburing uses the highest value itself.
+// Two values above all tags. liburing uses the highest value itself.
 constexpr std::uint64_t kWakeTag = std::uint64_t{1} << 63;
 constexpr std::uint64_t kCancelTag = std::uint64_t{1} << 62;
 
@@ -106,9 +106,9 @@ Ring::Ring(unsigned in_flight_limit, std::vector<std::span<std::byte>> slots, Ru
       slots_(std::move(slots)),
       slot_uses_(slots_.size(), 0),
       in_flight_(in_flight_limit) {
-  // There are entries for an operation and a cancellation of each tag and for the wake read, so that a push always
-  // finds one even while the kernel accepts none.
-  const unsigned entries = std::bit_ceil(2 * in_flight_limit + 1);
+  // While the kernel accepts none, a push must find an entry all the same. A tag has three at most: the cancellation of
+  // an operation that has ended meanwhile, the next operation, and its cancellation. One more is for the wake read.
+  const unsigned entries = std::bit_ceil(3 * in_flight_limit + 1);
   set_up(entries);
   ring_.reset(storage_.get());
   hide();
