@@ -23,8 +23,11 @@ const Chunk* Router::find_next(List list, unsigned& questions) {
   while (true) {
     while (at < known_ && lists_[at] != list) ++at;
     if (at < known_) return &plan_->chunks[at];
-    if (known_ == lists_.size() || questions == 0) return nullptr;
-    --questions;
+    if (known_ == lists_.size()) return nullptr;
+    if (on_suspicion()) {
+      if (questions == 0) return nullptr;
+      --questions;
+    }
     lists_[known_] = list_of(plan_->chunks[known_]);
     ++known_;
   }

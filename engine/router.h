@@ -36,8 +36,9 @@ class Router {
   /// The router of a store. Borrows the plan.
   Router(const Plan& plan, const File& file);
 
-  /// Finds the next chunk of `list`, which stays the same until take(). Asks the page cache about chunks, each once,
-  /// until it has one, and lowers `questions` by one for each. Null if no chunk is left, or when `questions` is 0.
+  /// Finds the next chunk of `list`, which stays the same until take(). Where the page cache decides, asks it about
+  /// chunks, each once, until it has one, and lowers `questions` by one for each. Null if no chunk is left, or if
+  /// another question is needed when `questions` is 0.
   const Chunk* find_next(List list, unsigned& questions);
   /// Requires: find_next(list) was not null.
   void take(List list);
