@@ -315,28 +315,20 @@ FileHandle Engine::open(const std::filesystem::path& path, const std::optional<F
 
 FileHandle Engine::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, int fd,
                         std::error_code& error) noexcept {
-  FileHandle handle;
-  internal::catching(error, [&] { handle = open(path, expected, fd); });
-  return handle;
+  return internal::value_or_code<FileHandle>(error, [&] { return open(path, expected, fd); });
 }
 
 std::optional<Engine> Engine::make(EngineOptions options, std::error_code& error) noexcept {
-  std::optional<Engine> engine;
-  internal::catching(error, [&] { engine.emplace(std::move(options)); });
-  return engine;
+  return internal::value_or_code<std::optional<Engine>>(error, [&] { return Engine(std::move(options)); });
 }
 
 Transfer Engine::start_load(LoadRequest request, Completion* completion, std::error_code& error) noexcept {
-  Transfer transfer;
-  internal::catching(error, [&] { transfer = start_load(std::move(request), completion); });
-  return transfer;
+  return internal::value_or_code<Transfer>(error, [&] { return start_load(std::move(request), completion); });
 }
 
 std::optional<FileWriter> Engine::create(const std::filesystem::path& path, WriterOptions options,
                                          std::error_code& error) noexcept {
-  std::optional<FileWriter> writer;
-  internal::catching(error, [&] { writer = create(path, options); });
-  return writer;
+  return internal::value_or_code<std::optional<FileWriter>>(error, [&] { return create(path, options); });
 }
 
 FileWriter Engine::create(const std::filesystem::path& path, WriterOptions options) {

@@ -134,9 +134,7 @@ void EventQueue::Listener::done(Transfer& transfer) noexcept {
 EventQueue::EventQueue() : shared_(std::make_shared<Shared>()) {}
 
 std::optional<EventQueue> EventQueue::make(std::error_code& error) noexcept {
-  std::optional<EventQueue> queue;
-  internal::catching(error, [&] { queue.emplace(); });
-  return queue;
+  return internal::value_or_code<std::optional<EventQueue>>(error, [&] { return EventQueue(); });
 }
 
 EventQueue& EventQueue::operator=(EventQueue&& other) noexcept {
@@ -180,9 +178,7 @@ Transfer EventQueue::start_load(Engine& engine, LoadRequest request, std::uint64
 
 Transfer EventQueue::start_load(Engine& engine, LoadRequest request, std::uint64_t tag,
                                 std::error_code& error) noexcept {
-  Transfer transfer;
-  internal::catching(error, [&] { transfer = start_load(engine, std::move(request), tag); });
-  return transfer;
+  return internal::value_or_code<Transfer>(error, [&] { return start_load(engine, std::move(request), tag); });
 }
 
 Transfer EventQueue::start_write(FileWriter& writer, WriteRequest request, std::uint64_t tag) {
@@ -191,9 +187,7 @@ Transfer EventQueue::start_write(FileWriter& writer, WriteRequest request, std::
 
 Transfer EventQueue::start_write(FileWriter& writer, WriteRequest request, std::uint64_t tag,
                                  std::error_code& error) noexcept {
-  Transfer transfer;
-  internal::catching(error, [&] { transfer = start_write(writer, std::move(request), tag); });
-  return transfer;
+  return internal::value_or_code<Transfer>(error, [&] { return start_write(writer, std::move(request), tag); });
 }
 
 }  // namespace flashpack

@@ -200,15 +200,11 @@ Checksums FileWriter::checksums() { return impl_->checksums(); }
 void FileWriter::commit(std::span<const std::byte> tail) { impl_->commit(tail); }
 
 Transfer FileWriter::start_write(WriteRequest request, Completion* completion, std::error_code& error) noexcept {
-  Transfer transfer;
-  internal::catching(error, [&] { transfer = impl_->start_write(request, completion); });
-  return transfer;
+  return internal::value_or_code<Transfer>(error, [&] { return impl_->start_write(request, completion); });
 }
 
 Checksums FileWriter::checksums(std::error_code& error) noexcept {
-  Checksums checksums;
-  internal::catching(error, [&] { checksums = impl_->checksums(); });
-  return checksums;
+  return internal::value_or_code<Checksums>(error, [&] { return impl_->checksums(); });
 }
 
 void FileWriter::commit(std::span<const std::byte> tail, std::error_code& error) noexcept {

@@ -59,6 +59,14 @@ void catching(std::error_code& error, Body body) noexcept {
   }
 }
 
+/// Does the same with a `body` that returns a value. Returns that, or an empty Result beside a code.
+template <typename Result, typename Body>
+Result value_or_code(std::error_code& error, Body body) noexcept {
+  Result result{};
+  catching(error, [&] { result = body(); });
+  return result;
+}
+
 /// An Error about an argument that concerns no file.
 inline Error argument_error(const std::string& what) { return Error(Errc::kInvalidArgument, what); }
 

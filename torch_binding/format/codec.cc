@@ -156,16 +156,12 @@ Metadata read_metadata(int fd, const std::filesystem::path& path, const ReadMeta
 
 std::optional<Metadata> read_metadata(const std::filesystem::path& path, const ReadMetadataOptions& options,
                                       std::error_code& error) noexcept {
-  std::optional<Metadata> read;
-  internal::catching(error, [&] { read = read_metadata(path, options); });
-  return read;
+  return internal::value_or_code<std::optional<Metadata>>(error, [&] { return read_metadata(path, options); });
 }
 
 std::optional<Metadata> read_metadata(int fd, const std::filesystem::path& path, const ReadMetadataOptions& options,
                                       std::error_code& error) noexcept {
-  std::optional<Metadata> read;
-  internal::catching(error, [&] { read = read_metadata(fd, path, options); });
-  return read;
+  return internal::value_or_code<std::optional<Metadata>>(error, [&] { return read_metadata(fd, path, options); });
 }
 
 }  // namespace flashpack
