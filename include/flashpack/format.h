@@ -155,6 +155,9 @@ struct TensorSpec {
 std::vector<std::size_t> file_order(std::span<const TensorSpec> tensors,
                                     std::optional<std::span<const std::string>> name_order = std::nullopt);
 
+/// The alignment that packers have by default, as the Python reference has.
+inline constexpr std::uint64_t kDefaultAlignBytes = 128;
+
 /// Gives every tensor its place in the file. Each dtype has one macroblock, in order of first appearance, and keeps its
 /// tensors in the order given. Throws: Error (kInvalidArgument): "No tensors to pack", duplicate names, names that are
 /// not UTF-8, negative dims, more than 64 dims, sizes past 2^63.

@@ -23,6 +23,7 @@
 
 #include "flashpack/checksums.h"
 #include "flashpack/engine.h"
+#include "flashpack/format.h"
 #include "flashpack/name_filter.h"
 
 namespace torch::nn {
@@ -44,7 +45,7 @@ struct PackOptions {
   std::optional<at::ScalarType> target_dtype;
   /// Order of the tensors in the file; tensors that it does not list are left out. If empty, the largest come first.
   std::optional<std::vector<std::string>> name_order;
-  std::uint64_t align_bytes = 128;  ///< Each tensor begins at a multiple of it; 0 packs densely.
+  std::uint64_t align_bytes = kDefaultAlignBytes;  ///< Each tensor begins at a multiple of it; 0 packs densely.
   /// Puts checksums of the payload into the footer; readers that do not know them skip them. Without checksums and
   /// metadata the file is byte for byte what the Python reference writes.
   bool checksum = true;

@@ -31,8 +31,7 @@ TEST(Verified, WhereAllIsToBeVerifiedALoadOfPartsOfStripesIsAnError) {
   const Checkpoint checkpoint = open_checkpoint(path);
   std::vector<std::byte> memory(metadata.payload_bytes);
   const auto load = [&](Verify verify, std::vector<Extent> extents) {
-    LoadRequest request;
-    request.files.push_back(extents_in(checkpoint.files()[0], std::move(extents), verify));
+    LoadRequest request{.files = files_of(checkpoint, {std::move(extents)}, verify)};
     return verified(checkpoint, verify, [&] { return engine.load(std::move(request)); }).verified_bytes;
   };
   const Extent whole{.size_bytes = memory.size(), .target = memory.data()};

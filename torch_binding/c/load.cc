@@ -47,14 +47,6 @@ std::vector<FileExtents> files_by_path(const flashpack_load_request& given, Exte
   return files;
 }
 
-std::vector<FileExtents> files_of(const Checkpoint& checkpoint, Extents extents, Verify verify) {
-  std::vector<FileExtents> files;
-  for (std::size_t i = 0; i < extents.size(); ++i) {
-    if (!extents[i].empty()) files.push_back(extents_in(checkpoint.files()[i], std::move(extents[i]), verify));
-  }
-  return files;
-}
-
 LoadRequest request_of(const flashpack_load_request& given, std::vector<FileExtents> files) {
   return {.files = std::move(files),
           .cache = one_of(given.cache, CachePolicy::kBuffered, "request->cache"),
@@ -135,18 +127,15 @@ Extents allocate(const HostMemoryPool& pool, const Checkpoint& checkpoint, const
   auto memory = std::make_shared<Memory>();
   memory->reserve(plan.blocks.size());
   for (const auto& [size_bytes, phase_bytes] : plan.blocks) memory->emplace_back(pool, size_bytes, phase_bytes);
-  Extents extents(checkpoint.files().size());
-  for (const Segment& segment : plan.segments) {
-    std::byte* const target = (*memory)[segment.block].data() + segment.block_offset;
-    extents[segment.file].push_back({segment.offset_bytes, segment.size_bytes, target});
-  }
+  std::vector<std::byte*> addresses;
+  for (const auto& block : *memory) addresses.push_back(block.data());
   for (const SegmentPlan::Place& place : plan.places) {
     const bool empty = place.segment == SegmentPlan::Place::kNowhere;
-    load.tensors->data.push_back(
-        empty ? nullptr : (*memory)[plan.segments[place.segment].block].data() + plan.block_offset(place));
+    load.tensors->data.push_back(empty ? nullptr
+                                       : addresses[plan.segments[place.segment].block] + plan.block_offset(place));
   }
   load.transfer->memory = load.tensors->memory = std::move(memory);
-  return extents;
+  return plan.extents(addresses, checkpoint.files().size());
 }
 
 WholeLoad start_load_all(flashpack_engine* engine, const flashpack_load_request* request) {

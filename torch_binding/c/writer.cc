@@ -1,6 +1,8 @@
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -11,6 +13,7 @@
 #include "torch_binding/c/events.h"
 #include "torch_binding/c/handles.h"
 #include "torch_binding/c/transfer.h"
+#include "torch_binding/format/pack_plan.h"
 
 namespace flashpack::c {
 
@@ -33,13 +36,17 @@ std::unique_ptr<flashpack_transfer> start_write(flashpack_writer* writer, const 
   return transfer;
 }
 
+std::string_view name_of(const flashpack_save_tensor& tensor) {
+  const auto name = array(tensor.name, tensor.name_bytes, "the name of a tensor");
+  return {name.begin(), name.end()};
+}
+
 std::vector<TensorSpec> specs_of(std::span<const flashpack_save_tensor> tensors) {
   std::vector<TensorSpec> specs;
   for (const flashpack_save_tensor& tensor : tensors) {
     if (tensor.reserved != 0) throw argument_error("a reserved field of a tensor is not 0");
-    const auto name = array(tensor.name, tensor.name_bytes, "the name of a tensor");
     const auto shape = array(tensor.shape, tensor.dims, "the shape of a tensor");
-    specs.push_back({.name = {name.begin(), name.end()},
+    specs.push_back({.name = std::string(name_of(tensor)),
                      .dtype = one_of(tensor.dtype, DType::kFloat4E2M1FNX2, "the dtype of a tensor"),
                      .shape = {shape.begin(), shape.end()}});
   }
@@ -50,16 +57,10 @@ void save(Engine& engine, const char* path, std::span<const flashpack_save_tenso
           const flashpack_save_options& options) {
   if (options.reserved != 0) throw argument_error("options->reserved is not 0");
   const bool checksums = options.no_checksums == 0;
-  const std::vector<TensorSpec> specs = specs_of(tensors);
-  std::vector<TensorSpec> ordered;
+  const std::uint64_t align_bytes = options.align_bytes != 0 ? options.align_bytes : kDefaultAlignBytes;
+  Metadata metadata = plan_file(specs_of(tensors), align_bytes, std::nullopt, {}, checksums);
   std::unordered_map<std::string_view, const void*> data_of;
-  for (const std::size_t i : file_order(specs)) {
-    ordered.push_back(specs[i]);
-    data_of.emplace(specs[i].name, tensors[i].data);
-  }
-  constexpr std::uint64_t kAlignBytes = 128;
-  Metadata metadata = make_layout(ordered, options.align_bytes != 0 ? options.align_bytes : kAlignBytes);
-  check_footer(metadata, checksums);
+  for (const flashpack_save_tensor& tensor : tensors) data_of.emplace(name_of(tensor), tensor.data);
   WriteRequest write{.stream = static_cast<CUstream_st*>(options.stream),
                      .more_streams = streams_in(options.more_streams, options.more_stream_count)};
   for (const TensorRecord& record : metadata.records) {

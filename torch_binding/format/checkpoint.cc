@@ -26,10 +26,6 @@ constexpr std::array<std::string_view, 2> kSuffixes = {".flashpack", ".safetenso
 constexpr std::array<std::string_view, 3> kUsualNames = {"model.flashpack", "model.safetensors",
                                                          "diffusion_pytorch_model.safetensors"};
 
-[[noreturn]] void refuse(const fs::path& path, const std::string& sentence) {
-  throw Error(Errc::kBadFile, "open " + path.string() + ": " + sentence, path);
-}
-
 CheckpointFile open_one(const fs::path& path) {
   UniqueFd fd = internal::open_file(path);
   Metadata metadata = read_metadata(fd.get(), path);
@@ -104,8 +100,9 @@ fs::path chosen_in(const fs::path& directory) {
     std::string listed;
     for (const fs::path& path : std::span(found).first(std::min<std::size_t>(found.size(), 3)))
       listed += (listed.empty() ? "" : ", ") + path.filename().string();
-    refuse(directory, "it has several checkpoints, none of a usual name (" + listed +
-                          (found.size() > 3 ? ", ..." : "") + "): give the path of one of them, or of its index");
+    rules::refuse_to_open(directory, "it has several checkpoints, none of a usual name (" + listed +
+                                         (found.size() > 3 ? ", ..." : "") +
+                                         "): give the path of one of them, or of its index");
   }
   throw Error(errno_code(EISDIR),
               "open " + directory.string() + ", which has no flashpack or safetensors file and no index of such files",
@@ -157,16 +154,12 @@ Checkpoint open_checkpoint(std::span<const std::filesystem::path> files) {
 }
 
 std::optional<Checkpoint> open_checkpoint(const std::filesystem::path& path, std::error_code& error) noexcept {
-  std::optional<Checkpoint> opened;
-  internal::catching(error, [&] { opened = open_checkpoint(path); });
-  return opened;
+  return internal::value_or_code<std::optional<Checkpoint>>(error, [&] { return open_checkpoint(path); });
 }
 
 std::optional<Checkpoint> open_checkpoint(std::span<const std::filesystem::path> files,
                                           std::error_code& error) noexcept {
-  std::optional<Checkpoint> opened;
-  internal::catching(error, [&] { opened = open_checkpoint(files); });
-  return opened;
+  return internal::value_or_code<std::optional<Checkpoint>>(error, [&] { return open_checkpoint(files); });
 }
 
 }  // namespace flashpack

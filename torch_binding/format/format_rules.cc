@@ -149,6 +149,10 @@ void refuse(const std::filesystem::path& path, const std::string& sentence, std:
   throw Error(Errc::kBadFile, context + ": " + sentence, path, offset_bytes);
 }
 
+void refuse_to_open(const std::filesystem::path& path, const std::string& sentence) {
+  throw Error(Errc::kBadFile, "open " + path.string() + ": " + sentence, path);
+}
+
 void append_crc(std::string& out, std::uint32_t crc32c) {
   std::array<char, kCrcDigits + 1> digits{};
   std::snprintf(digits.data(), digits.size(), "%08x", crc32c);

@@ -62,6 +62,8 @@ std::optional<std::uint32_t> parse_crc(std::string_view digits) noexcept;
 /// Says why a file may end before its tensors do, and what to do.
 inline constexpr const char* kCutFile = "it was cut, and has to be downloaded or copied again";
 
+/// Throws Error (kBadFile): "open PATH: SENTENCE: not a valid checkpoint".
+[[noreturn]] void refuse_to_open(const std::filesystem::path& path, const std::string& sentence);
 /// Throws Error (kBadFile): "read PATH at OFFSET: SENTENCE: not a valid checkpoint".
 [[noreturn]] void refuse(const std::filesystem::path& path, const std::string& sentence,
                          std::uint64_t offset_bytes = Error::kNoOffset);

@@ -18,10 +18,6 @@ namespace fs = std::filesystem;
 // A bound on the memory that a hostile file can ask for, as kMaxFooterBytes, and not tuned.
 constexpr std::uint64_t kMaxIndexBytes = std::uint64_t{256} << 20;
 
-[[noreturn]] void refuse(const fs::path& path, const std::string& sentence) {
-  throw Error(Errc::kBadFile, "open " + path.string() + ": " + sentence, path);
-}
-
 }  // namespace
 
 fs::path without_index_suffix(const fs::path& path) {
@@ -55,16 +51,16 @@ std::vector<PlaceInShards> places_in(std::span<const Shard> shards, const fs::pa
   if (shards.size() > 1) {
     if (const auto same = rules::find_duplicate(taken)) {
       const auto file_of = [&](std::size_t i) { return shards[places[i].shard].path.string(); };
-      refuse(path, file_of(same->first) + " and " + file_of(same->second) + " both have " +
-                       rules::quoted(taken[same->first]) +
-                       (weight_map.empty() ? "" : ", and the index does not list it"));
+      rules::refuse_to_open(path, file_of(same->first) + " and " + file_of(same->second) + " both have " +
+                                      rules::quoted(taken[same->first]) +
+                                      (weight_map.empty() ? "" : ", and the index does not list it"));
     }
   }
   if (weight_map.empty()) return places;
   std::ranges::sort(taken);
   for (const auto& [name, file] : weight_map) {
     if (!std::ranges::binary_search(taken, name))
-      refuse(path, "it says that " + rules::quoted(name) + " is in " + file + ", but it is not");
+      rules::refuse_to_open(path, "it says that " + rules::quoted(name) + " is in " + file + ", but it is not");
   }
   return places;
 }
@@ -87,16 +83,18 @@ WeightMap parse_index(std::string_view text, const fs::path& path) {
       json.object([&](std::string_view tensor) {
         value = "the file of " + rules::quoted(tensor);
         std::string& file = map[std::string(tensor)] = json.string();
-        if (!is_plain_name(file)) refuse(path, "it names " + rules::quoted(file) + ", which is no file beside it");
+        if (!is_plain_name(file))
+          rules::refuse_to_open(path, "it names " + rules::quoted(file) + ", which is no file beside it");
       });
     });
     json.end();
   } catch (const JsonError& error) {
     const std::string what = text.find_first_of("{[") == 0 ? "" : what_it_is(text);
-    refuse(path, "it is not the index of a sharded checkpoint: " +
-                     (what.empty() ? error.sentence("the text", "an object", value) : what));
+    rules::refuse_to_open(path, "it is not the index of a sharded checkpoint: " +
+                                    (what.empty() ? error.sentence("the text", "an object", value) : what));
   }
-  if (map.empty()) refuse(path, "it is not the index of a sharded checkpoint: it has no weight_map, or an empty one");
+  if (map.empty())
+    rules::refuse_to_open(path, "it is not the index of a sharded checkpoint: it has no weight_map, or an empty one");
   return map;
 }
 

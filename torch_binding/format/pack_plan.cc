@@ -101,6 +101,17 @@ class Planner {
 
 }  // namespace
 
+Metadata plan_file(std::span<const TensorSpec> tensors, std::uint64_t align_bytes,
+                   std::optional<std::span<const std::string>> name_order,
+                   std::map<std::string, std::string> user_metadata, bool checksums) {
+  std::vector<TensorSpec> ordered;
+  for (const std::size_t i : file_order(tensors, name_order)) ordered.push_back(tensors[i]);
+  Metadata metadata = make_layout(ordered, align_bytes);
+  metadata.user_metadata = std::move(user_metadata);
+  check_footer(metadata, checksums);
+  return metadata;
+}
+
 std::vector<PackGroup> plan_pack(std::span<const PackSource> sources, std::uint64_t buffer_bytes) {
   Planner planner(buffer_bytes);
   for (std::size_t i = 0; i < sources.size(); ++i) planner.add(i, sources[i]);

@@ -17,9 +17,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
+
+#include "flashpack/format.h"
 
 namespace flashpack {
 
@@ -34,6 +38,12 @@ inline constexpr std::size_t kPackGroups = 4;
 /// a save that converts takes 0.18 s of CPU for a GB and writes 3.8 GB/s, as one that does not (bench/README.md,
 /// "Stores and verification"). Faster disks were not.
 inline constexpr std::int64_t kPackSerialElems = 32767;
+
+/// Lays out a file of these tensors, and checks that its footer can be written. Throws: as file_order(), make_layout()
+/// and check_footer().
+Metadata plan_file(std::span<const TensorSpec> tensors, std::uint64_t align_bytes,
+                   std::optional<std::span<const std::string>> name_order,
+                   std::map<std::string, std::string> user_metadata, bool checksums);
 
 /// A tensor that is to be written.
 struct PackSource {

@@ -202,6 +202,16 @@ SegmentPlan plan_segments(const Checkpoint& checkpoint, std::span<const std::siz
   return whole;
 }
 
+std::vector<std::vector<Extent>> SegmentPlan::extents(std::span<std::byte* const> addresses,
+                                                      std::size_t file_count) const {
+  std::vector<std::vector<Extent>> extents(file_count);
+  for (const Segment& segment : segments) {
+    extents[segment.file].push_back(
+        {segment.offset_bytes, segment.size_bytes, addresses[segment.block] + segment.block_offset});
+  }
+  return extents;
+}
+
 Metadata macroblocks_as_records(const Metadata& metadata) {
   Metadata blocks{.payload_bytes = metadata.payload_bytes,
                   .container = {.align_bytes = metadata.container.align_bytes}};

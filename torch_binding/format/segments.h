@@ -47,6 +47,9 @@ struct SegmentPlan {
   std::uint64_t block_offset(const Place& place) const {
     return segments[place.segment].block_offset + place.offset_bytes;
   }
+
+  /// The extents to read from each of `file_count` files, once block i has been allocated at `addresses[i]`.
+  std::vector<std::vector<Extent>> extents(std::span<std::byte* const> addresses, std::size_t file_count) const;
 };
 
 /// Larger segments are cut between tensors, so that memory can be freed part by part.

@@ -57,12 +57,19 @@ const Checksums* checksums_for(const Metadata& metadata, Verify verify, const st
   return metadata.checksums ? &*metadata.checksums : nullptr;
 }
 
-FileExtents extents_in(const CheckpointFile& file, std::vector<Extent> extents, Verify verify) {
-  return {.path = file.path,
-          .extents = std::move(extents),
-          .expected = file.metadata.identity,
-          .checksums = checksums_for(file.metadata, verify, file.path),
-          .fd = file.fd.get()};
+std::vector<FileExtents> files_of(const Checkpoint& checkpoint, std::vector<std::vector<Extent>> extents,
+                                  Verify verify) {
+  std::vector<FileExtents> files;
+  for (std::size_t i = 0; i < extents.size(); ++i) {
+    if (extents[i].empty()) continue;
+    const CheckpointFile& file = checkpoint.files()[i];
+    files.push_back({.path = file.path,
+                     .extents = std::move(extents[i]),
+                     .expected = file.metadata.identity,
+                     .checksums = checksums_for(file.metadata, verify, file.path),
+                     .fd = file.fd.get()});
+  }
+  return files;
 }
 
 TransferStats verified(const Checkpoint& checkpoint, Verify verify, const std::function<TransferStats()>& wait) {

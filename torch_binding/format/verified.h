@@ -34,14 +34,16 @@ class TensorsByOffset {
 /// no checksums.
 const Checksums* checksums_for(const Metadata& metadata, Verify verify, const std::filesystem::path& path);
 
-/// Returns what a load reads from one file of a checkpoint. Throws: as checksums_for().
-FileExtents extents_in(const CheckpointFile& file, std::vector<Extent> extents, Verify verify);
+/// Returns the LoadRequest::files of a load that reads `extents[i]` from Checkpoint::files()[i]. Throws: as
+/// checksums_for().
+std::vector<FileExtents> files_of(const Checkpoint& checkpoint, std::vector<std::vector<Extent>> extents,
+                                  Verify verify);
 
 /// Returns the number of bytes that were read. Throws: Error (kInvalidArgument) unless all of them have been verified.
 /// `path` is for messages.
 std::uint64_t all_verified(const TransferStats& stats, const std::filesystem::path& path);
 
-/// Returns the result of `wait`, which waits for a load that is made of extents_in(). With Verify::kAlways, every byte
+/// Returns the result of `wait`, which waits for a load of files_of(). With Verify::kAlways, every byte
 /// that was read has then matched its checksum. Throws: the exceptions of `wait`, where an Error of Errc::kCorrupt
 /// without Error::files() also names the tensors in the stripe; Error (kInvalidArgument) if Verify::kAlways was given
 /// and some stripes were read only in part.

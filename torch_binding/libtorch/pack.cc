@@ -51,12 +51,7 @@ TensorSpec spec_of(const std::string& name, const at::Tensor& tensor, const std:
 Metadata layout_of(const StateDict& tensors, const std::filesystem::path& path, const PackOptions& options) {
   std::vector<TensorSpec> specs;
   for (const auto& [name, tensor] : tensors) specs.push_back(spec_of(name, tensor, path, options));
-  std::vector<TensorSpec> ordered;
-  for (const std::size_t i : file_order(specs, options.name_order)) ordered.push_back(std::move(specs[i]));
-  Metadata metadata = make_layout(ordered, options.align_bytes);
-  metadata.user_metadata = options.metadata;
-  check_footer(metadata, options.checksum);
-  return metadata;
+  return plan_file(specs, options.align_bytes, options.name_order, options.metadata, options.checksum);
 }
 
 // A tensor, and the place of its values in the file.

@@ -94,15 +94,9 @@ LoadedRecords::LoadedRecords(Engine& engine, const Checkpoint& checkpoint, std::
       device_(device_of(engine)),
       plan_(plan_segments(checkpoint, wanted, engine.options().device.kind, verify)) {
   const std::vector<std::byte*> blocks = allocate(engine.options().memory_pool);
-  std::vector<std::vector<Extent>> extents(checkpoint.files().size());
-  for (const Segment& segment : plan_.segments) {
-    extents[segment.file].push_back(
-        {segment.offset_bytes, segment.size_bytes, blocks[segment.block] + segment.block_offset});
-  }
-  LoadRequest request{.cache = cache, .stream = current_stream(device_)};
-  for (std::size_t i = 0; i < extents.size(); ++i) {
-    if (!extents[i].empty()) request.files.push_back(extents_in(checkpoint.files()[i], std::move(extents[i]), verify));
-  }
+  LoadRequest request{.files = files_of(checkpoint, plan_.extents(blocks, checkpoint.files().size()), verify),
+                      .cache = cache,
+                      .stream = current_stream(device_)};
   stats_ = verified(checkpoint, verify, [&] { return engine.load(std::move(request)); });
 }
 

@@ -282,19 +282,13 @@ Verify verify_policy(std::string_view name) {
 }
 
 std::vector<FileExtents> files_of(const Checkpoint& checkpoint, const std::vector<ReadTuple>& reads, Verify verify) {
-  std::vector<FileExtents> files;
-  for (auto read = reads.begin(); read != reads.end();) {
-    const std::size_t index = std::get<0>(*read);
-    if (index >= checkpoint.files().size()) throw nb::index_error("there is no such file");
-    std::vector<Extent> extents;
-    for (; read != reads.end() && std::get<0>(*read) == index; ++read) {
-      const auto [file, offset_bytes, size_bytes, address] = *read;
-      extents.push_back(
-          {offset_bytes, size_bytes, reinterpret_cast<void*>(address)});  // NOLINT(performance-no-int-to-ptr)
-    }
-    files.push_back(extents_in(checkpoint.files()[index], std::move(extents), verify));
+  std::vector<std::vector<Extent>> extents(checkpoint.files().size());
+  for (const auto& [file, offset_bytes, size_bytes, address] : reads) {
+    if (file >= extents.size()) throw nb::index_error("there is no such file");
+    void* const target = reinterpret_cast<void*>(address);  // NOLINT(performance-no-int-to-ptr)
+    extents[file].push_back({offset_bytes, size_bytes, target});
   }
-  return files;
+  return files_of(checkpoint, std::move(extents), verify);
 }
 
 void bind_checkpoint(nb::module_& module) {

@@ -15,6 +15,7 @@
 
 #include "flashpack/format.h"
 #include "torch_binding/format/foreign_file.h"
+#include "torch_binding/format/pack_plan.h"
 #include "torch_binding/format/safetensors_header.h"
 
 namespace nb = nanobind;
@@ -44,13 +45,7 @@ std::vector<TensorSpec> specs_of(const std::vector<SpecTuple>& tensors) {
 Metadata layout(const std::vector<SpecTuple>& tensors, std::uint64_t align_bytes,
                 const std::optional<std::vector<std::string>>& name_order,
                 std::map<std::string, std::string> user_metadata, bool checksums) {
-  std::vector<TensorSpec> specs = specs_of(tensors);
-  std::vector<TensorSpec> ordered;
-  for (const std::size_t i : file_order(specs, name_order)) ordered.push_back(std::move(specs[i]));
-  Metadata metadata = make_layout(ordered, align_bytes);
-  metadata.user_metadata = std::move(user_metadata);
-  check_footer(metadata, checksums);
-  return metadata;
+  return plan_file(specs_of(tensors), align_bytes, name_order, std::move(user_metadata), checksums);
 }
 
 std::vector<PlaceTuple> places_of(const Metadata& metadata) {
