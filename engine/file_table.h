@@ -51,7 +51,9 @@ struct OpenFile {
   friend class FileUse;
   friend class FileTable;
   FileTable* const table_;
-  std::atomic<std::uint32_t> users_ = 1;  // The only count of a file's users.
+  // The only count of a file's users. All changes are sequentially consistent, so that the last user sees what the
+  // others did with the file. The one that makes it 0 is under the table's mutex if the file is listed.
+  std::atomic<std::uint32_t> users_ = 1;
 
   // Only for the driver.
   DiskQueue* queue_;
@@ -60,8 +62,10 @@ struct OpenFile {
 
 /// A user of an open file. All loads of one path use the same file at a time. The transfers of a FileWriter use the
 /// writer's file, and the loads through a FileHandle use the handle's. The last user closes the file. That may block,
-/// so the driver calls leave() instead of destroying a FileUse, and has a thread of the pool close the file. Thread
-/// safety: as a shared_ptr; users of one file may be in any threads.
+/// so the driver calls leave() instead of destroying a FileUse, and has a thread of the pool close the file. It
+/// is no shared_ptr, because the last user must know that it is the last before the file is closed, and must take a
+/// listed file out of its table in the same moment, so that nobody finds it there any more. Thread safety: as a
+/// shared_ptr; users of one file may be in any threads.
 class FileUse {
  public:
   /// Uses no file.

@@ -134,9 +134,9 @@ bool Jobs::idle() const {
   return idle;
 }
 
-// `used`: how many tags, or how many slots, the stuck jobs hold. True if `part` gets no more of these: its file has
-// many stuck jobs and more than `of_files` are used, or its file system has many and more than `of_file_systems` are
-// used.
+// Returns whether `part` gets no more tags, or no more slots, of which stuck jobs hold `used`. That is so if its file
+// has many stuck jobs and more than `of_files` are used, or its file system has many and more than `of_file_systems`
+// are used.
 bool Jobs::has_enough_stuck(const Part& part, std::size_t used, std::size_t of_files,
                             std::size_t of_file_systems) const {
   const std::uint32_t many = std::min(limits_.queue_depth, limits_.slots);

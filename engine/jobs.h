@@ -61,8 +61,8 @@ Way way_of(const Part& part, const Chunk& chunk, ChunkTraits::Route route);
 /// quarters are used. "Many" are as many as could be under way if nothing were stuck: the queue depth or the number of
 /// slots, whichever is smaller. Spare slots are shared out in the same way. A copy that is late in the caller's memory,
 /// which may be a map of a file elsewhere, does not count against the file and its file system, but against its
-/// transfer, which has the share of a file. An engine of a device has none. With four
-/// slots or more, each file system there leaves a quarter of those that it finds to others.
+/// transfer, which has the share of a file. An engine of a device has no spare slots. With four slots or more, each
+/// file system there leaves a quarter of those that it finds to others.
 ///
 /// open(), enter(), reroute() and close() are a job's life, mark_late() looks after all jobs, and the other functions
 /// ask.

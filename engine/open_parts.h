@@ -39,8 +39,8 @@ struct PrefixCounts {
 /// One server that does not answer must not use up this limit. Before a file is open, only its path tells where it is,
 /// so the limit is shared out by paths. A mount point may have half as many parts held up as parts elsewhere leave of
 /// the limit: 128 of 256 if there are no others. A directory may have a third, because a link in the path may lead to
-/// another mount point. Further
-/// parts from there are parked: they wait, although it is their turn, until something that was late has come back.
+/// another mount point. Further parts from there are parked: they wait, although it is their turn, until something that
+/// was late has come back.
 ///
 /// Thread safety: one thread.
 class OpenParts {

@@ -58,6 +58,7 @@ class Pipeline final {
   const Queues queues_;
   Copier* const copier_;
   Schedule schedule_;
+  // The two borrow each other, and use each other only in run(). At their end no transfer and no job is under way.
   Transfers transfers_;
   Steps steps_;
 };

@@ -16,7 +16,7 @@ namespace flashpack::internal {
 
 /// Facts about an engine that all of its transfers need.
 struct EngineFacts {
-  std::uint64_t number = 0;  ///< Of the engine in this process, from 1 on.
+  std::uint64_t number = 0;  ///< Engines of a process are numbered from 1 on.
   std::uint32_t chunk_bytes = 0;
   std::uint32_t at_once_bytes = 0;  ///< See read_at_once().
   Backend backend = Backend::kAuto;

@@ -19,6 +19,8 @@ namespace flashpack::internal {
 /// range that is mostly cached is read with waiting, because it needs the disk anyway; if its pages have gone
 /// meanwhile, all of it comes from the disk through the page cache.
 ///
+/// borrow(), look_for() and report_wrong() do this, and the other functions tell what they have found.
+///
 /// Move-only. Thread safety: one thread. borrow() is for any thread if nobody asks for ranges meanwhile.
 class Residency {
  public:
@@ -50,6 +52,7 @@ class Residency {
   /// Whether the answers so far have been right often enough.
   bool is_trusted() const noexcept;
 
+  /// How the kernel is asked; kNone if it cannot be.
   Method method() const noexcept { return method_; }
   /// Why the answers are less reliable than those of cachestat(2); empty when they are not.
   std::string fallback_reason() const;

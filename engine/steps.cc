@@ -200,7 +200,7 @@ void Steps::on_buffered(unsigned tag, std::int64_t result) {
   advance(tag);
 }
 
-// To be called when a copy or a count has ended.
+// To be called when byte work, or a copy to a device, has ended.
 void Steps::on_worked(unsigned tag, std::error_code error) {
   if (jobs_[tag].part->failure) return close_job(tag);
   error ? fail(tag, error) : advance(tag);

@@ -104,7 +104,7 @@ class Transfers final : public Steps::Owner {
 
   std::size_t unfinished_ = 0;  // Transfers that have not ended.
   std::uint64_t next_turn_ = 0;
-  std::uint64_t next_number_ = 1;  // Of a transfer.
+  std::uint64_t next_number_ = 1;  // For the next transfer.
   std::set<std::pair<Deadline, TransferState*>> deadlines_;
   Inbox::Messages messages_;  // Used in take_messages() only.
 };

@@ -60,7 +60,9 @@ class ThreadQueue : public Interface {
 
   std::mutex mutex_;  // Protects the rest.
   std::condition_variable owner_wanted_;
-  std::vector<const Request*> queued_;  // Requests that no thread has begun.
+  // Requests that no thread has begun. There are at most a dozen for each thread, so that a search costs
+  // less than the lists of another container would.
+  std::vector<const Request*> queued_;
   std::vector<IoCompletion> finished_;
   bool woken_ = false;
 };

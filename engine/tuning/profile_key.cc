@@ -18,7 +18,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// Without blanks at the ends, and fit for JSON and terminals.
+// Returns the text without blanks at its ends, fit for JSON and terminals.
 std::string printable(const std::string& text) {
   const auto begin = text.find_first_not_of(" \t\r\n");
   if (begin == std::string::npos) return {};

@@ -45,7 +45,7 @@ typedef struct flashpack_file {
   size_t struct_size;
   const char* path;
   const char* format;      ///< "flashpack" or "safetensors".
-  uint64_t size_bytes;     ///< Of the whole file.
+  uint64_t size_bytes;     ///< The whole file.
   uint64_t payload_bytes;  ///< Where the payload ends.
   int32_t fd;              ///< Open for reading, and owned by the checkpoint.
   int32_t has_checksums;   ///< 1 or 0.
