@@ -88,10 +88,11 @@ class _Alive:
         return self._bytes
 
 
-class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, torch.Tensor]]):
-    """Yields (name, tensor) as tensors land. Made by stream_tensors(). One thread or task at a time may use it.
+class _Reading:
+    """Reads the tensors of a stream.
 
-    A forked child cannot use a stream of its parent that has begun: RuntimeError says so.
+    It does not know the stream, so that a stream which is dropped ends at once. In a cycle with the generator below,
+    the stream would keep its memory and descriptors until Python looks for cycles.
     """
 
     def __init__(
@@ -103,10 +104,8 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         window_bytes: int,
     ) -> None:
         self.stats: dict[str, Any] = {}
-        """Figures of the reads so far, as read_flashpack_file's storage has them.
-
-        Seconds are counted from the start of the first read to the end of the last one.
-        """
+        self._paths = paths
+        self._targets = targets
         self._options = options
         self._dtype = dtype
         self._window_bytes = window_bytes
@@ -118,85 +117,14 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         self._newest_memory_bytes = 0
         self._begin = 0.0
         self._warned = False
-        self._owner: OwnerProcess | None = None
-        """The process that has begun to read."""
-        self._paths = paths
-        self._tensors = self._run(paths, targets)
-        # It is held while a tensor is being waited for, perhaps on the thread of a task that has been cancelled.
-        self._turn = threading.RLock()
-        # The find of such a thread, the end or an error included, until somebody takes it.
-        self._found: deque[tuple[str, torch.Tensor] | BaseException] = deque()
 
     def __repr__(self) -> str:
         paths = self._paths if isinstance(self._paths, (list, tuple)) else [self._paths]
         return f"TensorStream({', '.join(printable(str(path)) for path in paths)})"
 
-    def __iter__(self) -> TensorStream:
-        return self
-
-    def __next__(self) -> tuple[str, torch.Tensor]:
-        self._find()
-        found = self._found.popleft()
-        if not isinstance(found, BaseException):
-            return found
-        try:
-            raise found
-        finally:
-            del found  # Otherwise the error and this frame would keep each other, and memory that was read, alive.
-
-    def __aiter__(self) -> TensorStream:
-        return self
-
-    async def __anext__(self) -> tuple[str, torch.Tensor]:
-        # A task that is cancelled leaves its tensor to whoever asks next, so that none is lost.
-        await asyncio.to_thread(as_on_this_thread(self._find))
-        try:
-            return next(self)
-        except StopIteration:
-            raise StopAsyncIteration from None
-
-    def _find(self) -> None:
-        """Waits until something is found that nobody has taken."""
-        self._owner = self._owner or OwnerProcess()
-        self._owner.require_current("a stream of tensors")
-        with self._turn:
-            if not self._found:
-                try:
-                    self._found.append(next(self._tensors))
-                except BaseException as error:
-                    # An interrupt may come when a tensor has been taken out. It must not be passed over in silence.
-                    self._tensors.close()
-                    self._found.clear()
-                    self._found.append(error)
-
-    def close(self) -> None:
-        """Ends the reads that are under way, and closes the files. Tensors that were yielded stay valid."""
-        if self._owner is not None and not self._owner.is_current():
-            # The reads are the parent's. Another thread may have held _turn at the fork, so it is not taken here.
-            return
-        with self._turn:
-            self._tensors.close()
-            self._found.clear()
-
-    async def aclose(self) -> None:
-        """Does the same, and lets other tasks run while a read ends. contextlib.aclosing() calls it."""
-        await asyncio.to_thread(as_on_this_thread(self.close))
-
-    def __enter__(self) -> TensorStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _run(
-        self,
-        paths: StrPath | Sequence[StrPath],
-        targets: Callable[[Checkpoint], list[tuple[torch.device, list[Entry]]]],
-    ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        with open_checkpoint(paths) as checkpoint, UnderWay[_Group]() as under_way:
-            groups = iter(targets(checkpoint))
+    def run(self) -> Generator[tuple[str, torch.Tensor], None, None]:
+        with open_checkpoint(self._paths) as checkpoint, UnderWay[_Group]() as under_way:
+            groups = iter(self._targets(checkpoint))
             self._begin = time.monotonic()
             while self._start(checkpoint, groups, under_way):
                 device, tensors = self._finish(under_way)
@@ -299,6 +227,90 @@ class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, 
         return AT_ONCE if unseen_bytes + room_bytes <= self._window_bytes else max(under_way, _AT_LEAST)
 
 
+class TensorStream(Iterator[tuple[str, torch.Tensor]], AsyncIterator[tuple[str, torch.Tensor]]):
+    """Yields (name, tensor) as tensors land. Made by stream_tensors(). One thread or task at a time may use it.
+
+    A forked child cannot use a stream of its parent that has begun: RuntimeError says so.
+    """
+
+    def __init__(self, reading: _Reading) -> None:
+        self.stats = reading.stats
+        """Figures of the reads so far, as read_flashpack_file's storage has them.
+
+        Seconds are counted from the start of the first read to the end of the last one.
+        """
+        self._reading = reading
+        self._tensors = reading.run()
+        self._owner: OwnerProcess | None = None
+        """The process that has begun to read."""
+        # It is held while a tensor is being waited for, perhaps on the thread of a task that has been cancelled.
+        self._turn = threading.RLock()
+        # The find of such a thread, the end or an error included, until somebody takes it.
+        self._found: deque[tuple[str, torch.Tensor] | BaseException] = deque()
+
+    def __repr__(self) -> str:
+        return repr(self._reading)
+
+    def __iter__(self) -> TensorStream:
+        return self
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        self._find()
+        found = self._found.popleft()
+        if not isinstance(found, BaseException):
+            return found
+        try:
+            raise found
+        finally:
+            del found  # Otherwise the error and this frame would keep each other, and memory that was read, alive.
+
+    def __aiter__(self) -> TensorStream:
+        return self
+
+    async def __anext__(self) -> tuple[str, torch.Tensor]:
+        # A task that is cancelled leaves its tensor to whoever asks next, so that none is lost.
+        await asyncio.to_thread(as_on_this_thread(self._find))
+        try:
+            return next(self)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
+    def _find(self) -> None:
+        """Waits until something is found that nobody has taken."""
+        self._owner = self._owner or OwnerProcess()
+        self._owner.require_current("a stream of tensors")
+        with self._turn:
+            if not self._found:
+                try:
+                    self._found.append(next(self._tensors))
+                except BaseException as error:
+                    # An interrupt may come when a tensor has been taken out. It must not be passed over in silence.
+                    self._tensors.close()
+                    self._found.clear()
+                    self._found.append(error)
+
+    def close(self) -> None:
+        """Ends the reads that are under way, and closes the files. Tensors that were yielded stay valid."""
+        if self._owner is not None and not self._owner.is_current():
+            # The reads are the parent's. Another thread may have held _turn at the fork, so it is not taken here.
+            return
+        with self._turn:
+            self._tensors.close()
+            self._found.clear()
+
+    async def aclose(self) -> None:
+        """Does the same, and lets other tasks run while a read ends. contextlib.aclosing() calls it."""
+        await asyncio.to_thread(as_on_this_thread(self.close))
+
+    def __enter__(self) -> TensorStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 @left_before_exit
 @captures_undisturbed()
 def _copy(own: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -360,7 +372,7 @@ def stream_tensors(
         return _groups(entries, places_of(entries, device, device_map, options))
 
     places_of([], device, device_map, options)  # This refuses arguments that are not valid.
-    return TensorStream(paths, targets, options, dtype, window_bytes)
+    return TensorStream(_Reading(paths, targets, options, dtype, window_bytes))
 
 
 def _groups(entries: list[Entry], places: Mapping[torch.device, list[Entry]]) -> list[tuple[torch.device, list[Entry]]]:
