@@ -249,3 +249,35 @@ def test_a_name_that_only_a_directory_can_have_is_refused(packed, tmp_path, writ
     with pytest.raises(IsADirectoryError, match="there"):
         write(packed, destination)
     assert not os.path.lexists(destination.rstrip("/"))
+
+
+@pytest.fixture
+def through_a_link(tmp_path, monkeypatch) -> Path:
+    """A path to the directory `other`, which without its ".." would be one to `work`, the current directory."""
+    (tmp_path / "other" / "deep").mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "link").symlink_to(tmp_path / "other" / "deep")
+    monkeypatch.chdir(tmp_path / "work")
+    return Path("link", "..")
+
+
+def save_flashpack(source: Path, destination: Path) -> None:
+    flashpack.save_file(STATE, destination)
+
+
+@pytest.mark.parametrize("write", [*WRITERS, save_flashpack])
+def test_a_path_leads_where_the_system_takes_it(packed, through_a_link, tmp_path, write):
+    unrelated = Path(named("there", write))
+    unrelated.write_bytes(b"unrelated")
+    write(packed, through_a_link / unrelated)
+    assert unrelated.read_bytes() == b"unrelated"
+    assert sorted(os.listdir(tmp_path / "other")) == ["deep", unrelated.name]
+    assert_bit_equal(flashpack.load_file(through_a_link / unrelated), STATE)
+
+
+def test_a_directory_is_converted_where_the_system_takes_its_path(through_a_link, tmp_path):
+    model = write_model(tmp_path / "other")
+    (model / "tokenizer.json").symlink_to("config.json")
+    commands.convert_to_flashpack(through_a_link / "model", through_a_link / "out")
+    assert sorted(os.listdir(tmp_path / "other" / "out")) == ["config.json", "model.flashpack", "tokenizer.json"]
+    assert os.listdir() == ["link"]

@@ -77,6 +77,17 @@ def test_a_snapshot_is_known_by_whatever_name_its_directory_is_reached(cached, t
     assert packed(snapshot / "b.flashpack")
 
 
+def test_a_blob_is_known_where_the_system_takes_a_link(cached, tmp_path):
+    snapshot = cached("model.flashpack")
+    (tmp_path / "other" / "deep").mkdir(parents=True)
+    (tmp_path / "other" / "step").symlink_to(snapshot / "model.flashpack")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "link").symlink_to(tmp_path / "other" / "deep")
+    path = tmp_path / "work" / "mine.flashpack"
+    path.symlink_to("link/../step")
+    assert is_blob_link(path)
+
+
 def test_a_link_whose_blob_is_gone_is_replaced(cached):
     snapshot = cached("other")
     (snapshot / "model.flashpack").symlink_to("../../blobs/absent")

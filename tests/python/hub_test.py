@@ -142,3 +142,15 @@ def test_files_can_be_chosen_for_an_upload(hub, tmp_path):
     upload_directory(tmp_path, Upload("x/y"), ("*.json", "*.flashpack"))
     assert hub[1][1]["files"] == ["config.json", "model.flashpack"]
     assert hub[1][1]["repo_id"] == "x/y"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("link/..", "other"), ("link", "link"), (".", "work"), ("../other/.", "other")]
+)
+def test_a_repository_without_a_name_gets_that_of_the_directory(hub, tmp_path, monkeypatch, path, name):
+    (tmp_path / "other" / "deep").mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "link").symlink_to(tmp_path / "other" / "deep")
+    monkeypatch.chdir(tmp_path / "work")
+    upload_directory(path, Upload())
+    assert hub[0][1]["repo_id"] == name

@@ -290,7 +290,7 @@ def staged(destination: Path, source: Path | None = None) -> Iterator[Path]:
     Otherwise nothing stays. They replace what pack_to_file would replace; what that raises comes before any move.
     Raises FlashPackError if links in `destination` lead to files of `source`, or two of them to one file.
     """
-    destination = Path(os.path.abspath(destination))
+    destination = destination.absolute()
     # Files are moved by rename, so that the temporary directory has to be on the file system of the destination.
     existing = next(path for path in (destination, *destination.parents) if path.exists())
     if not existing.is_dir():

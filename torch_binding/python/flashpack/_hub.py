@@ -90,7 +90,8 @@ def upload_directory(directory: StrPath, upload: Upload, allow_patterns: Sequenc
     from huggingface_hub import HfApi
 
     api = HfApi(token=upload.token, library_name="flashpack", library_version=version)
-    name = upload.repo_id or os.path.basename(os.path.abspath(directory))
+    named = Path(directory).absolute()
+    name = upload.repo_id or (named.resolve() if named.name == os.pardir else named).name
     # The Hub's answer has the whole name, with the user's namespace.
     full_name = api.create_repo(name, private=upload.private, exist_ok=True).repo_id
     api.upload_folder(
@@ -125,9 +126,9 @@ def _targets(path: StrPath) -> Iterator[Path]:
         except OSError:
             return
         directory, name = os.path.split(target)
-        named = os.path.normpath(os.path.join(os.path.realpath(link.parent), directory))
-        yield Path(named, name)
-        link = Path(os.path.realpath(named), name)
+        home = os.path.join(os.path.realpath(link.parent), directory)
+        yield Path(os.path.normpath(home), name)
+        link = Path(os.path.realpath(home), name)
         yield link
 
 

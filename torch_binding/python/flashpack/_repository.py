@@ -169,7 +169,7 @@ def check_inside(root: Path, paths: Iterable[Path]) -> None:
     """
     roots = [os.path.realpath(root), *map(os.path.realpath, _blobs_of(root))]
     for path in paths:
-        if not _leads_into(os.path.abspath(path), roots[:1], roots[1:]):
+        if not _leads_into(os.fspath(path.absolute()), roots[:1], roots[1:]):
             raise FlashPackError(f"{path} is a link that leads out of {root}, to {os.path.realpath(path)}")
 
 
@@ -241,8 +241,13 @@ def _leads_into(path: str, roots: list[str], blobs: list[str]) -> bool:
 
 def _blobs_of(directory: Path) -> list[Path]:
     """Returns the folders of a Hub cache that have the files of the snapshot `directory`, or of the one around it."""
-    places = (Path(os.path.abspath(directory)), Path(os.path.realpath(directory)))
-    snapshots = {parent for place in places for parent in place.parents if parent.name == "snapshots"}
+    snapshots = {
+        parent
+        for place in (directory.absolute(), directory.resolve())
+        for parent in place.parents
+        # A name before ".." need not be one of a directory above the place.
+        if parent.name == "snapshots" and os.pardir not in place.relative_to(parent).parts
+    }
     return [blobs for blobs in (parent.parent / "blobs" for parent in snapshots) if blobs.is_dir()]
 
 

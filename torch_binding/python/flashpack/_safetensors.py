@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
@@ -66,7 +65,7 @@ def write_safetensors(
     ends = [*itertools.accumulate((entry.size_bytes for entry in entries), initial=len(header))]
     places = {entry.name: begin for entry, begin in zip(entries, ends, strict=False)}
     side = side_of(CPU)
-    writer = _native.Writer(side.engine, os.path.abspath(path), ends[-1])
+    writer = _native.Writer(side.engine, path, ends[-1])
 
     def start(batch: list[_Part]) -> None:
         for run in _runs(batch):

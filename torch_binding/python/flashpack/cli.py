@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -400,7 +401,7 @@ def _shown(text: str) -> str:
 
 
 def _succeed(path: str) -> None:
-    click.secho(f"Success: Saved to {printable(os.path.abspath(path))}", fg="green")
+    click.secho(f"Success: Saved to {printable(os.fspath(Path(path).absolute()))}", fg="green")
 
 
 @contextmanager

@@ -79,12 +79,11 @@ def pack_to_file(
     specs = _specs(tensors, align_bytes, target_dtype)
     layout = _native.layout(specs, align_bytes, name_order, _checked_metadata(metadata), checksum)
 
-    destination = os.path.abspath(path)
-    make_directories(os.path.dirname(destination))
+    make_directories(os.path.dirname(path) or ".")
     dtypes = {name: string_to_dtype(dtype) for name, dtype, _ in specs}
     side = side_of(_main_device(tensors))
-    follow_links = not is_blob_link(destination)
-    writer = _native.Writer(side.engine, destination, layout.payload_bytes, checksum, follow_links)
+    follow_links = not is_blob_link(path)
+    writer = _native.Writer(side.engine, path, layout.payload_bytes, checksum, follow_links)
     try:
         total_bytes = sum(size_bytes for _, _, size_bytes in layout.places)
         with progress_bar("Writing", total_bytes, not silent) as progress, torch.no_grad():
@@ -111,7 +110,7 @@ def file_to_replace(path: StrPath) -> Path:
     """
     follow_links = not is_blob_link(path)
     if os.path.lexists(path):
-        _native.Writer(side_of(CPU).engine, os.path.abspath(path), 0, False, follow_links).abort()
+        _native.Writer(side_of(CPU).engine, path, 0, False, follow_links).abort()
     return Path(os.path.realpath(path) if follow_links else path)
 
 
