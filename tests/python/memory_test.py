@@ -209,6 +209,13 @@ def test_the_seconds_of_a_stream_are_those_of_its_transfers_one_after_the_other(
     assert filling.stats["seconds"] >= sum(seconds)
 
 
+def test_statistics_of_several_transfers_have_every_reason_once():
+    stats = {}
+    for reason in ("", "direct I/O: refused", "page cache: EPERM", "direct I/O: refused", ""):
+        _memory.add_stats(stats, {"operations": 1, "fallback_reason": reason})
+    assert stats == {"operations": 5, "fallback_reason": "direct I/O: refused; page cache: EPERM"}
+
+
 def test_a_load_that_is_no_stream_is_one_transfer(pack, in_small_parts, monkeypatch):
     started, start = [], _memory.start
     monkeypatch.setattr(_memory, "start", lambda *arguments: started.append(arguments) or start(*arguments))

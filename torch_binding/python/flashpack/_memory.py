@@ -344,6 +344,8 @@ def add_stats(stats: dict[str, Any], more: dict[str, Any]) -> None:
             value = max(value, stats.get(name, 0.0))
         elif type(value) is int:
             value += stats.get(name, 0)
+        elif name == "fallback_reason" and (before := stats.get(name)):
+            value = before if value in before else f"{before}; {value}"
         stats[name] = value or stats.get(name, value)
 
 
