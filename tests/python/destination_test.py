@@ -211,6 +211,50 @@ def test_nothing_is_moved_if_one_file_cannot_get_to_its_file_system(tmp_path, ot
     assert os.listdir(other_file_system) == []
 
 
+@pytest.fixture
+def second_fails(monkeypatch):
+    """Lets no second file of a directory get to its place."""
+    replace, moved = os.replace, []
+
+    def failing(source, target):
+        moved.append(Path(target).name)
+        if len(moved) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+
+
+@pytest.mark.parametrize("old", ["a file", "a link to a blob", "nothing"])
+def test_a_directory_is_what_it_was_if_one_of_its_files_cannot_be_moved(tmp_path, second_fails, old):
+    model, out = write_model(tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / "model.flashpack").write_text("old")
+    if old == "a file":
+        (out / "config.json").write_text("old")
+    elif old == "a link to a blob":
+        cache = make_hub_cache(tmp_path / "cache", {"config.json": b"old"})
+        (out / "config.json").symlink_to(cache / "models--x--y" / "snapshots" / COMMIT / "config.json")
+    before = {path.name: (path.is_symlink(), path.read_text()) for path in out.iterdir()}
+    with pytest.raises(OSError, match="No space") as error:
+        commands.convert_to_flashpack(model, out, force=True)
+    assert error.value.filename == str(out / "model.flashpack")
+    assert {path.name: (path.is_symlink(), path.read_text()) for path in out.iterdir()} == before
+
+
+def test_a_file_that_cannot_be_put_back_is_told(tmp_path, second_fails, monkeypatch, caplog):
+    def refused(*_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    model, out = write_model(tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(OSError, match="No space"):
+        commands.convert_to_flashpack(model, out, force=True)
+    assert f"{out / 'config.json'} cannot be put back" in caplog.text
+
+
 def write_model(directory: Path) -> Path:
     (directory / "model").mkdir()
     safetensors.torch.save_file(STATE, directory / "model" / "model.safetensors")

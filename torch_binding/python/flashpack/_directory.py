@@ -287,7 +287,10 @@ def refuse_source(sources: Iterable[Path], destination: Path) -> None:
 def staged(destination: Path, source: Path | None = None) -> Iterator[Path]:
     """Yields a directory to write into. If the block ends well, its files are moved into `destination`, durably.
 
-    Otherwise nothing stays. They replace what pack_to_file would replace; what that raises comes before any move.
+    Otherwise nothing stays, and what was there is put back. Only if the process or the system ends between two moves,
+    or if the file system has no hard links, files of both may be there. The files replace what pack_to_file would
+    replace; what that raises comes before any move.
+
     Raises FlashPackError if links in `destination` lead to files of `source`, or two of them to one file.
     """
     destination = destination.absolute()
@@ -306,10 +309,49 @@ def staged(destination: Path, source: Path | None = None) -> Iterator[Path]:
         ready = _beside_targets(files, targets, {Path(os.path.realpath(existing)): stage}, homes)
         for target in targets:
             make_directories(target.parent)
-        for file, target in zip(ready, targets, strict=True):
+        _move_all(ready, targets)
+
+
+def _move_all(files: Sequence[Path], targets: Sequence[Path]) -> None:
+    """Moves each file to its target, durably. If one cannot be moved, what was at the targets is put back."""
+    with contextlib.ExitStack() as undo:
+        for file, target in zip(files, targets, strict=True):
             with _error_of(target):
+                kept = _kept(target, file)
                 file.replace(target)
+                undo.callback(_put_back, kept, target)
                 sync(target.parent)
+        undo.pop_all()
+
+
+def _kept(target: Path, file: Path) -> Path | None:
+    """Gives what is at `target` a second name, beside `file`, and returns it; None if nothing is there.
+
+    So there is always a file at the target, also for a crash. Where a file system has no second names, this returns
+    `target`, and nothing can be put back.
+    """
+    kept = file.with_name(f".{file.name}.before")
+    try:
+        os.link(target, kept, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return target
+    return kept
+
+
+def _put_back(kept: Path | None, target: Path) -> None:
+    """Puts back what _kept() has kept, and logs if that cannot be."""
+    try:
+        if kept == target:
+            raise OSError(errno.EOPNOTSUPP, "the file system has no hard links to keep it by")
+        if kept is None:
+            target.unlink(missing_ok=True)
+        else:
+            kept.replace(target)
+        sync(target.parent)
+    except OSError as error:
+        logger.warning("%s cannot be put back to what it was: %s", target, error)
 
 
 def _beside_targets(
