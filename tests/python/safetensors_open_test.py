@@ -92,6 +92,14 @@ def test_names_text_and_facts_are_those_that_safetensors_gives(path, backend):
             assert (meta.dtype, meta.shape) == (ours.get_slice(name).get_dtype(), ours.get_slice(name).get_shape())
 
 
+def test_facts_are_those_that_the_file_had_when_it_was_opened(path, backend):
+    with safe_open(path, "pt", backend=backend) as file:
+        names = file.keys()
+        before = [file.get_tensor_meta(name) for name in names]
+        os.truncate(path, 4)
+        assert [file.get_tensor_meta(name) for name in names] == before
+
+
 def test_a_file_without_text_has_no_metadata(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
     assert safe_open(tmp_path / "a.safetensors", "pt").metadata() is None

@@ -160,7 +160,7 @@ def test_what_the_disk_cannot_read_is_told_with_its_name(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with open(os.devnull, "rb") as opened:
-        file = File(tmp_path / "blob", opened.fileno(), (0, 0, 1, 0), "safetensors", False)
+        file = File(tmp_path / "blob", opened.fileno(), (0, 0, 1, 0), "safetensors", False, 0)
         monkeypatch.setattr(os, "preadv", failing)
         with pytest.raises(OSError, match="Input/output") as error:
             hashes_of([Named(file, "0" * 64)], None)

@@ -35,8 +35,8 @@ namespace fs = std::filesystem;
 
 /// dev, ino, size_bytes, mtime_ns.
 using IdentityTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::int64_t>;
-/// Path, descriptor, identity, format, whether it has checksums.
-using FileTuple = std::tuple<fs::path, int, IdentityTuple, std::string_view, bool>;
+/// Path, descriptor, identity, format, whether it has checksums, where the payload begins.
+using FileTuple = std::tuple<fs::path, int, IdentityTuple, std::string_view, bool, std::uint64_t>;
 /// Path, format, JSON of the footer or header, and where the payload ends.
 using HeaderTuple = std::tuple<fs::path, std::string, std::string, std::uint64_t>;
 /// Size of a block in bytes, and its phase.
@@ -154,11 +154,17 @@ WeightMap weight_map_of(const PyCheckpoint& checkpoint) {
   return map;
 }
 
+/// The records of a safetensors file cover its payload, so that the first of them begins where that does.
+std::uint64_t payload_begin_of(const Metadata& metadata) {
+  const bool has_header = metadata.format == FileFormat::kSafetensors && !metadata.records.empty();
+  return has_header ? metadata.records.front().offset_bytes : 0;
+}
+
 std::vector<FileTuple> file_tuples(const PyCheckpoint& checkpoint) {
   std::vector<FileTuple> tuples;
   for (const auto& [path, metadata, fd] : checkpoint.get()->files())
     tuples.emplace_back(path, fd.get(), identity_tuple(metadata.identity), format_name(metadata.format),
-                        metadata.checksums.has_value());
+                        metadata.checksums.has_value(), payload_begin_of(metadata));
   return tuples;
 }
 
@@ -298,7 +304,7 @@ void bind_checkpoint(nb::module_& module) {
   nb::class_<PyCheckpoint>(module, "Checkpoint", "The tensors of one or several files, which are open.")
       .def_prop_ro("files", &file_tuples,
                    "(path, descriptor, (device, inode, size in bytes, mtime in nanoseconds), format, whether it has "
-                   "checksums) of each file.")
+                   "checksums, where the payload begins) of each file.")
       .def_prop_ro("payload_bytes", &payload_bytes_of)
       .def_prop_ro(
           "user_metadata", [](const PyCheckpoint& self) { return self.get()->user_metadata(); },

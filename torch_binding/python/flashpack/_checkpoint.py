@@ -53,6 +53,8 @@ class File(NamedTuple):
     format: str
     """"flashpack" or "safetensors"."""
     has_checksums: bool
+    payload_begin: int
+    """The place in the file that offsets in its footer or header are counted from, in bytes."""
 
     def is_unchanged(self) -> bool:
         """Whether the file still has the identity that it had when its metadata was read."""

@@ -142,10 +142,7 @@ class safe_open:  # noqa: N801  It has the name that it has in safetensors.
     def get_tensor_meta(self, name: str) -> TensorMeta:
         entry = self._entry(name)
         file = self._opened()._checkpoint.files()[entry.file]
-        # The first tensor need not be at the beginning of the payload, because an index may leave it out.
-        has_header = file.format == "safetensors"
-        payload = 8 + int.from_bytes(os.pread(file.fd, 8, 0), "little") if has_header else 0
-        begin = entry.offset_bytes - payload
+        begin = entry.offset_bytes - file.payload_begin
         return TensorMeta(dtype_name(entry), header_shape(entry), (begin, begin + entry.size_bytes))
 
     def prefetch(
