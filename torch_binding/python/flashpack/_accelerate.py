@@ -31,7 +31,7 @@ _undo: list[tuple[Any, str, Any]] = []
 
 
 class Acceleration:
-    """What flashpack.accelerate() has changed, until undo() or the end of a with block. Its text says where."""
+    """The changes of flashpack.accelerate(), until undo() or the end of a with block. Its text has their places."""
 
     def undo(self) -> None:
         """Puts the original back, unless another accelerate() is still in force. May be called again."""

@@ -46,7 +46,7 @@ class Slot:
 
 @dataclass
 class Plan:
-    """Which tensors are read and where they go. A tensor that a module holds under several names is read once."""
+    """The tensors that are read, and their slots. A tensor that a module holds under several names is read once."""
 
     slots: dict[str, Slot]
     own_code: OwnCode = field(default_factory=OwnCode)

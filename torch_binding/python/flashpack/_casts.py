@@ -1,4 +1,4 @@
-"""Which tensors are cast when a caller asks for a dtype, and casts that must not lose values."""
+"""The dtypes that tensors get when a caller asks for one, and casts that must not lose values."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ._native import FlashPackError
 
 StrPath = str | os.PathLike[str]
 Verify = Literal["auto", "always", "never"]
-"""Which bytes of a load are verified by the checksums of the file.
+"""The bytes of a load that are verified by the checksums of the file.
 
 "auto": all stripes of 1 MiB that are read whole, if the file has checksums; of a load of a whole file, these are all.
 "always": all bytes, and a file without checksums is an error. "never": none.

@@ -23,7 +23,7 @@ from .constants import WEIGHTS_NAME
 from .serialization import check_name
 
 _READ_BYTES = 1 << 20
-# How torch names what it does not unpickle.
+# A message of torch that names what it does not unpickle.
 _NOT_ALLOWED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 # Tied layers and masks of one number take more memory than file, but no model takes a hundred times its file.
 _MOST_TIMES = 100

@@ -21,7 +21,7 @@ DeviceLike = str | int | torch.device
 DeviceMap = Mapping[str, DeviceLike] | DeviceLike
 """Devices by module, one device for all, or a word of AUTOMATIC."""
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
-"""What device maps of accelerate are called that leave the choice of devices open."""
+"""The words of accelerate for device maps that leave the choice of devices open."""
 
 
 def torch_device(device: DeviceLike, refusal: str) -> torch.device:

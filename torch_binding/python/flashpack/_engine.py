@@ -79,7 +79,7 @@ def _new_trace(path: str) -> Trace | None:
     try:
         try:
             return _opened_trace(path)
-        except BlockingIOError:  # Of another process.
+        except BlockingIOError:  # Another process has it.
             stem, extension = os.path.splitext(path)
             return _opened_trace(f"{stem}.{os.getpid()}{extension}")
     except OSError as error:

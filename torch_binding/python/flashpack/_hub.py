@@ -71,7 +71,7 @@ def resolve_directory(path_or_repo: StrPath, download: Download, allow_patterns:
 
 
 class Upload(NamedTuple):
-    """Where on the Hub a directory goes, and how."""
+    """The place on the Hub that a directory goes to, and the options of the upload."""
 
     repo_id: str | None = None
     """None stands for the name of the directory, under the user's name."""

@@ -56,7 +56,7 @@ _BLOCK_BYTES = 32 << 20
 
 
 class Target(NamedTuple):
-    """Where the values of an entry go, and the dtype that they get there."""
+    """The place that the values of an entry go to, and the dtype that they get there."""
 
     entry: Entry
     device: torch.device
@@ -79,14 +79,14 @@ class _Piece(NamedTuple):
     offset_bytes: int
     size_bytes: int
     address: int | None = None
-    """Where they go; without it they go to a window."""
+    """The memory that they go to; without it they go to a window."""
     is_staged: bool = True
     """Whether they may take room in a window or in the engine's staging on their way."""
 
 
 @dataclass
 class _Step:
-    """What one transfer reads."""
+    """The reads of one transfer."""
 
     straight: list[Read] = field(default_factory=list)
     windowed: list[Read] = field(default_factory=list)

@@ -62,7 +62,7 @@ class Block(Protocol):
 
     @property
     def owner(self) -> object:
-        """What the block and its tensors keep alive. The memory is freed with it."""
+        """The object that the block and its tensors keep alive. The memory is freed with it."""
         ...
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> torch.Tensor:
@@ -195,7 +195,7 @@ def map_file(file: File) -> MappedFile:
 
 
 class ReadOptions(NamedTuple):
-    """How a file is read."""
+    """Options for reading a file."""
 
     mmap: bool = False
     verify: Verify = "auto"
@@ -230,7 +230,7 @@ Read = tuple[int, int, int, int]
 
 
 class _Batch(NamedTuple):
-    """What one transfer of a stream reads."""
+    """The reads of one transfer of a stream."""
 
     reads: list[Read]
     whole: list[int]

@@ -1,4 +1,4 @@
-"""What torch's wrappers do to the names of tensors. Needs no torch."""
+"""Names of tensors that torch's wrappers have changed. Needs no torch."""
 
 from __future__ import annotations
 

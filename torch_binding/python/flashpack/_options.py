@@ -58,7 +58,7 @@ class Filters(NamedTuple):
 
 
 class Strictness(NamedTuple):
-    """Which differences between the names of a file and those of a model are errors."""
+    """The differences between the names of a file and those of a model that are errors."""
 
     strict: bool | None = None
     """Stands for both of the others, unless it is None."""
@@ -67,7 +67,7 @@ class Strictness(NamedTuple):
 
 
 class Casts(NamedTuple):
-    """Which dtypes the tensors of a file are given."""
+    """The dtypes that the tensors of a file are given."""
 
     coerce: bool = False
     """Tensors take the dtypes of the module."""
@@ -84,7 +84,7 @@ class Casts(NamedTuple):
 
 
 class Sharing(NamedTuple):
-    """How the ranks of a process group share a load."""
+    """The arguments for a load that the ranks of a process group share."""
 
     use_distributed_loading: bool = False
     distributed_sharded: bool = False

@@ -76,7 +76,7 @@ class PrefetchLoader:
 
 
 class _Landing:
-    """Where tensors wait between the thread that loads them and those that take them."""
+    """The place where tensors wait between the thread that loads them and those that take them."""
 
     def __init__(self, names: list[str]) -> None:
         self._owner = OwnerProcess()
@@ -86,7 +86,7 @@ class _Landing:
         self._landed: dict[str, torch.Tensor] = {}
         self._error: BaseException | None = None
         self._traceback: TracebackType | None = None
-        """Of the thread that loads. Raising the error adds the frames of whoever waits, time and again."""
+        """The traceback of the thread that loads. Each raise of the error adds frames of the thread that waits."""
         self._closed = False
 
     def put(self, name: str, tensor: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What safetensors calls dtypes, shapes and errors, and writing its files."""
+"""The names that safetensors has for dtypes, shapes and errors, and writing its files."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class NoDestinationError(FlashPackError, AssertionError):
 
 
 class _Packing(NamedTuple):
-    """How tensors are chosen, cast and written to a flashpack file."""
+    """The choices, casts and options with which tensors are written to a flashpack file."""
 
     dtype: torch.dtype | None
     filters: Filters

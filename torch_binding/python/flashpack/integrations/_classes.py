@@ -89,7 +89,7 @@ def _is_of_library(cls: type) -> bool:
 
 
 def _changes(cls: type) -> bool:
-    """Whether `cls` has an attribute of its bases in another form. What begins with flashpack_ is no such attribute."""
+    """Whether `cls` has an attribute of its bases in another form. Names that begin with flashpack_ do not count."""
     if "recipe" in vars(cls):
         return False
     inherited = super(cls, cls)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 from .._file import FlashPackFile, TensorSlice
 
 Ranges: TypeAlias = list[range | int]
-"""What is wanted of each dim of a tensor in a file; an integer takes the dim away."""
+"""The wanted part of each dim of a tensor in a file; an integer takes the dim away."""
 
 _ATEN = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""What the loaders of vLLM and SGLang share: options, the choice of files, and the reading of weights."""
+"""The common part of the loaders of vLLM and SGLang: options, the choice of files, and the reading of weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _replacing = threading.RLock()  # A replacement may be called within, and replac
 
 @dataclass(frozen=True)
 class Options:
-    """What a user can ask for in model_loader_extra_config."""
+    """The options that a user can give in model_loader_extra_config."""
 
     verify: Verify = "auto"
     window_bytes: int = 256 << 20

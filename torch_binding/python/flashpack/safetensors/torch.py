@@ -57,13 +57,13 @@ _original_load: Any = safetensors.torch.load_file
 
 
 class TensorMeta(NamedTuple):
-    """What a file says of one tensor."""
+    """The facts about one tensor in a file."""
 
     dtype: str
     """The name that safetensors has for it: "F32"."""
     shape: list[int]
     data_offsets: tuple[int, int]
-    """Where its bytes begin and end, after the header."""
+    """The places where its bytes begin and end, counted from the end of the header."""
 
 
 class safe_open:  # noqa: N801  It has the name that it has in safetensors.
