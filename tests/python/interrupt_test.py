@@ -39,7 +39,7 @@ def test_ctrl_c_during_a_load_is_noticed_by_the_waiting_loop(path):
     with open_checkpoint(path) as checkpoint:
         block = _memory.allocate_block(0, SIZE_BYTES)
         reads = [(0, 0, SIZE_BYTES, block.address)]
-        load = functools.partial(_engine.engine().load, checkpoint.native, reads, "auto", "auto")
+        load = functools.partial(_engine.engine().load, checkpoint.native, reads, "auto")
         finished = []
         with pytest.raises(KeyboardInterrupt):
             finished.extend(map(load, [interrupt]))

@@ -142,13 +142,6 @@ nb::typed<nb::tuple, Dict, nb::str> tuned_arguments(const std::filesystem::path&
   return nb::make_tuple(dict, text(tuned.reason));
 }
 
-CachePolicy cache_policy(std::string_view name) {
-  if (name == "auto") return CachePolicy::kAuto;
-  if (name == "direct") return CachePolicy::kDirect;
-  if (name == "buffered") return CachePolicy::kBuffered;
-  throw Error(Errc::kInvalidArgument, "cache must be auto, direct or buffered, got " + std::string(name));
-}
-
 /// Repeats `reads` as `repeats` say, whose last is the innermost loop. The repetitions have no gaps in memory.
 std::vector<ReadTuple> repeated(std::vector<ReadTuple> reads, const std::vector<RepeatTuple>& repeats) {
   for (auto repeat = repeats.rbegin(); repeat != repeats.rend(); ++repeat) {
@@ -222,12 +215,11 @@ class PyEngine {
   }
 
   Dict load(const PyCheckpoint& opened, const std::vector<ReadTuple>& reads, std::string_view verify,
-            std::string_view cache, const ProgressFunction& progress, std::uintptr_t stream,
-            const std::vector<RepeatTuple>& repeats) {
+            const ProgressFunction& progress, std::uintptr_t stream, const std::vector<RepeatTuple>& repeats) {
     const NativeCall call;
     const Verify policy = verify_policy(verify);
     const auto checkpoint = opened.get();
-    Transfer transfer = start(*checkpoint, repeated(reads, repeats), policy, cache, stream);
+    Transfer transfer = start(*checkpoint, repeated(reads, repeats), policy, stream);
     return stats_dict(verified(*checkpoint, policy,
                                [&] {
                                  wait_for_all(std::array{&transfer}, progress);
@@ -237,11 +229,11 @@ class PyEngine {
   }
 
   PyLoad start_load(const PyCheckpoint& opened, const std::vector<ReadTuple>& reads, nb::object memory,
-                    std::string_view verify, std::string_view cache, std::uintptr_t stream) {
+                    std::string_view verify, std::uintptr_t stream) {
     const NativeCall call;
     const Verify policy = verify_policy(verify);
     auto checkpoint = opened.get();
-    Transfer transfer = start(*checkpoint, reads, policy, cache, stream);
+    Transfer transfer = start(*checkpoint, reads, policy, stream);
     return {std::move(checkpoint), policy, profile_, {std::move(memory), std::move(transfer)}};
   }
 
@@ -278,10 +270,9 @@ class PyEngine {
 
  private:
   Transfer start(const Checkpoint& checkpoint, const std::vector<ReadTuple>& reads, Verify policy,
-                 std::string_view cache, std::uintptr_t stream) {
+                 std::uintptr_t stream) {
     nb::gil_scoped_release released;
-    return engine_->start_load(
-        {.files = files_of(checkpoint, reads, policy), .cache = cache_policy(cache), .stream = stream_of(stream)});
+    return engine_->start_load({.files = files_of(checkpoint, reads, policy), .stream = stream_of(stream)});
   }
 
   const std::string profile_;
@@ -380,14 +371,14 @@ void bind_handles(nb::module_& module) {
                "staging_bytes"_a = nb::none(), "workers"_a = nb::none(), "profile"_a = "",
                "trace"_a.none() = nb::none(), "backend"_a = "auto", nb::keep_alive<1, 8>(),
                "Makes an engine, which chooses each option that is None. Its loads name `profile` in their statistics.")
-          .def("load", &PyEngine::load, "checkpoint"_a, "reads"_a, "verify"_a = "auto", "cache"_a = "auto",
-               "progress"_a = nb::none(), "stream"_a = 0, "repeats"_a = std::vector<RepeatTuple>(),
+          .def("load", &PyEngine::load, "checkpoint"_a, "reads"_a, "verify"_a = "auto", "progress"_a = nb::none(),
+               "stream"_a = 0, "repeats"_a = std::vector<RepeatTuple>(),
                "Reads (index of the file, file offset, size, address), which are sorted by file, and returns the "
                "transfer's statistics. `repeats`: (count, bytes in the file from one to the next), outermost first, of "
                "all reads; their memory lies one after the other. "
                "Device memory is not written before what is on `stream` (a cudaStream_t) has ended.")
           .def("start_load", &PyEngine::start_load, "checkpoint"_a, "reads"_a, "memory"_a, "verify"_a = "auto",
-               "cache"_a = "auto", "stream"_a = 0, "The same for finish_loads(); `memory` is kept alive until the end.")
+               "stream"_a = 0, "The same for finish_loads(); `memory` is kept alive until the end.")
           .def("verify", &PyEngine::verify, "checkpoint"_a, "file"_a = 0, "progress"_a = nb::none(),
                "Reads the payload of one file and returns verified_bytes, corrupt (file offset, size, names) and "
                "seconds.");
