@@ -30,6 +30,7 @@
 #include "bind_memory.h"
 #include "bind_pack.h"
 #include "bind_scans.h"
+#include "flashpack/detail/owner_process.h"
 #include "flashpack/engine.h"
 #include "flashpack/trace.h"
 #include "flashpack/tuning.h"
@@ -360,6 +361,12 @@ void bind_trace(nb::module_& module) {
   refuse_pickling(trace);
 }
 
+void bind_owner_process(nb::module_& module) {
+  nb::class_<detail::OwnerProcess>(module, "OwnerProcess", "The process that has made the object. It is thread-safe.")
+      .def(nb::init<>())
+      .def("is_current", &detail::OwnerProcess::is_current);
+}
+
 void bind_handles(nb::module_& module) {
   auto load = nb::class_<PyLoad>(module, "Load", "A load that is under way. Its last reference ends it.");
   auto engine =
@@ -452,6 +459,7 @@ NB_MODULE(_native_of_main, module) {
   flashpack::bind_scans(module);
   flashpack::bind_memory(module);
   flashpack::bind_trace(module);
+  flashpack::bind_owner_process(module);
   flashpack::bind_handles(module);
   flashpack::bind_writer(module);
   flashpack::bind_profiles(module);

@@ -5,23 +5,11 @@ from __future__ import annotations
 import os
 import threading
 
-# A process id does not tell a child from its parent: in a PID namespace of its own, the child may have the same.
-_forks = 0
+from . import _native
 
 
-def _count_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-class OwnerProcess:
+class OwnerProcess(_native.OwnerProcess):
     """The process that has made the object. It is thread-safe."""
-
-    def __init__(self) -> None:
-        self._forks = _forks
-
-    def is_current(self) -> bool:
-        return self._forks == _forks
 
     def require_current(self, what: str) -> None:
         """Raises RuntimeError in a forked child, with `what` in the message."""
@@ -35,6 +23,3 @@ def held_by_forks(lock: threading.Lock | threading.RLock) -> None:
     A thread must not hold it for long.
     """
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
-
-
-os.register_at_fork(after_in_child=_count_fork)
