@@ -109,11 +109,12 @@ class Ranks:
             return read_blocks(wanted, device, options)
         self.agree()
         filling = make_room(wanted, device, options) if self.rank == self.src else None
+        window = None
         # The rank that reads has its blocks on the CPU if its engine cannot use the device.
-        is_away = filling is not None and filling.side.device.type != device.type
-        # Once the others wait for bytes, this rank must not run out of memory.
-        largest = max((block.memory.numel() for block in filling.blocks), default=0) if is_away and filling else 0
-        window = torch.empty(min(largest, _WINDOW_BYTES), dtype=torch.uint8, device=device) if is_away else None
+        if filling is not None and filling.side.device.type != device.type:
+            # Once the others wait for bytes, this rank must not run out of memory.
+            largest = max((block.memory.numel() for block in filling.blocks), default=0)
+            window = torch.empty(min(largest, _WINDOW_BYTES), dtype=torch.uint8, device=device)
         self.agree()
         verify = self._send(options.verify, self.src)  # The places of tensors in blocks depend on it.
         if filling is not None:

@@ -15,6 +15,7 @@ from ._casts import cast_exactly, is_same_kind
 from ._checkpoint import Checkpoint, Entry
 from ._into import Target, read_into
 from ._logging import logger
+from ._memory import end_bytes, extent_bytes
 from ._native import FlashPackError
 from ._options import LoadOptions
 
@@ -69,8 +70,7 @@ def _check_memory(entry: Entry, value: torch.Tensor) -> None:
             f"dtype mismatch for {entry.name!r}: model={value.dtype} vs flash={own}; whether values would be lost is "
             f"not known before they are read, so that in_place=True does not cast them"
         )
-    end_bytes = value.storage_offset() * value.itemsize + _extent_bytes(value)
-    if value.numel() and end_bytes > value.untyped_storage().nbytes():
+    if end_bytes(value) > value.untyped_storage().nbytes():
         raise ValueError(f"{entry.name!r} has less memory than its shape needs")
     if value.numel() and _may_overlap_itself(value):
         raise ValueError(f"{entry.name!r} has one memory for several of its elements, as expand() and unfold() make it")
@@ -92,19 +92,13 @@ def _check_apart(targets: Sequence[Target]) -> None:
     Views whose elements lie between each other are refused, too, because to tell them apart would cost too much.
     """
     spans = sorted(
-        (str(memory.device), memory.data_ptr(), memory.data_ptr() + _extent_bytes(memory), entry.name)
+        (str(memory.device), memory.data_ptr(), memory.data_ptr() + extent_bytes(memory), entry.name)
         for entry, _, _, memory in targets
         if memory is not None and memory.numel()
     )
     for (device, _, end, name), (next_device, begin, _, next_name) in pairwise(spans):
         if device == next_device and begin < end:
             raise ValueError(f"{name!r} and {next_name!r} share memory, but are two tensors of the model")
-
-
-def _extent_bytes(tensor: torch.Tensor) -> int:
-    """Returns the size from the first element to the end of the last one, for a tensor that is not empty."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.itemsize
 
 
 def load_in_place(

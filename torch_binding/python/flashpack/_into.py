@@ -268,14 +268,11 @@ def _parts_of(tensor: torch.Tensor, begin: int, end: int) -> Iterator[torch.Tens
         yield from _parts_of(tensor[last], 0, end - last * row)
 
 
-def _nothing() -> None: ...
-
-
 def read_into(
     checkpoint: Checkpoint,
     targets: Sequence[Target],
     options: ReadOptions,
-    before_first: Callable[[], None] = _nothing,
+    before_first: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Reads to all targets, on all devices at the same time. Returns the new tensors, and figures of the reads.
 

@@ -18,7 +18,7 @@ from . import _native
 from ._checkpoint import Entry, File
 from ._file import FlashPackFile, TensorSlice, UnknownIndexError
 from ._logging import logger
-from ._memory import MappedFile, map_file
+from ._memory import MappedFile, extent_bytes, map_file
 from ._owner_process import held_by_forks
 from ._prefetch import open_again
 from .utils import string_to_dtype
@@ -80,7 +80,7 @@ class MappedTensors:
                 self._read_ahead(entry, entry.size_bytes)
                 return part
             of_file = self._map_of(entry)
-            if of_file.is_cached(part.data_ptr() - of_file.address, _extent_bytes(part)):
+            if of_file.is_cached(part.data_ptr() - of_file.address, extent_bytes(part)):
                 return part
         try:
             return TensorSlice(self._file, entry)[index]
@@ -186,12 +186,6 @@ def _read_ahead_of(fd: int, mapping: object) -> _ReadAhead | None:
 
 def _is_aligned(entry: Entry) -> bool:
     return entry.size_bytes > 0 and entry.offset_bytes % string_to_dtype(entry.dtype).itemsize == 0
-
-
-def _extent_bytes(part: torch.Tensor) -> int:
-    """Returns the size of the memory from the first element to the last."""
-    last = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
-    return (last + 1) * part.element_size() if part.numel() else 0
 
 
 def _is_told_what_is_cached(fd: int) -> bool:

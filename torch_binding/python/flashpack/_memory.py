@@ -175,6 +175,17 @@ def allocate_tensor(dtype: str, shape: Sequence[int], offset_bytes: int, device:
     return allocate_block(phase_bytes, size_bytes, device).tensor(torch_dtype, tuple(shape), 0)
 
 
+def extent_bytes(tensor: torch.Tensor) -> int:
+    """Returns the size of the memory from the first element to the end of the last one; 0 if there are none."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def end_bytes(tensor: torch.Tensor) -> int:
+    """Returns the place in the storage where the last element ends, which may be past its end; 0 if there are none."""
+    return tensor.storage_offset() * tensor.element_size() + extent_bytes(tensor) if tensor.numel() else 0
+
+
 def map_file(file: File) -> MappedFile:
     """Maps a whole file, privately and writable. If others truncate the file, touching the mapping is SIGBUS.
 
@@ -293,15 +304,12 @@ Arrivals = Generator[list[list[int]], None, None]
 """Yields, for each side, the numbers of the blocks that are whole now."""
 
 
-def _nothing() -> None: ...
-
-
 def fill(
     checkpoint: Checkpoint,
     fillings: Sequence[Filling],
     options: ReadOptions,
     as_stream: bool = False,
-    meanwhile: Callable[[], None] = _nothing,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Arrivals:
     """Reads the blocks of all sides at the same time, and yields their numbers as they arrive.
 

@@ -21,7 +21,7 @@ from ._device import CPU, captures_undisturbed, side_of
 from ._durable import make_directories
 from ._engine import left_before_exit
 from ._hub import is_blob_link
-from ._memory import allocate_block
+from ._memory import allocate_block, end_bytes
 from ._name_hints import without_compiled
 from ._native import FlashPackError
 from ._own_code import EXTRA_STATE
@@ -264,19 +264,11 @@ def _check_writable(name: object, tensor: torch.Tensor) -> None:
             f"cannot pack {name!r}: it has no memory, as inside of torch.func, or if all of it is zero"
         )
     storage_bytes = tensor.untyped_storage().nbytes()
-    if _end_bytes(tensor) > storage_bytes:
+    if end_bytes(tensor) > storage_bytes:
         raise FlashPackError(
             f"cannot pack {name!r}: its storage has {storage_bytes} bytes, and its last element ends at byte "
-            f"{_end_bytes(tensor)}"
+            f"{end_bytes(tensor)}"
         )
-
-
-def _end_bytes(tensor: torch.Tensor) -> int:
-    """Returns where the last element of `tensor` ends in its storage."""
-    if not tensor.numel():
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
 def _address_of(tensor: torch.Tensor) -> int:
