@@ -77,7 +77,8 @@ std::vector<std::int64_t> safetensors_shape_of(std::string_view dtype, std::vect
 }  // namespace
 
 void bind_format(nb::module_& module) {
-  nb::class_<Checksums>(module, "Checksums", "The checksums of a payload, one for each MiB.");
+  nb::class_<Checksums>(module, "Checksums", "The checksums of a payload, one for each of its stripes.");
+  module.attr("STRIPE_BYTES") = Checksums::kStripeBytes;
   nb::class_<Metadata>(module, "Metadata", "Where tensors will be in a file.")
       .def_ro("payload_bytes", &Metadata::payload_bytes)
       .def_prop_ro("places", &places_of, "(name, file offset, size) of each tensor, in file order.")

@@ -149,7 +149,7 @@ def _wrap(owner: Any, name: str, argument: str) -> None:
     original = getattr(owner, name, None)
     if original is None or any(each is owner and known == name for each, known, _ in _undo):
         return
-    # The two arguments are found by their places: signature.bind() takes as long as a mapped tensor takes to load.
+    # The two arguments are found by their places: signature.bind() takes long beside the load of a mapped tensor.
     parameters = list(inspect.signature(original).parameters)
     if not {argument, "device"} <= set(parameters):
         return

@@ -22,11 +22,14 @@ from ._repository import blaming, open_regular, plain_name, read_json
 from .constants import WEIGHTS_NAME
 from .serialization import check_name
 
+# Records of an archive are read in parts of this size, which bounds the memory; with smaller ones the calls would be
+# more.
 _READ_BYTES = 1 << 20
 # A message of torch that names what it does not unpickle.
 _NOT_ALLOWED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 # Tied layers and masks of one number take more memory than file, but no model takes a hundred times its file.
 _MOST_TIMES = 100
+# Any disk has room for this, so that small files with large masks pass.
 _ALWAYS_ALLOWED_BYTES = 1 << 30
 _SUFFIXES = (".safetensors", ".bin")
 # Files of these names have tensors for other programs than flashpack.

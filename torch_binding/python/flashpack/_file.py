@@ -35,9 +35,10 @@ from .utils import is_ignored_tensor_name, listed, string_to_dtype
 
 __all__ = ["FlashPackFile", "TensorSlice", "load_file", "open_file"]
 
-# Reading a gap of this size costs less than another operation.
+# Reading a gap of this size costs less than another operation, as the engine has it (engine_bench, cost/gap_*).
 _SHORT_GAP_BYTES = 64 << 10
-# A thread copies this much in less time than it takes to wake the engine.
+# A thread copies this much from the page cache in less time than it takes to wake another one (engine_bench,
+# cost/wake).
 _SMALL_BYTES = 256 << 10
 # Slices with short gaps are read into a window of this size again and again, so that its pages are made only once.
 _WINDOW_BYTES = 32 << 20
@@ -198,7 +199,7 @@ class FlashPackFile:
         _refuse_pickling(self)
 
     def _read_cached(self, entry: Entry) -> torch.Tensor | None:
-        """Returns a small tensor whose bytes are in the page cache, for a tenth of what a transfer costs; else None."""
+        """Returns a small tensor whose bytes are in the page cache, without the costs of a transfer; else None."""
         file = self._checkpoint.files()[entry.file]
         verify = self._options.verify
         may_be_unverified = verify == "never" or (verify == "auto" and not file.has_checksums)

@@ -16,8 +16,11 @@ from ._checkpoint import File
 from ._hub import is_blob, is_blob_link
 from ._progress import Progress
 
+# Two chunks of this size are held for each file. With smaller ones, threads would wait for each other more often.
 _CHUNK_BYTES = 4 << 20
+# The kernel reads so far ahead of the chunk that is being read: enough that a fast disk has work while one is hashed.
 _AHEAD_BYTES = 32 << 20
+# Progress is told so often, which looks smooth; an error or an interrupt also waits no longer.
 _TELL_SECONDS = 0.1
 _NAME = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 

@@ -40,14 +40,18 @@ from .utils import string_to_dtype
 # Two windows are read while the third is emptied. There are fewer than a stream has loads, because a window is emptied
 # at once, while those of a stream wait for their consumer.
 _WINDOWS = 3
-# A transfer ends at the first border behind so many bytes of its window and of the engine's staging.
+# A transfer ends at the first border behind so many bytes of its window and of the engine's staging. All windows
+# together are the memory that a load takes beside its tensors; with smaller ones the disk would wait between transfers.
 _FULL_BYTES = 12 << 20
 # Borders are multiples of this in the file. They are closer than those of batches, because each window has room for all
 # that may come before the next one.
 _STEP_BORDER_BYTES = 4 * STRIPE_BYTES
-# Larger parts of a window are read in place, and so have to lie in memory as they do in pages of the file.
+# Parts of a window of this size lie in memory as they do in pages of the file, so that the engine can read them in
+# place, which it does if they are large or nothing near them is wanted. The gaps that this makes in the window are less
+# than a sixteenth of these parts. They would be more of smaller parts, and less in place if only larger ones lay so.
 _PAGES_BYTES = 64 << 10
 _PAGE_BYTES = 4096
+# Smaller parts have the phase of the file modulo this, so that elements stay aligned: no dtype has larger ones.
 _ELEMENT_BYTES = 16
 # Tensors that keep their dtype are read straight into new memory from this size on, and copied below.
 _LARGE_BYTES = 2 << 20

@@ -48,7 +48,7 @@ def lines_of(entries: Sequence[Entry]) -> Iterator[str]:
 
 def as_html(title: str, entries: Sequence[Entry]) -> str:
     """Returns a table, which is cut if it is long."""
-    import html  # Here, because it takes 2 ms, and only notebooks need it.
+    import html  # Here, because only notebooks need it, and its import takes time.
 
     rows = ["".join(f"<td>{html.escape(text)}</td>" for text in _row(entry)) for entry in entries[:_MOST_ROWS]]
     if len(entries) > _MOST_ROWS:

@@ -23,8 +23,12 @@ from ._owner_process import held_by_forks
 from ._prefetch import open_again
 from .utils import string_to_dtype
 
+# Files are read ahead in pieces of this size, of which those that are cached are left out. Threads that end with their
+# mapping finish one piece; smaller pieces would be many.
 _PIECE_BYTES = 8 << 20
+# As many threads as those of a prefetch read ahead, for the same reason.
 _STREAMS = 4
+# Bytes are read to memory of this size, which stays in the CPU's caches; with less, the calls would be more.
 _SCRATCH_BYTES = 1 << 20
 # Looking at every page would cost more than mapping them.
 _LOOK_BYTES = 512 << 10

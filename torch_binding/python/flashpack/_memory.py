@@ -30,20 +30,25 @@ from .utils import string_to_dtype
 
 _HUGE_PAGE_BYTES = 2 << 20
 _SEGMENT_BYTES = _native.MAX_SEGMENT_BYTES
-# Reads are cut into transfers of at least this size, so that blocks can be used as they arrive; each costs a little.
+# Reads are cut into transfers of at least this size, so that blocks can be used as they arrive. With smaller ones their
+# costs would add up, with larger ones the first block would come later.
 _BATCH_BYTES = 64 << 20
-# Checksums are those of stripes of this size. Only a transfer that reads a whole stripe can verify it.
-STRIPE_BYTES = 1 << 20
-# Batches end at multiples of this in the file, where chunks of the engine up to that size end as well.
+# Only a transfer that reads a whole stripe can verify it.
+STRIPE_BYTES = _native.STRIPE_BYTES
+# Batches end at multiples of this in the file, where chunks of the engine up to that size end as well. A batch that
+# ended within a chunk would cost one more operation.
 _BATCH_BORDER_BYTES = 16 * STRIPE_BYTES
-# Smaller tensors are moved out of larger blocks.
+# Tensors that are smaller are moved out of their block. Larger ones keep little memory beside their own, for their
+# size, and take longer to copy.
 _SMALL_BYTES = 64 << 10
+# Tensors stay in blocks that are smaller, because such a block is not much more than the memory that they would share.
 _LARGE_BLOCK_BYTES = 4 << 20
-# They share blocks of this size.
+# The tensors that are moved share blocks of this size: one of them keeps no more. Smaller blocks would be too many.
 _SHARED_BYTES = 1 << 20
-# They stay if they are more than this part of the block.
+# The small tensors stay in a block of which they have more than an eighth, because the copy would take that part again
+# of the time that a read from the page cache takes.
 _FEW = 8
-# Each begins on a line of the CPU's cache.
+# Each small tensor begins on a line of the CPU's cache, so that threads that write to neighbours share none.
 _LINE_BYTES = 64
 # Python has a name for this from 3.13 on; before, the number of x86, Arm and RISC-V stands in.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -125,7 +130,7 @@ class DeviceBlock:
         if empty is None:
             with torch.inference_mode(False):  # Others share it, and what is made of it.
                 empty = self._without_elements[dtype] = torch.empty(0, dtype=dtype, device=self.memory.device)
-        # `data` has a version counter of its own, which a view lacks, and takes half the time of torch.empty.
+        # `data` has a version counter of its own, which a view lacks, and takes less time than torch.empty.
         tensor: torch.Tensor = empty.data.set_(self._storage, offset_bytes // dtype.itemsize, shape)
         return tensor
 

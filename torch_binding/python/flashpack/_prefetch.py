@@ -16,9 +16,10 @@ from ._native import FlashPackError
 from ._owner_process import OwnerProcess
 
 # sendfile() to /dev/null waits for the pages without copying them, which preadv would. POSIX_FADV_WILLNEED and
-# MADV_POPULATE_READ are slower, and stop early where the kernel reads ahead by only 128 KiB. There, one stream is too
-# slow for a fast disk, too.
+# MADV_POPULATE_READ stop early where the kernel reads ahead by little (read_ahead_kb). There, one stream leaves a fast
+# disk idle between its reads, and more than a few take cores from whoever prepares something else meanwhile.
 _STREAMS = 4
+# cancel() and progress() wait for the end of a step. With smaller steps, threads would want the GIL more often.
 _STEP_BYTES = 8 << 20
 
 

@@ -31,6 +31,8 @@ from ._temporary import place_of
 from .serialization import file_to_replace, refuse_name_of_directory
 from .utils import logger
 
+# A reversal holds about this much of a file, which leaves room for one group of a stream to be read while one is
+# written. More would not be faster, because the write waits for the disk.
 _WINDOW_BYTES = 128 << 20
 
 

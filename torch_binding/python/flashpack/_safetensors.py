@@ -20,6 +20,8 @@ from ._progress import progress_bar
 
 # These have no name there, because no safetensors file can have them.
 UNNAMED = {"complex32": "C32", "complex128": "C128"}
+# As much is written together, and nothing is read for the file meanwhile. With smaller batches the disk would often
+# wait.
 _BATCH_BYTES = 32 << 20
 
 _Part = tuple[int, torch.Tensor]

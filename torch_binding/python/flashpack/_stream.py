@@ -43,6 +43,8 @@ Order = Literal["file", "names"]
 _GROUP_BYTES = 64 << 20
 # With fewer groups under way the disk would wait for the consumer of each.
 _AT_LEAST = 2
+# By default there is room for AT_ONCE groups that are read and for as many that the consumer still has. With less the
+# disk would wait for a consumer that casts or keeps some tensors for a while.
 _WINDOW_BYTES = 512 << 20
 
 

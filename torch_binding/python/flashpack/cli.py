@@ -37,6 +37,7 @@ class _FlashPackFile(click.Path):
         return file if os.path.isfile(file) else path
 
 
+# A line for a terminal shows as many characters. A name or a text in a file may have millions.
 _MAX_SHOWN = 1000
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _PATH = _FlashPackFile(exists=True)

@@ -45,6 +45,7 @@ class Options:
     """The options that a user can give in model_loader_extra_config."""
 
     verify: Verify = "auto"
+    # Half of the default of a stream: the host gives each tensor to the model at once, and wants its memory itself.
     window_bytes: int = 256 << 20
     device: str | None = None
     lazy: bool = False
