@@ -9,7 +9,7 @@ from typing import Any
 import flashpack
 import pytest
 import torch
-from flashpack import _memory, _native
+from flashpack import _native, _transfers
 from support import require_gpu
 
 
@@ -37,7 +37,7 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], object] |
     """Makes loads tell a function of the test about their progress."""
 
     def install(progress: Callable[[int], object] | None) -> None:
-        monkeypatch.setattr(_memory, "progress_bar", lambda *args: contextlib.nullcontext(progress))
+        monkeypatch.setattr(_transfers, "progress_bar", lambda *args: contextlib.nullcontext(progress))
 
     return install
 

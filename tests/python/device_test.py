@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import flashpack
 import pytest
 import torch
-from flashpack import _device, _distributed, _engine, _file, _memory, _native
+from flashpack import _device, _distributed, _engine, _file, _native, _tensors, _transfers
 from flashpack._checkpoint import open_checkpoint
 from flashpack._device import CPU, Side, captures_undisturbed, side_of
 from support import DTYPES, assert_bit_equal, random_tensor
@@ -38,7 +38,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append(f"finish {len(loads)}")
         return finish_loads(loads, progress)
 
-    monkeypatch.setattr(_memory, "side_of", lambda device, file: Side(CPU, Spy(device.index), 0))
+    monkeypatch.setattr(_transfers, "side_of", lambda device, file: Side(CPU, Spy(device.index), 0))
     monkeypatch.setattr(_native, "finish_loads", finish)
     return done
 
@@ -48,7 +48,7 @@ def read(path, wanted, **options):
     with open_checkpoint(path) as checkpoint:
         entries = {entry.name: entry for entry in checkpoint.entries()}
         chosen = {device: [entries[name] for name in names] for device, names in zip(DEVICES, wanted, strict=False)}
-        tensors, _ = _memory.read_to_devices(checkpoint, chosen, _memory.ReadOptions(**options))
+        tensors, _ = _tensors.read_to_devices(checkpoint, chosen, _transfers.ReadOptions(**options))
         return tensors
 
 
@@ -185,10 +185,10 @@ def test_all_ranks_have_the_same_places_in_memory_whatever_they_verify(pack, sta
     monkeypatch.setattr(_distributed.Ranks, "_broadcast", lambda ranks, memory, window: sent.append(memory))
     elsewhere = torch.device("meta", 0)  # A device that every machine has.
     with open_checkpoint(path) as checkpoint:
-        wanted = _memory.Wanted(checkpoint, checkpoint.entries()[::3])
+        wanted = _transfers.Wanted(checkpoint, checkpoint.entries()[::3])
         reads, receives = (
             _distributed.Ranks(rank, 2, 0, elsewhere).read_blocks(
-                wanted, elsewhere, _memory.ReadOptions(verify=verify if rank == 0 else "never")
+                wanted, elsewhere, _transfers.ReadOptions(verify=verify if rank == 0 else "never")
             )
             for rank in range(2)
         )
@@ -269,7 +269,7 @@ def test_a_load_that_cannot_be_started_ends_those_that_have_been(pack, monkeypat
             raise RuntimeError("no such stream")
 
     engines = {DEVICES[0]: First(), DEVICES[1]: Second(), CPU: engine}
-    monkeypatch.setattr(_memory, "side_of", lambda device, file: Side(CPU, engines[device], 0))
+    monkeypatch.setattr(_transfers, "side_of", lambda device, file: Side(CPU, engines[device], 0))
     with pytest.raises(RuntimeError, match="no such stream") as caught:
         read(path, [["a"], ["b"]])
     blocks[0].memory.fill_(0xAB)

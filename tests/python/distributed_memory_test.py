@@ -4,7 +4,7 @@ import flashpack
 import pytest
 import torch
 import torch.distributed as dist
-from flashpack import _distributed, _memory
+from flashpack import _distributed, _transfers
 
 
 def test_memory_that_the_engine_could_not_reach_is_moved_on_its_way_to_the_others(monkeypatch):
@@ -29,6 +29,6 @@ def test_a_rank_that_has_no_memory_for_what_it_passes_on_fails_before_the_others
 
     monkeypatch.setattr(torch, "empty", fail)
     with flashpack._checkpoint.open_checkpoint(path) as checkpoint, pytest.raises(MemoryError):
-        wanted = _memory.Wanted(checkpoint, checkpoint.entries())
-        ranks.read_blocks(wanted, torch.device("meta"), _memory.ReadOptions())
+        wanted = _transfers.Wanted(checkpoint, checkpoint.entries())
+        ranks.read_blocks(wanted, torch.device("meta"), _transfers.ReadOptions())
     assert agreed == [True]

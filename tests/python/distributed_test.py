@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from flashpack import _distributed, _memory, utils
+from flashpack import _distributed, _transfers, utils
 from flashpack.deserialization import resolve_shard_strategy
 from support import DTYPES, assert_bit_equal, bits, random_tensor, state_of
 
@@ -121,7 +121,7 @@ def read_windowed(rank, paths, options):
     with contextlib.ExitStack() as small:
         small.enter_context(replaced(_distributed, "_WINDOW_BYTES", 4096))
         for name in names:
-            small.enter_context(replaced(_memory, name, 4096))
+            small.enter_context(replaced(_transfers, name, 4096))
         storage, metadata = flashpack.read_flashpack_file_distributed(paths[rank], **options)
     return plain(dict(flashpack.iterate_from_flash_tensor(storage, metadata)))
 

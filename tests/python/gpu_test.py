@@ -6,7 +6,7 @@ import threading
 import flashpack
 import pytest
 import torch
-from flashpack import _memory, _native
+from flashpack import _native, _transfers
 from gpu_support import DEVICE, MIB, SIZES, load, on_host, state_dict
 from support import DTYPES, assert_bit_equal, random_tensor
 
@@ -95,7 +95,7 @@ def test_loads_from_several_threads_do_not_disturb_each_other(tmp_path):
 def test_loads_to_two_devices_are_both_under_way_before_either_is_waited_for(packed, monkeypatch):
     tensors, path = packed
     done = []
-    side_of, finish_loads = _memory.side_of, _native.finish_loads
+    side_of, finish_loads = _transfers.side_of, _native.finish_loads
 
     class Spy:
         def __init__(self, device, engine):
@@ -113,7 +113,7 @@ def test_loads_to_two_devices_are_both_under_way_before_either_is_waited_for(pac
         done.append(f"finish {len(loads)}")
         return finish_loads(loads, progress)
 
-    monkeypatch.setattr(_memory, "side_of", spied)
+    monkeypatch.setattr(_transfers, "side_of", spied)
     monkeypatch.setattr(_native, "finish_loads", finish)
     halves = {name: index % 2 for index, name in enumerate(tensors)}
     loaded = flashpack.load_file(path, device_map=halves)

@@ -11,7 +11,7 @@ import threading
 import flashpack
 import pytest
 import torch
-from flashpack import _engine, _into, _memory
+from flashpack import _engine, _into, _transfers
 from gpu_support import DEVICE, MIB, load, nbytes, on_host, state_dict
 from support import DTYPES, assert_bit_equal, random_tensor, state_of
 
@@ -105,7 +105,7 @@ def test_tensors_begin_where_memory_of_cuda_does(pack, align_bytes):
 @pytest.mark.parametrize("elems", [100_000, 300_000, 8 * MIB])
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.float64])
 def test_a_load_holds_little_more_than_what_it_reads_or_what_it_gives(pack, monkeypatch, elems, dtype):
-    monkeypatch.setattr(_memory, "_SEGMENT_BYTES", 16 * MIB)
+    monkeypatch.setattr(_transfers, "_SEGMENT_BYTES", 16 * MIB)
     tensors = {str(n): random_tensor((elems,), seed=n) for n in range(64 * MIB // (4 * elems))}
     path = pack(tensors, target_dtype=None)
     result_bytes = nbytes(tensors) * (4 if dtype is None else dtype.itemsize) // 4
@@ -226,7 +226,7 @@ def test_after_ctrl_c_nothing_is_written_to_the_device_any_more(packed):
 
 
 def test_running_out_of_memory_leaves_nothing_behind_and_the_next_load_works(pack, monkeypatch, leave_memory):
-    monkeypatch.setattr(_memory, "_SEGMENT_BYTES", 16 * MIB)
+    monkeypatch.setattr(_transfers, "_SEGMENT_BYTES", 16 * MIB)
     tensors = {str(n): random_tensor((2 * MIB,), seed=n) for n in range(20)}
     path = pack(tensors)
     before = requested_bytes()

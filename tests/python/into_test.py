@@ -12,7 +12,8 @@ import torch
 from flashpack import _into
 from flashpack._checkpoint import open_checkpoint
 from flashpack._device import CPU
-from flashpack._memory import ReadOptions, allocate_block
+from flashpack._memory import allocate_block
+from flashpack._transfers import ReadOptions
 from support import DTYPES, assert_bit_equal, bits, random_tensor
 
 MIB = 1 << 20

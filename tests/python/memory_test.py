@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import flashpack
 import pytest
 import torch
-from flashpack import _memory
+from flashpack import _memory, _tensors, _transfers
 from flashpack._checkpoint import open_checkpoint
 from flashpack._device import CPU, Side
 from flashpack._engine import engine
@@ -38,8 +38,8 @@ def test_memory_lives_as_long_as_its_last_tensor():
 @pytest.fixture
 def blocks(monkeypatch):
     """The blocks that the engine fills, which are also those of the plan."""
-    made, allocate = [], _memory.allocate
-    monkeypatch.setattr(_memory, "allocate", lambda *arguments: made.extend(allocate(*arguments)) or made)
+    made, allocate = [], _transfers.allocate
+    monkeypatch.setattr(_transfers, "allocate", lambda *arguments: made.extend(allocate(*arguments)) or made)
     return made
 
 
@@ -129,34 +129,34 @@ def test_bytes_that_nobody_wants_are_not_read(pack):
     source = {name: random_tensor((MIB,), seed=i) for i, name in enumerate("abc")}
     with open_checkpoint(pack(source)) as checkpoint:
         wanted = [entry for entry in checkpoint.entries() if entry.name != "b"]
-        filled = _memory.read_blocks(_memory.Wanted(checkpoint, wanted), CPU, _memory.ReadOptions())
+        filled = _tensors.read_blocks(_transfers.Wanted(checkpoint, wanted), CPU, _transfers.ReadOptions())
     assert filled.stats["requested_bytes"] == 8 * MIB
-    assert_bit_equal(_memory.tensors_of(wanted, filled), {name: source[name] for name in "ac"})
+    assert_bit_equal(_tensors.tensors_of(wanted, filled), {name: source[name] for name in "ac"})
 
 
 def test_a_stream_is_cut_where_no_stripe_goes_on_and_leaves_nothing_out(monkeypatch):
-    monkeypatch.setattr(_memory, "_BATCH_BYTES", 3 * MIB)
-    monkeypatch.setattr(_memory, "_BATCH_BORDER_BYTES", 2 * MIB)
+    monkeypatch.setattr(_transfers, "_BATCH_BYTES", 3 * MIB)
+    monkeypatch.setattr(_transfers, "_BATCH_BORDER_BYTES", 2 * MIB)
     reads = [(0, 5, 3 * MIB, 100), (0, 3 * MIB + 5, 6 * MIB, 1 << 40), (0, 20 * MIB, 1, 0), (0, 21 * MIB, MIB, 1)]
     first = [(0, 5, 3 * MIB, 100), (0, 3 * MIB + 5, MIB - 5, 1 << 40)]
     second = [(0, 4 * MIB, 5 * MIB + 5, (1 << 40) + MIB - 5)]
-    assert _memory.batches_of(reads) == [first, second, [(0, 20 * MIB, 1, 0), (0, 21 * MIB, MIB, 1)]]
-    assert _memory.batches_of([]) == [[]]
+    assert _transfers._batches_of(reads) == [first, second, [(0, 20 * MIB, 1, 0), (0, 21 * MIB, MIB, 1)]]
+    assert _transfers._batches_of([]) == [[]]
 
 
 def test_a_stream_may_go_on_in_the_next_file_wherever_the_last_one_ends(monkeypatch):
-    monkeypatch.setattr(_memory, "_BATCH_BYTES", 3 * MIB)
+    monkeypatch.setattr(_transfers, "_BATCH_BYTES", 3 * MIB)
     reads = [(0, 5, 4 * MIB, 100), (1, 0, MIB, 7), (1, MIB, 2 * MIB, 9), (2, 3, 5, 1)]
-    assert _memory.batches_of(reads) == [[reads[0]], reads[1:3], [reads[3]]]
-    assert _memory.batches_of(reads[1:2] + reads[3:]) == [reads[1:2] + reads[3:]]
+    assert _transfers._batches_of(reads) == [[reads[0]], reads[1:3], [reads[3]]]
+    assert _transfers._batches_of(reads[1:2] + reads[3:]) == [reads[1:2] + reads[3:]]
 
 
 @pytest.fixture
 def in_small_parts(monkeypatch):
     """Makes loads read a few MiB with each transfer."""
-    monkeypatch.setattr(_memory, "_SEGMENT_BYTES", 3 * MIB)
+    monkeypatch.setattr(_transfers, "_SEGMENT_BYTES", 3 * MIB)
     for name in ("_BATCH_BYTES", "_BATCH_BORDER_BYTES"):
-        monkeypatch.setattr(_memory, name, MIB)
+        monkeypatch.setattr(_transfers, name, MIB)
 
 
 def several_mib(pack):
@@ -167,11 +167,11 @@ def several_mib(pack):
 def test_blocks_arrive_one_after_the_other_whole_and_every_stripe_verified(pack, in_small_parts, verify):
     path = several_mib(pack)
     raw = path.read_bytes()
-    options = _memory.ReadOptions(verify=verify)
+    options = _transfers.ReadOptions(verify=verify)
     arrived = []
     with open_checkpoint(path) as checkpoint:
-        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
-        for [numbers] in _memory.fill(checkpoint, [filling], options, as_stream=True):
+        filling = _transfers.make_room(_transfers.Wanted(checkpoint, checkpoint.entries()), CPU, options)
+        for [numbers] in _transfers.fill(checkpoint, [filling], options, as_stream=True):
             arrived.append(numbers)
             for number in numbers:
                 size, offset = filling.plan.blocks[number]
@@ -183,27 +183,27 @@ def test_blocks_arrive_one_after_the_other_whole_and_every_stripe_verified(pack,
 
 
 def test_only_a_few_transfers_of_a_stream_are_under_way_at_a_time(pack, in_small_parts, monkeypatch):
-    started, start = [], _memory.start
-    monkeypatch.setattr(_memory, "start", lambda *arguments: started.append(arguments) or start(*arguments))
-    options = _memory.ReadOptions()
+    started, start = [], _transfers.start
+    monkeypatch.setattr(_transfers, "start", lambda *arguments: started.append(arguments) or start(*arguments))
+    options = _transfers.ReadOptions()
     with open_checkpoint(several_mib(pack)) as checkpoint:
-        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
+        filling = _transfers.make_room(_transfers.Wanted(checkpoint, checkpoint.entries()), CPU, options)
         steps = 0
-        for steps, _ in enumerate(_memory.fill(checkpoint, [filling], options, as_stream=True), 1):
-            assert len(started) <= steps + _memory.AT_ONCE - 1
-    assert steps == len(started) > _memory.AT_ONCE
+        for steps, _ in enumerate(_transfers.fill(checkpoint, [filling], options, as_stream=True), 1):
+            assert len(started) <= steps + _transfers.AT_ONCE - 1
+    assert steps == len(started) > _transfers.AT_ONCE
 
 
 def test_the_seconds_of_a_stream_are_those_of_its_transfers_one_after_the_other(pack, in_small_parts, monkeypatch):
-    seconds, add_stats = [], _memory.add_stats
-    monkeypatch.setattr(_memory, "AT_ONCE", 1)
+    seconds, add_stats = [], _transfers.add_stats
+    monkeypatch.setattr(_transfers, "AT_ONCE", 1)
     monkeypatch.setattr(
-        _memory, "add_stats", lambda stats, more: seconds.append(more["seconds"]) or add_stats(stats, more)
+        _transfers, "add_stats", lambda stats, more: seconds.append(more["seconds"]) or add_stats(stats, more)
     )
-    options = _memory.ReadOptions()
+    options = _transfers.ReadOptions()
     with open_checkpoint(several_mib(pack)) as checkpoint:
-        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
-        for _ in _memory.fill(checkpoint, [filling], options, as_stream=True):
+        filling = _transfers.make_room(_transfers.Wanted(checkpoint, checkpoint.entries()), CPU, options)
+        for _ in _transfers.fill(checkpoint, [filling], options, as_stream=True):
             pass
     assert len(seconds) > 2
     assert filling.stats["seconds"] >= sum(seconds)
@@ -212,13 +212,13 @@ def test_the_seconds_of_a_stream_are_those_of_its_transfers_one_after_the_other(
 def test_statistics_of_several_transfers_have_every_reason_once():
     stats = {}
     for reason in ("", "direct I/O: refused", "page cache: EPERM", "direct I/O: refused", ""):
-        _memory.add_stats(stats, {"operations": 1, "fallback_reason": reason})
+        _transfers.add_stats(stats, {"operations": 1, "fallback_reason": reason})
     assert stats == {"operations": 5, "fallback_reason": "direct I/O: refused; page cache: EPERM"}
 
 
 def test_a_load_that_is_no_stream_is_one_transfer(pack, in_small_parts, monkeypatch):
-    started, start = [], _memory.start
-    monkeypatch.setattr(_memory, "start", lambda *arguments: started.append(arguments) or start(*arguments))
+    started, start = [], _transfers.start
+    monkeypatch.setattr(_transfers, "start", lambda *arguments: started.append(arguments) or start(*arguments))
     flashpack.load_file(several_mib(pack))
     assert len(started) == 1
 
@@ -226,7 +226,7 @@ def test_a_load_that_is_no_stream_is_one_transfer(pack, in_small_parts, monkeypa
 @pytest.fixture
 def stand_in(monkeypatch):
     """A device whose memory is the host's, and the list of what happens to loads there."""
-    happened, start, finish, tensors_of = [], _memory.start, UnderWay.finish, _memory.tensors_of
+    happened, start, finish, tensors_of = [], _transfers.start, UnderWay.finish, _tensors.tensors_of
 
     def told(what, function):
         return lambda *arguments: happened.append(what) or function(*arguments)
@@ -235,11 +235,11 @@ def stand_in(monkeypatch):
         shared = {}
         return [_memory.DeviceBlock(torch.empty(size, dtype=torch.uint8), shared) for size, _ in plan.blocks]
 
-    monkeypatch.setattr(_memory, "side_of", lambda *_: Side(torch.device("cpu", 0), engine(), 0))
-    monkeypatch.setattr(_memory, "allocate", allocate)
-    monkeypatch.setattr(_memory, "start", told("start", start))
+    monkeypatch.setattr(_transfers, "side_of", lambda *_: Side(torch.device("cpu", 0), engine(), 0))
+    monkeypatch.setattr(_transfers, "allocate", allocate)
+    monkeypatch.setattr(_transfers, "start", told("start", start))
     monkeypatch.setattr(UnderWay, "finish", told("finish", finish))
-    monkeypatch.setattr(_memory, "tensors_of", told("tensors", tensors_of))
+    monkeypatch.setattr(_tensors, "tensors_of", told("tensors", tensors_of))
     return torch.device("cuda"), happened
 
 
@@ -247,7 +247,9 @@ def test_tensors_of_a_device_are_made_while_their_bytes_are_read(pack, stand_in)
     device, happened = stand_in
     tensors = {"a": random_tensor((3 * MIB,)), "empty": torch.empty(0, 3), "b": random_tensor((7,), torch.bfloat16)}
     with open_checkpoint(pack(tensors, target_dtype=None)) as checkpoint:
-        loaded = _memory.read_tensors(_memory.Wanted(checkpoint, checkpoint.entries()), device, _memory.ReadOptions())
+        loaded = _tensors.read_tensors(
+            _transfers.Wanted(checkpoint, checkpoint.entries()), device, _transfers.ReadOptions()
+        )
     assert happened == ["start", "tensors", "finish"]
     assert_bit_equal(loaded, tensors)
 
@@ -259,7 +261,7 @@ def test_tensors_of_a_device_that_were_made_of_a_wrong_file_are_given_to_nobody(
     raw[MIB] ^= 1
     path.write_bytes(raw)
     with open_checkpoint(path) as checkpoint, pytest.raises(flashpack.FlashPackError, match="do not match"):
-        _memory.read_tensors(_memory.Wanted(checkpoint, checkpoint.entries()), device, _memory.ReadOptions())
+        _tensors.read_tensors(_transfers.Wanted(checkpoint, checkpoint.entries()), device, _transfers.ReadOptions())
     assert happened == ["start", "tensors", "finish"]
 
 
@@ -271,10 +273,10 @@ def test_tensors_of_a_device_are_no_inference_tensors_though_others_were():
 
 
 def read_by_a_stream(path):
-    options = _memory.ReadOptions()
+    options = _transfers.ReadOptions()
     with open_checkpoint(path) as checkpoint:
-        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
-        for _ in _memory.fill(checkpoint, [filling], options, as_stream=True):
+        filling = _transfers.make_room(_transfers.Wanted(checkpoint, checkpoint.entries()), CPU, options)
+        for _ in _transfers.fill(checkpoint, [filling], options, as_stream=True):
             pass
         return checkpoint.native.payload_bytes
 
@@ -291,10 +293,10 @@ def test_a_wrong_bit_in_any_stripe_ends_a_stream(pack, in_small_parts):
 
 
 def test_a_stream_that_is_left_reads_nothing_more(pack, in_small_parts):
-    options = _memory.ReadOptions()
+    options = _transfers.ReadOptions()
     with open_checkpoint(several_mib(pack)) as checkpoint:
-        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
-        arrivals = _memory.fill(checkpoint, [filling], options, as_stream=True)
+        filling = _transfers.make_room(_transfers.Wanted(checkpoint, checkpoint.entries()), CPU, options)
+        arrivals = _transfers.fill(checkpoint, [filling], options, as_stream=True)
         next(arrivals)
         arrivals.close()
     for block in filling.blocks:
@@ -308,12 +310,12 @@ def test_a_stream_that_fails_ends_all_of_its_loads_also_while_somebody_keeps_the
     raw = bytearray(path.read_bytes())
     raw[100] ^= 1
     path.write_bytes(raw)
-    options = _memory.ReadOptions()
+    options = _transfers.ReadOptions()
     with open_checkpoint(path) as checkpoint:
-        filling = _memory.make_room(_memory.Wanted(checkpoint, checkpoint.entries()), CPU, options)
+        filling = _transfers.make_room(_transfers.Wanted(checkpoint, checkpoint.entries()), CPU, options)
         owners = sys.getrefcount(filling.blocks)
         with pytest.raises(flashpack.FlashPackError, match="do not match their checksum") as kept:
-            list(_memory.fill(checkpoint, [filling], options, as_stream=True))
+            list(_transfers.fill(checkpoint, [filling], options, as_stream=True))
     # A load owns the memory that it fills; the one that failed has ended, and may be in the traceback.
     assert sys.getrefcount(filling.blocks) <= owners + 1
     assert kept.value is not None
@@ -321,7 +323,7 @@ def test_a_stream_that_fails_ends_all_of_its_loads_also_while_somebody_keeps_the
 
 def test_the_progress_of_a_stream_goes_on_from_transfer_to_transfer(pack, in_small_parts, monkeypatch):
     told = []
-    monkeypatch.setattr(_memory, "progress_bar", lambda *_: nullcontext(told.append))
+    monkeypatch.setattr(_transfers, "progress_bar", lambda *_: nullcontext(told.append))
     payload_bytes = read_by_a_stream(several_mib(pack))
     assert told == sorted(told)
     assert told[-1] == payload_bytes

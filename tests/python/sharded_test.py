@@ -72,8 +72,8 @@ def test_a_directory_and_an_index_are_read_as_one_checkpoint(read, directory, te
 
 def test_several_files_are_one_load(directory, monkeypatch):
     started = []
-    start = flashpack._memory.start
-    monkeypatch.setattr(flashpack._memory, "start", lambda *args: started.append(args) or start(*args))
+    start = flashpack._transfers.start
+    monkeypatch.setattr(flashpack._transfers, "start", lambda *args: started.append(args) or start(*args))
     flashpack.load_file(directory)
     assert len(started) == 1
 

@@ -44,7 +44,7 @@ def payload_bytes(path):
 
 @pytest.mark.parametrize("segment_bytes", [MIB + 4096, 1 << 30])
 def test_every_byte_of_a_whole_load_is_verified(path, tensors, segment_bytes, monkeypatch, caplog):
-    monkeypatch.setattr("flashpack._memory._SEGMENT_BYTES", segment_bytes)
+    monkeypatch.setattr("flashpack._transfers._SEGMENT_BYTES", segment_bytes)
     with caplog.at_level("INFO", logger="flashpack"):
         assert_bit_equal(flashpack.revert_from_file(path), tensors)
     assert f"{payload_bytes(path)} verified" in caplog.text
@@ -124,7 +124,7 @@ def test_a_part_is_verified_where_it_is_read_in_whole_stripes_and_always_means_a
 
 @pytest.mark.parametrize("segment_bytes", [8, 1 << 30])
 def test_always_reads_to_the_borders_of_stripes_without_overlaps(pack, segment_bytes, monkeypatch):
-    monkeypatch.setattr("flashpack._memory._SEGMENT_BYTES", segment_bytes)
+    monkeypatch.setattr("flashpack._transfers._SEGMENT_BYTES", segment_bytes)
     source = {f"{i:02}": random_tensor((200 + 1000 * i,), seed=i) for i in range(60)}
     path = pack(source)
     model = torch.nn.Module()

@@ -20,8 +20,10 @@ from . import _native
 from ._checkpoint import Checkpoint, Entry, StrPath, name_of, open_checkpoint
 from ._device import CPU
 from ._logging import in_one_line
-from ._memory import Block, Filled, ReadOptions, Wanted, allocate, fill, filled_of, make_room, read_blocks
+from ._memory import Block, allocate
 from ._native import FlashPackError
+from ._tensors import read_blocks
+from ._transfers import Filled, ReadOptions, Wanted, fill, make_room
 from .constants import DEFAULT_SHARD_STRATEGY, SHARD_STRATEGIES
 from .utils import is_distributed, logger, maybe_init_distributed
 
@@ -123,7 +125,7 @@ class Ranks:
                     if numbers:
                         self._pass_on(filling.blocks, numbers, window)
             self._pass_on([], [], None)
-            filled = filled_of(filling)
+            filled = filling.filled()
         else:
             home = CPU if device.type == "cpu" else device
             plan = wanted.plan(device, verify)

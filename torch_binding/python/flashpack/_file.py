@@ -19,18 +19,10 @@ from ._device import CPU, DeviceLike, DeviceMap, Side, captures_undisturbed, dev
 from ._engine import left_before_exit
 from ._listing import as_html, by_name, summary_of
 from ._logging import printable
-from ._memory import (
-    Read,
-    ReadOptions,
-    Wanted,
-    aligned_phase,
-    allocate_block,
-    allocate_tensor,
-    read_tensors,
-    read_to_devices,
-    supported_device,
-)
+from ._memory import aligned_phase, allocate_block, allocate_tensor
 from ._native import FlashPackError
+from ._tensors import read_tensors, read_to_devices
+from ._transfers import Read, ReadOptions, Wanted, supported_device
 from .utils import is_ignored_tensor_name, listed, string_to_dtype
 
 __all__ = ["FlashPackFile", "TensorSlice", "load_file", "open_file"]

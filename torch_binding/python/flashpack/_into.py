@@ -19,22 +19,11 @@ from . import _native
 from ._checkpoint import Checkpoint, Entry
 from ._device import CPU, Side, side_of
 from ._logging import logger
-from ._memory import (
-    STRIPE_BYTES,
-    Block,
-    Read,
-    ReadOptions,
-    Wanted,
-    add_stats,
-    allocate_block,
-    collector_paused,
-    describe,
-    filled_of,
-    make_room,
-    tensors_of,
-)
+from ._memory import Block, allocate_block
 from ._progress import progress_bar
-from ._under_way import UnderWay
+from ._tensors import collector_paused, tensors_of
+from ._transfers import Read, ReadOptions, Wanted, make_room
+from ._under_way import UnderWay, add_stats, describe
 from .utils import string_to_dtype
 
 # Two windows are read while the third is emptied. There are fewer than a stream has loads, because a window is emptied
@@ -45,7 +34,7 @@ _WINDOWS = 3
 _FULL_BYTES = 12 << 20
 # Borders are multiples of this in the file. They are closer than those of batches, because each window has room for all
 # that may come before the next one.
-_STEP_BORDER_BYTES = 4 * STRIPE_BYTES
+_STEP_BORDER_BYTES = 4 * _native.STRIPE_BYTES
 # Parts of a window of this size lie in memory as they do in pages of the file, so that the engine can read them in
 # place, which it does if they are large or nothing near them is wanted. The gaps that this makes in the window are less
 # than a sixteenth of these parts. They would be more of smaller parts, and less in place if only larger ones lay so.
@@ -340,7 +329,7 @@ def read_and_cast(
             for entry, dtype in zip(entries, dtypes, strict=True)
             if entry.size_bytes >= _LARGE_BYTES and string_to_dtype(entry.dtype) == dtype
         ]
-        filled = filled_of(make_room(Wanted(checkpoint, large), device, options))
+        filled = make_room(Wanted(checkpoint, large), device, options).filled()
         # Where the engine cannot use a device, tensors go there through windows.
         is_home = filled.device.type == device.type
         room = tensors_of(large, filled) if is_home else {}

@@ -18,12 +18,13 @@ from ._engine import left_before_exit
 from ._in_place import check_in_place, load_in_place, targets_in_place
 from ._into import read_and_cast
 from ._logging import in_one_line, logger
-from ._memory import Wanted, read_to_devices, supported_device, tensors_of
 from ._native import FlashPackError
 from ._options import LoadOptions
 from ._own_code import run_own_code
 from ._report import AssignReport, report_of
 from ._storage import FlashTensorStorage, read_storage, view
+from ._tensors import read_to_devices, tensors_of
+from ._transfers import Wanted, supported_device
 
 # Quantisers add one of these to the name of a tensor for its scale.
 _SCALES = ("_scale_inv", "_scale")

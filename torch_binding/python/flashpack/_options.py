@@ -10,8 +10,8 @@ import torch
 
 from ._casts import dtype_when_asked
 from ._checkpoint import Entry
-from ._memory import ReadOptions
 from ._native import FlashPackError
+from ._transfers import ReadOptions
 from .utils import is_ignored_tensor_name, listed, string_to_dtype
 
 Names = Collection[str] | None

@@ -14,9 +14,9 @@ from . import _native
 from ._checkpoint import Entry, StrPath
 from ._device import CPU, DeviceLike, side_of
 from ._file import FlashPackFile
-from ._memory import supported_device
 from ._native import FlashPackError
 from ._progress import progress_bar
+from ._transfers import supported_device
 
 # These have no name there, because no safetensors file can have them.
 UNNAMED = {"complex32": "C32", "complex128": "C128"}

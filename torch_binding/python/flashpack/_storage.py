@@ -11,9 +11,10 @@ import torch
 
 from ._checkpoint import Checkpoint
 from ._listing import human_bytes
-from ._memory import ReadBlocks, ReadOptions, Wanted, read_blocks, tensors_of
 from ._native import FlashPackError
 from ._options import Filters
+from ._tensors import ReadBlocks, read_blocks, tensors_of
+from ._transfers import ReadOptions, Wanted
 from .constants import FILE_FORMAT_V3
 
 

@@ -19,22 +19,13 @@ from ._device import DeviceLike, DeviceMap, as_on_this_thread, captures_undistur
 from ._engine import left_before_exit
 from ._file import checked_names, places_of, selected
 from ._logging import logger, printable
-from ._memory import (
-    Block,
-    Filling,
-    ReadOptions,
-    Wanted,
-    add_stats,
-    filled_of,
-    make_room,
-    small_ones_apart,
-    start,
-    tensors_of,
-)
+from ._memory import Block
 from ._native import FlashPackError
 from ._options import positive_integer
 from ._owner_process import OwnerProcess
-from ._under_way import AT_ONCE, UnderWay
+from ._tensors import small_ones_apart, tensors_of
+from ._transfers import Filling, ReadOptions, Wanted, make_room, start
+from ._under_way import AT_ONCE, UnderWay, add_stats
 from .utils import string_to_dtype
 
 Order = Literal["file", "names"]
@@ -172,7 +163,7 @@ class _Reading:
         add_stats(self.stats, stats)
         self.stats["seconds"] = time.monotonic() - self._begin
         with torch.inference_mode(False), torch.no_grad():
-            filled = small_ones_apart(entries, filled_of(filling))
+            filled = small_ones_apart(entries, filling.filled())
             sizes = self._unseen[0]
             read_bytes = sizes.read_bytes + self._count(filled.blocks[len(filling.blocks) :])
             self._unseen[0] = sizes._replace(read_bytes=read_bytes)

@@ -1,4 +1,4 @@
-"""Loads that are under way."""
+"""Loads that are under way, and the figures of those that have ended."""
 
 from __future__ import annotations
 
@@ -51,3 +51,27 @@ class UnderWay(Generic[What]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._started.clear()
+
+
+def add_stats(stats: dict[str, Any], more: dict[str, Any]) -> None:
+    """Adds the statistics of a transfer to those of transfers that were started at the same time."""
+    for name, value in more.items():
+        if name == "seconds":
+            value = max(value, stats.get(name, 0.0))
+        elif type(value) is int:
+            value += stats.get(name, 0)
+        elif name == "fallback_reason" and (before := stats.get(name)):
+            value = before if value in before else f"{before}; {value}"
+        stats[name] = value or stats.get(name, value)
+
+
+def describe(stats: dict[str, Any]) -> str:
+    rate = stats["requested_bytes"] / max(stats["seconds"], 1e-9) / 1e9
+    text = (
+        f"{stats['requested_bytes']} bytes in {stats['seconds']:.3f} s ({rate:.2f} GB/s), "
+        f"{stats['direct_bytes']} direct, {stats['buffered_bytes']} through the page cache, "
+        f"{stats['verified_bytes']} verified, backend {stats['backend']}"
+    )
+    if stats["profile"]:
+        text += f", profile {stats['profile']}"
+    return f"{text}; {stats['fallback_reason']}" if stats["fallback_reason"] else text

@@ -15,11 +15,12 @@ from ._distributed import ranks_of_group, resolve_shard_strategy
 from ._engine import engine, left_before_exit
 from ._hub_hashes import Named, hashes_of, named_for_its_hash
 from ._loading import assign
-from ._memory import ReadOptions, Wanted, read_tensors, supported_device
 from ._options import Casts, Filters, LoadOptions, Sharing, Strictness
 from ._progress import Progress, after, progress_bar
 from ._report import AssignReport
 from ._storage import FlashTensorStorage, accepted, iterate_from_flash_tensor, read_storage
+from ._tensors import read_tensors
+from ._transfers import ReadOptions, Wanted, supported_device
 from .constants import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_STREAMS
 
 __all__ = [

@@ -12,9 +12,9 @@ import torch
 from ._casts import DTypeLike, asked_dtype
 from ._checkpoint import StrPath, Verify
 from ._loading import assign
-from ._memory import ReadOptions
 from ._meta_init import meta_parameters
 from ._options import Casts, Filters, LoadOptions, Names, Sharing, Strictness
+from ._transfers import ReadOptions
 from .constants import (
     DEFAULT_ALIGN_BYTES,
     DEFAULT_CHUNK_BYTES,

@@ -21,10 +21,10 @@ from .._conversion import files_of
 from .._device import CPU
 from .._file import open_file
 from .._logging import logger
-from .._memory import ReadOptions, supported_device
 from .._native import FlashPackError
 from .._options import positive_integer
 from .._stream import stream_tensors
+from .._transfers import ReadOptions, supported_device
 from ..constants import WEIGHTS_NAME
 from ._lazy import LazyTensor
 

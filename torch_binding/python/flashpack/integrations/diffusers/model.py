@@ -21,10 +21,10 @@ from ..._checkpoint import Checkpoint, StrPath, Verify, open_checkpoint
 from ..._directory import own_files, warn_of_older
 from ..._durable import make_directories
 from ..._hub import Download, Upload, resolve_directory, upload_directory
-from ..._memory import ReadOptions
 from ..._native import FlashPackError
 from ..._options import Casts, Filters, LoadOptions, Sharing, Strictness
 from ..._repository import blaming, check_model_config
+from ..._transfers import ReadOptions
 from ...constants import (
     DEFAULT_ALIGN_BYTES,
     DEFAULT_CHUNK_BYTES,

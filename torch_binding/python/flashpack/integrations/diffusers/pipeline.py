@@ -20,10 +20,10 @@ from ..._directory import own_files
 from ..._durable import make_directories
 from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._logging import in_one_line
-from ..._memory import ReadOptions
 from ..._native import FlashPackError
 from ..._options import Casts, Filters, LoadOptions, Sharing, Strictness
 from ..._repository import INDEX_NAME, blaming, check_folder, components_of, read_json, string_in
+from ..._transfers import ReadOptions
 from ...constants import (
     DEFAULT_ALIGN_BYTES,
     DEFAULT_CHUNK_BYTES,

@@ -16,9 +16,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..._checkpoint import StrPath, Verify
 from ..._directory import own_files, warn_of_older
 from ..._hub import Download, Upload, resolve_directory, upload_directory
-from ..._memory import ReadOptions
 from ..._native import FlashPackError
 from ..._options import Casts, LoadOptions, Sharing, Strictness
+from ..._transfers import ReadOptions
 from ...constants import (
     DEFAULT_ALIGN_BYTES,
     DEFAULT_CHUNK_BYTES,
