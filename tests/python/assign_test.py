@@ -7,7 +7,7 @@ import threading
 import flashpack
 import pytest
 import torch
-from flashpack import _assign
+from flashpack import _assign, _plan
 from support import assert_bit_equal, bits, random_tensor, state_of
 
 
@@ -139,7 +139,7 @@ def test_a_failed_commit_puts_back_parameters_made_in_inference_mode(pack, monke
         monkeypatch.undo()
         raise RuntimeError("put")
 
-    monkeypatch.setattr(_assign.Slot, "put", failing_put)
+    monkeypatch.setattr(_plan.Slot, "put", failing_put)
     with pytest.raises(RuntimeError, match="put"):
         flashpack.assign_from_file(model, path)
     assert state_of(model) == before
@@ -273,7 +273,7 @@ def test_a_commit_that_fails_half_way_puts_back_what_was_there(fatal_step, error
     source = changed(Model()) | {"linear.weight": torch.ones(8, 8, dtype=torch.int64), "ghost": torch.ones(2)}
     path = pack(source)
     before = state_of(model)
-    set_data, steps = _assign.set_data, []
+    set_data, steps = _assign._set_data, []
 
     def fatal(*args):
         set_data(*args)
@@ -281,7 +281,7 @@ def test_a_commit_that_fails_half_way_puts_back_what_was_there(fatal_step, error
         if len(steps) == fatal_step:
             raise error
 
-    monkeypatch.setattr(_assign, "set_data", fatal)
+    monkeypatch.setattr(_assign, "_set_data", fatal)
     with pytest.raises(error):
         flashpack.assign_from_file(model, path, device="cpu")
     assert len(steps) == fatal_step
@@ -376,12 +376,12 @@ def test_parameters_that_the_file_lacks_follow_to_the_device():
     kept = torch.nn.Parameter(torch.ones(2))
     module = torch.nn.Module()
     elsewhere, here = torch.device("cuda"), torch.device("cpu")
-    plain = _assign.Slot(module, "kept", True, True, kept)
-    assert _assign.follows(plain, elsewhere)
-    assert not _assign.follows(plain, here)
-    assert not _assign.follows(_assign.Slot(module, "other", True, True, torch.nn.UninitializedParameter()), elsewhere)
+    plain = _plan.Slot(module, "kept", True, True, kept)
+    assert _assign._follows(plain, elsewhere)
+    assert not _assign._follows(plain, here)
+    assert not _assign._follows(_plan.Slot(module, "other", True, True, torch.nn.UninitializedParameter()), elsewhere)
     on_meta = torch.nn.Parameter(torch.ones(2, device="meta"))
-    assert not _assign.follows(_assign.Slot(module, "meta", True, True, on_meta), elsewhere)
+    assert not _assign._follows(_plan.Slot(module, "meta", True, True, on_meta), elsewhere)
 
 
 def test_a_parameter_that_is_moved_stays_the_same_object_with_its_values_and_its_tie(pack, monkeypatch):
@@ -389,7 +389,7 @@ def test_a_parameter_that_is_moved_stays_the_same_object_with_its_values_and_its
     model.register_parameter("extra", torch.nn.Parameter(torch.ones(2)))
     extra, moved = model.extra, []
     # As if they were on another device, which few machines have.
-    monkeypatch.setattr(_assign, "follows", lambda slot, device: moved.append(slot.attribute) or True)
+    monkeypatch.setattr(_assign, "_follows", lambda slot, device: moved.append(slot.attribute) or True)
     flashpack.assign_from_file(model, pack(Tied()), ignore_names=["extra"])
     assert moved == ["extra"]
     assert model.extra is extra

@@ -174,7 +174,7 @@ def test_what_fails_puts_back_classes_and_objects(pack, monkeypatch):
     def failing(*args):
         raise RuntimeError("replaced")
 
-    monkeypatch.setattr(flashpack._assign, "replacement_of", failing)
+    monkeypatch.setattr(flashpack._assign, "_replacement_of", failing)
     with pytest.raises(RuntimeError, match="replaced"):
         flashpack.assign_from_file(model, path)
     assert state_of(model) == before

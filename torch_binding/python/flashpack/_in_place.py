@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from ._assign import Plan, dtypes_when_read, initialize, own_dtype, swap_in
+from ._assign import initialize, swap_in
 from ._casts import cast_exactly, is_same_kind
 from ._checkpoint import Checkpoint, Entry
 from ._into import Target, read_into
@@ -18,6 +18,7 @@ from ._logging import logger
 from ._memory import end_bytes, extent_bytes
 from ._native import FlashPackError
 from ._options import LoadOptions
+from ._plan import Plan, dtypes_when_read, own_dtype
 
 _MIXED = "the module was loaded in place, and may have values of the file and older ones now"
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.parameter import is_lazy
 
-from ._assign import DTypeOf, Plan, check_strictness, commit, dtypes_when_read, make_plan, own_dtype
+from ._assign import commit
 from ._casts import PLAIN_FLOATS
 from ._checkpoint import Checkpoint, Entry, StrPath
 from ._device import captures_undisturbed
@@ -21,6 +21,7 @@ from ._logging import in_one_line, logger
 from ._native import FlashPackError
 from ._options import LoadOptions
 from ._own_code import run_own_code
+from ._plan import DTypeOf, Plan, check_strictness, dtypes_when_read, make_plan, own_dtype
 from ._report import AssignReport, report_of
 from ._storage import FlashTensorStorage, read_storage, view
 from ._tensors import read_to_devices, tensors_of

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 if TYPE_CHECKING:
-    from ._assign import Plan
+    from ._plan import Plan
 
 EXTRA_STATE = "_extra_state"
 # These do nothing if a file has all tensors of the module.

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ._assign import Plan
 from ._checkpoint import StrPath
 from ._meta_init import warn_of_meta
+from ._plan import Plan
 from .utils import human_num_elements, logger
 
 

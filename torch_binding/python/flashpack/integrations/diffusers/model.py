@@ -15,7 +15,6 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from diffusers import ModelMixin
 
-from ..._assign import slots_of
 from ..._casts import PLAIN_FLOATS, asked_dtype
 from ..._checkpoint import Checkpoint, StrPath, Verify, open_checkpoint
 from ..._directory import own_files, warn_of_older
@@ -23,6 +22,7 @@ from ..._durable import make_directories
 from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._native import FlashPackError
 from ..._options import Casts, Filters, LoadOptions, Sharing, Strictness
+from ..._plan import slots_of
 from ..._repository import blaming, check_model_config
 from ..._transfers import ReadOptions
 from ...constants import (

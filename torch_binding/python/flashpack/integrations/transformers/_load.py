@@ -21,7 +21,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
-from ..._assign import Plan, check_strictness, make_parameter, slots_of
+from ..._assign import make_parameter
 from ..._checkpoint import Checkpoint, Entry, open_checkpoint
 from ..._device import CPU
 from ..._loading import assign, load_entries
@@ -29,6 +29,7 @@ from ..._meta_init import meta_parameters, warn_of_meta
 from ..._native import FlashPackError
 from ..._options import Casts, LoadOptions
 from ..._own_code import own_code_of
+from ..._plan import Plan, check_strictness, slots_of
 from ..._repository import blaming, check_model_config
 from ..._safetensors import dtype_name, header_shape
 from ...utils import string_to_dtype
