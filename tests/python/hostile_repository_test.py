@@ -23,7 +23,7 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 from flashpack import FlashPackError, commands  # noqa: E402
-from flashpack._repository import OPTIONS  # noqa: E402
+from flashpack._parts import OPTIONS  # noqa: E402
 from flashpack.integrations.diffusers import AutoFlashPackModel, FlashPackDiffusionPipeline  # noqa: E402
 from transformers_models import with_mixin  # noqa: E402
 

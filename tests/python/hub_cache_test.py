@@ -10,7 +10,7 @@ import flashpack
 import pytest
 import safetensors.torch
 import torch
-from flashpack._hub import is_blob_link
+from flashpack._links import is_blob_link
 from flashpack.commands import convert_to_flashpack, revert_from_flashpack
 from hub_cache import COMMIT, make_hub_cache
 

@@ -15,7 +15,9 @@ import flashpack
 import pytest
 from checkpoints import STATE, halves, save_index
 from flashpack import FlashPackError, commands
-from flashpack._repository import OPTIONS, check_inside, check_model_config, components_of, open_regular
+from flashpack._links import check_inside
+from flashpack._parts import OPTIONS, components_of
+from flashpack._repository import check_model_config, open_regular
 from hub_cache import COMMIT, make_hub_cache
 from safetensors.torch import save_file
 from support import assert_bit_equal

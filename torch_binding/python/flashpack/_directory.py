@@ -24,9 +24,11 @@ from ._conversion import (
     weight_patterns,
 )
 from ._durable import make_directories, sync
-from ._hub import Download, is_blob_link, resolve_directory
+from ._hub import Download, resolve_directory
+from ._links import check_inside, is_blob_link
 from ._native import FlashPackError
-from ._repository import INDEX_NAME, check_inside, components_of, modules_of, read_json
+from ._parts import components_of, model_folders, modules_of
+from ._repository import read_json
 from ._temporary import place_of, temporary_directory
 from .serialization import file_to_replace
 from .utils import logger
@@ -48,14 +50,6 @@ _TENSOR_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|flashpack)$")
 def is_repo_id(name: str) -> bool:
     """Whether `name` can be that of a repository on the Hub, and does not look like a file with tensors."""
     return _REPO_ID.fullmatch(name) is not None and not (_TENSOR_FILE.search(name) or _native.is_index(name))
-
-
-def model_folders(directory: Path) -> list[str]:
-    """Returns the folders with weights: those of the components of a pipeline, or "" for a directory of one model."""
-    if not (directory / INDEX_NAME).is_file():
-        return [""]
-    # Schedulers, tokenizers and processors have no config.json, but files of other names.
-    return [name for name in components_of(directory) if (directory / name / "config.json").is_file()]
 
 
 def find_checkpoints(directory: Path, variant: str | None) -> dict[str, Path]:

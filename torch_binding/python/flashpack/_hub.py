@@ -1,20 +1,16 @@
-"""The Hugging Face Hub and its cache on this machine. Only downloads and uploads need the package huggingface_hub."""
+"""Downloads from the Hugging Face Hub, and uploads to it. Both need the package huggingface_hub."""
 
 from __future__ import annotations
 
 import inspect
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ._checkpoint import StrPath
 from ._native import FlashPackError
 from .version import version
-
-_MAX_LINKS = 40  # The kernel follows no more.
-_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class Download(NamedTuple):
@@ -101,42 +97,3 @@ def upload_directory(directory: StrPath, upload: Upload, allow_patterns: Sequenc
         create_pr=upload.create_pr,
         allow_patterns=None if allow_patterns is None else list(allow_patterns),
     )
-
-
-def is_blob_link(path: StrPath) -> bool:
-    """Whether `path` is a symbolic link that leads to a blob of the Hub's cache, whether the blob exists or not.
-
-    In the cache, files of a repository are links to blobs, whose names are hashes of their contents. Writing through
-    such a link would change the file in every revision that shares the blob. So flashpack follows other links, and
-    replaces these.
-    """
-    return any(map(is_blob, _targets(path)))
-
-
-def _targets(path: StrPath) -> Iterator[Path]:
-    """Yields the target of the link `path` and, as long as the target is a link again, the next target.
-
-    Each target is yielded in the directory that the link names, and again in the directory that this resolves to,
-    because `blobs` may itself be a link.
-    """
-    link = Path(path)
-    for _ in range(_MAX_LINKS):
-        try:
-            target = os.readlink(link)
-        except OSError:
-            return
-        directory, name = os.path.split(target)
-        home = os.path.join(os.path.realpath(link.parent), directory)
-        yield Path(os.path.normpath(home), name)
-        link = Path(os.path.realpath(home), name)
-        yield link
-
-
-def is_blob(path: Path) -> bool:
-    """Whether `path`, which need not exist, is where the Hub's cache keeps a blob."""
-    home = path.parent
-    if home.name == "blobs":
-        return (home.parent / "snapshots").is_dir()
-    # From version 2 on huggingface_hub lets repositories share blobs, in blobs/<two digits of the hash>/<hash>.
-    is_named_for_hash = _HASH.fullmatch(path.name) is not None and home.name == path.name[:2]
-    return is_named_for_hash and home.parent.name == "blobs"

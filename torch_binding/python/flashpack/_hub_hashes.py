@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ._checkpoint import File
-from ._hub import is_blob, is_blob_link
+from ._links import is_blob, is_blob_link
 from ._progress import Progress
 
 # Two chunks of this size are held for each file. With smaller ones, threads would wait for each other more often.

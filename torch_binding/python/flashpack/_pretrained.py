@@ -11,16 +11,10 @@ import torch
 
 from ._casts import PLAIN_FLOATS
 from ._conversion import map_tensors
+from ._links import check_folder
 from ._native import FlashPackError
-from ._repository import (
-    auto_map_in,
-    blaming,
-    check_folder,
-    check_model_config,
-    components_of,
-    string_in,
-    strings_in,
-)
+from ._parts import components_of
+from ._repository import auto_map_in, blaming, check_model_config, string_in, strings_in
 
 
 def build_model(

@@ -12,19 +12,13 @@ import torch
 
 from ._checkpoint import Checkpoint, StrPath, open_checkpoint
 from ._conversion import FOREIGN_SUFFIXES, flashpack_name_of, own_stem_of, rivals_of, stem_for, stem_of, suffix_of
-from ._directory import (
-    copy_companions,
-    model_folders,
-    refuse_existing,
-    refuse_replacing,
-    refuse_source,
-    staged,
-)
+from ._directory import copy_companions, refuse_existing, refuse_replacing, refuse_source, staged
 from ._durable import sync
 from ._file import load_file
+from ._links import check_folder
 from ._native import FlashPackError
+from ._parts import model_folders
 from ._progress import Progress, progress_bar
-from ._repository import check_folder
 from ._safetensors import safetensors_header, write_safetensors
 from ._stream import stream_tensors
 from ._temporary import place_of

@@ -20,7 +20,7 @@ from ._checkpoint import StrPath, path_of
 from ._device import CPU, captures_undisturbed, side_of
 from ._durable import make_directories
 from ._engine import left_before_exit
-from ._hub import is_blob_link
+from ._links import is_blob_link
 from ._memory import allocate_block, end_bytes
 from ._name_hints import without_compiled
 from ._native import FlashPackError

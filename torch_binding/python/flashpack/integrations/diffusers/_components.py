@@ -15,8 +15,10 @@ import diffusers
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.pipelines import pipeline_loading_utils
 
+from ..._links import check_folder
 from ..._native import FlashPackError
-from ..._repository import INDEX_NAME, OPTIONS, check_folder, check_model_config, components_of
+from ..._parts import INDEX_NAME, OPTIONS, components_of
+from ..._repository import check_model_config
 from .._classes import LIBRARIES, PREFIX, original_class, promoted_class
 from .model import FlashPackDiffusersModelMixin
 

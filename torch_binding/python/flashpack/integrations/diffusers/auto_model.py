@@ -12,17 +12,11 @@ from diffusers import ConfigMixin
 
 from ..._checkpoint import StrPath
 from ..._hub import Download, resolve_directory
+from ..._links import check_folder
 from ..._meta_init import meta_parameters
 from ..._native import FlashPackError
-from ..._repository import (
-    INDEX_NAME,
-    auto_map_in,
-    check_folder,
-    check_model_config,
-    components_of,
-    string_in,
-    strings_in,
-)
+from ..._parts import INDEX_NAME, components_of
+from ..._repository import auto_map_in, check_model_config, string_in, strings_in
 from ._components import class_named, flashpack_class, promote
 
 

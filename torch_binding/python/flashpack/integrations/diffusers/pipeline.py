@@ -19,10 +19,12 @@ from ..._checkpoint import StrPath, Verify
 from ..._directory import own_files
 from ..._durable import make_directories
 from ..._hub import Download, Upload, resolve_directory, upload_directory
+from ..._links import check_folder
 from ..._logging import in_one_line
 from ..._native import FlashPackError
 from ..._options import Casts, Filters, LoadOptions, Sharing, Strictness
-from ..._repository import INDEX_NAME, blaming, check_folder, components_of, read_json, string_in
+from ..._parts import INDEX_NAME, components_of
+from ..._repository import blaming, read_json, string_in
 from ..._transfers import ReadOptions
 from ...constants import (
     DEFAULT_ALIGN_BYTES,
