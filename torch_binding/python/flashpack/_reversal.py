@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ._checkpoint import Checkpoint, StrPath, open_checkpoint
-from ._conversion import FOREIGN_SUFFIXES, flashpack_name_of, own_stem_of, rivals_of, stem_for, stem_of, suffix_of
-from ._directory import copy_companions, refuse_existing, refuse_replacing, refuse_source, staged
+from ._destination import refuse_existing, refuse_source, staged
+from ._directory import copy_companions, refuse_replacing
 from ._durable import sync
 from ._file import load_file
 from ._links import check_folder
@@ -22,6 +22,7 @@ from ._progress import Progress, progress_bar
 from ._safetensors import safetensors_header, write_safetensors
 from ._stream import stream_tensors
 from ._temporary import place_of
+from ._weight_names import FOREIGN_SUFFIXES, flashpack_name_of, own_stem_of, rivals_of, stem_for, stem_of, suffix_of
 from .serialization import file_to_replace, refuse_name_of_directory
 from .utils import logger
 

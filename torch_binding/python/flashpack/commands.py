@@ -14,17 +14,15 @@ import torch
 
 from ._casts import dtype_of
 from ._checkpoint import StrPath
-from ._conversion import FOREIGN_SUFFIXES, files_of, flashpack_name_of, map_tensors, metadata_of, stem_of, suffix_of
+from ._conversion import files_of, map_tensors, metadata_of
+from ._destination import refuse_existing, refuse_source, staged
 from ._directory import (
     copy_companions,
     declare_dtype,
     download,
     find_checkpoints,
     is_repo_id,
-    refuse_existing,
     refuse_replacing,
-    refuse_source,
-    staged,
     warn_of_older,
 )
 from ._hub import Download
@@ -32,6 +30,7 @@ from ._native import FlashPackError
 from ._options import Filters
 from ._pretrained import build_model
 from ._reversal import revert
+from ._weight_names import FOREIGN_SUFFIXES, flashpack_name_of, stem_of, suffix_of
 from .serialization import dicts_of_tensors, pack_to_file, refuse_name_of_directory
 from .utils import dtype_to_string, filter_state_dict, logger
 

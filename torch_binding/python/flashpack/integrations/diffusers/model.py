@@ -17,7 +17,8 @@ from diffusers import ModelMixin
 
 from ..._casts import PLAIN_FLOATS, asked_dtype
 from ..._checkpoint import Checkpoint, StrPath, Verify, open_checkpoint
-from ..._directory import own_files, warn_of_older
+from ..._destination import own_files
+from ..._directory import warn_of_older
 from ..._durable import make_directories
 from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._native import FlashPackError

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..._checkpoint import StrPath, Verify
-from ..._directory import own_files
+from ..._destination import own_files
 from ..._durable import make_directories
 from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._links import check_folder
