@@ -31,7 +31,7 @@ from ._transfers import Wanted, supported_device
 _SCALES = ("_scale_inv", "_scale")
 
 
-class Loaded(NamedTuple):
+class _Loaded(NamedTuple):
     """Tensors by name, and figures of the reads."""
 
     tensors: dict[str, torch.Tensor]
@@ -171,7 +171,7 @@ def _assign_in_place(
     return stats or None
 
 
-def _load(source: _Source, entries: Sequence[Entry], options: LoadOptions, dtype_of: DTypeOf = own_dtype) -> Loaded:
+def _load(source: _Source, entries: Sequence[Entry], options: LoadOptions, dtype_of: DTypeOf = own_dtype) -> _Loaded:
     """Reads `entries`. Where nothing is shared, they are given their dtypes while they are read."""
     checkpoint, ranks, device = source
     if options.keep_storage:
@@ -179,16 +179,16 @@ def _load(source: _Source, entries: Sequence[Entry], options: LoadOptions, dtype
         index = checkpoint.metadata["index"]
         # `data` gives each view a version counter of its own.
         shared = {entry.name: view(storage, index[entry.number]).data for entry in entries}
-        return Loaded(shared, storage, storage.stats)
+        return _Loaded(shared, storage, storage.stats)
     wanted = ranks.wanted_by_any(checkpoint, list(entries))
     if ranks.count == 1 and not options.reading.mmap and any(dtype_of(each) != own_dtype(each) for each in wanted):
         cast, stats = read_and_cast(checkpoint, {device: wanted}, dtype_of, options.reading)
-        return Loaded(cast, None, stats)
+        return _Loaded(cast, None, stats)
     if ranks.count == 1:
         tensors, stats = read_to_devices(checkpoint, {device: wanted}, options.reading)
-        return Loaded(tensors, None, stats or None)
+        return _Loaded(tensors, None, stats or None)
     filled = ranks.read_blocks(Wanted(checkpoint, wanted), device, options.reading)
-    return Loaded(tensors_of(wanted, filled), None, filled.stats)
+    return _Loaded(tensors_of(wanted, filled), None, filled.stats)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def mixin_for(cls: type) -> Any:
     return FlashPackTransformersModelMixin
 
 
-def has_mixin(cls: type) -> bool:
+def _has_mixin(cls: type) -> bool:
     mixin = mixin_for(cls)
     return mixin is not None and issubclass(cls, mixin)
 
@@ -63,7 +63,7 @@ def flashpack_class(cls: type) -> Any:
 def promote(component: Any, wanted: type | None = None) -> Any:
     """Adds the mixin to a model, in place: its class becomes `wanted` or flashpack_class(). Others are left alone."""
     own = type(component)
-    if mixin_for(own) is not None and not has_mixin(own):
+    if mixin_for(own) is not None and not _has_mixin(own):
         component.__class__ = wanted or flashpack_class(own)
     return component
 
@@ -78,7 +78,7 @@ def declared_classes(pipeline_class: Any) -> dict[str, type]:
     declared = {}
     for name, hint in hints.items():
         for candidate in typing.get_args(hint) or (hint,):
-            if isinstance(candidate, type) and has_mixin(candidate):
+            if isinstance(candidate, type) and _has_mixin(candidate):
                 declared[name] = candidate
     return declared
 
