@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 
 from . import _native
-from ._checkpoint import Checkpoint, Entry, StrPath, name_of, open_checkpoint
+from ._checkpoint import Checkpoint, Entry, open_checkpoint
 from ._device import CPU
 from ._logging import in_one_line
 from ._memory import Block, allocate
 from ._native import FlashPackError
+from ._paths import StrPath, name_of
 from ._tensors import read_blocks
 from ._transfers import Filled, ReadOptions, Wanted, fill, make_room
 from .constants import DEFAULT_SHARD_STRATEGY, SHARD_STRATEGIES

@@ -6,7 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-from ._checkpoint import StrPath
+from ._paths import StrPath
 
 
 def make_directories(path: StrPath) -> None:

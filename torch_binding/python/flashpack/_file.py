@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from ._casts import DTypeLike, asked_dtype, dtype_when_asked
-from ._checkpoint import Checkpoint, Entry, StrPath, Verify, open_checkpoint, opened_checkpoint
+from ._checkpoint import Checkpoint, Entry, Verify, open_checkpoint, opened_checkpoint
 from ._device import CPU, DeviceLike, DeviceMap, Side, captures_undisturbed, devices_by_module, side_of
 from ._engine import left_before_exit
 from ._listing import as_html, by_name, summary_of
 from ._logging import printable
 from ._memory import aligned_phase, allocate_block, allocate_tensor
 from ._native import FlashPackError
+from ._paths import StrPath
 from ._tensors import read_tensors, read_to_devices
 from ._transfers import Read, ReadOptions, Wanted, supported_device
 from .utils import is_ignored_tensor_name, listed, string_to_dtype

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ._checkpoint import StrPath
 from ._native import FlashPackError
+from ._paths import StrPath
 from .version import version
 
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ._checkpoint import StrPath
 from ._native import FlashPackError
+from ._paths import StrPath
 
 _MAX_LINKS = 40  # The kernel follows no more.
 _HASH = re.compile(r"[0-9a-f]{64}")

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ._assign import commit
 from ._casts import PLAIN_FLOATS
-from ._checkpoint import Checkpoint, Entry, StrPath
+from ._checkpoint import Checkpoint, Entry
 from ._device import captures_undisturbed
 from ._distributed import Ranks, join_ranks
 from ._engine import left_before_exit
@@ -21,6 +21,7 @@ from ._logging import in_one_line, logger
 from ._native import FlashPackError
 from ._options import LoadOptions
 from ._own_code import run_own_code
+from ._paths import StrPath
 from ._plan import DTypeOf, Plan, check_strictness, dtypes_when_read, make_plan, own_dtype
 from ._report import AssignReport, report_of
 from ._storage import FlashTensorStorage, read_storage, view

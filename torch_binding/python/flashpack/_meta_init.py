@@ -13,7 +13,7 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ._assign import make_parameter
-from ._checkpoint import StrPath
+from ._paths import StrPath
 
 
 @contextmanager

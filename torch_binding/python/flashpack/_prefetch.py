@@ -9,11 +9,12 @@ import time
 from io import FileIO
 from typing import NoReturn
 
-from ._checkpoint import StrPath, open_checkpoint
+from ._checkpoint import open_checkpoint
 from ._listing import human_bytes
 from ._logging import printable
 from ._native import FlashPackError
 from ._owner_process import OwnerProcess
+from ._paths import StrPath
 
 # sendfile() to /dev/null waits for the pages without copying them, which preadv would. POSIX_FADV_WILLNEED and
 # MADV_POPULATE_READ stop early where the kernel reads ahead by little (read_ahead_kb). There, one stream leaves a fast

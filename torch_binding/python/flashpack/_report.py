@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ._checkpoint import StrPath
 from ._meta_init import warn_of_meta
+from ._paths import StrPath
 from ._plan import Plan
 from .utils import human_num_elements, logger
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from . import _native
-from ._checkpoint import StrPath, path_of
 from ._logging import in_one_line
 from ._native import FlashPackError
+from ._paths import StrPath, path_of
 
 _IMPLEMENTATION = re.compile(r"_implementation(_internal)?$")
 _JSON_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ._checkpoint import Checkpoint, StrPath, open_checkpoint
+from ._checkpoint import Checkpoint, open_checkpoint
 from ._destination import refuse_existing, refuse_source, staged
 from ._directory import copy_companions, refuse_replacing
 from ._durable import sync
@@ -18,6 +18,7 @@ from ._file import load_file
 from ._links import check_folder
 from ._native import FlashPackError
 from ._parts import model_folders
+from ._paths import StrPath
 from ._progress import Progress, progress_bar
 from ._safetensors import safetensors_header, write_safetensors
 from ._stream import stream_tensors

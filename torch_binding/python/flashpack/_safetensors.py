@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError
 
 from . import _native
-from ._checkpoint import Entry, StrPath
+from ._checkpoint import Entry
 from ._device import CPU, DeviceLike, side_of
 from ._file import FlashPackFile
 from ._native import FlashPackError
+from ._paths import StrPath
 from ._progress import progress_bar
 from ._transfers import supported_device
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from ._casts import DTypeLike, asked_dtype, dtype_when_asked
-from ._checkpoint import Checkpoint, Entry, StrPath, Verify, checked_path, open_checkpoint
+from ._checkpoint import Checkpoint, Entry, Verify, open_checkpoint
 from ._device import DeviceLike, DeviceMap, as_on_this_thread, captures_undisturbed
 from ._engine import left_before_exit
 from ._file import checked_names, places_of, selected
@@ -23,6 +23,7 @@ from ._memory import Block
 from ._native import FlashPackError
 from ._options import positive_integer
 from ._owner_process import OwnerProcess
+from ._paths import StrPath, checked_path
 from ._tensors import small_ones_apart, tensors_of
 from ._transfers import Filling, ReadOptions, Wanted, make_room, start
 from ._under_way import AT_ONCE, UnderWay, add_stats

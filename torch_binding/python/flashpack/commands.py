@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ._casts import dtype_of
-from ._checkpoint import StrPath
 from ._conversion import files_of, map_tensors, metadata_of
 from ._destination import refuse_existing, refuse_source, staged
 from ._directory import (
@@ -28,6 +27,7 @@ from ._directory import (
 from ._hub import Download
 from ._native import FlashPackError
 from ._options import Filters
+from ._paths import StrPath
 from ._pretrained import build_model
 from ._reversal import revert
 from ._weight_names import FOREIGN_SUFFIXES, flashpack_name_of, stem_of, suffix_of

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from ._casts import DTypeLike, asked_dtype
-from ._checkpoint import StrPath, Verify, get_flashpack_file_metadata, is_flashpack_file, open_checkpoint
+from ._checkpoint import Verify, get_flashpack_file_metadata, is_flashpack_file, open_checkpoint
 from ._device import CPU, captures_undisturbed
 from ._distributed import ranks_of_group, resolve_shard_strategy
 from ._engine import engine, left_before_exit
 from ._hub_hashes import Named, hashes_of, named_for_its_hash
 from ._loading import assign
 from ._options import Casts, Filters, LoadOptions, Sharing, Strictness
+from ._paths import StrPath
 from ._progress import Progress, after, progress_bar
 from ._report import AssignReport
 from ._storage import FlashTensorStorage, accepted, iterate_from_flash_tensor, read_storage

@@ -10,10 +10,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from ._casts import DTypeLike, asked_dtype
-from ._checkpoint import StrPath, Verify
+from ._checkpoint import Verify
 from ._loading import assign
 from ._meta_init import meta_parameters
 from ._options import Casts, Filters, LoadOptions, Names, Sharing, Strictness
+from ._paths import StrPath
 from ._transfers import ReadOptions
 from .constants import (
     DEFAULT_ALIGN_BYTES,

@@ -16,7 +16,6 @@ from torch.nn.parameter import is_lazy
 
 from . import _native
 from ._casts import asked_dtype, dtype_of, dtype_when_asked
-from ._checkpoint import StrPath, path_of
 from ._device import CPU, captures_undisturbed, side_of
 from ._durable import make_directories
 from ._engine import left_before_exit
@@ -25,6 +24,7 @@ from ._memory import allocate_block, end_bytes
 from ._name_hints import without_compiled
 from ._native import FlashPackError
 from ._own_code import EXTRA_STATE
+from ._paths import StrPath, path_of
 from ._progress import progress_bar
 from .constants import DEFAULT_ALIGN_BYTES, DEFAULT_NUM_WRITE_WORKERS
 from .utils import dtype_to_string, listed, string_to_dtype

@@ -25,11 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from .._accelerate import original_open as _original_open
-from .._checkpoint import Entry, StrPath, Verify, open_checkpoint
+from .._checkpoint import Entry, Verify, open_checkpoint
 from .._device import DeviceLike
 from .._file import FlashPackFile, TensorSlice, UnknownIndexError, open_file
 from .._file import load_file as load_any_file
 from .._mapped_tensors import MappedTensors
+from .._paths import StrPath
 from .._safetensors import UNNAMED, CheckpointError, FileOnDevice, catchable, dtype_name, header_shape
 from ..utils import dtype_to_string
 

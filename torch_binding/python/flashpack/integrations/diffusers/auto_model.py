@@ -10,12 +10,12 @@ from typing import Any
 import diffusers
 from diffusers import ConfigMixin
 
-from ..._checkpoint import StrPath
 from ..._hub import Download, resolve_directory
 from ..._links import check_folder
 from ..._meta_init import meta_parameters
 from ..._native import FlashPackError
 from ..._parts import INDEX_NAME, components_of
+from ..._paths import StrPath
 from ..._repository import auto_map_in, check_model_config, string_in, strings_in
 from ._components import class_named, flashpack_class, promote
 

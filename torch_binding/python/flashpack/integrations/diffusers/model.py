@@ -16,13 +16,14 @@ import torch
 from diffusers import ModelMixin
 
 from ..._casts import PLAIN_FLOATS, asked_dtype
-from ..._checkpoint import Checkpoint, StrPath, Verify, open_checkpoint
+from ..._checkpoint import Checkpoint, Verify, open_checkpoint
 from ..._destination import own_files
 from ..._directory import warn_of_older
 from ..._durable import make_directories
 from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._native import FlashPackError
 from ..._options import Casts, Filters, LoadOptions, Sharing, Strictness
+from ..._paths import StrPath
 from ..._plan import slots_of
 from ..._repository import blaming, check_model_config
 from ..._transfers import ReadOptions

@@ -15,7 +15,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from ..._checkpoint import StrPath, Verify
+from ..._checkpoint import Verify
 from ..._destination import own_files
 from ..._durable import make_directories
 from ..._hub import Download, Upload, resolve_directory, upload_directory
@@ -24,6 +24,7 @@ from ..._logging import in_one_line
 from ..._native import FlashPackError
 from ..._options import Casts, Filters, LoadOptions, Sharing, Strictness
 from ..._parts import INDEX_NAME, components_of
+from ..._paths import StrPath
 from ..._repository import blaming, read_json, string_in
 from ..._transfers import ReadOptions
 from ...constants import (

@@ -13,12 +13,13 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..._checkpoint import StrPath, Verify
+from ..._checkpoint import Verify
 from ..._destination import own_files
 from ..._directory import warn_of_older
 from ..._hub import Download, Upload, resolve_directory, upload_directory
 from ..._native import FlashPackError
 from ..._options import Casts, LoadOptions, Sharing, Strictness
+from ..._paths import StrPath
 from ..._transfers import ReadOptions
 from ...constants import (
     DEFAULT_ALIGN_BYTES,
