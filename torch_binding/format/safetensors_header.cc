@@ -15,32 +15,38 @@ namespace flashpack {
 
 namespace {
 
-constexpr std::array<std::pair<std::string_view, DType>, 20> kDTypes = {{{"BOOL", DType::kBool},
-                                                                         {"U8", DType::kUInt8},
-                                                                         {"I8", DType::kInt8},
-                                                                         {"U16", DType::kUInt16},
-                                                                         {"I16", DType::kInt16},
-                                                                         {"U32", DType::kUInt32},
-                                                                         {"I32", DType::kInt32},
-                                                                         {"U64", DType::kUInt64},
+// In the order in which safetensors 0.8 writes tensors. Each dtype begins at a multiple of its size, because larger
+// ones come first.
+constexpr std::array<std::pair<std::string_view, DType>, 20> kDTypes = {{{"U64", DType::kUInt64},
                                                                          {"I64", DType::kInt64},
-                                                                         {"F16", DType::kFloat16},
-                                                                         {"BF16", DType::kBFloat16},
-                                                                         {"F32", DType::kFloat32},
                                                                          {"F64", DType::kFloat64},
                                                                          {"C64", DType::kComplex64},
-                                                                         {"F8_E4M3", DType::kFloat8E4M3FN},
-                                                                         {"F8_E4M3FNUZ", DType::kFloat8E4M3FNUZ},
-                                                                         {"F8_E5M2", DType::kFloat8E5M2},
+                                                                         {"F32", DType::kFloat32},
+                                                                         {"U32", DType::kUInt32},
+                                                                         {"I32", DType::kInt32},
+                                                                         {"BF16", DType::kBFloat16},
+                                                                         {"F16", DType::kFloat16},
+                                                                         {"U16", DType::kUInt16},
+                                                                         {"I16", DType::kInt16},
                                                                          {"F8_E5M2FNUZ", DType::kFloat8E5M2FNUZ},
+                                                                         {"F8_E4M3FNUZ", DType::kFloat8E4M3FNUZ},
                                                                          {"F8_E8M0", DType::kFloat8E8M0FNU},
-                                                                         {"F4", DType::kFloat4E2M1FNX2}}};
+                                                                         {"F8_E4M3", DType::kFloat8E4M3FN},
+                                                                         {"F8_E5M2", DType::kFloat8E5M2},
+                                                                         {"I8", DType::kInt8},
+                                                                         {"U8", DType::kUInt8},
+                                                                         {"F4", DType::kFloat4E2M1FNX2},
+                                                                         {"BOOL", DType::kBool}}};
 
 constexpr std::string_view kUserMetadata = "__metadata__";
 // Readers map the file, so that its tensors have to be aligned.
 constexpr std::uint64_t kPayloadAlignBytes = 8;
 // As a header's length, the first bytes of a text would be larger than this.
 constexpr std::uint64_t kNoHeaderBytes = std::uint64_t{1} << 48;
+
+const auto* find_dtype(DType dtype) {
+  return std::ranges::find(kDTypes, dtype, &std::pair<std::string_view, DType>::second);
+}
 
 bool has_nul(std::string_view text) { return text.find('\0') != text.npos; }
 
@@ -228,12 +234,13 @@ std::uint64_t size_to_write(const TensorSpec& tensor) {
   const auto& [name, dtype, shape] = tensor;
   const std::string called = " called " + rules::quoted(name);
   if (name == kUserMetadata)
-    refuse_to_write("a tensor" + called + ", which stands for something else there; a .pt file can");
-  if (has_nul(name)) refuse_to_write("a tensor" + called + ", whose name has a NUL character; a .pt file can");
+    refuse_to_write("a tensor" + called + ", which stands for something else there; a flashpack or .pt file can");
+  if (has_nul(name))
+    refuse_to_write("a tensor" + called + ", whose name has a NUL character; a flashpack or .pt file can");
   if (safetensors_dtype(dtype).empty())
-    refuse_to_write("a tensor of " + std::string(dtype_name(dtype)) + called + "; a .pt file can");
+    refuse_to_write("a tensor of " + std::string(dtype_name(dtype)) + called + "; a flashpack or .pt file can");
   if (dtype == DType::kFloat4E2M1FNX2 && shape.empty())
-    refuse_to_write("a tensor" + called + " of 4-bit floats without a dim; a .pt file can");
+    refuse_to_write("a tensor" + called + " of 4-bit floats without a dim; a flashpack or .pt file can");
   const std::optional<std::uint64_t> count = rules::element_count(shape);
   std::uint64_t size_bytes = 0;
   if (!count || __builtin_mul_overflow(*count, std::uint64_t{element_bytes(dtype)}, &size_bytes))
@@ -246,7 +253,7 @@ std::uint64_t size_to_write(const TensorSpec& tensor) {
 const Codec kSafetensorsCodec = {FileFormat::kSafetensors, "safetensors", &locate_header, &parse_safetensors_header};
 
 std::string_view safetensors_dtype(DType dtype) noexcept {
-  const auto* const found = std::ranges::find(kDTypes, dtype, &std::pair<std::string_view, DType>::second);
+  const auto* const found = find_dtype(dtype);
   return found == kDTypes.end() ? std::string_view() : found->first;
 }
 
@@ -263,7 +270,7 @@ SafetensorsHeader make_safetensors_header(std::span<const TensorSpec> tensors,
   SafetensorsHeader header{.bytes = std::string(rules::kHeaderLengthBytes, '\0')};
   for (std::size_t i = 0; i < tensors.size(); ++i) header.order.push_back(i);
   std::ranges::sort(header.order, {}, [&](std::size_t i) {
-    return std::pair(-std::int64_t{element_bytes(tensors[i].dtype)}, std::string_view(tensors[i].name));
+    return std::pair(find_dtype(tensors[i].dtype), std::string_view(tensors[i].name));
   });
   JsonWriter json(header.bytes);
   json.begin('{');
