@@ -6,10 +6,10 @@ import errno
 import itertools
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -35,6 +35,8 @@ _BUFFER_BYTES = _native.PACK_BUFFER_BYTES
 
 Place = tuple[str, int, int]
 """Name, file offset in bytes, size in bytes."""
+Spec = tuple[str, str, list[int]]
+"""Name, dtype, shape."""
 
 
 @left_before_exit
@@ -76,22 +78,77 @@ def pack_to_file(
     name_order = None if name_order is None else list(listed(name_order) or ())
     _check_arguments(align_bytes, name_order)
     tensors = _select(state_dict_or_model, name_order, strip_compiled)
-    specs = _specs(tensors, align_bytes, target_dtype)
+    if not tensors:
+        raise FlashPackError("No tensors to pack. A flashpack file has at least one; a safetensors file can be empty")
+    specs = _specs(tensors, target_dtype)
     layout = _native.layout(specs, align_bytes, name_order, _checked_metadata(metadata), checksum)
 
+    def footer(writer: _native.Writer) -> bytes:
+        return layout.footer(writer.checksums() if checksum else None)
+
+    _write(path, tensors, specs, _Plan(layout.places, layout.payload_bytes, checksum=checksum, footer=footer), silent)
+
+
+@left_before_exit
+@captures_undisturbed()
+def save_as_safetensors(
+    tensors: Mapping[str, torch.Tensor], destination_path: StrPath, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes tensors to a safetensors file as pack_to_file writes a flashpack file, with the bytes of safetensors.
+
+    Raises FlashPackError naming the tensor that such a file cannot have, OSError for the system's failures.
+    """
+    path = path_of(destination_path)
+    refuse_name_of_directory(path)
+    specs, header, order = plan_safetensors(tensors, metadata)
+    sizes = [tensors[specs[number][0]].nbytes for number in order]
+    ends = [*itertools.accumulate(sizes, initial=len(header))]
+    places = [(specs[number][0], begin, size) for number, begin, size in zip(order, ends, sizes, strict=False)]
+    _write(path, tensors, specs, _Plan(places, ends[-1], header), silent=True)
+
+
+def plan_safetensors(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[list[Spec], bytes, list[int]]:
+    """Returns the tensors of a safetensors file, its beginning, and the indices of its tensors in their order.
+
+    Raises FlashPackError naming the tensor that such a file cannot have.
+    """
+    specs = _specs(tensors, None)
+    return specs, *_native.safetensors_header(specs, _checked_metadata(metadata))
+
+
+class _Plan(NamedTuple):
+    """A file that is to be written."""
+
+    places: Sequence[Place]
+    payload_bytes: int
+    """The end of the last place."""
+    header: bytes = b""
+    """Bytes before the first place."""
+    checksum: bool = False
+    footer: Callable[[_native.Writer], bytes] = lambda writer: b""
+    """Makes the bytes after the payload, once that is written."""
+
+
+def _write(path: str, tensors: Mapping[str, torch.Tensor], specs: Sequence[Spec], plan: _Plan, silent: bool) -> None:
     make_directories(os.path.dirname(path) or ".")
     dtypes = {name: string_to_dtype(dtype) for name, dtype, _ in specs}
     side = side_of(_main_device(tensors))
     follow_links = not is_blob_link(path)
-    writer = _native.Writer(side.engine, path, layout.payload_bytes, checksum, follow_links)
+    writer = _native.Writer(side.engine, path, plan.payload_bytes, plan.checksum, follow_links)
     try:
-        total_bytes = sum(size_bytes for _, _, size_bytes in layout.places)
+        total_bytes = sum(size_bytes for _, _, size_bytes in plan.places)
         with progress_bar("Writing", total_bytes, not silent) as progress, torch.no_grad():
-            for group in _groups(tensors, dtypes, layout.places, side.device):
+            if plan.header:
+                header = _Group()
+                header.add(torch.frombuffer(bytearray(plan.header), dtype=torch.uint8), 0)
+                writer.start_write(header.extents, header.sources, side.stream)
+            for group in _groups(tensors, dtypes, plan.places, side.device):
                 writer.start_write(group.extents, group.sources, side.stream)
                 writer.finish(_native.PACK_GROUPS - 1, progress)
             writer.finish(0, progress)
-            writer.commit(layout.footer(writer.checksums() if checksum else None))
+            writer.commit(plan.footer(writer))
     finally:
         writer.abort()
 
@@ -159,12 +216,8 @@ def dicts_of_tensors(state_dict: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _specs(
-    tensors: dict[str, torch.Tensor], align_bytes: int, target_dtype: torch.dtype | None
-) -> list[tuple[str, str, list[int]]]:
-    """Returns (name, dtype, shape) of each tensor. Raises FlashPackError if one of them cannot be written."""
-    if not tensors:
-        raise FlashPackError("No tensors to pack. A flashpack file has at least one; a safetensors file can be empty")
+def _specs(tensors: Mapping[str, torch.Tensor], target_dtype: torch.dtype | None) -> list[Spec]:
+    """Returns what the file says of each tensor. Raises FlashPackError if one of them cannot be written."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             _refuse_other(name, tensor, tensors)
@@ -204,7 +257,7 @@ def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return checked
 
 
-def _check_target(tensors: dict[str, torch.Tensor], target_dtype: torch.dtype | None) -> None:
+def _check_target(tensors: Mapping[str, torch.Tensor], target_dtype: torch.dtype | None) -> None:
     if target_dtype is None:
         return
     if not isinstance(target_dtype, torch.dtype):
@@ -279,7 +332,7 @@ def _address_of(tensor: torch.Tensor) -> int:
         return 0
 
 
-def _main_device(tensors: dict[str, torch.Tensor]) -> torch.device:
+def _main_device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
     """Returns the CUDA device whose tensors need not come to the CPU first; the CPU if there is none."""
     on_cuda = (tensor.device for tensor in tensors.values() if tensor.device.type == "cuda")
     return next(on_cuda, CPU)

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from types import FunctionType, SimpleNamespace, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
@@ -31,8 +30,7 @@ from .._file import FlashPackFile, TensorSlice, UnknownIndexError, open_file
 from .._file import load_file as load_any_file
 from .._mapped_tensors import MappedTensors
 from .._paths import StrPath
-from .._safetensors import UNNAMED, CheckpointError, FileOnDevice, catchable, dtype_name, header_shape
-from ..utils import dtype_to_string
+from .._safetensors import CheckpointError, FileOnDevice, catchable, dtype_name, header_shape
 
 if TYPE_CHECKING:
     from .._prefetch_loader import PrefetchLoader, PrefetchPlan
@@ -299,16 +297,19 @@ def _has_flashpack_files(filename: StrPath) -> bool:
 
 
 def save_file(tensors: dict[str, torch.Tensor], filename: StrPath, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors to a flashpack file, see pack_to_file, if it is called *.flashpack, else to a safetensors file.
+    """Writes tensors to a flashpack file if it is called *.flashpack, else to a safetensors file.
 
-    Both formats keep `metadata`. A safetensors file takes no tensors that share memory, none called "__metadata__", and
-    no complex32 or complex128; it may be empty, which a flashpack file may not.
+    Both are written as pack_to_file writes: durably, and whole or not at all. Both formats keep `metadata`. A
+    safetensors file takes no tensors that share memory or are not contiguous, none called "__metadata__", and no
+    complex32 or complex128; it may be empty, which a flashpack file may not.
     """
-    if _is_for_flashpack(filename):
-        _pack(tensors, filename, metadata)
-        return
-    with _naming_dtypes(tensors := _resolved(tensors)):
-        safetensors.torch.save_file(tensors, filename, None if metadata is None else dict(metadata))
+    from ..serialization import pack_to_file, save_as_safetensors
+
+    with catchable():
+        if _is_for_flashpack(filename):
+            pack_to_file(tensors, filename, metadata=metadata)
+        else:
+            save_as_safetensors(_checked(_resolved(tensors)), filename, metadata)
 
 
 def save_model(
@@ -319,56 +320,54 @@ def save_model(
     Of tied tensors, a safetensors file has one, and its metadata the other names; a flashpack file has all.
     """
     if _is_for_flashpack(filename):
-        _pack(model, filename, metadata)
+        save_file(model, filename, metadata)  # type: ignore[arg-type]
         return
-    with _naming_dtypes(tensors := _resolved(model.state_dict())):
-        # It asks the model for nothing but its state dict.
-        resolved: Any = SimpleNamespace(state_dict=lambda: tensors)
-        safetensors.torch.save_model(resolved, filename, metadata, force_contiguous)
+    from ..serialization import plan_safetensors
 
-
-def _pack(tensors: Mapping[str, torch.Tensor] | torch.nn.Module, filename: StrPath, metadata: Any) -> None:
-    from ..serialization import pack_to_file
-
+    state_dict = _resolved(model.state_dict())
     with catchable():
-        pack_to_file(tensors, filename, metadata=metadata)
+        plan_safetensors(state_dict)  # This names a tensor that the code below does not know.
+    chosen: list[tuple[dict[str, torch.Tensor], dict[str, str] | None]] = []
+
+    def keep(tensors: dict[str, torch.Tensor], filename: str, metadata: dict[str, str] | None) -> None:
+        chosen.append((tensors, metadata))
+
+    # The same code, but for the file, which is written below, because this code would change its errors.
+    theirs = safetensors.torch.save_model
+    choose = FunctionType(theirs.__code__, vars(safetensors.torch) | {"save_file": keep})
+    # It asks the model for nothing but its state dict.
+    choose(SimpleNamespace(state_dict=lambda: state_dict), filename, metadata, force_contiguous)
+    [(tensors, metadata)] = chosen
+    save_file(tensors, filename, metadata)
 
 
 def _is_for_flashpack(filename: StrPath) -> bool:
     return os.fsdecode(filename).lower().endswith(".flashpack")
 
 
-def _resolved(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the tensors as safetensors can write them; what is no tensor stays, because safetensors refuses it.
-
-    Raises CheckpointError for what would become another file.
-    """
-    if not isinstance(tensors, Mapping):
+def _resolved(tensors: Any) -> Any:
+    """Returns the tensors, of which a lazy conjugate or negative has memory of its own; other things as they are."""
+    if not isinstance(tensors, dict):
         return tensors
-    if "__metadata__" in tensors:
-        raise CheckpointError(
-            "a safetensors file cannot hold a tensor called '__metadata__', which stands for something else there; a "
-            "flashpack file (*.flashpack) can"
-        )
-    # safetensors writes the bytes of a tensor, which for a lazy conjugate or negative are those of the other value.
     return {
         name: tensor.resolve_conj().resolve_neg() if isinstance(tensor, torch.Tensor) else tensor
         for name, tensor in tensors.items()
     }
 
 
-@contextmanager
-def _naming_dtypes(tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within it, the KeyError of safetensors for a dtype that it lacks becomes an error that names the tensor."""
-    try:
-        yield
-    except KeyError as error:
-        name = next((name for name, tensor in tensors.items() if tensor.dtype is error.args[0]), None)
-        if name is None:
-            raise
-        dtype = dtype_to_string(tensors[name].dtype)
-        cure = "; a flashpack file (*.flashpack) can" if dtype in UNNAMED else ""
-        raise CheckpointError(f"safetensors files cannot hold {dtype}, as of {name!r}{cure}") from None
+def _checked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors. Raises what safetensors raises for those that it refuses."""
+    # Versions before 0.8 check where they copy.
+    names = ("_evaluate_tensors_for_save", "_flatten")
+    check = next(filter(None, (getattr(safetensors.torch, name, None) for name in names)))
+    check(tensors)
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise CheckpointError(
+                f"{name!r} is not contiguous, so that it may be a part of another tensor: save tensor.contiguous(), or "
+                "a flashpack file (*.flashpack)"
+            )
+    return tensors
 
 
 def _arguments(text: str) -> str:
