@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import flashpack
 import pytest
+import safetensors.torch
 import torch
 from flashpack import _memory, _tensors, _transfers
 from flashpack._checkpoint import open_checkpoint
@@ -13,6 +14,7 @@ from flashpack._device import CPU, Side
 from flashpack._engine import engine
 from flashpack._under_way import UnderWay
 from support import assert_bit_equal, bits, random_tensor, write_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 MIB = 1 << 20
 
@@ -360,3 +362,11 @@ def test_an_empty_tensor_may_lie_anywhere_in_the_payload(tmp_path):
     tensors = flashpack.revert_from_file(path)
     assert bits(tensors["a"]) == bytes(range(64))
     assert tensors["none"].shape == (0, 3)
+
+
+def test_small_tensors_beside_large_ones_are_loaded_within_a_fake_mode_of_torch(tmp_path):
+    tensors = {"large": random_tensor((2 << 20,)), "small": random_tensor((64,))}
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    with FakeTensorMode():  # It would refuse an operation on the memory, and print all of it.
+        loaded = flashpack.load_file(tmp_path / "a.safetensors")
+    assert_bit_equal(loaded, tensors)

@@ -111,7 +111,7 @@ def small_ones_apart(entries: Sequence[Entry], filled: Filled) -> Filled:
             small_bytes[number] += -(-entry.size_bytes // _LINE_BYTES) * _LINE_BYTES
     blocks, numbers, offsets = list(filled.blocks), *map(list, filled.places)
     sources = {
-        number: blocks[number].memory.numpy().data
+        number: memoryview(blocks[number].owner)  # type: ignore[arg-type]
         for number, count in small_bytes.items()
         if 0 < count * _FEW <= blocks[number].memory.numel()
     }
@@ -126,7 +126,7 @@ def small_ones_apart(entries: Sequence[Entry], filled: Filled) -> Filled:
         if at + size_bytes > end:
             at, end = 0, shared_bytes
             blocks.append(allocate_block(0, end))
-            view = blocks[-1].memory.numpy().data
+            view = memoryview(blocks[-1].owner)  # type: ignore[arg-type]
         view[at : at + size_bytes] = sources[number][offsets[index] : offsets[index] + size_bytes]
         numbers[index], offsets[index] = len(blocks) - 1, at
         at += -(-size_bytes // _LINE_BYTES) * _LINE_BYTES
