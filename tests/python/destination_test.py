@@ -319,6 +319,16 @@ def test_a_path_leads_where_the_system_takes_it(packed, through_a_link, tmp_path
     assert_bit_equal(flashpack.load_file(through_a_link / unrelated), STATE)
 
 
+@pytest.mark.parametrize("write", WRITERS)
+def test_the_file_that_is_looked_at_is_the_one_that_would_be_replaced(packed, through_a_link, tmp_path, write):
+    there = Path(named("there", write))
+    there.write_bytes(b"unrelated")
+    os.mkfifo(tmp_path / "other" / there)
+    with pytest.raises(FlashPackError, match="not a regular file"):
+        write(packed, through_a_link / there)
+    assert stat.S_ISFIFO((tmp_path / "other" / there).stat().st_mode)
+
+
 def test_a_directory_is_converted_where_the_system_takes_its_path(through_a_link, tmp_path):
     model = write_model(tmp_path / "other")
     (model / "tokenizer.json").symlink_to("config.json")
