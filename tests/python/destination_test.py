@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 from checkpoints import STATE
 from flashpack import FlashPackError, commands
+from flashpack.serialization import file_to_replace
 from hub_cache import COMMIT, make_hub_cache
 from support import assert_bit_equal
 
@@ -319,7 +320,11 @@ def test_a_path_leads_where_the_system_takes_it(packed, through_a_link, tmp_path
     assert_bit_equal(flashpack.load_file(through_a_link / unrelated), STATE)
 
 
-@pytest.mark.parametrize("write", WRITERS)
+def look(source: Path, destination: Path) -> None:
+    file_to_replace(destination)
+
+
+@pytest.mark.parametrize("write", [*WRITERS, look])
 def test_the_file_that_is_looked_at_is_the_one_that_would_be_replaced(packed, through_a_link, tmp_path, write):
     there = Path(named("there", write))
     there.write_bytes(b"unrelated")
