@@ -39,6 +39,12 @@ def pack(tensors: Tensors, path: Path, target_dtype: torch.dtype | None = None, 
     flashpack.pack_to_file(tensors, str(path), target_dtype, **options)
 
 
+def pack_as_safetensors(tensors: Tensors, path: Path) -> None:
+    import flashpack
+
+    flashpack.save_file(tensors, path)
+
+
 def unpack(path: Path) -> Tensors:
     from flashpack.deserialization import revert_from_file
 
@@ -88,6 +94,7 @@ SAVERS = {
     "flashpack, loaded before, no checksums": Saver(
         lambda tensors, path: pack(tensors, path, checksum=False), source=loaded_before
     ),
+    "flashpack, a safetensors file, no checksums": Saver(pack_as_safetensors, load_safetensors),
     "flashpack, float32 to bfloat16": Saver(
         lambda tensors, path: pack(tensors, path, torch.bfloat16), source=in_float32
     ),
