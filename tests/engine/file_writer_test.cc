@@ -55,7 +55,7 @@ TEST_F(FileWriterTest, PayloadGapsAndTailAreWhereTheyBelong) {
   std::copy(bytes_.begin(), bytes_.end(), expected.begin() + 7);
   std::copy_n(bytes_.begin(), 100, expected.begin() + 5 * kMiB);
   for (const std::byte byte : bytes_of("tail")) expected.push_back(byte);
-  EXPECT_EQ(testing::read_file(path_), expected);
+  EXPECT_TRUE(testing::file_has(path_, expected));
   EXPECT_EQ(entries(), 1u);
 }
 
@@ -216,7 +216,7 @@ TEST_F(FileWriterTest, ACancelAfterTheCommitChangesNothing) {
   writer.commit();
   transfer.cancel();
   EXPECT_EQ(transfer.wait().requested_bytes, bytes_.size());
-  EXPECT_EQ(testing::read_file(path_), bytes_);
+  EXPECT_TRUE(testing::file_has(path_, bytes_));
 }
 
 TEST_F(FileWriterTest, MissingDirectoryAndDirectoryTargetNameThePath) {
@@ -250,7 +250,7 @@ TEST_F(FileWriterTest, AWriteEndsAtItsDeadlineAndOneBeforeItIsWhole) {
   request.deadline = std::chrono::steady_clock::now() + std::chrono::hours(1);
   writer.write(request);
   writer.commit();
-  EXPECT_EQ(testing::read_file(path_), bytes_);
+  EXPECT_TRUE(testing::file_has(path_, bytes_));
 
   FileWriter late = engine_.create(path_);
   request.deadline = std::chrono::steady_clock::now();
@@ -258,7 +258,7 @@ TEST_F(FileWriterTest, AWriteEndsAtItsDeadlineAndOneBeforeItIsWhole) {
   EXPECT_THROW(transfer.wait(), Error);
   EXPECT_EQ(transfer.error(), Errc::kDeadlineExceeded);
   EXPECT_THROW(late.commit(), Error);
-  EXPECT_EQ(testing::read_file(path_), bytes_) << "the old file is as it was";
+  EXPECT_TRUE(testing::file_has(path_, bytes_)) << "the old file is as it was";
 }
 
 TEST_F(FileWriterTest, ARefusedWriteDoesNotMoveTheTail) {
@@ -304,7 +304,7 @@ TEST_F(FileWriterTest, AForkedChildThatDestroysItsCopyLeavesTheFileToItsParent) 
   });
   EXPECT_EQ(status, 0);
   EXPECT_NO_THROW(writer.commit());
-  EXPECT_EQ(testing::read_file(path_), bytes_);
+  EXPECT_TRUE(testing::file_has(path_, bytes_));
 }
 
 TEST_F(FileWriterTest, NamesUpToTheLimitOfTheFileSystemCanBeWritten) {
@@ -346,7 +346,7 @@ TEST_F(FileWriterTest, TheSameBytesTwiceAreAnErrorAndNotWritten) {
   std::copy_n(bytes_.begin(), 1000, expected.begin() + 1000);
   std::copy_n(bytes_.begin(), 900, expected.begin() + 2100);
   std::copy_n(bytes_.begin(), 100, expected.begin() + 3000);
-  EXPECT_EQ(testing::read_file(path_), expected);
+  EXPECT_TRUE(testing::file_has(path_, expected));
 }
 
 class StoreTest : public ::testing::TestWithParam<Backend> {
@@ -371,7 +371,7 @@ TEST_P(StoreTest, AlignedMemoryIsWrittenInPlaceAndOtherMemoryThroughSlots) {
     FileWriter writer = engine_.create(path_, {.payload_bytes = bytes.size()});
     const TransferStats stats = writer.write({.extents = {{.size_bytes = bytes.size(), .source = memory.data()}}});
     writer.commit();
-    EXPECT_EQ(testing::read_file(path_), bytes);
+    EXPECT_TRUE(testing::file_has(path_, bytes));
     if (!stats.fallback_reason.empty()) continue;  // No direct I/O here.
     EXPECT_EQ(stats.direct_bytes, bytes.size());
     EXPECT_EQ(stats.staged_bytes, phase == 0 ? 0 : bytes.size());

@@ -188,8 +188,7 @@ TEST_F(PipelineGateTest, NothingIsCopiedBeforeTheGatesOfAllDevicesAreOpen) {
     flashpack::testing::wait_until([&] { return earlier.looks > 0; });
     wait_for_looks(later);
     EXPECT_LE(earlier.looks, later.looks) << "a gate that has opened is looked at no more";
-    EXPECT_TRUE(
-        std::all_of(target.data(), target.data() + target.size(), [](auto byte) { return byte == std::byte{}; }));
+    EXPECT_TRUE(flashpack::testing::all_bytes_are(std::byte{}, target.data(), target.size()));
     later.at_end = true;
     ASSERT_TRUE(transfer.wait_for(kHang)) << "it hangs";
     transfer.wait();

@@ -55,7 +55,7 @@ TEST_P(DisturbedTest, AFileThatIsChangedInPlaceIsOneVersionOrAnError) {
   const std::size_t size = bytes_.size();
   int errors = 0;
   for (int round = 1; round <= kRounds; ++round) {
-    const std::vector<std::byte> old(size, static_cast<std::byte>(round));
+    const auto old = testing::same_byte_everywhere(size, static_cast<std::byte>(round));
     testing::write_file(path_, old);
     if (round % 2) testing::drop_from_cache(path_);
     GuardedMemory memory(size, round % 3 ? 0 : 64);
@@ -66,7 +66,8 @@ TEST_P(DisturbedTest, AFileThatIsChangedInPlaceIsOneVersionOrAnError) {
       std::filesystem::resize_file(path_, random_() % size);
     } else {
       const int fd = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
-      const std::vector<std::byte> other(size / 2, std::byte{0xFF});
+      const auto other = testing::same_byte_everywhere(size / 2, std::byte{0xFF});
+      const testing::Unseen unseen;
       EXPECT_GT(::pwrite(fd, other.data(), other.size(), static_cast<off_t>(size / 4)), 0);
       const timespec later[2] = {{.tv_sec = 1000 + round, .tv_nsec = 0}, {.tv_sec = 1000 + round, .tv_nsec = 0}};
       EXPECT_EQ(::futimens(fd, later), 0);

@@ -24,6 +24,12 @@ namespace {
 
 FakeCuda::Impl* the_impl = nullptr;
 
+// The fake's mutex protects the shadow of device memory, so that there are no races for a sanitizer to see.
+void poison_shadow(void* shadow, std::size_t size_bytes) {
+  const Unseen unseen;
+  fill_bytes(shadow, FakeCuda::kPoison, size_bytes);
+}
+
 std::string name_of_this_thread() {
   std::array<char, 16> name{};
   ::pthread_getname_np(::pthread_self(), name.data(), name.size());
@@ -156,7 +162,7 @@ std::byte* FakeCuda::Impl::map(std::size_t size_bytes, int device, bool managed,
   void* shadow = ::mmap(shadow_at, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | (at ? MAP_FIXED : 0), fd, 0);
   ::close(fd);
   require(address != MAP_FAILED && shadow != MAP_FAILED, "out of address space");
-  fill_bytes(shadow, kPoison, size_bytes);
+  poison_shadow(shadow, size_bytes);
   regions.push_back({static_cast<std::byte*>(address), static_cast<std::byte*>(shadow), size_bytes, device, managed});
   return static_cast<std::byte*>(address);
 }
@@ -229,8 +235,15 @@ cudaError_t FakeCuda::Impl::copy(CUstream_st& stream, void* target, const void* 
   // The runtime takes the bytes of other memory with it.
   const auto* bytes = static_cast<const std::byte*>(source);
   const auto taken = std::make_shared<std::vector<std::byte>>();
-  if (to_device && !locked) taken->assign(bytes, bytes + size_bytes);
-  const auto land = [this, target, source, size_bytes, taken] {
+  if (to_device && !locked) {
+    show_reads(bytes, size_bytes);
+    const Unseen unseen;
+    taken->assign(bytes, bytes + size_bytes);
+  }
+  const auto land = [this, target, source, size_bytes, taken, to_device] {
+    if (to_device && taken->empty()) show_reads(source, size_bytes);
+    if (!to_device) show_writes(target, size_bytes);
+    const Unseen unseen;
     copy_bytes(reachable(target, size_bytes), taken->empty() ? reachable(source, size_bytes) : taken->data(),
                size_bytes);
     --copies_under_way;
@@ -239,7 +252,7 @@ cudaError_t FakeCuda::Impl::copy(CUstream_st& stream, void* target, const void* 
   if (locked) work.locked_memory = {static_cast<const std::byte*>(host_end), size_bytes};
   if (const auto error = queue(stream, std::move(work))) return error;
   pageable_copies += !locked;
-  if (to_device && region_of(target)->there) fill_bytes(shadow_of(target, size_bytes), kPoison, size_bytes);
+  if (to_device && region_of(target)->there) poison_shadow(shadow_of(target, size_bytes), size_bytes);
   most_copies_under_way = std::max(most_copies_under_way, ++copies_under_way);
   return cudaSuccess;
 }
@@ -343,9 +356,14 @@ bool FakeCuda::holds(const std::byte* device_memory, std::span<const std::byte> 
   return same_bytes(impl->shadow_of(device_memory, bytes.size()), bytes.data(), bytes.size());
 }
 
+bool FakeCuda::is_poison(const std::byte* device_memory, std::size_t size_bytes) {
+  Inside impl;
+  return all_bytes_are(kPoison, impl->shadow_of(device_memory, size_bytes), size_bytes);
+}
+
 void FakeCuda::poison(std::byte* device_memory, std::size_t size_bytes) {
   Inside impl;
-  fill_bytes(impl->shadow_of(device_memory, size_bytes), kPoison, size_bytes);
+  poison_shadow(impl->shadow_of(device_memory, size_bytes), size_bytes);
 }
 
 void FakeCuda::write(std::byte* device_memory, std::span<const std::byte> bytes) {

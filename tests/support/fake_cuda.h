@@ -38,6 +38,7 @@ class FakeCuda {
   bool holds(const std::byte* device_memory, std::span<const std::byte> bytes);
   void write(std::byte* device_memory, std::span<const std::byte> bytes);
   void poison(std::byte* device_memory, std::size_t size_bytes);
+  bool is_poison(const std::byte* device_memory, std::size_t size_bytes);
   static constexpr std::byte kPoison{0xDD};
 
   /// While held, no copy lands, nor what is queued behind it.

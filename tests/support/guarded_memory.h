@@ -2,7 +2,6 @@
 
 #include <sys/mman.h>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -33,8 +32,8 @@ class GuardedMemory {
   std::size_t size() const { return size_; }
 
   bool intact() const {
-    const auto canary = [](std::byte b) { return b == kCanary; };
-    return std::all_of(base_, base_ + phase_, canary) && std::all_of(base_ + phase_ + size_, base_ + body_, canary);
+    const std::size_t end = phase_ + size_;
+    return all_bytes_are(kCanary, base_, phase_) && all_bytes_are(kCanary, base_ + end, body_ - end);
   }
 
  private:

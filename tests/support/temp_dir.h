@@ -41,13 +41,20 @@ class TempDir {
 };
 
 inline std::vector<std::byte> random_bytes(std::size_t size, unsigned seed = 1) {
+  const Unseen unseen;
   std::vector<std::byte> bytes(size);
   fill_with_random_bytes(bytes.data(), size, seed);
   return bytes;
 }
 
+inline std::vector<std::byte> same_byte_everywhere(std::size_t size, std::byte value) {
+  const Unseen unseen;
+  return std::vector<std::byte>(size, value);
+}
+
 inline void write_file(const std::filesystem::path& path, std::span<const std::byte> bytes) {
   std::ofstream out(path, std::ios::binary);
+  const Unseen unseen;
   out.write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
   if (!out.flush()) throw std::runtime_error("write " + path.string());
 }
@@ -55,10 +62,16 @@ inline void write_file(const std::filesystem::path& path, std::span<const std::b
 inline std::vector<std::byte> read_file(const std::filesystem::path& path) {
   std::ifstream in(path, std::ios::binary);
   if (!in) throw std::runtime_error("open " + path.string());
+  const Unseen unseen;
   std::vector<std::byte> bytes(std::filesystem::file_size(path));
   in.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
   bytes.resize(static_cast<std::size_t>(in.gcount()));
   return bytes;
+}
+
+/// Those bytes and no others.
+inline bool file_has(const std::filesystem::path& path, std::span<const std::byte> bytes) {
+  return same_bytes(read_file(path), bytes);
 }
 
 /// Writes the file back and asks for its pages to leave the cache.
