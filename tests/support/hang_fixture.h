@@ -98,13 +98,15 @@ class HangTest : public ::testing::TestWithParam<Backend> {
     }
   }
 
-  // All the while that the engine takes to give out everything that may get stuck.
+  // All the while that the engine takes to give out everything that may get stuck. What is stuck stays so, and is found
+  // however much time lies between two loads.
   void expect_that_others_keep_going_on() {
     const Deadline enough = std::chrono::steady_clock::now() + std::chrono::seconds(4);
     while (std::chrono::steady_clock::now() < enough && !HasFatalFailure()) {
       const std::size_t before = loads_.size();
       expect_that_others_go_on();
       while (loads_.size() > before) loads_.pop_back();
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
     }
   }
 
@@ -123,7 +125,7 @@ class HangTest : public ::testing::TestWithParam<Backend> {
     const Deadline deadline = std::chrono::steady_clock::now() + kHang;
     while (std::count_if(loads_.begin(), loads_.end(), stuck) < count) {
       ASSERT_LT(std::chrono::steady_clock::now(), deadline);
-      std::this_thread::yield();
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
   }
 
@@ -142,7 +144,7 @@ class HangTest : public ::testing::TestWithParam<Backend> {
       const Deadline deadline = std::chrono::steady_clock::now() + kHang;
       while (load.transfer->progress().outstanding < kDepth) {
         ASSERT_LT(std::chrono::steady_clock::now(), deadline) << i;
-        std::this_thread::yield();
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
       }
       // Threads of the workers that hang already do not get more of the same file.
       if (i == 0) {

@@ -20,7 +20,7 @@ void wait_until(Condition condition, std::source_location where = std::source_lo
       ADD_FAILURE_AT(where.file_name(), static_cast<int>(where.line())) << "this has been waited for in vain";
       return;
     }
-    std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::microseconds(200));  // Others are to get there.
   }
 }
 
