@@ -107,9 +107,7 @@ void append_json_string(std::string& out, std::string_view utf8) {
         break;
       default:
         if (const auto byte = static_cast<unsigned char>(c); byte < 0x20) {
-          out += "\\u00";
-          out += kHex[byte >> 4];
-          out += kHex[byte & 0xf];
+          out.append({'\\', 'u', '0', '0', kHex[byte >> 4], kHex[byte & 0xf]});
         } else {
           out += c;
         }
