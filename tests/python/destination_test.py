@@ -243,6 +243,23 @@ def test_a_directory_is_what_it_was_if_one_of_its_files_cannot_be_moved(tmp_path
     assert {path.name: (path.is_symlink(), path.read_text()) for path in out.iterdir()} == before
 
 
+def test_a_directory_is_what_it_was_after_an_interrupt_that_comes_with_the_end_of_a_move(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def interrupted(source, target):
+        replace(source, target)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    model, out = write_model(tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        commands.convert_to_flashpack(model, out, force=True)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"config.json": "old"}
+
+
 def test_a_file_that_cannot_be_put_back_is_told(tmp_path, second_fails, monkeypatch, caplog):
     def refused(*_, **__):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from ._durable import make_directories, sync
@@ -59,8 +61,9 @@ def refuse_source(sources: Iterable[Path], destination: Path) -> None:
 def staged(destination: Path, source: Path | None = None) -> Iterator[Path]:
     """Yields a directory to write into. If the block ends well, its files are moved into `destination`, durably.
 
-    Otherwise nothing stays, and what was there is put back. Only if the process or the system ends between two moves,
-    or if the file system has no hard links, files of both may be there. The files replace what pack_to_file would
+    Otherwise nothing stays but directories that were missing, and what was there is put back. Only if the process or
+    the system ends between two moves, or if an old file cannot have a hard link for that time, files of both may be
+    there. The files replace what pack_to_file would
     replace; what that raises comes before any move.
 
     Raises FlashPackError if links in `destination` lead to files of `source`, or two of them to one file.
@@ -89,34 +92,37 @@ def _move_all(files: Sequence[Path], targets: Sequence[Path]) -> None:
     with contextlib.ExitStack() as undo:
         for file, target in zip(files, targets, strict=True):
             with _error_of(target):
-                kept = _kept(target, file)
+                undo.callback(_put_back_of(target, file))  # First, because an interrupt may come after the move.
                 file.replace(target)
-                undo.callback(_put_back, kept, target)
                 sync(target.parent)
         undo.pop_all()
 
 
-def _kept(target: Path, file: Path) -> Path | None:
-    """Gives what is at `target` a second name, beside `file`, and returns it; None if nothing is there.
+def _put_back_of(target: Path, file: Path) -> Callable[[], None]:
+    """Keeps what is at `target` by a hard link beside `file`, and returns the function that puts it back.
 
-    So there is always a file at the target, also for a crash. Where a file system has no second names, this returns
-    `target`, and nothing can be put back.
+    So there is always a file at the target, also for a crash. What can have no link is not put back, because a system
+    that ends between two renames would lose it.
     """
-    kept = file.with_name(f".{file.name}.before")
+    kept = file.with_name(f".before-{secrets.token_hex(8)}")
     try:
         os.link(target, kept, follow_symlinks=False)
     except FileNotFoundError:
-        return None
-    except OSError:
-        return target
-    return kept
+        return partial(_put_back, None, target)
+    except OSError as error:
+        why = error
+
+        def tell() -> None:
+            if not file.exists():  # It has been moved.
+                logger.warning("%s cannot be put back to what it was, because it had no hard link: %s", target, why)
+
+        return tell
+    return partial(_put_back, kept, target)
 
 
 def _put_back(kept: Path | None, target: Path) -> None:
-    """Puts back what _kept() has kept, and logs if that cannot be."""
+    """Renames `kept` to the target, or removes what is there if nothing was. Logs if that cannot be."""
     try:
-        if kept == target:
-            raise OSError(errno.EOPNOTSUPP, "the file system has no hard links to keep it by")
         if kept is None:
             target.unlink(missing_ok=True)
         else:
