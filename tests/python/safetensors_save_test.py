@@ -20,7 +20,7 @@ SAVABLE = [
 ]
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}])
 def test_the_bytes_are_those_that_safetensors_writes(metadata, tmp_path):
     tensors = {str(dtype): random_tensor((3, 5), dtype) for dtype in SAVABLE}
     tensors |= {"none": torch.empty(0, 4), "scalar": torch.tensor(2.5), "large": random_tensor((3 << 20,))}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+
 import flashpack
 import pytest
 import safetensors.torch
@@ -107,11 +109,17 @@ def test_an_empty_checkpoint_is_a_safetensors_file(tmp_path):
         flashpack.save_file({}, tmp_path / "a.flashpack")
 
 
-def test_what_is_no_tensor_or_no_dict_is_refused_as_by_safetensors(tmp_path):
-    with pytest.raises(ValueError, match="Key `a` is invalid"):
+def test_what_is_no_tensor_or_no_dict_is_refused_by_the_error_of_safetensors(tmp_path):
+    with pytest.raises(ValueError, match="'a': it is a int, not a tensor"):
         flashpack.save_file({"a": 1}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="Expected a dict"):
+    with pytest.raises(ValueError, match="a dictionary of tensors is saved, not a list"):
         flashpack.save_file([torch.ones(1)], tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("suffix", ["flashpack", "safetensors"])
+def test_any_mapping_is_saved(suffix, tmp_path):
+    flashpack.save_file(UserDict({"a": torch.ones(1)}), tmp_path / f"a.{suffix}")
+    assert_bit_equal(flashpack.load_file(tmp_path / f"a.{suffix}"), {"a": torch.ones(1)})
 
 
 @pytest.mark.parametrize("suffix", ["flashpack", "safetensors"])

@@ -265,7 +265,10 @@ std::vector<std::int64_t> safetensors_shape(DType dtype, std::vector<std::int64_
 }
 
 SafetensorsHeader make_safetensors_header(std::span<const TensorSpec> tensors,
-                                          const std::map<std::string, std::string>& user_metadata) {
+                                          const std::optional<std::map<std::string, std::string>>& user_metadata) {
+  if (tensors.size() > rules::kMaxRecords)
+    refuse_to_write(std::to_string(tensors.size()) + " tensors, of which this library reads " +
+                    std::to_string(rules::kMaxRecords));
   check_names_to_write(tensors);
   SafetensorsHeader header{.bytes = std::string(rules::kHeaderLengthBytes, '\0')};
   for (std::size_t i = 0; i < tensors.size(); ++i) header.order.push_back(i);
@@ -274,7 +277,7 @@ SafetensorsHeader make_safetensors_header(std::span<const TensorSpec> tensors,
   });
   JsonWriter json(header.bytes);
   json.begin('{');
-  if (!user_metadata.empty()) json.key(kUserMetadata).strings(user_metadata);
+  if (user_metadata) json.key(kUserMetadata).strings(*user_metadata);
   std::uint64_t end = 0;
   for (const std::size_t i : header.order) {
     const auto& [name, dtype, shape] = tensors[i];

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -28,8 +29,9 @@ struct SafetensorsHeader {
   std::vector<std::size_t> order;  ///< The tensors in file order. Large elements come first, so that all are aligned.
 };
 
-/// Returns the header of a file with these tensors. Throws: Error (kInvalidArgument) for what no such file can have.
+/// Returns the header of a file with these tensors; without metadata it has no entry for that. Throws: Error
+/// (kInvalidArgument) for what no such file can have.
 SafetensorsHeader make_safetensors_header(std::span<const TensorSpec> tensors,
-                                          const std::map<std::string, std::string>& user_metadata);
+                                          const std::optional<std::map<std::string, std::string>>& user_metadata);
 
 }  // namespace flashpack

@@ -64,8 +64,8 @@ nb::bytes footer_of(Metadata metadata, std::optional<Checksums> checksums) {
 }
 
 /// The header, and the indices of the tensors in file order.
-std::tuple<nb::bytes, std::vector<std::size_t>> header_of(const std::vector<SpecTuple>& tensors,
-                                                          const std::map<std::string, std::string>& user_metadata) {
+std::tuple<nb::bytes, std::vector<std::size_t>> header_of(
+    const std::vector<SpecTuple>& tensors, const std::optional<std::map<std::string, std::string>>& user_metadata) {
   const auto [bytes, order] = make_safetensors_header(specs_of(tensors), user_metadata);
   return {nb::bytes(bytes.data(), bytes.size()), order};
 }
@@ -86,7 +86,7 @@ void bind_format(nb::module_& module) {
   module.def("layout", &layout, "tensors"_a, "align_bytes"_a, "name_order"_a = nb::none(),
              "user_metadata"_a = nb::dict(), "checksums"_a = false,
              "The layout of (name, dtype, shape) tensors, once it is known that its footer can be read.");
-  module.def("safetensors_header", &header_of, "tensors"_a, "user_metadata"_a,
+  module.def("safetensors_header", &header_of, "tensors"_a, "user_metadata"_a.none(),
              "The beginning of a safetensors file with (name, dtype, shape) tensors, and their indices in file order.");
   module.def(
       "safetensors_dtype", [](std::string_view dtype) { return safetensors_dtype(require_dtype(dtype)); }, "dtype"_a,

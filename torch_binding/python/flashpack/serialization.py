@@ -94,13 +94,17 @@ def pack_to_file(
 def save_as_safetensors(
     tensors: Mapping[str, torch.Tensor], destination_path: StrPath, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors to a safetensors file as pack_to_file writes a flashpack file, with the bytes of safetensors.
+    """Writes tensors to a safetensors file as pack_to_file writes a flashpack file.
 
-    Raises FlashPackError naming the tensor that such a file cannot have, OSError for the system's failures.
+    The bytes are those of safetensors, which has more than one entry of metadata in any order.
+
+    Raises FlashPackError naming the tensor that such a file cannot have, RuntimeError for tensors that share memory, as
+    safetensors does, OSError for the system's failures.
     """
     path = path_of(destination_path)
     refuse_name_of_directory(path)
     specs, header, order = plan_safetensors(tensors, metadata)
+    _refuse_parts(tensors)
     sizes = [tensors[specs[number][0]].nbytes for number in order]
     ends = [*itertools.accumulate(sizes, initial=len(header))]
     places = [(specs[number][0], begin, size) for number, begin, size in zip(order, ends, sizes, strict=False)]
@@ -115,7 +119,26 @@ def plan_safetensors(
     Raises FlashPackError naming the tensor that such a file cannot have.
     """
     specs = _specs(tensors, None)
-    return specs, *_native.safetensors_header(specs, _checked_metadata(metadata))
+    return specs, *_native.safetensors_header(specs, None if metadata is None else _checked_metadata(metadata))
+
+
+def _refuse_parts(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuses tensors that share memory, of which a load makes several, and those that may be parts of another one."""
+    import safetensors.torch
+
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise FlashPackError(
+                f"{name!r} is not contiguous, so that it may be a part of another tensor: save tensor.contiguous(), or "
+                f"a flashpack file (*.flashpack)"
+            )
+    for names in safetensors.torch._find_shared_tensors(dict(tensors)):
+        if len(names) > 1:
+            sharing = " and ".join(map(repr, sorted(names)))
+            raise RuntimeError(
+                f"{sharing} share memory, and a safetensors file would have it twice: save_model writes one of them, "
+                f"and a flashpack file (*.flashpack) has all"
+            )
 
 
 class _Plan(NamedTuple):

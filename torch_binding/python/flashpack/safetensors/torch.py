@@ -4,9 +4,11 @@ A call for another framework than torch, or for a device that is neither the CPU
 itself. A file that is saved under a name *.flashpack becomes a flashpack file. All other names are those of
 safetensors.torch and safetensors.
 
-There is one difference: a tensor is read when it is asked for, and shares bytes with no other. safetensors by default
+There are two differences. A tensor is read when it is asked for, and shares bytes with no other. safetensors by default
 maps the file, so that tensors on the CPU share the page cache with it, bytes are read when they are first used, and a
-file that somebody truncates kills the process. `backend="mmap"` asks for just that.
+file that somebody truncates kills the process. `backend="mmap"` asks for just that. And a save is durable, keeps the
+mode of the file that it replaces, follows links, makes missing directories, and raises OSError for the system's
+failures.
 """
 
 from __future__ import annotations
@@ -302,6 +304,9 @@ def save_file(tensors: dict[str, torch.Tensor], filename: StrPath, metadata: Map
     Both are written as pack_to_file writes: durably, and whole or not at all. Both formats keep `metadata`. A
     safetensors file takes no tensors that share memory or are not contiguous, none called "__metadata__", and no
     complex32 or complex128; it may be empty, which a flashpack file may not.
+
+    Raises CheckpointError, which is a SafetensorError, naming the tensor that the file cannot have, RuntimeError for
+    tensors of a safetensors file that share memory, OSError for the system's failures.
     """
     from ..serialization import pack_to_file, save_as_safetensors
 
@@ -309,7 +314,7 @@ def save_file(tensors: dict[str, torch.Tensor], filename: StrPath, metadata: Map
         if _is_for_flashpack(filename):
             pack_to_file(tensors, filename, metadata=metadata)
         else:
-            save_as_safetensors(_checked(_resolved(tensors)), filename, metadata)
+            save_as_safetensors(_resolved(tensors), filename, metadata)
 
 
 def save_model(
@@ -345,29 +350,14 @@ def _is_for_flashpack(filename: StrPath) -> bool:
     return os.fsdecode(filename).lower().endswith(".flashpack")
 
 
-def _resolved(tensors: Any) -> Any:
+def _resolved(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the tensors, of which a lazy conjugate or negative has memory of its own; other things as they are."""
-    if not isinstance(tensors, dict):
-        return tensors
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(f"a dictionary of tensors is saved, not a {type(tensors).__name__}")
     return {
         name: tensor.resolve_conj().resolve_neg() if isinstance(tensor, torch.Tensor) else tensor
         for name, tensor in tensors.items()
     }
-
-
-def _checked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the tensors. Raises what safetensors raises for those that it refuses."""
-    # Versions before 0.8 check where they copy.
-    names = ("_evaluate_tensors_for_save", "_flatten")
-    check = next(filter(None, (getattr(safetensors.torch, name, None) for name in names)))
-    check(tensors)
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise CheckpointError(
-                f"{name!r} is not contiguous, so that it may be a part of another tensor: save tensor.contiguous(), or "
-                "a flashpack file (*.flashpack)"
-            )
-    return tensors
 
 
 def _arguments(text: str) -> str:
