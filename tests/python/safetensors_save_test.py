@@ -87,8 +87,8 @@ def test_a_directory_that_is_missing_is_made(path):
 
 def test_a_save_that_fails_leaves_the_old_file(path):
     flashpack.save_file({"a": torch.ones(3)}, path)
-    with pytest.raises(FlashPackError, match="it is on the meta device and has no bytes"):
-        flashpack.save_file({"a": torch.zeros(3), "b": torch.empty(3, device="meta")}, path)
+    with pytest.raises(ValueError, match="sparse"):
+        flashpack.save_file({"a": torch.zeros(3), "b": torch.ones(3).to_sparse()}, path)
     assert flashpack.load_file(path)["a"].tolist() == [1, 1, 1]
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 

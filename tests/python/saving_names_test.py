@@ -109,11 +109,25 @@ def test_an_empty_checkpoint_is_a_safetensors_file(tmp_path):
         flashpack.save_file({}, tmp_path / "a.flashpack")
 
 
-def test_what_is_no_tensor_or_no_dict_is_refused_by_the_error_of_safetensors(tmp_path):
-    with pytest.raises(ValueError, match="'a': it is a int, not a tensor"):
+def test_what_is_no_tensor_or_no_dict_is_refused_as_by_safetensors(tmp_path):
+    with pytest.raises(ValueError, match="Key `a` is invalid"):
         flashpack.save_file({"a": 1}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="a dictionary of tensors is saved, not a list"):
+    with pytest.raises(ValueError, match="Expected a dict"):
         flashpack.save_file([torch.ones(1)], tmp_path / "a.safetensors")
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        flashpack.save_file({"a": torch.ones(1, device="meta")}, tmp_path / "a.safetensors")
+
+
+def test_what_safetensors_before_0_8_cannot_check_without_a_copy_is_refused_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.delattr(safetensors.torch, "_evaluate_tensors_for_save")
+    whole = torch.ones(2)
+    for tensors, message in (
+        ({"a": 1}, "'a': it is a int, not a tensor"),
+        ([whole], "a dictionary of tensors is saved, not a list"),
+        ({"a": whole, "b": whole}, "'a' and 'b' share memory"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            flashpack.save_file(tensors, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("suffix", ["flashpack", "safetensors"])

@@ -129,8 +129,8 @@ def _refuse_parts(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise FlashPackError(
-                f"{name!r} is not contiguous, so that it may be a part of another tensor: save tensor.contiguous(), or "
-                f"a flashpack file (*.flashpack)"
+                f"{name!r} is not contiguous, so that it may be a part of another tensor: save tensor.contiguous(), "
+                f"use save_model(..., force_contiguous=True), or save a flashpack file (*.flashpack)"
             )
     for names in safetensors.torch._find_shared_tensors(dict(tensors)):
         if len(names) > 1:

@@ -314,7 +314,7 @@ def save_file(tensors: dict[str, torch.Tensor], filename: StrPath, metadata: Map
         if _is_for_flashpack(filename):
             pack_to_file(tensors, filename, metadata=metadata)
         else:
-            save_as_safetensors(_resolved(tensors), filename, metadata)
+            save_as_safetensors(_savable(tensors), filename, metadata)
 
 
 def save_model(
@@ -352,12 +352,26 @@ def _is_for_flashpack(filename: StrPath) -> bool:
 
 def _resolved(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the tensors, of which a lazy conjugate or negative has memory of its own; other things as they are."""
-    if not isinstance(tensors, Mapping):
-        raise CheckpointError(f"a dictionary of tensors is saved, not a {type(tensors).__name__}")
     return {
         name: tensor.resolve_conj().resolve_neg() if isinstance(tensor, torch.Tensor) else tensor
         for name, tensor in tensors.items()
     }
+
+
+def _savable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors as they are saved. Raises what safetensors raises for those that it refuses.
+
+    Its versions before 0.8 tell that only by a copy of all.
+    """
+    resolved: Any = _resolved(tensors) if isinstance(tensors, Mapping) else tensors
+    if check := getattr(safetensors.torch, "_evaluate_tensors_for_save", None):
+        check(resolved)
+    if not isinstance(resolved, dict):
+        raise CheckpointError(f"a dictionary of tensors is saved, not a {type(tensors).__name__}")
+    for tensor in resolved.values():
+        if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            tensor.cpu()  # torch says that it has no data.
+    return resolved
 
 
 def _arguments(text: str) -> str:
