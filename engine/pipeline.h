@@ -20,8 +20,9 @@ namespace flashpack::internal {
 /// The loop of one driver. In each turn Transfers begins and ends transfers and has their files opened, Schedule starts
 /// chunks, and Steps takes each chunk the way that the table in way.cc gives.
 ///
-/// One thread, the driver, calls run(). It never blocks in a file system, allocates nothing per chunk, and leaves all
-/// work on bytes to others, except that a copier may clear the gaps of a chunk in which few extents lie.
+/// One thread, the driver, calls run(). It never blocks in a file system, allocates nothing per chunk, takes a lock
+/// only to hand work to the pool and to collect it, and leaves all work on bytes to others, except that a copier may
+/// clear the gaps of a chunk in which few extents lie.
 class Pipeline final {
  public:
   struct Limits {

@@ -342,7 +342,7 @@ class ChromeTrace::Impl {
     std::string_view left = json_;
     while (!error_ && !left.empty()) {
       const ssize_t written = internal::uninterrupted([&] { return ::write(fd_.get(), left.data(), left.size()); });
-      if (written < 0) error_ = errno_code(errno);
+      if (written <= 0) error_ = errno_code(written < 0 ? errno : EIO);
       if (written > 0) left.remove_prefix(static_cast<std::size_t>(written));
     }
     json_.clear();

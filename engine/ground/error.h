@@ -1,4 +1,5 @@
-/// How the libraries make their Errors: "<operation> <path> at <offset>+<length>: <cause>".
+/// How the libraries make their Errors: "<operation> <path> at <offset>+<length>: <cause>". The functions called
+/// *_error make one, and catching() and value_or_code() turn one into a code.
 ///
 /// Thread safety: any thread may call any function.
 #pragma once

@@ -195,8 +195,9 @@ struct EngineOptions {
 
 /// Serves the host and, if wanted, one or more CUDA devices with one driver thread, one ring and one memory budget.
 ///
-/// make(), start_load(), open() and create() have a form for programs without exceptions. It puts the error's code into
-/// its last argument, which is empty after success. In place of load(), such programs call start_load() and then
+/// load() and start_load() read, open() gives a file for many loads and create() one to write, and the other functions
+/// ask. make(), start_load(), open() and create() have a form for programs without exceptions. It puts the error's code
+/// into its last argument, which is empty after success. In place of load(), such programs call start_load() and then
 /// Transfer::wait_for(), which never throws a transfer's error, and Transfer::error(). FileWriter, EventQueue,
 /// read_metadata() and open_checkpoint() have such forms, too. HostMemory has none, but any memory may be a target.
 /// All else that throws needs exceptions.

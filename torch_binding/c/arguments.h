@@ -1,4 +1,5 @@
 /// Takes the arguments of the C API from its callers, who may have made mistakes or have another version of a struct.
+/// require(), result_of(), array() and one_of() take single arguments, and the others take and fill structs.
 ///
 /// Thread safety: any thread may call any function.
 #pragma once

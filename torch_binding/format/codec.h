@@ -13,7 +13,8 @@
 
 namespace flashpack {
 
-/// A regular file that is open for reading. Throws: Error (errno; kBadFile; kTruncated). Thread safety: one thread.
+/// A regular file that is open for reading. head(), tail() and read() give its bytes, the check functions refuse it,
+/// and the other functions ask. Throws: Error (errno; kBadFile; kTruncated). Thread safety: one thread.
 class OpenedFile {
  public:
   /// Borrows both. `max_json_bytes`: see check_limit().

@@ -1,4 +1,5 @@
-/// Rules of the formats that reading and writing share.
+/// Rules of the formats that reading and writing share: what a tensor may be, how values are written, and how names are
+/// quoted and files refused in messages.
 ///
 /// Thread safety: any thread may call any function.
 #pragma once
