@@ -39,10 +39,11 @@ def test_a_peer_that_loads_other_bytes_is_out_and_is_named(monkeypatch, tmp_path
     results = Results({"Run:ai 0.17.0": "cannot be installed: no network"})
     for name in [ROOFLINE, "flashpack", PEER, "Run:ai 0.17.0"]:
         results.take(name, "cold", tmp_path)
-    report = compare.report(results)
+    report = compare.machine(tmp_path) | compare.report(results)
     assert report["rows"].keys() == {ROOFLINE, "flashpack"}
     assert report["rows"]["flashpack"]["cold"]["first_gb_per_s"] == 2.0
     text = compare.as_markdown(json.loads(json.dumps(report)), "the command")
+    assert f"{report['cpus']} cores of {report['cpu']}, {report['file_system']}, Linux" in text
     assert "| flashpack | 2.00 | 2.00 | 0.25 | 0.00 |" in text
     assert f"| {PEER} | {PEER} loaded other bytes" in text
     assert "no network" in text
