@@ -28,7 +28,7 @@ struct Failure {
   std::string context;
   std::filesystem::path path;
   std::uint64_t offset_bytes;
-  std::vector<FileFailure> files;  // Those of Error::files().
+  std::vector<FileFailure> files;  // For Error::files().
 };
 
 /// The values of a FileError.

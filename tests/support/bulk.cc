@@ -5,7 +5,7 @@
 #include "tests/support/sanitizers.h"
 
 #if FLASHPACK_TSAN
-extern "C" {  // Of its runtime.
+extern "C" {  // Its runtime has these.
 void AnnotateIgnoreReadsBegin(const char* file, int line);
 void AnnotateIgnoreReadsEnd(const char* file, int line);
 void AnnotateIgnoreWritesBegin(const char* file, int line);
@@ -51,7 +51,7 @@ void show_writes(void* memory, std::size_t size_bytes) {
        [](volatile std::byte& byte) { byte = static_cast<std::byte>(byte); });
 }
 
-// Not those of any library, because they are to cost little.
+// The generators of libraries cost more.
 void fill_with_random_bytes(std::byte* to, std::size_t size_bytes, std::uint64_t seed) {
   const Unseen unseen;
   for (std::size_t at = 0; at < size_bytes; at += sizeof seed) {  // SplitMix64

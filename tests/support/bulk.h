@@ -20,7 +20,7 @@ class Unseen {
   Unseen& operator=(const Unseen&) = delete;
 };
 
-/// What stands for the bytes that are Unseen.
+/// These show the sanitizer one byte of each page, in place of the bytes that are Unseen.
 void show_reads(const void* memory, std::size_t size_bytes);
 void show_writes(void* memory, std::size_t size_bytes);
 

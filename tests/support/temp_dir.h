@@ -69,7 +69,7 @@ inline std::vector<std::byte> read_file(const std::filesystem::path& path) {
   return bytes;
 }
 
-/// Those bytes and no others.
+/// Whether the file has these bytes and no others.
 inline bool file_has(const std::filesystem::path& path, std::span<const std::byte> bytes) {
   return same_bytes(read_file(path), bytes);
 }
