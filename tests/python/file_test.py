@@ -8,6 +8,7 @@ import itertools
 import math
 import pickle
 import re
+from functools import partial
 
 import flashpack
 import numpy as np
@@ -194,6 +195,15 @@ SLICES = [
 ]
 
 
+def takes(tensor, index) -> bool:
+    """Whether this version of torch takes the index: older ones refuse some with dots twice."""
+    try:
+        tensor[index]
+    except IndexError:
+        return False
+    return True
+
+
 def test_slices_are_what_torch_gives_in_memory_of_their_own(pack):
     source = random_tensor((6, 5, 4), torch.int16, 1)
     part = flashpack.open_file(pack({"pad": torch.ones(1, dtype=torch.int16), "t": source})).get_slice("t")
@@ -203,7 +213,7 @@ def test_slices_are_what_torch_gives_in_memory_of_their_own(pack):
         assert part[index].equal(source[index]), index
     with_dots = [(..., 2), (1, ...), (1, ..., slice(2)), (slice(2), ..., slice(3), 1), (0, 0, 0, ...)]
     with_dots_twice = [(..., ...), (..., 0, ...), (1, ..., ...), (..., 0, 1, ...), (..., ..., slice(None))]
-    for index in (..., (), *with_dots, *with_dots_twice):
+    for index in (..., (), *with_dots, *filter(partial(takes, source), with_dots_twice)):
         assert part[index].equal(source[index]), index
         assert part[index].untyped_storage().nbytes() == part[index].nbytes
 

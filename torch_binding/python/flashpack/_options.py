@@ -19,8 +19,10 @@ Names = Collection[str] | None
 
 def positive_integer(name: str, value: Any) -> int:
     """Returns the value of the argument `name`, which may be an integer of numpy. Raises FlashPackError for others."""
+    # numpy before 2.3 takes its truth values for indices.
+    is_truth = isinstance(value, bool) or getattr(value, "dtype", None) == "bool"
     try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
+        number = 0 if is_truth else operator.index(value)
     except TypeError:
         number = 0
     if number < 1:
