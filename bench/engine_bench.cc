@@ -31,48 +31,44 @@
 namespace flashpack::bench {
 namespace {
 
+// Loads the whole checkpoint to `offset` in the memory.
+auto loads_of(const Checkpoint& checkpoint, std::size_t offset = 0) {
+  return [&checkpoint, offset](Engine& engine, std::byte* target) {
+    return engine.load(checkpoint.request(target + offset));
+  };
+}
+
 void bench_load(benchmark::State& state, const Setup& setup, Cache cache, Memory memory) {
-  TransferStats stats;
-  const auto ours = [&](std::byte* target) { stats = setup.engine.load(setup.checkpoint.request(target)); };
-  std::vector<Contender> all = rooflines(setup, cache);
-  all.insert(all.begin(), {ours, Series(setup.checkpoint.metadata().payload_bytes)});
-  bench_in_turns(state, setup, std::move(all), stats, cache, memory);
+  bench_in_turns(state, setup, {setup.engine, loads_of(setup.checkpoint)}, rooflines(setup, cache), cache, memory);
 }
 
 // Measures the workers, which read where io_uring is refused.
 void bench_workers(benchmark::State& state, const Setup& setup) {
-  const Checkpoint& checkpoint = setup.checkpoint;
   Engine workers({.backend = Backend::kWorkers});
   Engine ring({.backend = Backend::kIoUring});
-  TransferStats stats;
-  const Series none(checkpoint.metadata().payload_bytes);
-  std::vector<Contender> all;
-  all.push_back({[&](std::byte* target) { stats = workers.load(checkpoint.request(target)); }, none});
-  all.push_back({[&](std::byte* target) { ring.load(checkpoint.request(target)); }, none});
-  bench_in_turns(state, setup, std::move(all), stats, Cache::kCold);
+  const Series none(setup.checkpoint.metadata().payload_bytes);
+  const auto load = loads_of(setup.checkpoint);
+  bench_in_turns(state, setup, {workers, load}, {{[&](std::byte* target) { load(ring, target); }, none}}, Cache::kCold);
 }
 
 // Measures loads to targets that do not agree with the file modulo the page, so that every byte goes through a slot.
 void bench_through_slots(benchmark::State& state, const Setup& setup) {
-  const Checkpoint& checkpoint = setup.checkpoint;
-  TransferStats stats;
-  const Series none(checkpoint.metadata().payload_bytes);
-  const auto beside = [&](std::byte* target) { stats = setup.engine.load(checkpoint.request(target + kOddBytes)); };
-  const auto in_place = [&](std::byte* target) { setup.engine.load(checkpoint.request(target)); };
-  bench_in_turns(state, setup, {{beside, none}, {in_place, none}}, stats, Cache::kCold, Memory::kTouched, kOddBytes);
+  const Series none(setup.checkpoint.metadata().payload_bytes);
+  const auto in_place = [&](std::byte* target) { setup.engine.load(setup.checkpoint.request(target)); };
+  const EngineWork beside{setup.engine, loads_of(setup.checkpoint, kOddBytes)};
+  bench_in_turns(state, setup, beside, {{in_place, none}}, Cache::kCold, Memory::kTouched, kOddBytes);
 }
 
 void bench_verified(benchmark::State& state, const Setup& setup, Cache cache) {
   const Checkpoint& checkpoint = setup.checkpoint;
-  TransferStats stats;
   const Series none(checkpoint.metadata().payload_bytes);
-  const auto verified = [&](std::byte* target) {
+  const auto verified = [&](Engine& engine, std::byte* target) {
     LoadRequest request = checkpoint.request(target);
     request.files.front().checksums = &checkpoint.metadata().checksums.value();
-    stats = setup.engine.load(std::move(request));
+    return engine.load(std::move(request));
   };
   const auto plain = [&](std::byte* target) { setup.engine.load(checkpoint.request(target)); };
-  bench_in_turns(state, setup, {{verified, none}, {plain, none}}, stats, cache);
+  bench_in_turns(state, setup, {setup.engine, verified}, {{plain, none}}, cache);
 }
 
 // Measures what it costs to be told when each of 1,000 extents has landed, and how soon the first can be used.
@@ -91,23 +87,23 @@ void bench_reported(benchmark::State& state, const Setup& setup, Cache cache) {
   const auto begin_of = [size](std::uint64_t i) {
     return i == kExtents ? size : size / kExtents * i / kPageBytes * kPageBytes;
   };
-  TransferStats stats;
   std::vector<double> first_of_load;
   const auto load = [&](bool report) {
-    return [&, report](std::byte* target) {
+    return [&, report](Engine& engine, std::byte* target) {
       const auto began = Clock::now();
       FileExtents file{.path = setup.checkpoint.path()};
       for (std::uint64_t i = 0; i < kExtents; ++i)
         file.extents.push_back({begin_of(i), begin_of(i + 1) - begin_of(i), target + begin_of(i)});
       Counter counter;
-      stats = setup.engine.start_load({.files = {std::move(file)}, .report_extents = report}, &counter).wait();
+      const auto stats = engine.start_load({.files = {std::move(file)}, .report_extents = report}, &counter).wait();
       if (counter.extents != (report ? kExtents : 0)) throw std::runtime_error("reported extents are not all there");
       if (report)
         first_of_load.push_back((counter.first - began) / std::chrono::duration<double>(Clock::now() - began));
+      return stats;
     };
   };
-  const Series none(size);
-  bench_in_turns(state, setup, {{load(true), none}, {load(false), none}}, stats, cache);
+  const auto unreported = [&, quiet = load(false)](std::byte* target) { quiet(setup.engine, target); };
+  bench_in_turns(state, setup, {setup.engine, load(true)}, {{unreported, Series(size)}}, cache);
   state.counters["first_of_load"] = median(first_of_load);
 }
 
@@ -149,13 +145,13 @@ class Store {
   Store& operator=(const Store&) = delete;
   ~Store() { remove(); }
 
-  TransferStats by_engine(const std::byte* source, bool checksums) const {
+  TransferStats by_engine(Engine& engine, const std::byte* source, bool checksums) const {
     Metadata metadata = setup_.checkpoint.metadata();
     std::vector<SourceExtent> extents;
     for (const TensorRecord& record : metadata.records) {
       extents.push_back({record.offset_bytes, record.size_bytes, source + record.offset_bytes});
     }
-    FileWriter writer = setup_.engine.create(path_, {.payload_bytes = metadata.payload_bytes, .checksums = checksums});
+    FileWriter writer = engine.create(path_, {.payload_bytes = metadata.payload_bytes, .checksums = checksums});
     const TransferStats stats = writer.write({.extents = std::move(extents)});
     metadata.checksums = checksums ? std::optional(writer.checksums()) : std::nullopt;
     const std::string footer = encode_footer(metadata);
@@ -197,21 +193,24 @@ void bench_store(benchmark::State& state, const Setup& setup, Place place, std::
   std::byte* const source = setup.touched.data() + offset;
   touch(setup.touched.bytes());
   setup.engine.load(checkpoint.request(source));
-  store.by_engine(source, true);
+  store.by_engine(setup.engine, source, true);
   store.check();
   setup.engine.load(checkpoint.request(source));
 
   TransferStats stats;
-  const Series none(checkpoint.metadata().payload_bytes);
-  std::vector<Contender> all;
-  all.push_back({[&](std::byte*) { stats = store.by_engine(source, false); }, none});
-  all.push_back({[&](std::byte* memory) { store.by_roofline(memory); }, none});
-  all.push_back({[&](std::byte*) { store.by_engine(source, true); }, none, "checksums"});
-  run_rounds(state, all, [&](const Contender& contender) {
+  const std::uint64_t size = checkpoint.metadata().payload_bytes;
+  const EngineWork ours{setup.engine,
+                        [&](Engine& engine, std::byte*) { return store.by_engine(engine, source, false); }};
+  std::vector<Contender> all{ours.contender(size, stats)};
+  all.push_back({[&](std::byte* memory) { store.by_roofline(memory); }, Series(size)});
+  all.push_back({[&](std::byte*) { store.by_engine(setup.engine, source, true); }, Series(size), "checksums"});
+  const Turn turn = [&](const Contender& contender) {
     if (place == Place::kNew) store.remove();
     return measure([&] { contender.run(setup.touched.data()); });
-  });
+  };
+  run_rounds(state, all, turn);
   report(state, all, stats);
+  report_steps(state, ours, turn);
 }
 
 void bench_start(benchmark::State& state) {

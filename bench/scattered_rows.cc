@@ -20,17 +20,14 @@ namespace {
 void bench_small_tensors(benchmark::State& state, const Setup& setup, Cache cache) {
   constexpr std::uint64_t kSmallTensorBytes = 20'000;
   const std::uint64_t size = setup.checkpoint.metadata().payload_bytes;
-  TransferStats stats;
-  const auto ours = [&](std::byte* target) {
+  const auto ours = [&](Engine& engine, std::byte* target) {
     FileExtents file{.path = setup.checkpoint.path()};
     file.extents.reserve(size / kSmallTensorBytes + 1);
     for (std::uint64_t at = 0; at < size; at += kSmallTensorBytes)
       file.extents.push_back({at, std::min(kSmallTensorBytes, size - at), target + at});
-    stats = setup.engine.load({.files = {std::move(file)}});
+    return engine.load({.files = {std::move(file)}});
   };
-  std::vector<Contender> all = rooflines(setup, cache);
-  all.insert(all.begin(), {ours, Series(size)});
-  bench_in_turns(state, setup, std::move(all), stats, cache);
+  bench_in_turns(state, setup, {setup.engine, ours}, rooflines(setup, cache), cache);
 }
 
 /// The payload of the checkpoint in 64 files, which the destructor removes. With 2 GiB, each has 32 MiB.
@@ -90,12 +87,13 @@ class Shards {
 // Measures a cold load of 64 files in one request.
 void bench_many_files(benchmark::State& state, const Setup& setup) {
   const Shards shards(setup);
-  const Series none(setup.checkpoint.metadata().payload_bytes);
+  const std::uint64_t size = setup.checkpoint.metadata().payload_bytes;
   TransferStats stats;
-  std::vector<Contender> all;
-  all.push_back({[&](std::byte* target) { stats = setup.engine.load(shards.request(target)); }, none});
-  all.push_back({[&](std::byte* target) { shards.read_by_roofline(target); }, none});
-  const auto turn = [&](const Contender& contender) {
+  const EngineWork ours{setup.engine,
+                        [&](Engine& engine, std::byte* target) { return engine.load(shards.request(target)); }};
+  std::vector<Contender> all{ours.contender(size, stats)};
+  all.push_back({[&](std::byte* target) { shards.read_by_roofline(target); }, Series(size)});
+  const Turn turn = [&](const Contender& contender) {
     shards.drop();
     return measure([&] { contender.run(setup.touched.data()); });
   };
@@ -104,6 +102,7 @@ void bench_many_files(benchmark::State& state, const Setup& setup) {
   setup.checkpoint.check(setup.touched.data());
   run_rounds(state, all, turn);
   report(state, all, stats);
+  report_steps(state, ours, turn);
 }
 
 constexpr std::uint64_t kReadBytes = 64 << 10;
@@ -139,11 +138,11 @@ void bench_random(benchmark::State& state, const Setup& setup) {
   const OpenFile direct(setup.checkpoint.path(), O_RDONLY | O_DIRECT);
   Engine engine({.queue_depth = kDepth, .staging_bytes = std::uint64_t{256} << 20});
   TransferStats stats;
-  const auto ours = [&](std::byte* target) {
+  const auto load = [&](Engine& by, std::byte* target) {
     FileExtents file{.path = setup.checkpoint.path()};
     for (std::size_t i = 0; i < offsets.size(); ++i)
       file.extents.push_back({offsets[i], kReadBytes, target + i * kReadBytes});
-    stats = engine.load({.files = {std::move(file)}});
+    return by.load({.files = {std::move(file)}});
   };
   const auto raw = [&](std::byte* target) {
     std::vector<Piece> pieces;
@@ -151,9 +150,10 @@ void bench_random(benchmark::State& state, const Setup& setup) {
       pieces.push_back({&direct, offsets[i], {target + i * kReadBytes, kReadBytes}});
     read_pieces(pieces, kDepth);
   };
-  const Series none(offsets.size() * kReadBytes);
-  std::vector<Contender> all{{ours, none}, {raw, none}};
-  const auto turn = [&](const Contender& each) { return run_once(setup, each, Cache::kCold, Memory::kTouched); };
+  const EngineWork ours{engine, load};
+  const std::uint64_t size = offsets.size() * kReadBytes;
+  std::vector<Contender> all{ours.contender(size, stats), {raw, Series(size)}};
+  const Turn turn = [&](const Contender& each) { return run_once(setup, each, Cache::kCold, Memory::kTouched); };
   for (const Contender& each : all) {
     touch(setup.touched.bytes());
     turn(each);
@@ -161,6 +161,7 @@ void bench_random(benchmark::State& state, const Setup& setup) {
   }
   run_rounds(state, all, turn);
   report(state, all, stats);
+  report_steps(state, ours, turn);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
+#include "bench/support/step_times.h"
 #include "flashpack/host_memory.h"
 
 namespace flashpack::bench {
@@ -50,6 +51,10 @@ const Series& roofline(const std::vector<Contender>& all) {
 }
 
 }  // namespace
+
+Contender EngineWork::contender(std::uint64_t size_bytes, TransferStats& stats) const {
+  return {[this, &stats](std::byte* target) { stats = run(engine, target); }, Series(size_bytes)};
+}
 
 std::vector<Contender> rooflines(const Setup& setup, Cache cache) {
   const Checkpoint& checkpoint = setup.checkpoint;
@@ -118,13 +123,35 @@ void report(benchmark::State& state, const std::vector<Contender>& all, const Tr
   state.SetLabel(describe(stats));
 }
 
-void bench_in_turns(benchmark::State& state, const Setup& setup, std::vector<Contender> all, const TransferStats& stats,
+void report_steps(benchmark::State& state, const EngineWork& ours, const Turn& turn) {
+  StepTimes times;
+  EngineOptions options = ours.engine.options();
+  options.trace = &times;
+  options.memory_pool.release_kept();  // Memory that is there already would not count.
+  const PeakMemory memory;
+  Engine engine(options);
+  turn({[&](std::byte* target) { ours.run(engine, target); }, Series(1)});
+  constexpr double kMib = 1 << 20;
+  const StepTimes::Totals totals = times.totals();
+  state.counters["peak_MiB"] = static_cast<double>(memory.grown_bytes()) / kMib;
+  state.counters["pinned_MiB"] = static_cast<double>(engine.pinned_bytes()) / kMib;
+  state.counters["depth"] = totals.depth;
+  state.counters["io_share"] = totals.io_share;
+  state.counters["copy_share"] = totals.copy_share;
+}
+
+void bench_in_turns(benchmark::State& state, const Setup& setup, const EngineWork& ours, std::vector<Contender> others,
                     Cache cache, Memory memory, std::size_t offset) {
+  TransferStats stats;
+  std::vector<Contender> all = std::move(others);
+  all.insert(all.begin(), ours.contender(setup.checkpoint.metadata().payload_bytes, stats));
   touch(setup.touched.bytes());
   run_once(setup, all.front(), cache, Memory::kTouched);
   setup.checkpoint.check(setup.touched.data() + offset);
-  run_rounds(state, all, [&](const Contender& contender) { return run_once(setup, contender, cache, memory); });
+  const Turn turn = [&](const Contender& contender) { return run_once(setup, contender, cache, memory); };
+  run_rounds(state, all, turn);
   report(state, all, stats);
+  report_steps(state, ours, turn);
 }
 
 }  // namespace flashpack::bench

@@ -46,6 +46,15 @@ struct Contender {
   std::string name = {};
 };
 
+/// The engine's way to load or store the file, with this engine or another one of the same options.
+struct EngineWork {
+  Engine& engine;
+  std::function<TransferStats(Engine&, std::byte*)> run;
+
+  /// A contender that runs it and keeps its figures in `stats`. Borrows both until it has run.
+  Contender contender(std::uint64_t size_bytes, TransferStats& stats) const;
+};
+
 /// Prepares and measures one turn of a contender.
 using Turn = std::function<Sample(const Contender&)>;
 
@@ -65,8 +74,12 @@ void run_rounds(benchmark::State& state, std::vector<Contender>& all, const Turn
 
 void report(benchmark::State& state, const std::vector<Contender>& all, const TransferStats& stats);
 
-/// Checks the bytes that the first contender loads to `offset` in the touched memory, then measures all in turns.
-void bench_in_turns(benchmark::State& state, const Setup& setup, std::vector<Contender> all, const TransferStats& stats,
+/// Takes one more turn of `ours`, which is not timed, with an engine that has a trace, and shows what it tells: memory,
+/// depth, and the shares of the time in which the file and copies were busy.
+void report_steps(benchmark::State& state, const EngineWork& ours, const Turn& turn);
+
+/// Checks the bytes that `ours` loads to `offset` in the touched memory, then measures it and the others in turns.
+void bench_in_turns(benchmark::State& state, const Setup& setup, const EngineWork& ours, std::vector<Contender> others,
                     Cache cache, Memory memory = Memory::kTouched, std::size_t offset = 0);
 
 }  // namespace flashpack::bench

@@ -4,6 +4,9 @@
 
 #include <chrono>
 #include <cstring>
+#include <fstream>
+#include <limits>
+#include <string>
 
 namespace flashpack::bench {
 
@@ -18,6 +21,16 @@ double process_cpu_seconds() {
   return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
+// Reads a line of /proc/self/status that is in kB.
+std::uint64_t status_bytes(const std::string& key) {
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;) {
+    std::uint64_t kilobytes = 0;
+    if (word == key + ":" && status >> kilobytes) return kilobytes * 1024;
+  }
+  return 0;
+}
+
 }  // namespace
 
 Sample measure(const std::function<void()>& work) {
@@ -29,6 +42,16 @@ Sample measure(const std::function<void()>& work) {
 }
 
 void touch(std::span<std::byte> memory) { std::memset(memory.data(), 0xA5, memory.size()); }
+
+PeakMemory::PeakMemory() {
+  const bool is_reset = (std::ofstream("/proc/self/clear_refs") << "5").flush().good();
+  before_bytes_ = is_reset ? status_bytes("VmRSS") : std::numeric_limits<std::uint64_t>::max();
+}
+
+std::uint64_t PeakMemory::grown_bytes() const {
+  const std::uint64_t peak_bytes = status_bytes("VmHWM");
+  return peak_bytes > before_bytes_ ? peak_bytes - before_bytes_ : 0;
+}
 
 double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());

@@ -20,6 +20,18 @@ Sample measure(const std::function<void()>& work);
 /// Makes every page present, so that page faults are not timed afterwards.
 void touch(std::span<std::byte> memory);
 
+/// The growth of this process's resident memory. One at a time, because the kernel keeps one peak for the process.
+class PeakMemory {
+ public:
+  PeakMemory();
+  /// Returns the most that was resident at a time since the constructor, less what was resident then. 0 where the
+  /// kernel does not let the process begin a new peak.
+  std::uint64_t grown_bytes() const;
+
+ private:
+  std::uint64_t before_bytes_;
+};
+
 /// The middle value, or the mean of the two middle ones. Requires: not empty.
 double median(std::vector<double> values);
 

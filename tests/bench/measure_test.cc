@@ -2,6 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <cstddef>
+#include <optional>
+#include <vector>
+
 namespace flashpack::bench {
 namespace {
 
@@ -16,6 +20,21 @@ TEST(Measure, ASeriesGivesRatesOfItsMedianSample) {
   EXPECT_DOUBLE_EQ(series.gb_per_s(), 1.0);
   EXPECT_DOUBLE_EQ(series.cpu_s_per_gb(), 0.1);
   EXPECT_DOUBLE_EQ(series.spread(), 2.0);
+}
+
+TEST(Measure, ThePeakOfMemoryBeginsAnewAndKnowsWhatIsGoneAgain) {
+  constexpr std::size_t kBytes = std::size_t{64} << 20;
+  std::optional<std::vector<std::byte>> bytes(std::in_place, kBytes);
+  touch(*bytes);
+  const PeakMemory after_the_first;
+  bytes.reset();
+  EXPECT_LT(after_the_first.grown_bytes(), kBytes / 2);
+  const PeakMemory peak;
+  bytes.emplace(kBytes);
+  touch(*bytes);
+  bytes.reset();
+  EXPECT_GE(peak.grown_bytes(), kBytes / 2);
+  EXPECT_LT(peak.grown_bytes(), 2 * kBytes);
 }
 
 }  // namespace
