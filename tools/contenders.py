@@ -114,7 +114,8 @@ def publish(result: Mapping[str, Any], text: str, out: Path | None) -> None:
 
 def decoder_tensors(size_gib: float) -> Tensors:
     """Those of a decoder in bfloat16, the same every time; at least so many bytes."""
-    width = 4096
+    # One wide layer has more than a small model has in all.
+    width = 4096 if size_gib >= 0.125 else 512
     shapes = {"q": (width, width), "k": (width // 4, width), "up": (3 * width, width), "norm": (width,)}
     return _layers(size_gib, shapes, 4 * width * width)
 
@@ -140,6 +141,20 @@ def _layers(size_gib: float, shapes: Mapping[str, tuple[int, ...]], block_elems:
             tensors[f"layers.{len(tensors) // len(shapes)}.{part}"] = tensor
             size_bytes += tensor.nbytes
     return tensors
+
+
+def module_of(tensors: Tensors) -> torch.nn.Module:
+    """Returns a module that has these tensors as its parameters, under their names."""
+    module = torch.nn.Module()
+    for name, tensor in tensors.items():
+        owner = module
+        *path, last = name.split(".")
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, torch.nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=False))
+    return module
 
 
 def checksum(tensors: Tensors) -> int:

@@ -3,6 +3,7 @@ import os
 
 import compare
 import page_cache
+import peers
 import pytest
 import torch
 from compare import ROOFLINE, Results
@@ -15,17 +16,25 @@ PEER = "safetensors 0.8.0 + clone"
 @pytest.fixture
 def files(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "decoder_tensors", lambda size_gib: dict(SMALL))
-    monkeypatch.setattr(compare, "PEERS", tmp_path / "peers")
+    monkeypatch.setattr(peers, "FOLDER", tmp_path / "peers")
     (tmp_path / "files").mkdir()
     compare.make_files(tmp_path / "files", 1)
     return tmp_path / "files"
 
 
 @pytest.mark.parametrize(
-    "name", [*(name for name, loader in compare.LOADERS.items() if loader.ours), PEER, "torch.load"]
+    "name",
+    [
+        *(name for name, loader in compare.LOADERS.items() if loader.ours),
+        PEER,
+        "torch.load",
+        "torch.load, mmap=True + clone",
+    ],
 )
 def test_contenders_load_what_the_files_have(name, files):
-    assert_bit_equal(compare.LOADERS[name].load(files), SMALL)
+    answer, tensors = compare.timed_load(compare.LOADERS[name], files, "page cache")
+    assert_bit_equal(dict(tensors), SMALL)
+    assert answer["bytes"] == sum(tensor.nbytes for tensor in SMALL.values())
 
 
 def answer_of(checksum, seconds=1.0):
@@ -34,8 +43,8 @@ def answer_of(checksum, seconds=1.0):
 
 
 def test_a_peer_that_loads_other_bytes_is_out_and_is_named(monkeypatch, tmp_path):
-    answers = {"flashpack": answer_of(1), PEER: answer_of(2), ROOFLINE: {"first": answer_of(None)["first"]}}
-    monkeypatch.setattr(compare, "sample", lambda name, folder, state: answers[name])
+    answers = {"flashpack": answer_of(1), PEER: answer_of(2), ROOFLINE: {"first": answer_of(None, 0.5)["first"]}}
+    monkeypatch.setattr(compare, "sample", lambda name, *_: answers[name])
     results = Results({"Run:ai 0.17.0": "cannot be installed: no network"})
     for name in [ROOFLINE, "flashpack", PEER, "Run:ai 0.17.0"]:
         results.take(name, "cold", tmp_path)
@@ -44,13 +53,14 @@ def test_a_peer_that_loads_other_bytes_is_out_and_is_named(monkeypatch, tmp_path
     assert report["rows"]["flashpack"]["cold"]["first_gb_per_s"] == 2.0
     text = compare.as_markdown(json.loads(json.dumps(report)), "the command")
     assert f"{report['cpus']} cores of {report['cpu']}, {report['file_system']}, Linux" in text
-    assert "| flashpack | 2.00 | 2.00 | 0.25 | 0.00 |" in text
+    assert "| roofline | 4.00 |  |  |  |  |\n" in text
+    assert "| flashpack | 2.00 | 2.00 | 0.25 | 0.00 | 0.50, 0.50 |\n" in text
     assert f"| {PEER} | {PEER} loaded other bytes" in text
     assert "no network" in text
 
 
 def test_our_own_wrong_bytes_stop_the_comparison(monkeypatch, tmp_path):
-    monkeypatch.setattr(compare, "sample", lambda name, folder, state: answer_of(1 if name == PEER else 2))
+    monkeypatch.setattr(compare, "sample", lambda name, *_: answer_of(1 if name == PEER else 2))
     results = Results({})
     results.take(PEER, "cold", tmp_path)
     with pytest.raises(RuntimeError, match="other bytes"):
@@ -82,3 +92,27 @@ def test_half_a_file_that_is_not_so_cached_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "resident_fraction", lambda path: 0.9)
     with pytest.raises(RuntimeError, match=r"90% of .* is in the page cache, and half was wanted"):
         compare.prepare(tmp_path, "half cached")
+
+
+@pytest.mark.parametrize("name", [name for name, loader in compare.LOADERS.items() if "into tensors" in name])
+def test_a_load_into_tensors_has_only_what_it_loads_and_makes_no_others(name, files):
+    loader = compare.LOADERS[name]
+    room = loader.room(files)
+    assert all(not torch.equal(room.tensors[name], tensor) for name, tensor in SMALL.items())
+    places = {name: tensor.data_ptr() for name, tensor in room.tensors.items()}
+    tensors = loader.load(files, room)
+    assert_bit_equal(tensors, SMALL)
+    assert {name: tensor.data_ptr() for name, tensor in tensors.items()} == places
+
+
+def test_the_program_measures_both_rooflines_of_a_file_and_without_it_there_is_that_of_the_page_cache(files, tmp_path):
+    program = tmp_path / "program"
+    assert compare.states_with_roofline(program) == ("page cache",)
+    assert (
+        compare.roofline(program, files, "page cache")["first"]["bytes"] == (files / "model.flashpack").stat().st_size
+    )
+    program.write_text("""#!/bin/sh\necho "{\\"asked\\": \\"$*\\"}"\n""")
+    program.chmod(0o755)
+    assert compare.states_with_roofline(program) == ("cold", "page cache")
+    asked = compare.roofline(program, files, "page cache")["first"]["asked"]
+    assert asked == f"cached {files / 'model.flashpack'}"

@@ -135,3 +135,21 @@ def test_the_checksum_knows_names_places_and_bytes():
     sums = {contenders.checksum(t) for t in (tensors, *changed.values())}
     assert len(sums) == 4
     assert contenders.checksum({name: tensor.clone() for name, tensor in tensors.items()}) in sums
+
+
+def test_a_small_model_has_hardly_more_bytes_than_asked_for():
+    size_bytes = sum(tensor.nbytes for tensor in contenders.decoder_tensors(0.085).values())
+    assert 0.085 * (1 << 30) <= size_bytes < 0.088 * (1 << 30)
+
+
+def test_a_module_has_the_tensors_themselves_under_their_names():
+    tensors = {
+        "a": torch.zeros(1),
+        "layers.0.q": torch.zeros(2),
+        "layers.0.k": torch.zeros(3),
+        "layers.1.q": torch.zeros(1),
+    }
+    parameters = dict(contenders.module_of(tensors).named_parameters())
+    assert {name: parameter.data_ptr() for name, parameter in parameters.items()} == {
+        name: tensor.data_ptr() for name, tensor in tensors.items()
+    }
