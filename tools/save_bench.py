@@ -1,9 +1,10 @@
-"""Durable saves of a checkpoint, beside fio and the peers that are installed.
+"""Durable saves of a checkpoint, beside fio and peers, each at its default and, where it has a setting, at its best.
 
 Every contender has a process of its own, kept alive, and they take turns, each with a new file in the same folder. The
 clock stops after fsync of the file and of the folder. Tensors are made anew for each turn and freed after it, so that
 only one contender holds a model. What was written is loaded again, in the first round, and compared with a checksum of
-the tensors. A contender that is missing is named, with the reason.
+the tensors. Peers are taken from PyPI into .cache/peers when they are not there. A contender that is missing is named,
+with the reason.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ from typing import Any
 
 import torch
 from contenders import Contender, Tensors, checksum, decoder_tensors, in_turns, publish, serve
-
-REFERENCE_VERSION = "0.4.5"
-REFERENCE_PYTHON = Path(__file__).parent.parent / ".cache/reference-venv/bin/python"
+from peers import environment_with, install, load_tensorizer, save_tensorizer
 
 
 def pack(tensors: Tensors, path: Path, target_dtype: torch.dtype | None = None, **options: Any) -> None:
@@ -63,6 +62,20 @@ def load_safetensors(path: Path) -> Tensors:
     return load_file(path)
 
 
+def save_torch_without_crc(tensors: Tensors, path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def load_torch(path: Path) -> Tensors:
+    loaded: Tensors = torch.load(path)
+    return loaded
+
+
 def as_they_are(tensors: Tensors, folder: Path) -> Tensors:
     return tensors
 
@@ -86,6 +99,8 @@ class Saver:
     load: Callable[[Path], Tensors] = unpack
     source: Callable[[Tensors, Path], Tensors] = as_they_are
     """(a model's tensors in bfloat16, folder) -> what is saved."""
+    package: str = ""
+    """The release that is taken from PyPI; nothing for what the environment has."""
 
 
 SAVERS = {
@@ -101,13 +116,15 @@ SAVERS = {
     "flashpack, float32 to bfloat16, no checksums": Saver(
         lambda tensors, path: pack(tensors, path, torch.bfloat16, checksum=False), source=in_float32
     ),
-    "flashpack 0.4.5": Saver(pack),
-    "safetensors": Saver(save_safetensors, load_safetensors),
-    "torch": Saver(torch.save, lambda path: torch.load(path)),
+    "flashpack 0.4.5": Saver(pack, package="flashpack==0.4.5"),
+    "safetensors 0.8.0": Saver(save_safetensors, load_safetensors, package="safetensors==0.8.0"),
+    "safetensors 0.9.0rc1": Saver(save_safetensors, load_safetensors, package="safetensors==0.9.0rc1"),
+    "tensorizer 2.12.1": Saver(save_tensorizer, load_tensorizer, package="tensorizer==2.12.1"),
+    "torch.save": Saver(torch.save, load_torch),
+    "torch.save, no CRC-32": Saver(save_torch_without_crc, load_torch),
 }
 FIO = ("fio 4M x 8", "fio 4M x 16")
-REFERENCE = "flashpack 0.4.5"
-OURS = [name for name in SAVERS if name.startswith("flashpack") and name != REFERENCE]
+OURS = [name for name in SAVERS if name.split(",")[0] == "flashpack"]
 
 
 def sync(path: Path) -> None:
@@ -200,31 +217,18 @@ def work(name: str, folder: Path, size_gib: float, huge: bool) -> None:
 
 
 class Writer(Contender):
-    def __init__(self, name: str, python: Path, arguments: list[str]) -> None:
+    def __init__(self, name: str, arguments: list[str]) -> None:
         self.samples: list[dict[str, float]] = []
-        environment = dict(os.environ)
-        if name == REFERENCE:
-            environment.pop("PYTHONPATH", None)  # Where another flashpack may be.
-        super().__init__(name, [str(python), __file__, "--worker", name, *arguments], environment, name in OURS)
+        environment = environment_with("" if name in FIO else SAVERS[name].package)
+        super().__init__(name, [sys.executable, __file__, "--worker", name, *arguments], environment, name in OURS)
 
 
-def missing(name: str, reference_python: Path) -> str | None:
+def missing(name: str) -> str | None:
     """Why it cannot take part."""
-    import importlib.util
-
     if name in FIO:
         return None if shutil.which("fio") else "fio is not installed"
-    if name == "safetensors":
-        return None if importlib.util.find_spec(name) else "not installed"
-    if name != REFERENCE:
-        return None
-    if not reference_python.exists():
-        return f"no {reference_python}, which make_reference_venv of tools/lib.sh makes"
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    ask = [str(reference_python), "-c", "import flashpack; print(flashpack.__version__)"]
-    found = subprocess.run(ask, check=False, capture_output=True, text=True, env=environment)
-    version = found.stdout.strip() if found.returncode == 0 else found.stderr.strip().splitlines()[-1:]
-    return None if version == REFERENCE_VERSION else f"{reference_python} has flashpack {version}"
+    package = SAVERS[name].package
+    return install(package) if package else None
 
 
 def verify(name: str, answer: dict[str, Any]) -> None:
@@ -278,7 +282,8 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, default=Path(), help="folder on the disk to measure")
     parser.add_argument("--size_gib", type=float, default=4)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--reference_python", type=Path, default=REFERENCE_PYTHON, help=f"that has {REFERENCE}")
+    names = [*FIO, *SAVERS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--out", type=Path, help="for OUT.json and OUT.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--huge_pages", action="store_true", help=argparse.SUPPRESS)
@@ -286,12 +291,11 @@ def main() -> int:
     if options.worker:
         work(options.worker, options.dir, options.size_gib, options.huge_pages)
         return 0
-    reasons = {name: missing(name, options.reference_python) for name in [*FIO, *SAVERS]}
+    reasons = {name: missing(name) for name in options.only}
     absent = {name: reason for name, reason in reasons.items() if reason is not None}
     with huge_pages() as huge:
         arguments = ["--dir", str(options.dir), "--size_gib", str(options.size_gib)] + ["--huge_pages"] * huge
-        pythons = {REFERENCE: options.reference_python}
-        writers = [Writer(n, pythons.get(n, Path(sys.executable)), arguments) for n in reasons if n not in absent]
+        writers = [Writer(name, arguments) for name in reasons if name not in absent]
         try:
             measure(writers, options.rounds)
         finally:
