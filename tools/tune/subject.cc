@@ -10,6 +10,7 @@
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
 #include "engine/ground/option_limits.h"
+#include "engine/ground/units.h"
 
 namespace flashpack::bench {
 
@@ -48,6 +49,20 @@ Sample sample_write(Subject& subject, const Setting& setting) {
     subject.fallback_reason = writer.write(request).fallback_reason;
     writer.commit();
   });
+}
+
+// Less would be read before a disk is busy.
+constexpr std::uint64_t kLeastSampleBytes = 64 * internal::kMiB;
+
+std::vector<Extent> first_part(const std::vector<Extent>& all, std::uint64_t bytes) {
+  std::vector<Extent> part;
+  for (const Extent& extent : all) {
+    if (bytes == 0) break;
+    part.push_back(extent);
+    part.back().size_bytes = std::min(extent.size_bytes, bytes);
+    bytes -= part.back().size_bytes;
+  }
+  return part;
 }
 
 // An engine takes its staging memory at its first load, which is not to be measured.
@@ -120,13 +135,20 @@ Sample sample_policy(Subject& subject, const Setting& setting, CachePolicy polic
 }
 
 void fit(Subject& subject, Work work, double seconds) {
+  constexpr double kMostGrowth = 4;  // A short sample may be a burst that the disk does not keep up.
   LoadRequest& request = work == Work::kPageCache ? subject.from_page_cache : subject.from_disk;
   auto& extents = request.files.front().extents;
-  double took_s = sample(subject, kUsual, work).seconds;
-  while (extents.size() > 1 && took_s > seconds) {
-    const std::uint64_t wanted = size_of(request) / 2;
-    while (extents.size() > 1 && size_of(request) > wanted) extents.pop_back();
+  const std::vector<Extent> all = extents;
+  const std::uint64_t whole_bytes = size_of(request);
+  // It grows from the least, because to read the whole file once would take much of the time on a slow disk.
+  std::uint64_t bytes = std::min(kLeastSampleBytes, whole_bytes);
+  double took_s = 0;
+  for (;;) {
+    extents = first_part(all, bytes);
     took_s = sample(subject, kUsual, work).seconds;
+    const double growth = std::min(kMostGrowth, seconds / took_s);
+    if (bytes == whole_bytes || growth < 2) break;
+    bytes = std::min(whole_bytes, static_cast<std::uint64_t>(static_cast<double>(bytes) * growth));
   }
   if (work == Work::kPageCache)
     subject.loads_from_page_cache = static_cast<int>(std::clamp(std::ceil(seconds / 10 / took_s), 1.0, 1000.0));

@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdint>
+#include <fstream>
+#include <string>
 #include <utility>
 
 #include "bench/support/page_cache.h"
@@ -37,6 +40,34 @@ TEST(Subject, ALoadWithAPolicyBeginsWithNothingCachedAndGoesTheWayOfThePolicy) {
   warm_page_cache(path);
   sample_policy(subject, kUsual, CachePolicy::kDirect, Cached::kWhole);
   EXPECT_EQ(resident_fraction(path), 1);
+}
+
+std::uint64_t bytes_read_by_this_process() {
+  std::ifstream io("/proc/self/io");
+  for (std::string name; io >> name;) {
+    std::uint64_t value = 0;
+    io >> value;
+    if (name == "read_bytes:") return value;
+  }
+  return 0;
+}
+
+TEST(Subject, ASlowDiskIsNotReadWholeToFindOutHowMuchOfTheFileASampleReads) {
+  const testing::TempDir dir;
+  Subject subject(dir / "file", 256 * kMiB, {}, false);
+  if (!try_drop_from_page_cache(subject.checkpoint.path())) GTEST_SKIP() << "this file system keeps its pages";
+  const std::uint64_t before = bytes_read_by_this_process();
+  fit(subject, Work::kDisk, 0);
+  EXPECT_EQ(subject.sample_bytes(Work::kDisk), 64 * kMiB);
+  EXPECT_LT(bytes_read_by_this_process() - before, 192 * kMiB);
+}
+
+TEST(Subject, ASampleOfAFastDiskIsTheWholeFile) {
+  const testing::TempDir dir;
+  Subject subject(dir / "file", 256 * kMiB, {}, false);
+  const std::uint64_t whole_bytes = subject.sample_bytes(Work::kDisk);
+  fit(subject, Work::kDisk, 1e6);
+  EXPECT_EQ(subject.sample_bytes(Work::kDisk), whole_bytes);
 }
 
 }  // namespace
