@@ -259,8 +259,9 @@ def other_setting(report: dict[str, Any]) -> Setting:
     """The setting to compare with the default."""
     if not report["is_default"]:
         return dict(report["best"])
-    cells = report["disk"] or report["page_cache"]
-    return dict(max(cells[1:], key=lambda cell: cell["gb_per_s"]))  # The default is first.
+    others = report["disk"][1:] or report["page_cache"][1:]  # The default is first.
+    # Where the budget was too short for any, the default takes turns with itself, which the output shows.
+    return dict(max(others or [report["default"]], key=lambda cell: cell.get("gb_per_s", 0)))
 
 
 def tune_once(place: Place, options: argparse.Namespace) -> Run:

@@ -55,6 +55,7 @@ def test_the_speeds_of_pairs_are_relative_to_the_default():
 def test_a_kept_default_is_compared_with_the_fastest_other_setting_of_the_search():
     assert tune_slow.other_setting(report(True, 0.8, 0.9, 0.7))["queue_depth"] == 3
     assert tune_slow.other_setting(report(False, 0.8, 2.0)) == OTHER
+    assert tune_slow.other_setting(report(True) | {"page_cache": []}) == DEFAULT
 
 
 def test_a_partition_is_limited_by_its_disk(tmp_path):
