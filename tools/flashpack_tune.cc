@@ -100,8 +100,8 @@ struct Shares {
   double page_cache;
 };
 
-// Why there is nothing to compare io_uring with; empty if there is.
-std::string why_one_backend(const Device& device) {
+// Why the workers carry out all reads, so that there is nothing to compare io_uring with; empty if they do not.
+std::string why_workers_alone(const Device& device) {
   const Engine engine(options_of(kUsual, device));
   if (engine.options().backend != Backend::kWorkers) return {};
   return "only the workers are there: " + engine.fallback_reason();
@@ -110,13 +110,18 @@ std::string why_one_backend(const Device& device) {
 void measure_disk(Report& report, Subject& subject, const Budget& budget, const Shares& ends, bool backends) {
   fit(subject, Work::kDisk, budget.seconds / 100);
   report.read_bytes = subject.sample_bytes(Work::kDisk);
-  if (backends) report.no_backend = why_one_backend(subject.device);
-  if (backends && report.no_backend.empty()) {
-    const auto beside = [&](const Setting& of) { return beside_with_backends(of, kUsual, subject.usual_workers); };
-    report.disk.cells = search(subject, coarse_settings_of_backends(kUsual), beside, Work::kDisk, budget, ends.disk);
-  } else {
-    report.disk.cells = search(subject, coarse_settings(kUsual), beside_on_disk, Work::kDisk, budget, ends.disk);
+  const std::string workers_alone = why_workers_alone(subject.device);
+  if (backends) report.no_backend = workers_alone;
+  std::vector<Setting> round = coarse_settings(kUsual);
+  Neighbours beside = beside_on_disk;
+  if (!workers_alone.empty()) {
+    round = coarse_settings_of_workers(kUsual, subject.usual_workers);
+    beside = [&](const Setting& of) { return beside_by_workers(of, kUsual, subject.usual_workers); };
+  } else if (backends) {
+    round = coarse_settings_of_backends(kUsual);
+    beside = [&](const Setting& of) { return beside_with_backends(of, kUsual, subject.usual_workers); };
   }
+  report.disk.cells = search(subject, round, beside, Work::kDisk, budget, ends.disk);
   report.pick = choose(report.disk.cells).setting;
   report.disk.limit = limit_of(choose(report.disk.cells), "disk", {.link = report.link_gb_per_s, .cores = cores()});
   report.no_latency = add_latencies(report.disk.cells, subject, budget.end_of(ends.latencies));

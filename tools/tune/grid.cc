@@ -39,6 +39,12 @@ Setting with_workers(Setting setting, std::uint32_t workers) {
   return setting;
 }
 
+// Each worker has one read in flight, which the depth must allow.
+Setting reading_by_workers(const Setting& usual, std::uint32_t chunk_bytes, std::uint32_t workers,
+                           unsigned usual_workers) {
+  return {chunk_bytes, std::max(usual.queue_depth, workers), workers == usual_workers ? usual.workers : workers};
+}
+
 }  // namespace
 
 std::vector<Setting> coarse_settings(const Setting& usual) {
@@ -92,6 +98,29 @@ std::vector<Setting> beside_with_backends(const Setting& of, const Setting& usua
   const std::uint32_t workers = of.workers == 0 ? usual_workers : of.workers;
   if (by_workers && workers > 1) all.push_back(with_workers(of, workers / 2));
   if (by_workers && workers * 2 <= kMaxWorkers) all.push_back(with_workers(of, workers * 2));
+  return all;
+}
+
+std::vector<Setting> coarse_settings_of_workers(const Setting& usual, unsigned usual_workers) {
+  std::vector<Setting> all{usual};
+  for (const std::uint32_t chunk_mib : {1u, 4u, 16u}) {
+    for (const std::uint32_t workers : {usual_workers, 8u, 32u})
+      add_new(all, reading_by_workers(usual, chunk_mib * kMiB, workers, usual_workers));
+  }
+  return all;
+}
+
+std::vector<Setting> beside_by_workers(const Setting& of, const Setting& usual, unsigned usual_workers) {
+  std::vector<Setting> all;
+  const std::uint32_t workers = of.workers == 0 ? usual_workers : of.workers;
+  const auto add_beside = [&](std::uint32_t chunk_bytes, std::uint32_t number) {
+    all.push_back(reading_by_workers(usual, chunk_bytes, number, usual_workers));
+  };
+  const bool room = std::uint64_t{of.chunk_bytes} * std::max(of.queue_depth, workers) * 2 <= kMaxInFlightBytes;
+  if (workers > 1) add_beside(of.chunk_bytes, workers / 2);
+  if (room && workers * 2 <= kMaxWorkers) add_beside(of.chunk_bytes, workers * 2);
+  if (of.chunk_bytes > kMiB) add_beside(of.chunk_bytes / 2, workers);
+  if (room && of.chunk_bytes < kMaxChunkBytes) add_beside(of.chunk_bytes * 2, workers);
   return all;
 }
 

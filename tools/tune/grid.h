@@ -21,6 +21,13 @@ std::vector<Setting> coarse_settings_of_backends(const Setting& usual);
 /// carry out the reads, because it bounds the reads in flight; an engine with `usual` has `usual_workers`.
 std::vector<Setting> beside_with_backends(const Setting& of, const Setting& usual, unsigned usual_workers);
 
+/// The settings of the first round where the workers carry out all reads: `usual`, then chunks and numbers of workers
+/// that lie far apart. An engine with `usual` has `usual_workers`. No depth is below the usual one, because a profile
+/// may be used where io_uring is allowed, too.
+std::vector<Setting> coarse_settings_of_workers(const Setting& usual, unsigned usual_workers);
+/// Those with twice or half of the chunk size or number of workers of `of`.
+std::vector<Setting> beside_by_workers(const Setting& of, const Setting& usual, unsigned usual_workers);
+
 /// Settings for loads from the page cache to a GPU: chunk sizes, staging memory and numbers of workers.
 ///
 /// Each keeps as many bytes in flight from a disk as `usual`, as far as its slots are enough, so that loads from the

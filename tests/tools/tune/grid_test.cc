@@ -48,6 +48,20 @@ TEST(Grid, BesideASettingLiesTheOtherBackendAndWhereTheWorkersReadAlsoOtherNumbe
     EXPECT_LE(each.workers, 64U);
 }
 
+TEST(Grid, WhereTheWorkersReadTheirNumberIsSearchedAndTheDepthAllowsAllOfThemToRead) {
+  const auto coarse = coarse_settings_of_workers(kUsual, 2);
+  EXPECT_EQ(coarse.front(), kUsual);
+  for (const Setting& each : coarse) EXPECT_EQ(std::count(coarse.begin(), coarse.end(), each), 1);
+  EXPECT_EQ(std::count(coarse.begin(), coarse.end(), Setting{4 * kMiB, 32, 32}), 1);
+  EXPECT_EQ(std::count(coarse.begin(), coarse.end(), Setting{1 * kMiB, 8, 8}), 1);
+  EXPECT_EQ(beside_by_workers(kUsual, kUsual, 2),
+            (std::vector<Setting>{{4 * kMiB, 8, 1}, {4 * kMiB, 8, 4}, {2 * kMiB, 8}, {8 * kMiB, 8}}));
+  EXPECT_EQ(beside_by_workers({1 * kMiB, 64, 64}, kUsual, 2),
+            (std::vector<Setting>{{1 * kMiB, 32, 32}, {2 * kMiB, 64, 64}}));
+  EXPECT_EQ(beside_by_workers({8 * kMiB, 64, 64}, kUsual, 2),
+            (std::vector<Setting>{{8 * kMiB, 32, 32}, {4 * kMiB, 64, 64}}));
+}
+
 TEST(Grid, SettingsForThePageCacheKeepTheBackendOfTheDisk) {
   const Setting by_workers{2 * kMiB, 16, 0, 0, Backend::kWorkers};
   for (const Setting& each : worker_settings(by_workers, 4)) EXPECT_EQ(each.backend, Backend::kWorkers);
