@@ -9,10 +9,10 @@
 #include <array>
 #include <cerrno>
 #include <chrono>
-#include <cstring>
 #include <ctime>
 
 #include "engine/ground/pages.h"
+#include "engine/ground/stream_copy.h"
 #include "engine/ground/target_pages.h"
 #include "engine/stripe_sums.h"
 
@@ -254,7 +254,7 @@ void populate_if_fresh(std::span<const Fragment> fragments, PagePolicy* policy) 
 std::int64_t scatter(const ByteWork& work) {
   if (const auto error = make_touchable(work.fragments, true, work.page_policy)) return error;
   for (const Fragment& fragment : work.fragments)
-    std::memcpy(fragment.memory, work.view.of(fragment), fragment.size_bytes);
+    stream_copy(fragment.memory, work.view.of(fragment), fragment.size_bytes);
   return 0;
 }
 
@@ -262,7 +262,7 @@ std::int64_t gather(const ByteWork& work) {
   if (const auto error = make_touchable(work.fragments, false, work.page_policy)) return error;
   clear_gaps(work.view, work.fragments);
   for (const Fragment& fragment : work.fragments)
-    std::memcpy(work.view.of(fragment), fragment.memory, fragment.size_bytes);
+    stream_copy(work.view.of(fragment), fragment.memory, fragment.size_bytes);
   return 0;
 }
 

@@ -28,8 +28,8 @@ Pipeline::Pipeline(Queues queues, Pool& pool, Copier* copier, std::vector<std::s
       transfers_(steps_, schedule_, queues.disk, pool, copier,
                  {.chunk_bytes = limits.chunk_bytes, .at_once_bytes = limits.at_once_bytes}, tracer),
       steps_(transfers_, queues, copier, std::move(slots),
-             {.tags = tag_limit(limits), .queue_depth = limits.queue_depth, .slots = limits.slots}, limits.worker_depth,
-             tracer) {}
+             {.tags = tag_limit(limits), .queue_depth = limits.queue_depth, .slots = limits.slots},
+             {.depth = limits.worker_depth, .gathers = limits.gathers}, tracer) {}
 
 bool Pipeline::run() {
   const bool refused = queues_.disk.refuses();

@@ -26,10 +26,10 @@ namespace flashpack::internal {
 class Pipeline final {
  public:
   struct Limits {
-    std::uint32_t queue_depth;   ///< Direct reads and writes, counting chunks whose bytes are still being gathered
-                                 ///< or whose slots are still being populated.
+    std::uint32_t queue_depth;   ///< Direct reads and writes; see Steps::has_room().
     std::uint32_t worker_depth;  ///< Operations of each kind that the workers have at a time; enough to keep them busy
                                  ///< while the driver sleeps.
+    std::uint32_t gathers = 1;   ///< Chunks of stores that the workers copy to slots at a time.
     std::uint32_t chunk_bytes;
     std::uint32_t slots;  ///< Slots in use at a time; further slots take the place of stuck ones.
     /// A part of at most this size is read by the thread that opens its file, if cached.

@@ -18,19 +18,22 @@ constexpr unsigned kMaxStalls = 32;
 }  // namespace
 
 Steps::Steps(Owner& owner, Queues queues, Copier* copier, std::vector<std::span<std::byte>> slots, Jobs::Limits limits,
-             std::uint32_t worker_depth, Tracer tracer)
+             WorkerLimits workers, Tracer tracer)
     : owner_(owner),
       queues_(queues),
       copier_(copier),
-      worker_depth_(worker_depth),
+      worker_limits_(workers),
       traced_(tracer),
       jobs_(limits, std::move(slots), tracer) {}
 
 bool Steps::has_room(Route route, std::uint32_t queue_depth) const {
   const auto in = [this](Step step) { return jobs_.in(step); };
-  if (route == Route::kDirect)
-    return in(Step::kRead) + in(Step::kWrite) + in(Step::kGather) + in(Step::kPopulateSlot) < queue_depth;
-  return in(Step::kReadIfCached) + in(Step::kReadCached) + in(Step::kWriteCached) < worker_depth_;
+  if (route == Route::kDirect) {
+    const std::uint32_t gathered = in(Step::kGather);
+    const std::uint32_t counted = gathered > worker_limits_.gathers ? gathered - worker_limits_.gathers : 0;
+    return in(Step::kRead) + in(Step::kWrite) + in(Step::kPopulateSlot) + counted < queue_depth;
+  }
+  return in(Step::kReadIfCached) + in(Step::kReadCached) + in(Step::kWriteCached) < worker_limits_.depth;
 }
 
 bool Steps::set_out(Part& part, const Chunk& chunk, Route route) {
@@ -38,7 +41,8 @@ bool Steps::set_out(Part& part, const Chunk& chunk, Route route) {
   const Way way = way_of(part, chunk, route);
   const Step first = way.steps.front();
   const bool skipped = way.may_skip(first) && has_pages(part, chunk, first);
-  if (first == Step::kPopulate && !skipped && jobs_.in(first) >= worker_depth_) return false;
+  if (first == Step::kPopulate && !skipped && jobs_.in(first) >= worker_limits_.depth) return false;
+  if (first == Step::kGather && jobs_.in(first) >= worker_limits_.gathers) return false;
   const std::optional<unsigned> tag = jobs_.open(part, chunk, way);
   if (!tag) return false;
   jobs_[*tag].next = skipped ? 1 : 0;

@@ -51,10 +51,15 @@ class Steps {
   using Time = std::chrono::steady_clock::time_point;
   using Route = ChunkTraits::Route;
 
+  struct WorkerLimits {
+    std::uint32_t depth;        ///< Operations of each kind that the workers have at a time.
+    std::uint32_t gathers = 1;  ///< Chunks that they gather at a time.
+  };
+
   /// Borrows all that it is given references and pointers to, and the slots' memory. `copier` is null for an engine of
-  /// the host. The workers get at most `worker_depth` operations of each kind at a time. `tracer` is told of each step.
+  /// the host. `tracer` is told of each step.
   Steps(Owner& owner, Queues queues, Copier* copier, std::vector<std::span<std::byte>> slots, Jobs::Limits limits,
-        std::uint32_t worker_depth, Tracer tracer = {});
+        WorkerLimits workers, Tracer tracer = {});
 
   /// To be called at the start of each turn: the time at which steps begin from now on.
   void set_time(Time now) { now_ = now; }
@@ -63,9 +68,10 @@ class Steps {
   bool set_out(Part& part, const Chunk& chunk, Route route);
   /// False if the part's file or file system has its share of what is stuck, so that no chunk of it may start.
   bool may_have_more(const Part& part) const { return jobs_.may_have_more(part); }
-  /// Whether one more chunk may start on that route. The disk has at most `queue_depth` chunks, including those that
-  /// are still being gathered, or whose slots are still being populated; the workers have at most `worker_depth` that
-  /// go through the page cache.
+  /// Whether one more chunk may start on that route. The disk has at most `queue_depth` chunks, including those whose
+  /// slots are still being populated, or that are still being gathered; but the gathers that the workers may have do
+  /// not count, so that the disk stays busy meanwhile, and may get as many chunks more. The workers have at most
+  /// WorkerLimits::depth chunks that go through the page cache.
   bool has_room(Route route, std::uint32_t queue_depth) const;
   /// Whether no chunk is under way.
   bool idle() const { return jobs_.idle(); }
@@ -100,7 +106,7 @@ class Steps {
   Owner& owner_;
   const Queues queues_;
   Copier* const copier_;
-  const std::uint32_t worker_depth_;
+  const WorkerLimits worker_limits_;
   const bool traced_;
   Jobs jobs_;
   Time now_;

@@ -149,8 +149,8 @@ struct EngineOptions {
   /// Size of a read and of a staging slot: a power of two from 1 MiB to 1 GiB. Larger chunks cost latency, smaller ones
   /// CPU.
   std::uint32_t chunk_bytes = std::uint32_t{4} << 20;
-  /// Direct reads and writes in flight, and chunks whose bytes are being gathered for a write or whose slots are being
-  /// populated, 1 to 1024 in all; a few more while fresh memory is filled. Striped arrays may need more: flashpack_tune
+  /// Direct reads and writes in flight, and chunks whose slots are being populated, 1 to 1024 in all; a few more while
+  /// fresh memory is filled, or while a write copies chunks to its slots. Striped arrays may need more: flashpack_tune
   /// finds out.
   std::uint32_t queue_depth = 8;
   /// Upper bound of the engine's staging memory in bytes, at least two chunks. 0 is 64 MiB, or 96 MiB for a CUDA

@@ -73,7 +73,7 @@ class ScheduleTest : public ::testing::Test, private Steps::Owner {
                nullptr,
                {slot_.bytes()},
                Jobs::Limits{.tags = 8 + Jobs::kStuckLimit, .queue_depth = kQueueDepth, .slots = 1},
-               1u};
+               {.depth = 1}};
   Schedule schedule_{kQueueDepth, kChunk};
 };
 

@@ -70,7 +70,7 @@ class StepsTest : public ::testing::Test, private Steps::Owner {
                nullptr,
                {slots_.bytes().first(kChunk), slots_.bytes().subspan(kChunk, kChunk)},
                Jobs::Limits{.tags = 8 + Jobs::kStuckLimit, .queue_depth = 4, .slots = 2},
-               1u};
+               {.depth = 1}};
 };
 
 using Told = std::vector<std::string>;
@@ -134,6 +134,27 @@ TEST_F(StepsTest, ASlotWhosePopulatingWasCancelledIsStillFresh) {
     part_.failure = {};
     workers_.pushed.clear();
   }
+}
+
+TEST_F(StepsTest, TheDiskStaysBusyWhileAChunkIsGatheredAndWorkersGatherAFewAtATime) {
+  const auto store = std::make_shared<TransferState>(TransferRequest{.direction = Direction::kStore});
+  part_.transfer = store.get();
+  part_.planned->plan = Plan::of_store({{0, 2 * kChunk, memory_.data() + 1}}, kChunk, {});
+  ASSERT_TRUE(set_out(Route::kDirect, 0));
+  ASSERT_EQ(workers_.pushed.size(), 1u);
+  EXPECT_EQ(workers_.pushed[0].request.op, ByteWork::Op::kGather);
+  EXPECT_TRUE(steps_.has_room(Route::kDirect, 1)) << "the disk has nothing to do yet";
+  EXPECT_FALSE(set_out(Route::kDirect, 1)) << "one is gathered at a time";
+  end(workers_, 0);
+  ASSERT_EQ(disk_.pushed.size(), 1u);
+  EXPECT_FALSE(steps_.has_room(Route::kDirect, 1));
+  EXPECT_TRUE(steps_.has_room(Route::kDirect, 2));
+  ASSERT_TRUE(set_out(Route::kDirect, 1));
+  EXPECT_EQ(workers_.pushed.size(), 2u);
+  end(disk_, kChunk);
+  end(workers_, 0);
+  end(disk_, kChunk);
+  EXPECT_EQ(told_, (Told{"delivered", "delivered"}));
 }
 
 TEST_F(StepsTest, AShortReadGoesOnAtItsLastWholeBlock) {
