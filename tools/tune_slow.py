@@ -239,7 +239,7 @@ class Run(NamedTuple):
 
     @property
     def missed(self) -> bool:
-        """Whether the default was kept although the other setting is better by the rule of flashpack_tune."""
+        """Whether the default was kept although the other setting is faster beyond noise, and nowhere slower."""
         better = self.disk.faster or self.page_cache.faster
         return not self.picked and better and not (self.disk.slower or self.page_cache.slower)
 

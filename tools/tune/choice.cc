@@ -33,7 +33,7 @@ bool is_better(std::vector<std::vector<double>> ratios) {
     std::sort(pairs.begin(), pairs.end());
     const std::size_t quarter = pairs.size() / 4;
     if (pairs[pairs.size() / 2] < 1 - kTolerance && pairs[pairs.size() - 1 - quarter] < 1) return false;
-    gains = gains || pairs[quarter] > 1 + kTolerance;
+    gains = gains || (pairs[pairs.size() / 2] > 1 + kTolerance && pairs[pairs.size() / 8] > 1);
   }
   return gains;
 }

@@ -85,9 +85,9 @@ void print_rule() {
       "\nrule: the default stays unless another setting is more than %.0f %% faster. Among those within %.0f %% of the "
       "fastest,\nand no slower than the default, * costs the least CPU in steps of %.0f ms per GB, then has the least "
       "staging memory,\nor the fewest bytes in flight where that is not given. In the end it is measured in turns with "
-      "the default: it has to\nbe %.0f %% faster in three of four pairs from disk or from the page cache, and in "
-      "neither "
-      "of them %.0f %% slower in the\nmedian and slower in three of four pairs.\n",
+      "the default: it has to\nbe %.0f %% faster in the median and faster in seven of eight pairs from disk or from "
+      "the "
+      "page cache, and in neither of\nthem %.0f %% slower in the median and slower in three of four pairs.\n",
       kTolerance * 100, kTolerance * 100, kCpuStepSPerGb * 1e3, kTolerance * 100, kTolerance * 100);
 }
 

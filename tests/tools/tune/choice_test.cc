@@ -70,9 +70,24 @@ TEST(Choice, ASettingIsBetterIfItGainsSomewhereAndLosesNowhere) {
   EXPECT_FALSE(is_better({}));
 }
 
-TEST(Choice, AGainThatAQuarterOfThePairsDoesNotShowIsNoise) {
-  EXPECT_FALSE(is_better({{1.3, 0.9, 1.2, 1.0, 1.1, 1.1, 1.1}}));
-  EXPECT_TRUE(is_better({{1.3, 0.9, 1.2, 1.1, 1.1, 1.1, 1.1}}));
+TEST(Choice, AGainThatAnEighthOfThePairsDoesNotShowIsNoise) {
+  EXPECT_FALSE(is_better({{1.3, 0.9, 1.2, 1.1, 1.1, 1.1, 1.1}}));
+  EXPECT_TRUE(is_better({{1.3, 1.01, 1.2, 1.1, 1.1, 1.1, 1.1}}));
+  EXPECT_TRUE(is_better({{1.3, 0.9, 1.2, 1.1, 1.1, 1.1, 1.1, 1.1}}));
+  EXPECT_FALSE(is_better({{1.3, 0.9, 1.2, 0.9, 1.1, 1.1, 1.1, 1.1}}));
+}
+
+TEST(Choice, WherePairsDifferByChanceTheDefaultStaysInNearlyAllOfManyTrials) {
+  std::mt19937 random(1);
+  std::uniform_real_distribution<double> speed(0.7, 1.3);
+  const auto pairs = [&] {
+    std::vector<double> ratios(7);
+    for (double& ratio : ratios) ratio = speed(random) / speed(random);
+    return ratios;
+  };
+  int better = 0;
+  for (int trial = 0; trial < 10'000; ++trial) better += is_better({pairs(), pairs()}) ? 1 : 0;
+  EXPECT_LT(better, 200);
 }
 
 TEST(Choice, ALossThatAQuarterOfThePairsDoesNotShowIsNoise) {
