@@ -29,9 +29,11 @@ SAFETENSORS_FILE = "many_small.safetensors"
 
 
 def many_tensors(count: int) -> Tensors:
-    """Tensors of 4 KiB, the same every time."""
+    """Tensors of 4 KiB, the same every time. A hundred are in a module, because the time of load_state_dict grows with
+    the square of the number of modules that one module has.
+    """
     rows = torch.randn(count, ELEMENTS, generator=torch.Generator().manual_seed(0))
-    return {f"layers.{number}.weight": row.clone() for number, row in enumerate(rows)}
+    return {f"layers.{number // 100}.part_{number % 100}": row.clone() for number, row in enumerate(rows)}
 
 
 def make_files(folder: Path, tensors: Tensors) -> None:
@@ -60,17 +62,25 @@ class Way(NamedTuple):
     load: Callable[[torch.nn.Module, Path], None]
     package: str = ""
     """The release that is taken from PyPI; nothing for what the environment has."""
+    environment: dict[str, str] = {}  # noqa: RUF012  A tuple's default is not changed.
 
 
+PARALLEL = {"FLASHPACK_CPU_PARALLEL_READ": "1"}
 WAYS = {
     "flashpack, assign_from_file": Way(partial(by_flashpack, file=OWN_FILE)),
     "flashpack, assign_from_file, in place": Way(partial(by_flashpack, file=OWN_FILE, in_place=True)),
     "flashpack, assign_from_file of a safetensors file": Way(partial(by_flashpack, file=SAFETENSORS_FILE)),
+    "flashpack, assign_from_file, mapped and not read": Way(partial(by_flashpack, file=OWN_FILE, mmap=True)),
     "safetensors 0.8.0, load_file + load_state_dict": Way(partial(by_safetensors, assign=False), "safetensors==0.8.0"),
     "safetensors 0.8.0, load_file + load_state_dict(assign=True), mapped and not read": Way(
         partial(by_safetensors, assign=True), "safetensors==0.8.0"
     ),
-    "flashpack 0.4.5, assign_from_file": Way(partial(by_flashpack, file=OWN_FILE), "flashpack==0.4.5"),
+    "flashpack 0.4.5, assign_from_file, parallel": Way(
+        partial(by_flashpack, file=OWN_FILE), "flashpack==0.4.5", PARALLEL
+    ),
+    "flashpack 0.4.5, assign_from_file, mapped and not read": Way(
+        partial(by_flashpack, file=OWN_FILE), "flashpack==0.4.5"
+    ),
 }
 
 
@@ -90,8 +100,8 @@ def work(name: str, folder: Path, count: int) -> None:
 
 def contender_of(name: str, folder: Path, count: int) -> Contender:
     command = [sys.executable, __file__, "--worker", name, "--dir", str(folder), "--count", str(count)]
-    package = WAYS[name].package
-    return Contender(name, command, environment_with(package), ours=not package, limit_s=300)
+    way = WAYS[name]
+    return Contender(name, command, environment_with(way.package) | way.environment, ours=not way.package, limit_s=300)
 
 
 def measure(contenders: list[Contender], rounds: int, expected: int) -> dict[str, Any]:
