@@ -170,7 +170,16 @@ class Loader(NamedTuple):
 
 
 TENSORIZER = "tensorizer==2.12.1"
+RUNAI = "runai-model-streamer==0.17.0"
+CHUNKS_OF_8_MIB = {"RUNAI_STREAMER_CHUNK_BYTESIZE": str(8 << 20)}
+TWO_BUFFERED = {"RUNAI_STREAMER_FS_STRATEGY": "sync_buffered", "RUNAI_STREAMER_CONCURRENCY": "2"}
 PARALLEL = {"FLASHPACK_CPU_PARALLEL_READ": "1"}
+EIGHT_THREADS = {
+    "FLASHPACK_READ_THREADS": "8",
+    "FLASHPACK_NO_THREAD_CLAMP": "1",  # It would start as many threads as there are CPUs.
+    "FLASHPACK_READ_CHUNK_BYTES": str(4 << 20),
+    "FLASHPACK_SAMPLE_PROBE": "0",  # It reads 64 MiB through the page cache to see whether the file is there.
+}
 LOADERS = {
     "flashpack": Loader(partial(by_flashpack, file=INDEX), ours=True),
     "flashpack, stream": Loader(by_stream, ours=True),
@@ -190,9 +199,18 @@ LOADERS = {
     "safetensors 0.9.0rc1, pread": Loader(by_pread, "safetensors==0.9.0rc1"),
     "flashpack 0.4.5 + clone": Loader(by_reference, "flashpack==0.4.5"),
     "flashpack 0.4.5, parallel": Loader(by_reference, "flashpack==0.4.5", PARALLEL),
-    "Run:ai 0.17.0": Loader(by_runai, "runai-model-streamer==0.17.0"),
+    "flashpack 0.4.5, parallel, 8 threads, chunks of 4 MiB, no probe": Loader(
+        by_reference, "flashpack==0.4.5", PARALLEL | EIGHT_THREADS
+    ),
+    "Run:ai 0.17.0": Loader(by_runai, RUNAI),
+    "Run:ai 0.17.0, chunks of 8 MiB": Loader(by_runai, RUNAI, CHUNKS_OF_8_MIB),
+    "Run:ai 0.17.0, sync_buffered, 2 threads, chunks of 8 MiB": Loader(by_runai, RUNAI, CHUNKS_OF_8_MIB | TWO_BUFFERED),
     "fastsafetensors 0.5.0": Loader(by_fastsafetensors, "fastsafetensors==0.5.0"),
+    "fastsafetensors 0.5.0, buffered, 4 threads": Loader(
+        partial(by_fastsafetensors, max_threads=4), "fastsafetensors==0.5.0", {"FASTSAFETENSORS_ODIRECT": "0"}
+    ),
     "tensorizer 2.12.1": Loader(by_tensorizer, TENSORIZER),
+    "tensorizer 2.12.1, 4 readers": Loader(partial(by_tensorizer, num_readers=4), TENSORIZER),
     "torch.load": Loader(by_torch),
     "torch.load, mmap=True + clone": Loader(by_torch_map),
 }
