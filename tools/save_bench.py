@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ SAVERS = {
         lambda tensors, path: pack(tensors, path, torch.bfloat16, checksum=False), source=in_float32
     ),
     "flashpack 0.4.5": Saver(pack, package="flashpack==0.4.5"),
+    "flashpack 0.4.5, 4 workers": Saver(partial(pack, num_workers=4), package="flashpack==0.4.5"),
     "safetensors 0.8.0": Saver(save_safetensors, load_safetensors, package="safetensors==0.8.0"),
     "safetensors 0.9.0rc1": Saver(save_safetensors, load_safetensors, package="safetensors==0.9.0rc1"),
     "tensorizer 2.12.1": Saver(save_tensorizer, load_tensorizer, package="tensorizer==2.12.1"),
