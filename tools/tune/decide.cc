@@ -14,12 +14,14 @@ namespace {
 
 using Clock = Budget::Clock;
 
-// The speeds of the pick relative to the default, from pairs of samples in turns.
+// The speeds of the pick relative to the default, from pairs of samples in turns. What gains so far gets all of the
+// pairs, also when the time is over, because where pairs differ by chance, few of them seldom show a gain beyond doubt.
 std::vector<double> ratios_of(Subject& subject, const Setting& pick, Work work, Clock::time_point end) {
   constexpr int kLeast = 7;
-  constexpr int kMost = 15;
+  constexpr int kMost = 16;  // Two of so many may lose anything.
   std::vector<double> ratios;
-  for (int pair = 0; pair < kMost && (pair < kLeast || Clock::now() < end); ++pair) {
+  const auto gains = [&] { return median(ratios) > 1 + kTolerance; };
+  for (int pair = 0; pair < kMost && (pair < kLeast || Clock::now() < end || gains()); ++pair) {
     std::array<double, 2> seconds{};
     for (const int turn : {pair % 2, 1 - pair % 2}) {
       seconds[static_cast<std::size_t>(turn)] = sample(subject, turn == 0 ? kUsual : pick, work).seconds;

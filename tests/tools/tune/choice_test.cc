@@ -75,6 +75,11 @@ TEST(Choice, AGainThatAnEighthOfThePairsDoesNotShowIsNoise) {
   EXPECT_TRUE(is_better({{1.3, 1.01, 1.2, 1.1, 1.1, 1.1, 1.1}}));
   EXPECT_TRUE(is_better({{1.3, 0.9, 1.2, 1.1, 1.1, 1.1, 1.1, 1.1}}));
   EXPECT_FALSE(is_better({{1.3, 0.9, 1.2, 0.9, 1.1, 1.1, 1.1, 1.1}}));
+  std::vector<double> sixteen(16, 1.1);
+  sixteen[3] = sixteen[8] = 0.9;
+  EXPECT_TRUE(is_better({sixteen}));
+  sixteen[5] = 0.9;
+  EXPECT_FALSE(is_better({sixteen}));
 }
 
 TEST(Choice, WherePairsDifferByChanceTheDefaultStaysInNearlyAllOfManyTrials) {
