@@ -2,8 +2,10 @@
 
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <linux/openat2.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -54,14 +56,14 @@ std::int64_t nanoseconds(std::int64_t seconds, std::uint64_t rest) {
 }
 
 // Gets the fields of an identity as the file system has them now. fstat may return old values for FUSE or a network,
-// and would hide a change. Empty with errno set if that fails.
-std::optional<Status> ask(int fd, const char* path = "") {
+// and would hide a change; `sync` of AT_STATX_DONT_SYNC does, too, and never waits. Empty with errno set if that fails.
+std::optional<Status> ask(int fd, const char* path = "", int sync = AT_STATX_FORCE_SYNC) {
   struct statx now{};
   constexpr unsigned kWanted = STATX_TYPE | STATX_INO | STATX_SIZE | STATX_MTIME;
   Status found;
   FileIdentity& identity = found.identity;
   dev_t device = 0;
-  const bool answered = ::statx(fd, path, AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, kWanted, &now) == 0;
+  const bool answered = ::statx(fd, path, AT_EMPTY_PATH | sync, kWanted, &now) == 0;
   // Any other error is the file system's, and old values would hide it. glibc turns ENOSYS into EINVAL, because it
   // cannot make up for AT_STATX_FORCE_SYNC.
   const bool sandbox_refuses = !answered && (errno == ENOSYS || errno == EINVAL || errno == EPERM);
@@ -156,6 +158,23 @@ File File::created(std::filesystem::path path, UniqueFd fd) {
 std::optional<FileIdentity> File::identity_at(const std::filesystem::path& path) noexcept {
   const std::optional<Status> status = ask(AT_FDCWD, path.c_str());
   return status ? std::optional(status->identity) : std::nullopt;
+}
+
+bool File::is_known_to_be_at([[maybe_unused]] const std::filesystem::path& path) const noexcept {
+#if defined(RESOLVE_CACHED) && defined(SYS_faccessat2)
+  if (!answers_at_once()) return false;
+  open_how how{};
+  how.flags = O_PATH | O_CLOEXEC;
+  how.resolve = RESOLVE_CACHED;
+  const UniqueFd found(static_cast<int>(::syscall(SYS_openat2, AT_FDCWD, path.c_str(), &how, sizeof how)));
+  if (!found) return false;
+  const std::optional<Status> status = ask(found.get(), "", AT_STATX_DONT_SYNC);
+  // The file system may be asked only now that it is known to be this file's.
+  return status && status->identity == identity_ &&
+         ::syscall(SYS_faccessat2, found.get(), "", R_OK, AT_EMPTY_PATH | AT_EACCESS) == 0;
+#else
+  return false;
+#endif
 }
 
 void File::open_direct() { open_direct_for(O_RDONLY); }

@@ -51,6 +51,12 @@ class File {
   /// The alignment that direct I/O demands.
   Alignment alignment() const noexcept { return alignment_; }
 
+  /// Whether the file system is of this machine, so that it tells of an open file at once.
+  bool answers_at_once() const noexcept { return direct_fd() >= 0 && !may_block_ && !is_device_; }
+  /// Whether `path` leads to the file as it was at open(), and the caller may read it. Never waits for a file system,
+  /// and so is false, too, if the kernel would have to ask one.
+  bool is_known_to_be_at(const std::filesystem::path& path) const noexcept;
+
   /// No error if the file is still as it was at open(), kFileChanged if it is not, and the system's error if the file
   /// system does not tell. A rename over its path is no change, because the descriptor keeps the old file.
   std::error_code check_unchanged() const noexcept;

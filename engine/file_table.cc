@@ -12,6 +12,8 @@ std::unique_ptr<OpenFile> FileUse::leave() noexcept {
   return std::unique_ptr<OpenFile>(was_last ? file : nullptr);
 }
 
+bool FileUse::is_shared() const noexcept { return file_->users_ > 1; }
+
 // Returns whether the user was the last.
 bool FileTable::leave(OpenFile& file) noexcept {
   const std::lock_guard lock(mutex_);
@@ -21,20 +23,22 @@ bool FileTable::leave(OpenFile& file) noexcept {
   return true;
 }
 
+FileUse FileTable::listed(const std::filesystem::path& path, const std::optional<FileIdentity>& expected,
+                          bool want_direct) {
+  const std::lock_guard lock(mutex_);
+  const auto at = listed_.find(path);
+  if (at == listed_.end()) return {};
+  const File& file = at->second->file;
+  const bool fits = (!expected || *expected == file.identity()) && (file.wanted_direct() || !want_direct);
+  return fits ? FileUse(at->second) : FileUse();
+}
+
 FileUse FileTable::find(const std::filesystem::path& path, const std::optional<FileIdentity>& expected,
                         bool want_direct) {
-  FileUse found;
-  {
-    const std::lock_guard lock(mutex_);
-    const auto at = listed_.find(path);
-    if (at != listed_.end()) found = FileUse(at->second);
-  }
-  if (!found) return {};
-  const FileIdentity& identity = found->file.identity();
-  const bool fits = (!expected || *expected == identity) && (found->file.wanted_direct() || !want_direct);
+  FileUse found = listed(path, expected, want_direct);
   // The engine has the file open, but the caller may not be allowed to open it any more.
-  const bool readable = fits && ::faccessat(AT_FDCWD, path.c_str(), R_OK, AT_EACCESS) == 0;
-  return readable && File::identity_at(path) == identity ? found : FileUse();
+  const bool readable = found && ::faccessat(AT_FDCWD, path.c_str(), R_OK, AT_EACCESS) == 0;
+  return readable && File::identity_at(path) == found->file.identity() ? found : FileUse();
 }
 
 FileUse FileTable::open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected,
@@ -49,6 +53,7 @@ FileUse FileTable::open(const std::filesystem::path& path, const std::optional<F
   if (want_direct && !served) file.open_direct();
   if (served || !own) return FileUse(std::move(file), queue_);
   FileUse opened(std::make_unique<OpenFile>(std::move(file), queue_, 0, this));
+  opened->residency.emplace(opened->file.buffered_fd());
   const std::lock_guard lock(mutex_);
   listed_[path] = opened.get();
   return opened;

@@ -30,8 +30,9 @@ struct OpenFile {
       : file(std::move(opened)), engine(its_engine), table_(table), queue_(its_queue) {}
 
   const File file;
-  std::optional<Residency> residency;  // Set for a FileHandle, whose loads need not find out how to ask.
-  const std::uint64_t engine;          // EngineFacts::number of the engine that has opened it for a FileHandle, else 0.
+  std::optional<Residency>
+      residency;               // Set if several loads may use the file, which then need not find out how to ask.
+  const std::uint64_t engine;  // EngineFacts::number of the engine that has opened it for a FileHandle, else 0.
 
   /// The driver: operations on the file that are late or abandoned.
   std::uint32_t stuck() const noexcept { return stuck_; }
@@ -99,6 +100,8 @@ class FileUse {
   OpenFile* operator->() const noexcept { return file_; }
   friend bool operator==(const FileUse& a, const FileUse& b) noexcept { return a.file_ == b.file_; }
 
+  /// Whether the file has other users now.
+  bool is_shared() const noexcept;
   /// Ends the use. Returns the file if this was its last user.
   std::unique_ptr<OpenFile> leave() noexcept;
 
@@ -125,6 +128,8 @@ class FileTable {
   /// true, it has read all that was wanted, and the file is neither opened for direct reads nor shared.
   FileUse open(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct,
                UniqueFd given = {}, const std::function<bool(const File&)>& serve = {});
+  /// A further user of the file that was opened at `path`, if such a load may use it; it may have been replaced since.
+  FileUse listed(const std::filesystem::path& path, const std::optional<FileIdentity>& expected, bool want_direct);
 
  private:
   friend class FileUse;

@@ -31,6 +31,21 @@ std::uint64_t file_system_of(const UniqueFd& fd) noexcept {
   return ::gnu_dev_makedev(known.stx_dev_major, known.stx_dev_minor);
 }
 
+// A load whose pages are to be dropped is not read at once, because the thread that closes its file drops them.
+OpenRules rules_for(const Part& part, OpenRules rules) {
+  if (part.transfer->request.after == AfterLoad::kDrop) rules.at_once_bytes = 0;
+  return rules;
+}
+
+// Whether it takes the driver little time to plan the load.
+bool is_small(const PartRequest& request, std::uint32_t chunk_bytes) {
+  constexpr std::size_t kFewExtents = 16;  // A bound, and not tuned.
+  if (request.extents.size() > kFewExtents) return false;
+  std::uint64_t total_bytes = 0;
+  for (const Fragment& extent : request.extents) total_bytes += extent.size_bytes;
+  return total_bytes <= chunk_bytes;
+}
+
 }  // namespace
 
 struct FileTasks::Shared {
@@ -47,10 +62,9 @@ class FileTasks::OpenTask final : public Pool::Task {
         answer_{part.transfer->shared_from_this(), &part},
         request_(part.request),
         handover_(part.handover),
-        rules_(rules),
+        rules_(rules_for(part, rules)),
         may_wait_for_descriptors_(!part.given && !part.place.alone),
         given_(std::move(part.given)) {
-    if (part.transfer->request.after == AfterLoad::kDrop) rules_.at_once_bytes = 0;
     // The path of a descriptor is only a name for messages, which files that have nothing to do with each other may
     // share.
     subject = kOpening |
@@ -69,7 +83,7 @@ class FileTasks::OpenTask final : public Pool::Task {
   Inbox::Answer answer_;  // Keeps the transfer, and with it the part.
   const PartRequest& request_;
   Handover& handover_;
-  OpenRules rules_;
+  const OpenRules rules_;
   const bool may_wait_for_descriptors_;
   UniqueFd given_;
 };
@@ -125,6 +139,30 @@ FileTasks::FileTasks(Pool& pool, DiskQueue& disk, OpenRules rules)
     : pool_(pool), rules_(rules), shared_(std::make_shared<Shared>(disk)) {}
 
 Inbox& FileTasks::inbox() const noexcept { return shared_->inbox; }
+
+std::unique_ptr<PlannedFile> FileTasks::join(const Part& part) {
+  const PartRequest& request = part.request;
+  if (part.given || !is_small(request, rules_.chunk_bytes)) return nullptr;
+  FileUse use = shared_->table.listed(request.path, request.expected, request.cache != CachePolicy::kBuffered);
+  if (!use) return nullptr;
+  if (!use->file.is_known_to_be_at(request.path) ||
+      may_read_at_once(request, use->file, *use->residency, rules_for(part, rules_).at_once_bytes)) {
+    leave(std::move(use));
+    return nullptr;
+  }
+  auto planned = std::make_unique<PlannedFile>(PlannedFile{.open = std::move(use)});
+  try {
+    plan_load(request, rules_.chunk_bytes, *planned);
+  } catch (const Error&) {  // The thread will find it again, and tell.
+    leave(std::move(planned->open));
+    return nullptr;
+  }
+  return planned;
+}
+
+void FileTasks::leave(FileUse use) {
+  if (auto last = use.leave()) close(std::move(last));
+}
 
 void FileTasks::open(Part& part) {
   assert(part.state() == Part::State::kOpening && !part.planned);

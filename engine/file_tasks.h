@@ -24,6 +24,10 @@ class FileTasks {
   /// The driver's inbox. It lives as long as this.
   Inbox& inbox() const noexcept;
 
+  /// Plans a small load in the calling thread, if another load has its file open, and it can be seen without waiting
+  /// for a file system that its path leads there. Otherwise, or if a thread may read all of it at once, returns null,
+  /// and the file is to be opened by a thread.
+  std::unique_ptr<PlannedFile> join(const Part& part);
   /// Has the file of a part in kOpening opened. The thread takes the part's descriptor, and answers with the file.
   void open(Part& part);
   /// Has the file of a part in kClosing checked and closed. The thread takes the file.
@@ -34,6 +38,8 @@ class FileTasks {
   void close(std::unique_ptr<OpenFile> file);
 
  private:
+  void leave(FileUse use);
+
   struct Shared;
   class OpenTask;
   class CloseTask;

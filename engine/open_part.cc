@@ -58,10 +58,9 @@ std::error_code direct_error(const PartRequest& request, const File& file) {
   return lacks_it ? file.direct_error() : std::error_code();
 }
 
-}  // namespace
-
-std::optional<PartResult> read_at_once(const PartRequest& request, const File& file, const Residency* known,
-                                       Handover& handover, std::uint32_t at_once_bytes) {
+// The result of a load that may be read at once; empty if it may not.
+std::optional<PartResult> at_once(const PartRequest& request, const File& file, const Residency* known,
+                                  std::uint32_t at_once_bytes) {
   if (request.extents.empty() || request.checksums || request.cache == CachePolicy::kDirect) return std::nullopt;
   std::uint64_t begin = file.identity().size_bytes;
   std::uint64_t end = 0;
@@ -81,6 +80,20 @@ std::optional<PartResult> read_at_once(const PartRequest& request, const File& f
       return std::nullopt;
     result.fallback_reason = residency.fallback_reason();
   }
+  return result;
+}
+
+}  // namespace
+
+bool may_read_at_once(const PartRequest& request, const File& file, const Residency& known,
+                      std::uint32_t at_once_bytes) {
+  return at_once(request, file, &known, at_once_bytes).has_value();
+}
+
+std::optional<PartResult> read_at_once(const PartRequest& request, const File& file, const Residency* known,
+                                       Handover& handover, std::uint32_t at_once_bytes) {
+  std::optional<PartResult> result = at_once(request, file, known, at_once_bytes);
+  if (!result) return std::nullopt;
   if (!handover.claim_memory()) return std::nullopt;
   const bool read = read_without_waiting(file.buffered_fd(), request.extents) == 0;
   handover.release_memory();

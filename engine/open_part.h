@@ -25,6 +25,10 @@ struct OpenRules {
 std::optional<PartResult> read_at_once(const PartRequest& request, const File& file, const Residency* known,
                                        Handover& handover, std::uint32_t at_once_bytes);
 
+/// Whether read_at_once() may find all of the load in the page cache, of which `known` tells.
+bool may_read_at_once(const PartRequest& request, const File& file, const Residency& known,
+                      std::uint32_t at_once_bytes);
+
 /// Plans the chunks of a load from `planned.open`, and sets the other members of `planned`. Throws: Error, kTruncated.
 void plan_load(const PartRequest& request, std::uint32_t chunk_bytes, PlannedFile& planned);
 

@@ -93,7 +93,10 @@ void Transfers::take_turn(Time now) {
   expire();
   look_at_gates();
   look_for_late();
-  while (Part* const part = parts_.find_next()) part->planned ? begin_issuing(*part) : open(*part);
+  while (Part* const part = parts_.find_next()) {
+    if (!part->planned) part->planned = files_.join(*part);
+    part->planned ? begin_issuing(*part) : open(*part);
+  }
 }
 
 bool Transfers::end_if_finished() {
@@ -232,11 +235,14 @@ void Transfers::on_delivered(Part& part, const Chunk& chunk) {
 }
 
 // Whether the end of the part needs no thread, because somebody else has the file, and nothing is left to be done with
-// it. A small load does not ask whether the file has changed; FileHandle says so.
+// it that may wait. A small load through a FileHandle does not ask whether the file has changed; FileHandle says so.
 bool Transfers::may_leave_open(const Part& part) const {
   const PlannedFile& planned = *part.planned;
-  return part.request.stays_open && planned.plan.total_bytes <= rules_.chunk_bytes && !planned.sums &&
-         part.transfer->request.after == AfterLoad::kKeep;
+  const bool nothing_left = planned.plan.total_bytes <= rules_.chunk_bytes && !planned.sums &&
+                            part.transfer->request.after == AfterLoad::kKeep;
+  if (!nothing_left || part.request.stays_open) return nothing_left;
+  return !part.failure && planned.open.is_shared() && planned.file().answers_at_once() &&
+         !planned.file().check_unchanged();
 }
 
 void Transfers::on_came_back(Part& part) {
