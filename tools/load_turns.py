@@ -40,7 +40,7 @@ def engine_of(setting: dict[str, Any]) -> Engine:
 
 
 def touched_memory(size_bytes: int) -> mmap.mmap:
-    """On huge pages where the system gives some, all of them present."""
+    """Memory on huge pages where the system gives some, all of which are present."""
     memory = mmap.mmap(-1, size_bytes)
     memory.madvise(mmap.MADV_HUGEPAGE)
     ctypes.memset(address_of(memory), 0xA5, size_bytes)

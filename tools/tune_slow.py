@@ -172,7 +172,7 @@ def detach(image: Path) -> None:
 
 @contextmanager
 def on_loop_device(folder: Path, direct: bool) -> Iterator[Place]:
-    """What undoes a step is registered before it, so that a signal in between leaves nothing behind."""
+    """Each step is preceded by the registration of its undoing, so that a signal in between leaves nothing behind."""
     with ExitStack() as undo:
         image, mounted = folder / "image", folder / "mounted"
         undo.callback(image.unlink, missing_ok=True)
@@ -228,7 +228,7 @@ class Run(NamedTuple):
     """One run of flashpack_tune, and the turns after it."""
 
     setting: Setting
-    """What was picked, else the fastest other one of the search."""
+    """The pick, else the fastest other one of the search."""
     picked: bool
     disk: Speeds
     page_cache: Speeds
