@@ -15,7 +15,8 @@ namespace {
 using Clock = Budget::Clock;
 
 // The speeds of the pick relative to the default, from pairs of samples in turns. A pick that gains so far gets all
-// of the pairs, also when the time is over, because where pairs differ by chance, few of them seldom show a gain beyond doubt.
+// of the pairs, also when the time is over, because where pairs differ by chance, few of them seldom show a gain beyond
+// doubt.
 std::vector<double> ratios_of(Subject& subject, const Setting& pick, Work work, Clock::time_point end) {
   constexpr int kLeast = 7;
   constexpr int kMost = 16;  // Two of so many may lose anything.
