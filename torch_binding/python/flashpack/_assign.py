@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -76,17 +76,52 @@ def _memory_for_own_code(value: torch.Tensor, device: torch.device) -> torch.Ten
 def swap_in(plan: Plan, new_values: dict[int, torch.Tensor], undo: ExitStack) -> None:
     """Gives each tensor of the module, by its id, its new value; all its names get the same."""
     replacements: dict[int, torch.Tensor] = {}
+    # One list and one callback, because a callback for each of many tensors takes longer than all else.
+    changed: list[_Before] = []
+    replaced: list[Slot] = []
+    undo.callback(_put_back, changed, replaced)
     for slot in plan.slots.values():
         old = slot.value
         if id(old) not in new_values:
             continue
         if isinstance(old, torch.nn.Parameter) and not old.is_meta:
-            _set_data(old, new_values[id(old)], undo)
+            changed.append(_Before(old, old.data, old.requires_grad, old.grad))
+            _set_data(old, new_values[id(old)])
             continue
         if id(old) not in replacements:
             replacements[id(old)] = _replacement_of(old, new_values[id(old)])
-        undo.callback(slot.put, old)
+        replaced.append(slot)
         slot.put(replacements[id(old)])
+
+
+class _Before(NamedTuple):
+    """A parameter, and what it had."""
+
+    parameter: torch.Tensor
+    data: torch.Tensor
+    required_grad: bool
+    grad: torch.Tensor | None
+
+
+def _put_back(changed: list[_Before], replaced: list[Slot]) -> None:
+    for slot in reversed(replaced):
+        slot.put(slot.value)
+    for parameter, data, required_grad, grad in reversed(changed):
+        with _mode_of(parameter):
+            parameter.requires_grad_(False)
+            parameter.data = data
+            parameter.requires_grad_(required_grad)
+            parameter.grad = grad
+
+
+def _mode_of(parameter: torch.Tensor) -> AbstractContextManager[object]:
+    """Returns the mode that fits a parameter.
+
+    One that was made in inference mode has no version counter. Its flags can be set only in that mode, and only a
+    tensor of that mode fits it.
+    """
+    inference = parameter.is_inference()
+    return nullcontext() if inference == torch.is_inference_mode_enabled() else torch.inference_mode(inference)
 
 
 def _follows(slot: Slot, device: torch.device) -> bool:
@@ -99,27 +134,15 @@ def _follows(slot: Slot, device: torch.device) -> bool:
     return has_plain_class(slot.value) and dense and slot.value.device != device
 
 
-def _set_data(parameter: torch.Tensor, new: torch.Tensor, undo: ExitStack) -> None:
+def _set_data(parameter: torch.Tensor, new: torch.Tensor) -> None:
     """Gives `parameter` other memory, keeping the object, so that optimizers, hooks and ties stay valid."""
-    old, required_grad, grad = parameter.data, parameter.requires_grad, parameter.grad
-    # A parameter that was made in inference mode has no version counter. Its flags can be set only in that mode, and
-    # only a tensor of that mode fits it.
-    inference = parameter.is_inference()
-
-    def restore() -> None:
-        with torch.inference_mode(inference):
-            parameter.requires_grad_(False)
-            parameter.data = old
-            parameter.requires_grad_(required_grad)
-            parameter.grad = grad
-
-    undo.callback(restore)
-    with torch.inference_mode(inference):
+    grad = parameter.grad
+    with _mode_of(parameter):
         if grad is not None and (grad.dtype, grad.device) != (new.dtype, new.device):
             parameter.grad = None
-        if required_grad and not _can_require_grad(new):
+        if parameter.requires_grad and not _can_require_grad(new):
             parameter.requires_grad_(False)
-        parameter.data = _same_memory(new) if inference else new
+        parameter.data = _same_memory(new) if parameter.is_inference() else new
 
 
 def _same_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from ._paths import StrPath
 from ._plan import DTypeOf, Plan, check_strictness, dtypes_when_read, make_plan, own_dtype
 from ._report import AssignReport, report_of
 from ._storage import FlashTensorStorage, read_storage, view
-from ._tensors import read_to_devices, tensors_of
+from ._tensors import collector_paused, read_to_devices, tensors_of
 from ._transfers import Wanted, supported_device
 
 # Quantisers add one of these to the name of a tensor for its scale.
@@ -105,7 +105,8 @@ def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tu
         dtype_of = dtypes_when_read(plan, options.casts)
         tensors, storage, stats = _load(source, plan.wanted + plan.passed_on, options, dtype_of)
         source.ranks.agree()
-        given = commit(plan, tensors, source.device, options.casts, undo)
+        with collector_paused():
+            given = commit(plan, tensors, source.device, options.casts, undo)
         if plan.own_code:
             with _blamed_on(model, checkpoint, Exception), torch.set_grad_enabled(with_gradients):
                 run_own_code(model, plan, given, undo)
