@@ -2,15 +2,20 @@
 
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <linux/magic.h>
+#if __has_include(<linux/openat2.h>)
 #include <linux/openat2.h>
+#endif
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <string>
 
@@ -55,15 +60,33 @@ std::int64_t nanoseconds(std::int64_t seconds, std::uint64_t rest) {
   return static_cast<std::int64_t>(static_cast<std::uint64_t>(seconds) * 1'000'000'000 + rest);
 }
 
+// Whether the file system is one of those whose inodes in memory tell all that a file's identity has, and who may read
+// it. Others may ask a server, even those that can refuse to wait for a read.
+bool is_of_memory_or_disk(int fd) {
+  constexpr long kXfsMagic = 0x58465342;  // XFS_SB_MAGIC of xfsprogs; linux/magic.h has it from Linux 6.11 on.
+  struct statfs file_system{};
+  if (::fstatfs(fd, &file_system) != 0) return false;
+  const std::array<long, 5> known{EXT4_SUPER_MAGIC, kXfsMagic, BTRFS_SUPER_MAGIC, F2FS_SUPER_MAGIC, TMPFS_MAGIC};
+  return std::ranges::find(known, file_system.f_type) != known.end();
+}
+
+FileIdentity identity_in(const struct statx& status) {
+  return {.dev = ::gnu_dev_makedev(status.stx_dev_major, status.stx_dev_minor),
+          .ino = status.stx_ino,
+          .size_bytes = status.stx_size,
+          .mtime_ns = nanoseconds(status.stx_mtime.tv_sec, status.stx_mtime.tv_nsec)};
+}
+
+constexpr unsigned kWanted = STATX_TYPE | STATX_INO | STATX_SIZE | STATX_MTIME;
+
 // Gets the fields of an identity as the file system has them now. fstat may return old values for FUSE or a network,
-// and would hide a change; `sync` of AT_STATX_DONT_SYNC does, too, and never waits. Empty with errno set if that fails.
-std::optional<Status> ask(int fd, const char* path = "", int sync = AT_STATX_FORCE_SYNC) {
+// and would hide a change. Empty with errno set if that fails.
+std::optional<Status> ask(int fd, const char* path = "") {
   struct statx now{};
-  constexpr unsigned kWanted = STATX_TYPE | STATX_INO | STATX_SIZE | STATX_MTIME;
   Status found;
   FileIdentity& identity = found.identity;
   dev_t device = 0;
-  const bool answered = ::statx(fd, path, AT_EMPTY_PATH | sync, kWanted, &now) == 0;
+  const bool answered = ::statx(fd, path, AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, kWanted, &now) == 0;
   // Any other error is the file system's, and old values would hide it. glibc turns ENOSYS into EINVAL, because it
   // cannot make up for AT_STATX_FORCE_SYNC.
   const bool sandbox_refuses = !answered && (errno == ENOSYS || errno == EINVAL || errno == EPERM);
@@ -71,10 +94,7 @@ std::optional<Status> ask(int fd, const char* path = "", int sync = AT_STATX_FOR
   if (answered) {
     found.mode = now.stx_mode;
     device = ::gnu_dev_makedev(now.stx_rdev_major, now.stx_rdev_minor);
-    identity = {.dev = ::gnu_dev_makedev(now.stx_dev_major, now.stx_dev_minor),
-                .ino = now.stx_ino,
-                .size_bytes = now.stx_size,
-                .mtime_ns = nanoseconds(now.stx_mtime.tv_sec, now.stx_mtime.tv_nsec)};
+    identity = identity_in(now);
   } else {
     struct stat status{};
     if (::fstatat(fd, path, &status, AT_EMPTY_PATH) != 0) return std::nullopt;
@@ -136,6 +156,7 @@ File File::open(const std::filesystem::path& path, const std::optional<FileIdent
   if (!status) throw file_error(errno_code(errno), "stat", path);
   if (S_ISDIR(status->mode)) throw file_error(errno_code(EISDIR), "open", path);
   file.is_device_ = S_ISBLK(status->mode);
+  file.answers_at_once_ = S_ISREG(status->mode) && is_of_memory_or_disk(file.buffered_fd());
   if (!S_ISREG(status->mode) && !file.is_device_)
     throw file_error(Errc::kInvalidArgument, refusal_of("open", status->mode).c_str(), path);
   file.identity_ = status->identity;
@@ -168,9 +189,11 @@ bool File::is_known_to_be_at([[maybe_unused]] const std::filesystem::path& path)
   how.resolve = RESOLVE_CACHED;
   const UniqueFd found(static_cast<int>(::syscall(SYS_openat2, AT_FDCWD, path.c_str(), &how, sizeof how)));
   if (!found) return false;
-  const std::optional<Status> status = ask(found.get(), "", AT_STATX_DONT_SYNC);
-  // The file system may be asked only now that it is known to be this file's.
-  return status && status->identity == identity_ &&
+  // The system call is made directly, because where a sandbox refuses it, glibc's statx() calls fstatat(2), which may
+  // wait. The file system may be asked for more only when it is known to be this file's.
+  struct statx status{};
+  return ::syscall(SYS_statx, found.get(), "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, kWanted, &status) == 0 &&
+         identity_in(status) == identity_ &&
          ::syscall(SYS_faccessat2, found.get(), "", R_OK, AT_EMPTY_PATH | AT_EACCESS) == 0;
 #else
   return false;

@@ -51,8 +51,8 @@ class File {
   /// The alignment that direct I/O demands.
   Alignment alignment() const noexcept { return alignment_; }
 
-  /// Whether the file system is of this machine, so that it tells of an open file at once.
-  bool answers_at_once() const noexcept { return direct_fd() >= 0 && !may_block_ && !is_device_; }
+  /// Whether it is known that the file system tells of an open file without waiting for anything.
+  bool answers_at_once() const noexcept { return answers_at_once_; }
   /// Whether `path` leads to the file as it was at open(), and the caller may read it. Never waits for a file system,
   /// and so is false, too, if the kernel would have to ask one.
   bool is_known_to_be_at(const std::filesystem::path& path) const noexcept;
@@ -79,6 +79,7 @@ class File {
   std::error_code direct_error_;
   bool wanted_direct_ = false;
   bool may_block_ = false;
+  bool answers_at_once_ = false;
   bool is_device_ = false;
 };
 

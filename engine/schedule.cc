@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "engine/transfer_state.h"
+
 namespace flashpack::internal {
 
 namespace {
@@ -60,6 +62,8 @@ bool Schedule::start_chunks(Steps& steps) {
 
 void Schedule::start_chunks_of(Part& part, Steps& steps, unsigned& questions, std::uint32_t queue_depth) {
   if (!steps.may_have_more(part)) return;
+  // The disk has its full depth while the next chunks of a store are gathered.
+  if (!part.transfer->is_load()) queue_depth += steps.gather_limit();
   Router& router = part.router();
   // The disk comes first, because it is slower and both routes may need the same slots.
   for (const Router::List list : {Router::List::kPastCache, Router::List::kThroughCache, Router::List::kMostlyCached}) {

@@ -28,11 +28,8 @@ Steps::Steps(Owner& owner, Queues queues, Copier* copier, std::vector<std::span<
 
 bool Steps::has_room(Route route, std::uint32_t queue_depth) const {
   const auto in = [this](Step step) { return jobs_.in(step); };
-  if (route == Route::kDirect) {
-    const std::uint32_t gathered = in(Step::kGather);
-    const std::uint32_t counted = gathered > worker_limits_.gathers ? gathered - worker_limits_.gathers : 0;
-    return in(Step::kRead) + in(Step::kWrite) + in(Step::kPopulateSlot) + counted < queue_depth;
-  }
+  if (route == Route::kDirect)
+    return in(Step::kRead) + in(Step::kWrite) + in(Step::kGather) + in(Step::kPopulateSlot) < queue_depth;
   return in(Step::kReadIfCached) + in(Step::kReadCached) + in(Step::kWriteCached) < worker_limits_.depth;
 }
 
@@ -42,7 +39,9 @@ bool Steps::set_out(Part& part, const Chunk& chunk, Route route) {
   const Step first = way.steps.front();
   const bool skipped = way.may_skip(first) && has_pages(part, chunk, first);
   if (first == Step::kPopulate && !skipped && jobs_.in(first) >= worker_limits_.depth) return false;
-  if (first == Step::kGather && jobs_.in(first) >= worker_limits_.gathers) return false;
+  // A store whose memory is late leaves the workers to others until it has come.
+  const bool is_late = part.transfer->driver.stuck_copies > 0;
+  if (first == Step::kGather && (is_late || jobs_.in(first) >= worker_limits_.gathers)) return false;
   const std::optional<unsigned> tag = jobs_.open(part, chunk, way);
   if (!tag) return false;
   jobs_[*tag].next = skipped ? 1 : 0;

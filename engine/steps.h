@@ -68,11 +68,12 @@ class Steps {
   bool set_out(Part& part, const Chunk& chunk, Route route);
   /// False if the part's file or file system has its share of what is stuck, so that no chunk of it may start.
   bool may_have_more(const Part& part) const { return jobs_.may_have_more(part); }
-  /// Whether one more chunk may start on that route. The disk has at most `queue_depth` chunks, including those whose
-  /// slots are still being populated, or that are still being gathered; but the gathers that the workers may have do
-  /// not count, so that the disk stays busy meanwhile, and may get as many chunks more. The workers have at most
-  /// WorkerLimits::depth chunks that go through the page cache.
+  /// Whether one more chunk may start on that route. The disk has at most `queue_depth` chunks, including those that
+  /// are still being gathered, or whose slots are still being populated; the workers have at most WorkerLimits::depth
+  /// that go through the page cache.
   bool has_room(Route route, std::uint32_t queue_depth) const;
+  /// How many chunks the workers may gather at a time.
+  std::uint32_t gather_limit() const { return worker_limits_.gathers; }
   /// Whether no chunk is under way.
   bool idle() const { return jobs_.idle(); }
 

@@ -253,9 +253,17 @@ void Transfers::on_came_back(Part& part) {
 void Transfers::on_all_back(Part& part) {
   assert(!schedule_.has(part));
   note_fallbacks(part);
-  if (part.transfer->is_load() && !may_leave_open(part)) return close(part);
+  const bool is_load = part.transfer->is_load();
+  if (is_load && !may_leave_open(part)) return close(part);
   parts_.enter(part, Part::State::kDone, now_);
+  if (is_load) leave(part);
   stop_waiting_for(part);
+}
+
+// The part does not use its file any more.
+void Transfers::leave(Part& part) {
+  if (auto last = part.planned->open.leave()) files_.close(std::move(last));
+  if (part.transfer->is_load()) part.planned.reset();  // The FileWriter of a store reads the sums.
 }
 
 // The transfer does not wait for the part any more. Returns false if it did not wait.
@@ -377,9 +385,7 @@ void Transfers::end(TransferState& transfer) {
   gated_.remove(transfer);
   transfer.driver.gates.clear();  // A gate belongs to its device, which the caller's handle may outlive.
   for (Part& part : transfer.driver.parts) {
-    if (!part.planned) continue;
-    if (auto last = part.planned->open.leave()) files_.close(std::move(last));
-    if (transfer.is_load()) part.planned.reset();  // The FileWriter of a store reads the sums.
+    if (part.planned) leave(part);
   }
   if (disk_.refuses()) transfer.driver.stats.backend = Backend::kWorkers;
   transfer.driver.note_fallback(disk_.fallback_reason());

@@ -27,10 +27,11 @@ namespace flashpack::internal {
 /// caller's memory any more.
 ///
 /// Threads of the pool open a file when its turn comes, a bounded number at a time, and close it when its bytes have
-/// been moved, because both may block in the file system. The driver itself plans and ends a small load of a file that
-/// another load has open, where it can see without waiting that the file is the same, because two threads that wake
-/// each other cost more than that. If little of a file is wanted and all of it is cached, the
+/// been moved, because both may block in the file system. If little of a file is wanted and all of it is cached, the
 /// thread that opens the file reads it, too, and the driver sees no chunk of it.
+///
+/// The driver itself plans and ends a small load of a file that another load has open, if it can see without waiting
+/// that the file is the same. Threads that wake each other would cost more than the load.
 ///
 /// A file system that does not answer delays only the transfers of its own files. Jobs limits the operations and slots
 /// that it may have meanwhile, and OpenParts the open files.
@@ -83,6 +84,7 @@ class Transfers final : public Steps::Owner {
   void on_all_back(Part& part);
   bool may_leave_open(const Part& part) const;
   void close(Part& part);
+  void leave(Part& part);
   void fail(Part& part, const Error& error);
   void give_up(Part& part);
   void look_for_late();

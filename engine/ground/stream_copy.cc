@@ -3,14 +3,15 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __SSE2__
+// The sanitizers of GCC do not see such stores.
+#if defined(__SSE2__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define FLASHPACK_STREAMS
 #include <emmintrin.h>
-
 #endif
 
 namespace flashpack::internal {
 
-#ifdef __SSE2__
+#ifdef FLASHPACK_STREAMS
 
 namespace {
 

@@ -150,8 +150,8 @@ struct EngineOptions {
   /// CPU.
   std::uint32_t chunk_bytes = std::uint32_t{4} << 20;
   /// Direct reads and writes in flight, and chunks whose slots are being populated, 1 to 1024 in all; a few more while
-  /// fresh memory is filled, or while a write copies chunks to its slots. Striped arrays may need more: flashpack_tune
-  /// finds out.
+  /// fresh memory is filled, and for a write, which copies chunks to slots meanwhile. Striped arrays may need more:
+  /// flashpack_tune finds out.
   std::uint32_t queue_depth = 8;
   /// Upper bound of the engine's staging memory in bytes, at least two chunks. 0 is 64 MiB, or 96 MiB for a CUDA
   /// device. For a CUDA device the memory is allocated and page-locked at the start. Otherwise it is allocated when

@@ -89,6 +89,18 @@ TEST_F(ScheduleTest, ChunksStartInTheOrderOfTheTurnsUntilTheDiskIsBusy) {
   EXPECT_EQ(under_way({&first, &second}), (std::vector{1u, 2u}));
 }
 
+TEST_F(ScheduleTest, AStoreHasOnePlaceMoreForTheChunkThatIsGatheredMeanwhile) {
+  const auto store = std::make_shared<TransferState>(TransferRequest{.direction = Direction::kStore});
+  Part& written = part(1, 6);
+  Part& read = part(2, 2);
+  written.transfer = store.get();
+  written.planned->plan = Plan::of_store({{0, 6 * kChunk, memory_.data()}}, kChunk, {});
+  schedule_.add(written);
+  schedule_.add(read);
+  schedule_.start_chunks(steps_);
+  EXPECT_EQ(under_way({&written, &read}), (std::vector{kQueueDepth + 1, 0u}));
+}
+
 TEST_F(ScheduleTest, SmallPartsGoFirstAndLeaveOnePlaceToLargeOnes) {
   Part& large = part(1, 4);
   schedule_.add(large);

@@ -149,6 +149,21 @@ TEST_P(PartsTest, ALoadOfManyFilesNeedsFewDescriptors) {
   EXPECT_EQ(status, 0);
 }
 
+TEST_P(PartsTest, ALoadThatNamesEachOfManyFilesTwiceKeepsNoneOpenThatItHasRead) {
+  write_files(300);
+  const int status = with_few_descriptors([&](Engine& engine) {
+    std::vector<std::vector<std::byte>> memory(600, std::vector<std::byte>(kSmallBytes));
+    LoadRequest request{.cache = CachePolicy::kDirect};
+    for (std::size_t i = 0; i < memory.size(); ++i)
+      request.files.push_back({.path = file(i / 2), .extents = {{0, kSmallBytes, memory[i].data()}}});
+    const TransferStats stats = engine.load(std::move(request));
+    const std::string too_many = std::make_error_code(std::errc::too_many_files_open).message();
+    if (stats.fallback_reason.find(too_many) != std::string::npos) return 2;
+    return std::all_of(memory.begin(), memory.end(), [&](const auto& m) { return right(m); }) ? 0 : 1;
+  });
+  EXPECT_EQ(status, 0) << "1: wrong bytes, 2: a file was not opened for direct reads, else an error";
+}
+
 TEST_P(PartsTest, TheFirstOfManyFilesThatIsMissingFailsTheLoadAndLeavesNothingOpen) {
   write_files(100);
   const int status = with_few_descriptors([&](Engine& engine) {

@@ -289,6 +289,31 @@ def test_a_commit_that_fails_half_way_puts_back_what_was_there(fatal_step, error
     assert model.linear.weight.grad is gradient
 
 
+def test_what_cannot_be_put_back_leaves_the_rest_put_back(pack, monkeypatch):
+    model = Model()
+    source = changed(Model()) | {"linear.weight": torch.ones(8, 8)}
+    path = pack(source)
+    before = state_of(model)
+    set_data, put_back, steps = _assign._set_data, _assign._put_back, []
+
+    def fatal(*args):
+        set_data(*args)
+        steps.append(None)
+        if len(steps) == 2:
+            raise RuntimeError
+
+    def interrupted(*args):
+        put_back(*args)
+        monkeypatch.setattr(_assign, "_put_back", put_back)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_assign, "_set_data", fatal)
+    monkeypatch.setattr(_assign, "_put_back", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        flashpack.assign_from_file(model, path, device="cpu")
+    assert state_of(model) == before
+
+
 class InPlaceBuffer(torch.nn.Module):
     """Counts in one buffer while autograd keeps another, and a parameter, for backward."""
 

@@ -79,7 +79,7 @@ def swap_in(plan: Plan, new_values: dict[int, torch.Tensor], undo: ExitStack) ->
     # One list and one callback, because a callback for each of many tensors takes longer than all else.
     changed: list[_Before] = []
     replaced: list[Slot] = []
-    undo.callback(_put_back, changed, replaced)
+    undo.callback(_put_back_all, changed, replaced)
     for slot in plan.slots.values():
         old = slot.value
         if id(old) not in new_values:
@@ -103,15 +103,29 @@ class _Before(NamedTuple):
     grad: torch.Tensor | None
 
 
-def _put_back(changed: list[_Before], replaced: list[Slot]) -> None:
-    for slot in reversed(replaced):
-        slot.put(slot.value)
-    for parameter, data, required_grad, grad in reversed(changed):
-        with _mode_of(parameter):
-            parameter.requires_grad_(False)
-            parameter.data = data
-            parameter.requires_grad_(required_grad)
-            parameter.grad = grad
+def _put_back_all(changed: list[_Before], replaced: list[Slot]) -> None:
+    """Puts everything back, also if one step fails or is interrupted, and then raises that error."""
+    failed: BaseException | None = None
+    while changed or replaced:
+        try:
+            while replaced:
+                slot = replaced.pop()
+                slot.put(slot.value)
+            while changed:
+                _put_back(changed.pop())
+        except BaseException as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
+def _put_back(before: _Before) -> None:
+    parameter = before.parameter
+    with _mode_of(parameter):
+        parameter.requires_grad_(False)
+        parameter.data = before.data
+        parameter.requires_grad_(before.required_grad)
+        parameter.grad = before.grad
 
 
 def _mode_of(parameter: torch.Tensor) -> AbstractContextManager[object]:
