@@ -172,7 +172,8 @@ def detach(image: Path) -> None:
 
 @contextmanager
 def on_loop_device(folder: Path, direct: bool) -> Iterator[Place]:
-    """Each step is preceded by the registration of its undoing, so that a signal in between leaves nothing behind."""
+    """A new ext4 in a file on a loop device, which reads past the page cache of the file if `direct`."""
+    # The undoing of each step is registered before it, so that a signal in between leaves nothing behind.
     with ExitStack() as undo:
         image, mounted = folder / "image", folder / "mounted"
         undo.callback(image.unlink, missing_ok=True)

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -117,23 +117,30 @@ def test_a_limit_is_set_in_a_cgroup_of_its_own_which_goes_away(cgroups, monkeypa
     assert (cgroups / "cgroup.subtree_control").read_text() == ("-io" if version == 2 else "")
 
 
-def loop_devices():
-    return subprocess.run(["losetup", "--list"], check=True, capture_output=True, text=True).stdout
+def loop_devices_of(folder):
+    """The files below the folder that loop devices have, because others may use such devices at the same time."""
+    if shutil.which("losetup") is None:
+        return []
+    list_files = ["losetup", "--list", "--noheadings", "--output", "BACK-FILE"]
+    files = subprocess.run(list_files, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [file for file in files if file.startswith(f"{folder}/")]
 
 
 @pytest.mark.parametrize("name", tune_slow.PLACES)
 def test_a_place_can_be_used_and_leaves_nothing_behind(name, tmp_path):
-    before = loop_devices()
-    try:
-        with tune_slow.PLACES[name](tmp_path) as place:
-            assert place.run(["sh", "-c", 'echo "$(pwd)" >"$0/file"; cat "$0/file"', place.folder])
-            (place.folder / "file").unlink()
-            cgroup = place.cgroup
-    except (CannotMakeError, OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(tune_slow.reason_of(error))
-    assert cgroup is None or not cgroup.exists()
+    with ExitStack() as stack:
+        try:
+            place = stack.enter_context(tune_slow.PLACES[name](tmp_path))
+        except (CannotMakeError, OSError, subprocess.CalledProcessError) as error:
+            assert loop_devices_of(tmp_path) == []
+            pytest.skip(tune_slow.reason_of(error))
+        if name.startswith("loop"):
+            assert loop_devices_of(tmp_path) == [str(tmp_path / "image")]
+        assert place.run(["sh", "-c", 'echo "$(pwd)" >"$0/file"; cat "$0/file"', place.folder])
+        (place.folder / "file").unlink()
+    assert place.cgroup is None or not place.cgroup.exists()
     assert not (tmp_path / "image").exists()
-    assert loop_devices() == before
+    assert loop_devices_of(tmp_path) == []
 
 
 def test_a_place_may_refuse_io_uring_to_what_runs_there(tmp_path):
@@ -186,16 +193,16 @@ def test_a_place_that_cannot_be_made_is_named_and_the_others_are_measured(run_ma
 
 @pytest.mark.parametrize("name", ["reads", "loop"])
 def test_a_signal_ends_it_and_leaves_nothing_behind(name, tmp_path):
-    before = loop_devices()
     program, folder = tmp_path / "tune", tmp_path / "folder"
     program.write_text("#!/bin/sh\nkill -TERM $PPID\nexec sleep 600\n")
     program.chmod(0o755)
     folder.mkdir()
     command = [sys.executable, tune_slow.__file__, folder, "--program", program, "--places", name]
-    script = subprocess.run(command, check=False, capture_output=True, text=True)
-    if "CANNOT BE MADE" in script.stdout:
-        pytest.skip(script.stdout)
-    assert script.returncode == 128 + signal.SIGTERM, script.stderr
+    script = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    output, errors = script.communicate()
+    if "CANNOT BE MADE" in output:
+        pytest.skip(output)
+    assert script.returncode == 128 + signal.SIGTERM, errors
     assert list(folder.iterdir()) == []
-    assert loop_devices() == before
-    assert not list(Path("/sys/fs/cgroup").glob("**/flashpack_tune_slow.*"))
+    assert loop_devices_of(folder) == []
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/flashpack_tune_slow.{script.pid}"))
