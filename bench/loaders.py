@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from contenders import Tensors, module_of
-from peers import load_tensorizer
+from peers import PARALLEL, load_tensorizer
 
 INDEX = "model.safetensors.index.json"
 OWN_FILE = "model.flashpack"
@@ -173,7 +173,6 @@ TENSORIZER = "tensorizer==2.12.1"
 RUNAI = "runai-model-streamer==0.17.0"
 CHUNKS_OF_8_MIB = {"RUNAI_STREAMER_CHUNK_BYTESIZE": str(8 << 20)}
 TWO_BUFFERED = {"RUNAI_STREAMER_FS_STRATEGY": "sync_buffered", "RUNAI_STREAMER_CONCURRENCY": "2"}
-PARALLEL = {"FLASHPACK_CPU_PARALLEL_READ": "1"}
 EIGHT_THREADS = {
     "FLASHPACK_READ_THREADS": "8",
     "FLASHPACK_NO_THREAD_CLAMP": "1",  # It would start as many threads as there are CPUs.

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import torch  # noqa: E402
 from contenders import Contender, Tensors, checksum, in_turns, module_of, publish, serve  # noqa: E402
 from page_cache import warm  # noqa: E402
-from peers import environment_with, install  # noqa: E402
+from peers import PARALLEL, environment_with, install  # noqa: E402
 
 ELEMENTS = 1024
 OWN_FILE = "many_small.flashpack"
@@ -65,7 +65,6 @@ class Way(NamedTuple):
     environment: dict[str, str] = {}  # noqa: RUF012  A tuple's default is not changed.
 
 
-PARALLEL = {"FLASHPACK_CPU_PARALLEL_READ": "1"}
 WAYS = {
     "flashpack, assign_from_file": Way(partial(by_flashpack, file=OWN_FILE)),
     "flashpack, assign_from_file, in place": Way(partial(by_flashpack, file=OWN_FILE, in_place=True)),

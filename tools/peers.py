@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from contenders import Tensors
 
 FOLDER = Path(__file__).resolve().parent.parent / ".cache" / "peers"
+PARALLEL = {"FLASHPACK_CPU_PARALLEL_READ": "1"}
+"""The environment in which flashpack 0.4.5 reads a file with several threads. Otherwise it maps it."""
 
 
 def folder_of(package: str) -> Path:
@@ -24,15 +27,20 @@ def install(package: str) -> str | None:
     if folder.exists():
         return None
     FOLDER.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(folder.name + ".part")
-    without = FOLDER / "without.txt"
-    without.write_text("".join(f"{name}; sys_platform == 'none'\n" for name in ("torch", "numpy", "triton")))
-    command = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable]
-    command += ["--override", str(without), "--target", str(part), package]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode != 0:
-        return f"cannot be installed: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
-    part.rename(folder)
+    # Two benches may take the same release at once.
+    with tempfile.TemporaryDirectory(dir=FOLDER, prefix=f"{folder.name}.") as temporary:
+        part, without = Path(temporary, "part"), Path(temporary, "without.txt")
+        without.write_text("".join(f"{name}; sys_platform == 'none'\n" for name in ("torch", "numpy", "triton")))
+        command = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable]
+        command += ["--override", str(without), "--target", str(part), package]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            return f"cannot be installed: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
     return None
 
 

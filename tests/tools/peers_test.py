@@ -31,6 +31,15 @@ def test_a_release_is_taken_into_a_folder_of_its_own(folder, monkeypatch, tmp_pa
     assert (folder / "safetensors-0.8.0" / "taken").read_text() == "safetensors==0.8.0\n"
 
 
+def test_a_release_that_another_bench_has_taken_meanwhile_is_left_as_it_is(folder, monkeypatch, tmp_path):
+    theirs = folder / "safetensors-0.8.0"
+    script = 'while [ "$1" != --target ]; do shift; done; mkdir "$2"; echo ours >"$2/taken"'
+    answer_with(monkeypatch, tmp_path, f"{script}; mkdir {theirs}; echo theirs >{theirs}/taken")
+    assert peers.install("safetensors==0.8.0") is None
+    assert (theirs / "taken").read_text() == "theirs\n"
+    assert list(folder.iterdir()) == [theirs]
+
+
 def test_a_release_that_cannot_be_had_says_why_and_leaves_no_folder(folder, monkeypatch, tmp_path):
     answer_with(monkeypatch, tmp_path, 'echo "no network" >&2; exit 1')
     assert peers.install("safetensors==0.8.0") == "cannot be installed: no network"
