@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstddef>
+#include <fstream>
 #include <optional>
 #include <vector>
 
@@ -23,6 +24,7 @@ TEST(Measure, ASeriesGivesRatesOfItsMedianSample) {
 }
 
 TEST(Measure, ThePeakOfMemoryBeginsAnewAndKnowsWhatIsGoneAgain) {
+  if (!(std::ofstream("/proc/self/clear_refs") << "5").flush()) GTEST_SKIP() << "this kernel keeps one peak";
   constexpr std::size_t kBytes = std::size_t{64} << 20;
   std::optional<std::vector<std::byte>> bytes(std::in_place, kBytes);
   touch(*bytes);
