@@ -182,12 +182,12 @@ EIGHT_THREADS = {
 LOADERS = {
     "flashpack": Loader(partial(by_flashpack, file=INDEX), ours=True),
     "flashpack, stream": Loader(by_stream, ours=True),
-    "flashpack, file of its own": Loader(partial(by_flashpack, file=OWN_FILE, verify="never"), ours=True),
+    "flashpack, file of its own, not verified": Loader(partial(by_flashpack, file=OWN_FILE, verify="never"), ours=True),
     "flashpack, file of its own, verified": Loader(partial(by_flashpack, file=OWN_FILE), ours=True),
     "flashpack, into tensors that are there": Loader(
         partial(into_room, file=INDEX), ours=True, room=partial(room_of_flashpack, file=INDEX)
     ),
-    "flashpack, file of its own, into tensors that are there": Loader(
+    "flashpack, file of its own, not verified, into tensors that are there": Loader(
         partial(into_room, file=OWN_FILE, verify="never"), ours=True, room=partial(room_of_flashpack, file=OWN_FILE)
     ),
     "flashpack, into tensors that torch made": Loader(partial(into_room, file=INDEX), ours=True, room=room_of_torch),
