@@ -2,9 +2,9 @@
 
 Every sample is a process of its own, which loads twice: the first load takes fresh memory, and the second comes after
 the first one's tensors are gone. All tensors own their memory in the end, but for those of a map. Contenders take
-turns, the file is dropped from the page cache before each cold load, and that is verified. Before a load of half of it,
-the first half of each file is read, and that is verified, too. Every load's bytes are checked. Durable saves are
-compared by tools/save_bench.py, which has the same peers, and many small tensors by bench/many_small.py.
+turns. Before each load the files are dropped from the page cache, or the first half of each or all of it is read, and
+that is verified. Every load's bytes are checked. Durable saves are compared by tools/save_bench.py, which has the same
+peers, and many small tensors by bench/many_small.py.
 
 Peers are taken from PyPI into .cache/peers when they are not there, and each is there at its default and at its best.
 One that cannot be had, or fails, is named with its reason.
@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 
 from contenders import Contender, Tensors, checksum, decoder_tensors, publish, serve  # noqa: E402
 from loaders import INDEX, LOADERS, OWN_FILE, TENSORIZER, TENSORIZER_FILE, Loader, Streamed, by_safetensors  # noqa: E402
-from page_cache import drop_from_page_cache, resident_fraction, warm, warm_first_half  # noqa: E402
+from page_cache import make_cold, make_warm, resident_fraction, warm_first_half  # noqa: E402
 from peers import environment_with, folder_of, install, save_tensorizer  # noqa: E402
 
 MIB = 1 << 20
@@ -94,11 +94,11 @@ def status_mib(key: str) -> float:
 
 
 def prepare(folder: Path, state: str) -> None:
-    if state == "page cache":
-        return
     for path in folder.iterdir():
-        if (left := drop_from_page_cache(path)) > 0.01:
-            raise RuntimeError(f"{left:.0%} of {path} stayed in the page cache")
+        if state == "page cache":
+            make_warm(path)
+            continue
+        make_cold(path)
         if state == "half cached":
             warm_first_half(path)
             # The index is a page or two, which are whole or not at all.
@@ -338,9 +338,6 @@ def main() -> int:
         gaps["roofline, cold"] = f"no {options.roofline}, which `cmake --build --preset release` makes"
     results = Results(gaps, options.roofline)
     for state in options.states:
-        for path in options.dir.iterdir():
-            if state == "page cache":
-                warm(path)
         for turn in range(options.rounds):
             names = [ROOFLINE] * (state in with_roofline) + options.only
             for name in names[turn % len(names) :] + names[: turn % len(names)]:

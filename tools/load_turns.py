@@ -4,8 +4,9 @@ usage: python tools/load_turns.py FOLDER SETTING SETTING [--size_gib 0.25] [--pa
 
 A setting is a JSON object as in the report of flashpack_tune, such as its "default" and its "best". The file is made in
 FOLDER, and removed in the end. Each turn loads it again and again until --seconds have passed, to memory on huge pages
-that was used before, first past an empty page cache and then from a full one. Prints one JSON object: for "disk" and
-"page_cache" the GB/s of each turn of both settings, in pairs.
+that was used before, first past a page cache that has nothing of it and then from one that has all, which is verified.
+The bytes of each engine's first load are compared with the file. Prints one JSON object: for "disk" and "page_cache"
+the GB/s of each turn of both settings, in pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import flashpack
 import torch
 from flashpack._native import Engine, open_checkpoint
-from page_cache import drop_from_page_cache, warm
+from page_cache import make_cold, make_warm
 
 Pair = tuple[float, float]
 
@@ -43,8 +44,12 @@ def touched_memory(size_bytes: int) -> mmap.mmap:
     """Memory on huge pages where the system gives some, all of which are present."""
     memory = mmap.mmap(-1, size_bytes)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    ctypes.memset(address_of(memory), 0xA5, size_bytes)
+    fill(memory)
     return memory
+
+
+def fill(memory: mmap.mmap) -> None:
+    ctypes.memset(address_of(memory), 0xA5, len(memory))
 
 
 def address_of(memory: mmap.mmap) -> int:
@@ -71,6 +76,19 @@ class Loads:
             moved_bytes += self._checkpoint.payload_bytes
         return moved_bytes / took / 1e9
 
+    def check(self, engine: Engine, prepare: Callable[[Path], object]) -> None:
+        """Loads once, and raises RuntimeError if the memory does not have the file's bytes then."""
+        prepare(self.path)
+        fill(self._memory)
+        self.once(engine)
+        loaded, at = memoryview(self._memory), 0
+        with self.path.open("rb") as file:
+            while at < len(loaded):
+                part = file.read(min(len(loaded) - at, 64 << 20))
+                if not part or loaded[at : at + len(part)] != part:
+                    raise RuntimeError(f"other bytes than those of {self.path} were loaded")
+                at += len(part)
+
     def once(self, engine: Engine) -> dict[str, Any]:
         """Returns the transfer's statistics."""
         return engine.load(self._checkpoint, self._reads, "never")
@@ -79,7 +97,7 @@ class Loads:
 def in_turns(loads: Loads, engines: tuple[Engine, Engine], pairs: int, prepare: Callable[[Path], object]) -> list[Pair]:
     """The GB/s of both engines; who begins changes from pair to pair."""
     for engine in engines:
-        loads.once(engine)  # An engine takes its staging memory at its first load.
+        loads.check(engine, prepare)  # An engine takes its staging memory at its first load.
     measured = []
     for pair in range(pairs):
         speeds = {turn: loads.gb_per_s(engines[turn], prepare) for turn in (pair % 2, 1 - pair % 2)}
@@ -95,9 +113,10 @@ def measure(folder: Path, settings: tuple[dict[str, Any], dict[str, Any]], optio
         del content
         loads = Loads(path, options.seconds)
         engines = (engine_of(settings[0]), engine_of(settings[1]))
-        disk = in_turns(loads, engines, options.pairs, drop_from_page_cache)
-        warm(path)
-        return {"disk": disk, "page_cache": in_turns(loads, engines, options.pairs, lambda path: None)}
+        return {
+            "disk": in_turns(loads, engines, options.pairs, make_cold),
+            "page_cache": in_turns(loads, engines, options.pairs, make_warm),
+        }
 
 
 def main() -> int:

@@ -36,6 +36,22 @@ def drop_from_page_cache(path: Path) -> float:
     return resident_fraction(path)
 
 
+def make_cold(path: Path) -> None:
+    """Raises RuntimeError if more than a hundredth of the file stays in the page cache."""
+    if (left := drop_from_page_cache(path)) > 0.01:
+        raise RuntimeError(f"{left:.0%} of {path} stayed in the page cache")
+
+
+def make_warm(path: Path) -> None:
+    """Raises RuntimeError if more than a hundredth of the file is not in the page cache then. A kernel that is short of
+    memory takes single pages out of it.
+    """
+    if resident_fraction(path) < 1:
+        warm(path)
+    if (there := resident_fraction(path)) < 0.99:
+        raise RuntimeError(f"only {there:.0%} of {path} is in the page cache")
+
+
 def warm_first_half(path: Path) -> None:
     """Reads the first half of the file, without what the kernel would read ahead of it."""
     with path.open("rb", buffering=0) as file:

@@ -37,6 +37,17 @@ def test_contenders_load_what_the_files_have(name, files):
     assert answer["bytes"] == sum(tensor.nbytes for tensor in SMALL.values())
 
 
+def test_a_load_of_our_own_file_that_is_not_verified_says_so():
+    of_our_own = {
+        name: loader.load.keywords
+        for name, loader in compare.LOADERS.items()
+        if getattr(loader.load, "keywords", {}).get("file") == compare.OWN_FILE and loader.ours
+    }
+    assert len(of_our_own) == 3
+    for name, options in of_our_own.items():
+        assert ("not verified" in name) == (options.get("verify") == "never"), name
+
+
 def answer_of(checksum, seconds=1.0):
     load = {"seconds": seconds, "cpu_seconds": 0.5, "bytes": 2_000_000_000, "peak_mib": 0.0, "checksum": checksum}
     return {"first": load, "second": load}
@@ -68,15 +79,26 @@ def test_our_own_wrong_bytes_stop_the_comparison(monkeypatch, tmp_path):
 
 
 def test_a_cold_load_from_a_file_that_stays_cached_is_an_error(monkeypatch, files):
-    monkeypatch.setattr(compare, "drop_from_page_cache", lambda path: 0.5)
+    monkeypatch.setattr(page_cache, "drop_from_page_cache", lambda path: 0.5)
     with pytest.raises(RuntimeError, match="stayed in the page cache"):
         compare.timed_load(compare.LOADERS["flashpack"], files, "cold")
+
+
+def test_before_each_load_from_the_page_cache_all_of_the_files_is_there(monkeypatch, files):
+    paths = list(files.iterdir())
+    for path in paths:
+        page_cache.drop_from_page_cache(path)
+    compare.prepare(files, "page cache")
+    assert [page_cache.resident_fraction(path) for path in paths] == [1] * len(paths)
+    monkeypatch.setattr(page_cache, "resident_fraction", lambda path: 0.98)
+    with pytest.raises(RuntimeError, match=r"only 98% of .* is in the page cache"):
+        compare.timed_load(compare.LOADERS["flashpack"], files, "page cache")
 
 
 def test_before_a_load_of_half_the_first_half_of_each_file_is_cached_and_nothing_else(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(os.urandom(8 << 20))
-    if compare.drop_from_page_cache(path) > 0:
+    if page_cache.drop_from_page_cache(path) > 0:
         pytest.skip("this file system keeps its pages")
     compare.prepare(tmp_path, "half cached")
     # To read without waiting would say less: the kernel begins to read then, and a fast disk is done at once.
@@ -88,7 +110,7 @@ def test_before_a_load_of_half_the_first_half_of_each_file_is_cached_and_nothing
 
 def test_half_a_file_that_is_not_so_cached_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "file").write_bytes(bytes(2 << 20))
-    monkeypatch.setattr(compare, "drop_from_page_cache", lambda path: 0.0)
+    monkeypatch.setattr(page_cache, "drop_from_page_cache", lambda path: 0.0)
     monkeypatch.setattr(compare, "resident_fraction", lambda path: 0.9)
     with pytest.raises(RuntimeError, match=r"90% of .* is in the page cache, and half was wanted"):
         compare.prepare(tmp_path, "half cached")

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import flashpack
 import load_turns
+import page_cache
+import pytest
 import torch
 from load_turns import Loads, engine_of, in_turns
 
@@ -16,7 +18,7 @@ class Recorded:
     def __init__(self):
         self.turns = []
 
-    def once(self, engine):
+    def check(self, engine, prepare):
         self.turns.append(f"first {engine}")
 
     def gb_per_s(self, engine, prepare):
@@ -34,11 +36,27 @@ def test_who_begins_changes_and_the_first_loads_do_not_count():
 def test_an_engine_has_the_options_of_its_setting(tmp_path):
     flashpack.pack_to_file({"a": torch.zeros(16 * MIB, dtype=torch.uint8)}, tmp_path / "file", target_dtype=None)
     loads = Loads(tmp_path / "file", 0)
-    load_turns.drop_from_page_cache(tmp_path / "file")
+    page_cache.drop_from_page_cache(tmp_path / "file")
     stats = {chunk: loads.once(engine_of(DEFAULT | {"chunk_bytes": chunk * MIB})) for chunk in (1, 4)}
     assert stats[1]["operations"] > 2 * stats[4]["operations"]
     by_workers = loads.once(engine_of(DEFAULT | {"backend": "workers", "workers": 1}))
     assert by_workers["backend"] == "workers"
+
+
+def test_an_engine_that_loads_other_bytes_is_found_out_although_the_memory_had_the_right_ones(tmp_path):
+    content = torch.arange(4 * MIB, dtype=torch.int64)
+    flashpack.pack_to_file({"a": content}, tmp_path / "file", target_dtype=None)
+    loads, engine = Loads(tmp_path / "file", 0), engine_of(DEFAULT)
+    loads.check(engine, page_cache.drop_from_page_cache)
+    loads.once = lambda engine: None
+    with pytest.raises(RuntimeError, match="other bytes"):
+        loads.check(engine, lambda path: None)
+
+
+def test_a_file_that_stays_in_the_page_cache_is_not_measured_as_from_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(page_cache, "drop_from_page_cache", lambda path: 0.02)
+    with pytest.raises(RuntimeError, match=r"2% of .* stayed in the page cache"):
+        load_turns.measure(tmp_path, (DEFAULT, DEFAULT), argparse.Namespace(size_gib=0.01, pairs=1, seconds=0.001))
 
 
 def test_both_states_of_the_page_cache_are_measured_and_the_file_is_removed(tmp_path):

@@ -13,3 +13,7 @@ def test_a_file_is_dropped_and_warmed():
         assert page_cache.drop_from_page_cache(path) == page_cache.resident_fraction(path) == 0
         page_cache.warm(path)
         assert page_cache.resident_fraction(path) == 1
+        page_cache.make_cold(path)
+        assert page_cache.resident_fraction(path) == 0
+        page_cache.make_warm(path)
+        assert page_cache.resident_fraction(path) == 1
