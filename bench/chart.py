@@ -14,7 +14,8 @@ STATES = ("cold", "page cache")
 TITLES = {"cold": "from the disk", "page cache": "from the page cache"}
 COLOURS = {True: ("#1f6f54", "#7fc6a8"), False: ("#6b7280", "#c3c8d0")}
 ROOFLINE = "roofline"
-# They have no bars: a map copies nothing, and the others need no memory.
+# A loader with one of these words in its name has no bars, because a map copies nothing, and a load into tensors that
+# are there needs no memory.
 OTHERS = ("mapped", "into tensors")
 
 

@@ -12,7 +12,8 @@ namespace flashpack::bench {
 class StepTimes final : public TraceSink {
  public:
   struct Totals {
-    /// The most reads, or writes, of files that were under way at a time, past the page cache or through it.
+    /// The most steps of one stage that were under way at a time, of the four that read or write files. Reads past the
+    /// page cache and reads through it are two stages, so that those are not added to each other.
     std::uint32_t depth = 0;
     /// The shares of the transfers' time in which at least one read or write of a file was under way, and at least one
     /// copy between staging memory and its place.

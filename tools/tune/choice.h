@@ -20,10 +20,10 @@ const Cell& choose(const std::vector<Cell>& cells);
 
 /// Whether a setting takes the place of the default: somewhere the median gained more than kTolerance and seven eighths
 /// of the pairs gained anything, and nowhere did the median lose as much and three quarters of the pairs lose anything.
-/// A median alone may gain so much by chance. Of seven pairs all have to gain, because on a busy machine, where pairs
-/// differ by more than kTolerance, six of seven gain by chance in one of sixteen trials, and there are several trials.
-/// `ratios` has, for each way to read, the speeds relative to the default of pairs that were measured in turns: 1.1 for
-/// a tenth faster.
+/// A median alone may gain so much by chance, on a busy machine, where pairs differ by more than kTolerance. With
+/// sixteen pairs, which decide() takes of what gains in the median, two may lose: 14 gain by chance in one of 480
+/// trials. `ratios` has, for each way to read, the speeds relative to the default of pairs that were measured in
+/// turns: 1.1 for a tenth faster.
 bool is_better(std::vector<std::vector<double>> ratios);
 
 }  // namespace flashpack::bench
