@@ -35,7 +35,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 
-from contenders import Contender, Tensors, checksum, decoder_tensors, publish, serve  # noqa: E402
+from contenders import (  # noqa: E402
+    SEED,
+    STRIDE,
+    Contender,
+    Tensors,
+    checksum,
+    decoder_shapes,
+    decoder_tensors,
+    publish,
+    serve,
+)
 from loaders import INDEX, LOADERS, OWN_FILE, TENSORIZER, TENSORIZER_FILE, Loader, Streamed, by_safetensors  # noqa: E402
 from page_cache import make_cold, make_warm, resident_fraction, warm_first_half  # noqa: E402
 from peers import environment_with, folder_of, install, save_tensorizer  # noqa: E402
@@ -55,10 +65,25 @@ GAPS = {
 
 
 def make_files(folder: Path, size_gib: float) -> None:
-    """Makes the same checkpoint in every format, unless it is there."""
+    """Makes the same checkpoint in every format, unless it is there. Raises RuntimeError if tensorizer's is missing and
+    cannot be made although the package is there.
+    """
+    shapes = decoder_shapes(size_gib)
+    made_by = json.dumps({"size_gib": size_gib, "shards": SHARDS, "shapes": shapes, "seed": SEED, "stride": STRIDE})
     done = folder / "complete.json"
-    if done.exists() and json.loads(done.read_text()) == size_gib:
-        return
+    if not done.exists() or done.read_text() != made_by:
+        for path in (done, folder / TENSORIZER_FILE, *folder.glob("model-*-of-*.safetensors")):
+            path.unlink(missing_ok=True)
+        make_all_but_tensorizer(folder, size_gib)
+        done.write_text(made_by)
+    if not (folder / TENSORIZER_FILE).exists() and folder_of(TENSORIZER).exists():
+        command = [sys.executable, __file__, "--worker", "serialize", "--dir", str(folder)]
+        serialized = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+        if serialized.returncode != 0:
+            raise RuntimeError(f"{TENSORIZER} cannot make its file: {serialized.stderr.strip()}")
+
+
+def make_all_but_tensorizer(folder: Path, size_gib: float) -> None:
     import flashpack
     import torch
     from safetensors.torch import save_file
@@ -74,15 +99,14 @@ def make_files(folder: Path, size_gib: float) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     flashpack.pack_to_file(tensors, folder / OWN_FILE, silent=True)
     torch.save(tensors, folder / "model.pt")
-    if folder_of(TENSORIZER).exists():
-        subprocess.run([sys.executable, __file__, "--worker", "serialize", "--dir", str(folder)], check=False)
-    done.write_text(json.dumps(size_gib))
 
 
 def serialize(folder: Path) -> None:
     """Makes tensorizer's file, where it is installed."""
     sys.path.insert(0, str(folder_of(TENSORIZER)))
-    save_tensorizer(by_safetensors(folder), folder / TENSORIZER_FILE)
+    part = folder / f"{TENSORIZER_FILE}.part"
+    save_tensorizer(by_safetensors(folder), part)
+    part.rename(folder / TENSORIZER_FILE)
 
 
 def status_mib(key: str) -> float:

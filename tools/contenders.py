@@ -19,6 +19,11 @@ import torch
 Tensors = dict[str, torch.Tensor]
 Item = TypeVar("Item")
 
+SEED = 0
+"""Of the numbers in generated tensors."""
+STRIDE = 4099
+"""Each generated tensor begins so many elements behind the one before in the numbers that they share."""
+
 
 class Contender:
     """A process that answers each line it reads with a line of JSON; see `serve`."""
@@ -114,10 +119,15 @@ def publish(result: Mapping[str, Any], text: str, out: Path | None) -> None:
 
 def decoder_tensors(size_gib: float) -> Tensors:
     """Those of a decoder in bfloat16, the same every time; at least so many bytes."""
+    shapes = decoder_shapes(size_gib)
+    return _layers(size_gib, shapes, 4 * shapes["q"][0] ** 2)
+
+
+def decoder_shapes(size_gib: float) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer of decoder_tensors()."""
     # One wide layer has more than a small model has in all.
     width = 4096 if size_gib >= 0.125 else 512
-    shapes = {"q": (width, width), "k": (width // 4, width), "up": (3 * width, width), "norm": (width,)}
-    return _layers(size_gib, shapes, 4 * width * width)
+    return {"q": (width, width), "k": (width // 4, width), "up": (3 * width, width), "norm": (width,)}
 
 
 def small_tensors(size_gib: float) -> Tensors:
@@ -129,14 +139,14 @@ def small_tensors(size_gib: float) -> Tensors:
 def _layers(size_gib: float, shapes: Mapping[str, tuple[int, ...]], block_elems: int) -> Tensors:
     tensors: Tensors = {}
     # Making random numbers takes longer than loading them: all tensors are parts of one block, each from elsewhere.
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(SEED)
     block = torch.randint(-(1 << 15), 1 << 15, (block_elems,), dtype=torch.int16, generator=generator)
     block = block.view(torch.bfloat16)
     size_bytes = 0
     while size_bytes < size_gib * (1 << 30):
         for part, shape in shapes.items():
             elements = torch.Size(shape).numel()
-            begin = len(tensors) * 4099 % (block.numel() - elements)
+            begin = len(tensors) * STRIDE % (block.numel() - elements)
             tensor = block[begin : begin + elements].clone().view(shape)
             tensors[f"layers.{len(tensors) // len(shapes)}.{part}"] = tensor
             size_bytes += tensor.nbytes

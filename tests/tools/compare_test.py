@@ -22,6 +22,40 @@ def files(monkeypatch, tmp_path):
     return tmp_path / "files"
 
 
+def write_times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_files_are_made_once_and_anew_for_another_generator(files, monkeypatch):
+    stale = files / "model-00001-of-00002.safetensors"
+    stale.write_bytes(b"")
+    before = write_times(files)
+    compare.make_files(files, 1)
+    assert write_times(files) == before
+    monkeypatch.setattr(compare, "decoder_shapes", lambda size_gib: {"q": (1, 2)})
+    compare.make_files(files, 1)
+    after = write_times(files)
+    assert after.keys() == before.keys() - {stale.name}
+    assert all(after[name] != before[name] for name in after)
+
+
+def test_the_file_of_tensorizer_is_made_as_soon_as_the_package_is_there_and_a_failure_has_its_reason(
+    files, monkeypatch, tmp_path
+):
+    program = tmp_path / "python"
+    monkeypatch.setattr(compare.sys, "executable", str(program))
+    program.write_text('#!/bin/sh\necho "no such module" >&2; exit 1\n')
+    program.chmod(0o755)
+    compare.make_files(files, 1)
+    peers.folder_of(compare.TENSORIZER).mkdir(parents=True)
+    with pytest.raises(RuntimeError, match="cannot make its file: no such module"):
+        compare.make_files(files, 1)
+    program.write_text(f'#!/bin/sh\necho "$2 $3" >>{files / compare.TENSORIZER_FILE}\n')
+    for _ in range(2):
+        compare.make_files(files, 1)
+    assert (files / compare.TENSORIZER_FILE).read_text() == "--worker serialize\n"
+
+
 @pytest.mark.parametrize(
     "name",
     [
