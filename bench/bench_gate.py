@@ -61,12 +61,17 @@ class Result(NamedTuple):
 
 
 def bounds_of(gate: dict[str, Any]) -> list[Bound]:
-    """Raises KeyError, TypeError, ValueError or AttributeError for a gate of another shape."""
+    """A row may have a tolerance of its own, or one for its least or its most figures.
+
+    Raises KeyError, TypeError, ValueError or AttributeError for a gate of another shape.
+    """
     bounds = []
     for row, limits in gate["rows"].items():
         for kind, least in (("least", True), ("most", False)):
             for figure, value in limits.get(kind, {}).items():
-                tolerance = limits.get("tolerance", gate["tolerance"][kind])
+                tolerance = limits.get("tolerance", {})
+                if isinstance(tolerance, dict):
+                    tolerance = (gate["tolerance"] | tolerance)[kind]
                 bounds.append(Bound(row, figure, float(value), least, float(tolerance)))
     return bounds
 
