@@ -17,11 +17,12 @@ struct OpenFile;
 
 /// A file that Engine::open() has opened, for any number of loads of that engine, also at the same time. It is for
 /// programs that read a little again and again, such as indices or blocks of a cache, because to open and close a file
-/// costs more than to read a few pages of it. Pass it as FileExtents::handle.
+/// costs more than to read a few pages of it. Small loads by path that are under way at the same time share the file,
+/// too, but each of them still looks where its path leads. Pass it as FileExtents::handle.
 ///
 /// The handle keeps the file, whatever is at its path by now. A load through it of more than EngineOptions::chunk_bytes
 /// in all, or whose checksums are compared, notices a change of the file, as other loads do. A smaller one does not
-/// look, because that would cost as much as the read: where a file may be written in place, ask unchanged(), or use
+/// look, because that would cost as much as the read: where a file may be written in place, ask check(), or use
 /// checksums.
 ///
 /// Copies share the file, which is closed after the last copy and the last load. Thread safety: as a shared_ptr. It may
