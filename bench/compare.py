@@ -223,7 +223,7 @@ class Results:
     """Samples by contender and state, and the reasons of those that are out."""
 
     def __init__(self, reasons: dict[str, str], program: Path = PROGRAM) -> None:
-        """`program`: that measures the rooflines."""
+        """`program`: the one that measures the rooflines."""
         self.reasons = reasons
         self.program = program
         self.samples: dict[tuple[str, str], list[dict[str, Any]]] = {}

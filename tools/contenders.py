@@ -20,7 +20,7 @@ Tensors = dict[str, torch.Tensor]
 Item = TypeVar("Item")
 
 SEED = 0
-"""Of the numbers in generated tensors."""
+"""The seed of the numbers in generated tensors."""
 STRIDE = 4099
 """Each generated tensor begins so many elements behind the one before in the numbers that they share."""
 

@@ -84,7 +84,7 @@ def refuse_io_uring() -> None:
 
 
 class Place(NamedTuple):
-    """Where loads are measured."""
+    """A place where loads are measured."""
 
     folder: Path
     cgroup: Path | None = None
@@ -132,7 +132,7 @@ def disk_of(folder: Path, block_devices: Path = Path("/sys/dev/block")) -> str:
 
 
 def io_controller(mounts: Path = Path("/proc/self/mounts")) -> tuple[Path, int]:
-    """Where the cgroups that can limit block devices are mounted, and their version."""
+    """The folder where the cgroups that can limit block devices are mounted, and their version."""
     for line in mounts.read_text().splitlines():
         _, folder, kind, options, *_ = line.split()
         if kind == "cgroup" and "blkio" in options.split(","):

@@ -43,7 +43,7 @@ TEST(Subject, ALoadWithAPolicyBeginsWithNothingCachedAndGoesTheWayOfThePolicy) {
   EXPECT_EQ(resident_fraction(path), 1);
 }
 
-// Nothing where the kernel does not count them.
+// Empty where the kernel does not count them.
 std::optional<std::uint64_t> bytes_read_by_this_process() {
   std::ifstream io("/proc/self/io");
   for (std::string name; io >> name;) {
