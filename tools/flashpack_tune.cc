@@ -100,7 +100,8 @@ struct Shares {
   double page_cache;
 };
 
-// The reason why the workers carry out all reads, so that there is nothing to compare io_uring with; empty if they do not.
+// The reason why the workers carry out all reads, so that there is nothing to compare io_uring with; empty if they do
+// not.
 std::string why_workers_alone(const Device& device) {
   const Engine engine(options_of(kUsual, device));
   if (engine.options().backend != Backend::kWorkers) return {};
