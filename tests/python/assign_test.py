@@ -289,10 +289,9 @@ def test_a_commit_that_fails_half_way_puts_back_what_was_there(fatal_step, error
     assert model.linear.weight.grad is gradient
 
 
-def test_what_cannot_be_put_back_leaves_the_rest_put_back(pack, monkeypatch):
+def test_an_interrupt_while_a_model_is_put_back_leaves_nothing_of_the_load(pack, monkeypatch):
     model = Model()
-    source = changed(Model()) | {"linear.weight": torch.ones(8, 8)}
-    path = pack(source)
+    path = pack(changed(Model()))
     before = state_of(model)
     set_data, put_back, steps = _assign._set_data, _assign._put_back, []
 
@@ -303,7 +302,6 @@ def test_what_cannot_be_put_back_leaves_the_rest_put_back(pack, monkeypatch):
             raise RuntimeError
 
     def interrupted(*args):
-        put_back(*args)
         monkeypatch.setattr(_assign, "_put_back", put_back)
         raise KeyboardInterrupt
 
@@ -312,6 +310,31 @@ def test_what_cannot_be_put_back_leaves_the_rest_put_back(pack, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         flashpack.assign_from_file(model, path, device="cpu")
     assert state_of(model) == before
+
+
+def test_what_cannot_be_put_back_leaves_the_rest_put_back(pack, monkeypatch):
+    model = Model()
+    path = pack(changed(Model()))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    set_data, put_back, assigned = _assign._set_data, _assign._put_back, []
+
+    def fatal(parameter, new):
+        set_data(parameter, new)
+        assigned.append(parameter)
+        if len(assigned) == 2:
+            raise RuntimeError
+
+    def broken(entry):
+        if entry.parameter is assigned[-1]:
+            raise ValueError("it cannot be put back")
+        put_back(entry)
+
+    monkeypatch.setattr(_assign, "_set_data", fatal)
+    monkeypatch.setattr(_assign, "_put_back", broken)
+    with pytest.raises(ValueError, match="it cannot be put back"):
+        flashpack.assign_from_file(model, path, device="cpu")
+    left = [parameter for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    assert [id(parameter) for parameter in left] == [id(assigned[-1])]
 
 
 class InPlaceBuffer(torch.nn.Module):

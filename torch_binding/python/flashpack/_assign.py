@@ -109,10 +109,14 @@ def _put_back_all(changed: list[_Before], replaced: list[Slot]) -> None:
     while changed or replaced:
         try:
             while replaced:
-                slot = replaced.pop()
-                slot.put(slot.value)
+                replaced[-1].put(replaced[-1].value)
+                replaced.pop()
             while changed:
-                _put_back(changed.pop())
+                _put_back(changed[-1])
+                changed.pop()
+        except Exception as error:  # The same step would fail again.
+            failed = failed or error
+            (replaced or changed).pop()
         except BaseException as error:
             failed = failed or error
     if failed is not None:
