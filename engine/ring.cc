@@ -31,6 +31,13 @@ constexpr std::uint64_t kCancelTag = std::uint64_t{1} << 62;
 // is the first that shows that a slot is used again; later ones were not compared.
 constexpr std::uint8_t kRegisterAtUse = 2;
 
+// So many operations are handed to the kernel at once, and fewer if the owner waits. The disk gets none of them before
+// the last one is prepared. Batches as large as the queue depth come back together, too, so that the disk idles while
+// the next one is prepared: 32 reads of 64 KiB in flight then have 0.87 to 0.91 of the rate of plain io_uring, and 0.96
+// or more with batches of 8, 4, 2 or 1 (engine_bench, load/cold/random_64_kib). 8 is the default queue depth, at which
+// large reads go to the disk in batches of any size.
+constexpr unsigned kSubmitAtOnce = 8;
+
 // A kernel that lacks memory or room for completions answers EAGAIN or EBUSY for a moment. If it does so for this long,
 // the refusal is taken for final. This and the periods below are bounds, and not tuned.
 constexpr std::chrono::seconds kMaxRefusal{1};
@@ -173,6 +180,8 @@ void Ring::push(unsigned tag, const DiskRequest& request) {
   prepare(sqe, request, fixed);
   if (request.may_block) ::io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
   ::io_uring_sqe_set_data64(sqe, tag);
+  // If the kernel refuses, the entries stay, and wait() finds that out.
+  if (::io_uring_sq_ready(ring_.get()) >= kSubmitAtOnce) ::io_uring_submit(ring_.get());
 }
 
 void Ring::prepare(io_uring_sqe* sqe, const DiskRequest& request, bool fixed) {

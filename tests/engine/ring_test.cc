@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 
@@ -84,6 +85,20 @@ TEST_F(RingTest, ARingHasNoDescriptorAndGivesItsPlaceBack) {
       ASSERT_EQ(std::filesystem::read_symlink(fd, gone).string().find("io_uring"), std::string::npos) << i;
     }
   }
+}
+
+TEST_F(RingTest, TheKernelGetsOperationsBeforeTheOwnerWaitsIfThereAreSeveral) {
+  std::array<int, 2> ends{};
+  ASSERT_EQ(::pipe2(ends.data(), O_CLOEXEC), 0);
+  const UniqueFd out(ends[0]);
+  const UniqueFd in(ends[1]);
+  std::vector<std::byte> bytes(1);
+  for (unsigned tag = 0; tag < 8; ++tag)
+    ring_->push(tag, {.op = DiskRequest::Op::kWrite, .fd = in.get(), .offset_bytes = 0, .memory = bytes});
+  pollfd ready{out.get(), POLLIN, 0};
+  EXPECT_EQ(::poll(&ready, 1, 10'000), 1) << "no write has begun";
+  std::size_t ended = 0;
+  while (ended < 8) ended += ring_->wait(std::nullopt).size();
 }
 
 TEST_F(RingTest, ReadsIntoSlotsBeforeAndAfterTheyAreRegistered) {
