@@ -73,7 +73,7 @@ def _check_memory(entry: Entry, value: torch.Tensor) -> None:
         )
     if end_bytes(value) > value.untyped_storage().nbytes():
         raise ValueError(f"{entry.name!r} has less memory than its shape needs")
-    if value.numel() and _may_overlap_itself(value):
+    if not value.is_contiguous() and value.numel() and _may_overlap_itself(value):
         raise ValueError(f"{entry.name!r} has one memory for several of its elements, as expand() and unfold() make it")
 
 

@@ -149,6 +149,8 @@ def allocate_tensor(dtype: str, shape: Sequence[int], offset_bytes: int, device:
 
 def extent_bytes(tensor: torch.Tensor) -> int:
     """Returns the size of the memory from the first element to the end of the last one; 0 if there are none."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return int(last + 1) * tensor.element_size() if tensor.numel() else 0
 
