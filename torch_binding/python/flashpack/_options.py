@@ -43,7 +43,7 @@ class Filters(NamedTuple):
         return cls(listed(names), listed(prefixes), listed(suffixes))
 
     def ignore(self, name: str) -> bool:
-        return is_ignored_tensor_name(name, *self)
+        return self != (None, None, None) and is_ignored_tensor_name(name, *self)
 
     def after_renaming(self, names: Iterable[str], renamed: Mapping[str, str], of_model: Iterable[str]) -> Filters:
         """Returns filters for a file whose `names` are `renamed`, to those of a model that has the names `of_model`.

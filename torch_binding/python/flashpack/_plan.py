@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -19,8 +20,7 @@ from .utils import string_to_dtype
 DTypeOf = Callable[[Entry], torch.dtype]
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One name under which a module holds a parameter or buffer."""
 
     module: torch.nn.Module
