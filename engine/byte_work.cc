@@ -213,6 +213,9 @@ int as_read_fails(int error, std::span<std::byte> memory) {
   return error == EINVAL || (error == ENOMEM && !is_mapped()) ? EFAULT : error;
 }
 
+// Tells whether the memory is fresh: its first page and its last may have bytes of other chunks.
+bool is_middle_populated(std::span<std::byte> memory) { return is_populated(memory.subspan(memory.size() / 2, 1)); }
+
 // Populates the caller's memory before it is copied to or from. A copy to memory that is not mapped, not writable or
 // has no page left would end the process, whereas a failed populate is only an error, as EFAULT is for a read. On small
 // pages that are present, this costs a fraction of the copy, on huge ones nothing, and fresh pages it populates faster
@@ -365,7 +368,5 @@ bool is_populated(std::span<std::byte> memory) {
   }
   return true;
 }
-
-bool is_middle_populated(std::span<std::byte> memory) { return is_populated(memory.subspan(memory.size() / 2, 1)); }
 
 }  // namespace flashpack::internal

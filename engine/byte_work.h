@@ -78,8 +78,4 @@ void clear_gaps(const ChunkView& view, std::span<const Fragment> fragments);
 /// tell; false if some of the memory is not mapped.
 bool is_populated(std::span<std::byte> memory);
 
-/// The same for the page in the middle of `memory`, which tells whether the memory is fresh: the first page and the
-/// last may have bytes of other chunks.
-bool is_middle_populated(std::span<std::byte> memory);
-
 }  // namespace flashpack::internal

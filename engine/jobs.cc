@@ -44,18 +44,17 @@ std::optional<TraceStage> stage_of(const Job& job) {
 }
 
 // Whether a chunk that needs no slot is moved without one. The disks of virtual machines read so much slower to small
-// pages that a read to a slot, which has huge ones, and a copy take less time (engine_bench, cost/read_into). Such
-// machines are those where huge pages cost too much. Fresh pages have to be populated in either case, and then a copy
-// would only cost more. Small loads stay in place, because a program that makes many of them, to take little memory,
-// would have that of the slots as well. The groups of a stream from Python must not (bench/README.md); otherwise the
-// limit is not tuned.
+// pages, populated or fresh, that a read to a slot, which has huge ones, and a copy take less time (engine_bench,
+// cost/read_into). Such machines are those where huge pages cost too much. Small loads stay in place, because a program
+// that makes many of them, to take little memory, would have that of the slots as well. The groups of a stream from
+// Python must not (bench/README.md); otherwise the limit is not tuned.
 bool stays_in_place(const Part& part, const Chunk& chunk) {
   constexpr std::uint64_t kLeastBytes = 32 * kMiB;
   PagePolicy* const policy = part.transfer->request.page_policy;
   if (!part.transfer->is_load() || !policy || part.transfer->request.total_bytes < kLeastBytes) return true;
   const Fragment& target = part.plan().fragments_of(chunk).front();
   const std::span memory(target.memory, target.size_bytes);
-  return !(policy->has_small_pages(memory.data()) && is_middle_populated(memory));
+  return !policy->has_small_pages(memory.data());
 }
 
 }  // namespace

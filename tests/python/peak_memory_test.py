@@ -13,8 +13,10 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "torch_binding" / "python" / "docs" / "memory.md"
 MIB = 1 << 20
-# A call may take this besides, whatever the size of the file: windows, the engine's staging, threads.
-BESIDES_BYTES = 64 * MIB
+# A call may take this besides, whatever the size of the file: windows, the engine's staging of 64 MiB, threads.
+BESIDES_BYTES = 96 * MIB
+# A peak so far below what the table says would mean that the table says too much.
+LEAST_BELOW_BYTES = 64 * MIB
 
 # Each call has a fork of a process that has imported everything, so that imports do not count.
 PROGRAM = r"""
@@ -161,5 +163,5 @@ def test_a_call_takes_as_much_at_its_peak_as_the_table_says(measured, call):
         "the pages of the source, which is mapped": 256 * MIB,
     }[said]
     assert peak_bytes <= expected + BESIDES_BYTES
-    assert peak_bytes >= expected - BESIDES_BYTES
-    assert result_bytes >= BESIDES_BYTES or said != "its result"
+    assert peak_bytes >= expected - LEAST_BELOW_BYTES
+    assert result_bytes >= LEAST_BELOW_BYTES or said != "its result"
