@@ -52,9 +52,7 @@ bool stays_in_place(const Part& part, const Chunk& chunk) {
   constexpr std::uint64_t kLeastBytes = 32 * kMiB;
   PagePolicy* const policy = part.transfer->request.page_policy;
   if (!part.transfer->is_load() || !policy || part.transfer->request.total_bytes < kLeastBytes) return true;
-  const Fragment& target = part.plan().fragments_of(chunk).front();
-  const std::span memory(target.memory, target.size_bytes);
-  return !policy->has_small_pages(memory.data());
+  return !policy->has_small_pages(part.plan().fragments_of(chunk).front().memory);
 }
 
 }  // namespace
