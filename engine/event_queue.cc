@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <iterator>
@@ -15,6 +14,7 @@
 
 #include "engine/ground/error.h"
 #include "engine/ground/unique_fd.h"
+#include "engine/transfer_state.h"
 #include "flashpack/detail/owner_process.h"
 
 namespace flashpack {
@@ -62,22 +62,20 @@ class EventQueue::Shared {
     return taken;
   }
 
-  /// `ended` is a handle of the transfer if it has ended, else it is not valid.
-  void add(const Event& event, Transfer ended) {
+  /// `ended` is the transfer if it has ended, else null. All threads see its end before anybody is told of the event,
+  /// so that nobody who takes the event has to wait for the driver.
+  void add(const Event& event, const Transfer* ended = nullptr) {
     const std::lock_guard lock(mutex_);
-    if (!fd_) return;
-    waiting_.push_back({event, std::move(ended)});
+    if (fd_) waiting_.push_back(event);
+    if (ended) internal::TransferState::publish_end(*ended);
     if (waiting_.size() == 1) tell();
   }
 
   std::size_t take(std::span<Event> events) {
     const std::lock_guard lock(mutex_);
     const std::size_t count = std::min(events.size(), waiting_.size());
-    for (Event& event : events.first(count)) {
-      event = waiting_.front().event;
-      await_end(waiting_.front().ended);
-      waiting_.pop_front();
-    }
+    std::copy_n(waiting_.begin(), count, events.begin());
+    waiting_.erase(waiting_.begin(), waiting_.begin() + static_cast<std::ptrdiff_t>(count));
     if (count > 0 && waiting_.empty()) untell();
     return count;
   }
@@ -85,24 +83,10 @@ class EventQueue::Shared {
   void close() {
     const std::lock_guard lock(mutex_);
     fd_.reset();
-    for (Waiting& each : waiting_) each.ended.detach();
     waiting_.clear();
   }
 
  private:
-  struct Waiting {
-    Event event;
-    Transfer ended;
-  };
-
-  // The transfer has ended for its driver. Other threads see the end only after the driver has returned from
-  // Listener::done(), so this may have to wait a moment.
-  static void await_end(Transfer& ended) {
-    if (!ended.valid()) return;
-    ended.wait_for(std::chrono::nanoseconds::max());
-    ended.detach();
-  }
-
   // Neither call can block or fail: the counter is 0 or 1.
   void tell() {
     const std::uint64_t one = 1;
@@ -116,19 +100,18 @@ class EventQueue::Shared {
   const detail::OwnerProcess owner_;
   std::mutex mutex_;       // Protects the rest.
   internal::UniqueFd fd_;  // Constant until close().
-  std::deque<Waiting> waiting_;
+  std::deque<Event> waiting_;
   std::list<Listener> listeners_;
 };
 
 void EventQueue::Listener::landed(std::size_t file, std::size_t extent) noexcept {
-  shared_->add({.kind = Event::Kind::kLanded, .tag = tag_, .file = file, .extent = extent}, {});
+  shared_->add({.kind = Event::Kind::kLanded, .tag = tag_, .file = file, .extent = extent});
 }
 
 void EventQueue::Listener::done(Transfer& transfer) noexcept {
-  // Taken out before the event is added, because take() may hold the mutex from then on until this call has returned.
+  // The listener and what it shares with the queue must live until this call returns.
   const std::list<Listener> ends_with_this_call = shared_->take_out(*this);
-  const std::error_code error = transfer.error();
-  shared_->add({.kind = Event::Kind::kDone, .tag = tag_, .error = error}, std::move(transfer));
+  shared_->add({.kind = Event::Kind::kDone, .tag = tag_, .error = transfer.error()}, &transfer);
 }
 
 EventQueue::EventQueue() : shared_(std::make_shared<Shared>()) {}

@@ -30,12 +30,12 @@ class Inbox;
 /// completion has returned, so that a Completion may be destroyed as soon as wait() has returned. reach(),
 /// publish() and the waits act; the other functions ask.
 ///
-/// Thread safety: any thread; only the driver calls reach() and publish(), each once.
+/// Thread safety: any thread; only the driver calls reach(), once, and publish().
 class TransferEnd {
  public:
   /// The transfer has ended: nothing of it is under way any more.
   void reach(std::optional<Failure> failure, TransferStats stats);
-  /// Wakes the threads that wait.
+  /// Wakes the threads that wait. More than one call does no harm.
   void publish();
 
   /// Whether reach() has been called.
@@ -108,6 +108,8 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   explicit TransferState(TransferRequest wanted = {}) : request(wanted) {}
 
   static Transfer handle(std::shared_ptr<TransferState> state) { return Transfer(std::move(state)); }
+  /// A completion that outlives its done() whatever others do calls this within done(), to show them the end earlier.
+  static void publish_end(const Transfer& ended) { ended.state_->end.publish(); }
   bool is_load() const noexcept { return request.direction == Direction::kLoad; }
   const char* verb() const noexcept { return is_load() ? "read" : "write"; }
 

@@ -58,8 +58,7 @@ class EventQueue {
   int fd() const noexcept;
 
   /// Moves the oldest events to the beginning of `events` and returns their number, 0 if none waits. A loop that is
-  /// told of edges alone calls it until it returns less than `events.size()`. It never waits for an event, but may wait
-  /// until the driver has returned from telling of a transfer's end.
+  /// told of edges alone calls it until it returns less than `events.size()`. It never waits for an event.
   std::size_t take(std::span<Event> events) noexcept;
 
   /// Engine::start_load(), whose events come with `tag`, which need not be unique. The transfer may be detached; the

@@ -183,8 +183,7 @@ flashpack_status flashpack_events_create(flashpack_events** events, flashpack_er
 /// was waiting. It belongs to `events` and is only to be polled, neither read nor closed. -1 for NULL.
 int32_t flashpack_events_fd(const flashpack_events* events);
 /// Moves the oldest events, at most `capacity`, to `taken`, and sets `count` to their number, 0 if none waits. It never
-/// waits for an event, but may wait until the driver has returned from telling of a transfer's end. A loop that is told
-/// of edges alone calls it until `count` is less than `capacity`.
+/// waits for an event. A loop that is told of edges alone calls it until `count` is less than `capacity`.
 flashpack_status flashpack_events_take(flashpack_events* events, flashpack_event* taken, size_t capacity, size_t* count,
                                        flashpack_error** error);
 /// Transfers that are under way go on, and their events are lost.
