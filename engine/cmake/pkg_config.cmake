@@ -27,6 +27,10 @@ if(TARGET CudaRuntime::cudart)
 endif()
 flashpack_install_pc(flashpack-engine "The engine of flashpack, for C++20" "${archives_of_engine}"
   "liburing >= 2.3, libisal >= 2.30" -pthread)
+if(TARGET flashpack_tuning)
+  flashpack_install_pc(flashpack-tuning "The options that flashpack_tune found for a disk, for C++20"
+    "-lflashpack_tuning -lflashpack_json" "flashpack-engine = ${PROJECT_VERSION}")
+endif()
 if(TARGET flashpack_format)
   flashpack_install_pc(flashpack-format "The file formats of flashpack, for C++20" "-lflashpack_format -lflashpack_json"
     "flashpack-engine = ${PROJECT_VERSION}")
