@@ -33,7 +33,7 @@ struct Way {
   std::function<void()> run;
 };
 
-// Shows, for each way, the median time and CPU time of one piece of work.
+// Shows, for each way, the time of one piece of work, and the median of its CPU time.
 void time_in_turns(benchmark::State& state, const std::vector<Way>& ways) {
   std::vector<std::vector<double>> wall_us(ways.size());
   std::vector<std::vector<double>> cpu_us(ways.size());
@@ -45,7 +45,7 @@ void time_in_turns(benchmark::State& state, const std::vector<Way>& ways) {
     return sample;
   });
   for (std::size_t i = 0; i < ways.size(); ++i) {
-    state.counters[ways[i].name + "_us"] = median(wall_us[i]);
+    show(state, ways[i].name + "_", "us", summarize(wall_us[i]));
     state.counters[ways[i].name + "_cpu_us"] = median(cpu_us[i]);
   }
 }

@@ -58,7 +58,7 @@ void prepare(const Checkpoint& checkpoint, CachePolicy cache) {
 }
 
 void report(benchmark::State& state, const Series& series) {
-  state.counters["GB/s"] = series.gb_per_s();
+  show(state, "", "GB/s", series.rates());
   state.counters["cpu_s/GB"] = series.cpu_s_per_gb();
   state.counters["spread"] = series.spread();
 }

@@ -71,19 +71,19 @@ class SmallTensors {
   std::filesystem::path path_;
 };
 
-// Runs `work` and shows the median of its time, and that time for each tensor.
+// Runs `work` and shows its time, and the median of that time for each tensor.
 template <class Work>
 void time_tensors(benchmark::State& state, std::size_t tensors, int repeats, Work work) {
-  std::vector<double> seconds;
+  std::vector<double> milliseconds;
   for (auto _ : state) {
     const Sample sample = measure([&] {
       for (int i = 0; i < repeats; ++i) work();
     });
-    seconds.push_back(sample.seconds / repeats);
-    state.SetIterationTime(seconds.back());
+    milliseconds.push_back(sample.seconds * 1e3 / repeats);
+    state.SetIterationTime(sample.seconds / repeats);
   }
-  state.counters["ms"] = median(seconds) * 1e3;
-  state.counters["us/tensor"] = median(seconds) * 1e6 / static_cast<double>(tensors);
+  show(state, "", "ms", summarize(milliseconds));
+  state.counters["us/tensor"] = median(milliseconds) * 1e3 / static_cast<double>(tensors);
 }
 
 void bench_open(benchmark::State& state, const Setup& setup, FileFormat format, std::size_t tensors) {

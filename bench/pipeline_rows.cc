@@ -29,7 +29,7 @@ void bench_instant(benchmark::State& state, const Setup& setup, CachePolicy cach
     state.SetIterationTime(sample.seconds);
   }
   state.counters["driver_us/chunk"] = (pipeline.driver_cpu_seconds() - before) * 1e6 / static_cast<double>(chunks);
-  state.counters["GB/s"] = series.gb_per_s();
+  show(state, "", "GB/s", series.rates());
 }
 
 }  // namespace

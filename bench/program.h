@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "bench/support/measure.h"
+
 namespace flashpack::bench {
 
 /// Registers `bench`, which measures its time itself, for `rounds` iterations. An exception ends only that benchmark
@@ -23,6 +25,13 @@ void add_rounds(const std::string& name, int rounds, Bench bench) {
     }
   };
   benchmark::RegisterBenchmark(name.c_str(), run)->UseManualTime()->Iterations(rounds)->Unit(benchmark::kMillisecond);
+}
+
+/// Shows the median of a figure, and its least and greatest value, under names that begin with `prefix`.
+inline void show(benchmark::State& state, const std::string& prefix, const std::string& unit, const Summary& figure) {
+  state.counters[prefix + unit] = figure.median;
+  state.counters[prefix + "min_" + unit] = figure.min;
+  state.counters[prefix + "max_" + unit] = figure.max;
 }
 
 /// Reads the options of `app`, and passes the others to Google Benchmark. Returns the exit status if the program is to

@@ -6,6 +6,7 @@
 #include <span>
 #include <utility>
 
+#include "bench/program.h"
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
 #include "bench/support/step_times.h"
@@ -108,16 +109,18 @@ void run_rounds(benchmark::State& state, std::vector<Contender>& all, const Turn
 
 void report(benchmark::State& state, const std::vector<Contender>& all, const TransferStats& stats) {
   const Series& roof = roofline(all);
-  const auto show = [&](const std::string& name, const Series& series) {
-    state.counters[name + "GB/s"] = series.gb_per_s();
-    state.counters[name + "cpu_s/GB"] = series.cpu_s_per_gb();
-    state.counters[name + "of_roof"] = series.gb_per_s() / roof.gb_per_s();
+  const auto show_series = [&](const std::string& prefix, const Series& series) {
+    show(state, prefix, "GB/s", series.rates());
+    state.counters[prefix + "cpu_s/GB"] = series.cpu_s_per_gb();
   };
-  show("", all.front().series);
-  state.counters["roof_GB/s"] = roof.gb_per_s();
-  state.counters["roof_cpu_s/GB"] = roof.cpu_s_per_gb();
+  const auto show_beside_roof = [&](const std::string& prefix, const Series& series) {
+    show_series(prefix, series);
+    state.counters[prefix + "of_roof"] = series.gb_per_s() / roof.gb_per_s();
+  };
+  show_beside_roof("", all.front().series);
+  show_series("roof_", roof);
   for (const Contender& other : all) {
-    if (!other.name.empty()) show(other.name + "_", other.series);
+    if (!other.name.empty()) show_beside_roof(other.name + "_", other.series);
   }
   state.counters["spread"] = all.front().series.spread();
   state.SetLabel(describe(stats));

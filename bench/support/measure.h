@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -35,6 +34,16 @@ class PeakMemory {
 /// The middle value, or the mean of the two middle ones. Requires: not empty.
 double median(std::vector<double> values);
 
+/// What the samples of one figure come to.
+struct Summary {
+  double median = 0;
+  double min = 0;
+  double max = 0;
+};
+
+/// Requires: not empty.
+Summary summarize(const std::vector<double>& values);
+
 /// Samples of the same work, each of which moves `size_bytes`.
 class Series {
  public:
@@ -44,12 +53,16 @@ class Series {
     seconds_.push_back(sample.seconds);
     cpu_seconds_.push_back(sample.cpu_seconds);
   }
-  double gb_per_s() const { return gigabytes_ / median(seconds_); }
+  Summary rates() const {
+    const Summary seconds = summarize(seconds_);
+    return {.median = gigabytes_ / seconds.median, .min = gigabytes_ / seconds.max, .max = gigabytes_ / seconds.min};
+  }
+  double gb_per_s() const { return rates().median; }
   double cpu_s_per_gb() const { return median(cpu_seconds_) / gigabytes_; }
   /// Half the distance between the quickest and the slowest sample, relative to the median.
   double spread() const {
-    const auto [low, high] = std::minmax_element(seconds_.begin(), seconds_.end());
-    return (*high - *low) / 2 / median(seconds_);
+    const Summary seconds = summarize(seconds_);
+    return (seconds.max - seconds.min) / 2 / seconds.median;
   }
 
  private:

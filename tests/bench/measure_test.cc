@@ -19,8 +19,17 @@ TEST(Measure, ASeriesGivesRatesOfItsMedianSample) {
   Series series(2'000'000'000);
   for (const Sample sample : {Sample{1.0, 0.1}, Sample{2.0, 0.2}, Sample{9.0, 0.9}}) series.add(sample);
   EXPECT_DOUBLE_EQ(series.gb_per_s(), 1.0);
+  EXPECT_DOUBLE_EQ(series.rates().median, 1.0);
   EXPECT_DOUBLE_EQ(series.cpu_s_per_gb(), 0.1);
   EXPECT_DOUBLE_EQ(series.spread(), 2.0);
+}
+
+TEST(Measure, TheLeastAndGreatestRatesAreThoseOfTheSlowestAndTheQuickestSample) {
+  Series series(3'000'000'000);
+  for (const double seconds : {1.5, 3.0, 1.0}) series.add({.seconds = seconds});
+  EXPECT_DOUBLE_EQ(series.rates().min, 1.0);
+  EXPECT_DOUBLE_EQ(series.rates().median, 2.0);
+  EXPECT_DOUBLE_EQ(series.rates().max, 3.0);
 }
 
 TEST(Measure, ThePeakOfMemoryBeginsAnewAndKnowsWhatIsGoneAgain) {
