@@ -1,13 +1,11 @@
 #include <fcntl.h>
 #include <poll.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <boost/asio/bind_executor.hpp>
 #include <boost/asio/io_context.hpp>
-#include <cstring>
 #include <exception>
 #include <random>
 #include <semaphore>
@@ -33,7 +31,7 @@ namespace {
 class Reads {
  public:
   Reads(const Checkpoint& checkpoint, std::size_t count, std::uint64_t least_bytes, std::uint64_t most_bytes)
-      : path_(checkpoint.path()) {
+      : checkpoint_(checkpoint) {
     std::vector<std::uint64_t> cells;
     for (std::uint64_t at = 0; at + most_bytes <= checkpoint.metadata().payload_bytes; at += most_bytes)
       cells.push_back(at);
@@ -60,7 +58,7 @@ class Reads {
     LoadRequest request;
     request.files.push_back(
         {.extents = {{read.offset_bytes, read.size_bytes, target + read.at_bytes}}, .handle = file});
-    if (!file.valid()) request.files.front().path = path_;
+    if (!file.valid()) request.files.front().path = checkpoint_.path();
     return request;
   }
 
@@ -72,15 +70,7 @@ class Reads {
   }
 
   void check(const std::byte* target) const {
-    const OpenFile file(path_, O_RDONLY);
-    std::vector<std::byte> expected;
-    for (const Read& read : all_) {
-      expected.resize(read.size_bytes);
-      const ssize_t got = ::pread(file.fd(), expected.data(), expected.size(), static_cast<off_t>(read.offset_bytes));
-      if (got != static_cast<ssize_t>(expected.size())) throw file.error("read", EIO);
-      if (std::memcmp(expected.data(), target + read.at_bytes, expected.size()) != 0)
-        throw std::runtime_error("wrong bytes in a small load");
-    }
+    for (const Read& read : all_) checkpoint_.check(read.offset_bytes, {target + read.at_bytes, read.size_bytes});
   }
 
  private:
@@ -90,7 +80,7 @@ class Reads {
     std::uint64_t at_bytes;
   };
 
-  std::filesystem::path path_;
+  const Checkpoint& checkpoint_;
   std::vector<Read> all_;
   std::uint64_t size_bytes_ = 0;
 };

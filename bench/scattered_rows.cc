@@ -1,8 +1,6 @@
 #include <fcntl.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cstring>
 #include <deque>
 #include <random>
 #include <stdexcept>
@@ -121,17 +119,6 @@ std::vector<std::uint64_t> random_offsets(std::uint64_t payload_bytes) {
   return cells;
 }
 
-void check_reads(const Checkpoint& checkpoint, const std::vector<std::uint64_t>& offsets, const std::byte* target) {
-  const OpenFile file(checkpoint.path(), O_RDONLY);
-  std::vector<std::byte> expected(kReadBytes);
-  for (const std::uint64_t offset : offsets) {
-    if (::pread(file.fd(), expected.data(), kReadBytes, static_cast<off_t>(offset)) != kReadBytes)
-      throw file.error("read", EIO);
-    if (std::memcmp(expected.data(), target, kReadBytes) != 0) throw std::runtime_error("wrong bytes in a random read");
-    target += kReadBytes;
-  }
-}
-
 // Measures one request of small reads beside plain io_uring at depth 32. The engine has 32 reads in flight, too.
 void bench_random(benchmark::State& state, const Setup& setup) {
   const std::vector<std::uint64_t> offsets = random_offsets(setup.checkpoint.metadata().payload_bytes);
@@ -157,7 +144,8 @@ void bench_random(benchmark::State& state, const Setup& setup) {
   for (const Contender& each : all) {
     touch(setup.touched.bytes());
     turn(each);
-    check_reads(setup.checkpoint, offsets, setup.touched.data());
+    for (std::size_t i = 0; i < offsets.size(); ++i)
+      setup.checkpoint.check(offsets[i], {setup.touched.data() + i * kReadBytes, kReadBytes});
   }
   run_rounds(state, all, turn);
   report(state, all, stats);

@@ -78,13 +78,18 @@ std::vector<Contender> rooflines(const Setup& setup, Cache cache) {
   return {{load(CachePolicy::kDirect), Series(size)}, {load(CachePolicy::kBuffered), Series(size)}};
 }
 
-Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Memory memory) {
+Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Memory memory, const Check& check) {
   prepare(setup.checkpoint, cache);
-  if (memory == Memory::kTouched) return measure([&] { contender.run(setup.touched.data()); });
+  const auto run_in = [&](std::byte* target) {
+    const Sample sample = measure([&] { contender.run(target); });
+    if (check) check(target);
+    return sample;
+  };
+  if (memory == Memory::kTouched) return run_in(setup.touched.data());
   const HostMemoryPool& pool = setup.engine.options().memory_pool;
   pool.release_kept();
   const HostMemory fresh(pool, setup.touched.bytes().size());
-  return measure([&] { contender.run(fresh.data()); });
+  return run_in(fresh.data());
 }
 
 void take_turns(benchmark::State& state, std::size_t count, const std::function<Sample(std::size_t)>& take_turn) {
@@ -149,8 +154,8 @@ void bench_in_turns(benchmark::State& state, const Setup& setup, const EngineWor
   std::vector<Contender> all = std::move(others);
   all.insert(all.begin(), ours.contender(setup.checkpoint.metadata().payload_bytes, stats));
   touch(setup.touched.bytes());
-  run_once(setup, all.front(), cache, Memory::kTouched);
-  setup.checkpoint.check(setup.touched.data() + offset);
+  run_once(setup, all.front(), cache, memory,
+           [&](const std::byte* target) { setup.checkpoint.check(target + offset); });
   const Turn turn = [&](const Contender& contender) { return run_once(setup, contender, cache, memory); };
   run_rounds(state, all, turn);
   report(state, all, stats);

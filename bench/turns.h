@@ -62,7 +62,11 @@ using Turn = std::function<Sample(const Contender&)>;
 /// half in the page cache these are loads of the engine, all past it and all through it.
 std::vector<Contender> rooflines(const Setup& setup, Cache cache);
 
-Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Memory memory);
+/// Looks at what a contender has loaded to the memory that it was given. Throws if that is wrong.
+using Check = std::function<void(const std::byte*)>;
+
+/// Runs the contender with memory of that kind. `check` looks at it after the clock has stopped.
+Sample run_once(const Setup& setup, const Contender& contender, Cache cache, Memory memory, const Check& check = {});
 
 /// Takes one turn of each of `count` contenders per iteration: `take_turn` prepares and measures that of the contender
 /// with its index. Each round begins with another one, so that none always profits from its place. The iteration's time
@@ -78,7 +82,7 @@ void report(benchmark::State& state, const std::vector<Contender>& all, const Tr
 /// depth, and the shares of the time in which the file and copies were busy.
 void report_steps(benchmark::State& state, const EngineWork& ours, const Turn& turn);
 
-/// Checks the bytes that `ours` loads to `offset` in the touched memory, then measures it and the others in turns.
+/// Checks the bytes that `ours` loads to `offset` in memory of that kind, then measures it and the others in turns.
 void bench_in_turns(benchmark::State& state, const Setup& setup, const EngineWork& ours, std::vector<Contender> others,
                     Cache cache, Memory memory = Memory::kTouched, std::size_t offset = 0);
 

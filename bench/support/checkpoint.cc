@@ -98,17 +98,17 @@ LoadRequest Checkpoint::request(std::byte* target, CachePolicy cache) const {
 }
 
 void Checkpoint::check(const std::byte* target) const {
+  for (const TensorRecord& record : metadata_.records)
+    check(record.offset_bytes, {target + record.offset_bytes, record.size_bytes});
+}
+
+void Checkpoint::check(std::uint64_t offset_bytes, std::span<const std::byte> loaded) const {
   const OpenFile file(path_, O_RDONLY);
-  std::vector<std::byte> expected;
-  for (const TensorRecord& record : metadata_.records) {
-    expected.resize(record.size_bytes);
-    const auto offset = static_cast<off_t>(record.offset_bytes);
-    const ssize_t result = ::pread(file.fd(), expected.data(), expected.size(), offset);
-    if (result != static_cast<ssize_t>(expected.size())) throw file.error("read", result < 0 ? errno : EIO);
-    if (std::memcmp(expected.data(), target + offset, expected.size()) != 0) {
-      throw std::runtime_error("wrong bytes in " + record.name);
-    }
-  }
+  std::vector<std::byte> expected(loaded.size());
+  const ssize_t result = ::pread(file.fd(), expected.data(), expected.size(), static_cast<off_t>(offset_bytes));
+  if (result != static_cast<ssize_t>(expected.size())) throw file.error("read", result < 0 ? errno : EIO);
+  if (std::memcmp(expected.data(), loaded.data(), expected.size()) != 0)
+    throw std::runtime_error("wrong bytes at " + std::to_string(offset_bytes) + " of " + path_.string());
 }
 
 }  // namespace flashpack::bench

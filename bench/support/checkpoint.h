@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <span>
 #include <vector>
 
 #include "flashpack/engine.h"
@@ -32,6 +33,9 @@ class Checkpoint {
 
   /// Throws: std::runtime_error unless `target` has the bytes of every tensor.
   void check(const std::byte* target) const;
+
+  /// The same of bytes that were loaded from one place in the file.
+  void check(std::uint64_t offset_bytes, std::span<const std::byte> loaded) const;
 
  private:
   std::filesystem::path path_;

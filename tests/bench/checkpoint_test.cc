@@ -33,6 +33,8 @@ TEST_F(CheckpointFile, IsMadeLoadedCheckedAndRemoved) {
     Engine engine;
     engine.load(checkpoint.request(memory.data()));
     checkpoint.check(memory.data());
+    checkpoint.check(4096, std::span(memory).subspan(4096));
+    EXPECT_THROW(checkpoint.check(0, std::span(memory).subspan(4096)), std::runtime_error);
     memory.back() ^= std::byte{1};
     EXPECT_THROW(checkpoint.check(memory.data()), std::runtime_error);
   }
