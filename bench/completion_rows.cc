@@ -199,12 +199,14 @@ void bench_form(benchmark::State& state, const Setup& setup, const Reads& reads,
   const OpenFile file(setup.checkpoint.path(), cache == Cache::kCold ? O_RDONLY | O_DIRECT : O_RDONLY);
   Countdown countdown;
   Engine engine({.queue_depth = kDepth, .staging_bytes = std::uint64_t{256} << 20});
-  const FileHandle handle = open == Open::kBefore ? engine.open(setup.checkpoint.path()) : FileHandle();
   TransferStats stats;
-  const auto ours = [&](std::byte* target) { stats = form({engine, countdown, reads, target, handle}); };
+  const EngineWork ours{engine, [&](Engine& by, std::byte* target) {
+                          const FileHandle handle =
+                              open == Open::kBefore ? by.open(setup.checkpoint.path()) : FileHandle();
+                          return form({by, countdown, reads, target, handle});
+                        }};
   const auto raw = [&](std::byte* target) { reads.read_raw(file, target); };
-  const Series none(reads.size_bytes());
-  std::vector<Contender> all{{ours, none}, {raw, none}};
+  std::vector<Contender> all{ours.contender(reads.size_bytes(), stats), {raw, Series(reads.size_bytes())}};
   const auto turn = [&](const Contender& each) { return run_once(setup, each, cache, Memory::kTouched); };
   for (const Contender& each : all) {
     touch(setup.touched.bytes());
@@ -213,6 +215,7 @@ void bench_form(benchmark::State& state, const Setup& setup, const Reads& reads,
   }
   run_rounds(state, all, turn);
   report(state, all, stats);
+  report_steps(state, ours, turn);
   const auto cpu_us_per_load = [&reads](const Contender& each) {
     const double gb_per_load = static_cast<double>(reads.size_bytes()) / 1e9 / static_cast<double>(reads.count());
     return each.series.cpu_s_per_gb() * gb_per_load * 1e6;

@@ -151,6 +151,7 @@ void bench_load(benchmark::State& state, const Setup& setup, CachePolicy cache, 
       },
       [&] { stats = engine.load(request_for(setup, shape)); });
   check_on_device(setup, shape);
+  state.counters["pinned_MiB"] = static_cast<double>(engine.pinned_bytes()) / kMiB;
   std::string label = to_string(stats.backend);
   label += stats.pinned ? ", pinned" : ", not pinned";
   state.SetLabel(stats.fallback_reason.empty() ? label : label + ", " + stats.fallback_reason);
