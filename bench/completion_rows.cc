@@ -190,9 +190,6 @@ TransferStats await_all(const Work& work) {
   return work.countdown.wait();
 }
 
-/// Whether each load opens the file, or all are given one that is open.
-enum class Open { kByLoad, kBefore };
-
 // Measures loads that are outstanding all at once, one start_load() for each, beside plain io_uring at the depth of the
 // engine, which goes through the page cache if the file is in it.
 void bench_form(benchmark::State& state, const Setup& setup, const Reads& reads, Form form, Cache cache, Open open) {

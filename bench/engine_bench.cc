@@ -108,33 +108,44 @@ void bench_reported(benchmark::State& state, const Setup& setup, Cache cache) {
 }
 
 // Measures small loads of cached bytes one after the other, which shows the cost of a load as such.
-void bench_small(benchmark::State& state, const Setup& setup) {
+void bench_small(benchmark::State& state, const Setup& setup, std::uint64_t load_bytes, Open open) {
   constexpr std::uint64_t kLoads = 1000;
-  constexpr std::uint64_t kBytes = 16 << 10;
   const std::filesystem::path& path = setup.checkpoint.path();
   const std::uint64_t step_bytes = setup.checkpoint.metadata().payload_bytes / kLoads;
   TransferStats stats;
   const auto one_by_one = [&](const auto& load) {
     return [&, load](std::byte* target) {
-      for (std::uint64_t i = 0; i < kLoads; ++i) load(i * step_bytes, target + i * kBytes);
+      for (std::uint64_t i = 0; i < kLoads; ++i) load(i * step_bytes, target + i * load_bytes);
     };
   };
+  const FileHandle handle = open == Open::kBefore ? setup.engine.open(path) : FileHandle();
+  const OpenFile opened(path, O_RDONLY);
   const auto ours = [&](std::uint64_t offset, std::byte* target) {
-    stats = setup.engine.load({.files = {{.path = path, .extents = {{offset, kBytes, target}}}}});
+    FileExtents file{.extents = {{offset, load_bytes, target}}, .handle = handle};
+    if (open == Open::kByLoad) file.path = path;
+    stats = setup.engine.load({.files = {std::move(file)}});
+  };
+  const auto pread = [&](const OpenFile& file, std::uint64_t offset, std::byte* target) {
+    if (::pread(file.fd(), target, load_bytes, static_cast<off_t>(offset)) != static_cast<ssize_t>(load_bytes))
+      throw file.error("pread");
   };
   const auto raw = [&](std::uint64_t offset, std::byte* target) {
-    const OpenFile file(path, O_RDONLY);
-    if (::pread(file.fd(), target, kBytes, static_cast<off_t>(offset)) != kBytes) throw file.error("pread");
+    open == Open::kBefore ? pread(opened, offset, target) : pread(OpenFile(path, O_RDONLY), offset, target);
   };
   touch(setup.touched.bytes());
-  std::vector<Contender> all{{one_by_one(ours), Series(kLoads * kBytes)}, {one_by_one(raw), Series(kLoads * kBytes)}};
+  const Series none(kLoads * load_bytes);
+  std::vector<Contender> all{{one_by_one(ours), none}, {one_by_one(raw), none}};
   run_once(setup, all.front(), Cache::kResident, Memory::kTouched, [&](const std::byte* target) {
-    for (std::uint64_t i = 0; i < kLoads; ++i) setup.checkpoint.check(i * step_bytes, {target + i * kBytes, kBytes});
+    for (std::uint64_t i = 0; i < kLoads; ++i)
+      setup.checkpoint.check(i * step_bytes, {target + i * load_bytes, load_bytes});
   });
   run_rounds(state, all,
              [&](const Contender& each) { return run_once(setup, each, Cache::kResident, Memory::kTouched); });
   report(state, all, stats);
-  state.counters["cpu_us/load"] = all.front().series.cpu_s_per_gb() * kBytes / 1e3;
+  const auto us_of = [&](const Series& series) { return static_cast<double>(load_bytes) / series.gb_per_s() / 1e3; };
+  state.counters["us/load"] = us_of(all.front().series);
+  state.counters["roof_us/load"] = us_of(all.back().series);
+  state.counters["cpu_us/load"] = all.front().series.cpu_s_per_gb() * static_cast<double>(load_bytes) / 1e3;
 }
 
 // Whether a file is replaced, which costs the freeing of its blocks, too.
@@ -236,7 +247,10 @@ void register_all(const Setup& setup, int rounds) {
   add_load("load/page_cache/fresh_memory", Cache::kResident, Memory::kFresh);
   add_load("load/half_resident/halves", Cache::kHalves, Memory::kTouched);
   add_load("load/half_resident/stripes", Cache::kStripes, Memory::kTouched);
-  add("load/page_cache/small_one_by_one", [&](benchmark::State& state) { bench_small(state, setup); });
+  add("load/page_cache/small_one_by_one",
+      [&](benchmark::State& state) { bench_small(state, setup, 16 * kKiB, Open::kByLoad); });
+  add("load/page_cache/small_one_by_one/4_kib_open",
+      [&](benchmark::State& state) { bench_small(state, setup, 4 * kKiB, Open::kBefore); });
   add("load/cold/workers_beside_ring", [&](benchmark::State& state) { bench_workers(state, setup); });
   add("load/cold/through_slots_beside_in_place", [&](benchmark::State& state) { bench_through_slots(state, setup); });
   const auto add_verified = [&](const char* name, Cache cache) {

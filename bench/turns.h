@@ -23,6 +23,9 @@ enum class Cache { kCold, kHalves, kStripes, kResident };
 
 enum class Memory { kTouched, kFresh };
 
+/// Whether each load opens the file, or all are given one that is open.
+enum class Open { kByLoad, kBefore };
+
 /// A target that is moved by this many bytes cannot be read in place.
 inline constexpr std::size_t kOddBytes = 64;
 
