@@ -56,6 +56,12 @@ SHARDS = 4
 STATES = ("cold", "half cached", "page cache")
 COLUMNS = ("first", "second", "CPU", "peak", "of the roofline")
 LIMIT_S = 300.0
+JUDGED = [name for name, loader in LOADERS.items() if loader.owns and loader.room is None]
+LEAST_SAMPLES = 3
+NOISE = (
+    f"Within the noise: the median is greater, but samples overlap, or there are fewer than {LEAST_SAMPLES} of one of "
+    "them."
+)
 ROOFLINE = "roofline"
 PROGRAM = ROOT / "build" / "release" / "bench" / "roofline"
 GAPS = {
@@ -273,13 +279,44 @@ def row_of(results: Results, name: str, state: str) -> dict[str, Any]:
     return row | ({"first_tensor_of_time": first} if first else {})
 
 
+def verdict(results: Results, state: str, turn: str) -> dict[str, Any]:
+    """Says which peers have a greater median than a row of ours, among the loads to new memory of their own.
+
+    It is beyond the noise if both have enough samples and every one of the peer's is faster than every one of ours.
+    """
+    rates = {
+        name: [rate(answer[turn]) for answer in results.samples[name, state]]
+        for name in JUDGED
+        if (name, state) in results.samples
+    }
+    faster: dict[str, list[str]] = {"faster": [], "faster_within_noise": []}
+    for ours in (name for name in rates if LOADERS[name].ours):
+        for peer in (name for name in rates if not LOADERS[name].ours):
+            enough = min(len(rates[ours]), len(rates[peer])) >= LEAST_SAMPLES
+            if enough and min(rates[peer]) > max(rates[ours]):
+                faster["faster"].append(f"{peer} than {ours}")
+            elif statistics.median(rates[peer]) > statistics.median(rates[ours]):
+                faster["faster_within_noise"].append(f"{peer} than {ours}")
+    return {"state": state, "turn": turn, "of": len(rates), **faster}
+
+
+def said(found: dict[str, Any]) -> str:
+    text = "; ".join(found["faster"] + [f"{pair}, within the noise" for pair in found["faster_within_noise"]])
+    return f"{found['state']}, {found['turn']} load: " + (
+        f"faster: {text}" if text else f"ours are the fastest of {found['of']}"
+    )
+
+
 def report(results: Results) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name in [ROOFLINE, *LOADERS]:
         states = [state for state in STATES if (name, state) in results.samples]
         if states:
             rows[name] = {state: row_of(results, name, state) for state in states}
-    return {"rows": rows, "missing": results.reasons}
+    judged_of_ours = [name for name in JUDGED if LOADERS[name].ours]
+    states = [state for state in STATES if any((name, state) in results.samples for name in judged_of_ours)]
+    verdicts = [verdict(results, state, turn) for state in states for turn in ("first", "second")]
+    return {"rows": rows, "missing": results.reasons, "verdicts": verdicts}
 
 
 def machine(folder: Path) -> dict[str, Any]:
@@ -330,6 +367,8 @@ def as_markdown(result: dict[str, Any], command: str) -> str:
         for state, row in states.items()
         if "first_tensor_of_time" in row
     ]
+    lines += ["", f"Which peers are faster than a row of ours, where loads end with memory of their own. {NOISE}", ""]
+    lines += [f"* {said(found)}" for found in result["verdicts"]]
     return "\n".join(lines) + "\n"
 
 

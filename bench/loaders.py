@@ -165,6 +165,8 @@ class Loader(NamedTuple):
     """The release that is taken from PyPI; nothing for what the environment has."""
     environment: dict[str, str] = {}  # noqa: RUF012  A tuple's default is not changed.
     ours: bool = False
+    owns: bool = True
+    """Whether the tensors end with memory of their own, and not with pages of the file."""
     room: Callable[[Path], Any] | None = None
     """(folder) -> memory for the tensors, which is made before the clock runs."""
 
@@ -191,7 +193,7 @@ LOADERS = {
         partial(into_room, file=OWN_FILE, verify="never"), ours=True, room=partial(room_of_flashpack, file=OWN_FILE)
     ),
     "flashpack, into tensors that torch made": Loader(partial(into_room, file=INDEX), ours=True, room=room_of_torch),
-    "safetensors 0.8.0, mapped, all pages touched": Loader(by_map, "safetensors==0.8.0"),
+    "safetensors 0.8.0, mapped, all pages touched": Loader(by_map, "safetensors==0.8.0", owns=False),
     "safetensors 0.8.0 + clone": Loader(by_safetensors, "safetensors==0.8.0"),
     "safetensors 0.8.0, pread": Loader(by_pread, "safetensors==0.8.0"),
     "safetensors 0.9.0rc1 + clone": Loader(by_safetensors, "safetensors==0.9.0rc1"),

@@ -101,7 +101,49 @@ def test_a_peer_that_loads_other_bytes_is_out_and_is_named(monkeypatch, tmp_path
     assert "| roofline | 4.00 |  |  |  |  |\n" in text
     assert "| flashpack | 2.00 | 2.00 | 0.25 | 0.00 | 0.50, 0.50 |\n" in text
     assert f"| {PEER} | {PEER} loaded other bytes" in text
+    assert "* cold, first load: ours are the fastest of 1\n" in text
     assert "no network" in text
+
+
+def take_rates(monkeypatch, rates):
+    results = Results({})
+    for name, (first, second) in rates.items():
+        for pair in zip(first, second, strict=True):
+            loads = [answer_of(1, 2 / rate)["first"] for rate in pair]
+            monkeypatch.setattr(compare, "sample", lambda *_, loads=loads: {"first": loads[0], "second": loads[1]})
+            results.take(name, "cold", None)
+    return compare.report(results)["verdicts"]
+
+
+def test_the_verdict_names_the_peers_that_are_faster_and_says_if_that_is_noise(monkeypatch):
+    stream, mapped = "flashpack, stream", "safetensors 0.8.0, mapped, all pages touched"
+    first, second = take_rates(
+        monkeypatch,
+        {
+            "flashpack": ([2.0, 2.1, 2.2], [2.0, 2.1, 2.2]),
+            stream: ([4.0, 4.1, 4.2], [3.0, 3.1, 3.2]),
+            PEER: ([2.3, 2.4, 2.5], [1.0, 1.1, 1.2]),
+            "torch.load": ([2.1, 2.2, 2.3], [1.0, 1.1, 1.2]),
+            mapped: ([9.0, 9.0, 9.0], [9.0, 9.0, 9.0]),
+            "flashpack, into tensors that are there": ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]),
+        },
+    )
+    assert first["faster"] == [f"{PEER} than flashpack"]
+    assert first["faster_within_noise"] == ["torch.load than flashpack"]
+    assert compare.said(first) == (
+        f"cold, first load: faster: {PEER} than flashpack; torch.load than flashpack, within the noise"
+    )
+    assert compare.said(second) == "cold, second load: ours are the fastest of 4"
+
+
+def test_two_rounds_do_not_tell_a_faster_peer_from_noise(monkeypatch):
+    first, _ = take_rates(monkeypatch, {"flashpack": ([2.0, 2.0], [2.0, 2.0]), PEER: ([9.0, 9.0], [9.0, 9.0])})
+    assert first["faster"] == []
+    assert first["faster_within_noise"] == [f"{PEER} than flashpack"]
+
+
+def test_without_a_row_of_ours_there_is_no_verdict(monkeypatch):
+    assert take_rates(monkeypatch, {PEER: ([1.0], [1.0])}) == []
 
 
 def test_our_own_wrong_bytes_stop_the_comparison(monkeypatch, tmp_path):
