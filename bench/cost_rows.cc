@@ -241,19 +241,26 @@ void bench_fresh_copy(benchmark::State& state) {
   time_in_turns(state, {{"populated", kCopies, prepare, copy(true)}, {"not", kCopies, prepare, copy(false)}});
 }
 
-// Compares direct reads of 4 MiB, 8 in flight, into small pages and into huge ones.
-void bench_read_into(benchmark::State& state, const Setup& setup) {
-  const std::uint64_t size = std::min<std::uint64_t>(setup.checkpoint.metadata().payload_bytes, 512 * kMiB);
-  const double count = static_cast<double>(size) / (4 * kMiB);
+// Compares direct reads of `bytes`, 8 in flight, into small pages and into huge ones.
+void bench_read_into(benchmark::State& state, const Setup& setup, std::uint64_t bytes) {
+  const std::uint64_t count = std::min<std::uint64_t>(setup.checkpoint.metadata().payload_bytes, 256 * kMiB) / bytes;
+  const std::uint64_t size = count * bytes;
   HostRegion small(size + kPageBytes, "tensors");
   HostRegion huge(size + kPageBytes, "tensors");
   if (::madvise(small.data(), size, MADV_NOHUGEPAGE) != 0) throw std::runtime_error("the kernel has no huge pages");
   for (const HostRegion* region : {&small, &huge}) touch(region->bytes());
   const auto prepare = [&] { drop_from_page_cache(setup.checkpoint.path()); };
+  const OpenFile direct(setup.checkpoint.path(), O_RDONLY | O_DIRECT);
   const auto read = [&](const HostRegion& into) {
-    return [&] { read_direct(setup.checkpoint.path(), into.bytes().first(size)); };
+    return [&] {
+      std::vector<Piece> pieces;
+      for (std::uint64_t at = 0; at < size; at += bytes)
+        pieces.push_back({&direct, at, into.bytes().subspan(at, bytes)});
+      read_pieces(pieces, 8);
+    };
   };
-  time_in_turns(state, {{"small_pages", count, prepare, read(small)}, {"huge_pages", count, prepare, read(huge)}});
+  const auto reads = static_cast<double>(count);
+  time_in_turns(state, {{"small_pages", reads, prepare, read(small)}, {"huge_pages", reads, prepare, read(huge)}});
 }
 
 }  // namespace
@@ -272,7 +279,10 @@ void register_cost_rows(const Setup& setup, int rounds) {
   add_rounds("cost/first_touch", rounds, bench_first_touch);
   add_rounds("cost/touchable", rounds, bench_touchable);
   add_rounds("cost/fresh_copy", rounds, bench_fresh_copy);
-  add_rounds("cost/read_into", rounds, [&](benchmark::State& state) { bench_read_into(state, setup); });
+  for (const std::uint64_t kib : {64u, 256u, 1024u, 2048u, 4096u}) {
+    add_rounds("cost/read_into_" + std::to_string(kib) + "_kib", rounds,
+               [=, &setup](benchmark::State& state) { bench_read_into(state, setup, kib * kKiB); });
+  }
 }
 
 }  // namespace flashpack::bench

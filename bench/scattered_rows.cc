@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <functional>
 #include <random>
 #include <stdexcept>
 
@@ -105,9 +106,10 @@ void bench_many_files(benchmark::State& state, const Setup& setup) {
 
 constexpr std::uint64_t kReadBytes = 64 << 10;
 
-// Offsets of 4,096 reads, each at a random page of its own 128 KiB, in random order.
+constexpr std::size_t kReads = 4096;
+
+// Offsets of reads, each at a random page of its own 128 KiB, in random order.
 std::vector<std::uint64_t> random_offsets(std::uint64_t payload_bytes) {
-  constexpr std::size_t kReads = 4096;
   constexpr std::uint64_t kCellBytes = 2 * kReadBytes;
   std::vector<std::uint64_t> cells;
   for (std::uint64_t at = 0; at + kCellBytes <= payload_bytes; at += kCellBytes) cells.push_back(at);
@@ -119,11 +121,20 @@ std::vector<std::uint64_t> random_offsets(std::uint64_t payload_bytes) {
   return cells;
 }
 
-// Measures one request of small reads beside plain io_uring at depth 32. The engine has 32 reads in flight, too.
-void bench_random(benchmark::State& state, const Setup& setup) {
-  const std::vector<std::uint64_t> offsets = random_offsets(setup.checkpoint.metadata().payload_bytes);
-  const OpenFile direct(setup.checkpoint.path(), O_RDONLY | O_DIRECT);
-  Engine engine({.queue_depth = kDepth, .staging_bytes = std::uint64_t{256} << 20});
+// Offsets of reads that follow on each other, in random order, so that their memory does not.
+std::vector<std::uint64_t> run_of_offsets(std::uint64_t payload_bytes) {
+  if (payload_bytes < kReads * kReadBytes) throw std::runtime_error("a run of reads needs a file of at least 256 MiB");
+  std::vector<std::uint64_t> offsets;
+  for (std::size_t i = 0; i < kReads; ++i) offsets.push_back(i * kReadBytes);
+  std::mt19937_64 random(1);
+  std::ranges::shuffle(offsets, random);
+  return offsets;
+}
+
+// Measures one request of reads of 64 KiB at `offsets` beside `plain`, which reads as many bytes by plain io_uring.
+void bench_reads(benchmark::State& state, const Setup& setup, const std::vector<std::uint64_t>& offsets,
+                 const EngineOptions& options, const std::function<void(std::byte*)>& plain) {
+  Engine engine(options);
   TransferStats stats;
   const auto load = [&](Engine& by, std::byte* target) {
     FileExtents file{.path = setup.checkpoint.path()};
@@ -131,25 +142,38 @@ void bench_random(benchmark::State& state, const Setup& setup) {
       file.extents.push_back({offsets[i], kReadBytes, target + i * kReadBytes});
     return by.load({.files = {std::move(file)}});
   };
-  const auto raw = [&](std::byte* target) {
+  const EngineWork ours{engine, load};
+  const std::uint64_t size = offsets.size() * kReadBytes;
+  std::vector<Contender> all{ours.contender(size, stats), {plain, Series(size)}};
+  const Turn turn = [&](const Contender& each) { return run_once(setup, each, Cache::kCold, Memory::kTouched); };
+  touch(setup.touched.bytes());
+  turn(all.back());
+  turn(all.front());
+  for (std::size_t i = 0; i < offsets.size(); ++i)
+    setup.checkpoint.check(offsets[i], {setup.touched.data() + i * kReadBytes, kReadBytes});
+  run_rounds(state, all, turn);
+  report(state, all, stats);
+  report_steps(state, ours, turn);
+}
+
+// Both have 32 reads in flight.
+void bench_random(benchmark::State& state, const Setup& setup) {
+  const std::vector<std::uint64_t> offsets = random_offsets(setup.checkpoint.metadata().payload_bytes);
+  const OpenFile direct(setup.checkpoint.path(), O_RDONLY | O_DIRECT);
+  const auto plain = [&](std::byte* target) {
     std::vector<Piece> pieces;
     for (std::size_t i = 0; i < offsets.size(); ++i)
       pieces.push_back({&direct, offsets[i], {target + i * kReadBytes, kReadBytes}});
     read_pieces(pieces, kDepth);
   };
-  const EngineWork ours{engine, load};
-  const std::uint64_t size = offsets.size() * kReadBytes;
-  std::vector<Contender> all{ours.contender(size, stats), {raw, Series(size)}};
-  const Turn turn = [&](const Contender& each) { return run_once(setup, each, Cache::kCold, Memory::kTouched); };
-  for (const Contender& each : all) {
-    touch(setup.touched.bytes());
-    turn(each);
-    for (std::size_t i = 0; i < offsets.size(); ++i)
-      setup.checkpoint.check(offsets[i], {setup.touched.data() + i * kReadBytes, kReadBytes});
-  }
-  run_rounds(state, all, turn);
-  report(state, all, stats);
-  report_steps(state, ours, turn);
+  bench_reads(state, setup, offsets, {.queue_depth = kDepth, .staging_bytes = std::uint64_t{256} << 20}, plain);
+}
+
+// Plain io_uring reads the same part of the file in large pieces.
+void bench_run(benchmark::State& state, const Setup& setup) {
+  const std::vector<std::uint64_t> offsets = run_of_offsets(setup.checkpoint.metadata().payload_bytes);
+  const auto plain = [&](std::byte* target) { read_direct(setup.checkpoint.path(), {target, kReads * kReadBytes}); };
+  bench_reads(state, setup, offsets, {}, plain);
 }
 
 }  // namespace
@@ -161,6 +185,7 @@ void register_scattered_rows(const Setup& setup, int rounds) {
              [&](benchmark::State& state) { bench_small_tensors(state, setup, Cache::kResident); });
   add_rounds("load/cold/64_files", rounds, [&](benchmark::State& state) { bench_many_files(state, setup); });
   add_rounds("load/cold/random_64_kib", rounds, [&](benchmark::State& state) { bench_random(state, setup); });
+  add_rounds("load/cold/run_of_64_kib", rounds, [&](benchmark::State& state) { bench_run(state, setup); });
 }
 
 }  // namespace flashpack::bench

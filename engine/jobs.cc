@@ -44,10 +44,10 @@ std::optional<TraceStage> stage_of(const Job& job) {
 }
 
 // Whether a chunk that needs no slot is moved without one. The disks of virtual machines read so much slower to small
-// pages, populated or fresh, that a read to a slot, which has huge ones, and a copy take less time (engine_bench,
-// cost/read_into). Such machines are those where huge pages cost too much. Small loads stay in place, because a program
-// that makes many of them, to take little memory, would have that of the slots as well. The groups of a stream from
-// Python must not (bench/README.md); otherwise the limit is not tuned.
+// pages, populated or fresh, that a read to a slot, which has huge ones, and a copy take less time, from 64 KiB to 4
+// MiB at least (engine_bench, cost/read_into_*). Such machines are those where huge pages cost too much. Small loads
+// stay in place, because a program that makes many of them, to take little memory, would have that of the slots as
+// well. The groups of a stream from Python must not (bench/README.md); otherwise the limit is not tuned.
 bool stays_in_place(const Part& part, const Chunk& chunk) {
   constexpr std::uint64_t kLeastBytes = 32 * kMiB;
   PagePolicy* const policy = part.transfer->request.page_policy;

@@ -34,8 +34,8 @@ constexpr std::uint8_t kRegisterAtUse = 2;
 // So many operations are handed to the kernel at once, and fewer if the owner waits. The disk gets none of them before
 // the last one is prepared. Batches as large as the queue depth come back together, too, so that the disk idles while
 // the next one is prepared: 32 reads of 64 KiB in flight then have 0.87 to 0.91 of the rate of plain io_uring, and 0.96
-// or more with batches of 8, 4, 2 or 1 (engine_bench, load/cold/random_64_kib). 8 is the default queue depth, at which
-// large reads go to the disk in batches of any size.
+// or more with batches of 8, 4, 2 or 1 (engine_bench, load/cold/random_64_kib). The kernel merges reads of one batch
+// that follow on each other, which speaks for the largest of these.
 constexpr unsigned kSubmitAtOnce = 8;
 
 // A kernel that lacks memory or room for completions answers EAGAIN or EBUSY for a moment. If it does so for this long,

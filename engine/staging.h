@@ -14,7 +14,7 @@ namespace flashpack::internal {
 
 /// Memory that is cut into slots. Forked children do not inherit it, so that a fork cannot copy a page away from under
 /// a read. The engine's own memory is on huge pages where the system has them, because a 4 MiB read into scattered 4
-/// KiB pages overflows the segment list of most devices and takes longer (engine_bench, cost/read_into).
+/// KiB pages overflows the segment list of most devices and takes longer (engine_bench, cost/read_into_*).
 ///
 /// Thread safety: any thread may use the slots. One thread makes and destroys the object.
 class Staging {

@@ -62,27 +62,29 @@ TEST(Plan, ASmallExtentOfWholePagesIsReadInPlaceIfNothingNearItIsWanted) {
       << "what goes to a device comes behind, and through a slot";
 }
 
-TEST(Plan, NeighboursOf64KiBOfWholePagesHaveReadsOfTheirOwnUnlessASmallOneIsBesideThem) {
+TEST(Plan, NeighboursOf64KiBOfWholePagesWithAGapBetweenThemHaveReadsOfTheirOwn) {
   constexpr std::uint64_t k64KiB = 64 << 10;
   const Fragment first = {0, k64KiB, at(1ull << 30)};
-  const Fragment after_a_gap = {k64KiB + kPageBytes, k64KiB, at(1ull << 31)};
-  const Fragment next = {end_of(after_a_gap), k64KiB, at(1ull << 32)};
+  const Fragment second = {k64KiB + kPageBytes, k64KiB, at(1ull << 31)};
+  const Fragment third = {end_of(second) + k64KiB, k64KiB, at(1ull << 32)};
   const auto places = [](const std::vector<Fragment>& extents) {
     std::vector<std::pair<std::uint64_t, bool>> chunks;
     for (const Chunk& chunk : plan_of(extents).chunks) chunks.emplace_back(chunk.size_bytes, chunk.in_place);
     return chunks;
   };
   using Places = std::vector<std::pair<std::uint64_t, bool>>;
-  EXPECT_EQ(places({first, after_a_gap, next}), (Places{{k64KiB, true}, {k64KiB, true}, {k64KiB, true}}));
+  EXPECT_EQ(places({first, second, third}), (Places{{k64KiB, true}, {k64KiB, true}, {k64KiB, true}}));
 
-  const Fragment small = {end_of(next), k64KiB - kPageBytes, at(1ull << 33)};
-  EXPECT_EQ(places({first, after_a_gap, next, small}),
-            (Places{{k64KiB, true}, {k64KiB, true}, {2 * k64KiB - kPageBytes, false}}))
+  const Fragment adjacent = {end_of(third), k64KiB, at(1ull << 33)};
+  EXPECT_EQ(places({first, second, third, adjacent}), (Places{{k64KiB, true}, {k64KiB, true}, {2 * k64KiB, false}}))
+      << "a long run of such extents is read in large operations";
+  const Fragment small = {end_of(third) + kPageBytes, k64KiB - kPageBytes, at(1ull << 33)};
+  EXPECT_EQ(places({first, second, third, small}), (Places{{k64KiB, true}, {k64KiB, true}, {2 * k64KiB, false}}))
       << "the small one shares the read of its neighbour";
-  Fragment out_of_phase = after_a_gap;
+  Fragment out_of_phase = second;
   out_of_phase.memory += 512;
-  EXPECT_EQ(places({first, out_of_phase, next}), (Places{{3 * k64KiB + kPageBytes, false}}));
-  Fragment on_device = after_a_gap;
+  EXPECT_EQ(places({first, out_of_phase, third}), (Places{{4 * k64KiB + kPageBytes, false}}));
+  Fragment on_device = second;
   on_device.device = 1;
   EXPECT_EQ(places({first, on_device}), (Places{{k64KiB, true}, {k64KiB, false}}));
 }
