@@ -28,6 +28,7 @@
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
 #include "engine/tuning/keep_profile.h"
+#include "engine/tuning/profile_key.h"
 #include "flashpack/engine.h"
 #include "flashpack/tuning.h"
 #include "tools/tune/budget.h"
@@ -160,6 +161,8 @@ Report tune(Subject& subject, const Flags& flags) {
   // A GPU has more to measure from the page cache.
   const Shares ends = subject.device_memory ? Shares{0.4, 0.45, 0.8} : Shares{0.55, 0.63, 0.8};
   Report report{.directory = flags.path, .device = flags.device};
+  const internal::ProfileKey key = internal::profile_key(flags.path, flags.device);
+  if (key.on_network) report.server = key.storage;
   const bool disk = try_drop_from_page_cache(subject.checkpoint.path());
   const Budget all{Clock::now(), flags.budget_s};
   // Policies and then writes take what is left of the budget.

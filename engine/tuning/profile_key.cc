@@ -10,7 +10,6 @@
 #include <string_view>
 
 #include "engine/ground/first_line.h"
-#include "engine/mounts.h"
 
 namespace flashpack::internal {
 
@@ -68,10 +67,6 @@ fs::path block_directory(const MountInfo& mount) {
   return block_directory(std::to_string(major(info.st_rdev)) + ":" + std::to_string(minor(info.st_rdev)));
 }
 
-bool is_on_network(const MountInfo& mount) {
-  return mount.source.find(':') != std::string::npos || mount.source.starts_with("//");
-}
-
 // False, with errno, if there is nothing.
 bool ask_mount(const fs::path& path, std::uint64_t& id) {
   struct statx info{};
@@ -81,6 +76,10 @@ bool ask_mount(const fs::path& path, std::uint64_t& id) {
 }
 
 }  // namespace
+
+bool is_on_network(const MountInfo& mount) {
+  return mount.source.find(':') != std::string::npos || mount.source.starts_with("//");
+}
 
 std::string disk_name(const fs::path& block) {
   std::string name;
@@ -116,6 +115,7 @@ ProfileKey profile_key(fs::path path, Device device) {
     key.storage = disk_name(block);
   } else if (is_on_network(mount)) {
     key.storage = printable(mount.source);
+    key.on_network = true;
   } else {
     key.unknown = (key.file_system.empty() ? "this file system" : key.file_system) +
                   " has no disk or server that could be recognised";

@@ -5,6 +5,7 @@
 #include <span>
 #include <string_view>
 
+#include "tests/support/mounts.h"
 #include "tests/support/temp_dir.h"
 
 namespace flashpack::internal {
@@ -36,6 +37,27 @@ TEST(ProfileKeyTest, WhatWillBeMadeIsWhereItsDirectoryIs) {
   EXPECT_EQ(later.unknown, here.unknown);
   EXPECT_EQ(here.gpu, "");
   EXPECT_NE(here.kernel.find('.'), std::string::npos) << here.kernel;
+}
+
+TEST(ProfileKeyTest, AFileSystemIsOnTheNetworkIfItsSourceNamesAHost) {
+  const auto from = [](const char* source) {
+    return is_on_network({.device = "0:99", .point = "/m", .file_system = "any", .source = source});
+  };
+  for (const char* source : {"host:/x", "10.0.0.1:/", "[fe80::1]:/x", "//host/x", "a,b:6789:/"})
+    EXPECT_TRUE(from(source)) << source;
+  for (const char* source : {"/dev/vda1", "/dev/mapper/a-b", "tmpfs", "none", "", "/"})
+    EXPECT_FALSE(from(source)) << source;
+}
+
+TEST(ProfileKeyTest, AServersFileSystemIsRecognisedByItsSource) {
+  const testing::TempDir dir;
+  EXPECT_FALSE(profile_key(dir.path(), {}).on_network);
+  const testing::Mount mount("tmpfs", "host:/x", dir / "mount", 0, "");
+  if (!mount.refusal().empty()) GTEST_SKIP() << mount.refusal();
+  const ProfileKey key = profile_key(dir / "mount", {});
+  EXPECT_EQ(key.storage, "host:/x");
+  EXPECT_TRUE(key.on_network);
+  EXPECT_EQ(key.unknown, "");
 }
 
 TEST(ProfileKeyTest, MemoryCannotBeRecognisedAnotherTimeAndSaysSo) {

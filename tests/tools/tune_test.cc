@@ -16,6 +16,7 @@
 
 #include "bench/support/page_cache.h"
 #include "flashpack/tuning.h"
+#include "tests/support/mounts.h"
 #include "tests/support/run.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/temp_dir.h"
@@ -262,6 +263,18 @@ TEST(TuneTool, WhereAllIsPageCacheWhatCannotBeMeasuredIsSaidAndNothingIsKept) {
   EXPECT_TRUE(has(outcome.output, "reads from a disk cannot be measured here")) << outcome.output;
   EXPECT_TRUE(has(outcome.output, "not kept: ") && has(outcome.output, "tmpfs has no disk")) << outcome.output;
   EXPECT_TRUE(std::filesystem::is_empty(config.path()));
+}
+
+TEST(TuneTool, OnANetworkFileSystemItIsSaidWhatCannotBeTold) {
+  const testing::TempDir dir;
+  const testing::Mount mount("tmpfs", "host:/x", dir / "mount", 0, "");
+  if (!mount.refusal().empty()) GTEST_SKIP() << mount.refusal();
+  const testing::Outcome outcome =
+      tune(dir / "mount", dir / "config", "--json_file '" + (dir / "report").string() + "' 2>&1");
+  EXPECT_TRUE(has(outcome.output, "is on the network file system of host:/x: whether a read past the page cache"))
+      << outcome.output;
+  EXPECT_EQ(report_in(dir / "report").at("server").as_string(), "host:/x");
+  EXPECT_EQ(outcome.status, 0) << outcome.output;
 }
 
 TEST(TuneTool, WithoutAPlaceToWriteTheResultIsPrintedWithAStatusOfItsOwn) {

@@ -164,6 +164,12 @@ void print_text(const Report& report) {
         "and so no queue depth, backend or policy.\n",
         report.directory.c_str());
   }
+  if (!report.server.empty()) {
+    std::printf(
+        "\n%s is on the network file system of %s: whether a read past the page cache of this machine comes from the "
+        "server's memory\nor from its disk cannot be told, and what is found holds for that server and path.\n",
+        report.directory.c_str(), report.server.c_str());
+  }
   print_table("disk", report.disk, true);
   if (!report.no_latency.empty()) std::printf("requests could not be timed: %s\n", report.no_latency.c_str());
   print_table("page cache", report.page_cache, false);
@@ -193,6 +199,7 @@ std::string json_of(const Report& report) {
   for (const double each : report.gains) gains.push_back(each);
   return json::serialize(json::object{{"directory", report.directory.string()},
                                       {"device", text_of(report.device)},
+                                      {"server", report.server},
                                       {"link_gb_per_s", report.link_gb_per_s},
                                       {"read_bytes", report.read_bytes},
                                       {"verified_bytes", report.verified_bytes},

@@ -21,6 +21,7 @@ struct Table {
 struct Report {
   std::filesystem::path directory;
   Device device;                     ///< Where loads went.
+  std::string server;                ///< What a network file system is mounted from; empty if it is none.
   std::uint64_t read_bytes = 0;      ///< Size of one sample from the disk if there is one, else from the page cache.
   std::uint64_t verified_bytes = 0;  ///< Bytes that one load from the page cache compared with checksums.
   double link_gb_per_s = 0;          ///< Speed of copies to a GPU; 0 for the host, or if not known.
