@@ -322,6 +322,7 @@ def test_every_command_teaches_by_examples_that_its_parser_takes():
             assert name in ("", words[1])
             chosen.make_parser(click.Context(chosen, group)).parse_args(words[2:])
     assert "Exit status: 0" in pages[""]
+    assert "program flashpack_tune, which is installed with the C++ library" in " ".join(pages["tune"].split())
 
 
 def on_a_terminal(*arguments):

@@ -290,6 +290,8 @@ def tune(path: str, picture: str | None, **options: Any) -> None:
 
     A backend that was faster is kept, too. A cache policy is not, because each load has its own.
 
+    It runs the program flashpack_tune, which is installed with the C++ library, too, for machines without Python.
+
     \b
     flashpack tune /models
     flashpack tune /models --device cuda
