@@ -247,6 +247,17 @@ def test_transfers_do_not_grow_either_where_bytes_take_room_on_their_way(pack, i
             assert len(started) == 1 or steps > 1
 
 
+@pytest.mark.parametrize(("order", "reads"), [([0, 1, 2, 3], 1), ([1, 0, 2, 3], 3), ([3, 2, 1, 0], 4)])
+def test_neighbours_in_the_file_that_are_neighbours_in_memory_are_one_read(pack, started, order, reads):
+    source = {str(i): random_tensor((1024,), seed=i) for i in range(4)}
+    block = allocate_block(0, 4 * 4096)
+    memories = {str(i): block.tensor(torch.float32, (1024,), place * 4096) for i, place in enumerate(order)}
+    with open_checkpoint(pack(source)) as checkpoint:
+        _into.read_into(checkpoint, targets_for(checkpoint, memories), ReadOptions())
+    assert [len(step.straight) for step in started] == [reads]
+    assert_bit_equal(memories, source)
+
+
 def test_only_as_many_transfers_are_under_way_as_there_are_windows(pack, in_small_steps, started, monkeypatch):
     finish, ended = _into._native.finish_loads, []
 

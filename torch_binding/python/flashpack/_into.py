@@ -60,7 +60,7 @@ class Target(NamedTuple):
     def address(self, device: torch.device) -> int | None:
         """Returns where the engine of `device` can put the bytes of the entry as they are, if there is such memory."""
         memory = self.memory
-        if memory is None or (memory.dtype, memory.device) != (string_to_dtype(self.entry.dtype), device):
+        if memory is None or self.device != device or self.dtype != string_to_dtype(self.entry.dtype):
             return None
         return memory.data_ptr() if memory.is_contiguous() and not (memory.is_conj() or memory.is_neg()) else None
 
@@ -139,12 +139,16 @@ class _Run:
         self._checkpoint = checkpoint
         self._verify = options.verify
         targets = sorted(targets, key=lambda target: (target.entry.file, target.entry.offset_bytes))
-        addresses = [target.address(side.device) for target in targets]
-        self._straight = [
-            (target, address) for target, address in zip(targets, addresses, strict=True) if address is not None
-        ]
-        self._waiting = deque(target for target, address in zip(targets, addresses, strict=True) if address is None)
+        self._targets = targets
+        self._straight: list[Read] = []
+        self._waiting: deque[Target] = deque()
         """Targets whose last bytes have not come out of a window."""
+        for target in targets:
+            entry, address = target.entry, target.address(side.device)
+            if address is None:
+                self._waiting.append(target)
+            else:
+                self._straight.append((entry.file, entry.offset_bytes, entry.size_bytes, address))
         plan = Wanted(checkpoint, [target.entry for target in targets]).plan(CPU, options.verify)
         self._ranges = plan.reads([0] * len(plan.blocks))
         self.total_bytes = sum(size_bytes for _, _, size_bytes, _ in self._ranges)
@@ -160,14 +164,17 @@ class _Run:
         straight = deque(self._straight)
         for file, at, size_bytes, _ in self._ranges:
             end = at + size_bytes
-            while straight and straight[0][0].entry.file == file and straight[0][0].entry.offset_bytes < end:
-                (entry, *_), address = straight.popleft()
-                if at < entry.offset_bytes:
-                    yield _Piece(file, at, entry.offset_bytes - at)
+            while straight and straight[0][0] == file and straight[0][1] < end:
+                _, begin, size_bytes, address = straight.popleft()
+                if at < begin:
+                    yield _Piece(file, at, begin - at)
+                at, shift = begin + size_bytes, address - begin
+                # Tensors of an earlier load are neighbours in memory, too, and one read for many costs less.
+                while straight and at < end and straight[0][:2] == (file, at) and straight[0][3] == at + shift:
+                    at += straight.popleft()[2]
                 # The host's memory gets whole pages without a detour if they lie in it as they do in the file.
-                is_staged = self.side.device == CPU and (address - entry.offset_bytes) % _PAGE_BYTES != 0
-                yield _Piece(file, entry.offset_bytes, entry.size_bytes, address, is_staged)
-                at = entry.offset_bytes + entry.size_bytes
+                is_staged = self.side.device == CPU and shift % _PAGE_BYTES != 0
+                yield _Piece(file, begin, at - begin, address, is_staged)
             if at < end:
                 yield _Piece(file, at, end - at)
 
@@ -179,7 +186,7 @@ class _Run:
             window = self._windows[number] = allocate_block(0, size_bytes, self.side.device)
         reads = step.reads(0 if window is None else window.address)
         engine, stream = self.side.engine, self.side.stream
-        return engine.start_load(self._checkpoint.native, reads, (window, self._straight), self._verify, stream=stream)
+        return engine.start_load(self._checkpoint.native, reads, (window, self._targets), self._verify, stream=stream)
 
     def empty_window(self, step: _Step, number: int, tensors: dict[str, torch.Tensor]) -> None:
         """Brings what a transfer has put into its window to where it belongs. New tensors are added to `tensors`.
