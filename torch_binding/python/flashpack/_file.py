@@ -21,10 +21,11 @@ from ._listing import as_html, by_name, summary_of
 from ._logging import printable
 from ._memory import aligned_phase, allocate_block, allocate_tensor
 from ._native import FlashPackError
+from ._options import Filters
 from ._paths import StrPath
 from ._tensors import read_tensors, read_to_devices
 from ._transfers import Read, ReadOptions, Wanted, supported_device
-from .utils import is_ignored_tensor_name, listed, string_to_dtype
+from .utils import string_to_dtype
 
 __all__ = ["FlashPackFile", "TensorSlice", "load_file", "open_file"]
 
@@ -79,11 +80,9 @@ def load_file(
     included; OSError for the system's failures.
     """
     dtype = asked_dtype(dtype)
-    filters = (listed(ignore_names), listed(ignore_prefixes), listed(ignore_suffixes))
+    filters = Filters.of(ignore_names, ignore_prefixes, ignore_suffixes)
     with open_checkpoint(path) as checkpoint, torch.inference_mode(False), torch.no_grad():
-        entries = selected(checkpoint, names)
-        if filters != (None, None, None):
-            entries = [entry for entry in entries if not is_ignored_tensor_name(entry.name, *filters)]
+        entries = filters.without_ignored(selected(checkpoint, names))
         options = ReadOptions(mmap, verify, False if progress is None else _told_of(entries, progress))
         places = places_of(entries, device, device_map, options)
         own_dtypes = {name: string_to_dtype(name) for name in {entry.dtype for entry in entries}}

@@ -45,6 +45,10 @@ class Filters(NamedTuple):
     def ignore(self, name: str) -> bool:
         return self != (None, None, None) and is_ignored_tensor_name(name, *self)
 
+    def without_ignored(self, entries: list[Entry]) -> list[Entry]:
+        """Returns the entries that are not ignored. Without filters, no entry is asked for."""
+        return entries if self == (None, None, None) else [entry for entry in entries if not self.ignore(entry.name)]
+
     def after_renaming(self, names: Iterable[str], renamed: Mapping[str, str], of_model: Iterable[str]) -> Filters:
         """Returns filters for a file whose `names` are `renamed`, to those of a model that has the names `of_model`.
 
