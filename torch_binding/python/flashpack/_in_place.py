@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
@@ -15,12 +16,15 @@ from ._casts import cast_exactly, is_same_kind
 from ._checkpoint import Checkpoint, Entry
 from ._into import Target, read_into
 from ._logging import logger
-from ._memory import end_bytes, extent_bytes
+from ._memory import extent_bytes
 from ._native import FlashPackError
 from ._options import LoadOptions
-from ._plan import Plan, dtypes_when_read, own_dtype
+from ._plan import Plan, dtype_when_read, own_dtype
 
 _MIXED = "the module was loaded in place, and may have values of the file and older ones now"
+
+_Span = tuple[int, int, str]
+"""Where the memory of a tensor begins and ends, and its name."""
 
 
 def check_in_place(options: LoadOptions) -> None:
@@ -45,18 +49,23 @@ def targets_in_place(plan: Plan, device: torch.device, options: LoadOptions) -> 
         raise TypeError(
             f"module {prefix.removesuffix('.')!r} has loading code of its own ({what}), which no load in place runs"
         )
-    dtype_of = dtypes_when_read(plan, options.casts)
-    targets = []
+    targets: list[Target] = []
+    spans: dict[torch.device, list[_Span]] = defaultdict(list)
     for entry in plan.wanted:
         value = plan.slots[entry.name].value
         if value.is_meta or is_lazy(value):
-            targets.append(Target(entry, device, dtype_of(entry)))
+            dtype = dtype_when_read(entry, options.casts.dtype_of(entry, value))
+            targets.append(Target(entry, device, dtype))
             continue
+        own_device = value.device
         if options.device is not None and not _is_on(value, device):
-            raise ValueError(f"in_place=True leaves {entry.name!r} on {value.device}, but device is {device}")
-        _check_memory(entry, value)
-        targets.append(Target(entry, value.device, value.dtype, value.detach()))
-    _check_apart(targets)
+            raise ValueError(f"in_place=True leaves {entry.name!r} on {own_device}, but device is {device}")
+        if size_bytes := _checked_extent_bytes(entry, value):
+            begin = value.data_ptr()
+            spans[own_device].append((begin, begin + size_bytes, entry.name))
+        targets.append(Target(entry, own_device, value.dtype, value))
+    for each in spans.values():
+        _check_apart(each)
     return targets
 
 
@@ -64,17 +73,21 @@ def _is_on(value: torch.Tensor, device: torch.device) -> bool:
     return value.device.type == device.type and device.index in (None, value.device.index)
 
 
-def _check_memory(entry: Entry, value: torch.Tensor) -> None:
+def _checked_extent_bytes(entry: Entry, value: torch.Tensor) -> int:
+    """Returns the size of the memory of `value`, which can take the values of the entry; otherwise this raises."""
     own = own_dtype(entry)
     if value.dtype != own and not is_same_kind(own, value.dtype):
         raise TypeError(
             f"dtype mismatch for {entry.name!r}: model={value.dtype} vs flash={own}; whether values would be lost is "
             f"not known before they are read, so that in_place=True does not cast them"
         )
-    if end_bytes(value) > value.untyped_storage().nbytes():
+    size_bytes = extent_bytes(value)
+    begin_bytes = value.storage_offset() * value.element_size()
+    if size_bytes and begin_bytes + size_bytes > value.untyped_storage().nbytes():
         raise ValueError(f"{entry.name!r} has less memory than its shape needs")
-    if not value.is_contiguous() and value.numel() and _may_overlap_itself(value):
+    if size_bytes and not value.is_contiguous() and _may_overlap_itself(value):
         raise ValueError(f"{entry.name!r} has one memory for several of its elements, as expand() and unfold() make it")
+    return size_bytes
 
 
 def _may_overlap_itself(value: torch.Tensor) -> bool:
@@ -87,18 +100,13 @@ def _may_overlap_itself(value: torch.Tensor) -> bool:
     return False
 
 
-def _check_apart(targets: Sequence[Target]) -> None:
-    """Raises ValueError if two tensors may share memory, because the file may have two values for it.
+def _check_apart(spans: Sequence[_Span]) -> None:
+    """Raises ValueError if two tensors of a device may share memory, because the file may have two values for it.
 
     Views whose elements lie between each other are refused, too, because to tell them apart would cost too much.
     """
-    spans = sorted(
-        (str(memory.device), memory.data_ptr(), memory.data_ptr() + extent_bytes(memory), entry.name)
-        for entry, _, _, memory in targets
-        if memory is not None and memory.numel()
-    )
-    for (device, _, end, name), (next_device, begin, _, next_name) in pairwise(spans):
-        if device == next_device and begin < end:
+    for (_, end, name), (begin, _, next_name) in pairwise(sorted(spans)):
+        if begin < end:
             raise ValueError(f"{name!r} and {next_name!r} share memory, but are two tensors of the model")
 
 

@@ -45,6 +45,8 @@ def meta_parameters() -> Iterator[None]:
 
 def warn_of_meta(model: torch.nn.Module, path: StrPath) -> tuple[str, ...]:
     """Warns of tensors that have no memory after `path` was loaded into `model`, and returns their names."""
+    if not any(_has_meta(module) for module in model.modules()):  # To make all names takes longer.
+        return ()
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     left = tuple(name for name, tensor in tensors if tensor.is_meta)
     if left:
@@ -54,3 +56,9 @@ def warn_of_meta(model: torch.nn.Module, path: StrPath) -> tuple[str, ...]:
             stacklevel=7,
         )
     return left
+
+
+def _has_meta(module: torch.nn.Module) -> bool:
+    """Whether the module itself has such a tensor."""
+    own = itertools.chain(module._parameters.values(), module._buffers.values())
+    return any(tensor is not None and tensor.is_meta for tensor in own)

@@ -18,6 +18,7 @@ from ._own_code import OwnCode, own_code_of
 from .utils import string_to_dtype
 
 DTypeOf = Callable[[Entry], torch.dtype]
+_PLAIN_CLASSES = (torch.nn.Parameter, torch.Tensor)
 
 
 class Slot(NamedTuple):
@@ -94,19 +95,19 @@ def own_dtype(entry: Entry) -> torch.dtype:
     return string_to_dtype(entry.dtype)
 
 
-def dtypes_when_read(plan: Plan, casts: Casts) -> DTypeOf:
-    """Returns a function that tells the dtype that the bytes of an entry can be given while they are read.
+def dtype_when_read(entry: Entry, wanted: torch.dtype) -> torch.dtype:
+    """Returns the dtype that the bytes of an entry can be given while they are read.
 
-    It is that of the entry's place, unless a value could be lost; whether any is can be told only of whole tensors.
+    It is the wanted one, unless a value could be lost; whether any is can be told only of whole tensors.
     """
+    own = own_dtype(entry)
+    return wanted if is_same_kind(own, wanted) else own
+
+
+def dtypes_when_read(plan: Plan, casts: Casts) -> DTypeOf:
+    """Returns a function that tells dtype_when_read() of an entry, where the dtype of its place is wanted."""
     given = {entry.name: casts.dtype_of(entry, plan.slots[entry.name].value) for entry in plan.wanted}
-
-    def dtype_of(entry: Entry) -> torch.dtype:
-        own = own_dtype(entry)
-        dtype = given.get(entry.name, own)
-        return dtype if is_same_kind(own, dtype) else own
-
-    return dtype_of
+    return lambda entry: dtype_when_read(entry, given.get(entry.name, own_dtype(entry)))
 
 
 def slots_of(model: torch.nn.Module) -> dict[str, Slot]:
@@ -124,7 +125,7 @@ def slots_of(model: torch.nn.Module) -> dict[str, Slot]:
     return slots
 
 
-def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters, casts: Casts) -> Plan:
+def make_plan(model: torch.nn.Module, entries: list[Entry], filters: Filters, casts: Casts) -> Plan:
     """Checks every tensor of the file against its slot. Raises TypeError or ValueError naming the tensor.
 
     Tensors that loading code of the module's own may change first need not have the shape and dtype of their slot.
@@ -134,9 +135,7 @@ def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters
     _refuse_kept_elsewhere(model)
     plan = Plan(slots_of(model), own_code_of(model), filters)
     chosen: dict[int, Entry] = {}
-    for entry in entries:
-        if filters.ignore(entry.name):
-            continue
+    for entry in filters.without_ignored(entries):
         slot = plan.slots.get(entry.name)
         if slot is None:
             if plan.own_code.takes(entry.name):
@@ -176,11 +175,12 @@ def make_plan(model: torch.nn.Module, entries: Iterable[Entry], filters: Filters
 def _check_class(name: str, slot: Slot) -> None:
     """Raises TypeError for tensors that cannot be given other memory, or whose bytes mean something of their own."""
     value = slot.value
-    if is_lazy(value):
-        return  # A lazy one becomes a plain parameter or buffer.
-    if not has_plain_class(value):
-        kind = "parameter" if slot.is_parameter else "buffer"
-        raise TypeError(f"{kind} {name!r} is a {type(value).__name__}, which cannot be replaced by a plain tensor")
+    if type(value) not in _PLAIN_CLASSES:
+        if is_lazy(value):
+            return  # A lazy one becomes a plain parameter or buffer.
+        if not has_plain_class(value):
+            kind = "parameter" if slot.is_parameter else "buffer"
+            raise TypeError(f"{kind} {name!r} is a {type(value).__name__}, which cannot be replaced by a plain tensor")
     if value.layout is not torch.strided or value.is_quantized:
         raise TypeError(f"{name!r} is not a dense tensor in the model")
 
@@ -188,7 +188,7 @@ def _check_class(name: str, slot: Slot) -> None:
 def has_plain_class(value: torch.Tensor) -> bool:
     """Whether the class of `value` is one of torch, or derives from one and does not change what tensors do."""
     for cls in type(value).__mro__:
-        if cls in (torch.nn.Parameter, torch.Tensor):
+        if cls in _PLAIN_CLASSES:
             return True
         for name, attribute in vars(cls).items():
             if name == "__torch_function__" and attribute is torch._C._disabled_torch_function_impl:
@@ -202,11 +202,13 @@ def has_plain_class(value: torch.Tensor) -> bool:
 def _misfit_of(entry: Entry, slot: Slot, casts: Casts) -> TypeError | ValueError | None:
     """Returns an error if the tensor of the file cannot take the place of the module's, else None."""
     name, value = entry.name, slot.value
-    if not is_lazy(value) and tuple(value.shape) != entry.shape:
+    if not is_lazy(value) and value.shape != entry.shape:
         return ValueError(f"shape mismatch for {name!r}: model={list(value.shape)} vs flash={list(entry.shape)}")
     dtype = string_to_dtype(entry.dtype)
+    if slot.is_parameter:
+        return None
     chosen = casts.asked is not None and dtype_when_asked(value.dtype, casts.asked) == casts.dtype_of(entry, value)
-    if not slot.is_parameter and not chosen and value.dtype != casts.dtype_of(entry, value):
+    if not chosen and value.dtype != casts.dtype_of(entry, value):
         cure = "coerce_dtype=True casts to the dtypes of the model, dtype= floats to one dtype"
         return TypeError(f"dtype mismatch for buffer {name!r}: model={value.dtype} vs flash={dtype}; {cure}")
     return None

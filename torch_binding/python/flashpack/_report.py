@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,9 @@ def _shortened(names: tuple[str, ...], shown: int = 5) -> str:
 
 def report_of(model: torch.nn.Module, plan: Plan, path: StrPath, stats: dict[str, Any] | None) -> AssignReport:
     """Logs and returns the result of `plan`; warns of tensors that are left on the meta device."""
-    elements = human_num_elements(sum(entry.elems for entry in plan.wanted))
-    logger.info("assigned %d tensors (%s elements) to %d names", len(plan.wanted), elements, len(plan.slots))
+    if logger.isEnabledFor(logging.INFO):
+        elements = human_num_elements(sum(entry.elems for entry in plan.wanted))
+        logger.info("assigned %d tensors (%s elements) to %d names", len(plan.wanted), elements, len(plan.slots))
     missing = plan.missing_parameters + plan.missing_buffers
     if plan.unexpected:
         logger.info("not in the model: %s", plan.unexpected)
