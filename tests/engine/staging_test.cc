@@ -1,12 +1,18 @@
 #include "engine/staging.h"
 
 #include <gtest/gtest.h>
+#include <linux/mempolicy.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <bitset>
+#include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <string>
 
+#include "engine/ground/error.h"
 #include "tests/support/units.h"
 
 namespace flashpack::internal {
@@ -52,6 +58,35 @@ TEST(StagingTest, ForkedChildrenDoNotInheritIt) {
   const Staging staging(2 * kMiB, kMiB);
   const std::string flags = mapping_flags(staging.slots().back().data());
   EXPECT_NE(flags.find(" dc"), std::string::npos) << flags;
+}
+
+using Nodes = std::bitset<1024>;  // The most that Linux is built for.
+
+// Asks the kernel for the policy and nodes that `flags` says. Returns 0 or an errno.
+int get_policy(int& policy, Nodes& nodes, void* address, unsigned long flags) {
+  static_assert(sizeof(Nodes) == 1024 / 8);
+  return ::syscall(SYS_get_mempolicy, &policy, &nodes, nodes.size(), address, flags) == 0 ? 0 : errno;
+}
+
+TEST(StagingTest, ItsPagesLieOnTheNodeThatIsAskedFor) {
+  int policy = 0;
+  Nodes nodes;
+  if (const int error = get_policy(policy, nodes, nullptr, MPOL_F_MEMS_ALLOWED))
+    GTEST_SKIP() << "the kernel does not tell of NUMA nodes here: " << errno_code(error).message();
+  std::size_t node = nodes.size() - 1;
+  while (!nodes[node]) --node;
+
+  const Staging staging(2 * kMiB, kMiB, static_cast<int>(node));
+  EXPECT_EQ(staging.fallback_reason(), "");
+  for (const auto slot : staging.slots()) {
+    ASSERT_EQ(get_policy(policy, nodes, slot.data(), MPOL_F_ADDR), 0);
+    EXPECT_EQ(policy, MPOL_PREFERRED);
+    EXPECT_EQ(nodes, Nodes().set(node));
+    slot.front() = std::byte{1};
+    int node_of_page = -1;
+    ASSERT_EQ(get_policy(node_of_page, nodes, slot.data(), MPOL_F_NODE | MPOL_F_ADDR), 0);
+    EXPECT_EQ(node_of_page, static_cast<int>(node));
+  }
 }
 
 TEST(StagingTest, TheCallersMemoryComesFirstAndTheEnginesOwnBehindIt) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <linux/io_uring.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -182,6 +183,37 @@ TEST_F(ConfinedTest, ThreadsOfTheEngineHaveNamesAndLeaveTheirOwnFaultsToTheAppli
     return threads;
   });
   EXPECT_EQ(status, 3) << "a driver and two workers are wanted";
+}
+
+// The engine's threads in this process, or 100 when one of them may run elsewhere than on `cpu`.
+int threads_on(int cpu) {
+  int named = 0;
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+    if (!has(status_line(task, "Name:"), "flashpack-")) continue;
+    if (status_line(task, "Cpus_allowed_list:") != "\t" + std::to_string(cpu)) return 100;
+    ++named;
+  }
+  return named;
+}
+
+TEST_F(ConfinedTest, ThreadsOfTheEngineRunOnTheCpusOfItsOptionsAndTheCallersStayWhereTheyWere) {
+  cpu_set_t allowed;
+  ASSERT_EQ(::sched_getaffinity(0, sizeof allowed, &allowed), 0);
+  if (CPU_COUNT(&allowed) < 2) GTEST_SKIP() << "there is one CPU, on which all threads run";
+  int cpu = CPU_SETSIZE - 1;
+  while (!CPU_ISSET(static_cast<unsigned>(cpu), &allowed)) --cpu;
+  const int status = run_in_child([&] {
+    EngineOptions options = small_engine();
+    options.cpu_affinity = {cpu};
+    const Engine engine(options);
+    const auto end = std::chrono::steady_clock::now() + testing::kHang;
+    int threads = 0;
+    // One that is only starting has no name for a moment.
+    while ((threads = threads_on(cpu)) < 3 && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+    cpu_set_t callers;
+    return ::sched_getaffinity(0, sizeof callers, &callers) == 0 && CPU_EQUAL(&callers, &allowed) ? threads : 101;
+  });
+  EXPECT_EQ(status, 3) << "100: a thread may run elsewhere; 101: the caller was bound; else fewer than were started";
 }
 
 // 0, or what the child that goes on living has of an engine of its parent's that does not: 1 its ring, 2 its memory.
