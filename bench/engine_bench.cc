@@ -112,6 +112,7 @@ void bench_small(benchmark::State& state, const Setup& setup, std::uint64_t load
   constexpr std::uint64_t kLoads = 1000;
   const std::filesystem::path& path = setup.checkpoint.path();
   const std::uint64_t step_bytes = setup.checkpoint.metadata().payload_bytes / kLoads;
+  if (step_bytes < load_bytes) throw std::runtime_error("so many loads need a larger file");
   TransferStats stats;
   const auto one_by_one = [&](const auto& load) {
     return [&, load](std::byte* target) {
