@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flashpack
+import numpy as np
 import pytest
 import torch
 from flashpack import commands
@@ -53,11 +54,10 @@ def converted(path, **ignored):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("once", [False, True], ids=["again and again", "once"])
-def test_what_is_named_and_nothing_else_is_ignored(way, ignored, left, once, pack):
+@pytest.mark.parametrize("given_as", [list, iter, np.array], ids=["list", "iterator", "array"])
+def test_what_is_named_and_nothing_else_is_ignored(way, ignored, left, given_as, pack):
     path = pack({name: torch.ones(2) for name in NAMES})
-    if once:
-        ignored = {key: names if isinstance(names, str) else iter(names) for key, names in ignored.items()}
+    ignored = {key: names if isinstance(names, str) else given_as(names) for key, names in ignored.items()}
     assert sorted(way(path, **ignored)) == left
 
 

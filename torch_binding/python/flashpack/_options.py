@@ -43,11 +43,11 @@ class Filters(NamedTuple):
         return cls(listed(names), listed(prefixes), listed(suffixes))
 
     def ignore(self, name: str) -> bool:
-        return self != (None, None, None) and is_ignored_tensor_name(name, *self)
+        return not self._are_absent() and is_ignored_tensor_name(name, *self)
 
     def without_ignored(self, entries: list[Entry]) -> list[Entry]:
         """Returns the entries that are not ignored. Without filters, no entry is asked for."""
-        return entries if self == (None, None, None) else [entry for entry in entries if not self.ignore(entry.name)]
+        return entries if self._are_absent() else [entry for entry in entries if not self.ignore(entry.name)]
 
     def after_renaming(self, names: Iterable[str], renamed: Mapping[str, str], of_model: Iterable[str]) -> Filters:
         """Returns filters for a file whose `names` are `renamed`, to those of a model that has the names `of_model`.
@@ -57,6 +57,10 @@ class Filters(NamedTuple):
         new_names = {renamed.get(name, name): name for name in names}
         ignored = [new for new, name in new_names.items() if self.ignore(name)]
         return Filters([*ignored, *(name for name in of_model if name not in new_names and self.ignore(name))])
+
+    def _are_absent(self) -> bool:
+        # A caller's array of names compares by element, and so has no single answer to `== None`.
+        return self.ignore_names is self.ignore_prefixes is self.ignore_suffixes is None
 
     def also(self, names: Iterable[str]) -> Filters:
         """Returns filters that ignore these names, too."""
