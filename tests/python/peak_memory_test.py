@@ -21,10 +21,11 @@ LEAST_BELOW_BYTES = 64 * MIB
 # Each call has a fork of a process that has imported everything, so that imports do not count.
 PROGRAM = r"""
 import contextlib, io, json, os, sys, traceback
-import flashpack, flashpack.cli, flashpack.commands, flashpack.safetensors, torch
+import flashpack, flashpack.cli, flashpack.commands, flashpack.safetensors.torch, torch
 
-directory, path, safetensors_path, torch_path, new_path, new_safetensors_path, new_torch_path = sys.argv[1:8]
-calls = json.loads(sys.argv[8])
+directory, path, safetensors_path, torch_path, mixed_path = sys.argv[1:6]
+new_path, new_safetensors_path, new_torch_path = sys.argv[6:9]
+calls = json.loads(sys.argv[9])
 SHAPES = {"large": (4096, 4096), "larger": (128, 1 << 18)}
 SHAPES |= {f"layers.{i}.weight": (512, 512) for i in range(64)} | {f"layers.{i}.bias": (512,) for i in range(64)}
 
@@ -114,6 +115,9 @@ def make_files():
     flashpack.pack_to_file(filled(Model()), path)
     flashpack.commands.revert_from_flashpack(path, safetensors_path)
     flashpack.commands.revert_from_flashpack(path, torch_path)
+    precisions = (torch.bfloat16, torch.float32)
+    mixed = {str(i): torch.zeros((16 << 20) // precisions[i % 2].itemsize, dtype=precisions[i % 2]) for i in range(24)}
+    flashpack.safetensors.torch.save_file(mixed, mixed_path)
     if any("Pretrained" in call for call in calls):
         transformers.PretrainedConfig().save_pretrained(directory)
         os.link(path, os.path.join(directory, "model.flashpack"))
@@ -135,7 +139,8 @@ def rows():
 def measured(tmp_path_factory):
     home = tmp_path_factory.mktemp("peak")
     (home / "pretrained").mkdir()
-    names = ("pretrained", "a.flashpack", "a.safetensors", "a.pt", "new.flashpack", "new.safetensors", "new.pt")
+    files = ("a.flashpack", "a.safetensors", "a.pt", "mixed.safetensors")
+    names = ("pretrained", *files, "new.flashpack", "new.safetensors", "new.pt")
     paths = [str(home / name) for name in names]
     has_transformers = importlib.util.find_spec("transformers") is not None
     calls = json.dumps([call for call in rows() if "Pretrained" not in call or has_transformers])
@@ -151,6 +156,7 @@ def test_a_call_takes_as_much_at_its_peak_as_the_table_says(measured, call):
     said = rows()[call]
     expected = {
         "its result": result_bytes,
+        "its result and 32 MiB": result_bytes + 32 * MIB,
         "nothing": 0,
         "the tensors of the file": 256 * MIB,
         "64 MiB": 64 * MIB,

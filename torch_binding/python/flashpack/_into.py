@@ -29,8 +29,9 @@ from .utils import string_to_dtype
 # Two windows are read while the third is emptied. There are fewer than a stream has loads, because a window is emptied
 # at once, while those of a stream wait for their consumer.
 _WINDOWS = 3
-# A transfer ends at the first border behind so many bytes of its window and of the engine's staging. All windows
-# together are the memory that a load takes beside its tensors; with smaller ones the disk would wait between transfers.
+# A transfer ends at the first border behind so many bytes of its window and of what cannot be read in place. All windows
+# together and the engine's staging are the memory that a load takes beside its tensors; with smaller windows the disk
+# would wait between transfers.
 _FULL_BYTES = 12 << 20
 # Borders are multiples of this in the file. They are closer than those of batches, because each window has room for all
 # that may come before the next one.
@@ -74,7 +75,7 @@ class _Piece(NamedTuple):
     address: int | None = None
     """The memory that they go to; without it they go to a window."""
     is_staged: bool = True
-    """Whether they may take room in a window or in the engine's staging on their way."""
+    """Whether they go to a window, or cannot be read in place: the engine's staging then has room for all of a step."""
 
 
 @dataclass
@@ -86,7 +87,7 @@ class _Step:
     """With a place in the window instead of an address."""
     window_bytes: int = 0
     staged_bytes: int = 0
-    """As much as this may take in its window and the engine's staging."""
+    """The bytes of the pieces that are staged."""
     cell: tuple[int, int] = (-1, -1)
     """The file, and the number of borders before the last byte that is read."""
 
@@ -172,7 +173,7 @@ class _Run:
                 # Tensors of an earlier load are neighbours in memory, too, and one read for many costs less.
                 while straight and at < end and straight[0][:2] == (file, at) and straight[0][3] == at + shift:
                     at += straight.popleft()[2]
-                # The host's memory gets whole pages without a detour if they lie in it as they do in the file.
+                # Whole pages that lie in the host's memory as they do in the file can be read in place.
                 is_staged = self.side.device == CPU and shift % _PAGE_BYTES != 0
                 yield _Piece(file, begin, at - begin, address, is_staged)
             if at < end:
