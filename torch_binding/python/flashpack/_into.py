@@ -29,9 +29,9 @@ from .utils import string_to_dtype
 # Two windows are read while the third is emptied. There are fewer than a stream has loads, because a window is emptied
 # at once, while those of a stream wait for their consumer.
 _WINDOWS = 3
-# A transfer ends at the first border behind so many bytes of its window and of what cannot be read in place. All windows
-# together and the engine's staging are the memory that a load takes beside its tensors; with smaller windows the disk
-# would wait between transfers.
+# A transfer ends at the first border behind so many bytes of its window and of what cannot be read in place. All
+# windows together and the engine's staging are the memory that a load takes beside its tensors; with smaller windows
+# the disk would wait between transfers.
 _FULL_BYTES = 12 << 20
 # Borders are multiples of this in the file. They are closer than those of batches, because each window has room for all
 # that may come before the next one.
