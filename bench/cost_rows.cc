@@ -3,6 +3,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <array>
 #include <cstring>
 #include <functional>
 #include <optional>
@@ -14,6 +15,7 @@
 #include "bench/support/open_file.h"
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
+#include "engine/ground/mappings.h"
 #include "engine/ground/rounding.h"
 #include "engine/ground/units.h"
 
@@ -185,8 +187,9 @@ void bench_first_touch(benchmark::State& state) {
                         {"huge_page", kCount, [&] { prepare(MADV_HUGEPAGE); }, run}});
 }
 
-// Compares what may come before a copy of 4 MiB to memory whose pages are present, with the copy: populating that
-// memory once more, and a copy by the kernel, which answers where memory is missing.
+// Compares what may come before a copy of 4 MiB to or from memory whose pages are present, with the copy: populating
+// that memory once more, asking whether it is anonymous and present, and a copy by the kernel, which answers where
+// memory is missing.
 void bench_touchable(benchmark::State& state) {
   constexpr std::uint64_t kSize = 4 * kMiB;
   constexpr int kCount = 100;
@@ -205,6 +208,14 @@ void bench_touchable(benchmark::State& state) {
       if (::madvise(region.data(), kSize, MADV_POPULATE_WRITE) != 0) throw std::runtime_error("populating is refused");
     };
   };
+  const auto ask = [](const HostRegion& region) {
+    return [&region] {
+      std::array<unsigned char, kSize / kPageBytes> pages;
+      if (!internal::Mappings().are_anonymous_and_readable(region.bytes()) ||
+          ::mincore(region.data(), kSize, pages.data()) != 0)
+        throw std::runtime_error("the kernel does not tell");
+    };
+  };
   const auto by_kernel = [&] {
     const iovec from{source.data(), kSize};
     const iovec to{target.data(), kSize};
@@ -213,6 +224,8 @@ void bench_touchable(benchmark::State& state) {
   };
   time_in_turns(state, {{"populate", kCount, {}, times(populate(target))},
                         {"populate_huge", kCount, {}, times(populate(huge))},
+                        {"ask", kCount, {}, times(ask(target))},
+                        {"ask_huge", kCount, {}, times(ask(huge))},
                         {"copy", kCount, {}, times([&] { std::memcpy(target.data(), source.data(), kSize); })},
                         {"copy_by_kernel", kCount, {}, times(by_kernel)}});
 }

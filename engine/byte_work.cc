@@ -11,6 +11,7 @@
 #include <chrono>
 #include <ctime>
 
+#include "engine/ground/mappings.h"
 #include "engine/ground/pages.h"
 #include "engine/ground/stream_copy.h"
 #include "engine/ground/target_pages.h"
@@ -216,15 +217,27 @@ int as_read_fails(int error, std::span<std::byte> memory) {
 // Tells whether the memory is fresh: its first page and its last may have bytes of other chunks.
 bool is_middle_populated(std::span<std::byte> memory) { return is_populated(memory.subspan(memory.size() / 2, 1)); }
 
-// Populates the caller's memory before it is copied to or from. A copy to memory that is not mapped, not writable or
-// has no page left would end the process, whereas a failed populate is only an error, as EFAULT is for a read. On small
-// pages that are present, this costs a fraction of the copy, on huge ones nothing, and fresh pages it populates faster
-// than the copy would. process_vm_writev(2) costs more (engine_bench, cost/touchable and cost/fresh_copy), and some
-// containers forbid it.
+// Whether a copy from whole pages needs no populate. No file can take bytes of anonymous memory away, and what the
+// kernel shows of such memory as absent is populated all the same: it may be fresh, swapped out, or a guard
+// (MADV_GUARD_INSTALL), whose bytes nobody may read. A page that is broken (EHWPOISON) is shown as present, so that the
+// copy ends the process, as any other look at that page does. To ask costs a fifteenth of populating small pages
+// (engine_bench, cost/touchable).
+bool may_be_copied(std::span<std::byte> run, Mappings& mappings) {
+  // To populate fewer bytes takes as long as to ask. A bound, and not tuned.
+  constexpr std::size_t kLeastAskedBytes = 64 << 10;
+  return run.size() >= kLeastAskedBytes && mappings.are_anonymous_and_readable(run) && is_populated(run);
+}
+
+// Populates the caller's memory before it is copied to, and before it is copied from where that is needed. A copy to
+// memory that is not mapped, not writable or has no page left would end the process, whereas a failed populate is only
+// an error, as EFAULT is for a read. On small pages that are present, this may cost as much as the copy, on huge ones
+// nothing, and fresh pages it populates faster than the copy would. process_vm_writev(2) costs more (engine_bench,
+// cost/touchable and cost/fresh_copy), and some containers forbid it.
 std::int64_t make_touchable(std::span<const Fragment> fragments, bool for_writing, PagePolicy* policy) {
+  Mappings mappings;
   std::span<std::byte> run;  // Whole pages that follow on each other.
   const auto ask = [&] {
-    if (run.empty()) return 0;
+    if (run.empty() || (!for_writing && may_be_copied(run, mappings))) return 0;
     // Pages that are there already tell nothing about fresh ones.
     const bool fresh = policy && !is_middle_populated(run);
     return as_read_fails(populate(run, for_writing, fresh ? policy : nullptr), run);

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 
 #include <array>
 #include <cerrno>
@@ -10,9 +11,11 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "engine/ground/host_region.h"
+#include "engine/ground/mappings.h"
 #include "engine/ground/target_pages.h"
 #include "engine/ground/unique_fd.h"
 #include "engine/stripe_sums.h"
@@ -20,6 +23,7 @@
 #include "tests/support/guarded_memory.h"
 #include "tests/support/sandbox.h"
 #include "tests/support/small_file_test.h"
+#include "tests/support/temp_dir.h"
 
 namespace flashpack::internal {
 namespace {
@@ -253,6 +257,82 @@ TEST(PopulatedTest, ACopyFailsAsItsPageFaultsDoAndABadAddressIsEfault) {
     if (error == flashpack::testing::kSkip) GTEST_SKIP() << "no seccomp here";
     EXPECT_EQ(error, refusal == EINVAL ? EFAULT : refusal);
   }
+}
+
+// Gathers `memory`, as a store does. Returns 0, or an errno.
+int gather_error(std::span<std::byte> memory) {
+  std::vector<std::byte> slot(memory.size());
+  const Fragment fragment{.offset_bytes = 0, .size_bytes = memory.size(), .memory = memory.data()};
+  const std::int64_t result = carry_out({.op = ByteWork::Op::kGather, .view = {0, slot}, .fragments = {&fragment, 1}});
+  EXPECT_TRUE(result != 0 || testing::same_bytes(slot.data(), memory.data(), memory.size()));
+  return static_cast<int>(-result);
+}
+
+// The same in a child to which the kernel refuses to populate (EHWPOISON) and each call of `denied` (EPERM).
+int gather_error_without_populate(std::span<std::byte> memory, const std::vector<long>& denied = {}) {
+  return flashpack::testing::run_in_child([&] {
+    bool allowed = flashpack::testing::deny_syscall(SYS_madvise, EHWPOISON);
+    for (const long number : denied)
+      allowed = allowed && flashpack::testing::deny_syscall(static_cast<unsigned>(number), EPERM);
+    return allowed ? gather_error(memory) : flashpack::testing::kSkip;
+  });
+}
+
+// What is to be copied, in pages that are all there.
+class GatheredMemoryTest : public ::testing::Test {
+ protected:
+  static constexpr std::size_t kBytes = 1 << 20;
+
+  GatheredMemoryTest() {
+    ::madvise(region_.data(), kBytes, MADV_NOHUGEPAGE);  // So that a single page can be absent.
+    testing::fill_bytes(region_.data(), std::byte{1}, kBytes);
+  }
+
+  void SetUp() override {
+    const int error = gather_error_without_populate(memory_);
+    if (error == flashpack::testing::kSkip) GTEST_SKIP() << "no seccomp here";
+    if (!Mappings().are_anonymous_and_readable(memory_)) GTEST_SKIP() << "the kernel does not tell of mappings";
+    EXPECT_EQ(error, 0) << "pages that are there were populated";
+  }
+
+  // The page in the middle.
+  std::byte* middle() const { return memory_.data() + kBytes / 2; }
+
+  const HostRegion region_{kBytes, "a test"};
+  const std::span<std::byte> memory_ = region_.bytes().first(kBytes);
+};
+
+TEST_F(GatheredMemoryTest, AnonymousMemoryIsNotPopulatedUnlessAPageIsAbsent) {
+  ASSERT_EQ(::madvise(middle(), kPageBytes, MADV_DONTNEED), 0);
+  EXPECT_EQ(gather_error_without_populate(memory_), EHWPOISON);
+  EXPECT_EQ(gather_error(memory_), 0);
+  EXPECT_EQ(gather_error_without_populate(memory_), 0) << "the first copy left a page absent";
+}
+
+TEST_F(GatheredMemoryTest, WhereTheKernelDoesNotTellOfMappingsAllIsPopulated) {
+  EXPECT_EQ(gather_error_without_populate(memory_, {SYS_openat}), EHWPOISON);
+  EXPECT_EQ(gather_error_without_populate(memory_, {SYS_ioctl}), EHWPOISON);
+}
+
+TEST_F(GatheredMemoryTest, AFileInTheMiddleIsPopulatedThoughItsPagesAreThere) {
+  const testing::TempDir dir;
+  const UniqueFd file(::open((dir / "file").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+  ASSERT_EQ(::ftruncate(file.get(), kPageBytes), 0);
+  for (const int flags : {MAP_SHARED, MAP_PRIVATE}) {
+    ASSERT_NE(::mmap(middle(), kPageBytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED, file.get(), 0), MAP_FAILED);
+    *middle() = std::byte{2};
+    EXPECT_EQ(gather_error_without_populate(memory_), EHWPOISON);
+    EXPECT_EQ(gather_error(memory_), 0);
+  }
+}
+
+TEST_F(GatheredMemoryTest, AForkedChildIsAskedForItsOwnMemory) {
+  EXPECT_EQ(gather_error(memory_), 0);  // In the parent first.
+  EXPECT_EQ(flashpack::testing::run_in_child([&] {
+              ::mprotect(middle(), kPageBytes, PROT_NONE);
+              return gather_error(memory_);
+            }),
+            EFAULT);
 }
 
 TEST(PopulatedTest, FreshMemoryIsNotAndTouchedMemoryIs) {
