@@ -223,17 +223,20 @@ def test_windows_do_not_grow_with_the_file(pack, in_small_steps, started):
     assert max(step.window_bytes for step in started) <= 2 * MIB
 
 
-def test_a_window_grows_if_it_is_too_small_for_what_is_aligned_in_it(pack, in_small_steps, started):
+def test_gaps_for_alignment_count_so_that_no_window_is_larger_than_a_full_one_and_a_border(
+    pack, in_small_steps, started
+):
     files = [{str(elems): random_values((elems,))} for elems in (786_432, 125_000, 136_250, 400_000)]
     source = files[0] | files[1] | files[2] | files[3]
     assert_bit_equal(flashpack.load_file(list(map(pack, files)), dtype=torch.bfloat16), in_bfloat16(source))
-    assert [step.window_bytes > 2 * MIB for step in started][:4] == [False, False, False, True]
+    assert len(started) > 4
+    assert max(step.window_bytes for step in started) <= 2 * MIB
 
 
-def test_transfers_do_not_grow_either_where_bytes_take_room_on_their_way(pack, in_small_steps, started):
+def test_what_needs_no_window_is_one_transfer_however_its_memory_is_aligned(pack, in_small_steps, started):
     source = {str(i): random_tensor((400_000,), seed=i) for i in range(8)}
     with open_checkpoint(pack(source)) as checkpoint:
-        for shift_bytes, steps in [(0, 1), (64, 12)]:
+        for shift_bytes in (0, 64):
             block = allocate_block(0, checkpoint.native.payload_bytes + shift_bytes)
             targets = [
                 _into.Target(entry, CPU, torch.float32, block.tensor(torch.float32, entry.shape, at + shift_bytes))
@@ -243,8 +246,7 @@ def test_transfers_do_not_grow_either_where_bytes_take_room_on_their_way(pack, i
             started.clear()
             _into.read_into(checkpoint, targets, ReadOptions())
             assert_bit_equal({target.entry.name: target.memory for target in targets}, source)
-            assert len(started) >= steps
-            assert len(started) == 1 or steps > 1
+            assert len(started) == 1
 
 
 @pytest.mark.parametrize(("order", "reads"), [([0, 1, 2, 3], 1), ([1, 0, 2, 3], 3), ([3, 2, 1, 0], 4)])

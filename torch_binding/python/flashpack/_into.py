@@ -29,9 +29,8 @@ from .utils import string_to_dtype
 # Two windows are read while the third is emptied. There are fewer than a stream has loads, because a window is emptied
 # at once, while those of a stream wait for their consumer.
 _WINDOWS = 3
-# A transfer ends at the first border behind so many bytes of its window and of what cannot be read in place. All
-# windows together and the engine's staging are the memory that a load takes beside its tensors; with smaller windows
-# the disk would wait between transfers.
+# A transfer ends at the first border behind so many bytes of its window. All windows together and the engine's staging
+# are the memory that a load takes beside its tensors; with smaller windows the disk would wait between transfers.
 _FULL_BYTES = 12 << 20
 # Borders are multiples of this in the file. They are closer than those of batches, because each window has room for all
 # that may come before the next one.
@@ -74,8 +73,6 @@ class _Piece(NamedTuple):
     size_bytes: int
     address: int | None = None
     """The memory that they go to; without it they go to a window."""
-    is_staged: bool = True
-    """Whether they go to a window, or cannot be read in place: the engine's staging then has room for all of a step."""
 
 
 @dataclass
@@ -86,8 +83,6 @@ class _Step:
     windowed: list[Read] = field(default_factory=list)
     """With a place in the window instead of an address."""
     window_bytes: int = 0
-    staged_bytes: int = 0
-    """The bytes of the pieces that are staged."""
     cell: tuple[int, int] = (-1, -1)
     """The file, and the number of borders before the last byte that is read."""
 
@@ -98,7 +93,6 @@ class _Step:
     def add(self, piece: _Piece, begin: int, end: int) -> None:
         """Adds the bytes from `begin` to `end` of a piece."""
         file, offset, size_bytes = piece.file, piece.offset_bytes + begin, end - begin
-        self.staged_bytes += size_bytes if piece.is_staged else 0
         self.cell = (file, (offset + size_bytes - 1) // _STEP_BORDER_BYTES)
         if piece.address is not None:
             self.straight.append((file, offset, size_bytes, piece.address + begin))
@@ -119,12 +113,12 @@ def _steps_of(pieces: Iterable[_Piece]) -> Iterator[_Step]:
         begin = 0
         while begin < piece.size_bytes:
             offset = piece.offset_bytes + begin
-            is_full = step.staged_bytes >= _FULL_BYTES
+            is_full = step.window_bytes >= _FULL_BYTES
             if is_full and step.cell != (piece.file, offset // _STEP_BORDER_BYTES):
                 yield step
                 step, is_full = _Step(), False
             end = piece.size_bytes
-            if piece.is_staged or is_full:
+            if piece.address is None or is_full:
                 end = min(end, begin + _STEP_BORDER_BYTES - offset % _STEP_BORDER_BYTES)
             step.add(piece, begin, end)
             begin = end
@@ -173,9 +167,7 @@ class _Run:
                 # Tensors of an earlier load are neighbours in memory, too, and one read for many costs less.
                 while straight and at < end and straight[0][:2] == (file, at) and straight[0][3] == at + shift:
                     at += straight.popleft()[2]
-                # Whole pages that lie in the host's memory as they do in the file can be read in place.
-                is_staged = self.side.device == CPU and shift % _PAGE_BYTES != 0
-                yield _Piece(file, begin, at - begin, address, is_staged)
+                yield _Piece(file, begin, at - begin, address)
             if at < end:
                 yield _Piece(file, at, end - at)
 
