@@ -214,7 +214,8 @@ int as_read_fails(int error, std::span<std::byte> memory) {
   return error == EINVAL || (error == ENOMEM && !is_mapped()) ? EFAULT : error;
 }
 
-// Tells whether the memory is fresh: its first page and its last may have bytes of other chunks.
+// Whether the page in the middle is populated. If not, the memory is fresh. The first page and the last tell nothing,
+// because they may have bytes of other chunks.
 bool is_middle_populated(std::span<std::byte> memory) { return is_populated(memory.subspan(memory.size() / 2, 1)); }
 
 // Whether a copy from whole pages needs no populate. No file can take bytes of anonymous memory away, and what the
