@@ -63,7 +63,8 @@ def targets_in_place(plan: Plan, device: torch.device, options: LoadOptions) -> 
         if size_bytes := _checked_extent_bytes(entry, value):
             begin = value.data_ptr()
             spans[own_device].append((begin, begin + size_bytes, entry.name))
-        targets.append(Target(entry, own_device, value.dtype, value))
+        # Detached, it keeps its memory even if a thread gives the parameter other memory meanwhile.
+        targets.append(Target(entry, own_device, value.dtype, value.detach()))
     for each in spans.values():
         _check_apart(each)
     return targets
