@@ -1,4 +1,4 @@
-/// What the memory of this process is mapped to.
+/// Tells what the memory of this process is mapped to.
 #pragma once
 
 #include <cstddef>

@@ -278,7 +278,7 @@ int gather_error_without_populate(std::span<std::byte> memory, const std::vector
   });
 }
 
-// What is to be copied, in pages that are all there.
+// Memory that is to be copied, whose pages are all there.
 class GatheredMemoryTest : public ::testing::Test {
  protected:
   static constexpr std::size_t kBytes = 1 << 20;
@@ -312,6 +312,7 @@ TEST_F(GatheredMemoryTest, AnonymousMemoryIsNotPopulatedUnlessAPageIsAbsent) {
 TEST_F(GatheredMemoryTest, WhereTheKernelDoesNotTellOfMappingsAllIsPopulated) {
   EXPECT_EQ(gather_error_without_populate(memory_, {SYS_openat}), EHWPOISON);
   EXPECT_EQ(gather_error_without_populate(memory_, {SYS_ioctl}), EHWPOISON);
+  EXPECT_EQ(gather_error_without_populate(memory_, {SYS_mincore}), EHWPOISON);
 }
 
 TEST_F(GatheredMemoryTest, AFileInTheMiddleIsPopulatedThoughItsPagesAreThere) {
