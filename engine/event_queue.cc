@@ -62,13 +62,13 @@ class EventQueue::Shared {
     return taken;
   }
 
-  /// `ended` is the transfer if it has ended, else null. All threads see its end before anybody is told of the event,
-  /// so that nobody who takes the event has to wait for the driver.
+  /// `ended` is the transfer if it has ended, else null. The descriptor is readable before other threads see the end,
+  /// and nobody can take the event before they see it.
   void add(const Event& event, const Transfer* ended = nullptr) {
     const std::lock_guard lock(mutex_);
     if (fd_) waiting_.push_back(event);
-    if (ended) internal::TransferState::publish_end(*ended);
     if (waiting_.size() == 1) tell();
+    if (ended) internal::TransferState::publish_end(*ended);
   }
 
   std::size_t take(std::span<Event> events) {

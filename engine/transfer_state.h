@@ -27,8 +27,8 @@ namespace flashpack::internal {
 class Inbox;
 
 /// How a transfer ended. The driver sees the end first and calls the completion. Other threads see it after the
-/// completion has returned, so that a Completion may be destroyed as soon as wait() has returned. reach(),
-/// publish() and the waits act; the other functions ask.
+/// completion has returned, so that a Completion may be destroyed as soon as wait() has returned, or after it has
+/// called TransferState::publish_end(). reach(), publish() and the waits act; the other functions ask.
 ///
 /// Thread safety: any thread; only the driver calls reach(), once, and publish().
 class TransferEnd {
@@ -108,7 +108,8 @@ struct TransferState : std::enable_shared_from_this<TransferState> {
   explicit TransferState(TransferRequest wanted = {}) : request(wanted) {}
 
   static Transfer handle(std::shared_ptr<TransferState> state) { return Transfer(std::move(state)); }
-  /// A completion that outlives its done() whatever others do calls this within done(), to show them the end earlier.
+  /// Shows the end to other threads before done() has returned. Only a completion calls it, within done(), that none of
+  /// them can destroy before that.
   static void publish_end(const Transfer& ended) { ended.state_->end.publish(); }
   bool is_load() const noexcept { return request.direction == Direction::kLoad; }
   const char* verb() const noexcept { return is_load() ? "read" : "write"; }
