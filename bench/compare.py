@@ -297,13 +297,14 @@ def verdict(results: Results, state: str, turn: str) -> dict[str, Any]:
                 faster["faster"].append(f"{peer} than {ours}")
             elif statistics.median(rates[peer]) > statistics.median(rates[ours]):
                 faster["faster_within_noise"].append(f"{peer} than {ours}")
-    return {"state": state, "turn": turn, "of": len(rates), **faster}
+    peers = sum(not LOADERS[name].ours for name in rates)
+    return {"state": state, "turn": turn, "peers": peers, **faster}
 
 
 def said(found: dict[str, Any]) -> str:
     text = "; ".join(found["faster"] + [f"{pair}, within the noise" for pair in found["faster_within_noise"]])
     return f"{found['state']}, {found['turn']} load: " + (
-        f"faster: {text}" if text else f"ours are the fastest of {found['of']}"
+        f"faster: {text}" if text else f"no median of {found['peers']} peers is greater than any of ours"
     )
 
 

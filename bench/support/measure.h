@@ -34,7 +34,7 @@ class PeakMemory {
 /// The middle value, or the mean of the two middle ones. Requires: not empty.
 double median(std::vector<double> values);
 
-/// What the samples of one figure come to.
+/// The summary of the samples of one figure.
 struct Summary {
   double median = 0;
   double min = 0;
