@@ -164,8 +164,8 @@ class _Run:
                 if at < begin:
                     yield _Piece(file, at, begin - at)
                 at, shift = begin + size_bytes, address - begin
-                # Tensors of an earlier load are neighbours in memory, too, and one read for many costs less. On a device
-                # neighbours may be allocations of their own, over which no copy may go.
+                # Tensors of an earlier load are neighbours in memory, too, and one read for many costs less. On a
+                # device, neighbours may be allocations of their own, over which no copy may go.
                 while self.side.device == CPU and straight and at < end:
                     if straight[0][:2] != (file, at) or straight[0][3] != at + shift:
                         break
