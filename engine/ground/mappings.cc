@@ -49,7 +49,7 @@ bool can_ask() noexcept {
   }();
   return can;
 }
-[[maybe_unused]] const bool asked_at_once = can_ask();
+[[maybe_unused]] const bool mappings_asked_at_once = can_ask();
 
 }  // namespace
 
