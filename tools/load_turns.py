@@ -42,7 +42,7 @@ def engine_of(setting: dict[str, Any]) -> Engine:
 
 def touched_memory(size_bytes: int) -> mmap.mmap:
     """Memory on huge pages where the system gives some, all of which are present."""
-    memory = mmap.mmap(-1, size_bytes)
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     fill(memory)
     return memory

@@ -1,4 +1,6 @@
 import argparse
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import flashpack
@@ -31,6 +33,20 @@ def test_who_begins_changes_and_the_first_loads_do_not_count():
     loads = Recorded()
     assert in_turns(loads, ("a", "b"), 3, lambda path: None) == [(1.0, 2.0)] * 3
     assert loads.turns == ["first a", "first b", "a", "b", "b", "a", "a", "b"]
+
+
+def test_the_memory_may_be_on_huge_pages():
+    memory = load_turns.touched_memory(4 * MIB)
+    begin = load_turns.address_of(memory)
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    for mapping, flags in pairwise(mappings):
+        first, last = next(re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) ", mapping, re.MULTILINE)).groups()
+        if int(first, 16) <= begin < int(last, 16):
+            # Those of MADV_HUGEPAGE, and not of shared memory, which has a setting of its own.
+            assert "hg" in (flags := flags.splitlines()[0].split())
+            assert "sh" not in flags
+            return
+    pytest.fail("the memory is in no mapping")
 
 
 def test_an_engine_has_the_options_of_its_setting(tmp_path):
