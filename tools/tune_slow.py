@@ -11,9 +11,11 @@ FOLDER is on the disk to slow down, and gets files of up to 2.5 GiB, which are r
   no_io_uring  io_uring is refused, as containers do, so that workers read: two by default on two CPUs
   loop         an ext4 in a file on a loop device, which reads through the page cache of the file
   loop_direct  the same, past the page cache of the file
+  far          a file system that answers each request at 25 MB/s, as a store over a network does (far_fs.py)
 
-Needs root, losetup and mkfs.ext4, the installed Python package, and build/release/tools/flashpack_tune. A place that
-cannot be made is named, with the reason. All of it is removed in the end, also when a signal ends the program.
+Needs root, losetup and mkfs.ext4, for `far` libfuse3 and the package mfusepy, the installed Python package, and
+build/release/tools/flashpack_tune. A place that cannot be made is named, with the reason. All of it is removed in the
+end, also when a signal ends the program.
 
 After each run, what was picked and the default take turns (load_turns.py). If the default was kept, the fastest other
 setting of the search takes them, because a better one may have been missed.
@@ -34,6 +36,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from ctypes import c_uint8, c_uint16, c_uint32
@@ -90,6 +93,7 @@ class Place(NamedTuple):
     cgroup: Path | None = None
     cpus: frozenset[int] | None = None
     refuses_io_uring: bool = False
+    size_gib: float = 1
 
     def enter(self) -> None:
         """Moves the calling process there, which then ends by signals as any other."""
@@ -189,6 +193,34 @@ def on_loop_device(folder: Path, direct: bool) -> Iterator[Place]:
         yield Place(mounted)
 
 
+@contextmanager
+def far(folder: Path) -> Iterator[Place]:
+    """A FUSE file system over `folder`, whose files can be read at once by many requests, each of which takes long."""
+    with ExitStack() as undo:
+        behind, mounted, errors = folder / "behind", folder / "mounted", folder / "errors"
+        behind.mkdir()
+        mounted.mkdir()
+        # Its messages go to a file, because a pipe that nobody reads would stop it in the end.
+        log = undo.enter_context(errors.open("w"))
+        # A signal waits until the undoing is registered.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            command = [sys.executable, ROOT / "tools/far_fs.py", behind, mounted]
+            server = subprocess.Popen(command, stderr=log, preexec_fn=Place(folder).enter)
+            undo.callback(server.wait)
+            undo.callback(server.kill)
+            unmount = ["umount", "--lazy", mounted]
+            undo.callback(subprocess.run, unmount, check=False, capture_output=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        end = time.monotonic() + 30
+        while not mounted.is_mount():
+            if server.poll() is not None or time.monotonic() > end:
+                raise CannotMakeError(f"far_fs.py: {errors.read_text().strip() or 'it does not mount'}")
+            time.sleep(0.01)
+        yield Place(mounted, size_gib=0.25)  # A reader that asks for little at a time takes 10 s for it.
+
+
 PLACES: dict[str, Callable[[Path], AbstractContextManager[Place]]] = {
     "fast": lambda folder: nullcontext(Place(folder)),
     "reads": lambda folder: throttled(folder, "iops", 100),
@@ -197,6 +229,7 @@ PLACES: dict[str, Callable[[Path], AbstractContextManager[Place]]] = {
     "no_io_uring": lambda folder: nullcontext(Place(folder, refuses_io_uring=True)),
     "loop": lambda folder: on_loop_device(folder, direct=False),
     "loop_direct": lambda folder: on_loop_device(folder, direct=True),
+    "far": far,
 }
 
 
@@ -266,8 +299,8 @@ def other_setting(report: dict[str, Any]) -> Setting:
 
 
 def tune_once(place: Place, options: argparse.Namespace) -> Run:
-    tune = [options.program, "--dry_run", "--json", "--budget", options.budget, place.folder]
-    report = json.loads(place.run(tune))
+    tune = [options.program, "--dry_run", "--json", "--budget", options.budget, "--size_gib", str(place.size_gib)]
+    report = json.loads(place.run([*tune, place.folder]))
     other = other_setting(report)
     settings = [json.dumps(setting) for setting in (report["default"], other)]
     turns = json.loads(place.run([sys.executable, ROOT / "tools/load_turns.py", place.folder, *settings]))

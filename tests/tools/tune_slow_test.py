@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -126,6 +126,15 @@ def loop_devices_of(folder):
     return [file for file in files if file.startswith(f"{folder}/")]
 
 
+def processes_about(folder):
+    """The command lines that name the folder."""
+    commands = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            commands.append(file.read_bytes())
+    return [command for command in commands if bytes(folder) in command]
+
+
 @pytest.mark.parametrize("name", tune_slow.PLACES)
 def test_a_place_can_be_used_and_leaves_nothing_behind(name, tmp_path):
     with ExitStack() as stack:
@@ -138,6 +147,8 @@ def test_a_place_can_be_used_and_leaves_nothing_behind(name, tmp_path):
             assert loop_devices_of(tmp_path) == [str(tmp_path / "image")]
         assert place.run(["sh", "-c", 'echo "$(pwd)" >"$0/file"; cat "$0/file"', place.folder])
         (place.folder / "file").unlink()
+    assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
+    assert processes_about(tmp_path) == []
     assert place.cgroup is None or not place.cgroup.exists()
     assert not (tmp_path / "image").exists()
     assert loop_devices_of(tmp_path) == []
@@ -191,7 +202,7 @@ def test_a_place_that_cannot_be_made_is_named_and_the_others_are_measured(run_ma
     assert "fast: picked another setting in 0 of 2" in output.out
 
 
-@pytest.mark.parametrize("name", ["reads", "loop"])
+@pytest.mark.parametrize("name", ["reads", "loop", "far"])
 def test_a_signal_ends_it_and_leaves_nothing_behind(name, tmp_path):
     program, folder = tmp_path / "tune", tmp_path / "folder"
     program.write_text("#!/bin/sh\nkill -TERM $PPID\nexec sleep 600\n")
