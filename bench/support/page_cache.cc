@@ -40,12 +40,13 @@ struct ByteRange {
 };
 
 // By mincore(2), for kernels before 6.5 and containers that refuse cachestat(2). It tells the truth of files that the
-// caller may write, as those are that are measured.
+// caller may write, as those are that are measured. The mapping is private, because a file system that keeps nothing in
+// the page cache refuses a shared one.
 std::uint64_t resident_pages(const OpenFile& file, std::uint64_t first, std::uint64_t count) {
   const std::uint64_t page_bytes = internal::system_page_bytes();
   const std::size_t size_bytes = count * page_bytes;
   void* const memory =
-      ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, file.fd(), static_cast<off_t>(first * page_bytes));
+      ::mmap(nullptr, size_bytes, PROT_READ, MAP_PRIVATE, file.fd(), static_cast<off_t>(first * page_bytes));
   if (memory == MAP_FAILED) throw file.error("mmap");
   std::vector<unsigned char> pages(count);
   const int error = ::mincore(memory, size_bytes, pages.data()) == 0 ? 0 : errno;
@@ -108,6 +109,13 @@ void warm_every_other(const std::filesystem::path& path, std::uint64_t stripe_by
     }
   }
   if (off > 0) throw stays(path, off, "no stripe off by anything");
+}
+
+bool can_stay_in_page_cache(const std::filesystem::path& path) {
+  const OpenFile file(path, O_RDONLY);
+  const std::size_t size_bytes = std::min(std::size_t{4} << 20, file.size_bytes());
+  read_range(file, 0, size_bytes);
+  return resident_fraction(path, 0, size_bytes) > 0;
 }
 
 void warm_page_cache(const std::filesystem::path& path) {

@@ -22,7 +22,12 @@ void drop_from_page_cache(const std::filesystem::path& path);
 /// std::runtime_error if a stretch is not wholly in or out of the page cache as it should be; std::system_error.
 void warm_every_other(const std::filesystem::path& path, std::uint64_t stripe_bytes);
 
-/// Reads the file until all of it is in the page cache. Throws: std::runtime_error when it does not stay there.
+/// Reads the beginning of the file. False if nothing of it is in the page cache then, as on file systems of FUSE that
+/// keep nothing there. Throws: std::system_error.
+bool can_stay_in_page_cache(const std::filesystem::path& path);
+
+/// Reads the file until all of it is in the page cache. Throws: std::runtime_error when it does not stay there;
+/// std::system_error.
 void warm_page_cache(const std::filesystem::path& path);
 
 }  // namespace flashpack::bench

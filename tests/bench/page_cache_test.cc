@@ -32,6 +32,7 @@ class PageCache : public ::testing::Test {
 
 TEST_F(PageCache, ADroppedFileIsOutAndAWarmedOneIsIn) {
   EXPECT_EQ(resident_fraction(path_), 0);
+  EXPECT_TRUE(can_stay_in_page_cache(path_));
   warm_page_cache(path_);
   EXPECT_EQ(resident_fraction(path_), 1);
 }

@@ -16,6 +16,7 @@
 
 #include "bench/support/page_cache.h"
 #include "flashpack/tuning.h"
+#include "tests/support/hanging_fs.h"
 #include "tests/support/mounts.h"
 #include "tests/support/run.h"
 #include "tests/support/sandbox.h"
@@ -264,6 +265,24 @@ TEST(TuneTool, WhereAllIsPageCacheWhatCannotBeMeasuredIsSaidAndNothingIsKept) {
   EXPECT_TRUE(has(outcome.output, "not kept: ") && has(outcome.output, "tmpfs has no disk")) << outcome.output;
   EXPECT_TRUE(std::filesystem::is_empty(config.path()));
 }
+
+#ifdef FLASHPACK_HANGING_FS
+TEST(TuneTool, WhereNothingStaysInThePageCacheTheDiskIsMeasuredAlone) {
+  const testing::TempDir dir;
+  const testing::HangingFs fs(FLASHPACK_HANGING_FS, dir / "mount");
+  if (!fs.mounted()) GTEST_SKIP() << "FUSE cannot be mounted here";
+  const testing::Outcome outcome =
+      tune(dir / "mount", dir / "config", "--policy --json_file '" + (dir / "report").string() + "' 2>&1");
+  EXPECT_TRUE(has(outcome.output, "do not stay in the page cache: loads from it cannot be measured here"))
+      << outcome.output;
+  const boost::json::value report = report_in(dir / "report");
+  EXPECT_FALSE(report.at("disk").as_array().empty());
+  EXPECT_FALSE(report.at("policies_cold").as_array().empty());
+  for (const char* none : {"page_cache", "policies_cached"}) EXPECT_TRUE(report.at(none).as_array().empty()) << none;
+  EXPECT_LE(report.at("gains").as_array().size(), 1U);
+  EXPECT_TRUE(outcome.status == 0 || outcome.status == kExitNotKept) << outcome.output;
+}
+#endif
 
 TEST(TuneTool, OnANetworkFileSystemItIsSaidWhatCannotBeTold) {
   const testing::TempDir dir;

@@ -1,9 +1,11 @@
 #include "tools/tune/choice.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <tuple>
+
+#include "bench/support/measure.h"
 
 namespace flashpack::bench {
 
@@ -13,29 +15,33 @@ const Cell& choose(const std::vector<Cell>& cells) {
                                         [](const Cell& a, const Cell& b) { return a.gb_per_s < b.gb_per_s; });
   if (best->gb_per_s <= usual.gb_per_s * (1 + kTolerance)) return usual;
   const double floor = std::max(best->gb_per_s * (1 - kTolerance), usual.gb_per_s);
-  const auto cost = [](const Cell& cell) {
+  const auto busy_cores = [](const Cell& cell) { return cell.cpu_s_per_gb * cell.gb_per_s; };
+  const auto memory = [](const Cell& cell) {
     const Setting& setting = cell.setting;
     const std::uint64_t in_flight_bytes = std::uint64_t{setting.chunk_bytes} * setting.queue_depth;
-    return std::tuple(std::lround(cell.cpu_s_per_gb / kCpuStepSPerGb),
-                      setting.staging_bytes != 0 ? setting.staging_bytes : in_flight_bytes, setting.workers,
+    return std::tuple(setting.staging_bytes != 0 ? setting.staging_bytes : in_flight_bytes, setting.workers,
                       setting.backend != Backend::kAuto);
   };
+  double fewest_cores = busy_cores(*best);
   for (const Cell& cell : cells) {
-    if (cell.gb_per_s >= floor && cost(cell) < cost(*best)) best = &cell;
+    if (cell.gb_per_s >= floor) fewest_cores = std::min(fewest_cores, busy_cores(cell));
+  }
+  const auto is_cheap = [&](const Cell& cell) { return busy_cores(cell) <= fewest_cores + kSpareCores; };
+  for (const Cell& cell : cells) {
+    if (cell.gb_per_s < floor || !is_cheap(cell)) continue;
+    if (!is_cheap(*best) || memory(cell) < memory(*best)) best = &cell;
   }
   return *best;
 }
 
-bool is_better(std::vector<std::vector<double>> ratios) {
-  bool gains = false;
-  for (std::vector<double>& pairs : ratios) {
-    if (pairs.empty()) return false;
-    std::sort(pairs.begin(), pairs.end());
-    const std::size_t quarter = pairs.size() / 4;
-    if (pairs[pairs.size() / 2] < 1 - kTolerance && pairs[pairs.size() - 1 - quarter] < 1) return false;
-    gains = gains || (pairs[pairs.size() / 2] > 1 + kTolerance && pairs[pairs.size() / 8] > 1);
-  }
-  return gains;
+bool gains(const std::vector<double>& pairs) {
+  const auto losing = std::ranges::count_if(pairs, [](double pair) { return pair <= 1; });
+  return median(pairs) > 1 + kTolerance && static_cast<std::size_t>(losing) <= kLosingPairs;
+}
+
+bool is_better(const std::vector<std::vector<double>>& ratios) {
+  const auto loses = [](const std::vector<double>& pairs) { return median(pairs) < 1 - kTolerance; };
+  return std::ranges::any_of(ratios, gains) && std::ranges::none_of(ratios, loses);
 }
 
 }  // namespace flashpack::bench

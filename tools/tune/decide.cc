@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <array>
-#include <utility>
+#include <cstddef>
+#include <functional>
 #include <vector>
 
 #include "bench/support/measure.h"
@@ -14,22 +15,11 @@ namespace {
 
 using Clock = Budget::Clock;
 
-// The speeds of the pick relative to the default, from pairs of samples in turns. A pick that gains so far gets all
-// of the pairs, also when the time is over, because where pairs differ by chance, few of them seldom show a gain beyond
-// doubt.
-std::vector<double> ratios_of(Subject& subject, const Setting& pick, Work work, Clock::time_point end) {
-  constexpr int kLeast = 7;
-  constexpr int kMost = 16;  // Two of so many may lose anything.
-  std::vector<double> ratios;
-  const auto gains = [&] { return median(ratios) > 1 + kTolerance; };
-  for (int pair = 0; pair < kMost && (pair < kLeast || Clock::now() < end || gains()); ++pair) {
-    std::array<double, 2> seconds{};
-    for (const int turn : {pair % 2, 1 - pair % 2}) {
-      seconds[static_cast<std::size_t>(turn)] = sample(subject, turn == 0 ? kUsual : pick, work).seconds;
-    }
-    ratios.push_back(seconds[0] / seconds[1]);
-  }
-  return ratios;
+double ratio_of_a_pair(Subject& subject, const Setting& pick, Work way, bool pick_begins) {
+  std::array<double, 2> seconds{};
+  for (const bool is_pick : {pick_begins, !pick_begins})
+    seconds[is_pick ? 1 : 0] = sample(subject, is_pick ? pick : kUsual, way).seconds;
+  return seconds[0] / seconds[1];
 }
 
 // The best one for the disk with the engine's own backend.
@@ -42,13 +32,17 @@ Setting best_of_usual_backend(std::vector<Cell> cells) {
 }  // namespace
 
 std::vector<Setting> candidates_of(const Report& report, const Setting& of_the_disk) {
+  std::vector<Setting> wanted{report.pick};
   std::vector<Cell> cells = report.page_cache.cells;
   const auto other = [&](const Cell& cell) {
     return cell.setting.chunk_bytes != of_the_disk.chunk_bytes || cell.setting.queue_depth != of_the_disk.queue_depth;
   };
-  cells.erase(std::remove_if(cells.begin() + 1, cells.end(), other), cells.end());
+  if (!cells.empty()) {
+    cells.erase(std::remove_if(cells.begin() + 1, cells.end(), other), cells.end());
+    wanted.push_back(choose(cells).setting);
+  }
+  wanted.push_back(of_the_disk);
   std::vector<Setting> candidates;
-  std::vector<Setting> wanted{report.pick, choose(cells).setting, of_the_disk};
   if (of_the_disk.backend != kUsual.backend) wanted.push_back(best_of_usual_backend(report.disk.cells));
   for (const Setting& each : wanted) {
     if (each != kUsual) add_new(candidates, each);
@@ -56,19 +50,36 @@ std::vector<Setting> candidates_of(const Report& report, const Setting& of_the_d
   return candidates;
 }
 
+std::vector<std::vector<double>> in_turns(std::size_t ways, const std::function<double(std::size_t, int)>& pair_of,
+                                          const std::function<bool()>& is_over) {
+  constexpr std::size_t kLeast = 7;
+  std::vector<std::vector<double>> ratios(ways);
+  const auto goes_on = [&](std::size_t pairs) {
+    if (pairs < kLeast) return true;
+    return pairs < kMostPairs && (!is_over() || std::ranges::any_of(ratios, gains));
+  };
+  for (std::size_t pair = 0; goes_on(pair); ++pair) {
+    for (std::size_t way = 0; way < ways; ++way) ratios[way].push_back(pair_of(way, static_cast<int>(pair)));
+  }
+  return ratios;
+}
+
 void decide(Report& report, Subject& subject, const Setting& of_the_disk, Budget::Clock::time_point end) {
   const std::vector<Setting> candidates = candidates_of(report, of_the_disk);
+  std::vector<Work> ways;
+  if (!report.disk.cells.empty()) ways.push_back(Work::kDisk);
+  if (!report.page_cache.cells.empty()) ways.push_back(Work::kPageCache);
   for (std::size_t i = 0; i < candidates.size() && report.kept_default; ++i) {
     if (i > 1 && Clock::now() > end) break;
-    const auto share = (end - Clock::now()) / static_cast<int>(2 * (candidates.size() - i));
+    const auto share = (end - Clock::now()) / static_cast<int>(candidates.size() - i);
     report.pick = candidates[i];
-    std::vector<std::vector<double>> ratios;
-    if (!report.disk.cells.empty())
-      ratios.push_back(ratios_of(subject, report.pick, Work::kDisk, Clock::now() + share));
-    ratios.push_back(ratios_of(subject, report.pick, Work::kPageCache, Clock::now() + share));
+    const auto ratios = in_turns(
+        ways.size(),
+        [&](std::size_t way, int pair) { return ratio_of_a_pair(subject, report.pick, ways[way], pair % 2 == 1); },
+        [over = Clock::now() + share] { return Clock::now() >= over; });
     report.gains.clear();
     for (const std::vector<double>& pairs : ratios) report.gains.push_back(median(pairs) - 1);
-    report.kept_default = !is_better(std::move(ratios));
+    report.kept_default = !is_better(ratios);
   }
 }
 

@@ -1,6 +1,8 @@
 /// Decides in the end between what was found and the default.
 #pragma once
 
+#include <cstddef>
+#include <functional>
 #include <vector>
 
 #include "tools/tune/budget.h"
@@ -17,6 +19,15 @@ namespace flashpack::bench {
 ///   - the best setting with the usual backend, if the disk asked for another.
 /// It is pure.
 std::vector<Setting> candidates_of(const Report& report, const Setting& of_the_disk);
+
+/// Measures a candidate in turns with the default, and returns its speeds relative to that, of each way to read. It
+/// takes seven pairs at least and kMostPairs at most. A candidate that gains so far in one way gets all pairs of all
+/// ways, even when the time is over, because few pairs seldom show a gain beyond doubt, and may hide a loss. The ways
+/// take turns, too, so that an hour at which the disk is busy does not meet one of them only. `pair_of` measures the
+/// pair of a number, from 0 on.
+std::vector<std::vector<double>> in_turns(std::size_t ways,
+                                          const std::function<double(std::size_t way, int pair)>& pair_of,
+                                          const std::function<bool()>& is_over);
 
 /// Measures candidates in turns with the default, until one of them is better. The first two get their turns however
 /// little time is left. Needs the tables and the pick of `report`, and puts there what came out. Throws: Error.

@@ -34,6 +34,25 @@ Setting with_staging(Setting setting, Device device) {
   return setting;
 }
 
+void print_what_is_not_measured(const Report& report) {
+  if (report.disk.cells.empty()) {
+    std::printf(
+        "Files in %s stay in the page cache, as on tmpfs: reads from a disk cannot be measured here, nor writes to it, "
+        "and so no queue depth, backend or policy.\n",
+        report.directory.c_str());
+  }
+  if (report.page_cache.cells.empty()) {
+    std::printf("\nFiles in %s do not stay in the page cache: loads from it cannot be measured here.\n",
+                report.directory.c_str());
+  }
+  if (!report.server.empty()) {
+    std::printf(
+        "\n%s is on the network file system of %s: whether a read past the page cache of this machine comes from the "
+        "server's memory\nor from its disk cannot be told, and what is found holds for that server and path.\n",
+        report.directory.c_str(), report.server.c_str());
+  }
+}
+
 void print_staging_map(const Report& report) {
   std::vector<Cell> cells = report.page_cache.cells;
   const Setting chosen = choose(cells).setting;
@@ -69,6 +88,7 @@ void print_policies(const Report& report) {
   std::printf("\npolicy of loads with %s\n%-28s %8s %10s %8s\n", text_of(setting_of(report)).c_str(), "", "GB/s",
               "ms CPU/GB", "samples");
   for (const auto& [state, cells] : {std::pair{"nothing cached", &report.cold}, {"all cached", &report.cached}}) {
+    if (cells->empty()) continue;
     const CachePolicy chosen = choose(*cells).policy;
     for (const PolicyCell& cell : *cells) {
       std::printf("%c %-16s%-10s %8.2f %10.0f %8d\n", cell.policy == chosen ? '*' : ' ', state, to_string(cell.policy),
@@ -83,12 +103,11 @@ void print_policies(const Report& report) {
 void print_rule() {
   std::printf(
       "\nrule: the default stays unless another setting is more than %.0f %% faster. Among those within %.0f %% of the "
-      "fastest,\nand no slower than the default, * costs the least CPU in steps of %.0f ms per GB, then has the least "
+      "fastest,\nno slower than the default, and with at most %.1f busy cores more than the cheapest, * has the least "
       "staging memory,\nor the fewest bytes in flight where that is not given. In the end it is measured in turns with "
-      "the default: it has to\nbe %.0f %% faster in the median and faster in seven of eight pairs from disk or from "
-      "the "
-      "page cache, and in neither of\nthem %.0f %% slower in the median and slower in three of four pairs.\n",
-      kTolerance * 100, kTolerance * 100, kCpuStepSPerGb * 1e3, kTolerance * 100, kTolerance * 100);
+      "the default: it has to\nbe %.0f %% faster in the median and faster in 14 of 16 pairs from disk or from the page "
+      "cache, and in neither of them\n%.0f %% slower in the median.\n",
+      kTolerance * 100, kTolerance * 100, kSpareCores, kTolerance * 100, kTolerance * 100);
 }
 
 // As C++ that makes the engine.
@@ -158,22 +177,11 @@ void print_text(const Report& report) {
     std::printf("\nlink to %s: %.1f GB/s, by copies of page-locked memory\n", text_of(report.device).c_str(),
                 report.link_gb_per_s);
   if (report.verified_bytes > 0) std::printf("\nLoads compare checksums.\n");
-  if (report.disk.cells.empty()) {
-    std::printf(
-        "Files in %s stay in the page cache, as on tmpfs: reads from a disk cannot be measured here, nor writes to it, "
-        "and so no queue depth, backend or policy.\n",
-        report.directory.c_str());
-  }
-  if (!report.server.empty()) {
-    std::printf(
-        "\n%s is on the network file system of %s: whether a read past the page cache of this machine comes from the "
-        "server's memory\nor from its disk cannot be told, and what is found holds for that server and path.\n",
-        report.directory.c_str(), report.server.c_str());
-  }
+  print_what_is_not_measured(report);
   print_table("disk", report.disk, true);
   if (!report.no_latency.empty()) std::printf("requests could not be timed: %s\n", report.no_latency.c_str());
   print_table("page cache", report.page_cache, false);
-  if (report.device.kind == Device::Kind::kCuda) print_staging_map(report);
+  if (report.device.kind == Device::Kind::kCuda && !report.page_cache.cells.empty()) print_staging_map(report);
   print_table("durable writes", report.writes, true);
   if (!report.writes.cells.empty()) {
     std::printf(

@@ -23,17 +23,17 @@ struct Report {
   Device device;                     ///< Where loads went.
   std::string server;                ///< What a network file system is mounted from; empty if it is none.
   std::uint64_t read_bytes = 0;      ///< Size of one sample from the disk if there is one, else from the page cache.
-  std::uint64_t verified_bytes = 0;  ///< Bytes that one load from the page cache compared with checksums.
+  std::uint64_t verified_bytes = 0;  ///< Bytes that the last measured load compared with checksums.
   double link_gb_per_s = 0;          ///< Speed of copies to a GPU; 0 for the host, or if not known.
   Table disk;
-  Table page_cache;
+  Table page_cache;  ///< Nothing if the file does not stay there.
   Table writes;
   std::string no_backend;          ///< Why backends were not compared although it was asked for; else empty.
   std::vector<PolicyCell> cold;    ///< Policies with nothing in the page cache; none if they were not measured.
-  std::vector<PolicyCell> cached;  ///< The same with the whole file in it.
+  std::vector<PolicyCell> cached;  ///< The same with the whole file in it; none if it does not stay there.
   std::string no_latency;          ///< Why requests were not timed; empty if they were.
   Setting pick = kUsual;
-  std::vector<double> gains;  ///< Medians, relative: from disk if that could be measured, and from the page cache.
+  std::vector<double> gains;  ///< Medians, relative: from disk and from the page cache, as far as they were measured.
   bool kept_default = true;
   std::string kept;             ///< The file of the profile.
   std::string not_kept;         ///< Why there is none.

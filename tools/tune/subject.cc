@@ -151,7 +151,7 @@ void fit(Subject& subject, Work work, double seconds) {
     bytes = std::min(whole_bytes, static_cast<std::uint64_t>(static_cast<double>(bytes) * growth));
   }
   if (work == Work::kPageCache)
-    subject.loads_from_page_cache = static_cast<int>(std::clamp(std::ceil(seconds / 10 / took_s), 1.0, 1000.0));
+    subject.loads_from_page_cache = static_cast<int>(std::clamp(std::ceil(seconds / 3 / took_s), 1.0, 1000.0));
 }
 
 void check_bytes(Subject& subject, const Setting& setting) {

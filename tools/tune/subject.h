@@ -57,7 +57,7 @@ enum class Cached { kNothing, kWhole };
 Sample sample_policy(Subject& subject, const Setting& setting, CachePolicy policy, Cached cached);
 
 /// Leaves so much to read that one sample takes from half of `seconds` to about as long, but at least 64 MiB and at
-/// most the file, and a tenth of them at least from the page cache. Reads little more than that from a slow disk.
+/// most the file, and a third of them at least from the page cache. Reads little more than that from a slow disk.
 void fit(Subject& subject, Work work, double seconds);
 
 /// Loads the whole file with a setting, past the page cache and through it. Throws: std::runtime_error unless the

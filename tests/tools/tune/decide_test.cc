@@ -2,9 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <cstddef>
+#include <functional>
 #include <vector>
 
 #include "tests/support/units.h"
+#include "tools/tune/choice.h"
 
 namespace flashpack::bench {
 namespace {
@@ -33,6 +36,38 @@ TEST(Decide, TheDefaultIsNoCandidateAndNothingIsOneTwice) {
   report.page_cache.cells = report.disk.cells = {cell(kUsual, 1)};
   report.pick = kUsual;
   EXPECT_TRUE(candidates_of(report, kUsual).empty());
+}
+
+// The number of pairs of each of two ways, of which the first one gains `first`, when the time is over at once.
+std::vector<std::size_t> pairs_of(const std::function<double(int pair)>& first) {
+  std::vector<std::size_t> counts;
+  for (const auto& pairs :
+       in_turns(2, [&](std::size_t way, int pair) { return way == 0 ? first(pair) : 1.0; }, [] { return true; }))
+    counts.push_back(pairs.size());
+  return counts;
+}
+
+TEST(Decide, OnlyACandidateThatGainsGoesOnAfterTheTimeInAllWaysToRead) {
+  using Counts = std::vector<std::size_t>;
+  EXPECT_EQ(pairs_of([](int) { return 1.0; }), Counts({7, 7}));
+  EXPECT_EQ(pairs_of([](int) { return 1.1; }), Counts({16, 16}));
+  EXPECT_EQ(pairs_of([](int pair) { return pair < 2 ? 0.9 : 1.1; }), Counts({16, 16})) << "two may lose";
+  EXPECT_EQ(pairs_of([](int pair) { return pair < 6 || pair == 9 ? 1.1 : 0.9; }), Counts({9, 9}))
+      << "it loses a third time";
+}
+
+TEST(Decide, WaysTakeTurnsAndAllPairsAreMeasuredWhileThereIsTime) {
+  std::vector<std::size_t> ways;
+  in_turns(2, [&](std::size_t way, int) { return ways.push_back(way), 1.0; }, [] { return false; });
+  ASSERT_EQ(ways.size(), 2 * kMostPairs);
+  for (std::size_t i = 0; i < ways.size(); ++i) EXPECT_EQ(ways[i], i % 2);
+}
+
+TEST(Decide, WhereNothingStaysInThePageCacheWhatTheDiskAskedForIsTheCandidate) {
+  Report report;
+  report.disk.cells = {cell(kUsual, 1), cell(kByRing, 1.5)};
+  report.pick = kByRing;
+  EXPECT_EQ(candidates_of(report, kByRing), std::vector<Setting>{kByRing});
 }
 
 }  // namespace
