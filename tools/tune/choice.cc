@@ -40,7 +40,7 @@ bool gains(const std::vector<double>& pairs) {
 }
 
 bool is_better(const std::vector<std::vector<double>>& ratios) {
-  const auto loses = [](const std::vector<double>& pairs) { return median(pairs) < 1 - kTolerance; };
+  const auto loses = [](const std::vector<double>& pairs) { return median(pairs) < 1 - kTolerance / 2; };
   return std::ranges::any_of(ratios, gains) && std::ranges::none_of(ratios, loses);
 }
 

@@ -22,9 +22,9 @@ double ratio_of_a_pair(Subject& subject, const Setting& pick, Work way, bool pic
   return seconds[0] / seconds[1];
 }
 
-// The best one for the disk with the engine's own backend.
-Setting best_of_usual_backend(std::vector<Cell> cells) {
-  const auto other = [](const Cell& cell) { return cell.setting.backend != kUsual.backend; };
+// The best one of the default, which is first, and of the others that are `wanted`.
+Setting best_of(std::vector<Cell> cells, const std::function<bool(const Setting&)>& wanted) {
+  const auto other = [&](const Cell& cell) { return !wanted(cell.setting); };
   cells.erase(std::remove_if(cells.begin() + 1, cells.end(), other), cells.end());
   return choose(cells).setting;
 }
@@ -33,17 +33,16 @@ Setting best_of_usual_backend(std::vector<Cell> cells) {
 
 std::vector<Setting> candidates_of(const Report& report, const Setting& of_the_disk) {
   std::vector<Setting> wanted{report.pick};
-  std::vector<Cell> cells = report.page_cache.cells;
-  const auto other = [&](const Cell& cell) {
-    return cell.setting.chunk_bytes != of_the_disk.chunk_bytes || cell.setting.queue_depth != of_the_disk.queue_depth;
+  const auto moves_as_the_disk = [&](const Setting& setting) {
+    return setting.chunk_bytes == of_the_disk.chunk_bytes && setting.queue_depth == of_the_disk.queue_depth;
   };
-  if (!cells.empty()) {
-    cells.erase(std::remove_if(cells.begin() + 1, cells.end(), other), cells.end());
-    wanted.push_back(choose(cells).setting);
-  }
+  if (!report.page_cache.cells.empty()) wanted.push_back(best_of(report.page_cache.cells, moves_as_the_disk));
   wanted.push_back(of_the_disk);
+  const auto has_usual_backend = [](const Setting& setting) { return setting.backend == kUsual.backend; };
+  const auto has_usual_chunks = [](const Setting& setting) { return setting.chunk_bytes == kUsual.chunk_bytes; };
+  if (!has_usual_backend(of_the_disk)) wanted.push_back(best_of(report.disk.cells, has_usual_backend));
+  if (!has_usual_chunks(of_the_disk)) wanted.push_back(best_of(report.disk.cells, has_usual_chunks));
   std::vector<Setting> candidates;
-  if (of_the_disk.backend != kUsual.backend) wanted.push_back(best_of_usual_backend(report.disk.cells));
   for (const Setting& each : wanted) {
     if (each != kUsual) add_new(candidates, each);
   }

@@ -16,7 +16,9 @@ namespace flashpack::bench {
 ///   - the pick;
 ///   - the best setting with the chunk size and queue depth that the disk asked for;
 ///   - that which the disk alone asked for, because workers or slots may be why the others are no better;
-///   - the best setting with the usual backend, if the disk asked for another.
+///   - the best setting with the usual backend, if the disk asked for another;
+///   - the best setting with the usual chunk size, if the disk asked for another, which may be why the page cache
+///   loses.
 /// It is pure.
 std::vector<Setting> candidates_of(const Report& report, const Setting& of_the_disk);
 

@@ -38,6 +38,14 @@ TEST(Decide, TheDefaultIsNoCandidateAndNothingIsOneTwice) {
   EXPECT_TRUE(candidates_of(report, kUsual).empty());
 }
 
+TEST(Decide, WhereTheDiskAskedForOtherChunksTheBestOfTheUsualSizeIsTheLastCandidate) {
+  Report report;
+  const Setting deep{kUsual.chunk_bytes, 32};
+  report.disk.cells = {cell(kUsual, 1), cell(kByRing, 2), cell(deep, 1.9), cell({kUsual.chunk_bytes, 16}, 1.5)};
+  report.pick = kByRing;
+  EXPECT_EQ(candidates_of(report, kByRing), (std::vector<Setting>{kByRing, deep}));
+}
+
 // The number of pairs of each of two ways, of which the first one gains `first`, when the time is over at once.
 std::vector<std::size_t> pairs_of(const std::function<double(int pair)>& first) {
   std::vector<std::size_t> counts;
