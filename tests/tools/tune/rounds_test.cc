@@ -58,7 +58,7 @@ TEST(Rounds, TheSearchOfAFlatDiskEndsAndKeepsTheDefault) {
 TEST(Rounds, TheSearchStaysInRange) {
   int samples = 0;
   const Setting largest = search([](const Setting& at) { return double(at.chunk_bytes) * at.queue_depth; }, samples);
-  EXPECT_EQ(std::uint64_t{largest.chunk_bytes} * largest.queue_depth, 512 * kMiB);
+  EXPECT_EQ(std::uint64_t{largest.chunk_bytes} * largest.queue_depth, 256 * kMiB);
   const Setting least =
       search([](const Setting& at) { return 1 / (double(at.chunk_bytes) * at.queue_depth); }, samples);
   EXPECT_EQ(least, (Setting{kMiB, 1, 0}));
