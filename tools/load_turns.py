@@ -1,6 +1,6 @@
 """Loads a file with two settings of an engine in turns, and prints the speed of the second against the first.
 
-usage: python tools/load_turns.py FOLDER SETTING SETTING [--size_gib 0.25] [--pairs 9] [--seconds 0.5]
+usage: python tools/load_turns.py FOLDER SETTING SETTING [--size_gib 0.25] [--pairs 21] [--seconds 0.25]
 
 A setting is a JSON object as in the report of flashpack_tune, such as its "default" and its "best". The file is made in
 FOLDER, and removed in the end. Each turn loads it again and again until --seconds have passed, to memory on huge pages
@@ -124,8 +124,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("settings", type=json.loads, nargs=2, metavar="SETTING")
     parser.add_argument("--size_gib", type=float, default=0.25)
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--pairs", type=int, default=21)
+    parser.add_argument("--seconds", type=float, default=0.25)
     options = parser.parse_args()
     print(json.dumps(measure(options.folder, tuple(options.settings), options)))
     return 0

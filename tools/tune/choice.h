@@ -30,8 +30,9 @@ bool gains(const std::vector<double>& pairs);
 
 /// Whether a setting takes the place of the default: it gains in one way to read, and in none does the median lose more
 /// than half of kTolerance, so that doubt favours the default. `ratios` has the pairs of each way to read, which are
-/// kMostPairs of all ways where one gains, because fewer may hide a loss. If pairs differ by 8 %, of settings that lose
-/// 5 % there one in twelve passes, and of those that lose nothing three in four. Requires: no way is without pairs.
+/// kMostPairs of all ways or more where one gains, because fewer may hide a loss. If pairs differ by 8 %, of settings
+/// that lose 5 % there one in twelve passes, and of those that lose nothing three in four. Requires: no way is without
+/// pairs.
 bool is_better(const std::vector<std::vector<double>>& ratios);
 
 }  // namespace flashpack::bench

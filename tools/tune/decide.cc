@@ -53,9 +53,12 @@ std::vector<std::vector<double>> in_turns(std::size_t ways, const std::function<
                                           const std::function<bool()>& is_over) {
   constexpr std::size_t kLeast = 7;
   std::vector<std::vector<double>> ratios(ways);
+  const auto loses_clearly = [](const std::vector<double>& pairs) { return median(pairs) < 1 - 2 * kTolerance; };
   const auto goes_on = [&](std::size_t pairs) {
-    if (pairs < kLeast) return true;
-    return pairs < kMostPairs && (!is_over() || std::ranges::any_of(ratios, gains));
+    if (pairs < kLeast || (pairs < kMostPairs && !is_over())) return true;
+    if (std::ranges::none_of(ratios, gains)) return false;
+    return pairs < kMostPairs ||
+           (pairs < 2 * kMostPairs && !is_better(ratios) && std::ranges::none_of(ratios, loses_clearly));
   };
   for (std::size_t pair = 0; goes_on(pair); ++pair) {
     for (std::size_t way = 0; way < ways; ++way) ratios[way].push_back(pair_of(way, static_cast<int>(pair)));

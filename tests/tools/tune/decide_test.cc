@@ -46,11 +46,13 @@ TEST(Decide, WhereTheDiskAskedForOtherChunksTheBestOfTheUsualSizeIsTheLastCandid
   EXPECT_EQ(candidates_of(report, kByRing), (std::vector<Setting>{kByRing, deep}));
 }
 
-// The number of pairs of each of two ways, of which the first one gains `first`, when the time is over at once.
-std::vector<std::size_t> pairs_of(const std::function<double(int pair)>& first) {
+// The number of pairs of each of two ways, with speeds of `first` and `second`, when the time is over at once.
+std::vector<std::size_t> pairs_of(
+    const std::function<double(int pair)>& first,
+    const std::function<double(int pair)>& second = [](int) { return 1.0; }) {
   std::vector<std::size_t> counts;
-  for (const auto& pairs :
-       in_turns(2, [&](std::size_t way, int pair) { return way == 0 ? first(pair) : 1.0; }, [] { return true; }))
+  for (const auto& pairs : in_turns(
+           2, [&](std::size_t way, int pair) { return way == 0 ? first(pair) : second(pair); }, [] { return true; }))
     counts.push_back(pairs.size());
   return counts;
 }
@@ -62,6 +64,14 @@ TEST(Decide, OnlyACandidateThatGainsGoesOnAfterTheTimeInAllWaysToRead) {
   EXPECT_EQ(pairs_of([](int pair) { return pair < 2 ? 0.9 : 1.1; }), Counts({16, 16})) << "two may lose";
   EXPECT_EQ(pairs_of([](int pair) { return pair < 6 || pair == 9 ? 1.1 : 0.9; }), Counts({9, 9}))
       << "it loses a third time";
+}
+
+TEST(Decide, ALossThatMayBeByChanceIsMeasuredTwiceAsOftenAndAClearOneIsNot) {
+  using Counts = std::vector<std::size_t>;
+  const auto gain = [](int) { return 1.5; };
+  EXPECT_EQ(pairs_of(gain, [](int) { return 0.97; }), Counts({32, 32}));
+  EXPECT_EQ(pairs_of(gain, [](int pair) { return pair < 9 ? 0.97 : 1.0; }), Counts({18, 18}));
+  EXPECT_EQ(pairs_of(gain, [](int) { return 0.9; }), Counts({16, 16}));
 }
 
 TEST(Decide, WaysTakeTurnsAndAllPairsAreMeasuredWhileThereIsTime) {
