@@ -235,7 +235,13 @@ class AsyncOperation final : public Completion,
     AsyncOperations& operations = operations_;
     auto self = std::static_pointer_cast<AsyncOperation>(operations.take_out(this));
     if (!self) return;
-    auto executor = work_.get_executor();
+    post_handler(std::move(self), std::move(error), std::move(stats));
+    operations.posted();
+  }
+
+  // The copy of the executor must be gone before the end is told, because from then on its context may be destroyed.
+  static void post_handler(std::shared_ptr<AsyncOperation> self, std::exception_ptr error, TransferStats stats) {
+    const auto executor = self->work_.get_executor();
     post_to(executor, [self = std::move(self), error = std::move(error), stats = std::move(stats)]() mutable {
       if (auto slot = boost::asio::get_associated_cancellation_slot(self->handler_); slot.is_connected()) slot.clear();
       Handler handler = std::move(self->handler_);
@@ -243,7 +249,6 @@ class AsyncOperation final : public Completion,
       self.reset();
       std::move(handler)(std::move(error), std::move(stats));
     });
-    operations.posted();
   }
 
   Handler handler_;
