@@ -75,6 +75,8 @@ TEST(Choice, ASettingIsBetterIfItGainsSomewhereAndLosesNowhere) {
   EXPECT_TRUE(is_better({{1.1, 1.1}, {0.99, 0.99}}));
   EXPECT_TRUE(is_better({{0.99, 0.99}, {1.1, 1.1}}));
   EXPECT_FALSE(is_better({{1.1, 1.1}, {0.98, 0.98}}));
+  EXPECT_TRUE(is_better({{1.5, 1.5}, {0.98, 0.98}})) << "a large gain may cost more";
+  EXPECT_FALSE(is_better({{1.5, 1.5}, {0.96, 0.96}}));
   EXPECT_FALSE(is_better({{1.02, 1.02}, {1.02, 1.02}}));
   EXPECT_FALSE(is_better({}));
 }

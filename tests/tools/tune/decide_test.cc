@@ -68,7 +68,7 @@ TEST(Decide, OnlyACandidateThatGainsGoesOnAfterTheTimeInAllWaysToRead) {
 
 TEST(Decide, ALossThatMayBeByChanceIsMeasuredTwiceAsOftenAndAClearOneIsNot) {
   using Counts = std::vector<std::size_t>;
-  const auto gain = [](int) { return 1.5; };
+  const auto gain = [](int) { return 1.1; };
   EXPECT_EQ(pairs_of(gain, [](int) { return 0.97; }), Counts({32, 32}));
   EXPECT_EQ(pairs_of(gain, [](int pair) { return pair < 9 ? 0.97 : 1.0; }), Counts({18, 18}));
   EXPECT_EQ(pairs_of(gain, [](int) { return 0.9; }), Counts({16, 16}));
