@@ -31,10 +31,10 @@ const Cell& choose(const std::vector<Cell>& cells);
 bool gains(const std::vector<double>& pairs);
 
 /// Whether a setting takes the place of the default: it gains in one way to read, and in none does the median lose more
-/// than half of kTolerance, so that doubt favours the default, or more than kTolerance beside a gain of kLargeGain, which
-/// must not be lost to chance. `ratios` has the pairs of each way to read, which are kMostPairs of all ways or more where
-/// one gains, because fewer may hide a loss. If pairs differ by 8 %, of settings that lose 5 % in one way one in twelve
-/// passes beside a small gain, and one in five beside a large one. Requires: no way is without pairs.
+/// than half of kTolerance, so that doubt favours the default, or more than kTolerance beside a gain of kLargeGain,
+/// which must not be lost to chance. `ratios` has the pairs of each way to read, which are kMostPairs of all ways or
+/// more where one gains, because fewer may hide a loss. If pairs differ by 8 %, of settings that lose 5 % in one way
+/// one in twelve passes beside a small gain, and one in five beside a large one. Requires: no way is without pairs.
 bool is_better(const std::vector<std::vector<double>>& ratios);
 
 }  // namespace flashpack::bench
