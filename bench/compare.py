@@ -178,7 +178,8 @@ def read_all(path: Path, threads: int, memory: memoryview) -> float:
 
 def roofline_in_python(path: Path) -> dict[str, Any]:
     """Reads the page cache with one thread, and with one for each CPU."""
-    mapping = mmap.mmap(-1, path.stat().st_size)
+    # Private, because shared memory has a setting of its own for huge pages, which is usually never.
+    mapping = mmap.mmap(-1, path.stat().st_size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     mapping.madvise(mmap.MADV_HUGEPAGE)
     memory = memoryview(mapping)
     for at in range(0, len(memory), mmap.PAGESIZE):
