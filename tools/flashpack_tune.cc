@@ -152,9 +152,8 @@ void measure_page_cache(Report& report, Subject& subject, const Budget& budget, 
 
 void measure_policies(Report& report, Subject& subject, const Budget& budget) {
   const Setting& setting = setting_of(report);
-  const Clock::time_point now = Clock::now();
   if (!report.page_cache.cells.empty())
-    report.cached = bench::measure_policies(subject, setting, Cached::kWhole, now + (budget.end_of() - now) / 2);
+    report.cached = bench::measure_policies(subject, setting, Cached::kWhole, budget.end_of(0.5));
   report.cold = bench::measure_policies(subject, setting, Cached::kNothing, budget.end_of());
 }
 

@@ -1,12 +1,12 @@
 """The file system of tools/far_fs.py, mounted."""
 
 import os
-import subprocess
-import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import tune_slow
 
 try:
     import far_fs
@@ -17,22 +17,13 @@ except OSError as error:
 @pytest.fixture
 def mounted(tmp_path):
     """The folder behind, and the folder where the file system is."""
-    behind, at = tmp_path / "behind", tmp_path / "at"
-    behind.mkdir()
-    at.mkdir()
-    command = [sys.executable, far_fs.__file__, behind, at, "--mb_per_s", "100000"]
-    with (tmp_path / "errors").open("w") as errors:
-        server = subprocess.Popen(command, stderr=errors)
-    try:
-        while not at.is_mount():
-            if server.poll() is not None:
-                pytest.skip(f"FUSE cannot be mounted here: {(tmp_path / 'errors').read_text()}")
-            time.sleep(0.01)
-        yield behind, at
-    finally:
-        server.terminate()
-        server.wait()
-    assert not at.is_mount()
+    with ExitStack() as stack:
+        try:
+            place = stack.enter_context(tune_slow.far(tmp_path))
+        except tune_slow.CannotMakeError as error:
+            pytest.skip(str(error))
+        yield tmp_path / "behind", place.folder
+    assert not place.folder.is_mount()
 
 
 def test_it_has_the_files_of_the_folder_and_writes_go_there(mounted):

@@ -40,7 +40,7 @@ def test_the_memory_may_be_on_huge_pages():
     begin = load_turns.address_of(memory)
     mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
     for mapping, flags in pairwise(mappings):
-        first, last = next(re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) ", mapping, re.MULTILINE)).groups()
+        first, last = re.search(r"^([0-9a-f]+)-([0-9a-f]+) ", mapping, re.MULTILINE).groups()
         if int(first, 16) <= begin < int(last, 16):
             # Those of MADV_HUGEPAGE, and not of shared memory, which has a setting of its own.
             assert "hg" in (flags := flags.splitlines()[0].split())
