@@ -36,7 +36,8 @@ const Cell& choose(const std::vector<Cell>& cells) {
 
 bool gains(const std::vector<double>& pairs) {
   const auto losing = std::ranges::count_if(pairs, [](double pair) { return pair <= 1; });
-  return median(pairs) > 1 + kTolerance && static_cast<std::size_t>(losing) <= kLosingPairs;
+  const std::size_t may_lose = std::max(pairs.size(), kEnoughPairs) / kPairsForALoss;
+  return median(pairs) > 1 + kTolerance && static_cast<std::size_t>(losing) <= may_lose;
 }
 
 bool is_better(const std::vector<std::vector<double>>& ratios) {

@@ -12,9 +12,10 @@ namespace flashpack::bench {
 inline constexpr double kTolerance = 0.03;
 /// So many busy cores are given up for less memory.
 inline constexpr double kSpareCores = 0.1;
-/// So many pairs of turns decide, and so many of them may lose: 14 of 16 gain by chance in one of 480 trials.
-inline constexpr std::size_t kMostPairs = 16;
-inline constexpr std::size_t kLosingPairs = 2;
+/// So many pairs of turns decide, or twice as many in doubt.
+inline constexpr std::size_t kEnoughPairs = 16;
+/// One pair of so many may lose: 14 of 16 gain by chance in one of 480 trials, 28 of 32 in one of 100,000.
+inline constexpr std::size_t kPairsForALoss = 8;
 /// Beside such a gain of one way to read, the other may lose as much as is given up for less memory.
 inline constexpr double kLargeGain = 0.25;
 
@@ -25,16 +26,15 @@ inline constexpr double kLargeGain = 0.25;
 const Cell& choose(const std::vector<Cell>& cells);
 
 /// Whether pairs of turns show so far that a setting is faster than the default: the median gained more than
-/// kTolerance, and no more than kLosingPairs lost anything. A median alone may gain so much by chance, on a busy
-/// machine, where pairs differ by more than kTolerance. `pairs` has the speeds relative to the default: 1.1 for a tenth
-/// faster. Requires: not empty.
+/// kTolerance, and no more than one of kPairsForALoss lost anything, where fewer than kEnoughPairs count as so many. A
+/// median alone may gain so much by chance, on a busy machine, where pairs differ by more than kTolerance. `pairs` has
+/// the speeds relative to the default: 1.1 for a tenth faster. Requires: not empty.
 bool gains(const std::vector<double>& pairs);
 
 /// Whether a setting takes the place of the default: it gains in one way to read, and in none does the median lose more
 /// than half of kTolerance, so that doubt favours the default, or more than kTolerance beside a gain of kLargeGain,
-/// which must not be lost to chance. `ratios` has the pairs of each way to read, which are kMostPairs of all ways or
-/// more where one gains, because fewer may hide a loss. If pairs differ by 8 %, of settings that lose 5 % in one way
-/// one in twelve passes beside a small gain, and one in five beside a large one. Requires: no way is without pairs.
+/// which must not be lost to chance. `ratios` has the pairs of each way to read, which are kEnoughPairs of all ways or
+/// more where one gains, because fewer may hide a loss. Requires: no way is without pairs.
 bool is_better(const std::vector<std::vector<double>>& ratios);
 
 }  // namespace flashpack::bench

@@ -1,7 +1,6 @@
 #include "tools/tune/decide.h"
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <functional>
 #include <vector>
@@ -15,11 +14,35 @@ namespace {
 
 using Clock = Budget::Clock;
 
-double ratio_of_a_pair(Subject& subject, const Setting& pick, Work way, bool pick_begins) {
-  std::array<double, 2> seconds{};
-  for (const bool is_pick : {pick_begins, !pick_begins})
-    seconds[is_pick ? 1 : 0] = sample(subject, is_pick ? pick : kUsual, way).seconds;
-  return seconds[0] / seconds[1];
+struct PairSeconds {
+  double usual;
+  double candidate;
+};
+
+PairSeconds measure_pair(Subject& subject, const Setting& candidate, Work way, bool candidate_begins) {
+  PairSeconds seconds{};
+  for (const bool is_candidate : {candidate_begins, !candidate_begins}) {
+    (is_candidate ? seconds.candidate : seconds.usual) =
+        sample(subject, is_candidate ? candidate : kUsual, way).seconds;
+  }
+  return seconds;
+}
+
+// Gives `turns` the pairs of all its ways.
+void take_turns(Turns& turns, Subject& subject, Clock::time_point end) {
+  std::vector<std::vector<double>> usual_seconds(turns.ways.size());
+  const auto pair_of = [&](std::size_t way, int pair) {
+    const PairSeconds seconds = measure_pair(subject, turns.setting, turns.ways[way].work, pair % 2 == 1);
+    usual_seconds[way].push_back(seconds.usual);
+    return seconds.usual / seconds.candidate;
+  };
+  const auto ratios = in_turns(turns.ways.size(), pair_of, [&] { return Clock::now() >= end; });
+  for (std::size_t i = 0; i < turns.ways.size(); ++i) {
+    WayInTurns& way = turns.ways[i];
+    way.ratios = ratios[i];
+    way.default_gb_per_s = static_cast<double>(subject.sample_bytes(way.work)) / 1e9 / median(usual_seconds[i]);
+  }
+  turns.better = is_better(ratios);
 }
 
 // The best one of the default, which is first, and of the others that are `wanted`.
@@ -55,10 +78,11 @@ std::vector<std::vector<double>> in_turns(std::size_t ways, const std::function<
   std::vector<std::vector<double>> ratios(ways);
   const auto loses_clearly = [](const std::vector<double>& pairs) { return median(pairs) < 1 - 2 * kTolerance; };
   const auto goes_on = [&](std::size_t pairs) {
-    if (pairs < kLeast || (pairs < kMostPairs && !is_over())) return true;
-    if (std::ranges::none_of(ratios, gains)) return false;
-    return pairs < kMostPairs ||
-           (pairs < 2 * kMostPairs && !is_better(ratios) && std::ranges::none_of(ratios, loses_clearly));
+    if (pairs < kLeast || (pairs < kEnoughPairs && !is_over())) return true;
+    if (pairs > kEnoughPairs) return pairs < 2 * kEnoughPairs;
+    const bool may_gain = std::ranges::any_of(ratios, gains);
+    if (pairs < kEnoughPairs) return may_gain;
+    return may_gain && !is_better(ratios) && std::ranges::none_of(ratios, loses_clearly);
   };
   for (std::size_t pair = 0; goes_on(pair); ++pair) {
     for (std::size_t way = 0; way < ways; ++way) ratios[way].push_back(pair_of(way, static_cast<int>(pair)));
@@ -68,20 +92,16 @@ std::vector<std::vector<double>> in_turns(std::size_t ways, const std::function<
 
 void decide(Report& report, Subject& subject, const Setting& of_the_disk, Budget::Clock::time_point end) {
   const std::vector<Setting> candidates = candidates_of(report, of_the_disk);
-  std::vector<Work> ways;
-  if (!report.disk.cells.empty()) ways.push_back(Work::kDisk);
-  if (!report.page_cache.cells.empty()) ways.push_back(Work::kPageCache);
+  std::vector<WayInTurns> ways;
+  if (!report.disk.cells.empty()) ways.push_back({.work = Work::kDisk});
+  if (!report.page_cache.cells.empty()) ways.push_back({.work = Work::kPageCache});
   for (std::size_t i = 0; i < candidates.size() && report.kept_default; ++i) {
     if (i > 1 && Clock::now() > end) break;
     const auto share = (end - Clock::now()) / static_cast<int>(candidates.size() - i);
     report.pick = candidates[i];
-    const auto ratios = in_turns(
-        ways.size(),
-        [&](std::size_t way, int pair) { return ratio_of_a_pair(subject, report.pick, ways[way], pair % 2 == 1); },
-        [over = Clock::now() + share] { return Clock::now() >= over; });
-    report.gains.clear();
-    for (const std::vector<double>& pairs : ratios) report.gains.push_back(median(pairs) - 1);
-    report.kept_default = !is_better(ratios);
+    Turns& turns = report.turns.emplace_back(Turns{.setting = report.pick, .ways = ways});
+    take_turns(turns, subject, Clock::now() + share);
+    report.kept_default = !turns.better;
   }
 }
 

@@ -18,6 +18,20 @@ struct Table {
   std::string limit;        ///< What kept it from being faster.
 };
 
+/// How a candidate did in turns with the default, in one way to read.
+struct WayInTurns {
+  Work work;
+  std::vector<double> ratios = {};  ///< Speed relative to the default, of each pair: 1.1 for a tenth faster.
+  double default_gb_per_s = 0;      ///< In the median.
+};
+
+/// How a candidate did in turns with the default, in every way that was measured.
+struct Turns {
+  Setting setting;
+  std::vector<WayInTurns> ways;
+  bool better = false;  ///< Whether it takes the place of the default.
+};
+
 struct Report {
   std::filesystem::path directory;
   Device device;                     ///< Where loads went.
@@ -32,8 +46,8 @@ struct Report {
   std::vector<PolicyCell> cold;    ///< Policies with nothing in the page cache; none if they were not measured.
   std::vector<PolicyCell> cached;  ///< The same with the whole file in it; none if it does not stay there.
   std::string no_latency;          ///< Why requests were not timed; empty if they were.
-  Setting pick = kUsual;
-  std::vector<double> gains;  ///< Medians, relative: from disk and from the page cache, as far as they were measured.
+  Setting pick = kUsual;           ///< The best of the tables, then the candidate that had its turns last.
+  std::vector<Turns> turns;  ///< In the order in which they were taken; none if the default was best in the tables.
   bool kept_default = true;
   std::string kept;             ///< The file of the profile.
   std::string not_kept;         ///< Why there is none.

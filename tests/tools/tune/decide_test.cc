@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <random>
 #include <vector>
 
 #include "tests/support/units.h"
@@ -70,14 +71,39 @@ TEST(Decide, ALossThatMayBeByChanceIsMeasuredTwiceAsOftenAndAClearOneIsNot) {
   using Counts = std::vector<std::size_t>;
   const auto gain = [](int) { return 1.1; };
   EXPECT_EQ(pairs_of(gain, [](int) { return 0.97; }), Counts({32, 32}));
-  EXPECT_EQ(pairs_of(gain, [](int pair) { return pair < 9 ? 0.97 : 1.0; }), Counts({18, 18}));
   EXPECT_EQ(pairs_of(gain, [](int) { return 0.9; }), Counts({16, 16}));
+  EXPECT_EQ(pairs_of(gain, [](int pair) { return pair < 9 ? 0.97 : 1.0; }), Counts({32, 32}))
+      << "it ended as soon as chance said so";
+}
+
+TEST(Decide, AGainMayLoseTwiceAsManyOfTwiceAsManyPairs) {
+  const auto small_loss = [](int pair) { return pair < 10 ? 0.97 : 1.0; };
+  const auto gain = [](int pair) { return pair % 8 == 0 ? 0.9 : 1.1; };
+  const auto ratios = in_turns(
+      2, [&](std::size_t way, int pair) { return way == 0 ? gain(pair) : small_loss(pair); }, [] { return true; });
+  ASSERT_EQ(ratios[0].size(), 2 * kEnoughPairs);
+  EXPECT_TRUE(is_better(ratios));
+}
+
+TEST(Decide, ASettingThatLosesWhereItDoesNotGainIsSeldomPicked) {
+  const auto picked_of_a_thousand = [](double gain, double mean) {
+    std::mt19937 random(1);
+    std::normal_distribution<double> speed(mean, 0.08);
+    const auto pair_of = [&](std::size_t way, int) { return way == 0 ? gain : speed(random); };
+    int picked = 0;
+    for (int trial = 0; trial < 1000; ++trial) picked += is_better(in_turns(2, pair_of, [] { return true; })) ? 1 : 0;
+    return picked;
+  };
+  EXPECT_LT(picked_of_a_thousand(1.1, 0.95), 100);
+  EXPECT_LT(picked_of_a_thousand(1.5, 0.95), 260);
+  EXPECT_LT(picked_of_a_thousand(1.1, 0.92), 20);
+  EXPECT_GT(picked_of_a_thousand(1.1, 1.0), 700);
 }
 
 TEST(Decide, WaysTakeTurnsAndAllPairsAreMeasuredWhileThereIsTime) {
   std::vector<std::size_t> ways;
   in_turns(2, [&](std::size_t way, int) { return ways.push_back(way), 1.0; }, [] { return false; });
-  ASSERT_EQ(ways.size(), 2 * kMostPairs);
+  ASSERT_EQ(ways.size(), 2 * kEnoughPairs);
   for (std::size_t i = 0; i < ways.size(); ++i) EXPECT_EQ(ways[i], i % 2);
 }
 
