@@ -23,6 +23,7 @@ import json
 import mmap
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -58,15 +59,14 @@ COLUMNS = ("first", "second", "CPU", "peak", "of the roofline")
 LIMIT_S = 300.0
 JUDGED = [name for name, loader in LOADERS.items() if loader.owns and loader.room is None]
 LEAST_SAMPLES = 3
-NOISE = (
-    f"Within the noise: the median is greater, but samples overlap, or there are fewer than {LEAST_SAMPLES} of one of "
-    "them."
-)
+NOISE = "Within the noise: the median is greater, but samples overlap."
+NOT_SELECTED = "not selected"
 ROOFLINE = "roofline"
 PROGRAM = ROOT / "build" / "release" / "bench" / "roofline"
 GAPS = {
     "DeepSpeed 0.19.8, DeepNVMe": "moves raw files and has no reader of checkpoints; needs libaio-dev, and minutes to "
-    "compile itself at its first use"
+    "compile itself at its first use",
+    "InstantTensor 0.2.2": "loads to a GPU alone; tools/device_bench.py has it",
 }
 
 
@@ -283,30 +283,35 @@ def row_of(results: Results, name: str, state: str) -> dict[str, Any]:
 def verdict(results: Results, state: str, turn: str) -> dict[str, Any]:
     """Says which peers have a greater median than a row of ours, among the loads to new memory of their own.
 
-    It is beyond the noise if both have enough samples and every one of the peer's is faster than every one of ours.
+    It is beyond the noise if every sample of the peer is faster than every one of ours, and both have enough of them.
     """
     rates = {
         name: [rate(answer[turn]) for answer in results.samples[name, state]]
         for name in JUDGED
         if (name, state) in results.samples
     }
-    faster: dict[str, list[str]] = {"faster": [], "faster_within_noise": []}
+    faster: dict[str, list[str]] = {"faster": [], "faster_in_too_few_samples": [], "faster_within_noise": []}
     for ours in (name for name in rates if LOADERS[name].ours):
         for peer in (name for name in rates if not LOADERS[name].ours):
             enough = min(len(rates[ours]), len(rates[peer])) >= LEAST_SAMPLES
-            if enough and min(rates[peer]) > max(rates[ours]):
-                faster["faster"].append(f"{peer} than {ours}")
+            if min(rates[peer]) > max(rates[ours]):
+                faster["faster" if enough else "faster_in_too_few_samples"].append(f"{peer} than {ours}")
             elif statistics.median(rates[peer]) > statistics.median(rates[ours]):
                 faster["faster_within_noise"].append(f"{peer} than {ours}")
     peers = sum(not LOADERS[name].ours for name in rates)
-    return {"state": state, "turn": turn, "peers": peers, **faster}
+    return {"state": state, "turn": turn, "peers": peers, "samples": min(map(len, rates.values())), **faster}
 
 
 def said(found: dict[str, Any]) -> str:
-    text = "; ".join(found["faster"] + [f"{pair}, within the noise" for pair in found["faster_within_noise"]])
-    return f"{found['state']}, {found['turn']} load: " + (
-        f"faster: {text}" if text else f"no median of {found['peers']} peers is greater than any of ours"
-    )
+    pairs = found["faster"] + [f"{pair}, in every sample" for pair in found["faster_in_too_few_samples"]]
+    pairs += [f"{pair}, within the noise" for pair in found["faster_within_noise"]]
+    enough = found["samples"] >= LEAST_SAMPLES
+    parts = [] if enough else [f"too few samples to judge, {found['samples']} where {LEAST_SAMPLES} are the least"]
+    if pairs:
+        parts.append(f"faster: {'; '.join(pairs)}")
+    elif enough:
+        parts.append(f"no median of {found['peers']} peers is greater than any of ours")
+    return f"{found['state']}, {found['turn']} load: {'; '.join(parts)}"
 
 
 def report(results: Results) -> dict[str, Any]:
@@ -338,6 +343,11 @@ def machine(folder: Path) -> dict[str, Any]:
     }
 
 
+def not_selected(names: list[str], states: list[str]) -> dict[str, str]:
+    """Returns the loaders and states that this run leaves out, with that reason."""
+    return dict.fromkeys((each for each in (*STATES, *LOADERS) if each not in {*names, *states}), NOT_SELECTED)
+
+
 def cells_of(name: str, row: dict[str, Any]) -> list[str]:
     keys = ["first_gb_per_s", "second_gb_per_s"] + ["cpu_s_per_gb", "peak_of_bytes"] * (name != ROOFLINE)
     cells = [f"{row[key]:.2f}" if row.get(key) is not None else "" for key in keys]
@@ -345,15 +355,15 @@ def cells_of(name: str, row: dict[str, Any]) -> list[str]:
     return [*cells, ", ".join(f"{fraction:.2f}" for fraction in row.get("of_roofline", []))]
 
 
-def as_markdown(result: dict[str, Any], command: str) -> str:
+def as_markdown(result: dict[str, Any]) -> str:
     measured = [state for state in STATES if any(state in states for states in result["rows"].values())]
     width = len(COLUMNS) * len(measured)
     heads = [f" {state}, {COLUMNS[0]} | {' | '.join(COLUMNS[1:])} |" for state in measured]
     lines = [
         f"{result['cpus']} cores of {result['cpu']}, {result['file_system']}, Linux {result['kernel']}, commit "
-        f"{result['commit']}, {result['date']}. Medians of processes in turns, by `{command}`. First and second load "
-        "of a process, GB/s; CPU s/GB and peak memory over the size of the tensors, first load; both loads as "
-        "fractions of the roofline of the same run.",
+        f"{result['commit']}, {result['date']}. Medians of processes in turns, by `{result['command']}`. First and "
+        "second load of a process, GB/s; CPU s/GB and peak memory over the size of the tensors, first load; both loads "
+        "as fractions of the roofline of the same run.",
         "",
         "| into memory of their own |" + "".join(heads),
         "|---|" + "---|" * width,
@@ -396,8 +406,9 @@ def main() -> int:
     reasons = {name: install(LOADERS[name].package) for name in options.only if LOADERS[name].package}
     options.dir.mkdir(parents=True, exist_ok=True)
     make_files(options.dir, options.size_gib)
-    where = machine(options.dir)
-    gaps = GAPS | {name: reason for name, reason in reasons.items() if reason is not None}
+    where = machine(options.dir) | {"command": shlex.join(["bench/compare.py", *sys.argv[1:]])}
+    gaps = GAPS | not_selected(options.only, options.states)
+    gaps |= {name: reason for name, reason in reasons.items() if reason is not None}
     with_roofline = states_with_roofline(options.roofline)
     if "cold" not in with_roofline:
         gaps["roofline, cold"] = f"no {options.roofline}, which `cmake --build --preset release` makes"
@@ -410,8 +421,7 @@ def main() -> int:
             if options.out is not None:  # A run that is cut short still has figures.
                 options.out.with_suffix(".json").write_text(json.dumps(where | report(results), indent=2) + "\n")
     result = where | report(results)
-    command = f"bench/compare.py --size_gib {options.size_gib:g} --rounds {options.rounds}"
-    publish(result, as_markdown(result, command), options.out)
+    publish(result, as_markdown(result), options.out)
     return 0
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import compare
 import page_cache
@@ -9,6 +10,7 @@ import torch
 from compare import ROOFLINE, Results
 from support import assert_bit_equal
 
+ROOT = Path(compare.__file__).parent.parent
 SMALL = {"layers.0.q": torch.randn(300, 70, dtype=torch.bfloat16), "layers.0.norm": torch.randn(70).bfloat16()}
 PEER = "safetensors 0.8.0 + clone"
 
@@ -93,15 +95,15 @@ def test_a_peer_that_loads_other_bytes_is_out_and_is_named(monkeypatch, tmp_path
     results = Results({"Run:ai 0.17.0": "cannot be installed: no network"})
     for name in [ROOFLINE, "flashpack", PEER, "Run:ai 0.17.0"]:
         results.take(name, "cold", tmp_path)
-    report = compare.machine(tmp_path) | compare.report(results)
+    report = compare.machine(tmp_path) | {"command": "the command"} | compare.report(results)
     assert report["rows"].keys() == {ROOFLINE, "flashpack"}
     assert report["rows"]["flashpack"]["cold"]["first_gb_per_s"] == 2.0
-    text = compare.as_markdown(json.loads(json.dumps(report)), "the command")
+    text = compare.as_markdown(json.loads(json.dumps(report)))
     assert f"{report['cpus']} cores of {report['cpu']}, {report['file_system']}, Linux" in text
     assert "| roofline | 4.00 |  |  |  |  |\n" in text
     assert "| flashpack | 2.00 | 2.00 | 0.25 | 0.00 | 0.50, 0.50 |\n" in text
     assert f"| {PEER} | {PEER} loaded other bytes" in text
-    assert "* cold, first load: no median of 0 peers is greater than any of ours\n" in text
+    assert "* cold, first load: too few samples to judge, 1 where 3 are the least\n" in text
     assert "no network" in text
 
 
@@ -136,10 +138,54 @@ def test_the_verdict_names_the_peers_that_are_faster_and_says_if_that_is_noise(m
     assert compare.said(second) == "cold, second load: no median of 2 peers is greater than any of ours"
 
 
-def test_two_rounds_do_not_tell_a_faster_peer_from_noise(monkeypatch):
-    first, _ = take_rates(monkeypatch, {"flashpack": ([2.0, 2.0], [2.0, 2.0]), PEER: ([9.0, 9.0], [9.0, 9.0])})
-    assert first["faster"] == []
-    assert first["faster_within_noise"] == [f"{PEER} than flashpack"]
+def test_two_rounds_are_too_few_to_judge_and_a_peer_that_was_faster_in_both_is_named(monkeypatch):
+    first, second = take_rates(monkeypatch, {"flashpack": ([2.0, 2.1], [2.0, 2.1]), PEER: ([9.0, 9.1], [1.0, 1.1])})
+    assert first["faster"] == first["faster_within_noise"] == []
+    assert first["faster_in_too_few_samples"] == [f"{PEER} than flashpack"]
+    few = "too few samples to judge, 2 where 3 are the least"
+    assert compare.said(first) == f"cold, first load: {few}; faster: {PEER} than flashpack, in every sample"
+    assert compare.said(second) == f"cold, second load: {few}"
+
+
+def recorded():
+    return json.loads((ROOT / "bench" / "compare.json").read_text())
+
+
+def test_the_run_that_the_readmes_show_has_the_verdicts_of_its_samples():
+    found, results = recorded(), Results({})
+    for name, states in found["rows"].items():
+        for state, row in states.items():
+            results.samples[name, state] = [
+                {turn: answer_of(1, 2 / of)["first"] for turn, of in zip(("first", "second"), pair, strict=False)}
+                for pair in row["samples"]
+            ]
+    assert found["verdicts"] == compare.report(results)["verdicts"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "bench/README.md"])
+def test_a_readme_names_the_peers_that_were_faster_in_every_sample_of_that_run(page):
+    verdicts = recorded()["verdicts"]
+    pairs = [pair for found in verdicts for pair in found["faster"] + found["faster_in_too_few_samples"]]
+    paragraphs = (ROOT / page).read_text().split("\n\n")
+    for peer, ours in (pair.split(" than ") for pair in pairs):
+        assert any(f"`{peer}`" in paragraph and f"`{ours}`" in paragraph for paragraph in paragraphs), (peer, ours)
+
+
+def test_a_run_names_what_it_left_out_and_the_command_with_all_that_it_was_given(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "make_files", lambda *_: None)
+    monkeypatch.setattr(compare, "sample", lambda name, *_: answer_of(None if name == ROOFLINE else 1))
+    given = ["--dir", str(tmp_path), "--rounds", "1", "--states", "page cache", "--only", "flashpack", "torch.load"]
+    monkeypatch.setattr("sys.argv", ["compare.py", *given, "--out", str(tmp_path / "out")])
+    assert compare.main() == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    left_out = {name for name, reason in found["missing"].items() if reason == "not selected"}
+    assert left_out == {*compare.LOADERS, "cold", "half cached"} - {"flashpack", "torch.load"}
+    assert "GPU" in found["missing"]["InstantTensor 0.2.2"]
+    text = (tmp_path / "out.md").read_text()
+    assert (
+        f"`bench/compare.py --dir {tmp_path} --rounds 1 --states 'page cache' --only flashpack torch.load --out" in text
+    )
+    assert f"| {PEER} | not selected |" in text
 
 
 def test_without_a_row_of_ours_there_is_no_verdict(monkeypatch):
