@@ -140,8 +140,8 @@ void measure_page_cache(Report& report, Subject& subject, const Budget& budget, 
     report.page_cache.cells = search(
         subject, grid.coarse(), [&](const Setting& of) { return grid.beside(of); }, Work::kPageCache, budget, share);
   } else {
-    report.page_cache.cells =
-        search(subject, worker_settings(usual, cores()), nullptr, Work::kPageCache, budget, share);
+    report.page_cache.cells = search(subject, worker_settings(usual, cores(), subject.usual_workers), nullptr,
+                                     Work::kPageCache, budget, share);
   }
   report.pick = choose(report.page_cache.cells).setting;
   // Bytes for a GPU do not leave the CPU's cache on their way to slots, so that copies to memory are no limit for them.

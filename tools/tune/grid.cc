@@ -35,15 +35,24 @@ std::vector<std::uint64_t> next_in(const std::array<std::uint32_t, N>& grid, std
   return both;
 }
 
-Setting with_workers(Setting setting, std::uint32_t workers) {
-  setting.workers = workers;
+// The number that an engine chooses has one form, no number, so that the same engine is not measured twice.
+Setting with_workers(Setting setting, std::uint32_t workers, unsigned usual_workers) {
+  setting.workers = workers == usual_workers ? 0 : workers;
   return setting;
 }
 
+std::uint32_t workers_of(const Setting& setting, unsigned usual_workers) {
+  return setting.workers == 0 ? usual_workers : setting.workers;
+}
+
 // Each worker has one read in flight, which the depth must allow.
-Setting reading_by_workers(const Setting& usual, std::uint32_t chunk_bytes, std::uint32_t workers,
-                           unsigned usual_workers) {
-  return {chunk_bytes, std::max(usual.queue_depth, workers), workers == usual_workers ? usual.workers : workers};
+Setting reading_by_workers(Setting setting, std::uint32_t workers, unsigned usual_workers) {
+  setting.queue_depth = std::max(setting.queue_depth, workers);
+  return with_workers(setting, workers, usual_workers);
+}
+
+bool has_room(const Setting& setting) {
+  return std::uint64_t{setting.chunk_bytes} * setting.queue_depth <= kMaxInFlightBytes;
 }
 
 }  // namespace
@@ -56,10 +65,10 @@ std::vector<Setting> coarse_settings(const Setting& usual) {
   return all;
 }
 
-std::vector<Setting> worker_settings(const Setting& usual, unsigned cores) {
+std::vector<Setting> worker_settings(const Setting& usual, unsigned cores, unsigned usual_workers) {
   std::vector<Setting> all{usual};
   for (std::uint32_t workers = 1; workers <= std::min(2 * cores, kMaxWorkers); workers *= 2)
-    add_new(all, with_workers(usual, workers));
+    add_new(all, with_workers(usual, workers, usual_workers));
   return all;
 }
 
@@ -93,12 +102,14 @@ std::vector<Setting> coarse_settings_of_backends(const Setting& usual) {
 std::vector<Setting> beside_with_backends(const Setting& of, const Setting& usual, unsigned usual_workers) {
   std::vector<Setting> all = beside_on_disk(of);
   const bool by_workers = of.backend == Backend::kWorkers;
-  Setting other = with_workers(of, usual.workers);
+  Setting other = of;
+  other.workers = usual.workers;
   other.backend = by_workers ? usual.backend : Backend::kWorkers;
   all.push_back(other);
-  const std::uint32_t workers = of.workers == 0 ? usual_workers : of.workers;
-  if (by_workers && workers > 1) all.push_back(with_workers(of, workers / 2));
-  if (by_workers && workers * 2 <= kMaxWorkers) all.push_back(with_workers(of, workers * 2));
+  const std::uint32_t workers = workers_of(of, usual_workers);
+  if (by_workers && workers > 1) all.push_back(with_workers(of, workers / 2, usual_workers));
+  const Setting twice = reading_by_workers(of, workers * 2, usual_workers);
+  if (by_workers && workers * 2 <= kMaxWorkers && has_room(twice)) all.push_back(twice);
   return all;
 }
 
@@ -106,16 +117,16 @@ std::vector<Setting> coarse_settings_of_workers(const Setting& usual, unsigned u
   std::vector<Setting> all{usual};
   for (const std::uint32_t chunk_mib : {1u, 4u, 8u}) {
     for (const std::uint32_t workers : {usual_workers, 8u, 32u})
-      add_new(all, reading_by_workers(usual, chunk_mib * kMiB, workers, usual_workers));
+      add_new(all, reading_by_workers({chunk_mib * kMiB, usual.queue_depth}, workers, usual_workers));
   }
   return all;
 }
 
 std::vector<Setting> beside_by_workers(const Setting& of, const Setting& usual, unsigned usual_workers) {
   std::vector<Setting> all;
-  const std::uint32_t workers = of.workers == 0 ? usual_workers : of.workers;
+  const std::uint32_t workers = workers_of(of, usual_workers);
   const auto add_beside = [&](std::uint32_t chunk_bytes, std::uint32_t number) {
-    all.push_back(reading_by_workers(usual, chunk_bytes, number, usual_workers));
+    all.push_back(reading_by_workers({chunk_bytes, usual.queue_depth}, number, usual_workers));
   };
   const bool room = std::uint64_t{of.chunk_bytes} * std::max(of.queue_depth, workers) * 2 <= kMaxInFlightBytes;
   if (workers > 1) add_beside(of.chunk_bytes, workers / 2);
@@ -147,10 +158,8 @@ std::vector<Setting> SlotGrid::coarse() const {
 std::vector<Setting> SlotGrid::beside(const Setting& of) const {
   std::vector<Setting> all;
   const std::uint64_t staging_bytes = of.staging_bytes == 0 ? staging_bytes_ : of.staging_bytes;
-  const std::uint32_t workers = of.workers == 0 ? workers_ : of.workers;
-  const auto add_with_workers = [&](std::uint32_t number) {
-    all.push_back(with_workers(of, number == workers_ ? usual_.workers : number));
-  };
+  const std::uint32_t workers = workers_of(of, usual_workers_);
+  const auto add_with_workers = [&](std::uint32_t number) { all.push_back(with_workers(of, number, usual_workers_)); };
   if (workers > 1) add_with_workers(std::bit_floor(workers - 1));
   if (std::bit_ceil(workers + 1) <= std::min(2 * cores_, kMaxWorkers)) add_with_workers(std::bit_ceil(workers + 1));
   for (const std::uint64_t bytes : next_in(kStagingMib, staging_bytes))

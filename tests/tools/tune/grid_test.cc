@@ -18,12 +18,12 @@ using testing::kMiB;
 constexpr Setting kUsual{4 * kMiB, 8, 0};
 
 TEST(Grid, TheFirstRoundBeginsWithTheDefaultAndHasEachSettingOnce) {
-  for (const auto& settings : {coarse_settings(kUsual), worker_settings(kUsual, 4)}) {
+  for (const auto& settings : {coarse_settings(kUsual), worker_settings(kUsual, 4, 3)}) {
     EXPECT_EQ(settings.front(), kUsual);
     for (const Setting& each : settings) EXPECT_EQ(std::count(settings.begin(), settings.end(), each), 1);
   }
-  EXPECT_EQ(worker_settings(kUsual, 4).back().workers, 8U);
-  EXPECT_EQ(worker_settings(kUsual, 1000).back().workers, 64U);
+  EXPECT_EQ(worker_settings(kUsual, 4, 4).back().workers, 8U);
+  EXPECT_EQ(worker_settings(kUsual, 1000, 8).back().workers, 64U);
 }
 
 TEST(Grid, ASearchOfBackendsBeginsWithTheOtherSettingsAndAFewThatTheWorkersRead) {
@@ -48,6 +48,28 @@ TEST(Grid, BesideASettingLiesTheOtherBackendAndWhereTheWorkersReadAlsoOtherNumbe
     EXPECT_LE(each.workers, 64U);
 }
 
+// In flight are as many reads as there are workers, and no more than the queue depth. An engine with no number of
+// workers has 8.
+std::uint32_t reads_in_flight(const Setting& setting) {
+  return std::min(setting.queue_depth, setting.workers == 0 ? 8 : setting.workers);
+}
+
+TEST(Grid, MoreWorkersThanTheDepthLetsReadRaiseTheDepthAsFarAsMemoryAllows) {
+  const auto most_in_flight = [](const Setting& of) {
+    std::uint32_t most = 0;
+    for (const Setting& each : beside_with_backends(of, kUsual, 8)) {
+      if (each.backend != Backend::kWorkers) continue;
+      EXPECT_LE(std::uint64_t{each.chunk_bytes} * each.queue_depth, 256 * kMiB);
+      most = std::max(most, reads_in_flight(each));
+    }
+    return most;
+  };
+  EXPECT_EQ(most_in_flight({4 * kMiB, 32, 32, 0, Backend::kWorkers}), 64U);
+  EXPECT_EQ(most_in_flight({4 * kMiB, 8, 0, 0, Backend::kWorkers}), 16U);
+  EXPECT_EQ(most_in_flight({8 * kMiB, 32, 32, 0, Backend::kWorkers}), 32U);
+  EXPECT_EQ(most_in_flight({4 * kMiB, 64, 64, 0, Backend::kWorkers}), 64U);
+}
+
 TEST(Grid, WhereTheWorkersReadTheirNumberIsSearchedAndTheDepthAllowsAllOfThemToRead) {
   const auto coarse = coarse_settings_of_workers(kUsual, 2);
   EXPECT_EQ(coarse.front(), kUsual);
@@ -64,7 +86,7 @@ TEST(Grid, WhereTheWorkersReadTheirNumberIsSearchedAndTheDepthAllowsAllOfThemToR
 
 TEST(Grid, SettingsForThePageCacheKeepTheBackendOfTheDisk) {
   const Setting by_workers{2 * kMiB, 16, 0, 0, Backend::kWorkers};
-  for (const Setting& each : worker_settings(by_workers, 4)) EXPECT_EQ(each.backend, Backend::kWorkers);
+  for (const Setting& each : worker_settings(by_workers, 4, 4)) EXPECT_EQ(each.backend, Backend::kWorkers);
   const SlotGrid slots(by_workers, 96 * kMiB, 12, 12);
   for (const Setting& each : slots.coarse()) {
     EXPECT_EQ(each.backend, Backend::kWorkers);
@@ -100,12 +122,27 @@ TEST(Grid, TheGridOfSlotsBeginsWithTheUsualSettingAndReachesAllStagingMemoryAndC
 }
 
 TEST(Grid, TheNumberOfWorkersThatTheEngineChoosesIsNotMeasuredAgain) {
+  EXPECT_EQ(worker_settings(kUsual, 4, 4),
+            (std::vector<Setting>{kUsual, {4 * kMiB, 8, 1}, {4 * kMiB, 8, 2}, {4 * kMiB, 8, 8}}));
+  EXPECT_EQ(worker_settings({4 * kMiB, 32, 32}, 2, 2),
+            (std::vector<Setting>{{4 * kMiB, 32, 32}, {4 * kMiB, 32, 1}, {4 * kMiB, 32, 0}, {4 * kMiB, 32, 4}}));
+  for (const std::uint32_t workers : {4u, 16u}) {
+    const auto beside = beside_with_backends({4 * kMiB, 16, workers, 0, Backend::kWorkers}, kUsual, 8);
+    EXPECT_EQ(std::count(beside.begin(), beside.end(), Setting{4 * kMiB, 16, 0, 0, Backend::kWorkers}), 1) << workers;
+    for (const Setting& each : beside) EXPECT_NE(each.workers, 8U) << workers;
+  }
   const SlotGrid grid(kUsual, 96 * kMiB, 8, 8);
   for (const std::uint32_t workers : {4u, 16u}) {
     const auto beside = grid.beside({4 * kMiB, 8, workers});
     EXPECT_EQ(std::count(beside.begin(), beside.end(), kUsual), 1) << workers;
     EXPECT_EQ(std::count(beside.begin(), beside.end(), Setting{4 * kMiB, 8, 8}), 0) << workers;
   }
+}
+
+TEST(Grid, SlotsOfADiskThatAsksForManyWorkersReachTheNumberThatTheEngineChooses) {
+  const SlotGrid grid({4 * kMiB, 32, 16}, 128 * kMiB, 8, 8);
+  const auto beside = grid.beside({4 * kMiB, 32, 16, 128 * kMiB});
+  EXPECT_EQ(std::count(beside.begin(), beside.end(), Setting{4 * kMiB, 32, 0, 128 * kMiB}), 1);
 }
 
 TEST(Grid, SlotsKeepTheBytesInFlightOfTheDisk) {

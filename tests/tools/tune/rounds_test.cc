@@ -87,7 +87,8 @@ TEST(Rounds, TheSearchOfSlotsFindsAPeakBetweenTheFirstOnes) {
 
 TEST(Rounds, WithoutRefinementOnlyWhatWasMeasuredIsMeasuredAgain) {
   std::vector<Cell> cells;
-  for (const Setting& setting : worker_settings(kUsual, 16)) cells.push_back({setting, 1, 2.0 + setting.workers, 0.1});
+  for (const Setting& setting : worker_settings(kUsual, 16, 8))
+    cells.push_back({setting, 1, 2.0 + setting.workers, 0.1});
   const auto round = next_round(cells, nullptr);
   EXPECT_EQ(round.size(), 4U);
   EXPECT_EQ(round.front(), kUsual);
