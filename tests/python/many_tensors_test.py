@@ -97,6 +97,18 @@ def test_the_garbage_collector_does_not_run_while_what_a_footer_says_becomes_obj
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["new tensors", "in place"])
+def test_the_garbage_collector_does_not_run_while_a_load_to_a_module_is_planned(in_place, pack, collections):
+    model = torch.nn.ParameterDict({f"part_{i}": torch.zeros(1) for i in range(COUNT)})
+    path = pack({f"part_{i}": torch.ones(1) for i in range(COUNT)})
+    gc.collect()
+    collections.clear()
+    assign_from_file(model, path, in_place=in_place)
+    runs = len(collections)
+    assert all(parameter.item() == 1 for parameter in model.values())
+    assert runs <= 20  # Starts and stops of the few runs between the parts of a load; without a pause there are dozens.
+
+
 def test_a_garbage_collector_that_is_off_stays_off(pack):
     path = pack({"a": torch.ones(1)})
     gc.disable()

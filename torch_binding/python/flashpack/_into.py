@@ -157,6 +157,9 @@ class _Run:
     def _pieces(self) -> Iterator[_Piece]:
         """Yields all that is read, in the order of files."""
         straight = deque(self._straight)
+        # Tensors of an earlier load are neighbours in memory, too, and one read for many costs less. On a device,
+        # neighbours may be allocations of their own, over which no copy may go.
+        joins = self.side.device == CPU
         for file, at, size_bytes, _ in self._ranges:
             end = at + size_bytes
             while straight and straight[0][0] == file and straight[0][1] < end:
@@ -164,9 +167,7 @@ class _Run:
                 if at < begin:
                     yield _Piece(file, at, begin - at)
                 at, shift = begin + size_bytes, address - begin
-                # Tensors of an earlier load are neighbours in memory, too, and one read for many costs less. On a
-                # device, neighbours may be allocations of their own, over which no copy may go.
-                while self.side.device == CPU and straight and at < end:
+                while joins and straight and at < end:
                     if straight[0][:2] != (file, at) or straight[0][3] != at + shift:
                         break
                     at += straight.popleft()[2]
@@ -180,7 +181,8 @@ class _Run:
         if step.windowed and (window is None or window.memory.numel() < step.window_bytes):
             size_bytes = max(step.window_bytes, min(self.total_bytes, _FULL_BYTES + _STEP_BORDER_BYTES))
             window = self._windows[number] = allocate_block(0, size_bytes, self.side.device)
-        reads = step.reads(0 if window is None else window.address)
+        with collector_paused():
+            reads = step.reads(0 if window is None else window.address)
         engine, stream = self.side.engine, self.side.stream
         return engine.start_load(self._checkpoint.native, reads, (window, self._targets), self._verify, stream=stream)
 
@@ -282,9 +284,9 @@ def read_into(
             by_device[target.device].append(target)
         elif target.memory is None:
             tensors[target.entry.name] = _new_memory(target)
-    runs = [
-        _Run(checkpoint, here, side_of(device, checkpoint.files()[0]), options) for device, here in by_device.items()
-    ]
+    sides = {device: side_of(device, checkpoint.files()[0]) for device in by_device}
+    with collector_paused():
+        runs = [_Run(checkpoint, here, sides[device], options) for device, here in by_device.items()]
     to_start: Iterator[tuple[int, tuple[_Step, ...]]] = enumerate(
         zip_longest(*(run.steps() for run in runs), fillvalue=_Step())
     )
@@ -297,7 +299,9 @@ def read_into(
     ):
         before_first()
         while True:
-            for number, steps in islice(to_start, _WINDOWS - len(under_way)):
+            with collector_paused():
+                next_steps = list(islice(to_start, _WINDOWS - len(under_way)))
+            for number, steps in next_steps:
                 loads = (run.start(step, number % _WINDOWS) for run, step in zip(runs, steps, strict=True))
                 under_way.start((number, steps), loads)
             if not under_way:

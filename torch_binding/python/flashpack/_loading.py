@@ -93,7 +93,7 @@ def _opened(path: StrPath, device: str | torch.device, options: LoadOptions) -> 
 def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tuple[Plan, dict[str, Any] | None]:
     """Gives `model` the tensors of the file, with its own loading code if it has any, or leaves the model as it was."""
     checkpoint = source.checkpoint
-    with _blamed_on(model, checkpoint, TypeError, ValueError):
+    with collector_paused(), _blamed_on(model, checkpoint, TypeError, ValueError):
         plan = make_plan(model, checkpoint.entries(), options.filters, options.casts)
     if not plan.own_code:
         check_strictness(plan, checkpoint.path, options.strictness)
@@ -166,7 +166,7 @@ def _assign_in_place(
     model: torch.nn.Module, source: _Source, plan: Plan, options: LoadOptions
 ) -> dict[str, Any] | None:
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
-        with _blamed_on(model, source.checkpoint, TypeError, ValueError):
+        with collector_paused(), _blamed_on(model, source.checkpoint, TypeError, ValueError):
             targets = targets_in_place(plan, source.device, options)
         stats = load_in_place(source.checkpoint, plan, targets, options, undo)
         undo.pop_all()
