@@ -4,16 +4,18 @@
 #
 # usage: tools/fio_compare.sh [FOLDER [SIZE_GIB [ROUNDS [read|write]]]]     (default: . 2 7, both)
 #
-# FOLDER is on the disk to measure. Needs fio, and build/release/bench/engine_bench. fio uses huge pages where it may
+# FOLDER is on the disk to measure. Needs fio, and builds engine_bench. fio uses huge pages where it may
 # reserve some (as root), because with small pages it shows half of the disk. What fio writes is allocated before its
 # clock starts and synced before it stops.
 set -euo pipefail
+# shellcheck source=tools/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 folder=${1:-.}
 size_gib=${2:-2}
 rounds=${3:-7}
 directions=${4:-read write}
-bench=$(dirname "${BASH_SOURCE[0]}")/../build/release/bench/engine_bench
+bench=$root/build/release/bench/engine_bench
 file=$folder/fio_compare.flashpack
 results=$(mktemp -d)
 reserved=/proc/sys/vm/nr_hugepages
@@ -22,7 +24,7 @@ reserved_before=$(cat "$reserved")
 case $folder in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" && exit ;; esac
 command -v fio >/dev/null || { echo "fio is missing: apt-get install fio" >&2 && exit 1; }
 case $directions in read | write | "read write") ;; *) echo "neither read nor write: $directions" >&2 && exit 2 ;; esac
-[[ -x $bench ]] || { echo "$bench is missing: cmake --build --preset release" >&2 && exit 1; }
+build_engine_bench >&2 || fail "engine_bench could not be built"
 
 # shellcheck disable=SC2317  # Called by the trap.
 clean_up() {

@@ -145,6 +145,15 @@ build_preset() {
   configure "$@" && cmake --build --preset "$1"
 }
 
+# build_engine_bench: in the release build, with the options that it has been configured with.
+build_engine_bench() {
+  if [[ ! -f $root/build/release/CMakeCache.txt ]]; then
+    echo "there is no release build: cmake --preset release" >&2
+    return 1
+  fi
+  cmake --build "$root/build/release" --target engine_bench
+}
+
 # beside COMMAND...: in the background, as $!. It gets a process group of its own, because only so all that it starts can
 # be ended.
 beside() {

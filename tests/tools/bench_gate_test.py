@@ -1,7 +1,10 @@
 import json
 import math
+import os
 import re
+import shutil
 import stat
+import subprocess
 
 import bench_gate
 import pytest
@@ -137,6 +140,54 @@ def test_a_program_that_fails_is_told_from_a_row_that_is_below(gate_program):
     assert gate_program()[0] == NOT_RUN
     assert gate_program("{")[0] == NOT_RUN
     assert gate_program(report(), gate='{"rows": 1}')[0] == NOT_RUN
+
+
+def write_program(path, text):
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A copy of what the script needs, with a program that fails and a stand-in for CMake that makes one that works."""
+    for name in ("tools/bench_gate.sh", "tools/lib.sh", "bench/bench_gate.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "bench" / "gate.json").write_text(json.dumps(GATE))
+    (tmp_path / "report").write_text(report())
+    built = tmp_path / "build" / "release" / "bench" / "engine_bench"
+    built.parent.mkdir(parents=True)
+    (tmp_path / "build" / "release" / "CMakeCache.txt").touch()
+    write_program(built, "exit 1")
+    works = f'for word; do case $word in --benchmark_out=*) cp {tmp_path}/report "${{word#*=}}" ;; esac; done'
+    write_program(tmp_path / "works", works)
+    write_program(tmp_path / "cmake", f'[[ $* == "--build "*" --target engine_bench" ]] && cp {tmp_path}/works {built}')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def gate_of(tree, *arguments):
+    command = ["bash", str(tree / "tools" / "bench_gate.sh"), str(tree), *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_the_script_builds_the_program_that_it_measures(tree):
+    done = gate_of(tree)
+    assert done.returncode == PASSED, done.stderr
+
+
+def test_a_program_that_cannot_be_built_is_not_measured(tree):
+    assert gate_of(tree).returncode == PASSED
+    write_program(tree / "cmake", "exit 1")
+    assert gate_of(tree).returncode == NOT_RUN
+    (tree / "build" / "release" / "CMakeCache.txt").unlink()
+    done = gate_of(tree)
+    assert (done.returncode, "there is no release build" in done.stderr) == (NOT_RUN, True)
+
+
+def test_a_program_that_is_named_is_measured_as_it_is(tree):
+    write_program(tree / "cmake", "exit 1")
+    assert gate_of(tree, "--program", str(tree / "works")).returncode == PASSED
 
 
 def composed_rows():
