@@ -65,9 +65,14 @@ std::vector<Extent> first_part(const std::vector<Extent>& all, std::uint64_t byt
   return part;
 }
 
-// An engine takes its staging memory at its first load, which is not to be measured.
-void load_first_tensor(Engine& engine, LoadRequest request) {
-  request.files.front().extents.resize(1);
+// An engine's threads start and its slots get their pages at its first load, which is not to be measured. This much
+// does for that, because loads were no faster after more of it; a whole tensor may be as much as a sample, which then
+// takes twice its time from a slow disk.
+constexpr std::uint64_t kWarmUpBytes = 8 * internal::kMiB;
+
+void warm_up(Engine& engine, LoadRequest request) {
+  auto& extents = request.files.front().extents;
+  extents = first_part(extents, kWarmUpBytes);
   engine.load(request);
 }
 
@@ -114,7 +119,7 @@ Sample sample(Subject& subject, const Setting& setting, Work work) {
   Engine engine(options_of(setting, subject.device));
   if (setting.workers == 0) subject.usual_workers = engine.options().workers;
   const LoadRequest& request = subject.request(work);
-  load_first_tensor(engine, request);
+  warm_up(engine, request);
   const int loads = work == Work::kPageCache ? subject.loads_from_page_cache : 1;
   return measure([&] {
     for (int load = 0; load < loads; ++load) {
@@ -129,7 +134,7 @@ Sample sample_policy(Subject& subject, const Setting& setting, CachePolicy polic
   Engine engine(options_of(setting, subject.device));
   LoadRequest request = subject.from_disk;
   request.cache = policy;
-  load_first_tensor(engine, request);
+  warm_up(engine, request);
   if (cached == Cached::kNothing) drop_from_page_cache(subject.checkpoint.path());
   return measure([&] { engine.load(request); });
 }

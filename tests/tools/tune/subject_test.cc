@@ -64,6 +64,20 @@ TEST(Subject, ASlowDiskIsNotReadWholeToFindOutHowMuchOfTheFileASampleReads) {
   EXPECT_LT(bytes_read_by_this_process().value() - *before, 192 * kMiB);
 }
 
+TEST(Subject, ASampleReadsLittleThatItDoesNotMeasure) {
+  const testing::TempDir dir;
+  Subject subject(dir / "file", 256 * kMiB, {}, false);
+  if (!try_drop_from_page_cache(subject.checkpoint.path())) GTEST_SKIP() << "this file system keeps its pages";
+  fit(subject, Work::kDisk, 0);
+  const auto before = bytes_read_by_this_process();
+  if (!before) GTEST_SKIP() << "this kernel does not count what a process reads";
+  sample(subject, kUsual, Work::kDisk);
+  sample_policy(subject, kUsual, CachePolicy::kDirect, Cached::kNothing);
+  const std::uint64_t read_bytes = bytes_read_by_this_process().value() - *before;
+  EXPECT_GE(read_bytes, 2 * 64 * kMiB);
+  EXPECT_LE(read_bytes, 2 * (64 + 10) * kMiB);
+}
+
 TEST(Subject, ASampleOfAFastDiskIsTheWholeFile) {
   const testing::TempDir dir;
   Subject subject(dir / "file", 256 * kMiB, {}, false);
