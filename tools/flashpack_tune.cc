@@ -198,6 +198,12 @@ void keep(Report& report, const Flags& flags) {
   }
 }
 
+// At once, because a measurement takes a minute; it goes on, as somebody may want its figures.
+void tell_if_none_is_kept(const Flags& flags) {
+  const std::string why = flags.dry_run ? "" : internal::why_none_is_kept(flags.path, flags.device);
+  if (!why.empty()) std::fprintf(stderr, "flashpack_tune: no profile will be kept: %s\n", why.c_str());
+}
+
 using Output = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
 
 [[noreturn]] void fail_to_write(const std::string& path) {
@@ -257,6 +263,7 @@ int run(Flags flags) {
   remove_when_ended(flags.path / name);  // Before anything that may start a thread.
   if (flags.device.kind == Device::Kind::kCuda) require_cuda_device(flags.device.index);
   const Output json_file = open_to_write(flags.json_file);
+  tell_if_none_is_kept(flags);
   Subject subject(flags.path / name, size_bytes, flags.device, flags.verify);
   Report report = tune(subject, flags);
   keep(report, flags);
@@ -303,8 +310,13 @@ constexpr const char* kFooter =
     "\n"
     "The number of streams that copy to a GPU is no option of the engine, which has two, and so is not searched.\n"
     "\n"
+    "Loads from Python use what is kept from then on, C++ and C programs ask for it; FLASHPACK_TUNE=off turns that "
+    "off.\n"
+    "\n"
     "Exit status: 0 it was measured, and kept unless --dry_run; 1 it failed; 2 wrong usage; 3 it was measured, but no\n"
-    "profile could be kept: on tmpfs, where nothing can be recognised another time, or without a place to write.";
+    "profile could be kept, which is said before: where no disk or server can be recognised another time, as on "
+    "tmpfs,\n"
+    "the overlay that a container has as its root, ZFS and most of FUSE, or without a place to write.";
 
 }  // namespace
 }  // namespace flashpack::bench

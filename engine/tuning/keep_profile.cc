@@ -15,10 +15,37 @@
 
 namespace flashpack::internal {
 
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kNowhere = "neither XDG_CONFIG_HOME nor HOME says where profiles are";
+
+// For a file that holds other profiles, which would be lost.
+std::string why_not_replaced(const Profiles& profiles) {
+  return profiles.damaged ? profiles.reason + "; mend it or remove it" : std::string();
+}
+
+}  // namespace
+
+std::string why_none_is_kept(const fs::path& path, Device device, const fs::path& profiles) {
+  if (profiles.empty()) return kNowhere;
+  if (const ProfileKey key = profile_key(path, device); !key.unknown.empty()) return key.unknown;
+  const Profiles there = profiles_in(profiles);
+  if (there.error) return there.reason;
+  if (there.damaged) return why_not_replaced(there);
+  fs::path directory = profiles.parent_path();
+  std::error_code ignored;
+  while (directory.has_relative_path() && !fs::exists(directory, ignored)) directory = directory.parent_path();
+  if (::access(directory.c_str(), W_OK | X_OK) != 0)
+    return directory.string() + " cannot be written: " + errno_code(errno).message();
+  return {};
+}
+
 void keep_profile(const std::filesystem::path& path, const EngineOptions& options,
                   const std::filesystem::path& profiles) {
   if (!is_in_range(options)) throw argument_error("options of a profile are out of range: " + text_of(options));
-  if (profiles.empty()) throw argument_error("neither XDG_CONFIG_HOME nor HOME says where profiles are");
+  if (profiles.empty()) throw argument_error(kNowhere);
   const ProfileKey key = profile_key(path, options.device);
   if (!key.unknown.empty()) throw argument_error("no profile can be kept: " + key.unknown);
   const std::filesystem::path directory = profiles.parent_path();
@@ -28,10 +55,10 @@ void keep_profile(const std::filesystem::path& path, const EngineOptions& option
   const UniqueFd lock(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   // Without a lock, as some network file systems have none, another profile may be lost, but no file is damaged.
   uninterrupted([&] { return ::flock(lock.get(), LOCK_EX); });
-  auto [all, damage, read_error] = profiles_in(profiles);
-  if (read_error) throw file_error(read_error, "read", profiles);
-  if (!damage.empty() && std::filesystem::exists(profiles, error))
-    throw argument_error("no profile can be kept: " + damage + "; mend it or remove it");
+  Profiles there = profiles_in(profiles);
+  if (there.error) throw file_error(there.error, "read", profiles);
+  if (there.damaged) throw argument_error("no profile can be kept: " + why_not_replaced(there));
+  auto& all = there.all;
   all.erase(std::remove_if(all.begin(), all.end(), [&](const auto& each) { return is_for(each, key); }), all.end());
   all.push_back(profile_of(key, options));
   replace_profiles(profiles, std::move(all));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <string>
 
 #include "flashpack/engine.h"
 #include "flashpack/tuning.h"
@@ -17,5 +18,11 @@ namespace flashpack::internal {
 /// environment.
 void keep_profile(const std::filesystem::path& path, const EngineOptions& options,
                   const std::filesystem::path& profiles = profiles_path());
+
+/// Why keep_profile() would keep none for loads of `path` to `device`, as text for people, as far as that is known
+/// without writing; empty if nothing is in the way. For a caller who would find out after a long measurement. Any
+/// thread, unless another one changes the environment.
+std::string why_none_is_kept(const std::filesystem::path& path, Device device,
+                             const std::filesystem::path& profiles = profiles_path());
 
 }  // namespace flashpack::internal

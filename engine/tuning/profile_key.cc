@@ -5,6 +5,8 @@
 #include <sys/sysmacros.h>
 #include <sys/utsname.h>
 
+#include <algorithm>
+#include <array>
 #include <fstream>
 #include <set>
 #include <string_view>
@@ -78,6 +80,11 @@ bool ask_mount(const fs::path& path, std::uint64_t& id) {
 }  // namespace
 
 bool is_on_network(const MountInfo& mount) {
+  // The sources of these types name no host, but one share or file system, and no other one of this machine. BeeGFS is
+  // not among them, because all of its file systems have one source, nor is ZFS, because it may read from a cache of
+  // its own in spite of O_DIRECT, so that not the disk would be measured.
+  constexpr std::array<std::string_view, 4> kTypes{"virtiofs", "ceph", "gpfs", "wekafs"};
+  if (std::ranges::find(kTypes, mount.file_system) != kTypes.end()) return true;
   return mount.source.find(':') != std::string::npos || mount.source.starts_with("//");
 }
 

@@ -24,7 +24,8 @@ struct ProfileKey {
 /// The key of loads of `path`, which need not exist yet, to `device`.
 ProfileKey profile_key(std::filesystem::path path, Device device);
 
-/// Whether the file system, which is on no disk of this machine, is a server's: "host:/path" or "//host/share".
+/// Whether the file system, which is on no disk of this machine, is a server's: its source is "host:/path" or
+/// "//host/share", or its type is one whose source is a name that only it has on this machine.
 bool is_on_network(const MountInfo& mount);
 
 /// Returns a name that the disk has on every start of the machine, so that a profile is found again. `block` is the

@@ -53,7 +53,8 @@ Profiles profiles_in(const fs::path& file) {
   if (text.size() <= kMaxProfilesBytes) document = json::parse(text, damage);
   json::value* const found = document.is_object() ? document.get_object().if_contains("profiles") : nullptr;
   profiles.reason = file.string() + " is damaged" + (damage ? ": " + damage.message() : "");
-  if (found == nullptr || !found->is_array()) return profiles;
+  profiles.damaged = found == nullptr || !found->is_array();
+  if (profiles.damaged) return profiles;
   return {std::move(found->get_array()), {}, {}};
 }
 

@@ -15,6 +15,7 @@ struct Profiles {
   boost::json::array all;  ///< Of any type: a person may have edited the file.
   std::string reason;      ///< Why there are none to read; empty if there are.
   std::error_code error;   ///< Of the system; none if the file is missing or damaged.
+  bool damaged = false;    ///< Whether the file was read, and is none of profiles.
 };
 
 /// Reads the file. Never waits for another process, as a FIFO would.

@@ -44,7 +44,7 @@ TunedOptions tuned_options(const fs::path& path, Device device, const fs::path& 
   const char* const wish = ::secure_getenv("FLASHPACK_TUNE");
   if (wish != nullptr && std::string_view(wish) == "off") return tuned.reason = "FLASHPACK_TUNE=off", tuned;
   if (profiles.empty()) return tuned.reason = "neither XDG_CONFIG_HOME nor HOME says where profiles are", tuned;
-  const auto [all, reason, ignored] = internal::profiles_in(profiles);
+  const auto [all, reason, error, damaged] = internal::profiles_in(profiles);
   if (!reason.empty()) return tuned.reason = reason, tuned;
   const ProfileKey key = internal::profile_key(path, device);
   if (!key.unknown.empty()) return tuned.reason = key.unknown, tuned;

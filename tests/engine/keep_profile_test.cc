@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/file.h>
+#include <sys/mount.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -16,6 +17,7 @@
 
 #include "tests/engine/profiles_fixture.h"
 #include "tests/support/hang.h"
+#include "tests/support/mounts.h"
 
 namespace flashpack {
 namespace {
@@ -44,6 +46,25 @@ TEST_F(KeepProfileTest, OptionsOutOfRangeAreNotKept) {
     EXPECT_THROW(keep_profile(dir_.path(), options, profiles_), Error);
   }
   EXPECT_TRUE(tuned().applied);
+}
+
+TEST_F(KeepProfileTest, WhyNoneIsKeptIsKnownBefore) {
+  EXPECT_EQ(internal::why_none_is_kept(dir_.path(), {}, profiles_), "");
+  EXPECT_EQ(internal::why_none_is_kept(dir_.path(), {}, dir_ / "not/yet/there/tune.json"), "");
+  EXPECT_FALSE(std::filesystem::exists(dir_ / "not"));
+  EXPECT_TRUE(has(internal::why_none_is_kept("/proc", {}, profiles_), "proc has no disk"));
+  EXPECT_TRUE(has(internal::why_none_is_kept(dir_.path(), {}, {}), "HOME"));
+  EXPECT_TRUE(has(internal::why_none_is_kept(dir_.path(), {}, profiles_ / "flashpack" / "tune.json"),
+                  profiles_.string() + "/flashpack/tune.json cannot be read: "));
+  rewrite("{");
+  EXPECT_TRUE(has(internal::why_none_is_kept(dir_.path(), {}, profiles_), "is damaged"));
+}
+
+TEST_F(KeepProfileTest, APlaceThatCannotBeWrittenIsKnownBefore) {
+  const testing::Mount read_only("tmpfs", "tmpfs", dir_ / "read_only", MS_RDONLY, "");
+  if (!read_only.refusal().empty()) GTEST_SKIP() << read_only.refusal();
+  EXPECT_EQ(internal::why_none_is_kept(dir_.path(), {}, dir_ / "read_only/flashpack/tune.json"),
+            (dir_ / "read_only").string() + " cannot be written: Read-only file system");
 }
 
 TEST_F(KeepProfileTest, AConfigDirectoryThatCannotBeWrittenIsAnErrorWithItsPathAndLeavesNothing) {

@@ -49,6 +49,19 @@ TEST(ProfileKeyTest, AFileSystemIsOnTheNetworkIfItsSourceNamesAHost) {
     EXPECT_FALSE(from(source)) << source;
 }
 
+TEST(ProfileKeyTest, AFileSystemOfAServerThatItsSourceDoesNotNameIsKnownByItsType) {
+  const auto on_network = [](const char* type, const char* source) {
+    return is_on_network({.device = "0:99", .point = "/m", .file_system = type, .source = source});
+  };
+  EXPECT_TRUE(on_network("virtiofs", "models"));
+  EXPECT_TRUE(on_network("ceph", "user@0a1b2c.models=/"));
+  EXPECT_TRUE(on_network("gpfs", "fs1"));
+  EXPECT_TRUE(on_network("wekafs", "backend/default"));
+  // The same source for any of them, or one whose reads may come from this machine's memory.
+  for (const char* type : {"overlay", "tmpfs", "beegfs", "fuse.mergerfs", "zfs", "9p"})
+    EXPECT_FALSE(on_network(type, "models")) << type;
+}
+
 TEST(ProfileKeyTest, AServersFileSystemIsRecognisedByItsSource) {
   const testing::TempDir dir;
   EXPECT_FALSE(profile_key(dir.path(), {}).on_network);

@@ -263,6 +263,8 @@ TEST(TuneTool, WhereAllIsPageCacheWhatCannotBeMeasuredIsSaidAndNothingIsKept) {
   expect_the_rule_the_limits_and_one_choice(outcome.output);
   EXPECT_TRUE(has(outcome.output, "reads from a disk cannot be measured here")) << outcome.output;
   EXPECT_TRUE(has(outcome.output, "not kept: ") && has(outcome.output, "tmpfs has no disk")) << outcome.output;
+  EXPECT_TRUE(outcome.output.starts_with("flashpack_tune: no profile will be kept: tmpfs has no disk"))
+      << outcome.output;
   EXPECT_TRUE(std::filesystem::is_empty(config.path()));
 }
 
@@ -303,6 +305,8 @@ TEST(TuneTool, WithoutAPlaceToWriteTheResultIsPrintedWithAStatusOfItsOwn) {
   EXPECT_EQ(outcome.status, kExitNotKept);
   expect_the_rule_the_limits_and_one_choice(outcome.output);
   EXPECT_TRUE(has(outcome.output, "not kept: ")) << outcome.output;
+  EXPECT_TRUE(outcome.output.starts_with("flashpack_tune: no profile will be kept: ")) << outcome.output;
+  EXPECT_FALSE(has(tune(dir.path(), dir / "blocked", "--dry_run 2>&1").output, "no profile will be kept"));
 }
 
 TEST(TuneTool, AGpuThatIsNotThereIsToldBeforeAnythingIsMade) {
