@@ -7,7 +7,9 @@
 #include <fstream>
 #include <string>
 
+#include "tests/support/lies_in_memory.h"
 #include "tests/support/sandbox.h"
+#include "tests/support/temp_dir.h"
 
 namespace flashpack::bench {
 namespace {
@@ -15,17 +17,15 @@ namespace {
 class PageCache : public ::testing::Test {
  protected:
   void SetUp() override {
-    std::ofstream(path_) << std::string(std::size_t{8} << 20, 'x');
-    try {
-      drop_from_page_cache(path_);
-    } catch (const std::system_error&) {
-      throw;
-    } catch (const std::runtime_error& error) {
-      GTEST_SKIP() << "this file system keeps its pages: " << error.what();
-    }
+    std::ofstream(path_) << std::string(kSizeBytes, 'x');
+    if (testing::lies_in_memory(path_)) GTEST_SKIP() << "this file system keeps its pages";
+    drop_from_page_cache(path_);
   }
   void TearDown() override { std::filesystem::remove(path_); }
 
+  static constexpr std::size_t kSizeBytes = std::size_t{8} << 20;
+  /// A kernel that is short of memory takes some pages back before they are counted.
+  static constexpr double kIn = 0.9;
   /// In the build tree: a tmpfs has no disk to be cold on.
   const std::filesystem::path path_ = "page_cache_test." + std::to_string(::getpid());
 };
@@ -34,17 +34,31 @@ TEST_F(PageCache, ADroppedFileIsOutAndAWarmedOneIsIn) {
   EXPECT_EQ(resident_fraction(path_), 0);
   EXPECT_TRUE(can_stay_in_page_cache(path_));
   warm_page_cache(path_);
-  EXPECT_EQ(resident_fraction(path_), 1);
+  EXPECT_GE(resident_fraction(path_), kIn);
+  EXPECT_TRUE(try_drop_from_page_cache(path_));
+  EXPECT_EQ(resident_fraction(path_), 0);
+}
+
+TEST_F(PageCache, AFileThatStaysIsToldApartFromOneOfWhichAPartStays) {
+  {
+    const testing::HeldInCache all(path_);
+    if (!all.locked()) GTEST_SKIP() << "so many pages cannot be locked";
+    EXPECT_FALSE(try_drop_from_page_cache(path_));
+    EXPECT_THROW(drop_from_page_cache(path_), PageCacheError);
+  }
+  const testing::HeldInCache half(path_, kSizeBytes / 2);
+  EXPECT_THROW(try_drop_from_page_cache(path_), PageCacheError);
 }
 
 TEST_F(PageCache, WithoutCachestatTheSameIsTold) {
   constexpr unsigned kSysCachestat = 451;
-  constexpr std::uint64_t kHalfBytes = 4u << 20;
+  constexpr std::uint64_t kHalfBytes = kSizeBytes / 2;
   warm_every_other(path_, kHalfBytes);
   const int status = testing::run_in_child([&] {
     if (!testing::deny_syscall(kSysCachestat, ENOSYS)) return testing::kSkip;
-    const bool halves = resident_fraction(path_, 0, kHalfBytes) == 1 && resident_fraction(path_, kHalfBytes) == 0;
-    return halves && resident_fraction(path_) == 0.5 && try_drop_from_page_cache(path_) ? 0 : 1;
+    const bool halves = resident_fraction(path_, 0, kHalfBytes) >= kIn && resident_fraction(path_, kHalfBytes) == 0;
+    const double whole = resident_fraction(path_);
+    return halves && whole >= kIn / 2 && whole <= 0.5 && try_drop_from_page_cache(path_) ? 0 : 1;
   });
   if (status == testing::kSkip) GTEST_SKIP() << "no seccomp";
   EXPECT_EQ(status, 0);
@@ -54,7 +68,8 @@ TEST_F(PageCache, EveryOtherStripeIsInAndTheRestIsOut) {
   constexpr std::uint64_t kStripeBytes = 2u << 20;
   warm_every_other(path_, kStripeBytes);
   for (const std::uint64_t stripe : {0u, 1u, 2u, 3u}) {
-    EXPECT_EQ(resident_fraction(path_, stripe * kStripeBytes, kStripeBytes), stripe % 2 == 0 ? 1 : 0);
+    const double fraction = resident_fraction(path_, stripe * kStripeBytes, kStripeBytes);
+    EXPECT_TRUE(stripe % 2 == 0 ? fraction >= kIn : fraction == 0) << stripe << ": " << fraction;
   }
 }
 

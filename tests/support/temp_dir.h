@@ -82,24 +82,29 @@ inline void drop_from_cache(const std::filesystem::path& path) {
   ::close(fd);
 }
 
-/// A file's pages are in the cache while this lives, also when the machine wants its memory back; where so much may not
-/// be locked (ulimit -l), they are read into it and may leave.
+/// The pages of a file, or the first of them, are in the cache while this lives, also when the machine wants its memory
+/// back; where so much may not be locked (ulimit -l), they are read into it and may leave.
 class HeldInCache {
  public:
-  explicit HeldInCache(const std::filesystem::path& path) : size_bytes_(std::filesystem::file_size(path)) {
+  explicit HeldInCache(const std::filesystem::path& path) : HeldInCache(path, std::filesystem::file_size(path)) {}
+  HeldInCache(const std::filesystem::path& path, std::size_t size_bytes) : size_bytes_(size_bytes) {
     const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
     address_ = ::mmap(nullptr, size_bytes_, PROT_READ, MAP_SHARED, fd, 0);
     ::close(fd);
     if (address_ == MAP_FAILED) throw std::runtime_error("mmap " + path.string());
-    if (::mlock(address_, size_bytes_) != 0) read_file(path);
+    locked_ = ::mlock(address_, size_bytes_) == 0;
+    if (!locked_) read_file(path);
   }
   ~HeldInCache() { ::munmap(address_, size_bytes_); }
   HeldInCache(const HeldInCache&) = delete;
   HeldInCache& operator=(const HeldInCache&) = delete;
 
+  bool locked() const { return locked_; }
+
  private:
   std::size_t size_bytes_;
   void* address_;
+  bool locked_ = false;
 };
 
 }  // namespace flashpack::testing

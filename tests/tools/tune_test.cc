@@ -14,9 +14,9 @@
 #include <system_error>
 #include <utility>
 
-#include "bench/support/page_cache.h"
 #include "flashpack/tuning.h"
 #include "tests/support/hanging_fs.h"
+#include "tests/support/lies_in_memory.h"
 #include "tests/support/mounts.h"
 #include "tests/support/run.h"
 #include "tests/support/sandbox.h"
@@ -37,7 +37,7 @@ testing::Outcome tune(const std::filesystem::path& path, const std::filesystem::
 
 bool stays_in_page_cache(const testing::TempDir& dir) {
   testing::write_file(dir / "file", testing::random_bytes(4096));
-  return !bench::try_drop_from_page_cache(dir / "file");
+  return testing::lies_in_memory(dir / "file");
 }
 
 void expect_the_rule_the_limits_and_one_choice(const std::string& output, const std::string& device = "{") {

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "bench/support/page_cache.h"
+#include "tests/support/lies_in_memory.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/units.h"
 
@@ -33,7 +34,7 @@ TEST(Subject, ALoadWithAPolicyBeginsWithNothingCachedAndGoesTheWayOfThePolicy) {
   const testing::TempDir dir;
   Subject subject(dir / "file", 8 * kMiB, {}, false);
   const auto& path = subject.checkpoint.path();
-  if (!try_drop_from_page_cache(path)) GTEST_SKIP() << "this file system keeps its pages";
+  if (testing::lies_in_memory(path)) GTEST_SKIP() << "this file system keeps its pages";
   for (const auto& [policy, resident] : {std::pair{CachePolicy::kBuffered, true}, {CachePolicy::kDirect, false}}) {
     sample_policy(subject, kUsual, policy, Cached::kNothing);
     EXPECT_EQ(resident_fraction(path) > 0.5, resident);
@@ -56,7 +57,7 @@ std::optional<std::uint64_t> bytes_read_by_this_process() {
 TEST(Subject, ASlowDiskIsNotReadWholeToFindOutHowMuchOfTheFileASampleReads) {
   const testing::TempDir dir;
   Subject subject(dir / "file", 256 * kMiB, {}, false);
-  if (!try_drop_from_page_cache(subject.checkpoint.path())) GTEST_SKIP() << "this file system keeps its pages";
+  if (testing::lies_in_memory(subject.checkpoint.path())) GTEST_SKIP() << "this file system keeps its pages";
   const auto before = bytes_read_by_this_process();
   if (!before) GTEST_SKIP() << "this kernel does not count what a process reads";
   fit(subject, Work::kDisk, 0);
