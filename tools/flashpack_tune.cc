@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -129,10 +130,24 @@ void measure_disk(Report& report, Subject& subject, const Budget& budget, const 
   report.no_latency = add_latencies(report.disk.cells, subject, budget.end_of(ends.latencies));
 }
 
+// Empty if all of the file is in the page cache then.
+std::string why_not_in_page_cache(const std::filesystem::path& file) {
+  if (!can_stay_in_page_cache(file)) return "the file system keeps nothing there";
+  try {
+    warm_page_cache(file);
+  } catch (const PageCacheError& error) {
+    return error.what();
+  }
+  return {};
+}
+
 void measure_page_cache(Report& report, Subject& subject, const Budget& budget, double share) {
   const Setting usual = report.pick;
-  if (!report.disk.cells.empty() && !can_stay_in_page_cache(subject.checkpoint.path())) return;
-  warm_page_cache(subject.checkpoint.path());
+  report.no_page_cache = why_not_in_page_cache(subject.checkpoint.path());
+  if (!report.no_page_cache.empty()) {
+    if (report.disk.cells.empty()) throw PageCacheError(report.no_page_cache);  // Nothing could be measured.
+    return;
+  }
   fit(subject, Work::kPageCache, budget.seconds / 100);
   if (report.disk.cells.empty()) report.read_bytes = subject.sample_bytes(Work::kPageCache);
   if (subject.device_memory) {
@@ -150,11 +165,29 @@ void measure_page_cache(Report& report, Subject& subject, const Budget& budget, 
                                      {.link = report.link_gb_per_s, .copies = copies, .cores = cores()});
 }
 
+// Measures what is only shown, and returns why that failed, which must not cost what was decided before.
+std::string attempt(const std::function<void()>& measure) {
+  try {
+    measure();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return {};
+}
+
 void measure_policies(Report& report, Subject& subject, const Budget& budget) {
-  const Setting& setting = setting_of(report);
-  if (!report.page_cache.cells.empty())
-    report.cached = bench::measure_policies(subject, setting, Cached::kWhole, budget.end_of(0.5));
-  report.cold = bench::measure_policies(subject, setting, Cached::kNothing, budget.end_of());
+  const auto measured = [&](std::vector<PolicyCell>& cells, Cached cached, Clock::time_point end) {
+    return attempt([&] { cells = bench::measure_policies(subject, setting_of(report), cached, end); });
+  };
+  if (!report.page_cache.cells.empty()) report.no_cached = measured(report.cached, Cached::kWhole, budget.end_of(0.5));
+  report.no_cold = measured(report.cold, Cached::kNothing, budget.end_of());
+}
+
+void measure_writes(Report& report, Subject& subject, const Budget& budget) {
+  report.no_writes = attempt([&] {
+    report.writes.cells = search(subject, coarse_settings(kUsual), beside_on_disk, Work::kWrites, budget, 1);
+    report.writes.limit = limit_of(choose(report.writes.cells), "disk", {.cores = cores()});
+  });
 }
 
 Report tune(Subject& subject, const Flags& flags) {
@@ -176,11 +209,7 @@ Report tune(Subject& subject, const Flags& flags) {
   decide(report, subject, of_the_disk, budget.end_of());
   report.verified_bytes = subject.verified_bytes;
   if (disk && flags.policy) measure_policies(report, subject, {Clock::now(), for_policies * all.seconds});
-  if (disk && flags.writes) {
-    const Budget rest{Clock::now(), for_writes * all.seconds};
-    report.writes.cells = search(subject, coarse_settings(kUsual), beside_on_disk, Work::kWrites, rest, 1);
-    report.writes.limit = limit_of(choose(report.writes.cells), "disk", {.cores = cores()});
-  }
+  if (disk && flags.writes) measure_writes(report, subject, {Clock::now(), for_writes * all.seconds});
   report.fallback_reason = subject.fallback_reason;
   check_bytes(subject, setting_of(report));
   return report;

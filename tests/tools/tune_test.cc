@@ -1,4 +1,5 @@
 #include <gtest/gtest.h>
+#include <sys/mount.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -281,10 +282,50 @@ TEST(TuneTool, WhereNothingStaysInThePageCacheTheDiskIsMeasuredAlone) {
   EXPECT_FALSE(report.at("disk").as_array().empty());
   EXPECT_FALSE(report.at("policies_cold").as_array().empty());
   for (const char* none : {"page_cache", "policies_cached"}) EXPECT_TRUE(report.at(none).as_array().empty()) << none;
+  EXPECT_EQ(report.at("no_page_cache").as_string(), "the file system keeps nothing there");
   for (const auto& turns : report.at("turns").as_array()) EXPECT_EQ(turns.as_object().count("page_cache"), 0U);
   EXPECT_TRUE(outcome.status == 0 || outcome.status == kExitNotKept) << outcome.output;
 }
 #endif
+
+// A disk of `mib` MiB in a file, mounted at `at` as long as this lives. Not mounted, with the reason, where that is not
+// allowed.
+class SmallDisk {
+ public:
+  SmallDisk(const std::filesystem::path& image, int mib, const std::filesystem::path& at) : at_(at) {
+    std::filesystem::create_directory(at);
+    made_ = testing::run("truncate -s " + std::to_string(mib) + "M '" + image.string() +
+                         "' && mkfs.ext4 -q -m 0 -O ^has_journal '" + image.string() + "' 2>&1 && mount -o loop '" +
+                         image.string() + "' '" + at.string() + "' 2>&1");
+  }
+  ~SmallDisk() {
+    if (made_.status == 0) ::umount2(at_.c_str(), MNT_DETACH);
+  }
+  SmallDisk(const SmallDisk&) = delete;
+  SmallDisk& operator=(const SmallDisk&) = delete;
+
+  bool mounted() const { return made_.status == 0; }
+  const std::string& refusal() const { return made_.output; }
+
+ private:
+  std::filesystem::path at_;
+  testing::Outcome made_;
+};
+
+TEST(TuneTool, WritesThatFindTooLittleSpaceDoNotCostWhatWasDecidedBefore) {
+  const testing::TempDir dir;
+  const SmallDisk disk(dir / "image", 32, dir / "mount");
+  if (!disk.mounted()) GTEST_SKIP() << disk.refusal();
+  const testing::Outcome outcome =
+      tune(dir / "mount", dir / "config", "--writes --json_file '" + (dir / "report").string() + "' 2>&1");
+  EXPECT_TRUE(outcome.status == 0 || outcome.status == kExitNotKept) << outcome.output;
+  expect_the_rule_the_limits_and_one_choice(outcome.output);
+  EXPECT_TRUE(has(outcome.output, "durable writes could not be measured: ")) << outcome.output;
+  const boost::json::value report = report_in(dir / "report");
+  EXPECT_TRUE(has(std::string(report.at("no_writes").as_string()), "No space left")) << report.at("no_writes");
+  EXPECT_TRUE(report.at("writes").as_array().empty());
+  EXPECT_FALSE(report.at("disk").as_array().empty());
+}
 
 TEST(TuneTool, OnANetworkFileSystemItIsSaidWhatCannotBeTold) {
   const testing::TempDir dir;

@@ -42,9 +42,9 @@ void print_what_is_not_measured(const Report& report) {
         "and so no queue depth, backend or policy.\n",
         report.directory.c_str());
   }
-  if (report.page_cache.cells.empty()) {
-    std::printf("\nFiles in %s do not stay in the page cache: loads from it cannot be measured here.\n",
-                report.directory.c_str());
+  if (!report.no_page_cache.empty()) {
+    std::printf("\nFiles in %s do not stay in the page cache: loads from it cannot be measured here (%s).\n",
+                report.directory.c_str(), report.no_page_cache.c_str());
   }
   if (!report.server.empty()) {
     std::printf(
@@ -85,7 +85,7 @@ void print_table(const char* title, const Table& table, bool map) {
 }
 
 void print_policies(const Report& report) {
-  if (report.cold.empty()) return;
+  if (report.cold.empty() && report.cached.empty()) return;
   std::printf("\npolicy of loads with %s\n%-28s %8s %10s %8s\n", text_of(setting_of(report)).c_str(), "", "GB/s",
               "ms CPU/GB", "samples");
   for (const auto& [state, cells] : {std::pair{"nothing cached", &report.cold}, {"all cached", &report.cached}}) {
@@ -216,12 +216,16 @@ void print_text(const Report& report) {
   print_table("page cache", report.page_cache, false);
   if (report.device.kind == Device::Kind::kCuda && !report.page_cache.cells.empty()) print_staging_map(report);
   print_table("durable writes", report.writes, true);
+  if (!report.no_writes.empty()) std::printf("\ndurable writes could not be measured: %s\n", report.no_writes.c_str());
   if (!report.writes.cells.empty()) {
     std::printf(
         "Writes are only shown, and no profile has a setting for them: an engine has one for both ways, the best one "
         "for\nloads. Saves from Python use the defaults.\n");
   }
   print_policies(report);
+  for (const auto& [state, reason] : {std::pair{"nothing", &report.no_cold}, {"all", &report.no_cached}}) {
+    if (!reason->empty()) std::printf("policies were not compared with %s cached: %s\n", state, reason->c_str());
+  }
   print_rule();
   if (!report.no_backend.empty()) std::printf("backends were not compared: %s\n", report.no_backend.c_str());
   print_turns(report);
@@ -248,12 +252,16 @@ std::string json_of(const Report& report) {
                                       {"no_latency", report.no_latency},
                                       {"page_cache", array_of(report.page_cache.cells, report.device)},
                                       {"page_cache_limit", report.page_cache.limit},
+                                      {"no_page_cache", report.no_page_cache},
                                       {"writes", array_of(report.writes.cells, report.device)},
                                       {"writes_limit", report.writes.limit},
+                                      {"no_writes", report.no_writes},
                                       {"no_backend", report.no_backend},
                                       {"fallback_reason", report.fallback_reason},
                                       {"policies_cold", array_of(report.cold)},
                                       {"policies_cached", array_of(report.cached)},
+                                      {"no_policies_cold", report.no_cold},
+                                      {"no_policies_cached", report.no_cached},
                                       {"kept", report.kept},
                                       {"not_kept", report.not_kept}});
 }

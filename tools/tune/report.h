@@ -40,11 +40,14 @@ struct Report {
   std::uint64_t verified_bytes = 0;  ///< Bytes that the last measured load compared with checksums.
   double link_gb_per_s = 0;          ///< Speed of copies to a GPU; 0 for the host, or if not known.
   Table disk;
-  Table page_cache;  ///< Nothing if the file does not stay there.
+  Table page_cache;
   Table writes;
+  std::string no_page_cache;       ///< Why loads from the page cache were not measured; empty if they were.
+  std::string no_writes;           ///< Why writes could not be measured although it was asked for; else empty.
   std::string no_backend;          ///< Why backends were not compared although it was asked for; else empty.
   std::vector<PolicyCell> cold;    ///< Policies with nothing in the page cache; none if they were not measured.
-  std::vector<PolicyCell> cached;  ///< The same with the whole file in it; none if it does not stay there.
+  std::vector<PolicyCell> cached;  ///< The same with the whole file in it.
+  std::string no_cold, no_cached;  ///< Why policies could not be compared so although it was asked for; else empty.
   std::string no_latency;          ///< Why requests were not timed; empty if they were.
   Setting pick = kUsual;           ///< The best of the tables, then the candidate that had its turns last.
   std::vector<Turns> turns;  ///< In the order in which they were taken; none if the default was best in the tables.
