@@ -9,6 +9,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <exception>
@@ -281,6 +282,12 @@ void remove_when_ended(const std::filesystem::path& generated) {
   }).detach();
 }
 
+// Containers that share a directory may have the same process id, and a process that was killed has left its file.
+std::string unique_name() {
+  const auto now = std::chrono::system_clock::now().time_since_epoch();
+  return "flashpack_tune." + std::to_string(::getpid()) + "." + std::to_string(now.count()) + ".flashpack";
+}
+
 int run(Flags flags) {
   if (!std::filesystem::is_directory(flags.path)) {
     if (!std::filesystem::exists(flags.path))
@@ -288,7 +295,7 @@ int run(Flags flags) {
     flags.path = std::filesystem::absolute(flags.path).parent_path();
   }
   const auto size_bytes = static_cast<std::uint64_t>(flags.size_gib * (1 << 30));
-  const std::string name = "flashpack_tune." + std::to_string(::getpid()) + ".flashpack";
+  const std::string name = unique_name();
   remove_when_ended(flags.path / name);  // Before anything that may start a thread.
   if (flags.device.kind == Device::Kind::kCuda) require_cuda_device(flags.device.index);
   const Output json_file = open_to_write(flags.json_file);

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <span>
 #include <stdexcept>
+#include <system_error>
 
 #include "bench/support/open_file.h"
 
@@ -60,8 +61,10 @@ void make_checkpoint(const std::filesystem::path& path, std::uint64_t size_bytes
   writer.commit(std::as_bytes(std::span(footer)));
 }
 
-Metadata open_or_make(const std::filesystem::path& path, std::uint64_t size_bytes) {
-  if (!std::filesystem::exists(path)) make_checkpoint(path, size_bytes);
+Metadata open_or_make(const std::filesystem::path& path, std::uint64_t size_bytes, bool keep) {
+  const bool exists = std::filesystem::exists(path);
+  if (exists && !keep) throw Error(std::make_error_code(std::errc::file_exists), "make " + path.string(), path);
+  if (!exists) make_checkpoint(path, size_bytes);
   return read_metadata(path);
 }
 
@@ -82,7 +85,7 @@ std::vector<TensorSpec> decoder_tensors(std::uint64_t total_bytes) {
 }
 
 Checkpoint::Checkpoint(const std::filesystem::path& path, std::uint64_t size_bytes, bool keep)
-    : path_(path), keep_(keep), metadata_(open_or_make(path, size_bytes)) {}
+    : path_(path), keep_(keep), metadata_(open_or_make(path, size_bytes, keep)) {}
 
 Checkpoint::~Checkpoint() {
   std::error_code ignored;

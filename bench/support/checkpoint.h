@@ -15,11 +15,12 @@ namespace flashpack::bench {
 /// of attention, gated MLP and norms, from 32 KiB to hundreds of MiB each.
 std::vector<TensorSpec> decoder_tensors(std::uint64_t total_bytes);
 
-/// A flashpack file to read. The destructor removes it if the constructor made it and `keep` is false.
+/// A flashpack file to read. The destructor removes it unless `keep` is true.
 class Checkpoint {
  public:
-  /// Opens `path`. If there is no file, makes one of about `size_bytes`, of bytes that do not compress, with checksums.
-  /// Throws: Error.
+  /// Makes a file of about `size_bytes`, of bytes that do not compress, with checksums. If there is one at `path`,
+  /// opens that; but if it is not to be kept, it may be another process's, and is left alone. Throws: Error, in that
+  /// case, too.
   Checkpoint(const std::filesystem::path& path, std::uint64_t size_bytes, bool keep);
   Checkpoint(const Checkpoint&) = delete;
   Checkpoint& operator=(const Checkpoint&) = delete;

@@ -58,5 +58,11 @@ TEST_F(CheckpointFile, ThatIsAlreadyThereIsUsedAndKept) {
   EXPECT_EQ(std::filesystem::last_write_time(path_), made);
 }
 
+TEST_F(CheckpointFile, ThatIsAlreadyThereIsNeitherUsedNorRemovedByOneThatWouldNotKeepIt) {
+  std::ofstream(path_) << "another process's";
+  EXPECT_THROW(Checkpoint(path_, 8 << 20, false), Error);
+  EXPECT_EQ(std::filesystem::file_size(path_), 17U);
+}
+
 }  // namespace
 }  // namespace flashpack::bench
