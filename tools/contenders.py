@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from page_cache import PageCacheError
 
 Tensors = dict[str, torch.Tensor]
 Item = TypeVar("Item")
@@ -46,6 +47,9 @@ class Contender:
         )
 
     def ask(self, job: str) -> dict[str, Any]:
+        """Raises PageCacheError if the page cache could not be made as the job needs it, which is no failure of the
+        contender; RuntimeError if that fails.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(job + "\n")
         self.process.stdin.flush()
@@ -57,6 +61,8 @@ class Contender:
         if not line:
             raise RuntimeError(f"{self.name} died with status {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
+        if "page_cache" in answer:
+            raise PageCacheError(answer["page_cache"])
         if "error" in answer:
             raise RuntimeError(f"{self.name}: {answer['error']}")
         return answer
@@ -70,6 +76,8 @@ class Contender:
         try:
             answer = self.ask(job)
             check(answer)
+        except PageCacheError:
+            raise
         except (RuntimeError, OSError) as error:
             if self.ours:
                 raise
@@ -93,6 +101,8 @@ def serve(answer: Callable[[str], dict[str, Any]]) -> None:
     for line in sys.stdin:
         try:
             result = answer(line.strip())
+        except PageCacheError as error:
+            result = {"page_cache": str(error)}
         except Exception as error:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"}

@@ -8,6 +8,7 @@ import peers
 import pytest
 import torch
 from compare import ROOFLINE, Results
+from page_cache import PageCacheError
 from support import assert_bit_equal
 
 ROOT = Path(compare.__file__).parent.parent
@@ -198,6 +199,23 @@ def test_our_own_wrong_bytes_stop_the_comparison(monkeypatch, tmp_path):
     results.take(PEER, "cold", tmp_path)
     with pytest.raises(RuntimeError, match="other bytes"):
         results.take("flashpack", "cold", tmp_path)
+
+
+def test_a_page_cache_that_is_not_as_wanted_twice_ends_the_comparison_and_no_peer_is_out(monkeypatch, tmp_path):
+    answers = iter([PageCacheError("half stayed"), answer_of(1), *[PageCacheError("half stayed")] * 2])
+
+    def sample_once(*_):
+        if isinstance(answer := next(answers), PageCacheError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(compare, "sample_once", sample_once)
+    results = Results({})
+    results.take(PEER, "cold", tmp_path)
+    assert len(results.samples[PEER, "cold"]) == 1
+    with pytest.raises(PageCacheError, match="half stayed"):
+        results.take(PEER, "cold", tmp_path)
+    assert results.reasons == {}
 
 
 def test_a_cold_load_from_a_file_that_stays_cached_is_an_error(monkeypatch, files):

@@ -5,6 +5,7 @@ import sys
 import contenders
 import pytest
 import torch
+from page_cache import PageCacheError
 
 DOUBLES = """
 import contenders
@@ -71,6 +72,24 @@ def test_a_peer_that_fails_is_out_and_ours_ends_it_all(started, code, job, check
     with pytest.raises((RuntimeError, OSError), match=reason):
         started(code, ours=True).attempt(job, check)
     assert peer.failure
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_page_cache_that_is_not_as_wanted_is_no_failure_of_a_contender(started, ours):
+    contender = started(
+        """
+import contenders, page_cache
+def answer(job):
+    if job == "cold":
+        raise page_cache.PageCacheError("half of it stayed")
+    return {"job": job}
+contenders.serve(answer)
+""",
+        ours,
+    )
+    with pytest.raises(PageCacheError, match="half of it stayed"):
+        contender.attempt("cold", accept)
+    assert contender.attempt("4", accept) == {"job": "4"}
 
 
 def test_what_a_contender_prints_besides_is_no_answer(started):
