@@ -14,8 +14,8 @@ FOLDER is on the disk to slow down, and gets files of up to 2.5 GiB, which are r
   far          a file system that answers each request at 25 MB/s, as a store over a network does (far_fs.py)
 
 Needs root, losetup and mkfs.ext4, for `far` libfuse3 and the package mfusepy, the installed Python package, and
-build/release/tools/flashpack_tune. A place that cannot be made is named, with the reason. All of it is removed in the
-end, also when a signal ends the program.
+build/release/tools/flashpack_tune. A place that cannot be made is named, with the reason, and so is one where a run
+fails, whose other runs are left out. All of it is removed in the end, also when a signal ends the program.
 
 After each run, what was picked and the default take turns (load_turns.py). If the default was kept, the fastest other
 setting of the search takes them, because a better one may have been missed.
@@ -325,12 +325,17 @@ def try_place(name: str, options: argparse.Namespace) -> int:
         except (CannotMakeError, OSError, subprocess.SubprocessError) as error:
             print(f"{name}: CANNOT BE MADE HERE: {reason_of(error)}", flush=True)
             return NOT_RUN
-        runs = []
-        for number in range(1, options.runs + 1):
-            runs.append(tune_once(place, options))
-            print(f"{name} {number}: {runs[-1]}", flush=True)
+        runs: list[Run] = []
+        status = HELD
+        try:
+            for number in range(1, options.runs + 1):
+                runs.append(tune_once(place, options))
+                print(f"{name} {number}: {runs[-1]}", flush=True)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            print(f"{name} {number}: COULD NOT RUN: {reason_of(error)}", flush=True)
+            status = NOT_RUN
         print(summary(name, runs), flush=True)
-        return NOT_HELD if any(run.slower or run.missed for run in runs) else HELD
+        return NOT_HELD if any(run.slower or run.missed for run in runs) else status
 
 
 def reason_of(error: Exception) -> str:

@@ -168,7 +168,14 @@ def run_main(tmp_path, monkeypatch, capsys):
 
     def run(answers, *places):
         remaining = iter(answers)
-        monkeypatch.setattr(Place, "run", lambda self, command: json.dumps(next(remaining)))
+
+        def answer(self, command):
+            text = json.dumps(next(remaining))
+            if text == "null":
+                raise subprocess.CalledProcessError(1, command, "", "it stayed in the page cache\n")
+            return text
+
+        monkeypatch.setattr(Place, "run", answer)
         monkeypatch.setattr(signal, "signal", lambda number, handler: None)
         monkeypatch.setattr(sys, "argv", ["tune_slow", str(tmp_path), "--runs", "2", "--places", *places])
         status = tune_slow.main()
@@ -200,6 +207,17 @@ def test_a_place_that_cannot_be_made_is_named_and_the_others_are_measured(run_ma
     assert status == NOT_RUN
     assert "loop: CANNOT BE MADE HERE: no such thing" in output.out
     assert "fast: picked another setting in 0 of 2" in output.out
+
+
+def test_a_place_where_a_run_fails_is_named_with_what_was_found_and_the_others_are_measured(run_main):
+    picked, kept = report(False, 1.2), report(True, 0.9)
+    status, output = run_main([picked, turns(1.2), kept, None, *[kept, turns(1.0)] * 2], "fast", "one_cpu")
+    assert status == NOT_RUN
+    assert "fast 2: COULD NOT RUN: it stayed in the page cache\n" in output.out
+    assert "fast: picked another setting in 1 of 1" in output.out
+    assert "one_cpu: picked another setting in 0 of 2" in output.out
+    status, output = run_main([picked, turns(0.9), None], "fast")
+    assert status == NOT_HELD
 
 
 @pytest.mark.parametrize("name", ["reads", "loop", "far"])
