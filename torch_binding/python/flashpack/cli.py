@@ -263,12 +263,19 @@ def verify(path: str, as_json: bool, verbose: bool) -> None:
 
 
 @main.command(
-    epilog="Exit status: 0 measured, and kept unless --dry_run; 1 failed; 2 wrong usage; 3 measured, but no profile "
-    "could be kept."
+    epilog="Exit status: 0 it was measured, and kept unless --dry_run; 1 it failed; 2 wrong usage; 3 it was measured, "
+    "but no profile could be kept, which is said before: where no disk or server can be recognised another time, as on "
+    "tmpfs, the overlay that a container has as its root, ZFS and most of FUSE, or without a place to write."
 )
 @click.argument("path", type=click.Path(), default=".")
 @click.option("--device", default="cpu", show_default=True, help="Where loads go: cpu, cuda or cuda:1.")
-@click.option("--budget", metavar="TIME", default="60s", show_default=True, help="Time to measure, as 60, 60s or 1min.")
+@click.option(
+    "--budget",
+    metavar="TIME",
+    default="60s",
+    show_default=True,
+    help="Time to measure, as 60, 60s or 1min; writing and proving a gain add to it.",
+)
 @click.option("--picture", type=click.Path(), metavar="FILE", help="Draw a map as .svg or .png, with matplotlib.")
 @click.option("--verify", is_flag=True, help="Loads compare checksums, as load_file() does by default.")
 @click.option("--writes", is_flag=True, help="Measure durable writes, too. They are only shown.")
