@@ -41,8 +41,8 @@ constexpr const char* kFooter =
 using flashpack::Device;
 
 Finding profile(const char* key, const std::filesystem::path& path, Device device) {
-  const auto [options, applied, reason] = flashpack::tuned_options(path, device);
-  return {.key = key, .value = applied ? reason : "none applies: " + reason};
+  const flashpack::TunedOptions tuned = flashpack::tuned_options(path, device);
+  return {.key = key, .value = tuned.applied ? tuned.reason : "none applies: " + tuned.reason};
 }
 
 // The profiles of loads to the host and, where there are GPUs, to these, and those that no load has.

@@ -17,6 +17,7 @@ namespace {
 namespace json = boost::json;
 
 constexpr const char* kStorage = "storage";
+constexpr const char* kFileSystem = "file_system";
 constexpr const char* kGpu = "gpu";
 constexpr std::string_view kDefaults = "defaults";
 constexpr std::string_view kStagingBytes = "staging_bytes";
@@ -78,7 +79,7 @@ bool are_usual(const EngineOptions& options) {
 
 // The names and the values that a profile is found by.
 std::array<std::pair<const char*, std::string>, 4> values_of(const ProfileKey& key) {
-  return {{{kStorage, key.storage}, {"file_system", key.file_system}, {"kernel", key.kernel}, {kGpu, key.gpu}}};
+  return {{{kStorage, key.storage}, {kFileSystem, key.file_system}, {"kernel", key.kernel}, {kGpu, key.gpu}}};
 }
 
 // The text of this name in the profile; empty if there is none.
@@ -104,6 +105,11 @@ bool is_for(const json::value& profile, const ProfileKey& key) {
 
 bool is_for_storage_of(const json::value& profile, const ProfileKey& key) {
   return profile.is_object() && text_at(profile, kStorage) == key.storage;
+}
+
+bool is_stale_for(const json::value& profile, const ProfileKey& key) {
+  return is_for_storage_of(profile, key) && text_at(profile, kFileSystem) == key.file_system &&
+         is_for_gpu(profile) != key.gpu.empty() && !is_for(profile, key);
 }
 
 bool is_for_gpu(const json::value& profile) { return !text_at(profile, kGpu).empty(); }

@@ -1,8 +1,8 @@
 /// One profile of the file: which loads it is for, and the options that it has for them. A profile is a JSON value that
 /// a person may have edited, so that each question has an answer for a value of any type and with any members.
 ///
-/// profile_of() writes a profile, and take_values() reads one. is_for(), is_for_storage_of(), is_for_gpu() and
-/// text_of_difference() are about the loads that it is for, and the other functions about its options.
+/// profile_of() writes a profile, and take_values() reads one. is_for(), is_for_storage_of(), is_stale_for(),
+/// is_for_gpu() and text_of_difference() are about the loads that it is for, and the other functions about its options.
 ///
 /// Sizes are in bytes, and the texts are for people. Throws: nothing but std::bad_alloc.
 ///
@@ -25,6 +25,10 @@ bool is_for(const boost::json::value& profile, const ProfileKey& key);
 /// Whether the profile is for the disk or the server of the key, though perhaps for another kernel or GPU. Such a
 /// profile is an object.
 bool is_for_storage_of(const boost::json::value& profile, const ProfileKey& key);
+
+/// Whether the profile would be for the loads that have this key, were it not for the kernel or the model of GPU. Such
+/// a profile is an object.
+bool is_stale_for(const boost::json::value& profile, const ProfileKey& key);
 
 /// Whether the profile is for loads to a GPU.
 bool is_for_gpu(const boost::json::value& profile);

@@ -25,10 +25,18 @@
 
 namespace flashpack {
 
+/// What became of the profile for some loads. Whoever tuned the machine should hear of one that is ignored.
+enum class ProfileUse {
+  kNone,     ///< There is none that can be read, or FLASHPACK_TUNE=off turns profiles off.
+  kUsed,     ///< It was applied, or says that nothing was better than the defaults.
+  kIgnored,  ///< It is for another kernel or GPU or has no values that an engine takes, or the file is damaged.
+};
+
 struct TunedOptions {
   EngineOptions options;  ///< The profile's if `applied`, else the defaults; `device` is the given one.
   bool applied = false;
   std::string reason;  ///< For people: why no profile was applied, or which one was.
+  ProfileUse use = ProfileUse::kNone;
 };
 
 /// The file of profiles: $XDG_CONFIG_HOME/flashpack/tune.json, else $HOME/.config/flashpack/tune.json. Empty if neither

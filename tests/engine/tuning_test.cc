@@ -40,6 +40,36 @@ TEST_F(TuningTest, AProfileOfAnotherKernelFileSystemOrGpuIsNotApplied) {
   }
 }
 
+TEST_F(TuningTest, AProfileThatIsThereAndNotUsedIsToldFromNoneAtAll) {
+  EXPECT_EQ(tuned().use, ProfileUse::kUsed);
+  const std::string ours = text();
+  const auto use_after = [&](const char* pattern, const std::string& by) {
+    edit(pattern, by);
+    const ProfileUse use = tuned().use;
+    rewrite(ours);
+    return use;
+  };
+  EXPECT_EQ(use_after("\"kernel\":\"[^\"]*\"", "\"kernel\":\"other\""), ProfileUse::kIgnored);
+  EXPECT_EQ(use_after("\"queue_depth\":16", "\"queue_depth\":0"), ProfileUse::kIgnored);
+  EXPECT_EQ(use_after("[^]*", "{"), ProfileUse::kIgnored);
+  // Another partition of the disk, and loads to a GPU, have profiles of their own.
+  EXPECT_EQ(use_after("\"file_system\":\"[^\"]*\"", "\"file_system\":\"other\""), ProfileUse::kNone);
+  EXPECT_EQ(use_after("\"gpu\":\"\"", "\"gpu\":\"other\""), ProfileUse::kNone);
+  EXPECT_EQ(use_after("\"storage\":\"[^\"]*\"", "\"storage\":\"other\""), ProfileUse::kNone);
+  keep_profile(dir_.path(), {}, profiles_);
+  EXPECT_EQ(tuned().use, ProfileUse::kUsed);
+  std::filesystem::remove(profiles_);
+  EXPECT_EQ(tuned().use, ProfileUse::kNone);
+}
+
+TEST_F(TuningTest, AStaleProfileOfTheSameKindIsTheReasonBesideOneOfAnotherKind) {
+  const std::string ours = text();
+  edit("\\[(\\{.*)\"gpu\":\"\"(.*\\})\\]", "[$1\"gpu\":\"other\"$2,$1\"gpu\":\"\"$2]");
+  edit("\"kernel\":\"[^\"]*\"", "\"kernel\":\"old\"");
+  expect_defaults("is for kernel \"old\"");
+  EXPECT_EQ(tuned().use, ProfileUse::kIgnored);
+}
+
 TEST_F(TuningTest, AProfileOfTheHostIsNotAppliedToAGpu) {
   expect_defaults("GPU", {Device::Kind::kCuda, 1});
   EXPECT_EQ(tuned({Device::Kind::kCuda, 1}).options.device.index, 1);

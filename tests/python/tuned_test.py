@@ -60,17 +60,19 @@ def stats_of_load(path):
     return stats
 
 
-def stats_and_reason_of_load(path, caplog):
-    """Returns the figures of a load, and why it had no profile, as the log tells once."""
-    with caplog.at_level(logging.INFO, "flashpack"):
+def stats_and_reason_of_load(path, caplog, level):
+    """Returns the figures of a load, and why it had no profile, as the log tells once, at this level."""
+    with caplog.at_level(logging.DEBUG, "flashpack"):
         stats = stats_of_load(path)
         stats_of_load(path)
-    (reason,) = [text for text in caplog.messages if text.startswith(f"loads like that of {path} have the defaults: ")]
-    return stats, reason.partition("defaults: ")[2]
+    begin = f"loads like that of {path} have the defaults: "
+    (record,) = [record for record in caplog.records if record.getMessage().startswith(begin)]
+    assert record.levelno == level
+    return stats, record.getMessage().removeprefix(begin)
 
 
 def test_without_a_profile_the_engine_is_the_usual_one(packed, caplog):
-    stats, reason = stats_and_reason_of_load(packed, caplog)
+    stats, reason = stats_and_reason_of_load(packed, caplog, logging.DEBUG)
     assert stats["profile"] == ""
     assert str(packed.parent / "config/flashpack/tune.json") in reason
     assert list(_engine._engines) == [(None, "")]
@@ -98,33 +100,40 @@ def test_a_save_has_the_usual_engine(packed, profile):
 
 def test_the_environment_turns_it_off(packed, profile, monkeypatch, caplog):
     monkeypatch.setenv("FLASHPACK_TUNE", "off")
-    stats, reason = stats_and_reason_of_load(packed, caplog)
+    stats, reason = stats_and_reason_of_load(packed, caplog, logging.DEBUG)
     assert (stats["profile"], reason) == ("", "FLASHPACK_TUNE=off")
 
 
 @pytest.mark.parametrize(
-    ("damaged", "why"),
+    ("damaged", "why", "level"),
     [
-        ("", "is damaged"),
-        ("{", "is damaged"),
-        ('{"profiles": [7]}', "no profile"),
-        ('{"profiles": [{"storage": "other"}]}', "no profile"),
+        ("", "is damaged", logging.WARNING),
+        ("{", "is damaged", logging.WARNING),
+        ('{"profiles": [7]}', "no profile", logging.DEBUG),
+        ('{"profiles": [{"storage": "other"}]}', "no profile", logging.DEBUG),
     ],
     ids=repr,
 )
 def test_a_file_of_profiles_that_is_damaged_or_for_another_disk_is_ignored_with_a_reason(
-    packed, profile, damaged, why, caplog
+    packed, profile, damaged, why, level, caplog
 ):
     profile.write_text(damaged)
-    stats, reason = stats_and_reason_of_load(packed, caplog)
+    stats, reason = stats_and_reason_of_load(packed, caplog, level)
     assert stats["profile"] == ""
     assert why in reason
     assert str(profile) in reason
 
 
+def test_a_profile_of_another_kernel_is_ignored_with_a_warning(packed, key, caplog):
+    profile = keep(packed, {**key, "kernel": "5.10"}, chunk_bytes=MIB, queue_depth=2, workers=1)
+    stats, reason = stats_and_reason_of_load(packed, caplog, logging.WARNING)
+    assert stats["profile"] == ""
+    assert f'the profile in {profile} is for kernel "5.10", and here it is "{key["kernel"]}"' in reason
+
+
 def test_values_out_of_range_are_ignored_with_a_reason(packed, key, caplog):
     keep(packed, key, chunk_bytes=MIB, queue_depth=0, workers=1)
-    stats, reason = stats_and_reason_of_load(packed, caplog)
+    stats, reason = stats_and_reason_of_load(packed, caplog, logging.WARNING)
     assert stats["profile"] == ""
     assert "out of range" in reason
 
@@ -164,10 +173,12 @@ def test_a_profile_can_have_other_staging_memory(packed, key):
     assert stats_of_load(packed)["profile"] == f"1 MiB x 2, 1 workers, 24 MiB of staging of {profile}"
 
 
-def test_a_profile_may_say_that_nothing_was_better_than_the_defaults(packed, key):
+def test_a_profile_may_say_that_nothing_was_better_than_the_defaults(packed, key, caplog):
     keep(packed, key, defaults=True)
     assert tuned_options(packed)[0] == {}
-    assert stats_of_load(packed)["profile"] == ""
+    stats, reason = stats_and_reason_of_load(packed, caplog, logging.INFO)
+    assert stats["profile"] == ""
+    assert "nothing was better" in reason
 
 
 @pytest.mark.parametrize("backend", ["workers", "io_uring"])

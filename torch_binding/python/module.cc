@@ -125,7 +125,20 @@ Backend backend_of(std::string_view name) {
 }
 
 /// Arguments of Engine, none if there is no profile, and the reason for either.
-nb::typed<nb::tuple, Dict, nb::str> tuned_arguments(const std::filesystem::path& path, std::optional<int> cuda_device) {
+const char* text_of(ProfileUse use) {
+  switch (use) {
+    case ProfileUse::kNone:
+      break;
+    case ProfileUse::kUsed:
+      return "used";
+    case ProfileUse::kIgnored:
+      return "ignored";
+  }
+  return "none";
+}
+
+nb::typed<nb::tuple, Dict, nb::str, nb::str> tuned_arguments(const std::filesystem::path& path,
+                                                             std::optional<int> cuda_device) {
   const NativeCall call;
   TunedOptions tuned;
   {
@@ -133,14 +146,15 @@ nb::typed<nb::tuple, Dict, nb::str> tuned_arguments(const std::filesystem::path&
     tuned = tuned_options(path, device_of(cuda_device));
   }
   Dict dict;
-  if (!tuned.applied) return nb::make_tuple(dict, text(tuned.reason));
+  const char* const use = text_of(tuned.use);
+  if (!tuned.applied) return nb::make_tuple(dict, text(tuned.reason), use);
   dict["chunk_bytes"] = tuned.options.chunk_bytes;
   dict["queue_depth"] = tuned.options.queue_depth;
   dict["staging_bytes"] = tuned.options.staging_bytes;
   dict["workers"] = tuned.options.workers;
   dict["backend"] = to_string(tuned.options.backend);
   dict["profile"] = text(tuned.reason);
-  return nb::make_tuple(dict, text(tuned.reason));
+  return nb::make_tuple(dict, text(tuned.reason), use);
 }
 
 /// Repeats `reads` as `repeats` say, whose last is the innermost loop. The repetitions have no gaps in memory.
@@ -416,7 +430,8 @@ void bind_writer(nb::module_& module) {
 void bind_profiles(nb::module_& module) {
   module.def(
       "tuned_options", &tuned_arguments, "path"_a, "cuda_device"_a = nb::none(),
-      "Returns the arguments of Engine from the profile for loads of `path`, none if no profile applies, and why.");
+      "Returns the arguments of Engine from the profile for loads of `path`, none if no profile applies, why, and "
+      "whether a profile was \"used\", \"ignored\", or there is \"none\".");
 }
 
 void bind_errors(nb::module_& module) {

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import logging
 import os
 import stat
 import threading
@@ -20,6 +21,8 @@ from ._native import Engine, FlashPackError, Trace, enter_call, leave_call, tune
 
 _engines: dict[tuple[int | None, str], Engine] = {}
 _tuned: dict[tuple[int | None, int], dict[str, Any]] = {}
+# What became of a profile. Whoever tuned the machine sees a warning without asking for it, if that was of no use.
+_LEVELS = {"none": logging.DEBUG, "used": logging.INFO, "ignored": logging.WARNING}
 _lock = threading.RLock()  # A signal handler may load or save while this thread makes an engine.
 _traces: list[Trace | None] = []  # None if there is to be no trace; empty before the first engine.
 
@@ -106,9 +109,9 @@ def _options(cuda_device: int | None, file: File) -> dict[str, Any]:
     key = (cuda_device, file.identity[0])
     found = _tuned.get(key)
     if found is None:
-        found, reason = tuned_options(file.path, cuda_device)
+        found, reason, use = tuned_options(file.path, cuda_device)
         if not found:
-            logger.info("loads like that of %s have the defaults: %s", file.path, reason)
+            logger.log(_LEVELS[use], "loads like that of %s have the defaults: %s", file.path, reason)
     return _tuned.setdefault(key, found)
 
 
