@@ -3,8 +3,10 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <fstream>
+#include <functional>
 #include <string>
 
 #include "tests/support/lies_in_memory.h"
@@ -24,8 +26,15 @@ class PageCache : public ::testing::Test {
   void TearDown() override { std::filesystem::remove(path_); }
 
   static constexpr std::size_t kSizeBytes = std::size_t{8} << 20;
-  /// A kernel that is short of memory takes some pages back before they are counted.
   static constexpr double kIn = 0.9;
+  /// A kernel that is short of memory takes some pages back before they are counted, which is why `kIn` is less than 1;
+  /// or many, so that one time of several counts.
+  static bool one_time_of_several(const std::function<bool()>& holds) {
+    for (int time = 0; time < 20; ++time) {
+      if (holds()) return true;
+    }
+    return false;
+  }
   /// In the build tree: a tmpfs has no disk to be cold on.
   const std::filesystem::path path_ = "page_cache_test." + std::to_string(::getpid());
 };
@@ -33,8 +42,10 @@ class PageCache : public ::testing::Test {
 TEST_F(PageCache, ADroppedFileIsOutAndAWarmedOneIsIn) {
   EXPECT_EQ(resident_fraction(path_), 0);
   EXPECT_TRUE(can_stay_in_page_cache(path_));
-  warm_page_cache(path_);
-  EXPECT_GE(resident_fraction(path_), kIn);
+  EXPECT_TRUE(one_time_of_several([&] {
+    warm_page_cache(path_);
+    return resident_fraction(path_) >= kIn;
+  }));
   EXPECT_TRUE(try_drop_from_page_cache(path_));
   EXPECT_EQ(resident_fraction(path_), 0);
 }
@@ -53,12 +64,16 @@ TEST_F(PageCache, AFileThatStaysIsToldApartFromOneOfWhichAPartStays) {
 TEST_F(PageCache, WithoutCachestatTheSameIsTold) {
   constexpr unsigned kSysCachestat = 451;
   constexpr std::uint64_t kHalfBytes = kSizeBytes / 2;
-  warm_every_other(path_, kHalfBytes);
-  const int status = testing::run_in_child([&] {
-    if (!testing::deny_syscall(kSysCachestat, ENOSYS)) return testing::kSkip;
-    const bool halves = resident_fraction(path_, 0, kHalfBytes) >= kIn && resident_fraction(path_, kHalfBytes) == 0;
-    const double whole = resident_fraction(path_);
-    return halves && whole >= kIn / 2 && whole <= 0.5 && try_drop_from_page_cache(path_) ? 0 : 1;
+  int status = 1;
+  one_time_of_several([&] {
+    warm_every_other(path_, kHalfBytes);
+    status = testing::run_in_child([&] {
+      if (!testing::deny_syscall(kSysCachestat, ENOSYS)) return testing::kSkip;
+      const bool halves = resident_fraction(path_, 0, kHalfBytes) >= kIn && resident_fraction(path_, kHalfBytes) == 0;
+      const double whole = resident_fraction(path_);
+      return halves && whole >= kIn / 2 && whole <= 0.5 && try_drop_from_page_cache(path_) ? 0 : 1;
+    });
+    return status == 0 || status == testing::kSkip;
   });
   if (status == testing::kSkip) GTEST_SKIP() << "no seccomp";
   EXPECT_EQ(status, 0);
@@ -66,11 +81,13 @@ TEST_F(PageCache, WithoutCachestatTheSameIsTold) {
 
 TEST_F(PageCache, EveryOtherStripeIsInAndTheRestIsOut) {
   constexpr std::uint64_t kStripeBytes = 2u << 20;
-  warm_every_other(path_, kStripeBytes);
-  for (const std::uint64_t stripe : {0u, 1u, 2u, 3u}) {
-    const double fraction = resident_fraction(path_, stripe * kStripeBytes, kStripeBytes);
-    EXPECT_TRUE(stripe % 2 == 0 ? fraction >= kIn : fraction == 0) << stripe << ": " << fraction;
-  }
+  EXPECT_TRUE(one_time_of_several([&] {
+    warm_every_other(path_, kStripeBytes);
+    std::array<double, 4> in{};
+    for (std::size_t stripe = 0; stripe < in.size(); ++stripe)
+      in[stripe] = resident_fraction(path_, stripe * kStripeBytes, kStripeBytes);
+    return in[0] >= kIn && in[1] == 0 && in[2] >= kIn && in[3] == 0;
+  }));
 }
 
 TEST_F(PageCache, AMissingFileIsNamed) {
