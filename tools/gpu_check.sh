@@ -321,7 +321,7 @@ make_root() {
 make_stand_ins() {
   local cuda=$bare/usr/local/cuda name
   rm -f "$cuda/lib64/libcudart_static.a" "$rehearsal"/*.o
-  for name in tests/support/fake_cuda tests/support/fake_cudart tests/support/stand_in/cudart; do
+  for name in tests/support/{fake_cuda,fake_cudart,bulk,stand_in/cudart}; do
     g++ -std=c++20 -O2 -fPIC -w -I. -I"$cuda/include" -c "$name.cc" -o "$rehearsal/$(basename "$name").o" || return
   done
   ar rcs "$cuda/lib64/libcudart_static.a" "$rehearsal"/*.o && touch "$cuda/lib64/libcudart.so"

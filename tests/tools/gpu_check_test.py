@@ -81,6 +81,17 @@ def test_the_limits_of_the_default_steps_fit_into_nine_minutes():
     assert seconds.keys() - steps == {"process", "suite", "tune"}
 
 
+def test_the_rehearsal_compiles_all_that_the_runtime_of_the_tests_consists_of():
+    script = (TOOLS / "gpu_check.sh").read_text()
+    compiled = set(re.search(r"for name in tests/support/\{(.*)\}; do", script).group(1).split(","))
+    lists = (TOOLS.parent / "tests/support/CMakeLists.txt").read_text()
+    libraries = re.findall(r"add_library\(flashpack_(?:fake_cuda|test_bulk) OBJECT (.*)\)", lists)
+    assert len(libraries) == 2
+    assert compiled == {source.removesuffix(".cc") for each in libraries for source in each.split()} | {
+        "stand_in/cudart"
+    }
+
+
 def test_steps_that_are_not_named_are_the_default_ones(check):
     done = check("check", "out", programs=["nvidia-smi"], GPU_CHECK_SECONDS="0")
     named = [line.split(":")[0] for line in done.stdout.splitlines() if line.endswith(": no time is left")]
