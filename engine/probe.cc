@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "engine/file.h"
+#include "engine/ground/cpu_quota.h"
 #include "engine/ground/error.h"
 #include "engine/ground/first_line.h"
 #include "engine/ground/reasons.h"
@@ -59,13 +60,9 @@ Finding kernel() {
 
 Finding cpus() {
   Finding finding{.key = "cpus", .value = std::to_string(std::thread::hardware_concurrency())};
-  std::istringstream quota(first_line("/sys/fs/cgroup/cpu.max"));
-  double quota_us = 0;
-  double period_us = 0;
-  if (!(quota >> quota_us >> period_us) || period_us <= 0) return finding;
-  if (const double allowed = quota_us / period_us; allowed < std::thread::hardware_concurrency()) {
+  if (const auto allowed = internal::cpu_quota(); allowed && *allowed < std::thread::hardware_concurrency()) {
     std::ostringstream text;
-    text << "the control group allows " << allowed << " of them, which slows copies from the page cache";
+    text << "the control group allows " << *allowed << " of them, which slows copies from the page cache";
     finding.limit = text.str();
     finding.cure = "raise the container's CPU limit";
   }

@@ -29,6 +29,7 @@
 #include "bench/support/open_file.h"
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
+#include "engine/ground/cpu_quota.h"
 #include "engine/tuning/keep_profile.h"
 #include "engine/tuning/profile_key.h"
 #include "flashpack/engine.h"
@@ -38,6 +39,7 @@
 #include "tools/tune/decide.h"
 #include "tools/tune/grid.h"
 #include "tools/tune/limit.h"
+#include "tools/tune/plain_io.h"
 #include "tools/tune/report.h"
 #include "tools/tune/search.h"
 #include "tools/tune/subject.h"
@@ -69,6 +71,9 @@ constexpr int kMostGib = 1 << 20;
 constexpr double kMostBudgetS = 24 * 60 * 60;
 
 unsigned cores() { return std::thread::hardware_concurrency(); }
+
+// So many may be busy, which may be fewer than the engine's threads run on.
+double allowed_cores() { return std::min<double>(cores(), internal::cpu_quota().value_or(cores())); }
 
 // Times the requests of the settings, those of the pick and the default in any case, until the time is over. They are
 // timed without the engine, by the least code that has as many of the same size in flight in io_uring, because to
@@ -111,6 +116,17 @@ std::string why_workers_alone(const Device& device) {
   return "only the workers are there: " + engine.fallback_reason();
 }
 
+void set_limit_of_disk(Report& report, const Subject& subject, Clock::time_point end) {
+  const Cell& best = choose(report.disk.cells);
+  try {
+    report.disk.plain_gb_per_s = plain_reads_gb_per_s(subject, best.setting, end);
+  } catch (const std::system_error&) {  // It is told with the latencies, which meet the same.
+  }
+  report.disk.limit =
+      limit_of(best, "not known, because plain reads could not be measured",
+               {.link = report.link_gb_per_s, .disk = report.disk.plain_gb_per_s, .cores = allowed_cores()});
+}
+
 void measure_disk(Report& report, Subject& subject, const Budget& budget, const Shares& ends, bool backends) {
   fit(subject, Work::kDisk, budget.seconds / 100);
   report.read_bytes = subject.sample_bytes(Work::kDisk);
@@ -127,7 +143,7 @@ void measure_disk(Report& report, Subject& subject, const Budget& budget, const 
   }
   report.disk.cells = search(subject, round, beside, Work::kDisk, budget, ends.disk);
   report.pick = choose(report.disk.cells).setting;
-  report.disk.limit = limit_of(choose(report.disk.cells), "disk", {.link = report.link_gb_per_s, .cores = cores()});
+  set_limit_of_disk(report, subject, budget.end_of((ends.disk + ends.latencies) / 2));
   report.no_latency = add_latencies(report.disk.cells, subject, budget.end_of(ends.latencies));
 }
 
@@ -163,7 +179,7 @@ void measure_page_cache(Report& report, Subject& subject, const Budget& budget, 
   // Bytes for a GPU do not leave the CPU's cache on their way to slots, so that copies to memory are no limit for them.
   const double copies = subject.device_memory ? 0 : copies_gb_per_s(subject);
   report.page_cache.limit = limit_of(choose(report.page_cache.cells), "workers and memory",
-                                     {.link = report.link_gb_per_s, .copies = copies, .cores = cores()});
+                                     {.link = report.link_gb_per_s, .copies = copies, .cores = allowed_cores()});
 }
 
 // Measures what is only shown, and returns why that failed, which must not cost what was decided before.
@@ -187,7 +203,8 @@ void measure_policies(Report& report, Subject& subject, const Budget& budget) {
 void measure_writes(Report& report, Subject& subject, const Budget& budget) {
   report.no_writes = attempt([&] {
     report.writes.cells = search(subject, coarse_settings(kUsual), beside_on_disk, Work::kWrites, budget, 1);
-    report.writes.limit = limit_of(choose(report.writes.cells), "disk", {.cores = cores()});
+    report.writes.limit = limit_of(choose(report.writes.cells), "not known, because plain writes are not measured",
+                                   {.cores = allowed_cores()});
   });
 }
 

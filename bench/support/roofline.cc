@@ -6,6 +6,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <exception>
@@ -68,9 +70,8 @@ class Ring {
 
 std::size_t round_up_to_block(std::size_t bytes) { return (bytes + kBlockBytes - 1) / kBlockBytes * kBlockBytes; }
 
-/// Runs `work(offset, size)` for every 4 MiB of `total_bytes`, on one thread per core. Rethrows the first failure.
-void for_each_chunk(std::size_t total_bytes, const std::function<void(std::size_t, std::size_t)>& work) {
-  const std::size_t threads = std::max(1U, std::thread::hardware_concurrency());
+/// Runs `work` with the number of each of so many threads. Rethrows the last failure.
+void in_threads(std::size_t threads, const std::function<void(std::size_t)>& work) {
   std::exception_ptr failure;
   std::mutex failure_mutex;
   {
@@ -78,9 +79,7 @@ void for_each_chunk(std::size_t total_bytes, const std::function<void(std::size_
     for (std::size_t thread = 0; thread < threads; ++thread) {
       pool.emplace_back([&, thread] {
         try {
-          for (std::size_t at = thread * kChunkBytes; at < total_bytes; at += threads * kChunkBytes) {
-            work(at, std::min(kChunkBytes, total_bytes - at));
-          }
+          work(thread);
         } catch (...) {
           const std::lock_guard lock(failure_mutex);
           failure = std::current_exception();
@@ -89,6 +88,16 @@ void for_each_chunk(std::size_t total_bytes, const std::function<void(std::size_
     }
   }
   if (failure) std::rethrow_exception(failure);
+}
+
+/// Runs `work(offset, size)` for every 4 MiB of `total_bytes`, on one thread per core. Rethrows the last failure.
+void for_each_chunk(std::size_t total_bytes, const std::function<void(std::size_t, std::size_t)>& work) {
+  const std::size_t threads = std::max(1U, std::thread::hardware_concurrency());
+  in_threads(threads, [&](std::size_t thread) {
+    for (std::size_t at = thread * kChunkBytes; at < total_bytes; at += threads * kChunkBytes) {
+      work(at, std::min(kChunkBytes, total_bytes - at));
+    }
+  });
 }
 
 // Moves the pieces in whole blocks, `depth` in flight. `seconds`, if given, gets the time that each of them took.
@@ -132,6 +141,18 @@ std::vector<Piece> pieces_of(const OpenFile& file, std::span<std::byte> memory, 
 }
 
 void read_pieces(std::span<const Piece> pieces, unsigned depth) { move_direct(Ring::Op::kRead, pieces, depth); }
+
+void read_pieces_by_threads(std::span<const Piece> pieces, unsigned threads) {
+  std::atomic<std::size_t> next = 0;
+  in_threads(threads, [&](std::size_t) {
+    for (std::size_t at = next++; at < pieces.size(); at = next++) {
+      const Piece& piece = pieces[at];
+      const ssize_t result = ::pread(piece.file->fd(), piece.memory.data(), round_up_to_block(piece.memory.size()),
+                                     static_cast<off_t>(piece.offset_bytes));
+      if (result < static_cast<ssize_t>(piece.memory.size())) throw piece.file->error("read", result < 0 ? errno : EIO);
+    }
+  });
+}
 
 std::vector<double> time_reads(std::span<const Piece> pieces, unsigned depth) {
   std::vector<double> seconds;

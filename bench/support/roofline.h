@@ -29,7 +29,10 @@ std::vector<Piece> pieces_of(const OpenFile& file, std::span<std::byte> memory,
 /// Reads the pieces with io_uring, `depth` of them in flight. Throws: std::system_error.
 void read_pieces(std::span<const Piece> pieces, unsigned depth);
 
-/// The same, and returns how many seconds each read took, in no order.
+/// The same with pread, by so many threads, for machines that refuse io_uring.
+void read_pieces_by_threads(std::span<const Piece> pieces, unsigned threads);
+
+/// Does as read_pieces(), and returns how many seconds each read took, in no order.
 std::vector<double> time_reads(std::span<const Piece> pieces, unsigned depth);
 
 /// Reads the first `target.size()` bytes past the page cache: io_uring, O_DIRECT, 4 MiB reads, 8 in flight, straight

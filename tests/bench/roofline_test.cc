@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
+#include <system_error>
 #include <vector>
 
 #include "engine/ground/host_region.h"
@@ -47,6 +48,16 @@ TEST_F(RooflineTest, PiecesOfSeveralFilesGoWhereTheyBelong) {
   }
   read_pieces(pieces, 32);
   EXPECT_TRUE(std::ranges::equal(memory_.bytes().first(expected.size()), expected));
+}
+
+TEST_F(RooflineTest, ThreadsReadEachPieceToItsPlaceAndTellOfAFileThatEndsEarly) {
+  const OpenFile file(path_, O_RDONLY | O_DIRECT);
+  const auto target = memory_.bytes().first(kFileBytes);
+  const std::vector<Piece> pieces = pieces_of(file, target, 1 << 20);
+  read_pieces_by_threads(pieces, 4);
+  EXPECT_TRUE(std::ranges::equal(target, bytes_));
+  std::filesystem::resize_file(path_, kFileBytes / 2);
+  EXPECT_THROW(read_pieces_by_threads(pieces, 4), std::system_error);
 }
 
 TEST_F(RooflineTest, EveryReadHasATimeThatIsNoLongerThanAllOfThem) {

@@ -165,6 +165,17 @@ TEST(TuneTool, ChunksAndDepthsAreAMapAndRequestsHaveLatencies) {
   EXPECT_TRUE(has(outcome.output, "ms p50 / p95 / p99")) << outcome.output;
 }
 
+TEST(TuneTool, TheDiskIsNamedAsTheLimitBesideWhatItsPlainReadsReach) {
+  const testing::TempDir dir;
+  if (stays_in_page_cache(dir)) GTEST_SKIP() << "this file system keeps its pages";
+  const testing::Outcome outcome = tune(dir.path(), dir / "config", "--dry_run --json 2>/dev/null");
+  ASSERT_EQ(outcome.status, 0) << outcome.output;
+  const auto report = boost::json::parse(outcome.output);
+  EXPECT_GT(report.at("disk_plain_gb_per_s").to_number<double>(), 0);
+  const std::string limit(report.at("disk_limit").as_string());
+  EXPECT_TRUE(limit.starts_with("CPU: ") || has(limit, "plain reads reach")) << limit;
+}
+
 TEST(TuneTool, WritesAreMeasuredIfAskedForAndTheJsonGoesToAFileToo) {
   const testing::TempDir dir;
   if (stays_in_page_cache(dir)) GTEST_SKIP() << "this file system keeps its pages";

@@ -11,10 +11,12 @@ namespace flashpack::bench {
 struct Ceilings {
   double link = 0;    ///< Copies to a GPU.
   double copies = 0;  ///< Plain copies from memory to memory by all cores.
-  unsigned cores = 1;
+  double disk = 0;    ///< Plain reads of the disk.
+  double cores = 1;   ///< CPUs that the process may keep busy.
 };
 
-/// Says what kept the best setting from being faster. That is `otherwise` where the cell is near to no ceiling.
+/// Says what kept the best setting from being faster. That is `otherwise` where the cell is near to no ceiling, unless
+/// the disk was measured, which then was not it.
 std::string limit_of(const Cell& best, const char* otherwise, const Ceilings& ceilings);
 
 }  // namespace flashpack::bench

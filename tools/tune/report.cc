@@ -249,6 +249,7 @@ std::string json_of(const Report& report) {
                                       {"turns", array_of(report.turns, report.device)},
                                       {"disk", array_of(report.disk.cells, report.device)},
                                       {"disk_limit", report.disk.limit},
+                                      {"disk_plain_gb_per_s", report.disk.plain_gb_per_s},
                                       {"no_latency", report.no_latency},
                                       {"page_cache", array_of(report.page_cache.cells, report.device)},
                                       {"page_cache_limit", report.page_cache.limit},

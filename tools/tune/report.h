@@ -14,8 +14,9 @@ namespace flashpack::bench {
 
 /// The settings that were measured with one kind of work; none if it was not measured.
 struct Table {
-  std::vector<Cell> cells;  ///< The one that others are compared with is first.
-  std::string limit;        ///< What kept it from being faster.
+  std::vector<Cell> cells;    ///< The one that others are compared with is first.
+  std::string limit;          ///< What kept it from being faster.
+  double plain_gb_per_s = 0;  ///< Plain reads of the disk; 0 if they were not or could not be measured.
 };
 
 /// How a candidate did in turns with the default, in one way to read.
