@@ -202,9 +202,11 @@ void measure_policies(Report& report, Subject& subject, const Budget& budget) {
 
 void measure_writes(Report& report, Subject& subject, const Budget& budget) {
   report.no_writes = attempt([&] {
-    report.writes.cells = search(subject, coarse_settings(kUsual), beside_on_disk, Work::kWrites, budget, 1);
-    report.writes.limit = limit_of(choose(report.writes.cells), "not known, because plain writes are not measured",
-                                   {.cores = allowed_cores()});
+    report.writes.cells = search(subject, coarse_settings(kUsual), beside_on_disk, Work::kWrites, budget, 0.9);
+    attempt(  // As where io_uring is refused.
+        [&] { report.writes.plain_gb_per_s = plain_writes_gb_per_s(subject, budget.end_of()); });
+    report.writes.limit = limit_of(choose(report.writes.cells), "not known, because plain writes could not be measured",
+                                   {.disk = report.writes.plain_gb_per_s, .plain = "writes", .cores = allowed_cores()});
   });
 }
 

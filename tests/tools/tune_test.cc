@@ -189,6 +189,9 @@ TEST(TuneTool, WritesAreMeasuredIfAskedForAndTheJsonGoesToAFileToo) {
   for (const char* table : {"disk", "page_cache", "writes"})
     EXPECT_GT(report.at(table).at(0).at("gb_per_s").to_number<double>(), 0) << table;
   EXPECT_EQ(report.at("writes").at(0).at("queue_depth"), report.at("default").at("queue_depth"));
+  const std::string limit(report.at("writes_limit").as_string());
+  const bool known = report.at("writes_plain_gb_per_s").to_number<double>() > 0;
+  EXPECT_TRUE(limit.starts_with("CPU: ") || has(limit, known ? "plain writes reach" : "not known")) << limit;
   if (report.at("no_latency").as_string().empty()) {
     const auto& latency = report.at("disk").at(0).at("latency_s");
     EXPECT_GT(latency.at("p50").to_number<double>(), 0);

@@ -11,8 +11,9 @@ namespace flashpack::bench {
 struct Ceilings {
   double link = 0;    ///< Copies to a GPU.
   double copies = 0;  ///< Plain copies from memory to memory by all cores.
-  double disk = 0;    ///< Plain reads of the disk.
-  double cores = 1;   ///< CPUs that the process may keep busy.
+  double disk = 0;    ///< Plain reads of the disk, or writes.
+  const char* plain = "reads";
+  double cores = 1;  ///< CPUs that the process may keep busy.
 };
 
 /// Says what kept the best setting from being faster. That is `otherwise` where the cell is near to no ceiling, unless

@@ -11,4 +11,8 @@ namespace flashpack::bench {
 /// threads where it is refused. The median of three, or of fewer when the time is over. Throws: std::system_error.
 double plain_reads_gb_per_s(const Subject& subject, const Setting& setting, Budget::Clock::time_point end);
 
+/// The same of durable writes of as much to a new file, in chunks of 4 MiB, 8 in flight, by io_uring. Throws:
+/// std::system_error, also where it is refused.
+double plain_writes_gb_per_s(const Subject& subject, Budget::Clock::time_point end);
+
 }  // namespace flashpack::bench

@@ -256,6 +256,7 @@ std::string json_of(const Report& report) {
                                       {"no_page_cache", report.no_page_cache},
                                       {"writes", array_of(report.writes.cells, report.device)},
                                       {"writes_limit", report.writes.limit},
+                                      {"writes_plain_gb_per_s", report.writes.plain_gb_per_s},
                                       {"no_writes", report.no_writes},
                                       {"no_backend", report.no_backend},
                                       {"fallback_reason", report.fallback_reason},

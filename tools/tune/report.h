@@ -16,7 +16,7 @@ namespace flashpack::bench {
 struct Table {
   std::vector<Cell> cells;    ///< The one that others are compared with is first.
   std::string limit;          ///< What kept it from being faster.
-  double plain_gb_per_s = 0;  ///< Plain reads of the disk; 0 if they were not or could not be measured.
+  double plain_gb_per_s = 0;  ///< Plain reads, or writes, of the disk; 0 if they were not or could not be measured.
 };
 
 /// How a candidate did in turns with the default, in one way to read.

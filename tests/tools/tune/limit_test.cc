@@ -39,6 +39,8 @@ TEST(Limit, TheDiskIsTheLimitOnlyWhereItsPlainReadsAreHardlyFaster) {
   EXPECT_EQ(text_of(2.75, 0.7), "disk: its plain reads reach 3.00 GB/s");
   EXPECT_EQ(text_of(2.5, 0.1), "not the disk, whose plain reads reach 3.00 GB/s: 0.2 of 2 cores were busy");
   EXPECT_EQ(text_of(2.5, 0.7), "CPU: 1.8 of 2 cores were busy");
+  EXPECT_EQ(limit_of(cell(4, 8, 2.5, 0.1), "something", {.disk = 2.6, .plain = "writes", .cores = 2}),
+            "disk: its plain writes reach 2.60 GB/s");
 }
 
 }  // namespace

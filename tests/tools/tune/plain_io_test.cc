@@ -4,6 +4,8 @@
 #include <sys/syscall.h>
 
 #include <cerrno>
+#include <filesystem>
+#include <iterator>
 #include <system_error>
 
 #include "bench/support/page_cache.h"
@@ -28,6 +30,14 @@ TEST(PlainIo, TheDiskIsReadAlsoWhereIoUringIsRefusedAndStaysOutOfThePageCache) {
   EXPECT_LT(resident_fraction(subject.checkpoint.path()), 0.5);
   if (status == testing::kSkip) GTEST_SKIP() << "io_uring cannot be refused here";
   EXPECT_EQ(status, 0);
+}
+
+TEST(PlainIo, WritesLeaveNoFile) {
+  const testing::TempDir dir;
+  Subject subject(dir / "file", 8 * kMiB, {}, false);
+  EXPECT_GT(plain_writes_gb_per_s(subject, {}), 0);
+  using Entries = std::filesystem::directory_iterator;
+  EXPECT_EQ(std::distance(Entries(dir.path()), Entries()), 1);
 }
 
 TEST(PlainIo, AFileThatCannotBeReadIsAnError) {
