@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "bind_checkpoint.h"
+#include "bind_collector.h"
 #include "bind_format.h"
 #include "bind_memory.h"
 #include "bind_pack.h"
@@ -471,6 +472,7 @@ NB_MODULE(_native_of_main, module) {
   flashpack::bind_format(module);
   flashpack::bind_checkpoint(module);
   flashpack::bind_pack(module);
+  flashpack::bind_collector(module);
   flashpack::bind_scans(module);
   flashpack::bind_memory(module);
   flashpack::bind_trace(module);

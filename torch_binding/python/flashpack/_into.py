@@ -20,8 +20,9 @@ from ._checkpoint import Checkpoint, Entry
 from ._device import CPU, Side, side_of
 from ._logging import logger
 from ._memory import Block, allocate_block
+from ._native import CollectorPause
 from ._progress import progress_bar
-from ._tensors import collector_paused, tensors_of
+from ._tensors import tensors_of
 from ._transfers import Read, ReadOptions, Wanted, make_room
 from ._under_way import UnderWay, add_stats, describe
 from .utils import string_to_dtype
@@ -181,7 +182,7 @@ class _Run:
         if step.windowed and (window is None or window.memory.numel() < step.window_bytes):
             size_bytes = max(step.window_bytes, min(self.total_bytes, _FULL_BYTES + _STEP_BORDER_BYTES))
             window = self._windows[number] = allocate_block(0, size_bytes, self.side.device)
-        with collector_paused():
+        with CollectorPause():
             reads = step.reads(0 if window is None else window.address)
         engine, stream = self.side.engine, self.side.stream
         return engine.start_load(self._checkpoint.native, reads, (window, self._targets), self._verify, stream=stream)
@@ -285,7 +286,7 @@ def read_into(
         elif target.memory is None:
             tensors[target.entry.name] = _new_memory(target)
     sides = {device: side_of(device, checkpoint.files()[0]) for device in by_device}
-    with collector_paused():
+    with CollectorPause():
         runs = [_Run(checkpoint, here, sides[device], options) for device, here in by_device.items()]
     to_start: Iterator[tuple[int, tuple[_Step, ...]]] = enumerate(
         zip_longest(*(run.steps() for run in runs), fillvalue=_Step())
@@ -299,7 +300,7 @@ def read_into(
     ):
         before_first()
         while True:
-            with collector_paused():
+            with CollectorPause():
                 next_steps = list(islice(to_start, _WINDOWS - len(under_way)))
             for number, steps in next_steps:
                 loads = (run.start(step, number % _WINDOWS) for run, step in zip(runs, steps, strict=True))
@@ -309,7 +310,7 @@ def read_into(
             (number, steps), all_stats = under_way.finish(progress)
             for each in all_stats:
                 add_stats(stats, each)
-            with collector_paused():
+            with CollectorPause():
                 for run, step in zip(runs, steps, strict=True):
                     run.empty_window(step, number % _WINDOWS, tensors)
     if stats:
@@ -341,7 +342,7 @@ def read_and_cast(
         is_home = filled.device.type == device.type
         room = tensors_of(large, filled) if is_home else {}
         home = filled.device if is_home else device
-        with collector_paused():
+        with CollectorPause():
             targets += (
                 Target(entry, home, dtype, room.get(entry.name)) for entry, dtype in zip(entries, dtypes, strict=True)
             )

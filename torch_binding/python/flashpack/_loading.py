@@ -18,14 +18,14 @@ from ._engine import left_before_exit
 from ._in_place import check_in_place, load_in_place, targets_in_place
 from ._into import read_and_cast
 from ._logging import in_one_line, logger
-from ._native import FlashPackError
+from ._native import CollectorPause, FlashPackError
 from ._options import LoadOptions
 from ._own_code import run_own_code
 from ._paths import StrPath
 from ._plan import DTypeOf, Plan, check_strictness, dtypes_when_read, make_plan, own_dtype
 from ._report import AssignReport, report_of
 from ._storage import FlashTensorStorage, read_storage, view
-from ._tensors import collector_paused, read_to_devices, tensors_of
+from ._tensors import read_to_devices, tensors_of
 from ._transfers import Wanted, supported_device
 
 # Quantisers add one of these to the name of a tensor for its scale.
@@ -93,7 +93,7 @@ def _opened(path: StrPath, device: str | torch.device, options: LoadOptions) -> 
 def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tuple[Plan, dict[str, Any] | None]:
     """Gives `model` the tensors of the file, with its own loading code if it has any, or leaves the model as it was."""
     checkpoint = source.checkpoint
-    with collector_paused(), _blamed_on(model, checkpoint, TypeError, ValueError):
+    with CollectorPause(), _blamed_on(model, checkpoint, TypeError, ValueError):
         plan = make_plan(model, checkpoint.entries(), options.filters, options.casts)
     if not plan.own_code:
         check_strictness(plan, checkpoint.path, options.strictness)
@@ -105,7 +105,7 @@ def _assign(model: torch.nn.Module, source: _Source, options: LoadOptions) -> tu
         dtype_of = dtypes_when_read(plan, options.casts)
         tensors, storage, stats = _load(source, plan.wanted + plan.passed_on, options, dtype_of)
         source.ranks.agree()
-        with collector_paused():
+        with CollectorPause():
             given = commit(plan, tensors, source.device, options.casts, undo)
         if plan.own_code:
             with _blamed_on(model, checkpoint, Exception), torch.set_grad_enabled(with_gradients):
@@ -166,7 +166,7 @@ def _assign_in_place(
     model: torch.nn.Module, source: _Source, plan: Plan, options: LoadOptions
 ) -> dict[str, Any] | None:
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
-        with collector_paused(), _blamed_on(model, source.checkpoint, TypeError, ValueError):
+        with CollectorPause(), _blamed_on(model, source.checkpoint, TypeError, ValueError):
             targets = targets_in_place(plan, source.device, options)
         stats = load_in_place(source.checkpoint, plan, targets, options, undo)
         undo.pop_all()

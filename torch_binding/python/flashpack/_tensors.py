@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from ._checkpoint import Checkpoint, Entry
 from ._device import CPU
 from ._memory import Block, HostBlock, allocate_block, map_file
+from ._native import CollectorPause
 from ._transfers import Filled, ReadOptions, Wanted, fill, make_room
 from ._under_way import add_stats
 from .utils import string_to_dtype
@@ -86,7 +85,7 @@ def tensors_of(entries: Sequence[Entry], filled: Filled) -> dict[str, torch.Tens
     filled = small_ones_apart(entries, filled)
     make = [block.tensor for block in filled.blocks]
     dtypes = {name: string_to_dtype(name) for name in {entry.dtype for entry in entries}}
-    with collector_paused():
+    with CollectorPause():
         for (name, dtype, shape, _, size_bytes, _, _), block, at in zip(entries, *filled.places, strict=True):
             if size_bytes:
                 tensors[name] = make[block](dtypes[dtype], shape, at)
@@ -131,15 +130,3 @@ def small_ones_apart(entries: Sequence[Entry], filled: Filled) -> Filled:
         numbers[index], offsets[index] = len(blocks) - 1, at
         at += -(-size_bytes // _LINE_BYTES) * _LINE_BYTES
     return filled._replace(blocks=blocks, places=(numbers, offsets))
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Pauses Python's cyclic garbage collector, which would look again and again at a million objects that are made."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
