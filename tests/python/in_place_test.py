@@ -7,7 +7,7 @@ import errno
 import flashpack
 import pytest
 import torch
-from flashpack import _engine, _into
+from flashpack import _engine, _into, _loading
 from support import assert_bit_equal, state_of
 
 MIB = 1 << 20
@@ -129,6 +129,37 @@ def test_tensors_that_were_made_in_inference_mode_can_be_read_into(pack, dtype):
     flashpack.assign_from_file(model, pack({"weight": torch.ones(3, 3), "bias": torch.ones(3)}), in_place=True)
     assert places_of(model) == before
     assert torch.equal(model.weight, torch.ones(3, 3, dtype=dtype))
+
+
+def test_a_parameter_that_another_thread_gives_a_smaller_size_meanwhile_is_an_error(pack, monkeypatch):
+    model = torch.nn.Linear(300, 500)
+    path = pack({"weight": random_values((500, 300)), "bias": random_values((500,))})
+    make_targets = _loading.targets_in_place
+
+    def late(*arguments):
+        model.weight.data = torch.zeros(3)
+        return make_targets(*arguments)
+
+    monkeypatch.setattr(_loading, "targets_in_place", late)
+    with pytest.raises(ValueError, match=r"shape mismatch for 'weight': model=\[3\]"):
+        flashpack.assign_from_file(model, path, in_place=True)
+
+
+def test_a_parameter_that_another_thread_gives_other_memory_meanwhile_keeps_it(pack, monkeypatch):
+    model = torch.nn.Linear(300, 500)
+    expected = {"weight": random_values((500, 300)), "bias": random_values((500,))}
+    old, new = model.weight.detach(), torch.zeros(3)
+    load = _loading.load_in_place
+
+    def late(*arguments):
+        model.weight.data = new
+        return load(*arguments)
+
+    monkeypatch.setattr(_loading, "load_in_place", late)
+    flashpack.assign_from_file(model, pack(expected), in_place=True)
+    assert_bit_equal({"weight": old, "bias": model.bias.detach()}, expected)
+    assert model.weight.data_ptr() == new.data_ptr()
+    assert torch.equal(new, torch.zeros(3))
 
 
 def test_what_the_file_lacks_stays_as_it_is(pack, source):

@@ -205,3 +205,12 @@ def test_hooks_that_a_constructor_puts_on_parameters_survive_a_build_without_mem
     (model.early + model.late).sum().backward()
     assert len(calls) == 2
     assert model.late.grad.tolist() == [3, 3, 3]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda tensor: torch.nested.nested_tensor([tensor])])
+def test_a_tensor_that_is_not_dense_is_refused_by_its_name(make, pack):
+    model = torch.nn.Module()
+    model.odd = torch.nn.Parameter(make(torch.ones(2, 3)))
+    with pytest.raises(flashpack.FlashPackError, match="'odd' is not a dense tensor in the model"):
+        flashpack.assign_from_file(model, pack({"odd": torch.ones(2, 3)}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -56,7 +57,7 @@ class File(NamedTuple):
 
     def is_unchanged(self) -> bool:
         """Whether the file still has the identity that it had when its metadata was read."""
-        return _native.identity_of(self.fd, self.path) == self.identity
+        return _native.identity_of(self.fd, os.fspath(self.path)) == self.identity
 
 
 @dataclass(frozen=True, eq=False)

@@ -109,7 +109,7 @@ def _options(cuda_device: int | None, file: File) -> dict[str, Any]:
     key = (cuda_device, file.identity[0])
     found = _tuned.get(key)
     if found is None:
-        found, reason, use = tuned_options(file.path, cuda_device)
+        found, reason, use = tuned_options(os.fspath(file.path), cuda_device)
         if not found:
             logger.log(_LEVELS[use], "loads like that of %s have the defaults: %s", file.path, reason)
     return _tuned.setdefault(key, found)

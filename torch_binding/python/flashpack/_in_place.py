@@ -19,7 +19,7 @@ from ._logging import logger
 from ._memory import extent_bytes
 from ._native import FlashPackError
 from ._options import LoadOptions
-from ._plan import Plan, dtype_when_read, own_dtype
+from ._plan import Plan, dtype_when_read, own_dtype, shape_mismatch
 
 _MIXED = "the module was loaded in place, and may have values of the file and older ones now"
 
@@ -57,14 +57,15 @@ def targets_in_place(plan: Plan, device: torch.device, options: LoadOptions) -> 
             dtype = dtype_when_read(entry, options.casts.dtype_of(entry, value))
             targets.append(Target(entry, device, dtype))
             continue
-        own_device = value.device
-        if options.device is not None and not _is_on(value, device):
+        # Detached, it keeps its memory and shape even if a thread gives the parameter others meanwhile.
+        memory = value.detach()
+        own_device = memory.device
+        if options.device is not None and not _is_on(memory, device):
             raise ValueError(f"in_place=True leaves {entry.name!r} on {own_device}, but device is {device}")
-        if size_bytes := _checked_extent_bytes(entry, value):
-            begin = value.data_ptr()
+        if size_bytes := _checked_extent_bytes(entry, memory):
+            begin = memory.data_ptr()
             spans[own_device].append((begin, begin + size_bytes, entry.name))
-        # Detached, it keeps its memory even if a thread gives the parameter other memory meanwhile.
-        targets.append(Target(entry, own_device, value.dtype, value.detach()))
+        targets.append(Target(entry, own_device, memory.dtype, memory))
     for each in spans.values():
         _check_apart(each)
     return targets
@@ -76,6 +77,8 @@ def _is_on(value: torch.Tensor, device: torch.device) -> bool:
 
 def _checked_extent_bytes(entry: Entry, value: torch.Tensor) -> int:
     """Returns the size of the memory of `value`, which can take the values of the entry; otherwise this raises."""
+    if value.shape != entry.shape:
+        raise shape_mismatch(entry, value)
     own = own_dtype(entry)
     if value.dtype != own and not is_same_kind(own, value.dtype):
         raise TypeError(

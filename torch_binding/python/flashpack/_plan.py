@@ -181,7 +181,7 @@ def _check_class(name: str, slot: Slot) -> None:
         if not has_plain_class(value):
             kind = "parameter" if slot.is_parameter else "buffer"
             raise TypeError(f"{kind} {name!r} is a {type(value).__name__}, which cannot be replaced by a plain tensor")
-    if value.layout is not torch.strided or value.is_quantized:
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
         raise TypeError(f"{name!r} is not a dense tensor in the model")
 
 
@@ -203,7 +203,7 @@ def _misfit_of(entry: Entry, slot: Slot, casts: Casts) -> TypeError | ValueError
     """Returns an error if the tensor of the file cannot take the place of the module's, else None."""
     name, value = entry.name, slot.value
     if not is_lazy(value) and value.shape != entry.shape:
-        return ValueError(f"shape mismatch for {name!r}: model={list(value.shape)} vs flash={list(entry.shape)}")
+        return shape_mismatch(entry, value)
     dtype = string_to_dtype(entry.dtype)
     if slot.is_parameter:
         return None
@@ -212,6 +212,10 @@ def _misfit_of(entry: Entry, slot: Slot, casts: Casts) -> TypeError | ValueError
         cure = "coerce_dtype=True casts to the dtypes of the model, dtype= floats to one dtype"
         return TypeError(f"dtype mismatch for buffer {name!r}: model={value.dtype} vs flash={dtype}; {cure}")
     return None
+
+
+def shape_mismatch(entry: Entry, value: torch.Tensor) -> ValueError:
+    return ValueError(f"shape mismatch for {entry.name!r}: model={list(value.shape)} vs flash={list(entry.shape)}")
 
 
 def check_strictness(plan: Plan, path: str, strictness: Strictness) -> None:
