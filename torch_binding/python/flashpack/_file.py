@@ -18,7 +18,7 @@ from ._checkpoint import Checkpoint, Entry, Verify, open_checkpoint, opened_chec
 from ._device import CPU, DeviceLike, DeviceMap, Side, captures_undisturbed, devices_by_module, side_of
 from ._engine import left_before_exit
 from ._listing import as_html, by_name, summary_of
-from ._logging import printable
+from ._logging import printable, shortened
 from ._memory import aligned_phase, allocate_block, allocate_tensor
 from ._native import FlashPackError
 from ._options import Filters
@@ -431,7 +431,7 @@ def selected(checkpoint: Checkpoint, names: Collection[str] | Callable[[str], bo
         return [entry for entry in entries if names(entry.name)]
     wanted = set(names)
     if unknown := wanted - {entry.name for entry in entries}:
-        raise FlashPackError(f"{checkpoint} has no tensors {sorted(unknown)}")
+        raise FlashPackError(f"{checkpoint} has no tensors {shortened(sorted(unknown))}")
     return [entry for entry in entries if entry.name in wanted]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from ._logging import cut
+
 _COMPILED = "_orig_mod."
 _OF_COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 
@@ -25,12 +27,14 @@ def hint_of(only_in_file: Collection[str], only_in_model: Collection[str]) -> st
     if file & {without_compiled(name) for name in model}:
         return f"; the model has {_COMPILED!r} in its names: load into the module that was compiled, its _orig_mod"
     if prefix := _prefix(file, model):
+        begin, module = cut(prefix), cut(prefix[:-1])
         return (
-            f"; the names in the file begin with {prefix!r}, those of the model do not: load into a module that has "
-            f"the model below {prefix[:-1]!r}, or load_file() the tensors and rename them"
+            f"; the names in the file begin with {begin!r}, those of the model do not: load into a module that has "
+            f"the model below {module!r}, or load_file() the tensors and rename them"
         )
     if prefix := _prefix(model, file):
-        return f"; names of the model begin with {prefix!r}, those in the file do not: load into its {prefix[:-1]!r}"
+        begin, module = cut(prefix), cut(prefix[:-1])
+        return f"; names of the model begin with {begin!r}, those in the file do not: load into its {module!r}"
     return ""
 
 

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ._casts import dtype_when_asked, is_same_kind
 from ._checkpoint import Entry
+from ._logging import shortened
 from ._name_hints import hint_of
 from ._native import FlashPackError
 from ._options import Casts, Filters, Strictness
@@ -227,15 +228,16 @@ def check_strictness(plan: Plan, path: str, strictness: Strictness) -> None:
         raise FlashPackError(f"{path}: {plan.untold}; strict=False loads without knowing")
     if plan.unexpected and (strict_params or strict_buffers):
         hint = hint_of(plan.unexpected, plan.missing_parameters + plan.missing_buffers)
-        raise FlashPackError(f"{path}: Could not assign {len(plan.unexpected)} names: {plan.unexpected}{hint}")
+        names = shortened(plan.unexpected)
+        raise FlashPackError(f"{path}: Could not assign {len(plan.unexpected)} names: {names}{hint}")
     missing = []
     if strict_params and plan.missing_parameters:
         missing.append((f"{len(plan.missing_parameters)} parameters", plan.missing_parameters))
     if strict_buffers and plan.missing_buffers:
         missing.append((f"{len(plan.missing_buffers)} buffers", plan.missing_buffers))
     if missing:
-        counts, names = zip(*missing, strict=True)
-        raise FlashPackError(f"{path}: Missing {' and '.join(counts)}: {' '.join(map(str, names))}")
+        counts, absent = zip(*missing, strict=True)
+        raise FlashPackError(f"{path}: Missing {' and '.join(counts)}: {' '.join(map(shortened, absent))}")
 
 
 def _refuse_kept_elsewhere(model: torch.nn.Module) -> None:

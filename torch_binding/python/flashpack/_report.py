@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ._logging import shortened
 from ._meta_init import warn_of_meta
 from ._paths import StrPath
 from ._plan import Plan
@@ -31,15 +32,10 @@ class AssignReport:
 
     def __repr__(self) -> str:
         names = ("missing", "unexpected", "left_on_meta")
-        parts = [f"{len(self.assigned)} assigned", *(f"{name}={_shortened(getattr(self, name))}" for name in names)]
+        parts = [f"{len(self.assigned)} assigned", *(f"{name}={shortened(getattr(self, name), 5)}" for name in names)]
         if self.stats is not None:
             parts.append(f"{self.stats['requested_bytes']} bytes in {self.stats['seconds']:.3f} s")
         return f"AssignReport({', '.join(parts)})"
-
-
-def _shortened(names: tuple[str, ...], shown: int = 5) -> str:
-    more = f", and {len(names) - shown} more" if len(names) > shown else ""
-    return f"[{', '.join(map(repr, names[:shown]))}{more}]"
 
 
 def report_of(model: torch.nn.Module, plan: Plan, path: StrPath, stats: dict[str, Any] | None) -> AssignReport:
@@ -49,8 +45,8 @@ def report_of(model: torch.nn.Module, plan: Plan, path: StrPath, stats: dict[str
         logger.info("assigned %d tensors (%s elements) to %d names", len(plan.wanted), elements, len(plan.slots))
     missing = plan.missing_parameters + plan.missing_buffers
     if plan.unexpected:
-        logger.info("not in the model: %s", plan.unexpected)
+        logger.info("not in the model: %s", shortened(plan.unexpected))
     if missing:
-        logger.info("not in the file: %s", missing)
+        logger.info("not in the file: %s", shortened(missing))
     left_on_meta = warn_of_meta(model, path)
     return AssignReport(tuple(plan.assigned()), tuple(missing), tuple(plan.unexpected), left_on_meta, stats)

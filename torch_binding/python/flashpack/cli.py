@@ -20,7 +20,7 @@ import click
 
 from ._checkpoint import Checkpoint, open_checkpoint
 from ._listing import by_name, lines_of, summary_of
-from ._logging import PrintableFormatter, logger, printable, printable_lines
+from ._logging import PrintableFormatter, cut, logger, printable, printable_lines
 from ._native import FlashPackError
 from .constants import WEIGHTS_NAME
 from .version import __version__
@@ -406,8 +406,7 @@ def _list(index: list[dict[str, Any]], blocks: list[dict[str, Any]], digits: int
 
 def _shown(text: str) -> str:
     """Returns `text` for a line. A long text is cut, and only --json has all of it."""
-    rest = len(text) - _MAX_SHOWN
-    return printable(text) if rest <= 0 else f"{printable(text[:_MAX_SHOWN])}... and {rest} characters more"
+    return printable(cut(text, _MAX_SHOWN))
 
 
 def _succeed(path: str) -> None:
