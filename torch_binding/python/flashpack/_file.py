@@ -461,8 +461,10 @@ def places_of(
     if not devices:
         return {default: entries} if entries else {}
     places: dict[torch.device, list[Entry]] = {}
+    deepest = max(name.count(".") for name in devices) + 1
     for entry in entries:
-        parts = entry.name.split(".")
+        # A forged name may have millions of dots, so that only as many are looked at as matter.
+        parts = entry.name.split(".", deepest)[:deepest]
         leads = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
         place = next((devices[lead] for lead in leads if lead in devices), default)
         places.setdefault(place, []).append(entry)

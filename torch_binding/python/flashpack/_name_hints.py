@@ -46,6 +46,7 @@ def without_compiled(name: str) -> str:
 def _prefix(longer: set[str], shorter: set[str]) -> str:
     """Returns the beginning that all of `longer` have and without which one of them is in `shorter`."""
     first = min(longer)
-    ends = (match.end() for match in re.finditer(r"\.", first))
-    prefix = next((first[:end] for end in ends if first[end:] in shorter), "")
+    # The ends that are names are looked for, not the beginnings that end in a dot: a forged name may have millions.
+    rest = max((name for name in shorter if first.endswith(f".{name}")), key=len, default=first)
+    prefix = first.removesuffix(rest)
     return prefix if all(name.startswith(prefix) for name in longer) else ""

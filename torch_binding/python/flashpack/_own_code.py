@@ -47,13 +47,14 @@ class OwnCode:
         self.extra_states = {piece.prefix + EXTRA_STATE for piece in self.pieces if piece.what == "set_extra_state"}
         """Names under which modules expect extra state."""
         self._seen = {piece.prefix for piece in self.pieces if piece.sees_tensors}
+        self._deepest = max((prefix.count(".") for prefix in self._seen), default=0)
 
     def __bool__(self) -> bool:
         return bool(self.pieces)
 
     def sees(self, name: str) -> bool:
         """Whether such code is given the tensor of that name before it is loaded."""
-        return bool(self._seen) and any(prefix in self._seen for prefix in _prefixes_of(name))
+        return bool(self._seen) and any(prefix in self._seen for prefix in _prefixes_of(name, self._deepest))
 
     def takes(self, name: str) -> bool:
         """Whether such code may use a tensor whose name is neither a parameter nor a buffer."""
@@ -85,12 +86,18 @@ def _function(method: Any) -> Callable[..., Any]:
     return getattr(method, "__func__", method)  # type: ignore[no-any-return]
 
 
-def _prefixes_of(name: str) -> Iterator[str]:
-    """Yields the prefixes of the modules above `name`: "", "a." and "a.b." for "a.b.c"."""
+def _prefixes_of(name: str, deepest: int) -> Iterator[str]:
+    """Yields the prefixes of the modules above `name`: "", "a." and "a.b." for "a.b.c".
+
+    `deepest`: the most dots that any of them may have, because a forged name may have millions.
+    """
     yield ""
-    for at, letter in enumerate(name, 1):
-        if letter == ".":
-            yield name[:at]
+    end = 0
+    for _ in range(deepest):
+        end = name.find(".", end) + 1
+        if end == 0:
+            return
+        yield name[:end]
 
 
 def run_own_code(model: torch.nn.Module, plan: Plan, state: dict[str, torch.Tensor], undo: ExitStack) -> None:
