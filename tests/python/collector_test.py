@@ -5,26 +5,41 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import flashpack
 import pytest
 import torch
 from flashpack._native import CollectorPause
 
-OURS = (123, 4, 5)
+OURS = 123
+
+
+def threshold() -> int:
+    return gc.get_threshold()[0]
+
+
+def is_paused() -> bool:
+    return threshold() > 1_000_000_000
 
 
 @pytest.fixture(autouse=True)
 def _thresholds() -> Iterator[None]:
-    before = gc.get_threshold()
-    gc.set_threshold(*OURS)
+    before = threshold()
+    gc.set_threshold(OURS)
     yield
-    gc.set_threshold(*before)
+    gc.set_threshold(before)
 
 
-def status_of_child(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def in_child(holds: Callable[[], bool]) -> bool:
+    """Whether it holds in a forked child, which never goes on as a second run of the tests."""
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            status = 0 if holds() else 1
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.fixture
@@ -46,14 +61,14 @@ def paused_in_another_thread() -> Iterator[None]:
 
 def test_it_does_not_run_within_a_pause_and_is_as_before_after_it():
     with CollectorPause():
-        assert gc.get_threshold()[0] == 0
-    assert gc.get_threshold() == OURS
+        assert is_paused()
+    assert threshold() == OURS
 
 
 def test_it_is_as_before_after_an_error():
     with pytest.raises(KeyboardInterrupt), CollectorPause():
         raise KeyboardInterrupt
-    assert gc.get_threshold() == OURS
+    assert threshold() == OURS
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -62,49 +77,56 @@ def test_it_runs_again_when_the_last_of_overlapping_pauses_has_ended(first):
     for pause in pauses:
         pause.__enter__()
     pauses[first].__exit__(None, None, None)
-    assert gc.get_threshold()[0] == 0
+    assert is_paused()
     pauses[1 - first].__exit__(None, None, None)
-    assert gc.get_threshold() == OURS
+    assert threshold() == OURS
 
 
 def test_a_pause_that_nobody_ends_ends_with_its_object():
     CollectorPause().__enter__()  # An interrupt may come between the two, so that no block is entered.
-    assert gc.get_threshold() == OURS
+    assert threshold() == OURS
 
 
-def test_what_the_caller_does_meanwhile_stays():
+def test_a_collector_that_the_caller_disables_meanwhile_stays_disabled():
     with CollectorPause():
         gc.disable()
     try:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("value", [0, 7])
+def test_a_threshold_that_the_caller_sets_meanwhile_stays(value):
     with CollectorPause():
-        gc.set_threshold(7, 8, 9)
-    assert gc.get_threshold() == (7, 8, 9)
+        gc.set_threshold(value)
+    assert threshold() == value
+
+
+def test_a_collector_that_never_runs_stays_so():
     gc.set_threshold(0)
-    with CollectorPause():
-        pass
-    assert gc.get_threshold()[0] == 0
+    with CollectorPause(), CollectorPause():
+        assert threshold() == 0
+    assert threshold() == 0
 
 
 def test_a_child_that_is_forked_within_another_threads_pause_collects(paused_in_another_thread):
-    assert gc.get_threshold()[0] == 0
-    if (child := os.fork()) == 0:
-        os._exit(0 if gc.get_threshold() == OURS else 1)
-    assert status_of_child(child) == 0
-    assert gc.get_threshold()[0] == 0
+    assert is_paused()
+    assert in_child(lambda: threshold() == OURS)
+    assert is_paused()
 
 
 def test_a_child_that_is_forked_within_a_pause_collects_after_it(paused_in_another_thread):
     pause = CollectorPause()
     pause.__enter__()
-    if (child := os.fork()) == 0:
-        paused = gc.get_threshold()[0] == 0
+
+    def collects_after_it() -> bool:
+        paused = is_paused()
         pause.__exit__(None, None, None)
-        os._exit(0 if paused and gc.get_threshold() == OURS else 1)
+        return paused and threshold() == OURS
+
+    assert in_child(collects_after_it)
     pause.__exit__(None, None, None)
-    assert status_of_child(child) == 0
 
 
 def test_loads_leave_it_as_it_was(pack):
@@ -112,6 +134,6 @@ def test_loads_leave_it_as_it_was(pack):
     model = torch.nn.Linear(3, 2)
     for in_place in (False, True):
         flashpack.assign_from_file(model, path, in_place=in_place)
-        assert gc.get_threshold() == OURS
+        assert threshold() == OURS
     flashpack.load_file(path)
-    assert gc.get_threshold() == OURS
+    assert threshold() == OURS

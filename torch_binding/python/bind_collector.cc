@@ -1,9 +1,7 @@
 #include "bind_collector.h"
 
-#include <nanobind/stl/array.h>
-
 #include <algorithm>
-#include <array>
+#include <limits>
 #include <optional>
 #include <utility>
 
@@ -14,40 +12,41 @@ namespace flashpack {
 
 namespace {
 
-using Thresholds = std::array<int, 3>;
-
 PyObject* get_threshold = nullptr;  // The process owns them. The module could be unloaded by the collector.
 PyObject* set_threshold = nullptr;
 
-Thresholds thresholds() {
+// So many objects are never made between two collections, and nobody else sets this value.
+constexpr int kPaused = std::numeric_limits<int>::max();
+
+int threshold() {
   const nb::handle get = get_threshold;
-  return nb::cast<Thresholds>(get());
+  return nb::cast<int>(get()[0]);
 }
 
-void set_thresholds(const Thresholds& to) {
-  const nb::handle set = set_threshold;
-  set(to[0], to[1], to[2]);
+void set(int to) {
+  const nb::handle set_first = set_threshold;
+  set_first(to);
 }
 
-// What follows changes with the GIL held and while no byte code runs, so that neither another thread nor a signal
-// handler comes in between.
+// These change with the GIL held and while no byte code runs, so that neither another thread nor a signal handler comes
+// in between.
 int pauses = 0;
 thread_local int pauses_of_this_thread = 0;
-std::optional<Thresholds> before;  // What the end of the last pause gives back; empty if the caller collects nothing.
+std::optional<int> before;  // The end of the last pause sets it again.
 
-// Somebody may have set other thresholds meanwhile, which are left.
+// Another threshold has been set by somebody meanwhile, and is left.
 void collect_again_after_the_last() {
   if (pauses > 0 || !before) return;
   const nb::error_scope raised;
-  const Thresholds given_back = *std::exchange(before, std::nullopt);
+  const int given_back = *std::exchange(before, std::nullopt);
   try {
-    if (thresholds()[0] == 0) set_thresholds(given_back);
+    if (threshold() == kPaused) set(given_back);
   } catch (nb::python_error& error) {
     error.discard_as_unraisable("the end of a pause of the garbage collector");
   }
 }
 
-/// The collector is disabled by a threshold of 0, not by gc.disable(), which callers use themselves, perhaps in another
+/// The collector is paused by its threshold, not by gc.disable(), which callers use themselves, perhaps in another
 /// thread while a load runs: to give back the state of before would undo that.
 class CollectorPause {
  public:
@@ -58,9 +57,11 @@ class CollectorPause {
 
   void begin() {
     if (is_under_way_) return;
-    const Thresholds now = thresholds();
-    if (now[0] != 0) before = now;
-    set_thresholds({0, now[1], now[2]});
+    const int now = threshold();
+    if (now != 0 && now != kPaused) {  // With 0 the caller collects nothing.
+      before = now;
+      set(kPaused);
+    }
     is_under_way_ = true;
     ++pauses;
     ++pauses_of_this_thread;
