@@ -214,8 +214,8 @@ def work(name: str, folder: Path, program: Path) -> None:
 
 
 def sample(name: str, folder: Path, state: str, program: Path) -> dict[str, Any]:
-    """As sample_once(), which it tries twice, because a kernel short of memory may keep the page cache from what is
-    wanted.
+    """Does what sample_once() does. It tries twice, because a kernel short of memory may keep the page cache from what
+    is wanted.
     """
     try:
         return sample_once(name, folder, state, program)
@@ -253,11 +253,11 @@ class Results:
             answer = sample(name, folder, state, self.program)
             for load in answer.values():
                 self._check(name, load["checksum"])
-        except PageCacheError:
-            raise  # It would be the same for the others.
         except (RuntimeError, OSError) as error:
             if name == ROOFLINE or LOADERS[name].ours:
                 raise
+            if isinstance(error, PageCacheError):
+                prepare(folder, state)  # This raises, too, unless it is the peer that keeps pages busy.
             self.reasons[name] = str(error)
             return
         self.samples.setdefault((name, state), []).append(answer)
@@ -300,7 +300,7 @@ def verdict(results: Results, state: str, turn: str) -> dict[str, Any]:
     rates = {
         name: [rate(answer[turn]) for answer in results.samples[name, state]]
         for name in JUDGED
-        if (name, state) in results.samples
+        if (name, state) in results.samples and name not in results.reasons
     }
     faster: dict[str, list[str]] = {"faster": [], "faster_in_too_few_samples": [], "faster_within_noise": []}
     for ours in (name for name in rates if LOADERS[name].ours):
@@ -335,7 +335,7 @@ def report(results: Results) -> dict[str, Any]:
     judged_of_ours = [name for name in JUDGED if LOADERS[name].ours]
     states = [state for state in STATES if any((name, state) in results.samples for name in judged_of_ours)]
     verdicts = [verdict(results, state, turn) for state in states for turn in ("first", "second")]
-    return {"rows": rows, "missing": results.reasons, "verdicts": verdicts}
+    return {"rows": rows, "missing": results.reasons, "verdicts": [found for found in verdicts if found["peers"]]}
 
 
 def machine(folder: Path) -> dict[str, Any]:
@@ -391,8 +391,9 @@ def as_markdown(result: dict[str, Any]) -> str:
         for state, row in states.items()
         if "first_tensor_of_time" in row
     ]
-    lines += ["", f"Which peers are faster than a row of ours, where loads end with memory of their own. {NOISE}", ""]
-    lines += [f"* {said(found)}" for found in result["verdicts"]]
+    if result["verdicts"]:
+        judged = f"Which peers are faster than a row of ours, where loads end with memory of their own. {NOISE}"
+        lines += ["", judged, "", *(f"* {said(found)}" for found in result["verdicts"])]
     return "\n".join(lines) + "\n"
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from contenders import Contender, Tensors, checksum, decoder_tensors, in_turns, small_tensors
 from device_work import DEVICE, LOADERS, work
-from page_cache import drop_from_page_cache, resident_fraction, warm
+from page_cache import PageCacheError, make_cold, make_warm
 
 STATES = ("cold", "page cache")
 TABLES = ("start", "parts", "blocks-2", "small-2", "blocks-8", "sweep")
@@ -204,14 +204,6 @@ class Budget:
         return self.clock() + share
 
 
-def prepare(path: Path, state: str) -> None:
-    if state == "cold":
-        if (left := drop_from_page_cache(path)) > 0.001:
-            raise RuntimeError(f"{left:.1%} of {path} could not be dropped from the page cache")
-    elif resident_fraction(path) < 1:
-        warm(path)
-
-
 def take_turns(
     record: Record, table: str, state: str, turns: Sequence[Turn], rounds: int, end: float, budget: Budget
 ) -> None:
@@ -228,11 +220,13 @@ def take_turn(record: Record, table: str, state: str, turn: Turn, counts: bool) 
         return
     try:
         if turn.file is not None:
-            prepare(turn.file, state)
+            (make_cold if state == "cold" else make_warm)(turn.file)
         answer = turn.contender.ask(turn.job)
         if turn.expected is not None and answer["checksum"] != turn.expected:
             raise RuntimeError(f"wrong bytes on the device, {state}")
         record.add(table, state, turn.row, counts, answer)
+    except PageCacheError as error:
+        print(f"left out: {table}: {turn.row}: {error}", file=sys.stderr)
     except (RuntimeError, OSError) as error:
         record.fail(table, turn.row, str(error))
 

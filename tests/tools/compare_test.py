@@ -1,5 +1,6 @@
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import compare
@@ -7,7 +8,7 @@ import page_cache
 import peers
 import pytest
 import torch
-from compare import ROOFLINE, Results
+from compare import LEAST_SAMPLES, ROOFLINE, Results
 from page_cache import PageCacheError
 from support import assert_bit_equal
 
@@ -104,7 +105,7 @@ def test_a_peer_that_loads_other_bytes_is_out_and_is_named(monkeypatch, tmp_path
     assert "| roofline | 4.00 |  |  |  |  |\n" in text
     assert "| flashpack | 2.00 | 2.00 | 0.25 | 0.00 | 0.50, 0.50 |\n" in text
     assert f"| {PEER} | {PEER} loaded other bytes" in text
-    assert "* cold, first load: too few samples to judge, 1 where 3 are the least\n" in text
+    assert "first load:" not in text, "there is no peer left to judge by"
     assert "no network" in text
 
 
@@ -189,8 +190,9 @@ def test_a_run_names_what_it_left_out_and_the_command_with_all_that_it_was_given
     assert f"| {PEER} | not selected |" in text
 
 
-def test_without_a_row_of_ours_there_is_no_verdict(monkeypatch):
-    assert take_rates(monkeypatch, {PEER: ([1.0], [1.0])}) == []
+@pytest.mark.parametrize("name", [PEER, "flashpack"])
+def test_without_a_row_of_ours_or_a_peer_there_is_no_verdict(name, monkeypatch):
+    assert take_rates(monkeypatch, {name: ([1.0], [1.0])}) == []
 
 
 def test_our_own_wrong_bytes_stop_the_comparison(monkeypatch, tmp_path):
@@ -201,7 +203,14 @@ def test_our_own_wrong_bytes_stop_the_comparison(monkeypatch, tmp_path):
         results.take("flashpack", "cold", tmp_path)
 
 
-def test_a_page_cache_that_is_not_as_wanted_twice_ends_the_comparison_and_no_peer_is_out(monkeypatch, tmp_path):
+@pytest.mark.parametrize("is_the_peers", [False, True])
+def test_a_page_cache_that_is_not_as_wanted_twice_ends_the_comparison_unless_only_the_peer_has_it(
+    is_the_peers, monkeypatch, tmp_path
+):
+    def prepare(*_):
+        if not is_the_peers:
+            raise PageCacheError("all stayed")
+
     answers = iter([PageCacheError("half stayed"), answer_of(1), *[PageCacheError("half stayed")] * 2])
 
     def sample_once(*_):
@@ -210,12 +219,23 @@ def test_a_page_cache_that_is_not_as_wanted_twice_ends_the_comparison_and_no_pee
         return answer
 
     monkeypatch.setattr(compare, "sample_once", sample_once)
+    monkeypatch.setattr(compare, "prepare", prepare)
     results = Results({})
     results.take(PEER, "cold", tmp_path)
     assert len(results.samples[PEER, "cold"]) == 1
-    with pytest.raises(PageCacheError, match="half stayed"):
+    with nullcontext() if is_the_peers else pytest.raises(PageCacheError, match="all stayed"):
         results.take(PEER, "cold", tmp_path)
-    assert results.reasons == {}
+    assert results.reasons == ({PEER: "half stayed"} if is_the_peers else {})
+
+
+def test_a_peer_that_fails_late_has_no_say_in_whether_there_are_enough_samples(monkeypatch, tmp_path):
+    results = Results({})
+    monkeypatch.setattr(compare, "sample", lambda *_: answer_of(1))
+    for _ in range(LEAST_SAMPLES):
+        results.take("flashpack", "cold", tmp_path)
+    results.take(PEER, "cold", tmp_path)
+    results.reasons[PEER] = "died"
+    assert compare.verdict(results, "cold", "first")["samples"] == LEAST_SAMPLES
 
 
 def test_a_cold_load_from_a_file_that_stays_cached_is_an_error(monkeypatch, files):
