@@ -229,7 +229,7 @@ struct Flags {
 };
 
 int run(const Flags& flags) {
-  const Checkpoint checkpoint(flags.dir / "device_bench.flashpack",
+  const Checkpoint checkpoint(flags.dir / unique_name("device_bench"),
                               static_cast<std::uint64_t>(flags.size_gib * (1 << 30)), false);
   // Direct reads move whole blocks, so the last one ends past the payload.
   internal::HostRegion host(checkpoint.metadata().payload_bytes + 4096, "tensors");

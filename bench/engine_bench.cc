@@ -287,7 +287,7 @@ struct Flags {
 
 int run(const Flags& flags) {
   const bool keep = !flags.file.empty();
-  const auto path = keep ? flags.file : flags.dir / "engine_bench.flashpack";
+  const auto path = keep ? flags.file : flags.dir / unique_name("engine_bench");
   const Checkpoint checkpoint(path, static_cast<std::uint64_t>(flags.size_gib * (1 << 30)), keep);
   Engine engine;
   // Direct reads move whole blocks, so the last one ends past the payload.

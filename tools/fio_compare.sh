@@ -17,7 +17,6 @@ rounds=${3:-7}
 directions=${4:-read write}
 bench=$root/build/release/bench/engine_bench
 file=$folder/fio_compare.flashpack
-results=$(mktemp -d)
 reserved=/proc/sys/vm/nr_hugepages
 reserved_before=$(cat "$reserved")
 
@@ -28,10 +27,11 @@ build_engine_bench >&2 || fail "engine_bench could not be built"
 
 # shellcheck disable=SC2317  # Called by the trap.
 clean_up() {
-  rm -rf "$results" "$file" "$file.fio"
+  rm -rf "${results:-}" "$file" "$file.fio"
   if [[ -w $reserved ]]; then echo "$reserved_before" >"$reserved"; fi
 }
 trap clean_up EXIT
+results=$(mktemp -d)
 
 # 16 slots of 4 MiB, and some for alignment.
 memory=malloc

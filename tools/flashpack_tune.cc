@@ -9,7 +9,6 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
-#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <exception>
@@ -72,7 +71,7 @@ constexpr double kMostBudgetS = 24 * 60 * 60;
 
 unsigned cores() { return std::thread::hardware_concurrency(); }
 
-// So many may be busy, which may be fewer than the engine's threads run on.
+// The number that may be busy, of those that the engine's threads run on.
 double allowed_cores() { return std::min<double>(cores(), internal::cpu_quota().value_or(cores())); }
 
 // Times the requests of the settings, those of the pick and the default in any case, until the time is over. They are
@@ -147,7 +146,7 @@ void measure_disk(Report& report, Subject& subject, const Budget& budget, const 
   report.no_latency = add_latencies(report.disk.cells, subject, budget.end_of(ends.latencies));
 }
 
-// Empty if all of the file is in the page cache then.
+// Empty if the file is in the page cache then.
 std::string why_not_in_page_cache(const std::filesystem::path& file) {
   if (!can_stay_in_page_cache(file)) return "the file system keeps nothing there";
   try {
@@ -203,7 +202,7 @@ void measure_policies(Report& report, Subject& subject, const Budget& budget) {
 void measure_writes(Report& report, Subject& subject, const Budget& budget) {
   report.no_writes = attempt([&] {
     report.writes.cells = search(subject, coarse_settings(kUsual), beside_on_disk, Work::kWrites, budget, 0.9);
-    attempt(  // As where io_uring is refused.
+    attempt(  // It fails where io_uring is refused.
         [&] { report.writes.plain_gb_per_s = plain_writes_gb_per_s(subject, budget.end_of()); });
     report.writes.limit = limit_of(choose(report.writes.cells), "not known, because plain writes could not be measured",
                                    {.disk = report.writes.plain_gb_per_s, .plain = "writes", .cores = allowed_cores()});
@@ -247,7 +246,8 @@ void keep(Report& report, const Flags& flags) {
   }
 }
 
-// At once, because a measurement takes a minute; it goes on, as somebody may want its figures.
+// Tells before the measurement, which takes a minute, that no profile will be kept. The measurement is made all the
+// same, because somebody may want its figures.
 void tell_if_none_is_kept(const Flags& flags) {
   const std::string why = flags.dry_run ? "" : internal::why_none_is_kept(flags.path, flags.device);
   if (!why.empty()) std::fprintf(stderr, "flashpack_tune: no profile will be kept: %s\n", why.c_str());
@@ -301,12 +301,6 @@ void remove_when_ended(const std::filesystem::path& generated) {
   }).detach();
 }
 
-// Containers that share a directory may have the same process id, and a process that was killed has left its file.
-std::string unique_name() {
-  const auto now = std::chrono::system_clock::now().time_since_epoch();
-  return "flashpack_tune." + std::to_string(::getpid()) + "." + std::to_string(now.count()) + ".flashpack";
-}
-
 int run(Flags flags) {
   if (!std::filesystem::is_directory(flags.path)) {
     if (!std::filesystem::exists(flags.path))
@@ -314,7 +308,7 @@ int run(Flags flags) {
     flags.path = std::filesystem::absolute(flags.path).parent_path();
   }
   const auto size_bytes = static_cast<std::uint64_t>(flags.size_gib * (1 << 30));
-  const std::string name = unique_name();
+  const std::string name = unique_name("flashpack_tune");
   remove_when_ended(flags.path / name);  // Before anything that may start a thread.
   if (flags.device.kind == Device::Kind::kCuda) require_cuda_device(flags.device.index);
   const Output json_file = open_to_write(flags.json_file);

@@ -4,10 +4,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <span>
 #include <stdexcept>
+#include <string>
 #include <system_error>
 
 #include "bench/support/open_file.h"
@@ -82,6 +84,11 @@ std::vector<TensorSpec> decoder_tensors(std::uint64_t total_bytes) {
   for (int layer = 0; layer < kLayers; ++layer) add_layer(tensors, layer, rounded);
   tensors.push_back({"model.norm.weight", DType::kBFloat16, {rounded}});
   return tensors;
+}
+
+std::string unique_name(const std::string& program) {
+  const auto now = std::chrono::system_clock::now().time_since_epoch();
+  return program + "." + std::to_string(::getpid()) + "." + std::to_string(now.count()) + ".flashpack";
 }
 
 Checkpoint::Checkpoint(const std::filesystem::path& path, std::uint64_t size_bytes, bool keep)

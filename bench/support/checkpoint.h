@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "flashpack/engine.h"
@@ -14,6 +15,10 @@ namespace flashpack::bench {
 /// The tensors of a decoder-only model in bf16, sized so that they come to about `total_bytes`: embeddings, then layers
 /// of attention, gated MLP and norms, from 32 KiB to hundreds of MiB each.
 std::vector<TensorSpec> decoder_tensors(std::uint64_t total_bytes);
+
+/// A name for a generated file: `program`, and what no other process has, not even one in a container, where process
+/// ids are the same, or one that was killed and has left its file.
+std::string unique_name(const std::string& program);
 
 /// A flashpack file to read. The destructor removes it unless `keep` is true.
 class Checkpoint {

@@ -135,7 +135,7 @@ void warm_every_other(const std::filesystem::path& path, std::uint64_t stripe_by
       off = std::max(off, hot(begin) ? kWarm - fraction : fraction);
     }
   }
-  if (off > 0) throw stays(path, off, "no stripe off by so much");
+  if (off > 0) throw PageCacheError(path.string() + ": a stripe is off by " + std::to_string(off * 100) + " %");
 }
 
 bool can_stay_in_page_cache(const std::filesystem::path& path) {
@@ -155,7 +155,7 @@ void warm_page_cache(const std::filesystem::path& path) {
     read_range(file, 0, file.size_bytes());
     fraction = resident_fraction(path);
   }
-  if (fraction < kWarm) throw stays(path, fraction, "all");
+  if (fraction < kWarm) throw stays(path, fraction, "99 %");
 }
 
 }  // namespace flashpack::bench

@@ -11,8 +11,8 @@
 
 namespace flashpack::internal {
 
-/// So many CPUs may be busy on average, as a container's limit says; nothing without a limit. That of a group within
-/// the container, or of one outside of a container, is not seen.
+/// Returns the number of CPUs that this process may keep busy on average, as a container's limit says; nothing without
+/// a limit. The limit of a group within the container, or of one outside of a container, is not seen.
 inline std::optional<double> cpu_quota(const std::filesystem::path& cpu_max = "/sys/fs/cgroup/cpu.max") {
   std::istringstream quota(first_line(cpu_max));
   double quota_us = 0;

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/file.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <utility>
@@ -21,10 +22,8 @@ namespace fs = std::filesystem;
 
 constexpr const char* kNowhere = "neither XDG_CONFIG_HOME nor HOME says where profiles are";
 
-// For a file that holds other profiles, which would be lost.
-std::string why_not_replaced(const Profiles& profiles) {
-  return profiles.damaged ? profiles.reason + "; mend it or remove it" : std::string();
-}
+// A damaged file may hold other profiles, which would be lost.
+std::string why_not_replaced(const Profiles& damaged) { return damaged.reason + "; mend it or remove it"; }
 
 }  // namespace
 

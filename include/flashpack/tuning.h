@@ -25,7 +25,7 @@
 
 namespace flashpack {
 
-/// What became of the profile for some loads. Whoever tuned the machine should hear of one that is ignored.
+/// Whether loads use a profile. The one who tuned the machine should hear of a profile that is ignored.
 enum class ProfileUse {
   kNone,     ///< There is none that can be read, or FLASHPACK_TUNE=off turns profiles off.
   kUsed,     ///< It was applied, or says that nothing was better than the defaults.

@@ -26,9 +26,9 @@ class PageCache : public ::testing::Test {
   void TearDown() override { std::filesystem::remove(path_); }
 
   static constexpr std::size_t kSizeBytes = std::size_t{8} << 20;
+  /// A kernel that is short of memory takes some pages back before they are counted.
   static constexpr double kIn = 0.9;
-  /// A kernel that is short of memory takes some pages back before they are counted, which is why `kIn` is less than 1;
-  /// or many, so that one time of several counts.
+  /// It may take many, so that one time of several counts.
   static bool one_time_of_several(const std::function<bool()>& holds) {
     for (int time = 0; time < 20; ++time) {
       if (holds()) return true;

@@ -12,7 +12,7 @@ namespace flashpack::bench {
 inline constexpr double kTolerance = 0.03;
 /// So many busy cores are given up for less memory.
 inline constexpr double kSpareCores = 0.1;
-/// So many pairs of turns decide, or twice as many in doubt.
+/// The number of pairs of turns that decide; in doubt, twice as many do.
 inline constexpr std::size_t kEnoughPairs = 16;
 /// One pair of so many may lose: 14 of 16 gain by chance in one of 480 trials, 28 of 32 in one of 100,000.
 inline constexpr std::size_t kPairsForALoss = 8;

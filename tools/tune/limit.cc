@@ -6,7 +6,7 @@ namespace flashpack::bench {
 
 std::string limit_of(const Cell& best, const char* otherwise, const Ceilings& ceilings) {
   constexpr double kNear = 0.85;
-  constexpr double kNearDisk = 0.9;  // An engine loses nothing on its way to a disk, as it does to memory and GPUs.
+  constexpr double kNearDisk = 0.9;  // Nearer than for memory and GPUs, on whose way an engine loses more.
   char text[160];
   const double busy = best.cpu_s_per_gb * best.gb_per_s;
   if (ceilings.link > 0 && best.gb_per_s > kNear * ceilings.link) {

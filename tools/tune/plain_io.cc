@@ -36,7 +36,7 @@ double plain_reads_gb_per_s(const Subject& subject, const Setting& setting, Budg
   const std::vector<Piece> pieces = pieces_of(file, subject.memory.bytes().first(bytes), setting.chunk_bytes);
   try {
     return rate_of(bytes, end, [&] { read_pieces(pieces, setting.queue_depth); });
-  } catch (const std::system_error&) {  // As where io_uring is refused. Another error is met again.
+  } catch (const std::system_error&) {  // io_uring may be refused. Another error is met again.
     return rate_of(bytes, end, [&] { read_pieces_by_threads(pieces, setting.queue_depth); });
   }
 }

@@ -125,7 +125,6 @@ Backend backend_of(std::string_view name) {
   throw Error(Errc::kInvalidArgument, "backend must be auto or workers, got " + std::string(name));
 }
 
-/// Arguments of Engine, none if there is no profile, and the reason for either.
 const char* text_of(ProfileUse use) {
   switch (use) {
     case ProfileUse::kNone:
@@ -138,6 +137,7 @@ const char* text_of(ProfileUse use) {
   return "none";
 }
 
+/// Arguments of Engine, none if there is no profile, the reason for either, and the use of the profile as text.
 nb::typed<nb::tuple, Dict, nb::str, nb::str> tuned_arguments(const std::filesystem::path& path,
                                                              std::optional<int> cuda_device) {
   const NativeCall call;

@@ -68,7 +68,8 @@ TEST(Subject, ASlowDiskIsNotReadWholeToFindOutHowMuchOfTheFileASampleReads) {
 TEST(Subject, ASampleReadsLittleThatItDoesNotMeasure) {
   const testing::TempDir dir;
   Subject subject(dir / "file", 256 * kMiB, {}, false);
-  if (!try_drop_from_page_cache(subject.checkpoint.path())) GTEST_SKIP() << "this file system keeps its pages";
+  if (testing::lies_in_memory(subject.checkpoint.path())) GTEST_SKIP() << "this file system keeps its pages";
+  drop_from_page_cache(subject.checkpoint.path());
   fit(subject, Work::kDisk, 0);
   const auto before = bytes_read_by_this_process();
   if (!before) GTEST_SKIP() << "this kernel does not count what a process reads";
@@ -76,7 +77,7 @@ TEST(Subject, ASampleReadsLittleThatItDoesNotMeasure) {
   sample_policy(subject, kUsual, CachePolicy::kDirect, Cached::kNothing);
   const std::uint64_t read_bytes = bytes_read_by_this_process().value() - *before;
   EXPECT_GE(read_bytes, 2 * 64 * kMiB);
-  EXPECT_LE(read_bytes, 2 * (64 + 10) * kMiB);
+  EXPECT_LE(read_bytes, 2 * (64 + 32) * kMiB);  // Pages of programs that memory was taken from are counted, too.
 }
 
 TEST(Subject, ASampleOfAFastDiskIsTheWholeFile) {

@@ -21,7 +21,7 @@ from ._native import Engine, FlashPackError, Trace, enter_call, leave_call, tune
 
 _engines: dict[tuple[int | None, str], Engine] = {}
 _tuned: dict[tuple[int | None, int], dict[str, Any]] = {}
-# What became of a profile. Whoever tuned the machine sees a warning without asking for it, if that was of no use.
+# The log levels by the use of a profile: if it is ignored, the one who tuned the machine sees it without asking.
 _LEVELS = {"none": logging.DEBUG, "used": logging.INFO, "ignored": logging.WARNING}
 _lock = threading.RLock()  # A signal handler may load or save while this thread makes an engine.
 _traces: list[Trace | None] = []  # None if there is to be no trace; empty before the first engine.
