@@ -53,7 +53,7 @@ def calls_of(function: Callable[[], object]) -> int:
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_a_load_makes_no_more_calls_for_a_name_of_more_dots(load, letters, pack):
     few, many = (pack({letters * count: torch.zeros(1)}) for count in (1_000, 20_000))
-    load(few)  # What is done once in a process is done here.
+    load(few)  # It does what is done once in a process.
     assert calls_of(lambda: load(many)) < calls_of(lambda: load(few)) + 200
 
 

@@ -15,7 +15,7 @@ namespace {
 PyObject* get_threshold = nullptr;  // The process owns them. The module could be unloaded by the collector.
 PyObject* set_threshold = nullptr;
 
-// So many objects are never made between two collections, and nobody else sets this value.
+// Nobody makes so many objects between two collections, and nobody else sets this value.
 constexpr int kPaused = std::numeric_limits<int>::max();
 
 int threshold() {
