@@ -20,15 +20,13 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kNowhere = "neither XDG_CONFIG_HOME nor HOME says where profiles are";
-
 // A damaged file may hold other profiles, which would be lost.
 std::string why_not_replaced(const Profiles& damaged) { return damaged.reason + "; mend it or remove it"; }
 
 }  // namespace
 
 std::string why_none_is_kept(const fs::path& path, Device device, const fs::path& profiles) {
-  if (profiles.empty()) return kNowhere;
+  if (profiles.empty()) return kNoProfilesPath;
   if (const ProfileKey key = profile_key(path, device); !key.unknown.empty()) return key.unknown;
   const Profiles there = profiles_in(profiles);
   if (there.error) return there.reason;
@@ -44,7 +42,7 @@ std::string why_none_is_kept(const fs::path& path, Device device, const fs::path
 void keep_profile(const std::filesystem::path& path, const EngineOptions& options,
                   const std::filesystem::path& profiles) {
   if (!is_in_range(options)) throw argument_error("options of a profile are out of range: " + text_of(options));
-  if (profiles.empty()) throw argument_error(kNowhere);
+  if (profiles.empty()) throw argument_error(kNoProfilesPath);
   const ProfileKey key = profile_key(path, options.device);
   if (!key.unknown.empty()) throw argument_error("no profile can be kept: " + key.unknown);
   const std::filesystem::path directory = profiles.parent_path();

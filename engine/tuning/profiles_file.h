@@ -11,6 +11,9 @@
 
 namespace flashpack::internal {
 
+/// Why there are none where the path of the file is empty.
+inline constexpr const char* kNoProfilesPath = "neither XDG_CONFIG_HOME nor HOME says where profiles are";
+
 struct Profiles {
   boost::json::array all;  ///< Of any type: a person may have edited the file.
   std::string reason;      ///< Why there are none to read; empty if there are.

@@ -45,7 +45,7 @@ TunedOptions tuned_options(const fs::path& path, Device device, const fs::path& 
   tuned.options.device = device;
   const char* const wish = ::secure_getenv("FLASHPACK_TUNE");
   if (wish != nullptr && std::string_view(wish) == "off") return tuned.reason = "FLASHPACK_TUNE=off", tuned;
-  if (profiles.empty()) return tuned.reason = "neither XDG_CONFIG_HOME nor HOME says where profiles are", tuned;
+  if (profiles.empty()) return tuned.reason = internal::kNoProfilesPath, tuned;
   const auto [all, reason, error, damaged] = internal::profiles_in(profiles);
   if (damaged) tuned.use = ProfileUse::kIgnored;
   if (!reason.empty()) return tuned.reason = reason, tuned;
