@@ -107,9 +107,8 @@ void print_rule() {
       "fastest,\nno slower than the default, and with at most %.1f busy cores more than the cheapest, * has the least "
       "staging memory,\nor the fewest bytes in flight where that is not given. In the end it is measured in turns with "
       "the default: it has to\nbe %.0f %% faster in the median and faster in %zu of %zu pairs, or %zu of %zu, from "
-      "disk or "
-      "from the page cache, and in\nneither of them %.1f %% slower in the median, or %.0f %% beside a gain of %.0f "
-      "%%.\n",
+      "disk or from the page cache, and in\nneither of them %.1f %% slower in the median, or %.0f %% beside a gain of "
+      "%.0f %%.\n",
       kTolerance * 100, kTolerance * 100, kSpareCores, kTolerance * 100, kEnoughPairs - kEnoughPairs / kPairsForALoss,
       kEnoughPairs, 2 * kEnoughPairs - 2 * kEnoughPairs / kPairsForALoss, 2 * kEnoughPairs, kTolerance * 50,
       kTolerance * 100, kLargeGain * 100);

@@ -3,30 +3,17 @@
 #include <algorithm>
 #include <cmath>
 #include <span>
-#include <system_error>
-#include <utility>
 #include <vector>
 
 #include "bench/support/page_cache.h"
 #include "bench/support/roofline.h"
 #include "engine/ground/option_limits.h"
 #include "engine/ground/units.h"
+#include "tools/tune/written_file.h"
 
 namespace flashpack::bench {
 
 namespace {
-
-/// Removes the file in the end.
-struct WrittenFile {
-  explicit WrittenFile(std::filesystem::path file) : path(std::move(file)) {}
-  WrittenFile(const WrittenFile&) = delete;
-  WrittenFile& operator=(const WrittenFile&) = delete;
-  ~WrittenFile() {
-    std::error_code ignored;
-    std::filesystem::remove(path, ignored);
-  }
-  std::filesystem::path path;
-};
 
 std::uint64_t size_of(const LoadRequest& request) {
   std::uint64_t bytes = 0;
